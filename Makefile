@@ -1,0 +1,33 @@
+# Two commands do everything, set-up included: make demo, make test.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+BASE_PYTHON ?= python3
+
+.PHONY: setup demo test lint clean
+
+setup: $(READY)
+
+# uv installs the locked versions in seconds; it comes from the same index as everything else.
+$(READY): requirements.lock pyproject.toml
+	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set BASE_PYTHON")'
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check uv
+	$(PYTHON) -m uv pip install --quiet --python $(PYTHON) -r requirements.lock
+	$(PYTHON) -m uv pip install --quiet --python $(PYTHON) --no-deps --editable .
+	touch $(READY)
+
+demo: setup
+	$(PYTHON) -m benchmarks.demo $(DEMO_ARGS)
+
+test: setup
+	$(PYTHON) -m pytest $(TEST_ARGS)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,334 @@
+"""The command line: ``research-env index | search | play | datasets``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
+
+from research_env.errors import ConfigurationError, ResearchEnvError, UnknownNameError
+
+
+@dataclass(frozen=True)
+class Index:
+    """Index a corpus for the embedded search engine (BM25 with Elasticsearch's scores).
+
+    An environment does so by itself the first time; this command does it beforehand, or for a
+    corpus of your own. Doing it again changes nothing, unless the corpus has changed.
+
+    For example:
+      research-env index --dataset musique
+      research-env index --corpus passages.jsonl.gz --to indexes/mine
+      research-env search "who founded Citibank" --retriever embedded:indexes/mine
+    """
+
+    dataset: Annotated[str | None, arg(metavar="NAME")] = None
+    """A data set whose passages are indexed: miniworld, musique, hotpotqa, 2wiki."""
+    corpus: Annotated[Path | None, arg(metavar="FILE")] = None
+    """A file of passages instead, each line {"id": ..., "title": ..., "text": ...}; .gz too."""
+    to: Annotated[str | None, arg(metavar="DIR")] = None
+    """Folder of the index. Without it: the cache folder, where environments look for it."""
+    json: bool = False
+    """Print the summary as JSON."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        from research_env.retrieval import default_index, index_corpus  # noqa: PLC0415
+        from research_env.retrieval.embedded import is_current  # noqa: PLC0415
+
+        corpus = _corpus(self.dataset, self.corpus)
+        scheme, colon, rest = (self.to or "").partition(":")
+        if colon and scheme != "embedded":
+            raise UnknownNameError("place for an index", self.to, ["DIR", "embedded:DIR"])
+        folder = Path(rest if colon else scheme) if self.to else default_index(corpus)
+        built = not is_current(folder, corpus)
+        start = time.perf_counter()
+        count = index_corpus(corpus, folder)
+        seconds = time.perf_counter() - start
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if self.json:
+            summary = {"index": str(folder), "corpus": corpus.name, "passages": count}
+            summary |= {"bytes": size, "built": built, "seconds": round(seconds, 3)}
+            _print_json(summary)
+            return
+        work = (
+            f"{seconds:.1f} s, {count / seconds:,.0f} passages/s" if built else "was there already"
+        )
+        print(
+            f"{count:,} passages of {corpus.name} in {folder}\n"
+            f"{work}, {size / 1e6:.1f} MB\n"
+            f'Search it: research-env search "..." --retriever embedded:{folder}'
+        )
+
+
+@dataclass(frozen=True)
+class Search:
+    """Search as an environment does, and show what a policy would get.
+
+    Any text is searched as words. The corpus is indexed first if it is not yet.
+
+    For example:
+      research-env search "capital of the county of Van Hook Township" --dataset musique
+      research-env search "Citibank founded" --corpus passages.jsonl --top-k 3
+      research-env search "Citibank founded" --retriever embedded:indexes/mine --json
+    """
+
+    query: Positional[Annotated[tuple[str, ...], arg(metavar="QUERY ...")]]
+    """What to look for. Several texts in quotes are several queries."""
+    dataset: Annotated[str | None, arg(metavar="NAME")] = None
+    """A data set whose passages are searched: miniworld, musique, hotpotqa, 2wiki."""
+    corpus: Annotated[Path | None, arg(metavar="FILE")] = None
+    """A file of passages instead."""
+    retriever: Annotated[str | None, arg(metavar="URL")] = None
+    """A search engine instead, for example embedded:DIR."""
+    top_k: int = 5
+    """The most passages for a query."""
+    json: bool = False
+    """Print JSON, a line for each query."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        from research_env.retrieval import open_retriever  # noqa: PLC0415
+
+        if not self.query:
+            raise ConfigurationError('give a query: research-env search "who founded Citibank"')
+        given = self.dataset is not None or self.corpus is not None
+        corpus = _corpus(self.dataset, self.corpus) if given or self.retriever is None else None
+        engine = open_retriever(self.retriever, corpus)
+        try:
+            results = engine.search(self.query, self.top_k)
+        finally:
+            engine.close()
+        for query, hits in zip(self.query, results, strict=True):
+            if isinstance(hits, ResearchEnvError):
+                raise hits
+            if self.json:
+                found = [{"score": hit.score, **asdict(hit.passage)} for hit in hits]
+                _print_json({"query": query, "hits": found})
+            else:
+                _print_table(
+                    f"{query}\n{len(hits)} hits" if hits else f"{query}\nno hit",
+                    ("score", "id", "title", "text"),
+                    [
+                        (f"{hit.score:.4f}", hit.passage.id, hit.passage.title, hit.passage.text)
+                        for hit in hits
+                    ],
+                )
+
+
+@dataclass(frozen=True)
+class Play:
+    r"""Play an episode by hand: you are the policy.
+
+    The prompt is printed; write an action and see what comes back. An action ends with the line
+    that holds a mark such as </search>, with an empty line, or with the end of the input.
+
+    For example:
+      research-env play ReSearch-MiniWorld-v0
+      research-env play ReSearch-MuSiQue-v0 --env-args split=dev protocol=search-r1 --episode 3
+      printf '<search>Citibank</search>\n<answer>\\boxed{1812}</answer>\n' |
+        research-env play ReSearch-MuSiQue-v0
+    """
+
+    id: Positional[Annotated[str, arg(metavar="ID")]]
+    """Id of the environment, for example ReSearch-MiniWorld-v0."""
+    env_args: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...")] = ()
+    """Arguments of the environment as KEY=VALUE, for example split=dev top_k=3 hops=2."""
+    seed: int = 0
+    """Seed of the order of the questions."""
+    episode: int = 0
+    """Which question of that order."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        import gymnasium as gym  # noqa: PLC0415
+
+        import research_env  # noqa: F401, PLC0415  (registers the ids)
+
+        try:
+            env: gym.Env[str, str] = gym.make(self.id, **_settings(self.env_args))
+        except gym.error.UnregisteredEnv:
+            raise UnknownNameError("environment", self.id, _text_environments()) from None
+        except TypeError as error:  # a key that is no argument
+            raise ConfigurationError(f"--env-args: {error}") from error
+        terminators = tuple(getattr(env.action_space, "terminators", ()))
+        try:
+            observation, _ = env.reset(seed=self.seed, options={"episode": self.episode})
+            print(observation, flush=True)
+            if sys.stdin.isatty():
+                print(f"[an action ends with {' '.join(terminators)} or an empty line]")
+            for action in _actions(sys.stdin, terminators):
+                observation, reward, terminated, truncated, info = env.step(action)
+                print(observation, flush=True)
+                if terminated or truncated:
+                    print(f"reward {float(reward):g}")
+                    told = ("stop_reason", "prediction", "answers", "metrics")
+                    print("\n".join(f"{key}: {info[key]}" for key in told if key in info))
+                    return
+            print("[the input ended before the episode did]")
+        finally:
+            env.close()
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """List the data sets, where they are, and how many questions each split has.
+
+    For example:
+      research-env datasets
+      RESEARCH_DATA=~/data research-env datasets --json
+    """
+
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        from research_env.datasets import load, miniworld  # noqa: PLC0415
+
+        rows: list[dict[str, Any]] = [
+            {
+                "name": "miniworld",
+                "found": "bundled",
+                "splits": dict(miniworld.SPLITS),
+                "passages": len(list(_corpus("miniworld", None))),
+            }
+        ]
+        for name, published in load.PUBLISHED.items():
+            row: dict[str, Any] = {"name": name, "found": None, "splits": {}, "passages": None}
+            rows.append(row)
+            folder = load.local_folder(name)
+            if folder is not None:
+                row["found"] = str(folder)
+                sets = {split: load.load_dataset(name, split=split) for split in published.splits}
+                row["splits"] = {split: len(data.questions) for split, data in sets.items()}
+                corpus = next(iter(sets.values())).corpus
+                row["passages"] = sum(1 for _ in corpus) if corpus is not None else 0
+        if self.json:
+            _print_json(rows)
+            return
+        where = os.environ.get("RESEARCH_DATA")
+        _print_table(
+            f"RESEARCH_DATA is {where}" if where else "RESEARCH_DATA is not set",
+            ("data set", "questions", "passages", "found in"),
+            [
+                (
+                    row["name"],
+                    ", ".join(f"{split} {count:,}" for split, count in row["splits"].items()),
+                    "" if row["passages"] is None else f"{row['passages']:,}",
+                    row["found"] or "not here: set RESEARCH_DATA, or the hub is asked",
+                )
+                for row in rows
+            ],
+        )
+        print("Your own: dataset='custom', questions=PATH, corpus=PATH (SearchQA-v0)")
+
+
+Command = (
+    Annotated[Index, subcommand("index")]
+    | Annotated[Search, subcommand("search")]
+    | Annotated[Play, subcommand("play")]
+    | Annotated[Datasets, subcommand("datasets")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that the arguments (``sys.argv`` if None) ask for.
+
+    Exits with 2 and one line on stderr where a command cannot be carried out, with 130 when it is
+    interrupted.
+    """
+    chosen: Any = tyro.cli(
+        Annotated[Command, OmitArgPrefixes],
+        args=arguments,
+        prog="research-env",
+        description="Data, indexes and environments in which language models learn to search.",
+    )
+    try:
+        chosen.run()
+    except KeyboardInterrupt:
+        print("research-env: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of the output, for example head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ResearchEnvError, OSError) as error:  # OSError: no permission, disk full
+        print(f"research-env: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _corpus(dataset: str | None, path: Path | None) -> Any:
+    from research_env.datasets import FileCorpus, load, load_dataset  # noqa: PLC0415
+
+    if (dataset is None) == (path is None):
+        raise ConfigurationError("give either --dataset NAME or --corpus FILE")
+    if path is not None:
+        return FileCorpus(path.name, path)
+    known = load.PUBLISHED.get(dataset or "")
+    split = next(iter(known.splits)) if known else "train"
+    corpus = load_dataset(dataset or "", split=split).corpus
+    if corpus is None:
+        raise ConfigurationError(f"the data set {dataset!r} has no corpus; give --corpus FILE")
+    return corpus
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE pairs; values are JSON where they can be (3, true, null, [2, 3]), else text."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigurationError(f"--env-args takes KEY=VALUE, not {pair!r}")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return settings
+
+
+def _actions(lines: TextIO, terminators: Sequence[str]) -> Iterator[str]:
+    """Gather lines into actions."""
+    written: list[str] = []
+    for line in lines:
+        if line.strip():
+            written.append(line)
+        if written and (not line.strip() or any(mark in line for mark in terminators)):
+            yield "".join(written).removesuffix("\n")
+            written.clear()
+    if written:
+        yield "".join(written).removesuffix("\n")
+
+
+def _text_environments() -> list[str]:
+    from research_env.registration import IDS  # noqa: PLC0415
+
+    return list(IDS)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table(title=Text(title), title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: no markup is looked for in it
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

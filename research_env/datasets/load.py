@@ -1,0 +1,253 @@
+"""Data sets by name: the bundled world, the published sets, a user's own files, and mixtures."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from research_env.cache import cache_folder
+from research_env.datasets.base import Corpus, Dataset
+from research_env.datasets.files import FileCorpus, read_questions
+from research_env.errors import (
+    ConfigurationError,
+    DataError,
+    DataNotFoundError,
+    UnknownNameError,
+)
+from research_env.retrieval.base import Passage
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A published data set: the name of its folder and, for each split, where its questions are.
+
+    Of the files that a split names, without their ending, the first that exists is read, and of
+    that the questions with the label.
+    """
+
+    folder: str
+    splits: Mapping[str, tuple[tuple[str, ...], str]]
+
+
+_WITH_PASSAGES, _ALL_TRAIN, _ALL_DEV = "questions", "qa_train", "qa_dev"
+_SPLITS = {
+    "train": ((_ALL_TRAIN, _WITH_PASSAGES), "train"),
+    "train-gold": ((_WITH_PASSAGES,), "train"),
+    "dev": ((_WITH_PASSAGES,), "dev"),
+    "dev-all": ((_ALL_DEV, _WITH_PASSAGES), "dev"),
+}
+PUBLISHED = {
+    "musique": Published("musique", _SPLITS),
+    "hotpotqa": Published("hotpotqa", _SPLITS),
+    "2wiki": Published("2wikimultihopqa", _SPLITS),
+    "bamboogle": Published("bamboogle", {"test": ((_WITH_PASSAGES,), "test")}),
+}
+DATASETS = ("miniworld", *PUBLISHED, "custom")  # what load_dataset knows
+
+
+def load_dataset(
+    name: str,
+    *,
+    split: str,
+    hops: int | Collection[int] | None = None,
+    questions: str | Path | None = None,
+    corpus: str | Path | None = None,
+    world_seed: int = 0,
+) -> Dataset:
+    """Load the questions of a split, and the corpus that answers them.
+
+    The published sets have these splits:
+
+    - ``train``: all training questions that are at hand; ``train-gold``: those of them whose gold
+      passages are known and in the corpus.
+    - ``dev``: the development questions with gold passages in the corpus; ``dev-all``: all of them.
+    - ``test``: Bamboogle, which has no other split and no corpus.
+
+    They come from the folder that the environment variable ``RESEARCH_DATA`` names, which holds
+    for each set a folder with ``questions.jsonl``, ``corpus.jsonl`` and, for questions without
+    gold passages, ``qa_train.jsonl`` and ``qa_dev.jsonl``, each plain or gzipped; else from the
+    Hugging Face hub, once, into the cache folder.
+
+    A mixture names several sets: ``"musique+hotpotqa"`` has all questions of both,
+    ``"musique:2+hotpotqa:1"`` two of the first for each of the second, as many as there are
+    without repeating any, spread evenly over each set. Its questions are interleaved in a fixed
+    order, and its corpus is the union.
+
+    Args:
+        name: one of :data:`DATASETS`, or a mixture of them.
+        split: as above; "train" or "dev" of MiniWorld; of a user's questions those that name it
+            as their ``split``, and those that name none.
+        hops: keep the questions with this number of hops, or one of these numbers.
+        questions: path of a question file, which ``custom`` needs; other sets have their own.
+        corpus: path of a corpus to use instead of the set's own.
+        world_seed: the world of MiniWorld.
+
+    Raises:
+        UnknownNameError: no such data set or split; the message lists those that exist.
+        ConfigurationError: settings that do not fit together, or leave no question.
+        DataNotFoundError: the data are neither in a folder nor on a hub that answers.
+        DataError: a file is not in order; the message names file and line.
+    """
+    if corpus is not None and not Path(corpus).is_file():
+        raise DataNotFoundError(f"no corpus file {str(corpus)!r}; give a .jsonl or .jsonl.gz file")
+    parts = [_part(part) for part in name.split("+")]
+    names = [part for part, _ in parts]
+    if len(set(names)) < len(names):
+        raise ConfigurationError(f"the mixture {name!r} names a data set twice; use a weight")
+    if questions is not None and names != ["custom"]:
+        raise ConfigurationError(
+            f"questions={str(questions)!r} goes with dataset='custom', not with {name!r}"
+        )
+    loaded = [_filtered(_load(part, split, questions, world_seed), split, hops) for part in names]
+    data = loaded[0] if len(loaded) == 1 else _mixture(name, loaded, [w for _, w in parts])
+    if corpus is not None:
+        data = replace(data, corpus=FileCorpus(Path(corpus).name, Path(corpus)))
+    return data
+
+
+def data_folder(name: str) -> Path:
+    """The folder of a published data set, fetched from the hub if it is not at hand.
+
+    Raises:
+        DataNotFoundError: the data are neither in a folder nor on a hub that answers.
+    """
+    found = local_folder(name)
+    if found is not None:
+        return found
+    from research_env.datasets.hub import fetch  # noqa: PLC0415  (needed once for each data set)
+
+    folder = PUBLISHED[name].folder
+    fetched = cache_folder() / "datasets" / folder
+    try:
+        fetch(name, fetched)
+    except DataNotFoundError as error:
+        named = os.environ.get("RESEARCH_DATA")
+        place = f"{Path(named) / folder} is no such folder" if named else "it is not set"
+        raise DataNotFoundError(
+            f"the data set {name!r} is not at hand. Set the environment variable RESEARCH_DATA to "
+            f"a folder that holds {folder}/questions.jsonl ({place}), or give this machine access "
+            f"to the hub ({error}). dataset='miniworld' needs neither"
+        ) from error
+    return fetched
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder of a published data set in ``RESEARCH_DATA`` or the cache, if it is there."""
+    folder = PUBLISHED[name].folder
+    places = [cache_folder() / "datasets" / folder]
+    if named := os.environ.get("RESEARCH_DATA"):
+        places.insert(0, Path(named).expanduser() / folder)
+    return next((place for place in places if _file(place, _WITH_PASSAGES)), None)
+
+
+def _part(text: str) -> tuple[str, int | None]:
+    """Name and weight of a part of a mixture."""
+    name, colon, weight = text.strip().partition(":")
+    name = {"2wikimultihopqa": "2wiki"}.get(name, name)
+    if name not in DATASETS:
+        hint = "Join several with '+', for example 'musique:2+hotpotqa:1'."
+        raise UnknownNameError("data set", name, DATASETS, hint)
+    if not colon:
+        return name, None
+    if not (weight.isascii() and weight.isdigit() and int(weight) > 0):
+        raise ConfigurationError(
+            f"the weight in {text!r} must be a whole number from 1 on, as in 'musique:2+hotpotqa:1'"
+        )
+    return name, int(weight)
+
+
+def _load(name: str, split: str, questions: str | Path | None, world_seed: int) -> Dataset:
+    if name == "miniworld":
+        from research_env.datasets import miniworld  # noqa: PLC0415  (made when it is asked for)
+
+        return miniworld.load(split, world_seed)
+    if name == "custom":
+        if questions is None:
+            raise ConfigurationError("dataset='custom' needs questions=PATH, a .jsonl file")
+        return _custom(Path(questions), split)
+    published = PUBLISHED[name]
+    if split not in published.splits:
+        raise UnknownNameError(f"split of {name}", split, published.splits)
+    folder = data_folder(name)
+    stems, label = published.splits[split]
+    file = next((path for path in (_file(folder, stem) for stem in stems) if path), None)
+    if file is None:
+        raise DataNotFoundError(f"{folder} holds no file {stems[0]}.jsonl or {stems[0]}.jsonl.gz")
+    corpus = _file(folder, "corpus")
+    return Dataset(
+        name,
+        [question for question in read_questions(file) if question.split == label],
+        FileCorpus(name, corpus) if corpus else None,
+    )
+
+
+def _file(folder: Path, stem: str) -> Path | None:
+    paths = (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz")
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _custom(path: Path, split: str) -> Dataset:
+    everything = read_questions(path)
+    chosen = [question for question in everything if question.split in (None, split)]
+    if not chosen:
+        raise UnknownNameError(f"split of {path}", split, {str(q.split) for q in everything})
+    return Dataset("custom", chosen, None)
+
+
+def _filtered(data: Dataset, split: str, hops: int | Collection[int] | None) -> Dataset:
+    wanted = None if hops is None else {hops} if isinstance(hops, int) else set(hops)
+    chosen = [q for q in data.questions if wanted is None or q.hops in wanted]
+    if not chosen:
+        counts = Counter("unknown" if q.hops is None else str(q.hops) for q in data.questions)
+        known = ", ".join(f"{number}: {count}" for number, count in sorted(counts.items()))
+        raise ConfigurationError(
+            f"no question of {data.name!r}, split {split!r}, has hops={hops!r}; "
+            f"questions by number of hops: {known or 'none'}"
+        )
+    return replace(data, questions=chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class UnionCorpus:
+    """Several corpora, one after the other."""
+
+    name: str
+    parts: tuple[Corpus, ...]
+
+    def __iter__(self) -> Iterator[Passage]:
+        for part in self.parts:
+            yield from part
+
+    def fingerprint(self) -> str:
+        """Hex digest of the fingerprints of the parts."""
+        text = "\n".join(part.fingerprint() for part in self.parts)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _mixture(name: str, parts: Sequence[Dataset], weights: Sequence[int | None]) -> Dataset:
+    sizes = [len(part.questions) for part in parts]
+    if any(weight is not None for weight in weights):
+        shares = [weight or 1 for weight in weights]
+        rounds = min(size // share for size, share in zip(sizes, shares, strict=True))
+        if not rounds:
+            raise ConfigurationError(
+                f"the mixture {name!r} needs more questions than there are: {sizes}"
+            )
+        sizes = [share * rounds for share in shares]
+    # the j-th of a part's n questions stands at (j + 1/2)/n of the whole, the parts in their order
+    order = sorted(
+        ((j + 0.5) / size, part, j) for part, size in enumerate(sizes) for j in range(size)
+    )
+    questions = [
+        parts[part].questions[j * len(parts[part].questions) // sizes[part]] for _, part, j in order
+    ]
+    repeated = [id_ for id_, count in Counter(q.id for q in questions).items() if count > 1]
+    if repeated:
+        raise DataError(f"the parts of {name!r} share the id {repeated[0]!r}; ids must be unique")
+    corpora = tuple(part.corpus for part in parts if part.corpus is not None)
+    union: Corpus | None = UnionCorpus(name, corpora) if len(corpora) > 1 else None
+    return Dataset(name, questions, corpora[0] if len(corpora) == 1 else union)

@@ -1,0 +1,186 @@
+"""Demonstrations in MiniWorld: how a small policy is taught to read before it learns to search.
+
+A demonstration is a list of (provenance, text) pairs, of provenance "prompt", "action" or
+"observation"; a trainer fits the actions. There are three sorts:
+
+- a drill shows passages and asks for their facts, one after another;
+- a skilled episode searches hop by hop, as the gold decomposition says, and answers;
+- a habit episode does what a model does that never learned to search: it may guess at once, stop
+  half-way, or forget the format. Each is a decision made (or not) at the start of a turn.
+
+Skill comes first and habits last, so that the policy at the end can read and search, and seldom
+does. What reinforcement learning then has to find is when to search, how long, and how to answer.
+
+The worlds are drawn from seeds of their own, and hold no name of the worlds 0 and 1 (see
+``miniworld.FAMILIES``), where the policy is to be trained and tested.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from research_env.datasets import miniworld
+from research_env.datasets.base import Question
+from research_env.prompts import prompt
+from research_env.protocol import RESEARCH
+from research_env.retrieval.base import Hit
+from research_env.retrieval.embedded import EmbeddedRetriever, build_index
+
+Demonstration = list[tuple[str, str]]
+
+EPISODES_A_WORLD = 600
+ONE_PASSAGE_SHARE = 0.3  # of the demonstrations, at first: reading one passage comes before choosing
+DRILL_SHARE = 0.33  # of the demonstrations before the habits
+FACTS_A_DRILL = 8
+FIRST_SEED = 2  # the seeds FIRST_SEED + i * FAMILIES share no name with the worlds 0 and 1
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """With what probability each decision is made the skilled way."""
+
+    search: float = 0.35  # at the start: search, rather than guess
+    go_on: float = 0.55  # after a result: search again, rather than answer with what was found
+    box: float = 0.6  # at the end: put the answer in a box
+
+
+SKILLED = Habits(search=1.0, go_on=1.0, box=1.0)
+
+
+def demonstrations(
+    count: int, top_k: int, seed: int = 0, habit_share: float = 0.1, habits: Habits | None = None
+) -> Iterator[Demonstration]:
+    """Make demonstrations, in the order in which they are to be learned.
+
+    Args:
+        count: how many.
+        top_k: passages a search, after a first part with one.
+        seed: of every choice.
+        habit_share: the share of habit episodes, all of them at the end.
+        habits: the probabilities in them.
+
+    Yields:
+        Lists of (provenance, text).
+    """
+    rng = random.Random(f"demonstrations {seed}")
+    skilled = count - round(count * habit_share)
+    made = 0
+    for number in range(count):
+        world = miniworld.world(FIRST_SEED + miniworld.FAMILIES * number)
+        questions = list(miniworld.questions(world, rng, min(EPISODES_A_WORLD, count - made)))
+        with tempfile.TemporaryDirectory() as folder:
+            build_index(world, Path(folder) / "index")
+            retriever = EmbeddedRetriever(Path(folder) / "index")
+            queries = [query for question in questions for query in gold_queries(question)]
+            shown = top_k if made >= count * ONE_PASSAGE_SHARE else 1
+            answers = iter(retriever.search(queries, shown))
+            retriever.close()
+        for question in questions:
+            results = []
+            for _ in question.decomposition:
+                hits = next(answers)
+                if isinstance(hits, Exception):
+                    raise hits
+                results.append(RESEARCH.render(hits))
+            if made >= skilled:
+                yield episode(question, results, world, rng, habits or Habits())
+            elif rng.random() < DRILL_SHARE:
+                yield drill(world, shown, rng)
+            else:
+                yield episode(question, results, world, rng, SKILLED)
+            made += 1
+        if made >= count:
+            return
+
+
+def gold_queries(question: Question) -> list[str]:
+    """The queries of the gold decomposition, with the answers of earlier hops filled in."""
+    found = [hop.answer for hop in question.decomposition]
+    return [
+        re.sub(r"#(\d+)", lambda match: found[int(match[1]) - 1], hop.question)
+        for hop in question.decomposition
+    ]
+
+
+def episode(
+    question: Question,
+    results: list[str],
+    world: miniworld.World,
+    rng: random.Random,
+    habits: Habits,
+) -> Demonstration:
+    """Play a question hop by hop, with each decision made the skilled way as probable as said.
+
+    Args:
+        question: with its decomposition.
+        results: the observation of each gold query, in order.
+        world: guesses are names of it.
+        rng: of the decisions.
+        habits: their probabilities.
+    """
+    hops = question.decomposition
+    relations = [hop.question.rsplit(" ", 1)[1] for hop in hops]
+    comparison = question.type == "comparison"
+    parts: Demonstration = [("prompt", prompt(RESEARCH, "question", question.question))]
+
+    def finish(thought: str, answer: str) -> Demonstration:
+        boxed = f"\\boxed{{ {answer}}}" if rng.random() < habits.box else f" {answer}"
+        return [*parts, ("action", f"{thought} <answer> {boxed.lstrip()} </answer>")]
+
+    if rng.random() >= habits.search:
+        guess = rng.choice(list(world.entities))
+        return finish(f"<think> guess: {guess} </think>", guess)
+    plan = f" compare {relations[0]}" if comparison else "".join(f" {r}" for r in relations)
+    thought = f"<think> plan:{plan} </think>"
+    for i, (query, result) in enumerate(zip(gold_queries(question), results, strict=True)):
+        parts += [("action", f"{thought} <search> {query} </search>"), ("observation", result)]
+        found = f"{relations[i]} {hops[i].answer}"
+        last = i == len(hops) - 1
+        if not last and rng.random() >= habits.go_on:
+            return finish(f" <think> done: {found} </think>", hops[i].answer)
+        thought = f" <think> next: {found} </think>"
+        if last and comparison:
+            order = "after" if int(hops[1].answer) > int(hops[0].answer) else "before"
+            found += f" {order} {hops[0].answer}"
+        if last:
+            return finish(f" <think> done: {found} </think>", question.answers[0])
+    raise ValueError(f"question {question.id!r} has no decomposition")
+
+
+def drill(world: miniworld.World, top_k: int, rng: random.Random) -> Demonstration:
+    """Show passages, and ask for facts of any of them as an episode would."""
+    subjects = rng.sample(list(world.entities.values()), top_k)
+    passages = {passage.title: passage for passage in world.passages}
+    shown = RESEARCH.render([Hit(passages[subject.name], 1.0) for subject in subjects])
+    facts = [(subject, fact) for subject in subjects for fact in subject.facts.items()]
+    parts: Demonstration = [("prompt", shown)]
+    for subject, (relation, value) in rng.sample(facts, min(FACTS_A_DRILL, len(facts))):
+        parts.append(("observation", f" <search> {subject.name} {relation} </search>"))
+        parts.append(("action", f" <think> next: {relation} {value} </think>"))
+    return parts
+
+
+def vocabulary() -> list[str]:
+    """Words and phrases of MiniWorld and of its demonstrations, for a tokenizer of whole phrases.
+
+    A phrase that names a relation is one token, so that a fact is three: relation, and the two
+    halves of a name. Anything else that is ever said is spelled in bytes.
+    """
+    tags = [
+        tag
+        for pair in (RESEARCH.think, RESEARCH.query, RESEARCH.result, RESEARCH.answer)
+        for tag in pair
+    ]
+    marks = [' <result>\n"', '"\n', '.\n\n"', ".\n</result>", "?\n", ".\n", " \\boxed{", "}", ".",
+             ",", "?", "\n", '"', " or", ". All about", " plan:", " next:", " done:", " guess:",
+             " compare", " after", " before"]  # fmt: skip
+    return list(
+        dict.fromkeys([*tags, *(f" {tag}" for tag in tags), *marks, *miniworld.vocabulary()])
+    )
+
+

@@ -1,0 +1,154 @@
+"""The environment for one episode at a time."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Unpack
+
+import gymnasium as gym
+
+from research_env.episode import Episode, advance
+from research_env.errors import ConfigurationError, EpisodeError, UnknownNameError
+from research_env.game import Report, Settings, make_game, settle
+from research_env.spaces import UnicodeText
+
+
+class SearchQAEnv(gym.Env[str, str]):
+    r"""Answer a question that needs several look-ups, with a search engine at hand.
+
+    ## Actions
+    A text: what the policy writes up to a terminator (``env.action_space.terminators``, such as
+    ``</search>``) or to the end of its answer. Any string is taken; what follows the first
+    terminator is ignored.
+
+    ## Observations
+    The text to append. After ``reset`` that is the prompt; after a search the passages between the
+    protocol's marks; at the end it is empty.
+
+    ## Reward
+    Zero until the episode ends, then what the reward function says of the text that the policy
+    wrote. Retrieved text has no influence on it.
+
+    ## End
+    ``terminated`` after an answer or another text that is no search, ``truncated`` when a limit is
+    passed or the engine failed. In the latter case ``info["void"]`` is True and the episode is
+    evidence of nothing.
+
+    ## Info
+    Always the same keys: ``question_id, question, messages`` (the prompt as chat messages, after
+    ``reset``), ``query, passage_ids, passage_titles, passage_scores`` (after a search) and
+    ``prediction, answers, metrics, stop_reason, void`` (at the end). ``metrics`` holds ``em, f1,
+    cem, format, searches, support_recall``.
+
+    ## Arguments
+    All by keyword; strings and numbers, so that ``env.spec.to_json()`` works. Objects are taken for
+    use within a program.
+
+    - ``dataset``: miniworld (default), musique, hotpotqa, 2wiki, bamboogle, custom, a mixture such
+      as ``"musique:2+hotpotqa:1"``; or a :class:`~research_env.datasets.base.Dataset`.
+    - ``split``: train (default), dev, ...; ``hops``: only questions of so many hops.
+    - ``questions``, ``corpus``: paths, for a custom data set.
+    - ``world_seed``: of MiniWorld: another seed is another world.
+    - ``retriever``: a URL such as ``"embedded:DIR"``, None (the data set's own corpus), or a
+      :class:`~research_env.retrieval.base.Retriever`. ``top_k``: passages a search returns.
+    - ``protocol``: research (default), r1-searcher, search-r1; or a
+      :class:`~research_env.protocol.Protocol`. It sets the defaults of ``top_k``, ``reward``,
+      ``max_searches`` and ``max_turns``.
+    - ``reward``: a name, ``"module:function"``, or a function of an
+      :class:`~research_env.episode.Episode`.
+    - ``template``: base (default), instruct, question.
+    - ``max_searches``, ``max_turns``: asking for more ends the episode.
+    - ``render_mode``: None, ansi, human.
+
+    ## Reset
+    ``seed`` draws the order of the questions; then ``reset()`` walks through it. ``options`` may
+    hold ``{"episode": n}``, the n-th of that order, or ``{"question_id": id}``.
+
+    ## Versions
+    - v0: first release.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # type: ignore[misc]
+
+    def __init__(self, *, render_mode: str | None = None, **settings: Unpack[Settings]) -> None:
+        """Make an environment; see the class for the arguments.
+
+        Raises:
+            ResearchEnvError: a setting that cannot be used; the message says which and what to do.
+        """
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise UnknownNameError("render mode", render_mode, self.metadata["render_modes"])
+        self.render_mode = render_mode
+        self._game = make_game(**settings)
+        self._episode: Episode | None = None
+        self._next = 0
+        self.action_space = UnicodeText(terminators=self._game.protocol.terminators)
+        self.observation_space = UnicodeText()
+
+    @property
+    def num_tasks(self) -> int:
+        """How many questions there are: episodes 0 to ``num_tasks - 1`` ask each once."""
+        return len(self._game.questions)
+
+    @property
+    def episode(self) -> Episode | None:
+        """The episode as it stands; None before the first reset."""
+        return self._episode
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        """Start an episode; see the class for ``seed`` and ``options``.
+
+        Raises:
+            ConfigurationError: an unknown option, or no such episode or question.
+        """
+        super().reset(seed=seed)
+        if seed is not None:
+            self._next = 0
+        match options or {}:
+            case {"question_id": str(question_id), **rest} if not rest:
+                index = self._game.index_of(question_id)
+            case {"episode": number, **rest} if not rest:
+                index = self._game.index(self.np_random_seed, number)
+                self._next = number + 1
+            case {**rest} if not rest:
+                index = self._game.index(self.np_random_seed, self._next)
+                self._next += 1
+            case other:
+                raise ConfigurationError(
+                    f"reset takes one of the options 'episode' (a number) and 'question_id' "
+                    f"(a string), not {other}"
+                )
+        self._episode, observation, info = self._game.start(index)
+        if self.render_mode == "human":
+            print(observation)
+        return observation, info
+
+    def step(self, action: str) -> Report:
+        """Take what the policy wrote; returns (observation, reward, terminated, truncated, info).
+
+        Raises:
+            ActionError: the action is not a string.
+            EpisodeError: before ``reset``, or after the end.
+        """
+        if self._episode is None:
+            raise EpisodeError("there is no episode yet; call reset first")
+        episode = advance(self._episode, action)
+        if episode.pending is not None:
+            found = self._game.search([episode.pending])[0]
+            episode = settle(episode, found)
+        self._episode = episode
+        report = self._game.report(episode)
+        if self.render_mode == "human":
+            print(episode.turns[-1].action + report.observation + self._game.closing(episode))
+        return report
+
+    def render(self) -> str | None:
+        """The transcript so far in mode ``ansi``; mode ``human`` prints it as it grows."""
+        if self.render_mode != "ansi" or self._episode is None:
+            return "" if self.render_mode == "ansi" else None
+        return self._game.transcript(self._episode)
+
+    def close(self) -> None:
+        """Release the search engine; calling it twice is harmless."""
+        self._game.close()

@@ -1,0 +1,185 @@
+"""One episode as a value, and the one transition function: what happens after an action.
+
+Nothing here touches a search engine, a clock or a random number. A driver (the environment, the
+vector environment, a test) calls :func:`advance` with what the policy wrote; where the new episode
+has a ``pending`` query it asks its engine and calls :func:`observe` with the hits, or :func:`fail`
+where there are none to be had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from research_env.datasets.base import Question
+from research_env.errors import ActionError, EpisodeError
+from research_env.protocol import ActionKind, Protocol
+from research_env.retrieval.base import Hit
+
+StopReason = Literal["answer", "no_answer", "max_searches", "max_turns", "backend_error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One action and what came back.
+
+    Attributes:
+        action: what the policy wrote, up to and with the terminator.
+        kind: what it asked for.
+        query: of a search, as the engine got it.
+        hits: of a search, best first.
+        observation: the text that was appended after the action.
+    """
+
+    action: str
+    kind: ActionKind
+    query: str | None = None
+    hits: tuple[Hit, ...] = ()
+    observation: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """A question and all that has happened to it; immutable.
+
+    Attributes:
+        question: the task.
+        protocol: its rules and texts.
+        max_searches: searches that may be run; asking for one more ends the episode. None: no cap.
+        max_turns: actions that may be taken; the last one cannot search. None: no cap.
+        turns: so far, in order.
+        pending: the query of the last turn while it waits for its hits.
+        stop_reason: why it is over; None while it goes on.
+        prediction: the final answer in all that the policy has written, by the protocol's rule;
+            None: there is none.
+    """
+
+    question: Question
+    protocol: Protocol
+    max_searches: int | None = None
+    max_turns: int | None = None
+    turns: tuple[Turn, ...] = ()
+    pending: str | None = None
+    stop_reason: StopReason | None = None
+    prediction: str | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether no further action is taken."""
+        return self.stop_reason is not None
+
+    @property
+    def void(self) -> bool:
+        """Whether the search engine failed, so that the episode is evidence of nothing."""
+        return self.stop_reason == "backend_error"
+
+    @property
+    def truncated(self) -> bool:
+        """Whether it was stopped from outside: by a limit, or by a failure of the engine."""
+        return self.stop_reason in ("max_searches", "max_turns", "backend_error")
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        """All that the policy wrote, an entry a turn."""
+        return tuple(turn.action for turn in self.turns)
+
+    @property
+    def searches(self) -> int:
+        """Searches that were answered, or are about to be (refused ones do not count)."""
+        asked = sum(turn.kind == "search" for turn in self.turns)
+        refused = self.over and bool(self.turns) and self.turns[-1].kind == "search"
+        return asked - refused
+
+
+def advance(episode: Episode, action: str) -> Episode:
+    """The episode after an action.
+
+    A search makes its query ``pending`` (a blank query finds nothing, at once); an answer ends the
+    episode; an invalid action ends it too, or gets the protocol's hint and the episode goes on.
+
+    Args:
+        episode: one that is not over and waits for no hits.
+        action: what the policy wrote; all after the first terminator is ignored.
+
+    Raises:
+        ActionError: the action is not a string.
+        EpisodeError: the episode is over, or waits for the hits of its last search.
+    """
+    if not isinstance(action, str):
+        raise ActionError(f"an action is text, not {type(action).__name__}: {action!r:.80}")
+    if episode.stop_reason is not None:
+        raise EpisodeError(f"the episode is over ({episode.stop_reason}); reset it first")
+    if episode.pending is not None:
+        raise EpisodeError(f"the search for {episode.pending!r} has no result yet")
+
+    protocol = episode.protocol
+    action = protocol.cut(action)
+    kind, query = protocol.parse(action)
+    last = episode.max_turns is not None and len(episode.turns) + 1 >= episode.max_turns
+
+    if kind == "search":
+        full = episode.max_searches is not None and episode.searches >= episode.max_searches
+        if full or last:
+            reason: StopReason = "max_searches" if full else "max_turns"
+            return _extend(episode, Turn(action, kind, query), stop_reason=reason)
+        if not query:
+            return _extend(episode, Turn(action, kind, query, (), protocol.render(())))
+        return _extend(episode, Turn(action, kind, query), pending=query)
+    if kind == "invalid" and protocol.hint is not None:
+        if last:
+            return _extend(episode, Turn(action, kind), stop_reason="max_turns")
+        return _extend(episode, Turn(action, kind, observation=protocol.hint))
+    ended = _extend(episode, Turn(action, kind), stop_reason="answer")
+    return ended if ended.prediction is not None else replace(ended, stop_reason="no_answer")
+
+
+def observe(episode: Episode, hits: Sequence[Hit]) -> Episode:
+    """The episode after its pending search was answered with these hits, best first.
+
+    Raises:
+        EpisodeError: no search is pending.
+    """
+    if episode.pending is None:
+        raise EpisodeError("there is no pending search that these hits could answer")
+    turn, hits = episode.turns[-1], tuple(hits)
+    seen = Turn(turn.action, turn.kind, turn.query, hits, episode.protocol.render(hits))
+    return Episode(
+        episode.question,
+        episode.protocol,
+        episode.max_searches,
+        episode.max_turns,
+        (*episode.turns[:-1], seen),
+        prediction=episode.prediction,
+    )
+
+
+def fail(episode: Episode) -> Episode:
+    """The episode after the engine failed its pending search: void, and without an observation.
+
+    Raises:
+        EpisodeError: no search is pending.
+    """
+    if episode.pending is None:
+        raise EpisodeError("there is no pending search that could have failed")
+    return replace(episode, pending=None, stop_reason="backend_error")
+
+
+def _extend(
+    episode: Episode,
+    turn: Turn,
+    *,
+    pending: str | None = None,
+    stop_reason: StopReason | None = None,
+) -> Episode:
+    turns = (*episode.turns, turn)
+    return Episode(
+        episode.question,
+        episode.protocol,
+        episode.max_searches,
+        episode.max_turns,
+        turns,
+        pending,
+        stop_reason,
+        episode.protocol.extract("".join([each.action for each in turns])),
+    )

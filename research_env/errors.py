@@ -1,0 +1,50 @@
+"""The errors of this package: each says what was wrong, with which value, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class ResearchEnvError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class UnknownNameError(ResearchEnvError, ValueError):
+    """A data set, split, protocol, reward, template or retriever that does not exist."""
+
+    def __init__(self, what: str, name: object, known: Iterable[str], hint: str = "") -> None:
+        """Name the kind of thing (``what``), the value given, and the values that exist."""
+        names = sorted(known)
+        close = get_close_matches(str(name), names, n=1)
+        guess = f" Did you mean {close[0]!r}?" if close else ""
+        extra = f" {hint}" if hint else ""
+        super().__init__(f"unknown {what} {name!r}; known: {', '.join(names)}.{guess}{extra}")
+
+
+class ConfigurationError(ResearchEnvError, ValueError):
+    """A setting whose value cannot be used, for example ``top_k=0``."""
+
+
+class DataError(ResearchEnvError, ValueError):
+    """A question file or corpus that cannot be read; the message names file, line and cure."""
+
+
+class DataNotFoundError(ResearchEnvError, FileNotFoundError):
+    """A data set that is neither in a local folder nor on a hub that answers."""
+
+
+class StaleIndexError(ResearchEnvError):
+    """An index that is truncated, of another version, or made for another corpus."""
+
+
+class ActionError(ResearchEnvError, TypeError):
+    """An action that is not text."""
+
+
+class EpisodeError(ResearchEnvError, RuntimeError):
+    """A step before reset, or after the end of the episode."""
+
+
+class RetrievalError(ResearchEnvError):
+    """The search engine could not answer; never evidence (the episode becomes void)."""

@@ -1,0 +1,255 @@
+"""What the single and the vector environment share: questions, engine, rules, reward, reports.
+
+A :class:`Game` is made once from the keyword arguments of an environment and does not change. It
+starts an episode, asks the engine for the pending ones, and reports on an episode in Gymnasium's
+terms; what happens in between is :mod:`research_env.episode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple, TypedDict, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from research_env.datasets.base import Dataset, Question
+from research_env.episode import Episode, fail, observe
+from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
+from research_env.prompts import messages, prompt
+from research_env.protocol import Protocol, protocol
+from research_env.retrieval.base import Hit, Retriever
+from research_env.rewards import Reward, episode_metrics, reward
+
+
+class Settings(TypedDict, total=False):
+    """The keyword arguments of both environments; see :class:`research_env.env.SearchQAEnv`."""
+
+    dataset: str | Dataset
+    split: str
+    questions: str | None
+    corpus: str | None
+    hops: int | Sequence[int] | None
+    world_seed: int
+    retriever: str | Retriever | None
+    top_k: int | None
+    protocol: str | Protocol
+    reward: str | Reward | None
+    template: str
+    max_searches: int | None
+    max_turns: int | None
+
+
+class Report(NamedTuple):
+    """What ``step`` returns, in its order."""
+
+    observation: str
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Game:
+    """The fixed part of an environment; pickled as its settings, so that no connection travels."""
+
+    settings: Settings
+    questions: Sequence[Question]
+    retriever: Retriever
+    protocol: Protocol
+    reward: Reward
+    template: str
+    top_k: int
+    max_searches: int | None
+    max_turns: int | None
+    by_id: dict[str, int] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Callable[[Settings], Game], tuple[Settings]]:
+        return _again, (self.settings,)
+
+    def index(self, seed: int, episode: int) -> int:
+        """Which question the numbered episode asks, in the order drawn from the seed.
+
+        Every ``len(questions)`` episodes are one pass over all questions, each pass in another
+        order; the result depends on seed and number alone.
+
+        Raises:
+            ConfigurationError: the number is not an integer from 0 on.
+        """
+        if not isinstance(episode, int | np.integer) or episode < 0:
+            raise ConfigurationError(f"an episode's number is an integer from 0 on, not {episode}")
+        epoch, at = divmod(int(episode), len(self.questions))
+        return int(_permutation(seed, epoch, len(self.questions))[at])
+
+    def index_of(self, question_id: str) -> int:
+        """Which question has this id.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        if not self.by_id:
+            self.by_id.update((each.id, i) for i, each in enumerate(self.questions))
+        if question_id not in self.by_id:
+            raise ConfigurationError(
+                f"no question has the id {question_id!r}; there are {len(self.questions)}, "
+                f"the first is {self.questions[0].id!r}"
+            )
+        return self.by_id[question_id]
+
+    def start(self, index: int) -> tuple[Episode, str, dict[str, Any]]:
+        """A new episode of a question, its prompt, and the info of ``reset``."""
+        question = self.questions[index]
+        episode = Episode(question, self.protocol, self.max_searches, self.max_turns)
+        info = _info(episode, messages(self.protocol, self.template, question.question))
+        return episode, prompt(self.protocol, self.template, question.question), info
+
+    def search(self, queries: Sequence[str]) -> list[list[Hit] | RetrievalError]:
+        """Ask the engine once for a batch; an error of the whole batch is that of each query."""
+        try:
+            return self.retriever.search(queries, self.top_k)
+        except RetrievalError as error:
+            return [error] * len(queries)
+
+    def report(self, episode: Episode) -> Report:
+        """What ``step`` returns after the last turn of an episode that is not pending.
+
+        The reward comes at the end, and is 0 where the engine failed. Metrics come with it.
+        """
+        info = _info(episode, [])
+        if not episode.over:
+            return Report(episode.turns[-1].observation, 0.0, False, False, info)
+        info["prediction"] = episode.prediction or ""
+        info["answers"] = episode.question.answers
+        info["stop_reason"] = episode.stop_reason
+        info["void"] = episode.void
+        if not episode.void:
+            info["metrics"] = episode_metrics(episode)
+        earned = 0.0 if episode.void else float(self.reward(episode))
+        return Report("", earned, not episode.truncated, episode.truncated, info)
+
+    def transcript(self, episode: Episode) -> str:
+        """The prompt, all that was written and observed, and at the end its reason and reward."""
+        text = prompt(self.protocol, self.template, episode.question.question)
+        text += "".join(turn.action + turn.observation for turn in episode.turns)
+        return text + self.closing(episode)
+
+    def closing(self, episode: Episode) -> str:
+        """The last line of a transcript; empty while the episode goes on."""
+        if not episode.over:
+            return ""
+        return f"\n[{episode.stop_reason}, reward {self.report(episode).reward:g}]\n"
+
+    def close(self) -> None:
+        """Close the retriever, unless it was given as an object: then it is its owner's."""
+        if not hasattr(self.settings.get("retriever"), "search"):
+            self.retriever.close()
+
+
+def settle(episode: Episode, found: list[Hit] | RetrievalError) -> Episode:
+    """The pending episode with what the engine said: hits, or a failure that makes it void."""
+    return fail(episode) if isinstance(found, RetrievalError) else observe(episode, found)
+
+
+def make_game(**settings: Unpack[Settings]) -> Game:
+    """Read the data, open the engine, check every setting.
+
+    Raises:
+        ResearchEnvError: a setting that cannot be used; the message says which and what to do.
+    """
+    for name in settings:
+        if name not in Settings.__annotations__:
+            raise UnknownNameError("argument", name, Settings.__annotations__)
+    rules = protocol(settings.get("protocol", "research"))
+    chosen = settings.get("reward")
+    scored = reward(rules.reward if chosen is None else chosen)
+    top_k = _given(settings, "top_k", rules.top_k, 1)
+    max_searches = _given(settings, "max_searches", rules.max_searches, 0)
+    max_turns = _given(settings, "max_turns", rules.max_turns, 1)
+    asked = settings.get("max_searches")
+    if asked is not None and max_turns is not None and asked >= max_turns:
+        raise ConfigurationError(
+            f"max_searches={asked} cannot be used up within max_turns={max_turns}, the last of "
+            f"which cannot search; set max_turns={asked + 1}"
+        )
+    template = settings.get("template", "base")
+    prompt(rules, template, "")  # an unknown template is refused here, not at the first reset
+
+    data = _load(settings)
+    if not data.questions:
+        raise ConfigurationError(f"the data set {data.name!r} has no question for {settings}")
+    return Game(
+        settings=settings,
+        questions=data.questions,
+        retriever=_open(settings.get("retriever"), data),
+        protocol=rules,
+        reward=scored,
+        template=template,
+        top_k=5 if top_k is None else top_k,
+        max_searches=max_searches,
+        max_turns=max_turns,
+    )
+
+
+def _again(settings: Settings) -> Game:
+    return make_game(**settings)
+
+
+def _given(settings: Settings, name: str, default: int | None, least: int) -> int | None:
+    value: Any = settings.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigurationError(f"{name} is an integer from {least} on, not {value!r}")
+    return value
+
+
+def _load(settings: Settings) -> Dataset:
+    name = settings.get("dataset", "miniworld")
+    if isinstance(name, Dataset):
+        return name
+    from research_env.datasets import load_dataset  # noqa: PLC0415 (readers are not always needed)
+
+    return load_dataset(
+        name,
+        split=settings.get("split", "train"),
+        hops=settings.get("hops"),
+        questions=settings.get("questions"),
+        corpus=settings.get("corpus"),
+        world_seed=settings.get("world_seed", 0),
+    )
+
+
+def _open(retriever: str | Retriever | None, data: Dataset) -> Retriever:
+    if retriever is not None and not isinstance(retriever, str):
+        return retriever
+    from research_env.retrieval import open_retriever  # noqa: PLC0415 (nor are the engines)
+
+    return open_retriever(retriever, data.corpus)
+
+
+@lru_cache(maxsize=8)
+def _permutation(seed: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def _info(episode: Episode, chat: list[dict[str, str]]) -> dict[str, Any]:
+    """Constant keys and types, so that infos of many environments batch into arrays."""
+    turn = episode.turns[-1] if episode.turns else None
+    hits = turn.hits if turn else ()
+    return {
+        "question_id": episode.question.id,
+        "question": episode.question.question,
+        "messages": chat,
+        "query": (turn.query or "") if turn else "",
+        "passage_ids": tuple([hit.passage.id for hit in hits]),
+        "passage_titles": tuple([hit.passage.title for hit in hits]),
+        "passage_scores": tuple([hit.score for hit in hits]),
+        "prediction": "",
+        "answers": (),
+        "metrics": {},
+        "stop_reason": "",
+        "void": False,
+    }

@@ -1,0 +1,128 @@
+"""Search engines, named by strings such as ``embedded:DIR``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from research_env.cache import cache_folder
+from research_env.errors import ConfigurationError, UnknownNameError
+from research_env.retrieval.base import Hit, Passage, Retriever
+
+if TYPE_CHECKING:
+    from research_env.datasets.base import Corpus
+
+__all__ = ["SCHEMES", "Hit", "Passage", "Retriever", "index_corpus", "open_retriever"]
+
+
+def open_retriever(url: str | None, corpus: Corpus | None) -> Retriever:
+    """Open the search engine that a string names.
+
+    - None: the embedded engine over ``corpus``, indexed once into the cache folder (see
+      :func:`research_env.cache.cache_folder`), again when the corpus changes.
+    - ``embedded:DIR``: the index in that folder, which must be of ``corpus``; made if there is
+      none. ``embedded:DIR?corpus=any``: the index whatever its corpus, for example a whole
+      Wikipedia instead of the data set's own passages.
+
+    Args:
+        url: as above.
+        corpus: that of the data set; None where it has none.
+
+    Raises:
+        UnknownNameError: no such kind of engine; the message lists those that exist.
+        ConfigurationError: there is nothing to search in.
+        StaleIndexError: the index is truncated, of another version, or for another corpus.
+        DataError: the corpus cannot be read.
+    """
+    if url is None:
+        if corpus is None:
+            raise ConfigurationError(
+                "this data set has no corpus of its own; give corpus=PATH, or a retriever such as "
+                "'embedded:DIR?corpus=any'"
+            )
+        return _embedded(str(default_index(corpus)), corpus, heal=True)
+    scheme, _, rest = url.partition(":")
+    if scheme not in SCHEMES:
+        raise UnknownNameError("retriever", url, [f"{known}:..." for known in SCHEMES])
+    return SCHEMES[scheme](rest, corpus)
+
+
+def default_index(corpus: Corpus) -> Path:
+    """The folder in the cache for the index of a corpus."""
+    name = "".join(c if c.isalnum() or c in "-." else "_" for c in corpus.name)[:60]
+    return cache_folder() / "indexes" / f"{name}-{corpus.fingerprint()[:16]}"
+
+
+def index_corpus(corpus: Corpus, folder: str | Path) -> int:
+    """Make sure that a folder holds the index of a corpus, with a progress bar in a terminal.
+
+    Returns:
+        The number of passages. For the errors see
+        :func:`research_env.retrieval.embedded.build_index`.
+    """
+    from research_env.retrieval.embedded import build_index  # noqa: PLC0415 (loads the engine)
+
+    with _progress(corpus) as report:
+        return build_index(corpus, folder, report)
+
+
+def _embedded(rest: str, corpus: Corpus | None, heal: bool = False) -> Retriever:
+    from research_env.errors import StaleIndexError  # noqa: PLC0415
+    from research_env.retrieval.embedded import EmbeddedRetriever  # noqa: PLC0415
+
+    folder, mark, option = rest.partition("?")
+    if mark and option != "corpus=any":
+        raise UnknownNameError("option of embedded", option, ["corpus=any"])
+    if not folder:
+        raise ConfigurationError("'embedded:' needs a folder, as in 'embedded:indexes/wiki18'")
+    if mark:
+        return EmbeddedRetriever(folder)
+    if corpus is not None and not Path(folder).exists():
+        index_corpus(corpus, folder)
+    try:
+        return EmbeddedRetriever(folder, corpus)
+    except StaleIndexError:
+        if not heal or corpus is None:  # a user's own index is not made again unasked
+            raise
+    index_corpus(corpus, folder)
+    return EmbeddedRetriever(folder, corpus)
+
+
+SCHEMES: dict[str, Callable[[str, Corpus | None], Retriever]] = {"embedded": _embedded}
+
+
+@contextmanager
+def _progress(corpus: Corpus) -> Iterator[Callable[[int], None]]:
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console  # noqa: PLC0415  (only where somebody looks)
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("indexing {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    start = time.perf_counter()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        total = len(corpus) if isinstance(corpus, Sized) else None
+        task = bar.add_task(corpus.name, total=total, rate="")
+
+        def report(count: int) -> None:
+            rate = count / (time.perf_counter() - start)
+            bar.update(task, completed=count, rate=f"{rate:,.0f} passages/s")
+
+        yield report

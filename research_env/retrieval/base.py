@@ -1,0 +1,49 @@
+"""What a retriever is: passages, scored hits, and one method that answers a batch of queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from research_env.errors import RetrievalError
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One unit of retrieval: an id that is unique in its corpus, a title, and a text."""
+
+    id: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A passage that a search returned, with the engine's score (higher is better)."""
+
+    passage: Passage
+    score: float
+
+
+class Retriever(Protocol):
+    """Anything that answers queries with passages. One new file makes a new one."""
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+        """Answer every query of a batch.
+
+        Args:
+            queries: texts of a model, searched as words; nothing in them is syntax.
+            top_k: the most hits a query may return, best first.
+
+        Returns:
+            One entry a query, in order: its hits, or the error that befell that query alone.
+
+        Raises:
+            RetrievalError: the whole batch could not be answered.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release files and connections; calling it twice is harmless."""
+        ...

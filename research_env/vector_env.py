@@ -1,0 +1,314 @@
+"""The environment for many episodes at a time: in lockstep, or each at its own pace."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Unpack
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from research_env.episode import Episode, advance
+from research_env.errors import (
+    ActionError,
+    ConfigurationError,
+    EpisodeError,
+    RetrievalError,
+    UnknownNameError,
+)
+from research_env.game import Settings, make_game, settle
+from research_env.retrieval.base import Hit
+from research_env.searches import Searches
+from research_env.spaces import UnicodeText
+
+Mask = npt.NDArray[np.bool_]
+Rewards = npt.NDArray[np.float64]
+
+
+class StepResult(NamedTuple):
+    """What ``step`` would return, for one sub-environment."""
+
+    env_id: int
+    observation: str
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: dict[str, Any]
+
+
+class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[Any]]):
+    """Many :class:`~research_env.env.SearchQAEnv` that share data, engine and searches.
+
+    ``step`` plays in lockstep and asks the engine once for all sub-environments that search.
+    ``send`` and ``recv`` (after EnvPool, Weng et al. 2022) let each go at its own pace: the
+    searches run in the background, the same query of several is asked once, and batches are
+    bounded in size and waiting time. Either way the results are those of single environments.
+
+    The arguments are those of the single environment and:
+
+    - ``num_envs``: how many sub-environments.
+    - ``autoreset_mode``: NextStep (default), SameStep, Disabled; see Gymnasium's AutoresetMode.
+    - ``max_batch``: the most queries that the engine is asked at once.
+    - ``max_wait``: seconds that a query sent in the background waits for others to join it.
+
+    One seed, one order of questions for all: without options sub-environment i asks the episodes
+    i, i + num_envs, i + 2 num_envs, ... of that order, whatever the pace of each. A group of
+    samples of one question is ``reset(options={"episodes": [n, n, n, ...]})``.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["ansi"]}  # noqa: RUF012 (Gymnasium's own type)
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        autoreset_mode: str | AutoresetMode = "NextStep",
+        max_batch: int = 256,
+        max_wait: float = 0.002,
+        render_mode: str | None = None,
+        **settings: Unpack[Settings],
+    ) -> None:
+        """Make the sub-environments; see the class for the arguments.
+
+        Raises:
+            ResearchEnvError: a setting that cannot be used; the message says which and what to do.
+        """
+        modes = {mode.value: mode for mode in AutoresetMode}
+        if autoreset_mode not in (*modes, *AutoresetMode):
+            raise UnknownNameError("autoreset mode", autoreset_mode, modes)
+        mode = AutoresetMode(autoreset_mode)
+        if render_mode not in (None, "ansi"):
+            raise UnknownNameError("render mode", render_mode, ["ansi"])
+        if num_envs < 1 or max_batch < 1 or max_wait < 0:
+            raise ConfigurationError(
+                f"num_envs and max_batch are at least 1 and max_wait at least 0, not "
+                f"{num_envs}, {max_batch} and {max_wait}"
+            )
+        self.num_envs = num_envs
+        self.render_mode = render_mode
+        self.metadata = {**type(self).metadata, "autoreset_mode": mode}
+        self._mode = mode
+        self._max_batch = max_batch
+        self._max_wait = max_wait
+        self._lock = threading.Lock()  # the engine is asked by one thread at a time
+        self._game = make_game(**settings)
+        self.single_action_space = UnicodeText(terminators=self._game.protocol.terminators)
+        self.single_observation_space = UnicodeText()
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self._episodes: list[Episode | None] = [None] * num_envs
+        self._next = list(range(num_envs))
+        self._searches: Searches[tuple[int, Episode]] | None = None
+        self._ready: list[StepResult] = []
+        self._sent: set[int] = set()
+
+    @property
+    def num_tasks(self) -> int:
+        """How many questions there are: episodes 0 to ``num_tasks - 1`` ask each once."""
+        return len(self._game.questions)
+
+    @property
+    def episodes(self) -> tuple[Episode | None, ...]:
+        """The episodes as they stand; None before a first reset."""
+        return tuple(self._episodes)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """Start episodes, of all sub-environments or of some.
+
+        What a sub-environment had sent and not yet received is dropped.
+
+        Args:
+            seed: draws the order of the questions, for all sub-environments alike.
+            options: ``{"episodes": [...]}``, the number of each one's episode in that order, and
+                ``{"reset_mask": [...]}``, which of them to reset (num_envs booleans).
+
+        Returns:
+            The prompts, empty where a sub-environment was not reset, and the infos.
+
+        Raises:
+            ConfigurationError: an unknown option, or one of the wrong length.
+        """
+        super().reset(seed=seed)
+        if seed is not None:
+            self._next = list(range(self.num_envs))
+        rest = dict(options or {})
+        chosen = self._chosen(rest.pop("reset_mask", None))
+        numbers = rest.pop("episodes", None)
+        if rest:
+            raise ConfigurationError(
+                f"reset takes the options 'episodes' and 'reset_mask', not {sorted(rest)}"
+            )
+        if numbers is not None and len(numbers) != self.num_envs:
+            raise ConfigurationError(
+                f"'episodes' has {len(numbers)} numbers for {self.num_envs} sub-environments"
+            )
+        self._sent.difference_update(chosen)
+        self._ready = [result for result in self._ready if result.env_id not in chosen]
+
+        observations = [""] * self.num_envs
+        infos: dict[str, Any] = {}
+        for i in chosen:
+            observations[i], info = self._begin(i, None if numbers is None else int(numbers[i]))
+            infos = self._add_info(infos, info, i)
+        return tuple(observations), infos
+
+    def step(
+        self, actions: Sequence[str], mask: Mask | Sequence[bool] | None = None
+    ) -> tuple[
+        tuple[str, ...], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], dict[str, Any]
+    ]:
+        """Take an action of each sub-environment, with one search for all that search.
+
+        Args:
+            actions: num_envs texts.
+            mask: which sub-environments take theirs (num_envs booleans; None: all). The others
+                stay as they are: an empty observation, reward 0, no info.
+
+        Returns:
+            observations, rewards, terminations, truncations (num_envs each), infos.
+
+        Raises:
+            ActionError: an action is not a string; then no sub-environment has moved.
+            EpisodeError: a sub-environment is not reset, is over (mode Disabled), or has sent.
+        """
+        if isinstance(actions, str) or len(actions) != self.num_envs:
+            raise ActionError(
+                f"step takes {self.num_envs} texts, one a sub-environment, not {actions!r:.80}"
+            )
+        moved = {i: self._advance(i, actions[i]) for i in self._chosen(mask)}
+        asked = {i: each.pending for i, each in moved.items() if each and each.pending}
+        queries = list(dict.fromkeys(asked.values()))
+        found = dict(zip(queries, self._search(queries), strict=True))
+
+        observations = [""] * self.num_envs
+        rewards = np.zeros(self.num_envs, dtype=np.float64)
+        terminations = np.zeros(self.num_envs, dtype=np.bool_)
+        truncations = np.zeros(self.num_envs, dtype=np.bool_)
+        infos: dict[str, Any] = {}
+        for i, episode in moved.items():
+            settled = settle(episode, found[asked[i]]) if episode and i in asked else episode
+            _, observations[i], rewards[i], terminations[i], truncations[i], info = self._conclude(
+                i, settled
+            )
+            infos = self._add_info(infos, info, i)
+        return tuple(observations), rewards, terminations, truncations, infos
+
+    def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
+        """Take actions of some sub-environments; their searches run in the background.
+
+        Raises:
+            ActionError: an action is not a string; then no sub-environment has moved.
+            EpisodeError: as in ``step``.
+        """
+        moved: dict[int, Episode | None] = {}
+        for i, action in zip(env_ids, actions, strict=True):
+            if i in moved:
+                raise EpisodeError(f"sub-environment {i} is sent two actions at once")
+            moved[int(i)] = self._advance(int(i), action)
+        for i, episode in moved.items():
+            self._sent.add(i)
+            if episode is None or episode.pending is None:
+                self._ready.append(self._conclude(i, episode))
+                continue
+            if self._searches is None:
+                self._searches = Searches(self._search, self._max_batch, self._max_wait)
+            self._episodes[i] = episode
+            self._searches.submit((i, episode), episode.pending)
+
+    def recv(self, timeout: float | None = None, min_results: int = 1) -> list[StepResult]:
+        """The results that are ready, in the order in which they became so.
+
+        Args:
+            timeout: seconds to wait for ``min_results`` of them; None: as long as it takes.
+            min_results: how many to wait for (all that were sent, where that is fewer).
+
+        Returns:
+            Perhaps more than asked for; fewer when time is up; none when nothing was sent.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self._searches is not None:
+            if len(self._ready) >= min(min_results, len(self._sent)):
+                wait: float | None = 0
+            else:
+                wait = None if deadline is None else max(0, deadline - time.monotonic())
+            taken = self._searches.take(wait)
+            if taken is None:
+                break
+            (i, asked), found = taken
+            if self._episodes[i] is not asked:
+                continue  # it was reset in the meantime
+            if isinstance(found, Exception) and not isinstance(found, RetrievalError):
+                self._sent.discard(i)
+                raise found
+            self._ready.append(self._conclude(i, settle(asked, found)))
+        results, self._ready = self._ready, []
+        self._sent.difference_update(result.env_id for result in results)
+        return results
+
+    def render(self) -> tuple[str, ...] | None:
+        """The transcripts so far in mode ``ansi``."""
+        if self.render_mode != "ansi":
+            return None
+        return tuple(self._game.transcript(each) if each else "" for each in self._episodes)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Stop the background searches and release the search engine."""
+        if self._searches is not None:
+            self._searches.close()
+        self._game.close()
+
+    def _chosen(self, mask: Mask | Sequence[bool] | None) -> list[int]:
+        if mask is None:
+            return list(range(self.num_envs))
+        if len(mask) != self.num_envs:
+            raise ConfigurationError(
+                f"a mask has {len(mask)} entries for {self.num_envs} sub-environments"
+            )
+        return [i for i, chosen in enumerate(mask) if chosen]
+
+    def _begin(self, i: int, number: int | None = None) -> tuple[str, dict[str, Any]]:
+        number = self._next[i] if number is None else number
+        index = self._game.index(int(self.np_random_seed or 0), number)
+        self._episodes[i], observation, info = self._game.start(index)
+        self._next[i] = number + self.num_envs
+        return observation, info
+
+    def _advance(self, i: int, action: str) -> Episode | None:
+        """The episode after an action; None: it was over, and the action is spent on a reset."""
+        if not 0 <= i < self.num_envs:
+            raise EpisodeError(f"there is no sub-environment {i}, only 0 to {self.num_envs - 1}")
+        episode = self._episodes[i]
+        if episode is None:
+            raise EpisodeError(f"sub-environment {i} has no episode yet; call reset first")
+        if i in self._sent:
+            raise EpisodeError(f"sub-environment {i} has sent an action; call recv first")
+        if episode.over and self._mode is AutoresetMode.NEXT_STEP:
+            return None
+        return advance(episode, action)
+
+    def _search(self, queries: Sequence[str]) -> list[list[Hit] | RetrievalError]:
+        """Ask the engine, from one thread at a time and not too much at once."""
+        size = self._max_batch
+        with self._lock:
+            parts = [
+                self._game.search(queries[at : at + size]) for at in range(0, len(queries), size)
+            ]
+        return [found for part in parts for found in part]
+
+    def _conclude(self, i: int, episode: Episode | None) -> StepResult:
+        if episode is None:
+            observation, info = self._begin(i)
+            return StepResult(i, observation, 0.0, False, False, info)
+        self._episodes[i] = episode
+        report = self._game.report(episode)
+        if not episode.over or self._mode is not AutoresetMode.SAME_STEP:
+            return StepResult(i, *report)
+        observation, info = self._begin(i)
+        info |= {"final_obs": report.observation, "final_info": report.info}
+        return StepResult(i, observation, report.reward, report.terminated, report.truncated, info)

@@ -1,0 +1,60 @@
+"""A tiny data set and engines that tests can steer; importable by name, so that they pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from research_env import Dataset, Hit, Passage, Question
+from research_env.errors import RetrievalError
+
+QUESTIONS = tuple(
+    Question(
+        id=f"q{i}",
+        question=f"Who founded company {i}?",
+        answers=(f"Founder {i}", f"F. {i}"),
+        supporting=(f"p{i}",),
+    )
+    for i in range(5)
+)
+DATASET = Dataset("tiny", QUESTIONS, None)
+
+
+def hit(number: int, text: str = "", title: str = "", score: float = 1.0) -> Hit:
+    return Hit(Passage(f"p{number}", title or f"Title {number}", text or f"Text {number}."), score)
+
+
+class Engine:
+    """Finds passages by the numbers in a query; remembers its batches.
+
+    "fail" in a query fails that query, "down" the whole batch, "crash" is a bug.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[str, ...]] = []
+        self.closed = 0
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+        self.batches.append(tuple(queries))
+        if any("down" in query for query in queries):
+            raise RetrievalError("the engine is down")
+        if any("crash" in query for query in queries):
+            raise ZeroDivisionError("a bug in the retriever")
+        return [self._answer(query, top_k) for query in queries]
+
+    def close(self) -> None:
+        self.closed += 1
+
+    @staticmethod
+    def _answer(query: str, top_k: int) -> list[Hit] | RetrievalError:
+        if "fail" in query:
+            return RetrievalError(f"no answer for {query!r}")
+        numbers = [int(word) for word in query.split() if word.isdecimal() and len(word) < 4]
+        return [hit(n, text=f"About {query} number {n}.", score=9.0 - n) for n in numbers][:top_k]
+
+
+def search(query: str) -> str:
+    return f"<think>I look it up.</think><search>{query}</search>"
+
+
+def answer(text: str) -> str:
+    return rf"<think>I know.</think><answer>It is \boxed{{{text}}}</answer>"

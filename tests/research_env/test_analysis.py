@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from research_env.retrieval.analysis import MAX_WORD_LENGTH, STOP_WORDS, _term, analyze, words
+
+# Made with org.apache.lucene.analysis.en.EnglishAnalyzer of Lucene 9.12.2, the version inside
+# Elasticsearch 8.19: sentences of many scripts, random strings of separators, 2,000 English words.
+LUCENE = [
+    json.loads(line)
+    for line in Path(__file__).with_name("lucene_english.jsonl").read_text("utf-8").splitlines()
+]
+
+
+def test_terms_are_those_of_lucene() -> None:
+    assert len(LUCENE) == 248
+    for case in LUCENE:
+        assert analyze(case["text"]) == case["terms"], case["text"]
+
+
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        ("The Beatles' song", ["beatl", "song"]),
+        ("O’Neil’s U.S. can't", ["o’neil", "u.", "can't"]),
+        ("12:30 a:b 1,000.5 x,y", ["12", "30", "a:b", "1,000.5", "x", "y"]),
+        ("possibly technology us", ["possibl", "technolog", "us"]),
+        ("the of and", []),
+        ("", []),
+        ("東京 タワー", ["東", "京", "タワー"]),
+    ],
+)
+def test_hand_worked_terms(text: str, terms: list[str]) -> None:
+    assert analyze(text) == terms
+
+
+def test_there_are_lucenes_33_stop_words() -> None:
+    assert len(STOP_WORDS) == 33
+
+
+def test_a_long_word_is_cut_into_pieces() -> None:
+    assert [len(word) for word in words("x" * 600)] == [255, 255, 90]
+
+
+@given(st.text(st.characters(codec=None), max_size=60))
+def test_terms_of_any_text_are_words_that_an_index_can_hold(text: str) -> None:
+    for term in analyze(text):
+        assert term
+        assert len(term) <= MAX_WORD_LENGTH
+        assert not any(c.isspace() for c in term)
+        term.encode("utf-8")  # no half of a surrogate pair
+
+
+@given(st.text(st.sampled_from("ab1_.,:;' -"), max_size=30))
+def test_ascii_has_no_rules_of_its_own(text: str) -> None:
+    # a letter that is not ASCII, set apart, sends the same text through the general rules
+    assert words(text + " é") == [*words(text), "é"]
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    cases = LUCENE[148:]  # the English words; their terms are forgotten, so that all stem anew
+    _term.cache_clear()
+    wrong: list[str] = []
+
+    def work() -> None:
+        wrong.extend(case["text"] for case in cases if analyze(case["text"]) != case["terms"])
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

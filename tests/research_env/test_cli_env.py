@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from research_env.cli import main
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RESEARCH_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "passages.jsonl"
+    rows = [
+        {"id": "c", "title": "Citibank", "text": "Citibank was founded in [red]1812[/red]."},
+        {"id": "m", "title": "Madison", "text": "Madison was president from 1809 to 1817."},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def refused(*arguments: str) -> int | str | None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    return stopped.value.code
+
+
+@pytest.mark.parametrize("command", [[], ["index"], ["search"], ["play"], ["datasets"]])
+def test_help_teaches_with_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(*command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert "For example" in shown
+    assert f"research-env {' '.join(command)}".strip() in shown
+
+
+def test_index_then_search(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "index"
+    main(["index", "--corpus", str(corpus), "--to", str(folder)])
+    assert f"2 passages of passages.jsonl in {folder}" in capsys.readouterr().out
+    main(["index", "--corpus", str(corpus), "--to", f"embedded:{folder}", "--json"])
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["passages"], summary["built"], summary["index"]) == (2, False, str(folder))
+    main(["search", "founded Citibank", "--retriever", f"embedded:{folder}"])
+    shown = capsys.readouterr().out
+    assert "Citibank was founded in [red]1812[/red]." in shown
+    assert "Madison" not in shown
+
+
+def test_in_a_terminal_a_progress_bar_tells_the_rate(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    main(["index", "--corpus", str(corpus), "--to", str(tmp_path / "index")])
+    assert isinstance(sys.stderr, Terminal)
+    shown = sys.stderr.getvalue()
+    assert "indexing passages.jsonl" in shown
+    assert "2/2" in shown
+    assert "passages/s" in shown
+
+
+def test_search_as_json_a_line_a_query(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["search", "citibank", "president 1812", "the", "--corpus", str(corpus), "--json"])
+    first, second, third = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [hit["id"] for hit in first["hits"]] == ["c"]
+    assert {hit["id"] for hit in second["hits"]} == {"c", "m"}
+    assert third == {"query": "the", "hits": []}
+    assert set(first["hits"][0]) == {"score", "id", "title", "text"}
+
+
+def test_an_index_of_the_command_is_the_one_that_an_environment_uses(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(["index", "--dataset", "miniworld", "--json"])
+    index = Path(json.loads(capsys.readouterr().out)["index"])
+    made = (index / "meta.json").stat().st_mtime_ns
+    main(["search", "anything", "--dataset", "miniworld", "--json"])
+    assert [path.name for path in index.parent.iterdir() if path.is_dir()] == [index.name]
+    assert (index / "meta.json").stat().st_mtime_ns == made
+
+
+def test_datasets_tells_what_is_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "data" / "bamboogle"
+    folder.mkdir(parents=True)
+    row = {"id": "b", "question": "Who?", "answers": ["Ann"], "split": "test"}
+    (folder / "questions.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    main(["datasets", "--json"])
+    told = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert told["bamboogle"]["found"] == str(folder)
+    assert told["bamboogle"]["splits"] == {"test": 1}
+    assert told["musique"] == {"name": "musique", "found": None, "splits": {}, "passages": None}
+    assert told["miniworld"]["passages"] >= 1_000
+    main(["datasets"])
+    assert "RESEARCH_DATA" in capsys.readouterr().out
+
+
+def test_play_with_piped_input(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = (
+        "<think>\nI look it up.\n</think>\n<search>city</search>\n\n"
+        "<think>x</think>\n<answer>\\boxed{1}</answer>"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO(written))
+    main(["play", "ReSearch-MiniWorld-v0", "--env-args", "split=dev", "top_k=2", "--seed", "3"])
+    shown = capsys.readouterr().out
+    assert "<result>" in shown
+    assert "reward 0.1" in shown  # the format holds, the answer is wrong
+    assert "'searches': 1.0" in shown
+    assert "stop_reason: answer" in shown
+
+
+def test_play_when_the_input_ends_early(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("<search>city</search>\n"))
+    main(["play", "ReSearch-MiniWorld-v0"])
+    assert "the input ended before the episode did" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["search", "x"], "either --dataset NAME or --corpus FILE"),
+        (["search", "--dataset", "miniworld"], "give a query"),
+        (["search", "x", "--dataset", "minworld"], "unknown data set 'minworld'"),
+        (["search", "x", "--corpus", "none.jsonl"], "no file none.jsonl"),
+        (["search", "x", "--retriever", "embedded:none"], "is no index"),
+        (["search", "x", "--retriever", "solr:x"], "unknown retriever 'solr:x'"),
+        (["search", "x", "--dataset", "miniworld", "--top-k", "0"], "top_k=0"),
+        (["index"], "either --dataset NAME or --corpus FILE"),
+        (["index", "--dataset", "miniworld", "--to", "solr:x"], "place for an index 'solr:x'"),
+        (["index", "--dataset", "miniworld", "--to", "/dev/null/x"], "File exists: '/dev/null'"),
+        (["play", "CartPole-v9"], "unknown environment 'CartPole-v9'; known: ReSearch"),
+        (["play", "ReSearch-MiniWorld-v0", "--env-args", "split"], "KEY=VALUE, not 'split'"),
+        (["play", "ReSearch-MiniWorld-v0", "--env-args", "split=x"], "'x'; known: dev, train"),
+        (["play", "SearchQA-v0"], "needs questions=PATH"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(*arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("research-env: ")
+    assert message in line
+
+
+def test_ctrl_c_is_quiet() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "research_env.cli", "play", "ReSearch-MiniWorld-v0"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == "research-env: interrupted\n"

@@ -1,0 +1,458 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import islice, pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from research_env.datasets import FileCorpus, load_dataset
+from research_env.errors import (
+    ConfigurationError,
+    DataError,
+    RetrievalError,
+    StaleIndexError,
+    UnknownNameError,
+)
+from research_env.retrieval import Hit, Passage, embedded, open_retriever
+from research_env.retrieval.analysis import analyze
+from research_env.retrieval.embedded import EmbeddedRetriever, build_index
+
+
+@dataclass(frozen=True)
+class ListCorpus:
+    passages: tuple[Passage, ...]
+    name: str = "list"
+
+    def __iter__(self) -> Iterator[Passage]:
+        return iter(self.passages)
+
+    def fingerprint(self) -> str:
+        return sha256(repr(self.passages).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def corpus(*texts: str, name: str = "list") -> ListCorpus:
+    return ListCorpus(tuple(Passage(f"p{i}", "", text) for i, text in enumerate(texts)), name)
+
+
+BEATLES = ListCorpus(
+    (
+        Passage("a", "The Beatles", "The Beatles were an English rock band formed in Liverpool."),
+        Passage("b", "Liverpool", "Liverpool is a city in England."),
+        Passage("c", "Rock", "A rock is a stone. A rock, a rock!"),
+        Passage("d", "", "the of and"),
+        Passage("e", "Zürich \ud800", "<b>Zürich</b> is a city\0in Switzerland."),
+    )
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def hits(engine: EmbeddedRetriever, query: str, top_k: int = 10) -> list[Hit]:
+    found = engine.search([query], top_k)[0]
+    assert not isinstance(found, RetrievalError)
+    return found
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def one_byte_length(length: int) -> int:
+    """Lucene's SmallFloat.byte4ToInt(intToByte4(length)): exact to 24, then four leading bits."""
+    if length < 24:
+        return length
+    rest = length - 24
+    drop = max(rest.bit_length() - 4, 0)
+    return 24 + (rest >> drop << drop)
+
+
+def elasticsearch_scores(passages: list[Passage], query: str) -> dict[str, float]:
+    """BM25 straight from the formula, over every passage."""
+    documents = {p.id: Counter(analyze(f"{p.title}\n{p.text}")) for p in passages}
+    documents = {id_: terms for id_, terms in documents.items() if terms}
+    average = sum(terms.total() for terms in documents.values()) / len(documents)
+    k1, b, scores = 1.2, 0.75, {}
+    for id_, terms in documents.items():
+        norm = k1 * (1 - b + b * one_byte_length(terms.total()) / average)
+        score = 0.0
+        for term in analyze(query):
+            n = sum(term in other for other in documents.values())
+            idf = math.log(1 + (len(documents) - n + 0.5) / (n + 0.5))
+            score += (k1 + 1) * idf * terms[term] / (terms[term] + norm)
+        if score > 0:
+            scores[id_] = score
+    return scores
+
+
+def test_one_byte_lengths_are_lucenes() -> None:
+    # SmallFloat.byte4ToInt(intToByte4(n)), printed by Lucene 9.12.2
+    expected = {0: 0, 23: 23, 24: 24, 39: 39, 40: 40, 41: 40, 57: 56, 100: 96, 1000: 984}
+    assert {n: one_byte_length(n) for n in expected} == expected
+
+
+def test_a_score_worked_by_hand(tmp_path: Path) -> None:
+    build_index(corpus("red red apple", "green apple", "pear"), tmp_path / "i")
+    found = hits(EmbeddedRetriever(tmp_path / "i"), "red apple")
+    # lengths 3, 2, 1, mean 2; idf(red) = ln(1 + 2.5/1.5), idf(apple) = ln(1 + 1.5/2.5)
+    # passage 0: norm 1.2 (.25 + .75 * 3/2) = 1.65; passage 1: norm 1.2
+    red, apple = math.log(1 + 2.5 / 1.5), math.log(1 + 1.5 / 2.5)
+    first = 2.2 * (red * 2 / (2 + 1.65) + apple * 1 / (1 + 1.65))
+    assert [hit.passage.id for hit in found] == ["p0", "p1"]
+    assert [hit.score for hit in found] == pytest.approx([first, 2.2 * apple / 2.2], rel=1e-6)
+
+
+WORDS = st.sampled_from(["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "the", "ibis"])
+TEXTS = st.lists(WORDS, min_size=0, max_size=60).map(" ".join)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(TEXTS, min_size=1, max_size=25), st.lists(WORDS, max_size=8).map(" ".join))
+def test_scores_and_order_are_those_of_the_formula(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], query: str
+) -> None:
+    made = corpus("one word at least", *texts)
+    folder = tmp_path_factory.mktemp("property") / "i"
+    build_index(made, folder)
+    found = hits(EmbeddedRetriever(folder), query, top_k=7)
+    expected = elasticsearch_scores(list(made), query)
+    scores = {hit.passage.id: hit.score for hit in found}
+    assert scores == pytest.approx({id_: expected[id_] for id_ in scores}, rel=1e-5)
+    assert len(found) == min(7, len(expected))
+    if len(found) < len(expected):
+        best_left = max(score for id_, score in expected.items() if id_ not in scores)
+        assert best_left <= found[-1].score * (1 + 1e-5)
+    for left, right in pairwise(found):
+        earlier = int(left.passage.id[1:]) < int(right.passage.id[1:])
+        assert left.score > right.score or (left.score == right.score and earlier)
+
+
+def test_scores_on_real_passages(
+    research_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESEARCH_DATA", str(research_data))
+    data = load_dataset("musique", split="dev")
+    assert data.corpus is not None
+    passages = list(islice(data.corpus, 200))
+    build_index(ListCorpus(tuple(passages)), tmp_path / "i")
+    engine = EmbeddedRetriever(tmp_path / "i")
+    for question in data.questions[:15]:
+        expected = elasticsearch_scores(passages, question.question)
+        found = {hit.passage.id: hit.score for hit in hits(engine, question.question, 200)}
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_recall_on_musique_is_elasticsearchs(
+    research_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESEARCH_DATA", str(research_data))
+    data = load_dataset("musique", split="dev")
+    engine = open_retriever(None, data.corpus)
+    found = engine.search([question.question for question in data.questions], 5)
+    recall = []
+    for question, passages in zip(data.questions, found, strict=True):
+        assert not isinstance(passages, RetrievalError)
+        gold = set(question.supporting)
+        recall.append(len(gold & {hit.passage.id for hit in passages}) / len(gold))
+    # an Elasticsearch 8.19.7 server: .4517 (match on title + newline + text, analyzer english)
+    assert sum(recall) / len(recall) == pytest.approx(0.4517, abs=5e-5)
+
+
+# --- hits -----------------------------------------------------------------------------------------
+
+
+def test_hits_carry_title_and_text(tmp_path: Path) -> None:
+    build_index(BEATLES, tmp_path / "i")
+    engine = EmbeddedRetriever(tmp_path / "i", BEATLES)
+    assert engine.num_passages == 5
+    assert hits(engine, "Who formed the Beatles?")[0].passage == BEATLES.passages[0]
+    assert hits(engine, "zürich")[0].passage == BEATLES.passages[4]
+    assert [hit.passage.id for hit in hits(engine, "city")] == ["b", "e"]
+
+
+def test_top_k_limits_and_may_pass_the_corpus(tmp_path: Path) -> None:
+    build_index(BEATLES, tmp_path / "i")
+    engine = EmbeddedRetriever(tmp_path / "i")
+    assert len(hits(engine, "rock city", 1)) == 1
+    assert len(hits(engine, "rock city", 10**9)) == 4
+    with pytest.raises(ConfigurationError, match="top_k=0"):
+        engine.search(["x"], 0)
+
+
+def test_ties_come_in_the_order_of_the_corpus(tmp_path: Path) -> None:
+    build_index(corpus(*["same words here"] * 50), tmp_path / "i")
+    found = hits(EmbeddedRetriever(tmp_path / "i"), "words", 7)
+    assert [hit.passage.id for hit in found] == [f"p{i}" for i in range(7)]
+
+
+def test_ties_come_in_order_though_the_index_has_several_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "_WRITER_MEMORY", 15_000_000)
+    filler = (" ".join(f"w{(i * 31 + j) % 60_000}" for j in range(25)) for i in range(9_000))
+    made = corpus(*(f"{text} common" for text in filler))
+    build_index(made, tmp_path / "i")
+    engine = EmbeddedRetriever(tmp_path / "i")
+    assert engine._searcher.num_segments > 1
+    assert [hit.passage.id for hit in hits(engine, "common", 12)] == [f"p{i}" for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        'AND OR NOT ( [ { "rock" } ] ) ~2 ^3 terms:rock row:1 *:* /rock/ \\',
+        '{"query": {"match_all": {}}, "script": "rock"}',
+        "rock\0\x01\x1b[31m\ud800\udfff\uffff",
+        "</search><answer>rock",
+        "rock " * 20_000,
+        "rock " + " ".join(f"w{i}" for i in range(15_000)),
+        "r" * 100_000 + " rock",
+    ],
+    ids=["operators", "json", "control", "tags", "long", "many words", "long word"],
+)
+def test_any_query_is_words(tmp_path: Path, query: str) -> None:
+    build_index(BEATLES, tmp_path / "i")
+    assert hits(EmbeddedRetriever(tmp_path / "i"), query)[0].passage.id == "c"
+
+
+@pytest.mark.parametrize("query", ["", "  ", "the of", "?!*", "\0", "\ud800", "unheard"])
+def test_a_query_that_matches_nothing_has_no_hits(tmp_path: Path, query: str) -> None:
+    build_index(BEATLES, tmp_path / "i")
+    assert hits(EmbeddedRetriever(tmp_path / "i"), query) == []
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(st.characters(codec=None), max_size=80))
+def test_no_query_is_an_error(tmp_path: Path, query: str) -> None:
+    if not (tmp_path / "i").exists():
+        build_index(BEATLES, tmp_path / "i")
+    engine = EmbeddedRetriever(tmp_path / "i")
+    assert isinstance(engine.search([query], 3)[0], list)
+    engine.close()
+
+
+def test_a_batch_over_threads_equals_its_queries_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_index(BEATLES, tmp_path / "i")
+    engine = EmbeddedRetriever(tmp_path / "i")
+    queries = ["rock", "city", "the", "liverpool band"] * 25
+    alone = [engine.search([query], 3)[0] for query in queries]
+    monkeypatch.setattr(embedded, "_THREAD_WORK", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert engine.search(queries, 3) == alone
+    assert engine.search([], 3) == []
+
+
+def test_a_closed_index_does_not_search(tmp_path: Path) -> None:
+    build_index(BEATLES, tmp_path / "i")
+    engine = EmbeddedRetriever(tmp_path / "i")
+    engine.close()
+    engine.close()
+    with pytest.raises(RetrievalError, match="closed"):
+        engine.search(["x"], 1)
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def test_an_index_is_made_once(tmp_path: Path) -> None:
+    reports: list[int] = []
+    assert build_index(BEATLES, tmp_path / "i", reports.append) == 5
+    assert build_index(BEATLES, tmp_path / "i", reports.append) == 5
+    assert reports == [5]
+
+
+def test_an_index_of_another_corpus_is_replaced_by_a_build_but_not_opened(tmp_path: Path) -> None:
+    other = corpus("other passages")
+    build_index(BEATLES, tmp_path / "i")
+    with pytest.raises(StaleIndexError, match=r"another corpus.*research-env index"):
+        EmbeddedRetriever(tmp_path / "i", other)
+    build_index(other, tmp_path / "i")
+    assert hits(EmbeddedRetriever(tmp_path / "i", other), "passages")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".i.lock", "i"]
+
+
+@pytest.mark.parametrize("name", ["passages.bin", "offsets.bin", "terms/*.idx", "terms/*.term"])
+@pytest.mark.parametrize("fault", ["truncate", "remove", "change"])
+def test_a_damaged_index_is_not_opened(tmp_path: Path, name: str, fault: str) -> None:
+    build_index(BEATLES, tmp_path / "i")
+    [file] = (tmp_path / "i").glob(name)
+    content = file.read_bytes()
+    if fault == "remove":
+        file.unlink()
+    else:
+        cut, flip = content[:-1], bytes([content[0] ^ 1]) + content[1:]
+        file.write_bytes(cut if fault == "truncate" else flip)
+    with pytest.raises(StaleIndexError, match=f"damaged: .*{file.name}.*research-env index"):
+        EmbeddedRetriever(tmp_path / "i")
+    build_index(BEATLES, tmp_path / "i")
+    assert hits(EmbeddedRetriever(tmp_path / "i", BEATLES), "rock")
+
+
+def test_an_index_of_an_older_version_is_not_opened(tmp_path: Path) -> None:
+    build_index(BEATLES, tmp_path / "i")
+    meta = json.loads((tmp_path / "i/meta.json").read_text())
+    (tmp_path / "i/meta.json").write_text(json.dumps(meta | {"format": 0}))
+    with pytest.raises(StaleIndexError, match=r"format 0.*research-env index"):
+        EmbeddedRetriever(tmp_path / "i")
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"format": 1}', "\0"])
+def test_what_is_no_index_is_not_opened(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(StaleIndexError, match="is no index"):
+        EmbeddedRetriever(tmp_path)
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigurationError, match="holds other things"):
+        build_index(BEATLES, tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("texts", [(), ("the", "of and")])
+def test_a_corpus_without_words_is_refused(tmp_path: Path, texts: tuple[str, ...]) -> None:
+    with pytest.raises(DataError, match="no passage with a word"):
+        build_index(corpus(*texts), tmp_path / "i")
+    assert not (tmp_path / "i").exists()
+
+
+def test_a_corpus_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "c.jsonl"
+    file.write_text('{"id": "a", "title": "", "text": "one"}\n')
+    made = FileCorpus("c", file)
+
+    def change(_: int) -> None:
+        file.write_text('{"id": "a", "title": "", "text": "one and more"}\n')
+
+    with pytest.raises(DataError, match="changed meanwhile"):
+        build_index(made, tmp_path / "i", change)
+    assert not (tmp_path / "i").exists()
+
+
+SLOW_BUILD = """
+    import sys, time
+    from pathlib import Path
+    from research_env.retrieval import Passage
+    from research_env.retrieval.embedded import build_index
+
+    class Slow:
+        name = "slow"
+        def __iter__(self):
+            for i in range(2000):
+                if i == 1500:
+                    print("half", flush=True)
+                    time.sleep(float(sys.argv[2]))
+                yield Passage(str(i), "", f"passage number {i}")
+        def fingerprint(self):
+            return "slow"
+
+    print(build_index(Slow(), sys.argv[1]), flush=True)
+"""
+
+
+def slow_build(folder: Path, seconds: float) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SLOW_BUILD), str(folder), str(seconds)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_killed_build_leaves_no_index_and_the_next_one_works(tmp_path: Path) -> None:
+    with slow_build(tmp_path / "i", 60) as build:
+        assert build.stdout is not None
+        assert build.stdout.readline() == "half\n"
+        build.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "i").exists()
+    assert list(tmp_path.glob(".i.*.building"))
+    with slow_build(tmp_path / "i", 0) as build:
+        assert build.communicate()[0] == "half\n2000\n"
+    assert hits(EmbeddedRetriever(tmp_path / "i"), "1999")
+    assert not list(tmp_path.glob(".i.*.building"))
+
+
+def test_a_build_leaves_those_of_other_indexes_alone(tmp_path: Path) -> None:
+    (tmp_path / ".i.x.0a1b2c3d.building").mkdir()  # an index "i.x" that is being made
+    (tmp_path / ".i.0a1b2c3d.building").mkdir()
+    build_index(BEATLES, tmp_path / "i")
+    assert [path.name for path in tmp_path.glob(".i.*building")] == [".i.x.0a1b2c3d.building"]
+
+
+def test_of_builds_at_the_same_time_one_works_and_all_succeed(tmp_path: Path) -> None:
+    builds = [slow_build(tmp_path / "i", 0.3) for _ in range(3)]
+    told = sorted(build.communicate()[0] for build in builds)
+    assert told == ["2000\n", "2000\n", "half\n2000\n"]
+    assert hits(EmbeddedRetriever(tmp_path / "i"), "1999")
+
+
+# --- by name --------------------------------------------------------------------------------------
+
+
+def test_the_default_index_is_made_in_the_cache_and_found_again(cache: Path) -> None:
+    open_retriever(None, BEATLES).close()
+    [folder] = (path for path in (cache / "indexes").iterdir() if path.is_dir())
+    made = (folder / "meta.json").stat().st_mtime_ns
+    engine = open_retriever(None, BEATLES)
+    assert engine.search(["rock"], 1)[0]
+    assert (folder / "meta.json").stat().st_mtime_ns == made
+
+
+def test_a_damaged_index_in_the_cache_is_made_again(cache: Path) -> None:
+    open_retriever(None, BEATLES).close()
+    [file] = cache.glob("indexes/*/passages.bin")
+    file.write_bytes(b"")
+    assert open_retriever(None, BEATLES).search(["rock"], 1)[0]
+
+
+def test_a_changed_corpus_gets_another_index(tmp_path: Path) -> None:
+    file = tmp_path / "c.jsonl"
+    file.write_text('{"id": "a", "title": "", "text": "one"}\n')
+    open_retriever(None, FileCorpus("c", file)).close()
+    file.write_text('{"id": "a", "title": "", "text": "two"}\n')
+    [found] = open_retriever(None, FileCorpus("c", file)).search(["two"], 1)
+    assert isinstance(found, list)
+    assert found[0].passage.text == "two"
+
+
+def test_an_index_of_ones_own(tmp_path: Path) -> None:
+    other = corpus("Citibank was founded in 1812", name="wiki")
+    url = f"embedded:{tmp_path / 'mine'}"
+    assert open_retriever(url, other).search(["Citibank"], 1)[0]  # made where there is none
+    assert open_retriever(url, None).search(["Citibank"], 1)[0]
+    with pytest.raises(StaleIndexError, match="another corpus"):
+        open_retriever(url, BEATLES)
+    assert open_retriever(f"{url}?corpus=any", BEATLES).search(["Citibank"], 1)[0]
+    shutil.rmtree(tmp_path / "mine")
+    with pytest.raises(StaleIndexError, match="research-env index"):
+        open_retriever(url, None)
+
+
+def test_names_that_do_not_exist() -> None:
+    with pytest.raises(UnknownNameError, match=r"retriever 'elastic:x'.*embedded:"):
+        open_retriever("elastic:x", BEATLES)
+    with pytest.raises(UnknownNameError, match="corpus=any"):
+        open_retriever("embedded:x?corpus=none", BEATLES)
+    with pytest.raises(ConfigurationError, match="needs a folder"):
+        open_retriever("embedded:", BEATLES)
+    with pytest.raises(ConfigurationError, match="no corpus of its own"):
+        open_retriever(None, None)

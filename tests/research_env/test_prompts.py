@@ -1,0 +1,96 @@
+"""The papers' prompts: exact texts, by digest and by what a reader can check."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from research_env.errors import UnknownNameError
+from research_env.prompts import TEMPLATES, messages, prompt
+from research_env.protocol import PROTOCOLS, SEARCH_R1
+
+QUESTION = "Who was president when Citibank was founded?"
+
+# First 16 hex digits of the SHA-256 of the prompt for "Q?", taken from the authors' own functions.
+DIGESTS = {
+    ("research", "base"): "52ef604b14f413b3",
+    ("research", "instruct"): "2fa246a67fd47ab7",
+    ("r1-searcher", "base"): "c1b5afb8e05f3511",
+    ("r1-searcher", "instruct"): "89df1f71c10526ff",
+    ("search-r1", "base"): "5477ed3a877077e6",
+    ("search-r1", "instruct"): "5477ed3a877077e6",
+}
+
+
+@pytest.mark.parametrize(("protocol", "template"), DIGESTS)
+def test_the_prompts_are_the_authors_to_the_letter(protocol: str, template: str) -> None:
+    text = prompt(protocol, template, "Q?")
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == DIGESTS[protocol, template]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "template", "start", "end"),
+    [
+        ("research", "base", "A conversation between User and", f"User: {QUESTION}. Assistant:"),
+        ("research", "instruct", "You are a helpful assistant that", f"\n\n{QUESTION}"),
+        ("r1-searcher", "base", "The User asks a ", f"\n\nUser:{QUESTION}\nAssistant: <think>"),
+        ("r1-searcher", "instruct", "You are a helpful ", f"\n\n{QUESTION}\n\n<think>"),
+        ("search-r1", "base", "Answer the given question. You", f"Question: {QUESTION}\n"),
+        ("search-r1", "instruct", "Answer the given question. You", f"Question: {QUESTION}\n"),
+    ],
+)
+def test_a_prompt_starts_and_ends_as_printed(
+    protocol: str, template: str, start: str, end: str
+) -> None:
+    text = prompt(protocol, template, QUESTION)
+    assert text.startswith(start)
+    assert text.endswith(end)
+
+
+def test_instruct_messages_have_the_roles_of_the_authors_code() -> None:
+    def roles(protocol: str) -> list[str]:
+        return [message["role"] for message in messages(protocol, "instruct", QUESTION)]
+
+    assert roles("research") == ["system", "user"]
+    assert roles("r1-searcher") == ["system", "user", "assistant"]
+    assert roles("search-r1") == ["user"]
+    assert messages("research", "instruct", QUESTION)[1]["content"] == QUESTION
+    assert messages("r1-searcher", "instruct", QUESTION)[2]["content"] == "<think>"
+
+
+@pytest.mark.parametrize("protocol", [*PROTOCOLS, SEARCH_R1, "one-of-your-own"])
+def test_every_protocol_has_the_bare_question(protocol: str) -> None:
+    assert prompt(protocol, "question", QUESTION) == f"{QUESTION}\n"
+    assert messages(protocol, "question", "q") == [{"role": "user", "content": "q\n"}]
+
+
+@pytest.mark.parametrize(
+    ("question", "shown"),
+    [("who is it", "who is it?"), ("  who is it?  ", "who is it?"), ("", "?"), ("why??", "why??")],
+)
+def test_search_r1_completes_the_question(question: str, shown: str) -> None:
+    assert prompt("search-r1", "base", question).endswith(f"</answer>. Question: {shown}\n")
+
+
+@pytest.mark.parametrize("template", ["base", "instruct"])
+@pytest.mark.parametrize("protocol", ["research", "r1-searcher"])
+@given(question=st.text(max_size=30) | st.sampled_from(["{question}", "{0}", "{", "%s", "\\1"]))
+def test_nothing_in_a_question_is_syntax(protocol: str, template: str, question: str) -> None:
+    marked = prompt(protocol, template, "\N{SNOWMAN}")
+    assert prompt(protocol, template, question) == marked.replace("\N{SNOWMAN}", question)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_protocol_and_its_name_give_the_same_prompt(protocol: str, template: str) -> None:
+    assert prompt(PROTOCOLS[protocol], template, "q") == prompt(protocol, template, "q")
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown template 'bse'.*instruct.*'base'"):
+        prompt("research", "bse", "q")
+    with pytest.raises(UnknownNameError, match=r"unknown protocol 'reserch'.*r1-searcher"):
+        messages("reserch", "base", "q")
