@@ -14,7 +14,12 @@ from typing import Annotated, Any, TextIO
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
-from research_env.errors import ConfigurationError, ResearchEnvError, UnknownNameError
+from research_env.errors import (
+    ConfigurationError,
+    DataNotFoundError,
+    ResearchEnvError,
+    UnknownNameError,
+)
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,7 @@ class Play:
         import gymnasium as gym  # noqa: PLC0415
 
         import research_env  # noqa: F401, PLC0415  (registers the ids)
+        from research_env.spaces import UnicodeText  # noqa: PLC0415
 
         try:
             env: gym.Env[str, str] = gym.make(self.id, **_settings(self.env_args))
@@ -159,6 +165,8 @@ class Play:
             raise UnknownNameError("environment", self.id, _text_environments()) from None
         except TypeError as error:  # a key that is no argument
             raise ConfigurationError(f"--env-args: {error}") from error
+        if not isinstance(env.observation_space, UnicodeText):
+            raise UnknownNameError("text environment", self.id, _text_environments())
         terminators = tuple(getattr(env.action_space, "terminators", ()))
         try:
             observation, _ = env.reset(seed=self.seed, options={"episode": self.episode})
@@ -208,9 +216,15 @@ class Datasets:
             folder = load.local_folder(name)
             if folder is not None:
                 row["found"] = str(folder)
-                sets = {split: load.load_dataset(name, split=split) for split in published.splits}
-                row["splits"] = {split: len(data.questions) for split, data in sets.items()}
-                corpus = next(iter(sets.values())).corpus
+                corpus = None
+                for split in published.splits:
+                    try:
+                        data = load.load_dataset(name, split=split)
+                    except (DataNotFoundError, ConfigurationError):  # a set of some splits only
+                        row["splits"][split] = 0
+                        continue
+                    row["splits"][split] = len(data.questions)
+                    corpus = corpus or data.corpus
                 row["passages"] = sum(1 for _ in corpus) if corpus is not None else 0
         if self.json:
             _print_json(rows)

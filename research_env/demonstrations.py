@@ -12,7 +12,7 @@ Skill comes first and habits last, so that the policy at the end can read and se
 does. What reinforcement learning then has to find is when to search, how long, and how to answer.
 
 The worlds are drawn from seeds of their own, and hold no name of the worlds 0 and 1 (see
-``miniworld.FAMILIES``), where the policy is to be trained and tested.
+``miniworld.OWN_SHARES``), where the policy is to be trained and tested.
 """
 
 from __future__ import annotations
@@ -34,10 +34,8 @@ from research_env.retrieval.embedded import EmbeddedRetriever, build_index
 Demonstration = list[tuple[str, str]]
 
 EPISODES_A_WORLD = 600
-ONE_PASSAGE_SHARE = 0.3  # of the demonstrations, at first: reading one passage comes before choosing
-DRILL_SHARE = 0.33  # of the demonstrations before the habits
-FACTS_A_DRILL = 8
-FIRST_SEED = 2  # the seeds FIRST_SEED + i * FAMILIES share no name with the worlds 0 and 1
+ONE_PASSAGE_SHARE = 0.3  # at first: reading one passage comes before choosing among several
+DRILL_SHARES = {"first": 0.7, "then": 0.33}  # with one passage, with several
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,7 @@ SKILLED = Habits(search=1.0, go_on=1.0, box=1.0)
 
 
 def demonstrations(
-    count: int, top_k: int, seed: int = 0, habit_share: float = 0.1, habits: Habits | None = None
+    count: int, top_k: int, seed: int = 0, habit_share: float = 0.08, habits: Habits | None = None
 ) -> Iterator[Demonstration]:
     """Make demonstrations, in the order in which they are to be learned.
 
@@ -70,14 +68,14 @@ def demonstrations(
     rng = random.Random(f"demonstrations {seed}")
     skilled = count - round(count * habit_share)
     made = 0
-    for number in range(count):
-        world = miniworld.world(FIRST_SEED + miniworld.FAMILIES * number)
+    for world in _worlds(rng):
         questions = list(miniworld.questions(world, rng, min(EPISODES_A_WORLD, count - made)))
         with tempfile.TemporaryDirectory() as folder:
             build_index(world, Path(folder) / "index")
             retriever = EmbeddedRetriever(Path(folder) / "index")
             queries = [query for question in questions for query in gold_queries(question)]
-            shown = top_k if made >= count * ONE_PASSAGE_SHARE else 1
+            first = made < count * ONE_PASSAGE_SHARE
+            shown, drills = (1, DRILL_SHARES["first"]) if first else (top_k, DRILL_SHARES["then"])
             answers = iter(retriever.search(queries, shown))
             retriever.close()
         for question in questions:
@@ -89,13 +87,21 @@ def demonstrations(
                 results.append(RESEARCH.render(hits))
             if made >= skilled:
                 yield episode(question, results, world, rng, habits or Habits())
-            elif rng.random() < DRILL_SHARE:
+            elif rng.random() < drills:
                 yield drill(world, shown, rng)
             else:
                 yield episode(question, results, world, rng, SKILLED)
             made += 1
         if made >= count:
             return
+
+
+def _worlds(rng: random.Random) -> Iterator[miniworld.World]:
+    """Worlds of any seeds but those that have a share of the names to themselves."""
+    while True:
+        seed = rng.randrange(2**31)
+        if seed % miniworld.NAME_SHARES not in miniworld.OWN_SHARES:
+            yield miniworld.world(seed)
 
 
 def gold_queries(question: Question) -> list[str]:
@@ -153,16 +159,21 @@ def episode(
 
 
 def drill(world: miniworld.World, top_k: int, rng: random.Random) -> Demonstration:
-    """Show passages, and ask for facts of any of them as an episode would."""
+    """Show passages, and ask for facts of any of them as an episode would.
+
+    Of a single passage the facts follow one another with no query between them: nothing teaches
+    reading in fewer tokens.
+    """
     subjects = rng.sample(list(world.entities.values()), top_k)
     passages = {passage.title: passage for passage in world.passages}
     shown = RESEARCH.render([Hit(passages[subject.name], 1.0) for subject in subjects])
     facts = [(subject, fact) for subject in subjects for fact in subject.facts.items()]
     parts: Demonstration = [("prompt", shown)]
-    for subject, (relation, value) in rng.sample(facts, min(FACTS_A_DRILL, len(facts))):
-        parts.append(("observation", f" <search> {subject.name} {relation} </search>"))
+    for subject, (relation, value) in rng.sample(facts, len(facts)):
+        if top_k > 1:
+            parts.append(("observation", f" <search> {subject.name} {relation} </search>"))
         parts.append(("action", f" <think> next: {relation} {value} </think>"))
-    return parts
+    return [*parts, ("observation", "\n")]  # it goes on: the last action is not the end
 
 
 def vocabulary() -> list[str]:
@@ -182,5 +193,3 @@ def vocabulary() -> list[str]:
     return list(
         dict.fromkeys([*tags, *(f" {tag}" for tag in tags), *marks, *miniworld.vocabulary()])
     )
-
-

@@ -224,6 +224,11 @@ def _load(settings: Settings) -> Dataset:
 
 def _open(retriever: str | Retriever | None, data: Dataset) -> Retriever:
     if retriever is not None and not isinstance(retriever, str):
+        if not hasattr(retriever, "search"):
+            raise ConfigurationError(
+                f"retriever is a name such as 'embedded:DIR', or an object with search(queries, "
+                f"top_k) and close(), not {retriever!r:.80}"
+            )
         return retriever
     from research_env.retrieval import open_retriever  # noqa: PLC0415 (nor are the engines)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -83,10 +83,12 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         mode = AutoresetMode(autoreset_mode)
         if render_mode not in (None, "ansi"):
             raise UnknownNameError("render mode", render_mode, ["ansi"])
-        if num_envs < 1 or max_batch < 1 or max_wait < 0:
+        counts = (num_envs, max_batch)
+        whole = all(isinstance(count, int | np.integer) and count >= 1 for count in counts)
+        if not whole or not isinstance(max_wait, int | float) or not max_wait >= 0:
             raise ConfigurationError(
-                f"num_envs and max_batch are at least 1 and max_wait at least 0, not "
-                f"{num_envs}, {max_batch} and {max_wait}"
+                f"num_envs and max_batch are integers of at least 1, max_wait is at least 0, not "
+                f"{num_envs!r}, {max_batch!r} and {max_wait!r}"
             )
         self.num_envs = num_envs
         self.render_mode = render_mode
@@ -144,9 +146,10 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
             raise ConfigurationError(
                 f"reset takes the options 'episodes' and 'reset_mask', not {sorted(rest)}"
             )
-        if numbers is not None and len(numbers) != self.num_envs:
+        if numbers is not None and _count(numbers) != self.num_envs:
             raise ConfigurationError(
-                f"'episodes' has {len(numbers)} numbers for {self.num_envs} sub-environments"
+                f"'episodes' has a number for each of the {self.num_envs} sub-environments; "
+                f"{numbers!r:.80} has {_count(numbers)}"
             )
         self._sent.difference_update(chosen)
         self._ready = [result for result in self._ready if result.env_id not in chosen]
@@ -154,7 +157,8 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         observations = [""] * self.num_envs
         infos: dict[str, Any] = {}
         for i in chosen:
-            observations[i], info = self._begin(i, None if numbers is None else int(numbers[i]))
+            number = self._next[i] if numbers is None else numbers[i]
+            observations[i], info = self._begin(i, number)
             infos = self._add_info(infos, info, i)
         return tuple(observations), infos
 
@@ -177,7 +181,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
             ActionError: an action is not a string; then no sub-environment has moved.
             EpisodeError: a sub-environment is not reset, is over (mode Disabled), or has sent.
         """
-        if isinstance(actions, str) or len(actions) != self.num_envs:
+        if isinstance(actions, str) or _count(actions) != self.num_envs:
             raise ActionError(
                 f"step takes {self.num_envs} texts, one a sub-environment, not {actions!r:.80}"
             )
@@ -206,6 +210,10 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
             ActionError: an action is not a string; then no sub-environment has moved.
             EpisodeError: as in ``step``.
         """
+        if isinstance(actions, str) or _count(env_ids) != _count(actions):
+            raise ActionError(
+                f"send takes a text for each of the {_count(env_ids)} ids, not {actions!r:.80}"
+            )
         moved: dict[int, Episode | None] = {}
         for i, action in zip(env_ids, actions, strict=True):
             if i in moved:
@@ -266,17 +274,17 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
     def _chosen(self, mask: Mask | Sequence[bool] | None) -> list[int]:
         if mask is None:
             return list(range(self.num_envs))
-        if len(mask) != self.num_envs:
+        if _count(mask) != self.num_envs:
             raise ConfigurationError(
-                f"a mask has {len(mask)} entries for {self.num_envs} sub-environments"
+                f"a mask has a boolean for each of the {self.num_envs} sub-environments; "
+                f"{mask!r:.80} has {_count(mask)}"
             )
         return [i for i, chosen in enumerate(mask) if chosen]
 
-    def _begin(self, i: int, number: int | None = None) -> tuple[str, dict[str, Any]]:
-        number = self._next[i] if number is None else number
+    def _begin(self, i: int, number: int) -> tuple[str, dict[str, Any]]:
         index = self._game.index(int(self.np_random_seed or 0), number)
         self._episodes[i], observation, info = self._game.start(index)
-        self._next[i] = number + self.num_envs
+        self._next[i] = int(number) + self.num_envs
         return observation, info
 
     def _advance(self, i: int, action: str) -> Episode | None:
@@ -303,12 +311,17 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
 
     def _conclude(self, i: int, episode: Episode | None) -> StepResult:
         if episode is None:
-            observation, info = self._begin(i)
+            observation, info = self._begin(i, self._next[i])
             return StepResult(i, observation, 0.0, False, False, info)
         self._episodes[i] = episode
         report = self._game.report(episode)
         if not episode.over or self._mode is not AutoresetMode.SAME_STEP:
             return StepResult(i, *report)
-        observation, info = self._begin(i)
+        observation, info = self._begin(i, self._next[i])
         info |= {"final_obs": report.observation, "final_info": report.info}
         return StepResult(i, observation, report.reward, report.terminated, report.truncated, info)
+
+
+def _count(values: object) -> int:
+    """How many values there are; 0 where it is no sequence."""
+    return len(values) if isinstance(values, Sized) else 0

@@ -92,6 +92,13 @@ def load_dataset(
         DataNotFoundError: the data are neither in a folder nor on a hub that answers.
         DataError: a file is not in order; the message names file and line.
     """
+    if not isinstance(name, str):
+        raise UnknownNameError("data set", name, DATASETS)
+    if not isinstance(split, str):
+        raise ConfigurationError(f"split is a name such as 'dev', not {split!r}")
+    for what, path in (("questions", questions), ("corpus", corpus)):
+        if path is not None and not isinstance(path, str | Path):
+            raise ConfigurationError(f"{what} is the path of a file, not {path!r}")
     if corpus is not None and not Path(corpus).is_file():
         raise DataNotFoundError(f"no corpus file {str(corpus)!r}; give a .jsonl or .jsonl.gz file")
     parts = [_part(part) for part in name.split("+")]
@@ -199,7 +206,9 @@ def _custom(path: Path, split: str) -> Dataset:
 
 
 def _filtered(data: Dataset, split: str, hops: int | Collection[int] | None) -> Dataset:
-    wanted = None if hops is None else {hops} if isinstance(hops, int) else set(hops)
+    wanted = None if hops is None else set(hops) if isinstance(hops, Collection) else {hops}
+    if wanted is not None and not all(type(number) is int for number in wanted):
+        raise ConfigurationError(f"hops is a number, or a list of numbers, not {hops!r}")
     chosen = [q for q in data.questions if wanted is None or q.hops in wanted]
     if not chosen:
         counts = Counter("unknown" if q.hops is None else str(q.hops) for q in data.questions)

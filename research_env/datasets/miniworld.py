@@ -15,7 +15,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Literal
 
 from research_env.datasets.base import Dataset, Hop, Question
@@ -36,7 +36,9 @@ POPULATION: dict[Kind, int] = {
 GAZETTES = 120
 FIRST_YEAR, LAST_YEAR = 1900, 1999
 MIN_YEARS_APART = 8  # of two entities that a question compares
-FAMILIES = 3  # worlds whose seeds differ modulo this share no name
+NAME_SHARES = 8  # all names are dealt into so many shares
+OWN_SHARES = (0, 1)  # worlds of these seeds (modulo the shares) have one to themselves: no world of
+# another share holds a name of theirs. The other worlds draw from all the other shares.
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ NOUNS: dict[Kind, tuple[str, ...]] = {
     "work": ("film", "play"),
     "organisation": ("organisation", "company"),
     "city": ("city", "town"),
-    "country": ("country", "kingdom"),
+    "country": ("state", "kingdom"),
 }
 COMPARED: dict[Kind, str] = {"person": "birth", "work": "premiere", "organisation": "opening",
                              "city": "charter"}  # fmt: skip
@@ -150,12 +152,12 @@ ENDINGS: dict[str, tuple[str, ...]] = {
     "person": ("ani", "ora", "imir", "eth", "una", "ovan", "ika", "ander", "ys", "elin", "oth",
                "ami", "uro", "ede", "ilda", "asko", "enna", "ivo", "orin", "ulf"),
     "work": ("saga", "song", "mask", "dream", "night", "storm", "tale", "dance", "ghost", "rose",
-             "flame", "mirror"),
+             "flame", "mirror", "river", "garden", "winter", "shadow"),
     "organisation": ("corp", "works", "labs", "union", "trust", "guild", "motors", "press",
                      "bureau", "mills"),
     "city": ("ford", "ton", "burg", "holm", "port", "mouth", "field", "haven", "gate", "wick"),
     "country": ("land", "stan", "mark", "reich", "onia", "avia"),
-    "gazette": ("post", "herald", "courier"),
+    "gazette": ("post", "herald", "courier", "times", "echo", "voice"),
 }  # fmt: skip
 
 
@@ -197,13 +199,13 @@ class World:
 
 
 def _names(rng: random.Random, seed: int, family: str, count: int) -> list[str]:
-    pool = [
-        beginning + ending
-        for i, beginning in enumerate(BEGINNINGS)
-        for j, ending in enumerate(ENDINGS[family])
-        if (i + j) % FAMILIES == seed % FAMILIES
-    ]
-    return rng.sample(pool, count)
+    pool = [beginning + ending for beginning in BEGINNINGS for ending in ENDINGS[family]]
+    random.Random(f"names {family}").shuffle(pool)
+    share = seed % NAME_SHARES
+    kept = (
+        [share] if share in OWN_SHARES else [i for i in range(NAME_SHARES) if i not in OWN_SHARES]
+    )
+    return rng.sample([name for i in kept for name in pool[i::NAME_SHARES]], count)
 
 
 def _state(entity: Entity, rng: random.Random) -> str:
@@ -217,7 +219,6 @@ def _state(entity: Entity, rng: random.Random) -> str:
     return f"The {noun} {entity.name}, {', '.join(clauses)}. All about {entity.name}."
 
 
-@cache
 def world(seed: int = 0) -> World:
     """Make the world of a seed: the same seed gives the same names, facts and passages.
 
@@ -226,6 +227,11 @@ def world(seed: int = 0) -> World:
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigurationError(f"world_seed must be a whole number of 0 or more, not {seed!r}")
+    return _world(seed)
+
+
+@lru_cache(maxsize=8)  # behind the check: to a cache, True and 1.0 are 1
+def _world(seed: int) -> World:
     rng = random.Random(f"miniworld {seed}")
     names = {kind: _names(rng, seed, kind, count) for kind, count in POPULATION.items()}
 
@@ -329,13 +335,14 @@ def questions(of: World, rng: random.Random, count: int) -> Iterator[Question]:
         if question is None:
             continue
         # Two phrasings of the same task are the same question: none may stand in two splits.
-        task = " | ".join(hop.question for hop in question.decomposition) + str(question.answers)
+        steps = [hop.question for hop in question.decomposition]
+        task = str((steps if hops else sorted(steps), question.answers))
         if task not in seen:
             seen.add(task)
             yield question
 
 
-@cache
+@lru_cache(maxsize=8)
 def _splits(seed: int) -> dict[str, tuple[Question, ...]]:
     made = world(seed)
     drawn = list(questions(made, random.Random(f"questions {seed}"), sum(SPLITS.values())))

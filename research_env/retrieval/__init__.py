@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from research_env.cache import cache_folder
-from research_env.errors import ConfigurationError, UnknownNameError
+from research_env.errors import ConfigurationError, ResearchEnvError, UnknownNameError
 from research_env.retrieval.base import Hit, Passage, Retriever
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def open_retriever(url: str | None, corpus: Corpus | None) -> Retriever:
         return _embedded(str(default_index(corpus)), corpus, heal=True)
     scheme, _, rest = url.partition(":")
     if scheme not in SCHEMES:
-        raise UnknownNameError("retriever", url, [f"{known}:..." for known in SCHEMES])
+        hint = f"For the index in that folder write 'embedded:{url}'" if Path(url).is_dir() else ""
+        raise UnknownNameError("retriever", url, [f"{known}:DIR" for known in SCHEMES], hint)
     return SCHEMES[scheme](rest, corpus)
 
 
@@ -61,13 +62,24 @@ def index_corpus(corpus: Corpus, folder: str | Path) -> int:
     """Make sure that a folder holds the index of a corpus, with a progress bar in a terminal.
 
     Returns:
-        The number of passages. For the errors see
-        :func:`research_env.retrieval.embedded.build_index`.
+        The number of passages.
+
+    Raises:
+        ConfigurationError: the folder cannot be written, or holds something else than an index.
+        DataError: the corpus cannot be read, holds no words, or changed meanwhile.
     """
     from research_env.retrieval.embedded import build_index  # noqa: PLC0415 (loads the engine)
 
-    with _progress(corpus) as report:
-        return build_index(corpus, folder, report)
+    try:
+        with _progress(corpus) as report:
+            return build_index(corpus, folder, report)
+    except ResearchEnvError:
+        raise
+    except (OSError, ValueError) as error:  # tantivy tells of a full disk by a ValueError
+        raise ConfigurationError(
+            f"the index {folder} cannot be written: {error}. Make room there or name another "
+            "folder; RESEARCH_CACHE names that of the indexes that no name was given for"
+        ) from error
 
 
 def _embedded(rest: str, corpus: Corpus | None, heal: bool = False) -> Retriever:

@@ -268,6 +268,8 @@ def _check(folder: Path, fingerprint: str | None, corpus: str) -> dict[str, Any]
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         version, files, found = meta["format"], dict(meta["files"]), str(meta["fingerprint"])
         int(meta["passages"]), str(meta["corpus"])
+    except FileNotFoundError as error:
+        raise _stale(folder, "is no index: there is none in that folder") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _stale(folder, f"is no index ({type(error).__name__}: {error})") from error
     if version != FORMAT:

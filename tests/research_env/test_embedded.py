@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice, pairwise
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -277,6 +278,46 @@ def test_an_index_is_made_once(tmp_path: Path) -> None:
     assert build_index(BEATLES, tmp_path / "i", reports.append) == 5
     assert build_index(BEATLES, tmp_path / "i", reports.append) == 5
     assert reports == [5]
+
+
+class Weighed(str):
+    """A text that can be seen to be forgotten."""
+
+    __slots__ = ("__weakref__",)
+
+
+class Stream:
+    """A corpus that counts how many of its texts are alive while it is read."""
+
+    name = "stream"
+    most = 0
+
+    def __iter__(self) -> Iterator[Passage]:
+        alive: WeakSet[Weighed] = WeakSet()
+        for i in range(300):
+            text = Weighed(f"text {i}")
+            alive.add(text)
+            yield Passage(str(i), "", text)
+            del text
+            self.most = max(self.most, len(alive))
+
+    def fingerprint(self) -> str:
+        return "f"
+
+
+def test_a_corpus_is_indexed_as_a_stream_and_its_passages_are_read_from_a_memory_map(
+    tmp_path: Path,
+) -> None:
+    stream = Stream()
+    assert build_index(stream, tmp_path / "i") == 300
+    assert 1 <= stream.most <= 2
+    engine = EmbeddedRetriever(tmp_path / "i")
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert f"{tmp_path}/i/passages.bin" in maps.read_text()
+    engine.close()
+    if maps.exists():
+        assert f"{tmp_path}/i/passages.bin" not in maps.read_text()
 
 
 def test_an_index_of_another_corpus_is_replaced_by_a_build_but_not_opened(tmp_path: Path) -> None:

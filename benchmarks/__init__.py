@@ -1,0 +1,1 @@
+"""Where environment and trainer meet: the demo, and measurements beside peers."""

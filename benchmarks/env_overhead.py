@@ -1,0 +1,263 @@
+"""What a step costs in the environment itself, against two other search environments.
+
+``python -m benchmarks.env_overhead [--json]``
+
+Every system plays the same episode in one process: a reset, three actions of 500 characters that
+search, one that answers; every search returns the same three passages of 600 characters. Two cuts:
+
+- ``search stubbed``: the function that searches is replaced by one that has the passages at hand,
+  so that only parsing, rendering, bookkeeping and reward are left.
+- ``socket stubbed``: the search client stays and only ``requests``' transport is replaced, so that
+  nothing is sent. Of this package the client is a retriever object: for it the cuts are the same.
+
+The peers are gem-llm's question answering with its search tool and skyrl-gym's search environment,
+both from PyPI (``pip install .[benchmarks]``). Times are the best of several interleaved rounds;
+read the ratios, not the microseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import timeit
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+from unittest import mock
+
+from research_env import Dataset, Hit, Passage, Question
+from research_env.env import SearchQAEnv
+from research_env.errors import RetrievalError
+
+TARGET_MICROSECONDS = 20.0
+TARGET_RATIO = 5.0
+SEARCHES = 3
+STEPS = SEARCHES + 1
+
+
+def _padded(end: str) -> str:
+    """An action of 500 characters: a thought, and what is asked for."""
+    return f"<think>{('word ' * 100)[: 500 - 15 - len(end)]}</think>{end}"
+
+
+SEARCH = _padded("<search>who founded the company</search>")
+ANSWER = _padded(r"<answer>\boxed{Ann}</answer>")
+PLAIN_ANSWER = _padded("<answer>Ann</answer>")
+TEXT = ("The company was founded in the spring of 1912 by a clockmaker and his sister. " * 8)[:600]
+PASSAGES = [Passage(f"p{i}", f"Company {i}", TEXT) for i in range(3)]
+DOCUMENTS = [{"document": {"contents": f'"{p.title}"\n{p.text}'}, "score": 1.0} for p in PASSAGES]
+
+
+class System(NamedTuple):
+    """An environment that can be timed.
+
+    Attributes:
+        name: of the package.
+        reset: starts an episode.
+        search: takes one step that searches.
+        answer: takes the step that ends the episode.
+    """
+
+    name: str
+    reset: Callable[[], object]
+    search: Callable[[], object]
+    answer: Callable[[], object]
+
+
+class _Stub:
+    def __init__(self) -> None:
+        self._hits = [Hit(passage, 1.0) for passage in PASSAGES]
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+        return [self._hits for _ in queries]
+
+    def close(self) -> None:
+        pass
+
+
+def ours() -> System:
+    """This package's environment."""
+    questions = tuple(Question(str(i), f"Who founded it, {i}?", ("Ann",)) for i in range(100))
+    env = SearchQAEnv(dataset=Dataset("stub", questions, None), retriever=_Stub(), top_k=3)
+    env.reset(seed=0)
+    return System("research_env", env.reset, lambda: env.step(SEARCH), lambda: env.step(ANSWER))
+
+
+def gem() -> System:
+    """gem-llm's QaEnv with its SearchTool (the one of its search agents)."""
+    from datasets import Dataset as Table  # noqa: PLC0415 (heavy, and a peer's)
+    from gem.envs.qa_env import QaEnv  # noqa: PLC0415
+    from gem.tools.search_tool import SearchTool  # noqa: PLC0415
+    from gem.tools.tool_env_wrapper import ToolEnvWrapper  # noqa: PLC0415
+
+    rows = [{"question": f"Who founded it, {i}?", "answer": "Ann"} for i in range(100)]
+    with redirect_stderr(io.StringIO()):  # a progress bar
+        inner = QaEnv(dataset=Table.from_list(rows))
+    env = ToolEnvWrapper(inner, [SearchTool(search_url="http://stub/retrieve")])
+    return System("gem-llm", env.reset, lambda: env.step(SEARCH), lambda: env.step(PLAIN_ANSWER))
+
+
+def skyrl() -> System:
+    """skyrl-gym's SearchEnv; it is made anew for every episode, as its trainer does."""
+    from skyrl_gym.envs.search.env import SearchEnv, SearchEnvConfig  # noqa: PLC0415
+
+    extras = {"reward_spec": {"ground_truth": {"target": ["Ann"]}}, "max_turns": STEPS}
+    config = SearchEnvConfig(search_url="http://stub/retrieve")
+    current: list[Any] = []
+
+    def reset() -> None:
+        current[:] = [SearchEnv(config, extras)]
+        current[0].init([{"role": "user", "content": "Who founded it?"}])
+
+    return System(
+        "skyrl-gym",
+        reset,
+        lambda: current[0].step(SEARCH),
+        lambda: current[0].step(PLAIN_ANSWER),
+    )
+
+
+PEERS = {"gem-llm": ("gem", gem), "skyrl-gym": ("skyrl_gym", skyrl)}
+
+
+@contextmanager
+def _search_stubbed(installed: Sequence[str]) -> Iterator[None]:
+    """Let the peers find the documents at hand; what follows (rendering them) stays theirs."""
+    with ExitStack() as stack:
+        if "gem-llm" in installed:
+            found = mock.patch(
+                "gem.tools.search_tool.SearchTool._search",
+                lambda tool, query: tool._passages2string(DOCUMENTS),
+            )
+            stack.enter_context(found)
+        if "skyrl-gym" in installed:
+            answer = {"result": [DOCUMENTS]}, None
+            stub = mock.patch("skyrl_gym.tools.search.call_search_api", lambda **_: answer)
+            stack.enter_context(stub)
+        yield
+
+
+@contextmanager
+def _socket_stubbed(installed: Sequence[str]) -> Iterator[None]:
+    """Let ``requests`` do all its work but the sending; the reply has the peers' formats."""
+    if not installed:
+        yield
+        return
+    import msgspec  # noqa: PLC0415 (gem-llm's)
+    import requests  # noqa: PLC0415 (the peers')
+
+    packed = msgspec.msgpack.encode({"result": DOCUMENTS})
+    written = json.dumps({"result": [DOCUMENTS]}).encode()
+
+    def reply(self: object, request: requests.PreparedRequest, **_: object) -> requests.Response:
+        response = requests.Response()
+        is_json = request.headers.get("Content-Type") == "application/json"
+        response.status_code = 200
+        response.raw = io.BytesIO(written if is_json else packed)
+        response.request = request
+        response.url = request.url or ""
+        return response
+
+    with mock.patch.object(requests.adapters.HTTPAdapter, "send", reply):
+        yield
+
+
+CUTS = {"search stubbed": _search_stubbed, "socket stubbed": _socket_stubbed}
+
+
+def measure(systems: Sequence[System], rounds: int, episodes: int) -> list[dict[str, Any]]:
+    """Best microseconds of each part of an episode, the systems taking turns.
+
+    Returns:
+        A row a system: ``reset``, ``search``, ``answer`` (a call each) and ``step`` (an episode,
+        its reset included, divided by its steps).
+    """
+    best = [dict.fromkeys(("reset", "search", "answer"), float("inf")) for _ in systems]
+    clock = timeit.default_timer
+    for _ in range(rounds):
+        for system, times in zip(systems, best, strict=True):
+            spent = dict.fromkeys(times, 0.0)
+            for _ in range(episodes):
+                at = clock()
+                system.reset()
+                began = clock()
+                for _ in range(SEARCHES):
+                    system.search()
+                searched = clock()
+                system.answer()
+                spent["answer"] += clock() - searched
+                spent["search"] += (searched - began) / SEARCHES
+                spent["reset"] += began - at
+            for part, seconds in spent.items():
+                times[part] = min(times[part], seconds / episodes * 1e6)
+    return [
+        {
+            "system": system.name,
+            **times,
+            "step": (times["reset"] + SEARCHES * times["search"] + times["answer"]) / STEPS,
+        }
+        for system, times in zip(systems, best, strict=True)
+    ]
+
+
+def run(rounds: int = 20, episodes: int = 100) -> dict[str, Any]:
+    """Time all systems that are installed.
+
+    Returns:
+        ``rows`` (see :func:`measure`; the ratios say how many times as much as ours, of the same
+        cut, a searching step and an episode's step of the system cost), ``missing`` peers, and
+        whether the targets are met.
+    """
+    logging.disable(logging.INFO)
+    warnings.simplefilter("ignore")
+    installed = [name for name, (module, _) in PEERS.items() if find_spec(module)]
+    rows: list[dict[str, Any]] = []
+    for cut, stubbed in CUTS.items():
+        with stubbed(installed):
+            timed = measure([ours(), *(PEERS[name][1]() for name in installed)], rounds, episodes)
+        own = timed[0]
+        for row in timed:
+            ratios = {f"{part}_ratio": row[part] / own[part] for part in ("search", "step")}
+            rows.append({"cut": cut, **row, **ratios})
+    return {
+        "rows": rows,
+        "missing": sorted(set(PEERS) - set(installed)),
+        "cheap_enough": rows[0]["search"] <= TARGET_MICROSECONDS,
+        "ahead_enough": {
+            f"{row['system']}, {row['cut']}": row["search_ratio"] >= TARGET_RATIO
+            for row in rows
+            if row["system"] != "research_env"
+        },
+    }
+
+
+def main() -> None:
+    """Print the table, or JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("--rounds", type=int, default=20, help="take the best of so many")
+    arguments = parser.parse_args()
+    result = run(arguments.rounds)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return
+    titles = ("reset", "search", "answer", "step")
+    print(f"{'microseconds':14}{'cut':16}" + "".join(f"{t:>9}" for t in titles), end="")
+    print(f"{'search':>12}{'step':>9}")
+    for row in result["rows"]:
+        print(f"{row['system']:14}{row['cut']:16}", end="")
+        print("".join(f"{row[t]:9.1f}" for t in titles), end="")
+        print(f"{row['search_ratio']:11.2f}x{row['step_ratio']:8.2f}x")
+    for name in result["missing"]:
+        print(f"not installed: {name}; pip install .[benchmarks]")
+    print(f"a searching step of ours within {TARGET_MICROSECONDS:g} us: {result['cheap_enough']}")
+    for name, ahead in result["ahead_enough"].items():
+        print(f"{TARGET_RATIO:g} times cheaper than {name}: {ahead}")
+
+
+if __name__ == "__main__":
+    main()

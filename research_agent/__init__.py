@@ -1,0 +1,1 @@
+"""A trainer for language models in any Gymnasium environment that speaks text."""

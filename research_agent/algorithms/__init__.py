@@ -1,0 +1,41 @@
+"""Algorithms by name. Each is one file that shows its paper's equation."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import cast
+
+from research_agent.algorithms.base import Algorithm, Tokens
+from research_agent.errors import ConfigError
+
+__all__ = ["ALGORITHMS", "Algorithm", "Tokens", "algorithm"]
+
+ALGORITHMS = {
+    "grpo": "research_agent.algorithms.grpo:GRPO",
+}
+
+
+def algorithm(name: str, **settings: object) -> Algorithm:
+    """Make an algorithm by name.
+
+    Args:
+        name: one of ``ALGORITHMS``, or ``"module:Class"`` for a reader's own.
+        settings: fields of its class.
+
+    Raises:
+        ConfigError: there is no such algorithm, or it has no such setting.
+    """
+    module, colon, attribute = ALGORITHMS.get(name, name).partition(":")
+    if not colon:
+        known = ", ".join(sorted(ALGORITHMS))
+        message = f"unknown algorithm {name!r}; known: {known}, or your own as 'module:Class'"
+        raise ConfigError(message)
+    try:
+        make = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        message = f"algorithm {name!r} cannot be imported ({error}); is its folder on PYTHONPATH?"
+        raise ConfigError(message) from error
+    try:
+        return cast(Algorithm, make(**settings))
+    except TypeError as error:
+        raise ConfigError(f"algorithm {name!r} does not take {settings}: {error}") from error

@@ -1,0 +1,80 @@
+"""What an algorithm is: advantages, token weights and an objective; nothing else.
+
+The learner minimises ``-(weights * objective).sum()`` over the action tokens of a batch. The
+weights are fixed on the whole batch before it is cut into micro-batches, so the cutting changes
+neither the loss nor its gradient.
+
+This module and the algorithms use tensors by their methods only. Importing them loads no torch, so
+a configuration can hold an algorithm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from research_agent.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The action tokens of a micro-batch, as an objective sees them. Every tensor is [tokens].
+
+    Trajectories are never cut: all action tokens of a trajectory are in the same micro-batch, one
+    after another, so an objective may also work on whole sequences.
+    """
+
+    logprobs: Tensor  # log pi of the policy that learns, with gradient
+    old_logprobs: Tensor  # log pi of the policy that sampled, constant
+    reference_logprobs: Tensor | None  # log pi of the reference policy, where the algorithm asks it
+    entropy: Tensor  # of the policy that learns, in nats, with gradient
+    advantages: Tensor  # constant
+    sequence: Tensor  # number of the trajectory in the batch, ascending
+
+
+class Algorithm(Protocol):
+    """A policy-gradient algorithm. One new file makes a new one; frozen data classes serve."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether ``reference_logprobs`` are used. If not, no reference model is ever run."""
+        ...
+
+    def advantages(self, batch: Batch) -> Tensor:
+        """Say how much better than expected each action token was.
+
+        Args:
+            batch: a whole rollout, its old and reference log-probabilities filled in.
+
+        Returns:
+            The advantages, shape [action tokens]. A scalar a trajectory is spread over its tokens
+            by ``scalars[batch.sequence]``.
+        """
+        ...
+
+    def weights(self, batch: Batch) -> Tensor:
+        """Say how much each action token counts.
+
+        Args:
+            batch: all the trajectories of one optimiser step.
+
+        Returns:
+            The weights, shape [action tokens].
+        """
+        ...
+
+    def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Compute what is to be maximised, for each token.
+
+        Args:
+            tokens: the action tokens of a micro-batch.
+
+        Returns:
+            The objective, shape [tokens]; and quantities to log, each of shape [tokens], of which
+            the learner takes the mean over the action tokens of the batch.
+        """
+        ...

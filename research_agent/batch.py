@@ -1,0 +1,205 @@
+"""Trajectories as tensors, with every action token's place read off its provenance.
+
+Shapes: N trajectories, A action tokens in all. Nothing is masked by multiplication: what is no
+action token is never indexed, so it cannot reach a loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from research_agent.errors import EnvironmentContractError, NonFiniteError
+from research_agent.trajectory import Group, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Trajectories, and what is known of their action tokens.
+
+    Of every [A] tensor, the tokens of trajectory 0 come first, then those of trajectory 1, ...
+    """
+
+    tokens: tuple[Tensor, ...]  # N of [tokens of the trajectory], int64: of any provenance
+    lengths: Tensor  # [N] int64: number of action tokens
+    rewards: Tensor  # [N] float64
+    groups: Tensor  # [N] int64: number of the trajectory's group, counted from 0
+    sequence: Tensor  # [A] int64: number of the token's trajectory, 0 .. N - 1
+    places: Tensor  # [A] int64: where in its trajectory the token is
+    targets: Tensor  # [A] int64: the token
+    sampler_logprobs: Tensor  # [A] float32: as the engine reported them
+    old_logprobs: Tensor  # [A]: what ratios are taken against: the sampler's, or recomputed ones
+    reference_logprobs: Tensor | None = None  # [A]
+    advantages: Tensor | None = None  # [A]
+    names: tuple[str, ...] = ()  # N, for messages
+
+    def __len__(self) -> int:
+        """Return the number of trajectories."""
+        return len(self.tokens)
+
+    def action_tokens_of(self, chosen: Sequence[int]) -> Tensor:
+        """Say which of the A action tokens are those of some trajectories, in the order given."""
+        starts = list(accumulate(self.lengths.tolist(), initial=0))
+        ranges = [torch.arange(starts[i], starts[i + 1]) for i in chosen]
+        picked = torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.long)
+        return picked.to(self.lengths.device)
+
+    def select(self, chosen: Sequence[int]) -> Batch:
+        """Make the batch of some of the trajectories, in the order given.
+
+        Args:
+            chosen: numbers of trajectories, 0 .. N - 1.
+
+        Returns:
+            A batch whose trajectories are numbered anew; their groups keep their numbers.
+        """
+        rows = torch.tensor(chosen, dtype=torch.long, device=self.lengths.device)
+        picked = self.action_tokens_of(chosen)
+
+        def of(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[picked]
+
+        return Batch(
+            tokens=tuple(self.tokens[i] for i in chosen),
+            lengths=self.lengths[rows],
+            rewards=self.rewards[rows],
+            groups=self.groups[rows],
+            sequence=torch.arange(len(rows), device=rows.device).repeat_interleave(
+                self.lengths[rows]
+            ),
+            places=self.places[picked],
+            targets=self.targets[picked],
+            sampler_logprobs=self.sampler_logprobs[picked],
+            old_logprobs=self.old_logprobs[picked],
+            reference_logprobs=of(self.reference_logprobs),
+            advantages=of(self.advantages),
+            names=tuple(self.names[i] for i in chosen),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Some trajectories of a batch, laid out for one forward pass: R rows, W columns.
+
+    Rows are padded on the right, where a causal model needs no mask: no token that is used can see
+    the padding.
+    """
+
+    part: Batch  # those trajectories, one a row; it has ``a`` action tokens
+    picked: Tensor  # [a] int64: which of the whole batch's action tokens they are
+    tokens: Tensor  # [R, W] int64
+    predictors: Tensor  # [a] int64: places in tokens.flatten() whose next token is an action token
+
+
+def make_batch(groups: Sequence[Group], device: torch.device | str = "cpu") -> Batch:
+    """Turn the trajectories of a rollout into tensors; void ones are left out.
+
+    Args:
+        groups: the samples of each task. Groups are told apart by their place in this sequence,
+            not by their episode number.
+        device: where the tensors are to live.
+
+    Raises:
+        EnvironmentContractError: a trajectory starts with an action token, which nothing predicts.
+        NonFiniteError: a reward or a sampler's log-probability is not finite.
+        ValueError: the log-probabilities of an action are missing, or not one a token.
+    """
+    kept = [
+        (number, trajectory)
+        for number, group in enumerate(groups)
+        for trajectory in group.trajectories
+        if not trajectory.void
+    ]
+    for _, trajectory in kept:
+        _check(trajectory)
+    trajectories = [trajectory for _, trajectory in kept]
+    tokens = [torch.tensor(t.tokens, dtype=torch.long, device=device) for t in trajectories]
+    masks = [torch.tensor(t.action_mask, dtype=torch.bool, device=device) for t in trajectories]
+    places = [mask.nonzero().flatten() for mask in masks]
+    lengths = torch.tensor([len(row) for row in places], dtype=torch.long, device=device)
+    nothing = [torch.empty(0, dtype=torch.long, device=device)]
+    logprobs = torch.tensor(
+        [value for t in trajectories for s in t.segments for value in s.logprobs or ()],
+        dtype=torch.float32,
+        device=device,
+    )
+    return Batch(
+        tokens=tuple(tokens),
+        lengths=lengths,
+        rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float64, device=device),
+        groups=torch.tensor([number for number, _ in kept], dtype=torch.long, device=device),
+        sequence=torch.arange(len(kept), device=device).repeat_interleave(lengths),
+        places=torch.cat(nothing + places),
+        targets=torch.cat(nothing + [row[mask] for row, mask in zip(tokens, masks, strict=True)]),
+        sampler_logprobs=logprobs,
+        old_logprobs=logprobs,
+        names=tuple(map(_name, trajectories)),
+    )
+
+
+def micro_batches(batch: Batch, max_tokens: int) -> Iterator[MicroBatch]:
+    """Cut a batch into passes of bounded size; trajectories of like length share a pass.
+
+    Args:
+        batch: the batch; trajectories without an action token are left out.
+        max_tokens: the most tokens of a pass, padding included. A trajectory that is longer is a
+            pass of its own.
+
+    Yields:
+        The passes, those of the longest trajectories first, so that memory runs out at once or
+        never.
+    """
+    # The last action token is predicted and never read: a row ends just before it.
+    ends = list(accumulate(batch.lengths.tolist(), initial=0))
+    places = batch.places.tolist()
+    widths = {i: places[end - 1] for i, (start, end) in enumerate(pairwise(ends)) if end > start}
+    waiting = sorted(widths, key=lambda i: -widths[i])
+    while waiting:
+        width = widths[waiting[0]]
+        rows = max(1, max_tokens // width)
+        chosen, waiting = waiting[:rows], waiting[rows:]
+        part = batch.select(chosen)
+        ragged = [row[: widths[i]] for row, i in zip(part.tokens, chosen, strict=True)]
+        yield MicroBatch(
+            part=part,
+            picked=batch.action_tokens_of(chosen),
+            tokens=pad_sequence(ragged, batch_first=True),
+            predictors=part.sequence * width + part.places - 1,
+        )
+
+
+def _name(trajectory: Trajectory) -> str:
+    return f"episode {trajectory.episode}, sample {trajectory.sample}"
+
+
+def _check(trajectory: Trajectory) -> None:
+    name = _name(trajectory)
+    if not math.isfinite(trajectory.reward):
+        message = f"{name}: the environment gave the reward {trajectory.reward}; it must be finite"
+        raise NonFiniteError(message)
+    tokens_before = 0
+    for segment in trajectory.segments:
+        if segment.provenance == "action" and segment.tokens:
+            if tokens_before == 0:
+                message = f"{name}: the prompt is empty; give the policy at least one token"
+                raise EnvironmentContractError(message)
+            given = None if segment.logprobs is None else len(segment.logprobs)
+            if given != len(segment.tokens):
+                message = (
+                    f"{name}: an action of {len(segment.tokens)} tokens has {given}"
+                    " log-probabilities; the engine must report one a token"
+                )
+                raise ValueError(message)
+            if not all(map(math.isfinite, segment.logprobs or ())):
+                message = f"{name}: the engine reported a log-probability that is not finite"
+                raise NonFiniteError(message)
+        elif segment.logprobs:
+            message = f"{name}: a segment of provenance {segment.provenance} has log-probabilities"
+            raise ValueError(message)
+        tokens_before += len(segment.tokens)

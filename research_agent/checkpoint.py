@@ -1,0 +1,196 @@
+"""Checkpoints: folders that transformers opens as a model and that continue a run to the same bits.
+
+A checkpoint is written under a temporary name, flushed to the disk, and renamed; so what carries a
+checkpoint's name is whole, whatever moment the machine stopped at. Besides the model's own files::
+
+    step-000123/
+      model.safetensors config.json ...   the policy and its tokenizer, as transformers writes them
+      state.safetensors                   tensors of the rest: optimiser, random state
+      state.json                          other values of the rest, the step, the configuration
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from research_agent.errors import CheckpointError
+
+VERSION = 1
+_NAME = re.compile(r"step-(\d{6,})")
+_TENSOR = "__tensor__"
+_PAIRS = "__pairs__"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a checkpoint holds besides the model."""
+
+    folder: Path
+    step: int  # training steps done
+    config: Mapping[str, Any]  # of the run, as JSON values
+    state: Mapping[str, Any]  # whatever was given to save
+
+
+def save(
+    root: Path,
+    step: int,
+    *,
+    write_model: Callable[[Path], None],
+    state: Mapping[str, Any],
+    config: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write the checkpoint of a step, then drop all but the ``keep`` newest.
+
+    Args:
+        root: folder of the run's checkpoints; made when missing.
+        step: training steps done.
+        write_model: writes the model's and tokenizer's files into the folder that it is given.
+        state: nested dicts and lists of tensors and plain values.
+        config: of the run, as JSON values.
+        keep: how many checkpoints to leave, this one included.
+
+    Raises:
+        CheckpointError: when it cannot be written, a full disk for example. Nothing of it is left
+            then, and the checkpoints before it are untouched.
+        TypeError: when the state holds something else than tensors and plain values.
+    """
+    final = root / f"step-{step:06d}"
+    temporary = root / f".{final.name}.tmp"
+    if final.exists():  # saved before, and a run is its configuration and its seed: the same bytes
+        return final
+    tensors: dict[str, torch.Tensor] = {}
+    packed = _pack(state, tensors)
+    plain = {"version": VERSION, "step": step, "config": dict(config), "state": packed}
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _clear_temporary(root)
+        temporary.mkdir()
+        write_model(temporary)
+        save_file(tensors, temporary / "state.safetensors")
+        (temporary / "state.json").write_text(json.dumps(plain), encoding="utf-8")
+        _flush(temporary)
+        temporary.rename(final)
+        _flush_folder(root)
+    except Exception as error:  # a full disk is an OSError here, a bare Exception of Rust's there
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temporary)
+        last = latest(root)
+        kept = f"the last good one is {last}" if last else "there is none before it"
+        cure = "free some space" if _is_full(error) else "see that the folder can be written"
+        raise CheckpointError(
+            f"cannot write the checkpoint of step {step} to {root}: {error}; {kept}; "
+            f"{cure}, and start the same command again"
+        ) from error
+    for _, folder in _complete(root)[:-keep]:
+        _remove(folder)
+    return final
+
+
+def latest(root: Path) -> Path | None:
+    """Folder of the newest checkpoint, or None."""
+    complete = _complete(root)
+    return complete[-1][1] if complete else None
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint, its model's files left to transformers.
+
+    Raises:
+        CheckpointError: when files are missing, damaged, or of another version of this format.
+    """
+    try:
+        plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if plain["version"] != VERSION:
+            raise CheckpointError(
+                f"{folder} has format {plain['version']}, this version reads {VERSION}; "
+                "continue the run with the version that began it"
+            )
+        tensors = load_file(folder / "state.safetensors")
+        return Checkpoint(folder, plain["step"], plain["config"], _unpack(plain["state"], tensors))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} is no whole checkpoint: {error}; delete it to continue from the one before"
+        ) from error
+
+
+def _complete(root: Path) -> list[tuple[int, Path]]:
+    if not root.is_dir():
+        return []
+    named = ((_NAME.fullmatch(folder.name), folder) for folder in root.iterdir())
+    return sorted((int(match[1]), folder) for match, folder in named if match)
+
+
+def _remove(folder: Path) -> None:
+    """Take the name away first: a half deleted folder must not pass for a checkpoint."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _clear_temporary(root: Path) -> None:
+    for folder in root.glob(".step-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there; renames are durable enough
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_full(error: Exception) -> bool:
+    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    text = str(error).lower()
+    return getattr(error, "errno", None) in full or "no space" in text or "too large" in text
+
+
+def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Plain JSON in which a tensor is the name of its entry in ``tensors``."""
+    if isinstance(value, torch.Tensor):
+        name = f"{len(tensors):06d}"
+        tensors[name] = value.detach().cpu().clone().contiguous()
+        return {_TENSOR: name}
+    if isinstance(value, Mapping):  # as pairs: JSON would turn a number that is a key into text
+        return {_PAIRS: [[key, _pack(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_pack(item, tensors) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a checkpoint holds tensors and plain values, not {type(value).__name__}")
+
+
+def _unpack(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    if isinstance(value, dict):
+        if _TENSOR in value:
+            return tensors[value[_TENSOR]]
+        return {key: _unpack(item, tensors) for key, item in value[_PAIRS]}
+    return value

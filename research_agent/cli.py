@@ -1,0 +1,207 @@
+"""The command line: research-agent train | eval | sft | report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+from research_agent.algorithms import ALGORITHMS, algorithm
+from research_agent.config import (
+    EvalConfig,
+    ReportConfig,
+    TrainConfig,
+    complete,
+    validate,
+    validate_eval,
+)
+from research_agent.errors import ConfigError, ResearchAgentError
+from research_agent.presets import DESCRIPTIONS, PRESETS
+
+USAGE = """\
+usage: research-agent COMMAND ...
+
+Trains a language model in any Gymnasium environment that speaks text.
+
+  train PRESET [...]   train by reinforcement learning; started again, it continues
+  eval [...]           play tasks with a model and average what the environment reports
+  sft PRESET [...]     fit a model to demonstrations: the warm start of a small policy
+  report RUN [...]     a page of episodes before and after, and the learning curve
+
+research-agent COMMAND --help explains every setting. Try: research-agent train miniworld
+"""
+C = TypeVar("C")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; an error is one message on standard error, and exit status 2.
+
+    Args:
+        argv: the words after the program's name; those of the process when None.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    commands = {"train": _train, "eval": _eval, "sft": _sft, "report": _report}
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        raise SystemExit(0 if words else 2)
+    try:
+        if words[0] not in commands:
+            raise ConfigError(f"unknown command {words[0]!r}; known: {', '.join(commands)}")
+        commands[words[0]](words[1:])
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # whoever read our output has enough
+        sys.stdout = None
+        raise SystemExit(1) from None
+    except (ResearchAgentError, OSError) as error:
+        _fail(str(error))
+    except Exception as error:
+        # The environment's own errors are typed and say what is wrong, as ours do. Python's own
+        # mean a mistake in the code, and keep their traceback.
+        if type(error).__module__ == "builtins":
+            raise
+        _fail(f"{type(error).__name__}: {error}")
+
+
+def _train(words: list[str]) -> None:
+    name = _choose("train", words, DESCRIPTIONS)
+    preset = PRESETS[name]
+    description = f"{DESCRIPTIONS[name]} {_algorithm_settings(preset)}"
+    config = _parse(TrainConfig, f"train {name}", words[1:], description, preset)
+    config = complete(config, preset)
+    validate(config)
+    from research_agent.trainer import train  # noqa: PLC0415  (loads torch: not for --help)
+
+    _no_bars()
+    summary = train(config)
+    _print(summary.message, summary.numbers, as_json=config.run.json)
+    if summary.signal:
+        raise SystemExit(128 + summary.signal)
+
+
+def _eval(words: list[str]) -> None:
+    config = _parse(EvalConfig, "eval", words)
+    validate_eval(config)
+    from research_agent.codec import load_codec  # noqa: PLC0415  (these load torch)
+    from research_agent.engines import make_engine  # noqa: PLC0415
+    from research_agent.evaluate import evaluate  # noqa: PLC0415
+    from research_agent.policy import load_model, resolve_model  # noqa: PLC0415
+    from research_agent.trainer import context_of, open_environments  # noqa: PLC0415
+
+    _no_bars()
+    split = {} if config.split is None else {"split": config.split}
+    environments = open_environments(config.env, config.slots, {**config.env_args, **split})
+    codec = load_codec(resolve_model(config.model), chat_template=config.chat_template)
+    model = load_model(config.model, dtype=config.dtype, device=config.device)
+    context = context_of(model, config.max_prompt + config.max_response)
+    engine = make_engine(
+        config.engine, model, codec, max_slots=config.slots, max_context=context, share=True
+    )
+    summary = evaluate(
+        engine,
+        environments,
+        codec,
+        config,
+        config.output,
+        limit=config.limit,
+        seed=config.seed,
+        show=not config.quiet,
+    )
+    environments.close()
+    message = f"{config.model} in {config.env}, every episode in {config.output}/predictions.jsonl"
+    numbers = {"episodes": summary.episodes, "void": summary.void, "reward": summary.reward}
+    _print(message, {**numbers, **summary.metrics}, as_json=config.json)
+
+
+def _sft(words: list[str]) -> None:
+    # The module offers PRESETS (name to configuration), DESCRIPTIONS, and run(configuration).
+    sft = import_module("research_agent.sft")
+    name = _choose("sft", words, sft.DESCRIPTIONS)
+    preset = sft.PRESETS[name]
+    config = _parse(type(preset), f"sft {name}", words[1:], sft.DESCRIPTIONS[name], preset)
+    _no_bars()
+    sft.run(config)
+
+
+def _report(words: list[str]) -> None:
+    config = _parse(ReportConfig, "report", words)
+    from research_agent.report import make_report  # noqa: PLC0415  (loads matplotlib)
+
+    report = make_report(config)
+    print(f"{report.curve}\n\npage     {report.page}\npicture  {report.picture}")
+
+
+def _choose(command: str, words: Sequence[str], descriptions: Mapping[str, str]) -> str:
+    """The preset that the first word names; help and errors list all of them."""
+    known = "\n".join(f"  {name:14}{text}" for name, text in descriptions.items())
+    if words and words[0] in descriptions:
+        return words[0]
+    if words and words[0] in ("-h", "--help"):
+        print(f"usage: research-agent {command} PRESET [...]\n\n{known}\n")
+        print(f"research-agent {command} PRESET --help explains the settings of one.")
+        raise SystemExit(0)
+    given = f"unknown preset {words[0]!r}" if words else "no preset given"
+    raise ConfigError(f"{given}; research-agent {command} takes one of\n{known}")
+
+
+def _parse(
+    kind: type[C], command: str, words: Sequence[str], description: str = "", default: Any = None
+) -> C:
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    parsed: C = tyro.cli(
+        kind,
+        args=words,
+        prog=f"research-agent {command}",
+        description=description or None,
+        config=(tyro.conf.OmitArgPrefixes,),
+        **options,
+    )
+    return parsed
+
+
+def _algorithm_settings(preset: TrainConfig) -> str:
+    name = preset.algorithm.algorithm
+    if name not in ALGORITHMS:
+        return ""
+    chosen: Any = algorithm(name)
+    settings = " ".join(f"{f.name}={getattr(chosen, f.name)}" for f in dataclasses.fields(chosen))
+    return f"Settings of {name} for --algorithm-args, with its defaults: {settings}."
+
+
+def _print(message: str, numbers: Mapping[str, float | str], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(numbers))
+        return
+    print(message)
+    shown = {name: _in_digits(value) for name, value in numbers.items()}
+    for name in [name for name in shown if name.endswith(" first")]:
+        change = name.removesuffix(" first")
+        shown[change] = f"{shown.pop(name)} -> {shown.pop(f'{change} last')}"
+    width = max(map(len, shown), default=0)
+    for name, text in shown.items():
+        print(f"  {name:{width}}  {text}")
+
+
+def _in_digits(value: float | str) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _no_bars() -> None:
+    """Transformers' progress bars would break ours, at every checkpoint."""
+    from transformers.utils import logging  # noqa: PLC0415
+
+    logging.disable_progress_bar()
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"research-agent: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Text to tokens and back, once: nothing is ever retokenised.
+
+Prompts, observations and actions are encoded or decoded where they are made, each on its own. Text
+that comes from the environment is encoded with special-token parsing off, so that a passage that
+says ``<|im_end|>`` is text and never the token.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from research_agent.errors import ModelError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_WHERE = "give a folder with tokenizer.json, or a name on the Hugging Face hub"
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A Hugging Face tokenizer, used so that provenance is never lost.
+
+    Attributes:
+        tokenizer: any tokenizer of the ``transformers`` library.
+        end_ids: the tokens that end a turn.
+        chat_template: prompts are chat messages in the tokenizer's template, not plain text.
+    """
+
+    tokenizer: Any
+    end_ids: frozenset[int]
+    chat_template: bool = False
+    _special_ids: frozenset[int] = field(init=False, repr=False)
+    _stop_flags: dict[tuple[str, ...], NDArray[np.bool_]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if not self.end_ids:
+            raise ModelError("the codec has no end token; give end_ids, or set eos_token")
+        special = set(self.tokenizer.all_special_ids) | self.end_ids
+        if self.tokenizer.unk_token_id not in self.end_ids:
+            special.discard(self.tokenizer.unk_token_id)  # an unknown word is text
+        object.__setattr__(self, "_special_ids", frozenset(special))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Tokens of text on its own: none added in front or behind, and no special token ever."""
+        tokens: list[int] = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
+        if self._special_ids.isdisjoint(tokens):
+            return tokens
+        return self._encode_around_specials(text)
+
+    def _encode_around_specials(self, text: str) -> list[int]:
+        """Encode text whose words are special tokens in the plain vocabulary too, by cutting them.
+
+        Some tokenizers look a whole word up whatever the parsing of special tokens says.
+        """
+        for special_id in self._special_ids:
+            special = self.tokenizer.convert_ids_to_tokens(special_id)
+            at = text.find(special)
+            if at >= 0 and len(special) > 1:
+                return self.encode_text(text[: at + 1]) + self.encode_text(text[at + 1 :])
+        raise ModelError(
+            f"this tokenizer makes special tokens of the plain text {text[:80]!r}; "
+            "use one whose special tokens are longer than one character"
+        )
+
+    def encode_prompt(
+        self, observation: str, messages: Sequence[Mapping[str, str]] | None = None
+    ) -> list[int]:
+        """Tokens of an episode's first observation.
+
+        Args:
+            observation: the prompt as plain text; the begin token goes in front where the
+                tokenizer has that habit.
+            messages: the same as chat messages, used with ``chat_template``; without them the
+                observation is the one user message.
+
+        Returns:
+            The tokens. With a chat template only the template's own markup yields special tokens;
+            what the messages say is text.
+
+        Raises:
+            ModelError: the template changes what the messages say.
+        """
+        if not self.chat_template:
+            begin = self.tokenizer("")["input_ids"][:1]
+            is_begin = begin and begin[0] == self.tokenizer.bos_token_id
+            return (begin if is_begin else []) + self.encode_text(observation)
+        return self._encode_chat(messages or [{"role": "user", "content": observation}])
+
+    def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        def render(contents: Iterable[str]) -> str:
+            chat = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
+            text: str = self.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
+            )
+            return text
+
+        # A last message of the assistant's is the beginning of the answer, to be gone on with.
+        begun = messages[-1]["role"] == "assistant"
+
+        # Marks stand for the contents while the template is rendered: what lies between them is
+        # the template's own.
+        nonce = secrets.token_hex(8)
+        marks = [f"content{nonce}n{i}e" for i in range(len(messages))]
+        contents = [m["content"] for m in messages]
+        marked, rendered = render(marks), render(contents)
+        for strip in (False, True):  # many templates strip the contents
+            says = [c.strip() if strip else c for c in contents]
+            pieces = _cut(marked, dict(zip(marks, says, strict=True)))
+            if "".join(text for _, text in pieces) == rendered:
+                break
+        else:
+            raise ModelError(
+                "this chat template changes what the messages say, so that its markup cannot be "
+                "told from them; turn the chat template off, or give another one"
+            )
+        tokens: list[int] = []
+        for kind, text in pieces:
+            if kind == "content":
+                tokens += self.encode_text(text)
+            elif text:
+                tokens += self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones included, as the model wrote it."""
+        text: str = self.tokenizer.decode(
+            list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def stop_flags(self, stop: tuple[str, ...]) -> NDArray[np.bool_]:
+        """Which tokens may complete one of the stop strings. Shape [vocabulary], kept.
+
+        Those whose text has the last character of one, or a part of a character.
+        """
+        if stop not in self._stop_flags:
+            anchor = self.encode_text("a")[-1:]  # some tokenizers drop a leading space
+            before = len(self.decode(anchor))
+            ends = {s[-1] for s in stop} | {_REPLACEMENT}
+            flags = np.zeros(len(self.tokenizer), dtype=np.bool_)
+            if stop:
+                for token in range(len(flags)):
+                    flags[token] = not ends.isdisjoint(self.decode([*anchor, token])[before:])
+            self._stop_flags[stop] = flags
+        return self._stop_flags[stop]
+
+    def stops(self, tokens: Sequence[int], stop: tuple[str, ...]) -> bool:
+        """Whether the tokens of a turn, of which the last is new, hold one of the stop strings."""
+        if not stop:
+            return False
+        reach = max(len(s.encode()) for s in stop) + 8  # a token has at least a byte, nearly always
+        text = self.decode(tokens[-reach:])
+        return any(s in text for s in stop)
+
+
+def _cut(text: str, contents: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Cut text at the keys of contents, which stand in it in this order, and put in the values."""
+    pieces: list[tuple[str, str]] = []
+    for mark, content in contents.items():
+        markup, found, text = text.partition(mark)
+        pieces.append(("markup", markup))
+        if found:
+            pieces.append(("content", content))
+    return [*pieces, ("markup", text)]
+
+
+def load_codec(model: str | Path, *, chat_template: bool = False) -> Codec:
+    """Open the tokenizer of a model.
+
+    Args:
+        model: a folder, or a name of the Hugging Face hub.
+        chat_template: prompts are chat messages in the tokenizer's own template.
+
+    Raises:
+        ModelError: no tokenizer there, no end token, or a chat template asked for and none found.
+    """
+    from transformers import (  # noqa: PLC0415 - slow to import
+        AutoTokenizer,
+        GenerationConfig,
+        PreTrainedTokenizerFast,
+    )
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config  # noqa: PLC0415
+
+    try:
+        # For some architectures AutoTokenizer makes their own class of tokenizer, whatever the
+        # folder says, and that one reads another's tokenizer.json without a word and wrongly.
+        declared = get_tokenizer_config(model).get("tokenizer_class")
+        plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        tokenizer = (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(model)
+    except (OSError, ValueError) as error:
+        message = f"no tokenizer can be opened at {str(model)!r}: {error}; {_WHERE}"
+        raise ModelError(message) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # the library makes one out of nothing
+        raise ModelError(f"{str(model)!r} holds no tokenizer; {_WHERE}")
+    if chat_template and not tokenizer.chat_template:
+        raise ModelError(f"the tokenizer of {str(model)!r} has no chat template; leave it off")
+    end_ids = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    try:  # an instruction-tuned model may end its turns with several tokens
+        more = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        more = None
+    if more is not None:
+        end_ids |= {int(i) for i in (more if isinstance(more, list) else [more])}
+    if not end_ids:
+        raise ModelError(
+            f"the tokenizer of {str(model)!r} has no end token, so that no turn could end; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return Codec(tokenizer, frozenset(end_ids), chat_template)

@@ -1,0 +1,409 @@
+"""What a run is: frozen data classes, one a concern, that the command line shows as flags.
+
+A run is its configuration and its seed. The text under a field is the help text of its flag, so a
+setting is explained in one place. Nothing here imports torch: ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from research_agent.errors import CheckpointError, ConfigError
+
+_WORDS = {"none": None, "null": None, "true": True, "false": False}
+
+
+def parse_settings(words: Sequence[str]) -> dict[str, Any]:
+    """Read ``KEY=VALUE`` words: a value is JSON where it can be read as JSON, and else text.
+
+    ``top_k=3`` is a number, ``hops=[2,3]`` a list, ``split=dev`` text, ``retriever=none`` None.
+
+    Raises:
+        ConfigError: when a word has no ``=`` or no key.
+    """
+    settings: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"expected KEY=VALUE, got {word!r}; write for example top_k=5")
+        if text.lower() in _WORDS:
+            settings[key] = _WORDS[text.lower()]
+            continue
+        try:
+            settings[key] = json.loads(text)
+        except ValueError:
+            settings[key] = text
+    return settings
+
+
+def _show_settings(settings: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in settings.items()
+    ]
+
+
+Settings = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[KEY=VALUE [KEY=VALUE ...]]",
+        instance_from_str=parse_settings,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=_show_settings,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """The environment: any Gymnasium environment that speaks text."""
+
+    env: str = "research_env:ReSearch-MiniWorld-v0"
+    """Id of the Gymnasium environment; MODULE:ID imports the module that registers it."""
+    env_args: Settings = field(default_factory=dict)
+    """Arguments of the environment. They are added to those of the preset (VALUE none unsets one);
+    with another --env than the preset's they stand alone."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The policy: a Hugging Face causal language model."""
+
+    model: str = "miniworld-starter"
+    """Folder of a model, a starter that ships with the package, or a name on the hub."""
+    chat_template: bool = False
+    """Prompt with the model's chat template, for models tuned to follow instructions."""
+    device: str = "auto"
+    """Where the model lives: cpu, cuda, or auto, which is cuda where there is one."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How episodes are played."""
+
+    engine: str = "transformers"
+    """What samples the tokens."""
+    prompts: int = 256
+    """Tasks a training step."""
+    samples: int = 5
+    """Episodes of each task: the group that an advantage is measured in."""
+    temperature: float = 1.0
+    """Of the softmax that tokens are drawn from. Other than 1, learning takes it into account."""
+    max_prompt: int = 512
+    """Longest first observation, in tokens. A longer one stops the run with its episode number."""
+    max_response: int = 8192
+    """Longest rest of an episode, in tokens: all actions and observations together. An episode
+    also ends where the model's context does."""
+    max_turn: int | None = None
+    """Longest action, in tokens; none leaves it to --max-response."""
+    slots: int | None = None
+    """Episodes played at the same time; none plays all those of a step at once."""
+    overlap: bool = False
+    """Sample some episodes while others wait for the environment. Faster with a slow environment;
+    the order of events, and so the last bits of a number, then depend on timing."""
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """How rewards become a loss."""
+
+    algorithm: str = "grpo"
+    """Name of a file in research_agent/algorithms, or MODULE:CLASS for one of your own."""
+    algorithm_args: Settings = field(default_factory=dict)
+    """Settings of the algorithm: the fields of its class. Added to those of the preset; with
+    another --algorithm than the preset's they stand alone."""
+    max_void_share: float = 0.2
+    """Void episodes (failed infrastructure, never learned from) that a step may have, as a share.
+    Above it the run stops: something is down."""
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """How a loss changes the weights: AdamW."""
+
+    learning_rate: float = 1e-6
+    """After the warm-up; constant from there on."""
+    warmup_steps: int = 0
+    """Optimiser steps over which the learning rate rises in a line from zero."""
+    weight_decay: float = 0.01
+    """Of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients longer than this are scaled down to it."""
+    updates: int = 1
+    """Optimiser steps a training step: its tasks are dealt into this many parts."""
+    micro_batch_tokens: int = 16384
+    """Tokens that go through the model at once. Changes memory and speed, not the gradient."""
+    old_logprobs: Literal["sampler", "recomputed"] = "sampler"
+    """What probability ratios are taken against: the log-probabilities that the sampler reported,
+    or those of the model itself, recomputed before its first update on an episode."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, how often, where."""
+
+    steps: int = 100
+    """Training steps. Give more to continue a finished run."""
+    seed: int = 0
+    """Of everything drawn at random: order of the tasks, and sampled tokens."""
+    output: Path = Path("runs/train")
+    """Folder of the run. One that holds a run of the same configuration is continued."""
+    time_limit: float | None = None
+    """Seconds of training (evaluation left out) after which the run stops, at the end of a step."""
+    save_every: int = 10
+    """Steps between checkpoints; the end of the run always has one."""
+    keep: int = 2
+    """Checkpoints kept: the newest ones."""
+    eval_every: int | None = None
+    """Steps between evaluations, with one before the first step and one after the last."""
+    eval_args: Settings = field(default_factory=dict)
+    """Arguments of the environment of evaluations, on top of --env-args. Added to the preset's
+    likewise."""
+    eval_limit: int | None = None
+    """Tasks an evaluation; none plays every task of the environment once."""
+    eval_temperature: float = 0.0
+    """Temperature of evaluations; 0 is greedy."""
+    log_episodes: int = 4
+    """Episodes of each step written out in words, to trajectories.jsonl."""
+    quiet: bool = False
+    """Show no progress."""
+    json: bool = False
+    """Print the summary as one line of JSON on standard output, for scripts."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a training run depends on."""
+
+    preset: Annotated[str, tyro.conf.Suppress] = ""
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Play tasks once each with a model, and average what the environment reports."""
+
+    env: str
+    """Id of the Gymnasium environment; MODULE:ID imports the module that registers it."""
+    model: str
+    """Folder of a model (a checkpoint is one), a starter of the package, or a name on the hub."""
+    output: Path
+    """Folder for predictions.jsonl and summary.json."""
+    env_args: Settings = field(default_factory=dict)
+    """Arguments of the environment."""
+    split: str | None = None
+    """Short for --env-args split=SPLIT."""
+    limit: int | None = None
+    """Number of tasks; none plays every task of the environment once."""
+    temperature: float = 0.0
+    """0 is greedy; otherwise tokens are drawn."""
+    seed: int = 0
+    """Order of the tasks, and sampled tokens."""
+    chat_template: bool = False
+    """Prompt with the model's chat template."""
+    engine: str = "transformers"
+    """What samples the tokens."""
+    max_prompt: int = 512
+    """Longest first observation, in tokens."""
+    max_response: int = 8192
+    """Longest rest of an episode, in tokens."""
+    max_turn: int | None = None
+    """Longest action, in tokens; none leaves it to --max-response."""
+    slots: int = 128
+    """Episodes played at the same time."""
+    overlap: bool = False
+    """Sample some episodes while others wait for the environment."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the weights."""
+    device: str = "auto"
+    """Where the model lives: cpu, cuda, or auto, which is cuda where there is one."""
+    quiet: bool = False
+    """Show no progress."""
+    json: bool = False
+    """Print the summary as one line of JSON on standard output, for scripts."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Turn the folder of a run into a page, a picture and a curve in the terminal."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a training run."""
+    before: Path | None = None
+    """A predictions.jsonl to show as before; none takes the run's first evaluation."""
+    after: Path | None = None
+    """A predictions.jsonl to show as after; none takes the run's last evaluation."""
+    limit: int = 20
+    """Tasks shown."""
+    metric: str | None = None
+    """What the terminal's curve shows; none takes the evaluations' reward, or else training's."""
+
+
+# Settings that change where, how long or how closely a run is watched, and not a single weight.
+FREE = frozenset(
+    {
+        "preset",
+        "run.steps",
+        "run.output",
+        "run.time_limit",
+        "run.save_every",
+        "run.keep",
+        "run.eval_every",
+        "run.eval_args",
+        "run.eval_limit",
+        "run.eval_temperature",
+        "run.log_episodes",
+        "run.quiet",
+        "run.json",
+        "algorithm.max_void_share",
+    }
+)
+
+
+def complete(config: TrainConfig, preset: TrainConfig) -> TrainConfig:
+    """Add the preset's environment and algorithm arguments to those given on the command line.
+
+    Arguments belong to what they are arguments of: with another environment or algorithm than the
+    preset's, the preset's are left out.
+    """
+
+    def merge(ours: dict[str, Any], presets: dict[str, Any], same: bool) -> dict[str, Any]:
+        if same:
+            return {**presets, **ours}
+        return {} if ours == presets else ours  # equal to the preset's: no flag was given
+
+    same_env = config.environment.env == preset.environment.env
+    same_algorithm = config.algorithm.algorithm == preset.algorithm.algorithm
+    env_args = merge(config.environment.env_args, preset.environment.env_args, same_env)
+    eval_args = merge(config.run.eval_args, preset.run.eval_args, same_env)
+    algorithm_args = merge(
+        config.algorithm.algorithm_args, preset.algorithm.algorithm_args, same_algorithm
+    )
+    return replace(
+        config,
+        environment=replace(config.environment, env_args=env_args),
+        algorithm=replace(config.algorithm, algorithm_args=algorithm_args),
+        run=replace(config.run, eval_args=eval_args),
+    )
+
+
+def validate(config: TrainConfig) -> None:
+    """Refuse numbers that no run can have.
+
+    Raises:
+        ConfigError: naming the flag, its value, and what it must be.
+    """
+    sampling, learner, run = config.sampling, config.learner, config.run
+    at_least_one: dict[str, float | None] = {
+        "--prompts": sampling.prompts,
+        "--samples": sampling.samples,
+        "--max-prompt": sampling.max_prompt,
+        "--max-response": sampling.max_response,
+        "--max-turn": sampling.max_turn,
+        "--slots": sampling.slots,
+        "--updates": learner.updates,
+        "--micro-batch-tokens": learner.micro_batch_tokens,
+        "--save-every": run.save_every,
+        "--keep": run.keep,
+        "--eval-every": run.eval_every,
+        "--eval-limit": run.eval_limit,
+    }
+    for flag, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag} is {value}; it must be at least 1")
+    not_negative: dict[str, float] = {
+        "--steps": run.steps,
+        "--log-episodes": run.log_episodes,
+        "--learning-rate": learner.learning_rate,
+        "--warmup-steps": learner.warmup_steps,
+        "--weight-decay": learner.weight_decay,
+        "--eval-temperature": run.eval_temperature,
+    }
+    for flag, value in not_negative.items():
+        if not value >= 0:
+            raise ConfigError(f"{flag} is {value}; it must not be negative")
+    if not sampling.temperature > 0:
+        raise ConfigError(f"--temperature is {sampling.temperature}; training draws: above 0")
+    if not learner.max_grad_norm > 0:
+        raise ConfigError(f"--max-grad-norm is {learner.max_grad_norm}; it must be above 0")
+    if run.time_limit is not None and not run.time_limit > 0:
+        raise ConfigError(f"--time-limit is {run.time_limit}; it must be above 0 seconds")
+    if not 0 <= config.algorithm.max_void_share <= 1:
+        share = config.algorithm.max_void_share
+        raise ConfigError(f"--max-void-share is {share}; it is a share, from 0 to 1")
+    if learner.updates > sampling.prompts:
+        raise ConfigError(
+            f"--updates {learner.updates} is more than --prompts {sampling.prompts}; "
+            "each update needs a task of its own"
+        )
+
+
+def validate_eval(config: EvalConfig) -> None:
+    """Refuse numbers that no evaluation can have.
+
+    Raises:
+        ConfigError: naming the flag, its value, and what it must be.
+    """
+    at_least_one = {
+        "--limit": config.limit,
+        "--max-prompt": config.max_prompt,
+        "--max-response": config.max_response,
+        "--max-turn": config.max_turn,
+        "--slots": config.slots,
+    }
+    for flag, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag} is {value}; it must be at least 1")
+    if not config.temperature >= 0:
+        raise ConfigError(f"--temperature is {config.temperature}; it must not be negative")
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """The configuration as plain JSON values."""
+    if not is_dataclass(config) or isinstance(config, type):
+        raise TypeError(f"not a configuration: {config!r}")
+    plain = json.loads(json.dumps(asdict(config), default=str))
+    return dict(plain)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of a nested mapping as (``"outer.inner"``, value), settings (``*_args``) whole."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and not key.endswith("_args"):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def require_same(saved: Mapping[str, Any], config: TrainConfig, where: Path) -> None:
+    """Check that a saved run and this configuration would make the same weights.
+
+    Raises:
+        CheckpointError: naming every setting that differs, with both values.
+    """
+    before, now = dict(flatten(saved)), dict(flatten(as_json(config)))
+    differing = [
+        f"  {key}: {before.get(key, '(unset)')!r} in the folder, {now.get(key, '(unset)')!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if key not in FREE and before.get(key) != now.get(key)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{where} holds a run of another configuration:\n"
+            + "\n".join(differing)
+            + "\nGive another --output, or the same settings to continue that run."
+        )

@@ -1,0 +1,43 @@
+"""Samplers, by name. An engine is one file; ``base.py`` says what it must do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from research_agent.errors import ConfigError
+
+if TYPE_CHECKING:
+    from research_agent.codec import Codec
+    from research_agent.engines.base import Engine
+
+ENGINES = ("transformers",)
+
+
+def make_engine(
+    name: str,
+    model: Any,
+    codec: Codec,
+    *,
+    max_slots: int,
+    max_context: int | None = None,
+    share: bool = False,
+) -> Engine:
+    """Make an engine that samples from a model.
+
+    Args:
+        name: one of ``ENGINES``.
+        model: the policy, whose weights the engine copies.
+        codec: its tokenizer.
+        max_slots: how many trajectories may be held at once.
+        max_context: tokens of a trajectory; the model's own limit by default.
+        share: use the model object itself, where nobody else does (an evaluation).
+
+    Raises:
+        ConfigError: no engine of that name.
+        ModelError: a model that the engine cannot run.
+    """
+    if name == "transformers":
+        from research_agent.engines.transformers import TransformersEngine  # noqa: PLC0415 - torch
+
+        return TransformersEngine(model, codec, max_slots, max_context, share=share)
+    raise ConfigError(f"no engine is named {name!r}; there is {', '.join(ENGINES)}")

@@ -1,0 +1,65 @@
+"""What an engine is: token sequences go in, turns of sampled tokens come out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Finish = Literal["stop", "end", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to sample a turn."""
+
+    temperature: float = 1.0  # 0 is greedy; log-probabilities are then those at temperature 1
+    max_tokens: int = 512  # of this turn
+    stop: tuple[str, ...] = ()  # generation pauses after the token that completes one of these
+    seed: int = 0  # of this trajectory: its draws do not depend on the others in the batch
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished turn.
+
+    ``finish``: "stop" (a stop string was completed), "end" (the end token, which is the last of
+    ``tokens``), or "length" (``max_tokens`` or the context ran out).
+    """
+
+    slot: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]  # [tokens], at the sampling temperature
+    text: str  # of tokens, the end token left out
+    finish: Finish
+    version: int
+
+
+class Engine(Protocol):
+    """A sampler with slots. A slot holds one trajectory; its cache lives across turns."""
+
+    max_context: int
+
+    def submit(self, slot: int, tokens: Sequence[int], params: SamplingParams) -> None:
+        """Append tokens to what the slot holds already, and sample a turn from there."""
+        ...
+
+    def step(self) -> list[Completion]:
+        """Do one unit of work for every busy slot; return the turns that it finished."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """Forget what the slot holds, so that another trajectory can use it."""
+        ...
+
+    @property
+    def busy(self) -> int:
+        """Number of slots with a turn under way."""
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take new weights. Only called when no slot is busy; held caches become invalid."""
+        ...

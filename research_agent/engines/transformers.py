@@ -1,0 +1,497 @@
+"""Sampling with any causal language model of the ``transformers`` library.
+
+Each slot keeps its keys and values across turns, so that no token is ever prefilled twice. One step
+is one forward over a packed row of tokens: the last token of every turn under way, and all new
+tokens of those that begin. So the linear layers see no padding; only the attention knows of slots.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name everybody knows
+from transformers import AttentionInterface
+
+from research_agent.engines.base import Completion, Finish, SamplingParams
+from research_agent.errors import ContextError, ModelError, NonFiniteError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from research_agent.codec import Codec
+
+_ATTENTION = "research_agent_slots"
+_MAX_STEP_TOKENS = 16_384  # bounds the memory of one forward
+_DECODE_ROWS = 64  # rows that attend together, as far as the longest of them reaches
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Neighbouring cache rows that attend together: ``[first, first + count)``."""
+
+    first: int
+    count: int
+    start: int  # where their tokens begin in the packed row
+    stop: int
+    reach: int  # the longest of them, new tokens included
+    mask: Tensor  # [count, 1, padded new tokens, reach], 0 where a query sees a key, else -inf
+    pad: Tensor | None  # [count, padded new tokens] -> packed token; None where all have one
+    unpad: Tensor | None  # [tokens] -> place in the padded ones, flat
+
+
+@dataclass
+class _SlotCache:
+    """Keys and values of all slots, and what the forward under way does with them."""
+
+    slots: int
+    context: int
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    rows: Tensor | None = None  # [tokens] the cache row of each packed token
+    places: Tensor | None = None  # [tokens] its position in the trajectory
+    chunks: tuple[_Chunk, ...] = ()
+
+    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, each [slots, key-value heads, context, head size]."""
+        if index not in self.layers:
+            self.layers[index] = (
+                key.new_zeros(self.slots, key.shape[1], self.context, key.shape[3]),
+                value.new_zeros(self.slots, value.shape[1], self.context, value.shape[3]),
+            )
+        return self.layers[index]
+
+    def move(self, target: Tensor, source: Tensor, reach: int) -> None:
+        """Copy rows ``source`` to rows ``target``, up to position ``reach``."""
+        for keys_values in self.layers.values():
+            for held in keys_values:
+                held[target, :, :reach] = held[source, :, :reach]
+
+
+def _slot_attention(
+    module: torch.nn.Module,
+    query: Tensor,  # [1, heads, tokens, head size]
+    key: Tensor,  # [1, key-value heads, tokens, head size]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    slot_cache: _SlotCache,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Write new keys and values to their slots, then let each row attend to its own slot."""
+    odd = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
+    if odd or (sliding_window is not None and sliding_window < slot_cache.context):
+        what = odd[0] if odd else f"a sliding window of {sliding_window} tokens"
+        raise ModelError(
+            f"the transformers engine cannot run a model whose attention has {what}; "
+            "use --engine vllm" + ("" if odd else ", or a shorter context")
+        )
+    keys, values = slot_cache.layer(module.layer_idx, key, value)  # type: ignore[arg-type]
+    keys[slot_cache.rows, :, slot_cache.places] = key[0].transpose(0, 1)
+    values[slot_cache.rows, :, slot_cache.places] = value[0].transpose(0, 1)
+    packed = query[0].transpose(0, 1)  # [tokens, heads, head size]
+    out = torch.empty_like(packed, memory_format=torch.contiguous_format)
+    for chunk in slot_cache.chunks:
+        held = slice(chunk.first, chunk.first + chunk.count)
+        seen_keys = keys[held, :, : chunk.reach]
+        seen_values = values[held, :, : chunk.reach]
+        ours = packed[chunk.start : chunk.stop]
+        if chunk.pad is None and query.dtype == torch.float32:
+            out[chunk.start : chunk.stop] = _attend_once(
+                ours, seen_keys, seen_values, chunk.mask, scaling
+            )
+            continue
+        asked = ours[:, None] if chunk.pad is None else ours[chunk.pad]
+        answer = F.scaled_dot_product_attention(
+            asked.transpose(1, 2),
+            seen_keys,
+            seen_values,
+            attn_mask=chunk.mask.to(query.dtype),
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        answer = answer.transpose(1, 2).flatten(0, 1)  # [count * padded, heads, head size]
+        out[chunk.start : chunk.stop] = answer if chunk.unpad is None else answer[chunk.unpad]
+    return out[None], None
+
+
+def _attend_once(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float | None
+) -> Tensor:
+    """Attention of one query a row, [rows, heads, head size]; faster on a CPU than the fused one.
+
+    The query heads that share a key-value head are rows of one small matrix product.
+    """
+    rows, kv_heads, reach, size = keys.shape
+    shape = (rows * kv_heads, -1, size)
+    scale = size**-0.5 if scaling is None else scaling
+    scores = torch.bmm((query * scale).reshape(shape), keys.flatten(0, 1).transpose(1, 2))
+    scores = scores.view(rows, kv_heads, -1, reach).add_(mask)
+    share = torch.softmax(scores, dim=-1).view(rows * kv_heads, -1, reach)
+    return torch.bmm(share, values.flatten(0, 1)).view(query.shape)
+
+
+AttentionInterface.register(_ATTENTION, _slot_attention)
+
+
+class TransformersEngine:
+    """An ``Engine`` over a ``transformers`` causal language model.
+
+    Args:
+        model: the policy. Its weights are copied, unless ``share``.
+        codec: its tokenizer.
+        max_slots: how many trajectories may be held at once; slots are ``0 .. max_slots - 1``.
+        max_context: tokens that a trajectory may have; the model's own limit by default.
+        share: use the model object itself. Only where nobody else uses it, as when evaluating.
+
+    Raises:
+        ModelError: the architecture's attention cannot be replaced, or has no known context.
+
+    The draws of a trajectory are a function of its seed and of the position of the token only. The
+    logits are those of a batch, and equal those of another batch up to floating-point rounding.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        codec: Codec,
+        max_slots: int,
+        max_context: int | None = None,
+        *,
+        share: bool = False,
+    ) -> None:
+        limit = getattr(model.config, "max_position_embeddings", None)
+        context = limit if max_context is None else max_context
+        if context is None:
+            raise ModelError("the model names no context length; give max_context")
+        if limit is not None and context > limit:
+            raise ContextError(
+                f"max_context is {context}, but the model has {limit} positions; lower it"
+            )
+        self.max_context = int(context)
+        self.max_slots = max_slots
+        self.forwarded_tokens = 0  # since the start; a token of a trajectory counts once
+        self._codec = codec
+        self._model = (model if share else copy.deepcopy(model)).eval()
+        self._device = next(self._model.parameters()).device
+        try:
+            self._model.set_attn_implementation(_ATTENTION)
+        except (ValueError, AttributeError) as error:
+            raise ModelError(
+                f"the attention of {type(model).__name__} cannot be replaced ({error}); "
+                "use --engine vllm"
+            ) from error
+        self._version = 0
+        self._cache = _SlotCache(max_slots, self.max_context)
+        self._order = np.arange(max_slots)  # [rows] -> the slot whose cache the row holds
+        self._cached = np.zeros(max_slots, dtype=np.int64)  # [slots] tokens in the cache
+        self._written = np.zeros(max_slots, dtype=np.int64)  # [slots] tokens sampled this turn
+        self._limit = np.zeros(max_slots, dtype=np.int64)  # [slots] of this turn
+        self._seed = np.zeros(max_slots, dtype=np.uint64)
+        self._temperature = np.ones(max_slots)
+        self._last = np.full(max_slots, -1, dtype=np.int64)  # [slots] sampled, not forwarded yet
+        self._stop_set = np.zeros(max_slots, dtype=np.int64)  # [slots] -> index of a stop set
+        self._stop_sets: dict[tuple[str, ...], int] = {}
+        vocabulary = max(len(codec.tokenizer), model.get_output_embeddings().weight.shape[0])
+        self._ends = np.zeros(vocabulary, dtype=np.bool_)
+        self._ends[list(codec.end_ids)] = True
+        self._flags = np.zeros((0, vocabulary), dtype=np.bool_)  # [stop sets, vocabulary]
+        self._tokens = np.zeros((max_slots, self.max_context), dtype=np.int64)  # of this turn
+        self._logprobs = np.zeros((max_slots, self.max_context), dtype=np.float32)
+        self._params: dict[int, SamplingParams] = {}
+        self._pending: dict[int, list[int]] = {}  # slots whose turn has not begun: new tokens
+        self._decoding = 0  # rows [0, decoding) have a turn under way
+
+    @property
+    def busy(self) -> int:
+        """Number of slots with a turn under way."""
+        return len(self._params)
+
+    def submit(self, slot: int, tokens: Sequence[int], params: SamplingParams) -> None:
+        """Append tokens to what the slot holds already, and sample a turn from there.
+
+        Raises:
+            ContextError: nothing to continue from, or no room left to sample a token.
+            ValueError: no such slot, or one whose turn is under way.
+        """
+        if not 0 <= slot < self.max_slots:
+            raise ValueError(f"slot {slot} of an engine with slots 0 .. {self.max_slots - 1}")
+        if slot in self._params:
+            raise ValueError(f"slot {slot} has a turn under way; wait for it or release it")
+        last = [int(self._last[slot])] if self._last[slot] >= 0 else []
+        new = [*last, *tokens]
+        length = int(self._cached[slot]) + len(new)
+        if not new:
+            raise ContextError(f"slot {slot} holds nothing, and no tokens were submitted")
+        if length >= self.max_context:
+            raise ContextError(
+                f"{length} tokens leave no room to sample in a context of {self.max_context}"
+            )
+        self._params[slot] = params
+        self._pending[slot] = new
+        self._last[slot] = -1
+        self._written[slot] = 0
+        self._limit[slot] = min(params.max_tokens, self.max_context - length)
+        self._seed[slot] = np.uint64(params.seed % 2**64)
+        self._temperature[slot] = params.temperature
+        self._stop_set[slot] = self._stop_index(params.stop)
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """Sample one token in every busy slot; return the turns that this ends.
+
+        Raises:
+            NonFiniteError: the model's logits are not finite.
+        """
+        if not self._params:
+            return []
+        admitted = self._admit()
+        slots = self._order[: self._decoding]
+        logits = self._forward(slots, admitted)
+        tokens, logprobs = self._sample(slots, logits)
+        at = self._written[slots]
+        self._tokens[slots, at] = tokens
+        self._logprobs[slots, at] = logprobs
+        self._written[slots] = at + 1
+        self._last[slots] = tokens
+        ends = self._ends[tokens]
+        full = at + 1 >= self._limit[slots]
+        flagged = self._flags[self._stop_set[slots], tokens]
+        done: list[Completion] = []
+        for row in np.flatnonzero(ends | full | flagged):
+            slot = int(slots[row])
+            finish: Finish | None = "end" if ends[row] else None
+            if finish is None and flagged[row]:
+                turn = self._tokens[slot, : at[row] + 1].tolist()
+                finish = "stop" if self._codec.stops(turn, self._params[slot].stop) else None
+            if finish is None and full[row]:
+                finish = "length"
+            if finish is not None:
+                done.append(self._complete(slot, finish))
+        if done:
+            self._close_gaps()
+        return done
+
+    @torch.inference_mode()
+    def release(self, slot: int) -> None:
+        """Forget what the slot holds, so that another trajectory can use it."""
+        decoding = slot in self._params and slot not in self._pending
+        self._params.pop(slot, None)
+        self._pending.pop(slot, None)
+        if decoding:
+            self._close_gaps()
+        self._cached[slot] = 0
+        self._last[slot] = -1
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy new weights in by name; every slot is forgotten.
+
+        Raises:
+            ModelError: a name or shape that the model does not have, or a weight left out.
+            ValueError: a turn is under way.
+        """
+        if self._params:
+            raise ValueError(f"{self.busy} turns are under way; finish them before new weights")
+        own = self._model.state_dict(keep_vars=True)
+        missing = {id(p): name for name, p in self._model.named_parameters()}
+        with torch.no_grad():
+            for name, new in weights:
+                held = own.get(name)
+                if held is None or held.shape != new.shape:
+                    has = "none of that name" if held is None else f"{list(held.shape)}"
+                    raise ModelError(f"weight {name!r} {list(new.shape)}: the model has {has}")
+                held.copy_(new)
+                missing.pop(id(held), None)
+        if missing:
+            names = sorted(missing.values())
+            raise ModelError(f"{len(names)} weights were left out, such as {names[0]!r}")
+        self._version = version
+        for slot in range(self.max_slots):
+            self.release(slot)
+
+    def _stop_index(self, stop: tuple[str, ...]) -> int:
+        if stop not in self._stop_sets:
+            flags = np.zeros((1, self._flags.shape[1]), dtype=np.bool_)
+            known = self._codec.stop_flags(stop)
+            flags[0, : len(known)] = known
+            self._stop_sets[stop] = len(self._flags)
+            self._flags = np.concatenate([self._flags, flags])
+        return self._stop_sets[stop]
+
+    def _complete(self, slot: int, finish: Finish) -> Completion:
+        count = int(self._written[slot])
+        tokens = self._tokens[slot, :count].tolist()
+        said = tokens[:-1] if finish == "end" else tokens
+        del self._params[slot]
+        return Completion(
+            slot=slot,
+            tokens=tuple(tokens),
+            logprobs=tuple(self._logprobs[slot, :count].tolist()),
+            text=self._codec.decode(said) if said else "",
+            finish=finish,
+            version=self._version,
+        )
+
+    def _admit(self) -> list[int]:
+        """Take pending turns in, so far as one forward may hold; how many fall in each bucket.
+
+        Turns with about as many new tokens make a bucket, in which the longest come first: then
+        neighbouring rows are of like length, and the short ones at the end fill the gaps that
+        finished turns leave.
+        """
+        buckets: dict[int, list[int]] = {}
+        room = _MAX_STEP_TOKENS
+        for slot, new in self._pending.items():
+            room -= len(new)
+            if room < 0 and buckets:
+                break
+            buckets.setdefault(len(new).bit_length(), []).append(slot)
+        admitted = [
+            sorted(bucket, key=lambda s: -self._cached[s] - len(self._pending[s]))
+            for _, bucket in sorted(buckets.items())
+        ]
+        if admitted:
+            slots = np.array([slot for bucket in admitted for slot in bucket])
+            going = self._order[: self._decoding]
+            rest = self._order[self._decoding :]
+            self._arrange(np.concatenate([going, slots, rest[~np.isin(rest, slots)]]))
+            self._decoding += len(slots)
+        return [len(bucket) for bucket in admitted]
+
+    def _close_gaps(self) -> None:
+        """Let the last rows under way take the places of those that are so no more."""
+        order = self._order.copy()
+        going = np.array([slot in self._params for slot in order[: self._decoding].tolist()])
+        count = int(going.sum())
+        gaps = np.flatnonzero(~going[:count])
+        last = count + np.flatnonzero(going[count:])
+        order[gaps], order[last] = order[last], order[gaps]
+        self._arrange(order)
+        self._decoding = count
+
+    def _arrange(self, order: NDArray[np.int64]) -> None:
+        """Move the caches so that row i is that of slot order[i]."""
+        moved = np.flatnonzero((order != self._order) & (self._cached[order] > 0))
+        if len(moved):
+            source = np.argsort(self._order)[order[moved]]
+            reach = int(self._cached[order[moved]].max())
+            self._cache.move(self._tensor(moved), self._tensor(source), reach)
+        self._order = order
+
+    def _forward(self, slots: NDArray[np.int64], admitted: list[int]) -> Tensor:
+        """Forward every new token of the slots; float32 logits [slots, vocabulary] of the last."""
+        going = len(slots) - sum(admitted)
+        counts = np.ones(len(slots), dtype=np.int64)
+        tokens: list[int] = self._last[slots[:going]].tolist()
+        for row, slot in enumerate(slots[going:].tolist(), start=going):
+            new = self._pending.pop(slot)
+            counts[row] = len(new)
+            tokens += new
+        before = self._cached[slots]
+        ends = np.cumsum(counts)
+        rows = np.repeat(np.arange(len(slots)), counts)
+        places = self._tensor(before[rows] + np.arange(len(tokens)) - (ends - counts)[rows])
+        edges = [*range(0, going, _DECODE_ROWS), *(going + np.cumsum([0, *admitted])).tolist()]
+        self._cache.rows, self._cache.places = self._tensor(rows), places
+        self._cache.chunks = tuple(
+            self._chunk(first, counts[first:last], before[first:last], int(ends[first]))
+            for first, last in itertools.pairwise(edges)
+        )
+        self.forwarded_tokens += len(tokens)
+        self._cached[slots] = before + counts
+        logits: Tensor = self._model(
+            input_ids=self._tensor(np.array(tokens))[None],
+            position_ids=places[None],
+            use_cache=False,
+            logits_to_keep=self._tensor(ends - 1),
+            slot_cache=self._cache,
+        ).logits[0]
+        return logits.float()
+
+    def _chunk(
+        self, first: int, counts: NDArray[np.int64], before: NDArray[np.int64], first_end: int
+    ) -> _Chunk:
+        """What the attention must know of rows that follow each other.
+
+        Args:
+            first: the first row.
+            counts: new tokens of each row. Shape [rows].
+            before: cached tokens of each. Shape [rows].
+            first_end: where the first row's tokens end in the packed row.
+        """
+        width, reach = int(counts.max()), int((before + counts).max())
+        begins = np.cumsum(counts) - counts
+        offsets = np.arange(width)
+        hidden = np.arange(reach) > (before[:, None] + offsets)[..., None]  # [rows, width, reach]
+        mask = torch.zeros(hidden.shape, device=self._device)
+        mask.masked_fill_(self._tensor(hidden), -torch.inf)
+        pad = unpad = None
+        if width > 1:
+            pad = self._tensor(np.minimum(begins[:, None] + offsets, counts.sum() - 1))
+            unpad = self._tensor(np.flatnonzero(offsets < counts[:, None]))
+        start = first_end - int(counts[0])
+        return _Chunk(
+            first=first,
+            count=len(counts),
+            start=start,
+            stop=start + int(counts.sum()),
+            reach=reach,
+            mask=mask[:, None],
+            pad=pad,
+            unpad=unpad,
+        )
+
+    def _sample(
+        self, slots: NDArray[np.int64], logits: Tensor
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Draw a token for each slot by the inverse of the cumulative distribution."""
+        temperature = self._temperature[slots]
+        greedy = temperature == 0
+        if (temperature != 1).any():
+            logits = logits / self._tensor(np.where(greedy, 1, temperature)).float()[:, None]
+        logprobs = torch.log_softmax(logits, dim=-1)
+        if greedy.all():
+            drawn = logits.argmax(dim=-1)
+        else:
+            mass = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
+            uniform = self._tensor(uniforms(self._seed[slots], self._cached[slots]))
+            drawn = torch.searchsorted(mass, (uniform[:, None] * mass[:, -1:]), right=True)[:, 0]
+            drawn = drawn.clamp(max=logits.shape[-1] - 1)
+            if greedy.any():
+                drawn = torch.where(self._tensor(greedy), logits.argmax(dim=-1), drawn)
+        chosen = logprobs.gather(1, drawn[:, None])[:, 0].cpu().numpy()
+        if not np.isfinite(chosen).all():
+            self._cache.layers.clear()  # a NaN shows through a mask
+            raise NonFiniteError(
+                f"the policy's logits are not finite (weights of version {self._version}); "
+                "lower the learning rate or go back to an earlier checkpoint"
+            )
+        return drawn.cpu().numpy(), chosen
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Numbers in [0, 1) that depend on seed and position only. Shapes [n], [n] -> [n].
+
+    Two rounds of the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom
+    number generators", 2014), over the seed and then over the position.
+    """
+    with np.errstate(over="ignore"):
+        mixed = _splitmix(_splitmix(seeds) + positions.astype(np.uint64))
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _splitmix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

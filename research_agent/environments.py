@@ -1,0 +1,191 @@
+"""Many episodes at once, of any Gymnasium environment that speaks text.
+
+An environment whose own vector environment has ``send`` and ``recv`` is used through it; of any
+other there are as many single ones as asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import gymnasium as gym
+import numpy as np
+
+from research_agent.errors import ConfigError, EnvironmentContractError
+
+
+class StepResult(NamedTuple):
+    """What ``step`` returned, and in which environment."""
+
+    env_id: int
+    observation: str
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: Mapping[str, Any]
+
+
+class Environments(Protocol):
+    """``num_envs`` environments, each at its own pace."""
+
+    num_envs: int
+    num_tasks: int | None  # distinct tasks: episodes 0 .. num_tasks - 1; None: no end of them
+    terminators: tuple[str, ...]  # strings after which generation pauses
+
+    def reset(
+        self, assignments: Mapping[int, int], seed: int
+    ) -> dict[int, tuple[str, Mapping[str, Any]]]:
+        """Begin episodes: environment -> number, and back environment -> (observation, info).
+
+        The same seed and number are the same task, whatever the environment.
+        """
+        ...
+
+    def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
+        """Take actions; their results come from ``recv``."""
+        ...
+
+    def recv(self, min_results: int) -> list[StepResult]:
+        """The results that are ready, after waiting for at least so many (0: no waiting)."""
+        ...
+
+    def close(self) -> None:
+        """Release what the environments hold."""
+        ...
+
+
+def make_environments(
+    env_id: str, num_envs: int, env_args: Mapping[str, Any] | None = None
+) -> Environments:
+    """Make environments by their Gymnasium id.
+
+    Args:
+        env_id: such as ``"package:Name-v0"``; the module before the colon is imported first.
+        num_envs: how many.
+        env_args: arguments of each.
+
+    Raises:
+        ConfigError: no such module or id.
+        EnvironmentContractError: the environment does not speak text.
+    """
+    module, colon, name = env_id.rpartition(":")
+    try:
+        if colon:
+            importlib.import_module(module)
+        spec = gym.spec(name)
+    except (ImportError, gym.error.Error) as error:
+        raise ConfigError(
+            f"no environment {env_id!r}: {error}; "
+            "write MODULE:ID, where importing the module registers the id, for example "
+            "research_env:ReSearch-MiniWorld-v0"
+        ) from error
+    args = dict(env_args or {})
+    if spec.vector_entry_point is not None:
+        vector = gym.make_vec(
+            name, num_envs=num_envs, vectorization_mode="vector_entry_point", **args
+        )
+        if hasattr(vector, "send") and hasattr(vector, "recv"):
+            return _Native(vector)
+        vector.close()
+    return _Singles([gym.make(name, disable_env_checker=True, **args) for _ in range(num_envs)])
+
+
+class _Native:
+    """A vector environment with ``send`` and ``recv``."""
+
+    def __init__(self, vector: Any) -> None:
+        self._vector = vector
+        self.num_envs = int(vector.num_envs)
+        self.num_tasks: int | None = getattr(vector, "num_tasks", None)
+        self.terminators = _terminators(vector.single_action_space)
+
+    def reset(
+        self, assignments: Mapping[int, int], seed: int
+    ) -> dict[int, tuple[str, Mapping[str, Any]]]:
+        mask = np.array([i in assignments for i in range(self.num_envs)])
+        episodes = [assignments.get(i, 0) for i in range(self.num_envs)]
+        observations, infos = self._vector.reset(
+            seed=seed, options={"episodes": episodes, "reset_mask": mask}
+        )
+        return {i: (_text(observations[i]), _one(infos, i)) for i in assignments}
+
+    def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
+        self._vector.send(env_ids, actions)
+
+    def recv(self, min_results: int) -> list[StepResult]:
+        timeout = None if min_results else 0
+        received = self._vector.recv(timeout=timeout, min_results=min_results)
+        results = [StepResult(*result) for result in received]
+        for result in results:
+            _text(result.observation)
+        return results
+
+    def close(self) -> None:
+        self._vector.close()
+
+
+class _Singles:
+    """Environments of ``gym.make``, stepped one after the other."""
+
+    def __init__(self, envs: Sequence[gym.Env[Any, Any]]) -> None:
+        self._envs = envs
+        self._ready: list[StepResult] = []
+        self.num_envs = len(envs)
+        self.num_tasks: int | None = getattr(envs[0].unwrapped, "num_tasks", None)
+        self.terminators = _terminators(envs[0].action_space)
+
+    def reset(
+        self, assignments: Mapping[int, int], seed: int
+    ) -> dict[int, tuple[str, Mapping[str, Any]]]:
+        self._ready = [result for result in self._ready if result.env_id not in assignments]
+        begun: dict[int, tuple[str, Mapping[str, Any]]] = {}
+        for i, episode in assignments.items():
+            # One that counts its tasks draws their order from the seed; any other may not know
+            # the option, and is seeded with the episode.
+            own = seed if self.num_tasks is not None else _mix(seed, episode)
+            observation, info = self._envs[i].reset(seed=own, options={"episode": episode})
+            begun[i] = (_text(observation), info)
+        return begun
+
+    def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
+        for i, action in zip(env_ids, actions, strict=True):
+            observation, reward, terminated, truncated, info = self._envs[i].step(action)
+            self._ready.append(
+                StepResult(i, _text(observation), float(reward), terminated, truncated, info)
+            )
+
+    def recv(self, min_results: int) -> list[StepResult]:
+        results, self._ready = self._ready, []
+        return results
+
+    def close(self) -> None:
+        for env in self._envs:
+            env.close()
+
+
+def _terminators(space: Any) -> tuple[str, ...]:
+    return tuple(getattr(space, "terminators", ()))
+
+
+def _text(observation: Any) -> str:
+    if not isinstance(observation, str):
+        raise EnvironmentContractError(
+            f"the environment observes {type(observation).__name__} ({observation!r:.60}), not "
+            "text; only environments whose observations and actions are strings can be played"
+        )
+    return observation
+
+
+def _one(infos: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """The info of one sub-environment out of a vector environment's (Gymnasium's layout)."""
+    return {
+        key: _one(value, i) if isinstance(value, Mapping) else value[i]
+        for key, value in infos.items()
+        if not key.startswith("_") and (f"_{key}" not in infos or infos[f"_{key}"][i])
+    }
+
+
+def _mix(seed: int, episode: int) -> int:
+    return int(np.random.SeedSequence([seed, episode]).generate_state(1)[0])

@@ -1,0 +1,35 @@
+"""The errors of the trainer: each says what was wrong, with which value, and what to do."""
+
+from __future__ import annotations
+
+
+class ResearchAgentError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(ResearchAgentError, ValueError):
+    """A setting whose value cannot be used."""
+
+
+class ModelError(ResearchAgentError, ValueError):
+    """A model folder or tokenizer that cannot be used (no weights, no end token, ...)."""
+
+
+class ContextError(ResearchAgentError, ValueError):
+    """A prompt that does not fit the model's context."""
+
+
+class CheckpointError(ResearchAgentError):
+    """A checkpoint that is missing, broken, or of another configuration."""
+
+
+class EnvironmentContractError(ResearchAgentError, TypeError):
+    """An environment that does not speak text as the contract asks."""
+
+
+class TooManyVoidError(ResearchAgentError, RuntimeError):
+    """More episodes were void (failed infrastructure) than the run allows."""
+
+
+class NonFiniteError(ResearchAgentError, ArithmeticError):
+    """A loss, gradient or log-probability that is not finite."""

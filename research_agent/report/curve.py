@@ -1,0 +1,106 @@
+"""Learning curves: one PNG, and the same in plain text for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Point = tuple[float, float]  # (step, value)
+
+
+def series(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
+    """Curves of the reward and of what evaluations measured, by name.
+
+    Args:
+        records: of ``metrics.jsonl``.
+
+    Returns:
+        ``reward`` (of training) and ``eval/...``, each a list of (step, value), finite ones only.
+    """
+    curves: dict[str, list[Point]] = {}
+    for record in records:
+        for name, value in record.items():
+            if name != "reward" and not name.startswith("eval/"):
+                continue
+            if isinstance(value, int | float) and math.isfinite(value):
+                curves.setdefault(name, []).append((float(record["step"]), float(value)))
+    return curves
+
+
+def draw(records: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
+    """Draw the curves as a PNG: shares from 0 to 1 above, other quantities below.
+
+    Args:
+        records: of ``metrics.jsonl``.
+        path: of the picture.
+        title: of the picture.
+    """
+    from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import)
+
+    curves = series(records)
+    shares = {n: c for n, c in curves.items() if all(-1e-9 <= v <= 1 + 1e-9 for _, v in c)}
+    others = {n: c for n, c in curves.items() if n not in shares}
+    panels = [panel for panel in (shares, others) if panel] or [{}]
+    figure = Figure(figsize=(8, 1 + 3 * len(panels)), layout="constrained")
+    for number, panel in enumerate(panels):
+        axes = figure.add_subplot(len(panels), 1, number + 1)
+        for name, points in panel.items():
+            steps, values = zip(*points, strict=True)
+            if name == "reward":
+                axes.plot(steps, values, color="0.6", linewidth=1, label="reward while training")
+            else:
+                label = "held-out " + name.removeprefix("eval/")
+                axes.plot(steps, values, marker="o", markersize=4, label=label)
+        if panel is shares:
+            axes.set_ylim(-0.02, 1.02)
+        axes.grid(alpha=0.3)
+        if panel:
+            axes.legend(fontsize="small", loc="best")
+    axes.set_xlabel("training step")
+    if title:
+        figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+
+
+def text_curve(
+    points: Sequence[Point], *, name: str = "", width: int = 60, height: int = 12
+) -> str:
+    """Draw a curve as text.
+
+    Args:
+        points: (step, value), at least one, steps ascending.
+        name: written above.
+        width: of the drawing in characters, its scale left out.
+        height: of the drawing in lines, axes left out.
+
+    Returns:
+        Lines joined by newlines. Where several steps fall into a column, it shows their mean.
+    """
+    if not points:
+        return f"{name}: nothing to draw yet"
+    values = [value for _, value in points]
+    low, high = min(values), max(values)
+    if low >= 0 and high <= 1:
+        low, high = 0.0, 1.0  # a share is read against the whole scale
+    elif low == high:
+        low, high = low - 0.5, high + 0.5
+    first, last = points[0][0], points[-1][0]
+    columns: dict[int, list[float]] = {}
+    for step, value in points:
+        place = 0.0 if last == first else (step - first) / (last - first)
+        columns.setdefault(round(place * (width - 1)), []).append(value)
+    grid = [[" "] * width for _ in range(height)]
+    for column, inside in columns.items():
+        mean = sum(inside) / len(inside)
+        grid[height - 1 - round((mean - low) / (high - low) * (height - 1))][column] = "●"
+    lines = [name] if name else []
+    for row, cells in enumerate(grid):
+        level = high - (high - low) * row / (height - 1)
+        label = f"{level:8.2f}" if row % 3 == 0 or row == height - 1 else " " * 8
+        lines.append(f"{label} ┤{''.join(cells).rstrip()}")
+    lines.append(" " * 9 + "└" + "─" * width)
+    end = f"step {last:g}"
+    lines.append(" " * 10 + f"{first:g}".ljust(width - len(end)) + end)
+    return "\n".join(lines)

@@ -1,0 +1,317 @@
+"""Supervised fine-tuning: fit a model to demonstrations. The warm start of a small policy.
+
+A demonstration is a list of (provenance, text) pairs. The loss is the mean negative log-probability
+of the tokens of its actions; prompts and observations are context. An action that ends the
+demonstration is followed by the end token.
+
+Demonstrations come from a JSON Lines file, of lines like
+``{"segments": [["prompt", "..."], ["action", "..."]]}``, or from a function, ``"module:function"``.
+They are learned once each, in their order, so that a function can teach one thing before another.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from research_agent.config import Settings
+from research_agent.errors import ConfigError, ContextError, NonFiniteError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from research_agent.codec import Codec
+    from research_agent.trajectory import Trajectory
+
+Demonstration = list[tuple[str, str]]
+PROVENANCES = ("prompt", "action", "observation")
+
+BATCHES_SORTED_TOGETHER = 16  # trajectories of like length share a batch, out of this many
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Fit a model to demonstrations."""
+
+    demonstrations: str
+    """A JSON Lines file, or MODULE:FUNCTION that yields lists of (provenance, text)."""
+    demonstration_args: Settings = field(default_factory=dict)
+    """Arguments of that function, besides count and seed."""
+    count: int = 10_000
+    """Demonstrations learned, each once."""
+    model: str | None = None
+    """Model to start from; none makes a new one of the sizes below."""
+    vocabulary: str | None = None
+    """MODULE:FUNCTION that lists the phrases a new model's tokenizer knows."""
+    hidden_size: int = 128
+    """Width of a new model."""
+    layers: int = 4
+    """Depth of a new model."""
+    heads: int = 4
+    """Attention heads of a new model; half as many for keys and values."""
+    context: int = 1024
+    """Longest sequence of a new model, in tokens."""
+    batch: int = 12
+    """Demonstrations an optimiser step."""
+    learning_rate: float = 3e-3
+    """Highest; it rises over the first steps and falls in a line over the last part."""
+    warmup_steps: int = 50
+    """Optimiser steps over which the learning rate rises."""
+    decay_share: float = 0.4
+    """Share of the steps over which the learning rate falls."""
+    final_share: float = 0.05
+    """Share of the learning rate that is left at the end."""
+    max_grad_norm: float = 1.0
+    """Gradients longer than this are scaled down to it."""
+    seed: int = 0
+    """Of the demonstrations, the first weights, and the order within a few batches."""
+    output: Path = Path("runs/sft")
+    """Folder of the model that comes out."""
+    quiet: bool = False
+    """Show no progress."""
+
+
+PRESETS = {
+    "miniworld": SFTConfig(
+        demonstrations="research_env.demonstrations:demonstrations",
+        demonstration_args={"top_k": 2},
+        vocabulary="research_env.demonstrations:vocabulary",
+        count=120_000,
+        output=Path("runs/miniworld-starter"),
+    ),
+}
+DESCRIPTIONS = {
+    "miniworld": "Make the starter of the demo again: a policy that can read and search, and "
+    "seldom does.",
+}
+
+
+def run(config: SFTConfig) -> Path:
+    """Fit a model, and write it to the output folder as transformers reads it.
+
+    Hidden matrices are trained by Muon (Jordan et al. 2024), the rest by AdamW: on small models it
+    takes half the steps that AdamW alone takes.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: a setting that cannot be used, or demonstrations without actions.
+        ContextError: a demonstration that is longer than the model's context.
+        NonFiniteError: the loss is not finite.
+    """
+    import torch  # noqa: PLC0415 - slow to import, and not for --help
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import Progress  # noqa: PLC0415
+
+    from research_agent.batch import make_batch, micro_batches  # noqa: PLC0415
+    from research_agent.policy import token_logprobs  # noqa: PLC0415
+    from research_agent.trajectory import Group  # noqa: PLC0415
+
+    _validate(config)
+    config.output.mkdir(parents=True, exist_ok=True)  # now: not after all the work is done
+    torch.manual_seed(config.seed)
+    model, codec = _new_model(config) if config.model is None else _open_model(config.model)
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizers = [
+        torch.optim.Muon(
+            matrices, lr=config.learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    steps = config.count // config.batch
+    limit: int = getattr(model.config, "max_position_embeddings", sys.maxsize)
+    started, average, step = time.perf_counter(), 0.0, -1
+    console = Console(stderr=True)
+    with Progress(console=console, disable=config.quiet or not console.is_terminal) as progress:
+        task = progress.add_task("sft", total=steps)
+        for step, batch in enumerate(_batches(config, codec)):
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = config.learning_rate * _schedule(config, step / steps, step)
+            longest = max(len(trajectory.tokens) for trajectory in batch)
+            if longest > limit:
+                message = f"a demonstration of {longest} tokens does not fit the context of {limit}"
+                raise ContextError(f"{message}; leave it out, or give a larger --context")
+            rollout = make_batch([Group(i, [t]) for i, t in enumerate(batch)])
+            (micro,) = micro_batches(rollout, max_tokens=2**31)
+            logprobs, _ = token_logprobs(model, micro)
+            loss = -logprobs.mean()
+            if not loss.isfinite():
+                raise NonFiniteError(f"sft: the loss of step {step} is {loss.item()}")
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
+            progress.update(task, advance=1, description=f"sft  loss {average:.3f}")
+            if not (config.quiet or console.is_terminal) and (step + 1) % max(1, steps // 20) == 0:
+                seconds = time.perf_counter() - started
+                console.print(f"step {step + 1}/{steps}  loss {average:.4f}  {seconds:.0f} s")
+    if step < 0:
+        message = f"{config.demonstrations} gives fewer demonstrations than --batch {config.batch}"
+        raise ConfigError(message)
+    model.save_pretrained(config.output)
+    codec.tokenizer.save_pretrained(config.output)
+    if not config.quiet:
+        seconds = time.perf_counter() - started
+        print(f"{config.output}: loss {average:.4f} after {steps} steps, {seconds:.0f} s")
+    return config.output
+
+
+def _validate(config: SFTConfig) -> None:
+    for name in ("batch", "hidden_size", "layers", "heads", "context"):
+        if getattr(config, name) < 1:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} is {getattr(config, name)}; it must be at least 1")
+    if config.count < config.batch:
+        raise ConfigError(f"--count {config.count} must be at least --batch {config.batch}")
+    if config.model is None and config.hidden_size % (2 * config.heads):
+        raise ConfigError(
+            f"--hidden-size {config.hidden_size} must be a multiple of twice --heads {config.heads}"
+        )
+    if not 0 < config.learning_rate < math.inf or not config.max_grad_norm > 0:
+        raise ConfigError(
+            f"--learning-rate {config.learning_rate} and --max-grad-norm {config.max_grad_norm} "
+            "must be above 0"
+        )
+
+
+def _schedule(config: SFTConfig, done: float, step: int) -> float:
+    rising = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    left = min(1.0, (1 - done) / max(1e-9, config.decay_share))
+    return rising * (config.final_share + (1 - config.final_share) * left)
+
+
+def _batches(config: SFTConfig, codec: Codec) -> Iterator[list[Trajectory]]:
+    """Whole batches, in the order of the demonstrations but for a few batches sorted by length."""
+    import torch  # noqa: PLC0415
+
+    generator = torch.Generator().manual_seed(config.seed)
+    demonstrations = islice(_demonstrations(config), config.count)
+    stream = (as_trajectory(d, codec) for d in demonstrations)
+    while chunk := list(islice(stream, config.batch * BATCHES_SORTED_TOGETHER)):
+        chunk.sort(key=lambda trajectory: len(trajectory.tokens))
+        starts = range(0, len(chunk) - config.batch + 1, config.batch)
+        for i in torch.randperm(len(starts), generator=generator).tolist():
+            yield chunk[starts[i] : starts[i] + config.batch]
+
+
+def as_trajectory(demonstration: Iterable[tuple[str, str]], codec: Codec) -> Trajectory:
+    """Tokenise a demonstration as a rollout would: every part on its own.
+
+    Raises:
+        ConfigError: a provenance that does not exist, or no action.
+    """
+    from research_agent.trajectory import Segment, Trajectory  # noqa: PLC0415
+
+    parts = list(demonstration)
+    if not any(provenance == "action" for provenance, _ in parts):
+        raise ConfigError(f"a demonstration has no action to learn: {parts!r:.200}")
+    segments: list[Segment] = []
+    for i, (provenance, text) in enumerate(parts):
+        if provenance == "prompt":
+            segments.append(Segment("prompt", tuple(codec.encode_prompt(text)), text=text))
+        elif provenance == "observation":
+            segments.append(Segment("observation", tuple(codec.encode_text(text)), text=text))
+        elif provenance == "action":
+            end = [min(codec.end_ids)] if i == len(parts) - 1 else []
+            tokens = (*codec.encode_text(text), *end)
+            segments.append(Segment("action", tokens, (0.0,) * len(tokens), text=text))
+        else:
+            known = ", ".join(PROVENANCES)
+            raise ConfigError(f"unknown provenance {provenance!r}; known: {known}")
+    return Trajectory(0, 0, tuple(segments), reward=0.0, terminated=True, truncated=False)
+
+
+def _demonstrations(config: SFTConfig) -> Iterator[Demonstration]:
+    if ":" in config.demonstrations and not Path(config.demonstrations).exists():
+        make = _imported(config.demonstrations)
+        try:
+            made = make(count=config.count, seed=config.seed, **config.demonstration_args)
+        except TypeError as error:
+            message = f"{config.demonstrations}: {error}; see --demonstration-args"
+            raise ConfigError(message) from error
+        yield from made
+        return
+    path = Path(config.demonstrations)
+    if not path.is_file():
+        raise ConfigError(f"no demonstrations at {path}; give a JSON Lines file or MODULE:FUNCTION")
+    while True:  # a short file is read again
+        number = 0
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                yield _demonstration(line, f"{path}:{number}")
+        if not number:
+            raise ConfigError(f"{path} is empty; give at least one demonstration")
+
+
+def _demonstration(line: bytes, where: str) -> Demonstration:
+    """Read a line of a file of demonstrations."""
+    try:
+        parts = [(provenance, text) for provenance, text in json.loads(line)["segments"]]
+        for provenance, text in parts:
+            if provenance not in PROVENANCES:
+                known = ", ".join(PROVENANCES)
+                raise ValueError(f"unknown provenance {provenance!r:.80}; known: {known}")
+            text.encode()  # half a surrogate pair is no text
+        if not any(provenance == "action" for provenance, _ in parts):
+            raise ValueError("it has no action to learn")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f'{where}: not {{"segments": [[provenance, text], ...]}}'
+        raise ConfigError(f"{message} ({error}); mend the line") from error
+    return parts
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    try:
+        found: Callable[..., Any] = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{name!r} cannot be imported: {error}; is it on PYTHONPATH?") from error
+    return found
+
+
+def _open_model(name: str) -> tuple[PreTrainedModel, Codec]:
+    from research_agent.codec import load_codec  # noqa: PLC0415
+    from research_agent.policy import load_model, resolve_model  # noqa: PLC0415
+
+    return load_model(name), load_codec(resolve_model(name))
+
+
+def _new_model(config: SFTConfig) -> tuple[PreTrainedModel, Codec]:
+    """A Llama of the sizes of the configuration, with a tokenizer of the vocabulary's phrases."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+
+    from research_agent.codec import Codec  # noqa: PLC0415
+    from research_agent.phrase_tokenizer import phrase_tokenizer  # noqa: PLC0415
+
+    if config.vocabulary is None:
+        raise ConfigError("a new model needs --vocabulary MODULE:FUNCTION, or start from a --model")
+    tokenizer = phrase_tokenizer(_imported(config.vocabulary)())
+    architecture = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=3 * config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=max(1, config.heads // 2),
+        max_position_embeddings=config.context,
+        # A head that looks at its neighbour, whoever that is, needs a query that no token makes.
+        attention_bias=True,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(architecture), Codec(tokenizer, frozenset({tokenizer.eos_token_id}))

@@ -1,0 +1,177 @@
+"""What a run tells: JSON Lines to compute with, TensorBoard to look at, a progress bar to watch.
+
+``metrics.jsonl`` holds what follows from configuration and seed, and nothing else: the log of a run
+that was killed and continued equals that of one that never was. What depends on the clock stands in
+``timings.jsonl``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import TimeRemainingColumn as TimeLeft
+
+from research_agent.errors import CheckpointError
+
+METRICS, TIMINGS, TRAJECTORIES = "metrics.jsonl", "timings.jsonl", "trajectories.jsonl"
+_SHOWN = 5  # metrics of the environment that fit beside the progress bar
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSON Lines log; a last line that was cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # the empty line at the end, or half a line that a killed process left
+    return records
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the records of later steps, and half a line at the end; whole or not at all."""
+    kept = [record for record in read_lines(path) if record["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+class Tracker:
+    """The logs and the progress bar of a run, from one step on.
+
+    Args:
+        folder: of the run.
+        step: steps done; later records, of steps that will be done again, are dropped.
+        steps: steps of the whole run.
+        show: whether to show progress, on standard error.
+        fresh: no step 0 has been recorded yet (a run from the start, not from a checkpoint).
+    """
+
+    def __init__(
+        self, folder: Path, step: int, steps: int, *, show: bool = True, fresh: bool = False
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (slow to import)
+
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, TIMINGS, TRAJECTORIES):
+            keep_until(folder / name, -1 if fresh else step)
+        self._folder = folder
+        self._board = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=0 if fresh else step + 1
+        )
+        self._console = Console(stderr=True)
+        self._show = show
+        self._steps = steps
+        self._progress = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeLeft(compact=True),
+            TextColumn("left"),
+            console=self._console,
+            disable=not (show and self._console.is_terminal),
+        )
+        self._task: TaskID = self._progress.add_task("", total=steps, completed=step)
+
+    def __enter__(self) -> Self:
+        """Show the progress bar."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Put the terminal back in order and close the logs."""
+        self._progress.stop()
+        with contextlib.suppress(OSError):  # a full disk: said already
+            self._board.close()
+
+    def say(self, message: str) -> None:
+        """Print a line above the progress bar."""
+        if self._show:
+            self._progress.console.print(message, markup=False, highlight=False)
+
+    def record(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        timings: Mapping[str, float],
+        episodes: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
+        """Log a finished step, and move the progress bar on.
+
+        Args:
+            step: number of steps done, this one included.
+            metrics: what follows from configuration and seed.
+            timings: what depends on the clock; "seconds" is the training so far.
+            episodes: some episodes in words, for ``trajectories.jsonl``.
+
+        Raises:
+            CheckpointError: the logs cannot be written, on a full disk for example.
+        """
+        try:
+            self._write(step, metrics, timings, episodes)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write the log of step {step} to {self._folder}: {error}; make room, and "
+                "start the same command again: it continues from the last checkpoint"
+            ) from error
+        words = "  ".join(_beside_the_bar(metrics, timings))
+        self._progress.update(self._task, completed=step, description=words)
+        if self._show and not self._console.is_terminal:
+            self.say(f"step {step}/{self._steps}  {words}")
+
+    def _write(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        timings: Mapping[str, float],
+        episodes: Iterable[Mapping[str, Any]],
+    ) -> None:
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        append(self._folder / METRICS, [{"step": step, **finite}])
+        append(self._folder / TIMINGS, [{"step": step, **timings}])
+        append(self._folder / TRAJECTORIES, [{"step": step, **episode} for episode in episodes])
+        for name, value in {**metrics, **{f"time/{k}": v for k, v in timings.items()}}.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+
+def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Add records to a JSON Lines file, through to the operating system."""
+    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    if lines:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _beside_the_bar(metrics: Mapping[str, float], timings: Mapping[str, float]) -> Iterator[str]:
+    if "reward" in metrics:
+        yield f"reward {metrics['reward']:.3f}"
+    of_environment = [(k, v) for k, v in metrics.items() if k.startswith("env/")]
+    for name, value in of_environment[:_SHOWN]:
+        yield f"{name.removeprefix('env/')} {value:.2f}"
+    for name, value in metrics.items():
+        if name == "eval/reward":
+            yield f"held-out {value:.3f}"
+    if metrics.get("void_share"):
+        yield f"void {metrics['void_share']:.0%}"
+    if "episodes_per_second" in timings:
+        yield f"{timings['episodes_per_second']:.1f} episodes/s"

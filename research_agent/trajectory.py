@@ -1,0 +1,67 @@
+"""Trajectories: what was said, by whom, token by token.
+
+A token is an action token because the policy sampled it, never because a string was found again:
+provenance is recorded when the token is made, and every mask is read off it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Provenance = Literal["prompt", "action", "observation"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tokens of one provenance.
+
+    ``logprobs`` are the sampler's log-probabilities at its temperature, one a token, for actions
+    only; ``version`` is the number of the weights that sampled them.
+    """
+
+    provenance: Provenance
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...] | None = None  # [tokens], actions only
+    version: int = 0
+    text: str = ""  # the text of these tokens as the environment saw or gave it
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One finished episode: its segments in order, and what the environment said of it."""
+
+    episode: int  # number of the episode; samples of one group share it
+    sample: int  # 0 .. group size - 1
+    segments: tuple[Segment, ...]
+    reward: float
+    terminated: bool
+    truncated: bool  # by the environment
+    stop_reason: str = ""  # the environment's word, or "length" / "context": the budget ended it
+    void: bool = False  # failed infrastructure; never learned from
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    info: Mapping[str, object] = field(default_factory=dict)  # the environment's last info
+
+    @property
+    def tokens(self) -> list[int]:
+        """All tokens, in order."""
+        return [token for segment in self.segments for token in segment.tokens]
+
+    @property
+    def action_mask(self) -> list[bool]:
+        """True where the policy sampled the token. Shape [tokens]."""
+        return [s.provenance == "action" for s in self.segments for _ in s.tokens]
+
+    @property
+    def num_action_tokens(self) -> int:
+        """How many tokens the policy sampled."""
+        return sum(len(s.tokens) for s in self.segments if s.provenance == "action")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The samples of one episode number: same task, same prompt."""
+
+    episode: int
+    trajectories: Sequence[Trajectory]

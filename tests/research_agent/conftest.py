@@ -1,0 +1,123 @@
+"""Tiny models and tokenizers, made on the spot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from research_agent.codec import Codec
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer(*, merges: bool = False, begin: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with chat tokens; ``merges`` gives it tokens such as ``>.``.
+
+    ``begin`` makes it put its begin token in front of a text, as Llama's do.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    pairs = [(">", "."), ("h", ">"), ("<", "/"), ("a", "b")] if merges else []
+    for left, right in pairs:
+        vocabulary[left + right] = len(vocabulary)
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIALS,
+    )
+    if begin:
+        backend = tokenizer.backend_tokenizer
+        backend.post_processor = processors.TemplateProcessing(
+            single="<|endoftext|> $A",
+            special_tokens=[("<|endoftext|>", tokenizer.convert_tokens_to_ids("<|endoftext|>"))],
+        )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def letter_tokenizer(letters: str = "abcd=?!") -> PreTrainedTokenizerFast:
+    """A token a letter, and an end token: a vocabulary small enough to explore by chance."""
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+
+
+def codec_of(tokenizer: Any, *, chat_template: bool = False) -> Codec:
+    return Codec(tokenizer, frozenset({tokenizer.eos_token_id}), chat_template)
+
+
+def tiny_qwen2(vocabulary: int = 264, *, hidden: int = 32, context: int = 256) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        initializer_range=0.2,  # far from uniform, so that a wrong token shows
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def tiny_llama(vocabulary: int = 264, *, context: int = 256) -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        max_position_embeddings=context,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tiny_gpt2(vocabulary: int = 264, *, context: int = 256) -> GPT2LMHeadModel:
+    torch.manual_seed(2)
+    config = GPT2Config(
+        vocab_size=vocabulary,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=context,
+        initializer_range=0.2,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def codec() -> Codec:
+    return codec_of(byte_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def merging_codec() -> Codec:
+    return codec_of(byte_tokenizer(merges=True))

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+
+from research_agent.cli import main
+from research_agent.config import TrainConfig, as_json, flatten
+from research_agent.presets import PRESETS
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[object, str, str]:
+    """Exit status, standard output and standard error of a command that ends by exiting."""
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    out, err = capsys.readouterr()
+    return caught.value.code, out, err
+
+
+def test_help_tells_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for command in ("train", "eval", "sft", "report"):
+        assert f"\n  {command} " in out
+
+
+def test_no_command_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys)
+    assert code == 2
+    assert out.startswith("usage: research-agent")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "unknown command 'trian'; known: train, eval, sft, report"),
+        (["train"], "no preset given"),
+        (["train", "miniwrld"], "unknown preset 'miniwrld'"),
+        (["train", "miniworld", "--prompts", "0"], "--prompts is 0; it must be at least 1"),
+        (["train", "miniworld", "--env-args", "top_k"], "expected KEY=VALUE"),
+        (["train", "miniworld", "--steps", "many"], "many"),
+        (["train", "miniworld", "--stesp", "3"], "--stesp"),
+        (["eval", "--model", "m", "--output", "o"], "--env"),
+        (["eval", "--env", "e", "--model", "m", "--output", "o", "--limit", "0"], "--limit is 0"),
+        (["eval", "--env", "e", "--model", "m", "--output", "o", "--temperature", "-1"], "-1"),
+    ],
+)
+def test_mistakes_are_named_with_status_2(
+    capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_help_lists_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "train", "--help")
+    assert code == 0
+    assert all(f"  {name} " in out for name in PRESETS)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_setting_of_a_preset_is_a_flag_with_help(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    code, out, _ = run(capsys, "train", name, "--help")
+    assert code == 0
+    settings = [key.split(".")[-1] for key, _ in flatten(as_json(TrainConfig())) if "." in key]
+    missing = [s for s in settings if f"--{s.replace('_', '-')}" not in out]
+    assert missing == []
+
+
+def test_help_names_the_settings_of_the_algorithm(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "train", "research-7b", "--help")
+    assert "kl_coef=0.001" in out
+
+
+def test_sft_hands_its_configuration_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        count: int = 5
+
+    seen: list[Settings] = []
+    fake = SimpleNamespace(
+        PRESETS={"small": Settings()}, DESCRIPTIONS={"small": "A small one."}, run=seen.append
+    )
+    monkeypatch.setitem(sys.modules, "research_agent.sft", fake)
+    main(["sft", "small", "--count", "7"])
+    assert seen == [Settings(count=7)]

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from research_agent.codec import Codec, load_codec
+from research_agent.errors import ModelError
+from tests.research_agent.conftest import SPECIALS, byte_tokenizer, codec_of
+
+CODEC = codec_of(byte_tokenizer(merges=True))
+CHAT = codec_of(byte_tokenizer(), chat_template=True)
+END = CODEC.tokenizer.eos_token_id
+texts = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(SPECIALS))).map("".join)
+
+
+@given(texts)
+@settings(max_examples=200, deadline=None)
+def test_text_round_trips_and_never_holds_a_special_token(text: str) -> None:
+    tokens = CODEC.encode_text(text)
+    assert CODEC.decode(tokens) == text
+    assert not set(tokens) & set(CODEC.tokenizer.all_special_ids)
+
+
+def test_special_tokens_are_cut_where_the_vocabulary_holds_them_as_words() -> None:
+    words = {"<unk>": 0, "<end>": 1, "a": 2, "<": 3, "end>": 4}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="<end>"
+    )
+    codec = Codec(tokenizer, frozenset({1}))
+    assert codec.encode_text("a <end> <end> b") == [2, 3, 4, 3, 4, 0]
+
+
+def test_a_plain_prompt_begins_as_the_tokenizer_does() -> None:
+    codec = codec_of(byte_tokenizer(begin=True))
+    begin, text = codec.tokenizer.bos_token_id, codec.encode_text("ab")
+    assert begin not in text
+    assert codec.encode_prompt("ab") == [begin, *text]
+    assert codec_of(byte_tokenizer()).encode_prompt("ab") == text
+
+
+def test_chat_template_equals_the_tokenizers_own_on_plain_contents() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+    own = CHAT.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert CHAT.encode_prompt("ignored", messages) == own
+    assert CHAT.encode_prompt("Who?") == CHAT.encode_prompt("", messages[1:])
+
+
+@given(texts, texts)
+@settings(max_examples=100, deadline=None)
+def test_only_the_templates_markup_yields_special_tokens(first: str, second: str) -> None:
+    messages = [{"role": "user", "content": first}, {"role": "user", "content": second}]
+    tokens = CHAT.encode_prompt("", messages)
+    assert CHAT.decode(tokens) == (
+        f"<|im_start|>user\n{first.strip()}<|im_end|>\n"
+        f"<|im_start|>user\n{second.strip()}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    specials = CHAT.tokenizer.convert_ids_to_tokens([t for t in tokens if t >= 256])
+    assert specials == ["<|im_start|>", "<|im_end|>"] * 2 + ["<|im_start|>"]
+
+
+def test_a_template_that_changes_the_contents_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
+    with pytest.raises(ModelError, match="changes what the messages say"):
+        codec_of(tokenizer, chat_template=True).encode_prompt("who?")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "stops"),
+    [
+        (["</", "s", ">."], "</s>", True),  # ends inside a token
+        (["<", "/", "s", ">"], "</s>", True),  # spans tokens
+        (["x", "</", "s", "h>"], "</s>", False),
+        (["é"], "é", True),  # a character of two tokens
+        (["<|im_start|>"], "rt|>", True),  # inside a special token
+        (["a"], "", False),
+    ],
+)
+def test_stop_strings(pieces: list[str], stop: str, stops: bool) -> None:
+    tokens = [t for piece in pieces for t in CODEC.tokenizer(piece)["input_ids"]]
+    wanted = (stop,) if stop else ()
+    assert CODEC.stops(tokens, wanted) is stops
+    assert CODEC.stop_flags(wanted)[tokens[-1]] or not stops
+
+
+def test_stop_flags_leave_most_tokens_out() -> None:
+    flags = CODEC.stop_flags(("</s>",))
+    flagged = [CODEC.decode([t]) for t in flags.nonzero()[0].tolist() if t != END]
+    assert {">", ">.", "h>", "<|im_start|>"} <= set(flagged)
+    assert not {"a", "</", "<", "s"} & set(flagged)
+
+
+def test_load(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    assert load_codec(tmp_path).end_ids == {tokenizer.eos_token_id}
+    GenerationConfig(eos_token_id=[5, tokenizer.eos_token_id]).save_pretrained(tmp_path)
+    loaded = load_codec(tmp_path, chat_template=True)
+    assert loaded.end_ids == {5, tokenizer.eos_token_id}
+    assert loaded.encode_prompt("Who?") == CHAT.encode_prompt("Who?")
+
+
+def test_load_refuses_what_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no tokenizer can be opened at .*nowhere.*give a fol"):
+        load_codec(tmp_path / "nowhere")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ModelError, match="no chat template"):
+        load_codec(tmp_path / "plain", chat_template=True)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    with pytest.raises(ModelError, match="no end token"):
+        load_codec(tmp_path / "endless")
+    with pytest.raises(ModelError, match="no end token"):
+        Codec(tokenizer, frozenset())

@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from research_agent.codec import Codec
+from research_agent.collect import collect, trajectory_seed
+from research_agent.engines.base import SamplingParams
+from research_agent.engines.scripted import ScriptedEngine
+from research_agent.engines.transformers import TransformersEngine
+from research_agent.environments import StepResult, make_environments
+from research_agent.errors import ConfigError, ContextError, EnvironmentContractError
+from research_agent.trajectory import Trajectory
+from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
+
+TOY = "tests.research_agent.toy_env:CopyLetter-v0"
+NATIVE = "tests.research_agent.toy_env:CopyLetterNative-v0"
+CODEC = codec_of(byte_tokenizer())
+END = CODEC.tokenizer.eos_token_id
+
+
+@dataclass(frozen=True)
+class Limits:
+    temperature: float = 1.0
+    max_prompt: int = 100
+    max_response: int = 1000
+    max_turn: int | None = None
+    overlap: bool = False
+
+
+def says(*turns: str, end: bool = True) -> ScriptedEngine:
+    """An engine whose n-th turn of each trajectory is the n-th of turns, over and over."""
+
+    def script(context: Sequence[int], params: SamplingParams) -> list[int]:
+        text = turns[sum(t == END for t in context) % len(turns)]
+        return CODEC.encode_text(text) + ([END] if end else [])
+
+    return ScriptedEngine(script, CODEC)
+
+
+def play(engine: ScriptedEngine, limits: Limits = Limits(), **env_args: Any) -> Trajectory:
+    environments = make_environments(TOY, 1, env_args)
+    (trajectory,) = collect(engine, environments, CODEC, [(1, 0)], limits)
+    return trajectory
+
+
+def outline(trajectory: Trajectory) -> list[tuple[str, str]]:
+    return [(s.provenance, s.text) for s in trajectory.segments]
+
+
+def test_an_episode_token_by_token() -> None:
+    trajectory = play(says("bz", "x"), turns=3)
+    assert outline(trajectory) == [
+        ("prompt", "b="),
+        ("action", "bz"),
+        ("observation", "?c="),
+        ("action", "x"),
+        ("observation", "?d="),
+        ("action", "bz"),
+    ]
+    assert CODEC.decode(trajectory.tokens) == "b=bz<|im_end|>?c=x<|im_end|>?d=bz<|im_end|>"
+    mask = "..AAA...AA...AAA"
+    assert trajectory.action_mask == [letter == "A" for letter in mask]
+    assert trajectory.segments[1].logprobs == (0.0, 0.0, 0.0)
+    assert trajectory.segments[0].logprobs is None
+    assert (trajectory.episode, trajectory.sample) == (1, 0)
+    assert trajectory.reward == 1.0  # given for the first of three turns, and not lost since
+    assert trajectory.metrics == {"right": 1 / 3}
+    assert (trajectory.terminated, trajectory.truncated) == (True, False)
+    assert trajectory.stop_reason == "answer"
+    assert not trajectory.void
+
+
+def test_a_chat_template_gets_the_messages() -> None:
+    codec = codec_of(byte_tokenizer(), chat_template=True)
+    environments = make_environments(TOY, 1)
+    (trajectory,) = collect(says("b"), environments, codec, [(1, 0)], Limits())
+    prompt = trajectory.segments[0]
+    assert codec.decode(prompt.tokens) == "<|im_start|>user\nb=<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt.text == "b="
+
+
+def test_terminators_end_a_turn() -> None:
+    trajectory = play(says("b!c", end=False), turns=2, end="!")
+    assert outline(trajectory)[1] == ("action", "b!")
+    assert trajectory.reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("limits", "texts", "reward", "reason"),
+    [
+        # The last action is cut, and still given to the environment, which would go on.
+        (Limits(max_response=2), ["b=", "bc"], 1.0, "length"),
+        # 4 of the action and 3 of the observation leave no room for a token after it.
+        (Limits(max_response=7), ["b=", "bcd"], 1.0, "length"),
+        (Limits(max_response=8), ["b=", "bcd", "?c=", "b"], 1.0, "length"),
+        (Limits(max_response=12), ["b=", "bcd", "?c=", "bcd"], 1.0, "length"),
+        # The environment ends with the cut action: then its word counts.
+        (Limits(max_response=15), ["b=", "bcd", "?c=", "bcd", "?d=", "b"], 1.0, "answer"),
+        (Limits(max_response=17), ["b=", "bcd", "?c=", "bcd", "?d=", "bcd"], 1.0, "answer"),
+        (Limits(max_turn=1), ["b=", "b", "?c=", "b", "?d=", "b"], 1.0, "answer"),
+    ],
+)
+def test_budgets(limits: Limits, texts: list[str], reward: float, reason: str) -> None:
+    trajectory = play(says("bcd"), limits, turns=3)
+    assert [text for _, text in outline(trajectory)] == texts
+    assert trajectory.reward == reward
+    assert trajectory.stop_reason == reason
+    assert trajectory.truncated == (reason == "length")
+    assert sum(len(s.tokens) for s in trajectory.segments[1:]) <= limits.max_response
+
+
+def test_the_context_is_a_budget() -> None:
+    engine = says("bcd")
+    engine.max_context = 9  # prompt 2, action 4, observation 3: full
+    trajectory = play(engine, turns=3)
+    assert [text for _, text in outline(trajectory)] == ["b=", "bcd"]
+    assert (trajectory.stop_reason, trajectory.truncated) == ("context", True)
+
+
+def test_prompts_that_do_not_fit_are_named() -> None:
+    with pytest.raises(ContextError, match=r"prompt of episode 1 has 2 tokens, not 1 to 1 "):
+        play(says("b"), Limits(max_prompt=1))
+    engine = says("b")
+    engine.max_context = 2
+    with pytest.raises(ContextError, match=r"episode 1 has 2 tokens"):
+        play(engine)
+    assert engine.busy == 0
+
+
+class Fake:
+    """Environments that answer in any order, some of them failing."""
+
+    num_tasks: int | None = None
+    terminators: tuple[str, ...] = ("!",)
+
+    def __init__(self, num_envs: int, pick: random.Random, observation: str = "?") -> None:
+        self.num_envs = num_envs
+        self.pick = pick
+        self.observation = observation
+        self.episode: dict[int, int] = {}
+        self.turns: dict[int, int] = {}
+        self.ready: list[StepResult] = []
+
+    def reset(
+        self, assignments: Mapping[int, int], seed: int
+    ) -> dict[int, tuple[str, Mapping[str, Any]]]:
+        self.episode |= assignments
+        self.turns |= dict.fromkeys(assignments, 0)
+        return {i: (f"task {n} of {seed}", {}) for i, n in assignments.items()}
+
+    def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
+        for i, action in zip(env_ids, actions, strict=True):
+            self.turns[i] += 1
+            over = self.turns[i] > len(action) % 4
+            void = over and action.startswith("v")
+            info = {"void": void, "stop_reason": "down" if void else ""}
+            self.ready.append(
+                StepResult(i, self.observation * len(action), len(action), over, False, info)
+            )
+
+    def recv(self, min_results: int) -> list[StepResult]:
+        count = self.pick.randint(min(min_results, len(self.ready)), len(self.ready))
+        self.pick.shuffle(self.ready)
+        results, self.ready = self.ready[:count], self.ready[count:]
+        return results
+
+    def close(self) -> None:
+        pass
+
+
+@given(
+    script=st.lists(st.text("abv!é", min_size=1, max_size=6), min_size=1, max_size=5),
+    num_envs=st.integers(1, 6),
+    episodes=st.integers(0, 7),
+    samples=st.integers(1, 3),
+    chance=st.integers(0, 10**6),
+    overlap=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_order_of_completion_changes_nothing(
+    *,
+    script: list[str],
+    num_envs: int,
+    episodes: int,
+    samples: int,
+    chance: int,
+    overlap: bool,
+) -> None:
+    wanted = list(itertools.product(range(episodes), range(samples)))
+
+    def say(context: Sequence[int], params: SamplingParams) -> list[int]:
+        return [*CODEC.encode_text(script[(params.seed + len(context)) % len(script)]), END]
+
+    def run(envs: int, pick: random.Random | None) -> list[Trajectory]:
+        late = (lambda: pick.randint(0, 3)) if pick else (lambda: 0)
+        return collect(
+            ScriptedEngine(say, CODEC, delay=late),
+            Fake(envs, pick or random.Random(0)),
+            CODEC,
+            wanted,
+            Limits(max_response=40, overlap=overlap and pick is not None),
+            seed=3,
+        )
+
+    played = run(num_envs, random.Random(chance))
+    assert [(t.episode, t.sample) for t in played] == wanted
+    assert played == run(1, None)
+    for trajectory in played:
+        assert trajectory.segments[0].text == f"task {trajectory.episode} of 3"
+        assert trajectory.void == (trajectory.stop_reason == "down")
+        assert trajectory.reward == sum(
+            len(s.text) for s in trajectory.segments if s.provenance == "action"
+        )
+
+
+def test_waiting_for_all_makes_the_batches_independent_of_timing() -> None:
+    """Without overlap the engine sees the same submissions whatever the environments' order."""
+
+    def log(pick: int) -> list[tuple[int, ...]]:
+        seen: list[tuple[int, ...]] = []
+
+        class Watched(ScriptedEngine):
+            def step(self) -> Any:
+                seen.append(tuple(sorted(self._turns)))
+                return super().step()
+
+        engine = Watched(lambda c, p: [*CODEC.encode_text("abc"), END], CODEC)
+        fake = Fake(3, random.Random(pick))
+        collect(engine, fake, CODEC, [(i, 0) for i in range(5)], Limits())
+        return seen
+
+    assert log(1) == log(2) == log(3)
+
+
+def test_seeds_of_trajectories() -> None:
+    triples = list(itertools.product(range(4), repeat=3))
+    assert len({trajectory_seed(*triple) for triple in triples}) == len(triples)
+    assert trajectory_seed(1, 2, 3) == trajectory_seed(1, 2, 3)
+
+
+def test_slots_are_used_again_and_parity_holds(codec: Codec) -> None:
+    """Twelve episodes of a real model in five slots equal the same in one."""
+    episodes = [(episode, sample) for episode in range(4) for sample in range(3)]
+
+    def run(slots: int) -> list[Trajectory]:
+        engine = TransformersEngine(tiny_qwen2(), codec, slots)
+        environments = make_environments(TOY, slots, {"turns": 3})
+        return collect(engine, environments, codec, episodes, Limits(max_turn=6), seed=5)
+
+    for one, many in zip(run(1), run(5), strict=True):
+        assert one.tokens == many.tokens
+        assert one.reward == many.reward
+    samples = {tuple(t.tokens) for t in run(5) if t.episode == 0}
+    assert len(samples) == 3
+
+
+def test_results_are_told_as_they_end() -> None:
+    ended: list[Trajectory] = []
+    environments = make_environments(TOY, 2, {})
+    trajectories = collect(
+        says("b"), environments, CODEC, [(0, 0), (1, 0), (5, 2)], Limits(), on_finish=ended.append
+    )
+    assert ended == trajectories
+    assert [t.reward for t in trajectories] == [0.0, 1.0, 1.0]  # episode 5 is task 1 again
+
+
+@pytest.mark.parametrize("env_id", [TOY, NATIVE])
+def test_both_kinds_of_environments(env_id: str) -> None:
+    environments = make_environments(env_id, 3, {"turns": 2, "end": "!"})
+    assert (environments.num_envs, environments.num_tasks) == (3, 4)
+    assert environments.terminators == ("!",)
+    begun = environments.reset({0: 2, 2: 5}, seed=1)
+    assert {i: observation for i, (observation, _) in begun.items()} == {0: "c=", 2: "b="}
+    assert [m["content"] for m in begun[2][1]["messages"]] == ["b="]
+    environments.send([2, 0], ["b", "b"])
+    results = {r.env_id: r for r in environments.recv(2)}
+    assert {i: (r.observation, r.reward) for i, r in results.items()} == {
+        0: ("?d=", 0.0),
+        2: ("?c=", 1.0),
+    }
+    assert environments.reset({0: 3}, seed=1)[0][0] == "d="
+    environments.send([0, 2], ["d", "x"])
+    results = {r.env_id: r for r in environments.recv(2)}
+    assert not results[0].terminated
+    assert results[2].terminated
+    assert results[2].info["metrics"] == {"right": 0.5}
+    environments.close()
+
+
+def test_an_environment_without_the_option_is_seeded_with_the_episode() -> None:
+    class Rolls(gym.Env[str, str]):
+        action_space = observation_space = gym.spaces.Text(9)
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[str, Any]:
+            super().reset(seed=seed)
+            return f"{self.np_random.integers(10**6)}", {}
+
+    gym.register("Rolls-v0", entry_point=Rolls)  # type: ignore[arg-type]
+    environments = make_environments("Rolls-v0", 3)
+    assert environments.num_tasks is None
+    begun = environments.reset({0: 7, 1: 7, 2: 8}, seed=1)
+    texts = [begun[i][0] for i in range(3)]
+    assert texts[0] == texts[1] != texts[2]
+    assert environments.reset({0: 7}, seed=2)[0][0] != texts[0]
+
+
+def test_environments_that_cannot_be_played_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no environment 'Nothing-v0'"):
+        make_environments("Nothing-v0", 1)
+    with pytest.raises(ConfigError, match=r"no environment 'no_such_module:A-v0'"):
+        make_environments("no_such_module:A-v0", 1)
+    with pytest.raises(EnvironmentContractError, match=r"observes ndarray .* not text"):
+        make_environments("CartPole-v1", 1).reset({0: 0}, seed=0)

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from research_agent.algorithms import algorithm
+from research_agent.algorithms.base import Tokens
+from research_agent.algorithms.functional import (
+    group_mean,
+    group_std,
+    importance_ratio,
+    kl_k3,
+    sequence_mean,
+)
+from research_agent.algorithms.grpo import GRPO
+from research_agent.batch import Batch, make_batch
+from research_agent.errors import ConfigError
+from research_agent.trajectory import Group
+from tests.research_agent.rollouts import action, prompt, random_groups, trajectory
+
+
+def _tokens(batch: Batch, logprobs: Tensor, reference: Tensor | None, entropy: Tensor) -> Tokens:
+    assert batch.advantages is None
+    return Tokens(
+        logprobs=logprobs,
+        old_logprobs=batch.old_logprobs.double(),
+        reference_logprobs=reference,
+        entropy=entropy,
+        advantages=GRPO().advantages(batch),
+        sequence=batch.sequence,
+    )
+
+
+def test_literal() -> None:
+    """Three tokens, worked by hand.
+
+    Advantages: (1 - 0.5) / (sqrt(0.5) + 1e-6) = 0.70710578, and its negative. The first token's
+    ratio 1.25 is clipped to 1.2; the second's 0.5 to 0.8, as its advantage is negative; the third's
+    1.5 is not clipped. k3: 2 - ln 2 - 1 = 0.30685282, 0, 0.5 - ln 0.5 - 1 = 0.19314718.
+
+    objective   0.84852694 + 0.0005 - 0.00030685 =  0.84872009
+               -0.56568462 + 0.0010              = -0.56468462
+               -1.06065867 + 0.0015 - 0.00019315 = -1.05935182
+    loss       -(0.84872009 / 2 - 0.56468462 / 4 - 1.05935182 / 4) = -0.01835093
+    """
+    winner = trajectory(prompt(1), action([5], [math.log(0.4)]), reward=1.0)
+    loser = trajectory(prompt(1), action([6, 7], [math.log(0.8), math.log(0.2)]), reward=0.0)
+    batch = make_batch([Group(0, [winner, loser])])
+    logprobs = torch.tensor([0.5, 0.4, 0.3]).double().log().requires_grad_()
+    reference = torch.tensor([1.0, 0.4, 0.15]).double().log()
+    entropy = torch.tensor([0.5, 1.0, 1.5]).double().requires_grad_()
+
+    grpo = GRPO()
+    objective, logged = grpo.objective(_tokens(batch, logprobs, reference, entropy))
+    weights = grpo.weights(batch)
+    loss = -(weights * objective).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+
+    assert weights.tolist() == [1 / 2, 1 / 4, 1 / 4]
+    assert objective.tolist() == pytest.approx([0.84872009, -0.56468462, -1.05935182], abs=2e-7)
+    assert loss.item() == pytest.approx(-0.01835093, abs=2e-7)
+    # d objective / d log pi: 0.001 (KL alone), 0 (clipped), 1.5 x -0.70710578 - 0.0005
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == pytest.approx([-0.0005, 0, 0.26528967], abs=2e-7)
+    assert entropy.grad is not None
+    assert entropy.grad.tolist() == pytest.approx([-0.0005, -0.00025, -0.00025])
+    assert logged["clip_share"].tolist() == [True, True, False]
+    assert logged["kl"].tolist() == pytest.approx([0.30685282, 0, 0.19314718], abs=1e-7)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    clip=st.floats(0, 0.5),
+    kl=st.sampled_from([0.0, 1e-3, 0.5]),
+    entropy_coef=st.sampled_from([0.0, 1e-3]),
+)
+def test_equals_the_papers_sums(seed: int, clip: float, kl: float, entropy_coef: float) -> None:
+    groups = random_groups(seed, groups=3, samples=3)
+    batch = make_batch(groups)
+    generator = torch.Generator().manual_seed(seed)
+    count = len(batch.targets)
+    noise = torch.randn((3, count), generator=generator, dtype=torch.float64)
+    logprobs = (batch.old_logprobs + 0.3 * noise[0]).requires_grad_()
+    reference, entropy = logprobs.detach() + 0.3 * noise[1], noise[2].abs().requires_grad_()
+    grpo = GRPO(clip=clip, kl_coef=kl, entropy_coef=entropy_coef)
+    given_reference = reference if grpo.needs_reference else None
+
+    tokens = _tokens(batch, logprobs, given_reference, entropy)
+    loss = -(grpo.weights(batch) * grpo.objective(tokens)[0]).sum()
+    got = torch.autograd.grad(loss, [logprobs, entropy], allow_unused=True)
+
+    # Straight from the equation: one trajectory, one token at a time.
+    total = torch.zeros((), dtype=torch.float64)
+    at, n = 0, sum(len(group.trajectories) for group in groups)
+    for group in groups:
+        rewards = [t.reward for t in group.trajectories]
+        mean, std = statistics.fmean(rewards), statistics.stdev(rewards)
+        for t in group.trajectories:
+            advantage = (t.reward - mean) / (std + 1e-6)
+            old = [p for s in t.segments if s.logprobs for p in s.logprobs]
+            for value in old:
+                now = logprobs[at].exp()
+                ratio = now / math.exp(torch.tensor(value).item())
+                edge = torch.tensor(1 + math.copysign(clip, ratio.item() - 1), dtype=torch.float64)
+                bounded = ratio if abs(ratio.item() - 1) <= clip else edge
+                inner = torch.minimum(ratio * advantage, bounded * advantage)
+                r = reference[at].exp() / now
+                inner = inner - kl * (r - r.log() - 1) + entropy_coef * entropy[at]
+                total = total - inner / (n * len(old))
+                at += 1
+    expected = torch.autograd.grad(total, [logprobs, entropy], allow_unused=True)
+    torch.testing.assert_close(loss, total, rtol=1e-6, atol=1e-9)
+    assert got[0] is not None and expected[0] is not None
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-8)
+    assert got[1] is not None and expected[1] is not None
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-6, atol=1e-12)
+
+
+def test_group_statistics() -> None:
+    rewards = torch.tensor([1, 2, 4, 10, 3, 7], dtype=torch.float64)
+    groups = torch.tensor([0, 2, 0, 2, 2, 1])
+    assert group_mean(rewards, groups).tolist() == [2.5, 5, 2.5, 5, 5, 7]
+    expected = [math.sqrt(4.5), math.sqrt(19), math.sqrt(4.5), math.sqrt(19), math.sqrt(19), 0]
+    assert group_std(rewards, groups).tolist() == pytest.approx(expected)
+
+
+@given(st.floats(-1e3, 1e3), st.integers(1, 40))
+def test_equal_rewards_have_advantage_zero_exactly(reward: float, samples: int) -> None:
+    group = Group(0, [trajectory(prompt(1), action([2]), reward=reward) for _ in range(samples)])
+    assert GRPO().advantages(make_batch([group])).tolist() == [0.0] * samples
+
+
+def test_a_group_of_one_has_advantage_zero() -> None:
+    alone = Group(0, [trajectory(prompt(1), action([2, 3]), reward=1.0)])
+    pair = Group(1, [trajectory(prompt(1), action([2]), reward=r) for r in (0.0, 2.0)])
+    advantages = GRPO().advantages(make_batch([alone, pair]))
+    assert advantages[:2].tolist() == [0, 0]
+    assert advantages[2:].tolist() == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5)], rel=1e-5)
+
+
+def test_groups_are_told_apart_by_place_not_by_episode_number() -> None:
+    """Two groups of the same task, from two passes over the data, are two groups."""
+    first = Group(7, [trajectory(prompt(1), action([2]), reward=r) for r in (0.0, 1.0)])
+    second = Group(7, [trajectory(prompt(1), action([2]), reward=r) for r in (5.0, 6.0)])
+    advantages = GRPO().advantages(make_batch([first, second])).tolist()
+    assert advantages[:2] == pytest.approx(advantages[2:])
+
+
+def test_weights_of_trajectories_of_any_length_sum_to_one_each() -> None:
+    batch = make_batch(random_groups(3))
+    weights = sequence_mean(batch.lengths, batch.sequence)
+    sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, batch.sequence, weights)
+    assert sums.tolist() == pytest.approx([1 / len(batch)] * len(batch))
+
+
+@pytest.mark.parametrize("far", [100.0, -100.0])
+def test_policies_that_are_far_apart_give_finite_gradients(far: float) -> None:
+    """exp(100) is infinite in float32, and its gradient NaN, even where the ratio is clipped."""
+    logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
+    other = logprobs.detach() - far
+    value = importance_ratio(logprobs, other).minimum(torch.tensor(1.2)) + kl_k3(logprobs, other)
+    value.sum().backward()  # type: ignore[no-untyped-call]
+    assert logprobs.grad is not None
+    assert value.isfinite().all() and logprobs.grad.isfinite().all()
+
+
+def test_no_kl_needs_no_reference() -> None:
+    assert GRPO().needs_reference
+    assert not GRPO(kl_coef=0.0).needs_reference
+
+
+@pytest.mark.parametrize("name", ["clip", "kl_coef", "entropy_coef", "std_epsilon"])
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+def test_settings_that_make_no_sense_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"grpo: {name} is"):
+        algorithm("grpo", **{name: value})
+
+
+def test_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert algorithm("grpo", clip=0.1) == GRPO(clip=0.1)
+    (tmp_path / "my_module.py").write_text("class Mine:\n    needs_reference = False\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert type(algorithm("my_module:Mine")).__name__ == "Mine"
+    with pytest.raises(ConfigError, match=r"unknown algorithm 'grop'; known: .*grpo"):
+        algorithm("grop")
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        algorithm("my_module:Yours")
+    with pytest.raises(ConfigError, match="does not take"):
+        algorithm("grpo", beta=1)
+
+
+def test_choosing_an_algorithm_loads_no_torch() -> None:
+    code = (
+        "import sys; from research_agent.algorithms import algorithm; algorithm('grpo');"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,551 @@
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from research_agent.algorithms.grpo import GRPO
+from research_agent.batch import make_batch
+from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
+from research_agent.learner import METRICS, Learner
+from research_agent.policy import batch_logprobs, frozen_copy
+from research_agent.trajectory import Group, Trajectory
+from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
+from tests.research_agent.rollouts import (
+    action,
+    observation,
+    prompt,
+    random_groups,
+    trajectory,
+)
+
+VOCABULARY = 50
+PLAIN = GRPO(kl_coef=0.0, entropy_coef=0.0)
+
+
+class Bigram(nn.Module):
+    """The simplest causal language model: the next token depends on this one alone."""
+
+    def __init__(self, vocabulary: int = VOCABULARY, *, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        table = torch.randn((vocabulary, vocabulary), generator=generator, dtype=torch.float64)
+        self.table = nn.Parameter(table)
+        self.head = nn.Linear(vocabulary, vocabulary, bias=False, dtype=torch.float64)
+        self.head.requires_grad_(False)
+        nn.init.eye_(self.head.weight)
+
+    @property
+    def base_model(self) -> Any:
+        return lambda input_ids, use_cache: SimpleNamespace(last_hidden_state=self.table[input_ids])
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def _gradient(
+    model: nn.Module,
+    groups: Sequence[Group],
+    algorithm: GRPO = PLAIN,
+    reference: nn.Module | None = None,
+    **settings: Any,
+) -> dict[str, Tensor]:
+    """The gradient of an update, as the optimiser gets it; the model is left as it was."""
+    options: dict[str, Any] = {"learning_rate": 0.0, "max_grad_norm": math.inf, **settings}
+    learner = Learner(
+        copy.deepcopy(model), algorithm, reference=reference, betas=(0.0, 0.999), **options
+    )
+    learner.update(groups)
+    return {name: m["exp_avg"] for name, m in learner.state_dict()["moments"].items() if m}
+
+
+def _assert_same(one: dict[str, Tensor], other: dict[str, Tensor], relative: float) -> None:
+    """Equal to a share of the largest entry of each parameter's gradient."""
+    assert one.keys() == other.keys()
+    assert any(value.abs().max() > 0 for value in one.values())
+    for name, value in one.items():
+        scale = max(value.abs().max().item(), max(v.abs().max().item() for v in one.values()) / 1e3)
+        assert (value - other[name]).abs().max().item() <= relative * scale, name
+
+
+# ---------------------------------------------------------------------------------------------
+# The gradient
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), budget=st.integers(1, 300), shuffle=st.randoms())
+def test_neither_micro_batches_nor_order_change_the_gradient(
+    seed: int, budget: int, shuffle: random.Random
+) -> None:
+    model, reference = tiny_gpt2(VOCABULARY).double(), tiny_gpt2(VOCABULARY).double()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(0.9)
+    groups = random_groups(seed)
+    expected = _gradient(model, groups, GRPO(), reference, micro_batch_tokens=10**6)
+    mixed = [Group(g.episode, shuffle.sample(list(g.trajectories), 4)) for g in groups]
+    shuffle.shuffle(mixed)
+    got = _gradient(model, mixed, GRPO(), reference, micro_batch_tokens=budget)
+    _assert_same(got, expected, 1e-9)
+
+
+@pytest.mark.parametrize("make", [tiny_qwen2, tiny_llama])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_equals_one_trajectory_at_a_time(make: Any, temperature: float) -> None:
+    """A tiny model's gradient against the whole model run on each trajectory alone."""
+    model, groups, grpo = make(VOCABULARY), random_groups(5), GRPO(kl_coef=0.1, entropy_coef=0.01)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(0.8)
+    got = _gradient(model, groups, grpo, reference, temperature=temperature, micro_batch_tokens=60)
+
+    batch = make_batch(groups)
+    advantages = grpo.advantages(batch)
+    total = torch.zeros(())
+    for i, row in enumerate(batch.tokens):
+        mine = batch.sequence == i
+        places = batch.places[mine]
+        logits = model(input_ids=row[None]).logits[0] / temperature
+        logprobs = logits.log_softmax(-1)
+        with torch.no_grad():
+            other = (reference(input_ids=row[None]).logits[0] / temperature).log_softmax(-1)
+        for place, old, advantage in zip(
+            places, batch.old_logprobs[mine], advantages[mine], strict=True
+        ):
+            now = logprobs[place - 1, row[place]]
+            ratio = (now - old).exp()
+            free = ratio * advantage
+            bounded = ratio.clamp(0.8, 1.2) * advantage
+            delta = other[place - 1, row[place]] - now
+            entropy = -(logprobs[place - 1].exp() * logprobs[place - 1]).sum()
+            value = torch.min(free, bounded) - 0.1 * (delta.exp() - delta - 1) + 0.01 * entropy
+            total = total - value / (len(batch) * len(places))
+    model.zero_grad()
+    total.backward()  # type: ignore[no-untyped-call]
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    _assert_same(got, expected, 1e-4)
+
+
+def _with_context(before: Sequence[int], between: Sequence[int], after: Sequence[int]) -> Group:
+    """Two samples whose actions follow token 1 and token 2, whatever stands before these."""
+    return Group(
+        0,
+        [
+            trajectory(
+                prompt(*before, 1),
+                action([5, 6], [-3.0, -3.0]),
+                observation(*between, 2),
+                action([7], [-3.0]),
+                observation(*after),
+                reward=reward,
+                sample=sample,
+            )
+            for sample, reward in enumerate((0.0, 1.0))
+        ],
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(*[st.lists(st.integers(10, 48), max_size=6) for _ in range(3)])
+def test_prompt_and_observation_tokens_are_context_and_nothing_else(
+    before: list[int], between: list[int], after: list[int]
+) -> None:
+    """Where only the token just before an action is its context, no other one changes a bit."""
+    model, reference = Bigram(), Bigram(seed=1)
+    expected = _gradient(model, [_with_context([], [], [])], GRPO(), reference)
+    got = _gradient(model, [_with_context(before, between, after)], GRPO(), reference)
+    assert torch.equal(got["table"], expected["table"])
+    # Only what predicts an action token learns: tokens 1, 5, 2.
+    assert got["table"].abs().sum(1).nonzero().flatten().tolist() == [1, 2, 5]
+
+
+def test_what_is_not_finite_outside_actions_does_no_harm() -> None:
+    """NaN times a mask of 0 is NaN; what is never indexed is nothing."""
+    model, reference = Bigram(), Bigram(seed=1)
+    expected = _gradient(model, [_with_context([], [], [])], GRPO(), reference)
+    for broken in (model, reference):
+        with torch.no_grad():
+            broken.table[49] = math.nan
+            broken.table[48] = math.inf
+            broken.table[0] = math.nan  # the padding
+    group = _with_context([49, 48], [49], [49])
+    longer = replace(group.trajectories[0], segments=group.trajectories[0].segments * 2)
+    got = _gradient(model, [group], GRPO(), reference)
+    assert torch.equal(got["table"], expected["table"])
+    ragged = _gradient(model, [Group(0, [longer, *group.trajectories])], GRPO(), reference)
+    assert ragged["table"].isfinite().all()
+
+
+def test_a_group_of_equal_rewards_teaches_nothing() -> None:
+    groups = [
+        Group(g.episode, [replace(t, reward=0.1) for t in g.trajectories]) for g in random_groups(0)
+    ]
+    gradient = _gradient(tiny_qwen2(VOCABULARY), groups)
+    assert max(value.abs().max().item() for value in gradient.values()) == 0
+
+
+def test_gradient_follows_reward_and_not_length_of_observations() -> None:
+    winner = trajectory(prompt(1), action([5]), observation(*[9] * 30), action([6]), reward=1.0)
+    loser = trajectory(prompt(1), action([7, 8]), reward=0.0, sample=1)
+    old = make_batch([Group(0, [winner, loser])])
+    model = Bigram()
+    exact = batch_logprobs(model, old, 1.0, 100).tolist()
+    winner = trajectory(
+        prompt(1),
+        action([5], exact[:1]),
+        observation(*[9] * 30),
+        action([6], exact[1:2]),
+        reward=1.0,
+    )
+    loser = trajectory(prompt(1), action([7, 8], exact[2:]), reward=0.0, sample=1)
+    gradient = _gradient(model, [Group(0, [winner, loser])])["table"]
+    probabilities = model.table.detach().softmax(-1)
+    # Ratio 1: d loss / d logits = -weight x advantage x (one-hot - softmax), by hand.
+    half = 0.5 / (math.sqrt(0.5) + 1e-6) / 4
+    one_hot = torch.eye(VOCABULARY, dtype=torch.float64)
+    row_1 = -half * (one_hot[5] - probabilities[1]) + half * (one_hot[7] - probabilities[1])
+    row_9 = -half * (one_hot[6] - probabilities[9])
+    row_7 = half * (one_hot[8] - probabilities[7])
+    for row, expected in ((1, row_1), (9, row_9), (7, row_7)):
+        torch.testing.assert_close(gradient[row], expected, rtol=1e-6, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------
+# References, old log-probabilities, several updates
+
+
+def test_without_kl_no_reference_is_run() -> None:
+    class Forbidden(Bigram):
+        @property
+        def base_model(self) -> Any:
+            raise AssertionError("the reference was run")
+
+    Learner(Bigram(), PLAIN, reference=Forbidden()).update(random_groups(0))
+    with pytest.raises(AssertionError, match="reference was run"):
+        Learner(Bigram(), GRPO(), reference=Forbidden()).update(random_groups(0))
+
+
+def test_the_reference_stays_and_draws_the_policy_to_itself() -> None:
+    model, reference = Bigram(), frozen_copy(Bigram(seed=1))
+    before = copy.deepcopy(reference.state_dict())
+    groups = [
+        Group(g.episode, [replace(t, reward=0.0) for t in g.trajectories]) for g in random_groups(0)
+    ]
+    grpo = GRPO(kl_coef=1.0, entropy_coef=0.0)
+    learner = Learner(model, grpo, reference=reference, learning_rate=0.05, weight_decay=0.0)
+    kls = [learner.update(groups)["kl"] for _ in range(20)]
+    assert kls[-1] < kls[0] / 2
+    assert all(torch.equal(v, before[k]) for k, v in reference.state_dict().items())
+
+
+def test_recomputed_old_logprobs_do_not_believe_the_sampler() -> None:
+    """With one update a rollout the ratio is then 1: nothing is clipped, the gap is still seen."""
+    groups = random_groups(0)
+    model = tiny_qwen2(VOCABULARY)
+    options: dict[str, Any] = {"learning_rate": 1e-3}
+    metrics = Learner(model, PLAIN, old_logprobs="recomputed", **options).update(groups)
+    assert metrics["clip_share"] == 0
+    assert metrics["sampler_gap"] > 0.5  # random_groups makes its log-probabilities up
+    other = Learner(tiny_qwen2(VOCABULARY), PLAIN, **options).update(groups)
+    assert other["clip_share"] > 0
+
+
+def test_several_updates_are_those_of_the_parts_one_after_the_other() -> None:
+    groups = random_groups(4, groups=5)
+    one, other = tiny_qwen2(VOCABULARY), tiny_qwen2(VOCABULARY)
+    metrics = Learner(one, PLAIN, learning_rate=1e-3, updates=2).update(groups)
+    assert metrics["updates"] == 2
+    learner = Learner(other, PLAIN, learning_rate=1e-3)
+    reports = [learner.update(groups[:3]), learner.update(groups[3:])]
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    assert metrics["grad_norm"] == pytest.approx(sum(r["grad_norm"] for r in reports) / 2)
+    assert metrics["sampler_gap"] == reports[0]["sampler_gap"]
+
+
+def test_old_logprobs_are_those_before_the_first_of_several_updates() -> None:
+    """Both parts hold the same trajectories: by the second, the policy has moved off."""
+    group = random_groups(4, groups=1)[0]
+    learner = Learner(
+        Bigram(), PLAIN, learning_rate=1.0, updates=2, old_logprobs="recomputed", weight_decay=0.0
+    )
+    assert learner.update([group, group])["clip_share"] > 0
+
+
+def test_more_updates_than_groups() -> None:
+    metrics = Learner(Bigram(), PLAIN, updates=7).update(random_groups(0, groups=2))
+    assert metrics["updates"] == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Metrics
+
+
+def test_every_metric_is_defined_and_right() -> None:
+    model, reference = Bigram(), Bigram(seed=1)
+    groups = [
+        Group(
+            0,
+            [
+                trajectory(prompt(1), action([5, 6], [-1, -2]), observation(3), reward=1.0),
+                trajectory(prompt(1), action([7], [-3]), reward=0.0, sample=1),
+            ],
+        )
+    ]
+    learner = Learner(model, GRPO(), reference=reference, learning_rate=1e-9)
+    metrics = learner.update(groups)
+    assert metrics.keys() == METRICS.keys()
+
+    logits = Bigram().table.detach()[[1, 5, 1]]
+    now = logits.log_softmax(-1)[range(3), [5, 6, 7]]
+    other = reference.table.detach()[[1, 5, 1]].log_softmax(-1)[range(3), [5, 6, 7]]
+    gap = (now - torch.tensor([-1.0, -2.0, -3.0])).abs().mean()
+    delta = other - now
+    expected = {
+        "sampler_gap": gap.item(),
+        "kl": (delta.exp() - delta - 1).mean().item(),
+        "entropy": torch.special.entr(logits.softmax(-1)).sum(-1).mean().item(),
+        "learning_rate": 1e-9,
+        "length": 3.0,
+        "action_length": 1.5,
+        "longest": 4.0,
+        "trajectories": 2.0,
+        "updates": 1.0,
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+
+
+def test_grad_norm_is_that_before_clipping() -> None:
+    groups = random_groups(0)
+    gradient = _gradient(Bigram(), groups)["table"]
+    learner = Learner(Bigram(), PLAIN, max_grad_norm=1e-3)
+    assert learner.update(groups)["grad_norm"] == pytest.approx(gradient.norm().item())
+    clipped = _gradient(Bigram(), groups, max_grad_norm=1e-3)["table"]
+    assert clipped.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_gap_is_zero_when_sampler_and_learner_agree() -> None:
+    model = tiny_qwen2(VOCABULARY)
+    batch = make_batch(random_groups(0))
+    exact = iter(batch_logprobs(model, batch, 0.7, 10**6).tolist())
+    groups = [
+        Group(
+            g.episode,
+            [
+                replace(
+                    t,
+                    segments=tuple(
+                        replace(s, logprobs=tuple(next(exact) for _ in s.tokens))
+                        if s.logprobs
+                        else s
+                        for s in t.segments
+                    ),
+                )
+                for t in g.trajectories
+            ],
+        )
+        for g in random_groups(0)
+    ]
+    metrics = Learner(model, PLAIN, temperature=0.7, micro_batch_tokens=50).update(groups)
+    assert metrics["sampler_gap"] < 1e-5
+    assert metrics["clip_share"] == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# The optimiser
+
+
+def test_warm_up_and_the_first_step_by_hand() -> None:
+    """AdamW's first step moves each weight by lr x gradient / (|gradient| + 1e-8)."""
+    model, groups = Bigram(), random_groups(0)
+    before, gradient = model.table.detach().clone(), _gradient(Bigram(), groups)["table"]
+    options: dict[str, Any] = {"learning_rate": 0.4, "warmup_steps": 4, "weight_decay": 0.0}
+    learner = Learner(model, PLAIN, max_grad_norm=math.inf, **options)
+    rates = [learner.update(groups)["learning_rate"]]
+    torch.testing.assert_close(
+        model.table.detach(), before - 0.1 * gradient / (gradient.abs() + 1e-8)
+    )
+    rates += [learner.update(groups)["learning_rate"] for _ in range(5)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+
+
+def test_it_learns_which_token_is_rewarded() -> None:
+    model = Bigram(4)
+    learner = Learner(model, PLAIN, learning_rate=0.1, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(60):
+        logprobs = model.table[0].detach().log_softmax(-1)
+        drawn = torch.multinomial(logprobs.exp(), 8, replacement=True, generator=generator)
+        samples = [
+            trajectory(prompt(0), action([t], [logprobs[t].item()]), reward=float(t == 3))
+            for t in drawn.tolist()
+        ]
+        learner.update([Group(step, samples)])
+    assert model.table[0].softmax(-1)[3] > 0.9
+
+
+def test_frozen_parameters_stay() -> None:
+    model = Bigram()
+    Learner(model, PLAIN, learning_rate=0.1).update(random_groups(0))
+    assert torch.equal(model.head.weight, torch.eye(VOCABULARY, dtype=torch.float64))
+
+
+def test_resume_continues_to_the_same_bits() -> None:
+    rollouts = [random_groups(seed) for seed in range(6)]
+    options: dict[str, Any] = {"learning_rate": 1e-3, "warmup_steps": 5, "updates": 2}
+    model = tiny_qwen2(VOCABULARY)
+    learner = Learner(model, PLAIN, **options)
+    reports = [learner.update(groups) for groups in rollouts]
+
+    first = tiny_qwen2(VOCABULARY)
+    begun = Learner(first, PLAIN, **options)
+    for groups in rollouts[:3]:
+        begun.update(groups)
+    second = tiny_qwen2(VOCABULARY)
+    second.load_state_dict(first.state_dict())
+    resumed = Learner(second, PLAIN, **options)
+    resumed.load_state_dict(begun.state_dict())
+    assert [resumed.update(groups) for groups in rollouts[3:]] == reports[3:]
+    for name, value in second.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    assert resumed.steps == learner.steps == 12
+
+
+def test_the_state_of_a_learner_that_has_not_stepped() -> None:
+    state = Learner(Bigram(), PLAIN).state_dict()
+    learner = Learner(Bigram(), PLAIN)
+    learner.load_state_dict(state)
+    assert learner.update(random_groups(0))["updates"] == 1
+
+
+def test_the_state_of_another_model_is_refused() -> None:
+    small = Learner(tiny_qwen2(VOCABULARY), PLAIN)
+    small.update(random_groups(0))
+    with pytest.raises(CheckpointError, match="another model: they differ in"):
+        Learner(tiny_gpt2(VOCABULARY), PLAIN).load_state_dict(small.state_dict())
+    with pytest.raises(CheckpointError, match=r"has the shape \(51, 32\) here and \(50, 32\)"):
+        Learner(tiny_qwen2(VOCABULARY + 1), PLAIN).load_state_dict(small.state_dict())
+
+
+# ---------------------------------------------------------------------------------------------
+# Guards
+
+
+def _void(trajectory_: Trajectory) -> Trajectory:
+    return replace(trajectory_, void=True, reward=0.0)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "all void", "no action tokens"])
+def test_nothing_to_learn_from_changes_nothing(kind: str) -> None:
+    groups = {
+        "nothing": [],
+        "all void": [Group(0, [_void(t) for t in random_groups(0)[0].trajectories])],
+        "no action tokens": [Group(0, [trajectory(prompt(1), action([]), reward=1.0)])],
+    }[kind]
+    model = Bigram()
+    learner = Learner(model, PLAIN, learning_rate=1.0)
+    learner.update(random_groups(0))
+    before = copy.deepcopy((model.state_dict(), learner.state_dict()))
+    metrics = learner.update(groups)
+    assert metrics["updates"] == 0
+    assert torch.equal(model.table, before[0]["table"])
+    assert learner.steps == before[1]["steps"] == 1
+
+
+def test_void_trajectories_change_nothing() -> None:
+    groups = random_groups(0)
+    wild = _void(trajectory(prompt(1), action([2] * 9), reward=5.0))
+    with_void = [Group(g.episode, [wild, *g.trajectories, wild]) for g in groups]
+    one, other = _gradient(Bigram(), groups), _gradient(Bigram(), with_void)
+    assert torch.equal(one["table"], other["table"])
+
+
+class Cause:
+    """Ways to make an update fail; each a change of model or rollout."""
+
+    @staticmethod
+    def weights(model: Bigram) -> list[Group]:
+        with torch.no_grad():
+            model.table[7] = math.nan
+        return random_groups(0)
+
+    @staticmethod
+    def reward(model: Bigram) -> list[Group]:
+        groups = random_groups(0)
+        return [Group(0, [replace(t, reward=math.inf) for t in groups[0].trajectories])]
+
+    @staticmethod
+    def sampler(model: Bigram) -> list[Group]:
+        return [Group(0, [trajectory(prompt(1), action([2], [math.nan]))])]
+
+    @staticmethod
+    def gradient(model: Bigram) -> list[Group]:
+        model.table.register_hook(  # type: ignore[no-untyped-call]
+            lambda grad: grad * math.inf
+        )
+        return random_groups(0)
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        ("weights", r"a log-probability of episode \d+, sample \d+ is nan after 1 optimiser steps"),
+        ("reward", r"episode 0, sample 0: the environment gave the reward inf"),
+        ("sampler", r"episode 0, sample 0: the engine reported a log-probability"),
+        ("gradient", r"the gradient is not finite \(its norm is (nan|inf)\) after 1 optimiser"),
+    ],
+)
+def test_what_is_not_finite_stops_before_anything_changes(cause: str, message: str) -> None:
+    model = Bigram()
+    learner = Learner(model, PLAIN, learning_rate=0.1)
+    learner.update(random_groups(1))
+    groups = getattr(Cause, cause)(model)
+    before = copy.deepcopy((model.state_dict(), learner.state_dict()))
+    with pytest.raises(NonFiniteError, match=message):
+        learner.update(groups)
+    torch.testing.assert_close(model.state_dict(), before[0], rtol=0, atol=0, equal_nan=True)
+    assert learner.steps == 1
+    torch.testing.assert_close(learner.state_dict(), before[1], rtol=0, atol=0)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_objective_that_is_not_finite_stops() -> None:
+    class Broken(GRPO):
+        def objective(self, tokens: Any) -> Any:
+            return tokens.logprobs * math.inf, {}
+
+    model = Bigram()
+    with pytest.raises(NonFiniteError, match="the loss is"):
+        Learner(model, Broken(kl_coef=0.0)).update(random_groups(0))
+    assert torch.equal(model.table, Bigram().table)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"updates": 0}, "updates is 0"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens is 0"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm is nan"),
+        ({"old_logprobs": "guessed"}, "known: 'sampler', 'recomputed'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Learner(Bigram(), PLAIN, **options)
+
+
+def test_a_reference_that_is_needed_and_not_given() -> None:
+    with pytest.raises(ConfigError, match="needs a reference policy"):
+        Learner(Bigram(), GRPO())

@@ -1,0 +1,245 @@
+"""The warm start: what is learned from demonstrations, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from research_agent.batch import make_batch
+from research_agent.cli import main
+from research_agent.codec import Codec, load_codec
+from research_agent.errors import ConfigError, ContextError
+from research_agent.phrase_tokenizer import phrase_tokenizer
+from research_agent.policy import load_model
+from research_agent.sft import SFTConfig, as_trajectory, run
+from research_agent.trajectory import Group
+from tests.research_agent.conftest import codec_of
+
+Parts = list[tuple[str, str]]
+HERE = __name__
+# The action depends on the prompt, the observation on nothing that is learned.
+A: Parts = [("prompt", "a="), ("action", "A!"), ("observation", "?b="), ("action", "B!")]
+B: Parts = [("prompt", "b="), ("action", "B!"), ("observation", "?a="), ("action", "A!")]
+
+
+def letters() -> list[str]:
+    return list("abcABC=!?")
+
+
+def both(count: int, seed: int, good: bool = True) -> Iterator[Parts]:
+    """Demonstrations without end; more than ``count`` of them are not to be asked for."""
+    for i in range(count + 1):
+        if i == count:
+            raise AssertionError("more demonstrations were taken than --count")
+        yield A if i % 2 else B
+
+
+def nothing(count: int, seed: int) -> Parts:
+    return []
+
+
+SMALL = SFTConfig(
+    demonstrations=f"{HERE}:both",
+    vocabulary=f"{HERE}:letters",
+    count=1_600,
+    hidden_size=16,
+    layers=1,
+    heads=2,
+    context=32,
+    batch=8,
+    learning_rate=3e-2,
+    warmup_steps=5,
+    quiet=True,
+)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(replace(SMALL, output=tmp_path_factory.mktemp("sft") / "model"))
+
+
+@pytest.fixture
+def codec() -> Codec:
+    return codec_of(phrase_tokenizer(letters()))
+
+
+def predictions(folder: Path, parts: Parts) -> list[tuple[str, float]]:
+    """Each token of a demonstration but the first, with the model's probability for it."""
+    codec, model = load_codec(folder), load_model(folder)
+    tokens = as_trajectory(parts, codec).tokens
+    with torch.no_grad():
+        probabilities = model(torch.tensor([tokens])).logits[0].softmax(-1)
+    following = tokens[1:]
+    told = [float(probabilities[at, token]) for at, token in enumerate(following)]
+    return list(zip(codec.tokenizer.convert_ids_to_tokens(following), told, strict=True))
+
+
+# --- what is learned ------------------------------------------------------------------------------
+
+
+def test_only_actions_are_in_the_loss_and_the_end_stands_at_the_end_only(codec: Codec) -> None:
+    trajectory = as_trajectory(A, codec)
+    batch = make_batch([Group(0, [trajectory])])
+    assert codec.decode(batch.targets.tolist()) == "A!B!<|end|>"
+    assert codec.decode(trajectory.tokens) == "a=A!?b=B!<|end|>"
+    assert [s.provenance for s in trajectory.segments] == [p for p, _ in A]
+    cut = as_trajectory(A[:3], codec)  # the environment has the last word: nothing ends there
+    assert codec.decode(cut.tokens) == "a=A!?b="
+
+
+def test_the_model_that_comes_out_opens_and_has_learned_the_actions_alone(learned: Path) -> None:
+    for parts in (A, B):
+        told = predictions(learned, parts)
+        actions = [told[i] for i in (1, 2, 6, 7, 8)]
+        assert [token for token, _ in actions][-1] == "<|end|>"
+        assert all(probability > 0.9 for _, probability in actions)
+        others = [told[i] for i in (0, 3, 4, 5)]
+        assert [token for token, _ in others][1] == "?"
+        assert all(probability < 0.1 for _, probability in others)  # though "?" always follows
+    tokenizer = load_codec(learned).tokenizer
+    after_first = dict(predictions(learned, [*A[:2], ("observation", "?")]))
+    assert after_first["!"] > 0.9
+    assert tokenizer.eos_token == "<|end|>"
+
+
+def test_the_same_command_gives_the_same_bits(tmp_path: Path) -> None:
+    def made(name: str, seed: int) -> tuple[bytes, bytes]:
+        small = ["--count", "24", "--hidden-size", "16", "--layers", "1", "--heads", "2", "--quiet"]
+        main(["sft", "miniworld", *small, "--seed", str(seed), "--output", str(tmp_path / name)])
+        weights = (tmp_path / name / "model.safetensors").read_bytes()
+        return weights, (tmp_path / name / "tokenizer.json").read_bytes()
+
+    first = made("one", 1)
+    assert made("two", 1) == first
+    assert made("three", 2)[0] != first[0]
+
+
+def test_a_file_is_read_again_until_the_count_and_not_beyond_it(
+    tmp_path: Path, learned: Path
+) -> None:
+    """The same demonstrations from a file, be it short or long, make the same model."""
+    for name, lines in (("short", 2), ("long", 1_000)):
+        path = tmp_path / f"{name}.jsonl"
+        rows = [json.dumps({"segments": A if i % 2 else B, "id": i}) for i in range(lines)]
+        path.write_text("\n".join(rows) + "\n")
+        made = run(replace(SMALL, demonstrations=str(path), output=tmp_path / name))
+        weights = [folder / "model.safetensors" for folder in (made, learned)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_model_can_be_gone_on_with(learned: Path, tmp_path: Path) -> None:
+    lesson = tmp_path / "lesson.jsonl"
+    lesson.write_text(json.dumps({"segments": [["prompt", "c="], ["action", "C!"]]}) + "\n")
+    more = replace(SMALL, model=str(learned), demonstrations=str(lesson), output=tmp_path / "more")
+    taught: Parts = [("prompt", "c="), ("action", "C!")]
+    before, after = (predictions(folder, taught)[1] for folder in (learned, run(more)))
+    assert before[0] == after[0] == "C"
+    assert before[1] < 0.5
+    assert after[1] > 0.9
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+GOOD = json.dumps({"segments": A})
+BAD_LINES = [
+    ("", "Expecting value"),
+    ("{", "Expecting"),
+    ("[]", "indices"),
+    ("3", "not subscriptable"),
+    ('{"parts": []}', "'segments'"),
+    ('{"segments": 3}', "int"),
+    ('{"segments": [["action"]]}', "unpack"),
+    ('{"segments": [["prompt", "a", "b"]]}', "unpack"),
+    ('{"segments": [["actoin", "a"]]}', "unknown provenance 'actoin'; known: prompt, action"),
+    ('{"segments": [["action", null]]}', "NoneType"),
+    ('{"segments": [["action", 7]]}', "int"),
+    ('{"segments": [["action", "\\ud800"]]}', "surrogates"),
+    ('{"segments": [["prompt", "a"]]}', "no action to learn"),
+    ('{"segments": []}', "no action to learn"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(f"{GOOD}\n{GOOD}\n{line}\n{GOOD}\n")
+    with pytest.raises(ConfigError, match=rf"d\.jsonl:3: not .*{reason}.*; mend the line"):
+        run(replace(SMALL, demonstrations=str(path), output=tmp_path / "out"))
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_a_line_that_is_no_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(GOOD.encode() + b'\n{"segments": [["action", "\xff"]]}\n')
+    with pytest.raises(ConfigError, match=r"d\.jsonl:2: not .*utf-8.*; mend the line"):
+        run(replace(SMALL, demonstrations=str(path), output=tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ([("prompt", "a")], "no action"),
+        ([], "no action"),
+        ([("prompt", "a"), ("answer", "b"), ("action", "c")], "unknown provenance 'answer'"),
+    ],
+)
+def test_a_demonstration_that_teaches_nothing_is_refused(
+    codec: Codec, parts: Parts, reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        as_trajectory(parts, codec)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"demonstrations": "nowhere.jsonl"}, r"no demonstrations at nowhere\.jsonl; give"),
+        ({"demonstrations": "nowhere:f"}, "'nowhere:f' cannot be imported"),
+        ({"demonstrations": f"{HERE}:nobody"}, "cannot be imported"),
+        ({"demonstration_args": {"speed": 3}}, "both: .*'speed'; see --demonstration-args"),
+        ({"vocabulary": None}, "needs --vocabulary .* or start from a --model"),
+        ({"vocabulary": "nowhere:f"}, "'nowhere:f' cannot be imported"),
+        ({"count": 7}, "--count 7 must be at least --batch 8"),
+        ({"batch": 0}, "--batch is 0; it must be at least 1"),
+        ({"layers": 0}, "--layers is 0; it must be at least 1"),
+        ({"hidden_size": 18}, "--hidden-size 18 must be a multiple of twice --heads 2"),
+        ({"learning_rate": 0.0}, r"--learning-rate 0\.0 .* must be above 0"),
+        ({"learning_rate": float("nan")}, "--learning-rate nan"),
+    ],
+)
+def test_settings_that_cannot_be_used(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        run(replace(SMALL, output=tmp_path, **change))
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"d\.jsonl is empty; give at least one demonstration"):
+        run(replace(SMALL, demonstrations=str(tmp_path / "d.jsonl"), output=tmp_path))
+
+
+def test_a_function_that_demonstrates_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing gives fewer demonstrations than --batch 8"):
+        run(replace(SMALL, demonstrations=f"{HERE}:nothing", output=tmp_path / "out"))
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_a_demonstration_longer_than_the_context_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ContextError, match=r"of 10 tokens does not fit the context of 9; .*--con"):
+        run(replace(SMALL, context=9, output=tmp_path))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_learned(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").touch()
+    taken = replace(SMALL, output=tmp_path / "file" / "model", demonstrations="nowhere.jsonl")
+    with pytest.raises(NotADirectoryError, match="file/model"):
+        run(taken)

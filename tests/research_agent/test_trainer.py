@@ -1,0 +1,350 @@
+"""Training through the command line, on environments that have nothing to do with search."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from research_agent.cli import main
+from research_agent.tracking import read_lines
+from tests.research_agent.conftest import tiny_qwen2
+from tests.research_agent.disks import resize, small_disk
+
+COPY = "tests.research_agent.toy_env:CopyLetter-v0"
+FAILING = "tests.research_agent.failing_env:Failing-v0"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """More threads than one only wait for each other on models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder: eleven tokens, a letter each, and random weights."""
+    folder = tmp_path_factory.mktemp("letters")
+    characters = {character: i for i, character in enumerate("abcd=?.xy")}
+    backend = Tokenizer(models.BPE(vocab=characters, merges=[]))
+    backend.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(folder)
+    tiny_qwen2(len(characters) + 1, hidden=32, context=64).save_pretrained(folder)
+    return folder
+
+
+def flags(model: Path, output: Path, *more: str, env: str = COPY) -> list[str]:
+    words = f"train miniworld --env {env} --model {model} --output {output} --algorithm-args"
+    words += " kl_coef=0 entropy_coef=0.001 --prompts 4 --samples 8 --max-prompt 8"
+    words += " --max-response 12 --max-turn 2 --learning-rate 0.003 --warmup-steps 0"
+    words += " --save-every 2 --eval-every None --quiet --device cpu"
+    return [*words.split(), *more]
+
+
+def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return loaded
+
+
+def refusal(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
+    """The one message with which a command refuses."""
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("research-agent: error: ")
+    assert "Traceback" not in message
+    return message
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    return read_lines(output / "metrics.jsonl")
+
+
+def final_bytes(output: Path) -> dict[str, bytes]:
+    """What two equal runs have in common to the bit: weights, optimiser, log."""
+    newest = sorted((output / "checkpoints").glob("step-*"))[-1]
+    files = {name: newest / name for name in ("model.safetensors", "state.safetensors")}
+    files |= {name: output / name for name in ("metrics.jsonl", "trajectories.jsonl")}
+    return {"newest": newest.name.encode(), **{n: path.read_bytes() for n, path in files.items()}}
+
+
+def test_the_trainer_learns_a_game_that_is_not_search(
+    letters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--steps", "60", "--eval-every", "30", "--env-args", "turns=2", "--json"]
+    main(flags(letters, tmp_path / "run", *more))
+    summary = last_json(capsys)
+    records = metrics(tmp_path / "run")
+    assert [r["step"] for r in records] == list(range(61))
+    assert records[1]["reward"] < 0.8  # of 2; a tenth is right by chance
+    assert records[-1]["reward"] > 1.6
+    assert records[0]["eval/right"] < 0.5
+    assert records[-1]["eval/right"] == 1.0
+    assert summary["eval/right last"] == 1.0
+    assert summary["steps"] == 60
+
+    model = Path(summary["model"])
+    AutoModelForCausalLM.from_pretrained(model)
+    AutoTokenizer.from_pretrained(model)
+    words = f"eval --env {COPY} --env-args turns=2 --model {model} --output {tmp_path / 'eval'}"
+    main([*words.split(), "--max-turn", "2", "--json", "--quiet"])
+    assert last_json(capsys) == {"episodes": 4, "void": 0, "reward": 2.0, "right": 1.0}
+    assert len(read_lines(tmp_path / "eval" / "predictions.jsonl")) == 4
+
+    main(["report", str(tmp_path / "run")])
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert '<span class="action">' in page
+    assert "before" in page
+
+
+def test_a_run_in_two_parts_equals_one_run_to_the_bit(letters: Path, tmp_path: Path) -> None:
+    main(flags(letters, tmp_path / "whole", "--steps", "5", "--env-args", "turns=2"))
+    for steps in ("1", "4", "5"):
+        main(flags(letters, tmp_path / "parts", "--steps", steps, "--env-args", "turns=2"))
+    assert final_bytes(tmp_path / "parts") == final_bytes(tmp_path / "whole")
+
+
+def test_another_seed_is_another_run(letters: Path, tmp_path: Path) -> None:
+    for seed in ("1", "2"):
+        main(flags(letters, tmp_path / seed, "--steps", "1", "--seed", seed))
+    assert final_bytes(tmp_path / "1") != final_bytes(tmp_path / "2")
+
+
+def test_evaluations_change_nothing_of_what_is_learned(letters: Path, tmp_path: Path) -> None:
+    main(flags(letters, tmp_path / "without", "--steps", "3"))
+    main(flags(letters, tmp_path / "with", "--steps", "3", "--eval-every", "1"))
+    one, other = final_bytes(tmp_path / "with"), final_bytes(tmp_path / "without")
+    for name in ("model.safetensors", "state.safetensors", "trajectories.jsonl"):
+        assert one[name] == other[name]
+
+
+def test_a_reference_policy_and_several_updates_survive_a_resume(
+    letters: Path, tmp_path: Path
+) -> None:
+    more = "--algorithm-args kl_coef=0.1 --updates 2 --warmup-steps 9 --old-logprobs recomputed"
+    for output, steps in (("whole", "4"), ("parts", "1"), ("parts", "4")):
+        main([*flags(letters, tmp_path / output), *more.split(), "--steps", steps])
+    assert final_bytes(tmp_path / "parts") == final_bytes(tmp_path / "whole")
+    records = metrics(tmp_path / "whole")
+    assert [r["learner/updates"] for r in records] == [2.0] * 4
+    assert records[0]["learner/kl"] == pytest.approx(0, abs=1e-3)
+    assert records[-1]["learner/kl"] > 1e-5
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+    letters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = flags(letters, tmp_path / "run", "--steps", "2")
+    main(words)
+    before = final_bytes(tmp_path / "run")
+    capsys.readouterr()
+    main(words)
+    assert "is finished: 2 steps are done; give more --steps" in capsys.readouterr().out
+    assert final_bytes(tmp_path / "run") == before
+
+
+def test_the_time_limit_ends_a_run_after_a_step(
+    letters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = flags(letters, tmp_path / "run", "--steps", "500", "--time-limit", "0.001")
+    main(words)
+    assert "its 0.001 s are over, 1 steps are done" in capsys.readouterr().out
+    assert [r["step"] for r in metrics(tmp_path / "run")] == [1]
+    main(words)
+    assert "is finished" in capsys.readouterr().out
+    assert [r["step"] for r in metrics(tmp_path / "run")] == [1]
+
+
+def test_a_run_of_another_configuration_is_refused(
+    letters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(flags(letters, tmp_path / "run", "--steps", "1"))
+    capsys.readouterr()
+    before = final_bytes(tmp_path / "run")
+    other = flags(letters, tmp_path / "run", "--steps", "2", "--seed", "7", "--temperature", "0.5")
+    message = refusal(capsys, other)
+    assert "run.seed: 0 in the folder, 7 now" in message
+    assert "sampling.temperature: 1.0 in the folder, 0.5 now" in message
+    assert "learning_rate" not in message
+    assert final_bytes(tmp_path / "run") == before
+
+
+def test_a_damaged_checkpoint_is_named(
+    letters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = flags(letters, tmp_path / "run", "--steps", "1")
+    main(words)
+    state = tmp_path / "run" / "checkpoints" / "step-000001" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-7])
+    message = refusal(capsys, words)
+    assert "step-000001 is no whole checkpoint" in message
+    assert "delete it" in message
+
+
+def test_void_episodes_are_counted_and_not_learned_from(letters: Path, tmp_path: Path) -> None:
+    more = ["--env-args", "each=4", "--max-void-share", "0.25", "--steps", "2"]
+    main(flags(letters, tmp_path / "run", *more, env=FAILING))
+    for record in metrics(tmp_path / "run"):
+        assert record["void_share"] == 0.25
+        assert record["learner/trajectories"] == 24
+        assert record["truncated_share"] == 0.25
+
+
+def test_too_many_void_episodes_stop_the_run_which_continues_when_all_is_well(
+    letters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    up = tmp_path / "up"
+    more = ["--env-args", "each=2", f"up={up}", "--steps", "3"]
+    words = flags(letters, tmp_path / "run", *more, env=FAILING)
+    message = refusal(capsys, words)
+    assert "50% of the episodes of step 1 were void" in message
+    assert "--max-void-share 20%" in message
+    up.touch()
+    main(words)
+    main(flags(letters, tmp_path / "never", *more, env=FAILING))
+    assert [r["step"] for r in metrics(tmp_path / "run")] == [1, 2, 3]
+    assert final_bytes(tmp_path / "run") == final_bytes(tmp_path / "never")
+
+
+def test_a_step_of_void_episodes_only_changes_no_weight(letters: Path, tmp_path: Path) -> None:
+    more = ["--env-args", "each=1", "--max-void-share", "1", "--steps", "1"]
+    main(flags(letters, tmp_path / "run", *more, env=FAILING))
+    assert metrics(tmp_path / "run")[0]["void_share"] == 1.0
+    before = AutoModelForCausalLM.from_pretrained(letters).state_dict()
+    folder = tmp_path / "run" / "checkpoints" / "step-000001"
+    after = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_whose_disk_is_full_continues_when_there_is_room(
+    letters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with small_disk(tmp_path / "disk", 640) as disk:  # two checkpoints have room, not three
+        words = flags(letters, disk / "run", "--steps", "12")
+        message = refusal(capsys, words)
+        assert "No space left" in message
+        assert "start the same command again" in message
+        left = [path.name for path in (disk / "run" / "checkpoints").iterdir()]
+        assert left
+        assert all(name.startswith("step-") for name in left)
+        resize(disk, 4000)
+        main(words)
+        main(flags(letters, tmp_path / "never", "--steps", "12"))
+        assert final_bytes(disk / "run") == final_bytes(tmp_path / "never")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--env", "tests.research_agent.nowhere:X-v0"], "nowhere"),
+        (["--env", "NoSuchThing-v0"], "NoSuchThing"),
+        (["--env", FAILING, "--env-args", "each=0"], "each is 0; it must be at least 1"),
+        (["--env", FAILING, "--env-args", "speed=3"], "speed"),
+        (["--env", FAILING, "--env-args", "broken=true"], "BrokenError: line 3 of the questions"),
+        (["--algorithm", "nope"], "unknown algorithm 'nope'; known: "),
+        (["--algorithm-args", "speed=3"], "speed"),
+        (["--engine", "nope"], "nope"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--max-prompt", "1"], "max_prompt 1"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_message(
+    letters: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    said: str,
+) -> None:
+    assert said in refusal(capsys, [*flags(letters, tmp_path / "run", "--steps", "1"), *more])
+
+
+def run_alone(words: list[str], log: str) -> None:
+    sys.stdout = sys.stderr = Path(log).open("a", buffering=1)  # noqa: SIM115
+    torch.set_num_threads(1)
+    main(words)
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    """Starts processes that have loaded torch already."""
+    context = multiprocessing.get_context("forkserver")
+    qwen2 = "transformers.models.qwen2.modeling_qwen2"
+    context.set_forkserver_preload(
+        [__name__, "research_agent.trainer", "torch.utils.tensorboard", qwen2]
+    )
+    return context
+
+
+def start(server: Any, words: list[str], log: Path) -> Any:
+    process = server.Process(target=run_alone, args=(words, str(log)))
+    process.start()
+    return process
+
+
+def wait_for_step(process: Any, output: Path, step: int) -> None:
+    while process.is_alive():
+        done = metrics(output)
+        if done and done[-1]["step"] >= step:
+            return
+        time.sleep(0.001)
+    raise AssertionError(f"the run ended before step {step}")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_and_stopped_equals_one_that_never_was(
+    server: Any, letters: Path, tmp_path: Path
+) -> None:
+    more = ["--steps", "40", "--eval-every", "7", "--env-args", "turns=2"]
+    log = tmp_path / "log"
+    words = flags(letters, tmp_path / "broken", *more)
+    for step in (0, 1, 8, 13, 21, 26):  # the first ones before there is a checkpoint
+        process = start(server, words, log)
+        wait_for_step(process, tmp_path / "broken", step)
+        time.sleep(0.0007 * step)  # somewhere in the next step: playing, learning, or saving
+        process.kill()
+        process.join()
+    process = start(server, words, log)
+    wait_for_step(process, tmp_path / "broken", 31)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert "the same command continues it" in log.read_text()
+    done = metrics(tmp_path / "broken")[-1]["step"]
+    assert (tmp_path / "broken" / "checkpoints" / f"step-{done:06d}").is_dir()
+    ends = [start(server, flags(letters, tmp_path / n, *more), log) for n in ("broken", "whole")]
+    for process in ends:
+        process.join()
+        assert process.exitcode == 0, log.read_text()
+    assert log.read_text().count("is finished: 40 steps are done") == 2
+    assert final_bytes(tmp_path / "broken") == final_bytes(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_leaves_at_once(server: Any, letters: Path, tmp_path: Path) -> None:
+    words = flags(letters, tmp_path / "run", "--steps", "100000", "--save-every", "100000")
+    process = start(server, words, tmp_path / "log")
+    wait_for_step(process, tmp_path / "run", 1)
+    os.kill(process.pid, signal.SIGSTOP)  # so that both arrive within one step
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGCONT)
+    process.join()
+    assert process.exitcode == 130
+    said = (tmp_path / "log").read_text()
+    assert "once more to leave at once" in said
+    assert "Traceback" not in said
