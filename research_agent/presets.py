@@ -25,7 +25,7 @@ MINIWORLD = TrainConfig(
     preset="miniworld",
     environment=EnvironmentConfig(
         env="research_env:ReSearch-MiniWorld-v0",
-        env_args={"split": "train", "template": "question", "top_k": 2},
+        env_args={"split": "train", "template": "question", "top_k": 1},
     ),
     policy=PolicyConfig(model="miniworld-starter"),
     sampling=SamplingConfig(prompts=24, samples=8, max_prompt=96, max_response=384, max_turn=64),

@@ -65,7 +65,7 @@ class SFTConfig:
     """Highest; it rises over the first steps and falls in a line over the last part."""
     warmup_steps: int = 50
     """Optimiser steps over which the learning rate rises."""
-    decay_share: float = 0.4
+    decay_share: float = 0.7
     """Share of the steps over which the learning rate falls."""
     final_share: float = 0.05
     """Share of the learning rate that is left at the end."""
@@ -82,9 +82,9 @@ class SFTConfig:
 PRESETS = {
     "miniworld": SFTConfig(
         demonstrations="research_env.demonstrations:demonstrations",
-        demonstration_args={"top_k": 2},
+        demonstration_args={"top_k": 1},
         vocabulary="research_env.demonstrations:vocabulary",
-        count=120_000,
+        count=110_000,
         output=Path("runs/miniworld-starter"),
     ),
 }

@@ -33,9 +33,9 @@ from research_env.retrieval.embedded import EmbeddedRetriever, build_index
 
 Demonstration = list[tuple[str, str]]
 
-EPISODES_A_WORLD = 600
+A_WORLD, BLOCK = 600, 12_000  # demonstrations of one world; of those that are shuffled together
 ONE_PASSAGE_SHARE = 0.3  # at first: reading one passage comes before choosing among several
-DRILL_SHARES = {"first": 0.7, "then": 0.33}  # with one passage, with several
+DRILL_SHARE = 0.33  # of the skilled demonstrations
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Habits:
 
     search: float = 0.35  # at the start: search, rather than guess
     go_on: float = 0.55  # after a result: search again, rather than answer with what was found
-    box: float = 0.6  # at the end: put the answer in a box
+    box: float = 0.75  # at the end: put the answer in a box
 
 
 SKILLED = Habits(search=1.0, go_on=1.0, box=1.0)
@@ -66,34 +66,48 @@ def demonstrations(
         Lists of (provenance, text).
     """
     rng = random.Random(f"demonstrations {seed}")
-    skilled = count - round(count * habit_share)
-    made = 0
-    for world in _worlds(rng):
-        questions = list(miniworld.questions(world, rng, min(EPISODES_A_WORLD, count - made)))
-        with tempfile.TemporaryDirectory() as folder:
-            build_index(world, Path(folder) / "index")
-            retriever = EmbeddedRetriever(Path(folder) / "index")
-            queries = [query for question in questions for query in gold_queries(question)]
-            first = made < count * ONE_PASSAGE_SHARE
-            shown, drills = (1, DRILL_SHARES["first"]) if first else (top_k, DRILL_SHARES["then"])
-            answers = iter(retriever.search(queries, shown))
-            retriever.close()
-        for question in questions:
-            results = []
-            for _ in question.decomposition:
-                hits = next(answers)
-                if isinstance(hits, Exception):
-                    raise hits
-                results.append(RESEARCH.render(hits))
-            if made >= skilled:
-                yield episode(question, results, world, rng, habits or Habits())
-            elif rng.random() < drills:
-                yield drill(world, shown, rng)
-            else:
-                yield episode(question, results, world, rng, SKILLED)
-            made += 1
-        if made >= count:
-            return
+    worlds = _worlds(rng)
+    habitual = round(count * habit_share)
+    first = min(round(count * ONE_PASSAGE_SHARE), count - habitual)
+    stages = (
+        (first, 1, SKILLED),
+        (count - first - habitual, top_k, SKILLED),
+        (habitual, top_k, habits or Habits()),
+    )
+    for size, shown, decisions in stages:
+        for start in range(0, size, BLOCK):
+            block: list[Demonstration] = []
+            while len(block) < min(BLOCK, size - start):
+                wanted = min(A_WORLD, size - start - len(block))
+                block += _from_world(next(worlds), wanted, shown, decisions, rng)
+            # What stands side by side must not be of one world, or its names would be learned.
+            rng.shuffle(block)
+            yield from block
+
+
+def _from_world(
+    world: miniworld.World, count: int, top_k: int, habits: Habits, rng: random.Random
+) -> list[Demonstration]:
+    questions = list(miniworld.questions(world, rng, count))
+    with tempfile.TemporaryDirectory() as folder:
+        build_index(world, Path(folder) / "index")
+        retriever = EmbeddedRetriever(Path(folder) / "index")
+        queries = [query for question in questions for query in gold_queries(question)]
+        answers = iter(retriever.search(queries, top_k))
+        retriever.close()
+    made: list[Demonstration] = []
+    for question in questions:
+        results = []
+        for _ in question.decomposition:
+            hits = next(answers)
+            if isinstance(hits, Exception):
+                raise hits
+            results.append(RESEARCH.render(hits))
+        if habits == SKILLED and rng.random() < DRILL_SHARE:
+            made.append(drill(world, top_k, rng))
+        else:
+            made.append(episode(question, results, world, rng, habits))
+    return made
 
 
 def _worlds(rng: random.Random) -> Iterator[miniworld.World]:
@@ -159,19 +173,14 @@ def episode(
 
 
 def drill(world: miniworld.World, top_k: int, rng: random.Random) -> Demonstration:
-    """Show passages, and ask for facts of any of them as an episode would.
-
-    Of a single passage the facts follow one another with no query between them: nothing teaches
-    reading in fewer tokens.
-    """
+    """Show passages, and ask for facts of any of them as an episode would."""
     subjects = rng.sample(list(world.entities.values()), top_k)
     passages = {passage.title: passage for passage in world.passages}
     shown = RESEARCH.render([Hit(passages[subject.name], 1.0) for subject in subjects])
     facts = [(subject, fact) for subject in subjects for fact in subject.facts.items()]
     parts: Demonstration = [("prompt", shown)]
     for subject, (relation, value) in rng.sample(facts, len(facts)):
-        if top_k > 1:
-            parts.append(("observation", f" <search> {subject.name} {relation} </search>"))
+        parts.append(("observation", f" <search> {subject.name} {relation} </search>"))
         parts.append(("action", f" <think> next: {relation} {value} </think>"))
     return [*parts, ("observation", "\n")]  # it goes on: the last action is not the end
 

@@ -21,12 +21,14 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 Normalizer = Callable[[str], str]
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SPACE_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
+_KEPT_LENGTH = 200  # characters
 _CLOSED_ANSWERS = frozenset({"yes", "no", "noanswer"})
 
 
@@ -36,6 +38,12 @@ def normalize(text: str) -> str:
     Source: SQuAD 1.1's ``evaluate-v1.1.py`` (Rajpurkar et al. 2016), used unchanged by HotpotQA,
     ReSearch and Search-R1. Articles go after punctuation, so "a.m." becomes "am" and stays.
     """
+    # One episode asks for the same few short texts again and again; long ones are not kept.
+    return _normalized(text) if len(text) <= _KEPT_LENGTH else _normalized.__wrapped__(text)
+
+
+@lru_cache(maxsize=4096)
+def _normalized(text: str) -> str:
     return _collapse(text.lower().translate(_DELETE_PUNCTUATION))
 
 

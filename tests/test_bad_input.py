@@ -288,7 +288,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (cut_weights, "cannot be opened"),
         (without_tokenizer, "holds no tokenizer; give a folder with tokenizer.json, or a name"),
         (without_end, "has no end token, so that no turn could end; set eos_token"),
-        (shutil.rmtree, "give a folder with tokenizer.json, or a name on the Hugging Face hub"),
+        (shutil.rmtree, "there is no model folder"),
     ],
 )
 def test_a_model_that_cannot_be_used_is_named_with_a_cure(

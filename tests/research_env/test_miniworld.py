@@ -102,7 +102,7 @@ def test_a_world_has_a_thousand_passages_of_many_kinds(seed: int) -> None:
     assert len({p.id for p in passages}) == len({p.title for p in passages}) == len(passages)
     assert all(p.id == world.passage_id(p.title) for p in passages)
     nouns = Counter(text.split()[1] for text in texts(world).values())
-    for kind in ("person", "film", "organisation", "city", "country", "gazette"):
+    for kind in ("person", "film", "organisation", "city", "state", "gazette"):
         assert nouns[kind] >= 10
     assert [p.title for p in passages] != sorted(p.title for p in passages)
 
