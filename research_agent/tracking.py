@@ -104,7 +104,7 @@ class Tracker:
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
         if self._show:
-            self._progress.console.print(message, markup=False, highlight=False)
+            self._progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def record(
         self,

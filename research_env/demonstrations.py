@@ -106,7 +106,7 @@ def _from_world(
         if habits == SKILLED and rng.random() < DRILL_SHARE:
             made.append(drill(world, top_k, rng))
         else:
-            made.append(episode(question, results, world, rng, habits))
+            made.append(episode(question, results, rng, habits))
     return made
 
 
@@ -130,7 +130,6 @@ def gold_queries(question: Question) -> list[str]:
 def episode(
     question: Question,
     results: list[str],
-    world: miniworld.World,
     rng: random.Random,
     habits: Habits,
 ) -> Demonstration:
@@ -139,7 +138,6 @@ def episode(
     Args:
         question: with its decomposition.
         results: the observation of each gold query, in order.
-        world: guesses are names of it.
         rng: of the decisions.
         habits: their probabilities.
     """
@@ -153,7 +151,8 @@ def episode(
         return [*parts, ("action", f"{thought} <answer> {boxed.lstrip()} </answer>")]
 
     if rng.random() >= habits.search:
-        guess = rng.choice(list(world.entities))
+        # Nobody can learn to say a name at random, and who tries forgets how to read one.
+        guess = hops[0].question.rsplit(" ", 1)[0]
         return finish(f"<think> guess: {guess} </think>", guess)
     plan = f" compare {relations[0]}" if comparison else "".join(f" {r}" for r in relations)
     thought = f"<think> plan:{plan} </think>"

@@ -184,7 +184,7 @@ def test_gold_queries_have_earlier_answers_filled_in() -> None:
 def test_a_question_without_decomposition_is_refused() -> None:
     bare = Question("q7", "Who?", ("Ann",))
     with pytest.raises(ValueError, match="question 'q7' has no decomposition"):
-        module.episode(bare, [], miniworld.world(0), random.Random(0), module.SKILLED)
+        module.episode(bare, [], random.Random(0), module.SKILLED)
 
 
 def spelled(text: str, phrases: frozenset[str], longest: int) -> bool:
