@@ -38,7 +38,7 @@ class DemoConfig:
 
     seed: int = 0
     """Of the training run."""
-    seconds: float = 150.0
+    seconds: float = 120.0
     """Of training; evaluations come on top."""
     steps: int = MINIWORLD.run.steps
     """Training steps at most."""
