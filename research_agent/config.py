@@ -322,9 +322,7 @@ def validate(config: TrainConfig) -> None:
         "--eval-every": run.eval_every,
         "--eval-limit": run.eval_limit,
     }
-    for flag, value in at_least_one.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{flag} is {value}; it must be at least 1")
+    _require_at_least_one(at_least_one)
     not_negative: dict[str, float] = {
         "--steps": run.steps,
         "--log-episodes": run.log_episodes,
@@ -352,6 +350,12 @@ def validate(config: TrainConfig) -> None:
         )
 
 
+def _require_at_least_one(values: Mapping[str, float | None]) -> None:
+    for flag, value in values.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag} is {value}; it must be at least 1")
+
+
 def validate_eval(config: EvalConfig) -> None:
     """Refuse numbers that no evaluation can have.
 
@@ -365,9 +369,7 @@ def validate_eval(config: EvalConfig) -> None:
         "--max-turn": config.max_turn,
         "--slots": config.slots,
     }
-    for flag, value in at_least_one.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{flag} is {value}; it must be at least 1")
+    _require_at_least_one(at_least_one)
     if not config.temperature >= 0:
         raise ConfigError(f"--temperature is {config.temperature}; it must not be negative")
 

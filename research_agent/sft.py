@@ -89,16 +89,15 @@ PRESETS = {
     ),
 }
 DESCRIPTIONS = {
-    "miniworld": "Make the starter of the demo again: a policy that can read and search, and "
-    "seldom does.",
+    "miniworld": "Teach a new policy to read and search in MiniWorld, and to do so seldom: a start "
+    "for the demo.",
 }
 
 
 def run(config: SFTConfig) -> Path:
     """Fit a model, and write it to the output folder as transformers reads it.
 
-    Hidden matrices are trained by Muon (Jordan et al. 2024), the rest by AdamW: on small models it
-    takes half the steps that AdamW alone takes.
+    Hidden matrices are trained by Muon (Jordan et al. 2024), the rest by AdamW.
 
     Returns:
         The folder.
