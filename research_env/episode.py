@@ -51,8 +51,8 @@ class Episode:
         turns: so far, in order.
         pending: the query of the last turn while it waits for its hits.
         stop_reason: why it is over; None while it goes on.
-        prediction: the final answer in all that the policy has written, by the protocol's rule;
-            None: there is none.
+        prediction: once it is over, the final answer in all that the policy wrote, by the
+            protocol's rule; None: there is none.
     """
 
     question: Question
@@ -150,7 +150,6 @@ def observe(episode: Episode, hits: Sequence[Hit]) -> Episode:
         episode.max_searches,
         episode.max_turns,
         (*episode.turns[:-1], seen),
-        prediction=episode.prediction,
     )
 
 
@@ -181,5 +180,5 @@ def _extend(
         turns,
         pending,
         stop_reason,
-        episode.protocol.extract("".join([each.action for each in turns])),
+        stop_reason and episode.protocol.extract("".join([each.action for each in turns])),
     )

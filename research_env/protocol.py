@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from research_env.errors import UnknownNameError
@@ -108,6 +109,7 @@ _SUSPECT = bytes((*range(9), *range(11, 32), 0x3C, 0x5C, 0x7F, 0xC2, 0xED))
 _TAG = re.compile(r"<(?![\s\d=-]|\Z)")
 _BOX = re.compile(r"\\(?=[bf]box|boxed)")
 _NEWLINE = re.compile(r"\r\n?")
+_KEPT_LENGTH = 2_000  # characters
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -130,6 +132,12 @@ def defuse(text: str) -> str:
     ``\fbox`` becomes ``∖``; control characters become U+FFFD. A text without any of these, the
     ordinary case, is returned as it is.
     """
+    # A group of samples reads the same passages again and again; very long ones are not kept.
+    return _defused(text) if len(text) <= _KEPT_LENGTH else _defused.__wrapped__(text)
+
+
+@lru_cache(maxsize=4096)
+def _defused(text: str) -> str:
     raw = text.encode("utf-8", "surrogatepass")
     if len(raw.translate(None, _SUSPECT)) == len(raw):
         return text
@@ -172,6 +180,9 @@ def _extract_boxed(protocol: Protocol, response: str) -> str | None:
     start = answer.rfind("\\boxed")
     if start < 0 or not answer.startswith("\\boxed{", start):
         return None
+    inside, closed, _ = answer[start + len("\\boxed{") :].partition("}")
+    if closed and "{" not in inside:
+        return inside
     depth = 0
     for at in range(start, len(answer)):
         if answer[at] == "{":

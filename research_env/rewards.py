@@ -24,6 +24,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable
+from functools import lru_cache
 
 from research_env.episode import Episode
 from research_env.errors import ConfigurationError, UnknownNameError
@@ -33,6 +34,7 @@ from research_env.metrics import (
     f1,
     normalize_r1_searcher,
 )
+from research_env.protocol import Protocol, Tag
 from research_env.retrieval.base import Hit, Passage
 
 Reward = Callable[[Episode], float]
@@ -94,19 +96,18 @@ def research_format(episode: Episode) -> bool:
 
     Source: ``validate_format`` and ``compute_score`` of the same file.
     """
-    text, tags = blank_transcript(episode), episode.protocol
-    thoughts = text.count(tags.think.open)
-    answer = text.find(tags.answer.open)
-    boxed = text[answer : text.find(tags.answer.close)] if answer >= 0 else ""
+    if episode.prediction is None or episode.truncated:
+        return False
+    text, rules = blank_transcript(episode), episode.protocol
+    marks = _marks(rules.think, rules.query, rules.result, rules.answer).findall(text)
+    # Where there is one answer, its last mark is its first, and sooner found.
+    boxed = text[text.rfind(rules.answer.open) : text.rfind(rules.answer.close)]
     return (
-        episode.over
-        and not episode.truncated
-        and thoughts == text.count(tags.think.close) > 0
-        and text.count(tags.answer.open) == text.count(tags.answer.close) == 1
+        marks.count(rules.think.open) == marks.count(rules.think.close) > 0
+        and marks.count(rules.answer.open) == marks.count(rules.answer.close) == 1
         and "\\boxed{" in boxed
         and "}" in boxed
-        and episode.prediction is not None
-        and _every_search_has_its_result(episode, text)
+        and _every_search_has_its_result(rules, marks)
     )
 
 
@@ -114,16 +115,23 @@ def _research_f1(episode: Episode) -> float:
     return f1(episode.prediction, episode.question.answers)
 
 
-def _every_search_has_its_result(episode: Episode, text: str) -> bool:
-    query, result = episode.protocol.query, episode.protocol.result
-    search = text.find(query.open)
-    while search >= 0:
-        search_end = text.find(query.close, search)
-        opened = text.find(result.open, search)
-        closed = text.find(result.close, opened) if opened >= 0 else -1
-        if not search < search_end < opened < closed:
-            return False
-        search = text.find(query.open, closed)
+@lru_cache
+def _marks(*tags: Tag) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(mark) for tag in tags for mark in tag))
+
+
+def _every_search_has_its_result(rules: Protocol, marks: list[str]) -> bool:
+    at = 0
+    try:
+        while rules.query.open in marks[at:]:
+            search = marks.index(rules.query.open, at)
+            asked = marks.index(rules.query.close, search)
+            opened = marks.index(rules.result.open, search)
+            at = marks.index(rules.result.close, opened)
+            if opened < asked:
+                return False
+    except ValueError:  # one of them is missing
+        return False
     return True
 
 
