@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +19,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from research_agent import checkpoint, trainer
 from research_agent.cli import main
-from research_agent.tracking import read_lines
+from research_agent.engines.transformers import TransformersEngine
+from research_agent.learner import Learner
+from research_agent.tracking import Tracker, read_lines
 from tests.research_agent.conftest import tiny_qwen2
 from tests.research_agent.disks import resize, small_disk
 
@@ -290,6 +295,39 @@ def server() -> Any:
     return context
 
 
+PHASES = {
+    "collection": (trainer, "collect"),
+    "update": (Learner, "update"),
+    "hand-over of the weights": (TransformersEngine, "load_weights"),
+    "saving": (checkpoint, "save"),
+    "logging": (Tracker, "record"),
+}
+
+
+def kill_within(phase: str, calls: int, share: float) -> None:
+    """Have this process killed some way into a call of a phase: a share of the call before it."""
+    owner, name = PHASES[phase]
+    original = getattr(owner, name)
+    lasted: list[float] = []
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        if len(lasted) == calls:
+            moment = threading.Timer(lasted[-1] * share, os.kill, (os.getpid(), signal.SIGKILL))
+            moment.start()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            lasted.append(time.perf_counter() - began)
+
+    setattr(owner, name, timed)
+
+
+def run_until_killed(words: list[str], log: str, phase: str, calls: int, share: float) -> None:
+    kill_within(phase, calls, share)
+    run_alone(words, log)
+
+
 def start(server: Any, words: list[str], log: Path) -> Any:
     process = server.Process(target=run_alone, args=(words, str(log)))
     process.start()
@@ -309,17 +347,23 @@ def wait_for_step(process: Any, output: Path, step: int) -> None:
 def test_a_run_that_is_killed_and_stopped_equals_one_that_never_was(
     server: Any, letters: Path, tmp_path: Path
 ) -> None:
-    more = ["--steps", "40", "--eval-every", "7", "--env-args", "turns=2"]
+    more = ["--steps", "60", "--eval-every", "7", "--env-args", "turns=2"]
     log = tmp_path / "log"
     words = flags(letters, tmp_path / "broken", *more)
-    for step in (0, 1, 8, 13, 21, 26):  # the first ones before there is a checkpoint
-        process = start(server, words, log)
-        wait_for_step(process, tmp_path / "broken", step)
-        time.sleep(0.0007 * step)  # somewhere in the next step: playing, learning, or saving
-        process.kill()
+    rng = random.Random(0)
+    moments = [(phase, rng.randint(1, 2), rng.random()) for phase in PHASES for _ in range(4)]
+    rng.shuffle(moments)
+    for moment in moments:
+        arguments = (words, str(log), *moment)
+        process = server.Process(target=run_until_killed, args=arguments)
+        process.start()
         process.join()
+        assert process.exitcode == -signal.SIGKILL, log.read_text()
+    assert len(moments) == 20
+    begun = metrics(tmp_path / "broken")[-1]["step"]
+    assert begun < 50  # it was killed while there was work to do
     process = start(server, words, log)
-    wait_for_step(process, tmp_path / "broken", 31)
+    wait_for_step(process, tmp_path / "broken", begun + 1)
     os.kill(process.pid, signal.SIGTERM)
     process.join()
     assert process.exitcode == 128 + signal.SIGTERM
@@ -330,7 +374,7 @@ def test_a_run_that_is_killed_and_stopped_equals_one_that_never_was(
     for process in ends:
         process.join()
         assert process.exitcode == 0, log.read_text()
-    assert log.read_text().count("is finished: 40 steps are done") == 2
+    assert log.read_text().count("is finished: 60 steps are done") == 2
     assert final_bytes(tmp_path / "broken") == final_bytes(tmp_path / "whole")
 
 
