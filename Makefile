@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 BASE_PYTHON ?= python3
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint clean elasticsearch elasticsearch-stop
 
 setup: $(READY)
 
@@ -23,6 +23,13 @@ demo: setup
 
 test: setup
 	$(PYTHON) -m pytest $(TEST_ARGS)
+
+# A real server for the tests; its address is the last line. ELASTICSEARCH_URL names another.
+elasticsearch: setup
+	@$(PYTHON) -m tests.elasticsearch start
+
+elasticsearch-stop: setup
+	@$(PYTHON) -m tests.elasticsearch stop
 
 lint: setup
 	$(VENV)/bin/ruff check .

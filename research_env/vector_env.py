@@ -22,7 +22,7 @@ from research_env.errors import (
 )
 from research_env.game import Settings, make_game, settle
 from research_env.retrieval.base import Hit
-from research_env.searches import Searches
+from research_env.searches import SearchCounts, Searches
 from research_env.spaces import UnicodeText
 
 Mask = npt.NDArray[np.bool_]
@@ -54,6 +54,8 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
     - ``autoreset_mode``: NextStep (default), SameStep, Disabled; see Gymnasium's AutoresetMode.
     - ``max_batch``: the most queries that the engine is asked at once.
     - ``max_wait``: seconds that a query sent in the background waits for others to join it.
+    - ``remember``: the queries whose hits are kept in memory for when they are asked again, at
+      most; 0: none. Failures are never kept. ``search_counts`` tells what that saved.
 
     One seed, one order of questions for all: without options sub-environment i asks the episodes
     i, i + num_envs, i + 2 num_envs, ... of that order, whatever the pace of each. A group of
@@ -69,6 +71,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         autoreset_mode: str | AutoresetMode = "NextStep",
         max_batch: int = 256,
         max_wait: float = 0.002,
+        remember: int = 10_000,
         render_mode: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -90,12 +93,13 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
                 f"num_envs and max_batch are integers of at least 1, max_wait is at least 0, not "
                 f"{num_envs!r}, {max_batch!r} and {max_wait!r}"
             )
+        if not isinstance(remember, int) or remember < 0:
+            raise ConfigurationError(f"remember={remember!r} must be a whole number, 0 or more")
         self.num_envs = num_envs
         self.render_mode = render_mode
         self.metadata = {**type(self).metadata, "autoreset_mode": mode}
         self._mode = mode
         self._max_batch = max_batch
-        self._max_wait = max_wait
         self._lock = threading.Lock()  # the engine is asked by one thread at a time
         self._game = make_game(**settings)
         self.single_action_space = UnicodeText(terminators=self._game.protocol.terminators)
@@ -104,7 +108,9 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._episodes: list[Episode | None] = [None] * num_envs
         self._next = list(range(num_envs))
-        self._searches: Searches[tuple[int, Episode]] | None = None
+        self._searches: Searches[tuple[int, Episode]] = Searches(
+            self._search, max_batch, max_wait, remember
+        )
         self._ready: list[StepResult] = []
         self._sent: set[int] = set()
 
@@ -112,6 +118,11 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
     def num_tasks(self) -> int:
         """How many questions there are: episodes 0 to ``num_tasks - 1`` ask each once."""
         return len(self._game.questions)
+
+    @property
+    def search_counts(self) -> SearchCounts:
+        """How many queries were asked so far, and how many of them the engine was spared."""
+        return self._searches.counts
 
     @property
     def episodes(self) -> tuple[Episode | None, ...]:
@@ -187,8 +198,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
             )
         moved = {i: self._advance(i, actions[i]) for i in self._chosen(mask)}
         asked = {i: each.pending for i, each in moved.items() if each and each.pending}
-        queries = list(dict.fromkeys(asked.values()))
-        found = dict(zip(queries, self._search(queries), strict=True))
+        found = dict(zip(asked, self._searches.ask(list(asked.values())), strict=True))
 
         observations = [""] * self.num_envs
         rewards = np.zeros(self.num_envs, dtype=np.float64)
@@ -196,7 +206,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         truncations = np.zeros(self.num_envs, dtype=np.bool_)
         infos: dict[str, Any] = {}
         for i, episode in moved.items():
-            settled = settle(episode, found[asked[i]]) if episode and i in asked else episode
+            settled = settle(episode, found[i]) if episode and i in asked else episode
             _, observations[i], rewards[i], terminations[i], truncations[i], info = self._conclude(
                 i, settled
             )
@@ -224,8 +234,6 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
             if episode is None or episode.pending is None:
                 self._ready.append(self._conclude(i, episode))
                 continue
-            if self._searches is None:
-                self._searches = Searches(self._search, self._max_batch, self._max_wait)
             self._episodes[i] = episode
             self._searches.submit((i, episode), episode.pending)
 
@@ -240,7 +248,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
             Perhaps more than asked for; fewer when time is up; none when nothing was sent.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        while self._searches is not None:
+        while True:
             if len(self._ready) >= min(min_results, len(self._sent)):
                 wait: float | None = 0
             else:
@@ -267,8 +275,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
 
     def close_extras(self, **kwargs: Any) -> None:
         """Stop the background searches and release the search engine."""
-        if self._searches is not None:
-            self._searches.close()
+        self._searches.close()
         self._game.close()
 
     def _chosen(self, mask: Mask | Sequence[bool] | None) -> list[int]:

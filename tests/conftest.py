@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -20,3 +21,47 @@ def research_data() -> Path:
     if os.environ.get("CI") == "true":
         pytest.fail(message)
     pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def elasticsearch(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of a real Elasticsearch server, or a skip (a failure under CI).
+
+    That of ELASTICSEARCH_URL, else one that the session starts, a single one for all workers.
+    """
+    from tests.elasticsearch.server import ServerError, save, saved, start
+
+    named = os.environ.get("ELASTICSEARCH_URL")
+    if named:
+        return named.rstrip("/")
+    note = _note(tmp_path_factory)
+    with note.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        server = saved(note)
+        if server is None:
+            try:
+                server = start()
+            except ServerError as error:
+                if os.environ.get("CI") == "true":
+                    pytest.fail(str(error))
+                pytest.skip(str(error))
+            save(server, note)
+    return server.url
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Stop the server of the session, when its workers are done."""
+    if not hasattr(session.config, "workerinput") and hasattr(session.config, "_tmp_path_factory"):
+        from tests.elasticsearch.server import saved
+
+        server = saved(_note(session.config._tmp_path_factory))
+        if server is not None:
+            server.stop()
+
+
+def _note(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a session notes its server down; the workers' folders are inside the session's."""
+    folder = tmp_path_factory.getbasetemp()
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    return (folder.parent if worker else folder) / "elasticsearch.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = {"torch", "transformers", "vllm", "tantivy", "Stemmer", "datasets", "elasticsearch"}
+HEAVY = {"torch", "transformers", "vllm", "numba", "Stemmer", "datasets", "elasticsearch"}
 HEAVY |= {"rich", "tyro", "matplotlib", "tensorboard", "hypothesis", "pytest"}
 
 

@@ -79,7 +79,7 @@ WRONG: list[tuple[dict[str, Any], type[ResearchEnvError], str]] = [
     ({"reward": "f2"}, UnknownNameError, "known: cem, em, f1"),
     ({"reward": 7}, UnknownNameError, "known: cem, em, f1"),
     ({"template": 7}, UnknownNameError, "known: base, instruct, question"),
-    ({"retriever": "solr:x"}, UnknownNameError, "'solr:x'; known: embedded"),
+    ({"retriever": "solr:x"}, UnknownNameError, "'solr:x'; known: .*embedded"),
     ({"retriever": 7}, ConfigurationError, "'embedded:DIR', or an object with search.*not 7"),
     ({"hops": 2.5}, ConfigurationError, r"a number, or a list of numbers, not 2\.5"),
     ({"hops": "two"}, ConfigurationError, "a list of numbers, not 'two'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sized
@@ -27,6 +28,14 @@ def open_retriever(url: str | None, corpus: Corpus | None) -> Retriever:
     - ``embedded:DIR``: the index in that folder, which must be of ``corpus``; made if there is
       none. ``embedded:DIR?corpus=any``: the index whatever its corpus, for example a whole
       Wikipedia instead of the data set's own passages.
+    - ``elasticsearch://HOST:PORT/INDEX``, ``elasticsearch+https://...``: an index of Elasticsearch;
+      see :mod:`research_env.retrieval.elasticsearch`.
+    - ``http://HOST:PORT/retrieve``, ``https://...``: a retrieval server of Search-R1's format; see
+      :mod:`research_env.retrieval.http`.
+    - ``web:serper``, ``web:brave``, ``web:tavily``, ``web:searxng?url=...``: the web; see
+      :mod:`research_env.retrieval.web`.
+    - ``?cache=FILE`` on any of them records and replays, ``?cache=FILE&replay=only`` replays; see
+      :mod:`research_env.retrieval.recorded`.
 
     Args:
         url: as above.
@@ -48,8 +57,25 @@ def open_retriever(url: str | None, corpus: Corpus | None) -> Retriever:
     scheme, _, rest = url.partition(":")
     if scheme not in SCHEMES:
         hint = f"For the index in that folder write 'embedded:{url}'" if Path(url).is_dir() else ""
-        raise UnknownNameError("retriever", url, [f"{known}:DIR" for known in SCHEMES], hint)
+        raise UnknownNameError(
+            "retriever", without_password(url), [f"{known}:..." for known in SCHEMES], hint
+        )
+    if "?" in rest:
+        from research_env.retrieval.recorded import (  # noqa: PLC0415  (loads SQLite)
+            RecordedRetriever,
+            recording,
+        )
+
+        engine, record = recording(url)
+        rest = engine.removeprefix(f"{scheme}:")
+        if record is not None:
+            return RecordedRetriever(record, lambda: SCHEMES[scheme](rest, corpus))
     return SCHEMES[scheme](rest, corpus)
+
+
+def without_password(url: str) -> str:
+    """A URL as a message may show it: user and password are left out."""
+    return re.sub(r"//[^/]*@", "//...@", url)
 
 
 def default_index(corpus: Corpus) -> Path:
@@ -71,11 +97,11 @@ def index_corpus(corpus: Corpus, folder: str | Path) -> int:
     from research_env.retrieval.embedded import build_index  # noqa: PLC0415 (loads the engine)
 
     try:
-        with _progress(corpus) as report:
+        with report_progress(corpus) as report:
             return build_index(corpus, folder, report)
     except ResearchEnvError:
         raise
-    except (OSError, ValueError) as error:  # tantivy tells of a full disk by a ValueError
+    except OSError as error:
         raise ConfigurationError(
             f"the index {folder} cannot be written: {error}. Make room there or name another "
             "folder; RESEARCH_CACHE names that of the indexes that no name was given for"
@@ -104,11 +130,49 @@ def _embedded(rest: str, corpus: Corpus | None, heal: bool = False) -> Retriever
     return EmbeddedRetriever(folder, corpus)
 
 
-SCHEMES: dict[str, Callable[[str, Corpus | None], Retriever]] = {"embedded": _embedded}
+def _http(rest: str, corpus: Corpus | None) -> Retriever:
+    from research_env.retrieval.http import open_http  # noqa: PLC0415  (loads the client)
+
+    return open_http("http", rest)
+
+
+def _https(rest: str, corpus: Corpus | None) -> Retriever:
+    from research_env.retrieval.http import open_http  # noqa: PLC0415
+
+    return open_http("https", rest)
+
+
+def _web(rest: str, corpus: Corpus | None) -> Retriever:
+    from research_env.retrieval.web import open_web  # noqa: PLC0415
+
+    return open_web(rest)
+
+
+def _elasticsearch(rest: str, corpus: Corpus | None) -> Retriever:
+    from research_env.retrieval.elasticsearch import ElasticsearchRetriever  # noqa: PLC0415
+
+    return ElasticsearchRetriever(f"elasticsearch:{rest}")
+
+
+def _elasticsearch_https(rest: str, corpus: Corpus | None) -> Retriever:
+    from research_env.retrieval.elasticsearch import ElasticsearchRetriever  # noqa: PLC0415
+
+    return ElasticsearchRetriever(f"elasticsearch+https:{rest}")
+
+
+SCHEMES: dict[str, Callable[[str, Corpus | None], Retriever]] = {
+    "embedded": _embedded,
+    "elasticsearch": _elasticsearch,
+    "elasticsearch+https": _elasticsearch_https,
+    "http": _http,
+    "https": _https,
+    "web": _web,
+}
 
 
 @contextmanager
-def _progress(corpus: Corpus) -> Iterator[Callable[[int], None]]:
+def report_progress(corpus: Corpus) -> Iterator[Callable[[int], None]]:
+    """Show how many passages are indexed, at what rate and until when, in a terminal."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return

@@ -21,6 +21,7 @@ STOP_WORDS = frozenset(  # Lucene's EnglishAnalyzer.ENGLISH_STOP_WORDS_SET
         "then there these they this to was will with",
     )
 )
+MAX_QUERY_WORDS = 512  # in two fields, the 1,024 clauses that every Elasticsearch takes
 MAX_WORD_LENGTH = 255  # Lucene's StandardTokenizer cuts longer words into pieces of this length
 
 # Every character is mapped to one that stands for its word-break property, so that one short
@@ -99,6 +100,20 @@ def words(text: str) -> list[str]:
             for start in range(0, len(word), MAX_WORD_LENGTH)
         ]
     return found
+
+
+def first_words(query: str) -> str:
+    """A query up to the end of its ``MAX_QUERY_WORDS``-th word; short ones, all of it.
+
+    Elasticsearch refuses a query of too many words, and how many are too many depends on its
+    memory. So that every engine finds the same, all of them search the first words only.
+    """
+    if len(query) <= MAX_QUERY_WORDS:
+        return query
+    end = 0
+    for word in words(query)[:MAX_QUERY_WORDS]:
+        end = query.index(word, end) + len(word)
+    return query[:end]
 
 
 def analyze(text: str) -> list[str]:

@@ -1,12 +1,12 @@
 """The embedded search engine: BM25 with Elasticsearch's scores, from one folder on disk.
 
-The scores are those of Lucene's BM25 as Elasticsearch uses it (k1 = 1.2, b = 0.75, lengths rounded
-to one byte, times k1 + 1), computed by tantivy over terms that are analysed as Lucene's
-``english`` analyzer does it (:mod:`research_env.retrieval.analysis`). Title and text are one field.
+The scores are those of Lucene's BM25 as Elasticsearch uses it, kept as impacts
+(:mod:`research_env.retrieval.impacts`) of terms that are analysed as Lucene's ``english`` analyzer
+does it (:mod:`research_env.retrieval.analysis`). Title and text are one field.
 
-An index is a folder: ``terms/`` (tantivy's files), ``passages.bin`` (ids, titles and texts, one
-after the other), ``offsets.bin`` (where each ends) and ``meta.json``, which tells what the others
-must be. All is read through memory maps, so that opening takes no time and many processes share it.
+An index is a folder: the files of the impacts, ``passages.bin`` (ids, titles and texts, one after
+the other), ``offsets.bin`` (where each ends) and ``meta.json``, which tells what the others must
+be. All is read through memory maps, so that opening takes no time and many processes share it.
 """
 
 from __future__ import annotations
@@ -20,27 +20,25 @@ import re
 import shutil
 import tempfile
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from research_env.errors import ConfigurationError, DataError, RetrievalError, StaleIndexError
-from research_env.retrieval.analysis import analyze
+from research_env.retrieval.analysis import analyze, first_words
 from research_env.retrieval.base import Hit, Passage
+from research_env.retrieval.impacts import Impacts, ImpactsWriter
 
 if TYPE_CHECKING:
     from research_env.datasets.base import Corpus
 
-FORMAT = 1  # of the folder, the analysis and tantivy's files: raise it when any of them changes
+FORMAT = 2  # of the folder, the analysis and the impacts: raise it when any of them changes
 REPORT_EVERY = 500  # passages between two reports of progress
 
 _META = "meta.json"
-_WRITER_MEMORY = 1 << 29  # bytes at most; when they are used up, a segment of the index is written
 _CHECKED = 1 << 20  # bytes at either end of a file that the checksum covers, however large it is
-_THREAD_WORK = 8_000_000  # queries times passages for which a further thread pays
+_THREAD_WORK = 2_000_000  # queries times passages for which a further thread pays
 
 
 def build_index(
@@ -90,7 +88,7 @@ def build_index(
                 "files": {
                     path.relative_to(building).as_posix(): _checksum(path)
                     for path in sorted(building.rglob("*"))
-                    if path.is_file() and not path.name.endswith(".lock")
+                    if path.is_file()
                 },
             }
             (building / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -127,8 +125,6 @@ class EmbeddedRetriever:
             StaleIndexError: there is no index, or it is truncated, of another version, or made
                 for another corpus.
         """
-        import tantivy  # noqa: PLC0415  (loaded only when something is indexed or searched)
-
         self._folder = Path(folder)
         meta = _check(
             self._folder,
@@ -137,17 +133,10 @@ class EmbeddedRetriever:
         )
         self.corpus_name = str(meta["corpus"])
         self.num_passages = int(meta["passages"])
-        self._schema = _schema()
-        try:
-            index = tantivy.Index.open(str(self._folder / "terms"))
-            index.config_reader("Manual")  # the index never changes: no thread that watches it
-            index.reload()
-            self._searcher: Any = index.searcher()
-        except (ValueError, OSError) as error:
-            raise _stale(self._folder, f"cannot be opened ({error})") from error
         self._passages = _map(self._folder / "passages.bin")
         self._offsets_file = _map(self._folder / "offsets.bin")
         self._offsets = memoryview(self._offsets_file).cast("Q")
+        self._impacts: Impacts | None = Impacts(self._folder, len(self._offsets) // 3)
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
         """Answer every query of a batch; see :class:`research_env.retrieval.base.Retriever`.
@@ -161,55 +150,22 @@ class EmbeddedRetriever:
         """
         if top_k < 1:
             raise ConfigurationError(f"top_k={top_k!r} must be 1 or more")
-        if self._searcher is None:
+        if self._impacts is None:
             raise RetrievalError("the index has been closed; open it again")
         threads = min(
             os.cpu_count() or 1, 1 + len(queries) * self.num_passages // _THREAD_WORK, len(queries)
         )
-        if threads <= 1:
-            return [self._answer(query, top_k) for query in queries]
-        with ThreadPoolExecutor(threads) as pool:  # tantivy lets go of the interpreter's lock
-            return list(pool.map(lambda query: self._answer(query, top_k), queries))
+        found = self._impacts.best(
+            [analyze(first_words(query)) for query in queries], top_k, threads
+        )
+        return [[Hit(self._passage(row), score) for row, score in best] for best in found]
 
     def close(self) -> None:
         """Release the files; calling it twice is harmless."""
-        self._searcher = None
+        self._impacts = None
         self._offsets.release()
         self._offsets_file.close()
         self._passages.close()
-
-    def _answer(self, query: str, top_k: int) -> list[Hit] | RetrievalError:
-        terms = analyze(query)
-        if not terms:
-            return []
-        try:
-            found = self._best(terms, min(top_k, self._searcher.num_docs))
-            return [Hit(self._passage(row), score) for score, row in found]
-        except (ValueError, OSError) as error:
-            return RetrievalError(f"the index {self._folder} cannot be read: {error}")
-
-    def _best(self, terms: list[str], top_k: int) -> list[tuple[float, int]]:
-        """Scores and rows of the best passages."""
-        import tantivy  # noqa: PLC0415
-
-        clauses = []
-        for term, times in Counter(terms).items():
-            clause = tantivy.Query.term_query(self._schema, "terms", term, "freq")
-            if times > 1:  # as Lucene: a repeated word counts as often as it stands there
-                clause = tantivy.Query.boost_query(clause, float(times))
-            clauses.append((tantivy.Occur.Should, clause))
-        query = tantivy.Query.boolean_query(clauses)
-        # Within a segment tantivy breaks ties by row, but segments are in no order: if the last
-        # hit ties with one beyond it, look further until the tie ends, then take the first rows
-        one_segment = self._searcher.num_segments == 1
-        limit = top_k if one_segment else top_k + 1
-        hits = self._searcher.search(query, limit, count=False).hits
-        while not one_segment and len(hits) == limit and hits[-1][0] == hits[top_k - 1][0]:
-            limit = limit * 4
-            hits = self._searcher.search(query, limit, count=False).hits
-        rows = self._searcher.fast_field_values("row", [address for _, address in hits])
-        scored = zip((score for score, _ in hits), rows, strict=True)
-        return sorted(scored, key=lambda hit: (-hit[0], hit[1]))[:top_k]
 
     def _passage(self, row: int) -> Passage:
         start, title, text, end = self._offsets[3 * row : 3 * row + 4]
@@ -220,11 +176,7 @@ class EmbeddedRetriever:
 
 
 def _write(corpus: Corpus, folder: Path, progress: Callable[[int], None]) -> int:
-    import tantivy  # noqa: PLC0415
-
-    terms_folder = folder / "terms"
-    terms_folder.mkdir()
-    writer = tantivy.Index(_schema(), str(terms_folder)).writer(_WRITER_MEMORY, num_threads=1)
+    writer = ImpactsWriter(folder)
     count = rows = end = 0
     with (
         (folder / "passages.bin").open("wb") as passages,
@@ -234,10 +186,7 @@ def _write(corpus: Corpus, folder: Path, progress: Callable[[int], None]) -> int
         for count, passage in enumerate(corpus, start=1):
             terms = analyze(f"{passage.title}\n{passage.text}")
             if terms:  # Lucene's statistics leave out a passage without words; it is never found
-                document = tantivy.Document()
-                document.add_text("terms", " ".join(terms))
-                document.add_unsigned("row", rows)
-                writer.add_document(document)
+                writer.add(terms)
                 rows += 1
                 for part in (passage.id, passage.title, passage.text):
                     end += passages.write(part.encode("utf-8", "surrogatepass"))
@@ -246,20 +195,9 @@ def _write(corpus: Corpus, folder: Path, progress: Callable[[int], None]) -> int
                 progress(count)
     if not rows:
         raise DataError(f"corpus {corpus.name!r} holds no passage with a word to index")
-    writer.commit()
-    writer.wait_merging_threads()
+    writer.finish()
     progress(count)
     return count
-
-
-def _schema() -> Any:
-    import tantivy  # noqa: PLC0415
-
-    builder = tantivy.SchemaBuilder()
-    # the terms, joined by spaces: tantivy splits them there and changes nothing
-    builder.add_text_field("terms", tokenizer_name="whitespace", index_option="freq")
-    builder.add_unsigned_field("row", fast=True)
-    return builder.build()
 
 
 def _check(folder: Path, fingerprint: str | None, corpus: str) -> dict[str, Any]:

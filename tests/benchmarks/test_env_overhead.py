@@ -57,11 +57,10 @@ def test_the_command_times_all_systems_that_are_installed() -> None:
     peers = {"gem-llm": "gem", "skyrl-gym": "skyrl_gym"}
     installed = [name for name, module in peers.items() if find_spec(module)]
     assert result["missing"] == sorted(set(peers) - set(installed))
-    expected = [
-        (cut, system)
-        for cut in ("search stubbed", "socket stubbed")
-        for system in ("research_env", *installed)
-    ]
+    first = ["research_env", *installed]
+    second = [*first, "research_env, http", "research_env, http, 64"]
+    expected = [("search stubbed", name) for name in first]
+    expected += [("socket stubbed", name) for name in second]
     assert [(row["cut"], row["system"]) for row in result["rows"]] == expected
     for row in result["rows"]:
         assert all(row[part] > 0 for part in PARTS)

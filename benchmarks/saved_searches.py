@@ -1,0 +1,111 @@
+"""How many searches of a training run the engine is spared.
+
+``python -m benchmarks.saved_searches [--steps 40] [--json]``
+
+The shipped starter is trained by GRPO in MiniWorld (24 questions x 8 samples a step, as in the
+demo), twice with the same seed: with merging and memory, as by default, and with merging only. A
+query is *merged* when somebody is asking the same at that moment, *remembered* when its hits are in
+memory. Rewards and losses of the two runs must be the same.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from research_agent.presets import MINIWORLD
+from research_env.searches import SearchCounts
+from research_env.vector_env import SearchQAVectorEnv
+
+ENV_ID = "SavedSearches-v0"
+_TIMES = ("seconds", "collect", "learn", "episodes_per_second")  # not the same in any two runs
+
+
+@dataclass(frozen=True)
+class SavedConfig:
+    """Train with and without memory, and count what reaches the engine."""
+
+    steps: int = 10
+    """Training steps."""
+    seed: int = 0
+    """Of the runs."""
+    json: bool = False
+    """Print the results as one line of JSON."""
+
+
+def main() -> None:
+    """Run, and print what came of it."""
+    config = tyro.cli(SavedConfig, prog="python -m benchmarks.saved_searches")
+    results = {
+        name: run(config, remember) for name, remember in (("memory", 10_000), ("merging only", 0))
+    }
+    same = results["memory"]["curve"] == results["merging only"]["curve"]
+    if config.json:
+        print(json.dumps({"same_results": same, **results}))
+    else:
+        table = Table(title=f"{config.steps} steps of GRPO in MiniWorld, seed {config.seed}")
+        for heading in ("", "asked", "searched", "merged", "remembered", "saved"):
+            table.add_column(heading, justify="right" if heading else "left")
+        for name, result in results.items():
+            numbers = [f"{result[key]:,}" for key in ("asked", "searched", "merged", "remembered")]
+            table.add_row(name, *numbers, f"{result['saved']:.1%}")
+        Console().print(table)
+        print(f"rewards, losses and searches of all steps are {'' if same else 'NOT '}the same")
+    sys.exit(0 if same else 1)
+
+
+def run(config: SavedConfig, remember: int) -> dict[str, Any]:
+    """Train once; returns the counts, and the metrics of each step without its times."""
+    from research_agent.trainer import train  # noqa: PLC0415 - loads torch
+
+    made: list[SearchQAVectorEnv] = []
+
+    def make(num_envs: int, **settings: Any) -> SearchQAVectorEnv:
+        made.append(SearchQAVectorEnv(num_envs, remember=remember, **settings))
+        return made[-1]
+
+    entry: Any = make  # Gymnasium's type of it wants every argument by name
+    gym.register(ENV_ID, entry_point="research_env.env:SearchQAEnv", vector_entry_point=entry)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder)
+        settings = replace(
+            MINIWORLD.run,
+            steps=config.steps,
+            seed=config.seed,
+            output=output,
+            eval_every=None,
+            save_every=config.steps,
+            log_episodes=0,
+            quiet=True,
+        )
+        environment = replace(MINIWORLD.environment, env=ENV_ID)
+        train(replace(MINIWORLD, environment=environment, run=settings))
+        lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    del gym.registry[ENV_ID]
+    curve = [{k: v for k, v in json.loads(line).items() if k not in _TIMES} for line in lines]
+    counts = SearchCounts(
+        sum(env.search_counts.searched for env in made),
+        sum(env.search_counts.merged for env in made),
+        sum(env.search_counts.remembered for env in made),
+    )
+    return {
+        "asked": counts.asked,
+        "searched": counts.searched,
+        "merged": counts.merged,
+        "remembered": counts.remembered,
+        "saved": counts.saved,
+        "curve": curve,
+    }
+
+
+if __name__ == "__main__":
+    main()

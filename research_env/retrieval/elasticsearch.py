@@ -1,0 +1,364 @@
+"""Search in Elasticsearch: ``elasticsearch://HOST:PORT/INDEX?mode=bm25&deadline=60``.
+
+The index is one that ``research-env index --to elasticsearch://...`` made. Options:
+
+- ``mode``: ``bm25`` (default: title and text as one field, the scores of the embedded engine),
+  ``title`` (BM25F over title and text, Elasticsearch's ``combined_fields``), ``dense`` (nearest
+  neighbours of an embedding), ``hybrid`` (``bm25`` and ``dense``, fused by reciprocal rank).
+- ``deadline``: seconds within which a batch is answered, tries and pauses included (default 60).
+- ``text``, and with it or not ``title``: names of fields of an index of your own, which is then
+  searched in mode ``bm25`` (only ``text``) or ``title`` (both).
+
+``elasticsearch+https://`` is the same over TLS. For credentials see
+:mod:`research_env.retrieval.elasticsearch_client`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from research_env.errors import (
+    ConfigurationError,
+    RetrievalError,
+    StaleIndexError,
+    UnknownNameError,
+)
+from research_env.retrieval.analysis import first_words
+from research_env.retrieval.base import Hit, Passage
+from research_env.retrieval.elasticsearch_client import (
+    MAPPING,
+    META,
+    Again,
+    Connection,
+    kind_of,
+    parse,
+    words_only,
+)
+from research_env.retrieval.options import number
+from research_env.retrieval.retry import AGAIN, Deadline, Retry
+
+if TYPE_CHECKING:
+    from research_env.retrieval.embedding import Embedding
+
+MODES = ("bm25", "title", "dense", "hybrid")
+PER_REQUEST = 64  # searches in one _msearch at most
+IN_FLIGHT = 4  # requests under way at the same time
+RRF_K = 60  # of reciprocal rank fusion, and how many ranks of either list it looks at
+RRF_WINDOW = 50
+
+Body = dict[str, Any]
+Answer = list[Hit] | RetrievalError
+
+
+class ElasticsearchRetriever:
+    """Passages of an Elasticsearch index.
+
+    All searches of a batch go as few ``_msearch`` requests; each response is judged alone and only
+    failed ones are asked again, with growing, random waits, until the batch's time is spent. What
+    is then unanswered is a :class:`RetrievalError` in its place.
+
+    It may be pickled and may cross a fork: a process makes its own connections when it first
+    searches. Searches may come from several threads.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Look at the index and check that it can be searched so.
+
+        Raises:
+            ConfigurationError: the URL cannot be read, or the mode needs an embedding that the
+                index has not.
+            RetrievalError: the server does not answer, or there is no such index.
+            StaleIndexError: the index is not one of this version.
+        """
+        self._url = url
+        self._prepare()
+        try:
+            meta = self._connection().run(self._look())
+            self._check(meta)
+        except BaseException:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"ElasticsearchRetriever({self._url!r})"
+
+    def __reduce__(self) -> tuple[Callable[[str, str | None, bool], Any], tuple[Any, ...]]:
+        return _restored, (self._url, self._embedding_name, self._shards > 1)
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[Answer]:
+        """Answer every query of a batch; see :class:`research_env.retrieval.base.Retriever`.
+
+        A text is searched as words, of which the first ``MAX_QUERY_WORDS`` count (see
+        :mod:`research_env.retrieval.analysis`). Hits with equal scores come in the order of the
+        corpus.
+
+        Raises:
+            ConfigurationError: ``top_k`` below 1 or above 10,000, the most that a server gives.
+            RetrievalError: it has been closed.
+        """
+        if not 1 <= top_k <= 10_000:
+            raise ConfigurationError(f"top_k={top_k!r} must be from 1 to 10,000")
+        if self._closed:
+            raise RetrievalError("the Elasticsearch retriever has been closed; open it again")
+        if not queries:
+            return []
+        texts = [words_only(first_words(query)) for query in queries]
+        bodies: list[Body] = []
+        if self._mode in ("bm25", "title", "hybrid"):
+            size = max(top_k, RRF_WINDOW) if self._mode == "hybrid" else top_k
+            bodies += [self._lexical(text, size) for text in texts]
+        if self._mode in ("dense", "hybrid"):
+            size = max(top_k, RRF_WINDOW) if self._mode == "hybrid" else top_k
+            vectors = self._embed().queries(texts)
+            bodies += [self._dense(vector.tolist(), size) for vector in vectors]
+        connection = self._connection()
+        lines = [json.dumps(body) for body in bodies]  # the client would take five times as long
+        answers = connection.run(self._answer(connection, lines))
+        if self._mode == "hybrid":
+            half = len(queries)
+            pairs = zip(answers[:half], answers[half:], strict=True)
+            return [_fuse(lexical, dense, top_k) for lexical, dense in pairs]
+        return answers
+
+    def close(self) -> None:
+        """Close the connections; calling it twice is harmless."""
+        self._closed = True
+        connection = self._connections.pop(os.getpid(), None)
+        if connection is not None:
+            connection.close()
+
+    def _prepare(self) -> None:
+        """Read the URL; no connection is made."""
+        self._place = parse(self._url, ("mode", "deadline", "text", "title"))
+        options = self._place.options
+        self._text, self._title = options.get("text"), options.get("title")
+        if self._title and not self._text:
+            raise ConfigurationError("title=FIELD names a field beside text=FIELD; give both")
+        self._mode = options.get("mode", "title" if self._title else "bm25")
+        if self._mode not in MODES:
+            raise UnknownNameError("mode of elasticsearch", self._mode, MODES)
+        if self._text and self._mode != ("title" if self._title else "bm25"):
+            raise ConfigurationError(
+                f"mode={self._mode} does not go with text=FIELD, which searches that field, nor "
+                "with title=FIELD, which searches both; leave mode out"
+            )
+        self._retry = Retry(deadline=number(options, "deadline", 60.0, 0.001))
+        self._shards = 1
+        self._embedding_name: str | None = None
+        self._embedding: Embedding | None = None
+        self._closed = False
+        self._connections: dict[int, Connection] = {}  # by process
+
+    def _connection(self) -> Connection:
+        """That of this process; one that came through a fork is left alone."""
+        connection = self._connections.get(os.getpid())
+        if connection is None:
+            made = Connection(self._place)
+            connection = self._connections.setdefault(os.getpid(), made)
+            if connection is not made:  # another thread was faster
+                made.close()
+        return connection
+
+    async def _look(self) -> tuple[Body, Body]:
+        """Mapping and settings of the index."""
+        connection, deadline = self._connection(), Deadline.after(self._retry.deadline)
+        for attempt in itertools.count():
+            try:
+                found = await connection.ask(
+                    lambda client: client.indices.get(index=self._place.index, flat_settings=True),
+                    min(deadline.left(), self._attempt),
+                )
+                [each] = found.values()
+                return each["mappings"], each["settings"]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise RetrievalError(f"{self._place} is not one index of Elasticsearch") from error
+            except Again as error:
+                pause = self._retry.pause(attempt, deadline.left(), error.wait)
+                if pause is None:
+                    raise RetrievalError(self._silence(str(error))) from error
+            await asyncio.sleep(pause)
+        raise AssertionError("unreachable")
+
+    def _check(self, found: tuple[Body, Body]) -> None:
+        mapping, settings = found
+        self._shards = int(settings["index.number_of_shards"])
+        if self._text:
+            for field in filter(None, (self._text, self._title)):
+                if field.split(".")[0] not in mapping.get("properties", {}):
+                    raise ConfigurationError(f"the index {self._place} has no field {field!r}")
+            return
+        meta = mapping.get("_meta", {}).get(META)
+        cure = "make it again: research-env index --corpus FILE --to elasticsearch://..."
+        if not isinstance(meta, dict):
+            raise StaleIndexError(
+                f"the index {self._place} was not made by research-env; {cure}, or name its "
+                "fields: ?text=FIELD&title=FIELD"
+            )
+        if meta.get("mapping") != MAPPING:
+            raise StaleIndexError(
+                f"the index {self._place} has mapping version {meta.get('mapping')}, this version "
+                f"reads {MAPPING}; {cure}"
+            )
+        self._embedding_name = meta.get("embedding")
+        if self._mode in ("dense", "hybrid") and not self._embedding_name:
+            raise ConfigurationError(
+                f"mode={self._mode} needs an embedding, and the index {self._place} has none; "
+                "make it with --embed MODEL"
+            )
+
+    def _embed(self) -> Embedding:
+        from research_env.retrieval.embedding import load_embedding  # noqa: PLC0415  (heavy)
+
+        if self._embedding is None:
+            self._embedding = load_embedding(self._embedding_name or "")
+        return self._embedding
+
+    def _lexical(self, text: str, size: int) -> Body:
+        if self._mode == "title":
+            fields = [self._title or "title", self._text or "text"]
+            query: Body = {"combined_fields": {"query": text, "fields": fields}}
+        else:
+            query = {"match": {self._text or "contents": {"query": text}}}
+        return self._body(size) | {"query": query}
+
+    def _dense(self, vector: list[float], size: int) -> Body:
+        near = {"field": "vector", "query_vector": vector, "k": size}
+        return self._body(size) | {"knn": near | {"num_candidates": max(100, 2 * size)}}
+
+    def _body(self, size: int) -> Body:
+        body: Body = {"size": size, "track_total_hits": False}
+        body["timeout"] = f"{self._attempt * 1000:.0f}ms"
+        if self._text:
+            return body | {"_source": [field for field in (self._title, self._text) if field]}
+        return body | {"_source": ["id", "title", "text"], "sort": ["_score", "row"]}
+
+    @property
+    def _attempt(self) -> float:
+        """Seconds after which one request is given up: the batch's time is enough for three."""
+        return self._retry.deadline / 3
+
+    async def _answer(self, connection: Connection, bodies: Sequence[str]) -> list[Answer]:
+        """Ask for all within the time; the order is kept."""
+        deadline = Deadline.after(self._retry.deadline)
+        free = asyncio.Semaphore(IN_FLIGHT)
+        parts = [bodies[at : at + PER_REQUEST] for at in range(0, len(bodies), PER_REQUEST)]
+        answered = await asyncio.gather(
+            *(self._answer_part(connection, part, free, deadline) for part in parts)
+        )
+        return [answer for part in answered for answer in part]
+
+    async def _answer_part(
+        self,
+        connection: Connection,
+        bodies: Sequence[str],
+        free: asyncio.Semaphore,
+        deadline: Deadline,
+    ) -> list[Answer]:
+        """Ask for these, and again for those that failed, until the time is spent."""
+        late = RetrievalError(self._silence("others took all of it"))
+        answers: list[Answer] = [late] * len(bodies)
+        waiting = list(range(len(bodies)))
+        for attempt in itertools.count():
+            judged: Sequence[Answer | Again]
+            try:
+                async with asyncio.timeout(deadline.left()), free:
+                    asked = [bodies[i] for i in waiting]
+                    judged = await self._msearch(connection, asked, deadline.left())
+            except TimeoutError:
+                return answers
+            except (RetrievalError, Again) as error:
+                judged = [error] * len(waiting)
+            asks: list[float] = []
+            failed = []
+            for i, verdict in zip(waiting, judged, strict=True):
+                if isinstance(verdict, Again):
+                    answers[i] = RetrievalError(self._silence(str(verdict)))
+                    asks += [] if verdict.wait is None else [verdict.wait]
+                    failed.append(i)
+                else:
+                    answers[i] = verdict
+            pause = self._retry.pause(attempt, deadline.left(), max(asks, default=None))
+            if not failed or pause is None:
+                return answers
+            waiting = failed
+            await asyncio.sleep(pause)
+        return answers
+
+    async def _msearch(
+        self, connection: Connection, bodies: Sequence[str], left: float
+    ) -> list[Answer | Again]:
+        """One request; what became of each of its searches."""
+        header = json.dumps({"search_type": "dfs_query_then_fetch"} if self._shards > 1 else {})
+        searches: Any = [line for body in bodies for line in (header, body)]
+        found = await connection.ask(
+            lambda client: client.msearch(index=self._place.index, searches=searches),
+            min(left, self._attempt),
+        )
+        responses = found.get("responses") if isinstance(found, dict) else None
+        if not isinstance(responses, list) or len(responses) != len(bodies):
+            raise Again("an answer that is not that of these searches")
+        return [self._judge(connection, response) for response in responses]
+
+    def _judge(self, connection: Connection, response: Any) -> Answer | Again:
+        try:
+            status = response["status"]
+            if status != 200:
+                kind = kind_of(response)
+                if status in AGAIN:
+                    return Again(f"status {status} {kind} for this search")
+                return RetrievalError(connection.refusal(status, kind))
+            if response["timed_out"] is not False or response["_shards"]["failed"] != 0:
+                return Again("an answer of some shards only")
+            return [self._hit(hit) for hit in response["hits"]["hits"]]
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            return Again("an answer that is not a search result")
+
+    def _hit(self, hit: Body) -> Hit:
+        source = hit["_source"]
+        if self._text:
+            title = _at(source, self._title) if self._title else ""
+            return Hit(Passage(str(hit["_id"]), title, _at(source, self._text)), hit["_score"])
+        passage = Passage(source["id"], source["title"], source["text"])
+        return Hit(passage, float(hit["sort"][0]))
+
+    def _silence(self, why: str) -> str:
+        seconds = f"{self._retry.deadline:g} s"
+        return f"Elasticsearch at {self._place} gave no answer within {seconds}: {why}"
+
+
+def _restored(url: str, embedding: str | None, many_shards: bool) -> ElasticsearchRetriever:
+    """A retriever that was checked in another process; it connects when it first searches."""
+    retriever = ElasticsearchRetriever.__new__(ElasticsearchRetriever)
+    retriever._url = url
+    retriever._prepare()
+    retriever._embedding_name, retriever._shards = embedding, 1 + many_shards
+    return retriever
+
+
+def _fuse(lexical: Answer, dense: Answer, top_k: int) -> Answer:
+    """Reciprocal rank fusion (Cormack, Clarke and Buettcher 2009): the sum of 1 / (60 + rank)."""
+    scores: dict[str, float] = {}
+    passages: dict[str, Passage] = {}
+    for answer in (lexical, dense):
+        if isinstance(answer, RetrievalError):
+            return answer
+        for rank, hit in enumerate(answer, start=1):
+            passages[hit.passage.id] = hit.passage
+            scores[hit.passage.id] = scores.get(hit.passage.id, 0.0) + 1 / (RRF_K + rank)
+    best = sorted(scores, key=lambda id_: -scores[id_])[:top_k]  # stable: BM25's order in ties
+    return [Hit(passages[id_], scores[id_]) for id_ in best]
+
+
+def _at(source: Any, field: str) -> str:
+    """A field of a document, in objects by dots; texts of a list are joined."""
+    with suppress(KeyError, TypeError):
+        value = source[field]
+        return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+    head, dot, rest = field.partition(".")
+    return _at(source[head], rest) if dot and head in source else ""

@@ -1,0 +1,241 @@
+"""What search and index share: an Elasticsearch URL, its credentials, and one request at a time.
+
+Credentials come from the environment and stay inside the client object: ``ELASTICSEARCH_API_KEY``,
+or ``ELASTICSEARCH_USERNAME`` and ``ELASTICSEARCH_PASSWORD``; ``ELASTICSEARCH_CA_CERTS`` names the
+file of an own certificate authority. TLS certificates are always verified.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import threading
+from collections.abc import Awaitable, Callable, Collection, Coroutine
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+from research_env.errors import ConfigurationError, RetrievalError
+from research_env.retrieval.options import check_options, split_options
+from research_env.retrieval.retry import AGAIN, retry_after
+
+if TYPE_CHECKING:
+    from elasticsearch import AsyncElasticsearch
+
+Result = TypeVar("Result")
+
+MAPPING = 1  # of the fields and what is stored in them: raise it when any of them changes
+META = "research_env"  # our key in the ``_meta`` of an index
+SCHEMES = {"elasticsearch": "http", "elasticsearch+https": "https"}
+
+_INDEX_NAME = re.compile(r"[a-z0-9][a-z0-9_.+-]{0,199}")  # neither pattern nor list of indexes
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+class Again(Exception):  # noqa: N818  (not an error yet)
+    """A request that failed in a way that may pass.
+
+    ``wait`` is what the server asks for: seconds until the next try, None where it says nothing.
+    """
+
+    def __init__(self, why: str, wait: float | None = None) -> None:
+        super().__init__(why)
+        self.wait = wait
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An index of a server: what ``elasticsearch://HOST:PORT/INDEX?...`` names."""
+
+    server: str  # http://HOST:PORT or https://HOST:PORT
+    index: str
+    options: dict[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.server}/{self.index}"
+
+
+def parse(url: str, known: Collection[str]) -> Place:
+    """Read a URL; what it holds besides server, index and the known options is refused.
+
+    Raises:
+        ConfigurationError: a part is missing or malformed, or it holds a user or password, which
+            the message does not repeat.
+        UnknownNameError: an option that does not exist.
+    """
+    example = "write elasticsearch://HOST:PORT/INDEX or elasticsearch+https://HOST/INDEX"
+    if "@" in url.partition("://")[2].partition("/")[0]:  # first: other messages repeat the URL
+        raise ConfigurationError(
+            "the Elasticsearch URL holds a user or password, which would end up in logs; set "
+            "ELASTICSEARCH_API_KEY, or ELASTICSEARCH_USERNAME and ELASTICSEARCH_PASSWORD"
+        )
+    base, options = split_options(url)
+    check_options("elasticsearch", options, known)
+    try:
+        parts = urlsplit(base)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise ConfigurationError(f"the Elasticsearch URL is malformed; {example}") from None
+    if parts.scheme not in SCHEMES or not host or parts.fragment:
+        raise ConfigurationError(f"the Elasticsearch URL is malformed; {example}")
+    index = parts.path.strip("/")
+    if not _INDEX_NAME.fullmatch(index):
+        raise ConfigurationError(
+            f"{index!r} names no index (lower case letters, digits, - _ . +); {example}"
+        )
+    scheme = SCHEMES[parts.scheme]
+    name = f"[{host}]" if ":" in host else host
+    port = port or {"http": 9200, "https": 443}[scheme]
+    return Place(f"{scheme}://{name}:{port}", index, options)
+
+
+class Connection:
+    """A client and the thread in which its requests run; for one process, any of its threads.
+
+    The requests are asynchronous, so that every one can be given up at its deadline, whatever the
+    server does; the thread of its own lets callers be inside an event loop, as in a notebook.
+    """
+
+    def __init__(self, place: Place) -> None:
+        """Start the thread; nothing is sent yet.
+
+        Raises:
+            ConfigurationError: the client is not installed, or the credentials make no sense.
+        """
+        self.place = place
+        self.client = _client(place)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="elasticsearch", daemon=True
+        )
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Do something in the thread and wait for its result.
+
+        Raises:
+            RetrievalError: the connection was closed meanwhile.
+        """
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except CancelledError:
+            raise RetrievalError(f"the connection to {self.place} was closed meanwhile") from None
+        except BaseException:  # also KeyboardInterrupt: nothing goes on unseen
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """End what is under way, the connections and the thread; twice is harmless."""
+        if self._thread.is_alive():
+            self.run(self._end())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self.client.close()
+
+    async def ask(
+        self, request: Callable[[AsyncElasticsearch], Awaitable[Any]], seconds: float
+    ) -> Any:
+        """One request, tried once.
+
+        Args:
+            request: takes a client, awaits its answer.
+            seconds: after which it is given up.
+
+        Returns:
+            The body of the answer.
+
+        Raises:
+            Again: it failed, and may not fail next time.
+            RetrievalError: it failed, and will fail again (no such index, no permission, ...).
+        """
+        import elasticsearch as es  # noqa: PLC0415  (only when used)
+
+        try:
+            # Not client.options(request_timeout=...): that makes a client for each request.
+            async with asyncio.timeout(seconds):
+                answer = await request(self.client)
+        except (TimeoutError, es.ConnectionTimeout) as error:
+            raise Again(f"no answer within {seconds:.1f} s") from error
+        except es.SSLError as error:  # a certificate does not become valid by asking again
+            raise RetrievalError(
+                f"no secure connection to {self.place.server}: {error}. ELASTICSEARCH_CA_CERTS "
+                "names the file of an own certificate authority"
+            ) from error
+        except es.ConnectionError as error:
+            raise Again("no connection") from error
+        except es.UnsupportedProductError as error:  # also the page of a proxy before it
+            raise Again("an answer that is not Elasticsearch's") from error
+        except (es.SerializationError, UnicodeDecodeError) as error:
+            raise Again("an answer that cannot be read") from error
+        except es.ApiError as error:
+            status = error.meta.status
+            if status in AGAIN:
+                wait = retry_after(error.meta.headers.get("retry-after"))
+                raise Again(f"status {status}", wait) from error
+            raise RetrievalError(self.refusal(status, kind_of(error.body))) from error
+        return answer.body
+
+    def refusal(self, status: int, kind: str) -> str:
+        """What to say of an answer that no further try will change."""
+        cure = {
+            401: "; check ELASTICSEARCH_API_KEY, or ELASTICSEARCH_USERNAME and _PASSWORD",
+            403: "; the user or API key lacks a privilege on this index",
+            404: "; make it with: research-env index --corpus FILE --to elasticsearch://...",
+        }.get(status, "")
+        return f"Elasticsearch refuses at {self.place}: status {status} {kind}{cure}"
+
+
+def words_only(text: str) -> str:
+    """The text without halves of surrogate pairs, which no request can carry."""
+    return text if text.isascii() else _SURROGATES.sub("\ufffd", text)
+
+
+def kind_of(body: Any) -> str:
+    """The type of an error, as the server calls it; never its text, which may repeat anything."""
+    try:
+        error = body["error"]
+        kind = error["root_cause"][0]["type"] if error.get("root_cause") else error["type"]
+    except (KeyError, TypeError, IndexError, AttributeError):
+        return "error"
+    return kind if isinstance(kind, str) and re.fullmatch(r"\w{1,80}", kind) else "error"
+
+
+def _client(place: Place) -> AsyncElasticsearch:
+    if find_spec("elasticsearch") is None or find_spec("aiohttp") is None:
+        raise ConfigurationError("elasticsearch:// needs its client: pip install .[elasticsearch]")
+    from elasticsearch import AsyncElasticsearch  # noqa: PLC0415  (only when used)
+
+    given: dict[str, Any] = {}
+    key = os.environ.get("ELASTICSEARCH_API_KEY")
+    user = os.environ.get("ELASTICSEARCH_USERNAME")
+    password = os.environ.get("ELASTICSEARCH_PASSWORD")
+    if key and (user or password):
+        raise ConfigurationError(
+            "both ELASTICSEARCH_API_KEY and ELASTICSEARCH_USERNAME or _PASSWORD are set; unset one"
+        )
+    if bool(user) != bool(password):
+        raise ConfigurationError("set both ELASTICSEARCH_USERNAME and ELASTICSEARCH_PASSWORD")
+    if key:
+        given["api_key"] = key
+    if user and password:
+        given["basic_auth"] = (user, password)
+    authority = os.environ.get("ELASTICSEARCH_CA_CERTS")
+    if authority and place.server.startswith("https"):
+        if not Path(authority).exists():
+            raise ConfigurationError(f"no file {authority!r}, which ELASTICSEARCH_CA_CERTS names")
+        given["ca_certs"] = authority
+    return AsyncElasticsearch(
+        place.server, max_retries=0, retry_on_status=(), request_timeout=None, **given
+    )

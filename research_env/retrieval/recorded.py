@@ -1,0 +1,262 @@
+"""Record what a search engine answers, and replay it: ``?cache=FILE`` on any retriever's URL.
+
+The first run records, later runs get the same hits byte for byte, with the engine switched off if
+all they ask is there. ``?cache=FILE&replay=only`` never asks the engine: what is not there is an
+error. The file is one SQLite database that several processes may use at once (on a local disk).
+
+A result is found again by the engine's URL (without the options that change no result, and without
+a user or password), the query and top_k. Errors are never recorded. An index that changes behind
+the same URL is not noticed: record into a new file then.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
+from research_env.retrieval.base import Hit, Passage, Retriever
+from research_env.retrieval.options import split_options
+from research_env.retrieval.retry import Deadline
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1  # of the table; in the file as its user_version
+_PATIENCE = 60.0  # seconds that a process waits for another one's writing
+_LOG_EVERY = 10_000  # queries
+_HOW_NOT_WHAT = ("batch", "budget", "deadline", "rate")  # options that change no result
+_TABLE = """
+CREATE TABLE IF NOT EXISTS found (
+    engine TEXT NOT NULL, query BLOB NOT NULL, top_k INTEGER NOT NULL, hits TEXT NOT NULL,
+    PRIMARY KEY (engine, query, top_k)
+) WITHOUT ROWID
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Which file, for which engine, and whether the engine may be asked."""
+
+    file: Path
+    engine: str
+    replay_only: bool = False
+
+
+def recording(url: str) -> tuple[str, Recording | None]:
+    """Take ``cache`` and ``replay`` out of a retriever's URL.
+
+    Returns:
+        The engine's URL, and what its cache options say; None where there are none.
+
+    Raises:
+        ConfigurationError: ``replay`` without ``cache``, or ``cache`` without a file.
+        UnknownNameError: ``replay`` is something else than ``only``.
+    """
+    base, options = split_options(url)
+    if "cache" not in options and "replay" not in options:
+        return url, None
+    file, replay = options.get("cache"), options.get("replay")
+    if not file:
+        raise ConfigurationError("a recording needs a file, as in '?cache=searches.sqlite'")
+    if replay not in (None, "only"):
+        raise UnknownNameError("replay", replay, ["only"])
+    parts = [part for part in url.partition("?")[2].split("&") if part]  # as they were written
+    engine = [part for part in parts if part.partition("=")[0] not in ("cache", "replay")]
+    what = sorted(part for part in engine if part.partition("=")[0] not in _HOW_NOT_WHAT)
+    key = "?".join(filter(None, (re.sub(r"//.*@", "//", base), "&".join(what))))
+    url = "?".join(filter(None, (base, "&".join(engine))))
+    return url, Recording(Path(file).expanduser(), key, replay == "only")
+
+
+class RecordedRetriever:
+    """A retriever that answers from a file, and asks an engine for the rest.
+
+    Where several processes record the same search at once, the first wins and all return its hits.
+    It may be used by several threads where the engine may.
+    """
+
+    def __init__(self, recording: Recording, open_engine: Callable[[], Retriever]) -> None:
+        """Open the file, or make it.
+
+        Args:
+            recording: which file, and how to use it.
+            open_engine: opens the engine, at the first search that is not in the file.
+
+        Raises:
+            ConfigurationError: the file cannot be used, is something else, or, where it shall be
+                replayed, is not there.
+        """
+        self._recording = recording
+        self._open_engine = open_engine
+        self._engine: Retriever | None = None
+        self._lock = threading.Lock()
+        self._asked = self._replayed = 0
+        self._next_log = _LOG_EVERY
+        file = recording.file
+        if recording.replay_only and not file.is_file():
+            raise ConfigurationError(
+                f"there is no recording {file}; record one without replay=only"
+            )
+        try:
+            self._file: sqlite3.Connection | None = _open(file)
+        except (sqlite3.Error, OSError) as error:
+            raise ConfigurationError(f"{file} cannot be used as a recording: {error}") from error
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of the queries so far that was answered from the file; 0 before the first."""
+        return self._replayed / max(1, self._asked)
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+        """Answer every query of a batch; see :class:`research_env.retrieval.base.Retriever`.
+
+        Raises:
+            ConfigurationError: ``top_k`` below 1.
+            RetrievalError: the file cannot be read or written.
+        """
+        if top_k < 1:
+            raise ConfigurationError(f"top_k={top_k!r} must be 1 or more")
+        wanted = list(dict.fromkeys(queries))
+        found: dict[str, list[Hit] | RetrievalError] = {**self._look_up(wanted, top_k)}
+        missing = [query for query in wanted if query not in found]
+        self._count(queries, missing)
+        if missing and self._recording.replay_only:
+            error = RetrievalError(
+                f"not in the recording {self._recording.file}, which is replayed"
+            )
+            found.update(dict.fromkeys(missing, error))
+        elif missing:
+            answers = dict(zip(missing, self._ask(missing, top_k), strict=True))
+            good = {q: hits for q, hits in answers.items() if not isinstance(hits, RetrievalError)}
+            self._record(good, top_k)
+            found |= answers | self._look_up(list(good), top_k)  # another process may have won
+        return [_copy(found[query]) for query in queries]
+
+    def close(self) -> None:
+        """Close file and engine, and log the hit rate; calling it twice is harmless."""
+        with self._lock:
+            file, self._file = self._file, None
+            engine, self._engine = self._engine, None
+        if file is not None:
+            file.close()
+            if self._asked:
+                self._log()
+        if engine is not None:
+            engine.close()
+
+    def _ask(self, queries: list[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+        with self._lock:
+            if self._engine is None:
+                self._engine = self._open_engine()
+            engine = self._engine
+        try:
+            return engine.search(queries, top_k)
+        except RetrievalError as error:  # theirs, not of those that are recorded
+            return [error] * len(queries)
+
+    def _look_up(self, queries: list[str], top_k: int) -> dict[str, list[Hit]]:
+        select = "SELECT hits FROM found WHERE engine = ? AND query = ? AND top_k = ?"
+        rows: dict[str, list[Hit]] = {}
+        with self._lock:
+            try:
+                for query in queries:
+                    row = self._open_file().execute(select, self._key(query, top_k)).fetchone()
+                    if row is not None:
+                        rows[query] = [
+                            Hit(Passage(id_, title, text), score)
+                            for id_, title, text, score in json.loads(row[0])
+                        ]
+            except (sqlite3.Error, ValueError, TypeError) as error:
+                raise RetrievalError(self._unusable(error)) from error
+        return rows
+
+    def _record(self, found: dict[str, list[Hit]], top_k: int) -> None:
+        rows = [
+            (
+                *self._key(query, top_k),
+                json.dumps(
+                    [[h.passage.id, h.passage.title, h.passage.text, h.score] for h in hits]
+                ),
+            )
+            for query, hits in found.items()
+        ]
+        with self._lock:
+            try:
+                with self._open_file() as transaction:
+                    transaction.executemany("INSERT OR IGNORE INTO found VALUES (?, ?, ?, ?)", rows)
+            except sqlite3.Error as error:
+                raise RetrievalError(self._unusable(error)) from error
+
+    def _key(self, query: str, top_k: int) -> tuple[str, bytes, int]:
+        return self._recording.engine, query.encode("utf-8", "surrogatepass"), top_k
+
+    def _open_file(self) -> sqlite3.Connection:
+        if self._file is None:
+            raise RetrievalError("the recording has been closed; open it again")
+        return self._file
+
+    def _unusable(self, error: Exception) -> str:
+        return f"the recording {self._recording.file} cannot be used: {error}"
+
+    def _count(self, queries: Sequence[str], missing: list[str]) -> None:
+        absent = set(missing)
+        with self._lock:
+            self._asked += len(queries)
+            self._replayed += sum(query not in absent for query in queries)
+            due = self._asked >= self._next_log
+            self._next_log += _LOG_EVERY if due else 0
+        if due:
+            self._log()
+
+    def _log(self) -> None:
+        log.info(
+            "%s: %d of %d queries replayed (%.1f %%)",
+            self._recording.file,
+            self._replayed,
+            self._asked,
+            100 * self.hit_rate,
+        )
+
+
+def _open(file: Path) -> sqlite3.Connection:
+    deadline = Deadline.after(_PATIENCE)
+    while True:
+        connection = sqlite3.connect(file, timeout=_PATIENCE, check_same_thread=False)
+        try:
+            _prepare(connection)
+        except sqlite3.OperationalError as error:
+            connection.close()
+            # A change to WAL does not wait for another process that makes the file; so we do
+            if "locked" not in str(error) or deadline.left() == 0:
+                raise
+            time.sleep(0.02)
+        except BaseException:
+            connection.close()
+            raise
+        else:
+            return connection
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    one_look = "SELECT (SELECT user_version FROM pragma_user_version), count(*) FROM sqlite_master"
+    version, tables = connection.execute(one_look).fetchone()
+    if version != _FORMAT:
+        if (version, tables) != (0, 0):
+            raise sqlite3.DatabaseError("it is another database, or of another version")
+        connection.execute("PRAGMA journal_mode = WAL")  # readers and a writer at the same time
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(_TABLE)
+        connection.execute(f"PRAGMA user_version = {_FORMAT}")
+        connection.execute("COMMIT")
+    connection.execute("PRAGMA synchronous = NORMAL")  # of a power cut the last writes may go
+
+
+def _copy(found: list[Hit] | RetrievalError) -> list[Hit] | RetrievalError:
+    return found if isinstance(found, RetrievalError) else list(found)

@@ -1,0 +1,265 @@
+"""Search the web, as R1-Searcher does at test time (Song et al. 2025): ``web:PROVIDER``.
+
+``web:serper``, ``web:brave``, ``web:tavily`` take their key from ``SERPER_API_KEY``,
+``BRAVE_API_KEY``, ``TAVILY_API_KEY``; ``web:searxng?url=http://HOST:PORT`` asks a SearXNG of one's
+own, whose settings must allow the format json. Options: ``budget=1000``, the requests that may be
+sent in all (without it: any number); ``rate=5``, requests a second (default 5); ``deadline=60``,
+seconds for a batch. A result's address is the id of its passage, its snippet the text, and its
+score 1/rank.
+
+The formats are those that the providers document. They were tested against a local server that
+answers in them, not against the services themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
+from research_env.retrieval.base import Hit, Passage
+from research_env.retrieval.http import ask_json, make_client
+from research_env.retrieval.options import check_address, check_options, number, split_options
+from research_env.retrieval.retry import Deadline, Retry
+
+_IN_FLIGHT = 8  # requests at the same time
+_LONGEST = 400  # characters of a query that are sent: what Brave and Tavily take
+_MOST_WORDS = 50  # of a query: what Brave takes
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is sent for a query: ``json`` by POST, or ``params`` by GET."""
+
+    url: str
+    headers: Mapping[str, str] = field(repr=False, default_factory=dict)  # the key is there
+    json: Mapping[str, Any] | None = None
+    params: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """A search service: how it is asked, and what its answers mean. One value makes a new one."""
+
+    url: str
+    """Where it listens; empty: the user says."""
+    key: str | None
+    """The environment variable that holds the key; None: it needs none."""
+    most: int
+    """The most results of a request."""
+    request: Callable[[str, str, str, int], Request]
+    """(url, key, query, count) to a request."""
+    passages: Callable[[Any], list[Passage]]
+    """The JSON of an answer to passages, best first."""
+
+
+def _serper_request(url: str, key: str, query: str, count: int) -> Request:
+    return Request(url, {"X-API-KEY": key}, json={"q": query, "num": count})
+
+
+def _serper_passages(answer: Any) -> list[Passage]:
+    return [_passage(r, "link", "snippet") for r in answer.get("organic", [])]
+
+
+def _brave_request(url: str, key: str, query: str, count: int) -> Request:
+    headers = {"X-Subscription-Token": key, "Accept": "application/json"}
+    params = {"q": query, "count": str(count), "text_decorations": "false"}
+    return Request(url, headers, params=params)
+
+
+def _brave_passages(answer: Any) -> list[Passage]:
+    return [_passage(r, "url", "description") for r in (answer.get("web") or {}).get("results", [])]
+
+
+def _tavily_request(url: str, key: str, query: str, count: int) -> Request:
+    headers = {"Authorization": f"Bearer {key}"}
+    return Request(url, headers, json={"query": query, "max_results": count})
+
+
+def _tavily_passages(answer: Any) -> list[Passage]:
+    return [_passage(r, "url", "content") for r in answer["results"]]
+
+
+def _searxng_request(url: str, key: str, query: str, count: int) -> Request:
+    return Request(f"{url.rstrip('/')}/search", params={"q": query, "format": "json"})
+
+
+PROVIDERS: dict[str, Provider] = {
+    "serper": Provider(
+        "https://google.serper.dev/search", "SERPER_API_KEY", 100, _serper_request, _serper_passages
+    ),
+    "brave": Provider(
+        "https://api.search.brave.com/res/v1/web/search",
+        "BRAVE_API_KEY",
+        20,
+        _brave_request,
+        _brave_passages,
+    ),
+    "tavily": Provider(
+        "https://api.tavily.com/search", "TAVILY_API_KEY", 20, _tavily_request, _tavily_passages
+    ),
+    "searxng": Provider("", None, 1_000, _searxng_request, _tavily_passages),
+}
+
+
+class WebRetriever:
+    """Ask a search service, a request a query; it may be used by several threads.
+
+    A query is sent as one line of at most 50 words and 400 characters; one of blanks finds nothing
+    and is not sent. Failures that may pass are tried again until the deadline of the batch; a query
+    that is still without an answer then, or beyond the budget, fails in its place.
+    """
+
+    def __init__(
+        self,
+        provider: Provider,
+        key: str = "",
+        *,
+        url: str = "",
+        budget: int | None = None,
+        rate: float = 5.0,
+        retry: Retry | None = None,
+    ) -> None:
+        """Make a client; nothing is sent yet.
+
+        Args:
+            provider: which service.
+            key: what it wants to see; it is sent in a header, and nowhere else.
+            url: where it listens; empty: the provider's own address.
+            budget: the requests that may be sent before the retriever is closed, attempts that
+                fail included (they may be billed); None: any number.
+            rate: the requests that are sent a second.
+            retry: deadline of a batch and pauses; None: 60 s and the usual ones.
+
+        Raises:
+            ConfigurationError: the address cannot be used.
+        """
+        self._provider = provider
+        self._url = url or provider.url
+        check_address(self._url)
+        self._key = key
+        self._retry = retry or Retry(deadline=60.0)
+        self._limit = _Limit(budget, rate)
+        self._client = make_client()
+
+    def __repr__(self) -> str:
+        return f"WebRetriever({self._url!r})"
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+        """Answer every query of a batch; see :class:`research_env.retrieval.base.Retriever`.
+
+        Raises:
+            ConfigurationError: ``top_k`` below 1.
+            RetrievalError: the retriever has been closed.
+        """
+        if top_k < 1:
+            raise ConfigurationError(f"top_k={top_k!r} must be 1 or more")
+        if self._client.is_closed:
+            raise RetrievalError("the retriever has been closed; open it again")
+        deadline = Deadline.after(self._retry.deadline)
+        with ThreadPoolExecutor(_IN_FLIGHT) as pool:
+            return list(pool.map(lambda query: self._answer(query, top_k, deadline), queries))
+
+    def close(self) -> None:
+        """Close the connections; calling it twice is harmless."""
+        self._client.close()
+
+    def _answer(self, query: str, top_k: int, deadline: Deadline) -> list[Hit] | RetrievalError:
+        query = _shortened(query)
+        if not query:
+            return []
+        made = self._provider.request(self._url, self._key, query, min(top_k, self._provider.most))
+        request = self._client.build_request(
+            "GET" if made.json is None else "POST",
+            made.url,
+            headers=made.headers,
+            json=made.json,
+            params=made.params,
+        )
+        try:
+            answer = ask_json(
+                self._client, request, self._retry, deadline, before=self._limit.take, quoting=False
+            )
+            passages = self._provider.passages(answer)[:top_k]
+        except RetrievalError as error:
+            return error
+        except (TypeError, KeyError, AttributeError) as error:
+            return RetrievalError(f"{self._url} answered in a format of its own: {error!r:.120}")
+        return [Hit(passage, 1.0 / rank) for rank, passage in enumerate(passages, start=1)]
+
+
+def open_web(rest: str) -> WebRetriever:
+    """The retriever of ``web:PROVIDER?budget=...&rate=...&deadline=...&url=...``.
+
+    Raises:
+        UnknownNameError: no such provider or option.
+        ConfigurationError: its key is not in the environment, or a value cannot be used.
+    """
+    name, options = split_options(rest)
+    if name not in PROVIDERS:
+        raise UnknownNameError("provider of web search", name, PROVIDERS)
+    provider = PROVIDERS[name]
+    check_options("web", options, ("budget", "deadline", "rate", "url"))
+    key = os.environ.get(provider.key, "").strip() if provider.key else ""
+    if provider.key and not key:
+        raise ConfigurationError(f"web:{name} needs its key in the environment: {provider.key}")
+    if not key.isascii() or not key.isprintable():
+        raise ConfigurationError(f"{provider.key} holds characters that no key has")
+    if not (provider.url or options.get("url")):
+        raise ConfigurationError(f"web:{name} needs its address: 'web:{name}?url=http://HOST:PORT'")
+    budget = int(number(options, "budget", 0, 1)) if "budget" in options else None
+    return WebRetriever(
+        provider,
+        key,
+        url=options.get("url", ""),
+        budget=budget,
+        rate=number(options, "rate", 5.0, 0.001),
+        retry=Retry(deadline=number(options, "deadline", 60.0, 0)),
+    )
+
+
+class _Limit:
+    """How many requests may still be sent, and when the next one."""
+
+    def __init__(self, budget: int | None, rate: float) -> None:
+        self._budget = budget
+        self._left = budget
+        self._gap = 1.0 / rate
+        self._free_at = 0.0  # monotonic seconds
+        self._lock = threading.Lock()
+
+    def take(self, deadline: Deadline) -> None:
+        """Wait for the turn of a request.
+
+        Raises:
+            RetrievalError: the budget is spent, or the turn would come after the deadline.
+        """
+        with self._lock:
+            if self._left == 0:
+                raise RetrievalError(f"the budget of {self._budget} web requests is spent")
+            now = time.monotonic()
+            wait = max(0.0, self._free_at - now)
+            if wait >= deadline.left():
+                raise RetrievalError("too many web searches for the rate and the deadline")
+            self._free_at = now + wait + self._gap
+            if self._left is not None:
+                self._left -= 1
+        time.sleep(wait)
+
+
+def _shortened(query: str) -> str:
+    """A query as one line that every service takes."""
+    words = "".join(c if c.isprintable() else " " for c in query[: 20 * _LONGEST]).split()
+    return " ".join(words[:_MOST_WORDS])[:_LONGEST]
+
+
+def _passage(result: Any, address: str, snippet: str) -> Passage:
+    """A result as a passage; one without a snippet has an empty text."""
+    return Passage(
+        str(result[address]), str(result.get("title") or ""), str(result.get(snippet) or "")
+    )

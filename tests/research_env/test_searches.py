@@ -1,0 +1,210 @@
+"""Merging and remembering spare the engine queries, and change no result."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from research_env import Hit
+from research_env.errors import RetrievalError
+from research_env.searches import Found, SearchCounts, Searches
+from research_env.vector_env import SearchQAVectorEnv
+from tests.research_env.fakes import DATASET, Engine, answer, search
+
+PATIENCE = 20.0  # seconds after which a test that hangs fails
+
+
+def made(engine: Engine, remember: int, **more: Any) -> Searches[int]:
+    settings = {"max_batch": 4, "max_wait": 0.0, **more}
+    return Searches(lambda queries: engine.search(queries, 3), remember=remember, **settings)
+
+
+def told(found: object) -> object:
+    """Errors by their words, so that they compare."""
+    return str(found) if isinstance(found, Exception) else found
+
+
+def taken(searches: Searches[int]) -> tuple[int, Found | Exception]:
+    result = searches.take(PATIENCE)
+    assert result is not None
+    return result
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_a_remembered_query_is_not_asked_again() -> None:
+    engine = Engine()
+    searches = made(engine, 10)
+    assert searches.ask(["1", "2", "1"]) == Engine().search(["1", "2", "1"], 3)
+    assert searches.ask(["2", "3"]) == Engine().search(["2", "3"], 3)
+    assert engine.batches == [("1", "2"), ("3",)]
+    assert searches.counts == SearchCounts(searched=3, merged=1, remembered=1)
+    assert (searches.counts.asked, searches.counts.saved) == (5, 0.4)
+    searches.submit(7, "3")
+    assert taken(searches) == (7, Engine().search(["3"], 3)[0])
+    assert len(engine.batches) == 2
+    searches.close()
+
+
+def test_the_least_recently_used_is_forgotten_first() -> None:
+    engine = Engine()
+    searches = made(engine, 2)
+    for query in ("1", "2", "1", "3", "1", "2", "3"):
+        searches.ask([query])
+    # after "1 2 1" the oldest is 2, which 3 replaces; 1 stays; 2 then replaces 3
+    assert engine.batches == [("1",), ("2",), ("3",), ("2",), ("3",)]
+    assert searches.counts == SearchCounts(searched=5, merged=0, remembered=2)
+
+
+def test_failures_are_never_remembered() -> None:
+    engine = Engine()
+    searches = made(engine, 10)
+    for _ in range(2):
+        first, failed = searches.ask(["1", "fail 2"])
+        assert isinstance(first, list)
+        assert isinstance(failed, RetrievalError)
+    assert engine.batches == [("1", "fail 2"), ("fail 2",)]
+    for number, query in enumerate(["fail 2", "down", "fail 2", "down", "crash"]):
+        searches.submit(number, query)
+        assert isinstance(taken(searches)[1], Exception)
+    assert [batch for batch in engine.batches if "down" in batch] == [("down",)] * 2
+    assert isinstance(searches.ask(["3"])[0], list)
+    searches.close()
+
+
+def test_hits_of_an_empty_result_are_remembered_too() -> None:
+    engine = Engine()
+    searches = made(engine, 10)
+    assert searches.ask(["nothing"]) == searches.ask(["nothing"]) == [[]]
+    assert len(engine.batches) == 1
+
+
+def test_callers_may_change_their_lists() -> None:
+    searches = made(Engine(), 10)
+    for _ in range(3):
+        found = searches.ask(["1"])[0]
+        assert found == Engine().search(["1"], 3)[0]
+        assert isinstance(found, list)
+        found.clear()
+
+
+def test_without_memory_nothing_is_remembered() -> None:
+    engine = Engine()
+    searches = made(engine, 0)
+    assert searches.ask(["1", "1"]) == searches.ask(["1", "1"])
+    assert engine.batches == [("1",), ("1",)]
+    assert searches.counts == SearchCounts(searched=2, merged=2, remembered=0)
+
+
+def test_queries_in_flight_are_merged_and_then_remembered() -> None:
+    opened, asked = threading.Event(), threading.Semaphore(0)
+
+    class Gate(Engine):
+        def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+            asked.release()
+            assert opened.wait(PATIENCE)
+            return super().search(queries, top_k)
+
+    engine = Gate()
+    searches = made(engine, 10)
+    for ticket in range(3):
+        searches.submit(ticket, "1")
+    assert asked.acquire(timeout=PATIENCE)
+    searches.submit(3, "1")
+    assert searches.take(0) is None
+    opened.set()
+    assert [taken(searches)[0] for _ in range(4)] == [0, 1, 2, 3]
+    searches.submit(4, "1")
+    assert taken(searches)[0] == 4
+    assert engine.batches == [("1",)]
+    assert searches.counts == SearchCounts(searched=1, merged=3, remembered=1)
+    searches.close()
+    searches.close()
+
+
+def test_closing_what_was_never_used() -> None:
+    made(Engine(), 10).close()
+
+
+def test_nothing_asked_is_nothing_saved() -> None:
+    assert (SearchCounts().asked, SearchCounts().saved) == (0, 0.0)
+
+
+# --- no result depends on it ----------------------------------------------------------------------
+
+QUERIES = st.lists(st.sampled_from(["1", "2", "3", "1 2", "fail 3", "", "none"]), max_size=8)
+
+
+@settings(deadline=None)
+@given(steps=st.lists(QUERIES, max_size=6), remember=st.integers(0, 4))
+def test_what_is_found_is_what_the_engine_says(steps: list[list[str]], remember: int) -> None:
+    searches = made(Engine(), remember)
+    for queries in steps:
+        expected = [told(found) for found in Engine().search(queries, 3)]
+        assert [told(found) for found in searches.ask(queries)] == expected
+        for ticket, query in enumerate(queries):
+            searches.submit(ticket, query)
+        found = dict(taken(searches) for _ in queries)
+        assert [told(found[ticket]) for ticket in range(len(queries))] == expected
+    assert searches.counts.asked == 2 * sum(map(len, steps))
+    searches.close()
+
+
+N = 3
+ACTIONS = st.sampled_from(
+    [*(search(query) for query in ("1", "1 2", "3", "fail 2")), answer("Founder 1"), "nothing"]
+)
+STEPS = st.lists(st.lists(ACTIONS, min_size=N, max_size=N), max_size=8)
+
+
+def played(steps: list[list[str]], remember: int, background: bool) -> list[Any]:
+    """All that a run of episodes shows, whichever way its steps are taken."""
+    env = SearchQAVectorEnv(
+        N, dataset=DATASET, retriever=Engine(), remember=remember, max_wait=0.0, max_searches=3
+    )
+    seen: list[Any] = [env.reset(seed=3)[0]]
+    for actions in steps:
+        if background:
+            env.send(range(N), actions)
+            results = sorted(env.recv(timeout=PATIENCE, min_results=N))
+            seen.append([(r.observation, r.reward, r.terminated, r.truncated) for r in results])
+        else:
+            observations, rewards, ends, cuts, _ = env.step(actions)
+            rows = zip(observations, rewards.tolist(), ends.tolist(), cuts.tolist(), strict=True)
+            seen.append(list(rows))
+    counts = env.search_counts
+    assert counts.remembered == 0 or remember > 0
+    env.close()
+    return seen
+
+
+@settings(deadline=None)
+@given(steps=STEPS, remember=st.integers(1, 5), background=st.booleans())
+def test_episodes_are_the_same_with_and_without_memory(
+    steps: list[list[str]], remember: int, background: bool
+) -> None:
+    assert played(steps, remember, background) == played(steps, 0, False)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_environments_tell_what_was_saved(background: bool) -> None:
+    env = SearchQAVectorEnv(4, dataset=DATASET, retriever=Engine(), max_wait=0.0)
+    assert env.search_counts == SearchCounts()
+    env.reset(seed=3)
+    for _ in range(2):
+        actions = [search("1"), search("1"), search("2"), search("2")]
+        if background:
+            for i, action in enumerate(actions):
+                env.send([i], [action])
+                env.recv(timeout=PATIENCE)
+        else:
+            env.step(actions)
+    merged = 0 if background else 2
+    assert env.search_counts == SearchCounts(2, merged, 6 - merged)
+    env.close()
