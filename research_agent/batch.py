@@ -7,7 +7,7 @@ action token is never indexed, so it cannot reach a loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -37,6 +37,8 @@ class Batch:
     old_logprobs: Tensor  # [A]: what ratios are taken against: the sampler's, or recomputed ones
     reference_logprobs: Tensor | None = None  # [A]
     advantages: Tensor | None = None  # [A]
+    values: Tensor | None = None  # [A]: the critic's, where there is one
+    returns: Tensor | None = None  # [A]: what the values should have been
     names: tuple[str, ...] = ()  # N, for messages
 
     def __len__(self) -> int:
@@ -79,6 +81,8 @@ class Batch:
             old_logprobs=self.old_logprobs[picked],
             reference_logprobs=of(self.reference_logprobs),
             advantages=of(self.advantages),
+            values=of(self.values),
+            returns=of(self.returns),
             names=tuple(self.names[i] for i in chosen),
         )
 
@@ -87,14 +91,17 @@ class Batch:
 class MicroBatch:
     """Some trajectories of a batch, laid out for one forward pass: R rows, W columns.
 
-    Rows are padded on the right, where a causal model needs no mask: no token that is used can see
-    the padding.
+    Either one trajectory a row, padded on the right, where a causal model needs no mask: no token
+    that is used can see the padding. Or packed: all behind one another in a single row.
     """
 
-    part: Batch  # those trajectories, one a row; it has ``a`` action tokens
+    part: Batch  # those trajectories; it has ``a`` action tokens
     picked: Tensor  # [a] int64: which of the whole batch's action tokens they are
     tokens: Tensor  # [R, W] int64
     predictors: Tensor  # [a] int64: places in tokens.flatten() whose next token is an action token
+    positions: Tensor | None = None  # [1, W] int64, packed: where in its trajectory each token is
+    bounds: Tensor | None = None  # [trajectories + 1] int32, packed: where each begins, and the end
+    longest: int = 0  # packed: tokens of the longest trajectory
 
 
 def make_batch(groups: Sequence[Group], device: torch.device | str = "cpu") -> Batch:
@@ -143,35 +150,73 @@ def make_batch(groups: Sequence[Group], device: torch.device | str = "cpu") -> B
     )
 
 
-def micro_batches(batch: Batch, max_tokens: int) -> Iterator[MicroBatch]:
-    """Cut a batch into passes of bounded size; trajectories of like length share a pass.
+def micro_batches(batch: Batch, max_tokens: int, *, packed: bool = False) -> Iterator[MicroBatch]:
+    """Cut a batch into passes of bounded size.
 
     Args:
         batch: the batch; trajectories without an action token are left out.
         max_tokens: the most tokens of a pass, padding included. A trajectory that is longer is a
             pass of its own.
+        packed: put trajectories behind one another, without padding. Otherwise they are rows, and
+            those of like length share a pass.
 
     Yields:
-        The passes, those of the longest trajectories first, so that memory runs out at once or
-        never.
+        The passes, the largest first, so that memory runs out at once or never.
     """
-    # The last action token is predicted and never read: a row ends just before it.
+    # The last action token is predicted and never read: a trajectory ends just before it.
     ends = list(accumulate(batch.lengths.tolist(), initial=0))
     places = batch.places.tolist()
     widths = {i: places[end - 1] for i, (start, end) in enumerate(pairwise(ends)) if end > start}
     waiting = sorted(widths, key=lambda i: -widths[i])
+    if packed:
+        for chosen in _bins(waiting, widths, max_tokens):
+            yield _packed(batch, chosen, [widths[i] for i in chosen])
+        return
     while waiting:
-        width = widths[waiting[0]]
-        rows = max(1, max_tokens // width)
+        rows = max(1, max_tokens // widths[waiting[0]])
         chosen, waiting = waiting[:rows], waiting[rows:]
-        part = batch.select(chosen)
-        ragged = [row[: widths[i]] for row, i in zip(part.tokens, chosen, strict=True)]
-        yield MicroBatch(
-            part=part,
-            picked=batch.action_tokens_of(chosen),
-            tokens=pad_sequence(ragged, batch_first=True),
-            predictors=part.sequence * width + part.places - 1,
-        )
+        yield _rows(batch, chosen, [widths[i] for i in chosen])
+
+
+def _bins(waiting: Sequence[int], widths: Mapping[int, int], max_tokens: int) -> list[list[int]]:
+    """First fit, longest first: at most 11/9 of the fewest bins possible, and 2/3 of one."""
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for i in waiting:
+        place = next((b for b, room in enumerate(free) if room >= widths[i]), len(bins))
+        if place == len(bins):
+            bins.append([])
+            free.append(max_tokens)
+        bins[place].append(i)
+        free[place] -= widths[i]
+    return [bins[b] for b in sorted(range(len(bins)), key=free.__getitem__)]
+
+
+def _rows(batch: Batch, chosen: Sequence[int], widths: Sequence[int]) -> MicroBatch:
+    part = batch.select(chosen)
+    ragged = [row[:width] for row, width in zip(part.tokens, widths, strict=True)]
+    return MicroBatch(
+        part=part,
+        picked=batch.action_tokens_of(chosen),
+        tokens=pad_sequence(ragged, batch_first=True),
+        predictors=part.sequence * widths[0] + part.places - 1,
+    )
+
+
+def _packed(batch: Batch, chosen: Sequence[int], widths: Sequence[int]) -> MicroBatch:
+    part = batch.select(chosen)
+    device = part.lengths.device
+    begins = list(accumulate(widths, initial=0))
+    starts = torch.tensor(begins, device=device)
+    return MicroBatch(
+        part=part,
+        picked=batch.action_tokens_of(chosen),
+        tokens=torch.cat([row[:w] for row, w in zip(part.tokens, widths, strict=True)])[None],
+        predictors=starts[part.sequence] + part.places - 1,
+        positions=torch.cat([torch.arange(width) for width in widths]).to(device)[None],
+        bounds=starts.to(torch.int32),
+        longest=max(widths),
+    )
 
 
 def _name(trajectory: Trajectory) -> str:

@@ -7,6 +7,7 @@ checkpoint's name is whole, whatever moment the machine stopped at. Besides the 
       model.safetensors config.json ...   the policy and its tokenizer, as transformers writes them
       state.safetensors                   tensors of the rest: optimiser, random state
       state.json                          other values of the rest, the step, the configuration
+    best -> step-000080                   the one that did best in an evaluation
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ def save(
     state: Mapping[str, Any],
     config: Mapping[str, Any],
     keep: int,
+    best: int | None = None,
 ) -> Path:
-    """Write the checkpoint of a step, then drop all but the ``keep`` newest.
+    """Write the checkpoint of a step, then drop all but the ``keep`` newest and the best.
 
     Args:
         root: folder of the run's checkpoints; made when missing.
@@ -62,6 +64,7 @@ def save(
         state: nested dicts and lists of tensors and plain values.
         config: of the run, as JSON values.
         keep: how many checkpoints to leave, this one included.
+        best: the step whose checkpoint, where there is one, stays too, and is linked as ``best``.
 
     Raises:
         CheckpointError: when it cannot be written, a full disk for example. Nothing of it is left
@@ -71,6 +74,7 @@ def save(
     final = root / f"step-{step:06d}"
     temporary = root / f".{final.name}.tmp"
     if final.exists():  # saved before, and a run is its configuration and its seed: the same bytes
+        _link_best(root, best)
         return final
     tensors: dict[str, torch.Tensor] = {}
     packed = _pack(state, tensors)
@@ -95,14 +99,25 @@ def save(
             f"cannot write the checkpoint of step {step} to {root}: {error}; {kept}; "
             f"{cure}, and start the same command again"
         ) from error
-    for _, folder in _complete(root)[:-keep]:
-        _remove(folder)
+    _link_best(root, best)
+    for old, folder in _complete(root)[:-keep]:
+        if old != best:
+            _remove(folder)
     return final
 
 
-def latest(root: Path) -> Path | None:
-    """Folder of the newest checkpoint, or None."""
-    complete = _complete(root)
+def _link_best(root: Path, step: int | None) -> None:
+    if step is None or not (root / f"step-{step:06d}").is_dir():
+        return
+    link, temporary = root / "best", root / ".best.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(f"step-{step:06d}")
+    temporary.replace(link)
+
+
+def latest(root: Path, up_to: int | None = None) -> Path | None:
+    """Folder of the newest checkpoint, of those up to a step if one is given, or None."""
+    complete = [(s, f) for s, f in _complete(root) if up_to is None or s <= up_to]
     return complete[-1][1] if complete else None
 
 

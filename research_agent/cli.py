@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -79,7 +80,8 @@ def _train(words: list[str]) -> None:
 
     _no_bars()
     summary = train(config)
-    _print(summary.message, summary.numbers, as_json=config.run.json)
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts one speaks
+        _print(summary.message, summary.numbers, as_json=config.run.json)
     if summary.signal:
         raise SystemExit(128 + summary.signal)
 

@@ -140,11 +140,27 @@ class LearnerConfig:
     """Gradients longer than this are scaled down to it."""
     updates: int = 1
     """Optimiser steps a training step: its tasks are dealt into this many parts."""
-    micro_batch_tokens: int = 16384
+    micro_batch_tokens: int = 4096
     """Tokens that go through the model at once. Changes memory and speed, not the gradient."""
     old_logprobs: Literal["sampler", "recomputed"] = "sampler"
     """What probability ratios are taken against: the log-probabilities that the sampler reported,
     or those of the model itself, recomputed before its first update on an episode."""
+    importance_cap: float | None = None
+    """With --old-logprobs recomputed: weigh tokens by their recomputed over their reported
+    probability, at most this much (truncated importance sampling); none does not."""
+    layout: Literal["auto", "rows", "packed"] = "auto"
+    """A row a trajectory, or several packed into one without padding; auto packs on a GPU. Changes
+    memory and speed, not the gradient."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the model's matrix products. Weights, optimiser and softmax are float32 with both."""
+    checkpointing: bool = False
+    """Keep only what enters each layer, and compute the rest again: less memory, slower."""
+    compile: bool = False
+    """Let torch.compile fuse the operations of each layer: faster on a GPU, after minutes."""
+    lora_rank: int = 0
+    """Learn adapters of this rank beside the weights (LoRA, needs peft); 0 learns the weights."""
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_offload"] = "adamw"
+    """AdamW as it is, with moments of 8 bits (needs bitsandbytes), or in the CPU's memory."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +178,13 @@ class RunConfig:
     save_every: int = 10
     """Steps between checkpoints; the end of the run always has one."""
     keep: int = 2
-    """Checkpoints kept: the newest ones."""
+    """Checkpoints kept: the newest ones. The best by evaluation stays too, as checkpoints/best."""
+    collapse: float | None = None
+    """A run whose reward, averaged over ten steps, falls below this share of its best such average
+    has collapsed; none never looks. Needs rewards above 0."""
+    on_collapse: Literal["stop", "rollback"] = "stop"
+    """Stop, or go back to the newest checkpoint of the best steps (give --keep enough) and go on
+    with the next tasks."""
     eval_every: int | None = None
     """Steps between evaluations, with one before the first step and one after the last."""
     eval_args: Settings = field(default_factory=dict)
@@ -329,6 +351,7 @@ def validate(config: TrainConfig) -> None:
         "--learning-rate": learner.learning_rate,
         "--warmup-steps": learner.warmup_steps,
         "--weight-decay": learner.weight_decay,
+        "--lora-rank": learner.lora_rank,
         "--eval-temperature": run.eval_temperature,
     }
     for flag, value in not_negative.items():
@@ -340,6 +363,8 @@ def validate(config: TrainConfig) -> None:
         raise ConfigError(f"--max-grad-norm is {learner.max_grad_norm}; it must be above 0")
     if run.time_limit is not None and not run.time_limit > 0:
         raise ConfigError(f"--time-limit is {run.time_limit}; it must be above 0 seconds")
+    if run.collapse is not None and not 0 < run.collapse < 1:
+        raise ConfigError(f"--collapse is {run.collapse}; it is a share, between 0 and 1")
     if not 0 <= config.algorithm.max_void_share <= 1:
         share = config.algorithm.max_void_share
         raise ConfigError(f"--max-void-share is {share}; it is a share, from 0 to 1")

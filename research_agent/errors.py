@@ -31,5 +31,9 @@ class TooManyVoidError(ResearchAgentError, RuntimeError):
     """More episodes were void (failed infrastructure) than the run allows."""
 
 
+class CollapseError(ResearchAgentError, RuntimeError):
+    """A policy lost what it had learned."""
+
+
 class NonFiniteError(ResearchAgentError, ArithmeticError):
     """A loss, gradient or log-probability that is not finite."""

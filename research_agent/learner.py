@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from research_agent.algorithms.base import Algorithm, Tokens
+from research_agent.algorithms.base import Algorithm, Tokens, UsesCritic
+from research_agent.algorithms.functional import truncated_importance
 from research_agent.batch import Batch, make_batch, micro_batches
+from research_agent.critic import Critic
 from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
-from research_agent.policy import batch_logprobs, token_logprobs
+from research_agent.lora import adapters, adapters_off, add_adapters, merged
+from research_agent.parallel import add_up, anywhere, like, rank_and_size, shard, share, whole
+from research_agent.policy import Precision, Scorer, batch_logprobs, layers_of, prepare
 from research_agent.trajectory import Group
 
 METRICS = {
@@ -54,6 +59,17 @@ class Learner:
         temperature: the sampler's.
         old_logprobs: what ratios are taken against: the log-probabilities that the sampler
             reported, or those recomputed by the model before its first step on a rollout.
+        importance_cap: multiply advantages by ``min(recomputed / sampler's probability, cap)``:
+            truncated importance sampling. None: no such weight.
+        layout: "rows" gives each trajectory a row of its own, "packed" puts several in a row, and
+            "auto" packs on a GPU. It changes memory and speed only.
+        precision: of the model's matrix products. Weights, optimiser and softmax stay float32.
+        checkpointing: keep only what enters each layer, and compute the rest again for the
+            gradient: less memory, a third more work.
+        compile: let torch.compile fuse the operations of each layer; the first pass takes minutes.
+        lora_rank: learn adapters of this rank beside weights that stay; 0 learns the weights.
+        optimizer: "adamw"; "adamw_8bit" keeps its moments in 8 bits (bitsandbytes); "adamw_offload"
+            keeps them in the CPU's memory and makes its steps there.
 
     Raises:
         ConfigError: a setting that cannot be used, or a reference that is needed and not given.
@@ -71,39 +87,78 @@ class Learner:
         betas: tuple[float, float] = (0.9, 0.999),
         max_grad_norm: float = 1.0,
         updates: int = 1,
-        micro_batch_tokens: int = 16384,
+        micro_batch_tokens: int = 4096,
         temperature: float = 1.0,
         old_logprobs: Literal["sampler", "recomputed"] = "sampler",
+        importance_cap: float | None = None,
+        layout: Literal["auto", "rows", "packed"] = "auto",
+        precision: Precision = "float32",
+        checkpointing: bool = False,
+        compile: bool = False,
+        lora_rank: int = 0,
+        optimizer: Literal["adamw", "adamw_8bit", "adamw_offload"] = "adamw",
     ) -> None:
-        if algorithm.needs_reference and reference is None:
+        if algorithm.needs_reference and reference is None and not lora_rank:
             message = "the algorithm needs a reference policy; give one, or set its KL to 0"
             raise ConfigError(message)
-        for name, value in (("updates", updates), ("micro_batch_tokens", micro_batch_tokens)):
-            if value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
-        for name, number in (("temperature", temperature), ("max_grad_norm", max_grad_norm)):
-            if not number > 0:
-                raise ConfigError(f"{name} is {number}; it must be above 0")
-        if old_logprobs not in ("sampler", "recomputed"):
-            message = f"old_logprobs is {old_logprobs!r}; known: 'sampler', 'recomputed'"
-            raise ConfigError(message)
+        _check(updates, micro_batch_tokens, temperature, max_grad_norm)
+        _check_old_logprobs(old_logprobs, importance_cap)
         self.model = model.eval()
         self.algorithm = algorithm
         self.steps = 0  # of the optimiser, ever
-        self._reference = (
-            reference.eval() if reference is not None and algorithm.needs_reference else None
-        )
         self._learning_rate = learning_rate
         self._warmup_steps = warmup_steps
         self._max_grad_norm = max_grad_norm
         self._updates = updates
         self._micro_batch_tokens = micro_batch_tokens
-        self._temperature = temperature
         self._recompute = old_logprobs == "recomputed"
-        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=learning_rate, betas=betas, weight_decay=weight_decay
+        self._importance_cap = importance_cap
+        on_gpu = next(model.parameters()).is_cuda
+        self._packed = layout == "packed" or (layout == "auto" and on_gpu)
+        if lora_rank:
+            add_adapters(self.model, lora_rank)
+        self._lora = bool(lora_rank)
+        self._reference = (
+            reference.eval() if reference is not None and algorithm.needs_reference else None
         )
+        for each in (self.model, self._reference):
+            if each is not None:
+                prepare(each, packed=self._packed, checkpointing=checkpointing, compile=compile)
+        scorer = partial(Scorer, temperature=temperature, precision=precision, compile=compile)
+        self._score = scorer(self.model)
+        self._reference_score = None if self._reference is None else scorer(self._reference)
+        for each in (self._score, self._reference_score):
+            if each is not None:
+                shard(each, layers_of(each))
+        self._parameters: dict[str, Tensor] = {
+            n: p for n, p in model.named_parameters() if p.requires_grad
+        }
+        self._stepped: dict[str, Tensor] = self._parameters  # what the optimiser works on
+        if optimizer == "adamw_offload":
+            self._stepped = {n: p.detach().to("cpu", copy=True) for n, p in self._stepped.items()}
+        self._optimizer = _optimizer(
+            optimizer,
+            list(self._stepped.values()),
+            lr=learning_rate,
+            betas=betas,
+            weight_decay=weight_decay,
+        )
+        self._critic: Critic | None = None
+        if isinstance(algorithm, UsesCritic):
+            if rank_and_size()[1] > 1 or lora_rank:
+                raise ConfigError("a critic learns in one process and without lora_rank only")
+            self._critic = Critic(
+                model,
+                learning_rate=algorithm.critic_learning_rate,
+                warmup_steps=algorithm.critic_warmup_steps,
+                value_clip=algorithm.value_clip,
+                weight_decay=weight_decay,
+                betas=betas,
+                max_grad_norm=max_grad_norm,
+                micro_batch_tokens=micro_batch_tokens,
+                packed=self._packed,
+                precision=precision,
+            )
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
         """Improve the model on a rollout.
@@ -113,7 +168,8 @@ class Learner:
                 left, nothing changes.
 
         Returns:
-            The metrics that ``METRICS`` defines; those of the model only if a step was made.
+            The metrics that ``METRICS`` defines, and those of the critic where there is one; those
+            of the models only if a step was made.
 
         Raises:
             EnvironmentContractError: a trajectory without a prompt.
@@ -126,7 +182,7 @@ class Learner:
         if not len(batch.targets):
             return {"trajectories": float(len(batch)), "updates": 0.0}
         batch = self._fill(batch)
-        reports = [self._step(part) for part in self._parts(batch)]
+        reports = [self._step(part) | self._teach(part) for part in self._parts(batch)]
         metrics = {name: sum(r[name] for r in reports) / len(reports) for name in reports[0]}
         lengths = [len(tokens) for tokens in batch.tokens]
         return metrics | {
@@ -145,8 +201,21 @@ class Learner:
         Returns:
             Plain numbers and tensors; the tensors are the live ones, as is torch's custom.
         """
-        moments = {name: dict(self._optimizer.state[p]) for name, p in self._parameters.items()}
-        return {"steps": self.steps, "moments": moments}
+        moments = {
+            name: {key: _whole(value) for key, value in self._optimizer.state[p].items()}
+            for name, p in self._stepped.items()
+        }
+        critic = {} if self._critic is None else {"critic": self._critic.state_dict()}
+        lora = {"adapters": adapters(self.model)} if self._lora else {}
+        return {"steps": self.steps, "moments": moments, **critic, **lora}
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights of the policy, whole, for an engine or a checkpoint.
+
+        With more than one process all of them must ask. Adapters are added in.
+        """
+        named = merged(self.model) if self._lora else self.model.named_parameters()
+        return ((name, whole(weight.detach())) for name, weight in named)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the state of a learner of the same model, to the bit.
@@ -169,22 +238,40 @@ class Learner:
                 raise CheckpointError(message)
         self.steps = int(state["steps"])
         of_parameter = {
-            place: {key: value.clone() for key, value in moments[name].items()}
-            for place, name in enumerate(self._parameters)
+            place: {
+                key: _placed(value, self._stepped[name]) for key, value in moments[name].items()
+            }
+            for place, name in enumerate(self._stepped)
             if moments[name]
         }
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": of_parameter, "param_groups": groups})
+        if self._critic is not None:
+            self._critic.load_state_dict(state["critic"])
+        with torch.no_grad():
+            for name, held in (adapters(self.model) if self._lora else {}).items():
+                held.copy_(state["adapters"][name])
 
     def _fill(self, batch: Batch) -> Batch:
         """Add what is fixed for the whole rollout: old and reference log-probabilities, credit."""
-        budget = self._temperature, self._micro_batch_tokens
+        budget = self._micro_batch_tokens
+        logprobs = partial(batch_logprobs, batch=batch, max_tokens=budget, packed=self._packed)
         if self._recompute:
-            batch = replace(batch, old_logprobs=batch_logprobs(self.model, batch, *budget))
-        if self._reference is not None:
-            of_reference = batch_logprobs(self._reference, batch, *budget)
-            batch = replace(batch, reference_logprobs=of_reference)
-        return replace(batch, advantages=self.algorithm.advantages(batch))
+            batch = replace(batch, old_logprobs=logprobs(self._score))
+        if self._reference_score is not None:
+            batch = replace(batch, reference_logprobs=logprobs(self._reference_score))
+        elif self.algorithm.needs_reference:
+            with adapters_off(self.model):
+                batch = replace(batch, reference_logprobs=logprobs(self._score))
+        if self._critic is not None and isinstance(self.algorithm, UsesCritic):
+            batch = replace(batch, values=self._critic.values(batch))
+            batch = replace(batch, returns=self.algorithm.returns(batch))
+        advantages = self.algorithm.advantages(batch)
+        if self._importance_cap is not None:
+            advantages = advantages * truncated_importance(
+                batch.old_logprobs, batch.sampler_logprobs, self._importance_cap
+            )
+        return replace(batch, advantages=advantages)
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """Deal whole groups into as many parts as there are updates, in order."""
@@ -202,7 +289,7 @@ class Learner:
         """Make one optimiser step on a batch."""
         try:
             metrics = self._accumulate(batch)
-            norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm)
+            norm = whole(nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm))
             if not norm.isfinite():
                 raise NonFiniteError(
                     f"the gradient is not finite (its norm is {norm.item()}) after {self.steps}"
@@ -211,11 +298,30 @@ class Learner:
             warm = min(1.0, (self.steps + 1) / max(1, self._warmup_steps))
             for group in self._optimizer.param_groups:
                 group["lr"] = self._learning_rate * warm
-            self._optimizer.step()
+            self._apply()
             self.steps += 1
         finally:
-            self._optimizer.zero_grad()  # the rollout that follows can use their memory
+            for parameter in self._parameters.values():
+                parameter.grad = None  # the rollout that follows can use their memory
         return metrics | {"grad_norm": norm.item(), "learning_rate": self._learning_rate * warm}
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        """Let the optimiser change the weights, wherever it works."""
+        elsewhere = self._stepped is not self._parameters
+        pairs = zip(self._parameters.values(), self._stepped.values(), strict=True)
+        for ours, theirs in pairs if elsewhere else ():
+            theirs.copy_(ours)
+            theirs.grad = None if ours.grad is None else ours.grad.to(theirs.device)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        pairs = zip(self._parameters.values(), self._stepped.values(), strict=True)
+        for ours, theirs in pairs if elsewhere else ():
+            ours.copy_(theirs)
+
+    def _teach(self, batch: Batch) -> dict[str, float]:
+        """Make one optimiser step of the critic, if there is one."""
+        return {} if self._critic is None else self._critic.step(batch)
 
     def _accumulate(self, batch: Batch) -> dict[str, float]:
         """Add up the gradient of the batch's loss, micro-batch by micro-batch."""
@@ -223,12 +329,14 @@ class Learner:
         if advantages is None:
             raise ValueError("the batch has no advantages; fill it first")
         weights = self.algorithm.weights(batch)  # on the whole batch: cutting it changes nothing
-        loss = 0.0
-        sums: dict[str, float] = defaultdict(float)
-        for micro in micro_batches(batch, self._micro_batch_tokens):
+        parts: list[Batch] = []
+        found: list[Tensor] = []
+        losses: list[Tensor] = []
+        sums: dict[str, Tensor] = {}
+        passes = micro_batches(batch, self._micro_batch_tokens, packed=self._packed)
+        for micro, counts in share(passes):
             part = micro.part
-            logprobs, entropy = token_logprobs(self.model, micro, self._temperature)
-            _require_finite(logprobs, part, f"after {self.steps} optimiser steps")
+            logprobs, entropy = self._score(micro)
             tokens = Tokens(
                 logprobs=logprobs,
                 old_logprobs=part.old_logprobs.to(logprobs.dtype),
@@ -238,27 +346,90 @@ class Learner:
                 sequence=part.sequence,
             )
             objective, logged = self.algorithm.objective(tokens)
-            micro_loss = -(weights[micro.picked].to(objective.dtype) * objective).sum()
-            if not micro_loss.isfinite():
-                raise NonFiniteError(
-                    f"the loss is {micro_loss.item()} after {self.steps} optimiser steps, on"
-                    f" {part.names[0]} and others; lower the learning rate, or look at them"
-                )
-            micro_loss.backward()  # type: ignore[no-untyped-call]
-            loss += micro_loss.item()
-            gap = (logprobs - part.sampler_logprobs).abs()
+            share_of = weights[micro.picked].to(objective.dtype) * counts
+            loss = -(share_of * objective).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            parts.append(part)
+            found.append(logprobs.detach())
+            losses.append(loss.detach())
+            gap = (found[-1] - part.sampler_logprobs).abs()
             for name, values in {"entropy": entropy, "sampler_gap": gap, **logged}.items():
-                sums[name] += values.detach().sum().item()
-        return {"loss": loss} | {name: sum_ / len(batch.targets) for name, sum_ in sums.items()}
+                sums[name] = sums.get(name, 0.0) + values.detach().sum().double() * counts
+        # Looked at only now: a look at a number makes a GPU wait for us, and us for it.
+        _require_finite(parts, found, losses, f"after {self.steps} optimiser steps")
+        total = torch.stack([torch.stack(losses).double().sum(), *sums.values()])
+        loss_, *rest = add_up(total).tolist()
+        means = (value / len(batch.targets) for value in rest)
+        return {"loss": loss_} | dict(zip(sums, means, strict=True))
 
 
-def _require_finite(logprobs: Tensor, batch: Batch, when: str) -> None:
-    wrong = logprobs.isfinite().logical_not().nonzero()
-    if len(wrong):
-        first = int(wrong[0])
-        name = batch.names[int(batch.sequence[first])]
+def _check(updates: int, micro_batch_tokens: int, temperature: float, max_grad_norm: float) -> None:
+    for name, value in (("updates", updates), ("micro_batch_tokens", micro_batch_tokens)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    for name, number in (("temperature", temperature), ("max_grad_norm", max_grad_norm)):
+        if not number > 0:
+            raise ConfigError(f"{name} is {number}; it must be above 0")
+
+
+def _check_old_logprobs(old_logprobs: str, importance_cap: float | None) -> None:
+    if old_logprobs not in ("sampler", "recomputed"):
+        message = f"old_logprobs is {old_logprobs!r}; known: 'sampler', 'recomputed'"
+        raise ConfigError(message)
+    if importance_cap is not None and not (importance_cap > 0 and old_logprobs == "recomputed"):
         message = (
-            f"a log-probability of {name} is {logprobs[first].item()} {when}; the weights or the"
-            " trajectory are broken"
+            f"importance_cap is {importance_cap} with old_logprobs {old_logprobs!r}; it must be"
+            " above 0, with old_logprobs 'recomputed'"
         )
-        raise NonFiniteError(message)
+        raise ConfigError(message)
+
+
+def _optimizer(kind: str, parameters: list[Tensor], **settings: Any) -> torch.optim.Optimizer:
+    """AdamW, in one of its ways to save memory."""
+    if kind == "adamw_8bit":
+        try:
+            from bitsandbytes import optim  # noqa: PLC0415
+        except ImportError as error:
+            message = "optimizer 'adamw_8bit' needs bitsandbytes; pip install bitsandbytes"
+            raise ConfigError(message) from error
+        eight_bit: Any = optim
+        return cast(torch.optim.Optimizer, eight_bit.AdamW8bit(parameters, **settings))
+    if kind not in ("adamw", "adamw_offload"):
+        message = f"optimizer is {kind!r}; known: 'adamw', 'adamw_8bit', 'adamw_offload'"
+        raise ConfigError(message)
+    return torch.optim.AdamW(parameters, fused=parameters[0].is_cuda, **settings)
+
+
+def _whole(value: Any) -> Any:
+    return whole(value) if isinstance(value, Tensor) else value
+
+
+def _placed(value: Any, parameter: Tensor) -> Any:
+    return like(value.clone(), parameter) if isinstance(value, Tensor) else value
+
+
+def _require_finite(
+    parts: list[Batch], logprobs: list[Tensor], losses: list[Tensor], when: str
+) -> None:
+    """Find the first log-probability, or else loss, that is not finite, and name it."""
+    values = torch.cat([*logprobs, torch.stack(losses).to(logprobs[0].dtype)])
+    if not anywhere(not bool(values.isfinite().all()), values.device):
+        return
+    for part, values in zip(parts, logprobs, strict=True):
+        wrong = values.isfinite().logical_not().nonzero()
+        if len(wrong):
+            first = int(wrong[0])
+            name = part.names[int(part.sequence[first])]
+            message = (
+                f"a log-probability of {name} is {values[first].item()} {when}; the weights or the"
+                " trajectory are broken"
+            )
+            raise NonFiniteError(message)
+    for part, loss in zip(parts, losses, strict=True):
+        if not loss.isfinite():
+            message = (
+                f"the loss is {loss.item()} {when}, on {part.names[0]} and others; lower the"
+                " learning rate, or look at them"
+            )
+            raise NonFiniteError(message)
+    raise NonFiniteError(f"another process found a number that is not finite {when}; see there")

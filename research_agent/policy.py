@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +15,15 @@ from torch.utils.checkpoint import checkpoint
 from research_agent.batch import Batch, MicroBatch, micro_batches
 from research_agent.checkpoint import latest
 from research_agent.errors import ModelError
+from research_agent.parallel import add_up, share
+
+Precision = Literal["float32", "bfloat16"]
 
 STARTERS = Path(__file__).parent / "starters"
 
-# The most logits that are held at once: 64 Mi of float32 are 256 MiB.
+# The most logits that are held at once: 64 Mi of float32 are 256 MiB. A GPU likes larger products.
 MAX_LOGITS = 2**26
+MAX_LOGITS_GPU = 2**28
 
 
 def resolve_model(name: str | Path) -> str:
@@ -92,8 +98,52 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return deepcopy(model).eval().requires_grad_(False)
 
 
+def prepare(
+    model: Any, *, packed: bool = False, checkpointing: bool = False, compile: bool = False
+) -> None:
+    """Set up how a model runs in a learner. What it computes stays the same.
+
+    Args:
+        model: a causal language model of the transformers library; it is changed.
+        packed: several trajectories share a row; see ``research_agent.attention``.
+        checkpointing: keep only what enters each layer, and compute the rest again for the
+            gradient.
+        compile: let torch.compile fuse the operations of each layer.
+
+    Raises:
+        ModelError: the architecture cannot do it.
+    """
+    layers = layers_of(model)
+    if (checkpointing or compile) and not layers:
+        message = f"{type(model).__name__} names no layers to checkpoint or compile; turn both off"
+        raise ModelError(message)
+    if packed:
+        from research_agent.attention import PACKED  # noqa: PLC0415
+
+        try:
+            model.set_attn_implementation(PACKED)
+        except (ValueError, AttributeError) as error:
+            name = type(model).__name__
+            raise ModelError(
+                f"the attention of {name} cannot be replaced ({error}); use layout 'rows'"
+            ) from error
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in layers:  # it checkpoints in training mode only; its dropouts are inside it
+            layer.training = True
+    if compile:
+        for layer in layers:
+            layer.compile(dynamic=True)
+
+
 def token_logprobs(
-    model: Any, micro: MicroBatch, temperature: float = 1.0, max_logits: int = MAX_LOGITS
+    model: Any,
+    micro: MicroBatch,
+    temperature: float = 1.0,
+    max_logits: int | None = None,
+    *,
+    precision: Precision = "float32",
+    compile: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute the log-probabilities of the action tokens, and the entropy where each was sampled.
 
@@ -103,67 +153,137 @@ def token_logprobs(
 
     Args:
         model: a causal language model of the transformers library.
-        micro: R rows of W tokens with ``a`` action tokens.
+        micro: R rows of W tokens with ``a`` action tokens. If they are packed, the model must have
+            been prepared for that.
         temperature: the sampler's; it divides the logits.
-        max_logits: the most logits of a piece.
+        max_logits: the most logits of a piece; none takes what suits the device.
+        precision: of the matrix products; the softmax is float32 at least, whatever it is.
+        compile: fuse the operations of the softmax.
 
     Returns:
         Log-probabilities [a] and entropies [a] in nats, in float32 (float64 if the model is), with
         gradient where gradients are enabled.
     """
-    # No attention mask: the padding is on the right, so plain causal attention is right, and quick.
-    states = model.base_model(input_ids=micro.tokens, use_cache=False).last_hidden_state
-    states = states.flatten(0, 1).index_select(0, micro.predictors)
-    head = model.get_output_embeddings()
     targets = micro.part.targets
-    rows = max(1, max_logits // len(head.weight))
-    if len(states) <= rows:
-        return _logprobs_and_entropy(head, states, targets, temperature)
-    pieces = [
-        checkpoint(
-            _logprobs_and_entropy,
-            head,
-            *piece,
-            temperature,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for piece in zip(torch.split(states, rows), torch.split(targets, rows), strict=True)
-    ]
+    head = model.get_output_embeddings()
+    most = max_logits or (MAX_LOGITS_GPU if targets.is_cuda else MAX_LOGITS)
+    rows = max(1, most // len(head.weight))
+    score = _compiled_score() if compile else _score
+    with torch.autocast(targets.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        states = action_states(model, micro)
+        if len(states) <= rows:
+            return score(head(states), targets, temperature)
+        pieces = [
+            checkpoint(
+                lambda states, targets: score(head(states), targets, temperature),
+                *piece,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            for piece in zip(torch.split(states, rows), torch.split(targets, rows), strict=True)
+        ]
     return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
 
 
-@torch.no_grad()
-def batch_logprobs(model: Any, batch: Batch, temperature: float, max_tokens: int) -> Tensor:
-    """Compute the log-probabilities of all action tokens of a batch, without gradient.
+def action_states(model: Any, micro: MicroBatch) -> Tensor:
+    """Run a model's body, and take its last hidden states where action tokens were sampled.
 
     Args:
         model: as for ``token_logprobs``.
+        micro: as for ``token_logprobs``; ``a`` action tokens.
+
+    Returns:
+        The states, [a, hidden size].
+    """
+    packing: dict[str, Any] = {}
+    if micro.bounds is not None:
+        packing = {
+            "position_ids": micro.positions,
+            "cu_seq_lens_q": micro.bounds,
+            "cu_seq_lens_k": micro.bounds,
+            "max_length_q": micro.longest,
+            "max_length_k": micro.longest,
+        }
+    # No attention mask: padding is on the right, so plain causal attention is right, and quick.
+    output = model.base_model(input_ids=micro.tokens, use_cache=False, **packing)
+    states: Tensor = output.last_hidden_state.flatten(0, 1).index_select(0, micro.predictors)
+    return states
+
+
+class Scorer(nn.Module):
+    """``token_logprobs`` of a model as a module: what FSDP wraps and hooks into.
+
+    Args:
+        model: as for ``token_logprobs``; so are the rest.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        temperature: float = 1.0,
+        *,
+        precision: Precision = "float32",
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._settings: dict[str, Any] = {"precision": precision, "compile": compile}
+        self._temperature = temperature
+
+    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies of the action tokens of a pass."""
+        return token_logprobs(self.model, micro, self._temperature, **self._settings)
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model of the transformers library, where it names them."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: PLC0415
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+@torch.no_grad()
+def batch_logprobs(
+    score: Callable[[MicroBatch], tuple[Tensor, Tensor]],
+    batch: Batch,
+    max_tokens: int,
+    *,
+    packed: bool = False,
+) -> Tensor:
+    """Compute the log-probabilities of all action tokens of a batch, without gradient.
+
+    Args:
+        score: what computes those of a pass, and something else: a ``Scorer``.
         batch: A action tokens.
-        temperature: the sampler's; it divides the logits.
         max_tokens: the most tokens of a pass, padding included.
+        packed: as for ``micro_batches``.
 
     Returns:
         The log-probabilities, [A].
     """
-    picked, logprobs = [], []
-    for micro in micro_batches(batch, max_tokens):
-        picked.append(micro.picked)
-        logprobs.append(token_logprobs(model, micro, temperature)[0])
-    found = torch.cat(logprobs)
-    return torch.empty_like(found).index_copy(0, torch.cat(picked), found)
+    found: Tensor | None = None
+    for micro, counts in share(micro_batches(batch, max_tokens, packed=packed)):
+        logprobs = score(micro)[0]
+        if found is None:
+            found = logprobs.new_zeros(len(batch.targets))
+        if counts:
+            found[micro.picked] = logprobs
+    return batch.sampler_logprobs.new_zeros(0) if found is None else add_up(found)
 
 
-def _logprobs_and_entropy(
-    head: nn.Module, states: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    logits = head(states)
+def _score(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the targets and entropies, from logits [a, vocabulary]."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature != 1:
         logits = logits / temperature
     logprobs = logits.log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(1, targets[:, None]).squeeze(1), entropy
+
+
+@cache
+def _compiled_score() -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]:
+    return torch.compile(_score, dynamic=True)
 
 
 def _check_folder(folder: Path) -> None:

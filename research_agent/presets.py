@@ -1,7 +1,8 @@
 """Settings by name: the bundled world, and the papers'.
 
 The papers' presets hold the settings of the paper, or where the paper is silent those of the
-authors' published script. They need the hardware of the paper; every one can be changed by flags.
+authors' published script; docs/papers.md has them side by side. They need the hardware of the
+paper; every one can be changed by flags.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ RESEARCH_7B = TrainConfig(
     algorithm=AlgorithmConfig(
         algorithm="grpo", algorithm_args={"clip": 0.2, "kl_coef": 1e-3, "entropy_coef": 1e-3}
     ),
-    learner=LearnerConfig(learning_rate=1e-6, updates=1, micro_batch_tokens=17408),
+    learner=LearnerConfig(
+        learning_rate=1e-6, updates=1, old_logprobs="recomputed", micro_batch_tokens=17408
+    ),
     run=RunConfig(steps=155, output=Path("runs/research-7b"), save_every=10, eval_args=_DEV),
 )
 
@@ -83,8 +86,9 @@ RESEARCH_32B = TrainConfig(
 )
 
 # Song et al. 2025, "R1-Searcher", section 4.1, and scripts/qwen_reinforce_plus_train.sh of the
-# authors (64 tasks x 16, train batch 256, KL 0). The paper's tasks are HotpotQA and 2Wiki
-# questions graded by difficulty: 350 for stage 1, 8,148 for stage 2 (127 steps an epoch).
+# authors (64 tasks x 16, train batch 256, KL 0, the baseline of the group, AdamW's betas). The
+# paper's tasks are HotpotQA and 2Wiki questions graded by difficulty: 350 for stage 1, 8,148 for
+# stage 2 (127 steps an epoch).
 R1_SEARCHER = TrainConfig(
     preset="r1-searcher",
     environment=EnvironmentConfig(
@@ -104,14 +108,25 @@ R1_SEARCHER = TrainConfig(
     sampling=SamplingConfig(
         prompts=64, samples=16, temperature=1.0, max_prompt=1024, max_response=29000
     ),
-    algorithm=AlgorithmConfig(algorithm="reinforce_pp"),
-    learner=LearnerConfig(learning_rate=2e-6, updates=4, micro_batch_tokens=32768),
+    algorithm=AlgorithmConfig(
+        algorithm="reinforce_pp",
+        algorithm_args={"baseline": "group", "clip": 0.2, "kl_coef": 0.0},
+    ),
+    learner=LearnerConfig(
+        learning_rate=2e-6,
+        updates=4,
+        weight_decay=0.0,
+        betas=(0.9, 0.95),
+        old_logprobs="recomputed",
+        micro_batch_tokens=32768,
+    ),
     run=RunConfig(steps=127, output=Path("runs/r1-searcher"), save_every=20, eval_args=_DEV),
 )
 
 # Jin et al. 2025, "Search-R1", appendix B, and scripts/nq_hotpotqa/v0.2/train_grpo.sh of the
-# authors: 512 x 5, mini-batches of 256, warm-up over .285 of 1,005 steps, 500 tokens a turn. The
-# paper trains on Natural Questions and HotpotQA; here on HotpotQA.
+# authors: 512 x 5 in mini-batches of 256 trajectories, so 10 updates a step; warm-up over .285 of
+# 1,005 steps; 500 tokens a turn; the entropy bonus is their configuration's default. The paper
+# trains on Natural Questions and HotpotQA; here on HotpotQA.
 SEARCH_R1 = TrainConfig(
     preset="search-r1",
     environment=EnvironmentConfig(
@@ -131,17 +146,53 @@ SEARCH_R1 = TrainConfig(
         prompts=512, samples=5, temperature=1.0, max_prompt=2048, max_response=4096, max_turn=500
     ),
     algorithm=AlgorithmConfig(
-        algorithm="grpo", algorithm_args={"clip": 0.2, "kl_coef": 1e-3, "entropy_coef": 0.0}
+        algorithm="grpo", algorithm_args={"clip": 0.2, "kl_coef": 1e-3, "entropy_coef": 1e-3}
     ),
     learner=LearnerConfig(
-        learning_rate=1e-6, warmup_steps=573, updates=2, micro_batch_tokens=16384
+        learning_rate=1e-6,
+        warmup_steps=2860,
+        updates=10,
+        old_logprobs="recomputed",
+        micro_batch_tokens=16384,
     ),
     run=RunConfig(steps=1005, output=Path("runs/search-r1"), save_every=100, eval_args=_DEV),
 )
 
+# The same with PPO, the paper's main results: scripts/nq_hotpotqa/v0.2/train_ppo.sh. One sample a
+# task, mini-batches of 256, so 2 updates a step; the critic's warm-up is .015 of 1,005 steps.
+SEARCH_R1_PPO = TrainConfig(
+    preset="search-r1-ppo",
+    environment=SEARCH_R1.environment,
+    policy=SEARCH_R1.policy,
+    sampling=SamplingConfig(
+        prompts=512, samples=1, temperature=1.0, max_prompt=2048, max_response=4096, max_turn=500
+    ),
+    algorithm=AlgorithmConfig(
+        algorithm="ppo",
+        algorithm_args={
+            "clip": 0.2,
+            "kl_coef": 1e-3,
+            "entropy_coef": 1e-3,
+            "gamma": 1.0,
+            "lam": 1.0,
+            "value_clip": 0.5,
+            "critic_learning_rate": 1e-5,
+            "critic_warmup_steps": 30,
+        },
+    ),
+    learner=LearnerConfig(
+        learning_rate=1e-6,
+        warmup_steps=572,
+        updates=2,
+        old_logprobs="recomputed",
+        micro_batch_tokens=16384,
+    ),
+    run=RunConfig(steps=1005, output=Path("runs/search-r1-ppo"), save_every=100, eval_args=_DEV),
+)
+
 PRESETS: dict[str, TrainConfig] = {
     preset.preset: preset
-    for preset in (MINIWORLD, RESEARCH_7B, RESEARCH_32B, R1_SEARCHER, SEARCH_R1)
+    for preset in (MINIWORLD, RESEARCH_7B, RESEARCH_32B, R1_SEARCHER, SEARCH_R1, SEARCH_R1_PPO)
 }
 
 DESCRIPTIONS: dict[str, str] = {
@@ -151,4 +202,5 @@ DESCRIPTIONS: dict[str, str] = {
     "r1-searcher": "R1-Searcher (Song et al. 2025), stage 2: REINFORCE++, Qwen2.5-7B. "
     "Stage 1: --env-args reward=r1-searcher-stage1.",
     "search-r1": "Search-R1 (Jin et al. 2025): GRPO, Qwen2.5-7B, exact match.",
+    "search-r1-ppo": "Search-R1 (Jin et al. 2025): PPO with a critic, Qwen2.5-7B, exact match.",
 }

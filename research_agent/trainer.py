@@ -24,16 +24,25 @@ import torch
 
 from research_agent import checkpoint
 from research_agent.algorithms import algorithm
+from research_agent.algorithms.base import SelectsGroups
 from research_agent.checkpoint import Checkpoint
 from research_agent.codec import Codec, load_codec
+from research_agent.collapse import Watch
 from research_agent.collect import collect
 from research_agent.config import TrainConfig, as_json, require_same, validate
 from research_agent.engines import make_engine
 from research_agent.engines.base import Engine
 from research_agent.environments import Environments, make_environments
-from research_agent.errors import ConfigError, ResearchAgentError, TooManyVoidError
+from research_agent.errors import (
+    CollapseError,
+    ConfigError,
+    NonFiniteError,
+    ResearchAgentError,
+    TooManyVoidError,
+)
 from research_agent.evaluate import as_record, evaluate
 from research_agent.learner import Learner
+from research_agent.parallel import agree, gather, processes, rank_and_size
 from research_agent.policy import load_model, resolve_model
 from research_agent.tracking import METRICS, TIMINGS, Tracker, read_lines
 from research_agent.trajectory import Group, Trajectory
@@ -57,7 +66,7 @@ def train(config: TrainConfig) -> TrainSummary:
         TooManyVoidError: more episodes were void than ``max_void_share``; the state is saved.
     """
     validate(config)
-    sampling, run = config.sampling, config.run
+    run = config.run
     saved = _saved(config)
     step = saved.step if saved else 0
     seconds = float(saved.state["seconds"]) if saved else 0.0
@@ -66,45 +75,41 @@ def train(config: TrainConfig) -> TrainSummary:
 
     with ExitStack() as stack:
         signals = stack.enter_context(_stop_signals())
+        stack.enter_context(processes())
         parts = stack.enter_context(_open(config, saved))
-        tracker = Tracker(run.output, step, run.steps, show=not run.quiet, fresh=not saved)
-        stack.enter_context(tracker)
-        tracker.say(f"{run.output}: {f'continuing after step {step}' if saved else 'starting'}")
-        if run.eval_every and not saved:
-            tracker.record(0, _evaluate(parts, 0), {"seconds": 0.0})
+        tracker: Tracker | None = None
+        if rank_and_size()[0] == 0:  # of several processes one writes
+            tracker = Tracker(run.output, step, run.steps, show=not run.quiet, fresh=not saved)
+            stack.enter_context(tracker)
+            tracker.say(f"{run.output}: {f'continuing after step {step}' if saved else 'starting'}")
+            if run.eval_every and not saved:
+                tracker.record(0, _evaluate(parts, 0), {"seconds": 0.0})
 
-        while not signals and not over:
+        while not agree(bool(signals)) and not over:
             start = time.perf_counter()
 
             # Collect. The tasks of a step are a function of its number.
-            first = step * sampling.prompts
-            wanted = [
-                (episode, sample)
-                for episode in range(first, first + sampling.prompts)
-                for sample in range(sampling.samples)
-            ]
-            trajectories = collect(
-                parts.engine, parts.environments, parts.codec, wanted, sampling, seed=run.seed
-            )
+            trajectories, groups = _play(parts, step)
             collected = time.perf_counter()
 
             # Credit and learn. Advantages, weights and objective are the algorithm's.
-            void_share = sum(t.void for t in trajectories) / len(trajectories)
+            void_share = _void_share(trajectories)
             if void_share > config.algorithm.max_void_share:
                 _save(parts, step, seconds)
                 raise TooManyVoidError(_void_message(config, step, void_share))
-            learned = parts.learner.update(_groups(trajectories))
+            with saved_for_inspection(run.output, step, trajectories):
+                learned = parts.learner.update(groups)
 
             # Sync. The next step is sampled with the new weights.
             step += 1
-            parts.engine.load_weights(parts.model.named_parameters(), version=step)
+            parts.engine.load_weights(parts.learner.weights(), version=step)
             end = time.perf_counter()
             seconds += end - start
-            over = _over(config, step, seconds)
+            over = agree(_over(config, step, seconds))
 
             # Log.
             metrics = {**_describe(trajectories), **_named("learner", learned)}
-            if run.eval_every and (over or step % run.eval_every == 0):
+            if tracker and run.eval_every and (over or step % run.eval_every == 0):
                 metrics |= _evaluate(parts, step)
             timings = {
                 "seconds": seconds,
@@ -113,17 +118,23 @@ def train(config: TrainConfig) -> TrainSummary:
                 "episodes_per_second": len(trajectories) / (end - start),
             }
             shown = [as_record(trajectory) for trajectory in trajectories[: run.log_episodes]]
-            tracker.record(step, metrics, timings, shown)
+            if tracker:
+                tracker.record(step, metrics, timings, shown)
+            if parts.watch and (best := parts.watch.add(step, metrics["reward"])) is not None:
+                done = _set_back(parts, step, best)
+                if tracker:
+                    tracker.say(done)
 
             # Save.
-            if step % run.save_every == 0:
+            is_best = "eval/reward" in metrics and step == _best(config)
+            if agree(step % run.save_every == 0 or is_best):
                 _save(parts, step, seconds)
         _save(parts, step, seconds)
 
     if over:
         return _summary(config, f"{run.output} is finished: {over}")
     message = f"stopped after step {step} of {run.steps}; the same command continues it"
-    return _summary(config, message, signals[0])
+    return _summary(config, message, signals[0] if signals else 0)
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,7 @@ class _Parts:
     learner: Learner
     environments: Environments
     held_out: Environments | None  # of evaluations
+    watch: Watch | None  # for collapse
 
 
 def open_environments(env: str, count: int, env_args: Mapping[str, Any]) -> Environments:
@@ -164,10 +176,14 @@ def context_of(model: Any, wanted: int) -> int:
 def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
     """Build the parts, with the weights and states of a checkpoint where there is one."""
     sampling, policy, run = config.sampling, config.policy, config.run
-    run.output.mkdir(parents=True, exist_ok=True)
-    (run.output / "config.json").write_text(json.dumps(as_json(config), indent=1) + "\n")
+    rank, size = rank_and_size()
+    if size > 1 and run.collapse is not None and run.on_collapse == "rollback":
+        raise ConfigError("--on-collapse rollback works in one process only; stop, and start again")
+    if rank == 0:
+        run.output.mkdir(parents=True, exist_ok=True)
+        (run.output / "config.json").write_text(json.dumps(as_json(config), indent=1) + "\n")
     torch.manual_seed(run.seed)
-    slots = sampling.prompts * sampling.samples
+    slots = -(-sampling.prompts * sampling.samples // size)
     slots = min(slots, sampling.slots or slots)
     rule = algorithm(config.algorithm.algorithm, **config.algorithm.algorithm_args)
     with ExitStack() as stack:
@@ -175,13 +191,21 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
         environments = open_environments(env, slots, env_args)
         stack.callback(environments.close)
         held_out = None
-        if run.eval_every:
+        if run.eval_every and rank == 0:
             held_out = open_environments(env, slots, {**env_args, **run.eval_args})
             stack.callback(held_out.close)
         codec = load_codec(resolve_model(policy.model), chat_template=policy.chat_template)
         load = partial(load_model, device=policy.device)
-        model = load(saved.folder if saved else policy.model)
-        reference = load(policy.model) if rule.needs_reference else None
+        lora = config.learner.lora_rank > 0
+        model = load(saved.folder if saved and not lora else policy.model)
+        reference = load(policy.model) if rule.needs_reference and not lora else None
+        engine = make_engine(
+            sampling.engine,
+            model,
+            codec,
+            max_slots=slots,
+            max_context=context_of(model, sampling.max_prompt + sampling.max_response),
+        )
         learner = Learner(
             model,
             rule,
@@ -192,21 +216,69 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
         if saved:
             learner.load_state_dict(saved.state["learner"])
             torch.set_rng_state(saved.state["random"])
-        engine = make_engine(
-            sampling.engine,
-            model,
-            codec,
-            max_slots=slots,
-            max_context=context_of(model, sampling.max_prompt + sampling.max_response),
+            if lora:  # the checkpoint's adapters: the engine has the weights beside them
+                engine.load_weights(learner.weights(), version=saved.step)
+        watch = None if run.collapse is None else Watch(run.collapse)
+        if watch and saved:
+            watch.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
+        yield _Parts(config, codec, model, engine, learner, environments, held_out, watch)
+
+
+def _play(parts: _Parts, step: int) -> tuple[list[Trajectory], list[Group]]:
+    """Play the tasks of a step; returns all episodes, and the groups to learn from.
+
+    An algorithm that selects groups has as many tasks for each step as its rounds can need, and
+    those that a step does not need are left out: which tasks a step plays never depends on others.
+    """
+    sampling, rule = parts.config.sampling, parts.learner.algorithm
+    selects = rule if isinstance(rule, SelectsGroups) else None
+    rounds = selects.max_rounds if selects else 1
+    episode = step * sampling.prompts * rounds
+    played: list[Trajectory] = []
+    groups: list[Group] = []
+    for _ in range(rounds):
+        missing = sampling.prompts - len(groups)
+        wanted = [
+            (number, sample)
+            for number in range(episode, episode + missing)
+            for sample in range(sampling.samples)
+        ]
+        episode += missing
+        rank, size = rank_and_size()
+        trajectories = collect(
+            parts.engine,
+            parts.environments,
+            parts.codec,
+            wanted[rank::size],  # each process plays its share, and all learn from all
+            sampling,
+            seed=parts.config.run.seed,
         )
-        yield _Parts(config, codec, model, engine, learner, environments, held_out)
+        trajectories = sorted(gather(trajectories), key=lambda t: (t.episode, t.sample))
+        played += trajectories
+        for group in _groups(trajectories):
+            if selects is None or selects.keeps([t.reward for t in group.trajectories]):
+                groups.append(group)
+        down = _void_share(played) > parts.config.algorithm.max_void_share
+        if down or len(groups) == sampling.prompts:
+            break
+    return played, groups
+
+
+def _void_share(trajectories: Sequence[Trajectory]) -> float:
+    return sum(t.void for t in trajectories) / len(trajectories)
 
 
 def _save(parts: _Parts, step: int, seconds: float) -> None:
     config = parts.config
+    rank, size = rank_and_size()
+    is_whole = size == 1 and not config.learner.lora_rank
+    weights = None if is_whole else dict(parts.learner.weights())  # of all processes together
+    learner = parts.learner.state_dict()
+    if rank:
+        return
 
     def write_model(folder: Path) -> None:
-        parts.model.save_pretrained(folder)
+        parts.model.save_pretrained(folder, state_dict=weights)
         parts.codec.tokenizer.save_pretrained(folder)
 
     checkpoint.save(
@@ -214,13 +286,46 @@ def _save(parts: _Parts, step: int, seconds: float) -> None:
         step,
         write_model=write_model,
         state={
-            "learner": parts.learner.state_dict(),
+            "learner": learner,
             "random": torch.get_rng_state(),
             "seconds": seconds,
+            **({"rewards": parts.watch.history} if parts.watch else {}),
         },
         config=as_json(config),
         keep=config.run.keep,
+        best=_best(config),
     )
+
+
+def _best(config: TrainConfig) -> int | None:
+    """The step after which an evaluation gave the highest reward, the first of several."""
+    records = read_lines(config.run.output / METRICS)
+    evaluated = [r for r in records if r["step"] and r.get("eval/reward") is not None]
+    return max(evaluated, key=lambda r: r["eval/reward"])["step"] if evaluated else None
+
+
+def _set_back(parts: _Parts, step: int, best: int) -> str:
+    """Undo a collapse as the configuration says; returns what was done.
+
+    Raises:
+        CollapseError: the run is to stop, or has no checkpoint to go back to.
+    """
+    run = parts.config.run
+    good = checkpoint.latest(run.output / "checkpoints", up_to=best)
+    what = (
+        f"the reward collapsed: at step {step} it is below {run.collapse:g} of its best average, "
+        f"that of step {best}; the newest checkpoint up to there is {good or 'none'}"
+    )
+    if run.on_collapse == "stop" or good is None or parts.watch is None:
+        raise CollapseError(what)
+    saved = checkpoint.load(good)
+    with torch.no_grad():
+        if not parts.config.learner.lora_rank:
+            parts.model.load_state_dict(load_model(good, device="cpu").state_dict())
+        parts.learner.load_state_dict(saved.state["learner"])
+    parts.engine.load_weights(parts.learner.weights(), version=step)
+    parts.watch.history.clear()
+    return f"{what}; the run goes on from it"
 
 
 def _evaluate(parts: _Parts, step: int) -> dict[str, float]:
@@ -285,12 +390,53 @@ def _describe(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "action_tokens": sum(t.num_action_tokens for t in played) / count,
         "tokens": sum(len(t.tokens) for t in played) / count,
         "void_share": 1 - len(played) / len(trajectories),
+        "episodes": float(len(trajectories)),
         "truncated_share": sum(t.truncated for t in trajectories) / len(trajectories),
     }
 
 
 def _named(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": float(value) for name, value in values.items()}
+
+
+@contextmanager
+def saved_for_inspection(
+    output: Path, step: int, trajectories: Sequence[Trajectory]
+) -> Iterator[None]:
+    """Where learning meets a number that is not finite, write down what it learned from.
+
+    Args:
+        output: folder of the run; a new file in its ``failures`` gets the cause and the
+            trajectories with their tokens and log-probabilities. Nothing there is overwritten.
+        step: training steps done.
+        trajectories: of the step.
+
+    Raises:
+        NonFiniteError: the one that was met; its message tells the file.
+    """
+    try:
+        yield
+    except NonFiniteError as error:
+        if rank_and_size()[0]:
+            raise
+        folder = output / "failures"
+        folder.mkdir(exist_ok=True)
+        names = (folder / f"step-{step + 1:06d}-{n}.json" for n in range(1, 10_000))
+        path = next(name for name in names if not name.exists())
+        record = {
+            "step": step + 1,
+            "cause": str(error),
+            "trajectories": [
+                {**as_record(trajectory), "segments": [asdict(s) for s in trajectory.segments]}
+                for trajectory in trajectories
+            ],
+        }
+        path.write_text(json.dumps(record, default=str), encoding="utf-8")
+        message = (
+            f"step {step + 1}: {error}. The trajectories are in {path}; the last checkpoint is "
+            f"{checkpoint.latest(output / 'checkpoints') or 'none'}"
+        )
+        raise NonFiniteError(message) from error
 
 
 def _void_message(config: TrainConfig, step: int, share: float) -> str:

@@ -12,6 +12,13 @@ __all__ = ["ALGORITHMS", "Algorithm", "Tokens", "algorithm"]
 
 ALGORITHMS = {
     "grpo": "research_agent.algorithms.grpo:GRPO",
+    "dr_grpo": "research_agent.algorithms.dr_grpo:DrGRPO",
+    "dapo": "research_agent.algorithms.dapo:DAPO",
+    "gspo": "research_agent.algorithms.gspo:GSPO",
+    "cispo": "research_agent.algorithms.cispo:CISPO",
+    "rloo": "research_agent.algorithms.rloo:RLOO",
+    "reinforce_pp": "research_agent.algorithms.reinforce_pp:ReinforcePP",
+    "ppo": "research_agent.algorithms.ppo:PPO",
 }
 
 

@@ -10,9 +10,9 @@ a configuration can hold an algorithm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,5 +76,61 @@ class Algorithm(Protocol):
         Returns:
             The objective, shape [tokens]; and quantities to log, each of shape [tokens], of which
             the learner takes the mean over the action tokens of the batch.
+        """
+        ...
+
+
+@runtime_checkable
+class SelectsGroups(Protocol):
+    """What an algorithm may have besides: a choice of the groups that it learns from.
+
+    The trainer then goes on playing tasks, round by round, until a step has as many groups as
+    ``--prompts`` asks for.
+    """
+
+    @property
+    def max_rounds(self) -> int:
+        """After so many rounds a step makes do with the groups that it has."""
+        ...
+
+    def keeps(self, rewards: Sequence[float]) -> bool:
+        """Say whether a group is learned from.
+
+        Args:
+            rewards: of its trajectories, void ones left out.
+        """
+        ...
+
+
+@runtime_checkable
+class UsesCritic(Protocol):
+    """What an algorithm may have besides: a critic, see ``research_agent/critic.py``.
+
+    The learner makes one, and fills ``batch.values`` in before it asks for advantages.
+    """
+
+    @property
+    def critic_learning_rate(self) -> float:
+        """Of the critic's AdamW."""
+        ...
+
+    @property
+    def critic_warmup_steps(self) -> int:
+        """Optimiser steps over which that rises in a line from zero."""
+        ...
+
+    @property
+    def value_clip(self) -> float:
+        """How far an update may move a value from the one before it, as far as the loss goes."""
+        ...
+
+    def returns(self, batch: Batch) -> Tensor:
+        """Say what the values should have been.
+
+        Args:
+            batch: a whole rollout, its values filled in.
+
+        Returns:
+            The targets of the critic, [action tokens].
         """
         ...

@@ -1,14 +1,24 @@
 """The pieces that algorithms share: pure functions of tensors.
 
-Shapes: N trajectories, A action tokens. Tensors are used by their methods, so no torch is loaded.
+Shapes: N trajectories, A action tokens, those of a trajectory one after another. Tensors are used
+by their methods, so no torch is loaded. Observation tokens have no place in any of them: what runs
+from token to token here (returns, GAE, ratios of sequences) runs from an action's last token to the
+first of the next action.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Literal
+
+from research_agent.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+KLEstimator = Literal["k1", "k2", "k3"]
+KL_ESTIMATORS = ("k1", "k2", "k3")
 
 # The largest difference of log-probabilities that is told apart, as in verl. Beyond it, exp()
 # overflows in float32 and turns the gradient into NaN, even of tokens whose ratio is clipped.
@@ -29,6 +39,105 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
         The ratios, [A].
     """
     return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def sequence_ratio(
+    logprobs: Tensor, old_logprobs: Tensor, sequence: Tensor, *, mean: bool
+) -> Tensor:
+    """Probability of a whole trajectory's actions under the policy that learns over that of old.
+
+    With ``mean``, its geometric mean over the tokens, ``(pi(o) / pi_old(o)) ** (1 / |o|)``:
+    equation 7 of Zheng et al. 2025, GSPO (arXiv:2507.18071). Without, the ratio itself, as TRL's
+    RLOO takes it. The logarithm is cut at +-20 (no gradient beyond).
+
+    Args:
+        logprobs: [A], with gradient.
+        old_logprobs: [A].
+        sequence: number of the trajectory of each action token, [A].
+        mean: take the mean of the logarithms, or their sum.
+
+    Returns:
+        The ratios, [A]: the same for all tokens of a trajectory.
+    """
+    counts = sequence.bincount()
+    sums = logprobs.new_zeros(len(counts)).index_add(0, sequence, logprobs - old_logprobs)
+    log_ratio = sums / counts.clamp(min=1) if mean else sums
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()[sequence]
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """``min(ratio A, clip(ratio, 1 - low, 1 + high) A)``: equation 7 of Schulman et al. 2017.
+
+    Args:
+        ratio: [A], with gradient.
+        advantages: [A].
+        low: how far below 1 the ratio counts.
+        high: how far above 1 the ratio counts.
+
+    Returns:
+        The surrogates, [A]; and where clipping took their gradient, [A] of booleans.
+    """
+    free = ratio * advantages
+    clipped = ratio.clamp(1 - low, 1 + high) * advantages
+    return free.minimum(clipped), clipped < free
+
+
+def truncated_importance(logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """Weigh tokens by how much likelier the learner finds them than the sampler did, up to a cap.
+
+    ``min(pi_learner(o_t) / pi_sampler(o_t), cap)``, both with the same weights: truncated
+    importance sampling for engines whose numbers differ from the learner's (Yao et al. 2025, "Your
+    efficient RL framework secretly brings you off-policy RL training"; Ionides 2008).
+
+    Args:
+        logprobs: recomputed by the learner, before it changed, [A].
+        sampler_logprobs: as the engine reported them, [A].
+        cap: the largest weight.
+
+    Returns:
+        The weights, [A].
+    """
+    return importance_ratio(logprobs, sampler_logprobs).clamp(max=cap)
+
+
+def kl(estimator: KLEstimator, logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Estimate KL(pi || pi_ref) from samples of pi, by name: ``kl_k1``, ``kl_k2`` or ``kl_k3``."""
+    return {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}[estimator](logprobs, reference_logprobs)
+
+
+def kl_k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Estimate KL(pi || pi_ref) from samples of pi: unbiased, of either sign.
+
+    ``-log r`` with ``r = pi_ref(o_t) / pi(o_t)``: k1 of Schulman 2020
+    (http://joschu.net/blog/kl-approx.html). It belongs into a reward: in a loss its gradient is
+    ``grad log pi``, which is 0 in the mean and knows nothing of the reference.
+
+    Args:
+        logprobs: [A], with gradient.
+        reference_logprobs: [A].
+
+    Returns:
+        The estimates, [A], in nats.
+    """
+    return logprobs - reference_logprobs
+
+
+def kl_k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Estimate KL(pi || pi_ref) from samples of pi: biased, never negative.
+
+    ``(log r)^2 / 2`` with ``r = pi_ref(o_t) / pi(o_t)``: k2 of Schulman 2020
+    (http://joschu.net/blog/kl-approx.html). In a loss its gradient is, in the mean, that of the KL.
+
+    Args:
+        logprobs: [A], with gradient.
+        reference_logprobs: [A].
+
+    Returns:
+        The estimates, [A], in nats.
+    """
+    return (logprobs - reference_logprobs) ** 2 / 2
 
 
 def kl_k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
@@ -85,6 +194,129 @@ def group_std(values: Tensor, groups: Tensor) -> Tensor:
     return (sums / (counts - 1).clamp(min=1)).sqrt()[groups]
 
 
+def leave_one_out_mean(values: Tensor, groups: Tensor) -> Tensor:
+    """Mean of the others of each trajectory's group; its own value in a group of one.
+
+    Args:
+        values: one a trajectory, [N].
+        groups: number of each trajectory's group, [N], counted from 0.
+
+    Returns:
+        The means, [N].
+    """
+    counts = groups.bincount()[groups]
+    mean = group_mean(values, groups)
+    return mean + (mean - values) / (counts - 1).clamp(min=1)
+
+
+def group_normalized(values: Tensor, groups: Tensor, epsilon: float) -> Tensor:
+    """``(value - mean) / (std + epsilon)`` of each trajectory's group; 0 in a group of one.
+
+    Args:
+        values: one a trajectory, [N].
+        groups: number of each trajectory's group, [N], counted from 0.
+        epsilon: added to the (n - 1) standard deviation.
+
+    Returns:
+        The normalised values, [N].
+    """
+    return (values - group_mean(values, groups)) / (group_std(values, groups) + epsilon)
+
+
+def batch_normalized(values: Tensor) -> Tensor:
+    """``(value - mean) / std`` of all action tokens; values that are all equal become 0.
+
+    Over n, with the variance held above 1e-8, as in OpenRLHF and verl; there the sums run over the
+    response mask, which must leave observations out.
+
+    Args:
+        values: [A].
+
+    Returns:
+        The normalised values, [A].
+    """
+    centred = values - values.mean()
+    return centred / (centred**2).mean().clamp(min=1e-8).sqrt()
+
+
+def rewards_at_end(rewards: Tensor, lengths: Tensor) -> Tensor:
+    """Put each trajectory's reward on its last action token; the others have 0.
+
+    Args:
+        rewards: one a trajectory, [N].
+        lengths: number of action tokens of each trajectory, [N]. Without any, the reward is lost.
+
+    Returns:
+        The rewards of the tokens, [A].
+    """
+    ends = lengths.cumsum(0) - 1
+    some = lengths > 0
+    return rewards.new_zeros(int(lengths.sum())).index_put((ends[some],), rewards[some])
+
+
+def discounted_sum(values: Tensor, sequence: Tensor, factor: float) -> Tensor:
+    """``y_t = x_t + factor * y_(t+1)`` along the action tokens of each trajectory.
+
+    With rewards and ``gamma`` these are the returns of REINFORCE.
+
+    Args:
+        values: x, [A].
+        sequence: number of the trajectory of each action token, [A], ascending.
+        factor: from 0 to 1.
+
+    Returns:
+        The sums y, [A].
+    """
+    if not len(values):
+        return values
+    lengths = sequence.bincount()
+    column = lengths.cumsum(0)[sequence] - 1 - _positions(sequence)  # tokens that still follow
+    rows = values.new_zeros((int(column.max()) + 1, len(lengths)))
+    rows = rows.index_put((column, sequence), values)
+    for place in range(1, len(rows)):
+        rows[place] += factor * rows[place - 1]
+    return rows[column, sequence]
+
+
+def gae(rewards: Tensor, values: Tensor, sequence: Tensor, gamma: float, lam: float) -> Tensor:
+    r"""Generalised advantage estimation along the action tokens of each trajectory.
+
+    :math:`A_t = \sum_l (\gamma\lambda)^l \delta_{t+l}` with :math:`\delta_t = r_t + \gamma V_{t+1}
+    - V_t`: equation 16 of Schulman et al. 2015 (arXiv:1506.02438). The token after an action's last
+    one is the first of the next action; after the last of all the value is 0, in truncated episodes
+    too.
+
+    Args:
+        rewards: [A].
+        values: of the state in which each token was sampled, [A].
+        sequence: number of the trajectory of each action token, [A], ascending.
+        gamma: discount of a token.
+        lam: 0 trusts the values, 1 the rewards.
+
+    Returns:
+        The advantages, [A].
+    """
+    following = values.roll(-1).where(sequence == sequence.roll(-1), 0)
+    following[-1:] = 0  # also where there is but one trajectory
+    return discounted_sum(rewards + gamma * following - values, sequence, gamma * lam)
+
+
+def overlong_penalty(lengths: Tensor, limit: int, cache: int) -> Tensor:
+    """Penalty of long responses: 0, then falling in a line to -1 over the last ``cache`` tokens.
+
+    Equation 13 of Yu et al. 2025, DAPO (arXiv:2503.14476), "soft overlong punishment".
+
+    Args:
+        lengths: number of action tokens of each trajectory, [N].
+        limit: length from which the penalty is -1 (L_max).
+        cache: tokens before it over which the penalty falls (L_cache), at least 1.
+
+    Returns:
+        The penalties, [N], in float64.
+    """
+    return ((limit - cache - lengths.double()) / cache).clamp(-1, 0)
+
+
 def sequence_mean(lengths: Tensor, sequence: Tensor) -> Tensor:
     """Weights of the mean over trajectories of the mean over their action tokens: 1 / (N |o_i|).
 
@@ -96,3 +328,69 @@ def sequence_mean(lengths: Tensor, sequence: Tensor) -> Tensor:
         The weights, [A], in float64. They sum to 1 if every trajectory has an action token.
     """
     return 1 / (len(lengths) * lengths[sequence].double())
+
+
+def token_mean(lengths: Tensor, sequence: Tensor) -> Tensor:
+    """Weights of the mean over the action tokens of all trajectories: 1 / sum |o_i|.
+
+    Args:
+        lengths: number of action tokens of each trajectory, [N].
+        sequence: number of the trajectory of each action token, [A].
+
+    Returns:
+        The weights, [A], in float64. They sum to 1.
+    """
+    return lengths.new_ones(len(sequence)).double() / lengths.sum().clamp(min=1)
+
+
+def constant_mean(lengths: Tensor, sequence: Tensor, length: int) -> Tensor:
+    """Weights of the sum over tokens, divided by trajectories and a length: 1 / (N length).
+
+    Args:
+        lengths: number of action tokens of each trajectory, [N].
+        sequence: number of the trajectory of each action token, [A].
+        length: the same for every trajectory, whatever its own.
+
+    Returns:
+        The weights, [A], in float64.
+    """
+    return lengths.new_ones(len(sequence)).double() / (len(lengths) * length)
+
+
+def require(name: str, algorithm: object, *fields: str, above: float | None = None) -> None:
+    """Refuse settings of an algorithm that are not finite, or too small.
+
+    Args:
+        name: of the algorithm, for the message.
+        algorithm: has the settings as attributes.
+        fields: names of the settings.
+        above: they must be larger; None: 0 or larger.
+
+    Raises:
+        ConfigError: naming algorithm, setting and value.
+    """
+    wanted = "0 or more" if above is None else f"above {above:g}"
+    for field in fields:
+        value = getattr(algorithm, field)
+        small = value < 0 if above is None else value <= above
+        if small or not math.isfinite(value):
+            raise ConfigError(f"{name}: {field} is {value}; give a finite number, {wanted}")
+
+
+def require_one_of(name: str, algorithm: object, field: str, known: Collection[object]) -> None:
+    """Refuse a setting of an algorithm whose value is none of those that are known.
+
+    Raises:
+        ConfigError: naming algorithm, setting, value and what is known.
+    """
+    value = getattr(algorithm, field)
+    if value not in known:
+        words = ", ".join(map(repr, known))
+        raise ConfigError(f"{name}: {field} is {value!r}; known: {words}")
+
+
+def _positions(sequence: Tensor) -> Tensor:
+    """Place of each action token among those of its trajectory, [A]."""
+    lengths = sequence.bincount()
+    starts = lengths.cumsum(0) - lengths
+    return sequence.new_ones(len(sequence)).cumsum(0) - 1 - starts[sequence]

@@ -30,13 +30,16 @@ from typing import TYPE_CHECKING
 
 from research_agent.algorithms.base import Tokens
 from research_agent.algorithms.functional import (
-    group_mean,
-    group_std,
+    KL_ESTIMATORS,
+    KLEstimator,
+    clipped_surrogate,
+    group_normalized,
     importance_ratio,
-    kl_k3,
+    kl,
+    require,
+    require_one_of,
     sequence_mean,
 )
-from research_agent.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,14 +59,13 @@ class GRPO:
     """Weight of the entropy bonus (alpha)."""
     std_epsilon: float = 1e-6
     """Added to the standard deviation of a group's rewards (delta)."""
+    kl_estimator: KLEstimator = "k3"
+    """How the KL is estimated; k3 is the equation's."""
 
     def __post_init__(self) -> None:
-        for name in ("clip", "kl_coef", "entropy_coef", "std_epsilon"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                message = f"grpo: {name} is {getattr(self, name)}; give a finite number, 0 or more"
-                raise ConfigError(message)
-        if self.std_epsilon == 0:
-            raise ConfigError("grpo: std_epsilon is 0, but a group's rewards may all be equal")
+        require("grpo", self, "clip", "kl_coef", "entropy_coef")
+        require("grpo", self, "std_epsilon", above=0)
+        require_one_of("grpo", self, "kl_estimator", KL_ESTIMATORS)
 
     @property
     def needs_reference(self) -> bool:
@@ -72,8 +74,7 @@ class GRPO:
 
     def advantages(self, batch: Batch) -> Tensor:
         """``(r - mean) / (std + delta)`` of the group; one value a trajectory."""
-        mean, std = (f(batch.rewards, batch.groups) for f in (group_mean, group_std))
-        return ((batch.rewards - mean) / (std + self.std_epsilon))[batch.sequence]
+        return group_normalized(batch.rewards, batch.groups, self.std_epsilon)[batch.sequence]
 
     def weights(self, batch: Batch) -> Tensor:
         """``1 / (N |o_i|)``."""
@@ -82,11 +83,10 @@ class GRPO:
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The bracket of the equation, for each token."""
         ratio = importance_ratio(tokens.logprobs, tokens.old_logprobs)
-        free = ratio * tokens.advantages
-        clipped = ratio.clamp(1 - self.clip, 1 + self.clip) * tokens.advantages
-        objective = free.minimum(clipped) + self.entropy_coef * tokens.entropy
-        metrics = {"clip_share": clipped < free}
+        surrogate, clipped = clipped_surrogate(ratio, tokens.advantages, self.clip, self.clip)
+        objective = surrogate + self.entropy_coef * tokens.entropy
+        metrics = {"clip_share": clipped}
         if tokens.reference_logprobs is not None:
-            metrics["kl"] = kl_k3(tokens.logprobs, tokens.reference_logprobs)
+            metrics["kl"] = kl(self.kl_estimator, tokens.logprobs, tokens.reference_logprobs)
             objective = objective - self.kl_coef * metrics["kl"]
         return objective, metrics

@@ -18,7 +18,7 @@ from research_agent.algorithms.grpo import GRPO
 from research_agent.batch import make_batch
 from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
 from research_agent.learner import METRICS, Learner
-from research_agent.policy import batch_logprobs, frozen_copy
+from research_agent.policy import Scorer, batch_logprobs, frozen_copy
 from research_agent.trajectory import Group, Trajectory
 from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.research_agent.rollouts import (
@@ -200,7 +200,7 @@ def test_gradient_follows_reward_and_not_length_of_observations() -> None:
     loser = trajectory(prompt(1), action([7, 8]), reward=0.0, sample=1)
     old = make_batch([Group(0, [winner, loser])])
     model = Bigram()
-    exact = batch_logprobs(model, old, 1.0, 100).tolist()
+    exact = batch_logprobs(Scorer(model), old, 100).tolist()
     winner = trajectory(
         prompt(1),
         action([5], exact[:1]),
@@ -338,7 +338,7 @@ def test_grad_norm_is_that_before_clipping() -> None:
 def test_the_gap_is_zero_when_sampler_and_learner_agree() -> None:
     model = tiny_qwen2(VOCABULARY)
     batch = make_batch(random_groups(0))
-    exact = iter(batch_logprobs(model, batch, 0.7, 10**6).tolist())
+    exact = iter(batch_logprobs(Scorer(model, 0.7), batch, 10**6).tolist())
     groups = [
         Group(
             g.episode,

@@ -13,7 +13,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from research_agent import policy
 from research_agent.batch import make_batch, micro_batches
 from research_agent.errors import ModelError
-from research_agent.policy import batch_logprobs, frozen_copy, load_model, token_logprobs
+from research_agent.policy import Scorer, batch_logprobs, frozen_copy, load_model, token_logprobs
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.research_agent.rollouts import action, observation, prompt, random_groups, trajectory
@@ -87,7 +87,7 @@ def test_batch_logprobs_are_in_the_order_of_the_batch() -> None:
             for i in range(len(batch))
         ]
     )
-    got = batch_logprobs(model, batch, temperature=1.0, max_tokens=40)
+    got = batch_logprobs(Scorer(model), batch, max_tokens=40)
     assert not got.requires_grad
     torch.testing.assert_close(got, expected.detach())
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -392,3 +393,43 @@ def test_a_second_interrupt_leaves_at_once(server: Any, letters: Path, tmp_path:
     said = (tmp_path / "log").read_text()
     assert "once more to leave at once" in said
     assert "Traceback" not in said
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(letters: Path, tmp_path: Path) -> None:
+    more = ["--steps", "12", "--eval-every", "2", "--keep", "1", "--learning-rate", "0.02"]
+    main(flags(letters, tmp_path / "run", *more, "--env-args", "turns=2"))
+    rewards = {r["step"]: r["eval/reward"] for r in metrics(tmp_path / "run") if "eval/reward" in r}
+    best = max(range(2, 13, 2), key=rewards.__getitem__)  # the first of equals
+    folder = tmp_path / "run" / "checkpoints"
+    assert (folder / "best").resolve().name == f"step-{best:06d}"
+    assert {p.name for p in folder.iterdir()} == {"best", f"step-{best:06d}", "step-000012"}
+    AutoModelForCausalLM.from_pretrained(folder / "best")
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(letters: Path, tmp_path: Path) -> None:
+    more = ["--env-args", "turns=2", "--eval-every", "2", "--save-every", "3"]
+    main(flags(letters, tmp_path / "one", "--steps", "5", *more))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for steps in ("2", "5"):  # stopped and continued
+        words = flags(letters, tmp_path / "two", "--steps", steps, *more)
+        done = subprocess.run(
+            [*torchrun, "-m", "research_agent.cli", *words],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.stdout.count(f"is finished: {steps} steps are done") == 1
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [sorted(record) for record in two] == [sorted(record) for record in one]
+    for theirs, ours in zip(two, one, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
+    folders = [tmp_path / name / "checkpoints" / "step-000005" for name in ("one", "two")]
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in folders)
+    # A key's bias moves no attention, so its gradient is noise about 0, which Adam makes large.
+    compared = [name for name in ours if not name.endswith("k_proj.bias")]
+    assert all(torch.allclose(theirs[name], ours[name], rtol=0, atol=1e-6) for name in compared)

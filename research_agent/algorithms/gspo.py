@@ -1,0 +1,85 @@
+r"""GSPO: group sequence policy optimisation, whose ratios are those of whole trajectories.
+
+Zheng et al. 2025 (arXiv:2507.18071), equations 5 to 7:
+
+.. math::
+
+    J = \frac{1}{N} \sum_{i=1}^{N}
+        \min\big(s_i A_i,\ \mathrm{clip}(s_i, 1-\epsilon_{low}, 1+\epsilon_{high}) A_i\big)
+
+    s_i = \Big(\frac{\pi(o_i)}{\pi_{old}(o_i)}\Big)^{1/|o_i|}
+        = \exp\Big(\frac{1}{|o_i|} \sum_{t=1}^{|o_i|} \log\frac{\pi(o_t)}{\pi_{old}(o_t)}\Big),
+    \qquad A_i = \frac{r_i - \mathrm{mean}(r_{group})}{\mathrm{std}(r_{group}) + \delta}
+
+The reward is given to a trajectory, so the unit of the ratio and of its clipping is a trajectory
+too. The geometric mean keeps ratios of long and short trajectories in the same range, a narrow one:
+the epsilons are a thousandth of GRPO's. Here every token carries its trajectory's term, with the
+weight 1 / (N |o_i|), which is the same sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from research_agent.algorithms.base import Tokens
+from research_agent.algorithms.functional import (
+    clipped_surrogate,
+    group_normalized,
+    kl_k3,
+    require,
+    sequence_mean,
+    sequence_ratio,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from research_agent.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class GSPO:
+    """GSPO; the defaults are the paper's. It logs ``clip_share``, and ``kl`` if that is used."""
+
+    clip_low: float = 3e-4
+    """Ratios count only above 1 - clip_low (epsilon_low)."""
+    clip_high: float = 4e-4
+    """Ratios count only below 1 + clip_high (epsilon_high)."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference policy (k3), in the loss; 0: no reference is run."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    std_epsilon: float = 1e-6
+    """Added to the standard deviation of a group's rewards (delta)."""
+
+    def __post_init__(self) -> None:
+        require("gspo", self, "clip_low", "clip_high", "kl_coef", "entropy_coef")
+        require("gspo", self, "std_epsilon", above=0)
+
+    @property
+    def needs_reference(self) -> bool:
+        """True unless the KL counts for nothing."""
+        return self.kl_coef > 0
+
+    def advantages(self, batch: Batch) -> Tensor:
+        """``(r - mean) / (std + delta)`` of the group; one value a trajectory."""
+        return group_normalized(batch.rewards, batch.groups, self.std_epsilon)[batch.sequence]
+
+    def weights(self, batch: Batch) -> Tensor:
+        """``1 / (N |o_i|)``."""
+        return sequence_mean(batch.lengths, batch.sequence)
+
+    def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The minimum in the equation, for each token of the trajectory; less KL, plus entropy."""
+        ratio = sequence_ratio(tokens.logprobs, tokens.old_logprobs, tokens.sequence, mean=True)
+        surrogate, clipped = clipped_surrogate(
+            ratio, tokens.advantages, self.clip_low, self.clip_high
+        )
+        objective = surrogate + self.entropy_coef * tokens.entropy
+        metrics = {"clip_share": clipped}
+        if tokens.reference_logprobs is not None:
+            metrics["kl"] = kl_k3(tokens.logprobs, tokens.reference_logprobs)
+            objective = objective - self.kl_coef * metrics["kl"]
+        return objective, metrics

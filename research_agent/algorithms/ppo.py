@@ -1,0 +1,114 @@
+r"""PPO with a critic, as Search-R1 uses it.
+
+Schulman et al. 2017 (arXiv:1707.06347), equations 7 and 9, for language models as in Ouyang et al.
+2022 (arXiv:2203.02155); Jin et al. 2025, Search-R1 (arXiv:2503.09516), equation 2:
+
+.. math::
+
+    J = \frac{1}{\sum_i |o_i|} \sum_{i=1}^{N} \sum_{t=1}^{|o_i|} \Big(
+        \min\big(\rho_t \hat A_t,\ \mathrm{clip}(\rho_t, 1-\epsilon, 1+\epsilon) \hat A_t\big)
+        + \alpha\, H_t \Big)
+
+    \hat A_t = \frac{A_t - \mathrm{mean}(A)}{\mathrm{std}(A)}, \qquad
+    A_t = \sum_{l \ge 0} (\gamma\lambda)^l \delta_{t+l}, \qquad
+    \delta_t = r_t + \gamma V_{t+1} - V_t
+
+    r_t = [t = |o_i|]\, r_i - \beta \log\frac{\pi_{old}(o_t)}{\pi_{ref}(o_t)}, \qquad
+    L_V = \frac{1}{2 \sum_i |o_i|} \sum_{i,t}
+        \max\big((V - R_t)^2,\ (\mathrm{clip}(V, V_{old} \pm \epsilon_V) - R_t)^2\big), \quad
+    R_t = A_t + V_{old,t}
+
+V_t is the critic's value of what stands before action token t (``research_agent/critic.py``). t
+runs over action tokens alone: the step after the last token of an action is the first token of the
+next action, with whatever was observed in between before it. mean and std are over all action
+tokens of the rollout. The authors' code has the tokens of observations in GAE, mean, std and the
+critic's loss as well (see verl issue 2337); with gamma = lambda = 1 their values cancel in GAE, but
+not in the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from research_agent.algorithms.base import Tokens
+from research_agent.algorithms.functional import (
+    batch_normalized,
+    clipped_surrogate,
+    gae,
+    importance_ratio,
+    kl_k1,
+    require,
+    rewards_at_end,
+    token_mean,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from research_agent.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class PPO:
+    """PPO; the defaults are Search-R1's. It logs ``clip_share``, and ``kl`` (k1) if used."""
+
+    clip: float = 0.2
+    """Ratios count only within 1 - clip and 1 + clip (epsilon)."""
+    kl_coef: float = 1e-3
+    """Weight of the KL to the reference policy, in the reward (beta); 0: no reference is run."""
+    entropy_coef: float = 1e-3
+    """Weight of the entropy bonus (alpha)."""
+    gamma: float = 1.0
+    """Discount of an action token."""
+    lam: float = 1.0
+    """Lambda of GAE: 0 trusts the critic, 1 the rewards."""
+    value_clip: float = 0.5
+    """How far an update may move a value, as far as the critic's loss goes (epsilon_V)."""
+    critic_learning_rate: float = 1e-5
+    """Of the critic's AdamW."""
+    critic_warmup_steps: int = 0
+    """Optimiser steps over which that rises in a line from zero."""
+
+    def __post_init__(self) -> None:
+        coefficients = ("clip", "kl_coef", "entropy_coef", "gamma", "lam", "value_clip")
+        require("ppo", self, *coefficients, "critic_learning_rate", "critic_warmup_steps")
+
+    @property
+    def needs_reference(self) -> bool:
+        """True unless the KL counts for nothing."""
+        return self.kl_coef > 0
+
+    def advantages(self, batch: Batch) -> Tensor:
+        """GAE, normalised over the action tokens."""
+        return batch_normalized(self._gae(batch))
+
+    def returns(self, batch: Batch) -> Tensor:
+        """``A_t + V_old``, before the advantages are normalised."""
+        return self._gae(batch) + self._values(batch)
+
+    def weights(self, batch: Batch) -> Tensor:
+        """``1 / sum |o_i|``."""
+        return token_mean(batch.lengths, batch.sequence)
+
+    def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The bracket of the first equation, for each token."""
+        ratio = importance_ratio(tokens.logprobs, tokens.old_logprobs)
+        surrogate, clipped = clipped_surrogate(ratio, tokens.advantages, self.clip, self.clip)
+        metrics = {"clip_share": clipped}
+        if tokens.reference_logprobs is not None:
+            metrics["kl"] = kl_k1(tokens.logprobs, tokens.reference_logprobs)
+        return surrogate + self.entropy_coef * tokens.entropy, metrics
+
+    def _gae(self, batch: Batch) -> Tensor:
+        rewards = rewards_at_end(batch.rewards, batch.lengths)
+        if batch.reference_logprobs is not None:
+            rewards -= self.kl_coef * kl_k1(batch.old_logprobs, batch.reference_logprobs)
+        return gae(rewards, self._values(batch), batch.sequence, self.gamma, self.lam)
+
+    @staticmethod
+    def _values(batch: Batch) -> Tensor:
+        if batch.values is None:
+            raise ValueError("the batch has no values; PPO needs a learner with a critic")
+        return batch.values.to(batch.rewards.dtype)

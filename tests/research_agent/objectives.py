@@ -1,0 +1,113 @@
+"""An algorithm's loss as the learner forms it, to be compared with slow oracles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from research_agent.algorithms.base import Algorithm, Tokens
+from research_agent.batch import Batch, make_batch
+from research_agent.trajectory import Group
+from tests.research_agent.rollouts import random_groups
+
+
+@dataclass(frozen=True)
+class Case:
+    """A rollout, and what policy and reference say of its action tokens. All float64."""
+
+    batch: Batch
+    logprobs: Tensor  # [A], with gradient
+    entropy: Tensor  # [A], with gradient
+
+    @property
+    def rows(self) -> Iterator[tuple[int, list[int]]]:
+        """Number of each trajectory, and those of its action tokens, in order."""
+        at = 0
+        for i, length in enumerate(self.batch.lengths.tolist()):
+            yield i, list(range(at, at + length))
+            at += length
+
+    def group_of(self, i: int) -> list[int]:
+        """Numbers of the trajectories of i's group, i among them."""
+        groups = self.batch.groups.tolist()
+        return [j for j, group in enumerate(groups) if group == groups[i]]
+
+    def rewards(self) -> list[float]:
+        return [float(r) for r in self.batch.rewards.tolist()]
+
+
+def case(
+    groups: Sequence[Group] | int, *, noise: float = 0.3, values: bool = False, seed: int = 0
+) -> Case:
+    """The groups, or random ones of a seed, with a policy that has moved by noise since."""
+    if isinstance(groups, int):
+        seed, groups = groups, random_groups(groups, groups=3, samples=3)
+    batch = make_batch(groups)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn((4, len(batch.targets)), generator=generator, dtype=torch.float64)
+    old = batch.old_logprobs.double()
+    logprobs = (old + noise * drawn[0]).requires_grad_()
+    batch = replace(
+        batch, old_logprobs=old, reference_logprobs=logprobs.detach() + noise * drawn[1]
+    )
+    if values:
+        batch = replace(batch, values=drawn[3])
+    return Case(batch, logprobs, drawn[2].abs().requires_grad_())
+
+
+def loss_of(
+    algorithm: Algorithm,
+    case: Case,
+    *,
+    cuts: Sequence[Sequence[int]] | None = None,
+    advantages: Tensor | None = None,
+) -> Tensor:
+    """The learner's loss: weights and advantages of the whole, objectives by micro-batch.
+
+    ``cuts`` are the trajectories of each micro-batch; all in one when None.
+    """
+    batch = case.batch
+    if not algorithm.needs_reference:
+        batch = replace(batch, reference_logprobs=None)
+    given = algorithm.advantages(batch) if advantages is None else advantages
+    weights = algorithm.weights(batch)
+    loss = torch.zeros((), dtype=torch.float64)
+    for chosen in cuts or [range(len(batch))]:
+        part, picked = batch.select(chosen), batch.action_tokens_of(chosen)
+        tokens = Tokens(
+            logprobs=case.logprobs[picked],
+            old_logprobs=part.old_logprobs,
+            reference_logprobs=part.reference_logprobs,
+            entropy=case.entropy[picked],
+            advantages=given[picked],
+            sequence=part.sequence,
+        )
+        loss = loss - (weights[picked] * algorithm.objective(tokens)[0]).sum()
+    return loss
+
+
+def assert_same(case: Case, got: Tensor, expected: Tensor) -> None:
+    """Equal losses, and equal gradients by log-probabilities and entropies."""
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+    inputs = [case.logprobs, case.entropy]
+    ours = torch.autograd.grad(got, inputs, allow_unused=True, retain_graph=True)
+    theirs = torch.autograd.grad(expected, inputs, allow_unused=True, retain_graph=True)
+    for one, other, place in zip(ours, theirs, inputs, strict=True):
+        nothing = torch.zeros_like(place)
+        torch.testing.assert_close(
+            nothing if one is None else one,
+            nothing if other is None else other,
+            rtol=1e-8,
+            atol=1e-10,
+        )
+
+
+def assert_micro_batches_change_nothing(algorithm: Algorithm, case: Case) -> None:
+    """Whole, one trajectory at a time, and dealt out in an odd order: the same gradient."""
+    whole, count = loss_of(algorithm, case), len(case.batch)
+    assert_same(case, loss_of(algorithm, case, cuts=[[i] for i in range(count)]), whole)
+    dealt = [list(range(count))[::-1][i::3] for i in range(3)]
+    assert_same(case, loss_of(algorithm, case, cuts=[cut for cut in dealt if cut]), whole)

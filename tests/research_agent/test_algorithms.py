@@ -1,0 +1,181 @@
+"""What holds for every algorithm, whatever its equation, in the learner that all of them share."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import research_agent.algorithms
+from research_agent.algorithms import ALGORITHMS, Algorithm, algorithm
+from research_agent.errors import ConfigError
+from research_agent.learner import Learner
+from research_agent.trajectory import Group
+from tests.research_agent.conftest import tiny_qwen2
+from tests.research_agent.rollouts import (
+    action,
+    observation,
+    prompt,
+    random_groups,
+    trajectory,
+)
+from tests.research_agent.test_learner import Bigram
+
+Gradient = dict[str, torch.Tensor]
+
+
+def _rule(name: str, **settings: Any) -> Algorithm:
+    args = {"critic_learning_rate": 1e-3} if name == "ppo" else {}
+    return algorithm(name, **args, **settings)
+
+
+def _with_kl(name: str) -> Algorithm:
+    """With a KL where the algorithm has one, so that the reference plays its part."""
+    return _rule(name, **({} if name in ("dapo", "cispo") else {"kl_coef": 0.1}))
+
+
+def _gradient(
+    name: str, model: Any, reference: Any, groups: list[Group], **settings: Any
+) -> Gradient:
+    learner = Learner(
+        copy.deepcopy(model),
+        _with_kl(name),
+        reference=copy.deepcopy(reference),
+        learning_rate=0.0,
+        max_grad_norm=math.inf,
+        betas=(0.0, 0.999),
+        **settings,
+    )
+    learner.update(groups)
+    return {n: m["exp_avg"] for n, m in learner.state_dict()["moments"].items() if m}
+
+
+def _group(*, between: tuple[int, ...] = (), after: tuple[int, ...] = ()) -> Group:
+    samples = [
+        trajectory(
+            prompt(1),
+            action([5, 6], [-3.0, -3.1]),
+            observation(*between, 2),
+            action([7], [-2.9]),
+            observation(*after),
+            reward=reward,
+            sample=sample,
+        )
+        for sample, reward in enumerate((0.0, 1.0, 0.4))
+    ]
+    return Group(0, samples)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_it_is_a_file_of_a_screenful_or_two(name: str) -> None:
+    folder = Path(research_agent.algorithms.__file__).parent
+    assert len((folder / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_documents_name_it(name: str) -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    for document in ("algorithms.md", "papers.md"):
+        assert f"`{name}`" in (docs / document).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_neither_micro_batches_nor_packing_change_the_gradient(name: str) -> None:
+    """Denominators are those of the whole batch (open-instruct 1161, TRL 2881)."""
+    model, groups = tiny_qwen2(50).double(), random_groups(3)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(0.9)
+    whole = _gradient(name, model, reference, groups, micro_batch_tokens=10**6)
+    assert max(value.abs().max() for value in whole.values()) > 0
+    for settings in (
+        {"micro_batch_tokens": 1},
+        {"micro_batch_tokens": 50},
+        {"micro_batch_tokens": 50, "layout": "packed"},
+    ):
+        cut = _gradient(name, model, reference, groups, **settings)
+        for key, value in whole.items():
+            torch.testing.assert_close(cut[key], value, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_observations_are_in_no_sum(name: str) -> None:
+    """Where only the last token is context, what else was observed changes not a bit."""
+    model, reference = Bigram(), Bigram(seed=1)
+    expected = _gradient(name, model, reference, [_group()])["table"]
+    got = _gradient(name, model, reference, [_group(between=(9,) * 30, after=(8, 8))])["table"]
+    assert torch.equal(got, expected)
+    assert got.abs().sum(1).nonzero().flatten().tolist() == [1, 2, 5]  # what precedes actions
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_what_is_not_finite_outside_actions_does_no_harm(name: str) -> None:
+    """NaN times a mask of 0 is NaN (SkyRL 1633, OpenRLHF 1240); ours is never indexed."""
+    model, reference = Bigram(), Bigram(seed=1)
+    expected = _gradient(name, model, reference, [_group(between=(49, 48), after=(49,))])["table"]
+    for broken in (model, reference):
+        with torch.no_grad():
+            broken.table[49], broken.table[48] = math.nan, math.inf
+    got = _gradient(name, model, reference, [_group(between=(49, 48), after=(49,))])["table"]
+    assert torch.equal(got[:48], expected[:48])
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_it_learns_which_token_is_rewarded(name: str, updates: int) -> None:
+    model = Bigram(4)
+    off = {"kl_coef": 0.0, "entropy_coef": 0.0} if name in ("grpo", "ppo") else {}
+    learner = Learner(
+        model, _rule(name, **off), learning_rate=0.1, weight_decay=0.0, updates=updates
+    )
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        logprobs = model.table[0].detach().log_softmax(-1)
+        groups = []
+        for number in range(2):
+            drawn = torch.multinomial(logprobs.exp(), 8, replacement=True, generator=generator)
+            samples = [
+                trajectory(prompt(0), action([t], [logprobs[t].item()]), reward=float(t == 3))
+                for t in drawn.tolist()
+            ]
+            groups.append(Group(number, samples))
+        learner.update(groups)
+    assert model.table[0].softmax(-1)[3] > 0.9
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_nothing_to_learn_from_changes_nothing(name: str) -> None:
+    model = Bigram()
+    learner = Learner(model, _with_kl(name), reference=Bigram(seed=1), learning_rate=1.0)
+    for groups in ([], [Group(0, [trajectory(prompt(1), action([]), reward=1.0)])]):
+        assert learner.update(groups)["updates"] == 0
+    assert torch.equal(model.table, Bigram().table)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_trajectory_without_action_tokens_among_others(name: str) -> None:
+    """It has a reward and no place to put it: the others' credit stays where it belongs."""
+    empty = trajectory(prompt(1), action([]), reward=0.4)
+    group = _group()
+    mixed = Group(0, [group.trajectories[0], empty, *group.trajectories[1:]])
+    gradient = _gradient(name, Bigram(), Bigram(seed=1), [mixed])["table"]
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+def test_the_cap_of_truncated_importance_sampling() -> None:
+    rule, groups = algorithm("grpo", kl_coef=0.0, entropy_coef=0.0), random_groups(0)
+    for cap, old in ((2.0, "sampler"), (0.0, "recomputed"), (math.nan, "recomputed")):
+        with pytest.raises(ConfigError, match="importance_cap is"):
+            Learner(Bigram(), rule, importance_cap=cap, old_logprobs=old)  # type: ignore[arg-type]
+
+    def norm(cap: float | None) -> float:
+        learner = Learner(Bigram(), rule, old_logprobs="recomputed", importance_cap=cap)
+        return learner.update(groups)["grad_norm"]
+
+    # The rollout's log-probabilities are made up: under a tiny cap all weights are that cap.
+    assert norm(1e-6) == pytest.approx(1e-6 * norm(None), rel=1e-4)

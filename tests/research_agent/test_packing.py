@@ -1,0 +1,366 @@
+"""Several trajectories in a row: no padding, no leak, the same gradient."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from research_agent.algorithms.grpo import GRPO
+from research_agent.batch import make_batch, micro_batches
+from research_agent.errors import ConfigError, ModelError
+from research_agent.learner import Learner
+from research_agent.policy import Scorer, prepare, token_logprobs
+from research_agent.trajectory import Group
+from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
+from tests.research_agent.rollouts import (
+    action,
+    observation,
+    prompt,
+    random_groups,
+    random_trajectory,
+    trajectory,
+)
+
+V = 50
+
+
+def _gradient(model: Any, groups: list[Group], **settings: Any) -> dict[str, Tensor]:
+    """AdamW's first moment at beta 0: the gradient."""
+    learner = Learner(
+        copy.deepcopy(model),
+        GRPO(kl_coef=0.0, entropy_coef=0.01),
+        learning_rate=0.0,
+        max_grad_norm=math.inf,
+        betas=(0.0, 0.999),
+        **settings,
+    )
+    learner.update(groups)
+    return {name: m["exp_avg"] for name, m in learner.state_dict()["moments"].items() if m}
+
+
+def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Length of the difference over the length of the other."""
+    assert one.keys() == other.keys()
+    apart = math.sqrt(sum(float((one[n] - other[n]).square().sum()) for n in one))
+    length = math.sqrt(sum(float(value.square().sum()) for value in other.values()))
+    assert length > 0
+    return apart / length
+
+
+def test_literal() -> None:
+    long = trajectory(prompt(10, 11), action([20, 21]), observation(30, 31), action([22]))
+    short = trajectory(prompt(12), action([23, 24]), observation(32))
+    tiny = trajectory(prompt(13), action([25]))
+    batch = make_batch([Group(0, [short, long, tiny])])
+    first, second = micro_batches(batch, max_tokens=7, packed=True)
+    # Longest first; the last action token, and what follows it, is not read. The shortest (1 token)
+    # goes where there is room: behind the longest (6 tokens).
+    assert first.tokens.tolist() == [[10, 11, 20, 21, 30, 31, 13]]
+    assert first.positions is not None and first.bounds is not None
+    assert first.positions.tolist() == [[0, 1, 2, 3, 4, 5, 0]]
+    assert first.bounds.tolist() == [0, 6, 7]
+    assert first.longest == 6
+    assert first.predictors.tolist() == [1, 2, 5, 6]
+    assert first.part.targets.tolist() == [20, 21, 22, 25]
+    assert second.tokens.tolist() == [[12, 23]]
+    assert second.predictors.tolist() == [0, 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 120))
+def test_every_action_token_is_predicted_once_and_nothing_is_padding(
+    seed: int, budget: int
+) -> None:
+    batch = make_batch(random_groups(seed))
+    micros = list(micro_batches(batch, budget, packed=True))
+    assert sorted(torch.cat([m.picked for m in micros]).tolist()) == list(range(len(batch.targets)))
+    for micro in micros:
+        assert micro.bounds is not None and micro.positions is not None
+        bounds = micro.bounds.tolist()
+        width = micro.tokens.shape[1]
+        assert width <= budget or len(bounds) == 2
+        assert bounds[-1] == width  # nothing else is in the row
+        assert micro.longest == max(b - a for a, b in pairwise(bounds))
+        for place, picked in zip(micro.predictors.tolist(), micro.picked.tolist(), strict=True):
+            number = int(batch.sequence[picked])
+            before = int(micro.positions[0, place])  # tokens before it in its trajectory
+            assert before == int(batch.places[picked]) - 1
+            seen = micro.tokens[0, place - before : place + 1]
+            assert seen.tolist() == batch.tokens[number][: before + 1].tolist()
+            assert place - before in bounds
+
+
+@pytest.mark.parametrize("make", [tiny_qwen2, tiny_llama, tiny_gpt2])
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 10**6), budget=st.integers(1, 300))
+def test_the_gradient_is_that_of_one_trajectory_at_a_time(
+    make: Any, seed: int, budget: int
+) -> None:
+    model, groups = make(V).double(), random_groups(seed)
+    alone = _gradient(model, groups, layout="rows", micro_batch_tokens=1)
+    packed = _gradient(model, groups, layout="packed", micro_batch_tokens=budget)
+    assert _distance(packed, alone) < 1e-9
+
+
+def test_nothing_leaks_from_one_trajectory_to_another() -> None:
+    import random
+
+    model = tiny_qwen2(V)
+    prepare(model, packed=True)
+    rng = random.Random(0)
+    shown = [random_trajectory(rng, V, episode=i) for i in range(2)]
+    others = [
+        trajectory(prompt(*(9 for _ in one.segments[0].tokens)), *one.segments[1:]) for one in shown
+    ]
+    for before, after in ((shown[0], others[0]), (shown[1], others[1])):
+        kept = shown[1] if before is shown[0] else shown[0]
+        both = []
+        for companion in (before, after):
+            batch = make_batch([Group(0, [companion, kept])])
+            (micro,) = micro_batches(batch, 1000, packed=True)
+            of_kept = batch.sequence[micro.picked] == 1
+            both.append(token_logprobs(model, micro)[0][of_kept])
+        assert torch.equal(both[0], both[1])
+
+
+def test_a_model_whose_attention_cannot_be_replaced_is_refused() -> None:
+    class Fixed(torch.nn.Module):
+        def set_attn_implementation(self, name: str) -> None:
+            raise ValueError(f"{name} is not supported")
+
+    with pytest.raises(ModelError, match="use layout 'rows'"):
+        prepare(Fixed(), packed=True)
+
+
+def test_a_sliding_window_is_refused_and_not_ignored() -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=0,
+    )
+    with pytest.raises(ModelError, match="a sliding window"):
+        _gradient(Qwen2ForCausalLM(config), random_groups(0), layout="packed")
+
+
+# ---------------------------------------------------------------------------------------------
+# Number formats, memory
+
+
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+def test_bfloat16_products_leave_weights_and_softmax_in_float32(layout: str) -> None:
+    model, groups = tiny_qwen2(V), random_groups(1)
+    with torch.no_grad():  # a gentler model than the others': bf16 is exact to 1/256
+        for parameter in model.parameters():
+            parameter.mul_(0.3)
+    exact = _gradient(model, groups, layout="rows")
+    half = _gradient(model, groups, layout=layout, precision="bfloat16", micro_batch_tokens=60)
+    assert 1e-5 < _distance(half, exact) < 0.05
+    assert {value.dtype for value in half.values()} == {torch.float32}
+    prepare(model, packed=layout == "packed")
+    micro = next(micro_batches(make_batch(groups), 100, packed=layout == "packed"))
+    logprobs, entropy = Scorer(model, precision="bfloat16")(micro)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+class _Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Entries of the largest tensor that an operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(each, Tensor):
+                self.largest = max(self.largest, each.numel())
+        return out
+
+
+def test_the_logits_of_a_large_vocabulary_are_never_whole() -> None:
+    words = 150_000
+    model = tiny_qwen2(words, hidden=8)
+    groups = random_groups(3, words)
+    (micro,) = micro_batches(make_batch(groups), 10**6)
+    tokens = len(micro.part.targets)
+    with _Sizes() as sizes:
+        logprobs, entropy = token_logprobs(model, micro, max_logits=8 * words)
+        torch.autograd.backward(logprobs.sum() + entropy.sum())
+    assert tokens * words > 10 * sizes.largest  # the whole matrix would be ten times as large
+    assert sizes.largest == 8 * words
+
+
+@pytest.mark.parametrize("make", [tiny_qwen2, tiny_gpt2])
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+def test_checkpointing_keeps_less_and_changes_nothing(make: Any, layout: str) -> None:
+    model, groups = make(V).double(), random_groups(4)
+    plain = _gradient(model, groups, layout=layout)
+    assert _distance(_gradient(model, groups, layout=layout, checkpointing=True), plain) < 1e-12
+
+    kept = []
+    (micro,) = micro_batches(make_batch(groups), 10**6, packed=layout == "packed")
+    for checkpointing in (False, True):
+        twin = copy.deepcopy(model)
+        prepare(twin, packed=layout == "packed", checkpointing=checkpointing)
+        saved: list[int] = []
+
+        def keep(value: Tensor, saved: list[int] = saved) -> Tensor:
+            saved.append(value.numel())
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            twin.base_model(input_ids=micro.tokens[:, :20], use_cache=False)
+        kept.append(sum(saved))
+    assert kept[1] < kept[0] / 3
+
+
+def test_compiling_captures_each_layer_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a compiler that runs the captured operations as they are."""
+    graphs: list[Any] = []
+
+    def as_it_is(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=as_it_is))
+    model, groups = tiny_qwen2(V).double(), random_groups(5)
+    plain = _gradient(model, groups, layout="rows")
+    from research_agent import policy
+
+    policy._compiled_score.cache_clear()
+    try:
+        got = _gradient(model, groups, layout="rows", compile=True, micro_batch_tokens=60)
+    finally:
+        policy._compiled_score.cache_clear()
+        torch.compiler.reset()
+    assert graphs
+    assert _distance(got, plain) < 1e-12
+
+
+@pytest.mark.slow
+def test_compiled_for_real_the_gradient_is_the_same() -> None:
+    model, groups = tiny_qwen2(V), random_groups(5)
+    plain = _gradient(model, groups, layout="rows")
+    got = _gradient(model, groups, layout="rows", compile=True, micro_batch_tokens=60)
+    torch.compiler.reset()
+    assert _distance(got, plain) < 1e-4
+
+
+def test_what_names_no_layers_cannot_be_checkpointed_or_compiled() -> None:
+    for wanted in ("checkpointing", "compile"):
+        with pytest.raises(ModelError, match="names no layers"):
+            prepare(torch.nn.Linear(2, 2), **{wanted: True})
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimisers and adapters
+
+
+def _after(steps: int, **settings: Any) -> tuple[Learner, dict[str, Tensor]]:
+    learner = Learner(tiny_qwen2(V, hidden=64), GRPO(kl_coef=0.0), learning_rate=1e-2, **settings)
+    for seed in range(steps):
+        learner.update(random_groups(seed))
+    return learner, {name: weight.clone() for name, weight in learner.weights()}
+
+
+def test_an_offloaded_optimiser_makes_the_same_steps() -> None:
+    _, plain = _after(3)
+    learner, offloaded = _after(3, optimizer="adamw_offload")
+    assert all(torch.equal(plain[name], offloaded[name]) for name in plain)
+    moments = learner.state_dict()["moments"]["model.norm.weight"]
+    assert moments["exp_avg"].device.type == "cpu"
+
+
+def test_moments_of_eight_bits() -> None:
+    pytest.importorskip("bitsandbytes")
+    _, plain = _after(3)
+    learner, quantised = _after(3, optimizer="adamw_8bit")
+    moved = {n: plain[n] - w.detach() for n, w in tiny_qwen2(V, hidden=64).named_parameters()}
+    assert _distance(quantised, plain) > 0
+    apart = math.sqrt(sum(float((quantised[n] - plain[n]).square().sum()) for n in plain))
+    length = math.sqrt(sum(float(value.square().sum()) for value in moved.values()))
+    assert apart < 0.3 * length  # most of the way is the same
+    large = learner.state_dict()["moments"]["model.layers.0.mlp.up_proj.weight"]
+    assert large["state1"].dtype == large["state2"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adamw_offload"])
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_learner_continues_to_the_same_bits(optimizer: Any, lora_rank: int) -> None:
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    if lora_rank:
+        pytest.importorskip("peft")
+    settings: dict[str, Any] = {"optimizer": optimizer, "lora_rank": lora_rank}
+    _, through = _after(4, **settings)
+    learner, _ = _after(2, **settings)
+    state = copy.deepcopy(learner.state_dict())
+    begun, _ = _after(0, **settings)
+    if not lora_rank:
+        begun.model.load_state_dict(learner.model.state_dict())
+    begun.load_state_dict(state)
+    for seed in (2, 3):
+        begun.update(random_groups(seed))
+    again = dict(begun.weights())
+    assert all(torch.equal(again[name], weight) for name, weight in through.items())
+
+
+def test_an_unknown_optimiser_is_refused() -> None:
+    with pytest.raises(ConfigError, match="known: 'adamw', 'adamw_8bit', 'adamw_offload'"):
+        _after(0, optimizer="sgd")
+
+
+def test_adapters_learn_and_the_weights_beside_them_stay() -> None:
+    pytest.importorskip("peft")
+    before = {name: p.detach().clone() for name, p in tiny_qwen2(V, hidden=64).named_parameters()}
+    learner, after = _after(2, lora_rank=2)
+    assert after.keys() == before.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "proj.weight" in name}
+    assert all(".lora_" in name for name in learner.state_dict()["moments"])
+    # Rank 2: of 64 singular values, two are not zero.
+    name = "model.layers.1.self_attn.q_proj.weight"
+    values = torch.linalg.svdvals((after[name] - before[name]).double())
+    assert values[1] > 1e-6 and values[2] < 1e-6
+
+    # Added into the weights, they make the same model.
+    plain = tiny_qwen2(V, hidden=64)
+    plain.load_state_dict(after, strict=False)
+    (micro,) = micro_batches(make_batch(random_groups(9)), 10**6)
+    ours, theirs = (token_logprobs(m, micro)[0] for m in (learner.model, plain))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_with_adapters_off_the_policy_is_its_own_reference() -> None:
+    pytest.importorskip("peft")
+    rule, groups = GRPO(kl_coef=0.5), random_groups(2)
+    adapters = Learner(tiny_qwen2(V), rule, learning_rate=1e-2, lora_rank=2)
+    copied = Learner(tiny_qwen2(V), rule, reference=tiny_qwen2(V), learning_rate=1e-2, lora_rank=2)
+    with torch.no_grad():  # adapters begin at random
+        for theirs, weight in zip(
+            copied.model.parameters(), adapters.model.parameters(), strict=True
+        ):
+            theirs.copy_(weight)
+    for _ in range(3):
+        alone, beside = adapters.update(groups), copied.update(groups)
+        assert alone["kl"] == pytest.approx(beside["kl"], abs=1e-6)
+    assert alone["kl"] > 1e-4
