@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from research_agent.config import SamplingConfig, TrainConfig
-from research_agent.errors import ResearchAgentError
+from research_agent.errors import ResearchAgentError, TooManyVoidError
 from research_agent.presets import MINIWORLD
 from research_env.datasets import miniworld
-from research_env.errors import RetrievalError
+from research_env.errors import ResearchEnvError, RetrievalError
 from research_env.retrieval import open_retriever
 from research_env.retrieval.base import Hit, Passage, Retriever
 
@@ -162,6 +162,8 @@ class Judge:
             engine, environments, codec, sampling, self.folder / name, limit=self.config.limit
         )
         environments.close()
+        if not summary.episodes:
+            raise TooManyVoidError(f"all {summary.void} episodes of the evaluation {name} are void")
         return {**summary.metrics, "reward": summary.reward, "void": float(summary.void)}
 
 
@@ -170,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = tyro.cli(DemoConfig, args=argv, prog="python -m benchmarks.demo")
     try:
         results = run(config)
-    except ResearchAgentError as error:
+    except (ResearchAgentError, ResearchEnvError) as error:
         print(f"benchmarks.demo: {error}", file=sys.stderr)
         sys.exit(2)
     if config.json:

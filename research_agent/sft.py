@@ -75,6 +75,8 @@ class SFTConfig:
     """Of the demonstrations, the first weights, and the order within a few batches."""
     output: Path = Path("runs/sft")
     """Folder of the model that comes out."""
+    threads: int | None = None
+    """CPU threads; none takes what torch chooses. The last bits of the weights depend on them."""
     quiet: bool = False
     """Show no progress."""
 
@@ -84,7 +86,11 @@ PRESETS = {
         demonstrations="research_env.demonstrations:demonstrations",
         demonstration_args={"top_k": 1},
         vocabulary="research_env.demonstrations:vocabulary",
-        count=110_000,
+        count=66_000,
+        learning_rate=2e-3,
+        decay_share=1.0,
+        final_share=0.2,  # what is left for the habits, which come last
+        threads=1,  # as quick as two, and the same bits however many cores there are
         output=Path("runs/miniworld-starter"),
     ),
 }
@@ -118,6 +124,8 @@ def run(config: SFTConfig) -> Path:
     _validate(config)
     config.output.mkdir(parents=True, exist_ok=True)  # now: not after all the work is done
     torch.manual_seed(config.seed)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     model, codec = _new_model(config) if config.model is None else _open_model(config.model)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
@@ -173,6 +181,8 @@ def _validate(config: SFTConfig) -> None:
         if getattr(config, name) < 1:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} is {getattr(config, name)}; it must be at least 1")
+    if config.threads is not None and config.threads < 1:
+        raise ConfigError(f"--threads is {config.threads}; it must be at least 1")
     if config.count < config.batch:
         raise ConfigError(f"--count {config.count} must be at least --batch {config.batch}")
     if config.model is None and config.hidden_size % (2 * config.heads):

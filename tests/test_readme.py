@@ -30,8 +30,16 @@ from research_env.protocol import PROTOCOLS
 from research_env.rewards import REWARDS
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "research_agent/README.md", "docs/metrics.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "research_agent/README.md",
+    "docs/algorithms.md",
+    "docs/metrics.md",
+    "docs/papers.md",
+)
 NOT_RUN = "<!-- checked, not run"
+NEEDS_SERVER = "<!-- run against a server -->"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 QUESTION: dict[str, object] = {
@@ -50,6 +58,7 @@ class Block(NamedTuple):
     language: str
     code: str
     is_run: bool
+    needs_server: bool
 
     @property
     def is_make(self) -> bool:
@@ -75,9 +84,9 @@ def blocks(document: str) -> list[Block]:
     found = []
     for match in FENCE.finditer(text):
         before = text[: match.start()]
-        is_run = NOT_RUN not in before.rstrip().rpartition("\n")[2]
+        mark = before.rstrip().rpartition("\n")[2]
         where = f"{document}:{before.count(chr(10)) + 1}"
-        found.append(Block(where, match[1], match[2], is_run))
+        found.append(Block(where, match[1], match[2], NOT_RUN not in mark, mark == NEEDS_SERVER))
     return [block for block in found if block.language in ("bash", "python")]
 
 
@@ -153,7 +162,7 @@ def train(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_readme_can_be_followed_from_top_to_bottom(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    followed = [b for b in blocks("README.md") if b.is_run and not b.is_make]
+    followed = [b for b in blocks("README.md") if b.is_run and not (b.is_make or b.needs_server)]
     said = {}
     for block in followed:
         if block.is_training:
@@ -178,6 +187,16 @@ def test_the_readme_can_be_followed_from_top_to_bottom(
         assert undocumented(home / run_folder) == set()
 
 
+@pytest.mark.elasticsearch
+def test_the_commands_for_elasticsearch_work(home: Path, elasticsearch: str) -> None:
+    (passages,) = [b for b in blocks("README.md") if "cat > passages.jsonl" in b.code]
+    run(passages)
+    (block,) = [b for b in blocks("README.md") if b.needs_server]
+    address = elasticsearch.partition("://")[2]
+    output = run(block._replace(code=block.code.replace("localhost:9200", address)))
+    assert "Nordwind" in output
+
+
 def undocumented(run_folder: Path) -> set[str]:
     """Numbers that a run has logged, and docs/metrics.md does not define."""
     known = documented()
@@ -198,10 +217,11 @@ def documented() -> set[str]:
 
 
 def test_every_metric_of_the_learner_is_defined_and_no_other() -> None:
+    from research_agent.critic import METRICS as CRITIC
     from research_agent.learner import METRICS
 
     defined = {name for name in documented() if name.startswith("learner/")} - {"learner/NAME"}
-    assert defined == {f"learner/{name}" for name in METRICS}
+    assert defined == {f"learner/{name}" for name in METRICS | CRITIC}
 
 
 def test_make_does_what_it_says() -> None:
@@ -282,7 +302,7 @@ def test_flags_that_are_named_exist(document: str, capsys: pytest.CaptureFixture
     known = {"--help"}
     for program, commands in {
         research_agent: ("train miniworld", "eval", "report", "sft miniworld"),
-        research_env: ("play", "index", "search", "datasets"),
+        research_env: ("play", "index", "search", "serve", "datasets"),
     }.items():
         for command in commands:
             with pytest.raises(SystemExit):

@@ -301,7 +301,7 @@ def _chain(of: World, rng: random.Random, hops: int) -> Question | None:
     )
 
 
-def _comparison(of: World, rng: random.Random) -> Question | None:
+def comparison(of: World, rng: random.Random) -> Question | None:
     """Draw a question that compares two years; None where they are too close to matter."""
     kind = rng.choice(list(COMPARED))
     relation = COMPARED[kind]
@@ -331,7 +331,7 @@ def questions(of: World, rng: random.Random, count: int) -> Iterator[Question]:
     seen: set[str] = set()
     while len(seen) < count:
         hops = rng.choices([*HOPS, 0], [*HOPS.values(), 1 - sum(HOPS.values())])[0]
-        question = _chain(of, rng, hops) if hops else _comparison(of, rng)
+        question = _chain(of, rng, hops) if hops else comparison(of, rng)
         if question is None:
             continue
         # Two phrasings of the same task are the same question: none may stand in two splits.
