@@ -38,7 +38,7 @@ REPORT_EVERY = 500  # passages between two reports of progress
 
 _META = "meta.json"
 _CHECKED = 1 << 20  # bytes at either end of a file that the checksum covers, however large it is
-_THREAD_WORK = 2_000_000  # queries times passages for which a further thread pays
+_THREAD_WORK = 1_000_000  # queries times passages for which a further thread pays
 
 
 def build_index(

@@ -18,6 +18,7 @@ order of the terms' hashes, or one entry a posting in the order of terms, then o
 
 from __future__ import annotations
 
+import os
 import shutil
 from array import array
 from collections import Counter, defaultdict
@@ -193,6 +194,12 @@ class Postings(NamedTuple):
     impacts: Array  # (postings,) float32
 
 
+@lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Threads for all searches of a process; those of another are lost at a fork."""
+    return ThreadPoolExecutor(os.cpu_count() or 1, "impacts")
+
+
 class Clauses(NamedTuple):
     """What to add for some queries: one entry a distinct term of a query, by falling bounds."""
 
@@ -261,12 +268,14 @@ class Impacts:
             part = best.rows[first:last], best.scores[first:last]
             search(*self._postings, *clauses, offsets[first : last + 1], self.num_rows, *part)
 
-        if threads == 1:
-            answer(0, len(queries))
-        else:
-            cuts = np.linspace(0, len(queries), threads + 1).astype(int).tolist()
-            with ThreadPoolExecutor(threads) as pool:  # the kernel lets go of the interpreter
-                list(pool.map(answer, cuts[:-1], cuts[1:]))
+        cuts = np.linspace(0, len(queries), threads + 1).astype(int).tolist()
+        others = []
+        if threads > 1:  # the kernel lets go of the interpreter
+            pool = _pool(os.getpid())
+            others = [pool.submit(answer, *part) for part in pairwise(cuts[1:])]
+        answer(*cuts[:2])
+        for other in others:
+            other.result()
         return [
             [(row, score) for row, score in zip(*found, strict=True) if row < self.num_rows]
             for found in zip(best.rows.tolist(), best.scores.tolist(), strict=True)
