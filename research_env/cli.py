@@ -1,4 +1,4 @@
-"""The command line: ``research-env index | search | play | datasets``."""
+"""The command line: ``research-env index | search | serve | play | datasets``."""
 
 from __future__ import annotations
 
@@ -191,13 +191,17 @@ class Serve:
 
     For example:
       research-env serve --retriever elasticsearch://localhost:9200/wiki18
+      research-env serve --dataset musique
       research-env serve --corpus passages.jsonl --host 0.0.0.0 --port 9000
     """
 
     retriever: Annotated[str | None, arg(metavar="URL")] = None
     """The search engine, for example embedded:DIR. Without it: the index of the passages."""
+    dataset: Annotated[str | None, arg(metavar="NAME")] = None
+    """A data set whose passages are offered, indexed first if they are not yet: miniworld, musique,
+    hotpotqa, 2wiki."""
     corpus: Annotated[Path | None, arg(metavar="FILE")] = None
-    """A file of passages, indexed first if it is not yet."""
+    """A file of passages instead."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 lets other machines in."""
     port: int = 8000
@@ -210,9 +214,10 @@ class Serve:
         from research_env.retrieval import open_retriever  # noqa: PLC0415
         from research_env.retrieval.serve import serve_until_stopped  # noqa: PLC0415
 
-        if self.retriever is None and self.corpus is None:
-            raise ConfigurationError("give --retriever URL, or --corpus FILE")
-        corpus = _corpus(None, self.corpus) if self.corpus else None
+        given = self.dataset is not None or self.corpus is not None
+        if self.retriever is None and not given:
+            raise ConfigurationError("give --retriever URL, --dataset NAME or --corpus FILE")
+        corpus = _corpus(self.dataset, self.corpus) if given else None
         engine = open_retriever(self.retriever, corpus)
         try:
             serve_until_stopped(engine, self.host, self.port, self.top_k)

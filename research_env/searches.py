@@ -78,6 +78,7 @@ class Searches(Generic[Ticket]):
         self._memory: OrderedDict[str, tuple[Hit, ...]] = OrderedDict()
         self._searched = self._merged = self._remembered = 0
         self._thread: threading.Thread | None = None
+        self._closed = False
 
     @property
     def counts(self) -> SearchCounts:
@@ -107,7 +108,13 @@ class Searches(Generic[Ticket]):
         return [found[query] for query in queries]
 
     def submit(self, ticket: Ticket, query: str) -> None:
-        """Ask for a query; what is found comes back with the ticket."""
+        """Ask for a query; what is found comes back with the ticket.
+
+        Raises:
+            RetrievalError: it has been closed: nobody would answer.
+        """
+        if self._closed:
+            raise RetrievalError("the searches have been closed")
         with self._lock:
             hits = self._recall(query)
             if hits is not None:
@@ -127,8 +134,11 @@ class Searches(Generic[Ticket]):
     def take(self, timeout: float | None) -> tuple[Ticket, Found | Exception] | None:
         """The next result, or None when there is none within ``timeout`` seconds (None: for ever).
 
-        A result is hits, the engine's error, or whatever else went wrong in the thread.
+        A result is hits, the engine's error, or whatever else went wrong in the thread. Once closed
+        nothing is waited for.
         """
+        if self._closed:
+            timeout = 0
         try:
             return self._done.get(block=timeout != 0, timeout=timeout or None)
         except Empty:
@@ -136,6 +146,7 @@ class Searches(Generic[Ticket]):
 
     def close(self) -> None:
         """Stop the thread after the batch that it is busy with; the rest is dropped."""
+        self._closed = True
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join()

@@ -52,7 +52,8 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
 
     - ``num_envs``: how many sub-environments.
     - ``autoreset_mode``: NextStep (default), SameStep, Disabled; see Gymnasium's AutoresetMode.
-    - ``max_batch``: the most queries that the engine is asked at once.
+    - ``max_batch``: the most queries of a search in the background; those of a ``step`` go to the
+      engine together, which divides them as it needs.
     - ``max_wait``: seconds that a query sent in the background waits for others to join it.
     - ``remember``: the queries whose hits are kept in memory for when they are asked again, at
       most; 0: none. Failures are never kept. ``search_counts`` tells what that saved.
@@ -99,7 +100,6 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         self.render_mode = render_mode
         self.metadata = {**type(self).metadata, "autoreset_mode": mode}
         self._mode = mode
-        self._max_batch = max_batch
         self._lock = threading.Lock()  # the engine is asked by one thread at a time
         self._game = make_game(**settings)
         self.single_action_space = UnicodeText(terminators=self._game.protocol.terminators)
@@ -308,13 +308,12 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         return advance(episode, action)
 
     def _search(self, queries: Sequence[str]) -> list[list[Hit] | RetrievalError]:
-        """Ask the engine, from one thread at a time and not too much at once."""
-        size = self._max_batch
+        """Ask the engine, from one thread at a time.
+
+        All at once, so that all have one deadline: in parts, each would wait for a dead server.
+        """
         with self._lock:
-            parts = [
-                self._game.search(queries[at : at + size]) for at in range(0, len(queries), size)
-            ]
-        return [found for part in parts for found in part]
+            return self._game.search(queries)
 
     def _conclude(self, i: int, episode: Episode | None) -> StepResult:
         if episode is None:

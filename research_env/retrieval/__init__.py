@@ -75,7 +75,7 @@ def open_retriever(url: str | None, corpus: Corpus | None) -> Retriever:
 
 def without_password(url: str) -> str:
     """A URL as a message may show it: user and password are left out."""
-    return re.sub(r"//[^/]*@", "//...@", url)
+    return re.sub(r"//.*@", "//...@", url, flags=re.DOTALL)  # a password may hold a slash
 
 
 def default_index(corpus: Corpus) -> Path:

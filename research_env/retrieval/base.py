@@ -33,7 +33,8 @@ class Retriever(Protocol):
         """Answer every query of a batch.
 
         Args:
-            queries: texts of a model, searched as words; nothing in them is syntax.
+            queries: texts of a model, searched as words; nothing in them is syntax. One of blanks
+                only finds nothing.
             top_k: the most hits a query may return, best first.
 
         Returns:

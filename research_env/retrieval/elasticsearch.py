@@ -6,6 +6,8 @@ The index is one that ``research-env index --to elasticsearch://...`` made. Opti
   ``title`` (BM25F over title and text, Elasticsearch's ``combined_fields``), ``dense`` (nearest
   neighbours of an embedding), ``hybrid`` (``bm25`` and ``dense``, fused by reciprocal rank).
 - ``deadline``: seconds within which a batch is answered, tries and pauses included (default 60).
+- ``embed``: the model by whose vectors ``dense`` and ``hybrid`` search, where it is not the bundled
+  one: that with which the index was made. What an index says is not enough to run a model.
 - ``text``, and with it or not ``title``: names of fields of an index of your own, which is then
   searched in mode ``bm25`` (only ``text``) or ``title`` (both).
 
@@ -18,13 +20,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from research_env.errors import (
     ConfigurationError,
+    ResearchEnvError,
     RetrievalError,
     StaleIndexError,
     UnknownNameError,
@@ -38,9 +42,8 @@ from research_env.retrieval.elasticsearch_client import (
     Connection,
     kind_of,
     parse,
-    words_only,
 )
-from research_env.retrieval.options import number
+from research_env.retrieval.options import number, words_only
 from research_env.retrieval.retry import AGAIN, Deadline, Retry
 
 if TYPE_CHECKING:
@@ -51,9 +54,29 @@ PER_REQUEST = 64  # searches in one _msearch at most
 IN_FLIGHT = 4  # requests under way at the same time
 RRF_K = 60  # of reciprocal rank fusion, and how many ranks of either list it looks at
 RRF_WINDOW = 50
+MOST_HITS = 10_000  # that a server gives, and that it takes as num_candidates
 
 Body = dict[str, Any]
 Answer = list[Hit] | RetrievalError
+
+_CLOSED = "the Elasticsearch retriever has been closed; open it again"
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What opening found out about an index.
+
+    Attributes:
+        many_shards: whether it has more than one.
+        embedding: the model of its vectors, None where it has none.
+        text: with ``?text=FIELD``, where in the documents that field stands.
+        title: with ``?title=FIELD``, the same.
+    """
+
+    many_shards: bool
+    embedding: str | None = None
+    text: str | None = None
+    title: str | None = None
 
 
 class ElasticsearchRetriever:
@@ -71,16 +94,22 @@ class ElasticsearchRetriever:
         """Look at the index and check that it can be searched so.
 
         Raises:
-            ConfigurationError: the URL cannot be read, or the mode needs an embedding that the
-                index has not.
+            ConfigurationError: the URL cannot be read, the mode needs an embedding that the index
+                has not or that the URL does not name, or the index has not the fields named.
             RetrievalError: the server does not answer, or there is no such index.
             StaleIndexError: the index is not one of this version.
         """
         self._url = url
         self._prepare()
         try:
-            meta = self._connection().run(self._look())
-            self._check(meta)
+            connection = self._connection()
+            found = connection.run(self._look(connection))
+            try:
+                self._seen = self._check(*found)
+            except ResearchEnvError:
+                raise
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise RetrievalError(f"{self._place} is not one index of Elasticsearch") from error
         except BaseException:
             self.close()
             raise
@@ -88,40 +117,44 @@ class ElasticsearchRetriever:
     def __repr__(self) -> str:
         return f"ElasticsearchRetriever({self._url!r})"
 
-    def __reduce__(self) -> tuple[Callable[[str, str | None, bool], Any], tuple[Any, ...]]:
-        return _restored, (self._url, self._embedding_name, self._shards > 1)
+    def __reduce__(self) -> tuple[Callable[[str, _Seen], Any], tuple[Any, ...]]:
+        return _restored, (self._url, self._seen)
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Answer]:
         """Answer every query of a batch; see :class:`research_env.retrieval.base.Retriever`.
 
         A text is searched as words, of which the first ``MAX_QUERY_WORDS`` count (see
-        :mod:`research_env.retrieval.analysis`). Hits with equal scores come in the order of the
-        corpus.
+        :mod:`research_env.retrieval.analysis`); one of blanks finds nothing, in every mode. Hits
+        with equal scores come in the order of the corpus, except with ``?text=FIELD``, where
+        their order is the server's.
 
         Raises:
             ConfigurationError: ``top_k`` below 1 or above 10,000, the most that a server gives.
             RetrievalError: it has been closed.
         """
-        if not 1 <= top_k <= 10_000:
+        if not 1 <= top_k <= MOST_HITS:
             raise ConfigurationError(f"top_k={top_k!r} must be from 1 to 10,000")
         if self._closed:
-            raise RetrievalError("the Elasticsearch retriever has been closed; open it again")
-        if not queries:
-            return []
+            raise RetrievalError(_CLOSED)
         texts = [words_only(first_words(query)) for query in queries]
+        asked = [text for text in texts if text.strip()]  # a vector of blanks would find anything
+        found = iter(self._ask(asked, top_k) if asked else ())
+        return [next(found) if text.strip() else [] for text in texts]
+
+    def _ask(self, texts: Sequence[str], top_k: int) -> list[Answer]:
+        """Answer texts that say something."""
+        size = max(top_k, RRF_WINDOW) if self._mode == "hybrid" else top_k
         bodies: list[Body] = []
         if self._mode in ("bm25", "title", "hybrid"):
-            size = max(top_k, RRF_WINDOW) if self._mode == "hybrid" else top_k
             bodies += [self._lexical(text, size) for text in texts]
         if self._mode in ("dense", "hybrid"):
-            size = max(top_k, RRF_WINDOW) if self._mode == "hybrid" else top_k
             vectors = self._embed().queries(texts)
             bodies += [self._dense(vector.tolist(), size) for vector in vectors]
         connection = self._connection()
         lines = [json.dumps(body) for body in bodies]  # the client would take five times as long
         answers = connection.run(self._answer(connection, lines))
         if self._mode == "hybrid":
-            half = len(queries)
+            half = len(texts)
             pairs = zip(answers[:half], answers[half:], strict=True)
             return [_fuse(lexical, dense, top_k) for lexical, dense in pairs]
         return answers
@@ -135,7 +168,7 @@ class ElasticsearchRetriever:
 
     def _prepare(self) -> None:
         """Read the URL; no connection is made."""
-        self._place = parse(self._url, ("mode", "deadline", "text", "title"))
+        self._place = parse(self._url, ("mode", "deadline", "embed", "text", "title"))
         options = self._place.options
         self._text, self._title = options.get("text"), options.get("title")
         if self._title and not self._text:
@@ -148,26 +181,37 @@ class ElasticsearchRetriever:
                 f"mode={self._mode} does not go with text=FIELD, which searches that field, nor "
                 "with title=FIELD, which searches both; leave mode out"
             )
+        self._embed_option = options.get("embed")
+        if self._embed_option and self._mode not in ("dense", "hybrid"):
+            raise ConfigurationError(
+                f"embed=MODEL is for mode=dense and mode=hybrid, not for mode={self._mode}"
+            )
         self._retry = Retry(deadline=number(options, "deadline", 60.0, 0.001))
-        self._shards = 1
-        self._embedding_name: str | None = None
+        self._seen = _Seen(many_shards=False)
         self._embedding: Embedding | None = None
         self._closed = False
         self._connections: dict[int, Connection] = {}  # by process
 
     def _connection(self) -> Connection:
-        """That of this process; one that came through a fork is left alone."""
+        """That of this process; one that came through a fork is left alone.
+
+        Raises:
+            RetrievalError: the retriever has been closed.
+        """
         connection = self._connections.get(os.getpid())
         if connection is None:
             made = Connection(self._place)
             connection = self._connections.setdefault(os.getpid(), made)
             if connection is not made:  # another thread was faster
                 made.close()
+        if self._closed:  # perhaps while this one was made, so that nobody else closes it
+            self.close()
+            raise RetrievalError(_CLOSED)
         return connection
 
-    async def _look(self) -> tuple[Body, Body]:
+    async def _look(self, connection: Connection) -> tuple[Body, Body]:
         """Mapping and settings of the index."""
-        connection, deadline = self._connection(), Deadline.after(self._retry.deadline)
+        deadline = Deadline.after(self._retry.deadline)
         for attempt in itertools.count():
             try:
                 found = await connection.ask(
@@ -185,14 +229,11 @@ class ElasticsearchRetriever:
             await asyncio.sleep(pause)
         raise AssertionError("unreachable")
 
-    def _check(self, found: tuple[Body, Body]) -> None:
-        mapping, settings = found
-        self._shards = int(settings["index.number_of_shards"])
+    def _check(self, mapping: Body, settings: Body) -> _Seen:
+        many_shards = int(settings["index.number_of_shards"]) > 1
         if self._text:
-            for field in filter(None, (self._text, self._title)):
-                if field.split(".")[0] not in mapping.get("properties", {}):
-                    raise ConfigurationError(f"the index {self._place} has no field {field!r}")
-            return
+            title = self._stands_at(mapping, self._title) if self._title else None
+            return _Seen(many_shards, None, self._stands_at(mapping, self._text), title)
         meta = mapping.get("_meta", {}).get(META)
         cure = "make it again: research-env index --corpus FILE --to elasticsearch://..."
         if not isinstance(meta, dict):
@@ -205,18 +246,42 @@ class ElasticsearchRetriever:
                 f"the index {self._place} has mapping version {meta.get('mapping')}, this version "
                 f"reads {MAPPING}; {cure}"
             )
-        self._embedding_name = meta.get("embedding")
-        if self._mode in ("dense", "hybrid") and not self._embedding_name:
+        embedding = meta.get("embedding")
+        if self._mode in ("dense", "hybrid"):
+            self._check_embedding(embedding)
+        return _Seen(many_shards, embedding)
+
+    def _stands_at(self, mapping: Body, field: str) -> str:
+        place = _stands_at(mapping, field)
+        if place is None:
+            raise ConfigurationError(f"the index {self._place} has no field {field!r} of texts")
+        return place
+
+    def _check_embedding(self, embedding: Any) -> None:
+        """A model may be code that runs here: who may write the index must not choose it."""
+        from research_env.retrieval.embedding import BUNDLED  # noqa: PLC0415  (heavy)
+
+        if not embedding:
             raise ConfigurationError(
                 f"mode={self._mode} needs an embedding, and the index {self._place} has none; "
                 "make it with --embed MODEL"
+            )
+        if self._embed_option and self._embed_option != embedding:
+            raise ConfigurationError(
+                f"the vectors of the index {self._place} are those of {embedding!r:.100}, not of "
+                f"embed={self._embed_option}"
+            )
+        if not self._embed_option and embedding != BUNDLED:
+            raise ConfigurationError(
+                f"the vectors of the index {self._place} are those of {embedding!r:.100}, which "
+                f"is loaded only where the URL names it, too: ?mode={self._mode}&embed=MODEL"
             )
 
     def _embed(self) -> Embedding:
         from research_env.retrieval.embedding import load_embedding  # noqa: PLC0415  (heavy)
 
         if self._embedding is None:
-            self._embedding = load_embedding(self._embedding_name or "")
+            self._embedding = load_embedding(self._seen.embedding or "")
         return self._embedding
 
     def _lexical(self, text: str, size: int) -> Body:
@@ -228,14 +293,16 @@ class ElasticsearchRetriever:
         return self._body(size) | {"query": query}
 
     def _dense(self, vector: list[float], size: int) -> Body:
+        candidates = min(max(100, 2 * size), MOST_HITS)
         near = {"field": "vector", "query_vector": vector, "k": size}
-        return self._body(size) | {"knn": near | {"num_candidates": max(100, 2 * size)}}
+        return self._body(size) | {"knn": near | {"num_candidates": candidates}}
 
     def _body(self, size: int) -> Body:
         body: Body = {"size": size, "track_total_hits": False}
         body["timeout"] = f"{self._attempt * 1000:.0f}ms"
         if self._text:
-            return body | {"_source": [field for field in (self._title, self._text) if field]}
+            places = (self._seen.title, self._seen.text)
+            return body | {"_source": [place for place in places if place]}
         return body | {"_source": ["id", "title", "text"], "sort": ["_score", "row"]}
 
     @property
@@ -261,7 +328,7 @@ class ElasticsearchRetriever:
         deadline: Deadline,
     ) -> list[Answer]:
         """Ask for these, and again for those that failed, until the time is spent."""
-        late = RetrievalError(self._silence("others took all of it"))
+        late = RetrievalError(self._silence("the time was spent before its turn"))
         answers: list[Answer] = [late] * len(bodies)
         waiting = list(range(len(bodies)))
         for attempt in itertools.count():
@@ -294,7 +361,9 @@ class ElasticsearchRetriever:
         self, connection: Connection, bodies: Sequence[str], left: float
     ) -> list[Answer | Again]:
         """One request; what became of each of its searches."""
-        header = json.dumps({"search_type": "dfs_query_then_fetch"} if self._shards > 1 else {})
+        header = json.dumps(
+            {"search_type": "dfs_query_then_fetch"} if self._seen.many_shards else {}
+        )
         searches: Any = [line for body in bodies for line in (header, body)]
         found = await connection.ask(
             lambda client: client.msearch(index=self._place.index, searches=searches),
@@ -316,28 +385,37 @@ class ElasticsearchRetriever:
             if response["timed_out"] is not False or response["_shards"]["failed"] != 0:
                 return Again("an answer of some shards only")
             return [self._hit(hit) for hit in response["hits"]["hits"]]
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        except RetrievalError as error:
+            return error
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError):
             return Again("an answer that is not a search result")
 
     def _hit(self, hit: Body) -> Hit:
-        source = hit["_source"]
-        if self._text:
-            title = _at(source, self._title) if self._title else ""
-            return Hit(Passage(str(hit["_id"]), title, _at(source, self._text)), hit["_score"])
-        passage = Passage(source["id"], source["title"], source["text"])
-        return Hit(passage, float(hit["sort"][0]))
+        if not self._text:
+            source = hit["_source"]
+            passage = Passage(source["id"], source["title"], source["text"])
+            return Hit(passage, _score(hit["sort"][0]))
+        id_, source = words_only(str(hit["_id"])), hit.get("_source", {})
+        title = _at(source, self._seen.title) if self._seen.title else ""
+        text = _at(source, self._seen.text or "")
+        if text is None:  # an empty passage would look like evidence of nothing
+            raise RetrievalError(
+                f"the document {id_!r:.100} of {self._place} has no field {self._text!r} in its "
+                "_source, from which texts are read"
+            )
+        return Hit(Passage(id_, title or "", text), _score(hit["_score"]))
 
     def _silence(self, why: str) -> str:
         seconds = f"{self._retry.deadline:g} s"
         return f"Elasticsearch at {self._place} gave no answer within {seconds}: {why}"
 
 
-def _restored(url: str, embedding: str | None, many_shards: bool) -> ElasticsearchRetriever:
+def _restored(url: str, seen: _Seen) -> ElasticsearchRetriever:
     """A retriever that was checked in another process; it connects when it first searches."""
     retriever = ElasticsearchRetriever.__new__(ElasticsearchRetriever)
     retriever._url = url
     retriever._prepare()
-    retriever._embedding_name, retriever._shards = embedding, 1 + many_shards
+    retriever._seen = seen
     return retriever
 
 
@@ -355,10 +433,52 @@ def _fuse(lexical: Answer, dense: Answer, top_k: int) -> Answer:
     return [Hit(passages[id_], scores[id_]) for id_ in best]
 
 
-def _at(source: Any, field: str) -> str:
-    """A field of a document, in objects by dots; texts of a list are joined."""
-    with suppress(KeyError, TypeError):
-        value = source[field]
-        return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
-    head, dot, rest = field.partition(".")
-    return _at(source[head], rest) if dot and head in source else ""
+def _score(value: Any) -> float:
+    score = float(value)
+    if not math.isfinite(score):
+        raise ValueError("a score that is not finite")
+    return score
+
+
+def _stands_at(mapping: Body, field: str) -> str | None:
+    """Where in the documents the texts of a field stand; None: the mapping has no such field.
+
+    A multi-field (``body.english``) is another index of the texts of its parent (``body``).
+    """
+    for name, rest, each in _below(mapping.get("properties", {}), field):
+        if not rest:
+            return None if "properties" in each else name
+        if rest in each.get("fields", {}):
+            return name
+        below = _stands_at(each, rest)
+        if below is not None:
+            return f"{name}.{below}"
+    return None
+
+
+def _at(source: Any, field: str) -> str | None:
+    """A field of a document, in objects by dots; texts of a list are joined; None: it lacks it."""
+    if isinstance(source, list):
+        found = [_at(each, field) for each in source]
+        return "\n".join(filter(None, found)) if any(each is not None for each in found) else None
+    if not isinstance(source, dict):
+        return None
+    for _, rest, value in _below(source, field):
+        text = _at(value, rest) if rest else _text(value)
+        if text is not None:
+            return text
+    return None
+
+
+def _below(names: Body, field: str) -> Iterator[tuple[str, str, Any]]:
+    """What a field's name may begin with: that name, the rest of the field's, what it names."""
+    for name, value in names.items():
+        if name == field or field.startswith(f"{name}."):
+            yield name, field[len(name) + 1 :], value
+
+
+def _text(value: Any) -> str:
+    """A value as text; Elasticsearch takes null and a list as no text, and as many."""
+    if isinstance(value, list):
+        return "\n".join(filter(None, map(_text, value)))
+    return "" if value is None else words_only(str(value))

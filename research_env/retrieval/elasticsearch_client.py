@@ -8,6 +8,7 @@ file of an own certificate authority. TLS certificates are always verified.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import threading
@@ -25,6 +26,7 @@ from research_env.retrieval.retry import AGAIN, retry_after
 
 if TYPE_CHECKING:
     from elasticsearch import AsyncElasticsearch
+    from elasticsearch.serializer import OrjsonSerializer
 
 Result = TypeVar("Result")
 
@@ -34,7 +36,6 @@ SCHEMES = {"elasticsearch": "http", "elasticsearch+https": "https"}
 
 _INDEX_NAME = re.compile(r"[a-z0-9][a-z0-9_.+-]{0,199}")  # neither pattern nor list of indexes
 _ANSWERS = "application/vnd.elasticsearch+json"  # what a server says it sends to this client
-_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Again(Exception):  # noqa: N818  (not an error yet)
@@ -69,10 +70,12 @@ def parse(url: str, known: Collection[str]) -> Place:
         UnknownNameError: an option that does not exist.
     """
     example = "write elasticsearch://HOST:PORT/INDEX or elasticsearch+https://HOST/INDEX"
-    if "@" in url.partition("://")[2].partition("/")[0]:  # first: other messages repeat the URL
+    # First, as other messages repeat the URL; and wherever, as a password may hold any character.
+    if "@" in url:
         raise ConfigurationError(
             "the Elasticsearch URL holds a user or password, which would end up in logs; set "
-            "ELASTICSEARCH_API_KEY, or ELASTICSEARCH_USERNAME and ELASTICSEARCH_PASSWORD"
+            "ELASTICSEARCH_API_KEY, or ELASTICSEARCH_USERNAME and ELASTICSEARCH_PASSWORD (an @ of "
+            "an option is written %40)"
         )
     base, options = split_options(url)
     check_options("elasticsearch", options, known)
@@ -109,6 +112,8 @@ class Connection:
         """
         self.place = place
         self.client = _client(place)
+        self._closing = threading.Lock()
+        self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="elasticsearch", daemon=True
@@ -119,9 +124,13 @@ class Connection:
         """Do something in the thread and wait for its result.
 
         Raises:
-            RetrievalError: the connection was closed meanwhile.
+            RetrievalError: the connection is closed, or was closed meanwhile.
         """
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._closing:  # what starts here starts before the end, which then ends it
+            if self._closed:
+                work.close()
+                raise RetrievalError(f"the connection to {self.place} has been closed")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except CancelledError:
@@ -132,11 +141,15 @@ class Connection:
 
     def close(self) -> None:
         """End what is under way, the connections and the thread; twice is harmless."""
-        if self._thread.is_alive():
-            self.run(self._end())
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            end = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+        end.result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     async def _end(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -198,11 +211,6 @@ class Connection:
         return f"Elasticsearch refuses at {self.place}: status {status} {kind}{cure}"
 
 
-def words_only(text: str) -> str:
-    """The text without halves of surrogate pairs, which no request can carry."""
-    return text if text.isascii() else _SURROGATES.sub("\ufffd", text)
-
-
 def kind_of(body: Any) -> str:
     """The type of an error, as the server calls it; never its text, which may repeat anything."""
     try:
@@ -213,11 +221,27 @@ def kind_of(body: Any) -> str:
     return kind if isinstance(kind, str) and re.fullmatch(r"\w{1,80}", kind) else "error"
 
 
+def _serializer() -> OrjsonSerializer:
+    """Orjson, as reading an answer is half of our own time, and json for what only that reads."""
+    from elasticsearch.serializer import OrjsonSerializer  # noqa: PLC0415  (only when used)
+
+    class Serializer(OrjsonSerializer):
+        def json_loads(self, data: bytes) -> Any:
+            try:
+                return super().json_loads(data)
+            except ValueError:  # also for half of a surrogate pair, which a document may hold
+                try:
+                    return json.loads(data)
+                except RecursionError as error:
+                    raise ValueError("nested too deeply") from error
+
+    return Serializer()
+
+
 def _client(place: Place) -> AsyncElasticsearch:
     if not all(map(find_spec, ("elasticsearch", "aiohttp", "orjson"))):
         raise ConfigurationError("elasticsearch:// needs its client: pip install .[elasticsearch]")
     from elasticsearch import AsyncElasticsearch  # noqa: PLC0415  (only when used)
-    from elasticsearch.serializer import OrjsonSerializer  # noqa: PLC0415
 
     given: dict[str, Any] = {}
     key = os.environ.get("ELASTICSEARCH_API_KEY")
@@ -243,6 +267,6 @@ def _client(place: Place) -> AsyncElasticsearch:
         max_retries=0,
         retry_on_status=(),
         request_timeout=None,
-        serializers={_ANSWERS: OrjsonSerializer()},  # reading an answer is half of our own time
+        serializers={_ANSWERS: _serializer()},
         **given,
     )

@@ -28,8 +28,8 @@ from research_env.retrieval.elasticsearch_client import (
     Connection,
     Place,
     parse,
-    words_only,
 )
+from research_env.retrieval.options import words_only
 from research_env.retrieval.retry import AGAIN, Deadline, Retry
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 PER_REQUEST = 500  # passages in one _bulk, or fewer where they are long:
 LARGEST = 5_000_000  # characters; Elasticsearch takes 100 MB, but not gladly
-IN_FLIGHT = 3  # requests under way at the same time
+IN_FLIGHT = 3  # chunks under way at the same time, or fewer where they are long:
+MOST_IN_FLIGHT = 4 * LARGEST  # characters
 PATIENCE = Retry(deadline=300.0, first=0.2, longest=15.0)  # for each request
 _PAGE = 10_000  # buckets of an aggregation
 
@@ -54,7 +55,7 @@ class Indexed:
 
     Attributes:
         passages: how many there are in the index.
-        sent: how many of them this run has sent.
+        sent: how many of them are new: the rest was there when this run began.
         index: the index behind the alias.
         former: indexes to which the alias pointed before; they may be deleted.
     """
@@ -133,9 +134,8 @@ class _Writer:
         self._alias = place.index
         self._corpus = corpus
         self._embedding = embedding
-        self._embed_one = (
-            asyncio.Lock()
-        )  # a chunk at a time: a model takes all cores and much memory
+        # Vectors of a chunk at a time: a model takes all cores and much memory.
+        self._embed_one = asyncio.Lock()
         self._fingerprint = corpus.fingerprint()
         self._meta = {
             "mapping": MAPPING,
@@ -159,7 +159,7 @@ class _Writer:
         behind = await self._behind_alias()
         await self._create()
         present = await self._present()
-        count, checksum, sent = await self._fill(present, progress)
+        count, checksum = await self._fill(present, progress)
         if not count:
             raise DataError(f"corpus {self._corpus.name!r} holds no passage to index")
         if self._corpus.fingerprint() != self._fingerprint:
@@ -172,9 +172,8 @@ class _Writer:
                 f"checksum {found[1]}, not {count:,} with {checksum}. Delete it and index again"
             )
         former = tuple(name for name in behind if name != self._name)
-        if sent or behind != (self._name,):
-            await self._show(former)
-        return Indexed(count, sent, self._name, former)
+        await self._show(behind)
+        return Indexed(count, count - sum(present), self._name, former)
 
     async def _ask(self, request: Callable[[AsyncElasticsearch], Awaitable[Any]]) -> Any:
         """A request that is tried until its patience ends."""
@@ -270,32 +269,38 @@ class _Writer:
 
     async def _fill(
         self, present: Sequence[int], progress: Callable[[int], None]
-    ) -> tuple[int, int, int]:
+    ) -> tuple[int, int]:
         """Send what is missing.
 
+        Besides what is under way one more chunk is held, the one just read: ``PER_REQUEST``
+        passages, however long they are.
+
         Returns:
-            Number of passages of the corpus, the sum of their checksums, how many were sent.
+            Number of passages of the corpus, the sum of their checksums.
         """
-        count = checksum = sent = 0
-        under_way: set[asyncio.Task[None]] = set()
+        count = checksum = 0
+        under_way: dict[asyncio.Task[None], int] = {}  # and how many characters each sends
         try:
             for number, chunk in enumerate(_chunks(self._corpus)):
                 checksum += sum(_checksum(passage) for _, passage in chunk)
                 count += len(chunk)
                 if number >= len(present) or present[number] != len(chunk):
-                    while len(under_way) >= IN_FLIGHT:  # the corpus is read no faster
-                        under_way = await _some_done(under_way)
-                    under_way.add(asyncio.create_task(self._send(chunk)))
-                    sent += len(chunk)
+                    size = sum(len(passage.title) + len(passage.text) for _, passage in chunk)
+                    while under_way and (  # the corpus is read no faster
+                        len(under_way) >= IN_FLIGHT
+                        or sum(under_way.values()) + size > MOST_IN_FLIGHT
+                    ):
+                        await _some_done(under_way)
+                    under_way[asyncio.create_task(self._send(chunk))] = size
                     await asyncio.sleep(0)  # let it start before the next chunk is read
                 progress(count)
             while under_way:
-                under_way = await _some_done(under_way)
+                await _some_done(under_way)
         finally:
             for task in under_way:
                 task.cancel()
             await asyncio.gather(*under_way, return_exceptions=True)
-        return count, checksum, sent
+        return count, checksum
 
     async def _send(self, chunk: Chunk) -> None:
         """Create the documents of a chunk; those that are there already stay as they are."""
@@ -344,16 +349,22 @@ class _Writer:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Again("an answer that is not that of these documents") from error
 
-    async def _show(self, former: Sequence[str]) -> None:
-        """Let readers have it: settings for reading, then the alias, in one step."""
+    async def _show(self, behind: Sequence[str]) -> None:
+        """Let readers have it: settings for reading, then the alias, in one step.
+
+        The settings of an index that is shown already are set again: replicas may be others now.
+        """
         await self._ask(
             lambda client: client.indices.put_settings(
                 index=self._name, settings={"refresh_interval": None} | self._replicas
             )
         )
+        if tuple(behind) == (self._name,):
+            return
         actions: list[Body] = [
             {"remove": {"index": name, "alias": self._alias, "must_exist": False}}
-            for name in former
+            for name in behind
+            if name != self._name
         ]
         actions.append({"add": {"index": self._name, "alias": self._alias}})
         await self._ask(lambda client: client.indices.update_aliases(actions=actions))
@@ -420,9 +431,10 @@ def _parts(pairs: Sequence[tuple[Body, Body]]) -> Iterator[list[tuple[Body, Body
     yield part
 
 
-async def _some_done(tasks: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:
-    """Wait for one of them at least; an error of one is raised."""
-    done, rest = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+async def _some_done(tasks: dict[asyncio.Task[None], int]) -> None:
+    """Wait for one of them at least, and take it out; an error of one is raised."""
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        del tasks[task]
     for task in done:
         task.result()
-    return rest

@@ -46,6 +46,9 @@ class Embedding(Protocol):
 def load_embedding(name: str) -> Embedding:
     """Load the embedding of a name; see the module.
 
+    Loading may run any code that the name leads to: the name must be the user's, never one that
+    only a server or a file has told.
+
     Raises:
         ConfigurationError: it is not installed, or there is no such model.
     """

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -21,7 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from research_env.errors import ConfigurationError, RetrievalError
 from research_env.retrieval.base import Hit, Passage
-from research_env.retrieval.options import check_address, check_options, number, split_options
+from research_env.retrieval.options import (
+    check_address,
+    check_options,
+    number,
+    split_options,
+    words_only,
+)
 from research_env.retrieval.retry import AGAIN, Deadline, Retry, retry_after
 
 if TYPE_CHECKING:
@@ -34,17 +40,18 @@ PARTIAL = {"Prefer": "handling=lenient"}
 
 _LARGEST_REQUEST = 8 << 20  # characters of the queries of a request
 _LARGEST_ANSWER = 64 << 20  # bytes of a response
-_SURROGATES = re.compile("[\ud800-\udfff]")  # no UTF-8 holds them, and no server takes them
 
 
 class HttpRetriever:
     """Ask a retrieval server; it may be used by several threads.
 
     Queries go in requests of bounded size, one after the other. A request that fails in a way that
-    may pass (no connection, a broken answer, status 408, 425, 429, 5xx) is sent again after a
-    pause, until the deadline of the whole batch; its queries then fail, each in its place. (Only a
-    server that sends its headers byte by byte is waited for longer: each byte renews the wait.) A
-    query of blanks finds nothing and is not sent. Lone surrogates are sent as U+FFFD.
+    may pass (no connection, a broken answer, a status of
+    :data:`research_env.retrieval.retry.AGAIN`) is sent again after a pause, until the deadline of
+    the whole batch; its queries then fail, each in its place. (Only a server that sends its headers
+    byte by byte is waited for longer: each byte renews the wait.) A query of blanks finds nothing
+    and is not sent. Lone surrogates are sent as U+FFFD. After a fork each process has connections
+    of its own.
     """
 
     def __init__(self, url: str, batch: int = 256, retry: Retry | None = None) -> None:
@@ -64,7 +71,7 @@ class HttpRetriever:
         self._url = url
         self._batch = batch
         self._retry = retry or Retry(deadline=60.0)
-        self._client = make_client(PARTIAL)
+        self._client = Client(PARTIAL)
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
         """Answer every query of a batch; see :class:`research_env.retrieval.base.Retriever`.
@@ -78,13 +85,13 @@ class HttpRetriever:
         """
         if top_k < 1:
             raise ConfigurationError(f"top_k={top_k!r} must be 1 or more")
-        if self._client.is_closed:
-            raise RetrievalError("the retriever has been closed; open it again")
+        client = self._client.own()
         found: list[list[Hit] | RetrievalError] = [[] for _ in queries]
         deadline = Deadline.after(self._retry.deadline)
         for places in self._requests(queries):
-            asked = [_SURROGATES.sub("\ufffd", queries[place]) for place in places]
-            for place, answer in zip(places, self._ask(asked, top_k, deadline), strict=True):
+            asked = [words_only(queries[place]) for place in places]
+            answers = self._ask(client, asked, top_k, deadline)
+            for place, answer in zip(places, answers, strict=True):
                 found[place] = answer
         return found
 
@@ -109,12 +116,12 @@ class HttpRetriever:
             yield places
 
     def _ask(
-        self, queries: list[str], top_k: int, deadline: Deadline
+        self, client: httpx.Client, queries: list[str], top_k: int, deadline: Deadline
     ) -> Sequence[list[Hit] | RetrievalError]:
         payload = {"queries": queries, "topk": top_k, "return_scores": True}
-        request = self._client.build_request("POST", self._url, json=payload)
+        request = client.build_request("POST", self._url, json=payload)
         try:
-            answer = ask_json(self._client, request, self._retry, deadline)
+            answer = ask_json(client, request, self._retry, deadline)
             result = answer.get("result") if isinstance(answer, dict) else None
             if not isinstance(result, list) or len(result) != len(queries):
                 raise RetrievalError(
@@ -130,7 +137,7 @@ class HttpRetriever:
             return RetrievalError(f"{self._url} failed the query: {one_line(str(entry['error']))}")
         try:
             return [_hit(each, rank) for rank, each in enumerate(entry[:top_k], start=1)]
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             return RetrievalError(f"{self._url} sent what is no list of documents: {error!r:.120}")
 
 
@@ -145,8 +152,38 @@ def open_http(scheme: str, rest: str) -> HttpRetriever:
     )
 
 
+class Client:
+    """A client whose connections are kept, another one in each process; for several threads.
+
+    On a connection that a fork copied, parent and child would read each other's answers.
+    """
+
+    def __init__(self, headers: Mapping[str, str] | None = None) -> None:
+        """Make that of this process; nothing is sent. ``headers`` go with each request."""
+        self._headers = headers
+        self._made = os.getpid(), make_client(headers)
+
+    def own(self) -> httpx.Client:
+        """That of this process.
+
+        Raises:
+            RetrievalError: it has been closed.
+        """
+        process, client = self._made
+        if client.is_closed:
+            raise RetrievalError("the retriever has been closed; open it again")
+        if process != os.getpid():  # the parent's is left alone: its connections are in use
+            client = make_client(self._headers)
+            self._made = os.getpid(), client
+        return client
+
+    def close(self) -> None:
+        """Close the connections of this process; calling it twice is harmless."""
+        self._made[1].close()
+
+
 def make_client(headers: Mapping[str, str] | None = None) -> httpx.Client:
-    """A client whose connections are kept; TLS certificates are verified."""
+    """A client of httpx, for this process only; TLS certificates are verified."""
     import httpx  # noqa: PLC0415  (loaded only by those who ask a server)
 
     return httpx.Client(headers=headers, verify=_certificates())

@@ -3,40 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from urllib.parse import unquote, urlsplit
 
 from research_env.errors import ConfigurationError, UnknownNameError
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def split_options(url: str) -> tuple[str, dict[str, str]]:
     """The URL before its question mark, and the options behind it, percent-decoded.
 
     Raises:
-        ConfigurationError: something there is not KEY=VALUE, or a key comes twice.
+        ConfigurationError: something there is not KEY=VALUE, or a key comes twice. Where there is
+            an @ it is not repeated: it may be the end of a password that holds a question mark.
     """
     base, _, query = url.partition("?")
     options: dict[str, str] = {}
     for part in filter(None, query.split("&")):
         key, equals, value = part.partition("=")
         if not equals or key in options:
+            shown = "'...'" if "@" in query else repr(key)
             raise ConfigurationError(
-                f"the options of a retriever are KEY=VALUE, each once, not {key!r}; "
+                f"the options of a retriever are KEY=VALUE, each once, not {shown}; "
                 "as in '...?key=value&other=value'"
             )
         options[key] = unquote(value)
     return base, options
 
 
-def check_options(scheme: str, options: Collection[str], known: Collection[str]) -> None:
+def check_options(scheme: str, options: Mapping[str, str], known: Collection[str]) -> None:
     """Refuse an option that the scheme does not have.
 
     Raises:
-        UnknownNameError: names it, and those that exist.
+        UnknownNameError: names those that exist, and it too where no @ says that it may be secret.
     """
+    secret = any("@" in key or "@" in value for key, value in options.items())
     for key in options:
         if key not in known:
-            raise UnknownNameError(f"option of {scheme}", key, known)
+            raise UnknownNameError(f"option of {scheme}", "..." if secret else key, known)
 
 
 def number(options: dict[str, str], key: str, default: float, least: float) -> float:
@@ -76,3 +82,8 @@ def check_address(url: str) -> None:
         raise ConfigurationError(
             f"{url!r} is no address of a server; write it as in 'http://localhost:8000/retrieve'"
         )
+
+
+def words_only(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs, which no request can carry."""
+    return text if text.isascii() else _SURROGATES.sub("\ufffd", text)

@@ -2,7 +2,8 @@
 
 The first run records, later runs get the same hits byte for byte, with the engine switched off if
 all they ask is there. ``?cache=FILE&replay=only`` never asks the engine: what is not there is an
-error. The file is one SQLite database that several processes may use at once (on a local disk).
+error, and the file is only read. It is one SQLite database that several processes may use at once
+(on a local disk), also those of a fork: each opens it anew.
 
 A result is found again by the engine's URL (without the options that change no result, and without
 a user or password), the query and top_k. Errors are never recorded. An index that changes behind
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sqlite3
 import threading
@@ -20,6 +22,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
+from weakref import WeakSet
 
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
 from research_env.retrieval.base import Hit, Passage, Retriever
@@ -31,7 +35,8 @@ log = logging.getLogger(__name__)
 _FORMAT = 1  # of the table; in the file as its user_version
 _PATIENCE = 60.0  # seconds that a process waits for another one's writing
 _LOG_EVERY = 10_000  # queries
-_HOW_NOT_WHAT = ("batch", "budget", "deadline", "rate")  # options that change no result
+_NOT_IN_KEY = ("batch", "budget", "deadline", "rate")  # options that change no result
+_CLOSED = "the recording has been closed; open it again"
 _TABLE = """
 CREATE TABLE IF NOT EXISTS found (
     engine TEXT NOT NULL, query BLOB NOT NULL, top_k INTEGER NOT NULL, hits TEXT NOT NULL,
@@ -69,7 +74,7 @@ def recording(url: str) -> tuple[str, Recording | None]:
         raise UnknownNameError("replay", replay, ["only"])
     parts = [part for part in url.partition("?")[2].split("&") if part]  # as they were written
     engine = [part for part in parts if part.partition("=")[0] not in ("cache", "replay")]
-    what = sorted(part for part in engine if part.partition("=")[0] not in _HOW_NOT_WHAT)
+    what = sorted(part for part in engine if part.partition("=")[0] not in _NOT_IN_KEY)
     key = "?".join(filter(None, (re.sub(r"//.*@", "//", base), "&".join(what))))
     url = "?".join(filter(None, (base, "&".join(engine))))
     return url, Recording(Path(file).expanduser(), key, replay == "only")
@@ -96,7 +101,9 @@ class RecordedRetriever:
         self._recording = recording
         self._open_engine = open_engine
         self._engine: Retriever | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the file and the counts
+        self._opening = threading.Lock()  # of the engine: whoever replays does not wait for it
+        self._closed = False
         self._asked = self._replayed = 0
         self._next_log = _LOG_EVERY
         file = recording.file
@@ -105,9 +112,10 @@ class RecordedRetriever:
                 f"there is no recording {file}; record one without replay=only"
             )
         try:
-            self._file: sqlite3.Connection | None = _open(file)
+            self._file: sqlite3.Connection | None = _open(file, recording.replay_only)
         except (sqlite3.Error, OSError) as error:
             raise ConfigurationError(f"{file} cannot be used as a recording: {error}") from error
+        _ALIVE.add(self)
 
     @property
     def hit_rate(self) -> float:
@@ -142,21 +150,25 @@ class RecordedRetriever:
     def close(self) -> None:
         """Close file and engine, and log the hit rate; calling it twice is harmless."""
         with self._lock:
-            file, self._file = self._file, None
+            if self._closed:
+                return
+            self._closed = True
+            self._release()
+        if self._asked:
+            self._log()
+        with self._opening:
             engine, self._engine = self._engine, None
-        if file is not None:
-            file.close()
-            if self._asked:
-                self._log()
         if engine is not None:
             engine.close()
 
     def _ask(self, queries: list[str], top_k: int) -> list[list[Hit] | RetrievalError]:
-        with self._lock:
-            if self._engine is None:
-                self._engine = self._open_engine()
-            engine = self._engine
         try:
+            with self._opening:
+                if self._closed:
+                    raise RetrievalError(_CLOSED)
+                if self._engine is None:
+                    self._engine = self._open_engine()
+                engine = self._engine
             return engine.search(queries, top_k)
         except RetrievalError as error:  # theirs, not of those that are recorded
             return [error] * len(queries)
@@ -198,9 +210,17 @@ class RecordedRetriever:
         return self._recording.engine, query.encode("utf-8", "surrogatepass"), top_k
 
     def _open_file(self) -> sqlite3.Connection:
-        if self._file is None:
-            raise RetrievalError("the recording has been closed; open it again")
+        if self._closed:
+            raise RetrievalError(_CLOSED)
+        if self._file is None:  # let go for a fork
+            self._file = _open(self._recording.file, self._recording.replay_only)
         return self._file
+
+    def _release(self) -> None:
+        """Close the file, which the next search opens again; the lock is held."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
     def _unusable(self, error: Exception) -> str:
         return f"the recording {self._recording.file} cannot be used: {error}"
@@ -225,12 +245,17 @@ class RecordedRetriever:
         )
 
 
-def _open(file: Path) -> sqlite3.Connection:
+def _open(file: Path, only_read: bool) -> sqlite3.Connection:
     deadline = Deadline.after(_PATIENCE)
     while True:
-        connection = sqlite3.connect(file, timeout=_PATIENCE, check_same_thread=False)
+        connection = sqlite3.connect(
+            _address(file) if only_read else file,
+            timeout=_PATIENCE,
+            check_same_thread=False,
+            uri=only_read,
+        )
         try:
-            _prepare(connection)
+            _prepare(connection, only_read)
         except sqlite3.OperationalError as error:
             connection.close()
             # A change to WAL does not wait for another process that makes the file; so we do
@@ -244,19 +269,61 @@ def _open(file: Path) -> sqlite3.Connection:
             return connection
 
 
-def _prepare(connection: sqlite3.Connection) -> None:
+def _address(file: Path) -> str:
+    """The file as a URI by which SQLite only reads it."""
+    file = file.absolute()
+    # Beside a file that it reads SQLite keeps another, unless told that nobody writes
+    written = os.access(file.parent, os.W_OK) or Path(f"{file}-wal").exists()
+    return f"file:{quote(bytes(file))}?mode=ro" + ("" if written else "&immutable=1")
+
+
+def _prepare(connection: sqlite3.Connection, only_read: bool) -> None:
     one_look = "SELECT (SELECT user_version FROM pragma_user_version), count(*) FROM sqlite_master"
     version, tables = connection.execute(one_look).fetchone()
     if version != _FORMAT:
-        if (version, tables) != (0, 0):
+        if only_read or (version, tables) != (0, 0):
             raise sqlite3.DatabaseError("it is another database, or of another version")
         connection.execute("PRAGMA journal_mode = WAL")  # readers and a writer at the same time
         connection.execute("BEGIN IMMEDIATE")
         connection.execute(_TABLE)
         connection.execute(f"PRAGMA user_version = {_FORMAT}")
         connection.execute("COMMIT")
+    if only_read:
+        return
     connection.execute("PRAGMA synchronous = NORMAL")  # of a power cut the last writes may go
 
 
 def _copy(found: list[Hit] | RetrievalError) -> list[Hit] | RetrievalError:
     return found if isinstance(found, RetrievalError) else list(found)
+
+
+# SQLite must not be carried through a fork, not even to be closed in the child (its "How To Corrupt
+# An SQLite Database File", 2.6): its locks would be taken for held. So files are closed before it.
+
+_ALIVE: WeakSet[RecordedRetriever] = WeakSet()
+_held: list[RecordedRetriever] = []
+_forking = threading.Lock()  # one fork at a time
+
+
+def _before_fork() -> None:
+    _forking.acquire()
+    _held.extend(_ALIVE)
+    for each in _held:
+        each._lock.acquire()  # until after the fork, or another thread might open it again
+        each._release()
+
+
+def _after_fork(child: bool) -> None:
+    for each in _held:
+        each._lock.release()
+        if child:
+            each._opening = threading.Lock()  # a thread that held it is not here
+    _held.clear()
+    _forking.release()
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=lambda: _after_fork(child=False),
+    after_in_child=lambda: _after_fork(child=True),
+)

@@ -32,6 +32,7 @@ from typing import Any, cast
 
 from research_env.errors import ConfigurationError, RetrievalError
 from research_env.retrieval.base import Hit, Retriever
+from research_env.retrieval.retry import Deadline
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,12 @@ class Limits:
     """Open connections."""
     idle: float = 60.0
     """Seconds that a connection may say nothing."""
+    reading: float = 60.0
+    """Seconds that a body may take to come."""
+    large: int = 1 << 20
+    """Bytes of a body that counts as large."""
+    larges: int = 16
+    """Large bodies that are read at the same time; a further one waits ``reading`` at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +207,7 @@ class _Server(ThreadingHTTPServer):
         self.stopping = False
         self._room = threading.BoundedSemaphore(limits.searches + limits.waiting)
         self._searching = threading.BoundedSemaphore(limits.searches)
+        self._larges = threading.BoundedSemaphore(limits.larges)
         self._changed = threading.Condition()
         self._busy: dict[socket.socket, bool] = {}  # connection -> whether it is within a request
         super().__init__(address, _Handler)
@@ -247,6 +255,17 @@ class _Server(ThreadingHTTPServer):
                         connection.shutdown(socket.SHUT_RD)  # its thread reads the end, and ends
             if not self._changed.wait_for(lambda: not self._busy, patience):
                 log.warning("%d requests were dropped at the stop", len(self._busy))
+
+    @contextmanager
+    def reading(self, length: int) -> Iterator[bool]:
+        """Wait for a turn to read a body of so many bytes; False: too many large ones come in."""
+        large = length > self.limits.large
+        granted = not large or self._larges.acquire(timeout=self.limits.reading)
+        try:
+            yield granted
+        finally:
+            if large and granted:
+                self._larges.release()
 
     @contextmanager
     def turn(self) -> Iterator[bool]:
@@ -316,14 +335,36 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self._fail(413, f"a request has at most {limits.body} bytes")
         else:
-            body = self.rfile.read(int(length))
-            if len(body) < int(length):  # the client left
+            with self._server.reading(int(length)) as granted:
+                body = self._read_body(int(length)) if granted else None
+            if not granted:
+                self.close_connection = True
+                self._fail(503, "too many large requests come in", **{"Retry-After": "1"})
+                return
+            if body is None:
                 self.close_connection = True
                 return
             try:
                 self._retrieve(read_request(body, self._server.top_k, limits))
             except BadRequestError as error:
                 self._fail(400, str(error))
+
+    def _read_body(self, length: int) -> bytes | None:
+        """The body; None: the client left, or took too long over it."""
+        idle = self._server.limits.idle
+        body = bytearray()
+        deadline = Deadline.after(self._server.limits.reading)
+        try:
+            while len(body) < length:
+                self.connection.settimeout(max(min(idle, deadline.left()), 0.001))
+                part = self.rfile.read1(min(length - len(body), 1 << 16))
+                if not part or deadline.left() == 0:
+                    return None
+                body += part
+        except TimeoutError:
+            return None
+        self.connection.settimeout(idle)
+        return bytes(body)
 
     def _retrieve(self, request: Request) -> None:
         with self._server.turn() as granted:

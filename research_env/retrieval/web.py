@@ -2,10 +2,13 @@
 
 ``web:serper``, ``web:brave``, ``web:tavily`` take their key from ``SERPER_API_KEY``,
 ``BRAVE_API_KEY``, ``TAVILY_API_KEY``; ``web:searxng?url=http://HOST:PORT`` asks a SearXNG of one's
-own, whose settings must allow the format json. Options: ``budget=1000``, the requests that may be
-sent in all (without it: any number); ``rate=5``, requests a second (default 5); ``deadline=60``,
-seconds for a batch. A result's address is the id of its passage, its snippet the text, and its
-score 1/rank.
+own, whose settings must allow the format json. Options: ``budget=1000``, the requests that a
+process may send (without it: any number); ``rate=5``, those that it sends a second (default 5);
+``deadline=60``, seconds for a batch. A result's address is the id of its passage, its snippet the
+text, and its score 1/rank.
+
+Budget and rate are those of a process: its retrievers of one address, budget and rate share them,
+however many are opened; closing one gives nothing back. Several processes have one budget each.
 
 The formats are those that the providers document. They were tested against a local server that
 answers in them, not against the services themselves.
@@ -19,13 +22,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
 from research_env.retrieval.base import Hit, Passage
-from research_env.retrieval.http import ask_json, make_client
+from research_env.retrieval.http import Client, ask_json, one_line
 from research_env.retrieval.options import check_address, check_options, number, split_options
 from research_env.retrieval.retry import Deadline, Retry
+
+if TYPE_CHECKING:
+    import httpx
 
 _IN_FLIGHT = 8  # requests at the same time
 _LONGEST = 400  # characters of a query that are sent: what Brave and Tavily take
@@ -55,7 +62,7 @@ class Provider:
     request: Callable[[str, str, str, int], Request]
     """(url, key, query, count) to a request."""
     passages: Callable[[Any], list[Passage]]
-    """The JSON of an answer to passages, best first."""
+    """The JSON of an answer to passages, best first; raises where it tells of a failure."""
 
 
 def _serper_request(url: str, key: str, query: str, count: int) -> Request:
@@ -63,6 +70,8 @@ def _serper_request(url: str, key: str, query: str, count: int) -> Request:
 
 
 def _serper_passages(answer: Any) -> list[Passage]:
+    if "searchParameters" not in answer:
+        raise RetrievalError("the answer is none to a search")
     return [_passage(r, "link", "snippet") for r in answer.get("organic", [])]
 
 
@@ -73,6 +82,8 @@ def _brave_request(url: str, key: str, query: str, count: int) -> Request:
 
 
 def _brave_passages(answer: Any) -> list[Passage]:
+    if answer["type"] != "search":
+        raise RetrievalError("the answer is none to a search")
     return [_passage(r, "url", "description") for r in (answer.get("web") or {}).get("results", [])]
 
 
@@ -89,6 +100,13 @@ def _searxng_request(url: str, key: str, query: str, count: int) -> Request:
     return Request(f"{url.rstrip('/')}/search", params={"q": query, "format": "json"})
 
 
+def _searxng_passages(answer: Any) -> list[Passage]:
+    silent = answer.get("unresponsive_engines")
+    if silent and not answer["results"]:  # "no answer" must not be read as "no passage"
+        raise RetrievalError(f"the engines behind it did not answer: {one_line(str(silent))}")
+    return [_passage(r, "url", "content") for r in answer["results"]]
+
+
 PROVIDERS: dict[str, Provider] = {
     "serper": Provider(
         "https://google.serper.dev/search", "SERPER_API_KEY", 100, _serper_request, _serper_passages
@@ -103,7 +121,7 @@ PROVIDERS: dict[str, Provider] = {
     "tavily": Provider(
         "https://api.tavily.com/search", "TAVILY_API_KEY", 20, _tavily_request, _tavily_passages
     ),
-    "searxng": Provider("", None, 1_000, _searxng_request, _tavily_passages),
+    "searxng": Provider("", None, 1_000, _searxng_request, _searxng_passages),
 }
 
 
@@ -112,7 +130,8 @@ class WebRetriever:
 
     A query is sent as one line of at most 50 words and 400 characters; one of blanks finds nothing
     and is not sent. Failures that may pass are tried again until the deadline of the batch; a query
-    that is still without an answer then, or beyond the budget, fails in its place.
+    that is still without an answer then, or beyond the budget, fails in its place. After a fork
+    each process has connections and a budget of its own.
     """
 
     def __init__(
@@ -131,9 +150,10 @@ class WebRetriever:
             provider: which service.
             key: what it wants to see; it is sent in a header, and nowhere else.
             url: where it listens; empty: the provider's own address.
-            budget: the requests that may be sent before the retriever is closed, attempts that
-                fail included (they may be billed); None: any number.
-            rate: the requests that are sent a second.
+            budget: the requests that the process may send to that address, attempts that fail
+                included (they may be billed), by all retrievers of this budget and rate; None: any
+                number.
+            rate: the requests that they send a second.
             retry: deadline of a batch and pauses; None: 60 s and the usual ones.
 
         Raises:
@@ -144,8 +164,8 @@ class WebRetriever:
         check_address(self._url)
         self._key = key
         self._retry = retry or Retry(deadline=60.0)
-        self._limit = _Limit(budget, rate)
-        self._client = make_client()
+        self._limit = _limit(self._url, budget, rate)
+        self._client = Client()
 
     def __repr__(self) -> str:
         return f"WebRetriever({self._url!r})"
@@ -159,22 +179,23 @@ class WebRetriever:
         """
         if top_k < 1:
             raise ConfigurationError(f"top_k={top_k!r} must be 1 or more")
-        if self._client.is_closed:
-            raise RetrievalError("the retriever has been closed; open it again")
+        client = self._client.own()
         deadline = Deadline.after(self._retry.deadline)
         with ThreadPoolExecutor(_IN_FLIGHT) as pool:
-            return list(pool.map(lambda query: self._answer(query, top_k, deadline), queries))
+            return list(pool.map(lambda each: self._answer(client, each, top_k, deadline), queries))
 
     def close(self) -> None:
         """Close the connections; calling it twice is harmless."""
         self._client.close()
 
-    def _answer(self, query: str, top_k: int, deadline: Deadline) -> list[Hit] | RetrievalError:
+    def _answer(
+        self, client: httpx.Client, query: str, top_k: int, deadline: Deadline
+    ) -> list[Hit] | RetrievalError:
         query = _shortened(query)
         if not query:
             return []
         made = self._provider.request(self._url, self._key, query, min(top_k, self._provider.most))
-        request = self._client.build_request(
+        request = client.build_request(
             "GET" if made.json is None else "POST",
             made.url,
             headers=made.headers,
@@ -183,7 +204,7 @@ class WebRetriever:
         )
         try:
             answer = ask_json(
-                self._client, request, self._retry, deadline, before=self._limit.take, quoting=False
+                client, request, self._retry, deadline, before=self._limit.take, quoting=False
             )
             passages = self._provider.passages(answer)[:top_k]
         except RetrievalError as error:
@@ -250,6 +271,12 @@ class _Limit:
             if self._left is not None:
                 self._left -= 1
         time.sleep(wait)
+
+
+@cache
+def _limit(url: str, budget: int | None, rate: float) -> _Limit:
+    """The one of this process: whoever opens a second retriever has no second budget."""
+    return _Limit(budget, rate)
 
 
 def _shortened(query: str) -> str:

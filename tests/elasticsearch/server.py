@@ -22,11 +22,10 @@ import socket
 import subprocess
 import tempfile
 import time
-import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from research_env.cache import cache_folder
@@ -38,6 +37,7 @@ USER = "nobody"  # whom a server runs as when we are root: it refuses to run as 
 
 _ARTIFACT = f"org.elasticsearch.distribution.integ-test-zip:elasticsearch:{VERSION}:zip"
 _COPY = "org.apache.maven.plugins:maven-dependency-plugin:3.6.1:copy"
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
 _SETTINGS = {
     "discovery.type": "single-node",
     "network.host": "127.0.0.1",
@@ -123,13 +123,13 @@ def start() -> Server:
         _install()
         (_base() / "servers").mkdir(exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=_base() / "servers"))
-        folder.chmod(0o755)
-        shutil.copytree(_home() / "config", folder / "config")
-        (folder / "tmp").mkdir()
         try:
+            folder.chmod(0o755)
+            shutil.copytree(_home() / "config", folder / "config")
+            (folder / "tmp").mkdir()
             return _launch(folder, _free_port())
-        except ServerError:
-            shutil.rmtree(folder)
+        except BaseException:  # also KeyboardInterrupt: nobody else knows of it
+            shutil.rmtree(folder, ignore_errors=True)
             raise
     if shutil.which("docker") and _run(["docker", "info"], check=False).returncode == 0:
         return _start_container()
@@ -153,7 +153,7 @@ def saved(file: Path) -> Server | None:
     except FileNotFoundError:
         return None
     if server.container:
-        return server if _healthy(server.url) else None
+        return server if _docker_runs(server.container) else None
     return server if _born(server.pid) == server.born else None
 
 
@@ -253,12 +253,15 @@ def _launch(folder: Path, port: int) -> Server:
         )
     server = Server(f"http://127.0.0.1:{port}", str(folder), process.pid, _born(process.pid))
     deadline = time.monotonic() + PATIENCE
-    while not _healthy(server.url):
-        if process.poll() is not None or time.monotonic() > deadline:
-            server.kill()
-            end = (folder / "output").read_text(errors="replace")[-2000:]
-            raise ServerError(f"Elasticsearch did not start; its last words:\n{end}")
-        time.sleep(0.2)
+    try:
+        while not _healthy(server.url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                end = (folder / "output").read_text(errors="replace")[-2000:]
+                raise ServerError(f"Elasticsearch did not start; its last words:\n{end}")
+            time.sleep(0.2)
+    except BaseException:
+        server.kill()
+        raise
     return server
 
 
@@ -267,21 +270,32 @@ def _start_container() -> Server:
     for key in ("discovery.type", "xpack.security.enabled"):
         run += ["--env", f"{key}={_SETTINGS[key]}"]
     container = _run([*run, "--env", f"ES_JAVA_OPTS={HEAP}", f"elasticsearch:{VERSION}"]).stdout
-    container = container.strip()
-    port = _run(["docker", "port", container, "9200"]).stdout.strip().rsplit(":", 1)[1]
-    server = Server(f"http://127.0.0.1:{port}", container=container)
+    server = Server("", container=container.strip())
     deadline = time.monotonic() + PATIENCE
-    while not _healthy(server.url):
-        if time.monotonic() > deadline:
-            server.stop()
-            raise ServerError("the container with Elasticsearch did not become ready")
-        time.sleep(0.5)
+    try:
+        port = _run(["docker", "port", server.container, "9200"]).stdout.strip().rsplit(":", 1)[1]
+        server = replace(server, url=f"http://127.0.0.1:{port}")
+        while not _healthy(server.url):
+            if time.monotonic() > deadline:
+                raise ServerError("the container with Elasticsearch did not become ready")
+            time.sleep(0.5)
+    except BaseException:
+        server.stop()
+        raise
     return server
+
+
+def _docker_runs(container: str) -> bool:
+    """Whether Docker runs that container, be it healthy or not."""
+    if not shutil.which("docker"):
+        return False
+    state = _run(["docker", "inspect", "--format", "{{.State.Running}}", container], check=False)
+    return state.returncode == 0 and state.stdout.strip() == "true"
 
 
 def _healthy(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/_cluster/health?wait_for_status=yellow", timeout=5):
+        with _DIRECT.open(f"{url}/_cluster/health?wait_for_status=yellow", timeout=5):
             return True
     except OSError:
         return False

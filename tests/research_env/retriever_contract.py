@@ -12,7 +12,9 @@ and shows by ``fails_in_place`` what happens when what is behind it is gone.
 from __future__ import annotations
 
 import math
+import multiprocessing
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -142,7 +144,7 @@ def any_text_is_a_query_and_harms_no_other(opened: Open) -> None:
 def empty_queries_find_nothing_and_empty_batches_are_empty(opened: Open) -> None:
     engine = opened()
     assert engine.search([], 3) == []
-    assert found(engine, ["", " \n"], 3) == [[], []]
+    assert found(engine, ["", " \n", "\t\u3000\xa0\r"], 3) == [[], [], []]
     engine.close()
 
 
@@ -163,6 +165,32 @@ def a_closed_engine_says_so(opened: Open) -> None:
     fails_in_place(engine, [*WORDS, "never asked before"])
 
 
+def a_forked_process_gets_its_own_answers(opened: Open) -> None:
+    engine = opened()
+    expected = found(engine, WORDS, 3)  # what is open now, the fork copies
+    context = multiprocessing.get_context("fork")
+    together = context.Barrier(2)
+
+    def ask(which: int) -> None:
+        together.wait(60)
+        for _ in range(40):
+            assert found(engine, [WORDS[which]], 3) == [expected[which]]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # threads of the test's own servers
+        child = context.Process(target=ask, args=(1,))
+        child.start()
+    try:
+        ask(0)
+        child.join(60)
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+        child.join()
+    assert found(engine, WORDS, 3) == expected
+    engine.close()
+
+
 CLAUSES: tuple[Clause, ...] = (
     hits_are_passages_best_first_and_only_once,
     answers_come_in_the_order_of_the_queries,
@@ -172,6 +200,7 @@ CLAUSES: tuple[Clause, ...] = (
     empty_queries_find_nothing_and_empty_batches_are_empty,
     closing_twice_is_harmless,
     a_closed_engine_says_so,
+    a_forked_process_gets_its_own_answers,
 )
 
 

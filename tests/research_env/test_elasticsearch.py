@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import signal
 import string
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,7 @@ from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 import numpy as np
 import pytest
@@ -40,6 +42,7 @@ from research_env.retrieval import elasticsearch as module
 from research_env.retrieval import elasticsearch_index as index_module
 from research_env.retrieval.analysis import MAX_QUERY_WORDS, first_words, words
 from research_env.retrieval.elasticsearch import ElasticsearchRetriever
+from research_env.retrieval.elasticsearch_client import Again, Connection, Place, parse
 from research_env.retrieval.elasticsearch_index import Layout, index_elasticsearch
 from research_env.retrieval.retry import Retry
 from tests.elasticsearch.proxy import Proxy
@@ -75,10 +78,13 @@ def es(server: str, name: str) -> str:
     return f"{server.replace('http', 'elasticsearch', 1)}/{name}"
 
 
+DIRECT = build_opener(ProxyHandler({}))  # the server is reached without what http_proxy names
+
+
 def call(server: str, method: str, path: str, body: Any = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     headers = {"content-type": "application/json"}
-    with urlopen(Request(server + path, data, headers, method=method), timeout=60) as answer:
+    with DIRECT.open(Request(server + path, data, headers, method=method), timeout=60) as answer:
         return json.loads(answer.read())
 
 
@@ -195,6 +201,46 @@ def test_an_index_of_ones_own_is_searched_by_its_fields(elasticsearch: str, name
     one.close()
 
 
+def test_fields_are_looked_for_along_their_whole_path(elasticsearch: str, name: str) -> None:
+    words_of = {"type": "text", "fields": {"english": {"type": "text", "analyzer": "english"}}}
+    properties = {"body": words_of, "head": {"properties": {"line": words_of}}}
+    call(elasticsearch, "PUT", f"/{name}", {"mappings": {"properties": properties}})
+    documents: list[dict[str, Any]] = [
+        {"body": "running apples", "head.line": None},
+        {"body": ["green", None, "pears"], "head": [{"line": "one"}, {"line": "two"}]},
+        {"head": {"line": "nothing below"}},
+    ]
+    for number, document in enumerate(documents):
+        call(elasticsearch, "PUT", f"/{name}/_doc/{number}?refresh=true", document)
+    url = es(elasticsearch, name)
+    for fields in ("text=body.typo", "text=head", "text=body&title=head.typo", "text=head.line.x"):
+        with pytest.raises(ConfigurationError, match="no field"):
+            ElasticsearchRetriever(f"{url}?{fields}")
+    stemmed = ElasticsearchRetriever(f"{url}?text=body.english")
+    again = pickle.loads(pickle.dumps(stemmed))
+    for engine in (stemmed, again):
+        assert hits(engine, "run apple")[0].passage == Passage("0", "", "running apples")
+    both = ElasticsearchRetriever(f"{url}?text=body.english&title=head.line.english")
+    assert hits(both, "apple")[0].passage == Passage("0", "", "running apples")
+    assert hits(both, "pear")[0].passage == Passage("1", "one\ntwo", "green\npears")
+    alone, found = both.search(["nothing", "pear"], 3)
+    assert isinstance(alone, RetrievalError)
+    assert re.search("the document '2' .* has no field 'body.english'", str(alone))
+    assert ids(found) == ["1"]
+    for engine in (stemmed, again, both):
+        engine.close()
+
+
+def test_half_of_a_surrogate_pair_in_a_document_is_read(elasticsearch: str, name: str) -> None:
+    raw = rb'{"body": "half \ud800 a pear"}'
+    headers = {"content-type": "application/json"}
+    path = f"{elasticsearch}/{name}/_doc/1?refresh=true"
+    DIRECT.open(Request(path, raw, headers, method="PUT"), timeout=60).close()
+    engine = ElasticsearchRetriever(es(elasticsearch, name) + "?text=body&deadline=5")
+    assert hits(engine, "pear")[0].passage == Passage("1", "", "half \ufffd a pear")
+    engine.close()
+
+
 def test_it_may_be_pickled_forked_and_used_by_threads(beatles: str) -> None:
     engine = ElasticsearchRetriever(beatles)
     expected = engine.search(["rock", "city"], 3)
@@ -215,8 +261,6 @@ def test_it_may_be_pickled_forked_and_used_by_threads(beatles: str) -> None:
 
 
 def test_it_works_inside_an_event_loop_as_in_a_notebook(beatles: str) -> None:
-    import asyncio
-
     async def cell() -> list[str]:
         engine = ElasticsearchRetriever(beatles)
         try:
@@ -246,6 +290,102 @@ def test_closing_ends_a_search_that_waits(proxied: Any) -> None:
         engine.close()
         with pytest.raises(RetrievalError, match="closed"):
             waiting.result(timeout=60)
+
+
+def test_no_search_outlives_the_closing_of_a_connection() -> None:
+    """Searches that begin at any moment of the closing end; none is taken after it."""
+    place = parse("elasticsearch://127.0.0.1:9/i", ())
+
+    async def forever() -> None:
+        await asyncio.sleep(600)
+
+    for _ in range(20):
+        connection = Connection(place)
+        begin = threading.Barrier(5)
+
+        def search(connection: Connection = connection, begin: threading.Barrier = begin) -> None:
+            begin.wait()
+            with pytest.raises(RetrievalError, match="closed"):
+                connection.run(forever())
+
+        def close(connection: Connection = connection, begin: threading.Barrier = begin) -> None:
+            begin.wait()
+            connection.close()
+
+        with ThreadPoolExecutor(5) as pool:
+            for each in [pool.submit(job) for job in (search, search, close, search, search)]:
+                each.result(timeout=30)
+        with pytest.raises(RetrievalError, match="closed"):
+            connection.run(forever())
+        connection.close()
+
+
+def test_a_retriever_closed_before_it_connects_leaves_no_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = module._restored("elasticsearch://127.0.0.1:9/i", module._Seen(many_shards=False))
+    made: list[Connection] = []
+
+    def slow(place: Place) -> Connection:
+        engine.close()  # another thread does, just now
+        made.append(Connection(place))
+        return made[0]
+
+    monkeypatch.setattr(module, "Connection", slow)
+    with pytest.raises(RetrievalError, match="closed"):
+        engine.search(["x"], 1)
+    assert not made[0]._thread.is_alive()
+
+
+ANSWER = {
+    "status": 200,
+    "timed_out": False,
+    "_shards": {"failed": 0},
+    "hits": {
+        "hits": [
+            {"_source": {"id": "a", "title": "t", "text": "x"}, "sort": [2.0, 0], "_score": 2.0}
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "score",
+    [10**400, float("inf"), float("nan"), None, "many"],
+    ids=["huge", "infinite", "nan", "null", "word"],
+)
+def test_an_answer_with_a_score_that_is_no_number_is_asked_again(score: Any) -> None:
+    for url in ("elasticsearch://127.0.0.1:9/i", "elasticsearch://127.0.0.1:9/i?text=text"):
+        engine = module._restored(url, module._Seen(many_shards=False, text="text"))
+        response = json.loads(json.dumps(ANSWER))
+        [hit] = response["hits"]["hits"]
+        hit["_id"] = "a"
+        assert [each.score for each in cast(Any, engine._judge(cast(Any, None), response))] == [2.0]
+        hit["sort"], hit["_score"] = [score, 0], score
+        assert isinstance(engine._judge(cast(Any, None), response), Again)
+        hit["sort"], hit["_score"] = [2.0, 0], 2.0
+        hit["_source"] = {}
+        assert isinstance(engine._judge(cast(Any, None), response), (Again, RetrievalError))
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"mappings": {}, "settings": {}},
+        {"mappings": {}, "settings": {"index.number_of_shards": "many"}},
+        {"mappings": [], "settings": {"index.number_of_shards": "1"}},
+        {"mappings": {"_meta": None}, "settings": {"index.number_of_shards": "1"}},
+    ],
+)
+def test_an_answer_that_describes_no_index_is_told(
+    about: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask(*_: object) -> Any:
+        return {"i": about}
+
+    monkeypatch.setattr(Connection, "ask", ask)
+    with pytest.raises(RetrievalError, match="is not one index"):
+        ElasticsearchRetriever("elasticsearch://127.0.0.1:9/i")
 
 
 @pytest.mark.parametrize(
@@ -591,6 +731,33 @@ def test_long_passages_go_in_more_requests(
     assert sent == [2, 1, 1]
 
 
+def test_what_is_under_way_is_bounded_in_characters_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "PER_REQUEST", 1)
+    monkeypatch.setattr(index_module, "MOST_IN_FLIGHT", 100)
+    sizes = (10, 10, 10, 10, 60, 50, 50, 1, 500, 1, 99)
+    corpus = ListCorpus(tuple(Passage(f"p{i}", "", "x" * n) for i, n in enumerate(sizes)))
+    under_way: list[int] = []
+    seen: list[tuple[int, ...]] = []
+
+    async def send(_: object, chunk: Any) -> None:
+        size = len(chunk[0][1].text)
+        under_way.append(size)
+        seen.append(tuple(under_way))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        under_way.remove(size)
+
+    monkeypatch.setattr(index_module._Writer, "_send", send)
+    place = parse("elasticsearch://127.0.0.1:9/i", ())
+    writer = index_module._Writer(cast(Any, None), place, cast(Any, corpus), Layout(), None)
+    count, _ = asyncio.run(writer._fill([], lambda _: None))
+    assert (count, len(seen)) == (11, 11)
+    assert max(map(len, seen)) == 3
+    assert all(sum(each) <= 100 for each in seen if len(each) > 1)
+    assert (50, 50) in seen
+    assert (500,) in seen  # one alone may be longer
+
+
 def test_a_server_that_takes_nothing_ends_the_run(
     elasticsearch: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -607,7 +774,7 @@ def test_an_index_that_lacks_a_passage_is_mended_and_a_false_one_told(
     url = es(elasticsearch, name)
     done = index_elasticsearch(NUMBERED, url)
     call(elasticsearch, "DELETE", f"/{done.index}/_doc/700?refresh=true")
-    assert index_elasticsearch(NUMBERED, url).sent == 500
+    assert index_elasticsearch(NUMBERED, url).sent == 1  # though its whole chunk is sent again
     changed = {"doc": {"checksum": 5}}
     call(elasticsearch, "POST", f"/{done.index}/_update/3?refresh=true", changed)
     with pytest.raises(DataError, match=r"does not hold the corpus.*Delete it"):
@@ -646,6 +813,16 @@ def test_a_layout_is_kept(elasticsearch: str, name: str) -> None:
         index_elasticsearch(BEATLES, es(elasticsearch, name), Layout(shards=0))
 
 
+def test_replicas_of_a_complete_index_may_be_changed(elasticsearch: str, name: str) -> None:
+    url = es(elasticsearch, name)
+    done = index_elasticsearch(BEATLES, url, Layout(replicas=0))
+    for replicas in (2, 0):
+        again = index_elasticsearch(BEATLES, url, Layout(replicas=replicas))
+        assert (again.index, again.sent) == (done.index, 0)
+        about = call(elasticsearch, "GET", f"/{name}")[done.index]
+        assert about["settings"]["index"]["number_of_replicas"] == str(replicas)
+
+
 def test_an_empty_corpus_is_refused(elasticsearch: str, name: str) -> None:
     with pytest.raises(DataError, match="no passage"):
         index_elasticsearch(ListCorpus(()), es(elasticsearch, name))
@@ -681,6 +858,22 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(scheme: str) -> None:
     for tail in ("", "?mode=nonsense", "?x", "?deadline=x"):
         with pytest.raises((ConfigurationError, UnknownNameError)) as told:
             open_retriever(f"{scheme}://user:{SECRET}@localhost:9200/i{tail}", None)
+        assert SECRET not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"elasticsearch://user:pa?{SECRET}@host:9200/i",
+        f"elasticsearch://user:12/{SECRET}@host:9200/i",
+        f"elasticsearch://user:{SECRET}?a/b@host:9200/i?mode=bm25",
+        f"elasticsearch+https://user:a#{SECRET}@host/i",
+    ],
+)
+def test_a_password_of_any_characters_is_not_repeated(url: str) -> None:
+    for opened in (ElasticsearchRetriever, lambda url: index_elasticsearch(BEATLES, url)):
+        with pytest.raises(ConfigurationError, match="ELASTICSEARCH_PASSWORD") as told:
+            cast(Any, opened)(url)
         assert SECRET not in str(told.value)
 
 
@@ -785,14 +978,15 @@ BANANAS = ListCorpus(
 def test_dense_and_hybrid_search_by_hand(elasticsearch: str, name: str) -> None:
     url = es(elasticsearch, name)
     index_elasticsearch(BANANAS, url, Layout(embed=LETTERS))
-    dense = ElasticsearchRetriever(f"{url}?mode=dense")
+    dense = ElasticsearchRetriever(f"{url}?mode=dense&embed={LETTERS}")
     assert ids(dense.search(["aaaa"], 2)[0]) == ["0", "3"]
+    assert len(hits(dense, "aaaa", 6000)) == 4  # a server takes no more than 10,000 candidates
     found = hits(pickle.loads(pickle.dumps(dense)), "bbbb", 4)
     vectors = Letters().queries(["bbbb", "bbb bbb bbc"])
     assert found[0].passage == BANANAS.passages[1]
     # Elasticsearch's score of a dot product is (1 + product) / 2; int8 rounds it a little
     assert found[0].score == pytest.approx((1 + float(vectors[0] @ vectors[1])) / 2, abs=0.01)
-    hybrid = ElasticsearchRetriever(f"{url}?mode=hybrid")
+    hybrid = ElasticsearchRetriever(f"{url}?mode=hybrid&embed={LETTERS}")
     found = hits(hybrid, "zebra aaaa", 2)
     # BM25 finds 3 alone; by letters 0 comes first and 3 second
     assert ids(found) == ["3", "0"]
@@ -801,6 +995,34 @@ def test_dense_and_hybrid_search_by_hand(elasticsearch: str, name: str) -> None:
     assert ids(lexical.search(["zebra aaaa"], 4)[0]) == ["3"]
     for engine in (dense, hybrid, lexical):
         engine.close()
+
+
+def test_a_query_of_blanks_finds_nothing_and_is_not_asked(elasticsearch: str, name: str) -> None:
+    index_elasticsearch(BANANAS, es(elasticsearch, name), Layout(embed=LETTERS))
+    for options in (f"mode=dense&embed={LETTERS}", f"mode=hybrid&embed={LETTERS}", "mode=bm25"):
+        with Proxy(elasticsearch) as proxy:
+            engine = ElasticsearchRetriever(f"{es(proxy.url, name)}?{options}")
+            proxy.seen.clear()
+            assert engine.search(["", " \n", "\u3000"], 3) == [[], [], []]
+            assert proxy.seen == []
+            found = engine.search([" ", "zebra", ""], 3)
+            assert [bool(each) for each in found] == [False, True, False]
+            engine.close()
+
+
+def test_an_index_does_not_choose_the_model_that_runs_here(
+    elasticsearch: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = es(elasticsearch, name)
+    index_elasticsearch(BANANAS, url, Layout(embed=LETTERS))
+    monkeypatch.setattr(Letters, "__init__", lambda _: pytest.fail("the model was loaded"))
+    for mode in ("dense", "hybrid"):
+        with pytest.raises(ConfigurationError, match=f"mode={mode}&embed=MODEL"):
+            ElasticsearchRetriever(f"{url}?mode={mode}")
+        with pytest.raises(ConfigurationError, match=r"Letters', not of embed=json:other"):
+            ElasticsearchRetriever(f"{url}?mode={mode}&embed=json:other")
+    with pytest.raises(ConfigurationError, match="not for mode=bm25"):
+        ElasticsearchRetriever(f"{url}?embed={LETTERS}")
 
 
 @pytest.mark.slow

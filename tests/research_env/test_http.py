@@ -141,6 +141,7 @@ def test_forms_of_documents(entry: dict[str, Any], hit: tuple[str, str, str, flo
         [{"document": {"id": "a", "contents": 5}, "score": 1}],
         [{"document": {"id": "a", "contents": "x"}, "score": "high"}],
         [{"document": {"id": "a", "contents": "x"}, "score": float("nan")}],
+        [{"document": {"id": "a", "contents": "x"}, "score": 10**400}],
         {"error": "the shard\nis gone"},
     ],
 )

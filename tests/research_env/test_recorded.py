@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import sqlite3
 import threading
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -179,6 +181,45 @@ def test_callers_may_change_their_lists(tmp_path: Path) -> None:
     engine.close()
 
 
+def test_an_engine_that_cannot_be_opened_fails_only_what_is_not_recorded(tmp_path: Path) -> None:
+    first = opened(tmp_path / "r", Engine())
+    first.search(["1"], 3)
+    first.close()
+
+    def dead() -> Retriever:
+        raise RetrievalError("nobody there")
+
+    second = RecordedRetriever(Recording(tmp_path / "r", "fake:"), dead)
+    known, new = second.search(["1", "2"], 3)
+    assert known == Engine().search(["1"], 3)[0]
+    assert str(new) == "nobody there"
+    second.close()
+
+
+def test_who_replays_does_not_wait_for_the_opening_of_the_engine(tmp_path: Path) -> None:
+    first = opened(tmp_path / "r", Engine())
+    first.search(["1"], 3)
+    first.close()
+    opening, go_on = threading.Event(), threading.Event()
+
+    def slow() -> Retriever:
+        opening.set()
+        assert go_on.wait(60)
+        return Engine()
+
+    second = RecordedRetriever(Recording(tmp_path / "r", "fake:"), slow)
+    with ThreadPoolExecutor(2) as pool:
+        new = pool.submit(second.search, ["2"], 3)
+        assert opening.wait(60)
+        try:
+            known = pool.submit(second.search, ["1"], 3).result(10)
+        finally:
+            go_on.set()
+        assert known == Engine().search(["1"], 3)
+        assert new.result(60) == Engine().search(["2"], 3)
+    second.close()
+
+
 # --- several processes ----------------------------------------------------------------------------
 
 
@@ -229,6 +270,30 @@ def record_in_a_process(file: str, process: int, barrier: object) -> list[list[s
     return seen
 
 
+def test_a_recorder_outlives_a_fork_and_so_does_its_file(tmp_path: Path) -> None:
+    engine = opened(tmp_path / "r", Engine())
+    engine.search(["1"], 3)
+    context = multiprocessing.get_context("fork")
+
+    def record() -> None:
+        files = {each.resolve() for each in Path("/proc/self/fd").iterdir()}
+        assert (tmp_path / "r").resolve() not in files  # SQLite's locks are not inherited with it
+        assert engine.search(["1", "2"], 3) == Engine().search(["1", "2"], 3)
+        engine.close()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = context.Process(target=record)
+        child.start()
+    engine.search(["3"], 3)
+    child.join(60)
+    assert child.exitcode == 0
+    engine.close()
+    replay = opened(tmp_path / "r", Engine(), replay_only=True)
+    assert replay.search(["1", "2", "3"], 3) == Engine().search(["1", "2", "3"], 3)
+    replay.close()
+
+
 def test_several_processes_record_into_one_file(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, context.Pool(3) as pool:
@@ -275,6 +340,26 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="there is no recording"):
         opened(tmp_path / "none", Engine(), replay_only=True)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_replay_only_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").touch()
+    with pytest.raises(ConfigurationError, match="another database"):
+        opened(tmp_path / "empty", Engine(), replay_only=True)
+    assert (tmp_path / "empty").read_bytes() == b""
+    folder = tmp_path / "a #?%41 folder"
+    folder.mkdir()
+    first = opened(folder / "r", Engine())
+    first.search(["1"], 3)
+    first.close()
+    before = (folder / "r").read_bytes()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write wherever it wants
+    replay = opened(folder / "r", Engine(), replay_only=True)
+    assert replay.search(["1"], 3) == Engine().search(["1"], 3)
+    assert [path.name for path in folder.iterdir()] == ["r"]  # SQLite keeps nothing beside it
+    fails_in_place(replay, ["2"])
+    replay.close()
+    assert (folder / "r").read_bytes() == before
 
 
 def test_a_file_that_breaks_under_a_run_fails_the_batch(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from research_env.errors import UnknownNameError
-from research_env.retrieval import SCHEMES, open_retriever
+from research_env.errors import ResearchEnvError, UnknownNameError
+from research_env.retrieval import SCHEMES, open_retriever, without_password
 from research_env.retrieval.embedded import EmbeddedRetriever
 from tests.research_env.retriever_contract import (
     CLAUSES,
@@ -30,6 +30,31 @@ def test_contract_of_the_embedded_engine(clause: Clause, index: Path) -> None:
 
 def test_environments_with_an_embedded_engine_travel(index: Path) -> None:
     environments_travel(f"embedded:{index}?corpus=any")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://u:pw?SECRET@host/retrieve",
+        "http://u:pw?SECRET&more@host/retrieve",
+        "https://u:pw?SECRET=more@host/retrieve",
+        "https://u:pw?cache=x&cache&SECRET@host/retrieve",
+        "elasticsearch://user:pa?SECRET@host:9200/idx",
+        "elastic://user:1/SECRET@h/idx",
+        "web:searxng?url=http://u:p&SECRET@h",
+        "web:searxng?url=http://u:p&SECRET=more@h",
+    ],
+)
+def test_no_part_of_a_password_is_repeated(url: str) -> None:
+    with pytest.raises(ResearchEnvError) as caught:
+        open_retriever(url, None)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_url_is_shown_without_user_and_password() -> None:
+    assert without_password("elastic://user:1/S@x@h/idx") == "elastic://...@h/idx"
+    assert without_password("elastic://user:1\n2@h/idx") == "elastic://...@h/idx"
+    assert without_password("solr://h:1/idx") == "solr://h:1/idx"
 
 
 def test_every_scheme_is_named_where_one_is_unknown() -> None:

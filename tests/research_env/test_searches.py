@@ -128,6 +128,18 @@ def test_queries_in_flight_are_merged_and_then_remembered() -> None:
     searches.close()
 
 
+def test_what_is_closed_takes_no_more_and_nobody_waits_for_it() -> None:
+    for used in (True, False):
+        searches = made(Engine(), 10)
+        if used:
+            searches.submit(1, "1")
+            assert taken(searches)[0] == 1
+        searches.close()
+        with pytest.raises(RetrievalError, match="closed"):
+            searches.submit(2, "2")
+        assert searches.take(None) is None
+
+
 def test_closing_what_was_never_used() -> None:
     made(Engine(), 10).close()
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,61 @@ def test_a_silent_connection_is_closed() -> None:
         assert silent.recv(1000) == b""
 
 
+def test_a_body_that_drips_is_not_waited_for() -> None:
+    with (
+        Served(reading=0.3) as served,
+        socket.create_connection(served.address, PATIENCE) as slow,
+        suppress(ConnectionError),  # it closed while we were still sending
+    ):
+        slow.sendall(b"POST /retrieve HTTP/1.1\r\nContent-Length: 100000\r\n\r\n")
+        slow.settimeout(0.05)
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            slow.sendall(b" ")
+            with suppress(TimeoutError):
+                assert slow.recv(1000) == b""
+                break
+        else:
+            pytest.fail("it is still reading")
+
+
+def test_large_bodies_are_read_a_few_at_a_time_and_small_ones_pass_by() -> None:
+    body = json.dumps({"queries": ["1" + " " * 200]}).encode()
+    with (
+        Served(large=100, larges=1) as served,
+        socket.create_connection(served.address, PATIENCE) as slow,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        slow.sendall(
+            f"POST /retrieve HTTP/1.1\r\nContent-Length: {len(body)}\r\n"
+            "Expect: 100-continue\r\n\r\n".encode()
+        )
+        assert slow.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        time.sleep(0.1)  # for its turn to be taken
+        second = pool.submit(served.ask, "POST", "/retrieve", body)
+        assert served.post({"queries": ["1"]})[0] == 200
+        with pytest.raises(TimeoutError):
+            second.result(0.3)
+        slow.sendall(body)
+        assert slow.recv(1000).startswith(b"HTTP/1.1 200 ")
+        assert second.result(PATIENCE)[0] == 200
+
+
+def test_a_large_body_that_gets_no_turn_is_sent_away() -> None:
+    with (
+        Served(large=10, larges=1, reading=0.3) as served,
+        socket.create_connection(served.address, PATIENCE) as slow,
+        socket.create_connection(served.address, PATIENCE) as late,
+    ):
+        head = b"POST /retrieve HTTP/1.1\r\nContent-Length: 100\r\n\r\n"
+        served.server._server._larges.acquire()  # as a client does that takes its time
+        slow.sendall(head)
+        late.sendall(head)
+        assert slow.recv(1000).startswith(b"HTTP/1.1 503 ")
+        assert late.recv(1000).startswith(b"HTTP/1.1 503 ")
+        served.server._server._larges.release()
+
+
 def test_metrics_count() -> None:
     with Served() as served:
         served.post({"queries": ["1", "2"]})
@@ -431,7 +487,8 @@ def test_the_command_refuses_what_it_cannot_serve(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for arguments, message in (
-            (["serve"], "give --retriever URL, or --corpus FILE"),
+            (["serve"], "give --retriever URL, --dataset NAME or --corpus FILE"),
+            (["serve", "--dataset", "miniworld", "--port", port], "cannot listen at 127.0.0.1"),
             (["serve", "--corpus", str(corpus), "--port", port], "cannot listen at 127.0.0.1"),
             (["serve", "--corpus", str(corpus), "--port", "70000"], "cannot listen at"),
         ):

@@ -186,14 +186,39 @@ def test_results_become_passages_in_their_order(name: str) -> None:
     [
         ("serper", {"searchParameters": {}, "credits": 1}),
         ("brave", {"type": "search", "query": {}}),
-        ("brave", {"web": None}),
+        ("brave", {"type": "search", "web": None}),
         ("tavily", {"results": []}),
         ("searxng", {"results": []}),
+        ("searxng", {"results": [], "unresponsive_engines": []}),
     ],
 )
 def test_no_results_are_no_hits(provider: str, answer: object) -> None:
     with client(lambda _: as_json(answer), provider) as (_, engine):
         assert engine.search(["q"], 3) == [[]]
+
+
+@pytest.mark.parametrize(
+    ("provider", "answer"),
+    [
+        ("serper", {"message": "Not enough credits"}),
+        ("serper", {"organic": []}),
+        ("brave", {"error": {"code": "RATE_LIMITED"}}),
+        ("brave", {"type": "ErrorResponse", "web": None}),
+        ("tavily", {"detail": {"error": "no plan"}}),
+        ("searxng", {"results": [], "unresponsive_engines": [["google", "CAPTCHA\n"]]}),
+    ],
+)
+def test_a_failure_with_status_200_is_not_taken_for_no_results(
+    provider: str, answer: object
+) -> None:
+    with client(lambda _: as_json(answer), provider) as (_, engine):
+        fails_in_place(engine, ["q"])
+
+
+def test_some_engines_that_do_not_answer_void_no_results_of_others() -> None:
+    answer = {**answered("searxng", list(PASSAGES)), "unresponsive_engines": [["google", "x"]]}
+    with client(lambda _: as_json(answer), "searxng") as (_, engine):
+        assert engine.search(["q"], 1) == [[Hit(PASSAGES[0], 1.0)]]
 
 
 def test_a_result_may_lack_title_and_snippet(name: str) -> None:
@@ -205,7 +230,11 @@ def test_a_result_may_lack_title_and_snippet(name: str) -> None:
         assert engine.search(["q"], 3) == [[Hit(Passage("https://a", "", ""), 1.0)]]
 
 
-@pytest.mark.parametrize("body", [None, [], 5, {"organic": 5}, {"organic": [5]}, {"organic": [{}]}])
+NO_ROWS: tuple[object, ...] = (5, [5], [{}])
+BROKEN: list[object] = [{"searchParameters": {}, "organic": rows} for rows in NO_ROWS]
+
+
+@pytest.mark.parametrize("body", [None, [], 5, *BROKEN])
 def test_another_format_fails_the_query(body: object) -> None:
     with client(lambda _: as_json(body)) as (server, engine):
         fails_in_place(engine, ["q"])
@@ -214,7 +243,7 @@ def test_another_format_fails_the_query(body: object) -> None:
 
 # --- limits ---------------------------------------------------------------------------------------
 
-NONE = as_json({"organic": []})
+NONE = as_json({"searchParameters": {}, "organic": []})
 
 
 def test_the_budget_ends_the_queries_of_a_run() -> None:
@@ -224,6 +253,23 @@ def test_the_budget_ends_the_queries_of_a_run() -> None:
         failed = [str(each) for each in found if isinstance(each, RetrievalError)]
         assert failed == ["the budget of 3 web requests is spent"] * 2
         assert found[3] == []
+        assert len(server.calls) == 3
+
+
+def test_a_second_retriever_of_a_process_has_no_second_budget(engine: Retriever) -> None:
+    with serving(provider("serper", engine)) as server:
+        url = f"web:serper?url={server.url}/second&rate=10000&budget=3"
+        first, second = open_retriever(url, None), open_retriever(url, None)
+        assert isinstance(first.search(["rock", "city"], 1)[1], list)
+        first.close()
+        found = second.search(["rock", "city"], 1)
+        assert [str(each) for each in found if isinstance(each, RetrievalError)] == [
+            "the budget of 3 web requests is spent"
+        ]
+        second.close()
+        third = open_retriever(url, None)
+        assert "spent" in str(fails_in_place(third, ["rock"])[0])
+        third.close()
         assert len(server.calls) == 3
 
 
@@ -342,6 +388,7 @@ def test_a_key_that_is_missing_or_no_key_is_told(
         ("web:serper?rate=0", ConfigurationError, "rate='0'"),
         ("web:searxng", ConfigurationError, "web:searxng.url=http://HOST:PORT"),
         ("web:searxng?url=ftp://host", ConfigurationError, "no address"),
+        ("web:searxng?url=http://u:p&SECRET@h", ConfigurationError, "not '...'"),
     ],
 )
 def test_bad_urls_are_refused(url: str, error: type[Exception], message: str) -> None:
