@@ -2,8 +2,9 @@
 
 All begin with the shipped starter, have the same learning rate and the same budget of episodes, and
 no KL and no entropy bonus; what else differs is the algorithm's own. The ablations change one thing
-of GRPO: tokens of observations in the loss, a KL of 1e-3, and samples a group with as many episodes
-a step. Runs are folders: one that is finished is not run again, one that was stopped goes on.
+of GRPO: tokens of observations in the loss (their old log-probabilities are recomputed, for no
+sampler reported any), a KL of 1e-3, and samples a group with as many episodes a step. Runs are
+folders: one that is finished is not run again, one that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from rich.table import Table
 
 from research_agent.config import AlgorithmConfig, TrainConfig
 from research_agent.presets import MINIWORLD
+from research_agent.tracking import read_lines
 
 OFF = {"kl_coef": 0.0, "entropy_coef": 0.0}
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -231,19 +233,6 @@ def is_finished(config: CurvesConfig, run: Run) -> bool:
 def budget_of(config: CurvesConfig) -> int:
     """Episodes of a run."""
     return config.steps * config.prompts * config.samples
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a log, none if there is no such file; a line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
 
 
 @dataclass(frozen=True)

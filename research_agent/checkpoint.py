@@ -73,7 +73,7 @@ def save(
     """
     final = root / f"step-{step:06d}"
     temporary = root / f".{final.name}.tmp"
-    if final.exists():  # saved before, and a run is its configuration and its seed: the same bytes
+    if final.exists():  # saved before; the same run makes the same weights
         _link_best(root, best)
         return final
     tensors: dict[str, torch.Tensor] = {}

@@ -41,7 +41,7 @@ class Watch:
         means = [sum(r for _, r in self.history[e - self.window : e]) / self.window for e in ends]
         if not means:
             return None
-        best = max(range(len(means)), key=means.__getitem__)
+        best = max(range(len(means)), key=lambda i: (means[i], i))  # of equals the latest
         if means[best] <= 0 or means[-1] >= self.share * means[best]:
             return None
         return self.history[best + self.window - 1][0]

@@ -68,7 +68,8 @@ class Critic:
     ) -> None:
         base, vocabulary_head = model.base_model, model.get_output_embeddings()
         weight = vocabulary_head.weight
-        self.body: Any = deepcopy(base if isinstance(base, nn.Module) else model).eval()
+        # As prepared: its layers keep, or do not keep, what enters them.
+        self.body: Any = deepcopy(base if isinstance(base, nn.Module) else model)
         self.head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=weight.dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)

@@ -17,7 +17,16 @@ from research_agent.batch import Batch, make_batch, micro_batches
 from research_agent.critic import Critic
 from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
 from research_agent.lora import adapters, adapters_off, add_adapters, merged
-from research_agent.parallel import add_up, anywhere, like, rank_and_size, shard, share, whole
+from research_agent.parallel import (
+    add_up,
+    anywhere,
+    gather,
+    like,
+    rank_and_size,
+    shard,
+    share,
+    whole,
+)
 from research_agent.policy import Precision, Scorer, batch_logprobs, layers_of, prepare
 from research_agent.trajectory import Group
 
@@ -33,8 +42,8 @@ METRICS = {
     "longest": "tokens of the longest trajectory",
     "trajectories": "number of trajectories learned from",
     "updates": "number of optimiser steps made",
-    "clip_share": "share of the action tokens whose ratio was clipped, so that they have no"
-    " gradient but that of KL and entropy (by the algorithms that clip)",
+    "clip_share": "share of the action tokens whose ratio was clipped: they have no gradient"
+    " but that of KL and entropy (CISPO: they keep a bounded one)",
     "kl": "mean over the action tokens of the estimate of KL(policy || reference), in nats (by the"
     " algorithms that use a reference)",
 }
@@ -415,21 +424,23 @@ def _require_finite(
     values = torch.cat([*logprobs, torch.stack(losses).to(logprobs[0].dtype)])
     if not anywhere(not bool(values.isfinite().all()), values.device):
         return
+    causes = gather(list(_not_finite(parts, logprobs, losses, when)))  # of all processes
+    raise NonFiniteError(causes[0])
+
+
+def _not_finite(
+    parts: list[Batch], logprobs: list[Tensor], losses: list[Tensor], when: str
+) -> Iterator[str]:
     for part, values in zip(parts, logprobs, strict=True):
-        wrong = values.isfinite().logical_not().nonzero()
-        if len(wrong):
-            first = int(wrong[0])
+        for first in values.isfinite().logical_not().nonzero()[:1].flatten().tolist():
             name = part.names[int(part.sequence[first])]
-            message = (
+            yield (
                 f"a log-probability of {name} is {values[first].item()} {when}; the weights or the"
                 " trajectory are broken"
             )
-            raise NonFiniteError(message)
     for part, loss in zip(parts, losses, strict=True):
         if not loss.isfinite():
-            message = (
+            yield (
                 f"the loss is {loss.item()} {when}, on {part.names[0]} and others; lower the"
                 " learning rate, or look at them"
             )
-            raise NonFiniteError(message)
-    raise NonFiniteError(f"another process found a number that is not finite {when}; see there")

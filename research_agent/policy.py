@@ -101,7 +101,10 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 def prepare(
     model: Any, *, packed: bool = False, checkpointing: bool = False, compile: bool = False
 ) -> None:
-    """Set up how a model runs in a learner. What it computes stays the same.
+    """Set up how a model runs in a learner.
+
+    What it computes stays the same, if its dropouts are modules of their own, as in all models of
+    today: a layer that is checkpointed is in training mode itself, and what is inside it is not.
 
     Args:
         model: a causal language model of the transformers library; it is changed.

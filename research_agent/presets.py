@@ -8,6 +8,7 @@ paper; every one can be changed by flags.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from research_agent.config import (
     AlgorithmConfig,
@@ -21,6 +22,7 @@ from research_agent.config import (
 
 _WIKIPEDIA = "elasticsearch://localhost:9200/wiki18"
 _DEV = {"split": "dev"}
+_SCRIPTS: Any = {"precision": "bfloat16", "checkpointing": True}  # as all of the authors have it
 
 MINIWORLD = TrainConfig(
     preset="miniworld",
@@ -70,7 +72,11 @@ RESEARCH_7B = TrainConfig(
         algorithm="grpo", algorithm_args={"clip": 0.2, "kl_coef": 1e-3, "entropy_coef": 1e-3}
     ),
     learner=LearnerConfig(
-        learning_rate=1e-6, updates=1, old_logprobs="recomputed", micro_batch_tokens=17408
+        learning_rate=1e-6,
+        updates=1,
+        old_logprobs="recomputed",
+        micro_batch_tokens=17408,
+        **_SCRIPTS,
     ),
     run=RunConfig(steps=155, output=Path("runs/research-7b"), save_every=10, eval_args=_DEV),
 )
@@ -119,6 +125,7 @@ R1_SEARCHER = TrainConfig(
         betas=(0.9, 0.95),
         old_logprobs="recomputed",
         micro_batch_tokens=32768,
+        **_SCRIPTS,
     ),
     run=RunConfig(steps=127, output=Path("runs/r1-searcher"), save_every=20, eval_args=_DEV),
 )
@@ -154,6 +161,7 @@ SEARCH_R1 = TrainConfig(
         updates=10,
         old_logprobs="recomputed",
         micro_batch_tokens=16384,
+        **_SCRIPTS,
     ),
     run=RunConfig(steps=1005, output=Path("runs/search-r1"), save_every=100, eval_args=_DEV),
 )
@@ -186,6 +194,7 @@ SEARCH_R1_PPO = TrainConfig(
         updates=2,
         old_logprobs="recomputed",
         micro_batch_tokens=16384,
+        **_SCRIPTS,
     ),
     run=RunConfig(steps=1005, output=Path("runs/search-r1-ppo"), save_every=100, eval_args=_DEV),
 )

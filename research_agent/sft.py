@@ -103,7 +103,8 @@ DESCRIPTIONS = {
 def run(config: SFTConfig) -> Path:
     """Fit a model, and write it to the output folder as transformers reads it.
 
-    Hidden matrices are trained by Muon (Jordan et al. 2024), the rest by AdamW.
+    Matrices whose name does not hold "embed" are trained by Muon (Jordan et al. 2024), the rest by
+    AdamW.
 
     Returns:
         The folder.
@@ -234,13 +235,19 @@ def as_trajectory(demonstration: Iterable[tuple[str, str]], codec: Codec) -> Tra
         elif provenance == "observation":
             segments.append(Segment("observation", tuple(codec.encode_text(text)), text=text))
         elif provenance == "action":
-            end = [min(codec.end_ids)] if i == len(parts) - 1 else []
+            end = [_end(codec)] if i == len(parts) - 1 else []
             tokens = (*codec.encode_text(text), *end)
             segments.append(Segment("action", tokens, (0.0,) * len(tokens), text=text))
         else:
             known = ", ".join(PROVENANCES)
             raise ConfigError(f"unknown provenance {provenance!r}; known: {known}")
     return Trajectory(0, 0, tuple(segments), reward=0.0, terminated=True, truncated=False)
+
+
+def _end(codec: Codec) -> int:
+    """The token that ends what a policy writes: the tokenizer's own, if it names one."""
+    named: int | None = codec.tokenizer.eos_token_id
+    return min(codec.end_ids) if named is None else named
 
 
 def _demonstrations(config: SFTConfig) -> Iterator[Demonstration]:

@@ -34,6 +34,7 @@ from research_agent.engines import make_engine
 from research_agent.engines.base import Engine
 from research_agent.environments import Environments, make_environments
 from research_agent.errors import (
+    CheckpointError,
     CollapseError,
     ConfigError,
     NonFiniteError,
@@ -67,29 +68,23 @@ def train(config: TrainConfig) -> TrainSummary:
     """
     validate(config)
     run = config.run
-    saved = _saved(config)
-    step = saved.step if saved else 0
-    seconds = float(saved.state["seconds"]) if saved else 0.0
-    if over := _over(config, step, seconds):
-        return _summary(config, f"{run.output} is finished: {over}")
-
     with ExitStack() as stack:
         signals = stack.enter_context(_stop_signals())
         stack.enter_context(processes())
+        saved = _saved(config)
+        step = saved.step if saved else 0
+        seconds = float(saved.state["seconds"]) if saved else 0.0
+        if over := agree(_over(config, step, seconds)):
+            return _summary(config, f"{run.output} is finished: {over}")
         parts = stack.enter_context(_open(config, saved))
-        tracker: Tracker | None = None
-        if rank_and_size()[0] == 0:  # of several processes one writes
-            tracker = Tracker(run.output, step, run.steps, show=not run.quiet, fresh=not saved)
-            stack.enter_context(tracker)
-            tracker.say(f"{run.output}: {f'continuing after step {step}' if saved else 'starting'}")
-            if run.eval_every and not saved:
-                tracker.record(0, _evaluate(parts, 0), {"seconds": 0.0})
+        tracker = stack.enter_context(_tracker(parts, saved))
 
-        while not agree(bool(signals)) and not over:
+        while not any(gather([bool(signals)])) and not over:
             start = time.perf_counter()
 
             # Collect. The tasks of a step are a function of its number.
-            trajectories, groups = _play(parts, step)
+            with saved_for_inspection(run.output, step, []):
+                trajectories, groups = _play(parts, step)
             collected = time.perf_counter()
 
             # Credit and learn. Advantages, weights and objective are the algorithm's.
@@ -120,14 +115,15 @@ def train(config: TrainConfig) -> TrainSummary:
             shown = [as_record(trajectory) for trajectory in trajectories[: run.log_episodes]]
             if tracker:
                 tracker.record(step, metrics, timings, shown)
-            if parts.watch and (best := parts.watch.add(step, metrics["reward"])) is not None:
+            best = parts.watch.add(step, metrics["reward"]) if parts.watch and groups else None
+            if best is not None:
                 done = _set_back(parts, step, best)
                 if tracker:
                     tracker.say(done)
 
             # Save.
             is_best = "eval/reward" in metrics and step == _best(config)
-            if agree(step % run.save_every == 0 or is_best):
+            if agree(step % run.save_every == 0 or is_best or best is not None):
                 _save(parts, step, seconds)
         _save(parts, step, seconds)
 
@@ -137,11 +133,26 @@ def train(config: TrainConfig) -> TrainSummary:
     return _summary(config, message, signals[0] if signals else 0)
 
 
+@contextmanager
+def _tracker(parts: _Parts, saved: Checkpoint | None) -> Iterator[Tracker | None]:
+    """The logs of the run, with its first evaluation; None in all processes but the first."""
+    if rank_and_size()[0]:
+        yield None
+        return
+    run, step = parts.config.run, saved.step if saved else 0
+    with Tracker(run.output, step, run.steps, show=not run.quiet, fresh=not saved) as tracker:
+        tracker.say(f"{run.output}: {f'continuing after step {step}' if saved else 'starting'}")
+        if run.eval_every and not saved:
+            tracker.record(0, _evaluate(parts, 0), {"seconds": 0.0})
+        yield tracker
+
+
 @dataclass(frozen=True)
 class _Parts:
     """What a run is made of."""
 
     config: TrainConfig
+    origin: str  # the model that the run began with
     codec: Codec
     model: Any  # of transformers: the one that learns
     engine: Engine  # has weights of its own
@@ -181,7 +192,9 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
         raise ConfigError("--on-collapse rollback works in one process only; stop, and start again")
     if rank == 0:
         run.output.mkdir(parents=True, exist_ok=True)
-        (run.output / "config.json").write_text(json.dumps(as_json(config), indent=1) + "\n")
+        written = run.output / "config.json.tmp"
+        written.write_text(json.dumps(as_json(config), indent=1) + "\n")
+        written.replace(run.output / "config.json")
     torch.manual_seed(run.seed)
     slots = -(-sampling.prompts * sampling.samples // size)
     slots = min(slots, sampling.slots or slots)
@@ -194,11 +207,12 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
         if run.eval_every and rank == 0:
             held_out = open_environments(env, slots, {**env_args, **run.eval_args})
             stack.callback(held_out.close)
-        codec = load_codec(resolve_model(policy.model), chat_template=policy.chat_template)
+        origin = saved.state["origin"] if saved else _origin(policy.model)
+        codec = load_codec(resolve_model(origin), chat_template=policy.chat_template)
         load = partial(load_model, device=policy.device)
         lora = config.learner.lora_rank > 0
-        model = load(saved.folder if saved and not lora else policy.model)
-        reference = load(policy.model) if rule.needs_reference and not lora else None
+        model = load(saved.folder if saved and not lora else origin)
+        reference = load(origin) if rule.needs_reference and not lora else None
         engine = make_engine(
             sampling.engine,
             model,
@@ -221,7 +235,13 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
         watch = None if run.collapse is None else Watch(run.collapse)
         if watch and saved:
             watch.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
-        yield _Parts(config, codec, model, engine, learner, environments, held_out, watch)
+        yield _Parts(config, origin, codec, model, engine, learner, environments, held_out, watch)
+
+
+def _origin(model: str) -> str:
+    """The model to start from; of another run the checkpoint that is its newest now."""
+    newest = checkpoint.latest(Path(model).expanduser() / "checkpoints")
+    return str(newest) if newest else model
 
 
 def _play(parts: _Parts, step: int) -> tuple[list[Trajectory], list[Group]]:
@@ -289,6 +309,7 @@ def _save(parts: _Parts, step: int, seconds: float) -> None:
             "learner": learner,
             "random": torch.get_rng_state(),
             "seconds": seconds,
+            "origin": parts.origin,
             **({"rewards": parts.watch.history} if parts.watch else {}),
         },
         config=as_json(config),
@@ -349,9 +370,12 @@ def _evaluate(parts: _Parts, step: int) -> dict[str, float]:
 
 
 def _saved(config: TrainConfig) -> Checkpoint | None:
-    """The newest checkpoint of this run, if the output folder has one."""
+    """The newest checkpoint of this run, if there is one: the same in all processes."""
     output = config.run.output
     newest = checkpoint.latest(output / "checkpoints")
+    if len(set(gather([newest]))) > 1:
+        message = f"the processes see different checkpoints in {output}; share the folder"
+        raise CheckpointError(message)
     if newest:
         saved = checkpoint.load(newest)
         require_same(saved.config, config, output)
@@ -459,7 +483,7 @@ def _stop_signals() -> Iterator[list[int]]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if seen:
+        if seen and number == signal.SIGINT:  # a scheduler may send SIGTERM more than once
             raise KeyboardInterrupt
         seen.append(number)
         print("\nstopping after this step; once more to leave at once", file=sys.stderr)

@@ -226,8 +226,8 @@ def group_normalized(values: Tensor, groups: Tensor, epsilon: float) -> Tensor:
 def batch_normalized(values: Tensor) -> Tensor:
     """``(value - mean) / std`` of all action tokens; values that are all equal become 0.
 
-    Over n, with the variance held above 1e-8, as in OpenRLHF and verl; there the sums run over the
-    response mask, which must leave observations out.
+    Over n, with the variance held above 1e-8, as in OpenRLHF; verl divides by n - 1 and adds 1e-8.
+    There the sums run over the response mask, which must leave observations out.
 
     Args:
         values: [A].

@@ -87,6 +87,8 @@ def test_a_watch_sees_a_collapse_and_not_a_bad_step() -> None:
     # The best average, 0.8, ends with step 4; half of it is 0.4; the last averages are .35 and .15.
     assert found == [None] * 7 + [4, 4]
     assert Watch(0.9, window=1).add(1, 0.0) is None
+    steady = Watch(0.5, window=2)  # of equal averages the latest counts: its checkpoint is nearest
+    assert [steady.add(step, float(step <= 6)) for step in range(1, 9)] == [None] * 7 + [6]
     negative = Watch(0.9, window=1)
     assert [negative.add(step, -reward) for step, reward in enumerate(rewards, 1)] == [None] * 9
 
@@ -110,7 +112,7 @@ def test_a_collapse_stops_the_run_and_names_the_last_good_checkpoint(
 ) -> None:
     words = ["--steps", "9", "--save-every", "2", "--collapse", "0.4", "--keep", "9"]
     said = refusal(capsys, flags(letters, tmp_path / "run", *words))
-    assert "collapsed: at step 5" in said and "that of step 2" in said and "step-000002" in said
+    assert "collapsed: at step 5" in said and "that of step 3" in said and "step-000002" in said
     names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step-000002", "step-000004"]
     assert "collapsed: at step 5" in refusal(capsys, flags(letters, tmp_path / "run", *words))
@@ -135,6 +137,10 @@ def test_a_run_goes_back_to_the_last_good_checkpoint_and_on(
     assert all(torch.equal(begun[6][n], p) for n, p in kept.named_parameters())
     assert not all(torch.equal(begun[5][n], p) for n, p in kept.named_parameters())
     assert [record["step"] for record in metrics(tmp_path / "run")] == list(range(1, 8))
+    # Saved at once, so that no later set-back takes a checkpoint of the decline for a good one.
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / "step-000005")
+    ours = dict(again.named_parameters())
+    assert all(torch.equal(ours[n], p) for n, p in kept.named_parameters())
 
     main(flags(letters, tmp_path / "parts", *words, "--steps", "4"))
     main(flags(letters, tmp_path / "parts", *words, "--steps", "7"))

@@ -407,6 +407,18 @@ def test_the_best_checkpoint_stays_beside_the_newest(letters: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_a_second_sigterm_changes_nothing(server: Any, letters: Path, tmp_path: Path) -> None:
+    words = flags(letters, tmp_path / "run", "--steps", "100000", "--save-every", "100000")
+    process = start(server, words, tmp_path / "log")
+    wait_for_step(process, tmp_path / "run", 1)
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)  # as where a scheduler and torchrun both send one
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(letters: Path, tmp_path: Path) -> None:
     more = ["--env-args", "turns=2", "--eval-every", "2", "--save-every", "3"]
     main(flags(letters, tmp_path / "one", "--steps", "5", *more))
