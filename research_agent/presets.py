@@ -7,6 +7,7 @@ paper; every one can be changed by flags.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +173,7 @@ SEARCH_R1_PPO = TrainConfig(
     preset="search-r1-ppo",
     environment=SEARCH_R1.environment,
     policy=SEARCH_R1.policy,
-    sampling=SamplingConfig(
-        prompts=512, samples=1, temperature=1.0, max_prompt=2048, max_response=4096, max_turn=500
-    ),
+    sampling=replace(SEARCH_R1.sampling, samples=1),
     algorithm=AlgorithmConfig(
         algorithm="ppo",
         algorithm_args={
@@ -188,14 +187,7 @@ SEARCH_R1_PPO = TrainConfig(
             "critic_warmup_steps": 30,
         },
     ),
-    learner=LearnerConfig(
-        learning_rate=1e-6,
-        warmup_steps=572,
-        updates=2,
-        old_logprobs="recomputed",
-        micro_batch_tokens=16384,
-        **_SCRIPTS,
-    ),
+    learner=replace(SEARCH_R1.learner, warmup_steps=572, updates=2),
     run=RunConfig(steps=1005, output=Path("runs/search-r1-ppo"), save_every=100, eval_args=_DEV),
 )
 

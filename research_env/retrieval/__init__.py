@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,16 +131,10 @@ def _embedded(rest: str, corpus: Corpus | None, heal: bool = False) -> Retriever
     return EmbeddedRetriever(folder, corpus)
 
 
-def _http(rest: str, corpus: Corpus | None) -> Retriever:
+def _http(scheme: str, rest: str, corpus: Corpus | None) -> Retriever:
     from research_env.retrieval.http import open_http  # noqa: PLC0415  (loads the client)
 
-    return open_http("http", rest)
-
-
-def _https(rest: str, corpus: Corpus | None) -> Retriever:
-    from research_env.retrieval.http import open_http  # noqa: PLC0415
-
-    return open_http("https", rest)
+    return open_http(scheme, rest)
 
 
 def _web(rest: str, corpus: Corpus | None) -> Retriever:
@@ -148,24 +143,18 @@ def _web(rest: str, corpus: Corpus | None) -> Retriever:
     return open_web(rest)
 
 
-def _elasticsearch(rest: str, corpus: Corpus | None) -> Retriever:
+def _elasticsearch(scheme: str, rest: str, corpus: Corpus | None) -> Retriever:
     from research_env.retrieval.elasticsearch import ElasticsearchRetriever  # noqa: PLC0415
 
-    return ElasticsearchRetriever(f"elasticsearch:{rest}")
-
-
-def _elasticsearch_https(rest: str, corpus: Corpus | None) -> Retriever:
-    from research_env.retrieval.elasticsearch import ElasticsearchRetriever  # noqa: PLC0415
-
-    return ElasticsearchRetriever(f"elasticsearch+https:{rest}")
+    return ElasticsearchRetriever(f"{scheme}:{rest}")
 
 
 SCHEMES: dict[str, Callable[[str, Corpus | None], Retriever]] = {
     "embedded": _embedded,
-    "elasticsearch": _elasticsearch,
-    "elasticsearch+https": _elasticsearch_https,
-    "http": _http,
-    "https": _https,
+    "elasticsearch": partial(_elasticsearch, "elasticsearch"),
+    "elasticsearch+https": partial(_elasticsearch, "elasticsearch+https"),
+    "http": partial(_http, "http"),
+    "https": partial(_http, "https"),
     "web": _web,
 }
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,7 @@ import torch
 
 from research_agent import parallel
 from tests.research_agent.fsdp_worker import learn
-
-ROOT = Path(__file__).parents[2]
+from tests.research_agent.torchrun import in_two_processes
 
 
 @pytest.mark.slow
@@ -26,18 +22,8 @@ ROOT = Path(__file__).parents[2]
 )
 def test_two_processes_come_to_the_weights_of_one(tmp_path: Path, settings: dict[str, Any]) -> None:
     learn(str(tmp_path / "one.pt"), **settings)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    worker = ["-m", "tests.research_agent.fsdp_worker", str(tmp_path / "two.pt")]
-    done = subprocess.run(
-        [*command, *worker, json.dumps(settings)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    two_file = str(tmp_path / "two.pt")
+    in_two_processes("tests.research_agent.fsdp_worker", two_file, json.dumps(settings))
     one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
     for which in ("weights", "after"):
         assert one[which].keys() == two[which].keys()

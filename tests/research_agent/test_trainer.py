@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from research_agent.learner import Learner
 from research_agent.tracking import Tracker, read_lines
 from tests.research_agent.conftest import tiny_qwen2
 from tests.research_agent.disks import resize, small_disk
+from tests.research_agent.torchrun import in_two_processes
 
 COPY = "tests.research_agent.toy_env:CopyLetter-v0"
 FAILING = "tests.research_agent.failing_env:Failing-v0"
@@ -422,20 +422,10 @@ def test_a_second_sigterm_changes_nothing(server: Any, letters: Path, tmp_path: 
 def test_two_processes_train_what_one_trains(letters: Path, tmp_path: Path) -> None:
     more = ["--env-args", "turns=2", "--eval-every", "2", "--save-every", "3"]
     main(flags(letters, tmp_path / "one", "--steps", "5", *more))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for steps in ("2", "5"):  # stopped and continued
         words = flags(letters, tmp_path / "two", "--steps", steps, *more)
-        done = subprocess.run(
-            [*torchrun, "-m", "research_agent.cli", *words],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert done.stdout.count(f"is finished: {steps} steps are done") == 1
+        said = in_two_processes("research_agent.cli", *words)
+        assert said.count(f"is finished: {steps} steps are done") == 1
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert [sorted(record) for record in two] == [sorted(record) for record in one]
     for theirs, ours in zip(two, one, strict=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 
 from research_env import Dataset, Hit, Passage, Question
 from research_env.errors import RetrievalError
@@ -21,6 +23,20 @@ DATASET = Dataset("tiny", QUESTIONS, None)
 
 def hit(number: int, text: str = "", title: str = "", score: float = 1.0) -> Hit:
     return Hit(Passage(f"p{number}", title or f"Title {number}", text or f"Text {number}."), score)
+
+
+@dataclass(frozen=True)
+class ListCorpus:
+    """Passages of a test, as a corpus."""
+
+    passages: tuple[Passage, ...]
+    name: str = "list"
+
+    def __iter__(self) -> Iterator[Passage]:
+        return iter(self.passages)
+
+    def fingerprint(self) -> str:
+        return sha256(repr(self.passages).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class Engine:

@@ -18,8 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -46,20 +45,9 @@ from research_env.retrieval.elasticsearch_client import Again, Connection, Place
 from research_env.retrieval.elasticsearch_index import Layout, index_elasticsearch
 from research_env.retrieval.retry import Retry
 from tests.elasticsearch.proxy import Proxy
+from tests.research_env.fakes import ListCorpus
 
 pytestmark = pytest.mark.elasticsearch
-
-
-@dataclass(frozen=True)
-class ListCorpus:
-    passages: tuple[Passage, ...]
-    name: str = "list"
-
-    def __iter__(self) -> Iterator[Passage]:
-        return iter(self.passages)
-
-    def fingerprint(self) -> str:
-        return sha256(repr(self.passages).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 BEATLES = ListCorpus(

@@ -10,8 +10,6 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from hashlib import sha256
 from itertools import islice, pairwise
 from pathlib import Path
 from weakref import WeakSet
@@ -31,18 +29,7 @@ from research_env.errors import (
 from research_env.retrieval import Hit, Passage, embedded, impacts, open_retriever
 from research_env.retrieval.analysis import analyze
 from research_env.retrieval.embedded import EmbeddedRetriever, build_index
-
-
-@dataclass(frozen=True)
-class ListCorpus:
-    passages: tuple[Passage, ...]
-    name: str = "list"
-
-    def __iter__(self) -> Iterator[Passage]:
-        return iter(self.passages)
-
-    def fingerprint(self) -> str:
-        return sha256(repr(self.passages).encode("utf-8", "surrogatepass")).hexdigest()
+from tests.research_env.fakes import ListCorpus
 
 
 def corpus(*texts: str, name: str = "list") -> ListCorpus:
