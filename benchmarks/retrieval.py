@@ -300,6 +300,7 @@ def against_raw(server: str, corpus: Corpus, queries: Sequence[str], rounds: int
         seconds = medians(systems, rounds)
         rows.append(
             {
+                "corpus": corpus.name,
                 "what": f"retriever / raw _msearch, batches of {batch}",
                 "ours": len(queries) / seconds["ours"],
                 "peer": len(queries) / seconds["raw"],
@@ -314,6 +315,7 @@ def against_raw(server: str, corpus: Corpus, queries: Sequence[str], rounds: int
     seconds = medians(systems, 3 * rounds)
     rows.append(
         {
+            "corpus": corpus.name,
             "what": f"one batch / one request a search, {ENVIRONMENTS} environments",
             "ours": ENVIRONMENTS / seconds["ours"],
             "peer": ENVIRONMENTS / seconds["raw"],
@@ -358,8 +360,11 @@ def main(
             tables["queries a second, real"] = race(corpus, asked, place / "real", rounds)
             tables["recall"] = recalls(elasticsearch, embed)
             if elasticsearch:
-                rows = against_raw(elasticsearch, corpus, asked[:512], rounds)
-                tables["Elasticsearch, queries a second"] = rows
+                title = "Elasticsearch, queries a second"
+                tables[title] = against_raw(elasticsearch, corpus, asked[:512], rounds)
+                if passages:
+                    rows = against_raw(elasticsearch, generated, queries[:512], rounds)
+                    tables[title] += rows
         except DataNotFoundError as error:
             print(f"left out: {error}")
         if build:

@@ -57,6 +57,9 @@ class Index:
     """Elasticsearch: the number of shards."""
     replicas: int | None = None
     """Elasticsearch: copies of each shard. Without it: one where there is a second node."""
+    mapping: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Elasticsearch: JSON that is laid over the settings and mappings of the index, for example
+    {"mappings": {"properties": {"contents": {"similarity": "boolean"}}}}."""
     json: bool = False
     """Print the summary as JSON."""
 
@@ -74,9 +77,11 @@ class Index:
         if scheme in ("elasticsearch", "elasticsearch+https"):
             self._elasticsearch(corpus, self.to or "")
             return
-        if (self.embed, self.analyzer, self.shards, self.replicas) != (None, "english", 1, None):
+        given = (self.embed, self.analyzer, self.shards, self.replicas, self.mapping)
+        if given != (None, "english", 1, None, None):
             raise ConfigurationError(
-                "--embed, --analyzer, --shards and --replicas are for --to elasticsearch://..."
+                "--embed, --analyzer, --shards, --replicas and --mapping are for "
+                "--to elasticsearch://..."
             )
         if colon and scheme != "embedded":
             places = ["DIR", "embedded:DIR", "elasticsearch://HOST:PORT/INDEX"]
@@ -108,7 +113,8 @@ class Index:
             index_elasticsearch,
         )
 
-        layout = Layout(self.analyzer, self.shards, self.replicas, self.embed)
+        body = _json_object(self.mapping) if self.mapping else {}
+        layout = Layout(self.analyzer, self.shards, self.replicas, self.embed, body)
         start = time.perf_counter()
         with report_progress(corpus) as report:
             done = index_elasticsearch(corpus, url, layout, report)
@@ -422,6 +428,16 @@ def _text_environments() -> list[str]:
     from research_env.registration import IDS  # noqa: PLC0415
 
     return list(IDS)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"cannot read {path} as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigurationError(f"{path} holds no JSON object, but {found!r:.80}")
+    return found
 
 
 def _print_json(value: object) -> None:

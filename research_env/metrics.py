@@ -71,8 +71,7 @@ def exact_match(
     """
     if prediction is None:
         return 0.0
-    predicted = normalizer(prediction)
-    return float(any(predicted == normalizer(answer) for answer in answers))
+    return float(normalizer(prediction) in map(normalizer, answers))
 
 
 def f1(prediction: str | None, answers: Sequence[str], normalizer: Normalizer = normalize) -> float:
@@ -92,7 +91,7 @@ def f1(prediction: str | None, answers: Sequence[str], normalizer: Normalizer = 
     if prediction is None:
         return 0.0
     predicted = normalizer(prediction)
-    return max((_f1(predicted, normalizer(answer)) for answer in answers), default=0.0)
+    return max([_f1(predicted, normalizer(answer)) for answer in answers], default=0.0)
 
 
 def cover_exact_match(
@@ -114,7 +113,7 @@ def cover_exact_match(
     if prediction is None:
         return 0.0
     words = set(normalizer(prediction).split(" "))
-    return float(any(words.issuperset(normalizer(answer).split(" ")) for answer in answers))
+    return float(any([words.issuperset(normalizer(answer).split(" ")) for answer in answers]))
 
 
 def _collapse(text: str) -> str:

@@ -14,7 +14,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -75,12 +75,16 @@ class Layout:
         shards: more than one pay above some ten million passages; scores stay the same.
         replicas: copies of each shard; None: one where there is a second node for it.
         embed: model of the vectors (see :mod:`research_env.retrieval.embedding`); None: none.
+        body: what else creates the index, in Elasticsearch's own words: ``settings`` (say, an
+            analyzer or a similarity of your own) and ``mappings`` (parameters of the fields
+            ``title``, ``text`` and ``contents``), laid over ours.
     """
 
     analyzer: str = "english"
     shards: int = 1
     replicas: int | None = None
     embed: str | None = None
+    body: Body = field(default_factory=dict)
 
 
 def index_elasticsearch(
@@ -144,14 +148,18 @@ class _Writer:
             "analyzer": layout.analyzer,
             "embedding": layout.embed,
         }
-        self._fields = _mapping(self._meta, layout.analyzer, embedding)
+        own = _own(layout.body)
+        self._fields = _laid_over(
+            _mapping(self._meta, layout.analyzer, embedding), own.get("mappings", {})
+        )
+        self._settings: Body = own.get("settings", {})
         self._replicas = (
             {"auto_expand_replicas": "0-1"}
             if layout.replicas is None
             else {"auto_expand_replicas": False, "number_of_replicas": layout.replicas}
         )
         self._shards = layout.shards
-        fixed = json.dumps([MAPPING, layout.analyzer, layout.embed, layout.shards])
+        fixed = json.dumps([MAPPING, layout.analyzer, layout.embed, layout.shards, *own.values()])
         kind = sha256(fixed.encode()).hexdigest()[:6]
         self._name = f"{self._alias}-{self._fingerprint[:12]}-{kind}"
 
@@ -220,7 +228,8 @@ class _Writer:
     async def _create(self) -> None:
         if await self._exists(self._name):
             return
-        settings = {"number_of_shards": self._shards, "refresh_interval": "-1"} | self._replicas
+        settings = self._settings | {"number_of_shards": self._shards, "refresh_interval": "-1"}
+        settings |= self._replicas
         try:
             await self._ask(
                 lambda client: client.indices.create(
@@ -392,6 +401,38 @@ def _mapping(meta: Body, analyzer: str, embedding: Embedding | None) -> Body:
         }
         mapping["_source"] = {"excludes": ["vector"]}  # it can be made again
     return mapping
+
+
+def _own(body: Body) -> Body:
+    """The user's part of the request that creates an index.
+
+    Raises:
+        ConfigurationError: it holds what this package must decide itself.
+    """
+    mappings = body.get("mappings", {})
+    fields = mappings.get("properties", {}) if isinstance(mappings, dict) else None
+    if (
+        not body.keys() <= {"settings", "mappings"}
+        or not isinstance(body.get("settings", {}), dict)
+        or not isinstance(fields, dict)
+        or not mappings.keys() <= {"properties"}
+        or not fields.keys() <= {"title", "text", "contents"}
+    ):
+        raise ConfigurationError(
+            'an own mapping is {"settings": {...}, "mappings": {"properties": {...}}}, with the '
+            "properties title, text and contents, each with parameters of a text field; this is "
+            f"{json.dumps(body):.200}"
+        )
+    return body
+
+
+def _laid_over(ours: Body, theirs: Body) -> Body:
+    """Nested values of two bodies; where both have one that is no object, theirs."""
+    both = ours | theirs
+    for key in ours.keys() & theirs.keys():
+        if isinstance(ours[key], dict) and isinstance(theirs[key], dict):
+            both[key] = _laid_over(ours[key], theirs[key])
+    return both
 
 
 def _document(row: int, passage: Passage, vector: list[float] | None) -> Body:

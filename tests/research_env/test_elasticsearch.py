@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -799,6 +799,34 @@ def test_a_layout_is_kept(elasticsearch: str, name: str) -> None:
         index_elasticsearch(BEATLES, es(elasticsearch, name + "x"), Layout(analyzer="nonsense"))
     with pytest.raises(ConfigurationError, match="shards"):
         index_elasticsearch(BEATLES, es(elasticsearch, name), Layout(shards=0))
+
+
+def test_a_mapping_of_ones_own_is_laid_over(elasticsearch: str, name: str, tmp_path: Path) -> None:
+    file = tmp_path / "mapping.json"
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps(asdict(p)) + "\n" for p in BEATLES))
+    url = es(elasticsearch, name)
+    file.write_text(
+        json.dumps(
+            {
+                "settings": {"similarity": {"flat": {"type": "BM25", "k1": 0.0}}},
+                "mappings": {"properties": {"contents": {"similarity": "flat"}}},
+            }
+        )
+    )
+    command = ["index", "--corpus", str(corpus), "--to", url]
+    cli.main([*command, "--mapping", str(file)])
+    [about] = call(elasticsearch, "GET", f"/{name}").values()
+    assert about["mappings"]["properties"]["contents"]["similarity"] == "flat"
+    assert about["mappings"]["properties"]["contents"]["analyzer"] == "english"
+    cli.main(command)  # another layout is another index
+    [again] = call(elasticsearch, "GET", f"/{name}").values()
+    assert "similarity" not in again["mappings"]["properties"]["contents"]
+
+    for bad in ("[]", "{", '{"aliases": {}}', '{"mappings": {"properties": {"row": {}}}}'):
+        file.write_text(bad)
+        with pytest.raises(SystemExit):
+            cli.main([*command, "--mapping", str(file)])
 
 
 def test_replicas_of_a_complete_index_may_be_changed(elasticsearch: str, name: str) -> None:
