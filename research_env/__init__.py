@@ -10,6 +10,7 @@ Example:
 from research_env.datasets.base import Corpus, Dataset, Hop, Question
 from research_env.episode import Episode, Turn, advance, fail, observe
 from research_env.errors import ResearchEnvError
+from research_env.footprint import footprint
 from research_env.protocol import R1_SEARCHER, RESEARCH, SEARCH_R1, Protocol, Tag
 from research_env.registration import IDS, register_envs
 from research_env.retrieval.base import Hit, Passage, Retriever
@@ -35,6 +36,7 @@ __all__ = [
     "UnicodeText",
     "advance",
     "fail",
+    "footprint",
     "observe",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: ``research-env index | search | serve | play | datasets``."""
+"""The command line: ``research-env index | search | serve | play | datasets | judge``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
@@ -289,19 +289,97 @@ class Play:
 
 
 @dataclass(frozen=True)
+class ListDatasets:
+    """List the data sets; the same as without this word."""
+
+
+@dataclass(frozen=True)
+class PrepareDatasets:
+    """Fetch published data sets and corpora from the Hugging Face hub, and convert them.
+
+    NAME is musique, hotpotqa, 2wiki, bamboogle, nq, triviaqa or popqa, or a corpus: wiki18 (of
+    FlashRAG; 5.1 GB to fetch) or wiki18-search-r1 (Search-R1's). Each gets a folder with
+    questions.jsonl.gz, corpus.jsonl.gz, and manifest.json with the checksums of what was fetched
+    and made. Interrupted, it goes on where it was; done again, it checks and changes nothing. Needs
+    pip install 'research-env[hub]'; HF_ENDPOINT names a mirror. Without a hub it says which files
+    to put where, and then converts these.
+
+    For example:
+      research-env datasets prepare nq hotpotqa --output ~/data
+      RESEARCH_DATA=~/data research-env datasets
+      research-env datasets prepare wiki18 --output ~/data
+      research-env index --corpus ~/data/wiki18/corpus.jsonl.gz
+        --to elasticsearch://localhost:9200/wiki18
+    """
+
+    names: Positional[Annotated[tuple[str, ...], arg(metavar="NAME ...")]]
+    """What to prepare."""
+    output: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Gets a folder for each. Without it: RESEARCH_DATA, else the cache folder."""
+    json: bool = False
+    """Print JSON: a line for each."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        from research_env.cache import cache_folder  # noqa: PLC0415
+        from research_env.datasets.hub import HUB_SOURCES  # noqa: PLC0415
+        from research_env.datasets.prepare import prepare  # noqa: PLC0415
+
+        if not self.names:
+            raise ConfigurationError(f"give the names of data sets: {', '.join(HUB_SOURCES)}")
+        for name in self.names:
+            if name not in HUB_SOURCES:  # before anything is fetched
+                raise UnknownNameError("published data set", name, HUB_SOURCES)
+        named = os.environ.get("RESEARCH_DATA")
+        found_by_itself = Path(named).expanduser() if named else cache_folder() / "datasets"
+        output = found_by_itself if self.output is None else self.output.expanduser()
+        for name in self.names:
+            done = prepare(name, output)
+            manifest = done.manifest
+            if self.json:
+                _print_json({"folder": str(done.folder), "made": done.made, **manifest})
+                continue
+            questions = [f"{n:,} {split}" for split, n in manifest["questions"].items()]
+            print(
+                f"{name} in {done.folder}: "
+                + (f"questions {', '.join(questions)}; " if questions else "")
+                + f"{manifest['passages']:,} passages"
+                + ("" if done.made else "; it was there already, its checksums hold")
+            )
+            if done.made:
+                print(f"No longer needed: {done.downloads}")
+            if not questions:
+                print(
+                    f"Index it: research-env index --corpus {done.folder}/corpus.jsonl.gz "
+                    f"--to elasticsearch://localhost:9200/{name}"
+                )
+        if output.resolve() != found_by_itself.resolve():
+            print(f"To use it: export RESEARCH_DATA={output.resolve()}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
 class Datasets:
-    """List the data sets, where they are, and how many questions each split has.
+    """List the data sets, where they are, and how many questions each split has; or prepare them.
 
     For example:
       research-env datasets
       RESEARCH_DATA=~/data research-env datasets --json
+      research-env datasets prepare nq hotpotqa --output ~/data
     """
 
     json: bool = False
     """Print JSON."""
+    action: (
+        Annotated[ListDatasets, subcommand("list")]
+        | Annotated[PrepareDatasets, subcommand("prepare")]
+    ) = ListDatasets()
+    """What to do."""
 
     def run(self) -> None:
         """Carry the command out."""
+        if isinstance(self.action, PrepareDatasets):
+            self.action.run()
+            return
         from research_env.datasets import load, miniworld  # noqa: PLC0415
 
         rows: list[dict[str, Any]] = [
@@ -348,12 +426,92 @@ class Datasets:
         print("Your own: dataset='custom', questions=PATH, corpus=PATH (SearchQA-v0)")
 
 
+@dataclass(frozen=True)
+class Judge:
+    """Have a language model judge predictions, as ReSearch and R1-Searcher do.
+
+    PREDICTIONS is the predictions.jsonl of an evaluation, or its folder. Any OpenAI-compatible
+    endpoint will do, that of a vLLM server too; its key is taken from OPENAI_API_KEY. Beside the
+    predictions it writes judged.jsonl (a line a verdict, with what the judge wrote) and judge.json
+    (the summary).
+
+    Every episode counts, but void ones. One without a prediction is wrong, and nobody is asked. A
+    verdict that cannot be had is reported, and the score is then a range: all of these wrong, all
+    of them right. Interrupt it when you like: the same command goes on where it was, and what was
+    answered once is never asked again (judge-cache.sqlite, by model and prompt).
+
+    Exits with 1 where verdicts are missing.
+
+    For example:
+      vllm serve Qwen/Qwen2.5-7B-Instruct
+      research-env judge runs/eval/predictions.jsonl --endpoint http://localhost:8000/v1
+        --model Qwen/Qwen2.5-7B-Instruct
+      research-env judge predictions.jsonl --endpoint https://api.openai.com/v1
+        --model gpt-4o-mini --prompt r1-searcher --rate 5
+    """
+
+    predictions: Positional[Annotated[Path, arg(metavar="PREDICTIONS")]]
+    """The file to judge, or its folder."""
+    endpoint: Annotated[str, arg(metavar="URL")]
+    """Address of the server, up to and with its /v1."""
+    model: Annotated[str, arg(metavar="NAME")]
+    """The judge, by the name that the server knows."""
+    prompt: Literal["research", "r1-searcher"] = "research"
+    """Which paper's prompt, word for word."""
+    output: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder of judged.jsonl and judge.json. Without it: that of the predictions."""
+    concurrency: int = 8
+    """Questions that are asked at the same time."""
+    rate: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """The most requests a second. Without it: as fast as answers come."""
+    deadline: float = 120.0
+    """Seconds for a request with all its attempts; one attempt may take half of them."""
+    price_in: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Price of a million tokens in. Without prices only tokens are counted."""
+    price_out: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Price of a million tokens out."""
+    json: bool = False
+    """Print the summary as JSON."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        from research_env.judge import Settings, judge_predictions, report  # noqa: PLC0415
+        from research_env.judge_client import RETRY, JudgeError, read_key  # noqa: PLC0415
+
+        if (self.price_in is None) != (self.price_out is None):
+            raise ConfigurationError("give both --price-in and --price-out, or neither")
+        settings = Settings(
+            self.endpoint,
+            self.model,
+            self.prompt,
+            read_key(),
+            self.concurrency,
+            self.rate,
+            replace(RETRY, deadline=self.deadline),
+            None if self.price_in is None else (self.price_in, self.price_out or 0.0),
+        )
+        try:
+            summary = judge_predictions(self.predictions, settings, self.output)
+        except (JudgeError, KeyboardInterrupt):
+            print("what was judged is kept, and the same command goes on", file=sys.stderr)
+            raise
+        for warning in summary.warnings:
+            print(f"research-env: warning: {warning}", file=sys.stderr)
+        if self.json:
+            _print_json(asdict(summary))
+        else:
+            print(report(summary))
+        if summary.missing:
+            sys.exit(1)
+
+
 Command = (
     Annotated[Index, subcommand("index")]
     | Annotated[Search, subcommand("search")]
     | Annotated[Serve, subcommand("serve")]
     | Annotated[Play, subcommand("play")]
     | Annotated[Datasets, subcommand("datasets")]
+    | Annotated[Judge, subcommand("judge")]
 )
 
 

@@ -35,9 +35,9 @@ class SearchQAEnv(gym.Env[str, str]):
 
     ## Info
     Always the same keys: ``question_id, question, messages`` (the prompt as chat messages, after
-    ``reset``), ``query, passage_ids, passage_titles, passage_scores`` (after a search) and
-    ``prediction, answers, supporting_ids`` (of the gold passages)``, strata`` (the question's hops
-    and type, by which results are told apart)``, metrics, stop_reason, void`` (at the end).
+    ``reset``), ``strata`` (the question's hops and type, by which results are told apart)``,
+    query, passage_ids, passage_titles, passage_scores`` (after a search) and ``prediction,
+    answers, supporting_ids`` (of the gold passages)``, metrics, stop_reason, void`` (at the end).
     ``metrics`` holds ``em, f1, cem, format, searches, support_recall``.
 
     ## Arguments
@@ -49,13 +49,16 @@ class SearchQAEnv(gym.Env[str, str]):
     - ``split``: train (default), dev, ...; ``hops``: only questions of so many hops.
     - ``questions``, ``corpus``: paths, for a custom data set.
     - ``world_seed``: of MiniWorld: another seed is another world.
+    - ``grades``, ``grade``: a file of ``research-agent grade``, and which of its questions to ask:
+      ``"hard"``, or a mixture such as ``"medium:1+hard:2"``.
     - ``retriever``: a URL such as ``"embedded:DIR"``, None (the data set's own corpus), or a
       :class:`~research_env.retrieval.base.Retriever`. ``top_k``: passages a search returns.
     - ``protocol``: research (default), r1-searcher, search-r1; or a
       :class:`~research_env.protocol.Protocol`. It sets the defaults of ``top_k``, ``reward``,
       ``max_searches`` and ``max_turns``.
-    - ``reward``: a name, ``"module:function"``, or a function of an
-      :class:`~research_env.episode.Episode`.
+    - ``reward``: a name, ``"module:function"``, a sum of them such as
+      ``"research+0.1*support_recall-0.02*searches"``, whose components are among the metrics, or a
+      function of an :class:`~research_env.episode.Episode`.
     - ``template``: base (default), instruct, question.
     - ``max_searches``, ``max_turns``: asking for more ends the episode.
     - ``render_mode``: None, ansi, human.
@@ -143,6 +146,10 @@ class SearchQAEnv(gym.Env[str, str]):
         if self.render_mode == "human":
             print(episode.turns[-1].action + report.observation + self._game.closing(episode))
         return report
+
+    def provenance(self) -> dict[str, str]:
+        """What results depend on besides the policy: fingerprints of questions, index, prompt."""
+        return self._game.provenance()
 
     def render(self) -> str | None:
         """The transcript so far in mode ``ansi``; mode ``human`` prints it as it grows."""

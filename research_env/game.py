@@ -7,9 +7,12 @@ terms; what happens in between is :mod:`research_env.episode`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.metadata import version
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
@@ -20,8 +23,10 @@ from research_env.episode import Episode, fail, observe
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
 from research_env.prompts import messages, prompt
 from research_env.protocol import Protocol, protocol
+from research_env.retrieval import without_password
 from research_env.retrieval.base import Hit, Retriever
-from research_env.rewards import Reward, episode_metrics, reward
+from research_env.rewards import episode_metrics, reward
+from research_env.shaping import Combination, Reward
 
 
 class Settings(TypedDict, total=False):
@@ -33,6 +38,8 @@ class Settings(TypedDict, total=False):
     corpus: str | None
     hops: int | Sequence[int] | None
     world_seed: int
+    grades: str | None
+    grade: str | None
     retriever: str | Retriever | None
     top_k: int | None
     protocol: str | Protocol
@@ -116,7 +123,8 @@ class Game:
     def report(self, episode: Episode) -> Report:
         """What ``step`` returns after the last turn of an episode that is not pending.
 
-        The reward comes at the end, and is 0 where the engine failed. Metrics come with it.
+        The reward comes at the end, and is 0 where the engine failed. Metrics come with it; of a
+        sum of rewards each component, before its weight, as ``reward/NAME``.
         """
         info = _info(episode, [])
         if not episode.over:
@@ -124,12 +132,17 @@ class Game:
         info["prediction"] = episode.prediction or ""
         info["answers"] = episode.question.answers
         info["supporting_ids"] = episode.question.supporting
-        info["strata"] = _strata(episode.question)
         info["stop_reason"] = episode.stop_reason
         info["void"] = episode.void
+        earned = 0.0
         if not episode.void:
-            info["metrics"] = episode_metrics(episode)
-        earned = 0.0 if episode.void else float(self.reward(episode))
+            info["metrics"] = metrics = episode_metrics(episode)
+            if isinstance(self.reward, Combination):
+                components = self.reward.components(episode)
+                earned = self.reward.total(components)
+                metrics |= {f"reward/{name}": value for name, value in components.items()}
+            else:
+                earned = float(self.reward(episode))
         return Report("", earned, not episode.truncated, episode.truncated, info)
 
     def transcript(self, episode: Episode) -> str:
@@ -143,6 +156,28 @@ class Game:
         if not episode.over:
             return ""
         return f"\n[{episode.stop_reason}, reward {self.report(episode).reward:g}]\n"
+
+    def provenance(self) -> dict[str, str]:
+        """What results depend on besides the policy, each in words or by its SHA-256.
+
+        ``questions`` (ids, texts and answers), ``retriever`` (without user and password) and
+        ``index`` (the fingerprint of the corpus in it; "" where it is not known), ``protocol``,
+        ``template`` (its text), ``limits``, ``reward``, and the version of ``research_env``.
+        """
+        asked = [[q.id, q.question, q.answers] for q in self.questions]
+        named = self.settings.get("retriever") or "the corpus of the data set"
+        text = json.dumps(messages(self.protocol, self.template, "{question}"))
+        return {
+            "questions": f"{len(asked)}, sha256 {_sha256(json.dumps(asked))}",
+            "retriever": without_password(named) if isinstance(named, str) else repr(type(named)),
+            "index": str(getattr(self.retriever, "fingerprint", None) or ""),
+            "protocol": self.protocol.name,
+            "template": f"{self.template}, sha256 {_sha256(text)}",
+            "limits": f"top_k {self.top_k}, max_searches {self.max_searches}, "
+            f"max_turns {self.max_turns}",
+            "reward": str(getattr(self.reward, "__name__", type(self.reward).__name__)),
+            "research_env": version("research-env"),
+        }
 
     def close(self) -> None:
         """Close the retriever, unless it was given as an object: then it is its owner's."""
@@ -221,6 +256,8 @@ def _load(settings: Settings) -> Dataset:
         questions=settings.get("questions"),
         corpus=settings.get("corpus"),
         world_seed=settings.get("world_seed", 0),
+        grades=settings.get("grades"),
+        grade=settings.get("grade"),
     )
 
 
@@ -240,6 +277,10 @@ def _open(retriever: str | Retriever | None, data: Dataset) -> Retriever:
 @lru_cache(maxsize=8)
 def _permutation(seed: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _strata(question: Question) -> dict[str, str]:
@@ -262,7 +303,7 @@ def _info(episode: Episode, chat: list[dict[str, str]]) -> dict[str, Any]:
         "prediction": "",
         "answers": (),
         "supporting_ids": (),
-        "strata": {},
+        "strata": _strata(episode.question),
         "metrics": {},
         "stop_reason": "",
         "void": False,

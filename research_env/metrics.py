@@ -113,7 +113,7 @@ def cover_exact_match(
     if prediction is None:
         return 0.0
     words = set(normalizer(prediction).split(" "))
-    return float(any([words.issuperset(normalizer(answer).split(" ")) for answer in answers]))
+    return float(any(words.issuperset(normalizer(answer).split(" ")) for answer in answers))
 
 
 def _collapse(text: str) -> str:

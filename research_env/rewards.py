@@ -36,8 +36,7 @@ from research_env.metrics import (
 )
 from research_env.protocol import Protocol, Tag
 from research_env.retrieval.base import Hit, Passage
-
-Reward = Callable[[Episode], float]
+from research_env.shaping import SHAPING, Combination, Reward, Term, parse_sum, support_recall
 
 _BLANK = Hit(Passage(id="", title="", text=""), score=0.0)
 _CHINESE = re.compile("[\u4e00-\u9fff]")
@@ -161,11 +160,9 @@ def r1_searcher_stage2(episode: Episode) -> float:
     """R1-Searcher's second stage: F1 with the first gold, less 2 where the format is broken.
 
     ``r = F1(a_pred, a_gold) - 2 [not format]``, see `r1_searcher_format`. The normalisation is
-    `metrics.normalize_r1_searcher`. The paper's Llama run takes 1 off, not 2, and checks fewer
-    things (not the word "assistant", the length or the script of the answer).
+    `metrics.normalize_r1_searcher`. For Llama see `r1_searcher_stage2_llama`.
 
-    Source: RUCAIBox/R1-Searcher, ``train/reward_server_qwen_zero.py`` (Llama:
-    ``train/reward_server_llama_stage2.py``).
+    Source: RUCAIBox/R1-Searcher, ``train/reward_server_qwen_zero.py``.
     """
     score = f1(episode.prediction, episode.question.answers[:1], normalize_r1_searcher)
     return score - _r1_searcher_penalty(episode)
@@ -191,6 +188,23 @@ def r1_searcher_stage2_em(episode: Episode) -> float:
     """
     score = exact_match(episode.prediction, episode.question.answers[:1], normalize_r1_searcher)
     return score - _r1_searcher_penalty(episode)
+
+
+def r1_searcher_stage2_llama(episode: Episode) -> float:
+    """R1-Searcher's second stage for Llama: F1 with the first gold, less 1 for a broken format.
+
+    Of the format (`r1_searcher_format`) only the tags are looked at, and Chinese characters.
+
+    Source: RUCAIBox/R1-Searcher, ``train/reward_server_llama_stage2.py``.
+    """
+    text = blank_transcript(episode)
+    well_formed = (
+        _queries_match_documents(episode, text)
+        and _one_thought_one_answer(episode, text)
+        and not _CHINESE.search(_without_documents(episode, text))
+    )
+    score = f1(episode.prediction, episode.question.answers[:1], normalize_r1_searcher)
+    return score - (0.0 if well_formed else 1.0)
 
 
 def r1_searcher_format(episode: Episode) -> bool:
@@ -324,20 +338,14 @@ def cem_reward(episode: Episode) -> float:
     return cover_exact_match(episode.prediction, episode.question.answers)
 
 
-REWARDS: dict[str, Reward] = {
-    "research": research,
-    "research-strict": research_strict,
-    "r1-searcher-stage1": r1_searcher_stage1,
-    "r1-searcher-stage2": r1_searcher_stage2,
-    "r1-searcher-stage2-cem": r1_searcher_stage2_cem,
-    "r1-searcher-stage2-em": r1_searcher_stage2_em,
-    "search-r1": search_r1,
-    "search-r1-format": search_r1_format,
-    "f1": f1_reward,
-    "em": em_reward,
-    "cem": cem_reward,
-}
-"""The rewards by name. A new one is a function here, or anywhere as "module:function"."""
+def format_reward(episode: Episode) -> float:
+    """1 where the protocol's format holds, as its paper's reward defines it, else 0.
+
+    For a protocol of one's own: where the episode ended with an answer.
+    """
+    holds = _FORMATS.get(episode.protocol.name)
+    return float(holds(episode) if holds else episode.stop_reason == "answer")
+
 
 _FORMATS: dict[str, Callable[[Episode], bool]] = {
     "research": research_format,
@@ -345,26 +353,48 @@ _FORMATS: dict[str, Callable[[Episode], bool]] = {
     "search-r1": search_r1_format_holds,
 }
 
+REWARDS: dict[str, Reward] = {
+    "research": research,
+    "research-strict": research_strict,
+    "r1-searcher-stage1": r1_searcher_stage1,
+    "r1-searcher-stage2": r1_searcher_stage2,
+    "r1-searcher-stage2-cem": r1_searcher_stage2_cem,
+    "r1-searcher-stage2-em": r1_searcher_stage2_em,
+    "r1-searcher-stage2-llama": r1_searcher_stage2_llama,
+    "search-r1": search_r1,
+    "search-r1-format": search_r1_format,
+    "f1": f1_reward,
+    "em": em_reward,
+    "cem": cem_reward,
+    "format": format_reward,
+}
+"""The rewards by name. A new one is a function here, or anywhere as "module:function"."""
+
 
 def reward(name: str | Reward) -> Reward:
-    """The reward of that name.
+    """The reward of that name, or the sum of rewards.
 
     Args:
-        name: one of `REWARDS`, "module:function" for one of your own, or the function itself.
+        name: one of `REWARDS` or of `shaping.SHAPING`; "module:function" for one of your own; a sum
+            of them such as "research+0.1*support_recall-0.02*searches" (`shaping.parse_sum`); or
+            the function itself.
 
     Raises:
         UnknownNameError: there is no reward of that name.
-        ConfigurationError: "module:function" cannot be imported or called.
+        ConfigurationError: the sum cannot be read, or "module:function" cannot be imported or
+            called.
     """
     if callable(name):
         return name
-    name = str(name)
-    if name in REWARDS:
-        return REWARDS[name]
+    name, known = str(name), REWARDS | SHAPING
+    if name in known:
+        return known[name]
+    if not set("+-* ").isdisjoint(name):
+        return Combination(tuple(Term(w, each, reward(each)) for w, each in parse_sum(name, known)))
     module, colon, function = name.partition(":")
     if not colon:
         hint = "Name one of your own as 'module:function'."
-        raise UnknownNameError("reward", name, REWARDS, hint)
+        raise UnknownNameError("reward", name, known, hint)
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
@@ -383,20 +413,16 @@ def episode_metrics(episode: Episode) -> dict[str, float]:
 
     Returns:
         ``em``, ``f1``, ``cem``: of the prediction, with SQuAD's normalisation and all golds.
-        ``format``: 1.0 where the protocol's format holds, as its paper's reward defines it (for a
-        protocol of one's own: where the episode ended with an answer).
+        ``format``: `format_reward`.
         ``searches``: the number of searches.
         ``support_recall``: share of the gold passages that some search returned, by id; 0.0 where
-        the question names none.
+        the question names none (`shaping.support_recall`).
     """
-    golds = set(episode.question.supporting)
-    seen = {hit.passage.id for turn in episode.turns for hit in turn.hits}
-    format_holds = _FORMATS.get(episode.protocol.name)
     return {
         "em": em_reward(episode),
         "f1": f1_reward(episode),
         "cem": cem_reward(episode),
-        "format": float(format_holds(episode) if format_holds else episode.stop_reason == "answer"),
+        "format": format_reward(episode),
         "searches": float(episode.searches),
-        "support_recall": len(golds & seen) / len(golds) if golds else 0.0,
+        "support_recall": support_recall(episode),
     }

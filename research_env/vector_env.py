@@ -119,6 +119,10 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         """How many questions there are: episodes 0 to ``num_tasks - 1`` ask each once."""
         return len(self._game.questions)
 
+    def provenance(self) -> dict[str, str]:
+        """What results depend on besides the policy: fingerprints of questions, index, prompt."""
+        return self._game.provenance()
+
     @property
     def search_counts(self) -> SearchCounts:
         """How many queries were asked so far, and how many of them the engine was spared."""

@@ -7,6 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("suite", deadline=None)  # on a busy machine any example may be slow
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

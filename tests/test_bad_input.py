@@ -76,8 +76,8 @@ WRONG: list[tuple[dict[str, Any], type[ResearchEnvError], str]] = [
     ({"split": ["dev"]}, ConfigurationError, r"a name such as 'dev', not \['dev'\]"),
     ({"protocol": "reserch"}, UnknownNameError, "known: r1-searcher, research, search-r1"),
     ({"protocol": []}, UnknownNameError, r"protocol \[\]; known"),
-    ({"reward": "f2"}, UnknownNameError, "known: cem, em, f1"),
-    ({"reward": 7}, UnknownNameError, "known: cem, em, f1"),
+    ({"reward": "f2"}, UnknownNameError, "known: answer_length, cem, em, f1"),
+    ({"reward": 7}, UnknownNameError, "known: answer_length, cem, em, f1"),
     ({"template": 7}, UnknownNameError, "known: base, instruct, question"),
     ({"retriever": "solr:x"}, UnknownNameError, "'solr:x'; known: .*embedded"),
     ({"retriever": 7}, ConfigurationError, "'embedded:DIR', or an object with search.*not 7"),
@@ -316,7 +316,7 @@ def test_a_prompt_longer_than_the_context_and_a_bad_line_are_named(
     long = write(tmp_path / "long.jsonl", QUESTION | {"question": "Who? " * 100})
     words = [*EVAL, "--model", str(model), "--output", str(tmp_path / "out"), "--env-args"]
     error = refusal(capsys, *words, f"questions={long}", f"corpus={corpus}", "template=question")
-    assert "the prompt of episode 0 has 501 tokens, not 1 to 255" in error
+    assert "the prompt of episode 0 (question q1) has 501 tokens, not 1 to 255" in error
     assert "context 256); raise the limit, or leave such tasks out" in error
     bad = write(tmp_path / "bad.jsonl", QUESTION, QUESTION)
     error = refusal(capsys, *words, f"questions={bad}", f"corpus={corpus}")

@@ -1,38 +1,56 @@
-"""The published data sets on the Hugging Face hub, turned into this package's own files.
+"""The published data sets and corpora on the Hugging Face hub, as this package's own records.
 
 Each ``from_...`` function takes one record in the format of its data set, as its authors publish
 it or as the hub holds it, and gives the question and all of its passages in the fields that
 :mod:`research_env.datasets.files` reads. A passage's id is made of its content, so that the same
-passage in two records is one.
+passage in two records is one. :mod:`research_env.datasets.prepare` fetches the files.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple, TextIO
 
-from research_env.errors import DataError, DataNotFoundError
+from research_env.errors import DataError
 
 Record = Mapping[str, Any]
-Converted = tuple[dict[str, Any], list[dict[str, str]]]  # a question and its passages
+Passages = list[dict[str, str]]
+Converted = tuple[dict[str, Any], Passages]  # a question and its passages
 
 
 @dataclass(frozen=True, slots=True)
 class HubSource:
-    """Where a data set is on the hub, and how its records are read."""
+    """Where a data set is on the hub, and how its records are read.
+
+    Attributes:
+        repository: its name among the hub's data sets.
+        files: by our name of a split, which files hold it (``*`` is any text).
+        convert: makes a record ours.
+        sha256: of files whose content is known.
+        repeats: whether a passage may come with several records.
+    """
 
     repository: str
-    configuration: str | None
-    splits: Mapping[str, str]  # our name of a split: the hub's
-    convert: Callable[[Record], Converted]
-    has_passages: bool = True
+    files: Mapping[str, str]
+    convert: Callable[[Record], Converted | tuple[None, Passages]]
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    repeats: bool = True
+
+
+class Counts(NamedTuple):
+    """How many questions each split has, and how many passages the corpus."""
+
+    questions: dict[str, int]
+    passages: int
 
 
 def from_musique(record: Record) -> Converted:
@@ -113,97 +131,134 @@ def from_bamboogle(record: Record) -> Converted:
     return {"id": id_, "question": text, "answers": [_clean(record["Answer"])], "hops": 2}, []
 
 
-_BOTH = {"train": "train", "dev": "validation"}
+def from_flashrag(record: Record, name: str) -> Converted:
+    """Read a record of a question set in FlashRAG's format (Jin et al. 2024, arXiv:2405.13576).
+
+    Fields: ``id, question, golden_answers``, and ``metadata`` in some sets. Ids such as ``train_0``
+    are in all of them, so the set's name is put before.
+    """
+    question = {
+        "id": f"{name}_{record['id']}",
+        "question": _clean(record["question"]),
+        "answers": _unique(map(_clean, record["golden_answers"])),
+    }
+    if not question["answers"]:
+        raise ValueError("no answer in golden_answers")
+    return question, []
+
+
+def from_wiki18(record: Record) -> tuple[None, Passages]:
+    r"""Read a passage of Wikipedia of December 2018 in pieces of 100 words (Karpukhin et al. 2020).
+
+    Fields: ``id, contents``, where the first line of the contents is the title in quotes: that is
+    FlashRAG's file, and Search-R1's, whose README defines it.
+    """
+    title, _, text = record["contents"].partition("\n")
+    if len(title) > 1 and title[0] == title[-1] == '"':
+        title = title[1:-1]
+    return None, [{"id": str(record["id"]), "title": title.strip(), "text": text.strip()}]
+
+
+_FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
+_WIKI18 = "retrieval-corpus/wiki18_100w.zip"
+
+
+def _flashrag(name: str, *splits: str) -> HubSource:
+    files = {split: f"{name}/{split}.jsonl" for split in splits}
+    return HubSource(_FLASHRAG, files, partial(from_flashrag, name=name))
+
+
 HUB_SOURCES = {
-    "musique": HubSource("dgslibisey/MuSiQue", None, _BOTH, from_musique),
-    "hotpotqa": HubSource("hotpotqa/hotpot_qa", "distractor", _BOTH, from_hotpotqa),
-    "2wiki": HubSource("framolfese/2WikiMultihopQA", None, _BOTH, from_2wiki),
-    "bamboogle": HubSource(
-        "chiayewken/bamboogle", None, {"test": "test"}, from_bamboogle, has_passages=False
+    "musique": HubSource(
+        "dgslibisey/MuSiQue",
+        {"train": "musique_ans_v1.0_train.jsonl", "dev": "musique_ans_v1.0_dev.jsonl"},
+        from_musique,
+    ),
+    "hotpotqa": HubSource(
+        "hotpotqa/hotpot_qa",
+        {"train": "distractor/train-*.parquet", "dev": "distractor/validation-*.parquet"},
+        from_hotpotqa,
+    ),
+    "2wiki": HubSource(
+        "framolfese/2WikiMultihopQA",
+        {"train": "*train*.parquet", "dev": "*validation*.parquet"},
+        from_2wiki,
+    ),
+    "bamboogle": HubSource("chiayewken/bamboogle", {"test": "data/test-*.parquet"}, from_bamboogle),
+    "nq": _flashrag("nq", "train", "dev", "test"),
+    "triviaqa": _flashrag("triviaqa", "train", "dev", "test"),
+    "popqa": _flashrag("popqa", "test"),
+    "wiki18": HubSource(
+        _FLASHRAG,
+        {"corpus": _WIKI18},
+        from_wiki18,
+        {_WIKI18: "e5b987a0ce4f6c5fff788162f50c70d41f10fb7762daba507a96a3ad7bb956db"},
+        repeats=False,
+    ),
+    "wiki18-search-r1": HubSource(
+        "PeterJinGo/wiki-18-corpus", {"corpus": "wiki-18.jsonl.gz"}, from_wiki18, repeats=False
     ),
 }
 
 
-def fetch(name: str, folder: Path) -> None:
-    """Get a data set from the hub and write it to a folder, all of it or nothing.
+def convert(source: HubSource, rows: Mapping[str, Iterable[Record]], folder: Path) -> Counts:
+    """Write the records of each split to a folder in this package's format, as a stream.
 
-    Args:
-        name: a key of :data:`HUB_SOURCES`.
-        folder: gets ``questions.jsonl.gz`` and, where the set has passages, ``corpus.jsonl.gz``.
-
-    Raises:
-        DataNotFoundError: the packages for the hub are missing, or it does not answer.
-        DataError: a record is not in the data set's format.
-    """
-    source = HUB_SOURCES[name]
-    try:
-        from datasets import load_dataset  # noqa: PLC0415  (an extra, and slow to load)
-        from huggingface_hub import HfApi  # noqa: PLC0415
-    except ImportError as error:
-        raise DataNotFoundError(
-            "the hub needs further packages: pip install 'research-env[hub]'"
-        ) from error
-    try:
-        HfApi().dataset_info(source.repository, timeout=10)  # fails at once where load_dataset
-        rows = {  # would try again for half a minute
-            split: load_dataset(source.repository, source.configuration, split=theirs)
-            for split, theirs in source.splits.items()
-        }
-    except Exception as error:  # whatever the network and the hub's client come up with
-        raise DataNotFoundError(
-            f"the hub did not give {source.repository!r}: {type(error).__name__}: {error}"
-        ) from error
-    convert(source, rows, folder)
-
-
-def convert(source: HubSource, rows: Mapping[str, Iterable[Record]], folder: Path) -> None:
-    """Write the records of each split to a folder in this package's format.
+    The same records give the same bytes.
 
     Args:
         source: tells the format and the name for messages.
         rows: the records by our names of the splits; those that say ``answerable: false``, and
             passages without text, are left out.
-        folder: as for :func:`fetch`.
+        folder: gets ``questions.jsonl.gz`` and ``corpus.jsonl.gz``, each where it is not empty.
 
     Raises:
         DataError: a record is not in the data set's format.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        seen: set[str] = set()
-        with (
-            gzip.open(unfinished / "questions.jsonl.gz", "wt", encoding="utf-8") as questions,
-            gzip.open(unfinished / "corpus.jsonl.gz", "wt", encoding="utf-8") as corpus,
-        ):
-            for split, records in rows.items():
-                for number, record in enumerate(records, start=1):
-                    if not record.get("answerable", True):
-                        continue
-                    try:
-                        question, passages = source.convert(record)
-                    except (KeyError, TypeError, ValueError, AttributeError) as error:
-                        raise DataError(
-                            f"{source.repository}, split {split}, record {number}: not in the "
-                            f"format known ({type(error).__name__}: {error}); put the data set "
-                            "into a folder and name it by RESEARCH_DATA instead"
-                        ) from error
+    counts: Counter[str] = Counter()
+    passages = 0
+    seen: set[str] = set()
+    paths = (folder / "questions.jsonl.gz", folder / "corpus.jsonl.gz")
+    with _written(paths[0]) as questions, _written(paths[1]) as corpus:
+        for split, records in rows.items():
+            for number, record in enumerate(records, start=1):
+                if not record.get("answerable", True):
+                    continue
+                try:
+                    question, found = source.convert(record)
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    raise DataError(
+                        f"{source.repository}, split {split}, record {number}: not in the "
+                        f"format known ({type(error).__name__}: {error}); put the data set "
+                        "into a folder and name it by RESEARCH_DATA instead"
+                    ) from error
+                if question is not None:
+                    counts[split] += 1
                     _write(questions, question | {"split": split})
-                    for passage in passages:
-                        if passage["text"] and passage["id"] not in seen:
+                for passage in found:
+                    if passage["text"] and passage["id"] not in seen:
+                        passages += 1
+                        _write(corpus, passage)
+                        if source.repeats:
                             seen.add(passage["id"])
-                            _write(corpus, passage)
-        if not source.has_passages:
-            (unfinished / "corpus.jsonl.gz").unlink()
-        unfinished.rename(folder)
-    except OSError:
-        if not (folder / "questions.jsonl.gz").exists():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    for path, count in zip(paths, (counts.total(), passages), strict=True):
+        if not count:
+            path.unlink()
+    return Counts(dict(counts), passages)
 
 
-def _write(file: IO[str], record: Record) -> None:
+@contextmanager
+def _written(path: Path) -> Iterator[TextIO]:
+    """A gzipped text whose bytes depend on the text alone: no name, no time."""
+    with (
+        path.open("wb") as file,
+        gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed,
+        io.TextIOWrapper(packed, encoding="utf-8", newline="") as text,
+    ):
+        yield text
+
+
+def _write(file: TextIO, record: Record) -> None:
     file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ class Published:
     splits: Mapping[str, tuple[tuple[str, ...], str]]
 
 
+Part = tuple[str, int | None]  # name and weight
+
 _WITH_PASSAGES, _ALL_TRAIN, _ALL_DEV = "questions", "qa_train", "qa_dev"
 _SPLITS = {
     "train": ((_ALL_TRAIN, _WITH_PASSAGES), "train"),
@@ -40,11 +43,19 @@ _SPLITS = {
     "dev": ((_WITH_PASSAGES,), "dev"),
     "dev-all": ((_ALL_DEV, _WITH_PASSAGES), "dev"),
 }
+_AS_LABELLED = {split: ((_WITH_PASSAGES,), split) for split in ("train", "dev", "test")}
 PUBLISHED = {
     "musique": Published("musique", _SPLITS),
     "hotpotqa": Published("hotpotqa", _SPLITS),
     "2wiki": Published("2wikimultihopqa", _SPLITS),
     "bamboogle": Published("bamboogle", {"test": ((_WITH_PASSAGES,), "test")}),
+    "nq": Published("nq", _AS_LABELLED),
+    "triviaqa": Published("triviaqa", _AS_LABELLED),
+    "popqa": Published("popqa", {"test": ((_WITH_PASSAGES,), "test")}),
+    "r1-searcher": Published(
+        "r1searcher_train",
+        {f"stage-{number}": ((f"stage_{number}",), "train") for number in (1, 2)},
+    ),
 }
 DATASETS = ("miniworld", *PUBLISHED, "custom")  # what load_dataset knows
 
@@ -57,6 +68,8 @@ def load_dataset(
     questions: str | Path | None = None,
     corpus: str | Path | None = None,
     world_seed: int = 0,
+    grades: str | Path | None = None,
+    grade: str | None = None,
 ) -> Dataset:
     """Load the questions of a split, and the corpus that answers them.
 
@@ -65,7 +78,10 @@ def load_dataset(
     - ``train``: all training questions that are at hand; ``train-gold``: those of them whose gold
       passages are known and in the corpus.
     - ``dev``: the development questions with gold passages in the corpus; ``dev-all``: all of them.
-    - ``test``: Bamboogle, which has no other split and no corpus.
+    - ``test``: Bamboogle and PopQA, which have no other split, NQ and TriviaQA, which have
+      ``train`` and ``dev`` too; these four have no corpus.
+    - ``stage-1``, ``stage-2``: R1-Searcher's training questions (``data/training_set`` of
+      RUCAIBox/R1-Searcher, in the folder ``r1searcher_train``), without corpus too.
 
     They come from the folder that the environment variable ``RESEARCH_DATA`` names, which holds
     for each set a folder with ``questions.jsonl``, ``corpus.jsonl`` and, for questions without
@@ -85,6 +101,9 @@ def load_dataset(
         questions: path of a question file, which ``custom`` needs; other sets have their own.
         corpus: path of a corpus to use instead of the set's own.
         world_seed: the world of MiniWorld.
+        grades: a file of ``research-agent grade``, each line ``{"question_id", "grade", ...}``.
+        grade: of these keep the questions that it calls so; as with data sets ``"medium+hard"`` has
+            all of both, ``"medium:1+hard:2"`` twice as many hard ones.
 
     Raises:
         UnknownNameError: no such data set or split; the message lists those that exist.
@@ -113,7 +132,12 @@ def load_dataset(
     data = loaded[0] if len(loaded) == 1 else _mixture(name, loaded, [w for _, w in parts])
     if corpus is not None:
         data = replace(data, corpus=FileCorpus(Path(corpus).name, Path(corpus)))
-    return data
+    if (grades is None) != (grade is None):
+        raise ConfigurationError(
+            f"grades=FILE and grade=NAME go together, not {grades!r} and {grade!r}; "
+            "research-agent grade makes such a file"
+        )
+    return data if grades is None else _graded(data, Path(grades), str(grade))
 
 
 def data_folder(name: str) -> Path:
@@ -125,39 +149,38 @@ def data_folder(name: str) -> Path:
     found = local_folder(name)
     if found is not None:
         return found
-    from research_env.datasets.hub import fetch  # noqa: PLC0415  (needed once for each data set)
+    from research_env.datasets.prepare import prepare  # noqa: PLC0415  (once for each data set)
 
-    folder = PUBLISHED[name].folder
-    fetched = cache_folder() / "datasets" / folder
+    folder, (stems, _) = PUBLISHED[name].folder, next(iter(PUBLISHED[name].splits.values()))
     try:
-        fetch(name, fetched)
-    except DataNotFoundError as error:
+        return prepare(name, cache_folder() / "datasets").folder
+    except (DataNotFoundError, UnknownNameError) as error:  # not every set is on the hub
         named = os.environ.get("RESEARCH_DATA")
         place = f"{Path(named) / folder} is no such folder" if named else "it is not set"
         raise DataNotFoundError(
             f"the data set {name!r} is not at hand. Set the environment variable RESEARCH_DATA to "
-            f"a folder that holds {folder}/questions.jsonl ({place}), or give this machine access "
-            f"to the hub ({error}). dataset='miniworld' needs neither"
+            f"a folder that holds {folder}/{stems[-1]}.jsonl ({place}), or give this machine "
+            f"access to the hub ({error}). dataset='miniworld' needs neither"
         ) from error
-    return fetched
 
 
 def local_folder(name: str) -> Path | None:
     """The folder of a published data set in ``RESEARCH_DATA`` or the cache, if it is there."""
-    folder = PUBLISHED[name].folder
-    places = [cache_folder() / "datasets" / folder]
+    published = PUBLISHED[name]
+    needed = {stems[-1] for stems, _ in published.splits.values()}  # one of them: others come first
+    places = [cache_folder() / "datasets" / published.folder]
     if named := os.environ.get("RESEARCH_DATA"):
-        places.insert(0, Path(named).expanduser() / folder)
-    return next((place for place in places if _file(place, _WITH_PASSAGES)), None)
+        places.insert(0, Path(named).expanduser() / published.folder)
+    return next((p for p in places if any(_file(p, stem) for stem in needed)), None)
 
 
-def _part(text: str) -> tuple[str, int | None]:
+def _part(text: str, what: str = "data set", known: Collection[str] = DATASETS) -> Part:
     """Name and weight of a part of a mixture."""
     name, colon, weight = text.strip().partition(":")
     name = {"2wikimultihopqa": "2wiki"}.get(name, name)
-    if name not in DATASETS:
+    if name not in known:
         hint = "Join several with '+', for example 'musique:2+hotpotqa:1'."
-        raise UnknownNameError("data set", name, DATASETS, hint)
+        raise UnknownNameError(what, name, known, hint)
     if not colon:
         return name, None
     if not (weight.isascii() and weight.isdigit() and int(weight) > 0):
@@ -218,6 +241,34 @@ def _filtered(data: Dataset, split: str, hops: int | Collection[int] | None) -> 
             f"questions by number of hops: {known or 'none'}"
         )
     return replace(data, questions=chosen)
+
+
+def _graded(data: Dataset, path: Path, grade: str) -> Dataset:
+    """The questions that a file of grades calls so; those that it does not name are left out."""
+    if not path.is_file():
+        raise DataNotFoundError(f"no file of grades {str(path)!r}; research-agent grade makes one")
+    graded: dict[str, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            graded[str(record["question_id"])] = str(record["grade"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f'{path}:{number}: not {{"question_id": ..., "grade": ...}} ({error}); mend it'
+            ) from error
+    parts = [_part(part, "grade", sorted(set(graded.values()))) for part in grade.split("+")]
+    chosen = [
+        replace(data, questions=[q for q in data.questions if graded.get(q.id) == name])
+        for name, _ in parts
+    ]
+    if not all(part.questions for part in chosen):
+        raise ConfigurationError(
+            f"no question of {data.name!r} has each of the grades {grade!r} in {path}; were they "
+            "made for this data set and split?"
+        )
+    if len(chosen) == 1:
+        return chosen[0]
+    return replace(data, questions=_mixture(grade, chosen, [w for _, w in parts]).questions)
 
 
 @dataclass(frozen=True, slots=True)

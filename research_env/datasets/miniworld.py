@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -213,25 +213,42 @@ def _state(entity: Entity, rng: random.Random) -> str:
     clauses = [
         f"{rng.choice(relation.statements)} {entity.facts[relation.name]}"
         for relation in RELATIONS[entity.kind]
+        if relation.name in entity.facts
     ]
     rng.shuffle(clauses)
     noun = rng.choice(NOUNS[entity.kind])
     return f"The {noun} {entity.name}, {', '.join(clauses)}. All about {entity.name}."
 
 
-def world(seed: int = 0) -> World:
-    """Make the world of a seed: the same seed gives the same names, facts and passages.
+def world(seed: int = 0, relations: Collection[str] | None = None) -> World:
+    """Make the world of a seed: the same arguments give the same names, facts and passages.
+
+    Args:
+        seed: another one is another world.
+        relations: names of the relations that its facts are of, at least one for each kind of
+            entity; None: all. So worlds can be made that have no relation in common.
 
     Raises:
-        ConfigurationError: the seed is negative or not a whole number.
+        ConfigurationError: the seed is negative or not a whole number, or a kind has no relation.
+        UnknownNameError: there is no such relation.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigurationError(f"world_seed must be a whole number of 0 or more, not {seed!r}")
-    return _world(seed)
+    if relations is None:
+        return _world(seed, None)
+    known = [relation.name for kind in RELATIONS.values() for relation in kind]
+    for name in relations:
+        if name not in known:
+            raise UnknownNameError("relation of miniworld", name, known)
+    for kind, possible in RELATIONS.items():
+        if all(relation.name not in relations for relation in possible):
+            names = ", ".join(relation.name for relation in possible)
+            raise ConfigurationError(f"relations has none for a {kind}; give some of {names}")
+    return _world(seed, frozenset(relations))
 
 
 @lru_cache(maxsize=8)  # behind the check: to a cache, True and 1.0 are 1
-def _world(seed: int) -> World:
+def _world(seed: int, relations: frozenset[str] | None) -> World:
     rng = random.Random(f"miniworld {seed}")
     names = {kind: _names(rng, seed, kind, count) for kind, count in POPULATION.items()}
 
@@ -240,14 +257,19 @@ def _world(seed: int) -> World:
             return str(rng.randint(FIRST_YEAR, LAST_YEAR))
         return rng.choice([name for name in names[relation.value] if name != subject])
 
+    stated = {
+        kind: [each for each in possible if relations is None or each.name in relations]
+        for kind, possible in RELATIONS.items()
+    }
     entities = {
-        name: Entity(name, kind, {r.name: value(r, name) for r in RELATIONS[kind]})
+        name: Entity(name, kind, {r.name: value(r, name) for r in stated[kind]})
         for kind in POPULATION
         for name in names[kind]
     }
     couples = rng.sample(names["person"], len(names["person"]))
     for one, other in zip(couples[::2], couples[1::2], strict=True):
-        entities[one].facts["spouse"], entities[other].facts["spouse"] = other, one
+        if "spouse" in entities[one].facts:
+            entities[one].facts["spouse"], entities[other].facts["spouse"] = other, one
 
     made = World(seed, entities, ())
     passages = [
@@ -264,12 +286,15 @@ def _world(seed: int) -> World:
 
 
 def _chain(of: World, rng: random.Random, hops: int) -> Question | None:
-    """Draw a question that chains facts; None where the walk returns to where it was."""
+    """Draw a question that chains facts; None where the walk ends, or returns to where it was."""
     start = rng.choice(list(of.entities.values()))
     here, visited, steps = start, [start.name], []
     for hop in range(hops):
         last = hop == hops - 1
-        choices = [r for r in RELATIONS[here.kind] if last or r.value != "year"]
+        possible = [r for r in RELATIONS[here.kind] if r.name in here.facts]
+        choices = [r for r in possible if last or r.value != "year"]
+        if not choices:
+            return None
         relation = rng.choice(choices)
         reached = here.facts[relation.name]
         steps.append((relation, here.name, reached))
@@ -302,10 +327,12 @@ def _chain(of: World, rng: random.Random, hops: int) -> Question | None:
 
 
 def comparison(of: World, rng: random.Random) -> Question | None:
-    """Draw a question that compares two years; None where they are too close to matter."""
+    """Draw a question that compares two years; None where there are none, or too close ones."""
     kind = rng.choice(list(COMPARED))
     relation = COMPARED[kind]
     one, other = rng.sample([e for e in of.entities.values() if e.kind == kind], 2)
+    if relation not in one.facts:
+        return None
     years = int(one.facts[relation]), int(other.facts[relation])
     if abs(years[0] - years[1]) < MIN_YEARS_APART:
         return None

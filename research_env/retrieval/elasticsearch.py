@@ -71,12 +71,14 @@ class _Seen:
         embedding: the model of its vectors, None where it has none.
         text: with ``?text=FIELD``, where in the documents that field stands.
         title: with ``?title=FIELD``, the same.
+        fingerprint: of the corpus, where research-env made the index.
     """
 
     many_shards: bool
     embedding: str | None = None
     text: str | None = None
     title: str | None = None
+    fingerprint: str | None = None
 
 
 class ElasticsearchRetriever:
@@ -116,6 +118,11 @@ class ElasticsearchRetriever:
 
     def __repr__(self) -> str:
         return f"ElasticsearchRetriever({self._url!r})"
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the corpus as it was indexed; None for an index that research-env did not make."""
+        return self._seen.fingerprint
 
     def __reduce__(self) -> tuple[Callable[[str, _Seen], Any], tuple[Any, ...]]:
         return _restored, (self._url, self._seen)
@@ -249,7 +256,7 @@ class ElasticsearchRetriever:
         embedding = meta.get("embedding")
         if self._mode in ("dense", "hybrid"):
             self._check_embedding(embedding)
-        return _Seen(many_shards, embedding)
+        return _Seen(many_shards, embedding, fingerprint=meta.get("fingerprint"))
 
     def _stands_at(self, mapping: Body, field: str) -> str:
         place = _stands_at(mapping, field)

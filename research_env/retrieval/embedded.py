@@ -132,6 +132,7 @@ class EmbeddedRetriever:
             corpus.name if corpus is not None else "",
         )
         self.corpus_name = str(meta["corpus"])
+        self.fingerprint = str(meta["fingerprint"])  # of that corpus
         self.num_passages = int(meta["passages"])
         self._passages = _map(self._folder / "passages.bin")
         self._offsets_file = _map(self._folder / "offsets.bin")

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from research_env.datasets import hub, load_dataset
+from research_env.datasets import load_dataset
 from research_env.datasets.hub import (
     HUB_SOURCES,
     convert,
     from_2wiki,
     from_bamboogle,
+    from_flashrag,
     from_hotpotqa,
     from_musique,
+    from_wiki18,
 )
 from research_env.errors import DataError
 
@@ -96,6 +97,19 @@ BAMBOOGLE = {
     "Answer": "james madison",
 }
 
+# FlashRAG, examples/quick_start/dataset/nq/test.jsonl, word for word
+NQ = {
+    "id": "test_0",
+    "question": "who got the first nobel prize in physics",
+    "golden_answers": ["Wilhelm Conrad Röntgen"],
+}
+POPQA = {
+    "id": "test_0",
+    "question": "What is X's occupation?",
+    "golden_answers": ["politician", "political leader", "politician"],
+    "metadata": {"prop": "occupation", "s_pop": 142},
+}
+
 
 def test_musique() -> None:
     question, passages = from_musique(MUSIQUE)
@@ -167,7 +181,10 @@ def test_converted_sets_are_read_by_name(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.delenv("RESEARCH_DATA", raising=False)
     unanswerable = MUSIQUE | {"id": "no", "answerable": False}
     rows = {"train": [MUSIQUE | {"id": "t"}, unanswerable], "dev": [MUSIQUE]}
-    convert(HUB_SOURCES["musique"], rows, tmp_path / "datasets/musique")
+    for name in ("musique", "bamboogle"):
+        (tmp_path / "datasets" / name).mkdir(parents=True)
+    counts = convert(HUB_SOURCES["musique"], rows, tmp_path / "datasets/musique")
+    assert counts == ({"train": 1, "dev": 1}, 3)
     convert(HUB_SOURCES["bamboogle"], {"test": [BAMBOOGLE]}, tmp_path / "datasets/bamboogle")
     data = load_dataset("musique", split="train")
     assert [question.id for question in data.questions] == ["t"]
@@ -177,26 +194,41 @@ def test_converted_sets_are_read_by_name(tmp_path: Path, monkeypatch: pytest.Mon
     assert load_dataset("bamboogle", split="test").corpus is None
 
 
-def test_through_the_hubs_own_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("datasets")
-    client = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(client.HfApi, "dataset_info", lambda *_, **__: None)
-    monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("RESEARCH_DATA", raising=False)
-    published = tmp_path / "published"
-    published.mkdir()
-    for split in ("train", "validation"):
-        record = HOTPOTQA_HUB | {"id": split}
-        (published / f"{split}.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    source = replace(HUB_SOURCES["hotpotqa"], repository=str(published), configuration=None)
-    monkeypatch.setitem(hub.HUB_SOURCES, "hotpotqa", source)
-    data = load_dataset("hotpotqa", split="dev")
-    assert [question.id for question in data.questions] == ["validation"]
-    assert data.corpus is not None
-    assert [p.title for p in data.corpus] == ["Ed", "Scott"]  # Nobody has no text
-    assert len(data.questions[0].supporting) == 2
-    monkeypatch.setitem(hub.HUB_SOURCES, "hotpotqa", replace(source, repository="/nowhere"))
-    assert load_dataset("hotpotqa", split="train").questions  # it is fetched once
+def test_flashrag() -> None:
+    assert from_flashrag(NQ, "nq") == (
+        {
+            "id": "nq_test_0",
+            "question": "who got the first nobel prize in physics",
+            "answers": ["Wilhelm Conrad Röntgen"],
+        },
+        [],
+    )
+    question, _ = from_flashrag(POPQA, "popqa")
+    assert question["answers"] == ["politician", "political leader"]
+    with pytest.raises(ValueError, match="no answer"):
+        from_flashrag(NQ | {"golden_answers": [" "]}, "nq")
+
+
+@pytest.mark.parametrize(
+    ("contents", "title", "text"),
+    [
+        (
+            '"Evan Morris"\nEvan Morris was a lobbyist.',
+            "Evan Morris",
+            "Evan Morris was a lobbyist.",
+        ),
+        ('""Heroes" (album)"\nAn album.\nOf 1977.', '"Heroes" (album)', "An album.\nOf 1977."),
+        ("Plain\nText.", "Plain", "Text."),
+        ("\nText.", "", "Text."),
+        ('"\nText.', '"', "Text."),
+        ("one line", "one line", ""),  # left out: it has no text
+    ],
+)
+def test_wiki18(contents: str, title: str, text: str) -> None:
+    assert from_wiki18({"id": 7, "contents": contents}) == (
+        None,
+        [{"id": "7", "title": title, "text": text}],
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,7 +236,6 @@ def test_through_the_hubs_own_client(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [{}, MUSIQUE | {"paragraphs": None}, MUSIQUE | {"question_decomposition": [{}]}],
     ids=["empty", "no paragraphs", "bad step"],
 )
-def test_a_record_in_another_format_leaves_nothing(tmp_path: Path, record: dict[str, Any]) -> None:
+def test_a_record_in_another_format_is_told(tmp_path: Path, record: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="MuSiQue, split dev, record 2: not in the format known"):
-        convert(HUB_SOURCES["musique"], {"dev": [MUSIQUE, record]}, tmp_path / "musique")
-    assert list(tmp_path.iterdir()) == []
+        convert(HUB_SOURCES["musique"], {"dev": [MUSIQUE, record]}, tmp_path)

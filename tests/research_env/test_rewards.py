@@ -130,18 +130,23 @@ def oracle_r1_searcher(episode: Episode, kind: str) -> float:
         )
     score = {
         "f1": overlap(ours, golds),
+        "llama": overlap(ours, golds),
         "em": float(ours == golds),
         "cem": float(covered),
     }[kind]
     outside = re.sub(r"<\|begin_of_documents\|>.*?<\|end_of_documents\|>", "", text, flags=re.S)
+    chinese = any(0x4E00 <= ord(c) <= 0x9FFF for c in outside)
+    if kind == "llama":
+        tags_or_script = not balanced or not one_each or chinese
+        return (score if complete else 0.0) - (1.0 if tags_or_script else 0.0)
     broken = (
         not balanced
         or not one_each
+        or chinese
         or re.search("[Aa]ssistant", text) is not None
         or "begin_of_query" in predicted
         or "begin_of_documents" in predicted
         or len(predicted.split()) > 10
-        or any(0x4E00 <= ord(c) <= 0x9FFF for c in outside)
     )
     return (score if complete else 0.0) - (2.0 if broken else 0.0)
 
@@ -168,7 +173,7 @@ def expected(name: str, episode: Episode) -> float:
         return oracle_research(episode, strict=name.endswith("strict"))
     if name.startswith("search-r1"):
         return oracle_search_r1(episode, with_format=name.endswith("format"))
-    kinds = {"stage1": "stage1", "stage2": "f1", "cem": "cem", "em": "em"}
+    kinds = {"stage1": "stage1", "stage2": "f1", "cem": "cem", "em": "em", "llama": "llama"}
     return oracle_r1_searcher(episode, kinds[name.rsplit("-", 1)[1]])
 
 
@@ -362,8 +367,8 @@ def test_a_reward_is_found_by_name_module_or_as_it_is() -> None:
 def test_the_names_are_those_of_the_papers() -> None:
     assert set(REWARDS) == {
         "research", "research-strict", "r1-searcher-stage1", "r1-searcher-stage2",
-        "r1-searcher-stage2-cem", "r1-searcher-stage2-em", "search-r1", "search-r1-format",
-        "f1", "em", "cem",
+        "r1-searcher-stage2-cem", "r1-searcher-stage2-em", "r1-searcher-stage2-llama",
+        "search-r1", "search-r1-format", "f1", "em", "cem", "format",
     }  # fmt: skip
     assert all(protocol.reward in REWARDS for protocol in PROTOCOLS.values())
     assert all(REWARDS[name].__doc__ for name in REWARDS)

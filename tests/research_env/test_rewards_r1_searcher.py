@@ -138,6 +138,15 @@ def test_reward_of_a_case(case: Case) -> None:
     assert scores == pytest.approx(expected, abs=1e-9)
 
 
+def test_llama_loses_one_and_for_fewer_things() -> None:
+    score = reward("r1-searcher-stage2-llama")
+    assert score(play("r1-searcher", [S, end("Paris")], PARIS)) == 1.0
+    assert score(play("r1-searcher", ["As an assistant, " + S, end("Paris")], PARIS)) == 1.0
+    assert score(play("r1-searcher", [S, "So. <answer>Paris</answer>"], PARIS)) == 0.0
+    assert score(play("r1-searcher", [S, "So.</think> Paris"], PARIS)) == -1.0
+    assert score(play("r1-searcher", ["巴" + S, end("Rome")], PARIS)) == -1.0
+
+
 def test_a_search_that_finds_nothing_costs_nothing() -> None:
     """The authors' dense engine always finds something; an empty result would cost 2 there."""
     episode = play("r1-searcher", [S, end("Paris")], hits=())

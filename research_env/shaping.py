@@ -1,0 +1,206 @@
+"""Rewards beyond the papers', and sums of rewards: ``research+0.1*support_recall-0.02*searches``.
+
+Each function here takes a finished :class:`~research_env.episode.Episode` and gives a number that
+is no reward by itself, but worth adding to one, or taking off. What they are for: R1-Searcher's
+rewards do not see how often the policy searches, for what, or what comes back.
+
+The policy can be paid to game any of them: a cost that is too high teaches never to search, and a
+bonus for found passages to search for ever. Weights well below those of the answer's reward, and
+an eye on the components, which are logged as ``reward/NAME``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import combinations
+from typing import NamedTuple
+
+from research_env.episode import Episode
+from research_env.errors import ConfigurationError, UnknownNameError
+from research_env.metrics import normalize
+
+Reward = Callable[[Episode], float]
+
+
+def searches(episode: Episode) -> float:
+    """Number of searches that were answered; with a negative weight the cost of a search.
+
+    A search that a limit refused does not count, one with a blank query does. Source: the cost of
+    tool calls in Wang et al. 2025, "OTC" (arXiv:2504.14870), there a factor, here a term.
+    """
+    return float(episode.searches)
+
+
+def retrieved(episode: Episode) -> float:
+    """1 where at least one search was answered, else 0.
+
+    Source: the retrieval reward of R1-Searcher's first stage (Song et al. 2025, section 3.1), there
+    0.5.
+    """
+    return float(episode.searches > 0)
+
+
+def support_recall(episode: Episode) -> float:
+    """Share of the question's gold passages that some search returned; 0 where none are known.
+
+    Passages are told apart by their ids, and no word of theirs is read: whatever a passage says, it
+    changes nothing. But of all the rewards this is the one that depends on what was retrieved: on
+    the engine, the corpus and ``top_k`` too, not on the policy's words alone. It is 0 for every
+    question without gold passages, and where the engine's ids are not those of the data set (an
+    index of Wikipedia, the web).
+    """
+    golds = set(episode.question.supporting)
+    if not golds:
+        return 0.0
+    seen = {hit.passage.id for turn in episode.turns for hit in turn.hits}
+    return len(golds & seen) / len(golds)
+
+
+def query_diversity(episode: Episode) -> float:
+    """Mean Jaccard distance between the queries, pair by pair; 1 for fewer than two.
+
+    ``1 - |A & B| / |A | B|`` with A and B the sets of words of two queries, normalised as answers
+    are (`metrics.normalize`); 0 where both are empty. So it is 1 where no two queries share a word,
+    0 where all are the same, and an episode that searches once or never loses nothing by it.
+
+    Source of the distance: Jaccard 1912, "The distribution of the flora in the alpine zone".
+    """
+    asked = [turn.query or "" for turn in episode.turns if turn.kind == "search"]
+    bags = [set(normalize(query).split()) for query in asked[: episode.searches]]
+    pairs = [1 - len(a & b) / len(a | b) if a | b else 0.0 for a, b in combinations(bags, 2)]
+    return sum(pairs) / len(pairs) if pairs else 1.0
+
+
+def answer_length(episode: Episode) -> float:
+    """Number of words of the final answer; 0 without one.
+
+    With a small negative weight it answers what R1-Searcher found of the CEM reward: that it is
+    covered best by long answers (Song et al. 2025, arXiv:2503.05592, the study of rewards).
+    """
+    return float(len((episode.prediction or "").split()))
+
+
+SHAPING: dict[str, Reward] = {
+    "searches": searches,
+    "retrieved": retrieved,
+    "support_recall": support_recall,
+    "query_diversity": query_diversity,
+    "answer_length": answer_length,
+}
+"""The functions of this file by name; `rewards.reward` knows them beside the papers' rewards."""
+
+
+# --- sums ----------------------------------------------------------------------------------------
+
+
+class Term(NamedTuple):
+    """A term of a sum: the weight, the name as it was written, and the function."""
+
+    weight: float
+    name: str
+    reward: Reward
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """A weighted sum of rewards, itself a reward."""
+
+    terms: tuple[Term, ...]
+
+    def __call__(self, episode: Episode) -> float:
+        """The sum for a finished episode."""
+        return self.total(self.components(episode))
+
+    def components(self, episode: Episode) -> dict[str, float]:
+        """The value of each term by its name, before its weight; always the same keys."""
+        return {term.name: float(term.reward(episode)) for term in self.terms}
+
+    def total(self, components: Mapping[str, float]) -> float:
+        """The sum of these values, each with its weight."""
+        return sum((term.weight * components[term.name] for term in self.terms), start=0.0)
+
+
+_NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_OWN = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*")
+_WORD = re.compile(r"[^\s+*]+")
+_EXAMPLE = "'research+0.1*support_recall-0.02*searches'"
+
+
+def parse_sum(text: str, known: Iterable[str]) -> list[tuple[float, str]]:
+    """Read a sum such as ``research+0.1*support_recall-0.02*searches``; nothing is evaluated.
+
+    ``sum = [sign] term {sign term}``, ``term = [number "*"] name``, where a name is a known one
+    or ``module:function``, a number is decimal, and spaces may stand between all of them. Known
+    names hold hyphens, and the longest that fits is read: ``r1-searcher-stage2-em`` is one name,
+    ``r1-searcher-stage2 - em`` the difference of two.
+
+    Args:
+        text: the sum.
+        known: the names there are.
+
+    Returns:
+        Weight and name of each term, in their order.
+
+    Raises:
+        UnknownNameError: a name that does not exist; the message lists those that do.
+        ConfigurationError: anything else that is no such sum; the message tells the position.
+    """
+    names = sorted(known, key=len, reverse=True)
+    fits = re.compile(f"(?:{'|'.join(map(re.escape, names))})(?![A-Za-z0-9_.:])")
+
+    def wrong(at: int, what: str) -> ConfigurationError:
+        found = repr(text[at : at + 20]) if at < len(text) else "the end"
+        return ConfigurationError(
+            f"the reward {text!r:.200} cannot be read: position {at + 1} must be {what}, not "
+            f"{found}; write a sum of names with weights, such as {_EXAMPLE}"
+        )
+
+    terms: dict[str, float] = {}
+    at = _after_space(text, 0)
+    last = at  # where the name before this one began
+    while at < len(text) or not terms:
+        weight = 1.0
+        if text[at : at + 1] in ("+", "-"):
+            weight = -1.0 if text[at] == "-" else 1.0
+            at = _after_space(text, at + 1)
+        elif terms:
+            raise wrong(at, "a + or -")
+        if number := _NUMBER.match(text, at):
+            weight *= float(number[0])
+            if not math.isfinite(weight):
+                raise wrong(at, "a number that is not too large")
+            at = _after_space(text, number.end())
+            if text[at : at + 1] != "*":
+                raise wrong(at, "the * between a weight and its name")
+            at = _after_space(text, at + 1)
+        name = fits.match(text, at) or _OWN.match(text, at)
+        if name is None:
+            word = _WORD.match(text, at)
+            if word is None or not (word[0][0].isalpha() or word[0][0] == "_"):
+                raise wrong(at, "a name")
+            raise _unknown(text, names, word, last if terms else at)
+        if name[0] in terms:
+            raise wrong(at, f"another name than {name[0]!r}, which has a weight already")
+        terms[name[0]] = weight
+        last, at = at, _after_space(text, name.end())
+    return [(weight, name) for name, weight in terms.items()]
+
+
+def _after_space(text: str, at: int) -> int:
+    while text[at : at + 1].isspace():
+        at += 1
+    return at
+
+
+def _unknown(text: str, names: list[str], word: re.Match[str], before: int) -> UnknownNameError:
+    """The error for a word; for research-strickt it is about the whole, not about strickt."""
+    start, name = word.start(), word[0]
+    whole = text[before : word.end()]
+    if _WORD.fullmatch(whole) and get_close_matches(whole, names):
+        start, name = before, whole
+    hint = f"It is at position {start + 1} of {text!r:.200}; your own is named 'module:function'."
+    return UnknownNameError("reward", name[:80], names, hint)

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+
+import research_env
+from research_env.retrieval import open_retriever
+
+assert research_env.IDS
+
+
+def provenance(**settings: Any) -> dict[str, str]:
+    env: Any = gym.make("SearchQA-v0", **settings)
+    said: dict[str, str] = env.unwrapped.provenance()
+    env.close()
+    return said
+
+
+def write(path: Path, *records: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
+    question = {"id": "q", "question": "Who?", "answers": ["Ann"], "hops": 2}
+    passage = {"id": "p", "title": "Ann", "text": "Ann did it."}
+    return {
+        "questions": write(tmp_path / "questions.jsonl", question),
+        "corpus": write(tmp_path / "corpus.jsonl", passage),
+    }
+
+
+def test_the_same_settings_have_the_same_provenance_in_both_environments(
+    files: dict[str, Any],
+) -> None:
+    said = provenance(**files)
+    assert said == provenance(**files)
+    vector: Any = gym.make_vec("SearchQA-v0", num_envs=2, **files)
+    assert vector.unwrapped.provenance() == said
+    vector.close()
+    assert said["questions"].startswith("1, sha256 ")
+    assert said["template"].startswith("base, sha256 ")
+    assert (said["protocol"], said["reward"]) == ("research", "research")
+    assert said["limits"] == "top_k 5, max_searches None, max_turns None"
+    assert said["retriever"] == "the corpus of the data set"
+    assert said["index"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "record"),
+    [
+        ("questions", {"id": "q", "question": "Who?", "answers": ["Bob"]}),
+        ("questions", {"id": "q", "question": "Whom?", "answers": ["Ann"]}),
+        ("questions", {"id": "r", "question": "Who?", "answers": ["Ann"]}),
+        ("index", {"id": "p", "title": "Ann", "text": "Ann did it again."}),
+    ],
+)
+def test_what_changes_is_told_and_only_that(
+    files: dict[str, Any], tmp_path: Path, changed: str, record: dict[str, Any]
+) -> None:
+    before = provenance(**files)
+    file = {"questions": "questions", "index": "corpus"}[changed]
+    after = provenance(**{**files, file: write(tmp_path / "other.jsonl", record)})
+    assert {key for key in before if before[key] != after[key]} == {changed}
+
+
+def test_settings_are_told(files: dict[str, Any]) -> None:
+    before = provenance(**files)
+    after = provenance(**files, template="instruct", top_k=3, reward="em")
+    differing = {key for key in before if before[key] != after[key]}
+    assert differing == {"template", "limits", "reward"}
+
+
+def test_an_index_without_its_corpus_is_known_by_its_fingerprint(
+    files: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "index"
+    made = provenance(**files, retriever=f"embedded:{folder}")
+    alone = provenance(questions=files["questions"], retriever=f"embedded:{folder}?corpus=any")
+    assert made["index"] == alone["index"] != ""
+    assert alone["retriever"] == f"embedded:{folder}?corpus=any"
+
+
+def test_a_password_is_not_told(files: dict[str, Any], tmp_path: Path) -> None:
+    recorded = f"localhost:9/retrieve?cache={tmp_path / 'searches.sqlite'}"
+    said = provenance(**files, retriever=f"http://ann:secret@{recorded}")
+    assert said["retriever"] == f"http://...@{recorded}"
+    assert "secret" not in str(said)
+    assert said["index"] == ""
+
+
+def test_a_retriever_of_ones_own_is_its_class(files: dict[str, Any], tmp_path: Path) -> None:
+    provenance(**files, retriever=f"embedded:{tmp_path / 'index'}")
+    own = open_retriever(f"embedded:{tmp_path / 'index'}?corpus=any", None)
+    said = provenance(**files, retriever=own)
+    assert "EmbeddedRetriever" in said["retriever"]
+    assert said["index"]
+    own.close()
+
+
+def test_the_strata_of_a_question_are_told_from_the_beginning(files: dict[str, Any]) -> None:
+    env = gym.make("SearchQA-v0", **files)
+    _, info = env.reset(seed=0)
+    assert info["strata"] == {"hops": "2", "type": ""}
+    *_, info = env.step("<think>x</think><search>Ann</search>")
+    assert info["strata"] == {"hops": "2", "type": ""}
+    env.close()
