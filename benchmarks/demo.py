@@ -226,9 +226,11 @@ def run(config: DemoConfig) -> dict[str, Any]:
     blank = judge("after-blanked", trained, blank=True)
     report = make_report(
         ReportConfig(
-            run=folder / "train",
-            before=folder / "evaluations/before-greedy/predictions.jsonl",
-            after=folder / "evaluations/after-greedy/predictions.jsonl",
+            (
+                folder / "train",
+                folder / "evaluations/before-greedy",
+                folder / "evaluations/after-greedy",
+            )
         )
     )
 

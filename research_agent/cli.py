@@ -1,4 +1,4 @@
-"""The command line: research-agent train | eval | sft | report."""
+"""The command line: research-agent train | eval | compare | sft | report."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
+from research_agent import plan
 from research_agent.algorithms import ALGORITHMS, algorithm
 from research_agent.config import (
+    CompareConfig,
     EvalConfig,
+    GradeConfig,
     ReportConfig,
+    SampleConfig,
     TrainConfig,
     complete,
     validate,
@@ -23,6 +27,7 @@ from research_agent.config import (
 )
 from research_agent.errors import ConfigError, ResearchAgentError
 from research_agent.presets import DESCRIPTIONS, PRESETS
+from research_agent.stages import parse_stages
 
 USAGE = """\
 usage: research-agent COMMAND ...
@@ -31,8 +36,11 @@ Trains a language model in any Gymnasium environment that speaks text.
 
   train PRESET [...]   train by reinforcement learning; started again, it continues
   eval [...]           play tasks with a model and average what the environment reports
+  compare A B [...]    two evaluations of the same questions: differences, and their chance
+  grade EVAL [...]     call questions easy, medium or hard by how many samples are right
+  sample EVAL [...]    keep the right samples as demonstrations
   sft PRESET [...]     fit a model to demonstrations: the warm start of a small policy
-  report RUN [...]     a page of episodes before and after, and the learning curve
+  report PATH...       a page of curves, means and trajectories, two runs side by side
 
 research-agent COMMAND --help explains every setting. Try: research-agent train miniworld
 """
@@ -46,7 +54,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the words after the program's name; those of the process when None.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "eval": _eval, "sft": _sft, "report": _report}
+    commands = {
+        "train": _train,
+        "eval": _eval,
+        "compare": _compare,
+        "grade": _grade,
+        "sample": _sample,
+        "sft": _sft,
+        "report": _report,
+    }
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         raise SystemExit(0 if words else 2)
@@ -76,6 +92,10 @@ def _train(words: list[str]) -> None:
     config = _parse(TrainConfig, f"train {name}", words[1:], description, preset)
     config = complete(config, preset)
     validate(config)
+    parse_stages(config.environment.stages)  # what cannot be read is refused before anything loads
+    if config.run.plan:
+        _plan(config, config.run.plan)
+        return
     from research_agent.trainer import train  # noqa: PLC0415  (loads torch: not for --help)
 
     _no_bars()
@@ -86,38 +106,120 @@ def _train(words: list[str]) -> None:
         raise SystemExit(128 + summary.signal)
 
 
+def _plan(config: TrainConfig, gpus: str) -> None:
+    found = plan.plan(config, gpus)
+    as_json = config.run.json
+    print(json.dumps(plan.as_numbers(found)) if as_json else plan.show(config, gpus, found))
+    if not found.fits:
+        raise SystemExit(2)
+
+
 def _eval(words: list[str]) -> None:
     config = _parse(EvalConfig, "eval", words)
     validate_eval(config)
-    from research_agent.codec import load_codec  # noqa: PLC0415  (these load torch)
-    from research_agent.engines import make_engine  # noqa: PLC0415
+    from rich.console import Console  # noqa: PLC0415
+
     from research_agent.evaluate import evaluate  # noqa: PLC0415
-    from research_agent.policy import load_model, resolve_model  # noqa: PLC0415
-    from research_agent.trainer import context_of, open_environments  # noqa: PLC0415
+    from research_agent.provenance import header  # noqa: PLC0415
+    from research_agent.summary import tables  # noqa: PLC0415
+    from research_agent.trainer import open_environments  # noqa: PLC0415  (loads torch)
 
     _no_bars()
     split = {} if config.split is None else {"split": config.split}
     environments = open_environments(config.env, config.slots, {**config.env_args, **split})
-    codec = load_codec(resolve_model(config.model), chat_template=config.chat_template)
+    engine, codec, fingerprint = _sampler(config)
+    try:
+        summary = evaluate(
+            engine,
+            environments,
+            codec,
+            config,
+            config.output,
+            limit=config.limit,
+            samples=config.samples,
+            seed=config.seed,
+            header=header(config, environments, fingerprint),
+            log_tokens=config.log_tokens,
+            show=not config.quiet,
+        )
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on where this one was", file=sys.stderr)
+        raise
+    finally:
+        environments.close()
+        if hasattr(engine, "close"):
+            engine.close()
+    if config.json:
+        print(json.dumps(dataclasses.asdict(summary)))
+        return
+    print(f"{config.model} in {config.env}, every episode in {config.output}/predictions.jsonl")
+    Console().print(*tables(summary), sep="\n")
+    if summary.void:
+        print(f"{summary.void} episodes are void; the same command plays them again")
+
+
+def _sampler(config: EvalConfig) -> tuple[Any, Any, str]:
+    """Engine and codec of the model that is evaluated, and the model's fingerprint."""
+    if config.endpoint is not None:
+        from research_agent.engines.endpoint import (  # noqa: PLC0415
+            EndpointCodec,
+            EndpointEngine,
+        )
+
+        words = EndpointCodec(chat_template=config.chat_template)
+        asked = EndpointEngine(config.endpoint, config.model, words, concurrency=config.slots)
+        return asked, words, f"{config.model} at {config.endpoint.rstrip('/')}"
+    from research_agent.codec import load_codec  # noqa: PLC0415  (these load torch)
+    from research_agent.engines import make_engine  # noqa: PLC0415
+    from research_agent.policy import load_model, resolve_model  # noqa: PLC0415
+    from research_agent.provenance import model_fingerprint  # noqa: PLC0415
+    from research_agent.trainer import context_of  # noqa: PLC0415
+
+    place = resolve_model(config.model)
+    codec = load_codec(place, chat_template=config.chat_template)
     model = load_model(config.model, dtype=config.dtype, device=config.device)
     context = context_of(model, config.max_prompt + config.max_response)
     engine = make_engine(
         config.engine, model, codec, max_slots=config.slots, max_context=context, share=True
     )
-    summary = evaluate(
-        engine,
-        environments,
-        codec,
-        config,
-        config.output,
-        limit=config.limit,
-        seed=config.seed,
-        show=not config.quiet,
+    return engine, codec, model_fingerprint(place, getattr(model.config, "_commit_hash", None))
+
+
+def _compare(words: list[str]) -> None:
+    config = _parse(CompareConfig, "compare", words)
+    from rich.console import Console  # noqa: PLC0415
+
+    from research_agent.compare import compare, in_words, table  # noqa: PLC0415
+
+    comparison = compare(config.a, config.b, metric=config.metric, seed=config.seed)
+    if config.json:
+        print(json.dumps(dataclasses.asdict(comparison)))
+        return
+    print(f"A is {config.a}, B is {config.b}")
+    Console().print(table(comparison))
+    print(in_words(comparison))
+
+
+def _grade(words: list[str]) -> None:
+    config = _parse(GradeConfig, "grade", words)
+    from research_agent.grade import write_grades  # noqa: PLC0415
+
+    shares = {"metric": config.metric, "easy": config.easy, "hard": config.hard}
+    counts = write_grades(config.predictions, config.output, **shares)
+    message = f"{counts.total()} questions of {config.predictions} in {config.output}"
+    numbers = {grade: counts[grade] for grade in ("easy", "medium", "hard")}
+    _print(message, numbers, as_json=config.json)
+
+
+def _sample(words: list[str]) -> None:
+    config = _parse(SampleConfig, "sample", words)
+    from research_agent.grade import write_demonstrations  # noqa: PLC0415
+
+    kept, count = write_demonstrations(
+        config.predictions, config.output, metric=config.metric, each=config.each
     )
-    environments.close()
-    message = f"{config.model} in {config.env}, every episode in {config.output}/predictions.jsonl"
-    numbers = {"episodes": summary.episodes, "void": summary.void, "reward": summary.reward}
-    _print(message, {**numbers, **summary.metrics}, as_json=config.json)
+    message = f"{kept} of {count} episodes of {config.predictions} in {config.output}"
+    _print(message, {"kept": kept, "episodes": count}, as_json=config.json)
 
 
 def _sft(words: list[str]) -> None:
@@ -135,12 +237,19 @@ def _report(words: list[str]) -> None:
     from research_agent.report import make_report  # noqa: PLC0415  (loads matplotlib)
 
     report = make_report(config)
-    print(f"{report.curve}\n\npage     {report.page}\npicture  {report.picture}")
+    for note in report.notes:
+        print(f"research-agent: note: {note}", file=sys.stderr)
+    if report.curve:
+        print(f"{report.curve}\n")
+    print(f"page     {report.page} ({report.page.stat().st_size / 1e6:.1f} MB)")
+    if report.picture:
+        print(f"picture  {report.picture}")
 
 
 def _choose(command: str, words: Sequence[str], descriptions: Mapping[str, str]) -> str:
     """The preset that the first word names; help and errors list all of them."""
-    known = "\n".join(f"  {name:14}{text}" for name, text in descriptions.items())
+    width = max(map(len, descriptions)) + 2
+    known = "\n".join(f"  {name:{width}}{text}" for name, text in descriptions.items())
     if words and words[0] in descriptions:
         return words[0]
     if words and words[0] in ("-h", "--help"):

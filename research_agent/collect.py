@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from typing import Any, Protocol
 
 import numpy as np
 
 from research_agent.codec import Codec
-from research_agent.engines.base import Completion, Engine, SamplingParams
+from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
 from research_agent.environments import Environments, StepResult
 from research_agent.errors import ContextError
 from research_agent.trajectory import Segment, Trajectory
+
+Episode = tuple[int, int]
+"""The number of a task, and which of its samples."""
 
 
 class Sampling(Protocol):
@@ -45,15 +49,32 @@ class Sampling(Protocol):
         ...
 
 
+@dataclass
+class UnderWay:
+    """Episodes that were begun before they were asked for."""
+
+    plays: dict[int, Play] = field(default_factory=dict)  # by slot: half played
+    sent: set[int] = field(default_factory=set)  # slots whose environment has an action to answer
+    done: dict[Episode, Trajectory] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Forget them; they are begun again when they are asked for."""
+        self.plays.clear()
+        self.sent.clear()
+        self.done.clear()
+
+
 def collect(
     engine: Engine,
     environments: Environments,
     codec: Codec,
-    episodes: Sequence[tuple[int, int]],
+    episodes: Sequence[Episode],
     sampling: Sampling,
     *,
     seed: int = 0,
     on_finish: Callable[[Trajectory], None] | None = None,
+    ahead: Sequence[Episode] = (),
+    under_way: UnderWay | None = None,
 ) -> list[Trajectory]:
     """Play episodes to their ends.
 
@@ -67,72 +88,80 @@ def collect(
         seed: of the order of the tasks, and of the draws. A trajectory's draws depend on this, its
             episode and its sample only.
         on_finish: called with each trajectory as it ends.
+        ahead: episodes to begin with where slots would be empty otherwise. None is waited for.
+        under_way: what earlier calls left of theirs, and where this one leaves it. Between calls
+            the engine may get new weights: turns that were cut go on with the new ones.
 
     Returns:
         The trajectories in the order of ``episodes``. Those of failed infrastructure are ``void``.
+        No slot is in use then.
 
     Raises:
         ContextError: a prompt that is empty, or longer than ``max_prompt`` or the context allows.
     """
-    waiting = deque(range(len(episodes)))
-    free = list(range(environments.num_envs))
-    plays: dict[int, _Play] = {}
-    sent: set[int] = set()
-    done: dict[int, Trajectory] = {}
-
-    def finish(slot: int, result: StepResult, budget: str = "") -> None:
-        play = plays.pop(slot)
-        engine.release(slot)
-        free.append(slot)
-        done[play.index] = play.trajectory(result, budget)
-        if on_finish:
-            on_finish(done[play.index])
-
+    begun = UnderWay() if under_way is None else under_way
+    plays, sent, done = begun.plays, begun.sent, begun.done
+    known = {play.key for play in plays.values()} | done.keys()
+    waiting = deque(each for each in dict.fromkeys((*episodes, *ahead)) if each not in known)
+    missing = set(episodes) - done.keys()
+    free = deque(slot for slot in range(environments.num_envs) if slot not in plays)
+    stop = environments.terminators
     try:
-        while waiting or plays:
-            starting = {slot: waiting.popleft() for slot in free[: len(waiting)]}
-            del free[: len(starting)]
-            plays |= {s: _Play(i, *episodes[i], seed, sampling) for s, i in starting.items()}
-            numbers = {slot: episodes[index][0] for slot, index in starting.items()}
-            begun = environments.reset(numbers, seed) if numbers else {}
-            for slot, (observation, info) in begun.items():
-                prompt = codec.encode_prompt(observation, info.get("messages"))
-                plays[slot].begin(prompt, observation, engine.max_context)
-                engine.submit(slot, prompt, plays[slot].params(environments.terminators))
+        for slot in sorted(plays.keys() - sent):  # turns that were cut
+            plays[slot].submit(engine, slot, stop)
+        while missing:
+            count = min(len(free), len(waiting))
+            starting = {free.popleft(): waiting.popleft() for _ in range(count)}
+            plays |= {slot: Play(*each, seed, sampling) for slot, each in starting.items()}
+            numbers = {slot: episode for slot, (episode, _) in starting.items()}
+            prompts = environments.reset(numbers, seed) if numbers else {}
+            for slot, (observation, info) in prompts.items():
+                plays[slot].begin(observation, info, codec, engine.max_context)
+                plays[slot].submit(engine, slot, stop)
 
             completions = engine.step()
-            for completion in completions:
-                plays[completion.slot].act(completion)
-                sent.add(completion.slot)
             if completions:
-                environments.send([c.slot for c in completions], [c.text for c in completions])
+                slots = [turn.slot for turn in completions]
+                environments.send(
+                    slots, [plays[turn.slot].act(turn, codec) for turn in completions]
+                )
+                sent.update(slots)
 
             patience = (0 if engine.busy else 1) if sampling.overlap else len(sent)
             results = environments.recv(min(patience, len(sent))) if sent else []
             for result in sorted(results, key=lambda result: result.env_id):
-                slot, play = result.env_id, plays[result.env_id]
+                slot = result.env_id
+                if slot not in sent:
+                    continue  # of an episode that was forgotten
                 sent.discard(slot)
-                play.reward += result.reward
-                if result.terminated or result.truncated:
-                    finish(slot, result)
+                trajectory = plays[slot].receive(result, codec, engine.max_context)
+                if trajectory is None:
+                    plays[slot].submit(engine, slot, stop)
                     continue
-                tokens = codec.encode_text(result.observation)
-                if budget := play.out_of_budget(len(tokens), engine.max_context):
-                    finish(slot, result, budget)
-                    continue
-                play.observe(tokens, result)
-                engine.submit(slot, tokens, play.params(environments.terminators))
+                engine.release(slot)
+                free.append(slot)
+                key = plays.pop(slot).key
+                done[key] = trajectory
+                missing.discard(key)
+                if on_finish:
+                    on_finish(trajectory)
+
+        for turn in engine.interrupt() if isinstance(engine, Interruptible) else ():
+            plays[turn.slot].hold(turn)
     finally:
-        for slot in plays:  # an error ended the loop
+        for slot, play in plays.items():
             engine.release(slot)
-    return [done[index] for index in range(len(episodes))]
+            play.unheld = play.tokens
+    trajectories = [done[each] for each in episodes]
+    for each in set(episodes):
+        del done[each]
+    return trajectories
 
 
 @dataclass
-class _Play:
+class Play:
     """An episode under way."""
 
-    index: int
     episode: int
     sample: int
     seed: int  # of the run
@@ -141,47 +170,104 @@ class _Play:
     reward: float = 0.0  # so far: an environment may give some on the way
     prompt: int = 0  # tokens
     response: int = 0  # tokens, of the policy and of the environment
+    cut: list[Completion] = field(default_factory=list)  # the parts of a turn that is not over
+    unheld: list[int] = field(default_factory=list)  # tokens that the engine does not hold
 
-    def begin(self, tokens: Sequence[int], text: str, max_context: int) -> None:
+    def __post_init__(self) -> None:
+        """Seed the draws."""
+        self._draws = trajectory_seed(self.seed, self.episode, self.sample)
+
+    @property
+    def key(self) -> Episode:
+        """Which episode it is."""
+        return self.episode, self.sample
+
+    @property
+    def tokens(self) -> list[int]:
+        """All tokens so far."""
+        parts: list[Segment | Completion] = [*self.segments, *self.cut]
+        return [token for part in parts for token in part.tokens]
+
+    def begin(
+        self, observation: str, info: Mapping[str, Any], codec: Codec, max_context: int
+    ) -> None:
+        """Take the first observation."""
+        tokens = codec.encode_prompt(observation, info.get("messages"))
         limit = min(self.sampling.max_prompt, max_context - 1)
         if not 1 <= len(tokens) <= limit:
+            question = info.get("question_id")
+            named = f"episode {self.episode}" + (f" (question {question})" if question else "")
             raise ContextError(
-                f"the prompt of episode {self.episode} has {len(tokens)} tokens, not 1 to {limit} "
+                f"the prompt of {named} has {len(tokens)} tokens, not 1 to {limit} "
                 f"(max_prompt {self.sampling.max_prompt}, context {max_context}); "
                 "raise the limit, or leave such tasks out"
             )
         self.prompt = len(tokens)
-        self.segments.append(Segment("prompt", tuple(tokens), text=text))
+        self.unheld += tokens
+        self.segments.append(Segment("prompt", tuple(tokens), text=observation, info=info))
 
-    def params(self, stop: tuple[str, ...]) -> SamplingParams:
+    def submit(self, engine: Engine, slot: int, stop: tuple[str, ...]) -> None:
+        """Let the engine sample a turn, or the rest of one that was cut."""
+        begun = sum(len(part.tokens) for part in self.cut)
         left = self.sampling.max_response - self.response
-        return SamplingParams(
+        params = SamplingParams(
             temperature=self.sampling.temperature,
-            max_tokens=min(left, self.sampling.max_turn or left),
+            max_tokens=min(left, (self.sampling.max_turn or left + begun) - begun),
             stop=stop,
-            seed=trajectory_seed(self.seed, self.episode, self.sample),
+            seed=self._draws,
+            begun=begun,
         )
+        engine.submit(slot, self.unheld, params)
+        self.unheld = []
 
-    def act(self, turn: Completion) -> None:
-        self.response += len(turn.tokens)
+    def hold(self, part: Completion) -> None:
+        """Keep the beginning of a turn that is cut."""
+        self.response += len(part.tokens)
+        if part.tokens:
+            self.cut.append(part)
+
+    def act(self, last: Completion, codec: Codec) -> str:
+        """End a turn; returns the action."""
+        parts = [*self.cut, last]
+        tokens = tuple(chain.from_iterable(part.tokens for part in parts))
+        text = last.text
+        if self.cut:
+            text = codec.decode(tokens[:-1] if last.finish == "end" else tokens)
+        self.response += len(last.tokens)
+        self.cut = []
         self.segments.append(
-            Segment("action", turn.tokens, turn.logprobs, version=turn.version, text=turn.text)
+            Segment(
+                "action",
+                tokens,
+                logprobs=tuple(chain.from_iterable(part.logprobs for part in parts)),
+                versions=tuple(
+                    chain.from_iterable(repeat(part.version, len(part.tokens)) for part in parts)
+                ),
+                text=text,
+            )
         )
+        return text
 
-    def out_of_budget(self, new: int, max_context: int) -> str:
-        """The limit that leaves no room for new tokens and one more; "" where none does."""
-        if self.response + new >= self.sampling.max_response:
-            return "length"
-        return "context" if self.prompt + self.response + new >= max_context else ""
-
-    def observe(self, tokens: Sequence[int], result: StepResult) -> None:
-        self.response += len(tokens)
+    def receive(self, result: StepResult, codec: Codec, max_context: int) -> Trajectory | None:
+        """Take what the environment answers; returns the trajectory if it ends with that."""
+        self.reward += result.reward
+        if result.terminated or result.truncated:
+            return self._trajectory(result, "")
+        tokens = codec.encode_text(result.observation)
+        length = self.response + len(tokens)
+        if length >= self.sampling.max_response:  # no room for them and one more
+            return self._trajectory(result, "length")
+        if self.prompt + length >= max_context:
+            return self._trajectory(result, "context")
+        self.response = length
+        self.unheld += tokens
         if tokens:
             self.segments.append(
                 Segment("observation", tuple(tokens), text=result.observation, info=result.info)
             )
+        return None
 
-    def trajectory(self, last: StepResult, budget: str) -> Trajectory:
+    def _trajectory(self, last: StepResult, budget: str) -> Trajectory:
         metrics: Mapping[str, Any] = last.info.get("metrics") or {}
         return Trajectory(
             episode=self.episode,

@@ -70,6 +70,10 @@ class EnvironmentConfig:
     env_args: Settings = field(default_factory=dict)
     """Arguments of the environment. They are added to those of the preset (VALUE none unsets one);
     with another --env than the preset's they stand alone."""
+    stages: tuple[str, ...] = ()
+    """Parts of the run with environment arguments of their own, one after the other, each in
+    quotes: "steps=20 until=1.4 KEY=VALUE ..." lasts 20 steps, or until the mean reward of five
+    steps is 1.4; the last one lasts to the end of the run and has neither."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,10 @@ class SamplingConfig:
     overlap: bool = False
     """Sample some episodes while others wait for the environment. Faster with a slow environment;
     the order of events, and so the last bits of a number, then depend on timing."""
+    max_staleness: int = 0
+    """Training steps that sampling may run ahead of learning: slots that have nothing left to do in
+    a step begin with the next ones. No token is learned from after more updates than this; 0 is
+    strictly on-policy."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,12 @@ class RunConfig:
     """Tasks an evaluation; none plays every task of the environment once."""
     eval_temperature: float = 0.0
     """Temperature of evaluations; 0 is greedy."""
+    plan: str | None = None
+    """Say what the run would need on GPUs such as 8xH100, and stop: memory, tokens, hours. Nothing
+    is loaded. Exit status 2 where it does not fit."""
+    trace: Path | None = None
+    """File for a timeline of generation, environments and updates, which ui.perfetto.dev opens;
+    written anew each time the run is started or continued."""
     log_episodes: int = 4
     """Episodes of each step written out in words, to trajectories.jsonl."""
     quiet: bool = False
@@ -217,26 +231,39 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Play tasks once each with a model, and average what the environment reports."""
+    """Play tasks with a model, and average what the environment reports.
+
+    The same command again goes on with an evaluation that was stopped. docs/evaluation.md says what
+    is measured.
+    """
 
     env: str
     """Id of the Gymnasium environment; MODULE:ID imports the module that registers it."""
     model: str
-    """Folder of a model (a checkpoint is one), a starter of the package, or a name on the hub."""
+    """Folder of a model (a checkpoint is one), a starter of the package, or a name on the hub; with
+    --endpoint the name that the endpoint knows it by."""
     output: Path
     """Folder for predictions.jsonl and summary.json."""
+    endpoint: str | None = None
+    """Address of an OpenAI-compatible endpoint to sample from, such as http://localhost:8000/v1.
+    Its key, where it wants one, is read from OPENAI_API_KEY."""
     env_args: Settings = field(default_factory=dict)
     """Arguments of the environment."""
     split: str | None = None
     """Short for --env-args split=SPLIT."""
     limit: int | None = None
-    """Number of tasks; none plays every task of the environment once."""
+    """Number of tasks; none plays every task of the environment."""
+    samples: int = 1
+    """Episodes of each task. Several need a --temperature; they also give pass@k and the majority
+    of their answers."""
     temperature: float = 0.0
     """0 is greedy; otherwise tokens are drawn."""
     seed: int = 0
     """Order of the tasks, and sampled tokens."""
     chat_template: bool = False
     """Prompt with the model's chat template."""
+    log_tokens: bool = False
+    """Write the text and log-probability of each action token too, for the report's page."""
     engine: str = "transformers"
     """What samples the tokens."""
     max_prompt: int = 512
@@ -260,17 +287,83 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
-    """Turn the folder of a run into a page, a picture and a curve in the terminal."""
+class CompareConfig:
+    """Compare two evaluations of the same questions.
 
-    run: tyro.conf.Positional[Path]
-    """Folder of a training run."""
-    before: Path | None = None
-    """A predictions.jsonl to show as before; none takes the run's first evaluation."""
-    after: Path | None = None
-    """A predictions.jsonl to show as after; none takes the run's last evaluation."""
-    limit: int = 20
-    """Tasks shown."""
+    By a paired bootstrap of the difference of each metric, and McNemar's exact test of one.
+    """
+
+    a: tyro.conf.Positional[Path]
+    """A predictions.jsonl, or the folder of an evaluation."""
+    b: tyro.conf.Positional[Path]
+    """Another one, on the same questions. Differences are B minus A."""
+    metric: str | None = None
+    """What McNemar's test takes as right, where it is above 0.5; none takes em, or else the first
+    metric."""
+    seed: int = 0
+    """Of the bootstrap's draws."""
+    json: bool = False
+    """Print the comparison as one line of JSON on standard output, for scripts."""
+
+
+@dataclass(frozen=True)
+class GradeConfig:
+    """Grade questions by how many samples of a policy are right, from an evaluation.
+
+    First: research-agent eval ... --samples 8 --temperature 1. Then an environment can choose by
+    grade: --env-args grades=FILE grade=hard, or a mixture such as grade=medium:1+hard:2.
+    """
+
+    predictions: tyro.conf.Positional[Path]
+    """A predictions.jsonl, or the folder of an evaluation."""
+    output: Path
+    """The file of grades, a line a question."""
+    metric: str | None = None
+    """A sample is right where this is at least 0.5; none takes em, or else the first metric."""
+    easy: float = 2 / 3
+    """The least share of right samples of an easy question."""
+    hard: float = 1 / 3
+    """The greatest share of a hard one; medium is between."""
+    json: bool = False
+    """Print the counts as one line of JSON on standard output, for scripts."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Keep the right episodes of an evaluation as demonstrations (rejection sampling).
+
+    First: research-agent eval ... --samples 8 --temperature 1. Afterwards: research-agent sft own
+    --demonstrations FILE --model MODEL.
+    """
+
+    predictions: tyro.conf.Positional[Path]
+    """A predictions.jsonl, or the folder of an evaluation."""
+    output: Path
+    """The file of demonstrations, a line an episode."""
+    metric: str | None = None
+    """A sample is right where this is at least 0.5; none takes em, or else the first metric."""
+    each: int = 1
+    """At most so many episodes of a task."""
+    json: bool = False
+    """Print the counts as one line of JSON on standard output, for scripts."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Make one HTML page of runs and evaluations: curves, means, and every trajectory to look at.
+
+    The page needs no network and no server: a double click opens it. Two evaluations of the same
+    questions stand side by side on it.
+    """
+
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of training runs (their first and last evaluations are shown), folders of
+    evaluations, or files of predictions."""
+    output: Path | None = None
+    """The page; none writes report.html into the first folder. With a training run, curve.png is
+    written beside it."""
+    limit: int | None = None
+    """Samples of questions shown, the first ones; none shows all. Ten thousand are no trouble."""
     metric: str | None = None
     """What the terminal's curve shows; none takes the evaluations' reward, or else training's."""
 
@@ -288,7 +381,9 @@ FREE = frozenset(
         "run.eval_args",
         "run.eval_limit",
         "run.eval_temperature",
+        "run.trace",
         "run.log_episodes",
+        "run.plan",
         "run.quiet",
         "run.json",
         "algorithm.max_void_share",
@@ -347,6 +442,7 @@ def validate(config: TrainConfig) -> None:
     _require_at_least_one(at_least_one)
     not_negative: dict[str, float] = {
         "--steps": run.steps,
+        "--max-staleness": sampling.max_staleness,
         "--log-episodes": run.log_episodes,
         "--learning-rate": learner.learning_rate,
         "--warmup-steps": learner.warmup_steps,
@@ -368,6 +464,13 @@ def validate(config: TrainConfig) -> None:
     if not 0 <= config.algorithm.max_void_share <= 1:
         share = config.algorithm.max_void_share
         raise ConfigError(f"--max-void-share is {share}; it is a share, from 0 to 1")
+    uncorrected = learner.old_logprobs == "recomputed" and learner.importance_cap is None
+    if sampling.max_staleness and uncorrected:
+        raise ConfigError(
+            f"--max-staleness {sampling.max_staleness} with --old-logprobs recomputed would learn "
+            "from old tokens as if they were new; add --importance-cap 2, or take --old-logprobs "
+            "sampler"
+        )
     if learner.updates > sampling.prompts:
         raise ConfigError(
             f"--updates {learner.updates} is more than --prompts {sampling.prompts}; "
@@ -389,6 +492,7 @@ def validate_eval(config: EvalConfig) -> None:
     """
     at_least_one = {
         "--limit": config.limit,
+        "--samples": config.samples,
         "--max-prompt": config.max_prompt,
         "--max-response": config.max_response,
         "--max-turn": config.max_turn,
@@ -397,6 +501,15 @@ def validate_eval(config: EvalConfig) -> None:
     _require_at_least_one(at_least_one)
     if not config.temperature >= 0:
         raise ConfigError(f"--temperature is {config.temperature}; it must not be negative")
+    if config.samples > 1 and config.temperature == 0:
+        raise ConfigError(
+            f"--samples {config.samples} at --temperature 0 plays the same episode again and again;"
+            " give for example --temperature 1"
+        )
+    if config.endpoint is not None and config.log_tokens:
+        raise ConfigError(
+            "--log-tokens with --endpoint: an endpoint of text tells no tokens; leave it off"
+        )
 
 
 def as_json(config: Any) -> dict[str, Any]:

@@ -104,8 +104,11 @@ class _Native:
     def reset(
         self, assignments: Mapping[int, int], seed: int
     ) -> dict[int, tuple[str, Mapping[str, Any]]]:
-        mask = np.array([i in assignments for i in range(self.num_envs)])
-        episodes = [assignments.get(i, 0) for i in range(self.num_envs)]
+        mask = np.zeros(self.num_envs, dtype=np.bool_)
+        mask[list(assignments)] = True
+        episodes = [0] * self.num_envs
+        for i, episode in assignments.items():
+            episodes[i] = episode
         observations, infos = self._vector.reset(
             seed=seed, options={"episodes": episodes, "reset_mask": mask}
         )
@@ -124,6 +127,9 @@ class _Native:
 
     def close(self) -> None:
         self._vector.close()
+
+    def provenance(self) -> dict[str, str]:
+        return provenance_of(self._vector)
 
 
 class _Singles:
@@ -163,6 +169,16 @@ class _Singles:
     def close(self) -> None:
         for env in self._envs:
             env.close()
+
+    def provenance(self) -> dict[str, str]:
+        return provenance_of(self._envs[0].unwrapped)
+
+
+def provenance_of(environment: Any) -> dict[str, str]:
+    """What an environment says of where its tasks come from; empty where it has no such method."""
+    said = getattr(environment, "provenance", None)
+    found = said() if callable(said) else said
+    return {str(key): str(value) for key, value in (found or {}).items()}
 
 
 def _terminators(space: Any) -> tuple[str, ...]:

@@ -23,6 +23,10 @@ class CheckpointError(ResearchAgentError):
     """A checkpoint that is missing, broken, or of another configuration."""
 
 
+class PredictionsError(ResearchAgentError):
+    """A file of predictions that is missing, broken, or of another evaluation."""
+
+
 class EnvironmentContractError(ResearchAgentError, TypeError):
     """An environment that does not speak text as the contract asks."""
 
@@ -37,3 +41,7 @@ class CollapseError(ResearchAgentError, RuntimeError):
 
 class NonFiniteError(ResearchAgentError, ArithmeticError):
     """A loss, gradient or log-probability that is not finite."""
+
+
+class EngineError(ResearchAgentError, RuntimeError):
+    """An engine that does not start, died, hangs, or cannot do its work."""

@@ -1,16 +1,15 @@
-"""Play tasks once each, write what happened, and average what the environment says of it."""
+"""Play tasks, write what happened as it happens, and summarise what the environment says of it."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -19,17 +18,11 @@ from research_agent.collect import Sampling, collect
 from research_agent.engines.base import Engine
 from research_agent.environments import Environments
 from research_agent.errors import ConfigError
+from research_agent.predictions import appending, as_record, read_predictions
+from research_agent.summary import Outcome, Summary, main_metric, outcome, summarize
 from research_agent.trajectory import Trajectory
 
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """An evaluation in numbers: means over the episodes that are not void."""
-
-    episodes: int  # that are not void
-    void: int  # failed infrastructure: in no mean
-    reward: float
-    metrics: Mapping[str, float]  # the environment's; one that an episode lacks counts as 0
+__all__ = ["Summary", "as_record", "evaluate", "outcome", "read_predictions", "summarize"]
 
 
 def evaluate(
@@ -40,10 +33,14 @@ def evaluate(
     output: Path,
     *,
     limit: int | None = None,
+    samples: int = 1,
     seed: int = 0,
+    header: Mapping[str, Any] | None = None,
+    log_tokens: bool = False,
     show: bool = True,
+    play: Callable[..., Sequence[Trajectory]] = collect,
 ) -> Summary:
-    """Play every task of the environment once, or the first ones of its order.
+    """Play every task of the environment, or the first ones of its order.
 
     Writes ``predictions.jsonl`` (a line an episode, as they end) and at last ``summary.json``.
 
@@ -54,97 +51,75 @@ def evaluate(
         sampling: see ``collect``; temperature 0 is greedy.
         output: folder to write to; made where it is missing.
         limit: at most so many tasks.
+        samples: episodes of each task.
         seed: of the order of the tasks, and of the draws.
+        header: what the episodes depend on (see ``provenance.header``). With it, predictions of
+            the same header that are in the folder already are gone on with: only what is missing,
+            was cut short, or was void is played. Without it everything is.
+        log_tokens: write each action token's text and log-probability too.
         show: a progress bar on standard error.
+        play: called as ``collect`` is, for something else than one policy's turns.
 
     Raises:
         ConfigError: the environment does not say how many tasks it has, and no limit is given.
+        PredictionsError: the folder holds predictions of another header, or of more tasks.
+        ContextError: a prompt that does not fit; what was played is kept.
     """
     if environments.num_tasks is None and limit is None:
         raise ConfigError("this environment has no last task; say how many to play (--limit)")
     count = min(n for n in (environments.num_tasks, limit) if n is not None)
-    output.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        file = stack.enter_context((output / "predictions.jsonl").open("w", encoding="utf-8"))
-        progress = stack.enter_context(_progress(show))
-        task = progress.add_task("", total=count)
-        rewards: list[float] = []
+    wanted = [(episode, sample) for episode in range(count) for sample in range(samples)]
+    known = None if header is None else json.loads(json.dumps(header))  # as it is read again
+
+    def pieces(tokens: Sequence[int]) -> list[str]:
+        return [codec.decode([token]) for token in tokens]
+
+    with appending(output, known, frozenset(wanted)) as (kept, append), _progress(show) as progress:
+        outcomes = [outcome(record) for record in kept]
+        played = {(record["episode"], record["sample"]) for record in kept}
+        del kept[:]  # their texts are not needed any more
+        running = _Running()
+        told = [running.add(each) for each in outcomes]
+        task = progress.add_task(told[-1] if told else "", total=len(wanted), completed=len(told))
+        missing = [each for each in wanted if each not in played]
+        if missing:
+            (output / "summary.json").unlink(missing_ok=True)  # it would be of fewer episodes
 
         def finished(trajectory: Trajectory) -> None:
-            file.write(json.dumps(as_record(trajectory)) + "\n")
-            file.flush()
-            if not trajectory.void:
-                rewards.append(trajectory.reward)
-            mean = f"reward {np.mean(rewards):.3f}" if rewards else ""
-            progress.update(task, advance=1, description=mean)
+            record = as_record(trajectory, pieces if log_tokens else None)
+            append(record)
+            outcomes.append(outcome(record))
+            progress.update(task, advance=1, description=running.add(outcomes[-1]))
 
-        trajectories = collect(
-            engine,
-            environments,
-            codec,
-            [(episode, 0) for episode in range(count)],
-            sampling,
-            seed=seed,
-            on_finish=finished,
-        )
-    summary = summarize(trajectories)
-    temporary = output / "summary.json.tmp"
+        play(engine, environments, codec, missing, sampling, seed=seed, on_finish=finished)
+        summary = summarize(outcomes, known)
+        _write(output / "summary.json", summary)
+    return summary
+
+
+@dataclass
+class _Running:
+    """The mean so far of what says that an answer is right."""
+
+    totals: Counter[str] = field(default_factory=Counter)
+    count: int = 0
+
+    def add(self, one: Outcome) -> str:
+        """Count an episode; returns the mean in words."""
+        if not one.void:
+            self.totals.update({"reward": one.reward, **one.metrics})
+            self.count += 1
+        metric = main_metric(name for name in self.totals if name != "reward")
+        return f"{metric} {self.totals[metric] / self.count:.3f}" if self.count else ""
+
+
+def _write(path: Path, summary: Summary) -> None:
+    temporary = path.with_suffix(".json.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(asdict(summary), indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(output / "summary.json")
-    return summary
-
-
-def summarize(trajectories: Sequence[Trajectory]) -> Summary:
-    """Means over trajectories, those that are void counted apart."""
-    valid = [t for t in trajectories if not t.void]
-    names = dict.fromkeys(name for t in valid for name in t.metrics)
-
-    def mean(values: Sequence[float]) -> float:
-        return float(np.mean(values)) if values else 0.0
-
-    return Summary(
-        episodes=len(valid),
-        void=len(trajectories) - len(valid),
-        reward=mean([t.reward for t in valid]),
-        metrics={name: mean([t.metrics.get(name, 0.0) for t in valid]) for name in names},
-    )
-
-
-def as_record(trajectory: Trajectory) -> dict[str, Any]:
-    """A trajectory as plain JSON values: its texts with who wrote them, and how it ended."""
-    return {
-        "episode": trajectory.episode,
-        "sample": trajectory.sample,
-        "reward": trajectory.reward,
-        "terminated": trajectory.terminated,
-        "truncated": trajectory.truncated,
-        "stop_reason": trajectory.stop_reason,
-        "void": trajectory.void,
-        "metrics": dict(trajectory.metrics),
-        "segments": [
-            {"provenance": s.provenance, "text": s.text, "tokens": len(s.tokens)}
-            for s in trajectory.segments
-        ],
-        "info": {k: _plain(v) for k, v in trajectory.info.items() if k != "metrics"},
-    }
-
-
-def _plain(value: Any) -> Any:
-    """JSON's nearest to a value of an info."""
-    match value:
-        case None | bool() | int() | float() | str():
-            return value
-        case np.generic() | np.ndarray():
-            return _plain(value.tolist())
-        case Mapping():
-            return {str(k): _plain(v) for k, v in value.items()}
-        case list() | tuple():
-            return [_plain(v) for v in value]
-        case _:
-            return str(value)
+    temporary.replace(path)
 
 
 def _progress(show: bool) -> Progress:

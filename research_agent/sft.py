@@ -93,10 +93,18 @@ PRESETS = {
         threads=1,  # as quick as two, and the same bits however many cores there are
         output=Path("runs/miniworld-starter"),
     ),
+    "own": SFTConfig(
+        demonstrations="demonstrations.jsonl",
+        model="miniworld-starter",
+        learning_rate=1e-4,
+        warmup_steps=10,
+        output=Path("runs/sft"),
+    ),
 }
 DESCRIPTIONS = {
     "miniworld": "Teach a new policy to read and search in MiniWorld, and to do so seldom: a start "
     "for the demo.",
+    "own": "Fit a model to demonstrations of your own, such as those of research-agent sample.",
 }
 
 

@@ -1,7 +1,8 @@
 """Training: collect, credit, learn, sync, log, save. Then again.
 
 Everything that a step depends on is its number, the weights, and the optimiser's and torch's state;
-a checkpoint holds just these, so a run that was killed continues to the same bits.
+a checkpoint holds just these, so a run that was killed continues to the same bits. Where collection
+runs ahead of learning, the episodes under way are kept with them.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from typing import Any
 
 import torch
 
-from research_agent import checkpoint
+from research_agent import ahead, checkpoint
 from research_agent.algorithms import algorithm
 from research_agent.algorithms.base import SelectsGroups
 from research_agent.checkpoint import Checkpoint
 from research_agent.codec import Codec, load_codec
 from research_agent.collapse import Watch
-from research_agent.collect import collect
+from research_agent.collect import Episode, UnderWay, collect
 from research_agent.config import TrainConfig, as_json, require_same, validate
 from research_agent.engines import make_engine
 from research_agent.engines.base import Engine
@@ -45,6 +46,8 @@ from research_agent.evaluate import as_record, evaluate
 from research_agent.learner import Learner
 from research_agent.parallel import agree, gather, processes, rank_and_size
 from research_agent.policy import load_model, resolve_model
+from research_agent.stages import Position, Stage, parse_stages
+from research_agent.trace import Trace, TracedEngine, TracedEnvironments, span
 from research_agent.tracking import METRICS, TIMINGS, Tracker, read_lines
 from research_agent.trajectory import Group, Trajectory
 
@@ -83,16 +86,17 @@ def train(config: TrainConfig) -> TrainSummary:
             start = time.perf_counter()
 
             # Collect. The tasks of a step are a function of its number.
-            with saved_for_inspection(run.output, step, []):
+            with saved_for_inspection(run.output, step, []), span(parts.trace, "collect"):
                 trajectories, groups = _play(parts, step)
             collected = time.perf_counter()
 
             # Credit and learn. Advantages, weights and objective are the algorithm's.
             void_share = _void_share(trajectories)
             if void_share > config.algorithm.max_void_share:
+                parts.under_way.clear()  # much of it is void as well
                 _save(parts, step, seconds)
                 raise TooManyVoidError(_void_message(config, step, void_share))
-            with saved_for_inspection(run.output, step, trajectories):
+            with saved_for_inspection(run.output, step, trajectories), span(parts.trace, "update"):
                 learned = parts.learner.update(groups)
 
             # Sync. The next step is sampled with the new weights.
@@ -103,7 +107,8 @@ def train(config: TrainConfig) -> TrainSummary:
             over = agree(_over(config, step, seconds))
 
             # Log.
-            metrics = {**_describe(trajectories), **_named("learner", learned)}
+            metrics = {**_describe(trajectories), **_staleness(groups, step - 1)}
+            metrics |= {**_stage(parts), **_named("learner", learned)}
             if tracker and run.eval_every and (over or step % run.eval_every == 0):
                 metrics |= _evaluate(parts, step)
             timings = {
@@ -121,9 +126,13 @@ def train(config: TrainConfig) -> TrainSummary:
                 if tracker:
                     tracker.say(done)
 
+            # The next stage of the run, where this one is over, has other tasks.
+            moves_on = parts.position.moves_on(parts.stages, metrics["reward"])
+            parts = _next_stage(parts, stack) if moves_on else parts
+
             # Save.
             is_best = "eval/reward" in metrics and step == _best(config)
-            if agree(step % run.save_every == 0 or is_best or best is not None):
+            if agree(step % run.save_every == 0 or is_best or moves_on or best is not None):
                 _save(parts, step, seconds)
         _save(parts, step, seconds)
 
@@ -160,6 +169,10 @@ class _Parts:
     environments: Environments
     held_out: Environments | None  # of evaluations
     watch: Watch | None  # for collapse
+    stages: tuple[Stage, ...]  # of the run; none where it has only one
+    position: Position  # in the stages
+    under_way: UnderWay  # episodes of later steps; none unless collection runs ahead
+    trace: Trace | None
 
 
 def open_environments(env: str, count: int, env_args: Mapping[str, Any]) -> Environments:
@@ -190,6 +203,8 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
     rank, size = rank_and_size()
     if size > 1 and run.collapse is not None and run.on_collapse == "rollback":
         raise ConfigError("--on-collapse rollback works in one process only; stop, and start again")
+    if size > 1 and sampling.max_staleness:
+        raise ConfigError("--max-staleness works in one process only; leave it at 0 with torchrun")
     if rank == 0:
         run.output.mkdir(parents=True, exist_ok=True)
         written = run.output / "config.json.tmp"
@@ -197,11 +212,12 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
         written.replace(run.output / "config.json")
     torch.manual_seed(run.seed)
     slots = -(-sampling.prompts * sampling.samples // size)
-    slots = min(slots, sampling.slots or slots)
+    slots = min(slots * (1 + sampling.max_staleness), sampling.slots or slots)
     rule = algorithm(config.algorithm.algorithm, **config.algorithm.algorithm_args)
     with ExitStack() as stack:
         env, env_args = config.environment.env, config.environment.env_args
-        environments = open_environments(env, slots, env_args)
+        stages, position = _stages(config, saved)
+        environments = open_environments(env, slots, _arguments(config, stages, position))
         stack.callback(environments.close)
         held_out = None
         if run.eval_every and rank == 0:
@@ -213,13 +229,18 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
         lora = config.learner.lora_rank > 0
         model = load(saved.folder if saved and not lora else origin)
         reference = load(origin) if rule.needs_reference and not lora else None
-        engine = make_engine(
+        engine: Engine = make_engine(
             sampling.engine,
             model,
             codec,
             max_slots=slots,
             max_context=context_of(model, sampling.max_prompt + sampling.max_response),
         )
+        trace = Trace(run.trace) if run.trace and rank == 0 else None
+        if trace:
+            stack.callback(trace.close)
+            engine = TracedEngine(engine, trace)
+            environments = TracedEnvironments(environments, trace)
         learner = Learner(
             model,
             rule,
@@ -230,12 +251,58 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
         if saved:
             learner.load_state_dict(saved.state["learner"])
             torch.set_rng_state(saved.state["random"])
-            if lora:  # the checkpoint's adapters: the engine has the weights beside them
-                engine.load_weights(learner.weights(), version=saved.step)
+            engine.load_weights(learner.weights(), version=saved.step)
         watch = None if run.collapse is None else Watch(run.collapse)
         if watch and saved:
             watch.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
-        yield _Parts(config, origin, codec, model, engine, learner, environments, held_out, watch)
+        under_way = UnderWay()
+        if saved:
+            begun = saved.state["under_way"]
+            under_way = ahead.from_state(begun, environments, sampling, run.seed)
+        yield _Parts(
+            config=config,
+            origin=origin,
+            codec=codec,
+            model=model,
+            engine=engine,
+            learner=learner,
+            environments=environments,
+            held_out=held_out,
+            watch=watch,
+            stages=stages,
+            position=position,
+            under_way=under_way,
+            trace=trace,
+        )
+
+
+def _stages(config: TrainConfig, saved: Checkpoint | None) -> tuple[tuple[Stage, ...], Position]:
+    """The stages of a run, and how far it is in them."""
+    stages = parse_stages(config.environment.stages)
+    return stages, Position(**saved.state["stage"]) if saved and stages else Position()
+
+
+def _arguments(config: TrainConfig, stages: Sequence[Stage], position: Position) -> dict[str, Any]:
+    """The environment's arguments in a stage."""
+    own = stages[position.stage].env_args if stages else {}
+    return {**config.environment.env_args, **own}
+
+
+def _stage(parts: _Parts) -> dict[str, float]:
+    """For the log: the number of the stage, where there are any."""
+    return {"stage": parts.position.stage + 1.0} if parts.stages else {}
+
+
+def _next_stage(parts: _Parts, stack: ExitStack) -> _Parts:
+    """The parts with the environments of the stage that begins now; ``stack`` closes them."""
+    parts.under_way.clear()
+    parts.environments.close()
+    arguments = _arguments(parts.config, parts.stages, parts.position)
+    count = parts.environments.num_envs
+    environments = open_environments(parts.config.environment.env, count, arguments)
+    stack.callback(environments.close)
+    traced = TracedEnvironments(environments, parts.trace) if parts.trace else environments
+    return replace(parts, environments=traced)
 
 
 def _origin(model: str) -> str:
@@ -249,20 +316,20 @@ def _play(parts: _Parts, step: int) -> tuple[list[Trajectory], list[Group]]:
 
     An algorithm that selects groups has as many tasks for each step as its rounds can need, and
     those that a step does not need are left out: which tasks a step plays never depends on others.
+    Slots with nothing left to play begin with the tasks of the next ``max_staleness`` steps.
     """
     sampling, rule = parts.config.sampling, parts.learner.algorithm
     selects = rule if isinstance(rule, SelectsGroups) else None
     rounds = selects.max_rounds if selects else 1
-    episode = step * sampling.prompts * rounds
+    tasks = sampling.prompts * rounds  # of a step
+    later = range(step + 1, step + sampling.max_staleness + 1)
+    next_ones = [e for s in later for e in _episodes(s * tasks, sampling.prompts, sampling.samples)]
+    episode = step * tasks
     played: list[Trajectory] = []
     groups: list[Group] = []
     for _ in range(rounds):
         missing = sampling.prompts - len(groups)
-        wanted = [
-            (number, sample)
-            for number in range(episode, episode + missing)
-            for sample in range(sampling.samples)
-        ]
+        wanted = _episodes(episode, missing, sampling.samples)
         episode += missing
         rank, size = rank_and_size()
         trajectories = collect(
@@ -272,6 +339,8 @@ def _play(parts: _Parts, step: int) -> tuple[list[Trajectory], list[Group]]:
             wanted[rank::size],  # each process plays its share, and all learn from all
             sampling,
             seed=parts.config.run.seed,
+            ahead=next_ones,
+            under_way=parts.under_way,
         )
         trajectories = sorted(gather(trajectories), key=lambda t: (t.episode, t.sample))
         played += trajectories
@@ -282,6 +351,21 @@ def _play(parts: _Parts, step: int) -> tuple[list[Trajectory], list[Group]]:
         if down or len(groups) == sampling.prompts:
             break
     return played, groups
+
+
+def _episodes(first: int, tasks: int, samples: int) -> list[Episode]:
+    return [(task, sample) for task in range(first, first + tasks) for sample in range(samples)]
+
+
+def _staleness(groups: Sequence[Group], version: int) -> dict[str, float]:
+    """By how many updates the weights that learned are newer than those that sampled, a token."""
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    sampled = [v for t in trajectories for segment in t.segments for v in segment.versions or ()]
+    mean = sum(sampled) / len(sampled) if sampled else version
+    return {
+        "staleness": version - mean,
+        "staleness_max": float(version - min(sampled, default=version)),
+    }
 
 
 def _void_share(trajectories: Sequence[Trajectory]) -> float:
@@ -311,6 +395,8 @@ def _save(parts: _Parts, step: int, seconds: float) -> None:
             "seconds": seconds,
             "origin": parts.origin,
             **({"rewards": parts.watch.history} if parts.watch else {}),
+            **({"stage": asdict(parts.position)} if parts.stages else {}),
+            "under_way": ahead.to_state(parts.under_way),
         },
         config=as_json(config),
         keep=config.run.keep,
@@ -345,6 +431,7 @@ def _set_back(parts: _Parts, step: int, best: int) -> str:
             parts.model.load_state_dict(load_model(good, device="cpu").state_dict())
         parts.learner.load_state_dict(saved.state["learner"])
     parts.engine.load_weights(parts.learner.weights(), version=step)
+    parts.under_way.clear()
     parts.watch.history.clear()
     return f"{what}; the run goes on from it"
 

@@ -17,16 +17,16 @@ Provenance = Literal["prompt", "action", "observation"]
 class Segment:
     """A run of tokens of one provenance.
 
-    ``logprobs`` are the sampler's log-probabilities at its temperature, one a token, for actions
-    only; ``version`` is the number of the weights that sampled them.
+    ``logprobs`` are the sampler's log-probabilities at its temperature; ``versions`` are the
+    numbers of the weights that sampled the tokens. Both are one a token, for actions only.
     """
 
     provenance: Provenance
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...] | None = None  # [tokens], actions only
-    version: int = 0
+    versions: tuple[int, ...] | None = None  # [tokens], actions only
     text: str = ""  # the text of these tokens as the environment saw or gave it
-    info: Mapping[str, object] = field(default_factory=dict)  # the environment's, observations only
+    info: Mapping[str, object] = field(default_factory=dict)  # what came with it; not of actions
 
 
 @dataclass(frozen=True, slots=True)

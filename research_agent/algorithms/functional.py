@@ -87,9 +87,10 @@ def clipped_surrogate(
 def truncated_importance(logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
     """Weigh tokens by how much likelier the learner finds them than the sampler did, up to a cap.
 
-    ``min(pi_learner(o_t) / pi_sampler(o_t), cap)``, both with the same weights: truncated
-    importance sampling for engines whose numbers differ from the learner's (Yao et al. 2025, "Your
-    efficient RL framework secretly brings you off-policy RL training"; Ionides 2008).
+    ``min(pi_learner(o_t) / pi_sampler(o_t), cap)``: truncated importance sampling (Ionides 2008)
+    for engines whose numbers differ from the learner's though the weights are the same (Yao et al.
+    2025, "Your efficient RL framework secretly brings you off-policy RL training"), and for tokens
+    that older weights sampled (Fu et al. 2025, "AReaL", the decoupled objective).
 
     Args:
         logprobs: recomputed by the learner, before it changed, [A].

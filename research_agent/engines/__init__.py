@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from research_agent.codec import Codec
     from research_agent.engines.base import Engine
 
-ENGINES = ("transformers",)
+ENGINES = ("transformers", "vllm", "server:URL,URL,...")
 
 
 def make_engine(
@@ -25,19 +25,29 @@ def make_engine(
     """Make an engine that samples from a model.
 
     Args:
-        name: one of ``ENGINES``.
+        name: one of ``ENGINES``; the servers' addresses follow their engine's name.
         model: the policy, whose weights the engine copies.
         codec: its tokenizer.
         max_slots: how many trajectories may be held at once.
         max_context: tokens of a trajectory; the model's own limit by default.
-        share: use the model object itself, where nobody else does (an evaluation).
+        share: use the model object itself, where nobody else does (an evaluation) and the engine
+            can.
 
     Raises:
-        ConfigError: no engine of that name.
+        ConfigError: no engine of that name, or it is not installed.
+        EngineError: it does not start.
         ModelError: a model that the engine cannot run.
     """
     if name == "transformers":
         from research_agent.engines.transformers import TransformersEngine  # noqa: PLC0415 - torch
 
         return TransformersEngine(model, codec, max_slots, max_context, share=share)
+    if name == "vllm":
+        from research_agent.engines.vllm import VllmEngine  # noqa: PLC0415
+
+        return VllmEngine(model, codec, max_slots, max_context)
+    if name.startswith("server:"):
+        from research_agent.engines.server import ServerEngine  # noqa: PLC0415 - torch
+
+        return ServerEngine(model, codec, name.removeprefix("server:").split(","), max_context)
     raise ConfigError(f"no engine is named {name!r}; there is {', '.join(ENGINES)}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Finish = Literal["stop", "end", "length"]
+Finish = Literal["stop", "end", "length", "interrupted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,8 @@ class SamplingParams:
     max_tokens: int = 512  # of this turn
     stop: tuple[str, ...] = ()  # generation pauses after the token that completes one of these
     seed: int = 0  # of this trajectory: its draws do not depend on the others in the batch
+    begun: int = 0  # the last tokens submitted that are this turn's already, from before an
+    # interruption: a stop string may begin in them; max_tokens and the completion leave them out
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,8 @@ class Completion:
     """A finished turn.
 
     ``finish``: "stop" (a stop string was completed), "end" (the end token, which is the last of
-    ``tokens``), or "length" (``max_tokens`` or the context ran out).
+    ``tokens``), "length" (``max_tokens`` or the context ran out), or "interrupted" (see
+    ``Interruptible``). All tokens are of one version of the weights.
     """
 
     slot: int
@@ -61,5 +64,29 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take new weights. Only called when no slot is busy; held caches become invalid."""
+        """Take new weights. Only called when no slot is busy; slots forget what they hold.
+
+        Trajectories under way go on all the same: before, they are interrupted (``Interruptible``),
+        and after, all their tokens are submitted again, as those of a new trajectory are.
+        """
+        ...
+
+
+@runtime_checkable
+class Interruptible(Protocol):
+    """An engine that can hand over turns before they are finished. Others lose such turns.
+
+    It is used where collection runs ahead of learning (``max_staleness``). The collector calls
+    ``interrupt``, releases all slots, and after ``load_weights`` submits each trajectory whole,
+    the begun turn's tokens last, with ``SamplingParams.begun`` their number. So an engine needs
+    no memory of what it held, and no completion mixes versions.
+    """
+
+    def interrupt(self) -> list[Completion]:
+        """End the turns under way where they are: ``finish`` is "interrupted".
+
+        No slot is busy afterwards, and those that were hold nothing. A turn may have no token yet,
+        or fewer than were sampled (an engine far away may not know them all): the rest is sampled
+        again.
+        """
         ...

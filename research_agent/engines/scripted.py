@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from research_agent.codec import Codec
@@ -20,7 +21,8 @@ Script = Callable[[Sequence[int], SamplingParams], Sequence[int]]
 @dataclass
 class _Turn:
     completion: Completion
-    steps: int  # until it is finished
+    begun: int  # steps of the engine then
+    due: int  # and when it is finished
 
 
 class ScriptedEngine:
@@ -47,6 +49,8 @@ class ScriptedEngine:
         self._delay = delay
         self._held: dict[int, list[int]] = {}
         self._turns: dict[int, _Turn] = {}
+        self._steps = 0
+        self._due: defaultdict[int, list[int]] = defaultdict(list)  # slots; some released since
         self._version = 0
 
     @property
@@ -68,9 +72,14 @@ class ScriptedEngine:
         room = self.max_context - len(held)
         if not held or room < 1:
             raise ContextError(f"{len(held)} tokens in a context of {self.max_context}")
+        before = len(held) - params.begun
         said, finish = self._cut(
-            self._script(tuple(held), params)[: min(params.max_tokens, room)], params.stop
+            self._script(tuple(held[:before]), params)[
+                : params.begun + min(params.max_tokens, room)
+            ],
+            params.stop,
         )
+        del said[: params.begun]
         held += said
         completion = Completion(
             slot=slot,
@@ -80,14 +89,38 @@ class ScriptedEngine:
             finish=finish,
             version=self._version,
         )
-        self._turns[slot] = _Turn(completion, self._delay())
+        due = self._steps + 1 + self._delay()
+        self._turns[slot] = _Turn(completion, self._steps, due)
+        self._due[due].append(slot)
 
     def step(self) -> list[Completion]:
         """Finish the turns whose time has come."""
-        due = [slot for slot, turn in self._turns.items() if turn.steps <= 0]
-        for turn in self._turns.values():
-            turn.steps -= 1
-        return [self._turns.pop(slot).completion for slot in due]
+        self._steps += 1
+        done: list[Completion] = []
+        for slot in self._due.pop(self._steps, ()):
+            turn = self._turns.get(slot)
+            if turn is not None and turn.due == self._steps:
+                done.append(self._turns.pop(slot).completion)
+        return done
+
+    def interrupt(self) -> list[Completion]:
+        """End the turns under way: each has said the share of its tokens that its time allowed."""
+        turns = []
+        for slot, turn in sorted(self._turns.items()):
+            whole = turn.completion
+            share = (self._steps - turn.begun) / (turn.due - turn.begun)
+            said = whole.tokens[: int(share * len(whole.tokens))]
+            turns.append(
+                replace(
+                    whole,
+                    tokens=said,
+                    logprobs=whole.logprobs[: len(said)],
+                    text=self._codec.decode(said),
+                    finish="interrupted",
+                )
+            )
+            self.release(slot)
+        return turns
 
     def release(self, slot: int) -> None:
         """Forget what the slot holds."""
@@ -101,10 +134,11 @@ class ScriptedEngine:
 
     def _cut(self, tokens: Sequence[int], stop: tuple[str, ...]) -> tuple[list[int], Finish]:
         said: list[int] = []
+        may_stop = self._codec.stop_flags(stop)
         for token in tokens:
             said.append(token)
             if token in self._codec.end_ids:
                 return said, "end"
-            if self._codec.stops(said, stop):
+            if may_stop[token] and self._codec.stops(said, stop):
                 return said, "stop"
         return said, "length"

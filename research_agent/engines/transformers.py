@@ -192,7 +192,7 @@ class TransformersEngine:
         self._cache = _SlotCache(max_slots, self.max_context)
         self._order = np.arange(max_slots)  # [rows] -> the slot whose cache the row holds
         self._cached = np.zeros(max_slots, dtype=np.int64)  # [slots] tokens in the cache
-        self._written = np.zeros(max_slots, dtype=np.int64)  # [slots] tokens sampled this turn
+        self._written = np.zeros(max_slots, dtype=np.int64)  # [slots] tokens of this turn
         self._limit = np.zeros(max_slots, dtype=np.int64)  # [slots] of this turn
         self._seed = np.zeros(max_slots, dtype=np.uint64)
         self._temperature = np.ones(max_slots)
@@ -237,8 +237,9 @@ class TransformersEngine:
         self._params[slot] = params
         self._pending[slot] = new
         self._last[slot] = -1
-        self._written[slot] = 0
-        self._limit[slot] = min(params.max_tokens, self.max_context - length)
+        self._tokens[slot, : params.begun] = new[len(new) - params.begun :]
+        self._written[slot] = params.begun
+        self._limit[slot] = params.begun + min(params.max_tokens, self.max_context - length)
         self._seed[slot] = np.uint64(params.seed % 2**64)
         self._temperature[slot] = params.temperature
         self._stop_set[slot] = self._stop_index(params.stop)
@@ -290,6 +291,15 @@ class TransformersEngine:
         self._cached[slot] = 0
         self._last[slot] = -1
 
+    def interrupt(self) -> list[Completion]:
+        """End the turns under way where they are, and forget what their slots hold."""
+        turns = [self._complete(slot, "interrupted") for slot in sorted(self._params)]
+        self._pending.clear()
+        self._decoding = 0
+        for turn in turns:
+            self.release(turn.slot)
+        return turns
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy new weights in by name; every slot is forgotten.
 
@@ -326,14 +336,13 @@ class TransformersEngine:
         return self._stop_sets[stop]
 
     def _complete(self, slot: int, finish: Finish) -> Completion:
-        count = int(self._written[slot])
-        tokens = self._tokens[slot, :count].tolist()
+        new = slice(self._params.pop(slot).begun, int(self._written[slot]))
+        tokens = self._tokens[slot, new].tolist()
         said = tokens[:-1] if finish == "end" else tokens
-        del self._params[slot]
         return Completion(
             slot=slot,
             tokens=tuple(tokens),
-            logprobs=tuple(self._logprobs[slot, :count].tolist()),
+            logprobs=tuple(self._logprobs[slot, new].tolist()),
             text=self._codec.decode(said) if said else "",
             finish=finish,
             version=self._version,

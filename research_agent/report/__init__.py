@@ -1,78 +1,71 @@
-"""What a run looked like: a page, a picture, and a curve in the terminal."""
+"""What runs looked like: a page, a picture, and a curve in the terminal."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from research_agent.config import ReportConfig, flatten
-from research_agent.errors import CheckpointError, ConfigError
+from research_agent.config import ReportConfig
+from research_agent.errors import ConfigError
 from research_agent.report.curve import draw, series, text_curve
-from research_agent.report.page import pairs, render
-from research_agent.tracking import METRICS, read_lines
+from research_agent.report.index import make_index
+from research_agent.report.page import render
+from research_agent.report.sources import Training, names, read
 
-__all__ = ["Report", "draw", "make_report", "pairs", "render", "series", "text_curve"]
+__all__ = ["Report", "draw", "make_report", "render", "series", "text_curve"]
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The files of a report, and its curve as text."""
+    """The files of a report, and its curves as text."""
 
     page: Path
-    picture: Path
-    curve: str
+    picture: Path | None  # where there is a run of training
+    curve: str  # "" where there is none
+    notes: Sequence[str]  # what was wrong with the input, and could be mended
 
 
 def make_report(config: ReportConfig) -> Report:
-    """Write ``report.html`` and ``curve.png`` into the folder of a run.
+    """Write the page, and beside it ``curve.png`` where there is a run of training.
 
     Args:
-        config: which run, which evaluations, how many tasks.
+        config: which runs and predictions, how many, where to.
 
     Raises:
-        CheckpointError: the folder holds no run.
-        ConfigError: the run has no metric of that name.
+        ConfigError: a path holds nothing to report, or no run has a metric of that name.
+        PredictionsError: a file of predictions cannot be read.
     """
-    run = config.run
-    records = read_lines(run / METRICS)
-    if not records:
-        raise CheckpointError(f"{run} holds no run: there is no {METRICS} with a record in it")
-    curves = series(records)
-    metric = config.metric or ("eval/reward" if "eval/reward" in curves else "reward")
-    if metric not in curves and config.metric:
-        raise ConfigError(f"the run has no metric {metric!r}; it has {', '.join(sorted(curves))}")
-    evaluations = sorted(path for path in (run / "evaluations").glob("step-*") if path.is_dir())
-    before = config.before or (evaluations[0] / "predictions.jsonl" if evaluations else None)
-    after = config.after or (evaluations[-1] / "predictions.jsonl" if evaluations[1:] else None)
-    picture, page = run / "curve.png", run / "report.html"
-    draw(records, picture, title=run.name)
-    html = render(
-        title=f"Training run {run.name}",
-        shown=pairs(_read(before), _read(after), config.limit),
-        before=_summary(before),
-        after=_summary(after),
-        config=dict(flatten(_json(run / "config.json"))),
-        picture=picture,
+    if config.limit is not None and config.limit < 1:
+        raise ConfigError(f"--limit is {config.limit}; it must be at least 1")
+    if not config.paths:
+        raise ConfigError("nothing to report: name a run, an evaluation, or a predictions.jsonl")
+    sources = read(config.paths)
+    first = config.paths[0]
+    page = config.output or (first if first.is_dir() else first.parent) / "report.html"
+    runs = dict(zip(names([t.path for t in sources.trainings]), sources.trainings, strict=True))
+    curve = _curve(runs, config.metric)
+    index, details = make_index(sources, config.limit)
+    shown = names([path.resolve() for path in config.paths])
+    html = render(f"Report: {', '.join(shown)}", index, details)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    temporary = page.with_name(page.name + ".tmp")
+    temporary.write_text(html, encoding="utf-8")
+    temporary.replace(page)
+    picture = page.with_name("curve.png") if runs else None
+    if picture:
+        draw({name: run.log for name, run in runs.items()}, picture)
+    return Report(page, picture, curve, index["notes"])
+
+
+def _curve(runs: dict[str, Training], metric: str | None) -> str:
+    """A curve of each run, one below the other."""
+    curves = {name: series(run.log) for name, run in runs.items()}
+    known = sorted({metric for inner in curves.values() for metric in inner})
+    if metric and metric not in known:
+        raise ConfigError(f"no run has a metric {metric!r}; they have {', '.join(known)}")
+    chosen = metric or ("eval/reward" if "eval/reward" in known else "reward")
+    return "\n\n".join(
+        text_curve(inner.get(chosen, []), name=chosen if len(curves) == 1 else f"{name}: {chosen}")
+        for name, inner in curves.items()
     )
-    page.write_text(html, encoding="utf-8")
-    return Report(page, picture, text_curve(curves.get(metric, []), name=metric))
-
-
-def _read(path: Path | None) -> list[dict[str, Any]]:
-    if path is None:
-        return []
-    if not path.exists():
-        raise ConfigError(f"there is no file {path}; give a predictions.jsonl of an evaluation")
-    return read_lines(path)
-
-
-def _summary(predictions: Path | None) -> Mapping[str, float]:
-    summary = _json(predictions.with_name("summary.json")) if predictions else {}
-    return {k: float(v) for k, v in flatten(summary) if isinstance(v, int | float)}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}

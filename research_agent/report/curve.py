@@ -29,38 +29,49 @@ def series(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
     return curves
 
 
-def draw(records: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
-    """Draw the curves as a PNG: shares from 0 to 1 above, other quantities below.
+def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Draw the curves of runs as a PNG: shares from 0 to 1 above, other quantities below.
 
     Args:
-        records: of ``metrics.jsonl``.
+        runs: records of ``metrics.jsonl``, by the name of the run.
         path: of the picture.
-        title: of the picture.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import)
 
-    curves = series(records)
-    shares = {n: c for n, c in curves.items() if all(-1e-9 <= v <= 1 + 1e-9 for _, v in c)}
-    others = {n: c for n, c in curves.items() if n not in shares}
-    panels = [panel for panel in (shares, others) if panel] or [{}]
+    alone = len(runs) == 1
+    curves = {
+        (run, name): points for run, log in runs.items() for name, points in series(log).items()
+    }
+    metrics = {name for _, name in curves}
+    shares = {
+        name
+        for name in metrics
+        if all(-1e-9 <= v <= 1 + 1e-9 for key, c in curves.items() if key[1] == name for _, v in c)
+    }
+    panels = [panel for panel in (shares, metrics - shares) if panel] or [metrics]
     figure = Figure(figsize=(8, 1 + 3 * len(panels)), layout="constrained")
     for number, panel in enumerate(panels):
         axes = figure.add_subplot(len(panels), 1, number + 1)
-        for name, points in panel.items():
+        for (run, name), points in curves.items():
+            if name not in panel:
+                continue
             steps, values = zip(*points, strict=True)
+            held_out = "held-out " + name.removeprefix("eval/")
+            label = "reward while training" if name == "reward" else held_out
+            style: dict[str, Any] = {"label": label if alone else f"{run}: {label}"}
             if name == "reward":
-                axes.plot(steps, values, color="0.6", linewidth=1, label="reward while training")
+                style |= {"linewidth": 1, "color": "0.6"} if alone else {"linewidth": 1}
             else:
-                label = "held-out " + name.removeprefix("eval/")
-                axes.plot(steps, values, marker="o", markersize=4, label=label)
+                style |= {"marker": "o", "markersize": 4}
+            axes.plot(steps, values, **style)
         if panel is shares:
             axes.set_ylim(-0.02, 1.02)
         axes.grid(alpha=0.3)
         if panel:
             axes.legend(fontsize="small", loc="best")
     axes.set_xlabel("training step")
-    if title:
-        figure.suptitle(title)
+    if alone:
+        figure.suptitle(next(iter(runs)))
     figure.savefig(path, dpi=130)
 
 

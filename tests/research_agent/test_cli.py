@@ -10,6 +10,8 @@ from research_agent.cli import main
 from research_agent.config import TrainConfig, as_json, flatten
 from research_agent.presets import PRESETS
 
+EVAL = ["eval", "--env", "e", "--model", "m", "--output", "o"]
+
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[object, str, str]:
     """Exit status, standard output and standard error of a command that ends by exiting."""
@@ -22,7 +24,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[object, str, s
 def test_help_tells_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    for command in ("train", "eval", "sft", "report"):
+    for command in ("train", "eval", "compare", "sft", "report"):
         assert f"\n  {command} " in out
 
 
@@ -35,7 +37,7 @@ def test_no_command_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["trian"], "unknown command 'trian'; known: train, eval, sft, report"),
+        (["trian"], "unknown command 'trian'; known: train, eval, compare, "),
         (["train"], "no preset given"),
         (["train", "miniwrld"], "unknown preset 'miniwrld'"),
         (["train", "miniworld", "--prompts", "0"], "--prompts is 0; it must be at least 1"),
@@ -43,8 +45,12 @@ def test_no_command_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str])
         (["train", "miniworld", "--steps", "many"], "many"),
         (["train", "miniworld", "--stesp", "3"], "--stesp"),
         (["eval", "--model", "m", "--output", "o"], "--env"),
-        (["eval", "--env", "e", "--model", "m", "--output", "o", "--limit", "0"], "--limit is 0"),
-        (["eval", "--env", "e", "--model", "m", "--output", "o", "--temperature", "-1"], "-1"),
+        ([*EVAL, "--limit", "0"], "--limit is 0"),
+        ([*EVAL, "--temperature", "-1"], "-1"),
+        ([*EVAL, "--samples", "0"], "--samples is 0"),
+        ([*EVAL, "--samples", "2"], "--temperature 0 plays the same episode again and again"),
+        ([*EVAL, "--log-tokens", "--endpoint", "http://h/v1"], "--log-tokens with --endpoint"),
+        (["compare", "a"], "PATH"),
     ],
 )
 def test_mistakes_are_named_with_status_2(

@@ -163,7 +163,7 @@ def test_research_has_the_settings_of_the_paper() -> None:
 
 
 def test_r1_searcher_has_the_settings_of_the_paper() -> None:
-    config = PRESETS["r1-searcher"]
+    config = PRESETS["r1-searcher-qwen"]
     assert (config.sampling.prompts, config.sampling.samples) == (64, 16)
     assert (config.learner.learning_rate, config.learner.updates) == (2e-6, 4)
     assert config.environment.env_args["top_k"] == 3

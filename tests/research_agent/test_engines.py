@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from research_agent.codec import Codec
 from research_agent.engines import make_engine
-from research_agent.engines.base import Completion, Engine, SamplingParams
+from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.errors import ConfigError, ContextError, ModelError, NonFiniteError
@@ -22,9 +22,28 @@ from tests.research_agent.conftest import (
     tiny_gpt2,
     tiny_llama,
     tiny_qwen2,
+    wide_qwen2,
 )
 
 MODELS = [tiny_qwen2, tiny_llama, tiny_gpt2]
+VLLM = pytest.param("vllm", marks=pytest.mark.vllm)
+Start = Callable[..., Engine]
+
+
+@pytest.fixture(params=["transformers", VLLM])
+def start(request: pytest.FixtureRequest, merging_codec: Codec) -> Start:
+    """Makes an engine of a model like ``wide_qwen2``; with vLLM it is the same one each time."""
+    if request.param == "transformers":
+        return lambda model, slots=9: TransformersEngine(model, merging_codec, slots)
+    engine: Engine = request.getfixturevalue("vllm_engine")
+
+    def restart(model: Any, slots: int = 9) -> Engine:
+        for slot in range(250):
+            engine.release(slot)
+        engine.load_weights(model.named_parameters(), version=0)
+        return engine
+
+    return restart
 
 
 def finish(engine: Engine) -> list[Completion]:
@@ -44,7 +63,7 @@ def full_logprobs(model: Any, tokens: Sequence[int], temperature: float = 1.0) -
 class Player:
     """Plays ragged turns in slots, and keeps what each slot has seen."""
 
-    def __init__(self, engine: TransformersEngine, slots: int, temperature: float = 1.0) -> None:
+    def __init__(self, engine: Engine, slots: int, temperature: float = 1.0) -> None:
         self.engine = engine
         self.temperature = temperature
         self.rng = np.random.default_rng(0)
@@ -98,6 +117,16 @@ def test_logprobs_are_those_of_a_full_forward(
     assert player.worst(model) < 1e-4
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+def test_logprobs_of_any_engine_are_those_of_a_full_forward(
+    temperature: float, start: Start
+) -> None:
+    model = wide_qwen2()
+    player = Player(start(model), 9, temperature)
+    player.play(turns=4)
+    assert player.worst(model) < 1e-4
+
+
 def test_nothing_is_prefilled_twice(codec: Codec) -> None:
     engine = TransformersEngine(tiny_qwen2(), codec, 5)
     player = Player(engine, 5)
@@ -106,22 +135,23 @@ def test_nothing_is_prefilled_twice(codec: Codec) -> None:
     assert engine.forwarded_tokens == sum(len(said) - 1 for said in player.said.values())
 
 
-def test_greedy_takes_the_likeliest_token(codec: Codec) -> None:
-    model = tiny_llama()
-    engine = TransformersEngine(model, codec, 1)
+def test_greedy_takes_the_likeliest_token(start: Start, codec: Codec) -> None:
+    model = wide_qwen2()
+    engine = start(model)
     prompt = codec.encode_text("who")
     engine.submit(0, prompt, SamplingParams(temperature=0, max_tokens=12))
     (turn,) = finish(engine)
+    assert len(turn.tokens) == 12
     likeliest = full_logprobs(model, [*prompt, *turn.tokens]).argmax(-1)[len(prompt) - 1 :]
     assert list(turn.tokens) == likeliest.tolist()
 
 
-def test_draws_depend_on_seed_and_position_only(codec: Codec) -> None:
-    model = tiny_qwen2()
+def test_draws_depend_on_seed_and_position_only(start: Start, codec: Codec) -> None:
+    model = wide_qwen2()
     prompts = [codec.encode_text(text) for text in ("a", "many words", "b?", "a")]
 
     def play(slots: Sequence[int], seeds: Sequence[int], together: bool) -> list[tuple[int, ...]]:
-        engine = TransformersEngine(model, codec, 8)
+        engine = start(model)
         turns: dict[int, tuple[int, ...]] = {}
         for _ in range(2):  # the second turn goes on from the first
             for slot, prompt, seed in zip(slots, prompts, seeds, strict=True):
@@ -138,19 +168,19 @@ def test_draws_depend_on_seed_and_position_only(codec: Codec) -> None:
     assert play([0, 1, 2, 3], [8, 6, 7, 5], together=True)[0] != alone[0]
 
 
-def test_draws_follow_the_distribution(codec: Codec) -> None:
-    model, slots, rounds = tiny_qwen2(), 250, 16
-    engine = TransformersEngine(model, codec, slots, 16)
+def test_draws_follow_the_distribution(start: Start, codec: Codec) -> None:
+    model, slots, rounds = wide_qwen2(), 250, 8
+    engine = start(model, slots)
     prompt = codec.encode_text("x")
     counts = np.zeros(264)
     for first in range(rounds):
         for slot in range(slots):
-            params = SamplingParams(0.8, max_tokens=1, seed=first * slots + slot)
+            params = SamplingParams(0.7, max_tokens=1, seed=first * slots + slot)
             engine.submit(slot, prompt, params)
         for done in finish(engine):
             counts[done.tokens[0]] += 1
             engine.release(done.slot)
-    expected = full_logprobs(model, [*prompt, 0], 0.8)[0].exp().numpy() * slots * rounds
+    expected = full_logprobs(model, [*prompt, 0], 0.7)[0].exp().numpy() * slots * rounds
     often = expected > 5
     chi2 = (((counts - expected) ** 2) / expected)[often].sum()
     freedom = often.sum() - 1
@@ -168,25 +198,14 @@ def chain(tokenizer: Any, links: Sequence[Sequence[str]]) -> dict[int, int]:
     return following
 
 
-def chain_model(following: dict[int, int], vocabulary: int) -> Qwen2ForCausalLM:
+def chain_model(following: dict[int, int]) -> Qwen2ForCausalLM:
     """A model that follows a chain: each token is certain after the one before it."""
-    width = vocabulary + vocabulary % 2
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=4,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
-    model = Qwen2ForCausalLM(config)
+    model = wide_qwen2()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
         model.model.norm.weight.fill_(1)
-        model.model.embed_tokens.weight[:, :vocabulary] = torch.eye(vocabulary)
+        model.model.embed_tokens.weight.copy_(torch.eye(264, model.config.hidden_size))
         for token, successor in following.items():
             model.lm_head.weight[successor, token] = 10
     return model
@@ -198,15 +217,20 @@ LINKS = [
     ["e", "f", "<|im_end|>", "g"],
     ["1", "2", "3", "4", "5", "6", "7", "8", "9", "0", "1"],
 ]
-ENGINES = ["transformers", "scripted"]
 
 
-def chained(name: str, codec: Codec, **settings: Any) -> Engine:
+@pytest.fixture(params=["transformers", "scripted", VLLM])
+def chained(request: pytest.FixtureRequest, merging_codec: Codec) -> Engine:
     """An engine whose turns are the chains of LINKS."""
-    following = chain(codec.tokenizer, LINKS)
-    if name == "transformers":
-        model = chain_model(following, len(codec.tokenizer))
-        return TransformersEngine(model, codec, 4, settings.get("max_context", 64))
+    following = chain(merging_codec.tokenizer, LINKS)
+    if request.param == "transformers":
+        return TransformersEngine(chain_model(following), merging_codec, 4)
+    if request.param == "vllm":
+        engine: Engine = request.getfixturevalue("vllm_engine")
+        for slot in range(4):
+            engine.release(slot)
+        engine.load_weights(chain_model(following).named_parameters(), version=0)
+        return engine
 
     def script(context: Sequence[int], params: SamplingParams) -> list[int]:
         turn = [following[context[-1]]]
@@ -214,10 +238,9 @@ def chained(name: str, codec: Codec, **settings: Any) -> Engine:
             turn.append(following[turn[-1]])
         return turn
 
-    return ScriptedEngine(script, codec, settings.get("max_context", 64))
+    return ScriptedEngine(script, merging_codec, 256)
 
 
-@pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "text", "finish_reason"),
     [
@@ -232,14 +255,14 @@ def chained(name: str, codec: Codec, **settings: Any) -> Engine:
 )
 def test_how_a_turn_ends(
     *,
-    name: str,
+    chained: Engine,
     prompt: str,
     max_tokens: int,
     text: str,
     finish_reason: str,
     merging_codec: Codec,
 ) -> None:
-    engine = chained(name, merging_codec)
+    engine = chained
     stop = ("</s>", "</t>")
     params = SamplingParams(temperature=0, max_tokens=max_tokens, stop=stop)
     engine.submit(2, merging_codec.encode_text(prompt), params)
@@ -253,9 +276,8 @@ def test_how_a_turn_ends(
     assert len(turn.logprobs) == len(turn.tokens)
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_a_turn_goes_on_from_the_last(name: str, merging_codec: Codec) -> None:
-    engine = chained(name, merging_codec)
+def test_a_turn_goes_on_from_the_last(chained: Engine, merging_codec: Codec) -> None:
+    engine = chained
     params = SamplingParams(temperature=0, max_tokens=2)
     said = []
     engine.submit(0, merging_codec.encode_text("1"), params)
@@ -269,24 +291,22 @@ def test_a_turn_goes_on_from_the_last(name: str, merging_codec: Codec) -> None:
     assert [turn.text for turn in finish(engine)] == ["x</"]
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_the_context_ends_a_turn(name: str, merging_codec: Codec) -> None:
-    engine = chained(name, merging_codec, max_context=6)
+def test_the_context_ends_a_turn(chained: Engine, merging_codec: Codec) -> None:
+    engine = chained
     params = SamplingParams(temperature=0, max_tokens=50)
-    engine.submit(0, merging_codec.encode_text("xx1"), params)
+    engine.submit(0, merging_codec.encode_text("x" * 252 + "1"), params)
     (turn,) = finish(engine)
     assert (turn.text, turn.finish) == ("234", "length")
     with pytest.raises(ContextError):
         engine.submit(0, merging_codec.encode_text("1"), params)
     with pytest.raises(ContextError):
-        engine.submit(1, merging_codec.encode_text("123456"), params)
+        engine.submit(1, merging_codec.encode_text("x" * 256), params)
     with pytest.raises(ContextError):
         engine.submit(3, [], params)
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_a_busy_slot_is_refused_until_released(name: str, merging_codec: Codec) -> None:
-    engine = chained(name, merging_codec)
+def test_a_busy_slot_is_refused_until_released(chained: Engine, merging_codec: Codec) -> None:
+    engine = chained
     params = SamplingParams(temperature=0, max_tokens=3)
     for slot in range(3):
         engine.submit(slot, merging_codec.encode_text("1"), params)
@@ -298,9 +318,26 @@ def test_a_busy_slot_is_refused_until_released(name: str, merging_codec: Codec) 
     assert {t.slot: t.text for t in finish(engine)} == {0: "234", 1: "x</s", 2: "234"}
 
 
-def test_a_turn_released_midway_leaves_the_others_alone(codec: Codec) -> None:
-    model = tiny_qwen2()
-    player = Player(TransformersEngine(model, codec, 6), 6)
+def test_a_turn_that_is_cut_goes_on(chained: Engine, merging_codec: Codec) -> None:
+    assert isinstance(chained, Interruptible)
+    prompt = merging_codec.encode_text("r")
+    params = SamplingParams(temperature=0, max_tokens=20, stop=("</t>",))
+    chained.submit(3, prompt, params)
+    for _ in range(0 if isinstance(chained, ScriptedEngine) else 2):
+        assert chained.step() == []
+    (cut,) = chained.interrupt()
+    assert (cut.slot, cut.finish, chained.busy) == (3, "interrupted", 0)
+    assert isinstance(chained, ScriptedEngine) or cut.text == "</"
+    begun = len(cut.tokens)
+    chained.submit(3, [*prompt, *cut.tokens], replace(params, begun=begun))
+    (turn,) = finish(chained)
+    assert (cut.text + turn.text, turn.finish) == ("</t>", "stop")  # it began before the cut
+    assert len(turn.tokens) == len(turn.logprobs) == 4 - begun
+
+
+def test_a_turn_released_midway_leaves_the_others_alone(start: Start) -> None:
+    model = wide_qwen2()
+    player = Player(start(model), 6)
     for slot in range(6):
         player.submit(slot)
     done = [c for _ in range(2) for c in player.engine.step()]
@@ -311,9 +348,9 @@ def test_a_turn_released_midway_leaves_the_others_alone(codec: Codec) -> None:
     assert player.worst(model) < 1e-4
 
 
-def test_released_slots_are_as_new(codec: Codec) -> None:
-    model = tiny_qwen2()
-    engine = TransformersEngine(model, codec, 4)
+def test_released_slots_are_as_new(start: Start) -> None:
+    model = wide_qwen2()
+    engine = start(model)
     Player(engine, 4).play(turns=3)
     for slot in range(4):
         engine.release(slot)
@@ -322,12 +359,12 @@ def test_released_slots_are_as_new(codec: Codec) -> None:
     assert again.worst(model) < 1e-4
 
 
-def test_new_weights(codec: Codec) -> None:
-    old, new = tiny_llama(), copy.deepcopy(tiny_llama())
+def test_new_weights(start: Start) -> None:
+    old, new = wide_qwen2(), wide_qwen2()
     with torch.no_grad():
         for parameter in new.parameters():
             parameter.mul_(1.1).add_(0.01)
-    engine = TransformersEngine(old, codec, 4)
+    engine = start(old)
     before = Player(engine, 4)
     before.play(turns=2)
     engine.load_weights(new.named_parameters(), version=7)
@@ -339,24 +376,24 @@ def test_new_weights(codec: Codec) -> None:
     assert finish(engine)[0].version == 7
 
 
-def test_the_given_model_is_left_alone(codec: Codec) -> None:
-    model = tiny_qwen2()
+def test_the_given_model_is_left_alone(start: Start) -> None:
+    model = wide_qwen2()
     tokens = torch.tensor([[1, 2, 3]])
     before = model(tokens).logits
-    engine = TransformersEngine(model, codec, 2)
+    engine = start(model)
     engine.load_weights([(n, torch.zeros_like(p)) for n, p in model.named_parameters()], 1)
     engine.submit(0, [1, 2], SamplingParams(max_tokens=2))
     finish(engine)
     assert torch.equal(model(tokens).logits, before)
 
 
-def test_weights_that_do_not_fit_are_refused(codec: Codec) -> None:
-    model = tiny_qwen2()
-    engine = TransformersEngine(model, codec, 2)
+def test_weights_that_do_not_fit_are_refused(start: Start) -> None:
+    model = wide_qwen2()
+    engine = start(model)
     good = list(model.named_parameters())
     with pytest.raises(ModelError, match=r"'nowhere' \[1\]: the model has none"):
         engine.load_weights([("nowhere", torch.zeros(1))], 1)
-    with pytest.raises(ModelError, match=r"'model.norm.weight' \[3\]: the model has \[32\]"):
+    with pytest.raises(ModelError, match=r"'model.norm.weight' \[3\]: the model has \[288\]"):
         engine.load_weights([("model.norm.weight", torch.zeros(3))], 1)
     with pytest.raises(ModelError, match=r"1 weights were left out, such as 'model.norm.weight'"):
         engine.load_weights([(n, p) for n, p in good if n != "model.norm.weight"], 1)
@@ -365,21 +402,21 @@ def test_weights_that_do_not_fit_are_refused(codec: Codec) -> None:
         engine.load_weights(good, 1)
 
 
-def test_logits_that_are_not_finite_are_an_error(codec: Codec) -> None:
-    model = tiny_qwen2()
+def test_logits_that_are_not_finite_are_an_error(start: Start) -> None:
+    model = wide_qwen2()
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
-    engine = TransformersEngine(model, codec, 2)
+    engine = start(model)
     for slot in range(2):
         engine.submit(slot, [1, 2, 3], SamplingParams())
     with pytest.raises(NonFiniteError, match="not finite"):
         engine.step()
     for slot in range(2):
         engine.release(slot)
-    engine.load_weights(tiny_qwen2().named_parameters(), 1)  # and nothing of it stays
+    engine.load_weights(wide_qwen2().named_parameters(), 1)  # and nothing of it stays
     again = Player(engine, 2)
     again.play(turns=2)
-    assert again.worst(tiny_qwen2()) < 1e-4
+    assert again.worst(wide_qwen2()) < 1e-4
 
 
 def test_models_that_it_cannot_run_are_refused(codec: Codec) -> None:

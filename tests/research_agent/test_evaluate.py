@@ -1,42 +1,105 @@
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Sequence
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
+from research_agent.cli import main
 from research_agent.config import EvalConfig
 from research_agent.engines.base import SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.environments import make_environments
-from research_agent.errors import ConfigError
-from research_agent.evaluate import Summary, as_record, evaluate, summarize
+from research_agent.errors import ConfigError, ContextError, PredictionsError
+from research_agent.evaluate import Summary, evaluate, outcome, read_predictions, summarize
+from research_agent.predictions import as_record
+from research_agent.summary import Outcome, Part
 from research_agent.trajectory import Segment, Trajectory
-from tests.research_agent.conftest import byte_tokenizer, codec_of
+from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
+from tests.research_agent.quiz_env import Quiz
 
 TOY = "tests.research_agent.toy_env:CopyLetter-v0"
+QUIZ = "tests.research_agent.quiz_env:Quiz-v0"
 CODEC = codec_of(byte_tokenizer())
 END = CODEC.tokenizer.eos_token_id
+HEADER = {"model": {"name": "script", "fingerprint": "1"}, "versions": {"python": "3"}}
+
+Record = dict[str, Any]
+Script = Callable[[Sequence[int], SamplingParams], list[int]]
 
 
-def always_c(context: Sequence[int], params: SamplingParams) -> list[int]:
-    return [*CODEC.encode_text("cé"), END]
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """More threads than one only wait for each other on models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-def run(output: Path, limit: int | None = None, **env_args: Any) -> Summary:
-    config = EvalConfig(env=TOY, model="", output=output)
-    environments = make_environments(TOY, 3, env_args)
-    engine = ScriptedEngine(always_c, CODEC)
-    return evaluate(engine, environments, CODEC, config, output, limit=limit, show=False)
+def always(text: str) -> Script:
+    def say(context: Sequence[int], params: SamplingParams) -> list[int]:
+        return [*CODEC.encode_text(text), END]
+
+    return say
+
+
+def drawn(context: Sequence[int], params: SamplingParams) -> list[int]:
+    """Look it up once, and then say a letter that depends on the trajectory's seed alone."""
+    if "!" not in CODEC.decode(context):
+        return [*CODEC.encode_text(f"?{chr(97 + params.seed % 26)}"), END]
+    return [*CODEC.encode_text("abcd"[params.seed % 4]), END]
+
+
+def run(
+    output: Path,
+    script: Script,
+    env_args: dict[str, Any] | None = None,
+    *,
+    env: str = TOY,
+    max_prompt: int = 512,
+    **settings: Any,
+) -> Summary:
+    sampling = EvalConfig(env=env, model="", output=output, max_prompt=max_prompt)
+    environments = make_environments(env, 3, env_args)
+    engine = ScriptedEngine(script, CODEC)
+    return evaluate(engine, environments, CODEC, sampling, output, show=False, **settings)
+
+
+def quiz(output: Path, script: Script = drawn, **settings: Any) -> Summary:
+    env_args = settings.pop("env_args", {})
+    return run(output, script, env_args, env=QUIZ, **{"header": HEADER, **settings})
+
+
+def in_order(output: Path) -> list[Record]:
+    _, records = read_predictions(output)
+    return sorted(records, key=lambda record: (record["episode"], record["sample"]))
+
+
+# --- what is written ------------------------------------------------------------------------------
 
 
 def test_every_task_once(tmp_path: Path) -> None:
-    summary = run(tmp_path / "new", turns=2)
+    summary = run(tmp_path / "new", always("cé"), {"turns": 2})
     # Of ab, bc, cd, da: half of bc and of cd is right, and a right turn is worth 1.
-    assert summary == Summary(episodes=4, void=0, reward=0.5, metrics={"right": 0.25})
+    assert (summary.episodes, summary.questions, summary.void, summary.samples) == (4, 4, 0, 1)
+    assert summary.reward == 0.5
+    assert summary.metrics == {"right": 0.25, "tokens": 8.0, "turns": 2.0}
     lines = (tmp_path / "new" / "predictions.jsonl").read_text().splitlines()
     records = {record["episode"]: record for record in map(json.loads, lines)}
     assert len(lines) == len(records) == 4
@@ -52,37 +115,62 @@ def test_every_task_once(tmp_path: Path) -> None:
         "segments": [
             {"provenance": "prompt", "text": "b=", "tokens": 2},
             {"provenance": "action", "text": "cé", "tokens": 4},
-            {"provenance": "observation", "text": "?c=", "tokens": 3},
+            {"provenance": "observation", "text": "?c=", "tokens": 3, "info": {}},
             {"provenance": "action", "text": "cé", "tokens": 4},
         ],
         "info": {"stop_reason": "answer", "void": False},
     }
-    assert json.loads((tmp_path / "new" / "summary.json").read_text()) == {
-        "episodes": 4,
-        "void": 0,
-        "reward": 0.5,
-        "metrics": {"right": 0.25},
-    }
+    written = json.loads((tmp_path / "new" / "summary.json").read_text())
+    assert written == json.loads(json.dumps(asdict(summary)))
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
         "predictions.jsonl",
         "summary.json",
     ]
 
 
-def test_limit(tmp_path: Path) -> None:
-    assert run(tmp_path, limit=3).reward == pytest.approx(1 / 3)
-    assert run(tmp_path, limit=30).episodes == 4
-    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 4
+def test_an_observation_says_what_came_with_it_and_is_not_said_elsewhere(tmp_path: Path) -> None:
+    quiz(tmp_path, limit=1, log_tokens=True)
+    header, [record] = read_predictions(tmp_path)
+    assert header == HEADER
+    _, first, observation, last = record["segments"]
+    assert observation["info"] == {"query": first["text"][1:], "ids": [7, 8]}
+    assert set(observation) == {"provenance", "text", "tokens", "info"}
+    assert first["pieces"] == ["?", first["text"][1], "<|im_end|>"]
+    assert first["logprobs"] == [0.0, 0.0, 0.0]
+    assert len(last["pieces"]) == last["tokens"] == 2
+    assert record["info"]["answers"] == ["a"]
+    assert record["info"]["question_id"] == "q0"
+    assert "metrics" not in record["info"]
 
 
-def test_an_environment_without_end_needs_a_limit(tmp_path: Path) -> None:
-    environments = make_environments(TOY, 1)
-    environments.num_tasks = None
-    config = EvalConfig(env=TOY, model="", output=tmp_path)
-    engine = ScriptedEngine(always_c, CODEC)
-    with pytest.raises(ConfigError, match="no last task"):
-        evaluate(engine, environments, CODEC, config, tmp_path, show=False)
-    assert not list(tmp_path.iterdir())
+def test_an_episode_that_the_budget_cuts_keeps_its_question_and_strata(tmp_path: Path) -> None:
+    def look_up(context: Sequence[int], params: SamplingParams) -> list[int]:
+        return [*CODEC.encode_text("?"), END]
+
+    environments = make_environments(QUIZ, 2)
+    sampling = EvalConfig(env=QUIZ, model="", output=tmp_path, max_response=12)
+    engine = ScriptedEngine(look_up, CODEC)
+    summary = evaluate(engine, environments, CODEC, sampling, tmp_path, limit=2, show=False)
+    _, records = read_predictions(tmp_path)
+    assert {r["stop_reason"] for r in records} == {"length"}
+    # All observations say the same, and so does the last info, which came with one unseen.
+    told = [s["info"] for r in records for s in r["segments"] if s["provenance"] == "observation"]
+    assert told == [{"ids": [7, 8]}] * 4
+    assert summary.metrics == {"tokens": 6.0, "turns": 3.0}
+    assert set(summary.strata["hops"]) == {"1", "2"}
+
+
+def test_log_probabilities_are_rounded_to_four_digits() -> None:
+    action = Segment("action", (97, 98, 99), logprobs=(-0.123456, -2.0, nan), text="abc")
+    trajectory = replace(ended(1.0), segments=(Segment("prompt", (1,)), action))
+    record = as_record(trajectory, lambda tokens: [chr(token) for token in tokens])
+    assert record["segments"][1] == {
+        "provenance": "action",
+        "text": "abc",
+        "tokens": 3,
+        "pieces": ["a", "b", "c"],
+        "logprobs": [-0.1235, -2.0, None],
+    }
 
 
 def ended(reward: float, void: bool = False, **metrics: float) -> Trajectory:
@@ -99,12 +187,504 @@ def ended(reward: float, void: bool = False, **metrics: float) -> Trajectory:
     )
 
 
-def test_void_episodes_are_in_no_mean_and_missing_metrics_count_as_zero() -> None:
-    episodes = [ended(1.0, em=1.0), ended(0.5), ended(9.0, void=True, em=9.0)]
-    assert summarize(episodes) == Summary(episodes=2, void=1, reward=0.75, metrics={"em": 0.5})
-    assert summarize([ended(1.0, void=True)]) == Summary(0, 1, 0.0, {})
-
-
 def test_infos_become_plain_json() -> None:
     info = json.loads(json.dumps(as_record(ended(1.0))))["info"]
     assert info == {"ids": [1, 2], "hits": [0.5, None], "x": {"y": "{1}"}}
+
+
+def test_limit(tmp_path: Path) -> None:
+    assert run(tmp_path, always("cé"), limit=3).reward == pytest.approx(1 / 3)
+    assert run(tmp_path, always("cé"), limit=30).episodes == 4
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 4
+
+
+def test_an_environment_without_end_needs_a_limit(tmp_path: Path) -> None:
+    environments = make_environments(TOY, 1)
+    environments.num_tasks = None
+    config = EvalConfig(env=TOY, model="", output=tmp_path)
+    engine = ScriptedEngine(always("c"), CODEC)
+    with pytest.raises(ConfigError, match="no last task"):
+        evaluate(engine, environments, CODEC, config, tmp_path, show=False)
+    assert not list(tmp_path.iterdir())
+
+
+# --- going on -------------------------------------------------------------------------------------
+
+
+def test_what_is_missing_is_played_and_the_rest_stays(tmp_path: Path) -> None:
+    whole = quiz(tmp_path / "whole", samples=2)
+    quiz(tmp_path / "parts", samples=2)
+    path = tmp_path / "parts" / "predictions.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 1 + 12
+    kept = lines[:8]
+    path.write_bytes(b"".join(kept) + lines[8][:40])  # killed in the middle of writing
+    (tmp_path / "parts" / "summary.json").unlink()
+    assert quiz(tmp_path / "parts", samples=2) == whole
+    assert path.read_bytes().splitlines(keepends=True)[:8] == kept
+    assert in_order(tmp_path / "parts") == in_order(tmp_path / "whole")
+
+
+def test_a_line_that_lacks_only_its_end_is_gone_on_behind(tmp_path: Path) -> None:
+    quiz(tmp_path, limit=2)
+    path = tmp_path / "predictions.jsonl"
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    assert quiz(tmp_path, limit=3).episodes == 3
+    assert [record["episode"] for record in in_order(tmp_path)] == [0, 1, 2]
+
+
+def test_a_finished_evaluation_plays_nothing_again(tmp_path: Path) -> None:
+    first = quiz(tmp_path)
+    before = (tmp_path / "predictions.jsonl").read_bytes()
+
+    def nothing(context: Sequence[int], params: SamplingParams) -> list[int]:
+        raise AssertionError("played again")
+
+    assert quiz(tmp_path, nothing) == first
+    assert (tmp_path / "predictions.jsonl").read_bytes() == before
+
+
+def test_more_tasks_and_samples_are_added_and_fewer_refused(tmp_path: Path) -> None:
+    quiz(tmp_path / "grown", limit=2)
+    quiz(tmp_path / "grown", limit=4, samples=2)
+    quiz(tmp_path / "whole", limit=4, samples=2)
+    assert in_order(tmp_path / "grown") == in_order(tmp_path / "whole")
+    before = (tmp_path / "grown" / "predictions.jsonl").read_bytes()
+    with pytest.raises(PredictionsError, match=r"sample . of episode ., which .* --samples"):
+        quiz(tmp_path / "grown", limit=4)
+    with pytest.raises(PredictionsError, match=r"episode 3, which this evaluation would not play"):
+        quiz(tmp_path / "grown", limit=3, samples=2)
+    assert (tmp_path / "grown" / "predictions.jsonl").read_bytes() == before
+    assert not (tmp_path / "grown" / "predictions.tmp").exists()
+
+
+def test_void_episodes_are_played_again(tmp_path: Path) -> None:
+    down = tmp_path / "down"
+    down.touch()
+    args = {"down": str(down)}
+    first = quiz(tmp_path / "run", always("a"), env_args=args)
+    assert (first.episodes, first.void) == (3, 3)
+    assert first.metrics["em"] == pytest.approx(2 / 3)  # of a, c, a
+    down.unlink()
+    again = quiz(tmp_path / "run", always("a"), env_args=args)
+    assert (again.episodes, again.void) == (6, 0)
+    assert again.metrics["em"] == pytest.approx(2 / 6)
+    assert [r["episode"] for r in in_order(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]
+
+
+def test_without_a_header_everything_is_played_afresh(tmp_path: Path) -> None:
+    quiz(tmp_path, always("a"), header=None)
+    assert quiz(tmp_path, always("b"), header=None).metrics["em"] == pytest.approx(2 / 6)
+    header, records = read_predictions(tmp_path)
+    assert header == {}
+    assert len(records) == 6
+
+
+def test_another_model_or_setting_is_refused_by_name(tmp_path: Path) -> None:
+    quiz(tmp_path)
+    before = (tmp_path / "predictions.jsonl").read_bytes()
+    other = {"model": {"name": "script", "fingerprint": "2"}, "settings": {"temperature": 1}}
+    with pytest.raises(PredictionsError) as caught:
+        quiz(tmp_path, header=other)
+    message = str(caught.value)
+    assert "model.fingerprint: '1' in the file, '2' now" in message
+    assert "settings.temperature: '(unset)' in the file, 1 now" in message
+    assert "python" not in message
+    assert (tmp_path / "predictions.jsonl").read_bytes() == before
+
+
+def test_other_versions_of_the_libraries_are_written_between(tmp_path: Path) -> None:
+    quiz(tmp_path, limit=2)
+    newer = {**HEADER, "versions": {"python": "4"}}
+    quiz(tmp_path, limit=3, header=newer)
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").open()]
+    assert [line.get("header", {}).get("versions") for line in lines] == [
+        {"python": "3"},
+        None,
+        None,
+        {"python": "4"},
+        None,
+    ]
+    assert read_predictions(tmp_path)[0] == HEADER
+
+
+def test_a_model_may_have_another_name(tmp_path: Path) -> None:
+    first = quiz(tmp_path)
+    moved = {**HEADER, "model": {"name": "elsewhere", "fingerprint": "1"}}
+    assert replace(quiz(tmp_path, header=moved), header=HEADER) == first
+
+
+def test_predictions_that_do_not_say_what_they_are_of_are_refused(tmp_path: Path) -> None:
+    quiz(tmp_path, header=None)
+    with pytest.raises(PredictionsError, match="does not say what it was made with"):
+        quiz(tmp_path)
+
+
+def test_only_one_process_writes(tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(PredictionsError, match="another process evaluates into"):
+        quiz(tmp_path)
+    os.close(descriptor)
+    assert quiz(tmp_path).episodes == 6
+
+
+def test_a_prompt_that_is_too_long_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
+    args = {"long": 4}
+    quiz(tmp_path, env_args=args, max_prompt=8, limit=2)
+    assert (tmp_path / "summary.json").exists()
+    with pytest.raises(ContextError, match=r"episode 4 \(question q4\) has 21 tokens, not 1 to 8"):
+        quiz(tmp_path, env_args=args, max_prompt=8)
+    played = {record["episode"] for record in in_order(tmp_path)}
+    assert {0, 1} <= played <= {0, 1, 2, 3}
+    assert not (tmp_path / "summary.json").exists()  # it was of fewer
+    assert quiz(tmp_path, env_args=args).episodes == 6
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def record_line(episode: int, **more: Any) -> str:
+    return json.dumps({**as_record(ended(1.0, em=1.0)), "episode": episode, **more}) + "\n"
+
+
+def test_a_line_cut_in_the_middle_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(record_line(0) + record_line(1)[:50])
+    with pytest.warns(UserWarning, match=r"predictions\.jsonl:2: the last line is cut short"):
+        header, records = read_predictions(path)
+    assert header == {}
+    assert [record["episode"] for record in records] == [0]
+
+
+def test_a_last_line_that_lacks_only_its_end_counts(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_text((record_line(0) + record_line(1)).rstrip("\n"))
+    assert len(read_predictions(tmp_path)[1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([record_line(0)[:50] + "\n", record_line(1)], r":1: this line is no record"),
+        ([record_line(0), "[1]\n"], r":2: this line is no record"),
+        ([record_line(0), '{"episode": 1}\n'], r":2: this line is no record.*KeyError"),
+        ([record_line(0), record_line(1, metrics=None)], r":2: this line is no record"),
+        ([record_line(0), record_line(1, reward="x")], r":2: this line is no record"),
+        (['{"header": 3}\n'], r":1: this line is no record"),
+        ([record_line(0), record_line(1), record_line(0)], r":3: sample 0 of question 0 .* line 1"),
+    ],
+)
+def test_broken_files_are_refused_by_line(tmp_path: Path, lines: list[str], said: str) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(lines))
+    with pytest.raises(PredictionsError, match=said):
+        read_predictions(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PredictionsError, match="there is no file"):
+        read_predictions(tmp_path / "nowhere.jsonl")
+    with pytest.raises(PredictionsError, match="there is no file"):
+        read_predictions(tmp_path)
+
+
+# --- the summary ----------------------------------------------------------------------------------
+
+
+def one(question: str, sample: int = 0, prediction: str | None = None, **more: Any) -> Outcome:
+    settings: dict[str, Any] = {"void": False, "reward": 0.0, "metrics": {}, "strata": {}} | more
+    return Outcome(question, sample, prediction=prediction, asked="", **settings)
+
+
+def test_void_episodes_are_in_no_mean_and_missing_metrics_count_as_zero() -> None:
+    records = [
+        {**as_record(ended(1.0, em=1.0)), "episode": 0},
+        {**as_record(ended(0.5)), "episode": 1},
+        {**as_record(ended(9.0, void=True, em=9.0)), "episode": 2},
+    ]
+    summary = summarize(map(outcome, records))
+    assert (summary.episodes, summary.questions, summary.void, summary.reward) == (2, 2, 1, 0.75)
+    assert summary.metrics == {"em": 0.5, "tokens": 0.0, "turns": 0.0}
+    assert summary.intervals["em"] == (0.0, 1.0)
+    assert summary.intervals["reward"] == (0.5, 1.0)
+    nothing = summarize([one("q", void=True)])
+    assert (nothing.episodes, nothing.void, nothing.reward, nothing.metrics) == (0, 1, 0.0, {})
+    assert summarize([]).episodes == 0
+
+
+def test_means_are_over_episodes_and_intervals_over_questions() -> None:
+    # Ten samples of one question are no ten questions: nothing is known of other questions.
+    outcomes = [one("q", i, reward=float(i % 2)) for i in range(10)]
+    summary = summarize(outcomes)
+    assert (summary.reward, summary.intervals["reward"]) == (0.5, (0.5, 0.5))
+    # Question a has one episode, b has three: the mean is that of four episodes.
+    uneven = [one("a", reward=1.0), *(one("b", i) for i in range(3))]
+    assert summarize(uneven).reward == 0.25
+    assert summarize(uneven).intervals["reward"] == (0.0, 1.0)
+
+
+def test_strata_are_told_apart_and_the_unknown_is_one() -> None:
+    outcomes = [
+        one("a", metrics={"em": 1.0}, strata={"hops": "2"}),
+        one("b", metrics={"em": 0.0}, strata={"hops": "2"}),
+        one("c", metrics={"em": 1.0}, strata={"hops": "3"}),
+        one("d", void=True, strata={"hops": "3"}),
+        one("e", metrics={"em": 0.0}),
+    ]
+    hops = summarize(outcomes).strata["hops"]
+    assert list(hops) == ["2", "3", "unknown"]
+    assert hops["2"] == Part(
+        episodes=2,
+        void=0,
+        reward=0.0,
+        metrics={"em": 0.5, "tokens": 0.0, "turns": 0.0},
+        questions=2,
+        intervals={"reward": (0, 0), "em": (0, 1), "tokens": (0, 0), "turns": (0, 0)},
+    )
+    assert (hops["3"].episodes, hops["3"].void, hops["3"].metrics["em"]) == (1, 1, 1.0)
+    assert hops["unknown"].metrics["em"] == 0.0
+
+
+def test_pass_at_k_is_over_the_questions_that_have_so_many_samples() -> None:
+    def samples(question: str, *right: bool | None) -> list[Outcome]:
+        return [
+            one(question, i, void=mark is None, metrics={"f1": 0.7 if mark else 0.5})
+            for i, mark in enumerate(right)
+        ]
+
+    outcomes = samples("a", True, False, False) + samples("b", False, False, None)
+    found = summarize(outcomes).pass_at["f1"]
+    assert list(found) == ["1", "2", "3"]
+    assert found["1"].questions == found["2"].questions == 2
+    assert found["1"].mean == pytest.approx(1 / 6)  # of 1/3 and 0
+    assert found["2"].mean == pytest.approx(1 / 3)  # of 2/3 and 0
+    assert found["2"].interval == pytest.approx((0.0, 2 / 3))
+    assert (found["3"].mean, found["3"].questions) == (1.0, 1)  # b has only two
+    assert summarize(samples("a", True)).pass_at == {}
+
+
+def test_the_majority_is_of_predictions_and_the_first_seen_wins_a_tie() -> None:
+    def vote(question: str, *said: tuple[str, float]) -> list[Outcome]:
+        return [
+            one(question, i, prediction=text, metrics={"em": em}, reward=em + i / 10)
+            for i, (text, em) in enumerate(said)
+        ]
+
+    outcomes = [
+        *vote("most", ("Rome", 0.0), ("Paris", 1.0), (" PARIS\n", 1.0)),
+        *vote("tie", ("Rome", 0.0), ("Paris", 1.0)),
+        *vote("silent", ("", 0.0), ("", 0.0), ("Oslo", 1.0)),
+        *vote("all silent", ("", 0.0), ("", 0.0)),
+    ]
+    majority = summarize(outcomes).majority
+    assert majority is not None
+    assert (majority.questions, majority.episodes) == (4, 4)
+    assert majority.metrics["em"] == 0.5  # most and silent
+    assert majority.reward == pytest.approx((1.1 + 0.0 + 1.2 + 0.0) / 4)  # of the first that won
+    assert summarize([one("q"), one("q", 1)]).majority is None
+    assert summarize(vote("q", ("Rome", 1.0))).majority is None
+
+
+def test_a_void_sample_has_no_vote() -> None:
+    outcomes = [
+        one("q", 0, "Rome", void=True),
+        one("q", 1, "Rome", void=True),
+        one("q", 2, "Paris", metrics={"em": 1.0}),
+    ]
+    majority = summarize(outcomes).majority
+    assert majority is not None
+    assert (majority.void, majority.metrics["em"]) == (0, 1.0)
+    assert summarize(outcomes[:2]).majority is None
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder: eleven tokens, a letter each, and random weights."""
+    folder = tmp_path_factory.mktemp("letters")
+    characters = {character: i for i, character in enumerate("abcd=?!xy")}
+    backend = Tokenizer(models.BPE(vocab=characters, merges=[]))
+    backend.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(folder)
+    tiny_qwen2(len(characters) + 1, hidden=32, context=64).save_pretrained(folder)
+    return folder
+
+
+def words(model: Path, output: Path, fuse: Path, *more: str) -> list[str]:
+    flags = f"eval --env {QUIZ} --env-args count=8 fuse={fuse} --model {model} --output {output}"
+    flags += " --samples 2 --temperature 1 --slots 2 --max-turn 3 --max-response 20 --device cpu"
+    return [*flags.split(), "--quiet", *more]
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_the_same_command_goes_on(
+    letters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fuse = tmp_path / "fuse"
+    fuse.touch()
+    killed = subprocess.run(
+        [sys.executable, "-m", "research_agent.cli", *words(letters, tmp_path / "run", fuse)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -9, killed.stderr
+    path = tmp_path / "run" / "predictions.jsonl"
+    before = path.read_bytes()
+    assert 1 < len(before.splitlines()) < 17
+    assert not (tmp_path / "run" / "summary.json").exists()
+    path.write_bytes(before + b'{"episode": 3, "sam')  # had it been killed a little later
+
+    main(words(letters, tmp_path / "run", fuse, "--json"))
+    told = json.loads(capsys.readouterr().out)
+    assert path.read_bytes().startswith(before)
+    main(words(letters, tmp_path / "whole", fuse, "--json"))
+    whole = json.loads(capsys.readouterr().out)
+    assert told == whole
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == told
+    assert in_order(tmp_path / "run") == in_order(tmp_path / "whole")
+    assert (told["episodes"], told["questions"], told["samples"]) == (16, 8, 2)
+    assert told["header"]["environment"] == {"questions": "8"}
+    assert list(told["pass_at"]["em"]) == ["1", "2"]
+
+    other = tmp_path / "other"
+    tiny_qwen2(10, hidden=16, context=64).save_pretrained(other)
+    for file in letters.glob("tokenizer*"):
+        shutil.copy(file, other)
+    with pytest.raises(SystemExit) as caught:
+        main(words(other, tmp_path / "run", fuse, "--seed", "3"))
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert "model.fingerprint: 'sha256 " in message
+    assert "settings.seed: 0 in the file, 3 now" in message
+    assert "settings.temperature" not in message
+
+    moved = Path(shutil.copytree(letters, tmp_path / "moved"))
+    main(words(moved, tmp_path / "run", fuse))  # the same model in another place
+    shown = capsys.readouterr().out
+    for text in ("em pass@2", "majority of 2", "by hops", "by type", "unknown", "questions"):
+        assert text in shown
+    assert len(in_order(tmp_path / "run")) == 16
+
+
+class Endpoint(ThreadingHTTPServer):
+    """An endpoint that says the first letter of its prompt, and after so many turns refuses."""
+
+    def __init__(self, turns: int) -> None:
+        super().__init__(("127.0.0.1", 0), Answering)
+        self.left = turns
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Answering(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        assert isinstance(self.server, Endpoint)
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.left -= 1
+        choice = {"text": asked["prompt"][0], "finish_reason": "stop", "stop_reason": None}
+        refusal = {"error": {"message": "no more for you"}}
+        refused = self.server.left < 0
+        body = json.dumps(refusal if refused else {"choices": [choice]}).encode()
+        self.send_response(403 if refused else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    server = Endpoint(turns=5)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_an_endpoint_that_fails_loses_nothing(
+    endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = f"eval --env {QUIZ} --env-args count=8 --endpoint {endpoint.url} --model parrot"
+    command += f" --output {tmp_path} --slots 1 --quiet --json"
+    with pytest.raises(SystemExit) as caught:
+        main(command.split())
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert "no more for you" in message
+    assert endpoint.url in message
+    assert [record["episode"] for record in in_order(tmp_path)] == [0, 1, 2, 3, 4]
+    endpoint.left = 3  # no more than are missing
+    main(command.split())
+    told = json.loads(capsys.readouterr().out)
+    assert (told["episodes"], told["metrics"]["em"]) == (8, 1.0)
+    name, fingerprint = "parrot", f"parrot at {endpoint.url}"
+    assert told["header"]["model"] == {"name": name, "fingerprint": fingerprint}
+
+
+def test_stopped_by_hand_it_says_how_to_go_on(
+    endpoint: Endpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(self: Quiz, action: str) -> Any:
+        if self.number == 2:
+            raise KeyboardInterrupt
+        return step(self, action)
+
+    step = Quiz.step
+    monkeypatch.setattr(Quiz, "step", stop)
+    command = f"eval --env {QUIZ} --endpoint {endpoint.url} --model parrot --output {tmp_path}"
+    with pytest.raises(SystemExit) as caught:
+        main([*command.split(), "--slots", "1", "--quiet"])
+    assert caught.value.code == 130
+    assert "the same command goes on where this one was" in capsys.readouterr().err
+    assert [record["episode"] for record in in_order(tmp_path)] == [0, 1]
+
+
+def test_questions_of_ones_own(
+    endpoint: Endpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
+    questions, corpus = tmp_path / "questions.jsonl", tmp_path / "corpus.jsonl"
+    asked: list[Record] = [
+        {"id": f"q{i}", "question": "Who?", "answers": ["Ann"]} for i in range(2)
+    ]
+    asked[1]["hops"] = 2
+    corpus.write_text(json.dumps({"id": "p", "title": "Ann", "text": "Ann did it."}) + "\n")
+    command = "eval --env research_env:SearchQA-v0 --slots 2 --quiet --json --model parrot"
+    command += f" --endpoint {endpoint.url} --output {tmp_path / 'run'}"
+    command += f" --env-args template=question questions={questions} corpus={corpus}"
+
+    questions.write_text("".join(json.dumps(question) + "\n" for question in asked))
+    main(command.split())
+    told = json.loads(capsys.readouterr().out)
+    assert (told["episodes"], told["metrics"]["em"], told["metrics"]["turns"]) == (2, 0.0, 1.0)
+    assert set(told["strata"]["hops"]) == {"2", "unknown"}
+    assert told["header"]["environment"]["questions"].startswith("2, sha256 ")
+    assert [record["info"]["answers"] for record in in_order(tmp_path / "run")] == [["Ann"]] * 2
+
+    for line, said in (
+        (asked[0], "the id 'q0' is that of line 1"),
+        ({**asked[0], "id": "q2", "answers": []}, "'answers' must be a list of texts"),
+    ):
+        with questions.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        with pytest.raises(SystemExit) as caught:
+            main(command.split())
+        assert caught.value.code == 2
+        message = capsys.readouterr().err
+        assert "questions.jsonl:3" in message
+        assert said in message
+        questions.write_text("".join(json.dumps(question) + "\n" for question in asked))
+    assert len(in_order(tmp_path / "run")) == 2  # nothing was lost

@@ -109,12 +109,14 @@ def test_the_trainer_learns_a_game_that_is_not_search(
     AutoTokenizer.from_pretrained(model)
     words = f"eval --env {COPY} --env-args turns=2 --model {model} --output {tmp_path / 'eval'}"
     main([*words.split(), "--max-turn", "2", "--json", "--quiet"])
-    assert last_json(capsys) == {"episodes": 4, "void": 0, "reward": 2.0, "right": 1.0}
-    assert len(read_lines(tmp_path / "eval" / "predictions.jsonl")) == 4
+    evaluated = last_json(capsys)
+    assert (evaluated["episodes"], evaluated["void"], evaluated["reward"]) == (4, 0, 2.0)
+    assert evaluated["metrics"]["right"] == 1.0
+    assert len(read_lines(tmp_path / "eval" / "predictions.jsonl")) == 1 + 4  # a header
 
     main(["report", str(tmp_path / "run")])
     page = (tmp_path / "run" / "report.html").read_text()
-    assert '<span class="action">' in page
+    assert '<script type="application/json"' in page
     assert "before" in page
 
 
@@ -150,6 +152,19 @@ def test_a_reference_policy_and_several_updates_survive_a_resume(
     assert [r["learner/updates"] for r in records] == [2.0] * 4
     assert records[0]["learner/kl"] == pytest.approx(0, abs=1e-3)
     assert records[-1]["learner/kl"] > 1e-5
+
+
+def test_stages_follow_each_other_also_after_a_resume(letters: Path, tmp_path: Path) -> None:
+    stages = ["steps=2 letters=a turns=2", "until=0 letters=bc", "letters=d"]
+    for output, steps in (("whole", "9"), ("parts", "1"), ("parts", "3"), ("parts", "9")):
+        main([*flags(letters, tmp_path / output), "--steps", steps, "--stages", *stages])
+    assert final_bytes(tmp_path / "parts") == final_bytes(tmp_path / "whole")
+    records = metrics(tmp_path / "whole")
+    assert [r["stage"] for r in records] == [1, 1, 2, 2, 2, 2, 2, 3, 3]  # until: of five steps
+    played = read_lines(tmp_path / "whole" / "trajectories.jsonl")
+    prompts = {r["step"]: r["segments"][0]["text"] for r in played}
+    assert (prompts[1], prompts[9]) == ("a=", "d=")
+    assert {prompts[step] for step in range(3, 8)} <= {"b=", "c="}
 
 
 def test_a_finished_run_says_so_and_changes_nothing(

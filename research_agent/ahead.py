@@ -1,0 +1,153 @@
+"""Episodes that were begun ahead of their training step: into a checkpoint, and back.
+
+Their tokens, log-probabilities and versions are kept to the bit. Environments keep nothing: those
+of half-played episodes are brought back by taking the same actions again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+
+from research_agent.collect import Play, Sampling, UnderWay
+from research_agent.engines.base import Completion
+from research_agent.environments import Environments
+from research_agent.trajectory import Segment, Trajectory
+
+_TRAJECTORY = ("episode", "sample", "reward", "terminated", "truncated", "stop_reason", "void")
+_PLAY = ("episode", "sample", "reward", "prompt", "response")
+
+
+def to_state(under_way: UnderWay) -> dict[str, Any]:
+    """Put what is under way into tensors and plain values, as a checkpoint takes them.
+
+    Infos are kept as the JSON that logs are written from.
+    """
+    segments: list[Segment | Completion] = []
+
+    def kept(segment: Segment) -> list[Any]:
+        segments.append(segment)
+        return [segment.provenance, len(segment.tokens), segment.text, _plain(segment.info)]
+
+    plays = []
+    for slot, play in sorted(under_way.plays.items()):
+        fields = {name: getattr(play, name) for name in _PLAY}
+        said = [kept(segment) for segment in play.segments]
+        cut = [[len(part.tokens), part.version] for part in play.cut]
+        segments += play.cut
+        waits = slot in under_way.sent
+        plays.append({"slot": slot, **fields, "segments": said, "cut": cut, "waits": waits})
+    done = [
+        {name: getattr(trajectory, name) for name in _TRAJECTORY}
+        | {"metrics": dict(trajectory.metrics), "info": _plain(trajectory.info)}
+        | {"segments": [kept(segment) for segment in trajectory.segments]}
+        for trajectory in under_way.done.values()
+    ]
+    actions = [s for s in segments if isinstance(s, Segment) and s.provenance == "action"]
+    return {
+        "plays": plays,
+        "done": done,
+        "tokens": torch.tensor([t for s in segments for t in s.tokens], dtype=torch.int64),
+        "logprobs": torch.tensor(
+            [value for s in segments for value in s.logprobs or ()], dtype=torch.float64
+        ),
+        "versions": torch.tensor(
+            [version for s in actions for version in s.versions or ()], dtype=torch.int64
+        ),
+    }
+
+
+def from_state(
+    state: Mapping[str, Any], environments: Environments, sampling: Sampling, seed: int
+) -> UnderWay:
+    """Take up what ``to_state`` has put down.
+
+    Args:
+        state: its result.
+        environments: the actions of half-played episodes are taken in them again. An episode whose
+            environment answers otherwise than it did is forgotten: it will be begun anew.
+        sampling: as in ``collect``.
+        seed: as in ``collect``.
+    """
+    tokens, logprobs, versions = (
+        iter(state[name].tolist()) for name in ("tokens", "logprobs", "versions")
+    )
+
+    def segment(provenance: Any, count: int, text: str, info: Mapping[str, Any]) -> Segment:
+        said = tuple(islice(tokens, count))
+        if provenance != "action":
+            return Segment(provenance, said, text=text, info=info)
+        chances, numbers = tuple(islice(logprobs, count)), tuple(islice(versions, count))
+        return Segment("action", said, chances, numbers, text, info)
+
+    def part(count: int, version: int) -> Completion:
+        said, chances = tuple(islice(tokens, count)), tuple(islice(logprobs, count))
+        return Completion(0, said, chances, "", "interrupted", version)
+
+    under_way = UnderWay()
+    for saved in state["plays"]:
+        play = Play(seed=seed, sampling=sampling, **{name: saved[name] for name in _PLAY})
+        play.segments = [segment(*each) for each in saved["segments"]]
+        play.cut = [part(*each) for each in saved["cut"]]
+        play.unheld = play.tokens
+        under_way.plays[saved["slot"]] = play
+        if saved["waits"]:
+            under_way.sent.add(saved["slot"])
+    for saved in state["done"]:
+        fields = {name: saved[name] for name in (*_TRAJECTORY, "metrics", "info")}
+        said = tuple(segment(*each) for each in saved["segments"])
+        trajectory = Trajectory(segments=said, **fields)
+        under_way.done[trajectory.episode, trajectory.sample] = trajectory
+    _play_again(under_way, environments, seed)
+    return under_way
+
+
+def _play_again(under_way: UnderWay, environments: Environments, seed: int) -> None:
+    """Bring the environments to where their episodes were."""
+    plays, sent = under_way.plays, under_way.sent
+    if not plays:
+        return
+
+    def forget(slot: int) -> None:
+        del plays[slot], moves[slot]
+        sent.discard(slot)
+
+    moves = {slot: _moves(play) for slot, play in plays.items()}
+    waiting = {slot: moves[slot].pop()[0] for slot in sorted(sent)}
+    prompts = environments.reset({slot: play.episode for slot, play in plays.items()}, seed)
+    for slot, (observation, _) in prompts.items():
+        if observation != plays[slot].segments[0].text:
+            forget(slot)
+    for turn in range(max(map(len, moves.values()), default=0)):
+        now = {slot: each[turn] for slot, each in sorted(moves.items()) if turn < len(each)}
+        environments.send(list(now), [action for action, _ in now.values()])
+        for result in environments.recv(len(now)):
+            slot = result.env_id
+            is_over = result.terminated or result.truncated
+            if is_over or result.observation != now[slot][1]:
+                forget(slot)
+    slots = [slot for slot in waiting if slot in sent]
+    environments.send(slots, [waiting[slot] for slot in slots])
+
+
+def _moves(play: Play) -> list[tuple[str, str]]:
+    """The actions of an episode, with what the environment answered."""
+    moves: list[tuple[str, str]] = []
+    for segment in play.segments[1:]:
+        if segment.provenance == "action":
+            moves.append((segment.text, ""))
+        else:
+            moves[-1] = (moves[-1][0], segment.text)
+    return moves
+
+
+def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
+    def nearest(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else str(value)
+
+    loaded: dict[str, Any] = json.loads(json.dumps(dict(info), default=nearest))
+    return loaded

@@ -1,0 +1,419 @@
+"""Servers that stand in for each other: who samples what, with which weights, and who is dead."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from research_agent.engines.base import Finish, SamplingParams
+from research_agent.engines.remote import RequestError, ask, turn_seed
+from research_agent.errors import ContextError, EngineError
+
+_LOG = logging.getLogger(__name__)
+
+_START = (
+    "Start it with VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out "
+    "--logprobs-mode processed_logprobs; if it asks for a key, put that in VLLM_API_KEY here"
+)
+_CONTINUE = "The last checkpoint is intact, and the same command continues from it"
+_GENERATE = "inference/v1/generate"
+_CHECK = 5.0  # seconds between looks at a server's health
+_LONGEST_PAUSE = 30.0  # seconds between attempts to take a server back
+_ANSWER = 30.0  # seconds for the answer to a request that costs a server next to nothing
+_RELOAD = 900.0  # seconds for reading new weights, or for the first turn of all
+_ABORT = 10.0  # seconds for handing over turns that are interrupted
+_ATTEMPTS = 4  # of a turn, besides one a server
+_NEAR = 3  # turns that a server may have more than twice another's, and keep its trajectories
+
+
+@dataclass(eq=False)
+class Server:
+    """A server, and what is known of it."""
+
+    url: str
+    client: httpx.AsyncClient
+    alive: bool = False
+    model: str = ""  # the name it gives the policy
+    version: str = ""  # of the weights it was given last
+    reading: Path | None = None  # the folder of weights that it is told to read
+    load: int = 0  # turns under way
+    taken: int = 0  # turns so far
+    requests: set[asyncio.Task[Any]] = field(default_factory=set)
+    problem: str = "it has not been asked yet"  # why it is not alive
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        payload: Mapping[str, Any] | None = None,
+        wait: float = _ANSWER,
+    ) -> Any:
+        """Ask it something; raises ``RequestError``."""
+        return await ask(self.client, method, path, payload, timeout=wait)
+
+    async def need(
+        self,
+        method: str,
+        path: str,
+        payload: Mapping[str, Any] | None = None,
+        wait: float = _ANSWER,
+    ) -> Any:
+        """Ask it for what a server of ours can do; ``EngineError`` where it never will."""
+        try:
+            return await self.ask(method, path, payload, wait)
+        except RequestError as error:
+            if error.may_pass:
+                raise
+            raise EngineError(f"{self.url} refuses /{path}: {error}. {_START}") from None
+
+
+@dataclass(eq=False)
+class Trajectory:
+    """What a slot holds."""
+
+    tokens: list[int] = field(default_factory=list)
+    home: Server | None = None  # the server that sampled its last turn has its prefix in cache
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is to be sampled."""
+
+    slot: int
+    held: Trajectory
+    params: SamplingParams
+    limit: int  # tokens
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a server sampled, as it came."""
+
+    turn: Turn
+    tokens: list[int]
+    logprobs: list[float]  # [tokens]
+    finish: Finish  # as the server says
+
+
+class _LostError(Exception):
+    """A server that failed at a turn, or left while it was at it."""
+
+
+class Fleet:
+    """The servers; everything here runs in the event loop's thread."""
+
+    def __init__(
+        self,
+        servers: list[Server],
+        end_ids: frozenset[int],
+        context: int,
+        *,
+        turn_timeout: float,
+        patience: float,
+        max_in_flight: int,
+    ) -> None:
+        """Ask nobody anything yet; see ``ServerEngine`` for the arguments."""
+        self._servers = servers
+        self._end_ids = end_ids
+        self._context = context
+        self._turn_timeout = turn_timeout
+        self._patience = patience
+        self._places = asyncio.Semaphore(max_in_flight * len(servers))
+        self._folder = Path()  # of the current weights; its name is their version on the servers
+        self._back = asyncio.Event()  # set when a server comes back
+        self._interrupting = False
+        self._watches: list[asyncio.Task[None]] = []
+
+    @property
+    def reading(self) -> set[Path]:
+        """The folders of weights that some server may be reading."""
+        return {server.reading for server in self._servers if server.reading}
+
+    async def start(self, folder: Path) -> None:
+        """Make the servers fit to be used, each with the weights in the folder.
+
+        Raises:
+            ContextError: one has too short a context.
+            EngineError: none answers, or one was started in another way.
+        """
+        self._folder = folder
+        found = await asyncio.gather(*map(self._admit, self._servers), return_exceptions=True)
+        for server, problem in zip(self._servers, found, strict=True):
+            if isinstance(problem, RequestError):
+                server.problem = str(problem)
+                _LOG.warning("%s cannot be used now: %s", server.url, problem)
+            elif problem:
+                raise problem
+        if not any(server.alive for server in self._servers):
+            raise self._nobody()
+        self._watches = [asyncio.create_task(self._watch(server)) for server in self._servers]
+
+    async def play(self, turn: Turn) -> Sampled:
+        """Sample a turn, on another server where one fails.
+
+        Raises:
+            EngineError: no server is left, or too many failed at it.
+        """
+        attempts = _ATTEMPTS + len(self._servers)  # then the turn itself is to blame
+        async with self._places:
+            if self._interrupting:
+                return Sampled(turn, [], [], "interrupted")
+            for _ in range(attempts):
+                server = await self._choose(turn.held)
+                try:
+                    return await self._sample(server, turn)
+                except _LostError as lost:
+                    problem = f"{server.url}: {lost}"
+                    self._lose(server, str(lost))
+        raise EngineError(
+            f"{attempts} attempts to sample one turn of {len(turn.held.tokens)} tokens before it "
+            f"failed, the last with {problem}. Look into the servers' logs. {_CONTINUE}"
+        )
+
+    async def spread(self, folder: Path) -> None:
+        """Let every living server read the weights in a folder; see that one has them at least.
+
+        Raises:
+            EngineError: none could.
+        """
+        self._folder = folder
+        alive = [server for server in self._servers if server.alive]
+        found = await asyncio.gather(*map(self._give, alive), return_exceptions=True)
+        for server, problem in zip(alive, found, strict=True):
+            if isinstance(problem, RequestError | EngineError):
+                self._lose(server, str(problem))
+            elif problem:
+                raise problem
+        await self._living()
+
+    async def interrupt(self) -> None:
+        """Let the servers answer at once with what they have; wait for that, but not for long."""
+        self._interrupting = True
+        try:
+            async with asyncio.timeout(_ABORT):
+                while busy := [s for s in self._servers if s.requests]:
+                    aborts = [s.ask("POST", "abort_requests", {}) for s in busy]
+                    await asyncio.gather(*aborts, return_exceptions=True)
+                    await asyncio.sleep(0.05)  # a request may have been on its way
+        except TimeoutError:
+            pass
+        finally:
+            self._interrupting = False
+
+    async def _choose(self, held: Trajectory) -> Server:
+        """The server that has the trajectory in its cache, else the one with the least to do."""
+        alive = await self._living()
+        least = min(alive, key=lambda server: (server.load, server.taken))
+        if held.home in alive and held.home.load <= 2 * least.load + _NEAR:
+            return held.home
+        held.home = least
+        return least
+
+    async def _living(self) -> list[Server]:
+        """The servers that can be used; one is waited for."""
+        if not any(server.alive for server in self._servers):
+            try:
+                async with asyncio.timeout(self._patience):
+                    while not any(server.alive for server in self._servers):
+                        self._back.clear()
+                        await self._back.wait()
+            except TimeoutError:
+                raise self._nobody() from None
+        return [server for server in self._servers if server.alive]
+
+    def _nobody(self) -> EngineError:
+        reasons = "; ".join(f"{server.url}: {server.problem}" for server in self._servers)
+        return EngineError(f"no vLLM server can be used ({reasons}). {_START}. {_CONTINUE}")
+
+    async def _sample(self, server: Server, turn: Turn) -> Sampled:
+        payload = _request(server.model, turn, self._end_ids)
+        request = asyncio.create_task(server.ask("POST", _GENERATE, payload, self._turn_timeout))
+        server.requests.add(request)
+        server.load += 1
+        server.taken += 1
+        try:
+            answer = await request
+        except asyncio.CancelledError:
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise  # the trajectory is not wanted any more
+            raise _LostError(server.problem) from None
+        except RequestError as error:
+            raise _LostError(str(error)) from None
+        finally:
+            server.load -= 1
+            server.requests.discard(request)
+        return _read(answer, turn, self._end_ids, self._folder.name, interrupted=self._interrupting)
+
+    def _lose(self, server: Server, problem: str) -> None:
+        """Use a server no more, until it has been admitted again; its turns go elsewhere."""
+        if not server.alive:
+            return
+        server.alive = False
+        server.problem = problem
+        for request in server.requests:
+            request.cancel()
+        left = sum(other.alive for other in self._servers)
+        _LOG.warning(
+            "%s is left out (%s); %d of %d servers left",
+            server.url,
+            problem,
+            left,
+            len(self._servers),
+        )
+
+    async def _watch(self, server: Server) -> None:
+        """Look after a server for ever: whether it lives, and whether it lives again."""
+        pause = 1.0
+        while True:
+            await asyncio.sleep(_CHECK if server.alive else pause)
+            try:
+                if server.alive:
+                    await server.ask("GET", "health")
+                else:
+                    await self._admit(server)
+                    _LOG.warning("%s is back, with the current weights", server.url)
+                pause = 1.0
+            except (RequestError, EngineError, ContextError) as error:
+                self._lose(server, str(error))
+                server.problem = str(error)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _admit(self, server: Server) -> None:
+        """Make a server fit to be used.
+
+        Raises:
+            ContextError: its context is too short.
+            EngineError: it was started in another way.
+            RequestError: it does not answer, or fails.
+        """
+        models = await server.need("GET", "v1/models")
+        try:
+            server.model = str(models["data"][0]["id"])
+            context = int(models["data"][0]["max_model_len"])
+        except (LookupError, TypeError, ValueError):
+            raise EngineError(f"{server.url} is no vLLM server. {_START}") from None
+        if context < self._context:
+            raise ContextError(
+                f"{server.url} has a context of {context} tokens, too short for {self._context}; "
+                f"start it with --max-model-len {self._context}, or shorten the run's prompt and "
+                "response"
+            )
+        server.version = ""  # it may have been started anew, and have any weights
+        while server.version != self._folder.name:
+            await self._give(server)  # before it samples: one that failed at this dies of a turn
+            await self._check(server)
+        server.alive = True
+        self._back.set()
+
+    async def _give(self, server: Server) -> None:
+        """Let a server read the current weights."""
+        folder = server.reading = self._folder
+        try:
+            rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+            try:
+                await server.need("POST", "collective_rpc", rpc, _RELOAD)
+            except RequestError as error:
+                cure = "Can it read that folder? Elsewhere, set TMPDIR to one that all share"
+                raise RequestError(f"no new weights from {folder}: {error}. {cure}") from None
+            reset = await server.need("POST", "reset_prefix_cache?reset_running_requests=true")
+            if not (isinstance(reset, dict) and reset.get("success")):
+                raise RequestError("its cache of the old weights could not be emptied")
+            await server.need("POST", "update_weight_version", {"new_version": folder.name})
+            server.version = folder.name
+        finally:
+            server.reading = None
+
+    async def _check(self, server: Server) -> None:
+        """Sample two tokens, and see whether their log-probabilities are what a learner needs."""
+        found = []
+        for temperature in (1.0, 2.0):
+            sampling = {"temperature": temperature, "max_tokens": 1, "logprobs": 5, "seed": 0}
+            payload = {"token_ids": [min(self._end_ids)], "sampling_params": sampling}
+            answer = await server.need("POST", _GENERATE, payload, _RELOAD)
+            try:
+                tops = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+                found.append({int(top["token_id"]): float(top["logprob"]) for top in tops})
+            except (LookupError, TypeError, ValueError):
+                raise EngineError(f"{server.url} is no vLLM server. {_START}") from None
+        if not _processed(*found):
+            raise EngineError(
+                f"{server.url} gives log-probabilities that are not those at the sampling "
+                f"temperature. {_START}"
+            )
+
+
+def _processed(one: Mapping[int, float], two: Mapping[int, float]) -> bool:
+    """Whether these can be log-probabilities of tokens at temperatures 1 and 2, one a token.
+
+    Distances between them halve then; in raw ones they stay. Of logits all numbers halve.
+    """
+    both = one.keys() & two.keys()
+
+    def spread(numbers: Mapping[int, float]) -> float:
+        return max(numbers[t] for t in both) - min(numbers[t] for t in both) if both else 0.0
+
+    if not spread(one) > 0.01:  # all alike: nothing can be told
+        return True
+    if not 0.4 < spread(two) / spread(one) < 0.6:
+        return False
+    top = max(one.values())
+    certain = -0.01 < top <= 0
+    return certain or (top <= 0 and any(abs(one[t] - 2 * two[t]) > 1e-3 for t in both))
+
+
+def _request(model: str, turn: Turn, end_ids: Iterable[int]) -> dict[str, Any]:
+    params = turn.params
+    return {
+        "model": model,
+        "token_ids": turn.held.tokens,
+        "sampling_params": {
+            "temperature": params.temperature,
+            "max_tokens": turn.limit,
+            "seed": turn_seed(params.seed, len(turn.held.tokens)),
+            "logprobs": 0,  # of the sampled token only
+            "stop": list(params.stop),
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,  # a stop string may be one
+            "ignore_eos": True,  # the codec says which tokens end a turn
+            "stop_token_ids": sorted(end_ids),
+        },
+    }
+
+
+def _read(
+    answer: Any, turn: Turn, end_ids: frozenset[int], tag: str, *, interrupted: bool
+) -> Sampled:
+    """What a server sampled.
+
+    Raises:
+        _LostError: it is no whole turn of the current weights.
+    """
+    try:
+        (choice,) = answer["choices"]
+        tokens = [int(token) for token in choice["token_ids"]]
+        content = choice["logprobs"]["content"] if tokens else []
+        logprobs = [float(each["logprob"]) for each in content]
+        same = tokens == [each["token_id"] for each in content]
+        versions = {str(span["version"]) for span in choice["weight_versions"] or ()}
+        reason, stopped_by = choice["finish_reason"], choice["stop_reason"]
+    except (LookupError, TypeError, ValueError) as error:
+        raise _LostError(f"its answer is not vLLM's ({type(error).__name__}: {error})") from None
+    if not same or versions != ({tag} if tokens else set()):
+        had = ", ".join(versions) or "none"
+        raise _LostError(f"it sampled with weights {had}, not {tag}: was it started anew?")
+    if reason == "abort" and interrupted:
+        return Sampled(turn, tokens, logprobs, "interrupted")
+    if reason == "stop" and (isinstance(stopped_by, str) or stopped_by in end_ids) and tokens:
+        return Sampled(turn, tokens, logprobs, "stop")
+    if reason == "length" and len(tokens) == turn.limit:
+        return Sampled(turn, tokens, logprobs, "length")
+    raise _LostError(
+        f"it ended a turn after {len(tokens)} of {turn.limit} tokens "
+        f"({reason}, {stopped_by}), for no reason of ours"
+    )

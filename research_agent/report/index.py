@@ -1,0 +1,162 @@
+"""What the page shows at once (an index), and what it shows on a click (the records)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from research_agent.config import flatten
+from research_agent.predictions import key_of
+from research_agent.report.curve import series
+from research_agent.report.page import as_json
+from research_agent.report.sources import Predictions, Sources, names
+from research_agent.summary import Part, main_metric, outcome, summarize
+
+CHUNK = 400_000  # characters of JSON that are packed together: what a click on an episode unpacks
+RIGHT = 0.5  # exact match, or else the reward, from which on an episode counts as right
+_QUESTION = 300  # characters of a prompt that stand for a question that nobody named
+
+Record = Mapping[str, Any]
+
+
+def make_index(
+    sources: Sources, limit: int | None = None
+) -> tuple[dict[str, Any], list[list[str]]]:
+    """Match the samples of all evaluations by their keys, and tell what the page needs of each.
+
+    Args:
+        sources: what was read.
+        limit: at most so many samples, the first ones; None shows all.
+
+    Returns:
+        The index as plain JSON values (``page.js`` reads it), and the records as JSON in chunks.
+        What belongs to one question stands together: it is looked at together, and its passages
+        pack better.
+    """
+    by_key: dict[tuple[str, int], list[Record | None]] = {}
+    for number, predictions in enumerate(sources.predictions):
+        for record in predictions.records:
+            sides = by_key.setdefault(key_of(record), [None] * len(sources.predictions))
+            sides[number] = record
+    shown = list(by_key.items())[:limit]
+    notes = list(sources.notes)
+    if len(shown) < len(by_key):
+        notes.append(f"The first {len(shown)} of {len(by_key)} samples are shown (--limit).")
+
+    items: list[dict[str, Any]] = []
+    details: list[list[str]] = []
+    length = CHUNK
+    for (name, sample), sides in shown:
+        if length >= CHUNK:
+            details.append([])
+            length = 0
+        places: list[dict[str, Any] | None] = []
+        for side in sides:
+            if side is None:
+                places.append(None)
+                continue
+            places.append({**_side(side), "at": [len(details) - 1, len(details[-1])]})
+            details[-1].append(as_json(side))
+            length += len(details[-1][-1])
+        first = next(side for side in sides if side is not None)
+        items.append({"id": linkable(name), "sample": sample, **_question(first), "sides": places})
+    trainings = sources.trainings
+    index = {
+        "notes": notes,
+        "runs": [
+            {"name": name, "curves": series(run.log), "settings": dict(flatten(run.config))}
+            for name, run in zip(names([run.path for run in trainings]), trainings, strict=True)
+        ],
+        "sets": [
+            {"name": name, **_set(predictions)}
+            for name, predictions in zip(
+                names([p.path for p in sources.predictions]), sources.predictions, strict=True
+            )
+        ],
+        "items": items,
+    }
+    return index, details
+
+
+def _side(record: Record) -> dict[str, Any]:
+    """What a row of the list shows of a record, and what it is filtered by."""
+    metrics = record["metrics"]
+    judged = float(metrics["em"] if "em" in metrics else record["reward"])
+    return {
+        "right": None if record["void"] else judged >= RIGHT,
+        "reward": record["reward"],
+        "stop": linkable(str(record.get("stop_reason") or "")),
+        "searches": metrics.get("searches"),
+        "prediction": _text(record["info"].get("prediction")),
+    }
+
+
+def _question(record: Record) -> dict[str, Any]:
+    info = record["info"]
+    question = _text(info.get("question"))
+    if not question:
+        prompts = (s["text"] for s in record["segments"] if s["provenance"] == "prompt")
+        question = next(prompts, "").strip()[-_QUESTION:]
+    answers = info.get("answers") or []
+    strata = info.get("strata")
+    return {
+        "question": question,
+        "answers": [_text(a) for a in (answers if isinstance(answers, list) else [answers])],
+        "strata": _strata(strata),
+    }
+
+
+def _strata(strata: object) -> dict[str, str]:
+    """Strata that are known: ``""`` stands for one that is not."""
+    if not isinstance(strata, Mapping):
+        return {}
+    return {
+        linkable(key): linkable(str(value))
+        for key, value in strata.items()
+        if value not in ("", None)
+    }
+
+
+def linkable(text: str) -> str:
+    """A text that an address can hold: lone surrogates are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _set(predictions: Predictions) -> dict[str, Any]:
+    """The numbers of an evaluation, from its records: so they are there without a summary too."""
+    summary = summarize(map(outcome, predictions.records))
+    of_all = Part(**{f.name: getattr(summary, f.name) for f in fields(Part)})
+    numbers = _numbers(of_all)
+    for metric, estimates in summary.pass_at.items():
+        for k, estimate in estimates.items():
+            numbers["values"][f"{metric} pass@{k}"] = estimate.mean
+            numbers["intervals"][f"{metric} pass@{k}"] = estimate.interval
+    if summary.majority:
+        metric = main_metric(summary.metrics)
+        voted = _numbers(summary.majority)
+        for kind in ("values", "intervals"):
+            numbers[kind][f"{metric} of the majority"] = voted[kind][metric]
+    return {
+        "path": str(predictions.path),
+        "settings": dict(flatten(predictions.header)),
+        **numbers,
+        "strata": {
+            linkable(key): {linkable(value): _numbers(part) for value, part in parts.items()}
+            for key, parts in summary.strata.items()
+        },
+    }
+
+
+def _numbers(part: Part) -> dict[str, Any]:
+    values = {"reward": part.reward, **part.metrics} if part.episodes else {}
+    return {
+        "episodes": part.episodes,
+        "void": part.void,
+        "values": values,
+        "intervals": dict(part.intervals),
+    }

@@ -1,0 +1,108 @@
+"""The statistics of evaluations: bootstrap over questions, pass@k, McNemar's test.
+
+A question is the unit that is drawn at random. Several samples of one question are not independent
+of each other, so that questions are resampled, with all their samples, and never episodes.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import comb
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+RESAMPLES = 10_000
+_AT_ONCE = 4_000_000  # drawn questions that are held at once
+_SAME = 1e-12  # differences below this are rounding
+
+
+def bootstrap(
+    sums: ArrayLike, counts: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Floats:
+    """Means over resampled questions.
+
+    Each resample draws as many questions as there are, with replacement (Efron and Tibshirani
+    1993), and takes the mean over the episodes of those that it drew.
+
+    Args:
+        sums: of each question, the sum of each metric over its episodes. Shape [questions,
+            metrics].
+        counts: episodes of each question, 1 at least. Shape [questions].
+        resamples: how often to draw.
+        seed: of the draws; the same questions in the same order give the same means.
+
+    Returns:
+        Shape [resamples, metrics]. One resample is the same questions for all metrics.
+
+    Raises:
+        ValueError: no question, or one without an episode.
+    """
+    values, weights = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    questions = len(weights)
+    if not questions or values.shape[:1] != weights.shape or not (weights >= 1).all():
+        raise ValueError(f"{values.shape} sums and counts {weights!r:.60}; give each question one")
+    generator = np.random.default_rng(seed)
+    means = np.empty((resamples, values.shape[1]))
+    rows = max(1, _AT_ONCE // questions)
+    for start in range(0, resamples, rows):
+        size = min(rows, resamples - start)
+        drawn = generator.integers(questions, size=(size, questions))
+        drawn += questions * np.arange(size)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=size * questions).reshape(size, questions)
+        means[start : start + size] = (times @ values) / (times @ weights)[:, None]
+    return means
+
+
+def interval(means: Floats, level: float = 0.95) -> list[tuple[float, float]]:
+    """Percentile intervals of bootstrapped means, one for each metric (column)."""
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, (tail, 1 - tail), axis=0)
+    return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
+
+
+def two_sided_p(differences: Floats) -> list[float]:
+    """Two-sided p-values that a mean difference is zero, one for each metric (column).
+
+    Twice the share of bootstrapped differences on the far side of zero, and at most 1: the
+    smallest level whose percentile interval excludes zero. One is added to both counts, as no
+    finite number of resamples shows that p is 0 (Davison and Hinkley 1997, 4.2).
+
+    Args:
+        differences: bootstrapped means of paired differences. Shape [resamples, metrics].
+    """
+    below = (differences <= _SAME).sum(axis=0)
+    above = (differences >= -_SAME).sum(axis=0)
+    shares = (np.minimum(below, above) + 1) / (len(differences) + 1)
+    return [float(min(1.0, 2 * share)) for share in shares]
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right.
+
+    ``1 - C(n - c, k) / C(n, k)`` for c right ones of n samples (Chen et al. 2021, "Evaluating Large
+    Language Models Trained on Code", equation 1).
+
+    Raises:
+        ValueError: k is more than there are samples.
+    """
+    if not 1 <= k <= samples or not 0 <= right <= samples:
+        raise ValueError(f"pass@{k} of {right} right ones in {samples} samples is not defined")
+    return 1 - comb(samples - right, k) / comb(samples, k)
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """McNemar's exact test: two-sided p that A and B are right equally often.
+
+    Of the questions that only one of them gets right, each is A's or B's with chance 1/2 (McNemar
+    1947; the exact binomial form). Without such a question p is 1.
+
+    Args:
+        only_a: questions that A gets right and B does not.
+        only_b: questions that B gets right and A does not.
+    """
+    differing = only_a + only_b
+    tail: int = sum(comb(differing, i) for i in range(min(only_a, only_b) + 1))
+    return min(1.0, float(Fraction(2 * tail, 2**differing)))

@@ -1,0 +1,240 @@
+"""An evaluation in numbers: means with intervals, of all questions and by strata."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from research_agent.predictions import key_of
+from research_agent.statistics import bootstrap, interval, pass_at_k
+
+Interval = tuple[float, float]
+OWN = ("tokens", "turns")  # metrics that are not the environment's
+UNKNOWN = "unknown"  # stratum of questions of which the environment does not say
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Means over some questions, with 95 % bootstrap intervals."""
+
+    episodes: int  # that are not void
+    void: int  # failed infrastructure: in no mean
+    reward: float
+    metrics: Mapping[str, float]  # the environment's, then "tokens" (of actions) and "turns"
+    questions: int  # with an episode that is not void
+    intervals: Mapping[str, Interval]  # of "reward" and of each metric
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over questions, with its 95 % bootstrap interval."""
+
+    mean: float
+    interval: Interval
+    questions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What ``summary.json`` holds; the first six fields are those of ``Part``, of all questions."""
+
+    episodes: int
+    void: int
+    reward: float
+    metrics: Mapping[str, float]
+    questions: int
+    intervals: Mapping[str, Interval]
+    samples: int  # of a question, at most
+    strata: Mapping[str, Mapping[str, Part]]  # such as "hops" -> "2" -> means of those questions
+    pass_at: Mapping[str, Mapping[str, Estimate]]  # such as "em" -> "4"; with several samples
+    majority: Part | None  # the episodes that won the votes; with several samples and predictions
+    header: Mapping[str, Any]  # of the predictions: versions and settings
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a summary needs of a record; its texts need not be held."""
+
+    question: str  # its id, or the number of its episode
+    sample: int
+    void: bool
+    reward: float
+    metrics: Mapping[str, float]
+    strata: Mapping[str, str]
+    prediction: str | None
+    asked: str  # the question's text; "" where the environment does not say
+
+    def score(self, metric: str) -> float:
+        """The reward, or a metric; 0 where the episode lacks it."""
+        return self.reward if metric == "reward" else self.metrics.get(metric, 0.0)
+
+
+def outcome(record: Mapping[str, Any]) -> Outcome:
+    """Read the outcome off a record of ``predictions.jsonl``."""
+    actions = [s for s in record["segments"] if s["provenance"] == "action"]
+    own = {"tokens": float(sum(s["tokens"] for s in actions)), "turns": float(len(actions))}
+    metrics = {name: float(value) for name, value in record["metrics"].items()}
+    question, sample = key_of(record)
+    prediction = record["info"].get("prediction")
+    strata = record["info"].get("strata") or {}
+    return Outcome(
+        question=question,
+        sample=sample,
+        void=bool(record["void"]),
+        reward=float(record["reward"]),
+        metrics=metrics | {name: value for name, value in own.items() if name not in metrics},
+        strata={str(name): str(value) for name, value in strata.items() if value},
+        prediction=None if prediction is None else str(prediction),
+        asked=str(record["info"].get("question") or ""),
+    )
+
+
+def summarize(outcomes: Iterable[Outcome], header: Mapping[str, Any] | None = None) -> Summary:
+    """Summarise an evaluation.
+
+    - Means are over episodes that are not void; a metric that an episode lacks counts as 0 there
+      (such as one that the token budget cut short). Intervals come from resampled questions.
+    - ``strata``: the same by each entry of the environment's ``info["strata"]`` that any question
+      has.
+    - ``pass_at``: pass@k (see ``statistics.pass_at_k``) for k = 1, 2, 4, ... and n, of the main
+      metric; a sample is right where that is above 0.5. Over the questions with k samples that are
+      not void.
+    - ``majority``: self-consistency (Wang et al. 2022). The samples of a question vote with their
+      ``info["prediction"]``, in lower case and with blanks made one; empty ones do not vote unless
+      all are. Ties go to the prediction that was seen first, in the order of samples. The question
+      then counts with the metrics of the first episode that predicted it: those that judge the
+      answer are the answer's, others (such as searches) are of that one episode.
+
+    Args:
+        outcomes: of all episodes, in any order.
+        header: of the predictions.
+    """
+    ordered = sorted(outcomes, key=lambda o: (o.question, o.sample))
+    whole = part(ordered)
+    by_question = [list(samples) for _, samples in groupby(ordered, lambda o: o.question)]
+    samples = max(map(len, by_question), default=0)
+    names = dict.fromkeys(name for o in ordered for name in o.strata)
+    strata: dict[str, dict[str, Part]] = {}
+    for name in names:
+        values = sorted({o.strata.get(name, UNKNOWN) for o in ordered})
+        strata[name] = {
+            value: part([o for o in ordered if o.strata.get(name, UNKNOWN) == value])
+            for value in values
+        }
+    several = samples > 1
+    metric = main_metric(whole.metrics)
+    votes = [winner for each in by_question if (winner := _majority(each))] if several else []
+    return Summary(
+        episodes=whole.episodes,
+        void=whole.void,
+        reward=whole.reward,
+        metrics=whole.metrics,
+        questions=whole.questions,
+        intervals=whole.intervals,
+        samples=samples,
+        strata=strata,
+        pass_at={metric: _pass_at(by_question, metric, samples)} if several else {},
+        majority=part(votes) if votes else None,
+        header=header or {},
+    )
+
+
+def main_metric(metrics: Iterable[str]) -> str:
+    """What says that an answer is right: exact match, else the environment's first, else reward."""
+    names = [name for name in metrics if name not in OWN]
+    return "em" if "em" in names else next(iter(names), "reward")
+
+
+def part(outcomes: Sequence[Outcome]) -> Part:
+    """Means and intervals over some outcomes, those of one question next to each other."""
+    valid = [o for o in outcomes if not o.void]
+    names = [*dict.fromkeys(n for o in valid for n in o.metrics if n not in OWN), *OWN]
+    if not valid:
+        return Part(0, len(outcomes), 0.0, {}, 0, {})
+    table = np.array([[o.score(name) for name in ("reward", *names)] for o in valid])
+    counts = np.array(list(Counter(o.question for o in valid).values()))
+    starts = np.cumsum(counts) - counts
+    means = table.mean(axis=0)
+    spread = interval(bootstrap(np.add.reduceat(table, starts), counts))
+    return Part(
+        episodes=len(valid),
+        void=len(outcomes) - len(valid),
+        reward=float(means[0]),
+        metrics=dict(zip(names, map(float, means[1:]), strict=True)),
+        questions=len(counts),
+        intervals=dict(zip(["reward", *names], spread, strict=True)),
+    )
+
+
+def _pass_at(
+    by_question: Sequence[Sequence[Outcome]], metric: str, samples: int
+) -> dict[str, Estimate]:
+    right = [[o.score(metric) > 0.5 for o in each if not o.void] for each in by_question]
+    sizes = [2**i for i in range(samples.bit_length()) if 2**i < samples]
+    found: dict[str, Estimate] = {}
+    for k in [*sizes, samples]:
+        scores = [pass_at_k(len(each), sum(each), k) for each in right if len(each) >= k]
+        if scores:
+            [spread] = interval(bootstrap(np.array(scores)[:, None], np.ones(len(scores))))
+            found[str(k)] = Estimate(float(np.mean(scores)), spread, len(scores))
+    return found
+
+
+def _majority(samples: Sequence[Outcome]) -> Outcome | None:
+    """The first episode with the prediction that most samples of a question made."""
+    said = [(" ".join((o.prediction or "").lower().split()), o) for o in samples if not o.void]
+    if all(o.prediction is None for _, o in said):
+        return None
+    votes = Counter(text for text, _ in said if text)
+    winner = votes.most_common(1)[0][0] if votes else ""  # the first seen of equal ones
+    return next(o for text, o in said if text == winner)
+
+
+def tables(summary: Summary) -> list[Table]:
+    """The summary for a terminal: all questions, then a table for each kind of strata.
+
+    Strata that do not tell the questions apart are left out.
+    """
+    names = ["reward", *summary.metrics]
+    whole: Any = summary  # its first fields are a Part's
+    columns: dict[str, Part] = {"all": whole}
+    if summary.majority is not None:
+        columns[f"majority of {summary.samples}"] = summary.majority
+    first = _table("", columns, names)
+    for metric, estimates in summary.pass_at.items():
+        for k, estimate in estimates.items():
+            first.add_row(f"{metric} pass@{k}", _cell(estimate.mean, estimate.interval))
+    several = {name: parts for name, parts in summary.strata.items() if len(parts) > 1}
+    return [first, *(_table(name, parts, names) for name, parts in several.items())]
+
+
+def _table(title: str, columns: Mapping[str, Part], names: Sequence[str]) -> Table:
+    table = Table(title=title and f"by {title}", title_justify="left")
+    table.add_column("mean, 95 % interval")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for count in ("questions", "episodes", "void"):
+        table.add_row(count, *(str(getattr(part, count)) for part in columns.values()))
+    for name in names:
+        table.add_row(name, *(_of(name, part) for part in columns.values()))
+    return table
+
+
+def _of(name: str, part: Part) -> str:
+    mean = part.reward if name == "reward" else part.metrics.get(name, 0.0)
+    return _cell(mean, part.intervals[name]) if name in part.intervals else "–"
+
+
+def _cell(mean: float, spread: Interval) -> str:
+    low, high = map(_digits, spread)
+    return f"{_digits(mean)} [{low},{high}]"  # in a narrow terminal the interval goes below
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"

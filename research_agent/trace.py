@@ -1,0 +1,157 @@
+"""A timeline of a run: which slot samples, which waits for its environment, when learning happens.
+
+The file is an array of Chrome's trace events, which https://ui.perfetto.dev and chrome://tracing
+open. Events are appended as they end, and the format needs no closing bracket, so the trace of a
+run that was killed opens too.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
+from research_agent.environments import Environments, StepResult
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TRAINER = 0  # the row of what the trainer does; slot i has row i + 1
+_WAIT = 0.001  # seconds that nothing was sampled, from which on they are shown
+
+
+class Trace:
+    """A file of spans of time.
+
+    Args:
+        path: the file; written anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8", buffering=1)  # a line is whole, or not there
+        self._file.write("[\n")
+        self._start = time.perf_counter()
+        self._rows: set[int] = set()
+
+    def add(self, name: str, row: int, begin: float, **details: Any) -> None:
+        """Write a span that ends now.
+
+        Args:
+            name: what was going on.
+            row: where it is shown.
+            begin: what ``time.perf_counter`` said then, in seconds.
+            details: shown when the span is clicked at.
+        """
+        if row not in self._rows:
+            self._rows.add(row)
+            shown = f"slot {row - 1}" if row else "trainer"
+            self._write({"name": "thread_name", "ph": "M", "tid": row, "args": {"name": shown}})
+            self._write(
+                {"name": "thread_sort_index", "ph": "M", "tid": row, "args": {"sort_index": row}}
+            )
+        micro, lasted = (begin - self._start) * 1e6, (time.perf_counter() - begin) * 1e6
+        span = {"ts": round(micro, 1), "dur": round(lasted, 1)}
+        self._write({"name": name, "ph": "X", "tid": row, **span, "args": details})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, event: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({"pid": 0, **event}) + ",\n")
+
+
+@contextmanager
+def span(trace: Trace | None, name: str) -> Iterator[None]:
+    """Show what the trainer does in here, if there is a trace."""
+    begin = time.perf_counter()
+    yield
+    if trace:
+        trace.add(name, _TRAINER, begin)
+
+
+class TracedEngine:
+    """An engine whose turns and new weights are shown."""
+
+    def __init__(self, engine: Engine, trace: Trace) -> None:
+        self.max_context = engine.max_context
+        self._engine = engine
+        self._trace = trace
+        self._since: dict[int, float] = {}  # by slot: when its turn was submitted
+
+    @property
+    def busy(self) -> int:
+        """Number of slots with a turn under way."""
+        return self._engine.busy
+
+    def submit(self, slot: int, tokens: Sequence[int], params: SamplingParams) -> None:
+        """Let the engine sample a turn."""
+        self._since[slot] = time.perf_counter()
+        self._engine.submit(slot, tokens, params)
+
+    def step(self) -> list[Completion]:
+        """Let the engine do one unit of work."""
+        return self._shown(self._engine.step())
+
+    def interrupt(self) -> list[Completion]:
+        """End the turns under way, if the engine can."""
+        engine = self._engine
+        return self._shown(engine.interrupt()) if isinstance(engine, Interruptible) else []
+
+    def release(self, slot: int) -> None:
+        """Let the engine forget what a slot holds."""
+        self._engine.release(slot)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Give the engine new weights."""
+        with span(self._trace, "sync"):
+            self._engine.load_weights(weights, version)
+
+    def _shown(self, turns: list[Completion]) -> list[Completion]:
+        for turn in turns:
+            details = {"tokens": len(turn.tokens), "finish": turn.finish, "version": turn.version}
+            self._trace.add("generate", turn.slot + 1, self._since[turn.slot], **details)
+        return turns
+
+
+class TracedEnvironments:
+    """Environments whose answers are shown, from the action to what it led to."""
+
+    def __init__(self, environments: Environments, trace: Trace) -> None:
+        self.num_envs = environments.num_envs
+        self.num_tasks = environments.num_tasks
+        self.terminators = environments.terminators
+        self._environments = environments
+        self._trace = trace
+        self._since: dict[int, float] = {}
+
+    def reset(
+        self, assignments: Mapping[int, int], seed: int
+    ) -> dict[int, tuple[str, Mapping[str, Any]]]:
+        """Begin episodes."""
+        return self._environments.reset(assignments, seed)
+
+    def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
+        """Take actions."""
+        self._since |= dict.fromkeys(env_ids, time.perf_counter())
+        self._environments.send(env_ids, actions)
+
+    def recv(self, min_results: int) -> list[StepResult]:
+        """The results that are ready; where they are waited for, nothing is sampled."""
+        begin = time.perf_counter()
+        results = self._environments.recv(min_results)
+        if time.perf_counter() - begin > _WAIT:
+            self._trace.add("wait", _TRAINER, begin)
+        for result in results:
+            details = {"over": result.terminated or result.truncated}
+            self._trace.add("environment", result.env_id + 1, self._since[result.env_id], **details)
+        return results
+
+    def close(self) -> None:
+        """Release what the environments hold."""
+        self._environments.close()

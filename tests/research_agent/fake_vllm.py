@@ -1,0 +1,193 @@
+"""A vLLM server without vLLM: it speaks the few words that the server engine needs."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+
+def script(tokens: Sequence[int], seed: int, count: int) -> list[int]:
+    """What a server samples: a function of the tokens and the seed only."""
+    said: list[int] = []
+    for _ in range(count):
+        said.append((sum(tokens) + 7 * sum(said) + len(said) + seed) % 26 + 40)
+    return said
+
+
+class FakeVllm:
+    """A server, and everything it was asked.
+
+    Attributes:
+        mode: how it answers turns: "well", or one of the faults in ``_turn``.
+        fails: how many turns the mode is for; then all is well again.
+        gate: turns wait for it.
+        turns: (token ids, sampling parameters) of each.
+        calls: the path of each request, and its body.
+        weights: names and values of the last weights it read.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.mode = "well"
+        self.fails = 1_000_000
+        self.context = 256
+        self.raw = False  # log-probabilities that know no temperature
+        self.missing: dict[str, int] = {}  # path -> status
+        self.gate = threading.Event()
+        self.gate.set()
+        self.hung = threading.Event()
+        self.aborted = threading.Event()
+        self.version = "default"
+        self.turns: list[tuple[list[int], dict[str, Any]]] = []
+        self.calls: list[tuple[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.weights: dict[str, Any] = {}
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+        for name, value in settings.items():
+            setattr(self, name, value)
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                self.do_POST()
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                server.answer(self, json.loads(body) if body else None)
+
+        class Http(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 128
+
+            def handle_error(self, *_: Any) -> None:
+                pass  # a client that has gone
+
+        self.http = Http(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self) -> None:
+        """No connection is taken any more."""
+        self.http.shutdown()
+        self.http.server_close()
+
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.calls]
+
+    def answer(self, handler: BaseHTTPRequestHandler, body: Any) -> None:
+        path = handler.path.partition("?")[0]
+        self.calls.append((handler.path, body))
+        self.keys.append(handler.headers["Authorization"])
+        status, reply = self.missing.get(path, 200), self.reply(path, body)
+        if status != 200:
+            reply = {"error": {"message": "that is not done here"}}
+        if reply is None:  # the connection is cut
+            handler.close_connection = True
+            return
+        data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+        if data == b"500":
+            status, data = 500, b'{"error": {"message": "out of memory"}}'
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    def reply(self, path: str, body: Any) -> Any:
+        answers: dict[str, Callable[[Any], Any]] = {
+            "/v1/models": self._models,
+            "/collective_rpc": self._reload,
+            "/update_weight_version": self._set_version,
+            "/abort_requests": self._abort,
+            "/inference/v1/generate": self._generate,
+        }
+        return answers[path](body) if path in answers else {"success": True}
+
+    def _models(self, _: Any) -> Any:
+        return {"data": [{"id": "the model", "max_model_len": self.context}]}
+
+    def _reload(self, body: Any) -> Any:
+        folder = Path(body["kwargs"]["weights_path"])
+        self.weights = {}
+        for file in sorted(folder.iterdir()):
+            with safe_open(file, "pt") as tensors:
+                self.weights |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        return {"results": [None]}
+
+    def _set_version(self, body: Any) -> Any:
+        self.version = body["new_version"]
+        return {"success": True}
+
+    def _abort(self, _: Any) -> Any:
+        self.aborted.set()
+        return {"status": "aborted"}
+
+    def _generate(self, body: Any) -> Any:
+        tokens, params = body["token_ids"], body["sampling_params"]
+        if params["logprobs"]:  # a probe
+            hot = 1 if self.raw else params["temperature"]
+            top = {1: [-0.5, -1.5, -2.5], 2: [-0.8, -1.3, -1.8]}[hot]
+            tops = [{"token_id": i, "logprob": logprob} for i, logprob in enumerate(top)]
+            return _choice([0], [-0.5], "length", self.version, top_logprobs=tops)
+        with self.lock:
+            self.turns.append((tokens, params))
+            self.now += 1
+            self.most = max(self.most, self.now)
+        try:
+            while not self.gate.wait(0.01):
+                if self.aborted.is_set():
+                    said = script(tokens, params["seed"], 2)
+                    return _choice(said, [-1.0, -1.0], "abort", self.version)
+            return self._turn(tokens, params)
+        finally:
+            with self.lock:
+                self.now -= 1
+
+    def _turn(self, tokens: list[int], params: dict[str, Any]) -> Any:
+        said = script(tokens, params["seed"], params["max_tokens"])
+        with self.lock:
+            mode = self.mode if self.fails > 0 else "well"
+            self.fails -= mode != "well"
+        logprobs = [-0.25] * len(said)
+        if mode == "hang":
+            self.hung.wait(20)
+        return {
+            "500": b"500",
+            "cut": None,
+            "hang": None,
+            "rubbish": b'{"choices": [{"token_ids": [1, 2',
+            "other": {"object": "list", "data": []},
+            "short": _choice(said[:-1], logprobs[:-1], "length", self.version),
+            "abort": _choice(said[:1], logprobs[:1], "abort", self.version),
+            "unequal": _choice(said, logprobs[:-1], "length", self.version),
+            "old": _choice(said, logprobs, "length", "default"),
+            "nan": _choice(said, [-9999.0] * len(said), "length", self.version),
+            "well": _choice(said, logprobs, "length", self.version),
+        }[mode]
+
+
+def _choice(
+    tokens: list[int], logprobs: list[float], reason: str, version: str, **more: Any
+) -> dict[str, Any]:
+    pairs = zip(tokens, logprobs, strict=False)
+    return {
+        "choices": [
+            {
+                "token_ids": tokens,
+                "logprobs": {"content": [{"token_id": t, "logprob": p, **more} for t, p in pairs]},
+                "finish_reason": reason,
+                "stop_reason": None,
+                "weight_versions": [{"version": version, "start": 0, "end": len(tokens)}],
+            }
+        ]
+    }

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from research_agent.config import EvalConfig
+from research_agent.environments import make_environments, provenance_of
+from research_agent.provenance import header, model_fingerprint
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "state.safetensors"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_a_model_is_its_content_wherever_it_is(model: Path, tmp_path: Path) -> None:
+    first = model_fingerprint(str(model))
+    assert first.startswith("sha256 ")
+    assert model_fingerprint(str(shutil.copytree(model, tmp_path / "copy"))) == first
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_every_file_of_a_model_counts(model: Path, name: str) -> None:
+    first = model_fingerprint(str(model))
+    (model / name).write_text("other")
+    assert model_fingerprint(str(model)) != first
+    (model / name).unlink()
+    assert model_fingerprint(str(model)) != first
+
+
+def test_what_training_left_beside_a_model_does_not_count(model: Path) -> None:
+    first = model_fingerprint(str(model))
+    (model / "state.safetensors").write_text("other")
+    (model / "state.json").write_text("{}")
+    assert model_fingerprint(str(model)) == first
+
+
+def test_a_model_of_the_hub_is_its_commit() -> None:
+    assert model_fingerprint("Qwen/Qwen2.5-7B", "abc123") == "Qwen/Qwen2.5-7B@abc123"
+
+
+def test_a_header_names_what_episodes_depend_on_and_nothing_else() -> None:
+    def of(**settings: object) -> dict[str, object]:
+        given: dict[str, object] = {"env": "e", "model": "m", "output": Path("o"), **settings}
+        return header(EvalConfig(**given), environments, "1")  # type: ignore[arg-type]
+
+    environments = make_environments("tests.research_agent.quiz_env:Quiz-v0", 2)
+    first = of()
+    assert first["model"] == {"name": "m", "fingerprint": "1"}
+    assert first["environment"] == {"questions": "6"}
+    assert {"code", "settings", "versions"} <= set(first)
+    assert json.loads(json.dumps(first)) == first
+    free = {"output": Path("p"), "limit": 3, "samples": 4, "slots": 1, "max_prompt": 9}
+    assert of(**free, quiet=True, json=True, device="cpu", log_tokens=True, overlap=True) == first
+    for name, value in {"temperature": 1.0, "seed": 3, "max_turn": 7, "split": "dev"}.items():
+        changed = of(**{name: value})["settings"]
+        assert isinstance(changed, dict)
+        assert changed[name] == value
+        assert changed != first["settings"]
+
+
+def test_an_environment_need_not_say_where_its_tasks_come_from() -> None:
+    class Attribute:
+        provenance = {"data": 3}  # noqa: RUF012
+
+    class Method:
+        def provenance(self) -> dict[str, str]:
+            return {"data": "4"}
+
+    assert provenance_of(object()) == {}
+    assert provenance_of(Attribute()) == {"data": "3"}
+    assert provenance_of(Method()) == {"data": "4"}
+    for name in ("CopyLetter-v0", "CopyLetterNative-v0"):
+        assert provenance_of(make_environments(f"tests.research_agent.toy_env:{name}", 2)) == {}

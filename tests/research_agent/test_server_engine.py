@@ -1,0 +1,730 @@
+"""The server engine, on servers that obey a test and on real ones of vLLM's."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from research_agent.collect import collect
+from research_agent.engines import fleet, make_engine
+from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
+from research_agent.engines.remote import turn_seed
+from research_agent.engines.server import ServerEngine
+from research_agent.engines.transformers import TransformersEngine
+from research_agent.environments import make_environments
+from research_agent.errors import (
+    ConfigError,
+    ContextError,
+    EngineError,
+    ModelError,
+    NonFiniteError,
+    ResearchAgentError,
+)
+from research_agent.trajectory import Trajectory
+from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
+from tests.research_agent.fake_vllm import FakeVllm, script
+from tests.research_agent.test_collect import TOY, Limits
+
+CODEC = codec_of(byte_tokenizer(merges=True))
+END = CODEC.tokenizer.eos_token_id
+MODEL = tiny_qwen2(hidden=128)  # with the heads of 32 that vLLM wants, and a tied one
+
+Make = Callable[..., FakeVllm]
+Open = Callable[..., ServerEngine]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    """Starts servers that obey the test."""
+    servers: list[FakeVllm] = []
+
+    def start(**settings: Any) -> FakeVllm:
+        servers.append(FakeVllm(**settings))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.gate.set()
+        server.hung.set()
+        server.stop()
+
+
+@pytest.fixture
+def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
+    """Makes engines over servers; they look after them often."""
+    monkeypatch.setattr(fleet, "_CHECK", 0.05)
+    engines: list[ServerEngine] = []
+
+    def start(*servers: FakeVllm, **settings: Any) -> ServerEngine:
+        settings = {"patience": 0.3, "turn_timeout": 10.0} | settings
+        urls = [server.url for server in servers]
+        engines.append(ServerEngine(MODEL, CODEC, urls, 200, **settings))
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.close()
+
+
+def finish(engine: Engine) -> dict[int, Completion]:
+    done: dict[int, Completion] = {}
+    while engine.busy:
+        done |= {completion.slot: completion for completion in engine.step()}
+    return done
+
+
+def until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def submit(engine: Engine, slots: Sequence[int], text: str = "q{}", **params: Any) -> None:
+    for slot in slots:
+        tokens = CODEC.encode_text(text.format(slot))
+        engine.submit(slot, tokens, SamplingParams(seed=slot, **{"max_tokens": 3} | params))
+
+
+def test_a_turn_is_what_was_asked_for(make: Make, connect: Open) -> None:
+    server = make()
+    engine = connect(server)
+    submit(engine, [4], "ab", temperature=0.5, stop=(";;",), max_tokens=5)
+    (turn,) = finish(engine).values()
+    prompt = CODEC.encode_text("ab")
+    (tokens, params) = server.turns[0]
+    assert tokens == prompt
+    assert params == {
+        "temperature": 0.5,
+        "max_tokens": 5,
+        "seed": turn_seed(4, len(prompt)),
+        "logprobs": 0,
+        "stop": [";;"],
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+        "ignore_eos": True,
+        "stop_token_ids": [END],
+    }
+    said = script(prompt, params["seed"], 5)
+    assert turn == Completion(4, tuple(said), (-0.25,) * 5, CODEC.decode(said), "length", 0)
+    engine.submit(4, [9], SamplingParams(seed=4))
+    finish(engine)
+    assert server.turns[1][0] == [*prompt, *said, 9]  # what the slot holds, token for token
+    assert server.turns[1][1]["seed"] == turn_seed(4, len(prompt) + 6)  # other draws
+    assert server.turns[1][1]["max_tokens"] == 200 - len(prompt) - 6
+    engine.release(4)
+    with pytest.raises(ContextError, match="holds nothing"):
+        engine.submit(4, [], SamplingParams())
+    with pytest.raises(ContextError, match="200 tokens leave no room"):
+        engine.submit(4, [1] * 200, SamplingParams())
+    with pytest.raises(ValueError, match=r"temperature is 0\.005"):
+        engine.submit(4, [1], SamplingParams(temperature=0.005))
+
+
+@pytest.mark.parametrize(
+    ("text", "begun", "kept", "ending"),
+    [
+        ("xx;;yy", "", "xx;;", "stop"),  # the server saw no stop string, and said more
+        ("xx<|im_end|>yy", "", "xx<|im_end|>", "end"),
+        (";yy", "ab;", ";", "stop"),  # it began before an interruption
+        ("xxyy", "ab;", "xxyy", "length"),
+    ],
+)
+def test_a_turn_ends_where_any_engine_ends_it(
+    *,
+    text: str,
+    begun: str,
+    kept: str,
+    ending: str,
+    make: Make,
+    connect: Open,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = connect(make())
+    said = CODEC.tokenizer(text)["input_ids"]
+    monkeypatch.setattr("tests.research_agent.fake_vllm.script", lambda *_: list(said))
+    prompt = [*CODEC.encode_text("q"), *CODEC.encode_text(begun)]
+    params = SamplingParams(max_tokens=len(said), stop=(";;",), begun=len(CODEC.encode_text(begun)))
+    engine.submit(0, prompt, params)
+    turn = finish(engine)[0]
+    assert CODEC.decode(turn.tokens) == kept
+    assert (turn.text, turn.finish) == (kept.removesuffix("<|im_end|>"), ending)
+    assert len(turn.logprobs) == len(turn.tokens)
+
+
+def test_the_server_with_least_to_do_gets_the_turn(make: Make, connect: Open) -> None:
+    servers = [make(), make(), make()]
+    engine = connect(*servers)
+    for server in servers:
+        server.gate.clear()
+    submit(engine, range(12))
+    until(lambda: sum(server.now for server in servers) == 12)
+    assert [server.now for server in servers] == [4, 4, 4]
+
+
+def test_a_trajectory_stays_where_its_prefix_is(make: Make, connect: Open) -> None:
+    servers = [make(), make()]
+    engine = connect(*servers)
+    for turn in range(4):
+        slots = range(6) if turn % 2 else range(5, -1, -1)  # in another order
+        submit(engine, slots, "q{}" if turn == 0 else "more")
+        finish(engine)
+    homes = [{tuple(tokens[:2]) for tokens, _ in server.turns} for server in servers]
+    assert [len(home) for home in homes] == [3, 3]
+    assert not homes[0] & homes[1]
+    assert [len(server.turns) for server in servers] == [12, 12]
+
+
+def test_a_trajectory_leaves_a_server_that_is_much_busier(make: Make, connect: Open) -> None:
+    servers = [make(), make()]
+    engine = connect(*servers)
+    submit(engine, range(20))
+    finish(engine)
+    at_home = [
+        slot
+        for slot in range(20)
+        if any(tokens == CODEC.encode_text(f"q{slot}") for tokens, _ in servers[0].turns)
+    ]
+    assert len(at_home) == 10
+    for server in servers:
+        server.gate.clear()
+    submit(engine, at_home, "more")
+    until(lambda: sum(server.now for server in servers) == 10)
+    # Home are 4, as the other has none; then 2 for each that it has, as long as that is so.
+    assert [server.now for server in servers] == [8, 2]
+
+
+def test_turns_in_flight_are_bounded(make: Make, connect: Open) -> None:
+    server = make()
+    engine = connect(server, max_in_flight=2)
+    server.gate.clear()
+    submit(engine, range(6))
+    until(lambda: server.now == 2)
+    time.sleep(0.05)
+    server.gate.set()
+    assert len(finish(engine)) == 6
+    assert server.most == 2
+
+
+def test_a_step_waits_but_not_for_ever(make: Make, connect: Open) -> None:
+    server = make()
+    engine = connect(server)
+    server.gate.clear()
+    submit(engine, [0])
+    begun = time.monotonic()
+    assert engine.step() == []
+    assert time.monotonic() - begun > 0.015  # a collector does not spin
+    server.gate.set()
+    assert [turn.slot for turn in finish(engine).values()] == [0]
+    assert engine.step() == []
+
+
+def test_a_released_turn_is_forgotten(make: Make, connect: Open) -> None:
+    server = make()
+    engine = connect(server)
+    server.gate.clear()
+    submit(engine, [0, 1])
+    with pytest.raises(ValueError, match="slot 0 has a turn under way"):
+        submit(engine, [0])
+    until(lambda: server.now == 2)
+    engine.release(0)
+    assert engine.busy == 1
+    server.gate.set()
+    submit(engine, [0], "other")
+    turns = finish(engine)
+    assert server.turns[-1][0] == CODEC.encode_text("other")
+    assert list(turns[0].tokens) == script(*_asked(server, 2), 3)
+
+
+def _asked(server: FakeVllm, turn: int) -> tuple[list[int], int]:
+    tokens, params = server.turns[turn]
+    return tokens, params["seed"]
+
+
+FAULTS = ["500", "cut", "rubbish", "other", "short", "abort", "unequal", "old", "hang"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_turns_of_a_server_that_fails_are_sampled_again_elsewhere(
+    fault: str, make: Make, connect: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = connect(make())
+    submit(alone, range(8))
+    wanted = finish(alone)
+    bad, good = make(), make()
+    engine = connect(bad, good, turn_timeout=0.5 if fault == "hang" else 10.0)
+    bad.mode = fault
+    bad.missing["/v1/models"] = 503  # it does not come back
+    submit(engine, range(8))
+    assert finish(engine) == wanted  # whole, and the same: same tokens, same seed
+    assert bad.turns
+    for turn in bad.turns:
+        assert turn in good.turns
+    assert f"{bad.url} is left out" in caplog.text
+    submit(engine, range(8), "more")
+    assert len(finish(engine)) == 8
+    assert len(good.turns) == 16
+
+
+def test_a_server_that_is_gone_is_found_out_while_it_is_waited_for(
+    make: Make, connect: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad, good = make(), make()
+    engine = connect(bad, good)
+    bad.gate.clear()
+    submit(engine, [0, 1])
+    until(lambda: bad.now)
+    bad.missing = {"/health": 503, "/v1/models": 503}
+    assert len(finish(engine)) == 2
+    assert "status 503: that is not done here" in caplog.text
+
+
+def test_death_of_all(make: Make, connect: Open) -> None:
+    servers = [make(), make()]
+    engine = connect(*servers)
+    for server in servers:
+        server.stop()
+    submit(engine, range(4))
+    with pytest.raises(EngineError) as caught:
+        finish(engine)
+    message = str(caught.value)
+    for word in (servers[0].url, servers[1].url, "ConnectError", "vllm serve", "checkpoint"):
+        assert word in message
+    assert isinstance(caught.value, ResearchAgentError)
+    for slot in range(4):
+        engine.release(slot)
+    assert not engine.busy
+    with pytest.raises(EngineError, match="no vLLM server can be used"):
+        engine.load_weights(MODEL.named_parameters(), 1)
+
+
+def test_a_turn_that_every_server_fails_at_is_an_error(make: Make, connect: Open) -> None:
+    servers = [make(mode="500"), make(mode="500")]
+    engine = connect(*servers, patience=10.0)
+    submit(engine, [0])
+    with pytest.raises(EngineError, match=r"6 attempts to sample one turn of 2 tokens.*memory"):
+        finish(engine)
+    assert sum(len(server.turns) for server in servers) == 6
+
+
+def test_a_server_that_comes_back_gets_the_current_weights_first(
+    make: Make, connect: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, other = make(), make()
+    engine = connect(server, other)
+    server.mode, server.fails = "500", 1
+    server.missing["/v1/models"] = 503
+    submit(engine, range(2))
+    finish(engine)
+    assert "1 of 2 servers left" in caplog.text
+    new = {name: torch.full_like(p, 0.5) for name, p in MODEL.named_parameters()}
+    engine.load_weights(new.items(), 1)
+    assert server.version.split("-")[1] == "0"
+    del server.calls[:]
+    server.missing.clear()
+    until(lambda: "is back" in caplog.text)
+    after = server.paths().index("/v1/models", server.paths().index("/collective_rpc") - 1)
+    assert server.paths()[after : after + 4] == [
+        "/v1/models",
+        "/collective_rpc",
+        "/reset_prefix_cache?reset_running_requests=true",
+        "/update_weight_version",
+    ]
+    assert all(bool((weight == 0.5).all()) for weight in server.weights.values())
+    submit(engine, range(2), "more")
+    assert [turn.version for turn in finish(engine).values()] == [1, 1]
+    assert server.version == other.version
+
+
+def test_a_server_started_anew_serves_no_old_weights(make: Make, connect: Open) -> None:
+    """It dies and comes back so fast that no request fails: its answers give it away."""
+    server = make()
+    engine = connect(server, patience=10.0)
+    engine.load_weights(MODEL.named_parameters(), 1)
+    current, server.version = server.version, "default"
+    submit(engine, [0])
+    turn = finish(engine)[0]
+    assert turn.version == 1
+    assert server.version == current
+    assert server.paths().count("/collective_rpc") == 3
+
+
+def test_new_weights_reach_all_servers_whole(make: Make, connect: Open) -> None:
+    servers = [make(), make()]
+    engine = connect(*servers)
+    for server in servers:  # what the engine was made with
+        assert set(server.weights) == set(MODEL.state_dict())  # the tied head by both its names
+        for name, weight in MODEL.state_dict().items():
+            assert torch.equal(server.weights[name], weight)
+    submit(engine, [0])
+    finish(engine)
+    with pytest.raises(ModelError, match=r"1 weights were left out, such as 'model\.norm\.weight'"):
+        engine.load_weights([w for w in MODEL.named_parameters() if w[0] != "model.norm.weight"], 1)
+    with pytest.raises(ModelError, match=r"weight 'head' \[2\]: the model has none of that name"):
+        engine.load_weights([("head", torch.zeros(2))], 1)
+    with pytest.raises(ModelError, match=r"'model.norm.weight' \[2\]: the model has \[128\]"):
+        engine.load_weights([("model.norm.weight", torch.zeros(2))], 1)
+    submit(engine, [0])
+    with pytest.raises(ValueError, match="1 turns are under way"):
+        engine.load_weights(MODEL.named_parameters(), 1)
+    assert finish(engine)[0].version == 0
+    for version in (1, 2):
+        new = {name: torch.full_like(p, version) for name, p in MODEL.named_parameters()}
+        engine.load_weights(new.items(), version)
+        for server in servers:
+            assert all(bool((weight == version).all()) for weight in server.weights.values())
+    rpc = [body for path, body in servers[0].calls if path == "/collective_rpc"]
+    assert len(rpc) == 3
+    folders = [Path(body["kwargs"]["weights_path"]) for body in rpc]
+    assert [folder.exists() for folder in folders] == [False, False, True]
+    with pytest.raises(ContextError, match="holds nothing"):  # slots were forgotten
+        engine.submit(0, [], SamplingParams())
+    engine.close()
+    assert not folders[-1].parent.exists()
+
+
+def test_a_server_that_cannot_take_weights_is_left_out(
+    make: Make, connect: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, other = make(), make()
+    engine = connect(server, other)
+    server.missing["/collective_rpc"] = 500
+    engine.load_weights(MODEL.named_parameters(), 1)
+    assert "TMPDIR" in caplog.text
+    before = len(server.turns)
+    submit(engine, range(4))
+    assert {turn.version for turn in finish(engine).values()} == {1}
+    assert len(server.turns) == before
+    other.missing["/collective_rpc"] = 500
+    with pytest.raises(EngineError, match=r"no vLLM server can be used.*TMPDIR"):
+        engine.load_weights(MODEL.named_parameters(), 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"raw": True}, EngineError, "not those at the sampling temperature.*--logprobs-mode"),
+        ({"missing": {"/inference/v1/generate": 403}}, EngineError, "--enable-scale-out"),
+        ({"missing": {"/collective_rpc": 404}}, EngineError, "VLLM_SERVER_DEV_MODE=1"),
+        ({"missing": {"/v1/models": 401}}, EngineError, "VLLM_API_KEY"),
+        ({"context": 100}, ContextError, "100 tokens, too short for 200.*--max-model-len 200"),
+    ],
+)
+def test_a_server_started_in_another_way_is_refused(
+    settings: dict[str, Any], error: type[Exception], message: str, make: Make, connect: Open
+) -> None:
+    with pytest.raises(error, match=message):
+        connect(make(), make(**settings))
+
+
+def test_servers_that_are_down_at_the_start(
+    make: Make, connect: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    down, up = make(), make()
+    down.stop()
+    engine = connect(down, up)
+    assert f"{down.url} cannot be used now: ConnectError" in caplog.text
+    submit(engine, [0])
+    assert len(finish(engine)) == 1
+    with pytest.raises(EngineError, match="no vLLM server can be used"):
+        connect(down)
+
+
+@pytest.mark.parametrize(
+    ("urls", "message"),
+    [
+        ([""], "no server's address"),
+        (["localhost:8000"], "no server's address"),
+        (["http://me:secret@host:1"], "may hold no password"),
+        (["http://host:1", "http://host:1/v1/"], "name each one once"),
+    ],
+)
+def test_addresses_that_cannot_be_used(urls: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        make_engine(f"server:{','.join(urls)}", MODEL, CODEC, max_slots=1)
+    assert "secret" not in str(caught.value)
+
+
+def test_logits_that_are_not_finite(make: Make, connect: Open) -> None:
+    engine = connect(make(mode="nan"))
+    submit(engine, [0])
+    with pytest.raises(NonFiniteError, match="version 0"):
+        finish(engine)
+
+
+def test_an_interruption_hands_over_what_there_is(make: Make, connect: Open) -> None:
+    server = make()
+    engine = connect(server, max_in_flight=2)
+    assert isinstance(engine, Interruptible)
+    server.gate.clear()
+    submit(engine, range(3))
+    until(lambda: server.now == 2)
+    turns = engine.interrupt()
+    assert [turn.finish for turn in turns] == ["interrupted"] * 3
+    assert [len(turn.tokens) for turn in turns] == [2, 2, 0]  # the third was still waiting
+    assert list(turns[0].tokens) == script(*_asked(server, 0), 2)
+    assert not engine.busy
+    server.gate.set()
+    server.aborted.clear()
+    submit(engine, [0])
+    assert finish(engine)[0].finish == "length"
+    assert server.turns[-1][0] == CODEC.encode_text("q0")  # the slot held nothing
+
+
+def test_a_forgotten_engine_leaves_nothing_behind(make: Make) -> None:
+    server = make()
+    engine = ServerEngine(MODEL, CODEC, [server.url], 200)
+    folder = Path(server.calls[1][1]["kwargs"]["weights_path"])
+    assert folder.exists()
+    submit(engine, [0])
+    finish(engine)
+    del engine
+    gc.collect()
+    assert not folder.parent.exists()
+    until(lambda: all(thread.name != "servers" for thread in threading.enumerate()))
+
+
+def test_it_is_made_by_its_name(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    servers = [make(), make()]
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    name = f"server:{servers[0].url}/v1/, {servers[1].url}"
+    engine = make_engine(name, MODEL, CODEC, max_slots=4)
+    assert engine.max_context == 256  # the model's
+    for server in servers:
+        assert server.paths()[0] == "/v1/models"
+        assert set(server.keys) == {"Bearer sesame"}
+    assert isinstance(engine, ServerEngine)
+    engine.close()
+
+
+# Real servers.
+
+
+class Vllm:
+    """A real server, which can be started again on its port."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.folder = folder
+        self.log = folder.parent / f"{self.port}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        environment = {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = (
+            f"-m vllm.entrypoints.openai.api_server --model {self.folder} --host 127.0.0.1 "
+            f"--port {self.port} --dtype float32 --enforce-eager --max-model-len 256 "
+            "--enable-scale-out --logprobs-mode processed_logprobs"
+        )
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *command.split()],
+                env=os.environ | environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def ready(self) -> None:
+        deadline = time.monotonic() + 900
+        while True:
+            assert self.process
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"vLLM did not start: {self.log.read_text()[-3000:]}")
+            try:
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return
+            except httpx.HTTPError:
+                time.sleep(0.5)
+
+    def kill(self) -> None:
+        if self.process and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def version(self) -> str:
+        return str(httpx.get(f"{self.url}/weight_info").json()["weight_version"])
+
+    def finished(self) -> int:
+        """How many requests it has answered since its start."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return sum(
+            int(float(line.rpartition(" ")[2]))
+            for line in lines
+            if line.startswith("vllm:request_success_total")
+        )
+
+
+@pytest.fixture(scope="module")
+def servers(vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Vllm]]:
+    """Two servers with weights that no test uses."""
+    folder = tmp_path_factory.mktemp("vllm") / "model"
+    torch.manual_seed(9)
+    model = tiny_qwen2(hidden=128)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    CODEC.tokenizer.save_pretrained(folder)
+    both = [Vllm(folder), Vllm(folder)]
+    for server in both:
+        server.start()
+    try:
+        for server in both:
+            server.ready()
+        yield both
+    finally:
+        for server in both:
+            server.kill()
+
+
+def changed(model: Any, seed: int) -> Any:
+    """The model with other weights, in place."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def plays(engine: Engine, temperature: float = 0.0, **hooks: Any) -> list[Trajectory]:
+    """24 trajectories of three turns each, of which many end inside the token ``>.``."""
+    environments = make_environments(TOY, 8, {"turns": 3, "end": ">"})
+    episodes = [(episode, sample) for episode in range(4) for sample in range(6)]
+    limits = Limits(temperature=temperature, max_turn=24, max_prompt=100, max_response=200)
+    return collect(engine, environments, CODEC, episodes, limits, **hooks)
+
+
+def tokens(trajectories: list[Trajectory]) -> list[list[int]]:
+    return [trajectory.tokens for trajectory in trajectories]
+
+
+def worst_logprob(model: Any, trajectories: list[Trajectory], temperature: float) -> float:
+    """The largest distance of a sampler's log-probability to a learner's."""
+    worst, count = 0.0, 0
+    for trajectory in trajectories:
+        with torch.no_grad():
+            logits = model(torch.tensor([trajectory.tokens])).logits[0].double()
+        full = torch.log_softmax(logits / temperature, -1)
+        at = 0
+        for segment in trajectory.segments:
+            for i, token in enumerate(segment.tokens):
+                if segment.logprobs is not None:
+                    worst = max(worst, abs(full[at - 1, token].item() - segment.logprobs[i]))
+                    count += 1
+                at += 1
+    assert count > 500
+    return worst
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_real_servers(  # noqa: PLR0915
+    servers: list[Vllm], caplog: pytest.LogCaptureFixture
+) -> None:
+    """One story, as each of its parts needs both servers: a minute to start."""
+    caplog.set_level(logging.WARNING)
+    model = tiny_qwen2(hidden=128)
+    local = TransformersEngine(model, CODEC, 8, 256)
+    urls = ",".join(server.url for server in servers)
+    engine = make_engine(f"server:{urls}", model, CODEC, max_slots=8)
+
+    # The servers have the model's weights, whatever they were started with.
+    assert servers[0].version() == servers[1].version() != "default"
+    greedy = plays(engine)
+    assert tokens(greedy) == tokens(plays(local))
+    ends = {segment.text[-1:] for t in greedy for segment in t.segments if segment.logprobs}
+    assert ">" in ends or "." in ends
+    assert min(server.finished() for server in servers) > 10
+
+    # Log-probabilities are the learner's at the sampling temperature, and seeds decide.
+    for temperature in (1.0, 0.6):
+        sampled = plays(engine, temperature)
+        assert worst_logprob(model, sampled, temperature) < 1e-4
+    assert tokens(plays(engine, temperature)) == tokens(sampled)
+    assert tokens(plays(engine, temperature, seed=1)) != tokens(sampled)
+
+    # New weights reach both.
+    for version in (1, 2):
+        changed(model, version)
+        engine.load_weights(model.named_parameters(), version)
+        local.load_weights(model.named_parameters(), version)
+        assert servers[0].version() == servers[1].version()
+        greedy = plays(engine)
+        assert tokens(greedy) == tokens(plays(local))
+        assert {v for t in greedy for s in t.segments if s.logprobs for v in s.versions or ()} == {
+            version
+        }
+    assert worst_logprob(model, plays(engine, 1.0), 1.0) < 1e-4
+
+    # One is killed in the middle.
+    finished: list[Trajectory] = []
+
+    def kill_one(trajectory: Trajectory) -> None:
+        finished.append(trajectory)
+        if len(finished) == 6:
+            servers[0].kill()
+
+    greedy = plays(engine, on_finish=kill_one)
+    assert tokens(greedy) == tokens(plays(local))
+    assert not any(trajectory.void for trajectory in greedy)
+    assert f"{servers[0].url} is left out" in caplog.text
+
+    # It is started again while the weights change, and is used with the new ones only.
+    changed(model, 3)
+    engine.load_weights(model.named_parameters(), 3)
+    local.load_weights(model.named_parameters(), 3)
+    servers[0].start()
+    servers[0].ready()
+    assert servers[0].finished() == 0
+    until_back = time.monotonic() + 300
+    while f"{servers[0].url} is back" not in caplog.text:
+        assert time.monotonic() < until_back
+        time.sleep(0.2)
+    assert servers[0].version() == servers[1].version()
+    greedy = plays(engine)
+    assert tokens(greedy) == tokens(plays(local))
+    assert servers[0].finished() > 10
+
+    # Turns under way are handed over where they are.
+    for slot in range(4):
+        engine.submit(slot, CODEC.encode_text("q"), SamplingParams(0.7, 150, seed=slot))
+    time.sleep(0.1)
+    assert isinstance(engine, Interruptible)
+    parts = engine.interrupt()
+    assert {part.slot for part in parts} == set(range(4))
+    assert not engine.busy
+    assert {part.finish for part in parts} <= {"interrupted", "end"}
+    assert max(len(part.tokens) for part in parts) > 0
+
+    # All are killed.
+    assert isinstance(engine, ServerEngine)
+    engine.close()
+    for server in servers:
+        server.kill()
+    with pytest.raises(EngineError, match="no vLLM server can be used"):
+        make_engine(f"server:{urls}", model, CODEC, max_slots=8)

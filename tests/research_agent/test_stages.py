@@ -1,0 +1,51 @@
+"""Stages of a run: how they are written, and when the next one begins."""
+
+from __future__ import annotations
+
+import pytest
+
+from research_agent.errors import ConfigError
+from research_agent.stages import Position, Stage, parse_stages
+
+
+def test_stages_are_words() -> None:
+    first, second, last = parse_stages(
+        ["steps=20 until=1.4 reward=r1-searcher-stage1 top_k=3", "until=2 hops=[1,2]", "split=dev"]
+    )
+    assert first == Stage({"reward": "r1-searcher-stage1", "top_k": 3}, 20, 1.4)
+    assert second == Stage({"hops": [1, 2]}, None, 2)
+    assert last == Stage({"split": "dev"})
+    assert parse_stages(["questions='a file.jsonl'"])[0].env_args == {"questions": "a file.jsonl"}
+    assert parse_stages([]) == ()
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["reward=em", "reward=f1"], "never ends"),
+        (["steps=3", "steps=4"], "ends with the run"),
+        (["steps=0", ""], "number from 1 on"),
+        (["steps=2.5", ""], "number from 1 on"),
+        (["until=soon", ""], "is a reward"),
+        (["reward", ""], "KEY=VALUE"),
+        (["reward='em", ""], "No closing quotation"),
+    ],
+)
+def test_a_stage_that_makes_no_sense_is_refused(texts: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_stages(texts)
+
+
+def test_steps_or_reward_end_a_stage() -> None:
+    stages = parse_stages(["steps=7 until=0.5", "until=1", "top_k=1"])
+    position = Position()
+    # The mean of five steps reaches .5 with the fifth: 0 + .25 + .5 + .75 + 1 = 2.5.
+    moved = [position.moves_on(stages, reward) for reward in (0, 0.25, 0.5, 0.75, 1.0)]
+    assert moved == [False, False, False, False, True]
+    assert position == Position(stage=1)
+    assert [position.moves_on(stages, 1.0) for _ in range(5)] == [False] * 4 + [True]
+    assert [position.moves_on(stages, 9.0) for _ in range(9)] == [False] * 9  # the last one
+    assert position == Position(stage=2, steps=9, rewards=[9.0] * 5)
+
+    position = Position()
+    assert [position.moves_on(stages, 0.0) for _ in range(7)] == [False] * 6 + [True]
