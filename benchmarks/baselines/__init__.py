@@ -1,0 +1,1 @@
+"""The baselines of the papers' tables, each a file: what it asks of model and search engine."""

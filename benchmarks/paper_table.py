@@ -1,0 +1,444 @@
+r"""The papers' table: every method on every data set, with the papers' numbers beside ours.
+
+    python -m benchmarks.paper_table --models Qwen/Qwen2.5-7B-Instruct \
+        --trained ReSearch-Qwen-7B-Instruct=agentrl/ReSearch-Qwen-7B-Instruct \
+        --retriever elasticsearch://localhost:9200/wiki18
+    python -m benchmarks.paper_table --mini
+
+A cell is a folder, ``OUTPUT/MODEL/METHOD/DATASET``, with ``predictions.jsonl`` and
+``summary.json``, as ``research-agent eval`` writes them. The same command goes on where it was
+stopped; a cell that is there is reused if its model, data, index and settings are the same, and
+refused otherwise. Several commands may fill different cells of one output at the same time. Where
+``research-env judge`` has put a ``judge.json`` into a cell, its column is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import tyro
+from rich.console import Console
+
+from benchmarks.baselines import (
+    driver,
+    ircot,
+    iter_retgen,
+    miniature,
+    naive_generation,
+    naive_rag,
+    rendering,
+    search_agent,
+)
+from benchmarks.baselines.published import DATASETS, published
+from benchmarks.baselines.rendering import Cell, Judged, Results, Row
+from research_agent.config import EvalConfig, validate_eval
+from research_agent.errors import ConfigError, ResearchAgentError
+from research_agent.trajectory import Trajectory
+from research_env.errors import ResearchEnvError
+
+Player = Callable[..., Sequence[Trajectory]]
+Format = Literal["terminal", "markdown", "latex", "json"]
+
+LABELS = {
+    "naive_generation": "Naive Generation",
+    "naive_rag": "Naive RAG",
+    "iter_retgen": "Iter-RetGen",
+    "ircot": "IRCoT",
+    "search_agent": "Search agent, zero-shot",
+}
+BASELINES: Mapping[str, driver.Baseline] = {
+    "naive_generation": naive_generation.play,
+    "naive_rag": naive_rag.play,
+    "iter_retgen": iter_retgen.play,
+    "ircot": ircot.play,
+}
+MINIATURE: Mapping[str, driver.Baseline] = {
+    "naive_generation": partial(naive_generation.play, prompt=miniature.guess),
+    "naive_rag": partial(naive_rag.play, prompt=miniature.read),
+    "iter_retgen": partial(iter_retgen.play, prompt=miniature.read),
+    "ircot": partial(ircot.play, prompt=miniature.think),
+}
+ENV = "research_env:SearchQA-v0"
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """Run the baselines and trained models of the papers' tables, and print the table.
+
+    A model is [LABEL=]MODEL, a folder or a name on the hub, or [LABEL=]NAME@URL, as an
+    OpenAI-compatible endpoint knows it (up to /v1; its key is read from OPENAI_API_KEY). One whose
+    label or name says "instruct" or "chat" is prompted through its chat template, any other with
+    plain text.
+    """
+
+    models: tuple[str, ...] = ()
+    """Models that every method is played with."""
+    trained: tuple[str, ...] = ()
+    """Models that were trained to search. A label such as ReSearch-Qwen-7B puts the paper's numbers
+    of that name beside it."""
+    datasets: tuple[str, ...] = tuple(DATASETS)
+    """Data sets."""
+    methods: tuple[str, ...] = tuple(LABELS)
+    """What is played with the models."""
+    paper: Literal["7b", "32b"] = "7b"
+    """Which of ReSearch's tables stands beside ours."""
+    retriever: str | None = None
+    """Search engine for all; none takes each data set's own corpus."""
+    split: str | None = None
+    """Of the data sets. None takes all development questions where there is a --retriever, those
+    with gold passages where there is none, and the test questions of Bamboogle."""
+    top_k: int = 5
+    """Passages a search, for every method."""
+    limit: int | None = None
+    """Questions a cell."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int = 0
+    """Order of the questions, and sampled tokens."""
+    engine: str = "transformers"
+    """What samples the tokens: transformers, or vllm."""
+    max_prompt: int = 8192
+    """Longest prompt, in tokens."""
+    max_response: int = 8192
+    """Longest rest of an episode of a search agent; longest reply to a baseline's prompt."""
+    max_turn: int | None = None
+    """Longest action or reply, in tokens."""
+    slots: int = 64
+    """Questions played at the same time."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Number format of the weights."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    output: Path = Path("runs/paper-table")
+    """Folder of the cells, and of table.md, table.tex, table.json and table.png."""
+    format: Format = "terminal"
+    """What is printed on standard output."""
+    quiet: bool = False
+    """Show no progress."""
+    mini: bool = False
+    """The table in miniature: a small policy and two invented worlds, made here in minutes. Takes
+    --methods, --limit, --seed and --output."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the cells that are missing, and print the table."""
+    config = tyro.cli(TableConfig, args=argv, prog="python -m benchmarks.paper_table")
+    try:
+        results = run_miniature(config, miniature.Miniature()) if config.mini else run(config)
+    except (ResearchAgentError, ResearchEnvError) as error:
+        print(f"benchmarks.paper_table: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on where this one was", file=sys.stderr)
+        sys.exit(130)
+    show(results, config.output, config.format)
+
+
+def run(config: TableConfig) -> Results:
+    """Fill the table with real models and data.
+
+    Raises:
+        ConfigError: names or numbers that cannot be used, before anything is played.
+        ResearchAgentError, ResearchEnvError: a cell that cannot be played, or is of other settings.
+    """
+    if not config.models and not config.trained:
+        raise ConfigError("there is nothing to play: give --models or --trained, or --mini")
+    for given, known in ((config.datasets, DATASETS), (config.methods, LABELS)):
+        for name in given:
+            if name not in known:
+                raise ConfigError(f"{name!r} is not known here; there is {', '.join(known)}")
+    worlds = {DATASETS[name]: _arguments(config, name) for name in config.datasets}
+    return fill(config, worlds, BASELINES)
+
+
+def run_miniature(config: TableConfig, settings: miniature.Miniature) -> Results:
+    """Fill the table of the miniature, whose policy and worlds are made first, or found."""
+    with redirect_stdout(sys.stderr):  # standard output is the table's
+        made = miniature.prepare(config.output, settings, config.seed, quiet=config.quiet)
+    config = replace(
+        config,
+        models=(f"warm-start={made.policy}",),
+        trained=(f"Trained search={made.trained}",),
+        top_k=settings.top_k,
+        slots=miniature.SLOTS,
+        max_prompt=miniature.MAX_PROMPT,
+        max_response=miniature.MAX_RESPONSE,
+        max_turn=miniature.MAX_TURN,
+        dtype="float32",
+        engine="transformers",
+        limit=config.limit or miniature.DEV,
+    )
+    worlds = {name: {**args, "split": "dev"} for name, args in made.worlds.items()}
+    return fill(config, worlds, MINIATURE)
+
+
+def fill(
+    config: TableConfig,
+    datasets: Mapping[str, Mapping[str, Any]],
+    baselines: Mapping[str, driver.Baseline],
+) -> Results:
+    """Play or find every cell.
+
+    Args:
+        config: models, methods and limits.
+        datasets: the environment's arguments for each, by printed name.
+        baselines: the methods, but for the search agent.
+    """
+    plan = [(spec, method) for spec in config.models for method in config.methods]
+    plan += [(spec, "search_agent") for spec in config.trained]
+    sampler: Sampler | None = None
+    rows = []
+    for i, (spec, method) in enumerate(plan):
+        trained = i >= len(plan) - len(config.trained)
+        if sampler is None or sampler.spec != spec:
+            if sampler is not None:
+                sampler.close()  # one model in memory at a time
+            sampler = Sampler(spec, config)
+        label = sampler.label if trained else LABELS[method]
+        several = len(config.models) > 1 and not trained
+        cells = {
+            name: play(
+                config,
+                sampler,
+                method,
+                name,
+                arguments=arguments,
+                baseline=baselines.get(method),
+            )
+            for name, arguments in datasets.items()
+        }
+        rows.append(
+            Row(f"{label}, {sampler.label}" if several else label, sampler.name, trained, {
+                name: replace(cell, published=_published(config, label, arguments))
+                for (name, arguments), cell in zip(datasets.items(), cells.values(), strict=True)
+            })
+        )  # fmt: skip
+    if sampler is not None:
+        sampler.close()
+    return Results(rows, list(datasets))
+
+
+class Sampler:
+    """A model of the table; loaded when something is to be played, and not before."""
+
+    def __init__(self, spec: str, config: TableConfig) -> None:
+        from research_agent.policy import resolve_model  # noqa: PLC0415 - loads torch
+        from research_agent.provenance import model_fingerprint  # noqa: PLC0415
+
+        self.spec = spec
+        label, named, place = spec.partition("=")
+        label, place = (label, place) if named else ("", spec)
+        self.name, at, rest = place.partition("@http")
+        self.endpoint = f"http{rest}".rstrip("/") if at else None
+        self.label = label or Path(self.name).name
+        self.chat = any(word in f"{label}/{self.name}".lower() for word in ("instruct", "chat"))
+        self._config = config
+        self._place = self.name if self.endpoint else resolve_model(self.name)
+        self.fingerprint = (
+            f"{self.name} at {self.endpoint}" if self.endpoint else model_fingerprint(self._place)
+        )
+
+    @cached_property
+    def codec(self) -> Any:
+        """Its tokenizer."""
+        from research_agent.codec import load_codec  # noqa: PLC0415
+        from research_agent.engines.endpoint import EndpointCodec  # noqa: PLC0415
+
+        if self.endpoint:
+            return EndpointCodec(chat_template=self.chat)
+        return load_codec(self._place, chat_template=self.chat)
+
+    @cached_property
+    def engine(self) -> Any:
+        """An engine with its weights, or in front of its endpoint."""
+        from research_agent.engines import make_engine  # noqa: PLC0415
+        from research_agent.engines.endpoint import EndpointEngine  # noqa: PLC0415
+        from research_agent.policy import load_model  # noqa: PLC0415
+        from research_agent.trainer import context_of  # noqa: PLC0415
+
+        config = self._config
+        if self.endpoint:
+            return EndpointEngine(self.endpoint, self.name, self.codec, concurrency=config.slots)
+        model = load_model(self.name, dtype=config.dtype, device=config.device)
+        context = context_of(model, config.max_prompt + config.max_response)
+        return make_engine(
+            config.engine,
+            model,
+            self.codec,
+            max_slots=config.slots,
+            max_context=context,
+            share=True,
+        )
+
+    def close(self) -> None:
+        """Let go of the engine, where there is one."""
+        engine = self.__dict__.pop("engine", None)
+        if hasattr(engine, "close"):
+            engine.close()
+
+
+def play(
+    config: TableConfig,
+    sampler: Sampler,
+    method: str,
+    dataset: str,
+    *,
+    arguments: Mapping[str, Any],
+    baseline: driver.Baseline | None,
+) -> Cell:
+    """Play what is missing of a cell; ``baseline`` is None for the search agent.
+
+    Raises:
+        PredictionsError: the folder holds a cell of another model or of other settings.
+    """
+    from research_agent.evaluate import evaluate  # noqa: PLC0415
+    from research_agent.provenance import header  # noqa: PLC0415
+    from research_agent.trainer import open_environments  # noqa: PLC0415
+
+    folder = config.output / _plain(sampler.label) / method / _plain(dataset)
+    given = {**arguments, "top_k": config.top_k, "protocol": "research"}
+    given.setdefault("template", "instruct" if sampler.chat else "base")
+    settings = EvalConfig(
+        env=ENV,
+        model=sampler.name,
+        output=folder,
+        endpoint=sampler.endpoint,
+        env_args=given,
+        limit=config.limit,
+        temperature=config.temperature,
+        seed=config.seed,
+        chat_template=sampler.chat,
+        engine=config.engine,
+        max_prompt=config.max_prompt,
+        max_response=config.max_response,
+        max_turn=config.max_turn,
+        slots=config.slots,
+        dtype=config.dtype,
+        device=config.device,
+    )
+    validate_eval(settings)
+    environments: Any
+    if baseline is None:
+        environments = open_environments(ENV, config.slots, given)
+        player: Player = search_agent.run
+    else:
+        name = ENV.partition(":")[2]
+        environments = gym.make_vec(
+            name, num_envs=config.slots, vectorization_mode="vector_entry_point", **given
+        )
+        player = partial(driver.run, baseline=baseline)
+
+    def on_demand(
+        _: None, environments: Any, __: None, episodes: Sequence[Any], *args: Any, **kwargs: Any
+    ) -> Sequence[Trajectory]:
+        if not episodes:
+            return []
+        if not config.quiet:
+            print(f"{sampler.label}, {method}, {dataset}: {len(episodes)}", file=sys.stderr)
+        return player(sampler.engine, environments, sampler.codec, episodes, *args, **kwargs)
+
+    nobody: Any = None  # a model is loaded only where something is to be played
+    limit = None if config.limit is None else min(config.limit, environments.num_tasks)
+    try:
+        summary = evaluate(
+            nobody,
+            environments,
+            nobody,
+            settings,
+            folder,
+            limit=limit,
+            seed=config.seed,
+            header={**header(settings, environments, sampler.fingerprint), "method": method},
+            show=not config.quiet,
+            play=on_demand,
+        )
+    finally:
+        environments.close()
+    low, high = summary.intervals.get("em", (0.0, 0.0))
+    return Cell(
+        em=100 * summary.metrics.get("em", 0.0),
+        interval=(100 * low, 100 * high),
+        searches=summary.metrics.get("searches", 0.0),
+        episodes=summary.episodes,
+        void=summary.void,
+        judged=read_judge(folder),
+        published=None,
+        folder=str(folder),
+    )
+
+
+def read_judge(folder: Path) -> Judged | None:
+    """What ``research-env judge`` said of a cell; None where nobody judged.
+
+    Raises:
+        ConfigError: a judge.json that is no such file.
+    """
+    path = folder / "judge.json"
+    if not path.exists():
+        return None
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        score = said["score"]
+        low, high = said["range"] or (score, score)
+        return Judged(
+            None if score is None else 100 * float(score),
+            (100 * float(low), 100 * float(high)),
+            str(said["model"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is no summary of a judge ({type(error).__name__}: {error}); "
+            "remove it, and run research-env judge again"
+        ) from error
+
+
+def show(results: Results, output: Path, form: Format = "terminal") -> None:
+    """Write table.md, table.tex, table.json and table.png, and print one of the forms."""
+    output.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "md": rendering.markdown(results),
+        "tex": rendering.latex(results),
+        "json": rendering.as_json(results),
+    }
+    for ending, text in texts.items():
+        (output / f"table.{ending}").write_text(text, encoding="utf-8")
+    bars = rendering.chart(results, output / "table.png")
+    if form == "terminal":
+        Console().print(rendering.terminal(results))
+        print(f"{output}/table.md, .tex, .json and .png ({bars})")
+    else:
+        print(texts[{"markdown": "md", "latex": "tex", "json": "json"}[form]], end="")
+    void = sum(cell.void for row in results.rows for cell in row.cells.values())
+    if void:
+        message = f"{void} episodes are void, and in no mean; the same command plays them again"
+        print(message, file=sys.stderr)
+
+
+def _arguments(config: TableConfig, dataset: str) -> dict[str, Any]:
+    split = config.split or ("dev-all" if config.retriever else "dev")
+    if dataset == "bamboogle":
+        split = "test"
+    return {"dataset": dataset, "split": split, "retriever": config.retriever}
+
+
+def _published(
+    config: TableConfig, label: str, arguments: Mapping[str, Any]
+) -> tuple[float, float] | None:
+    return published(config.paper, label, str(arguments["dataset"]))
+
+
+def _plain(name: str) -> str:
+    """A name as one part of a path."""
+    return "".join(char if char.isalnum() or char in "-._" else "-" for char in name)
+
+
+if __name__ == "__main__":
+    main()

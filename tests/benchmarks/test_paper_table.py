@@ -1,0 +1,387 @@
+"""The table: cells that are played once, reused, and refused; and the forms it is printed in."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import tyro
+
+from benchmarks import paper_table
+from benchmarks.baselines import miniature, rendering
+from benchmarks.baselines.published import DATASETS, published
+from benchmarks.baselines.rendering import Cell, Judged, Results, Row
+from research_agent.errors import ConfigError, PredictionsError
+from research_env.cli import main as research_env
+from tests.research_agent.conftest import byte_tokenizer, tiny_qwen2
+from tests.test_readme import blocks, commands
+
+WHOLE = [f"q{i}" for i in range(3)]
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three questions of two data sets, and their passages."""
+    folder = tmp_path / "data"
+    for name in ("musique", "hotpotqa"):
+        (folder / name).mkdir(parents=True)
+        questions = [
+            {"id": i, "question": f"Who is Ann {i}?", "answers": ["Ann"], "supporting": ["p1"],
+             "hops": 2, "split": "dev"}
+            for i in WHOLE
+        ]  # fmt: skip
+        passages = [{"id": f"p{i}", "title": f"Ann {i}", "text": "She is."} for i in range(3)]
+        for file, records in (("questions", questions), ("corpus", passages)):
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            (folder / name / f"{file}.jsonl").write_text(lines, encoding="utf-8")
+    monkeypatch.setenv("RESEARCH_DATA", str(folder))
+    monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A random model of a few thousand weights."""
+    folder = tmp_path / "tiny"
+    tiny_qwen2(context=4096).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def words(model: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *("--models", f"tiny={model}", "--datasets", "musique", "hotpotqa"),
+        *("--max-prompt", "3900", "--max-response", "60", "--max-turn", "12", "--slots", "4"),
+        *("--dtype", "float32", "--device", "cpu", "--top-k", "2", "--quiet"),
+        *("--output", str(output), *more),
+    ]
+
+
+def cell_files(output: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(output)): path.read_bytes()
+        for path in sorted(output.rglob("predictions.jsonl"))
+    }
+
+
+def test_every_cell_is_played_once_and_then_found_without_loading_a_model(
+    data: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "table"
+    methods = ("--methods", "naive_generation", "iter_retgen", "search_agent")
+    trained = ("--trained", f"ReSearch-Qwen-7B={model}")
+    paper_table.main(words(model, output, *methods, *trained, "--format", "json"))
+    table = json.loads(capsys.readouterr().out)
+    assert json.loads((output / "table.json").read_text()) == table
+    assert table["datasets"] == ["MuSiQue", "HotpotQA"]
+    assert [row["label"] for row in table["rows"]] == [
+        "Naive Generation", "Iter-RetGen", "Search agent, zero-shot", "ReSearch-Qwen-7B",
+    ]  # fmt: skip
+    assert [row["trained"] for row in table["rows"]] == [False, False, False, True]
+    for row in table["rows"]:
+        assert {cell["episodes"] for cell in row["cells"].values()} == {3}
+        assert {cell["judged"] for cell in row["cells"].values()} == {None}
+    searches = [row["cells"]["MuSiQue"]["searches"] for row in table["rows"]]
+    assert searches[:2] == [0, 3]
+    assert table["rows"][1]["cells"]["HotpotQA"]["published"] == [34.36, 52.22]
+    assert table["rows"][2]["cells"]["HotpotQA"]["published"] is None
+    assert table["rows"][3]["cells"]["MuSiQue"]["published"] == [21.68, 32.19]
+    before = cell_files(output)
+    assert list(before) == [
+        *(f"ReSearch-Qwen-7B/search_agent/{name}/predictions.jsonl"
+          for name in ("HotpotQA", "MuSiQue")),
+        *(f"tiny/{method}/{name}/predictions.jsonl"
+          for method in ("iter_retgen", "naive_generation", "search_agent")
+          for name in ("HotpotQA", "MuSiQue")),
+    ]  # fmt: skip
+    header, *records = map(json.loads, before["tiny/iter_retgen/MuSiQue/predictions.jsonl"]
+                           .decode().splitlines())  # fmt: skip
+    assert header["header"]["method"] == "iter_retgen"
+    assert header["header"]["environment"]["limits"].startswith("top_k 2,")
+    assert {record["info"]["question_id"] for record in records} == set(WHOLE)
+    found = [s for s in records[0]["segments"] if s["provenance"] == "observation"]
+    assert [len(segment["info"]["passage_ids"]) for segment in found] == [2, 2, 2]
+
+    def no_model(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("research_agent.policy.load_model", no_model)
+    paper_table.main(words(model, output, *methods, *trained, "--format", "json"))
+    assert json.loads(capsys.readouterr().out) == table
+    assert cell_files(output) == before
+
+
+def test_a_cell_that_was_cut_is_gone_on_with(data: Path, model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "table"
+    paper_table.main(words(model, output, "--methods", "naive_rag"))
+    (output / "tiny/naive_rag/MuSiQue/summary.json").unlink()
+    path = output / "tiny/naive_rag/MuSiQue/predictions.jsonl"
+    header, first, second, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(header + first + second[:40])
+    paper_table.main(words(model, output, "--methods", "naive_rag"))
+    again = path.read_bytes().splitlines(keepends=True)
+    assert again[:2] == [header, first]
+    assert sorted(again[2:]) == sorted([second, third])
+
+
+def test_a_cell_of_other_settings_is_refused(
+    data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "table"
+    paper_table.main(words(model, output, "--methods", "naive_rag"))
+    before = cell_files(output)
+    with pytest.raises(SystemExit, match="2"):
+        paper_table.main(words(model, output, "--methods", "naive_rag", "--top-k", "1"))
+    error = capsys.readouterr().err
+    assert "top_k 2" in error
+    assert "top_k 1" in error
+    assert cell_files(output) == before
+    with pytest.raises(PredictionsError, match="method"):  # a folder moved to another method
+        (output / "tiny/naive_rag").rename(output / "tiny/ircot")
+        config = paper_table.TableConfig(
+            models=(f"tiny={model}",), datasets=("musique",), methods=("ircot",), output=output,
+            max_prompt=3900, max_response=60, max_turn=12, slots=4, dtype="float32",
+            device="cpu", top_k=2, quiet=True,
+        )  # fmt: skip
+        paper_table.run(config)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--datasets", "squad"), "'squad' is not known here; there is hotpotqa, 2wiki"),
+        (("--methods", "self_rag"), "'self_rag' is not known here; there is naive_generation"),
+        (("--slots", "0"), "--slots is 0; it must be at least 1"),
+        (("--models",), "there is nothing to play"),
+    ],
+)
+@pytest.mark.usefixtures("data")
+def test_what_cannot_be_played_is_refused(
+    more: Sequence[str],
+    message: str,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        paper_table.main(words(model, tmp_path / "table", *more))
+    assert message in capsys.readouterr().err
+
+
+def test_the_judges_column_is_what_the_judge_wrote(tmp_path: Path) -> None:
+    assert paper_table.read_judge(tmp_path) is None
+    path = tmp_path / "judge.json"
+    path.write_text('{"score": 0.625, "range": [0.625, 0.625], "model": "J", "missing": 0}')
+    assert paper_table.read_judge(tmp_path) == Judged(62.5, (62.5, 62.5), "J")
+    path.write_text('{"score": null, "range": [0.5, 0.75], "model": "J", "missing": 2}')
+    assert paper_table.read_judge(tmp_path) == Judged(None, (50.0, 75.0), "J")
+    path.write_text('{"verdict": 1}')
+    with pytest.raises(ConfigError, match=r"judge.json is no summary of a judge.*run research-env"):
+        paper_table.read_judge(tmp_path)
+
+
+@contextmanager
+def endpoint() -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+    """A server that answers every prompt with "So the answer is: Ann", and notes what it got."""
+    asked: list[tuple[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            said = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append((self.path, said.get("prompt") or said.get("messages")))
+            text = "Ann" if self.path.endswith("/chat/completions") else " So the answer is: Ann"
+            choice = {"text": text, "message": {"content": text}, "finish_reason": "stop"}
+            body = json.dumps({"choices": [{**choice, "stop_reason": None}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.usefixtures("data")
+def test_an_endpoint_is_asked_in_chat_but_by_ircot(tmp_path: Path) -> None:
+    with endpoint() as (url, asked):
+        config = paper_table.TableConfig(
+            models=(f"instruct=big@{url}",), datasets=("musique",), top_k=2, slots=4, quiet=True,
+            methods=("naive_rag", "ircot"), output=tmp_path / "table",
+        )  # fmt: skip
+        results = paper_table.run(config)
+    assert [row.model for row in results.rows] == ["big", "big"]
+    assert [row.cells["MuSiQue"].em for row in results.rows] == [100.0, 100.0]
+    chats = [said for path, said in asked if path == "/v1/chat/completions"]
+    assert len(chats) == 3
+    assert [message["role"] for message in chats[0]] == ["system", "user"]
+    assert chats[0][0]["content"].count("\nDoc 2(Title: ") == 1
+    assert {said[1]["content"] for said in chats} == {f"Question: Who is Ann {i}?" for i in WHOLE}
+    thoughts = [said for path, said in asked if path == "/v1/completions"]
+    assert len(thoughts) == 3
+    assert all(said.endswith("?\nThought:") for said in thoughts)
+
+
+# --- forms ----------------------------------------------------------------------------------------
+
+
+def cell(em: float, judged: Judged | None = None, paper: tuple[float, float] | None = None) -> Cell:
+    return Cell(em, (em - 1, em + 1), 1.0, 100, 0, judged, paper, "folder")
+
+
+RESULTS = Results(
+    [
+        Row("Naive RAG", "m", False, {
+            "Hotpot_QA": cell(31.0, Judged(49.0, (49.0, 49.0), "J"), (31.9, 49.59)),
+            "2Wiki": cell(20.5),
+        }),
+        Row("Re|Search", "t", True, {
+            "Hotpot_QA": cell(40.125, Judged(None, (50.0, 60.5), "J")),
+            "2Wiki": cell(44.0, None, (44.67, 50.06)),
+        }),
+    ],
+    ["Hotpot_QA", "2Wiki"],
+)  # fmt: skip
+
+
+def test_markdown() -> None:
+    assert rendering.markdown(RESULTS) == (
+        "| method | Hotpot_QA EM | Hotpot_QA LJ | 2Wiki EM | 2Wiki LJ |\n"
+        "| --- | ---: | ---: | ---: | ---: |\n"
+        "| Naive RAG | 31.00 (31.90) | 49.00 (49.59) | 20.50 | – |\n"
+        "| Re\\|Search | 40.12 | 50.00 to 60.50 | 44.00 (44.67) | – (50.06) |\n"
+        "\n"
+        "EM: exact match, in percent. LJ: LLM as a judge. In brackets: the paper's.\n"
+    )
+
+
+def test_latex() -> None:
+    assert rendering.latex(RESULTS).splitlines() == [
+        r"\begin{tabular}{lrrrr}",
+        r"\toprule",
+        r" & \multicolumn{2}{c}{Hotpot\_QA} & \multicolumn{2}{c}{2Wiki} \\",
+        r"\cmidrule(lr){2-3}\cmidrule(lr){4-5}",
+        r"Method & EM & LJ & EM & LJ \\",
+        r"\midrule",
+        r"Naive RAG & 31.00 \textcolor{gray}{(31.90)} & 49.00 \textcolor{gray}{(49.59)}"
+        r" & 20.50 & -- \\",
+        r"\midrule",
+        r"Re|Search & 40.12 & 50.00 to 60.50 & 44.00 \textcolor{gray}{(44.67)}"
+        r" & -- \textcolor{gray}{(50.06)} \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]  # fmt: skip
+
+
+def test_the_terminals_table_has_every_number() -> None:
+    from rich.console import Console
+
+    console = Console(width=120, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(rendering.terminal(RESULTS))
+    text = captured.get()
+    for number in ("31.00 (31.90)", "49.00 (49.59)", "20.50", "50.00 to 60.50", "– (50.06)"):
+        assert number in text
+
+
+def test_the_chart_shows_the_judge_where_all_cells_have_one(tmp_path: Path) -> None:
+    assert rendering.chart(RESULTS, tmp_path / "a.png") == "Exact match (%)"
+    judged = cell(31.0, Judged(49.0, (49.0, 49.0), "J"))
+    one = Results([Row("r", "m", True, {"x": judged})], ["x"])
+    assert rendering.chart(one, tmp_path / "b.png") == "LLM-as-a-Judge (%)"
+    for name in ("a", "b"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_published_numbers() -> None:
+    assert published("7b", "Naive Generation", "hotpotqa") == (19.18, 30.64)
+    assert published("7b", "IRCoT", "bamboogle") == (24.80, 36.80)
+    assert published("32b", "Iter-RetGen", "2wiki") == (33.64, 38.22)
+    assert published("32b", "ReSearch-Qwen-32B-Instruct", "musique") == (26.40, 38.56)
+    assert published("7b", "ReSearch-Qwen-32B", "musique") is None
+    assert published("7b", "IRCoT", "custom") is None
+    rows = {"Naive Generation", "Naive RAG", "Iter-RetGen", "IRCoT"}
+    assert rows < set(paper_table.LABELS.values())
+    for size in ("7b", "32b"):
+        for row in (*rows, f"ReSearch-Qwen-{size.upper()}"):
+            scores = [published(size, row, dataset) for dataset in DATASETS]
+            assert all(score and score[0] < score[1] for score in scores)  # the judge is milder
+
+
+# --- the document ---------------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_document_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    found = [words for block in blocks("docs/reproduce.md") for words in commands(block)]
+    tables = [words for words in found if words[:1] == ["python"]]
+    assert [words[:3] for words in tables] == [["python", "-m", "benchmarks.paper_table"]]
+    config = tyro.cli(paper_table.TableConfig, args=tables[0][3:])
+    assert (config.methods, config.datasets) == (tuple(paper_table.LABELS), tuple(DATASETS))
+    models = [paper_table.Sampler(spec, config) for spec in (*config.models, *config.trained)]
+    assert [(model.label, model.chat) for model in models] == [
+        ("Qwen2.5-7B-Instruct", True), ("ReSearch-Qwen-7B", False),
+        ("ReSearch-Qwen-7B-Instruct", True),
+    ]  # fmt: skip
+    assert all(published("7b", model.label, "musique") for model in models[1:])
+    served = [(words[2], words[4]) for words in found if words[:2] == ["vllm", "serve"]]
+    assert served == [(str(m.name), str(m.endpoint).split(":")[2][:4]) for m in models]
+    calls = [words for words in found if words[:1] == ["research-env"]]
+    assert len(calls) == 3
+    for words in calls:
+        with pytest.raises(SystemExit):
+            research_env([words[1], *(["prepare"] if "prepare" in words else []), "--help"])
+        known = capsys.readouterr().out
+        assert all(word in known for word in words if word.startswith("--"))
+
+
+# --- the miniature --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_miniature_makes_worlds_policies_and_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
+    settings = miniature.Miniature(demonstrations=24, steps=1)
+    config = paper_table.TableConfig(
+        mini=True, limit=3, output=tmp_path / "mini", quiet=True, methods=("naive_rag", "ircot")
+    )
+    results = paper_table.run_miniature(config, settings)
+    assert results.datasets == list(miniature.WORLDS)
+    assert [row.label for row in results.rows] == ["Naive RAG", "IRCoT", "Trained search"]
+    for row in results.rows:
+        assert {cell.episodes for cell in row.cells.values()} == {3}
+        assert not any(cell.published for cell in row.cells.values())
+    assert {row.cells["MiniWorld"].searches for row in results.rows[:1]} == {1.0}
+    records = [
+        json.loads(line)
+        for line in (Path(results.rows[1].cells["other world"].folder) / "predictions.jsonl")
+        .read_text()
+        .splitlines()[1:]
+    ]
+    prompt = next(s["text"] for s in records[0]["segments"] if s["tokens"])
+    assert re.match(r" <result>\n\"\w+\"\nThe \w+ ", prompt)
+    policies = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("mini/policies/*")}
+    assert sorted(name.split("-")[0] for name in policies) == ["grpo", "warm"]
+    assert paper_table.run_miniature(config, settings) == results
+    warm = next(path for path in tmp_path.glob("mini/policies/warm-*"))
+    assert warm.stat().st_mtime_ns == policies[warm.name]
