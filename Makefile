@@ -23,8 +23,9 @@ $(READY): requirements.lock pyproject.toml
 demo: setup
 	$(PYTHON) -m benchmarks.demo $(DEMO_ARGS)
 
+# A worker a core, four at most: each holds torch. More threads than one would wait for each other.
 test: setup
-	$(PYTHON) -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile $(TEST_ARGS)
 
 # A real server for the tests; its address is the last line. ELASTICSEARCH_URL names another.
 elasticsearch: setup
