@@ -10,25 +10,30 @@ folders: one that is finished is not run again, one that was stopped goes on.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
-from unittest.mock import patch
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.runs import (
+    draw_band,
+    markdown_table,
+    print_table,
+    read_log,
+    spread,
+    training_process,
+    unmasked,
+)
+from benchmarks.runs import is_finished as finished
+from benchmarks.runs import run_all as do_all
 from research_agent.config import AlgorithmConfig, TrainConfig
 from research_agent.presets import MINIWORLD
-from research_agent.tracking import read_lines
+
+__all__ = ["CurvesConfig", "Run", "main", "plan", "unmasked"]
 
 OFF = {"kl_coef": 0.0, "entropy_coef": 0.0}
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -148,46 +153,22 @@ def training_of(config: CurvesConfig, run: Run) -> TrainConfig:
 
 def run_all(config: CurvesConfig) -> list[str]:
     """Do the runs that are not finished, several at a time; returns those that failed."""
-    waiting = [run for run in plan(config) if not is_finished(config, run)]
-    console = Console(stderr=True)
-    console.print(
-        f"{len(plan(config))} runs, {len(waiting)} of them to do; {config.workers} at once"
-    )
-    if not waiting:
-        return []
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
-        os.environ[name] = "1"  # for the processes to be started
-    failed = []
-    start = time.perf_counter()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.workers, mp_context=context) as pool:
-        futures = {pool.submit(do, config, run): run for run in waiting}
-        for count, future in enumerate(as_completed(futures), 1):
-            run, minutes = futures[future], (time.perf_counter() - start) / 60
-            label = f"{run.name}, seed {run.seed}"
-            error = future.exception()
-            said = f"failed: {error!r}" if error else future.result()
-            failed += [label] if error else []
-            console.print(f"{minutes:5.1f} min  {count}/{len(waiting)}  {label}: {said}")
-    return failed
+    runs = plan(config)
+    waiting = [run for run in runs if not is_finished(config, run)]
+    jobs = {f"{run.name}, seed {run.seed}": (config, run) for run in waiting}
+    return do_all(do, jobs, config.workers, finished=len(runs) - len(waiting))
 
 
 def do(config: CurvesConfig, run: Run) -> str:
     """Train, in a process of its own."""
-    import torch  # noqa: PLC0415 - the process that starts others needs none
-    from transformers.utils import logging  # noqa: PLC0415
+    from research_agent.trainer import train  # noqa: PLC0415 - loads torch
 
-    from research_agent import trainer  # noqa: PLC0415
-    from research_agent.learner import Learner  # noqa: PLC0415
-
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
     training = training_of(config, run)
     # Steps of DAPO play more episodes than those of others: look at times whether it had enough.
     stops = range(CHUNK, config.steps, CHUNK) if run.algorithm == "dapo" else ()
-    with patch.object(trainer, "Learner", Learner if run.masked else unmasked(Learner)):
+    with training_process(masked=run.masked):
         for steps in (*stops, config.steps):
-            summary = trainer.train(replace(training, run=replace(training.run, steps=steps)))
+            summary = train(replace(training, run=replace(training.run, steps=steps)))
             if summary.signal:
                 raise RuntimeError(summary.message)
             if is_finished(config, run):
@@ -196,38 +177,9 @@ def do(config: CurvesConfig, run: Run) -> str:
     return f"reward {float(numbers['reward first']):.2f} -> {float(numbers['reward last']):.2f}"
 
 
-def unmasked(learner: type[Any]) -> type[Any]:
-    """A learner that takes tokens of observations for the policy's own, which ours never does.
-
-    Their log-probabilities, which no sampler reported, are those recomputed before the update.
-    """
-
-    class Unmasked(learner):  # type: ignore[misc]
-        def update(self, groups: Sequence[Any]) -> Any:
-            def as_action(segment: Any) -> Any:
-                if segment.provenance != "observation":
-                    return segment
-                given = tuple(0.0 for _ in segment.tokens)
-                return replace(segment, provenance="action", logprobs=given)
-
-            def as_actions(trajectory: Any) -> Any:
-                return replace(trajectory, segments=tuple(map(as_action, trajectory.segments)))
-
-            return super().update(
-                [replace(g, trajectories=[as_actions(t) for t in g.trajectories]) for g in groups]
-            )
-
-    return Unmasked
-
-
 def is_finished(config: CurvesConfig, run: Run) -> bool:
     """Whether a run has all its steps, or has played all episodes of the budget."""
-    lines = read_lines(folder_of(config, run) / "metrics.jsonl")
-    if not lines:
-        return False
-    step, played = lines[-1]["step"], sum(line.get("episodes", 0) for line in lines)
-    saved = folder_of(config, run) / "checkpoints" / f"step-{step:06d}"
-    return saved.is_dir() and (step >= config.steps or played >= budget_of(config))
+    return finished(folder_of(config, run), config.steps, budget_of(config))
 
 
 def budget_of(config: CurvesConfig) -> int:
@@ -259,20 +211,13 @@ class Result:
 
 def read(config: CurvesConfig, run: Run) -> Result | None:
     """What a run has logged so far; None if nothing."""
-    folder = folder_of(config, run)
-    seconds = {t["step"]: t["seconds"] for t in read_lines(folder / "timings.jsonl")}
     result = Result(run, [], [], [], [])
-    budget = budget_of(config)
-    played = 0
-    for line in read_lines(folder / "metrics.jsonl"):
-        played += int(line.get("episodes", 0))
-        if played > budget:
-            break
+    for line in read_log(folder_of(config, run), budget_of(config)):
         if "eval/em" in line:
-            result.evaluations.append((played, line["eval/em"]))
+            result.evaluations.append((line["played"], line["eval/em"]))
         if "reward" in line:
-            result.episodes.append(played)
-            result.seconds.append(seconds[line["step"]])
+            result.episodes.append(line["played"])
+            result.seconds.append(line["seconds"])
             result.rewards.append(line["reward"])
     return result if result.rewards else None
 
@@ -295,16 +240,9 @@ def report(config: CurvesConfig, results: Sequence[Result]) -> None:
         "steps",
     )
     rows = [_row(name, of_name, budget) for name, of_name in by_name.items()]
-    table = Table(title=f"MiniWorld, {budget} episodes; mean (lowest to highest seed)")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "run" else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    print_table(f"MiniWorld, {budget} episodes; mean (lowest to highest seed)", headings, rows)
     config.output.mkdir(parents=True, exist_ok=True)
-    lines = [headings, tuple("---" for _ in headings), *rows]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    (config.output / "table.md").write_text(text, encoding="utf-8")
+    (config.output / "table.md").write_text(markdown_table(headings, rows), encoding="utf-8")
     written = [
         {
             "name": r.run.name,
@@ -323,23 +261,15 @@ def report(config: CurvesConfig, results: Sequence[Result]) -> None:
 
 
 def _row(name: str, results: Sequence[Result], budget: int) -> tuple[str, ...]:
-    def show(values: Sequence[float], digits: int = 3) -> str:
-        if not values:
-            return ""
-        mean, low, high = statistics.fmean(values), min(values), max(values)
-        if len(values) == 1:
-            return f"{mean:.{digits}f}"
-        return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
     ends = [result.at_ends(budget) for result in results]
     return (
         name,
         str(len(results)),
-        show([first for first, _ in ends]),
-        show([last for _, last in ends]),
-        show([result.evaluations[-1][1] for result in results if result.evaluations]),
-        show([result.seconds[-1] for result in results], 0),
-        show([float(len(result.rewards)) for result in results], 0),
+        spread([first for first, _ in ends]),
+        spread([last for _, last in ends]),
+        spread([result.evaluations[-1][1] for result in results if result.evaluations]),
+        spread([result.seconds[-1] for result in results], 0),
+        spread([float(len(result.rewards)) for result in results], 0),
     )
 
 
@@ -368,7 +298,9 @@ def draw(config: CurvesConfig, by_name: Mapping[str, Sequence[Result]]) -> None:
     )
     for axis, (title, (unit, names)) in zip(axes[0], panels.items(), strict=True):
         for name in names:
-            _draw_curve(axis, by_name[name], unit, name)
+            seeds = by_name[name]
+            xs = [r.episodes if unit == "episodes" else r.seconds for r in seeds]
+            draw_band(axis, xs, [r.rewards for r in seeds], name)
         axis.set_title(title)
         axis.set_xlabel("episodes" if unit == "episodes" else "seconds of training, one thread")
         axis.grid(alpha=0.3)
@@ -377,22 +309,6 @@ def draw(config: CurvesConfig, by_name: Mapping[str, Sequence[Result]]) -> None:
     figure.tight_layout()
     figure.savefig(config.output / "curves.png", dpi=120)
     plt.close(figure)
-
-
-def _draw_curve(axis: Any, results: Sequence[Result], unit: str, label: str) -> None:
-    import numpy as np  # noqa: PLC0415
-
-    def smooth(values: Sequence[float]) -> list[float]:
-        """Mean of each step and up to four before it."""
-        return [statistics.fmean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
-
-    xs = [r.episodes if unit == "episodes" else r.seconds for r in results]
-    grid = np.linspace(max(x[0] for x in xs), min(x[-1] for x in xs), 200)
-    curves = [np.interp(grid, x, smooth(r.rewards)) for x, r in zip(xs, results, strict=True)]
-    (line,) = axis.plot(grid, np.mean(curves, axis=0), label=label)
-    axis.fill_between(
-        grid, np.min(curves, axis=0), np.max(curves, axis=0), color=line.get_color(), alpha=0.15
-    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,209 @@
+"""Training runs that are compared: done several at a time, each once, read again, and drawn.
+
+A run is a folder: one that is finished is not run again, one that was stopped goes on. The learning
+curves and the studies of the papers are made of such runs.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from rich.console import Console
+from rich.table import Table
+
+from research_agent.tracking import METRICS, TIMINGS, read_lines
+
+# --- doing them -----------------------------------------------------------------------------------
+
+
+def run_all(
+    do: Callable[..., object], jobs: Mapping[str, Sequence[Any]], workers: int, *, finished: int = 0
+) -> list[str]:
+    """Do jobs in processes with one thread each, several at a time.
+
+    Args:
+        do: a function of a module, called with the arguments of a job; says how it went.
+        jobs: label to arguments.
+        workers: jobs at the same time.
+        finished: how many were done before, to be counted in what is said.
+
+    Returns:
+        The labels of those that failed.
+    """
+    console = Console(stderr=True)
+    console.print(f"{finished + len(jobs)} runs, {len(jobs)} of them to do; {workers} at once")
+    if not jobs:
+        return []
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
+        os.environ[name] = "1"  # for the processes to be started
+    failed = []
+    start = time.perf_counter()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
+        futures = {pool.submit(do, *arguments): label for label, arguments in jobs.items()}
+        try:
+            for count, future in enumerate(as_completed(futures), 1):
+                label, minutes = futures[future], (time.perf_counter() - start) / 60
+                error = future.exception()
+                said = f"failed: {error!r}" if error else future.result()
+                failed += [label] if error else []
+                line = f"{minutes:5.1f} min  {count}/{len(jobs)}  {label}: {said}"
+                console.print(line, soft_wrap=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # those under way save what they have
+            raise
+    return failed
+
+
+def _end_with_parent() -> None:
+    """Let this process end when the one that started it is killed: two would write the same run."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)  # as if it were killed too; a run goes on from its last checkpoint
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def training_process(*, masked: bool = True) -> Iterator[None]:
+    """Set a process up for training runs: one thread, no progress bars of transformers.
+
+    Args:
+        masked: whether tokens of observations are left out of the loss, as they should be.
+    """
+    import torch  # noqa: PLC0415 - the process that starts others needs none
+    from transformers.utils import logging  # noqa: PLC0415
+
+    from research_agent import trainer  # noqa: PLC0415
+    from research_agent.learner import Learner  # noqa: PLC0415
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    try:
+        with patch.object(trainer, "Learner", Learner if masked else unmasked(Learner)):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def unmasked(learner: type[Any]) -> type[Any]:
+    """A learner that takes tokens of observations for the policy's own, which ours never does.
+
+    Their log-probabilities, which no sampler reported, are those recomputed before the update.
+    """
+
+    class Unmasked(learner):  # type: ignore[misc]
+        def update(self, groups: Sequence[Any]) -> Any:
+            def as_action(segment: Any) -> Any:
+                if segment.provenance != "observation":
+                    return segment
+                given = tuple(0.0 for _ in segment.tokens)
+                return replace(segment, provenance="action", logprobs=given)
+
+            def as_actions(trajectory: Any) -> Any:
+                return replace(trajectory, segments=tuple(map(as_action, trajectory.segments)))
+
+            return super().update(
+                [replace(g, trajectories=[as_actions(t) for t in g.trajectories]) for g in groups]
+            )
+
+    return Unmasked
+
+
+# --- reading them ---------------------------------------------------------------------------------
+
+
+def is_finished(folder: Path, steps: int, episodes: int | None = None) -> bool:
+    """Whether a run has all its steps, or has played so many episodes, and has saved its last."""
+    lines = read_lines(folder / METRICS)
+    if not lines:
+        return False
+    step, played = lines[-1]["step"], sum(line.get("episodes", 0) for line in lines)
+    enough = step >= steps or (episodes is not None and played >= episodes)
+    return enough and (folder / "checkpoints" / f"step-{step:06d}").is_dir()
+
+
+def read_log(folder: Path, episodes: int | None = None) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, up to so many episodes.
+
+    Each has also ``played``, the episodes up to and with it, and ``seconds`` of training likewise.
+    """
+    seconds = {t["step"]: t["seconds"] for t in read_lines(folder / TIMINGS)}
+    played, found = 0, []
+    for line in read_lines(folder / METRICS):
+        played += int(line.get("episodes", 0))
+        too_many = episodes is not None and played > episodes
+        if too_many or line["step"] not in seconds:  # the latter: killed between two logs
+            break
+        found.append({**line, "played": played, "seconds": seconds[line["step"]]})
+    return found
+
+
+# --- showing them ---------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean, and lowest to highest, of the seeds; empty without any."""
+    if not values:
+        return ""
+    mean, low, high = statistics.fmean(values), min(values), max(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, its first column to the left."""
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == headings[0] else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same for a file."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def draw_band(
+    axis: Any,
+    xs: Sequence[Sequence[float]],
+    ys: Sequence[Sequence[float]],
+    label: str,
+    window: int = 5,
+) -> None:
+    """Draw the curves of several seeds as their mean, and a band from lowest to highest.
+
+    Each point is the mean of a value and those before it, ``window`` at most.
+    """
+    import numpy as np  # noqa: PLC0415
+
+    def smooth(values: Sequence[float]) -> list[float]:
+        return [
+            statistics.fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))
+        ]
+
+    grid = np.linspace(max(x[0] for x in xs), min(x[-1] for x in xs), 200)
+    curves = [np.interp(grid, x, smooth(y)) for x, y in zip(xs, ys, strict=True)]
+    (line,) = axis.plot(grid, np.mean(curves, axis=0), label=label)
+    axis.fill_between(
+        grid, np.min(curves, axis=0), np.max(curves, axis=0), color=line.get_color(), alpha=0.15
+    )

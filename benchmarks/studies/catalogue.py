@@ -1,0 +1,235 @@
+"""The studies: which runs each compares, by which numbers, and what its paper says.
+
+A study is data. Arms of the same name are the same runs, whichever study asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+STARTER = "miniworld-starter"
+OFF = {"kl_coef": 0.0, "entropy_coef": 0.0}
+RESEARCH = "ReSearch (Chen et al. 2025)"
+R1_SEARCHER = "R1-Searcher (Song et al. 2025)"
+SEARCH_R1 = "Search-R1 (Jin et al. 2025)"
+NO_PAPER = "none of the three papers"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a run differs in from the others: all not said here is that of the base run."""
+
+    name: str
+    algorithm: str = "grpo"
+    args: Mapping[str, Any] = field(default_factory=lambda: OFF)  # of the algorithm
+    env_args: Mapping[str, Any] = field(default_factory=dict)
+    miss: float = 0.0  # share of the queries whose best hit the engine loses, in training
+    stages: tuple[str, ...] = ()  # {part} is a third of the steps
+    samples: int | None = None  # a group, with as many episodes a step; None: as configured
+    masked: bool = True  # tokens of observations are left out of the loss
+    learner: Mapping[str, Any] = field(default_factory=dict)  # settings of LearnerConfig
+    start: Literal["starter", "nothing", "warm"] = "starter"
+    grade: str | None = None  # train on questions that are graded so
+    by: Literal["rl", "sft"] = "rl"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That a number is larger in one row than in another."""
+
+    number: str
+    more: str
+    less: str
+    open: bool = False  # no paper says so: the verdict is which of both is larger
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison of arms, or of one arm's policy before, during and after its training."""
+
+    name: str
+    paper: str
+    finding: str
+    arms: tuple[Arm, ...]
+    numbers: tuple[str, ...]  # columns of the table, see report.NUMBERS
+    claims: tuple[Claim, ...]
+    over_time: bool = False
+    curves: tuple[str, ...] = ("reward", "eval/em", "env/searches", "action_tokens")
+    note: str = ""  # what to know before reading the table
+
+
+GRPO = Arm("grpo")
+EASY, MEDIUM, HARD = (
+    Arm(f"{grade} questions", grade=grade) for grade in ("easy", "medium", "hard")
+)
+MIXED = Arm("mixed questions", grade="easy:1+medium:1+hard:1")
+# R1-Searcher's second stage takes 2 off for a broken format; a constant is no matter to GRPO.
+F1, EM, CEM = (
+    Arm(f"{name} reward", env_args={"reward": f"{name}+2*format"}) for name in ("f1", "em", "cem")
+)
+TWO_STAGES = Arm(
+    "two stages",
+    stages=("steps={part} until=0.9 reward=0.5*retrieved+0.5*format", "reward=f1+2*format"),
+)
+BEFORE, MIDDLE, AFTER = "before", "half-way", "after"
+ENDS = ("em in", "em out", "tokens", "searches", "reward", "seconds")
+
+
+def _open(number: str, *names: str) -> tuple[Claim, ...]:
+    """Whether a number differs between the first row and each other one, of which no paper says."""
+    first, *others = names
+    return tuple(Claim(number, other, first, open=True) for other in others)
+
+
+STUDIES = (
+    Study(
+        name="algorithms",
+        paper=R1_SEARCHER,
+        finding="GRPO writes more, searches more and is better out of domain; REINFORCE++ is "
+        "better in domain",
+        arms=(GRPO, Arm("reinforce++", "reinforce_pp", {"baseline": "group", "kl_coef": 0.0})),
+        numbers=ENDS,
+        claims=(
+            Claim("tokens", "grpo", "reinforce++"),
+            Claim("searches", "grpo", "reinforce++"),
+            Claim("em out", "grpo", "reinforce++"),
+            Claim("em in", "reinforce++", "grpo"),
+        ),
+    ),
+    Study(
+        name="sft",
+        paper=R1_SEARCHER,
+        finding="RL is better than SFT in and out of domain",
+        arms=(GRPO, Arm("sft on right episodes", by="sft")),
+        numbers=("em in", "em out", "tokens", "searches", "seconds"),
+        claims=(
+            Claim("em in", "grpo", "sft on right episodes"),
+            Claim("em out", "grpo", "sft on right episodes"),
+        ),
+        note="Both play as many episodes; SFT learns from those of the starter that are right.",
+    ),
+    Study(
+        name="reward",
+        paper=R1_SEARCHER,
+        finding="F1 is best; EM makes responses short; CEM makes answers long, with needless words",
+        arms=(F1, EM, CEM),
+        numbers=("em in", "em out", "f1 in", "cem in", "tokens", "answer words", "searches"),
+        claims=(
+            Claim("em in", "f1 reward", "em reward"),
+            Claim("em in", "f1 reward", "cem reward"),
+            Claim("em out", "f1 reward", "em reward"),
+            Claim("em out", "f1 reward", "cem reward"),
+            Claim("tokens", "f1 reward", "em reward"),
+            Claim("answer words", "cem reward", "f1 reward"),
+        ),
+        note="Answers here are one word, so that F1 and EM differ only where a policy says more.",
+    ),
+    Study(
+        name="difficulty",
+        paper=R1_SEARCHER,
+        finding="harder and mixed data: more searches, and better in and out of domain",
+        arms=(EASY, MEDIUM, HARD, MIXED),
+        numbers=ENDS,
+        claims=tuple(
+            Claim(number, arm.name, EASY.name)
+            for arm in (HARD, MIXED)
+            for number in ("searches", "em in", "em out")
+        ),
+        note="Graded by samples of a policy with half of the training, that of grpo.",
+    ),
+    Study(
+        name="stages",
+        paper=R1_SEARCHER,
+        finding="two stages teach retrieving and the format first",
+        arms=(F1, TWO_STAGES),
+        numbers=("format early", "searches early", "em in", "em out", "tokens", "searches"),
+        claims=(
+            Claim("format early", "two stages", "f1 reward"),
+            Claim("searches early", "two stages", "f1 reward"),
+            *_open("em in", "f1 reward", "two stages"),
+            *_open("em out", "f1 reward", "two stages"),
+        ),
+        curves=("env/format", "env/searches", "eval/em", "action_tokens"),
+        note="f1 reward is the one stage; the first of the two lasts a third of the steps at most.",
+    ),
+    Study(
+        name="mask",
+        paper=f"{SEARCH_R1}, {R1_SEARCHER}",
+        finding="without the mask of retrieved tokens training is unstable, and ends worse",
+        arms=(GRPO, Arm("grpo, unmasked", masked=False, learner={"old_logprobs": "recomputed"})),
+        numbers=("fall", *ENDS),
+        claims=(
+            Claim("fall", "grpo, unmasked", "grpo"),
+            Claim("reward", "grpo", "grpo, unmasked"),
+            Claim("em in", "grpo", "grpo, unmasked"),
+            Claim("em out", "grpo", "grpo, unmasked"),
+        ),
+    ),
+    Study(
+        name="strict",
+        paper=RESEARCH,
+        finding="open: the paper prints one reward, its code computes the other",
+        arms=(GRPO, Arm("research-strict", env_args={"reward": "research-strict"})),
+        numbers=("format early", *ENDS),
+        claims=tuple(
+            claim
+            for number in ("em in", "em out", "format early")
+            for claim in _open(number, "grpo", "research-strict")
+        ),
+    ),
+    Study(
+        name="start",
+        paper=NO_PAPER,
+        finding="open: cold against warm start, KL 0 against 1e-3, size of the group",
+        arms=(
+            GRPO,
+            Arm("from nothing", start="nothing"),
+            Arm("warm start", start="warm"),
+            Arm("grpo, KL 1e-3", args=OFF | {"kl_coef": 1e-3}),
+            Arm("grpo, G = 4", samples=4),
+            Arm("grpo, G = 16", samples=16),
+        ),
+        numbers=ENDS,
+        claims=tuple(
+            claim
+            for number in ("em in", "em out")
+            for claim in _open(
+                number,
+                "grpo",
+                "from nothing",
+                "warm start",
+                "grpo, KL 1e-3",
+                "grpo, G = 4",
+                "grpo, G = 16",
+            )
+        ),
+        note="grpo is the cold start: the starter can read and seldom searches, as a base model "
+        "does. The warm start was shown how to search before, in other worlds; from nothing is a "
+        "model of random weights.",
+    ),
+    Study(
+        name="length",
+        paper=f"{RESEARCH}, Figure 3",
+        finding="response length and number of searches grow over training",
+        arms=(GRPO,),
+        numbers=("em", "tokens", "searches", "turns"),
+        claims=(Claim("tokens", AFTER, BEFORE), Claim("searches", AFTER, BEFORE)),
+        over_time=True,
+        curves=("action_tokens", "env/searches", "reward"),
+    ),
+    Study(
+        name="self-correction",
+        paper=RESEARCH,
+        finding="the share of episodes that search again after a useless result grows",
+        arms=(Arm("grpo, noisy engine", miss=0.2),),
+        numbers=("met useless", "searched again", "recovered", "searches", "em"),
+        claims=(Claim("searched again", AFTER, BEFORE), Claim("recovered", AFTER, BEFORE)),
+        over_time=True,
+        curves=("eval/met useless", "eval/searched again", "eval/recovered"),
+        note="A result is useless if none of its passages is a gold one of the question. The "
+        "engine loses the best passage of a fifth of all queries, always the same ones.",
+    ),
+)
+BY_NAME = {study.name: study for study in STUDIES}

@@ -1,0 +1,276 @@
+"""What came of the runs: numbers, verdicts on the papers' findings, a table and a picture."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.runs import draw_band, markdown_table, print_table, read_log, spread
+from benchmarks.studies.catalogue import AFTER, BEFORE, MIDDLE, Arm, Claim, Study
+from benchmarks.studies.work import Settings, folder_of, read_result
+from research_agent.predictions import read_predictions
+
+Values = dict[str, float]
+AGREES, DISAGREES, UNDECIDED = "as in the paper", "the other way", "cannot be told apart"
+MEETING, AGAIN, RECOVERED = "met useless", "searched again", "recovered"
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A run as it is on disk."""
+
+    log: Sequence[Mapping[str, Any]]  # of training; empty for SFT
+    final: Mapping[str, Mapping[str, float]]  # world to means of the last evaluation, greedy
+    seconds: float
+
+
+def look(settings: Settings, arm: Arm, seed: int) -> Seen | None:
+    """Read a finished run; None for one that is not."""
+    folder = folder_of(settings, arm, seed)
+    result = read_result(folder)
+    if not result:
+        return None
+    log = [{**line, **_corrections(folder, line)} for line in read_log(folder)]
+    return Seen(log, result["final"], result["seconds"])
+
+
+def _corrections(folder: Path, line: Mapping[str, Any]) -> Values:
+    place = folder / "evaluations" / f"step-{line['step']:06d}"
+    if "eval/em" not in line or not (place / "predictions.jsonl").exists():
+        return {}
+    _, records = read_predictions(place)
+    return {f"eval/{name}": value for name, value in self_correction(records).items()}
+
+
+def self_correction(records: Iterable[Mapping[str, Any]]) -> Values:
+    """What policies do about useless results: those without a gold passage of the question.
+
+    Args:
+        records: of an evaluation, see ``research_agent.predictions``. Void ones, and those of
+            questions whose gold passages are not known, are left out.
+
+    Returns:
+        ``met useless``: the share of episodes with a useless result. Of these ``searched again``:
+        the share with a search after the first useless one, and ``recovered``: with a search after
+        it that found a gold passage. Each is there if it is the share of something.
+    """
+    episodes = met = again = recovered = 0
+    for record in records:
+        golds = set(record["info"].get("supporting_ids") or ())
+        if record["void"] or not golds:
+            continue
+        found = [
+            not golds.isdisjoint(segment["info"].get("passage_ids", ()))
+            for segment in record["segments"]
+            if segment["provenance"] == "observation" and segment["info"].get("query")
+        ]
+        episodes += 1
+        if False in found:
+            later = found[found.index(False) + 1 :]
+            met += 1
+            again += bool(later)
+            recovered += any(later)
+    shares = {MEETING: (met, episodes), AGAIN: (again, met), RECOVERED: (recovered, met)}
+    return {name: part / whole for name, (part, whole) in shares.items() if whole}
+
+
+def largest_fall(rewards: Sequence[float], window: int = 5) -> float:
+    """How far the mean reward of ``window`` steps fell below its highest before, at most."""
+    means = [
+        statistics.fmean(rewards[i : i + window])
+        for i in range(max(1, len(rewards) - window + 1))
+        if rewards
+    ]
+    best, fall = -float("inf"), 0.0
+    for mean in means:
+        best = max(best, mean)
+        fall = max(fall, best - mean)
+    return fall
+
+
+def _trained(seen: Seen, name: str, first: float, last: float) -> float | None:
+    """Mean of a logged number over a share of the steps of training, such as 0.9 to 1."""
+    values = [float(line[name]) for line in seen.log if line.get(name) is not None]
+    steps = values[int(first * len(values)) : max(1, round(last * len(values)))]
+    return statistics.fmean(steps) if steps else None
+
+
+def _final(world: str, name: str) -> Callable[[Seen], float | None]:
+    return lambda seen: seen.final[world].get(name)
+
+
+THIRD = 1 / 3
+NUMBERS: dict[str, tuple[int, Callable[[Seen], float | None]]] = {
+    "em in": (3, _final("in", "em")),
+    "em out": (3, _final("out", "em")),
+    "f1 in": (3, _final("in", "f1")),
+    "cem in": (3, _final("in", "cem")),
+    "tokens": (1, _final("in", "tokens")),
+    "searches": (2, _final("in", "searches")),
+    "answer words": (2, _final("in", "answer words")),
+    "reward": (3, lambda seen: _trained(seen, "reward", 0.9, 1)),
+    "fall": (3, lambda seen: largest_fall([x["reward"] for x in seen.log if "reward" in x])),
+    "format early": (3, lambda seen: _trained(seen, "env/format", 0, THIRD)),
+    "searches early": (2, lambda seen: _trained(seen, "env/searches", 0, THIRD)),
+    "seconds": (0, lambda seen: seen.seconds),
+}
+"""Columns of studies that compare arms: digits, and how the number is found."""
+DIGITS_OVER_TIME = {"tokens": 1, "searches": 2, "turns": 2}
+
+
+def rows_of(
+    study: Study, runs: Mapping[str, Sequence[Seen]]
+) -> dict[str, dict[str, Sequence[float]]]:
+    """Row to number to its values of the seeds.
+
+    Args:
+        study: whose numbers are wanted.
+        runs: finished runs by the name of their arm, one a seed.
+    """
+    if not study.over_time:
+        return {
+            arm.name: {
+                number: _known(NUMBERS[number][1](seen) for seen in runs.get(arm.name, ()))
+                for number in study.numbers
+            }
+            for arm in study.arms
+        }
+    evaluations = [
+        [line for line in seen.log if "eval/em" in line]
+        for seen in runs.get(study.arms[0].name, ())
+    ]
+    at = {BEFORE: 0.0, MIDDLE: 0.5, AFTER: 1.0}
+    return {
+        moment: {
+            number: _known(
+                _at(lines, share).get(f"eval/{number}") for lines in evaluations if lines
+            )
+            for number in study.numbers
+        }
+        for moment, share in at.items()
+    }
+
+
+def _at(lines: Sequence[Mapping[str, Any]], share: float) -> Mapping[str, Any]:
+    """The line whose step is nearest to a share of the last one."""
+    return min(lines, key=lambda line: abs(line["step"] - share * lines[-1]["step"]))
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [float(value) for value in values if value is not None]
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+def verdict(claim: Claim, more: Sequence[float], less: Sequence[float]) -> str:
+    """Whether the seeds' values bear a claim out; see the package for the rule.
+
+    Args:
+        claim: that ``more`` is larger than ``less``.
+        more: one value a seed.
+        less: likewise.
+    """
+    if len(more) < 2 or len(less) < 2:
+        return "too few seeds to tell"
+    if min(more) > max(less):
+        return f"higher with {claim.more}" if claim.open else AGREES
+    if max(more) < min(less):
+        return f"higher with {claim.less}" if claim.open else DISAGREES
+    return UNDECIDED
+
+
+def verdicts(study: Study, rows: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+    """A line a claim: what is compared, our figures, and the verdict."""
+    lines = []
+    for claim in study.claims:
+        more, less = rows[claim.more][claim.number], rows[claim.less][claim.number]
+        digits = _digits(study, claim.number)
+        figures = f"{spread(more, digits) or '?'} against {spread(less, digits) or '?'}"
+        sign = "and" if claim.open else ">"
+        what = f"{claim.number}: {claim.more} {sign} {claim.less}"
+        lines.append(f"{what}: {figures}: {verdict(claim, more, less)}")
+    return lines
+
+
+def _digits(study: Study, number: str) -> int:
+    return DIGITS_OVER_TIME.get(number, 3) if study.over_time else NUMBERS[number][0]
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def report(settings: Settings, study: Study, seeds: Sequence[int]) -> Path:
+    """Print a study's table and verdicts; write table.md, results.json and curves.png.
+
+    Returns:
+        The folder of the three.
+    """
+    runs: dict[str, list[Seen]] = {}
+    for arm in study.arms:
+        seen = [found for seed in seeds if (found := look(settings, arm, seed))]
+        if seen:
+            runs[arm.name] = seen
+    rows = rows_of(study, runs)
+    headings = ["policy" if study.over_time else "run", "seeds", *study.numbers]
+    cells = []
+    for name, values in rows.items():
+        of_row = runs.get(study.arms[0].name if study.over_time else name, ())
+        shown = [spread(values[number], _digits(study, number)) for number in study.numbers]
+        cells.append([name, str(len(of_row)), *shown])
+    said = verdicts(study, rows)
+    episodes = settings.steps * settings.prompts * settings.samples
+    title = f"{study.name}: {settings.steps} steps, {episodes} episodes; mean (lowest to highest)"
+    print_table(title, headings, cells)
+    words = [
+        f"The finding of {study.paper}: {study.finding}.",
+        *([study.note] if study.note else ()),
+    ]
+    print("\n".join([*words, *said]))
+    folder = settings.output / study.name
+    folder.mkdir(parents=True, exist_ok=True)
+    text = [f"## {title}", "", *words, "", markdown_table(headings, cells)]
+    text += [f"- {line}" for line in said]
+    (folder / "table.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    out = {"study": study.name, "steps": settings.steps, "seeds": list(seeds), "rows": rows}
+    (folder / "results.json").write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
+    if runs:
+        draw(study, runs, folder / "curves.png")
+    print(folder)
+    return folder
+
+
+def draw(study: Study, runs: Mapping[str, Sequence[Seen]], path: Path) -> None:
+    """One panel for each of the study's curves, over the episodes played."""
+    import matplotlib as mpl  # noqa: PLC0415
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    size = (4.5 * len(study.curves), 4)
+    figure, axes = plt.subplots(1, len(study.curves), figsize=size, squeeze=False)
+    for axis, name in zip(axes[0], study.curves, strict=True):
+        for arm, seeds in runs.items():
+            lines = [[x for x in seen.log if x.get(name) is not None] for seen in seeds]
+            if all(lines):
+                xs = [[float(x["played"]) for x in of_seed] for of_seed in lines]
+                ys = [[float(x[name]) for x in of_seed] for of_seed in lines]
+                draw_band(axis, xs, ys, arm, window=1 if name.startswith("eval/") else 5)
+            elif name == "eval/em":  # no log of training: what came of it
+                level = statistics.fmean(seen.final["in"]["em"] for seen in seeds)
+                axis.axhline(level, linestyle="--", color="gray", label=f"{arm}, greedy")
+        axis.set_title(name)
+        axis.set_xlabel("episodes")
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

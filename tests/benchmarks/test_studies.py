@@ -1,0 +1,539 @@
+"""The studies of the papers: what each compares, what it makes of runs, and one small one whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+
+from benchmarks.runs import run_all
+from benchmarks.studies import work
+from benchmarks.studies.__main__ import main
+from benchmarks.studies.catalogue import BY_NAME, STUDIES, Arm, Claim, Study
+from benchmarks.studies.noise import MissingRetriever
+from benchmarks.studies.report import (
+    NUMBERS,
+    Seen,
+    largest_fall,
+    report,
+    rows_of,
+    self_correction,
+    verdict,
+    verdicts,
+)
+from benchmarks.studies.work import (
+    Settings,
+    folder_of,
+    is_finished,
+    missing,
+    training_of,
+    world_of,
+    write_worlds,
+)
+from research_agent.algorithms import algorithm
+from research_agent.config import TrainConfig, as_json, validate
+from research_agent.errors import CheckpointError
+from research_agent.policy import load_model
+from research_agent.predictions import read_predictions
+from research_agent.stages import parse_stages
+from research_env.datasets import load_dataset, miniworld
+from research_env.errors import RetrievalError
+from research_env.retrieval.base import Hit, Passage
+from research_env.rewards import reward
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = Settings(Path("runs/studies"), steps=30, prompts=24, samples=8, questions=200)
+
+
+def arms() -> list[Arm]:
+    return [arm for study in STUDIES for arm in study.arms]
+
+
+def of(study: str, arm: str) -> TrainConfig:
+    (found,) = (each for each in BY_NAME[study].arms if each.name == arm)
+    return training_of(SETTINGS, found, 0)
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+def test_the_ten_studies() -> None:
+    names = "algorithms sft reward difficulty stages mask strict start length self-correction"
+    assert [study.name for study in STUDIES] == names.split()
+    for study in STUDIES:
+        assert study.paper and study.finding and study.claims
+
+
+def test_arms_of_one_name_are_the_same_runs_and_have_a_folder_of_their_own() -> None:
+    by_name = {arm.name: arm for arm in arms()}
+    assert all(by_name[arm.name] == arm for arm in arms())
+    assert len({folder_of(SETTINGS, arm, 0) for arm in by_name.values()}) == len(by_name) == 19
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_every_run_is_valid_and_plays_as_many_episodes(study: Study) -> None:
+    for arm in study.arms:
+        training = training_of(SETTINGS, arm, 3)
+        validate(training)
+        parse_stages(training.environment.stages)
+        algorithm(training.algorithm.algorithm, **training.algorithm.algorithm_args)
+        reward(training.environment.env_args.get("reward", "research"))
+        assert training.sampling.prompts * training.sampling.samples == 192
+        assert training.run.seed == 3 and training.run.output == folder_of(SETTINGS, arm, 3)
+    rows = rows_of(study, {})
+    for claim in study.claims:
+        assert claim.number in study.numbers
+        assert claim.more in rows and claim.less in rows
+
+
+def test_what_the_arms_change() -> None:
+    base = of("algorithms", "grpo")
+    assert base.algorithm.algorithm == "grpo" and base.algorithm.algorithm_args["kl_coef"] == 0.0
+
+    def changed(study: str, arm: str) -> dict[str, Any]:
+        ours = of(study, arm)
+        parts = ("environment", "policy", "sampling", "algorithm", "learner")
+        return {
+            f"{part}.{name}": value
+            for part in parts
+            for name, value in vars(getattr(ours, part)).items()
+            if value != getattr(getattr(base, part), name)
+        }
+
+    assert changed("algorithms", "reinforce++") == {
+        "algorithm.algorithm": "reinforce_pp",
+        "algorithm.algorithm_args": {"baseline": "group", "kl_coef": 0.0},
+    }
+    assert changed("sft", "sft on right episodes") == {}  # as many episodes of the same policy
+    rewards = {arm.name: of("reward", arm.name).environment for arm in BY_NAME["reward"].arms}
+    assert {name: env.env_args["reward"] for name, env in rewards.items()} == {
+        "f1 reward": "f1+2*format",
+        "em reward": "em+2*format",
+        "cem reward": "cem+2*format",
+    }
+    hard = of("difficulty", "hard questions")
+    assert hard.environment.env_args["grade"] == "hard"
+    assert hard.run.eval_args == {"split": "dev", "grades": None, "grade": None}
+    one, two = (of("stages", f"{name}") for name in ("f1 reward", "two stages"))
+    first, last = parse_stages(two.environment.stages)
+    assert first.steps == 10 and first.env_args == {"reward": "0.5*retrieved+0.5*format"}
+    assert last.env_args == {"reward": one.environment.env_args["reward"]}
+    assert changed("mask", "grpo, unmasked") == {"learner.old_logprobs": "recomputed"}
+    assert not BY_NAME["mask"].arms[1].masked
+    assert of("strict", "research-strict").environment.env_args["reward"] == "research-strict"
+    assert changed("start", "warm start") == {"policy.model": "runs/studies/prepared/warm"}
+    assert changed("start", "from nothing") == {"policy.model": "runs/studies/prepared/nothing"}
+    kl = changed("start", "grpo, KL 1e-3")["algorithm.algorithm_args"]
+    assert kl == {"kl_coef": 1e-3, "entropy_coef": 0.0}
+    assert changed("start", "grpo, G = 16") == {"sampling.samples": 16, "sampling.prompts": 12}
+
+
+def test_what_must_be_prepared(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, output=tmp_path)
+    assert missing(settings, BY_NAME["difficulty"].arms) == ["grades.jsonl"]
+    assert missing(settings, BY_NAME["start"].arms) == ["nothing", "warm"]
+    (tmp_path / "prepared" / "warm").mkdir(parents=True)
+    assert missing(settings, BY_NAME["start"].arms) == ["nothing"]
+
+
+def test_the_worlds_share_no_name_and_each_has_relations_of_its_own(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, output=tmp_path)
+    write_worlds(settings)
+    names: dict[str, set[str]] = {}
+    relations: dict[str, set[str]] = {}
+    for world in ("in", "out"):
+        args = world_of(settings, world)
+        chosen = {key: args[key] for key in ("questions", "corpus")}
+        data = {split: load_dataset("custom", split=split, **chosen) for split in ("train", "dev")}
+        assert (len(data["train"].questions), len(data["dev"].questions)) == (4000, 400)
+        asked = [q for each in data.values() for q in each.questions]
+        relations[world] = {
+            hop.question.rsplit(" ", 1)[1] for q in asked for hop in q.decomposition
+        }
+        assert data["dev"].corpus is not None
+        names[world] = {passage.title for passage in data["dev"].corpus}
+    assert names["in"].isdisjoint(names["out"])
+    assert relations["out"] - relations["in"] == {"spouse", "writer", "chair", "twin", "poet"}
+    assert relations["in"] - relations["out"] == {"employer", "studio", "seat", "architect", "ally"}
+    before = (tmp_path / "worlds" / "in" / "questions.jsonl").stat().st_mtime_ns
+    write_worlds(settings)
+    assert (tmp_path / "worlds" / "in" / "questions.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_result_counts_for_its_own_settings(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, output=tmp_path)
+    arm = BY_NAME["length"].arms[0]
+    assert not is_finished(settings, arm, 0)
+    _write_run(settings, arm, 0, em=(0.5, 0.4))
+    assert is_finished(settings, arm, 0)
+    assert not is_finished(replace(settings, questions=100), arm, 0)
+    with pytest.raises(CheckpointError, match="another configuration"):
+        is_finished(replace(settings, prompts=12), arm, 0)
+
+
+def test_a_folder_is_of_one_number_of_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["length", "--output", str(tmp_path / "out"), "--seeds", "--workers", "1"]
+    main(words)  # no seed, no run
+    main(words)
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--steps", "40"])
+    assert "holds runs with {'steps': 30" in capsys.readouterr().err
+
+
+# --- the engine that misses -----------------------------------------------------------------------
+
+
+class _Two:
+    """Finds two passages for every query, or fails."""
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+        best = [Hit(Passage(name, name, ""), 1.0) for name in ("best", "next")][:top_k]
+        return [RetrievalError("down") if query == "trouble" else best for query in queries]
+
+    def close(self) -> None:
+        pass
+
+
+def test_an_engine_that_misses_gives_the_next_best() -> None:
+    queries = [f"query {n}" for n in range(1000)]
+
+    def found(miss: float, asked: Sequence[str], top_k: int = 1) -> list[list[str]]:
+        answers = MissingRetriever(_Two(), miss).search(asked, top_k)
+        return [[hit.passage.id for hit in a] for a in answers if not isinstance(a, RetrievalError)]
+
+    assert found(0.0, queries) == [["best"]] * 1000
+    assert found(1.0, queries) == [["next"]] * 1000
+    assert found(1.0, queries, top_k=2) == [["next"]] * 1000
+    some = found(0.2, queries)
+    assert 150 < some.count(["next"]) < 250 and some.count(["best"]) + some.count(["next"]) == 1000
+    assert found(0.2, queries[::-1]) == some[::-1]  # the same queries whenever they are asked
+    assert found(0.2, [f"  QUERY  {n}" for n in range(1000)]) == some
+    (error,) = MissingRetriever(_Two(), 0.2).search(["trouble"], 1)
+    assert isinstance(error, RetrievalError)
+
+
+def test_the_noisy_environment_is_searchqa_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
+    settings = replace(SETTINGS, output=tmp_path)
+    write_worlds(settings)
+    (arm,) = BY_NAME["self-correction"].arms
+    environment = training_of(settings, arm, 0).environment
+    for miss in (0.0, 1.0):
+        args = {**environment.env_args, "miss": miss}
+        single, many = gym.make(environment.env, **args), gym.make_vec(environment.env, 1, **args)
+        single.reset(seed=0, options={"episode": 0})
+        many.reset(seed=0, options={"episodes": [0]})
+        question = single.unwrapped.episode.question  # type: ignore[attr-defined]
+        action = f"<search> {question.decomposition[0].question} </search>"
+        (found,) = single.step(action)[-1]["passage_ids"]
+        (found_by_many,) = many.step([action])[-1]["passage_ids"][0]
+        assert found == found_by_many
+        assert (found == question.supporting[0]) == (miss == 0.0)
+        single.close()
+        many.close()
+
+
+# --- numbers and verdicts -------------------------------------------------------------------------
+
+
+def _search(*passages: str, query: str = "Ann home") -> dict[str, Any]:
+    info = {"query": query, **({"passage_ids": list(passages)} if passages else {})}
+    return {"provenance": "observation", "text": "", "tokens": 1, "info": info}
+
+
+def _record(*observations: Mapping[str, Any], golds: tuple[str, ...] = ("a", "b")) -> Any:
+    action = {"provenance": "action", "text": "", "tokens": 1}
+    segments = [each for observation in observations for each in (action, observation)]
+    info = {"supporting_ids": list(golds)}
+    return {"void": False, "segments": [*segments, action], "info": info}
+
+
+def test_self_correction() -> None:
+    hint = {"provenance": "observation", "text": "", "tokens": 1, "info": {}}
+    records = [
+        _record(),  # never searched
+        _record(_search("a", "x"), _search("b")),  # nothing useless
+        _record(_search("x"), _search("a")),  # again, and found
+        _record(_search("a"), _search(), _search("y"), hint),  # again, and not found
+        _record(_search("x")),  # gave up
+        _record(_search("x"), hint),  # a hint is no search
+        _record(_search("x"), _search("a"), golds=()),  # nobody knows what is useless
+        {**_record(_search("x"), _search("a")), "void": True},
+    ]
+    # Of six episodes four met a useless result; of these two went on, and one of them found a gold.
+    assert self_correction(records) == pytest.approx(
+        {"met useless": 4 / 6, "searched again": 2 / 4, "recovered": 1 / 4}
+    )
+    assert self_correction(records[:2]) == {"met useless": 0.0}
+    assert self_correction([]) == {}
+
+
+def test_the_largest_fall() -> None:
+    assert largest_fall([0.1, 0.2, 0.9, 0.3, 0.5, 0.2], window=1) == pytest.approx(0.7)
+    # means of two: .15 .55 .6 .4 .35
+    assert largest_fall([0.1, 0.2, 0.9, 0.3, 0.5, 0.2], window=2) == pytest.approx(0.25)
+    assert largest_fall([1.0, 0.0]) == 0.0  # fewer than five steps are one mean
+    assert largest_fall([]) == 0.0
+
+
+def test_a_verdict_needs_ranges_that_do_not_overlap() -> None:
+    claim = Claim("em in", "rl", "sft")
+    assert verdict(claim, [0.5, 0.7], [0.3, 0.49]) == "as in the paper"
+    assert verdict(claim, [0.3, 0.49], [0.5, 0.7]) == "the other way"
+    assert verdict(claim, [0.5, 0.7], [0.3, 0.5]) == "cannot be told apart"
+    assert verdict(claim, [0.5, 0.7], [0.6, 0.61]) == "cannot be told apart"
+    assert verdict(claim, [0.5], [0.3, 0.4]) == "too few seeds to tell"
+    assert verdict(claim, [], []) == "too few seeds to tell"
+    unsaid = replace(claim, open=True)
+    assert verdict(unsaid, [0.5, 0.7], [0.3, 0.4]) == "higher with rl"
+    assert verdict(unsaid, [0.3, 0.4], [0.5, 0.7]) == "higher with sft"
+    assert verdict(unsaid, [0.5, 0.7], [0.3, 0.6]) == "cannot be told apart"
+
+
+def test_numbers_of_a_run() -> None:
+    log = [{"step": 0, "eval/em": 0.1, "played": 0, "seconds": 0.0}]
+    log += [
+        {"step": n, "reward": n / 10, "env/format": 1.0 - n / 10, "env/searches": float(n)}
+        for n in range(1, 10)
+    ]
+    final = {"in": {"em": 0.5, "tokens": 30.0, "answer words": 1.5}, "out": {"em": 0.25}}
+    seen = Seen(log, final, 12.0)
+    got = {name: find(seen) for name, (_, find) in NUMBERS.items()}
+    assert got["em in"] == 0.5 and got["em out"] == 0.25
+    assert got["tokens"] == 30.0 and got["answer words"] == 1.5 and got["seconds"] == 12.0
+    assert got["f1 in"] is None  # not measured
+    assert got["reward"] == pytest.approx(0.9)  # the last tenth of nine steps is one
+    assert got["format early"] == pytest.approx((0.9 + 0.8 + 0.7) / 3)
+    assert got["searches early"] == pytest.approx(2.0)
+    assert NUMBERS["reward"][1](Seen([], final, 1.0)) is None
+
+
+def test_rows_over_time() -> None:
+    def at(step: int, tokens: float) -> dict[str, float]:
+        return {"step": step, "eval/em": 0.5, "eval/tokens": tokens, "eval/searches": 1.0}
+
+    log = [at(0, 10.0), {"step": 1, "reward": 1.0}, at(5, 20.0), at(8, 30.0), at(9, 40.0)]
+    rows = rows_of(BY_NAME["length"], {"grpo": [Seen(log, {}, 0.0), Seen(log, {}, 0.0)]})
+    assert list(rows) == ["before", "half-way", "after"]
+    assert [rows[moment]["tokens"] for moment in rows] == [[10.0] * 2, [20.0] * 2, [40.0] * 2]
+    assert rows["after"]["turns"] == []
+
+
+def _write_run(settings: Settings, arm: Arm, seed: int, em: tuple[float, float]) -> None:
+    folder = folder_of(settings, arm, seed)
+    folder.mkdir(parents=True)
+    final = {
+        name: {"em": value, "tokens": 30.0, "searches": 2.0, "reward": value}
+        for name, value in zip(("in", "out"), em, strict=True)
+    }
+    result = {
+        "questions": settings.questions,
+        "seconds": 60.0 + seed,
+        "final": final,
+        "training": as_json(training_of(settings, arm, seed)),
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+    if arm.by == "rl":
+        lines: list[dict[str, float]] = [{"step": 0, "eval/em": 0.0}]
+        lines += [
+            {"step": n, "reward": n / 10, "episodes": 192, "env/searches": 1.0, "eval/em": n / 10}
+            for n in (1, 2, 3)
+        ]
+        times = [{"step": line["step"], "seconds": line["step"]} for line in lines]
+        for name, rows in (("metrics", lines), ("timings", times)):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three seeds of RL and of SFT: apart in domain, overlapping out of it."""
+    settings = replace(SETTINGS, output=tmp_path)
+    study = BY_NAME["sft"]
+    rl, sft = study.arms
+    for seed, (ours, theirs) in enumerate([(0.8, 0.3), (0.6, 0.5), (0.7, 0.4)]):
+        _write_run(settings, rl, seed, em=(ours, 0.5))
+        _write_run(settings, sft, seed, em=(theirs, 0.25 * (seed + 1)))
+    folder = report(settings, study, (0, 1, 2))
+    said = capsys.readouterr().out
+    assert "RL is better than SFT in and out of domain" in said and "R1-Searcher" in said
+    text = (folder / "table.md").read_text().splitlines()
+    assert "| run | seeds | em in | em out | tokens | searches | seconds |" in text
+    row = "| grpo | 3 | 0.700 (0.600 to 0.800) | 0.500 (0.500 to 0.500) | 30.0 (30.0 to 30.0) |"
+    assert any(line.startswith(row) for line in text)
+    assert text[-2:] == [
+        "- em in: grpo > sft on right episodes: 0.700 (0.600 to 0.800) against "
+        "0.400 (0.300 to 0.500): as in the paper",
+        "- em out: grpo > sft on right episodes: 0.500 (0.500 to 0.500) against "
+        "0.500 (0.250 to 0.750): cannot be told apart",
+    ]
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert rows["grpo"]["em in"] == [0.8, 0.6, 0.7]
+
+
+def test_a_study_of_which_nothing_is_done_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = report(replace(SETTINGS, output=tmp_path), BY_NAME["mask"], (0,))
+    assert "? against ?: too few seeds to tell" in capsys.readouterr().out
+    assert not (folder / "curves.png").exists()
+
+
+def test_open_questions_have_no_side() -> None:
+    study = BY_NAME["strict"]
+    rows = {
+        name: {key: [0.5, 0.6] for key in study.numbers} for name in ("grpo", "research-strict")
+    }
+    first = verdicts(study, rows)[0]
+    assert first.startswith("em in: research-strict and grpo: 0.550 (0.500 to 0.600) against")
+    assert first.endswith("cannot be told apart")
+
+
+# --- the processes that do the runs ---------------------------------------------------------------
+
+
+def test_workers_end_with_the_process_that_started_them() -> None:
+    """Else a command that is killed and started again would write the same runs twice."""
+    code = "import time; from benchmarks.runs import run_all; run_all(time.sleep, {'a': (99,)}, 1)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while len(found := children.read_text().split()) < 2:  # a worker, and Python's tracker
+            time.sleep(0.1)
+        time.sleep(1)
+        process.kill()
+    end = time.monotonic() + 60
+    while any(map(_is_alive, found)):
+        assert time.monotonic() < end, "a worker is left"
+        time.sleep(0.1)
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"  # ended, and nobody has asked how
+
+
+def test_a_job_that_fails_is_told_and_the_others_are_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = {"good": (str(tmp_path / "made"),), "bad": (str(tmp_path / "no" / "made"),)}
+    assert run_all(os.mkdir, jobs, 1, finished=3) == ["bad"]
+    assert (tmp_path / "made").is_dir()
+    said = capsys.readouterr().err
+    assert "5 runs, 2 of them to do" in said and "bad: failed: FileNotFoundError" in said
+    assert run_all(os.mkdir, {}, 1) == []
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["list"])
+    said = capsys.readouterr().out
+    assert all(study.name in said and study.finding in said for study in STUDIES)
+
+
+def test_an_unknown_study() -> None:
+    with pytest.raises(
+        SystemExit, match=r"unknown study 'masks'; known: algorithms, .*, all, list"
+    ):
+        main(["masks"])
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Worlds of few questions, all of one hop: the starter gets some of those right."""
+    monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(work, "QUESTIONS", {"train": 40, "dev": 10})
+    monkeypatch.setattr(work, "SLOTS", 32)
+    monkeypatch.setattr(miniworld, "HOPS", {1: 1.0})
+    settings = Settings(tmp_path / "out", steps=2, prompts=8, samples=2, questions=4)
+    write_worlds(settings)
+    return settings
+
+
+@pytest.mark.slow
+def test_sft_plays_as_many_episodes_and_learns_the_right_ones(small: Settings) -> None:
+    (arm,) = (each for each in BY_NAME["sft"].arms if each.by == "sft")
+    work.do(small, arm, 0)
+    folder = folder_of(small, arm, 0)
+    _, played = read_predictions(folder / "played")
+    assert len(played) == 2 * 8 * 2
+    kept = (folder / "demonstrations.jsonl").read_text().splitlines()
+    assert len(kept) == sum(record["metrics"]["em"] for record in played) > 0
+    starter, learned = (load_model(name) for name in ("miniworld-starter", folder / "model"))
+    assert any((a != b).any() for a, b in zip(*map(_weights, (starter, learned)), strict=True))
+    result = json.loads((folder / "result.json").read_text())
+    assert result["seconds"] > 0 and set(result["final"]) == {"in", "out"}
+    assert is_finished(small, arm, 0)
+
+
+def _weights(model: Any) -> list[Any]:
+    return [weight.detach() for weight in model.parameters()]
+
+
+@pytest.mark.slow
+def test_what_runs_begin_with_is_made(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "WARM", 12)
+    monkeypatch.setattr(work, "GRADED", 8)
+    names = ["grades.jsonl", "nothing", "warm"]
+    assert missing(small, arms()) == names
+    for name in names:
+        work.prepare(small, name)
+    assert missing(small, arms()) == []
+    grades = [json.loads(line) for line in (small.prepared / "grades.jsonl").open()]
+    assert len(grades) == 8 and {g["samples"] for g in grades} == {work.GRADE_SAMPLES}
+    started = ["miniworld-starter", *(str(small.prepared / name) for name in names[1:])]
+    starter, nothing, warm = (_weights(load_model(name)) for name in started)
+    assert [w.shape for w in starter] == [w.shape for w in nothing] == [w.shape for w in warm]
+    near, far = (
+        max(float((a - b).abs().max()) for a, b in zip(starter, other, strict=True))
+        for other in (warm, nothing)
+    )
+    assert 0 < near < 0.01 < far
+
+
+@pytest.mark.slow
+def test_a_small_study_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained and evaluated in both worlds; the second time nothing is run again."""
+    monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(work, "QUESTIONS", {"train": 40, "dev": 10})
+    words = ["length", "--output", str(tmp_path / "out"), "--steps", "2", "--seeds", "0"]
+    words += ["--prompts", "2", "--samples", "2", "--questions", "4", "--workers", "1"]
+    main(words)
+    folder = folder_of(replace(SETTINGS, output=tmp_path / "out"), BY_NAME["length"].arms[0], 0)
+    result = json.loads((folder / "result.json").read_text())
+    assert set(result["final"]) == {"in", "out"}
+    ids = {
+        world: json.loads(
+            (folder / "final" / world / "predictions.jsonl").read_text().split("\n")[0]
+        )
+        for world in ("in", "out")
+    }
+    assert [ids[world]["info"]["question_id"][:6] for world in ("in", "out")] == [
+        "0-dev-",
+        "1-dev-",
+    ]
+    table = (tmp_path / "out" / "length" / "table.md").read_text()
+    assert "| after | 1 |" in table and "too few seeds to tell" in table
+    assert (tmp_path / "out" / "length" / "curves.png").exists()
+
+    monkeypatch.setattr(work, "do", None)
+    main(words)
+    assert (tmp_path / "out" / "length" / "table.md").read_text() == table
