@@ -44,12 +44,13 @@ class SearchCounts:
 
 
 class Searches(Generic[Ticket]):
-    """Asks the engine for queries, at once or by a thread that hands back what it found.
+    """Asks the engine for queries, at once or by threads that hand back what they found.
 
     A query that is already waiting or being searched is not asked again: its asker shares the
     result. The hits of the latest queries are remembered (the least recently used are forgotten
-    first); failures never. A batch of the thread leaves when it is full or when its first query has
-    waited long enough. All methods are for one thread, that of the caller.
+    first); failures never. A batch of a thread leaves when it is full or when its first query has
+    waited long enough; several threads search, but one at a time gathers a batch, so that queries
+    of the same moment go together. All methods are for one thread, that of the caller.
     """
 
     def __init__(
@@ -58,14 +59,16 @@ class Searches(Generic[Ticket]):
         max_batch: int,
         max_wait: float,
         remember: int = 0,
+        in_flight: int = 1,
     ) -> None:
-        """Nothing is asked yet; the thread starts when it is needed.
+        """Nothing is asked yet; the threads start when they are needed.
 
         Args:
             search: answers a batch of queries, an entry each, in order.
-            max_batch: the most queries that the thread asks at once.
+            max_batch: the most queries that a thread asks at once.
             max_wait: seconds that the first query of its batch waits for others.
             remember: the queries whose hits are remembered, at most; 0: none.
+            in_flight: batches that may be searched at the same time, each by a thread.
         """
         self._search = search
         self._max_batch = max_batch
@@ -77,7 +80,9 @@ class Searches(Generic[Ticket]):
         self._askers: dict[str, list[Ticket]] = {}
         self._memory: OrderedDict[str, tuple[Hit, ...]] = OrderedDict()
         self._searched = self._merged = self._remembered = 0
-        self._thread: threading.Thread | None = None
+        self._in_flight = in_flight
+        self._gathering = threading.Lock()
+        self._threads: list[threading.Thread] = []
         self._closed = False
 
     @property
@@ -127,9 +132,9 @@ class Searches(Generic[Ticket]):
                 self._searched += 1
                 self._askers[query] = [ticket]
                 self._queue.put(query)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="searches", daemon=True)
-            self._thread.start()
+        while len(self._threads) < self._in_flight:
+            self._threads.append(threading.Thread(target=self._run, name="searches", daemon=True))
+            self._threads[-1].start()
 
     def take(self, timeout: float | None) -> tuple[Ticket, Found | Exception] | None:
         """The next result, or None when there is none within ``timeout`` seconds (None: for ever).
@@ -145,11 +150,12 @@ class Searches(Generic[Ticket]):
             return None
 
     def close(self) -> None:
-        """Stop the thread after the batch that it is busy with; the rest is dropped."""
+        """Stop the threads after the batches that they are busy with; the rest is dropped."""
         self._closed = True
-        if self._thread is not None:
+        for _ in self._threads:
             self._queue.put(None)
-            self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _recall(self, query: str) -> list[Hit] | None:
         hits = self._memory.get(query)
@@ -184,6 +190,10 @@ class Searches(Generic[Ticket]):
 
     def _gather(self) -> list[str]:
         """The next batch; an empty one means to stop."""
+        with self._gathering:
+            return self._next_batch()
+
+    def _next_batch(self) -> list[str]:
         batch: list[str] = []
         deadline = None
         while len(batch) < self._max_batch:

@@ -100,8 +100,10 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         self.render_mode = render_mode
         self.metadata = {**type(self).metadata, "autoreset_mode": mode}
         self._mode = mode
-        self._lock = threading.Lock()  # the engine is asked by one thread at a time
         self._game = make_game(**settings)
+        # An engine is asked by one thread at a time, unless it says that more may.
+        in_flight = int(getattr(self._game.retriever, "in_flight", 1))
+        self._places = threading.BoundedSemaphore(in_flight)
         self.single_action_space = UnicodeText(terminators=self._game.protocol.terminators)
         self.single_observation_space = UnicodeText()
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -109,7 +111,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         self._episodes: list[Episode | None] = [None] * num_envs
         self._next = list(range(num_envs))
         self._searches: Searches[tuple[int, Episode]] = Searches(
-            self._search, max_batch, max_wait, remember
+            self._search, max_batch, max_wait, remember, in_flight
         )
         self._ready: list[StepResult] = []
         self._sent: set[int] = set()
@@ -316,7 +318,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
 
         All at once, so that all have one deadline: in parts, each would wait for a dead server.
         """
-        with self._lock:
+        with self._places:
             return self._game.search(queries)
 
     def _conclude(self, i: int, episode: Episode | None) -> StepResult:

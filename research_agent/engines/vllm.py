@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import sys
 import tempfile
 import warnings
 import weakref
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from research_agent.codec import Codec
 
 _CPU_BLOCK = 32  # tokens
+_CPU_STEP = 4096  # tokens that one step may compute; a prompt is never cut
 _CPU_CACHE = 2**30  # bytes, unless VLLM_CPU_KVCACHE_SPACE says otherwise
 _TOLERANCE = 0.5  # nats; what rounding to bfloat16 does to a token is less
 _CONTINUE = "The last checkpoint is intact, and the same command continues from it"
@@ -341,6 +343,7 @@ def _start(model: Any, max_slots: int, max_context: int, memory_share: float) ->
         warnings.catch_warnings(action="ignore", category=FutureWarning),
     ):
         config.save_pretrained(folder)
+        _let_vllm_look()
         try:
             llm = LLM(
                 folder,
@@ -354,6 +357,9 @@ def _start(model: Any, max_slots: int, max_context: int, memory_share: float) ->
                 block_size=_CPU_BLOCK if on_cpu else None,
                 enable_prefix_caching=True,
                 enforce_eager=on_cpu,
+                # A CPU's random generator cannot go back, as one must between a prompt's pieces.
+                enable_chunked_prefill=False if on_cpu else None,
+                max_num_batched_tokens=max(_CPU_STEP, max_context) if on_cpu else None,
                 async_scheduling=False,  # it runs a token ahead of what we look at
                 logprobs_mode="processed_logprobs",
             )
@@ -364,6 +370,17 @@ def _start(model: Any, max_slots: int, max_context: int, memory_share: float) ->
             ) from error
     _started.append(llm.llm_engine)
     return llm.llm_engine
+
+
+def _let_vllm_look() -> None:
+    """Give llvmlite's library an empty ``__dict__``, if it is loaded.
+
+    vLLM looks into the attributes of every object of every module, and that library (of numba, with
+    which an environment may search) answers to any name with a function.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is not None:
+        ffi.lib._fntab["__dict__"] = {}
 
 
 def _close(vllm: Any, watchdog: Watchdog) -> None:

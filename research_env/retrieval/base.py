@@ -27,7 +27,11 @@ class Hit:
 
 
 class Retriever(Protocol):
-    """Anything that answers queries with passages. One new file makes a new one."""
+    """Anything that answers queries with passages. One new file makes a new one.
+
+    One that has an attribute ``in_flight`` may be asked by so many threads at the same time; any
+    other is asked by one at a time.
+    """
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
         """Answer every query of a batch.

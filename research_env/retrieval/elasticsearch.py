@@ -92,6 +92,8 @@ class ElasticsearchRetriever:
     searches. Searches may come from several threads.
     """
 
+    in_flight = IN_FLIGHT
+
     def __init__(self, url: str) -> None:
         """Look at the index and check that it can be searched so.
 

@@ -54,6 +54,8 @@ class HttpRetriever:
     of its own.
     """
 
+    in_flight = 4
+
     def __init__(self, url: str, batch: int = 256, retry: Retry | None = None) -> None:
         """Make a client; nothing is sent yet.
 

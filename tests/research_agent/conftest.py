@@ -150,6 +150,8 @@ def vllm() -> None:
 @pytest.fixture(scope="session")
 def vllm_engine(vllm: None, merging_codec: Codec) -> Iterator[VllmEngine]:
     """One engine for all tests, since a start takes so long; they load the weights they need."""
+    import numba  # noqa: F401 - an environment that searches has it, and vLLM trips over it
+
     from research_agent.engines.vllm import VllmEngine
 
     set_num_threads = torch.set_num_threads

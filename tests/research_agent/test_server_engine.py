@@ -718,7 +718,7 @@ def test_real_servers(  # noqa: PLR0915
     parts = engine.interrupt()
     assert {part.slot for part in parts} == set(range(4))
     assert not engine.busy
-    assert {part.finish for part in parts} <= {"interrupted", "end"}
+    assert {part.finish for part in parts} <= {"interrupted", "end", "length"}
     assert max(len(part.tokens) for part in parts) > 0
 
     # All are killed.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from research_env import Hit
@@ -153,7 +153,6 @@ def test_nothing_asked_is_nothing_saved() -> None:
 QUERIES = st.lists(st.sampled_from(["1", "2", "3", "1 2", "fail 3", "", "none"]), max_size=8)
 
 
-@settings(deadline=None)
 @given(steps=st.lists(QUERIES, max_size=6), remember=st.integers(0, 4))
 def test_what_is_found_is_what_the_engine_says(steps: list[list[str]], remember: int) -> None:
     searches = made(Engine(), remember)
@@ -196,7 +195,69 @@ def played(steps: list[list[str]], remember: int, background: bool) -> list[Any]
     return seen
 
 
-@settings(deadline=None)
+def test_several_batches_may_be_in_flight() -> None:
+    both = threading.Barrier(2)
+
+    def search_both(queries: Sequence[str]) -> list[Found]:
+        both.wait(PATIENCE)  # passes only while another batch is being searched
+        return [[] for _ in queries]
+
+    searches: Searches[int] = Searches(search_both, max_batch=1, max_wait=0.0, in_flight=2)
+    for ticket, query in enumerate("abcd"):
+        searches.submit(ticket, query)
+    assert sorted(taken(searches) for _ in range(4)) == [(ticket, []) for ticket in range(4)]
+    searches.close()
+
+
+def test_queries_of_a_moment_go_together_however_many_threads_there_are() -> None:
+    engine = Engine()
+    searches = made(engine, 0, max_batch=3, max_wait=PATIENCE, in_flight=3)
+    for ticket, query in enumerate("123"):
+        searches.submit(ticket, query)
+    assert {taken(searches)[0] for _ in range(3)} == {0, 1, 2}
+    assert engine.batches == [("1", "2", "3")]
+    searches.close()
+
+
+class Together:
+    """An engine that takes its time, and counts the threads that ask it at the same time."""
+
+    def __init__(self, in_flight: int | None) -> None:
+        if in_flight is not None:
+            self.in_flight = in_flight
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+        self.asked = threading.Semaphore(0)
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        self.asked.release()
+        self.asked.acquire(timeout=0.05)
+        self.asked.acquire(timeout=0.05)
+        with self.lock:
+            self.now -= 1
+        return [[] for _ in queries]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("in_flight", "most"), [(None, 1), (2, 2)])
+def test_an_engine_is_asked_by_as_many_threads_as_it_says(in_flight: int | None, most: int) -> None:
+    engine = Together(in_flight)
+    env = SearchQAVectorEnv(4, dataset=DATASET, retriever=engine, max_wait=0.0, max_batch=1)
+    env.reset(seed=3)
+    for i in range(4):
+        env.send([i], [search(str(i))])
+    seen = 0
+    while seen < 4:
+        seen += len(env.recv(timeout=PATIENCE))
+    assert engine.most == most
+    env.close()
+
+
 @given(steps=STEPS, remember=st.integers(1, 5), background=st.booleans())
 def test_episodes_are_the_same_with_and_without_memory(
     steps: list[list[str]], remember: int, background: bool
