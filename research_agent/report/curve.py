@@ -32,6 +32,9 @@ def series(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
 def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Draw the curves of runs as a PNG: shares from 0 to 1 above, other quantities below.
 
+    Of a single run all curves are drawn; of several the reward and the first of em and reward on
+    held-out tasks that there is, a colour a run.
+
     Args:
         runs: records of ``metrics.jsonl``, by the name of the run.
         path: of the picture.
@@ -42,6 +45,10 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     curves = {
         (run, name): points for run, log in runs.items() for name, points in series(log).items()
     }
+    if not alone:
+        main = "eval/em" if any(name == "eval/em" for _, name in curves) else "eval/reward"
+        curves = {key: points for key, points in curves.items() if key[1] in ("reward", main)}
+    colors = {run: f"C{i % 10}" for i, run in enumerate(runs)}
     metrics = {name for _, name in curves}
     shares = {
         name
@@ -60,9 +67,11 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
             label = "reward while training" if name == "reward" else held_out
             style: dict[str, Any] = {"label": label if alone else f"{run}: {label}"}
             if name == "reward":
-                style |= {"linewidth": 1, "color": "0.6"} if alone else {"linewidth": 1}
+                style |= {"linewidth": 1, "color": "0.6"}
             else:
                 style |= {"marker": "o", "markersize": 4}
+            if not alone:
+                style["color"] = colors[run]
             axes.plot(steps, values, **style)
         if panel is shares:
             axes.set_ylim(-0.02, 1.02)
