@@ -41,6 +41,9 @@ class Codec:
     _stop_flags: dict[tuple[str, ...], NDArray[np.bool_]] = field(
         default_factory=dict, repr=False, compare=False
     )
+    _stop_tokens: dict[tuple[str, ...], frozenset[int]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if not self.end_ids:
@@ -155,6 +158,12 @@ class Codec:
                     flags[token] = not ends.isdisjoint(self.decode([*anchor, token])[before:])
             self._stop_flags[stop] = flags
         return self._stop_flags[stop]
+
+    def stop_tokens(self, stop: tuple[str, ...]) -> frozenset[int]:
+        """The tokens that ``stop_flags`` marks, kept."""
+        if stop not in self._stop_tokens:
+            self._stop_tokens[stop] = frozenset(np.flatnonzero(self.stop_flags(stop)).tolist())
+        return self._stop_tokens[stop]
 
     def stops(self, tokens: Sequence[int], stop: tuple[str, ...]) -> bool:
         """Whether the tokens of a turn, of which the last is new, hold one of the stop strings."""

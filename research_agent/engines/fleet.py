@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from research_agent.engines.base import Finish, SamplingParams
+from research_agent.engines.checks import CONTINUE
 from research_agent.engines.remote import RequestError, ask, turn_seed
 from research_agent.errors import ContextError, EngineError
 
@@ -21,7 +22,6 @@ _START = (
     "Start it with VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out "
     "--logprobs-mode processed_logprobs; if it asks for a key, put that in VLLM_API_KEY here"
 )
-_CONTINUE = "The last checkpoint is intact, and the same command continues from it"
 _GENERATE = "inference/v1/generate"
 _CHECK = 5.0  # seconds between looks at a server's health
 _LONGEST_PAUSE = 30.0  # seconds between attempts to take a server back
@@ -173,7 +173,7 @@ class Fleet:
                     self._lose(server, str(lost))
         raise EngineError(
             f"{attempts} attempts to sample one turn of {len(turn.held.tokens)} tokens before it "
-            f"failed, the last with {problem}. Look into the servers' logs. {_CONTINUE}"
+            f"failed, the last with {problem}. Look into the servers' logs. {CONTINUE}"
         )
 
     async def spread(self, folder: Path) -> None:
@@ -229,7 +229,7 @@ class Fleet:
 
     def _nobody(self) -> EngineError:
         reasons = "; ".join(f"{server.url}: {server.problem}" for server in self._servers)
-        return EngineError(f"no vLLM server can be used ({reasons}). {_START}. {_CONTINUE}")
+        return EngineError(f"no vLLM server can be used ({reasons}). {_START}. {CONTINUE}")
 
     async def _sample(self, server: Server, turn: Turn) -> Sampled:
         payload = _request(server.model, turn, self._end_ids)

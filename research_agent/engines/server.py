@@ -34,14 +34,14 @@ import secrets
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from research_agent.engines.base import Completion, Finish, SamplingParams
+from research_agent.engines.checks import context_limit, not_finite, require_room
 from research_agent.engines.fleet import Fleet, Sampled, Server, Trajectory, Turn
 from research_agent.engines.remote import Turns, make_client
 from research_agent.engines.weight_folder import WeightFolder
-from research_agent.errors import ConfigError, ContextError, ModelError, NonFiniteError
+from research_agent.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,20 +92,11 @@ class ServerEngine:
             raise ConfigError(
                 "the server engine works in one process; start the trainer without torchrun"
             )
-        limit = getattr(model.config, "max_position_embeddings", None)
-        context = limit if max_context is None else max_context
-        if context is None:
-            raise ModelError("the model names no context length; give max_context")
-        if limit is not None and context > limit:
-            raise ContextError(
-                f"max_context is {context}, but the model has {limit} positions; lower it"
-            )
-        self.max_context = int(context)
+        self.max_context = context_limit(model, max_context)
         key = os.environ.get("VLLM_API_KEY")
         servers = [Server(base, make_client(base, key)) for base in bases]
         self._codec = codec
         self._held: dict[int, Trajectory] = {}
-        self._flagged: dict[tuple[str, ...], frozenset[int]] = {}
         self._version = 0
         self._run = secrets.token_hex(4)
         self._folder = WeightFolder(model)
@@ -144,12 +135,7 @@ class ServerEngine:
             raise ValueError(f"temperature is {params.temperature}; vLLM takes 0, or 0.01 and more")
         held = self._held.get(slot) or Trajectory()
         length = len(held.tokens) + len(tokens)
-        if not length:
-            raise ContextError(f"slot {slot} holds nothing, and no tokens were submitted")
-        if length >= self.max_context:
-            raise ContextError(
-                f"{length} tokens leave no room to sample in a context of {self.max_context}"
-            )
+        require_room(slot, length, self.max_context)
         held.tokens += tokens
         self._held[slot] = held
         limit = min(params.max_tokens, self.max_context - length)
@@ -217,10 +203,7 @@ class ServerEngine:
         count, finish = self._cut(sampled)
         tokens, logprobs = sampled.tokens[:count], sampled.logprobs[:count]
         if not all(logprob > _NOT_FINITE for logprob in logprobs):
-            raise NonFiniteError(
-                f"the policy's logits are not finite (weights of version {self._version}); "
-                "lower the learning rate or go back to an earlier checkpoint"
-            )
+            raise not_finite(self._version)
         turn.held.tokens += tokens
         said = tokens[:-1] if finish == "end" else tokens
         return Completion(
@@ -240,10 +223,7 @@ class ServerEngine:
         """
         params, tokens = sampled.turn.params, sampled.tokens
         begun = sampled.turn.held.tokens[-params.begun :] if params.begun else []
-        if params.stop not in self._flagged:
-            flags = np.flatnonzero(self._codec.stop_flags(params.stop))
-            self._flagged[params.stop] = frozenset(flags.tolist())
-        flagged = self._flagged[params.stop]
+        flagged = self._codec.stop_tokens(params.stop)
         for at, token in enumerate(tokens):
             if token in self._codec.end_ids:
                 return at + 1, "end"

@@ -19,7 +19,8 @@ import torch.nn.functional as F  # noqa: N812 - the name everybody knows
 from transformers import AttentionInterface
 
 from research_agent.engines.base import Completion, Finish, SamplingParams
-from research_agent.errors import ContextError, ModelError, NonFiniteError
+from research_agent.engines.checks import WeightNames, context_limit, not_finite, require_room
+from research_agent.errors import ModelError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -167,20 +168,13 @@ class TransformersEngine:
         *,
         share: bool = False,
     ) -> None:
-        limit = getattr(model.config, "max_position_embeddings", None)
-        context = limit if max_context is None else max_context
-        if context is None:
-            raise ModelError("the model names no context length; give max_context")
-        if limit is not None and context > limit:
-            raise ContextError(
-                f"max_context is {context}, but the model has {limit} positions; lower it"
-            )
-        self.max_context = int(context)
+        self.max_context = context_limit(model, max_context)
         self.max_slots = max_slots
         self.forwarded_tokens = 0  # since the start; a token of a trajectory counts once
         self._codec = codec
         self._model = (model if share else copy.deepcopy(model)).eval()
         self._device = next(self._model.parameters()).device
+        self._names = WeightNames(self._model)
         try:
             self._model.set_attn_implementation(_ATTENTION)
         except (ValueError, AttributeError) as error:
@@ -228,12 +222,7 @@ class TransformersEngine:
         last = [int(self._last[slot])] if self._last[slot] >= 0 else []
         new = [*last, *tokens]
         length = int(self._cached[slot]) + len(new)
-        if not new:
-            raise ContextError(f"slot {slot} holds nothing, and no tokens were submitted")
-        if length >= self.max_context:
-            raise ContextError(
-                f"{length} tokens leave no room to sample in a context of {self.max_context}"
-            )
+        require_room(slot, length, self.max_context)
         self._params[slot] = params
         self._pending[slot] = new
         self._last[slot] = -1
@@ -310,18 +299,13 @@ class TransformersEngine:
         if self._params:
             raise ValueError(f"{self.busy} turns are under way; finish them before new weights")
         own = self._model.state_dict(keep_vars=True)
-        missing = {id(p): name for name, p in self._model.named_parameters()}
+        given = set()
         with torch.no_grad():
             for name, new in weights:
-                held = own.get(name)
-                if held is None or held.shape != new.shape:
-                    has = "none of that name" if held is None else f"{list(held.shape)}"
-                    raise ModelError(f"weight {name!r} {list(new.shape)}: the model has {has}")
-                held.copy_(new)
-                missing.pop(id(held), None)
-        if missing:
-            names = sorted(missing.values())
-            raise ModelError(f"{len(names)} weights were left out, such as {names[0]!r}")
+                self._names.require(name, new)
+                own[name].copy_(new)
+                given.add(name)
+        self._names.require_all(given)
         self._version = version
         for slot in range(self.max_slots):
             self.release(slot)
@@ -478,10 +462,7 @@ class TransformersEngine:
         chosen = logprobs.gather(1, drawn[:, None])[:, 0].cpu().numpy()
         if not np.isfinite(chosen).all():
             self._cache.layers.clear()  # a NaN shows through a mask
-            raise NonFiniteError(
-                f"the policy's logits are not finite (weights of version {self._version}); "
-                "lower the learning rate or go back to an earlier checkpoint"
-            )
+            raise not_finite(self._version)
         return drawn.cpu().numpy(), chosen
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:

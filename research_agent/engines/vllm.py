@@ -23,13 +23,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from research_agent.engines.base import Completion, Finish, SamplingParams
+from research_agent.engines.checks import (
+    CONTINUE,
+    WeightNames,
+    context_limit,
+    not_finite,
+    require_room,
+)
 from research_agent.engines.remote import turn_seed
 from research_agent.engines.watchdog import Watchdog
-from research_agent.errors import ConfigError, ContextError, EngineError, ModelError, NonFiniteError
+from research_agent.errors import ConfigError, EngineError, ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +46,6 @@ _CPU_BLOCK = 32  # tokens
 _CPU_STEP = 4096  # tokens that one step may compute; a prompt is never cut
 _CPU_CACHE = 2**30  # bytes, unless VLLM_CPU_KVCACHE_SPACE says otherwise
 _TOLERANCE = 0.5  # nats; what rounding to bfloat16 does to a token is less
-_CONTINUE = "The last checkpoint is intact, and the same command continues from it"
 
 
 @dataclass(slots=True)
@@ -82,15 +87,7 @@ class VllmEngine:
         memory_share: float = 0.4,
         patience: float = 600.0,
     ) -> None:
-        limit = getattr(model.config, "max_position_embeddings", None)
-        context = limit if max_context is None else max_context
-        if context is None:
-            raise ModelError("the model names no context length; give max_context")
-        if limit is not None and context > limit:
-            raise ContextError(
-                f"max_context is {context}, but the model has {limit} positions; lower it"
-            )
-        self.max_context = int(context)
+        self.max_context = context_limit(model, max_context)
         self.max_slots = max_slots
         self.prefilled_tokens = 0  # by vLLM's count: those of prompts that its cache had not
         self._codec = codec
@@ -98,15 +95,10 @@ class VllmEngine:
         self._held: dict[int, list[int]] = {}  # slot -> its trajectory's tokens
         self._turns: dict[int, _Turn] = {}  # by slot, which is the name of the request too
         self._broken = ""
-        self._flagged: dict[tuple[str, ...], frozenset[int]] = {}
-        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        names: dict[int, set[str]] = {}  # of each parameter: a tied one has several
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), set()).add(name)
-        self._names = list(names.values())
+        self._names = WeightNames(model)
         self._vllm = _start(model, max_slots, self.max_context, memory_share)
         self._watchdog = Watchdog(
-            f"research-agent: error: vLLM has hung for {patience:g} s. {_CONTINUE}", patience
+            f"research-agent: error: vLLM has hung for {patience:g} s. {CONTINUE}", patience
         )
         self.close = weakref.finalize(self, _close, self._vllm, self._watchdog)
         try:
@@ -142,12 +134,7 @@ class VllmEngine:
         if 0 < params.temperature < 0.01:
             raise ValueError(f"temperature is {params.temperature}; vLLM takes 0, or 0.01 and more")
         prompt = [*self._held.get(slot, ()), *tokens]
-        if not prompt:
-            raise ContextError(f"slot {slot} holds nothing, and no tokens were submitted")
-        if len(prompt) >= self.max_context:
-            raise ContextError(
-                f"{len(prompt)} tokens leave no room to sample in a context of {self.max_context}"
-            )
+        require_room(slot, len(prompt), self.max_context)
         sampling = VllmParams(
             temperature=params.temperature,
             seed=turn_seed(params.seed, len(prompt)),
@@ -164,7 +151,7 @@ class VllmEngine:
                 self._vllm.reset_prefix_cache()
             self._vllm.add_request(str(slot), {"prompt_token_ids": prompt}, sampling)
         self._held[slot] = prompt
-        self._turns[slot] = _Turn(params, prompt, self._flags(params.stop))
+        self._turns[slot] = _Turn(params, prompt, self._codec.stop_tokens(params.stop))
 
     def step(self) -> list[Completion]:
         """Sample a token in every turn that vLLM has room for; return the turns that this ends.
@@ -193,10 +180,7 @@ class VllmEngine:
                         stopped.append(output.request_id)
             self._vllm.abort_request(stopped)
         if not finite:
-            raise NonFiniteError(
-                f"the policy's logits are not finite (weights of version {self._version}); "
-                "lower the learning rate or go back to an earlier checkpoint"
-            )
+            raise not_finite(self._version)
         return done
 
     def release(self, slot: int) -> None:
@@ -229,16 +213,10 @@ class VllmEngine:
             raise ValueError(f"{self.busy} turns are under way; finish them before new weights")
         given = dict(weights)
         for name, new in given.items():
-            shape = self._shapes.get(name)
-            if shape != new.shape:
-                has = "none of that name" if shape is None else f"{list(shape)}"
-                raise ModelError(f"weight {name!r} {list(new.shape)}: the model has {has}")
-        missing = [min(names) for names in self._names if names.isdisjoint(given)]
-        if missing:
-            raise ModelError(f"{len(missing)} weights were left out, such as {min(missing)!r}")
+            self._names.require(name, new)
+        self._names.require_all(given)
         # A tied weight goes in under all its names: vLLM has a packed copy of a head on CPUs.
-        for names in self._names:
-            given |= dict.fromkeys(names, next(given[name] for name in names if name in given))
+        given |= {tie: new for name, new in given.items() for tie in self._names.ties[name]}
         self._held.clear()
         with self._at_work("taking new weights"):
             new_weights = {"weights_iterator": iter(given.items())}
@@ -272,12 +250,6 @@ class VllmEngine:
             version=self._version,
         )
 
-    def _flags(self, stop: tuple[str, ...]) -> frozenset[int]:
-        if stop not in self._flagged:
-            flags = np.flatnonzero(self._codec.stop_flags(stop))
-            self._flagged[stop] = frozenset(flags.tolist())
-        return self._flagged[stop]
-
     @torch.no_grad()
     def _compare(self, model: Any) -> None:
         """See to it that vLLM computes what the model does: it says nothing of weights it lacks."""
@@ -309,7 +281,7 @@ class VllmEngine:
         except Exception as error:
             self._broken = f"failed while {doing}: {type(error).__name__}: {error}"
             raise EngineError(
-                f"vLLM {self._broken}. {_CONTINUE}. Where memory ran out, give fewer --slots or a "
+                f"vLLM {self._broken}. {CONTINUE}. Where memory ran out, give fewer --slots or a "
                 "shorter context"
             ) from error
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
-from research_agent.errors import EngineError, ModelError
+from research_agent.engines.checks import WeightNames
+from research_agent.errors import EngineError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,11 +27,7 @@ class WeightFolder:
     """
 
     def __init__(self, model: Any) -> None:
-        # Tied weights are one tensor with several names.
-        named = model.state_dict(keep_vars=True)
-        self._shapes = {name: tensor.shape for name, tensor in named.items()}
-        self._ties = {n: [m for m, t in named.items() if t is named[n]] for n in named}
-        self._needed = {name for name, _ in model.named_parameters()}
+        self._names = WeightNames(model)
         self._folder = tempfile.TemporaryDirectory(
             prefix="research-agent-weights-", ignore_cleanup_errors=True
         )
@@ -85,19 +82,15 @@ class WeightFolder:
             files += 1
 
         for name, weight in weights:
-            shape = self._shapes.get(name)
-            if shape != weight.shape:
-                has = "none of that name" if shape is None else f"{list(shape)}"
-                raise ModelError(f"weight {name!r} {list(weight.shape)}: the model has {has}")
+            self._names.require(name, weight)
             size += weight.nbytes
             if shard and size > _SHARD:
                 save(shard)
                 shard, size = {}, weight.nbytes
             shard[name] = weight.detach().to("cpu", copy=True).contiguous()
-            last |= {tie: shard[name] for tie in self._ties[name] if tie != name}
-            given.update(self._ties[name])
-        if missing := sorted(self._needed - given):
-            raise ModelError(f"{len(missing)} weights were left out, such as {missing[0]!r}")
+            last |= {tie: shard[name] for tie in self._names.ties[name] if tie != name}
+            given.add(name)
+        self._names.require_all(given)
         save(shard)
         for name, weight in last.items():
             # Tied names behind all others, for servers that read the files in order: on a CPU vLLM

@@ -1,0 +1,95 @@
+"""What all engines check alike: the context, room for a turn, and that weights are the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from research_agent.errors import ContextError, ModelError, NonFiniteError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONTINUE = "The last checkpoint is intact, and the same command continues from it"
+"""What an error of an engine that died ends with."""
+
+
+def context_limit(model: Any, max_context: int | None) -> int:
+    """Tokens that a trajectory may have: those wanted, or as many as the model has positions for.
+
+    Args:
+        model: of the transformers library.
+        max_context: wanted; None: the model's own limit.
+
+    Raises:
+        ContextError: more than the model has.
+        ModelError: none are wanted, and the model names no limit.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    context = limit if max_context is None else max_context
+    if context is None:
+        raise ModelError("the model names no context length; give max_context")
+    if limit is not None and context > limit:
+        raise ContextError(
+            f"max_context is {context}, but the model has {limit} positions; lower it"
+        )
+    return int(context)
+
+
+def require_room(slot: int, length: int, max_context: int) -> None:
+    """Check that a slot with so many tokens can go on.
+
+    Raises:
+        ContextError: it has nothing to continue from, or no room left to sample a token.
+    """
+    if not length:
+        raise ContextError(f"slot {slot} holds nothing, and no tokens were submitted")
+    if length >= max_context:
+        raise ContextError(f"{length} tokens leave no room to sample in a context of {max_context}")
+
+
+def not_finite(version: int) -> NonFiniteError:
+    """The error for log-probabilities that are not finite, of weights of this version."""
+    return NonFiniteError(
+        f"the policy's logits are not finite (weights of version {version}); "
+        "lower the learning rate or go back to an earlier checkpoint"
+    )
+
+
+class WeightNames:
+    """The names that a model's weights go by, a tied one by several, and their shapes.
+
+    Args:
+        model: of the transformers library.
+    """
+
+    def __init__(self, model: Any) -> None:
+        named = model.state_dict(keep_vars=True)
+        of_tensor: dict[int, list[str]] = {}
+        for name, tensor in named.items():
+            of_tensor.setdefault(id(tensor), []).append(name)
+        self._shapes = {name: tensor.shape for name, tensor in named.items()}
+        self._needed = [name for name, _ in model.named_parameters()]
+        self.ties = {name: of_tensor[id(tensor)] for name, tensor in named.items()}
+        """Of each name: all that the same tensor goes by, itself among them."""
+
+    def require(self, name: str, weight: Tensor) -> None:
+        """Check that the model has a weight of this name and shape.
+
+        Raises:
+            ModelError: it has not.
+        """
+        shape = self._shapes.get(name)
+        if shape != weight.shape:
+            has = "none of that name" if shape is None else f"{list(shape)}"
+            raise ModelError(f"weight {name!r} {list(weight.shape)}: the model has {has}")
+
+    def require_all(self, given: Collection[str]) -> None:
+        """Check that no parameter is missing, a tied one under each of its names.
+
+        Raises:
+            ModelError: naming one of those that are.
+        """
+        missing = sorted(n for n in self._needed if not any(tie in given for tie in self.ties[n]))
+        if missing:
+            raise ModelError(f"{len(missing)} weights were left out, such as {missing[0]!r}")
