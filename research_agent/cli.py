@@ -1,4 +1,4 @@
-"""The command line: research-agent train | eval | compare | sft | report."""
+"""The command line: research-agent train | eval | compare | grade | sample | sft | report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from research_agent.config import (
 )
 from research_agent.errors import ConfigError, ResearchAgentError
 from research_agent.presets import DESCRIPTIONS, PRESETS
-from research_agent.stages import parse_stages
 
 USAGE = """\
 usage: research-agent COMMAND ...
@@ -92,7 +91,6 @@ def _train(words: list[str]) -> None:
     config = _parse(TrainConfig, f"train {name}", words[1:], description, preset)
     config = complete(config, preset)
     validate(config)
-    parse_stages(config.environment.stages)  # what cannot be read is refused before anything loads
     if config.run.plan:
         _plan(config, config.run.plan)
         return

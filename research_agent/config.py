@@ -419,11 +419,14 @@ def complete(config: TrainConfig, preset: TrainConfig) -> TrainConfig:
 
 
 def validate(config: TrainConfig) -> None:
-    """Refuse numbers that no run can have.
+    """Refuse numbers that no run can have, and stages that cannot be read.
 
     Raises:
         ConfigError: naming the flag, its value, and what it must be.
     """
+    from research_agent.stages import parse_stages  # noqa: PLC0415  (it reads settings as we do)
+
+    parse_stages(config.environment.stages)
     sampling, learner, run = config.sampling, config.learner, config.run
     at_least_one: dict[str, float | None] = {
         "--prompts": sampling.prompts,

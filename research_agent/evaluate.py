@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from research_agent.collect import Sampling, collect
 from research_agent.engines.base import Engine
 from research_agent.environments import Environments
 from research_agent.errors import ConfigError
+from research_agent.files import write_whole
 from research_agent.predictions import appending, as_record, read_predictions
 from research_agent.summary import Outcome, Summary, main_metric, outcome, summarize
 from research_agent.trajectory import Trajectory
@@ -93,7 +93,7 @@ def evaluate(
 
         play(engine, environments, codec, missing, sampling, seed=seed, on_finish=finished)
         summary = summarize(outcomes, known)
-        _write(output / "summary.json", summary)
+        write_whole(output / "summary.json", json.dumps(asdict(summary), indent=1) + "\n")
     return summary
 
 
@@ -111,15 +111,6 @@ class _Running:
             self.count += 1
         metric = main_metric(name for name in self.totals if name != "reward")
         return f"{metric} {self.totals[metric] / self.count:.3f}" if self.count else ""
-
-
-def _write(path: Path, summary: Summary) -> None:
-    temporary = path.with_suffix(".json.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(summary), indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _progress(show: bool) -> Progress:

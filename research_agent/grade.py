@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from research_agent.errors import ConfigError
+from research_agent.files import write_whole
 from research_agent.predictions import read_predictions
-from research_agent.summary import main_metric
+from research_agent.summary import main_metric, outcome
 
 Record = Mapping[str, Any]
 RIGHT = 0.5  # a metric from here on says that an episode is right
@@ -148,12 +149,9 @@ def _metric(records: Sequence[Record], metric: str | None) -> str:
 
 
 def _is_right(record: Record, metric: str) -> bool:
-    score = record["reward"] if metric == "reward" else record["metrics"].get(metric, 0.0)
-    return bool(score >= RIGHT)
+    return outcome(record).score(metric) >= RIGHT
 
 
 def _write(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -83,8 +83,8 @@ RESEARCH_7B = TrainConfig(
 )
 
 
-def _named(of: TrainConfig, name: str, model: str, steps: int | None = None) -> TrainConfig:
-    run = replace(of.run, output=Path("runs") / name, steps=steps or of.run.steps)
+def _named(of: TrainConfig, name: str, model: str) -> TrainConfig:
+    run = replace(of.run, output=Path("runs") / name)
     return replace(of, preset=name, policy=replace(of.policy, model=model), run=run)
 
 

@@ -43,6 +43,7 @@ from research_agent.errors import (
     TooManyVoidError,
 )
 from research_agent.evaluate import as_record, evaluate
+from research_agent.files import write_whole
 from research_agent.learner import Learner
 from research_agent.parallel import agree, gather, processes, rank_and_size
 from research_agent.policy import load_model, resolve_model
@@ -207,9 +208,7 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
         raise ConfigError("--max-staleness works in one process only; leave it at 0 with torchrun")
     if rank == 0:
         run.output.mkdir(parents=True, exist_ok=True)
-        written = run.output / "config.json.tmp"
-        written.write_text(json.dumps(as_json(config), indent=1) + "\n")
-        written.replace(run.output / "config.json")
+        write_whole(run.output / "config.json", json.dumps(as_json(config), indent=1) + "\n")
     torch.manual_seed(run.seed)
     slots = -(-sampling.prompts * sampling.samples // size)
     slots = min(slots * (1 + sampling.max_staleness), sampling.slots or slots)

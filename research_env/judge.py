@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import sqlite3
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -32,6 +31,7 @@ from research_env.judge_client import (
     ask_verdict,
     check_endpoint,
 )
+from research_env.progress import progress
 from research_env.retrieval.retry import Retry
 
 PREDICTIONS = "predictions.jsonl"
@@ -520,33 +520,16 @@ def _write(path: Path, summary: Summary) -> None:
 @contextmanager
 def _progress(total: int, show: bool) -> Iterator[Callable[[int, bool | None], None]]:
     """Show how many verdicts are there, and how many of these say right, in a terminal."""
-    if not (show and total and sys.stderr.isatty()):
+    if not (show and total):
         yield lambda count, verdict: None
         return
-    from rich.console import Console  # noqa: PLC0415  (only where somebody looks)
-    from rich.progress import (  # noqa: PLC0415
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("judging"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-    )
     said: Counter[bool | None] = Counter()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
+    with progress("judging", total) as report:
 
         def advance(count: int, verdict: bool | None) -> None:
             said[verdict] += count
             told = f"{said[True]} right, {said[False]} wrong, {said[None]} missing"
-            bar.update(task, advance=count, description=told)
+            report(said.total(), told)
 
         yield advance
 

@@ -19,6 +19,7 @@ from benchmarks.studies.catalogue import GRPO, STARTER, Arm
 from research_agent.config import AlgorithmConfig, EnvironmentConfig, TrainConfig, as_json
 from research_agent.config import require_same as require_same_training
 from research_agent.errors import ConfigError
+from research_agent.files import write_whole
 from research_agent.presets import MINIWORLD
 from research_env.datasets import miniworld
 
@@ -159,14 +160,7 @@ def claim_folder(settings: Settings) -> None:
             )
         return
     settings.output.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(ours) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(ours) + "\n")
 
 
 def write_worlds(settings: Settings) -> None:
@@ -289,7 +283,7 @@ def do(settings: Settings, arm: Arm, seed: int) -> str:
         "final": final,
         "training": as_json(training_of(settings, arm, seed)),
     }
-    _replace(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
     return f"exact match {final['in']['em']:.2f} in domain, {final['out']['em']:.2f} out of it"
 
 

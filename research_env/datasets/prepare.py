@@ -15,7 +15,6 @@ import gzip
 import hashlib
 import json
 import shutil
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,6 +27,7 @@ from typing import IO, Any
 from research_env.datasets.hub import HUB_SOURCES, HubSource, Record, convert
 from research_env.datasets.load import PUBLISHED
 from research_env.errors import DataError, DataNotFoundError, UnknownNameError
+from research_env.progress import progress
 
 MANIFEST = "manifest.json"
 _FORMAT = 1  # of the manifest and of what is written; another one is made again by hand
@@ -94,7 +94,7 @@ def prepare(name: str, output: Path) -> Prepared:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         try:
-            with _progress(f"converting {name}") as report:
+            with progress(f"converting {name}", 1.0, counted=False) as report:
                 rows = {
                     split: _records([downloads / file.name for file in files], report)
                     for split, files in listed.items()
@@ -296,7 +296,7 @@ def _only_one(folder: Path) -> Iterator[None]:
 # --- the files -----------------------------------------------------------------------------------
 
 
-def _records(paths: list[Path], report: Callable[[int, float], None]) -> Iterator[Record]:
+def _records(paths: list[Path], report: Callable[[float, str], None]) -> Iterator[Record]:
     """The records of files of one split, one after the other, as they are read.
 
     Raises:
@@ -308,7 +308,7 @@ def _records(paths: list[Path], report: Callable[[int, float], None]) -> Iterato
         try:
             for number, (record, share) in enumerate(read(path), start=1):
                 if number % _SHOWN_EVERY == 0:
-                    report(number, share)
+                    report(share, f"{number:,} records")
                 yield record
         except _DAMAGED as error:
             raise DataError(
@@ -357,23 +357,3 @@ def _parquet(path: Path) -> Iterator[tuple[Record, float]]:
             for record in batch.to_pylist():
                 done += 1
                 yield record, done / total
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, float], None]]:
-    """Show in a terminal how much of a file is converted."""
-    if not sys.stderr.isatty():
-        yield lambda count, share: None
-        return
-    from rich.console import Console  # noqa: PLC0415  (only where somebody looks)
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[count]} records"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=1.0, count="0")
-        yield lambda count, share: bar.update(task, completed=share, count=f"{count:,}")

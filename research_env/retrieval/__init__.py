@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from research_env.cache import cache_folder
 from research_env.errors import ConfigurationError, ResearchEnvError, UnknownNameError
+from research_env.progress import progress
 from research_env.retrieval.base import Hit, Passage, Retriever
 
 if TYPE_CHECKING:
@@ -162,32 +163,12 @@ SCHEMES: dict[str, Callable[[str, Corpus | None], Retriever]] = {
 @contextmanager
 def report_progress(corpus: Corpus) -> Iterator[Callable[[int], None]]:
     """Show how many passages are indexed, at what rate and until when, in a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console  # noqa: PLC0415  (only where somebody looks)
-    from rich.progress import (  # noqa: PLC0415
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("indexing {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
     start = time.perf_counter()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        total = len(corpus) if isinstance(corpus, Sized) else None
-        task = bar.add_task(corpus.name, total=total, rate="")
+    total = len(corpus) if isinstance(corpus, Sized) else None
+    with progress(f"indexing {corpus.name}", total) as show:
 
         def report(count: int) -> None:
             rate = count / (time.perf_counter() - start)
-            bar.update(task, completed=count, rate=f"{rate:,.0f} passages/s")
+            show(count, f"{rate:,.0f} passages/s")
 
         yield report

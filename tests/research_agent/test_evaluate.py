@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
 from research_agent.cli import main
 from research_agent.config import EvalConfig
@@ -30,7 +28,7 @@ from research_agent.evaluate import Summary, evaluate, outcome, read_predictions
 from research_agent.predictions import as_record
 from research_agent.summary import Outcome, Part
 from research_agent.trajectory import Segment, Trajectory
-from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
+from tests.research_agent.conftest import byte_tokenizer, codec_of, letter_tokenizer, tiny_qwen2
 from tests.research_agent.quiz_env import Quiz
 
 TOY = "tests.research_agent.toy_env:CopyLetter-v0"
@@ -505,11 +503,9 @@ def test_a_void_sample_has_no_vote() -> None:
 def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder: eleven tokens, a letter each, and random weights."""
     folder = tmp_path_factory.mktemp("letters")
-    characters = {character: i for i, character in enumerate("abcd=?!xy")}
-    backend = Tokenizer(models.BPE(vocab=characters, merges=[]))
-    backend.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(folder)
-    tiny_qwen2(len(characters) + 1, hidden=32, context=64).save_pretrained(folder)
+    tokenizer = letter_tokenizer("abcd=?!xy")
+    tokenizer.save_pretrained(folder)
+    tiny_qwen2(len(tokenizer), hidden=32, context=64).save_pretrained(folder)
     return folder
 
 

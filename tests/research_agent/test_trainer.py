@@ -16,15 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from research_agent import checkpoint, trainer
 from research_agent.cli import main
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.learner import Learner
 from research_agent.tracking import Tracker, read_lines
-from tests.research_agent.conftest import tiny_qwen2
+from tests.research_agent.conftest import letter_tokenizer, tiny_qwen2
 from tests.research_agent.disks import resize, small_disk
 from tests.research_agent.torchrun import in_two_processes
 
@@ -45,11 +44,9 @@ def _one_thread() -> Iterator[None]:
 def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder: eleven tokens, a letter each, and random weights."""
     folder = tmp_path_factory.mktemp("letters")
-    characters = {character: i for i, character in enumerate("abcd=?.xy")}
-    backend = Tokenizer(models.BPE(vocab=characters, merges=[]))
-    backend.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(folder)
-    tiny_qwen2(len(characters) + 1, hidden=32, context=64).save_pretrained(folder)
+    tokenizer = letter_tokenizer("abcd=?.xy")
+    tokenizer.save_pretrained(folder)
+    tiny_qwen2(len(tokenizer), hidden=32, context=64).save_pretrained(folder)
     return folder
 
 

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from io import StringIO
 
 from research_env import Dataset, Hit, Passage, Question
 from research_env.errors import RetrievalError
+
+
+class Terminal(StringIO):
+    """Stands in for a standard error that somebody looks at."""
+
+    def isatty(self) -> bool:
+        return True
+
 
 QUESTIONS = tuple(
     Question(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from research_env.cli import main
+from tests.research_env.fakes import Terminal
 
 
 @pytest.fixture(autouse=True)
@@ -63,10 +64,6 @@ def test_index_then_search(
 def test_in_a_terminal_a_progress_bar_tells_the_rate(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     monkeypatch.setattr("sys.stderr", Terminal())
     monkeypatch.setenv("TERM", "xterm")
     main(["index", "--corpus", str(corpus), "--to", str(tmp_path / "index")])

@@ -23,6 +23,7 @@ from research_env.errors import ConfigurationError, DataError, ResearchEnvError,
 from research_env.judge import Settings, Summary, judge_predictions, read_episodes
 from research_env.judge_client import JudgeError, r1_searcher_verdict, research_verdict
 from research_env.retrieval.retry import Retry
+from tests.research_env.fakes import Terminal
 from tests.research_env.servers import Call, Reply, Server, as_json, serving
 
 KEY = "sk-s3cret-0123456789"
@@ -897,12 +898,6 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_progress_bar_in_a_terminal(
     tmp_path: Path, mixed: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import io
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     monkeypatch.setattr("sys.stderr", Terminal())
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")

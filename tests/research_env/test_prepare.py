@@ -28,7 +28,7 @@ from research_env.cli import main
 from research_env.datasets import hub, load_dataset, read_questions
 from research_env.datasets.prepare import prepare
 from research_env.errors import DataError, DataNotFoundError, UnknownNameError
-from tests.research_env.fakes import Engine
+from tests.research_env.fakes import Engine, Terminal
 from tests.research_env.servers import Call, Reply, Server, as_json, serving
 from tests.research_env.test_hub import BAMBOOGLE, HOTPOTQA_HUB, MUSIQUE, NQ, POPQA, TWO_WIKI_HUB
 
@@ -628,10 +628,6 @@ def test_the_command_refuses_names_before_it_fetches(
 def test_in_a_terminal_a_bar_tells_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     many = Hub()
     many.repositories[FLASHRAG]["popqa/test.jsonl"] = json_lines(
         *(POPQA | {"id": f"test_{n}"} for n in range(2_500))
