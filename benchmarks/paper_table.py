@@ -39,8 +39,10 @@ from benchmarks.baselines import (
 )
 from benchmarks.baselines.published import DATASETS, published
 from benchmarks.baselines.rendering import Cell, Judged, Results, Row
+from benchmarks.runs import run_all
 from research_agent.config import EvalConfig, validate_eval
 from research_agent.errors import ConfigError, ResearchAgentError
+from research_agent.files import write_whole
 from research_agent.trajectory import Trajectory
 from research_env.errors import ResearchEnvError
 
@@ -117,6 +119,9 @@ class TableConfig:
     """Number format of the weights."""
     device: str = "auto"
     """cpu, cuda, or auto."""
+    workers: int = 1
+    """Cells played at the same time, each in a process with a model of its own and one thread.
+    --mini takes 2."""
     output: Path = Path("runs/paper-table")
     """Folder of the cells, and of table.md, table.tex, table.json and table.png."""
     format: Format = "terminal"
@@ -174,6 +179,7 @@ def run_miniature(config: TableConfig, settings: miniature.Miniature) -> Results
         max_turn=miniature.MAX_TURN,
         dtype="float32",
         engine="transformers",
+        workers=max(config.workers, miniature.WORKERS),
         limit=config.limit or miniature.DEV,
     )
     worlds = {name: {**args, "split": "dev"} for name, args in made.worlds.items()}
@@ -191,9 +197,21 @@ def fill(
         config: models, methods and limits.
         datasets: the environment's arguments for each, by printed name.
         baselines: the methods, but for the search agent.
+
+    Raises:
+        ConfigError: cells failed that were played in processes of their own.
     """
     plan = [(spec, method) for spec in config.models for method in config.methods]
     plan += [(spec, "search_agent") for spec in config.trained]
+    if config.workers > 1:
+        alone = replace(config, models=(), trained=(), methods=(), workers=1, quiet=True)
+        jobs = {
+            f"{spec}, {method}, {name}": (alone, spec, method, name, arguments, baselines)
+            for spec, method in plan
+            for name, arguments in datasets.items()
+        }
+        if failed := run_all(play_alone, jobs, config.workers):
+            raise ConfigError(f"cells failed: {'; '.join(failed)}")
     sampler: Sampler | None = None
     rows = []
     for i, (spec, method) in enumerate(plan):
@@ -224,6 +242,30 @@ def fill(
     if sampler is not None:
         sampler.close()
     return Results(rows, list(datasets))
+
+
+def play_alone(
+    config: TableConfig,
+    spec: str,
+    method: str,
+    dataset: str,
+    arguments: Mapping[str, Any],
+    baselines: Mapping[str, driver.Baseline],
+) -> str:
+    """Play what is missing of a cell in this process; says how it went."""
+    sampler = Sampler(spec, config)
+    try:
+        cell = play(
+            config,
+            sampler,
+            method,
+            dataset,
+            arguments=arguments,
+            baseline=baselines.get(method),
+        )
+    finally:
+        sampler.close()
+    return f"exact match {cell.em:.2f}"
 
 
 class Sampler:
@@ -387,7 +429,9 @@ def read_judge(folder: Path) -> Judged | None:
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         score = said["score"]
-        low, high = said["range"] or (score, score)
+        if said["range"] is None:  # every episode is void
+            return None
+        low, high = said["range"]
         return Judged(
             None if score is None else 100 * float(score),
             (100 * float(low), 100 * float(high)),
@@ -409,7 +453,7 @@ def show(results: Results, output: Path, form: Format = "terminal") -> None:
         "json": rendering.as_json(results),
     }
     for ending, text in texts.items():
-        (output / f"table.{ending}").write_text(text, encoding="utf-8")
+        write_whole(output / f"table.{ending}", text)
     bars = rendering.chart(results, output / "table.png")
     if form == "terminal":
         Console().print(rendering.terminal(results))

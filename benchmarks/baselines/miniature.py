@@ -48,6 +48,7 @@ OTHER = (
 WORLDS = {"MiniWorld": (0, TRAINED), "other world": (1, OTHER)}  # seed and relations
 TRAIN, DEV = 4000, 400  # questions of a world
 SLOTS = 128  # episodes of an evaluation that are played at the same time
+WORKERS = 2  # cells at the same time
 MAX_PROMPT, MAX_RESPONSE, MAX_TURN = 640, 384, 64  # tokens; the policy's context is 1,024
 
 A_WORLD, BLOCK = 300, 6_000  # demonstrations of one world; of those that are shuffled together

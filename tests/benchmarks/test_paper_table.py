@@ -158,6 +158,33 @@ def test_a_cell_of_other_settings_is_refused(
         paper_table.run(config)
 
 
+def test_cells_that_are_played_at_the_same_time_are_the_same(
+    data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = []
+    for workers in ("1", "2"):
+        chosen = ("--methods", "naive_rag", "search_agent", "--workers", workers)
+        paper_table.main(words(model, tmp_path / workers, *chosen, "--format", "json"))
+        tables.append(json.loads(capsys.readouterr().out.replace(str(tmp_path / workers), "")))
+    assert tables[0] == tables[1]
+    one, two = ({name: sorted(text.splitlines()[1:]) for name, text in cell_files(at).items()}
+                for at in (tmp_path / "1", tmp_path / "2"))  # fmt: skip
+    assert len(one) == 4
+    assert one == two
+
+
+def test_a_cell_that_fails_in_its_process_is_named(
+    data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / "hotpotqa" / "corpus.jsonl").write_text("no JSON\n")
+    with pytest.raises(SystemExit, match="2"):
+        paper_table.main(words(model, tmp_path / "t", "--methods", "naive_rag", "--workers", "2"))
+    error = capsys.readouterr().err
+    assert f"cells failed: tiny={model}, naive_rag, HotpotQA" in error
+    assert "naive_rag, MuSiQue: exact match 0.00" in error
+    assert list(cell_files(tmp_path / "t")) == ["tiny/naive_rag/MuSiQue/predictions.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -187,6 +214,8 @@ def test_the_judges_column_is_what_the_judge_wrote(tmp_path: Path) -> None:
     assert paper_table.read_judge(tmp_path) == Judged(62.5, (62.5, 62.5), "J")
     path.write_text('{"score": null, "range": [0.5, 0.75], "model": "J", "missing": 2}')
     assert paper_table.read_judge(tmp_path) == Judged(None, (50.0, 75.0), "J")
+    path.write_text('{"score": null, "range": null, "model": "J", "missing": 0}')
+    assert paper_table.read_judge(tmp_path) is None  # every episode is void
     path.write_text('{"verdict": 1}')
     with pytest.raises(ConfigError, match=r"judge.json is no summary of a judge.*run research-env"):
         paper_table.read_judge(tmp_path)
