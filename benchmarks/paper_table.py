@@ -204,13 +204,17 @@ def fill(
     plan = [(spec, method) for spec in config.models for method in config.methods]
     plan += [(spec, "search_agent") for spec in config.trained]
     if config.workers > 1:
-        alone = replace(config, models=(), trained=(), methods=(), workers=1, quiet=True)
+        alone = replace(config, trained=(), workers=1, quiet=True)
         jobs = {
-            f"{spec}, {method}, {name}": (alone, spec, method, name, arguments, baselines)
+            f"{spec}, {method}, {name}": (
+                replace(alone, models=(spec,), methods=(method,)),
+                {name: arguments},
+                baselines,
+            )
             for spec, method in plan
             for name, arguments in datasets.items()
         }
-        if failed := run_all(play_alone, jobs, config.workers):
+        if failed := run_all(fill_alone, jobs, config.workers):
             raise ConfigError(f"cells failed: {'; '.join(failed)}")
     sampler: Sampler | None = None
     rows = []
@@ -244,27 +248,14 @@ def fill(
     return Results(rows, list(datasets))
 
 
-def play_alone(
+def fill_alone(
     config: TableConfig,
-    spec: str,
-    method: str,
-    dataset: str,
-    arguments: Mapping[str, Any],
+    datasets: Mapping[str, Mapping[str, Any]],
     baselines: Mapping[str, driver.Baseline],
 ) -> str:
-    """Play what is missing of a cell in this process; says how it went."""
-    sampler = Sampler(spec, config)
-    try:
-        cell = play(
-            config,
-            sampler,
-            method,
-            dataset,
-            arguments=arguments,
-            baseline=baselines.get(method),
-        )
-    finally:
-        sampler.close()
+    """Fill a table of one cell, in a process of its own; says how it went."""
+    (row,) = fill(config, datasets, baselines).rows
+    (cell,) = row.cells.values()
     return f"exact match {cell.em:.2f}"
 
 
