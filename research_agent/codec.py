@@ -7,6 +7,7 @@ says ``<|im_end|>`` is text and never the token.
 
 from __future__ import annotations
 
+import copy
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Codec:
     end_ids: frozenset[int]
     chat_template: bool = False
     _special_ids: frozenset[int] = field(init=False, repr=False)
+    _plain: Any = field(init=False, repr=False, compare=False)  # of the tokenizers library, or None
     _stop_flags: dict[tuple[str, ...], NDArray[np.bool_]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -52,12 +54,24 @@ class Codec:
         if self.tokenizer.unk_token_id not in self.end_ids:
             special.discard(self.tokenizer.unk_token_id)  # an unknown word is text
         object.__setattr__(self, "_special_ids", frozenset(special))
+        # A copy, as the tokenizer changes how its own one takes special tokens with every call.
+        plain = copy.deepcopy(getattr(self.tokenizer, "backend_tokenizer", None))
+        if plain is not None:
+            plain.no_truncation()
+            plain.no_padding()
+            plain.encode_special_tokens = True
+        object.__setattr__(self, "_plain", plain)
 
     def encode_text(self, text: str) -> list[int]:
         """Tokens of text on its own: none added in front or behind, and no special token ever."""
-        tokens: list[int] = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, verbose=False
-        )["input_ids"]
+        tokens: list[int]
+        if self._plain is not None:  # what the call below does, in less than half of the time
+            (encoding,) = self._plain.encode_batch_fast([text], add_special_tokens=False)
+            tokens = encoding.ids
+        else:
+            tokens = self.tokenizer(
+                text, add_special_tokens=False, split_special_tokens=True, verbose=False
+            )["input_ids"]
         if self._special_ids.isdisjoint(tokens):
             return tokens
         return self._encode_around_specials(text)

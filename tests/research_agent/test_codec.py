@@ -26,6 +26,38 @@ def test_text_round_trips_and_never_holds_a_special_token(text: str) -> None:
     assert not set(tokens) & set(CODEC.tokenizer.all_special_ids)
 
 
+@given(texts)
+@settings(max_examples=200, deadline=None)
+def test_text_is_cut_as_the_tokenizer_itself_does_it(text: str) -> None:
+    own = CODEC.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert CODEC.encode_text(text) == own
+
+
+def test_a_tokenizer_that_truncates_and_pads_by_habit_does_neither() -> None:
+    tokenizer = byte_tokenizer(merges=True)
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=8)
+    codec = codec_of(tokenizer)
+    for text in ("a", "Who founded it?"):
+        assert codec.encode_text(text) == CODEC.encode_text(text)
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 3  # it is somebody else's
+
+
+def test_a_tokenizer_without_a_backend_is_called() -> None:
+    class Slow:
+        """As tokenizers are that are written in Python."""
+
+        all_special_ids = (0,)
+        unk_token_id = None
+
+        def __call__(self, text: str, **settings: bool) -> dict[str, list[int]]:
+            given = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+            assert settings == given
+            return {"input_ids": [ord(character) for character in text]}
+
+    assert Codec(Slow(), frozenset({0})).encode_text("ab") == [97, 98]
+
+
 def test_special_tokens_are_cut_where_the_vocabulary_holds_them_as_words() -> None:
     words = {"<unk>": 0, "<end>": 1, "a": 2, "<": 3, "end>": 4}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
