@@ -160,7 +160,8 @@ class LearnerConfig:
     """A row a trajectory, or several packed into one without padding; auto packs on a GPU. Changes
     memory and speed, not the gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the model's matrix products. Weights, optimiser and softmax are float32 with both."""
+    """Of the model's matrix products, and of the copy that vLLM samples with. Weights, optimiser
+    and softmax are float32 with both."""
     checkpointing: bool = False
     """Keep only what enters each layer, and compute the rest again: less memory, slower."""
     compile: bool = False

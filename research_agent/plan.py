@@ -192,8 +192,9 @@ def _needs_reference(config: TrainConfig) -> bool:
 
 
 def _sample_bytes(config: TrainConfig) -> int:
-    """Bytes of a number of the sampler: transformers runs in the learner's float32."""
-    return 4 if config.sampling.engine == "transformers" else 2
+    """Bytes of a number of the sampler; of servers, which choose themselves, what is usual."""
+    precise = config.sampling.engine == "vllm" and config.learner.precision == "float32"
+    return 4 if precise or config.sampling.engine == "transformers" else 2
 
 
 def _memory(config: TrainConfig, shape: Shape, count: int) -> dict[str, float]:

@@ -99,6 +99,7 @@ def train(config: TrainConfig) -> TrainSummary:
                 raise TooManyVoidError(_void_message(config, step, void_share))
             with saved_for_inspection(run.output, step, trajectories), span(parts.trace, "update"):
                 learned = parts.learner.update(groups)
+            updated = time.perf_counter()
 
             # Sync. The next step is sampled with the new weights.
             step += 1
@@ -108,14 +109,19 @@ def train(config: TrainConfig) -> TrainSummary:
             over = agree(_over(config, step, seconds))
 
             # Log.
-            metrics = {**_describe(trajectories), **_staleness(groups, step - 1)}
-            metrics |= {**_stage(parts), **_named("learner", learned)}
+            metrics = {
+                **_describe(trajectories),
+                **_staleness(groups, step - 1),
+                **_stage(parts),
+                **_named("learner", learned),
+            }
             if tracker and run.eval_every and (over or step % run.eval_every == 0):
                 metrics |= _evaluate(parts, step)
             timings = {
                 "seconds": seconds,
                 "collect": collected - start,
-                "learn": end - collected,
+                "learn": updated - collected,
+                "sync": end - updated,
                 "episodes_per_second": len(trajectories) / (end - start),
             }
             shown = [as_record(trajectory) for trajectory in trajectories[: run.log_episodes]]
@@ -234,6 +240,7 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
             codec,
             max_slots=slots,
             max_context=context_of(model, sampling.max_prompt + sampling.max_response),
+            dtype=config.learner.precision,
         )
         trace = Trace(run.trace) if run.trace and rank == 0 else None
         if trace:

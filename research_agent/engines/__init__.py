@@ -20,6 +20,7 @@ def make_engine(
     *,
     max_slots: int,
     max_context: int | None = None,
+    dtype: str | None = None,
     share: bool = False,
 ) -> Engine:
     """Make an engine that samples from a model.
@@ -30,6 +31,8 @@ def make_engine(
         codec: its tokenizer.
         max_slots: how many trajectories may be held at once.
         max_context: tokens of a trajectory; the model's own limit by default.
+        dtype: number format of vLLM's copy, such as bfloat16; the model's own by default. Servers
+            have their own, and transformers the model's.
         share: use the model object itself, where nobody else does (an evaluation) and the engine
             can.
 
@@ -45,7 +48,7 @@ def make_engine(
     if name == "vllm":
         from research_agent.engines.vllm import VllmEngine  # noqa: PLC0415
 
-        return VllmEngine(model, codec, max_slots, max_context)
+        return VllmEngine(model, codec, max_slots, max_context, dtype=dtype)
     if name.startswith("server:"):
         from research_agent.engines.server import ServerEngine  # noqa: PLC0415 - torch
 

@@ -7,6 +7,8 @@ computes what is new, and what came after the last full block: at most one block
 more again where the cache ran out of room in between.
 
 On a CPU the same weights and the same order of calls give the same bits, in another process too.
+
+Each process of several (``torchrun``) has an engine of its own with all weights, on its own device.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from research_agent.engines.checks import (
 from research_agent.engines.remote import turn_seed
 from research_agent.engines.watchdog import Watchdog
 from research_agent.errors import ConfigError, EngineError, ModelError
+from research_agent.parallel import rank_and_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +68,7 @@ class VllmEngine:
         codec: its tokenizer.
         max_slots: how many trajectories may be held at once; slots are ``0 .. max_slots - 1``.
         max_context: tokens that a trajectory may have; the model's own limit by default.
+        dtype: number format of vLLM's weights and cache; the model's own by default.
         memory_share: of a GPU's memory, for vLLM's weights and cache; the rest is the learner's.
         patience: seconds after which a step has hung, and a watchdog ends the process.
 
@@ -84,6 +88,7 @@ class VllmEngine:
         max_slots: int,
         max_context: int | None = None,
         *,
+        dtype: str | None = None,
         memory_share: float = 0.4,
         patience: float = 600.0,
     ) -> None:
@@ -96,7 +101,8 @@ class VllmEngine:
         self._turns: dict[int, _Turn] = {}  # by slot, which is the name of the request too
         self._broken = ""
         self._names = WeightNames(model)
-        self._vllm = _start(model, max_slots, self.max_context, memory_share)
+        dtype = dtype or str(model.dtype).removeprefix("torch.")
+        self._vllm = _start(model, max_slots, self.max_context, memory_share, dtype)
         self._watchdog = Watchdog(
             f"research-agent: error: vLLM has hung for {patience:g} s. {CONTINUE}", patience
         )
@@ -290,13 +296,11 @@ _started: list[Any] = []  # vLLM's engines in this process
 _closed: list[Any] = []  # those of them that nobody uses any more
 
 
-def _start(model: Any, max_slots: int, max_context: int, memory_share: float) -> Any:
+def _start(model: Any, max_slots: int, max_context: int, memory_share: float, dtype: Any) -> Any:
     """Start vLLM with the model's configuration and no weights; returns its engine."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its news break a progress bar
     if os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
         raise ConfigError("VLLM_ENABLE_V1_MULTIPROCESSING is not 0; unset it for --engine vllm")
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        raise ConfigError("--engine vllm works in one process; start without torchrun")
     try:
         from vllm import LLM  # noqa: PLC0415 - slow to import
     except ImportError as error:
@@ -306,7 +310,6 @@ def _start(model: Any, max_slots: int, max_context: int, memory_share: float) ->
         ) from error
     on_cpu = model.device.type == "cpu"
     own_cache = on_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE")
-    dtype: Any = str(model.dtype).removeprefix("torch.")
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     with (
@@ -325,6 +328,8 @@ def _start(model: Any, max_slots: int, max_context: int, memory_share: float) ->
                 max_model_len=max_context,
                 max_num_seqs=max_slots,
                 gpu_memory_utilization=memory_share,
+                # vLLM then starts no process, and joins those of torchrun, each as its own group.
+                distributed_executor_backend="external_launcher" if _several() else None,
                 kv_cache_memory_bytes=_CPU_CACHE if own_cache else None,
                 block_size=_CPU_BLOCK if on_cpu else None,
                 enable_prefix_caching=True,
@@ -355,11 +360,19 @@ def _let_vllm_look() -> None:
         ffi.lib._fntab["__dict__"] = {}
 
 
+def _several() -> bool:
+    """Whether this process is one of several, which have their group from whoever started them."""
+    return rank_and_size()[1] > 1
+
+
 def _close(vllm: Any, watchdog: Watchdog) -> None:
-    """Shut vLLM down once no engine of this process is in use: its engines share their groups."""
+    """Shut vLLM down once no engine of this process is in use: its engines share their groups.
+
+    Of several processes it is left as it is: it would take the group that all of them share.
+    """
     watchdog.close()
     _closed.append(vllm)
-    if len(_closed) == len(_started):
+    if len(_closed) == len(_started) and not _several():
         for each in _closed:
             each.engine_core.shutdown()
         _closed.clear()

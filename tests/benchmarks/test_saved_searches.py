@@ -19,4 +19,4 @@ def test_every_search_of_a_step_is_counted_once(
     assert result["asked"] == round(step["env/searches"] * step["episodes"]) > 0
     assert result["asked"] == result["searched"] + result["merged"] + result["remembered"]
     assert 0 < result["searched"] < result["asked"]  # a group of samples asks the same
-    assert not {"seconds", "collect", "learn"} & step.keys()
+    assert not {"seconds", "collect", "learn", "sync"} & step.keys()

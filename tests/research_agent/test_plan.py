@@ -64,6 +64,9 @@ def test_what_is_kept_by_hand() -> None:
     assert found.memory["sampler: weights"] == 2 * weights
     # 1,280 episodes on 8 GPUs, 2,600 tokens each, 2 bytes a number
     assert found.memory["sampler: keys and values"] == 160 * 2600 * 2 * 28 * 4 * 128 * 2
+    precise = with_vllm("research-7b")
+    precise = replace(precise, learner=replace(precise.learner, precision="float32"))
+    assert plan(precise, "8xH200").memory["sampler: weights"] == 4 * weights
     assert found.tokens == 256 * 5 * 1300
     assert found.fits and found.cures == ()
     assert found.index["passages"] == "21,015,324 (wiki18)"

@@ -31,7 +31,8 @@ from research_agent.presets import MINIWORLD
 from research_agent.trajectory import Group, Trajectory
 from tests.research_agent.conftest import tiny_qwen2, wide_qwen2
 from tests.research_agent.test_engines import Player, finish
-from tests.research_agent.test_trainer import final_bytes, flags
+from tests.research_agent.test_trainer import final_bytes, flags, metrics
+from tests.research_agent.torchrun import in_two_processes
 
 BLOCK = 32  # tokens that vLLM's prefix cache keeps together on a CPU
 MINI = MINIWORLD.environment
@@ -115,6 +116,15 @@ def test_a_policy_with_tied_embeddings_searches(
     again = play(starter_engine, codec, MINI.env, MINI.env_args, temperature)
     logprobs = [[[s.logprobs for s in each.segments] for each in ts] for ts in (theirs, again)]
     assert logprobs[0] == logprobs[1]  # to the bit
+
+
+def test_a_copy_in_bfloat16_samples_nearly_the_same(starter: tuple[Any, Codec]) -> None:
+    model, codec = starter
+    engine = VllmEngine(model, codec, 16, 480, dtype="bfloat16")
+    played = play(engine, codec, MINI.env, MINI.env_args, 1.0)
+    engine.close()
+    assert 1e-4 < worst(model, played, 1.0) < 0.2  # 2**-8 of a logit of some 20, both ways
+    assert model.dtype == torch.float32
 
 
 def test_parity_after_each_of_twenty_updates(
@@ -297,6 +307,18 @@ def test_a_run_whose_engine_dies_goes_on_to_the_same_bits(
     monkeypatch.undo()
     main(flags(letters, tmp_path / "broken", *more))
     assert final_bytes(tmp_path / "broken") == final_bytes(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_have_an_engine_each(letters: Path, tmp_path: Path, vllm: None) -> None:
+    more = ["--engine", "vllm", "--steps", "3", "--env-args", "turns=2", "--eval-every", "2"]
+    main(flags(letters, tmp_path / "one", *more))
+    said = in_two_processes("research_agent.cli", *flags(letters, tmp_path / "two", *more))
+    assert said.count("is finished: 3 steps are done") == 1
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two)
+    for theirs, ours in zip(two, one, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
 
 
 def test_a_hung_step_ends_the_process() -> None:
