@@ -27,13 +27,8 @@ from research_env.searches import SearchCounts
 from research_env.vector_env import SearchQAVectorEnv
 
 ENV_ID = "SavedSearches-v0"
-_TIMES = (
-    "seconds",
-    "collect",
-    "learn",
-    "sync",
-    "episodes_per_second",
-)  # not the same in any two runs
+# Not the same in any two runs.
+_TIMES = ("seconds", "collect", "learn", "sync", "episodes_per_second")
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from typing import Any
 from research_agent.errors import ConfigError
 from research_agent.files import write_whole
 from research_agent.predictions import read_predictions
-from research_agent.summary import main_metric, outcome
+from research_agent.summary import RIGHT, main_metric, outcome
 
 Record = Mapping[str, Any]
-RIGHT = 0.5  # a metric from here on says that an episode is right
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from research_agent.statistics import bootstrap, interval, pass_at_k
 
 Interval = tuple[float, float]
 OWN = ("tokens", "turns")  # metrics that are not the environment's
+RIGHT = 0.5  # an episode is right from here on, by its main metric
 UNKNOWN = "unknown"  # stratum of questions of which the environment does not say
 
 
@@ -103,8 +104,8 @@ def summarize(outcomes: Iterable[Outcome], header: Mapping[str, Any] | None = No
     - ``strata``: the same by each entry of the environment's ``info["strata"]`` that any question
       has.
     - ``pass_at``: pass@k (see ``statistics.pass_at_k``) for k = 1, 2, 4, ... and n, of the main
-      metric; a sample is right where that is above 0.5. Over the questions with k samples that are
-      not void.
+      metric; a sample is right where that is ``RIGHT`` or more. Over the questions with k samples
+      that are not void.
     - ``majority``: self-consistency (Wang et al. 2022). The samples of a question vote with their
       ``info["prediction"]``, in lower case and with blanks made one; empty ones do not vote unless
       all are. Ties go to the prediction that was seen first, in the order of samples. The question
@@ -175,7 +176,7 @@ def part(outcomes: Sequence[Outcome]) -> Part:
 def _pass_at(
     by_question: Sequence[Sequence[Outcome]], metric: str, samples: int
 ) -> dict[str, Estimate]:
-    right = [[o.score(metric) > 0.5 for o in each if not o.void] for each in by_question]
+    right = [[o.score(metric) >= RIGHT for o in each if not o.void] for each in by_question]
     sizes = [2**i for i in range(samples.bit_length()) if 2**i < samples]
     found: dict[str, Estimate] = {}
     for k in [*sizes, samples]:

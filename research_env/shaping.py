@@ -111,6 +111,11 @@ class Combination:
 
     terms: tuple[Term, ...]
 
+    @property
+    def __name__(self) -> str:
+        """The sum as it may be written: files of results name what they are of."""
+        return "".join(f"{term.weight:+g}*{term.name}" for term in self.terms).removeprefix("+")
+
     def __call__(self, episode: Episode) -> float:
         """The sum for a finished episode."""
         return self.total(self.components(episode))

@@ -71,7 +71,11 @@ def make_client(url: str, key: str | None = None, connections: int = 256) -> htt
         base_url=url,
         headers={"Authorization": f"Bearer {key}"} if key else {},
         timeout=None,  # of our own, for the whole answer
-        limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+        limits=httpx.Limits(
+            max_connections=connections,
+            max_keepalive_connections=connections,
+            keepalive_expiry=2.0,  # vLLM closes after 5: a request may meet that, and look lost
+        ),
     )
 
 

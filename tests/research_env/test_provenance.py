@@ -77,6 +77,12 @@ def test_settings_are_told(files: dict[str, Any]) -> None:
     assert differing == {"template", "limits", "reward"}
 
 
+def test_a_sum_of_rewards_is_told_with_its_weights(files: dict[str, str]) -> None:
+    said = provenance(**files, reward="research + .1*support_recall - 2e-2*searches")
+    assert said["reward"] == "1*research+0.1*support_recall-0.02*searches"
+    assert provenance(**files, reward=said["reward"]) == said
+
+
 def test_an_index_without_its_corpus_is_known_by_its_fingerprint(
     files: dict[str, Any], tmp_path: Path
 ) -> None:
