@@ -28,7 +28,7 @@ class Grade:
 
     Attributes:
         question_id: of the environment.
-        right: samples whose metric is at least ``RIGHT``.
+        right: samples whose metric is above ``RIGHT``.
         samples: that are not void.
         grade: easy, medium or hard.
     """
@@ -148,7 +148,7 @@ def _metric(records: Sequence[Record], metric: str | None) -> str:
 
 
 def _is_right(record: Record, metric: str) -> bool:
-    return outcome(record).score(metric) >= RIGHT
+    return outcome(record).score(metric) > RIGHT
 
 
 def _write(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

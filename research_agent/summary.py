@@ -16,7 +16,7 @@ from research_agent.statistics import bootstrap, interval, pass_at_k
 
 Interval = tuple[float, float]
 OWN = ("tokens", "turns")  # metrics that are not the environment's
-RIGHT = 0.5  # an episode is right from here on, by its main metric
+RIGHT = 0.5  # an episode whose main metric is above this is right
 UNKNOWN = "unknown"  # stratum of questions of which the environment does not say
 
 
@@ -104,7 +104,7 @@ def summarize(outcomes: Iterable[Outcome], header: Mapping[str, Any] | None = No
     - ``strata``: the same by each entry of the environment's ``info["strata"]`` that any question
       has.
     - ``pass_at``: pass@k (see ``statistics.pass_at_k``) for k = 1, 2, 4, ... and n, of the main
-      metric; a sample is right where that is ``RIGHT`` or more. Over the questions with k samples
+      metric; a sample is right where that is above ``RIGHT``. Over the questions with k samples
       that are not void.
     - ``majority``: self-consistency (Wang et al. 2022). The samples of a question vote with their
       ``info["prediction"]``, in lower case and with blanks made one; empty ones do not vote unless
@@ -176,7 +176,7 @@ def part(outcomes: Sequence[Outcome]) -> Part:
 def _pass_at(
     by_question: Sequence[Sequence[Outcome]], metric: str, samples: int
 ) -> dict[str, Estimate]:
-    right = [[o.score(metric) >= RIGHT for o in each if not o.void] for each in by_question]
+    right = [[o.score(metric) > RIGHT for o in each if not o.void] for each in by_question]
     sizes = [2**i for i in range(samples.bit_length()) if 2**i < samples]
     found: dict[str, Estimate] = {}
     for k in [*sizes, samples]:

@@ -83,7 +83,7 @@ def _side(record: Record) -> dict[str, Any]:
     metrics = record["metrics"]
     judged = float(metrics["em"] if "em" in metrics else record["reward"])
     return {
-        "right": None if record["void"] else judged >= RIGHT,
+        "right": None if record["void"] else judged > RIGHT,
         "reward": record["reward"],
         "stop": linkable(str(record.get("stop_reason") or "")),
         "searches": metrics.get("searches"),

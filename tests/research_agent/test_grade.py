@@ -49,7 +49,7 @@ def test_grades_are_shares_of_right_samples() -> None:
     assert names(found) == ["easy", "easy", "medium", "hard", "hard", "easy"]  # the void one: none
     assert names(grades(of("110", "100"), easy=0.7, hard=0.2)) == ["medium", "medium"]
     assert names(grades(of("000"), metric="f1")) == ["easy"]
-    assert names(grades(of("111"), metric="reward")) == ["easy"]  # .5 is right
+    assert names(grades(of("111"), metric="reward")) == ["hard"]  # .5 is not right
 
 
 def test_what_makes_no_sense_is_refused() -> None:

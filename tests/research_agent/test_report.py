@@ -179,9 +179,9 @@ def test_samples_are_matched_by_question_and_else_by_episode() -> None:
     assert "2 of 4" in Page(page(first, second, limit=2)).index["notes"][0]
 
 
-def test_right_is_half_an_exact_match_or_else_half_the_reward() -> None:
-    by_reward = record(1, 0.5) | {"metrics": {}}
-    by_match = record(2, 0.9) | {"metrics": {"em": 0.4}}
+def test_right_is_more_than_half_an_exact_match_or_else_of_the_reward() -> None:
+    by_reward = record(1, 0.6) | {"metrics": {}}
+    by_match = record(2, 0.9) | {"metrics": {"em": 0.5}}
     void = record(3, 0.0) | {"void": True}
     items = Page(page([by_reward, by_match, void])).index["items"]
     assert [item["sides"][0]["right"] for item in items] == [True, False, None]
