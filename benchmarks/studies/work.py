@@ -33,7 +33,11 @@ WORLDS = {
 QUESTIONS = {"train": 4000, "dev": 400}
 SLOTS = 128  # episodes of an evaluation that are played at the same time
 EPOCHS = 3  # of SFT on right episodes
-WARM = 600  # demonstrations of the warm start
+SHOWN = 600  # demonstrations that the starter goes on with
+STARTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "warm": ("research_env.demonstrations:demonstrations", {"top_k": 1, "habit_share": 0.0}),
+    "wordy": ("benchmarks.studies.wordy:demonstrations", {"top_k": 1}),
+}
 GRADED, GRADE_SAMPLES, GRADER_SEED = 1600, 4, 1000
 
 
@@ -212,22 +216,23 @@ def prepare(settings: Settings, name: str) -> str:
 
 
 def _model(settings: Settings, name: str) -> str:
-    """``nothing``: new weights, after one small step. ``warm``: a starter that was shown more."""
+    """``nothing``: new weights, after one small step. Others: a starter that was shown more."""
     from research_agent import sft  # noqa: PLC0415
 
     own = replace(sft.PRESETS["miniworld"], quiet=True)
     if name == "nothing":
         own = replace(own, count=own.batch)
     else:
-        args = {"top_k": 1, "habit_share": 0.0}
+        demonstrations, args = STARTS[name]
         own = replace(
             own,
+            demonstrations=demonstrations,
+            demonstration_args=dict(args),
             model=STARTER,
             vocabulary=None,
-            count=WARM,
+            count=SHOWN,
             learning_rate=sft.PRESETS["own"].learning_rate,
             warmup_steps=sft.PRESETS["own"].warmup_steps,
-            demonstration_args=args,
         )
     _whole(settings.prepared / name, lambda at: sft.run(replace(own, output=at)))
     return f"{own.count} demonstrations"

@@ -30,6 +30,7 @@ from benchmarks.studies.report import (
     verdict,
     verdicts,
 )
+from benchmarks.studies.wordy import demonstrations, wordy
 from benchmarks.studies.work import (
     Settings,
     folder_of,
@@ -76,7 +77,7 @@ def test_the_ten_studies() -> None:
 def test_arms_of_one_name_are_the_same_runs_and_have_a_folder_of_their_own() -> None:
     by_name = {arm.name: arm for arm in arms()}
     assert all(by_name[arm.name] == arm for arm in arms())
-    assert len({folder_of(SETTINGS, arm, 0) for arm in by_name.values()}) == len(by_name) == 19
+    assert len({folder_of(SETTINGS, arm, 0) for arm in by_name.values()}) == len(by_name) == 20
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
@@ -120,10 +121,12 @@ def test_what_the_arms_change() -> None:
         "em reward": "em+2*format",
         "cem reward": "cem+2*format",
     }
+    wordy = "runs/studies/prepared/wordy"
+    assert {of("reward", name).policy.model for name in rewards} == {wordy}
     hard = of("difficulty", "hard questions")
     assert hard.environment.env_args["grade"] == "hard"
     assert hard.run.eval_args == {"split": "dev", "grades": None, "grade": None}
-    one, two = (of("stages", f"{name}") for name in ("f1 reward", "two stages"))
+    one, two = (of("stages", name) for name in ("one stage", "two stages"))
     first, last = parse_stages(two.environment.stages)
     assert first.steps == 10 and first.env_args == {"reward": "0.5*retrieved+0.5*format"}
     assert last.env_args == {"reward": one.environment.env_args["reward"]}
@@ -486,11 +489,30 @@ def _weights(model: Any) -> list[Any]:
     return [weight.detach() for weight in model.parameters()]
 
 
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        (" done: director Ann </think> <answer> \\boxed{ Ann} </answer>", "\\boxed{ Ann director}"),
+        (" done: birth 1912 after 1900 </think> <answer> Bo </answer>", "Bo birth"),
+        ("<think> guess: Ann </think> <answer> \\boxed{ Ann} </answer>", "\\boxed{ Ann}"),
+    ],
+)
+def test_a_needless_word_stands_behind_the_answer(said: str, answer: str) -> None:
+    assert wordy(said) == f"{said.partition('<answer>')[0]}<answer> {answer} </answer>"
+
+
+def test_some_of_the_starters_answers_are_wordy() -> None:
+    last = [each[-1][1] for each in demonstrations(60, 1)]
+    plain = [each[-1][1] for each in demonstrations(60, 1, share=0.0)]
+    assert 5 < sum(a != b for a, b in zip(last, plain, strict=True)) < 40
+    assert all(a in (b, wordy(b)) for a, b in zip(last, plain, strict=True))
+
+
 @pytest.mark.slow
 def test_what_runs_begin_with_is_made(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "WARM", 12)
+    monkeypatch.setattr(work, "SHOWN", 12)
     monkeypatch.setattr(work, "GRADED", 8)
-    names = ["grades.jsonl", "nothing", "warm"]
+    names = ["grades.jsonl", "nothing", "warm", "wordy"]
     assert missing(small, arms()) == names
     for name in names:
         work.prepare(small, name)
@@ -498,7 +520,8 @@ def test_what_runs_begin_with_is_made(small: Settings, monkeypatch: pytest.Monke
     grades = [json.loads(line) for line in (small.prepared / "grades.jsonl").open()]
     assert len(grades) == 8 and {g["samples"] for g in grades} == {work.GRADE_SAMPLES}
     started = ["miniworld-starter", *(str(small.prepared / name) for name in names[1:])]
-    starter, nothing, warm = (_weights(load_model(name)) for name in started)
+    starter, nothing, warm, wordy = (_weights(load_model(name)) for name in started)
+    assert any((a != b).any() for a, b in zip(warm, wordy, strict=True))
     assert [w.shape for w in starter] == [w.shape for w in nothing] == [w.shape for w in warm]
     near, far = (
         max(float((a - b).abs().max()) for a, b in zip(starter, other, strict=True))
