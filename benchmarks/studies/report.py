@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.runs import draw_band, markdown_table, print_table, read_log, spread
 from benchmarks.studies.catalogue import AFTER, BEFORE, MIDDLE, Arm, Claim, Study
 from benchmarks.studies.work import Settings, folder_of, read_result
+from research_agent.files import write_whole
 from research_agent.predictions import read_predictions
 
 Values = dict[str, float]
@@ -238,9 +239,9 @@ def report(settings: Settings, study: Study, seeds: Sequence[int]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     text = [f"## {title}", "", *words, "", markdown_table(headings, cells)]
     text += [f"- {line}" for line in said]
-    (folder / "table.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    write_whole(folder / "table.md", "\n".join(text) + "\n")
     out = {"study": study.name, "steps": settings.steps, "seeds": list(seeds), "rows": rows}
-    (folder / "results.json").write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / "results.json", json.dumps(out, indent=1) + "\n")
     if runs:
         draw(study, runs, folder / "curves.png")
     print(folder)
