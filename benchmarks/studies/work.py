@@ -33,10 +33,18 @@ WORLDS = {
 QUESTIONS = {"train": 4000, "dev": 400}
 SLOTS = 128  # episodes of an evaluation that are played at the same time
 EPOCHS = 3  # of SFT on right episodes
-SHOWN = 600  # demonstrations that the starter goes on with
-STARTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "warm": ("research_env.demonstrations:demonstrations", {"top_k": 1, "habit_share": 0.0}),
-    "wordy": ("benchmarks.studies.wordy:demonstrations", {"top_k": 1}),
+STARTS: dict[str, dict[str, Any]] = {  # what the starter is shown, and how it is to learn that
+    "warm": {
+        "demonstration_args": {"top_k": 1, "habit_share": 0.0},
+        "count": 600,
+        "learning_rate": 1e-4,
+    },
+    "wordy": {  # a new habit takes more than a stronger one
+        "demonstrations": "benchmarks.studies.wordy:demonstrations",
+        "demonstration_args": {"top_k": 1},
+        "count": 3000,
+        "learning_rate": 5e-4,
+    },
 }
 GRADED, GRADE_SAMPLES, GRADER_SEED = 1600, 4, 1000
 
@@ -223,17 +231,7 @@ def _model(settings: Settings, name: str) -> str:
     if name == "nothing":
         own = replace(own, count=own.batch)
     else:
-        demonstrations, args = STARTS[name]
-        own = replace(
-            own,
-            demonstrations=demonstrations,
-            demonstration_args=dict(args),
-            model=STARTER,
-            vocabulary=None,
-            count=SHOWN,
-            learning_rate=sft.PRESETS["own"].learning_rate,
-            warmup_steps=sft.PRESETS["own"].warmup_steps,
-        )
+        own = replace(own, model=STARTER, vocabulary=None, warmup_steps=10, **STARTS[name])
     _whole(settings.prepared / name, lambda at: sft.run(replace(own, output=at)))
     return f"{own.count} demonstrations"
 
