@@ -119,9 +119,9 @@ class TableConfig:
     """Number format of the weights."""
     device: str = "auto"
     """cpu, cuda, or auto."""
-    workers: int = 1
-    """Cells played at the same time, each in a process with a model of its own and one thread.
-    --mini takes 2."""
+    workers: int | None = None
+    """Cells played at the same time, each in a process with a model of its own and one thread; none
+    is 1, and 2 with --mini."""
     output: Path = Path("runs/paper-table")
     """Folder of the cells, and of table.md, table.tex, table.json and table.png."""
     format: Format = "terminal"
@@ -129,8 +129,8 @@ class TableConfig:
     quiet: bool = False
     """Show no progress."""
     mini: bool = False
-    """The table in miniature: a small policy and two invented worlds, made here in minutes. Takes
-    --methods, --limit, --seed and --output."""
+    """The table in miniature: a small policy and two invented worlds, made here in minutes. What
+    it does not take are models, data, engine and lengths."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -179,7 +179,7 @@ def run_miniature(config: TableConfig, settings: miniature.Miniature) -> Results
         max_turn=miniature.MAX_TURN,
         dtype="float32",
         engine="transformers",
-        workers=max(config.workers, miniature.WORKERS),
+        workers=config.workers or miniature.WORKERS,
         limit=config.limit or miniature.DEV,
     )
     worlds = {name: {**args, "split": "dev"} for name, args in made.worlds.items()}
@@ -203,7 +203,8 @@ def fill(
     """
     plan = [(spec, method) for spec in config.models for method in config.methods]
     plan += [(spec, "search_agent") for spec in config.trained]
-    if config.workers > 1:
+    workers = config.workers or 1
+    if workers > 1:
         alone = replace(config, trained=(), workers=1, quiet=True)
         jobs = {
             f"{spec}, {method}, {name}": (
@@ -214,8 +215,10 @@ def fill(
             for spec, method in plan
             for name, arguments in datasets.items()
         }
-        if failed := run_all(fill_alone, jobs, config.workers):
-            raise ConfigError(f"cells failed: {'; '.join(failed)}")
+        if failed := run_all(fill_alone, jobs, workers):
+            raise ConfigError(
+                f"cells failed, as said above: {'; '.join(failed)}; the same command goes on"
+            )
     sampler: Sampler | None = None
     rows = []
     for i, (spec, method) in enumerate(plan):
@@ -402,17 +405,21 @@ def play(
         searches=summary.metrics.get("searches", 0.0),
         episodes=summary.episodes,
         void=summary.void,
-        judged=read_judge(folder),
+        judged=read_judge(folder, summary.episodes),
         published=None,
         folder=str(folder),
     )
 
 
-def read_judge(folder: Path) -> Judged | None:
+def read_judge(folder: Path, episodes: int) -> Judged | None:
     """What ``research-env judge`` said of a cell; None where nobody judged.
 
+    Args:
+        folder: of the cell.
+        episodes: how many it has that are not void.
+
     Raises:
-        ConfigError: a judge.json that is no such file.
+        ConfigError: a judge.json that is no such file, or is of other episodes.
     """
     path = folder / "judge.json"
     if not path.exists():
@@ -422,6 +429,11 @@ def read_judge(folder: Path) -> Judged | None:
         score = said["score"]
         if said["range"] is None:  # every episode is void
             return None
+        if said["n"] != episodes:
+            raise ConfigError(
+                f"{path} is of {said['n']} episodes, and the cell has {episodes} now; run "
+                "research-env judge again, which asks for the others only"
+            )
         low, high = said["range"]
         return Judged(
             None if score is None else 100 * float(score),

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,7 @@ def run_all(
             for count, future in enumerate(as_completed(futures), 1):
                 label, minutes = futures[future], (time.perf_counter() - start) / 60
                 error = future.exception()
-                said = f"failed: {error!r}" if error else future.result()
+                said = _failure(error) if error else future.result()
                 failed += [label] if error else []
                 line = f"{minutes:5.1f} min  {count}/{len(jobs)}  {label}: {said}"
                 console.print(line, soft_wrap=True)
@@ -64,6 +65,12 @@ def run_all(
             pool.shutdown(wait=False, cancel_futures=True)  # those under way save what they have
             raise
     return failed
+
+
+def _failure(error: BaseException) -> str:
+    if isinstance(error, BrokenProcessPool):  # which is told of all that wait, too
+        return "failed: a process was killed; was there memory for so many --workers?"
+    return f"failed: {error!r}"
 
 
 def _end_with_parent() -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from research_agent.errors import PredictionsError
 from research_agent.predictions import Key, key_of, read_predictions
 from research_agent.statistics import Floats, bootstrap, interval, mcnemar, two_sided_p
-from research_agent.summary import OWN, Outcome, main_metric, outcome
+from research_agent.summary import OWN, RIGHT, Outcome, main_metric, outcome
 
 _NAMED = 3  # questions that an error names
 
@@ -101,7 +101,7 @@ def compare(a: Path, b: Path, *, metric: str | None = None, seed: int = 0) -> Co
             names, *means, interval(drawn), two_sided_p(drawn), strict=True
         )
     }
-    right = totals[:, :, names.index(chosen)] / weights[:, None] > 0.5  # [questions, 2]
+    right = totals[:, :, names.index(chosen)] / weights[:, None] > RIGHT  # [questions, 2]
     return Comparison(
         questions=len(weights),
         pairs=len(pairs),

@@ -320,7 +320,7 @@ class GradeConfig:
     output: Path
     """The file of grades, a line a question."""
     metric: str | None = None
-    """A sample is right where this is at least 0.5; none takes em, or else the first metric."""
+    """A sample is right where this is above 0.5; none takes em, or else the first metric."""
     easy: float = 2 / 3
     """The least share of right samples of an easy question."""
     hard: float = 1 / 3
@@ -342,7 +342,7 @@ class SampleConfig:
     output: Path
     """The file of demonstrations, a line an episode."""
     metric: str | None = None
-    """A sample is right where this is at least 0.5; none takes em, or else the first metric."""
+    """A sample is right where this is above 0.5; none takes em, or else the first metric."""
     each: int = 1
     """At most so many episodes of a task."""
     json: bool = False

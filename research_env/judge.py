@@ -219,7 +219,7 @@ def judge_predictions(
     output = output or predictions.parent
     output.mkdir(parents=True, exist_ok=True)
     with (
-        _open_ledger(output / JUDGED, predictions.name, settings) as ledger,
+        _open_ledger(output / JUDGED, os.path.relpath(predictions, output), settings) as ledger,
         closing(_Cache(predictions.parent / CACHE)) as cache,
     ):
         counts = Counter(asked=0, from_cache=0, kept=0)
@@ -310,15 +310,16 @@ async def _ask_all(
     prompt = PROMPTS[settings.prompt]
     pending = iter(questions.items())
     most = max(_LOST, settings.concurrency)
-    lost = 0
+    lost, answered = 0, False
 
     async def work(endpoint: Endpoint) -> None:
-        nonlocal lost
+        nonlocal lost, answered
         for digest, text in pending:  # one iterator for all workers
             outcome = await ask_verdict(endpoint, prompt, text)
             finished(digest, outcome)
-            gone = not outcome.answers and outcome.problem and not outcome.problem.refused
-            lost = lost + 1 if gone else 0
+            answered = answered or bool(outcome.answers)
+            refused = outcome.problem is not None and outcome.problem.refused
+            lost = lost + 1 if not outcome.answers and not (refused and answered) else 0
             if lost == most:
                 raise JudgeError(f"{lost} questions in a row without an answer: {outcome.problem}")
 

@@ -30,10 +30,10 @@ answer rewards a starter that adds needless words (`wordy`): from the other one 
 the same policy to the bit, for it never says more than one word.
 
 **Numbers.** Exact match, tokens, searches and answers are of a greedy evaluation after the last
-step; what is said of training, and of times before its end, is of episodes at T = 1. ``tokens``
-are the policy's own, ``reward`` is the mean of the last tenth of the steps, ``early`` means the
-first third of them, ``fall`` is how far the mean reward of five steps fell below its best. All is
-shown as the mean of the seeds, and lowest to highest.
+step; what is said of training, and in the two studies over time, is of episodes at T = 1.
+``tokens`` are the policy's own, ``reward`` is the mean of the last tenth of the steps, ``early``
+means the first third of them, ``fall`` is how far the mean reward of five steps fell below its
+best. All is shown as the mean of the seeds, and lowest to highest.
 
 **Verdicts.** A finding "A is above B" is *as in the paper* if every seed of A is above every seed
 of B, *the other way* if every one is below, and otherwise the two *cannot be told apart*. Of three

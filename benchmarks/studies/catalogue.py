@@ -126,8 +126,8 @@ STUDIES = (
             Claim("tokens", "f1 reward", "em reward"),
             Claim("answer words", "cem reward", "f1 reward"),
         ),
-        note="All begin with a starter that was shown episodes in which every other answer has a "
-        "needless word behind it; gold answers are one word.",
+        note="All begin with a starter that was shown episodes in which every other answer that "
+        "was searched for has a needless word behind it; gold answers are one word.",
     ),
     Study(
         name="difficulty",
@@ -169,6 +169,8 @@ STUDIES = (
             Claim("em in", "grpo", "grpo, unmasked"),
             Claim("em out", "grpo", "grpo, unmasked"),
         ),
+        note="No sampler reports log-probabilities of retrieved tokens, so that the ratios of the "
+        "unmasked run are to recomputed ones.",
     ),
     Study(
         name="strict",

@@ -22,7 +22,7 @@ def demonstrations(
         count: how many.
         top_k: passages a search.
         seed: of every choice.
-        share: of the answers that have it.
+        share: of the answers that were searched for.
 
     Yields:
         Lists of (provenance, text).

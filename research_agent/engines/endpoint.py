@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +28,7 @@ from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 from research_agent.engines.base import Completion, Finish, SamplingParams
-from research_agent.engines.remote import RequestError, Turns, ask, make_client, turn_seed
+from research_agent.engines.remote import RequestError, Turns, ask, make_client, read_key, turn_seed
 from research_agent.errors import ConfigError, ContextError, EngineError
 
 if TYPE_CHECKING:
@@ -143,7 +142,7 @@ class EndpointEngine:
         self._url = url.strip().rstrip("/")
         self._model = model
         self._codec = codec
-        self._client = make_client(self._url, os.environ.get("OPENAI_API_KEY") or None)
+        self._client = make_client(self._url, read_key("OPENAI_API_KEY"))
         self._places = asyncio.Semaphore(concurrency)
         self._deadline = deadline
         self._attempts = attempts
@@ -152,7 +151,7 @@ class EndpointEngine:
         self._limit = "max_tokens"  # the field's name
         self._continues: bool | None = None  # whether it goes on with an answer; None: not known
         self._held: dict[int, _Held] = {}
-        self._turns: Turns[_Said] = Turns("endpoint")
+        self._turns: Turns[_Said] = Turns("endpoint", [self._client])
         self.close = self._turns.close
 
     @property

@@ -28,6 +28,7 @@ _LONGEST_PAUSE = 30.0  # seconds between attempts to take a server back
 _ANSWER = 30.0  # seconds for the answer to a request that costs a server next to nothing
 _RELOAD = 900.0  # seconds for reading new weights, or for the first turn of all
 _ABORT = 10.0  # seconds for handing over turns that are interrupted
+_REFUSED = (400, 413, 422)  # what a turn is answered with that no server would take
 _ATTEMPTS = 4  # of a turn, besides one a server
 _NEAR = 3  # turns that a server may have more than twice another's, and keep its trajectories
 
@@ -37,7 +38,8 @@ class Server:
     """A server, and what is known of it."""
 
     url: str
-    client: httpx.AsyncClient
+    turns: httpx.AsyncClient  # asks for turns, of which there may be any number under way
+    control: httpx.AsyncClient  # asks for all else, which must not wait for them
     alive: bool = False
     model: str = ""  # the name it gives the policy
     version: str = ""  # of the weights it was given last
@@ -55,7 +57,7 @@ class Server:
         wait: float = _ANSWER,
     ) -> Any:
         """Ask it something; raises ``RequestError``."""
-        return await ask(self.client, method, path, payload, timeout=wait)
+        return await ask(self.control, method, path, payload, timeout=wait)
 
     async def need(
         self,
@@ -124,7 +126,7 @@ class Fleet:
         self._context = context
         self._turn_timeout = turn_timeout
         self._patience = patience
-        self._places = asyncio.Semaphore(max_in_flight * len(servers))
+        self._places = asyncio.Semaphore(max_in_flight)
         self._folder = Path()  # of the current weights; its name is their version on the servers
         self._back = asyncio.Event()  # set when a server comes back
         self._interrupting = False
@@ -233,7 +235,8 @@ class Fleet:
 
     async def _sample(self, server: Server, turn: Turn) -> Sampled:
         payload = _request(server.model, turn, self._end_ids)
-        request = asyncio.create_task(server.ask("POST", _GENERATE, payload, self._turn_timeout))
+        asking = ask(server.turns, "POST", _GENERATE, payload, timeout=self._turn_timeout)
+        request = asyncio.create_task(asking)
         server.requests.add(request)
         server.load += 1
         server.taken += 1
@@ -244,6 +247,11 @@ class Fleet:
                 raise  # the trajectory is not wanted any more
             raise _LostError(server.problem) from None
         except RequestError as error:
+            if error.status in _REFUSED:
+                raise EngineError(
+                    f"{server.url} refuses a turn of {len(turn.held.tokens)} tokens before it: "
+                    f"{error}. {CONTINUE}"
+                ) from None
             raise _LostError(str(error)) from None
         finally:
             server.load -= 1

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 import weakref
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
 from queue import Empty, SimpleQueue
@@ -47,13 +48,25 @@ class RequestError(Exception):
         return self.status is None or self.status in AGAIN
 
 
+def read_key(variable: str) -> str | None:
+    """The key in an environment variable; None where there is none.
+
+    Raises:
+        ConfigError: it holds characters that no key has; it is not repeated.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError(f"{variable} holds characters that no key has")
+    return key or None
+
+
 def make_client(url: str, key: str | None = None, connections: int = 256) -> httpx.AsyncClient:
     """A client of the server at ``url``, for one event loop.
 
     Args:
         url: what the paths of its requests are relative to.
         key: sent as a bearer token; shown by no repr.
-        connections: how many may be open.
+        connections: how many may be open; a request beyond waits, within its own time.
 
     Raises:
         ConfigError: no http or https address, or one with a password in it.
@@ -101,6 +114,12 @@ async def ask(
             key.
     """
     body = bytearray()
+    key = client.headers.get("Authorization", "").removeprefix("Bearer ")
+
+    def safe(text: str) -> str:
+        """A text on one line, without the key, should somebody repeat it."""
+        return one_line(text.replace(key, "***") if key else text)
+
     try:
         async with (
             asyncio.timeout(timeout),
@@ -113,12 +132,10 @@ async def ask(
     except TimeoutError:
         raise RequestError(f"no answer within {timeout:g} s") from None
     except (httpx.HTTPError, httpx.StreamError, OSError) as error:
-        problem = f"{type(error).__name__}: {one_line(str(error))}".rstrip(": ")
+        problem = f"{type(error).__name__}: {safe(str(error))}".rstrip(": ")
         raise RequestError(problem) from None
     if response.status_code != 200:
-        said = one_line(_message(body))
-        key = client.headers.get("Authorization", "").removeprefix("Bearer ")
-        said = said.replace(key, "***") if key else said
+        said = safe(_message(body))
         raise RequestError(
             f"status {response.status_code}{': ' if said else ''}{said}",
             status=response.status_code,
@@ -179,17 +196,18 @@ def turn_seed(seed: int, position: int) -> int:
 class Turns(Generic[R]):
     """Turns under way, one a slot, as coroutines in an event loop of a thread of its own.
 
-    The thread ends when the object is closed or forgotten.
+    The thread ends when the object is closed or forgotten, and the clients are closed with it.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, clients: Sequence[httpx.AsyncClient]) -> None:
         """Start the thread, with this name."""
         loop = asyncio.new_event_loop()
-        Thread(target=loop.run_forever, name=name, daemon=True).start()
+        Thread(target=_run, args=(loop,), name=name, daemon=True).start()
         self._loop = loop
         self._running: dict[int, Future[R]] = {}
         self._finished: SimpleQueue[tuple[int, Future[R]]] = SimpleQueue()
-        self.close = weakref.finalize(self, _stop, loop)  # a call; the second one does nothing
+        # To be called; the second call does nothing.
+        self.close = weakref.finalize(self, _stop, loop, clients)
 
     @property
     def slots(self) -> list[int]:
@@ -245,12 +263,20 @@ class Turns(Generic[R]):
             raise
 
 
-def _stop(loop: asyncio.AbstractEventLoop) -> None:
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+def _stop(loop: asyncio.AbstractEventLoop, clients: Sequence[httpx.AsyncClient]) -> None:
     async def wind_up() -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        closing = [client.aclose() for client in clients]
+        await asyncio.gather(*tasks, *closing, return_exceptions=True)
         loop.stop()
 
     asyncio.run_coroutine_threadsafe(wind_up(), loop)

@@ -29,7 +29,6 @@ log-probabilities, and the version of the weights that sampled them), and of the
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,7 +38,7 @@ import torch
 from research_agent.engines.base import Completion, Finish, SamplingParams
 from research_agent.engines.checks import context_limit, not_finite, require_room
 from research_agent.engines.fleet import Fleet, Sampled, Server, Trajectory, Turn
-from research_agent.engines.remote import Turns, make_client
+from research_agent.engines.remote import Turns, make_client, read_key
 from research_agent.engines.weight_folder import WeightFolder
 from research_agent.errors import ConfigError
 
@@ -93,21 +92,24 @@ class ServerEngine:
                 "the server engine works in one process; start the trainer without torchrun"
             )
         self.max_context = context_limit(model, max_context)
-        key = os.environ.get("VLLM_API_KEY")
-        servers = [Server(base, make_client(base, key)) for base in bases]
+        key, most = read_key("VLLM_API_KEY"), max_in_flight * len(bases)
+        servers = [
+            Server(base, make_client(base, key, most), make_client(base, key)) for base in bases
+        ]
         self._codec = codec
         self._held: dict[int, Trajectory] = {}
         self._version = 0
         self._run = secrets.token_hex(4)
         self._folder = WeightFolder(model)
-        self._turns: Turns[Sampled] = Turns("servers")
+        clients = [client for server in servers for client in (server.turns, server.control)]
+        self._turns: Turns[Sampled] = Turns("servers", clients)
         self._fleet = Fleet(
             servers,
             codec.end_ids,
             self.max_context,
             turn_timeout=turn_timeout,
             patience=patience,
-            max_in_flight=max_in_flight,
+            max_in_flight=most,
         )
         try:
             folder = self._folder.write(model.named_parameters(), self._tag(0))

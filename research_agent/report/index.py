@@ -43,6 +43,10 @@ def make_index(
     if len(shown) < len(by_key):
         notes.append(f"The first {len(shown)} of {len(by_key)} samples are shown (--limit).")
 
+    metrics = [
+        main_metric(dict.fromkeys(name for record in each.records for name in record["metrics"]))
+        for each in sources.predictions
+    ]
     items: list[dict[str, Any]] = []
     details: list[list[str]] = []
     length = CHUNK
@@ -55,7 +59,9 @@ def make_index(
             if side is None:
                 places.append(None)
                 continue
-            places.append({**_side(side), "at": [len(details) - 1, len(details[-1])]})
+            places.append(
+                {**_side(side, metrics[len(places)]), "at": [len(details) - 1, len(details[-1])]}
+            )
             details[-1].append(as_json(side))
             length += len(details[-1][-1])
         first = next(side for side in sides if side is not None)
@@ -78,15 +84,13 @@ def make_index(
     return index, details
 
 
-def _side(record: Record) -> dict[str, Any]:
+def _side(record: Record, metric: str) -> dict[str, Any]:
     """What a row of the list shows of a record, and what it is filtered by."""
-    metrics = record["metrics"]
-    judged = float(metrics["em"] if "em" in metrics else record["reward"])
     return {
-        "right": None if record["void"] else judged > RIGHT,
+        "right": None if record["void"] else outcome(record).score(metric) > RIGHT,
         "reward": record["reward"],
         "stop": linkable(str(record.get("stop_reason") or "")),
-        "searches": metrics.get("searches"),
+        "searches": record["metrics"].get("searches"),
         "prediction": _text(record["info"].get("prediction")),
     }
 

@@ -93,8 +93,7 @@ function address(changes) {
   return `#${params}`;
 }
 
-// A changed filter leads to the first page of the list. Only what opens or closes a trajectory
-// makes an entry in the browser's history.
+// A changed filter leads to the first page of the list, and makes no entry in the browser's history.
 function go(changes, enter = false) {
   if (Object.keys(changes).some(isFilter)) changes = { ...changes, page: "1" };
   const next = address(changes);
@@ -636,7 +635,6 @@ async function showTrajectory(item) {
   let shown;
   try {
     const records = await Promise.all(places.map(take));
-    if (mine !== turn) return; // another was opened meanwhile
     shown = h("div", sets.length > 1 ? "sides two" : "sides",
       sets.map((set, n) => half(records[n], set, places[n])));
   } catch (error) {
@@ -644,6 +642,7 @@ async function showTrajectory(item) {
     const why = old ? "this browser is too old; any of 2023 or later will do" : error.message;
     shown = h("p", "warning", `This cannot be shown: ${why}.`);
   }
+  if (mine !== turn) return; // another was opened meanwhile
   trajectory.replaceChildren(
     bar(item),
     h("h2", { dir: "auto" }, clip(item.question, 4000)),
@@ -737,7 +736,7 @@ function press(event) {
 
 const browser = data.items.length === 0 ? null : h("section", "browser",
   h("h2", null, "Trajectories"), filters, told, list, pager,
-  note("Right is an exact match of at least 0.5, or such a reward where there is no exact match. ",
+  note("Right is an exact match above 0.5; where there is none, the first metric, or the reward. ",
     "Keys: j and k go on and back, Enter opens, Escape closes, t shows tokens, / searches."));
 overview.append(...[
   h("h1", null, data.title),

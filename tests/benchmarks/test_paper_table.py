@@ -180,7 +180,7 @@ def test_a_cell_that_fails_in_its_process_is_named(
     with pytest.raises(SystemExit, match="2"):
         paper_table.main(words(model, tmp_path / "t", "--methods", "naive_rag", "--workers", "2"))
     error = capsys.readouterr().err
-    assert f"cells failed: tiny={model}, naive_rag, HotpotQA" in error
+    assert f"cells failed, as said above: tiny={model}, naive_rag, HotpotQA" in error
     assert "naive_rag, MuSiQue: exact match 0.00" in error
     assert list(cell_files(tmp_path / "t")) == ["tiny/naive_rag/MuSiQue/predictions.jsonl"]
 
@@ -208,17 +208,19 @@ def test_what_cannot_be_played_is_refused(
 
 
 def test_the_judges_column_is_what_the_judge_wrote(tmp_path: Path) -> None:
-    assert paper_table.read_judge(tmp_path) is None
+    assert paper_table.read_judge(tmp_path, 8) is None
     path = tmp_path / "judge.json"
-    path.write_text('{"score": 0.625, "range": [0.625, 0.625], "model": "J", "missing": 0}')
-    assert paper_table.read_judge(tmp_path) == Judged(62.5, (62.5, 62.5), "J")
-    path.write_text('{"score": null, "range": [0.5, 0.75], "model": "J", "missing": 2}')
-    assert paper_table.read_judge(tmp_path) == Judged(None, (50.0, 75.0), "J")
-    path.write_text('{"score": null, "range": null, "model": "J", "missing": 0}')
-    assert paper_table.read_judge(tmp_path) is None  # every episode is void
+    path.write_text('{"score": 0.625, "range": [0.625, 0.625], "model": "J", "n": 8}')
+    assert paper_table.read_judge(tmp_path, 8) == Judged(62.5, (62.5, 62.5), "J")
+    with pytest.raises(ConfigError, match=r"of 8 episodes, and the cell has 9 now; run research-"):
+        paper_table.read_judge(tmp_path, 9)
+    path.write_text('{"score": null, "range": [0.5, 0.75], "model": "J", "n": 8}')
+    assert paper_table.read_judge(tmp_path, 8) == Judged(None, (50.0, 75.0), "J")
+    path.write_text('{"score": null, "range": null, "model": "J", "n": 0}')
+    assert paper_table.read_judge(tmp_path, 0) is None  # every episode is void
     path.write_text('{"verdict": 1}')
     with pytest.raises(ConfigError, match=r"judge.json is no summary of a judge.*run research-env"):
-        paper_table.read_judge(tmp_path)
+        paper_table.read_judge(tmp_path, 8)
 
 
 @contextmanager

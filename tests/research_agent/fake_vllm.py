@@ -48,6 +48,7 @@ class FakeVllm:
         self.keys: list[str | None] = []
         self.weights: dict[str, Any] = {}
         self.now = self.most = 0
+        self.stopped = False
         self.lock = threading.Lock()
         for name, value in settings.items():
             setattr(self, name, value)
@@ -78,7 +79,8 @@ class FakeVllm:
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
-        """No connection is taken any more."""
+        """No connection is taken any more, and none that is open answers."""
+        self.stopped = True
         self.http.shutdown()
         self.http.server_close()
 
@@ -86,6 +88,9 @@ class FakeVllm:
         return [path for path, _ in self.calls]
 
     def answer(self, handler: BaseHTTPRequestHandler, body: Any) -> None:
+        if self.stopped:
+            handler.close_connection = True
+            return
         path = handler.path.partition("?")[0]
         self.calls.append((handler.path, body))
         self.keys.append(handler.headers["Authorization"])
@@ -96,8 +101,10 @@ class FakeVllm:
             handler.close_connection = True
             return
         data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-        if data == b"500":
-            status, data = 500, b'{"error": {"message": "out of memory"}}'
+        if data in (b"500", b"400"):
+            status = int(data)
+            said = "out of memory" if status == 500 else "this is too long"
+            data = json.dumps({"error": {"message": said}}).encode()
         handler.send_response(status)
         handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()
@@ -163,6 +170,7 @@ class FakeVllm:
             self.hung.wait(20)
         return {
             "500": b"500",
+            "400": b"400",
             "cut": None,
             "hang": None,
             "rubbish": b'{"choices": [{"token_ids": [1, 2',

@@ -411,6 +411,10 @@ def test_the_key_is_sent_and_never_shown(
     for shown in (str(caught.value), repr(caught.value), repr(engine), caplog.text):
         assert KEY not in shown
     assert KEY not in repr(vars(engine))
+    endpoint.says = lambda _: failed(401, f"{'x' * 290} {KEY}")  # where long answers are cut
+    with pytest.raises(EngineError) as caught:
+        ask(engine)
+    assert KEY[:5] not in str(caught.value)
 
 
 def limited(body: dict[str, Any], room: int) -> Answer:

@@ -183,8 +183,13 @@ def test_right_is_more_than_half_an_exact_match_or_else_of_the_reward() -> None:
     by_reward = record(1, 0.6) | {"metrics": {}}
     by_match = record(2, 0.9) | {"metrics": {"em": 0.5}}
     void = record(3, 0.0) | {"void": True}
+    first = record(1, -3.0) | {"metrics": {"success": 1.0, "tokens": 3.0}}
+    (item,) = Page(page([first])).index["items"]
+    assert item["sides"][0]["right"] is True  # the first metric, where there is no exact match
+    (item,) = Page(page([by_reward])).index["items"]
+    assert item["sides"][0]["right"] is True
     items = Page(page([by_reward, by_match, void])).index["items"]
-    assert [item["sides"][0]["right"] for item in items] == [True, False, None]
+    assert [item["sides"][0]["right"] for item in items] == [False, False, None]
 
 
 def test_means_have_intervals_and_strata() -> None:

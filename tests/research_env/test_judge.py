@@ -422,6 +422,15 @@ def test_a_refused_question_is_missing_and_the_others_go_on(tmp_path: Path) -> N
     assert "maximum context length is 512" in line["problem"]
 
 
+def test_who_refuses_every_question_is_not_asked_them_all(tmp_path: Path) -> None:
+    path = write(tmp_path, *(episode(n) for n in range(60)))
+    refusal = as_json({"error": {"message": "temperature does not support 0"}}, 400)
+    lost = pytest.raises(JudgeError, match=r"8 questions in a row without .*temperature does not")
+    with serving(lambda _: refusal) as server, lost:
+        run(path, server)
+    assert len(server.calls) < 60  # up to 16 questions, in three forms each
+
+
 def test_nothing_listens(tmp_path: Path) -> None:
     with serving(lambda _: says(RIGHT)) as server:
         pass
@@ -549,6 +558,17 @@ def test_the_cache_tells_models_and_prompts_apart(tmp_path: Path) -> None:
         one = judge_predictions(path, Settings(address, "m", retry=QUICK), tmp_path / "1")
         two = judge_predictions(path, Settings(address, "n", retry=QUICK), tmp_path / "2")
     assert (one.score, two.score) == (1.0, 0.0)
+
+
+def test_verdicts_of_another_file_are_not_mixed_in(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    one, other = write(tmp_path / "a", episode(1)), write(tmp_path / "b", episode(1))
+    with serving(lambda _: says(RIGHT)) as server:
+        settings = Settings(f"{server.url}/v1", "m", retry=QUICK)
+        judge_predictions(one, settings, tmp_path / "out")
+        with pytest.raises(ConfigurationError, match=r"a/predictions.jsonl.*--output"):
+            judge_predictions(other, settings, tmp_path / "out")
 
 
 def test_verdicts_of_another_judge_are_not_mixed_in(tmp_path: Path) -> None:
