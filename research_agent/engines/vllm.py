@@ -217,19 +217,28 @@ class VllmEngine:
         """
         if self._turns:
             raise ValueError(f"{self.busy} turns are under way; finish them before new weights")
-        given = dict(weights)
-        for name, new in given.items():
-            self._names.require(name, new)
-        self._names.require_all(given)
-        # A tied weight goes in under all its names: vLLM has a packed copy of a head on CPUs.
-        given |= {tie: new for name, new in given.items() for tie in self._names.ties[name]}
+        new = self._checked(weights)
+        if not _several():  # there each is put together from all processes: no room for all of them
+            new = iter(list(new))  # checked, before any is taken
         self._held.clear()
         with self._at_work("taking new weights"):
-            new_weights = {"weights_iterator": iter(given.items())}
+            new_weights = {"weights_iterator": new}
             self._vllm.collective_rpc("reload_weights", kwargs=new_weights)
             if not self._vllm.reset_prefix_cache():
                 raise RuntimeError("its prefix cache is still in use")
         self._version = version
+
+    def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """All weights of the model, tied ones under all their names."""
+        given: set[str] = set()
+        again: dict[str, Tensor] = {}  # vLLM has a packed copy of a tied head on CPUs
+        for name, new in weights:
+            self._names.require(name, new)
+            given.add(name)
+            again |= {tie: new for tie in self._names.ties[name] if tie != name}
+            yield name, new
+        self._names.require_all(given)
+        yield from again.items()
 
     def _finish(self, turn: _Turn, reason: str | None) -> Finish | None:
         last = turn.tokens[-1]
