@@ -59,6 +59,7 @@ MOST_HITS = 10_000  # that a server gives, and that it takes as num_candidates
 Body = dict[str, Any]
 Answer = list[Hit] | RetrievalError
 
+_TEXT = "\0"  # stands for a text that is searched for
 _CLOSED = "the Elasticsearch retriever has been closed; open it again"
 
 
@@ -153,14 +154,15 @@ class ElasticsearchRetriever:
     def _ask(self, texts: Sequence[str], top_k: int) -> list[Answer]:
         """Answer texts that say something."""
         size = max(top_k, RRF_WINDOW) if self._mode == "hybrid" else top_k
-        bodies: list[Body] = []
+        lines: list[str] = []  # as JSON: the client would take five times as long for that
         if self._mode in ("bm25", "title", "hybrid"):
-            bodies += [self._lexical(text, size) for text in texts]
+            # The bodies differ in the text alone, and most of the time would go into the rest.
+            before, after = json.dumps(self._lexical(_TEXT, size)).split(json.dumps(_TEXT))
+            lines += [before + json.dumps(text) + after for text in texts]
         if self._mode in ("dense", "hybrid"):
             vectors = self._embed().queries(texts)
-            bodies += [self._dense(vector.tolist(), size) for vector in vectors]
+            lines += [json.dumps(self._dense(vector.tolist(), size)) for vector in vectors]
         connection = self._connection()
-        lines = [json.dumps(body) for body in bodies]  # the client would take five times as long
         answers = connection.run(self._answer(connection, lines))
         if self._mode == "hybrid":
             half = len(texts)
