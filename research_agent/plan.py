@@ -177,7 +177,7 @@ def plan(config: TrainConfig, gpus: str) -> Plan:
     tokens = episodes * min(EPISODE_TOKENS, config.sampling.max_response)
     return Plan(
         memory=memory,
-        start=_start(config, shape),
+        start=_start(config, shape, memory),
         available=gpu.memory,
         tokens=tokens,
         seconds=_seconds(config, shape, count, gpu, tokens),
@@ -221,15 +221,15 @@ def _memory(config: TrainConfig, shape: Shape, count: int) -> dict[str, float]:
     return needed
 
 
-def _start(config: TrainConfig, shape: Shape) -> float:
-    """The learner's weights, the reference policy's and the sampler's, each whole."""
-    whole = 8 if _needs_reference(config) and not config.learner.lora_rank else 4
-    return (whole + _sample_bytes(config)) * shape.parameters + OVERHEAD
+def _start(config: TrainConfig, shape: Shape, memory: Mapping[str, float]) -> float:
+    """The learner's weights whole beside the sampler; vLLM takes room for its cache at once."""
+    cache = memory["sampler: keys and values"] if config.sampling.engine == "vllm" else 0.0
+    return 4 * shape.parameters + memory["sampler: weights"] + cache + OVERHEAD
 
 
 def _fits(config: TrainConfig, shape: Shape, count: int, gpu: Gpu) -> bool:
-    needed = sum(_memory(config, shape, count).values())
-    return max(needed, _start(config, shape)) <= gpu.memory
+    memory = _memory(config, shape, count)
+    return max(sum(memory.values()), _start(config, shape, memory)) <= gpu.memory
 
 
 def _lora_share(shape: Shape, rank: int) -> float:

@@ -233,7 +233,10 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
         load = partial(load_model, device=policy.device)
         lora = config.learner.lora_rank > 0
         model = load(saved.folder if saved and not lora else origin)
-        reference = load(origin) if rule.needs_reference and not lora else None
+        reference = None
+        if rule.needs_reference and not lora:
+            # Several processes keep a part each, which goes to its device when the model is cut.
+            reference = load_model(origin, device="cpu") if rank_and_size()[1] > 1 else load(origin)
         engine: Engine = make_engine(
             sampling.engine,
             model,

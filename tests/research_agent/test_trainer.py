@@ -433,6 +433,7 @@ def test_a_second_sigterm_changes_nothing(server: Any, letters: Path, tmp_path: 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(letters: Path, tmp_path: Path) -> None:
     more = ["--env-args", "turns=2", "--eval-every", "2", "--save-every", "3"]
+    more += ["--algorithm-args", "kl_coef=0.01"]  # with a reference policy
     main(flags(letters, tmp_path / "one", "--steps", "5", *more))
     for steps in ("2", "5"):  # stopped and continued
         words = flags(letters, tmp_path / "two", "--steps", steps, *more)
