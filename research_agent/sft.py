@@ -6,7 +6,7 @@ demonstration is followed by the end token.
 
 Demonstrations come from a JSON Lines file, of lines like
 ``{"segments": [["prompt", "..."], ["action", "..."]]}``, or from a function, ``"module:function"``.
-They are learned once each, in their order, so that a function can teach one thing before another.
+They are learned in their order, so that a function can teach one thing before another.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class SFTConfig:
     demonstration_args: Settings = field(default_factory=dict)
     """Arguments of that function, besides count and seed."""
     count: int = 10_000
-    """Demonstrations learned, each once."""
+    """Demonstrations learned; a file that has fewer is read again."""
     model: str | None = None
     """Model to start from; none makes a new one of the sizes below."""
     vocabulary: str | None = None

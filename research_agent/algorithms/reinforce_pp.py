@@ -18,7 +18,8 @@ REINFORCE++-baseline; the paper then has the KL in the loss, by k2 (``kl_in=loss
 
 R1-Searcher (Song et al. 2025, arXiv:2503.05592) changes it for retrieval: documents are masked out
 of loss, KL and normalisation. That is so here for every algorithm, for observations have no action
-tokens. Its published script uses the baseline of the group, with KL 0 (the preset ``r1-searcher``).
+tokens. Its published script uses the baseline of the group, with KL 0 (the presets
+``r1-searcher-qwen`` and ``r1-searcher-llama``).
 
 The sum runs over the action tokens of a trajectory, across its observations: verl once reset it at
 each observation (issue 7278), and only the last action saw the reward. There is no discount.
