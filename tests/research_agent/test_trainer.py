@@ -25,7 +25,7 @@ from research_agent.learner import Learner
 from research_agent.tracking import Tracker, read_lines
 from tests.research_agent.conftest import letter_tokenizer, tiny_qwen2
 from tests.research_agent.disks import resize, small_disk
-from tests.research_agent.torchrun import in_two_processes
+from tests.research_agent.torchrun import in_two_processes, torchrun
 
 COPY = "tests.research_agent.toy_env:CopyLetter-v0"
 FAILING = "tests.research_agent.failing_env:Failing-v0"
@@ -435,9 +435,9 @@ def test_two_processes_train_what_one_trains(letters: Path, tmp_path: Path) -> N
     more = ["--env-args", "turns=2", "--eval-every", "2", "--save-every", "3"]
     more += ["--algorithm-args", "kl_coef=0.01"]  # with a reference policy
     main(flags(letters, tmp_path / "one", "--steps", "5", *more))
-    for steps in ("2", "5"):  # stopped and continued
+    for steps, start in (("2", torchrun), ("5", in_two_processes)):  # stopped and continued
         words = flags(letters, tmp_path / "two", "--steps", steps, *more)
-        said = in_two_processes("research_agent.cli", *words)
+        said = start("research_agent.cli", *words)
         assert said.count(f"is finished: {steps} steps are done") == 1
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert [sorted(record) for record in two] == [sorted(record) for record in one]
