@@ -426,25 +426,25 @@ def read_judge(folder: Path, episodes: int) -> Judged | None:
         return None
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-        score = said["score"]
-        if said["range"] is None:  # every episode is void
+        score, span, judged = said["score"], said["range"], int(said["n"])
+        if span is None:  # every episode is void
             return None
-        if said["n"] != episodes:
-            raise ConfigError(
-                f"{path} is of {said['n']} episodes, and the cell has {episodes} now; run "
-                "research-env judge again, which asks for the others only"
-            )
-        low, high = said["range"]
-        return Judged(
+        found = Judged(
             None if score is None else 100 * float(score),
-            (100 * float(low), 100 * float(high)),
+            (100 * float(span[0]), 100 * float(span[1])),
             str(said["model"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ConfigError(
             f"{path} is no summary of a judge ({type(error).__name__}: {error}); "
             "remove it, and run research-env judge again"
         ) from error
+    if judged != episodes:
+        raise ConfigError(
+            f"{path} is of {judged} episodes, and the cell has {episodes} now; run "
+            "research-env judge again, which asks for the others only"
+        )
+    return found
 
 
 def show(results: Results, output: Path, form: Format = "terminal") -> None:

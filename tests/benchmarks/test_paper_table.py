@@ -225,7 +225,9 @@ def test_the_judges_column_is_what_the_judge_wrote(tmp_path: Path) -> None:
     path = tmp_path / "judge.json"
     path.write_text('{"score": 0.625, "range": [0.625, 0.625], "model": "J", "n": 8}')
     assert paper_table.read_judge(tmp_path, 8) == Judged(62.5, (62.5, 62.5), "J")
-    with pytest.raises(ConfigError, match=r"of 8 episodes, and the cell has 9 now; run research-"):
+    with pytest.raises(
+        ConfigError, match="json is of 8 episodes, and the cell has 9 now; run research-"
+    ):
         paper_table.read_judge(tmp_path, 9)
     path.write_text('{"score": null, "range": [0.5, 0.75], "model": "J", "n": 8}')
     assert paper_table.read_judge(tmp_path, 8) == Judged(None, (50.0, 75.0), "J")
