@@ -33,14 +33,13 @@ import secrets
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from research_agent.engines.base import Completion, Finish, SamplingParams
 from research_agent.engines.checks import context_limit, not_finite, require_room
 from research_agent.engines.fleet import Fleet, Sampled, Server, Trajectory, Turn
 from research_agent.engines.remote import Turns, make_client, read_key
 from research_agent.engines.weight_folder import WeightFolder
 from research_agent.errors import ConfigError
+from research_agent.parallel import rank_and_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +86,7 @@ class ServerEngine:
         bases = [url.strip().rstrip("/").removesuffix("/v1") for url in urls]
         if not bases or len(set(bases)) < len(bases):
             raise ConfigError(f"the servers are {', '.join(urls) or 'none'}; name each one once")
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if rank_and_size()[1] > 1:
             raise ConfigError(
                 "the server engine works in one process; start the trainer without torchrun"
             )
