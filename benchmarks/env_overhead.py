@@ -40,6 +40,7 @@ TARGET_MICROSECONDS = 20.0
 TARGET_RATIO = 5.0
 SEARCHES = 3
 STEPS = SEARCHES + 1
+TOGETHER = 64
 
 
 def _padded(end: str) -> str:
@@ -98,7 +99,7 @@ def ours(retriever: str | None = None) -> System:
     return System(name, env.reset, lambda: env.step(SEARCH), lambda: env.step(ANSWER))
 
 
-def ours_together(copies: int = 64) -> System:
+def ours_together(copies: int = TOGETHER) -> System:
     """This package's vector environment, with the passages of a server."""
     envs = SearchQAVectorEnv(
         copies, autoreset_mode="Disabled", dataset=QUESTIONS, retriever=URL, top_k=3, remember=0
@@ -169,14 +170,20 @@ def _search_stubbed(installed: Sequence[str]) -> Iterator[None]:
         yield
 
 
+def _written(asked: int) -> bytes:
+    """The answer of a retrieval server to so many queries."""
+    return json.dumps({"result": [DOCUMENTS] * asked}).encode()
+
+
 @contextmanager
 def _socket_stubbed(installed: Sequence[str]) -> Iterator[None]:
     """Let the HTTP clients do all their work but the sending; the reply has each one's format."""
     import httpx  # noqa: PLC0415
 
+    written = {asked: _written(asked) for asked in (1, TOGETHER)}
+
     def answer(self: object, request: httpx.Request) -> httpx.Response:
-        asked = len(json.loads(request.read())["queries"])
-        return httpx.Response(200, content=json.dumps({"result": [DOCUMENTS] * asked}).encode())
+        return httpx.Response(200, content=written[request.read().count(b"who founded")])
 
     with mock.patch.object(httpx.HTTPTransport, "handle_request", answer):
         if not installed:
@@ -192,7 +199,7 @@ def _requests_stubbed() -> Iterator[None]:
     import requests  # noqa: PLC0415 (the peers')
 
     packed = msgspec.msgpack.encode({"result": DOCUMENTS})
-    written = json.dumps({"result": [DOCUMENTS]}).encode()
+    written = _written(1)
 
     def reply(self: object, request: requests.PreparedRequest, **_: object) -> requests.Response:
         response = requests.Response()

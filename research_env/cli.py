@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
 import tyro
+from msgspec import structs
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
 from research_env.errors import (
@@ -174,7 +175,7 @@ class Search:
             if isinstance(hits, ResearchEnvError):
                 raise hits
             if self.json:
-                found = [{"score": hit.score, **asdict(hit.passage)} for hit in hits]
+                found = [{"score": hit.score, **structs.asdict(hit.passage)} for hit in hits]
                 _print_json({"query": query, "hits": found})
             else:
                 _print_table(

@@ -21,6 +21,7 @@ from research_env.errors import (
     UnknownNameError,
 )
 from research_env.game import Settings, make_game, settle
+from research_env.infos import batched_infos
 from research_env.retrieval.base import Hit
 from research_env.searches import SearchCounts, Searches
 from research_env.spaces import UnicodeText
@@ -172,12 +173,11 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         self._ready = [result for result in self._ready if result.env_id not in chosen]
 
         observations = [""] * self.num_envs
-        infos: dict[str, Any] = {}
+        infos = {}
         for i in chosen:
             number = self._next[i] if numbers is None else numbers[i]
-            observations[i], info = self._begin(i, number)
-            infos = self._add_info(infos, info, i)
-        return tuple(observations), infos
+            observations[i], infos[i] = self._begin(i, number)
+        return tuple(observations), batched_infos(infos, self.num_envs)
 
     def step(
         self, actions: Sequence[str], mask: Mask | Sequence[bool] | None = None
@@ -210,14 +210,13 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         rewards = np.zeros(self.num_envs, dtype=np.float64)
         terminations = np.zeros(self.num_envs, dtype=np.bool_)
         truncations = np.zeros(self.num_envs, dtype=np.bool_)
-        infos: dict[str, Any] = {}
+        infos = {}
         for i, episode in moved.items():
             settled = settle(episode, found[i]) if episode and i in asked else episode
-            _, observations[i], rewards[i], terminations[i], truncations[i], info = self._conclude(
-                i, settled
-            )
-            infos = self._add_info(infos, info, i)
-        return tuple(observations), rewards, terminations, truncations, infos
+            result = self._conclude(i, settled)
+            _, observations[i], rewards[i], terminations[i], truncations[i], infos[i] = result
+        together = batched_infos(infos, self.num_envs)
+        return tuple(observations), rewards, terminations, truncations, together
 
     def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
         """Take actions of some sub-environments; their searches run in the background.

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from msgspec import structs
+
 from benchmarks.baselines import ircot
 from benchmarks.baselines.driver import Message
 from benchmarks.baselines.iter_retgen import ITERATIONS
@@ -87,7 +89,7 @@ def write_worlds(folder: Path) -> dict[str, dict[str, str]]:
             {**asdict(question), "id": f"{seed}-{i}", "split": "dev" if i < DEV else "train"}
             for i, question in enumerate(drawn)
         ]
-        passages = [asdict(passage) for passage in world]
+        passages = [structs.asdict(passage) for passage in world]
         where = folder / name.replace(" ", "-")
         where.mkdir(parents=True, exist_ok=True)
         for file, records in (("questions", questions), ("corpus", passages)):

@@ -20,10 +20,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from research_env.errors import (
@@ -35,16 +35,16 @@ from research_env.errors import (
 )
 from research_env.retrieval.analysis import first_words
 from research_env.retrieval.base import Hit, Passage
+from research_env.retrieval.elasticsearch_answers import Answer, Fields, below, read_answers
 from research_env.retrieval.elasticsearch_client import (
     MAPPING,
     META,
     Again,
     Connection,
-    kind_of,
     parse,
 )
 from research_env.retrieval.options import number, words_only
-from research_env.retrieval.retry import AGAIN, Deadline, Retry
+from research_env.retrieval.retry import Deadline, Retry
 
 if TYPE_CHECKING:
     from research_env.retrieval.embedding import Embedding
@@ -57,7 +57,6 @@ RRF_WINDOW = 50
 MOST_HITS = 10_000  # that a server gives, and that it takes as num_candidates
 
 Body = dict[str, Any]
-Answer = list[Hit] | RetrievalError
 
 _TEXT = "\0"  # stands for a text that is searched for
 _CLOSED = "the Elasticsearch retriever has been closed; open it again"
@@ -70,15 +69,13 @@ class _Seen:
     Attributes:
         many_shards: whether it has more than one.
         embedding: the model of its vectors, None where it has none.
-        text: with ``?text=FIELD``, where in the documents that field stands.
-        title: with ``?title=FIELD``, the same.
+        fields: with ``?text=FIELD``, where in the documents its texts stand, and the titles.
         fingerprint: of the corpus, where research-env made the index.
     """
 
     many_shards: bool
     embedding: str | None = None
-    text: str | None = None
-    title: str | None = None
+    fields: Fields | None = None
     fingerprint: str | None = None
 
 
@@ -244,7 +241,8 @@ class ElasticsearchRetriever:
         many_shards = int(settings["index.number_of_shards"]) > 1
         if self._text:
             title = self._stands_at(mapping, self._title) if self._title else None
-            return _Seen(many_shards, None, self._stands_at(mapping, self._text), title)
+            text = self._stands_at(mapping, self._text)
+            return _Seen(many_shards, fields=Fields(self._text, text, title))
         meta = mapping.get("_meta", {}).get(META)
         cure = "make it again: research-env index --corpus FILE --to elasticsearch://..."
         if not isinstance(meta, dict):
@@ -311,8 +309,8 @@ class ElasticsearchRetriever:
     def _body(self, size: int) -> Body:
         body: Body = {"size": size, "track_total_hits": False}
         body["timeout"] = f"{self._attempt * 1000:.0f}ms"
-        if self._text:
-            places = (self._seen.title, self._seen.text)
+        if self._seen.fields:
+            places = (self._seen.fields.title, self._seen.fields.text)
             return body | {"_source": [place for place in places if place]}
         return body | {"_source": ["id", "title", "text"], "sort": ["_score", "row"]}
 
@@ -325,6 +323,8 @@ class ElasticsearchRetriever:
         """Ask for all within the time; the order is kept."""
         deadline = Deadline.after(self._retry.deadline)
         free = asyncio.Semaphore(IN_FLIGHT)
+        if len(bodies) <= PER_REQUEST:
+            return await self._answer_part(connection, bodies, free, deadline)
         parts = [bodies[at : at + PER_REQUEST] for at in range(0, len(bodies), PER_REQUEST)]
         answered = await asyncio.gather(
             *(self._answer_part(connection, part, free, deadline) for part in parts)
@@ -375,46 +375,15 @@ class ElasticsearchRetriever:
         header = json.dumps(
             {"search_type": "dfs_query_then_fetch"} if self._seen.many_shards else {}
         )
-        searches: Any = [line for body in bodies for line in (header, body)]
-        found = await connection.ask(
-            lambda client: client.msearch(index=self._place.index, searches=searches),
+        searches: Any = "".join(f"{header}\n{body}\n" for body in bodies).encode()
+        judged: list[Answer | Again] = await connection.ask(
+            lambda client: client.msearch(index=self._place.index, searches=[searches]),
             min(left, self._attempt),
+            partial(read_answers, place=self._place, fields=self._seen.fields),
         )
-        responses = found.get("responses") if isinstance(found, dict) else None
-        if not isinstance(responses, list) or len(responses) != len(bodies):
+        if len(judged) != len(bodies):
             raise Again("an answer that is not that of these searches")
-        return [self._judge(connection, response) for response in responses]
-
-    def _judge(self, connection: Connection, response: Any) -> Answer | Again:
-        try:
-            status = response["status"]
-            if status != 200:
-                kind = kind_of(response)
-                if status in AGAIN:
-                    return Again(f"status {status} {kind} for this search")
-                return RetrievalError(connection.refusal(status, kind))
-            if response["timed_out"] is not False or response["_shards"]["failed"] != 0:
-                return Again("an answer of some shards only")
-            return [self._hit(hit) for hit in response["hits"]["hits"]]
-        except RetrievalError as error:
-            return error
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError):
-            return Again("an answer that is not a search result")
-
-    def _hit(self, hit: Body) -> Hit:
-        if not self._text:
-            source = hit["_source"]
-            passage = Passage(source["id"], source["title"], source["text"])
-            return Hit(passage, _score(hit["sort"][0]))
-        id_, source = words_only(str(hit["_id"])), hit.get("_source", {})
-        title = _at(source, self._seen.title) if self._seen.title else ""
-        text = _at(source, self._seen.text or "")
-        if text is None:  # an empty passage would look like evidence of nothing
-            raise RetrievalError(
-                f"the document {id_!r:.100} of {self._place} has no field {self._text!r} in its "
-                "_source, from which texts are read"
-            )
-        return Hit(Passage(id_, title or "", text), _score(hit["_score"]))
+        return judged
 
     def _silence(self, why: str) -> str:
         seconds = f"{self._retry.deadline:g} s"
@@ -444,52 +413,17 @@ def _fuse(lexical: Answer, dense: Answer, top_k: int) -> Answer:
     return [Hit(passages[id_], scores[id_]) for id_ in best]
 
 
-def _score(value: Any) -> float:
-    score = float(value)
-    if not math.isfinite(score):
-        raise ValueError("a score that is not finite")
-    return score
-
-
 def _stands_at(mapping: Body, field: str) -> str | None:
     """Where in the documents the texts of a field stand; None: the mapping has no such field.
 
     A multi-field (``body.english``) is another index of the texts of its parent (``body``).
     """
-    for name, rest, each in _below(mapping.get("properties", {}), field):
+    for name, rest, each in below(mapping.get("properties", {}), field):
         if not rest:
             return None if "properties" in each else name
         if rest in each.get("fields", {}):
             return name
-        below = _stands_at(each, rest)
-        if below is not None:
-            return f"{name}.{below}"
+        deeper = _stands_at(each, rest)
+        if deeper is not None:
+            return f"{name}.{deeper}"
     return None
-
-
-def _at(source: Any, field: str) -> str | None:
-    """A field of a document, in objects by dots; texts of a list are joined; None: it lacks it."""
-    if isinstance(source, list):
-        found = [_at(each, field) for each in source]
-        return "\n".join(filter(None, found)) if any(each is not None for each in found) else None
-    if not isinstance(source, dict):
-        return None
-    for _, rest, value in _below(source, field):
-        text = _at(value, rest) if rest else _text(value)
-        if text is not None:
-            return text
-    return None
-
-
-def _below(names: Body, field: str) -> Iterator[tuple[str, str, Any]]:
-    """What a field's name may begin with: that name, the rest of the field's, what it names."""
-    for name, value in names.items():
-        if name == field or field.startswith(f"{name}."):
-            yield name, field[len(name) + 1 :], value
-
-
-def _text(value: Any) -> str:
-    """A value as text; Elasticsearch takes null and a list as no text, and as many."""
-    if isinstance(value, list):
-        return "\n".join(filter(None, map(_text, value)))
-    return "" if value is None else words_only(str(value))

@@ -8,7 +8,6 @@ file of an own certificate authority. TLS certificates are always verified.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import threading
@@ -22,11 +21,12 @@ from urllib.parse import urlsplit
 
 from research_env.errors import ConfigurationError, RetrievalError
 from research_env.retrieval.options import check_options, split_options
+from research_env.retrieval.reading import read_json
 from research_env.retrieval.retry import AGAIN, retry_after
 
 if TYPE_CHECKING:
     from elasticsearch import AsyncElasticsearch
-    from elasticsearch.serializer import OrjsonSerializer
+    from elasticsearch.serializer import JsonSerializer
 
 Result = TypeVar("Result")
 
@@ -35,7 +35,8 @@ META = "research_env"  # our key in the ``_meta`` of an index
 SCHEMES = {"elasticsearch": "http", "elasticsearch+https": "https"}
 
 _INDEX_NAME = re.compile(r"[a-z0-9][a-z0-9_.+-]{0,199}")  # neither pattern nor list of indexes
-_ANSWERS = "application/vnd.elasticsearch+json"  # what a server says it sends to this client
+# What a server says it sends to this client, and what a proxy may say instead.
+_ANSWERS = ("application/vnd.elasticsearch+json", "application/json")
 
 
 class Again(Exception):  # noqa: N818  (not an error yet)
@@ -159,16 +160,20 @@ class Connection:
         await self.client.close()
 
     async def ask(
-        self, request: Callable[[AsyncElasticsearch], Awaitable[Any]], seconds: float
+        self,
+        request: Callable[[AsyncElasticsearch], Awaitable[Any]],
+        seconds: float,
+        read: Callable[[bytes], Any] = read_json,
     ) -> Any:
         """One request, tried once.
 
         Args:
             request: takes a client, awaits its answer.
             seconds: after which it is given up.
+            read: makes something of the body, or raises ValueError.
 
         Returns:
-            The body of the answer.
+            What was read.
 
         Raises:
             Again: it failed, and may not fail next time.
@@ -180,6 +185,7 @@ class Connection:
             # Not client.options(request_timeout=...): that makes a client for each request.
             async with asyncio.timeout(seconds):
                 answer = await request(self.client)
+            return read(answer.body)
         except (TimeoutError, es.ConnectionTimeout) as error:
             raise Again(f"no answer within {seconds:.1f} s") from error
         except es.SSLError as error:  # a certificate does not become valid by asking again
@@ -191,55 +197,56 @@ class Connection:
             raise Again("no connection") from error
         except es.UnsupportedProductError as error:  # also the page of a proxy before it
             raise Again("an answer that is not Elasticsearch's") from error
-        except (es.SerializationError, UnicodeDecodeError) as error:
-            raise Again("an answer that cannot be read") from error
-        except es.ApiError as error:
+        except es.ApiError as error:  # not its cause: that repeats the whole answer
             status = error.meta.status
             if status in AGAIN:
                 wait = retry_after(error.meta.headers.get("retry-after"))
-                raise Again(f"status {status}", wait) from error
-            raise RetrievalError(self.refusal(status, kind_of(error.body))) from error
-        return answer.body
-
-    def refusal(self, status: int, kind: str) -> str:
-        """What to say of an answer that no further try will change."""
-        cure = {
-            401: "; check ELASTICSEARCH_API_KEY, or ELASTICSEARCH_USERNAME and _PASSWORD",
-            403: "; the user or API key lacks a privilege on this index",
-            404: "; make it with: research-env index --corpus FILE --to elasticsearch://...",
-        }.get(status, "")
-        return f"Elasticsearch refuses at {self.place}: status {status} {kind}{cure}"
+                raise Again(f"status {status}", wait) from None
+            raise RetrievalError(refusal(self.place, status, _kind_in(error.body))) from None
+        except (es.SerializationError, ValueError, TypeError) as error:
+            raise Again("an answer that cannot be read") from error
 
 
-def kind_of(body: Any) -> str:
+def refusal(place: Place, status: int, kind: str) -> str:
+    """What to say of an answer that no further try will change."""
+    cure = {
+        401: "; check ELASTICSEARCH_API_KEY, or ELASTICSEARCH_USERNAME and _PASSWORD",
+        403: "; the user or API key lacks a privilege on this index",
+        404: "; make it with: research-env index --corpus FILE --to elasticsearch://...",
+    }.get(status, "")
+    return f"Elasticsearch refuses at {place}: status {status} {kind}{cure}"
+
+
+def kind_of(error: Any) -> str:
     """The type of an error, as the server calls it; never its text, which may repeat anything."""
     try:
-        error = body["error"]
         kind = error["root_cause"][0]["type"] if error.get("root_cause") else error["type"]
     except (KeyError, TypeError, IndexError, AttributeError):
         return "error"
     return kind if isinstance(kind, str) and re.fullmatch(r"\w{1,80}", kind) else "error"
 
 
-def _serializer() -> OrjsonSerializer:
-    """Orjson, as reading an answer is half of our own time, and json for what only that reads."""
-    from elasticsearch.serializer import OrjsonSerializer  # noqa: PLC0415  (only when used)
+def _kind_in(body: Any) -> str:
+    """The type of the error that a body tells of."""
+    try:
+        return kind_of(read_json(body)["error"])
+    except (ValueError, TypeError, KeyError):
+        return "error"
 
-    class Serializer(OrjsonSerializer):
-        def json_loads(self, data: bytes) -> Any:
-            try:
-                return super().json_loads(data)
-            except ValueError:  # also for half of a surrogate pair, which a document may hold
-                try:
-                    return json.loads(data)
-                except RecursionError as error:
-                    raise ValueError("nested too deeply") from error
 
-    return Serializer()
+def _unread() -> JsonSerializer:
+    """Leaves bodies of answers as they come: who asked knows what to read from them."""
+    from elasticsearch.serializer import JsonSerializer  # noqa: PLC0415  (only when used)
+
+    class Unread(JsonSerializer):
+        def loads(self, data: bytes) -> bytes:
+            return data
+
+    return Unread()
 
 
 def _client(place: Place) -> AsyncElasticsearch:
-    if not all(map(find_spec, ("elasticsearch", "aiohttp", "orjson"))):
+    if not all(map(find_spec, ("elasticsearch", "aiohttp"))):
         raise ConfigurationError("elasticsearch:// needs its client: pip install .[elasticsearch]")
     from elasticsearch import AsyncElasticsearch  # noqa: PLC0415  (only when used)
 
@@ -267,6 +274,6 @@ def _client(place: Place) -> AsyncElasticsearch:
         max_retries=0,
         retry_on_status=(),
         request_timeout=None,
-        serializers={_ANSWERS: _serializer()},
+        serializers=dict.fromkeys(_ANSWERS, _unread()),
         **given,
     )

@@ -10,7 +10,6 @@ true}`` is answered by ``{"result": [[{"document": {"id": ..., "contents": "\"ti
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import time
@@ -28,6 +27,7 @@ from research_env.retrieval.options import (
     split_options,
     words_only,
 )
+from research_env.retrieval.reading import read_json
 from research_env.retrieval.retry import AGAIN, Deadline, Retry, retry_after
 
 if TYPE_CHECKING:
@@ -282,8 +282,8 @@ def _once(client: httpx.Client, request: httpx.Request, deadline: Deadline, quot
             wait=retry_after(response.headers.get("Retry-After")),
         )
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
+        return read_json(body)
+    except ValueError:
         raise _AttemptError("the answer is no JSON", again=True) from None
 
 

@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from research_env import cli
 from research_env.datasets import load_dataset
@@ -41,6 +42,7 @@ from research_env.retrieval import elasticsearch as module
 from research_env.retrieval import elasticsearch_index as index_module
 from research_env.retrieval.analysis import MAX_QUERY_WORDS, first_words, words
 from research_env.retrieval.elasticsearch import ElasticsearchRetriever
+from research_env.retrieval.elasticsearch_answers import Fields, read_answers
 from research_env.retrieval.elasticsearch_client import Again, Connection, Place, parse
 from research_env.retrieval.elasticsearch_index import Layout, index_elasticsearch
 from research_env.retrieval.retry import Retry
@@ -343,17 +345,37 @@ ANSWER = {
     ids=["huge", "infinite", "nan", "null", "word"],
 )
 def test_an_answer_with_a_score_that_is_no_number_is_asked_again(score: Any) -> None:
-    for url in ("elasticsearch://127.0.0.1:9/i", "elasticsearch://127.0.0.1:9/i?text=text"):
-        engine = module._restored(url, module._Seen(many_shards=False, text="text"))
-        response = json.loads(json.dumps(ANSWER))
-        [hit] = response["hits"]["hits"]
-        hit["_id"] = "a"
-        assert [each.score for each in cast(Any, engine._judge(cast(Any, None), response))] == [2.0]
+    place = parse("elasticsearch://127.0.0.1:9/i", ())
+    for fields in (None, Fields("text", "text", None)):
+        responses = json.loads(json.dumps([ANSWER, ANSWER, ANSWER]))
+        for response in responses:
+            response["hits"]["hits"][0]["_id"] = "a"
+
+        def judged(responses: Any = responses, fields: Fields | None = fields) -> list[Any]:
+            return read_answers(json.dumps({"responses": responses}).encode(), place, fields)
+
+        assert [[hit.score for hit in hits] for hits in judged()] == [[2.0]] * 3
+        [hit] = responses[1]["hits"]["hits"]
         hit["sort"], hit["_score"] = [score, 0], score
-        assert isinstance(engine._judge(cast(Any, None), response), Again)
+        first, second, third = judged()
+        assert isinstance(second, Again)
+        assert [each[0].score for each in (first, third)] == [2.0, 2.0]  # each is judged alone
         hit["sort"], hit["_score"] = [2.0, 0], 2.0
         hit["_source"] = {}
-        assert isinstance(engine._judge(cast(Any, None), response), (Again, RetrievalError))
+        assert isinstance(judged()[1], (Again, RetrievalError))
+
+
+def test_an_answer_that_python_alone_can_read_is_read() -> None:
+    place = parse("elasticsearch://127.0.0.1:9/i", ())
+    half = json.loads(json.dumps(ANSWER))
+    half["hits"]["hits"][0]["_source"]["text"] = "\ud800"
+    [[hit], [other]] = cast(
+        Any, read_answers(json.dumps({"responses": [half, ANSWER]}).encode(), place, None)
+    )
+    assert (hit.passage.text, other.passage.text) == ("\ufffd", "x")
+    for body in (b"", b"[]", b"{}", b"nonsense", b"[" * 100_000, b'{"responses": 1}', b"\xff"):
+        with pytest.raises(ValueError):
+            read_answers(body, place, None)
 
 
 @pytest.mark.parametrize(
@@ -804,7 +826,7 @@ def test_a_layout_is_kept(elasticsearch: str, name: str) -> None:
 def test_a_mapping_of_ones_own_is_laid_over(elasticsearch: str, name: str, tmp_path: Path) -> None:
     file = tmp_path / "mapping.json"
     corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps(asdict(p)) + "\n" for p in BEATLES))
+    corpus.write_text("".join(json.dumps(structs.asdict(p)) + "\n" for p in BEATLES))
     url = es(elasticsearch, name)
     file.write_text(
         json.dumps(
