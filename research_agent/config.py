@@ -93,7 +93,8 @@ class SamplingConfig:
     """How episodes are played."""
 
     engine: str = "transformers"
-    """What samples the tokens."""
+    """What samples the tokens: transformers, vllm, or vLLM servers (server:URL,URL;
+    server+nccl:URL,URL or server+ipc:URL,URL where weights go from GPU to GPU)."""
     prompts: int = 256
     """Tasks a training step."""
     samples: int = 5
@@ -266,7 +267,7 @@ class EvalConfig:
     log_tokens: bool = False
     """Write the text and log-probability of each action token too, for the report's page."""
     engine: str = "transformers"
-    """What samples the tokens."""
+    """What samples the tokens: transformers, vllm, or vLLM servers (server:URL,URL)."""
     max_prompt: int = 512
     """Longest first observation, in tokens."""
     max_response: int = 8192

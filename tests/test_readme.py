@@ -309,6 +309,7 @@ def test_flags_that_are_named_exist(document: str, capsys: pytest.CaptureFixture
     named = {flag for span in spans for flag in re.findall(r"--\w[\w-]+", span)}
     known = {"--help", "--nproc-per-node"}  # the latter is of torchrun
     known |= {"--model", "--reasoning-parser"}  # and these are of vLLM's server
+    known |= {"--weight-transfer-config", "--gpu-memory-utilization"}  # as are these
     for program, commands in {
         research_agent: (
             "train miniworld",

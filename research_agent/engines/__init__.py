@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from research_agent.errors import ConfigError
 
@@ -10,7 +10,19 @@ if TYPE_CHECKING:
     from research_agent.codec import Codec
     from research_agent.engines.base import Engine
 
-ENGINES = ("transformers", "vllm", "server:URL,URL,...")
+ENGINES = (
+    "transformers",
+    "vllm",
+    "server:URL,URL,...",
+    "server+nccl:URL,URL,...",
+    "server+ipc:URL,URL,...",
+)
+
+_CARRIERS: dict[str, Literal["folder", "nccl", "ipc"]] = {
+    "server": "folder",
+    "server+nccl": "nccl",
+    "server+ipc": "ipc",
+}
 
 
 def make_engine(
@@ -49,8 +61,9 @@ def make_engine(
         from research_agent.engines.vllm import VllmEngine  # noqa: PLC0415
 
         return VllmEngine(model, codec, max_slots, max_context, dtype=dtype)
-    if name.startswith("server:"):
+    kind, colon, urls = name.partition(":")
+    if colon and kind in _CARRIERS:
         from research_agent.engines.server import ServerEngine  # noqa: PLC0415 - torch
 
-        return ServerEngine(model, codec, name.removeprefix("server:").split(","), max_context)
+        return ServerEngine(model, codec, urls.split(","), max_context, by=_CARRIERS[kind])
     raise ConfigError(f"no engine is named {name!r}; there is {', '.join(ENGINES)}")

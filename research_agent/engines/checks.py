@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from research_agent.errors import ContextError, ModelError, NonFiniteError
@@ -83,6 +83,22 @@ class WeightNames:
         if shape != weight.shape:
             has = "none of that name" if shape is None else f"{list(shape)}"
             raise ModelError(f"weight {name!r} {list(weight.shape)}: the model has {has}")
+
+    def checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """All weights of the model, tied ones under all their names.
+
+        Raises:
+            ModelError: a name or shape that the model does not have, or a weight left out.
+        """
+        given: set[str] = set()
+        again: dict[str, Tensor] = {}  # vLLM has a packed copy of a tied head on CPUs
+        for name, new in weights:
+            self.require(name, new)
+            given.add(name)
+            again |= {tie: new for tie in self.ties[name] if tie != name}
+            yield name, new
+        self.require_all(given)
+        yield from again.items()
 
     def require_all(self, given: Collection[str]) -> None:
         """Check that no parameter is missing, a tied one under each of its names.

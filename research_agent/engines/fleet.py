@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import httpx
 
@@ -16,17 +15,24 @@ from research_agent.engines.checks import CONTINUE
 from research_agent.engines.remote import RequestError, ask, turn_seed
 from research_agent.errors import ContextError, EngineError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RELOAD = 900.0
+"""Seconds that a server may take for new weights, or for the first turn of all."""
+
 _LOG = logging.getLogger(__name__)
 
 _START = (
     "Start it with VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out "
     "--logprobs-mode processed_logprobs; if it asks for a key, put that in VLLM_API_KEY here"
 )
+_WAITS = ", and now it answers and waits for the next weights"
 _GENERATE = "inference/v1/generate"
 _CHECK = 5.0  # seconds between looks at a server's health
+_AGAIN = 1.0  # second between attempts while everything waits
 _LONGEST_PAUSE = 30.0  # seconds between attempts to take a server back
 _ANSWER = 30.0  # seconds for the answer to a request that costs a server next to nothing
-_RELOAD = 900.0  # seconds for reading new weights, or for the first turn of all
 _ABORT = 10.0  # seconds for handing over turns that are interrupted
 _REFUSED = (400, 413, 422)  # what a turn is answered with that no server would take
 _ATTEMPTS = 4  # of a turn, besides one a server
@@ -43,11 +49,12 @@ class Server:
     alive: bool = False
     model: str = ""  # the name it gives the policy
     version: str = ""  # of the weights it was given last
-    reading: Path | None = None  # the folder of weights that it is told to read
+    reading: str = ""  # the version of the weights that it is being given
     load: int = 0  # turns under way
     taken: int = 0  # turns so far
     requests: set[asyncio.Task[Any]] = field(default_factory=set)
     problem: str = "it has not been asked yet"  # why it is not alive
+    waiting: bool = False  # it answers again, and waits for the next weights
 
     async def ask(
         self,
@@ -73,6 +80,44 @@ class Server:
             if error.may_pass:
                 raise
             raise EngineError(f"{self.url} refuses /{path}: {error}. {_START}") from None
+
+    async def weights(self) -> str:
+        """The version of the weights that it says it has; raises as ``need`` does."""
+        info = await self.need("GET", "weight_info")
+        return str(info.get("weight_version")) if isinstance(info, dict) else ""
+
+
+class Carrier(Protocol):
+    """How weights get to servers. Each version of them has a name that no other has."""
+
+    lasting: bool
+    """Whether weights can be given for as long as they are current, while learning goes on too."""
+
+    def hold(self, weights: Iterable[tuple[str, Tensor]], name: str) -> None:
+        """Take weights that are to be given to servers, under a name.
+
+        Raises:
+            EngineError: there is no room for them.
+            ModelError: a name or shape that the model does not have, or a weight left out.
+        """
+        ...
+
+    async def give(self, server: Server, name: str) -> None:
+        """Let a server load the weights of a name.
+
+        Raises:
+            EngineError: it was started in another way.
+            RequestError: it does not answer, or fails.
+        """
+        ...
+
+    def keep(self, names: Collection[str]) -> None:
+        """Learning goes on: let go of all weights but those of these names."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything."""
+        ...
 
 
 @dataclass(eq=False)
@@ -103,6 +148,10 @@ class Sampled:
     finish: Finish  # as the server says
 
 
+class _WaitingError(RequestError):
+    """A server that answers, and has other weights than the current ones."""
+
+
 class _LostError(Exception):
     """A server that failed at a turn, or left while it was at it."""
 
@@ -113,6 +162,7 @@ class Fleet:
     def __init__(
         self,
         servers: list[Server],
+        carrier: Carrier,
         end_ids: frozenset[int],
         context: int,
         *,
@@ -122,29 +172,30 @@ class Fleet:
     ) -> None:
         """Ask nobody anything yet; see ``ServerEngine`` for the arguments."""
         self._servers = servers
+        self._carrier = carrier
         self._end_ids = end_ids
         self._context = context
         self._turn_timeout = turn_timeout
         self._patience = patience
         self._places = asyncio.Semaphore(max_in_flight)
-        self._folder = Path()  # of the current weights; its name is their version on the servers
+        self._current = ""  # the weights' version on the servers
         self._back = asyncio.Event()  # set when a server comes back
         self._interrupting = False
         self._watches: list[asyncio.Task[None]] = []
 
     @property
-    def reading(self) -> set[Path]:
-        """The folders of weights that some server may be reading."""
+    def reading(self) -> set[str]:
+        """The versions of the weights that some server may be reading."""
         return {server.reading for server in self._servers if server.reading}
 
-    async def start(self, folder: Path) -> None:
-        """Make the servers fit to be used, each with the weights in the folder.
+    async def start(self, version: str) -> None:
+        """Make the servers fit to be used, each with the carrier's weights of this name.
 
         Raises:
             ContextError: one has too short a context.
             EngineError: none answers, or one was started in another way.
         """
-        self._folder = folder
+        self._current = version
         found = await asyncio.gather(*map(self._admit, self._servers), return_exceptions=True)
         for server, problem in zip(self._servers, found, strict=True):
             if isinstance(problem, RequestError):
@@ -178,20 +229,25 @@ class Fleet:
             f"failed, the last with {problem}. Look into the servers' logs. {CONTINUE}"
         )
 
-    async def spread(self, folder: Path) -> None:
-        """Let every living server read the weights in a folder; see that one has them at least.
+    async def spread(self, version: str) -> None:
+        """Give every living server the carrier's weights of this name; see that one has them.
+
+        Where they can be given only now, those that wait for them get them as well, and where none
+        has them it is tried again while there is patience.
 
         Raises:
             EngineError: none could.
         """
-        self._folder = folder
-        alive = [server for server in self._servers if server.alive]
-        found = await asyncio.gather(*map(self._give, alive), return_exceptions=True)
-        for server, problem in zip(alive, found, strict=True):
-            if isinstance(problem, RequestError | EngineError):
-                self._lose(server, str(problem))
-            elif problem:
-                raise problem
+        self._current = version
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._patience
+        while True:
+            await asyncio.gather(*map(self._offer, self._servers))
+            if self._carrier.lasting or any(server.alive for server in self._servers):
+                break
+            if clock() > deadline:
+                raise self._nobody()
+            await asyncio.sleep(_AGAIN)
         await self._living()
 
     async def interrupt(self) -> None:
@@ -230,7 +286,10 @@ class Fleet:
         return [server for server in self._servers if server.alive]
 
     def _nobody(self) -> EngineError:
-        reasons = "; ".join(f"{server.url}: {server.problem}" for server in self._servers)
+        reasons = "; ".join(
+            f"{server.url}: {server.problem}{_WAITS if server.waiting else ''}"
+            for server in self._servers
+        )
         return EngineError(f"no vLLM server can be used ({reasons}). {_START}. {CONTINUE}")
 
     async def _sample(self, server: Server, turn: Turn) -> Sampled:
@@ -256,7 +315,7 @@ class Fleet:
         finally:
             server.load -= 1
             server.requests.discard(request)
-        return _read(answer, turn, self._end_ids, self._folder.name, interrupted=self._interrupting)
+        return _read(answer, turn, self._end_ids, self._current, interrupted=self._interrupting)
 
     def _lose(self, server: Server, problem: str) -> None:
         """Use a server no more, until it has been admitted again; its turns go elsewhere."""
@@ -284,16 +343,36 @@ class Fleet:
                 if server.alive:
                     await server.ask("GET", "health")
                 else:
-                    await self._admit(server)
-                    _LOG.warning("%s is back, with the current weights", server.url)
+                    await self._take_back(server, learning=True)
                 pause = 1.0
             except (RequestError, EngineError, ContextError) as error:
                 self._lose(server, str(error))
-                server.problem = str(error)
+                server.waiting = isinstance(error, _WaitingError)
+                server.problem = server.problem if server.waiting else str(error)
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
-    async def _admit(self, server: Server) -> None:
+    async def _offer(self, server: Server) -> None:
+        """Give a server the current weights, if it lives or waits for them."""
+        try:
+            if server.alive:
+                await self._give(server)
+            elif server.waiting:
+                await self._take_back(server)
+        except (RequestError, EngineError, ContextError) as error:
+            self._lose(server, str(error))
+            server.problem, server.waiting = str(error), False
+
+    async def _take_back(self, server: Server, *, learning: bool = False) -> None:
+        """Admit a server that was lost, and say so."""
+        await self._admit(server, learning=learning)
+        _LOG.warning("%s is back, with the current weights", server.url)
+
+    async def _admit(self, server: Server, *, learning: bool = False) -> None:
         """Make a server fit to be used.
+
+        Args:
+            server: which one.
+            learning: the weights may be changing, so that not every carrier can give them.
 
         Raises:
             ContextError: its context is too short.
@@ -313,29 +392,34 @@ class Fleet:
                 "response"
             )
         server.version = ""  # it may have been started anew, and have any weights
-        while server.version != self._folder.name:
-            await self._give(server)  # before it samples: one that failed at this dies of a turn
+        while server.version != self._current:
+            if learning and not self._carrier.lasting:
+                await self._recognise(server)
+            else:
+                await self._give(server)  # before it samples: one that failed at it dies of a turn
             await self._check(server)
-        server.alive = True
+        server.alive, server.waiting = True, False
         self._back.set()
 
     async def _give(self, server: Server) -> None:
-        """Let a server read the current weights."""
-        folder = server.reading = self._folder
+        """Let a server have the current weights."""
+        version = server.reading = self._current
         try:
-            rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-            try:
-                await server.need("POST", "collective_rpc", rpc, _RELOAD)
-            except RequestError as error:
-                cure = "Can it read that folder? Elsewhere, set TMPDIR to one that all share"
-                raise RequestError(f"no new weights from {folder}: {error}. {cure}") from None
+            await self._carrier.give(server, version)
             reset = await server.need("POST", "reset_prefix_cache?reset_running_requests=true")
             if not (isinstance(reset, dict) and reset.get("success")):
                 raise RequestError("its cache of the old weights could not be emptied")
-            await server.need("POST", "update_weight_version", {"new_version": folder.name})
-            server.version = folder.name
+            await server.need("POST", "update_weight_version", {"new_version": version})
+            server.version = version
         finally:
-            server.reading = None
+            server.reading = ""
+
+    async def _recognise(self, server: Server) -> None:
+        """See that a server has the current weights still: it was away, but not started anew."""
+        version = self._current
+        if await server.weights() != version:
+            raise _WaitingError("it has other weights")
+        server.version = version
 
     async def _check(self, server: Server) -> None:
         """Sample two tokens, and see whether their log-probabilities are what a learner needs."""
@@ -343,7 +427,7 @@ class Fleet:
         for temperature in (1.0, 2.0):
             sampling = {"temperature": temperature, "max_tokens": 1, "logprobs": 5, "seed": 0}
             payload = {"token_ids": [min(self._end_ids)], "sampling_params": sampling}
-            answer = await server.need("POST", _GENERATE, payload, _RELOAD)
+            answer = await server.need("POST", _GENERATE, payload, RELOAD)
             try:
                 tops = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
                 found.append({int(top["token_id"]): float(top["logprob"]) for top in tops})

@@ -14,29 +14,39 @@ development mode anybody may give it weights. Name them all:
 ``VLLM_API_KEY``.
 
 The weights go through a folder in the temporary directory. Servers on other machines must see it
-under the same path: set ``TMPDIR`` to a folder that all of them share.
+under the same path: set ``TMPDIR`` to a folder that all of them share. From a learner on a GPU they
+can also go straight from its memory, by vLLM's own transfer: to servers on other GPUs by NCCL
+(``--engine server+nccl:URL,URL``, each server started with ``--weight-transfer-config
+'{"backend": "nccl"}'`` too), and to servers on the learner's own GPU by CUDA IPC
+(``server+ipc:URL,URL``, with ``'{"backend": "ipc"}'`` and ``VLLM_ALLOW_INSECURE_SERIALIZATION=1``).
+That was tested with doubles of CUDA and NCCL, and not on a GPU.
 
 A server that fails is left out, and its turns are sampled again elsewhere, from the same tokens and
-seed. It is tried again from time to time, and gets the current weights before it is used. One
-address is one server: of two behind a balancer only one would get the weights. And a server is for
-one run.
+seed. It is tried again from time to time, and gets the current weights before it is used: at once
+where they are in a folder. The learner's memory may be changing, so from there one that was started
+anew gets the next weights, with the next ``load_weights``; one that has the current ones still is
+used again at once. One address is one server: of two behind a balancer only one would get the
+weights. And a server is for one run.
 
 What is used of vLLM 0.32: ``/inference/v1/generate`` (token ids in; out come token ids, their
 log-probabilities, and the version of the weights that sampled them), and of the development mode
 ``/collective_rpc`` (``reload_weights`` from a folder), ``/reset_prefix_cache``,
-``/update_weight_version`` and ``/abort_requests``.
+``/update_weight_version``, ``/weight_info`` and ``/abort_requests``; for ``transfer.py`` the routes
+of vLLM's weight transfer.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from research_agent.engines.base import Completion, Finish, SamplingParams
 from research_agent.engines.checks import context_limit, not_finite, require_room
 from research_agent.engines.fleet import Fleet, Sampled, Server, Trajectory, Turn
 from research_agent.engines.remote import Turns, make_client, read_key
+from research_agent.engines.transfer import Transfer
 from research_agent.engines.weight_folder import WeightFolder
 from research_agent.errors import ConfigError
 from research_agent.parallel import rank_and_size
@@ -59,12 +69,14 @@ class ServerEngine:
         codec: its tokenizer.
         urls: such as ``http://localhost:8000``, one a server.
         max_context: tokens that a trajectory may have; the model's own limit by default.
+        by: how weights get to the servers.
         turn_timeout: seconds a server may take for a turn; one that takes longer counts as dead.
         patience: seconds to wait for a server to come back when none is left.
         max_in_flight: turns asked for at a time, times the number of servers.
 
     Raises:
-        ConfigError: an address that cannot be used, or more than one process.
+        ConfigError: an address that cannot be used, more than one process, or a model whose weights
+            cannot go this way.
         ContextError: more context than the model or a server has.
         EngineError: no server can be used, or one that answers was started in another way.
 
@@ -79,6 +91,7 @@ class ServerEngine:
         urls: Sequence[str],
         max_context: int | None = None,
         *,
+        by: Literal["folder", "nccl", "ipc"] = "folder",
         turn_timeout: float = 600.0,
         patience: float = 60.0,
         max_in_flight: int = 256,
@@ -99,11 +112,14 @@ class ServerEngine:
         self._held: dict[int, Trajectory] = {}
         self._version = 0
         self._run = secrets.token_hex(4)
-        self._folder = WeightFolder(model)
+        self._carrier = WeightFolder(model) if by == "folder" else Transfer(model, by)
+        self._let_go = weakref.finalize(self, self._carrier.close)
+        self._let_go.atexit = False  # what is left then ends with the process
         clients = [client for server in servers for client in (server.turns, server.control)]
         self._turns: Turns[Sampled] = Turns("servers", clients)
         self._fleet = Fleet(
             servers,
+            self._carrier,
             codec.end_ids,
             self.max_context,
             turn_timeout=turn_timeout,
@@ -111,8 +127,7 @@ class ServerEngine:
             max_in_flight=most,
         )
         try:
-            folder = self._folder.write(model.named_parameters(), self._tag(0))
-            self._turns.call(self._fleet.start(folder))
+            self._load(model.named_parameters(), 0, self._fleet.start)
         except BaseException:
             self.close()
             raise
@@ -171,9 +186,10 @@ class ServerEngine:
         ]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Give every server new weights, through a folder; every slot is forgotten.
+        """Give every server new weights; every slot is forgotten.
 
-        A server that cannot take them is left out until it can.
+        A server that cannot take them is left out until it can. One that was started anew has them
+        at once where they go through a folder, and otherwise with the next call.
 
         Raises:
             EngineError: they cannot be written, or no server took them.
@@ -183,20 +199,28 @@ class ServerEngine:
         """
         if self.busy:
             raise ValueError(f"{self.busy} turns are under way; finish them before new weights")
-        folder = self._folder.write(weights, self._tag(version))
-        self._held.clear()
-        self._turns.call(self._fleet.spread(folder))
+        self._load(weights, version, self._fleet.spread)
         self._version = version
-        self._folder.keep({folder, *self._fleet.reading})
 
     def close(self) -> None:
-        """Let go of the servers, which go on running, and delete the folder of weights."""
+        """Let go of the servers, which go on running, and of the weights."""
         self._turns.close()
-        self._folder.close()
+        self._let_go()
 
-    def _tag(self, version: int) -> str:
-        """A name for weights that no other run, and no other call, gives to other ones."""
-        return f"{self._run}-{version}-{secrets.token_hex(4)}"
+    def _load(
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        version: int,
+        to_servers: Callable[[str], Coroutine[Any, Any, None]],
+    ) -> None:
+        # No other run, and no other call, gives this name to other weights.
+        name = f"{self._run}-{version}-{secrets.token_hex(4)}"
+        self._carrier.hold(weights, name)
+        self._held.clear()
+        try:
+            self._turns.call(to_servers(name))
+        finally:
+            self._carrier.keep({name, *self._fleet.reading})
 
     def _complete(self, sampled: Sampled) -> Completion:
         """The turn as any engine would have ended it; here, as tokenizers are for one thread."""

@@ -6,6 +6,9 @@ tokens on a CPU, the fewest that it takes, and of its own choice (mostly 16) on 
 computes what is new, and what came after the last full block: at most one block more. It computes
 more again where the cache ran out of room in between.
 
+New weights are handed over as the learner's own tensors: in one process there is nothing to send,
+and a CUDA IPC handle cannot be opened where it was made.
+
 On a CPU the same weights and the same order of calls give the same bits, in another process too.
 
 Each process of several (``torchrun``) has an engine of its own with all weights, on its own device.
@@ -217,7 +220,7 @@ class VllmEngine:
         """
         if self._turns:
             raise ValueError(f"{self.busy} turns are under way; finish them before new weights")
-        new = self._checked(weights)
+        new = self._names.checked(weights)
         if not _several():  # there each is put together from all processes: no room for all of them
             new = iter(list(new))  # checked, before any is taken
         self._held.clear()
@@ -227,18 +230,6 @@ class VllmEngine:
             if not self._vllm.reset_prefix_cache():
                 raise RuntimeError("its prefix cache is still in use")
         self._version = version
-
-    def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """All weights of the model, tied ones under all their names."""
-        given: set[str] = set()
-        again: dict[str, Tensor] = {}  # vLLM has a packed copy of a tied head on CPUs
-        for name, new in weights:
-            self._names.require(name, new)
-            given.add(name)
-            again |= {tie: new for tie in self._names.ties[name] if tie != name}
-            yield name, new
-        self._names.require_all(given)
-        yield from again.items()
 
     def _finish(self, turn: _Turn, reason: str | None) -> Finish | None:
         last = turn.tokens[-1]

@@ -11,20 +11,26 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 
 from research_agent.engines.checks import WeightNames
+from research_agent.engines.fleet import RELOAD
+from research_agent.engines.remote import RequestError
 from research_agent.errors import EngineError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from research_agent.engines.fleet import Server
+
 _SHARD = 4 << 30  # bytes of a file: what is held in memory at a time
 
 
 class WeightFolder:
-    """A temporary folder with a folder of safetensors for each version of the weights.
+    """A ``Carrier``: a temporary folder with a folder of safetensors for each version.
 
     Args:
         model: whose names and shapes the weights must have, of the transformers library.
     """
+
+    lasting = True
 
     def __init__(self, model: Any) -> None:
         self._names = WeightNames(model)
@@ -32,7 +38,7 @@ class WeightFolder:
             prefix="research-agent-weights-", ignore_cleanup_errors=True
         )
 
-    def write(self, weights: Iterable[tuple[str, Tensor]], name: str) -> Path:
+    def hold(self, weights: Iterable[tuple[str, Tensor]], name: str) -> None:
         """Write weights to a new folder, which is there as soon as it is complete.
 
         Args:
@@ -58,12 +64,26 @@ class WeightFolder:
                     "checkpoint is intact"
                 ) from error
             raise
-        return final
 
-    def keep(self, folders: Collection[Path]) -> None:
-        """Delete all folders but these."""
+    async def give(self, server: Server, name: str) -> None:
+        """Let a server read the folder of this name.
+
+        Raises:
+            EngineError: it was started in another way.
+            RequestError: it does not answer, or fails.
+        """
+        folder = Path(self._folder.name) / name
+        rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        try:
+            await server.need("POST", "collective_rpc", rpc, RELOAD)
+        except RequestError as error:
+            cure = "Can it read that folder? Elsewhere, set TMPDIR to one that all share"
+            raise RequestError(f"no new weights from {folder}: {error}. {cure}") from None
+
+    def keep(self, names: Collection[str]) -> None:
+        """Delete all folders but those of these names."""
         for folder in Path(self._folder.name).iterdir():
-            if folder not in folders:
+            if folder.name not in names:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import pickle
 import threading
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from safetensors import safe_open
@@ -30,6 +33,8 @@ class FakeVllm:
         turns: (token ids, sampling parameters) of each.
         calls: the path of each request, and its body.
         weights: names and values of the last weights it read.
+        wires: what is broadcast in NCCL groups, by their port.
+        transfer: how it takes weights over a wire: "well", or one of the faults in ``_take``.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -47,6 +52,11 @@ class FakeVllm:
         self.calls: list[tuple[str, Any]] = []
         self.keys: list[str | None] = []
         self.weights: dict[str, Any] = {}
+        self.gpus = 1
+        self.wires: dict[int, SimpleQueue[Any]] = {}
+        self.transfer = "well"
+        self.updating = False
+        self.group: dict[str, Any] = {}
         self.now = self.most = 0
         self.stopped = False
         self.lock = threading.Lock()
@@ -115,6 +125,12 @@ class FakeVllm:
             "/v1/models": self._models,
             "/collective_rpc": self._reload,
             "/update_weight_version": self._set_version,
+            "/weight_info": lambda _: {"weight_version": self.version},
+            "/get_world_size": lambda _: {"world_size": self.gpus},
+            "/init_weight_transfer_engine": self._join,
+            "/start_weight_update": self._begin,
+            "/update_weights": self._take,
+            "/finish_weight_update": self._end,
             "/abort_requests": self._abort,
             "/inference/v1/generate": self._generate,
         }
@@ -130,6 +146,44 @@ class FakeVllm:
             with safe_open(file, "pt") as tensors:
                 self.weights |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
         return {"results": [None]}
+
+    def _join(self, body: Any) -> Any:
+        self.group = body["init_info"]
+        return {}
+
+    def _begin(self, _: Any) -> Any:
+        if self.updating:
+            return b"500"
+        self.updating, self.weights = True, {}
+        return {}
+
+    def _take(self, body: Any) -> Any:
+        info = body["update_info"]
+        if not self.updating or not self.group or self.transfer == "500":
+            self.updating = False
+            return b"500"
+        if self.transfer != "well":
+            if self.transfer == "hang":
+                self.hung.wait(20)
+            if self.transfer == "die":
+                threading.Thread(target=self.stop).start()
+            return None
+        names = info["names"]
+        if pickled := info.get("ipc_handles_pickled"):
+            tensors = pickle.loads(base64.b64decode(pickled))
+        else:
+            wire = self.wires[self.group["master_port"]]
+            tensors = [wire.get(timeout=20) for _ in names]
+        assert info["shapes"] == [list(tensor.shape) for tensor in tensors]
+        assert info["dtype_names"] == [str(tensor.dtype).split(".")[1] for tensor in tensors]
+        self.weights |= dict(zip(names, tensors, strict=True))
+        return {}
+
+    def _end(self, _: Any) -> Any:
+        if not self.updating:
+            return b"500"
+        self.updating = False
+        return {}
 
     def _set_version(self, body: Any) -> Any:
         self.version = body["new_version"]

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 from research_agent.collect import collect
-from research_agent.engines import fleet, make_engine
+from research_agent.engines import fleet, make_engine, transfer
 from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
 from research_agent.engines.remote import turn_seed
 from research_agent.engines.server import ServerEngine
@@ -35,6 +36,7 @@ from research_agent.errors import (
     ResearchAgentError,
 )
 from research_agent.trajectory import Trajectory
+from tests.research_agent import cuda_double
 from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
 from tests.research_agent.fake_vllm import FakeVllm, script
 from tests.research_agent.test_collect import TOY, Limits
@@ -556,7 +558,8 @@ def test_a_key_that_cannot_be_one_is_refused_and_not_shown(
 class Vllm:
     """A real server, which can be started again on its port."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, transfer: str, plugin: dict[str, str]) -> None:
+        self.transfer, self.plugin = transfer, plugin
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -573,11 +576,14 @@ class Vllm:
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+            **self.plugin,
         }
         command = (
             f"-m vllm.entrypoints.openai.api_server --model {self.folder} --host 127.0.0.1 "
             f"--port {self.port} --dtype float32 --enforce-eager --max-model-len 256 "
-            "--enable-scale-out --logprobs-mode processed_logprobs"
+            "--enable-scale-out --logprobs-mode processed_logprobs "
+            f'--weight-transfer-config {{"backend":"{self.transfer}"}}'
         )
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -620,7 +626,7 @@ class Vllm:
 
 @pytest.fixture(scope="module")
 def servers(vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Vllm]]:
-    """Two servers with weights that no test uses."""
+    """Two servers with weights that no test uses, and doubles of CUDA for their transfers."""
     folder = tmp_path_factory.mktemp("vllm") / "model"
     torch.manual_seed(9)
     model = tiny_qwen2(hidden=128)
@@ -629,7 +635,8 @@ def servers(vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[li
             parameter.normal_(0, 0.2)
     model.save_pretrained(folder)
     CODEC.tokenizer.save_pretrained(folder)
-    both = [Vllm(folder), Vllm(folder)]
+    plugin = cuda_double.as_plugin(folder.parent / "plugin")
+    both = [Vllm(folder, "nccl", plugin), Vllm(folder, "ipc", plugin)]
     for server in both:
         server.start()
     try:
@@ -662,6 +669,11 @@ def tokens(trajectories: list[Trajectory]) -> list[list[int]]:
     return [trajectory.tokens for trajectory in trajectories]
 
 
+def versions(trajectories: list[Trajectory]) -> set[int]:
+    """The versions of the weights that any token was sampled with."""
+    return {v for t in trajectories for s in t.segments if s.logprobs for v in s.versions or ()}
+
+
 def worst_logprob(model: Any, trajectories: list[Trajectory], temperature: float) -> float:
     """The largest distance of a sampler's log-probability to a learner's."""
     worst, count = 0.0, 0
@@ -682,6 +694,46 @@ def worst_logprob(model: Any, trajectories: list[Trajectory], temperature: float
 
 @pytest.mark.vllm
 @pytest.mark.slow
+def test_real_servers_take_weights_from_memory(
+    servers: list[Vllm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By vLLM's own transfers, on both sides; only CUDA and NCCL themselves are doubles."""
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    cuda_double.install(monkeypatch.setattr)
+    monkeypatch.setattr(transfer, "require_gpu", lambda *_: None)
+    parts = partial(nccl_engine.NCCLTrainerInitInfo, packed_buffer_size_bytes=2**18)  # of 1.5 MB
+    monkeypatch.setattr(nccl_engine, "NCCLTrainerInitInfo", parts)
+    model = changed(tiny_qwen2(hidden=128), 20)
+    local = TransformersEngine(model, CODEC, 8, 256)
+    engines: list[Engine] = []
+    for server in servers:
+        name = f"server+{server.transfer}:{server.url}"
+        engines.append(make_engine(name, model, CODEC, max_slots=8))
+    for version in range(4):
+        if version:
+            changed(model, version)
+            local.load_weights(model.named_parameters(), version)
+        expected = tokens(plays(local))
+        for server, engine in zip(servers, engines, strict=True):
+            before = server.version()
+            if version:
+                if version == 2:  # after a transfer that breaks off, too
+                    cuda_double.break_off(after=3)
+                engine.load_weights(model.named_parameters(), version)
+                assert server.version() != before
+            greedy = plays(engine)
+            assert tokens(greedy) == expected
+            assert versions(greedy) == {version}
+            assert worst_logprob(model, greedy, 1.0) < 1e-4
+    for server, engine in zip(servers, engines, strict=True):
+        assert isinstance(engine, ServerEngine)
+        engine.close()
+        httpx.post(f"{server.url}/update_weight_version", json={"new_version": "default"})
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
 def test_real_servers(  # noqa: PLR0915
     servers: list[Vllm], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -693,12 +745,16 @@ def test_real_servers(  # noqa: PLR0915
     engine = make_engine(f"server:{urls}", model, CODEC, max_slots=8)
 
     # The servers have the model's weights, whatever they were started with.
+    before = [server.finished() for server in servers]
     assert servers[0].version() == servers[1].version() != "default"
     greedy = plays(engine)
     assert tokens(greedy) == tokens(plays(local))
     ends = {segment.text[-1:] for t in greedy for segment in t.segments if segment.logprobs}
     assert ">" in ends or "." in ends
-    assert min(server.finished() for server in servers) > 10
+    finished = [
+        server.finished() - already for server, already in zip(servers, before, strict=True)
+    ]
+    assert min(finished) > 10
 
     # Log-probabilities are the learner's at the sampling temperature, and seeds decide.
     for temperature in (1.0, 0.6):
@@ -715,17 +771,15 @@ def test_real_servers(  # noqa: PLR0915
         assert servers[0].version() == servers[1].version()
         greedy = plays(engine)
         assert tokens(greedy) == tokens(plays(local))
-        assert {v for t in greedy for s in t.segments if s.logprobs for v in s.versions or ()} == {
-            version
-        }
+        assert versions(greedy) == {version}
     assert worst_logprob(model, plays(engine, 1.0), 1.0) < 1e-4
 
     # One is killed in the middle.
-    finished: list[Trajectory] = []
+    over: list[Trajectory] = []
 
     def kill_one(trajectory: Trajectory) -> None:
-        finished.append(trajectory)
-        if len(finished) == 6:
+        over.append(trajectory)
+        if len(over) == 6:
             servers[0].kill()
 
     greedy = plays(engine, on_finish=kill_one)

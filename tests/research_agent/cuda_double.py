@@ -1,0 +1,82 @@
+"""Stands in for CUDA and NCCL, so that vLLM's weight transfers run where there is no GPU.
+
+All else of them is vLLM's own, on both sides. A test calls ``install`` for its own process; a vLLM
+server does so as a plugin, which ``as_plugin`` makes of this module.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+_left = [0]  # pieces of weights until a transfer breaks off; 0: it does not
+
+
+def break_off(after: int) -> None:
+    """Let a transfer from this process fail after so many pieces of weights."""
+    _left[0] = after + 1
+
+
+def _piece() -> None:
+    if _left[0]:
+        _left[0] -= 1
+        if not _left[0]:
+            raise RuntimeError("NCCL error: unhandled system error")
+
+
+def _handle(tensor: Any) -> tuple[None, tuple[Any, ...]]:
+    """The tensor itself in place of one: it goes through the request, as handles do."""
+    _piece()
+    return None, (tensor, 0, 0, 0, 0, 0, "device")
+
+
+class Communicator:
+    """NCCL's broadcast, by way of the store through which its members have found each other."""
+
+    def __init__(self, group: Any, device: Any) -> None:
+        self.available, self.disabled = True, False
+        self._group = group
+        group.barrier()  # NCCL's members wait for each other
+
+    def broadcast(self, tensor: Any, src: int, stream: Any = None) -> None:
+        if self._group.rank == src:
+            _piece()
+        tensor.copy_(self._group.broadcast_obj(tensor, src))
+        self._group.all_gather_obj(None)  # nor is any far ahead of the others
+
+    def destroy(self) -> None:
+        self._group = None  # and the store with it: who waits for a broadcast hears of it
+        self.available, self.disabled = False, True
+
+
+def install(put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Put the doubles in place; ``put`` may be a monkeypatch's ``setattr``."""
+    import torch
+    from vllm.distributed.device_communicators import pynccl
+    from vllm.distributed.weight_transfer import ipc_engine, packed_tensor
+
+    stream = SimpleNamespace(synchronize=lambda: None)
+    put(torch.accelerator, "current_device_index", lambda: 0)
+    put(torch.accelerator, "synchronize", lambda: None)
+    put(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="the GPU"))
+    put(torch.cuda, "ipc_collect", lambda: None)
+    put(pynccl, "PyNcclCommunicator", Communicator)
+    put(packed_tensor, "_get_streams", lambda _, count: (stream,) * count)
+    put(ipc_engine, "reduce_tensor", _handle)
+    put(ipc_engine, "rebuild_cuda_tensor", lambda tensor, *_: tensor)
+
+
+def as_plugin(folder: Path) -> dict[str, str]:
+    """Make a plugin of this module; the environment in which a vLLM server finds it."""
+    made = folder / "cuda_double-0.dist-info"
+    made.mkdir(parents=True)
+    (made / "METADATA").write_text("Metadata-Version: 2.1\nName: cuda-double\nVersion: 0\n")
+    (made / "entry_points.txt").write_text(
+        f"[vllm.general_plugins]\ncuda_double = {__name__}:install\n"
+    )
+    root = Path(__file__).parents[2]
+    path = [str(folder), str(root), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, path))}
