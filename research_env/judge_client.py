@@ -26,7 +26,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +36,7 @@ import httpx
 
 from research_env.errors import ConfigurationError, ResearchEnvError
 from research_env.retrieval.http import one_line
-from research_env.retrieval.options import check_address, words_only
+from research_env.retrieval.options import check_address, secret_of, words_only
 from research_env.retrieval.retry import AGAIN, Deadline, Retry, retry_after
 
 MAX_TOKENS = 1024  # of an answer, in both papers' codes
@@ -427,10 +426,7 @@ def read_key() -> str:
     Raises:
         ConfigurationError: it holds characters that no key has; it is not repeated.
     """
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not key.isascii() or not key.isprintable():
-        raise ConfigurationError("OPENAI_API_KEY holds characters that no key has")
-    return key
+    return secret_of("OPENAI_API_KEY")
 
 
 class _AttemptError(Exception):

@@ -17,11 +17,12 @@ The index is one that ``research-env index --to elasticsearch://...`` made. Opti
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import os
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ from research_env.retrieval.elasticsearch_client import (
     MAPPING,
     META,
     Again,
-    Connection,
+    Caller,
     parse,
 )
 from research_env.retrieval.options import number, words_only
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from research_env.retrieval.embedding import Embedding
 
 MODES = ("bm25", "title", "dense", "hybrid")
-PER_REQUEST = 64  # searches in one _msearch at most
+PER_REQUEST = 256  # searches in one _msearch at most
 IN_FLIGHT = 4  # requests under way at the same time
 RRF_K = 60  # of reciprocal rank fusion, and how many ranks of either list it looks at
 RRF_WINDOW = 50
@@ -104,10 +105,8 @@ class ElasticsearchRetriever:
         self._url = url
         self._prepare()
         try:
-            connection = self._connection()
-            found = connection.run(self._look(connection))
             try:
-                self._seen = self._check(*found)
+                self._seen = self._check(*self._look(self._caller()))
             except ResearchEnvError:
                 raise
             except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -141,7 +140,7 @@ class ElasticsearchRetriever:
         """
         if not 1 <= top_k <= MOST_HITS:
             raise ConfigurationError(f"top_k={top_k!r} must be from 1 to 10,000")
-        if self._closed:
+        if self._closing.is_set():
             raise RetrievalError(_CLOSED)
         texts = [words_only(first_words(query)) for query in queries]
         asked = [text for text in texts if text.strip()]  # a vector of blanks would find anything
@@ -159,8 +158,7 @@ class ElasticsearchRetriever:
         if self._mode in ("dense", "hybrid"):
             vectors = self._embed().queries(texts)
             lines += [json.dumps(self._dense(vector.tolist(), size)) for vector in vectors]
-        connection = self._connection()
-        answers = connection.run(self._answer(connection, lines))
+        answers = self._answer(lines)
         if self._mode == "hybrid":
             half = len(texts)
             pairs = zip(answers[:half], answers[half:], strict=True)
@@ -168,11 +166,11 @@ class ElasticsearchRetriever:
         return answers
 
     def close(self) -> None:
-        """Close the connections; calling it twice is harmless."""
-        self._closed = True
-        connection = self._connections.pop(os.getpid(), None)
-        if connection is not None:
-            connection.close()
+        """Close the connections; searches that wait end. Calling it twice is harmless."""
+        self._closing.set()
+        caller = self._callers.pop(os.getpid(), None)
+        if caller is not None:
+            caller.close()
 
     def _prepare(self) -> None:
         """Read the URL; no connection is made."""
@@ -197,32 +195,32 @@ class ElasticsearchRetriever:
         self._retry = Retry(deadline=number(options, "deadline", 60.0, 0.001))
         self._seen = _Seen(many_shards=False)
         self._embedding: Embedding | None = None
-        self._closed = False
-        self._connections: dict[int, Connection] = {}  # by process
+        self._closing = threading.Event()
+        self._callers: dict[int, Caller] = {}  # by process
 
-    def _connection(self) -> Connection:
+    def _caller(self) -> Caller:
         """That of this process; one that came through a fork is left alone.
 
         Raises:
             RetrievalError: the retriever has been closed.
         """
-        connection = self._connections.get(os.getpid())
-        if connection is None:
-            made = Connection(self._place)
-            connection = self._connections.setdefault(os.getpid(), made)
-            if connection is not made:  # another thread was faster
+        caller = self._callers.get(os.getpid())
+        if caller is None:
+            made = Caller(self._place)
+            caller = self._callers.setdefault(os.getpid(), made)
+            if caller is not made:  # another thread was faster
                 made.close()
-        if self._closed:  # perhaps while this one was made, so that nobody else closes it
+        if self._closing.is_set():  # perhaps while this one was made, so that nobody else closes it
             self.close()
             raise RetrievalError(_CLOSED)
-        return connection
+        return caller
 
-    async def _look(self, connection: Connection) -> tuple[Body, Body]:
+    def _look(self, caller: Caller) -> tuple[Body, Body]:
         """Mapping and settings of the index."""
         deadline = Deadline.after(self._retry.deadline)
         for attempt in itertools.count():
             try:
-                found = await connection.ask(
+                found = caller.ask(
                     lambda client: client.indices.get(index=self._place.index, flat_settings=True),
                     min(deadline.left(), self._attempt),
                 )
@@ -234,7 +232,7 @@ class ElasticsearchRetriever:
                 pause = self._retry.pause(attempt, deadline.left(), error.wait)
                 if pause is None:
                     raise RetrievalError(self._silence(str(error))) from error
-            await asyncio.sleep(pause)
+            self._closing.wait(pause)
         raise AssertionError("unreachable")
 
     def _check(self, mapping: Body, settings: Body) -> _Seen:
@@ -319,39 +317,41 @@ class ElasticsearchRetriever:
         """Seconds after which one request is given up: the batch's time is enough for three."""
         return self._retry.deadline / 3
 
-    async def _answer(self, connection: Connection, bodies: Sequence[str]) -> list[Answer]:
+    def _answer(self, bodies: Sequence[str]) -> list[Answer]:
         """Ask for all within the time; the order is kept."""
         deadline = Deadline.after(self._retry.deadline)
-        free = asyncio.Semaphore(IN_FLIGHT)
+        ask = partial(self._answer_part, self._caller(), deadline)
         if len(bodies) <= PER_REQUEST:
-            return await self._answer_part(connection, bodies, free, deadline)
+            return ask(bodies)
         parts = [bodies[at : at + PER_REQUEST] for at in range(0, len(bodies), PER_REQUEST)]
-        answered = await asyncio.gather(
-            *(self._answer_part(connection, part, free, deadline) for part in parts)
-        )
-        return [answer for part in answered for answer in part]
+        pool = ThreadPoolExecutor(min(IN_FLIGHT, len(parts)))
+        try:
+            return [answer for answers in pool.map(ask, parts) for answer in answers]
+        finally:  # at Ctrl-C, too: what is under way ends with its time, or with close()
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _answer_part(
-        self,
-        connection: Connection,
-        bodies: Sequence[str],
-        free: asyncio.Semaphore,
-        deadline: Deadline,
+    def _answer_part(
+        self, caller: Caller, deadline: Deadline, bodies: Sequence[str]
     ) -> list[Answer]:
-        """Ask for these, and again for those that failed, until the time is spent."""
+        """Ask for these, and again for those that failed, until the time is spent.
+
+        Raises:
+            RetrievalError: the retriever was closed meanwhile.
+        """
         late = RetrievalError(self._silence("the time was spent before its turn"))
         answers: list[Answer] = [late] * len(bodies)
         waiting = list(range(len(bodies)))
         for attempt in itertools.count():
+            if deadline.left() == 0:
+                return answers
             judged: Sequence[Answer | Again]
             try:
-                async with asyncio.timeout(deadline.left()), free:
-                    asked = [bodies[i] for i in waiting]
-                    judged = await self._msearch(connection, asked, deadline.left())
-            except TimeoutError:
-                return answers
+                asked = [bodies[i] for i in waiting]
+                judged = self._msearch(caller, asked, deadline.left())
             except (RetrievalError, Again) as error:
                 judged = [error] * len(waiting)
+            if self._closing.is_set():
+                raise RetrievalError(_CLOSED)
             asks: list[float] = []
             failed = []
             for i, verdict in zip(waiting, judged, strict=True):
@@ -365,18 +365,16 @@ class ElasticsearchRetriever:
             if not failed or pause is None:
                 return answers
             waiting = failed
-            await asyncio.sleep(pause)
+            self._closing.wait(pause)
         return answers
 
-    async def _msearch(
-        self, connection: Connection, bodies: Sequence[str], left: float
-    ) -> list[Answer | Again]:
+    def _msearch(self, caller: Caller, bodies: Sequence[str], left: float) -> list[Answer | Again]:
         """One request; what became of each of its searches."""
         header = json.dumps(
             {"search_type": "dfs_query_then_fetch"} if self._seen.many_shards else {}
         )
         searches: Any = "".join(f"{header}\n{body}\n" for body in bodies).encode()
-        judged: list[Answer | Again] = await connection.ask(
+        judged: list[Answer | Again] = caller.ask(
             lambda client: client.msearch(index=self._place.index, searches=[searches]),
             min(left, self._attempt),
             partial(read_answers, place=self._place, fields=self._seen.fields),

@@ -1,5 +1,8 @@
 """What search and index share: an Elasticsearch URL, its credentials, and one request at a time.
 
+Searches run in the thread that asks (:class:`Caller`). Indexing has several requests under way, so
+its client is asynchronous (:class:`Connection`).
+
 Credentials come from the environment and stay inside the client object: ``ELASTICSEARCH_API_KEY``,
 or ``ELASTICSEARCH_USERNAME`` and ``ELASTICSEARCH_PASSWORD``; ``ELASTICSEARCH_CA_CERTS`` names the
 file of an own certificate authority. TLS certificates are always verified.
@@ -10,22 +13,23 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import ssl
 import threading
-from collections.abc import Awaitable, Callable, Collection, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from research_env.errors import ConfigurationError, RetrievalError
-from research_env.retrieval.options import check_options, split_options
+from research_env.retrieval.options import check_options, secret_of, split_options
 from research_env.retrieval.reading import read_json
 from research_env.retrieval.retry import AGAIN, retry_after
 
 if TYPE_CHECKING:
-    from elasticsearch import AsyncElasticsearch
+    from elasticsearch import AsyncElasticsearch, Elasticsearch
     from elasticsearch.serializer import JsonSerializer
 
 Result = TypeVar("Result")
@@ -98,6 +102,86 @@ def parse(url: str, known: Collection[str]) -> Place:
     return Place(f"{scheme}://{name}:{port}", index, options)
 
 
+@contextmanager
+def told(place: Place, seconds: float) -> Iterator[None]:
+    """Around a request, and the reading of its answer: what went wrong, in our words.
+
+    Raises:
+        Again: it failed, and may not fail next time.
+        RetrievalError: it failed, and will fail again (no such index, no permission, ...).
+    """
+    import elasticsearch as es  # noqa: PLC0415  (only when used)
+
+    try:
+        yield
+    except (TimeoutError, es.ConnectionTimeout) as error:
+        raise Again(f"no answer within {seconds:.1f} s") from error
+    except es.SSLError as error:  # a certificate does not become valid by asking again
+        raise RetrievalError(
+            f"no secure connection to {place.server}: {error}. ELASTICSEARCH_CA_CERTS "
+            "names the file of an own certificate authority"
+        ) from error
+    except es.ConnectionError as error:
+        raise Again("no connection") from error
+    except es.UnsupportedProductError as error:  # also the page of a proxy before it
+        raise Again("an answer that is not Elasticsearch's") from error
+    except es.ApiError as error:  # not its cause: that repeats the whole answer
+        status = error.meta.status
+        if status in AGAIN:
+            wait = retry_after(error.meta.headers.get("retry-after"))
+            raise Again(f"status {status}", wait) from None
+        raise RetrievalError(refusal(place, status, _kind_in(error.body))) from None
+    except (es.SerializationError, ValueError, TypeError) as error:
+        raise Again("an answer that cannot be read") from error
+
+
+class Caller:
+    """A client whose requests run in the thread that asks; for the threads of one process."""
+
+    def __init__(self, place: Place) -> None:
+        """Connect to nothing yet.
+
+        Raises:
+            ConfigurationError: the client is not installed, or the credentials make no sense.
+        """
+        given = _given(place)
+        from elasticsearch import Elasticsearch  # noqa: PLC0415  (only when used)
+
+        from research_env.retrieval.elasticsearch_node import DeadlineNode  # noqa: PLC0415
+
+        self._place = place
+        self._client = Elasticsearch(place.server, node_class=DeadlineNode, **given)
+
+    def ask(
+        self,
+        request: Callable[[Elasticsearch], Any],
+        seconds: float,
+        read: Callable[[bytes], Any] = read_json,
+    ) -> Any:
+        """One request, tried once.
+
+        Args:
+            request: asks a client.
+            seconds: after which it is given up.
+            read: makes something of the body, or raises ValueError.
+
+        Returns:
+            What was read.
+
+        Raises:
+            Again: it failed, and may not fail next time.
+            RetrievalError: it failed, and will fail again (no such index, no permission, ...).
+        """
+        from research_env.retrieval.elasticsearch_node import within  # noqa: PLC0415
+
+        with told(self._place, seconds), within(seconds):
+            return read(request(self._client).body)
+
+    def close(self) -> None:
+        """End what is under way, and the connections; twice is harmless."""
+        self._client.close()
+
+
 class Connection:
     """A client and the thread in which its requests run; for one process, any of its threads.
 
@@ -111,8 +195,11 @@ class Connection:
         Raises:
             ConfigurationError: the client is not installed, or the credentials make no sense.
         """
+        given = _given(place)
+        from elasticsearch import AsyncElasticsearch  # noqa: PLC0415  (only when used)
+
         self.place = place
-        self.client = _client(place)
+        self.client = AsyncElasticsearch(place.server, **given)
         self._closing = threading.Lock()
         self._closed = False
         self._loop = asyncio.new_event_loop()
@@ -160,51 +247,14 @@ class Connection:
         await self.client.close()
 
     async def ask(
-        self,
-        request: Callable[[AsyncElasticsearch], Awaitable[Any]],
-        seconds: float,
-        read: Callable[[bytes], Any] = read_json,
+        self, request: Callable[[AsyncElasticsearch], Awaitable[Any]], seconds: float
     ) -> Any:
-        """One request, tried once.
-
-        Args:
-            request: takes a client, awaits its answer.
-            seconds: after which it is given up.
-            read: makes something of the body, or raises ValueError.
-
-        Returns:
-            What was read.
-
-        Raises:
-            Again: it failed, and may not fail next time.
-            RetrievalError: it failed, and will fail again (no such index, no permission, ...).
-        """
-        import elasticsearch as es  # noqa: PLC0415  (only when used)
-
-        try:
-            # Not client.options(request_timeout=...): that makes a client for each request.
+        """One request, tried once; see :meth:`Caller.ask`."""
+        # Not client.options(request_timeout=...): that makes a client for each request.
+        with told(self.place, seconds):
             async with asyncio.timeout(seconds):
                 answer = await request(self.client)
-            return read(answer.body)
-        except (TimeoutError, es.ConnectionTimeout) as error:
-            raise Again(f"no answer within {seconds:.1f} s") from error
-        except es.SSLError as error:  # a certificate does not become valid by asking again
-            raise RetrievalError(
-                f"no secure connection to {self.place.server}: {error}. ELASTICSEARCH_CA_CERTS "
-                "names the file of an own certificate authority"
-            ) from error
-        except es.ConnectionError as error:
-            raise Again("no connection") from error
-        except es.UnsupportedProductError as error:  # also the page of a proxy before it
-            raise Again("an answer that is not Elasticsearch's") from error
-        except es.ApiError as error:  # not its cause: that repeats the whole answer
-            status = error.meta.status
-            if status in AGAIN:
-                wait = retry_after(error.meta.headers.get("retry-after"))
-                raise Again(f"status {status}", wait) from None
-            raise RetrievalError(refusal(self.place, status, _kind_in(error.body))) from None
-        except (es.SerializationError, ValueError, TypeError) as error:
-            raise Again("an answer that cannot be read") from error
+            return read_json(answer.body)
 
 
 def refusal(place: Place, status: int, kind: str) -> str:
@@ -245,15 +295,25 @@ def _unread() -> JsonSerializer:
     return Unread()
 
 
-def _client(place: Place) -> AsyncElasticsearch:
+def _given(place: Place) -> dict[str, Any]:
+    """What a client of either kind is made with.
+
+    Raises:
+        ConfigurationError: the client is not installed, or the credentials make no sense.
+    """
     if not all(map(find_spec, ("elasticsearch", "aiohttp"))):
         raise ConfigurationError("elasticsearch:// needs its client: pip install .[elasticsearch]")
-    from elasticsearch import AsyncElasticsearch  # noqa: PLC0415  (only when used)
-
-    given: dict[str, Any] = {}
-    key = os.environ.get("ELASTICSEARCH_API_KEY")
-    user = os.environ.get("ELASTICSEARCH_USERNAME")
-    password = os.environ.get("ELASTICSEARCH_PASSWORD")
+    given: dict[str, Any] = {
+        "max_retries": 0,
+        "retry_on_status": (),
+        "request_timeout": None,
+        "serializers": dict.fromkeys(_ANSWERS, _unread()),
+    }
+    key = secret_of("ELASTICSEARCH_API_KEY")
+    user, password = (
+        os.environ.get("ELASTICSEARCH_USERNAME"),
+        os.environ.get("ELASTICSEARCH_PASSWORD"),
+    )
     if key and (user or password):
         raise ConfigurationError(
             "both ELASTICSEARCH_API_KEY and ELASTICSEARCH_USERNAME or _PASSWORD are set; unset one"
@@ -264,16 +324,22 @@ def _client(place: Place) -> AsyncElasticsearch:
         given["api_key"] = key
     if user and password:
         given["basic_auth"] = (user, password)
+    if place.server.startswith("https"):
+        given["ssl_context"] = _certificates()
+    return given
+
+
+def _certificates() -> ssl.SSLContext:
+    """Whom to trust: the usual authorities, and that of ``ELASTICSEARCH_CA_CERTS``."""
+    import httpx  # noqa: PLC0415  (only when used)
+
+    context = httpx.create_ssl_context()
     authority = os.environ.get("ELASTICSEARCH_CA_CERTS")
-    if authority and place.server.startswith("https"):
-        if not Path(authority).exists():
-            raise ConfigurationError(f"no file {authority!r}, which ELASTICSEARCH_CA_CERTS names")
-        given["ca_certs"] = authority
-    return AsyncElasticsearch(
-        place.server,
-        max_retries=0,
-        retry_on_status=(),
-        request_timeout=None,
-        serializers=dict.fromkeys(_ANSWERS, _unread()),
-        **given,
-    )
+    if authority:
+        try:
+            context.load_verify_locations(authority)
+        except OSError as error:  # also of a file that holds no certificate
+            raise ConfigurationError(
+                f"no certificates in the file {authority!r}, which ELASTICSEARCH_CA_CERTS names"
+            ) from error
+    return context

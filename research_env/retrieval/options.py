@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Collection, Mapping
 from urllib.parse import unquote, urlsplit
@@ -87,3 +88,15 @@ def check_address(url: str) -> None:
 def words_only(text: str) -> str:
     """The text with U+FFFD for halves of surrogate pairs, which no request can carry."""
     return text if text.isascii() else _SURROGATES.sub("\ufffd", text)
+
+
+def secret_of(variable: str) -> str:
+    """The key or password that an environment variable holds; empty where it is not set.
+
+    Raises:
+        ConfigurationError: it holds characters that no header may have; it is not repeated.
+    """
+    secret = os.environ.get(variable, "").strip()
+    if not secret.isascii() or not secret.isprintable():
+        raise ConfigurationError(f"{variable} holds characters that no key has")
+    return secret

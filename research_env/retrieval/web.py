@@ -16,7 +16,6 @@ answers in them, not against the services themselves.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,13 @@ from typing import TYPE_CHECKING, Any
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
 from research_env.retrieval.base import Hit, Passage
 from research_env.retrieval.http import Client, ask_json, one_line
-from research_env.retrieval.options import check_address, check_options, number, split_options
+from research_env.retrieval.options import (
+    check_address,
+    check_options,
+    number,
+    secret_of,
+    split_options,
+)
 from research_env.retrieval.retry import Deadline, Retry
 
 if TYPE_CHECKING:
@@ -226,11 +231,9 @@ def open_web(rest: str) -> WebRetriever:
         raise UnknownNameError("provider of web search", name, PROVIDERS)
     provider = PROVIDERS[name]
     check_options("web", options, ("budget", "deadline", "rate", "url"))
-    key = os.environ.get(provider.key, "").strip() if provider.key else ""
+    key = secret_of(provider.key) if provider.key else ""
     if provider.key and not key:
         raise ConfigurationError(f"web:{name} needs its key in the environment: {provider.key}")
-    if not key.isascii() or not key.isprintable():
-        raise ConfigurationError(f"{provider.key} holds characters that no key has")
     if not (provider.url or options.get("url")):
         raise ConfigurationError(f"web:{name} needs its address: 'web:{name}?url=http://HOST:PORT'")
     budget = int(number(options, "budget", 0, 1)) if "budget" in options else None

@@ -18,9 +18,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any, cast
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -43,10 +45,10 @@ from research_env.retrieval import elasticsearch_index as index_module
 from research_env.retrieval.analysis import MAX_QUERY_WORDS, first_words, words
 from research_env.retrieval.elasticsearch import ElasticsearchRetriever
 from research_env.retrieval.elasticsearch_answers import Fields, read_answers
-from research_env.retrieval.elasticsearch_client import Again, Connection, Place, parse
+from research_env.retrieval.elasticsearch_client import Again, Caller, Connection, Place, parse
 from research_env.retrieval.elasticsearch_index import Layout, index_elasticsearch
 from research_env.retrieval.retry import Retry
-from tests.elasticsearch.proxy import Proxy
+from tests.elasticsearch.proxy import FAULTS, Proxy, answer
 from tests.research_env.fakes import ListCorpus
 
 pytestmark = pytest.mark.elasticsearch
@@ -282,6 +284,69 @@ def test_closing_ends_a_search_that_waits(proxied: Any) -> None:
             waiting.result(timeout=60)
 
 
+def test_closing_ends_the_pause_before_another_try(proxied: Any) -> None:
+    proxy, opened = proxied
+    engine = opened(deadline=300)
+    proxy.fault, proxy.wait = "429", "200"
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(engine.search, ["rock"], 1)
+        while not proxy.seen:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        engine.close()
+        with pytest.raises(RetrievalError, match="closed"):
+            waiting.result(timeout=60)
+
+
+def test_connections_are_kept_and_a_closed_one_is_replaced(
+    proxied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy, opened = proxied
+    made: list[Any] = []
+    accept = proxy._server.get_request
+
+    def counted() -> Any:
+        made.append(accept())
+        return made[-1]
+
+    monkeypatch.setattr(proxy._server, "get_request", counted)
+    engine = opened()
+    expected = engine.search(["rock"], 3)
+    for _ in range(4):
+        assert engine.search(["rock"], 3) == expected
+    assert len(made) == 1
+
+    def close(_: Proxy, handler: Any, __: bytes) -> None:
+        answer(handler, 429, b"{}")  # which does not tell that it will
+        handler.close_connection = True
+
+    monkeypatch.setitem(FAULTS, "429 and closed", close)
+    proxy.fault, proxy.times = "429 and closed", 1
+    assert engine.search(["rock"], 3) == expected
+    assert engine.search(["rock"], 3) == expected
+    assert (len(made), len(proxy.seen)) == (2, 8)
+
+
+def test_an_answer_whose_headers_come_byte_by_byte_is_given_up_in_time() -> None:
+    class Dripping(StreamRequestHandler):
+        def handle(self) -> None:
+            with suppress(OSError):
+                for _ in range(600):  # a byte renews the patience of most clients
+                    self.wfile.write(b"H")
+                    time.sleep(0.1)
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Dripping) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"elasticsearch://127.0.0.1:{server.server_address[1]}/i?deadline=1"
+        engine = module._restored(url, module._Seen(many_shards=False))
+        start = time.monotonic()
+        assert "no answer within" in str(engine.search(["x"], 1)[0])
+        assert time.monotonic() - start < 3
+        engine.close()
+        server.shutdown()
+
+
 def test_no_search_outlives_the_closing_of_a_connection() -> None:
     """Searches that begin at any moment of the closing end; none is taken after it."""
     place = parse("elasticsearch://127.0.0.1:9/i", ())
@@ -314,17 +379,18 @@ def test_a_retriever_closed_before_it_connects_leaves_no_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = module._restored("elasticsearch://127.0.0.1:9/i", module._Seen(many_shards=False))
-    made: list[Connection] = []
+    made: list[Caller] = []
 
-    def slow(place: Place) -> Connection:
+    def slow(place: Place) -> Caller:
         engine.close()  # another thread does, just now
-        made.append(Connection(place))
+        made.append(Caller(place))
         return made[0]
 
-    monkeypatch.setattr(module, "Connection", slow)
+    monkeypatch.setattr(module, "Caller", slow)
     with pytest.raises(RetrievalError, match="closed"):
         engine.search(["x"], 1)
-    assert not made[0]._thread.is_alive()
+    with pytest.raises(Again, match="no connection"):
+        made[0].ask(lambda client: client.info(), 5)
 
 
 ANSWER = {
@@ -390,10 +456,7 @@ def test_an_answer_that_python_alone_can_read_is_read() -> None:
 def test_an_answer_that_describes_no_index_is_told(
     about: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def ask(*_: object) -> Any:
-        return {"i": about}
-
-    monkeypatch.setattr(Connection, "ask", ask)
+    monkeypatch.setattr(Caller, "ask", lambda *_: {"i": about})
     with pytest.raises(RetrievalError, match="is not one index"):
         ElasticsearchRetriever("elasticsearch://127.0.0.1:9/i")
 
@@ -949,7 +1012,9 @@ def test_secrets_come_from_the_environment_and_stay_inside(
     [
         ({"API_KEY": SECRET, "PASSWORD": SECRET}, "unset one"),
         ({"USERNAME": "elastic"}, "set both"),
+        ({"API_KEY": f"{SECRET}\nx"}, "ELASTICSEARCH_API_KEY holds characters"),
         ({"CA_CERTS": "/no/such/file"}, "CA_CERTS names"),
+        ({"CA_CERTS": __file__}, "CA_CERTS names"),
     ],
 )
 def test_half_of_a_login_is_refused(
