@@ -28,14 +28,20 @@ Document = TypeVar("Document")
 _NO_RESULT = (msgspec.DecodeError, ValueError, RecursionError)
 
 
+class _Sort(msgspec.Struct, array_like=True, gc=False):
+    """By what hits are sorted; behind the score comes the row, which is not read."""
+
+    score: float
+
+
 class _Ours(msgspec.Struct, gc=False):
-    """A document of an index that research-env made; ``sort`` holds score and row."""
+    """A document of an index that research-env made."""
 
     passage: Passage = msgspec.field(name="_source")
-    sort: tuple[float, int]
+    sort: _Sort
 
 
-class _Theirs(msgspec.Struct):
+class _Theirs(msgspec.Struct, gc=False):
     """A document of an index of the user's own."""
 
     id: str = msgspec.field(name="_id")
@@ -47,11 +53,11 @@ class _Shards(msgspec.Struct, gc=False):
     failed: int
 
 
-class _Hits(msgspec.Struct, Generic[Document]):
+class _Hits(msgspec.Struct, Generic[Document], gc=False):
     hits: list[Document]
 
 
-class _Response(msgspec.Struct, Generic[Document]):
+class _Response(msgspec.Struct, Generic[Document], gc=False):
     """The answer to one search; ``error`` in place of the rest where the status is not 200."""
 
     status: int
@@ -61,7 +67,7 @@ class _Response(msgspec.Struct, Generic[Document]):
     error: Any = None
 
 
-class _Whole(msgspec.Struct, Generic[Document]):
+class _Whole(msgspec.Struct, Generic[Document], gc=False):
     responses: list[_Response[Document]]
 
 
@@ -99,18 +105,18 @@ def read_answers(body: bytes, place: Place, fields: Fields | None) -> list[Answe
         ValueError: the body is not an answer to several searches.
     """
     if fields is None:
-        return _read(body, place, _OURS, _our_hit)
-    return _read(body, place, _THEIRS, partial(_their_hit, place, fields))
+        return _read(body, place, _OURS, _our_hits)
+    return _read(body, place, _THEIRS, partial(_their_hits, place, fields))
 
 
 def _read(
     body: bytes,
     place: Place,
     decoder: msgspec.json.Decoder[_Whole[Document]],
-    hit: Callable[[Document], Hit],
+    hits: Callable[[list[Document]], list[Hit]],
 ) -> list[Answer | Again]:
     try:
-        return [_judge(response, place, hit) for response in decoder.decode(body).responses]
+        return [_judge(response, place, hits) for response in decoder.decode(body).responses]
     except _NO_RESULT:
         answer = read_json(body)
     responses = answer.get("responses") if isinstance(answer, dict) else None
@@ -121,14 +127,14 @@ def _read(
         try:
             alone = words_only(json.dumps({"responses": [each]}, ensure_ascii=False))
             [response] = decoder.decode(alone).responses
-            judged.append(_judge(response, place, hit))
+            judged.append(_judge(response, place, hits))
         except _NO_RESULT:
             judged.append(Again("an answer that is not a search result"))
     return judged
 
 
 def _judge(
-    response: _Response[Document], place: Place, hit: Callable[[Document], Hit]
+    response: _Response[Document], place: Place, hits: Callable[[list[Document]], list[Hit]]
 ) -> Answer | Again:
     """What became of a search.
 
@@ -145,13 +151,17 @@ def _judge(
     if response.timed_out or response.shards.failed:
         return Again("an answer of some shards only")
     try:
-        return [hit(document) for document in response.hits.hits]
+        return hits(response.hits.hits)
     except RetrievalError as error:
         return error
 
 
-def _our_hit(document: _Ours) -> Hit:
-    return Hit(document.passage, document.sort[0])
+def _our_hits(documents: list[_Ours]) -> list[Hit]:
+    return [Hit(document.passage, document.sort.score) for document in documents]
+
+
+def _their_hits(place: Place, fields: Fields, documents: list[_Theirs]) -> list[Hit]:
+    return [_their_hit(place, fields, document) for document in documents]
 
 
 def _their_hit(place: Place, fields: Fields, document: _Theirs) -> Hit:

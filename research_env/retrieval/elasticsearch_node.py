@@ -140,6 +140,7 @@ class _Connection:
     def __init__(self, config: NodeConfig, deadline: Deadline) -> None:
         self.usable = False
         self._deadline = deadline
+        self._unsent = b""
         self._socket = socket.create_connection((config.host, config.port), _left(deadline))
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -167,7 +168,7 @@ class _Connection:
         deadline: Deadline,
     ) -> tuple[int, list[tuple[str, str]], bytes]:
         """Status, headers and body of an answer."""
-        self.usable, self._deadline = False, deadline
+        self.usable, self._deadline, self._unsent = False, deadline, b""
         self._http.request(method, target, body, headers)
         with self._http.getresponse() as response:
             data = response.read()
@@ -175,13 +176,16 @@ class _Connection:
             return response.status, response.getheaders(), data
 
     def sendall(self, data: bytes) -> None:
-        self._socket.settimeout(_left(self._deadline))
-        self._socket.sendall(data)
+        self._unsent += data  # head and body come apart, and go in one
 
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(_Reader(self), 1 << 16)
 
     def receive_into(self, buffer: Any) -> int:
+        if self._unsent:
+            self._socket.settimeout(_left(self._deadline))
+            self._socket.sendall(self._unsent)
+            self._unsent = b""
         self._socket.settimeout(_left(self._deadline))
         return self._socket.recv_into(buffer)
 
