@@ -140,7 +140,8 @@ class _Connection:
     def __init__(self, config: NodeConfig, deadline: Deadline) -> None:
         self.usable = False
         self._deadline = deadline
-        self._unsent = b""
+        self._host = f"[{config.host}]" if ":" in config.host else config.host
+        self._host += f":{config.port}"
         self._socket = socket.create_connection((config.host, config.port), _left(deadline))
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -151,8 +152,6 @@ class _Connection:
         except BaseException:
             self._socket.close()
             raise
-        self._http = http.client.HTTPConnection(config.host, config.port)
-        self._http.sock = self
 
     @property
     def open(self) -> bool:
@@ -167,25 +166,27 @@ class _Connection:
         headers: Mapping[str, str],
         deadline: Deadline,
     ) -> tuple[int, list[tuple[str, str]], bytes]:
-        """Status, headers and body of an answer."""
-        self.usable, self._deadline, self._unsent = False, deadline, b""
-        self._http.request(method, target, body, headers)
-        with self._http.getresponse() as response:
+        """Status, headers and body of an answer.
+
+        The names and values of headers are not checked: none may come from a stranger.
+        """
+        self.usable, self._deadline = False, deadline
+        head = [f"{method} {target} HTTP/1.1", f"host: {self._host}"]
+        head += [f"{name}: {value}" for name, value in headers.items()]
+        head += [f"content-length: {len(body or b'')}", "", ""]
+        self._socket.settimeout(_left(deadline))
+        self._socket.sendall("\r\n".join(head).encode("latin-1") + (body or b""))
+        as_socket: Any = self
+        with http.client.HTTPResponse(as_socket, method=method) as response:
+            response.begin()
             data = response.read()
             self.usable = not response.will_close
             return response.status, response.getheaders(), data
-
-    def sendall(self, data: bytes) -> None:
-        self._unsent += data  # head and body come apart, and go in one
 
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(_Reader(self), 1 << 16)
 
     def receive_into(self, buffer: Any) -> int:
-        if self._unsent:
-            self._socket.settimeout(_left(self._deadline))
-            self._socket.sendall(self._unsent)
-            self._unsent = b""
         self._socket.settimeout(_left(self._deadline))
         return self._socket.recv_into(buffer)
 
