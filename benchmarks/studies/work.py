@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from benchmarks.runs import is_finished as has_all_steps
 from benchmarks.runs import training_process
 from benchmarks.studies.catalogue import GRPO, STARTER, Arm
@@ -195,7 +197,7 @@ def _write_world(name: str, folder: Path) -> None:
         for i, question in zip(range(count), drawn, strict=False)
     ]
     _write_lines(folder / "questions.jsonl", questions)
-    _write_lines(folder / "corpus.jsonl", map(asdict, world))
+    _write_lines(folder / "corpus.jsonl", map(structs.asdict, world))
 
 
 def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
