@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 _NUMBERS = (int, float, bool)
 
@@ -41,8 +42,11 @@ def _array(column: Mapping[int, Any], num_envs: int) -> Any:
     first = next(iter(column.values()))
     if isinstance(first, dict):
         return batched_infos(column, num_envs)
-    if type(first) in _NUMBERS:
+    array: npt.NDArray[Any]
+    if type(first) in _NUMBERS or isinstance(first, np.number):
         array = np.zeros(num_envs, dtype=type(first))
+    elif isinstance(first, np.ndarray):
+        array = np.zeros((num_envs, *first.shape), dtype=first.dtype)
     else:
         array = np.full(num_envs, None, dtype=object)
     for i, value in column.items():

@@ -55,6 +55,7 @@ class Server:
     requests: set[asyncio.Task[Any]] = field(default_factory=set)
     problem: str = "it has not been asked yet"  # why it is not alive
     waiting: bool = False  # it answers again, and waits for the next weights
+    admission: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def ask(
         self,
@@ -363,9 +364,11 @@ class Fleet:
             server.problem, server.waiting = str(error), False
 
     async def _take_back(self, server: Server, *, learning: bool = False) -> None:
-        """Admit a server that was lost, and say so."""
-        await self._admit(server, learning=learning)
-        _LOG.warning("%s is back, with the current weights", server.url)
+        """Admit a server that was lost, and say so; where two would do it, one does."""
+        async with server.admission:
+            if not server.alive:
+                await self._admit(server, learning=learning)
+                _LOG.warning("%s is back, with the current weights", server.url)
 
     async def _admit(self, server: Server, *, learning: bool = False) -> None:
         """Make a server fit to be used.

@@ -1,7 +1,8 @@
 """Weights from a GPU's memory to vLLM servers, by vLLM's own transfer: NCCL, or CUDA IPC.
 
 What vLLM 0.32 has for trainers (``vllm.distributed.weight_transfer``) does the work, one server
-after the other: its buffers take 2 GiB of the learner's GPU at a time. Each server has an NCCL
+after the other: its buffers take 2 GiB of the learner's GPU at a time (and with LoRA the weights as
+they are sent are another copy of every matrix that is adapted). Each server has an NCCL
 group of its own, so that one that dies takes none along. vLLM's part blocks, and may hang where a
 server is gone: it runs in a thread that can be left to itself.
 """
@@ -75,11 +76,13 @@ class _Link:
     def _post(self, path: str, payload: dict[str, Any] | None = None) -> None:
         if self.over:  # a thread that was left to itself has nothing to say any more
             raise RuntimeError("the link was broken off")
-        asyncio.run_coroutine_threadsafe(self._ask(path, payload), self.loop).result()
+        asyncio.run_coroutine_threadsafe(self._ask(path, payload), self.loop).result(RELOAD)
 
     async def _ask(self, path: str, payload: dict[str, Any] | None) -> None:
         task = asyncio.current_task()
         assert task
+        if self.over:
+            raise RuntimeError("the link was broken off")
         self.asking.add(task)
         try:
             await self.server.need("POST", path, payload, RELOAD)

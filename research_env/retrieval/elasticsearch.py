@@ -20,9 +20,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -52,7 +50,7 @@ if TYPE_CHECKING:
 
 MODES = ("bm25", "title", "dense", "hybrid")
 PER_REQUEST = 256  # searches in one _msearch at most
-IN_FLIGHT = 4  # requests under way at the same time
+IN_FLIGHT = 4  # threads that may search at the same time
 RRF_K = 60  # of reciprocal rank fusion, and how many ranks of either list it looks at
 RRF_WINDOW = 50
 MOST_HITS = 10_000  # that a server gives, and that it takes as num_candidates
@@ -104,9 +102,10 @@ class ElasticsearchRetriever:
         """
         self._url = url
         self._prepare()
+        caller = self._caller()
         try:
             try:
-                self._seen = self._check(*self._look(self._caller()))
+                self._seen = self._check(*self._look(caller))
             except ResearchEnvError:
                 raise
             except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -140,7 +139,7 @@ class ElasticsearchRetriever:
         """
         if not 1 <= top_k <= MOST_HITS:
             raise ConfigurationError(f"top_k={top_k!r} must be from 1 to 10,000")
-        if self._closing.is_set():
+        if self._closed:
             raise RetrievalError(_CLOSED)
         texts = [words_only(first_words(query)) for query in queries]
         asked = [text for text in texts if text.strip()]  # a vector of blanks would find anything
@@ -167,7 +166,7 @@ class ElasticsearchRetriever:
 
     def close(self) -> None:
         """Close the connections; searches that wait end. Calling it twice is harmless."""
-        self._closing.set()
+        self._closed = True
         caller = self._callers.pop(os.getpid(), None)
         if caller is not None:
             caller.close()
@@ -195,7 +194,7 @@ class ElasticsearchRetriever:
         self._retry = Retry(deadline=number(options, "deadline", 60.0, 0.001))
         self._seen = _Seen(many_shards=False)
         self._embedding: Embedding | None = None
-        self._closing = threading.Event()
+        self._closed = False
         self._callers: dict[int, Caller] = {}  # by process
 
     def _caller(self) -> Caller:
@@ -210,7 +209,7 @@ class ElasticsearchRetriever:
             caller = self._callers.setdefault(os.getpid(), made)
             if caller is not made:  # another thread was faster
                 made.close()
-        if self._closing.is_set():  # perhaps while this one was made, so that nobody else closes it
+        if self._closed:  # perhaps while this one was made, so that nobody else closes it
             self.close()
             raise RetrievalError(_CLOSED)
         return caller
@@ -232,7 +231,7 @@ class ElasticsearchRetriever:
                 pause = self._retry.pause(attempt, deadline.left(), error.wait)
                 if pause is None:
                     raise RetrievalError(self._silence(str(error))) from error
-            self._closing.wait(pause)
+            caller.closing.wait(pause)
         raise AssertionError("unreachable")
 
     def _check(self, mapping: Body, settings: Body) -> _Seen:
@@ -318,55 +317,47 @@ class ElasticsearchRetriever:
         return self._retry.deadline / 3
 
     def _answer(self, bodies: Sequence[str]) -> list[Answer]:
-        """Ask for all within the time; the order is kept."""
-        deadline = Deadline.after(self._retry.deadline)
-        ask = partial(self._answer_part, self._caller(), deadline)
-        if len(bodies) <= PER_REQUEST:
-            return ask(bodies)
-        parts = [bodies[at : at + PER_REQUEST] for at in range(0, len(bodies), PER_REQUEST)]
-        pool = ThreadPoolExecutor(min(IN_FLIGHT, len(parts)))
-        try:
-            return [answer for answers in pool.map(ask, parts) for answer in answers]
-        finally:  # at Ctrl-C, too: what is under way ends with its time, or with close()
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def _answer_part(
-        self, caller: Caller, deadline: Deadline, bodies: Sequence[str]
-    ) -> list[Answer]:
-        """Ask for these, and again for those that failed, until the time is spent.
+        """Ask for all, and again for those that failed, until the time is spent; in order.
 
         Raises:
             RetrievalError: the retriever was closed meanwhile.
         """
-        late = RetrievalError(self._silence("the time was spent before its turn"))
-        answers: list[Answer] = [late] * len(bodies)
+        caller = self._caller()  # which may load the client: not within the time of the batch
+        deadline = Deadline.after(self._retry.deadline)
+        answers: list[Answer] = [[]] * len(bodies)
         waiting = list(range(len(bodies)))
         for attempt in itertools.count():
-            if deadline.left() == 0:
-                return answers
-            judged: Sequence[Answer | Again]
-            try:
-                asked = [bodies[i] for i in waiting]
-                judged = self._msearch(caller, asked, deadline.left())
-            except (RetrievalError, Again) as error:
-                judged = [error] * len(waiting)
-            if self._closing.is_set():
-                raise RetrievalError(_CLOSED)
             asks: list[float] = []
             failed = []
-            for i, verdict in zip(waiting, judged, strict=True):
-                if isinstance(verdict, Again):
-                    answers[i] = RetrievalError(self._silence(str(verdict)))
-                    asks += [] if verdict.wait is None else [verdict.wait]
-                    failed.append(i)
-                else:
-                    answers[i] = verdict
+            for at in range(0, len(waiting), PER_REQUEST):
+                part = waiting[at : at + PER_REQUEST]
+                judged = self._judged(caller, [bodies[i] for i in part], deadline.left())
+                if self._closed:
+                    raise RetrievalError(_CLOSED)
+                for i, verdict in zip(part, judged, strict=True):
+                    if isinstance(verdict, Again):
+                        answers[i] = RetrievalError(self._silence(str(verdict)))
+                        asks += [] if verdict.wait is None else [verdict.wait]
+                        failed.append(i)
+                    else:
+                        answers[i] = verdict
             pause = self._retry.pause(attempt, deadline.left(), max(asks, default=None))
             if not failed or pause is None:
                 return answers
             waiting = failed
-            self._closing.wait(pause)
+            caller.closing.wait(pause)
         return answers
+
+    def _judged(
+        self, caller: Caller, bodies: Sequence[str], left: float
+    ) -> Sequence[Answer | Again]:
+        """What became of some searches, also where none was answered."""
+        if left == 0:
+            return [Again("the time was spent before its turn")] * len(bodies)
+        try:
+            return self._msearch(caller, bodies, left)
+        except (RetrievalError, Again) as error:
+            return [error] * len(bodies)
 
     def _msearch(self, caller: Caller, bodies: Sequence[str], left: float) -> list[Answer | Again]:
         """One request; what became of each of its searches."""

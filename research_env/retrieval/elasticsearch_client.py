@@ -20,8 +20,11 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
+
+import certifi
 
 from research_env.errors import ConfigurationError, RetrievalError
 from research_env.retrieval.options import check_options, secret_of, split_options
@@ -118,7 +121,7 @@ def told(place: Place, seconds: float) -> Iterator[None]:
         raise Again(f"no answer within {seconds:.1f} s") from error
     except es.SSLError as error:  # a certificate does not become valid by asking again
         raise RetrievalError(
-            f"no secure connection to {place.server}: {error}. ELASTICSEARCH_CA_CERTS "
+            f"no secure connection to {place.server}: {error.message}. ELASTICSEARCH_CA_CERTS "
             "names the file of an own certificate authority"
         ) from error
     except es.ConnectionError as error:
@@ -136,7 +139,11 @@ def told(place: Place, seconds: float) -> Iterator[None]:
 
 
 class Caller:
-    """A client whose requests run in the thread that asks; for the threads of one process."""
+    """A client whose requests run in the thread that asks; for the threads of one process.
+
+    Attributes:
+        closing: set when it is closed.
+    """
 
     def __init__(self, place: Place) -> None:
         """Connect to nothing yet.
@@ -149,6 +156,7 @@ class Caller:
 
         from research_env.retrieval.elasticsearch_node import DeadlineNode  # noqa: PLC0415
 
+        self.closing = threading.Event()
         self._place = place
         self._client = Elasticsearch(place.server, node_class=DeadlineNode, **given)
 
@@ -179,6 +187,7 @@ class Caller:
 
     def close(self) -> None:
         """End what is under way, and the connections; twice is harmless."""
+        self.closing.set()
         self._client.close()
 
 
@@ -323,6 +332,12 @@ def _given(place: Place) -> dict[str, Any]:
     if key:
         given["api_key"] = key
     if user and password:
+        try:
+            f"{user}{password}".encode()
+        except UnicodeEncodeError:
+            raise ConfigurationError(
+                "ELASTICSEARCH_USERNAME or ELASTICSEARCH_PASSWORD is not in UTF-8"
+            ) from None
         given["basic_auth"] = (user, password)
     if place.server.startswith("https"):
         given["ssl_context"] = _certificates()
@@ -330,16 +345,19 @@ def _given(place: Place) -> dict[str, Any]:
 
 
 def _certificates() -> ssl.SSLContext:
-    """Whom to trust: the usual authorities, and that of ``ELASTICSEARCH_CA_CERTS``."""
-    import httpx  # noqa: PLC0415  (only when used)
+    """Whom to trust: the system's authorities, certifi's, and ``ELASTICSEARCH_CA_CERTS``.
 
-    context = httpx.create_ssl_context()
+    The name or the address by which the server is asked must stand in its certificate.
+    """
+    context = ssl.create_default_context()
+    context.load_verify_locations(certifi.where())
     authority = os.environ.get("ELASTICSEARCH_CA_CERTS")
     if authority:
+        kind = "capath" if Path(authority).is_dir() else "cafile"
         try:
-            context.load_verify_locations(authority)
+            context.load_verify_locations(**{kind: authority})
         except OSError as error:  # also of a file that holds no certificate
             raise ConfigurationError(
-                f"no certificates in the file {authority!r}, which ELASTICSEARCH_CA_CERTS names"
+                f"no certificates in {authority!r}, which ELASTICSEARCH_CA_CERTS names"
             ) from error
     return context

@@ -10,6 +10,7 @@ import pickle
 import random
 import re
 import signal
+import socket
 import string
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -327,24 +328,111 @@ def test_connections_are_kept_and_a_closed_one_is_replaced(
     assert (len(made), len(proxy.seen)) == (2, 8)
 
 
-def test_an_answer_whose_headers_come_byte_by_byte_is_given_up_in_time() -> None:
-    class Dripping(StreamRequestHandler):
-        def handle(self) -> None:
-            with suppress(OSError):
-                for _ in range(600):  # a byte renews the patience of most clients
-                    self.wfile.write(b"H")
-                    time.sleep(0.1)
+@contextmanager
+def raw_server(handle: Callable[[Any], None]) -> Iterator[tuple[str, list[float]]]:
+    """A server that does with each connection what it likes; its address, and when each came."""
+    came: list[float] = []
 
-    with ThreadingTCPServer(("127.0.0.1", 0), Dripping) as server:
+    class Handler(StreamRequestHandler):
+        def handle(self) -> None:
+            came.append(time.monotonic())
+            with suppress(OSError):
+                handle(self)
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
+        server.block_on_close = False
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        url = f"elasticsearch://127.0.0.1:{server.server_address[1]}/i?deadline=1"
-        engine = module._restored(url, module._Seen(many_shards=False))
-        start = time.monotonic()
-        assert "no answer within" in str(engine.search(["x"], 1)[0])
-        assert time.monotonic() - start < 3
-        engine.close()
+        yield f"127.0.0.1:{server.server_address[1]}", came
         server.shutdown()
+
+
+def opened_unseen(url: str) -> ElasticsearchRetriever:
+    """As another process gets it, which does not look at the index again."""
+    return module._restored(url, module._Seen(many_shards=False))
+
+
+def test_an_answer_whose_headers_come_byte_by_byte_is_given_up_in_time() -> None:
+    def drip(handler: Any) -> None:
+        for _ in range(600):  # a byte renews the patience of most clients
+            handler.wfile.write(b"H")
+            time.sleep(0.1)
+
+    with raw_server(drip) as (place, came):
+        engine = opened_unseen(f"elasticsearch://{place}/i?deadline=1")
+        start = time.monotonic()
+        said = str(engine.search(["x"], 1)[0])
+        assert re.search(r"within 1 s: no answer within 0\.\d s", said), said
+        assert time.monotonic() - start < 5
+        assert came
+        engine.close()
+
+
+HUGE = "9" * 23
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"HTTP/1.1 200 OK\r\ncontent-length: {HUGE}\r\n\r\nx",
+        "HTTP/1.1 200 OK\r\ncontent-length: 1000000000000\r\n\r\nx",
+        f"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{'f' * 22}\r\nx",
+        "HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}",
+        "HTTP/1.1 two hundred\r\n\r\n",
+        "SSH-2.0-OpenSSH_9.2\r\n",
+        "",
+    ],
+    ids=["length", "terabyte", "chunk", "interim", "status", "not http", "nothing"],
+)
+def test_an_answer_that_http_does_not_know_fails_the_queries_alone(answer: str) -> None:
+    def say(handler: Any) -> None:
+        handler.rfile.readline()
+        handler.wfile.write(answer.encode())
+
+    with raw_server(say) as (place, came):
+        engine = opened_unseen(f"elasticsearch://{place}/i?deadline=1")
+        found = engine.search(["x", "y"], 1)
+        assert [type(each) for each in found] == [RetrievalError] * 2
+        assert "no connection" in str(found[0])
+        assert len(came) > 1  # it was asked again
+        engine.close()
+
+
+def test_a_server_that_ends_a_handshake_is_asked_again() -> None:
+    with raw_server(lambda handler: handler.rfile.read(10)) as (place, came):  # as one that starts
+        engine = opened_unseen(f"elasticsearch+https://{place}/i?deadline=1")
+        assert "no connection" in str(engine.search(["x"], 1)[0])
+        assert len(came) > 1
+        engine.close()
+
+
+@pytest.mark.parametrize("scheme", ["elasticsearch", "elasticsearch+https"])
+def test_closing_ends_a_search_whatever_it_waits_for(scheme: str) -> None:
+    with raw_server(lambda _: time.sleep(60)) as (place, came):
+        engine = opened_unseen(f"{scheme}://{place}/i?deadline=300")
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(engine.search, ["rock"], 1)
+            while not came:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            engine.close()
+            with pytest.raises(RetrievalError, match="closed"):
+                waiting.result(timeout=30)
+
+
+def test_a_server_is_found_at_its_second_address(
+    beatles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_up = socket.getaddrinfo
+
+    def both(*args: Any, **more: Any) -> Any:
+        [found] = look_up(*args, **more)
+        return [(*found[:4], ("127.0.0.1", 9)), found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", both)
+    engine = opened_unseen(beatles)
+    assert ids(hits(engine, "city")) == ["b", "e"]
+    engine.close()
 
 
 def test_no_search_outlives_the_closing_of_a_connection() -> None:

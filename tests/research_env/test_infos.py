@@ -19,6 +19,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "void": st.booleans(),
     "ids": st.lists(st.text(max_size=2), max_size=3).map(tuple),
     "none": st.none(),
+    "share": st.floats(0, 1).map(np.float32),
+    "many": st.integers(-9, 9).map(np.int64),
+    "pair": st.tuples(st.integers(-9, 9), st.integers(-9, 9)).map(np.array),
 }
 INFO = st.fixed_dictionaries(
     {"question": st.text(max_size=3)},
