@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
 MODES = ("bm25", "title", "dense", "hybrid")
 PER_REQUEST = 256  # searches in one _msearch at most
-IN_FLIGHT = 4  # threads that may search at the same time
 RRF_K = 60  # of reciprocal rank fusion, and how many ranks of either list it looks at
 RRF_WINDOW = 50
 MOST_HITS = 10_000  # that a server gives, and that it takes as num_candidates
@@ -89,7 +88,7 @@ class ElasticsearchRetriever:
     searches. Searches may come from several threads.
     """
 
-    in_flight = IN_FLIGHT
+    in_flight = 4
 
     def __init__(self, url: str) -> None:
         """Look at the index and check that it can be searched so.

@@ -395,15 +395,8 @@ def test_a_server_started_anew_serves_no_old_weights(make: Make, connect: Open) 
     assert server.paths().count("/collective_rpc") == 3
 
 
-def test_new_weights_reach_all_servers_whole(make: Make, connect: Open) -> None:
-    servers = [make(), make()]
-    engine = connect(*servers)
-    for server in servers:  # what the engine was made with
-        assert set(server.weights) == set(MODEL.state_dict())  # the tied head by both its names
-        for name, weight in MODEL.state_dict().items():
-            assert torch.equal(server.weights[name], weight)
-    submit(engine, [0])
-    finish(engine)
+def refuses_weights_that_are_not_the_models(engine: Engine) -> None:
+    """Weights left out, unknown, of another shape, or during a turn: version 0 stays."""
     with pytest.raises(ModelError, match=r"1 weights were left out, such as 'model\.norm\.weight'"):
         engine.load_weights([w for w in MODEL.named_parameters() if w[0] != "model.norm.weight"], 1)
     with pytest.raises(ModelError, match=r"weight 'head' \[2\]: the model has none of that name"):
@@ -414,6 +407,18 @@ def test_new_weights_reach_all_servers_whole(make: Make, connect: Open) -> None:
     with pytest.raises(ValueError, match="1 turns are under way"):
         engine.load_weights(MODEL.named_parameters(), 1)
     assert finish(engine)[0].version == 0
+
+
+def test_new_weights_reach_all_servers_whole(make: Make, connect: Open) -> None:
+    servers = [make(), make()]
+    engine = connect(*servers)
+    for server in servers:  # what the engine was made with
+        assert set(server.weights) == set(MODEL.state_dict())  # the tied head by both its names
+        for name, weight in MODEL.state_dict().items():
+            assert torch.equal(server.weights[name], weight)
+    submit(engine, [0])
+    finish(engine)
+    refuses_weights_that_are_not_the_models(engine)
     for version in (1, 2):
         new = {name: torch.full_like(p, version) for name, p in MODEL.named_parameters()}
         engine.load_weights(new.items(), version)

@@ -20,9 +20,16 @@ import torch
 
 from research_agent.engines import fleet, make_engine, transfer
 from research_agent.engines.server import ServerEngine
-from research_agent.errors import ConfigError, EngineError, ModelError
+from research_agent.errors import ConfigError, EngineError
 from tests.research_agent.fake_vllm import FakeVllm
-from tests.research_agent.test_server_engine import CODEC, MODEL, finish, submit, until
+from tests.research_agent.test_server_engine import (
+    CODEC,
+    MODEL,
+    finish,
+    refuses_weights_that_are_not_the_models,
+    submit,
+    until,
+)
 
 BACKENDS = ["nccl", "ipc"]
 MEET = ["/weight_info", "/shutdown_weight_transfer_engine", "/get_world_size"]
@@ -193,14 +200,7 @@ def test_each_server_gets_the_weights_whole(
 def test_weights_that_cannot_be_the_models_are_not_sent(make: Make, connect: Open) -> None:
     server = make()
     engine = connect(server)
-    with pytest.raises(ModelError, match=r"1 weights were left out, such as 'model\.norm\.weight'"):
-        engine.load_weights([w for w in MODEL.named_parameters() if w[0] != "model.norm.weight"], 1)
-    with pytest.raises(ModelError, match=r"'model.norm.weight' \[2\]: the model has \[128\]"):
-        engine.load_weights([("model.norm.weight", torch.zeros(2))], 1)
-    submit(engine, [0])
-    with pytest.raises(ValueError, match="1 turns are under way"):
-        engine.load_weights(MODEL.named_parameters(), 1)
-    assert finish(engine)[0].version == 0
+    refuses_weights_that_are_not_the_models(engine)
     assert updates(server) == 1
 
 

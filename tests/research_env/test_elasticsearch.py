@@ -272,31 +272,30 @@ def test_a_closed_retriever_does_not_search(beatles: str) -> None:
         engine.search(["x"], 1)
 
 
+def close_while_it_searches(engine: ElasticsearchRetriever, came: Sequence[object]) -> None:
+    """Close it when its search has reached the server, a moment later; that search says so."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(engine.search, ["rock"], 1)
+        while not came:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        engine.close()
+        with pytest.raises(RetrievalError, match="closed"):
+            waiting.result(timeout=30)
+
+
 def test_closing_ends_a_search_that_waits(proxied: Any) -> None:
     proxy, opened = proxied
     engine = opened(deadline=300)
     proxy.fault = "never"
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(engine.search, ["rock"], 1)
-        while not proxy.seen:
-            time.sleep(0.01)
-        engine.close()
-        with pytest.raises(RetrievalError, match="closed"):
-            waiting.result(timeout=60)
+    close_while_it_searches(engine, proxy.seen)
 
 
 def test_closing_ends_the_pause_before_another_try(proxied: Any) -> None:
     proxy, opened = proxied
     engine = opened(deadline=300)
     proxy.fault, proxy.wait = "429", "200"
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(engine.search, ["rock"], 1)
-        while not proxy.seen:
-            time.sleep(0.01)
-        time.sleep(0.2)
-        engine.close()
-        with pytest.raises(RetrievalError, match="closed"):
-            waiting.result(timeout=60)
+    close_while_it_searches(engine, proxy.seen)
 
 
 def test_connections_are_kept_and_a_closed_one_is_replaced(
@@ -410,14 +409,7 @@ def test_a_server_that_ends_a_handshake_is_asked_again() -> None:
 def test_closing_ends_a_search_whatever_it_waits_for(scheme: str) -> None:
     with raw_server(lambda _: time.sleep(60)) as (place, came):
         engine = opened_unseen(f"{scheme}://{place}/i?deadline=300")
-        with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(engine.search, ["rock"], 1)
-            while not came:
-                time.sleep(0.01)
-            time.sleep(0.2)
-            engine.close()
-            with pytest.raises(RetrievalError, match="closed"):
-                waiting.result(timeout=30)
+        close_while_it_searches(engine, came)
 
 
 def test_a_server_is_found_at_its_second_address(
