@@ -14,7 +14,7 @@ _NUMBERS = (int, float, bool)
 def batched_infos(infos: Mapping[int, Mapping[str, Any]], num_envs: int) -> dict[str, Any]:
     """One info from those of sub-environments.
 
-    The same as Gymnasium's ``VectorEnv._add_info`` makes of them one after the other, in a tenth
+    The same as Gymnasium's ``VectorEnv._add_info`` makes of them one after the other, in a quarter
     of its time: an array a key, with zero or None where a sub-environment has it not, and under
     ``_key`` which have it; of dictionaries, and theirs, such a dictionary.
 
