@@ -196,7 +196,8 @@ class RunConfig:
     """Stop, or go back to the newest checkpoint of the best steps (give --keep enough) and go on
     with the next tasks."""
     eval_every: int | None = None
-    """Steps between evaluations, with one before the first step and one after the last."""
+    """Steps between evaluations, with one before the first step and one after the last. 0 or none:
+    never."""
     eval_args: Settings = field(default_factory=dict)
     """Arguments of the environment of evaluations, on top of --env-args. Added to the preset's
     likewise."""
@@ -441,12 +442,12 @@ def validate(config: TrainConfig) -> None:
         "--micro-batch-tokens": learner.micro_batch_tokens,
         "--save-every": run.save_every,
         "--keep": run.keep,
-        "--eval-every": run.eval_every,
         "--eval-limit": run.eval_limit,
     }
     _require_at_least_one(at_least_one)
     not_negative: dict[str, float] = {
         "--steps": run.steps,
+        "--eval-every": run.eval_every or 0,
         "--max-staleness": sampling.max_staleness,
         "--log-episodes": run.log_episodes,
         "--learning-rate": learner.learning_rate,

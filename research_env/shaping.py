@@ -36,12 +36,16 @@ def searches(episode: Episode) -> float:
 
 
 def retrieved(episode: Episode) -> float:
-    """1 where at least one search was answered, else 0.
+    """1 if at least one search returned a passage, else 0.
 
-    Source: the retrieval reward of R1-Searcher's first stage (Song et al. 2025, section 3.1), there
-    0.5.
+    A blank query returns none, so writing empty search tags earns nothing. The number of passages
+    is looked at, their words are not.
+
+    References:
+        The retrieval reward of R1-Searcher's first stage (Song et al. 2025, section 3.1), 0.5
+        there.
     """
-    return float(episode.searches > 0)
+    return float(any(turn.hits for turn in episode.turns))
 
 
 def support_recall(episode: Episode) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from research_env.errors import (
     DataNotFoundError,
     UnknownNameError,
 )
+from research_env.metrics import normalize
 from research_env.retrieval.base import Passage
 
 
@@ -34,6 +36,7 @@ class Published:
     splits: Mapping[str, tuple[tuple[str, ...], str]]
 
 
+log = logging.getLogger(__name__)
 Part = tuple[str, int | None]  # name and weight
 
 _WITH_PASSAGES, _ALL_TRAIN, _ALL_DEV = "questions", "qa_train", "qa_dev"
@@ -83,6 +86,10 @@ def load_dataset(
     - ``stage-1``, ``stage-2``: R1-Searcher's training questions (``data/training_set`` of
       RUCAIBox/R1-Searcher, in the folder ``r1searcher_train``), without corpus too.
 
+    Gold answers that normalize to nothing, such as "$", are dropped, since every answer made of
+    punctuation would match them exactly. A question that has no other answer is left out; the
+    number of both is logged as a warning.
+
     They come from the folder that the environment variable ``RESEARCH_DATA`` names, which holds
     for each set a folder with ``questions.jsonl``, ``corpus.jsonl`` and, for questions without
     gold passages, ``qa_train.jsonl`` and ``qa_dev.jsonl``, each plain or gzipped; else from the
@@ -128,7 +135,10 @@ def load_dataset(
         raise ConfigurationError(
             f"questions={str(questions)!r} goes with dataset='custom', not with {name!r}"
         )
-    loaded = [_filtered(_load(part, split, questions, world_seed), split, hops) for part in names]
+    loaded = [
+        _filtered(_answerable(_load(part, split, questions, world_seed)), split, hops)
+        for part in names
+    ]
     data = loaded[0] if len(loaded) == 1 else _mixture(name, loaded, [w for _, w in parts])
     if corpus is not None:
         data = replace(data, corpus=FileCorpus(Path(corpus).name, Path(corpus)))
@@ -226,6 +236,28 @@ def _custom(path: Path, split: str) -> Dataset:
     if not chosen:
         raise UnknownNameError(f"split of {path}", split, {str(q.split) for q in everything})
     return Dataset("custom", chosen, None)
+
+
+def _answerable(data: Dataset) -> Dataset:
+    """The questions with the gold answers that a metric can tell from an empty prediction."""
+    if not any(normalize(a) == "" for question in data.questions for a in question.answers):
+        return data
+    kept, left_out, dropped = [], [], 0
+    for question in data.questions:
+        answers = tuple(answer for answer in question.answers if normalize(answer))
+        dropped += len(question.answers) - len(answers)
+        if answers:
+            kept.append(replace(question, answers=answers))
+        else:
+            left_out.append(f"{question.id!r} {question.answers}")
+    message = f"{data.name}: dropped {dropped} gold answers that normalize to nothing"
+    if left_out:
+        message += f", and left out {len(left_out)} questions without another: {left_out[0]}"
+        message += ", ..." if len(left_out) > 1 else ""
+    log.warning(message)
+    if not kept:
+        raise DataError(f"no question is left. {message}")
+    return replace(data, questions=kept)
 
 
 def _filtered(data: Dataset, split: str, hops: int | Collection[int] | None) -> Dataset:

@@ -193,6 +193,13 @@ def test_what_changes_no_weight_may_differ() -> None:
     require_same(as_json(config), replace(config, run=run), Path("out"))
 
 
+def test_eval_every_zero_means_never() -> None:
+    config = PRESETS["miniworld"]
+    validate(replace(config, run=replace(config.run, eval_every=0)))
+    with pytest.raises(ConfigError, match="--eval-every is -1; it must not be negative"):
+        validate(replace(config, run=replace(config.run, eval_every=-1)))
+
+
 def test_every_free_setting_exists() -> None:
     known = dict(flatten(as_json(TrainConfig())))
     assert known.keys() >= FREE

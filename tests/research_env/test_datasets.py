@@ -289,7 +289,7 @@ def test_splits_choose_files_and_labels(tmp_path: Path) -> None:
         ("musique", "dev-all", 2_417),
         ("hotpotqa", "train", 300),
         ("hotpotqa", "dev", 863),
-        ("hotpotqa", "dev-all", 7_405),
+        ("hotpotqa", "dev-all", 7_403),
         ("2wiki", "train", 500),
         ("2wiki", "dev", 264),
         ("2wikimultihopqa", "dev-all", 12_576),
@@ -303,6 +303,34 @@ def test_the_published_sets(
     data = load_dataset(name, split=split)
     assert len(data.questions) == count
     assert (data.corpus is None) == (name == "bamboogle")
+
+
+def test_golds_that_normalize_to_nothing_are_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [
+        {"id": "a", "question": "Currency?", "answers": ["$", "US dollar"]},
+        {"id": "b", "question": "Band?", "answers": ["!!!"]},
+        {"id": "c", "question": "City?", "answers": ["Oslo"]},
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = load_dataset("custom", split="train", questions=path)
+    assert [(q.id, q.answers) for q in data.questions] == [("a", ("US dollar",)), ("c", ("Oslo",))]
+    assert "dropped 2 gold answers" in caplog.text
+    assert "left out 1 questions without another: 'b'" in caplog.text
+    path.write_text(json.dumps(lines[1]) + "\n")
+    with pytest.raises(DataError, match="no question is left"):
+        load_dataset("custom", split="train", questions=path)
+
+
+def test_musiques_dollar_signs_are_no_golds(
+    research_data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("RESEARCH_DATA", str(research_data))
+    data = load_dataset("musique", split="train")
+    assert not any("$" in question.answers for question in data.questions)
+    assert "dropped 69 gold answers" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["musique", "hotpotqa", "2wiki"])

@@ -82,9 +82,18 @@ def test_a_refused_query_is_not_compared() -> None:
     assert query_diversity(episode) == 1.0
 
 
-def test_retrieved_is_whether_there_was_a_search() -> None:
+def test_retrieved_is_whether_a_search_found_a_passage() -> None:
     assert retrieved(ask("one")) == 1.0
     assert retrieved(ask()) == 0.0
+
+
+def test_a_blank_search_retrieves_nothing() -> None:
+    episode = ask("", " ")
+    assert episode.searches == 2
+    assert retrieved(episode) == 0.0
+    total = reward("0.5*retrieved+0.5*format")
+    assert total(ask("")) == 0.5  # the format alone
+    assert total(ask("one")) == 1.0
 
 
 def test_answer_length_counts_words() -> None:
