@@ -137,11 +137,11 @@ class Judge:
         always: bool = False,
     ) -> dict[str, float]:
         """Play the held-out questions once; returns the means of the environment's metrics."""
-        from research_agent.codec import load_codec  # noqa: PLC0415 - loads torch
         from research_agent.engines import make_engine  # noqa: PLC0415
         from research_agent.environments import make_environments  # noqa: PLC0415
-        from research_agent.evaluate import evaluate  # noqa: PLC0415
-        from research_agent.policy import load_model, resolve_model  # noqa: PLC0415
+        from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
+        from research_agent.models.policy import load_model, resolve_model  # noqa: PLC0415
+        from research_agent.renderer import load_renderer  # noqa: PLC0415 - loads torch
 
         args: dict[str, Any] = self.args | {"world_seed": world}
         if blank:
@@ -154,12 +154,12 @@ class Judge:
             )
         sampling: SamplingConfig = replace(MINIWORLD.sampling, temperature=temperature)
         context = sampling.max_prompt + sampling.max_response
-        codec = load_codec(resolve_model(model))
+        renderer = load_renderer(resolve_model(model))
         engine = make_engine(
-            "transformers", load_model(model), codec, max_slots=SLOTS, max_context=context
+            "transformers", load_model(model), renderer, max_slots=SLOTS, max_context=context
         )
         summary = evaluate(
-            engine, environments, codec, sampling, self.folder / name, limit=self.config.limit
+            engine, environments, renderer, sampling, self.folder / name, limit=self.config.limit
         )
         environments.close()
         if not summary.episodes:

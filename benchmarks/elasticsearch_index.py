@@ -28,7 +28,7 @@ _INDEX = """
 import json, resource, sys, time
 from pathlib import Path
 from research_env.datasets import FileCorpus
-from research_env.retrieval.elasticsearch_index import index_elasticsearch
+from research_env.retrieval.elasticsearch.indexing import index_elasticsearch
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()

@@ -29,7 +29,7 @@ import gymnasium as gym
 import research_env  # noqa: F401  (registers the ids)
 from research_env.datasets import load_dataset
 from research_env.datasets.base import Corpus
-from research_env.retrieval.elasticsearch_index import index_elasticsearch
+from research_env.retrieval.elasticsearch.indexing import index_elasticsearch
 from tests.elasticsearch.proxy import FAULTS as ANSWERS
 from tests.elasticsearch.proxy import Proxy
 from tests.elasticsearch.server import Server, start

@@ -53,7 +53,7 @@ import torch
 from research_agent.algorithms.grpo import GRPO
 from research_agent.batch import make_batch, micro_batches
 from research_agent.learner import Learner
-from research_agent.policy import Scorer, batch_logprobs, token_logprobs
+from research_agent.models.policy import Scorer, batch_logprobs, token_logprobs
 from research_agent.trajectory import Group, Segment, Trajectory
 
 PEAK = 989e12

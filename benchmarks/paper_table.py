@@ -42,7 +42,7 @@ from benchmarks.baselines.rendering import Cell, Judged, Results, Row
 from benchmarks.runs import run_all
 from research_agent.config import EvalConfig, validate_eval
 from research_agent.errors import ConfigError, ResearchAgentError
-from research_agent.files import write_whole
+from research_agent.files import write_atomic
 from research_agent.trajectory import Trajectory
 from research_env.errors import ResearchEnvError
 
@@ -266,8 +266,8 @@ class Sampler:
     """A model of the table; loaded when something is to be played, and not before."""
 
     def __init__(self, spec: str, config: TableConfig) -> None:
-        from research_agent.policy import resolve_model  # noqa: PLC0415 - loads torch
-        from research_agent.provenance import model_fingerprint  # noqa: PLC0415
+        from research_agent.evaluation.fingerprint import model_fingerprint  # noqa: PLC0415
+        from research_agent.models.policy import resolve_model  # noqa: PLC0415 - loads torch
 
         self.spec = spec
         label, named, place = spec.partition("=")
@@ -283,32 +283,32 @@ class Sampler:
         )
 
     @cached_property
-    def codec(self) -> Any:
+    def renderer(self) -> Any:
         """Its tokenizer."""
-        from research_agent.codec import load_codec  # noqa: PLC0415
-        from research_agent.engines.endpoint import EndpointCodec  # noqa: PLC0415
+        from research_agent.engines.endpoint import EndpointRenderer  # noqa: PLC0415
+        from research_agent.renderer import load_renderer  # noqa: PLC0415
 
         if self.endpoint:
-            return EndpointCodec(chat_template=self.chat)
-        return load_codec(self._place, chat_template=self.chat)
+            return EndpointRenderer(chat_template=self.chat)
+        return load_renderer(self._place, chat_template=self.chat)
 
     @cached_property
     def engine(self) -> Any:
         """An engine with its weights, or in front of its endpoint."""
         from research_agent.engines import make_engine  # noqa: PLC0415
         from research_agent.engines.endpoint import EndpointEngine  # noqa: PLC0415
-        from research_agent.policy import load_model  # noqa: PLC0415
+        from research_agent.models.policy import load_model  # noqa: PLC0415
         from research_agent.trainer import context_of  # noqa: PLC0415
 
         config = self._config
         if self.endpoint:
-            return EndpointEngine(self.endpoint, self.name, self.codec, concurrency=config.slots)
+            return EndpointEngine(self.endpoint, self.name, self.renderer, concurrency=config.slots)
         model = load_model(self.name, dtype=config.dtype, device=config.device)
         context = context_of(model, config.max_prompt + config.max_response)
         return make_engine(
             config.engine,
             model,
-            self.codec,
+            self.renderer,
             max_slots=config.slots,
             max_context=context,
             share=True,
@@ -335,8 +335,8 @@ def play(
     Raises:
         PredictionsError: the folder holds a cell of another model or of other settings.
     """
-    from research_agent.evaluate import evaluate  # noqa: PLC0415
-    from research_agent.provenance import header  # noqa: PLC0415
+    from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
+    from research_agent.evaluation.fingerprint import header  # noqa: PLC0415
     from research_agent.trainer import open_environments  # noqa: PLC0415
 
     folder = config.output / _plain(sampler.label) / method / _plain(dataset)
@@ -379,7 +379,7 @@ def play(
             return []
         if not config.quiet:
             print(f"{sampler.label}, {method}, {dataset}: {len(episodes)}", file=sys.stderr)
-        return player(sampler.engine, environments, sampler.codec, episodes, *args, **kwargs)
+        return player(sampler.engine, environments, sampler.renderer, episodes, *args, **kwargs)
 
     nobody: Any = None  # a model is loaded only where something is to be played
     limit = None if config.limit is None else min(config.limit, environments.num_tasks)
@@ -456,7 +456,7 @@ def show(results: Results, output: Path, form: Format = "terminal") -> None:
         "json": rendering.as_json(results),
     }
     for ending, text in texts.items():
-        write_whole(output / f"table.{ending}", text)
+        write_atomic(output / f"table.{ending}", text)
     bars = rendering.chart(results, output / "table.png")
     if form == "terminal":
         Console().print(rendering.terminal(results))

@@ -38,9 +38,9 @@ from research_env.datasets import load_dataset
 from research_env.datasets.base import Corpus, Question
 from research_env.errors import DataNotFoundError, RetrievalError
 from research_env.retrieval import Retriever, index_corpus, open_retriever
-from research_env.retrieval.elasticsearch import ElasticsearchRetriever
-from research_env.retrieval.elasticsearch_index import Layout, index_elasticsearch
-from research_env.retrieval.embedded import EmbeddedRetriever
+from research_env.retrieval.bm25.retriever import EmbeddedRetriever
+from research_env.retrieval.elasticsearch.indexing import Layout, index_elasticsearch
+from research_env.retrieval.elasticsearch.retriever import ElasticsearchRetriever
 from research_env.retrieval.embedding import BUNDLED
 
 TOP_K = 5

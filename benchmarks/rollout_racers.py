@@ -21,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.learner import make_model
-from research_agent.codec import Codec
-from research_agent.collect import collect
 from research_agent.config import SamplingConfig
 from research_agent.engines import make_engine
 from research_agent.engines.base import Engine
 from research_agent.environments import Environments, make_environments
+from research_agent.renderer import Renderer
+from research_agent.rollout import collect
 from research_agent.trajectory import Trajectory
 from research_env import Dataset, Hit, Passage, Question
 from research_env.errors import RetrievalError
@@ -52,7 +52,7 @@ LIMITS = SamplingConfig(overlap=True, max_prompt=CONTEXT, max_response=CONTEXT)
 clock = time.perf_counter
 
 
-def make_codec() -> Codec:
+def make_codec() -> Renderer:
     """A token a byte, and the tokens that Qwen3's chats have beside those."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
@@ -66,12 +66,12 @@ def make_codec() -> Codec:
         tokenizer_object=backend, eos_token=end, pad_token=pad, additional_special_tokens=[begin]
     )
     tokenizer.add_tokens([part + name for part in ("<", "</") for name in TAGS])  # not special
-    return Codec(tokenizer, frozenset({tokenizer.eos_token_id}))
+    return Renderer(tokenizer, frozenset({tokenizer.eos_token_id}))
 
 
-def make_policy(codec: Codec) -> Any:
+def make_policy(renderer: Renderer) -> Any:
     """A Qwen2 of a million random weights."""
-    return make_model({**SIZES, "vocab_size": len(codec.tokenizer)}, "cpu")
+    return make_model({**SIZES, "vocab_size": len(renderer.tokenizer)}, "cpu")
 
 
 def query(episode: int, turn: int) -> str:
@@ -79,7 +79,7 @@ def query(episode: int, turn: int) -> str:
     return f"company {episode}.{turn}"
 
 
-def make_script(episodes: int, codec: Codec, scale: float = 1.0) -> NDArray[np.int64]:
+def make_script(episodes: int, renderer: Renderer, scale: float = 1.0) -> NDArray[np.int64]:
     """What is said: lengths are distributed as those of R1-Searcher's trajectories, times a scale.
 
     Returns:
@@ -91,10 +91,10 @@ def make_script(episodes: int, codec: Codec, scale: float = 1.0) -> NDArray[np.i
         for turn in range(TURNS):
             mean, deviation = (4.55, 0.3) if turn < TURNS - 1 else (4.37, 0.43)
             call = f"{CALL.open}{query(episode, turn)}{CALL.close}" if turn < TURNS - 1 else ""
-            action = codec.encode_text(call)
+            action = renderer.encode_text(call)
             thought = round(scale * rng.lognormvariate(mean, deviation)) - len(action)
-            action[:0] = codec.encode_text(("I should look for it. " * 50)[: max(1, thought)])
-            turns.append([*action, *codec.end_ids])
+            action[:0] = renderer.encode_text(("I should look for it. " * 50)[: max(1, thought)])
+            turns.append([*action, *renderer.end_ids])
     script = np.full((episodes * TURNS, max(map(len, turns))), -1, dtype=np.int64)
     for row, said in zip(script, turns, strict=True):
         row[: len(said)] = said
@@ -153,7 +153,7 @@ class Ours:
     def __init__(
         self,
         policy: Any,
-        codec: Codec,
+        renderer: Renderer,
         prompts: Sequence[str],
         script: NDArray[np.int64],
         search: Search,
@@ -170,7 +170,7 @@ class Ours:
             "remember": 0,
         }
         engine: Any = make_engine(
-            "transformers", policy, codec, max_slots=len(script), max_context=CONTEXT
+            "transformers", policy, renderer, max_slots=len(script), max_context=CONTEXT
         )
         self.engine: Engine = engine
         self.environments: Environments = make_environments(
@@ -181,7 +181,7 @@ class Ours:
             [(_, info)] = self.environments.reset({0: number}, 0).values()
             numbers[int(info["question_id"])] = number
         self._episodes = [(numbers[i], k) for i in range(len(prompts)) for k in range(SAMPLES)]
-        self._codec = codec
+        self._codec = renderer
         self._script = script
         self._turn = np.zeros(len(script), dtype=np.int64)  # of each slot
         self._written = engine._written
@@ -226,7 +226,7 @@ class Theirs:
     def __init__(
         self,
         policy: Any,
-        codec: Codec,
+        renderer: Renderer,
         script: NDArray[np.int64],
         search: Search,
         *,
@@ -249,7 +249,7 @@ class Theirs:
         tool.__name__ = "search"
         tool.__doc__ = "Search for passages.\n\nArgs:\n    query: What to look for.\n"
         template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
-        tokenizer = copy.deepcopy(codec.tokenizer)
+        tokenizer = copy.deepcopy(renderer.tokenizer)
         tokenizer.chat_template = template.read_text(encoding="utf-8")
         asked = [f"Who founded company {i}?" for i in range(len(script) // SAMPLES)]
         chats = [[{"role": "user", "content": question}] for question in asked]
@@ -280,7 +280,7 @@ class Theirs:
         trainer, model = self._trainer, self._trainer.model
         trainer.remove_callback(PrinterCallback)
         prompts = trainer._tokenize_prompts(chats)[0]
-        self.prompts: list[str] = [codec.decode(ids) for ids in prompts]
+        self.prompts: list[str] = [renderer.decode(ids) for ids in prompts]
         self._script, self._batch = script, batch
         self._sample, model.generate = model.generate, self._forced
         self._generate, trainer._generate = trainer._generate, self._timed

@@ -62,11 +62,11 @@ from benchmarks.rollout_racers import (
     make_script,
     query,
 )
-from research_agent.collect import collect
 from research_agent.engines import make_engine
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.environments import StepResult
 from research_agent.errors import EngineError
+from research_agent.rollout import collect
 from research_agent.trace import TracedEngine, TracedEnvironments
 
 TARGET_SPEED = {0: 1.0, 50: 3.0, 500: 3.0}  # by milliseconds of latency
@@ -91,12 +91,12 @@ def compared(rates: dict[str, float]) -> dict[str, dict[str, float]]:
 
 def race(latencies: Sequence[int], episodes: int, rounds: int, scale: float = 1.0) -> Any:
     """Part A: the tokens of a round by provenance, and trajectories a second by latency."""
-    codec, search = make_codec(), Search()
-    parts = make_policy(codec), codec, make_script(episodes, codec, scale), search
+    renderer, search = make_codec(), Search()
+    parts = make_policy(renderer), renderer, make_script(episodes, renderer, scale), search
     policy, _, script, _ = parts
     first = Theirs(*parts, batch=episodes, waits=False)
     racers: dict[str, Ours | Theirs] = {
-        "ours": Ours(policy, codec, first.prompts, script, search),
+        "ours": Ours(policy, renderer, first.prompts, script, search),
         "TRL": first,
         "TRL, async tool": Theirs(*parts, batch=episodes, waits=True),
         "TRL, two batches": Theirs(*parts, batch=max(SAMPLES, episodes // 2), waits=False),
@@ -155,12 +155,12 @@ def engine_share(slots: int, rounds: int, length: int = 64) -> dict[str, Any]:
     """Part B, turns of ``length`` tokens: the tokens of a round, and tokens a second."""
     import vllm  # noqa: PLC0415
 
-    codec, environments = make_codec(), AtOnce(slots)
-    policy = make_policy(codec)
+    renderer, environments = make_codec(), AtOnce(slots)
+    policy = make_policy(renderer)
     with torch.no_grad():  # so sharp that the end token, whose logit is 0, is never sampled
         weight = policy.get_output_embeddings().weight
         weight *= 50
-        weight[list(codec.end_ids)] = 0
+        weight[list(renderer.end_ids)] = 0
     real: Any = vllm.LLM
     made: list[Any] = []
 
@@ -169,14 +169,14 @@ def engine_share(slots: int, rounds: int, length: int = 64) -> dict[str, Any]:
         return made[0]
 
     with mock.patch("vllm.LLM", make):
-        engine: Any = make_engine("vllm", policy, codec, max_slots=slots, max_context=CONTEXT)
+        engine: Any = make_engine("vllm", policy, renderer, max_slots=slots, max_context=CONTEXT)
     limits = replace(LIMITS, max_turn=length)
-    result = codec.encode_text(RESULT)
+    result = renderer.encode_text(RESULT)
     tokens: dict[str, int] = {}
 
     def ours() -> float:
         begin = clock()
-        played = collect(engine, environments, codec, [(i, 0) for i in range(slots)], limits)
+        played = collect(engine, environments, renderer, [(i, 0) for i in range(slots)], limits)
         seconds = clock() - begin
         tokens["ours"] = sum(t.num_action_tokens for t in played)
         return seconds
@@ -185,7 +185,7 @@ def engine_share(slots: int, rounds: int, length: int = 64) -> dict[str, Any]:
         settings |= {"max_tokens": length, "ignore_eos": True, "detokenize": False}
         asked = [vllm.SamplingParams(seed=i if seeded else None, **settings) for i in range(slots)]
         begun = environments.reset({i: i for i in range(slots)}, 0)
-        prompts = [codec.encode_prompt(begun[i][0]) for i in range(slots)]
+        prompts = [renderer.encode_prompt(begun[i][0]) for i in range(slots)]
         made[0].reset_prefix_cache()
         seconds, tokens[name] = 0.0, 0
         for _ in range(TURNS):
@@ -213,9 +213,9 @@ def engine_share(slots: int, rounds: int, length: int = 64) -> dict[str, Any]:
 
 def overhead(slots: int, episodes: int, rounds: int) -> dict[str, float]:
     """Part C: microseconds a turn."""
-    codec, environments = make_codec(), AtOnce(slots)
-    said = [*codec.encode_text("I should look for it."), *codec.end_ids]
-    engine = ScriptedEngine(lambda *_: said, codec, CONTEXT)
+    renderer, environments = make_codec(), AtOnce(slots)
+    said = [*renderer.encode_text("I should look for it."), *renderer.end_ids]
+    engine = ScriptedEngine(lambda *_: said, renderer, CONTEXT)
     spent = dict.fromkeys(("whole", "parts", "tokenizer"), 0.0)
 
     def timed(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -230,13 +230,13 @@ def overhead(slots: int, episodes: int, rounds: int) -> dict[str, float]:
     for part, names in ((engine, "submit step release"), (environments, "reset send recv")):
         for name in names.split():
             setattr(part, name, timed("parts", getattr(part, name)))
-    object.__setattr__(codec, "encode_text", timed("tokenizer", codec.encode_text))
+    object.__setattr__(renderer, "encode_text", timed("tokenizer", renderer.encode_text))
     whole = timed("whole", collect)
     asked = [(i, 0) for i in range(episodes)]
     rows = []
     for _ in range(rounds + 1):  # the first is a warm-up
         spent |= dict.fromkeys(spent, 0.0)
-        whole(engine, environments, codec, asked, LIMITS)
+        whole(engine, environments, renderer, asked, LIMITS)
         rows.append({**spent, "collector": spent["whole"] - spent["parts"]})
     turns = episodes * TURNS / 1e6
     kinds = ("whole", "collector", "tokenizer")
@@ -289,9 +289,11 @@ def slot_shares(
 
 def empty_slots(episodes: int, rounds: int, seconds: float, scale: float = 1.0) -> dict[str, float]:
     """Part D, with searches of so many seconds."""
-    codec, search, slots = make_codec(), Search(seconds), max(1, episodes // 4)
+    renderer, search, slots = make_codec(), Search(seconds), max(1, episodes // 4)
     prompts = [f"{RESULT} Who founded company {i}?" for i in range(episodes // SAMPLES)]
-    ours = Ours(make_policy(codec), codec, prompts, make_script(slots, codec, scale), search)
+    ours = Ours(
+        make_policy(renderer), renderer, prompts, make_script(slots, renderer, scale), search
+    )
     engine, environments = ours.engine, ours.environments
     rows = []
     for _ in range(rounds + 1):

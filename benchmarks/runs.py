@@ -23,7 +23,7 @@ from unittest.mock import patch
 from rich.console import Console
 from rich.table import Table
 
-from research_agent.tracking import METRICS, TIMINGS, read_lines
+from research_agent.run_logger import METRICS, TIMINGS, read_lines
 
 # --- doing them -----------------------------------------------------------------------------------
 

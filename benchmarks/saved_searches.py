@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from research_agent.presets import MINIWORLD
-from research_env.searches import SearchCounts
+from research_env.retrieval.batching import SearchCounts
 from research_env.vector_env import SearchQAVectorEnv
 
 ENV_ID = "SavedSearches-v0"

@@ -117,20 +117,20 @@ def _eval(words: list[str]) -> None:
     validate_eval(config)
     from rich.console import Console  # noqa: PLC0415
 
-    from research_agent.evaluate import evaluate  # noqa: PLC0415
-    from research_agent.provenance import header  # noqa: PLC0415
-    from research_agent.summary import tables  # noqa: PLC0415
+    from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
+    from research_agent.evaluation.fingerprint import header  # noqa: PLC0415
+    from research_agent.evaluation.summary import tables  # noqa: PLC0415
     from research_agent.trainer import open_environments  # noqa: PLC0415  (loads torch)
 
     _no_bars()
     split = {} if config.split is None else {"split": config.split}
     environments = open_environments(config.env, config.slots, {**config.env_args, **split})
-    engine, codec, fingerprint = _sampler(config)
+    engine, renderer, fingerprint = _sampler(config)
     try:
         summary = evaluate(
             engine,
             environments,
-            codec,
+            renderer,
             config,
             config.output,
             limit=config.limit,
@@ -157,37 +157,37 @@ def _eval(words: list[str]) -> None:
 
 
 def _sampler(config: EvalConfig) -> tuple[Any, Any, str]:
-    """Engine and codec of the model that is evaluated, and the model's fingerprint."""
+    """Engine and renderer of the model that is evaluated, and the model's fingerprint."""
     if config.endpoint is not None:
         from research_agent.engines.endpoint import (  # noqa: PLC0415
-            EndpointCodec,
             EndpointEngine,
+            EndpointRenderer,
         )
 
-        words = EndpointCodec(chat_template=config.chat_template)
+        words = EndpointRenderer(chat_template=config.chat_template)
         asked = EndpointEngine(config.endpoint, config.model, words, concurrency=config.slots)
         return asked, words, f"{config.model} at {config.endpoint.rstrip('/')}"
-    from research_agent.codec import load_codec  # noqa: PLC0415  (these load torch)
     from research_agent.engines import make_engine  # noqa: PLC0415
-    from research_agent.policy import load_model, resolve_model  # noqa: PLC0415
-    from research_agent.provenance import model_fingerprint  # noqa: PLC0415
+    from research_agent.evaluation.fingerprint import model_fingerprint  # noqa: PLC0415
+    from research_agent.models.policy import load_model, resolve_model  # noqa: PLC0415
+    from research_agent.renderer import load_renderer  # noqa: PLC0415  (these load torch)
     from research_agent.trainer import context_of  # noqa: PLC0415
 
     place = resolve_model(config.model)
-    codec = load_codec(place, chat_template=config.chat_template)
+    renderer = load_renderer(place, chat_template=config.chat_template)
     model = load_model(config.model, dtype=config.dtype, device=config.device)
     context = context_of(model, config.max_prompt + config.max_response)
     engine = make_engine(
-        config.engine, model, codec, max_slots=config.slots, max_context=context, share=True
+        config.engine, model, renderer, max_slots=config.slots, max_context=context, share=True
     )
-    return engine, codec, model_fingerprint(place, getattr(model.config, "_commit_hash", None))
+    return engine, renderer, model_fingerprint(place, getattr(model.config, "_commit_hash", None))
 
 
 def _compare(words: list[str]) -> None:
     config = _parse(CompareConfig, "compare", words)
     from rich.console import Console  # noqa: PLC0415
 
-    from research_agent.compare import compare, in_words, table  # noqa: PLC0415
+    from research_agent.evaluation.compare import compare, in_words, table  # noqa: PLC0415
 
     comparison = compare(config.a, config.b, metric=config.metric, seed=config.seed)
     if config.json:
@@ -200,7 +200,7 @@ def _compare(words: list[str]) -> None:
 
 def _grade(words: list[str]) -> None:
     config = _parse(GradeConfig, "grade", words)
-    from research_agent.grade import write_grades  # noqa: PLC0415
+    from research_agent.evaluation.difficulty import write_grades  # noqa: PLC0415
 
     shares = {"metric": config.metric, "easy": config.easy, "hard": config.hard}
     counts = write_grades(config.predictions, config.output, **shares)
@@ -211,7 +211,7 @@ def _grade(words: list[str]) -> None:
 
 def _sample(words: list[str]) -> None:
     config = _parse(SampleConfig, "sample", words)
-    from research_agent.grade import write_demonstrations  # noqa: PLC0415
+    from research_agent.evaluation.difficulty import write_demonstrations  # noqa: PLC0415
 
     kept, count = write_demonstrations(
         config.predictions, config.output, metric=config.metric, each=config.each

@@ -427,7 +427,7 @@ def validate(config: TrainConfig) -> None:
     Raises:
         ConfigError: naming the flag, its value, and what it must be.
     """
-    from research_agent.stages import parse_stages  # noqa: PLC0415  (it reads settings as we do)
+    from research_agent.curriculum import parse_stages  # noqa: PLC0415  (it reads settings as we do)
 
     parse_stages(config.environment.stages)
     sampling, learner, run = config.sampling, config.learner, config.run

@@ -14,10 +14,7 @@ from torch import Tensor, nn
 from research_agent.algorithms.base import Algorithm, Tokens, UsesCritic
 from research_agent.algorithms.functional import truncated_importance
 from research_agent.batch import Batch, make_batch, micro_batches
-from research_agent.critic import Critic
-from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
-from research_agent.lora import adapters, adapters_off, add_adapters, merged
-from research_agent.parallel import (
+from research_agent.distributed import (
     add_up,
     anywhere,
     gather,
@@ -27,7 +24,10 @@ from research_agent.parallel import (
     share,
     whole,
 )
-from research_agent.policy import Precision, Scorer, batch_logprobs, layers_of, prepare
+from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
+from research_agent.models.critic import Critic
+from research_agent.models.lora import adapters, adapters_off, add_adapters, merged
+from research_agent.models.policy import Precision, Scorer, batch_logprobs, layers_of, prepare
 from research_agent.trajectory import Group
 
 METRICS = {

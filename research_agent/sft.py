@@ -28,7 +28,7 @@ from research_agent.errors import ConfigError, ContextError, NonFiniteError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from research_agent.codec import Codec
+    from research_agent.renderer import Renderer
     from research_agent.trajectory import Trajectory
 
 Demonstration = list[tuple[str, str]]
@@ -127,7 +127,7 @@ def run(config: SFTConfig) -> Path:
     from rich.progress import Progress  # noqa: PLC0415
 
     from research_agent.batch import make_batch, micro_batches  # noqa: PLC0415
-    from research_agent.policy import token_logprobs  # noqa: PLC0415
+    from research_agent.models.policy import token_logprobs  # noqa: PLC0415
     from research_agent.trajectory import Group  # noqa: PLC0415
 
     _validate(config)
@@ -135,7 +135,7 @@ def run(config: SFTConfig) -> Path:
     torch.manual_seed(config.seed)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    model, codec = _new_model(config) if config.model is None else _open_model(config.model)
+    model, renderer = _new_model(config) if config.model is None else _open_model(config.model)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
@@ -150,7 +150,7 @@ def run(config: SFTConfig) -> Path:
     console = Console(stderr=True)
     with Progress(console=console, disable=config.quiet or not console.is_terminal) as progress:
         task = progress.add_task("sft", total=steps)
-        for step, batch in enumerate(_batches(config, codec)):
+        for step, batch in enumerate(_batches(config, renderer)):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = config.learning_rate * _schedule(config, step / steps, step)
@@ -178,7 +178,7 @@ def run(config: SFTConfig) -> Path:
         message = f"{config.demonstrations} gives fewer demonstrations than --batch {config.batch}"
         raise ConfigError(message)
     model.save_pretrained(config.output)
-    codec.tokenizer.save_pretrained(config.output)
+    renderer.tokenizer.save_pretrained(config.output)
     if not config.quiet:
         seconds = time.perf_counter() - started
         print(f"{config.output}: loss {average:.4f} after {steps} steps, {seconds:.0f} s")
@@ -211,13 +211,13 @@ def _schedule(config: SFTConfig, done: float, step: int) -> float:
     return rising * (config.final_share + (1 - config.final_share) * left)
 
 
-def _batches(config: SFTConfig, codec: Codec) -> Iterator[list[Trajectory]]:
+def _batches(config: SFTConfig, renderer: Renderer) -> Iterator[list[Trajectory]]:
     """Whole batches, in the order of the demonstrations but for a few batches sorted by length."""
     import torch  # noqa: PLC0415
 
     generator = torch.Generator().manual_seed(config.seed)
     demonstrations = islice(_demonstrations(config), config.count)
-    stream = (as_trajectory(d, codec) for d in demonstrations)
+    stream = (as_trajectory(d, renderer) for d in demonstrations)
     while chunk := list(islice(stream, config.batch * BATCHES_SORTED_TOGETHER)):
         chunk.sort(key=lambda trajectory: len(trajectory.tokens))
         starts = range(0, len(chunk) - config.batch + 1, config.batch)
@@ -225,7 +225,7 @@ def _batches(config: SFTConfig, codec: Codec) -> Iterator[list[Trajectory]]:
             yield chunk[starts[i] : starts[i] + config.batch]
 
 
-def as_trajectory(demonstration: Iterable[tuple[str, str]], codec: Codec) -> Trajectory:
+def as_trajectory(demonstration: Iterable[tuple[str, str]], renderer: Renderer) -> Trajectory:
     """Tokenise a demonstration as a rollout would: every part on its own.
 
     Raises:
@@ -239,12 +239,12 @@ def as_trajectory(demonstration: Iterable[tuple[str, str]], codec: Codec) -> Tra
     segments: list[Segment] = []
     for i, (provenance, text) in enumerate(parts):
         if provenance == "prompt":
-            segments.append(Segment("prompt", tuple(codec.encode_prompt(text)), text=text))
+            segments.append(Segment("prompt", tuple(renderer.encode_prompt(text)), text=text))
         elif provenance == "observation":
-            segments.append(Segment("observation", tuple(codec.encode_text(text)), text=text))
+            segments.append(Segment("observation", tuple(renderer.encode_text(text)), text=text))
         elif provenance == "action":
-            end = [_end(codec)] if i == len(parts) - 1 else []
-            tokens = (*codec.encode_text(text), *end)
+            end = [_end(renderer)] if i == len(parts) - 1 else []
+            tokens = (*renderer.encode_text(text), *end)
             segments.append(Segment("action", tokens, (0.0,) * len(tokens), text=text))
         else:
             known = ", ".join(PROVENANCES)
@@ -252,10 +252,10 @@ def as_trajectory(demonstration: Iterable[tuple[str, str]], codec: Codec) -> Tra
     return Trajectory(0, 0, tuple(segments), reward=0.0, terminated=True, truncated=False)
 
 
-def _end(codec: Codec) -> int:
+def _end(renderer: Renderer) -> int:
     """The token that ends what a policy writes: the tokenizer's own, if it names one."""
-    named: int | None = codec.tokenizer.eos_token_id
-    return min(codec.end_ids) if named is None else named
+    named: int | None = renderer.tokenizer.eos_token_id
+    return min(renderer.end_ids) if named is None else named
 
 
 def _demonstrations(config: SFTConfig) -> Iterator[Demonstration]:
@@ -306,19 +306,19 @@ def _imported(name: str) -> Callable[..., Any]:
     return found
 
 
-def _open_model(name: str) -> tuple[PreTrainedModel, Codec]:
-    from research_agent.codec import load_codec  # noqa: PLC0415
-    from research_agent.policy import load_model, resolve_model  # noqa: PLC0415
+def _open_model(name: str) -> tuple[PreTrainedModel, Renderer]:
+    from research_agent.models.policy import load_model, resolve_model  # noqa: PLC0415
+    from research_agent.renderer import load_renderer  # noqa: PLC0415
 
-    return load_model(name), load_codec(resolve_model(name))
+    return load_model(name), load_renderer(resolve_model(name))
 
 
-def _new_model(config: SFTConfig) -> tuple[PreTrainedModel, Codec]:
+def _new_model(config: SFTConfig) -> tuple[PreTrainedModel, Renderer]:
     """A Llama of the sizes of the configuration, with a tokenizer of the vocabulary's phrases."""
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
-    from research_agent.codec import Codec  # noqa: PLC0415
     from research_agent.phrase_tokenizer import phrase_tokenizer  # noqa: PLC0415
+    from research_agent.renderer import Renderer  # noqa: PLC0415
 
     if config.vocabulary is None:
         raise ConfigError("a new model needs --vocabulary MODULE:FUNCTION, or start from a --model")
@@ -338,4 +338,4 @@ def _new_model(config: SFTConfig) -> tuple[PreTrainedModel, Codec]:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(architecture), Codec(tokenizer, frozenset({tokenizer.eos_token_id}))
+    return LlamaForCausalLM(architecture), Renderer(tokenizer, frozenset({tokenizer.eos_token_id}))

@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 
-from research_agent import ahead, checkpoint
+from research_agent import checkpoint, rollout_state
 from research_agent.algorithms import algorithm
 from research_agent.algorithms.base import SelectsGroups
 from research_agent.checkpoint import Checkpoint
-from research_agent.codec import Codec, load_codec
 from research_agent.collapse import Watch
-from research_agent.collect import Episode, UnderWay, collect
 from research_agent.config import TrainConfig, as_json, require_same, validate
+from research_agent.curriculum import Position, Stage, parse_stages
+from research_agent.distributed import agree, gather, processes, rank_and_size
 from research_agent.engines import make_engine
 from research_agent.engines.base import Engine
 from research_agent.environments import Environments, make_environments
@@ -42,14 +42,14 @@ from research_agent.errors import (
     ResearchAgentError,
     TooManyVoidError,
 )
-from research_agent.evaluate import as_record, evaluate
-from research_agent.files import write_whole
+from research_agent.evaluation.evaluate import as_record, evaluate
+from research_agent.files import write_atomic
 from research_agent.learner import Learner
-from research_agent.parallel import agree, gather, processes, rank_and_size
-from research_agent.policy import load_model, resolve_model
-from research_agent.stages import Position, Stage, parse_stages
+from research_agent.models.policy import load_model, resolve_model
+from research_agent.renderer import Renderer, load_renderer
+from research_agent.rollout import Episode, InFlight, collect
+from research_agent.run_logger import METRICS, TIMINGS, RunLogger, read_lines
 from research_agent.trace import Trace, TracedEngine, TracedEnvironments, span
-from research_agent.tracking import METRICS, TIMINGS, Tracker, read_lines
 from research_agent.trajectory import Group, Trajectory
 
 
@@ -150,13 +150,13 @@ def train(config: TrainConfig) -> TrainSummary:
 
 
 @contextmanager
-def _tracker(parts: _Parts, saved: Checkpoint | None) -> Iterator[Tracker | None]:
+def _tracker(parts: _Parts, saved: Checkpoint | None) -> Iterator[RunLogger | None]:
     """The logs of the run, with its first evaluation; None in all processes but the first."""
     if rank_and_size()[0]:
         yield None
         return
     run, step = parts.config.run, saved.step if saved else 0
-    with Tracker(run.output, step, run.steps, show=not run.quiet, fresh=not saved) as tracker:
+    with RunLogger(run.output, step, run.steps, show=not run.quiet, fresh=not saved) as tracker:
         tracker.say(f"{run.output}: {f'continuing after step {step}' if saved else 'starting'}")
         if run.eval_every and not saved:
             tracker.record(0, _evaluate(parts, 0), {"seconds": 0.0})
@@ -169,7 +169,7 @@ class _Parts:
 
     config: TrainConfig
     origin: str  # the model that the run began with
-    codec: Codec
+    renderer: Renderer
     model: Any  # of transformers: the one that learns
     engine: Engine  # has weights of its own
     learner: Learner
@@ -178,7 +178,7 @@ class _Parts:
     watch: Watch | None  # for collapse
     stages: tuple[Stage, ...]  # of the run; none where it has only one
     position: Position  # in the stages
-    under_way: UnderWay  # episodes of later steps; none unless collection runs ahead
+    under_way: InFlight  # episodes of later steps; none unless collection runs ahead
     trace: Trace | None
 
 
@@ -214,7 +214,7 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
         raise ConfigError("--max-staleness works in one process only; leave it at 0 with torchrun")
     if rank == 0:
         run.output.mkdir(parents=True, exist_ok=True)
-        write_whole(run.output / "config.json", json.dumps(as_json(config), indent=1) + "\n")
+        write_atomic(run.output / "config.json", json.dumps(as_json(config), indent=1) + "\n")
     torch.manual_seed(run.seed)
     slots = -(-sampling.prompts * sampling.samples // size)
     slots = min(slots * (1 + sampling.max_staleness), sampling.slots or slots)
@@ -229,7 +229,7 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
             held_out = open_environments(env, slots, {**env_args, **run.eval_args})
             stack.callback(held_out.close)
         origin = saved.state["origin"] if saved else _origin(policy.model)
-        codec = load_codec(resolve_model(origin), chat_template=policy.chat_template)
+        renderer = load_renderer(resolve_model(origin), chat_template=policy.chat_template)
         load = partial(load_model, device=policy.device)
         lora = config.learner.lora_rank > 0
         model = load(saved.folder if saved and not lora else origin)
@@ -240,7 +240,7 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
         engine: Engine = make_engine(
             sampling.engine,
             model,
-            codec,
+            renderer,
             max_slots=slots,
             max_context=context_of(model, sampling.max_prompt + sampling.max_response),
             dtype=config.learner.precision,
@@ -264,14 +264,14 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
         watch = None if run.collapse is None else Watch(run.collapse)
         if watch and saved:
             watch.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
-        under_way = UnderWay()
+        under_way = InFlight()
         if saved:
             begun = saved.state["under_way"]
-            under_way = ahead.from_state(begun, environments, sampling, run.seed)
+            under_way = rollout_state.from_state(begun, environments, sampling, run.seed)
         yield _Parts(
             config=config,
             origin=origin,
-            codec=codec,
+            renderer=renderer,
             model=model,
             engine=engine,
             learner=learner,
@@ -344,7 +344,7 @@ def _play(parts: _Parts, step: int) -> tuple[list[Trajectory], list[Group]]:
         trajectories = collect(
             parts.engine,
             parts.environments,
-            parts.codec,
+            parts.renderer,
             wanted[rank::size],  # each process plays its share, and all learn from all
             sampling,
             seed=parts.config.run.seed,
@@ -392,7 +392,7 @@ def _save(parts: _Parts, step: int, seconds: float) -> None:
 
     def write_model(folder: Path) -> None:
         parts.model.save_pretrained(folder, state_dict=weights)
-        parts.codec.tokenizer.save_pretrained(folder)
+        parts.renderer.tokenizer.save_pretrained(folder)
 
     checkpoint.save(
         config.run.output / "checkpoints",
@@ -405,7 +405,7 @@ def _save(parts: _Parts, step: int, seconds: float) -> None:
             "origin": parts.origin,
             **({"rewards": parts.watch.history} if parts.watch else {}),
             **({"stage": asdict(parts.position)} if parts.stages else {}),
-            "under_way": ahead.to_state(parts.under_way),
+            "under_way": rollout_state.to_state(parts.under_way),
         },
         config=as_json(config),
         keep=config.run.keep,
@@ -453,7 +453,7 @@ def _evaluate(parts: _Parts, step: int) -> dict[str, float]:
     summary = evaluate(
         parts.engine,
         parts.held_out,
-        parts.codec,
+        parts.renderer,
         replace(parts.config.sampling, temperature=run.eval_temperature),
         run.output / "evaluations" / f"step-{step:06d}",
         limit=run.eval_limit,

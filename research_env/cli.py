@@ -71,7 +71,7 @@ class Index:
             index_corpus,
             without_password,
         )
-        from research_env.retrieval.embedded import is_current  # noqa: PLC0415
+        from research_env.retrieval.bm25.retriever import is_current  # noqa: PLC0415
 
         corpus = _corpus(self.dataset, self.corpus)
         scheme, colon, rest = (self.to or "").partition(":")
@@ -109,7 +109,7 @@ class Index:
 
     def _elasticsearch(self, corpus: Any, url: str) -> None:
         from research_env.retrieval import report_progress  # noqa: PLC0415
-        from research_env.retrieval.elasticsearch_index import (  # noqa: PLC0415
+        from research_env.retrieval.elasticsearch.indexing import (  # noqa: PLC0415
             Layout,
             index_elasticsearch,
         )
@@ -322,9 +322,9 @@ class PrepareDatasets:
 
     def run(self) -> None:
         """Carry the command out."""
-        from research_env.cache import cache_folder  # noqa: PLC0415
         from research_env.datasets.hub import HUB_SOURCES  # noqa: PLC0415
         from research_env.datasets.prepare import prepare  # noqa: PLC0415
+        from research_env.paths import cache_folder  # noqa: PLC0415
 
         if not self.names:
             raise ConfigurationError(f"give the names of data sets: {', '.join(HUB_SOURCES)}")

@@ -30,7 +30,7 @@ from research_env.datasets.base import Question
 from research_env.prompts import prompt
 from research_env.protocol import RESEARCH
 from research_env.retrieval.base import Hit
-from research_env.retrieval.embedded import EmbeddedRetriever, build_index
+from research_env.retrieval.bm25.retriever import EmbeddedRetriever, build_index
 
 Demonstration = list[tuple[str, str]]
 

@@ -6,9 +6,9 @@ from typing import Any, ClassVar, Unpack
 
 import gymnasium as gym
 
+from research_env.core import Report, Settings, make_core, resolve_search
 from research_env.episode import Episode, advance
 from research_env.errors import ConfigurationError, EpisodeError, UnknownNameError
-from research_env.game import Report, Settings, make_game, settle
 from research_env.spaces import UnicodeText
 
 
@@ -82,7 +82,7 @@ class SearchQAEnv(gym.Env[str, str]):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise UnknownNameError("render mode", render_mode, self.metadata["render_modes"])
         self.render_mode = render_mode
-        self._game = make_game(**settings)
+        self._game = make_core(**settings)
         self._episode: Episode | None = None
         self._next = 0
         self.action_space = UnicodeText(terminators=self._game.protocol.terminators)
@@ -140,7 +140,7 @@ class SearchQAEnv(gym.Env[str, str]):
         episode = advance(self._episode, action)
         if episode.pending is not None:
             found = self._game.search([episode.pending])[0]
-            episode = settle(episode, found)
+            episode = resolve_search(episode, found)
         self._episode = episode
         report = self._game.report(episode)
         if self.render_mode == "human":

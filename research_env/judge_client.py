@@ -36,8 +36,8 @@ import httpx
 
 from research_env.errors import ConfigurationError, ResearchEnvError
 from research_env.retrieval.http import one_line
-from research_env.retrieval.options import check_address, secret_of, words_only
 from research_env.retrieval.retry import AGAIN, Deadline, Retry, retry_after
+from research_env.retrieval.url import check_address, secret_of, words_only
 
 MAX_TOKENS = 1024  # of an answer, in both papers' codes
 RETRY = Retry(deadline=120.0, first=0.5, longest=20.0)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from research_env.core import Settings, make_core, resolve_search
 from research_env.episode import Episode, advance
 from research_env.errors import (
     ActionError,
@@ -20,10 +21,9 @@ from research_env.errors import (
     RetrievalError,
     UnknownNameError,
 )
-from research_env.game import Settings, make_game, settle
 from research_env.infos import batched_infos
 from research_env.retrieval.base import Hit
-from research_env.searches import SearchCounts, Searches
+from research_env.retrieval.batching import QueryBatcher, SearchCounts
 from research_env.spaces import UnicodeText
 
 Mask = npt.NDArray[np.bool_]
@@ -101,7 +101,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         self.render_mode = render_mode
         self.metadata = {**type(self).metadata, "autoreset_mode": mode}
         self._mode = mode
-        self._game = make_game(**settings)
+        self._game = make_core(**settings)
         # An engine is asked by one thread at a time, unless it says that more may.
         in_flight = int(getattr(self._game.retriever, "in_flight", 1))
         self._places = threading.BoundedSemaphore(in_flight)
@@ -111,7 +111,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._episodes: list[Episode | None] = [None] * num_envs
         self._next = list(range(num_envs))
-        self._searches: Searches[tuple[int, Episode]] = Searches(
+        self._searches: QueryBatcher[tuple[int, Episode]] = QueryBatcher(
             self._search, max_batch, max_wait, remember, in_flight
         )
         self._ready: list[StepResult] = []
@@ -212,7 +212,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         truncations = np.zeros(self.num_envs, dtype=np.bool_)
         infos = {}
         for i, episode in moved.items():
-            settled = settle(episode, found[i]) if episode and i in asked else episode
+            settled = resolve_search(episode, found[i]) if episode and i in asked else episode
             result = self._conclude(i, settled)
             _, observations[i], rewards[i], terminations[i], truncations[i], infos[i] = result
         together = batched_infos(infos, self.num_envs)
@@ -267,7 +267,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
             if isinstance(found, Exception) and not isinstance(found, RetrievalError):
                 self._sent.discard(i)
                 raise found
-            self._ready.append(self._conclude(i, settle(asked, found)))
+            self._ready.append(self._conclude(i, resolve_search(asked, found)))
         results, self._ready = self._ready, []
         self._sent.difference_update(result.env_id for result in results)
         return results

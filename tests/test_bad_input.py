@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 
 from research_agent.batch import make_batch
 from research_agent.cli import main
-from research_agent.codec import Codec
-from research_agent.collect import collect
 from research_agent.config import SamplingConfig
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.environments import make_environments
+from research_agent.renderer import Renderer
+from research_agent.rollout import collect
 from research_agent.trajectory import Group, Trajectory
 from research_env import Hit, Passage
 from research_env.datasets import miniworld
@@ -346,20 +346,20 @@ SAID = {
 }
 
 
-def played(codec: Codec, rules: str, engine: Blank) -> Trajectory:
+def played(renderer: Renderer, rules: str, engine: Blank) -> Trajectory:
     """Two searches and an answer, said whatever the passages say."""
     before, searching, answering = SAID[rules]
     turns = [before + searching, searching, answering]
-    end = min(codec.end_ids)
-    script = iter([codec.encode_text(turn) for turn in turns])
+    end = min(renderer.end_ids)
+    script = iter([renderer.encode_text(turn) for turn in turns])
     environments = make_environments(
         "research_env:SearchQA-v0",
         1,
         {"dataset": DATASET, "retriever": engine, "protocol": rules, "template": "question"},
     )
-    scripted = ScriptedEngine(lambda *_: [*next(script), end], codec, max_context=10**6)
+    scripted = ScriptedEngine(lambda *_: [*next(script), end], renderer, max_context=10**6)
     sampling = SamplingConfig(max_prompt=1_000, max_response=900_000, max_turn=200)
-    [trajectory] = collect(scripted, environments, codec, [(0, 0)], sampling)
+    [trajectory] = collect(scripted, environments, renderer, [(0, 0)], sampling)
     environments.close()
     return trajectory
 
@@ -373,23 +373,23 @@ def played(codec: Codec, rules: str, engine: Blank) -> Trajectory:
 def test_no_passage_changes_what_is_learned_from_or_what_it_earns(
     pages: list[tuple[str, str]], rules: str, merges: bool
 ) -> None:
-    codec = codec_of(byte_tokenizer(merges=merges))
-    hostile = played(codec, rules, Blank(pages))
-    blank = played(codec, rules, Blank([("", "")] * len(pages)))
+    renderer = codec_of(byte_tokenizer(merges=merges))
+    hostile = played(renderer, rules, Blank(pages))
+    blank = played(renderer, rules, Blank([("", "")] * len(pages)))
     assert hostile.reward == blank.reward
     assert hostile.stop_reason == blank.stop_reason
     told, expected = (make_batch([Group(0, [t])]).targets.tolist() for t in (hostile, blank))
     assert told == expected  # the tokens that are learned: those that the policy wrote
-    assert codec.decode(told).count(SAID[rules][1]) == 2
-    specials = set(codec.tokenizer.all_special_ids)
+    assert renderer.decode(told).count(SAID[rules][1]) == 2
+    specials = set(renderer.tokenizer.all_special_ids)
     for segment in hostile.segments:
         if segment.provenance == "observation":
-            assert codec.decode(segment.tokens) == segment.text
+            assert renderer.decode(segment.tokens) == segment.text
             assert not specials & set(segment.tokens)
 
 
 def test_the_hint_after_an_invalid_action_is_no_action_either() -> None:
-    codec = codec_of(byte_tokenizer())
+    renderer = codec_of(byte_tokenizer())
     script = iter(["nonsense", "<answer>x</answer>"])
     environments = make_environments(
         "research_env:SearchQA-v0",
@@ -397,10 +397,10 @@ def test_the_hint_after_an_invalid_action_is_no_action_either() -> None:
         {"dataset": DATASET, "retriever": Blank(), "protocol": "search-r1"},
     )
     scripted = ScriptedEngine(
-        lambda *_: [*codec.encode_text(next(script)), min(codec.end_ids)], codec, 10**5
+        lambda *_: [*renderer.encode_text(next(script)), min(renderer.end_ids)], renderer, 10**5
     )
     sampling = SamplingConfig(max_prompt=9_000, max_response=9_000)
-    [trajectory] = collect(scripted, environments, codec, [(0, 0)], sampling)
+    [trajectory] = collect(scripted, environments, renderer, [(0, 0)], sampling)
     provenances = [segment.provenance for segment in trajectory.segments]
     assert provenances == ["prompt", "action", "observation", "action"]
     assert trajectory.segments[2].text == SEARCH_R1.hint

@@ -224,8 +224,8 @@ def documented() -> set[str]:
 
 
 def test_every_metric_of_the_learner_is_defined_and_no_other() -> None:
-    from research_agent.critic import METRICS as CRITIC
     from research_agent.learner import METRICS
+    from research_agent.models.critic import METRICS as CRITIC
 
     defined = {name for name in documented() if name.startswith("learner/")} - {"learner/NAME"}
     assert defined == {f"learner/{name}" for name in METRICS | CRITIC}

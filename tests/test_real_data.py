@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from research_agent.cli import main
-from research_agent.tracking import read_lines
+from research_agent.run_logger import read_lines
 from tests.research_agent.conftest import byte_tokenizer, tiny_qwen2
 
 

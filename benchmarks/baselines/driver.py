@@ -19,10 +19,10 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from research_agent.codec import Codec
-from research_agent.collect import Sampling, trajectory_seed
 from research_agent.engines.base import Completion, Engine, SamplingParams
 from research_agent.errors import ContextError
+from research_agent.renderer import Renderer
+from research_agent.rollout import Sampling, trajectory_seed
 from research_agent.trajectory import Segment, Trajectory
 from research_env.datasets.base import Question
 from research_env.episode import Episode
@@ -87,7 +87,7 @@ def search(query: str) -> Generator[Request, Reply, tuple[Hit, ...]]:
 def run(
     engine: Engine,
     environments: SearchQAVectorEnv,
-    codec: Codec,
+    renderer: Renderer,
     episodes: Sequence[tuple[int, int]],
     sampling: Sampling,
     *,
@@ -95,13 +95,13 @@ def run(
     seed: int = 0,
     on_finish: Callable[[Trajectory], None] | None = None,
 ) -> list[Trajectory]:
-    """Play episodes to their ends, as ``research_agent.collect`` does with a policy.
+    """Play episodes to their ends, as ``research_agent.rollout`` does with a policy.
 
     Args:
         engine: a sampler with as many slots as there are environments, none of them in use. Every
             prompt gets an empty slot.
         environments: of ReSearch's protocol.
-        codec: the model's tokenizer.
+        renderer: the model's tokenizer.
         episodes: (episode number, sample number) of each.
         sampling: temperature and limits: ``max_prompt`` of each prompt, ``max_response`` and
             ``max_turn`` of each reply.
@@ -142,7 +142,7 @@ def run(
         wanted = plays[slot].move(reply)
         if isinstance(wanted, str):
             actions[slot] = wanted
-        elif tokens := plays[slot].ask(wanted, codec, limit):
+        elif tokens := plays[slot].ask(wanted, renderer, limit):
             engine.submit(slot, tokens, plays[slot].params(sampling, seed))
         else:
             finish(slot, None)
@@ -244,10 +244,10 @@ class _Play:
             return f"<search> {request.query.translate(_IN_QUERIES)} </search>"
         return request
 
-    def ask(self, wanted: Generate, codec: Codec, limit: int) -> list[int]:
+    def ask(self, wanted: Generate, renderer: Renderer, limit: int) -> list[int]:
         """The tokens of a prompt, noted down; none where it is too long, and not the first."""
         text = "\n\n".join(message["content"] for message in wanted.messages)
-        speaking = codec if wanted.chat else replace(codec, chat_template=False)
+        speaking = renderer if wanted.chat else replace(renderer, chat_template=False)
         tokens = speaking.encode_prompt(text, wanted.messages)
         if len(tokens) > limit:
             if self.asked:

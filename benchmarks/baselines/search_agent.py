@@ -7,6 +7,6 @@ nothing but the weights differs.
 
 from __future__ import annotations
 
-from research_agent.collect import collect as run
+from research_agent.rollout import collect as run
 
 __all__ = ["run"]

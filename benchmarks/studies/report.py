@@ -12,8 +12,8 @@ from typing import Any
 from benchmarks.runs import draw_band, markdown_table, print_table, read_log, spread
 from benchmarks.studies.catalogue import AFTER, BEFORE, MIDDLE, Arm, Claim, Study
 from benchmarks.studies.work import Settings, folder_of, read_result
-from research_agent.files import write_whole
-from research_agent.predictions import read_predictions
+from research_agent.evaluation.predictions import read_predictions
+from research_agent.files import write_atomic
 
 Values = dict[str, float]
 AGREES, DISAGREES, UNDECIDED = "as in the paper", "the other way", "cannot be told apart"
@@ -54,8 +54,8 @@ def self_correction(records: Iterable[Mapping[str, Any]]) -> Values:
     """What policies do about useless results: those without a gold passage of the question.
 
     Args:
-        records: of an evaluation, see ``research_agent.predictions``. Void ones, and those of
-            questions whose gold passages are not known, are left out.
+        records: of an evaluation, see ``research_agent.evaluation.predictions``. Void ones, and
+            those of questions whose gold passages are not known, are left out.
 
     Returns:
         ``met useless``: the share of episodes with a useless result. Of these ``searched again``:
@@ -239,9 +239,9 @@ def report(settings: Settings, study: Study, seeds: Sequence[int]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     text = [f"## {title}", "", *words, "", markdown_table(headings, cells)]
     text += [f"- {line}" for line in said]
-    write_whole(folder / "table.md", "\n".join(text) + "\n")
+    write_atomic(folder / "table.md", "\n".join(text) + "\n")
     out = {"study": study.name, "steps": settings.steps, "seeds": list(seeds), "rows": rows}
-    write_whole(folder / "results.json", json.dumps(out, indent=1) + "\n")
+    write_atomic(folder / "results.json", json.dumps(out, indent=1) + "\n")
     if runs:
         draw(study, runs, folder / "curves.png")
     print(folder)

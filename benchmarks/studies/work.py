@@ -21,7 +21,7 @@ from benchmarks.studies.catalogue import GRPO, STARTER, Arm
 from research_agent.config import AlgorithmConfig, EnvironmentConfig, TrainConfig, as_json
 from research_agent.config import require_same as require_same_training
 from research_agent.errors import ConfigError
-from research_agent.files import write_whole
+from research_agent.files import write_atomic
 from research_agent.presets import MINIWORLD
 from research_env.datasets import miniworld
 
@@ -174,7 +174,7 @@ def claim_folder(settings: Settings) -> None:
             )
         return
     settings.output.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(ours) + "\n")
+    write_atomic(path, json.dumps(ours) + "\n")
 
 
 def write_worlds(settings: Settings) -> None:
@@ -240,7 +240,7 @@ def _model(settings: Settings, name: str) -> str:
 
 def _grades(settings: Settings) -> str:
     """Grade training questions by samples of a policy with half of the training."""
-    from research_agent.grade import write_grades  # noqa: PLC0415
+    from research_agent.evaluation.difficulty import write_grades  # noqa: PLC0415
     from research_agent.trainer import train  # noqa: PLC0415
 
     training = training_of(settings, GRPO, GRADER_SEED)
@@ -288,7 +288,7 @@ def do(settings: Settings, arm: Arm, seed: int) -> str:
         "final": final,
         "training": as_json(training_of(settings, arm, seed)),
     }
-    write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    write_atomic(folder / "result.json", json.dumps(result, indent=1) + "\n")
     return f"exact match {final['in']['em']:.2f} in domain, {final['out']['em']:.2f} out of it"
 
 
@@ -307,7 +307,7 @@ def _by_rl(settings: Settings, arm: Arm, seed: int) -> tuple[str, float]:
 def _by_sft(settings: Settings, arm: Arm, seed: int) -> tuple[str, float]:
     """Rejection sampling: play as many episodes as the others, learn those that are right."""
     from research_agent import sft  # noqa: PLC0415
-    from research_agent.grade import write_demonstrations  # noqa: PLC0415
+    from research_agent.evaluation.difficulty import write_demonstrations  # noqa: PLC0415
     from research_env.datasets import load_dataset  # noqa: PLC0415
 
     training, start = training_of(settings, arm, seed), time.perf_counter()
@@ -364,10 +364,10 @@ def play(
         Means of the environment's metrics, of ``tokens`` (of actions) and ``turns``, and
         ``answer words``, the mean number of words of the predictions.
     """
-    from research_agent.codec import load_codec  # noqa: PLC0415 - loads torch
     from research_agent.engines import make_engine  # noqa: PLC0415
-    from research_agent.evaluate import evaluate, read_predictions  # noqa: PLC0415
-    from research_agent.policy import load_model, resolve_model  # noqa: PLC0415
+    from research_agent.evaluation.evaluate import evaluate, read_predictions  # noqa: PLC0415
+    from research_agent.models.policy import load_model, resolve_model  # noqa: PLC0415
+    from research_agent.renderer import load_renderer  # noqa: PLC0415 - loads torch
     from research_agent.trainer import context_of, open_environments  # noqa: PLC0415
 
     sampling = replace(MINIWORLD.sampling, temperature=temperature)
@@ -376,7 +376,7 @@ def play(
     engine = make_engine(
         "transformers",
         policy,
-        load_codec(resolve_model(model)),
+        load_renderer(resolve_model(model)),
         max_slots=SLOTS,
         max_context=context,
     )
@@ -385,7 +385,7 @@ def play(
         summary = evaluate(
             engine,
             environments,
-            load_codec(resolve_model(model)),
+            load_renderer(resolve_model(model)),
             sampling,
             output,
             limit=limit,

@@ -104,7 +104,7 @@ class SelectsGroups(Protocol):
 
 @runtime_checkable
 class UsesCritic(Protocol):
-    """What an algorithm may have besides: a critic, see ``research_agent/critic.py``.
+    """What an algorithm may have besides: a critic, see ``research_agent/models/critic.py``.
 
     The learner makes one, and fills ``batch.values`` in before it asks for advantages.
     """

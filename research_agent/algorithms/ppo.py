@@ -18,12 +18,12 @@ Schulman et al. 2017 (arXiv:1707.06347), equations 7 and 9, for language models 
         \max\big((V - R_t)^2,\ (\mathrm{clip}(V, V_{old} \pm \epsilon_V) - R_t)^2\big), \quad
     R_t = A_t + V_{old,t}
 
-V_t is the critic's value of what stands before action token t (``research_agent/critic.py``). t
-runs over action tokens alone: the step after the last token of an action is the first token of the
-next action, with whatever was observed in between before it. mean and std are over all action
-tokens of the rollout. The authors' code has the tokens of observations in GAE, mean, std and the
-critic's loss as well (see verl issue 2337); with gamma = lambda = 1 their values cancel in GAE, but
-not in the rest.
+V_t is the critic's value of what stands before action token t
+(``research_agent/models/critic.py``). t runs over action tokens alone: the step after the last
+token of an action is the first token of the next action, with whatever was observed in between
+before it. mean and std are over all action tokens of the rollout. The authors' code has the tokens
+of observations in GAE, mean, std and the critic's loss as well (see verl issue 2337); with gamma =
+lambda = 1 their values cancel in GAE, but not in the rest.
 """
 
 from __future__ import annotations

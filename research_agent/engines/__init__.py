@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from research_agent.errors import ConfigError
 
 if TYPE_CHECKING:
-    from research_agent.codec import Codec
     from research_agent.engines.base import Engine
+    from research_agent.renderer import Renderer
 
 ENGINES = (
     "transformers",
@@ -28,7 +28,7 @@ _CARRIERS: dict[str, Literal["folder", "nccl", "ipc"]] = {
 def make_engine(
     name: str,
     model: Any,
-    codec: Codec,
+    renderer: Renderer,
     *,
     max_slots: int,
     max_context: int | None = None,
@@ -40,7 +40,7 @@ def make_engine(
     Args:
         name: one of ``ENGINES``; the servers' addresses follow their engine's name.
         model: the policy, whose weights the engine copies.
-        codec: its tokenizer.
+        renderer: its tokenizer.
         max_slots: how many trajectories may be held at once.
         max_context: tokens of a trajectory; the model's own limit by default.
         dtype: number format of vLLM's copy, such as bfloat16; the model's own by default. Servers
@@ -56,14 +56,14 @@ def make_engine(
     if name == "transformers":
         from research_agent.engines.transformers import TransformersEngine  # noqa: PLC0415 - torch
 
-        return TransformersEngine(model, codec, max_slots, max_context, share=share)
+        return TransformersEngine(model, renderer, max_slots, max_context, share=share)
     if name == "vllm":
         from research_agent.engines.vllm import VllmEngine  # noqa: PLC0415
 
-        return VllmEngine(model, codec, max_slots, max_context, dtype=dtype)
+        return VllmEngine(model, renderer, max_slots, max_context, dtype=dtype)
     kind, colon, urls = name.partition(":")
     if colon and kind in _CARRIERS:
-        from research_agent.engines.server import ServerEngine  # noqa: PLC0415 - torch
+        from research_agent.engines.servers.engine import ServerEngine  # noqa: PLC0415 - torch
 
-        return ServerEngine(model, codec, urls.split(","), max_context, by=_CARRIERS[kind])
+        return ServerEngine(model, renderer, urls.split(","), max_context, by=_CARRIERS[kind])
     raise ConfigError(f"no engine is named {name!r}; there is {', '.join(ENGINES)}")

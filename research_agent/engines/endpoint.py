@@ -1,10 +1,10 @@
 """Any OpenAI-compatible endpoint as an engine: text goes out, text comes back. Never for training.
 
 For evaluation and baselines: of a text nobody knows which tokens the model sampled, nor how likely
-they were. Wire it to ``evaluate`` with the codec that belongs to it::
+they were. Wire it to ``evaluate`` with the renderer that belongs to it::
 
-    codec = EndpointCodec(chat_template=config.chat_template)
-    engine = EndpointEngine(config.endpoint, config.model, codec)
+    renderer = EndpointRenderer(chat_template=config.chat_template)
+    engine = EndpointEngine(config.endpoint, config.model, renderer)
 
 ``/completions`` gets the prompt and all that was said since as one text. With ``chat_template``
 ``/chat/completions`` gets the prompt's messages, and what was said since as the beginning of the
@@ -44,12 +44,12 @@ _TOO_LONG = re.compile(r"context|max_model_len|max_tokens|too (long|many tokens|
 
 
 @dataclass
-class EndpointCodec:
-    """A codec of words and parts of words, for text whose tokens nobody knows.
+class EndpointRenderer:
+    """A renderer of words and parts of words, for text whose tokens nobody knows.
 
-    It does what ``collect`` and ``evaluate`` ask of a codec, and loses no character. Its tokens are
-    pieces of at most five letters, and in English of 3.8 characters (MuSiQue's passages), about as
-    long as a model's: so limits of tokens mean nearly what they say.
+    It does what ``collect`` and ``evaluate`` ask of a renderer, and loses no character. Its tokens
+    are pieces of at most five letters, and in English of 3.8 characters (MuSiQue's passages), about
+    as long as a model's: so limits of tokens mean nearly what they say.
 
     Attributes:
         chat_template: prompts are chat messages, for the endpoint's template; not plain text.
@@ -110,7 +110,7 @@ class EndpointEngine:
     Args:
         url: the endpoint's base, such as ``http://localhost:8000/v1``.
         model: the name that the endpoint knows the model by.
-        codec: that of the prompts; it says whether they are chat messages.
+        renderer: that of the prompts; it says whether they are chat messages.
         concurrency: requests at a time.
         deadline: seconds for a turn, with all its attempts.
         attempts: how often a turn is asked for while the endpoint fails.
@@ -129,7 +129,7 @@ class EndpointEngine:
         self,
         url: str,
         model: str,
-        codec: EndpointCodec,
+        renderer: EndpointRenderer,
         *,
         concurrency: int = 16,
         deadline: float = 600.0,
@@ -141,7 +141,7 @@ class EndpointEngine:
         self.max_context = 1 << 30  # the endpoint has its own, and refuses what is longer
         self._url = url.strip().rstrip("/")
         self._model = model
-        self._codec = codec
+        self._codec = renderer
         self._client = make_client(self._url, read_key("OPENAI_API_KEY"))
         self._places = asyncio.Semaphore(concurrency)
         self._deadline = deadline
@@ -328,7 +328,7 @@ class _Held:
 
     prompt: str
     messages: list[dict[str, str]]  # the same as chat messages; none: it is plain text
-    length: int  # tokens of the codec
+    length: int  # tokens of the renderer
     later: list[tuple[str, str]] = field(default_factory=list)  # whose, and the text
 
     def add(self, role: str, text: str, length: int) -> None:

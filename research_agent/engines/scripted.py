@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from research_agent.codec import Codec
 from research_agent.engines.base import Completion, Finish, SamplingParams
 from research_agent.errors import ContextError
+from research_agent.renderer import Renderer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ class ScriptedEngine:
     Args:
         script: makes the tokens of a turn. They are cut after the first end token, where a stop
             string is complete, and at the limits of length and context.
-        codec: the tokenizer.
+        renderer: the tokenizer.
         max_context: tokens that a trajectory may have.
         delay: how many more steps a turn takes than one; called once a turn.
     """
@@ -39,13 +39,13 @@ class ScriptedEngine:
     def __init__(
         self,
         script: Script,
-        codec: Codec,
+        renderer: Renderer,
         max_context: int = 4096,
         delay: Callable[[], int] = lambda: 0,
     ) -> None:
         self.max_context = max_context
         self._script = script
-        self._codec = codec
+        self._codec = renderer
         self._delay = delay
         self._held: dict[int, list[int]] = {}
         self._turns: dict[int, _Turn] = {}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from research_agent.codec import Codec
+    from research_agent.renderer import Renderer
 
 _ATTENTION = "research_agent_slots"
 _MAX_STEP_TOKENS = 16_384  # bounds the memory of one forward
@@ -147,7 +147,7 @@ class TransformersEngine:
 
     Args:
         model: the policy. Its weights are copied, unless ``share``.
-        codec: its tokenizer.
+        renderer: its tokenizer.
         max_slots: how many trajectories may be held at once; slots are ``0 .. max_slots - 1``.
         max_context: tokens that a trajectory may have; the model's own limit by default.
         share: use the model object itself. Only where nobody else uses it, as when evaluating.
@@ -162,7 +162,7 @@ class TransformersEngine:
     def __init__(
         self,
         model: Any,
-        codec: Codec,
+        renderer: Renderer,
         max_slots: int,
         max_context: int | None = None,
         *,
@@ -171,7 +171,7 @@ class TransformersEngine:
         self.max_context = context_limit(model, max_context)
         self.max_slots = max_slots
         self.forwarded_tokens = 0  # since the start; a token of a trajectory counts once
-        self._codec = codec
+        self._codec = renderer
         self._model = (model if share else copy.deepcopy(model)).eval()
         self._device = next(self._model.parameters()).device
         self._names = WeightNames(self._model)
@@ -193,9 +193,9 @@ class TransformersEngine:
         self._last = np.full(max_slots, -1, dtype=np.int64)  # [slots] sampled, not forwarded yet
         self._stop_set = np.zeros(max_slots, dtype=np.int64)  # [slots] -> index of a stop set
         self._stop_sets: dict[tuple[str, ...], int] = {}
-        vocabulary = max(len(codec.tokenizer), model.get_output_embeddings().weight.shape[0])
+        vocabulary = max(len(renderer.tokenizer), model.get_output_embeddings().weight.shape[0])
         self._ends = np.zeros(vocabulary, dtype=np.bool_)
-        self._ends[list(codec.end_ids)] = True
+        self._ends[list(renderer.end_ids)] = True
         self._flags = np.zeros((0, vocabulary), dtype=np.bool_)  # [stop sets, vocabulary]
         self._tokens = np.zeros((max_slots, self.max_context), dtype=np.int64)  # of this turn
         self._logprobs = np.zeros((max_slots, self.max_context), dtype=np.float32)

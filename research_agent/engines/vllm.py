@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from research_agent.distributed import rank_and_size
 from research_agent.engines.base import Completion, Finish, SamplingParams
 from research_agent.engines.checks import (
     CONTINUE,
@@ -41,12 +42,11 @@ from research_agent.engines.checks import (
 from research_agent.engines.remote import turn_seed
 from research_agent.engines.watchdog import Watchdog
 from research_agent.errors import ConfigError, EngineError, ModelError
-from research_agent.parallel import rank_and_size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from research_agent.codec import Codec
+    from research_agent.renderer import Renderer
 
 _CPU_BLOCK = 32  # tokens
 _CPU_STEP = 4096  # tokens that one step may compute; a prompt is never cut
@@ -68,7 +68,7 @@ class VllmEngine:
 
     Args:
         model: the policy, of the transformers library. vLLM gets its configuration and weights.
-        codec: its tokenizer.
+        renderer: its tokenizer.
         max_slots: how many trajectories may be held at once; slots are ``0 .. max_slots - 1``.
         max_context: tokens that a trajectory may have; the model's own limit by default.
         dtype: number format of vLLM's weights and cache; the model's own by default.
@@ -87,7 +87,7 @@ class VllmEngine:
     def __init__(
         self,
         model: Any,
-        codec: Codec,
+        renderer: Renderer,
         max_slots: int,
         max_context: int | None = None,
         *,
@@ -98,7 +98,7 @@ class VllmEngine:
         self.max_context = context_limit(model, max_context)
         self.max_slots = max_slots
         self.prefilled_tokens = 0  # by vLLM's count: those of prompts that its cache had not
-        self._codec = codec
+        self._codec = renderer
         self._version = 0
         self._held: dict[int, list[int]] = {}  # slot -> its trajectory's tokens
         self._turns: dict[int, _Turn] = {}  # by slot, which is the name of the request too
@@ -149,7 +149,7 @@ class VllmEngine:
             seed=turn_seed(params.seed, len(prompt)),
             max_tokens=min(params.max_tokens, self.max_context - len(prompt)),
             stop_token_ids=sorted(self._codec.end_ids),
-            ignore_eos=True,  # what ends a turn is the codec's business
+            ignore_eos=True,  # what ends a turn is the renderer's business
             detokenize=False,
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,

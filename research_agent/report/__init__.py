@@ -8,7 +8,7 @@ from pathlib import Path
 
 from research_agent.config import ReportConfig
 from research_agent.errors import ConfigError
-from research_agent.files import write_whole
+from research_agent.files import write_atomic
 from research_agent.report.curve import draw, series, text_curve
 from research_agent.report.index import make_index
 from research_agent.report.page import render
@@ -50,7 +50,7 @@ def make_report(config: ReportConfig) -> Report:
     shown = names([path.resolve() for path in config.paths])
     html = render(f"Report: {', '.join(shown)}", index, details)
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(page, html)
+    write_atomic(page, html)
     picture = page.with_name("curve.png") if runs else None
     if picture:
         draw({name: run.log for name, run in runs.items()}, picture)

@@ -7,11 +7,11 @@ from dataclasses import fields
 from typing import Any
 
 from research_agent.config import flatten
-from research_agent.predictions import key_of
+from research_agent.evaluation.predictions import key_of
+from research_agent.evaluation.summary import RIGHT, Part, main_metric, outcome, summarize
 from research_agent.report.curve import series
 from research_agent.report.page import as_json
 from research_agent.report.sources import Predictions, Sources, names
-from research_agent.summary import RIGHT, Part, main_metric, outcome, summarize
 
 CHUNK = 400_000  # characters of JSON that are packed together: what a click on an episode unpacks
 _QUESTION = 300  # characters of a prompt that stand for a question that nobody named

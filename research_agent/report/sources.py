@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from research_agent.errors import ConfigError, PredictionsError
-from research_agent.predictions import PREDICTIONS, read_predictions
-from research_agent.summary import outcome
-from research_agent.tracking import METRICS, read_lines
+from research_agent.evaluation.predictions import PREDICTIONS, read_predictions
+from research_agent.evaluation.summary import outcome
+from research_agent.run_logger import METRICS, read_lines
 
 CONFIG, SUMMARY = "config.json", "summary.json"
 _MUTE = ("/", "evaluations", "predictions")  # parts of a path that tell nothing apart

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from research_env.cache import cache_folder
 from research_env.datasets.base import Hop, Question
 from research_env.errors import DataError, DataNotFoundError
+from research_env.paths import cache_folder
 from research_env.retrieval.base import Passage
 
 

@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from research_env.cache import cache_folder
 from research_env.datasets.base import Corpus, Dataset
 from research_env.datasets.files import FileCorpus, read_questions
 from research_env.errors import (
@@ -21,6 +20,7 @@ from research_env.errors import (
     UnknownNameError,
 )
 from research_env.metrics import normalize
+from research_env.paths import cache_folder
 from research_env.retrieval.base import Passage
 
 

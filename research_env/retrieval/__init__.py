@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from research_env.cache import cache_folder
 from research_env.errors import ConfigurationError, ResearchEnvError, UnknownNameError
+from research_env.paths import cache_folder
 from research_env.progress import progress
 from research_env.retrieval.base import Hit, Passage, Retriever
 
@@ -25,18 +25,18 @@ def open_retriever(url: str | None, corpus: Corpus | None) -> Retriever:
     """Open the search engine that a string names.
 
     - None: the embedded engine over ``corpus``, indexed once into the cache folder (see
-      :func:`research_env.cache.cache_folder`), again when the corpus changes.
+      :func:`research_env.paths.cache_folder`), again when the corpus changes.
     - ``embedded:DIR``: the index in that folder, which must be of ``corpus``; made if there is
       none. ``embedded:DIR?corpus=any``: the index whatever its corpus, for example a whole
       Wikipedia instead of the data set's own passages.
     - ``elasticsearch://HOST:PORT/INDEX``, ``elasticsearch+https://...``: an index of Elasticsearch;
-      see :mod:`research_env.retrieval.elasticsearch`.
+      see :mod:`research_env.retrieval.elasticsearch.retriever`.
     - ``http://HOST:PORT/retrieve``, ``https://...``: a retrieval server of Search-R1's format; see
       :mod:`research_env.retrieval.http`.
     - ``web:serper``, ``web:brave``, ``web:tavily``, ``web:searxng?url=...``: the web; see
       :mod:`research_env.retrieval.web`.
     - ``?cache=FILE`` on any of them records and replays, ``?cache=FILE&replay=only`` replays; see
-      :mod:`research_env.retrieval.recorded`.
+      :mod:`research_env.retrieval.replay`.
 
     Args:
         url: as above.
@@ -62,7 +62,7 @@ def open_retriever(url: str | None, corpus: Corpus | None) -> Retriever:
             "retriever", without_password(url), [f"{known}:..." for known in SCHEMES], hint
         )
     if "?" in rest:
-        from research_env.retrieval.recorded import (  # noqa: PLC0415  (loads SQLite)
+        from research_env.retrieval.replay import (  # noqa: PLC0415  (loads SQLite)
             RecordedRetriever,
             recording,
         )
@@ -95,7 +95,7 @@ def index_corpus(corpus: Corpus, folder: str | Path) -> int:
         ConfigurationError: the folder cannot be written, or holds something else than an index.
         DataError: the corpus cannot be read, holds no words, or changed meanwhile.
     """
-    from research_env.retrieval.embedded import build_index  # noqa: PLC0415 (loads the engine)
+    from research_env.retrieval.bm25.retriever import build_index  # noqa: PLC0415 (loads the engine)
 
     try:
         with report_progress(corpus) as report:
@@ -111,7 +111,7 @@ def index_corpus(corpus: Corpus, folder: str | Path) -> int:
 
 def _embedded(rest: str, corpus: Corpus | None, heal: bool = False) -> Retriever:
     from research_env.errors import StaleIndexError  # noqa: PLC0415
-    from research_env.retrieval.embedded import EmbeddedRetriever  # noqa: PLC0415
+    from research_env.retrieval.bm25.retriever import EmbeddedRetriever  # noqa: PLC0415
 
     folder, mark, option = rest.partition("?")
     if mark and option != "corpus=any":
@@ -144,7 +144,7 @@ def _web(rest: str, corpus: Corpus | None) -> Retriever:
 
 
 def _elasticsearch(scheme: str, rest: str, corpus: Corpus | None) -> Retriever:
-    from research_env.retrieval.elasticsearch import ElasticsearchRetriever  # noqa: PLC0415
+    from research_env.retrieval.elasticsearch.retriever import ElasticsearchRetriever  # noqa: PLC0415
 
     return ElasticsearchRetriever(f"{scheme}:{rest}")
 

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from research_env.errors import ConfigurationError, RetrievalError
 from research_env.retrieval.base import Hit, Passage
-from research_env.retrieval.options import (
+from research_env.retrieval.reading import read_json
+from research_env.retrieval.retry import AGAIN, Deadline, Retry, retry_after
+from research_env.retrieval.url import (
     check_address,
     check_options,
     number,
     split_options,
     words_only,
 )
-from research_env.retrieval.reading import read_json
-from research_env.retrieval.retry import AGAIN, Deadline, Retry, retry_after
 
 if TYPE_CHECKING:
     import ssl

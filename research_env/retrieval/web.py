@@ -27,14 +27,14 @@ from typing import TYPE_CHECKING, Any
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
 from research_env.retrieval.base import Hit, Passage
 from research_env.retrieval.http import Client, ask_json, one_line
-from research_env.retrieval.options import (
+from research_env.retrieval.retry import Deadline, Retry
+from research_env.retrieval.url import (
     check_address,
     check_options,
     number,
     secret_of,
     split_options,
 )
-from research_env.retrieval.retry import Deadline, Retry
 
 if TYPE_CHECKING:
     import httpx

@@ -21,7 +21,7 @@ from research_agent.config import SamplingConfig
 from research_agent.engines.base import SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.errors import ContextError
-from research_agent.evaluate import as_record
+from research_agent.evaluation.evaluate import as_record
 from research_agent.trajectory import Trajectory
 from research_env import Dataset, Hit, Passage, Question
 from research_env.datasets import miniworld
@@ -88,14 +88,16 @@ def play(
 ) -> tuple[Model, Shelf, Trajectory]:
     """One question, with top-5."""
     model, shelf = Model(lines), shelf or Shelf()
-    codec = settings.pop("codec", CODEC)
+    renderer = settings.pop("renderer", CODEC)
     sampling = settings.pop("sampling", SAMPLING)
     context = settings.pop("context", 8_000)
     question = settings.pop("question", WHO)
     data = Dataset("one", (question,), None)
     environments = SearchQAVectorEnv(1, dataset=data, retriever=shelf, **settings)
-    engine = ScriptedEngine(model, codec, context)
-    (trajectory,) = driver.run(engine, environments, codec, [(0, 0)], sampling, baseline=baseline)
+    engine = ScriptedEngine(model, renderer, context)
+    (trajectory,) = driver.run(
+        engine, environments, renderer, [(0, 0)], sampling, baseline=baseline
+    )
     environments.close()
     assert engine.busy == 0
     return model, shelf, trajectory
@@ -210,12 +212,12 @@ def test_ircot_answers_with_what_follows_the_mark() -> None:
 
 
 def test_a_chat_model_gets_messages_and_ircot_plain_text() -> None:
-    model, _, _ = play(naive_rag.play, ["Ann"], codec=CHAT)
+    model, _, _ = play(naive_rag.play, ["Ann"], renderer=CHAT)
     assert model.prompts == [
         f"<|im_start|>system\n{RAG}{documents('Apt').strip()}<|im_end|>\n"
         "<|im_start|>user\nQuestion: Who leads Apt?<|im_end|>\n<|im_start|>assistant\n"
     ]
-    model, _, _ = play(ircot.play, [" So the answer is: Ann."], codec=CHAT)
+    model, _, _ = play(ircot.play, [" So the answer is: Ann."], renderer=CHAT)
     assert "<|im_start|>" not in model.prompts[0]
 
 

@@ -14,12 +14,12 @@ import pytest
 
 from benchmarks.demo import GO_ON, PLAN, BlankRetriever, SearchAlways
 from research_agent.cli import main as sft
-from research_agent.codec import Codec
-from research_agent.collect import collect
 from research_agent.config import SamplingConfig
 from research_agent.engines.base import SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.environments import make_environments
+from research_agent.renderer import Renderer
+from research_agent.rollout import collect
 from research_agent.trajectory import Trajectory
 from research_env import Hit, Passage
 from research_env.datasets import Question, miniworld
@@ -82,14 +82,14 @@ class Obedient:
     tells by their titles.
     """
 
-    def __init__(self, codec: Codec) -> None:
-        self.codec = codec
+    def __init__(self, renderer: Renderer) -> None:
+        self.renderer = renderer
         self.asked = {q.question: q for q in miniworld.load("dev").questions}
 
     def __call__(self, held: Sequence[int], params: SamplingParams) -> list[int]:
-        text = self.codec.decode(held)
+        text = self.renderer.decode(held)
         question = self.asked[text.split("\n", 1)[0]]
-        return [*self.codec.encode_text(self.says(question, text)), min(self.codec.end_ids)]
+        return [*self.renderer.encode_text(self.says(question, text)), min(self.renderer.end_ids)]
 
     @staticmethod
     def says(question: Question, text: str) -> str:
@@ -103,7 +103,7 @@ class Obedient:
 
 
 def play(*, always: bool, blank: bool = False) -> list[Trajectory]:
-    codec = codec_of(byte_tokenizer())
+    renderer = codec_of(byte_tokenizer())
     args: dict[str, Any] = dict(ARGS)
     if blank:
         args["retriever"] = BlankRetriever(open_retriever(None, miniworld.world(0)))
@@ -112,10 +112,10 @@ def play(*, always: bool, blank: bool = False) -> list[Trajectory]:
         questions = miniworld.load("dev").questions
         environments = SearchAlways(environments, {q.id: len(q.decomposition) for q in questions})
     sampling = SamplingConfig(max_prompt=500, max_response=9_000, max_turn=500)
-    engine = ScriptedEngine(Obedient(codec), codec, max_context=10_000)
+    engine = ScriptedEngine(Obedient(renderer), renderer, max_context=10_000)
     wanted = [(episode, 0) for episode in range(EPISODES)]
     try:
-        return collect(engine, environments, codec, wanted, sampling)
+        return collect(engine, environments, renderer, wanted, sampling)
     finally:
         environments.close()
 

@@ -118,7 +118,7 @@ def test_every_cell_is_played_once_and_then_found_without_loading_a_model(
     def no_model(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("research_agent.policy.load_model", no_model)
+    monkeypatch.setattr("research_agent.models.policy.load_model", no_model)
     paper_table.main(words(model, output, *methods, *trained, "--format", "json"))
     assert json.loads(capsys.readouterr().out) == table
     assert cell_files(output) == before

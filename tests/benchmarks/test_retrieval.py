@@ -17,7 +17,7 @@ from benchmarks.retrieval import main, medians, recall
 from research_env import Hit, Passage, Question
 from research_env.datasets.files import FileCorpus
 from research_env.errors import RetrievalError
-from research_env.retrieval.analysis import analyze
+from research_env.retrieval.bm25.analyzer import analyze
 
 
 class Fixed:

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import rollout_racers as racers
 from benchmarks import rollouts as bench
-from research_agent.codec import Codec
+from research_agent.renderer import Renderer
 
 
 @pytest.fixture(autouse=True)
@@ -22,16 +22,16 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def codec() -> Codec:
+def renderer() -> Renderer:
     return racers.make_codec()
 
 
-def test_the_script_searches_three_times_and_then_speaks(codec: Codec) -> None:
-    script = racers.make_script(4, codec)
+def test_the_script_searches_three_times_and_then_speaks(renderer: Renderer) -> None:
+    script = racers.make_script(4, renderer)
     turns = [[turn[turn >= 0].tolist() for turn in episode] for episode in script]
     assert all(len(episode) == 4 for episode in turns)
     for number, episode in enumerate(turns):
-        texts = [codec.decode(turn) for turn in episode]
+        texts = [renderer.decode(turn) for turn in episode]
         assert all(text.count("<|im_end|>") == 1 for text in texts)
         assert all(text.endswith("<|im_end|>") for text in texts)
         for turn, text in enumerate(texts[:3]):
@@ -46,24 +46,24 @@ def test_the_script_searches_three_times_and_then_speaks(codec: Codec) -> None:
     assert script.shape == (4, 4, max(lengths))
 
 
-def test_the_scripts_turns_are_as_long_as_real_ones(codec: Codec) -> None:
+def test_the_scripts_turns_are_as_long_as_real_ones(renderer: Renderer) -> None:
     """On average 99 tokens up to a search, and 87 at the end; then comes the end token."""
-    lengths = (racers.make_script(400, codec) >= 0).sum(axis=2)
+    lengths = (racers.make_script(400, renderer) >= 0).sum(axis=2)
     assert lengths[:, :3].mean() == pytest.approx(100, abs=3)
     assert lengths[:, 3].mean() == pytest.approx(88, abs=4)
 
 
-def test_our_side_plays_the_script_and_searches_for_it(codec: Codec) -> None:
+def test_our_side_plays_the_script_and_searches_for_it(renderer: Renderer) -> None:
     search = racers.Search()
-    script = racers.make_script(4, codec, 0.3)
+    script = racers.make_script(4, renderer, 0.3)
     prompts = ["<|im_start|>user\nfirst<|im_end|>\n", "<|im_start|>user\nsecond one<|im_end|>\n"]
-    ours = racers.Ours(racers.make_policy(codec), codec, prompts, script, search)
+    ours = racers.Ours(racers.make_policy(renderer), renderer, prompts, script, search)
     for _ in range(2):  # a round leaves nothing behind
         assert ours.play() > 0
         assert ours.tokens("action") == [turns[turns >= 0].tolist() for turns in script]
-    seen = [codec.decode(tokens) for tokens in ours.tokens("prompt")]
+    seen = [renderer.decode(tokens) for tokens in ours.tokens("prompt")]
     assert seen == ["^user\nfirst^\n"] * 2 + ["^user\nsecond one^\n"] * 2
-    results = codec.decode(ours.tokens("observation")[0])
+    results = renderer.decode(ours.tokens("observation")[0])
     assert results.count(racers.RESULT) == 3
     asked = {racers.query(episode, turn): 2 for episode in range(4) for turn in range(3)}
     assert {query: len(times) for query, times in search.answered.items()} == asked

@@ -42,10 +42,10 @@ from benchmarks.studies.work import (
 )
 from research_agent.algorithms import algorithm
 from research_agent.config import TrainConfig, as_json, validate
+from research_agent.curriculum import parse_stages
 from research_agent.errors import CheckpointError
-from research_agent.policy import load_model
-from research_agent.predictions import read_predictions
-from research_agent.stages import parse_stages
+from research_agent.evaluation.predictions import read_predictions
+from research_agent.models.policy import load_model
 from research_env.datasets import load_dataset, miniworld
 from research_env.errors import RetrievalError
 from research_env.retrieval.base import Hit, Passage

@@ -19,7 +19,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from research_agent.codec import Codec
+from research_agent.renderer import Renderer
 
 if TYPE_CHECKING:
     from research_agent.engines.vllm import VllmEngine
@@ -69,8 +69,8 @@ def letter_tokenizer(letters: str = "abcd=?!") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
 
 
-def codec_of(tokenizer: Any, *, chat_template: bool = False) -> Codec:
-    return Codec(tokenizer, frozenset({tokenizer.eos_token_id}), chat_template)
+def codec_of(tokenizer: Any, *, chat_template: bool = False) -> Renderer:
+    return Renderer(tokenizer, frozenset({tokenizer.eos_token_id}), chat_template)
 
 
 def tiny_qwen2(vocabulary: int = 264, *, hidden: int = 32, context: int = 256) -> Qwen2ForCausalLM:
@@ -148,7 +148,7 @@ def vllm() -> None:
 
 
 @pytest.fixture(scope="session")
-def vllm_engine(vllm: None, merging_codec: Codec) -> Iterator[VllmEngine]:
+def vllm_engine(vllm: None, merging_codec: Renderer) -> Iterator[VllmEngine]:
     """One engine for all tests, since a start takes so long; they load the weights they need."""
     import numba  # noqa: F401 - an environment that searches has it, and vLLM trips over it
 
@@ -162,10 +162,10 @@ def vllm_engine(vllm: None, merging_codec: Codec) -> Iterator[VllmEngine]:
 
 
 @pytest.fixture(scope="session")
-def codec() -> Codec:
+def renderer() -> Renderer:
     return codec_of(byte_tokenizer())
 
 
 @pytest.fixture(scope="session")
-def merging_codec() -> Codec:
+def merging_codec() -> Renderer:
     return codec_of(byte_tokenizer(merges=True))

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from research_agent.algorithms.grpo import GRPO
+from research_agent.distributed import rank_and_size
 from research_agent.errors import NonFiniteError
 from research_agent.learner import Learner
-from research_agent.parallel import rank_and_size
 from tests.research_agent.conftest import tiny_qwen2
 from tests.research_agent.rollouts import random_groups
 

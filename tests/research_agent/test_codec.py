@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from research_agent.codec import Codec, load_codec
 from research_agent.errors import ModelError
+from research_agent.renderer import Renderer, load_renderer
 from tests.research_agent.conftest import SPECIALS, byte_tokenizer, codec_of
 
 CODEC = codec_of(byte_tokenizer(merges=True))
@@ -37,9 +37,9 @@ def test_a_tokenizer_that_truncates_and_pads_by_habit_does_neither() -> None:
     tokenizer = byte_tokenizer(merges=True)
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=8)
-    codec = codec_of(tokenizer)
+    renderer = codec_of(tokenizer)
     for text in ("a", "Who founded it?"):
-        assert codec.encode_text(text) == CODEC.encode_text(text)
+        assert renderer.encode_text(text) == CODEC.encode_text(text)
     assert tokenizer.backend_tokenizer.truncation["max_length"] == 3  # it is somebody else's
 
 
@@ -55,7 +55,7 @@ def test_a_tokenizer_without_a_backend_is_called() -> None:
             assert settings == given
             return {"input_ids": [ord(character) for character in text]}
 
-    assert Codec(Slow(), frozenset({0})).encode_text("ab") == [97, 98]
+    assert Renderer(Slow(), frozenset({0})).encode_text("ab") == [97, 98]
 
 
 def test_special_tokens_are_cut_where_the_vocabulary_holds_them_as_words() -> None:
@@ -65,15 +65,15 @@ def test_special_tokens_are_cut_where_the_vocabulary_holds_them_as_words() -> No
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", eos_token="<end>"
     )
-    codec = Codec(tokenizer, frozenset({1}))
-    assert codec.encode_text("a <end> <end> b") == [2, 3, 4, 3, 4, 0]
+    renderer = Renderer(tokenizer, frozenset({1}))
+    assert renderer.encode_text("a <end> <end> b") == [2, 3, 4, 3, 4, 0]
 
 
 def test_a_plain_prompt_begins_as_the_tokenizer_does() -> None:
-    codec = codec_of(byte_tokenizer(begin=True))
-    begin, text = codec.tokenizer.bos_token_id, codec.encode_text("ab")
+    renderer = codec_of(byte_tokenizer(begin=True))
+    begin, text = renderer.tokenizer.bos_token_id, renderer.encode_text("ab")
     assert begin not in text
-    assert codec.encode_prompt("ab") == [begin, *text]
+    assert renderer.encode_prompt("ab") == [begin, *text]
     assert codec_of(byte_tokenizer()).encode_prompt("ab") == text
 
 
@@ -132,24 +132,24 @@ def test_stop_flags_leave_most_tokens_out() -> None:
 def test_load(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(tmp_path)
-    assert load_codec(tmp_path).end_ids == {tokenizer.eos_token_id}
+    assert load_renderer(tmp_path).end_ids == {tokenizer.eos_token_id}
     GenerationConfig(eos_token_id=[5, tokenizer.eos_token_id]).save_pretrained(tmp_path)
-    loaded = load_codec(tmp_path, chat_template=True)
+    loaded = load_renderer(tmp_path, chat_template=True)
     assert loaded.end_ids == {5, tokenizer.eos_token_id}
     assert loaded.encode_prompt("Who?") == CHAT.encode_prompt("Who?")
 
 
 def test_load_refuses_what_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no tokenizer can be opened at .*nowhere.*give a fol"):
-        load_codec(tmp_path / "nowhere")
+        load_renderer(tmp_path / "nowhere")
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "plain")
     with pytest.raises(ModelError, match="no chat template"):
-        load_codec(tmp_path / "plain", chat_template=True)
+        load_renderer(tmp_path / "plain", chat_template=True)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "endless")
     with pytest.raises(ModelError, match="no end token"):
-        load_codec(tmp_path / "endless")
+        load_renderer(tmp_path / "endless")
     with pytest.raises(ModelError, match="no end token"):
-        Codec(tokenizer, frozenset())
+        Renderer(tokenizer, frozenset())

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research_agent.codec import Codec
-from research_agent.collect import collect, trajectory_seed
 from research_agent.engines.base import SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.environments import StepResult, make_environments
 from research_agent.errors import ConfigError, ContextError, EnvironmentContractError
+from research_agent.renderer import Renderer
+from research_agent.rollout import collect, trajectory_seed
 from research_agent.trajectory import Trajectory
 from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
 
@@ -81,11 +81,13 @@ def test_an_episode_token_by_token() -> None:
 
 
 def test_a_chat_template_gets_the_messages() -> None:
-    codec = codec_of(byte_tokenizer(), chat_template=True)
+    renderer = codec_of(byte_tokenizer(), chat_template=True)
     environments = make_environments(TOY, 1)
-    (trajectory,) = collect(says("b"), environments, codec, [(1, 0)], Limits())
+    (trajectory,) = collect(says("b"), environments, renderer, [(1, 0)], Limits())
     prompt = trajectory.segments[0]
-    assert codec.decode(prompt.tokens) == "<|im_start|>user\nb=<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        renderer.decode(prompt.tokens) == "<|im_start|>user\nb=<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert prompt.text == "b="
 
 
@@ -320,14 +322,14 @@ def test_seeds_of_trajectories() -> None:
     assert trajectory_seed(1, 2, 3) == trajectory_seed(1, 2, 3)
 
 
-def test_slots_are_used_again_and_parity_holds(codec: Codec) -> None:
+def test_slots_are_used_again_and_parity_holds(renderer: Renderer) -> None:
     """Twelve episodes of a real model in five slots equal the same in one."""
     episodes = [(episode, sample) for episode in range(4) for sample in range(3)]
 
     def run(slots: int) -> list[Trajectory]:
-        engine = TransformersEngine(tiny_qwen2(), codec, slots)
+        engine = TransformersEngine(tiny_qwen2(), renderer, slots)
         environments = make_environments(TOY, slots, {"turns": 3})
-        return collect(engine, environments, codec, episodes, Limits(max_turn=6), seed=5)
+        return collect(engine, environments, renderer, episodes, Limits(max_turn=6), seed=5)
 
     for one, many in zip(run(1), run(5), strict=True):
         assert one.tokens == many.tokens

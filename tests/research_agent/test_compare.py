@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from research_agent.cli import main
-from research_agent.compare import compare
 from research_agent.errors import PredictionsError
+from research_agent.evaluation.compare import compare
 
 
 def record(

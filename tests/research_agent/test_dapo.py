@@ -25,7 +25,7 @@ from research_agent.config import (
     TrainConfig,
 )
 from research_agent.errors import ConfigError
-from research_agent.tracking import METRICS, read_lines
+from research_agent.run_logger import METRICS, read_lines
 from research_agent.trainer import train
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import letter_tokenizer, tiny_qwen2

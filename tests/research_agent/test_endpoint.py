@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from research_agent.collect import collect
 from research_agent.engines.base import Completion, Engine, SamplingParams
-from research_agent.engines.endpoint import EndpointCodec, EndpointEngine
+from research_agent.engines.endpoint import EndpointEngine, EndpointRenderer
 from research_agent.engines.remote import retry_after, turn_seed
 from research_agent.environments import make_environments
 from research_agent.errors import ConfigError, ContextError, EngineError
+from research_agent.rollout import collect
 from tests.research_agent.test_collect import TOY, Limits
 
 KEY = "sk-not-for-logs"
@@ -114,7 +114,7 @@ def connect(endpoint: Endpoint) -> Iterator[Callable[..., EndpointEngine]]:
 
     def start(*, chat: bool = False, **settings: Any) -> EndpointEngine:
         settings = {"pause": 0.01, "deadline": 10.0} | settings
-        engines.append(EndpointEngine(endpoint.url, "m", EndpointCodec(chat), **settings))
+        engines.append(EndpointEngine(endpoint.url, "m", EndpointRenderer(chat), **settings))
         return engines[-1]
 
     yield start
@@ -124,9 +124,9 @@ def connect(endpoint: Endpoint) -> Iterator[Callable[..., EndpointEngine]]:
 
 def ask(engine: Any, text: str = "Q?", slot: int = 0, **params: Any) -> Completion:
     """A first turn, or a later one, to its end."""
-    codec = engine._codec
+    renderer = engine._codec
     first = slot not in engine._held
-    tokens = codec.encode_prompt(text) if first else codec.encode_text(text)
+    tokens = renderer.encode_prompt(text) if first else renderer.encode_text(text)
     engine.submit(slot, tokens, SamplingParams(**({"stop": ("</search>",)} | params)))
     return finish(engine)[slot]
 
@@ -141,30 +141,30 @@ def finish(engine: Engine) -> dict[int, Completion]:
 @given(st.text(st.characters(codec=None)))
 def test_the_codec_loses_no_character(text: str) -> None:
     for chat in (False, True):
-        codec = EndpointCodec(chat)
-        assert codec.decode(codec.encode_text(text)) == text
-        assert codec.decode(codec.encode_prompt(text)) == text
-        assert codec.encode_text(text) == codec.encode_text(text)
+        renderer = EndpointRenderer(chat)
+        assert renderer.decode(renderer.encode_text(text)) == text
+        assert renderer.decode(renderer.encode_prompt(text)) == text
+        assert renderer.encode_text(text) == renderer.encode_text(text)
 
 
 def test_pieces() -> None:
-    codec = EndpointCodec()
-    tokens = codec.encode_text("Who built the Brooklyn Bridge?\n\n<answer>")
-    assert [codec.decode([token]) for token in tokens] == [
+    renderer = EndpointRenderer()
+    tokens = renderer.encode_text("Who built the Brooklyn Bridge?\n\n<answer>")
+    assert [renderer.decode([token]) for token in tokens] == [
         *("Who", " built", " the", " Brook", "lyn", " Bridg", "e", "?"),
         *("\n", "\n<", "answe", "r", ">"),
     ]
 
 
 def test_messages_come_back_from_their_tokens() -> None:
-    codec = EndpointCodec(chat_template=True)
+    renderer = EndpointRenderer(chat_template=True)
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "role user\n"},
         {"role": "assistant", "content": ""},
     ]
-    assert codec.messages(codec.encode_prompt("not used", messages)) == messages
-    assert codec.messages(codec.encode_text("role user")) == []
+    assert renderer.messages(renderer.encode_prompt("not used", messages)) == messages
+    assert renderer.messages(renderer.encode_text("role user")) == []
 
 
 def test_turns_of_text(endpoint: Endpoint, connect: Callable[..., EndpointEngine]) -> None:
@@ -370,7 +370,7 @@ def test_slow(endpoint: Endpoint, connect: Callable[..., EndpointEngine]) -> Non
 def test_down(endpoint: Endpoint) -> None:
     endpoint.http.shutdown()
     endpoint.http.server_close()
-    engine = EndpointEngine(endpoint.url, "m", EndpointCodec(), pause=0.01, attempts=2)
+    engine = EndpointEngine(endpoint.url, "m", EndpointRenderer(), pause=0.01, attempts=2)
     with pytest.raises(EngineError, match=r"ConnectError.*Is it up, and its address right"):
         ask(engine)
 
@@ -471,11 +471,11 @@ def test_episodes_through_an_endpoint(
     endpoint.says = lambda body: well(body["prompt"][-2], stop_reason=None)
     endpoint.answers = [failed(500), (200, b"", {})]
     engine = connect()
-    codec: Any = engine._codec
+    renderer: Any = engine._codec
     environments = make_environments(TOY, 3, {"turns": 3})
     episodes = [(episode, 0) for episode in range(4)]
     for overlap in (False, True):
-        played = collect(engine, environments, codec, episodes, Limits(overlap=overlap))
+        played = collect(engine, environments, renderer, episodes, Limits(overlap=overlap))
         assert [trajectory.metrics["right"] for trajectory in played] == [1.0] * 4
         assert [s.text for s in played[1].segments] == ["b=", "b", "?c=", "c", "?d=", "d"]
     assert not engine.busy
@@ -489,7 +489,7 @@ def test_it_is_not_for_training(connect: Callable[..., EndpointEngine]) -> None:
 @pytest.mark.parametrize("url", ["", "localhost:8000/v1", "http://me:pass@host/v1", "ftp://host"])
 def test_addresses_that_cannot_be_used(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        EndpointEngine(url, "m", EndpointCodec())
+        EndpointEngine(url, "m", EndpointRenderer())
     assert "pass@" not in str(caught.value)
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from research_agent.codec import Codec
 from research_agent.engines import make_engine
 from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.errors import ConfigError, ContextError, ModelError, NonFiniteError
+from research_agent.renderer import Renderer
 from tests.research_agent.conftest import (
     byte_tokenizer,
     codec_of,
@@ -31,7 +31,7 @@ Start = Callable[..., Engine]
 
 
 @pytest.fixture(params=["transformers", VLLM])
-def start(request: pytest.FixtureRequest, merging_codec: Codec) -> Start:
+def start(request: pytest.FixtureRequest, merging_codec: Renderer) -> Start:
     """Makes an engine of a model like ``wide_qwen2``; with vLLM it is the same one each time."""
     if request.param == "transformers":
         return lambda model, slots=9: TransformersEngine(model, merging_codec, slots)
@@ -109,10 +109,10 @@ class Player:
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
 def test_logprobs_are_those_of_a_full_forward(
-    make: Callable[[], Any], temperature: float, codec: Codec
+    make: Callable[[], Any], temperature: float, renderer: Renderer
 ) -> None:
     model = make()
-    player = Player(TransformersEngine(model, codec, 9, 200), 9, temperature)
+    player = Player(TransformersEngine(model, renderer, 9, 200), 9, temperature)
     player.play(turns=4)
     assert player.worst(model) < 1e-4
 
@@ -127,18 +127,18 @@ def test_logprobs_of_any_engine_are_those_of_a_full_forward(
     assert player.worst(model) < 1e-4
 
 
-def test_nothing_is_prefilled_twice(codec: Codec) -> None:
-    engine = TransformersEngine(tiny_qwen2(), codec, 5)
+def test_nothing_is_prefilled_twice(renderer: Renderer) -> None:
+    engine = TransformersEngine(tiny_qwen2(), renderer, 5)
     player = Player(engine, 5)
     player.play(turns=4)
     # All tokens once, but for the last of each trajectory, which nothing follows.
     assert engine.forwarded_tokens == sum(len(said) - 1 for said in player.said.values())
 
 
-def test_greedy_takes_the_likeliest_token(start: Start, codec: Codec) -> None:
+def test_greedy_takes_the_likeliest_token(start: Start, renderer: Renderer) -> None:
     model = wide_qwen2()
     engine = start(model)
-    prompt = codec.encode_text("who")
+    prompt = renderer.encode_text("who")
     engine.submit(0, prompt, SamplingParams(temperature=0, max_tokens=12))
     (turn,) = finish(engine)
     assert len(turn.tokens) == 12
@@ -146,9 +146,9 @@ def test_greedy_takes_the_likeliest_token(start: Start, codec: Codec) -> None:
     assert list(turn.tokens) == likeliest.tolist()
 
 
-def test_draws_depend_on_seed_and_position_only(start: Start, codec: Codec) -> None:
+def test_draws_depend_on_seed_and_position_only(start: Start, renderer: Renderer) -> None:
     model = wide_qwen2()
-    prompts = [codec.encode_text(text) for text in ("a", "many words", "b?", "a")]
+    prompts = [renderer.encode_text(text) for text in ("a", "many words", "b?", "a")]
 
     def play(slots: Sequence[int], seeds: Sequence[int], together: bool) -> list[tuple[int, ...]]:
         engine = start(model)
@@ -168,10 +168,10 @@ def test_draws_depend_on_seed_and_position_only(start: Start, codec: Codec) -> N
     assert play([0, 1, 2, 3], [8, 6, 7, 5], together=True)[0] != alone[0]
 
 
-def test_draws_follow_the_distribution(start: Start, codec: Codec) -> None:
+def test_draws_follow_the_distribution(start: Start, renderer: Renderer) -> None:
     model, slots, rounds = wide_qwen2(), 250, 8
     engine = start(model, slots)
-    prompt = codec.encode_text("x")
+    prompt = renderer.encode_text("x")
     counts = np.zeros(264)
     for first in range(rounds):
         for slot in range(slots):
@@ -220,7 +220,7 @@ LINKS = [
 
 
 @pytest.fixture(params=["transformers", "scripted", VLLM])
-def chained(request: pytest.FixtureRequest, merging_codec: Codec) -> Engine:
+def chained(request: pytest.FixtureRequest, merging_codec: Renderer) -> Engine:
     """An engine whose turns are the chains of LINKS."""
     following = chain(merging_codec.tokenizer, LINKS)
     if request.param == "transformers":
@@ -260,7 +260,7 @@ def test_how_a_turn_ends(
     max_tokens: int,
     text: str,
     finish_reason: str,
-    merging_codec: Codec,
+    merging_codec: Renderer,
 ) -> None:
     engine = chained
     stop = ("</s>", "</t>")
@@ -276,7 +276,7 @@ def test_how_a_turn_ends(
     assert len(turn.logprobs) == len(turn.tokens)
 
 
-def test_a_turn_goes_on_from_the_last(chained: Engine, merging_codec: Codec) -> None:
+def test_a_turn_goes_on_from_the_last(chained: Engine, merging_codec: Renderer) -> None:
     engine = chained
     params = SamplingParams(temperature=0, max_tokens=2)
     said = []
@@ -291,7 +291,7 @@ def test_a_turn_goes_on_from_the_last(chained: Engine, merging_codec: Codec) -> 
     assert [turn.text for turn in finish(engine)] == ["x</"]
 
 
-def test_the_context_ends_a_turn(chained: Engine, merging_codec: Codec) -> None:
+def test_the_context_ends_a_turn(chained: Engine, merging_codec: Renderer) -> None:
     engine = chained
     params = SamplingParams(temperature=0, max_tokens=50)
     engine.submit(0, merging_codec.encode_text("x" * 252 + "1"), params)
@@ -305,7 +305,7 @@ def test_the_context_ends_a_turn(chained: Engine, merging_codec: Codec) -> None:
         engine.submit(3, [], params)
 
 
-def test_a_busy_slot_is_refused_until_released(chained: Engine, merging_codec: Codec) -> None:
+def test_a_busy_slot_is_refused_until_released(chained: Engine, merging_codec: Renderer) -> None:
     engine = chained
     params = SamplingParams(temperature=0, max_tokens=3)
     for slot in range(3):
@@ -318,7 +318,7 @@ def test_a_busy_slot_is_refused_until_released(chained: Engine, merging_codec: C
     assert {t.slot: t.text for t in finish(engine)} == {0: "234", 1: "x</s", 2: "234"}
 
 
-def test_a_turn_that_is_cut_goes_on(chained: Engine, merging_codec: Codec) -> None:
+def test_a_turn_that_is_cut_goes_on(chained: Engine, merging_codec: Renderer) -> None:
     assert isinstance(chained, Interruptible)
     prompt = merging_codec.encode_text("r")
     params = SamplingParams(temperature=0, max_tokens=20, stop=("</t>",))
@@ -419,9 +419,9 @@ def test_logits_that_are_not_finite_are_an_error(start: Start) -> None:
     assert again.worst(wide_qwen2()) < 1e-4
 
 
-def test_models_that_it_cannot_run_are_refused(codec: Codec) -> None:
+def test_models_that_it_cannot_run_are_refused(renderer: Renderer) -> None:
     with pytest.raises(ContextError, match="max_context is 300, but the model has 256"):
-        TransformersEngine(tiny_qwen2(), codec, 1, 300)
+        TransformersEngine(tiny_qwen2(), renderer, 1, 300)
     sliding = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=264,
@@ -435,26 +435,26 @@ def test_models_that_it_cannot_run_are_refused(codec: Codec) -> None:
             max_window_layers=0,
         )
     )
-    engine = TransformersEngine(sliding, codec, 1, 64)
+    engine = TransformersEngine(sliding, renderer, 1, 64)
     engine.submit(0, [1], SamplingParams())
     with pytest.raises(ModelError, match="sliding window of 8"):
         engine.step()
     with pytest.raises(ConfigError, match="no engine is named 'warp'"):
-        make_engine("warp", tiny_qwen2(), codec, max_slots=1)
+        make_engine("warp", tiny_qwen2(), renderer, max_slots=1)
 
 
 def test_long_submissions_are_split_over_steps(
-    codec: Codec, monkeypatch: pytest.MonkeyPatch
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("research_agent.engines.transformers._MAX_STEP_TOKENS", 24)
     model = tiny_qwen2()
-    player = Player(TransformersEngine(model, codec, 8), 8)
+    player = Player(TransformersEngine(model, renderer, 8), 8)
     player.play(turns=2)
     assert player.worst(model) < 1e-4
 
 
-def test_tokens_of_many_bytes(codec: Codec) -> None:
-    codec = codec_of(byte_tokenizer())
-    engine = ScriptedEngine(lambda *_: codec.encode_text("é»x"), codec)
-    engine.submit(0, codec.encode_text("a"), SamplingParams(stop=("»",)))
+def test_tokens_of_many_bytes(renderer: Renderer) -> None:
+    renderer = codec_of(byte_tokenizer())
+    engine = ScriptedEngine(lambda *_: renderer.encode_text("é»x"), renderer)
+    engine.submit(0, renderer.encode_text("a"), SamplingParams(stop=("»",)))
     assert [turn.text for turn in finish(engine)] == ["é»"]

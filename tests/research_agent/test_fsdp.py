@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from research_agent import parallel
+from research_agent import distributed
 from tests.research_agent.fsdp_worker import learn
 from tests.research_agent.torchrun import in_two_processes
 
@@ -42,7 +42,7 @@ def test_passes_are_dealt_out_evenly_and_each_counts_once(
 ) -> None:
     dealt = []
     for rank in range(size):
-        monkeypatch.setattr(parallel, "rank_and_size", lambda rank=rank: (rank, size))
-        dealt.append(list(parallel.share(range(count))))
+        monkeypatch.setattr(distributed, "rank_and_size", lambda rank=rank: (rank, size))
+        dealt.append(list(distributed.share(range(count))))
     assert len({len(passes) for passes in dealt}) == 1
     assert sorted(i for passes in dealt for i, counts in passes if counts) == list(range(count))

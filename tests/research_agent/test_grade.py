@@ -11,7 +11,7 @@ import pytest
 
 from research_agent.cli import main
 from research_agent.errors import ConfigError
-from research_agent.grade import Grade, demonstrations, grades
+from research_agent.evaluation.difficulty import Grade, demonstrations, grades
 
 
 def record(question: int, sample: int, em: float, **more: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from research_agent.algorithms.grpo import GRPO
 from research_agent.batch import make_batch
 from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
 from research_agent.learner import METRICS, Learner
-from research_agent.policy import Scorer, batch_logprobs, frozen_copy
+from research_agent.models.policy import Scorer, batch_logprobs, frozen_copy
 from research_agent.trajectory import Group, Trajectory
 from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.research_agent.rollouts import (

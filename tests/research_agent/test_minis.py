@@ -8,7 +8,7 @@ import pytest
 
 from research_agent.cli import main
 from research_agent.presets import PRESETS
-from research_agent.tracking import read_lines
+from research_agent.run_logger import read_lines
 
 MINIS = [name for name in PRESETS if name.endswith("-mini")]
 

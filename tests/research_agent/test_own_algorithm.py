@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from research_agent.cli import main
-from research_agent.tracking import METRICS, read_lines
+from research_agent.run_logger import METRICS, read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 

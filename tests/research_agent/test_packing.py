@@ -19,7 +19,7 @@ from research_agent.algorithms.grpo import GRPO
 from research_agent.batch import make_batch, micro_batches
 from research_agent.errors import ConfigError, ModelError
 from research_agent.learner import Learner
-from research_agent.policy import Scorer, prepare, token_logprobs
+from research_agent.models.policy import Scorer, prepare, token_logprobs
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.research_agent.rollouts import (
@@ -244,7 +244,7 @@ def test_compiling_captures_each_layer_and_changes_nothing(monkeypatch: pytest.M
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=as_it_is))
     model, groups = tiny_qwen2(V).double(), random_groups(5)
     plain = _gradient(model, groups, layout="rows")
-    from research_agent import policy
+    from research_agent.models import policy
 
     policy._compiled_score.cache_clear()
     try:

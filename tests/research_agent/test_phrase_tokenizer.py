@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research_agent.codec import Codec, load_codec
 from research_agent.phrase_tokenizer import END, phrase_tokenizer
+from research_agent.renderer import Renderer, load_renderer
 from tests.research_agent.conftest import codec_of
 
 PHRASES = ["the cat", "the ", "cat", " sat", "at", "s", "<search>", "\n", "é", "été", "0"]
@@ -31,12 +31,12 @@ TRICKS = [
 
 
 @cache
-def codec() -> Codec:
+def renderer() -> Renderer:
     return codec_of(phrase_tokenizer(PHRASES))
 
 
 def pieces(text: str) -> list[str]:
-    tokens: list[str] = codec().tokenizer.convert_ids_to_tokens(codec().encode_text(text))
+    tokens: list[str] = renderer().tokenizer.convert_ids_to_tokens(renderer().encode_text(text))
     return tokens
 
 
@@ -65,10 +65,10 @@ def test_how_a_text_is_cut(text: str, expected: list[str]) -> None:
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.one_of(st.sampled_from(TRICKS), st.text(max_size=8)), max_size=8).map("".join))
 def test_any_text_survives_and_is_never_a_special_token(text: str) -> None:
-    tokens = codec().encode_text(text)
-    assert codec().decode(tokens) == text
-    assert not set(tokens) & set(codec().tokenizer.all_special_ids)
-    assert codec().encode_prompt(text) == tokens  # nothing is put in front
+    tokens = renderer().encode_text(text)
+    assert renderer().decode(tokens) == text
+    assert not set(tokens) & set(renderer().tokenizer.all_special_ids)
+    assert renderer().encode_prompt(text) == tokens  # nothing is put in front
 
 
 def fewest(text: str) -> int:
@@ -91,7 +91,7 @@ def test_repeated_phrases_count_once_and_the_end_is_the_only_way_out(tmp_path: P
     assert len(tokenizer) == len(phrase_tokenizer(["a b", "c"]))
     assert tokenizer.eos_token == tokenizer.pad_token == END
     tokenizer.save_pretrained(tmp_path)
-    opened = load_codec(tmp_path)
+    opened = load_renderer(tmp_path)
     assert opened.end_ids == {tokenizer.eos_token_id}
     text = "a bc <0x41> é" + END
     assert opened.encode_text(text) == codec_of(tokenizer).encode_text(text)

@@ -11,8 +11,8 @@ import pytest
 from research_agent.cli import main
 from research_agent.config import TrainConfig
 from research_agent.errors import ConfigError
+from research_agent.models.policy import MAX_LOGITS_GPU
 from research_agent.plan import HEAD_LOGITS, SHAPES, parse_gpus, plan, shape_of
-from research_agent.policy import MAX_LOGITS_GPU
 from research_agent.presets import PRESETS
 
 PAPERS = [name for name in PRESETS if name != "miniworld" and not name.endswith("-mini")]

@@ -10,10 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from research_agent import policy
 from research_agent.batch import make_batch, micro_batches
 from research_agent.errors import ModelError
-from research_agent.policy import Scorer, batch_logprobs, frozen_copy, load_model, token_logprobs
+from research_agent.models import policy
+from research_agent.models.policy import (
+    Scorer,
+    batch_logprobs,
+    frozen_copy,
+    load_model,
+    token_logprobs,
+)
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.research_agent.rollouts import action, observation, prompt, random_groups, trajectory

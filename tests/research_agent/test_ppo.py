@@ -16,9 +16,9 @@ from research_agent.algorithms import algorithm
 from research_agent.algorithms.base import UsesCritic
 from research_agent.algorithms.ppo import PPO
 from research_agent.batch import Batch, make_batch
-from research_agent.critic import METRICS, Critic, value_errors
 from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
 from research_agent.learner import Learner
+from research_agent.models.critic import METRICS, Critic, value_errors
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import tiny_qwen2
 from tests.research_agent.objectives import (
@@ -180,7 +180,7 @@ def test_neither_micro_batches_nor_packing_change_what_it_learns(budget: int, pa
 
 
 def _packed_attention() -> str:
-    from research_agent.attention import PACKED
+    from research_agent.models.attention import PACKED
 
     return PACKED
 

@@ -8,7 +8,7 @@ import pytest
 
 from research_agent.config import EvalConfig
 from research_agent.environments import make_environments, provenance_of
-from research_agent.provenance import header, model_fingerprint
+from research_agent.evaluation.fingerprint import header, model_fingerprint
 
 
 @pytest.fixture

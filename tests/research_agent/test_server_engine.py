@@ -20,11 +20,11 @@ import httpx
 import pytest
 import torch
 
-from research_agent.collect import collect
-from research_agent.engines import fleet, make_engine, transfer
+from research_agent.engines import make_engine
 from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
 from research_agent.engines.remote import turn_seed
-from research_agent.engines.server import ServerEngine
+from research_agent.engines.servers import pool, weight_transfer
+from research_agent.engines.servers.engine import ServerEngine
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.environments import make_environments
 from research_agent.errors import (
@@ -35,6 +35,7 @@ from research_agent.errors import (
     NonFiniteError,
     ResearchAgentError,
 )
+from research_agent.rollout import collect
 from research_agent.trajectory import Trajectory
 from tests.research_agent import cuda_double
 from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
@@ -68,7 +69,7 @@ def make() -> Iterator[Make]:
 @pytest.fixture
 def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     """Makes engines over servers; they look after them often."""
-    monkeypatch.setattr(fleet, "_CHECK", 0.05)
+    monkeypatch.setattr(pool, "_CHECK", 0.05)
     engines: list[ServerEngine] = []
 
     def start(*servers: FakeVllm, **settings: Any) -> ServerEngine:
@@ -225,7 +226,7 @@ def test_turns_in_flight_are_bounded(make: Make, connect: Open) -> None:
 def test_turns_that_take_long_keep_no_server_from_being_looked_after(
     make: Make, connect: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fleet, "_ANSWER", 0.3)
+    monkeypatch.setattr(pool, "_ANSWER", 0.3)
     server = make()
     engine = connect(server, max_in_flight=2)
     server.gate.clear()
@@ -706,7 +707,7 @@ def test_real_servers_take_weights_from_memory(
     from vllm.distributed.weight_transfer import nccl_engine
 
     cuda_double.install(monkeypatch.setattr)
-    monkeypatch.setattr(transfer, "require_gpu", lambda *_: None)
+    monkeypatch.setattr(weight_transfer, "require_gpu", lambda *_: None)
     parts = partial(nccl_engine.NCCLTrainerInitInfo, packed_buffer_size_bytes=2**18)  # of 1.5 MB
     monkeypatch.setattr(nccl_engine, "NCCLTrainerInitInfo", parts)
     model = changed(tiny_qwen2(hidden=128), 20)

@@ -13,10 +13,10 @@ import torch
 
 from research_agent.batch import make_batch
 from research_agent.cli import main
-from research_agent.codec import Codec, load_codec
 from research_agent.errors import ConfigError, ContextError
+from research_agent.models.policy import load_model
 from research_agent.phrase_tokenizer import phrase_tokenizer
-from research_agent.policy import load_model
+from research_agent.renderer import Renderer, load_renderer
 from research_agent.sft import SFTConfig, as_trajectory, run
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import codec_of
@@ -65,32 +65,34 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def codec() -> Codec:
+def renderer() -> Renderer:
     return codec_of(phrase_tokenizer(letters()))
 
 
 def predictions(folder: Path, parts: Parts) -> list[tuple[str, float]]:
     """Each token of a demonstration but the first, with the model's probability for it."""
-    codec, model = load_codec(folder), load_model(folder)
-    tokens = as_trajectory(parts, codec).tokens
+    renderer, model = load_renderer(folder), load_model(folder)
+    tokens = as_trajectory(parts, renderer).tokens
     with torch.no_grad():
         probabilities = model(torch.tensor([tokens])).logits[0].softmax(-1)
     following = tokens[1:]
     told = [float(probabilities[at, token]) for at, token in enumerate(following)]
-    return list(zip(codec.tokenizer.convert_ids_to_tokens(following), told, strict=True))
+    return list(zip(renderer.tokenizer.convert_ids_to_tokens(following), told, strict=True))
 
 
 # --- what is learned ------------------------------------------------------------------------------
 
 
-def test_only_actions_are_in_the_loss_and_the_end_stands_at_the_end_only(codec: Codec) -> None:
-    trajectory = as_trajectory(A, codec)
+def test_only_actions_are_in_the_loss_and_the_end_stands_at_the_end_only(
+    renderer: Renderer,
+) -> None:
+    trajectory = as_trajectory(A, renderer)
     batch = make_batch([Group(0, [trajectory])])
-    assert codec.decode(batch.targets.tolist()) == "A!B!<|end|>"
-    assert codec.decode(trajectory.tokens) == "a=A!?b=B!<|end|>"
+    assert renderer.decode(batch.targets.tolist()) == "A!B!<|end|>"
+    assert renderer.decode(trajectory.tokens) == "a=A!?b=B!<|end|>"
     assert [s.provenance for s in trajectory.segments] == [p for p, _ in A]
-    cut = as_trajectory(A[:3], codec)  # the environment has the last word: nothing ends there
-    assert codec.decode(cut.tokens) == "a=A!?b="
+    cut = as_trajectory(A[:3], renderer)  # the environment has the last word: nothing ends there
+    assert renderer.decode(cut.tokens) == "a=A!?b="
 
 
 def test_the_model_that_comes_out_opens_and_has_learned_the_actions_alone(learned: Path) -> None:
@@ -102,7 +104,7 @@ def test_the_model_that_comes_out_opens_and_has_learned_the_actions_alone(learne
         others = [told[i] for i in (0, 3, 4, 5)]
         assert [token for token, _ in others][1] == "?"
         assert all(probability < 0.1 for _, probability in others)  # though "?" always follows
-    tokenizer = load_codec(learned).tokenizer
+    tokenizer = load_renderer(learned).tokenizer
     after_first = dict(predictions(learned, [*A[:2], ("observation", "?")]))
     assert after_first["!"] > 0.9
     assert tokenizer.eos_token == "<|end|>"
@@ -191,10 +193,10 @@ def test_a_line_that_is_no_utf8_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_demonstration_that_teaches_nothing_is_refused(
-    codec: Codec, parts: Parts, reason: str
+    renderer: Renderer, parts: Parts, reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
-        as_trajectory(parts, codec)
+        as_trajectory(parts, renderer)
 
 
 @pytest.mark.parametrize(

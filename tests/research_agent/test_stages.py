@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from research_agent.curriculum import Position, Stage, parse_stages
 from research_agent.errors import ConfigError
-from research_agent.stages import Position, Stage, parse_stages
 
 
 def test_stages_are_words() -> None:

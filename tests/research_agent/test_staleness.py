@@ -16,16 +16,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research_agent import ahead, checkpoint, trainer
+from research_agent import checkpoint, rollout_state, trainer
 from research_agent.batch import make_batch
 from research_agent.cli import main
-from research_agent.codec import Codec
-from research_agent.collect import Episode, Sampling, UnderWay, collect
 from research_agent.engines.base import Completion, Engine, SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.environments import Environments, make_environments
-from research_agent.tracking import read_lines
+from research_agent.renderer import Renderer
+from research_agent.rollout import Episode, InFlight, Sampling, collect
+from research_agent.run_logger import read_lines
 from research_agent.trajectory import Group, Trajectory
 from tests.research_agent.conftest import tiny_qwen2
 from tests.research_agent.test_collect import CODEC, END, Fake, Limits
@@ -112,7 +112,7 @@ def test_no_token_is_older_than_allowed_and_nothing_is_lost(
         engine = Unable(engine)
     environments = Fake(num_envs, pick)
     limits = Limits(max_response=40, overlap=overlap, max_turn=max_turn)
-    under_way = UnderWay()
+    under_way = InFlight()
     for step in range(steps):
         wanted = tasks(step, prompts, samples)
         later = [tasks(s, prompts, samples) for s in range(step + 1, step + staleness + 1)]
@@ -153,7 +153,7 @@ def test_collection_does_run_ahead() -> None:
     engine = ScriptedEngine(
         lambda c, p: [*CODEC.encode_text("abcd"), END], CODEC, delay=lambda: next(delays)
     )
-    under_way = UnderWay()
+    under_way = InFlight()
     later = [(4, 0), (5, 0), (6, 0), (7, 0)]
     collect(
         engine,
@@ -213,21 +213,23 @@ def drive(
 
 @pytest.mark.parametrize("stop", [(), ("é",), ("\x00", "ab")])
 def test_turns_that_are_cut_go_on_as_if_they_had_not_been(
-    stop: tuple[str, ...], codec: Codec
+    stop: tuple[str, ...], renderer: Renderer
 ) -> None:
     """Of a real model with random weights: same draws, same ends, stop strings across cuts."""
     model, slots = tiny_qwen2(), 40
-    prompts = [codec.encode_text(f"p{slot}") for slot in range(slots)]
+    prompts = [renderer.encode_text(f"p{slot}") for slot in range(slots)]
     params = SamplingParams(max_tokens=30, stop=stop, seed=5)
-    whole = drive(TransformersEngine(model, codec, slots), slots, prompts, params, None)
-    cut = drive(TransformersEngine(model, codec, slots), slots, prompts, params, random.Random(1))
+    whole = drive(TransformersEngine(model, renderer, slots), slots, prompts, params, None)
+    cut = drive(
+        TransformersEngine(model, renderer, slots), slots, prompts, params, random.Random(1)
+    )
     assert [(tokens, end) for tokens, _, end in cut] == [(tokens, end) for tokens, _, end in whole]
     for one, other in zip(cut, whole, strict=True):
         assert one[1] == pytest.approx(other[1], abs=1e-4)
     assert len({end for _, _, end in whole}) > 1
 
 
-def test_a_stop_string_may_begin_before_the_cut(merging_codec: Codec) -> None:
+def test_a_stop_string_may_begin_before_the_cut(merging_codec: Renderer) -> None:
     """ "</", "s", ">." complete "</s>": cut after each of them."""
     text = "x</s>.z"
     tokens = merging_codec.encode_text(text)
@@ -255,22 +257,22 @@ def full_logprobs(model: Any, tokens: Sequence[int]) -> torch.Tensor:
     return torch.log_softmax(logits, dim=-1)
 
 
-def test_each_token_has_the_logprob_of_the_weights_that_sampled_it(codec: Codec) -> None:
+def test_each_token_has_the_logprob_of_the_weights_that_sampled_it(renderer: Renderer) -> None:
     models = [tiny_qwen2()]
     for _ in range(5):
         models.append(copy.deepcopy(models[-1]))
         with torch.no_grad():
             for parameter in models[-1].parameters():
                 parameter.mul_(1.02)
-    engine = TransformersEngine(models[0], codec, 5)
+    engine = TransformersEngine(models[0], renderer, 5)
     environments = make_environments(TOY, 5, {"turns": 3})
-    under_way = UnderWay()
+    under_way = InFlight()
     played: list[Trajectory] = []
     for step in range(5):
         played += collect(
             engine,
             environments,
-            codec,
+            renderer,
             tasks(step, 2, 3),
             Limits(max_turn=9),
             seed=5,
@@ -300,10 +302,10 @@ def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def test_what_is_under_way_survives_a_checkpoint(tmp_path: Path) -> None:
     """Saved, loaded and gone on with in new environments, it ends as if it had not been."""
 
-    def begin(environments: Environments, limits: Sampling) -> tuple[ScriptedEngine, UnderWay]:
+    def begin(environments: Environments, limits: Sampling) -> tuple[ScriptedEngine, InFlight]:
         pick = random.Random(4)
         engine = ScriptedEngine(say, CODEC, delay=lambda: pick.choice([0, 1, 30]))
-        under_way = UnderWay()
+        under_way = InFlight()
         collect(
             engine, environments, CODEC, wanted[:2], limits, ahead=wanted[2:], under_way=under_way
         )
@@ -317,7 +319,7 @@ def test_what_is_under_way_survives_a_checkpoint(tmp_path: Path) -> None:
         kinds = (under_way.done, under_way.plays, [p for p in under_way.plays.values() if p.cut])
         assert all(kinds)
         assert bool(under_way.sent) == overlap
-        state = {"under_way": ahead.to_state(under_way)}
+        state = {"under_way": rollout_state.to_state(under_way)}
         folder = checkpoint.save(
             tmp_path / str(overlap),
             1,
@@ -328,8 +330,8 @@ def test_what_is_under_way_survives_a_checkpoint(tmp_path: Path) -> None:
         )
         fresh = Fake(9, random.Random(7))
         saved = checkpoint.load(folder).state["under_way"]
-        loaded = ahead.from_state(saved, fresh, limits, 0)
-        assert same(ahead.to_state(loaded), state["under_way"])
+        loaded = rollout_state.from_state(saved, fresh, limits, 0)
+        assert same(rollout_state.to_state(loaded), state["under_way"])
         assert loaded.done == under_way.done
         again = collect(engine, fresh, CODEC, wanted[2:], limits, under_way=loaded)
         one = ScriptedEngine(say, CODEC)
@@ -341,7 +343,7 @@ def test_what_is_under_way_survives_a_checkpoint(tmp_path: Path) -> None:
 def test_an_episode_whose_environment_answers_otherwise_is_begun_anew() -> None:
     limits = Limits(max_response=60, overlap=True)
     engine = ScriptedEngine(say, CODEC, delay=itertools.cycle([0, 30, 3, 30, 9]).__next__)
-    under_way = UnderWay()
+    under_way = InFlight()
     later = tasks(0, 20, 1)
     collect(
         engine,
@@ -355,9 +357,9 @@ def test_an_episode_whose_environment_answers_otherwise_is_begun_anew() -> None:
     answered = {p.key for p in under_way.plays.values() if len(p.segments) > 1}
     assert answered
     assert len(answered) < len(under_way.plays)
-    state = ahead.to_state(under_way)
+    state = rollout_state.to_state(under_way)
     other = Fake(8, random.Random(0), observation="!")  # a search engine that finds other things
-    loaded = ahead.from_state(state, other, limits, 0)
+    loaded = rollout_state.from_state(state, other, limits, 0)
     kept = {play.key for play in loaded.plays.values()}
     assert kept == {play.key for play in under_way.plays.values()} - answered
     done = collect(engine, other, CODEC, later, limits, under_way=loaded)

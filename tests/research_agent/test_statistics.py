@@ -6,8 +6,14 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from research_agent import statistics
-from research_agent.statistics import bootstrap, interval, mcnemar, pass_at_k, two_sided_p
+from research_agent.evaluation import statistics
+from research_agent.evaluation.statistics import (
+    bootstrap,
+    interval,
+    mcnemar,
+    pass_at_k,
+    two_sided_p,
+)
 
 
 def test_one_question_leaves_nothing_to_draw() -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from research_agent.cli import main
-from research_agent.collect import collect
 from research_agent.engines.base import Interruptible
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.environments import StepResult
+from research_agent.rollout import collect
 from research_agent.trace import Trace, TracedEngine, TracedEnvironments, span
 from tests.research_agent.test_collect import CODEC, END, Fake, Limits
 from tests.research_agent.test_staleness import Unable

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from research_agent.tracking import Tracker, keep_until, read_lines
+from research_agent.run_logger import RunLogger, keep_until, read_lines
 
 
 def steps_of(path: Path) -> list[int]:
@@ -20,7 +20,7 @@ def board(folder: Path, name: str) -> list[tuple[int, float]]:
 
 
 def test_records_go_to_the_logs_and_to_tensorboard(tmp_path: Path) -> None:
-    with Tracker(tmp_path, 0, 2, show=False, fresh=True) as tracker:
+    with RunLogger(tmp_path, 0, 2, show=False, fresh=True) as tracker:
         tracker.record(1, {"reward": 0.5, "env/em": 0.25}, {"seconds": 1.5}, [{"reward": 1.0}])
         tracker.record(2, {"reward": 0.75, "env/em": 0.5}, {"seconds": 3.0})
     assert read_lines(tmp_path / "metrics.jsonl") == [
@@ -34,10 +34,10 @@ def test_records_go_to_the_logs_and_to_tensorboard(tmp_path: Path) -> None:
 
 
 def test_a_continued_run_has_every_step_once(tmp_path: Path) -> None:
-    with Tracker(tmp_path, 0, 4, show=False, fresh=True) as tracker:
+    with RunLogger(tmp_path, 0, 4, show=False, fresh=True) as tracker:
         for step in range(4):
             tracker.record(step, {"reward": 0.0}, {}, [{"episode": step}])
-    with Tracker(tmp_path, 2, 4, show=False) as tracker:  # the checkpoint was that of step 2
+    with RunLogger(tmp_path, 2, 4, show=False) as tracker:  # the checkpoint was that of step 2
         for step in (3, 4):
             tracker.record(step, {"reward": 1.0}, {}, [{"episode": step}])
     assert steps_of(tmp_path / "metrics.jsonl") == [0, 1, 2, 3, 4]
@@ -49,9 +49,9 @@ def test_a_continued_run_has_every_step_once(tmp_path: Path) -> None:
 def test_a_run_from_the_start_drops_what_was_logged_before_the_first_checkpoint(
     tmp_path: Path,
 ) -> None:
-    with Tracker(tmp_path, 0, 4, show=False, fresh=True) as tracker:
+    with RunLogger(tmp_path, 0, 4, show=False, fresh=True) as tracker:
         tracker.record(0, {"eval/reward": 0.0}, {})
-    with Tracker(tmp_path, 0, 4, show=False, fresh=True):
+    with RunLogger(tmp_path, 0, 4, show=False, fresh=True):
         pass
     assert read_lines(tmp_path / "metrics.jsonl") == []
 
@@ -64,7 +64,7 @@ def test_half_a_line_that_a_kill_left_is_dropped(tmp_path: Path) -> None:
 
 
 def test_a_metric_that_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
-    with Tracker(tmp_path, 0, 1, show=False, fresh=True) as tracker:
+    with RunLogger(tmp_path, 0, 1, show=False, fresh=True) as tracker:
         tracker.record(1, {"reward": float("nan"), "kl": float("inf")}, {})
     line = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(line) == {"step": 1, "reward": None, "kl": None}
@@ -73,7 +73,7 @@ def test_a_metric_that_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
 def test_without_a_terminal_each_step_is_a_line_on_standard_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Tracker(tmp_path, 0, 8, fresh=True) as tracker:
+    with RunLogger(tmp_path, 0, 8, fresh=True) as tracker:
         tracker.record(3, {"reward": 0.5, "env/lookups": 1.5, "void_share": 0.25}, {})
     out, err = capsys.readouterr()
     assert out == ""

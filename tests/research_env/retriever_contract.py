@@ -230,7 +230,7 @@ def environments_travel(url: str) -> None:
 
 def contract_index(folder: Path) -> Path:
     """An embedded index of PASSAGES in a folder."""
-    from research_env.retrieval.embedded import build_index
+    from research_env.retrieval.bm25.retriever import build_index
 
     build_index(ContractCorpus(), folder / "contract")
     return folder / "contract"

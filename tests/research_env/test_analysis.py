@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from research_env.retrieval.analysis import MAX_WORD_LENGTH, STOP_WORDS, _term, analyze, words
+from research_env.retrieval.bm25.analyzer import MAX_WORD_LENGTH, STOP_WORDS, _term, analyze, words
 
 # Made with org.apache.lucene.analysis.en.EnglishAnalyzer of Lucene 9.12.2, the version inside
 # Elasticsearch 8.19: sentences of many scripts, random strings of separators, 2,000 English words.

@@ -41,13 +41,13 @@ from research_env.errors import (
     UnknownNameError,
 )
 from research_env.retrieval import Hit, Passage, open_retriever
-from research_env.retrieval import elasticsearch as module
-from research_env.retrieval import elasticsearch_index as index_module
-from research_env.retrieval.analysis import MAX_QUERY_WORDS, first_words, words
-from research_env.retrieval.elasticsearch import ElasticsearchRetriever
-from research_env.retrieval.elasticsearch_answers import Fields, read_answers
-from research_env.retrieval.elasticsearch_client import Again, Caller, Connection, Place, parse
-from research_env.retrieval.elasticsearch_index import Layout, index_elasticsearch
+from research_env.retrieval.bm25.analyzer import MAX_QUERY_WORDS, first_words, words
+from research_env.retrieval.elasticsearch import indexing as index_module
+from research_env.retrieval.elasticsearch import retriever as module
+from research_env.retrieval.elasticsearch.client import Again, Caller, Connection, Place, parse
+from research_env.retrieval.elasticsearch.indexing import Layout, index_elasticsearch
+from research_env.retrieval.elasticsearch.responses import Fields, read_answers
+from research_env.retrieval.elasticsearch.retriever import ElasticsearchRetriever
 from research_env.retrieval.retry import Retry
 from tests.elasticsearch.proxy import FAULTS, Proxy, answer
 from tests.research_env.fakes import ListCorpus
@@ -792,7 +792,7 @@ def test_an_index_is_made_once_and_shown_when_whole(elasticsearch: str, name: st
 
 INTERRUPTED = """
 import sys, time
-from research_env.retrieval import elasticsearch_index as module
+from research_env.retrieval.elasticsearch import indexing as module
 from tests.research_env.test_elasticsearch import NUMBERED
 
 module.PER_REQUEST, module.IN_FLIGHT = 100, 1

@@ -26,9 +26,11 @@ from research_env.errors import (
     StaleIndexError,
     UnknownNameError,
 )
-from research_env.retrieval import Hit, Passage, embedded, impacts, open_retriever
-from research_env.retrieval.analysis import analyze
-from research_env.retrieval.embedded import EmbeddedRetriever, build_index
+from research_env.retrieval import Hit, Passage, open_retriever
+from research_env.retrieval.bm25 import index as impacts
+from research_env.retrieval.bm25 import retriever as embedded
+from research_env.retrieval.bm25.analyzer import analyze
+from research_env.retrieval.bm25.retriever import EmbeddedRetriever, build_index
 from tests.research_env.fakes import ListCorpus
 
 
@@ -370,7 +372,7 @@ SLOW_BUILD = """
     import sys, time
     from pathlib import Path
     from research_env.retrieval import Passage
-    from research_env.retrieval.embedded import build_index
+    from research_env.retrieval.bm25.retriever import build_index
 
     class Slow:
         name = "slow"

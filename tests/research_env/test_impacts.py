@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research_env.retrieval import impacts, kernel
-from research_env.retrieval.impacts import Impacts, ImpactsWriter, rounded_lengths, term_hash
+from research_env.retrieval.bm25 import index as impacts
+from research_env.retrieval.bm25 import maxscore as kernel
+from research_env.retrieval.bm25.index import Impacts, ImpactsWriter, rounded_lengths, term_hash
 
 Found = list[list[tuple[int, float]]]
 
@@ -194,7 +195,7 @@ def test_a_small_index_needs_no_compiler(tmp_path: Path) -> None:
     code = f"""
         import sys
         from pathlib import Path
-        from research_env.retrieval.impacts import Impacts
+        from research_env.retrieval.bm25.index import Impacts
         assert Impacts(Path({str(tmp_path / "i")!r}), 2).best([["b"]], 1)[0][0][0] == 1
         print("numba" in sys.modules)
     """

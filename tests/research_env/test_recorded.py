@@ -18,7 +18,7 @@ from research_env.env import SearchQAEnv
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
 from research_env.retrieval import Hit, Passage, open_retriever
 from research_env.retrieval.base import Retriever
-from research_env.retrieval.recorded import RecordedRetriever, Recording, recording
+from research_env.retrieval.replay import RecordedRetriever, Recording, recording
 from tests.research_env.fakes import DATASET, Engine, answer, search
 from tests.research_env.retriever_contract import (
     CLAUSES,

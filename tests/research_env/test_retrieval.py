@@ -8,7 +8,7 @@ import pytest
 
 from research_env.errors import ResearchEnvError, UnknownNameError
 from research_env.retrieval import SCHEMES, open_retriever, without_password
-from research_env.retrieval.embedded import EmbeddedRetriever
+from research_env.retrieval.bm25.retriever import EmbeddedRetriever
 from tests.research_env.retriever_contract import (
     CLAUSES,
     Clause,

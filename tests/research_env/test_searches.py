@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 
 from research_env import Hit
 from research_env.errors import RetrievalError
-from research_env.searches import Found, SearchCounts, Searches
+from research_env.retrieval.batching import Found, QueryBatcher, SearchCounts
 from research_env.vector_env import SearchQAVectorEnv
 from tests.research_env.fakes import DATASET, Engine, answer, search
 
 PATIENCE = 20.0  # seconds after which a test that hangs fails
 
 
-def made(engine: Engine, remember: int, **more: Any) -> Searches[int]:
+def made(engine: Engine, remember: int, **more: Any) -> QueryBatcher[int]:
     settings = {"max_batch": 4, "max_wait": 0.0, **more}
-    return Searches(lambda queries: engine.search(queries, 3), remember=remember, **settings)
+    return QueryBatcher(lambda queries: engine.search(queries, 3), remember=remember, **settings)
 
 
 def told(found: object) -> object:
@@ -29,7 +29,7 @@ def told(found: object) -> object:
     return str(found) if isinstance(found, Exception) else found
 
 
-def taken(searches: Searches[int]) -> tuple[int, Found | Exception]:
+def taken(searches: QueryBatcher[int]) -> tuple[int, Found | Exception]:
     result = searches.take(PATIENCE)
     assert result is not None
     return result
@@ -202,7 +202,7 @@ def test_several_batches_may_be_in_flight() -> None:
         both.wait(PATIENCE)  # passes only while another batch is being searched
         return [[] for _ in queries]
 
-    searches: Searches[int] = Searches(search_both, max_batch=1, max_wait=0.0, in_flight=2)
+    searches: QueryBatcher[int] = QueryBatcher(search_both, max_batch=1, max_wait=0.0, in_flight=2)
     for ticket, query in enumerate("abcd"):
         searches.submit(ticket, query)
     assert sorted(taken(searches) for _ in range(4)) == [(ticket, []) for ticket in range(4)]

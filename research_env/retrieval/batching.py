@@ -43,7 +43,7 @@ class SearchCounts:
         return (self.merged + self.remembered) / max(1, self.asked)
 
 
-class Searches(Generic[Ticket]):
+class QueryBatcher(Generic[Ticket]):
     """Asks the engine for queries, at once or by threads that hand back what they found.
 
     A query that is already waiting or being searched is not asked again: its asker shares the

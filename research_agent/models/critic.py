@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from research_agent.algorithms.functional import token_mean
 from research_agent.batch import Batch, MicroBatch, micro_batches
 from research_agent.errors import CheckpointError, NonFiniteError
-from research_agent.policy import Precision, action_states
+from research_agent.models.policy import Precision, action_states
 
 METRICS = {
     "critic_loss": "half the squared error of the critic's values, clipped as the algorithm says,"

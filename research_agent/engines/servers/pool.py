@@ -88,7 +88,7 @@ class Server:
         return str(info.get("weight_version")) if isinstance(info, dict) else ""
 
 
-class Carrier(Protocol):
+class WeightTransfer(Protocol):
     """How weights get to servers. Each version of them has a name that no other has."""
 
     lasting: bool
@@ -157,13 +157,13 @@ class _LostError(Exception):
     """A server that failed at a turn, or left while it was at it."""
 
 
-class Fleet:
+class ServerPool:
     """The servers; everything here runs in the event loop's thread."""
 
     def __init__(
         self,
         servers: list[Server],
-        carrier: Carrier,
+        carrier: WeightTransfer,
         end_ids: frozenset[int],
         context: int,
         *,
@@ -475,7 +475,7 @@ def _request(model: str, turn: Turn, end_ids: Iterable[int]) -> dict[str, Any]:
             "stop": list(params.stop),
             "include_stop_str_in_output": True,
             "skip_special_tokens": False,  # a stop string may be one
-            "ignore_eos": True,  # the codec says which tokens end a turn
+            "ignore_eos": True,  # the renderer says which tokens end a turn
             "stop_token_ids": sorted(end_ids),
         },
     }

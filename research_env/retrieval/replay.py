@@ -27,8 +27,8 @@ from weakref import WeakSet
 
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
 from research_env.retrieval.base import Hit, Passage, Retriever
-from research_env.retrieval.options import split_options
 from research_env.retrieval.retry import Deadline
+from research_env.retrieval.url import split_options
 
 log = logging.getLogger(__name__)
 

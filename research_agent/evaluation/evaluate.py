@@ -12,14 +12,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from research_agent.codec import Codec
-from research_agent.collect import Sampling, collect
 from research_agent.engines.base import Engine
 from research_agent.environments import Environments
 from research_agent.errors import ConfigError
-from research_agent.files import write_whole
-from research_agent.predictions import appending, as_record, read_predictions
-from research_agent.summary import Outcome, Summary, main_metric, outcome, summarize
+from research_agent.evaluation.predictions import appending, as_record, read_predictions
+from research_agent.evaluation.summary import Outcome, Summary, main_metric, outcome, summarize
+from research_agent.files import write_atomic
+from research_agent.renderer import Renderer
+from research_agent.rollout import Sampling, collect
 from research_agent.trajectory import Trajectory
 
 __all__ = ["Summary", "as_record", "evaluate", "outcome", "read_predictions", "summarize"]
@@ -28,7 +28,7 @@ __all__ = ["Summary", "as_record", "evaluate", "outcome", "read_predictions", "s
 def evaluate(
     engine: Engine,
     environments: Environments,
-    codec: Codec,
+    renderer: Renderer,
     sampling: Sampling,
     output: Path,
     *,
@@ -47,7 +47,7 @@ def evaluate(
     Args:
         engine: see ``collect``.
         environments: see ``collect``.
-        codec: see ``collect``.
+        renderer: see ``collect``.
         sampling: see ``collect``; temperature 0 is greedy.
         output: folder to write to; made where it is missing.
         limit: at most so many tasks.
@@ -72,7 +72,7 @@ def evaluate(
     known = None if header is None else json.loads(json.dumps(header))  # as it is read again
 
     def pieces(tokens: Sequence[int]) -> list[str]:
-        return [codec.decode([token]) for token in tokens]
+        return [renderer.decode([token]) for token in tokens]
 
     with appending(output, known, frozenset(wanted)) as (kept, append), _progress(show) as progress:
         outcomes = [outcome(record) for record in kept]
@@ -91,9 +91,9 @@ def evaluate(
             outcomes.append(outcome(record))
             progress.update(task, advance=1, description=running.add(outcomes[-1]))
 
-        play(engine, environments, codec, missing, sampling, seed=seed, on_finish=finished)
+        play(engine, environments, renderer, missing, sampling, seed=seed, on_finish=finished)
         summary = summarize(outcomes, known)
-        write_whole(output / "summary.json", json.dumps(asdict(summary), indent=1) + "\n")
+        write_atomic(output / "summary.json", json.dumps(asdict(summary), indent=1) + "\n")
     return summary
 
 

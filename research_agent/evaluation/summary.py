@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from research_agent.predictions import key_of
-from research_agent.statistics import bootstrap, interval, pass_at_k
+from research_agent.evaluation.predictions import key_of
+from research_agent.evaluation.statistics import bootstrap, interval, pass_at_k
 
 Interval = tuple[float, float]
 OWN = ("tokens", "turns")  # metrics that are not the environment's

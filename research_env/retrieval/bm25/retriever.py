@@ -1,8 +1,8 @@
 """The embedded search engine: BM25 with Elasticsearch's scores, from one folder on disk.
 
 The scores are those of Lucene's BM25 as Elasticsearch uses it, kept as impacts
-(:mod:`research_env.retrieval.impacts`) of terms that are analysed as Lucene's ``english`` analyzer
-does it (:mod:`research_env.retrieval.analysis`). Title and text are one field.
+(:mod:`research_env.retrieval.bm25.index`) of terms that are analysed as Lucene's ``english``
+analyzer does it (:mod:`research_env.retrieval.bm25.analyzer`). Title and text are one field.
 
 An index is a folder: the files of the impacts, ``passages.bin`` (ids, titles and texts, one after
 the other), ``offsets.bin`` (where each ends) and ``meta.json``, which tells what the others must
@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from research_env.errors import ConfigurationError, DataError, RetrievalError, StaleIndexError
-from research_env.retrieval.analysis import analyze, first_words
 from research_env.retrieval.base import Hit, Passage
-from research_env.retrieval.impacts import Impacts, ImpactsWriter
+from research_env.retrieval.bm25.analyzer import analyze, first_words
+from research_env.retrieval.bm25.index import Impacts, ImpactsWriter
 
 if TYPE_CHECKING:
     from research_env.datasets.base import Corpus

@@ -1,6 +1,6 @@
 """What the single and the vector environment share: questions, engine, rules, reward, reports.
 
-A :class:`Game` is made once from the keyword arguments of an environment and does not change. It
+A :class:`EnvCore` is made once from the keyword arguments of an environment and does not change. It
 starts an episode, asks the engine for the pending ones, and reports on an episode in Gymnasium's
 terms; what happens in between is :mod:`research_env.episode`.
 """
@@ -60,7 +60,7 @@ class Report(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Game:
+class EnvCore:
     """The fixed part of an environment; pickled as its settings, so that no connection travels."""
 
     settings: Settings
@@ -74,7 +74,7 @@ class Game:
     max_turns: int | None
     by_id: dict[str, int] = field(default_factory=dict)
 
-    def __reduce__(self) -> tuple[Callable[[Settings], Game], tuple[Settings]]:
+    def __reduce__(self) -> tuple[Callable[[Settings], EnvCore], tuple[Settings]]:
         return _again, (self.settings,)
 
     def index(self, seed: int, episode: int) -> int:
@@ -185,12 +185,12 @@ class Game:
             self.retriever.close()
 
 
-def settle(episode: Episode, found: list[Hit] | RetrievalError) -> Episode:
+def resolve_search(episode: Episode, found: list[Hit] | RetrievalError) -> Episode:
     """The pending episode with what the engine said: hits, or a failure that makes it void."""
     return fail(episode) if isinstance(found, RetrievalError) else observe(episode, found)
 
 
-def make_game(**settings: Unpack[Settings]) -> Game:
+def make_core(**settings: Unpack[Settings]) -> EnvCore:
     """Read the data, open the engine, check every setting.
 
     Raises:
@@ -217,7 +217,7 @@ def make_game(**settings: Unpack[Settings]) -> Game:
     data = _load(settings)
     if not data.questions:
         raise ConfigurationError(f"the data set {data.name!r} has no question for {settings}")
-    return Game(
+    return EnvCore(
         settings=settings,
         questions=data.questions,
         retriever=_open(settings.get("retriever"), data),
@@ -230,8 +230,8 @@ def make_game(**settings: Unpack[Settings]) -> Game:
     )
 
 
-def _again(settings: Settings) -> Game:
-    return make_game(**settings)
+def _again(settings: Settings) -> EnvCore:
+    return make_core(**settings)
 
 
 def _given(settings: Settings, name: str, default: int | None, least: int) -> int | None:

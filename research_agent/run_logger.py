@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.progress import TimeRemainingColumn as TimeLeft
 
 from research_agent.errors import CheckpointError
-from research_agent.files import write_whole
+from research_agent.files import write_atomic
 
 METRICS, TIMINGS, TRAJECTORIES = "metrics.jsonl", "timings.jsonl", "trajectories.jsonl"
 _SHOWN = 5  # metrics of the environment that fit beside the progress bar
@@ -43,10 +43,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def keep_until(path: Path, step: int) -> None:
     """Drop the records of later steps, and half a line at the end; whole or not at all."""
     kept = [record for record in read_lines(path) if record["step"] <= step]
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
+    write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-class Tracker:
+class RunLogger:
     """The logs and the progress bar of a run, from one step on.
 
     Args:

@@ -21,7 +21,7 @@ from zlib import crc32
 
 from research_env.errors import ConfigurationError, DataError, RetrievalError
 from research_env.retrieval.base import Passage
-from research_env.retrieval.elasticsearch_client import (
+from research_env.retrieval.elasticsearch.client import (
     MAPPING,
     META,
     Again,
@@ -29,8 +29,8 @@ from research_env.retrieval.elasticsearch_client import (
     Place,
     parse,
 )
-from research_env.retrieval.options import words_only
 from research_env.retrieval.retry import AGAIN, Deadline, Retry
+from research_env.retrieval.url import words_only
 
 if TYPE_CHECKING:
     from elasticsearch import AsyncElasticsearch

@@ -31,6 +31,7 @@ _FREE = frozenset(
         "json",
     }
 )
+_PACKAGE = Path(__file__).parents[1]
 
 
 def header(config: EvalConfig, environments: Any, fingerprint: str) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def header(config: EvalConfig, environments: Any, fingerprint: str) -> dict[str,
         "versions": {
             "python": platform.python_version(),
             **{name: found for name in _LIBRARIES if (found := _version(name))},
-            "sources": _digest(Path(__file__).parent.rglob("*.py"), Path(__file__).parent),
+            "sources": _digest(_PACKAGE.rglob("*.py"), _PACKAGE),
         },
     }
 

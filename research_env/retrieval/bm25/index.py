@@ -259,7 +259,7 @@ class Impacts:
                 self._best_of_all(Clauses(*(part[first:last] for part in clauses)), top_k)
                 for first, last in pairwise(offsets.tolist())
             ]
-        from research_env.retrieval.kernel import search  # noqa: PLC0415  (loads numba)
+        from research_env.retrieval.bm25.maxscore import search  # noqa: PLC0415  (loads numba)
 
         shape = len(queries), min(top_k, self.num_rows)
         best = Best(np.empty(shape, np.int32), np.empty(shape, np.float32))

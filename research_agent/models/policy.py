@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from research_agent.batch import Batch, MicroBatch, micro_batches
 from research_agent.checkpoint import latest
+from research_agent.distributed import add_up, share
 from research_agent.errors import ModelError
-from research_agent.parallel import add_up, share
 
 Precision = Literal["float32", "bfloat16"]
 
-STARTERS = Path(__file__).parent / "starters"
+STARTERS = Path(__file__).parents[1] / "starters"
 
 # The most logits that are held at once: 64 Mi of float32 are 256 MiB. A GPU likes larger products.
 MAX_LOGITS = 2**26
@@ -108,7 +108,7 @@ def prepare(
 
     Args:
         model: a causal language model of the transformers library; it is changed.
-        packed: several trajectories share a row; see ``research_agent.attention``.
+        packed: several trajectories share a row; see ``research_agent.models.attention``.
         checkpointing: keep only what enters each layer, and compute the rest again for the
             gradient.
         compile: let torch.compile fuse the operations of each layer.
@@ -121,7 +121,7 @@ def prepare(
         message = f"{type(model).__name__} names no layers to checkpoint or compile; turn both off"
         raise ModelError(message)
     if packed:
-        from research_agent.attention import PACKED  # noqa: PLC0415
+        from research_agent.models.attention import PACKED  # noqa: PLC0415
 
         try:
             model.set_attn_implementation(PACKED)

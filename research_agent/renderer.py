@@ -26,7 +26,7 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
 
 
 @dataclass(frozen=True)
-class Codec:
+class Renderer:
     """A Hugging Face tokenizer, used so that provenance is never lost.
 
     Attributes:
@@ -49,7 +49,7 @@ class Codec:
 
     def __post_init__(self) -> None:
         if not self.end_ids:
-            raise ModelError("the codec has no end token; give end_ids, or set eos_token")
+            raise ModelError("the renderer has no end token; give end_ids, or set eos_token")
         special = set(self.tokenizer.all_special_ids) | self.end_ids
         if self.tokenizer.unk_token_id not in self.end_ids:
             special.discard(self.tokenizer.unk_token_id)  # an unknown word is text
@@ -199,7 +199,7 @@ def _cut(text: str, contents: Mapping[str, str]) -> list[tuple[str, str]]:
     return [*pieces, ("markup", text)]
 
 
-def load_codec(model: str | Path, *, chat_template: bool = False) -> Codec:
+def load_renderer(model: str | Path, *, chat_template: bool = False) -> Renderer:
     """Open the tokenizer of a model.
 
     Args:
@@ -241,4 +241,4 @@ def load_codec(model: str | Path, *, chat_template: bool = False) -> Codec:
             f"the tokenizer of {str(model)!r} has no end token, so that no turn could end; "
             "set eos_token in its tokenizer_config.json"
         )
-    return Codec(tokenizer, frozenset(end_ids), chat_template)
+    return Renderer(tokenizer, frozenset(end_ids), chat_template)

@@ -26,14 +26,14 @@ from urllib.parse import urlsplit
 import torch
 
 from research_agent.engines.checks import WeightNames
-from research_agent.engines.fleet import RELOAD
 from research_agent.engines.remote import RequestError, one_line
+from research_agent.engines.servers.pool import RELOAD
 from research_agent.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from research_agent.engines.fleet import Server
+    from research_agent.engines.servers.pool import Server
 
 Backend = Literal["nccl", "ipc"]
 T = TypeVar("T")
@@ -103,7 +103,7 @@ class _Link:
 
 
 class Transfer:
-    """A ``Carrier`` that sends the learner's own tensors, and so only while learning waits.
+    """A ``WeightTransfer`` that sends the learner's own tensors, and so only while learning waits.
 
     Args:
         model: the policy on its GPU, whose names and shapes the weights must have.

@@ -17,10 +17,10 @@ import msgspec
 
 from research_env.errors import RetrievalError
 from research_env.retrieval.base import Hit, Passage
-from research_env.retrieval.elasticsearch_client import Again, Place, kind_of, refusal
-from research_env.retrieval.options import words_only
+from research_env.retrieval.elasticsearch.client import Again, Place, kind_of, refusal
 from research_env.retrieval.reading import read_json
 from research_env.retrieval.retry import AGAIN
+from research_env.retrieval.url import words_only
 
 Answer = list[Hit] | RetrievalError
 Document = TypeVar("Document")

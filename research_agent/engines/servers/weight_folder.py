@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 
 from research_agent.engines.checks import WeightNames
-from research_agent.engines.fleet import RELOAD
 from research_agent.engines.remote import RequestError
+from research_agent.engines.servers.pool import RELOAD
 from research_agent.errors import EngineError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from research_agent.engines.fleet import Server
+    from research_agent.engines.servers.pool import Server
 
 _SHARD = 4 << 30  # bytes of a file: what is held in memory at a time
 
 
 class WeightFolder:
-    """A ``Carrier``: a temporary folder with a folder of safetensors for each version.
+    """A ``WeightTransfer``: a temporary folder with a folder of safetensors for each version.
 
     Args:
         model: whose names and shapes the weights must have, of the transformers library.

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from research_agent.collect import Play, Sampling, UnderWay
 from research_agent.engines.base import Completion
 from research_agent.environments import Environments
+from research_agent.rollout import InFlight, Play, Sampling
 from research_agent.trajectory import Segment, Trajectory
 
 _TRAJECTORY = ("episode", "sample", "reward", "terminated", "truncated", "stop_reason", "void")
 _PLAY = ("episode", "sample", "reward", "prompt", "response")
 
 
-def to_state(under_way: UnderWay) -> dict[str, Any]:
+def to_state(under_way: InFlight) -> dict[str, Any]:
     """Put what is under way into tensors and plain values, as a checkpoint takes them.
 
     Infos are kept as the JSON that logs are written from.
@@ -63,7 +63,7 @@ def to_state(under_way: UnderWay) -> dict[str, Any]:
 
 def from_state(
     state: Mapping[str, Any], environments: Environments, sampling: Sampling, seed: int
-) -> UnderWay:
+) -> InFlight:
     """Take up what ``to_state`` has put down.
 
     Args:
@@ -88,7 +88,7 @@ def from_state(
         said, chances = tuple(islice(tokens, count)), tuple(islice(logprobs, count))
         return Completion(0, said, chances, "", "interrupted", version)
 
-    under_way = UnderWay()
+    under_way = InFlight()
     for saved in state["plays"]:
         play = Play(seed=seed, sampling=sampling, **{name: saved[name] for name in _PLAY})
         play.segments = [segment(*each) for each in saved["segments"]]
@@ -106,7 +106,7 @@ def from_state(
     return under_way
 
 
-def _play_again(under_way: UnderWay, environments: Environments, seed: int) -> None:
+def _play_again(under_way: InFlight, environments: Environments, seed: int) -> None:
     """Bring the environments to where their episodes were."""
     plays, sent = under_way.plays, under_way.sent
     if not plays:

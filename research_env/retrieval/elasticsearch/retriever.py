@@ -12,7 +12,7 @@ The index is one that ``research-env index --to elasticsearch://...`` made. Opti
   searched in mode ``bm25`` (only ``text``) or ``title`` (both).
 
 ``elasticsearch+https://`` is the same over TLS. For credentials see
-:mod:`research_env.retrieval.elasticsearch_client`.
+:mod:`research_env.retrieval.elasticsearch.client`.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from research_env.errors import (
     StaleIndexError,
     UnknownNameError,
 )
-from research_env.retrieval.analysis import first_words
 from research_env.retrieval.base import Hit, Passage
-from research_env.retrieval.elasticsearch_answers import Answer, Fields, below, read_answers
-from research_env.retrieval.elasticsearch_client import (
+from research_env.retrieval.bm25.analyzer import first_words
+from research_env.retrieval.elasticsearch.client import (
     MAPPING,
     META,
     Again,
     Caller,
     parse,
 )
-from research_env.retrieval.options import number, words_only
+from research_env.retrieval.elasticsearch.responses import Answer, Fields, below, read_answers
 from research_env.retrieval.retry import Deadline, Retry
+from research_env.retrieval.url import number, words_only
 
 if TYPE_CHECKING:
     from research_env.retrieval.embedding import Embedding
@@ -128,8 +128,8 @@ class ElasticsearchRetriever:
         """Answer every query of a batch; see :class:`research_env.retrieval.base.Retriever`.
 
         A text is searched as words, of which the first ``MAX_QUERY_WORDS`` count (see
-        :mod:`research_env.retrieval.analysis`); one of blanks finds nothing, in every mode. Hits
-        with equal scores come in the order of the corpus, except with ``?text=FIELD``, where
+        :mod:`research_env.retrieval.bm25.analyzer`); one of blanks finds nothing, in every mode.
+        Hits with equal scores come in the order of the corpus, except with ``?text=FIELD``, where
         their order is the server's.
 
         Raises:

@@ -31,8 +31,8 @@ weights. And a server is for one run.
 What is used of vLLM 0.32: ``/inference/v1/generate`` (token ids in; out come token ids, their
 log-probabilities, and the version of the weights that sampled them), and of the development mode
 ``/collective_rpc`` (``reload_weights`` from a folder), ``/reset_prefix_cache``,
-``/update_weight_version``, ``/weight_info`` and ``/abort_requests``; for ``transfer.py`` the routes
-of vLLM's weight transfer.
+``/update_weight_version``, ``/weight_info`` and ``/abort_requests``; for ``weight_transfer.py``
+the routes of vLLM's weight transfer.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from research_agent.distributed import rank_and_size
 from research_agent.engines.base import Completion, Finish, SamplingParams
 from research_agent.engines.checks import context_limit, not_finite, require_room
-from research_agent.engines.fleet import Fleet, Sampled, Server, Trajectory, Turn
 from research_agent.engines.remote import Turns, make_client, read_key
-from research_agent.engines.transfer import Transfer
-from research_agent.engines.weight_folder import WeightFolder
+from research_agent.engines.servers.pool import Sampled, Server, ServerPool, Trajectory, Turn
+from research_agent.engines.servers.weight_folder import WeightFolder
+from research_agent.engines.servers.weight_transfer import Transfer
 from research_agent.errors import ConfigError
-from research_agent.parallel import rank_and_size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from research_agent.codec import Codec
+    from research_agent.renderer import Renderer
 
 _STEP = 0.02  # seconds that a step waits for a turn; a collector has searches to look after
 _NOT_FINITE = -9999.0  # what vLLM says for a log-probability of minus infinity, or none
@@ -66,7 +66,7 @@ class ServerEngine:
     Args:
         model: the policy, of the transformers library. The servers get its weights; the model
             itself is left alone.
-        codec: its tokenizer.
+        renderer: its tokenizer.
         urls: such as ``http://localhost:8000``, one a server.
         max_context: tokens that a trajectory may have; the model's own limit by default.
         by: how weights get to the servers.
@@ -87,7 +87,7 @@ class ServerEngine:
     def __init__(
         self,
         model: Any,
-        codec: Codec,
+        renderer: Renderer,
         urls: Sequence[str],
         max_context: int | None = None,
         *,
@@ -108,7 +108,7 @@ class ServerEngine:
         servers = [
             Server(base, make_client(base, key, most), make_client(base, key)) for base in bases
         ]
-        self._codec = codec
+        self._codec = renderer
         self._held: dict[int, Trajectory] = {}
         self._version = 0
         self._run = secrets.token_hex(4)
@@ -117,10 +117,10 @@ class ServerEngine:
         self._let_go.atexit = False  # what is left then ends with the process
         clients = [client for server in servers for client in (server.turns, server.control)]
         self._turns: Turns[Sampled] = Turns("servers", clients)
-        self._fleet = Fleet(
+        self._fleet = ServerPool(
             servers,
             self._carrier,
-            codec.end_ids,
+            renderer.end_ids,
             self.max_context,
             turn_timeout=turn_timeout,
             patience=patience,
@@ -244,7 +244,8 @@ class ServerEngine:
         """How many tokens the turn has, and why it ends there.
 
         A server knows nothing of what was said before an interruption, and its decoder is not the
-        codec's: the first token that ends the turn or completes a stop string is looked for again.
+        renderer's: the first token that ends the turn or completes a stop string is looked for
+        again.
         """
         params, tokens = sampled.turn.params, sampled.tokens
         begun = sampled.turn.held.tokens[-params.begun :] if params.begun else []

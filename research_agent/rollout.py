@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from research_agent.codec import Codec
 from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
 from research_agent.environments import Environments, StepResult
 from research_agent.errors import ContextError
+from research_agent.renderer import Renderer
 from research_agent.trajectory import Segment, Trajectory
 
 Episode = tuple[int, int]
@@ -50,7 +50,7 @@ class Sampling(Protocol):
 
 
 @dataclass
-class UnderWay:
+class InFlight:
     """Episodes that were begun before they were asked for."""
 
     plays: dict[int, Play] = field(default_factory=dict)  # by slot: half played
@@ -67,21 +67,21 @@ class UnderWay:
 def collect(
     engine: Engine,
     environments: Environments,
-    codec: Codec,
+    renderer: Renderer,
     episodes: Sequence[Episode],
     sampling: Sampling,
     *,
     seed: int = 0,
     on_finish: Callable[[Trajectory], None] | None = None,
     ahead: Sequence[Episode] = (),
-    under_way: UnderWay | None = None,
+    under_way: InFlight | None = None,
 ) -> list[Trajectory]:
     """Play episodes to their ends.
 
     Args:
         engine: a sampler with as many slots as there are environments, none of them in use.
         environments: each plays one episode at a time, and the next one right after.
-        codec: the policy's tokenizer.
+        renderer: the policy's tokenizer.
         episodes: (episode number, sample number) of each.
         sampling: temperature and limits. With ``overlap`` a trajectory that waits for its
             environment does not hold the others up; without it nothing depends on timing.
@@ -99,7 +99,7 @@ def collect(
     Raises:
         ContextError: a prompt that is empty, or longer than ``max_prompt`` or the context allows.
     """
-    begun = UnderWay() if under_way is None else under_way
+    begun = InFlight() if under_way is None else under_way
     plays, sent, done = begun.plays, begun.sent, begun.done
     known = {play.key for play in plays.values()} | done.keys()
     waiting = deque(each for each in dict.fromkeys((*episodes, *ahead)) if each not in known)
@@ -116,14 +116,14 @@ def collect(
             numbers = {slot: episode for slot, (episode, _) in starting.items()}
             prompts = environments.reset(numbers, seed) if numbers else {}
             for slot, (observation, info) in prompts.items():
-                plays[slot].begin(observation, info, codec, engine.max_context)
+                plays[slot].begin(observation, info, renderer, engine.max_context)
                 plays[slot].submit(engine, slot, stop)
 
             completions = engine.step()
             if completions:
                 slots = [turn.slot for turn in completions]
                 environments.send(
-                    slots, [plays[turn.slot].act(turn, codec) for turn in completions]
+                    slots, [plays[turn.slot].act(turn, renderer) for turn in completions]
                 )
                 sent.update(slots)
 
@@ -134,7 +134,7 @@ def collect(
                 if slot not in sent:
                     continue  # of an episode that was forgotten
                 sent.discard(slot)
-                trajectory = plays[slot].receive(result, codec, engine.max_context)
+                trajectory = plays[slot].receive(result, renderer, engine.max_context)
                 if trajectory is None:
                     plays[slot].submit(engine, slot, stop)
                     continue
@@ -189,10 +189,10 @@ class Play:
         return [token for part in parts for token in part.tokens]
 
     def begin(
-        self, observation: str, info: Mapping[str, Any], codec: Codec, max_context: int
+        self, observation: str, info: Mapping[str, Any], renderer: Renderer, max_context: int
     ) -> None:
         """Take the first observation."""
-        tokens = codec.encode_prompt(observation, info.get("messages"))
+        tokens = renderer.encode_prompt(observation, info.get("messages"))
         limit = min(self.sampling.max_prompt, max_context - 1)
         if not 1 <= len(tokens) <= limit:
             question = info.get("question_id")
@@ -226,13 +226,13 @@ class Play:
         if part.tokens:
             self.cut.append(part)
 
-    def act(self, last: Completion, codec: Codec) -> str:
+    def act(self, last: Completion, renderer: Renderer) -> str:
         """End a turn; returns the action."""
         parts = [*self.cut, last]
         tokens = tuple(chain.from_iterable(part.tokens for part in parts))
         text = last.text
         if self.cut:
-            text = codec.decode(tokens[:-1] if last.finish == "end" else tokens)
+            text = renderer.decode(tokens[:-1] if last.finish == "end" else tokens)
         self.response += len(last.tokens)
         self.cut = []
         self.segments.append(
@@ -248,12 +248,14 @@ class Play:
         )
         return text
 
-    def receive(self, result: StepResult, codec: Codec, max_context: int) -> Trajectory | None:
+    def receive(
+        self, result: StepResult, renderer: Renderer, max_context: int
+    ) -> Trajectory | None:
         """Take what the environment answers; returns the trajectory if it ends with that."""
         self.reward += result.reward
         if result.terminated or result.truncated:
             return self._trajectory(result, "")
-        tokens = codec.encode_text(result.observation)
+        tokens = renderer.encode_text(result.observation)
         length = self.response + len(tokens)
         if length >= self.sampling.max_response:  # no room for them and one more
             return self._trajectory(result, "length")

@@ -7,7 +7,7 @@ end of a query bring in no passage any more, and only add to those that the othe
 ``MaxScoreBulkScorer``, passages are scored by windows of rows whose sums fit into the first-level
 cache. The result is exact.
 
-The names are those of :mod:`research_env.retrieval.impacts`. The best passages so far are a heap
+The names are those of :mod:`research_env.retrieval.bm25.index`. The best passages so far are a heap
 with the worst at its root; its empty places hold the row ``num_rows``.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 from numba import njit
 
-from research_env.retrieval.impacts import Array, Best, Clauses, Postings
+from research_env.retrieval.bm25.index import Array, Best, Clauses, Postings
 
 _WINDOW = 4096  # rows
 _GROWTH = 3  # times the postings read that the next term must have for a rehearsal without it

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from research_agent.errors import ConfigError
-from research_agent.files import write_whole
-from research_agent.predictions import read_predictions
-from research_agent.summary import RIGHT, main_metric, outcome
+from research_agent.evaluation.predictions import read_predictions
+from research_agent.evaluation.summary import RIGHT, main_metric, outcome
+from research_agent.files import write_atomic
 
 Record = Mapping[str, Any]
 
@@ -153,4 +153,4 @@ def _is_right(record: Record, metric: str) -> bool:
 
 def _write(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))

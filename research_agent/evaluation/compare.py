@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from research_agent.errors import PredictionsError
-from research_agent.predictions import Key, key_of, read_predictions
-from research_agent.statistics import Floats, bootstrap, interval, mcnemar, two_sided_p
-from research_agent.summary import OWN, RIGHT, Outcome, main_metric, outcome
+from research_agent.evaluation.predictions import Key, key_of, read_predictions
+from research_agent.evaluation.statistics import Floats, bootstrap, interval, mcnemar, two_sided_p
+from research_agent.evaluation.summary import OWN, RIGHT, Outcome, main_metric, outcome
 
 _NAMED = 3  # questions that an error names
 

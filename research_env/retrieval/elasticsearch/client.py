@@ -27,9 +27,9 @@ from urllib.parse import urlsplit
 import certifi
 
 from research_env.errors import ConfigurationError, RetrievalError
-from research_env.retrieval.options import check_options, secret_of, split_options
 from research_env.retrieval.reading import read_json
 from research_env.retrieval.retry import AGAIN, retry_after
+from research_env.retrieval.url import check_options, secret_of, split_options
 
 if TYPE_CHECKING:
     from elasticsearch import AsyncElasticsearch, Elasticsearch
@@ -154,7 +154,7 @@ class Caller:
         given = _given(place)
         from elasticsearch import Elasticsearch  # noqa: PLC0415  (only when used)
 
-        from research_env.retrieval.elasticsearch_node import DeadlineNode  # noqa: PLC0415
+        from research_env.retrieval.elasticsearch.node import DeadlineNode  # noqa: PLC0415
 
         self.closing = threading.Event()
         self._place = place
@@ -180,7 +180,7 @@ class Caller:
             Again: it failed, and may not fail next time.
             RetrievalError: it failed, and will fail again (no such index, no permission, ...).
         """
-        from research_env.retrieval.elasticsearch_node import within  # noqa: PLC0415
+        from research_env.retrieval.elasticsearch.node import within  # noqa: PLC0415
 
         with told(self._place, seconds), within(seconds):
             return read(request(self._client).body)

@@ -1,0 +1,1 @@
+"""Sampling on vLLM servers: the engine, the pool of servers, and the transfer of weights."""

@@ -1,0 +1,1 @@
+"""The policy, its attention and adapters, and PPO's critic."""

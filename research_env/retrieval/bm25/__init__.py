@@ -1,0 +1,1 @@
+"""The embedded BM25 engine, with Elasticsearch's scores."""

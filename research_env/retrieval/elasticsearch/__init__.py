@@ -1,0 +1,1 @@
+"""Search and indexing in an Elasticsearch cluster."""
