@@ -9,8 +9,8 @@ where there are none to be had.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from research_env.datasets.base import Question
 from research_env.errors import ActionError, EpisodeError
@@ -53,6 +53,7 @@ class Episode:
         stop_reason: why it is over; None while it goes on.
         prediction: once it is over, the final answer in all that the policy wrote, by the
             protocol's rule; None: there is none.
+        memo: what has been computed from this value (format, F1, ...), so that it is computed once.
     """
 
     question: Question
@@ -63,6 +64,7 @@ class Episode:
     pending: str | None = None
     stop_reason: StopReason | None = None
     prediction: str | None = None
+    memo: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def over(self) -> bool:

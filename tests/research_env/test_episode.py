@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from research_env import R1_SEARCHER, RESEARCH, SEARCH_R1, Episode, Protocol, advance, fail, observe
 from research_env.errors import ActionError, EpisodeError
-from research_env.protocol import PROTOCOLS
+from research_env.papers import PROTOCOLS
 from tests.research_env.fakes import QUESTIONS, answer, hit, search
 
 
