@@ -167,7 +167,7 @@ class Ours:
             "protocol": PROTOCOL,
             "reward": "em",
             "template": "question",
-            "remember": 0,
+            "cache_size": 0,
         }
         engine: Any = make_engine(
             "transformers", policy, renderer, max_slots=len(script), max_context=CONTEXT

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping, Sequence, Sized
 from typing import Any, NamedTuple, Unpack
@@ -21,7 +20,6 @@ from research_env.errors import (
     RetrievalError,
     UnknownNameError,
 )
-from research_env.retrieval.base import Hit
 from research_env.retrieval.batching import QueryBatcher, SearchCounts
 from research_env.spaces import UnicodeText
 
@@ -56,8 +54,8 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
     - ``max_batch``: the most queries of a search in the background; those of a ``step`` go to the
       engine together, which divides them as it needs.
     - ``max_wait``: seconds that a query sent in the background waits for others to join it.
-    - ``remember``: the queries whose hits are kept in memory for when they are asked again, at
-      most; 0: none. Failures are never kept. ``search_counts`` tells what that saved.
+    - ``cache_size``: how many queries' hits are cached at most; 0: none. Failures are never cached.
+      ``search_counts`` tells what that saved.
 
     One seed, one order of questions for all: without options sub-environment i asks the episodes
     i, i + num_envs, i + 2 num_envs, ... of that order, whatever the pace of each. A group of
@@ -73,7 +71,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         autoreset_mode: str | AutoresetMode = "NextStep",
         max_batch: int = 256,
         max_wait: float = 0.002,
-        remember: int = 10_000,
+        cache_size: int = 10_000,
         render_mode: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -95,24 +93,23 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
                 f"num_envs and max_batch are integers of at least 1, max_wait is at least 0, not "
                 f"{num_envs!r}, {max_batch!r} and {max_wait!r}"
             )
-        if not isinstance(remember, int) or remember < 0:
-            raise ConfigurationError(f"remember={remember!r} must be a whole number, 0 or more")
+        if not isinstance(cache_size, int) or cache_size < 0:
+            raise ConfigurationError(f"cache_size={cache_size!r} must be an integer, 0 or more")
         self.num_envs = num_envs
         self.render_mode = render_mode
         self.metadata = {**type(self).metadata, "autoreset_mode": mode}
         self._mode = mode
         self._core = make_core(**settings)
-        # An engine is asked by one thread at a time, unless it says that more may.
-        in_flight = int(getattr(self._core.retriever, "in_flight", 1))
-        self._places = threading.BoundedSemaphore(in_flight)
         self.single_action_space = UnicodeText(terminators=self._core.protocol.terminators)
         self.single_observation_space = UnicodeText()
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._episodes: list[Episode | None] = [None] * num_envs
         self._next = list(range(num_envs))
+        # An engine is asked by one thread at a time, unless it says that more may.
+        in_flight = int(getattr(self._core.retriever, "in_flight", 1))
         self._searches: QueryBatcher[tuple[int, Episode]] = QueryBatcher(
-            self._search, max_batch, max_wait, remember, in_flight
+            self._core.search, max_batch, max_wait, cache_size, in_flight
         )
         self._ready: list[StepResult] = []
         self._sent: set[int] = set()
@@ -311,14 +308,6 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         if episode.over and self._mode is AutoresetMode.NEXT_STEP:
             return None
         return advance(episode, action)
-
-    def _search(self, queries: Sequence[str]) -> list[list[Hit] | RetrievalError]:
-        """Ask the engine, from one thread at a time.
-
-        All at once, so that all have one deadline: in parts, each would wait for a dead server.
-        """
-        with self._places:
-            return self._core.search(queries)
 
     def _conclude(self, i: int, episode: Episode | None) -> StepResult:
         if episode is None:

@@ -195,7 +195,7 @@ def test_a_failed_search_voids_its_own_episode_only() -> None:
         ({"num_envs": 0}, ConfigurationError, "at least 1"),
         ({"max_batch": 0}, ConfigurationError, "at least 1"),
         ({"max_wait": -1.0}, ConfigurationError, "at least 0"),
-        ({"remember": -1}, ConfigurationError, "remember=-1"),
+        ({"cache_size": -1}, ConfigurationError, "cache_size=-1"),
         ({"top_k": 0}, ConfigurationError, "top_k"),
     ],
 )
@@ -247,7 +247,7 @@ def test_results_come_when_they_are_ready() -> None:
 
 def test_identical_queries_in_flight_are_asked_once() -> None:
     engine = Gate()
-    env = make(4, retriever=engine, max_wait=0.0, remember=0)
+    env = make(4, retriever=engine, max_wait=0.0, cache_size=0)
     env.reset(seed=4)
     env.send([0], [search("1")])
     assert engine.asked.acquire(timeout=PATIENCE)  # the engine is now busy with "1"
