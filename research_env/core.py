@@ -27,6 +27,9 @@ from research_env.retrieval import without_password
 from research_env.retrieval.base import Hit, Retriever
 from research_env.rewards import Reward, WeightedSum, episode_metrics, reward
 
+MAX_PASSAGE_CHARS = 10_000
+"""The longest passage of the published data sets has 8,237 characters."""
+
 
 class Settings(TypedDict, total=False):
     """The keyword arguments of both environments; see :class:`research_env.env.SearchQAEnv`."""
@@ -46,6 +49,7 @@ class Settings(TypedDict, total=False):
     template: str
     max_searches: int | None
     max_turns: int | None
+    max_passage_chars: int | None
 
 
 class StepOutput(NamedTuple):
@@ -71,6 +75,7 @@ class EnvCore:
     top_k: int
     max_searches: int | None
     max_turns: int | None
+    max_passage_chars: int | None
     by_id: dict[str, int] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Callable[[Settings], EnvCore], tuple[Settings]]:
@@ -108,7 +113,8 @@ class EnvCore:
     def start(self, index: int) -> tuple[Episode, str, dict[str, Any]]:
         """A new episode of a question, its prompt, and the info of ``reset``."""
         question = self.questions[index]
-        episode = Episode(question, self.protocol, self.max_searches, self.max_turns)
+        limits = self.max_searches, self.max_turns, self.max_passage_chars
+        episode = Episode(question, self.protocol, *limits)
         info = _info(episode, self.protocol.messages(self.template, question.question))
         return episode, self.protocol.prompt(self.template, question.question), info
 
@@ -173,7 +179,7 @@ class EnvCore:
             "protocol": self.protocol.name,
             "template": f"{self.template}, sha256 {_sha256(text)}",
             "limits": f"top_k {self.top_k}, max_searches {self.max_searches}, "
-            f"max_turns {self.max_turns}",
+            f"max_turns {self.max_turns}, max_passage_chars {self.max_passage_chars}",
             "reward": str(getattr(self.reward, "__name__", type(self.reward).__name__)),
             "research_env": version("research-env"),
         }
@@ -226,6 +232,7 @@ def make_core(**settings: Unpack[Settings]) -> EnvCore:
         top_k=5 if top_k is None else top_k,
         max_searches=max_searches,
         max_turns=max_turns,
+        max_passage_chars=_read_limit(settings, "max_passage_chars", MAX_PASSAGE_CHARS, 1),
     )
 
 

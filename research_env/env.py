@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Unpack
 import gymnasium as gym
 
 from research_env.core import Settings, StepOutput, make_core, resolve_search
-from research_env.episode import Episode, advance
+from research_env.episode import CutReason, Episode, advance, truncate
 from research_env.errors import ConfigurationError, EpisodeError, UnknownNameError
 from research_env.spaces import UnicodeText
 
@@ -31,7 +31,8 @@ class SearchQAEnv(gym.Env[str, str]):
     ## End
     ``terminated`` after an answer or another text that is no search, ``truncated`` when a limit is
     passed or the engine failed. In the latter case ``info["void"]`` is True and the episode is
-    evidence of nothing.
+    evidence of nothing. A trainer whose budget of tokens is spent calls ``truncate("length")``,
+    which ends the episode with its reward and metrics, as an episode without an answer.
 
     ## Info
     Always the same keys: ``question_id, question, messages`` (the prompt as chat messages, after
@@ -61,6 +62,8 @@ class SearchQAEnv(gym.Env[str, str]):
       function of an :class:`~research_env.episode.Episode`.
     - ``template``: base (default), instruct, question.
     - ``max_searches``, ``max_turns``: asking for more ends the episode.
+    - ``max_passage_chars``: characters of a passage that an observation shows (10,000 by default);
+      the cut is marked.
     - ``render_mode``: None, ansi, human.
 
     ## Reset
@@ -146,6 +149,27 @@ class SearchQAEnv(gym.Env[str, str]):
         if self.render_mode == "human":
             print(episode.turns[-1].action + output.observation + self._core.closing(episode))
         return output
+
+    def truncate(self, reason: CutReason = "length") -> StepOutput:
+        """End the episode from outside, because its budget of tokens is spent.
+
+        Reach it through wrappers by ``env.get_wrapper_attr("truncate")``.
+
+        Args:
+            reason: becomes ``info["stop_reason"]``.
+
+        Returns:
+            What ``step`` returns at the end: reward and metrics of all that the policy wrote.
+
+        Raises:
+            EpisodeError: before ``reset``, or after the end.
+        """
+        if self._episode is None:
+            raise EpisodeError("there is no episode yet; call reset first")
+        self._episode = truncate(self._episode, reason)
+        if self.render_mode == "human":
+            print(self._core.closing(self._episode))
+        return self._core.output(self._episode)
 
     def provenance(self) -> dict[str, str]:
         """What results depend on besides the policy: fingerprints of questions, index, prompt."""

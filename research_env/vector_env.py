@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Collection, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from research_env.core import Settings, make_core, resolve_search
-from research_env.episode import Episode, advance
+from research_env.episode import CutReason, Episode, advance, truncate
 from research_env.errors import (
     ActionError,
     ConfigurationError,
@@ -166,8 +166,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
                 f"'episodes' has a number for each of the {self.num_envs} sub-environments; "
                 f"{numbers!r:.80} has {_count(numbers)}"
             )
-        self._sent.difference_update(chosen)
-        self._ready = [result for result in self._ready if result.env_id not in chosen]
+        self._drop_sent(chosen)
 
         observations = [""] * self.num_envs
         infos = {}
@@ -269,6 +268,26 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         self._sent.difference_update(result.env_id for result in results)
         return results
 
+    def truncate(self, env_ids: Sequence[int], reason: CutReason = "length") -> list[StepResult]:
+        """End episodes from outside, because their budgets of tokens are spent.
+
+        What a sub-environment had sent and not yet received is dropped.
+
+        Args:
+            env_ids: whose episodes.
+            reason: becomes the ``stop_reason`` of their infos.
+
+        Returns:
+            A result each, in order, with the reward and metrics of all that the policy wrote.
+
+        Raises:
+            EpisodeError: a sub-environment is not reset, or its episode is over; then no other
+                has changed either.
+        """
+        cut = {int(i): truncate(self._episode(int(i)), reason) for i in env_ids}
+        self._drop_sent(cut)
+        return [self._conclude(i, episode) for i, episode in cut.items()]
+
     def render(self) -> tuple[str, ...] | None:
         """The transcripts so far in mode ``ansi``."""
         if self.render_mode != "ansi":
@@ -296,13 +315,22 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         self._next[i] = int(number) + self.num_envs
         return observation, info
 
-    def _advance(self, i: int, action: str) -> Episode | None:
-        """The episode after an action; None: it was over, and the action is spent on a reset."""
+    def _drop_sent(self, env_ids: Collection[int]) -> None:
+        """Forget what these sub-environments have sent and not yet received."""
+        self._sent.difference_update(env_ids)
+        self._ready = [result for result in self._ready if result.env_id not in env_ids]
+
+    def _episode(self, i: int) -> Episode:
         if not 0 <= i < self.num_envs:
             raise EpisodeError(f"there is no sub-environment {i}, only 0 to {self.num_envs - 1}")
         episode = self._episodes[i]
         if episode is None:
             raise EpisodeError(f"sub-environment {i} has no episode yet; call reset first")
+        return episode
+
+    def _advance(self, i: int, action: str) -> Episode | None:
+        """The episode after an action; None: it was over, and the action is spent on a reset."""
+        episode = self._episode(i)
         if i in self._sent:
             raise EpisodeError(f"sub-environment {i} has sent an action; call recv first")
         if episode.over and self._mode is AutoresetMode.NEXT_STEP:
