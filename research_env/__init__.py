@@ -8,7 +8,7 @@ Example:
 """
 
 from research_env.datasets.base import Corpus, Dataset, Hop, Question
-from research_env.episode import Episode, Turn, advance, fail, observe
+from research_env.episode import Episode, Turn, advance, fail, observe, truncate
 from research_env.errors import ResearchEnvError
 from research_env.footprint import footprint
 from research_env.markup import Tag
@@ -42,6 +42,7 @@ __all__ = [
     "fail",
     "footprint",
     "observe",
+    "truncate",
 ]
 
 register_envs()

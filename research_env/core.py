@@ -169,6 +169,9 @@ class EnvCore:
         ``index`` (the fingerprint of the corpus in it; "" where it is not known), ``protocol``,
         ``template`` (its text), ``limits``, ``reward``, and the version of ``research_env``.
         """
+        shown = ""
+        if self.max_passage_chars != MAX_PASSAGE_CHARS:
+            shown = f", max_passage_chars {self.max_passage_chars}"
         asked = [[q.id, q.question, q.answers] for q in self.questions]
         named = self.settings.get("retriever") or "the corpus of the data set"
         text = json.dumps(self.protocol.messages(self.template, "{question}"))
@@ -179,7 +182,7 @@ class EnvCore:
             "protocol": self.protocol.name,
             "template": f"{self.template}, sha256 {_sha256(text)}",
             "limits": f"top_k {self.top_k}, max_searches {self.max_searches}, "
-            f"max_turns {self.max_turns}, max_passage_chars {self.max_passage_chars}",
+            f"max_turns {self.max_turns}" + shown,
             "reward": str(getattr(self.reward, "__name__", type(self.reward).__name__)),
             "research_env": version("research-env"),
         }

@@ -288,6 +288,30 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         self._drop_sent(cut)
         return [self._conclude(i, episode) for i, episode in cut.items()]
 
+    def branch(self, source: int, targets: Sequence[int]) -> None:
+        """Let the targets continue from the source's present state; the source stays as it is.
+
+        An episode is immutable, so this copies nothing. What a target had sent and not yet received
+        is dropped.
+
+        Args:
+            source: a sub-environment in the middle of its episode.
+            targets: other sub-environments; whatever they were playing is dropped.
+
+        Raises:
+            EpisodeError: the source is not reset, is over, or has sent an action; or there is no
+                such target. Then nothing has changed.
+        """
+        episode = self._episode(source)
+        if episode.over:
+            raise EpisodeError(f"sub-environment {source} cannot branch: its episode is over")
+        if source in self._sent:
+            raise EpisodeError(f"sub-environment {source} has sent an action; call recv first")
+        others = {self._check_id(int(i)) for i in targets} - {source}
+        self._drop_sent(others)
+        for i in others:
+            self._episodes[i] = episode
+
     def render(self) -> tuple[str, ...] | None:
         """The transcripts so far in mode ``ansi``."""
         if self.render_mode != "ansi":
@@ -320,10 +344,13 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         self._sent.difference_update(env_ids)
         self._ready = [result for result in self._ready if result.env_id not in env_ids]
 
-    def _episode(self, i: int) -> Episode:
+    def _check_id(self, i: int) -> int:
         if not 0 <= i < self.num_envs:
             raise EpisodeError(f"there is no sub-environment {i}, only 0 to {self.num_envs - 1}")
-        episode = self._episodes[i]
+        return i
+
+    def _episode(self, i: int) -> Episode:
+        episode = self._episodes[self._check_id(i)]
         if episode is None:
             raise EpisodeError(f"sub-environment {i} has no episode yet; call reset first")
         return episode
