@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ import pytest
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 
-from research_env import IDS, Episode, UnicodeText
+from research_env import IDS, Episode, Hit, UnicodeText
 from research_env.env import SearchQAEnv
 from research_env.errors import (
     ActionError,
     ConfigurationError,
     EpisodeError,
     ResearchEnvError,
+    RetrievalError,
     UnknownNameError,
 )
-from tests.research_env.fakes import DATASET, QUESTIONS, Engine, answer, search
+from tests.research_env.fakes import DATASET, QUESTIONS, Engine, answer, hit, search
 
 INFO_KEYS = {
     *("question_id", "question", "messages", "query"),
@@ -156,10 +158,21 @@ def test_no_passage_eats_an_episode() -> None:
     env.reset(seed=1)
     seen, *_, info = env.step(search("1 " + "long " * 50 + "2"))
     assert info["passage_ids"] == ("p1", "p2")
-    assert (
-        seen == ' <result>\n"Title 1"\nAbout 1 long  […]\n\n"Title 2"\nAbout 1 long  […]\n</result>'
-    )
-    assert "max_passage_chars 10000" in make().provenance()["limits"]
+    passages = '"Title 1"\nAbout 1 long  […]\n\n"Title 2"\nAbout 1 long  […]'
+    assert seen == f" <result>\n{passages}\n</result>"
+    assert env.provenance()["limits"].endswith(", max_passage_chars 20")
+
+    env = make(retriever=Long())
+    env.reset(seed=1)
+    seen, *_ = env.step(search("1"))
+    assert len(seen) == len(' <result>\n"Title 1"\n […]\n</result>') + 10_000 - len("Title 1")
+
+
+class Long(Engine):
+    """Finds a passage of 9,000 words."""
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+        return [[hit(1, "word " * 9_000)] for _ in queries]
 
 
 def test_a_failing_engine_voids_the_episode_and_shows_nothing() -> None:
