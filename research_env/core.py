@@ -21,11 +21,12 @@ import numpy.typing as npt
 from research_env.datasets.base import Dataset, Question
 from research_env.episode import Episode, fail, observe
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
+from research_env.metrics import LANGUAGES
 from research_env.papers import protocol
 from research_env.protocol import Protocol
 from research_env.retrieval import without_password
 from research_env.retrieval.base import Hit, Retriever
-from research_env.rewards import Reward, WeightedSum, episode_metrics, reward
+from research_env.rewards import Reward, WeightedSum, episode_metrics, evaluate, reward
 
 MAX_PASSAGE_CHARS = 10_000
 """The longest passage of the published data sets has 8,237 characters."""
@@ -50,6 +51,7 @@ class Settings(TypedDict, total=False):
     max_searches: int | None
     max_turns: int | None
     max_passage_chars: int | None
+    metric_language: str | None
 
 
 class StepOutput(NamedTuple):
@@ -76,6 +78,7 @@ class EnvCore:
     max_searches: int | None
     max_turns: int | None
     max_passage_chars: int | None
+    metric_language: str | None
     by_id: dict[str, int] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Callable[[Settings], EnvCore], tuple[Settings]]:
@@ -113,10 +116,26 @@ class EnvCore:
     def start(self, index: int) -> tuple[Episode, str, dict[str, Any]]:
         """A new episode of a question, its prompt, and the info of ``reset``."""
         question = self.questions[index]
-        limits = self.max_searches, self.max_turns, self.max_passage_chars
-        episode = Episode(question, self.protocol, *limits)
-        info = _info(episode, self.protocol.messages(self.template, question.question))
+        chat = self.protocol.messages(self.template, question.question)
+        episode = Episode(
+            question,
+            self.protocol,
+            self.max_searches,
+            self.max_turns,
+            self.max_passage_chars,
+            self.template == "instruct" and chat[-1]["role"] == "user",
+            self._language(question),
+        )
+        info = _info(episode, chat)
         return episode, self.protocol.prompt(self.template, question.question), info
+
+    def _language(self, question: Question) -> str:
+        language = self.metric_language or question.extra.get("metric_language", "en")
+        if language not in LANGUAGES:
+            raise UnknownNameError(
+                f"metric_language of question {question.id!r}:", language, LANGUAGES
+            )
+        return str(language)
 
     def search(self, queries: Sequence[str]) -> list[list[Hit] | RetrievalError]:
         """Ask the engine once for a batch; an error of the whole batch is that of each query."""
@@ -147,7 +166,7 @@ class EnvCore:
                 earned = self.reward.total(components)
                 metrics |= {f"reward/{name}": value for name, value in components.items()}
             else:
-                earned = float(self.reward(episode))
+                earned = evaluate(self.reward, episode)
         return StepOutput("", earned, not episode.truncated, episode.truncated, info)
 
     def transcript(self, episode: Episode) -> str:
@@ -225,9 +244,13 @@ def make_core(**settings: Unpack[Settings]) -> EnvCore:
     data = _load(settings)
     if not data.questions:
         raise ConfigurationError(f"the data set {data.name!r} has no question for {settings}")
+    language = settings.get("metric_language") or data.metric_language
+    if language not in (None, *LANGUAGES):
+        raise UnknownNameError("metric_language", language, LANGUAGES)
     return EnvCore(
         settings=settings,
         questions=data.questions,
+        metric_language=language,
         retriever=_open(settings.get("retriever"), data),
         protocol=rules,
         reward=scored,

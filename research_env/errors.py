@@ -46,6 +46,10 @@ class EpisodeError(ResearchEnvError, RuntimeError):
     """A step before reset, or after the end of the episode."""
 
 
+class RewardError(ResearchEnvError, TypeError):
+    """A reward function that failed, or returned something that is no number."""
+
+
 class RetrievalError(ResearchEnvError):
     """The search engine could not answer; never evidence (the episode becomes void)."""
 

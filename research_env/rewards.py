@@ -13,6 +13,7 @@ and watch the components, which are logged as ``reward/NAME``.
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -22,7 +23,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from research_env.episode import Episode
-from research_env.errors import ConfigurationError, UnknownNameError
+from research_env.errors import ConfigurationError, ResearchEnvError, RewardError, UnknownNameError
 from research_env.metrics import cover_exact_match, normalize
 from research_env.papers import PAPERS
 from research_env.papers.base import Reward, em_reward, f1_reward
@@ -32,7 +33,8 @@ __all__ = ["REWARDS", "Reward", "Term", "WeightedSum", "em_reward", "f1_reward",
 
 def cem_reward(episode: Episode) -> float:
     """Cover exact match with any gold (`metrics.cover_exact_match`); 0 without a prediction."""
-    return cover_exact_match(episode.prediction, episode.question.answers)
+    answers, language = episode.question.answers, episode.metric_language
+    return cover_exact_match(episode.prediction, answers, language=language)
 
 
 def format_reward(episode: Episode) -> float:
@@ -151,7 +153,7 @@ class WeightedSum:
 
     def components(self, episode: Episode) -> dict[str, float]:
         """The value of each term by its name, before its weight; always the same keys."""
-        return {term.name: float(term.reward(episode)) for term in self.terms}
+        return {term.name: evaluate(term.reward, episode, term.name) for term in self.terms}
 
     def total(self, components: Mapping[str, float]) -> float:
         """The sum of these values, each with its weight."""
@@ -168,11 +170,11 @@ def reward(name: str | Reward) -> Reward:
 
     Raises:
         UnknownNameError: there is no reward of that name.
-        ConfigurationError: the sum cannot be read, or "module:function" cannot be imported or
-            called.
+        ConfigurationError: the sum cannot be read, "module:function" cannot be imported or called,
+            or the function is async.
     """
     if callable(name):
-        return name
+        return _refuse_async(name, getattr(name, "__name__", repr(name)))
     name, known = str(name), REWARDS | SHAPING
     if name in known:
         return known[name]
@@ -192,8 +194,50 @@ def reward(name: str | Reward) -> Reward:
         ) from error
     if not callable(found):
         raise ConfigurationError(f"the reward {name!r} is {found!r}, which is not a function")
-    own: Reward = found
-    return own
+    return _refuse_async(found, name)
+
+
+def evaluate(function: Reward, episode: Episode, name: str = "") -> float:
+    """The reward of a finished episode, checked to be a number.
+
+    Args:
+        function: the reward.
+        episode: a finished one that is not void.
+        name: what errors call it.
+
+    Raises:
+        RewardError: it raised an exception, or returned None, a tuple, a coroutine or anything else
+            that is no finite number.
+    """
+    named = name or getattr(function, "__qualname__", repr(function))
+    try:
+        value = function(episode)
+        number = float(value) if hasattr(type(value), "__float__") else math.nan
+    except ResearchEnvError:
+        raise
+    except Exception as error:
+        raise RewardError(
+            f"the reward {named} failed for question {episode.question.id!r}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if math.isfinite(number):
+        return number
+    if inspect.iscoroutine(value):
+        value.close()
+    raise RewardError(
+        f"the reward {named} returned {value!r:.80} for question {episode.question.id!r}; a reward "
+        "is one finite number (to log more of them, add them up with weight 0)"
+    )
+
+
+def _refuse_async(function: Reward, name: str) -> Reward:
+    call = getattr(function, "__call__", None)  # noqa: B004 (an object may have an async one)
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call):
+        raise ConfigurationError(
+            f"the reward {name} is async; rewards are plain functions: let it return a number, and "
+            "run what it awaits with asyncio.run inside"
+        )
+    return function
 
 
 def episode_metrics(episode: Episode) -> dict[str, float]:

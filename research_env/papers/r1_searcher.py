@@ -12,7 +12,7 @@ References:
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from research_env.episode import Episode
 from research_env.markup import Tag, defuse
@@ -107,6 +107,12 @@ R1_SEARCHER = Protocol(
 )
 
 
+def _compare(metric: Callable[..., float], episode: Episode) -> float:
+    """A metric of the prediction and the first gold, normalized as in the authors' code."""
+    golds, language = episode.question.answers[:1], episode.metric_language
+    return metric(episode.prediction, golds, normalize_r1_searcher, language=language)
+
+
 def r1_searcher_stage1(episode: Episode) -> float:
     """R1-Searcher's first stage: learn to retrieve, and the format.
 
@@ -119,9 +125,7 @@ def r1_searcher_stage1(episode: Episode) -> float:
     Source: RUCAIBox/R1-Searcher, ``train/reward_server_llama_stage1.py``.
     """
     text = blank_transcript(episode)
-    covered = cover_exact_match(
-        episode.prediction, episode.question.answers[:1], normalize_r1_searcher
-    )
+    covered = _compare(cover_exact_match, episode)
     retrieved = episode.protocol.query.open in text and _queries_match_documents(episode, text)
     return 2.0 * covered - 1.0 + 0.5 * retrieved + 0.5 * _one_thought_one_answer(episode, text)
 
@@ -134,7 +138,7 @@ def r1_searcher_stage2(episode: Episode) -> float:
 
     Source: RUCAIBox/R1-Searcher, ``train/reward_server_qwen_zero.py``.
     """
-    score = f1(episode.prediction, episode.question.answers[:1], normalize_r1_searcher)
+    score = _compare(f1, episode)
     return score - _r1_searcher_penalty(episode)
 
 
@@ -144,9 +148,7 @@ def r1_searcher_stage2_cem(episode: Episode) -> float:
     Source: Song et al. 2025, "R1-Searcher", the study of rewards; ``cover_exact_match_score_1`` of
     ``train/reward_server_qwen_zero.py``.
     """
-    score = cover_exact_match(
-        episode.prediction, episode.question.answers[:1], normalize_r1_searcher
-    )
+    score = _compare(cover_exact_match, episode)
     return score - _r1_searcher_penalty(episode)
 
 
@@ -156,7 +158,7 @@ def r1_searcher_stage2_em(episode: Episode) -> float:
     Source: Song et al. 2025, "R1-Searcher", the study of rewards; ``exact_match_score`` of
     ``train/reward_server_qwen_zero.py``.
     """
-    score = exact_match(episode.prediction, episode.question.answers[:1], normalize_r1_searcher)
+    score = _compare(exact_match, episode)
     return score - _r1_searcher_penalty(episode)
 
 
@@ -173,7 +175,7 @@ def r1_searcher_stage2_llama(episode: Episode) -> float:
         and _one_thought_one_answer(episode, text)
         and not _CHINESE.search(_without_documents(episode, text))
     )
-    score = f1(episode.prediction, episode.question.answers[:1], normalize_r1_searcher)
+    score = _compare(f1, episode)
     return score - (0.0 if well_formed else 1.0)
 
 
