@@ -20,13 +20,18 @@ import numpy.typing as npt
 
 from research_env.datasets.base import Dataset, Question
 from research_env.episode import Episode, fail, observe
-from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
+from research_env.errors import (
+    ConfigurationError,
+    RetrievalError,
+    UnknownNameError,
+    UnknownTaskError,
+)
 from research_env.metrics import LANGUAGES
 from research_env.papers import protocol
 from research_env.protocol import Protocol
 from research_env.retrieval import without_password
 from research_env.retrieval.base import Hit, Retriever
-from research_env.rewards import Reward, WeightedSum, episode_metrics, evaluate, reward
+from research_env.rewards import METRICS, Reward, WeightedSum, episode_metrics, evaluate, reward
 
 MAX_PASSAGE_CHARS = 10_000
 """The longest passage of the published data sets has 8,237 characters."""
@@ -102,12 +107,13 @@ class EnvCore:
         """Which question has this id.
 
         Raises:
-            ConfigurationError: there is none.
+            UnknownTaskError: there is none.
         """
         if not self.by_id:
-            self.by_id.update((each.id, i) for i, each in enumerate(self.questions))
+            # At once, for other threads must not see a part.
+            self.by_id.update({each.id: i for i, each in enumerate(self.questions)})
         if question_id not in self.by_id:
-            raise ConfigurationError(
+            raise UnknownTaskError(
                 f"no question has the id {question_id!r}; there are {len(self.questions)}, "
                 f"the first is {self.questions[0].id!r}"
             )
@@ -147,8 +153,8 @@ class EnvCore:
     def output(self, episode: Episode) -> StepOutput:
         """What ``step`` returns after the last turn of an episode that is not pending.
 
-        The reward comes at the end, and is 0 where the engine failed. Metrics come with it; of a
-        sum of rewards each component, before its weight, as ``reward/NAME``.
+        The reward comes at the end. Metrics come with it; of a sum of rewards each component,
+        before its weight, as ``reward/NAME``. If the engine failed, all of them are 0.
         """
         info = _info(episode, [])
         if not episode.over:
@@ -159,7 +165,9 @@ class EnvCore:
         info["stop_reason"] = episode.stop_reason
         info["void"] = episode.void
         earned = 0.0
-        if not episode.void:
+        if episode.void:
+            info["metrics"] = self._blank_metrics()
+        else:
             info["metrics"] = metrics = episode_metrics(episode)
             if isinstance(self.reward, WeightedSum):
                 components = self.reward.components(episode)
@@ -168,6 +176,11 @@ class EnvCore:
             else:
                 earned = evaluate(self.reward, episode)
         return StepOutput("", earned, not episode.truncated, episode.truncated, info)
+
+    def _blank_metrics(self) -> dict[str, float]:
+        """The metrics of a void episode: the keys of any other, so that trainers can batch them."""
+        terms = self.reward.terms if isinstance(self.reward, WeightedSum) else ()
+        return dict.fromkeys((*METRICS, *(f"reward/{term.name}" for term in terms)), 0.0)
 
     def transcript(self, episode: Episode) -> str:
         """The prompt, all that was written and observed, and at the end its reason and reward."""
@@ -315,7 +328,7 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _strata(question: Question) -> dict[str, str]:
+def strata(question: Question) -> dict[str, str]:
     """What results are told apart by; "" where it is not known."""
     return {"hops": str(question.hops or ""), "type": question.type or ""}
 
@@ -335,7 +348,7 @@ def _info(episode: Episode, chat: list[dict[str, str]]) -> dict[str, Any]:
         "prediction": "",
         "answers": (),
         "supporting_ids": (),
-        "strata": _strata(episode.question),
+        "strata": strata(episode.question),
         "metrics": {},
         "stop_reason": "",
         "void": False,

@@ -71,7 +71,8 @@ class SearchQAEnv(gym.Env[str, str]):
 
     ## Reset
     ``seed`` draws the order of the questions; then ``reset()`` walks through it. ``options`` may
-    hold ``{"episode": n}``, the n-th of that order, or ``{"question_id": id}``.
+    hold ``{"episode": n}``, the n-th of that order (from ``num_tasks`` on, of the next pass), or
+    ``{"question_id": id}``.
 
     ## Versions
     - v0: first release.

@@ -26,6 +26,10 @@ class ConfigurationError(ResearchEnvError, ValueError):
     """A setting whose value cannot be used, for example ``top_k=0``."""
 
 
+class UnknownTaskError(ConfigurationError, IndexError):
+    """A task that does not exist: an unknown id, or a number out of range."""
+
+
 class DataError(ResearchEnvError, ValueError):
     """A question file or corpus that cannot be read; the message names file, line and cure."""
 

@@ -240,6 +240,10 @@ def _refuse_async(function: Reward, name: str) -> Reward:
     return function
 
 
+METRICS = ("em", "f1", "cem", "format", "searches", "support_recall")
+"""The keys of `episode_metrics`."""
+
+
 def episode_metrics(episode: Episode) -> dict[str, float]:
     """What is known of an episode at its end; always the same keys.
 
