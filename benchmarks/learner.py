@@ -53,7 +53,7 @@ import torch
 from research_agent.algorithms.grpo import GRPO
 from research_agent.batch import make_batch, micro_batches
 from research_agent.learner import Learner
-from research_agent.models.policy import Scorer, batch_logprobs, token_logprobs
+from research_agent.models.policy import TokenLogprobs, batch_logprobs, token_logprobs
 from research_agent.trajectory import Group, Segment, Trajectory
 
 PEAK = 989e12
@@ -174,18 +174,18 @@ def check_gradients(device: str, tiny: bool, say: Callable[[str], None]) -> bool
     rng = random.Random(1)
     lengths = [rng.randint(600, 4200) // scale for _ in range(12)]
     groups = make_groups(lengths, sizes["vocab_size"])
-    exact = gradient(sizes, device, groups, micro_batch_tokens=1, layout="rows")
+    exact = gradient(sizes, device, groups, micro_batch_tokens=1, packing="off")
     budget = 8192 // scale
     ways: dict[str, tuple[dict[str, Any], float]] = {
-        "float32 packed": ({"layout": "packed"}, 1e-4),
-        "bfloat16 rows": ({"layout": "rows", "precision": "bfloat16"}, 0.1),
-        "bfloat16 packed": ({"layout": "packed", "precision": "bfloat16"}, 0.1),
+        "float32 packed": ({"packing": "on"}, 1e-4),
+        "bfloat16 rows": ({"packing": "off", "precision": "bfloat16"}, 0.1),
+        "bfloat16 packed": ({"packing": "on", "precision": "bfloat16"}, 0.1),
         "bfloat16 packed checkpointed": (
-            {"layout": "packed", "precision": "bfloat16", "checkpointing": True},
+            {"packing": "on", "precision": "bfloat16", "gradient_checkpointing": True},
             0.1,
         ),
         "bfloat16 packed compiled": (
-            {"layout": "packed", "precision": "bfloat16", "compile": True},
+            {"packing": "on", "precision": "bfloat16", "compile": True},
             0.1,
         ),
     }
@@ -261,13 +261,13 @@ def mfu(device: str, *, tiny: bool = False, seconds: float = 330.0) -> dict[str,
     correct = check_gradients(device, tiny, say)
 
     half = {"precision": "bfloat16"}
-    packed = {**half, "layout": "packed", "compile": True}
+    packed = {**half, "packing": "on", "compile": True}
 
     def of(settings: dict[str, Any], tokens: int) -> dict[str, Any]:
         return {**settings, "micro_batch_tokens": tokens // scale}
 
-    rows_ = {**packed, "layout": "rows"}
-    checked = {**packed, "checkpointing": True}
+    rows_ = {**packed, "packing": "off"}
+    checked = {**packed, "gradient_checkpointing": True}
     typical = "ragged (median 1.4k tokens)"
     ways: list[tuple[str, Sequence[Group], dict[str, Any], bool]] = [
         ("packed, compiled, 16k", long, of(packed, 16384), False),
@@ -373,8 +373,8 @@ def _version(name: str) -> str:
 
 RACERS: dict[str, dict[str, Any]] = {
     "ours, defaults": {"system": "ours"},
-    "ours, best": {"system": "ours", "layout": "packed", "micro_batch_tokens": 2048},
-    "ours, bfloat16": {"system": "ours", "layout": "packed", "precision": "bfloat16"},
+    "ours, best": {"system": "ours", "packing": "on", "micro_batch_tokens": 2048},
+    "ours, bfloat16": {"system": "ours", "packing": "on", "precision": "bfloat16"},
     "TRL, defaults": {"system": "trl", "per_device_train_batch_size": 8},
     **{
         f"TRL, float32, no checkpointing, batch {size}": {
@@ -439,7 +439,7 @@ def real_groups(count: int, vocabulary: int, scale: float) -> list[Group]:
 def _sampled_by(model: Any, groups: Sequence[Group]) -> list[Group]:
     """The same trajectories with the model's own log-probabilities, as a sampler reports them."""
     batch = make_batch(groups)
-    found = iter(batch_logprobs(Scorer(model), batch, 4096).tolist())
+    found = iter(batch_logprobs(TokenLogprobs(model), batch, 4096).tolist())
     return [
         Group(
             group.episode,

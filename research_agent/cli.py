@@ -124,7 +124,7 @@ def _eval(words: list[str]) -> None:
 
     _no_bars()
     split = {} if config.split is None else {"split": config.split}
-    environments = open_environments(config.env, config.slots, {**config.env_args, **split})
+    environments = open_environments(config.env, config.max_in_flight, {**config.env_args, **split})
     engine, renderer, fingerprint = _sampler(config)
     try:
         summary = evaluate(
@@ -134,7 +134,7 @@ def _eval(words: list[str]) -> None:
             config,
             config.output,
             limit=config.limit,
-            samples=config.samples,
+            samples_per_task=config.samples_per_task,
             seed=config.seed,
             header=header(config, environments, fingerprint),
             log_tokens=config.log_tokens,
@@ -165,7 +165,9 @@ def _sampler(config: EvalConfig) -> tuple[Any, Any, str]:
         )
 
         words = EndpointRenderer(chat_template=config.chat_template)
-        asked = EndpointEngine(config.endpoint, config.model, words, concurrency=config.slots)
+        asked = EndpointEngine(
+            config.endpoint, config.model, words, concurrency=config.max_in_flight
+        )
         return asked, words, f"{config.model} at {config.endpoint.rstrip('/')}"
     from research_agent.engines import make_engine  # noqa: PLC0415
     from research_agent.evaluation.fingerprint import model_fingerprint  # noqa: PLC0415
@@ -178,7 +180,12 @@ def _sampler(config: EvalConfig) -> tuple[Any, Any, str]:
     model = load_model(config.model, dtype=config.dtype, device=config.device)
     context = context_of(model, config.max_prompt + config.max_response)
     engine = make_engine(
-        config.engine, model, renderer, max_slots=config.slots, max_context=context, share=True
+        config.engine,
+        model,
+        renderer,
+        max_slots=config.max_in_flight,
+        max_context=context,
+        share=True,
     )
     return engine, renderer, model_fingerprint(place, getattr(model.config, "_commit_hash", None))
 

@@ -13,7 +13,7 @@ WINDOW = 10
 
 
 @dataclass
-class Watch:
+class CollapseMonitor:
     """Rewards of the steps since the start, or since the last time that the run was set back.
 
     Args:

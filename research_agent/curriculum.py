@@ -65,7 +65,7 @@ def parse_stages(texts: Sequence[str]) -> tuple[Stage, ...]:
 
 
 @dataclass
-class Position:
+class CurriculumState:
     """How far a run has come in its stages; a checkpoint keeps the fields."""
 
     stage: int = 0

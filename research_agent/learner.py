@@ -15,19 +15,25 @@ from research_agent.algorithms.base import Algorithm, Tokens, UsesCritic
 from research_agent.algorithms.functional import truncated_importance
 from research_agent.batch import Batch, make_batch, micro_batches
 from research_agent.distributed import (
-    add_up,
-    anywhere,
+    all_reduce_sum,
+    any_rank,
+    full_tensor,
     gather,
-    like,
     rank_and_size,
     shard,
-    share,
-    whole,
+    shard_batches,
+    shard_like,
 )
 from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
 from research_agent.models.critic import Critic
 from research_agent.models.lora import adapters, adapters_off, add_adapters, merged
-from research_agent.models.policy import Precision, Scorer, batch_logprobs, layers_of, prepare
+from research_agent.models.policy import (
+    Precision,
+    TokenLogprobs,
+    batch_logprobs,
+    layers_of,
+    prepare,
+)
 from research_agent.trajectory import Group
 
 METRICS = {
@@ -35,14 +41,14 @@ METRICS = {
     "grad_norm": "Euclidean length of the gradient of the loss, before it is clipped",
     "learning_rate": "of the last optimiser step",
     "entropy": "mean over the action tokens of the entropy of the policy there, in nats",
-    "sampler_gap": "mean over the action tokens of |learner's - sampler's log-probability|, before"
-    " the weights change (so of the first part alone, where there are several updates)",
+    "sampling_logprob_difference": "mean over the action tokens of |learner's - sampler's"
+    " log-probability|, before the weights change (with several minibatches: of the first alone)",
     "length": "mean tokens of a trajectory, of any provenance",
     "action_length": "mean action tokens of a trajectory",
-    "longest": "tokens of the longest trajectory",
+    "max_length": "tokens of the longest trajectory",
     "trajectories": "number of trajectories learned from",
-    "updates": "number of optimiser steps made",
-    "clip_share": "share of the action tokens whose ratio was clipped: they have no gradient"
+    "optimizer_steps": "number of optimizer steps made",
+    "clip_fraction": "share of the action tokens whose ratio was clipped: they have no gradient"
     " but that of KL and entropy (CISPO: they keep a bounded one)",
     "kl": "mean over the action tokens of the estimate of KL(policy || reference), in nats (by the"
     " algorithms that use a reference)",
@@ -63,17 +69,19 @@ class Learner:
         weight_decay: of AdamW.
         betas: of AdamW.
         max_grad_norm: longer gradients are scaled down to this length.
-        updates: optimiser steps a rollout; its groups are dealt into this many parts, in order.
+        minibatches: optimizer steps per update; its groups are split into this many parts, in
+            order.
         micro_batch_tokens: the most tokens of a forward pass. It changes memory and speed only.
         temperature: the sampler's.
         old_logprobs: what ratios are taken against: the log-probabilities that the sampler
             reported, or those recomputed by the model before its first step on a rollout.
-        importance_cap: multiply advantages by ``min(recomputed / sampler's probability, cap)``:
-            truncated importance sampling. None: no such weight.
-        layout: "rows" gives each trajectory a row of its own, "packed" puts several in a row, and
-            "auto" packs on a GPU. It changes memory and speed only.
+        importance_sampling_cap: multiply advantages by
+            ``min(recomputed / sampler's probability, cap)``: truncated importance sampling.
+            None: no such weight.
+        packing: "on" puts several trajectories in one row, "off" gives each its own, and "auto"
+            packs on a GPU. It changes memory and speed only.
         precision: of the model's matrix products. Weights, optimiser and softmax stay float32.
-        checkpointing: keep only what enters each layer, and compute the rest again for the
+        gradient_checkpointing: keep only what enters each layer, and compute the rest again for the
             gradient: less memory, a third more work.
         compile: let torch.compile fuse the operations of each layer; the first pass takes minutes.
         lora_rank: learn adapters of this rank beside weights that stay; 0 learns the weights.
@@ -95,14 +103,14 @@ class Learner:
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.999),
         max_grad_norm: float = 1.0,
-        updates: int = 1,
+        minibatches: int = 1,
         micro_batch_tokens: int = 4096,
         temperature: float = 1.0,
         old_logprobs: Literal["sampler", "recomputed"] = "sampler",
-        importance_cap: float | None = None,
-        layout: Literal["auto", "rows", "packed"] = "auto",
+        importance_sampling_cap: float | None = None,
+        packing: Literal["auto", "on", "off"] = "auto",
         precision: Precision = "float32",
-        checkpointing: bool = False,
+        gradient_checkpointing: bool = False,
         compile: bool = False,
         lora_rank: int = 0,
         optimizer: Literal["adamw", "adamw_8bit", "adamw_offload"] = "adamw",
@@ -110,20 +118,20 @@ class Learner:
         if algorithm.needs_reference and reference is None and not lora_rank:
             message = "the algorithm needs a reference policy; give one, or set its KL to 0"
             raise ConfigError(message)
-        _check(updates, micro_batch_tokens, temperature, max_grad_norm)
-        _check_old_logprobs(old_logprobs, importance_cap)
+        _check(minibatches, micro_batch_tokens, temperature, max_grad_norm)
+        _check_old_logprobs(old_logprobs, importance_sampling_cap)
         self.model = model.eval()
         self.algorithm = algorithm
         self.steps = 0  # of the optimiser, ever
         self._learning_rate = learning_rate
         self._warmup_steps = warmup_steps
         self._max_grad_norm = max_grad_norm
-        self._updates = updates
+        self._minibatch_count = minibatches
         self._micro_batch_tokens = micro_batch_tokens
         self._recompute = old_logprobs == "recomputed"
-        self._importance_cap = importance_cap
+        self._importance_cap = importance_sampling_cap
         on_gpu = next(model.parameters()).is_cuda
-        self._packed = layout == "packed" or (layout == "auto" and on_gpu)
+        self._packed = packing == "on" or (packing == "auto" and on_gpu)
         if lora_rank:
             add_adapters(self.model, lora_rank)
         self._lora = bool(lora_rank)
@@ -132,8 +140,15 @@ class Learner:
         )
         for each in (self.model, self._reference):
             if each is not None:
-                prepare(each, packed=self._packed, checkpointing=checkpointing, compile=compile)
-        scorer = partial(Scorer, temperature=temperature, precision=precision, compile=compile)
+                prepare(
+                    each,
+                    packed=self._packed,
+                    gradient_checkpointing=gradient_checkpointing,
+                    compile=compile,
+                )
+        scorer = partial(
+            TokenLogprobs, temperature=temperature, precision=precision, compile=compile
+        )
         self._score = scorer(self.model)
         self._reference_score = None if self._reference is None else scorer(self._reference)
         for each in (self._score, self._reference_score):
@@ -189,19 +204,19 @@ class Learner:
         device = next(iter(self._parameters.values())).device
         batch = make_batch(groups, device)
         if not len(batch.targets):
-            return {"trajectories": float(len(batch)), "updates": 0.0}
-        batch = self._fill(batch)
-        reports = [self._step(part) | self._teach(part) for part in self._parts(batch)]
+            return {"trajectories": float(len(batch)), "optimizer_steps": 0.0}
+        batch = self._prepare_batch(batch)
+        reports = [self._step(part) | self._critic_step(part) for part in self._minibatches(batch)]
         metrics = {name: sum(r[name] for r in reports) / len(reports) for name in reports[0]}
         lengths = [len(tokens) for tokens in batch.tokens]
         return metrics | {
-            "sampler_gap": reports[0]["sampler_gap"],
+            "sampling_logprob_difference": reports[0]["sampling_logprob_difference"],
             "learning_rate": reports[-1]["learning_rate"],
             "length": sum(lengths) / len(batch),
             "action_length": len(batch.targets) / len(batch),
-            "longest": float(max(lengths)),
+            "max_length": float(max(lengths)),
             "trajectories": float(len(batch)),
-            "updates": float(len(reports)),
+            "optimizer_steps": float(len(reports)),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -224,7 +239,7 @@ class Learner:
         With more than one process all of them must ask. Adapters are added in.
         """
         named = merged(self.model) if self._lora else self.model.named_parameters()
-        return ((name, whole(weight.detach())) for name, weight in named)
+        return ((name, full_tensor(weight.detach())) for name, weight in named)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the state of a learner of the same model, to the bit.
@@ -261,7 +276,7 @@ class Learner:
             for name, held in (adapters(self.model) if self._lora else {}).items():
                 held.copy_(state["adapters"][name])
 
-    def _fill(self, batch: Batch) -> Batch:
+    def _prepare_batch(self, batch: Batch) -> Batch:
         """Add what is fixed for the whole rollout: old and reference log-probabilities, credit."""
         budget = self._micro_batch_tokens
         logprobs = partial(batch_logprobs, batch=batch, max_tokens=budget, packed=self._packed)
@@ -282,13 +297,15 @@ class Learner:
             )
         return replace(batch, advantages=advantages)
 
-    def _parts(self, batch: Batch) -> list[Batch]:
+    def _minibatches(self, batch: Batch) -> list[Batch]:
         """Deal whole groups into as many parts as there are updates, in order."""
-        if self._updates == 1:
+        if self._minibatch_count == 1:
             return [batch]
         dealt: dict[int, list[int]] = defaultdict(list)
         names = sorted(set(batch.groups.tolist()))
-        part_of = {name: place * self._updates // len(names) for place, name in enumerate(names)}
+        part_of = {
+            name: place * self._minibatch_count // len(names) for place, name in enumerate(names)
+        }
         for i, group in enumerate(batch.groups.tolist()):
             dealt[part_of[group]].append(i)
         parts = [batch.select(chosen) for chosen in dealt.values()]
@@ -298,7 +315,9 @@ class Learner:
         """Make one optimiser step on a batch."""
         try:
             metrics = self._accumulate(batch)
-            norm = whole(nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm))
+            norm = full_tensor(
+                nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm)
+            )
             if not norm.isfinite():
                 raise NonFiniteError(
                     f"the gradient is not finite (its norm is {norm.item()}) after {self.steps}"
@@ -328,7 +347,7 @@ class Learner:
         for ours, theirs in pairs if elsewhere else ():
             ours.copy_(theirs)
 
-    def _teach(self, batch: Batch) -> dict[str, float]:
+    def _critic_step(self, batch: Batch) -> dict[str, float]:
         """Make one optimiser step of the critic, if there is one."""
         return {} if self._critic is None else self._critic.step(batch)
 
@@ -343,7 +362,7 @@ class Learner:
         losses: list[Tensor] = []
         sums: dict[str, Tensor] = {}
         passes = micro_batches(batch, self._micro_batch_tokens, packed=self._packed)
-        for micro, counts in share(passes):
+        for micro, counts in shard_batches(passes):
             part = micro.part
             logprobs, entropy = self._score(micro)
             tokens = Tokens(
@@ -351,29 +370,35 @@ class Learner:
                 old_logprobs=part.old_logprobs.to(logprobs.dtype),
                 reference_logprobs=part.reference_logprobs,
                 entropy=entropy,
-                advantages=advantages[micro.picked].to(logprobs.dtype),
-                sequence=part.sequence,
+                advantages=advantages[micro.token_index].to(logprobs.dtype),
+                seq_ids=part.seq_ids,
             )
             objective, logged = self.algorithm.objective(tokens)
-            share_of = weights[micro.picked].to(objective.dtype) * counts
+            share_of = weights[micro.token_index].to(objective.dtype) * counts
             loss = -(share_of * objective).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             parts.append(part)
             found.append(logprobs.detach())
             losses.append(loss.detach())
             gap = (found[-1] - part.sampler_logprobs).abs()
-            for name, values in {"entropy": entropy, "sampler_gap": gap, **logged}.items():
+            for name, values in {
+                "entropy": entropy,
+                "sampling_logprob_difference": gap,
+                **logged,
+            }.items():
                 sums[name] = sums.get(name, 0.0) + values.detach().sum().double() * counts
         # Looked at only now: a look at a number makes a GPU wait for us, and us for it.
         _require_finite(parts, found, losses, f"after {self.steps} optimiser steps")
         total = torch.stack([torch.stack(losses).double().sum(), *sums.values()])
-        loss_, *rest = add_up(total).tolist()
+        loss_, *rest = all_reduce_sum(total).tolist()
         means = (value / len(batch.targets) for value in rest)
         return {"loss": loss_} | dict(zip(sums, means, strict=True))
 
 
-def _check(updates: int, micro_batch_tokens: int, temperature: float, max_grad_norm: float) -> None:
-    for name, value in (("updates", updates), ("micro_batch_tokens", micro_batch_tokens)):
+def _check(
+    minibatches: int, micro_batch_tokens: int, temperature: float, max_grad_norm: float
+) -> None:
+    for name, value in (("minibatches", minibatches), ("micro_batch_tokens", micro_batch_tokens)):
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
     for name, number in (("temperature", temperature), ("max_grad_norm", max_grad_norm)):
@@ -381,14 +406,16 @@ def _check(updates: int, micro_batch_tokens: int, temperature: float, max_grad_n
             raise ConfigError(f"{name} is {number}; it must be above 0")
 
 
-def _check_old_logprobs(old_logprobs: str, importance_cap: float | None) -> None:
+def _check_old_logprobs(old_logprobs: str, importance_sampling_cap: float | None) -> None:
     if old_logprobs not in ("sampler", "recomputed"):
         message = f"old_logprobs is {old_logprobs!r}; known: 'sampler', 'recomputed'"
         raise ConfigError(message)
-    if importance_cap is not None and not (importance_cap > 0 and old_logprobs == "recomputed"):
+    if importance_sampling_cap is not None and not (
+        importance_sampling_cap > 0 and old_logprobs == "recomputed"
+    ):
         message = (
-            f"importance_cap is {importance_cap} with old_logprobs {old_logprobs!r}; it must be"
-            " above 0, with old_logprobs 'recomputed'"
+            f"importance_sampling_cap is {importance_sampling_cap} with old_logprobs"
+            f" {old_logprobs!r}; it must be above 0, with old_logprobs 'recomputed'"
         )
         raise ConfigError(message)
 
@@ -410,11 +437,11 @@ def _optimizer(kind: str, parameters: list[Tensor], **settings: Any) -> torch.op
 
 
 def _whole(value: Any) -> Any:
-    return whole(value) if isinstance(value, Tensor) else value
+    return full_tensor(value) if isinstance(value, Tensor) else value
 
 
 def _placed(value: Any, parameter: Tensor) -> Any:
-    return like(value.clone(), parameter) if isinstance(value, Tensor) else value
+    return shard_like(value.clone(), parameter) if isinstance(value, Tensor) else value
 
 
 def _require_finite(
@@ -422,7 +449,7 @@ def _require_finite(
 ) -> None:
     """Find the first log-probability, or else loss, that is not finite, and name it."""
     values = torch.cat([*logprobs, torch.stack(losses).to(logprobs[0].dtype)])
-    if not anywhere(not bool(values.isfinite().all()), values.device):
+    if not any_rank(not bool(values.isfinite().all()), values.device):
         return
     causes = gather(list(_not_finite(parts, logprobs, losses, when)))  # of all processes
     raise NonFiniteError(causes[0])
@@ -433,7 +460,7 @@ def _not_finite(
 ) -> Iterator[str]:
     for part, values in zip(parts, logprobs, strict=True):
         for first in values.isfinite().logical_not().nonzero()[:1].flatten().tolist():
-            name = part.names[int(part.sequence[first])]
+            name = part.names[int(part.seq_ids[first])]
             yield (
                 f"a log-probability of {name} is {values[first].item()} {when}; the weights or the"
                 " trajectory are broken"

@@ -170,7 +170,7 @@ def _beside_the_bar(metrics: Mapping[str, float], timings: Mapping[str, float]) 
     for name, value in metrics.items():
         if name == "eval/reward":
             yield f"held-out {value:.3f}"
-    if metrics.get("void_share"):
-        yield f"void {metrics['void_share']:.0%}"
+    if metrics.get("void_fraction"):
+        yield f"void {metrics['void_fraction']:.0%}"
     if "episodes_per_second" in timings:
         yield f"{timings['episodes_per_second']:.1f} episodes/s"

@@ -27,10 +27,10 @@ from research_agent import checkpoint, rollout_state
 from research_agent.algorithms import algorithm
 from research_agent.algorithms.base import SelectsGroups
 from research_agent.checkpoint import Checkpoint
-from research_agent.collapse import Watch
+from research_agent.collapse import CollapseMonitor
 from research_agent.config import TrainConfig, as_json, require_same, validate
-from research_agent.curriculum import Position, Stage, parse_stages
-from research_agent.distributed import agree, gather, processes, rank_and_size
+from research_agent.curriculum import CurriculumState, Stage, parse_stages
+from research_agent.distributed import broadcast_object, gather, init_distributed, rank_and_size
 from research_agent.engines import make_engine
 from research_agent.engines.base import Engine
 from research_agent.environments import Environments, make_environments
@@ -68,17 +68,17 @@ def train(config: TrainConfig) -> TrainSummary:
     Raises:
         CheckpointError: the folder holds a run of another configuration, or cannot be written.
         ConfigError: a setting has a value that cannot be used.
-        TooManyVoidError: more episodes were void than ``max_void_share``; the state is saved.
+        TooManyVoidError: more episodes were void than ``max_void_fraction``; the state is saved.
     """
     validate(config)
     run = config.run
     with ExitStack() as stack:
         signals = stack.enter_context(_stop_signals())
-        stack.enter_context(processes())
+        stack.enter_context(init_distributed())
         saved = _saved(config)
         step = saved.step if saved else 0
         seconds = float(saved.state["seconds"]) if saved else 0.0
-        if over := agree(_over(config, step, seconds)):
+        if over := broadcast_object(_over(config, step, seconds)):
             return _summary(config, f"{run.output} is finished: {over}")
         parts = stack.enter_context(_open(config, saved))
         tracker = stack.enter_context(_tracker(parts, saved))
@@ -92,11 +92,11 @@ def train(config: TrainConfig) -> TrainSummary:
             collected = time.perf_counter()
 
             # Credit and learn. Advantages, weights and objective are the algorithm's.
-            void_share = _void_share(trajectories)
-            if void_share > config.algorithm.max_void_share:
-                parts.under_way.clear()  # much of it is void as well
+            void_fraction = _void_fraction(trajectories)
+            if void_fraction > config.algorithm.max_void_fraction:
+                parts.in_flight.clear()  # much of it is void as well
                 _save(parts, step, seconds)
-                raise TooManyVoidError(_void_message(config, step, void_share))
+                raise TooManyVoidError(_void_message(config, step, void_fraction))
             with saved_for_inspection(run.output, step, trajectories), span(parts.trace, "update"):
                 learned = parts.learner.update(groups)
             updated = time.perf_counter()
@@ -106,7 +106,7 @@ def train(config: TrainConfig) -> TrainSummary:
             parts.engine.load_weights(parts.learner.weights(), version=step)
             end = time.perf_counter()
             seconds += end - start
-            over = agree(_over(config, step, seconds))
+            over = broadcast_object(_over(config, step, seconds))
 
             # Log.
             metrics = {
@@ -139,7 +139,9 @@ def train(config: TrainConfig) -> TrainSummary:
 
             # Save.
             is_best = "eval/reward" in metrics and step == _best(config)
-            if agree(step % run.save_every == 0 or is_best or moves_on or best is not None):
+            if broadcast_object(
+                step % run.save_every == 0 or is_best or moves_on or best is not None
+            ):
                 _save(parts, step, seconds)
         _save(parts, step, seconds)
 
@@ -175,10 +177,10 @@ class _Parts:
     learner: Learner
     environments: Environments
     held_out: Environments | None  # of evaluations
-    watch: Watch | None  # for collapse
+    watch: CollapseMonitor | None  # for collapse
     stages: tuple[Stage, ...]  # of the run; none where it has only one
-    position: Position  # in the stages
-    under_way: InFlight  # episodes of later steps; none unless collection runs ahead
+    position: CurriculumState  # in the stages
+    in_flight: InFlight  # episodes of later steps; none unless collection runs ahead
     trace: Trace | None
 
 
@@ -216,8 +218,8 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
         run.output.mkdir(parents=True, exist_ok=True)
         write_atomic(run.output / "config.json", json.dumps(as_json(config), indent=1) + "\n")
     torch.manual_seed(run.seed)
-    slots = -(-sampling.prompts * sampling.samples // size)
-    slots = min(slots * (1 + sampling.max_staleness), sampling.slots or slots)
+    slots = -(-sampling.prompts_per_step * sampling.group_size // size)
+    slots = min(slots * (1 + sampling.max_staleness), sampling.max_in_flight or slots)
     rule = algorithm(config.algorithm.algorithm, **config.algorithm.algorithm_args)
     with ExitStack() as stack:
         env, env_args = config.environment.env, config.environment.env_args
@@ -261,13 +263,13 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
             learner.load_state_dict(saved.state["learner"])
             torch.set_rng_state(saved.state["random"])
             engine.load_weights(learner.weights(), version=saved.step)
-        watch = None if run.collapse is None else Watch(run.collapse)
+        watch = None if run.collapse is None else CollapseMonitor(run.collapse)
         if watch and saved:
             watch.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
-        under_way = InFlight()
+        in_flight = InFlight()
         if saved:
-            begun = saved.state["under_way"]
-            under_way = rollout_state.from_state(begun, environments, sampling, run.seed)
+            begun = saved.state["in_flight"]
+            in_flight = rollout_state.from_state(begun, environments, sampling, run.seed)
         yield _Parts(
             config=config,
             origin=origin,
@@ -280,18 +282,24 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
             watch=watch,
             stages=stages,
             position=position,
-            under_way=under_way,
+            in_flight=in_flight,
             trace=trace,
         )
 
 
-def _stages(config: TrainConfig, saved: Checkpoint | None) -> tuple[tuple[Stage, ...], Position]:
+def _stages(
+    config: TrainConfig, saved: Checkpoint | None
+) -> tuple[tuple[Stage, ...], CurriculumState]:
     """The stages of a run, and how far it is in them."""
     stages = parse_stages(config.environment.stages)
-    return stages, Position(**saved.state["stage"]) if saved and stages else Position()
+    return stages, CurriculumState(
+        **saved.state["stage"]
+    ) if saved and stages else CurriculumState()
 
 
-def _arguments(config: TrainConfig, stages: Sequence[Stage], position: Position) -> dict[str, Any]:
+def _arguments(
+    config: TrainConfig, stages: Sequence[Stage], position: CurriculumState
+) -> dict[str, Any]:
     """The environment's arguments in a stage."""
     own = stages[position.stage].env_args if stages else {}
     return {**config.environment.env_args, **own}
@@ -304,7 +312,7 @@ def _stage(parts: _Parts) -> dict[str, float]:
 
 def _next_stage(parts: _Parts, stack: ExitStack) -> _Parts:
     """The parts with the environments of the stage that begins now; ``stack`` closes them."""
-    parts.under_way.clear()
+    parts.in_flight.clear()
     parts.environments.close()
     arguments = _arguments(parts.config, parts.stages, parts.position)
     count = parts.environments.num_envs
@@ -330,15 +338,19 @@ def _play(parts: _Parts, step: int) -> tuple[list[Trajectory], list[Group]]:
     sampling, rule = parts.config.sampling, parts.learner.algorithm
     selects = rule if isinstance(rule, SelectsGroups) else None
     rounds = selects.max_rounds if selects else 1
-    tasks = sampling.prompts * rounds  # of a step
+    tasks = sampling.prompts_per_step * rounds  # of a step
     later = range(step + 1, step + sampling.max_staleness + 1)
-    next_ones = [e for s in later for e in _episodes(s * tasks, sampling.prompts, sampling.samples)]
+    next_ones = [
+        e
+        for s in later
+        for e in _episodes(s * tasks, sampling.prompts_per_step, sampling.group_size)
+    ]
     episode = step * tasks
     played: list[Trajectory] = []
     groups: list[Group] = []
     for _ in range(rounds):
-        missing = sampling.prompts - len(groups)
-        wanted = _episodes(episode, missing, sampling.samples)
+        missing = sampling.prompts_per_step - len(groups)
+        wanted = _episodes(episode, missing, sampling.group_size)
         episode += missing
         rank, size = rank_and_size()
         trajectories = collect(
@@ -349,15 +361,15 @@ def _play(parts: _Parts, step: int) -> tuple[list[Trajectory], list[Group]]:
             sampling,
             seed=parts.config.run.seed,
             ahead=next_ones,
-            under_way=parts.under_way,
+            in_flight=parts.in_flight,
         )
         trajectories = sorted(gather(trajectories), key=lambda t: (t.episode, t.sample))
         played += trajectories
         for group in _groups(trajectories):
             if selects is None or selects.keeps([t.reward for t in group.trajectories]):
                 groups.append(group)
-        down = _void_share(played) > parts.config.algorithm.max_void_share
-        if down or len(groups) == sampling.prompts:
+        down = _void_fraction(played) > parts.config.algorithm.max_void_fraction
+        if down or len(groups) == sampling.prompts_per_step:
             break
     return played, groups
 
@@ -377,7 +389,7 @@ def _staleness(groups: Sequence[Group], version: int) -> dict[str, float]:
     }
 
 
-def _void_share(trajectories: Sequence[Trajectory]) -> float:
+def _void_fraction(trajectories: Sequence[Trajectory]) -> float:
     return sum(t.void for t in trajectories) / len(trajectories)
 
 
@@ -405,7 +417,7 @@ def _save(parts: _Parts, step: int, seconds: float) -> None:
             "origin": parts.origin,
             **({"rewards": parts.watch.history} if parts.watch else {}),
             **({"stage": asdict(parts.position)} if parts.stages else {}),
-            "under_way": rollout_state.to_state(parts.under_way),
+            "in_flight": rollout_state.to_state(parts.in_flight),
         },
         config=as_json(config),
         keep=config.run.keep,
@@ -440,7 +452,7 @@ def _set_back(parts: _Parts, step: int, best: int) -> str:
             parts.model.load_state_dict(load_model(good, device="cpu").state_dict())
         parts.learner.load_state_dict(saved.state["learner"])
     parts.engine.load_weights(parts.learner.weights(), version=step)
-    parts.under_way.clear()
+    parts.in_flight.clear()
     parts.watch.history.clear()
     return f"{what}; the run goes on from it"
 
@@ -509,7 +521,7 @@ def _describe(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "turns": sum(s.provenance == "action" for t in played for s in t.segments) / count,
         "action_tokens": sum(t.num_action_tokens for t in played) / count,
         "tokens": sum(len(t.tokens) for t in played) / count,
-        "void_share": 1 - len(played) / len(trajectories),
+        "void_fraction": 1 - len(played) / len(trajectories),
         "episodes": float(len(trajectories)),
         "truncated_share": sum(t.truncated for t in trajectories) / len(trajectories),
     }
@@ -561,8 +573,8 @@ def saved_for_inspection(
 
 def _void_message(config: TrainConfig, step: int, share: float) -> str:
     return (
-        f"{share:.0%} of the episodes of step {step + 1} were void, more than --max-void-share "
-        f"{config.algorithm.max_void_share:.0%}: something that the environment needs is down. "
+        f"{share:.0%} of the episodes of step {step + 1} were void, more than --max-void-fraction "
+        f"{config.algorithm.max_void_fraction:.0%}: something that the environment needs is down. "
         f"Step {step} is saved in {config.run.output}; the same command continues when it is up"
     )
 

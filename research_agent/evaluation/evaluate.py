@@ -1,4 +1,4 @@
-"""Play tasks, write what happened as it happens, and summarise what the environment says of it."""
+"""Play tasks, write each episode as it ends, and summarize the metrics of the environment."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def evaluate(
     output: Path,
     *,
     limit: int | None = None,
-    samples: int = 1,
+    samples_per_task: int = 1,
     seed: int = 0,
     header: Mapping[str, Any] | None = None,
     log_tokens: bool = False,
@@ -51,7 +51,7 @@ def evaluate(
         sampling: see ``collect``; temperature 0 is greedy.
         output: folder to write to; made where it is missing.
         limit: at most so many tasks.
-        samples: episodes of each task.
+        samples_per_task: episodes of each task.
         seed: of the order of the tasks, and of the draws.
         header: what the episodes depend on (see ``provenance.header``). With it, predictions of
             the same header that are in the folder already are gone on with: only what is missing,
@@ -68,7 +68,7 @@ def evaluate(
     if environments.num_tasks is None and limit is None:
         raise ConfigError("this environment has no last task; say how many to play (--limit)")
     count = min(n for n in (environments.num_tasks, limit) if n is not None)
-    wanted = [(episode, sample) for episode in range(count) for sample in range(samples)]
+    wanted = [(episode, sample) for episode in range(count) for sample in range(samples_per_task)]
     known = None if header is None else json.loads(json.dumps(header))  # as it is read again
 
     def pieces(tokens: Sequence[int]) -> list[str]:

@@ -18,7 +18,7 @@ from research_agent.algorithms.grpo import GRPO
 from research_agent.batch import make_batch
 from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
 from research_agent.learner import METRICS, Learner
-from research_agent.models.policy import Scorer, batch_logprobs, frozen_copy
+from research_agent.models.policy import TokenLogprobs, batch_logprobs, frozen_copy
 from research_agent.trajectory import Group, Trajectory
 from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.research_agent.rollouts import (
@@ -114,8 +114,8 @@ def test_equals_one_trajectory_at_a_time(make: Any, temperature: float) -> None:
     advantages = grpo.advantages(batch)
     total = torch.zeros(())
     for i, row in enumerate(batch.tokens):
-        mine = batch.sequence == i
-        places = batch.places[mine]
+        mine = batch.seq_ids == i
+        places = batch.positions[mine]
         logits = model(input_ids=row[None]).logits[0] / temperature
         logprobs = logits.log_softmax(-1)
         with torch.no_grad():
@@ -200,7 +200,7 @@ def test_gradient_follows_reward_and_not_length_of_observations() -> None:
     loser = trajectory(prompt(1), action([7, 8]), reward=0.0, sample=1)
     old = make_batch([Group(0, [winner, loser])])
     model = Bigram()
-    exact = batch_logprobs(Scorer(model), old, 100).tolist()
+    exact = batch_logprobs(TokenLogprobs(model), old, 100).tolist()
     winner = trajectory(
         prompt(1),
         action([5], exact[:1]),
@@ -255,37 +255,44 @@ def test_recomputed_old_logprobs_do_not_believe_the_sampler() -> None:
     model = tiny_qwen2(VOCABULARY)
     options: dict[str, Any] = {"learning_rate": 1e-3}
     metrics = Learner(model, PLAIN, old_logprobs="recomputed", **options).update(groups)
-    assert metrics["clip_share"] == 0
-    assert metrics["sampler_gap"] > 0.5  # random_groups makes its log-probabilities up
+    assert metrics["clip_fraction"] == 0
+    assert (
+        metrics["sampling_logprob_difference"] > 0.5
+    )  # random_groups makes its log-probabilities up
     other = Learner(tiny_qwen2(VOCABULARY), PLAIN, **options).update(groups)
-    assert other["clip_share"] > 0
+    assert other["clip_fraction"] > 0
 
 
 def test_several_updates_are_those_of_the_parts_one_after_the_other() -> None:
     groups = random_groups(4, groups=5)
     one, other = tiny_qwen2(VOCABULARY), tiny_qwen2(VOCABULARY)
-    metrics = Learner(one, PLAIN, learning_rate=1e-3, updates=2).update(groups)
-    assert metrics["updates"] == 2
+    metrics = Learner(one, PLAIN, learning_rate=1e-3, minibatches=2).update(groups)
+    assert metrics["optimizer_steps"] == 2
     learner = Learner(other, PLAIN, learning_rate=1e-3)
     reports = [learner.update(groups[:3]), learner.update(groups[3:])]
     for name, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
     assert metrics["grad_norm"] == pytest.approx(sum(r["grad_norm"] for r in reports) / 2)
-    assert metrics["sampler_gap"] == reports[0]["sampler_gap"]
+    assert metrics["sampling_logprob_difference"] == reports[0]["sampling_logprob_difference"]
 
 
 def test_old_logprobs_are_those_before_the_first_of_several_updates() -> None:
     """Both parts hold the same trajectories: by the second, the policy has moved off."""
     group = random_groups(4, groups=1)[0]
     learner = Learner(
-        Bigram(), PLAIN, learning_rate=1.0, updates=2, old_logprobs="recomputed", weight_decay=0.0
+        Bigram(),
+        PLAIN,
+        learning_rate=1.0,
+        minibatches=2,
+        old_logprobs="recomputed",
+        weight_decay=0.0,
     )
-    assert learner.update([group, group])["clip_share"] > 0
+    assert learner.update([group, group])["clip_fraction"] > 0
 
 
 def test_more_updates_than_groups() -> None:
-    metrics = Learner(Bigram(), PLAIN, updates=7).update(random_groups(0, groups=2))
-    assert metrics["updates"] == 2
+    metrics = Learner(Bigram(), PLAIN, minibatches=7).update(random_groups(0, groups=2))
+    assert metrics["optimizer_steps"] == 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -313,15 +320,15 @@ def test_every_metric_is_defined_and_right() -> None:
     gap = (now - torch.tensor([-1.0, -2.0, -3.0])).abs().mean()
     delta = other - now
     expected = {
-        "sampler_gap": gap.item(),
+        "sampling_logprob_difference": gap.item(),
         "kl": (delta.exp() - delta - 1).mean().item(),
         "entropy": torch.special.entr(logits.softmax(-1)).sum(-1).mean().item(),
         "learning_rate": 1e-9,
         "length": 3.0,
         "action_length": 1.5,
-        "longest": 4.0,
+        "max_length": 4.0,
         "trajectories": 2.0,
-        "updates": 1.0,
+        "optimizer_steps": 1.0,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
@@ -338,7 +345,7 @@ def test_grad_norm_is_that_before_clipping() -> None:
 def test_the_gap_is_zero_when_sampler_and_learner_agree() -> None:
     model = tiny_qwen2(VOCABULARY)
     batch = make_batch(random_groups(0))
-    exact = iter(batch_logprobs(Scorer(model, 0.7), batch, 10**6).tolist())
+    exact = iter(batch_logprobs(TokenLogprobs(model, 0.7), batch, 10**6).tolist())
     groups = [
         Group(
             g.episode,
@@ -358,8 +365,8 @@ def test_the_gap_is_zero_when_sampler_and_learner_agree() -> None:
         for g in random_groups(0)
     ]
     metrics = Learner(model, PLAIN, temperature=0.7, micro_batch_tokens=50).update(groups)
-    assert metrics["sampler_gap"] < 1e-5
-    assert metrics["clip_share"] == 0
+    assert metrics["sampling_logprob_difference"] < 1e-5
+    assert metrics["clip_fraction"] == 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -403,7 +410,7 @@ def test_frozen_parameters_stay() -> None:
 
 def test_resume_continues_to_the_same_bits() -> None:
     rollouts = [random_groups(seed) for seed in range(6)]
-    options: dict[str, Any] = {"learning_rate": 1e-3, "warmup_steps": 5, "updates": 2}
+    options: dict[str, Any] = {"learning_rate": 1e-3, "warmup_steps": 5, "minibatches": 2}
     model = tiny_qwen2(VOCABULARY)
     learner = Learner(model, PLAIN, **options)
     reports = [learner.update(groups) for groups in rollouts]
@@ -426,7 +433,7 @@ def test_the_state_of_a_learner_that_has_not_stepped() -> None:
     state = Learner(Bigram(), PLAIN).state_dict()
     learner = Learner(Bigram(), PLAIN)
     learner.load_state_dict(state)
-    assert learner.update(random_groups(0))["updates"] == 1
+    assert learner.update(random_groups(0))["optimizer_steps"] == 1
 
 
 def test_the_state_of_another_model_is_refused() -> None:
@@ -458,7 +465,7 @@ def test_nothing_to_learn_from_changes_nothing(kind: str) -> None:
     learner.update(random_groups(0))
     before = copy.deepcopy((model.state_dict(), learner.state_dict()))
     metrics = learner.update(groups)
-    assert metrics["updates"] == 0
+    assert metrics["optimizer_steps"] == 0
     assert torch.equal(model.table, before[0]["table"])
     assert learner.steps == before[1]["steps"] == 1
 
@@ -534,7 +541,7 @@ def test_an_objective_that_is_not_finite_stops() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"updates": 0}, "updates is 0"),
+        ({"minibatches": 0}, "minibatches is 0"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens is 0"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"max_grad_norm": math.nan}, "max_grad_norm is nan"),

@@ -156,7 +156,7 @@ def test_a_critic_begins_at_zero_and_is_that_of_each_actions_context() -> None:
         critic.head.weight.normal_(generator=generator)
     values = critic.values(batch)
     for t in range(len(batch.targets)):
-        row, place = batch.tokens[int(batch.sequence[t])], int(batch.places[t])
+        row, place = batch.tokens[int(batch.seq_ids[t])], int(batch.positions[t])
         states = model.base_model(input_ids=row[None, :place]).last_hidden_state
         assert values[t].item() == pytest.approx(critic.head(states[0, -1]).item(), abs=1e-4)
 
@@ -174,7 +174,7 @@ def test_neither_micro_batches_nor_packing_change_what_it_learns(budget: int, pa
         with torch.no_grad():
             critic.head.weight.fill_(0.05)
         values = critic.values(batch)
-        critic.step(replace(batch, values=values, returns=batch.rewards[batch.sequence]))
+        critic.step(replace(batch, values=values, returns=batch.rewards[batch.seq_ids]))
     for name, value in whole.state_dict()["weights"].items():
         torch.testing.assert_close(cut.state_dict()["weights"][name], value, rtol=1e-7, atol=1e-9)
 
@@ -192,7 +192,7 @@ def test_a_critic_learns_what_follows_from_a_prompt() -> None:
     ]
     batch = make_batch(groups)
     critic = _critic(tiny_qwen2(50), value_clip=10.0)
-    returns = batch.rewards[batch.sequence]
+    returns = batch.rewards[batch.seq_ids]
     for _ in range(60):
         values = critic.values(batch)
         metrics = critic.step(replace(batch, values=values, returns=returns))
@@ -210,7 +210,7 @@ def test_what_is_not_finite_stops_before_anything_changes() -> None:
             replace(
                 batch,
                 values=critic.values(batch),
-                returns=batch.rewards[batch.sequence] * math.inf,
+                returns=batch.rewards[batch.seq_ids] * math.inf,
             )
         )
     torch.testing.assert_close(critic.state_dict(), before, rtol=0, atol=0)
@@ -227,7 +227,7 @@ def test_the_state_of_another_critic_is_refused() -> None:
 
 def test_the_learner_teaches_the_critic_and_resumes_it_to_the_same_bits() -> None:
     assert isinstance(PLAIN, UsesCritic) and not isinstance(algorithm("grpo"), UsesCritic)
-    options: dict[str, Any] = {"learning_rate": 1e-3, "updates": 2}
+    options: dict[str, Any] = {"learning_rate": 1e-3, "minibatches": 2}
     rollouts = [random_groups(seed) for seed in range(4)]
     model = tiny_qwen2(50)
     learner = Learner(model, PLAIN, **options)

@@ -74,7 +74,7 @@ def test_without_a_terminal_each_step_is_a_line_on_standard_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with RunLogger(tmp_path, 0, 8, fresh=True) as tracker:
-        tracker.record(3, {"reward": 0.5, "env/lookups": 1.5, "void_share": 0.25}, {})
+        tracker.record(3, {"reward": 0.5, "env/lookups": 1.5, "void_fraction": 0.25}, {})
     out, err = capsys.readouterr()
     assert out == ""
     assert "step 3/8  reward 0.500  lookups 1.50  void 25%" in err
