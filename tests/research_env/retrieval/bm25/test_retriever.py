@@ -333,7 +333,7 @@ def test_an_index_of_an_older_version_is_not_opened(tmp_path: Path) -> None:
         EmbeddedRetriever(tmp_path / "i")
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", '{"format": 1}', "\0"])
+@pytest.mark.parametrize("content", [None, "", "[]", '{"format": 3}', "\0"])
 def test_what_is_no_index_is_not_opened(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "meta.json").write_text(content)
