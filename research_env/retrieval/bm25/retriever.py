@@ -58,13 +58,6 @@ _FILES = sorted(("passages.bin", "offsets.bin", *FILES))
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux: another one after each start
 
 
-class FileSum(msgspec.Struct, frozen=True):
-    """What a file of an index must be."""
-
-    size: int
-    blake2b: str  # BLAKE2b-128 of the hashes of its chunks of 64 MiB
-
-
 class Meta(msgspec.Struct, frozen=True):
     """The content of ``meta.json``."""
 
@@ -72,7 +65,7 @@ class Meta(msgspec.Struct, frozen=True):
     corpus: str
     fingerprint: str
     passages: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
-    files: dict[str, FileSum]
+    files: dict[str, tuple[int, str]]  # size, and BLAKE2b-128 of the hashes of chunks of 64 MiB
 
 
 class _Format(msgspec.Struct):
@@ -118,7 +111,7 @@ def build_index(
             count = _write(corpus, building, progress or (lambda _: None))
             if corpus.fingerprint() != fingerprint:
                 raise DataError(f"corpus {corpus.name!r} changed meanwhile; index it again")
-            files = {name: _sum(building / name) for name in _FILES}
+            files = {name: _checksum(building / name) for name in _FILES}
             meta = Meta(FORMAT, corpus.name, fingerprint, count, files)
             (building / _META).write_bytes(msgspec.json.format(msgspec.json.encode(meta), indent=1))
             for name in (*_FILES, _META, ""):  # all is on the disk before it is published
@@ -279,7 +272,7 @@ def _checked(
         )
     for name in _FILES:
         path = folder / name
-        if name not in meta.files or not _is_file(path, meta.files[name].size):
+        if name not in meta.files or not _is_file(path, meta.files[name][0]):
             raise _stale(folder, f"is damaged: {name} is missing, cut off or changed")
     try:
         index = IndexReader(folder, _num_rows(folder))
@@ -292,14 +285,14 @@ def _checked(
 
 
 def _check_all(folder: Path, meta: Meta, index: IndexReader) -> None:
-    size = sum(meta.files[name].size for name in _FILES)
+    size = sum(meta.files[name][0] for name in _FILES)
     log.info("checking the whole index %s (%.1f GB)", folder, size / 1e9)
     for name in _FILES:
-        if _sum(folder / name) != meta.files[name]:
+        if _checksum(folder / name) != meta.files[name]:
             raise ValueError(f"{name} has changed since the index was made")
     index.check()
     offsets = np.memmap(folder / "offsets.bin", "<u8", "r")
-    if offsets[0] != 0 or offsets[-1] != meta.files["passages.bin"].size:
+    if offsets[0] != 0 or offsets[-1] != meta.files["passages.bin"][0]:
         raise ValueError("offsets.bin does not span passages.bin")
     for first in range(0, len(offsets), _CHUNK // 8):
         part = offsets[first : first + _CHUNK // 8 + 1]
@@ -357,8 +350,8 @@ def _is_file(path: Path, size: int) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_size == size > 0
 
 
-def _sum(path: Path) -> FileSum:
-    """Hash a file with all processors."""
+def _checksum(path: Path) -> tuple[int, str]:
+    """The size of a file and its hash, made with all processors."""
     size = path.stat().st_size
 
     def digest(start: int) -> bytes:
@@ -368,7 +361,7 @@ def _sum(path: Path) -> FileSum:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = b"".join(pool.map(digest, range(0, size, _CHUNK)))
-    return FileSum(size, blake2b(digests, digest_size=16).hexdigest())
+    return size, blake2b(digests, digest_size=16).hexdigest()
 
 
 def _sync(path: Path) -> None:

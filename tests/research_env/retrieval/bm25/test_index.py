@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -188,6 +190,55 @@ def test_maxscore_works_where_its_code_cannot_be_kept(monkeypatch: pytest.Monkey
         return 2 * number
 
     assert maxscore._compiled(twice)(4) == 8
+
+
+GARBAGE = """
+    import numpy as np
+    from research_env.retrieval.bm25.maxscore import search
+
+    rng = np.random.default_rng(0)
+    num_rows, lengths = 30_000, np.array([7, 900, 40, 5_000, 20_000, 3, 9_000])
+    ends = lengths.cumsum()
+    starts, size = ends - lengths, int(ends[-1])
+    whole = np.concatenate([np.sort(rng.choice(num_rows, n, False)) for n in lengths])
+    rows = {
+        "shuffled": rng.permutation(whole),
+        "far": np.full(size, 2**31 - 1),
+        "negative": np.full(size, -(2**31)),
+        "any": rng.integers(-(2**31), 2**31, size),
+        "all the same": np.full(size, 4095),
+        "beyond": whole + num_rows - 5,
+        "whole": whole,
+    }
+    impacts = {
+        "zero": np.zeros(size), "NaN": np.full(size, np.nan), "inf": np.full(size, -np.inf),
+        "negative": -rng.random(size), "whole": rng.random(size),
+    }
+    times, offsets = np.ones(7), np.array([0, 3, 7])
+    for some_rows in rows.values():
+        for some_impacts in impacts.values():
+            for bounds in (np.full(7, np.inf), np.full(7, np.nan), np.zeros(7), np.arange(7.0)):
+                for top_k in (1, 9, 5_000):
+                    search(
+                        some_rows.astype(np.int32), some_impacts.astype(np.float32),
+                        starts, ends, times, bounds, offsets, num_rows,
+                        np.empty((2, top_k), np.int32), np.empty((2, top_k), np.float32),
+                    )
+    print("ended")
+"""
+
+
+@pytest.mark.slow
+def test_no_rows_or_impacts_lead_outside_of_an_array(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(GARBAGE)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)},
+    )
+    assert (done.stdout, done.returncode) == ("ended\n", 0), done.stderr
 
 
 def test_a_small_index_needs_no_compiler(tmp_path: Path) -> None:
