@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_SETTLED = 100_000_000  # ns; a file changed again within one tick of its clock keeps its times
+_SETTLED = 20_000_000  # ns; a file that changes twice within a tick of the clock shows it once
 
 
 def cache_folder() -> Path:
