@@ -46,7 +46,7 @@ def read_questions(path: str | Path) -> list[Question]:
         DataError: a record is no question, or repeats an id.
     """
     path = Path(path)
-    records = _beir_questions(path) if is_beir(path) else read_records(path)
+    records = read_beir_questions(path) if is_beir(path) else read_records(path)
     questions: list[Question] = []
     first: dict[str, str] = {}
     for where, record in records:
@@ -69,6 +69,43 @@ def question_record(question: Question) -> dict[str, Any]:
 def is_beir(path: Path) -> bool:
     """Whether this is a folder in BEIR's layout."""
     return (path / "queries.jsonl").is_file() or (path / "queries.jsonl.gz").is_file()
+
+
+def read_beir_questions(folder: Path) -> Records:
+    """The queries of a BEIR folder that a file of ``qrels`` judges, as records of questions.
+
+    Without ``qrels`` all queries are read.
+
+    Raises:
+        DataError: a line of ``qrels`` or of ``queries.jsonl`` is not in order.
+    """
+    supporting: dict[str, list[str]] = {}
+    split: dict[str, str] = {}
+    for judged in sorted((folder / "qrels").glob("*.tsv")):
+        for where, row in read_records(judged):
+            query = _id({"id": row.get("query-id")}, where)
+            passage = _id({"id": row.get("corpus-id")}, where)
+            score = str(row.get("score", "")).strip()
+            if not score.lstrip("-").isdecimal():
+                raise DataError(f"{where}: the column 'score' must be a number, not {score!r:.80}")
+            split.setdefault(query, judged.stem)
+            if int(score[:18]) > 0:
+                supporting.setdefault(query, []).append(passage)
+    replaced = ("metadata", "text")
+    for where, record in read_records(_beir_file(folder, "queries")):
+        id_ = _id(record, where)
+        if not split or id_ in split:
+            metadata = record.get("metadata")
+            yield (
+                where,
+                {
+                    **(metadata if isinstance(metadata, dict) else {}),
+                    **{key: value for key, value in record.items() if key not in replaced},
+                    "question": record.get("question", record.get("text")),
+                    "supporting": supporting.get(id_, []),
+                    "split": split.get(id_),
+                },
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +188,11 @@ def make_passage(record: Mapping[str, Any], where: str) -> Passage:
             title = head[1:-1] if quoted else head
         record = {"text": text if line_break else head, **_without_nulls(record)}
     return Passage(_id(record, where), title or "", _text(record, "text", where))
+
+
+def has_answers(record: Mapping[str, Any]) -> bool:
+    """Whether a record names gold answers, in order or not."""
+    return any(record.get(name) is not None for name in _ANSWERS)
 
 
 def make_question(record: Mapping[str, Any], where: str) -> Question:
@@ -256,33 +298,3 @@ def _repeated(where: str, id_: str, first: str) -> DataError:
 def _beir_file(folder: Path, stem: str) -> Path:
     plain = folder / f"{stem}.jsonl"
     return plain if plain.is_file() else folder / f"{stem}.jsonl.gz"
-
-
-def _beir_questions(folder: Path) -> Records:
-    """The queries of a BEIR folder that a file of ``qrels`` judges, as records of questions."""
-    supporting: dict[str, list[str]] = {}
-    split: dict[str, str] = {}
-    for judged in sorted((folder / "qrels").glob("*.tsv")):
-        for where, row in read_records(judged):
-            query = _id({"id": row.get("query-id")}, where)
-            passage = _id({"id": row.get("corpus-id")}, where)
-            score = str(row.get("score", "")).strip()
-            if not score.lstrip("-").isdecimal():
-                raise DataError(f"{where}: the column 'score' must be a number, not {score!r:.80}")
-            split.setdefault(query, judged.stem)
-            if int(score[:18]) > 0:
-                supporting.setdefault(query, []).append(passage)
-    for where, record in read_records(_beir_file(folder, "queries")):
-        id_ = _id(record, where)
-        if not split or id_ in split:
-            metadata = record.get("metadata")
-            yield (
-                where,
-                {
-                    **(metadata if isinstance(metadata, dict) else {}),
-                    **{key: value for key, value in record.items() if key != "metadata"},
-                    "question": record.get("question", record.get("text")),
-                    "supporting": supporting.get(id_, []),
-                    "split": split.get(id_),
-                },
-            )
