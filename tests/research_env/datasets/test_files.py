@@ -233,7 +233,7 @@ def test_a_byte_order_mark_and_blank_last_lines_are_skipped(tmp_path: Path, name
     assert [q.id for q in read_questions(tmp_path / name)] == ["q1"]
 
 
-TABLE = [
+TABLE: list[dict[str, Any]] = [
     {
         "id": "q1",
         "question": 'Who, "he"?\n\nNow.',
@@ -455,7 +455,7 @@ def test_any_record_is_read_or_a_typed_error(
     path.write_text(json.dumps((QUESTION | PASSAGE if good else {}) | fields) + "\n")
     for read in (read_questions, read_corpus):
         try:
-            found = read(path)  # type: ignore[operator]
+            found = read(path)
         except DataError as error:
             assert "f.jsonl:1: " in str(error)
             assert len(str(error)) < 700
@@ -488,7 +488,7 @@ def test_a_damaged_file_is_read_or_a_typed_error(
     path.write_bytes(data[: len(data) - cut])
     for read in (read_questions, read_corpus):
         with contextlib.suppress(DataError):
-            read(path)  # type: ignore[operator]
+            read(path)
 
 
 def test_a_damaged_archive_is_named(tmp_path: Path) -> None:

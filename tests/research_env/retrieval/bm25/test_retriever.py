@@ -383,7 +383,7 @@ def test_pipes_and_devices_are_not_opened(tmp_path: Path) -> None:
     for name in ("passages.bin", "rows.bin", "meta.json"):
         (tmp_path / "i" / name).rename(tmp_path / "kept")
         for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir):
-            make(tmp_path / "i" / name)  # type: ignore[operator]
+            make(tmp_path / "i" / name)
             with pytest.raises(StaleIndexError, match=name):
                 EmbeddedRetriever(tmp_path / "i")
             other = tmp_path / "i" / name
