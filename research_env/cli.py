@@ -277,7 +277,10 @@ class Play:
         try:
             env: gym.Env[str, str] = gym.make(self.id, **_settings(self.env_args))
         except gym.error.UnregisteredEnv:
-            raise UnknownNameError("environment", self.id, _text_environments()) from None
+            name = self.id.rpartition(":")[2]
+            raise UnknownNameError("environment", name, _text_environments()) from None
+        except (gym.error.Error, ImportError) as error:
+            raise ConfigurationError(f"{self.id!r} is no environment: {error}") from error
         except TypeError as error:  # a key that is no argument
             raise ConfigurationError(f"--env-args: {error}") from error
         if not isinstance(env.observation_space, UnicodeText):
