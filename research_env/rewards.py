@@ -27,6 +27,7 @@ from research_env.errors import ConfigurationError, ResearchEnvError, RewardErro
 from research_env.metrics import cover_exact_match, normalize
 from research_env.papers import PAPERS
 from research_env.papers.base import Reward, em_reward, f1_reward
+from research_env.papers.r1_searcher import MAX_ANSWER_WORDS, r1_searcher_stage1_guarded
 
 __all__ = ["REWARDS", "Reward", "Term", "WeightedSum", "em_reward", "f1_reward", "reward"]
 
@@ -35,6 +36,16 @@ def cem_reward(episode: Episode) -> float:
     """Cover exact match with any gold (`metrics.cover_exact_match`); 0 without a prediction."""
     answers, language = episode.question.answers, episode.metric_language
     return cover_exact_match(episode.prediction, answers, language=language)
+
+
+def cem_guarded(episode: Episode) -> float:
+    """`cem_reward` in which an answer of more than ten words covers nothing.
+
+    Whoever copies all passages into the answer is paid by `cem_reward`. Ten words is the limit of
+    R1-Searcher's second stage. Ours, not a paper's.
+    """
+    short = len((episode.prediction or "").split()) <= MAX_ANSWER_WORDS
+    return cem_reward(episode) if short else 0.0
 
 
 def format_reward(episode: Episode) -> float:
@@ -119,13 +130,15 @@ REWARDS: dict[str, Reward] = {
 """The rewards by name; your own is named "module:function"."""
 
 SHAPING: dict[str, Reward] = {
+    "r1-searcher-stage1-guarded": r1_searcher_stage1_guarded,
+    "cem-guarded": cem_guarded,
     "searches": searches,
     "retrieved": retrieved,
     "support_recall": support_recall,
     "query_diversity": query_diversity,
     "answer_length": answer_length,
 }
-"""What is worth adding to a reward, by name."""
+"""Guarded variants of the papers' rewards, and what is worth adding to a reward, by name."""
 
 
 class Term(NamedTuple):

@@ -21,6 +21,7 @@ from research_env.papers.base import Paper, blank_transcript, once_per_episode
 from research_env.protocol import Parsed, Protocol, answer_or_invalid
 from research_env.retrieval.base import Hit
 
+MAX_ANSWER_WORDS = 10  # of the second stage
 _CHINESE = re.compile("[\u4e00-\u9fff]")
 
 _BASE = (
@@ -130,6 +131,17 @@ def r1_searcher_stage1(episode: Episode) -> float:
     return 2.0 * covered - 1.0 + 0.5 * retrieved + 0.5 * _one_thought_one_answer(episode, text)
 
 
+def r1_searcher_stage1_guarded(episode: Episode) -> float:
+    """`r1_searcher_stage1` in which an answer of more than ten words covers nothing.
+
+    In the authors' first stage copying all passages into the answer pays nearly as much as knowing
+    it. Ten words is the limit of their second stage. Ours, not a paper's.
+    """
+    long = len((episode.prediction or "").split()) > MAX_ANSWER_WORDS
+    covered = _compare(cover_exact_match, episode) if long else 0.0
+    return r1_searcher_stage1(episode) - 2.0 * covered
+
+
 def r1_searcher_stage2(episode: Episode) -> float:
     """R1-Searcher's second stage: F1 with the first gold, less 2 where the format is broken.
 
@@ -201,7 +213,7 @@ def r1_searcher_format(episode: Episode) -> bool:
         and "Assistant" not in text
         and "begin_of_query" not in answer
         and "begin_of_documents" not in answer
-        and len(answer.split()) <= 10
+        and len(answer.split()) <= MAX_ANSWER_WORDS
         and (text.isascii() or not _CHINESE.search(_without_documents(episode, text)))
     )
 
