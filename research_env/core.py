@@ -89,7 +89,7 @@ class EnvCore:
     def __reduce__(self) -> tuple[Callable[[Settings], EnvCore], tuple[Settings]]:
         return _rebuild, (self.settings,)
 
-    def index(self, seed: int, episode: int) -> int:
+    def draw_question(self, seed: int, episode: int) -> int:
         """Which question the numbered episode asks, in the order drawn from the seed.
 
         Every ``len(questions)`` episodes are one pass over all questions, each pass in another
@@ -103,7 +103,7 @@ class EnvCore:
         epoch, at = divmod(int(episode), len(self.questions))
         return int(_permutation(seed, epoch, len(self.questions))[at])
 
-    def index_of(self, question_id: str) -> int:
+    def find_question(self, question_id: str) -> int:
         """Which question has this id.
 
         Raises:
@@ -254,7 +254,7 @@ def make_core(**settings: Unpack[Settings]) -> EnvCore:
     template = settings.get("template", "base")
     rules.prompt(template, "")  # an unknown template is refused here, not at the first reset
 
-    data = _load(settings)
+    data = _load_dataset(settings)
     if not data.questions:
         raise ConfigurationError(f"the data set {data.name!r} has no question for {settings}")
     language = settings.get("metric_language") or data.metric_language
@@ -264,7 +264,7 @@ def make_core(**settings: Unpack[Settings]) -> EnvCore:
         settings=settings,
         questions=data.questions,
         metric_language=language,
-        retriever=_open(settings.get("retriever"), data),
+        retriever=_open_engine(settings.get("retriever"), data),
         protocol=rules,
         reward=scored,
         template=template,
@@ -288,7 +288,7 @@ def _read_limit(settings: Settings, name: str, default: int | None, least: int) 
     return value
 
 
-def _load(settings: Settings) -> Dataset:
+def _load_dataset(settings: Settings) -> Dataset:
     name = settings.get("dataset", "miniworld")
     if isinstance(name, Dataset):
         return name
@@ -306,7 +306,7 @@ def _load(settings: Settings) -> Dataset:
     )
 
 
-def _open(retriever: str | Retriever | None, data: Dataset) -> Retriever:
+def _open_engine(retriever: str | Retriever | None, data: Dataset) -> Retriever:
     if retriever is not None and not isinstance(retriever, str):
         if not hasattr(retriever, "search"):
             raise ConfigurationError(
