@@ -174,7 +174,8 @@ class EnvCore:
                 earned = self.reward.total(components)
                 metrics |= {f"reward/{name}": value for name, value in components.items()}
             else:
-                earned = evaluate(self.reward, episode)
+                named = self.settings.get("reward")
+                earned = evaluate(self.reward, episode, named if isinstance(named, str) else "")
         return StepOutput("", earned, not episode.truncated, episode.truncated, info)
 
     def _blank_metrics(self) -> dict[str, float]:
