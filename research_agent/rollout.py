@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
 from typing import Any, Protocol
 
@@ -169,7 +169,8 @@ class ActiveRollout:
     seed: int  # of the run
     sampling: Sampling
     segments: list[Segment] = field(default_factory=list)
-    reward: float = 0.0  # so far: an environment may give some on the way
+    reward: float = 0.0  # the sum of its turns' so far
+    state_key: str = ""  # of the state in which the next turn is taken
     prompt: int = 0  # tokens
     response: int = 0  # tokens, of the policy and of the environment
     partial_turns: list[Completion] = field(default_factory=list)  # of the turn that is not over
@@ -205,6 +206,7 @@ class ActiveRollout:
                 "raise the limit, or leave such tasks out"
             )
         self.prompt = len(tokens)
+        self.state_key = _state_key(info)
         self.unsent_tokens += tokens
         self.segments.append(Segment("prompt", tuple(tokens), text=observation, info=info))
 
@@ -246,6 +248,7 @@ class ActiveRollout:
                     chain.from_iterable(repeat(part.version, len(part.tokens)) for part in parts)
                 ),
                 text=text,
+                state_key=self.state_key,
             )
         )
         return text
@@ -254,7 +257,9 @@ class ActiveRollout:
         self, result: StepResult, renderer: Renderer, max_context: int
     ) -> Trajectory | None:
         """Take what the environment answers; returns the trajectory if it ends with that."""
+        self.segments[-1] = replace(self.segments[-1], reward=result.reward)
         self.reward += result.reward
+        self.state_key = _state_key(result.info)
         if result.terminated or result.truncated:
             return self._trajectory(result, "")
         tokens = renderer.encode_text(result.observation)
@@ -285,6 +290,10 @@ class ActiveRollout:
             metrics={name: float(value) for name, value in metrics.items()},
             info=last.info,
         )
+
+
+def _state_key(info: Mapping[str, Any]) -> str:
+    return str(info.get("state_key") or "")
 
 
 def trajectory_seed(seed: int, episode: int, sample: int) -> int:

@@ -1,9 +1,9 @@
 """The pieces that algorithms share: pure functions of tensors.
 
-Shapes: N trajectories, A action tokens, those of a trajectory one after another. Tensors are used
-by their methods, so no torch is loaded. Observation tokens have no place in any of them: what runs
-from token to token here (returns, GAE, ratios of sequences) runs from an action's last token to the
-first of the next action.
+Shapes: N trajectories, T turns, A action tokens, those of a trajectory one after another. Tensors
+are used by their methods, so no torch is loaded. Observation tokens have no place in any of them:
+what runs from token to token here (returns, GAE, ratios of sequences) runs from an action's last
+token to the first of the next action.
 """
 
 from __future__ import annotations
@@ -255,23 +255,37 @@ def rewards_at_end(rewards: Tensor, lengths: Tensor) -> Tensor:
     return rewards.new_zeros(int(lengths.sum())).index_put((ends[some],), rewards[some])
 
 
+def positions_within(seq_ids: Tensor) -> Tensor:
+    """Place of each action token, or turn, among those of its trajectory, counted from 0.
+
+    Args:
+        seq_ids: number of the trajectory of each, [A] or [T], ascending.
+
+    Returns:
+        The places, of the same shape.
+    """
+    lengths = seq_ids.bincount()
+    starts = lengths.cumsum(0) - lengths
+    return seq_ids.new_ones(len(seq_ids)).cumsum(0) - 1 - starts[seq_ids]
+
+
 def discounted_sum(values: Tensor, seq_ids: Tensor, factor: float) -> Tensor:
-    """``y_t = x_t + factor * y_(t+1)`` along the action tokens of each trajectory.
+    """``y_t = x_t + factor * y_(t+1)`` along the action tokens, or turns, of each trajectory.
 
     With rewards and ``gamma`` these are the returns of REINFORCE.
 
     Args:
-        values: x, [A].
-        seq_ids: number of the trajectory of each action token, [A], ascending.
+        values: x, [A] or [T].
+        seq_ids: number of the trajectory of each action token or turn, ascending.
         factor: from 0 to 1.
 
     Returns:
-        The sums y, [A].
+        The sums y, of the same shape.
     """
     if not len(values):
         return values
     lengths = seq_ids.bincount()
-    column = lengths.cumsum(0)[seq_ids] - 1 - _positions(seq_ids)  # tokens that still follow
+    column = lengths.cumsum(0)[seq_ids] - 1 - positions_within(seq_ids)  # tokens that still follow
     rows = values.new_zeros((int(column.max()) + 1, len(lengths)))
     rows = rows.index_put((column, seq_ids), values)
     for place in range(1, len(rows)):
@@ -388,10 +402,3 @@ def require_one_of(name: str, algorithm: object, field: str, known: Collection[o
     if value not in known:
         words = ", ".join(map(repr, known))
         raise ConfigError(f"{name}: {field} is {value!r}; known: {words}")
-
-
-def _positions(seq_ids: Tensor) -> Tensor:
-    """Place of each action token among those of its trajectory, [A]."""
-    lengths = seq_ids.bincount()
-    starts = lengths.cumsum(0) - lengths
-    return seq_ids.new_ones(len(seq_ids)).cumsum(0) - 1 - starts[seq_ids]

@@ -5,16 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from research_agent.trajectory import Group, Segment, Trajectory
+from research_agent.trajectory import Group, Segment, Trajectory, reward_last_turn
 
 
 def prompt(*tokens: int) -> Segment:
     return Segment("prompt", tokens)
 
 
-def action(tokens: Sequence[int], logprobs: Sequence[float] | None = None) -> Segment:
+def action(
+    tokens: Sequence[int],
+    logprobs: Sequence[float] | None = None,
+    reward: float = 0.0,
+    state_key: str = "",
+) -> Segment:
     given = [-1.0] * len(tokens) if logprobs is None else logprobs
-    return Segment("action", tuple(tokens), tuple(given))
+    return Segment("action", tuple(tokens), tuple(given), reward=reward, state_key=state_key)
 
 
 def observation(*tokens: int) -> Segment:
@@ -22,9 +27,22 @@ def observation(*tokens: int) -> Segment:
 
 
 def trajectory(
-    *segments: Segment, reward: float = 0.0, episode: int = 0, sample: int = 0, void: bool = False
+    *segments: Segment,
+    reward: float | None = None,
+    episode: int = 0,
+    sample: int = 0,
+    void: bool = False,
+    lineage: tuple[int, ...] = (),
+    tree: int | None = None,
 ) -> Trajectory:
-    return Trajectory(episode, sample, segments, reward, True, False, void=void)
+    """One whose reward is for its last turn; None: the sum of what the turns have."""
+    if reward is None:
+        reward = sum(segment.reward for segment in segments)
+    else:
+        segments = reward_last_turn(segments, reward)
+    return Trajectory(
+        episode, sample, segments, reward, True, False, void=void, lineage=lineage, tree=tree
+    )
 
 
 def random_trajectory(
