@@ -160,12 +160,19 @@ def make_batch(groups: Sequence[Group], device: torch.device | str = "cpu") -> B
         device=device,
     )
     turns = [turn for t in trajectories for turn in t.turns]
+    owners = {(number, t.sample): i for i, (number, t) in reversed(list(enumerate(kept)))}
+
+    def owner(number: int, sample: int) -> Hashable:
+        return owners.get((number, sample), (number, sample))  # the latter where it is void
+
     nodes = [
-        (number, (*t.lineage, *[t.sample] * len(t.turns))[place], place)
-        for number, t in kept
+        (owner(number, t.lineage[place]) if place < len(t.lineage) else i, place)
+        for i, (number, t) in enumerate(kept)
         for place in range(len(t.turns))
     ]
-    trees = [(number, t.sample if t.tree is None else t.tree) for number, t in kept]
+    trees = [
+        i if t.tree is None else owner(number, t.tree) for i, (number, t) in enumerate(kept)
+    ]
 
     def whole(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
