@@ -170,9 +170,7 @@ def make_batch(groups: Sequence[Group], device: torch.device | str = "cpu") -> B
         for i, (number, t) in enumerate(kept)
         for place in range(len(t.turns))
     ]
-    trees = [
-        i if t.tree is None else owner(number, t.tree) for i, (number, t) in enumerate(kept)
-    ]
+    trees = [i if t.tree is None else owner(number, t.tree) for i, (number, t) in enumerate(kept)]
 
     def whole(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
