@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, repeat
 from typing import Any, Protocol
 
 import numpy as np
 
 from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
-from research_agent.environments import Environments, StepResult
+from research_agent.environments import Environments, StepResult, Truncating
 from research_agent.errors import ContextError
 from research_agent.renderer import Renderer
 from research_agent.trajectory import Segment, Trajectory
@@ -106,6 +107,7 @@ def collect(
     missing = set(episodes) - done.keys()
     free = deque(slot for slot in range(environments.num_envs) if slot not in active)
     stop = environments.terminators
+    truncate = environments.truncate if isinstance(environments, Truncating) else _keep_reward
     try:
         for slot in sorted(active.keys() - awaiting_env):  # turns that were cut
             active[slot].submit(engine, slot, stop)
@@ -136,7 +138,9 @@ def collect(
                 if slot not in awaiting_env:
                     continue  # of an episode that was forgotten
                 awaiting_env.discard(slot)
-                trajectory = active[slot].observe(result, renderer, engine.max_context)
+                trajectory = active[slot].observe(
+                    result, renderer, engine.max_context, partial(truncate, slot)
+                )
                 if trajectory is None:
                     active[slot].submit(engine, slot, stop)
                     continue
@@ -254,20 +258,31 @@ class ActiveRollout:
         return text
 
     def observe(
-        self, result: StepResult, renderer: Renderer, max_context: int
+        self,
+        result: StepResult,
+        renderer: Renderer,
+        max_context: int,
+        truncate: Callable[[], StepResult | None],
     ) -> Trajectory | None:
-        """Take what the environment answers; returns the trajectory if it ends with that."""
-        self.segments[-1] = replace(self.segments[-1], reward=result.reward)
-        self.reward += result.reward
+        """Take what the environment answers; returns the trajectory if it ends with that.
+
+        If the answer does not fit the budget of tokens, the environment scores the episode.
+        """
+        self._earn(result.reward)
         self.state_key = _state_key(result.info)
         if result.terminated or result.truncated:
             return self._trajectory(result, "")
         tokens = renderer.encode_text(result.observation)
         length = self.response + len(tokens)
+        budget = ""
         if length >= self.sampling.max_response:  # no room for them and one more
-            return self._trajectory(result, "length")
-        if self.prompt + length >= max_context:
-            return self._trajectory(result, "context")
+            budget = "length"
+        elif self.prompt + length >= max_context:
+            budget = "context"
+        if budget:
+            last = truncate()
+            self._earn(last.reward if last else 0.0)
+            return self._trajectory(last or result, budget)
         self.response = length
         self.unsent_tokens += tokens
         if tokens:
@@ -275,6 +290,12 @@ class ActiveRollout:
                 Segment("observation", tuple(tokens), text=result.observation, info=result.info)
             )
         return None
+
+    def _earn(self, reward: float) -> None:
+        """Add a reward to the turn that was taken last, and to the sum."""
+        turn = self.segments[-1]
+        self.segments[-1] = replace(turn, reward=turn.reward + reward)
+        self.reward += reward
 
     def _trajectory(self, last: StepResult, budget: str) -> Trajectory:
         metrics: Mapping[str, Any] = last.info.get("metrics") or {}
@@ -292,8 +313,13 @@ class ActiveRollout:
         )
 
 
+<<<<<<< HEAD
 def _state_key(info: Mapping[str, Any]) -> str:
     return str(info.get("state_key") or "")
+=======
+def _keep_reward(slot: int) -> None:
+    """End an episode whose environment cannot score it: it keeps the rewards so far."""
+>>>>>>> h-core
 
 
 def trajectory_seed(seed: int, episode: int, sample: int) -> int:
