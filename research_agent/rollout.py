@@ -313,13 +313,12 @@ class ActiveRollout:
         )
 
 
-<<<<<<< HEAD
 def _state_key(info: Mapping[str, Any]) -> str:
     return str(info.get("state_key") or "")
-=======
+
+
 def _keep_reward(slot: int) -> None:
     """End an episode whose environment cannot score it: it keeps the rewards so far."""
->>>>>>> h-core
 
 
 def trajectory_seed(seed: int, episode: int, sample: int) -> int:
