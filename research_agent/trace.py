@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
-from research_agent.environments import Environments, StepResult, Truncating
+from research_agent.environments import Environments, StepResult, Truncating, provenance_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,3 +164,7 @@ class TracedEnvironments:
     def close(self) -> None:
         """Release what the environments hold."""
         self._environments.close()
+
+    def provenance(self) -> dict[str, str]:
+        """What the tasks depend on, as the environments say."""
+        return provenance_of(self._environments)
