@@ -27,6 +27,7 @@ from research_env.retrieval import without_password
 from research_env.retrieval.base import Hit, Retriever
 from research_env.retrieval.url import split_options
 from research_env.rewards import Reward, WeightedSum, episode_metrics, reward
+from research_env.turn_rewards import TurnReward, TurnRewards, turn_rewards
 
 MAX_PASSAGE_CHARS = 10_000
 """The longest passage of the published data sets has 8,237 characters."""
@@ -47,6 +48,7 @@ class Settings(TypedDict, total=False):
     top_k: int | None
     protocol: str | Protocol
     reward: str | Reward | None
+    turn_reward: str | TurnReward | None
     template: str
     max_searches: int | None
     max_turns: int | None
@@ -72,6 +74,7 @@ class EnvCore:
     retriever: Retriever
     protocol: Protocol
     reward: Reward
+    turn_reward: TurnRewards | None
     template: str
     top_k: int
     max_searches: int | None
@@ -130,11 +133,13 @@ class EnvCore:
         """What ``step`` returns after the last turn of an episode that is not pending.
 
         The reward comes at the end, and is 0 where the engine failed. Metrics come with it; of a
-        sum of rewards each component, before its weight, as ``reward/NAME``.
+        sum of rewards each component, before its weight, as ``reward/NAME``. With ``turn_reward``
+        each turn has a reward of its own, which is added to that of the episode at the last.
         """
         info = _info(episode, [])
+        of_turn = self.turn_reward.earned(episode) if self.turn_reward else 0.0
         if not episode.over:
-            return StepOutput(episode.turns[-1].observation, 0.0, False, False, info)
+            return StepOutput(episode.turns[-1].observation, of_turn, False, False, info)
         info["prediction"] = episode.prediction or ""
         info["answers"] = episode.question.answers
         info["supporting_ids"] = episode.question.supporting
@@ -149,6 +154,9 @@ class EnvCore:
                 metrics |= {f"reward/{name}": value for name, value in components.items()}
             else:
                 earned = float(self.reward(episode))
+            if self.turn_reward:
+                earned += of_turn
+                metrics |= self.turn_reward.totals(episode)
         return StepOutput("", earned, not episode.truncated, episode.truncated, info)
 
     def transcript(self, episode: Episode) -> str:
@@ -190,7 +198,8 @@ class EnvCore:
             "template": f"{self.template}, sha256 {_sha256(text)}",
             "limits": f"top_k {self.top_k}, max_searches {self.max_searches}, "
             f"max_turns {self.max_turns}" + shown,
-            "reward": str(getattr(self.reward, "__name__", type(self.reward).__name__)),
+            "reward": str(getattr(self.reward, "__name__", type(self.reward).__name__))
+            + (f", per turn {self.turn_reward.__name__}" if self.turn_reward else ""),
             "research_env": version("research-env"),
         }
 
@@ -225,6 +234,7 @@ def make_core(**settings: Unpack[Settings]) -> EnvCore:
     rules = protocol(settings.get("protocol", "research"))
     chosen = settings.get("reward")
     scored = reward(rules.reward if chosen is None else chosen)
+    of_turns = settings.get("turn_reward")
     top_k = _read_limit(settings, "top_k", rules.top_k, 1)
     max_searches = _read_limit(settings, "max_searches", rules.max_searches, 0)
     max_turns = _read_limit(settings, "max_turns", rules.max_turns, 1)
@@ -246,6 +256,7 @@ def make_core(**settings: Unpack[Settings]) -> EnvCore:
         retriever=_open(settings.get("retriever"), data),
         protocol=rules,
         reward=scored,
+        turn_reward=None if of_turns is None else turn_rewards(of_turns),
         template=template,
         top_k=5 if top_k is None else top_k,
         max_searches=max_searches,
@@ -312,6 +323,15 @@ def _strata(question: Question) -> dict[str, str]:
     return {"hops": str(question.hops or ""), "type": question.type or ""}
 
 
+def _state_key(episode: Episode) -> str:
+    """Equal where two samples of a question have found the same passages; "" at the end."""
+    if episode.over:
+        return ""
+    found = sorted({hit.passage.id for turn in episode.turns for hit in turn.hits})
+    text = "\0".join([episode.question.id, *found])
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
 def _info(episode: Episode, chat: list[dict[str, str]]) -> dict[str, Any]:
     """Constant keys and types, so that infos of many environments batch into arrays."""
     turn = episode.turns[-1] if episode.turns else None
@@ -324,6 +344,7 @@ def _info(episode: Episode, chat: list[dict[str, str]]) -> dict[str, Any]:
         "passage_ids": tuple([hit.passage.id for hit in hits]),
         "passage_titles": tuple([hit.passage.title for hit in hits]),
         "passage_scores": tuple([hit.score for hit in hits]),
+        "state_key": _state_key(episode),
         "prediction": "",
         "answers": (),
         "supporting_ids": (),
