@@ -68,11 +68,15 @@ class SearchQAEnv(gym.Env[str, str]):
     - ``max_searches``, ``max_turns``: asking for more ends the episode.
     - ``max_passage_chars``: characters of a passage that an observation shows (10,000 by default);
       the cut is marked.
+    - ``metric_language``: by whose rules answers are compared: en, zh, ja or ko
+      (`metrics.LANGUAGES`). None: that of the data set, or of each question's field
+      ``metric_language``; without either, en.
     - ``render_mode``: None, ansi, human.
 
     ## Reset
     ``seed`` draws the order of the questions; then ``reset()`` walks through it. ``options`` may
-    hold ``{"episode": n}``, the n-th of that order, or ``{"question_id": id}``.
+    hold ``{"episode": n}``, the n-th of that order (from ``num_tasks`` on, of the next pass), or
+    ``{"question_id": id}``.
 
     ## Versions
     - v0: first release.

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from research_env.episode import Episode, Turn
 from research_env.errors import ConfigurationError
 from research_env.metrics import normalize
-from research_env.rewards import Term, WeightedSum, reward
+from research_env.rewards import WeightedSum, reward
 
 __all__ = ["TURN_REWARDS", "TurnReward", "TurnRewards", "turn_rewards"]
 
