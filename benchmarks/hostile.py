@@ -38,6 +38,7 @@ from research_env.retrieval.bm25 import retriever as bm25
 from research_env.retrieval.replay import RecordedRetriever, Recording
 
 TIMEOUT = 60.0  # seconds for one input
+START_TIMEOUT = 600.0  # seconds for a process to start, and to make what its inputs share
 MUTATIONS = 100  # random changes per kind of file
 PASSAGES = 25_000  # of the index: enough for the compiled search
 
@@ -99,7 +100,7 @@ def run_section(name: str, cases: Callable[[Path], Iterator[Case]]) -> Row:
             there.close()
             at, ended = "", False
             try:
-                while here.poll(TIMEOUT):
+                while here.poll(TIMEOUT if at else START_TIMEOUT):
                     told = here.recv()
                     if told is None:
                         ended = True
