@@ -24,6 +24,7 @@ from benchmarks.baselines.driver import Message
 from benchmarks.baselines.iter_retgen import ITERATIONS
 from research_agent.config import EnvironmentConfig
 from research_agent.presets import MINIWORLD
+from research_env import RESEARCH
 from research_env.datasets import miniworld
 from research_env.datasets.base import Question
 from research_env.datasets.files import question_record
@@ -36,7 +37,6 @@ from research_env.demonstrations import (
     gold_queries,
     reading_drill,
 )
-from research_env.protocol import RESEARCH
 from research_env.retrieval.base import Hit
 from research_env.retrieval.bm25.retriever import EmbeddedRetriever, build_index
 

@@ -18,7 +18,7 @@ from msgspec import structs
 from benchmarks.runs import is_finished as has_all_steps
 from benchmarks.runs import training_process
 from benchmarks.studies.catalogue import GRPO, STARTER, Arm
-from research_agent.config import AlgorithmConfig, EnvironmentConfig, TrainConfig, as_json
+from research_agent.config import AlgorithmConfig, EnvironmentConfig, TrainConfig, as_json, changes
 from research_agent.config import require_same as require_same_training
 from research_agent.errors import ConfigError
 from research_agent.files import write_atomic
@@ -149,7 +149,7 @@ def is_finished(settings: Settings, arm: Arm, seed: int) -> bool:
     result = read_result(folder)
     if not result:
         return False
-    require_same_training(result["training"], training_of(settings, arm, seed), folder)
+    require_same_training(changes(result["training"], training_of(settings, arm, seed)), folder)
     return bool(result["questions"] == settings.questions)
 
 
