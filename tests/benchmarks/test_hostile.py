@@ -21,7 +21,7 @@ def cases(folder: Path) -> Iterator[Case]:
     yield Case("harmless", lambda place: False)
     yield Case("typed", typed)
     yield Case("raw", lambda place: bool(1 // 0))
-    yield Case("a signal", lambda place: bool(os.kill(os.getpid(), signal.SIGKILL)))
+    yield Case("a signal", killed)
     yield Case("after it", lambda place: not place.is_dir())
     yield Case("large", lambda place: not b"x" * (100 << 20))
 
@@ -30,8 +30,18 @@ def typed(place: Path) -> bool:
     raise DataError(f"{place}: not in order")
 
 
+def killed(place: Path) -> bool:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return place.is_dir()
+
+
+def asleep(place: Path) -> bool:
+    time.sleep(600)
+    return place.is_dir()
+
+
 def hanging(folder: Path) -> Iterator[Case]:
-    yield Case("hangs", lambda place: bool(time.sleep(600)))
+    yield Case("hangs", asleep)
     yield Case("after it", lambda place: False)
 
 
