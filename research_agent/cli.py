@@ -159,14 +159,11 @@ def _eval(words: list[str]) -> None:
 def _sampler(config: EvalConfig) -> tuple[Any, Any, str]:
     """Engine and renderer of the model that is evaluated, and the model's fingerprint."""
     if config.endpoint is not None:
-        from research_agent.engines.endpoint import (  # noqa: PLC0415
-            EndpointEngine,
-            EndpointRenderer,
-        )
+        from research_agent.engines.openai import OpenAIEngine, OpenAIRenderer  # noqa: PLC0415
 
-        words = EndpointRenderer(chat_template=config.chat_template)
-        asked = EndpointEngine(config.endpoint, config.model, words, concurrency=config.slots)
-        return asked, words, f"{config.model} at {config.endpoint.rstrip('/')}"
+        words = OpenAIRenderer(chat_template=config.chat_template)
+        endpoint = OpenAIEngine(config.endpoint, config.model, words, concurrency=config.slots)
+        return endpoint, words, f"{config.model} at {config.endpoint.rstrip('/')}"
     from research_agent.engines import make_engine  # noqa: PLC0415
     from research_agent.evaluation.fingerprint import model_fingerprint  # noqa: PLC0415
     from research_agent.models.policy import load_model, resolve_model  # noqa: PLC0415

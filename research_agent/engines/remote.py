@@ -9,16 +9,16 @@ import time
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from email.utils import parsedate_to_datetime
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 
 from research_agent.errors import ConfigError
+from research_agent.redaction import one_line, redact
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -34,13 +34,11 @@ class RequestError(Exception):
 
     Attributes:
         status: of the answer; None where there was none, or one of rubbish.
-        wait: seconds that the server asks to be left alone for (Retry-After).
     """
 
-    def __init__(self, problem: str, status: int | None = None, wait: float | None = None) -> None:
+    def __init__(self, problem: str, status: int | None = None) -> None:
         super().__init__(problem)
         self.status = status
-        self.wait = wait
 
     @property
     def may_pass(self) -> bool:
@@ -60,6 +58,30 @@ def read_key(variable: str) -> str | None:
     return key or None
 
 
+def check_address(url: str, key: str = "") -> None:
+    """Refuse what is no server's address, or holds a secret; errors do not repeat the secret.
+
+    Args:
+        url: for example http://localhost:8000.
+        key: the server's key, which the address must not hold either.
+
+    Raises:
+        ConfigError: no http or https address, or one with a password, a key or a query.
+    """
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if "@" in url or "?" in url or "#" in url or redact(url, key) != url:
+        raise ConfigError(
+            "a server's address may hold no password, user, key or query: write it as "
+            "http://HOST:PORT; keys come from the environment"
+        )
+    if not good:
+        raise ConfigError(f"{url!r} is no server's address; write it as http://HOST:PORT")
+
+
 def make_client(url: str, key: str | None = None, connections: int = 256) -> httpx.AsyncClient:
     """A client of the server at ``url``, for one event loop.
 
@@ -69,20 +91,13 @@ def make_client(url: str, key: str | None = None, connections: int = 256) -> htt
         connections: how many may be open; a request beyond waits, within its own time.
 
     Raises:
-        ConfigError: no http or https address, or one with a password in it.
+        ConfigError: see ``check_address``.
     """
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        raise ConfigError(f"{url!r} is no address; write it as http://HOST:PORT") from None
-    if parts.username or parts.password:
-        raise ConfigError("a server's address may hold no password; keys come from the environment")
-    if not good or parts.query or parts.fragment:
-        raise ConfigError(f"{url!r} is no server's address; write it as http://HOST:PORT")
+    check_address(url, key or "")
+    identity = {"Accept-Encoding": "identity"}  # a few compressed bytes could fill the memory
     return httpx.AsyncClient(
         base_url=url,
-        headers={"Authorization": f"Bearer {key}"} if key else {},
+        headers=identity | ({"Authorization": f"Bearer {key}"} if key else {}),
         timeout=None,  # of our own, for the whole answer
         limits=httpx.Limits(
             max_connections=connections,
@@ -118,14 +133,19 @@ async def ask(
 
     def safe(text: str) -> str:
         """A text on one line, without the key, should somebody repeat it."""
-        return one_line(text.replace(key, "***") if key else text)
+        return one_line(redact(text[:10_000], key))
 
     try:
         async with (
             asyncio.timeout(timeout),
             client.stream(method, path, json=payload) as response,
         ):
-            async for part in response.aiter_bytes():
+            encoding = response.headers.get("Content-Encoding", "identity")
+            if encoding.lower() != "identity":
+                raise RequestError(
+                    f"an answer in Content-Encoding {one_line(encoding)!r}", status=415
+                )
+            async for part in response.aiter_raw():
                 body += part
                 if len(body) > _LARGEST_ANSWER:
                     raise RequestError(f"an answer of over {_LARGEST_ANSWER >> 20} MB", status=413)
@@ -139,7 +159,6 @@ async def ask(
         raise RequestError(
             f"status {response.status_code}{': ' if said else ''}{said}",
             status=response.status_code,
-            wait=retry_after(response.headers.get("Retry-After")),
         )
     if not body:
         return None
@@ -158,30 +177,6 @@ def _message(body: bytes | bytearray) -> str:
         return text
 
 
-def one_line(text: str, most: int = 300) -> str:
-    """The beginning of a text, on one line and fit to be printed."""
-    cleaned = " ".join(text.split())
-    return "".join(c if c.isprintable() else "?" for c in cleaned[:most])
-
-
-def retry_after(header: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3); None where it makes no sense.
-
-    Args:
-        header: its value, a number of seconds or a date.
-    """
-    text = (header or "").strip()
-    try:
-        seconds = float(text) if text[:1].isdigit() else _until(text)
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None
-    return max(0.0, seconds) if seconds < 1e6 else None
-
-
-def _until(date: str) -> float:
-    return parsedate_to_datetime(date).timestamp() - time.time()
-
-
 def turn_seed(seed: int, position: int) -> int:
     """A seed for the draws of one turn, of 63 bits, for servers that count from its beginning.
 
@@ -193,13 +188,21 @@ def turn_seed(seed: int, position: int) -> int:
     return int(state[0]) >> 1
 
 
+class Closable(Protocol):
+    """What ``Turns`` closes at its end."""
+
+    async def aclose(self) -> None:
+        """Close it, in the event loop of the turns."""
+        ...
+
+
 class Turns(Generic[R]):
     """Turns under way, one a slot, as coroutines in an event loop of a thread of its own.
 
     The thread ends when the object is closed or forgotten, and the clients are closed with it.
     """
 
-    def __init__(self, name: str, clients: Sequence[httpx.AsyncClient]) -> None:
+    def __init__(self, name: str, clients: Sequence[Closable]) -> None:
         """Start the thread, with this name."""
         loop = asyncio.new_event_loop()
         Thread(target=_run, args=(loop,), name=name, daemon=True).start()
@@ -270,7 +273,7 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
         loop.close()
 
 
-def _stop(loop: asyncio.AbstractEventLoop, clients: Sequence[httpx.AsyncClient]) -> None:
+def _stop(loop: asyncio.AbstractEventLoop, clients: Sequence[Closable]) -> None:
     async def wind_up() -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
