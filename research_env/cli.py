@@ -302,9 +302,10 @@ class PrepareDatasets:
     NAME is musique, hotpotqa, 2wiki, bamboogle, nq, triviaqa or popqa, or a corpus: wiki18 (of
     FlashRAG; 5.1 GB to fetch) or wiki18-search-r1 (Search-R1's). Each gets a folder with
     questions.jsonl.gz, corpus.jsonl.gz, and manifest.json with the checksums of what was fetched
-    and made. Interrupted, it goes on where it was; done again, it checks and changes nothing. Needs
-    pip install 'research-env[hub]'; HF_ENDPOINT names a mirror. Without a hub it says which files
-    to put where, and then converts these.
+    and made. After an interruption the same command continues with the files that are missing; if
+    the set is there, it checks it and changes nothing. Needs pip install 'research-env[hub]';
+    HF_ENDPOINT names a mirror. Without a hub it says which files to put where, and then converts
+    these.
 
     For example:
       research-env datasets prepare nq hotpotqa --output ~/data
@@ -323,8 +324,8 @@ class PrepareDatasets:
 
     def run(self) -> None:
         """Carry the command out."""
-        from research_env.datasets.hub import HUB_SOURCES  # noqa: PLC0415
-        from research_env.datasets.prepare import prepare  # noqa: PLC0415
+        from research_env.datasets.catalog import HUB_SOURCES  # noqa: PLC0415
+        from research_env.datasets.hub import prepare  # noqa: PLC0415
         from research_env.paths import cache_folder  # noqa: PLC0415
 
         if not self.names:
@@ -383,6 +384,7 @@ class Datasets:
             self.action.run()
             return
         from research_env.datasets import load, miniworld  # noqa: PLC0415
+        from research_env.datasets.catalog import PUBLISHED  # noqa: PLC0415
 
         rows: list[dict[str, Any]] = [
             {
@@ -392,7 +394,7 @@ class Datasets:
                 "passages": len(list(_corpus("miniworld", None))),
             }
         ]
-        for name, published in load.PUBLISHED.items():
+        for name, published in PUBLISHED.items():
             row: dict[str, Any] = {"name": name, "found": None, "splits": {}, "passages": None}
             rows.append(row)
             folder = load.local_folder(name)
@@ -548,13 +550,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _corpus(dataset: str | None, path: Path | None) -> Any:
-    from research_env.datasets import FileCorpus, load, load_dataset  # noqa: PLC0415
+    from research_env.datasets import FileCorpus, load_dataset  # noqa: PLC0415
+    from research_env.datasets.catalog import PUBLISHED  # noqa: PLC0415
 
     if (dataset is None) == (path is None):
         raise ConfigurationError("give either --dataset NAME or --corpus FILE")
     if path is not None:
         return FileCorpus(path.name, path)
-    known = load.PUBLISHED.get(dataset or "")
+    known = PUBLISHED.get(dataset or "")
     split = next(iter(known.splits)) if known else "train"
     corpus = load_dataset(dataset or "", split=split).corpus
     if corpus is None:
