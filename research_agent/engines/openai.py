@@ -23,7 +23,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,7 @@ _SUGGESTIONS = {
     403: "Set OPENAI_API_KEY to its key",
     404: "Check the model's name. An endpoint that only chats needs --chat-template",
     405: "An endpoint that only chats needs --chat-template",
-    429: "Send fewer requests at a time, with a smaller --slots",
+    429: "Send fewer requests at a time, with a smaller --max-in-flight",
 }
 
 
@@ -156,7 +156,8 @@ class OpenAIEngine:
         self._url = url.strip().rstrip("/")
         key = read_key("OPENAI_API_KEY") or ""
         check_address(self._url, key)
-        self._redact = lambda text: redact(text, key)  # no attribute holds the key
+        # A function, since no attribute shall hold the key.
+        self._redact: Callable[[str], str] = lambda text: redact(text, key)
         self.max_context = 1 << 30  # the endpoint has its own, and refuses what is longer
         self._model = model
         self._renderer = renderer
@@ -288,12 +289,12 @@ class OpenAIEngine:
         while True:
             continuing = chat and conversation.has_answer(text) and self._continues is not False
             extra = {self._limit_name: size, **conversation.request(text, continuing=continuing)}
+            # The endpoint's form of the conversation is in extra_body; these fields are required.
+            create: Any = self._client.completions.create
+            required: dict[str, Any] = {"prompt": ""}
+            if chat:
+                create, required = self._client.chat.completions.create, {"messages": []}
             try:
-                create: Any = (
-                    self._client.chat.completions.create
-                    if chat
-                    else self._client.completions.create
-                )
                 answer = await create(
                     model=self._model,
                     temperature=params.temperature,
@@ -301,7 +302,7 @@ class OpenAIEngine:
                     stop=list(params.stop) or openai.omit,
                     extra_body=extra,
                     extra_headers=self._headers,
-                    **({"messages": []} if chat else {"prompt": ""}),
+                    **required,
                 )
             except openai.APIStatusError as error:
                 problem = self._problem(error)

@@ -41,7 +41,7 @@ class RequestError(Exception):
         self.status = status
 
     @property
-    def may_pass(self) -> bool:
+    def retryable(self) -> bool:
         """Whether the same request may be answered another time, or elsewhere."""
         return self.status is None or self.status in AGAIN
 

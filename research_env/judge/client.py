@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 from research_env.errors import ConfigurationError
@@ -67,7 +67,8 @@ class JudgeClient:
         """
         self._url = url.rstrip("/").removesuffix("/chat/completions")
         self._model = model
-        self._redact = lambda text: redact(text, key)  # no attribute holds the key
+        # A function, since no attribute shall hold the key.
+        self._redact: Callable[[str], str] = lambda text: redact(text, key)
         self._formats = formats
         self._format = 0  # index of the best format that the server has not refused
         self._gap = 1 / rate if rate else 0.0

@@ -182,12 +182,12 @@ def test_turns_of_text(endpoint: Endpoint, connect: Callable[..., OpenAIEngine])
     engine = connect()
     first = ask(engine, "Who founded it?\n", temperature=0.5, max_tokens=90, seed=3)
     assert first.text == "I look. <search>Citibank</search>"
-    assert first.finish == "stop"
+    assert first.finish_reason == "stop"
     assert engine._renderer.decode(first.tokens) == first.text
     assert len(first.logprobs) == len(first.tokens) > 5
     assert all(math.isnan(logprob) for logprob in first.logprobs)
     second = ask(engine, "\n<result>Osgood</result>\n", seed=3)
-    assert (second.text, second.finish) == ("1812.", "end")
+    assert (second.text, second.finish_reason) == ("1812.", "end")
     prompt = "Who founded it?\n"
     position = len(engine._renderer.encode_text(prompt))
     assert endpoint.asked[0] == (
@@ -247,7 +247,7 @@ def test_the_stop_string_is_put_back(
 ) -> None:
     endpoint.answers = [well(said, **more)]
     turn = ask(connect(), stop=tuple(stop), max_tokens=1)
-    assert (turn.text, turn.finish) == (text, ending)
+    assert (turn.text, turn.finish_reason) == (text, ending)
 
 
 def test_chat_goes_on_with_the_answer(
@@ -332,7 +332,7 @@ def test_failures_that_may_pass(
 ) -> None:
     endpoint.answers = [FAULTS[fault], FAULTS[fault], well("well", stop_reason=None)]
     turn = ask(connect())
-    assert (turn.text, turn.finish) == ("well", "end")
+    assert (turn.text, turn.finish_reason) == ("well", "end")
     assert len(endpoint.asked) == 3
     assert endpoint.asked[0] == endpoint.asked[2]
 
@@ -462,11 +462,11 @@ def test_an_answer_fills_the_context(
     endpoint.says = lambda body: limited(body, 20)
     turn = ask(connect(), "one two three", max_tokens=1000)
     assert turn.text == " ha" * 17
-    assert turn.finish == "length"
+    assert turn.finish_reason == "length"
     engine = connect()
     ask(engine, "one two three", max_tokens=14)
     turn = ask(engine, " four five six", max_tokens=5)
-    assert (turn.text, turn.tokens, turn.finish) == ("", (), "length")
+    assert (turn.text, turn.tokens, turn.finish_reason) == ("", (), "length")
     with pytest.raises(ContextError, match=r"does not fit the model 'm'.*length is 20 tokens"):
         ask(engine, "so " * 30, slot=1)
 
