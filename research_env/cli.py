@@ -484,8 +484,8 @@ class Judge:
             JudgeSettings,
             format_summary,
             judge_predictions,
-            read_key,
         )
+        from research_env.retrieval.url import secret_of  # noqa: PLC0415
 
         if (self.price_in is None) != (self.price_out is None):
             raise ConfigurationError("give both --price-in and --price-out, or neither")
@@ -493,7 +493,7 @@ class Judge:
             self.endpoint,
             self.model,
             self.prompt,
-            read_key(),
+            secret_of("OPENAI_API_KEY"),
             self.concurrency,
             self.rate,
             self.deadline,

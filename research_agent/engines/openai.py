@@ -238,11 +238,8 @@ class OpenAIEngine:
             try:
                 async with asyncio.timeout(self._deadline):
                     return await self._sample_parts(conversation, params)
-            except TimeoutError as timeout:
-                problem = f"no answer within {self._deadline:g} s"
-                if failure := _last_failure(timeout):
-                    problem += f"; the last failure: {self._shown(str(failure))}"
-                raise self._failure(problem) from None
+            except TimeoutError:
+                raise self._failure(f"no answer within {self._deadline:g} s") from None
 
     async def _sample_parts(self, conversation: _Conversation, params: SamplingParams) -> _Answer:
         """Request a turn; in parts if the context has no room for ``max_tokens``."""
@@ -369,38 +366,32 @@ class _WholeAnswers(httpx2.AsyncBaseTransport):
     """HTTP with bounded answers. What it raises as ``httpx2.RequestError`` is retried by openai.
 
     No compressed answer is accepted: a few bytes of it could fill the memory. An answer of status
-    200 that is no completion counts as a broken connection. Until something has answered, a
-    refused connection is raised at once: the address is probably wrong.
+    200 that is no completion counts as a broken connection.
     """
 
     def __init__(self, connections: int) -> None:
         # vLLM closes a connection that was idle for 5 s; a request could meet that and look lost.
         limits = httpx2.Limits(max_connections=connections, keepalive_expiry=2.0)
         self._http = httpx2.AsyncHTTPTransport(limits=limits)
-        self._has_answered = False
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         request.headers["Accept-Encoding"] = "identity"
-        try:
-            response = await self._http.handle_async_request(request)
-        except httpx2.ConnectError as error:
-            if self._has_answered:
-                raise
-            raise openai.APIConnectionError(request=request) from error
-        self._has_answered = True
-        body = bytearray()
+        response = await self._http.handle_async_request(request)
+        response.request = request
+        body, refusal = bytearray(), ""
         try:
             encoding = response.headers.get("Content-Encoding", "identity")
             if encoding.lower() != "identity":
-                raise _refused(response, request, f"an answer in Content-Encoding {encoding!r}")
+                refusal = f"an answer in Content-Encoding {encoding!r}"
             async for block in response.aiter_raw():
                 body += block
                 if len(body) > _LARGEST_ANSWER:
-                    size = f"an answer of over {_LARGEST_ANSWER >> 20} MB"
-                    raise _refused(response, request, size)
+                    refusal = f"an answer of over {_LARGEST_ANSWER >> 20} MB"
+                if refusal:  # openai does not retry this error
+                    raise openai.APIResponseValidationError(response, None, message=refusal)
         finally:
             await response.aclose()
-        if response.status_code == 200 and (problem := _check_completion(bytes(body))):
+        if response.status_code == 200 and (problem := _check_completion(body)):
             raise httpx2.RemoteProtocolError(problem, request=request)
         return httpx2.Response(
             response.status_code, headers=response.headers, content=bytes(body), request=request
@@ -410,15 +401,7 @@ class _WholeAnswers(httpx2.AsyncBaseTransport):
         await self._http.aclose()
 
 
-def _refused(
-    response: httpx2.Response, request: httpx2.Request, problem: str
-) -> openai.APIResponseValidationError:
-    """An error that openai does not retry."""
-    response.request = request
-    return openai.APIResponseValidationError(response, None, message=problem)
-
-
-def _check_completion(body: bytes) -> str:
+def _check_completion(body: bytes | bytearray) -> str:
     """What is wrong with the body of a completion; nothing if it is empty."""
     try:
         choice = json.loads(body)["choices"][0]
@@ -431,16 +414,6 @@ def _check_completion(body: bytes) -> str:
     if not isinstance(text, str) or not isinstance(reason, str):
         return "its answer is incomplete: the text or the finish_reason is missing"
     return ""
-
-
-def _last_failure(error: BaseException) -> httpx2.HTTPError | None:
-    """The failure after which a retry was waiting when the deadline passed, if there is one."""
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, httpx2.HTTPError):
-            return link
-        link = link.__cause__ or link.__context__
-    return None
 
 
 class _TooLongError(Exception):

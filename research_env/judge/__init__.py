@@ -1,21 +1,11 @@
 """A language model as judge of predictions, as the papers do: ``research-env judge``."""
 
 from research_env.judge.predictions import JudgedEpisode, read_predictions
-from research_env.judge.prompts import JUDGE_PROMPTS, JudgePrompt
-from research_env.judge.run import (
-    JudgeSettings,
-    JudgeSummary,
-    format_summary,
-    judge_predictions,
-    read_key,
-)
-from research_env.judge.verdicts import JudgeError, JudgeReply, Verdict, VerdictLog
+from research_env.judge.run import JudgeSettings, JudgeSummary, format_summary, judge_predictions
+from research_env.judge.verdicts import JudgeError, Verdict, VerdictLog
 
 __all__ = [
-    "JUDGE_PROMPTS",
     "JudgeError",
-    "JudgePrompt",
-    "JudgeReply",
     "JudgeSettings",
     "JudgeSummary",
     "JudgedEpisode",
@@ -23,6 +13,5 @@ __all__ = [
     "VerdictLog",
     "format_summary",
     "judge_predictions",
-    "read_key",
     "read_predictions",
 ]

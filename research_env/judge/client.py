@@ -234,20 +234,20 @@ class _WholeAnswers(httpx2.AsyncBaseTransport):
             raise openai.APIConnectionError(request=request) from error
         self.has_answered = True
         response.request = request
-        body = bytearray()
+        body, refusal = bytearray(), ""
         try:
             encoding = response.headers.get("Content-Encoding", "identity")
             if encoding.lower() != "identity":
-                problem = f"an answer in Content-Encoding {one_line(encoding)!r}"
-                raise openai.APIResponseValidationError(response, None, message=problem)
+                refusal = f"an answer in Content-Encoding {one_line(encoding)!r}"
             async for block in response.aiter_raw():
                 body += block
                 if len(body) > _LARGEST_ANSWER:
-                    problem = f"an answer of over {_LARGEST_ANSWER >> 20} MB"
-                    raise openai.APIResponseValidationError(response, None, message=problem)
+                    refusal = f"an answer of over {_LARGEST_ANSWER >> 20} MB"
+                if refusal:  # openai does not retry this error
+                    raise openai.APIResponseValidationError(response, None, message=refusal)
         finally:
             await response.aclose()
-        if response.status_code == 200 and not _is_completion(bytes(body)):
+        if response.status_code == 200 and not _is_completion(body):
             raise _NoCompletionError(body.decode("utf-8", "replace"), request=request)
         return httpx2.Response(
             response.status_code, headers=response.headers, content=bytes(body), request=request
@@ -257,7 +257,7 @@ class _WholeAnswers(httpx2.AsyncBaseTransport):
         await self._http.aclose()
 
 
-def _is_completion(body: bytes) -> bool:
+def _is_completion(body: bytes | bytearray) -> bool:
     try:
         text = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError, RecursionError):

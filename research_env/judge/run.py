@@ -22,7 +22,7 @@ from research_env.judge.prompts import JUDGE_PROMPTS
 from research_env.judge.verdicts import JudgeError, Verdict, VerdictCache, open_verdict_log
 from research_env.progress import progress
 from research_env.redaction import one_line, redact
-from research_env.retrieval.url import check_address, secret_of
+from research_env.retrieval.url import check_address
 
 PREDICTIONS = "predictions.jsonl"
 JUDGED = "judged.jsonl"
@@ -45,7 +45,7 @@ class JudgeSettings:
         endpoint: address of an OpenAI-compatible server, such as ``http://localhost:8000/v1``.
         model: the model's name at the server.
         prompt: ``research`` or ``r1-searcher``.
-        key: the server's key; see `read_key`.
+        key: the server's key; ``OPENAI_API_KEY``.
         concurrency: questions that are asked at the same time.
         rate: requests per second, retries not counted; None: any number.
         deadline: seconds per request with all its retries.
@@ -252,15 +252,6 @@ def format_summary(summary: JudgeSummary) -> str:
         f"{s.tokens_out:,} out{cost}"
     )
     return "\n".join(one_line(line, 1_000) for line in lines)
-
-
-def read_key() -> str:
-    """Return the key in the environment variable ``OPENAI_API_KEY``; empty if there is none.
-
-    Raises:
-        ConfigurationError: it holds characters that no key has; they are not repeated.
-    """
-    return secret_of("OPENAI_API_KEY")
 
 
 def check_endpoint(url: str, key: str = "") -> None:

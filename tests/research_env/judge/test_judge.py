@@ -26,10 +26,10 @@ from research_env.judge import (
     JudgeSummary,
     format_summary,
     judge_predictions,
-    read_key,
     read_predictions,
 )
 from research_env.judge.prompts import parse_r1_searcher, parse_research
+from research_env.retrieval.url import secret_of
 from tests.research_env.fakes import Terminal
 from tests.research_env.servers import Call, Reply, Server, as_json, serving
 
@@ -358,9 +358,7 @@ def failing(count: int, failure: Reply) -> Callable[[Call], Reply]:
 @pytest.mark.parametrize(
     "failure",
     [
-        Reply(500, b"no"),
         Reply(503),
-        Reply(429, b"slow down", {"Retry-After": "0"}),
         Reply(200, b""),
         Reply(200, b"<html>busy</html>"),
         Reply(200, json.dumps(completion(RIGHT)).encode()[:40]),
@@ -883,7 +881,7 @@ def test_the_key_is_sent_and_never_repeated(
         settings = JudgeSettings(
             f"{server.url}/v1",
             "m",
-            key=read_key(),
+            key=secret_of("OPENAI_API_KEY"),
             deadline=1.0,
         )
         try:
@@ -901,7 +899,7 @@ def test_the_key_is_sent_and_never_repeated(
 def test_without_a_key_none_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with serving(lambda _: says(RIGHT)) as server:
-        run(write(tmp_path, episode(1)), server, key=read_key())
+        run(write(tmp_path, episode(1)), server, key=secret_of("OPENAI_API_KEY"))
     assert authorization(server.calls[0]) is None
 
 
@@ -914,7 +912,7 @@ def test_a_short_key_changes_no_answer(tmp_path: Path) -> None:
 def test_a_key_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "se\ncret")
     with pytest.raises(ConfigurationError) as refused:
-        read_key()
+        secret_of("OPENAI_API_KEY")
     assert "cret" not in str(refused.value)
 
 
