@@ -344,8 +344,8 @@ class OpenAIEngine:
     def _problem(self, error: openai.APIError) -> str:
         """What went wrong, on one line and without the key."""
         if isinstance(error, openai.APIStatusError):
-            if error.status_code in (401, 403):  # such an answer may hold parts of the key
-                return f"status {error.status_code}"
+            if error.status_code == 401:  # such an answer may hold parts of the key
+                return "status 401"
             said = error.message.partition(" - ")[2]
             return f"status {error.status_code}{': ' if said else ''}{self._shown(said)}"
         cause = error.__cause__
