@@ -21,7 +21,7 @@ from research_env.errors import (
     ResearchEnvError,
     UnknownNameError,
 )
-from research_env.redaction import one_line
+from research_env.retrieval.http import one_line
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Keep secrets and control characters out of what is shown: errors, logs and records."""
+"""Keep secrets out of what is shown: errors, logs and records."""
 
 from __future__ import annotations
 
@@ -50,12 +50,6 @@ def redact(text: str, *secrets: str) -> str:
         elif place == 0 or not hidden[place - 1]:
             shown.append(_SHOWN)
     return "".join(shown)
-
-
-def one_line(text: str, most: int = 200) -> str:
-    """The beginning of a text on one line, with "?" for each character that cannot be printed."""
-    cleaned = " ".join(text[: 4 * most].split())
-    return "".join(c if c.isprintable() else "?" for c in cleaned[:most])
 
 
 def _decoded(match: re.Match[str]) -> str:

@@ -21,7 +21,8 @@ from research_env.judge.predictions import EpisodeKey, JudgedEpisode, read_predi
 from research_env.judge.prompts import JUDGE_PROMPTS
 from research_env.judge.verdicts import JudgeError, Verdict, VerdictCache, open_verdict_log
 from research_env.progress import progress
-from research_env.redaction import one_line, redact
+from research_env.redaction import redact
+from research_env.retrieval.http import one_line
 from research_env.retrieval.url import check_address
 
 PREDICTIONS = "predictions.jsonl"

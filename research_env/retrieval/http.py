@@ -19,7 +19,6 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from research_env.errors import ConfigurationError, RetrievalError
-from research_env.redaction import one_line
 from research_env.retrieval.base import Hit, Passage
 from research_env.retrieval.reading import read_json
 from research_env.retrieval.retry import AGAIN, Deadline, Retry, retry_after
@@ -229,6 +228,12 @@ def ask_json(
             raise RetrievalError(f"{where}: {problem} (attempt {attempt + 1})")
         time.sleep(pause)
     raise AssertionError  # count() does not end
+
+
+def one_line(text: str, most: int = 200) -> str:
+    """The beginning of a text, on one line and fit to be printed."""
+    cleaned = " ".join(text.split())
+    return "".join(c if c.isprintable() else "?" for c in cleaned[:most])
 
 
 class _AttemptError(Exception):

@@ -25,9 +25,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
-from research_env.redaction import one_line
 from research_env.retrieval.base import Hit, Passage
-from research_env.retrieval.http import Client, ask_json
+from research_env.retrieval.http import Client, ask_json, one_line
 from research_env.retrieval.retry import Deadline, Retry
 from research_env.retrieval.url import (
     check_address,
