@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from html import unescape
 
 SHORTEST_SECRET = 8
@@ -37,18 +38,21 @@ def redact(text: str, *secrets: str) -> str:
     }
     if not grams:
         return text
-    matches = list(_CHARACTER.finditer(text))
-    plain = "".join(map(_decoded, matches))
-    hidden = bytearray(len(plain))
-    for start in range(len(plain) - SHORTEST_SECRET + 1):
-        if plain[start : start + SHORTEST_SECRET] in grams:
-            hidden[start : start + SHORTEST_SECRET] = b"\1" * SHORTEST_SECRET
+    starts, characters = array("I"), []
+    for match in _CHARACTER.finditer(text):
+        starts.append(match.start())
+        characters.append(_decoded(match))
+    starts.append(len(text))
+    plain = "".join(characters)
     shown: list[str] = []
-    for place, match in enumerate(matches):
-        if not hidden[place]:
-            shown.append(match[0])
-        elif place == 0 or not hidden[place - 1]:
-            shown.append(_SHOWN)
+    done, hidden_until = 0, -1  # positions in text and in plain
+    for place in range(len(plain) - SHORTEST_SECRET + 1):
+        if plain[place : place + SHORTEST_SECRET] in grams:
+            if place > hidden_until:
+                shown += [text[done : starts[place]], _SHOWN]
+            hidden_until = place + SHORTEST_SECRET
+            done = starts[hidden_until]
+    shown.append(text[done:])
     return "".join(shown)
 
 
@@ -64,4 +68,4 @@ def _decoded(match: re.Match[str]) -> str:
     found = match[kind]
     if kind in ("percent", "json", "hex"):
         return chr(int(found, 16))
-    return unescape(found)[:1] if kind == "entity" else found
+    return (unescape(found) or "?")[0] if kind == "entity" else found

@@ -48,7 +48,7 @@ _LOG = logging.getLogger(__name__)
 
 _CONTINUE = "What was played is kept, and the same command continues from there"
 _STEP_SECONDS = 0.02  # how long a step waits for a turn; the rollout loop has other work too
-_LARGEST_ANSWER = 64 << 20  # bytes
+_LARGEST_ANSWER = 8 << 20  # bytes
 _PIECE = re.compile(r"\s?\w{1,5}|\s?[^\w\s]{1,3}|\s")
 _TOO_LONG = re.compile(r"context|max_model_len|max_tokens|too (long|many tokens|large)", re.I)
 _SUGGESTIONS = {

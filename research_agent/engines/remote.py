@@ -1,4 +1,4 @@
-"""What the engines that ask servers share: requests whose failures speak, and turns in a thread."""
+"""What the engines in front of servers share: requests with clear errors, turns in a thread."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""HTTP status codes of failures that may pass; any other is answered the same way again."""
+"""HTTP status codes that are worth a retry; a server answers any other the same way again."""
 
 _LARGEST_ANSWER = 64 << 20  # bytes
 
 
 class RequestError(Exception):
-    """A request without an answer that can be used.
+    """A request without a usable answer.
 
     Attributes:
-        status: of the answer; None where there was none, or one of rubbish.
+        status: the answer's HTTP status; None if there was no answer, or not a valid one.
     """
 
     def __init__(self, problem: str, status: int | None = None) -> None:
@@ -42,15 +42,15 @@ class RequestError(Exception):
 
     @property
     def retryable(self) -> bool:
-        """Whether the same request may be answered another time, or elsewhere."""
+        """Whether the same request may succeed at another time or at another server."""
         return self.status is None or self.status in AGAIN
 
 
 def read_key(variable: str) -> str | None:
-    """The key in an environment variable; None where there is none.
+    """Return the key in an environment variable; None if there is none.
 
     Raises:
-        ConfigError: it holds characters that no key has; it is not repeated.
+        ConfigError: it holds characters that no key has; they are not repeated.
     """
     key = os.environ.get(variable, "").strip()
     if not key.isascii() or not key.isprintable():
@@ -83,12 +83,12 @@ def check_address(url: str, key: str = "") -> None:
 
 
 def make_client(url: str, key: str | None = None, connections: int = 256) -> httpx.AsyncClient:
-    """A client of the server at ``url``, for one event loop.
+    """Make a client of one server, for one event loop.
 
     Args:
-        url: what the paths of its requests are relative to.
-        key: sent as a bearer token; shown by no repr.
-        connections: how many may be open; a request beyond waits, within its own time.
+        url: the server's base address.
+        key: sent as a bearer token; no repr shows it.
+        connections: open connections at most; further requests wait, within their own timeout.
 
     Raises:
         ConfigError: see ``check_address``.
@@ -98,11 +98,11 @@ def make_client(url: str, key: str | None = None, connections: int = 256) -> htt
     return httpx.AsyncClient(
         base_url=url,
         headers=identity | ({"Authorization": f"Bearer {key}"} if key else {}),
-        timeout=None,  # of our own, for the whole answer
+        timeout=None,  # ``ask`` has one for the whole answer
         limits=httpx.Limits(
             max_connections=connections,
             max_keepalive_connections=connections,
-            keepalive_expiry=2.0,  # vLLM closes after 5: a request may meet that, and look lost
+            keepalive_expiry=2.0,  # vLLM closes after 5 s; a request could meet that and look lost
         ),
     )
 
@@ -115,24 +115,26 @@ async def ask(
     *,
     timeout: float,
 ) -> Any:
-    """Send a request once; its answer, of JSON (None where it is empty and the status is 200).
+    """Send a request once.
 
     Args:
-        client: whose server to ask.
+        client: a client of the server.
         method: such as "POST".
         path: relative to the client's address.
         payload: sent as JSON.
         timeout: seconds until the last byte of the answer.
 
+    Returns:
+        The answer's JSON; None if it is empty.
+
     Raises:
-        RequestError: no answer, a status other than 200, or no JSON. It quotes the server, but no
-            key.
+        RequestError: no answer, a status other than 200, a compressed or too large answer, or no
+            JSON. The message quotes the server without the key.
     """
     body = bytearray()
     key = client.headers.get("Authorization", "").removeprefix("Bearer ")
 
     def safe(text: str) -> str:
-        """A text on one line, without the key, should somebody repeat it."""
         return one_line(redact(text[:10_000], key))
 
     try:
@@ -169,7 +171,7 @@ async def ask(
 
 
 def _message(body: bytes | bytearray) -> str:
-    """What an error's body says; OpenAI's form holds it in a field."""
+    """The message in an error's body; OpenAI's format has a field for it."""
     text = body.decode("utf-8", "replace")
     try:
         return str(json.loads(text)["error"]["message"])
@@ -178,11 +180,11 @@ def _message(body: bytes | bytearray) -> str:
 
 
 def turn_seed(seed: int, position: int) -> int:
-    """A seed for the draws of one turn, of 63 bits, for servers that count from its beginning.
+    """Return a seed of 63 bits for one turn, for servers that know nothing of earlier turns.
 
     Args:
-        seed: of the trajectory.
-        position: how many tokens the trajectory has before the turn.
+        seed: the trajectory's seed.
+        position: number of tokens in the trajectory before the turn.
     """
     state = np.random.SeedSequence([seed % 2**64, position]).generate_state(1, np.uint64)
     return int(state[0]) >> 1
@@ -197,9 +199,9 @@ class Closable(Protocol):
 
 
 class Turns(Generic[R]):
-    """Turns under way, one a slot, as coroutines in an event loop of a thread of its own.
+    """Coroutines that sample turns, one per slot, in a thread with an event loop of its own.
 
-    The thread ends when the object is closed or forgotten, and the clients are closed with it.
+    Closing or deleting the object ends the thread and closes the clients.
     """
 
     def __init__(self, name: str, clients: Sequence[Closable]) -> None:
@@ -209,12 +211,12 @@ class Turns(Generic[R]):
         self._loop = loop
         self._running: dict[int, Future[R]] = {}
         self._finished: SimpleQueue[tuple[int, Future[R]]] = SimpleQueue()
-        # To be called; the second call does nothing.
+        # A function; the second call does nothing.
         self.close = weakref.finalize(self, _stop, loop, clients)
 
     @property
     def slots(self) -> list[int]:
-        """The slots whose turn is under way."""
+        """Slots with a running turn."""
         return list(self._running)
 
     def __len__(self) -> int:
@@ -224,21 +226,21 @@ class Turns(Generic[R]):
         return slot in self._running
 
     def begin(self, slot: int, turn: Coroutine[Any, Any, R]) -> None:
-        """Let the turn of a slot run."""
+        """Start the turn of a slot."""
         future = asyncio.run_coroutine_threadsafe(turn, self._loop)
         self._running[slot] = future
         finished = self._finished
         future.add_done_callback(lambda done: finished.put((slot, done)))
 
     def cancel(self, slot: int) -> None:
-        """Break off the turn of a slot, if there is one."""
+        """Cancel the turn of a slot, if there is one."""
         if future := self._running.pop(slot, None):
             future.cancel()
 
     def finished(self, timeout: float) -> dict[int, R]:
-        """Slot and result of the turns that are finished.
+        """Return slot -> result of the finished turns.
 
-        One is waited for, for at most ``timeout`` seconds.
+        Waits until one is finished, for at most ``timeout`` seconds.
 
         Raises:
             Exception: what a turn raised.
@@ -257,7 +259,7 @@ class Turns(Generic[R]):
         return done
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the event loop, and wait for what it returns."""
+        """Run a coroutine in the event loop, and return its result."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
