@@ -37,11 +37,11 @@ class SearchQAEnv(gym.Env[str, str]):
     ## Info
     Always the same keys:
 
-    - ``question_id``, ``question`` and, after ``reset``, ``messages`` (the prompt as chat messages);
+    - ``question_id``, ``question`` and, after ``reset``, ``messages`` (the prompt as a chat);
     - ``strata``: the question's hops and type, by which results are told apart;
     - after a search ``query``, ``passage_ids``, ``passage_titles`` and ``passage_scores``;
     - ``state_key``: equal where two episodes of a question have found the same passages;
-    - at the end ``prediction``, ``answers``, ``supporting_ids`` (of the gold passages), ``metrics``,
+    - at the end ``prediction``, ``answers``, ``supporting_ids`` (gold passages), ``metrics``,
       ``stop_reason`` and ``void``.
 
     ``metrics`` holds ``em, f1, cem, format, searches, support_recall``.
