@@ -188,7 +188,7 @@ def turn_rewards(name: str | TurnReward) -> TurnRewards:
     if not callable(found):
         raise ConfigurationError(f"turn_reward is a name, a sum or a function, not {name!r:.80}")
     named = name if isinstance(name, str) else getattr(name, "__name__", "own")
-    return TurnRewards(((1.0, named, found),))
+    return TurnRewards(((1.0, str(named), found),))  # type: ignore[arg-type]
 
 
 def _before(episode: Episode) -> Episode:
