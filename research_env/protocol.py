@@ -20,12 +20,9 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from research_env.errors import UnknownNameError
-from research_env.retrieval.base import Hit
+from research_env.retrieval.base import MAX_QUERY_CHARACTERS, Hit
 
 ActionKind = Literal["search", "answer", "invalid"]
-
-MAX_QUERY_CHARACTERS = 1_000
-"""A longer query is cut here: no engine should fail because a policy rambles."""
 
 
 class Tag(NamedTuple):

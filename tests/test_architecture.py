@@ -12,7 +12,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "transformers", "vllm", "numba", "Stemmer", "datasets", "elasticsearch"}
-HEAVY |= {"rich", "tyro", "matplotlib", "tensorboard", "hypothesis", "pytest"}
+HEAVY |= {
+    "fastapi",
+    "uvicorn",
+    "prometheus_client",
+    "rich",
+    "tyro",
+    "matplotlib",
+    "tensorboard",
+    "hypothesis",
+    "pytest",
+}
 
 
 def modules(package: str) -> list[Path]:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
 from research_env.retrieval.base import Hit, Passage
-from research_env.retrieval.http import Client, ask_json, one_line
+from research_env.retrieval.http import ForkSafeClient, one_line, request_json
 from research_env.retrieval.retry import Deadline, Retry
 from research_env.retrieval.url import (
     check_address,
@@ -170,7 +170,7 @@ class WebRetriever:
         self._key = key
         self._retry = retry or Retry(deadline=60.0)
         self._limit = _limit(self._url, budget, rate)
-        self._client = Client()
+        self._client = ForkSafeClient()
 
     def __repr__(self) -> str:
         return f"WebRetriever({self._url!r})"
@@ -184,7 +184,7 @@ class WebRetriever:
         """
         if top_k < 1:
             raise ConfigurationError(f"top_k={top_k!r} must be 1 or more")
-        client = self._client.own()
+        client = self._client.get()
         deadline = Deadline.after(self._retry.deadline)
         with ThreadPoolExecutor(_IN_FLIGHT) as pool:
             return list(pool.map(lambda each: self._answer(client, each, top_k, deadline), queries))
@@ -208,8 +208,13 @@ class WebRetriever:
             params=made.params,
         )
         try:
-            answer = ask_json(
-                client, request, self._retry, deadline, before=self._limit.take, quoting=False
+            answer = request_json(
+                client,
+                request,
+                self._retry,
+                deadline,
+                before_attempt=self._limit.take,
+                quote_errors=False,
             )
             passages = self._provider.passages(answer)[:top_k]
         except RetrievalError as error:
