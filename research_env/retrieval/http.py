@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "RETRIEVER_API_KEY"
 """The environment variable with the key of a retrieval server, for the server and its clients."""
 
-MAX_REQUEST_HITS = 16_384
+MAX_REQUEST_HITS = 8_192
 """The most queries times passages per query of a request."""
 
 _LENIENT = {"Prefer": "handling=lenient"}  # RFC 7240: our server may then fail single queries
@@ -52,10 +52,12 @@ class HttpRetriever:
     Queries go in requests of bounded size, one after the other. A request that might succeed later
     (no connection, a broken answer, a status in :data:`research_env.retrieval.retry.AGAIN`) is sent
     again after a pause, until the deadline of the whole batch; then its queries fail, each in its
-    place. (A server that sends its headers byte by byte can extend the deadline: each byte renews
-    the wait.) A blank query finds nothing and is not sent. Queries are cut at
-    ``MAX_QUERY_CHARACTERS``, as the environment cuts them. Lone surrogates are sent as U+FFFD.
-    After a fork each process opens its own connections.
+    place. A request that is too large, or has too large an answer, is split in two. A blank query
+    finds nothing and is not sent. Queries are cut at ``MAX_QUERY_CHARACTERS``, as the environment
+    cuts them. Lone surrogates are sent as U+FFFD. After a fork each process opens its own
+    connections.
+
+    A server that sends its headers byte by byte can extend the deadline: each byte renews the wait.
     """
 
     in_flight = 4
@@ -130,6 +132,14 @@ class HttpRetriever:
                     f"{self._url} did not answer with a 'result' of {len(queries)} entries; "
                     "is it a server of Search-R1's format?"
                 )
+        except TooLargeError as error:
+            if len(queries) == 1:
+                return [error]
+            half = len(queries) // 2
+            return [
+                *self._request(client, queries[:half], top_k, deadline),
+                *self._request(client, queries[half:], top_k, deadline),
+            ]
         except RetrievalError as error:
             return [error] * len(queries)
         return [self._read(entry, top_k) for entry in result]
@@ -143,6 +153,10 @@ class HttpRetriever:
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             shown = f"{error!r:.120}" if self._quote_errors else type(error).__name__
             return RetrievalError(f"{self._url} did not send a list of documents: {shown}")
+
+
+class TooLargeError(RetrievalError):
+    """A request or its answer is too large; asking for less at once might succeed."""
 
 
 def open_http(scheme: str, rest: str) -> HttpRetriever:
@@ -221,6 +235,7 @@ def request_json(
         The parsed answer, at most 64 MB of JSON.
 
     Raises:
+        TooLargeError: the server answered 413, or with more than 64 MB.
         RetrievalError: the server refused the request, or the deadline has passed.
     """
     where = str(request.url.copy_with(query=None))  # the query may hold what a model wrote
@@ -232,11 +247,12 @@ def request_json(
         try:
             return _send_once(client, request, deadline, quote_errors)
         except _AttemptError as failure:
-            problem, pause = str(failure), None
+            problem, pause, too_large = str(failure), None, failure.too_large
             if failure.retryable:
                 pause = retry.pause(attempt, deadline.left(), failure.retry_after)
         if pause is None:
-            raise RetrievalError(f"{where}: {problem} (attempt {attempt + 1})")
+            kind = TooLargeError if too_large else RetrievalError
+            raise kind(f"{where}: {problem} (attempt {attempt + 1})")
         time.sleep(pause)
     raise AssertionError  # count() does not end
 
@@ -251,13 +267,20 @@ class _AttemptError(Exception):
     """An attempt that failed.
 
     ``retryable`` says whether the next one might succeed, ``retry_after`` how many seconds the
-    server asks to wait.
+    server asks to wait, ``too_large`` whether a smaller request might succeed.
     """
 
-    def __init__(self, message: str, retryable: bool, retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        retryable: bool,
+        retry_after: float | None = None,
+        too_large: bool = False,
+    ) -> None:
         super().__init__(message)
         self.retryable = retryable
         self.retry_after = retry_after
+        self.too_large = too_large
 
 
 @cache
@@ -287,7 +310,7 @@ def _send_once(
     except (httpx.HTTPError, httpx.StreamError) as error:
         raise _AttemptError(f"{type(error).__name__}: {one_line(str(error))}", True) from None
     except BodyError as error:
-        raise _AttemptError(str(error), error.retryable) from None
+        raise _AttemptError(str(error), error.retryable, too_large=error.too_large) from None
     except RuntimeError as error:  # closed by another thread
         raise _AttemptError(one_line(str(error)), False) from None
     if response.status_code != 200:
@@ -296,6 +319,7 @@ def _send_once(
             f"status {response.status_code}{': ' if said else ''}{said}",
             response.status_code in AGAIN,
             retry_after(response.headers.get("Retry-After")),
+            too_large=response.status_code == 413,
         )
     try:
         return read_json(content)

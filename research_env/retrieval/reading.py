@@ -33,11 +33,16 @@ def write_json(value: object) -> bytes:
 
 
 class BodyError(ValueError):
-    """A body that cannot be read; ``retryable`` says whether another attempt might succeed."""
+    """A body that cannot be read.
 
-    def __init__(self, message: str, retryable: bool) -> None:
+    ``retryable`` says whether another attempt might succeed, ``too_large`` whether the body is over
+    the limit.
+    """
+
+    def __init__(self, message: str, *, retryable: bool = False, too_large: bool = False) -> None:
         super().__init__(message)
         self.retryable = retryable
+        self.too_large = too_large
 
 
 class BoundedBody:
@@ -67,9 +72,7 @@ class BoundedBody:
         """
         name = (encoding or "identity").strip().lower()
         if name not in ("identity", "gzip"):
-            raise BodyError(
-                f"an answer with Content-Encoding {name[:40]!r}, not gzip or none", False
-            )
+            raise BodyError(f"an answer with Content-Encoding {name[:40]!r}, not gzip or none")
         self._decoder = zlib.decompressobj(16 + zlib.MAX_WBITS) if name == "gzip" else None
         self._limit = limit
         self._body = bytearray()
@@ -88,9 +91,9 @@ class BoundedBody:
                 room = self._limit - len(self._body) + 1
                 self._body += self._decoder.decompress(part, room)
             except zlib.error as error:
-                raise BodyError(f"the answer is not gzip: {error}", True) from None
+                raise BodyError(f"the answer is not gzip: {error}", retryable=True) from None
         if len(self._body) > self._limit:
-            raise BodyError(f"an answer of more than {self._limit} bytes", False)
+            raise BodyError(f"an answer of more than {self._limit} bytes", too_large=True)
 
     def finish(self) -> bytearray:
         """Return the decoded body.
@@ -99,5 +102,5 @@ class BoundedBody:
             BodyError: the compressed body is cut.
         """
         if self._decoder is not None and not self._decoder.eof:
-            raise BodyError("the compressed answer is cut", True)
+            raise BodyError("the compressed answer is cut", retryable=True)
         return self._body

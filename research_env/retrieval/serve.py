@@ -4,8 +4,8 @@ Other trainers can search through this server. :mod:`research_env.retrieval.http
 format; documents hold ``id``, ``title``, ``text`` and ``contents``. Routes:
 
 - ``POST /retrieve`` answers 200 and the result. Errors are ``{"error": "..."}`` with 400 (bad
-  request, or an answer that would be too large), 401 (no key), 403 (foreign ``Host`` or
-  ``Origin``), 411 (no length), 413 (request too large), 502 (a query failed), or 503 with
+  request), 401 (no key), 403 (foreign ``Host`` or ``Origin``), 411 (no length), 413 (the request or
+  its answer is too large: ask for less at once), 502 (a query failed), or 503 with
   ``Retry-After`` (the engine failed, or the server is busy). The format cannot express that one
   query of several failed. One failure therefore fails the request, so that nobody reads "no answer"
   as "no passage". A client that sends ``Prefer: handling=lenient`` gets ``{"error": "..."}`` in the
@@ -66,19 +66,17 @@ class Limits:
     """Passages per query."""
     hits: int = MAX_REQUEST_HITS
     """Queries times passages per query."""
-    answer: int = 32 << 20
-    """Bytes of an answer."""
+    answer: int = 16 << 20
+    """Bytes of an answer; a larger one is not built to its end."""
     searches: int = 8
     """Requests that the engine answers at the same time."""
     waiting: int = 64
     """Requests that wait for the engine; the server refuses further ones."""
-    memory: int = 128 << 20
-    """Bytes of all bodies that wait and all answers that are being sent; above it the server
-    refuses requests."""
+    memory: int = 256 << 20
+    """Bytes of all bodies that wait and all answers that are being sent. Above it the server
+    refuses requests, and already at half of it those of the address that holds this half."""
     connections: int = 512
-    """Open connections."""
-    connections_per_address: int = 256
-    """Open connections from one address."""
+    """Open connections, at most half of them from one address."""
     request_seconds: float = 60.0
     """Seconds from the first byte of a request (or the start of the connection) to its last."""
     answer_seconds: float = 60.0
@@ -99,7 +97,11 @@ class SearchRequest(msgspec.Struct, frozen=True):
 
 
 class BadRequestError(ValueError):
-    """A request that the server cannot answer; the message says why."""
+    """A request that the server does not understand; the message says why."""
+
+
+class TooLargeError(ValueError):
+    """An answer that would have too many bytes; the message says what to do."""
 
 
 def parse_request(body: bytes | bytearray, default_top_k: int, limits: Limits) -> SearchRequest:
@@ -150,7 +152,7 @@ def encode_answer(results: Sequence[list[Hit] | RetrievalError], scores: bool, l
         limit: the most bytes of the answer.
 
     Raises:
-        BadRequestError: the answer would be larger. Encoding stops there.
+        TooLargeError: the answer would be larger. Encoding stops there.
     """
     size = 0
 
@@ -159,7 +161,7 @@ def encode_answer(results: Sequence[list[Hit] | RetrievalError], scores: bool, l
         encoded = write_json(value)
         size += len(encoded) + 2
         if size > limit:
-            raise BadRequestError(
+            raise TooLargeError(
                 f"the answer has more than {limit} bytes; ask for fewer queries or a smaller topk"
             )
         return encoded
@@ -305,7 +307,7 @@ class _Load:
         self.stopping = False
         self.waiting = 0  # requests that wait for the engine
         self.searching = 0  # requests in the engine
-        self.memory = 0  # bytes of bodies that wait and of answers that are being sent
+        self.memory: Counter[str] = Counter()  # bytes of bodies and answers, per address
         self.slots = asyncio.Semaphore(limits.searches)
         self.registry = registry = prometheus_client.CollectorRegistry()
         self.requests = prometheus_client.Counter(
@@ -323,30 +325,39 @@ class _Load:
         for name, text, read in (
             ("searches_in_flight", "Requests in the engine.", lambda: self.searching),
             ("requests_waiting", "Requests that wait for the engine.", lambda: self.waiting),
-            ("memory_bytes", "Bytes of waiting requests and unsent answers.", lambda: self.memory),
+            ("memory_bytes", "Bytes of waiting bodies and unsent answers.", self.memory.total),
         ):
             gauge = prometheus_client.Gauge(f"research_env_{name}", text, registry=registry)
             gauge.set_function(read)
 
-    def has_room(self, size: int = 0) -> bool:
-        """Whether a request of so many bytes can be taken now."""
-        busy = self.waiting >= self.limits.waiting and self.slots.locked()
-        return not busy and self.memory + size <= self.limits.memory
+    def has_room(self, address: str, size: int = 0) -> bool:
+        """Whether a request of so many bytes from an address can be taken now."""
+        queue_is_full = self.waiting >= self.limits.waiting and self.slots.locked()
+        return not queue_is_full and self.has_memory(address, size)
+
+    def has_memory(self, address: str, size: int = 0) -> bool:
+        """Whether so many bytes more are allowed, in all and for an address."""
+        return (
+            self.memory.total() + size <= self.limits.memory
+            and self.memory[address] + size <= self.limits.memory // 2
+        )
 
     @contextmanager
-    def hold(self) -> Iterator[Callable[[int], None]]:
-        """Count the bytes that the yielded function is told of until the block ends."""
+    def hold(self, address: str) -> Iterator[Callable[[int], None]]:
+        """Count the bytes that the yielded function is told of, until the block ends."""
         held = 0
 
         def add(size: int) -> None:
             nonlocal held
             held += size
-            self.memory += size
+            self.memory[address] += size
 
         try:
             yield add
         finally:
-            self.memory -= held
+            self.memory[address] -= held
+            if not self.memory[address]:
+                del self.memory[address]
 
 
 def _make_app(retriever: Retriever, top_k: int, load: _Load, pool: ThreadPoolExecutor) -> FastAPI:
@@ -356,11 +367,12 @@ def _make_app(retriever: Retriever, top_k: int, load: _Load, pool: ThreadPoolExe
     # until the answer, and they take many times the memory of the body.
     @app.post("/retrieve")
     async def retrieve(request: Request) -> Response:
-        with load.hold() as hold:
+        address = _address(request.scope)
+        with load.hold(address) as hold:
             body = bytearray()
             async for part in request.stream():
                 hold(len(part))
-                if not load.has_room():
+                if not load.has_room(address):
                     return _error(503, "too many requests wait")
                 body += part
             try:
@@ -368,7 +380,7 @@ def _make_app(retriever: Retriever, top_k: int, load: _Load, pool: ThreadPoolExe
             except BadRequestError as error:
                 return _error(400, str(error))
             del body
-            if not load.has_room():
+            if not load.has_room(address):
                 return _error(503, "too many requests wait")
             waits = load.slots.locked()
             load.waiting += 1
@@ -380,6 +392,8 @@ def _make_app(retriever: Retriever, top_k: int, load: _Load, pool: ThreadPoolExe
             try:
                 if waits and await request.is_disconnected():
                     raise ClientDisconnect
+                if not load.has_memory(address):  # answers before this one are not sent yet
+                    return _error(503, "too many answers wait for their clients")
                 load.queries.inc(len(asked.queries))
                 lenient = "handling=lenient" in request.headers.get("prefer", "")
                 with load.seconds.time():
@@ -425,8 +439,8 @@ def _search(retriever: Retriever, asked: SearchRequest, lenient: bool, load: _Lo
         return _error(502, f"{len(errors)} of {len(found)} queries failed: {errors[0]}")
     try:
         body = encode_answer(found, asked.return_scores, load.limits.answer)
-    except BadRequestError as error:
-        return _error(400, str(error))
+    except TooLargeError as error:
+        return _error(413, str(error))
     return Response(body, media_type="application/json")
 
 
@@ -451,7 +465,7 @@ def _guard(app: ASGIApp, load: _Load, key: str, allowed_hosts: Collection[str]) 
                 started = True
                 await send(message)
                 return
-            with load.hold() as hold:
+            with load.hold(_address(scope)) as hold:
                 hold(len(message["body"]))
                 await send({**message, "more_body": True})
                 # This returns when all of the body has left the process.
@@ -461,12 +475,12 @@ def _guard(app: ASGIApp, load: _Load, key: str, allowed_hosts: Collection[str]) 
         refusal = (
             _check_framing(scope["method"], headers, length)
             or _check_access(scope, headers, key, allowed_hosts)
-            or _check_room(scope["path"], length, load)
+            or _check_room(scope, length, load)
         )
         try:
             await (refusal or app)(scope, receive, send_counted)
-        except ClientDisconnect:
-            log.debug("a client left before its answer")
+        except (ClientDisconnect, h11.LocalProtocolError):
+            log.debug("a client left, or broke the protocol, before its answer")
         except asyncio.CancelledError:  # stop() has no more patience
             if not load.stopping or started:
                 raise
@@ -513,10 +527,10 @@ def _check_access(
     return None
 
 
-def _check_room(path: str, length: int, load: _Load) -> Response | None:
+def _check_room(scope: Scope, length: int, load: _Load) -> Response | None:
     if length > load.limits.body:
         return _error(413, f"a request has at most {load.limits.body} bytes")
-    if path == "/retrieve" and not load.has_room(length):
+    if scope["path"] == "/retrieve" and not load.has_room(_address(scope), length):
         return _error(503, "too many requests wait")
     return None
 
@@ -539,10 +553,9 @@ class _Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._loop = asyncio.get_running_loop()
         self._address = (transport.get_extra_info("peername") or ("",))[0]
-        if (
-            self._connections.total() >= self._limits.connections
-            or self._connections[self._address] >= self._limits.connections_per_address
-        ):
+        if self._connections.total() >= self._limits.connections or self._connections[
+            self._address
+        ] >= max(1, self._limits.connections // 2):
             self._transport.write(
                 b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n"
                 b"Content-Length: 0\r\nConnection: close\r\n\r\n"
@@ -598,6 +611,11 @@ class _Connection(asyncio.Protocol):
             if not self._connections[self._address]:
                 del self._connections[self._address]
             self._inner.connection_lost(exc)
+
+
+def _address(scope: Scope) -> str:
+    client = scope["client"]
+    return client[0] if client else ""
 
 
 def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:

@@ -171,8 +171,8 @@ def test_requests_are_bounded_in_number_and_size(server: Server) -> None:
 
     server.calls.clear()
     client = HttpRetriever(f"{server.url}/retrieve")
-    client.search(["rock"] * 50, 1000)  # 16 times 1,000 passages are the most for a request
-    assert [len(call.json()["queries"]) for call in server.calls] == [16, 16, 16, 2]
+    client.search(["rock"] * 50, 1000)  # 8 times 1,000 passages are the most for a request
+    assert [len(call.json()["queries"]) for call in server.calls] == [8] * 6 + [2]
 
     server.calls.clear()
     assert client.search(["x" * (5 << 20), "rock"], 1)[1] != []
@@ -241,6 +241,25 @@ def test_compressed_answers_are_bounded(body: bytes, encoding: str, message: str
         (error,) = fails_in_place(client, ["q"])
         assert message in str(error)
         assert len(server.calls) == 1
+        client.close()
+
+
+def test_a_request_with_too_large_an_answer_is_split() -> None:
+    def answer(call: Call) -> Reply:
+        queries = call.json()["queries"]
+        if len(queries) > 2 or "large" in queries:
+            return as_json({"error": "too large"}, 413)
+        return as_json({"result": [[{"id": q, "title": q, "text": ""}] for q in queries]})
+
+    with serving(answer) as server:
+        client = HttpRetriever(server.url, retry=QUICK)
+        asked = ["a", "b", "c", "large", "d"]
+        *found, last = client.search(asked, 3)
+        assert [hits for hits in found if isinstance(hits, list)] == [
+            [Hit(Passage(q, q, ""), 1.0)] for q in "abc"
+        ]
+        assert "status 413: " in str(found[3])
+        assert last == [Hit(Passage("d", "d", ""), 1.0)]
         client.close()
 
 
