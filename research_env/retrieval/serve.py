@@ -77,7 +77,7 @@ class Limits:
     refuses requests, and already at half of it those of the address that holds this half."""
     connections: int = 512
     """Open connections, at most half of them from one address."""
-    request_seconds: float = 60.0
+    request_seconds: float = 20.0
     """Seconds from the first byte of a request (or the start of the connection) to its last."""
     answer_seconds: float = 60.0
     """Seconds in which a client must have read an answer."""
