@@ -52,8 +52,9 @@ import torch
 
 from research_agent.algorithms.grpo import GRPO
 from research_agent.batch import make_batch, micro_batches
+from research_agent.config import LearnerConfig
 from research_agent.learner import Learner
-from research_agent.models.policy import Scorer, batch_logprobs, token_logprobs
+from research_agent.models.policy import TokenLogprobs, batch_logprobs, token_logprobs
 from research_agent.trajectory import Group, Segment, Trajectory
 
 PEAK = 989e12
@@ -146,10 +147,7 @@ def gradient(
     learner = Learner(
         make_model(sizes, device),
         GRPO(kl_coef=0.0),
-        learning_rate=0.0,
-        max_grad_norm=math.inf,
-        betas=(0.0, 0.999),
-        **settings,
+        LearnerConfig(learning_rate=0.0, max_grad_norm=math.inf, betas=(0.0, 0.999), **settings),
     )
     learner.update(groups)
     return {name: m["exp_avg"] for name, m in learner.state_dict()["moments"].items()}
@@ -174,18 +172,18 @@ def check_gradients(device: str, tiny: bool, say: Callable[[str], None]) -> bool
     rng = random.Random(1)
     lengths = [rng.randint(600, 4200) // scale for _ in range(12)]
     groups = make_groups(lengths, sizes["vocab_size"])
-    exact = gradient(sizes, device, groups, micro_batch_tokens=1, layout="rows")
+    exact = gradient(sizes, device, groups, micro_batch_tokens=1, packing="off")
     budget = 8192 // scale
     ways: dict[str, tuple[dict[str, Any], float]] = {
-        "float32 packed": ({"layout": "packed"}, 1e-4),
-        "bfloat16 rows": ({"layout": "rows", "precision": "bfloat16"}, 0.1),
-        "bfloat16 packed": ({"layout": "packed", "precision": "bfloat16"}, 0.1),
+        "float32 packed": ({"packing": "on"}, 1e-4),
+        "bfloat16 rows": ({"packing": "off", "precision": "bfloat16"}, 0.1),
+        "bfloat16 packed": ({"packing": "on", "precision": "bfloat16"}, 0.1),
         "bfloat16 packed checkpointed": (
-            {"layout": "packed", "precision": "bfloat16", "checkpointing": True},
+            {"packing": "on", "precision": "bfloat16", "gradient_checkpointing": True},
             0.1,
         ),
         "bfloat16 packed compiled": (
-            {"layout": "packed", "precision": "bfloat16", "compile": True},
+            {"packing": "on", "precision": "bfloat16", "compile": True},
             0.1,
         ),
     }
@@ -212,7 +210,7 @@ def measure(
     settings: dict[str, Any],
 ) -> dict[str, float]:
     """Time updates of a fresh learner; the first, which compiles, is told apart."""
-    learner = Learner(make_model(sizes, device), GRPO(kl_coef=0.0), **settings)
+    learner = Learner(make_model(sizes, device), GRPO(kl_coef=0.0), LearnerConfig(**settings))
 
     def update() -> float:
         _wait(device)
@@ -261,13 +259,13 @@ def mfu(device: str, *, tiny: bool = False, seconds: float = 330.0) -> dict[str,
     correct = check_gradients(device, tiny, say)
 
     half = {"precision": "bfloat16"}
-    packed = {**half, "layout": "packed", "compile": True}
+    packed = {**half, "packing": "on", "compile": True}
 
     def of(settings: dict[str, Any], tokens: int) -> dict[str, Any]:
         return {**settings, "micro_batch_tokens": tokens // scale}
 
-    rows_ = {**packed, "layout": "rows"}
-    checked = {**packed, "checkpointing": True}
+    rows_ = {**packed, "packing": "off"}
+    checked = {**packed, "gradient_checkpointing": True}
     typical = "ragged (median 1.4k tokens)"
     ways: list[tuple[str, Sequence[Group], dict[str, Any], bool]] = [
         ("packed, compiled, 16k", long, of(packed, 16384), False),
@@ -318,7 +316,7 @@ def profile(
     """Table of the kernels of an update, those that take longest first."""
     from torch.profiler import ProfilerActivity  # noqa: PLC0415
 
-    learner = Learner(make_model(sizes, device), GRPO(kl_coef=0.0), **settings)
+    learner = Learner(make_model(sizes, device), GRPO(kl_coef=0.0), LearnerConfig(**settings))
     learner.update(groups[:2])
     _wait(device)
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as trace:
@@ -373,8 +371,8 @@ def _version(name: str) -> str:
 
 RACERS: dict[str, dict[str, Any]] = {
     "ours, defaults": {"system": "ours"},
-    "ours, best": {"system": "ours", "layout": "packed", "micro_batch_tokens": 2048},
-    "ours, bfloat16": {"system": "ours", "layout": "packed", "precision": "bfloat16"},
+    "ours, best": {"system": "ours", "packing": "on", "micro_batch_tokens": 2048},
+    "ours, bfloat16": {"system": "ours", "packing": "on", "precision": "bfloat16"},
     "TRL, defaults": {"system": "trl", "per_device_train_batch_size": 8},
     **{
         f"TRL, float32, no checkpointing, batch {size}": {
@@ -439,7 +437,7 @@ def real_groups(count: int, vocabulary: int, scale: float) -> list[Group]:
 def _sampled_by(model: Any, groups: Sequence[Group]) -> list[Group]:
     """The same trajectories with the model's own log-probabilities, as a sampler reports them."""
     batch = make_batch(groups)
-    found = iter(batch_logprobs(Scorer(model), batch, 4096).tolist())
+    found = iter(batch_logprobs(TokenLogprobs(model), batch, 4096).tolist())
     return [
         Group(
             group.episode,
@@ -479,7 +477,7 @@ def _run_ours(
     model: Any, groups: list[Group], updates: int, settings: dict[str, Any], file: Path
 ) -> dict[str, Any]:
     rule = GRPO(kl_coef=0.0, entropy_coef=0.0, std_epsilon=1e-4)
-    learner = Learner(model, rule, learning_rate=RATE, weight_decay=0.0, **settings)
+    learner = Learner(model, rule, LearnerConfig(learning_rate=RATE, weight_decay=0.0, **settings))
     spent = _time_model_code(learner)
     memory = _peak_memory()
     times, reports = [], []

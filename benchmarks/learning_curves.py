@@ -66,10 +66,10 @@ class CurvesConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the runs."""
     steps: int = MINIWORLD.run.steps
-    """Training steps; the budget is as many times --prompts times --samples episodes."""
-    prompts: int = MINIWORLD.sampling.prompts
+    """Training steps. The budget is steps x --prompts-per-step x --group-size episodes."""
+    prompts_per_step: int = MINIWORLD.sampling.prompts_per_step
     """Tasks a step."""
-    samples: int = MINIWORLD.sampling.samples
+    group_size: int = MINIWORLD.sampling.group_size
     """Episodes of each task."""
     eval_limit: int = 200
     """Held-out questions of an evaluation (greedy)."""
@@ -87,7 +87,7 @@ class Run:
     seed: int
     algorithm: str = "grpo"
     args: Mapping[str, Any] = field(default_factory=dict)
-    samples: int | None = None  # None: those of the configuration
+    group_size: int | None = None  # None: those of the configuration
     masked: bool = True  # tokens of observations are left out of the loss
 
 
@@ -115,8 +115,8 @@ def plan(config: CurvesConfig) -> list[Run]:
         wanted += [Run("grpo", 0, args=OFF), Run("grpo, KL 1e-3", 0, args=OFF | {"kl_coef": 1e-3})]
     if "group" in config.ablations:
         for size in GROUP_SIZES:
-            name = "grpo" if size == config.samples else f"grpo, G = {size}"
-            wanted.append(Run(name, 0, args=OFF, samples=size))
+            name = "grpo" if size == config.group_size else f"grpo, G = {size}"
+            wanted.append(Run(name, 0, args=OFF, group_size=size))
     unique = {run.name: run for run in wanted}
     return [replace(run, seed=seed) for run in unique.values() for seed in config.seeds]
 
@@ -129,12 +129,16 @@ def folder_of(config: CurvesConfig, run: Run) -> Path:
 
 def training_of(config: CurvesConfig, run: Run) -> TrainConfig:
     """The whole configuration of a run."""
-    samples = run.samples or config.samples
-    episodes = config.prompts * config.samples  # a step has as many, however large a group is
+    samples = run.group_size or config.group_size
+    episodes = (
+        config.prompts_per_step * config.group_size
+    )  # a step has as many, however large a group is
     return replace(
         MINIWORLD,
         policy=replace(MINIWORLD.policy, device=config.device),
-        sampling=replace(MINIWORLD.sampling, prompts=max(1, episodes // samples), samples=samples),
+        sampling=replace(
+            MINIWORLD.sampling, prompts_per_step=max(1, episodes // samples), group_size=samples
+        ),
         algorithm=AlgorithmConfig(algorithm=run.algorithm, algorithm_args=dict(run.args)),
         learner=replace(MINIWORLD.learner, old_logprobs="sampler" if run.masked else "recomputed"),
         run=replace(
@@ -184,7 +188,7 @@ def is_finished(config: CurvesConfig, run: Run) -> bool:
 
 def budget_of(config: CurvesConfig) -> int:
     """Episodes of a run."""
-    return config.steps * config.prompts * config.samples
+    return config.steps * config.prompts_per_step * config.group_size
 
 
 @dataclass(frozen=True)
@@ -289,7 +293,7 @@ def draw(config: CurvesConfig, by_name: Mapping[str, Sequence[Result]]) -> None:
     for title, others in (
         ("retrieved tokens masked, or not", ["grpo, unmasked"]),
         ("KL 0, or 1e-3", ["grpo, KL 1e-3"]),
-        (f"samples a group (grpo: {config.samples})", groups),
+        (f"samples a group (grpo: {config.group_size})", groups),
     ):
         if shown := [name for name in others if name in by_name]:
             panels[title] = ("episodes", [*(["grpo"] if "grpo" in by_name else []), *shown])

@@ -111,9 +111,9 @@ class TableConfig:
     """Longest prompt, in tokens."""
     max_response: int = 8192
     """Longest rest of an episode of a search agent; longest reply to a baseline's prompt."""
-    max_turn: int | None = None
+    max_turn_tokens: int | None = None
     """Longest action or reply, in tokens."""
-    slots: int = 64
+    max_in_flight: int = 64
     """Questions played at the same time."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Number format of the weights."""
@@ -173,10 +173,10 @@ def run_miniature(config: TableConfig, settings: miniature.Miniature) -> Results
         models=(f"warm-start={made.policy}",),
         trained=(f"Trained search={made.trained}",),
         top_k=settings.top_k,
-        slots=miniature.SLOTS,
+        max_in_flight=miniature.MAX_IN_FLIGHT,
         max_prompt=miniature.MAX_PROMPT,
         max_response=miniature.MAX_RESPONSE,
-        max_turn=miniature.MAX_TURN,
+        max_turn_tokens=miniature.MAX_TURN_TOKENS,
         dtype="float32",
         engine="transformers",
         workers=config.workers or miniature.WORKERS,
@@ -297,19 +297,20 @@ class Sampler:
         """An engine with its weights, or in front of its endpoint."""
         from research_agent.engines import make_engine  # noqa: PLC0415
         from research_agent.engines.endpoint import EndpointEngine  # noqa: PLC0415
-        from research_agent.models.policy import load_model  # noqa: PLC0415
-        from research_agent.trainer import context_of  # noqa: PLC0415
+        from research_agent.models.policy import context_length, load_model  # noqa: PLC0415
 
         config = self._config
         if self.endpoint:
-            return EndpointEngine(self.endpoint, self.name, self.renderer, concurrency=config.slots)
+            return EndpointEngine(
+                self.endpoint, self.name, self.renderer, concurrency=config.max_in_flight
+            )
         model = load_model(self.name, dtype=config.dtype, device=config.device)
-        context = context_of(model, config.max_prompt + config.max_response)
+        context = context_length(model, config.max_prompt + config.max_response)
         return make_engine(
             config.engine,
             model,
             self.renderer,
-            max_slots=config.slots,
+            max_slots=config.max_in_flight,
             max_context=context,
             share=True,
         )
@@ -335,9 +336,9 @@ def play(
     Raises:
         PredictionsError: the folder holds a cell of another model or of other settings.
     """
+    from research_agent.environments import open_environments  # noqa: PLC0415
     from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
     from research_agent.evaluation.fingerprint import header  # noqa: PLC0415
-    from research_agent.trainer import open_environments  # noqa: PLC0415
 
     folder = config.output / _plain(sampler.label) / method / _plain(dataset)
     given = {**arguments, "top_k": config.top_k, "protocol": "research"}
@@ -355,20 +356,20 @@ def play(
         engine=config.engine,
         max_prompt=config.max_prompt,
         max_response=config.max_response,
-        max_turn=config.max_turn,
-        slots=config.slots,
+        max_turn_tokens=config.max_turn_tokens,
+        max_in_flight=config.max_in_flight,
         dtype=config.dtype,
         device=config.device,
     )
     validate_eval(settings)
     environments: Any
     if baseline is None:
-        environments = open_environments(ENV, config.slots, given)
+        environments = open_environments(ENV, config.max_in_flight, given)
         player: Player = search_agent.run
     else:
         name = ENV.partition(":")[2]
         environments = gym.make_vec(
-            name, num_envs=config.slots, vectorization_mode="vector_entry_point", **given
+            name, num_envs=config.max_in_flight, vectorization_mode="vector_entry_point", **given
         )
         player = partial(driver.run, baseline=baseline)
 

@@ -52,7 +52,7 @@ LIMITS = SamplingConfig(overlap=True, max_prompt=CONTEXT, max_response=CONTEXT)
 clock = time.perf_counter
 
 
-def make_codec() -> Renderer:
+def make_renderer() -> Renderer:
     """A token a byte, and the tokens that Qwen3's chats have beside those."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
@@ -181,7 +181,7 @@ class Ours:
             [(_, info)] = self.environments.reset({0: number}, 0).values()
             numbers[int(info["question_id"])] = number
         self._episodes = [(numbers[i], k) for i in range(len(prompts)) for k in range(SAMPLES)]
-        self._codec = renderer
+        self._renderer = renderer
         self._script = script
         self._turn = np.zeros(len(script), dtype=np.int64)  # of each slot
         self._written = engine._written
@@ -190,7 +190,7 @@ class Ours:
 
     def play(self) -> float:
         """Play all episodes; returns the seconds."""
-        parts = self.engine, self.environments, self._codec, self._episodes
+        parts = self.engine, self.environments, self._renderer, self._episodes
         begin = clock()
         self._played = collect(*parts, LIMITS)
         return clock() - begin
@@ -208,7 +208,7 @@ class Ours:
         """Sample, and say what the script says."""
         _, logprobs = self._sample(slots, logits)
         tokens = self._script[slots, self._turn[slots], self._written[slots]]
-        self._turn[slots] += np.isin(tokens, list(self._codec.end_ids))
+        self._turn[slots] += np.isin(tokens, list(self._renderer.end_ids))
         self._turn %= TURNS
         return tokens, logprobs
 

@@ -57,8 +57,8 @@ from benchmarks.rollout_racers import (
     Search,
     Theirs,
     clock,
-    make_codec,
     make_policy,
+    make_renderer,
     make_script,
     query,
 )
@@ -91,7 +91,7 @@ def compared(rates: dict[str, float]) -> dict[str, dict[str, float]]:
 
 def race(latencies: Sequence[int], episodes: int, rounds: int, scale: float = 1.0) -> Any:
     """Part A: the tokens of a round by provenance, and trajectories a second by latency."""
-    renderer, search = make_codec(), Search()
+    renderer, search = make_renderer(), Search()
     parts = make_policy(renderer), renderer, make_script(episodes, renderer, scale), search
     policy, _, script, _ = parts
     first = Theirs(*parts, batch=episodes, waits=False)
@@ -155,7 +155,7 @@ def engine_share(slots: int, rounds: int, length: int = 64) -> dict[str, Any]:
     """Part B, turns of ``length`` tokens: the tokens of a round, and tokens a second."""
     import vllm  # noqa: PLC0415
 
-    renderer, environments = make_codec(), AtOnce(slots)
+    renderer, environments = make_renderer(), AtOnce(slots)
     policy = make_policy(renderer)
     with torch.no_grad():  # so sharp that the end token, whose logit is 0, is never sampled
         weight = policy.get_output_embeddings().weight
@@ -170,7 +170,7 @@ def engine_share(slots: int, rounds: int, length: int = 64) -> dict[str, Any]:
 
     with mock.patch("vllm.LLM", make):
         engine: Any = make_engine("vllm", policy, renderer, max_slots=slots, max_context=CONTEXT)
-    limits = replace(LIMITS, max_turn=length)
+    limits = replace(LIMITS, max_turn_tokens=length)
     result = renderer.encode_text(RESULT)
     tokens: dict[str, int] = {}
 
@@ -213,7 +213,7 @@ def engine_share(slots: int, rounds: int, length: int = 64) -> dict[str, Any]:
 
 def overhead(slots: int, episodes: int, rounds: int) -> dict[str, float]:
     """Part C: microseconds a turn."""
-    renderer, environments = make_codec(), AtOnce(slots)
+    renderer, environments = make_renderer(), AtOnce(slots)
     said = [*renderer.encode_text("I should look for it."), *renderer.end_ids]
     engine = ScriptedEngine(lambda *_: said, renderer, CONTEXT)
     spent = dict.fromkeys(("whole", "parts", "tokenizer"), 0.0)
@@ -289,7 +289,7 @@ def slot_shares(
 
 def empty_slots(episodes: int, rounds: int, seconds: float, scale: float = 1.0) -> dict[str, float]:
     """Part D, with searches of so many seconds."""
-    renderer, search, slots = make_codec(), Search(seconds), max(1, episodes // 4)
+    renderer, search, slots = make_renderer(), Search(seconds), max(1, episodes // 4)
     prompts = [f"{RESULT} Who founded company {i}?" for i in range(episodes // SAMPLES)]
     ours = Ours(
         make_policy(renderer), renderer, prompts, make_script(slots, renderer, scale), search

@@ -50,11 +50,11 @@ class Config:
     """Folder for the traces; none throws them away."""
     seconds: float = 0.5
     """That a search takes."""
-    slots: int = 48
+    max_in_flight: int = 48
     """Episodes played at the same time."""
-    prompts: int = 24
+    prompts_per_step: int = 24
     """Tasks a step."""
-    samples: int = 8
+    group_size: int = 8
     """Episodes of each."""
     steps: int = 4
     """Of training; the last but one is drawn."""
@@ -100,7 +100,7 @@ def main(config: Config) -> None:
     draw(steps, config)
     for name, spans in steps.items():
         seconds = next(span.end for span in spans if span.name == "collect")
-        played = config.prompts * config.samples / seconds
+        played = config.prompts_per_step * config.group_size / seconds
         print(f"{name}: {seconds:.2f} s of collection, {played:.1f} episodes/s")
 
 
@@ -149,14 +149,14 @@ def draw(steps: dict[str, list[Span]], config: Config) -> None:
         for kind, color in COLORS.items():
             chosen = [span for span in spans if span.name == kind]
             panel.barh(
-                [config.slots + 3 if span.row == 0 else span.row for span in chosen],
+                [config.max_in_flight + 3 if span.row == 0 else span.row for span in chosen],
                 [span.end - span.begin for span in chosen],
                 left=[span.begin for span in chosen],
                 height=[4 if span.row == 0 else 1 for span in chosen],
                 color=color,
                 label=kind,
             )
-        panel.set_ylim(config.slots + 6, 0)
+        panel.set_ylim(config.max_in_flight + 6, 0)
         panel.set_ylabel("slot")
         panel.set_title(name, loc="left", fontsize="medium")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -176,9 +176,9 @@ def _train(
     env_args = {**base.environment.env_args, "retriever": url}
     sampling = replace(
         base.sampling,
-        prompts=config.prompts,
-        samples=config.samples,
-        slots=config.slots,
+        prompts_per_step=config.prompts_per_step,
+        group_size=config.group_size,
+        max_in_flight=config.max_in_flight,
         overlap=overlap,
         max_staleness=staleness,
     )

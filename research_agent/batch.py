@@ -1,7 +1,7 @@
-"""Trajectories as tensors, with every action token's place read off its provenance.
+"""Trajectories as tensors. Provenance says where each action token is.
 
-Shapes: N trajectories, A action tokens in all. Nothing is masked by multiplication: what is no
-action token is never indexed, so it cannot reach a loss.
+Shapes: N trajectories, A action tokens in all. Nothing is masked by multiplication: a token that is
+not an action token is never indexed, so it cannot reach a loss.
 """
 
 from __future__ import annotations
@@ -21,68 +21,68 @@ from research_agent.trajectory import Group, Trajectory
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Trajectories, and what is known of their action tokens.
+    """Trajectories and the values of their action tokens.
 
-    Of every [A] tensor, the tokens of trajectory 0 come first, then those of trajectory 1, ...
+    In each [A] tensor the tokens of trajectory 0 come first, then those of trajectory 1, and so on.
     """
 
-    tokens: tuple[Tensor, ...]  # N of [tokens of the trajectory], int64: of any provenance
-    lengths: Tensor  # [N] int64: number of action tokens
+    tokens: tuple[Tensor, ...]  # N of [tokens of the trajectory], int64, any provenance
+    lengths: Tensor  # [N] int64: action tokens per trajectory
     rewards: Tensor  # [N] float64
-    groups: Tensor  # [N] int64: number of the trajectory's group, counted from 0
-    sequence: Tensor  # [A] int64: number of the token's trajectory, 0 .. N - 1
-    places: Tensor  # [A] int64: where in its trajectory the token is
+    groups: Tensor  # [N] int64: index of the trajectory's group
+    seq_ids: Tensor  # [A] int64: index of the token's trajectory, ascending
+    positions: Tensor  # [A] int64: position of the token in its trajectory
     targets: Tensor  # [A] int64: the token
     sampler_logprobs: Tensor  # [A] float32: as the engine reported them
-    old_logprobs: Tensor  # [A]: what ratios are taken against: the sampler's, or recomputed ones
+    old_logprobs: Tensor  # [A]: denominator of ratios: the sampler's, or recomputed
     reference_logprobs: Tensor | None = None  # [A]
     advantages: Tensor | None = None  # [A]
-    values: Tensor | None = None  # [A]: the critic's, where there is one
-    returns: Tensor | None = None  # [A]: what the values should have been
-    names: tuple[str, ...] = ()  # N, for messages
+    values: Tensor | None = None  # [A]: the critic's estimates
+    returns: Tensor | None = None  # [A]: targets of the critic
+    names: tuple[str, ...] = ()  # N, for error messages
 
     def __len__(self) -> int:
         """Return the number of trajectories."""
         return len(self.tokens)
 
     def action_tokens_of(self, chosen: Sequence[int]) -> Tensor:
-        """Say which of the A action tokens are those of some trajectories, in the order given."""
+        """Return indices [a] of the action tokens of some trajectories, in the order given."""
         starts = list(accumulate(self.lengths.tolist(), initial=0))
         ranges = [torch.arange(starts[i], starts[i + 1]) for i in chosen]
-        picked = torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.long)
-        return picked.to(self.lengths.device)
+        index = torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.long)
+        return index.to(self.lengths.device)
 
     def select(self, chosen: Sequence[int]) -> Batch:
         """Make the batch of some of the trajectories, in the order given.
 
         Args:
-            chosen: numbers of trajectories, 0 .. N - 1.
+            chosen: indices of trajectories, 0 .. N - 1.
 
         Returns:
-            A batch whose trajectories are numbered anew; their groups keep their numbers.
+            A batch whose trajectories are numbered from 0; their groups keep their numbers.
         """
         rows = torch.tensor(chosen, dtype=torch.long, device=self.lengths.device)
-        picked = self.action_tokens_of(chosen)
+        index = self.action_tokens_of(chosen)
 
-        def of(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[picked]
+        def take(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[index]
 
         return Batch(
             tokens=tuple(self.tokens[i] for i in chosen),
             lengths=self.lengths[rows],
             rewards=self.rewards[rows],
             groups=self.groups[rows],
-            sequence=torch.arange(len(rows), device=rows.device).repeat_interleave(
+            seq_ids=torch.arange(len(rows), device=rows.device).repeat_interleave(
                 self.lengths[rows]
             ),
-            places=self.places[picked],
-            targets=self.targets[picked],
-            sampler_logprobs=self.sampler_logprobs[picked],
-            old_logprobs=self.old_logprobs[picked],
-            reference_logprobs=of(self.reference_logprobs),
-            advantages=of(self.advantages),
-            values=of(self.values),
-            returns=of(self.returns),
+            positions=self.positions[index],
+            targets=self.targets[index],
+            sampler_logprobs=self.sampler_logprobs[index],
+            old_logprobs=self.old_logprobs[index],
+            reference_logprobs=take(self.reference_logprobs),
+            advantages=take(self.advantages),
+            values=take(self.values),
+            returns=take(self.returns),
             names=tuple(self.names[i] for i in chosen),
         )
 
@@ -91,31 +91,31 @@ class Batch:
 class MicroBatch:
     """Some trajectories of a batch, laid out for one forward pass: R rows, W columns.
 
-    Either one trajectory a row, padded on the right, where a causal model needs no mask: no token
-    that is used can see the padding. Or packed: all behind one another in a single row.
+    Either each row holds one trajectory, padded on the right: a causal model needs no mask, because
+    no token that is used can see the padding. Or, packed, one row holds all of them end to end.
     """
 
-    part: Batch  # those trajectories; it has ``a`` action tokens
-    picked: Tensor  # [a] int64: which of the whole batch's action tokens they are
+    part: Batch  # these trajectories, with ``a`` action tokens
+    token_index: Tensor  # [a] int64: their indices among the whole batch's A action tokens
     tokens: Tensor  # [R, W] int64
-    predictors: Tensor  # [a] int64: places in tokens.flatten() whose next token is an action token
-    positions: Tensor | None = None  # [1, W] int64, packed: where in its trajectory each token is
-    bounds: Tensor | None = None  # [trajectories + 1] int32, packed: where each begins, and the end
-    longest: int = 0  # packed: tokens of the longest trajectory
+    logit_index: Tensor  # [a] int64: in tokens.flatten(), the token before each action token
+    position_ids: Tensor | None = None  # [1, W] int64, packed: position in the trajectory
+    cu_seqlens: Tensor | None = None  # [trajectories + 1] int32, packed: cumulative lengths
+    max_seqlen: int = 0  # packed: tokens of the longest trajectory
 
 
 def make_batch(groups: Sequence[Group], device: torch.device | str = "cpu") -> Batch:
-    """Turn the trajectories of a rollout into tensors; void ones are left out.
+    """Turn trajectories into tensors; void ones are left out.
 
     Args:
-        groups: the samples of each task. Groups are told apart by their place in this sequence,
-            not by their episode number.
-        device: where the tensors are to live.
+        groups: the samples of each task. A group is identified by its index here, not by its
+            episode number.
+        device: device of the tensors.
 
     Raises:
         EnvironmentContractError: a trajectory starts with an action token, which nothing predicts.
         NonFiniteError: a reward or a sampler's log-probability is not finite.
-        ValueError: the log-probabilities of an action are missing, or not one a token.
+        ValueError: the log-probabilities of an action are missing, or not one per token.
     """
     kept = [
         (number, trajectory)
@@ -128,9 +128,9 @@ def make_batch(groups: Sequence[Group], device: torch.device | str = "cpu") -> B
     trajectories = [trajectory for _, trajectory in kept]
     tokens = [torch.tensor(t.tokens, dtype=torch.long, device=device) for t in trajectories]
     masks = [torch.tensor(t.action_mask, dtype=torch.bool, device=device) for t in trajectories]
-    places = [mask.nonzero().flatten() for mask in masks]
-    lengths = torch.tensor([len(row) for row in places], dtype=torch.long, device=device)
-    nothing = [torch.empty(0, dtype=torch.long, device=device)]
+    positions = [mask.nonzero().flatten() for mask in masks]
+    lengths = torch.tensor([len(row) for row in positions], dtype=torch.long, device=device)
+    empty = [torch.empty(0, dtype=torch.long, device=device)]
     logprobs = torch.tensor(
         [value for t in trajectories for s in t.segments for value in s.logprobs or ()],
         dtype=torch.float32,
@@ -141,9 +141,9 @@ def make_batch(groups: Sequence[Group], device: torch.device | str = "cpu") -> B
         lengths=lengths,
         rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float64, device=device),
         groups=torch.tensor([number for number, _ in kept], dtype=torch.long, device=device),
-        sequence=torch.arange(len(kept), device=device).repeat_interleave(lengths),
-        places=torch.cat(nothing + places),
-        targets=torch.cat(nothing + [row[mask] for row, mask in zip(tokens, masks, strict=True)]),
+        seq_ids=torch.arange(len(kept), device=device).repeat_interleave(lengths),
+        positions=torch.cat(empty + positions),
+        targets=torch.cat(empty + [row[mask] for row, mask in zip(tokens, masks, strict=True)]),
         sampler_logprobs=logprobs,
         old_logprobs=logprobs,
         names=tuple(map(_name, trajectories)),
@@ -151,22 +151,21 @@ def make_batch(groups: Sequence[Group], device: torch.device | str = "cpu") -> B
 
 
 def micro_batches(batch: Batch, max_tokens: int, *, packed: bool = False) -> Iterator[MicroBatch]:
-    """Cut a batch into passes of bounded size.
+    """Split a batch into forward passes of bounded size.
 
     Args:
         batch: the batch; trajectories without an action token are left out.
-        max_tokens: the most tokens of a pass, padding included. A trajectory that is longer is a
-            pass of its own.
-        packed: put trajectories behind one another, without padding. Otherwise they are rows, and
-            those of like length share a pass.
+        max_tokens: tokens per pass, padding included. A longer trajectory gets a pass of its own.
+        packed: put trajectories end to end, without padding. Otherwise each is a row, and those of
+            similar length share a pass.
 
     Yields:
-        The passes, the largest first, so that memory runs out at once or never.
+        The passes, the largest first, so that memory runs out at the first pass or never.
     """
-    # The last action token is predicted and never read: a trajectory ends just before it.
+    # The model predicts the last action token and never reads it, so the pass ends before it.
     ends = list(accumulate(batch.lengths.tolist(), initial=0))
-    places = batch.places.tolist()
-    widths = {i: places[end - 1] for i, (start, end) in enumerate(pairwise(ends)) if end > start}
+    positions = batch.positions.tolist()
+    widths = {i: positions[end - 1] for i, (start, end) in enumerate(pairwise(ends)) if end > start}
     waiting = sorted(widths, key=lambda i: -widths[i])
     if packed:
         for chosen in _bins(waiting, widths, max_tokens):
@@ -179,7 +178,7 @@ def micro_batches(batch: Batch, max_tokens: int, *, packed: bool = False) -> Ite
 
 
 def _bins(waiting: Sequence[int], widths: Mapping[int, int], max_tokens: int) -> list[list[int]]:
-    """First fit, longest first: at most 11/9 of the fewest bins possible, and 2/3 of one."""
+    """First-fit decreasing: at most 11/9 of the optimal number of bins, plus 2/3."""
     bins: list[list[int]] = []
     free: list[int] = []
     for i in waiting:
@@ -197,9 +196,9 @@ def _rows(batch: Batch, chosen: Sequence[int], widths: Sequence[int]) -> MicroBa
     ragged = [row[:width] for row, width in zip(part.tokens, widths, strict=True)]
     return MicroBatch(
         part=part,
-        picked=batch.action_tokens_of(chosen),
+        token_index=batch.action_tokens_of(chosen),
         tokens=pad_sequence(ragged, batch_first=True),
-        predictors=part.sequence * widths[0] + part.places - 1,
+        logit_index=part.seq_ids * widths[0] + part.positions - 1,
     )
 
 
@@ -210,12 +209,12 @@ def _packed(batch: Batch, chosen: Sequence[int], widths: Sequence[int]) -> Micro
     starts = torch.tensor(begins, device=device)
     return MicroBatch(
         part=part,
-        picked=batch.action_tokens_of(chosen),
+        token_index=batch.action_tokens_of(chosen),
         tokens=torch.cat([row[:w] for row, w in zip(part.tokens, widths, strict=True)])[None],
-        predictors=starts[part.sequence] + part.places - 1,
-        positions=torch.cat([torch.arange(width) for width in widths]).to(device)[None],
-        bounds=starts.to(torch.int32),
-        longest=max(widths),
+        logit_index=starts[part.seq_ids] + part.positions - 1,
+        position_ids=torch.cat([torch.arange(width) for width in widths]).to(device)[None],
+        cu_seqlens=starts.to(torch.int32),
+        max_seqlen=max(widths),
     )
 
 
@@ -238,7 +237,7 @@ def _check(trajectory: Trajectory) -> None:
             if given != len(segment.tokens):
                 message = (
                     f"{name}: an action of {len(segment.tokens)} tokens has {given}"
-                    " log-probabilities; the engine must report one a token"
+                    " log-probabilities; the engine must report one per token"
                 )
                 raise ValueError(message)
             if not all(map(math.isfinite, segment.logprobs or ())):

@@ -7,58 +7,16 @@ setting is explained in one place. Nothing here imports torch: ``--help`` is qui
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from research_agent.curriculum import parse_stages
 from research_agent.errors import CheckpointError, ConfigError
-
-_WORDS = {"none": None, "null": None, "true": True, "false": False}
-
-
-def parse_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Read ``KEY=VALUE`` words: a value is JSON where it can be read as JSON, and else text.
-
-    ``top_k=3`` is a number, ``hops=[2,3]`` a list, ``split=dev`` text, ``retriever=none`` None.
-
-    Raises:
-        ConfigError: when a word has no ``=`` or no key.
-    """
-    settings: dict[str, Any] = {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"expected KEY=VALUE, got {word!r}; write for example top_k=5")
-        if text.lower() in _WORDS:
-            settings[key] = _WORDS[text.lower()]
-            continue
-        try:
-            settings[key] = json.loads(text)
-        except ValueError:
-            settings[key] = text
-    return settings
-
-
-def _show_settings(settings: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in settings.items()
-    ]
-
-
-Settings = Annotated[
-    dict[str, Any],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="[KEY=VALUE [KEY=VALUE ...]]",
-        instance_from_str=parse_settings,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=_show_settings,
-    ),
-]
+from research_agent.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -95,9 +53,9 @@ class SamplingConfig:
     engine: str = "transformers"
     """What samples the tokens: transformers, vllm, or vLLM servers (server:URL,URL;
     server+nccl:URL,URL or server+ipc:URL,URL where weights go from GPU to GPU)."""
-    prompts: int = 256
-    """Tasks a training step."""
-    samples: int = 5
+    prompts_per_step: int = 256
+    """Tasks per training step."""
+    group_size: int = 5
     """Episodes of each task: the group that an advantage is measured in."""
     temperature: float = 1.0
     """Of the softmax that tokens are drawn from. Other than 1, learning takes it into account."""
@@ -106,9 +64,9 @@ class SamplingConfig:
     max_response: int = 8192
     """Longest rest of an episode, in tokens: all actions and observations together. An episode
     also ends where the model's context does."""
-    max_turn: int | None = None
+    max_turn_tokens: int | None = None
     """Longest action, in tokens; none leaves it to --max-response."""
-    slots: int | None = None
+    max_in_flight: int | None = None
     """Episodes played at the same time; none plays all those of a step at once."""
     overlap: bool = False
     """Sample some episodes while others wait for the environment. Faster with a slow environment;
@@ -128,7 +86,7 @@ class AlgorithmConfig:
     algorithm_args: Settings = field(default_factory=dict)
     """Settings of the algorithm: the fields of its class. Added to those of the preset; with
     another --algorithm than the preset's they stand alone."""
-    max_void_share: float = 0.2
+    max_void_fraction: float = 0.2
     """Void episodes (failed infrastructure, never learned from) that a step may have, as a share.
     Above it the run stops: something is down."""
 
@@ -147,23 +105,23 @@ class LearnerConfig:
     """Of AdamW."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""
-    updates: int = 1
-    """Optimiser steps a training step: its tasks are dealt into this many parts."""
+    minibatches: int = 1
+    """Optimizer steps per training step: its tasks are split into this many parts."""
     micro_batch_tokens: int = 4096
     """Tokens that go through the model at once. Changes memory and speed, not the gradient."""
     old_logprobs: Literal["sampler", "recomputed"] = "sampler"
     """What probability ratios are taken against: the log-probabilities that the sampler reported,
     or those of the model itself, recomputed before its first update on an episode."""
-    importance_cap: float | None = None
+    importance_sampling_cap: float | None = None
     """With --old-logprobs recomputed: weigh tokens by their recomputed over their reported
     probability, at most this much (truncated importance sampling); none does not."""
-    layout: Literal["auto", "rows", "packed"] = "auto"
-    """A row a trajectory, or several packed into one without padding; auto packs on a GPU. Changes
-    memory and speed, not the gradient."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Put several trajectories into one row without padding (on), or give each its own row (off);
+    auto packs on a GPU. Changes memory and speed, not the gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the model's matrix products, and of the copy that vLLM samples with. Weights, optimiser
     and softmax are float32 with both."""
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
     """Keep only what enters each layer, and compute the rest again: less memory, slower."""
     compile: bool = False
     """Let torch.compile fuse the operations of each layer: faster on a GPU, after minutes."""
@@ -256,7 +214,7 @@ class EvalConfig:
     """Short for --env-args split=SPLIT."""
     limit: int | None = None
     """Number of tasks; none plays every task of the environment."""
-    samples: int = 1
+    samples_per_task: int = 1
     """Episodes of each task. Several need a --temperature; they also give pass@k and the majority
     of their answers."""
     temperature: float = 0.0
@@ -273,9 +231,9 @@ class EvalConfig:
     """Longest first observation, in tokens."""
     max_response: int = 8192
     """Longest rest of an episode, in tokens."""
-    max_turn: int | None = None
+    max_turn_tokens: int | None = None
     """Longest action, in tokens; none leaves it to --max-response."""
-    slots: int = 128
+    max_in_flight: int = 128
     """Episodes played at the same time."""
     overlap: bool = False
     """Sample some episodes while others wait for the environment."""
@@ -313,8 +271,9 @@ class CompareConfig:
 class GradeConfig:
     """Grade questions by how many samples of a policy are right, from an evaluation.
 
-    First: research-agent eval ... --samples 8 --temperature 1. Then an environment can choose by
-    grade: --env-args grades=FILE grade=hard, or a mixture such as grade=medium:1+hard:2.
+    First: research-agent eval ... --samples-per-task 8 --temperature 1. Then an
+    environment can choose by grade: --env-args grades=FILE grade=hard, or a
+    mixture such as grade=medium:1+hard:2.
     """
 
     predictions: tyro.conf.Positional[Path]
@@ -335,8 +294,8 @@ class GradeConfig:
 class SampleConfig:
     """Keep the right episodes of an evaluation as demonstrations (rejection sampling).
 
-    First: research-agent eval ... --samples 8 --temperature 1. Afterwards: research-agent sft own
-    --demonstrations FILE --model MODEL.
+    First: research-agent eval ... --samples-per-task 8 --temperature 1. Then:
+    research-agent sft own --demonstrations FILE --model MODEL.
     """
 
     predictions: tyro.conf.Positional[Path]
@@ -389,7 +348,7 @@ FREE = frozenset(
         "run.plan",
         "run.quiet",
         "run.json",
-        "algorithm.max_void_share",
+        "algorithm.max_void_fraction",
     }
 )
 
@@ -427,18 +386,16 @@ def validate(config: TrainConfig) -> None:
     Raises:
         ConfigError: naming the flag, its value, and what it must be.
     """
-    from research_agent.curriculum import parse_stages  # noqa: PLC0415  (it reads settings as we do)
-
     parse_stages(config.environment.stages)
     sampling, learner, run = config.sampling, config.learner, config.run
     at_least_one: dict[str, float | None] = {
-        "--prompts": sampling.prompts,
-        "--samples": sampling.samples,
+        "--prompts-per-step": sampling.prompts_per_step,
+        "--group-size": sampling.group_size,
         "--max-prompt": sampling.max_prompt,
         "--max-response": sampling.max_response,
-        "--max-turn": sampling.max_turn,
-        "--slots": sampling.slots,
-        "--updates": learner.updates,
+        "--max-turn-tokens": sampling.max_turn_tokens,
+        "--max-in-flight": sampling.max_in_flight,
+        "--minibatches": learner.minibatches,
         "--micro-batch-tokens": learner.micro_batch_tokens,
         "--save-every": run.save_every,
         "--keep": run.keep,
@@ -467,20 +424,20 @@ def validate(config: TrainConfig) -> None:
         raise ConfigError(f"--time-limit is {run.time_limit}; it must be above 0 seconds")
     if run.collapse is not None and not 0 < run.collapse < 1:
         raise ConfigError(f"--collapse is {run.collapse}; it is a share, between 0 and 1")
-    if not 0 <= config.algorithm.max_void_share <= 1:
-        share = config.algorithm.max_void_share
-        raise ConfigError(f"--max-void-share is {share}; it is a share, from 0 to 1")
-    uncorrected = learner.old_logprobs == "recomputed" and learner.importance_cap is None
+    if not 0 <= config.algorithm.max_void_fraction <= 1:
+        share = config.algorithm.max_void_fraction
+        raise ConfigError(f"--max-void-fraction is {share}; it is a share, from 0 to 1")
+    uncorrected = learner.old_logprobs == "recomputed" and learner.importance_sampling_cap is None
     if sampling.max_staleness and uncorrected:
         raise ConfigError(
             f"--max-staleness {sampling.max_staleness} with --old-logprobs recomputed would learn "
-            "from old tokens as if they were new; add --importance-cap 2, or take --old-logprobs "
-            "sampler"
+            "from old tokens as if they were new; add --importance-sampling-cap 2, or take "
+            "--old-logprobs sampler"
         )
-    if learner.updates > sampling.prompts:
+    if learner.minibatches > sampling.prompts_per_step:
         raise ConfigError(
-            f"--updates {learner.updates} is more than --prompts {sampling.prompts}; "
-            "each update needs a task of its own"
+            f"--minibatches {learner.minibatches} is more than --prompts-per-step "
+            f"{sampling.prompts_per_step}; each update needs a task of its own"
         )
 
 
@@ -498,19 +455,19 @@ def validate_eval(config: EvalConfig) -> None:
     """
     at_least_one = {
         "--limit": config.limit,
-        "--samples": config.samples,
+        "--samples-per-task": config.samples_per_task,
         "--max-prompt": config.max_prompt,
         "--max-response": config.max_response,
-        "--max-turn": config.max_turn,
-        "--slots": config.slots,
+        "--max-turn-tokens": config.max_turn_tokens,
+        "--max-in-flight": config.max_in_flight,
     }
     _require_at_least_one(at_least_one)
     if not config.temperature >= 0:
         raise ConfigError(f"--temperature is {config.temperature}; it must not be negative")
-    if config.samples > 1 and config.temperature == 0:
+    if config.samples_per_task > 1 and config.temperature == 0:
         raise ConfigError(
-            f"--samples {config.samples} at --temperature 0 plays the same episode again and again;"
-            " give for example --temperature 1"
+            f"--samples-per-task {config.samples_per_task} at --temperature 0 plays the same "
+            "episode again and again; give for example --temperature 1"
         )
     if config.endpoint is not None and config.log_tokens:
         raise ConfigError(

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=1)  # the others wait while the first process evaluates
+TIMEOUT = timedelta(days=1)  # the others wait while the first process evaluates
 
 
 @contextmanager
-def processes() -> Iterator[None]:
+def init_distributed() -> Iterator[None]:
     """Meet the other processes that torchrun has started, if it has, and part at the end."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -33,7 +33,7 @@ def processes() -> Iterator[None]:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     try:
         yield
     finally:
@@ -47,7 +47,7 @@ def rank_and_size() -> tuple[int, int]:
     return 0, 1
 
 
-def share(passes: Iterable[T]) -> Iterator[tuple[T, bool]]:
+def shard_batches(passes: Iterable[T]) -> Iterator[tuple[T, bool]]:
     """Deal passes to the processes, as many to each, for a pass is an appointment of all of them.
 
     Args:
@@ -76,7 +76,7 @@ def gather(items: Sequence[T]) -> list[T]:
     return [item for part in found for item in part]
 
 
-def agree(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """What the first process says; all must ask."""
     if rank_and_size()[1] == 1:
         return value
@@ -85,7 +85,7 @@ def agree(value: T) -> T:
     return said[0]
 
 
-def add_up(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum over all processes, element by element."""
     if rank_and_size()[1] > 1:
         values = values.clone()
@@ -93,13 +93,13 @@ def add_up(values: Tensor) -> Tensor:
     return values
 
 
-def whole(values: Tensor) -> Tensor:
+def full_tensor(values: Tensor) -> Tensor:
     """A tensor whose parts lie in several processes, put together; all of them must ask."""
     full = getattr(values, "full_tensor", None)
     return values if full is None else full()
 
 
-def like(values: Tensor, sharded: Tensor) -> Tensor:
+def shard_like(values: Tensor, sharded: Tensor) -> Tensor:
     """A whole tensor, cut as another one is."""
     from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415
 
@@ -127,6 +127,6 @@ def shard(root: nn.Module, layers: Sequence[nn.Module]) -> None:
             module.set_gradient_divide_factor(1.0)
 
 
-def anywhere(problem: bool, device: torch.device) -> bool:
+def any_rank(problem: bool, device: torch.device) -> bool:
     """Whether any process has a problem; then all must stop, or the others would wait for ever."""
-    return bool(add_up(torch.tensor(float(problem), device=device)) > 0)
+    return bool(all_reduce_sum(torch.tensor(float(problem), device=device)) > 0)

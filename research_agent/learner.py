@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +14,26 @@ from torch import Tensor, nn
 from research_agent.algorithms.base import Algorithm, Tokens, UsesCritic
 from research_agent.algorithms.functional import truncated_importance
 from research_agent.batch import Batch, make_batch, micro_batches
+from research_agent.config import LearnerConfig
 from research_agent.distributed import (
-    add_up,
-    anywhere,
+    all_reduce_sum,
+    any_rank,
+    full_tensor,
     gather,
-    like,
     rank_and_size,
     shard,
-    share,
-    whole,
+    shard_batches,
+    shard_like,
 )
 from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
 from research_agent.models.critic import Critic
 from research_agent.models.lora import adapters, adapters_off, add_adapters, merged
-from research_agent.models.policy import Precision, Scorer, batch_logprobs, layers_of, prepare
+from research_agent.models.policy import (
+    TokenLogprobs,
+    batch_logprobs,
+    layers_of,
+    prepare,
+)
 from research_agent.trajectory import Group
 
 METRICS = {
@@ -35,14 +41,14 @@ METRICS = {
     "grad_norm": "Euclidean length of the gradient of the loss, before it is clipped",
     "learning_rate": "of the last optimiser step",
     "entropy": "mean over the action tokens of the entropy of the policy there, in nats",
-    "sampler_gap": "mean over the action tokens of |learner's - sampler's log-probability|, before"
-    " the weights change (so of the first part alone, where there are several updates)",
+    "sampling_logprob_difference": "mean over the action tokens of |learner's - sampler's"
+    " log-probability|, before the weights change (with several minibatches: of the first alone)",
     "length": "mean tokens of a trajectory, of any provenance",
     "action_length": "mean action tokens of a trajectory",
-    "longest": "tokens of the longest trajectory",
+    "max_length": "tokens of the longest trajectory",
     "trajectories": "number of trajectories learned from",
-    "updates": "number of optimiser steps made",
-    "clip_share": "share of the action tokens whose ratio was clipped: they have no gradient"
+    "optimizer_steps": "number of optimizer steps made",
+    "clip_fraction": "share of the action tokens whose ratio was clipped: they have no gradient"
     " but that of KL and entropy (CISPO: they keep a bounded one)",
     "kl": "mean over the action tokens of the estimate of KL(policy || reference), in nats (by the"
     " algorithms that use a reference)",
@@ -51,34 +57,15 @@ METRICS = {
 
 
 class Learner:
-    """A model, the algorithm that improves it, and its optimiser (AdamW, decoupled decay).
+    """A model, the algorithm that improves it, and its optimizer (AdamW, decoupled weight decay).
 
     Args:
-        model: a causal language model; it is set to evaluation mode, for dropout would make what is
-            learned from differ from what was sampled. Parameters that need no gradient are left.
+        model: a causal language model. It is set to evaluation mode, because dropout would make the
+            policy that learns differ from the one that sampled. Parameters without gradient stay.
         algorithm: advantages, token weights and objective.
+        config: settings of the update; ``LearnerConfig`` explains each.
         reference: the reference policy; run only if the algorithm needs it.
-        learning_rate: after the warm-up, constant from there on.
-        warmup_steps: optimiser steps over which the learning rate rises in a line from zero.
-        weight_decay: of AdamW.
-        betas: of AdamW.
-        max_grad_norm: longer gradients are scaled down to this length.
-        updates: optimiser steps a rollout; its groups are dealt into this many parts, in order.
-        micro_batch_tokens: the most tokens of a forward pass. It changes memory and speed only.
         temperature: the sampler's.
-        old_logprobs: what ratios are taken against: the log-probabilities that the sampler
-            reported, or those recomputed by the model before its first step on a rollout.
-        importance_cap: multiply advantages by ``min(recomputed / sampler's probability, cap)``:
-            truncated importance sampling. None: no such weight.
-        layout: "rows" gives each trajectory a row of its own, "packed" puts several in a row, and
-            "auto" packs on a GPU. It changes memory and speed only.
-        precision: of the model's matrix products. Weights, optimiser and softmax stay float32.
-        checkpointing: keep only what enters each layer, and compute the rest again for the
-            gradient: less memory, a third more work.
-        compile: let torch.compile fuse the operations of each layer; the first pass takes minutes.
-        lora_rank: learn adapters of this rank beside weights that stay; 0 learns the weights.
-        optimizer: "adamw"; "adamw_8bit" keeps its moments in 8 bits (bitsandbytes); "adamw_offload"
-            keeps them in the CPU's memory and makes its steps there.
 
     Raises:
         ConfigError: a setting that cannot be used, or a reference that is needed and not given.
@@ -88,85 +75,74 @@ class Learner:
         self,
         model: nn.Module,
         algorithm: Algorithm,
+        config: LearnerConfig | None = None,
         *,
         reference: nn.Module | None = None,
-        learning_rate: float = 1e-6,
-        warmup_steps: int = 0,
-        weight_decay: float = 0.01,
-        betas: tuple[float, float] = (0.9, 0.999),
-        max_grad_norm: float = 1.0,
-        updates: int = 1,
-        micro_batch_tokens: int = 4096,
         temperature: float = 1.0,
-        old_logprobs: Literal["sampler", "recomputed"] = "sampler",
-        importance_cap: float | None = None,
-        layout: Literal["auto", "rows", "packed"] = "auto",
-        precision: Precision = "float32",
-        checkpointing: bool = False,
-        compile: bool = False,
-        lora_rank: int = 0,
-        optimizer: Literal["adamw", "adamw_8bit", "adamw_offload"] = "adamw",
     ) -> None:
-        if algorithm.needs_reference and reference is None and not lora_rank:
+        config = config or LearnerConfig()
+        if algorithm.needs_reference and reference is None and not config.lora_rank:
             message = "the algorithm needs a reference policy; give one, or set its KL to 0"
             raise ConfigError(message)
-        _check(updates, micro_batch_tokens, temperature, max_grad_norm)
-        _check_old_logprobs(old_logprobs, importance_cap)
+        _check(config, temperature)
         self.model = model.eval()
         self.algorithm = algorithm
-        self.steps = 0  # of the optimiser, ever
-        self._learning_rate = learning_rate
-        self._warmup_steps = warmup_steps
-        self._max_grad_norm = max_grad_norm
-        self._updates = updates
-        self._micro_batch_tokens = micro_batch_tokens
-        self._recompute = old_logprobs == "recomputed"
-        self._importance_cap = importance_cap
+        self.config = config
+        self.steps = 0  # of the optimizer, ever
         on_gpu = next(model.parameters()).is_cuda
-        self._packed = layout == "packed" or (layout == "auto" and on_gpu)
-        if lora_rank:
-            add_adapters(self.model, lora_rank)
-        self._lora = bool(lora_rank)
+        self._packed = config.packing == "on" or (config.packing == "auto" and on_gpu)
+        if config.lora_rank:
+            add_adapters(self.model, config.lora_rank)
         self._reference = (
             reference.eval() if reference is not None and algorithm.needs_reference else None
         )
         for each in (self.model, self._reference):
             if each is not None:
-                prepare(each, packed=self._packed, checkpointing=checkpointing, compile=compile)
-        scorer = partial(Scorer, temperature=temperature, precision=precision, compile=compile)
+                prepare(
+                    each,
+                    packed=self._packed,
+                    gradient_checkpointing=config.gradient_checkpointing,
+                    compile=config.compile,
+                )
+        scorer = partial(
+            TokenLogprobs,
+            temperature=temperature,
+            precision=config.precision,
+            compile=config.compile,
+        )
         self._score = scorer(self.model)
         self._reference_score = None if self._reference is None else scorer(self._reference)
-        for each in (self._score, self._reference_score):
-            if each is not None:
-                shard(each, layers_of(each))
+        for score in (self._score, self._reference_score):
+            if score is not None:
+                shard(score, layers_of(score))
         self._parameters: dict[str, Tensor] = {
             n: p for n, p in model.named_parameters() if p.requires_grad
         }
-        self._stepped: dict[str, Tensor] = self._parameters  # what the optimiser works on
-        if optimizer == "adamw_offload":
+        self._stepped: dict[str, Tensor] = self._parameters  # what the optimizer works on
+        if config.optimizer == "adamw_offload":
             self._stepped = {n: p.detach().to("cpu", copy=True) for n, p in self._stepped.items()}
         self._optimizer = _optimizer(
-            optimizer,
+            config.optimizer,
             list(self._stepped.values()),
-            lr=learning_rate,
-            betas=betas,
-            weight_decay=weight_decay,
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
         )
         self._critic: Critic | None = None
         if isinstance(algorithm, UsesCritic):
-            if rank_and_size()[1] > 1 or lora_rank:
+            if rank_and_size()[1] > 1 or config.lora_rank:
                 raise ConfigError("a critic learns in one process and without lora_rank only")
             self._critic = Critic(
                 model,
                 learning_rate=algorithm.critic_learning_rate,
                 warmup_steps=algorithm.critic_warmup_steps,
                 value_clip=algorithm.value_clip,
-                weight_decay=weight_decay,
-                betas=betas,
-                max_grad_norm=max_grad_norm,
-                micro_batch_tokens=micro_batch_tokens,
+                weight_decay=config.weight_decay,
+                betas=config.betas,
+                max_grad_norm=config.max_grad_norm,
+                micro_batch_tokens=config.micro_batch_tokens,
                 packed=self._packed,
-                precision=precision,
+                precision=config.precision,
             )
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
@@ -189,19 +165,19 @@ class Learner:
         device = next(iter(self._parameters.values())).device
         batch = make_batch(groups, device)
         if not len(batch.targets):
-            return {"trajectories": float(len(batch)), "updates": 0.0}
-        batch = self._fill(batch)
-        reports = [self._step(part) | self._teach(part) for part in self._parts(batch)]
+            return {"trajectories": float(len(batch)), "optimizer_steps": 0.0}
+        batch = self._prepare_batch(batch)
+        reports = [self._step(part) | self._critic_step(part) for part in self._minibatches(batch)]
         metrics = {name: sum(r[name] for r in reports) / len(reports) for name in reports[0]}
         lengths = [len(tokens) for tokens in batch.tokens]
         return metrics | {
-            "sampler_gap": reports[0]["sampler_gap"],
+            "sampling_logprob_difference": reports[0]["sampling_logprob_difference"],
             "learning_rate": reports[-1]["learning_rate"],
             "length": sum(lengths) / len(batch),
             "action_length": len(batch.targets) / len(batch),
-            "longest": float(max(lengths)),
+            "max_length": float(max(lengths)),
             "trajectories": float(len(batch)),
-            "updates": float(len(reports)),
+            "optimizer_steps": float(len(reports)),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,7 +191,7 @@ class Learner:
             for name, p in self._stepped.items()
         }
         critic = {} if self._critic is None else {"critic": self._critic.state_dict()}
-        lora = {"adapters": adapters(self.model)} if self._lora else {}
+        lora = {"adapters": adapters(self.model)} if self.config.lora_rank else {}
         return {"steps": self.steps, "moments": moments, **critic, **lora}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -223,8 +199,8 @@ class Learner:
 
         With more than one process all of them must ask. Adapters are added in.
         """
-        named = merged(self.model) if self._lora else self.model.named_parameters()
-        return ((name, whole(weight.detach())) for name, weight in named)
+        named = merged(self.model) if self.config.lora_rank else self.model.named_parameters()
+        return ((name, full_tensor(weight.detach())) for name, weight in named)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the state of a learner of the same model, to the bit.
@@ -258,14 +234,14 @@ class Learner:
         if self._critic is not None:
             self._critic.load_state_dict(state["critic"])
         with torch.no_grad():
-            for name, held in (adapters(self.model) if self._lora else {}).items():
+            for name, held in (adapters(self.model) if self.config.lora_rank else {}).items():
                 held.copy_(state["adapters"][name])
 
-    def _fill(self, batch: Batch) -> Batch:
+    def _prepare_batch(self, batch: Batch) -> Batch:
         """Add what is fixed for the whole rollout: old and reference log-probabilities, credit."""
-        budget = self._micro_batch_tokens
+        budget = self.config.micro_batch_tokens
         logprobs = partial(batch_logprobs, batch=batch, max_tokens=budget, packed=self._packed)
-        if self._recompute:
+        if self.config.old_logprobs == "recomputed":
             batch = replace(batch, old_logprobs=logprobs(self._score))
         if self._reference_score is not None:
             batch = replace(batch, reference_logprobs=logprobs(self._reference_score))
@@ -276,19 +252,21 @@ class Learner:
             batch = replace(batch, values=self._critic.values(batch))
             batch = replace(batch, returns=self.algorithm.returns(batch))
         advantages = self.algorithm.advantages(batch)
-        if self._importance_cap is not None:
+        if self.config.importance_sampling_cap is not None:
             advantages = advantages * truncated_importance(
-                batch.old_logprobs, batch.sampler_logprobs, self._importance_cap
+                batch.old_logprobs, batch.sampler_logprobs, self.config.importance_sampling_cap
             )
         return replace(batch, advantages=advantages)
 
-    def _parts(self, batch: Batch) -> list[Batch]:
+    def _minibatches(self, batch: Batch) -> list[Batch]:
         """Deal whole groups into as many parts as there are updates, in order."""
-        if self._updates == 1:
+        if self.config.minibatches == 1:
             return [batch]
         dealt: dict[int, list[int]] = defaultdict(list)
         names = sorted(set(batch.groups.tolist()))
-        part_of = {name: place * self._updates // len(names) for place, name in enumerate(names)}
+        part_of = {
+            name: place * self.config.minibatches // len(names) for place, name in enumerate(names)
+        }
         for i, group in enumerate(batch.groups.tolist()):
             dealt[part_of[group]].append(i)
         parts = [batch.select(chosen) for chosen in dealt.values()]
@@ -298,21 +276,26 @@ class Learner:
         """Make one optimiser step on a batch."""
         try:
             metrics = self._accumulate(batch)
-            norm = whole(nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm))
+            norm = full_tensor(
+                nn.utils.clip_grad_norm_(self._parameters.values(), self.config.max_grad_norm)
+            )
             if not norm.isfinite():
                 raise NonFiniteError(
                     f"the gradient is not finite (its norm is {norm.item()}) after {self.steps}"
                     " optimiser steps; lower the learning rate, or look at the trajectories"
                 )
-            warm = min(1.0, (self.steps + 1) / max(1, self._warmup_steps))
+            warm = min(1.0, (self.steps + 1) / max(1, self.config.warmup_steps))
             for group in self._optimizer.param_groups:
-                group["lr"] = self._learning_rate * warm
+                group["lr"] = self.config.learning_rate * warm
             self._apply()
             self.steps += 1
         finally:
             for parameter in self._parameters.values():
                 parameter.grad = None  # the rollout that follows can use their memory
-        return metrics | {"grad_norm": norm.item(), "learning_rate": self._learning_rate * warm}
+        return metrics | {
+            "grad_norm": norm.item(),
+            "learning_rate": self.config.learning_rate * warm,
+        }
 
     @torch.no_grad()
     def _apply(self) -> None:
@@ -328,7 +311,7 @@ class Learner:
         for ours, theirs in pairs if elsewhere else ():
             ours.copy_(theirs)
 
-    def _teach(self, batch: Batch) -> dict[str, float]:
+    def _critic_step(self, batch: Batch) -> dict[str, float]:
         """Make one optimiser step of the critic, if there is one."""
         return {} if self._critic is None else self._critic.step(batch)
 
@@ -342,8 +325,8 @@ class Learner:
         found: list[Tensor] = []
         losses: list[Tensor] = []
         sums: dict[str, Tensor] = {}
-        passes = micro_batches(batch, self._micro_batch_tokens, packed=self._packed)
-        for micro, counts in share(passes):
+        passes = micro_batches(batch, self.config.micro_batch_tokens, packed=self._packed)
+        for micro, counts in shard_batches(passes):
             part = micro.part
             logprobs, entropy = self._score(micro)
             tokens = Tokens(
@@ -351,44 +334,47 @@ class Learner:
                 old_logprobs=part.old_logprobs.to(logprobs.dtype),
                 reference_logprobs=part.reference_logprobs,
                 entropy=entropy,
-                advantages=advantages[micro.picked].to(logprobs.dtype),
-                sequence=part.sequence,
+                advantages=advantages[micro.token_index].to(logprobs.dtype),
+                seq_ids=part.seq_ids,
             )
             objective, logged = self.algorithm.objective(tokens)
-            share_of = weights[micro.picked].to(objective.dtype) * counts
+            share_of = weights[micro.token_index].to(objective.dtype) * counts
             loss = -(share_of * objective).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             parts.append(part)
             found.append(logprobs.detach())
             losses.append(loss.detach())
             gap = (found[-1] - part.sampler_logprobs).abs()
-            for name, values in {"entropy": entropy, "sampler_gap": gap, **logged}.items():
+            for name, values in {
+                "entropy": entropy,
+                "sampling_logprob_difference": gap,
+                **logged,
+            }.items():
                 sums[name] = sums.get(name, 0.0) + values.detach().sum().double() * counts
         # Looked at only now: a look at a number makes a GPU wait for us, and us for it.
         _require_finite(parts, found, losses, f"after {self.steps} optimiser steps")
         total = torch.stack([torch.stack(losses).double().sum(), *sums.values()])
-        loss_, *rest = add_up(total).tolist()
+        loss_, *rest = all_reduce_sum(total).tolist()
         means = (value / len(batch.targets) for value in rest)
         return {"loss": loss_} | dict(zip(sums, means, strict=True))
 
 
-def _check(updates: int, micro_batch_tokens: int, temperature: float, max_grad_norm: float) -> None:
-    for name, value in (("updates", updates), ("micro_batch_tokens", micro_batch_tokens)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
-    for name, number in (("temperature", temperature), ("max_grad_norm", max_grad_norm)):
+def _check(config: LearnerConfig, temperature: float) -> None:
+    counts = {"minibatches": config.minibatches, "micro_batch_tokens": config.micro_batch_tokens}
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{name} is {count}; it must be at least 1")
+    for name, number in {"temperature": temperature, "max_grad_norm": config.max_grad_norm}.items():
         if not number > 0:
             raise ConfigError(f"{name} is {number}; it must be above 0")
-
-
-def _check_old_logprobs(old_logprobs: str, importance_cap: float | None) -> None:
+    old_logprobs, cap = config.old_logprobs, config.importance_sampling_cap
     if old_logprobs not in ("sampler", "recomputed"):
         message = f"old_logprobs is {old_logprobs!r}; known: 'sampler', 'recomputed'"
         raise ConfigError(message)
-    if importance_cap is not None and not (importance_cap > 0 and old_logprobs == "recomputed"):
+    if cap is not None and not (cap > 0 and old_logprobs == "recomputed"):
         message = (
-            f"importance_cap is {importance_cap} with old_logprobs {old_logprobs!r}; it must be"
-            " above 0, with old_logprobs 'recomputed'"
+            f"importance_sampling_cap is {cap} with old_logprobs {old_logprobs!r}; it must be above"
+            " 0, with old_logprobs 'recomputed'"
         )
         raise ConfigError(message)
 
@@ -410,11 +396,11 @@ def _optimizer(kind: str, parameters: list[Tensor], **settings: Any) -> torch.op
 
 
 def _whole(value: Any) -> Any:
-    return whole(value) if isinstance(value, Tensor) else value
+    return full_tensor(value) if isinstance(value, Tensor) else value
 
 
 def _placed(value: Any, parameter: Tensor) -> Any:
-    return like(value.clone(), parameter) if isinstance(value, Tensor) else value
+    return shard_like(value.clone(), parameter) if isinstance(value, Tensor) else value
 
 
 def _require_finite(
@@ -422,7 +408,7 @@ def _require_finite(
 ) -> None:
     """Find the first log-probability, or else loss, that is not finite, and name it."""
     values = torch.cat([*logprobs, torch.stack(losses).to(logprobs[0].dtype)])
-    if not anywhere(not bool(values.isfinite().all()), values.device):
+    if not any_rank(not bool(values.isfinite().all()), values.device):
         return
     causes = gather(list(_not_finite(parts, logprobs, losses, when)))  # of all processes
     raise NonFiniteError(causes[0])
@@ -433,7 +419,7 @@ def _not_finite(
 ) -> Iterator[str]:
     for part, values in zip(parts, logprobs, strict=True):
         for first in values.isfinite().logical_not().nonzero()[:1].flatten().tolist():
-            name = part.names[int(part.sequence[first])]
+            name = part.names[int(part.seq_ids[first])]
             yield (
                 f"a log-probability of {name} is {values[first].item()} {when}; the weights or the"
                 " trajectory are broken"

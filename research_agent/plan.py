@@ -173,7 +173,7 @@ def plan(config: TrainConfig, gpus: str) -> Plan:
     shape = shape_of(config.policy.model)
     memory = _memory(config, shape, count)
     fits = _fits(config, shape, count, gpu)
-    episodes = config.sampling.prompts * config.sampling.samples
+    episodes = config.sampling.prompts_per_step * config.sampling.group_size
     tokens = episodes * min(EPISODE_TOKENS, config.sampling.max_response)
     return Plan(
         memory=memory,
@@ -209,8 +209,12 @@ def _memory(config: TrainConfig, shape: Shape, count: int) -> dict[str, float]:
     number = 2 if learner.precision == "bfloat16" else 4
     tokens = max(learner.micro_batch_tokens, min(sampling.max_prompt + sampling.max_response, 8192))
     inside = number * (10 * shape.hidden + 3 * shape.intermediate)  # of a layer, a token
-    kept = number * shape.hidden * shape.layers if learner.checkpointing else inside * shape.layers
-    needed["activations"] = tokens * (kept + (inside if learner.checkpointing else 0))
+    kept = (
+        number * shape.hidden * shape.layers
+        if learner.gradient_checkpointing
+        else inside * shape.layers
+    )
+    needed["activations"] = tokens * (kept + (inside if learner.gradient_checkpointing else 0))
     needed["logits of a piece"] = float(3 * 4 * HEAD_LOGITS)
     size = _sample_bytes(config)
     needed["CUDA, NCCL, fragments"] = OVERHEAD
@@ -240,8 +244,8 @@ def _lora_share(shape: Shape, rank: int) -> float:
 
 
 def _slots(config: TrainConfig, count: int) -> int:
-    episodes = -(-config.sampling.prompts * config.sampling.samples // count)
-    return min(episodes, config.sampling.slots or episodes)
+    episodes = -(-config.sampling.prompts_per_step * config.sampling.group_size // count)
+    return min(episodes, config.sampling.max_in_flight or episodes)
 
 
 def _context(config: TrainConfig, size: int, shape: Shape) -> int:
@@ -256,9 +260,9 @@ def _seconds(
     config: TrainConfig, shape: Shape, count: int, gpu: Gpu, tokens: float
 ) -> dict[str, float]:
     size = _sample_bytes(config)
-    mean = tokens / (config.sampling.prompts * config.sampling.samples)
+    mean = tokens / (config.sampling.prompts_per_step * config.sampling.group_size)
     slots = _slots(config, count)
-    rounds = -(-config.sampling.prompts * config.sampling.samples // (count * slots))
+    rounds = -(-config.sampling.prompts_per_step * config.sampling.group_size // (count * slots))
     read = size * (shape.parameters + slots * mean / 2 * shape.kv_numbers)
     decode = max(
         read / (SAMPLE_BANDWIDTH * gpu.bandwidth),
@@ -266,7 +270,7 @@ def _seconds(
     )
     words = min(LONGEST * mean, config.sampling.max_response) * ACTION_SHARE
     prefill = 2 * shape.parameters * tokens / count / (LEARN_FLOPS * gpu.flops)
-    passes = 6.0 + (2 if config.learner.checkpointing else 0)
+    passes = 6.0 + (2 if config.learner.gradient_checkpointing else 0)
     passes += 2 * (config.learner.old_logprobs == "recomputed") + 2 * _needs_reference(config)
     return {
         "sample": rounds * words * decode + prefill,
@@ -288,28 +292,32 @@ def _cures(config: TrainConfig, shape: Shape, count: int, gpu: Gpu) -> tuple[str
     """Single settings, and then all of them together, with which the run fits."""
     sampling, learner = config.sampling, config.learner
     vllm = replace(config, sampling=replace(sampling, engine="vllm"))
-    few = replace(config, sampling=replace(sampling, slots=8))
+    few = replace(config, sampling=replace(sampling, max_in_flight=8))
     small = replace(
         config,
-        learner=replace(learner, micro_batch_tokens=4096, checkpointing=True, precision="bfloat16"),
+        learner=replace(
+            learner, micro_batch_tokens=4096, gradient_checkpointing=True, precision="bfloat16"
+        ),
     )
     offload = replace(config, learner=replace(learner, optimizer="adamw_offload"))
     lora = replace(config, learner=replace(learner, lora_rank=32))
     together = replace(
         config,
-        sampling=replace(vllm.sampling, slots=8),
+        sampling=replace(vllm.sampling, max_in_flight=8),
         learner=replace(small.learner, optimizer="adamw_offload"),
     )
     tried = {
         "--engine vllm": vllm,
-        "--slots 8": few,
-        "--micro-batch-tokens 4096 --checkpointing --precision bfloat16": small,
+        "--max-in-flight 8": few,
+        "--micro-batch-tokens 4096 --gradient-checkpointing --precision bfloat16": small,
         "--optimizer adamw_offload": offload,
         "--lora-rank 32": lora,
-        "--engine vllm --slots 8 --micro-batch-tokens 4096 --checkpointing --precision bfloat16 "
-        "--optimizer adamw_offload": together,
-        "--engine vllm --slots 8 --micro-batch-tokens 4096 --checkpointing --precision bfloat16 "
-        "--lora-rank 32": replace(together, learner=replace(small.learner, lora_rank=32)),
+        "--engine vllm --max-in-flight 8 --micro-batch-tokens 4096 --gradient-checkpointing "
+        "--precision bfloat16 --optimizer adamw_offload": together,
+        "--engine vllm --max-in-flight 8 --micro-batch-tokens 4096 --gradient-checkpointing "
+        "--precision bfloat16 --lora-rank 32": replace(
+            together, learner=replace(small.learner, lora_rank=32)
+        ),
     }
     fitting = [words for words, other in tried.items() if _fits(other, shape, count, gpu)]
     if fitting:

@@ -24,7 +24,10 @@ from research_agent.config import (
 _WIKIPEDIA = "elasticsearch://localhost:9200/wiki18"
 _DEV = {"split": "dev"}
 _HOTPOTQA_DEV = {"dataset": "hotpotqa", **_DEV}
-_SCRIPTS: Any = {"precision": "bfloat16", "checkpointing": True}  # as all of the authors have it
+_SCRIPTS: Any = {
+    "precision": "bfloat16",
+    "gradient_checkpointing": True,
+}  # as all of the authors have it
 
 MINIWORLD = TrainConfig(
     preset="miniworld",
@@ -33,7 +36,9 @@ MINIWORLD = TrainConfig(
         env_args={"split": "train", "template": "question", "top_k": 1},
     ),
     policy=PolicyConfig(model="miniworld-starter"),
-    sampling=SamplingConfig(prompts=24, samples=8, max_prompt=96, max_response=384, max_turn=64),
+    sampling=SamplingConfig(
+        prompts_per_step=24, group_size=8, max_prompt=96, max_response=384, max_turn_tokens=64
+    ),
     algorithm=AlgorithmConfig(
         algorithm="grpo", algorithm_args={"kl_coef": 0.0, "entropy_coef": 0.0}
     ),
@@ -67,14 +72,14 @@ RESEARCH_7B = TrainConfig(
     ),
     policy=PolicyConfig(model="Qwen/Qwen2.5-7B"),
     sampling=SamplingConfig(
-        prompts=256, samples=5, temperature=1.0, max_prompt=512, max_response=8192
+        prompts_per_step=256, group_size=5, temperature=1.0, max_prompt=512, max_response=8192
     ),
     algorithm=AlgorithmConfig(
         algorithm="grpo", algorithm_args={"clip": 0.2, "kl_coef": 1e-3, "entropy_coef": 1e-3}
     ),
     learner=LearnerConfig(
         learning_rate=1e-6,
-        updates=1,
+        minibatches=1,
         old_logprobs="recomputed",
         micro_batch_tokens=17408,
         **_SCRIPTS,
@@ -127,7 +132,7 @@ R1_SEARCHER_QWEN = TrainConfig(
     ),
     policy=PolicyConfig(model="Qwen/Qwen2.5-7B"),
     sampling=SamplingConfig(
-        prompts=64, samples=16, temperature=1.0, max_prompt=1024, max_response=29000
+        prompts_per_step=64, group_size=16, temperature=1.0, max_prompt=1024, max_response=29000
     ),
     algorithm=AlgorithmConfig(
         algorithm="reinforce_pp",
@@ -135,7 +140,7 @@ R1_SEARCHER_QWEN = TrainConfig(
     ),
     learner=LearnerConfig(
         learning_rate=2e-6,
-        updates=4,
+        minibatches=4,
         weight_decay=0.0,
         betas=(0.9, 0.95),
         old_logprobs="recomputed",
@@ -160,7 +165,7 @@ R1_SEARCHER_LLAMA = _instruct(
                 "split=stage-2 reward=r1-searcher-stage2-llama",
             ),
         ),
-        sampling=replace(R1_SEARCHER_QWEN.sampling, prompts=65),
+        sampling=replace(R1_SEARCHER_QWEN.sampling, prompts_per_step=65),
         algorithm=AlgorithmConfig(
             algorithm="reinforce_pp",
             algorithm_args={"baseline": "group", "clip": 0.2, "kl_coef": 1e-4},
@@ -191,7 +196,12 @@ SEARCH_R1_GRPO = TrainConfig(
     ),
     policy=PolicyConfig(model="Qwen/Qwen2.5-7B"),
     sampling=SamplingConfig(
-        prompts=512, samples=5, temperature=1.0, max_prompt=2048, max_response=4096, max_turn=500
+        prompts_per_step=512,
+        group_size=5,
+        temperature=1.0,
+        max_prompt=2048,
+        max_response=4096,
+        max_turn_tokens=500,
     ),
     algorithm=AlgorithmConfig(
         algorithm="grpo", algorithm_args={"clip": 0.2, "kl_coef": 1e-3, "entropy_coef": 1e-3}
@@ -199,7 +209,7 @@ SEARCH_R1_GRPO = TrainConfig(
     learner=LearnerConfig(
         learning_rate=1e-6,
         warmup_steps=2860,
-        updates=10,
+        minibatches=10,
         old_logprobs="recomputed",
         micro_batch_tokens=16384,
         **_SCRIPTS,
@@ -215,7 +225,7 @@ SEARCH_R1_PPO = TrainConfig(
     preset="search-r1-ppo",
     environment=SEARCH_R1_GRPO.environment,
     policy=SEARCH_R1_GRPO.policy,
-    sampling=replace(SEARCH_R1_GRPO.sampling, samples=1),
+    sampling=replace(SEARCH_R1_GRPO.sampling, group_size=1),
     algorithm=AlgorithmConfig(
         algorithm="ppo",
         algorithm_args={
@@ -229,7 +239,7 @@ SEARCH_R1_PPO = TrainConfig(
             "critic_warmup_steps": 30,
         },
     ),
-    learner=replace(SEARCH_R1_GRPO.learner, warmup_steps=572, updates=2),
+    learner=replace(SEARCH_R1_GRPO.learner, warmup_steps=572, minibatches=2),
     run=replace(SEARCH_R1_GRPO.run, output=Path("runs/search-r1-ppo")),
 )
 
@@ -254,7 +264,9 @@ def _mini(of: TrainConfig, stages: tuple[str, ...] = (), **env_args: Any) -> Tra
         ),
         algorithm=replace(of.algorithm, algorithm_args=args),
         learner=replace(
-            MINIWORLD.learner, updates=of.learner.updates, old_logprobs=of.learner.old_logprobs
+            MINIWORLD.learner,
+            minibatches=of.learner.minibatches,
+            old_logprobs=of.learner.old_logprobs,
         ),
         run=replace(MINIWORLD.run, steps=30, eval_every=10, output=Path("runs") / name),
     )

@@ -39,7 +39,7 @@ class Sampling(Protocol):
         ...
 
     @property
-    def max_turn(self) -> int | None:
+    def max_turn_tokens(self) -> int | None:
         """Longest action, in tokens."""
         ...
 
@@ -51,16 +51,16 @@ class Sampling(Protocol):
 
 @dataclass
 class InFlight:
-    """Episodes that were begun before they were asked for."""
+    """Episodes that started before their step asked for them."""
 
-    plays: dict[int, Play] = field(default_factory=dict)  # by slot: half played
-    sent: set[int] = field(default_factory=set)  # slots whose environment has an action to answer
+    active: dict[int, ActiveRollout] = field(default_factory=dict)  # by slot
+    awaiting_env: set[int] = field(default_factory=set)  # slots whose environment has an action
     done: dict[Episode, Trajectory] = field(default_factory=dict)
 
     def clear(self) -> None:
-        """Forget them; they are begun again when they are asked for."""
-        self.plays.clear()
-        self.sent.clear()
+        """Drop them. They start again when a step asks for them."""
+        self.active.clear()
+        self.awaiting_env.clear()
         self.done.clear()
 
 
@@ -74,7 +74,7 @@ def collect(
     seed: int = 0,
     on_finish: Callable[[Trajectory], None] | None = None,
     ahead: Sequence[Episode] = (),
-    under_way: InFlight | None = None,
+    in_flight: InFlight | None = None,
 ) -> list[Trajectory]:
     """Play episodes to their ends.
 
@@ -89,7 +89,7 @@ def collect(
             episode and its sample only.
         on_finish: called with each trajectory as it ends.
         ahead: episodes to begin with where slots would be empty otherwise. None is waited for.
-        under_way: what earlier calls left of theirs, and where this one leaves it. Between calls
+        in_flight: what earlier calls left of theirs, and where this one leaves it. Between calls
             the engine may get new weights: turns that were cut go on with the new ones.
 
     Returns:
@@ -99,59 +99,61 @@ def collect(
     Raises:
         ContextError: a prompt that is empty, or longer than ``max_prompt`` or the context allows.
     """
-    begun = InFlight() if under_way is None else under_way
-    plays, sent, done = begun.plays, begun.sent, begun.done
-    known = {play.key for play in plays.values()} | done.keys()
+    in_flight = InFlight() if in_flight is None else in_flight
+    active, awaiting_env, done = in_flight.active, in_flight.awaiting_env, in_flight.done
+    known = {rollout.key for rollout in active.values()} | done.keys()
     waiting = deque(each for each in dict.fromkeys((*episodes, *ahead)) if each not in known)
     missing = set(episodes) - done.keys()
-    free = deque(slot for slot in range(environments.num_envs) if slot not in plays)
+    free = deque(slot for slot in range(environments.num_envs) if slot not in active)
     stop = environments.terminators
     try:
-        for slot in sorted(plays.keys() - sent):  # turns that were cut
-            plays[slot].submit(engine, slot, stop)
+        for slot in sorted(active.keys() - awaiting_env):  # turns that were cut
+            active[slot].submit(engine, slot, stop)
         while missing:
             count = min(len(free), len(waiting))
             starting = {free.popleft(): waiting.popleft() for _ in range(count)}
-            plays |= {slot: Play(*each, seed, sampling) for slot, each in starting.items()}
+            active |= {
+                slot: ActiveRollout(*each, seed, sampling) for slot, each in starting.items()
+            }
             numbers = {slot: episode for slot, (episode, _) in starting.items()}
             prompts = environments.reset(numbers, seed) if numbers else {}
             for slot, (observation, info) in prompts.items():
-                plays[slot].begin(observation, info, renderer, engine.max_context)
-                plays[slot].submit(engine, slot, stop)
+                active[slot].begin(observation, info, renderer, engine.max_context)
+                active[slot].submit(engine, slot, stop)
 
             completions = engine.step()
             if completions:
                 slots = [turn.slot for turn in completions]
                 environments.send(
-                    slots, [plays[turn.slot].act(turn, renderer) for turn in completions]
+                    slots, [active[turn.slot].finish_turn(turn, renderer) for turn in completions]
                 )
-                sent.update(slots)
+                awaiting_env.update(slots)
 
-            patience = (0 if engine.busy else 1) if sampling.overlap else len(sent)
-            results = environments.recv(min(patience, len(sent))) if sent else []
+            patience = (0 if engine.busy else 1) if sampling.overlap else len(awaiting_env)
+            results = environments.recv(min(patience, len(awaiting_env))) if awaiting_env else []
             for result in sorted(results, key=lambda result: result.env_id):
                 slot = result.env_id
-                if slot not in sent:
+                if slot not in awaiting_env:
                     continue  # of an episode that was forgotten
-                sent.discard(slot)
-                trajectory = plays[slot].receive(result, renderer, engine.max_context)
+                awaiting_env.discard(slot)
+                trajectory = active[slot].observe(result, renderer, engine.max_context)
                 if trajectory is None:
-                    plays[slot].submit(engine, slot, stop)
+                    active[slot].submit(engine, slot, stop)
                     continue
                 engine.release(slot)
                 free.append(slot)
-                key = plays.pop(slot).key
+                key = active.pop(slot).key
                 done[key] = trajectory
                 missing.discard(key)
                 if on_finish:
                     on_finish(trajectory)
 
         for turn in engine.interrupt() if isinstance(engine, Interruptible) else ():
-            plays[turn.slot].hold(turn)
+            active[turn.slot].add_partial(turn)
     finally:
-        for slot, play in plays.items():
+        for slot, rollout in active.items():
             engine.release(slot)
-            play.unheld = play.tokens
+            rollout.unsent_tokens = rollout.tokens
     trajectories = [done[each] for each in episodes]
     for each in set(episodes):
         del done[each]
@@ -159,7 +161,7 @@ def collect(
 
 
 @dataclass
-class Play:
+class ActiveRollout:
     """An episode under way."""
 
     episode: int
@@ -170,8 +172,8 @@ class Play:
     reward: float = 0.0  # so far: an environment may give some on the way
     prompt: int = 0  # tokens
     response: int = 0  # tokens, of the policy and of the environment
-    cut: list[Completion] = field(default_factory=list)  # the parts of a turn that is not over
-    unheld: list[int] = field(default_factory=list)  # tokens that the engine does not hold
+    partial_turns: list[Completion] = field(default_factory=list)  # of the turn that is not over
+    unsent_tokens: list[int] = field(default_factory=list)  # not yet submitted to the engine
 
     def __post_init__(self) -> None:
         """Seed the draws."""
@@ -185,7 +187,7 @@ class Play:
     @property
     def tokens(self) -> list[int]:
         """All tokens so far."""
-        parts: list[Segment | Completion] = [*self.segments, *self.cut]
+        parts: list[Segment | Completion] = [*self.segments, *self.partial_turns]
         return [token for part in parts for token in part.tokens]
 
     def begin(
@@ -203,38 +205,38 @@ class Play:
                 "raise the limit, or leave such tasks out"
             )
         self.prompt = len(tokens)
-        self.unheld += tokens
+        self.unsent_tokens += tokens
         self.segments.append(Segment("prompt", tuple(tokens), text=observation, info=info))
 
     def submit(self, engine: Engine, slot: int, stop: tuple[str, ...]) -> None:
         """Let the engine sample a turn, or the rest of one that was cut."""
-        begun = sum(len(part.tokens) for part in self.cut)
+        begun = sum(len(part.tokens) for part in self.partial_turns)
         left = self.sampling.max_response - self.response
         params = SamplingParams(
             temperature=self.sampling.temperature,
-            max_tokens=min(left, (self.sampling.max_turn or left + begun) - begun),
+            max_tokens=min(left, (self.sampling.max_turn_tokens or left + begun) - begun),
             stop=stop,
             seed=self._draws,
-            begun=begun,
+            resumed_tokens=begun,
         )
-        engine.submit(slot, self.unheld, params)
-        self.unheld = []
+        engine.submit(slot, self.unsent_tokens, params)
+        self.unsent_tokens = []
 
-    def hold(self, part: Completion) -> None:
+    def add_partial(self, part: Completion) -> None:
         """Keep the beginning of a turn that is cut."""
         self.response += len(part.tokens)
         if part.tokens:
-            self.cut.append(part)
+            self.partial_turns.append(part)
 
-    def act(self, last: Completion, renderer: Renderer) -> str:
+    def finish_turn(self, last: Completion, renderer: Renderer) -> str:
         """End a turn; returns the action."""
-        parts = [*self.cut, last]
+        parts = [*self.partial_turns, last]
         tokens = tuple(chain.from_iterable(part.tokens for part in parts))
         text = last.text
-        if self.cut:
-            text = renderer.decode(tokens[:-1] if last.finish == "end" else tokens)
+        if self.partial_turns:
+            text = renderer.decode(tokens[:-1] if last.finish_reason == "end" else tokens)
         self.response += len(last.tokens)
-        self.cut = []
+        self.partial_turns = []
         self.segments.append(
             Segment(
                 "action",
@@ -248,7 +250,7 @@ class Play:
         )
         return text
 
-    def receive(
+    def observe(
         self, result: StepResult, renderer: Renderer, max_context: int
     ) -> Trajectory | None:
         """Take what the environment answers; returns the trajectory if it ends with that."""
@@ -262,7 +264,7 @@ class Play:
         if self.prompt + length >= max_context:
             return self._trajectory(result, "context")
         self.response = length
-        self.unheld += tokens
+        self.unsent_tokens += tokens
         if tokens:
             self.segments.append(
                 Segment("observation", tuple(tokens), text=result.observation, info=result.info)

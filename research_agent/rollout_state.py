@@ -15,14 +15,14 @@ import torch
 
 from research_agent.engines.base import Completion
 from research_agent.environments import Environments
-from research_agent.rollout import InFlight, Play, Sampling
+from research_agent.rollout import ActiveRollout, InFlight, Sampling
 from research_agent.trajectory import Segment, Trajectory
 
 _TRAJECTORY = ("episode", "sample", "reward", "terminated", "truncated", "stop_reason", "void")
-_PLAY = ("episode", "sample", "reward", "prompt", "response")
+_ROLLOUT = ("episode", "sample", "reward", "prompt", "response")
 
 
-def to_state(under_way: InFlight) -> dict[str, Any]:
+def to_state(in_flight: InFlight) -> dict[str, Any]:
     """Put what is under way into tensors and plain values, as a checkpoint takes them.
 
     Infos are kept as the JSON that logs are written from.
@@ -33,23 +33,31 @@ def to_state(under_way: InFlight) -> dict[str, Any]:
         segments.append(segment)
         return [segment.provenance, len(segment.tokens), segment.text, _plain(segment.info)]
 
-    plays = []
-    for slot, play in sorted(under_way.plays.items()):
-        fields = {name: getattr(play, name) for name in _PLAY}
-        said = [kept(segment) for segment in play.segments]
-        cut = [[len(part.tokens), part.version] for part in play.cut]
-        segments += play.cut
-        waits = slot in under_way.sent
-        plays.append({"slot": slot, **fields, "segments": said, "cut": cut, "waits": waits})
+    rollouts = []
+    for slot, rollout in sorted(in_flight.active.items()):
+        fields = {name: getattr(rollout, name) for name in _ROLLOUT}
+        said = [kept(segment) for segment in rollout.segments]
+        partial = [[len(part.tokens), part.version] for part in rollout.partial_turns]
+        segments += rollout.partial_turns
+        waits = slot in in_flight.awaiting_env
+        rollouts.append(
+            {
+                "slot": slot,
+                **fields,
+                "segments": said,
+                "partial_turns": partial,
+                "awaiting_env": waits,
+            }
+        )
     done = [
         {name: getattr(trajectory, name) for name in _TRAJECTORY}
         | {"metrics": dict(trajectory.metrics), "info": _plain(trajectory.info)}
         | {"segments": [kept(segment) for segment in trajectory.segments]}
-        for trajectory in under_way.done.values()
+        for trajectory in in_flight.done.values()
     ]
     actions = [s for s in segments if isinstance(s, Segment) and s.provenance == "action"]
     return {
-        "plays": plays,
+        "active": rollouts,
         "done": done,
         "tokens": torch.tensor([t for s in segments for t in s.tokens], dtype=torch.int64),
         "logprobs": torch.tensor(
@@ -88,39 +96,41 @@ def from_state(
         said, chances = tuple(islice(tokens, count)), tuple(islice(logprobs, count))
         return Completion(0, said, chances, "", "interrupted", version)
 
-    under_way = InFlight()
-    for saved in state["plays"]:
-        play = Play(seed=seed, sampling=sampling, **{name: saved[name] for name in _PLAY})
-        play.segments = [segment(*each) for each in saved["segments"]]
-        play.cut = [part(*each) for each in saved["cut"]]
-        play.unheld = play.tokens
-        under_way.plays[saved["slot"]] = play
-        if saved["waits"]:
-            under_way.sent.add(saved["slot"])
+    in_flight = InFlight()
+    for saved in state["active"]:
+        rollout = ActiveRollout(
+            seed=seed, sampling=sampling, **{name: saved[name] for name in _ROLLOUT}
+        )
+        rollout.segments = [segment(*each) for each in saved["segments"]]
+        rollout.partial_turns = [part(*each) for each in saved["partial_turns"]]
+        rollout.unsent_tokens = rollout.tokens
+        in_flight.active[saved["slot"]] = rollout
+        if saved["awaiting_env"]:
+            in_flight.awaiting_env.add(saved["slot"])
     for saved in state["done"]:
         fields = {name: saved[name] for name in (*_TRAJECTORY, "metrics", "info")}
         said = tuple(segment(*each) for each in saved["segments"])
         trajectory = Trajectory(segments=said, **fields)
-        under_way.done[trajectory.episode, trajectory.sample] = trajectory
-    _play_again(under_way, environments, seed)
-    return under_way
+        in_flight.done[trajectory.episode, trajectory.sample] = trajectory
+    _replay(in_flight, environments, seed)
+    return in_flight
 
 
-def _play_again(under_way: InFlight, environments: Environments, seed: int) -> None:
+def _replay(in_flight: InFlight, environments: Environments, seed: int) -> None:
     """Bring the environments to where their episodes were."""
-    plays, sent = under_way.plays, under_way.sent
-    if not plays:
+    active, awaiting_env = in_flight.active, in_flight.awaiting_env
+    if not active:
         return
 
     def forget(slot: int) -> None:
-        del plays[slot], moves[slot]
-        sent.discard(slot)
+        del active[slot], moves[slot]
+        awaiting_env.discard(slot)
 
-    moves = {slot: _moves(play) for slot, play in plays.items()}
-    waiting = {slot: moves[slot].pop()[0] for slot in sorted(sent)}
-    prompts = environments.reset({slot: play.episode for slot, play in plays.items()}, seed)
+    moves = {slot: _moves(rollout) for slot, rollout in active.items()}
+    waiting = {slot: moves[slot].pop()[0] for slot in sorted(awaiting_env)}
+    prompts = environments.reset({slot: rollout.episode for slot, rollout in active.items()}, seed)
     for slot, (observation, _) in prompts.items():
-        if observation != plays[slot].segments[0].text:
+        if observation != active[slot].segments[0].text:
             forget(slot)
     for turn in range(max(map(len, moves.values()), default=0)):
         now = {slot: each[turn] for slot, each in sorted(moves.items()) if turn < len(each)}
@@ -130,14 +140,14 @@ def _play_again(under_way: InFlight, environments: Environments, seed: int) -> N
             is_over = result.terminated or result.truncated
             if is_over or result.observation != now[slot][1]:
                 forget(slot)
-    slots = [slot for slot in waiting if slot in sent]
+    slots = [slot for slot in waiting if slot in awaiting_env]
     environments.send(slots, [waiting[slot] for slot in slots])
 
 
-def _moves(play: Play) -> list[tuple[str, str]]:
+def _moves(rollout: ActiveRollout) -> list[tuple[str, str]]:
     """The actions of an episode, with what the environment answered."""
     moves: list[tuple[str, str]] = []
-    for segment in play.segments[1:]:
+    for segment in rollout.segments[1:]:
         if segment.provenance == "action":
             moves.append((segment.text, ""))
         else:

@@ -114,7 +114,11 @@ class TracedEngine:
 
     def _shown(self, turns: list[Completion]) -> list[Completion]:
         for turn in turns:
-            details = {"tokens": len(turn.tokens), "finish": turn.finish, "version": turn.version}
+            details = {
+                "tokens": len(turn.tokens),
+                "finish": turn.finish_reason,
+                "version": turn.version,
+            }
             self._trace.add("generate", turn.slot + 1, self._since[turn.slot], **details)
         return turns
 

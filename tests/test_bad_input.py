@@ -358,7 +358,7 @@ def played(renderer: Renderer, rules: str, engine: Blank) -> Trajectory:
         {"dataset": DATASET, "retriever": engine, "protocol": rules, "template": "question"},
     )
     scripted = ScriptedEngine(lambda *_: [*next(script), end], renderer, max_context=10**6)
-    sampling = SamplingConfig(max_prompt=1_000, max_response=900_000, max_turn=200)
+    sampling = SamplingConfig(max_prompt=1_000, max_response=900_000, max_turn_tokens=200)
     [trajectory] = collect(scripted, environments, renderer, [(0, 0)], sampling)
     environments.close()
     return trajectory

@@ -271,7 +271,7 @@ def test_what_is_not_run_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     paper = PRESETS["research-7b"]
     assert config.environment.env_args == {**paper.environment.env_args, "retriever": None}
     assert config.policy.model == "Qwen/Qwen2.5-1.5B"
-    assert config.sampling.prompts == 32 < paper.sampling.prompts
+    assert config.sampling.prompts_per_step == 32 < paper.sampling.prompts_per_step
     assert config.learner == paper.learner
 
 

@@ -28,7 +28,7 @@ def test_three_steps_on_musique(
     output = tmp_path / "run"
     words = (
         f"train research-7b --model {model} --env-args retriever=none --output {output} --steps 3"
-        " --prompts 2 --samples 2 --max-prompt 1536 --max-response 64 --log-episodes 8"
+        " --prompts-per-step 2 --group-size 2 --max-prompt 1536 --max-response 64 --log-episodes 8"
         " --device cpu --quiet --json"
     )
     main(words.split())
@@ -36,7 +36,7 @@ def test_three_steps_on_musique(
     assert summary["steps"] == 3
     records = read_lines(output / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3]
-    assert all(record["void_share"] == 0 for record in records)
+    assert all(record["void_fraction"] == 0 for record in records)
     assert all(0 <= record["reward"] < 0.2 for record in records)  # of a random policy
     assert records[-1]["learner/kl"] >= 0
     episodes = read_lines(output / "trajectories.jsonl")

@@ -3,7 +3,7 @@
 A baseline is a generator for one question. It yields what it wants, a generation or a search, is
 sent what came of it, and returns its answer::
 
-    def play(question: str) -> Play:
+    def play(question: str) -> ActiveRollout:
         passages = yield from search(question)
         return (yield from generate(prompt(question, passages)))
 
@@ -63,8 +63,8 @@ class Search:
 
 Request = Generate | Search
 Reply = str | tuple[Hit, ...] | None
-Play = Generator[Request, Reply, str]
-Baseline = Callable[[str], Play]
+ActiveRollout = Generator[Request, Reply, str]
+Baseline = Callable[[str], ActiveRollout]
 """From a question to the generator that answers it."""
 
 
@@ -104,7 +104,7 @@ def run(
         renderer: the model's tokenizer.
         episodes: (episode number, sample number) of each.
         sampling: temperature and limits: ``max_prompt`` of each prompt, ``max_response`` and
-            ``max_turn`` of each reply.
+            ``max_turn_tokens`` of each reply.
         baseline: what to play.
         seed: of the order of the questions, and of the draws.
         on_finish: called with each trajectory as it ends.
@@ -217,7 +217,7 @@ class _Play:
     episode: int
     sample: int
     question: Question
-    moves: Play
+    moves: ActiveRollout
     segments: list[Segment] = field(init=False)
     reward: float = 0.0
     asked: int = 0  # prompts so far
@@ -266,7 +266,9 @@ class _Play:
         draws = trajectory_seed(seed, self.episode, self.sample) + self.asked - 1
         return SamplingParams(
             temperature=sampling.temperature,
-            max_tokens=min(sampling.max_response, sampling.max_turn or sampling.max_response),
+            max_tokens=min(
+                sampling.max_response, sampling.max_turn_tokens or sampling.max_response
+            ),
             stop=self.stop,
             seed=draws % 2**64,
         )

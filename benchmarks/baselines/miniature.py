@@ -49,9 +49,9 @@ OTHER = (
 )
 WORLDS = {"MiniWorld": (0, TRAINED), "other world": (1, OTHER)}  # seed and relations
 TRAIN, DEV = 4000, 400  # questions of a world
-SLOTS = 128  # episodes of an evaluation that are played at the same time
+MAX_IN_FLIGHT = 128  # episodes of an evaluation that are played at the same time
 WORKERS = 2  # cells at the same time
-MAX_PROMPT, MAX_RESPONSE, MAX_TURN = 640, 384, 64  # tokens; the policy's context is 1,024
+MAX_PROMPT, MAX_RESPONSE, MAX_TURN_TOKENS = 640, 384, 64  # tokens; the policy's context is 1,024
 
 A_WORLD, BLOCK = 300, 6_000  # demonstrations of one world; of those that are shuffled together
 SHARES = {"search": 0.22, "read": 0.3, "think": 0.3, "drill": 0.16, "guess": 0.02}
@@ -310,7 +310,10 @@ def prepare(folder: Path, settings: Miniature, seed: int, *, quiet: bool = False
             environment=EnvironmentConfig(env="research_env:SearchQA-v0", env_args=environment),
             policy=replace(MINIWORLD.policy, model=str(warm)),
             sampling=replace(
-                MINIWORLD.sampling, max_prompt=96, max_response=MAX_RESPONSE, max_turn=MAX_TURN
+                MINIWORLD.sampling,
+                max_prompt=96,
+                max_response=MAX_RESPONSE,
+                max_turn_tokens=MAX_TURN_TOKENS,
             ),
             run=replace(
                 MINIWORLD.run,

@@ -34,9 +34,9 @@ class StudiesConfig:
     """Training steps of a run."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the runs. Verdicts need two at least."""
-    prompts: int = MINIWORLD.sampling.prompts
+    prompts_per_step: int = MINIWORLD.sampling.prompts_per_step
     """Tasks a step."""
-    samples: int = MINIWORLD.sampling.samples
+    group_size: int = MINIWORLD.sampling.group_size
     """Episodes of each task."""
     questions: int = 200
     """Held-out questions of an evaluation."""
@@ -77,8 +77,8 @@ def run(config: StudiesConfig, studies: Sequence[Study]) -> list[str]:
     settings = work.Settings(
         output=config.output,
         steps=config.steps,
-        prompts=config.prompts,
-        samples=config.samples,
+        prompts_per_step=config.prompts_per_step,
+        group_size=config.group_size,
         questions=config.questions,
         device=config.device,
     )

@@ -27,7 +27,7 @@ class Arm:
     env_args: Mapping[str, Any] = field(default_factory=dict)
     miss: float = 0.0  # share of the queries whose best hit the engine loses, in training
     stages: tuple[str, ...] = ()  # {part} is a third of the steps
-    samples: int | None = None  # a group, with as many episodes a step; None: as configured
+    group_size: int | None = None  # a group, with as many episodes a step; None: as configured
     masked: bool = True  # tokens of observations are left out of the loss
     learner: Mapping[str, Any] = field(default_factory=dict)  # settings of LearnerConfig
     start: Literal["starter", "nothing", "warm", "wordy"] = "starter"
@@ -193,8 +193,8 @@ STUDIES = (
             Arm("from nothing", start="nothing"),
             Arm("warm start", start="warm"),
             Arm("grpo, KL 1e-3", args=OFF | {"kl_coef": 1e-3}),
-            Arm("grpo, G = 4", samples=4),
-            Arm("grpo, G = 16", samples=16),
+            Arm("grpo, G = 4", group_size=4),
+            Arm("grpo, G = 16", group_size=16),
         ),
         numbers=ENDS,
         claims=tuple(

@@ -227,7 +227,7 @@ def report(settings: Settings, study: Study, seeds: Sequence[int]) -> Path:
         shown = [spread(values[number], _digits(study, number)) for number in study.numbers]
         cells.append([name, str(len(of_row)), *shown])
     said = verdicts(study, rows)
-    episodes = settings.steps * settings.prompts * settings.samples
+    episodes = settings.steps * settings.prompts_per_step * settings.group_size
     title = f"{study.name}: {settings.steps} steps, {episodes} episodes; mean (lowest to highest)"
     print_table(title, headings, cells)
     words = [

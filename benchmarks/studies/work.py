@@ -57,8 +57,8 @@ class Settings:
 
     output: Path
     steps: int
-    prompts: int
-    samples: int
+    prompts_per_step: int
+    group_size: int
     questions: int  # held-out ones of an evaluation
     device: str = "cpu"
 
@@ -90,8 +90,10 @@ def world_of(settings: Settings, name: str) -> dict[str, Any]:
 
 def training_of(settings: Settings, arm: Arm, seed: int) -> TrainConfig:
     """The whole configuration of a run; of SFT the one whose episodes it plays as many as."""
-    samples = arm.samples or settings.samples
-    episodes = settings.prompts * settings.samples  # a step has as many, however large a group is
+    samples = arm.group_size or settings.group_size
+    episodes = (
+        settings.prompts_per_step * settings.group_size
+    )  # a step has as many, however large a group is
     graded: dict[str, Any] = {}
     if arm.grade is not None:
         graded = {"grades": str(settings.prepared / "grades.jsonl"), "grade": arm.grade}
@@ -115,7 +117,9 @@ def training_of(settings: Settings, arm: Arm, seed: int) -> TrainConfig:
             model=STARTER if arm.start == "starter" else str(settings.prepared / arm.start),
             device=settings.device,
         ),
-        sampling=replace(MINIWORLD.sampling, prompts=max(1, episodes // samples), samples=samples),
+        sampling=replace(
+            MINIWORLD.sampling, prompts_per_step=max(1, episodes // samples), group_size=samples
+        ),
         algorithm=AlgorithmConfig(algorithm=arm.algorithm, algorithm_args=dict(arm.args)),
         learner=replace(MINIWORLD.learner, **arm.learner),
         run=replace(
@@ -165,7 +169,7 @@ def claim_folder(settings: Settings) -> None:
             that a finished run is not simply one of more steps cut short.
     """
     path = settings.output / "settings.json"
-    ours = {name: getattr(settings, name) for name in ("steps", "prompts", "samples")}
+    ours = {name: getattr(settings, name) for name in ("steps", "prompts_per_step", "group_size")}
     if path.exists():
         theirs = json.loads(path.read_text(encoding="utf-8"))
         if theirs != ours:
@@ -255,7 +259,7 @@ def _grades(settings: Settings) -> str:
         played,
         temperature=1.0,
         limit=GRADED,
-        samples=GRADE_SAMPLES,
+        samples_per_task=GRADE_SAMPLES,
         seed=GRADER_SEED,
     )
     counts = write_grades(played, settings.prepared / "grades.jsonl")
@@ -313,7 +317,7 @@ def _by_sft(settings: Settings, arm: Arm, seed: int) -> tuple[str, float]:
     training, start = training_of(settings, arm, seed), time.perf_counter()
     folder, args = training.run.output, training.environment.env_args
     asked = load_dataset("custom", split="train", questions=args["questions"]).questions
-    tasks = min(settings.steps * settings.prompts, len(asked))
+    tasks = min(settings.steps * settings.prompts_per_step, len(asked))
     play(
         settings,
         training.policy.model,
@@ -321,7 +325,9 @@ def _by_sft(settings: Settings, arm: Arm, seed: int) -> tuple[str, float]:
         folder / "played",
         temperature=1.0,
         limit=tasks,
-        samples=math.ceil(settings.steps * settings.prompts * settings.samples / tasks),
+        samples_per_task=math.ceil(
+            settings.steps * settings.prompts_per_step * settings.group_size / tasks
+        ),
         seed=seed,
     )
     demonstrations = folder / "demonstrations.jsonl"
@@ -355,7 +361,7 @@ def play(
     *,
     temperature: float = 0.0,
     limit: int,
-    samples: int = 1,
+    samples_per_task: int = 1,
     seed: int,
 ) -> dict[str, float]:
     """Play questions with a model; predictions are in the output folder.
@@ -365,14 +371,19 @@ def play(
         ``answer words``, the mean number of words of the predictions.
     """
     from research_agent.engines import make_engine  # noqa: PLC0415
-    from research_agent.evaluation.evaluate import evaluate, read_predictions  # noqa: PLC0415
-    from research_agent.models.policy import load_model, resolve_model  # noqa: PLC0415
+    from research_agent.environments import open_environments  # noqa: PLC0415
+    from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
+    from research_agent.evaluation.predictions import read_predictions  # noqa: PLC0415
+    from research_agent.models.policy import (  # noqa: PLC0415
+        context_length,
+        load_model,
+        resolve_model,
+    )
     from research_agent.renderer import load_renderer  # noqa: PLC0415 - loads torch
-    from research_agent.trainer import context_of, open_environments  # noqa: PLC0415
 
     sampling = replace(MINIWORLD.sampling, temperature=temperature)
     policy = load_model(model, device=settings.device)
-    context = context_of(policy, sampling.max_prompt + sampling.max_response)
+    context = context_length(policy, sampling.max_prompt + sampling.max_response)
     engine = make_engine(
         "transformers",
         policy,
@@ -389,7 +400,7 @@ def play(
             sampling,
             output,
             limit=limit,
-            samples=samples,
+            samples_per_task=samples_per_task,
             seed=seed,
             show=False,
         )

@@ -33,7 +33,7 @@ class Tokens:
     reference_logprobs: Tensor | None  # log pi of the reference policy, where the algorithm asks it
     entropy: Tensor  # of the policy that learns, in nats, with gradient
     advantages: Tensor  # constant
-    sequence: Tensor  # number of the trajectory in the batch, ascending
+    seq_ids: Tensor  # number of the trajectory in the batch, ascending
 
 
 class Algorithm(Protocol):
@@ -52,7 +52,7 @@ class Algorithm(Protocol):
 
         Returns:
             The advantages, shape [action tokens]. A scalar a trajectory is spread over its tokens
-            by ``scalars[batch.sequence]``.
+            by ``scalars[batch.seq_ids]``.
         """
         ...
 
@@ -85,7 +85,7 @@ class SelectsGroups(Protocol):
     """What an algorithm may have besides: a choice of the groups that it learns from.
 
     The trainer then goes on playing tasks, round by round, until a step has as many groups as
-    ``--prompts`` asks for.
+    ``--prompts-per-step`` asks for.
     """
 
     @property

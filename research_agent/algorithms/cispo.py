@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CISPO:
-    """CISPO. It logs ``clip_share``: here, tokens whose weight was bounded."""
+    """CISPO. It logs ``clip_fraction``: here, tokens whose weight was bounded."""
 
     needs_reference = False
 
@@ -58,15 +58,15 @@ class CISPO:
 
     def advantages(self, batch: Batch) -> Tensor:
         """``(r - mean) / (std + delta)`` of the group; one value a trajectory."""
-        return group_normalized(batch.rewards, batch.groups, self.std_epsilon)[batch.sequence]
+        return group_normalized(batch.rewards, batch.groups, self.std_epsilon)[batch.seq_ids]
 
     def weights(self, batch: Batch) -> Tensor:
         """``1 / sum |o_i|``."""
-        return token_mean(batch.lengths, batch.sequence)
+        return token_mean(batch.lengths, batch.seq_ids)
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
         """``sg(clip(ratio)) A log pi``, for each token."""
         ratio = importance_ratio(tokens.logprobs, tokens.old_logprobs).detach()
         bounded = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         objective = bounded * tokens.advantages * tokens.logprobs
-        return objective + self.entropy_coef * tokens.entropy, {"clip_share": bounded != ratio}
+        return objective + self.entropy_coef * tokens.entropy, {"clip_fraction": bounded != ratio}

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DAPO:
-    """DAPO; the defaults are the paper's. It logs ``clip_share``."""
+    """DAPO; the defaults are the paper's. It logs ``clip_fraction``."""
 
     needs_reference = False
 
@@ -79,11 +79,11 @@ class DAPO:
         if self.overlong_limit:
             penalty = overlong_penalty(batch.lengths, self.overlong_limit, self.overlong_cache)
             rewards = rewards + penalty
-        return group_normalized(rewards, batch.groups, self.std_epsilon)[batch.sequence]
+        return group_normalized(rewards, batch.groups, self.std_epsilon)[batch.seq_ids]
 
     def weights(self, batch: Batch) -> Tensor:
         """``1 / sum |o_i|``."""
-        return token_mean(batch.lengths, batch.sequence)
+        return token_mean(batch.lengths, batch.seq_ids)
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The minimum in the equation, for each token."""
@@ -91,4 +91,4 @@ class DAPO:
         surrogate, clipped = clipped_surrogate(
             ratio, tokens.advantages, self.clip_low, self.clip_high
         )
-        return surrogate + self.entropy_coef * tokens.entropy, {"clip_share": clipped}
+        return surrogate + self.entropy_coef * tokens.entropy, {"clip_fraction": clipped}

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DrGRPO:
-    """Dr. GRPO; the defaults are the paper's. It logs ``clip_share``, and ``kl`` if used."""
+    """Dr. GRPO; the defaults are the paper's. It logs ``clip_fraction``, and ``kl`` if used."""
 
     clip: float = 0.2
     """Ratios count only within 1 - clip and 1 + clip (epsilon)."""
@@ -61,18 +61,18 @@ class DrGRPO:
 
     def advantages(self, batch: Batch) -> Tensor:
         """``r - mean`` of the group; one value a trajectory."""
-        return (batch.rewards - group_mean(batch.rewards, batch.groups))[batch.sequence]
+        return (batch.rewards - group_mean(batch.rewards, batch.groups))[batch.seq_ids]
 
     def weights(self, batch: Batch) -> Tensor:
         """``1 / (N L)``."""
-        return constant_mean(batch.lengths, batch.sequence, self.max_length)
+        return constant_mean(batch.lengths, batch.seq_ids, self.max_length)
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The minimum in the equation, for each token; less KL, plus entropy."""
         ratio = importance_ratio(tokens.logprobs, tokens.old_logprobs)
         surrogate, clipped = clipped_surrogate(ratio, tokens.advantages, self.clip, self.clip)
         objective = surrogate + self.entropy_coef * tokens.entropy
-        metrics = {"clip_share": clipped}
+        metrics = {"clip_fraction": clipped}
         if tokens.reference_logprobs is not None:
             metrics["kl"] = kl_k3(tokens.logprobs, tokens.reference_logprobs)
             objective = objective - self.kl_coef * metrics["kl"]

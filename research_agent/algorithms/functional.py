@@ -42,7 +42,7 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 
 
 def sequence_ratio(
-    logprobs: Tensor, old_logprobs: Tensor, sequence: Tensor, *, mean: bool
+    logprobs: Tensor, old_logprobs: Tensor, seq_ids: Tensor, *, mean: bool
 ) -> Tensor:
     """Probability of a whole trajectory's actions under the policy that learns over that of old.
 
@@ -53,16 +53,16 @@ def sequence_ratio(
     Args:
         logprobs: [A], with gradient.
         old_logprobs: [A].
-        sequence: number of the trajectory of each action token, [A].
+        seq_ids: number of the trajectory of each action token, [A].
         mean: take the mean of the logarithms, or their sum.
 
     Returns:
         The ratios, [A]: the same for all tokens of a trajectory.
     """
-    counts = sequence.bincount()
-    sums = logprobs.new_zeros(len(counts)).index_add(0, sequence, logprobs - old_logprobs)
+    counts = seq_ids.bincount()
+    sums = logprobs.new_zeros(len(counts)).index_add(0, seq_ids, logprobs - old_logprobs)
     log_ratio = sums / counts.clamp(min=1) if mean else sums
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()[sequence]
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()[seq_ids]
 
 
 def clipped_surrogate(
@@ -255,14 +255,14 @@ def rewards_at_end(rewards: Tensor, lengths: Tensor) -> Tensor:
     return rewards.new_zeros(int(lengths.sum())).index_put((ends[some],), rewards[some])
 
 
-def discounted_sum(values: Tensor, sequence: Tensor, factor: float) -> Tensor:
+def discounted_sum(values: Tensor, seq_ids: Tensor, factor: float) -> Tensor:
     """``y_t = x_t + factor * y_(t+1)`` along the action tokens of each trajectory.
 
     With rewards and ``gamma`` these are the returns of REINFORCE.
 
     Args:
         values: x, [A].
-        sequence: number of the trajectory of each action token, [A], ascending.
+        seq_ids: number of the trajectory of each action token, [A], ascending.
         factor: from 0 to 1.
 
     Returns:
@@ -270,16 +270,16 @@ def discounted_sum(values: Tensor, sequence: Tensor, factor: float) -> Tensor:
     """
     if not len(values):
         return values
-    lengths = sequence.bincount()
-    column = lengths.cumsum(0)[sequence] - 1 - _positions(sequence)  # tokens that still follow
+    lengths = seq_ids.bincount()
+    column = lengths.cumsum(0)[seq_ids] - 1 - _positions(seq_ids)  # tokens that still follow
     rows = values.new_zeros((int(column.max()) + 1, len(lengths)))
-    rows = rows.index_put((column, sequence), values)
+    rows = rows.index_put((column, seq_ids), values)
     for place in range(1, len(rows)):
         rows[place] += factor * rows[place - 1]
-    return rows[column, sequence]
+    return rows[column, seq_ids]
 
 
-def gae(rewards: Tensor, values: Tensor, sequence: Tensor, gamma: float, lam: float) -> Tensor:
+def gae(rewards: Tensor, values: Tensor, seq_ids: Tensor, gamma: float, lam: float) -> Tensor:
     r"""Generalised advantage estimation along the action tokens of each trajectory.
 
     :math:`A_t = \sum_l (\gamma\lambda)^l \delta_{t+l}` with :math:`\delta_t = r_t + \gamma V_{t+1}
@@ -290,16 +290,16 @@ def gae(rewards: Tensor, values: Tensor, sequence: Tensor, gamma: float, lam: fl
     Args:
         rewards: [A].
         values: of the state in which each token was sampled, [A].
-        sequence: number of the trajectory of each action token, [A], ascending.
+        seq_ids: number of the trajectory of each action token, [A], ascending.
         gamma: discount of a token.
         lam: 0 trusts the values, 1 the rewards.
 
     Returns:
         The advantages, [A].
     """
-    following = values.roll(-1).where(sequence == sequence.roll(-1), 0)
+    following = values.roll(-1).where(seq_ids == seq_ids.roll(-1), 0)
     following[-1:] = 0  # also where there is but one trajectory
-    return discounted_sum(rewards + gamma * following - values, sequence, gamma * lam)
+    return discounted_sum(rewards + gamma * following - values, seq_ids, gamma * lam)
 
 
 def overlong_penalty(lengths: Tensor, limit: int, cache: int) -> Tensor:
@@ -318,44 +318,44 @@ def overlong_penalty(lengths: Tensor, limit: int, cache: int) -> Tensor:
     return ((limit - cache - lengths.double()) / cache).clamp(-1, 0)
 
 
-def sequence_mean(lengths: Tensor, sequence: Tensor) -> Tensor:
+def sequence_mean(lengths: Tensor, seq_ids: Tensor) -> Tensor:
     """Weights of the mean over trajectories of the mean over their action tokens: 1 / (N |o_i|).
 
     Args:
         lengths: number of action tokens of each trajectory, [N].
-        sequence: number of the trajectory of each action token, [A].
+        seq_ids: number of the trajectory of each action token, [A].
 
     Returns:
         The weights, [A], in float64. They sum to 1 if every trajectory has an action token.
     """
-    return 1 / (len(lengths) * lengths[sequence].double())
+    return 1 / (len(lengths) * lengths[seq_ids].double())
 
 
-def token_mean(lengths: Tensor, sequence: Tensor) -> Tensor:
+def token_mean(lengths: Tensor, seq_ids: Tensor) -> Tensor:
     """Weights of the mean over the action tokens of all trajectories: 1 / sum |o_i|.
 
     Args:
         lengths: number of action tokens of each trajectory, [N].
-        sequence: number of the trajectory of each action token, [A].
+        seq_ids: number of the trajectory of each action token, [A].
 
     Returns:
         The weights, [A], in float64. They sum to 1.
     """
-    return lengths.new_ones(len(sequence)).double() / lengths.sum().clamp(min=1)
+    return lengths.new_ones(len(seq_ids)).double() / lengths.sum().clamp(min=1)
 
 
-def constant_mean(lengths: Tensor, sequence: Tensor, length: int) -> Tensor:
+def constant_mean(lengths: Tensor, seq_ids: Tensor, length: int) -> Tensor:
     """Weights of the sum over tokens, divided by trajectories and a length: 1 / (N length).
 
     Args:
         lengths: number of action tokens of each trajectory, [N].
-        sequence: number of the trajectory of each action token, [A].
+        seq_ids: number of the trajectory of each action token, [A].
         length: the same for every trajectory, whatever its own.
 
     Returns:
         The weights, [A], in float64.
     """
-    return lengths.new_ones(len(sequence)).double() / (len(lengths) * length)
+    return lengths.new_ones(len(seq_ids)).double() / (len(lengths) * length)
 
 
 def require(name: str, algorithm: object, *fields: str, above: float | None = None) -> None:
@@ -390,8 +390,8 @@ def require_one_of(name: str, algorithm: object, field: str, known: Collection[o
         raise ConfigError(f"{name}: {field} is {value!r}; known: {words}")
 
 
-def _positions(sequence: Tensor) -> Tensor:
+def _positions(seq_ids: Tensor) -> Tensor:
     """Place of each action token among those of its trajectory, [A]."""
-    lengths = sequence.bincount()
+    lengths = seq_ids.bincount()
     starts = lengths.cumsum(0) - lengths
-    return sequence.new_ones(len(sequence)).cumsum(0) - 1 - starts[sequence]
+    return seq_ids.new_ones(len(seq_ids)).cumsum(0) - 1 - starts[seq_ids]

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GRPO:
-    """GRPO; the defaults are ReSearch's. It logs ``clip_share``, and ``kl`` if that is used."""
+    """GRPO; the defaults are ReSearch's. It logs ``clip_fraction``, and ``kl`` if that is used."""
 
     clip: float = 0.2
     """Ratios count only within 1 - clip and 1 + clip (epsilon)."""
@@ -74,18 +74,18 @@ class GRPO:
 
     def advantages(self, batch: Batch) -> Tensor:
         """``(r - mean) / (std + delta)`` of the group; one value a trajectory."""
-        return group_normalized(batch.rewards, batch.groups, self.std_epsilon)[batch.sequence]
+        return group_normalized(batch.rewards, batch.groups, self.std_epsilon)[batch.seq_ids]
 
     def weights(self, batch: Batch) -> Tensor:
         """``1 / (N |o_i|)``."""
-        return sequence_mean(batch.lengths, batch.sequence)
+        return sequence_mean(batch.lengths, batch.seq_ids)
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The bracket of the equation, for each token."""
         ratio = importance_ratio(tokens.logprobs, tokens.old_logprobs)
         surrogate, clipped = clipped_surrogate(ratio, tokens.advantages, self.clip, self.clip)
         objective = surrogate + self.entropy_coef * tokens.entropy
-        metrics = {"clip_share": clipped}
+        metrics = {"clip_fraction": clipped}
         if tokens.reference_logprobs is not None:
             metrics["kl"] = kl(self.kl_estimator, tokens.logprobs, tokens.reference_logprobs)
             objective = objective - self.kl_coef * metrics["kl"]

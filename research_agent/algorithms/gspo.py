@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GSPO:
-    """GSPO; the defaults are the paper's. It logs ``clip_share``, and ``kl`` if that is used."""
+    """GSPO; the defaults are the paper's. It logs ``clip_fraction``, and ``kl`` if that is used."""
 
     clip_low: float = 3e-4
     """Ratios count only above 1 - clip_low (epsilon_low)."""
@@ -65,20 +65,20 @@ class GSPO:
 
     def advantages(self, batch: Batch) -> Tensor:
         """``(r - mean) / (std + delta)`` of the group; one value a trajectory."""
-        return group_normalized(batch.rewards, batch.groups, self.std_epsilon)[batch.sequence]
+        return group_normalized(batch.rewards, batch.groups, self.std_epsilon)[batch.seq_ids]
 
     def weights(self, batch: Batch) -> Tensor:
         """``1 / (N |o_i|)``."""
-        return sequence_mean(batch.lengths, batch.sequence)
+        return sequence_mean(batch.lengths, batch.seq_ids)
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The minimum in the equation, for each token of the trajectory; less KL, plus entropy."""
-        ratio = sequence_ratio(tokens.logprobs, tokens.old_logprobs, tokens.sequence, mean=True)
+        ratio = sequence_ratio(tokens.logprobs, tokens.old_logprobs, tokens.seq_ids, mean=True)
         surrogate, clipped = clipped_surrogate(
             ratio, tokens.advantages, self.clip_low, self.clip_high
         )
         objective = surrogate + self.entropy_coef * tokens.entropy
-        metrics = {"clip_share": clipped}
+        metrics = {"clip_fraction": clipped}
         if tokens.reference_logprobs is not None:
             metrics["kl"] = kl_k3(tokens.logprobs, tokens.reference_logprobs)
             objective = objective - self.kl_coef * metrics["kl"]

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PPO:
-    """PPO; the defaults are Search-R1's. It logs ``clip_share``, and ``kl`` (k1) if used."""
+    """PPO; the defaults are Search-R1's. It logs ``clip_fraction``, and ``kl`` (k1) if used."""
 
     clip: float = 0.2
     """Ratios count only within 1 - clip and 1 + clip (epsilon)."""
@@ -90,13 +90,13 @@ class PPO:
 
     def weights(self, batch: Batch) -> Tensor:
         """``1 / sum |o_i|``."""
-        return token_mean(batch.lengths, batch.sequence)
+        return token_mean(batch.lengths, batch.seq_ids)
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The bracket of the first equation, for each token."""
         ratio = importance_ratio(tokens.logprobs, tokens.old_logprobs)
         surrogate, clipped = clipped_surrogate(ratio, tokens.advantages, self.clip, self.clip)
-        metrics = {"clip_share": clipped}
+        metrics = {"clip_fraction": clipped}
         if tokens.reference_logprobs is not None:
             metrics["kl"] = kl_k1(tokens.logprobs, tokens.reference_logprobs)
         return surrogate + self.entropy_coef * tokens.entropy, metrics
@@ -105,7 +105,7 @@ class PPO:
         rewards = rewards_at_end(batch.rewards, batch.lengths)
         if batch.reference_logprobs is not None:
             rewards -= self.kl_coef * kl_k1(batch.old_logprobs, batch.reference_logprobs)
-        return gae(rewards, self._values(batch), batch.sequence, self.gamma, self.lam)
+        return gae(rewards, self._values(batch), batch.seq_ids, self.gamma, self.lam)
 
     @staticmethod
     def _values(batch: Batch) -> Tensor:

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ReinforcePP:
-    """REINFORCE++. It logs ``clip_share``, and ``kl`` if that is used."""
+    """REINFORCE++. It logs ``clip_fraction``, and ``kl`` if that is used."""
 
     clip: float = 0.2
     """Ratios count only within 1 - clip and 1 + clip (epsilon)."""
@@ -86,18 +86,18 @@ class ReinforcePP:
         if self.kl_in == "reward" and batch.reference_logprobs is not None:
             kl = kl_k1(batch.old_logprobs, batch.reference_logprobs)
             of_tokens = of_tokens - self.kl_coef * kl
-        return batch_normalized(discounted_sum(of_tokens, batch.sequence, 1.0))
+        return batch_normalized(discounted_sum(of_tokens, batch.seq_ids, 1.0))
 
     def weights(self, batch: Batch) -> Tensor:
         """``1 / (N |o_i|)``."""
-        return sequence_mean(batch.lengths, batch.sequence)
+        return sequence_mean(batch.lengths, batch.seq_ids)
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The minimum in the equation, for each token; less KL where that is in the loss."""
         ratio = importance_ratio(tokens.logprobs, tokens.old_logprobs)
         surrogate, clipped = clipped_surrogate(ratio, tokens.advantages, self.clip, self.clip)
         objective = surrogate + self.entropy_coef * tokens.entropy
-        metrics = {"clip_share": clipped}
+        metrics = {"clip_fraction": clipped}
         if tokens.reference_logprobs is not None:
             in_loss = self.kl_in == "loss"
             estimate = kl_k2 if in_loss else kl_k1

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RLOO:
-    """RLOO. It logs ``clip_share``, and ``kl`` (k1) if that is used."""
+    """RLOO. It logs ``clip_fraction``, and ``kl`` (k1) if that is used."""
 
     clip: float = 0.2
     """Ratios of trajectories count only within 1 - clip and 1 + clip (epsilon)."""
@@ -70,18 +70,18 @@ class RLOO:
         rewards = batch.rewards
         if self.needs_reference and batch.reference_logprobs is not None:
             kl = kl_k1(batch.old_logprobs, batch.reference_logprobs).to(rewards.dtype)
-            rewards = rewards.index_add(0, batch.sequence, kl, alpha=-self.kl_coef)
-        return (rewards - leave_one_out_mean(rewards, batch.groups))[batch.sequence]
+            rewards = rewards.index_add(0, batch.seq_ids, kl, alpha=-self.kl_coef)
+        return (rewards - leave_one_out_mean(rewards, batch.groups))[batch.seq_ids]
 
     def weights(self, batch: Batch) -> Tensor:
         """``1 / (N |o_i|)``."""
-        return sequence_mean(batch.lengths, batch.sequence)
+        return sequence_mean(batch.lengths, batch.seq_ids)
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The minimum in the second equation, for each token of the trajectory."""
-        ratio = sequence_ratio(tokens.logprobs, tokens.old_logprobs, tokens.sequence, mean=False)
+        ratio = sequence_ratio(tokens.logprobs, tokens.old_logprobs, tokens.seq_ids, mean=False)
         surrogate, clipped = clipped_surrogate(ratio, tokens.advantages, self.clip, self.clip)
-        metrics = {"clip_share": clipped}
+        metrics = {"clip_fraction": clipped}
         if tokens.reference_logprobs is not None:
             metrics["kl"] = kl_k1(tokens.logprobs, tokens.reference_logprobs)
         return surrogate + self.entropy_coef * tokens.entropy, metrics

@@ -20,7 +20,9 @@ class SamplingParams:
     max_tokens: int = 512  # of this turn
     stop: tuple[str, ...] = ()  # generation pauses after the token that completes one of these
     seed: int = 0  # of this trajectory: its draws do not depend on the others in the batch
-    begun: int = 0  # the last tokens submitted that are this turn's already, from before an
+    resumed_tokens: int = (
+        0  # the last tokens submitted that are this turn's already, from before an
+    )
     # interruption: a stop string may begin in them; max_tokens and the completion leave them out
 
 
@@ -28,7 +30,7 @@ class SamplingParams:
 class Completion:
     """A finished turn.
 
-    ``finish``: "stop" (a stop string was completed), "end" (the end token, which is the last of
+    ``finish_reason``: "stop" (a stop string was completed), "end" (the end token, the last of
     ``tokens``), "length" (``max_tokens`` or the context ran out), or "interrupted" (see
     ``Interruptible``). All tokens are of one version of the weights.
     """
@@ -37,7 +39,7 @@ class Completion:
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]  # [tokens], at the sampling temperature
     text: str  # of tokens, the end token left out
-    finish: Finish
+    finish_reason: Finish
     version: int
 
 
@@ -78,12 +80,12 @@ class Interruptible(Protocol):
 
     It is used where collection runs ahead of learning (``max_staleness``). The collector calls
     ``interrupt``, releases all slots, and after ``load_weights`` submits each trajectory whole,
-    the begun turn's tokens last, with ``SamplingParams.begun`` their number. So an engine needs
-    no memory of what it held, and no completion mixes versions.
+    the interrupted turn's tokens last; ``SamplingParams.resumed_tokens`` is their number. So an
+    engine needs no memory of what it held, and no completion mixes versions.
     """
 
     def interrupt(self) -> list[Completion]:
-        """End the turns under way where they are: ``finish`` is "interrupted".
+        """End the turns under way where they are: ``finish_reason`` is "interrupted".
 
         No slot is busy afterwards, and those that were hold nothing. A turn may have no token yet,
         or fewer than were sampled (an engine far away may not know them all): the rest is sampled

@@ -141,7 +141,7 @@ class EndpointEngine:
         self.max_context = 1 << 30  # the endpoint has its own, and refuses what is longer
         self._url = url.strip().rstrip("/")
         self._model = model
-        self._codec = renderer
+        self._renderer = renderer
         self._client = make_client(self._url, read_key("OPENAI_API_KEY"))
         self._places = asyncio.Semaphore(concurrency)
         self._deadline = deadline
@@ -169,9 +169,9 @@ class EndpointEngine:
         if slot in self._turns:
             raise ValueError(f"slot {slot} has a turn under way; wait for it or release it")
         if slot in self._held:
-            self._held[slot].add("user", self._codec.decode(tokens), len(tokens))
+            self._held[slot].add("user", self._renderer.decode(tokens), len(tokens))
         elif tokens:
-            text, messages = self._codec.decode(tokens), self._codec.messages(tokens)
+            text, messages = self._renderer.decode(tokens), self._renderer.messages(tokens)
             self._held[slot] = _Held(text, messages, len(tokens))
         else:
             raise ContextError(f"slot {slot} holds nothing, and no tokens were submitted")
@@ -186,10 +186,10 @@ class EndpointEngine:
         """
         done = []
         for slot, said in self._turns.finished(_STEP).items():
-            tokens = self._codec.encode_text(said.text)
+            tokens = self._renderer.encode_text(said.text)
             self._held[slot].add("assistant", said.text, len(tokens))
             unknown = (math.nan,) * len(tokens)
-            done.append(Completion(slot, tuple(tokens), unknown, said.text, said.finish, 0))
+            done.append(Completion(slot, tuple(tokens), unknown, said.text, said.finish_reason, 0))
         return done
 
     def release(self, slot: int) -> None:
@@ -230,8 +230,8 @@ class EndpointEngine:
                 left -= size
                 size = min(size, left)
                 goes_on = not held.messages or self._continues
-                if part.finish != "length" or size < 1 or not part.text or not goes_on:
-                    return _Said(said, part.finish)
+                if part.finish_reason != "length" or size < 1 or not part.text or not goes_on:
+                    return _Said(said, part.finish_reason)
 
     async def _ask(self, turn: _Turn, said: str, size: int) -> _Said:
         """Ask until there is an answer, or it is clear that there will be none.
@@ -281,7 +281,7 @@ class EndpointEngine:
                 if error.wait is not None:
                     self._silence = max(self._silence, loop.time() + error.wait)
                 again = max(loop.time() + wait, self._silence)
-                if not error.may_pass or failures >= self._attempts or again >= turn.deadline:
+                if not error.retryable or failures >= self._attempts or again >= turn.deadline:
                     raise self._failure(error, failures) from None
                 await asyncio.sleep(wait)
             else:
@@ -295,7 +295,7 @@ class EndpointEngine:
             403: "Put its key into OPENAI_API_KEY",
             404: "Is the model's name right? One that only chats needs --chat-template",
             405: "One that only chats needs --chat-template",
-            429: "Ask for less at a time, with fewer --slots",
+            429: "Ask for less at a time, with fewer --max-in-flight",
         }
         cure = cures.get(error.status or 0, "Is it up, and its address right (up to /v1)?")
         return EngineError(
@@ -319,7 +319,7 @@ class _Turn:
 @dataclass(frozen=True)
 class _Said:
     text: str
-    finish: Finish
+    finish_reason: Finish
 
 
 @dataclass

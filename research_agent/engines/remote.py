@@ -43,7 +43,7 @@ class RequestError(Exception):
         self.wait = wait
 
     @property
-    def may_pass(self) -> bool:
+    def retryable(self) -> bool:
         """Whether the same request may be answered another time, or elsewhere."""
         return self.status is None or self.status in AGAIN
 

@@ -45,7 +45,7 @@ class ScriptedEngine:
     ) -> None:
         self.max_context = max_context
         self._script = script
-        self._codec = renderer
+        self._renderer = renderer
         self._delay = delay
         self._held: dict[int, list[int]] = {}
         self._turns: dict[int, _Turn] = {}
@@ -72,21 +72,21 @@ class ScriptedEngine:
         room = self.max_context - len(held)
         if not held or room < 1:
             raise ContextError(f"{len(held)} tokens in a context of {self.max_context}")
-        before = len(held) - params.begun
+        before = len(held) - params.resumed_tokens
         said, finish = self._cut(
             self._script(tuple(held[:before]), params)[
-                : params.begun + min(params.max_tokens, room)
+                : params.resumed_tokens + min(params.max_tokens, room)
             ],
             params.stop,
         )
-        del said[: params.begun]
+        del said[: params.resumed_tokens]
         held += said
         completion = Completion(
             slot=slot,
             tokens=tuple(said),
             logprobs=(0.0,) * len(said),  # a script is certain
-            text=self._codec.decode(said[:-1] if finish == "end" else said),
-            finish=finish,
+            text=self._renderer.decode(said[:-1] if finish == "end" else said),
+            finish_reason=finish,
             version=self._version,
         )
         due = self._steps + 1 + self._delay()
@@ -115,8 +115,8 @@ class ScriptedEngine:
                     whole,
                     tokens=said,
                     logprobs=whole.logprobs[: len(said)],
-                    text=self._codec.decode(said),
-                    finish="interrupted",
+                    text=self._renderer.decode(said),
+                    finish_reason="interrupted",
                 )
             )
             self.release(slot)
@@ -134,11 +134,11 @@ class ScriptedEngine:
 
     def _cut(self, tokens: Sequence[int], stop: tuple[str, ...]) -> tuple[list[int], Finish]:
         said: list[int] = []
-        may_stop = self._codec.stop_flags(stop)
+        may_stop = self._renderer.stop_flags(stop)
         for token in tokens:
             said.append(token)
-            if token in self._codec.end_ids:
+            if token in self._renderer.end_ids:
                 return said, "end"
-            if may_stop[token] and self._codec.stops(said, stop):
+            if may_stop[token] and self._renderer.stops(said, stop):
                 return said, "stop"
         return said, "length"

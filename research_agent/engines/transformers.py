@@ -171,7 +171,7 @@ class TransformersEngine:
         self.max_context = context_limit(model, max_context)
         self.max_slots = max_slots
         self.forwarded_tokens = 0  # since the start; a token of a trajectory counts once
-        self._codec = renderer
+        self._renderer = renderer
         self._model = (model if share else copy.deepcopy(model)).eval()
         self._device = next(self._model.parameters()).device
         self._names = WeightNames(self._model)
@@ -226,9 +226,11 @@ class TransformersEngine:
         self._params[slot] = params
         self._pending[slot] = new
         self._last[slot] = -1
-        self._tokens[slot, : params.begun] = new[len(new) - params.begun :]
-        self._written[slot] = params.begun
-        self._limit[slot] = params.begun + min(params.max_tokens, self.max_context - length)
+        self._tokens[slot, : params.resumed_tokens] = new[len(new) - params.resumed_tokens :]
+        self._written[slot] = params.resumed_tokens
+        self._limit[slot] = params.resumed_tokens + min(
+            params.max_tokens, self.max_context - length
+        )
         self._seed[slot] = np.uint64(params.seed % 2**64)
         self._temperature[slot] = params.temperature
         self._stop_set[slot] = self._stop_index(params.stop)
@@ -257,14 +259,16 @@ class TransformersEngine:
         done: list[Completion] = []
         for row in np.flatnonzero(ends | full | flagged):
             slot = int(slots[row])
-            finish: Finish | None = "end" if ends[row] else None
-            if finish is None and flagged[row]:
+            finish_reason: Finish | None = "end" if ends[row] else None
+            if finish_reason is None and flagged[row]:
                 turn = self._tokens[slot, : at[row] + 1].tolist()
-                finish = "stop" if self._codec.stops(turn, self._params[slot].stop) else None
-            if finish is None and full[row]:
-                finish = "length"
-            if finish is not None:
-                done.append(self._complete(slot, finish))
+                finish_reason = (
+                    "stop" if self._renderer.stops(turn, self._params[slot].stop) else None
+                )
+            if finish_reason is None and full[row]:
+                finish_reason = "length"
+            if finish_reason is not None:
+                done.append(self._complete(slot, finish_reason))
         if done:
             self._close_gaps()
         return done
@@ -313,22 +317,22 @@ class TransformersEngine:
     def _stop_index(self, stop: tuple[str, ...]) -> int:
         if stop not in self._stop_sets:
             flags = np.zeros((1, self._flags.shape[1]), dtype=np.bool_)
-            known = self._codec.stop_flags(stop)
+            known = self._renderer.stop_flags(stop)
             flags[0, : len(known)] = known
             self._stop_sets[stop] = len(self._flags)
             self._flags = np.concatenate([self._flags, flags])
         return self._stop_sets[stop]
 
-    def _complete(self, slot: int, finish: Finish) -> Completion:
-        new = slice(self._params.pop(slot).begun, int(self._written[slot]))
+    def _complete(self, slot: int, finish_reason: Finish) -> Completion:
+        new = slice(self._params.pop(slot).resumed_tokens, int(self._written[slot]))
         tokens = self._tokens[slot, new].tolist()
-        said = tokens[:-1] if finish == "end" else tokens
+        said = tokens[:-1] if finish_reason == "end" else tokens
         return Completion(
             slot=slot,
             tokens=tuple(tokens),
             logprobs=tuple(self._logprobs[slot, new].tolist()),
-            text=self._codec.decode(said) if said else "",
-            finish=finish,
+            text=self._renderer.decode(said) if said else "",
+            finish_reason=finish_reason,
             version=self._version,
         )
 

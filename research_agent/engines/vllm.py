@@ -98,7 +98,7 @@ class VllmEngine:
         self.max_context = context_limit(model, max_context)
         self.max_slots = max_slots
         self.prefilled_tokens = 0  # by vLLM's count: those of prompts that its cache had not
-        self._codec = renderer
+        self._renderer = renderer
         self._version = 0
         self._held: dict[int, list[int]] = {}  # slot -> its trajectory's tokens
         self._turns: dict[int, _Turn] = {}  # by slot, which is the name of the request too
@@ -148,7 +148,7 @@ class VllmEngine:
             temperature=params.temperature,
             seed=turn_seed(params.seed, len(prompt)),
             max_tokens=min(params.max_tokens, self.max_context - len(prompt)),
-            stop_token_ids=sorted(self._codec.end_ids),
+            stop_token_ids=sorted(self._renderer.end_ids),
             ignore_eos=True,  # what ends a turn is the renderer's business
             detokenize=False,
             logprobs=0,  # of the sampled token alone
@@ -160,7 +160,7 @@ class VllmEngine:
                 self._vllm.reset_prefix_cache()
             self._vllm.add_request(str(slot), {"prompt_token_ids": prompt}, sampling)
         self._held[slot] = prompt
-        self._turns[slot] = _Turn(params, prompt, self._codec.stop_tokens(params.stop))
+        self._turns[slot] = _Turn(params, prompt, self._renderer.stop_tokens(params.stop))
 
     def step(self) -> list[Completion]:
         """Sample a token in every turn that vLLM has room for; return the turns that this ends.
@@ -233,26 +233,26 @@ class VllmEngine:
 
     def _finish(self, turn: _Turn, reason: str | None) -> Finish | None:
         last = turn.tokens[-1]
-        if last in self._codec.end_ids:
+        if last in self._renderer.end_ids:
             return "end"
         if last in turn.flagged:
-            begun = turn.prompt[len(turn.prompt) - turn.params.begun :]
-            if self._codec.stops(begun + turn.tokens, turn.params.stop):
+            begun = turn.prompt[len(turn.prompt) - turn.params.resumed_tokens :]
+            if self._renderer.stops(begun + turn.tokens, turn.params.stop):
                 return "stop"
         if reason not in (None, "length"):
             raise RuntimeError(f"it ended a turn with {reason!r}")
         return "length" if reason else None
 
-    def _complete(self, slot: int, finish: Finish) -> Completion:
+    def _complete(self, slot: int, finish_reason: Finish) -> Completion:
         turn = self._turns.pop(slot)
         self._held[slot] = turn.prompt + turn.tokens
-        said = turn.tokens[:-1] if finish == "end" else turn.tokens
+        said = turn.tokens[:-1] if finish_reason == "end" else turn.tokens
         return Completion(
             slot=slot,
             tokens=tuple(turn.tokens),
             logprobs=tuple(turn.logprobs),
-            text=self._codec.decode(said) if said else "",
-            finish=finish,
+            text=self._renderer.decode(said) if said else "",
+            finish_reason=finish_reason,
             version=self._version,
         )
 
@@ -287,8 +287,8 @@ class VllmEngine:
         except Exception as error:
             self._broken = f"failed while {doing}: {type(error).__name__}: {error}"
             raise EngineError(
-                f"vLLM {self._broken}. {CONTINUE}. Where memory ran out, give fewer --slots or a "
-                "shorter context"
+                f"vLLM {self._broken}. {CONTINUE}. Where memory ran out, lower --max-in-flight "
+                "or give a shorter context"
             ) from error
 
 

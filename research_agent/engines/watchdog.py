@@ -35,7 +35,7 @@ class Watchdog:
         self._busy = False
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._closed.set()
 
     def _watch(self) -> None:

@@ -174,7 +174,7 @@ def _require_same_questions(
         differing = {question for question, _ in first.keys() ^ second.keys()}
         raise PredictionsError(
             f"{len(differing)} questions ({_some(differing)}) have other samples in {a} than in "
-            f"{b}; evaluate both with the same --samples, to the end"
+            f"{b}; evaluate both with the same --samples-per-task, to the end"
         )
     changed = {
         one.question

@@ -1,7 +1,8 @@
 """How hard a policy finds its tasks, and the episodes that it got right: both from an evaluation.
 
-``research-agent eval --samples N --temperature 1`` plays every task N times. ``grade`` turns its
-predictions into a grade for each question, by which an environment may filter and mix its tasks;
+``research-agent eval --samples-per-task N --temperature 1`` plays every task N times. ``grade``
+turns its predictions into a grade for each question, by which an environment may filter and mix its
+tasks;
 ``sample`` keeps right episodes as demonstrations, which ``sft`` learns from (rejection sampling).
 """
 

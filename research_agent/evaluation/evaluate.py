@@ -1,4 +1,4 @@
-"""Play tasks, write what happened as it happens, and summarise what the environment says of it."""
+"""Play tasks, write each episode as it ends, and summarize the metrics of the environment."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from research_agent.engines.base import Engine
 from research_agent.environments import Environments
 from research_agent.errors import ConfigError
-from research_agent.evaluation.predictions import appending, as_record, read_predictions
+from research_agent.evaluation.predictions import appending, as_record
 from research_agent.evaluation.summary import Outcome, Summary, main_metric, outcome, summarize
 from research_agent.files import write_atomic
 from research_agent.renderer import Renderer
 from research_agent.rollout import Sampling, collect
 from research_agent.trajectory import Trajectory
-
-__all__ = ["Summary", "as_record", "evaluate", "outcome", "read_predictions", "summarize"]
 
 
 def evaluate(
@@ -33,7 +31,7 @@ def evaluate(
     output: Path,
     *,
     limit: int | None = None,
-    samples: int = 1,
+    samples_per_task: int = 1,
     seed: int = 0,
     header: Mapping[str, Any] | None = None,
     log_tokens: bool = False,
@@ -51,7 +49,7 @@ def evaluate(
         sampling: see ``collect``; temperature 0 is greedy.
         output: folder to write to; made where it is missing.
         limit: at most so many tasks.
-        samples: episodes of each task.
+        samples_per_task: episodes of each task.
         seed: of the order of the tasks, and of the draws.
         header: what the episodes depend on (see ``provenance.header``). With it, predictions of
             the same header that are in the folder already are gone on with: only what is missing,
@@ -68,7 +66,7 @@ def evaluate(
     if environments.num_tasks is None and limit is None:
         raise ConfigError("this environment has no last task; say how many to play (--limit)")
     count = min(n for n in (environments.num_tasks, limit) if n is not None)
-    wanted = [(episode, sample) for episode in range(count) for sample in range(samples)]
+    wanted = [(episode, sample) for episode in range(count) for sample in range(samples_per_task)]
     known = None if header is None else json.loads(json.dumps(header))  # as it is read again
 
     def pieces(tokens: Sequence[int]) -> list[str]:

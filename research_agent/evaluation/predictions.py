@@ -163,7 +163,7 @@ def _resume(path: Path, header: Header, wanted: Collection[tuple[int, int]]) -> 
                     raise PredictionsError(
                         f"{path}:{number} is sample {value['sample']} of episode "
                         f"{value['episode']}, which this evaluation would not play; give the "
-                        "--limit and --samples of before, or more, or another --output"
+                        "--limit and --samples-per-task of before, or more, or another --output"
                     )
                 else:
                     kept.append(value)

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from research_agent.algorithms.functional import token_mean
 from research_agent.batch import Batch, MicroBatch, micro_batches
 from research_agent.errors import CheckpointError, NonFiniteError
-from research_agent.models.policy import Precision, action_states
+from research_agent.models.policy import Precision, action_hidden_states
 
 METRICS = {
     "critic_loss": "half the squared error of the critic's values, clipped as the algorithm says,"
     " in the mean over the action tokens",
     "critic_grad_norm": "Euclidean length of the gradient of that, before it is clipped",
-    "critic_clip_share": "share of the action tokens whose value moved too far to count",
+    "critic_clip_fraction": "share of the action tokens whose value moved too far to count",
     "value": "mean over the action tokens of the critic's value, before the update",
     "explained_variance": "1 - variance of (return - value) / variance of the return, over the"
     " action tokens, before the update: 1 is a perfect critic, 0 one that knows only the mean;"
@@ -99,7 +99,7 @@ class Critic:
         """
         passes = list(micro_batches(batch, self._micro_batch_tokens, packed=self._packed))
         found = torch.cat([self._of(micro) for micro in passes])
-        picked = torch.cat([micro.picked for micro in passes])
+        picked = torch.cat([micro.token_index for micro in passes])
         return torch.empty_like(found).index_copy(0, picked, found)
 
     def step(self, batch: Batch) -> dict[str, float]:
@@ -117,20 +117,20 @@ class Critic:
         old, returns = batch.values, batch.returns
         if old is None or returns is None:
             raise ValueError("the batch has no values or no returns; fill it first")
-        weights = token_mean(batch.lengths, batch.sequence)
+        weights = token_mean(batch.lengths, batch.seq_ids)
         sums: dict[str, float] = defaultdict(float)
         try:
             for micro in micro_batches(batch, self._micro_batch_tokens, packed=self._packed):
                 value = self._of(micro)
-                goal = returns[micro.picked].to(value.dtype)
+                goal = returns[micro.token_index].to(value.dtype)
                 errors, clipped = value_errors(
-                    value, old[micro.picked].to(value.dtype), goal, self._value_clip
+                    value, old[micro.token_index].to(value.dtype), goal, self._value_clip
                 )
-                share = weights[micro.picked].to(value.dtype)
+                share = weights[micro.token_index].to(value.dtype)
                 loss = (share * errors).sum()
                 loss.backward()  # type: ignore[no-untyped-call]
                 sums["critic_loss"] += loss.item()
-                sums["critic_clip_share"] += (share * clipped).sum().item()
+                sums["critic_clip_fraction"] += (share * clipped).sum().item()
             norm = nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
             if not norm.isfinite():
                 message = (
@@ -183,7 +183,7 @@ class Critic:
     def _of(self, micro: MicroBatch) -> Tensor:
         device = micro.tokens.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._precision == "bfloat16"):
-            states = action_states(self.body, micro)
+            states = action_hidden_states(self.body, micro)
         states = states.to(self.head.weight.dtype)
         values: Tensor = self.head(states).squeeze(1)
         return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from research_agent.batch import Batch, MicroBatch, micro_batches
 from research_agent.checkpoint import latest
-from research_agent.distributed import add_up, share
+from research_agent.distributed import all_reduce_sum, shard_batches
 from research_agent.errors import ModelError
 
 Precision = Literal["float32", "bfloat16"]
@@ -99,7 +99,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def prepare(
-    model: Any, *, packed: bool = False, checkpointing: bool = False, compile: bool = False
+    model: Any, *, packed: bool = False, gradient_checkpointing: bool = False, compile: bool = False
 ) -> None:
     """Set up how a model runs in a learner.
 
@@ -109,7 +109,7 @@ def prepare(
     Args:
         model: a causal language model of the transformers library; it is changed.
         packed: several trajectories share a row; see ``research_agent.models.attention``.
-        checkpointing: keep only what enters each layer, and compute the rest again for the
+        gradient_checkpointing: keep only what enters each layer, and compute the rest again for the
             gradient.
         compile: let torch.compile fuse the operations of each layer.
 
@@ -117,7 +117,7 @@ def prepare(
         ModelError: the architecture cannot do it.
     """
     layers = layers_of(model)
-    if (checkpointing or compile) and not layers:
+    if (gradient_checkpointing or compile) and not layers:
         message = f"{type(model).__name__} names no layers to checkpoint or compile; turn both off"
         raise ModelError(message)
     if packed:
@@ -128,9 +128,9 @@ def prepare(
         except (ValueError, AttributeError) as error:
             name = type(model).__name__
             raise ModelError(
-                f"the attention of {name} cannot be replaced ({error}); use layout 'rows'"
+                f"the attention of {name} cannot be replaced ({error}); use --packing off"
             ) from error
-    if checkpointing:
+    if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in layers:  # it checkpoints in training mode only; its dropouts are inside it
             layer.training = True
@@ -173,7 +173,7 @@ def token_logprobs(
     rows = max(1, most // len(head.weight))
     score = _compiled_score() if compile else _score
     with torch.autocast(targets.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        states = action_states(model, micro)
+        states = action_hidden_states(model, micro)
         if len(states) <= rows:
             return score(head(states), targets, temperature)
         pieces = [
@@ -188,7 +188,7 @@ def token_logprobs(
     return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
 
 
-def action_states(model: Any, micro: MicroBatch) -> Tensor:
+def action_hidden_states(model: Any, micro: MicroBatch) -> Tensor:
     """Run a model's body, and take its last hidden states where action tokens were sampled.
 
     Args:
@@ -199,21 +199,21 @@ def action_states(model: Any, micro: MicroBatch) -> Tensor:
         The states, [a, hidden size].
     """
     packing: dict[str, Any] = {}
-    if micro.bounds is not None:
+    if micro.cu_seqlens is not None:
         packing = {
-            "position_ids": micro.positions,
-            "cu_seq_lens_q": micro.bounds,
-            "cu_seq_lens_k": micro.bounds,
-            "max_length_q": micro.longest,
-            "max_length_k": micro.longest,
+            "position_ids": micro.position_ids,
+            "cu_seq_lens_q": micro.cu_seqlens,
+            "cu_seq_lens_k": micro.cu_seqlens,
+            "max_length_q": micro.max_seqlen,
+            "max_length_k": micro.max_seqlen,
         }
     # No attention mask: padding is on the right, so plain causal attention is right, and quick.
     output = model.base_model(input_ids=micro.tokens, use_cache=False, **packing)
-    states: Tensor = output.last_hidden_state.flatten(0, 1).index_select(0, micro.predictors)
+    states: Tensor = output.last_hidden_state.flatten(0, 1).index_select(0, micro.logit_index)
     return states
 
 
-class Scorer(nn.Module):
+class TokenLogprobs(nn.Module):
     """``token_logprobs`` of a model as a module: what FSDP wraps and hooks into.
 
     Args:
@@ -256,7 +256,7 @@ def batch_logprobs(
     """Compute the log-probabilities of all action tokens of a batch, without gradient.
 
     Args:
-        score: what computes those of a pass, and something else: a ``Scorer``.
+        score: what computes those of a pass, and something else: a ``TokenLogprobs``.
         batch: A action tokens.
         max_tokens: the most tokens of a pass, padding included.
         packed: as for ``micro_batches``.
@@ -265,13 +265,13 @@ def batch_logprobs(
         The log-probabilities, [A].
     """
     found: Tensor | None = None
-    for micro, counts in share(micro_batches(batch, max_tokens, packed=packed)):
+    for micro, counts in shard_batches(micro_batches(batch, max_tokens, packed=packed)):
         logprobs = score(micro)[0]
         if found is None:
             found = logprobs.new_zeros(len(batch.targets))
         if counts:
-            found[micro.picked] = logprobs
-    return batch.sampler_logprobs.new_zeros(0) if found is None else add_up(found)
+            found[micro.token_index] = logprobs
+    return batch.sampler_logprobs.new_zeros(0) if found is None else all_reduce_sum(found)
 
 
 def _score(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -308,3 +308,9 @@ def _check_head(model: Any, name: str) -> None:
     if not torch.allclose(ours.float(), logits.float(), equal_nan=True):
         message = f"the model {name!r} changes its logits after its head, which is not supported"
         raise ModelError(message)
+
+
+def context_length(model: Any, wanted: int) -> int:
+    """Tokens that an episode may have: those wanted, at most the positions that the model has."""
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    return wanted if limit is None else min(wanted, limit)

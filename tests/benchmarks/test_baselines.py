@@ -21,7 +21,7 @@ from research_agent.config import SamplingConfig
 from research_agent.engines.base import SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.errors import ContextError
-from research_agent.evaluation.evaluate import as_record
+from research_agent.evaluation.predictions import as_record
 from research_agent.trajectory import Trajectory
 from research_env import Dataset, Hit, Passage, Question
 from research_env.datasets import miniworld
@@ -29,10 +29,10 @@ from research_env.errors import ConfigurationError, RetrievalError, UnknownNameE
 from research_env.vector_env import SearchQAVectorEnv
 from tests.research_agent.conftest import byte_tokenizer, codec_of
 
-SAMPLING = SamplingConfig(temperature=0.0, max_prompt=6_000, max_response=200, max_turn=None)
-CODEC = codec_of(byte_tokenizer())
+SAMPLING = SamplingConfig(temperature=0.0, max_prompt=6_000, max_response=200, max_turn_tokens=None)
+RENDERER = codec_of(byte_tokenizer())
 CHAT = codec_of(byte_tokenizer(), chat_template=True)
-(END,) = CODEC.end_ids
+(END,) = RENDERER.end_ids
 
 WHO = Question("q", "Who leads Apt?", ("Ann",), supporting=("Apt-0",), hops=1, type="bridge")
 RAG = (
@@ -75,9 +75,9 @@ class Model:
     params: list[SamplingParams] = field(default_factory=list)
 
     def __call__(self, tokens: Sequence[int], params: SamplingParams) -> Sequence[int]:
-        self.prompts.append(CODEC.decode(tokens))
+        self.prompts.append(RENDERER.decode(tokens))
         self.params.append(params)
-        return [*CODEC.encode_text(self.lines[len(self.prompts) - 1]), END]
+        return [*RENDERER.encode_text(self.lines[len(self.prompts) - 1]), END]
 
 
 def play(
@@ -88,7 +88,7 @@ def play(
 ) -> tuple[Model, Shelf, Trajectory]:
     """One question, with top-5."""
     model, shelf = Model(lines), shelf or Shelf()
-    renderer = settings.pop("renderer", CODEC)
+    renderer = settings.pop("renderer", RENDERER)
     sampling = settings.pop("sampling", SAMPLING)
     context = settings.pop("context", 8_000)
     question = settings.pop("question", WHO)
@@ -283,7 +283,7 @@ def test_a_first_prompt_that_is_too_long_is_refused_and_a_later_one_ends_the_epi
     with pytest.raises(ContextError, match="the 60 that max_prompt"):
         play(naive_generation.play, [], sampling=replace(SAMPLING, max_prompt=60))
     model, _, _ = play(ircot.play, [" So the answer is: Ann."])
-    just_enough = len(CODEC.encode_text(model.prompts[0])) + 20
+    just_enough = len(RENDERER.encode_text(model.prompts[0])) + 20
     model, _, trajectory = play(ircot.play, [" It is Bob."] * 2, context=just_enough)
     assert len(model.prompts) == 1
     assert trajectory.stop_reason == "context"
@@ -292,7 +292,7 @@ def test_a_first_prompt_that_is_too_long_is_refused_and_a_later_one_ends_the_epi
 
 
 def test_replies_are_limited_and_seeds_depend_on_episode_and_step() -> None:
-    sampling = replace(SAMPLING, temperature=1.0, max_turn=2)
+    sampling = replace(SAMPLING, temperature=1.0, max_turn_tokens=2)
     model, _, trajectory = play(iter_retgen.play, ["Bobby", "Cid", "Ann"], sampling=sampling)
     assert [params.max_tokens for params in model.params] == [2, 2, 2]
     assert trajectory.info["prediction"] == "An"
@@ -314,20 +314,20 @@ def test_many_questions_are_played_at_once_each_with_its_own_calls(
     slots: int, overlap: bool
 ) -> None:
     def script(tokens: Sequence[int], params: SamplingParams) -> Sequence[int]:
-        text = CODEC.decode(tokens)
+        text = RENDERER.decode(tokens)
         (number,) = {each.split("?")[0] for each in text.split("Who leads Apt")[1:]}
         said = f" It is Bob{number}." if f"Bob{number}" not in text else (
             f" So the answer is: Ann{number}."
         )  # fmt: skip
-        return [*CODEC.encode_text(said), END]
+        return [*RENDERER.encode_text(said), END]
 
     shelf, finished = Shelf(), list[Trajectory]()
     environments = SearchQAVectorEnv(slots, dataset=Dataset("m", MANY, None), retriever=shelf)
     delays = iter(range(10_000))
-    engine = ScriptedEngine(script, CODEC, 8_000, delay=lambda: next(delays) * 7 % 5)
+    engine = ScriptedEngine(script, RENDERER, 8_000, delay=lambda: next(delays) * 7 % 5)
     episodes = [(i, sample) for i in range(9) for sample in range(2)]
     trajectories = driver.run(
-        engine, environments, CODEC, episodes, replace(SAMPLING, overlap=overlap),
+        engine, environments, RENDERER, episodes, replace(SAMPLING, overlap=overlap),
         baseline=ircot.play, seed=3, on_finish=finished.append,
     )  # fmt: skip
     environments.close()
@@ -355,8 +355,8 @@ class Oracle:
         self.thoughts = miniature.chain_of_thought(question)
 
     def __call__(self, tokens: Sequence[int], params: SamplingParams) -> Sequence[int]:
-        made = CODEC.decode(tokens).count(" next:")
-        return [*CODEC.encode_text(f"{self.thoughts[made]}. never read"), END]
+        made = RENDERER.decode(tokens).count(" next:")
+        return [*RENDERER.encode_text(f"{self.thoughts[made]}. never read"), END]
 
 
 @pytest.mark.parametrize("kind", ["chain", "comparison"])
@@ -368,8 +368,10 @@ def test_the_miniatures_thoughts_find_all_gold_passages_and_the_answer(
     data = Dataset("mini", (question,), world)
     environments = SearchQAVectorEnv(1, dataset=data, top_k=2)
     baseline = partial(ircot.play, prompt=miniature.think)
-    engine = ScriptedEngine(Oracle(question), CODEC, 8_000)
-    (trajectory,) = driver.run(engine, environments, CODEC, [(0, 0)], SAMPLING, baseline=baseline)
+    engine = ScriptedEngine(Oracle(question), RENDERER, 8_000)
+    (trajectory,) = driver.run(
+        engine, environments, RENDERER, [(0, 0)], SAMPLING, baseline=baseline
+    )
     environments.close()
     assert trajectory.metrics["em"] == 1.0
     assert trajectory.metrics["support_recall"] == 1.0

@@ -111,7 +111,7 @@ def play(*, always: bool, blank: bool = False) -> list[Trajectory]:
     if always:
         questions = miniworld.load("dev").questions
         environments = SearchAlways(environments, {q.id: len(q.decomposition) for q in questions})
-    sampling = SamplingConfig(max_prompt=500, max_response=9_000, max_turn=500)
+    sampling = SamplingConfig(max_prompt=500, max_response=9_000, max_turn_tokens=500)
     engine = ScriptedEngine(Obedient(renderer), renderer, max_context=10_000)
     wanted = [(episode, 0) for episode in range(EPISODES)]
     try:

@@ -48,7 +48,10 @@ def test_every_run_has_the_same_budget_and_differs_as_it_says() -> None:
         training = training_of(config, run)
         validate(training)
         sampling, rule = training.sampling, training.algorithm
-        assert sampling.prompts * sampling.samples == config.prompts * config.samples
+        assert (
+            sampling.prompts_per_step * sampling.group_size
+            == config.prompts_per_step * config.group_size
+        )
         made: Any = algorithm(rule.algorithm, **rule.algorithm_args)
         assert getattr(made, "kl_coef", 0.0) == (1e-3 if "KL" in run.name else 0.0)
         assert getattr(made, "entropy_coef", 0.0) == 0.0
@@ -88,7 +91,7 @@ def _write(config: CurvesConfig, run: Run, rewards: list[float], episodes: float
 
 def test_logs_are_read_up_to_the_budget(tmp_path: Path) -> None:
     """Twice the episodes a step: half the steps count."""
-    config = CurvesConfig(output=tmp_path, steps=10, prompts=2, samples=3)
+    config = CurvesConfig(output=tmp_path, steps=10, prompts_per_step=2, group_size=3)
     run = Run("dapo", 0, "dapo")
     folder = _write(config, run, [0.1 * n for n in range(1, 9)], episodes=12.0)
     with (folder / "metrics.jsonl").open("a") as file:
@@ -110,9 +113,9 @@ def test_logs_are_read_up_to_the_budget(tmp_path: Path) -> None:
 
 
 def test_the_table_and_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = CurvesConfig(output=tmp_path, steps=4, prompts=2, samples=3)
+    config = CurvesConfig(output=tmp_path, steps=4, prompts_per_step=2, group_size=3)
     runs = [Run("grpo", seed) for seed in (0, 1)]
-    runs += [Run("grpo, unmasked", 0, masked=False), Run("grpo, G = 2", 0, samples=2)]
+    runs += [Run("grpo, unmasked", 0, masked=False), Run("grpo, G = 2", 0, group_size=2)]
     for run in runs:
         _write(config, run, [0.1, 0.2, 0.3, 0.4 + 0.2 * run.seed], episodes=6.0)
     report(config, [result for run in runs if (result := read(config, run))])
@@ -133,7 +136,16 @@ def test_an_unknown_algorithm(tmp_path: Path) -> None:
 def test_the_whole_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small runs in processes of their own; the second time nothing is run again."""
     monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
-    words = ["--output", str(tmp_path / "out"), "--steps", "2", "--prompts", "2", "--samples", "2"]
+    words = [
+        "--output",
+        str(tmp_path / "out"),
+        "--steps",
+        "2",
+        "--prompts-per-step",
+        "2",
+        "--group-size",
+        "2",
+    ]
     words += ["--eval-limit", "2", "--seeds", "0", "--algorithms", "grpo", "dapo"]
     words += ["--ablations", "mask", "--workers", "1"]
     main(words)

@@ -60,7 +60,16 @@ def model(tmp_path: Path) -> Path:
 def words(model: Path, output: Path, *more: str) -> list[str]:
     return [
         *("--models", f"tiny={model}", "--datasets", "musique", "hotpotqa"),
-        *("--max-prompt", "3900", "--max-response", "60", "--max-turn", "12", "--slots", "4"),
+        *(
+            "--max-prompt",
+            "3900",
+            "--max-response",
+            "60",
+            "--max-turn-tokens",
+            "12",
+            "--max-in-flight",
+            "4",
+        ),
         *("--dtype", "float32", "--device", "cpu", "--top-k", "2", "--quiet"),
         *("--output", str(output), *more),
     ]
@@ -153,7 +162,7 @@ def test_a_cell_of_other_settings_is_refused(
         (output / "tiny/naive_rag").rename(output / "tiny/ircot")
         config = paper_table.TableConfig(
             models=(f"tiny={model}",), datasets=("musique",), methods=("ircot",), output=output,
-            max_prompt=3900, max_response=60, max_turn=12, slots=4, dtype="float32",
+            max_prompt=3900, max_response=60, max_turn_tokens=12, max_in_flight=4, dtype="float32",
             device="cpu", top_k=2, quiet=True,
         )  # fmt: skip
         paper_table.run(config)
@@ -203,7 +212,7 @@ def test_a_cell_that_fails_in_its_process_is_named(
     [
         (("--datasets", "squad"), "'squad' is not known here; there is hotpotqa, 2wiki"),
         (("--methods", "self_rag"), "'self_rag' is not known here; there is naive_generation"),
-        (("--slots", "0"), "--slots is 0; it must be at least 1"),
+        (("--max-in-flight", "0"), "--max-in-flight is 0; it must be at least 1"),
         (("--models",), "there is nothing to play"),
     ],
 )
@@ -271,8 +280,8 @@ def endpoint() -> Iterator[tuple[str, list[tuple[str, Any]]]]:
 def test_an_endpoint_is_asked_in_chat_but_by_ircot(tmp_path: Path) -> None:
     with endpoint() as (url, asked):
         config = paper_table.TableConfig(
-            models=(f"instruct=big@{url}",), datasets=("musique",), top_k=2, slots=4, quiet=True,
-            methods=("naive_rag", "ircot"), output=tmp_path / "table",
+            models=(f"instruct=big@{url}",), datasets=("musique",), top_k=2, max_in_flight=4,
+            quiet=True, methods=("naive_rag", "ircot"), output=tmp_path / "table",
         )  # fmt: skip
         results = paper_table.run(config)
     assert [row.model for row in results.rows] == ["big", "big"]

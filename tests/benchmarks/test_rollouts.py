@@ -23,7 +23,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def renderer() -> Renderer:
-    return racers.make_codec()
+    return racers.make_renderer()
 
 
 def test_the_script_searches_three_times_and_then_speaks(renderer: Renderer) -> None:
@@ -75,7 +75,7 @@ def test_both_sides_of_the_race_play_the_same_tokens() -> None:
     result = bench.race([0], episodes=4, rounds=1, scale=0.2)
     counts = result["tokens"]["ours"]
     assert all(each == counts for each in result["tokens"].values())
-    script = racers.make_script(4, racers.make_codec(), 0.2)
+    script = racers.make_script(4, racers.make_renderer(), 0.2)
     assert counts["action"] == (script >= 0).sum()
     row = result["by_latency_ms"][0]
     rates = row["rates"]

@@ -52,7 +52,9 @@ from research_env.retrieval.base import Hit, Passage
 from research_env.rewards import reward
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = Settings(Path("runs/studies"), steps=30, prompts=24, samples=8, questions=200)
+SETTINGS = Settings(
+    Path("runs/studies"), steps=30, prompts_per_step=24, group_size=8, questions=200
+)
 
 
 def arms() -> list[Arm]:
@@ -88,7 +90,7 @@ def test_every_run_is_valid_and_plays_as_many_episodes(study: Study) -> None:
         parse_stages(training.environment.stages)
         algorithm(training.algorithm.algorithm, **training.algorithm.algorithm_args)
         reward(training.environment.env_args.get("reward", "research"))
-        assert training.sampling.prompts * training.sampling.samples == 192
+        assert training.sampling.prompts_per_step * training.sampling.group_size == 192
         assert training.run.seed == 3 and training.run.output == folder_of(SETTINGS, arm, 3)
     rows = rows_of(study, {})
     for claim in study.claims:
@@ -137,7 +139,10 @@ def test_what_the_arms_change() -> None:
     assert changed("start", "from nothing") == {"policy.model": "runs/studies/prepared/nothing"}
     kl = changed("start", "grpo, KL 1e-3")["algorithm.algorithm_args"]
     assert kl == {"kl_coef": 1e-3, "entropy_coef": 0.0}
-    assert changed("start", "grpo, G = 16") == {"sampling.samples": 16, "sampling.prompts": 12}
+    assert changed("start", "grpo, G = 16") == {
+        "sampling.group_size": 16,
+        "sampling.prompts_per_step": 12,
+    }
 
 
 def test_what_must_be_prepared(tmp_path: Path) -> None:
@@ -180,7 +185,7 @@ def test_a_result_counts_for_its_own_settings(tmp_path: Path) -> None:
     assert is_finished(settings, arm, 0)
     assert not is_finished(replace(settings, questions=100), arm, 0)
     with pytest.raises(CheckpointError, match="another configuration"):
-        is_finished(replace(settings, prompts=12), arm, 0)
+        is_finished(replace(settings, prompts_per_step=12), arm, 0)
 
 
 def test_a_folder_is_of_one_number_of_steps(
@@ -464,7 +469,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setattr(work, "QUESTIONS", {"train": 40, "dev": 10})
     monkeypatch.setattr(work, "SLOTS", 32)
     monkeypatch.setattr(miniworld, "HOPS", {1: 1.0})
-    settings = Settings(tmp_path / "out", steps=2, prompts=8, samples=2, questions=4)
+    settings = Settings(tmp_path / "out", steps=2, prompts_per_step=8, group_size=2, questions=4)
     write_worlds(settings)
     return settings
 
@@ -539,7 +544,7 @@ def test_a_small_study_whole(
     monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(work, "QUESTIONS", {"train": 40, "dev": 10})
     words = ["length", "--output", str(tmp_path / "out"), "--steps", "2", "--seeds", "0"]
-    words += ["--prompts", "2", "--samples", "2", "--questions", "4", "--workers", "1"]
+    words += ["--prompts-per-step", "2", "--group-size", "2", "--questions", "4", "--workers", "1"]
     main(words)
     folder = folder_of(replace(SETTINGS, output=tmp_path / "out"), BY_NAME["length"].arms[0], 0)
     result = json.loads((folder / "result.json").read_text())

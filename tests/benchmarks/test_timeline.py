@@ -26,5 +26,8 @@ def test_a_step_of_a_trace_is_cut_out_and_drawn(tmp_path: Path) -> None:
     assert environment.row == 2
 
     picture = tmp_path / "picture.png"
-    draw({"one": spans, "other": [Span("update", 0, 0.0, 1.0)]}, Config(output=picture, slots=2))
+    draw(
+        {"one": spans, "other": [Span("update", 0, 0.0, 1.0)]},
+        Config(output=picture, max_in_flight=2),
+    )
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -23,7 +23,7 @@ FLAGS = (
     "--disable-dev-shm-usage",
     "--remote-debugging-pipe",
 )
-PATIENCE = 60.0  # seconds
+TIMEOUT = 60.0  # seconds
 
 
 def find() -> str | None:
@@ -67,7 +67,7 @@ class Chromium:
             self.events.append(answer)
 
     def _receive(self) -> dict[str, Any]:
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._in], [], [], max(0.0, end - time.monotonic()))
             read = os.read(self._in, 1 << 20) if ready else b""
@@ -80,7 +80,7 @@ class Chromium:
     def close(self) -> None:
         """End the browser."""
         self._process.terminate()
-        self._process.wait(PATIENCE)
+        self._process.wait(TIMEOUT)
         os.close(self._in)
         os.close(self._out)
 
@@ -123,7 +123,7 @@ class Tab:
 
     def wait(self, condition: str = "true") -> None:
         """Wait until the page is at rest and a condition holds in it."""
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         at_rest = "document.querySelector('main[aria-busy=false]') !== null"
         wanted = f"document.readyState === 'complete' && {at_rest} && Boolean({condition})"
         while not self.run(wanted):

@@ -148,14 +148,14 @@ def vllm() -> None:
 
 
 @pytest.fixture(scope="session")
-def vllm_engine(vllm: None, merging_codec: Renderer) -> Iterator[VllmEngine]:
+def vllm_engine(vllm: None, merging_renderer: Renderer) -> Iterator[VllmEngine]:
     """One engine for all tests, since a start takes so long; they load the weights they need."""
     import numba  # noqa: F401 - an environment that searches has it, and vLLM trips over it
 
     from research_agent.engines.vllm import VllmEngine
 
     set_num_threads = torch.set_num_threads
-    engine = VllmEngine(wide_qwen2(), merging_codec, 250)
+    engine = VllmEngine(wide_qwen2(), merging_renderer, 250)
     torch.set_num_threads = set_num_threads  # vLLM puts one there that does nothing
     yield engine
     engine.close()
@@ -167,5 +167,5 @@ def renderer() -> Renderer:
 
 
 @pytest.fixture(scope="session")
-def merging_codec() -> Renderer:
+def merging_renderer() -> Renderer:
     return codec_of(byte_tokenizer(merges=True))

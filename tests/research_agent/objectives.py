@@ -83,7 +83,7 @@ def loss_of(
             reference_logprobs=part.reference_logprobs,
             entropy=case.entropy[picked],
             advantages=given[picked],
-            sequence=part.sequence,
+            seq_ids=part.seq_ids,
         )
         loss = loss - (weights[picked] * algorithm.objective(tokens)[0]).sum()
     return loss

@@ -22,8 +22,8 @@ def test_literal() -> None:
     batch = make_batch([Group(0, [SEARCH, short])])
     assert [row.tolist() for row in batch.tokens] == [[10, 11, 20, 21, 30, 31, 22], [12, 23]]
     assert batch.lengths.tolist() == [3, 1]
-    assert batch.sequence.tolist() == [0, 0, 0, 1]
-    assert batch.places.tolist() == [2, 3, 6, 1]
+    assert batch.seq_ids.tolist() == [0, 0, 0, 1]
+    assert batch.positions.tolist() == [2, 3, 6, 1]
     assert batch.targets.tolist() == [20, 21, 22, 23]
     assert batch.sampler_logprobs.tolist() == [-0.5, -0.25, -2.0, -1.0]
     assert batch.rewards.tolist() == [0.0, 0.5]
@@ -31,9 +31,9 @@ def test_literal() -> None:
     (micro,) = micro_batches(batch, max_tokens=100)
     # The last action token is predicted and never read; neither is what follows it.
     assert micro.tokens.tolist() == [[10, 11, 20, 21, 30, 31], [12, 0, 0, 0, 0, 0]]
-    assert micro.predictors.tolist() == [1, 2, 5, 6]
+    assert micro.logit_index.tolist() == [1, 2, 5, 6]
     assert micro.part.targets.tolist() == [20, 21, 22, 23]
-    assert micro.picked.tolist() == [0, 1, 2, 3]
+    assert micro.token_index.tolist() == [0, 1, 2, 3]
 
 
 def test_void_trajectories_are_left_out_and_groups_keep_apart() -> None:
@@ -47,7 +47,7 @@ def test_a_trajectory_without_action_tokens_is_counted_and_never_forwarded() -> 
     silent = trajectory(prompt(1, 2), action([]), observation(3), reward=1.0)
     batch = make_batch([Group(0, [silent, SEARCH, silent])])
     assert batch.lengths.tolist() == [0, 3, 0]
-    assert batch.sequence.tolist() == [1, 1, 1]
+    assert batch.seq_ids.tolist() == [1, 1, 1]
     (micro,) = micro_batches(batch, max_tokens=100)
     assert micro.tokens.tolist() == [[10, 11, 20, 21, 30, 31]]
 
@@ -64,17 +64,17 @@ def test_nothing(groups: list[Group]) -> None:
 def test_every_action_token_is_predicted_once_whatever_the_cut(seed: int, budget: int) -> None:
     batch = make_batch(random_groups(seed))
     micros = list(micro_batches(batch, budget))
-    picked = torch.cat([micro.picked for micro in micros])
+    picked = torch.cat([micro.token_index for micro in micros])
     assert sorted(picked.tolist()) == list(range(len(batch.targets)))
     for micro in micros:
         rows, width = micro.tokens.shape
         assert rows == 1 or rows * width <= budget
         for predictor, picked_, target in zip(
-            micro.predictors.tolist(), micro.picked.tolist(), micro.part.targets, strict=True
+            micro.logit_index.tolist(), micro.token_index.tolist(), micro.part.targets, strict=True
         ):
             row, column = divmod(predictor, width)
-            whole = batch.tokens[int(batch.sequence[picked_])]
-            place = int(batch.places[picked_])
+            whole = batch.tokens[int(batch.seq_ids[picked_])]
+            place = int(batch.positions[picked_])
             assert column == place - 1
             assert whole[place] == target == batch.targets[picked_]
             assert micro.tokens[row, :place].tolist() == whole[:place].tolist()
@@ -90,7 +90,7 @@ def test_select_is_the_batch_of_those_trajectories(seed: int, order: list[int], 
     chosen = order[:n]
     got = make_batch(groups).select(chosen)
     expected = make_batch([Group(0, [every[i][1] for i in chosen])])
-    for name in ("lengths", "rewards", "sequence", "places", "targets", "sampler_logprobs"):
+    for name in ("lengths", "rewards", "seq_ids", "positions", "targets", "sampler_logprobs"):
         assert getattr(got, name).tolist() == getattr(expected, name).tolist(), name
     assert got.names == expected.names
     assert [t.tolist() for t in got.tokens] == [t.tolist() for t in expected.tokens]

@@ -12,25 +12,25 @@ from research_agent.errors import ModelError
 from research_agent.renderer import Renderer, load_renderer
 from tests.research_agent.conftest import SPECIALS, byte_tokenizer, codec_of
 
-CODEC = codec_of(byte_tokenizer(merges=True))
+RENDERER = codec_of(byte_tokenizer(merges=True))
 CHAT = codec_of(byte_tokenizer(), chat_template=True)
-END = CODEC.tokenizer.eos_token_id
+END = RENDERER.tokenizer.eos_token_id
 texts = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(SPECIALS))).map("".join)
 
 
 @given(texts)
 @settings(max_examples=200, deadline=None)
 def test_text_round_trips_and_never_holds_a_special_token(text: str) -> None:
-    tokens = CODEC.encode_text(text)
-    assert CODEC.decode(tokens) == text
-    assert not set(tokens) & set(CODEC.tokenizer.all_special_ids)
+    tokens = RENDERER.encode_text(text)
+    assert RENDERER.decode(tokens) == text
+    assert not set(tokens) & set(RENDERER.tokenizer.all_special_ids)
 
 
 @given(texts)
 @settings(max_examples=200, deadline=None)
 def test_text_is_cut_as_the_tokenizer_itself_does_it(text: str) -> None:
-    own = CODEC.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    assert CODEC.encode_text(text) == own
+    own = RENDERER.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert RENDERER.encode_text(text) == own
 
 
 def test_a_tokenizer_that_truncates_and_pads_by_habit_does_neither() -> None:
@@ -39,7 +39,7 @@ def test_a_tokenizer_that_truncates_and_pads_by_habit_does_neither() -> None:
     tokenizer.backend_tokenizer.enable_padding(length=8)
     renderer = codec_of(tokenizer)
     for text in ("a", "Who founded it?"):
-        assert renderer.encode_text(text) == CODEC.encode_text(text)
+        assert renderer.encode_text(text) == RENDERER.encode_text(text)
     assert tokenizer.backend_tokenizer.truncation["max_length"] == 3  # it is somebody else's
 
 
@@ -116,15 +116,15 @@ def test_a_template_that_changes_the_contents_is_refused() -> None:
     ],
 )
 def test_stop_strings(pieces: list[str], stop: str, stops: bool) -> None:
-    tokens = [t for piece in pieces for t in CODEC.tokenizer(piece)["input_ids"]]
+    tokens = [t for piece in pieces for t in RENDERER.tokenizer(piece)["input_ids"]]
     wanted = (stop,) if stop else ()
-    assert CODEC.stops(tokens, wanted) is stops
-    assert CODEC.stop_flags(wanted)[tokens[-1]] or not stops
+    assert RENDERER.stops(tokens, wanted) is stops
+    assert RENDERER.stop_flags(wanted)[tokens[-1]] or not stops
 
 
 def test_stop_flags_leave_most_tokens_out() -> None:
-    flags = CODEC.stop_flags(("</s>",))
-    flagged = [CODEC.decode([t]) for t in flags.nonzero()[0].tolist() if t != END]
+    flags = RENDERER.stop_flags(("</s>",))
+    flagged = [RENDERER.decode([t]) for t in flags.nonzero()[0].tolist() if t != END]
     assert {">", ">.", "h>", "<|im_start|>"} <= set(flagged)
     assert not {"a", "</", "<", "s"} & set(flagged)
 

@@ -24,8 +24,8 @@ from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
 
 TOY = "tests.research_agent.toy_env:CopyLetter-v0"
 NATIVE = "tests.research_agent.toy_env:CopyLetterNative-v0"
-CODEC = codec_of(byte_tokenizer())
-END = CODEC.tokenizer.eos_token_id
+RENDERER = codec_of(byte_tokenizer())
+END = RENDERER.tokenizer.eos_token_id
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Limits:
     temperature: float = 1.0
     max_prompt: int = 100
     max_response: int = 1000
-    max_turn: int | None = None
+    max_turn_tokens: int | None = None
     overlap: bool = False
 
 
@@ -42,14 +42,14 @@ def says(*turns: str, end: bool = True) -> ScriptedEngine:
 
     def script(context: Sequence[int], params: SamplingParams) -> list[int]:
         text = turns[sum(t == END for t in context) % len(turns)]
-        return CODEC.encode_text(text) + ([END] if end else [])
+        return RENDERER.encode_text(text) + ([END] if end else [])
 
-    return ScriptedEngine(script, CODEC)
+    return ScriptedEngine(script, RENDERER)
 
 
 def play(engine: ScriptedEngine, limits: Limits = Limits(), **env_args: Any) -> Trajectory:
     environments = make_environments(TOY, 1, env_args)
-    (trajectory,) = collect(engine, environments, CODEC, [(1, 0)], limits)
+    (trajectory,) = collect(engine, environments, RENDERER, [(1, 0)], limits)
     return trajectory
 
 
@@ -67,7 +67,7 @@ def test_an_episode_token_by_token() -> None:
         ("observation", "?d="),
         ("action", "bz"),
     ]
-    assert CODEC.decode(trajectory.tokens) == "b=bz<|im_end|>?c=x<|im_end|>?d=bz<|im_end|>"
+    assert RENDERER.decode(trajectory.tokens) == "b=bz<|im_end|>?c=x<|im_end|>?d=bz<|im_end|>"
     mask = "..AAA...AA...AAA"
     assert trajectory.action_mask == [letter == "A" for letter in mask]
     assert trajectory.segments[1].logprobs == (0.0, 0.0, 0.0)
@@ -109,7 +109,7 @@ def test_terminators_end_a_turn() -> None:
         # The environment ends with the cut action: then its word counts.
         (Limits(max_response=15), ["b=", "bcd", "?c=", "bcd", "?d=", "b"], 1.0, "answer"),
         (Limits(max_response=17), ["b=", "bcd", "?c=", "bcd", "?d=", "bcd"], 1.0, "answer"),
-        (Limits(max_turn=1), ["b=", "b", "?c=", "b", "?d=", "b"], 1.0, "answer"),
+        (Limits(max_turn_tokens=1), ["b=", "b", "?c=", "b", "?d=", "b"], 1.0, "answer"),
     ],
 )
 def test_budgets(limits: Limits, texts: list[str], reward: float, reason: str) -> None:
@@ -201,14 +201,14 @@ def test_the_order_of_completion_changes_nothing(
     wanted = list(itertools.product(range(episodes), range(samples)))
 
     def say(context: Sequence[int], params: SamplingParams) -> list[int]:
-        return [*CODEC.encode_text(script[(params.seed + len(context)) % len(script)]), END]
+        return [*RENDERER.encode_text(script[(params.seed + len(context)) % len(script)]), END]
 
     def run(envs: int, pick: random.Random | None) -> list[Trajectory]:
         late = (lambda: pick.randint(0, 3)) if pick else (lambda: 0)
         return collect(
-            ScriptedEngine(say, CODEC, delay=late),
+            ScriptedEngine(say, RENDERER, delay=late),
             Fake(envs, pick or random.Random(0)),
-            CODEC,
+            RENDERER,
             wanted,
             Limits(max_response=40, overlap=overlap and pick is not None),
             seed=3,
@@ -236,9 +236,9 @@ def test_waiting_for_all_makes_the_batches_independent_of_timing() -> None:
                 seen.append(tuple(sorted(self._turns)))
                 return super().step()
 
-        engine = Watched(lambda c, p: [*CODEC.encode_text("abc"), END], CODEC)
+        engine = Watched(lambda c, p: [*RENDERER.encode_text("abc"), END], RENDERER)
         fake = Fake(3, random.Random(pick))
-        collect(engine, fake, CODEC, [(i, 0) for i in range(5)], Limits())
+        collect(engine, fake, RENDERER, [(i, 0) for i in range(5)], Limits())
         return seen
 
     assert log(1) == log(2) == log(3)
@@ -273,10 +273,10 @@ def test_no_slot_is_empty_while_an_episode_waits(overlap: bool) -> None:
 
     waiting: set[int] = set()
     engine = Watched(
-        lambda c, p: [*CODEC.encode_text("abc"), END], CODEC, delay=lambda: pick.randint(0, 4)
+        lambda c, p: [*RENDERER.encode_text("abc"), END], RENDERER, delay=lambda: pick.randint(0, 4)
     )
     episodes = [(i, 0) for i in range(60)]
-    collect(engine, Counted(12, pick), CODEC, episodes, Limits(overlap=overlap))
+    collect(engine, Counted(12, pick), RENDERER, episodes, Limits(overlap=overlap))
     assert len(empty) > 10
     assert set(empty) == {0}
 
@@ -297,13 +297,13 @@ def test_thousands_of_episodes_in_flight_have_bounded_memory() -> None:
             return results
 
     pick = random.Random(0)
-    text = [*CODEC.encode_text("abcde"), END]
-    engine = ScriptedEngine(lambda c, p: text, CODEC, delay=lambda: pick.randint(0, 3))
+    text = [*RENDERER.encode_text("abcde"), END]
+    engine = ScriptedEngine(lambda c, p: text, RENDERER, delay=lambda: pick.randint(0, 3))
     environments = Measured(slots, pick)
     episodes = [(i, 0) for i in range(5000)]
     tracemalloc.start()
     try:
-        played = collect(engine, environments, CODEC, episodes, Limits(overlap=True))
+        played = collect(engine, environments, RENDERER, episodes, Limits(overlap=True))
         held, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -329,7 +329,7 @@ def test_slots_are_used_again_and_parity_holds(renderer: Renderer) -> None:
     def run(slots: int) -> list[Trajectory]:
         engine = TransformersEngine(tiny_qwen2(), renderer, slots)
         environments = make_environments(TOY, slots, {"turns": 3})
-        return collect(engine, environments, renderer, episodes, Limits(max_turn=6), seed=5)
+        return collect(engine, environments, renderer, episodes, Limits(max_turn_tokens=6), seed=5)
 
     for one, many in zip(run(1), run(5), strict=True):
         assert one.tokens == many.tokens
@@ -342,7 +342,12 @@ def test_results_are_told_as_they_end() -> None:
     ended: list[Trajectory] = []
     environments = make_environments(TOY, 2, {})
     trajectories = collect(
-        says("b"), environments, CODEC, [(0, 0), (1, 0), (5, 2)], Limits(), on_finish=ended.append
+        says("b"),
+        environments,
+        RENDERER,
+        [(0, 0), (1, 0), (5, 2)],
+        Limits(),
+        on_finish=ended.append,
     )
     assert ended == trajectories
     assert [t.reward for t in trajectories] == [0.0, 1.0, 1.0]  # episode 5 is task 1 again

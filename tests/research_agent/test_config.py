@@ -21,12 +21,12 @@ from research_agent.config import (
     as_json,
     complete,
     flatten,
-    parse_settings,
     require_same,
     validate,
 )
 from research_agent.errors import CheckpointError, ConfigError
 from research_agent.presets import DESCRIPTIONS, PRESETS
+from research_agent.settings import parse_settings
 
 
 def parse(words: list[str], preset: TrainConfig) -> TrainConfig:
@@ -76,16 +76,16 @@ def test_settings_shown_as_default_parse_to_themselves(settings: dict[str, Any])
 def test_flags_reach_every_concern_without_prefixes() -> None:
     words = (
         "--env mine:Env-v0 --env-args a=1 b=two --model m --chat-template --engine scripted "
-        "--samples 3 --algorithm my:Own --algorithm-args x=0.5 --updates 2 --steps 7 --seed 5 "
-        "--output out --time-limit 1.5 --eval-every 4"
+        "--group-size 3 --algorithm my:Own --algorithm-args x=0.5 --minibatches 2 --steps 7 "
+        "--seed 5 --output out --time-limit 1.5 --eval-every 4"
     )
     config = parse(words.split(), PRESETS["miniworld"])
     assert config.environment == EnvironmentConfig(env="mine:Env-v0", env_args={"a": 1, "b": "two"})
     assert (config.policy.model, config.policy.chat_template) == ("m", True)
-    assert (config.sampling.engine, config.sampling.samples) == ("scripted", 3)
+    assert (config.sampling.engine, config.sampling.group_size) == ("scripted", 3)
     assert config.algorithm.algorithm == "my:Own"
     assert config.algorithm.algorithm_args == {"x": 0.5}
-    assert config.learner.updates == 2
+    assert config.learner.minibatches == 2
     assert (config.run.steps, config.run.seed, config.run.time_limit) == (7, 5, 1.5)
     assert (config.run.output, config.run.eval_every) == (Path("out"), 4)
 
@@ -123,16 +123,19 @@ def test_another_environment_or_algorithm_drops_the_arguments_of_the_preset() ->
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("--prompts 0", "--prompts is 0"),
-        ("--samples 0", "--samples is 0"),
-        ("--max-turn 0", "--max-turn is 0"),
+        ("--prompts-per-step 0", "--prompts-per-step is 0"),
+        ("--group-size 0", "--group-size is 0"),
+        ("--max-turn-tokens 0", "--max-turn-tokens is 0"),
         ("--steps -1", "--steps is -1"),
         ("--keep 0", "--keep is 0"),
         ("--temperature 0", "--temperature is 0.0"),
         ("--temperature nan", "--temperature is nan"),
         ("--learning-rate nan", "--learning-rate is nan"),
-        ("--max-void-share 1.5", "--max-void-share is 1.5"),
-        ("--prompts 2 --updates 3", "--updates 3 is more than --prompts 2"),
+        ("--max-void-fraction 1.5", "--max-void-fraction is 1.5"),
+        (
+            "--prompts-per-step 2 --minibatches 3",
+            "--minibatches 3 is more than --prompts-per-step 2",
+        ),
         ("--time-limit 0", "--time-limit is 0.0"),
     ],
 )
@@ -152,10 +155,10 @@ def test_presets_are_valid_described_and_survive_the_command_line(name: str) -> 
 
 def test_research_has_the_settings_of_the_paper() -> None:
     config = PRESETS["research-7b"]
-    assert (config.sampling.prompts, config.sampling.samples) == (256, 5)
+    assert (config.sampling.prompts_per_step, config.sampling.group_size) == (256, 5)
     assert (config.sampling.max_prompt, config.sampling.max_response) == (512, 8192)
     assert config.sampling.temperature == 1.0
-    assert (config.learner.learning_rate, config.learner.updates) == (1e-6, 1)
+    assert (config.learner.learning_rate, config.learner.minibatches) == (1e-6, 1)
     assert config.algorithm.algorithm_args == {"clip": 0.2, "kl_coef": 1e-3, "entropy_coef": 1e-3}
     assert config.environment.env_args["top_k"] == 5
     assert "max_searches" not in config.environment.env_args
@@ -164,8 +167,8 @@ def test_research_has_the_settings_of_the_paper() -> None:
 
 def test_r1_searcher_has_the_settings_of_the_paper() -> None:
     config = PRESETS["r1-searcher-qwen"]
-    assert (config.sampling.prompts, config.sampling.samples) == (64, 16)
-    assert (config.learner.learning_rate, config.learner.updates) == (2e-6, 4)
+    assert (config.sampling.prompts_per_step, config.sampling.group_size) == (64, 16)
+    assert (config.learner.learning_rate, config.learner.minibatches) == (2e-6, 4)
     assert config.environment.env_args["top_k"] == 3
     assert config.environment.env_args["max_searches"] == 8
 

@@ -111,7 +111,11 @@ def configured(tmp_path: Path) -> Callable[..., TrainConfig]:
             environment=EnvironmentConfig(env="tests.research_agent.toy_env:CopyLetter-v0"),
             policy=PolicyConfig(model=str(tmp_path / "model"), device="cpu"),
             sampling=SamplingConfig(
-                prompts=4, samples=samples, max_prompt=8, max_response=8, max_turn=2
+                prompts_per_step=4,
+                group_size=samples,
+                max_prompt=8,
+                max_response=8,
+                max_turn_tokens=2,
             ),
             algorithm=AlgorithmConfig(algorithm="dapo", algorithm_args=args),
             learner=LearnerConfig(learning_rate=1e-3),
@@ -139,7 +143,11 @@ def test_groups_of_one_never_have_a_contrast(configured: Callable[..., TrainConf
     config = configured("run", 1, samples=1, max_rounds=3)
     train(config)
     (line,) = read_lines(config.run.output / METRICS)
-    assert (line["episodes"], line["learner/trajectories"], line["learner/updates"]) == (12, 0, 0)
+    assert (line["episodes"], line["learner/trajectories"], line["learner/optimizer_steps"]) == (
+        12,
+        0,
+        0,
+    )
 
 
 def test_a_stopped_run_goes_on_to_the_same_numbers(configured: Callable[..., TrainConfig]) -> None:

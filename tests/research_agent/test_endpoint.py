@@ -124,7 +124,7 @@ def connect(endpoint: Endpoint) -> Iterator[Callable[..., EndpointEngine]]:
 
 def ask(engine: Any, text: str = "Q?", slot: int = 0, **params: Any) -> Completion:
     """A first turn, or a later one, to its end."""
-    renderer = engine._codec
+    renderer = engine._renderer
     first = slot not in engine._held
     tokens = renderer.encode_prompt(text) if first else renderer.encode_text(text)
     engine.submit(slot, tokens, SamplingParams(**({"stop": ("</search>",)} | params)))
@@ -175,14 +175,14 @@ def test_turns_of_text(endpoint: Endpoint, connect: Callable[..., EndpointEngine
     engine = connect()
     first = ask(engine, "Who founded it?\n", temperature=0.5, max_tokens=90, seed=3)
     assert first.text == "I look. <search>Citibank</search>"
-    assert first.finish == "stop"
-    assert engine._codec.decode(first.tokens) == first.text
+    assert first.finish_reason == "stop"
+    assert engine._renderer.decode(first.tokens) == first.text
     assert len(first.logprobs) == len(first.tokens) > 5
     assert all(math.isnan(logprob) for logprob in first.logprobs)
     second = ask(engine, "\n<result>Osgood</result>\n", seed=3)
-    assert (second.text, second.finish) == ("1812.", "end")
+    assert (second.text, second.finish_reason) == ("1812.", "end")
     prompt = "Who founded it?\n"
-    begun = len(engine._codec.encode_text(prompt))
+    begun = len(engine._renderer.encode_text(prompt))
     assert endpoint.asked[0] == (
         "/v1/completions",
         {
@@ -240,7 +240,7 @@ def test_the_stop_string_is_put_back(
 ) -> None:
     endpoint.answers = [well(said, **more)]
     turn = ask(connect(), stop=tuple(stop), max_tokens=1)
-    assert (turn.text, turn.finish) == (text, ending)
+    assert (turn.text, turn.finish_reason) == (text, ending)
 
 
 def test_chat_goes_on_with_the_answer(
@@ -269,7 +269,7 @@ def test_chat_goes_on_from_a_begun_answer(
     endpoint.says = lambda _: well("x", chat=True, stop_reason=None)
     engine = connect(chat=True)
     messages = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "<think>"}]
-    engine.submit(0, engine._codec.encode_prompt("", messages), SamplingParams())
+    engine.submit(0, engine._renderer.encode_prompt("", messages), SamplingParams())
     finish(engine)
     ask(engine, "!")
     assert endpoint.asked[0][1]["messages"] == messages
@@ -325,7 +325,7 @@ def test_failures_that_may_pass(
 ) -> None:
     endpoint.answers = [FAULTS[fault], FAULTS[fault], well("well", stop_reason=None)]
     turn = ask(connect())
-    assert (turn.text, turn.finish) == ("well", "end")
+    assert (turn.text, turn.finish_reason) == ("well", "end")
     assert len(endpoint.asked) == 3
     assert endpoint.asked[0] == endpoint.asked[2]
 
@@ -431,11 +431,11 @@ def test_an_answer_fills_the_context(
     endpoint.says = lambda body: limited(body, 20)
     turn = ask(connect(), "one two three", max_tokens=1000)
     assert turn.text == " ha" * 17
-    assert turn.finish == "length"
+    assert turn.finish_reason == "length"
     engine = connect()
     ask(engine, "one two three", max_tokens=14)
     turn = ask(engine, " four five six", max_tokens=5)
-    assert (turn.text, turn.tokens, turn.finish) == ("", (), "length")
+    assert (turn.text, turn.tokens, turn.finish_reason) == ("", (), "length")
     with pytest.raises(ContextError, match=r"does not fit the model 'm'.*length is 20 tokens"):
         ask(engine, "so " * 30, slot=1)
 
@@ -456,7 +456,7 @@ def test_requests_at_a_time_are_bounded(
     endpoint.delay = 0.05
     engine = connect(concurrency=3)
     for slot in range(9):
-        engine.submit(slot, engine._codec.encode_text(f"q{slot}"), SamplingParams())
+        engine.submit(slot, engine._renderer.encode_text(f"q{slot}"), SamplingParams())
     with pytest.raises(ValueError, match="slot 0 has a turn under way"):
         engine.submit(0, [1], SamplingParams())
     assert engine.busy == 9
@@ -471,7 +471,7 @@ def test_episodes_through_an_endpoint(
     endpoint.says = lambda body: well(body["prompt"][-2], stop_reason=None)
     endpoint.answers = [failed(500), (200, b"", {})]
     engine = connect()
-    renderer: Any = engine._codec
+    renderer: Any = engine._renderer
     environments = make_environments(TOY, 3, {"turns": 3})
     episodes = [(episode, 0) for episode in range(4)]
     for overlap in (False, True):

@@ -31,10 +31,10 @@ Start = Callable[..., Engine]
 
 
 @pytest.fixture(params=["transformers", VLLM])
-def start(request: pytest.FixtureRequest, merging_codec: Renderer) -> Start:
+def start(request: pytest.FixtureRequest, merging_renderer: Renderer) -> Start:
     """Makes an engine of a model like ``wide_qwen2``; with vLLM it is the same one each time."""
     if request.param == "transformers":
-        return lambda model, slots=9: TransformersEngine(model, merging_codec, slots)
+        return lambda model, slots=9: TransformersEngine(model, merging_renderer, slots)
     engine: Engine = request.getfixturevalue("vllm_engine")
 
     def restart(model: Any, slots: int = 9) -> Engine:
@@ -220,11 +220,11 @@ LINKS = [
 
 
 @pytest.fixture(params=["transformers", "scripted", VLLM])
-def chained(request: pytest.FixtureRequest, merging_codec: Renderer) -> Engine:
+def chained(request: pytest.FixtureRequest, merging_renderer: Renderer) -> Engine:
     """An engine whose turns are the chains of LINKS."""
-    following = chain(merging_codec.tokenizer, LINKS)
+    following = chain(merging_renderer.tokenizer, LINKS)
     if request.param == "transformers":
-        return TransformersEngine(chain_model(following), merging_codec, 4)
+        return TransformersEngine(chain_model(following), merging_renderer, 4)
     if request.param == "vllm":
         engine: Engine = request.getfixturevalue("vllm_engine")
         for slot in range(4):
@@ -238,7 +238,7 @@ def chained(request: pytest.FixtureRequest, merging_codec: Renderer) -> Engine:
             turn.append(following[turn[-1]])
         return turn
 
-    return ScriptedEngine(script, merging_codec, 256)
+    return ScriptedEngine(script, merging_renderer, 256)
 
 
 @pytest.mark.parametrize(
@@ -260,78 +260,78 @@ def test_how_a_turn_ends(
     max_tokens: int,
     text: str,
     finish_reason: str,
-    merging_codec: Renderer,
+    merging_renderer: Renderer,
 ) -> None:
     engine = chained
     stop = ("</s>", "</t>")
     params = SamplingParams(temperature=0, max_tokens=max_tokens, stop=stop)
-    engine.submit(2, merging_codec.encode_text(prompt), params)
+    engine.submit(2, merging_renderer.encode_text(prompt), params)
     assert engine.busy == 1
     (turn,) = finish(engine)
     assert engine.busy == 0
-    assert (turn.slot, turn.text, turn.finish) == (2, text, finish_reason)
-    ends = turn.tokens[-1] in merging_codec.end_ids
+    assert (turn.slot, turn.text, turn.finish_reason) == (2, text, finish_reason)
+    ends = turn.tokens[-1] in merging_renderer.end_ids
     assert ends == (finish_reason == "end")
-    assert merging_codec.decode(turn.tokens[:-1] if ends else turn.tokens) == text
+    assert merging_renderer.decode(turn.tokens[:-1] if ends else turn.tokens) == text
     assert len(turn.logprobs) == len(turn.tokens)
 
 
-def test_a_turn_goes_on_from_the_last(chained: Engine, merging_codec: Renderer) -> None:
+def test_a_turn_goes_on_from_the_last(chained: Engine, merging_renderer: Renderer) -> None:
     engine = chained
     params = SamplingParams(temperature=0, max_tokens=2)
     said = []
-    engine.submit(0, merging_codec.encode_text("1"), params)
+    engine.submit(0, merging_renderer.encode_text("1"), params)
     for new in ("", "7", ""):  # an observation may be empty
         said += [turn.text for turn in finish(engine)]
-        engine.submit(0, merging_codec.encode_text(new), params)
+        engine.submit(0, merging_renderer.encode_text(new), params)
     said += [turn.text for turn in finish(engine)]
     assert said == ["23", "45", "89", "01"]
     engine.release(0)
-    engine.submit(0, merging_codec.encode_text("q"), params)
+    engine.submit(0, merging_renderer.encode_text("q"), params)
     assert [turn.text for turn in finish(engine)] == ["x</"]
 
 
-def test_the_context_ends_a_turn(chained: Engine, merging_codec: Renderer) -> None:
+def test_the_context_ends_a_turn(chained: Engine, merging_renderer: Renderer) -> None:
     engine = chained
     params = SamplingParams(temperature=0, max_tokens=50)
-    engine.submit(0, merging_codec.encode_text("x" * 252 + "1"), params)
+    engine.submit(0, merging_renderer.encode_text("x" * 252 + "1"), params)
     (turn,) = finish(engine)
-    assert (turn.text, turn.finish) == ("234", "length")
+    assert (turn.text, turn.finish_reason) == ("234", "length")
     with pytest.raises(ContextError):
-        engine.submit(0, merging_codec.encode_text("1"), params)
+        engine.submit(0, merging_renderer.encode_text("1"), params)
     with pytest.raises(ContextError):
-        engine.submit(1, merging_codec.encode_text("x" * 256), params)
+        engine.submit(1, merging_renderer.encode_text("x" * 256), params)
     with pytest.raises(ContextError):
         engine.submit(3, [], params)
 
 
-def test_a_busy_slot_is_refused_until_released(chained: Engine, merging_codec: Renderer) -> None:
+def test_a_busy_slot_is_refused_until_released(chained: Engine, merging_renderer: Renderer) -> None:
     engine = chained
     params = SamplingParams(temperature=0, max_tokens=3)
     for slot in range(3):
-        engine.submit(slot, merging_codec.encode_text("1"), params)
+        engine.submit(slot, merging_renderer.encode_text("1"), params)
     with pytest.raises(ValueError, match="slot 1"):
-        engine.submit(1, merging_codec.encode_text("1"), params)
+        engine.submit(1, merging_renderer.encode_text("1"), params)
     engine.release(1)
     assert engine.busy == 2
-    engine.submit(1, merging_codec.encode_text("q"), params)
+    engine.submit(1, merging_renderer.encode_text("q"), params)
     assert {t.slot: t.text for t in finish(engine)} == {0: "234", 1: "x</s", 2: "234"}
 
 
-def test_a_turn_that_is_cut_goes_on(chained: Engine, merging_codec: Renderer) -> None:
+def test_a_turn_that_is_cut_goes_on(chained: Engine, merging_renderer: Renderer) -> None:
     assert isinstance(chained, Interruptible)
-    prompt = merging_codec.encode_text("r")
+    prompt = merging_renderer.encode_text("r")
     params = SamplingParams(temperature=0, max_tokens=20, stop=("</t>",))
     chained.submit(3, prompt, params)
     for _ in range(0 if isinstance(chained, ScriptedEngine) else 2):
         assert chained.step() == []
     (cut,) = chained.interrupt()
-    assert (cut.slot, cut.finish, chained.busy) == (3, "interrupted", 0)
+    assert (cut.slot, cut.finish_reason, chained.busy) == (3, "interrupted", 0)
     assert isinstance(chained, ScriptedEngine) or cut.text == "</"
     begun = len(cut.tokens)
-    chained.submit(3, [*prompt, *cut.tokens], replace(params, begun=begun))
+    chained.submit(3, [*prompt, *cut.tokens], replace(params, resumed_tokens=begun))
     (turn,) = finish(chained)
-    assert (cut.text + turn.text, turn.finish) == ("</t>", "stop")  # it began before the cut
+    assert (cut.text + turn.text, turn.finish_reason) == ("</t>", "stop")  # it began before the cut
     assert len(turn.tokens) == len(turn.logprobs) == 4 - begun
 
 

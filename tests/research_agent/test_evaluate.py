@@ -24,23 +24,17 @@ from research_agent.engines.base import SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.environments import make_environments
 from research_agent.errors import ConfigError, ContextError, PredictionsError
-from research_agent.evaluation.evaluate import (
-    Summary,
-    evaluate,
-    outcome,
-    read_predictions,
-    summarize,
-)
-from research_agent.evaluation.predictions import as_record
-from research_agent.evaluation.summary import Outcome, Part
+from research_agent.evaluation.evaluate import evaluate
+from research_agent.evaluation.predictions import as_record, read_predictions
+from research_agent.evaluation.summary import Outcome, Part, Summary, outcome, summarize
 from research_agent.trajectory import Segment, Trajectory
 from tests.research_agent.conftest import byte_tokenizer, codec_of, letter_tokenizer, tiny_qwen2
 from tests.research_agent.quiz_env import Quiz
 
 TOY = "tests.research_agent.toy_env:CopyLetter-v0"
 QUIZ = "tests.research_agent.quiz_env:Quiz-v0"
-CODEC = codec_of(byte_tokenizer())
-END = CODEC.tokenizer.eos_token_id
+RENDERER = codec_of(byte_tokenizer())
+END = RENDERER.tokenizer.eos_token_id
 HEADER = {"model": {"name": "script", "fingerprint": "1"}, "versions": {"python": "3"}}
 
 Record = dict[str, Any]
@@ -58,16 +52,16 @@ def _one_thread() -> Iterator[None]:
 
 def always(text: str) -> Script:
     def say(context: Sequence[int], params: SamplingParams) -> list[int]:
-        return [*CODEC.encode_text(text), END]
+        return [*RENDERER.encode_text(text), END]
 
     return say
 
 
 def drawn(context: Sequence[int], params: SamplingParams) -> list[int]:
     """Look it up once, and then say a letter that depends on the trajectory's seed alone."""
-    if "!" not in CODEC.decode(context):
-        return [*CODEC.encode_text(f"?{chr(97 + params.seed % 26)}"), END]
-    return [*CODEC.encode_text("abcd"[params.seed % 4]), END]
+    if "!" not in RENDERER.decode(context):
+        return [*RENDERER.encode_text(f"?{chr(97 + params.seed % 26)}"), END]
+    return [*RENDERER.encode_text("abcd"[params.seed % 4]), END]
 
 
 def run(
@@ -81,8 +75,8 @@ def run(
 ) -> Summary:
     sampling = EvalConfig(env=env, model="", output=output, max_prompt=max_prompt)
     environments = make_environments(env, 3, env_args)
-    engine = ScriptedEngine(script, CODEC)
-    return evaluate(engine, environments, CODEC, sampling, output, show=False, **settings)
+    engine = ScriptedEngine(script, RENDERER)
+    return evaluate(engine, environments, RENDERER, sampling, output, show=False, **settings)
 
 
 def quiz(output: Path, script: Script = drawn, **settings: Any) -> Summary:
@@ -149,12 +143,12 @@ def test_an_observation_says_what_came_with_it_and_is_not_said_elsewhere(tmp_pat
 
 def test_an_episode_that_the_budget_cuts_keeps_its_question_and_strata(tmp_path: Path) -> None:
     def look_up(context: Sequence[int], params: SamplingParams) -> list[int]:
-        return [*CODEC.encode_text("?"), END]
+        return [*RENDERER.encode_text("?"), END]
 
     environments = make_environments(QUIZ, 2)
     sampling = EvalConfig(env=QUIZ, model="", output=tmp_path, max_response=12)
-    engine = ScriptedEngine(look_up, CODEC)
-    summary = evaluate(engine, environments, CODEC, sampling, tmp_path, limit=2, show=False)
+    engine = ScriptedEngine(look_up, RENDERER)
+    summary = evaluate(engine, environments, RENDERER, sampling, tmp_path, limit=2, show=False)
     _, records = read_predictions(tmp_path)
     assert {r["stop_reason"] for r in records} == {"length"}
     # All observations say the same, and so does the last info, which came with one unseen.
@@ -206,9 +200,9 @@ def test_an_environment_without_end_needs_a_limit(tmp_path: Path) -> None:
     environments = make_environments(TOY, 1)
     environments.num_tasks = None
     config = EvalConfig(env=TOY, model="", output=tmp_path)
-    engine = ScriptedEngine(always("c"), CODEC)
+    engine = ScriptedEngine(always("c"), RENDERER)
     with pytest.raises(ConfigError, match="no last task"):
-        evaluate(engine, environments, CODEC, config, tmp_path, show=False)
+        evaluate(engine, environments, RENDERER, config, tmp_path, show=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -216,15 +210,15 @@ def test_an_environment_without_end_needs_a_limit(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_played_and_the_rest_stays(tmp_path: Path) -> None:
-    whole = quiz(tmp_path / "whole", samples=2)
-    quiz(tmp_path / "parts", samples=2)
+    whole = quiz(tmp_path / "whole", samples_per_task=2)
+    quiz(tmp_path / "parts", samples_per_task=2)
     path = tmp_path / "parts" / "predictions.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     assert len(lines) == 1 + 12
     kept = lines[:8]
     path.write_bytes(b"".join(kept) + lines[8][:40])  # killed in the middle of writing
     (tmp_path / "parts" / "summary.json").unlink()
-    assert quiz(tmp_path / "parts", samples=2) == whole
+    assert quiz(tmp_path / "parts", samples_per_task=2) == whole
     assert path.read_bytes().splitlines(keepends=True)[:8] == kept
     assert in_order(tmp_path / "parts") == in_order(tmp_path / "whole")
 
@@ -250,14 +244,16 @@ def test_a_finished_evaluation_plays_nothing_again(tmp_path: Path) -> None:
 
 def test_more_tasks_and_samples_are_added_and_fewer_refused(tmp_path: Path) -> None:
     quiz(tmp_path / "grown", limit=2)
-    quiz(tmp_path / "grown", limit=4, samples=2)
-    quiz(tmp_path / "whole", limit=4, samples=2)
+    quiz(tmp_path / "grown", limit=4, samples_per_task=2)
+    quiz(tmp_path / "whole", limit=4, samples_per_task=2)
     assert in_order(tmp_path / "grown") == in_order(tmp_path / "whole")
     before = (tmp_path / "grown" / "predictions.jsonl").read_bytes()
-    with pytest.raises(PredictionsError, match=r"sample . of episode ., which .* --samples"):
+    with pytest.raises(
+        PredictionsError, match=r"sample . of episode ., which .* --samples-per-task"
+    ):
         quiz(tmp_path / "grown", limit=4)
     with pytest.raises(PredictionsError, match=r"episode 3, which this evaluation would not play"):
-        quiz(tmp_path / "grown", limit=3, samples=2)
+        quiz(tmp_path / "grown", limit=3, samples_per_task=2)
     assert (tmp_path / "grown" / "predictions.jsonl").read_bytes() == before
     assert not (tmp_path / "grown" / "predictions.tmp").exists()
 
@@ -517,7 +513,8 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(model: Path, output: Path, fuse: Path, *more: str) -> list[str]:
     flags = f"eval --env {QUIZ} --env-args count=8 fuse={fuse} --model {model} --output {output}"
-    flags += " --samples 2 --temperature 1 --slots 2 --max-turn 3 --max-response 20 --device cpu"
+    flags += " --samples-per-task 2 --temperature 1 --max-in-flight 2 --max-turn-tokens 3"
+    flags += " --max-response 20 --device cpu"
     return [*flags.split(), "--quiet", *more]
 
 
@@ -614,7 +611,7 @@ def test_an_endpoint_that_fails_loses_nothing(
     endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = f"eval --env {QUIZ} --env-args count=8 --endpoint {endpoint.url} --model parrot"
-    command += f" --output {tmp_path} --slots 1 --quiet --json"
+    command += f" --output {tmp_path} --max-in-flight 1 --quiet --json"
     with pytest.raises(SystemExit) as caught:
         main(command.split())
     assert caught.value.code == 2
@@ -645,7 +642,7 @@ def test_stopped_by_hand_it_says_how_to_go_on(
     monkeypatch.setattr(Quiz, "step", stop)
     command = f"eval --env {QUIZ} --endpoint {endpoint.url} --model parrot --output {tmp_path}"
     with pytest.raises(SystemExit) as caught:
-        main([*command.split(), "--slots", "1", "--quiet"])
+        main([*command.split(), "--max-in-flight", "1", "--quiet"])
     assert caught.value.code == 130
     assert "the same command goes on where this one was" in capsys.readouterr().err
     assert [record["episode"] for record in in_order(tmp_path)] == [0, 1]
@@ -664,7 +661,7 @@ def test_questions_of_ones_own(
     ]
     asked[1]["hops"] = 2
     corpus.write_text(json.dumps({"id": "p", "title": "Ann", "text": "Ann did it."}) + "\n")
-    command = "eval --env research_env:SearchQA-v0 --slots 2 --quiet --json --model parrot"
+    command = "eval --env research_env:SearchQA-v0 --max-in-flight 2 --quiet --json --model parrot"
     command += f" --endpoint {endpoint.url} --output {tmp_path / 'run'}"
     command += f" --env-args template=question questions={questions} corpus={corpus}"
 

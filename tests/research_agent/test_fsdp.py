@@ -17,7 +17,7 @@ from tests.research_agent.torchrun import in_two_processes
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [{"layout": "packed"}, {"layout": "rows", "checkpointing": True, "updates": 2}],
+    [{"packing": "on"}, {"packing": "off", "gradient_checkpointing": True, "minibatches": 2}],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_two_processes_come_to_the_weights_of_one(tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -43,6 +43,6 @@ def test_passes_are_dealt_out_evenly_and_each_counts_once(
     dealt = []
     for rank in range(size):
         monkeypatch.setattr(distributed, "rank_and_size", lambda rank=rank: (rank, size))
-        dealt.append(list(distributed.share(range(count))))
+        dealt.append(list(distributed.shard_batches(range(count))))
     assert len({len(passes) for passes in dealt}) == 1
     assert sorted(i for passes in dealt for i, counts in passes if counts) == list(range(count))

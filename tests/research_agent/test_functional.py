@@ -72,10 +72,10 @@ def test_clipped_surrogate_literal() -> None:
 def test_sequence_ratio_literal() -> None:
     """Two trajectories, of ratios 2, 0.5, 2 and of 4: geometric means 2 ** (1 / 3) and 4."""
     now = torch.tensor([2.0, 0.5, 2.0, 4.0], dtype=DOUBLE).log()
-    old, sequence = torch.zeros(4, dtype=DOUBLE), torch.tensor([0, 0, 0, 1])
-    mean = sequence_ratio(now, old, sequence, mean=True)
+    old, seq_ids = torch.zeros(4, dtype=DOUBLE), torch.tensor([0, 0, 0, 1])
+    mean = sequence_ratio(now, old, seq_ids, mean=True)
     assert mean.tolist() == pytest.approx([2 ** (1 / 3)] * 3 + [4])
-    whole = sequence_ratio(now, old, sequence, mean=False)
+    whole = sequence_ratio(now, old, seq_ids, mean=False)
     assert whole.tolist() == pytest.approx([2, 2, 2, 4])
 
 
@@ -135,11 +135,11 @@ def test_discounted_sum_and_gae_literal() -> None:
     GAE with values 0.1, 0.2, 0.4 and lambda 0.5: deltas 0.5 x 0.2 - 0.1 = 0, 0.5 x 0.4 - 0.2 = 0
     and 1 - 0.4 = 0.6; advantages 0.0375, 0.15, 0.6. The second: 2 - 0.3.
     """
-    sequence = torch.tensor([0, 0, 0, 1])
+    seq_ids = torch.tensor([0, 0, 0, 1])
     rewards = torch.tensor([0, 0, 1, 2], dtype=DOUBLE)
     values = torch.tensor([0.1, 0.2, 0.4, 0.3], dtype=DOUBLE)
-    assert discounted_sum(rewards, sequence, 0.5).tolist() == [0.25, 0.5, 1, 2]
-    advantages = gae(rewards, values, sequence, 0.5, 0.5)
+    assert discounted_sum(rewards, seq_ids, 0.5).tolist() == [0.25, 0.5, 1, 2]
+    advantages = gae(rewards, values, seq_ids, 0.5, 0.5)
     assert advantages.tolist() == pytest.approx([0.0375, 0.15, 0.6, 1.7])
 
 
@@ -165,8 +165,8 @@ def test_gae_is_the_definitions_sum(
     generator = torch.Generator().manual_seed(seed)
     count = sum(lengths)
     rewards, values = torch.randn((2, count), generator=generator, dtype=DOUBLE)
-    sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    got = gae(rewards, values, sequence, gamma, lam).tolist()
+    seq_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    got = gae(rewards, values, seq_ids, gamma, lam).tolist()
     at, expected = 0, []
     for length in lengths:
         r, v = rewards[at : at + length].tolist(), [*values[at : at + length].tolist(), 0.0]
@@ -181,8 +181,8 @@ def test_gae_is_the_definitions_sum(
 
 def test_weights_sum_to_one() -> None:
     batch = make_batch(random_groups(1))
-    assert token_mean(batch.lengths, batch.sequence).sum().item() == pytest.approx(1)
-    constant = constant_mean(batch.lengths, batch.sequence, 10)
+    assert token_mean(batch.lengths, batch.seq_ids).sum().item() == pytest.approx(1)
+    constant = constant_mean(batch.lengths, batch.seq_ids, 10)
     assert constant.sum().item() == pytest.approx(len(batch.targets) / (10 * len(batch)))
 
 

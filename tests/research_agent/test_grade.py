@@ -72,8 +72,10 @@ def test_right_episodes_become_demonstrations() -> None:
 def test_from_an_evaluation_to_grades_and_to_a_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = "eval --env research_env:ReSearch-MiniWorld-v0 --split dev --limit 6 --samples 4"
-    words += " --env-args template=question top_k=1 --temperature 1 --max-turn 64 --quiet"
+    words = (
+        "eval --env research_env:ReSearch-MiniWorld-v0 --split dev --limit 6 --samples-per-task 4"
+    )
+    words += " --env-args template=question top_k=1 --temperature 1 --max-turn-tokens 64 --quiet"
     main([*words.split(), "--model", "miniworld-starter", "--output", str(tmp_path / "eval")])
     capsys.readouterr()
 

@@ -36,7 +36,7 @@ def _tokens(batch: Batch, logprobs: Tensor, reference: Tensor | None, entropy: T
         reference_logprobs=reference,
         entropy=entropy,
         advantages=GRPO().advantages(batch),
-        sequence=batch.sequence,
+        seq_ids=batch.seq_ids,
     )
 
 
@@ -73,7 +73,7 @@ def test_literal() -> None:
     assert logprobs.grad.tolist() == pytest.approx([-0.0005, 0, 0.26528967], abs=2e-7)
     assert entropy.grad is not None
     assert entropy.grad.tolist() == pytest.approx([-0.0005, -0.00025, -0.00025])
-    assert logged["clip_share"].tolist() == [True, True, False]
+    assert logged["clip_fraction"].tolist() == [True, True, False]
     assert logged["kl"].tolist() == pytest.approx([0.30685282, 0, 0.19314718], abs=1e-7)
 
 
@@ -158,8 +158,8 @@ def test_groups_are_told_apart_by_place_not_by_episode_number() -> None:
 
 def test_weights_of_trajectories_of_any_length_sum_to_one_each() -> None:
     batch = make_batch(random_groups(3))
-    weights = sequence_mean(batch.lengths, batch.sequence)
-    sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, batch.sequence, weights)
+    weights = sequence_mean(batch.lengths, batch.seq_ids)
+    sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, batch.seq_ids, weights)
     assert sums.tolist() == pytest.approx([1 / len(batch)] * len(batch))
 
 

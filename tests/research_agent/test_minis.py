@@ -15,7 +15,7 @@ MINIS = [name for name in PRESETS if name.endswith("-mini")]
 
 @pytest.mark.parametrize("name", MINIS)
 def test_a_recipe_in_miniature_makes_steps(name: str, tmp_path: Path) -> None:
-    words = f"train {name} --steps 2 --prompts 10 --samples 2 --eval-every None --quiet"
+    words = f"train {name} --steps 2 --prompts-per-step 10 --group-size 2 --eval-every None --quiet"
     stages = PRESETS[name].environment.stages
     if stages:  # as short as the test
         words += " --max-response 128"
@@ -26,4 +26,4 @@ def test_a_recipe_in_miniature_makes_steps(name: str, tmp_path: Path) -> None:
     assert [record.get("stage") for record in records] == ([1, 2] if stages else [None, None])
     components = {key for key in records[0] if key.startswith("env/reward/")}
     assert components == ({"env/reward/retrieved", "env/reward/format"} if stages else set())
-    assert records[0]["learner/updates"] == PRESETS[name].learner.updates
+    assert records[0]["learner/optimizer_steps"] == PRESETS[name].learner.minibatches

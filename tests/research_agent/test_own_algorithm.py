@@ -26,7 +26,7 @@ def _train(folder: Path, *words: str) -> list[dict[str, float]]:
     output = folder / "run"
     main(
         [
-            *("train", "miniworld", "--steps", "2", "--prompts", "3", "--samples", "4"),
+            *("train", "miniworld", "--steps", "2", "--prompts-per-step", "3", "--group-size", "4"),
             *("--eval-limit", "4", "--quiet", "--output", str(output), *words),
         ]
     )
@@ -63,7 +63,7 @@ def test_an_algorithm_of_at_most_thirty_lines(
 def test_what_it_logs_is_logged(folder: Path) -> None:
     (folder / "my_clipped.py").write_text(_shown("docs/algorithms.md", "my_clipped.py"))
     lines = _train(folder, "--algorithm", "my_clipped:Clipped")
-    assert all(0 <= line["learner/clip_share"] <= 1 for line in lines)
+    assert all(0 <= line["learner/clip_fraction"] <= 1 for line in lines)
 
 
 def test_a_reward_of_ones_own(folder: Path) -> None:

@@ -19,9 +19,10 @@ from research_agent.algorithms.grpo import GRPO
 from research_agent.batch import make_batch, micro_batches
 from research_agent.errors import ConfigError, ModelError
 from research_agent.learner import Learner
-from research_agent.models.policy import Scorer, prepare, token_logprobs
+from research_agent.models.policy import TokenLogprobs, prepare, token_logprobs
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
+from tests.research_agent.learners import make_learner
 from tests.research_agent.rollouts import (
     action,
     observation,
@@ -36,7 +37,7 @@ V = 50
 
 def _gradient(model: Any, groups: list[Group], **settings: Any) -> dict[str, Tensor]:
     """AdamW's first moment at beta 0: the gradient."""
-    learner = Learner(
+    learner = make_learner(
         copy.deepcopy(model),
         GRPO(kl_coef=0.0, entropy_coef=0.01),
         learning_rate=0.0,
@@ -66,14 +67,14 @@ def test_literal() -> None:
     # Longest first; the last action token, and what follows it, is not read. The shortest (1 token)
     # goes where there is room: behind the longest (6 tokens).
     assert first.tokens.tolist() == [[10, 11, 20, 21, 30, 31, 13]]
-    assert first.positions is not None and first.bounds is not None
-    assert first.positions.tolist() == [[0, 1, 2, 3, 4, 5, 0]]
-    assert first.bounds.tolist() == [0, 6, 7]
-    assert first.longest == 6
-    assert first.predictors.tolist() == [1, 2, 5, 6]
+    assert first.position_ids is not None and first.cu_seqlens is not None
+    assert first.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 0]]
+    assert first.cu_seqlens.tolist() == [0, 6, 7]
+    assert first.max_seqlen == 6
+    assert first.logit_index.tolist() == [1, 2, 5, 6]
     assert first.part.targets.tolist() == [20, 21, 22, 25]
     assert second.tokens.tolist() == [[12, 23]]
-    assert second.predictors.tolist() == [0, 1]
+    assert second.logit_index.tolist() == [0, 1]
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,18 +84,22 @@ def test_every_action_token_is_predicted_once_and_nothing_is_padding(
 ) -> None:
     batch = make_batch(random_groups(seed))
     micros = list(micro_batches(batch, budget, packed=True))
-    assert sorted(torch.cat([m.picked for m in micros]).tolist()) == list(range(len(batch.targets)))
+    assert sorted(torch.cat([m.token_index for m in micros]).tolist()) == list(
+        range(len(batch.targets))
+    )
     for micro in micros:
-        assert micro.bounds is not None and micro.positions is not None
-        bounds = micro.bounds.tolist()
+        assert micro.cu_seqlens is not None and micro.position_ids is not None
+        bounds = micro.cu_seqlens.tolist()
         width = micro.tokens.shape[1]
         assert width <= budget or len(bounds) == 2
         assert bounds[-1] == width  # nothing else is in the row
-        assert micro.longest == max(b - a for a, b in pairwise(bounds))
-        for place, picked in zip(micro.predictors.tolist(), micro.picked.tolist(), strict=True):
-            number = int(batch.sequence[picked])
-            before = int(micro.positions[0, place])  # tokens before it in its trajectory
-            assert before == int(batch.places[picked]) - 1
+        assert micro.max_seqlen == max(b - a for a, b in pairwise(bounds))
+        for place, picked in zip(
+            micro.logit_index.tolist(), micro.token_index.tolist(), strict=True
+        ):
+            number = int(batch.seq_ids[picked])
+            before = int(micro.position_ids[0, place])  # tokens before it in its trajectory
+            assert before == int(batch.positions[picked]) - 1
             seen = micro.tokens[0, place - before : place + 1]
             assert seen.tolist() == batch.tokens[number][: before + 1].tolist()
             assert place - before in bounds
@@ -107,8 +112,8 @@ def test_the_gradient_is_that_of_one_trajectory_at_a_time(
     make: Any, seed: int, budget: int
 ) -> None:
     model, groups = make(V).double(), random_groups(seed)
-    alone = _gradient(model, groups, layout="rows", micro_batch_tokens=1)
-    packed = _gradient(model, groups, layout="packed", micro_batch_tokens=budget)
+    alone = _gradient(model, groups, packing="off", micro_batch_tokens=1)
+    packed = _gradient(model, groups, packing="on", micro_batch_tokens=budget)
     assert _distance(packed, alone) < 1e-9
 
 
@@ -128,7 +133,7 @@ def test_nothing_leaks_from_one_trajectory_to_another() -> None:
         for companion in (before, after):
             batch = make_batch([Group(0, [companion, kept])])
             (micro,) = micro_batches(batch, 1000, packed=True)
-            of_kept = batch.sequence[micro.picked] == 1
+            of_kept = batch.seq_ids[micro.token_index] == 1
             both.append(token_logprobs(model, micro)[0][of_kept])
         assert torch.equal(both[0], both[1])
 
@@ -138,7 +143,7 @@ def test_a_model_whose_attention_cannot_be_replaced_is_refused() -> None:
         def set_attn_implementation(self, name: str) -> None:
             raise ValueError(f"{name} is not supported")
 
-    with pytest.raises(ModelError, match="use layout 'rows'"):
+    with pytest.raises(ModelError, match="use --packing off"):
         prepare(Fixed(), packed=True)
 
 
@@ -157,26 +162,26 @@ def test_a_sliding_window_is_refused_and_not_ignored() -> None:
         max_window_layers=0,
     )
     with pytest.raises(ModelError, match="a sliding window"):
-        _gradient(Qwen2ForCausalLM(config), random_groups(0), layout="packed")
+        _gradient(Qwen2ForCausalLM(config), random_groups(0), packing="on")
 
 
 # ---------------------------------------------------------------------------------------------
 # Number formats, memory
 
 
-@pytest.mark.parametrize("layout", ["rows", "packed"])
-def test_bfloat16_products_leave_weights_and_softmax_in_float32(layout: str) -> None:
+@pytest.mark.parametrize("packing", ["off", "on"])
+def test_bfloat16_products_leave_weights_and_softmax_in_float32(packing: str) -> None:
     model, groups = tiny_qwen2(V), random_groups(1)
     with torch.no_grad():  # a gentler model than the others': bf16 is exact to 1/256
         for parameter in model.parameters():
             parameter.mul_(0.3)
-    exact = _gradient(model, groups, layout="rows")
-    half = _gradient(model, groups, layout=layout, precision="bfloat16", micro_batch_tokens=60)
+    exact = _gradient(model, groups, packing="off")
+    half = _gradient(model, groups, packing=packing, precision="bfloat16", micro_batch_tokens=60)
     assert 1e-5 < _distance(half, exact) < 0.05
     assert {value.dtype for value in half.values()} == {torch.float32}
-    prepare(model, packed=layout == "packed")
-    micro = next(micro_batches(make_batch(groups), 100, packed=layout == "packed"))
-    logprobs, entropy = Scorer(model, precision="bfloat16")(micro)
+    prepare(model, packed=packing == "on")
+    micro = next(micro_batches(make_batch(groups), 100, packed=packing == "on"))
+    logprobs, entropy = TokenLogprobs(model, precision="bfloat16")(micro)
     assert logprobs.dtype == entropy.dtype == torch.float32
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -210,17 +215,20 @@ def test_the_logits_of_a_large_vocabulary_are_never_whole() -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_qwen2, tiny_gpt2])
-@pytest.mark.parametrize("layout", ["rows", "packed"])
-def test_checkpointing_keeps_less_and_changes_nothing(make: Any, layout: str) -> None:
+@pytest.mark.parametrize("packing", ["off", "on"])
+def test_checkpointing_keeps_less_and_changes_nothing(make: Any, packing: str) -> None:
     model, groups = make(V).double(), random_groups(4)
-    plain = _gradient(model, groups, layout=layout)
-    assert _distance(_gradient(model, groups, layout=layout, checkpointing=True), plain) < 1e-12
+    plain = _gradient(model, groups, packing=packing)
+    assert (
+        _distance(_gradient(model, groups, packing=packing, gradient_checkpointing=True), plain)
+        < 1e-12
+    )
 
     kept = []
-    (micro,) = micro_batches(make_batch(groups), 10**6, packed=layout == "packed")
-    for checkpointing in (False, True):
+    (micro,) = micro_batches(make_batch(groups), 10**6, packed=packing == "on")
+    for gradient_checkpointing in (False, True):
         twin = copy.deepcopy(model)
-        prepare(twin, packed=layout == "packed", checkpointing=checkpointing)
+        prepare(twin, packed=packing == "on", gradient_checkpointing=gradient_checkpointing)
         saved: list[int] = []
 
         def keep(value: Tensor, saved: list[int] = saved) -> Tensor:
@@ -243,12 +251,12 @@ def test_compiling_captures_each_layer_and_changes_nothing(monkeypatch: pytest.M
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=as_it_is))
     model, groups = tiny_qwen2(V).double(), random_groups(5)
-    plain = _gradient(model, groups, layout="rows")
+    plain = _gradient(model, groups, packing="off")
     from research_agent.models import policy
 
     policy._compiled_score.cache_clear()
     try:
-        got = _gradient(model, groups, layout="rows", compile=True, micro_batch_tokens=60)
+        got = _gradient(model, groups, packing="off", compile=True, micro_batch_tokens=60)
     finally:
         policy._compiled_score.cache_clear()
         torch.compiler.reset()
@@ -259,14 +267,14 @@ def test_compiling_captures_each_layer_and_changes_nothing(monkeypatch: pytest.M
 @pytest.mark.slow
 def test_compiled_for_real_the_gradient_is_the_same() -> None:
     model, groups = tiny_qwen2(V), random_groups(5)
-    plain = _gradient(model, groups, layout="rows")
-    got = _gradient(model, groups, layout="rows", compile=True, micro_batch_tokens=60)
+    plain = _gradient(model, groups, packing="off")
+    got = _gradient(model, groups, packing="off", compile=True, micro_batch_tokens=60)
     torch.compiler.reset()
     assert _distance(got, plain) < 1e-4
 
 
 def test_what_names_no_layers_cannot_be_checkpointed_or_compiled() -> None:
-    for wanted in ("checkpointing", "compile"):
+    for wanted in ("gradient_checkpointing", "compile"):
         with pytest.raises(ModelError, match="names no layers"):
             prepare(torch.nn.Linear(2, 2), **{wanted: True})
 
@@ -276,7 +284,9 @@ def test_what_names_no_layers_cannot_be_checkpointed_or_compiled() -> None:
 
 
 def _after(steps: int, **settings: Any) -> tuple[Learner, dict[str, Tensor]]:
-    learner = Learner(tiny_qwen2(V, hidden=64), GRPO(kl_coef=0.0), learning_rate=1e-2, **settings)
+    learner = make_learner(
+        tiny_qwen2(V, hidden=64), GRPO(kl_coef=0.0), learning_rate=1e-2, **settings
+    )
     for seed in range(steps):
         learner.update(random_groups(seed))
     return learner, {name: weight.clone() for name, weight in learner.weights()}
@@ -353,8 +363,10 @@ def test_adapters_learn_and_the_weights_beside_them_stay() -> None:
 def test_with_adapters_off_the_policy_is_its_own_reference() -> None:
     pytest.importorskip("peft")
     rule, groups = GRPO(kl_coef=0.5), random_groups(2)
-    adapters = Learner(tiny_qwen2(V), rule, learning_rate=1e-2, lora_rank=2)
-    copied = Learner(tiny_qwen2(V), rule, reference=tiny_qwen2(V), learning_rate=1e-2, lora_rank=2)
+    adapters = make_learner(tiny_qwen2(V), rule, learning_rate=1e-2, lora_rank=2)
+    copied = make_learner(
+        tiny_qwen2(V), rule, reference=tiny_qwen2(V), learning_rate=1e-2, lora_rank=2
+    )
     with torch.no_grad():  # adapters begin at random
         for theirs, weight in zip(
             copied.model.parameters(), adapters.model.parameters(), strict=True

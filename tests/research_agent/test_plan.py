@@ -81,15 +81,15 @@ def test_what_does_not_fit_is_told_with_settings_that_would(name: str) -> None:
     found = plan(PRESETS[name], "8xH100")
     assert not found.fits
     assert found.cures
-    flags = {"--engine vllm": "vllm", "--slots 8": 8}
+    flags = {"--engine vllm": "vllm", "--max-in-flight 8": 8}
     for cure in found.cures:
         assert any(flag in cure for flag in flags) or "smaller model" in cure
 
 
 def test_a_cure_is_one() -> None:
     config = PRESETS["research-7b"]
-    assert "--slots 8" in plan(config, "8xH200").cures
-    few = replace(config, sampling=replace(config.sampling, slots=8))
+    assert "--max-in-flight 8" in plan(config, "8xH200").cures
+    few = replace(config, sampling=replace(config.sampling, max_in_flight=8))
     assert plan(few, "8xH200").fits
 
 

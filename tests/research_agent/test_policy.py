@@ -14,7 +14,7 @@ from research_agent.batch import make_batch, micro_batches
 from research_agent.errors import ModelError
 from research_agent.models import policy
 from research_agent.models.policy import (
-    Scorer,
+    TokenLogprobs,
     batch_logprobs,
     frozen_copy,
     load_model,
@@ -37,8 +37,8 @@ def test_equals_the_whole_models_logits(make: Callable[[int], Any], temperature:
         for at, row in enumerate(micro.part.tokens):  # alone, unpadded, every logit
             logits = model(input_ids=row[None]).logits[0] / temperature
             logprobs = logits.log_softmax(-1)
-            for place in micro.part.places[micro.part.sequence == at]:
-                here = (micro.part.sequence == at) & (micro.part.places == place)
+            for place in micro.part.positions[micro.part.seq_ids == at]:
+                here = (micro.part.seq_ids == at) & (micro.part.positions == place)
                 expected = logprobs[place - 1]
                 torch.testing.assert_close(got[here][0], expected[row[place]])
                 spread = torch.special.entr(expected.exp()).sum()
@@ -79,7 +79,7 @@ def test_low_precision_models_give_float32_logprobs() -> None:
     logprobs, entropy = token_logprobs(model, micro)
     assert logprobs.dtype == entropy.dtype == torch.float32
     states = model.base_model(input_ids=micro.tokens).last_hidden_state.flatten(0, 1)
-    logits = model.get_output_embeddings()(states[micro.predictors]).float()
+    logits = model.get_output_embeddings()(states[micro.logit_index]).float()
     expected = logits.log_softmax(-1).gather(1, micro.part.targets[:, None])[:, 0]
     torch.testing.assert_close(logprobs, expected)
 
@@ -93,7 +93,7 @@ def test_batch_logprobs_are_in_the_order_of_the_batch() -> None:
             for i in range(len(batch))
         ]
     )
-    got = batch_logprobs(Scorer(model), batch, max_tokens=40)
+    got = batch_logprobs(TokenLogprobs(model), batch, max_tokens=40)
     assert not got.requires_grad
     torch.testing.assert_close(got, expected.detach())
 

@@ -17,10 +17,10 @@ from research_agent.algorithms.base import UsesCritic
 from research_agent.algorithms.ppo import PPO
 from research_agent.batch import Batch, make_batch
 from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
-from research_agent.learner import Learner
 from research_agent.models.critic import METRICS, Critic, value_errors
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import tiny_qwen2
+from tests.research_agent.learners import make_learner
 from tests.research_agent.objectives import (
     assert_micro_batches_change_nothing,
     assert_same,
@@ -156,7 +156,7 @@ def test_a_critic_begins_at_zero_and_is_that_of_each_actions_context() -> None:
         critic.head.weight.normal_(generator=generator)
     values = critic.values(batch)
     for t in range(len(batch.targets)):
-        row, place = batch.tokens[int(batch.sequence[t])], int(batch.places[t])
+        row, place = batch.tokens[int(batch.seq_ids[t])], int(batch.positions[t])
         states = model.base_model(input_ids=row[None, :place]).last_hidden_state
         assert values[t].item() == pytest.approx(critic.head(states[0, -1]).item(), abs=1e-4)
 
@@ -174,7 +174,7 @@ def test_neither_micro_batches_nor_packing_change_what_it_learns(budget: int, pa
         with torch.no_grad():
             critic.head.weight.fill_(0.05)
         values = critic.values(batch)
-        critic.step(replace(batch, values=values, returns=batch.rewards[batch.sequence]))
+        critic.step(replace(batch, values=values, returns=batch.rewards[batch.seq_ids]))
     for name, value in whole.state_dict()["weights"].items():
         torch.testing.assert_close(cut.state_dict()["weights"][name], value, rtol=1e-7, atol=1e-9)
 
@@ -192,7 +192,7 @@ def test_a_critic_learns_what_follows_from_a_prompt() -> None:
     ]
     batch = make_batch(groups)
     critic = _critic(tiny_qwen2(50), value_clip=10.0)
-    returns = batch.rewards[batch.sequence]
+    returns = batch.rewards[batch.seq_ids]
     for _ in range(60):
         values = critic.values(batch)
         metrics = critic.step(replace(batch, values=values, returns=returns))
@@ -210,7 +210,7 @@ def test_what_is_not_finite_stops_before_anything_changes() -> None:
             replace(
                 batch,
                 values=critic.values(batch),
-                returns=batch.rewards[batch.sequence] * math.inf,
+                returns=batch.rewards[batch.seq_ids] * math.inf,
             )
         )
     torch.testing.assert_close(critic.state_dict(), before, rtol=0, atol=0)
@@ -227,21 +227,21 @@ def test_the_state_of_another_critic_is_refused() -> None:
 
 def test_the_learner_teaches_the_critic_and_resumes_it_to_the_same_bits() -> None:
     assert isinstance(PLAIN, UsesCritic) and not isinstance(algorithm("grpo"), UsesCritic)
-    options: dict[str, Any] = {"learning_rate": 1e-3, "updates": 2}
+    options: dict[str, Any] = {"learning_rate": 1e-3, "minibatches": 2}
     rollouts = [random_groups(seed) for seed in range(4)]
     model = tiny_qwen2(50)
-    learner = Learner(model, PLAIN, **options)
+    learner = make_learner(model, PLAIN, **options)
     reports = [learner.update(groups) for groups in rollouts]
     assert METRICS.keys() <= reports[0].keys()
     assert reports[0]["value"] == 0 and reports[-1]["value"] != 0
 
     first = tiny_qwen2(50)
-    begun = Learner(first, PLAIN, **options)
+    begun = make_learner(first, PLAIN, **options)
     for groups in rollouts[:2]:
         begun.update(groups)
     second = tiny_qwen2(50)
     second.load_state_dict(first.state_dict())
-    resumed = Learner(second, PLAIN, **options)
+    resumed = make_learner(second, PLAIN, **options)
     resumed.load_state_dict(copy.deepcopy(begun.state_dict()))
     assert [resumed.update(groups) for groups in rollouts[2:]] == reports[2:]
     for name, value in second.state_dict().items():
@@ -251,7 +251,7 @@ def test_the_learner_teaches_the_critic_and_resumes_it_to_the_same_bits() -> Non
 def test_the_critic_does_not_share_the_policys_weights() -> None:
     model = tiny_qwen2(50)
     before = copy.deepcopy(model.state_dict())
-    learner = Learner(model, PLAIN, learning_rate=0.0, weight_decay=0.0)
+    learner = make_learner(model, PLAIN, learning_rate=0.0, weight_decay=0.0)
     for seed in range(3):
         learner.update(random_groups(seed))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -57,9 +57,20 @@ def test_a_header_names_what_episodes_depend_on_and_nothing_else() -> None:
     assert first["environment"] == {"questions": "6"}
     assert {"code", "settings", "versions"} <= set(first)
     assert json.loads(json.dumps(first)) == first
-    free = {"output": Path("p"), "limit": 3, "samples": 4, "slots": 1, "max_prompt": 9}
+    free = {
+        "output": Path("p"),
+        "limit": 3,
+        "samples_per_task": 4,
+        "max_in_flight": 1,
+        "max_prompt": 9,
+    }
     assert of(**free, quiet=True, json=True, device="cpu", log_tokens=True, overlap=True) == first
-    for name, value in {"temperature": 1.0, "seed": 3, "max_turn": 7, "split": "dev"}.items():
+    for name, value in {
+        "temperature": 1.0,
+        "seed": 3,
+        "max_turn_tokens": 7,
+        "split": "dev",
+    }.items():
         changed = of(**{name: value})["settings"]
         assert isinstance(changed, dict)
         assert changed[name] == value

@@ -42,8 +42,8 @@ from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
 from tests.research_agent.fake_vllm import FakeVllm, script
 from tests.research_agent.test_collect import TOY, Limits
 
-CODEC = codec_of(byte_tokenizer(merges=True))
-END = CODEC.tokenizer.eos_token_id
+RENDERER = codec_of(byte_tokenizer(merges=True))
+END = RENDERER.tokenizer.eos_token_id
 MODEL = tiny_qwen2(hidden=128)  # with the heads of 32 that vLLM wants, and a tied one
 
 Make = Callable[..., FakeVllm]
@@ -75,7 +75,7 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     def start(*servers: FakeVllm, **settings: Any) -> ServerEngine:
         settings = {"patience": 0.3, "turn_timeout": 10.0} | settings
         urls = [server.url for server in servers]
-        engines.append(ServerEngine(MODEL, CODEC, urls, 200, **settings))
+        engines.append(ServerEngine(MODEL, RENDERER, urls, 200, **settings))
         return engines[-1]
 
     yield start
@@ -99,7 +99,7 @@ def until(true: Callable[[], object]) -> None:
 
 def submit(engine: Engine, slots: Sequence[int], text: str = "q{}", **params: Any) -> None:
     for slot in slots:
-        tokens = CODEC.encode_text(text.format(slot))
+        tokens = RENDERER.encode_text(text.format(slot))
         engine.submit(slot, tokens, SamplingParams(seed=slot, **{"max_tokens": 3} | params))
 
 
@@ -108,7 +108,7 @@ def test_a_turn_is_what_was_asked_for(make: Make, connect: Open) -> None:
     engine = connect(server)
     submit(engine, [4], "ab", temperature=0.5, stop=(";;",), max_tokens=5)
     (turn,) = finish(engine).values()
-    prompt = CODEC.encode_text("ab")
+    prompt = RENDERER.encode_text("ab")
     (tokens, params) = server.turns[0]
     assert tokens == prompt
     assert params == {
@@ -123,7 +123,7 @@ def test_a_turn_is_what_was_asked_for(make: Make, connect: Open) -> None:
         "stop_token_ids": [END],
     }
     said = script(prompt, params["seed"], 5)
-    assert turn == Completion(4, tuple(said), (-0.25,) * 5, CODEC.decode(said), "length", 0)
+    assert turn == Completion(4, tuple(said), (-0.25,) * 5, RENDERER.decode(said), "length", 0)
     engine.submit(4, [9], SamplingParams(seed=4))
     finish(engine)
     assert server.turns[1][0] == [*prompt, *said, 9]  # what the slot holds, token for token
@@ -158,14 +158,16 @@ def test_a_turn_ends_where_any_engine_ends_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = connect(make())
-    said = CODEC.tokenizer(text)["input_ids"]
+    said = RENDERER.tokenizer(text)["input_ids"]
     monkeypatch.setattr("tests.research_agent.fake_vllm.script", lambda *_: list(said))
-    prompt = [*CODEC.encode_text("q"), *CODEC.encode_text(begun)]
-    params = SamplingParams(max_tokens=len(said), stop=(";;",), begun=len(CODEC.encode_text(begun)))
+    prompt = [*RENDERER.encode_text("q"), *RENDERER.encode_text(begun)]
+    params = SamplingParams(
+        max_tokens=len(said), stop=(";;",), resumed_tokens=len(RENDERER.encode_text(begun))
+    )
     engine.submit(0, prompt, params)
     turn = finish(engine)[0]
-    assert CODEC.decode(turn.tokens) == kept
-    assert (turn.text, turn.finish) == (kept.removesuffix("<|im_end|>"), ending)
+    assert RENDERER.decode(turn.tokens) == kept
+    assert (turn.text, turn.finish_reason) == (kept.removesuffix("<|im_end|>"), ending)
     assert len(turn.logprobs) == len(turn.tokens)
 
 
@@ -200,7 +202,7 @@ def test_a_trajectory_leaves_a_server_that_is_much_busier(make: Make, connect: O
     at_home = [
         slot
         for slot in range(20)
-        if any(tokens == CODEC.encode_text(f"q{slot}") for tokens, _ in servers[0].turns)
+        if any(tokens == RENDERER.encode_text(f"q{slot}") for tokens, _ in servers[0].turns)
     ]
     assert len(at_home) == 10
     for server in servers:
@@ -278,7 +280,7 @@ def test_a_released_turn_is_forgotten(make: Make, connect: Open) -> None:
     server.gate.set()
     submit(engine, [0], "other")
     turns = finish(engine)
-    assert server.turns[-1][0] == CODEC.encode_text("other")
+    assert server.turns[-1][0] == RENDERER.encode_text("other")
     assert list(turns[0].tokens) == script(*_asked(server, 2), 3)
 
 
@@ -493,7 +495,7 @@ def test_servers_that_are_down_at_the_start(
 )
 def test_addresses_that_cannot_be_used(urls: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        make_engine(f"server:{','.join(urls)}", MODEL, CODEC, max_slots=1)
+        make_engine(f"server:{','.join(urls)}", MODEL, RENDERER, max_slots=1)
     assert "secret" not in str(caught.value)
 
 
@@ -512,20 +514,20 @@ def test_an_interruption_hands_over_what_there_is(make: Make, connect: Open) -> 
     submit(engine, range(3))
     until(lambda: server.now == 2)
     turns = engine.interrupt()
-    assert [turn.finish for turn in turns] == ["interrupted"] * 3
+    assert [turn.finish_reason for turn in turns] == ["interrupted"] * 3
     assert [len(turn.tokens) for turn in turns] == [2, 2, 0]  # the third was still waiting
     assert list(turns[0].tokens) == script(*_asked(server, 0), 2)
     assert not engine.busy
     server.gate.set()
     server.aborted.clear()
     submit(engine, [0])
-    assert finish(engine)[0].finish == "length"
-    assert server.turns[-1][0] == CODEC.encode_text("q0")  # the slot held nothing
+    assert finish(engine)[0].finish_reason == "length"
+    assert server.turns[-1][0] == RENDERER.encode_text("q0")  # the slot held nothing
 
 
 def test_a_forgotten_engine_leaves_nothing_behind(make: Make) -> None:
     server = make()
-    engine = ServerEngine(MODEL, CODEC, [server.url], 200)
+    engine = ServerEngine(MODEL, RENDERER, [server.url], 200)
     folder = Path(server.calls[1][1]["kwargs"]["weights_path"])
     assert folder.exists()
     submit(engine, [0])
@@ -540,7 +542,7 @@ def test_it_is_made_by_its_name(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
     servers = [make(), make()]
     monkeypatch.setenv("VLLM_API_KEY", "sesame\n")  # as a file of secrets ends
     name = f"server:{servers[0].url}/v1/, {servers[1].url}"
-    engine = make_engine(name, MODEL, CODEC, max_slots=4)
+    engine = make_engine(name, MODEL, RENDERER, max_slots=4)
     assert engine.max_context == 256  # the model's
     for server in servers:
         assert server.paths()[0] == "/v1/models"
@@ -554,7 +556,7 @@ def test_a_key_that_cannot_be_one_is_refused_and_not_shown(
 ) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "open\nsesame")
     with pytest.raises(ConfigError, match="VLLM_API_KEY holds characters") as caught:
-        make_engine(f"server:{make().url}", MODEL, CODEC, max_slots=1)
+        make_engine(f"server:{make().url}", MODEL, RENDERER, max_slots=1)
     assert "sesame" not in str(caught.value)
 
 
@@ -640,7 +642,7 @@ def servers(vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[li
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)
     model.save_pretrained(folder)
-    CODEC.tokenizer.save_pretrained(folder)
+    RENDERER.tokenizer.save_pretrained(folder)
     plugin = cuda_double.as_plugin(folder.parent / "plugin")
     both = [Vllm(folder, "nccl", plugin), Vllm(folder, "ipc", plugin)]
     for server in both:
@@ -667,8 +669,8 @@ def plays(engine: Engine, temperature: float = 0.0, **hooks: Any) -> list[Trajec
     """24 trajectories of three turns each, of which many end inside the token ``>.``."""
     environments = make_environments(TOY, 8, {"turns": 3, "end": ">"})
     episodes = [(episode, sample) for episode in range(4) for sample in range(6)]
-    limits = Limits(temperature=temperature, max_turn=24, max_prompt=100, max_response=200)
-    return collect(engine, environments, CODEC, episodes, limits, **hooks)
+    limits = Limits(temperature=temperature, max_turn_tokens=24, max_prompt=100, max_response=200)
+    return collect(engine, environments, RENDERER, episodes, limits, **hooks)
 
 
 def tokens(trajectories: list[Trajectory]) -> list[list[int]]:
@@ -711,11 +713,11 @@ def test_real_servers_take_weights_from_memory(
     parts = partial(nccl_engine.NCCLTrainerInitInfo, packed_buffer_size_bytes=2**18)  # of 1.5 MB
     monkeypatch.setattr(nccl_engine, "NCCLTrainerInitInfo", parts)
     model = changed(tiny_qwen2(hidden=128), 20)
-    local = TransformersEngine(model, CODEC, 8, 256)
+    local = TransformersEngine(model, RENDERER, 8, 256)
     engines: list[Engine] = []
     for server in servers:
         name = f"server+{server.transfer}:{server.url}"
-        engines.append(make_engine(name, model, CODEC, max_slots=8))
+        engines.append(make_engine(name, model, RENDERER, max_slots=8))
     for version in range(4):
         if version:
             changed(model, version)
@@ -746,9 +748,9 @@ def test_real_servers(  # noqa: PLR0915
     """One story, as each of its parts needs both servers: a minute to start."""
     caplog.set_level(logging.WARNING)
     model = tiny_qwen2(hidden=128)
-    local = TransformersEngine(model, CODEC, 8, 256)
+    local = TransformersEngine(model, RENDERER, 8, 256)
     urls = ",".join(server.url for server in servers)
-    engine = make_engine(f"server:{urls}", model, CODEC, max_slots=8)
+    engine = make_engine(f"server:{urls}", model, RENDERER, max_slots=8)
 
     # The servers have the model's weights, whatever they were started with.
     before = [server.finished() for server in servers]
@@ -812,13 +814,13 @@ def test_real_servers(  # noqa: PLR0915
 
     # Turns under way are handed over where they are.
     for slot in range(4):
-        engine.submit(slot, CODEC.encode_text("q"), SamplingParams(0.7, 150, seed=slot))
+        engine.submit(slot, RENDERER.encode_text("q"), SamplingParams(0.7, 150, seed=slot))
     time.sleep(0.1)
     assert isinstance(engine, Interruptible)
     parts = engine.interrupt()
     assert {part.slot for part in parts} == set(range(4))
     assert not engine.busy
-    assert {part.finish for part in parts} <= {"interrupted", "end", "length"}
+    assert {part.finish_reason for part in parts} <= {"interrupted", "end", "length"}
     assert max(len(part.tokens) for part in parts) > 0
 
     # All are killed.
@@ -827,4 +829,4 @@ def test_real_servers(  # noqa: PLR0915
     for server in servers:
         server.kill()
     with pytest.raises(EngineError, match="no vLLM server can be used"):
-        make_engine(f"server:{urls}", model, CODEC, max_slots=8)
+        make_engine(f"server:{urls}", model, RENDERER, max_slots=8)

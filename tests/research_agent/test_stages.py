@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from research_agent.curriculum import Position, Stage, parse_stages
+from research_agent.curriculum import CurriculumState, Stage, parse_stages
 from research_agent.errors import ConfigError
 
 
@@ -38,14 +38,14 @@ def test_a_stage_that_makes_no_sense_is_refused(texts: list[str], message: str) 
 
 def test_steps_or_reward_end_a_stage() -> None:
     stages = parse_stages(["steps=7 until=0.5", "until=1", "top_k=1"])
-    position = Position()
+    position = CurriculumState()
     # The mean of five steps reaches .5 with the fifth: 0 + .25 + .5 + .75 + 1 = 2.5.
-    moved = [position.moves_on(stages, reward) for reward in (0, 0.25, 0.5, 0.75, 1.0)]
+    moved = [position.advance(stages, reward) for reward in (0, 0.25, 0.5, 0.75, 1.0)]
     assert moved == [False, False, False, False, True]
-    assert position == Position(stage=1)
-    assert [position.moves_on(stages, 1.0) for _ in range(5)] == [False] * 4 + [True]
-    assert [position.moves_on(stages, 9.0) for _ in range(9)] == [False] * 9  # the last one
-    assert position == Position(stage=2, steps=9, rewards=[9.0] * 5)
+    assert position == CurriculumState(stage=1)
+    assert [position.advance(stages, 1.0) for _ in range(5)] == [False] * 4 + [True]
+    assert [position.advance(stages, 9.0) for _ in range(9)] == [False] * 9  # the last one
+    assert position == CurriculumState(stage=2, steps=9, rewards=[9.0] * 5)
 
-    position = Position()
-    assert [position.moves_on(stages, 0.0) for _ in range(7)] == [False] * 6 + [True]
+    position = CurriculumState()
+    assert [position.advance(stages, 0.0) for _ in range(7)] == [False] * 6 + [True]

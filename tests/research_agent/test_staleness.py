@@ -28,7 +28,7 @@ from research_agent.rollout import Episode, InFlight, Sampling, collect
 from research_agent.run_logger import read_lines
 from research_agent.trajectory import Group, Trajectory
 from tests.research_agent.conftest import tiny_qwen2
-from tests.research_agent.test_collect import CODEC, END, Fake, Limits
+from tests.research_agent.test_collect import END, RENDERER, Fake, Limits
 from tests.research_agent.test_trainer import (
     PHASES,
     final_bytes,
@@ -62,7 +62,7 @@ def versions(trajectory: Trajectory) -> list[int]:
 def say(context: Sequence[int], params: SamplingParams) -> list[int]:
     """A turn that depends on the trajectory's seed and on all that was said, with stop strings."""
     words = ["a", "v bé", "abc!", "é!", "bbbbbbb", "vvv"]
-    return [*CODEC.encode_text(words[(params.seed + sum(context)) % len(words)]), END]
+    return [*RENDERER.encode_text(words[(params.seed + sum(context)) % len(words)]), END]
 
 
 class Unable:
@@ -89,7 +89,7 @@ class Unable:
     num_envs=st.integers(1, 9),
     chance=st.integers(0, 10**6),
     overlap=st.booleans(),
-    max_turn=st.sampled_from([None, 3]),
+    max_turn_tokens=st.sampled_from([None, 3]),
     is_able=st.booleans(),
 )
 @settings(max_examples=200, deadline=None)
@@ -102,41 +102,41 @@ def test_no_token_is_older_than_allowed_and_nothing_is_lost(
     num_envs: int,
     chance: int,
     overlap: bool,
-    max_turn: int | None,
+    max_turn_tokens: int | None,
     is_able: bool,
 ) -> None:
     """Whatever is cut where, the trajectories are those that were never cut."""
     pick = random.Random(chance)
-    engine: Engine = ScriptedEngine(say, CODEC, delay=lambda: pick.randint(0, 9))
+    engine: Engine = ScriptedEngine(say, RENDERER, delay=lambda: pick.randint(0, 9))
     if not is_able:
         engine = Unable(engine)
     environments = Fake(num_envs, pick)
-    limits = Limits(max_response=40, overlap=overlap, max_turn=max_turn)
-    under_way = InFlight()
+    limits = Limits(max_response=40, overlap=overlap, max_turn_tokens=max_turn_tokens)
+    in_flight = InFlight()
     for step in range(steps):
         wanted = tasks(step, prompts, samples)
         later = [tasks(s, prompts, samples) for s in range(step + 1, step + staleness + 1)]
         played = collect(
             engine,
             environments,
-            CODEC,
+            RENDERER,
             wanted,
             limits,
             seed=3,
             ahead=list(itertools.chain(*later)),
-            under_way=under_way,
+            in_flight=in_flight,
         )
         assert engine.busy == 0
         assert [(t.episode, t.sample) for t in played] == wanted
-        alone = ScriptedEngine(say, CODEC)
-        expected = collect(alone, Fake(1, random.Random(0)), CODEC, wanted, limits, seed=3)
+        alone = ScriptedEngine(say, RENDERER)
+        expected = collect(alone, Fake(1, random.Random(0)), RENDERER, wanted, limits, seed=3)
         assert [plain(t) for t in played] == [plain(t) for t in expected]
         for trajectory in played:
             numbers = versions(trajectory)
             assert len(numbers) == trajectory.num_action_tokens
             assert numbers == sorted(numbers)
             assert all(step - staleness <= number <= step for number in numbers)
-        assert len(under_way.done) + len(under_way.plays) <= staleness * prompts * samples
+        assert len(in_flight.done) + len(in_flight.active) <= staleness * prompts * samples
         engine.load_weights([], step + 1)
 
 
@@ -151,28 +151,28 @@ def test_collection_does_run_ahead() -> None:
 
     delays = itertools.cycle([0, 0, 0, 30])
     engine = ScriptedEngine(
-        lambda c, p: [*CODEC.encode_text("abcd"), END], CODEC, delay=lambda: next(delays)
+        lambda c, p: [*RENDERER.encode_text("abcd"), END], RENDERER, delay=lambda: next(delays)
     )
-    under_way = InFlight()
+    in_flight = InFlight()
     later = [(4, 0), (5, 0), (6, 0), (7, 0)]
     collect(
         engine,
         Watched(4, random.Random(0)),
-        CODEC,
+        RENDERER,
         [(i, 0) for i in range(4)],
         Limits(overlap=True),
         ahead=later,
-        under_way=under_way,
+        in_flight=in_flight,
     )
     assert begun[:4] == [0, 1, 2, 3]
     assert set(begun[4:]) == {4, 5, 6, 7}
-    assert {key for key, _ in under_way.done} | {p.episode for p in under_way.plays.values()} == {
+    assert {key for key, _ in in_flight.done} | {p.episode for p in in_flight.active.values()} == {
         4,
         5,
         6,
         7,
     }
-    assert any(play.cut for play in under_way.plays.values())
+    assert any(play.partial_turns for play in in_flight.active.values())
 
 
 def drive(
@@ -182,7 +182,7 @@ def drive(
     params: SamplingParams,
     cuts: random.Random | None,
 ) -> list[tuple[tuple[int, ...], tuple[float, ...], str]]:
-    """Play one turn a slot, cut at random moments; returns tokens, log-probabilities, the end."""
+    """Play one turn per slot, cut at random moments; returns tokens, log-probabilities, end."""
     said: dict[int, list[Completion]] = {slot: [] for slot in range(slots)}
     for slot in range(slots):
         engine.submit(slot, prompts[slot], params)
@@ -190,16 +190,18 @@ def drive(
     while len(ends) < slots:
         for turn in engine.step():
             said[turn.slot].append(turn)
-            ends[turn.slot] = turn.finish
+            ends[turn.slot] = turn.finish_reason
         if cuts and cuts.random() < 0.4 and isinstance(engine, TransformersEngine | ScriptedEngine):
             for turn in engine.interrupt():
-                assert turn.finish == "interrupted"
+                assert turn.finish_reason == "interrupted"
                 said[turn.slot].append(turn)
             assert engine.busy == 0
             for slot in said.keys() - ends.keys():
                 engine.release(slot)
                 begun = [t for part in said[slot] for t in part.tokens]
-                rest = replace(params, max_tokens=params.max_tokens - len(begun), begun=len(begun))
+                rest = replace(
+                    params, max_tokens=params.max_tokens - len(begun), resumed_tokens=len(begun)
+                )
                 engine.submit(slot, [*prompts[slot], *begun], rest)
     return [
         (
@@ -229,26 +231,26 @@ def test_turns_that_are_cut_go_on_as_if_they_had_not_been(
     assert len({end for _, _, end in whole}) > 1
 
 
-def test_a_stop_string_may_begin_before_the_cut(merging_codec: Renderer) -> None:
+def test_a_stop_string_may_begin_before_the_cut(merging_renderer: Renderer) -> None:
     """ "</", "s", ">." complete "</s>": cut after each of them."""
     text = "x</s>.z"
-    tokens = merging_codec.encode_text(text)
+    tokens = merging_renderer.encode_text(text)
     steps = iter(range(1, 99))
-    engine = ScriptedEngine(lambda c, p: tokens, merging_codec, delay=lambda: 99)
+    engine = ScriptedEngine(lambda c, p: tokens, merging_renderer, delay=lambda: 99)
     said: list[int] = []
     params = SamplingParams(stop=("</s>",))
     for at in steps:
-        engine.submit(0, [1, *said], replace(params, begun=len(said)))
+        engine.submit(0, [1, *said], replace(params, resumed_tokens=len(said)))
         turns = [turn for _ in range(40) for turn in engine.step()] or engine.interrupt()
         said += turns[0].tokens
         engine.release(0)
         if at == 9:
             break
-    whole = ScriptedEngine(lambda c, p: tokens, merging_codec)
-    whole.submit(0, [1, *said], replace(params, begun=len(said)))
+    whole = ScriptedEngine(lambda c, p: tokens, merging_renderer)
+    whole.submit(0, [1, *said], replace(params, resumed_tokens=len(said)))
     (last,) = whole.step()
-    assert merging_codec.decode([*said, *last.tokens]) == "x</s>."
-    assert last.finish == "stop"
+    assert merging_renderer.decode([*said, *last.tokens]) == "x</s>."
+    assert last.finish_reason == "stop"
 
 
 def full_logprobs(model: Any, tokens: Sequence[int]) -> torch.Tensor:
@@ -266,7 +268,7 @@ def test_each_token_has_the_logprob_of_the_weights_that_sampled_it(renderer: Ren
                 parameter.mul_(1.02)
     engine = TransformersEngine(models[0], renderer, 5)
     environments = make_environments(TOY, 5, {"turns": 3})
-    under_way = InFlight()
+    in_flight = InFlight()
     played: list[Trajectory] = []
     for step in range(5):
         played += collect(
@@ -274,10 +276,10 @@ def test_each_token_has_the_logprob_of_the_weights_that_sampled_it(renderer: Ren
             environments,
             renderer,
             tasks(step, 2, 3),
-            Limits(max_turn=9),
+            Limits(max_turn_tokens=9),
             seed=5,
             ahead=tasks(step + 1, 2, 3) + tasks(step + 2, 2, 3),
-            under_way=under_way,
+            in_flight=in_flight,
         )
         engine.load_weights(models[step + 1].named_parameters(), step + 1)
     mixed = [s for t in played for s in t.segments if len(set(s.versions or ())) > 1]
@@ -304,22 +306,32 @@ def test_what_is_under_way_survives_a_checkpoint(tmp_path: Path) -> None:
 
     def begin(environments: Environments, limits: Sampling) -> tuple[ScriptedEngine, InFlight]:
         pick = random.Random(4)
-        engine = ScriptedEngine(say, CODEC, delay=lambda: pick.choice([0, 1, 30]))
-        under_way = InFlight()
+        engine = ScriptedEngine(say, RENDERER, delay=lambda: pick.choice([0, 1, 30]))
+        in_flight = InFlight()
         collect(
-            engine, environments, CODEC, wanted[:2], limits, ahead=wanted[2:], under_way=under_way
+            engine,
+            environments,
+            RENDERER,
+            wanted[:2],
+            limits,
+            ahead=wanted[2:],
+            in_flight=in_flight,
         )
         engine.load_weights([], 1)
-        return engine, under_way
+        return engine, in_flight
 
     wanted = tasks(0, 12, 2)
     for overlap in (False, True):
         limits = Limits(max_response=60, overlap=overlap)
-        engine, under_way = begin(Fake(9, random.Random(0)), limits)
-        kinds = (under_way.done, under_way.plays, [p for p in under_way.plays.values() if p.cut])
+        engine, in_flight = begin(Fake(9, random.Random(0)), limits)
+        kinds = (
+            in_flight.done,
+            in_flight.active,
+            [p for p in in_flight.active.values() if p.partial_turns],
+        )
         assert all(kinds)
-        assert bool(under_way.sent) == overlap
-        state = {"under_way": rollout_state.to_state(under_way)}
+        assert bool(in_flight.awaiting_env) == overlap
+        state = {"in_flight": rollout_state.to_state(in_flight)}
         folder = checkpoint.save(
             tmp_path / str(overlap),
             1,
@@ -329,45 +341,45 @@ def test_what_is_under_way_survives_a_checkpoint(tmp_path: Path) -> None:
             keep=1,
         )
         fresh = Fake(9, random.Random(7))
-        saved = checkpoint.load(folder).state["under_way"]
+        saved = checkpoint.load(folder).state["in_flight"]
         loaded = rollout_state.from_state(saved, fresh, limits, 0)
-        assert same(rollout_state.to_state(loaded), state["under_way"])
-        assert loaded.done == under_way.done
-        again = collect(engine, fresh, CODEC, wanted[2:], limits, under_way=loaded)
-        one = ScriptedEngine(say, CODEC)
-        expected = collect(one, Fake(1, random.Random(0)), CODEC, wanted[2:], limits)
+        assert same(rollout_state.to_state(loaded), state["in_flight"])
+        assert loaded.done == in_flight.done
+        again = collect(engine, fresh, RENDERER, wanted[2:], limits, in_flight=loaded)
+        one = ScriptedEngine(say, RENDERER)
+        expected = collect(one, Fake(1, random.Random(0)), RENDERER, wanted[2:], limits)
         assert [plain(t) for t in again] == [plain(t) for t in expected]
         assert {v for t in again for v in versions(t)} == {0, 1}
 
 
 def test_an_episode_whose_environment_answers_otherwise_is_begun_anew() -> None:
     limits = Limits(max_response=60, overlap=True)
-    engine = ScriptedEngine(say, CODEC, delay=itertools.cycle([0, 30, 3, 30, 9]).__next__)
-    under_way = InFlight()
+    engine = ScriptedEngine(say, RENDERER, delay=itertools.cycle([0, 30, 3, 30, 9]).__next__)
+    in_flight = InFlight()
     later = tasks(0, 20, 1)
     collect(
         engine,
         Fake(8, random.Random(0)),
-        CODEC,
+        RENDERER,
         [(99, 0)],
         limits,
         ahead=later,
-        under_way=under_way,
+        in_flight=in_flight,
     )
-    answered = {p.key for p in under_way.plays.values() if len(p.segments) > 1}
+    answered = {p.key for p in in_flight.active.values() if len(p.segments) > 1}
     assert answered
-    assert len(answered) < len(under_way.plays)
-    state = rollout_state.to_state(under_way)
+    assert len(answered) < len(in_flight.active)
+    state = rollout_state.to_state(in_flight)
     other = Fake(8, random.Random(0), observation="!")  # a search engine that finds other things
     loaded = rollout_state.from_state(state, other, limits, 0)
-    kept = {play.key for play in loaded.plays.values()}
-    assert kept == {play.key for play in under_way.plays.values()} - answered
-    done = collect(engine, other, CODEC, later, limits, under_way=loaded)
+    kept = {play.key for play in loaded.active.values()}
+    assert kept == {play.key for play in in_flight.active.values()} - answered
+    done = collect(engine, other, RENDERER, later, limits, in_flight=loaded)
     said = [s.text for t in done if (t.episode, t.sample) in answered for s in t.segments]
     assert not any("?" in text for text in said)
 
 
-STALE = "--env-args turns=3 --max-response 16 --slots 50 --max-staleness 2"
+STALE = "--env-args turns=3 --max-response 16 --max-in-flight 50 --max-staleness 2"
 
 
 def test_training_learns_from_tokens_that_are_not_too_old(letters: Path, tmp_path: Path) -> None:
@@ -383,7 +395,7 @@ def test_training_learns_from_tokens_that_are_not_too_old(letters: Path, tmp_pat
 
 
 def test_without_staleness_every_token_is_new(letters: Path, tmp_path: Path) -> None:
-    more = ["--steps", "2", "--slots", "7", "--overlap"]
+    more = ["--steps", "2", "--max-in-flight", "7", "--overlap"]
     main(flags(letters, tmp_path / "run", *more))
     main(flags(letters, tmp_path / "run", *more, "--steps", "3"))
     records = read_lines(tmp_path / "run" / "metrics.jsonl")
@@ -394,7 +406,7 @@ def test_without_staleness_every_token_is_new(letters: Path, tmp_path: Path) -> 
     "more",
     [
         "--old-logprobs sampler",
-        "--old-logprobs recomputed --importance-cap 2",
+        "--old-logprobs recomputed --importance-sampling-cap 2",
         "--algorithm dapo --algorithm-args max_rounds=2",  # its second rounds come unforeseen
     ],
 )
@@ -405,10 +417,10 @@ def test_a_run_ahead_in_parts_equals_one_run_to_the_bit(
         words = f"{STALE} {more} --steps {steps}"
         main([*flags(letters, tmp_path / output), *words.split()])
     assert final_bytes(tmp_path / "parts") == final_bytes(tmp_path / "whole")
-    state = checkpoint.load(tmp_path / "whole" / "checkpoints" / "step-000006").state["under_way"]
+    state = checkpoint.load(tmp_path / "whole" / "checkpoints" / "step-000006").state["in_flight"]
     assert state["done"]
-    assert any(play["cut"] for play in state["plays"])
-    assert any(len(play["segments"]) > 1 for play in state["plays"])
+    assert any(each["partial_turns"] for each in state["active"])
+    assert any(len(each["segments"]) > 1 for each in state["active"])
 
 
 @pytest.mark.slow
@@ -435,7 +447,7 @@ def test_a_run_ahead_that_is_killed_equals_one_that_never_was(
     ("more", "said"),
     [
         ("--max-staleness -1", "--max-staleness is -1; it must not be negative"),
-        ("--max-staleness 1 --old-logprobs recomputed", "add --importance-cap 2, or take"),
+        ("--max-staleness 1 --old-logprobs recomputed", "add --importance-sampling-cap 2, or take"),
     ],
 )
 def test_what_no_run_can_have_is_refused(

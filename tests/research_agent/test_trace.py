@@ -14,7 +14,7 @@ from research_agent.engines.scripted import ScriptedEngine
 from research_agent.environments import StepResult
 from research_agent.rollout import collect
 from research_agent.trace import Trace, TracedEngine, TracedEnvironments, span
-from tests.research_agent.test_collect import CODEC, END, Fake, Limits
+from tests.research_agent.test_collect import END, RENDERER, Fake, Limits
 from tests.research_agent.test_staleness import Unable
 from tests.research_agent.test_trainer import final_bytes, flags, letters
 
@@ -61,10 +61,10 @@ def test_turns_and_answers_are_shown_where_they_happen(tmp_path: Path) -> None:
 
     trace = Trace(tmp_path / "trace.json")
     engine = TracedEngine(
-        ScriptedEngine(lambda c, p: [*CODEC.encode_text("abcde"), END], CODEC), trace
+        ScriptedEngine(lambda c, p: [*RENDERER.encode_text("abcde"), END], RENDERER), trace
     )
     environments = TracedEnvironments(Slow(2, random.Random(0)), trace)
-    played = collect(engine, environments, CODEC, [(i, 0) for i in range(4)], Limits())
+    played = collect(engine, environments, RENDERER, [(i, 0) for i in range(4)], Limits())
     turns = sum(s.provenance == "action" for t in played for s in t.segments)
     trace.close()
     assert turns == 8
@@ -88,7 +88,9 @@ def test_a_traced_engine_is_the_engine(tmp_path: Path) -> None:
     def run(able: bool, traced: bool) -> Sequence[object]:
         pick = random.Random(1)
         engine: Any = ScriptedEngine(
-            lambda c, p: [*CODEC.encode_text("abc"), END], CODEC, delay=lambda: pick.randint(0, 5)
+            lambda c, p: [*RENDERER.encode_text("abc"), END],
+            RENDERER,
+            delay=lambda: pick.randint(0, 5),
         )
         engine = engine if able else Unable(engine)
         trace = Trace(tmp_path / "trace.json")
@@ -96,7 +98,7 @@ def test_a_traced_engine_is_the_engine(tmp_path: Path) -> None:
             engine = TracedEngine(engine, trace)
             assert isinstance(engine, Interruptible)
         wanted, later = [(0, 0), (1, 0)], [(2, 0), (3, 0)]
-        played = collect(engine, Fake(2, pick), CODEC, wanted, Limits(), ahead=later)
+        played = collect(engine, Fake(2, pick), RENDERER, wanted, Limits(), ahead=later)
         engine.load_weights([], 3)
         trace.close()
         return played
@@ -114,7 +116,7 @@ def test_a_span_without_a_trace_is_nothing() -> None:
 
 
 def test_a_run_with_a_trace_is_the_same_run(letters: Path, tmp_path: Path) -> None:
-    more = ["--steps", "2", "--slots", "9", "--env-args", "turns=2"]
+    more = ["--steps", "2", "--max-in-flight", "9", "--env-args", "turns=2"]
     main(flags(letters, tmp_path / "without", *more))
     path = tmp_path / "trace.json"
     main(flags(letters, tmp_path / "with", *more, "--trace", str(path)))

@@ -52,8 +52,8 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(model: Path, output: Path, *more: str, env: str = COPY) -> list[str]:
     words = f"train miniworld --env {env} --model {model} --output {output} --algorithm-args"
-    words += " kl_coef=0 entropy_coef=0.001 --prompts 4 --samples 8 --max-prompt 8"
-    words += " --max-response 12 --max-turn 2 --learning-rate 0.003 --warmup-steps 0"
+    words += " kl_coef=0 entropy_coef=0.001 --prompts-per-step 4 --group-size 8 --max-prompt 8"
+    words += " --max-response 12 --max-turn-tokens 2 --learning-rate 0.003 --warmup-steps 0"
     words += " --save-every 2 --eval-every None --quiet --device cpu"
     return [*words.split(), *more]
 
@@ -105,7 +105,7 @@ def test_the_trainer_learns_a_game_that_is_not_search(
     AutoModelForCausalLM.from_pretrained(model)
     AutoTokenizer.from_pretrained(model)
     words = f"eval --env {COPY} --env-args turns=2 --model {model} --output {tmp_path / 'eval'}"
-    main([*words.split(), "--max-turn", "2", "--json", "--quiet"])
+    main([*words.split(), "--max-turn-tokens", "2", "--json", "--quiet"])
     evaluated = last_json(capsys)
     assert (evaluated["episodes"], evaluated["void"], evaluated["reward"]) == (4, 0, 2.0)
     assert evaluated["metrics"]["right"] == 1.0
@@ -141,12 +141,12 @@ def test_evaluations_change_nothing_of_what_is_learned(letters: Path, tmp_path: 
 def test_a_reference_policy_and_several_updates_survive_a_resume(
     letters: Path, tmp_path: Path
 ) -> None:
-    more = "--algorithm-args kl_coef=0.1 --updates 2 --warmup-steps 9 --old-logprobs recomputed"
+    more = "--algorithm-args kl_coef=0.1 --minibatches 2 --warmup-steps 9 --old-logprobs recomputed"
     for output, steps in (("whole", "4"), ("parts", "1"), ("parts", "4")):
         main([*flags(letters, tmp_path / output), *more.split(), "--steps", steps])
     assert final_bytes(tmp_path / "parts") == final_bytes(tmp_path / "whole")
     records = metrics(tmp_path / "whole")
-    assert [r["learner/updates"] for r in records] == [2.0] * 4
+    assert [r["learner/optimizer_steps"] for r in records] == [2.0] * 4
     assert records[0]["learner/kl"] == pytest.approx(0, abs=1e-3)
     assert records[-1]["learner/kl"] > 1e-5
 
@@ -215,12 +215,12 @@ def test_a_damaged_checkpoint_is_named(
 
 
 def test_void_episodes_are_counted_and_not_learned_from(letters: Path, tmp_path: Path) -> None:
-    more = ["--env-args", "each=4", "--max-void-share", "0.25", "--steps", "2"]
+    more = ["--env-args", "each=4", "--max-void-fraction", "0.25", "--steps", "2"]
     main(flags(letters, tmp_path / "run", *more, env=FAILING))
     for record in metrics(tmp_path / "run"):
-        assert record["void_share"] == 0.25
+        assert record["void_fraction"] == 0.25
         assert record["learner/trajectories"] == 24
-        assert record["truncated_share"] == 0.25
+        assert record["truncated_fraction"] == 0.25
 
 
 def test_too_many_void_episodes_stop_the_run_which_continues_when_all_is_well(
@@ -231,7 +231,7 @@ def test_too_many_void_episodes_stop_the_run_which_continues_when_all_is_well(
     words = flags(letters, tmp_path / "run", *more, env=FAILING)
     message = refusal(capsys, words)
     assert "50% of the episodes of step 1 were void" in message
-    assert "--max-void-share 20%" in message
+    assert "--max-void-fraction 20%" in message
     up.touch()
     main(words)
     main(flags(letters, tmp_path / "never", *more, env=FAILING))
@@ -240,9 +240,9 @@ def test_too_many_void_episodes_stop_the_run_which_continues_when_all_is_well(
 
 
 def test_a_step_of_void_episodes_only_changes_no_weight(letters: Path, tmp_path: Path) -> None:
-    more = ["--env-args", "each=1", "--max-void-share", "1", "--steps", "1"]
+    more = ["--env-args", "each=1", "--max-void-fraction", "1", "--steps", "1"]
     main(flags(letters, tmp_path / "run", *more, env=FAILING))
-    assert metrics(tmp_path / "run")[0]["void_share"] == 1.0
+    assert metrics(tmp_path / "run")[0]["void_fraction"] == 1.0
     before = AutoModelForCausalLM.from_pretrained(letters).state_dict()
     folder = tmp_path / "run" / "checkpoints" / "step-000001"
     after = AutoModelForCausalLM.from_pretrained(folder).state_dict()

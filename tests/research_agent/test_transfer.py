@@ -24,8 +24,8 @@ from research_agent.engines.servers.engine import ServerEngine
 from research_agent.errors import ConfigError, EngineError
 from tests.research_agent.fake_vllm import FakeVllm
 from tests.research_agent.test_server_engine import (
-    CODEC,
     MODEL,
+    RENDERER,
     finish,
     refuses_weights_that_are_not_the_models,
     submit,
@@ -127,7 +127,7 @@ def connect() -> Iterator[Callable[..., ServerEngine]]:
     def start(*servers: FakeVllm, **settings: Any) -> ServerEngine:
         urls = [server.url for server in servers]
         given: dict[str, Any] = {"patience": 0.3, "turn_timeout": 10.0, "by": "nccl"} | settings
-        engines.append(ServerEngine(MODEL, CODEC, urls, 200, **given))
+        engines.append(ServerEngine(MODEL, RENDERER, urls, 200, **given))
         return engines[-1]
 
     yield start
@@ -166,7 +166,7 @@ def test_each_server_gets_the_weights_whole(
     monkeypatch.setenv("VLLM_API_KEY", "sesame")
     servers = [make(), make(gpus=2 if backend == "nccl" else 1)]
     name = f"server+{backend}:{','.join(server.url for server in servers)}"
-    engine = make_engine(name, MODEL, CODEC, max_slots=4, max_context=200)
+    engine = make_engine(name, MODEL, RENDERER, max_slots=4, max_context=200)
     for server in servers:
         assert set(server.weights) == set(MODEL.state_dict())
         for name, weight in MODEL.state_dict().items():
@@ -247,7 +247,7 @@ def test_a_server_that_fails_at_a_transfer_is_left_out(
     engine = connect(bad, good, by=backend)
     trainer = next(made for made in Trainer.made if made.link.server.url == bad.url)
     bad.transfer = fault
-    monkeypatch.setattr(weight_transfer, "RELOAD", 0.5 if fault == "hang" else 20.0)
+    monkeypatch.setattr(weight_transfer, "RELOAD_TIMEOUT", 0.5 if fault == "hang" else 20.0)
     begun = time.monotonic()
     engine.load_weights(filled(1).items(), 1)
     assert time.monotonic() - begun < 10  # it did not wait for vLLM's end, which hangs
@@ -376,7 +376,7 @@ def test_an_error_of_this_side_is_told(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_model_on_the_cpu_is_refused(backend: str) -> None:
     with pytest.raises(ConfigError, match=rf"server\+{backend} sends.*model is on cpu.*server:URL"):
-        make_engine(f"server+{backend}:http://localhost:1", MODEL, CODEC, max_slots=1)
+        make_engine(f"server+{backend}:http://localhost:1", MODEL, RENDERER, max_slots=1)
 
 
 def test_a_learner_without_vllm_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,4 +388,4 @@ def test_a_learner_without_vllm_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 def test_names_that_no_engine_has() -> None:
     for name in ("server+nccl", "server+mpi:http://localhost:1", "server"):
         with pytest.raises(ConfigError, match=r"no engine is named.*server\+nccl:URL"):
-            make_engine(name, MODEL, CODEC, max_slots=1)
+            make_engine(name, MODEL, RENDERER, max_slots=1)

@@ -28,10 +28,10 @@ from research_agent.algorithms.grpo import GRPO
 from research_agent.algorithms.gspo import GSPO
 from research_agent.algorithms.rloo import RLOO
 from research_agent.batch import make_batch
-from research_agent.learner import Learner
-from research_agent.models.policy import Scorer, batch_logprobs
+from research_agent.models.policy import TokenLogprobs, batch_logprobs
 from research_agent.trajectory import Group, Segment
 from tests.research_agent.conftest import byte_tokenizer, tiny_qwen2
+from tests.research_agent.learners import make_learner
 from tests.research_agent.rollouts import action, observation, prompt, trajectory
 
 if find_spec("trl") is None and os.environ.get("CI") != "true":
@@ -85,7 +85,7 @@ def _frozen_rollout(
 
     state = rng.getstate()
     batch = make_batch(rollout([]))
-    exact = batch_logprobs(Scorer(model), batch, 10**6)
+    exact = batch_logprobs(TokenLogprobs(model), batch, 10**6)
     moved = exact + noise * torch.randn(len(exact), generator=generator)
     rng.setstate(state)
     return model, reference, rollout(moved.tolist())
@@ -194,7 +194,7 @@ def _ours(
     **settings: Any,
 ) -> Result:
     """Loss and gradient of a learner; AdamW's first moment is the gradient where beta_1 is 0."""
-    learner = Learner(
+    learner = make_learner(
         copy.deepcopy(model),
         rule,
         reference=reference,
@@ -370,5 +370,7 @@ def test_truncated_importance_sampling_equals_trls(tmp_path: Path) -> None:
     inputs["old_per_token_logps"] = recomputed
     inputs["importance_sampling_ratio"] = (recomputed - sampled).exp().clamp(max=1.1)
     trainer.use_vllm, trainer.vllm_importance_sampling_correction = True, True
-    ours = _ours(model, rule, groups, reference, old_logprobs="recomputed", importance_cap=1.1)
+    ours = _ours(
+        model, rule, groups, reference, old_logprobs="recomputed", importance_sampling_cap=1.1
+    )
     _assert_equal(ours, _theirs(trainer, inputs))

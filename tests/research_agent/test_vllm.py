@@ -24,7 +24,7 @@ from research_agent.engines.vllm import VllmEngine
 from research_agent.engines.watchdog import HUNG
 from research_agent.environments import make_environments
 from research_agent.errors import ConfigError, ContextError, EngineError, ModelError
-from research_agent.models.policy import Scorer, batch_logprobs, load_model, resolve_model
+from research_agent.models.policy import TokenLogprobs, batch_logprobs, load_model, resolve_model
 from research_agent.presets import MINIWORLD
 from research_agent.renderer import Renderer, load_renderer
 from research_agent.rollout import collect
@@ -66,7 +66,12 @@ def play(
     engine: Engine, renderer: Renderer, env: str, env_args: dict[str, Any], temperature: float
 ) -> list[Trajectory]:
     sampling = SamplingConfig(
-        temperature=temperature, max_prompt=96, max_response=256, max_turn=48, prompts=1, samples=1
+        temperature=temperature,
+        max_prompt=96,
+        max_response=256,
+        max_turn_tokens=48,
+        prompts_per_step=1,
+        group_size=1,
     )
     environments = make_environments(env, 16, env_args)
     try:
@@ -82,19 +87,19 @@ def turns(trajectories: list[Trajectory]) -> list[list[tuple[str, tuple[int, ...
 def worst(model: Any, trajectories: list[Trajectory], temperature: float) -> float:
     """The largest difference of a reported log-probability to the learner's."""
     batch = make_batch([Group(n, [each]) for n, each in enumerate(trajectories)])
-    learned = batch_logprobs(Scorer(model, temperature or 1.0), batch, 4096)
+    learned = batch_logprobs(TokenLogprobs(model, temperature or 1.0), batch, 4096)
     assert len(learned) > 100
     return (learned - batch.sampler_logprobs).abs().max().item()
 
 
 def test_greedy_trajectories_are_those_of_transformers(
-    vllm_engine: VllmEngine, merging_codec: Renderer
+    vllm_engine: VllmEngine, merging_renderer: Renderer
 ) -> None:
     model, game = wide_qwen2(), "tests.research_agent.toy_env:CopyLetter-v0"
     vllm_engine.load_weights(model.named_parameters(), 0)
     ours, theirs = (
-        play(engine, merging_codec, game, {"turns": 4}, 0.0)
-        for engine in (TransformersEngine(model, merging_codec, 16), vllm_engine)
+        play(engine, merging_renderer, game, {"turns": 4}, 0.0)
+        for engine in (TransformersEngine(model, merging_renderer, 16), vllm_engine)
     )
     assert turns(theirs) == turns(ours)
     assert {len(each.segments) for each in theirs} == {8}  # a prompt, four turns, three answers
@@ -194,15 +199,15 @@ def test_samples_of_a_group_share_their_prompt(vllm_engine: VllmEngine, renderer
 
 
 def test_turns_wait_where_the_cache_is_small_and_nothing_changes(
-    vllm_engine: VllmEngine, merging_codec: Renderer, monkeypatch: pytest.MonkeyPatch
+    vllm_engine: VllmEngine, merging_renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = wide_qwen2()
     vllm_engine.load_weights(model.named_parameters(), 0)
     block = BLOCK * 2 * 2 * 3 * 32 * 4  # bytes: keys and values of two layers, three heads, float32
     monkeypatch.setattr("research_agent.engines.vllm._CPU_CACHE", 14 * block)
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    small = VllmEngine(model, merging_codec, 9)
-    prompt = merging_codec.encode_text("abcdefgh" * 4)
+    small = VllmEngine(model, merging_renderer, 9)
+    prompt = merging_renderer.encode_text("abcdefgh" * 4)
     played = []
     for engine in (vllm_engine, small):
         for slot in range(9):
@@ -303,7 +308,7 @@ def test_a_run_whose_engine_dies_goes_on_to_the_same_bits(
     said = capsys.readouterr().err
     assert "OutOfMemoryError: CUDA out of memory" in said
     assert "the same command continues" in said
-    assert "--slots" in said
+    assert "--max-in-flight" in said
     monkeypatch.undo()
     main(flags(letters, tmp_path / "broken", *more))
     assert final_bytes(tmp_path / "broken") == final_bytes(tmp_path / "whole")
@@ -347,6 +352,6 @@ def test_more_prompts_than_a_step_may_compute(vllm_engine: VllmEngine) -> None:
         vllm_engine.submit(slot, [slot + 1] * 250, SamplingParams(max_tokens=2, seed=slot))
     turns = finish(vllm_engine)
     assert sorted(turn.slot for turn in turns) == list(range(24))
-    assert all(len(turn.tokens) == 2 or turn.finish == "end" for turn in turns)
+    assert all(len(turn.tokens) == 2 or turn.finish_reason == "end" for turn in turns)
     for turn in turns:
         vllm_engine.release(turn.slot)

@@ -108,7 +108,7 @@ class ServerEngine:
         servers = [
             Server(base, make_client(base, key, most), make_client(base, key)) for base in bases
         ]
-        self._codec = renderer
+        self._renderer = renderer
         self._held: dict[int, Trajectory] = {}
         self._version = 0
         self._run = secrets.token_hex(4)
@@ -235,8 +235,8 @@ class ServerEngine:
             slot=turn.slot,
             tokens=tuple(tokens),
             logprobs=tuple(logprobs),
-            text=self._codec.decode(said) if said else "",
-            finish=finish,
+            text=self._renderer.decode(said) if said else "",
+            finish_reason=finish,
             version=self._version,
         )
 
@@ -248,11 +248,11 @@ class ServerEngine:
         again.
         """
         params, tokens = sampled.turn.params, sampled.tokens
-        begun = sampled.turn.held.tokens[-params.begun :] if params.begun else []
-        flagged = self._codec.stop_tokens(params.stop)
+        begun = sampled.turn.held.tokens[-params.resumed_tokens :] if params.resumed_tokens else []
+        flagged = self._renderer.stop_tokens(params.stop)
         for at, token in enumerate(tokens):
-            if token in self._codec.end_ids:
+            if token in self._renderer.end_ids:
                 return at + 1, "end"
-            if token in flagged and self._codec.stops([*begun, *tokens[: at + 1]], params.stop):
+            if token in flagged and self._renderer.stops([*begun, *tokens[: at + 1]], params.stop):
                 return at + 1, "stop"
-        return len(tokens), sampled.finish
+        return len(tokens), sampled.finish_reason

@@ -18,7 +18,7 @@ from research_agent.errors import ContextError, EngineError
 if TYPE_CHECKING:
     from torch import Tensor
 
-RELOAD = 900.0
+RELOAD_TIMEOUT = 900.0
 """Seconds that a server may take for new weights, or for the first turn of all."""
 
 _LOG = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Server:
         try:
             return await self.ask(method, path, payload, wait)
         except RequestError as error:
-            if error.may_pass:
+            if error.retryable:
                 raise
             raise EngineError(f"{self.url} refuses /{path}: {error}. {_START}") from None
 
@@ -146,7 +146,7 @@ class Sampled:
     turn: Turn
     tokens: list[int]
     logprobs: list[float]  # [tokens]
-    finish: Finish  # as the server says
+    finish_reason: Finish  # as the server says
 
 
 class _WaitingError(RequestError):
@@ -430,7 +430,7 @@ class ServerPool:
         for temperature in (1.0, 2.0):
             sampling = {"temperature": temperature, "max_tokens": 1, "logprobs": 5, "seed": 0}
             payload = {"token_ids": [min(self._end_ids)], "sampling_params": sampling}
-            answer = await server.need("POST", _GENERATE, payload, RELOAD)
+            answer = await server.need("POST", _GENERATE, payload, RELOAD_TIMEOUT)
             try:
                 tops = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
                 found.append({int(top["token_id"]): float(top["logprob"]) for top in tops})

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from research_agent.engines.checks import WeightNames
 from research_agent.engines.remote import RequestError
-from research_agent.engines.servers.pool import RELOAD
+from research_agent.engines.servers.pool import RELOAD_TIMEOUT
 from research_agent.errors import EngineError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class WeightFolder:
         folder = Path(self._folder.name) / name
         rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         try:
-            await server.need("POST", "collective_rpc", rpc, RELOAD)
+            await server.need("POST", "collective_rpc", rpc, RELOAD_TIMEOUT)
         except RequestError as error:
             cure = "Can it read that folder? Elsewhere, set TMPDIR to one that all share"
             raise RequestError(f"no new weights from {folder}: {error}. {cure}") from None

@@ -27,7 +27,7 @@ import torch
 
 from research_agent.engines.checks import WeightNames
 from research_agent.engines.remote import RequestError, one_line
-from research_agent.engines.servers.pool import RELOAD
+from research_agent.engines.servers.pool import RELOAD_TIMEOUT
 from research_agent.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class _Link:
     def _post(self, path: str, payload: dict[str, Any] | None = None) -> None:
         if self.over:  # a thread that was left to itself has nothing to say any more
             raise RuntimeError("the link was broken off")
-        asyncio.run_coroutine_threadsafe(self._ask(path, payload), self.loop).result(RELOAD)
+        asyncio.run_coroutine_threadsafe(self._ask(path, payload), self.loop).result(RELOAD_TIMEOUT)
 
     async def _ask(self, path: str, payload: dict[str, Any] | None) -> None:
         task = asyncio.current_task()
@@ -85,7 +85,7 @@ class _Link:
             raise RuntimeError("the link was broken off")
         self.asking.add(task)
         try:
-            await self.server.need("POST", path, payload, RELOAD)
+            await self.server.need("POST", path, payload, RELOAD_TIMEOUT)
         except (RequestError, EngineError) as error:
             if self.refused and not self.refused.done():
                 self.refused.set_exception(error)
@@ -182,7 +182,7 @@ class Transfer:
             # What had come would be counted as part of the next weights: let vLLM put it away.
             with suppress(RequestError):
                 await server.ask("POST", "start_weight_update")
-            await server.ask("POST", "finish_weight_update", wait=RELOAD)
+            await server.ask("POST", "finish_weight_update", wait=RELOAD_TIMEOUT)
         await server.need("POST", "shutdown_weight_transfer_engine")  # of a run before
         answer = await server.need("GET", "get_world_size")
         size = answer.get("world_size") if isinstance(answer, dict) else None
@@ -203,11 +203,11 @@ class Transfer:
             working = asyncio.wrap_future(_in_thread(partial(_on, self._device, work)))
             working.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen to
             both = (working, link.refused)
-            await asyncio.wait(both, timeout=RELOAD, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(both, timeout=RELOAD_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
         if link.refused.done():
             link.refused.result()
         if not working.done():
-            raise RequestError(f"no end of it within {RELOAD:g} s")
+            raise RequestError(f"no end of it within {RELOAD_TIMEOUT:g} s")
         if error := working.exception():
             raise RequestError(f"{type(error).__name__}: {one_line(str(error))}")
         return working.result()
