@@ -171,12 +171,10 @@ def encode_answer(results: Sequence[list[Hit] | RetrievalError], scores: bool, l
         if isinstance(hits, RetrievalError):
             entries.append(encode({"error": str(hits)}))
             continue
-        documents = (_document(hit) for hit in hits)
-        if scores:
-            documents = (
-                {"document": document, "score": hit.score}
-                for document, hit in zip(documents, hits, strict=True)
-            )
+        documents = (
+            {"document": _document(hit), "score": hit.score} if scores else _document(hit)
+            for hit in hits
+        )
         entries.append(b"[" + b",".join(map(encode, documents)) + b"]")
     return b'{"result":[' + b",".join(entries) + b"]}"
 

@@ -16,6 +16,7 @@ from email.message import Message
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from research_env import cli
@@ -624,10 +625,17 @@ def test_a_server_on_all_addresses_answers_to_the_one_that_was_asked() -> None:
 def test_a_key_guards_everything_but_the_health() -> None:
     with Served(key="s3cret") as served:
         assert served.ask("GET", "/health")[0] == 200
-        for wrong in ({}, {"Authorization": "Bearer s3cre"}, {"Authorization": "s3cret"}):
+        for wrong in (
+            "",
+            "Bearer s3cre",
+            "Bearer s3cret2",
+            "s3cret",
+            "Basic s3cret",
+            "Bearer \xe9",
+        ):
             for method, path in (("GET", "/metrics"), ("POST", "/retrieve"), ("GET", "/other")):
                 body = b'{"queries": ["1"]}' if method == "POST" else None
-                status, headers, answer = served.ask(method, path, body, **wrong)
+                status, headers, answer = served.ask(method, path, body, Authorization=wrong)
                 assert (status, headers["WWW-Authenticate"]) == (401, "Bearer")
                 assert b"s3cret" not in answer
         assert served.engine.batches == []
@@ -742,22 +750,28 @@ def test_a_stop_does_not_wait_forever() -> None:
 # --- the command ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_serves_until_it_is_told_to_stop(tmp_path: Path, signal_: int) -> None:
+@pytest.mark.parametrize(("signal_", "key"), [(signal.SIGTERM, ""), (signal.SIGINT, "s3cret")])
+def test_the_command_serves_until_it_is_told_to_stop(
+    tmp_path: Path, signal_: int, key: str
+) -> None:
     corpus = tmp_path / "passages.jsonl"
     corpus.write_text('{"id": "p1", "title": "Ada", "text": "Ada founded Nordwind."}\n')
     command = [sys.executable, "-m", "research_env.cli", "serve", "--corpus", str(corpus)]
     process = subprocess.Popen(
-        [*command, "--port", "0"],
+        [*command, "--port", "0", "--allowed-hosts", "one.example", "two.example"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "RESEARCH_CACHE": str(tmp_path / "cache")},
+        env={**os.environ, "RESEARCH_CACHE": str(tmp_path / "cache"), "RETRIEVER_API_KEY": key},
     )
     try:
         assert process.stdout is not None
         url = process.stdout.readline().split()[1].rstrip(";")
-        client = HttpRetriever(url)
+        for host, status in (("two.example", 200), ("three.example", 403)):
+            health = httpx.get(url.replace("/retrieve", "/health"), headers={"Host": host})
+            assert health.status_code == status
+        assert httpx.post(url, json={"queries": []}).status_code == (401 if key else 200)
+        client = HttpRetriever(url, key=key)
         (found,) = client.search(["who founded Nordwind"], 1)
         assert isinstance(found, list)
         assert found[0].passage == Passage("p1", "Ada", "Ada founded Nordwind.")
@@ -788,3 +802,18 @@ def test_the_command_refuses_what_it_cannot_serve(
                 cli.main(arguments)
             assert exit_.value.code == 2
             assert message in capsys.readouterr().err
+
+
+def test_the_command_says_what_it_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    words = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert "0.0.0.0 lets other machines in, without any authentication unless" in words
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.delitem(sys.modules, "research_env.retrieval.serve")
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["serve", "--dataset", "miniworld"])
+    assert exit_.value.code == 2
+    assert "needs fastapi: pip install 'research-env[serve]'" in capsys.readouterr().err
