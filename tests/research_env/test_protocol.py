@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from research_env import R1_SEARCHER, RESEARCH, SEARCH_R1, Protocol, Tag
 from research_env.errors import UnknownNameError
-from research_env.protocol import PROTOCOLS, clean, defuse, protocol
+from research_env.markup import clean, defuse
+from research_env.papers import PROTOCOLS, protocol
 from research_env.retrieval.base import MAX_QUERY_CHARACTERS
 from tests.research_env.fakes import hit
 
