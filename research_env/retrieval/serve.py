@@ -298,7 +298,10 @@ def serve_until_stopped(
 
 
 class _Load:
-    """What the server holds at this moment, and its metrics. Only the event loop changes it."""
+    """What the server holds at this moment, and its metrics.
+
+    Only the event loop changes it, except for the metrics, which are safe for threads.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits

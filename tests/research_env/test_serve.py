@@ -641,7 +641,7 @@ def test_a_key_guards_everything_but_the_health() -> None:
         assert served.engine.batches == []
         right = {"Authorization": "Bearer s3cret"}
         assert served.post({"queries": ["1"]}, **right)[0] == 200
-        assert served.ask("GET", "/metrics", **right)[0] == 200
+        assert served.ask("GET", "/metrics", Authorization="Bearer s3cret")[0] == 200
 
 
 def test_our_client_sends_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
