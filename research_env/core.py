@@ -25,6 +25,7 @@ from research_env.papers import protocol
 from research_env.protocol import Protocol
 from research_env.retrieval import without_password
 from research_env.retrieval.base import Hit, Retriever
+from research_env.retrieval.url import split_options
 from research_env.rewards import Reward, WeightedSum, episode_metrics, reward
 
 MAX_PASSAGE_CHARS = 10_000
@@ -165,20 +166,26 @@ class EnvCore:
     def provenance(self) -> dict[str, str]:
         """What results depend on besides the policy, each in words or by its SHA-256.
 
-        ``questions`` (ids, texts and answers), ``retriever`` (without user and password) and
-        ``index`` (the fingerprint of the corpus in it; "" where it is not known), ``protocol``,
-        ``template`` (its text), ``limits``, ``reward``, and the version of ``research_env``.
+        ``questions`` (ids, texts and answers), ``retriever`` (its kind and options) and ``index``
+        (the fingerprint of the corpus in it; "" if unknown), ``protocol``, ``template`` (its text),
+        ``limits``, ``reward``, and the version of ``research_env``. ``place: retriever`` is its
+        URL without user and password: results do not depend on it. Where the fingerprint is not
+        known, the URL stands for the corpus, and ``retriever`` is the URL.
         """
         shown = ""
         if self.max_passage_chars != MAX_PASSAGE_CHARS:
             shown = f", max_passage_chars {self.max_passage_chars}"
         asked = [[q.id, q.question, q.answers] for q in self.questions]
         named = self.settings.get("retriever") or "the corpus of the data set"
+        place = without_password(named) if isinstance(named, str) else repr(type(named))
+        index = str(getattr(self.retriever, "fingerprint", None) or "")
+        is_url = isinstance(named, str) and ":" in named
         text = json.dumps(self.protocol.messages(self.template, "{question}"))
         return {
             "questions": f"{len(asked)}, sha256 {_sha256(json.dumps(asked))}",
-            "retriever": without_password(named) if isinstance(named, str) else repr(type(named)),
-            "index": str(getattr(self.retriever, "fingerprint", None) or ""),
+            "retriever": _kind_and_options(place) if index and is_url else place,
+            "place: retriever": place,
+            "index": index,
             "protocol": self.protocol.name,
             "template": f"{self.template}, sha256 {_sha256(text)}",
             "limits": f"top_k {self.top_k}, max_searches {self.max_searches}, "
@@ -191,6 +198,14 @@ class EnvCore:
         """Close the retriever, unless it was given as an object: then it is its owner's."""
         if not hasattr(self.settings.get("retriever"), "search"):
             self.retriever.close()
+
+
+def _kind_and_options(url: str) -> str:
+    """What of a retriever's URL changes results: not the address, nor how long it may take."""
+    base, options = split_options(url)
+    kept = [f"{key}={value}" for key, value in sorted(options.items()) if key != "deadline"]
+    kind = base.partition(":")[0]
+    return f"{kind}?{'&'.join(kept)}" if kept else kind
 
 
 def resolve_search(episode: Episode, found: list[Hit] | RetrievalError) -> Episode:

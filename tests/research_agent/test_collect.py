@@ -139,7 +139,9 @@ class ScoredVector(CopyLetterVector):
 @pytest.mark.parametrize("budget", ["length", "context"])
 def test_an_episode_that_is_cut_is_scored_by_its_environment(native: bool, budget: str) -> None:
     gym.register(
-        "Scored-v0", entry_point=Scored, vector_entry_point=ScoredVector if native else None
+        "Scored-v0",
+        entry_point=f"{__name__}:Scored",
+        vector_entry_point=ScoredVector if native else None,
     )
     try:
         environments = make_environments("Scored-v0", 1, {"turns": 3})
