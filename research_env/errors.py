@@ -27,6 +27,10 @@ class ConfigurationError(ResearchEnvError, ValueError):
     """A setting whose value cannot be used, for example ``top_k=0``."""
 
 
+class UnknownTaskError(ConfigurationError, IndexError):
+    """A task that does not exist: an unknown id, or a number out of range."""
+
+
 class DataError(ResearchEnvError, ValueError):
     """A question file or corpus that cannot be read; the message names file, line and cure."""
 
@@ -45,6 +49,10 @@ class ActionError(ResearchEnvError, TypeError):
 
 class EpisodeError(ResearchEnvError, RuntimeError):
     """A step before reset, or after the end of the episode."""
+
+
+class RewardError(ResearchEnvError, TypeError):
+    """A reward function that failed, or returned something that is no number."""
 
 
 class RetrievalError(ResearchEnvError):

@@ -239,6 +239,8 @@ def _segment(segment: Segment, first: Mapping[str, Any], pieces: Pieces | None) 
     if segment.provenance == "observation":
         info = {k: _plain(v) for k, v in segment.info.items()}
         record["info"] = {k: v for k, v in info.items() if not _is_empty(v) and first.get(k) != v}
+    if segment.provenance == "action":
+        record["reward"] = segment.reward
     if segment.provenance == "action" and pieces is not None:
         record["pieces"] = pieces(segment.tokens)
         record["logprobs"] = [  # JSON has no NaN, which stands for one that nobody knows

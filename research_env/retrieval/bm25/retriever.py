@@ -312,7 +312,7 @@ def _read_meta(folder: Path) -> Meta:
         return msgspec.json.decode(data, type=Meta)
     except FileNotFoundError as error:
         raise _stale(folder, "is no index: there is none in that folder") from error
-    except (OSError, msgspec.MsgspecError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise _stale(folder, f"is no index ({_META}: {error})") from error
 
 
