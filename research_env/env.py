@@ -36,9 +36,9 @@ class SearchQAEnv(gym.Env[str, str]):
 
     ## Info
     Always the same keys: ``question_id, question, messages`` (the prompt as chat messages, after
-    ``reset``), ``strata`` (the question's hops and type, by which results are told apart)``,
-    query, passage_ids, passage_titles, passage_scores`` (after a search), ``state_key`` (equal where two
-    episodes of a question have found the same passages) and ``prediction,
+    ``reset``), ``strata`` (the question's hops and type, by which results are told apart),
+    ``state_key`` (equal where two episodes of a question have found the same passages)``, query,
+    passage_ids, passage_titles, passage_scores`` (after a search) and ``prediction,
     answers, supporting_ids`` (of the gold passages)``, metrics, stop_reason, void`` (at the end).
     ``metrics`` holds ``em, f1, cem, format, searches, support_recall``.
 
