@@ -173,13 +173,14 @@ class WeightedSum:
         return sum((term.weight * components[term.name] for term in self.terms), start=0.0)
 
 
-def reward(name: str | Reward) -> Reward:
+def reward(name: str | Reward, known: Mapping[str, Reward] | None = None) -> Reward:
     """The reward of that name, or the sum of rewards.
 
     Args:
         name: one of `REWARDS` or `SHAPING`; "module:function" for one of your own; a sum
             of them such as "research+0.1*support_recall-0.02*searches" (`parse_sum`); or
             the function itself.
+        known: the rewards by name; None: `REWARDS` and `SHAPING`.
 
     Raises:
         UnknownNameError: there is no reward of that name.
@@ -188,12 +189,12 @@ def reward(name: str | Reward) -> Reward:
     """
     if callable(name):
         return _refuse_async(name, getattr(name, "__name__", repr(name)))
-    name, known = str(name), REWARDS | SHAPING
+    name, known = str(name), REWARDS | SHAPING if known is None else known
     if name in known:
         return known[name]
     if not set("+-* ").isdisjoint(name):
         terms = parse_sum(name, known)
-        return WeightedSum(tuple(Term(weight, each, reward(each)) for weight, each in terms))
+        return WeightedSum(tuple(Term(weight, each, reward(each, known)) for weight, each in terms))
     module, colon, function = name.partition(":")
     if not colon:
         hint = "Name one of your own as 'module:function'."

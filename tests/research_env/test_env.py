@@ -30,7 +30,7 @@ from tests.research_env.fakes import DATASET, QUESTIONS, Engine, answer, hit, se
 
 INFO_KEYS = {
     *("question_id", "question", "messages", "query"),
-    *("passage_ids", "passage_titles", "passage_scores"),
+    *("passage_ids", "passage_titles", "passage_scores", "state_key"),
     *("prediction", "answers", "supporting_ids", "strata", "metrics", "stop_reason", "void"),
 }
 
