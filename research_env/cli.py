@@ -21,6 +21,7 @@ from research_env.errors import (
     ResearchEnvError,
     UnknownNameError,
 )
+from research_env.redaction import redact_url
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,6 @@ class Index:
         from research_env.retrieval import (  # noqa: PLC0415
             default_index,
             index_corpus,
-            without_password,
         )
         from research_env.retrieval.bm25.retriever import is_current  # noqa: PLC0415
 
@@ -86,7 +86,7 @@ class Index:
             )
         if colon and scheme != "embedded":
             places = ["DIR", "embedded:DIR", "elasticsearch://HOST:PORT/INDEX"]
-            raise UnknownNameError("place for an index", without_password(self.to or ""), places)
+            raise UnknownNameError("place for an index", redact_url(self.to or ""), places)
         folder = Path(rest if colon else scheme) if self.to else default_index(corpus)
         built = not is_current(folder, corpus)
         start = time.perf_counter()

@@ -23,7 +23,7 @@ from research_env.episode import Episode, fail, observe
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
 from research_env.prompts import messages, prompt
 from research_env.protocol import Protocol, protocol
-from research_env.retrieval import without_password
+from research_env.redaction import redact_url
 from research_env.retrieval.base import Hit, Retriever
 from research_env.rewards import episode_metrics, reward
 from research_env.shaping import Combination, Reward
@@ -169,7 +169,7 @@ class EnvCore:
         text = json.dumps(messages(self.protocol, self.template, "{question}"))
         return {
             "questions": f"{len(asked)}, sha256 {_sha256(json.dumps(asked))}",
-            "retriever": without_password(named) if isinstance(named, str) else repr(type(named)),
+            "retriever": redact_url(named) if isinstance(named, str) else repr(type(named)),
             "index": str(getattr(self.retriever, "fingerprint", None) or ""),
             "protocol": self.protocol.name,
             "template": f"{self.template}, sha256 {_sha256(text)}",

@@ -96,7 +96,7 @@ def test_an_index_without_its_corpus_is_known_by_its_fingerprint(
 def test_a_password_is_not_told(files: dict[str, Any], tmp_path: Path) -> None:
     recorded = f"localhost:9/retrieve?cache={tmp_path / 'searches.sqlite'}"
     said = provenance(**files, retriever=f"http://ann:secret@{recorded}")
-    assert said["retriever"] == f"http://...@{recorded}"
+    assert said["retriever"] == f"http://[hidden]@{recorded}"
     assert "secret" not in str(said)
     assert said["index"] == ""
 
