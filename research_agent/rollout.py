@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, repeat
 from typing import Any, Protocol
 
 import numpy as np
 
 from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
-from research_agent.environments import Environments, StepResult
+from research_agent.environments import Environments, StepResult, Truncating
 from research_agent.errors import ContextError
 from research_agent.renderer import Renderer
 from research_agent.trajectory import Segment, Trajectory
@@ -106,6 +107,7 @@ def collect(
     missing = set(episodes) - done.keys()
     free = deque(slot for slot in range(environments.num_envs) if slot not in active)
     stop = environments.terminators
+    truncate = environments.truncate if isinstance(environments, Truncating) else _keep_reward
     try:
         for slot in sorted(active.keys() - awaiting_env):  # turns that were cut
             active[slot].submit(engine, slot, stop)
@@ -136,7 +138,9 @@ def collect(
                 if slot not in awaiting_env:
                     continue  # of an episode that was forgotten
                 awaiting_env.discard(slot)
-                trajectory = active[slot].observe(result, renderer, engine.max_context)
+                trajectory = active[slot].observe(
+                    result, renderer, engine.max_context, partial(truncate, slot)
+                )
                 if trajectory is None:
                     active[slot].submit(engine, slot, stop)
                     continue
@@ -169,7 +173,8 @@ class ActiveRollout:
     seed: int  # of the run
     sampling: Sampling
     segments: list[Segment] = field(default_factory=list)
-    reward: float = 0.0  # so far: an environment may give some on the way
+    reward: float = 0.0  # the sum of its turns' so far
+    state_key: str = ""  # of the state in which the next turn is taken
     prompt: int = 0  # tokens
     response: int = 0  # tokens, of the policy and of the environment
     partial_turns: list[Completion] = field(default_factory=list)  # of the turn that is not over
@@ -205,6 +210,7 @@ class ActiveRollout:
                 "raise the limit, or leave such tasks out"
             )
         self.prompt = len(tokens)
+        self.state_key = _state_key(info)
         self.unsent_tokens += tokens
         self.segments.append(Segment("prompt", tuple(tokens), text=observation, info=info))
 
@@ -246,23 +252,37 @@ class ActiveRollout:
                     chain.from_iterable(repeat(part.version, len(part.tokens)) for part in parts)
                 ),
                 text=text,
+                state_key=self.state_key,
             )
         )
         return text
 
     def observe(
-        self, result: StepResult, renderer: Renderer, max_context: int
+        self,
+        result: StepResult,
+        renderer: Renderer,
+        max_context: int,
+        truncate: Callable[[], StepResult | None],
     ) -> Trajectory | None:
-        """Take what the environment answers; returns the trajectory if it ends with that."""
-        self.reward += result.reward
+        """Take what the environment answers; returns the trajectory if it ends with that.
+
+        If the answer does not fit the budget of tokens, the environment scores the episode.
+        """
+        self._earn(result.reward)
+        self.state_key = _state_key(result.info)
         if result.terminated or result.truncated:
             return self._trajectory(result, "")
         tokens = renderer.encode_text(result.observation)
         length = self.response + len(tokens)
+        budget = ""
         if length >= self.sampling.max_response:  # no room for them and one more
-            return self._trajectory(result, "length")
-        if self.prompt + length >= max_context:
-            return self._trajectory(result, "context")
+            budget = "length"
+        elif self.prompt + length >= max_context:
+            budget = "context"
+        if budget:
+            last = truncate()
+            self._earn(last.reward if last else 0.0)
+            return self._trajectory(last or result, budget)
         self.response = length
         self.unsent_tokens += tokens
         if tokens:
@@ -270,6 +290,12 @@ class ActiveRollout:
                 Segment("observation", tuple(tokens), text=result.observation, info=result.info)
             )
         return None
+
+    def _earn(self, reward: float) -> None:
+        """Add a reward to the turn that was taken last, and to the sum."""
+        turn = self.segments[-1]
+        self.segments[-1] = replace(turn, reward=turn.reward + reward)
+        self.reward += reward
 
     def _trajectory(self, last: StepResult, budget: str) -> Trajectory:
         metrics: Mapping[str, Any] = last.info.get("metrics") or {}
@@ -285,6 +311,14 @@ class ActiveRollout:
             metrics={name: float(value) for name, value in metrics.items()},
             info=last.info,
         )
+
+
+def _state_key(info: Mapping[str, Any]) -> str:
+    return str(info.get("state_key") or "")
+
+
+def _keep_reward(slot: int) -> None:
+    """End an episode whose environment cannot score it: it keeps the rewards so far."""
 
 
 def trajectory_seed(seed: int, episode: int, sample: int) -> int:

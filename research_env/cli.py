@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
@@ -22,6 +22,7 @@ from research_env.errors import (
     UnknownNameError,
 )
 from research_env.redaction import redact_url
+from research_env.retrieval.http import one_line
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Index:
     dataset: Annotated[str | None, arg(metavar="NAME")] = None
     """A data set whose passages are indexed: miniworld, musique, hotpotqa, 2wiki."""
     corpus: Annotated[Path | None, arg(metavar="FILE")] = None
-    """A file of passages instead, each line {"id": ..., "title": ..., "text": ...}; .gz too."""
+    """A file of passages instead, each line {"id": ..., "title": ..., "text": ...}; also .csv,
+    .tsv, .parquet, .arrow and BEIR folders, and .gz."""
     to: Annotated[str | None, arg(metavar="DIR|URL")] = None
     """Folder of the index, or elasticsearch://HOST:PORT/INDEX (elasticsearch+https:// for TLS).
     Without it: the cache folder, where environments look for it."""
@@ -62,6 +64,8 @@ class Index:
     mapping: Annotated[Path | None, arg(metavar="FILE")] = None
     """Elasticsearch: JSON that is laid over the settings and mappings of the index, for example
     {"mappings": {"properties": {"contents": {"similarity": "boolean"}}}}."""
+    check: bool = False
+    """Compare an embedded index with the checksums made when it was built, and do nothing else."""
     json: bool = False
     """Print the summary as JSON."""
 
@@ -71,10 +75,19 @@ class Index:
             default_index,
             index_corpus,
         )
-        from research_env.retrieval.bm25.retriever import is_current  # noqa: PLC0415
+        from research_env.retrieval.bm25.retriever import (  # noqa: PLC0415
+            check_index,
+            is_current,
+        )
 
-        corpus = _corpus(self.dataset, self.corpus)
         scheme, colon, rest = (self.to or "").partition(":")
+        if self.check and self.to and (not colon or scheme == "embedded"):
+            folder = Path(rest if colon else scheme)
+            print(f"{check_index(folder):,} passages in {folder}: all checksums hold")
+            return
+        if self.check:
+            raise ConfigurationError("--check needs --to DIR, the folder of an embedded index")
+        corpus = _corpus(self.dataset, self.corpus)
         if scheme in ("elasticsearch", "elasticsearch+https"):
             self._elasticsearch(corpus, self.to or "")
             return
@@ -265,7 +278,10 @@ class Play:
         try:
             env: gym.Env[str, str] = gym.make(self.id, **_settings(self.env_args))
         except gym.error.UnregisteredEnv:
-            raise UnknownNameError("environment", self.id, _text_environments()) from None
+            name = self.id.rpartition(":")[2]
+            raise UnknownNameError("environment", name, _text_environments()) from None
+        except (gym.error.Error, ImportError) as error:
+            raise ConfigurationError(f"{self.id!r} is no environment: {error}") from error
         except TypeError as error:  # a key that is no argument
             raise ConfigurationError(f"--env-args: {error}") from error
         if not isinstance(env.observation_space, UnicodeText):
@@ -301,9 +317,10 @@ class PrepareDatasets:
     NAME is musique, hotpotqa, 2wiki, bamboogle, nq, triviaqa or popqa, or a corpus: wiki18 (of
     FlashRAG; 5.1 GB to fetch) or wiki18-search-r1 (Search-R1's). Each gets a folder with
     questions.jsonl.gz, corpus.jsonl.gz, and manifest.json with the checksums of what was fetched
-    and made. Interrupted, it goes on where it was; done again, it checks and changes nothing. Needs
-    pip install 'research-env[hub]'; HF_ENDPOINT names a mirror. Without a hub it says which files
-    to put where, and then converts these.
+    and made. After an interruption the same command continues with the files that are missing; if
+    the set is there, it checks it and changes nothing. Needs pip install 'research-env[hub]';
+    HF_ENDPOINT names a mirror. Without a hub it says which files to put where, and then converts
+    these.
 
     For example:
       research-env datasets prepare nq hotpotqa --output ~/data
@@ -322,8 +339,8 @@ class PrepareDatasets:
 
     def run(self) -> None:
         """Carry the command out."""
-        from research_env.datasets.hub import HUB_SOURCES  # noqa: PLC0415
-        from research_env.datasets.prepare import prepare  # noqa: PLC0415
+        from research_env.datasets.catalog import HUB_SOURCES  # noqa: PLC0415
+        from research_env.datasets.hub import prepare  # noqa: PLC0415
         from research_env.paths import cache_folder  # noqa: PLC0415
 
         if not self.names:
@@ -359,13 +376,51 @@ class PrepareDatasets:
 
 
 @dataclass(frozen=True)
+class ConvertDatasets:
+    """Convert your own questions and passages to the format of this package, and check them.
+
+    FILE is a question file or a corpus: .jsonl, .csv, .tsv (each also .gz), .parquet or .arrow; or
+    a folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv). Questions have id (or
+    _id), question, and answers (or golden_answers, answer); passages have id (or _id), title (may
+    be missing) and text (or FlashRAG's contents). Other fields of questions are kept for rewards.
+    Environments read these files without conversion too; converted ones open faster.
+
+    For example:
+      research-env datasets convert dev.parquet wiki.tsv --output data/mine
+      research-env datasets convert beir/hotpotqa --output data/hotpotqa-beir
+    """
+
+    sources: Positional[Annotated[tuple[Path, ...], arg(metavar="FILE ...")]]
+    """What to convert."""
+    output: Annotated[Path, arg(metavar="DIR")]
+    """Folder that gets questions.jsonl and corpus.jsonl."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        from research_env.datasets.convert import convert  # noqa: PLC0415
+
+        for source in self.sources:
+            done = convert(source, self.output)
+            for split, count in done.questions.items():
+                named = f" of split {split}" if split else ""
+                print(f"{count:,} questions{named} in {self.output / 'questions.jsonl'}")
+            if done.passages:
+                print(f"{done.passages:,} passages in {self.output / 'corpus.jsonl'}")
+            if done.left_out:
+                print(f"Left out: {done.left_out:,} queries without answers", file=sys.stderr)
+
+
+@dataclass(frozen=True)
 class Datasets:
-    """List the data sets, where they are, and how many questions each split has; or prepare them.
+    """List the data sets, where they are, and how many questions each split has.
+
+    The subcommand prepare fetches published ones, convert reads your own.
 
     For example:
       research-env datasets
       RESEARCH_DATA=~/data research-env datasets --json
       research-env datasets prepare nq hotpotqa --output ~/data
+      research-env datasets convert dev.parquet wiki.tsv --output data/mine
     """
 
     json: bool = False
@@ -373,15 +428,17 @@ class Datasets:
     action: (
         Annotated[ListDatasets, subcommand("list")]
         | Annotated[PrepareDatasets, subcommand("prepare")]
+        | Annotated[ConvertDatasets, subcommand("convert")]
     ) = ListDatasets()
     """What to do."""
 
     def run(self) -> None:
         """Carry the command out."""
-        if isinstance(self.action, PrepareDatasets):
+        if not isinstance(self.action, ListDatasets):
             self.action.run()
             return
         from research_env.datasets import load, miniworld  # noqa: PLC0415
+        from research_env.datasets.catalog import PUBLISHED  # noqa: PLC0415
 
         rows: list[dict[str, Any]] = [
             {
@@ -391,7 +448,7 @@ class Datasets:
                 "passages": len(list(_corpus("miniworld", None))),
             }
         ]
-        for name, published in load.PUBLISHED.items():
+        for name, published in PUBLISHED.items():
             row: dict[str, Any] = {"name": name, "found": None, "splits": {}, "passages": None}
             rows.append(row)
             folder = load.local_folder(name)
@@ -431,17 +488,17 @@ class Datasets:
 class Judge:
     """Have a language model judge predictions, as ReSearch and R1-Searcher do.
 
-    PREDICTIONS is the predictions.jsonl of an evaluation, or its folder. Any OpenAI-compatible
-    endpoint will do, that of a vLLM server too; its key is taken from OPENAI_API_KEY. Beside the
-    predictions it writes judged.jsonl (a line a verdict, with what the judge wrote) and judge.json
-    (the summary).
+    PREDICTIONS is the predictions.jsonl of an evaluation, or its folder. The judge is any model at
+    an OpenAI-compatible endpoint, vLLM's too; the key comes from OPENAI_API_KEY. Beside the
+    predictions it writes judged.jsonl (a line per verdict, with the judge's answer) and judge.json
+    (the summary). Needs pip install 'research-env[openai]'.
 
-    Every episode counts, but void ones. One without a prediction is wrong, and nobody is asked. A
-    verdict that cannot be had is reported, and the score is then a range: all of these wrong, all
-    of them right. Interrupt it when you like: the same command goes on where it was, and what was
-    answered once is never asked again (judge-cache.sqlite, by model and prompt).
+    Every episode counts, except void ones. One without a prediction is incorrect, and nobody is
+    asked. Missing verdicts are reported, and make the score a range: from all of them incorrect to
+    all of them correct. Interrupt it at any time: the same command continues, and no question is
+    asked twice (judge-cache.sqlite, by model and prompt).
 
-    Exits with 1 where verdicts are missing.
+    Exits with 1 if verdicts are missing.
 
     For example:
       vllm serve Qwen/Qwen2.5-7B-Instruct
@@ -456,52 +513,57 @@ class Judge:
     endpoint: Annotated[str, arg(metavar="URL")]
     """Address of the server, up to and with its /v1."""
     model: Annotated[str, arg(metavar="NAME")]
-    """The judge, by the name that the server knows."""
+    """The judge's name at the server."""
     prompt: Literal["research", "r1-searcher"] = "research"
     """Which paper's prompt, word for word."""
     output: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Folder of judged.jsonl and judge.json. Without it: that of the predictions."""
+    """Folder of judged.jsonl and judge.json. Default: the folder of the predictions."""
     concurrency: int = 8
     """Questions that are asked at the same time."""
     rate: Annotated[float | None, arg(metavar="FLOAT")] = None
-    """The most requests a second. Without it: as fast as answers come."""
+    """Requests per second, retries not counted. Default: as fast as answers come."""
     deadline: float = 120.0
-    """Seconds for a request with all its attempts; one attempt may take half of them."""
+    """Seconds per request with all its retries; one attempt may take half of them."""
     price_in: Annotated[float | None, arg(metavar="FLOAT")] = None
-    """Price of a million tokens in. Without prices only tokens are counted."""
+    """Price per million tokens in. Without prices only tokens are counted."""
     price_out: Annotated[float | None, arg(metavar="FLOAT")] = None
-    """Price of a million tokens out."""
+    """Price per million tokens out."""
     json: bool = False
     """Print the summary as JSON."""
 
     def run(self) -> None:
         """Carry the command out."""
-        from research_env.judge import Settings, judge_predictions, report  # noqa: PLC0415
-        from research_env.judge_client import RETRY, JudgeError, read_key  # noqa: PLC0415
+        from research_env.judge import (  # noqa: PLC0415
+            JudgeError,
+            JudgeSettings,
+            format_summary,
+            judge_predictions,
+        )
+        from research_env.retrieval.url import secret_of  # noqa: PLC0415
 
         if (self.price_in is None) != (self.price_out is None):
             raise ConfigurationError("give both --price-in and --price-out, or neither")
-        settings = Settings(
+        settings = JudgeSettings(
             self.endpoint,
             self.model,
             self.prompt,
-            read_key(),
+            secret_of("OPENAI_API_KEY"),
             self.concurrency,
             self.rate,
-            replace(RETRY, deadline=self.deadline),
+            self.deadline,
             None if self.price_in is None else (self.price_in, self.price_out or 0.0),
         )
         try:
             summary = judge_predictions(self.predictions, settings, self.output)
         except (JudgeError, KeyboardInterrupt):
-            print("what was judged is kept, and the same command goes on", file=sys.stderr)
+            print("what was judged is kept, and the same command continues", file=sys.stderr)
             raise
         for warning in summary.warnings:
-            print(f"research-env: warning: {warning}", file=sys.stderr)
+            print(f"research-env: warning: {one_line(warning, 1_000)}", file=sys.stderr)
         if self.json:
             _print_json(asdict(summary))
         else:
-            print(report(summary))
+            print(format_summary(summary))
         if summary.missing:
             sys.exit(1)
 
@@ -542,13 +604,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _corpus(dataset: str | None, path: Path | None) -> Any:
-    from research_env.datasets import FileCorpus, load, load_dataset  # noqa: PLC0415
+    from research_env.datasets import FileCorpus, load_dataset  # noqa: PLC0415
+    from research_env.datasets.catalog import PUBLISHED  # noqa: PLC0415
 
     if (dataset is None) == (path is None):
         raise ConfigurationError("give either --dataset NAME or --corpus FILE")
     if path is not None:
         return FileCorpus(path.name, path)
-    known = load.PUBLISHED.get(dataset or "")
+    known = PUBLISHED.get(dataset or "")
     split = next(iter(known.splits)) if known else "train"
     corpus = load_dataset(dataset or "", split=split).corpus
     if corpus is None:

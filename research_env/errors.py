@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from research_env.redaction import redact
+from research_env.redaction import redact_known
 
 
 class ResearchEnvError(Exception):
     """Base of every error that this package raises on purpose; its message shows no secret."""
 
     def __init__(self, *args: object) -> None:
-        """Take the message; see :func:`research_env.redaction.redact`."""
-        super().__init__(*(redact(each) if isinstance(each, str) else each for each in args))
+        """Take the message; see :func:`research_env.redaction.redact_known`."""
+        super().__init__(*(redact_known(each) if isinstance(each, str) else each for each in args))
 
 
 class UnknownNameError(ResearchEnvError, ValueError):
@@ -22,14 +22,19 @@ class UnknownNameError(ResearchEnvError, ValueError):
     def __init__(self, what: str, name: object, known: Iterable[str], hint: str = "") -> None:
         """Name the kind of thing (``what``), the value given, and the values that exist."""
         names = sorted(known)
-        close = get_close_matches(str(name), names, n=1)
-        guess = f" Did you mean {close[0]!r}?" if close else ""
+        folded = {each.casefold(): each for each in names}
+        close = get_close_matches(str(name)[:100].casefold(), folded, n=1)
+        guess = f" Did you mean {folded[close[0]]!r}?" if close else ""
         extra = f" {hint}" if hint else ""
         super().__init__(f"unknown {what} {name!r}; known: {', '.join(names)}.{guess}{extra}")
 
 
 class ConfigurationError(ResearchEnvError, ValueError):
     """A setting whose value cannot be used, for example ``top_k=0``."""
+
+
+class UnknownTaskError(ConfigurationError, IndexError):
+    """A task that does not exist: an unknown id, or a number out of range."""
 
 
 class DataError(ResearchEnvError, ValueError):
@@ -41,7 +46,7 @@ class DataNotFoundError(ResearchEnvError, FileNotFoundError):
 
 
 class StaleIndexError(ResearchEnvError):
-    """An index that is truncated, of another version, or made for another corpus."""
+    """An index that is missing, damaged, of another version, or made for another corpus."""
 
 
 class ActionError(ResearchEnvError, TypeError):
@@ -52,5 +57,17 @@ class EpisodeError(ResearchEnvError, RuntimeError):
     """A step before reset, or after the end of the episode."""
 
 
+class RewardError(ResearchEnvError, TypeError):
+    """A reward function that failed, or returned something that is no number."""
+
+
 class RetrievalError(ResearchEnvError):
     """The search engine could not answer; never evidence (the episode becomes void)."""
+
+
+class ClosedError(RetrievalError):
+    """A search after ``close``; it is raised, and makes no episode void."""
+
+    def __init__(self) -> None:
+        """Say what to do."""
+        super().__init__("the searches have been closed; make new ones to search again")

@@ -26,8 +26,8 @@ from research_agent.environments import make_environments
 from research_agent.presets import PRESETS
 from research_env import IDS
 from research_env.cli import main as research_env
-from research_env.prompts import TEMPLATES
-from research_env.protocol import PROTOCOLS
+from research_env.papers import PROTOCOLS
+from research_env.protocol import TEMPLATES
 from research_env.rewards import REWARDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -333,7 +333,7 @@ def test_flags_that_are_named_exist(document: str, capsys: pytest.CaptureFixture
 def test_the_whole_environment_of_the_contract_can_be_played(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (block,) = blocks("research_agent/README.md")
+    (block,) = [b for b in blocks("research_agent/README.md") if b.file == "echo_env.py"]
     run(block)
     monkeypatch.syspath_prepend(home)
     monkeypatch.delitem(sys.modules, "echo_env", raising=False)

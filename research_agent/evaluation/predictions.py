@@ -5,7 +5,6 @@ A record is written the moment its episode ends, so that a killed evaluation can
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import numpy as np
 
 from research_agent.config import flatten
 from research_agent.errors import PredictionsError
+from research_agent.files import folder_lock
 from research_agent.trajectory import Segment, Trajectory
 
 PREDICTIONS = "predictions.jsonl"
@@ -92,7 +92,7 @@ def read_predictions(path: str | Path) -> tuple[Header, list[Record]]:
 
 
 @contextmanager
-def appending(
+def open_predictions(
     folder: Path, header: Header | None, wanted: Collection[tuple[int, int]]
 ) -> Iterator[tuple[list[Record], Callable[[Record], None]]]:
     """Open the predictions of a folder to write to them, and keep other processes out.
@@ -111,11 +111,12 @@ def appending(
         The records that are kept, and a function that appends one at once.
 
     Raises:
-        PredictionsError: the file is of another evaluation, is broken, or is being written to.
+        FolderInUseError: another process writes to the folder.
+        PredictionsError: the file is of another evaluation, or is broken.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PREDICTIONS
-    with _alone(folder):
+    with folder_lock(folder):
         kept = [] if header is None else _resume(path, header, wanted)
         with path.open("w" if header is None else "a", encoding="utf-8") as file:
 
@@ -124,22 +125,6 @@ def appending(
                 file.flush()
 
             yield kept, append
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a lock on the folder; it ends with the process at the latest."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PredictionsError(
-                f"another process evaluates into {folder}; wait for it, or give another --output"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _resume(path: Path, header: Header, wanted: Collection[tuple[int, int]]) -> list[Record]:
@@ -184,7 +169,9 @@ def _require_same(before: Header, now: Header, path: Path) -> None:
     differing = [
         f"  {key}: {old.get(key, '(unset)')!r} in the file, {new.get(key, '(unset)')!r} now"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key != "model.name" and key[:9] != "versions."
+        if old.get(key) != new.get(key)
+        and key != "model.name"
+        and not key.startswith(("versions.", "environment.place:"))
     ]
     if differing:
         raise PredictionsError(
@@ -252,6 +239,8 @@ def _segment(segment: Segment, first: Mapping[str, Any], pieces: Pieces | None) 
     if segment.provenance == "observation":
         info = {k: _plain(v) for k, v in segment.info.items()}
         record["info"] = {k: v for k, v in info.items() if not _is_empty(v) and first.get(k) != v}
+    if segment.provenance == "action":
+        record["reward"] = segment.reward
     if segment.provenance == "action" and pieces is not None:
         record["pieces"] = pieces(segment.tokens)
         record["logprobs"] = [  # JSON has no NaN, which stands for one that nobody knows

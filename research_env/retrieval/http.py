@@ -19,7 +19,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from research_env.errors import ConfigurationError, RetrievalError
-from research_env.redaction import redact
+from research_env.redaction import redact_known
 from research_env.retrieval.base import Hit, Passage
 from research_env.retrieval.reading import read_json
 from research_env.retrieval.retry import AGAIN, Deadline, Retry, retry_after
@@ -233,7 +233,7 @@ def ask_json(
 
 def one_line(text: str, most: int = 200) -> str:
     """The beginning of a text, on one line and fit to be printed."""
-    cleaned = redact(" ".join(text[: 20 * most].split()))  # before it is cut
+    cleaned = redact_known(" ".join(text[: 20 * most].split()))  # before it is cut
     return "".join(c if c.isprintable() else "?" for c in cleaned[:most])
 
 

@@ -21,8 +21,10 @@ from research_agent.renderer import Renderer
 from research_agent.rollout import collect, trajectory_seed
 from research_agent.trajectory import Trajectory
 from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
+from tests.research_agent.toy_env import CopyLetter, CopyLetterVector
 
 TOY = "tests.research_agent.toy_env:CopyLetter-v0"
+DOORS = "tests.research_agent.doors_env"
 NATIVE = "tests.research_agent.toy_env:CopyLetterNative-v0"
 RENDERER = codec_of(byte_tokenizer())
 END = RENDERER.tokenizer.eos_token_id
@@ -53,6 +55,17 @@ def play(engine: ScriptedEngine, limits: Limits = Limits(), **env_args: Any) -> 
     return trajectory
 
 
+@pytest.mark.parametrize("env", [f"{DOORS}:Doors-v0", f"{DOORS}:DoorsSingle-v0"])
+def test_turns_keep_their_rewards_and_the_names_of_their_states(env: str) -> None:
+    """Task 5 has the way 1, 0, 1; "x" goes 1 and "a" goes 0."""
+    environments = make_environments(env, 1)
+    (trajectory,) = collect(says("x", "x", "a"), environments, RENDERER, [(5, 0)], Limits())
+    assert [turn.text for turn in trajectory.turns] == ["x", "x", "a"]
+    assert [turn.reward for turn in trajectory.turns] == [0.25, 0.0, 0.0]
+    assert [turn.state_key for turn in trajectory.turns] == ["5:", "5:1", "5:11"]
+    assert trajectory.reward == 0.25
+
+
 def outline(trajectory: Trajectory) -> list[tuple[str, str]]:
     return [(s.provenance, s.text) for s in trajectory.segments]
 
@@ -74,6 +87,8 @@ def test_an_episode_token_by_token() -> None:
     assert trajectory.segments[0].logprobs is None
     assert (trajectory.episode, trajectory.sample) == (1, 0)
     assert trajectory.reward == 1.0  # given for the first of three turns, and not lost since
+    assert [turn.reward for turn in trajectory.turns] == [1.0, 0.0, 0.0]
+    assert [turn.state_key for turn in trajectory.turns] == ["", "", ""]
     assert trajectory.metrics == {"right": 1 / 3}
     assert (trajectory.terminated, trajectory.truncated) == (True, False)
     assert trajectory.stop_reason == "answer"
@@ -121,6 +136,42 @@ def test_budgets(limits: Limits, texts: list[str], reward: float, reason: str) -
     assert sum(len(s.tokens) for s in trajectory.segments[1:]) <= limits.max_response
 
 
+class Scored(CopyLetter):
+    """One that scores an episode which is cut."""
+
+    def truncate(self, reason: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        info = {"metrics": {"right": 0.25}, "stop_reason": reason, "void": False}
+        return "", -3.0, False, True, info
+
+
+class ScoredVector(CopyLetterVector):
+    def truncate(self, env_ids: Sequence[int], reason: str) -> list[tuple[Any, ...]]:
+        return [(i, *Scored.truncate(self.envs[i], reason)) for i in env_ids]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("budget", ["length", "context"])
+def test_an_episode_that_is_cut_is_scored_by_its_environment(native: bool, budget: str) -> None:
+    gym.register(
+        "Scored-v0",
+        entry_point=f"{__name__}:Scored",
+        vector_entry_point=ScoredVector if native else None,
+    )
+    try:
+        environments = make_environments("Scored-v0", 1, {"turns": 3})
+    finally:
+        del gym.registry["Scored-v0"]
+    engine, limits = says("bcd"), Limits(max_response=12)
+    if budget == "context":
+        engine.max_context, limits = 14, Limits()
+    (trajectory,) = collect(engine, environments, RENDERER, [(1, 0)], limits)
+    assert [text for _, text in outline(trajectory)] == ["b=", "bcd", "?c=", "bcd"]
+    assert trajectory.reward == 1.0 - 3.0
+    assert trajectory.metrics == {"right": 0.25}
+    assert (trajectory.stop_reason, trajectory.truncated) == (budget, True)
+    assert (trajectory.terminated, trajectory.void) == (False, False)
+
+
 def test_the_context_is_a_budget() -> None:
     engine = says("bcd")
     engine.max_context = 9  # prompt 2, action 4, observation 3: full
@@ -158,14 +209,15 @@ class Fake:
     ) -> dict[int, tuple[str, Mapping[str, Any]]]:
         self.episode |= assignments
         self.turns |= dict.fromkeys(assignments, 0)
-        return {i: (f"task {n} of {seed}", {}) for i, n in assignments.items()}
+        return {i: (f"task {n} of {seed}", {"state_key": f"{n}:"}) for i, n in assignments.items()}
 
     def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
         for i, action in zip(env_ids, actions, strict=True):
             self.turns[i] += 1
             over = self.turns[i] > len(action) % 4
             void = over and action.startswith("v")
-            info = {"void": void, "stop_reason": "down" if void else ""}
+            key = f"{self.episode[i]}:{self.turns[i]}:{len(action)}"
+            info = {"void": void, "stop_reason": "down" if void else "", "state_key": key}
             self.ready.append(
                 StepResult(i, self.observation * len(action), len(action), over, False, info)
             )

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from research_env.errors import ConfigurationError, DataNotFoundError, RetrievalError
-from research_env.redaction import redact, redact_url
+from research_env.redaction import redact_known, redact_url
 from research_env.retrieval import open_retriever
 from tests.research_env.servers import as_json, serving
 
@@ -55,12 +55,12 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_piece_of_a_secret_is_shown(form: str, key: str) -> None:
-    shown = redact(f"wrong key {FORMS[form]} for ann")
+    shown = redact_known(f"wrong key {FORMS[form]} for ann")
     assert shown.startswith("wrong key ")
     assert shown.endswith(" for ann")
-    assert "[hidden]" in shown
-    kept = shown.replace("[hidden]", "")
-    assert len(kept) < len("wrong key  for ann") + 20  # quotes, braces and names around it
+    assert "[redacted]" in shown
+    kept = shown.replace("[redacted]", "")
+    assert len(kept) < len("wrong key  for ann") + 30  # quotes, braces and names around it
     for word in ("s3cr", "Stra", "0123", "abcdef", "41-"):
         assert word not in kept
 
@@ -72,32 +72,32 @@ def test_any_long_piece_in_any_text_is_replaced(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENAI_API_KEY", "sk-0123456789-abcdefghij-ABCDEFGHIJ")
         secret = "sk-0123456789-abcdefghij-ABCDEFGHIJ"
-        shown = redact(before + secret[at : at + size] + after)
+        shown = redact_known(before + secret[at : at + size] + after)
         assert not any(secret[i : i + 8] in shown for i in range(len(secret) - 7))
 
 
 def test_texts_without_a_secret_stay(key: str) -> None:
     for text in ("", "nothing", "http://host:9200/i: status 404", "a@b", "keys=3 tokens=5", "ann"):
-        assert redact(text) == text
+        assert redact_known(text) == text
 
 
 def test_what_a_url_names_as_secret_is_replaced() -> None:
-    assert redact("GET http://h/s?q=x&api_key=abc&n=1 failed") == (
-        "GET http://h/s?q=x&api_key=[hidden]&n=1 failed"
+    assert redact_known("GET http://h/s?q=x&api_key=abc&n=1 failed") == (
+        "GET http://h/s?q=x&api_key=[redacted]&n=1 failed"
     )
-    assert redact("http://h/?token=abc") == "http://h/?token=[hidden]"
-    assert redact("web:searxng?url=http://h/%3Ftoken%3Dabc") == (
-        "web:searxng?url=http://h/%3Ftoken%3D[hidden]"
+    assert redact_known("http://h/?token=abc") == "http://h/?token=[redacted]"
+    assert redact_known("web:searxng?url=http://h/%3Ftoken%3Dabc") == (
+        "web:searxng?url=http://h/%3Ftoken%3D[redacted]"
     )
-    assert redact("see https://u:p@h/i") == "see https://[hidden]@h/i"
-    assert redact_url("elasticsearch://u:a b\n/c@h/i") == "elasticsearch://[hidden]@h/i"
+    assert redact_known("see https://u:p@h/i") == "see https://[redacted]@h/i"
+    assert redact_url("elasticsearch://u:a b\n/c@h/i") == "elasticsearch://[redacted]@h/i"
 
 
 def test_every_error_is_redacted(key: str) -> None:
     for kind in (ConfigurationError, RetrievalError, DataNotFoundError):
         error = kind(f"said {json.dumps(key)}")
         for each in (error, pickle.loads(pickle.dumps(error))):
-            assert str(each) == 'said "[hidden]"'
+            assert str(each) == 'said "[redacted]"'
             assert KEY[:12] not in repr(each)
 
 
@@ -124,5 +124,5 @@ def test_a_server_that_repeats_the_token_does_not_get_it_shown(
         assert server.calls[0].headers["Authorization"] == "Bearer T0KEN-of-mine-0123"
     assert isinstance(found, RetrievalError)
     assert "did not answer" in str(found)
-    assert "[hidden]" in str(found)
+    assert "[redacted]" in str(found)
     assert "T0KEN" not in str(found)

@@ -53,8 +53,8 @@ def test_no_part_of_a_password_is_repeated(url: str) -> None:
 
 
 def test_a_url_is_shown_without_user_and_password() -> None:
-    assert redact_url("elastic://user:1/S@x@h/idx") == "elastic://[hidden]@h/idx"
-    assert redact_url("elastic://user:1\n2@h/idx") == "elastic://[hidden]@h/idx"
+    assert redact_url("elastic://user:1/S@x@h/idx") == "elastic://[redacted]@h/idx"
+    assert redact_url("elastic://user:1\n2@h/idx") == "elastic://[redacted]@h/idx"
     assert redact_url("solr://h:1/idx") == "solr://h:1/idx"
 
 
