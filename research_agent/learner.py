@@ -26,7 +26,13 @@ from research_agent.distributed import (
 )
 from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
 from research_agent.models.critic import Critic
-from research_agent.models.lora import adapters, adapters_off, add_adapters, merged
+from research_agent.models.lora import (
+    adapters,
+    adapters_off,
+    add_adapters,
+    load_adapters,
+    merged,
+)
 from research_agent.models.policy import (
     Precision,
     TokenLogprobs,
@@ -85,6 +91,7 @@ class Learner:
             gradient: less memory, a third more work.
         compile: let torch.compile fuse the operations of each layer; the first pass takes minutes.
         lora_rank: learn adapters of this rank beside weights that stay; 0 learns the weights.
+        adapter: folder or hub name of a LoRA adapter over the model, which learns on.
         optimizer: "adamw"; "adamw_8bit" keeps its moments in 8 bits (bitsandbytes); "adamw_offload"
             keeps them in the CPU's memory and makes its steps there.
 
@@ -113,9 +120,10 @@ class Learner:
         gradient_checkpointing: bool = False,
         compile: bool = False,
         lora_rank: int = 0,
+        adapter: str | None = None,
         optimizer: Literal["adamw", "adamw_8bit", "adamw_offload"] = "adamw",
     ) -> None:
-        if algorithm.needs_reference and reference is None and not lora_rank:
+        if algorithm.needs_reference and reference is None and (adapter or not lora_rank):
             message = "the algorithm needs a reference policy; give one, or set its KL to 0"
             raise ConfigError(message)
         _check(minibatches, micro_batch_tokens, temperature, max_grad_norm)
@@ -132,7 +140,9 @@ class Learner:
         self._importance_cap = importance_sampling_cap
         on_gpu = next(model.parameters()).is_cuda
         self._packed = packing == "on" or (packing == "auto" and on_gpu)
-        if lora_rank:
+        if adapter is not None:
+            lora_rank = _same_rank(lora_rank, load_adapters(self.model, adapter))
+        elif lora_rank:
             add_adapters(self.model, lora_rank)
         self._lora = bool(lora_rank)
         self._reference = (
@@ -218,6 +228,11 @@ class Learner:
             "trajectories": float(len(batch)),
             "optimizer_steps": float(len(reports)),
         }
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters learn, and the weights beside them stay."""
+        return self._lora
 
     def state_dict(self) -> dict[str, Any]:
         """What besides the weights decides the next update: step count and optimiser moments.
@@ -418,6 +433,15 @@ def _check_old_logprobs(old_logprobs: str, importance_sampling_cap: float | None
             f" {old_logprobs!r}; it must be above 0, with old_logprobs 'recomputed'"
         )
         raise ConfigError(message)
+
+
+def _same_rank(wanted: int, found: int) -> int:
+    if wanted not in (0, found):
+        raise ConfigError(
+            f"lora_rank is {wanted}, and the adapter to train on has rank {found}; leave"
+            " --lora-rank out, or give --merge-adapter to begin a new adapter"
+        )
+    return found
 
 
 def _optimizer(kind: str, parameters: list[Tensor], **settings: Any) -> torch.optim.Optimizer:

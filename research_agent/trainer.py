@@ -45,7 +45,8 @@ from research_agent.errors import (
 from research_agent.evaluation.evaluate import as_record, evaluate
 from research_agent.files import write_atomic
 from research_agent.learner import Learner
-from research_agent.models.policy import load_model, resolve_model
+from research_agent.models.policy import load_model, require_ends, resolve_model
+from research_agent.models.source import model_source
 from research_agent.renderer import Renderer, load_renderer
 from research_agent.rollout import Episode, InFlight, collect
 from research_agent.run_logger import METRICS, TIMINGS, RunLogger, read_lines
@@ -233,10 +234,15 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
         origin = saved.state["origin"] if saved else _origin(policy.model)
         renderer = load_renderer(resolve_model(origin), chat_template=policy.chat_template)
         load = partial(load_model, device=policy.device)
-        lora = config.learner.lora_rank > 0
-        model = load(saved.folder if saved and not lora else origin)
+        adapter = None if policy.merge_adapter else model_source(origin).adapter
+        lora = config.learner.lora_rank > 0 or adapter is not None
+        # Without its adapter: the learner puts that beside the weights.
+        model = load(origin, merge_adapter=adapter is None) if lora else load(
+            saved.folder if saved else origin
+        )
+        require_ends(model, renderer)
         reference = None
-        if rule.needs_reference and not lora:
+        if rule.needs_reference and (adapter is not None or not lora):
             # Several processes keep a part each, which goes to its device when the model is cut.
             reference = load_model(origin, device="cpu") if rank_and_size()[1] > 1 else load(origin)
         engine: Engine = make_engine(
@@ -257,8 +263,11 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
             rule,
             reference=reference,
             temperature=sampling.temperature,
+            adapter=adapter,
             **asdict(config.learner),
         )
+        if adapter is not None and not saved:
+            engine.load_weights(learner.weights(), version=0)
         if saved:
             learner.load_state_dict(saved.state["learner"])
             torch.set_rng_state(saved.state["random"])
@@ -396,7 +405,7 @@ def _void_fraction(trajectories: Sequence[Trajectory]) -> float:
 def _save(parts: _Parts, step: int, seconds: float) -> None:
     config = parts.config
     rank, size = rank_and_size()
-    is_whole = size == 1 and not config.learner.lora_rank
+    is_whole = size == 1 and not parts.learner.has_adapters
     weights = None if is_whole else dict(parts.learner.weights())  # of all processes together
     learner = parts.learner.state_dict()
     if rank:
@@ -448,7 +457,7 @@ def _set_back(parts: _Parts, step: int, best: int) -> str:
         raise CollapseError(what)
     saved = checkpoint.load(good)
     with torch.no_grad():
-        if not parts.config.learner.lora_rank:
+        if not parts.learner.has_adapters:
             parts.model.load_state_dict(load_model(good, device="cpu").state_dict())
         parts.learner.load_state_dict(saved.state["learner"])
     parts.engine.load_weights(parts.learner.weights(), version=step)
