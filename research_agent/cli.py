@@ -171,7 +171,8 @@ def _sampler(config: EvalConfig) -> tuple[Any, Any, str]:
         return asked, words, f"{config.model} at {config.endpoint.rstrip('/')}"
     from research_agent.engines import make_engine  # noqa: PLC0415
     from research_agent.evaluation.fingerprint import model_fingerprint  # noqa: PLC0415
-    from research_agent.models.policy import load_model, resolve_model  # noqa: PLC0415
+    from research_agent.models.policy import load_model  # noqa: PLC0415
+    from research_agent.models.source import resolve_model  # noqa: PLC0415
     from research_agent.renderer import load_renderer  # noqa: PLC0415  (these load torch)
     from research_agent.trainer import context_of  # noqa: PLC0415
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from research_agent.errors import ModelError
-from research_agent.models.source import tokenizer_source
+from research_agent.models.source import generation_settings, tokenizer_source
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -212,7 +212,6 @@ def load_renderer(model: str | Path, *, chat_template: bool = False) -> Renderer
     """
     from transformers import (  # noqa: PLC0415 - slow to import
         AutoTokenizer,
-        GenerationConfig,
         PreTrainedTokenizerFast,
     )
     from transformers.models.auto.tokenization_auto import get_tokenizer_config  # noqa: PLC0415
@@ -235,10 +234,8 @@ def load_renderer(model: str | Path, *, chat_template: bool = False) -> Renderer
     if chat_template and not tokenizer.chat_template:
         raise ModelError(f"the tokenizer of {str(model)!r} has no chat template; leave it off")
     end_ids = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-    try:  # an instruction-tuned model may end its turns with several tokens
-        more = GenerationConfig.from_pretrained(place).eos_token_id
-    except OSError:
-        more = None
+    # An instruction-tuned model may end its turns with several tokens.
+    more = generation_settings(place).get("eos_token_id")
     if more is not None:
         end_ids |= {int(i) for i in (more if isinstance(more, list) else [more])}
     if not end_ids:

@@ -45,8 +45,8 @@ from research_agent.errors import (
 from research_agent.evaluation.evaluate import as_record, evaluate
 from research_agent.files import write_atomic
 from research_agent.learner import Learner
-from research_agent.models.policy import load_model, require_ends, resolve_model
-from research_agent.models.source import model_source
+from research_agent.models.policy import load_model, require_ends
+from research_agent.models.source import model_source, resolve_model
 from research_agent.renderer import Renderer, load_renderer
 from research_agent.rollout import Episode, InFlight, collect
 from research_agent.run_logger import METRICS, TIMINGS, RunLogger, read_lines
@@ -232,17 +232,11 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
             held_out = open_environments(env, slots, {**env_args, **run.eval_args})
             stack.callback(held_out.close)
         origin = saved.state["origin"] if saved else _origin(policy.model)
-        renderer = load_renderer(resolve_model(origin), chat_template=policy.chat_template)
         load = partial(load_model, device=policy.device)
         adapter = None if policy.merge_adapter else model_source(origin).adapter
-        lora = config.learner.lora_rank > 0 or adapter is not None
-        # Without its adapter: the learner puts that beside the weights.
-        model = load(origin, merge_adapter=adapter is None) if lora else load(
-            saved.folder if saved else origin
-        )
-        require_ends(model, renderer)
+        model, renderer = _load_policy(config, saved, origin, adapter)
         reference = None
-        if rule.needs_reference and (adapter is not None or not lora):
+        if rule.needs_reference and (adapter is not None or not config.learner.lora_rank):
             # Several processes keep a part each, which goes to its device when the model is cut.
             reference = load_model(origin, device="cpu") if rank_and_size()[1] > 1 else load(origin)
         engine: Engine = make_engine(
@@ -266,12 +260,11 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
             adapter=adapter,
             **asdict(config.learner),
         )
-        if adapter is not None and not saved:
-            engine.load_weights(learner.weights(), version=0)
         if saved:
             learner.load_state_dict(saved.state["learner"])
             torch.set_rng_state(saved.state["random"])
-            engine.load_weights(learner.weights(), version=saved.step)
+        if saved or adapter is not None:
+            engine.load_weights(learner.weights(), version=saved.step if saved else 0)
         watch = None if run.collapse is None else CollapseMonitor(run.collapse)
         if watch and saved:
             watch.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
@@ -294,6 +287,20 @@ def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
             in_flight=in_flight,
             trace=trace,
         )
+
+
+def _load_policy(
+    config: TrainConfig, saved: Checkpoint | None, origin: str, adapter: str | None
+) -> tuple[Any, Renderer]:
+    """The model that learns, without adapters, and its tokenizer."""
+    policy = config.policy
+    renderer = load_renderer(resolve_model(origin), chat_template=policy.chat_template)
+    if adapter is not None or config.learner.lora_rank or not saved:  # the weights stay
+        model = load_model(origin, device=policy.device, merge_adapter=adapter is None)
+    else:
+        model = load_model(saved.folder, device=policy.device)
+    require_ends(model, renderer)
+    return model, renderer
 
 
 def _stages(

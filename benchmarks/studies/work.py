@@ -372,7 +372,8 @@ def play(
     """
     from research_agent.engines import make_engine  # noqa: PLC0415
     from research_agent.evaluation.evaluate import evaluate, read_predictions  # noqa: PLC0415
-    from research_agent.models.policy import load_model, resolve_model  # noqa: PLC0415
+    from research_agent.models.policy import load_model  # noqa: PLC0415
+    from research_agent.models.source import resolve_model  # noqa: PLC0415
     from research_agent.renderer import load_renderer  # noqa: PLC0415 - loads torch
     from research_agent.trainer import context_of, open_environments  # noqa: PLC0415
 

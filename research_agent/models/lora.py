@@ -98,7 +98,7 @@ def merge_adapter(model: Any, adapter: str) -> Any:
         loaded = set_peft_model_state_dict(beside, weights, adapter_name=_NAME)
         if odd := loaded.unexpected_keys:
             raise ValueError(f"{len(odd)} of its weights, such as {odd[0]!r}, have no place")
-        return beside.merge_and_unload()
+        return beside.merge_and_unload().requires_grad_(True)
     except (ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise _misfit(adapter, model, str(error)) from error
 

@@ -19,7 +19,11 @@ from research_agent.batch import Batch, MicroBatch, micro_batches
 from research_agent.distributed import all_reduce_sum, shard_batches
 from research_agent.errors import ModelError
 from research_agent.models.probe import logit_difference, plain_logits, probe_sequences
-from research_agent.models.source import ModelSource, model_source, resolve_model
+from research_agent.models.source import (
+    ModelSource,
+    generation_settings,
+    model_source,
+)
 
 if TYPE_CHECKING:
     from research_agent.renderer import Renderer
@@ -27,8 +31,17 @@ if TYPE_CHECKING:
 Precision = Literal["float32", "bfloat16"]
 
 _LOADING_ERRORS: tuple[type[Exception], ...] = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError,
-    OverflowError, ArithmeticError, pickle.UnpicklingError, struct.error,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    RecursionError,
+    OverflowError,
+    ArithmeticError,
+    pickle.UnpicklingError,
+    struct.error,
 )
 
 # The most logits that are held at once: 64 Mi of float32 are 256 MiB. A GPU likes larger products.
@@ -88,6 +101,8 @@ def _open(source: ModelSource, name: str, dtype: torch.dtype) -> Any:
         _refuse_quantized(config, name)
         # A configuration may name an attention that it would have downloaded and run.
         config._attn_implementation = None
+        if (tokens := _tokens_of_unreadable(source.place, name)) is not None:
+            options["generation_config"] = tokens
         model, loaded = AutoModelForCausalLM.from_pretrained(
             source.place, config=config, dtype=dtype, output_loading_info=True, **options
         )
@@ -95,7 +110,7 @@ def _open(source: ModelSource, name: str, dtype: torch.dtype) -> Any:
         cure = "pip install gguf" if source.gguf_file else "install it"
         message = f"the model {name!r} needs a package that is missing: {error}; {cure}"
         raise ModelError(message) from error
-    except _LOADING_ERRORS + (SafetensorError,) as error:
+    except (*_LOADING_ERRORS, SafetensorError) as error:
         message = (
             f"the model {name!r} cannot be opened: {error}. Give a folder with config.json and"
             " model.safetensors, a GGUF file, or a name on the Hugging Face hub"
@@ -353,28 +368,51 @@ def _repair_generation(model: Any, name: str) -> None:
 
     Sampling is ours, so nothing else of it is used.
     """
-    from transformers import GenerationConfig  # noqa: PLC0415
-
     given = getattr(model, "generation_config", None)
     if given is None:
         return
-    ids = {key: getattr(given, key, None) for key in ("bos_token_id", "eos_token_id")}
     pad = getattr(given, "pad_token_id", None)
     try:
         given.validate(strict=True)
         if pad is None or pad >= 0:
             return
-        cause = f"its pad_token_id is {pad}"
+        cause: object = f"pad_token_id is {pad}"
     except ValueError as error:
-        cause = str(error).strip().splitlines()[0]
-    ids["pad_token_id"] = pad if pad is None or pad >= 0 else None
-    model.generation_config = GenerationConfig(**ids)
+        cause = error
+    model.generation_config = _tokens_only(given.to_dict())
     if (config_pad := getattr(model.config, "pad_token_id", None)) is not None and config_pad < 0:
         model.config.pad_token_id = None
+    _say_repaired(name, cause)
+
+
+def _tokens_of_unreadable(place: str, name: str) -> Any:
+    """The special tokens of a generation_config that the library refuses; None where it reads."""
+    from transformers import GenerationConfig  # noqa: PLC0415
+
+    try:
+        GenerationConfig.from_pretrained(place)
+    except OSError:  # there is none
+        return None
+    except (ValueError, TypeError) as error:
+        _say_repaired(name, error)
+        return _tokens_only(generation_settings(place))
+    return None
+
+
+def _tokens_only(values: Mapping[str, Any]) -> Any:
+    from transformers import GenerationConfig  # noqa: PLC0415
+
+    ids = {key: values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    pad = ids["pad_token_id"]
+    return GenerationConfig(**{**ids, "pad_token_id": None if pad is None or pad < 0 else pad})
+
+
+def _say_repaired(name: str, cause: object) -> None:
+    first = str(cause).strip().splitlines()[0]
     warnings.warn(
-        f"the generation_config of {name!r} cannot be saved ({cause}); of it only the end tokens"
+        f"the generation_config of {name!r} cannot be saved ({first}); of it only the end tokens"
         " are kept, as sampling is set by this package",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

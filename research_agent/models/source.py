@@ -102,6 +102,24 @@ def tokenizer_source(name: str | Path) -> ModelSource:
     return model_source(name) if place.exists() else ModelSource(str(name))
 
 
+def generation_settings(place: str) -> dict[str, Any]:
+    """What the generation_config.json of a folder or a name on the hub says, unchecked."""
+    from transformers.utils.hub import cached_file  # noqa: PLC0415
+
+    try:
+        found = cached_file(
+            place,
+            "generation_config.json",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        values = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def _gguf(path: Path) -> ModelSource:
     with path.open("rb") as file:
         head = file.read(8)

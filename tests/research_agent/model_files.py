@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from tests.research_agent.conftest import byte_tokenizer, tiny_llama
+from tests.research_agent.conftest import byte_tokenizer
 
 
 def save_model(folder: Path, model: Any, **options: Any) -> Path:
