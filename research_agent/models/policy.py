@@ -5,9 +5,10 @@ from __future__ import annotations
 import pickle
 import struct
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from research_agent.batch import Batch, MicroBatch, micro_batches
 from research_agent.distributed import all_reduce_sum, shard_batches
-from research_agent.errors import ModelError
+from research_agent.errors import ModelError, ResearchAgentError
 from research_agent.models.probe import logit_difference, plain_logits, probe_sequences
 from research_agent.models.source import (
     ModelSource,
@@ -86,7 +87,7 @@ def load_model(
         model = merge(model, source.adapter)
     _repair_generation(model, str(name))
     model = model.to(device).eval()
-    _check_states(model, str(name))
+    require_learnable(model, str(name))
     return model
 
 
@@ -162,22 +163,14 @@ def prepare(
         compile: let torch.compile fuse the operations of each layer.
 
     Raises:
-        ModelError: the architecture cannot do it.
+        ModelError: the architecture cannot do it, or would compute something else.
     """
     layers = layers_of(model)
     if (gradient_checkpointing or compile) and not layers:
         message = f"{type(model).__name__} names no layers to checkpoint or compile; turn both off"
         raise ModelError(message)
     if packed:
-        from research_agent.models.attention import PACKED  # noqa: PLC0415
-
-        try:
-            model.set_attn_implementation(PACKED)
-        except (ValueError, AttributeError) as error:
-            name = type(model).__name__
-            raise ModelError(
-                f"the attention of {name} cannot be replaced ({error}); use --packing off"
-            ) from error
+        _pack(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in layers:  # it checkpoints in training mode only; its dropouts are inside it
@@ -185,6 +178,44 @@ def prepare(
     if compile:
         for layer in layers:
             layer.compile(dynamic=True)
+
+
+def _pack(model: Any) -> None:
+    """Let trajectories share a row, and prove on two of them that none sees its neighbour."""
+    from research_agent.models.attention import PACKED  # noqa: PLC0415
+
+    name = type(model).__name__
+    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    try:
+        sequences = probe_sequences(model)
+        expected = [plain_logits(model, tokens) for tokens in sequences]
+        model.set_attn_implementation(PACKED)
+        found = _packed_logits(model, sequences)
+        difference = next(filter(None, map(logit_difference, found, expected)), "")
+    except (ResearchAgentError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        difference = str(error)
+    if difference:
+        if before is not None and model.config._attn_implementation != before:
+            model.set_attn_implementation(before)
+        message = f"trajectories of {name} cannot share a row: {difference}; use --packing off"
+        raise ModelError(message)
+
+
+@torch.no_grad()
+def _packed_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits of sequences in one row, [tokens, words] each."""
+    lengths, device = [len(s) for s in sequences], model.device
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    options: dict[str, Any] = {
+        "position_ids": torch.cat([torch.arange(n, device=device) for n in lengths])[None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+    row = torch.tensor([token for s in sequences for token in s], device=device)[None]
+    states = model.base_model(input_ids=row, use_cache=False, **options).last_hidden_state
+    return list(model.get_output_embeddings()(states)[0].split(lengths))
 
 
 def token_logprobs(
@@ -417,11 +448,18 @@ def _say_repaired(name: str, cause: object) -> None:
 
 
 @torch.no_grad()
-def _check_states(model: Any, name: str) -> None:
+def require_learnable(model: Any, name: str) -> None:
     """Compare what the learner computes with the model's own logits, on two short sequences.
 
     The learner gives its rows no mask, pads them on the right, and applies the head to the last
     hidden states alone. Models that scale or cap their logits afterwards differ.
+
+    Args:
+        model: a causal language model of the transformers library.
+        name: of the model, for the message.
+
+    Raises:
+        ModelError: they differ by more than rounding.
     """
     sequences = probe_sequences(model)
     head = model.get_output_embeddings()
@@ -435,3 +473,9 @@ def _check_states(model: Any, name: str) -> None:
                 f"the model {name!r} changes its logits after its head, or sees padding:"
                 f" {difference}; this is not supported"
             )
+
+
+def context_length(model: Any, wanted: int) -> int:
+    """Tokens that an episode may have: those wanted, at most the positions that the model has."""
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    return wanted if limit is None else min(wanted, limit)
