@@ -16,8 +16,9 @@ class UnknownNameError(ResearchEnvError, ValueError):
     def __init__(self, what: str, name: object, known: Iterable[str], hint: str = "") -> None:
         """Name the kind of thing (``what``), the value given, and the values that exist."""
         names = sorted(known)
-        close = get_close_matches(str(name), names, n=1)
-        guess = f" Did you mean {close[0]!r}?" if close else ""
+        folded = {each.casefold(): each for each in names}
+        close = get_close_matches(str(name)[:100].casefold(), folded, n=1)
+        guess = f" Did you mean {folded[close[0]]!r}?" if close else ""
         extra = f" {hint}" if hint else ""
         super().__init__(f"unknown {what} {name!r}; known: {', '.join(names)}.{guess}{extra}")
 
@@ -35,7 +36,7 @@ class DataNotFoundError(ResearchEnvError, FileNotFoundError):
 
 
 class StaleIndexError(ResearchEnvError):
-    """An index that is truncated, of another version, or made for another corpus."""
+    """An index that is missing, damaged, of another version, or made for another corpus."""
 
 
 class ActionError(ResearchEnvError, TypeError):
@@ -48,3 +49,11 @@ class EpisodeError(ResearchEnvError, RuntimeError):
 
 class RetrievalError(ResearchEnvError):
     """The search engine could not answer; never evidence (the episode becomes void)."""
+
+
+class ClosedError(RetrievalError):
+    """A search after ``close``; it is raised, and makes no episode void."""
+
+    def __init__(self) -> None:
+        """Say what to do."""
+        super().__init__("the searches have been closed; make new ones to search again")
