@@ -87,6 +87,46 @@ RESEARCH_7B = TrainConfig(
     run=RunConfig(steps=155, output=Path("runs/research-7b"), save_every=10, eval_args=_DEV),
 )
 
+# A pretrained model of 135 M parameters on real passages, sized for a laptop. The prompt is the
+# bare question: the warm start has taught the format. MuSiQue is left to evaluate out of domain.
+SMOLLM2_WIKI = TrainConfig(
+    preset="smollm2-wiki",
+    environment=EnvironmentConfig(
+        env="research_env:SearchQA-v0",
+        env_args={
+            "dataset": "hotpotqa+2wiki",
+            "split": "train",
+            "protocol": "research",
+            "reward": "research",
+            "template": "question",
+            "top_k": 2,
+            "max_searches": 4,
+        },
+    ),
+    policy=PolicyConfig(model="runs/smollm2-start"),
+    sampling=SamplingConfig(
+        prompts_per_step=4, group_size=8, max_prompt=256, max_response=1024, max_turn_tokens=96
+    ),
+    algorithm=AlgorithmConfig(
+        algorithm="grpo", algorithm_args={"kl_coef": 0.0, "entropy_coef": 0.0}
+    ),
+    learner=LearnerConfig(
+        learning_rate=1e-4,
+        warmup_steps=3,
+        weight_decay=0.0,
+        micro_batch_tokens=2048,
+        lora_rank=16,
+    ),
+    run=RunConfig(
+        steps=200,
+        output=Path("runs/smollm2-wiki"),
+        save_every=10,
+        eval_every=20,
+        eval_limit=100,
+        eval_args=_DEV,
+    ),
+)
+
 
 def _named(of: TrainConfig, name: str, model: str) -> TrainConfig:
     run = replace(of.run, output=Path("runs") / name)
@@ -288,13 +328,17 @@ _MINIS = (
     *(_mini(each, _TWO_STAGES) for each in _PAPERS[4:6]),
     *(_mini(each, reward="em", max_searches=4) for each in _PAPERS[6:]),
 )
-PRESETS: dict[str, TrainConfig] = {each.preset: each for each in (MINIWORLD, *_PAPERS, *_MINIS)}
+PRESETS: dict[str, TrainConfig] = {
+    each.preset: each for each in (MINIWORLD, SMOLLM2_WIKI, *_PAPERS, *_MINIS)
+}
 
 _RESEARCH = "ReSearch (Chen et al. 2025): GRPO on MuSiQue"
 _R1_SEARCHER = "R1-Searcher (Song et al. 2025): REINFORCE++ in two stages"
 _SEARCH_R1 = "Search-R1 (Jin et al. 2025): exact match on NQ and HotpotQA"
 DESCRIPTIONS: dict[str, str] = {
     "miniworld": "A small policy learns to search an invented world. Minutes on two CPU cores.",
+    "smollm2-wiki": "SmolLM2-135M learns to search real passages, after research-agent sft "
+    "smollm2-wiki. Hours on a laptop.",
     "research-7b": f"{_RESEARCH}, Qwen2.5-7B.",
     "research-7b-instruct": f"{_RESEARCH}, Qwen2.5-7B-Instruct.",
     "research-32b": f"{_RESEARCH}, Qwen2.5-32B.",

@@ -93,6 +93,16 @@ PRESETS = {
         threads=1,  # as quick as two, and the same bits however many cores there are
         output=Path("runs/miniworld-starter"),
     ),
+    "smollm2-wiki": SFTConfig(
+        demonstrations="research_env.wiki_demonstrations:demonstrations",
+        demonstration_args={"dataset": "hotpotqa+2wiki", "top_k": 2},
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        count=1600,
+        batch=8,
+        learning_rate=2e-4,
+        warmup_steps=10,
+        output=Path("runs/smollm2-start"),
+    ),
     "own": SFTConfig(
         demonstrations="demonstrations.jsonl",
         model="miniworld-starter",
@@ -104,6 +114,8 @@ PRESETS = {
 DESCRIPTIONS = {
     "miniworld": "Teach a new policy to read and search in MiniWorld, and to do so seldom: a start "
     "for the demo.",
+    "smollm2-wiki": "Show SmolLM2-135M how to search real passages, and to do so half of the time: "
+    "the start of research-agent train smollm2-wiki.",
     "own": "Fit a model to demonstrations of your own, such as those of research-agent sample.",
 }
 

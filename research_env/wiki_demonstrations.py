@@ -1,11 +1,11 @@
 """Demonstrations on real passages: how a pretrained model is shown to search before it is trained.
 
-They are made by a program from training questions whose gold passages are known. An episode searches
-the gold sub-question (MuSiQue has them) or the title of the gold passage, reads, and answers. A title
-is searched only if the question or a passage read before names it, so that every step can be
-concluded from what stands there. The results are those of a real search.
+They are made by a program from training questions whose gold passages are known. An episode
+searches the gold sub-question (MuSiQue has them) or the title of the gold passage, reads, and
+answers. A title is searched only if the question or a passage read before names it, so that every
+step can be concluded from what stands there. The results are those of a real search.
 
-As in MiniWorld the habit of searching is left weak on purpose: most episodes guess or stop half-way.
+As in MiniWorld the habit of searching is left weak on purpose: many episodes guess or stop early.
 What reinforcement learning then has to find is when to search, how often, and how to answer.
 
 Nothing held out is shown: no development question, and no passage that only development questions
