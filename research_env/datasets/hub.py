@@ -23,9 +23,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TextIO
+from typing import IO, Any, NamedTuple, TextIO, cast
 
 from research_env.datasets.catalog import HUB_SOURCES, PUBLISHED, HubSource, Record
+from research_env.datasets.formats import MAX_LINE
 from research_env.errors import DataError, DataNotFoundError, UnknownNameError
 from research_env.locks import exclusive_lock
 from research_env.progress import progress
@@ -373,7 +374,9 @@ def _json_lines(path: Path) -> Iterator[tuple[Record, float]]:
     """Records of a .jsonl, .jsonl.gz or zipped .jsonl, and the fraction of the file read so far."""
     size = path.stat().st_size or 1
     with path.open("rb") as raw, _unpacked(path, raw) as lines:
-        for line in lines:
+        while line := lines.readline(MAX_LINE + 1):
+            if len(line) > MAX_LINE:
+                raise ValueError(f"a line of over {MAX_LINE >> 20} MiB")
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError(f"a JSON object is needed, not {type(record).__name__}")
@@ -381,10 +384,10 @@ def _json_lines(path: Path) -> Iterator[tuple[Record, float]]:
 
 
 @contextmanager
-def _unpacked(path: Path, raw: IO[bytes]) -> Iterator[Iterable[bytes]]:
+def _unpacked(path: Path, raw: IO[bytes]) -> Iterator[IO[bytes]]:
     if path.suffix == ".gz":
         with gzip.open(raw) as lines:
-            yield lines
+            yield cast(IO[bytes], lines)
     elif path.suffix == ".zip":
         with zipfile.ZipFile(raw) as archive:
             inside = [name for name in archive.namelist() if name.endswith(".jsonl")]
