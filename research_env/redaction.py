@@ -23,6 +23,7 @@ SECRET_VARIABLES = (
     "BRAVE_API_KEY",
     "TAVILY_API_KEY",
     "SEARXNG_TOKEN",
+    "RETRIEVER_API_KEY",
     "HF_TOKEN",
 )
 """Environment variables that hold a key, a token or a password."""

@@ -1,21 +1,12 @@
 """Search the web, as R1-Searcher does at test time (Song et al. 2025): ``web:PROVIDER``.
 
-<<<<<<< HEAD
-``web:serper``, ``web:brave``, ``web:tavily`` take their key from ``SERPER_API_KEY``,
-``BRAVE_API_KEY``, ``TAVILY_API_KEY``; ``web:searxng?url=http://HOST:PORT`` asks a SearXNG of one's
-own, whose settings must allow the format json; if a proxy before it wants a token, put that into
-``SEARXNG_TOKEN``, which is sent as a bearer token. Options: ``budget=1000``, the requests that a
-process may send (without it: any number); ``rate=5``, those that it sends a second (default 5);
-``deadline=60``, seconds for a batch. A result's address is the id of its passage, its snippet the
-text, and its score 1/rank.
-=======
 ``web:serper``, ``web:brave`` and ``web:tavily`` take their key from ``SERPER_API_KEY``,
 ``BRAVE_API_KEY`` and ``TAVILY_API_KEY``. ``web:searxng?url=http://HOST:PORT`` asks your own
-SearXNG, whose settings must allow the format json. Options: ``budget=1000``, how many requests a
+SearXNG, whose settings must allow the format json; if a proxy before it wants a token, set
+``SEARXNG_TOKEN``, which is sent as a bearer token. Options: ``budget=1000``, how many requests a
 process may send (default: any number); ``rate=5``, how many it sends per second (default 5);
 ``deadline=60``, seconds per batch. The id of a passage is the result's address, its text the
 snippet, its score 1/rank.
->>>>>>> main
 
 Each process has its own budget and rate. All its retrievers of the same address, budget and rate
 share them; closing one gives nothing back.
@@ -69,21 +60,13 @@ class Provider:
     """A search service: how to ask it, and how to read its answers. A new one is a new value."""
 
     url: str
-<<<<<<< HEAD
-    """Where it listens; empty: the user says."""
+    """Its address; empty: the user gives one."""
     key: str
     """The environment variable that holds the key."""
     needs_key: bool
     """Whether it refuses requests without a key."""
-    most: int
-    """The most results of a request."""
-=======
-    """Its address; empty: the user gives one."""
-    key: str | None
-    """The environment variable that holds the key; None: it needs no key."""
     max_results: int
     """The most results per request."""
->>>>>>> main
     request: Callable[[str, str, str, int], Request]
     """Makes the request from (url, key, query, count)."""
     passages: Callable[[Any], list[Passage]]
