@@ -103,7 +103,7 @@ SMOLLM2_WIKI = TrainConfig(
             "max_searches": 4,
         },
     ),
-    policy=PolicyConfig(model="runs/smollm2-start"),
+    policy=PolicyConfig(model="./runs/smollm2-start"),
     sampling=SamplingConfig(
         prompts_per_step=4, group_size=8, max_prompt=256, max_response=1024, max_turn_tokens=96
     ),
