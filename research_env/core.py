@@ -180,7 +180,8 @@ class EnvCore:
                 earned = self.reward.total(components)
                 metrics |= {f"reward/{name}": value for name, value in components.items()}
             else:
-                earned = evaluate(self.reward, episode)
+                named = self.settings.get("reward")
+                earned = evaluate(self.reward, episode, named if isinstance(named, str) else "")
             if self.turn_reward:
                 earned += of_turn
                 metrics |= self.turn_reward.totals(episode)
