@@ -31,7 +31,7 @@ class Embedding(Protocol):
 
     @property
     def dimensions(self) -> int:
-        """The length of a vector's list of numbers."""
+        """How many numbers a vector has."""
         ...
 
     def queries(self, texts: Sequence[str]) -> Vectors:
