@@ -122,7 +122,7 @@ def measure(questions: int) -> dict[str, dict[str, dict[str, float]]]:
             )
             first = first or core
             numbers = range(min(questions, len(core.questions)))
-            asked = [core.questions[core.index(0, number)] for number in numbers]
+            asked = [core.questions[core.draw_question(0, number)] for number in numbers]
             found = core.search([_clean(each.question)[:1000] for each in asked])
             for question, hits in zip(asked, found, strict=True):
                 assert isinstance(hits, list), hits

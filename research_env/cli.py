@@ -203,44 +203,69 @@ class Search:
 
 @dataclass(frozen=True)
 class Serve:
-    """Offer a search engine over HTTP, in the format of Search-R1's retrieval server.
+    """Serve a search engine over HTTP, in the format of Search-R1's retrieval server.
 
-    So that others' trainers can search through it, at http://HOST:PORT/retrieve; so can ours. There
-    are /health and /metrics (Prometheus) too. SIGTERM or Ctrl-C stops it after the requests that
-    are in flight.
+    Any trainer that speaks this format can search at http://HOST:PORT/retrieve. The server also has
+    /health and /metrics (Prometheus). SIGTERM or Ctrl-C stops it after the requests in flight.
+
+    Without a key anyone who reaches the port can search. If the environment variable
+    RETRIEVER_API_KEY is set, clients must send it as "Authorization: Bearer KEY" to everything but
+    /health; retrievers of this package read the same variable and send it.
+
+    Needs pip install 'research-env[serve]'.
 
     For example:
       research-env serve --retriever elasticsearch://localhost:9200/wiki18
       research-env serve --dataset musique
-      research-env serve --corpus passages.jsonl --host 0.0.0.0 --port 9000
+      RETRIEVER_API_KEY=... research-env serve --corpus passages.jsonl --host 0.0.0.0 --port 9000
     """
 
     retriever: Annotated[str | None, arg(metavar="URL")] = None
-    """The search engine, for example embedded:DIR. Without it: the index of the passages."""
+    """The search engine, for example embedded:DIR. Default: the index of the passages."""
     dataset: Annotated[str | None, arg(metavar="NAME")] = None
-    """A data set whose passages are offered, indexed first if they are not yet: miniworld, musique,
+    """A data set whose passages are served, and indexed first if necessary: miniworld, musique,
     hotpotqa, 2wiki."""
     corpus: Annotated[Path | None, arg(metavar="FILE")] = None
     """A file of passages instead."""
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 lets other machines in."""
+    """Address to listen on. 0.0.0.0 lets other machines in, without any authentication unless
+    RETRIEVER_API_KEY is set."""
     port: int = 8000
-    """Port to listen at; 0 takes a free one."""
+    """Port to listen on; 0 takes a free one."""
+    allowed_hosts: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
+    """Names by which clients may call this server, for example search.example.org. localhost and
+    the address of the server always work. Requests to other names are refused, so that no web page
+    can search through the browser of somebody who reaches this server."""
     top_k: int = 5
-    """Passages for a query where a request does not say."""
+    """Passages per query if a request does not say."""
 
     def run(self) -> None:
         """Carry the command out."""
         from research_env.retrieval import open_retriever  # noqa: PLC0415
-        from research_env.retrieval.serve import serve_until_stopped  # noqa: PLC0415
+        from research_env.retrieval.http import KEY_VARIABLE  # noqa: PLC0415
+        from research_env.retrieval.url import secret_of  # noqa: PLC0415
 
+        try:
+            from research_env.retrieval.serve import serve_until_stopped  # noqa: PLC0415
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                f"the server needs {error.name}: pip install 'research-env[serve]'"
+            ) from error
+        key = secret_of(KEY_VARIABLE)
         given = self.dataset is not None or self.corpus is not None
         if self.retriever is None and not given:
             raise ConfigurationError("give --retriever URL, --dataset NAME or --corpus FILE")
         corpus = _corpus(self.dataset, self.corpus) if given else None
         engine = open_retriever(self.retriever, corpus)
         try:
-            serve_until_stopped(engine, self.host, self.port, self.top_k)
+            serve_until_stopped(
+                engine,
+                self.host,
+                self.port,
+                self.top_k,
+                key=key,
+                allowed_hosts=self.allowed_hosts,
+            )
         finally:
             engine.close()
 

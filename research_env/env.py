@@ -126,12 +126,12 @@ class SearchQAEnv(gym.Env[str, str]):
             self._next = 0
         match options or {}:
             case {"question_id": str(question_id), **rest} if not rest:
-                index = self._core.index_of(question_id)
+                index = self._core.find_question(question_id)
             case {"episode": number, **rest} if not rest:
-                index = self._core.index(self.np_random_seed, number)
+                index = self._core.draw_question(self.np_random_seed, number)
                 self._next = number + 1
             case {**rest} if not rest:
-                index = self._core.index(self.np_random_seed, self._next)
+                index = self._core.draw_question(self.np_random_seed, self._next)
                 self._next += 1
             case other:
                 raise ConfigurationError(
