@@ -172,8 +172,8 @@ class JudgeClient:
                 f"{self._url} answered 404 ({detail}); check that the address is that of the "
                 f"server's /v1, and that it knows the model {self._model!r}"
             )
-        may_pass = status in (408, 409, 429) or status >= 500
-        return NoReplyError(f"status {status}", detail, refused=not may_pass)
+        retryable = status in (408, 409, 429) or status >= 500
+        return NoReplyError(f"status {status}", detail, refused=not retryable)
 
     def _shown(self, text: str) -> str:
         return one_line(self._redact(text[:10_000]))
