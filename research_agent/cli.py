@@ -178,13 +178,15 @@ def _sampler(config: EvalConfig) -> tuple[Any, Any, str]:
     from research_agent.models.policy import (  # noqa: PLC0415
         context_length,
         load_model,
-        resolve_model,
+        require_ends,
     )
+    from research_agent.models.source import resolve_model  # noqa: PLC0415
     from research_agent.renderer import load_renderer  # noqa: PLC0415  (these load torch)
 
     place = resolve_model(config.model)
     renderer = load_renderer(place, chat_template=config.chat_template)
     model = load_model(config.model, dtype=config.dtype, device=config.device)
+    require_ends(model, renderer)
     context = context_length(model, config.max_prompt + config.max_response)
     engine = make_engine(
         config.engine,
