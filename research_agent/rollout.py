@@ -16,6 +16,7 @@ from research_agent.environments import Environments, StepResult, Truncating
 from research_agent.errors import ContextError
 from research_agent.renderer import Renderer
 from research_agent.trajectory import Segment, Trajectory
+from research_agent.trees import TreePlan, Trees, require_branching
 
 Episode = tuple[int, int]
 """The number of a task, and which of its samples."""
@@ -76,6 +77,7 @@ def collect(
     on_finish: Callable[[Trajectory], None] | None = None,
     ahead: Sequence[Episode] = (),
     in_flight: InFlight | None = None,
+    plan: TreePlan | None = None,
 ) -> list[Trajectory]:
     """Play episodes to their ends.
 
@@ -92,12 +94,15 @@ def collect(
         ahead: episodes to begin with where slots would be empty otherwise. None is waited for.
         in_flight: what earlier calls left of theirs, and where this one leaves it. Between calls
             the engine may get new weights: turns that were cut go on with the new ones.
+        plan: how samples branch off each other; None: none does. With it ``episodes`` are whole
+            trees, in order, and none is played ahead.
 
     Returns:
         The trajectories in the order of ``episodes``. Those of failed infrastructure are ``void``.
         No slot is in use then.
 
     Raises:
+        ConfigError: the plan needs more slots than there are, or an environment that branches.
         ContextError: a prompt that is empty, or longer than ``max_prompt`` or the context allows.
     """
     in_flight = InFlight() if in_flight is None else in_flight
@@ -108,12 +113,19 @@ def collect(
     free = deque(slot for slot in range(environments.num_envs) if slot not in active)
     stop = environments.terminators
     truncate = environments.truncate if isinstance(environments, Truncating) else _keep_reward
+    trees = None
+    if plan:
+        trees = Trees(plan, seed)
+        brancher = require_branching(environments, plan.size)
+        waiting = deque(each for each in waiting if plan.root(each[1]) == each[1])
     try:
         for slot in sorted(active.keys() - awaiting_env):  # turns that were cut
             active[slot].submit(engine, slot, stop)
         while missing:
-            count = min(len(free), len(waiting))
+            count = min(len(free) // (plan.size if plan else 1), len(waiting))
             starting = {free.popleft(): waiting.popleft() for _ in range(count)}
+            for episode, sample in starting.values() if plan and trees else ():
+                trees.plant(episode, sample, [free.popleft() for _ in range(plan.size - 1)])
             active |= {
                 slot: ActiveRollout(*each, seed, sampling) for slot, each in starting.items()
             }
@@ -126,6 +138,8 @@ def collect(
             completions = engine.step()
             if completions:
                 slots = [turn.slot for turn in completions]
+                for turn in completions if trees else ():
+                    trees.offer(turn.slot, active[turn.slot], turn, brancher, engine)
                 environments.send(
                     slots, [active[turn.slot].finish_turn(turn, renderer) for turn in completions]
                 )
@@ -149,6 +163,10 @@ def collect(
                 key = active.pop(slot).key
                 done[key] = trajectory
                 missing.discard(key)
+                branches = trees.finish(*key) if trees else {}
+                active |= branches
+                for branch in branches:
+                    active[branch].submit(engine, branch, stop)
                 if on_finish:
                     on_finish(trajectory)
 
@@ -158,6 +176,8 @@ def collect(
         for slot, rollout in active.items():
             engine.release(slot)
             rollout.unsent_tokens = rollout.tokens
+        for slot in trees.slots if trees else ():
+            engine.release(slot)
     trajectories = [done[each] for each in episodes]
     for each in set(episodes):
         del done[each]
@@ -179,6 +199,8 @@ class ActiveRollout:
     response: int = 0  # tokens, of the policy and of the environment
     partial_turns: list[Completion] = field(default_factory=list)  # of the turn that is not over
     unsent_tokens: list[int] = field(default_factory=list)  # not yet submitted to the engine
+    lineage: tuple[int, ...] = ()  # as in Trajectory
+    tree: int | None = None  # as in Trajectory
 
     def __post_init__(self) -> None:
         """Seed the draws."""
@@ -194,6 +216,29 @@ class ActiveRollout:
         """All tokens so far."""
         parts: list[Segment | Completion] = [*self.segments, *self.partial_turns]
         return [token for part in parts for token in part.tokens]
+
+    def branch(self, sample: int, tree: int) -> ActiveRollout:
+        """Make the beginning of another sample out of what there is so far.
+
+        Args:
+            sample: its number.
+            tree: that of the sample that the tree grew from.
+        """
+        turns = sum(segment.provenance == "action" for segment in self.segments)
+        return ActiveRollout(
+            self.episode,
+            sample,
+            self.seed,
+            self.sampling,
+            segments=list(self.segments),
+            reward=self.reward,
+            state_key=self.state_key,
+            prompt=self.prompt,
+            response=self.response,
+            unsent_tokens=self.tokens,
+            lineage=(*self.lineage, *[self.sample] * turns)[:turns],
+            tree=tree,
+        )
 
     def begin(
         self, observation: str, info: Mapping[str, Any], renderer: Renderer, max_context: int
@@ -310,6 +355,8 @@ class ActiveRollout:
             void=bool(last.info.get("void", False)),
             metrics={name: float(value) for name, value in metrics.items()},
             info=last.info,
+            lineage=self.lineage,
+            tree=self.tree,
         )
 
 
