@@ -16,7 +16,7 @@ from research_agent.environments import Environments, StepResult, Truncating
 from research_agent.errors import ContextError
 from research_agent.renderer import Renderer
 from research_agent.trajectory import Segment, Trajectory
-from research_agent.trees import TreePlan, Trees, require_branching
+from research_agent.trees import CHAINS, TreePlan, Trees
 
 Episode = tuple[int, int]
 """The number of a task, and which of its samples."""
@@ -77,7 +77,7 @@ def collect(
     on_finish: Callable[[Trajectory], None] | None = None,
     ahead: Sequence[Episode] = (),
     in_flight: InFlight | None = None,
-    plan: TreePlan | None = None,
+    plan: TreePlan = CHAINS,
 ) -> list[Trajectory]:
     """Play episodes to their ends.
 
@@ -94,8 +94,8 @@ def collect(
         ahead: episodes to begin with where slots would be empty otherwise. None is waited for.
         in_flight: what earlier calls left of theirs, and where this one leaves it. Between calls
             the engine may get new weights: turns that were cut go on with the new ones.
-        plan: how samples branch off each other; None: none does. With it ``episodes`` are whole
-            trees, in order, and none is played ahead.
+        plan: how samples branch off each other. With branches ``episodes`` are whole trees, in
+            order, and none is played ahead.
 
     Returns:
         The trajectories in the order of ``episodes``. Those of failed infrastructure are ``void``.
@@ -108,24 +108,23 @@ def collect(
     in_flight = InFlight() if in_flight is None else in_flight
     active, awaiting_env, done = in_flight.active, in_flight.awaiting_env, in_flight.done
     known = {rollout.key for rollout in active.values()} | done.keys()
-    waiting = deque(each for each in dict.fromkeys((*episodes, *ahead)) if each not in known)
-    missing = set(episodes) - done.keys()
+    waiting = deque(
+        each
+        for each in dict.fromkeys((*episodes, *ahead))
+        if each not in known and plan.root(each[1]) == each[1]
+    )
+    wanted = set(episodes)
     free = deque(slot for slot in range(environments.num_envs) if slot not in active)
     stop = environments.terminators
     truncate = environments.truncate if isinstance(environments, Truncating) else _keep_reward
-    trees = None
-    if plan:
-        trees = Trees(plan, seed)
-        brancher = require_branching(environments, plan.size)
-        waiting = deque(each for each in waiting if plan.root(each[1]) == each[1])
+    trees = Trees(plan, seed, environments)
     try:
         for slot in sorted(active.keys() - awaiting_env):  # turns that were cut
             active[slot].submit(engine, slot, stop)
-        while missing:
-            count = min(len(free) // (plan.size if plan else 1), len(waiting))
+        while not wanted <= done.keys():
+            count = min(len(free) // plan.size, len(waiting))
             starting = {free.popleft(): waiting.popleft() for _ in range(count)}
-            for episode, sample in starting.values() if plan and trees else ():
-                trees.plant(episode, sample, [free.popleft() for _ in range(plan.size - 1)])
+            trees.plant(starting.values(), free)
             active |= {
                 slot: ActiveRollout(*each, seed, sampling) for slot, each in starting.items()
             }
@@ -138,8 +137,7 @@ def collect(
             completions = engine.step()
             if completions:
                 slots = [turn.slot for turn in completions]
-                for turn in completions if trees else ():
-                    trees.offer(turn.slot, active[turn.slot], turn, brancher, engine)
+                trees.offer(completions, active, engine)
                 environments.send(
                     slots, [active[turn.slot].finish_turn(turn, renderer) for turn in completions]
                 )
@@ -160,28 +158,20 @@ def collect(
                     continue
                 engine.release(slot)
                 free.append(slot)
-                key = active.pop(slot).key
-                done[key] = trajectory
-                missing.discard(key)
-                branches = trees.finish(*key) if trees else {}
-                active |= branches
-                for branch in branches:
-                    active[branch].submit(engine, branch, stop)
+                done[active.pop(slot).key] = trajectory
+                trees.finish(trajectory, active, engine, stop)
                 if on_finish:
                     on_finish(trajectory)
 
         for turn in engine.interrupt() if isinstance(engine, Interruptible) else ():
             active[turn.slot].add_partial(turn)
     finally:
+        trees.release(engine)
         for slot, rollout in active.items():
             engine.release(slot)
             rollout.unsent_tokens = rollout.tokens
-        for slot in trees.slots if trees else ():
-            engine.release(slot)
-    trajectories = [done[each] for each in episodes]
-    for each in set(episodes):
-        del done[each]
-    return trajectories
+    taken = {each: done.pop(each) for each in wanted}
+    return [taken[each] for each in episodes]
 
 
 @dataclass

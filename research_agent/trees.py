@@ -12,8 +12,10 @@ chosen depends on seed, task and samples, never on timing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, log
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -22,8 +24,11 @@ import numpy as np
 from research_agent.errors import ConfigError
 
 if TYPE_CHECKING:
+    from research_agent.config import SamplingConfig
     from research_agent.engines.base import Completion, Engine
+    from research_agent.environments import Environments
     from research_agent.rollout import ActiveRollout
+    from research_agent.trajectory import Trajectory
 
 Choice = Literal["random", "entropy"]
 
@@ -33,7 +38,7 @@ class TreePlan:
     """How a tree grows: a chain, then rounds of branches.
 
     Attributes:
-        branches: branches per round (N in Tree-GRPO).
+        branches: branches per round (N in Tree-GRPO); 0: chains alone.
         rounds: rounds after the chain (L in Tree-GRPO). A round begins when the one before it has
             ended, and branches off any sample of the tree so far.
         choose: "random" takes each state before a turn with the same probability, as Tree-GRPO
@@ -52,11 +57,17 @@ class TreePlan:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        for name in ("branches", "rounds", "entropy_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"a tree's {name} is {getattr(self, name)}; give 1 or more")
+        for name, least in (("branches", 0), ("rounds", 1), ("entropy_tokens", 1)):
+            if getattr(self, name) < least:
+                value = getattr(self, name)
+                raise ConfigError(f"a tree's {name} is {value}; give {least} or more")
         if self.choose not in ("random", "entropy"):
             raise ConfigError(f"a tree chooses by {self.choose!r}; known: 'random', 'entropy'")
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig) -> TreePlan:
+        """Read the plan from a configuration."""
+        return cls(sampling.tree_branches, sampling.tree_rounds, sampling.tree_choice)
 
     @property
     def size(self) -> int:
@@ -69,7 +80,7 @@ class TreePlan:
 
     def round(self, sample: int) -> int:
         """0 for a chain, then the round that a branch belongs to."""
-        return -(-(sample % self.size) // self.branches)
+        return -(-(sample % self.size) // max(1, self.branches))
 
     def require_group(self, group_size: int) -> None:
         """Check that a group is a number of whole trees.
@@ -85,37 +96,8 @@ class TreePlan:
             )
 
 
-class Branching(Protocol):
-    """Environments whose episodes can be branched."""
-
-    def branch(self, source: int, targets: Sequence[int]) -> None:
-        """Let the targets continue from the source's present state."""
-        ...
-
-
-def require_branching(environments: object, slots: int) -> Branching:
-    """Check that episodes can be branched.
-
-    Args:
-        environments: as the rollout has them.
-        slots: how many a tree needs.
-
-    Raises:
-        ConfigError: they cannot, or there are too few of them for a tree.
-    """
-    if not getattr(environments, "branches", False):
-        raise ConfigError(
-            "this environment has no branch(source, targets), which trees need; "
-            "sample chains, or use a vector environment that offers it"
-        )
-    found: Any = environments
-    if found.num_envs < slots:
-        raise ConfigError(
-            f"a tree of {slots} samples needs as many environments at once, and there are "
-            f"{found.num_envs}; raise --max-in-flight"
-        )
-    checked: Branching = found
-    return checked
+CHAINS = TreePlan(branches=0)
+"""No sample branches off another."""
 
 
 @runtime_checkable
@@ -132,88 +114,126 @@ class _Seedling:
     """A branch that has not begun: its slot, and the best state so far."""
 
     slot: int
-    priority: float = -1.0
+    priority: float = -inf
     start: ActiveRollout | None = None
 
 
-@dataclass
 class Trees:
     """The trees that are growing.
 
     Args:
         plan: how each grows.
         seed: of the run.
+        environments: those that are played in.
+
+    Raises:
+        ConfigError: the plan has branches, and these environments cannot be branched, or are fewer
+            than a tree has samples.
     """
 
-    plan: TreePlan
-    seed: int
-    _seedlings: dict[tuple[int, int], _Seedling] = field(default_factory=dict)  # by task, sample
-    _playing: dict[tuple[int, int], int] = field(default_factory=dict)  # by task, root
+    def __init__(self, plan: TreePlan, seed: int, environments: Environments) -> None:
+        if plan.branches and not getattr(environments, "branches", False):
+            raise ConfigError(
+                "this environment has no branch(source, targets), which trees need; "
+                "sample chains, or use a vector environment that offers it"
+            )
+        if plan.branches and environments.num_envs < plan.size:
+            raise ConfigError(
+                f"a tree of {plan.size} samples needs as many environments at once, and there are "
+                f"{environments.num_envs}; raise --max-in-flight"
+            )
+        self._plan = plan
+        self._seed = seed
+        self._environments: Any = environments
+        self._seedlings: dict[tuple[int, int], _Seedling] = {}  # by task and sample
+        self._playing: dict[tuple[int, int], int] = {}  # by task and root: samples under way
 
-    def plant(self, episode: int, root: int, slots: Sequence[int]) -> None:
-        """Begin a tree whose branches have these slots."""
-        for place, slot in enumerate(slots, start=1):
-            self._seedlings[episode, root + place] = _Seedling(slot)
-        self._playing[episode, root] = 1
-
-    def offer(
-        self, slot: int, rollout: ActiveRollout, turn: Completion, env: Branching, engine: Engine
-    ) -> None:
-        """Let later branches consider the state before a turn that has just been sampled.
+    def plant(self, chains: Iterable[tuple[int, int]], free: deque[int]) -> None:
+        """Begin trees whose branches get free slots.
 
         Args:
-            slot: where it was sampled. Its environment has not had the action yet.
-            rollout: the trajectory, the turn not yet added.
-            turn: the turn.
-            env: the environments.
+            chains: task and sample of each tree's chain.
+            free: slots; those that are given away are taken out.
+        """
+        for episode, root in chains:
+            self._playing[episode, root] = 1
+            for sample in range(root + 1, root + self._plan.size):
+                self._seedlings[episode, sample] = _Seedling(free.popleft())
+
+    def offer(
+        self, turns: Sequence[Completion], active: Mapping[int, ActiveRollout], engine: Engine
+    ) -> None:
+        """Let later branches consider the states before turns that have just been sampled.
+
+        Args:
+            turns: the turns. The environments of their slots have not had the actions yet.
+            active: the trajectories by slot; the turns are not yet added to them.
             engine: the sampler.
         """
-        plan, root = self.plan, self.plan.root(rollout.sample)
-        for sample in range(rollout.sample + 1, root + plan.size):
-            seedling = self._seedlings.get((rollout.episode, sample))
-            if seedling is None or plan.round(sample) <= plan.round(rollout.sample):
-                continue
-            priority = self._priority(rollout, sample, turn)
-            if priority <= seedling.priority:
-                continue
-            env.branch(slot, [seedling.slot])
-            start = rollout.branch(sample, root)
-            if isinstance(engine, Forking):
-                held = len(start.unsent_tokens) - 1  # the last one gives the next token's logits
-                engine.fork(slot, seedling.slot, held)
-                start.unsent_tokens = start.unsent_tokens[held:]
-            seedling.priority, seedling.start = priority, start
+        plan = self._plan
+        for turn in turns if plan.branches else ():
+            rollout = active[turn.slot]
+            root = plan.root(rollout.sample)
+            for sample in range(rollout.sample + 1, root + plan.size):
+                seedling = self._seedlings.get((rollout.episode, sample))
+                if seedling is None or plan.round(sample) <= plan.round(rollout.sample):
+                    continue
+                priority = self._priority(rollout, sample, turn)
+                if priority <= seedling.priority:
+                    continue
+                self._environments.branch(turn.slot, [seedling.slot])
+                start = rollout.branch(sample, root)
+                if isinstance(engine, Forking):
+                    held = len(start.unsent_tokens) - 1  # the last gives the next token's logits
+                    engine.fork(turn.slot, seedling.slot, held)
+                    start.unsent_tokens = start.unsent_tokens[held:]
+                seedling.priority, seedling.start = priority, start
 
-    def finish(self, episode: int, sample: int) -> dict[int, ActiveRollout]:
-        """Note that a sample has ended; returns the branches that begin now, by slot."""
-        plan, root = self.plan, self.plan.root(sample)
+    def finish(
+        self,
+        trajectory: Trajectory,
+        active: dict[int, ActiveRollout],
+        engine: Engine,
+        stop: tuple[str, ...],
+    ) -> None:
+        """Note that a sample has ended, and begin the next round of its tree if that is due.
+
+        Args:
+            trajectory: of the sample.
+            active: the trajectories by slot; those that begin are added.
+            engine: the sampler, which gets them.
+            stop: strings after which generation pauses.
+        """
+        plan, episode, sample = self._plan, trajectory.episode, trajectory.sample
+        root = plan.root(sample)
+        if not plan.branches:
+            return
         self._playing[episode, root] -= 1
         if self._playing[episode, root]:
-            return {}
-        starting = {}
+            return
         for branch in range(root, root + plan.size):
             if plan.round(branch) == plan.round(sample) + 1:
                 seedling = self._seedlings.pop((episode, branch))
                 assert seedling.start is not None  # every episode has a turn to branch at
-                starting[seedling.slot] = seedling.start
-        self._playing[episode, root] = len(starting)
-        return starting
+                active[seedling.slot] = seedling.start
+                seedling.start.submit(engine, seedling.slot, stop)
+                self._playing[episode, root] += 1
 
-    @property
-    def slots(self) -> list[int]:
-        """The slots of branches that have not begun."""
-        return [seedling.slot for seedling in self._seedlings.values()]
+    def release(self, engine: Engine) -> None:
+        """Let the engine forget what it holds for branches that have not begun."""
+        for seedling in self._seedlings.values():
+            engine.release(seedling.slot)
 
     def _priority(self, rollout: ActiveRollout, sample: int, turn: Completion) -> float:
         """A number per branch and state; the state with the largest is chosen.
 
-        With u uniform, u ** (1 / w) is largest with probability w / sum w (Efraimidis and Spirakis
+        With u uniform, log(u) / w is largest with probability w / sum w (Efraimidis and Spirakis
         2006, "Weighted random sampling with a reservoir").
         """
         place = sum(segment.provenance == "action" for segment in rollout.segments)
-        words = [self.seed, rollout.episode, sample, rollout.sample, place]
+        words = [self._seed, rollout.episode, sample, rollout.sample, place]
         uniform = (np.random.SeedSequence(words).generate_state(1, np.uint64)[0] + 0.5) / 2.0**64
-        if self.plan.choose == "random":
-            return float(uniform)
-        surprise = -fmean(turn.logprobs[: self.plan.entropy_tokens] or (0.0,))
-        return float(uniform ** (1 / max(surprise, 1e-6)))
+        weight = 1.0
+        if self._plan.choose == "entropy":
+            weight = max(-fmean(turn.logprobs[: self._plan.entropy_tokens] or (0.0,)), 1e-6)
+        return log(uniform) / weight

@@ -284,6 +284,7 @@ class TransformersEngine:
         self._cached[slot] = 0
         self._last[slot] = -1
 
+    @torch.inference_mode()
     def fork(self, source: int, target: int, length: int) -> None:
         """Let a slot hold the first tokens that another one holds: a copy of keys and values.
 

@@ -203,7 +203,7 @@ def test_a_fork_prefills_nothing_and_samples_what_a_new_slot_would() -> None:
 
     played, forwarded = [], []
     for forks in (True, False):
-        engine = TransformersEngine(model, RENDERER, max_slots=8, max_context=300)
+        engine = TransformersEngine(model, RENDERER, max_slots=8, max_context=256)
         used: Any = engine if forks else Unable(engine)
         wanted = [(task, sample) for task in range(2) for sample in range(4)]
         environments = make_environments(DOORS, 8, {"doors": 4})
@@ -250,7 +250,7 @@ def test_environments_that_cannot_branch_are_refused() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"branches": 0}, "a tree's branches is 0"),
+        ({"branches": -1}, "a tree's branches is -1"),
         ({"branches": 1, "rounds": 0}, "a tree's rounds is 0"),
         ({"branches": 1, "choose": "luck"}, "a tree chooses by 'luck'"),
     ],
