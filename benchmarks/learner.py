@@ -52,6 +52,7 @@ import torch
 
 from research_agent.algorithms.grpo import GRPO
 from research_agent.batch import make_batch, micro_batches
+from research_agent.config import LearnerConfig
 from research_agent.learner import Learner
 from research_agent.models.policy import TokenLogprobs, batch_logprobs, token_logprobs
 from research_agent.trajectory import Group, Segment, Trajectory
@@ -146,10 +147,7 @@ def gradient(
     learner = Learner(
         make_model(sizes, device),
         GRPO(kl_coef=0.0),
-        learning_rate=0.0,
-        max_grad_norm=math.inf,
-        betas=(0.0, 0.999),
-        **settings,
+        LearnerConfig(learning_rate=0.0, max_grad_norm=math.inf, betas=(0.0, 0.999), **settings),
     )
     learner.update(groups)
     return {name: m["exp_avg"] for name, m in learner.state_dict()["moments"].items()}
@@ -212,7 +210,7 @@ def measure(
     settings: dict[str, Any],
 ) -> dict[str, float]:
     """Time updates of a fresh learner; the first, which compiles, is told apart."""
-    learner = Learner(make_model(sizes, device), GRPO(kl_coef=0.0), **settings)
+    learner = Learner(make_model(sizes, device), GRPO(kl_coef=0.0), LearnerConfig(**settings))
 
     def update() -> float:
         _wait(device)
@@ -318,7 +316,7 @@ def profile(
     """Table of the kernels of an update, those that take longest first."""
     from torch.profiler import ProfilerActivity  # noqa: PLC0415
 
-    learner = Learner(make_model(sizes, device), GRPO(kl_coef=0.0), **settings)
+    learner = Learner(make_model(sizes, device), GRPO(kl_coef=0.0), LearnerConfig(**settings))
     learner.update(groups[:2])
     _wait(device)
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as trace:
@@ -479,7 +477,7 @@ def _run_ours(
     model: Any, groups: list[Group], updates: int, settings: dict[str, Any], file: Path
 ) -> dict[str, Any]:
     rule = GRPO(kl_coef=0.0, entropy_coef=0.0, std_epsilon=1e-4)
-    learner = Learner(model, rule, learning_rate=RATE, weight_decay=0.0, **settings)
+    learner = Learner(model, rule, LearnerConfig(learning_rate=RATE, weight_decay=0.0, **settings))
     spent = _time_model_code(learner)
     memory = _peak_memory()
     times, reports = [], []

@@ -297,8 +297,7 @@ class Sampler:
         """An engine with its weights, or in front of its endpoint."""
         from research_agent.engines import make_engine  # noqa: PLC0415
         from research_agent.engines.endpoint import EndpointEngine  # noqa: PLC0415
-        from research_agent.models.policy import load_model  # noqa: PLC0415
-        from research_agent.trainer import context_of  # noqa: PLC0415
+        from research_agent.models.policy import context_length, load_model  # noqa: PLC0415
 
         config = self._config
         if self.endpoint:
@@ -306,7 +305,7 @@ class Sampler:
                 self.endpoint, self.name, self.renderer, concurrency=config.max_in_flight
             )
         model = load_model(self.name, dtype=config.dtype, device=config.device)
-        context = context_of(model, config.max_prompt + config.max_response)
+        context = context_length(model, config.max_prompt + config.max_response)
         return make_engine(
             config.engine,
             model,
@@ -337,9 +336,9 @@ def play(
     Raises:
         PredictionsError: the folder holds a cell of another model or of other settings.
     """
+    from research_agent.environments import open_environments  # noqa: PLC0415
     from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
     from research_agent.evaluation.fingerprint import header  # noqa: PLC0415
-    from research_agent.trainer import open_environments  # noqa: PLC0415
 
     folder = config.output / _plain(sampler.label) / method / _plain(dataset)
     given = {**arguments, "top_k": config.top_k, "protocol": "research"}

@@ -117,10 +117,10 @@ def _eval(words: list[str]) -> None:
     validate_eval(config)
     from rich.console import Console  # noqa: PLC0415
 
+    from research_agent.environments import open_environments  # noqa: PLC0415  (loads torch)
     from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
     from research_agent.evaluation.fingerprint import header  # noqa: PLC0415
     from research_agent.evaluation.summary import tables  # noqa: PLC0415
-    from research_agent.trainer import open_environments  # noqa: PLC0415  (loads torch)
 
     _no_bars()
     split = {} if config.split is None else {"split": config.split}
@@ -171,14 +171,17 @@ def _sampler(config: EvalConfig) -> tuple[Any, Any, str]:
         return asked, words, f"{config.model} at {config.endpoint.rstrip('/')}"
     from research_agent.engines import make_engine  # noqa: PLC0415
     from research_agent.evaluation.fingerprint import model_fingerprint  # noqa: PLC0415
-    from research_agent.models.policy import load_model, resolve_model  # noqa: PLC0415
+    from research_agent.models.policy import (  # noqa: PLC0415
+        context_length,
+        load_model,
+        resolve_model,
+    )
     from research_agent.renderer import load_renderer  # noqa: PLC0415  (these load torch)
-    from research_agent.trainer import context_of  # noqa: PLC0415
 
     place = resolve_model(config.model)
     renderer = load_renderer(place, chat_template=config.chat_template)
     model = load_model(config.model, dtype=config.dtype, device=config.device)
-    context = context_of(model, config.max_prompt + config.max_response)
+    context = context_length(model, config.max_prompt + config.max_response)
     engine = make_engine(
         config.engine,
         model,

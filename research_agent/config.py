@@ -7,58 +7,16 @@ setting is explained in one place. Nothing here imports torch: ``--help`` is qui
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from research_agent.curriculum import parse_stages
 from research_agent.errors import CheckpointError, ConfigError
-
-_WORDS = {"none": None, "null": None, "true": True, "false": False}
-
-
-def parse_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Read ``KEY=VALUE`` words: a value is JSON where it can be read as JSON, and else text.
-
-    ``top_k=3`` is a number, ``hops=[2,3]`` a list, ``split=dev`` text, ``retriever=none`` None.
-
-    Raises:
-        ConfigError: when a word has no ``=`` or no key.
-    """
-    settings: dict[str, Any] = {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"expected KEY=VALUE, got {word!r}; write for example top_k=5")
-        if text.lower() in _WORDS:
-            settings[key] = _WORDS[text.lower()]
-            continue
-        try:
-            settings[key] = json.loads(text)
-        except ValueError:
-            settings[key] = text
-    return settings
-
-
-def _show_settings(settings: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in settings.items()
-    ]
-
-
-Settings = Annotated[
-    dict[str, Any],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="[KEY=VALUE [KEY=VALUE ...]]",
-        instance_from_str=parse_settings,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=_show_settings,
-    ),
-]
+from research_agent.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -428,8 +386,6 @@ def validate(config: TrainConfig) -> None:
     Raises:
         ConfigError: naming the flag, its value, and what it must be.
     """
-    from research_agent.curriculum import parse_stages  # noqa: PLC0415  (it reads settings as we do)
-
     parse_stages(config.environment.stages)
     sampling, learner, run = config.sampling, config.learner, config.run
     at_least_one: dict[str, float | None] = {

@@ -1,8 +1,8 @@
-"""Stages: parts of a run with other tasks or another reward, one after the other.
+"""Stages with their own tasks or reward, and a monitor that notices a collapse.
 
 R1-Searcher (Song et al. 2025, section 3.1) rewards retrieving and the format first, and the answer
 when the policy can do both. A stage is written as words: ``steps`` and ``until`` say when the next
-one begins, every other word is an argument of the environment, laid over ``--env-args``::
+one begins, every other word is an argument of the environment, on top of ``--env-args``::
 
     --stages "steps=20 until=1.4 reward=r1-searcher-stage1" "reward=r1-searcher-stage2"
 """
@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from research_agent.config import parse_settings
 from research_agent.errors import ConfigError
+from research_agent.settings import parse_settings
 
-WINDOW = 5  # steps that the reward is averaged over
+STAGE_WINDOW = 5  # steps that ``until`` averages the reward over
+COLLAPSE_WINDOW = 10  # steps that collapse averages the reward over
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +71,60 @@ class CurriculumState:
 
     stage: int = 0
     steps: int = 0  # of this stage that are done
-    rewards: list[float] = field(default_factory=list)  # of its last steps, at most ``WINDOW``
+    rewards: list[float] = field(default_factory=list)  # of the last ``STAGE_WINDOW`` steps
 
-    def moves_on(self, stages: Sequence[Stage], reward: float) -> bool:
-        """Take in a step's mean reward; True where the next stage begins after it."""
+    def advance(self, stages: Sequence[Stage], reward: float) -> bool:
+        """Count a step and its mean reward; returns whether the next stage begins after it."""
         self.steps += 1
-        self.rewards = [*self.rewards, reward][-WINDOW:]
+        self.rewards = [*self.rewards, reward][-STAGE_WINDOW:]
         if self.stage + 1 >= len(stages):
             return False
         now = stages[self.stage]
         spent = now.steps is not None and self.steps >= now.steps
         reached = (
             now.until is not None
-            and len(self.rewards) == WINDOW
-            and sum(self.rewards) / WINDOW >= now.until
+            and len(self.rewards) == STAGE_WINDOW
+            and sum(self.rewards) / STAGE_WINDOW >= now.until
         )
         if spent or reached:
             self.stage, self.steps, self.rewards = self.stage + 1, 0, []
         return spent or reached
+
+
+@dataclass
+class CollapseMonitor:
+    """Notice when a policy loses what it had learned.
+
+    A run has collapsed when the reward of training, averaged over ``window`` steps, falls below a
+    share of the best such average.
+
+    Args:
+        share: of the best average, from 0 to 1.
+        window: steps of an average.
+        history: (step, mean reward) since the start or the last rollback, oldest first; a
+            checkpoint keeps it.
+    """
+
+    share: float
+    window: int = COLLAPSE_WINDOW
+    history: list[tuple[int, float]] = field(default_factory=list)
+
+    def add(self, step: int, reward: float) -> int | None:
+        """Take in the reward of a step.
+
+        Args:
+            step: its number.
+            reward: mean over its episodes.
+
+        Returns:
+            None while all is well; else the last step of the best average.
+        """
+        self.history.append((step, reward))
+        ends = range(self.window, len(self.history) + 1)
+        means = [sum(r for _, r in self.history[e - self.window : e]) / self.window for e in ends]
+        if not means:
+            return None
+        best = max(range(len(means)), key=lambda i: (means[i], i))  # of equals the latest
+        if means[best] <= 0 or means[-1] >= self.share * means[best]:
+            return None
+        return self.history[best + self.window - 1][0]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import gymnasium as gym
 import numpy as np
 
-from research_agent.errors import ConfigError, EnvironmentContractError
+from research_agent.errors import ConfigError, EnvironmentContractError, ResearchAgentError
 
 
 class StepResult(NamedTuple):
@@ -90,6 +90,21 @@ def make_environments(
             return _Native(vector)
         vector.close()
     return _Singles([gym.make(name, disable_env_checker=True, **args) for _ in range(num_envs)])
+
+
+def open_environments(env: str, count: int, env_args: Mapping[str, Any]) -> Environments:
+    """Make environments, and turn what they refuse into a ``ConfigError``.
+
+    Raises:
+        ConfigError: there is no such environment, or it refuses its arguments.
+    """
+    try:
+        return make_environments(env, count, env_args)
+    except ResearchAgentError:
+        raise
+    except Exception as error:  # the environment's own kinds of errors, which nobody here knows
+        given = " ".join(f"{key}={value}" for key, value in env_args.items()) or "no arguments"
+        raise ConfigError(f"cannot make {env} with {given}: {error}") from error
 
 
 class _Native:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from research_agent.algorithms.base import Algorithm, Tokens, UsesCritic
 from research_agent.algorithms.functional import truncated_importance
 from research_agent.batch import Batch, make_batch, micro_batches
+from research_agent.config import LearnerConfig
 from research_agent.distributed import (
     all_reduce_sum,
     any_rank,
@@ -28,7 +29,6 @@ from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
 from research_agent.models.critic import Critic
 from research_agent.models.lora import adapters, adapters_off, add_adapters, merged
 from research_agent.models.policy import (
-    Precision,
     TokenLogprobs,
     batch_logprobs,
     layers_of,
@@ -57,36 +57,15 @@ METRICS = {
 
 
 class Learner:
-    """A model, the algorithm that improves it, and its optimiser (AdamW, decoupled decay).
+    """A model, the algorithm that improves it, and its optimizer (AdamW, decoupled weight decay).
 
     Args:
-        model: a causal language model; it is set to evaluation mode, for dropout would make what is
-            learned from differ from what was sampled. Parameters that need no gradient are left.
+        model: a causal language model. It is set to evaluation mode, because dropout would make the
+            policy that learns differ from the one that sampled. Parameters without gradient stay.
         algorithm: advantages, token weights and objective.
+        config: settings of the update; ``LearnerConfig`` explains each.
         reference: the reference policy; run only if the algorithm needs it.
-        learning_rate: after the warm-up, constant from there on.
-        warmup_steps: optimiser steps over which the learning rate rises in a line from zero.
-        weight_decay: of AdamW.
-        betas: of AdamW.
-        max_grad_norm: longer gradients are scaled down to this length.
-        minibatches: optimizer steps per update; its groups are split into this many parts, in
-            order.
-        micro_batch_tokens: the most tokens of a forward pass. It changes memory and speed only.
         temperature: the sampler's.
-        old_logprobs: what ratios are taken against: the log-probabilities that the sampler
-            reported, or those recomputed by the model before its first step on a rollout.
-        importance_sampling_cap: multiply advantages by
-            ``min(recomputed / sampler's probability, cap)``: truncated importance sampling.
-            None: no such weight.
-        packing: "on" puts several trajectories in one row, "off" gives each its own, and "auto"
-            packs on a GPU. It changes memory and speed only.
-        precision: of the model's matrix products. Weights, optimiser and softmax stay float32.
-        gradient_checkpointing: keep only what enters each layer, and compute the rest again for the
-            gradient: less memory, a third more work.
-        compile: let torch.compile fuse the operations of each layer; the first pass takes minutes.
-        lora_rank: learn adapters of this rank beside weights that stay; 0 learns the weights.
-        optimizer: "adamw"; "adamw_8bit" keeps its moments in 8 bits (bitsandbytes); "adamw_offload"
-            keeps them in the CPU's memory and makes its steps there.
 
     Raises:
         ConfigError: a setting that cannot be used, or a reference that is needed and not given.
@@ -96,45 +75,24 @@ class Learner:
         self,
         model: nn.Module,
         algorithm: Algorithm,
+        config: LearnerConfig | None = None,
         *,
         reference: nn.Module | None = None,
-        learning_rate: float = 1e-6,
-        warmup_steps: int = 0,
-        weight_decay: float = 0.01,
-        betas: tuple[float, float] = (0.9, 0.999),
-        max_grad_norm: float = 1.0,
-        minibatches: int = 1,
-        micro_batch_tokens: int = 4096,
         temperature: float = 1.0,
-        old_logprobs: Literal["sampler", "recomputed"] = "sampler",
-        importance_sampling_cap: float | None = None,
-        packing: Literal["auto", "on", "off"] = "auto",
-        precision: Precision = "float32",
-        gradient_checkpointing: bool = False,
-        compile: bool = False,
-        lora_rank: int = 0,
-        optimizer: Literal["adamw", "adamw_8bit", "adamw_offload"] = "adamw",
     ) -> None:
-        if algorithm.needs_reference and reference is None and not lora_rank:
+        config = config or LearnerConfig()
+        if algorithm.needs_reference and reference is None and not config.lora_rank:
             message = "the algorithm needs a reference policy; give one, or set its KL to 0"
             raise ConfigError(message)
-        _check(minibatches, micro_batch_tokens, temperature, max_grad_norm)
-        _check_old_logprobs(old_logprobs, importance_sampling_cap)
+        _check(config, temperature)
         self.model = model.eval()
         self.algorithm = algorithm
-        self.steps = 0  # of the optimiser, ever
-        self._learning_rate = learning_rate
-        self._warmup_steps = warmup_steps
-        self._max_grad_norm = max_grad_norm
-        self._minibatch_count = minibatches
-        self._micro_batch_tokens = micro_batch_tokens
-        self._recompute = old_logprobs == "recomputed"
-        self._importance_cap = importance_sampling_cap
+        self.config = config
+        self.steps = 0  # of the optimizer, ever
         on_gpu = next(model.parameters()).is_cuda
-        self._packed = packing == "on" or (packing == "auto" and on_gpu)
-        if lora_rank:
-            add_adapters(self.model, lora_rank)
-        self._lora = bool(lora_rank)
+        self._packed = config.packing == "on" or (config.packing == "auto" and on_gpu)
+        if config.lora_rank:
+            add_adapters(self.model, config.lora_rank)
         self._reference = (
             reference.eval() if reference is not None and algorithm.needs_reference else None
         )
@@ -143,45 +101,48 @@ class Learner:
                 prepare(
                     each,
                     packed=self._packed,
-                    gradient_checkpointing=gradient_checkpointing,
-                    compile=compile,
+                    gradient_checkpointing=config.gradient_checkpointing,
+                    compile=config.compile,
                 )
         scorer = partial(
-            TokenLogprobs, temperature=temperature, precision=precision, compile=compile
+            TokenLogprobs,
+            temperature=temperature,
+            precision=config.precision,
+            compile=config.compile,
         )
         self._score = scorer(self.model)
         self._reference_score = None if self._reference is None else scorer(self._reference)
-        for each in (self._score, self._reference_score):
-            if each is not None:
-                shard(each, layers_of(each))
+        for score in (self._score, self._reference_score):
+            if score is not None:
+                shard(score, layers_of(score))
         self._parameters: dict[str, Tensor] = {
             n: p for n, p in model.named_parameters() if p.requires_grad
         }
-        self._stepped: dict[str, Tensor] = self._parameters  # what the optimiser works on
-        if optimizer == "adamw_offload":
+        self._stepped: dict[str, Tensor] = self._parameters  # what the optimizer works on
+        if config.optimizer == "adamw_offload":
             self._stepped = {n: p.detach().to("cpu", copy=True) for n, p in self._stepped.items()}
         self._optimizer = _optimizer(
-            optimizer,
+            config.optimizer,
             list(self._stepped.values()),
-            lr=learning_rate,
-            betas=betas,
-            weight_decay=weight_decay,
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
         )
         self._critic: Critic | None = None
         if isinstance(algorithm, UsesCritic):
-            if rank_and_size()[1] > 1 or lora_rank:
+            if rank_and_size()[1] > 1 or config.lora_rank:
                 raise ConfigError("a critic learns in one process and without lora_rank only")
             self._critic = Critic(
                 model,
                 learning_rate=algorithm.critic_learning_rate,
                 warmup_steps=algorithm.critic_warmup_steps,
                 value_clip=algorithm.value_clip,
-                weight_decay=weight_decay,
-                betas=betas,
-                max_grad_norm=max_grad_norm,
-                micro_batch_tokens=micro_batch_tokens,
+                weight_decay=config.weight_decay,
+                betas=config.betas,
+                max_grad_norm=config.max_grad_norm,
+                micro_batch_tokens=config.micro_batch_tokens,
                 packed=self._packed,
-                precision=precision,
+                precision=config.precision,
             )
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
@@ -230,7 +191,7 @@ class Learner:
             for name, p in self._stepped.items()
         }
         critic = {} if self._critic is None else {"critic": self._critic.state_dict()}
-        lora = {"adapters": adapters(self.model)} if self._lora else {}
+        lora = {"adapters": adapters(self.model)} if self.config.lora_rank else {}
         return {"steps": self.steps, "moments": moments, **critic, **lora}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -238,7 +199,7 @@ class Learner:
 
         With more than one process all of them must ask. Adapters are added in.
         """
-        named = merged(self.model) if self._lora else self.model.named_parameters()
+        named = merged(self.model) if self.config.lora_rank else self.model.named_parameters()
         return ((name, full_tensor(weight.detach())) for name, weight in named)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -273,14 +234,14 @@ class Learner:
         if self._critic is not None:
             self._critic.load_state_dict(state["critic"])
         with torch.no_grad():
-            for name, held in (adapters(self.model) if self._lora else {}).items():
+            for name, held in (adapters(self.model) if self.config.lora_rank else {}).items():
                 held.copy_(state["adapters"][name])
 
     def _prepare_batch(self, batch: Batch) -> Batch:
         """Add what is fixed for the whole rollout: old and reference log-probabilities, credit."""
-        budget = self._micro_batch_tokens
+        budget = self.config.micro_batch_tokens
         logprobs = partial(batch_logprobs, batch=batch, max_tokens=budget, packed=self._packed)
-        if self._recompute:
+        if self.config.old_logprobs == "recomputed":
             batch = replace(batch, old_logprobs=logprobs(self._score))
         if self._reference_score is not None:
             batch = replace(batch, reference_logprobs=logprobs(self._reference_score))
@@ -291,20 +252,20 @@ class Learner:
             batch = replace(batch, values=self._critic.values(batch))
             batch = replace(batch, returns=self.algorithm.returns(batch))
         advantages = self.algorithm.advantages(batch)
-        if self._importance_cap is not None:
+        if self.config.importance_sampling_cap is not None:
             advantages = advantages * truncated_importance(
-                batch.old_logprobs, batch.sampler_logprobs, self._importance_cap
+                batch.old_logprobs, batch.sampler_logprobs, self.config.importance_sampling_cap
             )
         return replace(batch, advantages=advantages)
 
     def _minibatches(self, batch: Batch) -> list[Batch]:
         """Deal whole groups into as many parts as there are updates, in order."""
-        if self._minibatch_count == 1:
+        if self.config.minibatches == 1:
             return [batch]
         dealt: dict[int, list[int]] = defaultdict(list)
         names = sorted(set(batch.groups.tolist()))
         part_of = {
-            name: place * self._minibatch_count // len(names) for place, name in enumerate(names)
+            name: place * self.config.minibatches // len(names) for place, name in enumerate(names)
         }
         for i, group in enumerate(batch.groups.tolist()):
             dealt[part_of[group]].append(i)
@@ -316,22 +277,25 @@ class Learner:
         try:
             metrics = self._accumulate(batch)
             norm = full_tensor(
-                nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm)
+                nn.utils.clip_grad_norm_(self._parameters.values(), self.config.max_grad_norm)
             )
             if not norm.isfinite():
                 raise NonFiniteError(
                     f"the gradient is not finite (its norm is {norm.item()}) after {self.steps}"
                     " optimiser steps; lower the learning rate, or look at the trajectories"
                 )
-            warm = min(1.0, (self.steps + 1) / max(1, self._warmup_steps))
+            warm = min(1.0, (self.steps + 1) / max(1, self.config.warmup_steps))
             for group in self._optimizer.param_groups:
-                group["lr"] = self._learning_rate * warm
+                group["lr"] = self.config.learning_rate * warm
             self._apply()
             self.steps += 1
         finally:
             for parameter in self._parameters.values():
                 parameter.grad = None  # the rollout that follows can use their memory
-        return metrics | {"grad_norm": norm.item(), "learning_rate": self._learning_rate * warm}
+        return metrics | {
+            "grad_norm": norm.item(),
+            "learning_rate": self.config.learning_rate * warm,
+        }
 
     @torch.no_grad()
     def _apply(self) -> None:
@@ -361,7 +325,7 @@ class Learner:
         found: list[Tensor] = []
         losses: list[Tensor] = []
         sums: dict[str, Tensor] = {}
-        passes = micro_batches(batch, self._micro_batch_tokens, packed=self._packed)
+        passes = micro_batches(batch, self.config.micro_batch_tokens, packed=self._packed)
         for micro, counts in shard_batches(passes):
             part = micro.part
             logprobs, entropy = self._score(micro)
@@ -395,27 +359,22 @@ class Learner:
         return {"loss": loss_} | dict(zip(sums, means, strict=True))
 
 
-def _check(
-    minibatches: int, micro_batch_tokens: int, temperature: float, max_grad_norm: float
-) -> None:
-    for name, value in (("minibatches", minibatches), ("micro_batch_tokens", micro_batch_tokens)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
-    for name, number in (("temperature", temperature), ("max_grad_norm", max_grad_norm)):
+def _check(config: LearnerConfig, temperature: float) -> None:
+    counts = {"minibatches": config.minibatches, "micro_batch_tokens": config.micro_batch_tokens}
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{name} is {count}; it must be at least 1")
+    for name, number in {"temperature": temperature, "max_grad_norm": config.max_grad_norm}.items():
         if not number > 0:
             raise ConfigError(f"{name} is {number}; it must be above 0")
-
-
-def _check_old_logprobs(old_logprobs: str, importance_sampling_cap: float | None) -> None:
+    old_logprobs, cap = config.old_logprobs, config.importance_sampling_cap
     if old_logprobs not in ("sampler", "recomputed"):
         message = f"old_logprobs is {old_logprobs!r}; known: 'sampler', 'recomputed'"
         raise ConfigError(message)
-    if importance_sampling_cap is not None and not (
-        importance_sampling_cap > 0 and old_logprobs == "recomputed"
-    ):
+    if cap is not None and not (cap > 0 and old_logprobs == "recomputed"):
         message = (
-            f"importance_sampling_cap is {importance_sampling_cap} with old_logprobs"
-            f" {old_logprobs!r}; it must be above 0, with old_logprobs 'recomputed'"
+            f"importance_sampling_cap is {cap} with old_logprobs {old_logprobs!r}; it must be above"
+            " 0, with old_logprobs 'recomputed'"
         )
         raise ConfigError(message)
 

@@ -40,7 +40,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def keep_until(path: Path, step: int) -> None:
+def truncate_after(path: Path, step: int) -> None:
     """Drop the records of later steps, and half a line at the end; whole or not at all."""
     kept = [record for record in read_lines(path) if record["step"] <= step]
     write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
@@ -64,7 +64,7 @@ class RunLogger:
 
         folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, TIMINGS, TRAJECTORIES):
-            keep_until(folder / name, -1 if fresh else step)
+            truncate_after(folder / name, -1 if fresh else step)
         self._folder = folder
         self._board = SummaryWriter(
             str(folder / "tensorboard"), purge_step=0 if fresh else step + 1
@@ -100,7 +100,7 @@ class RunLogger:
         with contextlib.suppress(OSError):  # a full disk: said already
             self._board.close()
 
-    def say(self, message: str) -> None:
+    def print(self, message: str) -> None:
         """Print a line above the progress bar."""
         if self._show:
             self._progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
@@ -133,7 +133,7 @@ class RunLogger:
         words = "  ".join(_beside_the_bar(metrics, timings))
         self._progress.update(self._task, completed=step, description=words)
         if self._show and not self._console.is_terminal:
-            self.say(f"step {step}/{self._steps}  {words}")
+            self.print(f"step {step}/{self._steps}  {words}")
 
     def _write(
         self,

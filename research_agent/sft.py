@@ -22,8 +22,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from research_agent.config import Settings
 from research_agent.errors import ConfigError, ContextError, NonFiniteError
+from research_agent.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,8 +1,8 @@
 """Training: collect, credit, learn, sync, log, save. Then again.
 
-Everything that a step depends on is its number, the weights, and the optimiser's and torch's state;
-a checkpoint holds just these, so a run that was killed continues to the same bits. Where collection
-runs ahead of learning, the episodes under way are kept with them.
+A step depends on its number, the weights, the optimizer's state and torch's random state. A
+checkpoint holds these and nothing else, so a killed run continues to the same bits. If collection
+runs ahead of learning, the checkpoint also holds the episodes in flight.
 """
 
 from __future__ import annotations
@@ -19,34 +19,32 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 
-from research_agent import checkpoint, rollout_state
+from research_agent import checkpoint, rollout_state, step_metrics
 from research_agent.algorithms import algorithm
 from research_agent.algorithms.base import SelectsGroups
 from research_agent.checkpoint import Checkpoint
-from research_agent.collapse import CollapseMonitor
 from research_agent.config import TrainConfig, as_json, require_same, validate
-from research_agent.curriculum import CurriculumState, Stage, parse_stages
+from research_agent.curriculum import CollapseMonitor, CurriculumState, parse_stages
 from research_agent.distributed import broadcast_object, gather, init_distributed, rank_and_size
 from research_agent.engines import make_engine
 from research_agent.engines.base import Engine
-from research_agent.environments import Environments, make_environments
+from research_agent.environments import Environments, open_environments
 from research_agent.errors import (
     CheckpointError,
     CollapseError,
     ConfigError,
     NonFiniteError,
-    ResearchAgentError,
     TooManyVoidError,
 )
-from research_agent.evaluation.evaluate import as_record, evaluate
+from research_agent.evaluation.evaluate import evaluate
+from research_agent.evaluation.predictions import as_record
 from research_agent.files import write_atomic
 from research_agent.learner import Learner
-from research_agent.models.policy import load_model, resolve_model
-from research_agent.renderer import Renderer, load_renderer
+from research_agent.models.policy import context_length, load_model, resolve_model
+from research_agent.renderer import load_renderer
 from research_agent.rollout import Episode, InFlight, collect
 from research_agent.run_logger import METRICS, TIMINGS, RunLogger, read_lines
 from research_agent.trace import Trace, TracedEngine, TracedEnvironments, span
@@ -63,488 +61,456 @@ class TrainSummary:
 
 
 def train(config: TrainConfig) -> TrainSummary:
-    """Train until the steps or the time are over, continuing what the output folder holds.
+    """Train until the steps or the time are used up; see ``Trainer.train``."""
+    return Trainer(config).train()
+
+
+class Trainer:
+    """A training run, from its configuration to its checkpoints.
+
+    Args:
+        config: everything that the run depends on.
+
+    Attributes:
+        config: the configuration.
+        step: training steps done.
+        seconds: time spent in those steps, without evaluation and saving.
 
     Raises:
-        CheckpointError: the folder holds a run of another configuration, or cannot be written.
         ConfigError: a setting has a value that cannot be used.
-        TooManyVoidError: more episodes were void than ``max_void_fraction``; the state is saved.
     """
-    validate(config)
-    run = config.run
-    with ExitStack() as stack:
-        signals = stack.enter_context(_stop_signals())
-        stack.enter_context(init_distributed())
-        saved = _saved(config)
-        step = saved.step if saved else 0
-        seconds = float(saved.state["seconds"]) if saved else 0.0
-        if over := broadcast_object(_over(config, step, seconds)):
-            return _summary(config, f"{run.output} is finished: {over}")
-        parts = stack.enter_context(_open(config, saved))
-        tracker = stack.enter_context(_tracker(parts, saved))
 
-        while not any(gather([bool(signals)])) and not over:
-            start = time.perf_counter()
+    def __init__(self, config: TrainConfig) -> None:
+        validate(config)
+        self.config = config
+        self.step = 0
+        self.seconds = 0.0
 
-            # Collect. The tasks of a step are a function of its number.
-            with saved_for_inspection(run.output, step, []), span(parts.trace, "collect"):
-                trajectories, groups = _play(parts, step)
-            collected = time.perf_counter()
+    def train(self) -> TrainSummary:
+        """Train until the steps or the time are used up, continuing what the output folder holds.
 
-            # Credit and learn. Advantages, weights and objective are the algorithm's.
-            void_fraction = _void_fraction(trajectories)
-            if void_fraction > config.algorithm.max_void_fraction:
-                parts.in_flight.clear()  # much of it is void as well
-                _save(parts, step, seconds)
-                raise TooManyVoidError(_void_message(config, step, void_fraction))
-            with saved_for_inspection(run.output, step, trajectories), span(parts.trace, "update"):
-                learned = parts.learner.update(groups)
-            updated = time.perf_counter()
+        Returns:
+            How the run ended. A run that was asked to stop by a signal says which one.
 
-            # Sync. The next step is sampled with the new weights.
-            step += 1
-            parts.engine.load_weights(parts.learner.weights(), version=step)
-            end = time.perf_counter()
-            seconds += end - start
-            over = broadcast_object(_over(config, step, seconds))
+        Raises:
+            CheckpointError: the folder holds a run of another configuration, or cannot be written.
+            CollapseError: the reward collapsed and the configuration says stop.
+            ConfigError: the environment, model or algorithm refuses its settings.
+            TooManyVoidError: more episodes were void than ``max_void_fraction`` allows. The state
+                is saved.
+        """
+        run = self.config.run
+        with ExitStack() as stack:
+            signals = stack.enter_context(_stop_signals())
+            stack.enter_context(init_distributed())
+            saved = self._newest_checkpoint()
+            if saved:
+                self.step, self.seconds = saved.step, float(saved.state["seconds"])
+            if finished := broadcast_object(self._finished()):
+                return self._summary(f"{run.output} is finished: {finished}")
+            _require_one_process(self.config)
+            self._open(saved, stack)
+            logger = stack.enter_context(self._logger(saved))
 
-            # Log.
-            metrics = {
-                **_describe(trajectories),
-                **_staleness(groups, step - 1),
-                **_stage(parts),
-                **_named("learner", learned),
-            }
-            if tracker and run.eval_every and (over or step % run.eval_every == 0):
-                metrics |= _evaluate(parts, step)
-            timings = {
-                "seconds": seconds,
-                "collect": collected - start,
-                "learn": updated - collected,
-                "sync": end - updated,
-                "episodes_per_second": len(trajectories) / (end - start),
-            }
-            shown = [as_record(trajectory) for trajectory in trajectories[: run.log_episodes]]
-            if tracker:
-                tracker.record(step, metrics, timings, shown)
-            best = parts.watch.add(step, metrics["reward"]) if parts.watch and groups else None
-            if best is not None:
-                done = _set_back(parts, step, best)
-                if tracker:
-                    tracker.say(done)
+            while not any(gather([bool(signals)])) and not finished:
+                start = time.perf_counter()
 
-            # The next stage of the run, where this one is over, has other tasks.
-            moves_on = parts.position.moves_on(parts.stages, metrics["reward"])
-            parts = _next_stage(parts, stack) if moves_on else parts
+                # Collect. The tasks of a step are a function of its number.
+                with saved_for_inspection(run.output, self.step, []), span(self.trace, "collect"):
+                    trajectories, groups = self._collect()
+                collected = time.perf_counter()
 
-            # Save.
-            is_best = "eval/reward" in metrics and step == _best(config)
-            if broadcast_object(
-                step % run.save_every == 0 or is_best or moves_on or best is not None
-            ):
-                _save(parts, step, seconds)
-        _save(parts, step, seconds)
+                # Credit and learn. Advantages, weights and objective are the algorithm's.
+                self._require_few_void(trajectories)
+                with (
+                    saved_for_inspection(run.output, self.step, trajectories),
+                    span(self.trace, "update"),
+                ):
+                    learned = self.learner.update(groups)
+                updated = time.perf_counter()
 
-    if over:
-        return _summary(config, f"{run.output} is finished: {over}")
-    message = f"stopped after step {step} of {run.steps}; the same command continues it"
-    return _summary(config, message, signals[0] if signals else 0)
+                # Sync. The next step is sampled with the new weights.
+                self.step += 1
+                self.engine.load_weights(self.learner.weights(), version=self.step)
+                end = time.perf_counter()
+                self.seconds += end - start
+                finished = broadcast_object(self._finished())
 
+                # Log.
+                metrics = {
+                    **step_metrics.of_episodes(trajectories),
+                    **step_metrics.staleness(groups, self.step - 1),
+                    **({"stage": self.curriculum.stage + 1.0} if self.stages else {}),
+                    **step_metrics.prefixed("learner", learned),
+                }
+                if logger and run.eval_every and (finished or self.step % run.eval_every == 0):
+                    metrics |= self._evaluate()
+                timings = {
+                    "seconds": self.seconds,
+                    "collect": collected - start,
+                    "learn": updated - collected,
+                    "sync": end - updated,
+                    "episodes_per_second": len(trajectories) / (end - start),
+                }
+                if logger:
+                    shown = [as_record(each) for each in trajectories[: run.log_episodes]]
+                    logger.record(self.step, metrics, timings, shown)
 
-@contextmanager
-def _tracker(parts: _Parts, saved: Checkpoint | None) -> Iterator[RunLogger | None]:
-    """The logs of the run, with its first evaluation; None in all processes but the first."""
-    if rank_and_size()[0]:
-        yield None
-        return
-    run, step = parts.config.run, saved.step if saved else 0
-    with RunLogger(run.output, step, run.steps, show=not run.quiet, fresh=not saved) as tracker:
-        tracker.say(f"{run.output}: {f'continuing after step {step}' if saved else 'starting'}")
-        if run.eval_every and not saved:
-            tracker.record(0, _evaluate(parts, 0), {"seconds": 0.0})
-        yield tracker
+                # A collapsed run stops or goes back; a finished stage gives way to the next.
+                best = None
+                if self.collapse and groups:
+                    best = self.collapse.add(self.step, metrics["reward"])
+                if best is not None:
+                    message = self._roll_back(best)
+                    if logger:
+                        logger.print(message)
+                next_stage = self.curriculum.advance(self.stages, metrics["reward"])
+                if next_stage:
+                    self._start_stage(stack)
 
+                # Save.
+                is_best = "eval/reward" in metrics and self.step == self._best_step()
+                due = self.step % run.save_every == 0
+                if broadcast_object(due or is_best or next_stage or best is not None):
+                    self._save()
+            self._save()
 
-@dataclass(frozen=True)
-class _Parts:
-    """What a run is made of."""
+        if finished:
+            return self._summary(f"{run.output} is finished: {finished}")
+        message = f"stopped after step {self.step} of {run.steps}; the same command continues it"
+        return self._summary(message, signals[0] if signals else 0)
 
-    config: TrainConfig
-    origin: str  # the model that the run began with
-    renderer: Renderer
-    model: Any  # of transformers: the one that learns
-    engine: Engine  # has weights of its own
-    learner: Learner
-    environments: Environments
-    held_out: Environments | None  # of evaluations
-    watch: CollapseMonitor | None  # for collapse
-    stages: tuple[Stage, ...]  # of the run; none where it has only one
-    position: CurriculumState  # in the stages
-    in_flight: InFlight  # episodes of later steps; none unless collection runs ahead
-    trace: Trace | None
+    def _open(self, saved: Checkpoint | None, stack: ExitStack) -> None:
+        """Make everything that a step uses, with the weights and states of a checkpoint."""
+        config, sampling, run = self.config, self.config.sampling, self.config.run
+        rank, size = rank_and_size()
+        if rank == 0:
+            run.output.mkdir(parents=True, exist_ok=True)
+            write_atomic(run.output / "config.json", json.dumps(as_json(config), indent=1) + "\n")
+        torch.manual_seed(run.seed)
+        rule = algorithm(config.algorithm.algorithm, **config.algorithm.algorithm_args)
+        self.trace = Trace(run.trace) if run.trace and rank == 0 else None
+        if self.trace:
+            stack.callback(self.trace.close)
 
-
-def open_environments(env: str, count: int, env_args: Mapping[str, Any]) -> Environments:
-    """Make environments, and put what they refuse into words.
-
-    Raises:
-        ConfigError: there is no such environment, or it refuses its arguments.
-    """
-    try:
-        return make_environments(env, count, env_args)
-    except ResearchAgentError:
-        raise
-    except Exception as error:  # the environment's own kinds of errors, which nobody here knows
-        given = " ".join(f"{key}={value}" for key, value in env_args.items()) or "no arguments"
-        raise ConfigError(f"cannot make {env} with {given}: {error}") from error
-
-
-def context_of(model: Any, wanted: int) -> int:
-    """Tokens that an episode may have: those wanted, or as many as the model has positions for."""
-    limit: int | None = getattr(model.config, "max_position_embeddings", None)
-    return wanted if limit is None else min(wanted, limit)
-
-
-@contextmanager
-def _open(config: TrainConfig, saved: Checkpoint | None) -> Iterator[_Parts]:
-    """Build the parts, with the weights and states of a checkpoint where there is one."""
-    sampling, policy, run = config.sampling, config.policy, config.run
-    rank, size = rank_and_size()
-    if size > 1 and run.collapse is not None and run.on_collapse == "rollback":
-        raise ConfigError("--on-collapse rollback works in one process only; stop, and start again")
-    if size > 1 and sampling.max_staleness:
-        raise ConfigError("--max-staleness works in one process only; leave it at 0 with torchrun")
-    if rank == 0:
-        run.output.mkdir(parents=True, exist_ok=True)
-        write_atomic(run.output / "config.json", json.dumps(as_json(config), indent=1) + "\n")
-    torch.manual_seed(run.seed)
-    slots = -(-sampling.prompts_per_step * sampling.group_size // size)
-    slots = min(slots * (1 + sampling.max_staleness), sampling.max_in_flight or slots)
-    rule = algorithm(config.algorithm.algorithm, **config.algorithm.algorithm_args)
-    with ExitStack() as stack:
-        env, env_args = config.environment.env, config.environment.env_args
-        stages, position = _stages(config, saved)
-        environments = open_environments(env, slots, _arguments(config, stages, position))
-        stack.callback(environments.close)
-        held_out = None
+        # Environments: as many as this process has episodes in flight.
+        self.stages = parse_stages(config.environment.stages)
+        self.curriculum = CurriculumState()
+        if saved and self.stages:
+            self.curriculum = CurriculumState(**saved.state["stage"])
+        share = -(-sampling.prompts_per_step * sampling.group_size // size)
+        slots = min(share * (1 + sampling.max_staleness), sampling.max_in_flight or share)
+        self.environments = self._open_environments(slots, stack)
+        self.eval_environments: Environments | None = None
         if run.eval_every and rank == 0:
-            held_out = open_environments(env, slots, {**env_args, **run.eval_args})
-            stack.callback(held_out.close)
-        origin = saved.state["origin"] if saved else _origin(policy.model)
-        renderer = load_renderer(resolve_model(origin), chat_template=policy.chat_template)
-        load = partial(load_model, device=policy.device)
+            eval_args = {**config.environment.env_args, **run.eval_args}
+            self.eval_environments = open_environments(config.environment.env, slots, eval_args)
+            stack.callback(self.eval_environments.close)
+
+        # Policy: the model that learns, its reference, and the engine that samples.
+        self.origin = saved.state["origin"] if saved else _starting_model(config.policy.model)
+        self.renderer = load_renderer(
+            resolve_model(self.origin), chat_template=config.policy.chat_template
+        )
+        load = partial(load_model, device=config.policy.device)
         lora = config.learner.lora_rank > 0
-        model = load(saved.folder if saved and not lora else origin)
+        self.model = load(saved.folder if saved and not lora else self.origin)
         reference = None
         if rule.needs_reference and not lora:
-            # Several processes keep a part each, which goes to its device when the model is cut.
-            reference = load_model(origin, device="cpu") if rank_and_size()[1] > 1 else load(origin)
-        engine: Engine = make_engine(
+            # With several ranks each shard goes to its device when the model is sharded.
+            reference = load_model(self.origin, device="cpu") if size > 1 else load(self.origin)
+        self.engine: Engine = make_engine(
             sampling.engine,
-            model,
-            renderer,
+            self.model,
+            self.renderer,
             max_slots=slots,
-            max_context=context_of(model, sampling.max_prompt + sampling.max_response),
+            max_context=context_length(self.model, sampling.max_prompt + sampling.max_response),
             dtype=config.learner.precision,
         )
-        trace = Trace(run.trace) if run.trace and rank == 0 else None
-        if trace:
-            stack.callback(trace.close)
-            engine = TracedEngine(engine, trace)
-            environments = TracedEnvironments(environments, trace)
-        learner = Learner(
-            model,
+        if self.trace:
+            self.engine = TracedEngine(self.engine, self.trace)
+        self.learner = Learner(
+            self.model,
             rule,
+            config.learner,
             reference=reference,
             temperature=sampling.temperature,
-            **asdict(config.learner),
         )
+
+        self.collapse = None if run.collapse is None else CollapseMonitor(run.collapse)
+        self.in_flight = InFlight()
         if saved:
-            learner.load_state_dict(saved.state["learner"])
+            self.learner.load_state_dict(saved.state["learner"])
             torch.set_rng_state(saved.state["random"])
-            engine.load_weights(learner.weights(), version=saved.step)
-        watch = None if run.collapse is None else CollapseMonitor(run.collapse)
-        if watch and saved:
-            watch.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
-        in_flight = InFlight()
-        if saved:
-            begun = saved.state["in_flight"]
-            in_flight = rollout_state.from_state(begun, environments, sampling, run.seed)
-        yield _Parts(
-            config=config,
-            origin=origin,
-            renderer=renderer,
-            model=model,
-            engine=engine,
-            learner=learner,
-            environments=environments,
-            held_out=held_out,
-            watch=watch,
-            stages=stages,
-            position=position,
-            in_flight=in_flight,
-            trace=trace,
+            self.engine.load_weights(self.learner.weights(), version=saved.step)
+            if self.collapse:
+                self.collapse.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
+            self.in_flight = rollout_state.from_state(
+                saved.state["in_flight"], self.environments, sampling, run.seed
+            )
+
+    def _open_environments(self, count: int, stack: ExitStack) -> Environments:
+        """Open the environments of the present stage; ``stack`` closes them."""
+        config = self.config.environment
+        stage_args = self.stages[self.curriculum.stage].env_args if self.stages else {}
+        environments = open_environments(config.env, count, {**config.env_args, **stage_args})
+        stack.callback(environments.close)
+        return TracedEnvironments(environments, self.trace) if self.trace else environments
+
+    def _start_stage(self, stack: ExitStack) -> None:
+        self.in_flight.clear()
+        self.environments.close()
+        self.environments = self._open_environments(self.environments.num_envs, stack)
+
+    @contextmanager
+    def _logger(self, saved: Checkpoint | None) -> Iterator[RunLogger | None]:
+        """Open the logs and record the first evaluation; None on every rank but the first."""
+        if rank_and_size()[0]:
+            yield None
+            return
+        run = self.config.run
+        show, fresh = not run.quiet, not saved
+        with RunLogger(run.output, self.step, run.steps, show=show, fresh=fresh) as logger:
+            begin = f"continuing after step {self.step}" if saved else "starting"
+            logger.print(f"{run.output}: {begin}")
+            if run.eval_every and not saved:
+                logger.record(0, self._evaluate(), {"seconds": 0.0})
+            yield logger
+
+    def _collect(self) -> tuple[list[Trajectory], list[Group]]:
+        """Play the tasks of a step; returns all episodes, and the groups to learn from.
+
+        An algorithm that selects groups reserves as many tasks per step as its rounds can need. A
+        step leaves out those that it does not need, so its tasks never depend on other steps.
+        Free slots start the tasks of the next ``max_staleness`` steps.
+        """
+        sampling, rule = self.config.sampling, self.learner.algorithm
+        selects = rule if isinstance(rule, SelectsGroups) else None
+        rounds = selects.max_rounds if selects else 1
+        tasks_per_step = sampling.prompts_per_step * rounds
+        later_steps = range(self.step + 1, self.step + sampling.max_staleness + 1)
+        later = [
+            episode
+            for step in later_steps
+            for episode in _episodes(
+                step * tasks_per_step, sampling.prompts_per_step, sampling.group_size
+            )
+        ]
+        rank, size = rank_and_size()
+        next_task = self.step * tasks_per_step
+        played: list[Trajectory] = []
+        groups: list[Group] = []
+        for _ in range(rounds):
+            missing = sampling.prompts_per_step - len(groups)
+            episodes = _episodes(next_task, missing, sampling.group_size)
+            next_task += missing
+            own = collect(
+                self.engine,
+                self.environments,
+                self.renderer,
+                episodes[rank::size],  # each rank plays its share, and all learn from all
+                sampling,
+                seed=self.config.run.seed,
+                ahead=later,
+                in_flight=self.in_flight,
+            )
+            trajectories = sorted(gather(own), key=lambda t: (t.episode, t.sample))
+            played += trajectories
+            for group in _groups(trajectories):
+                if selects is None or selects.keeps([t.reward for t in group.trajectories]):
+                    groups.append(group)
+            too_many_void = (
+                step_metrics.void_fraction(played) > self.config.algorithm.max_void_fraction
+            )
+            if too_many_void or len(groups) == sampling.prompts_per_step:
+                break
+        return played, groups
+
+    def _require_few_void(self, trajectories: Sequence[Trajectory]) -> None:
+        limit = self.config.algorithm.max_void_fraction
+        fraction = step_metrics.void_fraction(trajectories)
+        if fraction <= limit:
+            return
+        self.in_flight.clear()  # many of these episodes are void too
+        self._save()
+        raise TooManyVoidError(
+            f"{fraction:.0%} of the episodes of step {self.step + 1} were void, more than "
+            f"--max-void-fraction {limit:.0%}: something that the environment needs is down. "
+            f"Step {self.step} is saved in {self.config.run.output}; "
+            "the same command continues when it is up"
         )
 
+    def _evaluate(self) -> dict[str, float]:
+        """Play the held-out tasks with the present weights."""
+        run = self.config.run
+        if self.eval_environments is None:
+            return {}
+        summary = evaluate(
+            self.engine,
+            self.eval_environments,
+            self.renderer,
+            replace(self.config.sampling, temperature=run.eval_temperature),
+            run.output / "evaluations" / f"step-{self.step:06d}",
+            limit=run.eval_limit,
+            seed=run.seed,
+            show=False,
+        )
+        if summary.episodes == 0:
+            return {}  # all void: there is nothing to report
+        return step_metrics.prefixed("eval", {"reward": summary.reward, **summary.metrics})
 
-def _stages(
-    config: TrainConfig, saved: Checkpoint | None
-) -> tuple[tuple[Stage, ...], CurriculumState]:
-    """The stages of a run, and how far it is in them."""
-    stages = parse_stages(config.environment.stages)
-    return stages, CurriculumState(
-        **saved.state["stage"]
-    ) if saved and stages else CurriculumState()
+    def _save(self) -> None:
+        config = self.config
+        rank, size = rank_and_size()
+        model_is_whole = size == 1 and not config.learner.lora_rank
+        weights = None if model_is_whole else dict(self.learner.weights())  # all ranks take part
+        learner = self.learner.state_dict()
+        if rank:
+            return
+
+        def write_model(folder: Path) -> None:
+            self.model.save_pretrained(folder, state_dict=weights)
+            self.renderer.tokenizer.save_pretrained(folder)
+
+        checkpoint.save(
+            config.run.output / "checkpoints",
+            self.step,
+            write_model=write_model,
+            state={
+                "learner": learner,
+                "random": torch.get_rng_state(),
+                "seconds": self.seconds,
+                "origin": self.origin,
+                **({"rewards": self.collapse.history} if self.collapse else {}),
+                **({"stage": asdict(self.curriculum)} if self.stages else {}),
+                "in_flight": rollout_state.to_state(self.in_flight),
+            },
+            config=as_json(config),
+            keep=config.run.keep,
+            best=self._best_step(),
+        )
+
+    def _best_step(self) -> int | None:
+        """The step after which an evaluation gave the highest reward; the first of several."""
+        records = read_lines(self.config.run.output / METRICS)
+        evaluated = [r for r in records if r["step"] and r.get("eval/reward") is not None]
+        return max(evaluated, key=lambda r: r["eval/reward"])["step"] if evaluated else None
+
+    def _roll_back(self, best: int) -> str:
+        """Go back to the newest checkpoint up to step ``best``; returns a message for the log.
+
+        Raises:
+            CollapseError: the configuration says stop, or there is no such checkpoint.
+        """
+        run = self.config.run
+        good = checkpoint.latest(run.output / "checkpoints", up_to=best)
+        what = (
+            f"the reward collapsed: at step {self.step} it is below {run.collapse:g} of its best "
+            f"average, that of step {best}; the newest checkpoint up to there is {good or 'none'}"
+        )
+        if run.on_collapse == "stop" or good is None or self.collapse is None:
+            raise CollapseError(what)
+        saved = checkpoint.load(good)
+        with torch.no_grad():
+            if not self.config.learner.lora_rank:
+                self.model.load_state_dict(load_model(good, device="cpu").state_dict())
+            self.learner.load_state_dict(saved.state["learner"])
+        self.engine.load_weights(self.learner.weights(), version=self.step)
+        self.in_flight.clear()
+        self.collapse.history.clear()
+        return f"{what}; the run continues from it"
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint of this run, if there is one: the same on all ranks."""
+        output = self.config.run.output
+        newest = checkpoint.latest(output / "checkpoints")
+        if len(set(gather([newest]))) > 1:
+            message = f"the ranks see different checkpoints in {output}; share the folder"
+            raise CheckpointError(message)
+        if newest:
+            saved = checkpoint.load(newest)
+            require_same(saved.config, self.config, output)
+            return saved
+        started = output / "config.json"
+        if started.exists() and read_lines(output / METRICS):
+            config = json.loads(started.read_text(encoding="utf-8"))
+            require_same(config, self.config, output)
+        return None
+
+    def _finished(self) -> str:
+        """Why the run is finished; empty while it is not."""
+        run = self.config.run
+        if self.step >= run.steps:
+            return f"{self.step} steps are done; give more --steps to continue"
+        if run.time_limit is not None and self.seconds >= run.time_limit:
+            return (
+                f"its {run.time_limit:g} s are over, {self.step} steps are done; "
+                "give a longer --time-limit"
+            )
+        return ""
+
+    def _summary(self, message: str, number: int = 0) -> TrainSummary:
+        """Summarize from the logs, so that a finished run reports the same numbers again."""
+        output = self.config.run.output
+        records, timings = read_lines(output / METRICS), read_lines(output / TIMINGS)
+        numbers: dict[str, float | str] = {"steps": records[-1]["step"] if records else 0}
+        if timings:
+            numbers["seconds of training"] = timings[-1]["seconds"]
+        for name in dict.fromkeys(name for record in records for name in record):
+            if name == "reward" or name.startswith(("env/", "eval/")):
+                values = [r[name] for r in records if r.get(name) is not None]
+                if values:
+                    numbers |= {f"{name} first": values[0], f"{name} last": values[-1]}
+        newest = checkpoint.latest(output / "checkpoints")
+        numbers |= {
+            "model": str(newest or ""),
+            "logs": str(output / METRICS),
+            "tensorboard": str(output / "tensorboard"),
+        }
+        return TrainSummary(message, numbers, number)
 
 
-def _arguments(
-    config: TrainConfig, stages: Sequence[Stage], position: CurriculumState
-) -> dict[str, Any]:
-    """The environment's arguments in a stage."""
-    own = stages[position.stage].env_args if stages else {}
-    return {**config.environment.env_args, **own}
+def _require_one_process(config: TrainConfig) -> None:
+    """Refuse under torchrun what works in one process only."""
+    run = config.run
+    if rank_and_size()[1] == 1:
+        return
+    if run.collapse is not None and run.on_collapse == "rollback":
+        raise ConfigError("--on-collapse rollback works in one process only; stop, and start again")
+    if config.sampling.max_staleness:
+        raise ConfigError("--max-staleness works in one process only; leave it at 0 with torchrun")
 
 
-def _stage(parts: _Parts) -> dict[str, float]:
-    """For the log: the number of the stage, where there are any."""
-    return {"stage": parts.position.stage + 1.0} if parts.stages else {}
-
-
-def _next_stage(parts: _Parts, stack: ExitStack) -> _Parts:
-    """The parts with the environments of the stage that begins now; ``stack`` closes them."""
-    parts.in_flight.clear()
-    parts.environments.close()
-    arguments = _arguments(parts.config, parts.stages, parts.position)
-    count = parts.environments.num_envs
-    environments = open_environments(parts.config.environment.env, count, arguments)
-    stack.callback(environments.close)
-    traced = TracedEnvironments(environments, parts.trace) if parts.trace else environments
-    return replace(parts, environments=traced)
-
-
-def _origin(model: str) -> str:
-    """The model to start from; of another run the checkpoint that is its newest now."""
+def _starting_model(model: str) -> str:
+    """The model to start from; of another run's folder its newest checkpoint."""
     newest = checkpoint.latest(Path(model).expanduser() / "checkpoints")
     return str(newest) if newest else model
-
-
-def _play(parts: _Parts, step: int) -> tuple[list[Trajectory], list[Group]]:
-    """Play the tasks of a step; returns all episodes, and the groups to learn from.
-
-    An algorithm that selects groups has as many tasks for each step as its rounds can need, and
-    those that a step does not need are left out: which tasks a step plays never depends on others.
-    Slots with nothing left to play begin with the tasks of the next ``max_staleness`` steps.
-    """
-    sampling, rule = parts.config.sampling, parts.learner.algorithm
-    selects = rule if isinstance(rule, SelectsGroups) else None
-    rounds = selects.max_rounds if selects else 1
-    tasks = sampling.prompts_per_step * rounds  # of a step
-    later = range(step + 1, step + sampling.max_staleness + 1)
-    next_ones = [
-        e
-        for s in later
-        for e in _episodes(s * tasks, sampling.prompts_per_step, sampling.group_size)
-    ]
-    episode = step * tasks
-    played: list[Trajectory] = []
-    groups: list[Group] = []
-    for _ in range(rounds):
-        missing = sampling.prompts_per_step - len(groups)
-        wanted = _episodes(episode, missing, sampling.group_size)
-        episode += missing
-        rank, size = rank_and_size()
-        trajectories = collect(
-            parts.engine,
-            parts.environments,
-            parts.renderer,
-            wanted[rank::size],  # each process plays its share, and all learn from all
-            sampling,
-            seed=parts.config.run.seed,
-            ahead=next_ones,
-            in_flight=parts.in_flight,
-        )
-        trajectories = sorted(gather(trajectories), key=lambda t: (t.episode, t.sample))
-        played += trajectories
-        for group in _groups(trajectories):
-            if selects is None or selects.keeps([t.reward for t in group.trajectories]):
-                groups.append(group)
-        down = _void_fraction(played) > parts.config.algorithm.max_void_fraction
-        if down or len(groups) == sampling.prompts_per_step:
-            break
-    return played, groups
 
 
 def _episodes(first: int, tasks: int, samples: int) -> list[Episode]:
     return [(task, sample) for task in range(first, first + tasks) for sample in range(samples)]
 
 
-def _staleness(groups: Sequence[Group], version: int) -> dict[str, float]:
-    """By how many updates the weights that learned are newer than those that sampled, a token."""
-    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-    sampled = [v for t in trajectories for segment in t.segments for v in segment.versions or ()]
-    mean = sum(sampled) / len(sampled) if sampled else version
-    return {
-        "staleness": version - mean,
-        "staleness_max": float(version - min(sampled, default=version)),
-    }
-
-
-def _void_fraction(trajectories: Sequence[Trajectory]) -> float:
-    return sum(t.void for t in trajectories) / len(trajectories)
-
-
-def _save(parts: _Parts, step: int, seconds: float) -> None:
-    config = parts.config
-    rank, size = rank_and_size()
-    is_whole = size == 1 and not config.learner.lora_rank
-    weights = None if is_whole else dict(parts.learner.weights())  # of all processes together
-    learner = parts.learner.state_dict()
-    if rank:
-        return
-
-    def write_model(folder: Path) -> None:
-        parts.model.save_pretrained(folder, state_dict=weights)
-        parts.renderer.tokenizer.save_pretrained(folder)
-
-    checkpoint.save(
-        config.run.output / "checkpoints",
-        step,
-        write_model=write_model,
-        state={
-            "learner": learner,
-            "random": torch.get_rng_state(),
-            "seconds": seconds,
-            "origin": parts.origin,
-            **({"rewards": parts.watch.history} if parts.watch else {}),
-            **({"stage": asdict(parts.position)} if parts.stages else {}),
-            "in_flight": rollout_state.to_state(parts.in_flight),
-        },
-        config=as_json(config),
-        keep=config.run.keep,
-        best=_best(config),
-    )
-
-
-def _best(config: TrainConfig) -> int | None:
-    """The step after which an evaluation gave the highest reward, the first of several."""
-    records = read_lines(config.run.output / METRICS)
-    evaluated = [r for r in records if r["step"] and r.get("eval/reward") is not None]
-    return max(evaluated, key=lambda r: r["eval/reward"])["step"] if evaluated else None
-
-
-def _set_back(parts: _Parts, step: int, best: int) -> str:
-    """Undo a collapse as the configuration says; returns what was done.
-
-    Raises:
-        CollapseError: the run is to stop, or has no checkpoint to go back to.
-    """
-    run = parts.config.run
-    good = checkpoint.latest(run.output / "checkpoints", up_to=best)
-    what = (
-        f"the reward collapsed: at step {step} it is below {run.collapse:g} of its best average, "
-        f"that of step {best}; the newest checkpoint up to there is {good or 'none'}"
-    )
-    if run.on_collapse == "stop" or good is None or parts.watch is None:
-        raise CollapseError(what)
-    saved = checkpoint.load(good)
-    with torch.no_grad():
-        if not parts.config.learner.lora_rank:
-            parts.model.load_state_dict(load_model(good, device="cpu").state_dict())
-        parts.learner.load_state_dict(saved.state["learner"])
-    parts.engine.load_weights(parts.learner.weights(), version=step)
-    parts.in_flight.clear()
-    parts.watch.history.clear()
-    return f"{what}; the run goes on from it"
-
-
-def _evaluate(parts: _Parts, step: int) -> dict[str, float]:
-    """Play the held-out tasks with the weights of now."""
-    run = parts.config.run
-    if parts.held_out is None:
-        return {}
-    summary = evaluate(
-        parts.engine,
-        parts.held_out,
-        parts.renderer,
-        replace(parts.config.sampling, temperature=run.eval_temperature),
-        run.output / "evaluations" / f"step-{step:06d}",
-        limit=run.eval_limit,
-        seed=run.seed,
-        show=False,
-    )
-    if summary.episodes == 0:
-        return {}  # all void: there is nothing to say
-    return _named("eval", {"reward": summary.reward, **summary.metrics})
-
-
-def _saved(config: TrainConfig) -> Checkpoint | None:
-    """The newest checkpoint of this run, if there is one: the same in all processes."""
-    output = config.run.output
-    newest = checkpoint.latest(output / "checkpoints")
-    if len(set(gather([newest]))) > 1:
-        message = f"the processes see different checkpoints in {output}; share the folder"
-        raise CheckpointError(message)
-    if newest:
-        saved = checkpoint.load(newest)
-        require_same(saved.config, config, output)
-        return saved
-    begun = output / "config.json"
-    if begun.exists() and read_lines(output / METRICS):
-        require_same(json.loads(begun.read_text(encoding="utf-8")), config, output)
-    return None
-
-
-def _over(config: TrainConfig, step: int, seconds: float) -> str:
-    """Why the run is over; empty while it is not."""
-    if step >= config.run.steps:
-        return f"{step} steps are done; give more --steps to go on"
-    limit = config.run.time_limit
-    if limit is not None and seconds >= limit:
-        return f"its {limit:g} s are over, {step} steps are done; give a longer --time-limit"
-    return ""
-
-
 def _groups(trajectories: Sequence[Trajectory]) -> list[Group]:
-    """The samples of each task, void ones left out; a task of which nothing is left is no group."""
+    """The samples of each task without void ones; a task with none left has no group."""
     usable = (trajectory for trajectory in trajectories if not trajectory.void)
     return [Group(episode, list(ts)) for episode, ts in groupby(usable, lambda t: t.episode)]
-
-
-def _describe(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Averages over the episodes of a step that are not void; shares are of all its episodes."""
-    played = [t for t in trajectories if not t.void]
-    count = max(len(played), 1)
-    names = dict.fromkeys(name for t in played for name in t.metrics)  # in their own order
-    return {
-        "reward": sum(t.reward for t in played) / count,
-        **{f"env/{n}": sum(t.metrics.get(n, 0.0) for t in played) / count for n in names},
-        "turns": sum(s.provenance == "action" for t in played for s in t.segments) / count,
-        "action_tokens": sum(t.num_action_tokens for t in played) / count,
-        "tokens": sum(len(t.tokens) for t in played) / count,
-        "void_fraction": 1 - len(played) / len(trajectories),
-        "episodes": float(len(trajectories)),
-        "truncated_share": sum(t.truncated for t in trajectories) / len(trajectories),
-    }
-
-
-def _named(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{name}": float(value) for name, value in values.items()}
 
 
 @contextmanager
 def saved_for_inspection(
     output: Path, step: int, trajectories: Sequence[Trajectory]
 ) -> Iterator[None]:
-    """Where learning meets a number that is not finite, write down what it learned from.
+    """If a number is not finite, write the trajectories that led to it to a file.
 
     Args:
-        output: folder of the run; a new file in its ``failures`` gets the cause and the
-            trajectories with their tokens and log-probabilities. Nothing there is overwritten.
+        output: folder of the run. A new file in its ``failures`` gets the cause and the
+            trajectories with tokens and log-probabilities. Nothing there is overwritten.
         step: training steps done.
-        trajectories: of the step.
+        trajectories: those of the step.
 
     Raises:
-        NonFiniteError: the one that was met; its message tells the file.
+        NonFiniteError: the original error; its message names the file.
     """
     try:
         yield
@@ -571,19 +537,11 @@ def saved_for_inspection(
         raise NonFiniteError(message) from error
 
 
-def _void_message(config: TrainConfig, step: int, share: float) -> str:
-    return (
-        f"{share:.0%} of the episodes of step {step + 1} were void, more than --max-void-fraction "
-        f"{config.algorithm.max_void_fraction:.0%}: something that the environment needs is down. "
-        f"Step {step} is saved in {config.run.output}; the same command continues when it is up"
-    )
-
-
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list; a second one leaves at once.
+    """Collect SIGINT and SIGTERM in a list; a second SIGINT exits at once.
 
-    Outside the main thread, where Python takes no signals, the list stays empty.
+    Outside the main thread Python delivers no signals, and the list stays empty.
     """
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -602,24 +560,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _summary(config: TrainConfig, message: str, number: int = 0) -> TrainSummary:
-    """Numbers from the logs, so that a finished run tells the same again."""
-    output = config.run.output
-    records, timings = read_lines(output / METRICS), read_lines(output / TIMINGS)
-    numbers: dict[str, float | str] = {"steps": records[-1]["step"] if records else 0}
-    if timings:
-        numbers["seconds of training"] = timings[-1]["seconds"]
-    for name in dict.fromkeys(name for record in records for name in record):
-        if name == "reward" or name.startswith(("env/", "eval/")):
-            of_name = [r[name] for r in records if r.get(name) is not None]
-            if of_name:
-                numbers |= {f"{name} first": of_name[0], f"{name} last": of_name[-1]}
-    newest = checkpoint.latest(output / "checkpoints")
-    numbers |= {
-        "model": str(newest or ""),
-        "logs": str(output / METRICS),
-        "tensorboard": str(output / "tensorboard"),
-    }
-    return TrainSummary(message, numbers, number)

@@ -371,14 +371,19 @@ def play(
         ``answer words``, the mean number of words of the predictions.
     """
     from research_agent.engines import make_engine  # noqa: PLC0415
-    from research_agent.evaluation.evaluate import evaluate, read_predictions  # noqa: PLC0415
-    from research_agent.models.policy import load_model, resolve_model  # noqa: PLC0415
+    from research_agent.environments import open_environments  # noqa: PLC0415
+    from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
+    from research_agent.evaluation.predictions import read_predictions  # noqa: PLC0415
+    from research_agent.models.policy import (  # noqa: PLC0415
+        context_length,
+        load_model,
+        resolve_model,
+    )
     from research_agent.renderer import load_renderer  # noqa: PLC0415 - loads torch
-    from research_agent.trainer import context_of, open_environments  # noqa: PLC0415
 
     sampling = replace(MINIWORLD.sampling, temperature=temperature)
     policy = load_model(model, device=settings.device)
-    context = context_of(policy, sampling.max_prompt + sampling.max_response)
+    context = context_length(policy, sampling.max_prompt + sampling.max_response)
     engine = make_engine(
         "transformers",
         policy,

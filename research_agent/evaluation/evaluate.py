@@ -15,14 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from research_agent.engines.base import Engine
 from research_agent.environments import Environments
 from research_agent.errors import ConfigError
-from research_agent.evaluation.predictions import appending, as_record, read_predictions
+from research_agent.evaluation.predictions import appending, as_record
 from research_agent.evaluation.summary import Outcome, Summary, main_metric, outcome, summarize
 from research_agent.files import write_atomic
 from research_agent.renderer import Renderer
 from research_agent.rollout import Sampling, collect
 from research_agent.trajectory import Trajectory
-
-__all__ = ["Summary", "as_record", "evaluate", "outcome", "read_predictions", "summarize"]
 
 
 def evaluate(

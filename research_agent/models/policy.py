@@ -308,3 +308,9 @@ def _check_head(model: Any, name: str) -> None:
     if not torch.allclose(ours.float(), logits.float(), equal_nan=True):
         message = f"the model {name!r} changes its logits after its head, which is not supported"
         raise ModelError(message)
+
+
+def context_length(model: Any, wanted: int) -> int:
+    """Tokens that an episode may have: those wanted, at most the positions that the model has."""
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    return wanted if limit is None else min(wanted, limit)

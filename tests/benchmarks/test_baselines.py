@@ -21,7 +21,7 @@ from research_agent.config import SamplingConfig
 from research_agent.engines.base import SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.errors import ContextError
-from research_agent.evaluation.evaluate import as_record
+from research_agent.evaluation.predictions import as_record
 from research_agent.trajectory import Trajectory
 from research_env import Dataset, Hit, Passage, Question
 from research_env.datasets import miniworld

@@ -15,6 +15,7 @@ from research_agent.distributed import rank_and_size
 from research_agent.errors import NonFiniteError
 from research_agent.learner import Learner
 from tests.research_agent.conftest import tiny_qwen2
+from tests.research_agent.learners import make_learner
 from tests.research_agent.rollouts import random_groups
 
 
@@ -49,7 +50,7 @@ def _learner(weights: dict[str, torch.Tensor] | None = None, **settings: Any) ->
     model, reference = tiny_qwen2(50).double(), tiny_qwen2(50).double()
     if weights is not None:
         model.load_state_dict(weights, strict=False)
-    return Learner(
+    return make_learner(
         model,
         GRPO(kl_coef=0.1),
         reference=reference,

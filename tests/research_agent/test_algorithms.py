@@ -13,9 +13,9 @@ import torch
 import research_agent.algorithms
 from research_agent.algorithms import ALGORITHMS, Algorithm, algorithm
 from research_agent.errors import ConfigError
-from research_agent.learner import Learner
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import tiny_qwen2
+from tests.research_agent.learners import make_learner
 from tests.research_agent.rollouts import (
     action,
     observation,
@@ -41,7 +41,7 @@ def _with_kl(name: str) -> Algorithm:
 def _gradient(
     name: str, model: Any, reference: Any, groups: list[Group], **settings: Any
 ) -> Gradient:
-    learner = Learner(
+    learner = make_learner(
         copy.deepcopy(model),
         _with_kl(name),
         reference=copy.deepcopy(reference),
@@ -130,7 +130,7 @@ def test_what_is_not_finite_outside_actions_does_no_harm(name: str) -> None:
 def test_it_learns_which_token_is_rewarded(name: str, updates: int) -> None:
     model = Bigram(4)
     off = {"kl_coef": 0.0, "entropy_coef": 0.0} if name in ("grpo", "ppo") else {}
-    learner = Learner(
+    learner = make_learner(
         model, _rule(name, **off), learning_rate=0.1, weight_decay=0.0, minibatches=updates
     )
     generator = torch.Generator().manual_seed(0)
@@ -151,7 +151,7 @@ def test_it_learns_which_token_is_rewarded(name: str, updates: int) -> None:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_nothing_to_learn_from_changes_nothing(name: str) -> None:
     model = Bigram()
-    learner = Learner(model, _with_kl(name), reference=Bigram(seed=1), learning_rate=1.0)
+    learner = make_learner(model, _with_kl(name), reference=Bigram(seed=1), learning_rate=1.0)
     for groups in ([], [Group(0, [trajectory(prompt(1), action([]), reward=1.0)])]):
         assert learner.update(groups)["optimizer_steps"] == 0
     assert torch.equal(model.table, Bigram().table)
@@ -171,10 +171,12 @@ def test_the_cap_of_truncated_importance_sampling() -> None:
     rule, groups = algorithm("grpo", kl_coef=0.0, entropy_coef=0.0), random_groups(0)
     for cap, old in ((2.0, "sampler"), (0.0, "recomputed"), (math.nan, "recomputed")):
         with pytest.raises(ConfigError, match="importance_sampling_cap is"):
-            Learner(Bigram(), rule, importance_sampling_cap=cap, old_logprobs=old)  # type: ignore[arg-type]
+            make_learner(Bigram(), rule, importance_sampling_cap=cap, old_logprobs=old)
 
     def norm(cap: float | None) -> float:
-        learner = Learner(Bigram(), rule, old_logprobs="recomputed", importance_sampling_cap=cap)
+        learner = make_learner(
+            Bigram(), rule, old_logprobs="recomputed", importance_sampling_cap=cap
+        )
         return learner.update(groups)["grad_norm"]
 
     # The rollout's log-probabilities are made up: under a tiny cap all weights are that cap.

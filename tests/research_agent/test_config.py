@@ -21,12 +21,12 @@ from research_agent.config import (
     as_json,
     complete,
     flatten,
-    parse_settings,
     require_same,
     validate,
 )
 from research_agent.errors import CheckpointError, ConfigError
 from research_agent.presets import DESCRIPTIONS, PRESETS
+from research_agent.settings import parse_settings
 
 
 def parse(words: list[str], preset: TrainConfig) -> TrainConfig:

@@ -24,15 +24,9 @@ from research_agent.engines.base import SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.environments import make_environments
 from research_agent.errors import ConfigError, ContextError, PredictionsError
-from research_agent.evaluation.evaluate import (
-    Summary,
-    evaluate,
-    outcome,
-    read_predictions,
-    summarize,
-)
-from research_agent.evaluation.predictions import as_record
-from research_agent.evaluation.summary import Outcome, Part
+from research_agent.evaluation.evaluate import evaluate
+from research_agent.evaluation.predictions import as_record, read_predictions
+from research_agent.evaluation.summary import Outcome, Part, Summary, outcome, summarize
 from research_agent.trajectory import Segment, Trajectory
 from tests.research_agent.conftest import byte_tokenizer, codec_of, letter_tokenizer, tiny_qwen2
 from tests.research_agent.quiz_env import Quiz

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from research_agent.algorithms.grpo import GRPO
 from research_agent.batch import make_batch
 from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
-from research_agent.learner import METRICS, Learner
+from research_agent.learner import METRICS
 from research_agent.models.policy import TokenLogprobs, batch_logprobs, frozen_copy
 from research_agent.trajectory import Group, Trajectory
 from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
+from tests.research_agent.learners import make_learner
 from tests.research_agent.rollouts import (
     action,
     observation,
@@ -62,7 +63,7 @@ def _gradient(
 ) -> dict[str, Tensor]:
     """The gradient of an update, as the optimiser gets it; the model is left as it was."""
     options: dict[str, Any] = {"learning_rate": 0.0, "max_grad_norm": math.inf, **settings}
-    learner = Learner(
+    learner = make_learner(
         copy.deepcopy(model), algorithm, reference=reference, betas=(0.0, 0.999), **options
     )
     learner.update(groups)
@@ -231,9 +232,9 @@ def test_without_kl_no_reference_is_run() -> None:
         def base_model(self) -> Any:
             raise AssertionError("the reference was run")
 
-    Learner(Bigram(), PLAIN, reference=Forbidden()).update(random_groups(0))
+    make_learner(Bigram(), PLAIN, reference=Forbidden()).update(random_groups(0))
     with pytest.raises(AssertionError, match="reference was run"):
-        Learner(Bigram(), GRPO(), reference=Forbidden()).update(random_groups(0))
+        make_learner(Bigram(), GRPO(), reference=Forbidden()).update(random_groups(0))
 
 
 def test_the_reference_stays_and_draws_the_policy_to_itself() -> None:
@@ -243,7 +244,7 @@ def test_the_reference_stays_and_draws_the_policy_to_itself() -> None:
         Group(g.episode, [replace(t, reward=0.0) for t in g.trajectories]) for g in random_groups(0)
     ]
     grpo = GRPO(kl_coef=1.0, entropy_coef=0.0)
-    learner = Learner(model, grpo, reference=reference, learning_rate=0.05, weight_decay=0.0)
+    learner = make_learner(model, grpo, reference=reference, learning_rate=0.05, weight_decay=0.0)
     kls = [learner.update(groups)["kl"] for _ in range(20)]
     assert kls[-1] < kls[0] / 2
     assert all(torch.equal(v, before[k]) for k, v in reference.state_dict().items())
@@ -254,21 +255,21 @@ def test_recomputed_old_logprobs_do_not_believe_the_sampler() -> None:
     groups = random_groups(0)
     model = tiny_qwen2(VOCABULARY)
     options: dict[str, Any] = {"learning_rate": 1e-3}
-    metrics = Learner(model, PLAIN, old_logprobs="recomputed", **options).update(groups)
+    metrics = make_learner(model, PLAIN, old_logprobs="recomputed", **options).update(groups)
     assert metrics["clip_fraction"] == 0
     assert (
         metrics["sampling_logprob_difference"] > 0.5
     )  # random_groups makes its log-probabilities up
-    other = Learner(tiny_qwen2(VOCABULARY), PLAIN, **options).update(groups)
+    other = make_learner(tiny_qwen2(VOCABULARY), PLAIN, **options).update(groups)
     assert other["clip_fraction"] > 0
 
 
 def test_several_updates_are_those_of_the_parts_one_after_the_other() -> None:
     groups = random_groups(4, groups=5)
     one, other = tiny_qwen2(VOCABULARY), tiny_qwen2(VOCABULARY)
-    metrics = Learner(one, PLAIN, learning_rate=1e-3, minibatches=2).update(groups)
+    metrics = make_learner(one, PLAIN, learning_rate=1e-3, minibatches=2).update(groups)
     assert metrics["optimizer_steps"] == 2
-    learner = Learner(other, PLAIN, learning_rate=1e-3)
+    learner = make_learner(other, PLAIN, learning_rate=1e-3)
     reports = [learner.update(groups[:3]), learner.update(groups[3:])]
     for name, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
@@ -279,7 +280,7 @@ def test_several_updates_are_those_of_the_parts_one_after_the_other() -> None:
 def test_old_logprobs_are_those_before_the_first_of_several_updates() -> None:
     """Both parts hold the same trajectories: by the second, the policy has moved off."""
     group = random_groups(4, groups=1)[0]
-    learner = Learner(
+    learner = make_learner(
         Bigram(),
         PLAIN,
         learning_rate=1.0,
@@ -291,7 +292,7 @@ def test_old_logprobs_are_those_before_the_first_of_several_updates() -> None:
 
 
 def test_more_updates_than_groups() -> None:
-    metrics = Learner(Bigram(), PLAIN, minibatches=7).update(random_groups(0, groups=2))
+    metrics = make_learner(Bigram(), PLAIN, minibatches=7).update(random_groups(0, groups=2))
     assert metrics["optimizer_steps"] == 2
 
 
@@ -310,7 +311,7 @@ def test_every_metric_is_defined_and_right() -> None:
             ],
         )
     ]
-    learner = Learner(model, GRPO(), reference=reference, learning_rate=1e-9)
+    learner = make_learner(model, GRPO(), reference=reference, learning_rate=1e-9)
     metrics = learner.update(groups)
     assert metrics.keys() == METRICS.keys()
 
@@ -336,7 +337,7 @@ def test_every_metric_is_defined_and_right() -> None:
 def test_grad_norm_is_that_before_clipping() -> None:
     groups = random_groups(0)
     gradient = _gradient(Bigram(), groups)["table"]
-    learner = Learner(Bigram(), PLAIN, max_grad_norm=1e-3)
+    learner = make_learner(Bigram(), PLAIN, max_grad_norm=1e-3)
     assert learner.update(groups)["grad_norm"] == pytest.approx(gradient.norm().item())
     clipped = _gradient(Bigram(), groups, max_grad_norm=1e-3)["table"]
     assert clipped.norm().item() == pytest.approx(1e-3, rel=1e-3)
@@ -364,7 +365,7 @@ def test_the_gap_is_zero_when_sampler_and_learner_agree() -> None:
         )
         for g in random_groups(0)
     ]
-    metrics = Learner(model, PLAIN, temperature=0.7, micro_batch_tokens=50).update(groups)
+    metrics = make_learner(model, PLAIN, temperature=0.7, micro_batch_tokens=50).update(groups)
     assert metrics["sampling_logprob_difference"] < 1e-5
     assert metrics["clip_fraction"] == 0
 
@@ -378,7 +379,7 @@ def test_warm_up_and_the_first_step_by_hand() -> None:
     model, groups = Bigram(), random_groups(0)
     before, gradient = model.table.detach().clone(), _gradient(Bigram(), groups)["table"]
     options: dict[str, Any] = {"learning_rate": 0.4, "warmup_steps": 4, "weight_decay": 0.0}
-    learner = Learner(model, PLAIN, max_grad_norm=math.inf, **options)
+    learner = make_learner(model, PLAIN, max_grad_norm=math.inf, **options)
     rates = [learner.update(groups)["learning_rate"]]
     torch.testing.assert_close(
         model.table.detach(), before - 0.1 * gradient / (gradient.abs() + 1e-8)
@@ -389,7 +390,7 @@ def test_warm_up_and_the_first_step_by_hand() -> None:
 
 def test_it_learns_which_token_is_rewarded() -> None:
     model = Bigram(4)
-    learner = Learner(model, PLAIN, learning_rate=0.1, weight_decay=0.0)
+    learner = make_learner(model, PLAIN, learning_rate=0.1, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     for step in range(60):
         logprobs = model.table[0].detach().log_softmax(-1)
@@ -404,7 +405,7 @@ def test_it_learns_which_token_is_rewarded() -> None:
 
 def test_frozen_parameters_stay() -> None:
     model = Bigram()
-    Learner(model, PLAIN, learning_rate=0.1).update(random_groups(0))
+    make_learner(model, PLAIN, learning_rate=0.1).update(random_groups(0))
     assert torch.equal(model.head.weight, torch.eye(VOCABULARY, dtype=torch.float64))
 
 
@@ -412,16 +413,16 @@ def test_resume_continues_to_the_same_bits() -> None:
     rollouts = [random_groups(seed) for seed in range(6)]
     options: dict[str, Any] = {"learning_rate": 1e-3, "warmup_steps": 5, "minibatches": 2}
     model = tiny_qwen2(VOCABULARY)
-    learner = Learner(model, PLAIN, **options)
+    learner = make_learner(model, PLAIN, **options)
     reports = [learner.update(groups) for groups in rollouts]
 
     first = tiny_qwen2(VOCABULARY)
-    begun = Learner(first, PLAIN, **options)
+    begun = make_learner(first, PLAIN, **options)
     for groups in rollouts[:3]:
         begun.update(groups)
     second = tiny_qwen2(VOCABULARY)
     second.load_state_dict(first.state_dict())
-    resumed = Learner(second, PLAIN, **options)
+    resumed = make_learner(second, PLAIN, **options)
     resumed.load_state_dict(begun.state_dict())
     assert [resumed.update(groups) for groups in rollouts[3:]] == reports[3:]
     for name, value in second.state_dict().items():
@@ -430,19 +431,19 @@ def test_resume_continues_to_the_same_bits() -> None:
 
 
 def test_the_state_of_a_learner_that_has_not_stepped() -> None:
-    state = Learner(Bigram(), PLAIN).state_dict()
-    learner = Learner(Bigram(), PLAIN)
+    state = make_learner(Bigram(), PLAIN).state_dict()
+    learner = make_learner(Bigram(), PLAIN)
     learner.load_state_dict(state)
     assert learner.update(random_groups(0))["optimizer_steps"] == 1
 
 
 def test_the_state_of_another_model_is_refused() -> None:
-    small = Learner(tiny_qwen2(VOCABULARY), PLAIN)
+    small = make_learner(tiny_qwen2(VOCABULARY), PLAIN)
     small.update(random_groups(0))
     with pytest.raises(CheckpointError, match="another model: they differ in"):
-        Learner(tiny_gpt2(VOCABULARY), PLAIN).load_state_dict(small.state_dict())
+        make_learner(tiny_gpt2(VOCABULARY), PLAIN).load_state_dict(small.state_dict())
     with pytest.raises(CheckpointError, match=r"has the shape \(51, 32\) here and \(50, 32\)"):
-        Learner(tiny_qwen2(VOCABULARY + 1), PLAIN).load_state_dict(small.state_dict())
+        make_learner(tiny_qwen2(VOCABULARY + 1), PLAIN).load_state_dict(small.state_dict())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -461,7 +462,7 @@ def test_nothing_to_learn_from_changes_nothing(kind: str) -> None:
         "no action tokens": [Group(0, [trajectory(prompt(1), action([]), reward=1.0)])],
     }[kind]
     model = Bigram()
-    learner = Learner(model, PLAIN, learning_rate=1.0)
+    learner = make_learner(model, PLAIN, learning_rate=1.0)
     learner.update(random_groups(0))
     before = copy.deepcopy((model.state_dict(), learner.state_dict()))
     metrics = learner.update(groups)
@@ -515,7 +516,7 @@ class Cause:
 )
 def test_what_is_not_finite_stops_before_anything_changes(cause: str, message: str) -> None:
     model = Bigram()
-    learner = Learner(model, PLAIN, learning_rate=0.1)
+    learner = make_learner(model, PLAIN, learning_rate=0.1)
     learner.update(random_groups(1))
     groups = getattr(Cause, cause)(model)
     before = copy.deepcopy((model.state_dict(), learner.state_dict()))
@@ -534,7 +535,7 @@ def test_an_objective_that_is_not_finite_stops() -> None:
 
     model = Bigram()
     with pytest.raises(NonFiniteError, match="the loss is"):
-        Learner(model, Broken(kl_coef=0.0)).update(random_groups(0))
+        make_learner(model, Broken(kl_coef=0.0)).update(random_groups(0))
     assert torch.equal(model.table, Bigram().table)
 
 
@@ -550,9 +551,9 @@ def test_an_objective_that_is_not_finite_stops() -> None:
 )
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Learner(Bigram(), PLAIN, **options)
+        make_learner(Bigram(), PLAIN, **options)
 
 
 def test_a_reference_that_is_needed_and_not_given() -> None:
     with pytest.raises(ConfigError, match="needs a reference policy"):
-        Learner(Bigram(), GRPO())
+        make_learner(Bigram(), GRPO())

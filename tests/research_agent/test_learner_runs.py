@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from research_agent import checkpoint, trainer
+from research_agent import checkpoint, step_metrics, trainer
 from research_agent.cli import main
-from research_agent.collapse import CollapseMonitor
+from research_agent.curriculum import CollapseMonitor
 from research_agent.learner import Learner
 from research_agent.trajectory import Group
 from tests.research_agent.test_trainer import final_bytes, flags, letters, metrics, refusal
@@ -98,13 +98,13 @@ def test_a_watch_sees_a_collapse_and_not_a_bad_step() -> None:
 @pytest.fixture
 def _collapsing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewards that are given: 1, 1, 1, then 0; and averages over two steps."""
-    describe = trainer._describe
+    describe = step_metrics.of_episodes
 
     def given(trajectories: Sequence[Any]) -> dict[str, float]:
         step = trajectories[0].episode // 4 + 1  # four tasks a step
         return {**describe(trajectories), "reward": float(step <= 3)}
 
-    monkeypatch.setattr(trainer, "_describe", given)
+    monkeypatch.setattr(step_metrics, "of_episodes", given)
     monkeypatch.setattr(trainer, "CollapseMonitor", lambda share: CollapseMonitor(share, window=2))
 
 

@@ -22,6 +22,7 @@ from research_agent.learner import Learner
 from research_agent.models.policy import TokenLogprobs, prepare, token_logprobs
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
+from tests.research_agent.learners import make_learner
 from tests.research_agent.rollouts import (
     action,
     observation,
@@ -36,7 +37,7 @@ V = 50
 
 def _gradient(model: Any, groups: list[Group], **settings: Any) -> dict[str, Tensor]:
     """AdamW's first moment at beta 0: the gradient."""
-    learner = Learner(
+    learner = make_learner(
         copy.deepcopy(model),
         GRPO(kl_coef=0.0, entropy_coef=0.01),
         learning_rate=0.0,
@@ -283,7 +284,9 @@ def test_what_names_no_layers_cannot_be_checkpointed_or_compiled() -> None:
 
 
 def _after(steps: int, **settings: Any) -> tuple[Learner, dict[str, Tensor]]:
-    learner = Learner(tiny_qwen2(V, hidden=64), GRPO(kl_coef=0.0), learning_rate=1e-2, **settings)
+    learner = make_learner(
+        tiny_qwen2(V, hidden=64), GRPO(kl_coef=0.0), learning_rate=1e-2, **settings
+    )
     for seed in range(steps):
         learner.update(random_groups(seed))
     return learner, {name: weight.clone() for name, weight in learner.weights()}
@@ -360,8 +363,10 @@ def test_adapters_learn_and_the_weights_beside_them_stay() -> None:
 def test_with_adapters_off_the_policy_is_its_own_reference() -> None:
     pytest.importorskip("peft")
     rule, groups = GRPO(kl_coef=0.5), random_groups(2)
-    adapters = Learner(tiny_qwen2(V), rule, learning_rate=1e-2, lora_rank=2)
-    copied = Learner(tiny_qwen2(V), rule, reference=tiny_qwen2(V), learning_rate=1e-2, lora_rank=2)
+    adapters = make_learner(tiny_qwen2(V), rule, learning_rate=1e-2, lora_rank=2)
+    copied = make_learner(
+        tiny_qwen2(V), rule, reference=tiny_qwen2(V), learning_rate=1e-2, lora_rank=2
+    )
     with torch.no_grad():  # adapters begin at random
         for theirs, weight in zip(
             copied.model.parameters(), adapters.model.parameters(), strict=True

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from research_agent.config import TrainConfig, as_json, flatten, parse_settings
+from research_agent.config import TrainConfig, as_json, flatten
 from research_agent.presets import DESCRIPTIONS, PRESETS
+from research_agent.settings import parse_settings
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "papers.md").read_text(encoding="utf-8")
 SECTIONS = {

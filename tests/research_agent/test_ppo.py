@@ -17,10 +17,10 @@ from research_agent.algorithms.base import UsesCritic
 from research_agent.algorithms.ppo import PPO
 from research_agent.batch import Batch, make_batch
 from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
-from research_agent.learner import Learner
 from research_agent.models.critic import METRICS, Critic, value_errors
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import tiny_qwen2
+from tests.research_agent.learners import make_learner
 from tests.research_agent.objectives import (
     assert_micro_batches_change_nothing,
     assert_same,
@@ -230,18 +230,18 @@ def test_the_learner_teaches_the_critic_and_resumes_it_to_the_same_bits() -> Non
     options: dict[str, Any] = {"learning_rate": 1e-3, "minibatches": 2}
     rollouts = [random_groups(seed) for seed in range(4)]
     model = tiny_qwen2(50)
-    learner = Learner(model, PLAIN, **options)
+    learner = make_learner(model, PLAIN, **options)
     reports = [learner.update(groups) for groups in rollouts]
     assert METRICS.keys() <= reports[0].keys()
     assert reports[0]["value"] == 0 and reports[-1]["value"] != 0
 
     first = tiny_qwen2(50)
-    begun = Learner(first, PLAIN, **options)
+    begun = make_learner(first, PLAIN, **options)
     for groups in rollouts[:2]:
         begun.update(groups)
     second = tiny_qwen2(50)
     second.load_state_dict(first.state_dict())
-    resumed = Learner(second, PLAIN, **options)
+    resumed = make_learner(second, PLAIN, **options)
     resumed.load_state_dict(copy.deepcopy(begun.state_dict()))
     assert [resumed.update(groups) for groups in rollouts[2:]] == reports[2:]
     for name, value in second.state_dict().items():
@@ -251,7 +251,7 @@ def test_the_learner_teaches_the_critic_and_resumes_it_to_the_same_bits() -> Non
 def test_the_critic_does_not_share_the_policys_weights() -> None:
     model = tiny_qwen2(50)
     before = copy.deepcopy(model.state_dict())
-    learner = Learner(model, PLAIN, learning_rate=0.0, weight_decay=0.0)
+    learner = make_learner(model, PLAIN, learning_rate=0.0, weight_decay=0.0)
     for seed in range(3):
         learner.update(random_groups(seed))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

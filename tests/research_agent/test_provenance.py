@@ -57,7 +57,13 @@ def test_a_header_names_what_episodes_depend_on_and_nothing_else() -> None:
     assert first["environment"] == {"questions": "6"}
     assert {"code", "settings", "versions"} <= set(first)
     assert json.loads(json.dumps(first)) == first
-    free = {"output": Path("p"), "limit": 3, "samples": 4, "slots": 1, "max_prompt": 9}
+    free = {
+        "output": Path("p"),
+        "limit": 3,
+        "samples_per_task": 4,
+        "max_in_flight": 1,
+        "max_prompt": 9,
+    }
     assert of(**free, quiet=True, json=True, device="cpu", log_tokens=True, overlap=True) == first
     for name, value in {
         "temperature": 1.0,

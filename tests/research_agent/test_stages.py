@@ -40,12 +40,12 @@ def test_steps_or_reward_end_a_stage() -> None:
     stages = parse_stages(["steps=7 until=0.5", "until=1", "top_k=1"])
     position = CurriculumState()
     # The mean of five steps reaches .5 with the fifth: 0 + .25 + .5 + .75 + 1 = 2.5.
-    moved = [position.moves_on(stages, reward) for reward in (0, 0.25, 0.5, 0.75, 1.0)]
+    moved = [position.advance(stages, reward) for reward in (0, 0.25, 0.5, 0.75, 1.0)]
     assert moved == [False, False, False, False, True]
     assert position == CurriculumState(stage=1)
-    assert [position.moves_on(stages, 1.0) for _ in range(5)] == [False] * 4 + [True]
-    assert [position.moves_on(stages, 9.0) for _ in range(9)] == [False] * 9  # the last one
+    assert [position.advance(stages, 1.0) for _ in range(5)] == [False] * 4 + [True]
+    assert [position.advance(stages, 9.0) for _ in range(9)] == [False] * 9  # the last one
     assert position == CurriculumState(stage=2, steps=9, rewards=[9.0] * 5)
 
     position = CurriculumState()
-    assert [position.moves_on(stages, 0.0) for _ in range(7)] == [False] * 6 + [True]
+    assert [position.advance(stages, 0.0) for _ in range(7)] == [False] * 6 + [True]

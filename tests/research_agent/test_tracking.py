@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from research_agent.run_logger import RunLogger, keep_until, read_lines
+from research_agent.run_logger import RunLogger, read_lines, truncate_after
 
 
 def steps_of(path: Path) -> list[int]:
@@ -59,7 +59,7 @@ def test_a_run_from_the_start_drops_what_was_logged_before_the_first_checkpoint(
 def test_half_a_line_that_a_kill_left_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "rew')
-    keep_until(path, 9)
+    truncate_after(path, 9)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

@@ -220,7 +220,7 @@ def test_void_episodes_are_counted_and_not_learned_from(letters: Path, tmp_path:
     for record in metrics(tmp_path / "run"):
         assert record["void_fraction"] == 0.25
         assert record["learner/trajectories"] == 24
-        assert record["truncated_share"] == 0.25
+        assert record["truncated_fraction"] == 0.25
 
 
 def test_too_many_void_episodes_stop_the_run_which_continues_when_all_is_well(

@@ -28,10 +28,10 @@ from research_agent.algorithms.grpo import GRPO
 from research_agent.algorithms.gspo import GSPO
 from research_agent.algorithms.rloo import RLOO
 from research_agent.batch import make_batch
-from research_agent.learner import Learner
 from research_agent.models.policy import TokenLogprobs, batch_logprobs
 from research_agent.trajectory import Group, Segment
 from tests.research_agent.conftest import byte_tokenizer, tiny_qwen2
+from tests.research_agent.learners import make_learner
 from tests.research_agent.rollouts import action, observation, prompt, trajectory
 
 if find_spec("trl") is None and os.environ.get("CI") != "true":
@@ -194,7 +194,7 @@ def _ours(
     **settings: Any,
 ) -> Result:
     """Loss and gradient of a learner; AdamW's first moment is the gradient where beta_1 is 0."""
-    learner = Learner(
+    learner = make_learner(
         copy.deepcopy(model),
         rule,
         reference=reference,

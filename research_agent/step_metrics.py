@@ -1,0 +1,61 @@
+"""What a training step logs about its episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from research_agent.trajectory import Group, Trajectory
+
+
+def of_episodes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Average the episodes of a step.
+
+    Args:
+        trajectories: all episodes of the step, at least one.
+
+    Returns:
+        Means over the episodes that are not void, and fractions of all episodes; docs/metrics.md
+        lists the names.
+    """
+    played = [t for t in trajectories if not t.void]
+    count = max(len(played), 1)
+    names = dict.fromkeys(name for t in played for name in t.metrics)  # in the environment's order
+    return {
+        "reward": sum(t.reward for t in played) / count,
+        **{f"env/{n}": sum(t.metrics.get(n, 0.0) for t in played) / count for n in names},
+        "turns": sum(s.provenance == "action" for t in played for s in t.segments) / count,
+        "action_tokens": sum(t.num_action_tokens for t in played) / count,
+        "tokens": sum(len(t.tokens) for t in played) / count,
+        "void_fraction": void_fraction(trajectories),
+        "episodes": float(len(trajectories)),
+        "truncated_fraction": sum(t.truncated for t in trajectories) / len(trajectories),
+    }
+
+
+def void_fraction(trajectories: Sequence[Trajectory]) -> float:
+    """Fraction of episodes that are void (law 4: failed infrastructure)."""
+    return sum(t.void for t in trajectories) / len(trajectories)
+
+
+def staleness(groups: Sequence[Group], version: int) -> dict[str, float]:
+    """Measure how many updates old the weights were that sampled the tokens.
+
+    Args:
+        groups: the groups that were learned from.
+        version: number of the weights that learned, before their update.
+
+    Returns:
+        ``staleness``, the mean over action tokens, and ``staleness_max``.
+    """
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    versions = [v for t in trajectories for segment in t.segments for v in segment.versions or ()]
+    mean = sum(versions) / len(versions) if versions else version
+    return {
+        "staleness": version - mean,
+        "staleness_max": float(version - min(versions, default=version)),
+    }
+
+
+def prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    """Name metrics ``prefix/name``."""
+    return {f"{prefix}/{name}": float(value) for name, value in values.items()}
