@@ -46,7 +46,7 @@ def test_configurations_and_engines_without_torch() -> None:
     """What needs no model loads no torch, in a process of its own."""
     light = "from research_agent import PRESETS, Algorithm, EvalConfig, ScriptedEngine"
     assert loaded_by(light) == set()
-    assert {"torch", "transformers"} <= loaded_by("from research_agent import train")
+    assert "torch" in loaded_by("from research_agent import train")
 
 
 def loaded_by(statement: str) -> set[str]:
