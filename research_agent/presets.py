@@ -1,7 +1,7 @@
 """Settings by name: the bundled world, and the papers'.
 
 The papers' presets hold the settings of the paper, or where the paper is silent those of the
-authors' published script; docs/papers.md has them side by side. They need the hardware of the
+authors' published script; docs/reference/papers.md has them side by side. They need the hardware of the
 paper; every one can be changed by flags.
 """
 

@@ -78,7 +78,7 @@ def test_it_is_a_file_of_a_screenful_or_two(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_documents_name_it(name: str) -> None:
-    docs = Path(__file__).resolve().parents[2] / "docs"
+    docs = Path(__file__).resolve().parents[2] / "docs/reference"
     for document in ("algorithms.md", "papers.md"):
         assert f"`{name}`" in (docs / document).read_text(encoding="utf-8")
 

@@ -505,7 +505,7 @@ def test_names_that_leave_the_folder_are_not_taken(
 
 
 def test_the_table_of_data_names_all_there_is() -> None:
-    table = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    table = (Path(__file__).parents[2] / "docs/how-to/data.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([^`]+)` \|.*?\| `([^`]+)`", table, flags=re.MULTILINE)
     assert dict(rows) == {name: source.repository for name, source in hub.HUB_SOURCES.items()}
 

@@ -267,7 +267,7 @@ def test_a_sum_worked_by_hand() -> None:
 
 
 def test_the_table_of_rewards_names_all_there_is() -> None:
-    table = (Path(__file__).parents[2] / "docs/rewards.md").read_text(encoding="utf-8")
+    table = (Path(__file__).parents[2] / "docs/how-to/rewards.md").read_text(encoding="utf-8")
     named = re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)
     assert sorted(named) == sorted(KNOWN)
 
