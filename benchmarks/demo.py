@@ -114,6 +114,10 @@ class SearchAlways:
             for result in self._inner.recv(min_results)
         ]
 
+    def truncate(self, env_id: int) -> Any:
+        """End an episode whose budget of tokens is spent."""
+        return self._inner.truncate(env_id)
+
     def close(self) -> None:
         """Close the environments behind it."""
         self._inner.close()

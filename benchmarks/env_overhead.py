@@ -102,7 +102,7 @@ def ours(retriever: str | None = None) -> System:
 def ours_together(copies: int = TOGETHER) -> System:
     """This package's vector environment, with the passages of a server."""
     envs = SearchQAVectorEnv(
-        copies, autoreset_mode="Disabled", dataset=QUESTIONS, retriever=URL, top_k=3, remember=0
+        copies, autoreset_mode="Disabled", dataset=QUESTIONS, retriever=URL, top_k=3, cache_size=0
     )
     envs.reset(seed=0)
     searches = [_padded(f"<search>who founded company {i:03}</search>") for i in range(copies)]

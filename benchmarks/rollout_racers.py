@@ -28,9 +28,9 @@ from research_agent.environments import Environments, make_environments
 from research_agent.renderer import Renderer
 from research_agent.rollout import collect
 from research_agent.trajectory import Trajectory
-from research_env import Dataset, Hit, Passage, Question
+from research_env import RESEARCH, Dataset, Hit, Passage, Protocol, Question, Tag
 from research_env.errors import RetrievalError
-from research_env.protocol import RESEARCH, Parsed, Protocol, Tag
+from research_env.protocol import Parsed
 
 TURNS = 4  # of an episode; all but the last search
 SAMPLES = 2  # of each question: the fewest that TRL allows
@@ -167,7 +167,7 @@ class Ours:
             "protocol": PROTOCOL,
             "reward": "em",
             "template": "question",
-            "remember": 0,
+            "cache_size": 0,
         }
         engine: Any = make_engine(
             "transformers", policy, renderer, max_slots=len(script), max_context=CONTEXT

@@ -3,9 +3,9 @@
 ``python -m benchmarks.saved_searches [--steps 40] [--json]``
 
 The shipped starter is trained by GRPO in MiniWorld (24 questions x 8 samples a step, as in the
-demo), twice with the same seed: with merging and memory, as by default, and with merging only. A
-query is *merged* when somebody is asking the same at that moment, *remembered* when its hits are in
-memory. Rewards and losses of the two runs must be the same.
+demo), twice with the same seed: with coalescing and a cache, as by default, and with coalescing
+only. A query is *coalesced* when somebody is asking the same at that moment, and a *cache hit* when
+its hits are in the cache. Rewards and losses of the two runs must be the same.
 """
 
 from __future__ import annotations
@@ -46,32 +46,32 @@ class SavedConfig:
 def main() -> None:
     """Run, and print what came of it."""
     config = tyro.cli(SavedConfig, prog="python -m benchmarks.saved_searches")
-    results = {
-        name: run(config, remember) for name, remember in (("memory", 10_000), ("merging only", 0))
-    }
-    same = results["memory"]["curve"] == results["merging only"]["curve"]
+    results = {"cache": run(config, 10_000), "coalescing only": run(config, 0)}
+    same = results["cache"]["curve"] == results["coalescing only"]["curve"]
     if config.json:
         print(json.dumps({"same_results": same, **results}))
     else:
         table = Table(title=f"{config.steps} steps of GRPO in MiniWorld, seed {config.seed}")
-        for heading in ("", "asked", "searched", "merged", "remembered", "saved"):
+        for heading in ("", "asked", "searched", "coalesced", "cache_hits", "saved"):
             table.add_column(heading, justify="right" if heading else "left")
         for name, result in results.items():
-            numbers = [f"{result[key]:,}" for key in ("asked", "searched", "merged", "remembered")]
+            numbers = [
+                f"{result[key]:,}" for key in ("asked", "searched", "coalesced", "cache_hits")
+            ]
             table.add_row(name, *numbers, f"{result['saved']:.1%}")
         Console().print(table)
         print(f"rewards, losses and searches of all steps are {'' if same else 'NOT '}the same")
     sys.exit(0 if same else 1)
 
 
-def run(config: SavedConfig, remember: int) -> dict[str, Any]:
+def run(config: SavedConfig, cache_size: int) -> dict[str, Any]:
     """Train once; returns the counts, and the metrics of each step without its times."""
     from research_agent.trainer import train  # noqa: PLC0415 - loads torch
 
     made: list[SearchQAVectorEnv] = []
 
     def make(num_envs: int, **settings: Any) -> SearchQAVectorEnv:
-        made.append(SearchQAVectorEnv(num_envs, remember=remember, **settings))
+        made.append(SearchQAVectorEnv(num_envs, cache_size=cache_size, **settings))
         return made[-1]
 
     entry: Any = make  # Gymnasium's type of it wants every argument by name
@@ -95,14 +95,14 @@ def run(config: SavedConfig, remember: int) -> dict[str, Any]:
     curve = [{k: v for k, v in json.loads(line).items() if k not in _TIMES} for line in lines]
     counts = SearchCounts(
         sum(env.search_counts.searched for env in made),
-        sum(env.search_counts.merged for env in made),
-        sum(env.search_counts.remembered for env in made),
+        sum(env.search_counts.coalesced for env in made),
+        sum(env.search_counts.cache_hits for env in made),
     )
     return {
         "asked": counts.asked,
         "searched": counts.searched,
-        "merged": counts.merged,
-        "remembered": counts.remembered,
+        "coalesced": counts.coalesced,
+        "cache_hits": counts.cache_hits,
         "saved": counts.saved,
         "curve": curve,
     }

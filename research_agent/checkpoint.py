@@ -1,13 +1,14 @@
 """Checkpoints: folders that transformers opens as a model and that continue a run to the same bits.
 
-A checkpoint is written under a temporary name, flushed to the disk, and renamed; so what carries a
-checkpoint's name is whole, whatever moment the machine stopped at. Besides the model's own files::
+A checkpoint is written under a temporary name, flushed to the disk, and renamed. So a folder with a
+checkpoint's name is complete, whenever the machine stopped. It holds::
 
     step-000123/
       model.safetensors config.json ...   the policy and its tokenizer, as transformers writes them
-      state.safetensors                   tensors of the rest: optimiser, random state
-      state.json                          other values of the rest, the step, the configuration
-    best -> step-000080                   the one that did best in an evaluation
+      state.safetensors                   other tensors: optimizer, random state
+      state.json                          other values, the step, the configuration
+      checksums.json                      SHA-256 of every other file
+    best -> step-000080                   the best one by evaluation
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from research_agent.errors import CheckpointError
+from research_agent.files import sha256
 
-VERSION = 1
+VERSION = 2
+CHECKSUMS = "checksums.json"
 _NAME = re.compile(r"step-(\d{6,})")
 _TENSOR = "__tensor__"
 _PAIRS = "__pairs__"
@@ -86,6 +89,7 @@ def save(
         write_model(temporary)
         save_file(tensors, temporary / "state.safetensors")
         (temporary / "state.json").write_text(json.dumps(plain), encoding="utf-8")
+        (temporary / CHECKSUMS).write_text(json.dumps(_checksums(temporary)), encoding="utf-8")
         _flush(temporary)
         temporary.rename(final)
         _flush_folder(root)
@@ -122,10 +126,11 @@ def latest(root: Path, up_to: int | None = None) -> Path | None:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint, its model's files left to transformers.
+    """Read a checkpoint, except the model's files, which transformers reads.
 
     Raises:
-        CheckpointError: when files are missing, damaged, or of another version of this format.
+        CheckpointError: files are missing, changed since they were written (by their SHA-256), or
+            of another version of this format.
     """
     try:
         plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -134,12 +139,36 @@ def load(folder: Path) -> Checkpoint:
                 f"{folder} has format {plain['version']}, this version reads {VERSION}; "
                 "continue the run with the version that began it"
             )
+        _require_unchanged(folder)
         tensors = load_file(folder / "state.safetensors")
         return Checkpoint(folder, plain["step"], plain["config"], _unpack(plain["state"], tensors))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder} is no whole checkpoint: {error}; delete it to continue from the one before"
+            f"{folder} is no whole checkpoint: {error}; {_instead(folder)}"
         ) from error
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {p.relative_to(folder).as_posix(): sha256(p) for p in files if p.name != CHECKSUMS}
+
+
+def _require_unchanged(folder: Path) -> None:
+    written = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+    found = _checksums(folder)
+    for name in sorted(written.keys() | found.keys()):
+        if name not in found:
+            raise ValueError(f"{name} is missing")
+        if name in written and written[name] != found[name]:
+            raise ValueError(f"{name} is not what was written (its SHA-256 differs)")
+
+
+def _instead(folder: Path) -> str:
+    """What to do without a checkpoint: continue from the one before it, if there is one."""
+    step = int(match[1]) if (match := _NAME.fullmatch(folder.name)) else 0
+    before = latest(folder.parent, up_to=step - 1)
+    start = f"continue from {before.name}" if before else "start anew"
+    return f"delete {folder} and give the same command to {start}"
 
 
 def _complete(root: Path) -> list[tuple[int, Path]]:
@@ -150,7 +179,7 @@ def _complete(root: Path) -> list[tuple[int, Path]]:
 
 
 def _remove(folder: Path) -> None:
-    """Take the name away first: a half deleted folder must not pass for a checkpoint."""
+    """Rename first: a half-deleted folder must not look like a checkpoint."""
     doomed = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)

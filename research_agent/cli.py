@@ -25,8 +25,9 @@ from research_agent.config import (
     validate,
     validate_eval,
 )
-from research_agent.errors import ConfigError, ResearchAgentError
+from research_agent.errors import ConfigError, ContextError, ResearchAgentError
 from research_agent.presets import DESCRIPTIONS, PRESETS
+from research_agent.terminal import show
 
 USAGE = """\
 usage: research-agent COMMAND ...
@@ -97,7 +98,13 @@ def _train(words: list[str]) -> None:
     from research_agent.trainer import train  # noqa: PLC0415  (loads torch: not for --help)
 
     _no_bars()
-    summary = train(config)
+    try:
+        summary = train(config)
+    except ContextError as error:
+        limit = config.sampling.max_prompt
+        if limit != preset.sampling.max_prompt:
+            raise
+        raise ContextError(f"{error} (--max-prompt {limit} is the preset {name}'s)") from error
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts one speaks
         _print(summary.message, summary.numbers, as_json=config.run.json)
     if summary.signal:
@@ -107,7 +114,7 @@ def _train(words: list[str]) -> None:
 def _plan(config: TrainConfig, gpus: str) -> None:
     found = plan.plan(config, gpus)
     as_json = config.run.json
-    print(json.dumps(plan.as_numbers(found)) if as_json else plan.show(config, gpus, found))
+    show(json.dumps(plan.as_numbers(found)) if as_json else plan.show(config, gpus, found))
     if not found.fits:
         raise SystemExit(2)
 
@@ -124,15 +131,15 @@ def _eval(words: list[str]) -> None:
     try:
         summary = evaluate_model(config)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where this one was", file=sys.stderr)
+        show("\nstopped; the same command goes on where this one was", file=sys.stderr)
         raise
     if config.json:
-        print(json.dumps(dataclasses.asdict(summary)))
+        show(json.dumps(dataclasses.asdict(summary)))
         return
-    print(f"{config.model} in {config.env}, every episode in {config.output}/predictions.jsonl")
+    show(f"{config.model} in {config.env}, every episode in {config.output}/predictions.jsonl")
     Console().print(*tables(summary), sep="\n")
     if summary.void:
-        print(f"{summary.void} episodes are void; the same command plays them again")
+        show(f"{summary.void} episodes are void; the same command plays them again")
 
 
 def _compare(words: list[str]) -> None:
@@ -143,11 +150,11 @@ def _compare(words: list[str]) -> None:
 
     comparison = compare(config.a, config.b, metric=config.metric, seed=config.seed)
     if config.json:
-        print(json.dumps(dataclasses.asdict(comparison)))
+        show(json.dumps(dataclasses.asdict(comparison)))
         return
-    print(f"A is {config.a}, B is {config.b}")
+    show(f"A is {config.a}, B is {config.b}")
     Console().print(table(comparison))
-    print(in_words(comparison))
+    show(in_words(comparison))
 
 
 def _grade(words: list[str]) -> None:
@@ -188,12 +195,12 @@ def _report(words: list[str]) -> None:
 
     report = make_report(config)
     for note in report.notes:
-        print(f"research-agent: note: {note}", file=sys.stderr)
+        show(f"research-agent: note: {note}", file=sys.stderr)
     if report.curve:
-        print(f"{report.curve}\n")
-    print(f"page     {report.page} ({report.page.stat().st_size / 1e6:.1f} MB)")
+        show(f"{report.curve}\n")
+    show(f"page     {report.page} ({report.page.stat().st_size / 1e6:.1f} MB)")
     if report.picture:
-        print(f"picture  {report.picture}")
+        show(f"picture  {report.picture}")
 
 
 def _choose(command: str, words: Sequence[str], descriptions: Mapping[str, str]) -> str:
@@ -203,8 +210,8 @@ def _choose(command: str, words: Sequence[str], descriptions: Mapping[str, str])
     if words and words[0] in descriptions:
         return words[0]
     if words and words[0] in ("-h", "--help"):
-        print(f"usage: research-agent {command} PRESET [...]\n\n{known}\n")
-        print(f"research-agent {command} PRESET --help explains the settings of one.")
+        show(f"usage: research-agent {command} PRESET [...]\n\n{known}\n")
+        show(f"research-agent {command} PRESET --help explains the settings of one.")
         raise SystemExit(0)
     given = f"unknown preset {words[0]!r}" if words else "no preset given"
     raise ConfigError(f"{given}; research-agent {command} takes one of\n{known}")
@@ -236,16 +243,16 @@ def _algorithm_settings(preset: TrainConfig) -> str:
 
 def _print(message: str, numbers: Mapping[str, float | str], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(numbers))
+        show(json.dumps(numbers))
         return
-    print(message)
+    show(message)
     shown = {name: _in_digits(value) for name, value in numbers.items()}
     for name in [name for name in shown if name.endswith(" first")]:
         change = name.removesuffix(" first")
         shown[change] = f"{shown.pop(name)} -> {shown.pop(f'{change} last')}"
     width = max(map(len, shown), default=0)
     for name, text in shown.items():
-        print(f"  {name:{width}}  {text}")
+        show(f"  {name:{width}}  {text}")
 
 
 def _in_digits(value: float | str) -> str:
@@ -260,7 +267,7 @@ def _no_bars() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"research-agent: error: {message}", file=sys.stderr)
+    show(f"research-agent: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -140,7 +140,8 @@ class RunConfig:
     seed: int = 0
     """Of everything drawn at random: order of the tasks, and sampled tokens."""
     output: Path = Path("runs/train")
-    """Folder of the run. One that holds a run of the same configuration is continued."""
+    """Folder of the run. One that holds a run of the same configuration is continued; settings of
+    memory, speed and place may change."""
     time_limit: float | None = None
     """Seconds of training (evaluation left out) after which the run stops, at the end of a step."""
     save_every: int = 10
@@ -171,6 +172,9 @@ class RunConfig:
     written anew each time the run is started or continued."""
     log_episodes: int = 4
     """Episodes of each step written out in words, to trajectories.jsonl."""
+    override: bool = False
+    """Continue a run with settings that change its results; changes.jsonl in its folder records
+    them."""
     quiet: bool = False
     """Show no progress."""
     json: bool = False
@@ -330,7 +334,7 @@ class ReportConfig:
     """What the terminal's curve shows; none takes the evaluations' reward, or else training's."""
 
 
-# Settings that change where, how long or how closely a run is watched, and not a single weight.
+# Settings that change how long a run is, how closely it is watched, and where it writes.
 FREE = frozenset(
     {
         "preset",
@@ -346,11 +350,26 @@ FREE = frozenset(
         "run.trace",
         "run.log_episodes",
         "run.plan",
+        "run.override",
         "run.quiet",
         "run.json",
         "algorithm.max_void_fraction",
     }
 )
+# Settings that change memory, speed or place. The same numbers come out, up to rounding.
+NEUTRAL = frozenset(
+    {
+        "policy.device",
+        "sampling.max_in_flight",
+        "sampling.overlap",
+        "learner.micro_batch_tokens",
+        "learner.packing",
+        "learner.gradient_checkpointing",
+        "learner.compile",
+    }
+)
+# The environment's provenance decides whether these change the episodes, if there is one.
+ENVIRONMENT = frozenset({"environment.env", "environment.env_args"})
 
 
 def complete(config: TrainConfig, preset: TrainConfig) -> TrainConfig:
@@ -492,21 +511,66 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
-def require_same(saved: Mapping[str, Any], config: TrainConfig, where: Path) -> None:
-    """Check that a saved run and this configuration would make the same weights.
+@dataclass(frozen=True)
+class Changes:
+    """Settings in which a saved run and a configuration differ: name to (saved, now).
+
+    Attributes:
+        results: those that change what the run computes.
+        neutral: those that change memory, speed or place only.
+    """
+
+    results: Mapping[str, tuple[Any, Any]]
+    neutral: Mapping[str, tuple[Any, Any]]
+
+
+def changes(
+    saved: Mapping[str, Any], config: TrainConfig, *, same_environment: bool | None = None
+) -> Changes:
+    """Compare a saved configuration with this one.
+
+    Args:
+        saved: the JSON values of the run that is continued.
+        config: the configuration to continue with.
+        same_environment: whether the environments have equal provenance; None if that is not known,
+            and then the environment's settings must be equal.
+    """
+    before, now = dict(flatten(saved)), dict(flatten(as_json(config)))
+    results: dict[str, tuple[Any, Any]] = {}
+    neutral: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(before.keys() | now.keys()):
+        pair = before.get(key), now.get(key)
+        if key in FREE or pair[0] == pair[1]:
+            continue
+        is_neutral = (
+            key in NEUTRAL
+            or (key in ENVIRONMENT and same_environment is True)
+            or (key == "sampling.max_prompt" and pair[0] is not None and pair[1] >= pair[0])
+            or (key == "sampling.engine" and _same_server_engine(*pair))
+        )
+        (neutral if is_neutral else results)[key] = pair
+    return Changes(results, neutral)
+
+
+def _same_server_engine(before: Any, now: Any) -> bool:
+    """Whether two engines are servers that only stand at other addresses."""
+    kinds = [str(engine).partition(":")[0] for engine in (before, now)]
+    return kinds[0] == kinds[1] and kinds[0].startswith("server")
+
+
+def require_same(found: Changes, where: Path, *, override: bool = False) -> None:
+    """Refuse changes of the results, unless they are asked for.
 
     Raises:
         CheckpointError: naming every setting that differs, with both values.
     """
-    before, now = dict(flatten(saved)), dict(flatten(as_json(config)))
-    differing = [
-        f"  {key}: {before.get(key, '(unset)')!r} in the folder, {now.get(key, '(unset)')!r} now"
-        for key in sorted(before.keys() | now.keys())
-        if key not in FREE and before.get(key) != now.get(key)
-    ]
-    if differing:
+    if found.results and not override:
         raise CheckpointError(
             f"{where} holds a run of another configuration:\n"
-            + "\n".join(differing)
-            + "\nGive another --output, or the same settings to continue that run."
+            + "\n".join(
+                f"  {key}: {before!r} in the folder, {now!r} now"
+                for key, (before, now) in found.results.items()
+            )
+            + "\nGive another --output, the same settings to continue that run, or --override to "
+            "continue it with these."
         )

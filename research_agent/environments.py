@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -53,6 +53,15 @@ class Environments(Protocol):
 
     def close(self) -> None:
         """Release what the environments hold."""
+        ...
+
+
+@runtime_checkable
+class Truncating(Protocol):
+    """Environments that may score an episode which the trainer cuts."""
+
+    def truncate(self, env_id: int) -> StepResult | None:
+        """End an episode whose budget of tokens is spent; None if the environment has no way to."""
         ...
 
 
@@ -140,6 +149,12 @@ class _Native:
             _text(result.observation)
         return results
 
+    def truncate(self, env_id: int) -> StepResult | None:
+        if not hasattr(self._vector, "truncate"):
+            return None
+        (result,) = self._vector.truncate([env_id], "length")
+        return StepResult(*result)
+
     def close(self) -> None:
         self._vector.close()
 
@@ -180,6 +195,12 @@ class _Singles:
     def recv(self, min_results: int) -> list[StepResult]:
         results, self._ready = self._ready, []
         return results
+
+    def truncate(self, env_id: int) -> StepResult | None:
+        env = self._envs[env_id]
+        if not env.has_wrapper_attr("truncate"):
+            return None
+        return StepResult(env_id, *env.get_wrapper_attr("truncate")("length"))
 
     def close(self) -> None:
         for env in self._envs:

@@ -23,6 +23,10 @@ class CheckpointError(ResearchAgentError):
     """A checkpoint that is missing, broken, or of another configuration."""
 
 
+class FolderInUseError(ResearchAgentError):
+    """Another process writes to the same folder."""
+
+
 class PredictionsError(ResearchAgentError):
     """A file of predictions that is missing, broken, or of another evaluation."""
 

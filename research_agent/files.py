@@ -1,17 +1,31 @@
-"""Files that are there whole or not at all."""
+"""Files that are complete or absent, and folders that one process writes to."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import hashlib
+import logging
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
+
+from research_agent.errors import FolderInUseError
+
+LOCK = ".lock"
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+
+_log = logging.getLogger(__name__)
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file beside its place, and move it there when it is on the disk.
+    """Write a text file under a temporary name, flush it to the disk, and rename it.
 
     Args:
         path: in a folder that exists; a file of that name is replaced.
-        text: all of it.
+        text: the whole content.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -19,3 +33,42 @@ def write_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to a folder.
+
+    The lock belongs to the kernel and ends with the process: a killed process leaves none behind.
+    It holds on local disks and between machines on NFS (Linux maps ``flock`` to locks of the
+    server). A file system without locks gives a warning.
+
+    Args:
+        folder: made if missing. The lock file in it names the process.
+
+    Raises:
+        FolderInUseError: another process has the lock; the message names it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read(200).strip() or "another process"
+            message = f"{owner} writes to {folder}; wait for it, or give another --output"
+            raise FolderInUseError(message) from error
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            _log.warning("%s cannot be locked (%s): start one process per folder", folder, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, repeat
 from typing import Any, Protocol
 
 import numpy as np
 
 from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
-from research_agent.environments import Environments, StepResult
+from research_agent.environments import Environments, StepResult, Truncating
 from research_agent.errors import ContextError
 from research_agent.renderer import Renderer
 from research_agent.trajectory import Segment, Trajectory
@@ -106,6 +107,7 @@ def collect(
     missing = set(episodes) - done.keys()
     free = deque(slot for slot in range(environments.num_envs) if slot not in active)
     stop = environments.terminators
+    truncate = environments.truncate if isinstance(environments, Truncating) else _keep_reward
     try:
         for slot in sorted(active.keys() - awaiting_env):  # turns that were cut
             active[slot].submit(engine, slot, stop)
@@ -136,7 +138,9 @@ def collect(
                 if slot not in awaiting_env:
                     continue  # of an episode that was forgotten
                 awaiting_env.discard(slot)
-                trajectory = active[slot].observe(result, renderer, engine.max_context)
+                trajectory = active[slot].observe(
+                    result, renderer, engine.max_context, partial(truncate, slot)
+                )
                 if trajectory is None:
                     active[slot].submit(engine, slot, stop)
                     continue
@@ -251,18 +255,30 @@ class ActiveRollout:
         return text
 
     def observe(
-        self, result: StepResult, renderer: Renderer, max_context: int
+        self,
+        result: StepResult,
+        renderer: Renderer,
+        max_context: int,
+        truncate: Callable[[], StepResult | None],
     ) -> Trajectory | None:
-        """Take what the environment answers; returns the trajectory if it ends with that."""
+        """Take what the environment answers; returns the trajectory if it ends with that.
+
+        If the answer does not fit the budget of tokens, the environment scores the episode.
+        """
         self.reward += result.reward
         if result.terminated or result.truncated:
             return self._trajectory(result, "")
         tokens = renderer.encode_text(result.observation)
         length = self.response + len(tokens)
+        budget = ""
         if length >= self.sampling.max_response:  # no room for them and one more
-            return self._trajectory(result, "length")
-        if self.prompt + length >= max_context:
-            return self._trajectory(result, "context")
+            budget = "length"
+        elif self.prompt + length >= max_context:
+            budget = "context"
+        if budget:
+            last = truncate()
+            self.reward += last.reward if last else 0.0
+            return self._trajectory(last or result, budget)
         self.response = length
         self.unsent_tokens += tokens
         if tokens:
@@ -285,6 +301,10 @@ class ActiveRollout:
             metrics={name: float(value) for name, value in metrics.items()},
             info=last.info,
         )
+
+
+def _keep_reward(slot: int) -> None:
+    """End an episode whose environment cannot score it: it keeps the rewards so far."""
 
 
 def trajectory_seed(seed: int, episode: int, sample: int) -> int:

@@ -22,6 +22,7 @@ from rich.progress import TimeRemainingColumn as TimeLeft
 
 from research_agent.errors import CheckpointError
 from research_agent.files import write_atomic
+from research_agent.terminal import printable
 
 METRICS, TIMINGS, TRAJECTORIES = "metrics.jsonl", "timings.jsonl", "trajectories.jsonl"
 _SHOWN = 5  # metrics of the environment that fit beside the progress bar
@@ -76,7 +77,7 @@ class RunLogger:
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeLeft(compact=True),
             TextColumn("left"),
             console=self._console,
@@ -103,7 +104,8 @@ class RunLogger:
     def print(self, message: str) -> None:
         """Print a line above the progress bar."""
         if self._show:
-            self._progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
+            text = printable(message)
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def record(
         self,
@@ -130,7 +132,7 @@ class RunLogger:
                 f"cannot write the log of step {step} to {self._folder}: {error}; make room, and "
                 "start the same command again: it continues from the last checkpoint"
             ) from error
-        words = "  ".join(_beside_the_bar(metrics, timings))
+        words = printable("  ".join(_beside_the_bar(metrics, timings)))
         self._progress.update(self._task, completed=step, description=words)
         if self._show and not self._console.is_terminal:
             self.print(f"step {step}/{self._steps}  {words}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
-from research_agent.environments import Environments, StepResult
+from research_agent.environments import Environments, StepResult, Truncating, provenance_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -156,6 +156,15 @@ class TracedEnvironments:
             self._trace.add("environment", result.env_id + 1, self._since[result.env_id], **details)
         return results
 
+    def truncate(self, env_id: int) -> StepResult | None:
+        """End an episode whose budget of tokens is spent."""
+        inner = self._environments
+        return inner.truncate(env_id) if isinstance(inner, Truncating) else None
+
     def close(self) -> None:
         """Release what the environments hold."""
         self._environments.close()
+
+    def provenance(self) -> dict[str, str]:
+        """What the tasks depend on, as the environments say."""
+        return provenance_of(self._environments)

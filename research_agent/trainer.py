@@ -26,12 +26,12 @@ from research_agent import checkpoint, rollout_state, step_metrics
 from research_agent.algorithms import algorithm
 from research_agent.algorithms.base import SelectsGroups
 from research_agent.checkpoint import Checkpoint
-from research_agent.config import TrainConfig, as_json, require_same, validate
+from research_agent.config import TrainConfig, as_json, changes, require_same, validate
 from research_agent.curriculum import CollapseMonitor, CurriculumState, parse_stages
 from research_agent.distributed import broadcast_object, gather, init_distributed, rank_and_size
 from research_agent.engines import make_engine
 from research_agent.engines.base import Engine
-from research_agent.environments import Environments, open_environments
+from research_agent.environments import Environments, open_environments, provenance_of
 from research_agent.errors import (
     CheckpointError,
     CollapseError,
@@ -41,14 +41,17 @@ from research_agent.errors import (
 )
 from research_agent.evaluation.evaluate import evaluate
 from research_agent.evaluation.predictions import as_record
-from research_agent.files import write_atomic
+from research_agent.files import folder_lock, write_atomic
 from research_agent.learner import Learner
 from research_agent.models.policy import context_length, load_model, resolve_model
 from research_agent.renderer import load_renderer
 from research_agent.rollout import Episode, InFlight, collect
-from research_agent.run_logger import METRICS, TIMINGS, RunLogger, read_lines
+from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_lines
+from research_agent.terminal import show
 from research_agent.trace import Trace, TracedEngine, TracedEnvironments, span
 from research_agent.trajectory import Group, Trajectory
+
+CHANGES = "changes.jsonl"  # settings with which a run was continued
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +106,8 @@ class Trainer:
         with ExitStack() as stack:
             signals = stack.enter_context(_stop_signals())
             stack.enter_context(init_distributed())
+            stack.enter_context(folder_lock(run.output) if rank_and_size()[0] == 0 else ExitStack())
             saved = self._newest_checkpoint()
-            if saved:
-                self.step, self.seconds = saved.step, float(saved.state["seconds"])
             if finished := broadcast_object(self._finished()):
                 return self._summary(f"{run.output} is finished: {finished}")
             _require_one_process(self.config)
@@ -184,9 +186,6 @@ class Trainer:
         """Make everything that a step uses, with the weights and states of a checkpoint."""
         config, sampling, run = self.config, self.config.sampling, self.config.run
         rank, size = rank_and_size()
-        if rank == 0:
-            run.output.mkdir(parents=True, exist_ok=True)
-            write_atomic(run.output / "config.json", json.dumps(as_json(config), indent=1) + "\n")
         torch.manual_seed(run.seed)
         rule = algorithm(config.algorithm.algorithm, **config.algorithm.algorithm_args)
         self.trace = Trace(run.trace) if run.trace and rank == 0 else None
@@ -201,6 +200,11 @@ class Trainer:
         share = -(-sampling.prompts_per_step * sampling.group_size // size)
         slots = min(share * (1 + sampling.max_staleness), sampling.max_in_flight or share)
         self.environments = self._open_environments(slots, stack)
+        if saved:
+            self._require_same_run(saved)
+        if rank == 0:
+            config_file = run.output / "config.json"
+            write_atomic(config_file, json.dumps(as_json(config), indent=1) + "\n")
         self.eval_environments: Environments | None = None
         if run.eval_every and rank == 0:
             eval_args = {**config.environment.env_args, **run.eval_args}
@@ -208,7 +212,9 @@ class Trainer:
             stack.callback(self.eval_environments.close)
 
         # Policy: the model that learns, its reference, and the engine that samples.
-        self.origin = saved.state["origin"] if saved else _starting_model(config.policy.model)
+        self.origin = _starting_model(config.policy.model)
+        if saved:
+            self.origin = _saved_origin(saved, config.policy.model)
         self.renderer = load_renderer(
             resolve_model(self.origin), chat_template=config.policy.chat_template
         )
@@ -256,6 +262,36 @@ class Trainer:
         environments = open_environments(config.env, count, {**config.env_args, **stage_args})
         stack.callback(environments.close)
         return TracedEnvironments(environments, self.trace) if self.trace else environments
+
+    def _provenance(self) -> dict[str, str]:
+        """What the episodes depend on, as the environment says; places are left out."""
+        found = provenance_of(self.environments)
+        return {name: text for name, text in found.items() if not name.startswith("place:")}
+
+    def _require_same_run(self, saved: Checkpoint) -> None:
+        """Compare a checkpoint's configuration and environment with the present ones.
+
+        Raises:
+            CheckpointError: something differs that changes the results, without ``--override``.
+        """
+        run = self.config.run
+        before, now = saved.state["environment"], self._provenance()
+        same_environment = before == now if before and now else None
+        found = changes(saved.config, self.config, same_environment=same_environment)
+        if same_environment is False:
+            differing = {
+                f"environment's {name}": (before.get(name), now.get(name))
+                for name in sorted(before.keys() | now.keys())
+                if before.get(name) != now.get(name)
+            }
+            found = replace(found, results={**found.results, **differing})
+        require_same(found, run.output, override=run.override)
+        if rank_and_size()[0] == 0 and (found.results or found.neutral):
+            record = {"step": saved.step, "results": found.results, "neutral": found.neutral}
+            append(run.output / CHANGES, [record])
+            if not run.quiet:
+                names = ", ".join([*found.results, *found.neutral])
+                show(f"{run.output}: continuing with other settings: {names}", file=sys.stderr)
 
     def _start_stage(self, stack: ExitStack) -> None:
         self.in_flight.clear()
@@ -381,6 +417,7 @@ class Trainer:
                 "random": torch.get_rng_state(),
                 "seconds": self.seconds,
                 "origin": self.origin,
+                "environment": self._provenance(),
                 **({"rewards": self.collapse.history} if self.collapse else {}),
                 **({"stage": asdict(self.curriculum)} if self.stages else {}),
                 "in_flight": rollout_state.to_state(self.in_flight),
@@ -421,20 +458,22 @@ class Trainer:
         return f"{what}; the run continues from it"
 
     def _newest_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint of this run, if there is one: the same on all ranks."""
-        output = self.config.run.output
+        """Find the newest checkpoint of this run, the same on all ranks, and take up its step."""
+        run, output = self.config.run, self.config.run.output
         newest = checkpoint.latest(output / "checkpoints")
         if len(set(gather([newest]))) > 1:
             message = f"the ranks see different checkpoints in {output}; share the folder"
             raise CheckpointError(message)
         if newest:
             saved = checkpoint.load(newest)
-            require_same(saved.config, self.config, output)
+            self.step, self.seconds = saved.step, float(saved.state["seconds"])
+            found = changes(saved.config, self.config, same_environment=True)  # so far
+            require_same(found, output, override=run.override)
             return saved
         started = output / "config.json"
         if started.exists() and read_lines(output / METRICS):
-            config = json.loads(started.read_text(encoding="utf-8"))
-            require_same(config, self.config, output)
+            found = changes(json.loads(started.read_text(encoding="utf-8")), self.config)
+            require_same(found, output, override=run.override)
         return None
 
     def _finished(self) -> str:
@@ -485,6 +524,23 @@ def _starting_model(model: str) -> str:
     """The model to start from; of another run's folder its newest checkpoint."""
     newest = checkpoint.latest(Path(model).expanduser() / "checkpoints")
     return str(newest) if newest else model
+
+
+def _saved_origin(saved: Checkpoint, model: str) -> str:
+    """The model that a saved run began with, if the configuration leads there too.
+
+    Raises:
+        CheckpointError: the checkpoint names another model. It may come from somebody else, and
+            must not make a run load what nobody asked for.
+    """
+    origin = str(saved.state["origin"])
+    own_checkpoints = Path(model).expanduser() / "checkpoints"
+    if origin != model and Path(origin).parent != own_checkpoints:
+        raise CheckpointError(
+            f"{saved.folder} began with the model {origin!r}, which --model {model} does not name; "
+            f"give --model {origin} if you trust it"
+        )
+    return origin
 
 
 def _episodes(first: int, tasks: int, samples: int) -> list[Episode]:
@@ -539,7 +595,7 @@ def saved_for_inspection(
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list; a second SIGINT exits at once.
+    """Collect SIGINT, SIGTERM and SIGHUP in a list; a second SIGINT exits at once.
 
     Outside the main thread Python delivers no signals, and the list stays empty.
     """
@@ -554,7 +610,10 @@ def _stop_signals() -> Iterator[list[int]]:
         seen.append(number)
         print("\nstopping after this step; once more to leave at once", file=sys.stderr)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, stop)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         yield seen
     finally:

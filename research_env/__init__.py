@@ -8,10 +8,14 @@ Example:
 """
 
 from research_env.datasets.base import Corpus, Dataset, Hop, Question
-from research_env.episode import Episode, Turn, advance, fail, observe
+from research_env.episode import Episode, Turn, advance, fail, observe, truncate
 from research_env.errors import ResearchEnvError
 from research_env.footprint import footprint
-from research_env.protocol import R1_SEARCHER, RESEARCH, SEARCH_R1, Protocol, Tag
+from research_env.markup import Tag
+from research_env.papers.r1_searcher import R1_SEARCHER
+from research_env.papers.research import RESEARCH
+from research_env.papers.search_r1 import SEARCH_R1
+from research_env.protocol import Protocol
 from research_env.registration import IDS, register_envs
 from research_env.retrieval.base import Hit, Passage, Retriever
 from research_env.spaces import UnicodeText
@@ -38,6 +42,7 @@ __all__ = [
     "fail",
     "footprint",
     "observe",
+    "truncate",
 ]
 
 register_envs()

@@ -1,7 +1,7 @@
-"""What the single and the vector environment share: questions, engine, rules, reward, reports.
+"""What the single and the vector environment share: questions, engine, rules, reward.
 
 A :class:`EnvCore` is made once from the keyword arguments of an environment and does not change. It
-starts an episode, asks the engine for the pending ones, and reports on an episode in Gymnasium's
+starts an episode, asks the engine for the pending ones, and describes an episode in Gymnasium's
 terms; what happens in between is :mod:`research_env.episode`.
 """
 
@@ -21,12 +21,14 @@ import numpy.typing as npt
 from research_env.datasets.base import Dataset, Question
 from research_env.episode import Episode, fail, observe
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
-from research_env.prompts import messages, prompt
-from research_env.protocol import Protocol, protocol
+from research_env.papers import protocol
+from research_env.protocol import Protocol
 from research_env.retrieval import without_password
 from research_env.retrieval.base import Hit, Retriever
-from research_env.rewards import episode_metrics, reward
-from research_env.shaping import Combination, Reward
+from research_env.rewards import Reward, WeightedSum, episode_metrics, reward
+
+MAX_PASSAGE_CHARS = 10_000
+"""The longest passage of the published data sets has 8,237 characters."""
 
 
 class Settings(TypedDict, total=False):
@@ -47,9 +49,10 @@ class Settings(TypedDict, total=False):
     template: str
     max_searches: int | None
     max_turns: int | None
+    max_passage_chars: int | None
 
 
-class Report(NamedTuple):
+class StepOutput(NamedTuple):
     """What ``step`` returns, in its order."""
 
     observation: str
@@ -72,10 +75,11 @@ class EnvCore:
     top_k: int
     max_searches: int | None
     max_turns: int | None
+    max_passage_chars: int | None
     by_id: dict[str, int] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Callable[[Settings], EnvCore], tuple[Settings]]:
-        return _again, (self.settings,)
+        return _rebuild, (self.settings,)
 
     def index(self, seed: int, episode: int) -> int:
         """Which question the numbered episode asks, in the order drawn from the seed.
@@ -109,9 +113,10 @@ class EnvCore:
     def start(self, index: int) -> tuple[Episode, str, dict[str, Any]]:
         """A new episode of a question, its prompt, and the info of ``reset``."""
         question = self.questions[index]
-        episode = Episode(question, self.protocol, self.max_searches, self.max_turns)
-        info = _info(episode, messages(self.protocol, self.template, question.question))
-        return episode, prompt(self.protocol, self.template, question.question), info
+        limits = self.max_searches, self.max_turns, self.max_passage_chars
+        episode = Episode(question, self.protocol, *limits)
+        info = _info(episode, self.protocol.messages(self.template, question.question))
+        return episode, self.protocol.prompt(self.template, question.question), info
 
     def search(self, queries: Sequence[str]) -> list[list[Hit] | RetrievalError]:
         """Ask the engine once for a batch; an error of the whole batch is that of each query."""
@@ -120,7 +125,7 @@ class EnvCore:
         except RetrievalError as error:
             return [error] * len(queries)
 
-    def report(self, episode: Episode) -> Report:
+    def output(self, episode: Episode) -> StepOutput:
         """What ``step`` returns after the last turn of an episode that is not pending.
 
         The reward comes at the end, and is 0 where the engine failed. Metrics come with it; of a
@@ -128,7 +133,7 @@ class EnvCore:
         """
         info = _info(episode, [])
         if not episode.over:
-            return Report(episode.turns[-1].observation, 0.0, False, False, info)
+            return StepOutput(episode.turns[-1].observation, 0.0, False, False, info)
         info["prediction"] = episode.prediction or ""
         info["answers"] = episode.question.answers
         info["supporting_ids"] = episode.question.supporting
@@ -137,17 +142,17 @@ class EnvCore:
         earned = 0.0
         if not episode.void:
             info["metrics"] = metrics = episode_metrics(episode)
-            if isinstance(self.reward, Combination):
+            if isinstance(self.reward, WeightedSum):
                 components = self.reward.components(episode)
                 earned = self.reward.total(components)
                 metrics |= {f"reward/{name}": value for name, value in components.items()}
             else:
                 earned = float(self.reward(episode))
-        return Report("", earned, not episode.truncated, episode.truncated, info)
+        return StepOutput("", earned, not episode.truncated, episode.truncated, info)
 
     def transcript(self, episode: Episode) -> str:
         """The prompt, all that was written and observed, and at the end its reason and reward."""
-        text = prompt(self.protocol, self.template, episode.question.question)
+        text = self.protocol.prompt(self.template, episode.question.question)
         text += "".join(turn.action + turn.observation for turn in episode.turns)
         return text + self.closing(episode)
 
@@ -155,7 +160,7 @@ class EnvCore:
         """The last line of a transcript; empty while the episode goes on."""
         if not episode.over:
             return ""
-        return f"\n[{episode.stop_reason}, reward {self.report(episode).reward:g}]\n"
+        return f"\n[{episode.stop_reason}, reward {self.output(episode).reward:g}]\n"
 
     def provenance(self) -> dict[str, str]:
         """What results depend on besides the policy, each in words or by its SHA-256.
@@ -164,9 +169,12 @@ class EnvCore:
         ``index`` (the fingerprint of the corpus in it; "" where it is not known), ``protocol``,
         ``template`` (its text), ``limits``, ``reward``, and the version of ``research_env``.
         """
+        shown = ""
+        if self.max_passage_chars != MAX_PASSAGE_CHARS:
+            shown = f", max_passage_chars {self.max_passage_chars}"
         asked = [[q.id, q.question, q.answers] for q in self.questions]
         named = self.settings.get("retriever") or "the corpus of the data set"
-        text = json.dumps(messages(self.protocol, self.template, "{question}"))
+        text = json.dumps(self.protocol.messages(self.template, "{question}"))
         return {
             "questions": f"{len(asked)}, sha256 {_sha256(json.dumps(asked))}",
             "retriever": without_password(named) if isinstance(named, str) else repr(type(named)),
@@ -174,7 +182,7 @@ class EnvCore:
             "protocol": self.protocol.name,
             "template": f"{self.template}, sha256 {_sha256(text)}",
             "limits": f"top_k {self.top_k}, max_searches {self.max_searches}, "
-            f"max_turns {self.max_turns}",
+            f"max_turns {self.max_turns}" + shown,
             "reward": str(getattr(self.reward, "__name__", type(self.reward).__name__)),
             "research_env": version("research-env"),
         }
@@ -202,9 +210,9 @@ def make_core(**settings: Unpack[Settings]) -> EnvCore:
     rules = protocol(settings.get("protocol", "research"))
     chosen = settings.get("reward")
     scored = reward(rules.reward if chosen is None else chosen)
-    top_k = _given(settings, "top_k", rules.top_k, 1)
-    max_searches = _given(settings, "max_searches", rules.max_searches, 0)
-    max_turns = _given(settings, "max_turns", rules.max_turns, 1)
+    top_k = _read_limit(settings, "top_k", rules.top_k, 1)
+    max_searches = _read_limit(settings, "max_searches", rules.max_searches, 0)
+    max_turns = _read_limit(settings, "max_turns", rules.max_turns, 1)
     asked = settings.get("max_searches")
     if asked is not None and max_turns is not None and asked >= max_turns:
         raise ConfigurationError(
@@ -212,7 +220,7 @@ def make_core(**settings: Unpack[Settings]) -> EnvCore:
             f"which cannot search; set max_turns={asked + 1}"
         )
     template = settings.get("template", "base")
-    prompt(rules, template, "")  # an unknown template is refused here, not at the first reset
+    rules.prompt(template, "")  # an unknown template is refused here, not at the first reset
 
     data = _load(settings)
     if not data.questions:
@@ -227,14 +235,15 @@ def make_core(**settings: Unpack[Settings]) -> EnvCore:
         top_k=5 if top_k is None else top_k,
         max_searches=max_searches,
         max_turns=max_turns,
+        max_passage_chars=_read_limit(settings, "max_passage_chars", MAX_PASSAGE_CHARS, 1),
     )
 
 
-def _again(settings: Settings) -> EnvCore:
+def _rebuild(settings: Settings) -> EnvCore:
     return make_core(**settings)
 
 
-def _given(settings: Settings, name: str, default: int | None, least: int) -> int | None:
+def _read_limit(settings: Settings, name: str, default: int | None, least: int) -> int | None:
     value: Any = settings.get(name)
     if value is None:
         return default

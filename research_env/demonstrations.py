@@ -27,8 +27,7 @@ from pathlib import Path
 
 from research_env.datasets import miniworld
 from research_env.datasets.base import Question
-from research_env.prompts import prompt
-from research_env.protocol import RESEARCH
+from research_env.papers.research import RESEARCH
 from research_env.retrieval.base import Hit
 from research_env.retrieval.bm25.retriever import EmbeddedRetriever, build_index
 
@@ -148,7 +147,7 @@ def episode(
     hops = question.decomposition
     relations = [hop.question.rsplit(" ", 1)[1] for hop in hops]
     comparison = question.type == "comparison"
-    parts: Demonstration = [("prompt", prompt(RESEARCH, "question", question.question))]
+    parts: Demonstration = [("prompt", RESEARCH.prompt("question", question.question))]
 
     def finish(thought: str, answer: str) -> Demonstration:
         boxed = f"\\boxed{{ {answer}}}" if rng.random() < habits.box else f" {answer}"

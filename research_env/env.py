@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Unpack
 
 import gymnasium as gym
 
-from research_env.core import Report, Settings, make_core, resolve_search
-from research_env.episode import Episode, advance
+from research_env.core import Settings, StepOutput, make_core, resolve_search
+from research_env.episode import CutReason, Episode, advance, truncate
 from research_env.errors import ConfigurationError, EpisodeError, UnknownNameError
 from research_env.spaces import UnicodeText
 
@@ -31,7 +31,8 @@ class SearchQAEnv(gym.Env[str, str]):
     ## End
     ``terminated`` after an answer or another text that is no search, ``truncated`` when a limit is
     passed or the engine failed. In the latter case ``info["void"]`` is True and the episode is
-    evidence of nothing.
+    evidence of nothing. A trainer whose budget of tokens is spent calls ``truncate("length")``,
+    which ends the episode with its reward and metrics, as an episode without an answer.
 
     ## Info
     Always the same keys: ``question_id, question, messages`` (the prompt as chat messages, after
@@ -61,6 +62,8 @@ class SearchQAEnv(gym.Env[str, str]):
       function of an :class:`~research_env.episode.Episode`.
     - ``template``: base (default), instruct, question.
     - ``max_searches``, ``max_turns``: asking for more ends the episode.
+    - ``max_passage_chars``: characters of a passage that an observation shows (10,000 by default);
+      the cut is marked.
     - ``render_mode``: None, ansi, human.
 
     ## Reset
@@ -82,16 +85,16 @@ class SearchQAEnv(gym.Env[str, str]):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise UnknownNameError("render mode", render_mode, self.metadata["render_modes"])
         self.render_mode = render_mode
-        self._game = make_core(**settings)
+        self._core = make_core(**settings)
         self._episode: Episode | None = None
         self._next = 0
-        self.action_space = UnicodeText(terminators=self._game.protocol.terminators)
+        self.action_space = UnicodeText(terminators=self._core.protocol.terminators)
         self.observation_space = UnicodeText()
 
     @property
     def num_tasks(self) -> int:
         """How many questions there are: episodes 0 to ``num_tasks - 1`` ask each once."""
-        return len(self._game.questions)
+        return len(self._core.questions)
 
     @property
     def episode(self) -> Episode | None:
@@ -111,24 +114,24 @@ class SearchQAEnv(gym.Env[str, str]):
             self._next = 0
         match options or {}:
             case {"question_id": str(question_id), **rest} if not rest:
-                index = self._game.index_of(question_id)
+                index = self._core.index_of(question_id)
             case {"episode": number, **rest} if not rest:
-                index = self._game.index(self.np_random_seed, number)
+                index = self._core.index(self.np_random_seed, number)
                 self._next = number + 1
             case {**rest} if not rest:
-                index = self._game.index(self.np_random_seed, self._next)
+                index = self._core.index(self.np_random_seed, self._next)
                 self._next += 1
             case other:
                 raise ConfigurationError(
                     f"reset takes one of the options 'episode' (a number) and 'question_id' "
                     f"(a string), not {other}"
                 )
-        self._episode, observation, info = self._game.start(index)
+        self._episode, observation, info = self._core.start(index)
         if self.render_mode == "human":
             print(observation)
         return observation, info
 
-    def step(self, action: str) -> Report:
+    def step(self, action: str) -> StepOutput:
         """Take what the policy wrote; returns (observation, reward, terminated, truncated, info).
 
         Raises:
@@ -139,24 +142,45 @@ class SearchQAEnv(gym.Env[str, str]):
             raise EpisodeError("there is no episode yet; call reset first")
         episode = advance(self._episode, action)
         if episode.pending is not None:
-            found = self._game.search([episode.pending])[0]
+            found = self._core.search([episode.pending])[0]
             episode = resolve_search(episode, found)
         self._episode = episode
-        report = self._game.report(episode)
+        output = self._core.output(episode)
         if self.render_mode == "human":
-            print(episode.turns[-1].action + report.observation + self._game.closing(episode))
-        return report
+            print(episode.turns[-1].action + output.observation + self._core.closing(episode))
+        return output
+
+    def truncate(self, reason: CutReason = "length") -> StepOutput:
+        """End the episode from outside, because its budget of tokens is spent.
+
+        Reach it through wrappers by ``env.get_wrapper_attr("truncate")``.
+
+        Args:
+            reason: becomes ``info["stop_reason"]``.
+
+        Returns:
+            What ``step`` returns at the end: reward and metrics of all that the policy wrote.
+
+        Raises:
+            EpisodeError: before ``reset``, or after the end.
+        """
+        if self._episode is None:
+            raise EpisodeError("there is no episode yet; call reset first")
+        self._episode = truncate(self._episode, reason)
+        if self.render_mode == "human":
+            print(self._core.closing(self._episode))
+        return self._core.output(self._episode)
 
     def provenance(self) -> dict[str, str]:
         """What results depend on besides the policy: fingerprints of questions, index, prompt."""
-        return self._game.provenance()
+        return self._core.provenance()
 
     def render(self) -> str | None:
         """The transcript so far in mode ``ansi``; mode ``human`` prints it as it grows."""
         if self.render_mode != "ansi" or self._episode is None:
             return "" if self.render_mode == "ansi" else None
-        return self._game.transcript(self._episode)
+        return self._core.transcript(self._episode)
 
     def close(self) -> None:
         """Release the search engine; calling it twice is harmless."""
-        self._game.close()
+        self._core.close()

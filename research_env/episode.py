@@ -3,21 +3,25 @@
 Nothing here touches a search engine, a clock or a random number. A driver (the environment, the
 vector environment, a test) calls :func:`advance` with what the policy wrote; where the new episode
 has a ``pending`` query it asks its engine and calls :func:`observe` with the hits, or :func:`fail`
-where there are none to be had.
+where there are none to be had. :func:`truncate` stops an episode whose budget of tokens is spent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 from research_env.datasets.base import Question
-from research_env.errors import ActionError, EpisodeError
+from research_env.errors import ActionError, EpisodeError, UnknownNameError
 from research_env.protocol import ActionKind, Protocol
-from research_env.retrieval.base import Hit
+from research_env.retrieval.base import Hit, Passage
 
-StopReason = Literal["answer", "no_answer", "max_searches", "max_turns", "backend_error"]
+StopReason = Literal["answer", "no_answer", "max_searches", "max_turns", "length", "backend_error"]
+CutReason = Literal["length"]
+
+CUT_MARK = " […]"
+"""Stands where a passage was cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +52,26 @@ class Episode:
         protocol: its rules and texts.
         max_searches: searches that may be run; asking for one more ends the episode. None: no cap.
         max_turns: actions that may be taken; the last one cannot search. None: no cap.
+        max_passage_chars: characters of a passage, title and text together, that an observation
+            shows; what is cut is marked by `CUT_MARK`. None: no cap.
         turns: so far, in order.
         pending: the query of the last turn while it waits for its hits.
         stop_reason: why it is over; None while it goes on.
         prediction: once it is over, the final answer in all that the policy wrote, by the
             protocol's rule; None: there is none.
+        memo: what has been computed from this value (format, F1, ...), so that it is computed once.
     """
 
     question: Question
     protocol: Protocol
     max_searches: int | None = None
     max_turns: int | None = None
+    max_passage_chars: int | None = None
     turns: tuple[Turn, ...] = ()
     pending: str | None = None
     stop_reason: StopReason | None = None
     prediction: str | None = None
+    memo: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def over(self) -> bool:
@@ -76,8 +85,8 @@ class Episode:
 
     @property
     def truncated(self) -> bool:
-        """Whether it was stopped from outside: by a limit, or by a failure of the engine."""
-        return self.stop_reason in ("max_searches", "max_turns", "backend_error")
+        """Whether it was stopped from outside: by a limit, a spent budget or a failed engine."""
+        return self.stop_reason in ("max_searches", "max_turns", "length", "backend_error")
 
     @property
     def actions(self) -> tuple[str, ...]:
@@ -88,7 +97,8 @@ class Episode:
     def searches(self) -> int:
         """Searches that were answered, or are about to be (refused ones do not count)."""
         asked = sum(turn.kind == "search" for turn in self.turns)
-        refused = self.over and bool(self.turns) and self.turns[-1].kind == "search"
+        last = self.turns[-1] if self.over and self.turns else None
+        refused = last is not None and last.kind == "search" and not last.observation
         return asked - refused
 
 
@@ -143,12 +153,14 @@ def observe(episode: Episode, hits: Sequence[Hit]) -> Episode:
     if episode.pending is None:
         raise EpisodeError("there is no pending search that these hits could answer")
     turn, hits = episode.turns[-1], tuple(hits)
-    seen = Turn(turn.action, turn.kind, turn.query, hits, episode.protocol.render(hits))
+    shown = _shorten(hits, episode.max_passage_chars)
+    seen = Turn(turn.action, turn.kind, turn.query, hits, episode.protocol.render(shown))
     return Episode(
         episode.question,
         episode.protocol,
         episode.max_searches,
         episode.max_turns,
+        episode.max_passage_chars,
         (*episode.turns[:-1], seen),
     )
 
@@ -164,6 +176,41 @@ def fail(episode: Episode) -> Episode:
     return replace(episode, pending=None, stop_reason="backend_error")
 
 
+def truncate(episode: Episode, reason: CutReason = "length") -> Episode:
+    """The episode stopped from outside, because its budget of tokens is spent.
+
+    It is scored as any episode that ends without an answer: what the policy wrote counts, and so do
+    the searches that were answered. A search that is still pending is dropped.
+
+    Args:
+        episode: one that is not over.
+        reason: becomes the ``stop_reason``.
+
+    Raises:
+        UnknownNameError: no such reason.
+        EpisodeError: the episode is over.
+    """
+    if reason not in get_args(CutReason):
+        raise UnknownNameError("reason to truncate an episode", reason, get_args(CutReason))
+    if episode.stop_reason is not None:
+        raise EpisodeError(f"the episode is over ({episode.stop_reason}); it cannot be truncated")
+    written = episode.protocol.extract("".join(episode.actions))
+    return replace(episode, pending=None, stop_reason=reason, prediction=written)
+
+
+def _shorten(hits: tuple[Hit, ...], limit: int | None) -> tuple[Hit, ...]:
+    """The hits with no more than ``limit`` characters of each passage."""
+    if limit is None or all(len(h.passage.title) + len(h.passage.text) <= limit for h in hits):
+        return hits
+    shown = []
+    for hit in hits:
+        passage, room = hit.passage, max(0, limit - len(hit.passage.title))
+        title = passage.title if len(passage.title) <= limit else passage.title[:limit] + CUT_MARK
+        text = passage.text if len(passage.text) <= room else passage.text[:room] + CUT_MARK
+        shown.append(Hit(Passage(passage.id, title, text), hit.score))
+    return tuple(shown)
+
+
 def _extend(
     episode: Episode,
     turn: Turn,
@@ -177,6 +224,7 @@ def _extend(
         episode.protocol,
         episode.max_searches,
         episode.max_turns,
+        episode.max_passage_chars,
         turns,
         pending,
         stop_reason,

@@ -48,3 +48,11 @@ class EpisodeError(ResearchEnvError, RuntimeError):
 
 class RetrievalError(ResearchEnvError):
     """The search engine could not answer; never evidence (the episode becomes void)."""
+
+
+class ClosedError(RetrievalError):
+    """A search after ``close``; it is raised, and makes no episode void."""
+
+    def __init__(self) -> None:
+        """Say what to do."""
+        super().__init__("the searches have been closed; make new ones to search again")

@@ -1,38 +1,28 @@
-"""How a policy and a search engine speak: tags, parsing of actions, rendering of results.
+"""What a search protocol is: the type, and what holds for every protocol.
 
-Three protocols are given, each after its authors' code:
-
-- ``research``: Chen et al. 2025, "ReSearch: Learning to Reason with Search for LLMs via
-  Reinforcement Learning" (Agent-RL/ReCall, branch re-search, the vLLM rollout with search).
-- ``r1-searcher``: Song et al. 2025, "R1-Searcher" (RUCAIBox/R1-Searcher, experience maker).
-- ``search-r1``: Jin et al. 2025, "Search-R1" (PeterGriffinJin/Search-R1, generation manager).
-
-A new protocol is one more :class:`Protocol` value, most often
-``dataclasses.replace(RESEARCH, name="mine", query=Tag("<ask>", "</ask>"), ...)``.
+The protocols of the papers are in :mod:`research_env.papers`. A protocol of your own is one more
+:class:`Protocol` value, most often
+``dataclasses.replace(RESEARCH, name="mine", query=Tag("<ask>", "</ask>"), prompts={}, ...)``.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from research_env.errors import UnknownNameError
+from research_env.markup import Tag, between, clean
 from research_env.retrieval.base import Hit
 
 ActionKind = Literal["search", "answer", "invalid"]
+Message = dict[str, str]
 
 MAX_QUERY_CHARACTERS = 1_000
 """A longer query is cut here: no engine should fail because a policy rambles."""
 
-
-class Tag(NamedTuple):
-    """The marks that open and close a span of text."""
-
-    open: str
-    close: str
+TEMPLATES = ("base", "instruct", "question")
+"""The names of the templates; ``question`` is the bare question and a newline, for small models."""
 
 
 class Parsed(NamedTuple):
@@ -47,7 +37,7 @@ class Protocol:
     """Everything in which two search protocols differ.
 
     Attributes:
-        name: by which specs and command lines name it.
+        name: what specs and command lines call it.
         think: marks of the reasoning.
         query: marks of a search query.
         result: marks of what the engine found.
@@ -56,6 +46,9 @@ class Protocol:
         parser: says what an action (cut after its terminator) asks for.
         renderer: the observation for the hits of a search, best first.
         extractor: the final answer in all that the policy wrote, or None.
+        prompts: the papers' templates by name (``base``, ``instruct``), each a list of (role, text)
+            in which ``{question}`` stands for the question.
+        asker: how a question is written into those templates.
         hint: the observation after an invalid action; None: an invalid action ends the episode.
         max_searches: searches that an episode may run; None: no cap.
         max_turns: actions that an episode may take, the last of which cannot search; None: no cap.
@@ -72,6 +65,8 @@ class Protocol:
     parser: Callable[[Protocol, str], Parsed]
     renderer: Callable[[Protocol, Sequence[Hit]], str]
     extractor: Callable[[Protocol, str], str | None]
+    prompts: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict, hash=False)
+    asker: Callable[[str], str] = str
     hint: str | None = None
     max_searches: int | None = None
     max_turns: int | None = None
@@ -100,239 +95,54 @@ class Protocol:
         """The final answer in all that the policy wrote (observations left out), or None."""
         return self.extractor(self, response)
 
+    def messages(self, template: str, question: str) -> list[Message]:
+        """The prompt as chat messages, for a model with a chat template.
 
-# --- text that cannot be mistaken for markup -----------------------------------------------------
+        Args:
+            template: ``base``, ``instruct`` or ``question``.
+            question: the question, put in as it is (nothing in it is syntax).
 
-# Bytes of UTF-8 that a text must hold before it can need a change: "<", the backslash, control
-# characters, and the first byte of two-byte controls (C2) and of surrogates (ED).
-_SUSPECT = bytes((*range(9), *range(11, 32), 0x3C, 0x5C, 0x7F, 0xC2, 0xED))
-_TAG = re.compile(r"<(?![\s\d=-]|\Z)")
-_BOX = re.compile(r"\\(?=[bf]box|boxed)")
-_NEWLINE = re.compile(r"\r\n?")
-_KEPT_LENGTH = 2_000  # characters
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+        Returns:
+            Messages of ``role`` and ``content``. Where the last one is the assistant's
+            (r1-searcher's ``instruct``), the model continues it rather than opening a turn.
 
+        Raises:
+            UnknownNameError: no such template, or this protocol has none of that name.
+        """
+        if template not in TEMPLATES:
+            raise UnknownNameError("template", template, TEMPLATES)
+        if template == "question":
+            return [{"role": "user", "content": f"{question}\n"}]
+        if template not in self.prompts:
+            raise UnknownNameError(
+                f"template of the protocol {self.name!r}",
+                template,
+                [*self.prompts, "question"],
+                hint="Any protocol has the template 'question'.",
+            )
+        asked = self.asker(question)
+        return [
+            {"role": role, "content": text.replace("{question}", asked)}
+            for role, text in self.prompts[template]
+        ]
 
-def clean(text: str) -> str:
-    """Replace control characters and lone surrogates by U+FFFD, so that any engine takes the text.
+    def prompt(self, template: str, question: str) -> str:
+        """The prompt as text: the first observation of an episode.
 
-    Tabs and line feeds stay; a carriage return becomes a line feed.
-    """
-    raw = text.encode("utf-8", "surrogatepass")
-    if len(raw.translate(None, _SUSPECT)) == len(raw):
-        return text
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _NEWLINE.sub("\n", text))
+        Args:
+            template: ``base``, ``instruct`` or ``question`` (exactly the question and a newline).
+            question: the question, put in as it is (nothing in it is syntax).
 
+        Returns:
+            The text of the one message, or the contents of several with blank lines between them,
+            for a model that has an ``instruct`` prompt but no chat template.
 
-def defuse(text: str) -> str:
-    r"""Make a retrieved text harmless: after it no tag, chat token or ``\boxed`` is left.
-
-    An angle bracket that could open a tag becomes ``‹`` (so ``</search>`` reads ``‹/search>``,
-    ``<|im_end|>`` reads ``‹|im_end|>``, and ``a < b`` stays); the backslash of ``\boxed`` and
-    ``\fbox`` becomes ``∖``; control characters become U+FFFD. A text without any of these, the
-    ordinary case, is returned as it is.
-    """
-    # A group of samples reads the same passages again and again; very long ones are not kept.
-    return _defused(text) if len(text) <= _KEPT_LENGTH else _defused.__wrapped__(text)
-
-
-@lru_cache(maxsize=4096)
-def _defused(text: str) -> str:
-    raw = text.encode("utf-8", "surrogatepass")
-    if len(raw.translate(None, _SUSPECT)) == len(raw):
-        return text
-    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _NEWLINE.sub("\n", text))
-    return _BOX.sub("∖", _TAG.sub("‹", text))
-
-
-# --- ReSearch ------------------------------------------------------------------------------------
-
-
-def _parse_research(protocol: Protocol, text: str) -> Parsed:
-    """The last query before the terminator; a terminator alone asks for nothing and goes on."""
-    tag = protocol.query
-    if text.endswith(tag.close):
-        start = text.rfind(tag.open)
-        end = len(text) - len(tag.close)
-        return Parsed("search", text[start + len(tag.open) : end] if start >= 0 else "")
-    return _answer_or_invalid(protocol, text)
+        Raises:
+            UnknownNameError: as :meth:`messages`.
+        """
+        return "\n\n".join(each["content"] for each in self.messages(template, question))
 
 
-def _render_research(protocol: Protocol, hits: Sequence[Hit]) -> str:
-    """Passages as FlashRAG's Wikipedia holds them: the title in quotes, a line feed, the text."""
-    passages = [
-        f'"{defuse(hit.passage.title)}"\n{defuse(hit.passage.text)}'
-        if hit.passage.title
-        else defuse(hit.passage.text)
-        for hit in hits
-    ]
-    text = "\n\n".join(passages).strip()
-    return f" {protocol.result.open}\n{text}\n{protocol.result.close}"
-
-
-def _extract_boxed(protocol: Protocol, response: str) -> str | None:
-    r"""The last ``\boxed{...}`` of the first answer, odd cases as in the authors' reward."""
-    answer = _between(response, protocol.answer)
-    if answer is None:
-        return None
-    if "\\boxed " in answer:
-        return answer.rsplit("\\boxed ", 1)[1].split("$", 1)[0]
-    start = answer.rfind("\\boxed")
-    if start < 0 or not answer.startswith("\\boxed{", start):
-        return None
-    inside, closed, _ = answer[start + len("\\boxed{") :].partition("}")
-    if closed and "{" not in inside:
-        return inside
-    depth = 0
-    for at in range(start, len(answer)):
-        if answer[at] == "{":
-            depth += 1
-        elif answer[at] == "}":
-            depth -= 1
-            if depth == 0:
-                return answer[start + len("\\boxed{") : at]
-    return None
-
-
-# --- R1-Searcher ---------------------------------------------------------------------------------
-
-
-def _parse_r1_searcher(protocol: Protocol, text: str) -> Parsed:
-    """The last query before the terminator, without double quotes; an empty one is invalid."""
-    tag = protocol.query
-    if text.endswith(tag.close):
-        start = text.rfind(tag.open)
-        end = len(text) - len(tag.close)
-        words = text[start + len(tag.open) : end].replace('"', "").split() if start >= 0 else []
-        return Parsed("search", " ".join(words)) if words else Parsed("invalid")
-    return _answer_or_invalid(protocol, text)
-
-
-def _render_r1_searcher(protocol: Protocol, hits: Sequence[Hit]) -> str:
-    """Numbered lines of title and text, as in the authors' corpus of abstracts; else "None"."""
-    documents = "".join(
-        f"({number})Title: {defuse(hit.passage.title)} Text: {defuse(hit.passage.text)}\n"
-        for number, hit in enumerate(hits, 1)
-    )
-    return f"\n\n{protocol.result.open}\n{documents or 'None'}{protocol.result.close}\n\n"
-
-
-def _extract_after_last_tag(protocol: Protocol, response: str) -> str | None:
-    """What follows the last opening mark, up to a closing one; both must occur somewhere."""
-    tag = protocol.answer
-    if tag.open not in response or tag.close not in response:
-        return None
-    return response.rsplit(tag.open, 1)[1].split(tag.close, 1)[0].strip()
-
-
-# --- Search-R1 -----------------------------------------------------------------------------------
-
-
-def _parse_search_r1(protocol: Protocol, text: str) -> Parsed:
-    """The span that the terminator closes, from the first mark that opens it."""
-    tag = protocol.query
-    start = text.find(tag.open)
-    if start >= 0 and text.endswith(tag.close):
-        return Parsed("search", text[start + len(tag.open) : len(text) - len(tag.close)])
-    return _answer_or_invalid(protocol, text)
-
-
-def _render_search_r1(protocol: Protocol, hits: Sequence[Hit]) -> str:
-    """``Doc 1(Title: "...") text``, a line a passage, as in the authors' generation manager."""
-    documents = "".join(
-        f'Doc {number}(Title: "{defuse(hit.passage.title)}") {defuse(hit.passage.text)}\n'
-        for number, hit in enumerate(hits, 1)
-    )
-    return f"\n\n{protocol.result.open}{documents.strip()}{protocol.result.close}\n\n"
-
-
-def _extract_last(protocol: Protocol, response: str) -> str | None:
-    """The last complete answer (the authors ask for a second: their prompt's example is one)."""
-    tag, last, at = protocol.answer, None, 0
-    while True:
-        start = response.find(tag.open, at)
-        end = response.find(tag.close, start + len(tag.open)) if start >= 0 else -1
-        if end < 0:
-            return last
-        last = response[start + len(tag.open) : end].strip()
-        at = end + len(tag.close)
-
-
-# --- common parts --------------------------------------------------------------------------------
-
-
-def _between(text: str, tag: Tag) -> str | None:
-    """The first span between two marks, or None."""
-    start = text.find(tag.open)
-    end = text.find(tag.close, start + len(tag.open)) if start >= 0 else -1
-    return text[start + len(tag.open) : end] if end >= 0 else None
-
-
-def _answer_or_invalid(protocol: Protocol, text: str) -> Parsed:
-    return Parsed("answer" if _between(text, protocol.answer) is not None else "invalid")
-
-
-RESEARCH = Protocol(
-    name="research",
-    think=Tag("<think>", "</think>"),
-    query=Tag("<search>", "</search>"),
-    result=Tag("<result>", "</result>"),
-    answer=Tag("<answer>", "</answer>"),
-    terminators=("</search>",),
-    parser=_parse_research,
-    renderer=_render_research,
-    extractor=_extract_boxed,
-    top_k=5,
-    reward="research",
-)
-
-R1_SEARCHER = Protocol(
-    name="r1-searcher",
-    think=Tag("<think>", "</think>"),
-    query=Tag("<|begin_of_query|>", "<|end_of_query|>"),
-    result=Tag("<|begin_of_documents|>", "<|end_of_documents|>"),
-    answer=Tag("<answer>", "</answer>"),
-    terminators=("<|end_of_query|>",),
-    parser=_parse_r1_searcher,
-    renderer=_render_r1_searcher,
-    extractor=_extract_after_last_tag,
-    max_searches=8,
-    top_k=3,
-    reward="r1-searcher-stage2",
-)
-
-SEARCH_R1 = Protocol(
-    name="search-r1",
-    think=Tag("<think>", "</think>"),
-    query=Tag("<search>", "</search>"),
-    result=Tag("<information>", "</information>"),
-    answer=Tag("<answer>", "</answer>"),
-    terminators=("</search>", "</answer>"),
-    parser=_parse_search_r1,
-    renderer=_render_search_r1,
-    extractor=_extract_last,
-    hint=(
-        "\nMy previous action is invalid. If I want to search, I should put the query between "
-        "<search> and </search>. If I want to give the final answer, I should put the answer "
-        "between <answer> and </answer>. Let me try again.\n"
-    ),
-    max_searches=4,
-    max_turns=5,
-    top_k=3,
-    reward="search-r1",
-)
-
-PROTOCOLS = {each.name: each for each in (RESEARCH, R1_SEARCHER, SEARCH_R1)}
-
-
-def protocol(name: str | Protocol) -> Protocol:
-    """The protocol of that name; a :class:`Protocol` is returned as it is.
-
-    Raises:
-        UnknownNameError: there is no protocol of that name.
-    """
-    if isinstance(name, Protocol):
-        return name
-    if not isinstance(name, str) or name not in PROTOCOLS:
-        raise UnknownNameError("protocol", name, PROTOCOLS)
-    return PROTOCOLS[name]
+def answer_or_invalid(protocol: Protocol, text: str) -> Parsed:
+    """An answer if the text holds a complete one, else an invalid action."""
+    return Parsed("answer" if between(text, protocol.answer) is not None else "invalid")

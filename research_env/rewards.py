@@ -1,336 +1,33 @@
-r"""The papers' rewards, by name, and the metrics of an episode.
+r"""Rewards by name, sums of rewards such as ``research+0.1*support_recall-0.02*searches``, metrics.
 
-A reward is a function from a finished :class:`~research_env.episode.Episode` to a float. It reads
-what the policy wrote and nothing that was retrieved. The authors' codes score one text in which
-retrieved passages stand beside the policy's words, so a passage that says ``</answer>`` or
-"assistant" costs a right answer its reward, and so does a search that finds nothing (R1-Searcher).
-Here that text is rebuilt with one blank passage for every search (`blank_transcript`), and the
-authors' definitions are applied to it: on a trajectory whose passages hold no such text the number
-is theirs, and nothing that an engine returns can change it.
+The papers' rewards are in :mod:`research_env.papers`. The functions here take a finished
+:class:`~research_env.episode.Episode` too. Some give a number that is no reward by itself, but
+worth adding to one, or subtracting: R1-Searcher's rewards do not see how often the policy searches,
+for what, or what comes back.
 
-Three more differences are deliberate, and concern text that no clean trajectory holds. The authors
-find the response by splitting prompt and response at "Assistant:" (or a chat marker), so a policy
-that writes this marker moves the start of its own response; here the response is known. And the end
-token, which they append as text, is no word here: an episode that was cut short has none. And an
-answer that is opened in one action and closed in a later one is what the policy wrote in between,
-without the results or the hint that stood there.
-
-Each reward goes with the protocol of its paper; with another protocol's tags its format does not
-hold. A void episode (the search engine failed) is never scored: the environment gives it 0.
+The policy can be paid to game any of them: a cost that is too high teaches never to search, and a
+bonus for found passages to search without end. Use weights well below those of the answer's reward,
+and watch the components, which are logged as ``reward/NAME``.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 import re
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import combinations
+from typing import NamedTuple
 
 from research_env.episode import Episode
 from research_env.errors import ConfigurationError, UnknownNameError
-from research_env.metrics import (
-    cover_exact_match,
-    exact_match,
-    f1,
-    normalize_r1_searcher,
-)
-from research_env.protocol import Protocol, Tag
-from research_env.retrieval.base import Hit, Passage
-from research_env.shaping import SHAPING, Combination, Reward, Term, parse_sum, support_recall
-
-_BLANK = Hit(Passage(id="", title="", text=""), score=0.0)
-_CHINESE = re.compile("[\u4e00-\u9fff]")
-_SEARCH_R1_TAG = re.compile(r"</?(?:think|search|information|answer)>")
-_SEARCH_R1_HOP = ["<think>", "</think>", "<search>", "</search>", "<information>", "</information>"]
-_SEARCH_R1_END = ["<think>", "</think>", "<answer>", "</answer>"]
-
-
-def blank_transcript(episode: Episode) -> str:
-    """The response from first to last action, as if each search had found one blank passage."""
-    result = episode.protocol.render([_BLANK])
-    parts: list[str] = []
-    for turn in episode.turns:
-        parts.append(turn.action)
-        if turn.observation:  # else it is the last turn, or the search was refused
-            parts.append(result if turn.kind == "search" else turn.observation)  # or the hint
-    return "".join(parts)
-
-
-# --- ReSearch ------------------------------------------------------------------------------------
-
-
-def research(episode: Episode) -> float:
-    r"""ReSearch's reward as the paper prints it: the default.
-
-    ``r = F1(a_pred, a_gold)`` if that is not 0; else 0.1 if the format holds; else 0, where
-    ``a_pred`` is the last ``\boxed{}`` of the answer and the best gold counts.
-
-    Source: Chen et al. 2025, "ReSearch", the equation of the section "Reward Modeling". The
-    authors' code looks at the format first: `research_strict`.
-    """
-    return _research_f1(episode) or 0.1 * research_format(episode)
-
-
-def research_strict(episode: Episode) -> float:
-    r"""ReSearch's reward as the authors' code computes it: 0 for every failure of the format.
-
-    F1 of the boxed answer where the format holds, 0.1 where it holds and F1 is 0.
-
-    Source: Agent-RL/ReCall, branch re-search, ``verl/utils/reward_score/re_search.py``.
-    """
-    return (_research_f1(episode) or 0.1) if research_format(episode) else 0.0
-
-
-def research_format(episode: Episode) -> bool:
-    r"""Whether a response has ReSearch's format.
-
-    As many ``<think>`` as ``</think>``, at least one; one ``<answer>`` before one ``</answer>``
-    with a ``\boxed{...}`` between them that can be read; after each ``<search>`` its ``</search>``,
-    ``<result>`` and ``</result>`` in this order; and the episode ended by itself (the authors need
-    the end token). Text outside the tags, also after the answer, is allowed.
-
-    Odd cases, as in the authors' code: ``\boxed X`` (with a space) runs to the next ``$`` and wins
-    over ``\boxed{X}``, but does not do without one; ``\fbox`` never counts; of nested boxes the
-    innermost last one is read; a box that is never closed breaks the format.
-
-    Source: ``validate_format`` and ``compute_score`` of the same file.
-    """
-    if episode.prediction is None or episode.truncated:
-        return False
-    text, rules = blank_transcript(episode), episode.protocol
-    marks = _marks(rules.think, rules.query, rules.result, rules.answer).findall(text)
-    # Where there is one answer, its last mark is its first, and sooner found.
-    boxed = text[text.rfind(rules.answer.open) : text.rfind(rules.answer.close)]
-    return (
-        marks.count(rules.think.open) == marks.count(rules.think.close) > 0
-        and marks.count(rules.answer.open) == marks.count(rules.answer.close) == 1
-        and "\\boxed{" in boxed
-        and "}" in boxed
-        and _every_search_has_its_result(rules, marks)
-    )
-
-
-def _research_f1(episode: Episode) -> float:
-    return f1(episode.prediction, episode.question.answers)
-
-
-@lru_cache
-def _marks(*tags: Tag) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(mark) for tag in tags for mark in tag))
-
-
-def _every_search_has_its_result(rules: Protocol, marks: list[str]) -> bool:
-    at = 0
-    try:
-        while rules.query.open in marks[at:]:
-            search = marks.index(rules.query.open, at)
-            asked = marks.index(rules.query.close, search)
-            opened = marks.index(rules.result.open, search)
-            at = marks.index(rules.result.close, opened)
-            if opened < asked:
-                return False
-    except ValueError:  # one of them is missing
-        return False
-    return True
-
-
-# --- R1-Searcher ---------------------------------------------------------------------------------
-
-
-def r1_searcher_stage1(episode: Episode) -> float:
-    """R1-Searcher's first stage: learn to retrieve, and the format.
-
-    ``r = (1 if the answer covers the gold, else -1) + 0.5 [retrieved] + 0.5 [format]``. Covering is
-    cover exact match with the first gold; no complete answer tag counts as not covering. Retrieved:
-    at least one search, and every query mark has its documents. Format: no ``<think>`` (the prompt
-    ends in it), one ``</think>``, one ``<answer>``, one ``</answer>``. The paper prints the two
-    halves only; the first term is the authors' code.
-
-    Source: RUCAIBox/R1-Searcher, ``train/reward_server_llama_stage1.py``.
-    """
-    text = blank_transcript(episode)
-    covered = cover_exact_match(
-        episode.prediction, episode.question.answers[:1], normalize_r1_searcher
-    )
-    retrieved = episode.protocol.query.open in text and _queries_match_documents(episode, text)
-    return 2.0 * covered - 1.0 + 0.5 * retrieved + 0.5 * _one_thought_one_answer(episode, text)
-
-
-def r1_searcher_stage2(episode: Episode) -> float:
-    """R1-Searcher's second stage: F1 with the first gold, less 2 where the format is broken.
-
-    ``r = F1(a_pred, a_gold) - 2 [not format]``, see `r1_searcher_format`. The normalisation is
-    `metrics.normalize_r1_searcher`. For Llama see `r1_searcher_stage2_llama`.
-
-    Source: RUCAIBox/R1-Searcher, ``train/reward_server_qwen_zero.py``.
-    """
-    score = f1(episode.prediction, episode.question.answers[:1], normalize_r1_searcher)
-    return score - _r1_searcher_penalty(episode)
-
-
-def r1_searcher_stage2_cem(episode: Episode) -> float:
-    """`r1_searcher_stage2` with cover exact match in place of F1.
-
-    Source: Song et al. 2025, "R1-Searcher", the study of rewards; ``cover_exact_match_score_1`` of
-    ``train/reward_server_qwen_zero.py``.
-    """
-    score = cover_exact_match(
-        episode.prediction, episode.question.answers[:1], normalize_r1_searcher
-    )
-    return score - _r1_searcher_penalty(episode)
-
-
-def r1_searcher_stage2_em(episode: Episode) -> float:
-    """`r1_searcher_stage2` with exact match in place of F1.
-
-    Source: Song et al. 2025, "R1-Searcher", the study of rewards; ``exact_match_score`` of
-    ``train/reward_server_qwen_zero.py``.
-    """
-    score = exact_match(episode.prediction, episode.question.answers[:1], normalize_r1_searcher)
-    return score - _r1_searcher_penalty(episode)
-
-
-def r1_searcher_stage2_llama(episode: Episode) -> float:
-    """R1-Searcher's second stage for Llama: F1 with the first gold, less 1 for a broken format.
-
-    Of the format (`r1_searcher_format`) only the tags are looked at, and Chinese characters.
-
-    Source: RUCAIBox/R1-Searcher, ``train/reward_server_llama_stage2.py``.
-    """
-    text = blank_transcript(episode)
-    well_formed = (
-        _queries_match_documents(episode, text)
-        and _one_thought_one_answer(episode, text)
-        and not _CHINESE.search(_without_documents(episode, text))
-    )
-    score = f1(episode.prediction, episode.question.answers[:1], normalize_r1_searcher)
-    return score - (0.0 if well_formed else 1.0)
-
-
-def r1_searcher_format(episode: Episode) -> bool:
-    """Whether a response has the format of R1-Searcher's second stage.
-
-    Every query mark has its documents; no ``<think>`` (the prompt ends in it), one ``</think>``,
-    one ``<answer>``, one ``</answer>``; no query or documents inside the answer, which has at most
-    ten words; neither "assistant" nor "Assistant" anywhere; and no Chinese character but in
-    documents. No search at all is allowed, text after the answer too, and so is an episode that was
-    cut short: only the tags count.
-
-    Source: ``MathRuleProxy.get_reward`` of ``train/reward_server_qwen_zero.py``. The authors look
-    for "assistant" in retrieved documents as well: of the 625 trajectories of their model that they
-    published, 23 lose 2 by that.
-    """
-    text, answer = blank_transcript(episode), episode.prediction or ""
-    return (
-        _queries_match_documents(episode, text)
-        and _one_thought_one_answer(episode, text)
-        and "assistant" not in text
-        and "Assistant" not in text
-        and "begin_of_query" not in answer
-        and "begin_of_documents" not in answer
-        and len(answer.split()) <= 10
-        and (text.isascii() or not _CHINESE.search(_without_documents(episode, text)))
-    )
-
-
-def _r1_searcher_penalty(episode: Episode) -> float:
-    return 0.0 if r1_searcher_format(episode) else 2.0
-
-
-def _queries_match_documents(episode: Episode, text: str) -> bool:
-    query, result = episode.protocol.query, episode.protocol.result
-    marks = (
-        query.open,
-        query.close,
-        result.open,
-        result.close,
-        f"{result.open}\n",
-        f"{result.open}\n(1)",
-        f"{result.close}\n\n",
-    )
-    return len({text.count(mark) for mark in marks}) == 1
-
-
-def _one_thought_one_answer(episode: Episode, text: str) -> bool:
-    think, answer = episode.protocol.think, episode.protocol.answer
-    marks = (think.open, think.close, answer.open, answer.close)
-    return [text.count(mark) for mark in marks] == [0, 1, 1, 1]
-
-
-def _without_documents(episode: Episode, text: str) -> str:
-    """The text less every span from an opening mark of documents to the next closing one."""
-    result = episode.protocol.result
-    kept, at = [], 0
-    while (start := text.find(result.open, at)) >= 0:
-        end = text.find(result.close, start)
-        if end < 0:
-            break
-        kept.append(text[at:start])
-        at = end + len(result.close)
-    return "".join((*kept, text[at:]))
-
-
-# --- Search-R1 -----------------------------------------------------------------------------------
-
-
-def search_r1(episode: Episode) -> float:
-    """Search-R1's reward: exact match of the last answer with any gold, 1 or 0.
-
-    The authors take the last ``<answer>`` of prompt and response together and none where there is
-    only one, for their prompt holds examples; so a response without an answer gives the "Beijing"
-    of the prompt as its answer, or the "and" of the hint. Here the policy's words alone are read.
-
-    Source: Jin et al. 2025, "Search-R1", ``verl/utils/reward_score/qa_em.py``.
-    """
-    return exact_match(episode.prediction, episode.question.answers)
-
-
-def search_r1_format(episode: Episode) -> float:
-    """Search-R1's reward with format: 1, or 0.8 / 0.2 / 0.1 / 0.
-
-    A right answer: 1 with the format, else ``1 - structure`` = 0.8. A wrong one: ``structure`` =
-    0.2 with the format, else ``final`` = 0.1. No answer: 0 (in the authors' pipeline it gets 0.1,
-    for the example in the prompt is taken for it). Their reward for passages that hold the answer
-    is 0 in their settings, so it is left out.
-
-    Source: ``verl/utils/reward_score/qa_em_format.py`` with the settings of
-    ``scripts/nq_hotpotqa/v0.3/train_grpo_format.sh`` (structure_format_score 0.2,
-    final_format_score 0.1, retrieval_score 0).
-    """
-    well_formed = search_r1_format_holds(episode)
-    if search_r1(episode):
-        return 1.0 if well_formed else 0.8
-    if well_formed:
-        return 0.2
-    return 0.0 if episode.prediction is None else 0.1
-
-
-def search_r1_format_holds(episode: Episode) -> bool:
-    """Whether a response is think, search, information, ..., think, answer, and only that.
-
-    Nothing but white space may stand outside the tags, no tag inside another, every search is
-    preceded by its own thought, and an action that got the hint breaks the format.
-
-    Source: ``is_valid_sequence`` of ``verl/utils/reward_score/qa_em_format.py``.
-    """
-    text = blank_transcript(episode)
-    tags = _SEARCH_R1_TAG.findall(text)
-    hops = (len(tags) - len(_SEARCH_R1_END)) // len(_SEARCH_R1_HOP)
-    outside = _SEARCH_R1_TAG.split(text)[::2]
-    return tags == _SEARCH_R1_HOP * hops + _SEARCH_R1_END and not "".join(outside).strip()
-
-
-# --- plain metrics, and the names ----------------------------------------------------------------
-
-
-def f1_reward(episode: Episode) -> float:
-    """F1 of the prediction with the best gold (`metrics.f1`); 0 without one."""
-    return f1(episode.prediction, episode.question.answers)
-
-
-def em_reward(episode: Episode) -> float:
-    """Exact match of the prediction with any gold (`metrics.exact_match`); 0 without one."""
-    return exact_match(episode.prediction, episode.question.answers)
+from research_env.metrics import cover_exact_match, normalize
+from research_env.papers import PAPERS
+from research_env.papers.base import Reward, em_reward, f1_reward
+
+__all__ = ["REWARDS", "Reward", "Term", "WeightedSum", "em_reward", "f1_reward", "reward"]
 
 
 def cem_reward(episode: Episode) -> float:
@@ -343,40 +40,130 @@ def format_reward(episode: Episode) -> float:
 
     For a protocol of one's own: where the episode ended with an answer.
     """
-    holds = _FORMATS.get(episode.protocol.name)
-    return float(holds(episode) if holds else episode.stop_reason == "answer")
+    paper = PAPERS.get(episode.protocol.name)
+    follows = paper.follows_format(episode) if paper else episode.stop_reason == "answer"
+    return float(follows)
 
 
-_FORMATS: dict[str, Callable[[Episode], bool]] = {
-    "research": research_format,
-    "r1-searcher": r1_searcher_format,
-    "search-r1": search_r1_format_holds,
-}
+def searches(episode: Episode) -> float:
+    """Number of searches that were answered; with a negative weight the cost of a search.
+
+    A search that a limit refused does not count, one with a blank query does. Source: the cost of
+    tool calls in Wang et al. 2025, "OTC" (arXiv:2504.14870), there a factor, here a term.
+    """
+    return float(episode.searches)
+
+
+def retrieved(episode: Episode) -> float:
+    """1 if at least one search returned a passage, else 0.
+
+    A blank query returns none, so writing empty search tags earns nothing. The number of passages
+    is looked at, their words are not.
+
+    References:
+        The retrieval reward of R1-Searcher's first stage (Song et al. 2025, section 3.1), 0.5
+        there.
+    """
+    return float(any(turn.hits for turn in episode.turns))
+
+
+def support_recall(episode: Episode) -> float:
+    """Share of the question's gold passages that some search returned; 0 where none are known.
+
+    Passages are told apart by their ids, and no word of theirs is read: whatever a passage says, it
+    changes nothing. But of all the rewards this is the one that depends on what was retrieved: on
+    the engine, the corpus and ``top_k`` too, not on the policy's words alone. It is 0 for every
+    question without gold passages, and where the engine's ids are not those of the data set (an
+    index of Wikipedia, the web).
+    """
+    golds = set(episode.question.supporting)
+    if not golds:
+        return 0.0
+    seen = {hit.passage.id for turn in episode.turns for hit in turn.hits}
+    return len(golds & seen) / len(golds)
+
+
+def query_diversity(episode: Episode) -> float:
+    """Mean Jaccard distance between the queries, pair by pair; 1 for fewer than two.
+
+    ``1 - |A & B| / |A | B|`` with A and B the sets of words of two queries, normalised as answers
+    are (`metrics.normalize`); 0 where both are empty. So it is 1 where no two queries share a word,
+    0 where all are the same, and an episode that searches once or never loses nothing by it.
+
+    Source of the distance: Jaccard 1912, "The distribution of the flora in the alpine zone".
+    """
+    asked = [turn.query or "" for turn in episode.turns if turn.kind == "search"]
+    bags = [set(normalize(query).split()) for query in asked[: episode.searches]]
+    pairs = [1 - len(a & b) / len(a | b) if a | b else 0.0 for a, b in combinations(bags, 2)]
+    return sum(pairs) / len(pairs) if pairs else 1.0
+
+
+def answer_length(episode: Episode) -> float:
+    """Number of words of the final answer; 0 without one.
+
+    With a small negative weight it answers what R1-Searcher found of the CEM reward: that it is
+    covered best by long answers (Song et al. 2025, arXiv:2503.05592, the study of rewards).
+    """
+    return float(len((episode.prediction or "").split()))
+
 
 REWARDS: dict[str, Reward] = {
-    "research": research,
-    "research-strict": research_strict,
-    "r1-searcher-stage1": r1_searcher_stage1,
-    "r1-searcher-stage2": r1_searcher_stage2,
-    "r1-searcher-stage2-cem": r1_searcher_stage2_cem,
-    "r1-searcher-stage2-em": r1_searcher_stage2_em,
-    "r1-searcher-stage2-llama": r1_searcher_stage2_llama,
-    "search-r1": search_r1,
-    "search-r1-format": search_r1_format,
+    **{name: each for paper in PAPERS.values() for name, each in paper.rewards.items()},
     "f1": f1_reward,
     "em": em_reward,
     "cem": cem_reward,
     "format": format_reward,
 }
-"""The rewards by name. A new one is a function here, or anywhere as "module:function"."""
+"""The rewards by name; your own is named "module:function"."""
+
+SHAPING: dict[str, Reward] = {
+    "searches": searches,
+    "retrieved": retrieved,
+    "support_recall": support_recall,
+    "query_diversity": query_diversity,
+    "answer_length": answer_length,
+}
+"""What is worth adding to a reward, by name."""
+
+
+class Term(NamedTuple):
+    """A term of a sum: the weight, the name as it was written, and the function."""
+
+    weight: float
+    name: str
+    reward: Reward
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedSum:
+    """A weighted sum of rewards, itself a reward."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def __name__(self) -> str:
+        """The sum as it may be written: files of results name what they are of."""
+        return "".join(f"{term.weight:+g}*{term.name}" for term in self.terms).removeprefix("+")
+
+    def __call__(self, episode: Episode) -> float:
+        """The sum for a finished episode."""
+        return self.total(self.components(episode))
+
+    def components(self, episode: Episode) -> dict[str, float]:
+        """The value of each term by its name, before its weight; always the same keys."""
+        return {term.name: float(term.reward(episode)) for term in self.terms}
+
+    def total(self, components: Mapping[str, float]) -> float:
+        """The sum of these values, each with its weight."""
+        return sum((term.weight * components[term.name] for term in self.terms), start=0.0)
 
 
 def reward(name: str | Reward) -> Reward:
     """The reward of that name, or the sum of rewards.
 
     Args:
-        name: one of `REWARDS` or of `shaping.SHAPING`; "module:function" for one of your own; a sum
-            of them such as "research+0.1*support_recall-0.02*searches" (`shaping.parse_sum`); or
+        name: one of `REWARDS` or `SHAPING`; "module:function" for one of your own; a sum
+            of them such as "research+0.1*support_recall-0.02*searches" (`parse_sum`); or
             the function itself.
 
     Raises:
@@ -390,7 +177,8 @@ def reward(name: str | Reward) -> Reward:
     if name in known:
         return known[name]
     if not set("+-* ").isdisjoint(name):
-        return Combination(tuple(Term(w, each, reward(each)) for w, each in parse_sum(name, known)))
+        terms = parse_sum(name, known)
+        return WeightedSum(tuple(Term(weight, each, reward(each)) for weight, each in terms))
     module, colon, function = name.partition(":")
     if not colon:
         hint = "Name one of your own as 'module:function'."
@@ -416,7 +204,7 @@ def episode_metrics(episode: Episode) -> dict[str, float]:
         ``format``: `format_reward`.
         ``searches``: the number of searches.
         ``support_recall``: share of the gold passages that some search returned, by id; 0.0 where
-        the question names none (`shaping.support_recall`).
+        the question names none (`support_recall`).
     """
     return {
         "em": em_reward(episode),
@@ -426,3 +214,87 @@ def episode_metrics(episode: Episode) -> dict[str, float]:
         "searches": float(episode.searches),
         "support_recall": support_recall(episode),
     }
+
+
+# --- reading a sum ---
+
+_NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_OWN = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*")
+_WORD = re.compile(r"[^\s+*]+")
+_EXAMPLE = "'research+0.1*support_recall-0.02*searches'"
+
+
+def parse_sum(text: str, known: Iterable[str]) -> list[tuple[float, str]]:
+    """Read a sum such as ``research+0.1*support_recall-0.02*searches``; nothing is evaluated.
+
+    ``sum = [sign] term {sign term}``, ``term = [number "*"] name``, where a name is a known one
+    or ``module:function``, a number is decimal, and spaces may stand between all of them. Known
+    names hold hyphens, and the longest that fits is read: ``r1-searcher-stage2-em`` is one name,
+    ``r1-searcher-stage2 - em`` the difference of two.
+
+    Args:
+        text: the sum.
+        known: the names there are.
+
+    Returns:
+        Weight and name of each term, in their order.
+
+    Raises:
+        UnknownNameError: a name that does not exist; the message lists those that do.
+        ConfigurationError: anything else that is no such sum; the message tells the position.
+    """
+    names = sorted(known, key=len, reverse=True)
+    fits = re.compile(f"(?:{'|'.join(map(re.escape, names))})(?![A-Za-z0-9_.:])")
+
+    def wrong(at: int, what: str) -> ConfigurationError:
+        found = repr(text[at : at + 20]) if at < len(text) else "the end"
+        return ConfigurationError(
+            f"the reward {text!r:.200} cannot be read: position {at + 1} must be {what}, not "
+            f"{found}; write a sum of names with weights, such as {_EXAMPLE}"
+        )
+
+    terms: dict[str, float] = {}
+    at = _after_space(text, 0)
+    last = at  # where the name before this one began
+    while at < len(text) or not terms:
+        weight = 1.0
+        if text[at : at + 1] in ("+", "-"):
+            weight = -1.0 if text[at] == "-" else 1.0
+            at = _after_space(text, at + 1)
+        elif terms:
+            raise wrong(at, "a + or -")
+        if number := _NUMBER.match(text, at):
+            weight *= float(number[0])
+            if not math.isfinite(weight):
+                raise wrong(at, "a number that is not too large")
+            at = _after_space(text, number.end())
+            if text[at : at + 1] != "*":
+                raise wrong(at, "the * between a weight and its name")
+            at = _after_space(text, at + 1)
+        name = fits.match(text, at) or _OWN.match(text, at)
+        if name is None:
+            word = _WORD.match(text, at)
+            if word is None or not (word[0][0].isalpha() or word[0][0] == "_"):
+                raise wrong(at, "a name")
+            raise _unknown(text, names, word, last if terms else at)
+        if name[0] in terms:
+            raise wrong(at, f"another name than {name[0]!r}, which has a weight already")
+        terms[name[0]] = weight
+        last, at = at, _after_space(text, name.end())
+    return [(weight, name) for name, weight in terms.items()]
+
+
+def _after_space(text: str, at: int) -> int:
+    while text[at : at + 1].isspace():
+        at += 1
+    return at
+
+
+def _unknown(text: str, names: list[str], word: re.Match[str], before: int) -> UnknownNameError:
+    """The error for a word; for research-strickt it is about the whole, not about strickt."""
+    start, name = word.start(), word[0]
+    whole = text[before : word.end()]
+    if _WORD.fullmatch(whole) and get_close_matches(whole, names):
+        start, name = before, whole
+    hint = f"It is at position {start + 1} of {text!r:.200}; your own is named 'module:function'."
+    return UnknownNameError("reward", name[:80], names, hint)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Sequence, Sized
+from collections.abc import Collection, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -13,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from research_env.core import Settings, make_core, resolve_search
-from research_env.episode import Episode, advance
+from research_env.episode import CutReason, Episode, advance, truncate
 from research_env.errors import (
     ActionError,
     ConfigurationError,
@@ -21,11 +20,10 @@ from research_env.errors import (
     RetrievalError,
     UnknownNameError,
 )
-from research_env.infos import batched_infos
-from research_env.retrieval.base import Hit
 from research_env.retrieval.batching import QueryBatcher, SearchCounts
 from research_env.spaces import UnicodeText
 
+_NUMBERS = (int, float, bool)
 Mask = npt.NDArray[np.bool_]
 Rewards = npt.NDArray[np.float64]
 
@@ -56,8 +54,8 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
     - ``max_batch``: the most queries of a search in the background; those of a ``step`` go to the
       engine together, which divides them as it needs.
     - ``max_wait``: seconds that a query sent in the background waits for others to join it.
-    - ``remember``: the queries whose hits are kept in memory for when they are asked again, at
-      most; 0: none. Failures are never kept. ``search_counts`` tells what that saved.
+    - ``cache_size``: how many queries' hits are cached at most; 0: none. Failures are never cached.
+      ``search_counts`` tells what that saved.
 
     One seed, one order of questions for all: without options sub-environment i asks the episodes
     i, i + num_envs, i + 2 num_envs, ... of that order, whatever the pace of each. A group of
@@ -73,7 +71,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         autoreset_mode: str | AutoresetMode = "NextStep",
         max_batch: int = 256,
         max_wait: float = 0.002,
-        remember: int = 10_000,
+        cache_size: int = 10_000,
         render_mode: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -95,24 +93,23 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
                 f"num_envs and max_batch are integers of at least 1, max_wait is at least 0, not "
                 f"{num_envs!r}, {max_batch!r} and {max_wait!r}"
             )
-        if not isinstance(remember, int) or remember < 0:
-            raise ConfigurationError(f"remember={remember!r} must be a whole number, 0 or more")
+        if not isinstance(cache_size, int) or cache_size < 0:
+            raise ConfigurationError(f"cache_size={cache_size!r} must be an integer, 0 or more")
         self.num_envs = num_envs
         self.render_mode = render_mode
         self.metadata = {**type(self).metadata, "autoreset_mode": mode}
         self._mode = mode
-        self._game = make_core(**settings)
-        # An engine is asked by one thread at a time, unless it says that more may.
-        in_flight = int(getattr(self._game.retriever, "in_flight", 1))
-        self._places = threading.BoundedSemaphore(in_flight)
-        self.single_action_space = UnicodeText(terminators=self._game.protocol.terminators)
+        self._core = make_core(**settings)
+        self.single_action_space = UnicodeText(terminators=self._core.protocol.terminators)
         self.single_observation_space = UnicodeText()
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._episodes: list[Episode | None] = [None] * num_envs
         self._next = list(range(num_envs))
+        # An engine is asked by one thread at a time, unless it says that more may.
+        in_flight = int(getattr(self._core.retriever, "in_flight", 1))
         self._searches: QueryBatcher[tuple[int, Episode]] = QueryBatcher(
-            self._search, max_batch, max_wait, remember, in_flight
+            self._core.search, max_batch, max_wait, cache_size, in_flight
         )
         self._ready: list[StepResult] = []
         self._sent: set[int] = set()
@@ -120,11 +117,11 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
     @property
     def num_tasks(self) -> int:
         """How many questions there are: episodes 0 to ``num_tasks - 1`` ask each once."""
-        return len(self._game.questions)
+        return len(self._core.questions)
 
     def provenance(self) -> dict[str, str]:
         """What results depend on besides the policy: fingerprints of questions, index, prompt."""
-        return self._game.provenance()
+        return self._core.provenance()
 
     @property
     def search_counts(self) -> SearchCounts:
@@ -169,8 +166,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
                 f"'episodes' has a number for each of the {self.num_envs} sub-environments; "
                 f"{numbers!r:.80} has {_count(numbers)}"
             )
-        self._sent.difference_update(chosen)
-        self._ready = [result for result in self._ready if result.env_id not in chosen]
+        self._drop_sent(chosen)
 
         observations = [""] * self.num_envs
         infos = {}
@@ -272,16 +268,60 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         self._sent.difference_update(result.env_id for result in results)
         return results
 
+    def truncate(self, env_ids: Sequence[int], reason: CutReason = "length") -> list[StepResult]:
+        """End episodes from outside, because their budgets of tokens are spent.
+
+        What a sub-environment had sent and not yet received is dropped.
+
+        Args:
+            env_ids: whose episodes.
+            reason: becomes the ``stop_reason`` of their infos.
+
+        Returns:
+            A result each, in order, with the reward and metrics of all that the policy wrote.
+
+        Raises:
+            EpisodeError: a sub-environment is not reset, or its episode is over; then no other
+                has changed either.
+        """
+        cut = {int(i): truncate(self._episode(int(i)), reason) for i in env_ids}
+        self._drop_sent(cut)
+        return [self._conclude(i, episode) for i, episode in cut.items()]
+
+    def branch(self, source: int, targets: Sequence[int]) -> None:
+        """Let the targets continue from the source's present state; the source stays as it is.
+
+        An episode is immutable, so this copies nothing. What a target had sent and not yet received
+        is dropped.
+
+        Args:
+            source: a sub-environment in the middle of its episode.
+            targets: other sub-environments; whatever they were playing is dropped.
+
+        Raises:
+            EpisodeError: the source is not reset, is over, or has sent an action; or there is no
+                such target. Then nothing has changed.
+        """
+        episode = self._episode(source)
+        if episode.over:
+            raise EpisodeError(f"sub-environment {source} cannot branch: its episode is over")
+        if source in self._sent:
+            raise EpisodeError(f"sub-environment {source} has sent an action; call recv first")
+        others = {self._check_id(int(i)) for i in targets} - {source}
+        self._drop_sent(others)
+        for i in others:
+            self._episodes[i] = episode
+
     def render(self) -> tuple[str, ...] | None:
         """The transcripts so far in mode ``ansi``."""
         if self.render_mode != "ansi":
             return None
-        return tuple(self._game.transcript(each) if each else "" for each in self._episodes)
+        return tuple(self._core.transcript(each) if each else "" for each in self._episodes)
 
     def close_extras(self, **kwargs: Any) -> None:
         """Stop the background searches and release the search engine."""
         self._searches.close()
-        self._game.close()
+        self._core.close()
 
     def _chosen(self, mask: Mask | Sequence[bool] | None) -> list[int]:
         if mask is None:
@@ -294,45 +334,92 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         return [i for i, chosen in enumerate(mask) if chosen]
 
     def _begin(self, i: int, number: int) -> tuple[str, dict[str, Any]]:
-        index = self._game.index(int(self.np_random_seed or 0), number)
-        self._episodes[i], observation, info = self._game.start(index)
+        index = self._core.index(int(self.np_random_seed or 0), number)
+        self._episodes[i], observation, info = self._core.start(index)
         self._next[i] = int(number) + self.num_envs
         return observation, info
 
-    def _advance(self, i: int, action: str) -> Episode | None:
-        """The episode after an action; None: it was over, and the action is spent on a reset."""
+    def _drop_sent(self, env_ids: Collection[int]) -> None:
+        """Forget what these sub-environments have sent and not yet received."""
+        self._sent.difference_update(env_ids)
+        self._ready = [result for result in self._ready if result.env_id not in env_ids]
+
+    def _check_id(self, i: int) -> int:
         if not 0 <= i < self.num_envs:
             raise EpisodeError(f"there is no sub-environment {i}, only 0 to {self.num_envs - 1}")
-        episode = self._episodes[i]
+        return i
+
+    def _episode(self, i: int) -> Episode:
+        episode = self._episodes[self._check_id(i)]
         if episode is None:
             raise EpisodeError(f"sub-environment {i} has no episode yet; call reset first")
+        return episode
+
+    def _advance(self, i: int, action: str) -> Episode | None:
+        """The episode after an action; None: it was over, and the action is spent on a reset."""
+        episode = self._episode(i)
         if i in self._sent:
             raise EpisodeError(f"sub-environment {i} has sent an action; call recv first")
         if episode.over and self._mode is AutoresetMode.NEXT_STEP:
             return None
         return advance(episode, action)
 
-    def _search(self, queries: Sequence[str]) -> list[list[Hit] | RetrievalError]:
-        """Ask the engine, from one thread at a time.
-
-        All at once, so that all have one deadline: in parts, each would wait for a dead server.
-        """
-        with self._places:
-            return self._game.search(queries)
-
     def _conclude(self, i: int, episode: Episode | None) -> StepResult:
         if episode is None:
             observation, info = self._begin(i, self._next[i])
             return StepResult(i, observation, 0.0, False, False, info)
         self._episodes[i] = episode
-        report = self._game.report(episode)
+        output = self._core.output(episode)
         if not episode.over or self._mode is not AutoresetMode.SAME_STEP:
-            return StepResult(i, *report)
+            return StepResult(i, *output)
         observation, info = self._begin(i, self._next[i])
-        info |= {"final_obs": report.observation, "final_info": report.info}
-        return StepResult(i, observation, report.reward, report.terminated, report.truncated, info)
+        info |= {"final_obs": output.observation, "final_info": output.info}
+        return StepResult(i, observation, output.reward, output.terminated, output.truncated, info)
 
 
 def _count(values: object) -> int:
     """How many values there are; 0 where it is no sequence."""
     return len(values) if isinstance(values, Sized) else 0
+
+
+def batched_infos(infos: Mapping[int, Mapping[str, Any]], num_envs: int) -> dict[str, Any]:
+    """One info from those of sub-environments.
+
+    The same as Gymnasium's ``VectorEnv._add_info`` makes of them one after the other, in a quarter
+    of its time: an array a key, with zero or None where a sub-environment has it not, and under
+    ``_key`` which have it; of dictionaries, and theirs, such a dictionary.
+
+    Args:
+        infos: by the number of the sub-environment, from 0.
+        num_envs: how many sub-environments there are.
+    """
+    columns: dict[str, dict[int, Any]] = {}
+    for i, info in infos.items():
+        for key, value in info.items():
+            if key in columns:
+                columns[key][i] = value
+            else:
+                columns[key] = {i: value}
+    batched: dict[str, Any] = {}
+    for key, column in columns.items():
+        mask = np.zeros(num_envs, dtype=np.bool_)
+        mask[list(column)] = True
+        batched[key], batched[f"_{key}"] = _array(column, num_envs), mask
+    return batched
+
+
+def _array(column: Mapping[int, Any], num_envs: int) -> Any:
+    """The values of a key; their type is that of the first."""
+    first = next(iter(column.values()))
+    if isinstance(first, dict):
+        return batched_infos(column, num_envs)
+    array: npt.NDArray[Any]
+    if type(first) in _NUMBERS or isinstance(first, np.number):
+        array = np.zeros(num_envs, dtype=type(first))
+    elif isinstance(first, np.ndarray):
+        array = np.zeros((num_envs, *first.shape), dtype=first.dtype)
+    else:
+        array = np.full(num_envs, None, dtype=object)
+    for i, value in column.items():
+        array[i] = value
+    return array

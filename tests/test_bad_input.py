@@ -27,7 +27,7 @@ from research_agent.environments import make_environments
 from research_agent.renderer import Renderer
 from research_agent.rollout import collect
 from research_agent.trajectory import Group, Trajectory
-from research_env import Hit, Passage
+from research_env import RESEARCH, SEARCH_R1, Hit, Passage
 from research_env.datasets import miniworld
 from research_env.errors import (
     ActionError,
@@ -39,7 +39,7 @@ from research_env.errors import (
     StaleIndexError,
     UnknownNameError,
 )
-from research_env.protocol import PROTOCOLS, RESEARCH, SEARCH_R1
+from research_env.papers import PROTOCOLS
 from research_env.retrieval import index_corpus, open_retriever
 from research_env.vector_env import SearchQAVectorEnv
 from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2

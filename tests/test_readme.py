@@ -30,8 +30,8 @@ from research_agent.environments import make_environments
 from research_agent.presets import PRESETS
 from research_env import IDS
 from research_env.cli import main as research_env
-from research_env.prompts import TEMPLATES
-from research_env.protocol import PROTOCOLS
+from research_env.papers import PROTOCOLS
+from research_env.protocol import TEMPLATES
 from research_env.rewards import REWARDS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,10 +24,10 @@ from research_agent.errors import ContextError
 from research_agent.renderer import Renderer
 from research_agent.rollout import Sampling, trajectory_seed
 from research_agent.trajectory import Segment, Trajectory
+from research_env import RESEARCH
 from research_env.datasets.base import Question
 from research_env.episode import Episode
 from research_env.errors import ConfigurationError, EpisodeError
-from research_env.protocol import RESEARCH
 from research_env.retrieval.base import Hit
 from research_env.vector_env import SearchQAVectorEnv, StepResult
 

@@ -14,7 +14,7 @@ import json
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from msgspec import structs
@@ -24,8 +24,10 @@ from benchmarks.baselines.driver import Message
 from benchmarks.baselines.iter_retgen import ITERATIONS
 from research_agent.config import EnvironmentConfig
 from research_agent.presets import MINIWORLD
+from research_env import RESEARCH
 from research_env.datasets import miniworld
 from research_env.datasets.base import Question
+from research_env.datasets.files import question_record
 from research_env.demonstrations import (
     SKILLED,
     Demonstration,
@@ -35,7 +37,6 @@ from research_env.demonstrations import (
     gold_queries,
     reading_drill,
 )
-from research_env.protocol import RESEARCH
 from research_env.retrieval.base import Hit
 from research_env.retrieval.bm25.retriever import EmbeddedRetriever, build_index
 
@@ -86,7 +87,11 @@ def write_worlds(folder: Path) -> dict[str, dict[str, str]]:
         world = miniworld.world(seed, relations)
         drawn = miniworld.questions(world, random.Random(f"miniature {seed}"), TRAIN + DEV)
         questions = [
-            {**asdict(question), "id": f"{seed}-{i}", "split": "dev" if i < DEV else "train"}
+            {
+                **question_record(question),
+                "id": f"{seed}-{i}",
+                "split": "dev" if i < DEV else "train",
+            }
             for i, question in enumerate(drawn)
         ]
         passages = [structs.asdict(passage) for passage in world]

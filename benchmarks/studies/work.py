@@ -8,7 +8,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from msgspec import structs
 from benchmarks.runs import is_finished as has_all_steps
 from benchmarks.runs import training_process
 from benchmarks.studies.catalogue import GRPO, STARTER, Arm
-from research_agent.config import AlgorithmConfig, EnvironmentConfig, TrainConfig, as_json
+from research_agent.config import AlgorithmConfig, EnvironmentConfig, TrainConfig, as_json, changes
 from research_agent.config import require_same as require_same_training
 from research_agent.errors import ConfigError
 from research_agent.files import write_atomic
 from research_agent.presets import MINIWORLD
 from research_env.datasets import miniworld
+from research_env.datasets.files import question_record
 
 ENV, NOISY = "research_env:SearchQA-v0", "benchmarks.studies.noise:NoisySearchQA-v0"
 # Seed, and relations of which the world has no facts: a shorter passage is harder to read for the
@@ -148,7 +149,7 @@ def is_finished(settings: Settings, arm: Arm, seed: int) -> bool:
     result = read_result(folder)
     if not result:
         return False
-    require_same_training(result["training"], training_of(settings, arm, seed), folder)
+    require_same_training(changes(result["training"], training_of(settings, arm, seed)), folder)
     return bool(result["questions"] == settings.questions)
 
 
@@ -196,7 +197,7 @@ def _write_world(name: str, folder: Path) -> None:
     rng = random.Random(f"studies {seed}")
     drawn = miniworld.questions(world, rng, sum(QUESTIONS.values()))
     questions = [
-        {**asdict(question), "id": f"{seed}-{split}-{i}", "split": split}
+        {**question_record(question), "id": f"{seed}-{split}-{i}", "split": split}
         for split, count in QUESTIONS.items()
         for i, question in zip(range(count), drawn, strict=False)
     ]

@@ -10,11 +10,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
+from rich.text import Text
 
 from research_agent.errors import PredictionsError
 from research_agent.evaluation.predictions import Key, key_of, read_predictions
 from research_agent.evaluation.statistics import Floats, bootstrap, interval, mcnemar, two_sided_p
-from research_agent.evaluation.summary import OWN, RIGHT, Outcome, main_metric, outcome
+from research_agent.evaluation.summary import (
+    CORRECT_THRESHOLD,
+    TRAINER_METRICS,
+    Outcome,
+    main_metric,
+    outcome,
+)
+from research_agent.terminal import printable
 
 _NAMED = 3  # questions that an error names
 
@@ -32,9 +40,9 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class McNemar:
-    """Questions by who gets them right, and the exact two-sided p that both do equally often.
+    """Questions by who answers them correctly, and the exact two-sided p of no difference.
 
-    A question is right where the mean of the metric over its samples is above 0.5.
+    A question is correct where the mean of the metric over its samples is above 0.5.
     """
 
     metric: str
@@ -66,7 +74,7 @@ def compare(a: Path, b: Path, *, metric: str | None = None, seed: int = 0) -> Co
     Args:
         a: a ``predictions.jsonl``, or its folder.
         b: another one.
-        metric: what McNemar's test takes as right, above 0.5; None: exact match, or else the
+        metric: what McNemar's test takes as correct, above 0.5; None: exact match, or else the
             environment's first metric, or else the reward.
         seed: of the bootstrap's draws.
 
@@ -101,14 +109,16 @@ def compare(a: Path, b: Path, *, metric: str | None = None, seed: int = 0) -> Co
             names, *means, interval(drawn), two_sided_p(drawn), strict=True
         )
     }
-    right = totals[:, :, names.index(chosen)] / weights[:, None] > RIGHT  # [questions, 2]
+    correct = (
+        totals[:, :, names.index(chosen)] / weights[:, None] > CORRECT_THRESHOLD
+    )  # [questions, 2]
     return Comparison(
         questions=len(weights),
         pairs=len(pairs),
         void_a=sum(one.void for one in first.values()),
         void_b=sum(one.void for one in second.values()),
         metrics=metrics,
-        mcnemar=_mcnemar(chosen, right[:, 0], right[:, 1]),
+        mcnemar=_mcnemar(chosen, correct[:, 0], correct[:, 1]),
     )
 
 
@@ -121,7 +131,7 @@ def table(comparison: Comparison) -> Table:
     for name, each in comparison.metrics.items():
         low, high = each.interval
         shown.add_row(
-            name,
+            Text(printable(name)),
             f"{each.a:.3f}",
             f"{each.b:.3f}",
             f"{each.difference:+.3f}",
@@ -132,7 +142,7 @@ def table(comparison: Comparison) -> Table:
 
 
 def in_words(comparison: Comparison) -> str:
-    """What the table does not show: how many questions, who gets which right, what was void."""
+    """What the table does not show: how many questions, who gets which correct, what was void."""
     test = comparison.mcnemar
     void = comparison.void_a + comparison.void_b
     left_out = (
@@ -143,7 +153,7 @@ def in_words(comparison: Comparison) -> str:
     )
     return (
         f"{comparison.questions} questions, {comparison.pairs} pairs of episodes{left_out}\n"
-        f"right by {test.metric}: both {test.both}, only A {test.only_a}, only B {test.only_b}, "
+        f"correct by {test.metric}: both {test.both}, only A {test.only_a}, only B {test.only_b}, "
         f"neither {test.neither}; McNemar's exact p = {test.p:.4g}"
     )
 
@@ -196,7 +206,7 @@ def _some(questions: Collection[str]) -> str:
 def _metrics(pairs: Sequence[tuple[Outcome, Outcome]]) -> list[str]:
     """All metrics of any episode, the reward first and those of the trainer's own last."""
     names = dict.fromkeys(name for pair in pairs for one in pair for name in one.metrics)
-    return ["reward", *(name for name in names if name not in OWN), *OWN]
+    return ["reward", *(name for name in names if name not in TRAINER_METRICS), *TRAINER_METRICS]
 
 
 def _mcnemar(metric: str, a: NDArray[np.bool_], b: NDArray[np.bool_]) -> McNemar:

@@ -1,9 +1,9 @@
-"""How hard a policy finds its tasks, and the episodes that it got right: both from an evaluation.
+"""The difficulty of tasks for a policy, and its correct episodes, both from an evaluation.
 
 ``research-agent eval --samples-per-task N --temperature 1`` plays every task N times. ``grade``
 turns its predictions into a grade for each question, by which an environment may filter and mix its
 tasks;
-``sample`` keeps right episodes as demonstrations, which ``sft`` learns from (rejection sampling).
+``sample`` keeps correct episodes as demonstrations, which ``sft`` learns from (rejection sampling).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from research_agent.errors import ConfigError
 from research_agent.evaluation.predictions import read_predictions
-from research_agent.evaluation.summary import RIGHT, main_metric, outcome
+from research_agent.evaluation.summary import CORRECT_THRESHOLD, main_metric, outcome
 from research_agent.files import write_atomic
 
 Record = Mapping[str, Any]
@@ -29,13 +29,13 @@ class Grade:
 
     Attributes:
         question_id: of the environment.
-        right: samples whose metric is above ``RIGHT``.
+        correct: samples whose metric is above ``CORRECT_THRESHOLD``.
         samples: that are not void.
         grade: easy, medium or hard.
     """
 
     question_id: str
-    right: int
+    correct: int
     samples: int
     grade: str
 
@@ -47,15 +47,15 @@ def grades(
     easy: float = 2 / 3,
     hard: float = 1 / 3,
 ) -> list[Grade]:
-    """Grade questions by how many of their samples are right.
+    """Grade questions by how many of their samples are correct.
 
-    R1-Searcher (Song et al. 2025, section 3.2) counts the samples that it takes until one is right;
-    here all questions have the same number, and the share of right ones is looked at.
+    R1-Searcher (Song et al. 2025, section 3.2) counts samples until one is correct. Here all
+    questions have the same number of samples, and the grade is the share of correct ones.
 
     Args:
         records: of an evaluation.
-        metric: that says what is right; None takes em, or else the first.
-        easy: the least share of right samples of an easy question.
+        metric: that says what is correct; None takes em, or else the first.
+        easy: the least share of correct samples of an easy question.
         hard: the greatest share of a hard one; medium is between.
 
     Returns:
@@ -68,19 +68,19 @@ def grades(
         raise ConfigError(f"--hard {hard} and --easy {easy} are shares, the first below the other")
     records = [record for record in records if not record["void"]]
     name = _metric(records, metric)
-    right: Counter[str] = Counter()
+    correct: Counter[str] = Counter()
     samples: Counter[str] = Counter()
     for record in records:
         question = record["info"].get("question_id")
         if not question:
             raise ConfigError("these predictions name no question_id; nothing could use grades")
         samples[question] += 1
-        right[question] += _is_right(record, name)
+        correct[question] += _is_correct(record, name)
 
     def called(share: float) -> str:
         return "easy" if share >= easy else "hard" if share <= hard else "medium"
 
-    return [Grade(q, right[q], n, called(right[q] / n)) for q, n in samples.items()]
+    return [Grade(q, correct[q], n, called(correct[q] / n)) for q, n in samples.items()]
 
 
 def demonstrations(
@@ -92,7 +92,7 @@ def demonstrations(
 
     Args:
         records: of an evaluation.
-        metric: that says what is right; None takes em, or else the first.
+        metric: that says what is correct; None takes em, or else the first.
         each: at most so many episodes of a task, the first ones.
 
     Raises:
@@ -103,8 +103,8 @@ def demonstrations(
     kept: Counter[int] = Counter()
     chosen = []
     for record in records:
-        right = _is_right(record, name) and not record["truncated"]
-        if right and kept[record["episode"]] < each:
+        correct = _is_correct(record, name) and not record["truncated"]
+        if correct and kept[record["episode"]] < each:
             kept[record["episode"]] += 1
             chosen.append([(s["provenance"], s["text"]) for s in record["segments"]])
     return chosen
@@ -119,7 +119,7 @@ def write_grades(predictions: Path, output: Path, **settings: Any) -> Counter[st
     _, records = read_predictions(predictions)
     found = grades(records, **settings)
     lines = [
-        {"question_id": g.question_id, "grade": g.grade, "right": g.right, "samples": g.samples}
+        {"question_id": g.question_id, "grade": g.grade, "correct": g.correct, "samples": g.samples}
         for g in found
     ]
     _write(output, lines)
@@ -127,10 +127,10 @@ def write_grades(predictions: Path, output: Path, **settings: Any) -> Counter[st
 
 
 def write_demonstrations(predictions: Path, output: Path, **settings: Any) -> tuple[int, int]:
-    """Keep an evaluation's right episodes in a file; returns how many, and of how many.
+    """Keep an evaluation's correct episodes in a file; returns how many, and of how many.
 
     Raises:
-        ConfigError: see ``demonstrations``, or none is right.
+        ConfigError: see ``demonstrations``, or none is correct.
         PredictionsError: see ``read_predictions``.
     """
     _, records = read_predictions(predictions)
@@ -148,8 +148,8 @@ def _metric(records: Sequence[Record], metric: str | None) -> str:
     return metric or main_metric(names)
 
 
-def _is_right(record: Record, metric: str) -> bool:
-    return outcome(record).score(metric) > RIGHT
+def _is_correct(record: Record, metric: str) -> bool:
+    return outcome(record).score(metric) > CORRECT_THRESHOLD
 
 
 def _write(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -15,11 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from research_agent.engines.base import Engine
 from research_agent.environments import Environments
 from research_agent.errors import ConfigError
-from research_agent.evaluation.predictions import appending, as_record
+from research_agent.evaluation.predictions import as_record, open_predictions
 from research_agent.evaluation.summary import Outcome, Summary, main_metric, outcome, summarize
 from research_agent.files import write_atomic
 from research_agent.renderer import Renderer
 from research_agent.rollout import Sampling, collect
+from research_agent.terminal import printable
 from research_agent.trajectory import Trajectory
 
 
@@ -72,7 +73,10 @@ def evaluate(
     def pieces(tokens: Sequence[int]) -> list[str]:
         return [renderer.decode([token]) for token in tokens]
 
-    with appending(output, known, frozenset(wanted)) as (kept, append), _progress(show) as progress:
+    with (
+        open_predictions(output, known, frozenset(wanted)) as (kept, append),
+        _progress(show) as progress,
+    ):
         outcomes = [outcome(record) for record in kept]
         played = {(record["episode"], record["sample"]) for record in kept}
         del kept[:]  # their texts are not needed any more
@@ -97,7 +101,7 @@ def evaluate(
 
 @dataclass
 class _Running:
-    """The mean so far of what says that an answer is right."""
+    """The mean so far of what says that an answer is correct."""
 
     totals: Counter[str] = field(default_factory=Counter)
     count: int = 0
@@ -108,7 +112,7 @@ class _Running:
             self.totals.update({"reward": one.reward, **one.metrics})
             self.count += 1
         metric = main_metric(name for name in self.totals if name != "reward")
-        return f"{metric} {self.totals[metric] / self.count:.3f}" if self.count else ""
+        return f"{printable(metric)} {self.totals[metric] / self.count:.3f}" if self.count else ""
 
 
 def _progress(show: bool) -> Progress:
@@ -117,7 +121,7 @@ def _progress(show: bool) -> Progress:
         TextColumn("[bold]evaluating"),
         MofNCompleteColumn(),
         BarColumn(bar_width=24),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         TimeRemainingColumn(compact=True),
         TextColumn("left"),
         console=console,

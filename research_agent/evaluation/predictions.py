@@ -5,7 +5,6 @@ A record is written the moment its episode ends, so that a killed evaluation can
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import numpy as np
 
 from research_agent.config import flatten
 from research_agent.errors import PredictionsError
+from research_agent.files import folder_lock
 from research_agent.trajectory import Segment, Trajectory
 
 PREDICTIONS = "predictions.jsonl"
@@ -92,7 +92,7 @@ def read_predictions(path: str | Path) -> tuple[Header, list[Record]]:
 
 
 @contextmanager
-def appending(
+def open_predictions(
     folder: Path, header: Header | None, wanted: Collection[tuple[int, int]]
 ) -> Iterator[tuple[list[Record], Callable[[Record], None]]]:
     """Open the predictions of a folder to write to them, and keep other processes out.
@@ -111,11 +111,12 @@ def appending(
         The records that are kept, and a function that appends one at once.
 
     Raises:
-        PredictionsError: the file is of another evaluation, is broken, or is being written to.
+        FolderInUseError: another process writes to the folder.
+        PredictionsError: the file is of another evaluation, or is broken.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PREDICTIONS
-    with _alone(folder):
+    with folder_lock(folder):
         kept = [] if header is None else _resume(path, header, wanted)
         with path.open("w" if header is None else "a", encoding="utf-8") as file:
 
@@ -124,22 +125,6 @@ def appending(
                 file.flush()
 
             yield kept, append
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a lock on the folder; it ends with the process at the latest."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PredictionsError(
-                f"another process evaluates into {folder}; wait for it, or give another --output"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _resume(path: Path, header: Header, wanted: Collection[tuple[int, int]]) -> list[Record]:

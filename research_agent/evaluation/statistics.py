@@ -79,29 +79,29 @@ def two_sided_p(differences: Floats) -> list[float]:
     return [float(min(1.0, 2 * share)) for share in shares]
 
 
-def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is right.
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is correct.
 
-    ``1 - C(n - c, k) / C(n, k)`` for c right ones of n samples (Chen et al. 2021, "Evaluating Large
-    Language Models Trained on Code", equation 1).
+    ``1 - C(n - c, k) / C(n, k)`` for c correct ones of n samples (Chen et al. 2021, "Evaluating
+    Large Language Models Trained on Code", equation 1).
 
     Raises:
         ValueError: k is more than there are samples.
     """
-    if not 1 <= k <= samples or not 0 <= right <= samples:
-        raise ValueError(f"pass@{k} of {right} right ones in {samples} samples is not defined")
-    return 1 - comb(samples - right, k) / comb(samples, k)
+    if not 1 <= k <= samples or not 0 <= correct <= samples:
+        raise ValueError(f"pass@{k} of {correct} correct ones in {samples} samples is not defined")
+    return 1 - comb(samples - correct, k) / comb(samples, k)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """McNemar's exact test: two-sided p that A and B are right equally often.
+    """McNemar's exact test: two-sided p that A and B are correct equally often.
 
-    Of the questions that only one of them gets right, each is A's or B's with chance 1/2 (McNemar
-    1947; the exact binomial form). Without such a question p is 1.
+    Of the questions that only one of them answers correctly, each is A's or B's with chance 1/2
+    (McNemar 1947; the exact binomial form). Without such a question p is 1.
 
     Args:
-        only_a: questions that A gets right and B does not.
-        only_b: questions that B gets right and A does not.
+        only_a: questions that A answers correctly and B does not.
+        only_b: questions that B answers correctly and A does not.
     """
     differing = only_a + only_b
     tail: int = sum(comb(differing, i) for i in range(min(only_a, only_b) + 1))

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from research_agent.evaluation.predictions import key_of
 from research_agent.evaluation.statistics import bootstrap, interval, pass_at_k
+from research_agent.terminal import printable
 
 Interval = tuple[float, float]
-OWN = ("tokens", "turns")  # metrics that are not the environment's
-RIGHT = 0.5  # an episode whose main metric is above this is right
+TRAINER_METRICS = ("tokens", "turns")  # metrics that are not the environment's
+CORRECT_THRESHOLD = 0.5  # an episode whose main metric is above this is correct
 UNKNOWN = "unknown"  # stratum of questions of which the environment does not say
 
 
@@ -104,8 +106,8 @@ def summarize(outcomes: Iterable[Outcome], header: Mapping[str, Any] | None = No
     - ``strata``: the same by each entry of the environment's ``info["strata"]`` that any question
       has.
     - ``pass_at``: pass@k (see ``statistics.pass_at_k``) for k = 1, 2, 4, ... and n, of the main
-      metric; a sample is right where that is above ``RIGHT``. Over the questions with k samples
-      that are not void.
+      metric; a sample is correct if that is above ``CORRECT_THRESHOLD``. Over the questions with
+      k samples that are not void.
     - ``majority``: self-consistency (Wang et al. 2022). The samples of a question vote with their
       ``info["prediction"]``, in lower case and with blanks made one; empty ones do not vote unless
       all are. Ties go to the prediction that was seen first, in the order of samples. The question
@@ -147,15 +149,18 @@ def summarize(outcomes: Iterable[Outcome], header: Mapping[str, Any] | None = No
 
 
 def main_metric(metrics: Iterable[str]) -> str:
-    """What says that an answer is right: exact match, else the environment's first, else reward."""
-    names = [name for name in metrics if name not in OWN]
+    """The metric that decides correctness: exact match, else the first, else the reward."""
+    names = [name for name in metrics if name not in TRAINER_METRICS]
     return "em" if "em" in names else next(iter(names), "reward")
 
 
 def part(outcomes: Sequence[Outcome]) -> Part:
     """Means and intervals over some outcomes, those of one question next to each other."""
     valid = [o for o in outcomes if not o.void]
-    names = [*dict.fromkeys(n for o in valid for n in o.metrics if n not in OWN), *OWN]
+    names = [
+        *dict.fromkeys(n for o in valid for n in o.metrics if n not in TRAINER_METRICS),
+        *TRAINER_METRICS,
+    ]
     if not valid:
         return Part(0, len(outcomes), 0.0, {}, 0, {})
     table = np.array([[o.score(name) for name in ("reward", *names)] for o in valid])
@@ -176,11 +181,13 @@ def part(outcomes: Sequence[Outcome]) -> Part:
 def _pass_at(
     by_question: Sequence[Sequence[Outcome]], metric: str, samples: int
 ) -> dict[str, Estimate]:
-    right = [[o.score(metric) > RIGHT for o in each if not o.void] for each in by_question]
+    correct = [
+        [o.score(metric) > CORRECT_THRESHOLD for o in each if not o.void] for each in by_question
+    ]
     sizes = [2**i for i in range(samples.bit_length()) if 2**i < samples]
     found: dict[str, Estimate] = {}
     for k in [*sizes, samples]:
-        scores = [pass_at_k(len(each), sum(each), k) for each in right if len(each) >= k]
+        scores = [pass_at_k(len(each), sum(each), k) for each in correct if len(each) >= k]
         if scores:
             [spread] = interval(bootstrap(np.array(scores)[:, None], np.ones(len(scores))))
             found[str(k)] = Estimate(float(np.mean(scores)), spread, len(scores))
@@ -210,31 +217,33 @@ def tables(summary: Summary) -> list[Table]:
     first = _table("", columns, names)
     for metric, estimates in summary.pass_at.items():
         for k, estimate in estimates.items():
-            first.add_row(f"{metric} pass@{k}", _cell(estimate.mean, estimate.interval))
+            first.add_row(
+                Text(printable(f"{metric} pass@{k}")), _cell(estimate.mean, estimate.interval)
+            )
     several = {name: parts for name, parts in summary.strata.items() if len(parts) > 1}
     return [first, *(_table(name, parts, names) for name, parts in several.items())]
 
 
 def _table(title: str, columns: Mapping[str, Part], names: Sequence[str]) -> Table:
-    table = Table(title=title and f"by {title}", title_justify="left")
+    table = Table(title=Text(printable(f"by {title}")) if title else None, title_justify="left")
     table.add_column("mean, 95 % interval")
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(Text(printable(name)), justify="right")
     for count in ("questions", "episodes", "void"):
         table.add_row(count, *(str(getattr(part, count)) for part in columns.values()))
     for name in names:
-        table.add_row(name, *(_of(name, part) for part in columns.values()))
+        table.add_row(Text(printable(name)), *(_mean(name, part) for part in columns.values()))
     return table
 
 
-def _of(name: str, part: Part) -> str:
+def _mean(name: str, part: Part) -> Text:
     mean = part.reward if name == "reward" else part.metrics.get(name, 0.0)
-    return _cell(mean, part.intervals[name]) if name in part.intervals else "–"
+    return _cell(mean, part.intervals[name]) if name in part.intervals else Text("–")
 
 
-def _cell(mean: float, spread: Interval) -> str:
+def _cell(mean: float, spread: Interval) -> Text:
     low, high = map(_digits, spread)
-    return f"{_digits(mean)} [{low},{high}]"  # in a narrow terminal the interval goes below
+    return Text(f"{_digits(mean)} [{low},{high}]")  # in a narrow terminal the interval goes below
 
 
 def _digits(value: float) -> str:

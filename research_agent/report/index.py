@@ -8,7 +8,13 @@ from typing import Any
 
 from research_agent.config import flatten
 from research_agent.evaluation.predictions import key_of
-from research_agent.evaluation.summary import RIGHT, Part, main_metric, outcome, summarize
+from research_agent.evaluation.summary import (
+    CORRECT_THRESHOLD,
+    Part,
+    main_metric,
+    outcome,
+    summarize,
+)
 from research_agent.report.curve import series
 from research_agent.report.page import as_json
 from research_agent.report.sources import Predictions, Sources, names
@@ -87,7 +93,7 @@ def make_index(
 def _side(record: Record, metric: str) -> dict[str, Any]:
     """What a row of the list shows of a record, and what it is filtered by."""
     return {
-        "right": None if record["void"] else outcome(record).score(metric) > RIGHT,
+        "correct": None if record["void"] else outcome(record).score(metric) > CORRECT_THRESHOLD,
         "reward": record["reward"],
         "stop": linkable(str(record.get("stop_reason") or "")),
         "searches": record["metrics"].get("searches"),

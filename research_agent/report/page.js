@@ -117,14 +117,14 @@ function haystack(item) {
 }
 
 function fits(verdict, sides) {
-  const rights = sides.map((side) => side.right);
+  const marks = sides.map((side) => side.correct);
   switch (verdict) {
     case "": return true;
-    case "void": return rights.includes(null);
-    case "right": return rights.every((right) => right === true);
-    case "wrong": return rights.every((right) => right === false);
-    case "gained": return rights[0] === false && rights[1] === true;
-    case "lost": return rights[0] === true && rights[1] === false;
+    case "void": return marks.includes(null);
+    case "correct": return marks.every((mark) => mark === true);
+    case "wrong": return marks.every((mark) => mark === false);
+    case "gained": return marks[0] === false && marks[1] === true;
+    case "lost": return marks[0] === true && marks[1] === false;
     default: return false;
   }
 }
@@ -335,10 +335,10 @@ const list = h("ol", "list");
 const pager = h("nav", { class: "pager", "aria-label": "pages" });
 
 const ALL = ["", "all"];
-const ONE = [ALL, ["right", "right"], ["wrong", "wrong"], ["void", "void"]];
+const ONE = [ALL, ["correct", "correct"], ["wrong", "wrong"], ["void", "void"]];
 const TWO = [
-  ALL, ["gained", "wrong → right"], ["lost", "right → wrong"],
-  ["right", "both right"], ["wrong", "both wrong"], ["void", "void"],
+  ALL, ["gained", "wrong → correct"], ["lost", "correct → wrong"],
+  ["correct", "both correct"], ["wrong", "both wrong"], ["void", "void"],
 ];
 const ORDERS = [["", "as played"], ["gain", "greatest gain"], ["loss", "greatest loss"]];
 
@@ -367,9 +367,9 @@ function fillFilters() {
 
 function mark(side) {
   if (!side) return h("span", { class: "mark", title: "not in this run" }, "–");
-  if (side.right === null) return h("span", { class: "mark void", title: "void" }, "∅");
-  return side.right
-    ? h("span", { class: "mark right", title: "right" }, "✓")
+  if (side.correct === null) return h("span", { class: "mark void", title: "void" }, "∅");
+  return side.correct
+    ? h("span", { class: "mark correct", title: "correct" }, "✓")
     : h("span", { class: "mark wrong", title: "wrong" }, "✗");
 }
 

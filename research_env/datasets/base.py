@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from research_env.retrieval.base import Passage
 
@@ -21,18 +21,61 @@ class Hop:
     support: str | None = None  # id of the gold passage
 
 
+class ReadOnly(Mapping[str, Any]):
+    """A mapping that cannot be changed, and that can be pickled (``MappingProxyType`` cannot)."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, Any]) -> None:
+        """Copy ``items``."""
+        self._items = dict(items)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+_NO_EXTRA = ReadOnly({})
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question with its gold answers (the first is the main one, aliases follow)."""
+    """A question with its gold answers (the first is the main one, aliases follow).
+
+    Attributes:
+        id: unique in its data set.
+        question: the text that the policy is asked.
+        answers: gold answers; one of them is enough.
+        supporting: ids of the gold passages.
+        hops: how many passages it takes to answer it.
+        split: "train", "dev", ...
+        type: kind of question, as its data set names it.
+        decomposition: its gold steps.
+        extra: every other field of the question's record, for rewards: for example
+            ``question.extra["difficulty"]``. It cannot be changed and is not part of the hash.
+    """
 
     id: str
     question: str
     answers: tuple[str, ...]
-    supporting: tuple[str, ...] = ()  # ids of the gold passages
+    supporting: tuple[str, ...] = ()
     hops: int | None = None
     split: str | None = None
     type: str | None = None
     decomposition: tuple[Hop, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=lambda: _NO_EXTRA, hash=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.extra, ReadOnly):
+            object.__setattr__(self, "extra", ReadOnly(self.extra))
 
 
 class Corpus(Protocol):

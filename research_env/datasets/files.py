@@ -1,7 +1,8 @@
 """Strict readers of question files and corpora in JSON Lines, plain or gzipped.
 
 A question is ``id, question, answers`` and, where known, ``supporting, hops, split, type,
-decomposition``; a passage is ``id, title, text``. Other fields are ignored. Whatever is wrong is a
+decomposition``, and what else a line says is in ``extra``; a passage is ``id, title, text``, and
+other fields are ignored. Whatever is wrong is a
 :class:`~research_env.errors.DataError` that names file and line, and says what to do.
 """
 
@@ -15,7 +16,7 @@ import os
 import zlib
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from research_env.datasets.base import Hop, Question
 from research_env.errors import DataError, DataNotFoundError
 from research_env.paths import cache_folder
 from research_env.retrieval.base import Passage
+
+_FIELDS = tuple(field.name for field in fields(Question) if field.name != "extra")
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -46,6 +49,13 @@ def read_questions(path: str | Path) -> list[Question]:
     if not questions:
         raise DataError(f"{path}: the file holds no question; give one JSON object a line")
     return questions
+
+
+def question_record(question: Question) -> dict[str, Any]:
+    """The JSON object of a question file: extra fields stand beside the others."""
+    known = {name: getattr(question, name) for name in _FIELDS}
+    known["decomposition"] = [asdict(hop) for hop in question.decomposition]
+    return {**question.extra, **known}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +149,7 @@ def _question(record: Mapping[str, Any], where: str) -> Question:
         split=_text(record, "split", where) if record.get("split") is not None else None,
         type=_text(record, "type", where) if record.get("type") is not None else None,
         decomposition=tuple(_hop(step, where) for step in steps),
+        extra={key: value for key, value in record.items() if key not in _FIELDS},
     )
 
 

@@ -1,7 +1,7 @@
-"""Searches for many askers: merged, remembered, in the background, in bounded batches.
+"""Searches for many askers: coalesced, cached, in the background, in bounded batches.
 
 In reinforcement learning a group of samples asks much the same, and so does the next epoch. A query
-goes to the engine only if nobody is asking it at this moment and its hits are not remembered.
+goes to the engine only if nobody is asking it at this moment and its hits are not in the cache.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
-from research_env.errors import RetrievalError
+from research_env.errors import ClosedError, RetrievalError
 from research_env.retrieval.base import Hit
 
 Found = list[Hit] | RetrievalError
@@ -27,30 +28,30 @@ class SearchCounts:
 
     searched: int = 0
     """Sent to the engine."""
-    merged: int = 0
+    coalesced: int = 0
     """Shared the result of the same query, asked at the same time."""
-    remembered: int = 0
-    """Answered from memory."""
+    cache_hits: int = 0
+    """Answered from the cache."""
 
     @property
     def asked(self) -> int:
         """All of them."""
-        return self.searched + self.merged + self.remembered
+        return self.searched + self.coalesced + self.cache_hits
 
     @property
     def saved(self) -> float:
         """The share of the queries that the engine was spared, 0 to 1."""
-        return (self.merged + self.remembered) / max(1, self.asked)
+        return (self.coalesced + self.cache_hits) / max(1, self.asked)
 
 
 class QueryBatcher(Generic[Ticket]):
     """Asks the engine for queries, at once or by threads that hand back what they found.
 
     A query that is already waiting or being searched is not asked again: its asker shares the
-    result. The hits of the latest queries are remembered (the least recently used are forgotten
-    first); failures never. A batch of a thread leaves when it is full or when its first query has
-    waited long enough; several threads search, but one at a time gathers a batch, so that queries
-    of the same moment go together. All methods are for one thread, that of the caller.
+    result. The hits of the latest queries are cached (the least recently used are dropped first);
+    failures never. A thread's batch leaves when it is full or when its first query has waited long
+    enough; several threads search, but one at a time gathers a batch, so that queries of the same
+    moment go together. Any thread may call any method.
     """
 
     def __init__(
@@ -58,29 +59,30 @@ class QueryBatcher(Generic[Ticket]):
         search: Callable[[Sequence[str]], list[Found]],
         max_batch: int,
         max_wait: float,
-        remember: int = 0,
+        cache_size: int = 0,
         in_flight: int = 1,
     ) -> None:
-        """Nothing is asked yet; the threads start when they are needed.
+        """Ask nothing yet; the threads start when they are needed.
 
         Args:
-            search: answers a batch of queries, an entry each, in order.
+            search: answers a batch of queries, one entry each, in order.
             max_batch: the most queries that a thread asks at once.
-            max_wait: seconds that the first query of its batch waits for others.
-            remember: the queries whose hits are remembered, at most; 0: none.
-            in_flight: batches that may be searched at the same time, each by a thread.
+            max_wait: seconds that the first query of a batch waits for others.
+            cache_size: how many queries' hits are cached at most; 0: none.
+            in_flight: how many searches the engine takes at the same time.
         """
-        self._search = search
+        self._engine = search
         self._max_batch = max_batch
         self._max_wait = max_wait
-        self._remember = remember
+        self._cache_size = cache_size
         self._queue: SimpleQueue[str | None] = SimpleQueue()
         self._done: SimpleQueue[tuple[Ticket, Found | Exception]] = SimpleQueue()
         self._lock = threading.Lock()
-        self._askers: dict[str, list[Ticket]] = {}
-        self._memory: OrderedDict[str, tuple[Hit, ...]] = OrderedDict()
-        self._searched = self._merged = self._remembered = 0
+        self._askers: dict[str, list[Callable[[Found | Exception], None]]] = {}
+        self._cache: OrderedDict[str, tuple[Hit, ...]] = OrderedDict()
+        self._searched = self._coalesced = self._cache_hits = 0
         self._in_flight = in_flight
+        self._places = threading.BoundedSemaphore(in_flight)
         self._gathering = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._closed = False
@@ -88,59 +90,68 @@ class QueryBatcher(Generic[Ticket]):
     @property
     def counts(self) -> SearchCounts:
         """What was asked so far."""
-        return SearchCounts(self._searched, self._merged, self._remembered)
+        return SearchCounts(self._searched, self._coalesced, self._cache_hits)
 
     def ask(self, queries: Sequence[str]) -> list[Found]:
-        """Ask for queries and wait; returns an entry each, in order."""
+        """Ask for queries together and wait; returns an entry each, in order.
+
+        Raises:
+            ClosedError: :meth:`close` was called before.
+        """
+        self._check_open()
         found: dict[str, Found] = {}
         with self._lock:
             for query in queries:
                 if query in found:
                     continue
-                hits = self._recall(query)
+                hits = self._cached(query)
                 if hits is not None:
                     found[query] = hits
-        fresh = [query for query in dict.fromkeys(queries) if query not in found]
-        self._searched += len(fresh)
-        self._remembered += sum(query in found for query in queries)
-        self._merged += sum(query not in found for query in queries) - len(fresh)
+            fresh = [query for query in dict.fromkeys(queries) if query not in found]
+            self._searched += len(fresh)
+            self._cache_hits += sum(query in found for query in queries)
+            self._coalesced += sum(query not in found for query in queries) - len(fresh)
         if fresh:
             answers = self._search(fresh)
             with self._lock:
                 for query, answer in zip(fresh, answers, strict=True):
                     found[query] = answer
-                    self._learn(query, answer)
+                    self._keep(query, answer)
         return [found[query] for query in queries]
 
     def submit(self, ticket: Ticket, query: str) -> None:
-        """Ask for a query; what is found comes back with the ticket.
+        """Ask for a query; :meth:`take` returns what is found, with the ticket.
 
         Raises:
-            RetrievalError: it has been closed: nobody would answer.
+            ClosedError: :meth:`close` was called before: nobody would answer.
         """
-        if self._closed:
-            raise RetrievalError("the searches have been closed")
-        with self._lock:
-            hits = self._recall(query)
-            if hits is not None:
-                self._remembered += 1
-                self._done.put((ticket, hits))
-            elif query in self._askers:
-                self._merged += 1
-                self._askers[query].append(ticket)
+        self._enqueue(query, lambda found: self._done.put((ticket, found)))
+
+    def request(self, query: str) -> Future[Found]:
+        """Ask for a query; the future gets what is found, also an engine's error, as its result.
+
+        Raises:
+            ClosedError: :meth:`close` was called before: nobody would answer.
+        """
+        future: Future[Found] = Future()
+
+        def settle(found: Found | Exception) -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            closed = isinstance(found, ClosedError)
+            if isinstance(found, Exception) and (closed or not isinstance(found, RetrievalError)):
+                future.set_exception(found)
             else:
-                self._searched += 1
-                self._askers[query] = [ticket]
-                self._queue.put(query)
-        while len(self._threads) < self._in_flight:
-            self._threads.append(threading.Thread(target=self._run, name="searches", daemon=True))
-            self._threads[-1].start()
+                future.set_result(found)
+
+        self._enqueue(query, settle)
+        return future
 
     def take(self, timeout: float | None) -> tuple[Ticket, Found | Exception] | None:
-        """The next result, or None when there is none within ``timeout`` seconds (None: for ever).
+        """The next result, or None if there is none within ``timeout`` seconds (None: no limit).
 
-        A result is hits, the engine's error, or whatever else went wrong in the thread. Once closed
-        nothing is waited for.
+        A result is hits, the engine's error, or whatever else went wrong in the thread. After
+        :meth:`close` nothing is waited for.
         """
         if self._closed:
             timeout = 0
@@ -150,26 +161,66 @@ class QueryBatcher(Generic[Ticket]):
             return None
 
     def close(self) -> None:
-        """Stop the threads after the batches that they are busy with; the rest is dropped."""
-        self._closed = True
-        for _ in self._threads:
+        """Stop the threads after the batches that they are busy with; the rest is refused."""
+        with self._lock:
+            self._closed = True
+            threads = list(self._threads)
+        for _ in threads:
             self._queue.put(None)
-        for thread in self._threads:
+        for thread in threads:
             thread.join()
+        with self._lock:
+            left = [tell for askers in self._askers.values() for tell in askers]
+            self._askers.clear()
+        for tell in left:
+            tell(ClosedError())
 
-    def _recall(self, query: str) -> list[Hit] | None:
-        hits = self._memory.get(query)
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError
+
+    def _enqueue(self, query: str, tell: Callable[[Found | Exception], None]) -> None:
+        with self._lock:
+            self._check_open()
+            hits = self._cached(query)
+            if hits is not None:
+                self._cache_hits += 1
+            elif query in self._askers:
+                self._coalesced += 1
+                self._askers[query].append(tell)
+            else:
+                self._searched += 1
+                self._askers[query] = [tell]
+                self._queue.put(query)
+            while len(self._threads) < self._in_flight:
+                thread = threading.Thread(target=self._run, name="searches", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        if hits is not None:
+            tell(hits)
+
+    def _search(self, queries: Sequence[str]) -> list[Found]:
+        """Ask the engine, from no more threads than it allows.
+
+        All queries at once, so that all have one deadline: in parts, each would wait for a dead
+        server.
+        """
+        with self._places:
+            return self._engine(queries)
+
+    def _cached(self, query: str) -> list[Hit] | None:
+        hits = self._cache.get(query)
         if hits is None:
             return None
-        self._memory.move_to_end(query)
+        self._cache.move_to_end(query)
         return list(hits)
 
-    def _learn(self, query: str, found: Found | Exception) -> None:
-        if isinstance(found, Exception) or not self._remember:
+    def _keep(self, query: str, found: Found | Exception) -> None:
+        if isinstance(found, Exception) or not self._cache_size:
             return
-        self._memory[query] = tuple(found)
-        if len(self._memory) > self._remember:
-            self._memory.popitem(last=False)
+        self._cache[query] = tuple(found)
+        if len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
 
     def _run(self) -> None:
         while batch := self._gather():
@@ -184,29 +235,26 @@ class QueryBatcher(Generic[Ticket]):
             for query, found in zip(batch, results, strict=True):
                 with self._lock:
                     askers = self._askers.pop(query)
-                    self._learn(query, found)
-                for ticket in askers:
-                    self._done.put((ticket, found))
+                    self._keep(query, found)
+                for tell in askers:
+                    tell(list(found) if isinstance(found, list) else found)
 
     def _gather(self) -> list[str]:
         """The next batch; an empty one means to stop."""
         with self._gathering:
-            return self._next_batch()
-
-    def _next_batch(self) -> list[str]:
-        batch: list[str] = []
-        deadline = None
-        while len(batch) < self._max_batch:
-            wait = None if deadline is None else deadline - time.monotonic()
-            try:
-                if wait is None or wait > 0:
-                    query = self._queue.get(timeout=wait)
-                else:
-                    query = self._queue.get_nowait()
-            except Empty:
-                break
-            if query is None:
-                return []
-            deadline = deadline or time.monotonic() + self._max_wait
-            batch.append(query)
-        return batch
+            batch: list[str] = []
+            deadline = None
+            while len(batch) < self._max_batch:
+                wait = None if deadline is None else deadline - time.monotonic()
+                try:
+                    if wait is None or wait > 0:
+                        query = self._queue.get(timeout=wait)
+                    else:
+                        query = self._queue.get_nowait()
+                except Empty:
+                    break
+                if query is None:
+                    return []
+                deadline = deadline or time.monotonic() + self._max_wait
+                batch.append(query)
+            return batch

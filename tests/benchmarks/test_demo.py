@@ -25,7 +25,7 @@ from research_env import Hit, Passage
 from research_env.datasets import Question, miniworld
 from research_env.demonstrations import gold_queries
 from research_env.errors import RetrievalError
-from research_env.protocol import PROTOCOLS
+from research_env.papers import PROTOCOLS
 from research_env.retrieval import open_retriever
 from tests.research_agent.conftest import byte_tokenizer, codec_of
 

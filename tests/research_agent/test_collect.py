@@ -21,6 +21,7 @@ from research_agent.renderer import Renderer
 from research_agent.rollout import collect, trajectory_seed
 from research_agent.trajectory import Trajectory
 from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
+from tests.research_agent.toy_env import CopyLetter, CopyLetterVector
 
 TOY = "tests.research_agent.toy_env:CopyLetter-v0"
 NATIVE = "tests.research_agent.toy_env:CopyLetterNative-v0"
@@ -119,6 +120,40 @@ def test_budgets(limits: Limits, texts: list[str], reward: float, reason: str) -
     assert trajectory.stop_reason == reason
     assert trajectory.truncated == (reason == "length")
     assert sum(len(s.tokens) for s in trajectory.segments[1:]) <= limits.max_response
+
+
+class Scored(CopyLetter):
+    """One that scores an episode which is cut."""
+
+    def truncate(self, reason: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        info = {"metrics": {"right": 0.25}, "stop_reason": reason, "void": False}
+        return "", -3.0, False, True, info
+
+
+class ScoredVector(CopyLetterVector):
+    def truncate(self, env_ids: Sequence[int], reason: str) -> list[tuple[Any, ...]]:
+        return [(i, *Scored.truncate(self.envs[i], reason)) for i in env_ids]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("budget", ["length", "context"])
+def test_an_episode_that_is_cut_is_scored_by_its_environment(native: bool, budget: str) -> None:
+    gym.register(
+        "Scored-v0", entry_point=Scored, vector_entry_point=ScoredVector if native else None
+    )
+    try:
+        environments = make_environments("Scored-v0", 1, {"turns": 3})
+    finally:
+        del gym.registry["Scored-v0"]
+    engine, limits = says("bcd"), Limits(max_response=12)
+    if budget == "context":
+        engine.max_context, limits = 14, Limits()
+    (trajectory,) = collect(engine, environments, RENDERER, [(1, 0)], limits)
+    assert [text for _, text in outline(trajectory)] == ["b=", "bcd", "?c=", "bcd"]
+    assert trajectory.reward == 1.0 - 3.0
+    assert trajectory.metrics == {"right": 0.25}
+    assert (trajectory.stop_reason, trajectory.truncated) == (budget, True)
+    assert (trajectory.terminated, trajectory.void) == (False, False)
 
 
 def test_the_context_is_a_budget() -> None:

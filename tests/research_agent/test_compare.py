@@ -165,7 +165,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         em(tmp_path / name / "predictions.jsonl", marks)
     main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
     shown = capsys.readouterr().out
-    assert "right by em: both 1, only A 1, only B 2, neither 0; McNemar's exact p = 1" in shown
+    assert "correct by em: both 1, only A 1, only B 2, neither 0; McNemar's exact p = 1" in shown
     assert "4 questions, 4 pairs of episodes" in shown
     assert "1 void episodes of A and 0 of B" in shown
     assert "+0.250" in shown

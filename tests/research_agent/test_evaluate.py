@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -23,10 +22,16 @@ from research_agent.config import EvalConfig
 from research_agent.engines.base import SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.environments import make_environments
-from research_agent.errors import ConfigError, ContextError, PredictionsError
+from research_agent.errors import (
+    ConfigError,
+    ContextError,
+    FolderInUseError,
+    PredictionsError,
+)
 from research_agent.evaluation.evaluate import evaluate
 from research_agent.evaluation.predictions import as_record, read_predictions
 from research_agent.evaluation.summary import Outcome, Part, Summary, outcome, summarize
+from research_agent.files import folder_lock
 from research_agent.trajectory import Segment, Trajectory
 from tests.research_agent.conftest import byte_tokenizer, codec_of, letter_tokenizer, tiny_qwen2
 from tests.research_agent.quiz_env import Quiz
@@ -120,7 +125,7 @@ def test_every_task_once(tmp_path: Path) -> None:
     }
     written = json.loads((tmp_path / "new" / "summary.json").read_text())
     assert written == json.loads(json.dumps(asdict(summary)))
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
+    assert sorted(p.name for p in (tmp_path / "new").glob("[!.]*")) == [
         "predictions.jsonl",
         "summary.json",
     ]
@@ -321,11 +326,9 @@ def test_predictions_that_do_not_say_what_they_are_of_are_refused(tmp_path: Path
 
 
 def test_only_one_process_writes(tmp_path: Path) -> None:
-    descriptor = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(PredictionsError, match="another process evaluates into"):
+    message = rf"process {os.getpid()} on .* writes to .*; wait for it"
+    with folder_lock(tmp_path), pytest.raises(FolderInUseError, match=message):
         quiz(tmp_path)
-    os.close(descriptor)
     assert quiz(tmp_path).episodes == 6
 
 

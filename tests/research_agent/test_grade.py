@@ -45,7 +45,7 @@ def names(found: Sequence[Grade]) -> list[str]:
 
 def test_grades_are_shares_of_right_samples() -> None:
     found = grades(of("111", "110", "1100", "100", "000", "1v", "vv"))
-    assert found[1] == Grade("q1", right=2, samples=3, grade="easy")
+    assert found[1] == Grade("q1", correct=2, samples=3, grade="easy")
     assert names(found) == ["easy", "easy", "medium", "hard", "hard", "easy"]  # the void one: none
     assert names(grades(of("110", "100"), easy=0.7, hard=0.2)) == ["medium", "medium"]
     assert names(grades(of("000"), metric="f1")) == ["easy"]

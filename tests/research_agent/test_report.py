@@ -168,7 +168,7 @@ def test_samples_are_matched_by_question_and_else_by_episode() -> None:
     first = [record(1, 0.0, question_id="a"), record(2, 0.0, question_id="b"), record(3, 1.0)]
     second = [record(9, 1.0, question_id="b"), record(3, 0.0), record(4, 0.0, question_id="c")]
     items = Page(page(first, second)).index["items"]
-    rights = {item["id"]: [s and s["right"] for s in item["sides"]] for item in items}
+    rights = {item["id"]: [s and s["correct"] for s in item["sides"]] for item in items}
     assert rights == {
         "a": [False, None],
         "b": [False, True],
@@ -185,11 +185,11 @@ def test_right_is_more_than_half_an_exact_match_or_else_of_the_reward() -> None:
     void = record(3, 0.0) | {"void": True}
     first = record(1, -3.0) | {"metrics": {"success": 1.0, "tokens": 3.0}}
     (item,) = Page(page([first])).index["items"]
-    assert item["sides"][0]["right"] is True  # the first metric, where there is no exact match
+    assert item["sides"][0]["correct"] is True  # the first metric, where there is no exact match
     (item,) = Page(page([by_reward])).index["items"]
-    assert item["sides"][0]["right"] is True
+    assert item["sides"][0]["correct"] is True
     items = Page(page([by_reward, by_match, void])).index["items"]
-    assert [item["sides"][0]["right"] for item in items] == [False, False, None]
+    assert [item["sides"][0]["correct"] for item in items] == [False, False, None]
 
 
 def test_means_have_intervals_and_strata() -> None:
@@ -517,12 +517,12 @@ def rows(tab: Tab) -> list[int]:
         ("", [0, 1, 2, 3, 4, 5]),
         ("verdict=gained", [2, 4]),
         ("verdict=lost", [1]),
-        ("verdict=right", [0, 5]),
+        ("verdict=correct", [0, 5]),
         ("verdict=wrong", [3]),
         ("sort=gain", [2, 4, 0, 3, 5, 1]),
         ("sort=loss", [1, 0, 3, 5, 2, 4]),
         ("b=", [0, 1, 2, 3, 4, 5, 6]),
-        ("b=&verdict=right", [0, 1, 5]),
+        ("b=&verdict=correct", [0, 1, 5]),
         ("b=&verdict=wrong", [2, 3, 4]),
         ("b=&verdict=void", [6]),
         ("a=1&b=", [0, 1, 2, 3, 4, 5, 8, 9]),
@@ -557,7 +557,14 @@ def test_what_does_not_match_is_counted(two: Tab) -> None:
 def test_filters_and_keys_work_by_hand(two: Tab) -> None:
     go(two, "")
     choices = two.texts("#f-verdict option")
-    assert choices == ["all", "wrong → right", "right → wrong", "both right", "both wrong", "void"]
+    assert choices == [
+        "all",
+        "wrong → correct",
+        "correct → wrong",
+        "both correct",
+        "both wrong",
+        "void",
+    ]
     two.run(
         "(() => { const f = document.getElementById('f-verdict'); f.value = 'gained';"
         "f.dispatchEvent(new Event('change')); })()"

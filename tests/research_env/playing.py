@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from research_env.datasets.base import Question
 from research_env.episode import Episode, advance, observe
-from research_env.protocol import PROTOCOLS
+from research_env.papers import PROTOCOLS
 from research_env.retrieval.base import Hit, Passage
 
 PLAIN = (

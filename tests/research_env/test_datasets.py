@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from research_env.datasets import FileCorpus, Hop, Question, load_dataset, read_questions
+from research_env.datasets.files import question_record
 from research_env.errors import (
     ConfigurationError,
     DataError,
@@ -80,9 +84,10 @@ def test_a_question_with_everything(tmp_path: Path, name: str) -> None:
             {"question": "A?", "answer": "B", "support": "p1"},
             {"question": "#1 >> C", "answer": ["D", "E"]},
         ],
-        "source": "ignored",
+        "difficulty": {"level": "hard", "votes": [3, 1]},
     }
-    assert read_questions(write(tmp_path / name, record)) == [
+    read = read_questions(write(tmp_path / name, record))
+    assert read == [
         Question(
             id="2hop__1",
             question="Wer?",
@@ -92,8 +97,22 @@ def test_a_question_with_everything(tmp_path: Path, name: str) -> None:
             split="dev",
             type="bridge",
             decomposition=(Hop("A?", "B", "p1"), Hop("#1 >> C", "D", None)),
+            extra={"difficulty": {"level": "hard", "votes": [3, 1]}},
         )
     ]
+    assert read_questions(write(tmp_path / "again.jsonl", question_record(read[0]))) == read
+
+
+def test_extra_fields_of_a_question_cannot_be_changed(tmp_path: Path) -> None:
+    read = read_questions(write(tmp_path / "q.jsonl", question("q1") | {"difficulty": "hard"}))[0]
+    assert read.extra["difficulty"] == "hard"
+    assert dict(read.extra) == {"difficulty": "hard"}
+    with pytest.raises(TypeError):
+        read.extra["difficulty"] = "easy"  # type: ignore[index]
+    for copied in (pickle.loads(pickle.dumps(read)), copy.deepcopy(read)):
+        assert copied == read
+        assert hash(copied) == hash(read)
+    assert replace(read, extra={}) != read
 
 
 @pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz"])

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-from research_env import Dataset
+from research_env import RESEARCH, Dataset
 from research_env import demonstrations as module
 from research_env.datasets import Question, miniworld
 from research_env.demonstrations import Demonstration, Habits, demonstrations, gold_queries
 from research_env.env import SearchQAEnv
-from research_env.protocol import RESEARCH
 from research_env.retrieval.base import Hit
 
 

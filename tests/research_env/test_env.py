@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ import pytest
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 
-from research_env import IDS, Episode, UnicodeText
+from research_env import IDS, Episode, Hit, UnicodeText
 from research_env.env import SearchQAEnv
 from research_env.errors import (
     ActionError,
     ConfigurationError,
     EpisodeError,
     ResearchEnvError,
+    RetrievalError,
     UnknownNameError,
 )
-from tests.research_env.fakes import DATASET, QUESTIONS, Engine, answer, search
+from tests.research_env.fakes import DATASET, QUESTIONS, Engine, answer, hit, search
 
 INFO_KEYS = {
     *("question_id", "question", "messages", "query"),
@@ -108,6 +110,69 @@ def test_same_seed_and_actions_give_the_same_bytes() -> None:
         return pickle.dumps(json.dumps(steps))
 
     assert play() == play()
+
+
+@pytest.mark.parametrize(
+    ("reward", "earned"),
+    [("r1-searcher-stage2", -2.0), ("r1-searcher-stage2-llama-0.25*searches", -1.5), ("f1", 0.0)],
+)
+def test_an_episode_that_is_cut_is_scored_as_one_without_an_answer(
+    reward: str, earned: float
+) -> None:
+    env = make(protocol="r1-searcher", reward=reward)
+    query = "t<|begin_of_query|>1 2<|end_of_query|>"
+
+    def played(end: str) -> tuple[Any, ...]:
+        env.reset(seed=1)
+        for _ in range(2):
+            env.step(query)
+        return env.truncate("length") if end == "cut" else env.step(end)
+
+    *cut, info = played("cut")
+    *said, other = played("I do not know")
+    assert cut == ["", earned, False, True]
+    assert said == ["", earned, True, False]
+    assert info["metrics"] == other["metrics"]
+    assert info["metrics"]["searches"] == 2.0
+    assert (info["stop_reason"], info["void"], info.keys()) == ("length", False, other.keys())
+
+
+def test_cutting_before_reset_and_after_the_end_is_refused() -> None:
+    env = make()
+    with pytest.raises(EpisodeError, match="call reset first"):
+        env.truncate()
+    env.reset(seed=1)
+    env.step(answer("x"))
+    with pytest.raises(EpisodeError, match=r"over \(answer\)"):
+        env.truncate("length")
+
+
+def test_wrappers_let_it_through() -> None:
+    env = gym.make("SearchQA-v0", dataset=DATASET, retriever=Engine())
+    env.reset(seed=1)
+    assert env.get_wrapper_attr("truncate")("length")[3] is True
+
+
+def test_no_passage_eats_an_episode() -> None:
+    env = make(max_passage_chars=20)
+    env.reset(seed=1)
+    seen, *_, info = env.step(search("1 " + "long " * 50 + "2"))
+    assert info["passage_ids"] == ("p1", "p2")
+    passages = '"Title 1"\nAbout 1 long  […]\n\n"Title 2"\nAbout 1 long  […]'
+    assert seen == f" <result>\n{passages}\n</result>"
+    assert env.provenance()["limits"].endswith(", max_passage_chars 20")
+
+    env = make(retriever=Long())
+    env.reset(seed=1)
+    seen, *_ = env.step(search("1"))
+    assert len(seen) == len(' <result>\n"Title 1"\n […]\n</result>') + 10_000 - len("Title 1")
+
+
+class Long(Engine):
+    """Finds a passage of 9,000 words."""
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+        return [[hit(1, "word " * 9_000)] for _ in queries]
 
 
 def test_a_failing_engine_voids_the_episode_and_shows_nothing() -> None:

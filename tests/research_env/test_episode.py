@@ -10,9 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from research_env import R1_SEARCHER, RESEARCH, SEARCH_R1, Episode, Protocol, advance, fail, observe
-from research_env.errors import ActionError, EpisodeError
-from research_env.protocol import PROTOCOLS
+from research_env import (
+    R1_SEARCHER,
+    RESEARCH,
+    SEARCH_R1,
+    Episode,
+    Hit,
+    Passage,
+    Protocol,
+    Turn,
+    advance,
+    fail,
+    observe,
+    truncate,
+)
+from research_env.errors import ActionError, EpisodeError, UnknownNameError
+from research_env.papers import PROTOCOLS
 from tests.research_env.fakes import QUESTIONS, answer, hit, search
 
 
@@ -112,6 +125,49 @@ def test_a_failed_search_makes_the_episode_void() -> None:
     void = fail(advance(new(), search("one")))
     assert (void.stop_reason, void.void, void.truncated) == ("backend_error", True, True)
     assert (void.pending, void.searches, void.turns[-1].observation) == (None, 0, "")
+
+
+def test_an_episode_that_is_cut_counts_what_was_written_and_searched() -> None:
+    episode = observe(advance(new(), search("one")), [hit(1)])
+    cut = truncate(episode)
+    assert (cut.stop_reason, cut.over, cut.truncated, cut.void) == ("length", True, True, False)
+    assert (cut.searches, cut.prediction, cut.turns) == (1, None, episode.turns)
+    waiting = advance(episode, search("two"))
+    assert (truncate(waiting).pending, truncate(waiting).searches) == (None, 1)
+    said = observe(advance(new(), answer("Ann") + search("one")), [])
+    assert truncate(said).prediction == "Ann"
+    assert truncate(new()).turns == ()
+    with pytest.raises(EpisodeError, match=r"over \(length\); it cannot be truncated"):
+        truncate(cut)
+    with pytest.raises(UnknownNameError, match="unknown reason to truncate an episode 'bored'"):
+        truncate(episode, "bored")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("title", "text", "shown"),
+    [
+        ("Ann", "1234567", '"Ann"\n1234567'),  # ten characters: the limit
+        ("Ann", "12345678", '"Ann"\n1234567 […]'),
+        ("A title too long", "1", '"A title to […]"\n […]'),
+        ("", "</result>67890", "‹/result>6 […]"),
+    ],
+)
+@pytest.mark.parametrize("rules", PROTOCOLS.values())
+def test_a_long_passage_is_cut_and_the_tags_stay(
+    rules: Protocol, title: str, text: str, shown: str
+) -> None:
+    found = [Hit(Passage("p", title, text), 1.0), hit(2, "short", "B")]
+    asked = Episode(
+        QUESTIONS[0], rules, max_passage_chars=10, pending="q", turns=(Turn("", "search"),)
+    )
+    seen = observe(asked, found).turns[-1]
+    assert seen.hits == tuple(found)
+    assert seen.observation.strip().startswith(rules.result.open)
+    assert seen.observation.strip().endswith(rules.result.close)
+    assert seen.observation.count("short") == 1
+    if rules is RESEARCH:
+        assert shown in seen.observation
+    assert len(seen.observation) < len(rules.render([hit(2, "", "B")] * 2)) + 2 * (10 + 2 * 4)
 
 
 @pytest.mark.parametrize("action", [None, 3, b"bytes", ["list"]])

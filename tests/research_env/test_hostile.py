@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from research_env import Hit, Passage, Protocol
 from research_env.env import SearchQAEnv
 from research_env.errors import ActionError, RetrievalError
-from research_env.protocol import PROTOCOLS
+from research_env.papers import PROTOCOLS
 from research_env.rewards import REWARDS
 from tests.research_env.fakes import DATASET, Engine
 

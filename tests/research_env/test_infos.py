@@ -9,7 +9,7 @@ from gymnasium.vector import VectorEnv
 from hypothesis import given
 from hypothesis import strategies as st
 
-from research_env.infos import batched_infos
+from research_env.vector_env import batched_infos
 
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "text": st.text(max_size=3),

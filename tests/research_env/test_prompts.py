@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from research_env import SEARCH_R1
 from research_env.errors import UnknownNameError
-from research_env.prompts import TEMPLATES, messages, prompt
-from research_env.protocol import PROTOCOLS, SEARCH_R1
+from research_env.papers import PROTOCOLS, protocol
+from research_env.protocol import Protocol
 
 QUESTION = "Who was president when Citibank was founded?"
 
@@ -27,7 +29,7 @@ DIGESTS = {
 
 @pytest.mark.parametrize(("protocol", "template"), DIGESTS)
 def test_the_prompts_are_the_authors_to_the_letter(protocol: str, template: str) -> None:
-    text = prompt(protocol, template, "Q?")
+    text = PROTOCOLS[protocol].prompt(template, "Q?")
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == DIGESTS[protocol, template]
 
 
@@ -45,26 +47,26 @@ def test_the_prompts_are_the_authors_to_the_letter(protocol: str, template: str)
 def test_a_prompt_starts_and_ends_as_printed(
     protocol: str, template: str, start: str, end: str
 ) -> None:
-    text = prompt(protocol, template, QUESTION)
+    text = PROTOCOLS[protocol].prompt(template, QUESTION)
     assert text.startswith(start)
     assert text.endswith(end)
 
 
 def test_instruct_messages_have_the_roles_of_the_authors_code() -> None:
     def roles(protocol: str) -> list[str]:
-        return [message["role"] for message in messages(protocol, "instruct", QUESTION)]
+        return [message["role"] for message in PROTOCOLS[protocol].messages("instruct", QUESTION)]
 
     assert roles("research") == ["system", "user"]
     assert roles("r1-searcher") == ["system", "user", "assistant"]
     assert roles("search-r1") == ["user"]
-    assert messages("research", "instruct", QUESTION)[1]["content"] == QUESTION
-    assert messages("r1-searcher", "instruct", QUESTION)[2]["content"] == "<think>"
+    assert PROTOCOLS["research"].messages("instruct", QUESTION)[1]["content"] == QUESTION
+    assert PROTOCOLS["r1-searcher"].messages("instruct", QUESTION)[2]["content"] == "<think>"
 
 
-@pytest.mark.parametrize("protocol", [*PROTOCOLS, SEARCH_R1, "one-of-your-own"])
-def test_every_protocol_has_the_bare_question(protocol: str) -> None:
-    assert prompt(protocol, "question", QUESTION) == f"{QUESTION}\n"
-    assert messages(protocol, "question", "q") == [{"role": "user", "content": "q\n"}]
+@pytest.mark.parametrize("rules", [*PROTOCOLS.values(), replace(SEARCH_R1, prompts={})])
+def test_every_protocol_has_the_bare_question(rules: Protocol) -> None:
+    assert rules.prompt("question", QUESTION) == f"{QUESTION}\n"
+    assert rules.messages("question", "q") == [{"role": "user", "content": "q\n"}]
 
 
 @pytest.mark.parametrize(
@@ -72,25 +74,30 @@ def test_every_protocol_has_the_bare_question(protocol: str) -> None:
     [("who is it", "who is it?"), ("  who is it?  ", "who is it?"), ("", "?"), ("why??", "why??")],
 )
 def test_search_r1_completes_the_question(question: str, shown: str) -> None:
-    assert prompt("search-r1", "base", question).endswith(f"</answer>. Question: {shown}\n")
+    assert (
+        PROTOCOLS["search-r1"].prompt("base", question).endswith(f"</answer>. Question: {shown}\n")
+    )
 
 
 @pytest.mark.parametrize("template", ["base", "instruct"])
 @pytest.mark.parametrize("protocol", ["research", "r1-searcher"])
 @given(question=st.text(max_size=30) | st.sampled_from(["{question}", "{0}", "{", "%s", "\\1"]))
 def test_nothing_in_a_question_is_syntax(protocol: str, template: str, question: str) -> None:
-    marked = prompt(protocol, template, "\N{SNOWMAN}")
-    assert prompt(protocol, template, question) == marked.replace("\N{SNOWMAN}", question)
+    marked = PROTOCOLS[protocol].prompt(template, "\N{SNOWMAN}")
+    assert PROTOCOLS[protocol].prompt(template, question) == marked.replace("\N{SNOWMAN}", question)
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_a_protocol_and_its_name_give_the_same_prompt(protocol: str, template: str) -> None:
-    assert prompt(PROTOCOLS[protocol], template, "q") == prompt(protocol, template, "q")
+def test_a_protocol_of_ones_own_may_bring_its_prompt() -> None:
+    mine = replace(
+        SEARCH_R1, name="mine", prompts={"base": (("user", "Find {question}!"),)}, asker=str
+    )
+    assert mine.prompt("base", "it") == "Find it!"
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown template 'bse'.*instruct.*'base'"):
-        prompt("research", "bse", "q")
+        PROTOCOLS["research"].prompt("bse", "q")
     with pytest.raises(UnknownNameError, match=r"unknown protocol 'reserch'.*r1-searcher"):
-        messages("reserch", "base", "q")
+        protocol("reserch")
+    with pytest.raises(UnknownNameError, match=r"template of the protocol 'mine'.*question"):
+        replace(SEARCH_R1, name="mine", prompts={}).messages("base", "q")

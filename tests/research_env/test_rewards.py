@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from research_env.episode import Episode
 from research_env.errors import ConfigurationError, UnknownNameError
-from research_env.protocol import PROTOCOLS
+from research_env.papers import PROTOCOLS
 from research_env.retrieval.base import Hit, Passage
 from research_env.rewards import REWARDS, episode_metrics, reward
 from tests.research_env.playing import PLAIN, play

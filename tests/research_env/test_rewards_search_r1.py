@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pytest
 
-from research_env.protocol import SEARCH_R1
+from research_env import SEARCH_R1
 from research_env.rewards import reward
 from tests.research_env.playing import play
 

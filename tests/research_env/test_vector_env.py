@@ -47,6 +47,91 @@ class Gate(Engine):
         return super().search(queries, top_k)
 
 
+# --- cutting and branching ------------------------------------------------------------------------
+
+
+def test_cutting_gives_what_single_environments_give() -> None:
+    env, single = (
+        make(3, reward="f1-0.5*searches"),
+        SearchQAEnv(dataset=DATASET, retriever=Engine(), reward="f1-0.5*searches"),
+    )
+    env.reset(seed=1)
+    env.step([search("1")] * 3)
+    results = env.truncate([2, 0], "length")
+    assert [result.env_id for result in results] == [2, 0]
+    for result in results:
+        single.reset(seed=1, options={"episode": result.env_id})
+        single.step(search("1"))
+        assert result[1:] == single.truncate("length")
+        assert (result.reward, result.info["stop_reason"]) == (-0.5, "length")
+    with pytest.raises(EpisodeError, match=r"over \(length\)"):
+        env.truncate([1, 0])
+    assert env.episodes[1] is not None
+    assert not env.episodes[1].over
+    env.close()
+
+
+def test_cutting_drops_what_is_in_flight() -> None:
+    engine = Gate()
+    env = make(2, retriever=engine)
+    env.reset(seed=1)
+    env.send([0, 1], [search("1"), answer("x")])
+    (cut,) = env.truncate([0])
+    assert (cut.info["stop_reason"], cut.info["metrics"]["searches"]) == ("length", 0.0)
+    engine.opened.set()
+    assert [result.env_id for result in env.recv(timeout=PATIENCE)] == [1]
+    assert env.recv(timeout=0) == []
+    env.close()
+
+
+def test_cutting_in_same_step_mode_starts_the_next_episode() -> None:
+    env = make(1, autoreset_mode="SameStep")
+    env.reset(seed=1)
+    (cut,) = env.truncate([0])
+    assert (cut.truncated, cut.info["final_info"]["stop_reason"]) == (True, "length")
+    assert env.episodes[0] is not None
+    assert not env.episodes[0].over
+    env.close()
+
+
+def test_branches_continue_from_the_present_state() -> None:
+    env = make(4)
+    env.reset(seed=1)
+    env.step([search("1"), search("2"), answer("x"), search("3")])
+    before = env.episodes
+    env.send([3], [search("4")])
+    env.branch(0, [2, 3, 0])
+    assert env.episodes == (before[0], before[1], before[0], before[0])
+    assert env.recv(timeout=0) == []
+    question = env.episodes[0].question  # type: ignore[union-attr]
+    env.send([2, 3], [answer(question.answers[0]), answer("x")])
+    rewards = {result.env_id: result.reward for result in env.recv(timeout=PATIENCE, min_results=2)}
+    assert rewards == {2: 1.0, 3: 0.1}
+    env.step([search("5")] * 2 + [""] * 2, mask=[True, True, False, False])
+    assert [len(episode.turns) for episode in env.episodes if episode] == [2, 2, 2, 2]
+    env.close()
+
+
+def test_what_cannot_branch_is_refused_and_changes_nothing() -> None:
+    env = make(3)
+    with pytest.raises(EpisodeError, match="0 has no episode yet"):
+        env.branch(0, [1])
+    env.reset(seed=1)
+    env.step([search("1"), answer("x"), search("1")])
+    env.send([2], [search("2")])
+    before = env.episodes
+    for source, targets, message in (
+        (1, [0], "1 cannot branch: its episode is over"),
+        (2, [0], "2 has sent an action"),
+        (0, [1, 3], "no sub-environment 3"),
+        (5, [1], "no sub-environment 5"),
+    ):
+        with pytest.raises(EpisodeError, match=message):
+            env.branch(source, targets)
+    assert env.episodes == before
+    env.close()
+
+
 # --- lockstep ------------------------------------------------------------------------------------
 
 
@@ -195,7 +280,7 @@ def test_a_failed_search_voids_its_own_episode_only() -> None:
         ({"num_envs": 0}, ConfigurationError, "at least 1"),
         ({"max_batch": 0}, ConfigurationError, "at least 1"),
         ({"max_wait": -1.0}, ConfigurationError, "at least 0"),
-        ({"remember": -1}, ConfigurationError, "remember=-1"),
+        ({"cache_size": -1}, ConfigurationError, "cache_size=-1"),
         ({"top_k": 0}, ConfigurationError, "top_k"),
     ],
 )
@@ -247,7 +332,7 @@ def test_results_come_when_they_are_ready() -> None:
 
 def test_identical_queries_in_flight_are_asked_once() -> None:
     engine = Gate()
-    env = make(4, retriever=engine, max_wait=0.0, remember=0)
+    env = make(4, retriever=engine, max_wait=0.0, cache_size=0)
     env.reset(seed=4)
     env.send([0], [search("1")])
     assert engine.asked.acquire(timeout=PATIENCE)  # the engine is now busy with "1"

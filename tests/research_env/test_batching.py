@@ -1,4 +1,4 @@
-"""Merging and remembering spare the engine queries, and change no result."""
+"""Coalescing and caching spare the engine queries, and change no result."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from tests.research_env.fakes import DATASET, Engine, answer, search
 PATIENCE = 20.0  # seconds after which a test that hangs fails
 
 
-def made(engine: Engine, remember: int, **more: Any) -> QueryBatcher[int]:
+def made(engine: Engine, cache_size: int, **more: Any) -> QueryBatcher[int]:
     settings = {"max_batch": 4, "max_wait": 0.0, **more}
-    return QueryBatcher(lambda queries: engine.search(queries, 3), remember=remember, **settings)
+    return QueryBatcher(
+        lambda queries: engine.search(queries, 3), cache_size=cache_size, **settings
+    )
 
 
 def told(found: object) -> object:
@@ -38,13 +40,13 @@ def taken(searches: QueryBatcher[int]) -> tuple[int, Found | Exception]:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def test_a_remembered_query_is_not_asked_again() -> None:
+def test_a_cached_query_is_not_asked_again() -> None:
     engine = Engine()
     searches = made(engine, 10)
     assert searches.ask(["1", "2", "1"]) == Engine().search(["1", "2", "1"], 3)
     assert searches.ask(["2", "3"]) == Engine().search(["2", "3"], 3)
     assert engine.batches == [("1", "2"), ("3",)]
-    assert searches.counts == SearchCounts(searched=3, merged=1, remembered=1)
+    assert searches.counts == SearchCounts(searched=3, coalesced=1, cache_hits=1)
     assert (searches.counts.asked, searches.counts.saved) == (5, 0.4)
     searches.submit(7, "3")
     assert taken(searches) == (7, Engine().search(["3"], 3)[0])
@@ -59,10 +61,10 @@ def test_the_least_recently_used_is_forgotten_first() -> None:
         searches.ask([query])
     # after "1 2 1" the oldest is 2, which 3 replaces; 1 stays; 2 then replaces 3
     assert engine.batches == [("1",), ("2",), ("3",), ("2",), ("3",)]
-    assert searches.counts == SearchCounts(searched=5, merged=0, remembered=2)
+    assert searches.counts == SearchCounts(searched=5, coalesced=0, cache_hits=2)
 
 
-def test_failures_are_never_remembered() -> None:
+def test_failures_are_never_cached() -> None:
     engine = Engine()
     searches = made(engine, 10)
     for _ in range(2):
@@ -78,7 +80,7 @@ def test_failures_are_never_remembered() -> None:
     searches.close()
 
 
-def test_hits_of_an_empty_result_are_remembered_too() -> None:
+def test_hits_of_an_empty_result_are_cached_too() -> None:
     engine = Engine()
     searches = made(engine, 10)
     assert searches.ask(["nothing"]) == searches.ask(["nothing"]) == [[]]
@@ -94,15 +96,15 @@ def test_callers_may_change_their_lists() -> None:
         found.clear()
 
 
-def test_without_memory_nothing_is_remembered() -> None:
+def test_without_memory_nothing_is_cached() -> None:
     engine = Engine()
     searches = made(engine, 0)
     assert searches.ask(["1", "1"]) == searches.ask(["1", "1"])
     assert engine.batches == [("1",), ("1",)]
-    assert searches.counts == SearchCounts(searched=2, merged=2, remembered=0)
+    assert searches.counts == SearchCounts(searched=2, coalesced=2, cache_hits=0)
 
 
-def test_queries_in_flight_are_merged_and_then_remembered() -> None:
+def test_queries_in_flight_are_coalesced_and_then_cached() -> None:
     opened, asked = threading.Event(), threading.Semaphore(0)
 
     class Gate(Engine):
@@ -123,7 +125,7 @@ def test_queries_in_flight_are_merged_and_then_remembered() -> None:
     searches.submit(4, "1")
     assert taken(searches)[0] == 4
     assert engine.batches == [("1",)]
-    assert searches.counts == SearchCounts(searched=1, merged=3, remembered=1)
+    assert searches.counts == SearchCounts(searched=1, coalesced=3, cache_hits=1)
     searches.close()
     searches.close()
 
@@ -153,9 +155,9 @@ def test_nothing_asked_is_nothing_saved() -> None:
 QUERIES = st.lists(st.sampled_from(["1", "2", "3", "1 2", "fail 3", "", "none"]), max_size=8)
 
 
-@given(steps=st.lists(QUERIES, max_size=6), remember=st.integers(0, 4))
-def test_what_is_found_is_what_the_engine_says(steps: list[list[str]], remember: int) -> None:
-    searches = made(Engine(), remember)
+@given(steps=st.lists(QUERIES, max_size=6), cache_size=st.integers(0, 4))
+def test_what_is_found_is_what_the_engine_says(steps: list[list[str]], cache_size: int) -> None:
+    searches = made(Engine(), cache_size)
     for queries in steps:
         expected = [told(found) for found in Engine().search(queries, 3)]
         assert [told(found) for found in searches.ask(queries)] == expected
@@ -174,10 +176,10 @@ ACTIONS = st.sampled_from(
 STEPS = st.lists(st.lists(ACTIONS, min_size=N, max_size=N), max_size=8)
 
 
-def played(steps: list[list[str]], remember: int, background: bool) -> list[Any]:
+def played(steps: list[list[str]], cache_size: int, background: bool) -> list[Any]:
     """All that a run of episodes shows, whichever way its steps are taken."""
     env = SearchQAVectorEnv(
-        N, dataset=DATASET, retriever=Engine(), remember=remember, max_wait=0.0, max_searches=3
+        N, dataset=DATASET, retriever=Engine(), cache_size=cache_size, max_wait=0.0, max_searches=3
     )
     seen: list[Any] = [env.reset(seed=3)[0]]
     for actions in steps:
@@ -190,7 +192,7 @@ def played(steps: list[list[str]], remember: int, background: bool) -> list[Any]
             rows = zip(observations, rewards.tolist(), ends.tolist(), cuts.tolist(), strict=True)
             seen.append(list(rows))
     counts = env.search_counts
-    assert counts.remembered == 0 or remember > 0
+    assert counts.cache_hits == 0 or cache_size > 0
     env.close()
     return seen
 
@@ -258,11 +260,11 @@ def test_an_engine_is_asked_by_as_many_threads_as_it_says(in_flight: int | None,
     env.close()
 
 
-@given(steps=STEPS, remember=st.integers(1, 5), background=st.booleans())
+@given(steps=STEPS, cache_size=st.integers(1, 5), background=st.booleans())
 def test_episodes_are_the_same_with_and_without_memory(
-    steps: list[list[str]], remember: int, background: bool
+    steps: list[list[str]], cache_size: int, background: bool
 ) -> None:
-    assert played(steps, remember, background) == played(steps, 0, False)
+    assert played(steps, cache_size, background) == played(steps, 0, False)
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -278,6 +280,6 @@ def test_environments_tell_what_was_saved(background: bool) -> None:
                 env.recv(timeout=PATIENCE)
         else:
             env.step(actions)
-    merged = 0 if background else 2
-    assert env.search_counts == SearchCounts(2, merged, 6 - merged)
+    coalesced = 0 if background else 2
+    assert env.search_counts == SearchCounts(2, coalesced, 6 - coalesced)
     env.close()

@@ -1,0 +1,63 @@
+"""Text that cannot be mistaken for markup, and spans between marks."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import NamedTuple
+
+
+class Tag(NamedTuple):
+    """The marks that open and close a span of text."""
+
+    open: str
+    close: str
+
+
+def between(text: str, tag: Tag) -> str | None:
+    """The first span between two marks, or None."""
+    start = text.find(tag.open)
+    end = text.find(tag.close, start + len(tag.open)) if start >= 0 else -1
+    return text[start + len(tag.open) : end] if end >= 0 else None
+
+
+# Bytes of UTF-8 that a text must hold before it can need a change: "<", the backslash, control
+# characters, and the first byte of two-byte controls (C2) and of surrogates (ED).
+_SUSPECT = bytes((*range(9), *range(11, 32), 0x3C, 0x5C, 0x7F, 0xC2, 0xED))
+_TAG = re.compile(r"<(?![\s\d=-]|\Z)")
+_BOX = re.compile(r"\\(?=[bf]box|boxed)")
+_NEWLINE = re.compile(r"\r\n?")
+_KEPT_LENGTH = 2_000  # characters
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def clean(text: str) -> str:
+    """Replace control characters and lone surrogates by U+FFFD, so that any engine takes the text.
+
+    Tabs and line feeds stay; a carriage return becomes a line feed.
+    """
+    raw = text.encode("utf-8", "surrogatepass")
+    if len(raw.translate(None, _SUSPECT)) == len(raw):
+        return text
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _NEWLINE.sub("\n", text))
+
+
+def defuse(text: str) -> str:
+    r"""Make a retrieved text harmless: after it no tag, chat token or ``\boxed`` is left.
+
+    An angle bracket that could open a tag becomes ``‹`` (so ``</search>`` reads ``‹/search>``,
+    ``<|im_end|>`` reads ``‹|im_end|>``, and ``a < b`` stays); the backslash of ``\boxed`` and
+    ``\fbox`` becomes ``∖``; control characters become U+FFFD. A text without any of these, the
+    ordinary case, is returned as it is.
+    """
+    # A group of samples reads the same passages again and again; very long ones are not kept.
+    return _defused(text) if len(text) <= _KEPT_LENGTH else _defused.__wrapped__(text)
+
+
+@lru_cache(maxsize=4096)
+def _defused(text: str) -> str:
+    raw = text.encode("utf-8", "surrogatepass")
+    if len(raw.translate(None, _SUSPECT)) == len(raw):
+        return text
+    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _NEWLINE.sub("\n", text))
+    return _BOX.sub("∖", _TAG.sub("‹", text))

@@ -1,0 +1,35 @@
+"""The papers whose protocol, prompts and rewards are implemented, one module each.
+
+A new paper is one module with a ``PAPER``, and its name in ``_MODULES``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from research_env.errors import UnknownNameError
+from research_env.papers.base import Paper
+from research_env.protocol import Protocol
+
+_MODULES = (
+    "research",
+    "r1_searcher",
+    "search_r1",
+)
+
+_FOUND: list[Paper] = [import_module(f"{__name__}.{name}").PAPER for name in _MODULES]
+PAPERS: dict[str, Paper] = {paper.protocol.name: paper for paper in _FOUND}
+PROTOCOLS: dict[str, Protocol] = {name: paper.protocol for name, paper in PAPERS.items()}
+
+
+def protocol(name: str | Protocol) -> Protocol:
+    """The protocol of that name; a :class:`Protocol` is returned as it is.
+
+    Raises:
+        UnknownNameError: there is no protocol of that name.
+    """
+    if isinstance(name, Protocol):
+        return name
+    if not isinstance(name, str) or name not in PROTOCOLS:
+        raise UnknownNameError("protocol", name, PROTOCOLS)
+    return PROTOCOLS[name]

@@ -1,0 +1,254 @@
+"""R1-Searcher (Song et al. 2025): tags, parser, prompts and rewards.
+
+Both of its prompts end in ``<think>``, so its responses open no think tag of their own.
+
+References:
+    "R1-Searcher: Incentivizing the Search Capability in LLMs via Reinforcement Learning"
+    (arXiv:2503.05592); the code of RUCAIBox/R1-Searcher: the experience maker,
+    ``openrlhf/datasets/prompts_dataset.py`` (the prompts, word for word) and
+    ``train/reward_server_*.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from research_env.episode import Episode
+from research_env.markup import Tag, defuse
+from research_env.metrics import cover_exact_match, exact_match, f1, normalize_r1_searcher
+from research_env.papers.base import Paper, blank_transcript, once_per_episode
+from research_env.protocol import Parsed, Protocol, answer_or_invalid
+from research_env.retrieval.base import Hit
+
+_CHINESE = re.compile("[\u4e00-\u9fff]")
+
+_BASE = (
+    "The User asks a question, and the Assistant solves it.\n"
+    "The Assistant first thinks about the reasoning process in the mind and then provides the User "
+    "with the final answer.\n"
+    "The output format of reasoning process and final answer are enclosed within <think> </think> "
+    'and <answer> </answer> tags, respectively, i.e., "<think> reasoning process here </think>\n'
+    "\n"
+    '<answer> final answer here </answer>".\n'
+    "During the thinking process, **the Assistant can perform searching** for uncertain knowledge "
+    'if necessary with the format of "<|begin_of_query|> search query (only list keywords, such as '
+    '**"keyword_1 keyword_2 ..."**)<|end_of_query|>". **A query must involve only a single '
+    "triple**.\n"
+    "Then, the search system will provide the Assistant with the retrieval information with the "
+    'format of "<|begin_of_documents|> ...search results... <|end_of_documents|>".\n'
+    "\n"
+    "User:{question}\n"
+    "Assistant: <think>"
+)
+
+_SYSTEM = (
+    "You are a helpful assistant.\n"
+    "Given a question, you should answer it by first thinking about the reasoning process in the "
+    "mind and then providing the final answer.\n"
+    "The output format of reasoning process and final answer are enclosed within <think> </think> "
+    'and <answer> </answer> tags, respectively, i.e., "<think> reasoning process here </think>\n'
+    "\n"
+    '<answer> final answer here </answer>".\n'
+    "During the thinking process, **you can perform searching for uncertain knowledge** if "
+    'necessary with the format of "<|begin_of_query|> search query (only list keywords, such as '
+    '**"keyword_1 keyword_2 ..."**)<|end_of_query|>". **A query must involve only a single '
+    "triple**.\n"
+    "Then, the search system will provide you with the retrieval information with the format of "
+    '"<|begin_of_documents|> ...search results... <|end_of_documents|>".'
+)
+
+
+def _parse_r1_searcher(protocol: Protocol, text: str) -> Parsed:
+    """The last query before the terminator, without double quotes; an empty one is invalid."""
+    tag = protocol.query
+    if text.endswith(tag.close):
+        start = text.rfind(tag.open)
+        end = len(text) - len(tag.close)
+        words = text[start + len(tag.open) : end].replace('"', "").split() if start >= 0 else []
+        return Parsed("search", " ".join(words)) if words else Parsed("invalid")
+    return answer_or_invalid(protocol, text)
+
+
+def _render_r1_searcher(protocol: Protocol, hits: Sequence[Hit]) -> str:
+    """Numbered lines of title and text, as in the authors' corpus of abstracts; else "None"."""
+    documents = "".join(
+        f"({number})Title: {defuse(hit.passage.title)} Text: {defuse(hit.passage.text)}\n"
+        for number, hit in enumerate(hits, 1)
+    )
+    return f"\n\n{protocol.result.open}\n{documents or 'None'}{protocol.result.close}\n\n"
+
+
+def _extract_after_last_tag(protocol: Protocol, response: str) -> str | None:
+    """What follows the last opening mark, up to a closing one; both must occur somewhere."""
+    tag = protocol.answer
+    if tag.open not in response or tag.close not in response:
+        return None
+    return response.rsplit(tag.open, 1)[1].split(tag.close, 1)[0].strip()
+
+
+R1_SEARCHER = Protocol(
+    name="r1-searcher",
+    think=Tag("<think>", "</think>"),
+    query=Tag("<|begin_of_query|>", "<|end_of_query|>"),
+    result=Tag("<|begin_of_documents|>", "<|end_of_documents|>"),
+    answer=Tag("<answer>", "</answer>"),
+    terminators=("<|end_of_query|>",),
+    parser=_parse_r1_searcher,
+    renderer=_render_r1_searcher,
+    extractor=_extract_after_last_tag,
+    prompts={
+        "base": (("user", _BASE),),
+        "instruct": (("system", _SYSTEM), ("user", "{question}"), ("assistant", "<think>")),
+    },
+    max_searches=8,
+    top_k=3,
+    reward="r1-searcher-stage2",
+)
+
+
+def r1_searcher_stage1(episode: Episode) -> float:
+    """R1-Searcher's first stage: learn to retrieve, and the format.
+
+    ``r = (1 if the answer covers the gold, else -1) + 0.5 [retrieved] + 0.5 [format]``. Covering is
+    cover exact match with the first gold; no complete answer tag counts as not covering. Retrieved:
+    at least one search, and every query mark has its documents. Format: no ``<think>`` (the prompt
+    ends in it), one ``</think>``, one ``<answer>``, one ``</answer>``. The paper prints the two
+    halves only; the first term is the authors' code.
+
+    Source: RUCAIBox/R1-Searcher, ``train/reward_server_llama_stage1.py``.
+    """
+    text = blank_transcript(episode)
+    covered = cover_exact_match(
+        episode.prediction, episode.question.answers[:1], normalize_r1_searcher
+    )
+    retrieved = episode.protocol.query.open in text and _queries_match_documents(episode, text)
+    return 2.0 * covered - 1.0 + 0.5 * retrieved + 0.5 * _one_thought_one_answer(episode, text)
+
+
+def r1_searcher_stage2(episode: Episode) -> float:
+    """R1-Searcher's second stage: F1 with the first gold, less 2 where the format is broken.
+
+    ``r = F1(a_pred, a_gold) - 2 [not format]``, see `r1_searcher_format`. The normalisation is
+    `metrics.normalize_r1_searcher`. For Llama see `r1_searcher_stage2_llama`.
+
+    Source: RUCAIBox/R1-Searcher, ``train/reward_server_qwen_zero.py``.
+    """
+    score = f1(episode.prediction, episode.question.answers[:1], normalize_r1_searcher)
+    return score - _r1_searcher_penalty(episode)
+
+
+def r1_searcher_stage2_cem(episode: Episode) -> float:
+    """`r1_searcher_stage2` with cover exact match in place of F1.
+
+    Source: Song et al. 2025, "R1-Searcher", the study of rewards; ``cover_exact_match_score_1`` of
+    ``train/reward_server_qwen_zero.py``.
+    """
+    score = cover_exact_match(
+        episode.prediction, episode.question.answers[:1], normalize_r1_searcher
+    )
+    return score - _r1_searcher_penalty(episode)
+
+
+def r1_searcher_stage2_em(episode: Episode) -> float:
+    """`r1_searcher_stage2` with exact match in place of F1.
+
+    Source: Song et al. 2025, "R1-Searcher", the study of rewards; ``exact_match_score`` of
+    ``train/reward_server_qwen_zero.py``.
+    """
+    score = exact_match(episode.prediction, episode.question.answers[:1], normalize_r1_searcher)
+    return score - _r1_searcher_penalty(episode)
+
+
+def r1_searcher_stage2_llama(episode: Episode) -> float:
+    """R1-Searcher's second stage for Llama: F1 with the first gold, less 1 for a broken format.
+
+    Of the format (`r1_searcher_format`) only the tags are looked at, and Chinese characters.
+
+    Source: RUCAIBox/R1-Searcher, ``train/reward_server_llama_stage2.py``.
+    """
+    text = blank_transcript(episode)
+    well_formed = (
+        _queries_match_documents(episode, text)
+        and _one_thought_one_answer(episode, text)
+        and not _CHINESE.search(_without_documents(episode, text))
+    )
+    score = f1(episode.prediction, episode.question.answers[:1], normalize_r1_searcher)
+    return score - (0.0 if well_formed else 1.0)
+
+
+@once_per_episode
+def r1_searcher_format(episode: Episode) -> bool:
+    """Whether a response has the format of R1-Searcher's second stage.
+
+    Every query mark has its documents; no ``<think>`` (the prompt ends in it), one ``</think>``,
+    one ``<answer>``, one ``</answer>``; no query or documents inside the answer, which has at most
+    ten words; neither "assistant" nor "Assistant" anywhere; and no Chinese character but in
+    documents. No search at all is allowed, text after the answer too, and so is an episode that was
+    cut short: only the tags count.
+
+    Source: ``MathRuleProxy.get_reward`` of ``train/reward_server_qwen_zero.py``. The authors look
+    for "assistant" in retrieved documents as well: of the 625 trajectories of their model that they
+    published, 23 lose 2 by that.
+    """
+    text, answer = blank_transcript(episode), episode.prediction or ""
+    return (
+        _queries_match_documents(episode, text)
+        and _one_thought_one_answer(episode, text)
+        and "assistant" not in text
+        and "Assistant" not in text
+        and "begin_of_query" not in answer
+        and "begin_of_documents" not in answer
+        and len(answer.split()) <= 10
+        and (text.isascii() or not _CHINESE.search(_without_documents(episode, text)))
+    )
+
+
+def _r1_searcher_penalty(episode: Episode) -> float:
+    return 0.0 if r1_searcher_format(episode) else 2.0
+
+
+def _queries_match_documents(episode: Episode, text: str) -> bool:
+    query, result = episode.protocol.query, episode.protocol.result
+    marks = (
+        query.open,
+        query.close,
+        result.open,
+        result.close,
+        f"{result.open}\n",
+        f"{result.open}\n(1)",
+        f"{result.close}\n\n",
+    )
+    return len({text.count(mark) for mark in marks}) == 1
+
+
+def _one_thought_one_answer(episode: Episode, text: str) -> bool:
+    think, answer = episode.protocol.think, episode.protocol.answer
+    marks = (think.open, think.close, answer.open, answer.close)
+    return [text.count(mark) for mark in marks] == [0, 1, 1, 1]
+
+
+def _without_documents(episode: Episode, text: str) -> str:
+    """The text less every span from an opening mark of documents to the next closing one."""
+    result = episode.protocol.result
+    kept, at = [], 0
+    while (start := text.find(result.open, at)) >= 0:
+        end = text.find(result.close, start)
+        if end < 0:
+            break
+        kept.append(text[at:start])
+        at = end + len(result.close)
+    return "".join((*kept, text[at:]))
+
+
+PAPER = Paper(
+    protocol=R1_SEARCHER,
+    rewards={
+        "r1-searcher-stage1": r1_searcher_stage1,
+        "r1-searcher-stage2": r1_searcher_stage2,
+        "r1-searcher-stage2-cem": r1_searcher_stage2_cem,
+        "r1-searcher-stage2-em": r1_searcher_stage2_em,
+        "r1-searcher-stage2-llama": r1_searcher_stage2_llama,
+    },
+    follows_format=r1_searcher_format,
+)

@@ -1,0 +1,201 @@
+"""Continuing a run: what may change, what may not, and what a damaged or foreign folder does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from research_agent.cli import main
+from research_agent.files import folder_lock
+from research_agent.run_logger import read_lines
+from tests.research_agent.test_trainer import (
+    flags,
+    letters,
+    metrics,
+    refusal,
+    server,
+    wait_for_step,
+)
+
+__all__ = ["letters", "server"]
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def run(letters: Path, tmp_path: Path) -> Path:
+    """The folder of a run with two steps and a checkpoint after each."""
+    main(flags(letters, tmp_path / "run", "--steps", "2", "--save-every", "1"))
+    return tmp_path / "run"
+
+
+def continued(letters: Path, run: Path, *more: str) -> list[str]:
+    return flags(letters, run, "--steps", "3", "--save-every", "1", *more)
+
+
+NEUTRAL = [
+    ("--micro-batch-tokens 50", "learner.micro_batch_tokens"),
+    ("--packing on", "learner.packing"),
+    ("--gradient-checkpointing", "learner.gradient_checkpointing"),
+    ("--max-in-flight 3", "sampling.max_in_flight"),
+    ("--max-prompt 9", "sampling.max_prompt"),
+]
+
+
+@pytest.mark.parametrize(("words", "name"), NEUTRAL)
+def test_settings_of_memory_and_speed_may_change(
+    letters: Path, run: Path, words: str, name: str
+) -> None:
+    main(continued(letters, run, *words.split()))
+    assert metrics(run)[-1]["step"] == 3
+    (change,) = read_lines(run / "changes.jsonl")
+    assert change["step"] == 2
+    assert list(change["neutral"]) == [name]
+    assert change["results"] == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("--learning-rate 0.5", "learner.learning_rate"),
+        ("--max-prompt 7", "sampling.max_prompt"),
+        ("--env-args turns=1", "environment.env_args"),  # this environment has no provenance
+    ],
+)
+def test_settings_of_the_results_change_on_request_only(
+    letters: Path, run: Path, capsys: Capture, words: str, name: str
+) -> None:
+    more = words.split()
+    said = refusal(capsys, continued(letters, run, *more))
+    assert name in said and "--override" in said
+    assert metrics(run)[-1]["step"] == 2
+    main(continued(letters, run, *more, "--override"))
+    assert metrics(run)[-1]["step"] == 3
+    (change,) = read_lines(run / "changes.jsonl")
+    assert list(change["results"]) == [name]
+
+
+MODULE = """
+import gymnasium as gym
+from gymnasium.spaces import Text
+
+class Named(gym.Env):
+    metadata = {"render_modes": []}
+    num_tasks = 4
+    def __init__(self, data="a", place="here"):
+        self.action_space = self.observation_space = Text(max_length=99)
+        self.found = {"data": open(data).read(), "place: server": place}
+    def provenance(self):
+        return self.found
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return "b=", {}
+    def step(self, action):
+        return "", 1.0, True, False, {}
+
+gym.register("Named-v0", entry_point="named_env:Named")
+"""
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The data of an environment that names what its tasks depend on, and where they are."""
+    (tmp_path / "named_env.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "data").write_text("one")
+    yield tmp_path / "data"
+    sys.modules.pop("named_env", None)
+
+
+def test_provenance_says_whether_an_environment_is_the_same(
+    letters: Path, data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    def words(steps: int, file: Path, place: str) -> list[str]:
+        args = ["--env-args", f"data={file}", f"place={place}", "--steps", str(steps)]
+        return flags(letters, tmp_path / "run", *args, env="named_env:Named-v0")
+
+    main(words(1, data, "here"))
+    moved = tmp_path / "moved"
+    moved.write_text("one")
+    main(words(2, moved, "there"))  # another path and another host, the same data
+    assert metrics(tmp_path / "run")[-1]["step"] == 2
+    moved.write_text("two")  # the same names, other data
+    said = refusal(capsys, words(3, moved, "there"))
+    assert "environment's data: 'one' in the folder, 'two' now" in said
+    assert metrics(tmp_path / "run")[-1]["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors", "state.json"])
+def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_offered(
+    letters: Path, run: Path, capsys: Capture, name: str
+) -> None:
+    newest = run / "checkpoints" / "step-000002"
+    content = bytearray((newest / name).read_bytes())
+    content[-5] ^= 1
+    (newest / name).write_bytes(content)
+    said = refusal(capsys, continued(letters, run))
+    assert name in said or name == "state.json"
+    assert f"delete {newest}" in said and "continue from step-000001" in said
+
+
+def test_a_checkpoint_cannot_name_another_model_to_load(
+    letters: Path, run: Path, capsys: Capture
+) -> None:
+    newest = run / "checkpoints" / "step-000002"
+    for name, change in (("state.json", str(letters)), ("checksums.json", "")):
+        text = (newest / name).read_text()
+        if change:
+            text = text.replace(json.dumps(change), '"/somewhere/else"')
+            (newest / name).write_text(text)
+    _write_checksums(newest)
+    config = json.loads((newest / "state.json").read_text())
+    config["config"]["policy"]["model"] = str(letters)
+    (newest / "state.json").write_text(json.dumps(config))
+    _write_checksums(newest)
+    said = refusal(capsys, continued(letters, run))
+    assert "began with the model '/somewhere/else'" in said
+
+
+def _write_checksums(folder: Path) -> None:
+    from research_agent.checkpoint import CHECKSUMS, _checksums
+
+    (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder)))
+
+
+def test_one_process_trains_into_a_folder(letters: Path, run: Path, capsys: Capture) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from research_agent.files import folder_lock\n"
+        "with folder_lock(Path(sys.argv[1])):\n    print('locked', flush=True); time.sleep(999)"
+    )
+    command = [sys.executable, "-c", code, str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        said = refusal(capsys, continued(letters, run))
+        assert f"process {other.pid} on" in said and "give another --output" in said
+        other.kill()  # a killed process leaves no lock behind
+    main(continued(letters, run))
+    assert metrics(run)[-1]["step"] == 3
+    with folder_lock(run):
+        pass
+
+
+@pytest.mark.slow
+def test_a_hangup_saves(server: Any, letters: Path, tmp_path: Path) -> None:
+    from tests.research_agent.test_trainer import start
+
+    words = flags(letters, tmp_path / "run", "--steps", "100000", "--save-every", "100000")
+    process = start(server, words, tmp_path / "log")
+    wait_for_step(process, tmp_path / "run", 1)
+    os.kill(process.pid, signal.SIGHUP)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGHUP
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
