@@ -1,7 +1,7 @@
 """What MkDocs adds to the pages in docs/: files from elsewhere in the repository, and the API.
 
-Pages link to files of the repository by relative paths, which also work where the repository is read.
-On the site such a link leads to the page made of that file, and a link to a source file becomes text.
+Pages link to files of the repository by relative paths, which also work outside the site. On the
+site such a link leads to the page made of that file, and a link to a source file becomes text.
 """
 
 from __future__ import annotations

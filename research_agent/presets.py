@@ -1,8 +1,8 @@
 """Settings by name: the bundled world, and the papers'.
 
 The papers' presets hold the settings of the paper, or where the paper is silent those of the
-authors' published script; docs/reference/papers.md has them side by side. They need the hardware of the
-paper; every one can be changed by flags.
+authors' published script; docs/reference/papers.md has them side by side. They need the hardware
+of the paper; every one can be changed by flags.
 """
 
 from __future__ import annotations
