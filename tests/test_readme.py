@@ -1,7 +1,7 @@
 """Every command and every Python block of the README and the documentation is run here.
 
-The blocks of a page run in order in one empty folder, as for somebody who follows it for the first time.
-A block that needs a GPU, the hub or hours is marked; of these only the flags are checked.
+The blocks of a page run in order in one empty folder, as for somebody who follows it for the first
+time. A block that needs a GPU, the hub or hours is marked; of these only the flags are checked.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def blocks(document: str) -> list[Block]:
         mark = before.rstrip().rpartition("\n")[2]
         where = f"{document}:{before.count(chr(10)) + 1}"
         found.append(Block(where, match[1], match[2], NOT_RUN not in mark, mark == NEEDS_SERVER))
-    return [block for block in found if block.language in ("bash", "python")]
+    # A block that includes a program of docs/examples is run by tests/docs/test_examples.py.
+    return [b for b in found if b.language in ("bash", "python") and "--8<--" not in b.code]
 
 
 def code_spans(text: str) -> list[str]:
@@ -318,7 +319,7 @@ PROGRAMS = {"research-agent": research_agent, "research-env": research_env}
 
 
 def flags(program: str, verbs: list[str], capsys: pytest.CaptureFixture[str]) -> set[str]:
-    """The flags that a command explains; of ``datasets prepare musique`` those of its first words."""
+    """The flags of a command; its verbs may be two words, such as ``datasets prepare``."""
     for count in (2, 1):
         capsys.readouterr()
         with pytest.raises(SystemExit) as exited:

@@ -21,12 +21,14 @@ STYLE = """
   .page { fill: var(--page); }
   .card { fill: var(--card); stroke: var(--line); }
   .arrow { fill: none; stroke-width: 1.6; marker-end: url(#head); }
-  .agent { stroke: var(--agent); } .world { stroke: var(--world); } .reward { stroke: var(--reward); }
+  .agent { stroke: var(--agent); } .world { stroke: var(--world); }
+  .reward { stroke: var(--reward); }
   text { font: 14px system-ui, -apple-system, "Segoe UI", sans-serif; fill: var(--ink); }
   .title { font-weight: 600; font-size: 15px; }
   .note { fill: var(--quiet); font-size: 12.5px; }
   .code { font: 12.5px ui-monospace, Menlo, Consolas, monospace; }
-  .code.agent { fill: var(--agent); stroke: none; } .code.world { fill: var(--world); stroke: none; }
+  .code.agent { fill: var(--agent); stroke: none; }
+  .code.world { fill: var(--world); stroke: none; }
   .code.reward { fill: var(--reward); stroke: none; }
   #head path { fill: context-stroke; }
 """
