@@ -344,9 +344,13 @@ def test_the_readme_is_short() -> None:
     assert len(text_of("README.md").split()) <= 1000
 
 
-def test_the_picture_of_the_loop_is_what_its_script_draws() -> None:
-    drawn = runpy.run_path(str(ROOT / "docs/pictures/loop.py"))["draw"]()
-    assert (ROOT / "docs/pictures/loop.svg").read_text(encoding="utf-8") == drawn
+@pytest.mark.parametrize("name", ["loop", "demo"])
+def test_a_picture_is_what_its_script_draws(name: str) -> None:
+    script = runpy.run_path(str(ROOT / f"docs/pictures/{name}.py"))
+    data = ROOT / f"docs/pictures/{name}.jsonl"
+    lines = data.read_text(encoding="utf-8").splitlines() if data.exists() else []
+    drawn = script["draw"](*([[json.loads(line) for line in lines]] if lines else []))
+    assert (ROOT / f"docs/pictures/{name}.svg").read_text(encoding="utf-8") == drawn
     assert "prefers-color-scheme: dark" in drawn
 
 
