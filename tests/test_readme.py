@@ -340,6 +340,25 @@ def test_the_tables_name_all_there_is() -> None:
     assert set(ALGORITHMS) <= first_column(text_of("docs/reference/algorithms.md"), "Algorithms")
 
 
+def test_the_names_of_other_trainers_are_ours_and_theirs() -> None:
+    """docs/coming-from.md: our metrics are documented, and TRL's settings are fields of its config.
+
+    The names of verl, prime-rl and SkyRL cannot be checked here; the page says where they are from.
+    """
+    from trl import GRPOConfig
+
+    text = text_of("docs/coming-from.md")
+    settings, metrics = (
+        [row.split("|")[1:-1] for row in re.findall(r"^\| [`o].*\|$", section, re.M)]
+        for section in re.findall(r"^## (?:Settings|Metrics)\n(.*?)(?=^## )", text, re.M | re.S)
+    )
+    theirs = {name for row in settings for name in re.findall(r"`(\w+)[`=]", row[1])}
+    assert len(theirs) > 25
+    assert theirs - {"peft_config", "reward_funcs"} <= GRPOConfig.__dataclass_fields__.keys()
+    ours = {name for row in metrics for name in re.findall(r"`([\w/]+)`", row[0])}
+    assert ours - {"env/searches", "pass_at"} <= documented()
+
+
 def test_the_readme_is_short() -> None:
     assert len(text_of("README.md").split()) <= 1000
 

@@ -46,7 +46,9 @@ def main(address: str) -> None:
     write_lines(Path("passages.jsonl"), PASSAGES)
     write_lines(Path("questions.jsonl"), QUESTIONS)
 
-    done = index_elasticsearch(FileCorpus("passages", "passages.jsonl"), url, Layout(shards=1))
+    done = index_elasticsearch(
+        FileCorpus("passages", Path("passages.jsonl")), url, Layout(shards=1)
+    )
     print(f"{done.passages} passages in {done.index}, {done.sent} of them new")
 
     retriever = open_retriever(url, None)
