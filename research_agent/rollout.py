@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, repeat
 from typing import Any, Protocol
@@ -173,7 +173,8 @@ class ActiveRollout:
     seed: int  # of the run
     sampling: Sampling
     segments: list[Segment] = field(default_factory=list)
-    reward: float = 0.0  # so far: an environment may give some on the way
+    reward: float = 0.0  # the sum of its turns' so far
+    state_key: str = ""  # of the state in which the next turn is taken
     prompt: int = 0  # tokens
     response: int = 0  # tokens, of the policy and of the environment
     partial_turns: list[Completion] = field(default_factory=list)  # of the turn that is not over
@@ -209,6 +210,7 @@ class ActiveRollout:
                 "raise the limit, or leave such tasks out"
             )
         self.prompt = len(tokens)
+        self.state_key = _state_key(info)
         self.unsent_tokens += tokens
         self.segments.append(Segment("prompt", tuple(tokens), text=observation, info=info))
 
@@ -250,6 +252,7 @@ class ActiveRollout:
                     chain.from_iterable(repeat(part.version, len(part.tokens)) for part in parts)
                 ),
                 text=text,
+                state_key=self.state_key,
             )
         )
         return text
@@ -265,7 +268,8 @@ class ActiveRollout:
 
         If the answer does not fit the budget of tokens, the environment scores the episode.
         """
-        self.reward += result.reward
+        self._earn(result.reward)
+        self.state_key = _state_key(result.info)
         if result.terminated or result.truncated:
             return self._trajectory(result, "")
         tokens = renderer.encode_text(result.observation)
@@ -277,7 +281,7 @@ class ActiveRollout:
             budget = "context"
         if budget:
             last = truncate()
-            self.reward += last.reward if last else 0.0
+            self._earn(last.reward if last else 0.0)
             return self._trajectory(last or result, budget)
         self.response = length
         self.unsent_tokens += tokens
@@ -286,6 +290,12 @@ class ActiveRollout:
                 Segment("observation", tuple(tokens), text=result.observation, info=result.info)
             )
         return None
+
+    def _earn(self, reward: float) -> None:
+        """Add a reward to the turn that was taken last, and to the sum."""
+        turn = self.segments[-1]
+        self.segments[-1] = replace(turn, reward=turn.reward + reward)
+        self.reward += reward
 
     def _trajectory(self, last: StepResult, budget: str) -> Trajectory:
         metrics: Mapping[str, Any] = last.info.get("metrics") or {}
@@ -301,6 +311,10 @@ class ActiveRollout:
             metrics={name: float(value) for name, value in metrics.items()},
             info=last.info,
         )
+
+
+def _state_key(info: Mapping[str, Any]) -> str:
+    return str(info.get("state_key") or "")
 
 
 def _keep_reward(slot: int) -> None:

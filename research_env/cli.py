@@ -45,7 +45,8 @@ class Index:
     dataset: Annotated[str | None, arg(metavar="NAME")] = None
     """A data set whose passages are indexed: miniworld, musique, hotpotqa, 2wiki."""
     corpus: Annotated[Path | None, arg(metavar="FILE")] = None
-    """A file of passages instead, each line {"id": ..., "title": ..., "text": ...}; .gz too."""
+    """A file of passages instead, each line {"id": ..., "title": ..., "text": ...}; also .csv,
+    .tsv, .parquet, .arrow and BEIR folders, and .gz."""
     to: Annotated[str | None, arg(metavar="DIR|URL")] = None
     """Folder of the index, or elasticsearch://HOST:PORT/INDEX (elasticsearch+https:// for TLS).
     Without it: the cache folder, where environments look for it."""
@@ -61,6 +62,8 @@ class Index:
     mapping: Annotated[Path | None, arg(metavar="FILE")] = None
     """Elasticsearch: JSON that is laid over the settings and mappings of the index, for example
     {"mappings": {"properties": {"contents": {"similarity": "boolean"}}}}."""
+    check: bool = False
+    """Compare an embedded index with the checksums made when it was built, and do nothing else."""
     json: bool = False
     """Print the summary as JSON."""
 
@@ -71,10 +74,19 @@ class Index:
             index_corpus,
             without_password,
         )
-        from research_env.retrieval.bm25.retriever import is_current  # noqa: PLC0415
+        from research_env.retrieval.bm25.retriever import (  # noqa: PLC0415
+            check_index,
+            is_current,
+        )
 
-        corpus = _corpus(self.dataset, self.corpus)
         scheme, colon, rest = (self.to or "").partition(":")
+        if self.check and self.to and (not colon or scheme == "embedded"):
+            folder = Path(rest if colon else scheme)
+            print(f"{check_index(folder):,} passages in {folder}: all checksums hold")
+            return
+        if self.check:
+            raise ConfigurationError("--check needs --to DIR, the folder of an embedded index")
+        corpus = _corpus(self.dataset, self.corpus)
         if scheme in ("elasticsearch", "elasticsearch+https"):
             self._elasticsearch(corpus, self.to or "")
             return
@@ -265,7 +277,10 @@ class Play:
         try:
             env: gym.Env[str, str] = gym.make(self.id, **_settings(self.env_args))
         except gym.error.UnregisteredEnv:
-            raise UnknownNameError("environment", self.id, _text_environments()) from None
+            name = self.id.rpartition(":")[2]
+            raise UnknownNameError("environment", name, _text_environments()) from None
+        except (gym.error.Error, ImportError) as error:
+            raise ConfigurationError(f"{self.id!r} is no environment: {error}") from error
         except TypeError as error:  # a key that is no argument
             raise ConfigurationError(f"--env-args: {error}") from error
         if not isinstance(env.observation_space, UnicodeText):
@@ -359,13 +374,51 @@ class PrepareDatasets:
 
 
 @dataclass(frozen=True)
+class ConvertDatasets:
+    """Convert your own questions and passages to the format of this package, and check them.
+
+    FILE is a question file or a corpus: .jsonl, .csv, .tsv (each also .gz), .parquet or .arrow; or
+    a folder in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv). Questions have id (or
+    _id), question, and answers (or golden_answers, answer); passages have id (or _id), title (may
+    be missing) and text (or FlashRAG's contents). Other fields of questions are kept for rewards.
+    Environments read these files without conversion too; converted ones open faster.
+
+    For example:
+      research-env datasets convert dev.parquet wiki.tsv --output data/mine
+      research-env datasets convert beir/hotpotqa --output data/hotpotqa-beir
+    """
+
+    sources: Positional[Annotated[tuple[Path, ...], arg(metavar="FILE ...")]]
+    """What to convert."""
+    output: Annotated[Path, arg(metavar="DIR")]
+    """Folder that gets questions.jsonl and corpus.jsonl."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        from research_env.datasets.convert import convert  # noqa: PLC0415
+
+        for source in self.sources:
+            done = convert(source, self.output)
+            for split, count in done.questions.items():
+                named = f" of split {split}" if split else ""
+                print(f"{count:,} questions{named} in {self.output / 'questions.jsonl'}")
+            if done.passages:
+                print(f"{done.passages:,} passages in {self.output / 'corpus.jsonl'}")
+            if done.left_out:
+                print(f"Left out: {done.left_out:,} queries without answers", file=sys.stderr)
+
+
+@dataclass(frozen=True)
 class Datasets:
-    """List the data sets, where they are, and how many questions each split has; or prepare them.
+    """List the data sets, where they are, and how many questions each split has.
+
+    The subcommand prepare fetches published ones, convert reads your own.
 
     For example:
       research-env datasets
       RESEARCH_DATA=~/data research-env datasets --json
       research-env datasets prepare nq hotpotqa --output ~/data
+      research-env datasets convert dev.parquet wiki.tsv --output data/mine
     """
 
     json: bool = False
@@ -373,12 +426,13 @@ class Datasets:
     action: (
         Annotated[ListDatasets, subcommand("list")]
         | Annotated[PrepareDatasets, subcommand("prepare")]
+        | Annotated[ConvertDatasets, subcommand("convert")]
     ) = ListDatasets()
     """What to do."""
 
     def run(self) -> None:
         """Carry the command out."""
-        if isinstance(self.action, PrepareDatasets):
+        if not isinstance(self.action, ListDatasets):
             self.action.run()
             return
         from research_env.datasets import load, miniworld  # noqa: PLC0415

@@ -16,14 +16,19 @@ class UnknownNameError(ResearchEnvError, ValueError):
     def __init__(self, what: str, name: object, known: Iterable[str], hint: str = "") -> None:
         """Name the kind of thing (``what``), the value given, and the values that exist."""
         names = sorted(known)
-        close = get_close_matches(str(name), names, n=1)
-        guess = f" Did you mean {close[0]!r}?" if close else ""
+        folded = {each.casefold(): each for each in names}
+        close = get_close_matches(str(name)[:100].casefold(), folded, n=1)
+        guess = f" Did you mean {folded[close[0]]!r}?" if close else ""
         extra = f" {hint}" if hint else ""
         super().__init__(f"unknown {what} {name!r}; known: {', '.join(names)}.{guess}{extra}")
 
 
 class ConfigurationError(ResearchEnvError, ValueError):
     """A setting whose value cannot be used, for example ``top_k=0``."""
+
+
+class UnknownTaskError(ConfigurationError, IndexError):
+    """A task that does not exist: an unknown id, or a number out of range."""
 
 
 class DataError(ResearchEnvError, ValueError):
@@ -35,7 +40,7 @@ class DataNotFoundError(ResearchEnvError, FileNotFoundError):
 
 
 class StaleIndexError(ResearchEnvError):
-    """An index that is truncated, of another version, or made for another corpus."""
+    """An index that is missing, damaged, of another version, or made for another corpus."""
 
 
 class ActionError(ResearchEnvError, TypeError):
@@ -44,6 +49,10 @@ class ActionError(ResearchEnvError, TypeError):
 
 class EpisodeError(ResearchEnvError, RuntimeError):
     """A step before reset, or after the end of the episode."""
+
+
+class RewardError(ResearchEnvError, TypeError):
+    """A reward function that failed, or returned something that is no number."""
 
 
 class RetrievalError(ResearchEnvError):

@@ -1,9 +1,17 @@
-"""Where this package keeps what it can make again: indexes, converted data sets, fingerprints."""
+"""Where this package keeps what it can make again: indexes, converted data sets, notes on files."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+_SETTLED = 20_000_000  # ns; a file that changes twice within a tick of the clock shows it once
 
 
 def cache_folder() -> Path:
@@ -16,3 +24,55 @@ def cache_folder() -> Path:
         return Path(named).expanduser()
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "research-env"
+
+
+def read_note(kind: str, files: Sequence[Path]) -> dict[str, Any] | None:
+    """What :func:`write_note` kept about files; None if there is nothing, or a file has changed.
+
+    Args:
+        kind: a name for what is kept, such as "fingerprints": a folder in the cache.
+        files: what it is about.
+
+    Raises:
+        OSError: a file is missing.
+    """
+    state = [_state(file) for file in files]
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        note = json.loads(_place(kind, files).read_text(encoding="utf-8"))
+        if note["files"] == state:
+            return dict(note["found"])
+    return None
+
+
+def write_note(kind: str, files: Sequence[Path], found: Mapping[str, Any]) -> None:
+    """Keep what was found out about files until one of them changes.
+
+    Nothing is kept where the cache cannot be written, or about a file that changed a moment ago:
+    the clock of a file system is coarse, so a further change might not show.
+
+    Args:
+        kind: see :func:`read_note`.
+        files: what it is about.
+        found: any JSON.
+    """
+    with contextlib.suppress(OSError):
+        state = [_state(file) for file in files]
+        if time.time_ns() - max(entry[-1] for entry in state) < _SETTLED:
+            return
+        place = _place(kind, files)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = place.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps({"files": state, "found": found}), encoding="utf-8")
+        unfinished.replace(place)
+
+
+def _place(kind: str, files: Sequence[Path]) -> Path:
+    names = "\0".join(str(file.resolve()) for file in files)
+    digest = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
+    return cache_folder() / kind / f"{digest[:24]}.json"
+
+
+def _state(file: Path) -> list[Any]:
+    state = file.stat()
+    name = os.fsencode(file.resolve()).decode("utf-8", "backslashreplace")
+    return [name, state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns]

@@ -428,7 +428,7 @@ def test_flags_that_are_named_exist(document: str, capsys: pytest.CaptureFixture
 def test_the_whole_environment_of_the_contract_can_be_played(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (block,) = blocks("research_agent/README.md")
+    (block,) = [b for b in blocks("research_agent/README.md") if b.file == "echo_env.py"]
     run(block)
     monkeypatch.syspath_prepend(home)
     monkeypatch.delitem(sys.modules, "echo_env", raising=False)

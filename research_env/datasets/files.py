@@ -1,19 +1,24 @@
-"""Strict readers of question files and corpora in JSON Lines, plain or gzipped.
+"""Strict readers of question files and corpora, in any format of :mod:`.formats`.
 
 A question is ``id, question, answers`` and, where known, ``supporting, hops, split, type,
-decomposition``, and what else a line says is in ``extra``; a passage is ``id, title, text``, and
-other fields are ignored. Whatever is wrong is a
-:class:`~research_env.errors.DataError` that names file and line, and says what to do.
+decomposition``; what else a record says is in ``extra``. A passage is ``id, title, text``; other
+fields are ignored. The names that other projects use are understood too:
+
+- ``_id`` for ``id``; an id may be a number;
+- ``golden_answers`` (FlashRAG) or ``answer`` for ``answers``: a text, a number, or a list of them;
+- ``contents`` (FlashRAG) for title and text: ``"title"``, a line break, the text; a passage without
+  a title has an empty one;
+- a BEIR folder (``corpus.jsonl``, ``queries.jsonl``, ``qrels/SPLIT.tsv``) for questions and for a
+  corpus; a query's answers are in its ``metadata``.
+
+Whatever is wrong is a :class:`~research_env.errors.DataError` that names file and line, shows the
+value, and says what to do.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gzip
 import hashlib
-import json
-import os
-import zlib
+import math
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -23,31 +28,34 @@ from typing import Any
 import numpy as np
 
 from research_env.datasets.base import Hop, Question
-from research_env.errors import DataError, DataNotFoundError
-from research_env.paths import cache_folder
+from research_env.datasets.formats import Records, missing, read_records
+from research_env.errors import DataError
+from research_env.paths import read_note, write_note
 from research_env.retrieval.base import Passage
 
 _FIELDS = tuple(field.name for field in fields(Question) if field.name != "extra")
+_ANSWERS = ("answers", "golden_answers", "answer")
+_IDS = ("id", "_id")
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Read a question file.
+    """Read a question file, or the queries of a BEIR folder.
 
     Raises:
         DataNotFoundError: no such file.
-        DataError: a line that is not a question, or repeats an id.
+        DataError: a record is no question, or repeats an id.
     """
+    path = Path(path)
+    records = read_beir_questions(path) if is_beir(path) else read_records(path)
     questions: list[Question] = []
-    lines: dict[str, int] = {}
-    for number, record in _records(Path(path)):
-        where = f"{path}:{number}"
-        question = _question(record, where)
-        first = lines.setdefault(question.id, number)
-        if first != number:
-            raise _repeated(where, question.id, first)
+    first: dict[str, str] = {}
+    for where, record in records:
+        question = make_question(record, where)
+        if first.setdefault(question.id, where) != where:
+            raise _repeated(where, question.id, first[question.id])
         questions.append(question)
     if not questions:
-        raise DataError(f"{path}: the file holds no question; give one JSON object a line")
+        raise DataError(f"{path}: the file holds no question; give one JSON object per line")
     return questions
 
 
@@ -58,9 +66,51 @@ def question_record(question: Question) -> dict[str, Any]:
     return {**question.extra, **known}
 
 
+def is_beir(path: Path) -> bool:
+    """Whether this is a folder in BEIR's layout."""
+    return (path / "queries.jsonl").is_file() or (path / "queries.jsonl.gz").is_file()
+
+
+def read_beir_questions(folder: Path) -> Records:
+    """The queries of a BEIR folder that a file of ``qrels`` judges, as records of questions.
+
+    Without ``qrels`` all queries are read.
+
+    Raises:
+        DataError: a line of ``qrels`` or of ``queries.jsonl`` is not in order.
+    """
+    supporting: dict[str, list[str]] = {}
+    split: dict[str, str] = {}
+    for judged in sorted((folder / "qrels").glob("*.tsv")):
+        for where, row in read_records(judged):
+            query = _id({"id": row.get("query-id")}, where)
+            passage = _id({"id": row.get("corpus-id")}, where)
+            score = str(row.get("score", "")).strip()
+            if not score.lstrip("-").isdecimal():
+                raise DataError(f"{where}: the column 'score' must be a number, not {score!r:.80}")
+            split.setdefault(query, judged.stem)
+            if int(score[:18]) > 0:
+                supporting.setdefault(query, []).append(passage)
+    replaced = ("metadata", "text")
+    for where, record in read_records(_beir_file(folder, "queries")):
+        id_ = _id(record, where)
+        if not split or id_ in split:
+            metadata = record.get("metadata")
+            yield (
+                where,
+                {
+                    **(metadata if isinstance(metadata, dict) else {}),
+                    **{key: value for key, value in record.items() if key not in replaced},
+                    "question": record.get("question", record.get("text")),
+                    "supporting": supporting.get(id_, []),
+                    "split": split.get(id_),
+                },
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class FileCorpus:
-    """A corpus in a file: streamed at each iteration, never held in memory."""
+    """A corpus in a file or a BEIR folder: streamed at each iteration, never held in memory."""
 
     name: str
     path: Path
@@ -70,15 +120,11 @@ class FileCorpus:
 
         Raises:
             DataNotFoundError: no such file.
-            DataError: a line that is not a passage, or (told at the end) repeats an id.
+            DataError: a record is no passage, or (noticed at the end) repeats an id.
         """
-        hashes = array("q")  # eight bytes a passage: the ids of a large corpus are not held either
-        for number, record in _records(self.path):
-            where = f"{self.path}:{number}"
-            title = record.get("title")
-            if not isinstance(title, str):
-                raise DataError(f"{where}: the field 'title' must be a text (it may be empty)")
-            passage = Passage(_text(record, "id", where), title, _text(record, "text", where))
+        hashes = array("q")  # eight bytes per passage: even the ids of a large corpus are not held
+        for where, record in read_records(self._file()):
+            passage = make_passage(record, where)
             hashes.append(hash(passage.id))
             yield passage
         if len(np.unique(np.array(hashes, np.int64))) < len(hashes):
@@ -92,64 +138,100 @@ class FileCorpus:
         """SHA-256 of ids, titles and texts; kept in the cache until the file changes."""
         return self._summary()[0]
 
+    def _file(self) -> Path:
+        if is_beir(self.path):
+            return _beir_file(self.path, "corpus")
+        return self.path
+
     def _summary(self) -> tuple[str, int]:
+        file = self._file()
         try:
-            state = self.path.stat()
+            known = read_note("fingerprints", [file])
         except OSError as error:
-            raise _missing(self.path) from error
-        times = (state.st_mtime_ns, state.st_ctime_ns)
-        file = str(self.path.resolve())
-        key = [file, state.st_size, state.st_ino, *times]
-        place = hashlib.sha256(file.encode("utf-8", "surrogateescape")).hexdigest()[:24]
-        note = cache_folder() / "fingerprints" / f"{place}.json"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            known = json.loads(note.read_text(encoding="utf-8"))
-            if known["file"] == key:
-                return str(known["fingerprint"]), int(known["passages"])
+            raise missing(self.path) from error
+        if known is not None and isinstance(known.get("passages"), int):
+            return str(known.get("fingerprint")), known["passages"]
         digest, count = hashlib.sha256(), 0
         for passage in self:
             count += 1
             lengths = f"{len(passage.id)} {len(passage.title)} {len(passage.text)} "
             digest.update(f"{lengths}{passage.id}{passage.title}{passage.text}".encode())
-        with contextlib.suppress(OSError):  # without a cache the file is read again, no more
-            note.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = note.with_suffix(f".{os.getpid()}")
-            found = {"file": key, "fingerprint": digest.hexdigest(), "passages": count}
-            unfinished.write_text(json.dumps(found), encoding="utf-8")
-            unfinished.replace(note)
+        found = {"fingerprint": digest.hexdigest(), "passages": count}
+        write_note("fingerprints", [file], found)
         return digest.hexdigest(), count
 
     def _refuse_repeated(self) -> None:
-        lines: dict[str, int] = {}
-        for number, record in _records(self.path):
-            first = lines.setdefault(record["id"], number)
-            if first != number:
-                raise _repeated(f"{self.path}:{number}", record["id"], first)
+        first: dict[str, str] = {}
+        for where, record in read_records(self._file()):
+            id_ = make_passage(record, where).id
+            if first.setdefault(id_, where) != where:
+                raise _repeated(where, id_, first[id_])
 
 
-def _question(record: Mapping[str, Any], where: str) -> Question:
-    answers = record.get("answers")
-    if not _is_texts(answers) or not answers:
-        raise DataError(f"{where}: the field 'answers' must be a list of texts with one at least")
-    supporting = record.get("supporting") or []
-    if not _is_texts(supporting):
-        raise DataError(f"{where}: the field 'supporting' must be a list of passage ids")
+def make_passage(record: Mapping[str, Any], where: str) -> Passage:
+    """The passage of a record.
+
+    Args:
+        record: its fields.
+        where: file and line, for errors.
+
+    Raises:
+        DataError: a field is missing or something else.
+    """
+    title = record.get("title")
+    if title is not None and not isinstance(title, str):
+        raise DataError(f"{where}: the field 'title' must be a text, not {title!r:.80}")
+    if record.get("text") is None and record.get("contents") is not None:
+        head, line_break, text = _text(record, "contents", where).partition("\n")
+        if line_break and title is None:
+            quoted = len(head) > 1 and head[0] == head[-1] == '"'
+            title = head[1:-1] if quoted else head
+        record = {"text": text if line_break else head, **_without_nulls(record)}
+    return Passage(_id(record, where), title or "", _text(record, "text", where))
+
+
+def has_answers(record: Mapping[str, Any]) -> bool:
+    """Whether a record names gold answers, in order or not."""
+    return any(record.get(name) is not None for name in _ANSWERS)
+
+
+def make_question(record: Mapping[str, Any], where: str) -> Question:
+    """The question of a record; see :func:`make_passage`."""
+    record = _without_nulls(record)
+    given = next((name for name in _ANSWERS if name in record), None)
+    if given is None:
+        raise DataError(
+            f"{where}: the field 'answers' must be a list of texts; it is missing, and so are "
+            "'golden_answers' and 'answer'. Give the gold answers or remove the line"
+        )
+    supporting = _texts(record.get("supporting", []), "supporting", where)
     hops = record.get("hops")
+    if isinstance(hops, float) and hops.is_integer():
+        hops = int(hops)
     if hops is not None and (not isinstance(hops, int) or isinstance(hops, bool) or hops < 1):
-        raise DataError(f"{where}: the field 'hops' must be a number from 1 on, not {hops!r}")
-    steps = record.get("decomposition") or []
+        raise DataError(f"{where}: the field 'hops' must be a number from 1 on, not {hops!r:.80}")
+    steps = record.get("decomposition", [])
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
-        raise DataError(f"{where}: the field 'decomposition' must be a list of objects")
+        raise DataError(
+            f"{where}: the field 'decomposition' must be a list of objects, not {steps!r:.80}"
+        )
+    answers = _texts(record[given], given, where)
+    if not answers:
+        raise DataError(
+            f"{where}: the field {given!r} must be a list of texts with at least one; it is "
+            f"{record[given]!r:.80}"
+        )
+    read = {*_FIELDS, given, *_IDS}
     return Question(
-        id=_text(record, "id", where),
+        id=_id(record, where),
         question=_text(record, "question", where),
-        answers=tuple(answers),
-        supporting=tuple(supporting),
+        answers=answers,
+        supporting=supporting,
         hops=hops,
-        split=_text(record, "split", where) if record.get("split") is not None else None,
-        type=_text(record, "type", where) if record.get("type") is not None else None,
+        split=_text(record, "split", where) if "split" in record else None,
+        type=_text(record, "type", where) if "type" in record else None,
         decomposition=tuple(_hop(step, where) for step in steps),
-        extra={key: value for key, value in record.items() if key not in _FIELDS},
+        extra={key: value for key, value in record.items() if key not in read},
     )
 
 
@@ -161,14 +243,20 @@ def _hop(step: Mapping[str, Any], where: str) -> Hop:
     return Hop(_text(step, "question", where), _text(step, "answer", where), support)
 
 
-def _is_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(v, str) and v.strip() for v in value)
+def _id(record: Mapping[str, Any], where: str) -> str:
+    for name in _IDS:
+        value = record.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if value is not None:
+            return _text(record, name, where)
+    return _text(record, "id", where)
 
 
 def _text(record: Mapping[str, Any], field: str, where: str) -> str:
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
-        state = "is missing" if field not in record else f"is {value!r}"
+        state = "is missing" if field not in record else f"is {value!r:.80}"
         cure = "remove the line" if field == "text" else "correct the line"
         raise DataError(
             f"{where}: the field {field!r} must be a text that is not empty; it {state}. "
@@ -177,53 +265,36 @@ def _text(record: Mapping[str, Any], field: str, where: str) -> str:
     return value
 
 
-def _repeated(where: str, id_: str, first: int) -> DataError:
-    return DataError(f"{where}: the id {id_!r} is that of line {first}; every id must be unique")
-
-
-def _missing(path: Path) -> DataNotFoundError:
-    return DataNotFoundError(f"no file {path}; give the path of a .jsonl or .jsonl.gz file")
-
-
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and objects of a JSON Lines file."""
-    opener: Any = gzip.open if path.name.endswith(".gz") else open
-    number = 0
-    try:
-        with opener(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield number, _record(line, f"{path}:{number}")
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise _missing(path) from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+def _texts(value: object, field: str, where: str) -> tuple[str, ...]:
+    """A text or number, or a list of them, as texts."""
+    texts = tuple(_as_text(each) for each in (value if isinstance(value, list) else [value]))
+    if not all(text.strip() for text in texts):
         raise DataError(
-            f"{path}:{number + 1}: the gzip data are damaged or cut off ({error}); "
-            "get the file again, or name a plain file .jsonl"
-        ) from error
-
-
-def _record(line: bytes, where: str) -> dict[str, Any]:
-    if not line.strip():
-        raise DataError(f"{where}: the line is empty; remove it")
-    try:
-        record = json.loads(line.decode("utf-8"))
-        if b"\\ud" in line or b"\\uD" in line:  # JSON can spell half of a surrogate pair
-            json.dumps(record, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: invalid UTF-8 at byte {error.start} of the line; save the file as UTF-8"
-        ) from error
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: the line holds half of a surrogate pair, which is no text; remove it"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}: not a JSON object ({error}); write one object a line, complete on that line"
-        ) from error
-    if not isinstance(record, dict):
-        raise DataError(
-            f"{where}: a JSON object is needed, not {type(record).__name__}; "
-            'write {"id": ..., ...} on each line'
+            f"{where}: the field {field!r} must be a list of texts or numbers that are not empty; "
+            f"it is {value!r:.80}"
         )
-    return record
+    return texts
+
+
+def _as_text(value: object) -> str:
+    """A text or number as text, a whole number without a point; "" for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return ""
+    return str(int(value)) if isinstance(value, int) or value.is_integer() else repr(value)
+
+
+def _without_nulls(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def _repeated(where: str, id_: str, first: str) -> DataError:
+    place = first.rpartition(":")[2].strip()
+    place = place if place.startswith("row") else f"line {place}"
+    return DataError(f"{where}: the id {id_!r:.80} is that of {place}; every id must be unique")
+
+
+def _beir_file(folder: Path, stem: str) -> Path:
+    plain = folder / f"{stem}.jsonl"
+    return plain if plain.is_file() else folder / f"{stem}.jsonl.gz"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections import Counter
@@ -12,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from research_env.datasets.base import Corpus, Dataset
-from research_env.datasets.files import FileCorpus, read_questions
+from research_env.datasets.files import FileCorpus, is_beir, read_questions
+from research_env.datasets.formats import read_records
 from research_env.errors import (
     ConfigurationError,
     DataError,
@@ -125,7 +125,7 @@ def load_dataset(
     for what, path in (("questions", questions), ("corpus", corpus)):
         if path is not None and not isinstance(path, str | Path):
             raise ConfigurationError(f"{what} is the path of a file, not {path!r}")
-    if corpus is not None and not Path(corpus).is_file():
+    if corpus is not None and not (Path(corpus).is_file() or is_beir(Path(corpus))):
         raise DataNotFoundError(f"no corpus file {str(corpus)!r}; give a .jsonl or .jsonl.gz file")
     parts = [_part(part) for part in name.split("+")]
     names = [part for part, _ in parts]
@@ -280,14 +280,13 @@ def _graded(data: Dataset, path: Path, grade: str) -> Dataset:
     if not path.is_file():
         raise DataNotFoundError(f"no file of grades {str(path)!r}; research-agent grade makes one")
     graded: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            graded[str(record["question_id"])] = str(record["grade"])
-        except (ValueError, KeyError, TypeError) as error:
+    for where, record in read_records(path):
+        if not {"question_id", "grade"} <= record.keys():
             raise DataError(
-                f'{path}:{number}: not {{"question_id": ..., "grade": ...}} ({error}); mend it'
-            ) from error
+                f'{where}: not {{"question_id": ..., "grade": ...}}, but {dict(record)!r:.80}; '
+                "mend it"
+            )
+        graded[str(record["question_id"])] = str(record["grade"])
     parts = [_part(part, "grade", sorted(set(graded.values()))) for part in grade.split("+")]
     chosen = [
         replace(data, questions=[q for q in data.questions if graded.get(q.id) == name])

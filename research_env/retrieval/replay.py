@@ -1,39 +1,50 @@
 """Record what a search engine answers, and replay it: ``?cache=FILE`` on any retriever's URL.
 
-The first run records, later runs get the same hits byte for byte, with the engine switched off if
-all they ask is there. ``?cache=FILE&replay=only`` never asks the engine: what is not there is an
-error, and the file is only read. It is one SQLite database that several processes may use at once
-(on a local disk), also those of a fork: each opens it anew.
+The first run records; later runs get the same hits byte for byte, and never open the engine if all
+their queries are recorded. ``?cache=FILE&replay=only`` never asks the engine: a query that is not
+recorded is an error, and the file is only read. The file is one SQLite database that several
+processes may use at once (on a local disk), including the processes of a fork: each opens it anew.
 
 A result is found again by the engine's URL (without the options that change no result, and without
-a user or password), the query and top_k. Errors are never recorded. An index that changes behind
-the same URL is not noticed: record into a new file then.
+user or password), the query and top_k. Errors are never recorded. An index that changes behind the
+same URL is not noticed: record into a new file then.
+
+A recording may come from a stranger. It must have exactly the schema below, so nothing in it runs,
+and each row is decoded by type: a query whose row is not at most top_k hits fails.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import sqlite3
+import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 from weakref import WeakSet
 
+import msgspec
+
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
 from research_env.retrieval.base import Hit, Passage, Retriever
+from research_env.retrieval.reading import read_json
 from research_env.retrieval.retry import Deadline
 from research_env.retrieval.url import split_options
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1  # of the table; in the file as its user_version
-_PATIENCE = 60.0  # seconds that a process waits for another one's writing
+_FORMAT = 1  # version of the table; in the file as its user_version
+_TIMEOUT = 60.0  # seconds that a process waits while another one writes
+_MAX_ROW = 64 << 20  # bytes
 _LOG_EVERY = 10_000  # queries
 _NOT_IN_KEY = ("batch", "budget", "deadline", "rate")  # options that change no result
 _CLOSED = "the recording has been closed; open it again"
@@ -47,7 +58,7 @@ CREATE TABLE IF NOT EXISTS found (
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Which file, for which engine, and whether the engine may be asked."""
+    """Which file holds the answers of which engine, and whether the engine may be asked."""
 
     file: Path
     engine: str
@@ -62,7 +73,7 @@ def recording(url: str) -> tuple[str, Recording | None]:
 
     Raises:
         ConfigurationError: ``replay`` without ``cache``, or ``cache`` without a file.
-        UnknownNameError: ``replay`` is something else than ``only``.
+        UnknownNameError: ``replay`` is something other than ``only``.
     """
     base, options = split_options(url)
     if "cache" not in options and "replay" not in options:
@@ -72,7 +83,7 @@ def recording(url: str) -> tuple[str, Recording | None]:
         raise ConfigurationError("a recording needs a file, as in '?cache=searches.sqlite'")
     if replay not in (None, "only"):
         raise UnknownNameError("replay", replay, ["only"])
-    parts = [part for part in url.partition("?")[2].split("&") if part]  # as they were written
+    parts = [part for part in url.partition("?")[2].split("&") if part]  # still percent-encoded
     engine = [part for part in parts if part.partition("=")[0] not in ("cache", "replay")]
     what = sorted(part for part in engine if part.partition("=")[0] not in _NOT_IN_KEY)
     key = "?".join(filter(None, (re.sub(r"//.*@", "//", base), "&".join(what))))
@@ -83,8 +94,8 @@ def recording(url: str) -> tuple[str, Recording | None]:
 class RecordedRetriever:
     """A retriever that answers from a file, and asks an engine for the rest.
 
-    Where several processes record the same search at once, the first wins and all return its hits.
-    It may be used by several threads where the engine may.
+    If several processes record the same search at once, the first wins and all return its hits.
+    Several threads may use it if they may use the engine.
     """
 
     def __init__(self, recording: Recording, open_engine: Callable[[], Retriever]) -> None:
@@ -95,14 +106,14 @@ class RecordedRetriever:
             open_engine: opens the engine, at the first search that is not in the file.
 
         Raises:
-            ConfigurationError: the file cannot be used, is something else, or, where it shall be
-                replayed, is not there.
+            ConfigurationError: the file cannot be used, is something else, or is missing although
+                it is only to be replayed.
         """
         self._recording = recording
         self._open_engine = open_engine
         self._engine: Retriever | None = None
-        self._lock = threading.Lock()  # of the file and the counts
-        self._opening = threading.Lock()  # of the engine: whoever replays does not wait for it
+        self._lock = threading.Lock()  # guards the file and the counts
+        self._opening = threading.Lock()  # guards the engine: a replay does not wait for it
         self._closed = False
         self._asked = self._replayed = 0
         self._next_log = _LOG_EVERY
@@ -132,12 +143,12 @@ class RecordedRetriever:
         if top_k < 1:
             raise ConfigurationError(f"top_k={top_k!r} must be 1 or more")
         wanted = list(dict.fromkeys(queries))
-        found: dict[str, list[Hit] | RetrievalError] = {**self._look_up(wanted, top_k)}
+        found = self._look_up(wanted, top_k)
         missing = [query for query in wanted if query not in found]
         self._count(queries, missing)
         if missing and self._recording.replay_only:
             error = RetrievalError(
-                f"not in the recording {self._recording.file}, which is replayed"
+                f"not in the recording {self._recording.file}, which is only replayed"
             )
             found.update(dict.fromkeys(missing, error))
         elif missing:
@@ -170,23 +181,25 @@ class RecordedRetriever:
                     self._engine = self._open_engine()
                 engine = self._engine
             return engine.search(queries, top_k)
-        except RetrievalError as error:  # theirs, not of those that are recorded
+        except RetrievalError as error:  # fails these queries, and not the recorded ones
             return [error] * len(queries)
 
-    def _look_up(self, queries: list[str], top_k: int) -> dict[str, list[Hit]]:
-        select = "SELECT hits FROM found WHERE engine = ? AND query = ? AND top_k = ?"
-        rows: dict[str, list[Hit]] = {}
+    def _look_up(self, queries: list[str], top_k: int) -> dict[str, list[Hit] | RetrievalError]:
+        select = "SELECT CAST(hits AS BLOB) FROM found WHERE engine = ? AND query = ? AND top_k = ?"
+        rows: dict[str, list[Hit] | RetrievalError] = {}
         with self._lock:
-            try:
-                for query in queries:
+            for query in queries:
+                try:
                     row = self._open_file().execute(select, self._key(query, top_k)).fetchone()
                     if row is not None:
-                        rows[query] = [
-                            Hit(Passage(id_, title, text), score)
-                            for id_, title, text, score in json.loads(row[0])
-                        ]
-            except (sqlite3.Error, ValueError, TypeError) as error:
-                raise RetrievalError(self._unusable(error)) from error
+                        rows[query] = _hits(row[0], top_k)
+                except (ValueError, sqlite3.DataError) as error:
+                    rows[query] = RetrievalError(
+                        f"{self._recording.file} holds no hits for {query[:200]!r}, but a row that "
+                        f"cannot be read ({error}); remove the row or record into a new file"
+                    )
+                except sqlite3.Error as error:
+                    raise RetrievalError(self._unusable(error)) from error
         return rows
 
     def _record(self, found: dict[str, list[Hit]], top_k: int) -> None:
@@ -207,12 +220,12 @@ class RecordedRetriever:
                 raise RetrievalError(self._unusable(error)) from error
 
     def _key(self, query: str, top_k: int) -> tuple[str, bytes, int]:
-        return self._recording.engine, query.encode("utf-8", "surrogatepass"), top_k
+        return self._recording.engine, query.encode("utf-8", "surrogatepass"), min(top_k, 2**63 - 1)
 
     def _open_file(self) -> sqlite3.Connection:
         if self._closed:
             raise RetrievalError(_CLOSED)
-        if self._file is None:  # let go for a fork
+        if self._file is None:  # closed before a fork
             self._file = _open(self._recording.file, self._recording.replay_only)
         return self._file
 
@@ -245,12 +258,32 @@ class RecordedRetriever:
         )
 
 
+def _hits(row: bytes, top_k: int) -> list[Hit]:
+    """The hits of a row.
+
+    Raises:
+        ValueError: the row is something else.
+    """
+    try:
+        found = msgspec.convert(read_json(row), list[tuple[str, str, str, float]])
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
+    if len(found) > top_k:
+        raise ValueError(f"{len(found)} hits for top_k {top_k}")
+    if any(math.isnan(score) for *_, score in found):
+        raise ValueError("a score that is no number")
+    return [Hit(Passage(id_, title, text), score) for id_, title, text, score in found]
+
+
 def _open(file: Path, only_read: bool) -> sqlite3.Connection:
-    deadline = Deadline.after(_PATIENCE)
+    for path in (file, *(Path(f"{file}{end}") for end in ("-wal", "-shm", "-journal"))):
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(f"{path} is no regular file")
+    deadline = Deadline.after(_TIMEOUT)
     while True:
         connection = sqlite3.connect(
             _address(file) if only_read else file,
-            timeout=_PATIENCE,
+            timeout=_TIMEOUT,
             check_same_thread=False,
             uri=only_read,
         )
@@ -270,14 +303,18 @@ def _open(file: Path, only_read: bool) -> sqlite3.Connection:
 
 
 def _address(file: Path) -> str:
-    """The file as a URI by which SQLite only reads it."""
+    """The file as a URI that SQLite opens for reading only."""
     file = file.absolute()
-    # Beside a file that it reads SQLite keeps another, unless told that nobody writes
+    # SQLite keeps another file beside a database that it reads, unless told that nobody writes
     written = os.access(file.parent, os.W_OK) or Path(f"{file}-wal").exists()
     return f"file:{quote(bytes(file))}?mode=ro" + ("" if written else "&immutable=1")
 
 
 def _prepare(connection: sqlite3.Connection, only_read: bool) -> None:
+    """Make the table in a new file; check everything in an older one."""
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_ROW)
+    connection.execute("PRAGMA trusted_schema = OFF")  # before the schema is read
+    connection.execute("PRAGMA cell_size_check = ON")
     one_look = "SELECT (SELECT user_version FROM pragma_user_version), count(*) FROM sqlite_master"
     version, tables = connection.execute(one_look).fetchone()
     if version != _FORMAT:
@@ -288,17 +325,32 @@ def _prepare(connection: sqlite3.Connection, only_read: bool) -> None:
         connection.execute(_TABLE)
         connection.execute(f"PRAGMA user_version = {_FORMAT}")
         connection.execute("COMMIT")
+    if _schema(connection) != _own_schema():
+        raise sqlite3.DatabaseError("its tables are not those of a recording")
     if only_read:
         return
-    connection.execute("PRAGMA synchronous = NORMAL")  # of a power cut the last writes may go
+    connection.execute("PRAGMA synchronous = NORMAL")  # a power cut may lose the last writes
+
+
+def _schema(connection: sqlite3.Connection) -> list[tuple[object, ...]]:
+    columns = "type, name, tbl_name, sql"
+    return connection.execute(f"SELECT {columns} FROM sqlite_master ORDER BY name").fetchall()
+
+
+@cache
+def _own_schema() -> list[tuple[object, ...]]:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.execute(_TABLE)
+        return _schema(connection)
 
 
 def _copy(found: list[Hit] | RetrievalError) -> list[Hit] | RetrievalError:
     return found if isinstance(found, RetrievalError) else list(found)
 
 
-# SQLite must not be carried through a fork, not even to be closed in the child (its "How To Corrupt
-# An SQLite Database File", 2.6): its locks would be taken for held. So files are closed before it.
+# SQLite must not be carried through a fork, not even to be closed in the child ("How To Corrupt An
+# SQLite Database File", 2.6): the child would believe that it holds the locks. So files are closed
+# before a fork.
 
 _ALIVE: WeakSet[RecordedRetriever] = WeakSet()
 _held: list[RecordedRetriever] = []

@@ -37,7 +37,7 @@ def _train(folder: Path, *words: str) -> list[dict[str, float]]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("my_algorithm", "my_clipped", "my_reward"):
+    for name in ("my_algorithm", "my_clipped", "my_turns", "my_reward"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
@@ -51,6 +51,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             ["my_algorithm:Reinforce", "scale=0.5"],
         ),
         ("docs/reference/algorithms.md", "my_clipped.py", ["my_clipped:Clipped", "clip=0.1"]),
+        ("research_agent/README.md", "my_turns.py", ["my_turns:TurnReinforce", "gamma=1"]),
     ],
 )
 def test_an_algorithm_of_at_most_thirty_lines(

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from research_agent.config import EvalConfig
 from research_agent.environments import make_environments, provenance_of
+from research_agent.errors import ModelError
 from research_agent.evaluation.fingerprint import header, model_fingerprint
 
 
@@ -33,6 +36,13 @@ def test_every_file_of_a_model_counts(model: Path, name: str) -> None:
     assert model_fingerprint(str(model)) != first
     (model / name).unlink()
     assert model_fingerprint(str(model)) != first
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda p: p.symlink_to("/dev/zero")])
+def test_only_regular_files_are_read(model: Path, make: Callable[[Path], None]) -> None:
+    make(model / "special.json")
+    with pytest.raises(ModelError, match=r"special\.json is no regular file"):
+        model_fingerprint(str(model))
 
 
 def test_what_training_left_beside_a_model_does_not_count(model: Path) -> None:

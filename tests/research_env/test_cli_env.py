@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,50 @@ def test_help_teaches_with_examples(command: list[str], capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "For example" in shown
     assert f"research-env {' '.join(command)}".strip() in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["play", "ReSearch-MuSiQe-v0"], "Did you mean 'ReSearch-MuSiQue-v0'?"),
+        (["play", "research_env:research-musique-v0"], "Did you mean 'ReSearch-MuSiQue-v0'?"),
+        (["play", "no id"], "'no id' is no environment: Malformed"),
+        (["play", "no_module:Env-v0"], "'no_module:Env-v0' is no environment: No module"),
+        (["search", "x", "--dataset", "MuSiQeu"], "Did you mean 'musique'?"),
+        (["search", "x", "--dataset", "musique+hotpotqua"], "Did you mean 'hotpotqa'?"),
+        (["datasets", "prepare", "HOTPOT"], "Did you mean 'hotpotqa'?"),
+        (["search", "x", "--retriever", "embeded:i"], "Did you mean 'embedded:...'?"),
+    ],
+)
+def test_a_mistyped_name_suggests_the_near_one_and_asks_no_hub(
+    command: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert refused(*command) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_index_is_checked_on_request(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "index"
+    main(["index", "--corpus", str(corpus), "--to", str(folder)])
+    capsys.readouterr()
+    main(["index", "--check", "--to", str(folder)])
+    assert capsys.readouterr().out == f"2 passages in {folder}: all checksums hold\n"
+    data = bytearray((folder / "passages.bin").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "passages.bin").write_bytes(data)
+    assert refused("index", "--check", "--to", f"embedded:{folder}") == 2
+    assert "passages.bin has changed" in capsys.readouterr().err
+    assert refused("index", "--check") == 2
+    assert "--check needs --to DIR" in capsys.readouterr().err
 
 
 def test_index_then_search(

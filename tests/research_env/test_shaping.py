@@ -298,7 +298,10 @@ def test_components_are_among_the_metrics_at_the_end() -> None:
     assert {name: info["metrics"][f"reward/{name}"] for name in components} == components
     env.reset(options={"question_id": "q3"})
     _, earned, _, _, info = env.step(search("fail"))  # void: nothing is scored
-    assert (earned, info["void"], info["metrics"]) == (0.0, True, {})
+    assert (earned, info["void"]) == (0.0, True)
+    assert info["metrics"] == dict.fromkeys(
+        (*BASIC, *(f"reward/{name}" for name in components)), 0.0
+    )
 
 
 def test_a_single_reward_adds_no_metric() -> None:

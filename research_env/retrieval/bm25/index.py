@@ -1,19 +1,19 @@
 """An inverted index whose postings hold impacts: what a term adds to the score of a passage.
 
-BM25 is a sum over terms, and every summand is known when the index is made. Kept as one number a
-posting, a search only adds. The numbers are those of Elasticsearch, to the last bit: Lucene's
+BM25 is a sum over terms, and every summand is known when the index is made. It is kept as one
+number per posting, so a search only adds. The numbers are Elasticsearch's to the last bit: Lucene's
 ``BM25Similarity`` (k1 = 1.2, b = 0.75, lengths rounded to one byte, single precision), times
 k1 + 1.
 
-An index is five flat files in a folder, read through memory maps; in each, one entry a term in the
-order of the terms' hashes, or one entry a posting in the order of terms, then of rows:
+An index is five flat files in a folder, read through memory maps. Each has one entry per term in
+the order of the terms' hashes, or one entry per posting in the order of terms, then of rows:
 
-- ``terms.bin``: the terms' hashes, 64 bits each (two of ten million terms share one by a chance of
+- ``terms.bin``: the term's hash, 64 bits (two of ten million terms share one with a probability of
   one in 400,000);
-- ``starts.bin``: where a term's postings start, and, last, their number, 64 bits each;
-- ``maxima.bin``: the greatest impact of a term, single precision;
+- ``starts.bin``: the term's first posting, 64 bits, and at the end the number of postings;
+- ``maxima.bin``: the greatest impact of the term, single precision;
 - ``rows.bin``: the row of a passage that holds the term, 32 bits;
-- ``impacts.bin``: what the term adds to its score, single precision.
+- ``impacts.bin``: what the term adds to the passage's score, single precision.
 """
 
 from __future__ import annotations
@@ -22,36 +22,37 @@ import os
 import shutil
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+
+from research_env.retrieval.bm25.postings import Array, Best, Clauses, Postings
 
 K1, B, ONE = np.float32(1.2), np.float32(0.75), np.float32(1)
 
-_RUN = 1 << 21  # words after which a sorted run is written, and postings merged at a time
-_SMALL = 20_000  # passages below which scoring all of them beats loading a compiler
-_KNOWN_TERMS = 1 << 16  # terms of queries whose numbers are remembered
+_RUN = 1 << 21  # words per sorted run, and postings that are merged or checked at a time
+_SMALL = 20_000  # passages; below it scoring all of them is faster than loading a compiler
+_CACHED_TERMS = 1 << 16  # query terms whose numbers are cached
 _TYPES = {"terms": "<u8", "starts": "<i8", "maxima": "<f4", "rows": "<i4", "impacts": "<f4"}
-
-Array = npt.NDArray[Any]
+FILES = tuple(f"{name}.bin" for name in _TYPES)
+"""The names of the files of an index."""
 
 
 def term_hash(term: str) -> int:
-    """The 64 bits by which an index knows a term."""
+    """The 64-bit hash that stands for a term in an index."""
     return int.from_bytes(blake2b(term.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 def rounded_lengths() -> Array:
-    """The 256 lengths that one byte can tell: Lucene's ``SmallFloat.byte4ToInt``.
+    """The 256 lengths that one byte can hold: Lucene's ``SmallFloat.byte4ToInt``.
 
-    Exact up to 40, from there on the four leading bits of what exceeds 24.
+    They are exact up to 40; above, only the four leading bits of what exceeds 24 are kept.
     """
     lengths = list(range(24))
     for code in range(256 - 24):
@@ -66,14 +67,14 @@ class _Run(NamedTuple):
     hashes: Array  # (terms,) uint64
     starts: Array  # (terms + 1,) int64
     rows: Array  # (postings,) int32, on disk
-    times: Array  # (postings,) int32, on disk: how often the term stands in the passage
+    times: Array  # (postings,) int32, on disk: how often the passage holds the term
 
 
-class ImpactsWriter:
-    """Makes an index from passages that come one by one.
+class IndexWriter:
+    """Make an index from passages that come one by one.
 
-    Memory is bounded but for five bytes a passage and some a distinct term of each run: sorted runs
-    of postings go to disk, and are merged a few million postings at a time.
+    Sorted runs of postings go to disk and are merged a few million postings at a time. Memory grows
+    by five bytes per passage and a few bytes per distinct term of each run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,7 +83,7 @@ class ImpactsWriter:
         self._scratch = folder / "runs"
         self._scratch.mkdir()
         self._runs: list[_Run] = []
-        self._codes: list[Array] = []  # the lengths of the passages of each run, a byte each
+        self._codes: list[Array] = []  # per run, the rounded length of each passage, one byte each
         self._words = self._rows = 0
         self._begin_run()
 
@@ -107,17 +108,16 @@ class ImpactsWriter:
         weights = (ONE + K1) * idf.astype(np.float32)
         norms = self._inverse_norms()[np.concatenate(self._codes)]
         maxima = np.empty(len(hashes), np.float32)
-        steps = np.searchsorted(starts, np.arange(0, starts[-1], _RUN))
         with self._file("rows").open("wb") as rows_file, self._file("impacts").open("wb") as file:
-            for first, last in pairwise(np.unique([*steps, len(hashes)]).tolist()):
+            for first, last in _term_parts(starts):
                 part = slice(first, last)
                 rows, times = _merge(runs, hashes[part], starts[first : last + 1])
                 weight = np.repeat(weights[part], frequencies[part])
                 impacts = weight - weight / (ONE + times.astype(np.float32) * norms[rows])
-                # more than 0, as a passage that has the term is found however long it is
+                # above 0, so that a passage that has the term is found however long it is
                 impacts = np.maximum(impacts, np.finfo(np.float32).tiny)
                 maxima[part] = np.maximum.reduceat(impacts, starts[part] - starts[first])
-                rows_file.write(rows.data)  # not tofile: it hides that a disk is full
+                rows_file.write(rows.data)  # tofile hides a full disk
                 file.write(impacts.data)
         for name, values in (("terms", hashes), ("starts", starts), ("maxima", maxima)):
             self._file(name).write_bytes(values.astype(_TYPES[name]).data)
@@ -170,10 +170,21 @@ class ImpactsWriter:
         return ONE / (K1 * ((ONE - B) + B * lengths / mean))
 
 
+def _term_parts(starts: Array) -> Iterator[tuple[int, int]]:
+    """First term and end of consecutive parts of about ``_RUN`` postings each."""
+    steps = np.searchsorted(starts, np.arange(0, starts[-1], _RUN))
+    return pairwise(np.unique([*steps, len(starts) - 1]).tolist())
+
+
+def _is_positive(values: Array) -> bool:
+    """Whether all values are above 0 and finite."""
+    return bool(values.min() > 0 and values.max() < np.inf)  # False for NaN too
+
+
 def _merge(runs: Sequence[_Run], hashes: Array, starts: Array) -> tuple[Array, Array]:
     """Rows and times of the postings of consecutive terms, from all runs."""
     rows, times = (np.empty(starts[-1] - starts[0], np.int32) for _ in range(2))
-    ends = starts[:-1] - starts[0]  # of what is written of each term
+    ends = starts[:-1] - starts[0]  # per term: where its next posting is written
     for run in runs:
         first = np.searchsorted(run.hashes, hashes[0])
         last = np.searchsorted(run.hashes, hashes[-1], side="right")
@@ -187,48 +198,27 @@ def _merge(runs: Sequence[_Run], hashes: Array, starts: Array) -> tuple[Array, A
     return rows, times
 
 
-class Postings(NamedTuple):
-    """Of all terms, one after the other, each in the order of rows."""
-
-    rows: Array  # (postings,) int32
-    impacts: Array  # (postings,) float32
-
-
 @lru_cache(maxsize=1)
 def _pool(process: int) -> ThreadPoolExecutor:
-    """Threads for all searches of a process; those of another are lost at a fork."""
+    """Threads for all searches of a process; a forked process starts its own."""
     return ThreadPoolExecutor(os.cpu_count() or 1, "impacts")
 
 
-class Clauses(NamedTuple):
-    """What to add for some queries: one entry a distinct term of a query, by falling bounds."""
-
-    starts: Array  # (clauses,) int64: the first posting
-    ends: Array  # (clauses,) int64: behind the last one
-    times: Array  # (clauses,) float64: how often the query repeats the term
-    bounds: Array  # (clauses,) float64: the most that the clause adds to a score
-
-
-class Best(NamedTuple):
-    """The best passages of a query, or, with one more dimension, of several."""
-
-    rows: Array  # (top_k,) int32
-    scores: Array  # (top_k,) float32
-
-
-class Impacts:
+class IndexReader:
     """An open index: the best passages for queries that are given as terms."""
 
     def __init__(self, folder: Path, num_rows: int) -> None:
         """Map the files of a folder.
 
+        Only their sizes are checked; see :meth:`check`.
+
         Args:
-            folder: where an :class:`ImpactsWriter` put them.
+            folder: where an :class:`IndexWriter` put them.
             num_rows: the number of passages that it was given.
 
         Raises:
             OSError: a file is missing or cannot be read.
-            ValueError: a file is empty.
+            ValueError: the size of a file does not fit the others.
         """
         self.num_rows = num_rows
         # plain arrays: slicing a numpy.memmap takes ten times as long
@@ -237,7 +227,36 @@ class Impacts:
             for name, kind in _TYPES.items()
         )
         self._postings = Postings(rows, impacts)
-        self._term = lru_cache(_KNOWN_TERMS)(self._find)
+        self._term = lru_cache(_CACHED_TERMS)(self._find)
+        if not len(self._starts) == len(self._terms) + 1 == len(self._maxima) + 1:
+            raise ValueError("terms.bin, starts.bin and maxima.bin hold different numbers of terms")
+        if not len(rows) == len(impacts) == self._starts[-1]:
+            raise ValueError("rows.bin and impacts.bin are not as long as starts.bin says")
+
+    def check(self) -> None:
+        """Read everything and check what a search relies on: bounds and order.
+
+        Raises:
+            ValueError: says which file is wrong, and in what.
+        """
+        starts, (rows, impacts) = self._starts, self._postings
+        if not (self._terms[:-1] < self._terms[1:]).all():
+            raise ValueError("terms.bin is not in ascending order")
+        if starts[0] != 0 or not (starts[:-1] < starts[1:]).all():
+            raise ValueError("starts.bin does not ascend from 0")
+        for first, last in _term_parts(starts):
+            begin, end = starts[first], starts[last]
+            part, terms = rows[begin:end], starts[first:last] - begin
+            if part.min() < 0 or part.max() >= self.num_rows:
+                raise ValueError(f"rows.bin holds a row outside 0 to {self.num_rows - 1}")
+            descents = 1 + np.flatnonzero(np.diff(part) <= 0)
+            if not (starts[np.searchsorted(starts, begin + descents)] == begin + descents).all():
+                raise ValueError("rows.bin is not in ascending order within a term")
+            if not _is_positive(impacts[begin:end]):
+                raise ValueError("impacts.bin holds a number that no impact can be")
+            maxima = np.maximum.reduceat(impacts[begin:end], terms)
+            if not (maxima == self._maxima[first:last]).all():
+                raise ValueError("maxima.bin does not hold the greatest impact of each term")
 
     def best(
         self, queries: Sequence[Sequence[str]], top_k: int, threads: int = 1
@@ -247,9 +266,15 @@ class Impacts:
         Scores are summed in double precision, then rounded to single, as in Lucene.
 
         Args:
-            queries: the terms of each; a term that a query repeats counts as often.
-            top_k: the most passages a query may have, 1 or more.
-            threads: how many to use for a large index.
+            queries: the terms of each query; a term counts as often as the query repeats it.
+            top_k: the most passages per query, at least 1.
+            threads: how many threads to use for a large index.
+
+        Returns:
+            (row, score) pairs for each query, best first.
+
+        Raises:
+            ValueError: the index holds rows that cannot be.
         """
         if not queries:
             return []
@@ -270,12 +295,14 @@ class Impacts:
 
         cuts = np.linspace(0, len(queries), threads + 1).astype(int).tolist()
         others = []
-        if threads > 1:  # the kernel lets go of the interpreter
+        if threads > 1:  # the compiled search releases the interpreter's lock
             pool = _pool(os.getpid())
             others = [pool.submit(answer, *part) for part in pairwise(cuts[1:])]
         answer(*cuts[:2])
         for other in others:
             other.result()
+        if best.rows.min() < 0:
+            raise ValueError("rows.bin holds a row below 0")
         return [
             [(row, score) for row, score in zip(*found, strict=True) if row < self.num_rows]
             for found in zip(best.rows.tolist(), best.scores.tolist(), strict=True)
@@ -288,7 +315,7 @@ class Impacts:
         return number if number < len(self._terms) and self._terms[number] == wanted else -1
 
     def _clauses(self, queries: Sequence[Sequence[str]]) -> tuple[Clauses, Array]:
-        """Those of all queries, and where those of each start."""
+        """The clauses of all queries, and where those of each query start."""
         numbers: list[int] = []
         times: list[int] = []
         offsets = [0]
@@ -309,7 +336,7 @@ class Impacts:
         return clauses, np.array(offsets)
 
     def _best_of_all(self, clauses: Clauses, top_k: int) -> list[tuple[int, float]]:
-        """Score every passage for one query: for a small index the quickest, without numba."""
+        """Score every passage for one query: the fastest way for a small index, without numba."""
         sums = np.zeros(self.num_rows)
         for start, end, times in zip(*clauses[:3], strict=True):
             sums[self._postings.rows[start:end]] += self._postings.impacts[start:end] * times

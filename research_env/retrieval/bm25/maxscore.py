@@ -1,14 +1,18 @@
-"""The search in a large index of impacts, compiled by numba.
+"""MaxScore search in a large index, compiled by numba.
 
-Most postings need not be read. Once ``top_k`` passages are known, no passage can be among the best
-whose terms' greatest impacts together stay below the worst of them: so the frequent terms at the
-end of a query bring in no passage any more, and only add to those that the other terms bring
+Most postings are never read. Once ``top_k`` passages are known, a passage whose terms' greatest
+impacts add up to less than the worst of them cannot be among the best. So the frequent terms at the
+end of a query bring in no new passage, and only add to the passages that the other terms bring in
 (MaxScore: Turtle and Flood, "Query evaluation: strategies and optimizations", 1995). As in Lucene's
-``MaxScoreBulkScorer``, passages are scored by windows of rows whose sums fit into the first-level
+``MaxScoreBulkScorer``, passages are scored in windows of rows whose sums fit into the first-level
 cache. The result is exact.
 
-The names are those of :mod:`research_env.retrieval.bm25.index`. The best passages so far are a heap
-with the worst at its root; its empty places hold the row ``num_rows``.
+The arrays are those of :mod:`research_env.retrieval.bm25.postings`. The best passages so far are a
+heap with the worst at its root; its empty places hold the row ``num_rows``.
+
+No content of ``rows`` or ``impacts`` can make this code read or write outside its arrays or run
+forever: a place in a window is the last bits of a row, and each window moves past one posting at
+least. ``starts`` and ``ends`` must lie within the postings, which the index checks.
 """
 
 from __future__ import annotations
@@ -19,20 +23,21 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 from numba import njit
 
-from research_env.retrieval.bm25.index import Array, Best, Clauses, Postings
+from research_env.retrieval.bm25.postings import Array, Best, Clauses, Postings
 
-_WINDOW = 4096  # rows
-_GROWTH = 3  # times the postings read that the next term must have for a rehearsal without it
-_MANY = 400  # postings of a window from which on they are not kept track of
-_CLOSE = 16  # postings a place below which adding all is quicker than looking up some
+_WINDOW = 4096  # rows; a power of two
+_PLACE = _WINDOW - 1  # the bits of a row that say its place in its window
+_GROWTH = 3  # a term with this many times the postings read so far gets a rehearsal without it
+_MANY = 400  # postings per window; from here on places are not tracked
+_CLOSE = 16  # postings per place; below it adding all is faster than looking up some
 _NOTHING = 1e-300  # less than any sum
-_SLACK = 1 + 1e-6  # more than the order of a sum and rounding to single precision may change it
+_SLACK = 1 + 1e-6  # more than summation order and rounding to single precision can change a sum
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _compiled(function: Function) -> Function:
-    """Compile at the first call, for later processes too where there is a place to keep it."""
+    """Compile at the first call, and keep the code for later processes where that is possible."""
     try:
         compiled: Any = njit(cache=True, nogil=True)(function)
     except RuntimeError:  # neither this folder nor the user's cache can be written
@@ -49,10 +54,10 @@ class Clause(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What a window needs, for all windows."""
+    """Buffers that all windows share."""
 
     sums: Array  # (_WINDOW,) float64, zeros between two windows
-    places: Array  # (_WINDOW + 1,) int32: those in the window that are looked at
+    places: Array  # (_WINDOW + 1,) int32: the places in the window that are tracked
 
 
 @_compiled
@@ -79,7 +84,7 @@ def _sink(best: Best, size: int) -> None:
 
 @_compiled
 def _seek(rows: Array, first: int, last: int, row: int) -> int:
-    """The first of some postings whose row is not below ``row``; they may be far or near."""
+    """The first posting whose row is not below ``row``, by galloping search."""
     step = 1
     while first + step <= last and rows[first + step - 1] < row:
         first += step
@@ -108,24 +113,23 @@ def _find(rows: Array, first: int, last: int, row: int, base: int) -> int:
 
 
 @_compiled
-def _add_few(postings: Postings, clause: Clause, base: int, found: int, scratch: Scratch) -> int:
-    """Add a clause to the sums of a window; how many places have a sum now."""
+def _add_few(postings: Postings, clause: Clause, found: int, scratch: Scratch) -> int:
+    """Add a clause to the sums of a window; return how many places have a sum now."""
     sums, places = scratch
     for posting in range(clause.start, clause.end):
-        place = postings.rows[posting] - base
+        place = postings.rows[posting] & _PLACE
         if sums[place] == 0:
             places[found] = place
-            found += 1
+            found = min(found + 1, _WINDOW)  # only impacts of 0 could come to more
         sums[place] += clause.times * postings.impacts[posting]
     return found
 
 
 @_compiled
-def _add(postings: Postings, clause: Clause, base: int, scratch: Scratch) -> None:
-    """Add a clause to the sums of a window, and keep no track of places."""
+def _add(postings: Postings, clause: Clause, scratch: Scratch) -> None:
+    """Add a clause to the sums of a window without keeping track of places."""
     for posting in range(clause.start, clause.end):
-        place = postings.rows[posting] - base
-        scratch.sums[place] += clause.times * postings.impacts[posting]
+        scratch.sums[postings.rows[posting] & _PLACE] += clause.times * postings.impacts[posting]
 
 
 @_compiled
@@ -139,7 +143,7 @@ def _look_up(postings: Postings, clause: Clause, base: int, found: int, scratch:
 
 @_compiled
 def _all_from(least: float, scratch: Scratch) -> int:
-    """Look at all places of a window whose sums reach ``least``; how many these are."""
+    """Keep track of all places whose sums reach ``least``; return how many these are."""
     found = 0
     for place in range(_WINDOW):
         scratch.places[found] = place
@@ -149,7 +153,7 @@ def _all_from(least: float, scratch: Scratch) -> int:
 
 @_compiled
 def _kept(least: float, found: int, scratch: Scratch) -> int:
-    """Look no more at places whose sums are below ``least``; how many are left."""
+    """Drop the places whose sums are below ``least``; return how many are left."""
     sums, places = scratch
     left = 0
     for place in places[:found]:
@@ -163,7 +167,7 @@ def _kept(least: float, found: int, scratch: Scratch) -> int:
 
 @_compiled
 def _raised(postings: Postings, clauses: Clauses, known: int, best: Best) -> float:
-    """The worst of the best by the first clauses, when the others are added to each of them."""
+    """The worst score of the best passages by the first clauses, with all other clauses added."""
     worst = np.inf
     for place in range(len(best.rows)):
         score = float(best.scores[place])
@@ -191,8 +195,9 @@ def _score_window(  # noqa: PLR0917  (numba knows no keywords)
 ) -> None:
     """Score the passages of a window that the first clauses bring in, and keep the best.
 
-    ``rest`` is the most that the others add; ``at`` tells where each clause stands, and is moved.
-    ``is_tracked`` says to keep track of the places with a sum: for few, quicker than to see all.
+    ``needed`` is the number of those clauses and ``rest`` the most that the others add. ``at``
+    holds the next posting of each clause and is moved. ``is_tracked``: keep a list of the places
+    with a sum, which is faster than a look at all places when they are few.
     """
     rows = postings.rows
     sums, places = scratch
@@ -202,9 +207,9 @@ def _score_window(  # noqa: PLR0917  (numba knows no keywords)
         clause = Clause(at[i], _seek(rows, at[i], ends[i], base + _WINDOW), times[i])
         at[i] = clause.end
         if is_tracked:
-            found = _add_few(postings, clause, base, found, scratch)
+            found = _add_few(postings, clause, found, scratch)
         else:
-            _add(postings, clause, base, scratch)
+            _add(postings, clause, scratch)
     least = best.scores[0] / _SLACK
     if is_tracked:
         found = _kept(least - rest, found, scratch)
@@ -216,7 +221,7 @@ def _score_window(  # noqa: PLR0917  (numba knows no keywords)
             at[i] = _seek(rows, start, ends[i], base + _WINDOW)
             clause = Clause(start, at[i], times[i])
             if clause.end - clause.start < _CLOSE * found:
-                _add(postings, clause, base, scratch)
+                _add(postings, clause, scratch)
                 is_tracked = False
             else:
                 _look_up(postings, clause, base, found, scratch)
@@ -238,14 +243,14 @@ def _collect(  # noqa: PLR0917
 ) -> None:
     """Fill a heap with the best passages of one query.
 
-    ``floor`` is a score that as many passages as wanted exceed.
+    ``floor``: a score that at least ``top_k`` passages exceed.
     """
     starts, ends, _, bounds = clauses
     best.rows[:] = num_rows
     best.scores[:] = floor
     at = starts.copy()
     needed = len(at)  # clauses from here on bring in no passage
-    rest = 0.0  # the most that those add
+    rest = 0.0  # the most that they add
     while True:
         while needed and (rest + bounds[needed - 1]) * _SLACK < best.scores[0]:
             needed -= 1
@@ -277,18 +282,18 @@ def search(  # noqa: PLR0917
 ) -> None:
     """Write the best passages of some queries, best first.
 
-    All is flat here: a tuple that crosses from Python costs more than a short search.
+    The arguments are flat because a tuple that crosses from Python costs more than a short search.
 
     Args:
         rows: see ``Postings``.
         impacts: see ``Postings``.
-        starts: see ``Clauses``; those of all queries.
+        starts: see ``Clauses``; of all queries.
         ends: see ``Clauses``.
         times: see ``Clauses``.
         bounds: see ``Clauses``.
-        offsets: (queries + 1,) where the clauses of each of these queries start.
+        offsets: (queries + 1,) where the clauses of each query start.
         num_rows: passages in the index.
-        best_rows: (queries, top_k), written; where there are less, the rest is ``num_rows``.
+        best_rows: (queries, top_k), written; ``num_rows`` where fewer passages are found.
         best_scores: (queries, top_k), written.
     """
     postings = Postings(rows, impacts)
@@ -300,8 +305,8 @@ def search(  # noqa: PLR0917
         mine.rows[:] = num_rows
         floor = 0.0
         read = 0
-        # Before each term that is much more frequent than those before it, rehearse without it:
-        # the worst of the best is then a floor for the whole, under which much can be left out
+        # Before each term that is much more frequent than the terms before it, rehearse without it:
+        # the worst of the best is then a floor for the whole search, which skips what is below it
         for end in range(first + 1, last + 1):
             read += ends[end - 1] - starts[end - 1]
             if end < last and (read < top_k or ends[end] - starts[end] <= _GROWTH * read):

@@ -1,44 +1,75 @@
 """The embedded search engine: BM25 with Elasticsearch's scores, from one folder on disk.
 
-The scores are those of Lucene's BM25 as Elasticsearch uses it, kept as impacts
-(:mod:`research_env.retrieval.bm25.index`) of terms that are analysed as Lucene's ``english``
-analyzer does it (:mod:`research_env.retrieval.bm25.analyzer`). Title and text are one field.
+The scores are those of Lucene's BM25 as Elasticsearch uses it, stored as impacts
+(:mod:`research_env.retrieval.bm25.index`) of the terms that Lucene's ``english`` analyzer makes
+(:mod:`research_env.retrieval.bm25.analyzer`). Title and text are one field.
 
 An index is a folder: the files of the impacts, ``passages.bin`` (ids, titles and texts, one after
-the other), ``offsets.bin`` (where each ends) and ``meta.json``, which tells what the others must
-be. All is read through memory maps, so that opening takes no time and many processes share it.
+the other), ``offsets.bin`` (where each of these ends) and ``meta.json``, which holds the size and
+the hash of each file. Everything is read through memory maps, so opening takes no time and many
+processes share the memory.
+
+A machine reads an index completely the first time that it opens it, compares the hashes and checks
+what compiled code relies on. A note in the cache spares later openings that work until a file of
+the index changes or the machine is restarted: after a crash a disk may have lost what it had taken.
+:func:`check_index` does it at any time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
+import logging
 import mmap
 import os
 import re
 import shutil
+import stat
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import numpy as np
 
 from research_env.errors import ConfigurationError, DataError, RetrievalError, StaleIndexError
+from research_env.paths import read_note, write_note
 from research_env.retrieval.base import Hit, Passage
 from research_env.retrieval.bm25.analyzer import analyze, first_words
-from research_env.retrieval.bm25.index import Impacts, ImpactsWriter
+from research_env.retrieval.bm25.index import FILES, IndexReader, IndexWriter
 
 if TYPE_CHECKING:
     from research_env.datasets.base import Corpus
 
-FORMAT = 2  # of the folder, the analysis and the impacts: raise it when any of them changes
+FORMAT = 3  # raise it when the folder, the analysis or the impacts change
 REPORT_EVERY = 500  # passages between two reports of progress
 
+log = logging.getLogger(__name__)
+
 _META = "meta.json"
-_CHECKED = 1 << 20  # bytes at either end of a file that the checksum covers, however large it is
+_MAX_META = 1 << 20  # bytes
+_CHUNK = 1 << 26  # bytes that are hashed at a time
 _THREAD_WORK = 1_000_000  # queries times passages for which a further thread pays
+_FILES = sorted(("passages.bin", "offsets.bin", *FILES))
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux: another one after each start
+
+
+class Meta(msgspec.Struct, frozen=True):
+    """The content of ``meta.json``."""
+
+    format: int
+    corpus: str
+    fingerprint: str
+    passages: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    files: dict[str, tuple[int, str]]  # size, and BLAKE2b-128 of the hashes of chunks of 64 MiB
+
+
+class _Format(msgspec.Struct):
+    format: int
 
 
 def build_index(
@@ -46,21 +77,21 @@ def build_index(
 ) -> int:
     """Make sure that a folder holds the index of a corpus, which is read once, as a stream.
 
-    The index is made in a temporary folder beside it and renamed when it is complete: a reader
-    never sees half of it, and a build that is killed leaves none. Of several builds of the same
-    index at the same time, one works and the others wait for it.
+    The index is made in a temporary folder beside it, flushed to the disk and renamed when it is
+    complete: a reader never sees half of it, and a build that is killed leaves none. If several
+    processes build the same index at the same time, one works and the others wait for it.
 
     Args:
         corpus: the passages, with their fingerprint.
-        folder: where the index shall be. An older one is replaced.
-        progress: called now and then with the number of passages indexed so far.
+        folder: where the index is written. It replaces an older one.
+        progress: called regularly with the number of passages indexed so far.
 
     Returns:
         The number of passages.
 
     Raises:
         DataError: the corpus cannot be read, holds no words, or changed meanwhile.
-        ConfigurationError: the folder holds something else than an index.
+        ConfigurationError: the folder holds something other than an index.
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100  (a link is kept as it is)
     if folder.exists() and not (folder.is_dir() and _is_index_or_empty(folder)):
@@ -68,7 +99,7 @@ def build_index(
     fingerprint = corpus.fingerprint()
     with _only_builder(folder):
         with contextlib.suppress(StaleIndexError):
-            return int(_check(folder, fingerprint, corpus.name)["passages"])
+            return _checked(folder, corpus.name, fingerprint)[0].passages
         ours = re.compile(rf"\.{re.escape(folder.name)}\.\w+(\.old)?\.building")
         for left in folder.parent.iterdir():  # by a build that was killed
             if ours.fullmatch(left.name):
@@ -80,22 +111,17 @@ def build_index(
             count = _write(corpus, building, progress or (lambda _: None))
             if corpus.fingerprint() != fingerprint:
                 raise DataError(f"corpus {corpus.name!r} changed meanwhile; index it again")
-            meta = {
-                "format": FORMAT,
-                "corpus": corpus.name,
-                "fingerprint": fingerprint,
-                "passages": count,
-                "files": {
-                    path.relative_to(building).as_posix(): _checksum(path)
-                    for path in sorted(building.rglob("*"))
-                    if path.is_file()
-                },
-            }
-            (building / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            files = {name: _checksum(building / name) for name in _FILES}
+            meta = Meta(FORMAT, corpus.name, fingerprint, count, files)
+            (building / _META).write_bytes(msgspec.json.format(msgspec.json.encode(meta), indent=1))
+            for name in (*_FILES, _META, ""):  # all is on the disk before it is published
+                _sync(building / name)
             building.chmod(0o755)
             if folder.exists():
                 folder.rename(building.with_suffix(".old.building"))
             building.rename(folder)
+            _sync(folder.parent)
+            write_note(_note_kind(), _paths(folder), {})
         finally:
             shutil.rmtree(building, ignore_errors=True)
             shutil.rmtree(building.with_suffix(".old.building"), ignore_errors=True)
@@ -105,10 +131,22 @@ def build_index(
 def is_current(folder: str | Path, corpus: Corpus) -> bool:
     """Whether a folder holds a whole index of this corpus, in the format of this version."""
     try:
-        _check(Path(folder), corpus.fingerprint(), corpus.name)
+        _checked(Path(folder), corpus.name, corpus.fingerprint())
     except StaleIndexError:
         return False
     return True
+
+
+def check_index(folder: str | Path) -> int:
+    """Read a whole index and compare it with the hashes made when it was built.
+
+    Returns:
+        The number of passages.
+
+    Raises:
+        StaleIndexError: there is no index, or it is damaged or of another version.
+    """
+    return _checked(Path(folder), again=True)[0].passages
 
 
 class EmbeddedRetriever:
@@ -118,26 +156,25 @@ class EmbeddedRetriever:
         """Open an index.
 
         Args:
-            folder: that of the index.
+            folder: the folder of the index.
             corpus: the passages that must be in it; None takes the index as it is.
 
         Raises:
-            StaleIndexError: there is no index, or it is truncated, of another version, or made
-                for another corpus.
+            StaleIndexError: there is no index, or it is damaged, of another version, or made for
+                another corpus.
         """
         self._folder = Path(folder)
-        meta = _check(
-            self._folder,
-            corpus.fingerprint() if corpus is not None else None,
-            corpus.name if corpus is not None else "",
-        )
-        self.corpus_name = str(meta["corpus"])
-        self.fingerprint = str(meta["fingerprint"])  # of that corpus
-        self.num_passages = int(meta["passages"])
+        self._index: IndexReader | None
+        if corpus is None:
+            meta, self._index = _checked(self._folder)
+        else:
+            meta, self._index = _checked(self._folder, corpus.name, corpus.fingerprint())
+        self.corpus_name = meta.corpus
+        self.fingerprint = meta.fingerprint  # of that corpus
+        self.num_passages = meta.passages
         self._passages = _map(self._folder / "passages.bin")
         self._offsets_file = _map(self._folder / "offsets.bin")
         self._offsets = memoryview(self._offsets_file).cast("Q")
-        self._impacts: Impacts | None = Impacts(self._folder, len(self._offsets) // 3)
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
         """Answer every query of a batch; see :class:`research_env.retrieval.base.Retriever`.
@@ -147,26 +184,34 @@ class EmbeddedRetriever:
 
         Raises:
             ConfigurationError: ``top_k`` below 1.
-            RetrievalError: the index has been closed.
+            RetrievalError: the index has been closed, or turns out to be damaged.
         """
         if top_k < 1:
             raise ConfigurationError(f"top_k={top_k!r} must be 1 or more")
-        if self._impacts is None:
+        if self._index is None:
             raise RetrievalError("the index has been closed; open it again")
         threads = min(
             os.cpu_count() or 1, 1 + len(queries) * self.num_passages // _THREAD_WORK, len(queries)
         )
-        found = self._impacts.best(
-            [analyze(first_words(query)) for query in queries], top_k, threads
-        )
-        return [[Hit(self._passage(row), score) for row, score in best] for best in found]
+        terms = [analyze(first_words(query)) for query in queries]
+        try:
+            found = self._index.best(terms, top_k, threads)
+        except (ValueError, IndexError) as error:
+            raise RetrievalError(self._damaged(error)) from error
+        return [self._hits(best) for best in found]
 
     def close(self) -> None:
         """Release the files; calling it twice is harmless."""
-        self._impacts = None
+        self._index = None
         self._offsets.release()
         self._offsets_file.close()
         self._passages.close()
+
+    def _hits(self, best: Sequence[tuple[int, float]]) -> list[Hit] | RetrievalError:
+        try:
+            return [Hit(self._passage(row), score) for row, score in best]
+        except ValueError as error:  # not four offsets, or no UTF-8
+            return RetrievalError(self._damaged(error))
 
     def _passage(self, row: int) -> Passage:
         start, title, text, end = self._offsets[3 * row : 3 * row + 4]
@@ -175,9 +220,15 @@ class EmbeddedRetriever:
             _decode(data[start:title]), _decode(data[title:text]), _decode(data[text:end])
         )
 
+    def _damaged(self, error: Exception) -> str:
+        return (
+            f"the index {self._folder} is damaged: {error}. Check it: research-env index --check "
+            f"--to {self._folder}"
+        )
+
 
 def _write(corpus: Corpus, folder: Path, progress: Callable[[int], None]) -> int:
-    writer = ImpactsWriter(folder)
+    writer = IndexWriter(folder)
     count = rows = end = 0
     with (
         (folder / "passages.bin").open("wb") as passages,
@@ -201,32 +252,87 @@ def _write(corpus: Corpus, folder: Path, progress: Callable[[int], None]) -> int
     return count
 
 
-def _check(folder: Path, fingerprint: str | None, corpus: str) -> dict[str, Any]:
-    """The meta data of an index whose files are whole and of the right corpus and version."""
-    try:
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
-        version, files, found = meta["format"], dict(meta["files"]), str(meta["fingerprint"])
-        int(meta["passages"]), str(meta["corpus"])
-    except FileNotFoundError as error:
-        raise _stale(folder, "is no index: there is none in that folder") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _stale(folder, f"is no index ({type(error).__name__}: {error})") from error
-    if version != FORMAT:
-        raise _stale(folder, f"is of format {version}, this version reads format {FORMAT}")
-    if fingerprint not in (None, found):
+def _checked(
+    folder: Path, corpus: str = "", fingerprint: str | None = None, again: bool = False
+) -> tuple[Meta, IndexReader]:
+    """Open an index of the right corpus and version, and check it unless a note says it was.
+
+    Args:
+        folder: the folder of the index.
+        corpus: the name of the corpus that must be in it, for messages.
+        fingerprint: the fingerprint of that corpus; None accepts any.
+        again: check it whatever the note says.
+    """
+    meta = _read_meta(folder)
+    if fingerprint not in (None, meta.fingerprint):
         raise _stale(
             folder,
-            f"was made for another corpus: {meta['corpus']!r} with fingerprint {found[:12]}, not "
-            f"{corpus!r} with {str(fingerprint)[:12]}",
+            f"was made for another corpus: {meta.corpus!r} with fingerprint "
+            f"{meta.fingerprint[:12]}, not {corpus!r} with {str(fingerprint)[:12]}",
         )
-    for name, checksum in files.items():
-        try:
-            whole = _checksum(folder / name) == checksum
-        except OSError:
-            whole = False
-        if not whole:
+    for name in _FILES:
+        path = folder / name
+        if name not in meta.files or not _is_file(path, meta.files[name][0]):
             raise _stale(folder, f"is damaged: {name} is missing, cut off or changed")
-    return dict(meta)
+    try:
+        index = IndexReader(folder, _num_rows(folder))
+        if again or read_note(_note_kind(), _paths(folder)) is None:
+            _check_all(folder, meta, index)
+            write_note(_note_kind(), _paths(folder), {})
+    except (OSError, ValueError) as error:
+        raise _stale(folder, f"is damaged: {error}") from error
+    return meta, index
+
+
+def _check_all(folder: Path, meta: Meta, index: IndexReader) -> None:
+    size = sum(meta.files[name][0] for name in _FILES)
+    log.info("checking the whole index %s (%.1f GB)", folder, size / 1e9)
+    for name in _FILES:
+        if _checksum(folder / name) != meta.files[name]:
+            raise ValueError(f"{name} has changed since the index was made")
+    index.check()
+    offsets = np.memmap(folder / "offsets.bin", "<u8", "r")
+    if offsets[0] != 0 or offsets[-1] != meta.files["passages.bin"][0]:
+        raise ValueError("offsets.bin does not span passages.bin")
+    for first in range(0, len(offsets), _CHUNK // 8):
+        part = offsets[first : first + _CHUNK // 8 + 1]
+        if not (part[:-1] <= part[1:]).all():
+            raise ValueError("offsets.bin is not in ascending order")
+
+
+def _read_meta(folder: Path) -> Meta:
+    path = folder / _META
+    try:
+        if not stat.S_ISREG(path.stat().st_mode) or path.stat().st_size > _MAX_META:
+            raise _stale(folder, f"is no index: {_META} is no small file")
+        data = path.read_bytes()
+        version = msgspec.json.decode(data, type=_Format).format
+        if version != FORMAT:
+            raise _stale(folder, f"is of format {version}, this version reads format {FORMAT}")
+        return msgspec.json.decode(data, type=Meta)
+    except FileNotFoundError as error:
+        raise _stale(folder, "is no index: there is none in that folder") from error
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        raise _stale(folder, f"is no index ({_META}: {error})") from error
+
+
+def _num_rows(folder: Path) -> int:
+    """The number of passages with words: three ends each, after the first start."""
+    entries, rest = divmod((folder / "offsets.bin").stat().st_size, 8)
+    if rest or entries < 4 or entries % 3 != 1:
+        raise ValueError("offsets.bin has a size that it cannot have")
+    return entries // 3
+
+
+def _note_kind() -> str:
+    """Notes on checked indexes, one folder per start of the machine."""
+    with contextlib.suppress(OSError):
+        return f"checked/{_BOOT_ID.read_text(encoding='ascii').strip()}"
+    return "checked/unknown"
+
+
+def _paths(folder: Path) -> list[Path]:
+    return [folder / name for name in (*_FILES, _META)]
 
 
 def _stale(folder: Path, what: str) -> StaleIndexError:
@@ -235,15 +341,36 @@ def _stale(folder: Path, what: str) -> StaleIndexError:
     )
 
 
-def _checksum(path: Path) -> list[int | str]:
-    """Size of a file, and a hash of its beginning and end."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        digest = blake2b(file.read(_CHECKED), digest_size=16)
-        file.seek(max(_CHECKED, size - _CHECKED))
-        digest.update(file.read(_CHECKED))
-    return [size, digest.hexdigest()]
+def _is_file(path: Path, size: int) -> bool:
+    """Whether this is a regular file of that size; a pipe or device is not even opened."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == size > 0
+
+
+def _checksum(path: Path) -> tuple[int, str]:
+    """The size of a file and its hash, made with all processors."""
+    size = path.stat().st_size
+
+    def digest(start: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(start)
+            return blake2b(file.read(_CHUNK), digest_size=16).digest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = b"".join(pool.map(digest, range(0, size, _CHUNK)))
+    return size, blake2b(digests, digest_size=16).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _is_index_or_empty(folder: Path) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,37 +16,37 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research_env.retrieval.bm25 import index as impacts
-from research_env.retrieval.bm25 import maxscore as kernel
-from research_env.retrieval.bm25.index import Impacts, ImpactsWriter, rounded_lengths, term_hash
+from research_env.retrieval.bm25 import index as index_module
+from research_env.retrieval.bm25 import maxscore
+from research_env.retrieval.bm25.index import IndexReader, IndexWriter, rounded_lengths, term_hash
 
 Found = list[list[tuple[int, float]]]
 
 
-def write(folder: Path, passages: Sequence[Sequence[str]]) -> Impacts:
+def write(folder: Path, passages: Sequence[Sequence[str]]) -> IndexReader:
     folder.mkdir(parents=True)
-    writer = ImpactsWriter(folder)
+    writer = IndexWriter(folder)
     for terms in passages:
         writer.add(terms)
     writer.finish()
-    return Impacts(folder, len(passages))
+    return IndexReader(folder, len(passages))
 
 
-def by_scoring_all(index: Impacts, queries: Sequence[Sequence[str]], top_k: int) -> Found:
+def by_scoring_all(index: IndexReader, queries: Sequence[Sequence[str]], top_k: int) -> Found:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(impacts, "_SMALL", 10**9)
+        patch.setattr(index_module, "_SMALL", 10**9)
         return index.best(queries, top_k)
 
 
-def by_kernel(
-    index: Impacts, queries: Sequence[Sequence[str]], top_k: int, threads: int = 1
+def by_maxscore(
+    index: IndexReader, queries: Sequence[Sequence[str]], top_k: int, threads: int = 1
 ) -> Found:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(impacts, "_SMALL", 0)
+        patch.setattr(index_module, "_SMALL", 0)
         return index.best(queries, top_k, threads)
 
 
-WAYS = pytest.mark.parametrize("best", [by_scoring_all, by_kernel])
+WAYS = pytest.mark.parametrize("best", [by_scoring_all, by_maxscore])
 
 
 def zipf(rng: np.random.Generator, count: int, vocabulary: int) -> list[str]:
@@ -52,8 +54,8 @@ def zipf(rng: np.random.Generator, count: int, vocabulary: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Impacts:
-    """Four windows of the kernel and some more, in which common words are in most passages."""
+def large(tmp_path_factory: pytest.TempPathFactory) -> IndexReader:
+    """Four windows of MaxScore and some more, in which common words are in most passages."""
     rng = np.random.default_rng(0)
     passages = [zipf(rng, int(rng.integers(1, 60)), 4_000) for _ in range(17_000)]
     return write(tmp_path_factory.mktemp("large") / "i", passages)
@@ -101,7 +103,7 @@ def test_an_index_of_many_runs_is_that_of_one(
     folder = tmp_path_factory.mktemp("runs")
     write(folder / "one", passages)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(impacts, "_RUN", 7)
+        patch.setattr(index_module, "_RUN", 7)
         write(folder / "many", passages)
     names = sorted(path.name for path in (folder / "one").iterdir())
     assert names == ["impacts.bin", "maxima.bin", "rows.bin", "starts.bin", "terms.bin"]
@@ -140,21 +142,21 @@ def test_a_repeated_term_counts_as_often(best: Callable[..., Found], tmp_path: P
 
 
 @pytest.mark.parametrize("top_k", [1, 5, 10, 200, 20_000])
-def test_the_kernel_finds_what_scoring_all_finds_bit_for_bit(large: Impacts, top_k: int) -> None:
+def test_maxscore_finds_what_scoring_all_finds_bit_for_bit(large: IndexReader, top_k: int) -> None:
     rng = np.random.default_rng(top_k)
     queries = [zipf(rng, int(rng.integers(1, 12)), 5_000) for _ in range(60)]
     queries += [[f"w{rank}" for rank in rng.integers(1, 4_000, 6).tolist()] for _ in range(60)]
-    assert by_kernel(large, queries, top_k) == by_scoring_all(large, queries, top_k)
+    assert by_maxscore(large, queries, top_k) == by_scoring_all(large, queries, top_k)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 4_100), min_size=1, max_size=30), st.integers(1, 12))
-def test_the_kernel_is_exact_for_any_query(large: Impacts, ranks: list[int], top_k: int) -> None:
+def test_maxscore_is_exact_for_any_query(large: IndexReader, ranks: list[int], top_k: int) -> None:
     queries = [[f"w{rank}" for rank in ranks]]
-    assert by_kernel(large, queries, top_k) == by_scoring_all(large, queries, top_k)
+    assert by_maxscore(large, queries, top_k) == by_scoring_all(large, queries, top_k)
 
 
-def test_the_kernel_is_exact_where_a_term_stands_in_clusters(tmp_path: Path) -> None:
+def test_maxscore_is_exact_where_a_term_stands_in_clusters(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     passages = [
         ["all", *["near"] * (row % 4096 > 4000), *["last"] * (row % 997 == 996), f"w{row % 3}"]
@@ -163,18 +165,18 @@ def test_the_kernel_is_exact_where_a_term_stands_in_clusters(tmp_path: Path) -> 
     index = write(tmp_path / "i", passages)
     words = ["all", "near", "last", "w0", "w1", "w2"]
     queries = [list(rng.permutation(words)[: rng.integers(1, 7)]) for _ in range(40)]
-    assert by_kernel(index, queries, 5) == by_scoring_all(index, queries, 5)
+    assert by_maxscore(index, queries, 5) == by_scoring_all(index, queries, 5)
 
 
-def test_threads_share_the_queries(large: Impacts) -> None:
+def test_threads_share_the_queries(large: IndexReader) -> None:
     rng = np.random.default_rng(7)
     queries = [zipf(rng, 6, 4_000) for _ in range(25)]
-    alone = by_kernel(large, queries, 5)
-    assert by_kernel(large, queries, 5, threads=3) == alone
-    assert by_kernel(large, queries[:2], 5, threads=4) == alone[:2]
+    alone = by_maxscore(large, queries, 5)
+    assert by_maxscore(large, queries, 5, threads=3) == alone
+    assert by_maxscore(large, queries[:2], 5, threads=4) == alone[:2]
 
 
-def test_the_kernel_works_where_its_code_cannot_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_maxscore_works_where_its_code_cannot_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from numba import njit
 
     def no_place(*args: Any, cache: bool = False, **options: Any) -> Any:
@@ -182,12 +184,61 @@ def test_the_kernel_works_where_its_code_cannot_be_kept(monkeypatch: pytest.Monk
             raise RuntimeError("cannot cache function: no locator available")
         return njit(*args, **options)
 
-    monkeypatch.setattr(kernel, "njit", no_place)
+    monkeypatch.setattr(maxscore, "njit", no_place)
 
     def twice(number: int) -> int:
         return 2 * number
 
-    assert kernel._compiled(twice)(4) == 8
+    assert maxscore._compiled(twice)(4) == 8
+
+
+GARBAGE = """
+    import numpy as np
+    from research_env.retrieval.bm25.maxscore import search
+
+    rng = np.random.default_rng(0)
+    num_rows, lengths = 30_000, np.array([7, 900, 40, 5_000, 20_000, 3, 9_000])
+    ends = lengths.cumsum()
+    starts, size = ends - lengths, int(ends[-1])
+    whole = np.concatenate([np.sort(rng.choice(num_rows, n, False)) for n in lengths])
+    rows = {
+        "shuffled": rng.permutation(whole),
+        "far": np.full(size, 2**31 - 1),
+        "negative": np.full(size, -(2**31)),
+        "any": rng.integers(-(2**31), 2**31, size),
+        "all the same": np.full(size, 4095),
+        "beyond": whole + num_rows - 5,
+        "whole": whole,
+    }
+    impacts = {
+        "zero": np.zeros(size), "NaN": np.full(size, np.nan), "inf": np.full(size, -np.inf),
+        "negative": -rng.random(size), "whole": rng.random(size),
+    }
+    times, offsets = np.ones(7), np.array([0, 3, 7])
+    for some_rows in rows.values():
+        for some_impacts in impacts.values():
+            for bounds in (np.full(7, np.inf), np.full(7, np.nan), np.zeros(7), np.arange(7.0)):
+                for top_k in (1, 9, 5_000):
+                    search(
+                        some_rows.astype(np.int32), some_impacts.astype(np.float32),
+                        starts, ends, times, bounds, offsets, num_rows,
+                        np.empty((2, top_k), np.int32), np.empty((2, top_k), np.float32),
+                    )
+    print("ended")
+"""
+
+
+@pytest.mark.slow
+def test_no_rows_or_impacts_lead_outside_of_an_array(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(GARBAGE)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)},
+    )
+    assert (done.stdout, done.returncode) == ("ended\n", 0), done.stderr
 
 
 def test_a_small_index_needs_no_compiler(tmp_path: Path) -> None:
@@ -195,8 +246,8 @@ def test_a_small_index_needs_no_compiler(tmp_path: Path) -> None:
     code = f"""
         import sys
         from pathlib import Path
-        from research_env.retrieval.bm25.index import Impacts
-        assert Impacts(Path({str(tmp_path / "i")!r}), 2).best([["b"]], 1)[0][0][0] == 1
+        from research_env.retrieval.bm25.index import IndexReader
+        assert IndexReader(Path({str(tmp_path / "i")!r}), 2).best([["b"]], 1)[0][0][0] == 1
         print("numba" in sys.modules)
     """
     lines = "\n".join(line.strip() for line in code.splitlines())

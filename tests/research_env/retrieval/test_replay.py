@@ -342,6 +342,110 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def change(file: Path, *statements: str) -> None:
+    with sqlite3.connect(file) as other:
+        for statement in statements:
+            other.execute(statement)
+    other.close()
+
+
+@pytest.mark.parametrize("replay_only", [False, True])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TRIGGER t AFTER INSERT ON found BEGIN DELETE FROM found; END",
+        "CREATE VIEW v AS SELECT load_extension('/tmp/x')",
+        "CREATE TABLE more (x)",
+        "CREATE INDEX i ON found (hits)",
+        "ALTER TABLE found ADD COLUMN x AS (length(hits))",
+        "ALTER TABLE found RENAME COLUMN hits TO h",
+        "DROP TABLE found",
+    ],
+)
+def test_a_recording_has_our_schema_and_nothing_else(
+    tmp_path: Path, statement: str, replay_only: bool
+) -> None:
+    first = opened(tmp_path / "r", Engine())
+    first.search(["1"], 3)
+    first.close()
+    change(tmp_path / "r", statement)
+    with pytest.raises(ConfigurationError, match="its tables are not those of a recording"):
+        opened(tmp_path / "r", Engine(), replay_only)
+
+
+ROWS = {
+    "no JSON": "'['",
+    "deep": "'" + "[" * 100_000 + "'",
+    "an object": "'{}'",
+    "no list of hits": "'[1]'",
+    "three fields": """'[["p", "t", "x"]]'""",
+    "five fields": """'[["p", "t", "x", 1.0, 2]]'""",
+    "a number as id": """'[[1, "t", "x", 1.0]]'""",
+    "null as text": """'[["p", "t", null, 1.0]]'""",
+    "a text as score": """'[["p", "t", "x", "1.0"]]'""",
+    "true as score": """'[["p", "t", "x", true]]'""",
+    "NaN": """'[["p", "t", "x", NaN]]'""",
+    "too many": """'[["p", "t", "x", 1], ["p", "t", "x", 1], ["p", "t", "x", 1]]'""",
+    "a number": "7",
+    "no UTF-8": "x'5b5b22ff225d5d'",
+    "too long": "zeroblob(70000000)",
+}
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_a_row_that_is_no_list_of_hits_makes_its_query_void(tmp_path: Path, row: str) -> None:
+    first = opened(tmp_path / "r", Engine())
+    recorded = first.search(["1", "2"], 2)
+    first.close()
+    change(tmp_path / "r", f"UPDATE found SET hits = {row} WHERE query = CAST('2' AS BLOB)")
+    for replay_only in (False, True):
+        again = opened(tmp_path / "r", Engine(), replay_only)
+        good, bad = again.search(["1", "2"], 2)
+        assert good == recorded[0]
+        assert isinstance(bad, RetrievalError)
+        assert "cannot be read" in str(bad)
+        again.close()
+    env = SearchQAEnv(dataset=DATASET, retriever=opened(tmp_path / "r", Engine()), top_k=2)
+    env.reset(seed=1)
+    seen, earned, terminated, truncated, info = env.step(search("2"))
+    assert (seen, earned, terminated, truncated, info["void"]) == ("", 0.0, False, True, True)
+
+
+@settings(deadline=None, max_examples=60)
+@given(cuts=st.lists(st.tuples(st.integers(0, 2**20), st.binary(max_size=3)), max_size=8))
+def test_a_damaged_recording_is_a_typed_error_or_as_it_was(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[tuple[int, bytes]]
+) -> None:
+    file = tmp_path_factory.mktemp("damaged") / "r"
+    first = opened(file, Engine())
+    queries = [str(number) for number in range(40)]
+    first.search(queries, 3)
+    first.close()
+    data = bytearray(file.read_bytes())
+    for place, new in cuts:
+        start = place % len(data)
+        data[start : start + len(new)] = new
+    file.write_bytes(data)
+    try:
+        replay = opened(file, Engine(), replay_only=True)
+        found = replay.search(queries, 3)
+    except (ConfigurationError, RetrievalError):
+        return
+    assert all(isinstance(each, list | RetrievalError) for each in found)
+    replay.close()
+
+
+def test_pipes_and_devices_are_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    opened(tmp_path / "r", Engine()).close()
+    os.mkfifo(tmp_path / "r-wal")
+    for name in ("pipe", "device", "r"):
+        for replay_only in (False, True):
+            with pytest.raises(ConfigurationError, match=r"no regular file|no recording"):
+                opened(tmp_path / name, Engine(), replay_only)
+
+
 def test_a_replay_only_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").touch()
     with pytest.raises(ConfigurationError, match="another database"):

@@ -9,15 +9,18 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 from weakref import WeakSet
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from research_env import paths
 from research_env.datasets import FileCorpus, load_dataset
 from research_env.errors import (
     ConfigurationError,
@@ -30,7 +33,7 @@ from research_env.retrieval import Hit, Passage, open_retriever
 from research_env.retrieval.bm25 import index as impacts
 from research_env.retrieval.bm25 import retriever as embedded
 from research_env.retrieval.bm25.analyzer import analyze
-from research_env.retrieval.bm25.retriever import EmbeddedRetriever, build_index
+from research_env.retrieval.bm25.retriever import EmbeddedRetriever, build_index, check_index
 from tests.research_env.fakes import ListCorpus
 
 
@@ -299,13 +302,13 @@ def test_a_corpus_is_indexed_as_a_stream_and_its_passages_are_read_from_a_memory
 
 
 def test_an_index_of_another_corpus_is_replaced_by_a_build_but_not_opened(tmp_path: Path) -> None:
-    other = corpus("other passages")
-    build_index(BEATLES, tmp_path / "i")
+    other, folder = corpus("other passages"), tmp_path / "indexes" / "i"
+    build_index(BEATLES, folder)
     with pytest.raises(StaleIndexError, match=r"another corpus.*research-env index"):
-        EmbeddedRetriever(tmp_path / "i", other)
-    build_index(other, tmp_path / "i")
-    assert hits(EmbeddedRetriever(tmp_path / "i", other), "passages")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".i.lock", "i"]
+        EmbeddedRetriever(folder, other)
+    build_index(other, folder)
+    assert hits(EmbeddedRetriever(folder, other), "passages")
+    assert sorted(path.name for path in folder.parent.iterdir()) == [".i.lock", "i"]
 
 
 @pytest.mark.parametrize("name", ["passages.bin", "offsets.bin", "terms.bin", "impacts.bin"])
@@ -325,6 +328,158 @@ def test_a_damaged_index_is_not_opened(tmp_path: Path, name: str, fault: str) ->
     assert hits(EmbeddedRetriever(tmp_path / "i", BEATLES), "rock")
 
 
+KINDS = {"terms": "<u8", "starts": "<i8", "maxima": "<f4", "rows": "<i4", "impacts": "<f4"}
+KINDS["offsets"] = "<u8"
+
+
+def rewrite(folder: Path, name: str, change: Callable[[Any], Any]) -> None:
+    """Change a file of an index, and its checksum with it."""
+    file = folder / f"{name}.bin"
+    change(np.fromfile(file, KINDS[name])).astype(KINDS[name]).tofile(file)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["files"][file.name] = embedded._checksum(file)
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+LIES: list[tuple[str, Callable[[Any], Any], str]] = [
+    ("starts", lambda a: a + (1 << 40) * (np.arange(len(a)) > 0), "starts.bin says"),
+    ("starts", lambda a: -a - 1, "starts.bin says"),
+    ("starts", lambda a: np.concatenate([[0], a[1:-1] + (1 << 40), a[-1:]]), "does not ascend"),
+    ("starts", lambda a: np.concatenate([[1], a[1:]]), "does not ascend"),
+    ("starts", lambda a: a[[0, 2, 1, *range(3, len(a))]], "does not ascend"),
+    ("starts", lambda a: a[1:], "different numbers of terms"),
+    ("terms", lambda a: a[::-1], "terms.bin is not in ascending order"),
+    ("terms", lambda a: a[:-1], "different numbers of terms"),
+    ("maxima", lambda a: a * np.inf, "maxima.bin does not hold the greatest"),
+    ("maxima", lambda a: a * np.nan, "maxima.bin does not hold the greatest"),
+    ("maxima", lambda a: a[::-1], "maxima.bin does not hold the greatest"),
+    ("rows", lambda a: a - 2_000_000, "outside 0 to 39"),
+    ("rows", lambda a: a + 40 * (a == a.max()), "outside 0 to 39"),
+    ("rows", lambda a: a[::-1], "rows.bin is not in ascending order"),
+    ("rows", lambda a: a * 0, "rows.bin is not in ascending order"),
+    ("rows", lambda a: a[:-1], "starts.bin says"),
+    ("impacts", lambda a: a * np.nan, "impacts.bin holds a number"),
+    ("impacts", lambda a: a * 0, "impacts.bin holds a number"),
+    ("impacts", lambda a: a[1:], "starts.bin says"),
+    ("offsets", lambda a: a[::-1], "does not span"),
+    ("offsets", lambda a: a[[0, 1, 2, 4, 3, *range(5, len(a))]], "not in ascending order"),
+    ("offsets", lambda a: a + (np.arange(len(a)) == len(a) - 1), "does not span"),
+    ("offsets", lambda a: a[:-1], "a size that it cannot have"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), LIES)
+def test_what_a_search_indexes_by_is_checked_though_checksums_hold(
+    tmp_path: Path, name: str, change: Callable[[Any], Any], message: str
+) -> None:
+    texts = [f"ant {'bee ' * (i % 2)} w{i}" for i in range(40)]
+    build_index(corpus(*texts), tmp_path / "i")
+    rewrite(tmp_path / "i", name, change)
+    with pytest.raises(StaleIndexError, match=f"damaged: .*{message}.*research-env index"):
+        EmbeddedRetriever(tmp_path / "i")
+
+
+def test_pipes_and_devices_are_not_opened(tmp_path: Path) -> None:
+    build_index(BEATLES, tmp_path / "i")
+    for name in ("passages.bin", "rows.bin", "meta.json"):
+        (tmp_path / "i" / name).rename(tmp_path / "kept")
+        for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir):
+            make(tmp_path / "i" / name)
+            with pytest.raises(StaleIndexError, match=name):
+                EmbeddedRetriever(tmp_path / "i")
+            other = tmp_path / "i" / name
+            other.rmdir() if other.is_dir() else other.unlink()
+        (tmp_path / "kept").rename(tmp_path / "i" / name)
+    assert hits(EmbeddedRetriever(tmp_path / "i"), "rock")
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    name=st.sampled_from([*embedded._FILES, "meta.json"]),
+    changes=st.lists(st.tuples(st.integers(0, 2**20), st.binary(max_size=9)), min_size=1),
+    rehash=st.booleans(),
+)
+def test_a_changed_index_is_a_typed_error_or_searches(
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    changes: list[tuple[int, bytes]],
+    rehash: bool,
+) -> None:
+    folder = tmp_path_factory.mktemp("changed") / "i"
+    build_index(BEATLES, folder)
+    whole = bytearray((folder / name).read_bytes())
+    data = bytearray(whole)
+    for place, new in changes:
+        data[place % len(data) : place % len(data) + len(new)] = new
+    (folder / name).write_bytes(data)
+    if rehash and name != "meta.json":
+        meta = json.loads((folder / "meta.json").read_text())
+        meta["files"][name] = embedded._checksum(folder / name)
+        (folder / "meta.json").write_text(json.dumps(meta))
+    try:
+        engine = EmbeddedRetriever(folder)
+    except StaleIndexError:
+        return
+    assert rehash or name == "meta.json" or data == whole
+    for found in engine.search(["rock city band", "Liverpool", "stone zürich"], 5):
+        assert isinstance(found, list | RetrievalError)
+    engine.close()
+
+
+def test_an_index_is_read_completely_once_and_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[Path] = []
+    check_all = embedded._check_all
+
+    def counted(folder: Path, *rest: Any) -> None:
+        checked.append(folder)
+        check_all(folder, *rest)
+
+    monkeypatch.setattr(embedded, "_check_all", counted)
+    monkeypatch.setattr(paths, "_SETTLED", 0)
+    monkeypatch.setattr(embedded, "_BOOT_ID", tmp_path / "boot_id")
+    (tmp_path / "boot_id").write_text("first\n")
+    build_index(BEATLES, tmp_path / "i")
+    EmbeddedRetriever(tmp_path / "i").close()  # whoever built it knows it
+    assert not checked
+    shutil.copytree(tmp_path / "i", tmp_path / "copy")
+    for _ in range(2):
+        EmbeddedRetriever(tmp_path / "copy").close()
+    assert checked == [tmp_path / "copy"]
+    (tmp_path / "boot_id").write_text("second\n")
+    for _ in range(2):
+        EmbeddedRetriever(tmp_path / "i").close()
+    assert checked == [tmp_path / "copy", tmp_path / "i"]
+    assert check_index(tmp_path / "i") == 5
+    assert len(checked) == 3
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("small", [0, 10**9])
+def test_a_disk_that_forgets_is_no_signal_and_a_check_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int
+) -> None:
+    monkeypatch.setattr(embedded, "read_note", lambda *_: {})  # as if no file had changed
+    monkeypatch.setattr(impacts, "_SMALL", small)
+    build_index(corpus(*[f"ant bee w{i}" for i in range(500)]), tmp_path / "i")
+    queries = ["ant", "bee w7", "w8"]
+    for name in ("rows", "passages", "offsets", "impacts"):
+        shutil.copytree(tmp_path / "i", tmp_path / name)
+        data = bytearray((tmp_path / name / f"{name}.bin").read_bytes())
+        data[len(data) // 4 :: 3] = b"\xff" * len(data[len(data) // 4 :: 3])
+        (tmp_path / name / f"{name}.bin").write_bytes(data)
+        engine = EmbeddedRetriever(tmp_path / name)
+        try:
+            found = engine.search(queries, 400)
+        except RetrievalError as error:
+            assert "is damaged" in str(error)
+        else:
+            assert all(isinstance(each, list | RetrievalError) for each in found)
+        with pytest.raises(StaleIndexError, match=f"{name}.bin has changed"):
+            check_index(tmp_path / name)
+
+
 def test_an_index_of_an_older_version_is_not_opened(tmp_path: Path) -> None:
     build_index(BEATLES, tmp_path / "i")
     meta = json.loads((tmp_path / "i/meta.json").read_text())
@@ -333,7 +488,7 @@ def test_an_index_of_an_older_version_is_not_opened(tmp_path: Path) -> None:
         EmbeddedRetriever(tmp_path / "i")
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", '{"format": 1}', "\0"])
+@pytest.mark.parametrize("content", [None, "", "[]", '{"format": 3}', "\0"])
 def test_what_is_no_index_is_not_opened(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "meta.json").write_text(content)

@@ -1,0 +1,232 @@
+"""Records of data files: JSON Lines, CSV, TSV, Parquet and Arrow.
+
+A file may come from a stranger: only regular files are opened, lines are bounded, and whatever is
+wrong is a :class:`~research_env.errors.DataError` that names file and line.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from research_env.errors import ConfigurationError, DataError, DataNotFoundError
+
+MAX_LINE = 16 << 20
+"""The longest line that is read, in bytes; some thousand pages of a book."""
+
+_BOM = b"\xef\xbb\xbf"
+_BATCH = 1_000  # rows of a Parquet or Arrow file that are held at a time
+
+Records = Iterator[tuple[str, dict[str, Any]]]
+
+
+def read_records(path: Path) -> Records:
+    """Read a file by its name: ``.csv``, ``.tsv`` (also ``.gz``), ``.parquet``, ``.arrow``.
+
+    Any other name is JSON Lines, gzipped if it ends with ``.gz``. A byte order mark and blank lines
+    at the end are skipped.
+
+    Args:
+        path: the file.
+
+    Yields:
+        Where a record stands (``FILE:LINE``, or ``FILE: row N``), and the record.
+
+    Raises:
+        DataNotFoundError: no such file.
+        DataError: the file is no regular file, is damaged, or holds something else.
+        ConfigurationError: the format needs pyarrow, which is not installed.
+    """
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        raise missing(path) from error
+    if not regular:
+        if path.is_dir():
+            raise missing(path)
+        raise DataError(f"{path}: no regular file but a pipe or device; copy it into a file")
+    return _reader(path.name.removesuffix(".gz"))(path)
+
+
+def missing(path: Path) -> DataNotFoundError:
+    """The error for a file that is not there."""
+    return DataNotFoundError(
+        f"no file {path}; give the path of a .jsonl or .jsonl.gz file (or .csv, .tsv, .parquet, "
+        ".arrow)"
+    )
+
+
+def _reader(name: str) -> Callable[[Path], Records]:
+    readers = {".csv": _csv_records, ".tsv": _csv_records, ".parquet": _arrow_records}
+    readers |= {".arrow": _arrow_records, ".feather": _arrow_records}
+    return readers.get(Path(name).suffix.lower(), _json_records)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbers and bytes of the lines, without a byte order mark."""
+    number = 0
+    try:
+        with cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise DataError(
+                        f"{path}:{number}: the line is longer than {MAX_LINE >> 20} MiB; write one "
+                        "record per line, and split long documents"
+                    )
+                yield number, line.removeprefix(_BOM) if number == 1 else line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(
+            f"{path}:{number + 1}: the gzip data are damaged or cut off ({error}); "
+            "get the file again, or name a plain file .jsonl"
+        ) from error
+    except OSError as error:  # no permission, a disk that fails
+        raise DataError(f"{path}:{number + 1}: cannot be read ({error})") from error
+
+
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: invalid UTF-8 at byte {error.start} of the line; save the file as UTF-8"
+        ) from error
+
+
+def _json(text: str) -> Any:
+    """Any JSON whose texts are texts.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # JSON can spell half of a surrogate pair
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair, which is no text") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
+def _json_records(path: Path) -> Records:
+    blank = 0  # the first of the blank lines that may be the last lines
+    for number, line in _lines(path):
+        if not line.strip():
+            blank = blank or number
+            continue
+        if blank:
+            raise DataError(f"{path}:{blank}: the line is empty; remove it")
+        where = f"{path}:{number}"
+        text = _decoded(line, where)
+        try:
+            record = _json(text)
+        except ValueError as error:
+            raise DataError(
+                f"{where}: not a JSON object ({error}): {text.strip()[:60]!r}; write one object "
+                "per line, complete on that line"
+            ) from error
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{where}: a JSON object is needed, not {type(record).__name__} {record!r:.60}; "
+                'write {"id": ..., ...} on each line'
+            )
+        yield where, record
+
+
+def _csv_records(path: Path) -> Records:
+    """Rows of a table whose first line names the columns; an empty cell is an absent field."""
+    number = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal number
+        for number, line in _lines(path):
+            yield _decoded(line, f"{path}:{number}")
+
+    tabs = path.name.lower().removesuffix(".gz").endswith(".tsv")
+    rows = csv.reader(lines(), delimiter="\t" if tabs else ",", strict=True)
+    header: list[str] = []
+    while True:
+        where = f"{path}:{number + 1}"
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(
+                f"{where}: not a row of a table ({error}); mend its quotes, or convert the file to "
+                ".jsonl with the program that wrote it"
+            ) from error
+        if not header:
+            header = [name.strip() for name in row]
+        elif row and len(row) != len(header):
+            raise DataError(
+                f"{where}: {len(row)} cells, but the first line names {len(header)} columns "
+                f"({', '.join(header)[:80]}); quote cells that hold a separator"
+            )
+        elif row:
+            cells = zip(header, row, strict=True)
+            yield where, {name: _cell(name, cell) for name, cell in cells if cell.strip()}
+
+
+def _cell(name: str, cell: str) -> Any:
+    """A cell as text; lists and objects as JSON, and a number where the field is one."""
+    if name == "hops" and cell.strip().isdecimal() and len(cell) < 10:
+        return int(cell)
+    if cell[0] in "[{":
+        try:
+            return _json(cell)
+        except ValueError:
+            return cell
+    return cell
+
+
+def _arrow_records(path: Path) -> Records:
+    try:
+        import pyarrow as pa  # noqa: PLC0415  (an extra)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{path} needs pyarrow: pip install 'research-env[hub]'; or convert it to .jsonl "
+            "where it is installed: research-env datasets convert"
+        ) from error
+    row = 0
+    kind = "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
+    try:
+        with pa.OSFile(str(path)) as source:
+            for batch in (_parquet_batches if kind == "Parquet" else _arrow_batches)(source):
+                batch.validate(full=True)  # offsets by a stranger
+                for first in range(0, batch.num_rows, _BATCH):
+                    for record in batch.slice(first, _BATCH).to_pylist():
+                        row += 1
+                        yield f"{path}: row {row}", record
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise DataError(
+            f"{path}: row {row + 1}: not a readable {kind} file ({error!s:.120}); get it again"
+        ) from error
+
+
+def _parquet_batches(source: Any) -> Iterator[Any]:
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    yield from pq.ParquetFile(source).iter_batches(_BATCH)
+
+
+def _arrow_batches(source: Any) -> Iterator[Any]:
+    """The batches of an Arrow file, or of an Arrow stream, as the library datasets writes it."""
+    import pyarrow as pa  # noqa: PLC0415
+
+    try:
+        reader = pa.ipc.open_file(source)
+    except pa.ArrowInvalid:
+        source.seek(0)
+        yield from pa.ipc.open_stream(source)
+        return
+    for number in range(reader.num_record_batches):
+        yield reader.get_batch(number)
