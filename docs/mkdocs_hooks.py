@@ -1,7 +1,8 @@
 """What MkDocs adds to the pages in docs/: files from elsewhere in the repository, and the API.
 
 Pages link to files of the repository by relative paths, which also work outside the site. On the
-site such a link leads to the page made of that file, and a link to a source file becomes text.
+site such a link leads to the page made of that file, and a link to a source file becomes text. A
+comment "text of NAME.py" becomes the program of that name in docs/examples.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ PAGES = {  # file in the repository -> page of the site
     "research_agent/README.md": "reference/contract.md",
 }
 PACKAGES = ("research_env", "research_agent")
+PROGRAM = re.compile(r"<!-- text of (\w+\.py) -->")
 LINK = re.compile(r"(!?)\[((?:[^\]\[]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 
@@ -79,7 +81,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         relative = os.path.relpath(target, posixpath.dirname(page_path) or ".")
         return f"{bang}[{text}]({relative}{hash_}{anchor})"
 
-    return LINK.sub(rewrite, markdown)
+    return PROGRAM.sub(_program, LINK.sub(rewrite, markdown))
+
+
+def _program(match: re.Match[str]) -> str:
+    text = (ROOT / "docs/examples" / match[1]).read_text(encoding="utf-8")
+    return f"```python\n{text}```"
 
 
 def _page(module: str) -> str:

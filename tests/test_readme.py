@@ -92,8 +92,7 @@ def blocks(document: str) -> list[Block]:
         mark = before.rstrip().rpartition("\n")[2]
         where = f"{document}:{before.count(chr(10)) + 1}"
         found.append(Block(where, match[1], match[2], NOT_RUN not in mark, mark == NEEDS_SERVER))
-    # A block that includes a program of docs/examples is run by tests/docs/test_examples.py.
-    return [b for b in found if b.language in ("bash", "python") and "--8<--" not in b.code]
+    return [block for block in found if block.language in ("bash", "python")]
 
 
 def code_spans(text: str) -> list[str]:
