@@ -18,16 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from research_agent.algorithms import algorithm as algorithm
+    from research_agent.algorithms.arpo import ARPO as ARPO
     from research_agent.algorithms.base import Algorithm as Algorithm
     from research_agent.algorithms.base import Tokens as Tokens
     from research_agent.algorithms.cispo import CISPO as CISPO
     from research_agent.algorithms.dapo import DAPO as DAPO
     from research_agent.algorithms.dr_grpo import DrGRPO as DrGRPO
+    from research_agent.algorithms.gigpo import GiGPO as GiGPO
     from research_agent.algorithms.grpo import GRPO as GRPO
     from research_agent.algorithms.gspo import GSPO as GSPO
+    from research_agent.algorithms.mt_grpo import MTGRPO as MTGRPO
+    from research_agent.algorithms.mt_ppo import MTPPO as MTPPO
     from research_agent.algorithms.ppo import PPO as PPO
     from research_agent.algorithms.reinforce_pp import ReinforcePP as ReinforcePP
     from research_agent.algorithms.rloo import RLOO as RLOO
+    from research_agent.algorithms.tree_grpo import TreeGRPO as TreeGRPO
     from research_agent.batch import Batch as Batch
     from research_agent.batch import make_batch as make_batch
     from research_agent.config import AlgorithmConfig as AlgorithmConfig
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
     from research_agent.config import TrainConfig as TrainConfig
     from research_agent.engines import make_engine as make_engine
     from research_agent.engines.base import Engine as Engine
+    from research_agent.engines.openai import OpenAIEngine as OpenAIEngine
     from research_agent.engines.scripted import ScriptedEngine as ScriptedEngine
     from research_agent.engines.servers.engine import ServerEngine as ServerEngine
     from research_agent.engines.transformers import TransformersEngine as TransformersEngine
@@ -81,6 +87,11 @@ _NAMES_OF_MODULES = {
     "algorithms.ppo": ("PPO",),
     "algorithms.reinforce_pp": ("ReinforcePP",),
     "algorithms.rloo": ("RLOO",),
+    "algorithms.mt_grpo": ("MTGRPO",),
+    "algorithms.mt_ppo": ("MTPPO",),
+    "algorithms.gigpo": ("GiGPO",),
+    "algorithms.tree_grpo": ("TreeGRPO",),
+    "algorithms.arpo": ("ARPO",),
     "batch": ("Batch", "make_batch"),
     "config": (
         "AlgorithmConfig",
@@ -96,6 +107,7 @@ _NAMES_OF_MODULES = {
     ),
     "engines": ("make_engine",),
     "engines.base": ("Engine",),
+    "engines.openai": ("OpenAIEngine",),
     "engines.scripted": ("ScriptedEngine",),
     "engines.servers.engine": ("ServerEngine",),
     "engines.transformers": ("TransformersEngine",),

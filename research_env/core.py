@@ -93,7 +93,7 @@ class EnvCore:
     def __reduce__(self) -> tuple[Callable[[Settings], EnvCore], tuple[Settings]]:
         return _rebuild, (self.settings,)
 
-    def index(self, seed: int, episode: int) -> int:
+    def draw_question(self, seed: int, episode: int) -> int:
         """Which question the numbered episode asks, in the order drawn from the seed.
 
         Every ``len(questions)`` episodes are one pass over all questions, each pass in another
@@ -107,7 +107,7 @@ class EnvCore:
         epoch, at = divmod(int(episode), len(self.questions))
         return int(_permutation(seed, epoch, len(self.questions))[at])
 
-    def index_of(self, question_id: str) -> int:
+    def find_question(self, question_id: str) -> int:
         """Which question has this id.
 
         Raises:
@@ -282,7 +282,7 @@ def make_core(**settings: Unpack[Settings]) -> EnvCore:
     template = settings.get("template", "base")
     rules.prompt(template, "")  # an unknown template is refused here, not at the first reset
 
-    data = _load(settings)
+    data = _load_dataset(settings)
     if not data.questions:
         raise ConfigurationError(f"the data set {data.name!r} has no question for {settings}")
     language = settings.get("metric_language") or data.metric_language
@@ -292,7 +292,7 @@ def make_core(**settings: Unpack[Settings]) -> EnvCore:
         settings=settings,
         questions=data.questions,
         metric_language=language,
-        retriever=_open(settings.get("retriever"), data),
+        retriever=_open_engine(settings.get("retriever"), data),
         protocol=rules,
         reward=scored,
         turn_reward=None if of_turns is None else turn_rewards(of_turns),
@@ -317,7 +317,7 @@ def _read_limit(settings: Settings, name: str, default: int | None, least: int) 
     return value
 
 
-def _load(settings: Settings) -> Dataset:
+def _load_dataset(settings: Settings) -> Dataset:
     name = settings.get("dataset", "miniworld")
     if isinstance(name, Dataset):
         return name
@@ -335,7 +335,7 @@ def _load(settings: Settings) -> Dataset:
     )
 
 
-def _open(retriever: str | Retriever | None, data: Dataset) -> Retriever:
+def _open_engine(retriever: str | Retriever | None, data: Dataset) -> Retriever:
     if retriever is not None and not isinstance(retriever, str):
         if not hasattr(retriever, "search"):
             raise ConfigurationError(

@@ -35,11 +35,15 @@ class SearchQAEnv(gym.Env[str, str]):
     which ends the episode with its reward and metrics, as an episode without an answer.
 
     ## Info
-    Always the same keys: ``question_id, question, messages`` (the prompt as chat messages, after
-    ``reset``), ``strata`` (the question's hops and type, by which results are told apart)``,
-    query, passage_ids, passage_titles, passage_scores`` (after a search), ``state_key`` (equal where two
-    episodes of a question have found the same passages) and ``prediction,
-    answers, supporting_ids`` (of the gold passages)``, metrics, stop_reason, void`` (at the end).
+    Always the same keys:
+
+    - ``question_id``, ``question`` and, after ``reset``, ``messages`` (the prompt as a chat);
+    - ``strata``: the question's hops and type, by which results are told apart;
+    - after a search ``query``, ``passage_ids``, ``passage_titles`` and ``passage_scores``;
+    - ``state_key``: equal where two episodes of a question have found the same passages;
+    - at the end ``prediction``, ``answers``, ``supporting_ids`` (gold passages), ``metrics``,
+      ``stop_reason`` and ``void``.
+
     ``metrics`` holds ``em, f1, cem, format, searches, support_recall``.
 
     ## Arguments
@@ -122,12 +126,12 @@ class SearchQAEnv(gym.Env[str, str]):
             self._next = 0
         match options or {}:
             case {"question_id": str(question_id), **rest} if not rest:
-                index = self._core.index_of(question_id)
+                index = self._core.find_question(question_id)
             case {"episode": number, **rest} if not rest:
-                index = self._core.index(self.np_random_seed, number)
+                index = self._core.draw_question(self.np_random_seed, number)
                 self._next = number + 1
             case {**rest} if not rest:
-                index = self._core.index(self.np_random_seed, self._next)
+                index = self._core.draw_question(self.np_random_seed, self._next)
                 self._next += 1
             case other:
                 raise ConfigurationError(

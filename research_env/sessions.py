@@ -114,7 +114,7 @@ class Sessions:
         """
         rows: list[Task] = []
         for number in range(self.num_tasks):
-            question = self.core.questions[self.core.index(seed, number)]
+            question = self.core.questions[self.core.draw_question(seed, number)]
             rows.append(
                 {
                     "id": question.id,
@@ -141,9 +141,9 @@ class Sessions:
         if self.searches.closed:
             raise ClosedError
         if isinstance(task, str):
-            index = self.core.index_of(task)
+            index = self.core.find_question(task)
         elif isinstance(task, int) and 0 <= task < self.num_tasks:
-            index = self.core.index(seed, task)
+            index = self.core.draw_question(seed, task)
         else:
             raise UnknownTaskError(
                 f"there is no task {task!r}: a task is the id of a question, or a number from 0 to "
@@ -217,8 +217,8 @@ class Session:
             episode = advance(self.episode, action)
             if episode.pending is None:
                 return self._conclude(episode, None)
-            request = self._sessions.searches.request(episode.pending)
-            return self._conclude(episode, await asyncio.wrap_future(request))
+            found = await asyncio.wrap_future(self._sessions.searches.request(episode.pending))
+            return self._conclude(episode, found)
 
     def truncate(self, reason: CutReason = "length") -> StepOutput:
         """End the episode because its budget of tokens is spent; it is scored like any other.

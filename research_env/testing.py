@@ -205,7 +205,8 @@ def _play_all(play: Play, jobs: Sequence[tuple[str, Script]]) -> list[Played]:
     if inspect.iscoroutinefunction(play):
 
         async def together() -> list[Played]:
-            return await asyncio.gather(*(play(each, script.actions) for each, script in jobs))
+            played = (play(each, script.actions) for each, script in jobs)
+            return list(await asyncio.gather(*played))
 
         return asyncio.run(together())
     plain: Any = play
@@ -234,7 +235,7 @@ def _compare(script: Script, question_id: str, played: Played) -> None:
 def _reference(question_id: str, actions: Sequence[str]) -> Played:
     """The same episode by the transition function alone."""
     core = make_core(**{**settings(), "retriever": Engine()})
-    episode, prompt, _ = core.start(core.index_of(question_id))
+    episode, prompt, _ = core.start(core.find_question(question_id))
     observations = []
     for action in actions:
         episode = advance(episode, action)

@@ -13,6 +13,7 @@ al. 1999). All others change what is optimal: give them weights well below the a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -188,7 +189,7 @@ def turn_rewards(name: str | TurnReward) -> TurnRewards:
     if not callable(found):
         raise ConfigurationError(f"turn_reward is a name, a sum or a function, not {name!r:.80}")
     named = name if isinstance(name, str) else getattr(name, "__name__", "own")
-    return TurnRewards(((1.0, named, found),))
+    return TurnRewards(((1.0, str(named), found),))  # type: ignore[arg-type]
 
 
 def _before(episode: Episode) -> Episode:
@@ -213,11 +214,17 @@ def _share_found(episode: Episode) -> float:
 
 
 def _share_reached(episode: Episode) -> float:
-    seen, written = _seen(episode), f" {normalize(' '.join(episode.actions))} "
+    seen, written = _seen(episode), _words(" ".join(episode.actions))
     reached = [hop.support in seen for hop in episode.question.decomposition if hop.support]
-    answers = [normalize(hop.answer) for hop in episode.question.decomposition]
-    reached += [f" {answer} " in written for answer in answers if answer]
+    answers = [_words(hop.answer) for hop in episode.question.decomposition]
+    reached += [answer in written for answer in answers if answer.strip()]
     return sum(reached) / len(reached) if reached else 0.0
+
+
+def _words(text: str) -> str:
+    """The words of a text, normalised, with a space around each: tags and marks part words."""
+    apart = re.sub(r"[^\w\s]", " ", text)
+    return f" {normalize(apart)} "
 
 
 def _potential(episode: Episode, phi: Callable[[Episode], float]) -> float:

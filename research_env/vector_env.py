@@ -162,7 +162,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
                     f"{name!r} has an entry for each of the {self.num_envs} sub-environments, not "
                     f"{given!r:.80}"
                 )
-        indexes = {i: self._core.index_of(ids[i]) for i in chosen} if ids is not None else {}
+        indexes = {i: self._core.find_question(ids[i]) for i in chosen} if ids is not None else {}
         self._drop_sent(chosen)
 
         observations = [""] * self.num_envs
@@ -332,7 +332,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
     def _begin(self, i: int, number: int, index: int | None = None) -> tuple[str, dict[str, Any]]:
         """Start the numbered episode, or one of the question with this index."""
         if index is None:
-            index = self._core.index(int(self.np_random_seed or 0), number)
+            index = self._core.draw_question(int(self.np_random_seed or 0), number)
             self._next[i] = int(number) + self.num_envs
         self._episodes[i], observation, info = self._core.start(index)
         return observation, info

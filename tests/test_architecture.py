@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "transformers", "vllm", "numba", "Stemmer", "datasets", "elasticsearch"}
 HEAVY |= {"rich", "tyro", "matplotlib", "tensorboard", "hypothesis", "pytest"}
+HEAVY |= {"openai", "huggingface_hub", "fastapi", "uvicorn", "prometheus_client"}
 
 
 def modules(package: str) -> list[Path]:

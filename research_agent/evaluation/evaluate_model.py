@@ -57,16 +57,13 @@ def evaluate_model(config: EvalConfig) -> Summary:
 def _sampler(config: EvalConfig) -> tuple[Any, Any, str]:
     """Engine and renderer of the model that is evaluated, and the model's fingerprint."""
     if config.endpoint is not None:
-        from research_agent.engines.endpoint import (  # noqa: PLC0415
-            EndpointEngine,
-            EndpointRenderer,
-        )
+        from research_agent.engines.openai import OpenAIEngine, OpenAIRenderer  # noqa: PLC0415
 
-        words = EndpointRenderer(chat_template=config.chat_template)
-        asked = EndpointEngine(
+        words = OpenAIRenderer(chat_template=config.chat_template)
+        endpoint = OpenAIEngine(
             config.endpoint, config.model, words, concurrency=config.max_in_flight
         )
-        return asked, words, f"{config.model} at {config.endpoint.rstrip('/')}"
+        return endpoint, words, f"{config.model} at {config.endpoint.rstrip('/')}"
     from research_agent.engines import make_engine  # noqa: PLC0415
     from research_agent.models.policy import (  # noqa: PLC0415
         context_length,

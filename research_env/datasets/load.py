@@ -6,11 +6,12 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from research_env.datasets.base import Corpus, Dataset
+from research_env.datasets.catalog import PUBLISHED
 from research_env.datasets.files import FileCorpus, is_beir, read_questions
 from research_env.datasets.formats import read_records
 from research_env.errors import (
@@ -23,43 +24,9 @@ from research_env.metrics import normalize
 from research_env.paths import cache_folder
 from research_env.retrieval.base import Passage
 
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """A published data set: the name of its folder and, for each split, where its questions are.
-
-    Of the files that a split names, without their ending, the first that exists is read, and of
-    that the questions with the label.
-    """
-
-    folder: str
-    splits: Mapping[str, tuple[tuple[str, ...], str]]
-
-
 log = logging.getLogger(__name__)
 Part = tuple[str, int | None]  # name and weight
 
-_WITH_PASSAGES, _ALL_TRAIN, _ALL_DEV = "questions", "qa_train", "qa_dev"
-_SPLITS = {
-    "train": ((_ALL_TRAIN, _WITH_PASSAGES), "train"),
-    "train-gold": ((_WITH_PASSAGES,), "train"),
-    "dev": ((_WITH_PASSAGES,), "dev"),
-    "dev-all": ((_ALL_DEV, _WITH_PASSAGES), "dev"),
-}
-_AS_LABELLED = {split: ((_WITH_PASSAGES,), split) for split in ("train", "dev", "test")}
-PUBLISHED = {
-    "musique": Published("musique", _SPLITS),
-    "hotpotqa": Published("hotpotqa", _SPLITS),
-    "2wiki": Published("2wikimultihopqa", _SPLITS),
-    "bamboogle": Published("bamboogle", {"test": ((_WITH_PASSAGES,), "test")}),
-    "nq": Published("nq", _AS_LABELLED),
-    "triviaqa": Published("triviaqa", _AS_LABELLED),
-    "popqa": Published("popqa", {"test": ((_WITH_PASSAGES,), "test")}),
-    "r1-searcher": Published(
-        "r1searcher_train",
-        {f"stage-{number}": ((f"stage_{number}",), "train") for number in (1, 2)},
-    ),
-}
 DATASETS = ("miniworld", *PUBLISHED, "custom")  # what load_dataset knows
 
 
@@ -159,7 +126,7 @@ def data_folder(name: str) -> Path:
     found = local_folder(name)
     if found is not None:
         return found
-    from research_env.datasets.prepare import prepare  # noqa: PLC0415  (once for each data set)
+    from research_env.datasets.hub import prepare  # noqa: PLC0415  (once for each data set)
 
     folder, (stems, _) = PUBLISHED[name].folder, next(iter(PUBLISHED[name].splits.values()))
     try:

@@ -21,7 +21,7 @@ from research_env.papers.base import Paper, blank_transcript, once_per_episode
 from research_env.protocol import Parsed, Protocol, answer_or_invalid
 from research_env.retrieval.base import Hit
 
-MAX_ANSWER_WORDS = 10  # of the second stage
+MAX_ANSWER_WORDS = 10  # in the second stage
 _CHINESE = re.compile("[\u4e00-\u9fff]")
 
 _BASE = (

@@ -53,7 +53,8 @@ def _distinct(groups: list[Group]) -> list[list[tuple[Trajectory, list[float]]]]
     for group in groups:
         rows = []
         for t in group.trajectories:
-            returns, running = [], 0.0
+            returns: list[float] = []
+            running = 0.0
             for turn in reversed(t.turns):
                 running = turn.reward + 0.9 * running
                 returns.insert(0, running)

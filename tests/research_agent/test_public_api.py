@@ -26,6 +26,12 @@ def test_every_public_name_can_be_imported() -> None:
         _ = research_agent.Nothing
 
 
+def test_every_algorithm_is_public() -> None:
+    from research_agent.algorithms import ALGORITHMS
+
+    assert {path.partition(":")[2] for path in ALGORITHMS.values()} <= set(research_agent.__all__)
+
+
 def test_type_checkers_see_the_same_names() -> None:
     tree = ast.parse(Path(research_agent.__file__).read_text(encoding="utf-8"))
     (block,) = [

@@ -83,17 +83,19 @@ def test_the_vector_environment_conforms(background: bool) -> None:
     def play(question_id: str, actions: Sequence[str]) -> Played:
         env = SearchQAVectorEnv(2, autoreset_mode="Disabled", **settings())
         prompts, _ = env.reset(options={"question_ids": ["q9", question_id]})
-        texts, last = [], None
+        texts: list[str] = []
+        last: StepResult | None = None
         for action in actions:
             if background:
                 env.send([1], [action])
                 (last,) = env.recv()
             else:
-                rows = env.step(["", action], mask=[False, True])
+                rows: Any = env.step(["", action], mask=[False, True])
                 metrics = rows[4]["metrics"].items()
                 info = {"void": rows[4]["void"][1]}
                 info["metrics"] = {k: v[1] for k, v in metrics if not k.startswith("_")}
-                last = StepResult(1, *(row[1] for row in rows[:4]), info)
+                observation, reward, terminated, truncated = (row[1] for row in rows[:4])
+                last = StepResult(1, observation, reward, terminated, truncated, info)
             texts.append(last.observation)
         assert last is not None
         if not (last.terminated or last.truncated):

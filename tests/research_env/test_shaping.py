@@ -29,6 +29,7 @@ from research_env.rewards import (
     searches,
     support_recall,
 )
+from research_env.turn_rewards import TURN_REWARDS
 from tests.research_env.fakes import DATASET, Engine, answer, search
 from tests.research_env.playing import PLAIN, play
 
@@ -269,8 +270,10 @@ def test_a_sum_worked_by_hand() -> None:
 
 def test_the_table_of_rewards_names_all_there_is() -> None:
     table = (Path(__file__).parents[2] / "docs/how-to/rewards.md").read_text(encoding="utf-8")
-    named = re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)
-    assert sorted(named) == sorted(KNOWN)
+    of_episodes, of_turns = table.split("## Rewards of turns")
+    for part, known in ((of_episodes, KNOWN), (of_turns, TURN_REWARDS)):
+        named = re.findall(r"^\| `([^`]+)` \|", part, flags=re.MULTILINE)
+        assert sorted(named) == sorted(known)
 
 
 def test_a_name_alone_is_the_function_itself() -> None:

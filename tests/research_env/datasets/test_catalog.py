@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from research_env.datasets import load_dataset
-from research_env.datasets.hub import (
+from research_env.datasets.catalog import (
     HUB_SOURCES,
-    convert,
     from_2wiki,
     from_bamboogle,
     from_flashrag,
@@ -20,6 +19,7 @@ from research_env.datasets.hub import (
     from_musique,
     from_wiki18,
 )
+from research_env.datasets.hub import convert
 from research_env.errors import DataError
 
 MUSIQUE = {
@@ -237,5 +237,5 @@ def test_wiki18(contents: str, title: str, text: str) -> None:
     ids=["empty", "no paragraphs", "bad step"],
 )
 def test_a_record_in_another_format_is_told(tmp_path: Path, record: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="MuSiQue, split dev, record 2: not in the format known"):
+    with pytest.raises(DataError, match="MuSiQue, split dev, record 2: not in the known format"):
         convert(HUB_SOURCES["musique"], {"dev": [MUSIQUE, record]}, tmp_path)

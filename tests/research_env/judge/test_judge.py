@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import logging
@@ -17,20 +18,31 @@ from typing import Any
 
 import pytest
 
-from research_env import judge, judge_client
 from research_env.cli import main
 from research_env.errors import ConfigurationError, DataError, ResearchEnvError, UnknownNameError
-from research_env.judge import Settings, Summary, judge_predictions, read_episodes
-from research_env.judge_client import JudgeError, r1_searcher_verdict, research_verdict
-from research_env.retrieval.retry import Retry
+from research_env.judge import (
+    JudgeError,
+    JudgeSettings,
+    JudgeSummary,
+    format_summary,
+    judge_predictions,
+    read_predictions,
+)
+from research_env.judge.prompts import parse_r1_searcher, parse_research
+from research_env.retrieval.url import secret_of
 from tests.research_env.fakes import Terminal
 from tests.research_env.servers import Call, Reply, Server, as_json, serving
 
 KEY = "sk-s3cret-0123456789"
-QUICK = Retry(deadline=20.0, first=0.001, longest=0.01)
 RIGHT = '{"rationale": "the same city", "judgement": "correct"}'
 WRONG = '{"rationale": "another city", "judgement": "incorrect"}'
 USAGE = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only for speed: the pauses of openai's retries begin at half a second."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001, raising=False)
 
 
 def completion(text: str | None, usage: dict[str, int] | None = USAGE) -> dict[str, Any]:
@@ -75,9 +87,11 @@ def write(folder: Path, *records: dict[str, Any], name: str = "predictions.jsonl
     return path
 
 
-def run(path: Path, server: Server, output: Path | None = None, **settings: Any) -> Summary:
-    chosen = {"retry": QUICK, "concurrency": 4, **settings}
-    return judge_predictions(path, Settings(f"{server.url}/v1", "m", **chosen), output, show=False)
+def run(path: Path, server: Server, output: Path | None = None, **settings: Any) -> JudgeSummary:
+    chosen = {"deadline": 20.0, "concurrency": 4, **settings}
+    return judge_predictions(
+        path, JudgeSettings(f"{server.url}/v1", "m", **chosen), output, show=False
+    )
 
 
 def judged(folder: Path) -> list[dict[str, Any]]:
@@ -178,7 +192,7 @@ def test_the_prompt_of_r1_searcher(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_a_verdict_of_research(text: str, verdict: bool | None) -> None:
-    assert research_verdict(text) is verdict
+    assert parse_research(text) is verdict
 
 
 @pytest.mark.parametrize(
@@ -194,7 +208,7 @@ def test_what_is_a_verdict_of_research(text: str, verdict: bool | None) -> None:
     ],
 )
 def test_what_is_a_verdict_of_r1_searcher(text: str, verdict: bool | None) -> None:
-    assert r1_searcher_verdict(text) is verdict
+    assert parse_r1_searcher(text) is verdict
 
 
 # The score
@@ -218,16 +232,16 @@ def test_the_score_and_what_is_counted(tmp_path: Path) -> None:
     with serving(answer) as server:
         summary = run(path, server, prices=(2.5, 10.0))
     # q1 twice right by one prompt, q2 wrong, q3 and q4 wrong without asking, q5 void
-    assert (summary.n, summary.right, summary.wrong, summary.missing) == (5, 2, 3, 0)
+    assert (summary.n, summary.correct, summary.incorrect, summary.missing) == (5, 2, 3, 0)
     assert (summary.void, summary.no_prediction) == (1, 2)
     assert summary.score == pytest.approx(2 / 5)
     assert summary.range == pytest.approx((2 / 5, 2 / 5))
     assert len(server.calls) == summary.asked == 2
-    assert (summary.answers, summary.tokens_in, summary.tokens_out) == (2, 200, 14)
+    assert (summary.replies, summary.tokens_in, summary.tokens_out) == (2, 200, 14)
     assert summary.cost == pytest.approx((200 * 2.5 + 14 * 10.0) / 1_000_000)
     assert summary.warnings == ()
     lines = {(each["question_id"], each["sample"]): each for each in judged(tmp_path)}
-    assert {key: each["verdict"] for key, each in lines.items()} == {
+    assert {key: each["correct"] for key, each in lines.items()} == {
         ("q1", 0): True,
         ("q1", 1): True,
         ("q2", 0): False,
@@ -250,14 +264,14 @@ def test_a_missing_verdict_makes_the_score_a_range(tmp_path: Path) -> None:
     with serving(answer) as server:
         summary = run(write(tmp_path, *(episode(n) for n in range(8))), server)
     # 0, 3, 4, 7 right; 1, 5 wrong; 2, 6 missing
-    assert (summary.n, summary.right, summary.wrong, summary.missing) == (8, 4, 2, 2)
+    assert (summary.n, summary.correct, summary.incorrect, summary.missing) == (8, 4, 2, 2)
     assert summary.score is None
     assert summary.range == pytest.approx((4 / 8, 6 / 8))
     assert summary.reasons == {"no valid verdict": 2}
-    shown = judge.report(summary)
+    shown = format_summary(summary)
     assert "score between 50.00% and 75.00%: 2 of 8 verdicts are missing" in shown
     assert "2 no valid verdict" in shown
-    missing = [each for each in judged(tmp_path) if each["verdict"] is None]
+    missing = [each for each in judged(tmp_path) if each["correct"] is None]
     assert {(each["raw"], each["problem"]) for each in missing} == {
         ("I cannot say.", "no valid verdict")
     }
@@ -268,10 +282,10 @@ def test_only_void_episodes_have_no_score(tmp_path: Path) -> None:
         summary = run(write(tmp_path, episode(1, void=True)), server)
     assert (summary.score, summary.range, summary.n, summary.void) == (None, None, 0, 1)
     assert server.calls == []
-    assert "every episode is void" in judge.report(summary)
+    assert "every episode is void" in format_summary(summary)
 
 
-@pytest.mark.parametrize(("text", "word"), [(RIGHT, "right"), (WRONG, "wrong")])
+@pytest.mark.parametrize(("text", "word"), [(RIGHT, "correct"), (WRONG, "incorrect")])
 def test_a_judge_that_always_says_the_same_is_warned_of(
     tmp_path: Path, text: str, word: str
 ) -> None:
@@ -308,7 +322,7 @@ def test_one_repair_is_tried(tmp_path: Path) -> None:
     assert second[1] == {"role": "assistant", "content": "Sure! It is correct."}
     assert second[2]["role"] == "user"
     assert "JSON object" in second[2]["content"]
-    assert (summary.answers, summary.tokens_in) == (2, 200)
+    assert (summary.replies, summary.tokens_in) == (2, 200)
 
 
 @pytest.mark.parametrize("text", ["?!", "", None, RIGHT[:20], '{"judgement": "maybe"}'])
@@ -344,9 +358,7 @@ def failing(count: int, failure: Reply) -> Callable[[Call], Reply]:
 @pytest.mark.parametrize(
     "failure",
     [
-        Reply(500, b"no"),
         Reply(503),
-        Reply(429, b"slow down", {"Retry-After": "0"}),
         Reply(200, b""),
         Reply(200, b"<html>busy</html>"),
         Reply(200, json.dumps(completion(RIGHT)).encode()[:40]),
@@ -363,25 +375,7 @@ def test_failures_that_may_pass_are_tried_again(tmp_path: Path, failure: Reply) 
         summary = run(write(tmp_path, episode(1)), server)
     assert summary.score == 1.0
     assert len(server.calls) == 3
-    assert summary.answers == 1
-
-
-def test_retry_after_holds_up_every_question(tmp_path: Path) -> None:
-    times: list[float] = []
-
-    def answer(_: Call) -> Reply:
-        times.append(time.monotonic())
-        if len(times) == 1:
-            return Reply(429, b"", {"Retry-After": "0.6"})
-        time.sleep(0.1)
-        return says(RIGHT)
-
-    with serving(answer) as server:
-        summary = run(write(tmp_path, *(episode(n) for n in range(9))), server, concurrency=3)
-    assert summary.score == 1.0
-    assert len(times) == 10
-    # The other two were on their way; what came next waited
-    assert sum(each - times[0] < 0.55 for each in times[1:]) <= 2
+    assert summary.replies == 1
 
 
 def test_a_wait_beyond_the_deadline_is_not_waited_for(tmp_path: Path) -> None:
@@ -399,11 +393,10 @@ def test_a_server_that_does_not_answer_in_time(tmp_path: Path) -> None:
             held.wait(20)
         return says(RIGHT)
 
-    retry = Retry(deadline=1.0, first=0.001, longest=0.01)
     with serving(answer) as server:
-        summary = run(write(tmp_path, episode(1), episode(2)), server, retry=retry)
+        summary = run(write(tmp_path, episode(1), episode(2)), server, deadline=1.0)
         held.set()
-    assert (summary.right, summary.missing) == (1, 1)
+    assert (summary.correct, summary.missing) == (1, 1)
     assert summary.reasons == {"no answer in time": 1}
     hung = [call for call in server.calls if question_of(call) == "Which city is number 1?"]
     assert len(hung) >= 2  # an attempt may take half of the deadline: there was another one
@@ -418,7 +411,7 @@ def test_a_refused_question_is_missing_and_the_others_go_on(tmp_path: Path) -> N
     with serving(answer) as server:
         summary = run(write(tmp_path, episode(1), episode(2)), server)
     assert summary.reasons == {"status 400": 1}
-    (line,) = [each for each in judged(tmp_path) if each["verdict"] is None]
+    (line,) = [each for each in judged(tmp_path) if each["correct"] is None]
     assert "maximum context length is 512" in line["problem"]
 
 
@@ -452,7 +445,7 @@ def test_a_server_that_is_gone_ends_the_run_and_loses_nothing(tmp_path: Path) ->
     with serving(answer) as server, lost:
         run(path, server)
     saved = json.loads((tmp_path / "judge.json").read_text(encoding="utf-8"))
-    assert (saved["right"], saved["missing"]) == (10, 50)
+    assert (saved["correct"], saved["missing"]) == (10, 50)
     assert saved["range"] == pytest.approx([10 / 60, 1.0])
     with serving(lambda _: says(RIGHT)) as server:
         summary = run(path, server)
@@ -516,6 +509,28 @@ def test_concurrency_and_rate(tmp_path: Path) -> None:
     assert times[-1] - times[0] >= 0.9 * 5 / 20  # six requests are five gaps
 
 
+def test_answers_that_could_fill_the_memory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacked = b"\0" * 30_000_000
+    for _ in range(3):
+        stacked = gzip.compress(stacked, mtime=0)
+    assert len(stacked) < 1_000
+    compressed = Reply(200, stacked, {"Content-Encoding": "gzip, gzip, gzip"})
+    monkeypatch.setattr("research_env.judge.client._LARGEST_ANSWER", 1 << 20)
+
+    def answer(call: Call) -> Reply:
+        return compressed if question_of(call).endswith("1?") else says("x" * (2 << 20))
+
+    with serving(answer) as server:
+        summary = run(write(tmp_path, episode(1), episode(2)), server)
+    assert len(server.calls) == 2  # neither is requested again
+    assert summary.reasons == {
+        "an answer in Content-Encoding 'gzip, gzip, gzip'": 1,
+        "an answer of over 1 MB": 1,
+    }
+
+
 # Going on
 
 
@@ -555,8 +570,8 @@ def test_the_cache_tells_models_and_prompts_apart(tmp_path: Path) -> None:
     path = write(tmp_path, episode(1))
     with serving(lambda call: says(RIGHT if call.json()["model"] == "m" else WRONG)) as server:
         address = f"{server.url}/v1"
-        one = judge_predictions(path, Settings(address, "m", retry=QUICK), tmp_path / "1")
-        two = judge_predictions(path, Settings(address, "n", retry=QUICK), tmp_path / "2")
+        one = judge_predictions(path, JudgeSettings(address, "m"), tmp_path / "1")
+        two = judge_predictions(path, JudgeSettings(address, "n"), tmp_path / "2")
     assert (one.score, two.score) == (1.0, 0.0)
 
 
@@ -565,7 +580,7 @@ def test_verdicts_of_another_file_are_not_mixed_in(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     one, other = write(tmp_path / "a", episode(1)), write(tmp_path / "b", episode(1))
     with serving(lambda _: says(RIGHT)) as server:
-        settings = Settings(f"{server.url}/v1", "m", retry=QUICK)
+        settings = JudgeSettings(f"{server.url}/v1", "m")
         judge_predictions(one, settings, tmp_path / "out")
         with pytest.raises(ConfigurationError, match=r"a/predictions.jsonl.*--output"):
             judge_predictions(other, settings, tmp_path / "out")
@@ -586,13 +601,41 @@ def test_a_file_that_no_judge_wrote_is_left_alone(tmp_path: Path) -> None:
     path = write(tmp_path, episode(1))
     for held in (b"my notes", b"my notes\nmore\n", b'{"header": 1}\n{}\n', b"[]\n"):
         (tmp_path / "judged.jsonl").write_bytes(held)
-        with serving(lambda _: says(RIGHT)) as server, pytest.raises(DataError, match="move it"):
+        refused = pytest.raises(DataError, match=r"judged.jsonl:1: .*move the file away")
+        with serving(lambda _: says(RIGHT)) as server, refused:
             run(path, server)
         assert (tmp_path / "judged.jsonl").read_bytes() == held
     (tmp_path / "judged.jsonl").unlink()
     (tmp_path / "judge-cache.sqlite").write_bytes(b"no database, but long enough to be one" * 9)
     with serving(lambda _: says(RIGHT)) as server, pytest.raises(JudgeError, match="cache"):
         run(path, server)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("correct", "yes"),
+        ("digest", 3),
+        ("replies", -1),
+        ("tokens_in", 1e999),
+        ("tokens_out", None),
+        ("sample", "0"),
+        ("question_id", []),
+        ("question_id", None),
+    ],
+)
+def test_a_changed_line_of_the_log_is_refused_by_its_number(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    path = write(tmp_path, episode(1), episode(2))
+    with serving(lambda _: says(RIGHT)) as server:
+        run(path, server)
+        log = tmp_path / "judged.jsonl"
+        header, first, second = log.read_text(encoding="utf-8").splitlines()
+        changed = json.dumps(json.loads(second) | {name: value})
+        log.write_text(f"{header}\n{first}\n{changed}\n", encoding="utf-8")
+        with pytest.raises(DataError, match=r"judged.jsonl:3: no line of a judge's log"):
+            run(path, server)
 
 
 def test_every_cut_of_the_file_is_gone_on_from(tmp_path: Path) -> None:
@@ -645,13 +688,13 @@ def test_an_interrupted_run_goes_on(
     assert KEY not in errors
     if number == signal.SIGINT:
         assert "Traceback" not in errors
-        assert "the same command goes on" in errors
+        assert "the same command continues" in errors
         saved = json.loads((tmp_path / "judge.json").read_text(encoding="utf-8"))
-        assert (saved["right"], saved["missing"]) == (10, 20)
+        assert (saved["correct"], saved["missing"]) == (10, 20)
         assert saved["reasons"] == {"not asked": 20}
     with serving(lambda _: says(WRONG)) as server:
         summary = run(path, server)
-    assert (summary.right, summary.wrong, summary.missing) == (10, 20, 0)
+    assert (summary.correct, summary.incorrect, summary.missing) == (10, 20, 0)
     assert len(server.calls) == 20
 
 
@@ -674,7 +717,7 @@ def test_two_runs_do_not_write_the_same_file(tmp_path: Path) -> None:
             release.set()
             output, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
-    assert "score 100.00%: 1 of 1 right" in output
+    assert "score 100.00%: 1 of 1 correct" in output
 
 
 # The prediction file
@@ -728,8 +771,11 @@ def broken(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
         ("no answers", "predictions.jsonl:1: the question 'q1' has no gold answers"),
         ("no question", "predictions.jsonl:1: the question of 'q1' is missing"),
         ("no info", "predictions.jsonl:1: no episode"),
-        ("no key", "predictions.jsonl:1: an episode has"),
-        ("prediction", "predictions.jsonl:1: the prediction must be a text"),
+        ("no key", "predictions.jsonl:1: an episode needs"),
+        (
+            "prediction",
+            r"predictions.jsonl:1: .*Expected `str \| null`, got `array` - at `\$.info.prediction`",
+        ),
         ("list", "predictions.jsonl:1: no episode"),
         ("empty", "holds no episode"),
     ],
@@ -737,26 +783,68 @@ def broken(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 def test_files_that_are_refused(tmp_path: Path, name: str, words: str) -> None:
     path = write(tmp_path, *broken([episode(1), episode(2)], name))
     with pytest.raises(DataError, match=words):
-        read_episodes(path)
+        read_predictions(path)
 
 
 def test_a_broken_line_before_the_last_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, episode(1))
     path.write_text('{"episode": 0,\n' + path.read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(DataError, match=r"predictions.jsonl:1: no JSON"):
-        read_episodes(path)
+        read_predictions(path)
     with pytest.raises(DataError, match="there is no prediction file"):
-        read_episodes(tmp_path / "absent.jsonl")
+        read_predictions(tmp_path / "absent.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("sample",), True),
+        (("sample",), 1e999),
+        (("episode",), {}),
+        (("void",), "no"),
+        (("info",), []),
+        (("info", "question_id"), ["q1"]),
+        (("info", "question"), 3),
+        (("info", "answers"), "Paris"),
+        (("info", "answers"), ["Paris", None]),
+    ],
+    ids=str,
+)
+def test_values_of_other_types_are_refused(
+    tmp_path: Path, where: tuple[str, ...], value: Any
+) -> None:
+    record = episode(1)
+    place = record
+    for name in where[:-1]:
+        place = place[name]
+    place[where[-1]] = value
+    with pytest.raises(DataError, match=rf"predictions.jsonl:1: .*`\$\.{where[0]}"):
+        read_predictions(write(tmp_path, record))
+
+
+def test_files_that_do_not_end_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match="there is no prediction file /dev/zero"):
+        read_predictions(Path("/dev/zero"))
+    monkeypatch.setattr("research_env.judge.predictions.LONGEST_LINE", 1 << 20)
+    path = write(tmp_path, episode(1), episode(2, "x" * (1 << 20)))
+    with pytest.raises(DataError, match=r"predictions.jsonl:2: a line of over 1 MB"):
+        read_predictions(path)
 
 
 def test_a_question_without_answers_needs_none_where_nobody_is_asked(tmp_path: Path) -> None:
     """Void, or cut short before it answered: the environment has not told the answers then."""
     path = write(tmp_path, episode(1, "", ()), episode(2, "x", (), void=True))
-    episodes, _ = read_episodes(path)
-    assert [each.to_ask for each in episodes] == [False, False]
+    episodes, _ = read_predictions(path)
+    assert [each.needs_judge for each in episodes] == [False, False]
 
 
 # The key
+
+
+def authorization(call: Call) -> str | None:
+    return {name.lower(): value for name, value in call.headers.items()}.get("authorization")
 
 
 def texts_in(folder: Path) -> bytes:
@@ -769,12 +857,15 @@ def texts_in(folder: Path) -> bytes:
         lambda _: says(json.dumps({"rationale": KEY, "judgement": "correct"})),
         lambda _: says(f"your key is {KEY}"),
         lambda _: as_json({"error": f"bad key {KEY}"}, 400),
+        lambda _: Reply(400, "".join(f"\\u{ord(c):04x}" for c in KEY).encode()),
+        lambda _: Reply(400, "".join(f"%{ord(c):02X}" for c in KEY).encode()),
+        lambda _: Reply(400, f"{'x' * 190} {KEY}".encode()),
         lambda _: as_json({"error": f"bad key {KEY}"}, 401),
         lambda _: as_json({"error": f"bad key {KEY}"}, 404),
         lambda _: as_json({"error": f"bad key {KEY}"}, 500),
         lambda _: Reply(200, f"<p>{KEY}</p>".encode()),
     ],
-    ids=["verdict", "rubbish", "400", "401", "404", "500", "html"],
+    ids=["verdict", "rubbish", "400", "escaped", "percent", "cut", "401", "404", "500", "html"],
 )
 def test_the_key_is_sent_and_never_repeated(
     tmp_path: Path,
@@ -787,27 +878,29 @@ def test_the_key_is_sent_and_never_repeated(
     caplog.set_level(logging.DEBUG)
     path = write(tmp_path, episode(1))
     with serving(answer) as server:
-        settings = Settings(
+        settings = JudgeSettings(
             f"{server.url}/v1",
             "m",
-            key=judge_client.read_key(),
-            retry=Retry(deadline=0.2, first=0.01, longest=0.01),
+            key=secret_of("OPENAI_API_KEY"),
+            deadline=1.0,
         )
         try:
             told = repr(judge_predictions(path, settings))
         except ResearchEnvError as error:
             told = repr(error) + str(error) + repr(error.__cause__) + repr(error.__context__)
-    assert all(call.headers["Authorization"] == f"Bearer {KEY}" for call in server.calls)
+    assert all(authorization(call) == f"Bearer {KEY}" for call in server.calls)
     assert server.calls
-    assert KEY not in told + repr(settings) + caplog.text + "".join(capfd.readouterr())
-    assert KEY.encode() not in texts_in(tmp_path)
+    shown = told + repr(settings) + caplog.text + "".join(capfd.readouterr())
+    shown += texts_in(tmp_path).decode("utf-8", "replace")
+    for secret in (KEY[:8], r"\u0073\u006b\u002d", "%73%6B%2D"):
+        assert secret not in shown
 
 
 def test_without_a_key_none_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with serving(lambda _: says(RIGHT)) as server:
-        run(write(tmp_path, episode(1)), server, key=judge_client.read_key())
-    assert "Authorization" not in server.calls[0].headers
+        run(write(tmp_path, episode(1)), server, key=secret_of("OPENAI_API_KEY"))
+    assert authorization(server.calls[0]) is None
 
 
 def test_a_short_key_changes_no_answer(tmp_path: Path) -> None:
@@ -819,7 +912,7 @@ def test_a_short_key_changes_no_answer(tmp_path: Path) -> None:
 def test_a_key_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "se\ncret")
     with pytest.raises(ConfigurationError) as refused:
-        judge_client.read_key()
+        secret_of("OPENAI_API_KEY")
     assert "cret" not in str(refused.value)
 
 
@@ -836,20 +929,20 @@ def test_a_key_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
         {"concurrency": 0},
         {"rate": 0.0},
         {"rate": float("nan")},
-        {"retry": Retry(deadline=0.0)},
+        {"deadline": 0.0},
         {"prices": (-1.0, 0.0)},
     ],
     ids=str,
 )
 def test_settings_that_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError) as refused:
-        Settings(**{"endpoint": "http://localhost:8000/v1", "model": "m", **setting})
+        JudgeSettings(**{"endpoint": "http://localhost:8000/v1", "model": "m", **setting})
     assert "hunter2" not in str(refused.value)
 
 
 def test_a_prompt_that_does_not_exist() -> None:
     with pytest.raises(UnknownNameError, match="r1-searcher"):
-        Settings("http://localhost:8000/v1", "m", "r1searcher")
+        JudgeSettings("http://localhost:8000/v1", "m", "r1searcher")
 
 
 @pytest.fixture
@@ -871,11 +964,11 @@ def test_the_command(tmp_path: Path, mixed: Server, capsys: pytest.CaptureFixtur
     shown = capsys.readouterr()
     assert shown.err == ""
     assert shown.out.splitlines() == [
-        "score 40.00%: 2 of 5 right",
-        "2 right, 3 wrong; 1 of these have no prediction, which is wrong without asking",
+        "score 40.00%: 2 of 5 correct",
+        "2 correct, 3 incorrect; 1 of these have no prediction, which is incorrect without asking",
         "1 void episodes (failed infrastructure) are not counted",
         "asked 4 now, 0 from the cache, 0 kept from before",
-        "4 answers of m in all: 400 tokens in, 28 out; cost 0.0005",
+        "4 replies of m in all: 400 tokens in, 28 out; cost 0.0005",
     ]
     main(["judge", str(tmp_path), *command[2:], "--json"])  # the folder will do
     summary = json.loads(capsys.readouterr().out)
@@ -922,11 +1015,19 @@ def test_a_progress_bar_in_a_terminal(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     path = write(tmp_path, *(episode(n) for n in range(4)))
-    judge_predictions(path, Settings(mixed.url, "m", retry=QUICK))
+    judge_predictions(path, JudgeSettings(mixed.url, "m"))
     assert isinstance(sys.stderr, Terminal)
     shown = sys.stderr.getvalue()
     assert "4/4" in shown
-    assert "2 right, 2 wrong, 0 missing" in shown
+    assert "2 correct, 2 incorrect, 0 missing" in shown
+
+
+def test_control_characters_do_not_reach_the_terminal(
+    tmp_path: Path, mixed: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, episode(0))
+    main(["judge", str(path), "--endpoint", f"{mixed.url}/v1", "--model", "m\x1b]52;c;x\x07"])
+    assert "1 replies of m?]52;c;x? in all" in capsys.readouterr().out
 
 
 def test_importing_the_package_loads_no_judge() -> None:
@@ -935,7 +1036,12 @@ def test_importing_the_package_loads_no_judge() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert "research_env.env" in loaded.stdout.split()
-    assert {"research_env.judge", "research_env.judge_client"}.isdisjoint(loaded.stdout.split())
+    assert {"research_env.judge", "openai"}.isdisjoint(loaded.stdout.split())
+    code = "import research_env.judge, sys; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "openai" not in loaded.stdout.split()  # an extra
 
 
 # A real server
@@ -956,17 +1062,17 @@ def vllm_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_a_real_server_holds_the_model_to_a_verdict(tmp_path: Path, vllm_url: str) -> None:
     """vLLM takes the JSON schema; its model writes the first token that the schema allows."""
     path = write(tmp_path, *(episode(n) for n in range(24)))
-    summary = judge_predictions(path, Settings(vllm_url, "model"), show=False)
+    summary = judge_predictions(path, JudgeSettings(vllm_url, "model"), show=False)
     assert (summary.n, summary.missing, summary.score) == (24, 0, 1.0)
     raw = {each["raw"] for each in judged(tmp_path)}
     assert {json.dumps(json.loads(each)) for each in raw} == {
         '{"rationale": "", "judgement": "correct"}'
     }
-    assert summary.answers == 24
-    assert summary.answers_without_usage == 0
+    assert summary.replies == 24
+    assert summary.replies_without_usage == 0
     assert summary.tokens_in > 24 * 1_000  # a byte a token, and the prompt has 1,400 of them
     assert summary.tokens_out == 24 * (len(raw.pop()) + 1)
-    assert "all 24 predictions right" in summary.warnings[0]
+    assert "all 24 predictions correct" in summary.warnings[0]
 
 
 @pytest.mark.vllm
@@ -974,20 +1080,20 @@ def test_a_real_server_holds_the_model_to_a_verdict(tmp_path: Path, vllm_url: st
 def test_a_real_server_whose_model_gives_no_verdict(tmp_path: Path, vllm_url: str) -> None:
     """Without a form the same model writes nothing."""
     path = write(tmp_path, *(episode(n) for n in range(3)))
-    settings = Settings(vllm_url, "model", "r1-searcher")
+    settings = JudgeSettings(vllm_url, "model", "r1-searcher")
     summary = judge_predictions(path, settings, show=False)
     assert (summary.missing, summary.range) == (3, (0.0, 1.0))
     assert summary.reasons == {"no valid verdict": 3}
-    assert summary.answers == 6
+    assert summary.replies == 6
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_a_real_server_refuses_what_is_too_long_or_unknown(tmp_path: Path, vllm_url: str) -> None:
     path = write(tmp_path, episode(1, "word " * 2_000), episode(2))
-    summary = judge_predictions(path, Settings(vllm_url, "model"), show=False)
-    assert (summary.right, summary.reasons) == (1, {"status 400": 1})
-    (line,) = [each for each in judged(tmp_path) if each["verdict"] is None]
+    summary = judge_predictions(path, JudgeSettings(vllm_url, "model"), show=False)
+    assert (summary.correct, summary.reasons) == (1, {"status 400": 1})
+    (line,) = [each for each in judged(tmp_path) if each["correct"] is None]
     assert "4096" in line["problem"]
     with pytest.raises(JudgeError, match="404"):
-        judge_predictions(path, Settings(vllm_url, "other"), tmp_path / "other", show=False)
+        judge_predictions(path, JudgeSettings(vllm_url, "other"), tmp_path / "other", show=False)

@@ -25,16 +25,24 @@ import pytest
 
 import research_env  # noqa: F401  (registers the ids)
 from research_env.cli import main
-from research_env.datasets import hub, load_dataset, read_questions
-from research_env.datasets.prepare import prepare
+from research_env.datasets import load_dataset, read_questions
+from research_env.datasets.catalog import HUB_SOURCES
+from research_env.datasets.hub import prepare
 from research_env.errors import DataError, DataNotFoundError, UnknownNameError
+from tests.research_env.datasets.test_catalog import (
+    BAMBOOGLE,
+    HOTPOTQA_HUB,
+    MUSIQUE,
+    NQ,
+    POPQA,
+    TWO_WIKI_HUB,
+)
 from tests.research_env.fakes import Engine, Terminal
 from tests.research_env.servers import Call, Reply, Server, as_json, serving
-from tests.research_env.test_hub import BAMBOOGLE, HOTPOTQA_HUB, MUSIQUE, NQ, POPQA, TWO_WIKI_HUB
 
 constants = pytest.importorskip("huggingface_hub.constants")
 REVISION = "0123456789abcdef0123456789abcdef01234567"
-KNOWN_WIKI18 = hub.HUB_SOURCES["wiki18"].sha256  # before any test puts a small file in its place
+KNOWN_WIKI18 = HUB_SOURCES["wiki18"].sha256  # before any test puts a small file in its place
 FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
 WIKI18 = [
     {"id": "0", "contents": '"Evan Morris"\nEvan Morris was a lobbyist for Genentech.'},
@@ -105,7 +113,7 @@ def published() -> dict[str, dict[str, bytes]]:
 
 @dataclass
 class Hub:
-    """The routes of the hub that are needed: what a repository holds, and a file from a byte on."""
+    """The routes of the hub that are needed: what a repository holds, and its files."""
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=published)
     fail: Callable[[Call], Reply | None] = lambda call: None
@@ -123,9 +131,8 @@ class Hub:
         if (failure := self.fail(call)) is not None:
             return failure
         content = self.repositories["/".join(parts[2:4])]["/".join(parts[6:])]
-        start = int(call.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
-        told = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-        return Reply(206, content[start:], told) if start else Reply(200, content)
+        etag = hashlib.sha256(content).hexdigest()
+        return Reply(200, content, {"X-Repo-Commit": REVISION, "ETag": f'"{etag}"'})
 
     def sibling(self, name: str, content: bytes) -> dict[str, Any]:
         git = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
@@ -143,8 +150,8 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, "http://127.0.0.1:9")  # nobody listens there
     wiki18 = published()[FLASHRAG]["retrieval-corpus/wiki18_100w.zip"]
     known = {"retrieval-corpus/wiki18_100w.zip": hashlib.sha256(wiki18).hexdigest()}
-    ours = replace(hub.HUB_SOURCES["wiki18"], sha256=known)
-    monkeypatch.setitem(hub.HUB_SOURCES, "wiki18", ours)
+    ours = replace(HUB_SOURCES["wiki18"], sha256=known)
+    monkeypatch.setitem(HUB_SOURCES, "wiki18", ours)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
@@ -165,6 +172,10 @@ def a_hub(monkeypatch: pytest.MonkeyPatch, answer: Hub | None = None) -> Iterato
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     with a_hub(monkeypatch) as server:
         yield server
+
+
+def is_download(call: Call) -> bool:
+    return call.method == "GET" and "resolve" in call.path
 
 
 def passages(path: Path) -> list[dict[str, str]]:
@@ -300,7 +311,7 @@ def test_of_several_at_once_one_does_the_work(tmp_path: Path, server: Server) ->
     with ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda _: prepare("musique", tmp_path), range(4)))
     assert sorted(each.made for each in done) == [False, False, False, True]
-    assert sum("resolve" in call.path for call in server.calls) == 2  # each file once
+    assert sum(is_download(call) for call in server.calls) == 2  # each file once
 
 
 COMMAND = [sys.executable, "-m", "research_env.cli", "datasets", "prepare"]
@@ -310,24 +321,20 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", **more}
 
 
-def test_a_killed_download_goes_on_where_it_was(
+def test_a_killed_download_leaves_finished_files_and_nothing_half(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block = 10 << 20  # the client writes in such blocks
-    long = WIKI18[0] | {"contents": '"T"\n' + "x " * block}
-    name, content = "wiki-18.jsonl.gz", gzip.compress(json_lines(long), compresslevel=0, mtime=0)
-    large, waiting, stop = Hub(), threading.Event(), threading.Event()
-    large.repositories["PeterJinGo/wiki-18-corpus"][name] = content
+    waiting, stop = threading.Event(), threading.Event()
 
-    def half(call: Call) -> Reply:
-        if "Range" not in call.headers:
-            return Reply(200, content, cut=block + 1000)
-        waiting.set()  # the client tries again by itself, and gets nothing
+    def half(call: Call) -> Reply | None:
+        if not (is_download(call) and "nq/dev" in call.path):
+            return None
+        waiting.set()
         stop.wait(60)
-        return Reply(500)
+        return Reply(200, b"", cut=0)
 
-    with serving(replace(large, fail=half)) as server:
-        command = [*COMMAND, "wiki18-search-r1", "--output", str(tmp_path)]
+    with serving(Hub(fail=half)) as server:
+        command = [*COMMAND, "nq", "--output", str(tmp_path)]
         process = subprocess.Popen(command, env=environment(HF_ENDPOINT=server.url))
         try:
             assert waiting.wait(60)
@@ -335,13 +342,16 @@ def test_a_killed_download_goes_on_where_it_was(
             process.kill()
             process.wait()
             stop.set()
-    [part] = (tmp_path / "downloads/wiki18-search-r1").iterdir()
-    assert part.read_bytes() == content[:block]
-    assert not (tmp_path / "wiki18-search-r1").exists()
-    with a_hub(monkeypatch, large) as server:
-        assert prepare("wiki18-search-r1", tmp_path).manifest["sources"] == {name: sha256(content)}
-    [call] = (call for call in server.calls if "resolve" in call.path)
-    assert call.headers["Range"] == f"bytes={block}-"
+    assert not (tmp_path / "nq").exists()
+    downloads = tmp_path / "downloads/nq"
+    finished = {path.name for path in (downloads / "nq").iterdir()}
+    with a_hub(monkeypatch) as server:
+        assert prepare("nq", tmp_path).made
+    fetched = [call.path for call in server.calls if is_download(call)]
+    names = {f"{split}.jsonl" for split in ("train", "dev", "test")}
+    assert "dev.jsonl" not in finished
+    assert {Path(path).name for path in fetched} == names - finished
+    assert [path.name for path in downloads.iterdir()] == ["nq"]  # nothing of the killed one
 
 
 def test_an_interrupted_conversion_leaves_nothing_half(
@@ -352,13 +362,13 @@ def test_an_interrupted_conversion_leaves_nothing_half(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("research_env.datasets.prepare.convert", Interrupted())
+        patch.setattr("research_env.datasets.hub.convert", Interrupted())
         with pytest.raises(KeyboardInterrupt):
             prepare("nq", tmp_path)
     assert not [path for path in tmp_path.iterdir() if "nq" in path.name and path.is_dir()]
     fetched = len(server.calls)
     assert prepare("nq", tmp_path).made
-    assert not any("resolve" in call.path for call in server.calls[fetched:])
+    assert not any(map(is_download, server.calls[fetched:]))
 
 
 # --- checksums -----------------------------------------------------------------------------------
@@ -376,9 +386,9 @@ def test_what_the_hub_did_not_promise_is_refused(
     wrong = content[:-2] + b" " + content[-1:]  # as long as it should be
 
     def other(call: Call) -> Reply | None:
-        return Reply(200, wrong) if call.path.endswith(file) else None
+        return Reply(200, wrong) if is_download(call) and call.path.endswith(file) else None
 
-    told = rf"{file} is not what the hub says: its checksum is \w{{{digits}}}, not \w{{{digits}}}"
+    told = rf"{file} is damaged: its digest is \w{{{digits}}}, and the hub says \w{{{digits}}}"
     with a_hub(monkeypatch, Hub(fail=other)), pytest.raises(DataError, match=told):
         prepare(name, tmp_path)
     assert not (tmp_path / name).exists()
@@ -392,9 +402,9 @@ def test_another_wikipedia_than_the_known_one_is_not_fetched(
     changed = Hub()
     changed.repositories[FLASHRAG]["retrieval-corpus/wiki18_100w.zip"] += b"more"
     with a_hub(monkeypatch, changed) as server:
-        with pytest.raises(DataError, match="another file than the one known: its sha256 is"):
+        with pytest.raises(DataError, match="is not the known file: its sha256 is"):
             prepare("wiki18", tmp_path)
-        assert not any("resolve" in call.path for call in server.calls)
+        assert not any(map(is_download, server.calls))
 
 
 def test_the_known_wikipedia_is_that_of_flashrag() -> None:
@@ -410,21 +420,21 @@ def test_a_prepared_set_that_was_changed_is_told(tmp_path: Path) -> None:
     folder = prepare("nq", tmp_path).folder
     questions = folder / "questions.jsonl.gz"
     questions.write_bytes(questions.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"questions.jsonl.gz is not what manifest.json says"):
+    with pytest.raises(DataError, match=r"questions.jsonl.gz is .*, but manifest.json says"):
         prepare("nq", tmp_path)
     questions.unlink()
-    with pytest.raises(DataError, match=r"questions.jsonl.gz is not what manifest.json says: None"):
+    with pytest.raises(DataError, match=r"questions.jsonl.gz is None, but manifest.json says"):
         prepare("nq", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        (None, "holds what was not prepared here"),
+        (None, "was not prepared by this command"),
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
         ("{}", "cannot be read"),
-        ('{"format": 9, "outputs": {}}', "format 9, not 1"),
+        ('{"format": 9, "outputs": {}}', "has format 9, not 1"),
     ],
 )
 def test_a_folder_of_ones_own_is_left_alone(
@@ -463,7 +473,7 @@ def test_files_put_there_by_hand_are_converted(
 ) -> None:
     with pytest.raises(DataNotFoundError, match=r"the hub did not give .*Connect"):
         prepare(name, tmp_path)
-    source = hub.HUB_SOURCES[name]
+    source = HUB_SOURCES[name]
     for file, content in published()[source.repository].items():
         path = tmp_path / "downloads" / name / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -479,7 +489,7 @@ def test_the_known_sum_holds_without_a_hub_too(tmp_path: Path) -> None:
     path = tmp_path / "downloads/wiki18/retrieval-corpus/wiki18_100w.zip"
     path.parent.mkdir(parents=True)
     path.write_bytes(zipped(wiki18_100w_jsonl=json_lines(WIKI18[0])))
-    with pytest.raises(DataError, match="is not what the hub says"):
+    with pytest.raises(DataError, match="is damaged"):
         prepare("wiki18", tmp_path)
     assert not (tmp_path / "wiki18").exists()
 
@@ -489,7 +499,9 @@ def test_a_repository_that_has_changed_is_told(
 ) -> None:
     renamed = Hub({FLASHRAG: {"nq/all.jsonl": b"{}"}})
     with a_hub(monkeypatch, renamed):
-        with pytest.raises(DataNotFoundError, match=r"no longer the files nq/train.*nq/all\.jsonl"):
+        with pytest.raises(
+            DataNotFoundError, match=r"no longer has the files nq/train.*nq/all\.jsonl"
+        ):
             prepare("nq", tmp_path)
         with pytest.raises(DataNotFoundError, match="RepositoryNotFound"):
             prepare("musique", tmp_path)
@@ -500,14 +512,18 @@ def test_names_that_leave_the_folder_are_not_taken(
 ) -> None:
     names = ("../../train.parquet", "/tmp/train.parquet", "validation.parquet")
     hostile = Hub({"framolfese/2WikiMultihopQA": dict.fromkeys(names, parquet(TWO_WIKI_HUB))})
-    with a_hub(monkeypatch, hostile), pytest.raises(DataNotFoundError, match="no longer the files"):
+    with (
+        a_hub(monkeypatch, hostile),
+        pytest.raises(DataNotFoundError, match="no longer has the files"),
+    ):
         prepare("2wiki", tmp_path)
 
 
 def test_the_table_of_data_names_all_there_is() -> None:
-    table = (Path(__file__).parents[2] / "docs/how-to/data.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs/how-to/data.md").read_text(encoding="utf-8")
+    table, _, _ = text.partition("## Licences")
     rows = re.findall(r"^\| `([^`]+)` \|.*?\| `([^`]+)`", table, flags=re.MULTILINE)
-    assert dict(rows) == {name: source.repository for name, source in hub.HUB_SOURCES.items()}
+    assert dict(rows) == {name: source.repository for name, source in HUB_SOURCES.items()}
 
 
 def test_an_unknown_set_is_told_with_the_known_ones(tmp_path: Path) -> None:
@@ -525,14 +541,15 @@ def test_an_unknown_set_is_told_with_the_known_ones(tmp_path: Path) -> None:
         ("nq/train.jsonl", json_lines(nq("train")) + b"\xff\n", "what follows record 1 cannot"),
         ("nq/train.jsonl", json_lines(nq("train")) + b"[1]\n", "record 1 .*needed, not list"),
         ("nq/train.jsonl", b"[" * 100_000, "what follows record 0 cannot"),
-        ("nq/train.jsonl", json_lines({"id": "1"}), "record 1: not in the format known"),
-        ("nq/train.jsonl", json_lines(nq("x", question=None)), "record 1: not in the format known"),
+        ("wiki18-search-r1", gzip.compress(b" " * (17 << 20), 1), "a line of over 16 MiB"),
+        ("nq/train.jsonl", json_lines({"id": "1"}), "record 1: not in the known format"),
+        ("nq/train.jsonl", json_lines(nq("x", question=None)), "record 1: not in the known format"),
         ("wiki18", b"PK no archive", "what follows record 0 cannot"),
         ("wiki18", zipped(one_jsonl=b"", two_jsonl=b""), "one .jsonl is needed in the archive"),
         ("wiki18", zipped(one_jsonl=json_lines(*WIKI18))[:-9], "what follows record 0 cannot"),
         ("wiki18-search-r1", gzip.compress(json_lines(*WIKI18))[:-9], "cannot be read"),
         ("bamboogle", b"PAR1 no table", "what follows record 0 cannot"),
-        ("bamboogle", parquet({"Question": "Who?"}), "record 1: not in the format known"),
+        ("bamboogle", parquet({"Question": "Who?"}), "record 1: not in the known format"),
     ],
 )
 def test_a_damaged_file_is_named_and_leaves_nothing(
@@ -540,11 +557,11 @@ def test_a_damaged_file_is_named_and_leaves_nothing(
 ) -> None:
     damaged = Hub()
     name, _, file = name.partition("/")
-    source = hub.HUB_SOURCES[name]
+    source = HUB_SOURCES[name]
     files = damaged.repositories[source.repository]
     held = [path for path in files if path.startswith(("retrieval", "wiki-18", "data"))]
     files[f"{name}/{file}" if file else held[0]] = content
-    monkeypatch.setitem(hub.HUB_SOURCES, name, replace(source, sha256={}))
+    monkeypatch.setitem(HUB_SOURCES, name, replace(source, sha256={}))
     with a_hub(monkeypatch, damaged), pytest.raises(DataError, match=message):
         prepare(name, tmp_path)
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == [
@@ -556,9 +573,9 @@ MEASURE = """
 import resource, sys
 from dataclasses import replace
 from pathlib import Path
-from research_env.datasets import hub
-from research_env.datasets.prepare import prepare
-hub.HUB_SOURCES["wiki18"] = replace(hub.HUB_SOURCES["wiki18"], sha256={})
+from research_env.datasets.catalog import HUB_SOURCES
+from research_env.datasets.hub import prepare
+HUB_SOURCES["wiki18"] = replace(HUB_SOURCES["wiki18"], sha256={})
 import huggingface_hub
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(prepare("wiki18", Path(sys.argv[1])).manifest["passages"])
