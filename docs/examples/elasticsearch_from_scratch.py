@@ -66,8 +66,9 @@ def main(address: str) -> None:
         template="question",
     )
     env.reset(seed=0)
-    observation, *_ = env.step("<search>company founded by Ada</search>")
-    print(observation)
+    for query in ("company founded by Ada", "Nordwind"):
+        observation, *_ = env.step(f"<search>{query}</search>")
+        print(observation)
     *_, reward, _, _, info = env.step("<answer> \\boxed{Oslo} </answer>")
     print(f"reward {reward}, gold passages found: {info['metrics']['support_recall']:.0%}")
     env.close()

@@ -56,7 +56,7 @@ def test_configurations_and_engines_without_torch() -> None:
 
 
 def loaded_by(statement: str) -> set[str]:
-    heavy = "{'torch', 'transformers', 'research_env'}"
+    heavy = "{'torch', 'transformers'}"
     code = f"{statement}\nimport sys\nprint(*({heavy} & sys.modules.keys()))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(run.stdout.split())
