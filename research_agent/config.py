@@ -211,7 +211,7 @@ class TrainConfig:
 class EvalConfig:
     """Play tasks with a model, and average what the environment reports.
 
-    The same command again goes on with an evaluation that was stopped. docs/evaluation.md says what
+    The same command continues an evaluation that was stopped. docs/explanation/scores.md says what
     is measured.
     """
 
