@@ -21,11 +21,13 @@ from rich.table import Table
 
 from research_agent.config import SamplingConfig, TrainConfig
 from research_agent.errors import ResearchAgentError, TooManyVoidError
-from research_agent.presets import MINIWORLD
+from research_agent.presets import PRESETS
 from research_env.datasets import miniworld
 from research_env.errors import ResearchEnvError, RetrievalError
 from research_env.retrieval import open_retriever
 from research_env.retrieval.base import Hit, Passage, Retriever
+
+MINIWORLD = PRESETS["miniworld"]
 
 OTHER_WORLD = 1
 SLOTS = 128  # episodes of an evaluation that are played at the same time

@@ -55,7 +55,7 @@ from research_agent.batch import make_batch, micro_batches
 from research_agent.config import LearnerConfig
 from research_agent.learner import Learner
 from research_agent.models.policy import TokenLogprobs, batch_logprobs, token_logprobs
-from research_agent.trajectory import Group, Segment, Trajectory
+from research_agent.trajectory import Group, Segment, Trajectory, reward_last_turn
 
 PEAK = 989e12
 TARGET_MFU = 0.40
@@ -117,7 +117,9 @@ def make_groups(
                 segments.append(Segment("observation", some(seen)))
             left -= acts + seen
         episode, sample = divmod(number, samples)
-        return Trajectory(episode, sample, tuple(segments), rng.random(), True, False)
+        reward = rng.random()
+        ended = reward_last_turn(segments, reward)
+        return Trajectory(episode, sample, ended, reward, True, False)
 
     made = [make(number, length) for number, length in enumerate(lengths)]
     return [Group(i, made[i : i + samples]) for i in range(0, len(made), samples)]
@@ -430,7 +432,8 @@ def real_groups(count: int, vocabulary: int, scale: float) -> list[Group]:
                 segments.append(Segment("observation", tokens(segment["observation"])))
         episode, sample = divmod(number, SAMPLES)
         reward = float(sample == number // SAMPLES % SAMPLES) + 0.1 * rng.random()
-        made.append(Trajectory(episode, sample, tuple(segments), reward, True, False))
+        ended = reward_last_turn(segments, reward)
+        made.append(Trajectory(episode, sample, ended, reward, True, False))
     return [Group(i, made[i : i + SAMPLES]) for i in range(0, count, SAMPLES)]
 
 
@@ -683,7 +686,7 @@ def head_memory(whole: bool) -> dict[str, float]:
     rng = random.Random(0)
     sampled = tuple(rng.choices(range(words), k=tokens))
     segments = (Segment("prompt", (1,)), Segment("action", sampled, (-1.0,) * tokens))
-    batch = make_batch([Group(0, [Trajectory(0, 0, segments, 1.0, True, False)])])
+    batch = make_batch([Group(0, [Trajectory(0, 0, segments, 0.0, True, False)])])
     (micro,) = micro_batches(batch, 10**6)
     grown = _peak_memory()
     logprobs, entropy = token_logprobs(model, micro, max_logits=words * tokens if whole else None)

@@ -447,7 +447,7 @@ def _data_folder(folder: Path | None) -> Iterator[None]:
 def write_tiny_data(folder: Path, seed: int) -> None:
     """Write questions and passages of an invented world as the three published sets are."""
     from research_env.datasets import miniworld  # noqa: PLC0415
-    from research_env.datasets.load import PUBLISHED  # noqa: PLC0415
+    from research_env.datasets.catalog import PUBLISHED  # noqa: PLC0415
 
     for number, name in enumerate((*TRAINED_ON, HELD_OUT)):
         place = folder / PUBLISHED[name].folder

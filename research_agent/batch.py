@@ -1,13 +1,14 @@
 """Trajectories as tensors. Provenance says where each action token is.
 
-Shapes: N trajectories, A action tokens in all. Nothing is masked by multiplication: a token that is
+Shapes: N trajectories, T turns and A action tokens in all. A turn is one action; it may have no
+token. Nothing is masked by multiplication: a token that is
 not an action token is never indexed, so it cannot reach a loss.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -23,18 +24,28 @@ from research_agent.trajectory import Group, Trajectory
 class Batch:
     """Trajectories and the values of their action tokens.
 
-    In each [A] tensor the tokens of trajectory 0 come first, then those of trajectory 1, and so on.
+    In each [A] tensor the tokens of trajectory 0 come first, then those of trajectory 1, and so on;
+    so do the turns in each [T] tensor.
+
+    Trajectories of a tree are written out in full: a turn that two of them share is two turns
+    here, and ``turn_nodes`` says that they are one.
     """
 
     tokens: tuple[Tensor, ...]  # N of [tokens of the trajectory], int64, any provenance
     lengths: Tensor  # [N] int64: action tokens per trajectory
-    rewards: Tensor  # [N] float64
+    rewards: Tensor  # [N] float64: the sum of the turns' rewards
     groups: Tensor  # [N] int64: index of the trajectory's group
+    trees: Tensor  # [N] int64: index of the trajectory's tree; without branches each is its own
     seq_ids: Tensor  # [A] int64: index of the token's trajectory, ascending
     positions: Tensor  # [A] int64: position of the token in its trajectory
     targets: Tensor  # [A] int64: the token
     sampler_logprobs: Tensor  # [A] float32: as the engine reported them
     old_logprobs: Tensor  # [A]: denominator of ratios: the sampler's, or recomputed
+    turn_ids: Tensor  # [A] int64: index of the token's turn, ascending
+    turn_seq_ids: Tensor  # [T] int64: index of the turn's trajectory, ascending
+    turn_rewards: Tensor  # [T] float64
+    turn_nodes: Tensor  # [T] int64: first turn that is the same one; itself unless it was shared
+    state_keys: tuple[str, ...]  # T: names of the states that turns were taken in; "": no name
     reference_logprobs: Tensor | None = None  # [A]
     advantages: Tensor | None = None  # [A]
     values: Tensor | None = None  # [A]: the critic's estimates
@@ -59,10 +70,17 @@ class Batch:
             chosen: indices of trajectories, 0 .. N - 1.
 
         Returns:
-            A batch whose trajectories are numbered from 0; their groups keep their numbers.
+            A batch whose trajectories and turns are numbered from 0; groups and trees keep their
+            numbers. Turns that are the same one remain so.
         """
         rows = torch.tensor(chosen, dtype=torch.long, device=self.lengths.device)
         index = self.action_tokens_of(chosen)
+        counts = self.turn_seq_ids.bincount(minlength=len(self))
+        starts = list(accumulate(counts.tolist(), initial=0))
+        turns = [turn for i in chosen for turn in range(starts[i], starts[i + 1])]
+        rows_of_turns = torch.tensor(turns, dtype=torch.long, device=rows.device)
+        lengths_of_turns = self.turn_ids.bincount(minlength=starts[-1])[rows_of_turns]
+        nodes = self.turn_nodes[rows_of_turns].tolist()
 
         def take(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[index]
@@ -72,13 +90,17 @@ class Batch:
             lengths=self.lengths[rows],
             rewards=self.rewards[rows],
             groups=self.groups[rows],
-            seq_ids=torch.arange(len(rows), device=rows.device).repeat_interleave(
-                self.lengths[rows]
-            ),
+            trees=self.trees[rows],
+            seq_ids=_numbered(self.lengths[rows]),
             positions=self.positions[index],
             targets=self.targets[index],
             sampler_logprobs=self.sampler_logprobs[index],
             old_logprobs=self.old_logprobs[index],
+            turn_ids=_numbered(lengths_of_turns),
+            turn_seq_ids=_numbered(counts[rows]),
+            turn_rewards=self.turn_rewards[rows_of_turns],
+            turn_nodes=torch.tensor(_first_places(nodes), dtype=torch.long, device=rows.device),
+            state_keys=tuple(self.state_keys[turn] for turn in turns),
             reference_logprobs=take(self.reference_logprobs),
             advantages=take(self.advantages),
             values=take(self.values),
@@ -115,7 +137,8 @@ def make_batch(groups: Sequence[Group], device: torch.device | str = "cpu") -> B
     Raises:
         EnvironmentContractError: a trajectory starts with an action token, which nothing predicts.
         NonFiniteError: a reward or a sampler's log-probability is not finite.
-        ValueError: the log-probabilities of an action are missing, or not one per token.
+        ValueError: the log-probabilities of an action are missing, or not one per token; or the
+            rewards of the turns do not sum to the trajectory's.
     """
     kept = [
         (number, trajectory)
@@ -136,16 +159,38 @@ def make_batch(groups: Sequence[Group], device: torch.device | str = "cpu") -> B
         dtype=torch.float32,
         device=device,
     )
+    turns = [turn for t in trajectories for turn in t.turns]
+    owners = {(number, t.sample): i for i, (number, t) in reversed(list(enumerate(kept)))}
+
+    def owner(number: int, sample: int) -> Hashable:
+        return owners.get((number, sample), (number, sample))  # the latter where it is void
+
+    nodes = [
+        (owner(number, t.lineage[place]) if place < len(t.lineage) else i, place)
+        for i, (number, t) in enumerate(kept)
+        for place in range(len(t.turns))
+    ]
+    trees = [i if t.tree is None else owner(number, t.tree) for i, (number, t) in enumerate(kept)]
+
+    def whole(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
     return Batch(
         tokens=tuple(tokens),
         lengths=lengths,
         rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float64, device=device),
-        groups=torch.tensor([number for number, _ in kept], dtype=torch.long, device=device),
-        seq_ids=torch.arange(len(kept), device=device).repeat_interleave(lengths),
+        groups=whole([number for number, _ in kept]),
+        trees=whole(_first_places(trees)),
+        seq_ids=_numbered(lengths),
         positions=torch.cat(empty + positions),
         targets=torch.cat(empty + [row[mask] for row, mask in zip(tokens, masks, strict=True)]),
         sampler_logprobs=logprobs,
         old_logprobs=logprobs,
+        turn_ids=_numbered(whole([len(turn.tokens) for turn in turns])),
+        turn_seq_ids=_numbered(whole([len(t.turns) for t in trajectories])),
+        turn_rewards=torch.tensor([t.reward for t in turns], dtype=torch.float64, device=device),
+        turn_nodes=whole(_first_places(nodes)),
+        state_keys=tuple(turn.state_key for turn in turns),
         names=tuple(map(_name, trajectories)),
     )
 
@@ -218,6 +263,17 @@ def _packed(batch: Batch, chosen: Sequence[int], widths: Sequence[int]) -> Micro
     )
 
 
+def _numbered(counts: Tensor) -> Tensor:
+    """Repeat each index as often as its count says."""
+    return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+
+
+def _first_places(keys: Sequence[Hashable]) -> list[int]:
+    """Find for each key the place where it first occurs."""
+    places: dict[Hashable, int] = {}
+    return [places.setdefault(key, place) for place, key in enumerate(keys)]
+
+
 def _name(trajectory: Trajectory) -> str:
     return f"episode {trajectory.episode}, sample {trajectory.sample}"
 
@@ -227,6 +283,13 @@ def _check(trajectory: Trajectory) -> None:
     if not math.isfinite(trajectory.reward):
         message = f"{name}: the environment gave the reward {trajectory.reward}; it must be finite"
         raise NonFiniteError(message)
+    given_rewards = sum(turn.reward for turn in trajectory.turns)
+    if not math.isclose(given_rewards, trajectory.reward, rel_tol=1e-9, abs_tol=1e-9):
+        message = (
+            f"{name}: the rewards of its turns sum to {given_rewards}, and its reward is"
+            f" {trajectory.reward}; give each turn the reward that the environment gave for it"
+        )
+        raise ValueError(message)
     tokens_before = 0
     for segment in trajectory.segments:
         if segment.provenance == "action" and segment.tokens:

@@ -18,8 +18,11 @@ from research_agent.environments import Environments
 from research_agent.rollout import ActiveRollout, InFlight, Sampling
 from research_agent.trajectory import Segment, Trajectory
 
-_TRAJECTORY = ("episode", "sample", "reward", "terminated", "truncated", "stop_reason", "void")
-_ROLLOUT = ("episode", "sample", "reward", "prompt", "response")
+_TRAJECTORY = (
+    *("episode", "sample", "reward", "terminated", "truncated", "stop_reason", "void"),
+    *("lineage", "tree"),
+)
+_ROLLOUT = ("episode", "sample", "reward", "prompt", "response", "state_key")
 
 
 def to_state(in_flight: InFlight) -> dict[str, Any]:
@@ -31,7 +34,14 @@ def to_state(in_flight: InFlight) -> dict[str, Any]:
 
     def kept(segment: Segment) -> list[Any]:
         segments.append(segment)
-        return [segment.provenance, len(segment.tokens), segment.text, _plain(segment.info)]
+        return [
+            segment.provenance,
+            len(segment.tokens),
+            segment.text,
+            _plain(segment.info),
+            segment.reward,
+            segment.state_key,
+        ]
 
     rollouts = []
     for slot, rollout in sorted(in_flight.active.items()):
@@ -85,12 +95,12 @@ def from_state(
         iter(state[name].tolist()) for name in ("tokens", "logprobs", "versions")
     )
 
-    def segment(provenance: Any, count: int, text: str, info: Mapping[str, Any]) -> Segment:
+    def segment(provenance: Any, count: int, text: str, info: Any, *of_turn: Any) -> Segment:
         said = tuple(islice(tokens, count))
         if provenance != "action":
             return Segment(provenance, said, text=text, info=info)
         chances, numbers = tuple(islice(logprobs, count)), tuple(islice(versions, count))
-        return Segment("action", said, chances, numbers, text, info)
+        return Segment("action", said, chances, numbers, text, info, *of_turn)
 
     def part(count: int, version: int) -> Completion:
         said, chances = tuple(islice(tokens, count)), tuple(islice(logprobs, count))

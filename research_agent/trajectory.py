@@ -7,7 +7,7 @@ provenance is recorded when the token is made, and every mask is read off it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Provenance = Literal["prompt", "action", "observation"]
@@ -19,6 +19,9 @@ class Segment:
 
     ``logprobs`` are the sampler's log-probabilities at its temperature; ``versions`` are the
     numbers of the weights that sampled the tokens. Both are one a token, for actions only.
+
+    An action segment is a turn. ``reward`` is what ``step`` returned for it; ``state_key`` names
+    the state in which the turn was taken (``info["state_key"]`` of the observation before it).
     """
 
     provenance: Provenance
@@ -27,22 +30,38 @@ class Segment:
     versions: tuple[int, ...] | None = None  # [tokens], actions only
     text: str = ""  # the text of these tokens as the environment saw or gave it
     info: Mapping[str, object] = field(default_factory=dict)  # what came with it; not of actions
+    reward: float = 0.0  # of the turn, actions only
+    state_key: str = (
+        ""  # of the state before the turn, actions only; "" if the environment has none
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One finished episode: its segments in order, and what the environment said of it."""
+    """One finished episode: its segments in order, and what the environment said of it.
+
+    A trajectory may branch off another one of its group. Then its first turns, with everything
+    before and between them, are those of other samples: ``lineage`` names the sample that each of
+    these turns was sampled in.
+    """
 
     episode: int  # number of the episode; samples of one group share it
     sample: int  # 0 .. group size - 1
     segments: tuple[Segment, ...]
-    reward: float
+    reward: float  # the sum of its turns' rewards
     terminated: bool
     truncated: bool  # by the environment
     stop_reason: str = ""  # the environment's word, or "length" / "context": the budget ended it
     void: bool = False  # failed infrastructure; never learned from
     metrics: Mapping[str, float] = field(default_factory=dict)
     info: Mapping[str, object] = field(default_factory=dict)  # the environment's last info
+    lineage: tuple[int, ...] = ()  # of its first turns: the samples that they were sampled in
+    tree: int | None = None  # the sample that its tree grew from; None: it is that sample itself
+
+    @property
+    def turns(self) -> list[Segment]:
+        """Its actions, in order."""
+        return [segment for segment in self.segments if segment.provenance == "action"]
 
     @property
     def tokens(self) -> list[int]:
@@ -66,3 +85,17 @@ class Group:
 
     episode: int
     trajectories: Sequence[Trajectory]
+
+
+def reward_last_turn(segments: Sequence[Segment], reward: float) -> tuple[Segment, ...]:
+    """Put a reward that was given for a whole episode on its last turn.
+
+    Args:
+        segments: of a trajectory.
+        reward: of the trajectory. It is lost if there is no turn.
+
+    Returns:
+        The segments, the last action's with this reward.
+    """
+    last = max((i for i, s in enumerate(segments) if s.provenance == "action"), default=-1)
+    return tuple(replace(s, reward=reward) if i == last else s for i, s in enumerate(segments))

@@ -23,7 +23,7 @@ from benchmarks.baselines import ircot
 from benchmarks.baselines.driver import Message
 from benchmarks.baselines.iter_retgen import ITERATIONS
 from research_agent.config import EnvironmentConfig
-from research_agent.presets import MINIWORLD
+from research_agent.presets import PRESETS
 from research_env import RESEARCH
 from research_env.datasets import miniworld
 from research_env.datasets.base import Question
@@ -39,6 +39,8 @@ from research_env.demonstrations import (
 )
 from research_env.retrieval.base import Hit
 from research_env.retrieval.bm25.retriever import EmbeddedRetriever, build_index
+
+MINIWORLD = PRESETS["miniworld"]
 
 TRAINED = frozenset(
     ("spouse", "birthplace", "birth", "director", "studio", "premiere", "founder", "seat",

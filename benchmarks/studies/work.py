@@ -22,9 +22,11 @@ from research_agent.config import AlgorithmConfig, EnvironmentConfig, TrainConfi
 from research_agent.config import require_same as require_same_training
 from research_agent.errors import ConfigError
 from research_agent.files import write_atomic
-from research_agent.presets import MINIWORLD
+from research_agent.presets import PRESETS
 from research_env.datasets import miniworld
 from research_env.datasets.files import question_record
+
+MINIWORLD = PRESETS["miniworld"]
 
 ENV, NOISY = "research_env:SearchQA-v0", "benchmarks.studies.noise:NoisySearchQA-v0"
 # Seed, and relations of which the world has no facts: a shorter passage is harder to read for the

@@ -19,6 +19,11 @@ ALGORITHMS = {
     "rloo": "research_agent.algorithms.rloo:RLOO",
     "reinforce_pp": "research_agent.algorithms.reinforce_pp:ReinforcePP",
     "ppo": "research_agent.algorithms.ppo:PPO",
+    "mt_grpo": "research_agent.algorithms.mt_grpo:MTGRPO",
+    "mt_ppo": "research_agent.algorithms.mt_ppo:MTPPO",
+    "gigpo": "research_agent.algorithms.gigpo:GiGPO",
+    "tree_grpo": "research_agent.algorithms.tree_grpo:TreeGRPO",
+    "arpo": "research_agent.algorithms.arpo:ARPO",
 }
 
 

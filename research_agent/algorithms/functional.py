@@ -1,21 +1,23 @@
 """The pieces that algorithms share: pure functions of tensors.
 
-Shapes: N trajectories, A action tokens, those of a trajectory one after another. Tensors are used
-by their methods, so no torch is loaded. Observation tokens have no place in any of them: what runs
-from token to token here (returns, GAE, ratios of sequences) runs from an action's last token to the
-first of the next action.
+Shapes: N trajectories, T turns, A action tokens, those of a trajectory one after another. Tensors
+are used by their methods, so no torch is loaded. Observation tokens have no place in any of them:
+what runs from token to token here (returns, GAE, ratios of sequences) runs from an action's last
+token to the first of the next action.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from research_agent.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from research_agent.algorithms.base import Tokens
 
 KLEstimator = Literal["k1", "k2", "k3"]
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -82,6 +84,31 @@ def clipped_surrogate(
     free = ratio * advantages
     clipped = ratio.clamp(1 - low, 1 + high) * advantages
     return free.minimum(clipped), clipped < free
+
+
+def clipped_objective(
+    tokens: Tokens, *, clip: float, kl_coef: float, entropy_coef: float, kl_estimator: KLEstimator
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """``min(ratio A, clip(ratio) A) - kl_coef KL + entropy_coef H``: the objective of GRPO.
+
+    Args:
+        tokens: the action tokens of a micro-batch.
+        clip: ratios count only within 1 - clip and 1 + clip.
+        kl_coef: weight of the KL to the reference policy; unused where there is no reference.
+        entropy_coef: weight of the entropy.
+        kl_estimator: how the KL is estimated.
+
+    Returns:
+        The objective, [A]; and ``clip_fraction``, and ``kl`` if there is a reference, [A] each.
+    """
+    ratio = importance_ratio(tokens.logprobs, tokens.old_logprobs)
+    surrogate, clipped = clipped_surrogate(ratio, tokens.advantages, clip, clip)
+    objective = surrogate + entropy_coef * tokens.entropy
+    metrics = {"clip_fraction": clipped}
+    if tokens.reference_logprobs is not None:
+        metrics["kl"] = kl(kl_estimator, tokens.logprobs, tokens.reference_logprobs)
+        objective = objective - kl_coef * metrics["kl"]
+    return objective, metrics
 
 
 def truncated_importance(logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
@@ -255,23 +282,76 @@ def rewards_at_end(rewards: Tensor, lengths: Tensor) -> Tensor:
     return rewards.new_zeros(int(lengths.sum())).index_put((ends[some],), rewards[some])
 
 
+def rewards_at_turn_ends(turn_rewards: Tensor, turn_ids: Tensor, turn_seq_ids: Tensor) -> Tensor:
+    """Put each turn's reward on its last action token; the other tokens have 0.
+
+    The reward of a turn without a token goes to the last token before it. Without any, no token of
+    the trajectory can have earned it, and it is left out.
+
+    Args:
+        turn_rewards: [T].
+        turn_ids: number of the turn of each action token, [A], ascending.
+        turn_seq_ids: number of the trajectory of each turn, [T], ascending.
+
+    Returns:
+        The rewards of the tokens, [A].
+    """
+    ends = turn_ids.bincount(minlength=len(turn_rewards)).cumsum(0) - 1
+    earned = ends >= 0
+    earned &= turn_seq_ids[turn_ids[ends.clamp(min=0)]] == turn_seq_ids
+    return turn_rewards.new_zeros(len(turn_ids)).index_add(0, ends[earned], turn_rewards[earned])
+
+
+def numbered(keys: Sequence[Hashable]) -> list[int]:
+    """Number keys in the order in which they first occur: equal keys, equal numbers."""
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+
+def is_last_turn(turn_seq_ids: Tensor) -> Tensor:
+    """Say of each turn whether it is the last of its trajectory.
+
+    Args:
+        turn_seq_ids: number of the trajectory of each turn, [T], ascending.
+
+    Returns:
+        Booleans, [T].
+    """
+    counts = turn_seq_ids.bincount()
+    return positions_within(turn_seq_ids) == counts[turn_seq_ids] - 1
+
+
+def positions_within(seq_ids: Tensor) -> Tensor:
+    """Place of each action token, or turn, among those of its trajectory, counted from 0.
+
+    Args:
+        seq_ids: number of the trajectory of each, [A] or [T], ascending.
+
+    Returns:
+        The places, of the same shape.
+    """
+    lengths = seq_ids.bincount()
+    starts = lengths.cumsum(0) - lengths
+    return seq_ids.new_ones(len(seq_ids)).cumsum(0) - 1 - starts[seq_ids]
+
+
 def discounted_sum(values: Tensor, seq_ids: Tensor, factor: float) -> Tensor:
-    """``y_t = x_t + factor * y_(t+1)`` along the action tokens of each trajectory.
+    """``y_t = x_t + factor * y_(t+1)`` along the action tokens, or turns, of each trajectory.
 
     With rewards and ``gamma`` these are the returns of REINFORCE.
 
     Args:
-        values: x, [A].
-        seq_ids: number of the trajectory of each action token, [A], ascending.
+        values: x, [A] or [T].
+        seq_ids: number of the trajectory of each action token or turn, ascending.
         factor: from 0 to 1.
 
     Returns:
-        The sums y, [A].
+        The sums y, of the same shape.
     """
     if not len(values):
         return values
     lengths = seq_ids.bincount()
-    column = lengths.cumsum(0)[seq_ids] - 1 - _positions(seq_ids)  # tokens that still follow
+    column = lengths.cumsum(0)[seq_ids] - 1 - positions_within(seq_ids)  # tokens that still follow
     rows = values.new_zeros((int(column.max()) + 1, len(lengths)))
     rows = rows.index_put((column, seq_ids), values)
     for place in range(1, len(rows)):
@@ -388,10 +468,3 @@ def require_one_of(name: str, algorithm: object, field: str, known: Collection[o
     if value not in known:
         words = ", ".join(map(repr, known))
         raise ConfigError(f"{name}: {field} is {value!r}; known: {words}")
-
-
-def _positions(seq_ids: Tensor) -> Tensor:
-    """Place of each action token among those of its trajectory, [A]."""
-    lengths = seq_ids.bincount()
-    starts = lengths.cumsum(0) - lengths
-    return seq_ids.new_ones(len(seq_ids)).cumsum(0) - 1 - starts[seq_ids]

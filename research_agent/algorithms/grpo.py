@@ -20,6 +20,12 @@ in verl and TRL. Its delta is 1e-6, as in verl (TRL: 1e-4). A group of one has a
 nothing to be compared with (prime-rl does the same; verl keeps the raw reward). The mean is over
 the trajectories, as in the equation; the authors' code, an early verl, took it over the tokens of
 a micro-batch. The entropy bonus is not in the papers' equation; it is in the authors' settings.
+
+With ``turn_rewards`` the advantages are those of process supervision, section 4.1.3 of Shao et al.:
+rewards of turns are normalised by mean and std of all turns of the group, and a token's advantage
+is the sum over its turn and those after it, :math:`A_{i,t} = \sum_{k \ge k(t)} \tilde r_{i,k}`.
+As the mean is over turns, an episode of more turns than others moves it: where most turns have no
+reward, each turn more costs an episode something (see verl issue 7244).
 """
 
 from __future__ import annotations
@@ -32,10 +38,9 @@ from research_agent.algorithms.base import Tokens
 from research_agent.algorithms.functional import (
     KL_ESTIMATORS,
     KLEstimator,
-    clipped_surrogate,
+    clipped_objective,
+    discounted_sum,
     group_normalized,
-    importance_ratio,
-    kl,
     require,
     require_one_of,
     sequence_mean,
@@ -61,6 +66,8 @@ class GRPO:
     """Added to the standard deviation of a group's rewards (delta)."""
     kl_estimator: KLEstimator = "k3"
     """How the KL is estimated; k3 is the equation's."""
+    turn_rewards: bool = False
+    """Learn from the rewards of turns instead of their sum: process supervision."""
 
     def __post_init__(self) -> None:
         require("grpo", self, "clip", "kl_coef", "entropy_coef")
@@ -73,8 +80,12 @@ class GRPO:
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """``(r - mean) / (std + delta)`` of the group; one value a trajectory."""
-        return group_normalized(batch.rewards, batch.groups, self.std_epsilon)[batch.seq_ids]
+        """``(r - mean) / (std + delta)`` of the group; one value a trajectory, or a turn."""
+        if not self.turn_rewards:
+            return group_normalized(batch.rewards, batch.groups, self.std_epsilon)[batch.seq_ids]
+        groups = batch.groups[batch.turn_seq_ids]
+        normalized = group_normalized(batch.turn_rewards, groups, self.std_epsilon)
+        return discounted_sum(normalized, batch.turn_seq_ids, 1.0)[batch.turn_ids]
 
     def weights(self, batch: Batch) -> Tensor:
         """``1 / (N |o_i|)``."""
@@ -82,11 +93,10 @@ class GRPO:
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The bracket of the equation, for each token."""
-        ratio = importance_ratio(tokens.logprobs, tokens.old_logprobs)
-        surrogate, clipped = clipped_surrogate(ratio, tokens.advantages, self.clip, self.clip)
-        objective = surrogate + self.entropy_coef * tokens.entropy
-        metrics = {"clip_fraction": clipped}
-        if tokens.reference_logprobs is not None:
-            metrics["kl"] = kl(self.kl_estimator, tokens.logprobs, tokens.reference_logprobs)
-            objective = objective - self.kl_coef * metrics["kl"]
-        return objective, metrics
+        return clipped_objective(
+            tokens,
+            clip=self.clip,
+            kl_coef=self.kl_coef,
+            entropy_coef=self.entropy_coef,
+            kl_estimator=self.kl_estimator,
+        )

@@ -169,7 +169,9 @@ def _require_same(before: Header, now: Header, path: Path) -> None:
     differing = [
         f"  {key}: {old.get(key, '(unset)')!r} in the file, {new.get(key, '(unset)')!r} now"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key != "model.name" and key[:9] != "versions."
+        if old.get(key) != new.get(key)
+        and key != "model.name"
+        and not key.startswith(("versions.", "environment.place:"))
     ]
     if differing:
         raise PredictionsError(
@@ -237,6 +239,8 @@ def _segment(segment: Segment, first: Mapping[str, Any], pieces: Pieces | None) 
     if segment.provenance == "observation":
         info = {k: _plain(v) for k, v in segment.info.items()}
         record["info"] = {k: v for k, v in info.items() if not _is_empty(v) and first.get(k) != v}
+    if segment.provenance == "action":
+        record["reward"] = segment.reward
     if segment.provenance == "action" and pieces is not None:
         record["pieces"] = pieces(segment.tokens)
         record["logprobs"] = [  # JSON has no NaN, which stands for one that nobody knows

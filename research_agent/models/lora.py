@@ -64,7 +64,7 @@ def load_adapters(model: Any, adapter: str) -> int:
     config.inference_mode = False
     try:
         inject_adapter_in_model(config, model, adapter_name=_NAME)
-        loaded = set_peft_model_state_dict(model, weights, adapter_name=_NAME)
+        loaded: Any = set_peft_model_state_dict(model, weights, adapter_name=_NAME)
     except (ValueError, RuntimeError, KeyError) as error:
         raise _misfit(adapter, model, str(error)) from error
     lost = [name for name in loaded.missing_keys if ".lora_" in name]
@@ -95,7 +95,7 @@ def merge_adapter(model: Any, adapter: str) -> Any:
     config.inference_mode = True
     try:
         beside = get_peft_model(model, config, adapter_name=_NAME)
-        loaded = set_peft_model_state_dict(beside, weights, adapter_name=_NAME)
+        loaded: Any = set_peft_model_state_dict(beside, weights, adapter_name=_NAME)
         if odd := loaded.unexpected_keys:
             raise ValueError(f"{len(odd)} of its weights, such as {odd[0]!r}, have no place")
         return beside.merge_and_unload().requires_grad_(True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -43,6 +44,7 @@ _LOADING_ERRORS: tuple[type[Exception], ...] = (
     ArithmeticError,
     pickle.UnpicklingError,
     struct.error,
+    SafetensorError,
 )
 
 # The most logits that are held at once: 64 Mi of float32 are 256 MiB. A GPU likes larger products.
@@ -93,7 +95,6 @@ def load_model(
 
 def _open(source: ModelSource, name: str, dtype: torch.dtype) -> Any:
     """Open the weights of a source, on the CPU."""
-    from safetensors import SafetensorError  # noqa: PLC0415
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - slow to import
 
     options = {**source.options, "trust_remote_code": False}
@@ -111,7 +112,7 @@ def _open(source: ModelSource, name: str, dtype: torch.dtype) -> Any:
         cure = "pip install gguf" if source.gguf_file else "install it"
         message = f"the model {name!r} needs a package that is missing: {error}; {cure}"
         raise ModelError(message) from error
-    except (*_LOADING_ERRORS, SafetensorError) as error:
+    except _LOADING_ERRORS as error:
         message = (
             f"the model {name!r} cannot be opened: {error}. Give a folder with config.json and"
             " model.safetensors, a GGUF file, or a name on the Hugging Face hub"

@@ -88,7 +88,7 @@ def engine_difference(engine: Engine, plain: Callable[[list[int]], Tensor], voca
     )
     said: dict[int, list[int]] = {}
     reported: dict[int, list[tuple[int, float]]] = {}
-    for slots in ((0, 1),) if engine.max_slots > 1 else ((0,),):
+    for slots in ((0, 1),) if getattr(engine, "max_slots", 1) > 1 else ((0,),):
         for new in (first, second):
             for slot in slots if new else ():
                 said[slot] = said.get(slot, []) + new[slot]

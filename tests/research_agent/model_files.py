@@ -26,7 +26,7 @@ def save_adapter(folder: Path, base: Path, rank: int = 4, **options: Any) -> Pat
     torch.manual_seed(1)
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     settings = {"target_modules": "all-linear", "init_lora_weights": False, **options}
-    get_peft_model(model, LoraConfig(r=rank, **settings)).save_pretrained(folder)
+    get_peft_model(model, LoraConfig(r=rank, **settings)).save_pretrained(str(folder))
     edit_json(folder / "adapter_config.json", base_model_name_or_path=str(base))
     return folder
 

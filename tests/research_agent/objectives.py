@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -87,6 +88,36 @@ def loss_of(
         )
         loss = loss - (weights[picked] * algorithm.objective(tokens)[0]).sum()
     return loss
+
+
+def clipped_total(
+    case: Case,
+    advantages: Sequence[float],
+    weights: Sequence[float],
+    *,
+    clip: float = 0.2,
+    kl: float = 0.0,
+    entropy_coef: float = 0.0,
+) -> Tensor:
+    """The loss of PPO's clipped objective with a KL (k3) and an entropy bonus, token by token."""
+    total = torch.zeros((), dtype=torch.float64)
+    reference = case.batch.reference_logprobs
+    assert reference is not None
+    for t, (advantage, weight) in enumerate(zip(advantages, weights, strict=True)):
+        ratio = (case.logprobs[t] - case.batch.old_logprobs[t]).exp()
+        bounded = ratio.clamp(1 - clip, 1 + clip)
+        inner = torch.min(ratio * advantage, bounded * advantage)
+        r = (reference[t] - case.logprobs[t]).exp()
+        inner = inner - kl * (r - r.log() - 1) + entropy_coef * case.entropy[t]
+        total = total - weight * inner
+    return total
+
+
+def normalized(value: float, values: Sequence[float], epsilon: float = 1e-6) -> float:
+    """(value - mean) / (std + epsilon), the standard deviation over n - 1; 0 for one alone."""
+    if len(values) < 2:
+        return 0.0
+    return (value - statistics.fmean(values)) / (statistics.stdev(values) + epsilon)
 
 
 def assert_same(case: Case, got: Tensor, expected: Tensor) -> None:

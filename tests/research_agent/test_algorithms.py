@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 
 import research_agent.algorithms
 from research_agent.algorithms import ALGORITHMS, Algorithm, algorithm
+from research_agent.batch import make_batch
 from research_agent.errors import ConfigError
-from research_agent.trajectory import Group
+from research_agent.trajectory import Group, Trajectory
 from tests.research_agent.conftest import tiny_qwen2
 from tests.research_agent.learners import make_learner
+from tests.research_agent.objectives import case, loss_of
 from tests.research_agent.rollouts import (
     action,
     observation,
@@ -25,11 +28,16 @@ from tests.research_agent.rollouts import (
 )
 from tests.research_agent.test_learner import Bigram
 
+OUTCOME = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "ppo")
+"""Algorithms that learn from the reward of the whole episode."""
+PLAIN = ("dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp")
+"""Algorithms with no KL, or no entropy bonus, to switch off."""
+
 Gradient = dict[str, torch.Tensor]
 
 
 def _rule(name: str, **settings: Any) -> Algorithm:
-    args = {"critic_learning_rate": 1e-3} if name == "ppo" else {}
+    args = {"critic_learning_rate": 1e-3} if name in ("ppo", "mt_ppo") else {}
     return algorithm(name, **args, **settings)
 
 
@@ -76,9 +84,38 @@ def test_it_is_a_file_of_a_screenful_or_two(name: str) -> None:
     assert len((folder / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 120
 
 
+@pytest.mark.parametrize("name", OUTCOME)
+def test_where_in_an_episode_a_reward_came_changes_not_a_bit(name: str) -> None:
+    """Algorithms that learn from whole episodes see the sum of the turns' rewards only."""
+    at_end = random_groups(5, groups=3, samples=4)
+    on_the_way = [
+        replace(group, trajectories=[_earlier(t) for t in group.trajectories]) for group in at_end
+    ]
+    losses = []
+    for groups in (at_end, on_the_way):
+        given = case(groups, values=True, seed=5)
+        loss = loss_of(_with_kl(name), given)
+        gradient, *_ = torch.autograd.grad(loss, [given.logprobs])
+        losses.append((loss, gradient))
+    assert make_batch(at_end).turn_rewards.tolist() != make_batch(on_the_way).turn_rewards.tolist()
+    assert torch.equal(losses[0][0], losses[1][0])
+    assert torch.equal(losses[0][1], losses[1][1])
+
+
+def _earlier(trajectory: Trajectory) -> Trajectory:
+    """The same episode with its reward on the first turn."""
+    shifted, last = list(trajectory.segments), trajectory.turns[-1]
+    for i, segment in enumerate(shifted):
+        if segment is last:
+            shifted[i] = replace(segment, reward=0.0)
+    first = next(i for i, s in enumerate(shifted) if s.provenance == "action")
+    shifted[first] = replace(shifted[first], reward=trajectory.reward)
+    return replace(trajectory, segments=tuple(shifted))
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_documents_name_it(name: str) -> None:
-    docs = Path(__file__).resolve().parents[2] / "docs"
+    docs = Path(__file__).resolve().parents[2] / "docs/reference"
     for document in ("algorithms.md", "papers.md"):
         assert f"`{name}`" in (docs / document).read_text(encoding="utf-8")
 
@@ -129,7 +166,7 @@ def test_what_is_not_finite_outside_actions_does_no_harm(name: str) -> None:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_it_learns_which_token_is_rewarded(name: str, updates: int) -> None:
     model = Bigram(4)
-    off = {"kl_coef": 0.0, "entropy_coef": 0.0} if name in ("grpo", "ppo") else {}
+    off = {"kl_coef": 0.0, "entropy_coef": 0.0} if name not in PLAIN else {}
     learner = make_learner(
         model, _rule(name, **off), learning_rate=0.1, weight_decay=0.0, minibatches=updates
     )

@@ -90,8 +90,10 @@ def test_select_is_the_batch_of_those_trajectories(seed: int, order: list[int], 
     chosen = order[:n]
     got = make_batch(groups).select(chosen)
     expected = make_batch([Group(0, [every[i][1] for i in chosen])])
-    for name in ("lengths", "rewards", "seq_ids", "positions", "targets", "sampler_logprobs"):
+    per_token = ("seq_ids", "positions", "targets", "sampler_logprobs", "turn_ids")
+    for name in ("lengths", "rewards", *per_token, "turn_seq_ids", "turn_rewards"):
         assert getattr(got, name).tolist() == getattr(expected, name).tolist(), name
+    assert got.state_keys == expected.state_keys
     assert got.names == expected.names
     assert [t.tolist() for t in got.tokens] == [t.tolist() for t in expected.tokens]
     assert got.groups.tolist() == [every[i][0] for i in chosen]
@@ -118,3 +120,78 @@ def test_broken_trajectories_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         make_batch([Group(0, [SEARCH, wrong])])
+
+
+# ---------------------------------------------------------------------------------------------
+# Turns
+
+
+def test_turns_literal() -> None:
+    long = trajectory(
+        prompt(1),
+        action([2, 3], reward=0.25, state_key="start"),
+        observation(4),
+        action([], reward=0.5, state_key="found"),  # a turn of no token is a turn
+        action([5], reward=-1.0),
+    )
+    short = trajectory(prompt(1), action([6], reward=2.0, state_key="start"), sample=1)
+    batch = make_batch([Group(0, [long, short])])
+    assert batch.turn_ids.tolist() == [0, 0, 2, 3]
+    assert batch.turn_seq_ids.tolist() == [0, 0, 0, 1]
+    assert batch.turn_rewards.tolist() == [0.25, 0.5, -1.0, 2.0]
+    assert batch.turn_rewards.dtype == torch.float64
+    assert batch.state_keys == ("start", "found", "", "start")
+    assert batch.turn_nodes.tolist() == [0, 1, 2, 3]
+    assert batch.trees.tolist() == [0, 1]
+    assert batch.rewards.tolist() == [-0.25, 2.0]
+
+
+def _tree(episode: int) -> Group:
+    """Sample 1 leaves sample 0 after one turn, sample 2 leaves 1 after two, 3 starts at the root.
+
+    Sample 4 is a chain of its own, though it says the same.
+    """
+    a, b, c = action([2]), action([3]), action([4])
+    return Group(
+        episode,
+        [
+            trajectory(prompt(1), a, b, sample=0),
+            trajectory(prompt(1), a, c, c, sample=1, lineage=(0,), tree=0),
+            trajectory(prompt(1), a, c, b, sample=2, lineage=(0, 1), tree=0),
+            trajectory(prompt(1), b, sample=3, tree=0),
+            trajectory(prompt(1), a, b, sample=4),
+        ],
+    )
+
+
+def test_branches_literal() -> None:
+    batch = make_batch([_tree(0), _tree(1)])
+    one = [0, 1, 0, 3, 4, 0, 3, 7, 8, 9, 10]
+    assert batch.turn_nodes.tolist() == one + [11 + node for node in one]
+    assert batch.trees.tolist() == [0, 0, 0, 0, 4, 5, 5, 5, 5, 9]
+
+
+def test_a_branch_whose_source_is_void_keeps_its_own_copy_of_the_turns() -> None:
+    source, one, two, *_ = _tree(0).trajectories
+    void = Trajectory(0, 0, source.segments, 0.0, False, True, void=True)
+    batch = make_batch([Group(0, [void, one, two])])
+    assert batch.turn_nodes.tolist() == [0, 1, 2, 0, 1, 5]
+    assert batch.trees.tolist() == [0, 0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.permutations(range(10)), st.integers(0, 10))
+def test_select_keeps_what_is_shared_shared(order: list[int], n: int) -> None:
+    whole = make_batch([_tree(0), _tree(1)])
+    got = whole.select(order[:n])
+    turns = [t for i in order[:n] for t in (whole.turn_seq_ids == i).nonzero().flatten().tolist()]
+    for here, there in enumerate(turns):
+        same = [other for other in turns if whole.turn_nodes[other] == whole.turn_nodes[there]]
+        assert turns[int(got.turn_nodes[here])] == same[0]
+    assert got.trees.tolist() == [int(whole.trees[i]) for i in order[:n]]
+
+
+def test_rewards_of_turns_that_are_not_the_trajectorys_are_refused() -> None:
+    wrong = Trajectory(0, 0, (prompt(1), action([2], reward=0.5)), 1.0, True, False)
+    with pytest.raises(ValueError, match=r"turns sum to 0\.5, and its reward is 1\.0"):
+        make_batch([Group(0, [wrong])])

@@ -24,6 +24,7 @@ from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
 from tests.research_agent.toy_env import CopyLetter, CopyLetterVector
 
 TOY = "tests.research_agent.toy_env:CopyLetter-v0"
+DOORS = "tests.research_agent.doors_env"
 NATIVE = "tests.research_agent.toy_env:CopyLetterNative-v0"
 RENDERER = codec_of(byte_tokenizer())
 END = RENDERER.tokenizer.eos_token_id
@@ -54,6 +55,17 @@ def play(engine: ScriptedEngine, limits: Limits = Limits(), **env_args: Any) -> 
     return trajectory
 
 
+@pytest.mark.parametrize("env", [f"{DOORS}:Doors-v0", f"{DOORS}:DoorsSingle-v0"])
+def test_turns_keep_their_rewards_and_the_names_of_their_states(env: str) -> None:
+    """Task 5 has the way 1, 0, 1; "x" goes 1 and "a" goes 0."""
+    environments = make_environments(env, 1)
+    (trajectory,) = collect(says("x", "x", "a"), environments, RENDERER, [(5, 0)], Limits())
+    assert [turn.text for turn in trajectory.turns] == ["x", "x", "a"]
+    assert [turn.reward for turn in trajectory.turns] == [0.25, 0.0, 0.0]
+    assert [turn.state_key for turn in trajectory.turns] == ["5:", "5:1", "5:11"]
+    assert trajectory.reward == 0.25
+
+
 def outline(trajectory: Trajectory) -> list[tuple[str, str]]:
     return [(s.provenance, s.text) for s in trajectory.segments]
 
@@ -75,6 +87,8 @@ def test_an_episode_token_by_token() -> None:
     assert trajectory.segments[0].logprobs is None
     assert (trajectory.episode, trajectory.sample) == (1, 0)
     assert trajectory.reward == 1.0  # given for the first of three turns, and not lost since
+    assert [turn.reward for turn in trajectory.turns] == [1.0, 0.0, 0.0]
+    assert [turn.state_key for turn in trajectory.turns] == ["", "", ""]
     assert trajectory.metrics == {"right": 1 / 3}
     assert (trajectory.terminated, trajectory.truncated) == (True, False)
     assert trajectory.stop_reason == "answer"
@@ -195,14 +209,15 @@ class Fake:
     ) -> dict[int, tuple[str, Mapping[str, Any]]]:
         self.episode |= assignments
         self.turns |= dict.fromkeys(assignments, 0)
-        return {i: (f"task {n} of {seed}", {}) for i, n in assignments.items()}
+        return {i: (f"task {n} of {seed}", {"state_key": f"{n}:"}) for i, n in assignments.items()}
 
     def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
         for i, action in zip(env_ids, actions, strict=True):
             self.turns[i] += 1
             over = self.turns[i] > len(action) % 4
             void = over and action.startswith("v")
-            info = {"void": void, "stop_reason": "down" if void else ""}
+            key = f"{self.episode[i]}:{self.turns[i]}:{len(action)}"
+            info = {"void": void, "stop_reason": "down" if void else "", "state_key": key}
             self.ready.append(
                 StepResult(i, self.observation * len(action), len(action), over, False, info)
             )

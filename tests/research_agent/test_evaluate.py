@@ -117,9 +117,9 @@ def test_every_task_once(tmp_path: Path) -> None:
         "metrics": {"right": 0.5},
         "segments": [
             {"provenance": "prompt", "text": "b=", "tokens": 2},
-            {"provenance": "action", "text": "cé", "tokens": 4},
+            {"provenance": "action", "text": "cé", "tokens": 4, "reward": 0.0},
             {"provenance": "observation", "text": "?c=", "tokens": 3, "info": {}},
-            {"provenance": "action", "text": "cé", "tokens": 4},
+            {"provenance": "action", "text": "cé", "tokens": 4, "reward": 1.0},
         ],
         "info": {"stop_reason": "answer", "void": False},
     }
@@ -171,6 +171,7 @@ def test_log_probabilities_are_rounded_to_four_digits() -> None:
         "provenance": "action",
         "text": "abc",
         "tokens": 3,
+        "reward": 0.0,
         "pieces": ["a", "b", "c"],
         "logprobs": [-0.1235, -2.0, None],
     }

@@ -25,7 +25,16 @@ from research_agent.algorithms.grpo import GRPO
 from research_agent.batch import Batch, make_batch
 from research_agent.errors import ConfigError
 from research_agent.trajectory import Group
-from tests.research_agent.rollouts import action, prompt, random_groups, trajectory
+from tests.research_agent.objectives import normalized
+from tests.research_agent.rollouts import (
+    action,
+    prompt,
+    random_groups,
+    random_turns,
+    trajectory,
+)
+
+REWARDS = tuple(enumerate((0.0, 0.25, 1.0)))
 
 
 def _tokens(batch: Batch, logprobs: Tensor, reference: Tensor | None, entropy: Tensor) -> Tokens:
@@ -205,3 +214,39 @@ def test_choosing_an_algorithm_loads_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Process supervision
+
+
+def test_turn_rewards_literal() -> None:
+    """Turns 1, 0 and 0.5, 0.5: mean 0.5, std sqrt(1/6); each has its own and what follows."""
+    first = trajectory(prompt(1), action([2, 3], reward=1.0), action([4], reward=0.0), sample=0)
+    second = trajectory(prompt(1), action([2], reward=0.5), action([4], reward=0.5), sample=1)
+    batch = make_batch([Group(0, [first, second])])
+    unit = 0.5 / (math.sqrt(1 / 6) + 1e-6)
+    advantages = GRPO(turn_rewards=True).advantages(batch).tolist()
+    assert advantages == pytest.approx([0, 0, -unit, 0, 0], abs=1e-12)
+    assert GRPO().advantages(batch).tolist() == [0.0] * 5  # the sums are equal
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_turn_rewards_equal_the_papers_sums(seed: int) -> None:
+    groups = random_turns(seed)
+    expected = []
+    for group in groups:
+        rewards = [turn.reward for t in group.trajectories for turn in t.turns]
+        for t in group.trajectories:
+            for k, turn in enumerate(t.turns):
+                later = sum(normalized(after.reward, rewards) for after in t.turns[k:])
+                expected += [later] * len(turn.tokens)
+    got = GRPO(turn_rewards=True).advantages(make_batch(groups))
+    assert got.tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_where_episodes_have_one_turn_turn_rewards_are_rewards() -> None:
+    group = Group(0, [trajectory(prompt(1), action([2]), reward=r, sample=i) for i, r in REWARDS])
+    batch = make_batch([group])
+    assert torch.equal(GRPO(turn_rewards=True).advantages(batch), GRPO().advantages(batch))

@@ -1,4 +1,4 @@
-"""docs/papers.md against the presets that it describes."""
+"""docs/reference/papers.md against the presets that it describes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from research_agent.config import TrainConfig, as_json, flatten
 from research_agent.presets import DESCRIPTIONS, PRESETS
 from research_agent.settings import parse_settings
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "papers.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).resolve().parents[2] / "docs/reference/papers.md").read_text(
+    encoding="utf-8"
+)
 SECTIONS = {
     tuple(re.findall(r"`([^`]+)`", heading)): body
     for heading, body in re.findall(r"^### (.*?)$(.*?)(?=^### |\Z)", TEXT, flags=re.M | re.S)

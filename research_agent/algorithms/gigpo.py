@@ -1,0 +1,113 @@
+r"""Group-in-Group Policy Optimization: turns taken in the same state are compared.
+
+Feng et al. 2025 (arXiv:2505.10978), equations 3 and 6 to 9. Beside the advantage of the episode in
+its group, a turn has that of its return among all turns of the group that were taken in the same
+state, its anchor:
+
+.. math::
+
+    J = \frac{1}{T} \sum_{i,k} \frac{1}{|o_{i,k}|} \sum_{t \in o_{i,k}} \Big(
+        \min\big(\rho_t A_{i,k},\ \mathrm{clip}(\rho_t, 1-\epsilon, 1+\epsilon) A_{i,k}\big)
+        - \beta\, \mathrm{KL}_t \Big)
+
+    A_{i,k} = A^E_i + \omega\, A^S_{i,k}, \qquad
+    A^E_i = \frac{r_i - \mathrm{mean}_j(r_j)}{F_j(r_j)}, \qquad
+    A^S_{i,k} = \frac{R_{i,k} - \mathrm{mean}(R_s)}{F(R_s)}
+
+    R_{i,k} = \sum_{l \ge k} \gamma^{l-k} r_{i,l}, \qquad
+    R_s = \{ R_{j,l} : s_{j,l} = s_{i,k} \}
+
+F is the standard deviation plus delta, or 1 with ``normalize=False``; T counts the turns of the
+batch. States are told apart by the environment's ``info["state_key"]``. A turn whose state has no
+name, or that nobody else was in, has A^S = 0, as in the authors' code.
+
+The paper compares states within a group, never across tasks. Its ratio is that of a whole action;
+the authors' code, and this, take it token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from research_agent.algorithms.base import Tokens
+from research_agent.algorithms.functional import (
+    KL_ESTIMATORS,
+    KLEstimator,
+    clipped_objective,
+    discounted_sum,
+    group_mean,
+    group_normalized,
+    numbered,
+    require,
+    require_one_of,
+    sequence_mean,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from research_agent.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class GiGPO:
+    """GiGPO; omega and gamma are the paper's. It logs ``clip_fraction``, and ``kl`` if used."""
+
+    step_coef: float = 1.0
+    """Weight of the advantages within states (omega)."""
+    gamma: float = 0.95
+    """Discount of a turn."""
+    normalize: bool = True
+    """Divide by standard deviations; otherwise subtract means only."""
+    clip: float = 0.2
+    """Ratios count only within 1 - clip and 1 + clip (epsilon)."""
+    kl_coef: float = 1e-3
+    """Weight of the KL to the reference policy, in the loss (beta); 0: no reference is run."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    std_epsilon: float = 1e-6
+    """Added to standard deviations (delta)."""
+    kl_estimator: KLEstimator = "k3"
+    """How the KL is estimated."""
+
+    def __post_init__(self) -> None:
+        require("gigpo", self, "clip", "kl_coef", "entropy_coef", "step_coef", "gamma")
+        require("gigpo", self, "std_epsilon", above=0)
+        require_one_of("gigpo", self, "kl_estimator", KL_ESTIMATORS)
+
+    @property
+    def needs_reference(self) -> bool:
+        """True unless the KL counts for nothing."""
+        return self.kl_coef > 0
+
+    def advantages(self, batch: Batch) -> Tensor:
+        """``A^E + omega A^S``; one value a turn."""
+        returns = discounted_sum(batch.turn_rewards, batch.turn_seq_ids, self.gamma)
+        groups = batch.groups[batch.turn_seq_ids].tolist()
+        named = zip(groups, batch.state_keys, strict=True)
+        keys = [(*state, -1 if state[1] else turn) for turn, state in enumerate(named)]
+        anchors = batch.turn_seq_ids.new_tensor(numbered(keys))
+        episodes = self._relative(batch.rewards, batch.groups)[batch.turn_seq_ids]
+        return (episodes + self.step_coef * self._relative(returns, anchors))[batch.turn_ids]
+
+    def weights(self, batch: Batch) -> Tensor:
+        """``1 / (T |o_k|)``: every turn counts the same."""
+        lengths = batch.turn_ids.bincount(minlength=len(batch.turn_rewards))
+        return sequence_mean(lengths, batch.turn_ids)
+
+    def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The bracket of the equation, for each token."""
+        return clipped_objective(
+            tokens,
+            clip=self.clip,
+            kl_coef=self.kl_coef,
+            entropy_coef=self.entropy_coef,
+            kl_estimator=self.kl_estimator,
+        )
+
+    def _relative(self, values: Tensor, groups: Tensor) -> Tensor:
+        if self.normalize:
+            return group_normalized(values, groups, self.std_epsilon)
+        return values - group_mean(values, groups)

@@ -1,0 +1,95 @@
+r"""Tree-GRPO: advantages within trees, and across the trees of a task.
+
+Ji et al. 2025, Tree Search for LLM Agent Reinforcement Learning (arXiv:2509.21240). A group is M
+trees whose nodes are turns; every path from a root to a leaf is a trajectory. Its reward is
+compared with those of its own tree, where siblings differ by their last turns only, and with those
+of all trees, which is a steadier baseline:
+
+.. math::
+
+    J = \frac{1}{N} \sum_{i=1}^{N} \frac{1}{|o_i|} \sum_{t=1}^{|o_i|} \Big(
+        \min\big(\rho_t A_i,\ \mathrm{clip}(\rho_t, 1-\epsilon, 1+\epsilon) A_i\big)
+        - \beta\, \mathrm{KL}_t \Big)
+
+    A_i = A^{intra}_i + A^{inter}_i, \qquad
+    A^{intra}_i = \frac{r_i - \mathrm{mean}(r_{tree})}{\mathrm{std}(r_{tree}) + \delta}, \qquad
+    A^{inter}_i = \frac{r_i - \mathrm{mean}(r_{group})}{\mathrm{std}(r_{group}) + \delta}
+
+A turn that several trajectories share is in each of their sums, so it learns from the mean of what
+came of it. A tree of one trajectory has A^intra = 0: with chains this is GRPO. The paper shows that
+A^intra alone makes the objective that of step-level preference learning.
+
+How trees are sampled is the rollout's affair, not this file's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from research_agent.algorithms.base import Tokens
+from research_agent.algorithms.functional import (
+    KL_ESTIMATORS,
+    KLEstimator,
+    clipped_objective,
+    group_normalized,
+    require,
+    require_one_of,
+    sequence_mean,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from research_agent.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class TreeGRPO:
+    """Tree-GRPO. It logs ``clip_fraction``, and ``kl`` if that is used."""
+
+    intra_coef: float = 1.0
+    """Weight of the advantages within trees; the paper's is 1."""
+    inter_coef: float = 1.0
+    """Weight of the advantages across the trees of a task; the paper's is 1."""
+    clip: float = 0.2
+    """Ratios count only within 1 - clip and 1 + clip (epsilon)."""
+    kl_coef: float = 1e-3
+    """Weight of the KL to the reference policy, in the loss (beta); 0: no reference is run."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    std_epsilon: float = 1e-6
+    """Added to standard deviations (delta)."""
+    kl_estimator: KLEstimator = "k3"
+    """How the KL is estimated."""
+
+    def __post_init__(self) -> None:
+        require("tree_grpo", self, "clip", "kl_coef", "entropy_coef", "intra_coef", "inter_coef")
+        require("tree_grpo", self, "std_epsilon", above=0)
+        require_one_of("tree_grpo", self, "kl_estimator", KL_ESTIMATORS)
+
+    @property
+    def needs_reference(self) -> bool:
+        """True unless the KL counts for nothing."""
+        return self.kl_coef > 0
+
+    def advantages(self, batch: Batch) -> Tensor:
+        """``A^intra + A^inter``; one value a trajectory."""
+        intra = group_normalized(batch.rewards, batch.trees, self.std_epsilon)
+        inter = group_normalized(batch.rewards, batch.groups, self.std_epsilon)
+        return (self.intra_coef * intra + self.inter_coef * inter)[batch.seq_ids]
+
+    def weights(self, batch: Batch) -> Tensor:
+        """``1 / (N |o_i|)``."""
+        return sequence_mean(batch.lengths, batch.seq_ids)
+
+    def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The bracket of the equation, for each token."""
+        return clipped_objective(
+            tokens,
+            clip=self.clip,
+            kl_coef=self.kl_coef,
+            entropy_coef=self.entropy_coef,
+            kl_estimator=self.kl_estimator,
+        )
