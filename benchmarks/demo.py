@@ -21,11 +21,13 @@ from rich.table import Table
 
 from research_agent.config import SamplingConfig, TrainConfig
 from research_agent.errors import ResearchAgentError, TooManyVoidError
-from research_agent.presets import MINIWORLD
+from research_agent.presets import PRESETS
 from research_env.datasets import miniworld
 from research_env.errors import ResearchEnvError, RetrievalError
 from research_env.retrieval import open_retriever
 from research_env.retrieval.base import Hit, Passage, Retriever
+
+MINIWORLD = PRESETS["miniworld"]
 
 OTHER_WORLD = 1
 SLOTS = 128  # episodes of an evaluation that are played at the same time
@@ -144,7 +146,8 @@ class Judge:
         from research_agent.engines import make_engine  # noqa: PLC0415
         from research_agent.environments import make_environments  # noqa: PLC0415
         from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
-        from research_agent.models.policy import load_model, resolve_model  # noqa: PLC0415
+        from research_agent.models.policy import load_model  # noqa: PLC0415
+        from research_agent.models.source import resolve_model  # noqa: PLC0415
         from research_agent.renderer import load_renderer  # noqa: PLC0415 - loads torch
 
         args: dict[str, Any] = self.args | {"world_seed": world}

@@ -10,6 +10,8 @@ loses its index. Then the fault ends and the same environment plays on.
 An episode is right when all that it observed is what the embedded engine finds for the same
 searches, and its reward that of its answer. Else it must be void: truncated, stop reason
 ``backend_error``, reward 0, nothing observed. Anything in between is counted as ``wrong``.
+
+Hostile input follows, as :mod:`benchmarks.hostile` counts it.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 import gymnasium as gym
 
 import research_env  # noqa: F401  (registers the ids)
+from benchmarks.hostile import report
 from research_env.datasets import load_dataset
 from research_env.datasets.base import Corpus
 from research_env.retrieval.elasticsearch.indexing import index_elasticsearch
@@ -331,6 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 values = asdict(row) | {"deadline": f"{row.deadline:g} s"}
                 values |= {"seconds": f"{row.seconds:.2f} s", "after": f"{row.after} of {EPISODES}"}
                 print(line.format(*values.values()), flush=True)
+    if not chosen.only:
+        safe &= report(as_json=chosen.json)
     raise SystemExit(0 if safe else 1)
 
 

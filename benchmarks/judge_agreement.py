@@ -3,12 +3,12 @@
     python -m benchmarks.judge_agreement --data ../shared/data
 
 The 625 recorded trajectories of R1-Searcher-Qwen-7B (500 on HotpotQA, 125 on Bamboogle) come with
-a verdict on each prediction, by a GPT-4o judge (their field is gpt4o_output; the code beside them,
-``evaluation/metric_calc_gpt_as_judge.py``, asks gpt-4o-mini). Each metric of this project says
-right or wrong too: exact match, F1 above 0.5, cover exact match, with SQuAD's normalisation and
-with R1-Searcher's own. Printed for each: the share of predictions on which metric and judge agree,
-Cohen's kappa (agreement above chance), and which way they differ: a false positive is right by
-the metric and wrong by the judge, a false negative the other way round.
+a verdict on each prediction by a GPT-4o judge (their field is gpt4o_output; the code beside them,
+``evaluation/metric_calc_gpt_as_judge.py``, asks gpt-4o-mini). Each metric of this project decides
+too: exact match, F1 above 0.5, and cover exact match, with SQuAD's normalization and with
+R1-Searcher's own. Printed for each: the fraction of predictions on which metric and judge agree,
+Cohen's kappa (agreement above chance), and how they differ: a false positive is correct by the
+metric and incorrect by the judge, a false negative the reverse.
 """
 
 from __future__ import annotations
@@ -48,27 +48,27 @@ class Judged:
 
     prediction: str
     answers: tuple[str, ...]
-    right: bool
+    correct: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
     """A metric beside the judge: how many predictions each of the four cases has."""
 
-    both_right: int
-    false_positives: int  # right by the metric alone
-    false_negatives: int  # right by the judge alone
-    both_wrong: int
+    both_correct: int
+    false_positives: int  # correct by the metric alone
+    false_negatives: int  # correct by the judge alone
+    both_incorrect: int
 
     @property
     def n(self) -> int:
         """All predictions."""
-        return self.both_right + self.false_positives + self.false_negatives + self.both_wrong
+        return self.both_correct + self.false_positives + self.false_negatives + self.both_incorrect
 
     @property
     def accuracy(self) -> float:
         """The share on which they agree."""
-        return (self.both_right + self.both_wrong) / self.n
+        return (self.both_correct + self.both_incorrect) / self.n
 
     @property
     def kappa(self) -> float | None:
@@ -77,8 +77,8 @@ class Agreement:
         ``p_o`` is the accuracy, ``p_e`` what two raters of these shares would agree on by chance
         (J. Cohen, A Coefficient of Agreement for Nominal Scales, 1960).
         """
-        metric = (self.both_right + self.false_positives) / self.n
-        judge = (self.both_right + self.false_negatives) / self.n
+        metric = (self.both_correct + self.false_positives) / self.n
+        judge = (self.both_correct + self.false_negatives) / self.n
         chance = metric * judge + (1 - metric) * (1 - judge)
         return None if chance == 1.0 else (self.accuracy - chance) / (1 - chance)
 
@@ -111,7 +111,7 @@ def agreement(
     judged: Sequence[Judged], metric: Metric, normalizer: Callable[[str], str]
 ) -> Agreement:
     """Count in how many predictions a metric says what the judge says."""
-    said = [(metric(j.prediction, j.answers, normalizer), j.right) for j in judged]
+    said = [(metric(j.prediction, j.answers, normalizer), j.correct) for j in judged]
     return Agreement(
         said.count((True, True)),
         said.count((True, False)),
@@ -134,9 +134,9 @@ def main(*, data: str | None = None, json: bool = False) -> int:
     judged |= {"both": [each for some in judged.values() for each in some]}
     rows: list[dict[str, Any]] = []
     for name, predictions in judged.items():
-        for metric, right in METRICS.items():
+        for metric, is_correct in METRICS.items():
             for normalizer, norm in NORMALIZERS.items():
-                found = agreement(predictions, right, norm)
+                found = agreement(predictions, is_correct, norm)
                 row: dict[str, Any] = {"data set": name, "metric": metric}
                 row |= {
                     "normalisation": normalizer,
@@ -153,17 +153,17 @@ def main(*, data: str | None = None, json: bool = False) -> int:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Print the table; ``right`` and ``judge`` are the shares that metric and judge call right."""
+    """Print the table; ``correct`` and ``judge`` are the fractions that each calls correct."""
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(box=None, padding=(0, 1, 0, 0))  # fits into 80 columns
     for column in ("data set", "metric", "normalisation"):
         table.add_column(column)
-    for column in ("n", "right", "judge", "agree", "kappa", "false +", "false -"):
+    for column in ("n", "correct", "judge", "agree", "kappa", "false +", "false -"):
         table.add_column(column, justify="right")
     for row in rows:
-        n, both = row["n"], row["both_right"]
+        n, both = row["n"], row["both_correct"]
         table.add_row(
             row["data set"],
             row["metric"],

@@ -31,7 +31,9 @@ from benchmarks.runs import (
 from benchmarks.runs import is_finished as finished
 from benchmarks.runs import run_all as do_all
 from research_agent.config import AlgorithmConfig, TrainConfig
-from research_agent.presets import MINIWORLD
+from research_agent.presets import PRESETS
+
+MINIWORLD = PRESETS["miniworld"]
 
 __all__ = ["CurvesConfig", "Run", "main", "plan", "unmasked"]
 

@@ -266,14 +266,17 @@ class Sampler:
     """A model of the table; loaded when something is to be played, and not before."""
 
     def __init__(self, spec: str, config: TableConfig) -> None:
+        from research_agent.engines.remote import check_address, read_key  # noqa: PLC0415
         from research_agent.evaluation.fingerprint import model_fingerprint  # noqa: PLC0415
-        from research_agent.models.policy import resolve_model  # noqa: PLC0415 - loads torch
+        from research_agent.models.source import resolve_model  # noqa: PLC0415 - loads torch
 
         self.spec = spec
         label, named, place = spec.partition("=")
         label, place = (label, place) if named else ("", spec)
         self.name, at, rest = place.partition("@http")
         self.endpoint = f"http{rest}".rstrip("/") if at else None
+        if self.endpoint:  # it is part of the fingerprint, which is written into records
+            check_address(self.endpoint, read_key("OPENAI_API_KEY") or "")
         self.label = label or Path(self.name).name
         self.chat = any(word in f"{label}/{self.name}".lower() for word in ("instruct", "chat"))
         self._config = config
@@ -285,23 +288,23 @@ class Sampler:
     @cached_property
     def renderer(self) -> Any:
         """Its tokenizer."""
-        from research_agent.engines.endpoint import EndpointRenderer  # noqa: PLC0415
+        from research_agent.engines.openai import OpenAIRenderer  # noqa: PLC0415
         from research_agent.renderer import load_renderer  # noqa: PLC0415
 
         if self.endpoint:
-            return EndpointRenderer(chat_template=self.chat)
+            return OpenAIRenderer(chat_template=self.chat)
         return load_renderer(self._place, chat_template=self.chat)
 
     @cached_property
     def engine(self) -> Any:
         """An engine with its weights, or in front of its endpoint."""
         from research_agent.engines import make_engine  # noqa: PLC0415
-        from research_agent.engines.endpoint import EndpointEngine  # noqa: PLC0415
+        from research_agent.engines.openai import OpenAIEngine  # noqa: PLC0415
         from research_agent.models.policy import context_length, load_model  # noqa: PLC0415
 
         config = self._config
         if self.endpoint:
-            return EndpointEngine(
+            return OpenAIEngine(
                 self.endpoint, self.name, self.renderer, concurrency=config.max_in_flight
             )
         model = load_model(self.name, dtype=config.dtype, device=config.device)

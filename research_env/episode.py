@@ -54,6 +54,8 @@ class Episode:
         max_turns: actions that may be taken; the last one cannot search. None: no cap.
         max_passage_chars: characters of a passage, title and text together, that an observation
             shows; what is cut is marked by `CUT_MARK`. None: no cap.
+        chat: the prompt is a chat, whose template may have opened `think` for the policy.
+        metric_language: the language by whose rules answers are compared (`metrics.LANGUAGES`).
         turns: so far, in order.
         pending: the query of the last turn while it waits for its hits.
         stop_reason: why it is over; None while it goes on.
@@ -67,6 +69,8 @@ class Episode:
     max_searches: int | None = None
     max_turns: int | None = None
     max_passage_chars: int | None = None
+    chat: bool = False
+    metric_language: str = "en"
     turns: tuple[Turn, ...] = ()
     pending: str | None = None
     stop_reason: StopReason | None = None
@@ -161,6 +165,8 @@ def observe(episode: Episode, hits: Sequence[Hit]) -> Episode:
         episode.max_searches,
         episode.max_turns,
         episode.max_passage_chars,
+        episode.chat,
+        episode.metric_language,
         (*episode.turns[:-1], seen),
     )
 
@@ -225,6 +231,8 @@ def _extend(
         episode.max_searches,
         episode.max_turns,
         episode.max_passage_chars,
+        episode.chat,
+        episode.metric_language,
         turns,
         pending,
         stop_reason,

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from research_env.redaction import redact_known
+
 
 class ResearchEnvError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose; its message shows no secret."""
+
+    def __init__(self, *args: object) -> None:
+        """Take the message; see :func:`research_env.redaction.redact_known`."""
+        super().__init__(*(redact_known(each) if isinstance(each, str) else each for each in args))
 
 
 class UnknownNameError(ResearchEnvError, ValueError):
@@ -25,6 +31,10 @@ class UnknownNameError(ResearchEnvError, ValueError):
 
 class ConfigurationError(ResearchEnvError, ValueError):
     """A setting whose value cannot be used, for example ``top_k=0``."""
+
+
+class UnknownTaskError(ConfigurationError, IndexError):
+    """A task that does not exist: an unknown id, or a number out of range."""
 
 
 class DataError(ResearchEnvError, ValueError):
@@ -45,6 +55,10 @@ class ActionError(ResearchEnvError, TypeError):
 
 class EpisodeError(ResearchEnvError, RuntimeError):
     """A step before reset, or after the end of the episode."""
+
+
+class RewardError(ResearchEnvError, TypeError):
+    """A reward function that failed, or returned something that is no number."""
 
 
 class RetrievalError(ResearchEnvError):

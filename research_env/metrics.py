@@ -11,6 +11,8 @@ Libraries disagree about four details. Ours, and where they come from:
   decomposed letters. SQuAD, HotpotQA and the three papers' codes agree on that.
 - F1 is 0 when exactly one side is "yes", "no" or "noanswer", as in HotpotQA's evaluation and in
   the codes of ReSearch and R1-Searcher; SQuAD and FlashRAG count the shared words.
+- Texts in Chinese, Japanese and Korean are compared by rules of their own (`LANGUAGES`), which are
+  chosen by the data set and never guessed.
 - F1 of two texts that are both empty after normalisation is 0, as in SQuAD 1.1 and HotpotQA
   (SQuAD 2.0 says 1); their exact match is 1.
 """
@@ -19,8 +21,11 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import lru_cache
 
 Normalizer = Callable[[str], str]
@@ -57,24 +62,114 @@ def normalize_r1_searcher(text: str) -> str:
     return _collapse(text.lower().translate(_SPACE_PUNCTUATION))
 
 
+@dataclass(frozen=True, slots=True)
+class Language:
+    """How answers are compared in a language that does not divide words as English does.
+
+    Attributes:
+        normalize: what is done to both sides before exact match, and before they are divided.
+        divide: the tokens of a normalized text.
+        overlap: the number of tokens that two lists share.
+    """
+
+    normalize: Normalizer
+    divide: Callable[[str], list[str]]
+    overlap: Callable[[list[str], list[str]], int]
+
+
+def _fold_wide(text: str) -> str:
+    """Full-width forms as ASCII, lower case, without punctuation and symbols of any script."""
+    folded = unicodedata.normalize("NFKC", text).lower()
+    return "".join(" " if unicodedata.category(c)[0] in "PS" else c for c in folded)
+
+
+def _normalize_wide(text: str) -> str:
+    return "".join(_fold_wide(text).split())
+
+
+def _divide_chinese(text: str) -> list[str]:
+    """A token per Han character, and one per run of other characters."""
+    return _HAN_OR_WORD.findall(text)
+
+
+def _normalize_chinese(text: str) -> str:
+    """Punctuation divides no Han characters, so it goes; between other words a blank stays."""
+    return " ".join(_HAN_OR_WORD.findall(_fold_wide(text)))
+
+
+def _normalize_korean(text: str) -> str:
+    text = _KOREAN_BRACKETS.sub(" ", unicodedata.normalize("NFKC", text)).lower()
+    return " ".join(text.translate(_DELETE_PUNCTUATION).split())
+
+
+def _characters(text: str) -> list[str]:
+    return [c for c in text if not c.isspace()]
+
+
+def _shared(a: list[str], b: list[str]) -> int:
+    return (Counter(a) & Counter(b)).total()
+
+
+def _longest_run(a: list[str], b: list[str]) -> int:
+    return SequenceMatcher(None, a, b, autojunk=False).find_longest_match().size
+
+
+_HAN_OR_WORD = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]|[^\s\u3400-\u9fff\uf900-\ufaff]+")
+_KOREAN_BRACKETS = re.compile("['\"《》<>〈〉()‘’]")
+
+LANGUAGES: Mapping[str, Language | None] = {
+    "en": None,
+    "zh": Language(_normalize_chinese, _divide_chinese, _longest_run),
+    "ja": Language(_normalize_wide, _characters, _shared),
+    "ko": Language(_normalize_korean, _characters, _shared),
+}
+"""The languages whose answers can be compared, by ISO 639-1 code.
+
+- ``en``: as this module says.
+- ``zh``: CMRC 2018 (Cui et al. 2019), ``cmrc2018_evaluate.py``: a token per Han character, words of
+  other scripts whole, lower case, no punctuation; F1 from the longest common run of tokens. Beyond
+  it, full-width forms equal their ASCII forms (NFKC), and all of Unicode's punctuation goes, not
+  the script's list alone.
+- ``ja``: JSQuAD of JGLUE (Kurihara et al. 2022): exact match and F1 of the bags of characters, with
+  full-width forms folded and punctuation and spaces removed.
+- ``ko``: KorQuAD 1.0 (Lim et al. 2019), ``evaluate-v1.0.py``: without brackets, quotes and ASCII
+  punctuation; F1 of the bags of characters.
+
+In the last three, an answer covers a gold if the normalized gold is a part of it.
+"""
+
+
 def exact_match(
-    prediction: str | None, answers: Sequence[str], normalizer: Normalizer = normalize
+    prediction: str | None,
+    answers: Sequence[str],
+    normalizer: Normalizer = normalize,
+    *,
+    language: str = "en",
 ) -> float:
     """1.0 when the normalised prediction equals a normalised gold answer, else 0.0.
 
     Args:
         prediction: the answer given, or None when there is none.
         answers: the gold answers; any of them counts.
-        normalizer: what is done to both sides first.
+        normalizer: what is done to both sides first; another language has its own.
+        language: one of `LANGUAGES`.
 
     Source: SQuAD 1.1; ``em_check`` of Search-R1.
     """
     if prediction is None:
         return 0.0
+    if rules := LANGUAGES[language]:
+        normalizer = rules.normalize
     return float(normalizer(prediction) in map(normalizer, answers))
 
 
-def f1(prediction: str | None, answers: Sequence[str], normalizer: Normalizer = normalize) -> float:
+def f1(
+    prediction: str | None,
+    answers: Sequence[str],
+    normalizer: Normalizer = normalize,
+    *,
+    language: str = "en",
+) -> float:
     """Best F1 between the bags of words of the prediction and of a gold answer.
 
     ``F1 = 2PR / (P + R)``, with P the share of the prediction's words found in the gold and R the
@@ -83,19 +178,26 @@ def f1(prediction: str | None, answers: Sequence[str], normalizer: Normalizer = 
     Args:
         prediction: the answer given, or None when there is none.
         answers: the gold answers; the best one counts.
-        normalizer: what is done to both sides first.
+        normalizer: what is done to both sides first; another language has its own.
+        language: one of `LANGUAGES`.
 
     Source: SQuAD 1.1, with HotpotQA's rule for yes and no (see the head of this module);
     ``get_f1_score`` of ReSearch.
     """
     if prediction is None:
         return 0.0
+    if rules := LANGUAGES[language]:
+        return max([_f1_in(rules, prediction, answer) for answer in answers], default=0.0)
     predicted = normalizer(prediction)
     return max([_f1(predicted, normalizer(answer)) for answer in answers], default=0.0)
 
 
 def cover_exact_match(
-    prediction: str | None, answers: Sequence[str], normalizer: Normalizer = normalize
+    prediction: str | None,
+    answers: Sequence[str],
+    normalizer: Normalizer = normalize,
+    *,
+    language: str = "en",
 ) -> float:
     """1.0 when every word of a gold answer occurs in the prediction, in any order, else 0.0.
 
@@ -106,18 +208,28 @@ def cover_exact_match(
     Args:
         prediction: the answer given, or None when there is none.
         answers: the gold answers; any of them counts.
-        normalizer: what is done to both sides first.
+        normalizer: what is done to both sides first; another language has its own.
+        language: one of `LANGUAGES`.
 
     Source: R1-Searcher, ``cover_exact_match_score_1`` (the paper's ACC_R).
     """
     if prediction is None:
         return 0.0
+    if rules := LANGUAGES[language]:
+        whole, golds = rules.normalize(prediction), map(rules.normalize, answers)
+        return float(any(gold in whole if gold else not whole for gold in golds))
     words = set(normalizer(prediction).split(" "))
     return float(any(words.issuperset(normalizer(answer).split(" ")) for answer in answers))
 
 
 def _collapse(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def _f1_in(rules: Language, prediction: str, answer: str) -> float:
+    predicted, gold = (rules.divide(rules.normalize(text)) for text in (prediction, answer))
+    shared = rules.overlap(predicted, gold) if predicted and gold else 0
+    return 2 * shared / (len(predicted) + len(gold)) if shared else 0.0
 
 
 def _f1(predicted: str, gold: str) -> float:

@@ -13,13 +13,10 @@ from typing import Literal, NamedTuple
 
 from research_env.errors import UnknownNameError
 from research_env.markup import Tag, between, clean
-from research_env.retrieval.base import Hit
+from research_env.retrieval.base import MAX_QUERY_CHARACTERS, Hit
 
 ActionKind = Literal["search", "answer", "invalid"]
 Message = dict[str, str]
-
-MAX_QUERY_CHARACTERS = 1_000
-"""A longer query is cut here: no engine should fail because a policy rambles."""
 
 TEMPLATES = ("base", "instruct", "question")
 """The names of the templates; ``question`` is the bare question and a newline, for small models."""

@@ -13,6 +13,7 @@ and watch the components, which are logged as ``reward/NAME``.
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -22,17 +23,29 @@ from itertools import combinations
 from typing import NamedTuple
 
 from research_env.episode import Episode
-from research_env.errors import ConfigurationError, UnknownNameError
+from research_env.errors import ConfigurationError, ResearchEnvError, RewardError, UnknownNameError
 from research_env.metrics import cover_exact_match, normalize
 from research_env.papers import PAPERS
 from research_env.papers.base import Reward, em_reward, f1_reward
+from research_env.papers.r1_searcher import MAX_ANSWER_WORDS, r1_searcher_stage1_guarded
 
 __all__ = ["REWARDS", "Reward", "Term", "WeightedSum", "em_reward", "f1_reward", "reward"]
 
 
 def cem_reward(episode: Episode) -> float:
     """Cover exact match with any gold (`metrics.cover_exact_match`); 0 without a prediction."""
-    return cover_exact_match(episode.prediction, episode.question.answers)
+    answers, language = episode.question.answers, episode.metric_language
+    return cover_exact_match(episode.prediction, answers, language=language)
+
+
+def cem_guarded(episode: Episode) -> float:
+    """`cem_reward` in which an answer of more than ten words covers nothing.
+
+    Whoever copies all passages into the answer is paid by `cem_reward`. Ten words is the limit of
+    R1-Searcher's second stage. Ours, not a paper's.
+    """
+    short = len((episode.prediction or "").split()) <= MAX_ANSWER_WORDS
+    return cem_reward(episode) if short else 0.0
 
 
 def format_reward(episode: Episode) -> float:
@@ -117,13 +130,15 @@ REWARDS: dict[str, Reward] = {
 """The rewards by name; your own is named "module:function"."""
 
 SHAPING: dict[str, Reward] = {
+    "r1-searcher-stage1-guarded": r1_searcher_stage1_guarded,
+    "cem-guarded": cem_guarded,
     "searches": searches,
     "retrieved": retrieved,
     "support_recall": support_recall,
     "query_diversity": query_diversity,
     "answer_length": answer_length,
 }
-"""What is worth adding to a reward, by name."""
+"""Guarded variants of the papers' rewards, and what is worth adding to a reward, by name."""
 
 
 class Term(NamedTuple):
@@ -151,7 +166,7 @@ class WeightedSum:
 
     def components(self, episode: Episode) -> dict[str, float]:
         """The value of each term by its name, before its weight; always the same keys."""
-        return {term.name: float(term.reward(episode)) for term in self.terms}
+        return {term.name: evaluate(term.reward, episode, term.name) for term in self.terms}
 
     def total(self, components: Mapping[str, float]) -> float:
         """The sum of these values, each with its weight."""
@@ -169,11 +184,11 @@ def reward(name: str | Reward, known: Mapping[str, Reward] | None = None) -> Rew
 
     Raises:
         UnknownNameError: there is no reward of that name.
-        ConfigurationError: the sum cannot be read, or "module:function" cannot be imported or
-            called.
+        ConfigurationError: the sum cannot be read, "module:function" cannot be imported or called,
+            or the function is async.
     """
     if callable(name):
-        return name
+        return _refuse_async(name, getattr(name, "__name__", repr(name)))
     name, known = str(name), REWARDS | SHAPING if known is None else known
     if name in known:
         return known[name]
@@ -193,8 +208,54 @@ def reward(name: str | Reward, known: Mapping[str, Reward] | None = None) -> Rew
         ) from error
     if not callable(found):
         raise ConfigurationError(f"the reward {name!r} is {found!r}, which is not a function")
-    own: Reward = found
-    return own
+    return _refuse_async(found, name)
+
+
+def evaluate(function: Reward, episode: Episode, name: str = "") -> float:
+    """The reward of a finished episode, checked to be a number.
+
+    Args:
+        function: the reward.
+        episode: a finished one that is not void.
+        name: what errors call it.
+
+    Raises:
+        RewardError: it raised an exception, or returned None, a tuple, a coroutine or anything else
+            that is no finite number.
+    """
+    named = name or getattr(function, "__qualname__", repr(function))
+    try:
+        value = function(episode)
+        number = float(value) if hasattr(type(value), "__float__") else math.nan
+    except ResearchEnvError:
+        raise
+    except Exception as error:
+        raise RewardError(
+            f"the reward {named} failed for question {episode.question.id!r}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if math.isfinite(number):
+        return number
+    if inspect.iscoroutine(value):
+        value.close()
+    raise RewardError(
+        f"the reward {named} returned {value!r:.80} for question {episode.question.id!r}; a reward "
+        "is one finite number (to log more of them, add them up with weight 0)"
+    )
+
+
+def _refuse_async(function: Reward, name: str) -> Reward:
+    call = getattr(function, "__call__", None)  # noqa: B004 (an object may have an async one)
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call):
+        raise ConfigurationError(
+            f"the reward {name} is async; rewards are plain functions: let it return a number, and "
+            "run what it awaits with asyncio.run inside"
+        )
+    return function
+
+
+METRICS = ("em", "f1", "cem", "format", "searches", "support_recall")
+"""The keys of `episode_metrics`."""
 
 
 def episode_metrics(episode: Episode) -> dict[str, float]:

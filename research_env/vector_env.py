@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from research_env.core import Settings, make_core, resolve_search
+from research_env.core import Settings, resolve_search
 from research_env.episode import CutReason, Episode, advance, truncate
 from research_env.errors import (
     ActionError,
@@ -21,6 +21,7 @@ from research_env.errors import (
     UnknownNameError,
 )
 from research_env.retrieval.batching import QueryBatcher, SearchCounts
+from research_env.sessions import Sessions
 from research_env.spaces import UnicodeText
 
 _NUMBERS = (int, float, bool)
@@ -86,31 +87,23 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         mode = AutoresetMode(autoreset_mode)
         if render_mode not in (None, "ansi"):
             raise UnknownNameError("render mode", render_mode, ["ansi"])
-        counts = (num_envs, max_batch)
-        whole = all(isinstance(count, int | np.integer) and count >= 1 for count in counts)
-        if not whole or not isinstance(max_wait, int | float) or not max_wait >= 0:
-            raise ConfigurationError(
-                f"num_envs and max_batch are integers of at least 1, max_wait is at least 0, not "
-                f"{num_envs!r}, {max_batch!r} and {max_wait!r}"
-            )
-        if not isinstance(cache_size, int) or cache_size < 0:
-            raise ConfigurationError(f"cache_size={cache_size!r} must be an integer, 0 or more")
+        if not isinstance(num_envs, int | np.integer) or num_envs < 1:
+            raise ConfigurationError(f"num_envs is an integer of at least 1, not {num_envs!r}")
         self.num_envs = num_envs
         self.render_mode = render_mode
         self.metadata = {**type(self).metadata, "autoreset_mode": mode}
         self._mode = mode
-        self._core = make_core(**settings)
+        self._sessions = Sessions(
+            max_batch=max_batch, max_wait=max_wait, cache_size=cache_size, **settings
+        )
+        self._core = self._sessions.core
+        self._searches: QueryBatcher[tuple[int, Episode]] = self._sessions.searches
         self.single_action_space = UnicodeText(terminators=self._core.protocol.terminators)
         self.single_observation_space = UnicodeText()
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._episodes: list[Episode | None] = [None] * num_envs
         self._next = list(range(num_envs))
-        # An engine is asked by one thread at a time, unless it says that more may.
-        in_flight = int(getattr(self._core.retriever, "in_flight", 1))
-        self._searches: QueryBatcher[tuple[int, Episode]] = QueryBatcher(
-            self._core.search, max_batch, max_wait, cache_size, in_flight
-        )
         self._ready: list[StepResult] = []
         self._sent: set[int] = set()
 
@@ -142,7 +135,8 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
 
         Args:
             seed: draws the order of the questions, for all sub-environments alike.
-            options: ``{"episodes": [...]}``, the number of each one's episode in that order, and
+            options: ``{"episodes": [...]}``, the number of each one's episode in that order, or
+                ``{"question_ids": [...]}``, the id of each one's question; and
                 ``{"reset_mask": [...]}``, which of them to reset (num_envs booleans).
 
         Returns:
@@ -156,23 +150,26 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
             self._next = list(range(self.num_envs))
         rest = dict(options or {})
         chosen = self._chosen(rest.pop("reset_mask", None))
-        numbers = rest.pop("episodes", None)
-        if rest:
+        numbers, ids = rest.pop("episodes", None), rest.pop("question_ids", None)
+        if rest or (numbers is not None and ids is not None):
             raise ConfigurationError(
-                f"reset takes the options 'episodes' and 'reset_mask', not {sorted(rest)}"
+                "reset takes the options 'reset_mask' and one of 'episodes' and 'question_ids', "
+                f"not {sorted(options or ())}"
             )
-        if numbers is not None and _count(numbers) != self.num_envs:
-            raise ConfigurationError(
-                f"'episodes' has a number for each of the {self.num_envs} sub-environments; "
-                f"{numbers!r:.80} has {_count(numbers)}"
-            )
+        for name, given in (("episodes", numbers), ("question_ids", ids)):
+            if given is not None and (isinstance(given, str) or _count(given) != self.num_envs):
+                raise ConfigurationError(
+                    f"{name!r} has an entry for each of the {self.num_envs} sub-environments, not "
+                    f"{given!r:.80}"
+                )
+        indexes = {i: self._core.find_question(ids[i]) for i in chosen} if ids is not None else {}
         self._drop_sent(chosen)
 
         observations = [""] * self.num_envs
         infos = {}
         for i in chosen:
             number = self._next[i] if numbers is None else numbers[i]
-            observations[i], infos[i] = self._begin(i, number)
+            observations[i], infos[i] = self._begin(i, number, indexes.get(i))
         return tuple(observations), batched_infos(infos, self.num_envs)
 
     def step(
@@ -320,8 +317,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
 
     def close_extras(self, **kwargs: Any) -> None:
         """Stop the background searches and release the search engine."""
-        self._searches.close()
-        self._core.close()
+        self._sessions.close()
 
     def _chosen(self, mask: Mask | Sequence[bool] | None) -> list[int]:
         if mask is None:
@@ -333,10 +329,12 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
             )
         return [i for i, chosen in enumerate(mask) if chosen]
 
-    def _begin(self, i: int, number: int) -> tuple[str, dict[str, Any]]:
-        index = self._core.index(int(self.np_random_seed or 0), number)
+    def _begin(self, i: int, number: int, index: int | None = None) -> tuple[str, dict[str, Any]]:
+        """Start the numbered episode, or one of the question with this index."""
+        if index is None:
+            index = self._core.draw_question(int(self.np_random_seed or 0), number)
+            self._next[i] = int(number) + self.num_envs
         self._episodes[i], observation, info = self._core.start(index)
-        self._next[i] = int(number) + self.num_envs
         return observation, info
 
     def _drop_sent(self, env_ids: Collection[int]) -> None:

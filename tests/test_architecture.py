@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "transformers", "vllm", "numba", "Stemmer", "datasets", "elasticsearch"}
 HEAVY |= {"rich", "tyro", "matplotlib", "tensorboard", "hypothesis", "pytest"}
+HEAVY |= {"openai", "huggingface_hub", "fastapi", "uvicorn", "prometheus_client"}
 
 
 def modules(package: str) -> list[Path]:
@@ -61,13 +62,13 @@ def test_the_trainer_does_not_know_this_environment() -> None:
 
 @pytest.mark.parametrize("word", ["search", "passage", "retriever"])
 def test_the_trainer_has_no_word_for_what_an_environment_does(word: str) -> None:
-    """Names in its code; presets.py alone may name the settings of some environment."""
+    """Names in its code."""
     found = []
     for path in modules("research_agent"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = (getattr(node, field, None) for field in ("id", "arg", "name"))
             parts = [p for n in names if isinstance(n, str) for p in n.lower().split("_")]
-            if {word, word + "s"} & set(parts) and path.name != "presets.py":
+            if {word, word + "s"} & set(parts):
                 found.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', '?')}")
     assert found == []
 
@@ -75,8 +76,11 @@ def test_the_trainer_has_no_word_for_what_an_environment_does(word: str) -> None
 def test_the_rules_are_pure() -> None:
     """The transition function and the rewards do no input or output and draw no numbers."""
     impure = {"os", "io", "time", "random", "numpy", "threading", "socket", "pathlib", "gymnasium"}
-    for name in ("episode", "protocol", "metrics"):
-        path = ROOT / "research_env" / f"{name}.py"
+    paths = [
+        ROOT / "research_env" / f"{name}.py"
+        for name in ("episode", "protocol", "metrics", "markup")
+    ]
+    for path in [*paths, *(ROOT / "research_env/papers").glob("*.py")]:
         assert impure.isdisjoint(each.split(".")[0] for each in imported(path))
 
 
@@ -100,4 +104,4 @@ def test_importing_the_environment_is_light(statement: str) -> None:
 def test_importing_the_configuration_loads_no_models(module: str) -> None:
     loaded = loaded_by(f"import {module}")
     assert "research_agent" in loaded
-    assert {"torch", "transformers", "vllm", "research_env"} & loaded == set()
+    assert {"torch", "transformers", "vllm"} & loaded == set()

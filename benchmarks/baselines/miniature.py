@@ -23,7 +23,7 @@ from benchmarks.baselines import ircot
 from benchmarks.baselines.driver import Message
 from benchmarks.baselines.iter_retgen import ITERATIONS
 from research_agent.config import EnvironmentConfig
-from research_agent.presets import MINIWORLD
+from research_agent.presets import PRESETS
 from research_env import RESEARCH
 from research_env.datasets import miniworld
 from research_env.datasets.base import Question
@@ -39,6 +39,8 @@ from research_env.demonstrations import (
 )
 from research_env.retrieval.base import Hit
 from research_env.retrieval.bm25.retriever import EmbeddedRetriever, build_index
+
+MINIWORLD = PRESETS["miniworld"]
 
 TRAINED = frozenset(
     ("spouse", "birthplace", "birth", "director", "studio", "premiere", "founder", "seat",
@@ -283,7 +285,7 @@ def prepare(folder: Path, settings: Miniature, seed: int, *, quiet: bool = False
         seed: of all that is drawn.
         quiet: show no progress.
     """
-    from research_agent.models.policy import resolve_model  # noqa: PLC0415 - these load torch
+    from research_agent.models.source import resolve_model  # noqa: PLC0415 - these load torch
     from research_agent.sft import SFTConfig  # noqa: PLC0415
     from research_agent.sft import run as fit  # noqa: PLC0415
     from research_agent.trainer import train  # noqa: PLC0415

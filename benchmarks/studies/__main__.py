@@ -14,7 +14,9 @@ from benchmarks.studies import work
 from benchmarks.studies.catalogue import BY_NAME, STUDIES, Study
 from benchmarks.studies.report import report
 from research_agent.errors import ResearchAgentError
-from research_agent.presets import MINIWORLD
+from research_agent.presets import PRESETS
+
+MINIWORLD = PRESETS["miniworld"]
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,11 @@ from research_agent.config import AlgorithmConfig, EnvironmentConfig, TrainConfi
 from research_agent.config import require_same as require_same_training
 from research_agent.errors import ConfigError
 from research_agent.files import write_atomic
-from research_agent.presets import MINIWORLD
+from research_agent.presets import PRESETS
 from research_env.datasets import miniworld
 from research_env.datasets.files import question_record
+
+MINIWORLD = PRESETS["miniworld"]
 
 ENV, NOISY = "research_env:SearchQA-v0", "benchmarks.studies.noise:NoisySearchQA-v0"
 # Seed, and relations of which the world has no facts: a shorter passage is harder to read for the
@@ -375,11 +377,8 @@ def play(
     from research_agent.environments import open_environments  # noqa: PLC0415
     from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
     from research_agent.evaluation.predictions import read_predictions  # noqa: PLC0415
-    from research_agent.models.policy import (  # noqa: PLC0415
-        context_length,
-        load_model,
-        resolve_model,
-    )
+    from research_agent.models.policy import context_length, load_model  # noqa: PLC0415
+    from research_agent.models.source import resolve_model  # noqa: PLC0415
     from research_agent.renderer import load_renderer  # noqa: PLC0415 - loads torch
 
     sampling = replace(MINIWORLD.sampling, temperature=temperature)

@@ -1,4 +1,4 @@
-"""What the engines that ask servers share: requests whose failures speak, and turns in a thread."""
+"""What the engines in front of servers share: requests with clear errors, turns in a thread."""
 
 from __future__ import annotations
 
@@ -9,50 +9,48 @@ import time
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from email.utils import parsedate_to_datetime
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 
 from research_agent.errors import ConfigError
+from research_agent.redaction import one_line, redact
 
 R = TypeVar("R")
 T = TypeVar("T")
 
 AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""HTTP status codes of failures that may pass; any other is answered the same way again."""
+"""HTTP status codes that are worth a retry; a server answers any other the same way again."""
 
 _LARGEST_ANSWER = 64 << 20  # bytes
 
 
 class RequestError(Exception):
-    """A request without an answer that can be used.
+    """A request without a usable answer.
 
     Attributes:
-        status: of the answer; None where there was none, or one of rubbish.
-        wait: seconds that the server asks to be left alone for (Retry-After).
+        status: the answer's HTTP status; None if there was no answer, or not a valid one.
     """
 
-    def __init__(self, problem: str, status: int | None = None, wait: float | None = None) -> None:
+    def __init__(self, problem: str, status: int | None = None) -> None:
         super().__init__(problem)
         self.status = status
-        self.wait = wait
 
     @property
     def retryable(self) -> bool:
-        """Whether the same request may be answered another time, or elsewhere."""
+        """Whether the same request may succeed at another time or at another server."""
         return self.status is None or self.status in AGAIN
 
 
 def read_key(variable: str) -> str | None:
-    """The key in an environment variable; None where there is none.
+    """Return the key in an environment variable; None if there is none.
 
     Raises:
-        ConfigError: it holds characters that no key has; it is not repeated.
+        ConfigError: it holds characters that no key has; they are not repeated.
     """
     key = os.environ.get(variable, "").strip()
     if not key.isascii() or not key.isprintable():
@@ -60,34 +58,51 @@ def read_key(variable: str) -> str | None:
     return key or None
 
 
-def make_client(url: str, key: str | None = None, connections: int = 256) -> httpx.AsyncClient:
-    """A client of the server at ``url``, for one event loop.
+def check_address(url: str, key: str = "") -> None:
+    """Refuse what is no server's address, or holds a secret; errors do not repeat the secret.
 
     Args:
-        url: what the paths of its requests are relative to.
-        key: sent as a bearer token; shown by no repr.
-        connections: how many may be open; a request beyond waits, within its own time.
+        url: for example http://localhost:8000.
+        key: the server's key, which the address must not hold either.
 
     Raises:
-        ConfigError: no http or https address, or one with a password in it.
+        ConfigError: no http or https address, or one with a password, a key or a query.
     """
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
-        raise ConfigError(f"{url!r} is no address; write it as http://HOST:PORT") from None
-    if parts.username or parts.password:
-        raise ConfigError("a server's address may hold no password; keys come from the environment")
-    if not good or parts.query or parts.fragment:
+        good = False
+    if "@" in url or "?" in url or "#" in url or redact(url, key) != url:
+        raise ConfigError(
+            "a server's address may hold no password, user, key or query: write it as "
+            "http://HOST:PORT; keys come from the environment"
+        )
+    if not good:
         raise ConfigError(f"{url!r} is no server's address; write it as http://HOST:PORT")
+
+
+def make_client(url: str, key: str | None = None, connections: int = 256) -> httpx.AsyncClient:
+    """Make a client of one server, for one event loop.
+
+    Args:
+        url: the server's base address.
+        key: sent as a bearer token; no repr shows it.
+        connections: open connections at most; further requests wait, within their own timeout.
+
+    Raises:
+        ConfigError: see ``check_address``.
+    """
+    check_address(url, key or "")
+    identity = {"Accept-Encoding": "identity"}  # a few compressed bytes could fill the memory
     return httpx.AsyncClient(
         base_url=url,
-        headers={"Authorization": f"Bearer {key}"} if key else {},
-        timeout=None,  # of our own, for the whole answer
+        headers=identity | ({"Authorization": f"Bearer {key}"} if key else {}),
+        timeout=None,  # ``ask`` has one for the whole answer
         limits=httpx.Limits(
             max_connections=connections,
             max_keepalive_connections=connections,
-            keepalive_expiry=2.0,  # vLLM closes after 5: a request may meet that, and look lost
+            keepalive_expiry=2.0,  # vLLM closes after 5 s; a request could meet that and look lost
         ),
     )
 
@@ -100,32 +115,39 @@ async def ask(
     *,
     timeout: float,
 ) -> Any:
-    """Send a request once; its answer, of JSON (None where it is empty and the status is 200).
+    """Send a request once.
 
     Args:
-        client: whose server to ask.
+        client: a client of the server.
         method: such as "POST".
         path: relative to the client's address.
         payload: sent as JSON.
         timeout: seconds until the last byte of the answer.
 
+    Returns:
+        The answer's JSON; None if it is empty.
+
     Raises:
-        RequestError: no answer, a status other than 200, or no JSON. It quotes the server, but no
-            key.
+        RequestError: no answer, a status other than 200, a compressed or too large answer, or no
+            JSON. The message quotes the server without the key.
     """
     body = bytearray()
     key = client.headers.get("Authorization", "").removeprefix("Bearer ")
 
     def safe(text: str) -> str:
-        """A text on one line, without the key, should somebody repeat it."""
-        return one_line(text.replace(key, "***") if key else text)
+        return one_line(redact(text[:10_000], key))
 
     try:
         async with (
             asyncio.timeout(timeout),
             client.stream(method, path, json=payload) as response,
         ):
-            async for part in response.aiter_bytes():
+            encoding = response.headers.get("Content-Encoding", "identity")
+            if encoding.lower() != "identity":
+                raise RequestError(
+                    f"an answer in Content-Encoding {one_line(encoding)!r}", status=415
+                )
+            async for part in response.aiter_raw():
                 body += part
                 if len(body) > _LARGEST_ANSWER:
                     raise RequestError(f"an answer of over {_LARGEST_ANSWER >> 20} MB", status=413)
@@ -139,7 +161,6 @@ async def ask(
         raise RequestError(
             f"status {response.status_code}{': ' if said else ''}{said}",
             status=response.status_code,
-            wait=retry_after(response.headers.get("Retry-After")),
         )
     if not body:
         return None
@@ -150,7 +171,7 @@ async def ask(
 
 
 def _message(body: bytes | bytearray) -> str:
-    """What an error's body says; OpenAI's form holds it in a field."""
+    """The message in an error's body; OpenAI's format has a field for it."""
     text = body.decode("utf-8", "replace")
     try:
         return str(json.loads(text)["error"]["message"])
@@ -158,60 +179,44 @@ def _message(body: bytes | bytearray) -> str:
         return text
 
 
-def one_line(text: str, most: int = 300) -> str:
-    """The beginning of a text, on one line and fit to be printed."""
-    cleaned = " ".join(text.split())
-    return "".join(c if c.isprintable() else "?" for c in cleaned[:most])
-
-
-def retry_after(header: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3); None where it makes no sense.
-
-    Args:
-        header: its value, a number of seconds or a date.
-    """
-    text = (header or "").strip()
-    try:
-        seconds = float(text) if text[:1].isdigit() else _until(text)
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None
-    return max(0.0, seconds) if seconds < 1e6 else None
-
-
-def _until(date: str) -> float:
-    return parsedate_to_datetime(date).timestamp() - time.time()
-
-
 def turn_seed(seed: int, position: int) -> int:
-    """A seed for the draws of one turn, of 63 bits, for servers that count from its beginning.
+    """Return a seed of 63 bits for one turn, for servers that know nothing of earlier turns.
 
     Args:
-        seed: of the trajectory.
-        position: how many tokens the trajectory has before the turn.
+        seed: the trajectory's seed.
+        position: number of tokens in the trajectory before the turn.
     """
     state = np.random.SeedSequence([seed % 2**64, position]).generate_state(1, np.uint64)
     return int(state[0]) >> 1
 
 
-class Turns(Generic[R]):
-    """Turns under way, one a slot, as coroutines in an event loop of a thread of its own.
+class Closable(Protocol):
+    """What ``Turns`` closes at its end."""
 
-    The thread ends when the object is closed or forgotten, and the clients are closed with it.
+    async def aclose(self) -> None:
+        """Close it, in the event loop of the turns."""
+        ...
+
+
+class Turns(Generic[R]):
+    """Coroutines that sample turns, one per slot, in a thread with an event loop of its own.
+
+    Closing or deleting the object ends the thread and closes the clients.
     """
 
-    def __init__(self, name: str, clients: Sequence[httpx.AsyncClient]) -> None:
+    def __init__(self, name: str, clients: Sequence[Closable]) -> None:
         """Start the thread, with this name."""
         loop = asyncio.new_event_loop()
         Thread(target=_run, args=(loop,), name=name, daemon=True).start()
         self._loop = loop
         self._running: dict[int, Future[R]] = {}
         self._finished: SimpleQueue[tuple[int, Future[R]]] = SimpleQueue()
-        # To be called; the second call does nothing.
+        # A function; the second call does nothing.
         self.close = weakref.finalize(self, _stop, loop, clients)
 
     @property
     def slots(self) -> list[int]:
-        """The slots whose turn is under way."""
+        """Slots with a running turn."""
         return list(self._running)
 
     def __len__(self) -> int:
@@ -221,21 +226,21 @@ class Turns(Generic[R]):
         return slot in self._running
 
     def begin(self, slot: int, turn: Coroutine[Any, Any, R]) -> None:
-        """Let the turn of a slot run."""
+        """Start the turn of a slot."""
         future = asyncio.run_coroutine_threadsafe(turn, self._loop)
         self._running[slot] = future
         finished = self._finished
         future.add_done_callback(lambda done: finished.put((slot, done)))
 
     def cancel(self, slot: int) -> None:
-        """Break off the turn of a slot, if there is one."""
+        """Cancel the turn of a slot, if there is one."""
         if future := self._running.pop(slot, None):
             future.cancel()
 
     def finished(self, timeout: float) -> dict[int, R]:
-        """Slot and result of the turns that are finished.
+        """Return slot -> result of the finished turns.
 
-        One is waited for, for at most ``timeout`` seconds.
+        Waits until one is finished, for at most ``timeout`` seconds.
 
         Raises:
             Exception: what a turn raised.
@@ -254,7 +259,7 @@ class Turns(Generic[R]):
         return done
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the event loop, and wait for what it returns."""
+        """Run a coroutine in the event loop, and return its result."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
@@ -270,7 +275,7 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
         loop.close()
 
 
-def _stop(loop: asyncio.AbstractEventLoop, clients: Sequence[httpx.AsyncClient]) -> None:
+def _stop(loop: asyncio.AbstractEventLoop, clients: Sequence[Closable]) -> None:
     async def wind_up() -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:

@@ -169,7 +169,9 @@ def _require_same(before: Header, now: Header, path: Path) -> None:
     differing = [
         f"  {key}: {old.get(key, '(unset)')!r} in the file, {new.get(key, '(unset)')!r} now"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key != "model.name" and key[:9] != "versions."
+        if old.get(key) != new.get(key)
+        and key != "model.name"
+        and not key.startswith(("versions.", "environment.place:"))
     ]
     if differing:
         raise PredictionsError(

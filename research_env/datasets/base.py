@@ -97,8 +97,13 @@ class Corpus(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Questions of one split, and the corpus that answers them (None: bring your own)."""
+    """Questions of one split, and the corpus that answers them (None: bring your own).
+
+    ``metric_language`` says by whose rules answers are compared (`metrics.LANGUAGES`); None: each
+    question's own field ``metric_language``, or English.
+    """
 
     name: str
     questions: Sequence[Question]
     corpus: Corpus | None
+    metric_language: str | None = None

@@ -1,9 +1,11 @@
-"""The published data sets and corpora on the Hugging Face hub, as this package's own records.
+"""Fetch a published data set or corpus from the Hugging Face hub, and convert it.
 
-Each ``from_...`` function takes one record in the format of its data set, as its authors publish
-it or as the hub holds it, and gives the question and all of its passages in the fields that
-:mod:`research_env.datasets.files` reads. A passage's id is made of its content, so that the same
-passage in two records is one. :mod:`research_env.datasets.prepare` fetches the files.
+``research-env datasets prepare``. The folder ``OUTPUT/NAME`` gets ``questions.jsonl.gz`` and
+``corpus.jsonl.gz`` (a set may have only one of them), which :mod:`research_env.datasets.load`
+finds, and ``manifest.json``: which revision of which files it was made of, and what came out, with
+SHA-256 digests. It appears whole or not at all. Downloads are kept in ``OUTPUT/downloads/NAME``.
+Each is checked against the digest that the hub states, and files that were put there by hand are
+converted without a hub. Memory holds nothing but the ids of passages that may repeat.
 """
 
 from __future__ import annotations
@@ -12,38 +14,45 @@ import gzip
 import hashlib
 import io
 import json
+import shutil
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import IO, Any, NamedTuple, TextIO, cast
 
-from research_env.errors import DataError
+from research_env.datasets.catalog import HUB_SOURCES, PUBLISHED, HubSource, Record
+from research_env.datasets.formats import MAX_LINE
+from research_env.errors import DataError, DataNotFoundError, UnknownNameError
+from research_env.locks import exclusive_lock
+from research_env.progress import progress
 
-Record = Mapping[str, Any]
-Passages = list[dict[str, str]]
-Converted = tuple[dict[str, Any], Passages]  # a question and its passages
+MANIFEST = "manifest.json"
+_FORMAT = 1  # version of the manifest and of what is written
+_BATCH = 500  # records of a Parquet file at once
+_SHOWN_EVERY = 1000  # records
+_DAMAGED = (ValueError, RecursionError, EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile)
 
 
 @dataclass(frozen=True, slots=True)
-class HubSource:
-    """Where a data set is on the hub, and how its records are read.
+class Prepared:
+    """A prepared data set.
 
     Attributes:
-        repository: its name among the hub's data sets.
-        files: by our name of a split, which files hold it (``*`` is any text).
-        convert: makes a record ours.
-        sha256: of files whose content is known.
-        repeats: whether a passage may come with several records.
+        folder: where it is.
+        manifest: what its manifest says.
+        made: whether it was made just now.
+        downloads: folder of the files it was made of.
     """
 
-    repository: str
-    files: Mapping[str, str]
-    convert: Callable[[Record], Converted | tuple[None, Passages]]
-    sha256: Mapping[str, str] = field(default_factory=dict)
-    repeats: bool = True
+    folder: Path
+    manifest: Mapping[str, Any]
+    made: bool
+    downloads: Path
 
 
 class Counts(NamedTuple):
@@ -53,164 +62,89 @@ class Counts(NamedTuple):
     passages: int
 
 
-def from_musique(record: Record) -> Converted:
-    """Read a record of MuSiQue (Trivedi et al. 2022).
+@dataclass(frozen=True, slots=True)
+class _HubFile:
+    """A file in a repository: its name, and its digest as far as the hub states one."""
 
-    Fields: ``id, paragraphs [{idx, title, paragraph_text, is_supporting}], question,
-    question_decomposition [{question, answer, paragraph_support_idx}], answer, answer_aliases``.
+    name: str
+    sha256: str | None = None
+    git_sha1: str | None = None  # SHA-1 of the git object, for a file that git itself holds
+
+
+def prepare(name: str, output: Path) -> Prepared:
+    """Make sure that a folder holds a published set, in this package's format.
+
+    An existing set is checked against its manifest, and not changed. If several processes prepare
+    the same set, one does the work.
+
+    Args:
+        name: a key of :data:`~research_env.datasets.catalog.HUB_SOURCES`.
+        output: gets the set's folder and the downloads.
+
+    Raises:
+        UnknownNameError: no such set.
+        DataNotFoundError: the hub does not give the files; the message says what to put where.
+        DataError: a file does not have its digest or the expected format, or the folder holds
+            something else.
     """
-    passages = {p["idx"]: _passage("mq", p["title"], p["paragraph_text"])
-                for p in record["paragraphs"]}  # fmt: skip
-    steps = record["question_decomposition"]
-    question = {
-        "id": record["id"],
-        "question": _clean(record["question"]),
-        "answers": _unique(map(_clean, [record["answer"], *record["answer_aliases"]])),
-        "supporting": _unique(
-            passages[p["idx"]]["id"] for p in record["paragraphs"] if p["is_supporting"]
-        ),
-        "hops": len(steps),
-        "decomposition": [
-            {
-                "question": _clean(step["question"]),
-                "answer": _clean(step["answer"]),
-                "support": passages[step["paragraph_support_idx"]]["id"]
-                if step["paragraph_support_idx"] is not None
-                else None,
+    if name not in HUB_SOURCES:
+        raise UnknownNameError("published data set", name, HUB_SOURCES)
+    source = HUB_SOURCES[name]
+    folder = output / (PUBLISHED[name].folder if name in PUBLISHED else name)
+    downloads = output / "downloads" / folder.name
+    if (manifest := _read_finished(folder)) is not None:
+        return Prepared(folder, manifest, False, downloads)
+    revision, by_split = _find_files(source, downloads)
+    output.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(output / f".{folder.name}.lock"):
+        if (manifest := _read_finished(folder)) is not None:  # another process was first
+            return Prepared(folder, manifest, False, downloads)
+        sources = {}
+        for file in (file for files in by_split.values() for file in files):
+            path = downloads / file.name
+            if revision is not None and not path.is_file():
+                _download(source, revision, file, downloads)
+            sources[file.name] = _check_download(source, file, path)
+        unfinished = folder.with_name(f".{folder.name}-unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        try:
+            with progress(f"converting {name}", 1.0, counted=False) as report:
+                rows = {
+                    split: _read_records([downloads / file.name for file in files], report)
+                    for split, files in by_split.items()
+                }
+                counts = convert(source, rows, unfinished)
+            manifest = {
+                "format": _FORMAT,
+                "name": name,
+                "repository": source.repository,
+                "revision": revision,
+                "sources": sources,
+                "outputs": {path.name: _digest(path) for path in sorted(unfinished.iterdir())},
+                **counts._asdict(),
             }
-            for step in steps
-        ],
-    }
-    return question, list(passages.values())
-
-
-def from_hotpotqa(record: Record, prefix: str = "hp") -> Converted:
-    """Read a record of HotpotQA (Yang et al. 2018).
-
-    Fields of the authors' file: ``_id, question, answer, type, supporting_facts [[title,
-    sentence]], context [[title, [sentence, ...]]]``. On the hub it is ``id``, and the two lists
-    are ``supporting_facts {title: [...], sent_id: [...]}, context {title: [...], sentences:
-    [[...]]}``.
-    """
-    context, facts = _decoded(record["context"]), _decoded(record["supporting_facts"])
-    if isinstance(context, Mapping):
-        context = list(zip(context["title"], context["sentences"], strict=True))
-    titles = facts["title"] if isinstance(facts, Mapping) else [fact[0] for fact in facts]
-    passages = {title: _passage(prefix, title, " ".join(parts)) for title, parts in context}
-    question = {
-        "id": record["_id"] if "_id" in record else record["id"],
-        "question": _clean(record["question"]),
-        "answers": [_clean(record["answer"])],
-        "supporting": [passages[title]["id"] for title in _unique(titles) if title in passages],
-        "hops": 2,
-        "type": record["type"],
-    }
-    return question, list(passages.values())
-
-
-def from_2wiki(record: Record) -> Converted:
-    """Read a record of 2WikiMultiHopQA (Ho et al. 2020).
-
-    Fields: those of HotpotQA, and ``evidences [[subject, relation, object]]``; one repository on
-    the hub has ``{fact: [...], relation: [...], entity: [...]}``, another JSON in text fields.
-    """
-    question, passages = from_hotpotqa(record, prefix="2w")
-    evidences = _decoded(record["evidences"])
-    if isinstance(evidences, Mapping):
-        columns = (evidences["fact"], evidences["relation"], evidences["entity"])
-        evidences = list(zip(*columns, strict=True))
-    question["evidences"] = [list(triple) for triple in evidences]
-    question["hops"] = 4 if record["type"] == "bridge_comparison" else 2
-    return question, passages
-
-
-def from_bamboogle(record: Record) -> Converted:
-    """Read a record of Bamboogle (Press et al. 2023): ``Question, Answer``; it has no passages."""
-    text = _clean(record["Question"])
-    id_ = "bamboogle_" + hashlib.sha1(text.encode()).hexdigest()[:12]
-    return {"id": id_, "question": text, "answers": [_clean(record["Answer"])], "hops": 2}, []
-
-
-def from_flashrag(record: Record, name: str) -> Converted:
-    """Read a record of a question set in FlashRAG's format (Jin et al. 2024, arXiv:2405.13576).
-
-    Fields: ``id, question, golden_answers``, and ``metadata`` in some sets. Ids such as ``train_0``
-    are in all of them, so the set's name is put before.
-    """
-    question = {
-        "id": f"{name}_{record['id']}",
-        "question": _clean(record["question"]),
-        "answers": _unique(map(_clean, record["golden_answers"])),
-    }
-    if not question["answers"]:
-        raise ValueError("no answer in golden_answers")
-    return question, []
-
-
-def from_wiki18(record: Record) -> tuple[None, Passages]:
-    r"""Read a passage of Wikipedia of December 2018 in pieces of 100 words (Karpukhin et al. 2020).
-
-    Fields: ``id, contents``, where the first line of the contents is the title in quotes: that is
-    FlashRAG's file, and Search-R1's, whose README defines it.
-    """
-    title, _, text = record["contents"].partition("\n")
-    if len(title) > 1 and title[0] == title[-1] == '"':
-        title = title[1:-1]
-    return None, [{"id": str(record["id"]), "title": title.strip(), "text": text.strip()}]
-
-
-_FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
-_WIKI18 = "retrieval-corpus/wiki18_100w.zip"
-
-
-def _flashrag(name: str, *splits: str) -> HubSource:
-    files = {split: f"{name}/{split}.jsonl" for split in splits}
-    return HubSource(_FLASHRAG, files, partial(from_flashrag, name=name))
-
-
-HUB_SOURCES = {
-    "musique": HubSource(
-        "dgslibisey/MuSiQue",
-        {"train": "musique_ans_v1.0_train.jsonl", "dev": "musique_ans_v1.0_dev.jsonl"},
-        from_musique,
-    ),
-    "hotpotqa": HubSource(
-        "hotpotqa/hotpot_qa",
-        {"train": "distractor/train-*.parquet", "dev": "distractor/validation-*.parquet"},
-        from_hotpotqa,
-    ),
-    "2wiki": HubSource(
-        "framolfese/2WikiMultihopQA",
-        {"train": "*train*.parquet", "dev": "*validation*.parquet"},
-        from_2wiki,
-    ),
-    "bamboogle": HubSource("chiayewken/bamboogle", {"test": "data/test-*.parquet"}, from_bamboogle),
-    "nq": _flashrag("nq", "train", "dev", "test"),
-    "triviaqa": _flashrag("triviaqa", "train", "dev", "test"),
-    "popqa": _flashrag("popqa", "test"),
-    "wiki18": HubSource(
-        _FLASHRAG,
-        {"corpus": _WIKI18},
-        from_wiki18,
-        {_WIKI18: "e5b987a0ce4f6c5fff788162f50c70d41f10fb7762daba507a96a3ad7bb956db"},
-        repeats=False,
-    ),
-    "wiki18-search-r1": HubSource(
-        "PeterJinGo/wiki-18-corpus", {"corpus": "wiki-18.jsonl.gz"}, from_wiki18, repeats=False
-    ),
-}
+            text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+            (unfinished / MANIFEST).write_text(text, encoding="utf-8")
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return Prepared(folder, manifest, True, downloads)
 
 
 def convert(source: HubSource, rows: Mapping[str, Iterable[Record]], folder: Path) -> Counts:
     """Write the records of each split to a folder in this package's format, as a stream.
 
-    The same records give the same bytes.
+    The same records give the same bytes. Records with ``answerable: false`` and passages without
+    text are left out.
 
     Args:
-        source: tells the format and the name for messages.
-        rows: the records by our names of the splits; those that say ``answerable: false``, and
-            passages without text, are left out.
-        folder: gets ``questions.jsonl.gz`` and ``corpus.jsonl.gz``, each where it is not empty.
+        source: the format, and the name for messages.
+        rows: split -> its records.
+        folder: gets ``questions.jsonl.gz`` and ``corpus.jsonl.gz``, unless they would be empty.
+
+    Returns:
+        What was written.
 
     Raises:
         DataError: a record is not in the data set's format.
@@ -219,7 +153,7 @@ def convert(source: HubSource, rows: Mapping[str, Iterable[Record]], folder: Pat
     passages = 0
     seen: set[str] = set()
     paths = (folder / "questions.jsonl.gz", folder / "corpus.jsonl.gz")
-    with _written(paths[0]) as questions, _written(paths[1]) as corpus:
+    with _deterministic_gzip(paths[0]) as questions, _deterministic_gzip(paths[1]) as corpus:
         for split, records in rows.items():
             for number, record in enumerate(records, start=1):
                 if not record.get("answerable", True):
@@ -229,16 +163,16 @@ def convert(source: HubSource, rows: Mapping[str, Iterable[Record]], folder: Pat
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
                     raise DataError(
                         f"{source.repository}, split {split}, record {number}: not in the "
-                        f"format known ({type(error).__name__}: {error}); put the data set "
-                        "into a folder and name it by RESEARCH_DATA instead"
+                        f"known format ({type(error).__name__}: {error}); put a converted data "
+                        "set into a folder and set RESEARCH_DATA to it instead"
                     ) from error
                 if question is not None:
                     counts[split] += 1
-                    _write(questions, question | {"split": split})
+                    _write_line(questions, question | {"split": split})
                 for passage in found:
                     if passage["text"] and passage["id"] not in seen:
                         passages += 1
-                        _write(corpus, passage)
+                        _write_line(corpus, passage)
                         if source.repeats:
                             seen.add(passage["id"])
     for path, count in zip(paths, (counts.total(), passages), strict=True):
@@ -248,8 +182,8 @@ def convert(source: HubSource, rows: Mapping[str, Iterable[Record]], folder: Pat
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[TextIO]:
-    """A gzipped text whose bytes depend on the text alone: no name, no time."""
+def _deterministic_gzip(path: Path) -> Iterator[TextIO]:
+    """Open a gzipped text file whose bytes depend on the text alone: no name, no time."""
     with (
         path.open("wb") as file,
         gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed,
@@ -258,23 +192,223 @@ def _written(path: Path) -> Iterator[TextIO]:
         yield text
 
 
-def _write(file: TextIO, record: Record) -> None:
+def _write_line(file: TextIO, record: Record) -> None:
     file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _passage(prefix: str, title: str, text: str) -> dict[str, str]:
-    title, text = _clean(title), _clean(text)
-    digest = hashlib.sha1(f"{title}\n{text}".encode()).hexdigest()[:12]
-    return {"id": f"{prefix}_{digest}", "title": title, "text": text}
+def _read_finished(folder: Path) -> dict[str, Any] | None:
+    """The manifest of an existing set, if all of its files have its digests; None: no such folder.
+
+    Raises:
+        DataError: the folder holds something else.
+    """
+    path = folder / MANIFEST
+    if not folder.exists():
+        return None
+    suggestion = f"move {folder} away, or give another output folder, and prepare it again"
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known, outputs = manifest["format"], dict(manifest["outputs"])
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{folder} was not prepared by this command (no {MANIFEST}); {suggestion}"
+        ) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read ({error}); {suggestion}") from error
+    if known != _FORMAT:
+        raise DataError(f"{path} has format {known!r}, not {_FORMAT}; {suggestion}")
+    for name, expected in outputs.items():
+        found = _digest(folder / name) if (folder / name).is_file() else None
+        if found != expected:
+            raise DataError(
+                f"{folder / name} is {found}, but {MANIFEST} says {expected}; {suggestion}"
+            )
+    return manifest
 
 
-def _clean(text: str) -> str:
-    return " ".join(text.split())
+def _find_files(source: HubSource, downloads: Path) -> tuple[str | None, dict[str, list[_HubFile]]]:
+    """The hub's revision and the files of each split; without a hub, None and the files put there.
+
+    Raises:
+        DataNotFoundError: neither the hub nor the folder has a file for every split.
+        DataError: the hub has another file than the known one.
+    """
+    patterns = ", ".join(source.files.values())
+    try:
+        revision, files = _list_repository(source)
+    except Exception as error:  # whatever the network and the hub's client raise
+        present = [path for path in downloads.rglob("*") if path.is_file()]
+        files = [_HubFile(path.relative_to(downloads).as_posix()) for path in present]
+        if (by_split := _group_by_split(source, files)) is not None:
+            return None, by_split
+        raise DataNotFoundError(
+            f"the hub did not give {source.repository!r}: {_describe(error)}. Without a hub, put "
+            f"its files {patterns} under these names into {downloads}, and run the same again"
+        ) from error
+    by_split = _group_by_split(source, files)
+    if by_split is None:
+        raise DataNotFoundError(
+            f"{source.repository!r} no longer has the files {patterns}; it has "
+            f"{', '.join(file.name for file in files[:20])}. Put the former ones into {downloads}, "
+            "and run the same again with HF_HUB_OFFLINE=1"
+        )
+    for file in (file for group in by_split.values() for file in group):
+        known = source.sha256.get(file.name)
+        if known is not None and file.sha256 not in (None, known):
+            raise DataError(
+                f"{file.name} of {source.repository!r} is not the known file: its sha256 is "
+                f"{file.sha256}, not {known}. Put the known one into {downloads}, and run the same "
+                "again with HF_HUB_OFFLINE=1"
+            )
+    return revision, by_split
 
 
-def _unique(items: Iterable[str]) -> list[str]:
-    return [item for item in dict.fromkeys(items) if item]
+def _list_repository(source: HubSource) -> tuple[str, list[_HubFile]]:
+    try:
+        from huggingface_hub import HfApi  # noqa: PLC0415  (an extra, and slow to load)
+    except ImportError as error:
+        raise DataNotFoundError(
+            "the hub needs further packages: pip install 'research-env[hub]'"
+        ) from error
+    info = HfApi().dataset_info(source.repository, revision="main", timeout=10, files_metadata=True)
+    files = [
+        _HubFile(each.rfilename, each.lfs.sha256 if each.lfs else None, each.blob_id)
+        for each in info.siblings or ()
+        if ".." not in each.rfilename and not each.rfilename.startswith("/")
+    ]
+    return str(info.sha), files
 
 
-def _decoded(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
+
+
+def _group_by_split(source: HubSource, files: list[_HubFile]) -> dict[str, list[_HubFile]] | None:
+    """The files of each split, sorted by name; None if a split has no file."""
+    files = sorted(files, key=lambda file: file.name)
+    found = {
+        split: [file for file in files if fnmatchcase(file.name, pattern)]
+        for split, pattern in source.files.items()
+    }
+    return found if all(found.values()) else None
+
+
+def _download(source: HubSource, revision: str, file: _HubFile, downloads: Path) -> None:
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415  (an extra, and slow to load)
+
+    try:
+        hf_hub_download(
+            source.repository,
+            file.name,
+            repo_type="dataset",
+            revision=revision,
+            local_dir=downloads,
+        )
+    except Exception as error:  # whatever the network and the hub's client raise
+        raise DataNotFoundError(
+            f"the hub did not give {file.name} of {source.repository!r}: {_describe(error)}. Run "
+            f"the same again, or put the file into {downloads / file.name}"
+        ) from error
+    finally:  # also what a killed process left there
+        shutil.rmtree(downloads / ".cache", ignore_errors=True)
+
+
+def _check_download(source: HubSource, file: _HubFile, path: Path) -> dict[str, Any]:
+    """The digest of a download; a file with another digest than the hub's is moved away.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    digest = _digest(path)
+    expected = source.sha256.get(file.name, file.sha256)
+    if expected is not None:
+        found: object = digest["sha256"]
+    elif file.git_sha1 is not None:
+        expected, found = file.git_sha1, _git_sha1(path)
+    else:
+        return digest  # without a hub, and nothing is known of the file
+    if found != expected:
+        damaged = path.replace(path.with_name(f"{path.name}.damaged"))
+        raise DataError(
+            f"{path} is damaged: its digest is {found}, and the hub says {expected}. It is now "
+            f"{damaged.name}; run the same again to fetch it anew"
+        )
+    return digest
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
+
+
+def _git_sha1(path: Path) -> str:
+    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_records(paths: list[Path], report: Callable[[float, str], None]) -> Iterator[Record]:
+    """Read the records of one split's files, one after the other.
+
+    Raises:
+        DataError: a file is damaged; the message names the last good record.
+    """
+    for path in paths:
+        read = _parquet if path.suffix == ".parquet" else _json_lines
+        number = 0
+        try:
+            for number, (record, share) in enumerate(read(path), start=1):
+                if number % _SHOWN_EVERY == 0:
+                    report(share, f"{number:,} records")
+                yield record
+        except _DAMAGED as error:
+            raise DataError(
+                f"{path}: what follows record {number} cannot be read ({error}); remove the file "
+                "and fetch it again"
+            ) from error
+
+
+def _json_lines(path: Path) -> Iterator[tuple[Record, float]]:
+    """Records of a .jsonl, .jsonl.gz or zipped .jsonl, and the fraction of the file read so far."""
+    size = path.stat().st_size or 1
+    with path.open("rb") as raw, _unpacked(path, raw) as lines:
+        while line := lines.readline(MAX_LINE + 1):
+            if len(line) > MAX_LINE:
+                raise ValueError(f"a line of over {MAX_LINE >> 20} MiB")
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError(f"a JSON object is needed, not {type(record).__name__}")
+            yield record, raw.tell() / size
+
+
+@contextmanager
+def _unpacked(path: Path, raw: IO[bytes]) -> Iterator[IO[bytes]]:
+    if path.suffix == ".gz":
+        with gzip.open(raw) as lines:
+            yield cast(IO[bytes], lines)
+    elif path.suffix == ".zip":
+        with zipfile.ZipFile(raw) as archive:
+            inside = [name for name in archive.namelist() if name.endswith(".jsonl")]
+            if len(inside) != 1:
+                raise ValueError(f"one .jsonl is needed in the archive, not {inside}")
+            with archive.open(inside[0]) as lines:
+                yield lines
+    else:
+        yield raw
+
+
+def _parquet(path: Path) -> Iterator[tuple[Record, float]]:
+    try:
+        import pyarrow.parquet as pq  # noqa: PLC0415
+    except ImportError as error:
+        raise DataNotFoundError(
+            f"{path.name} needs further packages: pip install 'research-env[hub]'"
+        ) from error
+    with pq.ParquetFile(path) as file:
+        total, done = file.metadata.num_rows or 1, 0
+        for batch in file.iter_batches(batch_size=_BATCH):
+            for record in batch.to_pylist():
+                done += 1
+                yield record, done / total

@@ -68,23 +68,35 @@ def once_per_episode(function: Callable[[Episode], Value]) -> Callable[[Episode]
 
 @once_per_episode
 def blank_transcript(episode: Episode) -> str:
-    """The response from first to last action, as if each search had found one blank passage."""
+    """The response from first to last action, as if each search had found one blank passage.
+
+    Some chat templates open `think` in the prompt (DeepSeek-R1's distilled models, Qwen3.5). The
+    environment does not see the rendered prompt, so after a chat a response that closes a thought
+    before it opens one is read as the rest of a thought that the prompt opened.
+    """
     result = episode.protocol.render([_BLANK])
     parts: list[str] = []
     for turn in episode.turns:
         parts.append(turn.action)
         if turn.observation:  # else it is the last turn, or the search was refused
             parts.append(result if turn.kind == "search" else turn.observation)  # or the hint
-    return "".join(parts)
+    text = "".join(parts)
+    if episode.chat:
+        think = episode.protocol.think
+        before, closed, _ = text.partition(think.close)
+        if closed and think.open not in before:
+            return think.open + text
+    return text
 
 
 @once_per_episode
 def f1_reward(episode: Episode) -> float:
     """F1 of the prediction with the best gold (`metrics.f1`); 0 without one."""
-    return f1(episode.prediction, episode.question.answers)
+    return f1(episode.prediction, episode.question.answers, language=episode.metric_language)
 
 
 @once_per_episode
 def em_reward(episode: Episode) -> float:
     """Exact match of the prediction with any gold (`metrics.exact_match`); 0 without one."""
-    return exact_match(episode.prediction, episode.question.answers)
+    answers, language = episode.question.answers, episode.metric_language
+    return exact_match(episode.prediction, answers, language=language)

@@ -12,7 +12,7 @@ References:
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from research_env.episode import Episode
 from research_env.markup import Tag, defuse
@@ -21,6 +21,7 @@ from research_env.papers.base import Paper, blank_transcript, once_per_episode
 from research_env.protocol import Parsed, Protocol, answer_or_invalid
 from research_env.retrieval.base import Hit
 
+MAX_ANSWER_WORDS = 10  # in the second stage
 _CHINESE = re.compile("[\u4e00-\u9fff]")
 
 _BASE = (
@@ -107,6 +108,12 @@ R1_SEARCHER = Protocol(
 )
 
 
+def _compare(metric: Callable[..., float], episode: Episode) -> float:
+    """A metric of the prediction and the first gold, normalized as in the authors' code."""
+    golds, language = episode.question.answers[:1], episode.metric_language
+    return metric(episode.prediction, golds, normalize_r1_searcher, language=language)
+
+
 def r1_searcher_stage1(episode: Episode) -> float:
     """R1-Searcher's first stage: learn to retrieve, and the format.
 
@@ -119,11 +126,20 @@ def r1_searcher_stage1(episode: Episode) -> float:
     Source: RUCAIBox/R1-Searcher, ``train/reward_server_llama_stage1.py``.
     """
     text = blank_transcript(episode)
-    covered = cover_exact_match(
-        episode.prediction, episode.question.answers[:1], normalize_r1_searcher
-    )
+    covered = _compare(cover_exact_match, episode)
     retrieved = episode.protocol.query.open in text and _queries_match_documents(episode, text)
     return 2.0 * covered - 1.0 + 0.5 * retrieved + 0.5 * _one_thought_one_answer(episode, text)
+
+
+def r1_searcher_stage1_guarded(episode: Episode) -> float:
+    """`r1_searcher_stage1` in which an answer of more than ten words covers nothing.
+
+    In the authors' first stage copying all passages into the answer pays nearly as much as knowing
+    it. Ten words is the limit of their second stage. Ours, not a paper's.
+    """
+    long = len((episode.prediction or "").split()) > MAX_ANSWER_WORDS
+    covered = _compare(cover_exact_match, episode) if long else 0.0
+    return r1_searcher_stage1(episode) - 2.0 * covered
 
 
 def r1_searcher_stage2(episode: Episode) -> float:
@@ -134,7 +150,7 @@ def r1_searcher_stage2(episode: Episode) -> float:
 
     Source: RUCAIBox/R1-Searcher, ``train/reward_server_qwen_zero.py``.
     """
-    score = f1(episode.prediction, episode.question.answers[:1], normalize_r1_searcher)
+    score = _compare(f1, episode)
     return score - _r1_searcher_penalty(episode)
 
 
@@ -144,9 +160,7 @@ def r1_searcher_stage2_cem(episode: Episode) -> float:
     Source: Song et al. 2025, "R1-Searcher", the study of rewards; ``cover_exact_match_score_1`` of
     ``train/reward_server_qwen_zero.py``.
     """
-    score = cover_exact_match(
-        episode.prediction, episode.question.answers[:1], normalize_r1_searcher
-    )
+    score = _compare(cover_exact_match, episode)
     return score - _r1_searcher_penalty(episode)
 
 
@@ -156,7 +170,7 @@ def r1_searcher_stage2_em(episode: Episode) -> float:
     Source: Song et al. 2025, "R1-Searcher", the study of rewards; ``exact_match_score`` of
     ``train/reward_server_qwen_zero.py``.
     """
-    score = exact_match(episode.prediction, episode.question.answers[:1], normalize_r1_searcher)
+    score = _compare(exact_match, episode)
     return score - _r1_searcher_penalty(episode)
 
 
@@ -173,7 +187,7 @@ def r1_searcher_stage2_llama(episode: Episode) -> float:
         and _one_thought_one_answer(episode, text)
         and not _CHINESE.search(_without_documents(episode, text))
     )
-    score = f1(episode.prediction, episode.question.answers[:1], normalize_r1_searcher)
+    score = _compare(f1, episode)
     return score - (0.0 if well_formed else 1.0)
 
 
@@ -199,7 +213,7 @@ def r1_searcher_format(episode: Episode) -> bool:
         and "Assistant" not in text
         and "begin_of_query" not in answer
         and "begin_of_documents" not in answer
-        and len(answer.split()) <= 10
+        and len(answer.split()) <= MAX_ANSWER_WORDS
         and (text.isascii() or not _CHINESE.search(_without_documents(episode, text)))
     )
 

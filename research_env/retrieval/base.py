@@ -12,6 +12,9 @@ from research_env.errors import RetrievalError
 # Structs of msgspec: a step of many environments makes a thousand of each, and the collector of
 # garbage need not look at them (gc=False), as they hold no cycles.
 
+MAX_QUERY_CHARACTERS = 1_000
+"""A longer query is cut here, so that no engine fails because a policy rambles."""
+
 
 class Passage(msgspec.Struct, frozen=True, gc=False):
     """One unit of retrieval: an id that is unique in its corpus, a title, and a text."""

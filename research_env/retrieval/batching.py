@@ -88,6 +88,11 @@ class QueryBatcher(Generic[Ticket]):
         self._closed = False
 
     @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
+    @property
     def counts(self) -> SearchCounts:
         """What was asked so far."""
         return SearchCounts(self._searched, self._coalesced, self._cache_hits)

@@ -1,10 +1,10 @@
-r"""Search engines behind HTTP, in the wire format of Search-R1's retrieval server.
+r"""Ask search engines over HTTP, in the wire format of Search-R1's retrieval server.
 
 The format (Jin et al. 2025, ``search_r1/search/retrieval_server.py``; its retrievers and documents
-are those of FlashRAG, Jin et al. 2024): ``POST {"queries": [...], "topk": k, "return_scores":
-true}`` is answered by ``{"result": [[{"document": {"id": ..., "contents": "\"title\"\ntext"},
-"score": ...}, ...], ...]}``, one list a query.
-:mod:`research_env.retrieval.serve` offers any of our retrievers in it.
+come from FlashRAG, Jin et al. 2024): the answer to ``POST {"queries": [...], "topk": k,
+"return_scores": true}`` is ``{"result": [[{"document": {"id": ..., "contents":
+"\"title\"\ntext"}, "score": ...}, ...], ...]}`` with one list per query.
+:mod:`research_env.retrieval.serve` serves any of our retrievers in this format.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from research_env.errors import ConfigurationError, RetrievalError
-from research_env.retrieval.base import Hit, Passage
-from research_env.retrieval.reading import read_json
+from research_env.redaction import redact_known
+from research_env.retrieval.base import MAX_QUERY_CHARACTERS, Hit, Passage
+from research_env.retrieval.reading import BodyError, BoundedBody, read_json
 from research_env.retrieval.retry import AGAIN, Deadline, Retry, retry_after
 from research_env.retrieval.url import (
     check_address,
     check_options,
     number,
+    secret_of,
     split_options,
     words_only,
 )
@@ -35,34 +37,43 @@ if TYPE_CHECKING:
 
     import httpx
 
-PARTIAL = {"Prefer": "handling=lenient"}
-"""The header by which we ask our own server to fail some queries of a request only (RFC 7240)."""
+KEY_VARIABLE = "RETRIEVER_API_KEY"
+"""The environment variable with the key of a retrieval server, for the server and its clients."""
 
-_LARGEST_REQUEST = 8 << 20  # characters of the queries of a request
-_LARGEST_ANSWER = 64 << 20  # bytes of a response
+MAX_REQUEST_HITS = 8_192
+"""The most queries times passages per query of a request."""
+
+_LENIENT = {"Prefer": "handling=lenient"}  # RFC 7240: our server may then fail single queries
+_MAX_ANSWER = 64 << 20  # bytes of an answer, decoded
 
 
 class HttpRetriever:
-    """Ask a retrieval server; it may be used by several threads.
+    """Ask a retrieval server. Several threads may use it.
 
-    Queries go in requests of bounded size, one after the other. A request that fails in a way that
-    may pass (no connection, a broken answer, a status of
-    :data:`research_env.retrieval.retry.AGAIN`) is sent again after a pause, until the deadline of
-    the whole batch; its queries then fail, each in its place. (Only a server that sends its headers
-    byte by byte is waited for longer: each byte renews the wait.) A query of blanks finds nothing
-    and is not sent. Lone surrogates are sent as U+FFFD. After a fork each process has connections
-    of its own.
+    Queries go in requests of bounded size, one after the other. A request that might succeed later
+    (no connection, a broken answer, a status in :data:`research_env.retrieval.retry.AGAIN`) is sent
+    again after a pause, until the deadline of the whole batch; then its queries fail, each in its
+    place. A request that is too large, or has too large an answer, is split in two. A blank query
+    finds nothing and is not sent. Queries are cut at ``MAX_QUERY_CHARACTERS``, as the environment
+    cuts them. Lone surrogates are sent as U+FFFD. After a fork each process opens its own
+    connections.
+
+    A server that sends its headers byte by byte can extend the deadline: each byte renews the wait.
     """
 
     in_flight = 4
 
-    def __init__(self, url: str, batch: int = 256, retry: Retry | None = None) -> None:
+    def __init__(
+        self, url: str, batch: int = 256, retry: Retry | None = None, key: str = ""
+    ) -> None:
         """Make a client; nothing is sent yet.
 
         Args:
-            url: such as ``http://localhost:8000/retrieve``.
-            batch: the most queries of a request.
-            retry: deadline of a batch and pauses between attempts; None: 60 s and the usual ones.
+            url: for example ``http://localhost:8000/retrieve``.
+            batch: the most queries per request; a large ``top_k`` lowers it, so that a request asks
+                for at most ``MAX_REQUEST_HITS`` passages.
+            retry: deadline of a batch and pauses between attempts; None: 60 s, usual pauses.
+            key: sent as ``Authorization: Bearer KEY``; empty: none.
 
         Raises:
             ConfigurationError: the address cannot be used, or holds a password.
@@ -73,100 +84,110 @@ class HttpRetriever:
         self._url = url
         self._batch = batch
         self._retry = retry or Retry(deadline=60.0)
-        self._client = Client(PARTIAL)
+        self._quote_errors = not key  # a server might repeat the key
+        self._client = ForkSafeClient(
+            _LENIENT | ({"Authorization": f"Bearer {key}"} if key else {})
+        )
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
         """Answer every query of a batch; see :class:`research_env.retrieval.base.Retriever`.
 
-        Hits come in the order of the server. Where it gives no scores they are 1/rank, where it
-        gives no ids they are a digest of title and text.
+        Hits keep the order of the server. If it sends no scores they are 1/rank; if it sends no ids
+        they are a digest of title and text.
 
         Raises:
-            ConfigurationError: ``top_k`` below 1.
+            ConfigurationError: ``top_k`` is below 1.
             RetrievalError: the retriever has been closed.
         """
         if top_k < 1:
             raise ConfigurationError(f"top_k={top_k!r} must be 1 or more")
-        client = self._client.own()
+        client = self._client.get()
         found: list[list[Hit] | RetrievalError] = [[] for _ in queries]
         deadline = Deadline.after(self._retry.deadline)
-        for places in self._requests(queries):
-            asked = [words_only(queries[place]) for place in places]
-            answers = self._ask(client, asked, top_k, deadline)
-            for place, answer in zip(places, answers, strict=True):
-                found[place] = answer
+        asked = [index for index, query in enumerate(queries) if query.strip()]
+        size = min(self._batch, max(1, MAX_REQUEST_HITS // top_k))
+        for start in range(0, len(asked), size):
+            indices = asked[start : start + size]
+            texts = [words_only(queries[index][:MAX_QUERY_CHARACTERS]) for index in indices]
+            answers = self._request(client, texts, top_k, deadline)
+            for index, answer in zip(indices, answers, strict=True):
+                found[index] = answer
         return found
 
     def close(self) -> None:
         """Close the connections; calling it twice is harmless."""
         self._client.close()
 
-    def _requests(self, queries: Sequence[str]) -> Iterator[list[int]]:
-        """Which queries go together."""
-        places: list[int] = []
-        size = 0
-        for place, query in enumerate(queries):
-            if not query.strip():
-                continue
-            full = len(places) == self._batch or size + len(query) > _LARGEST_REQUEST
-            if places and full:
-                yield places
-                places, size = [], 0
-            places.append(place)
-            size += len(query)
-        if places:
-            yield places
-
-    def _ask(
+    def _request(
         self, client: httpx.Client, queries: list[str], top_k: int, deadline: Deadline
     ) -> Sequence[list[Hit] | RetrievalError]:
         payload = {"queries": queries, "topk": top_k, "return_scores": True}
         request = client.build_request("POST", self._url, json=payload)
         try:
-            answer = ask_json(client, request, self._retry, deadline)
+            answer = request_json(
+                client, request, self._retry, deadline, quote_errors=self._quote_errors
+            )
             result = answer.get("result") if isinstance(answer, dict) else None
             if not isinstance(result, list) or len(result) != len(queries):
                 raise RetrievalError(
                     f"{self._url} did not answer with a 'result' of {len(queries)} entries; "
                     "is it a server of Search-R1's format?"
                 )
+        except TooLargeError as error:
+            if len(queries) == 1:
+                return [error]
+            half = len(queries) // 2
+            return [
+                *self._request(client, queries[:half], top_k, deadline),
+                *self._request(client, queries[half:], top_k, deadline),
+            ]
         except RetrievalError as error:
             return [error] * len(queries)
         return [self._read(entry, top_k) for entry in result]
 
     def _read(self, entry: Any, top_k: int) -> list[Hit] | RetrievalError:
         if isinstance(entry, dict) and "error" in entry:
-            return RetrievalError(f"{self._url} failed the query: {one_line(str(entry['error']))}")
+            said = f": {one_line(str(entry['error']))}" if self._quote_errors else ""
+            return RetrievalError(f"{self._url} failed the query{said}")
         try:
             return [_hit(each, rank) for rank, each in enumerate(entry[:top_k], start=1)]
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-            return RetrievalError(f"{self._url} sent what is no list of documents: {error!r:.120}")
+            shown = f"{error!r:.120}" if self._quote_errors else type(error).__name__
+            return RetrievalError(f"{self._url} did not send a list of documents: {shown}")
+
+
+class TooLargeError(RetrievalError):
+    """A request or its answer is too large; asking for less at once might succeed."""
 
 
 def open_http(scheme: str, rest: str) -> HttpRetriever:
-    """The retriever of ``http://...`` or ``https://...``, with ``?deadline=SECONDS&batch=N``."""
+    """Open ``http://...`` or ``https://...`` with ``?deadline=SECONDS&batch=N``.
+
+    The key comes from the environment variable ``RETRIEVER_API_KEY``, if it is set.
+    """
     url, options = split_options(f"{scheme}:{rest}")
     check_options(scheme, options, ("deadline", "batch"))
     return HttpRetriever(
         url,
         batch=int(number(options, "batch", 256, 1)),
         retry=Retry(deadline=number(options, "deadline", 60.0, 0)),
+        key=secret_of(KEY_VARIABLE),
     )
 
 
-class Client:
-    """A client whose connections are kept, another one in each process; for several threads.
+class ForkSafeClient:
+    """An httpx client that keeps its connections, a new one per process. Threads may share it.
 
     On a connection that a fork copied, parent and child would read each other's answers.
     """
 
     def __init__(self, headers: Mapping[str, str] | None = None) -> None:
-        """Make that of this process; nothing is sent. ``headers`` go with each request."""
+        """Make the client of this process; nothing is sent. ``headers`` go with each request."""
         self._headers = headers
         self._made = os.getpid(), make_client(headers)
 
-    def own(self) -> httpx.Client:
-        """That of this process.
+    def get(self) -> httpx.Client:
+        """Return the client of this process.
 
         Raises:
             RetrievalError: it has been closed.
@@ -174,7 +195,7 @@ class Client:
         process, client = self._made
         if client.is_closed:
             raise RetrievalError("the retriever has been closed; open it again")
-        if process != os.getpid():  # the parent's is left alone: its connections are in use
+        if process != os.getpid():  # the parent still uses the connections of the old client
             client = make_client(self._headers)
             self._made = os.getpid(), client
         return client
@@ -185,110 +206,130 @@ class Client:
 
 
 def make_client(headers: Mapping[str, str] | None = None) -> httpx.Client:
-    """A client of httpx, for this process only; TLS certificates are verified."""
+    """Make an httpx client for this process. It verifies TLS certificates."""
     import httpx  # noqa: PLC0415  (loaded only by those who ask a server)
 
-    return httpx.Client(headers=headers, verify=_certificates())
+    accepted = {"Accept-Encoding": BoundedBody.ACCEPTED}
+    return httpx.Client(headers={**accepted, **(headers or {})}, verify=_certificates())
 
 
-def ask_json(
+def request_json(
     client: httpx.Client,
     request: httpx.Request,
     retry: Retry,
     deadline: Deadline,
     *,
-    before: Callable[[Deadline], None] = lambda _: None,
-    quoting: bool = True,
+    before_attempt: Callable[[Deadline], None] = lambda _: None,
+    quote_errors: bool = True,
 ) -> Any:
-    """Send a request, again where its failure may pass, until there is an answer of JSON.
+    """Send a request, and retry it until it is answered with JSON or the deadline passes.
 
     Args:
         client: sends it.
-        request: the same each time.
+        request: the same in each attempt.
         retry: the pauses between attempts.
         deadline: after it nothing is sent and nothing is waited for.
-        before: called before each attempt; it may wait, or raise to make an end.
-        quoting: whether errors may quote what the server said (never where it may hold a secret).
+        before_attempt: called before each attempt. It may wait, or raise to give up.
+        quote_errors: whether errors may quote the server (never if it may hold a secret).
+
+    Returns:
+        The parsed answer, at most 64 MB of JSON.
 
     Raises:
+        TooLargeError: the server answered 413, or with more than 64 MB.
         RetrievalError: the server refused the request, or the deadline has passed.
     """
-    where = str(request.url.copy_with(query=None))  # what follows may be a model's words
+    where = str(request.url.copy_with(query=None))  # the query may hold what a model wrote
     problem = "the deadline of the batch had passed"
     for attempt in itertools.count():
         if deadline.left() == 0:
             raise RetrievalError(f"{where}: {problem}")
-        before(deadline)
+        before_attempt(deadline)
         try:
-            return _once(client, request, deadline, quoting)
+            return _send_once(client, request, deadline, quote_errors)
         except _AttemptError as failure:
-            problem = str(failure)
-            pause = retry.pause(attempt, deadline.left(), failure.wait) if failure.again else None
+            problem, pause, too_large = str(failure), None, failure.too_large
+            if failure.retryable:
+                pause = retry.pause(attempt, deadline.left(), failure.retry_after)
         if pause is None:
-            raise RetrievalError(f"{where}: {problem} (attempt {attempt + 1})")
+            kind = TooLargeError if too_large else RetrievalError
+            raise kind(f"{where}: {problem} (attempt {attempt + 1})")
         time.sleep(pause)
     raise AssertionError  # count() does not end
 
 
 def one_line(text: str, most: int = 200) -> str:
-    """The beginning of a text, on one line and fit to be printed."""
-    cleaned = " ".join(text.split())
+    """Return the beginning of a text on one line, without control characters and secrets."""
+    cleaned = redact_known(" ".join(text[: 20 * most].split()))  # before it is cut
     return "".join(c if c.isprintable() else "?" for c in cleaned[:most])
 
 
 class _AttemptError(Exception):
-    """``again``: the next attempt may not fail; ``wait``: seconds that the server asks for."""
+    """An attempt that failed.
 
-    def __init__(self, problem: str, again: bool, wait: float | None = None) -> None:
-        super().__init__(problem)
-        self.again = again
-        self.wait = wait
+    ``retryable`` says whether the next one might succeed, ``retry_after`` how many seconds the
+    server asks to wait, ``too_large`` whether a smaller request might succeed.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        retryable: bool,
+        retry_after: float | None = None,
+        too_large: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+        self.retry_after = retry_after
+        self.too_large = too_large
 
 
 @cache
 def _certificates() -> ssl.SSLContext:
     import httpx  # noqa: PLC0415
 
-    return httpx.create_ssl_context()  # reads a file of some hundred certificates: once will do
+    return httpx.create_ssl_context()  # parses hundreds of certificates: once is enough
 
 
-def _once(client: httpx.Client, request: httpx.Request, deadline: Deadline, quoting: bool) -> Any:
+def _send_once(
+    client: httpx.Client, request: httpx.Request, deadline: Deadline, quote_errors: bool
+) -> Any:
     import httpx  # noqa: PLC0415
 
     request.extensions["timeout"] = httpx.Timeout(max(deadline.left(), 0.001)).as_dict()
-    body = bytearray()
     try:
         response = client.send(request, stream=True)
         try:
-            for part in response.iter_bytes():
-                body += part
-                if len(body) > _LARGEST_ANSWER:
-                    raise _AttemptError(
-                        f"an answer of over {_LARGEST_ANSWER >> 20} MB", again=False
-                    )
-                if deadline.left() == 0:  # the time-out is one of each read, not of all of them
-                    raise _AttemptError("the answer did not end in time", again=False)
+            body = BoundedBody(response.headers.get("Content-Encoding"), _MAX_ANSWER)
+            for part in response.iter_raw():
+                body.add(part)
+                if deadline.left() == 0:  # httpx limits each read, not all of them together
+                    raise _AttemptError("the answer did not end in time", retryable=False)
+            content = body.finish()
         finally:
             response.close()
     except (httpx.HTTPError, httpx.StreamError) as error:
-        raise _AttemptError(f"{type(error).__name__}: {one_line(str(error))}", again=True) from None
+        raise _AttemptError(f"{type(error).__name__}: {one_line(str(error))}", True) from None
+    except BodyError as error:
+        raise _AttemptError(str(error), error.retryable, too_large=error.too_large) from None
     except RuntimeError as error:  # closed by another thread
-        raise _AttemptError(one_line(str(error)), again=False) from None
+        raise _AttemptError(one_line(str(error)), False) from None
     if response.status_code != 200:
-        said = one_line(body.decode("utf-8", "replace")) if quoting else ""
+        said = one_line(content.decode("utf-8", "replace")) if quote_errors else ""
         raise _AttemptError(
             f"status {response.status_code}{': ' if said else ''}{said}",
-            again=response.status_code in AGAIN,
-            wait=retry_after(response.headers.get("Retry-After")),
+            response.status_code in AGAIN,
+            retry_after(response.headers.get("Retry-After")),
+            too_large=response.status_code == 413,
         )
     try:
-        return read_json(body)
+        return read_json(content)
     except ValueError:
-        raise _AttemptError("the answer is no JSON", again=True) from None
+        raise _AttemptError("the answer is not JSON", True) from None
 
 
 def _hit(entry: Any, rank: int) -> Hit:
-    """A hit from ``{"document": ..., "score": ...}`` or from the document alone."""
+    """Read ``{"document": ..., "score": ...}``, or the document alone."""
     document = entry.get("document", entry)
     score = entry.get("score")
     score = 1.0 / rank if score is None else float(score)

@@ -1,13 +1,13 @@
-"""When to ask a search engine again: one deadline a batch, exponential pauses with jitter.
+"""When to retry a request: one deadline per batch, exponential pauses with jitter.
 
-Pure: it neither sleeps nor sends. A retriever's loop is meant to read like this::
+This module neither sleeps nor sends. The loop of a retriever reads like this::
 
     deadline = Deadline.after(retry.deadline)
     for attempt in itertools.count():
-        answer = ask(timeout=deadline.left())          # or what went wrong, and its Retry-After
+        answer = ask(timeout=deadline.left())          # or an error and its Retry-After
         if answer is good: return it
         pause = retry.pause(attempt, deadline.left(), retry_after(header))
-        if pause is None: return RetrievalError(...)   # spent
+        if pause is None: return RetrievalError(...)   # no time for another attempt
         time.sleep(pause)
 """
 
@@ -22,31 +22,34 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""HTTP status codes of failures that may pass; any other is answered the same way again."""
+"""HTTP status codes that are worth a retry. After any other the server would answer the same."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """An instant of the monotonic clock (seconds) after which nobody waits any more."""
+    """An instant of the monotonic clock, in seconds, after which nobody waits."""
 
     at: float
 
     @classmethod
     def after(cls, seconds: float) -> Deadline:
-        """The instant that many seconds from now."""
+        """Return the deadline that many seconds from now."""
         return cls(time.monotonic() + seconds)
 
     def left(self) -> float:
-        """Seconds until then, 0 where it has passed."""
+        """Return the seconds that are left, 0 if the deadline has passed."""
         return max(0.0, self.at - time.monotonic())
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """How long a batch may take in all (``deadline``), and the pauses between its attempts.
+    """How long a batch may take in all (``deadline``), and the pauses between attempts, in seconds.
 
-    All in seconds. The pause after attempt n (0, 1, ...) is drawn from the upper half of
-    ``min(longest, first * 2**n)`` ("equal jitter", M. Brooker, AWS Architecture Blog, 2015).
+    The pause after attempt n (0, 1, ...) is drawn from the upper half of
+    ``min(longest, first * 2**n)``.
+
+    References:
+        "Equal jitter" in M. Brooker, Exponential Backoff and Jitter, AWS Architecture Blog, 2015.
     """
 
     deadline: float = 30.0
@@ -60,14 +63,17 @@ class Retry:
         asked: float | None = None,
         draw: Callable[[], float] = random.random,
     ) -> float | None:
-        """Seconds to wait before the next attempt; None: there is no time for one, give up.
+        """Choose the pause before the next attempt.
 
         Args:
-            attempt: how many attempts failed before the one that just did.
+            attempt: how many attempts failed before the one that just failed.
             left: seconds until the deadline.
-            asked: seconds that the server asked for (Retry-After); never less is waited, and the
-                jitter comes on top, so that many clients do not come back at the same instant.
-            draw: gives a number from [0, 1).
+            asked: seconds that the server asks to wait (Retry-After). The pause is at least as
+                long; jitter comes on top, so that many clients do not return at the same instant.
+            draw: returns a number from [0, 1).
+
+        Returns:
+            Seconds to wait; None if there is no time for another attempt.
         """
         whole = min(self.longest, self.first * 2.0 ** min(attempt, 64))
         pause = whole / 2 * (1 + draw()) if asked is None else asked + whole / 2 * draw()
@@ -75,14 +81,17 @@ class Retry:
 
 
 def retry_after(header: str | None, now: datetime | None = None) -> float | None:
-    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3), in either of its forms.
+    """Parse a Retry-After header, in seconds or as a date.
 
     Args:
-        header: the header's value; None where there is none.
-        now: the current time; None: the clock's.
+        header: the value of the header; None if there is none.
+        now: the current time; None: read the clock.
 
     Returns:
-        Seconds, 0 for an instant that has passed; None where there is none or it makes no sense.
+        Seconds to wait, 0 for a date in the past; None without a header that makes sense.
+
+    References:
+        RFC 9110, section 10.2.3.
     """
     text = (header or "").strip()
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):

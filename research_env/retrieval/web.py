@@ -1,17 +1,18 @@
 """Search the web, as R1-Searcher does at test time (Song et al. 2025): ``web:PROVIDER``.
 
-``web:serper``, ``web:brave``, ``web:tavily`` take their key from ``SERPER_API_KEY``,
-``BRAVE_API_KEY``, ``TAVILY_API_KEY``; ``web:searxng?url=http://HOST:PORT`` asks a SearXNG of one's
-own, whose settings must allow the format json. Options: ``budget=1000``, the requests that a
-process may send (without it: any number); ``rate=5``, those that it sends a second (default 5);
-``deadline=60``, seconds for a batch. A result's address is the id of its passage, its snippet the
-text, and its score 1/rank.
+``web:serper``, ``web:brave`` and ``web:tavily`` take their key from ``SERPER_API_KEY``,
+``BRAVE_API_KEY`` and ``TAVILY_API_KEY``. ``web:searxng?url=http://HOST:PORT`` asks your own
+SearXNG, whose settings must allow the format json; if a proxy before it wants a token, set
+``SEARXNG_TOKEN``, which is sent as a bearer token. Options: ``budget=1000``, how many requests a
+process may send (default: any number); ``rate=5``, how many it sends per second (default 5);
+``deadline=60``, seconds per batch. The id of a passage is the result's address, its text the
+snippet, its score 1/rank.
 
-Budget and rate are those of a process: its retrievers of one address, budget and rate share them,
-however many are opened; closing one gives nothing back. Several processes have one budget each.
+Each process has its own budget and rate. All its retrievers of the same address, budget and rate
+share them; closing one gives nothing back.
 
-The formats are those that the providers document. They were tested against a local server that
-answers in them, not against the services themselves.
+The formats are those that the providers document. The tests use a local server that answers in
+these formats, not the services themselves.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
 from research_env.retrieval.base import Hit, Passage
-from research_env.retrieval.http import Client, ask_json, one_line
+from research_env.retrieval.http import ForkSafeClient, one_line, request_json
 from research_env.retrieval.retry import Deadline, Retry
 from research_env.retrieval.url import (
     check_address,
@@ -39,35 +40,37 @@ from research_env.retrieval.url import (
 if TYPE_CHECKING:
     import httpx
 
-_IN_FLIGHT = 8  # requests at the same time
-_LONGEST = 400  # characters of a query that are sent: what Brave and Tavily take
-_MOST_WORDS = 50  # of a query: what Brave takes
+_MAX_IN_FLIGHT = 8  # requests at the same time
+_MAX_CHARACTERS = 400  # limit of Brave and Tavily for a query
+_MAX_WORDS = 50  # limit of Brave for a query
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is sent for a query: ``json`` by POST, or ``params`` by GET."""
+    """The request for a query: ``json`` by POST, or ``params`` by GET."""
 
     url: str
-    headers: Mapping[str, str] = field(repr=False, default_factory=dict)  # the key is there
+    headers: Mapping[str, str] = field(repr=False, default_factory=dict)  # holds the key
     json: Mapping[str, Any] | None = None
     params: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """A search service: how it is asked, and what its answers mean. One value makes a new one."""
+    """A search service: how to ask it, and how to read its answers. A new one is a new value."""
 
     url: str
-    """Where it listens; empty: the user says."""
-    key: str | None
-    """The environment variable that holds the key; None: it needs none."""
-    most: int
-    """The most results of a request."""
+    """Its address; empty: the user gives one."""
+    key: str
+    """The environment variable that holds the key."""
+    needs_key: bool
+    """Whether it refuses requests without a key."""
+    max_results: int
+    """The most results per request."""
     request: Callable[[str, str, str, int], Request]
-    """(url, key, query, count) to a request."""
+    """Makes the request from (url, key, query, count)."""
     passages: Callable[[Any], list[Passage]]
-    """The JSON of an answer to passages, best first; raises where it tells of a failure."""
+    """Reads passages from the JSON of an answer, best first; raises if it reports a failure."""
 
 
 def _serper_request(url: str, key: str, query: str, count: int) -> Request:
@@ -76,7 +79,7 @@ def _serper_request(url: str, key: str, query: str, count: int) -> Request:
 
 def _serper_passages(answer: Any) -> list[Passage]:
     if "searchParameters" not in answer:
-        raise RetrievalError("the answer is none to a search")
+        raise RetrievalError("the answer holds no search results")
     return [_passage(r, "link", "snippet") for r in answer.get("organic", [])]
 
 
@@ -88,7 +91,7 @@ def _brave_request(url: str, key: str, query: str, count: int) -> Request:
 
 def _brave_passages(answer: Any) -> list[Passage]:
     if answer["type"] != "search":
-        raise RetrievalError("the answer is none to a search")
+        raise RetrievalError("the answer holds no search results")
     return [_passage(r, "url", "description") for r in (answer.get("web") or {}).get("results", [])]
 
 
@@ -102,7 +105,9 @@ def _tavily_passages(answer: Any) -> list[Passage]:
 
 
 def _searxng_request(url: str, key: str, query: str, count: int) -> Request:
-    return Request(f"{url.rstrip('/')}/search", params={"q": query, "format": "json"})
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    params = {"q": query, "format": "json"}
+    return Request(f"{url.rstrip('/')}/search", headers, params=params)
 
 
 def _searxng_passages(answer: Any) -> list[Passage]:
@@ -114,29 +119,40 @@ def _searxng_passages(answer: Any) -> list[Passage]:
 
 PROVIDERS: dict[str, Provider] = {
     "serper": Provider(
-        "https://google.serper.dev/search", "SERPER_API_KEY", 100, _serper_request, _serper_passages
+        "https://google.serper.dev/search",
+        "SERPER_API_KEY",
+        True,
+        100,
+        _serper_request,
+        _serper_passages,
     ),
     "brave": Provider(
         "https://api.search.brave.com/res/v1/web/search",
         "BRAVE_API_KEY",
+        True,
         20,
         _brave_request,
         _brave_passages,
     ),
     "tavily": Provider(
-        "https://api.tavily.com/search", "TAVILY_API_KEY", 20, _tavily_request, _tavily_passages
+        "https://api.tavily.com/search",
+        "TAVILY_API_KEY",
+        True,
+        20,
+        _tavily_request,
+        _tavily_passages,
     ),
-    "searxng": Provider("", None, 1_000, _searxng_request, _searxng_passages),
+    "searxng": Provider("", "SEARXNG_TOKEN", False, 1_000, _searxng_request, _searxng_passages),
 }
 
 
 class WebRetriever:
-    """Ask a search service, a request a query; it may be used by several threads.
+    """Ask a search service, one request per query. Several threads may use it.
 
-    A query is sent as one line of at most 50 words and 400 characters; one of blanks finds nothing
-    and is not sent. Failures that may pass are tried again until the deadline of the batch; a query
-    that is still without an answer then, or beyond the budget, fails in its place. After a fork
-    each process has connections and a budget of its own.
+    A query is sent as one line of at most 50 words and 400 characters. A blank query finds nothing
+    and is not sent. Requests that might succeed later are retried until the deadline of the batch.
+    A query that has no answer by then, or exceeds the budget, fails in its place. After a fork each
+    process has its own connections and budget.
     """
 
     def __init__(
@@ -152,14 +168,13 @@ class WebRetriever:
         """Make a client; nothing is sent yet.
 
         Args:
-            provider: which service.
-            key: what it wants to see; it is sent in a header, and nowhere else.
-            url: where it listens; empty: the provider's own address.
-            budget: the requests that the process may send to that address, attempts that fail
-                included (they may be billed), by all retrievers of this budget and rate; None: any
-                number.
-            rate: the requests that they send a second.
-            retry: deadline of a batch and pauses; None: 60 s and the usual ones.
+            provider: the service.
+            key: its key, sent in a header and nowhere else.
+            url: its address; empty: the provider's own.
+            budget: how many requests all retrievers of this address, budget and rate may send in
+                this process, including failed attempts (they may be billed); None: any number.
+            rate: how many requests they send per second.
+            retry: deadline of a batch and pauses between attempts; None: 60 s, usual pauses.
 
         Raises:
             ConfigurationError: the address cannot be used.
@@ -170,7 +185,7 @@ class WebRetriever:
         self._key = key
         self._retry = retry or Retry(deadline=60.0)
         self._limit = _limit(self._url, budget, rate)
-        self._client = Client()
+        self._client = ForkSafeClient()
 
     def __repr__(self) -> str:
         return f"WebRetriever({self._url!r})"
@@ -184,9 +199,9 @@ class WebRetriever:
         """
         if top_k < 1:
             raise ConfigurationError(f"top_k={top_k!r} must be 1 or more")
-        client = self._client.own()
+        client = self._client.get()
         deadline = Deadline.after(self._retry.deadline)
-        with ThreadPoolExecutor(_IN_FLIGHT) as pool:
+        with ThreadPoolExecutor(_MAX_IN_FLIGHT) as pool:
             return list(pool.map(lambda each: self._answer(client, each, top_k, deadline), queries))
 
     def close(self) -> None:
@@ -199,7 +214,9 @@ class WebRetriever:
         query = _shortened(query)
         if not query:
             return []
-        made = self._provider.request(self._url, self._key, query, min(top_k, self._provider.most))
+        made = self._provider.request(
+            self._url, self._key, query, min(top_k, self._provider.max_results)
+        )
         request = client.build_request(
             "GET" if made.json is None else "POST",
             made.url,
@@ -208,19 +225,24 @@ class WebRetriever:
             params=made.params,
         )
         try:
-            answer = ask_json(
-                client, request, self._retry, deadline, before=self._limit.take, quoting=False
+            answer = request_json(
+                client,
+                request,
+                self._retry,
+                deadline,
+                before_attempt=self._limit.take,
+                quote_errors=False,
             )
             passages = self._provider.passages(answer)[:top_k]
         except RetrievalError as error:
             return error
         except (TypeError, KeyError, AttributeError) as error:
-            return RetrievalError(f"{self._url} answered in a format of its own: {error!r:.120}")
+            return RetrievalError(f"{self._url} answered in an unknown format: {error!r:.120}")
         return [Hit(passage, 1.0 / rank) for rank, passage in enumerate(passages, start=1)]
 
 
 def open_web(rest: str) -> WebRetriever:
-    """The retriever of ``web:PROVIDER?budget=...&rate=...&deadline=...&url=...``.
+    """Open ``web:PROVIDER?budget=...&rate=...&deadline=...&url=...``.
 
     Raises:
         UnknownNameError: no such provider or option.
@@ -231,11 +253,16 @@ def open_web(rest: str) -> WebRetriever:
         raise UnknownNameError("provider of web search", name, PROVIDERS)
     provider = PROVIDERS[name]
     check_options("web", options, ("budget", "deadline", "rate", "url"))
-    key = secret_of(provider.key) if provider.key else ""
-    if provider.key and not key:
+    key = secret_of(provider.key)
+    if provider.needs_key and not key:
         raise ConfigurationError(f"web:{name} needs its key in the environment: {provider.key}")
     if not (provider.url or options.get("url")):
         raise ConfigurationError(f"web:{name} needs its address: 'web:{name}?url=http://HOST:PORT'")
+    if any(mark in options.get("url", "") for mark in "?#"):
+        raise ConfigurationError(
+            f"the address of web:{name} must end before its '?': an address is shown in errors and "
+            f"recorded with results, so a token goes into {provider.key}"
+        )
     budget = int(number(options, "budget", 0, 1)) if "budget" in options else None
     return WebRetriever(
         provider,
@@ -258,7 +285,7 @@ class _Limit:
         self._lock = threading.Lock()
 
     def take(self, deadline: Deadline) -> None:
-        """Wait for the turn of a request.
+        """Wait until a request may be sent.
 
         Raises:
             RetrievalError: the budget is spent, or the turn would come after the deadline.
@@ -278,18 +305,18 @@ class _Limit:
 
 @cache
 def _limit(url: str, budget: int | None, rate: float) -> _Limit:
-    """The one of this process: whoever opens a second retriever has no second budget."""
+    """Return the limit of this process: a second retriever has no second budget."""
     return _Limit(budget, rate)
 
 
 def _shortened(query: str) -> str:
-    """A query as one line that every service takes."""
-    words = "".join(c if c.isprintable() else " " for c in query[: 20 * _LONGEST]).split()
-    return " ".join(words[:_MOST_WORDS])[:_LONGEST]
+    """Return a query as one line that every service takes."""
+    words = "".join(c if c.isprintable() else " " for c in query[: 20 * _MAX_CHARACTERS]).split()
+    return " ".join(words[:_MAX_WORDS])[:_MAX_CHARACTERS]
 
 
 def _passage(result: Any, address: str, snippet: str) -> Passage:
-    """A result as a passage; one without a snippet has an empty text."""
+    """Return a result as a passage, with an empty text if it has no snippet."""
     return Passage(
         str(result[address]), str(result.get("title") or ""), str(result.get(snippet) or "")
     )

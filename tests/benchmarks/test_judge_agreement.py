@@ -42,10 +42,10 @@ def table(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[tuple[str, s
 
 def cases(row: dict[str, Any]) -> tuple[int, int, int, int]:
     return (
-        row["both_right"],
+        row["both_correct"],
         row["false_positives"],
         row["false_negatives"],
-        row["both_wrong"],
+        row["both_incorrect"],
     )
 
 
@@ -96,7 +96,7 @@ def test_the_recorded_verdicts(research_data: Path, capsys: pytest.CaptureFixtur
         for metric in ("EM", "F1 > 0.5", "CEM"):
             row = rows[name, metric, "SQuAD"]
             assert row["n"] == n
-            assert row["both_right"] + row["false_negatives"] == right
+            assert row["both_correct"] + row["false_negatives"] == right
             # A check of the metrics: none is far from a judge that we did not write
             assert row["kappa"] > 0.6
             assert row["false_positives"] <= 0.05 * n

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research_agent.algorithms import algorithm
+from research_agent.algorithms.base import UsesCritic
 from research_agent.algorithms.functional import rewards_at_turn_ends
 from research_agent.algorithms.mt_ppo import MTPPO
 from research_agent.algorithms.ppo import PPO
@@ -108,6 +109,7 @@ def test_equals_the_papers_sums(seed: int, over: str, kl: float, gamma: float, l
     assert_same(given_, loss_of(rule, given_), total)
     assert_micro_batches_change_nothing(rule, given_)
     used = batch if kl else replace(batch, reference_logprobs=None)
+    assert isinstance(rule, UsesCritic)
     assert rule.returns(used).tolist() == pytest.approx([returns[i] for i in range(count)])
 
 

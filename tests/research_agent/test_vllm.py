@@ -24,8 +24,9 @@ from research_agent.engines.vllm import VllmEngine
 from research_agent.engines.watchdog import HUNG
 from research_agent.environments import make_environments
 from research_agent.errors import ConfigError, ContextError, EngineError, ModelError
-from research_agent.models.policy import TokenLogprobs, batch_logprobs, load_model, resolve_model
-from research_agent.presets import MINIWORLD
+from research_agent.models.policy import TokenLogprobs, batch_logprobs, load_model
+from research_agent.models.source import resolve_model
+from research_agent.presets import PRESETS
 from research_agent.renderer import Renderer, load_renderer
 from research_agent.rollout import collect
 from research_agent.trajectory import Group, Trajectory
@@ -33,6 +34,8 @@ from tests.research_agent.conftest import tiny_qwen2, wide_qwen2
 from tests.research_agent.test_engines import Player, finish
 from tests.research_agent.test_trainer import final_bytes, flags, metrics
 from tests.research_agent.torchrun import in_two_processes
+
+MINIWORLD = PRESETS["miniworld"]
 
 BLOCK = 32  # tokens that vLLM's prefix cache keeps together on a CPU
 MINI = MINIWORLD.environment

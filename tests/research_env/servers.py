@@ -70,11 +70,12 @@ def serving(answer: Callable[[Call], Reply], port: int = 0) -> Iterator[Server]:
             for name, value in reply.headers.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(reply.body[: reply.cut])
+            if self.command != "HEAD":
+                self.wfile.write(reply.body[: reply.cut])
             self.wfile.flush()
             self.close_connection |= reply.cut is not None
 
-        do_POST = do_GET  # noqa: N815
+        do_HEAD = do_POST = do_GET  # noqa: N815
 
         def log_message(self, format: str, *args: Any) -> None:
             pass

@@ -25,6 +25,7 @@ from research_env.errors import (
     RetrievalError,
     UnknownNameError,
 )
+from research_env.rewards import METRICS
 from tests.research_env.fakes import DATASET, QUESTIONS, Engine, answer, hit, search
 
 INFO_KEYS = {
@@ -182,7 +183,8 @@ def test_a_failing_engine_voids_the_episode_and_shows_nothing() -> None:
         seen, reward, terminated, truncated, info = env.step(search(query))
         assert (seen, reward, terminated, truncated) == ("", 0.0, False, True)
         assert (info["void"], info["stop_reason"]) == (True, "backend_error")
-        assert (info["metrics"], info["passage_ids"]) == ({}, ())
+        assert info["metrics"] == dict.fromkeys(METRICS, 0.0)
+        assert info["passage_ids"] == ()
         with pytest.raises(EpisodeError, match="backend_error"):
             env.step(answer("x"))
     env.reset()

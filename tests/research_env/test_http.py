@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -170,9 +171,12 @@ def test_requests_are_bounded_in_number_and_size(server: Server) -> None:
 
     server.calls.clear()
     client = HttpRetriever(f"{server.url}/retrieve")
-    large = "x" * (5 << 20)
-    assert client.search([large, "rock", large, large], 1)[1] != []
-    assert [len(call.json()["queries"]) for call in server.calls] == [2, 1, 1]
+    client.search(["rock"] * 50, 1000)  # 8 times 1,000 passages are the most for a request
+    assert [len(call.json()["queries"]) for call in server.calls] == [8] * 6 + [2]
+
+    server.calls.clear()
+    assert client.search(["x" * (5 << 20), "rock"], 1)[1] != []
+    assert server.calls[0].json()["queries"] == ["x" * 1_000, "rock"]
     client.close()
 
 
@@ -192,8 +196,9 @@ HIT = [Hit(Passage("a", "T", "x"), 1.0)]
         Reply(200, b"[" * 100_000),
         Reply(200, GOOD.body, cut=20),
         Reply(200, b"\xff\xfe", {"Content-Encoding": "gzip"}),
+        Reply(200, zlib.compress(GOOD.body, wbits=31)[:-9], {"Content-Encoding": "gzip"}),
     ],
-    ids=["503", "429", "500", "html", "nested", "cut", "gzip"],
+    ids=["503", "429", "500", "html", "nested", "cut", "no gzip", "cut gzip"],
 )
 def test_what_may_pass_is_tried_again(fault: Reply) -> None:
     replies = iter([fault, fault, GOOD])
@@ -201,6 +206,60 @@ def test_what_may_pass_is_tried_again(fault: Reply) -> None:
         client = HttpRetriever(server.url, retry=Retry(30.0, 0.001, 0.01))
         assert client.search(["q"], 3) == [HIT]
         assert len(server.calls) == 3
+        client.close()
+
+
+def gzip(body: bytes, times: int) -> bytes:
+    for _ in range(times):
+        body = zlib.compress(body, wbits=31)
+    return body
+
+
+def test_a_compressed_answer_is_read() -> None:
+    with serving(lambda _: Reply(200, gzip(GOOD.body, 1), {"Content-Encoding": "gzip"})) as server:
+        client = HttpRetriever(server.url)
+        assert client.search(["q"], 3) == [HIT]
+        assert server.calls[0].headers["Accept-Encoding"] == "gzip"
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding", "message"),
+    [
+        (gzip(b"[" * (65 << 20), 1), "gzip", "an answer of more than 67108864 bytes"),
+        (gzip(b"[" * (65 << 20), 3), "gzip, gzip, gzip", "Content-Encoding 'gzip, gzip, gzip'"),
+        (gzip(GOOD.body, 2), "gzip, gzip", "Content-Encoding 'gzip, gzip'"),
+        (GOOD.body, "identity, identity", "Content-Encoding 'identity, identity'"),
+        (zlib.compress(GOOD.body), "deflate", "Content-Encoding 'deflate'"),
+        (GOOD.body, "zstd", "Content-Encoding 'zstd'"),
+    ],
+)
+def test_compressed_answers_are_bounded(body: bytes, encoding: str, message: str) -> None:
+    """Three times gzip makes 65 MB of 300 bytes; httpx alone decodes all of them."""
+    with serving(lambda _: Reply(200, body, {"Content-Encoding": encoding})) as server:
+        client = HttpRetriever(server.url, retry=QUICK)
+        (error,) = fails_in_place(client, ["q"])
+        assert message in str(error)
+        assert len(server.calls) == 1
+        client.close()
+
+
+def test_a_request_with_too_large_an_answer_is_split() -> None:
+    def answer(call: Call) -> Reply:
+        queries = call.json()["queries"]
+        if len(queries) > 2 or "large" in queries:
+            return as_json({"error": "too large"}, 413)
+        return as_json({"result": [[{"id": q, "title": q, "text": ""}] for q in queries]})
+
+    with serving(answer) as server:
+        client = HttpRetriever(server.url, retry=QUICK)
+        asked = ["a", "b", "c", "large", "d"]
+        *found, last = client.search(asked, 3)
+        assert [hits for hits in found if isinstance(hits, list)] == [
+            [Hit(Passage(q, q, ""), 1.0)] for q in "abc"
+        ]
+        assert "status 413: " in str(found[3])
+        assert last == [Hit(Passage("d", "d", ""), 1.0)]
         client.close()
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import string
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from research_env import Dataset, Question
+from research_env.env import SearchQAEnv
+from research_env.errors import UnknownNameError
 from research_env.metrics import (
     cover_exact_match,
     exact_match,
@@ -15,6 +19,7 @@ from research_env.metrics import (
     normalize,
     normalize_r1_searcher,
 )
+from tests.research_env.fakes import Engine
 
 NORMALIZED = [
     # text, SQuAD's way, R1-Searcher's way
@@ -197,3 +202,70 @@ def test_normalising_again_or_adding_an_article_changes_nothing(text: str) -> No
     assert normalize(normalize(text)) == normalize(text)
     assert normalize_r1_searcher(normalize_r1_searcher(text)) == normalize_r1_searcher(text)
     assert exact_match(text, [f" The {text}. "]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("language", "prediction", "gold", "scores"),
+    [
+        ("zh", "北京。", "北京", (1, 1, 1)),
+        ("zh", "《红楼梦》", "红楼梦", (1, 1, 1)),
+        ("zh", "１９９９年", "1999年", (1, 1, 1)),  # tokens: 1999, 年
+        ("zh", "北京市", "北京", (0, 4 / 5, 1)),
+        ("zh", "答案是奥斯陆大学", "奥斯陆大学", (0, 10 / 13, 1)),
+        ("zh", "京北", "北京", (0, 2 / 4, 0)),  # a run of one token
+        ("zh", "iPhone 手机", "IPHONE手机", (1, 1, 1)),  # iphone, 手, 机
+        ("zh", "上海", "北京", (0, 0, 0)),
+        ("zh", "。", "北京", (0, 0, 0)),
+        ("ja", "「東京都」", "東京都", (1, 1, 1)),
+        ("ja", "京都東", "東京都", (0, 1, 0)),  # a bag of characters
+        ("ja", "ＡＢＣ 株式会社", "abc株式会社", (1, 1, 1)),
+        ("ja", "東京です", "東京", (0, 4 / 6, 1)),
+        ("ko", "《서울》", "서울", (1, 1, 1)),
+        ("ko", "서울시", "서울", (0, 4 / 5, 1)),
+        ("ko", "서울 시", "서울시", (0, 1, 0)),  # blanks count for exact match alone
+        ("ko", "부산", "서울", (0, 0, 0)),
+    ],
+)
+def test_languages_without_blanks_between_words(
+    language: str, prediction: str, gold: str, scores: tuple[float, float, float]
+) -> None:
+    golds = ["什么", gold]
+    exact, words, covered = scores
+    assert exact_match(prediction, golds, language=language) == exact
+    assert f1(prediction, golds, language=language) == pytest.approx(words)
+    assert cover_exact_match(prediction, golds, language=language) == covered
+    assert f1(None, golds, language=language) == 0.0
+
+
+def test_english_is_compared_as_ever_whatever_the_script() -> None:
+    assert f1("北京市", ["北京"]) == 0.0
+    assert f1("the Tower", ["tower"]) == exact_match("the Tower", ["tower"]) == 1.0
+
+
+@pytest.mark.parametrize("where", ["argument", "data set", "question"])
+@pytest.mark.parametrize("name", ["research", "search-r1", "f1", "em", "cem"])
+def test_the_data_set_chooses_the_language(where: str, name: str) -> None:
+    extra = {"metric_language": "zh"} if where == "question" else {}
+    question = Question("q", "首都？", ("北京",), extra=extra)
+    data = Dataset("own", [question], None, "zh" if where == "data set" else None)
+    protocol = "search-r1" if name == "search-r1" else "research"
+    given: Any = {"metric_language": "zh"} if where == "argument" else {}
+    box = "北京。" if protocol == "search-r1" else "\\boxed{北京。}"
+    for settings, least, most in ((given, 1.0, 1.0), ({"metric_language": "en"}, 0.0, 0.1)):
+        env = SearchQAEnv(
+            dataset=data, retriever=Engine(), protocol=protocol, reward=name, **settings
+        )
+        env.reset(seed=0)
+        _, earned, *_, info = env.step(f"<think>t</think><answer>{box}</answer>")
+        assert least <= earned <= most
+        assert info["metrics"]["em"] == info["metrics"]["f1"] == least
+
+
+def test_unknown_languages_are_refused() -> None:
+    data = Dataset("own", [Question("q", "?", ("x",), extra={"metric_language": "xx"})], None)
+    with pytest.raises(
+        UnknownNameError, match=r"metric_language of question 'q': 'xx'.*en, ja, ko"
+    ):
+        SearchQAEnv(dataset=data, retriever=Engine()).reset(seed=0)
+    with pytest.raises(UnknownNameError, match="unknown metric_language 'zz'"):
+        SearchQAEnv(dataset=data, retriever=Engine(), metric_language="zz")

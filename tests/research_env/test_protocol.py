@@ -12,7 +12,7 @@ from research_env import R1_SEARCHER, RESEARCH, SEARCH_R1, Protocol, Tag
 from research_env.errors import UnknownNameError
 from research_env.markup import clean, defuse
 from research_env.papers import PROTOCOLS, protocol
-from research_env.protocol import MAX_QUERY_CHARACTERS
+from research_env.retrieval.base import MAX_QUERY_CHARACTERS
 from tests.research_env.fakes import hit
 
 Q_OPEN, Q_CLOSE = "<|begin_of_query|>", "<|end_of_query|>"

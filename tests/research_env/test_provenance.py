@@ -90,13 +90,20 @@ def test_an_index_without_its_corpus_is_known_by_its_fingerprint(
     made = provenance(**files, retriever=f"embedded:{folder}")
     alone = provenance(questions=files["questions"], retriever=f"embedded:{folder}?corpus=any")
     assert made["index"] == alone["index"] != ""
-    assert alone["retriever"] == f"embedded:{folder}?corpus=any"
+    assert alone["retriever"] == "embedded?corpus=any"
+    assert alone["place: retriever"] == f"embedded:{folder}?corpus=any"
+
+
+def test_the_place_of_an_index_changes_nothing_else(files: dict[str, Any], tmp_path: Path) -> None:
+    here = provenance(**files, retriever=f"embedded:{tmp_path / 'here'}")
+    there = provenance(**files, retriever=f"embedded:{tmp_path / 'there'}")
+    assert {key for key in here if here[key] != there[key]} == {"place: retriever"}
 
 
 def test_a_password_is_not_told(files: dict[str, Any], tmp_path: Path) -> None:
     recorded = f"localhost:9/retrieve?cache={tmp_path / 'searches.sqlite'}"
     said = provenance(**files, retriever=f"http://ann:secret@{recorded}")
-    assert said["retriever"] == f"http://...@{recorded}"
+    assert said["retriever"] == f"http://[redacted]@{recorded}"
     assert "secret" not in str(said)
     assert said["index"] == ""
 

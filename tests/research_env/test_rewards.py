@@ -9,16 +9,23 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from research_env import Dataset, Question
+from research_env.env import SearchQAEnv
 from research_env.episode import Episode
-from research_env.errors import ConfigurationError, UnknownNameError
-from research_env.papers import PROTOCOLS
+from research_env.errors import ConfigurationError, RewardError, UnknownNameError
+from research_env.papers import PAPERS, PROTOCOLS, base
+from research_env.protocol import Protocol
 from research_env.retrieval.base import Hit, Passage
-from research_env.rewards import REWARDS, episode_metrics, reward
+from research_env.rewards import REWARDS, episode_metrics, evaluate, reward
+from tests.research_env.fakes import DATASET, Engine
+from tests.research_env.own_rewards import later
 from tests.research_env.playing import PLAIN, play
 
 END = "<|endoftext|>"
@@ -391,3 +398,130 @@ def test_an_unknown_reward_is_refused_with_the_known_ones() -> None:
 def test_a_reward_that_cannot_be_imported_is_refused(name: str, what: str) -> None:
     with pytest.raises(ConfigurationError, match=what):
         reward(name)
+
+
+OWN = "tests.research_env.own_rewards"
+
+
+@pytest.mark.parametrize("name", ["research", "r1-searcher", "search-r1"])
+def test_format_and_f1_are_computed_once_per_episode(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+
+    def counted(function: Any) -> Any:
+        def call(*args: Any, **more: Any) -> Any:
+            calls[function.__name__] += 1
+            return function(*args, **more)
+
+        return call
+
+    episode = play(name, GOOD[name])
+    for owner, attribute in ((base, "f1"), (Protocol, "render")):
+        monkeypatch.setattr(owner, attribute, counted(getattr(owner, attribute)))
+    for _ in range(2):
+        for each in PAPERS[name].rewards.values():
+            evaluate(each, episode)
+        episode_metrics(episode)
+    assert calls["f1"] == 1
+    assert calls["render"] == 1  # of the transcript that the format is read from
+
+
+def test_every_module_of_papers_is_registered() -> None:
+    modules = {p.stem.replace("_", "-") for p in Path(base.__file__).parent.glob("*.py")}
+    assert modules - {"--init--", "base"} == set(PAPERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing", "returned None for question 'q1'; a reward is one finite number"),
+        ("pair", r"returned \(1.0, {'extra': 2}\) for question 'q1'"),
+        ("promise", "returned <coroutine"),
+        ("not_a_number", "returned nan"),
+        ("words", "returned '1.0'"),
+        ("fails", "failed for question 'q1': AttributeError: .*'difficulty'"),
+    ],
+)
+def test_a_reward_that_is_no_number_is_an_error_that_names_it(name: str, message: str) -> None:
+    episode = play("research", ["<answer>\\boxed{Paris}</answer>"])
+    with pytest.raises(RewardError, match=f"the reward {name} {message}"):
+        evaluate(reward(f"{OWN}:{name}"), episode)
+    with pytest.raises(RewardError, match=f"the reward {OWN}:{name} {message}"):
+        evaluate(reward(f"em+0.5*{OWN}:{name}"), episode)
+    env = SearchQAEnv(dataset=DATASET, retriever=Engine(), reward=f"{OWN}:{name}")
+    env.reset(options={"question_id": "q1"})
+    with pytest.raises(RewardError, match=f"the reward {OWN}:{name} {message}"):
+        env.step("nothing")
+
+
+def test_numbers_of_any_library_are_rewards() -> None:
+    episode = play("research", ["<answer>\\boxed{Paris}</answer>"])
+    assert evaluate(reward(f"{OWN}:half"), episode) == 0.5
+    assert evaluate(reward(f"em-{OWN}:half"), episode) == 0.5
+
+
+@pytest.mark.parametrize("name", [f"{OWN}:later", f"em+{OWN}:later", later])
+def test_async_rewards_are_refused_when_the_environment_is_made(name: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"later is async; rewards are plain functions"):
+        SearchQAEnv(dataset=DATASET, retriever=Engine(), reward=name)
+
+
+def test_a_reward_may_read_a_questions_extra_fields() -> None:
+    question = Question("q", "Which?", ("x",), extra={"difficulty": "hard"})
+    data = Dataset("own", [question], None)
+    env = SearchQAEnv(dataset=data, retriever=Engine(), reward=f"{OWN}:by_difficulty")
+    env.reset(seed=0)
+    assert env.step("nothing")[1] == 1.0
+
+
+@pytest.mark.parametrize("opened", [True, False])
+@pytest.mark.parametrize(
+    ("protocol", "reward_name", "template", "follows"),
+    [
+        ("research", "research-strict", "instruct", True),
+        ("search-r1", "search-r1-format", "instruct", True),
+        ("research", "research-strict", "base", False),  # its prompt opens nothing
+        ("search-r1", "search-r1-format", "base", False),
+    ],
+)
+def test_a_thought_that_the_chat_template_opened_counts(
+    opened: bool, protocol: str, reward_name: str, template: str, follows: bool
+) -> None:
+    env = SearchQAEnv(
+        dataset=DATASET,
+        retriever=Engine(),
+        protocol=protocol,
+        reward=reward_name,
+        template=template,
+    )
+    _, info = env.reset(options={"question_id": "q1"})
+    env.step(("" if opened else "<think>") + "I look. </think><search>1</search>")
+    box = (
+        "<answer>\\boxed{Founder 1}</answer>"
+        if protocol == "research"
+        else "<answer>Founder 1</answer>"
+    )
+    _, earned, *_, info = env.step("<think>Found.</think>" + box)
+    assert info["metrics"]["format"] == float(follows or not opened)
+    assert (earned == 1.0) == (follows or not opened)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "follows"),
+    [
+        ("I look. </think></think>", "<think>b</think>", False),  # one too many
+        ("</think>", "<think>b</think>", True),
+        ("no thought", "b</think>", False),  # Search-R1 asks for a thought before each search
+        ("<think>a</think>", "b</think>", False),
+    ],
+)
+def test_only_the_first_thought_may_be_opened_by_the_prompt(
+    first: str, second: str, follows: bool
+) -> None:
+    env = SearchQAEnv(
+        dataset=DATASET, retriever=Engine(), protocol="search-r1", template="instruct"
+    )
+    env.reset(seed=0)
+    env.step(f"{first}<search>1</search>")
+    assert env.step(f"{second}<answer>x</answer>")[-1]["metrics"]["format"] == float(follows)

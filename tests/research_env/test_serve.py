@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from research_env import cli
@@ -57,7 +59,9 @@ class Served:
 
     def __init__(self, engine: Any = None, **limits: Any) -> None:
         self.engine = engine or Engine()
-        self.server = RetrievalServer(self.engine, limits=Limits(**limits))
+        arguments = {name: limits.pop(name) for name in ("key", "allowed_hosts") if name in limits}
+        limits = {"refusal_seconds": 0.0} | limits
+        self.server = RetrievalServer(self.engine, limits=Limits(**limits), **arguments)
         self.address = ("127.0.0.1", int(self.server.url.split(":")[2].split("/")[0]))
 
     def __enter__(self) -> Served:
@@ -68,24 +72,53 @@ class Served:
 
     def ask(
         self, method: str, path: str, body: bytes | None = None, **headers: str
-    ) -> tuple[int, dict[str, str], bytes]:
+    ) -> tuple[int, Message, bytes]:
         connection = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
         connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
         response = connection.getresponse()
-        answer = response.status, dict(response.headers), response.read()
+        answer = response.status, response.headers, response.read()
         connection.close()
         return answer
+
+    def connect(self, source: str = "127.0.0.1") -> socket.socket:
+        return socket.create_connection(self.address, PATIENCE, source_address=(source, 0))
+
+    def metric(self, name: str) -> float:
+        lines = self.ask("GET", "/metrics")[2].decode().splitlines()
+        return float(dict(line.rsplit(" ", 1) for line in lines)[f"research_env_{name}"])
 
     def post(self, value: object, **headers: str) -> tuple[int, Any]:
         status, _, body = self.ask("POST", "/retrieve", json.dumps(value).encode(), **headers)
         return status, json.loads(body)
 
 
+def head(request: str, *lines: str) -> bytes:
+    return "\r\n".join([f"{request} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode("latin-1")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def received(connection: socket.socket) -> bytes:
+    """All that comes until the server closes the connection."""
+    parts = []
+    with suppress(ConnectionError):
+        while part := connection.recv(1 << 16):
+            parts.append(part)
+    return b"".join(parts)
+
+
 class Gate(Engine):
     """An engine that answers no batch before it is opened."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine | None = None) -> None:
         super().__init__()
+        self.engine = engine or Engine()
+        self.batches = self.engine.batches
         self.asked = threading.Semaphore(0)
         self.opened = threading.Event()
         self.at_once = self.most_at_once = 0
@@ -96,7 +129,15 @@ class Gate(Engine):
         self.asked.release()
         assert self.opened.wait(PATIENCE)
         self.at_once -= 1
-        return super().search(queries, top_k)
+        return self.engine.search(queries, top_k)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Served]:
+    """A server for tests that change nothing in it."""
+    limits = {"queries": 3, "hits": 1999, "body": 200_000}
+    with Served(allowed_hosts=["Search.Example.org"], **limits) as served:
+        yield served
 
 
 # --- our client against our server ---------------------------------------------------------------
@@ -192,28 +233,31 @@ def test_a_bug_of_the_engine_is_not_told_to_the_client(caplog: pytest.LogCapture
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b"", "no JSON"),
-        (b"queries=1", "no JSON"),
-        (b"\xff\xfe", "no JSON"),
-        (b"[" * 100_000, "no JSON"),
-        (b"[]", "must be an object"),
-        (b"{}", "'queries' must be a list of strings"),
-        (b'{"queries": "one"}', "'queries' must be a list of strings"),
-        (b'{"queries": ["one", 2]}', "'queries' must be a list of strings"),
+        (b"", "not JSON"),
+        (b"queries=1", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b'{"x": ' + b"[" * 100_000, "not JSON"),
+        (b'{"queries": ["\xed\xa0\x80"]}', "not JSON"),
+        (b"[]", "Expected `object`, got `array`"),
+        (b"{}", "missing required field `queries`"),
+        (b'{"queries": "one"}', "Expected `array`, got `str` - at `$.queries`"),
+        (b'{"queries": ["one", 2]}', "Expected `str`, got `int` - at `$.queries[1]`"),
         (b'{"queries": ["1","2","3","4"]}', "4 queries; a request has at most 3"),
         (b'{"queries": ["1"], "topk": 0}', "'topk' must be a whole number from 1 to 1000"),
         (b'{"queries": ["1"], "topk": 1001}', "'topk' must be"),
-        (b'{"queries": ["1"], "topk": 2.0}', "'topk' must be"),
-        (b'{"queries": ["1"], "topk": true}', "'topk' must be"),
-        (b'{"queries": ["1"], "return_scores": "yes"}', "'return_scores' must be"),
+        (b'{"queries": ["1"], "topk": 99999999999999999999}', "'topk' must be"),
+        (b'{"queries": ["1"], "topk": 2.0}', "got `float` - at `$.topk`"),
+        (b'{"queries": ["1"], "topk": true}', "got `bool` - at `$.topk`"),
+        (b'{"queries": ["1"], "return_scores": "yes"}', "got `str` - at `$.return_scores`"),
+        (b'{"queries": ["1", "2"], "topk": 1000}', "2 queries times topk 1000 is more than 1999"),
     ],
 )
-def test_bad_requests_are_refused_and_told_why(body: bytes, message: str) -> None:
-    with Served(queries=3) as served:
-        status, headers, answer = served.ask("POST", "/retrieve", body)
-        assert (status, headers["Content-Type"]) == (400, "application/json")
-        assert message in json.loads(answer)["error"]
-        assert served.engine.batches == []
+def test_bad_requests_are_refused_and_told_why(body: bytes, message: str, shared: Served) -> None:
+    searched = len(shared.engine.batches)
+    status, headers, answer = shared.ask("POST", "/retrieve", body)
+    assert (status, headers["Content-Type"]) == (400, "application/json")
+    assert message in json.loads(answer)["error"]
+    assert len(shared.engine.batches) == searched
 
 
 @pytest.mark.parametrize(
@@ -222,35 +266,76 @@ def test_bad_requests_are_refused_and_told_why(body: bytes, message: str) -> Non
         ("GET", "/retrieve", 405),
         ("GET", "/", 404),
         ("POST", "/search", 404),
-        ("POST", "/health", 404),
-        ("PUT", "/retrieve", 501),
-        ("DELETE", "/retrieve", 501),
+        ("POST", "/health", 405),
+        ("PUT", "/retrieve", 405),
+        ("DELETE", "/retrieve", 405),
     ],
 )
-def test_other_requests_are_refused(method: str, path: str, status: int) -> None:
+def test_other_requests_are_refused(method: str, path: str, status: int, shared: Served) -> None:
+    code, headers, body = shared.ask(method, path, b"{}" if method == "POST" else None)
+    assert (code, headers["Content-Type"]) == (status, "application/json")
+    assert "there are POST /retrieve, GET /health and GET /metrics" in json.loads(body)["error"]
+
+
+def test_large_answers_are_refused_and_nothing_else_with_them() -> None:
+    with Served(answer=2_000) as served:
+        few, many = {"queries": ["1"]}, {"queries": ["1"] * 20}
+        assert served.post(few)[0] == 200
+        status, body = served.post(many)
+        assert status == 413
+        assert "the answer has more than 2000 bytes" in body["error"]
+        assert served.post(few)[0] == 200
+        client = HttpRetriever(served.server.url)  # splits what is too large
+        assert client.search(["1"] * 20, 5) == Engine().search(["1"] * 20, 5)
+        client.close()
+
+
+def test_queries_are_cut_where_the_environment_cuts_them() -> None:
     with Served() as served:
-        code, headers, body = served.ask(method, path, b"{}" if method == "POST" else None)
-        assert (code, headers["Content-Type"]) == (status, "application/json")
-        assert json.loads(body)["error"]
+        assert served.post({"queries": ["x" * 1_000_000, "\u00e9" * 1_000]})[0] == 200
+        assert served.engine.batches == [("x" * 1_000, "\u00e9" * 1_000)]
 
 
-def test_bodies_without_a_length_or_too_long_are_not_read() -> None:
-    with Served(body=100) as served:
-        status, headers, _ = served.ask("POST", "/retrieve", b"x" * 101)
-        assert (status, headers["Connection"]) == (413, "close")
-        assert served.ask("POST", "/retrieve", None, Content_Length="9" * 30)[0] == 413
-        for length in ("-1", "ten", "²"):
-            raw = f"POST /retrieve HTTP/1.1\r\nContent-Length: {length}\r\n\r\n"
-            with socket.create_connection(served.address, PATIENCE) as connection:
-                connection.sendall(raw.encode("latin-1"))
-                assert connection.recv(1000).startswith(b"HTTP/1.1 411 ")
-        with socket.create_connection(served.address, PATIENCE) as connection:
-            connection.sendall(b"POST /retrieve HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
-            assert connection.recv(1000).startswith(b"HTTP/1.1 411 ")
-        with socket.create_connection(served.address, PATIENCE) as connection:
-            connection.sendall(b"\x16\x03\x01\x02\x00\x01\r\n\r\n")  # TLS to a port without
-            assert b"Bad request" in connection.recv(1000)
-        assert served.engine.batches == []
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (head("POST /retrieve", "Content-Length: 200001"), 413),
+        (head("POST /retrieve", f"Content-Length: {'9' * 20}"), 413),
+        (head("POST /retrieve", f"Content-Length: {'9' * 30}"), 400),
+        (head("POST /retrieve", "Content-Length: -1"), 400),
+        (head("POST /retrieve", "Content-Length: ten"), 400),
+        (head("POST /retrieve", "Content-Length: \xb2"), 400),
+        (head("POST /retrieve"), 411),
+        (head("POST /retrieve", "Transfer-Encoding: chunked"), 411),
+        (head("POST /retrieve", "Content-Length: 2", "Transfer-Encoding: chunked"), 411),
+        (head("POST /retrieve", "Content-Length: 2", "Content-Length: 3"), 400),
+        (head("POST /retrieve", "Content-Length: 2, 3"), 400),
+        (head("POST /retrieve", "Content-Length : 2"), 400),
+        (head("GET /health", "Content-Length: 35"), 400),
+        (head("GET /health", "Transfer-Encoding: chunked"), 400),
+        (head("GET /health", "no colon"), 400),
+        (head("GET /health", "Host: other"), 400),
+        (b"GET /health HTTP/1.1\r\nX-Long: " + b"x" * 20_000, 400),
+        (b"GET /health HTTP/1.1\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", 400),
+    ],
+)
+def test_requests_whose_end_is_unclear_are_refused_unread(
+    request_: bytes, status: int, shared: Served
+) -> None:
+    """A second request is hidden in what follows; no answer to it may come."""
+    searched = len(shared.engine.batches)
+    hidden = head("POST /retrieve", "Content-Length: 18") + b'{"queries": ["1"]}'
+    if b"chunked" in request_:
+        hidden = b"0\r\n\r\n" + hidden
+    with shared.connect() as connection:
+        connection.sendall(request_ + hidden)
+        if status == 413:  # the rest of the announced body is discarded
+            connection.shutdown(socket.SHUT_WR)
+        answer = received(connection)
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+        assert answer.count(b"HTTP/1.1") == 1
+    assert len(shared.engine.batches) == searched
 
 
 def test_connections_are_kept() -> None:
@@ -274,90 +359,306 @@ def test_searches_at_once_are_bounded_and_the_rest_waits_or_is_sent_away() -> No
         asked = [pool.submit(served.post, {"queries": [str(i)]}) for i in range(4)]
         for _ in range(2):
             assert gate.asked.acquire(timeout=PATIENCE)
-        deadline = time.monotonic() + PATIENCE
-        while served.server.waiting < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: served.server.waiting == 2)
         status, headers, body = served.ask("POST", "/retrieve", b'{"queries": ["9"]}')
         assert (status, headers["Retry-After"]) == (503, "1")
-        assert json.loads(body) == {"error": "too many searches wait"}
+        assert json.loads(body) == {"error": "too many requests wait"}
         assert served.ask("GET", "/health")[0] == 200
         gate.opened.set()
         assert [each.result(PATIENCE)[0] for each in asked] == [200] * 4
         assert gate.most_at_once == 2
 
 
+def test_a_busy_server_refuses_before_it_reads_the_body() -> None:
+    gate = Gate()
+    with Served(gate, searches=1, waiting=0) as served, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(served.post, {"queries": ["1"]})
+        assert gate.asked.acquire(timeout=PATIENCE)
+        with served.connect() as late:
+            late.sendall(head("POST /retrieve", "Content-Length: 100000"))
+            assert late.recv(1000).startswith(b"HTTP/1.1 503 ")
+        with served.connect() as late:
+            late.sendall(head("POST /retrieve", "Content-Length: 9", "Expect: 100-continue"))
+            answer = received(late)  # it closes: the client may or may not send its body now
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert b"connection: close" in answer.lower()
+        gate.opened.set()
+        assert asked.result(PATIENCE)[0] == 200
+
+
+def test_a_client_that_retries_at_once_waits_for_its_refusal() -> None:
+    gate = Gate()
+    with (
+        Served(gate, searches=1, waiting=0, refusal_seconds=1.0) as served,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        asked = pool.submit(served.post, {"queries": ["1"]})
+        assert gate.asked.acquire(timeout=PATIENCE)
+        with served.connect() as late:
+            late.sendall(head("POST /retrieve", "Content-Length: 2") + b"{}")
+            late.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                late.recv(1000)
+        gate.opened.set()
+        assert asked.result(PATIENCE)[0] == 200
+
+
+def test_the_bytes_of_waiting_requests_are_bounded() -> None:
+    gate = Gate()
+    large = json.dumps({"queries": ["1" + " " * 50_000]}).encode()
+    with Served(gate, searches=1, memory=240_000) as served, ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(served.ask, "POST", "/retrieve", large) for _ in range(2)]
+        wait_until(lambda: served.server.waiting == 1)
+        assert served.metric("memory_bytes") == 2 * len(large)
+        assert served.ask("POST", "/retrieve", large)[0] == 503
+        small = pool.submit(served.post, {"queries": ["1"]})
+        wait_until(lambda: served.server.waiting == 2)
+        gate.opened.set()
+        assert [each.result(PATIENCE)[0] for each in asked] == [200, 200]
+        assert small.result(PATIENCE)[0] == 200
+        wait_until(lambda: served.metric("memory_bytes") == 0)
+
+
+def test_a_body_counts_as_it_comes() -> None:
+    """Clients that announce large bodies and send nothing take no room from others."""
+    with (
+        Served(memory=200_000, body=90_000) as served,
+        served.connect() as first,
+        served.connect() as second,
+    ):
+        for connection in (first, second):
+            connection.sendall(head("POST /retrieve", "Content-Length: 90000"))
+        assert served.post({"queries": ["1"]})[0] == 200
+        first.sendall(b" " * 60_000)
+        wait_until(lambda: served.metric("memory_bytes") == 60_000)
+        second.sendall(b" " * 60_000)
+        assert second.recv(1000).startswith(b"HTTP/1.1 503 ")
+        first.sendall(b" " * 30_000)
+        assert first.recv(1000).startswith(b"HTTP/1.1 400 ")
+
+
+class Large(Engine):
+    """An engine with answers of 16 MB."""
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+        self.batches.append(tuple(queries))
+        return [[Hit(Passage("p", "", "x" * (8 << 20)), 1.0)] for _ in queries]
+
+
+def asks_and_reads_nothing(served: Served) -> socket.socket:
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(PATIENCE)
+    client.connect(served.address)
+    client.sendall(head("POST /retrieve", "Content-Length: 18") + b'{"queries": ["1"]}')
+    return client
+
+
+def reads_nothing(served: Served) -> socket.socket:
+    """A client for whom an answer of 16 MB waits."""
+    client = asks_and_reads_nothing(served)
+    wait_until(lambda: served.metric("memory_bytes") > 16 << 20)
+    return client
+
+
+def test_answers_that_are_not_read_count_and_are_dropped_at_their_deadline() -> None:
+    ask = head("POST /retrieve", "Content-Length: 18") + b'{"queries": ["1"]}'
+    with (
+        Served(Large(), memory=24 << 20, answer=17 << 20) as served,
+        reads_nothing(served) as client,
+    ):
+        assert served.post({"queries": ["1"]})[0] == 503  # the address holds more than half
+        with served.connect("127.0.0.2") as other:
+            other.sendall(ask)
+            assert other.recv(1000).startswith(b"HTTP/1.1 200 ")
+        answer = b""
+        while len(answer) < 16 << 20:
+            answer += client.recv(1 << 20)
+        wait_until(lambda: served.metric("memory_bytes") == 0)
+        assert served.post({"queries": ["1"]})[0] == 200
+    with Served(Large(), answer=17 << 20, answer_seconds=0.2) as served, reads_nothing(served):
+        wait_until(lambda: served.metric("memory_bytes") == 0)
+
+
+def test_requests_that_waited_are_refused_while_answers_are_not_read() -> None:
+    """They were taken when there was room, and each would add an answer."""
+    gate = Gate(Large())
+    with Served(gate, searches=1, memory=24 << 20, answer=17 << 20) as served:
+        clients = [asks_and_reads_nothing(served) for _ in range(3)]
+        wait_until(lambda: served.server.waiting == 2)
+        gate.opened.set()
+        for client in clients[1:]:
+            assert client.recv(1000).startswith(b"HTTP/1.1 503 ")
+        for client in clients:
+            client.close()
+        assert len(gate.batches) == 1
+
+
+def test_a_client_that_left_while_it_waited_costs_no_search() -> None:
+    gate = Gate()
+    with Served(gate, searches=1) as served, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(served.post, {"queries": ["1"]})
+        assert gate.asked.acquire(timeout=PATIENCE)
+        with served.connect() as impatient:
+            impatient.sendall(head("POST /retrieve", "Content-Length: 18") + b'{"queries": ["2"]}')
+            wait_until(lambda: served.server.waiting == 1)
+        assert served.ask("GET", "/health")[0] == 200  # the server has seen the client leave
+        gate.opened.set()
+        assert asked.result(PATIENCE)[0] == 200
+        assert served.post({"queries": ["3"]})[0] == 200
+        assert gate.batches == [("1",), ("3",)]
+
+
 def test_connections_are_bounded() -> None:
     with Served(connections=1) as served:
-        with socket.create_connection(served.address, PATIENCE) as first:
-            first.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        with served.connect() as first:
+            first.sendall(head("GET /health"))
             assert first.recv(1000).startswith(b"HTTP/1.1 200 ")
-            with socket.create_connection(served.address, PATIENCE) as second:
+            with served.connect() as second:
                 assert second.recv(1000).startswith(b"HTTP/1.1 503 ")
-        deadline = time.monotonic() + PATIENCE
-        while served.ask("GET", "/health")[0] != 200:  # once it has noticed that the first left
-            assert time.monotonic() < deadline
+        wait_until(lambda: served.ask("GET", "/health")[0] == 200)  # it noticed that the first left
 
 
-def test_a_silent_connection_is_closed() -> None:
-    with Served(idle=0.1) as served, socket.create_connection(served.address, PATIENCE) as silent:
-        silent.sendall(b"POST /retrieve HTTP/1.1\r\nContent-Length: 10\r\n\r\n123")
-        assert silent.recv(1000) == b""
+def test_an_address_has_a_share_of_the_connections() -> None:
+    with Served(connections=5) as served, served.connect(), served.connect():
+        with served.connect() as third:
+            assert third.recv(1000).startswith(b"HTTP/1.1 503 ")
+        with served.connect("127.0.0.2") as other:
+            other.sendall(head("GET /health"))
+            assert other.recv(1000).startswith(b"HTTP/1.1 200 ")
 
 
-def test_a_body_that_drips_is_not_waited_for() -> None:
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /health HTTP/1.1\r\nHost: localh",
+        head("POST /retrieve", "Content-Length: 10") + b"123",
+        head("POST /retrieve", "Content-Length: 10", "Expect: 100-continue"),
+        head("POST /retrieve", "Content-Length: 99999999999") + b"123",  # refused, body discarded
+        head("GET /health") + b"GET /health HTTP/1.1\r\n",
+        head("POST /retrieve", "Content-Length: 2") + b"{}" + head("POST /retrieve") * 2,
+    ],
+    ids=["nothing", "header", "body", "expect", "refused", "pipelined", "pipelined bodies"],
+)
+def test_a_client_that_stops_within_a_request_is_dropped(sent: bytes) -> None:
+    with Served(request_seconds=0.2, idle_seconds=100) as served, served.connect() as silent:
+        silent.sendall(sent)
+        received(silent)  # ends when the server closes
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [b"GET /health HTTP/1.1\r\nHost: ", head("POST /retrieve", "Content-Length: 100000")],
+    ids=["header", "body"],
+)
+def test_a_request_has_one_deadline_from_its_first_byte_to_its_last(begin: bytes) -> None:
     with (
-        Served(reading=0.3) as served,
-        socket.create_connection(served.address, PATIENCE) as slow,
-        suppress(ConnectionError),  # it closed while we were still sending
+        Served(request_seconds=0.3) as served,
+        served.connect() as slow,
+        suppress(ConnectionError),  # the server closed while the client was still sending
     ):
-        slow.sendall(b"POST /retrieve HTTP/1.1\r\nContent-Length: 100000\r\n\r\n")
+        slow.sendall(begin)
         slow.settimeout(0.05)
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
-            slow.sendall(b" ")
+            slow.sendall(b"a")
             with suppress(TimeoutError):
                 assert slow.recv(1000) == b""
                 break
         else:
-            pytest.fail("it is still reading")
+            pytest.fail("the server still reads")
 
 
-def test_large_bodies_are_read_a_few_at_a_time_and_small_ones_pass_by() -> None:
-    body = json.dumps({"queries": ["1" + " " * 200]}).encode()
-    with (
-        Served(large=100, larges=1) as served,
-        socket.create_connection(served.address, PATIENCE) as slow,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        slow.sendall(
-            f"POST /retrieve HTTP/1.1\r\nContent-Length: {len(body)}\r\n"
-            "Expect: 100-continue\r\n\r\n".encode()
-        )
-        assert slow.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
-        time.sleep(0.1)  # for its turn to be taken
-        second = pool.submit(served.ask, "POST", "/retrieve", body)
-        assert served.post({"queries": ["1"]})[0] == 200
-        with pytest.raises(TimeoutError):
-            second.result(0.3)
-        slow.sendall(body)
-        assert slow.recv(1000).startswith(b"HTTP/1.1 200 ")
-        assert second.result(PATIENCE)[0] == 200
+def test_an_idle_connection_is_closed() -> None:
+    with Served(idle_seconds=0, request_seconds=100) as served, served.connect() as idle:
+        idle.sendall(head("GET /health"))
+        assert received(idle).startswith(b"HTTP/1.1 200 ")
 
 
-def test_a_large_body_that_gets_no_turn_is_sent_away() -> None:
-    with (
-        Served(large=10, larges=1, reading=0.3) as served,
-        socket.create_connection(served.address, PATIENCE) as slow,
-        socket.create_connection(served.address, PATIENCE) as late,
-    ):
-        head = b"POST /retrieve HTTP/1.1\r\nContent-Length: 100\r\n\r\n"
-        served.server._server._larges.acquire()  # as a client does that takes its time
-        slow.sendall(head)
-        late.sendall(head)
-        assert slow.recv(1000).startswith(b"HTTP/1.1 503 ")
-        assert late.recv(1000).startswith(b"HTTP/1.1 503 ")
-        served.server._server._larges.release()
+# --- who may ask ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost"}, 200),
+        ({"Host": "LOCALHOST:8000"}, 200),
+        ({"Host": "127.0.0.1:80"}, 200),
+        ({"Host": "search.example.org"}, 200),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "localhost.evil.example"}, 403),
+        ({"Host": "127.0.0.2"}, 403),
+        ({"Host": "evil.example:80@localhost"}, 200),
+        ({"Host": "[::1"}, 403),
+        ({"Host": ""}, 403),
+        ({"Host": "localhost:8000", "Origin": "http://localhost:8000"}, 200),
+        ({"Host": "localhost:8000", "Origin": "http://localhost:3000"}, 403),
+        ({"Host": "localhost:8000", "Origin": "https://evil.example"}, 403),
+        ({"Host": "localhost:8000", "Origin": "null"}, 403),
+        ({"Host": "localhost:8000", "Origin": ""}, 403),
+    ],
+)
+def test_web_pages_of_other_sites_cannot_search(
+    headers: dict[str, str], status: int, shared: Served
+) -> None:
+    searched = len(shared.engine.batches)
+    assert shared.post({"queries": ["1"]}, **headers)[0] == status
+    assert len(shared.engine.batches) == searched + (status == 200)
+
+
+def test_a_server_on_all_addresses_answers_to_the_one_that_was_asked() -> None:
+    server = RetrievalServer(Engine(), "0.0.0.0")
+    port = int(server.url.split(":")[2].split("/")[0])
+    try:
+        for address, status in (("127.0.0.1", 200), ("127.0.0.3", 200), ("rebound.example", 403)):
+            to = "127.0.0.1" if address == "rebound.example" else address
+            connection = http.client.HTTPConnection(to, port, timeout=PATIENCE)
+            connection.request("GET", "/health", headers={"Host": f"{address}:{port}"})
+            assert connection.getresponse().status == status
+            connection.close()
+    finally:
+        server.stop()
+
+
+def test_a_key_guards_everything_but_the_health() -> None:
+    with Served(key="s3cret") as served:
+        assert served.ask("GET", "/health")[0] == 200
+        for wrong in (
+            "",
+            "Bearer s3cre",
+            "Bearer s3cret2",
+            "s3cret",
+            "Basic s3cret",
+            "Bearer \xe9",
+        ):
+            for method, path in (("GET", "/metrics"), ("POST", "/retrieve"), ("GET", "/other")):
+                body = b'{"queries": ["1"]}' if method == "POST" else None
+                status, headers, answer = served.ask(method, path, body, Authorization=wrong)
+                assert (status, headers["WWW-Authenticate"]) == (401, "Bearer")
+                assert b"s3cret" not in answer
+        assert served.engine.batches == []
+        right = {"Authorization": "Bearer s3cret"}
+        assert served.post({"queries": ["1"]}, **right)[0] == 200
+        assert served.ask("GET", "/metrics", Authorization="Bearer s3cret")[0] == 200
+
+
+def test_our_client_sends_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Served(key="s3cret") as served:
+        with closing(open_retriever(served.server.url, None)) as client:
+            (error,) = fails_in_place(client, ["1"])
+            assert "status 401: " in str(error)
+        monkeypatch.setenv("RETRIEVER_API_KEY", "s3cret")
+        with closing(open_retriever(served.server.url, None)) as client:
+            assert client.search(["1"], 5) == Engine().search(["1"], 5)
+        monkeypatch.setenv("RETRIEVER_API_KEY", "wrong")
+        with closing(open_retriever(served.server.url, None)) as client:
+            (error,) = fails_in_place(client, ["1"])
+            assert "wrong" not in str(error)
+
+
+# --- metrics --------------------------------------------------------------------------------------
 
 
 def test_metrics_count() -> None:
@@ -367,22 +668,21 @@ def test_metrics_count() -> None:
         served.post({"queries": ["down"]})
         served.post({"queries": 5})
         status, headers, body = served.ask("GET", "/metrics")
-        assert (status, headers["Content-Type"]) == (
-            200,
-            "text/plain; version=0.0.4; charset=utf-8",
-        )
+        assert (status, headers.get_content_type()) == (200, "text/plain")
         lines = body.decode().splitlines()
         values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         assert float(values.pop("research_env_search_seconds_sum")) > 0
+        values = {name: value for name, value in values.items() if "_created" not in name}
         assert values == {
-            'research_env_requests_total{code="200"}': "2",
-            'research_env_requests_total{code="400"}': "1",
-            'research_env_requests_total{code="503"}': "1",
-            "research_env_queries_total": "5",
-            "research_env_failed_queries_total": "2",
-            "research_env_searches_in_flight": "0",
-            "research_env_requests_waiting": "0",
-            "research_env_search_seconds_count": "3",
+            'research_env_requests_total{code="200"}': "2.0",
+            'research_env_requests_total{code="400"}': "1.0",
+            'research_env_requests_total{code="503"}': "1.0",
+            "research_env_queries_total": "5.0",
+            "research_env_failed_queries_total": "2.0",
+            "research_env_searches_in_flight": "0.0",
+            "research_env_requests_waiting": "0.0",
+            "research_env_memory_bytes": "0.0",
+            "research_env_search_seconds_count": "3.0",
         }
         assert lines.count("# TYPE research_env_requests_total counter") == 1
 
@@ -418,8 +718,8 @@ def test_a_stop_finishes_a_request_whose_body_is_still_coming() -> None:
         socket.create_connection(served.address, PATIENCE) as client,
         ThreadPoolExecutor(1) as pool,
     ):
-        head = f"POST /retrieve HTTP/1.1\r\nContent-Length: {len(body)}\r\n"
-        client.sendall(head.encode() + b"Expect: 100-continue\r\n\r\n")
+        length = f"Content-Length: {len(body)}"
+        client.sendall(head("POST /retrieve", length, "Expect: 100-continue"))
         assert client.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
         stopping = pool.submit(served.server.stop, PATIENCE)
         deadline = time.monotonic() + PATIENCE
@@ -436,7 +736,7 @@ def test_a_stop_finishes_a_request_whose_body_is_still_coming() -> None:
     assert served.engine.batches == [("1",)]
 
 
-def test_a_stop_does_not_wait_for_ever() -> None:
+def test_a_stop_does_not_wait_forever() -> None:
     gate = Gate()
     served = Served(gate)
     with ThreadPoolExecutor(1) as pool:
@@ -444,28 +744,34 @@ def test_a_stop_does_not_wait_for_ever() -> None:
         assert gate.asked.acquire(timeout=PATIENCE)
         served.server.stop(patience=0.05)
         gate.opened.set()
-        asked.result(PATIENCE)
+        assert asked.result(PATIENCE)[0] == 503
 
 
 # --- the command ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_serves_until_it_is_told_to_stop(tmp_path: Path, signal_: int) -> None:
+@pytest.mark.parametrize(("signal_", "key"), [(signal.SIGTERM, ""), (signal.SIGINT, "s3cret")])
+def test_the_command_serves_until_it_is_told_to_stop(
+    tmp_path: Path, signal_: int, key: str
+) -> None:
     corpus = tmp_path / "passages.jsonl"
     corpus.write_text('{"id": "p1", "title": "Ada", "text": "Ada founded Nordwind."}\n')
     command = [sys.executable, "-m", "research_env.cli", "serve", "--corpus", str(corpus)]
     process = subprocess.Popen(
-        [*command, "--port", "0"],
+        [*command, "--port", "0", "--allowed-hosts", "one.example", "two.example"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "RESEARCH_CACHE": str(tmp_path / "cache")},
+        env={**os.environ, "RESEARCH_CACHE": str(tmp_path / "cache"), "RETRIEVER_API_KEY": key},
     )
     try:
         assert process.stdout is not None
         url = process.stdout.readline().split()[1].rstrip(";")
-        client = HttpRetriever(url)
+        for host, status in (("two.example", 200), ("three.example", 403)):
+            health = httpx.get(url.replace("/retrieve", "/health"), headers={"Host": host})
+            assert health.status_code == status
+        assert httpx.post(url, json={"queries": []}).status_code == (401 if key else 200)
+        client = HttpRetriever(url, key=key)
         (found,) = client.search(["who founded Nordwind"], 1)
         assert isinstance(found, list)
         assert found[0].passage == Passage("p1", "Ada", "Ada founded Nordwind.")
@@ -488,11 +794,26 @@ def test_the_command_refuses_what_it_cannot_serve(
         port = str(taken.getsockname()[1])
         for arguments, message in (
             (["serve"], "give --retriever URL, --dataset NAME or --corpus FILE"),
-            (["serve", "--dataset", "miniworld", "--port", port], "cannot listen at 127.0.0.1"),
-            (["serve", "--corpus", str(corpus), "--port", port], "cannot listen at 127.0.0.1"),
-            (["serve", "--corpus", str(corpus), "--port", "70000"], "cannot listen at"),
+            (["serve", "--dataset", "miniworld", "--port", port], "cannot listen on 127.0.0.1"),
+            (["serve", "--corpus", str(corpus), "--port", port], "cannot listen on 127.0.0.1"),
+            (["serve", "--corpus", str(corpus), "--port", "70000"], "cannot listen on"),
         ):
             with pytest.raises(SystemExit) as exit_:
                 cli.main(arguments)
             assert exit_.value.code == 2
             assert message in capsys.readouterr().err
+
+
+def test_the_command_says_what_it_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    words = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert "0.0.0.0 lets other machines in, without any authentication unless" in words
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.delitem(sys.modules, "research_env.retrieval.serve")
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["serve", "--dataset", "miniworld"])
+    assert exit_.value.code == 2
+    assert "needs fastapi: pip install 'research-env[serve]'" in capsys.readouterr().err

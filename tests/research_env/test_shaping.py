@@ -269,7 +269,7 @@ def test_a_sum_worked_by_hand() -> None:
 
 
 def test_the_table_of_rewards_names_all_there_is() -> None:
-    table = (Path(__file__).parents[2] / "docs/rewards.md").read_text(encoding="utf-8")
+    table = (Path(__file__).parents[2] / "docs/how-to/rewards.md").read_text(encoding="utf-8")
     of_episodes, of_turns = table.split("## Rewards of turns")
     for part, known in ((of_episodes, KNOWN), (of_turns, TURN_REWARDS)):
         named = re.findall(r"^\| `([^`]+)` \|", part, flags=re.MULTILINE)
@@ -301,7 +301,10 @@ def test_components_are_among_the_metrics_at_the_end() -> None:
     assert {name: info["metrics"][f"reward/{name}"] for name in components} == components
     env.reset(options={"question_id": "q3"})
     _, earned, _, _, info = env.step(search("fail"))  # void: nothing is scored
-    assert (earned, info["void"], info["metrics"]) == (0.0, True, {})
+    assert (earned, info["void"]) == (0.0, True)
+    assert info["metrics"] == dict.fromkeys(
+        (*BASIC, *(f"reward/{name}" for name in components)), 0.0
+    )
 
 
 def test_a_single_reward_adds_no_metric() -> None:

@@ -22,6 +22,7 @@ from research_env.errors import (
     EpisodeError,
     RetrievalError,
     UnknownNameError,
+    UnknownTaskError,
 )
 from research_env.vector_env import SearchQAVectorEnv, StepResult
 from tests.research_env.fakes import DATASET, Engine, answer, search
@@ -192,6 +193,24 @@ def test_a_group_of_samples_shares_its_question() -> None:
     mask = [True, False, False, True]
     _, infos = env.reset(options={"episodes": [2, 0, 0, 7], "reset_mask": mask})
     assert infos["question_id"].tolist() == [ids[1], None, None, ids[0]]
+
+
+def test_questions_may_be_chosen_by_id() -> None:
+    env = make(3)
+    env.reset(seed=1)
+    prompts, infos = env.reset(options={"question_ids": ["q3", "q0", "q3"]})
+    assert infos["question_id"].tolist() == ["q3", "q0", "q3"]
+    assert prompts[0] == prompts[2] != prompts[1]
+    mask = [False, True, False]
+    _, infos = env.reset(options={"question_ids": [None, "q4", None], "reset_mask": mask})
+    assert infos["question_id"].tolist() == [None, "q4", None]
+    with pytest.raises(UnknownTaskError, match="no question has the id 'q9'"):
+        env.reset(options={"question_ids": ["q1", "q1", "q9"]})
+    assert [each.question.id for each in env.episodes if each] == ["q3", "q4", "q3"]
+    for wrong in ({"question_ids": "q1"}, {"question_ids": ["q1"] * 3, "episodes": [1] * 3}):
+        with pytest.raises(ConfigurationError):
+            env.reset(options=wrong)
+    env.close()
 
 
 def test_without_options_the_sub_environments_share_out_the_order() -> None:

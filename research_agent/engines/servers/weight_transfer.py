@@ -26,9 +26,10 @@ from urllib.parse import urlsplit
 import torch
 
 from research_agent.engines.checks import WeightNames
-from research_agent.engines.remote import RequestError, one_line
+from research_agent.engines.remote import RequestError
 from research_agent.engines.servers.pool import RELOAD_TIMEOUT
 from research_agent.errors import ConfigError, EngineError
+from research_agent.redaction import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,7 +22,7 @@ import os
 import shutil
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from hashlib import blake2b
@@ -108,9 +108,8 @@ class IndexWriter:
         weights = (ONE + K1) * idf.astype(np.float32)
         norms = self._inverse_norms()[np.concatenate(self._codes)]
         maxima = np.empty(len(hashes), np.float32)
-        steps = np.searchsorted(starts, np.arange(0, starts[-1], _RUN))
         with self._file("rows").open("wb") as rows_file, self._file("impacts").open("wb") as file:
-            for first, last in pairwise(np.unique([*steps, len(hashes)]).tolist()):
+            for first, last in _term_parts(starts):
                 part = slice(first, last)
                 rows, times = _merge(runs, hashes[part], starts[first : last + 1])
                 weight = np.repeat(weights[part], frequencies[part])
@@ -169,6 +168,12 @@ class IndexWriter:
         mean = np.float32(self._words / self._rows)
         lengths = rounded_lengths().astype(np.float32)
         return ONE / (K1 * ((ONE - B) + B * lengths / mean))
+
+
+def _term_parts(starts: Array) -> Iterator[tuple[int, int]]:
+    """First term and end of consecutive parts of about ``_RUN`` postings each."""
+    steps = np.searchsorted(starts, np.arange(0, starts[-1], _RUN))
+    return pairwise(np.unique([*steps, len(starts) - 1]).tolist())
 
 
 def _is_positive(values: Array) -> bool:
@@ -239,17 +244,19 @@ class IndexReader:
             raise ValueError("terms.bin is not in ascending order")
         if starts[0] != 0 or not (starts[:-1] < starts[1:]).all():
             raise ValueError("starts.bin does not ascend from 0")
-        if not _is_positive(self._maxima):
-            raise ValueError("maxima.bin holds a number that no impact can be")
-        for first in range(0, len(rows), _RUN):
-            part = rows[first : first + _RUN]
+        for first, last in _term_parts(starts):
+            begin, end = starts[first], starts[last]
+            part, terms = rows[begin:end], starts[first:last] - begin
             if part.min() < 0 or part.max() >= self.num_rows:
                 raise ValueError(f"rows.bin holds a row outside 0 to {self.num_rows - 1}")
-            descents = 1 + first + np.flatnonzero(np.diff(rows[first : first + _RUN + 1]) <= 0)
-            if not (starts[np.searchsorted(starts, descents)] == descents).all():
+            descents = 1 + np.flatnonzero(np.diff(part) <= 0)
+            if not (starts[np.searchsorted(starts, begin + descents)] == begin + descents).all():
                 raise ValueError("rows.bin is not in ascending order within a term")
-            if not _is_positive(impacts[first : first + _RUN]):
+            if not _is_positive(impacts[begin:end]):
                 raise ValueError("impacts.bin holds a number that no impact can be")
+            maxima = np.maximum.reduceat(impacts[begin:end], terms)
+            if not (maxima == self._maxima[first:last]).all():
+                raise ValueError("maxima.bin does not hold the greatest impact of each term")
 
     def best(
         self, queries: Sequence[Sequence[str]], top_k: int, threads: int = 1

@@ -18,7 +18,6 @@ the index changes or the machine is restarted: after a crash a disk may have los
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import mmap
 import os
@@ -37,6 +36,7 @@ import msgspec
 import numpy as np
 
 from research_env.errors import ConfigurationError, DataError, RetrievalError, StaleIndexError
+from research_env.locks import exclusive_lock
 from research_env.paths import read_note, write_note
 from research_env.retrieval.base import Hit, Passage
 from research_env.retrieval.bm25.analyzer import analyze, first_words
@@ -312,7 +312,7 @@ def _read_meta(folder: Path) -> Meta:
         return msgspec.json.decode(data, type=Meta)
     except FileNotFoundError as error:
         raise _stale(folder, "is no index: there is none in that folder") from error
-    except (OSError, msgspec.MsgspecError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise _stale(folder, f"is no index ({_META}: {error})") from error
 
 
@@ -381,8 +381,7 @@ def _is_index_or_empty(folder: Path) -> bool:
 def _only_builder(folder: Path) -> Iterator[None]:
     """Wait until no other process builds this index; the lock ends with the process."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with exclusive_lock(folder.parent / f".{folder.name}.lock"):
         yield
 
 

@@ -1,0 +1,390 @@
+"""Judge a prediction file and summarize it; continue where an earlier run stopped.
+
+Every episode that is not void is in the denominator. One without a prediction is incorrect, and
+nobody is asked. One whose verdict is missing makes the score a range.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from research_env.errors import ConfigurationError, UnknownNameError
+from research_env.judge.predictions import EpisodeKey, JudgedEpisode, read_predictions
+from research_env.judge.prompts import JUDGE_PROMPTS
+from research_env.judge.verdicts import JudgeError, Verdict, VerdictCache, open_verdict_log
+from research_env.progress import progress
+from research_env.redaction import redact
+from research_env.retrieval.http import one_line
+from research_env.retrieval.url import check_address
+
+PREDICTIONS = "predictions.jsonl"
+JUDGED = "judged.jsonl"
+SUMMARY = "judge.json"
+CACHE = "judge-cache.sqlite"
+
+MIN_FOR_CONSTANT = 20
+"""Verdicts that must all be the same before the judge is called constant."""
+
+MAX_CONSECUTIVE_FAILURES = 8
+"""Questions in a row without a reply after which the server counts as gone. With a larger
+concurrency it is that many."""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeSettings:
+    """Which judge to ask, and how.
+
+    Args:
+        endpoint: address of an OpenAI-compatible server, such as ``http://localhost:8000/v1``.
+        model: the model's name at the server.
+        prompt: ``research`` or ``r1-searcher``.
+        key: the server's key; ``OPENAI_API_KEY``.
+        concurrency: questions that are asked at the same time.
+        rate: requests per second, retries not counted; None: any number.
+        deadline: seconds per request with all its retries.
+        prices: price per million tokens in and out; None: cost is not counted.
+
+    Raises:
+        ConfigurationError: a value that cannot be used.
+        UnknownNameError: no such prompt.
+    """
+
+    endpoint: str
+    model: str
+    prompt: str = "research"
+    key: str = field(default="", repr=False)
+    concurrency: int = 8
+    rate: float | None = None
+    deadline: float = 120.0
+    prices: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        check_endpoint(self.endpoint, self.key)
+        if self.prompt not in JUDGE_PROMPTS:
+            raise UnknownNameError("prompt of a judge", self.prompt, JUDGE_PROMPTS)
+        if not self.model.strip():
+            raise ConfigurationError("--model is empty; give the model's name at the server")
+        if self.concurrency < 1:
+            raise ConfigurationError(f"--concurrency {self.concurrency} must be 1 or more")
+        if self.rate is not None and not 0 < self.rate < float("inf"):
+            raise ConfigurationError(f"--rate {self.rate} must be more than 0")
+        if not 0 < self.deadline < float("inf"):
+            raise ConfigurationError(f"--deadline {self.deadline} must be more than 0")
+        if self.prices and not all(0 <= price < float("inf") for price in self.prices):
+            raise ConfigurationError("--price-in and --price-out must be 0 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeSummary:
+    """What the judge said of a prediction file, as in ``judge.json``.
+
+    Attributes:
+        predictions: name of the file.
+        model: the judge.
+        prompt: its prompt.
+        endpoint: where it was asked.
+        score: ``correct / n``; None while verdicts are missing.
+        range: the score if all missing verdicts were incorrect, and if all were correct.
+        n: episodes in the denominator, ``correct + incorrect + missing``.
+        correct: episodes with that verdict.
+        incorrect: episodes with that verdict, or without a prediction.
+        missing: episodes without a verdict.
+        no_prediction: incorrect episodes without a prediction; nobody was asked.
+        void: episodes that failed by the infrastructure; they are not in ``n``.
+        reasons: why verdicts are missing, with counts.
+        warnings: what the reader should know.
+        asked: prompts that this run asked; samples that share a prompt count once.
+        from_cache: episodes whose verdict this run took from the cache.
+        kept: episodes whose verdict was in ``judged.jsonl`` already.
+        replies: answers of the judge over all runs of this ``judged.jsonl``, as are the next four.
+        replies_without_usage: those whose server counted no tokens.
+        tokens_in: tokens of the prompts.
+        tokens_out: tokens of the replies.
+        cost: of these tokens; None without prices.
+    """
+
+    predictions: str
+    model: str
+    prompt: str
+    endpoint: str
+    score: float | None
+    range: tuple[float, float] | None
+    n: int
+    correct: int
+    incorrect: int
+    missing: int
+    no_prediction: int
+    void: int
+    reasons: Mapping[str, int]
+    warnings: tuple[str, ...]
+    asked: int
+    from_cache: int
+    kept: int
+    replies: int
+    replies_without_usage: int
+    tokens_in: int
+    tokens_out: int
+    cost: float | None
+
+
+def judge_predictions(
+    predictions: Path, settings: JudgeSettings, output: Path | None = None, *, show: bool = True
+) -> JudgeSummary:
+    """Have every prediction judged; continue where an earlier run stopped.
+
+    Writes ``judged.jsonl`` (a line per verdict, as they come) and, however it ends, ``judge.json``
+    into ``output``, and keeps the verdicts in ``judge-cache.sqlite`` beside the predictions. The
+    next run asks for missing verdicts again. Not to be called in a running event loop.
+
+    Args:
+        predictions: see :func:`read_predictions`; or the folder that holds a ``predictions.jsonl``.
+        settings: which judge.
+        output: folder to write to; None: the predictions' folder.
+        show: whether to show a progress bar if standard error is a terminal.
+
+    Raises:
+        DataError: a file that cannot be read.
+        ConfigurationError: ``judged.jsonl`` is of another judge, or another run writes it.
+        JudgeError: the endpoint is not there, or refuses every question.
+    """
+    if predictions.is_dir():
+        predictions /= PREDICTIONS
+    episodes, warnings = read_predictions(predictions)
+    prompt = JUDGE_PROMPTS[settings.prompt]
+    texts = {
+        e.key: prompt.text(e.question, e.answers, e.prediction) for e in episodes if e.needs_judge
+    }
+    digests = {key: _digest(settings.model, text) for key, text in texts.items()}
+    output = output or predictions.parent
+    output.mkdir(parents=True, exist_ok=True)
+    header = {
+        "model": settings.model,
+        "prompt": settings.prompt,
+        "predictions": os.path.relpath(predictions, output),
+    }
+    with (
+        open_verdict_log(output / JUDGED, header) as log,
+        closing(VerdictCache(predictions.parent / CACHE)) as cache,
+    ):
+        counts = Counter(asked=0, from_cache=0, kept=0)
+        waiting: dict[str, list[EpisodeKey]] = {}  # digest of a prompt -> episodes that share it
+        for each in episodes:
+            digest = digests.get(each.key)
+            if each.void:
+                continue
+            if log.verdict(each.key, digest) is not None:
+                counts["kept"] += each.needs_judge
+            elif digest is None:
+                log.write(each.key, None, Verdict(False))
+            elif found := cache.get(digest):
+                log.write(each.key, digest, found)
+                counts["from_cache"] += 1
+            else:
+                waiting.setdefault(digest, []).append(each.key)
+        problems = {key: "not asked" for keys in waiting.values() for key in keys}
+        try:
+            with _progress(sum(map(len, waiting.values())), show) as advance:
+
+                def finished(digest: str, verdict: Verdict) -> None:
+                    counts["asked"] += 1
+                    if verdict.correct is not None:
+                        cache.put(digest, verdict)
+                    for key in waiting[digest]:
+                        log.write(key, digest, verdict)
+                        problems[key] = verdict.problem.kind if verdict.problem else ""
+                        verdict = replace(verdict, replies=())  # the cost counts once
+                    advance(len(waiting[digest]), verdict.correct)
+
+                questions = {digest: texts[keys[0]] for digest, keys in waiting.items()}
+                if questions:
+                    asyncio.run(_ask_all(questions, settings, finished))
+        finally:
+            verdicts = {e.key: log.verdict(e.key, digests.get(e.key)) for e in episodes}
+            reasons = Counter(problems[key] for key in problems if verdicts[key] is None)
+            summary = _summarize(
+                episodes,
+                verdicts,
+                predictions=predictions,
+                settings=settings,
+                reasons=dict(reasons),
+                warnings=warnings,
+                counts={**counts, **log.totals},
+            )
+            _write_atomic(output / SUMMARY, json.dumps(asdict(summary), indent=1) + "\n")
+    return summary
+
+
+def format_summary(summary: JudgeSummary) -> str:
+    """Describe a summary in a few lines for people, without control characters."""
+    s = summary
+    lines = []
+    if s.range is None:
+        lines.append("no score: every episode is void")
+    elif s.score is not None:
+        lines.append(f"score {s.score:.2%}: {s.correct:,} of {s.n:,} correct")
+    else:
+        low, high = s.range
+        lines.append(
+            f"score between {low:.2%} and {high:.2%}: {s.missing:,} of {s.n:,} verdicts are missing"
+        )
+        why = ", ".join(f"{count:,} {kind}" for kind, count in s.reasons.items())
+        lines.append(f"missing: {why}; the same command asks for them again")
+    lines.append(
+        f"{s.correct:,} correct, {s.incorrect:,} incorrect; {s.no_prediction:,} of these have no "
+        "prediction, which is incorrect without asking"
+    )
+    if s.void:
+        lines.append(f"{s.void:,} void episodes (failed infrastructure) are not counted")
+    lines.append(
+        f"asked {s.asked:,} now, {s.from_cache:,} from the cache, {s.kept:,} kept from before"
+    )
+    cost = "" if s.cost is None else f"; cost {s.cost:,.4f}"
+    unknown = f" ({s.replies_without_usage:,} not counted)" if s.replies_without_usage else ""
+    lines.append(
+        f"{s.replies:,} replies of {s.model} in all{unknown}: {s.tokens_in:,} tokens in, "
+        f"{s.tokens_out:,} out{cost}"
+    )
+    return "\n".join(one_line(line, 1_000) for line in lines)
+
+
+def check_endpoint(url: str, key: str = "") -> None:
+    """Refuse what is no server's address, or may hold a secret.
+
+    Raises:
+        ConfigurationError: the message does not repeat what may be secret.
+    """
+    if "?" in url or "#" in url or redact(url, key) != url:
+        raise ConfigurationError(
+            "the address of an endpoint holds no key, and ends before its '?'; a key goes into "
+            "OPENAI_API_KEY"
+        )
+    check_address(url)
+
+
+async def _ask_all(
+    questions: Mapping[str, str],
+    settings: JudgeSettings,
+    finished: Callable[[str, Verdict], None],
+) -> None:
+    """Ask every prompt, and pass on its digest and its verdict as they come."""
+    from research_env.judge.client import JudgeClient, ask_verdict  # noqa: PLC0415 - an extra
+
+    prompt = JUDGE_PROMPTS[settings.prompt]
+    pending = iter(questions.items())
+    limit = max(MAX_CONSECUTIVE_FAILURES, settings.concurrency)
+    failures, answered = 0, False
+
+    async def work(client: JudgeClient) -> None:
+        nonlocal failures, answered
+        for digest, text in pending:  # one iterator for all workers
+            verdict = await ask_verdict(client, prompt, text)
+            finished(digest, verdict)
+            answered = answered or bool(verdict.replies)
+            refused = verdict.problem is not None and verdict.problem.refused
+            failures = failures + 1 if not verdict.replies and not (refused and answered) else 0
+            if failures == limit:
+                raise JudgeError(
+                    f"{failures} questions in a row without an answer: {verdict.problem}"
+                )
+
+    client = JudgeClient(
+        settings.endpoint,
+        settings.model,
+        key=settings.key,
+        formats=prompt.formats,
+        connections=settings.concurrency,
+        rate=settings.rate,
+        deadline=settings.deadline,
+    )
+    try:
+        async with client, asyncio.TaskGroup() as group:
+            for _ in range(min(settings.concurrency, len(questions))):
+                group.create_task(work(client))
+    except ExceptionGroup as several:
+        raise several.exceptions[0] from None
+
+
+def _summarize(
+    episodes: Sequence[JudgedEpisode],
+    verdicts: Mapping[EpisodeKey, bool | None],
+    *,
+    predictions: Path,
+    settings: JudgeSettings,
+    reasons: Mapping[str, int],
+    warnings: Sequence[str],
+    counts: Mapping[str, int],
+) -> JudgeSummary:
+    """Count verdicts; ``counts`` holds the counts that do not follow from them."""
+    counted = [each for each in episodes if not each.void]
+    n = len(counted)
+    correct = sum(verdicts[each.key] is True for each in counted)
+    missing = sum(verdicts[each.key] is None for each in counted)
+    given = [verdicts[e.key] for e in counted if e.needs_judge and verdicts[e.key] is not None]
+    if len(given) >= MIN_FOR_CONSTANT and len(set(given)) == 1:
+        constant = (
+            f"the judge called all {len(given)} predictions "
+            f"{'correct' if given[0] else 'incorrect'}: a constant verdict says nothing about "
+            f"them; look at its answers in {JUDGED}"
+        )
+        warnings = [*warnings, constant]
+    cost = None
+    if settings.prices:
+        price_in, price_out = settings.prices
+        cost = (counts["tokens_in"] * price_in + counts["tokens_out"] * price_out) / 1e6
+    return JudgeSummary(
+        predictions=predictions.name,
+        model=settings.model,
+        prompt=settings.prompt,
+        endpoint=settings.endpoint,
+        score=correct / n if n and not missing else None,
+        range=(correct / n, (correct + missing) / n) if n else None,
+        n=n,
+        correct=correct,
+        incorrect=n - correct - missing,
+        missing=missing,
+        no_prediction=sum(not each.needs_judge for each in counted),
+        void=len(episodes) - n,
+        reasons=reasons,
+        warnings=tuple(warnings),
+        cost=cost,
+        **counts,
+    )
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextmanager
+def _progress(total: int, show: bool) -> Iterator[Callable[[int, bool | None], None]]:
+    """Show in a terminal how many verdicts are there, and how many of them say correct."""
+    if not (show and total):
+        yield lambda count, correct: None
+        return
+    given: Counter[bool | None] = Counter()
+    with progress("judging", total) as report:
+
+        def advance(count: int, correct: bool | None) -> None:
+            given[correct] += count
+            told = f"{given[True]} correct, {given[False]} incorrect, {given[None]} missing"
+            report(given.total(), told)
+
+        yield advance
+
+
+def _digest(model: str, text: str) -> str:
+    """What a verdict is known by: model and full prompt."""
+    return hashlib.sha256(json.dumps([model, text]).encode()).hexdigest()

@@ -1,0 +1,375 @@
+"""Presets of the papers and of MiniWorld, as plain data for a trainer.
+
+``research-agent`` finds them by the entry-point group ``research_agent.presets``. A preset is a
+mapping of a section of the trainer's configuration to its settings, with a ``description``.
+
+The papers' presets hold the settings of the paper or, where the paper is silent, those of the
+authors' published script; docs/papers.md shows them side by side. They need the hardware of the
+paper; flags change each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Preset = dict[str, Any]
+
+_WIKIPEDIA = "elasticsearch://localhost:9200/wiki18"
+_DEV = {"split": "dev"}
+_HOTPOTQA_DEV = {"dataset": "hotpotqa", **_DEV}
+_SCRIPTS = {"precision": "bfloat16", "gradient_checkpointing": True}  # as all authors have it
+
+_RESEARCH = "ReSearch (Chen et al. 2025): GRPO on MuSiQue"
+_R1_SEARCHER = "R1-Searcher (Song et al. 2025): REINFORCE++ in two stages"
+_SEARCH_R1 = "Search-R1 (Jin et al. 2025): exact match on NQ and HotpotQA"
+
+
+def _derived(base: Preset, description: str, **sections: Mapping[str, Any]) -> Preset:
+    """A preset with other settings in some sections; ``env_args`` are added to the base's."""
+    made = {**base, "description": description}
+    for section, settings in sections.items():
+        made[section] = {**base[section], **settings}
+        if "env_args" in settings:
+            made[section]["env_args"] = {**base[section]["env_args"], **settings["env_args"]}
+    return made
+
+
+def _instruct(base: Preset, description: str, model: str, **sections: Mapping[str, Any]) -> Preset:
+    """The same for a model that was tuned to follow instructions: its chat template."""
+    policy = {"model": model, "chat_template": True}
+    prompted = _derived(base, description, policy=policy)
+    return _derived(
+        prompted,
+        description,
+        **{**sections, "environment": {**sections.get("environment", {}), "env_args": _INSTRUCT}},
+    )
+
+
+_INSTRUCT = {"template": "instruct"}
+
+MINIWORLD: Preset = {
+    "description": "A small policy learns to search an invented world. Minutes on two CPU cores.",
+    "environment": {
+        "env": "research_env:ReSearch-MiniWorld-v0",
+        "env_args": {"split": "train", "template": "question", "top_k": 1},
+    },
+    "policy": {"model": "miniworld-starter"},
+    "sampling": {
+        "prompts_per_step": 24,
+        "group_size": 8,
+        "max_prompt": 96,
+        "max_response": 384,
+        "max_turn_tokens": 64,
+    },
+    "algorithm": {
+        "algorithm": "grpo",
+        "algorithm_args": {"kl_coef": 0.0, "entropy_coef": 0.0},
+    },
+    "learner": {
+        "learning_rate": 2e-4,
+        "warmup_steps": 3,
+        "weight_decay": 0.0,
+        "micro_batch_tokens": 4096,
+    },
+    "run": {
+        "steps": 80,
+        "save_every": 20,
+        "eval_every": 20,
+        "eval_limit": 200,
+        "eval_args": _DEV,
+    },
+}
+
+# A pretrained model of 135 M parameters on real passages, sized for a laptop. The prompt is the
+# bare question: the warm start has taught the format. MuSiQue is left to evaluate out of domain.
+SMOLLM2_WIKI: Preset = {
+    "description": "SmolLM2-135M learns to search real passages, after research-agent sft "
+    "smollm2-wiki. Hours on a laptop.",
+    "environment": {
+        "env": "research_env:SearchQA-v0",
+        "env_args": {
+            "dataset": "hotpotqa+2wiki",
+            "split": "train",
+            "protocol": "research",
+            "reward": "research",
+            "template": "question",
+            "top_k": 2,
+            "max_searches": 4,
+        },
+    },
+    "policy": {"model": "./runs/smollm2-start"},
+    "sampling": {
+        "prompts_per_step": 4,
+        "group_size": 8,
+        "max_prompt": 256,
+        "max_response": 1024,
+        "max_turn_tokens": 96,
+    },
+    "algorithm": {
+        "algorithm": "grpo",
+        "algorithm_args": {"kl_coef": 0.0, "entropy_coef": 0.0},
+    },
+    "learner": {
+        "learning_rate": 1e-4,
+        "warmup_steps": 3,
+        "weight_decay": 0.0,
+        "micro_batch_tokens": 2048,
+        "lora_rank": 16,
+    },
+    "run": {"steps": 200, "save_every": 10, "eval_every": 20, "eval_limit": 100, "eval_args": _DEV},
+}
+
+# Chen et al. 2025, "ReSearch", section 4.1 and appendix. Two epochs of 19,938 questions are 155
+# whole steps of 256.
+RESEARCH_7B: Preset = {
+    "description": f"{_RESEARCH}, Qwen2.5-7B.",
+    "environment": {
+        "env": "research_env:ReSearch-MuSiQue-v0",
+        "env_args": {
+            "split": "train",
+            "retriever": _WIKIPEDIA,
+            "top_k": 5,
+            "protocol": "research",
+            "reward": "research",
+            "template": "base",
+        },
+    },
+    "policy": {"model": "Qwen/Qwen2.5-7B"},
+    "sampling": {
+        "prompts_per_step": 256,
+        "group_size": 5,
+        "temperature": 1.0,
+        "max_prompt": 512,
+        "max_response": 8192,
+    },
+    "algorithm": {
+        "algorithm": "grpo",
+        "algorithm_args": {"clip": 0.2, "kl_coef": 1e-3, "entropy_coef": 1e-3},
+    },
+    "learner": {
+        "learning_rate": 1e-6,
+        "minibatches": 1,
+        "old_logprobs": "recomputed",
+        "micro_batch_tokens": 17408,
+        **_SCRIPTS,
+    },
+    "run": {"steps": 155, "save_every": 10, "eval_args": _DEV},
+}
+
+# Song et al. 2025, "R1-Searcher", section 4.1, and scripts/qwen_reinforce_plus_train.sh of the
+# authors (64 tasks x 16, train batch 256, KL 0, the baseline of the group, AdamW's betas). Stage 1
+# has 350 questions of HotpotQA and 2Wiki; stage 2 has 8,148, graded by difficulty. Neither paper
+# nor scripts say when the first stage ends: here after one pass over its questions, and one over
+# the others'.
+R1_SEARCHER_QWEN: Preset = {
+    "description": f"{_R1_SEARCHER}, Qwen2.5-7B.",
+    "environment": {
+        "env": "research_env:SearchQA-v0",
+        "env_args": {
+            "dataset": "r1-searcher",
+            "retriever": _WIKIPEDIA,
+            "top_k": 3,
+            "max_searches": 8,
+            "protocol": "r1-searcher",
+            "template": "base",
+        },
+        "stages": (
+            "steps=6 split=stage-1 reward=r1-searcher-stage1",
+            "split=stage-2 reward=r1-searcher-stage2",
+        ),
+    },
+    "policy": {"model": "Qwen/Qwen2.5-7B"},
+    "sampling": {
+        "prompts_per_step": 64,
+        "group_size": 16,
+        "temperature": 1.0,
+        "max_prompt": 1024,
+        "max_response": 29000,
+    },
+    "algorithm": {
+        "algorithm": "reinforce_pp",
+        "algorithm_args": {"baseline": "group", "clip": 0.2, "kl_coef": 0.0},
+    },
+    "learner": {
+        "learning_rate": 2e-6,
+        "minibatches": 4,
+        "weight_decay": 0.0,
+        "betas": (0.9, 0.95),
+        "old_logprobs": "recomputed",
+        "micro_batch_tokens": 32768,
+        **_SCRIPTS,
+    },
+    "run": {"steps": 6 + 127, "save_every": 20, "eval_args": _HOTPOTQA_DEV},
+}
+
+# The authors' scripts llama_reinforce_plus_train_stage1.sh and ..._stage2.sh: the instruct model,
+# 65 tasks in stage 2 (15 in stage 1, here 65), KL 1e-4 in the reward, which takes 1 off for the
+# format and not 2. Stage 1 has the group's standard deviation, too (`group_norm`): here as stage 2.
+R1_SEARCHER_LLAMA = _instruct(
+    R1_SEARCHER_QWEN,
+    f"{_R1_SEARCHER}, Llama-3.1-8B-Instruct.",
+    "meta-llama/Llama-3.1-8B-Instruct",
+    environment={
+        "stages": (
+            "steps=6 split=stage-1 reward=r1-searcher-stage1",
+            "split=stage-2 reward=r1-searcher-stage2-llama",
+        )
+    },
+    sampling={"prompts_per_step": 65},
+    algorithm={"algorithm_args": {"baseline": "group", "clip": 0.2, "kl_coef": 1e-4}},
+    run={"steps": 6 + 125},
+)
+
+# Jin et al. 2025, "Search-R1", appendix B, and scripts/nq_hotpotqa/v0.2/train_grpo.sh of the
+# authors: 512 x 5 in mini-batches of 256 trajectories, so 10 a step; warm-up over .285 of 1,005
+# steps; 500 tokens per turn; the entropy bonus is their configuration's default.
+SEARCH_R1_GRPO: Preset = {
+    "description": f"{_SEARCH_R1}, GRPO, Qwen2.5-7B.",
+    "environment": {
+        "env": "research_env:SearchQA-v0",
+        "env_args": {
+            "dataset": "nq+hotpotqa",
+            "split": "train",
+            "retriever": _WIKIPEDIA,
+            "top_k": 3,
+            "max_searches": 4,
+            "protocol": "search-r1",
+            "reward": "search-r1",
+            "template": "base",
+        },
+    },
+    "policy": {"model": "Qwen/Qwen2.5-7B"},
+    "sampling": {
+        "prompts_per_step": 512,
+        "group_size": 5,
+        "temperature": 1.0,
+        "max_prompt": 2048,
+        "max_response": 4096,
+        "max_turn_tokens": 500,
+    },
+    "algorithm": {
+        "algorithm": "grpo",
+        "algorithm_args": {"clip": 0.2, "kl_coef": 1e-3, "entropy_coef": 1e-3},
+    },
+    "learner": {
+        "learning_rate": 1e-6,
+        "warmup_steps": 2860,
+        "minibatches": 10,
+        "old_logprobs": "recomputed",
+        "micro_batch_tokens": 16384,
+        **_SCRIPTS,
+    },
+    "run": {"steps": 1005, "save_every": 100, "eval_args": _HOTPOTQA_DEV},
+}
+
+# The same with PPO, the paper's main results: scripts/nq_hotpotqa/v0.2/train_ppo.sh. One sample per
+# task, mini-batches of 256, so 2 a step; the critic's warm-up is .015 of 1,005 steps.
+SEARCH_R1_PPO = _derived(
+    SEARCH_R1_GRPO,
+    f"{_SEARCH_R1}, PPO with a critic, Qwen2.5-7B.",
+    sampling={"group_size": 1},
+    algorithm={
+        "algorithm": "ppo",
+        "algorithm_args": {
+            "clip": 0.2,
+            "kl_coef": 1e-3,
+            "entropy_coef": 1e-3,
+            "gamma": 1.0,
+            "lam": 1.0,
+            "value_clip": 0.5,
+            "critic_learning_rate": 1e-5,
+            "critic_warmup_steps": 30,
+        },
+    },
+    learner={"warmup_steps": 572, "minibatches": 2},
+)
+
+_PAPERS = {
+    "research-7b": RESEARCH_7B,
+    "research-7b-instruct": _instruct(
+        RESEARCH_7B, f"{_RESEARCH}, Qwen2.5-7B-Instruct.", "Qwen/Qwen2.5-7B-Instruct"
+    ),
+    "research-32b": _derived(
+        RESEARCH_7B, f"{_RESEARCH}, Qwen2.5-32B.", policy={"model": "Qwen/Qwen2.5-32B"}
+    ),
+    "research-32b-instruct": _instruct(
+        RESEARCH_7B, f"{_RESEARCH}, Qwen2.5-32B-Instruct.", "Qwen/Qwen2.5-32B-Instruct"
+    ),
+    "r1-searcher-qwen": R1_SEARCHER_QWEN,
+    "r1-searcher-llama": R1_SEARCHER_LLAMA,
+    "search-r1-grpo": SEARCH_R1_GRPO,
+    "search-r1-ppo": SEARCH_R1_PPO,
+}
+
+# What the papers' recipes have in MiniWorld, where the shipped starter writes ReSearch's tags:
+# stages or a reward of the same kind.
+_TWO_STAGES = {
+    "stages": ("steps=10 until=0.9 reward=0.5*retrieved+0.5*format", "reward=f1+2*format")
+}
+_EXACT_MATCH = {"env_args": {"reward": "em", "max_searches": 4}}
+_MINI_ENVIRONMENT: dict[str, dict[str, Any]] = {
+    "r1-searcher-qwen": _TWO_STAGES,
+    "r1-searcher-llama": _TWO_STAGES,
+    "search-r1-grpo": _EXACT_MATCH,
+    "search-r1-ppo": _EXACT_MATCH,
+}
+
+
+def _mini(name: str) -> Preset:
+    """A paper's recipe in MiniWorld.
+
+    The algorithm with the paper's settings, its kind of reward, its stages and its updates per
+    step; model, learning rate and number of episodes are the small world's.
+    """
+    paper = _PAPERS[name]
+    args = paper["algorithm"]["algorithm_args"]
+    if "critic_learning_rate" in args:
+        args = {**args, "critic_learning_rate": 2e-4, "critic_warmup_steps": 0}
+    learner = {key: paper["learner"][key] for key in ("minibatches", "old_logprobs")}
+    return _derived(
+        MINIWORLD,
+        f"The recipe of {name} in MiniWorld. Minutes.",
+        environment=_MINI_ENVIRONMENT.get(name, {}),
+        algorithm={**paper["algorithm"], "algorithm_args": args},
+        learner=learner,
+        run={"steps": 30, "eval_every": 10},
+    )
+
+
+PRESETS: dict[str, Preset] = {
+    "miniworld": MINIWORLD,
+    "smollm2-wiki": SMOLLM2_WIKI,
+    **_PAPERS,
+    **{f"{name}-mini": _mini(name) for name in _PAPERS},
+}
+"""Presets by name, for the entry point ``research_agent.presets``."""
+
+SFT_PRESETS: dict[str, Preset] = {
+    "miniworld": {
+        "description": "Teach a new policy to read and search in MiniWorld, and to do so seldom: a "
+        "start for the demo.",
+        "demonstrations": "research_env.demonstrations:demonstrations",
+        "demonstration_args": {"top_k": 1},
+        "vocabulary": "research_env.demonstrations:vocabulary",
+        "count": 66_000,
+        "learning_rate": 2e-3,
+        "decay_share": 1.0,
+        "final_share": 0.2,  # what is left for the habits, which come last
+        "threads": 1,  # as quick as two, and the same bits however many cores there are
+        "output": "runs/miniworld-starter",
+    },
+    "smollm2-wiki": {
+        "description": "Show SmolLM2-135M how to search real passages, and to do so half of the "
+        "time: the start of research-agent train smollm2-wiki.",
+        "demonstrations": "research_env.wiki_demonstrations:demonstrations",
+        "demonstration_args": {"dataset": "hotpotqa+2wiki", "top_k": 2},
+        "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "count": 1600,
+        "batch": 8,
+        "learning_rate": 2e-4,
+        "warmup_steps": 10,
+        "output": "runs/smollm2-start",
+    },
+}
+"""Presets of supervised fine-tuning, for the entry point ``research_agent.sft_presets``."""

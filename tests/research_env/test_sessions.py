@@ -1,0 +1,288 @@
+"""Sessions: the same results as single environments, whoever steps them, in shared searches."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from research_env import Dataset, Hit, Question
+from research_env.env import SearchQAEnv
+from research_env.errors import (
+    ActionError,
+    ClosedError,
+    ConfigurationError,
+    EpisodeError,
+    RetrievalError,
+    UnknownTaskError,
+)
+from research_env.sessions import Session, Sessions
+from tests.research_env.fakes import DATASET, Engine, answer, search
+
+PATIENCE = 20.0  # seconds after which a test that hangs fails
+
+
+def make(**more: Any) -> Sessions:
+    return Sessions(**{"dataset": DATASET, "retriever": Engine(), **more})
+
+
+class Gate(Engine):
+    """An engine that answers no batch before it is opened, and counts the threads that ask it."""
+
+    def __init__(self, in_flight: int = 1) -> None:
+        super().__init__()
+        self.in_flight = in_flight
+        self.asked = threading.Semaphore(0)
+        self.opened = threading.Event()
+        self.lock = threading.Lock()
+        self.now = self.most = 0
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        self.asked.release()
+        assert self.opened.wait(PATIENCE)
+        with self.lock:
+            self.now -= 1
+        return super().search(queries, top_k)
+
+
+@pytest.mark.parametrize("protocol", ["research", "search-r1"])
+def test_a_session_is_what_a_single_environment_is(protocol: str) -> None:
+    settings: Any = {"dataset": DATASET, "retriever": Engine(), "protocol": protocol}
+    env = SearchQAEnv(**settings)
+    with Sessions(**settings) as sessions:
+        for task in ("q1", 2):
+            options = {"question_id": task} if isinstance(task, str) else {"episode": task}
+            prompt, info = env.reset(seed=5, options=options)
+            session = sessions.open(task, seed=5)
+            assert (session.prompt, session.info) == (prompt, info)
+            for action in ([""] if protocol == "search-r1" else []) + [search("1 2"), answer("x")]:
+                assert session.step(action) == env.step(action)
+            env.reset(seed=5, options=options)
+            session = sessions.open(task, seed=5)
+            assert session.step(search("fail")) == env.step(search("fail"))
+            env.reset(seed=5, options=options)
+            session = sessions.open(task, seed=5)
+            assert session.truncate("length") == env.truncate("length")
+        space: Any = env.action_space
+        assert sessions.terminators == space.terminators
+        assert sessions.provenance() == env.provenance()
+
+
+def test_tasks_are_rows_in_the_order_of_the_episodes() -> None:
+    with make(template="instruct") as sessions:
+        rows = sessions.tasks(seed=3)
+        assert len(rows) == sessions.num_tasks == 5
+        assert {row["id"] for row in rows} == {f"q{i}" for i in range(5)}
+        for number, row in enumerate(rows):
+            assert row.keys() == {"id", "prompt", "messages", "tools", "strata"}
+            session = sessions.open(number, seed=3)
+            assert session.info["question_id"] == row["id"]
+            assert (session.prompt, session.info["messages"]) == (row["prompt"], row["messages"])
+            assert session.info["strata"] == row["strata"]
+        assert json.loads(json.dumps(rows)) == rows
+
+
+@pytest.mark.parametrize("task", ["q9", "", 5, -1, 10**9, None, 1.0])
+def test_unknown_tasks_are_refused(task: Any) -> None:
+    with make() as sessions:
+        for kind in (UnknownTaskError, ConfigurationError, IndexError):
+            with pytest.raises(kind, match=r"no question has the id|there is no task"):
+                sessions.open(task)
+
+
+class Slow(Engine):
+    """An engine that takes its time, so that queries gather."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        self.now = self.most = 0
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        threading.Event().wait(0.005)
+        with self.lock:
+            self.now -= 1
+        return super().search(queries, top_k)
+
+
+TASKS = Dataset("many", [Question(f"t{i}", f"Which {i}?", (str(i),)) for i in range(40)], None)
+
+
+def searches_of(number: int) -> list[str]:
+    """Ten different queries, none of them any other episode's."""
+    return [search(f"task{number} turn{turn} {turn}") for turn in range(10)]
+
+
+def alone(number: int) -> list[Any]:
+    env = SearchQAEnv(dataset=TASKS, retriever=Engine())
+    env.reset(options={"question_id": f"t{number}"})
+    return [env.step(action) for action in [*searches_of(number), answer(str(number))]]
+
+
+def test_searches_of_many_threads_are_batched() -> None:
+    """400 queries by 32 threads: the engine is asked by one thread, in few batches."""
+    engine = Slow()
+    together = threading.Barrier(32)
+    with Sessions(dataset=TASKS, retriever=engine) as sessions:
+
+        def play(number: int) -> list[Any]:
+            session = sessions.open(f"t{number}")
+            if number < 32:
+                together.wait(PATIENCE)
+            return [session.step(action) for action in [*searches_of(number), answer(str(number))]]
+
+        with ThreadPoolExecutor(32) as pool:
+            results = list(pool.map(play, range(40)))
+    assert results == [alone(number) for number in range(40)]
+    assert sum(map(len, engine.batches)) == 400
+    assert len(engine.batches) <= 40
+    assert engine.most == 1
+
+
+def test_searches_of_many_coroutines_are_batched() -> None:
+    engine = Engine()
+
+    async def play(sessions: Sessions, number: int) -> list[Any]:
+        session = sessions.open(f"t{number}")
+        return [
+            await session.astep(action) for action in [*searches_of(number), answer(str(number))]
+        ]
+
+    async def everyone(sessions: Sessions) -> list[Any]:
+        return list(await asyncio.gather(*(play(sessions, number) for number in range(40))))
+
+    with Sessions(dataset=TASKS, retriever=engine) as sessions:
+        results = asyncio.run(everyone(sessions))
+        counts = sessions.search_counts
+    assert results == [alone(number) for number in range(40)]
+    assert (counts.searched, counts.asked) == (400, 400)
+    assert len(engine.batches) <= 40
+
+
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_an_engine_is_asked_by_no_more_threads_than_it_allows(in_flight: int) -> None:
+    engine = Gate(in_flight)
+    with make(retriever=engine, max_batch=1) as sessions, ThreadPoolExecutor(8) as pool:
+        steps = [pool.submit(sessions.open("q0").step, search(str(n))) for n in range(8)]
+        for _ in range(in_flight):
+            assert engine.asked.acquire(timeout=PATIENCE)
+        engine.opened.set()
+        assert all(step.result(PATIENCE).observation for step in steps)
+        assert engine.most == in_flight
+
+
+def test_two_steps_at_once_are_refused_and_nothing_is_lost() -> None:
+    engine = Gate()
+    with make(retriever=engine) as sessions, ThreadPoolExecutor(1) as pool:
+        session = sessions.open("q0")
+        first = pool.submit(session.step, search("1"))
+        assert engine.asked.acquire(timeout=PATIENCE)
+        with pytest.raises(EpisodeError, match="this session is taking a step"):
+            session.step(answer("x"))
+        with pytest.raises(EpisodeError, match="this session is taking a step"):
+            session.truncate("length")
+        engine.opened.set()
+        assert first.result(PATIENCE).info["query"] == "1"
+        assert session.step(answer("Founder 0")).reward == 1.0
+
+
+def test_errors_leave_the_session_as_it_was() -> None:
+    with make() as sessions:
+        session = sessions.open("q0")
+        before = session.episode
+        with pytest.raises(ActionError):
+            session.step(None)  # type: ignore[arg-type]
+        with pytest.raises(ZeroDivisionError):
+            session.step(search("crash"))
+        assert session.episode is before
+        session.step(answer("x"))
+        with pytest.raises(EpisodeError, match=r"over \(answer\)"):
+            session.step("x")
+        with pytest.raises(EpisodeError, match=r"over \(answer\)"):
+            session.truncate("length")
+
+
+def test_a_cancelled_step_can_be_taken_again() -> None:
+    engine = Gate()
+
+    async def impatient(session: Session) -> Any:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(session.astep(search("1")), 0.05)
+        engine.opened.set()
+        return await session.astep(search("1"))
+
+    with make(retriever=engine) as sessions:
+        session = sessions.open("q0")
+        assert asyncio.run(impatient(session)).info["query"] == "1"
+        assert len(session.episode.turns) == 1
+
+
+def test_closing_wakes_whoever_waits_and_refuses_the_rest() -> None:
+    engine = Gate()
+    sessions = make(retriever=engine, max_batch=1)
+    session, other = sessions.open("q0"), sessions.open("q1")
+    with ThreadPoolExecutor(3) as pool:
+        busy = pool.submit(session.step, search("1"))
+        assert engine.asked.acquire(timeout=PATIENCE)
+        waiting = pool.submit(other.step, search("2"))
+        while sessions.search_counts.searched < 2:
+            pass
+        closing = pool.submit(sessions.close)
+        while not sessions.searches.closed:
+            pass
+        engine.opened.set()
+        closing.result(PATIENCE)
+        assert busy.result(PATIENCE).info["query"] == "1"
+        try:
+            assert waiting.result(PATIENCE).info["query"] == "2"
+        except ClosedError:
+            assert other.episode.turns == ()
+    with pytest.raises(ClosedError, match="have been closed"):
+        session.step(search("3"))
+    assert not session.episode.void
+    with pytest.raises(ClosedError):
+        sessions.open("q2")
+    assert session.step(answer("Founder 0")).reward == 1.0  # that needs no engine
+    sessions.close()
+
+
+def test_a_fork_continues_on_its_own() -> None:
+    with make() as sessions:
+        session = sessions.open("q2")
+        session.step(search("1"))
+        fork = session.fork()
+        assert fork.episode is session.episode
+        assert fork.step(answer("Founder 2")).reward == 1.0
+        assert not session.episode.over
+        assert session.step(answer("nobody")).reward == 0.1
+        assert pickle.loads(pickle.dumps(fork.episode)) == fork.episode
+
+
+def test_metrics_have_the_same_keys_at_every_end() -> None:
+    with make(reward="em-0.1*searches") as sessions:
+        ends = []
+        for actions in ([answer("x")], [search("fail")], [search("down")], ["nothing"]):
+            session = sessions.open("q0")
+            ends.append([session.step(action) for action in actions][-1].info["metrics"].keys())
+        ends.append(sessions.open("q0").truncate().info["metrics"].keys())
+    assert all(keys == ends[0] for keys in ends)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_batch": 0}, {"max_wait": -1.0}, {"cache_size": -1}, {"top_k": 0}]
+)
+def test_bad_settings_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        make(**wrong)
