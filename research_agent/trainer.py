@@ -52,6 +52,7 @@ from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_
 from research_agent.terminal import show
 from research_agent.trace import Trace, TracedEngine, TracedEnvironments, span
 from research_agent.trajectory import Group, Trajectory
+from research_agent.trees import TreePlan
 
 CHANGES = "changes.jsonl"  # settings with which a run was continued
 
@@ -366,6 +367,7 @@ class Trainer:
                 seed=self.config.run.seed,
                 ahead=later,
                 in_flight=self.in_flight,
+                plan=TreePlan.of(sampling),
             )
             trajectories = sorted(gather(own), key=lambda t: (t.episode, t.sample))
             played += trajectories
@@ -545,6 +547,8 @@ def _require_one_process(config: TrainConfig) -> None:
         raise ConfigError("--on-collapse rollback works in one process only; stop, and start again")
     if config.sampling.max_staleness:
         raise ConfigError("--max-staleness works in one process only; leave it at 0 with torchrun")
+    if config.sampling.tree_branches:
+        raise ConfigError("--tree-branches works in one process only; leave it at 0 with torchrun")
 
 
 def _starting_model(model: str) -> str:

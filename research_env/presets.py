@@ -81,7 +81,8 @@ MINIWORLD: Preset = {
     },
 }
 
-# A pretrained model on real passages, after ``research-agent sft smollm2-wiki``.
+# A pretrained model of 135 M parameters on real passages, sized for a laptop. The prompt is the
+# bare question: the warm start has taught the format. MuSiQue is left to evaluate out of domain.
 SMOLLM2_WIKI: Preset = {
     "description": "SmolLM2-135M learns to search real passages, after research-agent sft "
     "smollm2-wiki. Hours on a laptop.",
@@ -97,7 +98,7 @@ SMOLLM2_WIKI: Preset = {
             "max_searches": 4,
         },
     },
-    "policy": {"model": "runs/smollm2-start"},
+    "policy": {"model": "./runs/smollm2-start"},
     "sampling": {
         "prompts_per_step": 4,
         "group_size": 8,

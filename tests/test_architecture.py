@@ -76,8 +76,11 @@ def test_the_trainer_has_no_word_for_what_an_environment_does(word: str) -> None
 def test_the_rules_are_pure() -> None:
     """The transition function and the rewards do no input or output and draw no numbers."""
     impure = {"os", "io", "time", "random", "numpy", "threading", "socket", "pathlib", "gymnasium"}
-    for name in ("episode", "protocol", "metrics"):
-        path = ROOT / "research_env" / f"{name}.py"
+    paths = [
+        ROOT / "research_env" / f"{name}.py"
+        for name in ("episode", "protocol", "metrics", "markup")
+    ]
+    for path in [*paths, *(ROOT / "research_env/papers").glob("*.py")]:
         assert impure.isdisjoint(each.split(".")[0] for each in imported(path))
 
 

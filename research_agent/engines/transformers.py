@@ -297,6 +297,29 @@ class TransformersEngine:
         self._cached[slot] = 0
         self._last[slot] = -1
 
+    @torch.inference_mode()
+    def fork(self, source: int, target: int, length: int) -> None:
+        """Let a slot hold the first tokens that another one holds: a copy of keys and values.
+
+        Args:
+            source: the slot that holds them.
+            target: another slot, with no turn under way; what it held is forgotten.
+            length: how many tokens.
+
+        Raises:
+            ValueError: the target is busy or the source itself, or holds fewer tokens.
+        """
+        if target in self._params or target == source:
+            raise ValueError(f"slot {target} is busy or the source; fork into another slot")
+        if length > self._cached[source]:
+            held = int(self._cached[source])
+            raise ValueError(f"slot {source} holds {held} tokens, not {length}")
+        self.release(target)
+        rows = np.argsort(self._order)
+        if length:
+            self._cache.move(self._tensor(rows[[target]]), self._tensor(rows[[source]]), length)
+        self._cached[target] = length
+
     def interrupt(self) -> list[Completion]:
         """End the turns under way where they are, and forget what their slots hold."""
         turns = [self._complete(slot, "interrupted") for slot in sorted(self._params)]

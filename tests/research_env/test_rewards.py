@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from research_env import Dataset, Question
 from research_env.env import SearchQAEnv
 from research_env.episode import Episode
 from research_env.errors import ConfigurationError, RewardError, UnknownNameError
-from research_env.papers import PROTOCOLS
+from research_env.papers import PAPERS, PROTOCOLS, base
+from research_env.protocol import Protocol
 from research_env.retrieval.base import Hit, Passage
 from research_env.rewards import REWARDS, episode_metrics, evaluate, reward
 from tests.research_env.fakes import DATASET, Engine
@@ -401,6 +403,35 @@ def test_a_reward_that_cannot_be_imported_is_refused(name: str, what: str) -> No
 OWN = "tests.research_env.own_rewards"
 
 
+@pytest.mark.parametrize("name", ["research", "r1-searcher", "search-r1"])
+def test_format_and_f1_are_computed_once_per_episode(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+
+    def counted(function: Any) -> Any:
+        def call(*args: Any, **more: Any) -> Any:
+            calls[function.__name__] += 1
+            return function(*args, **more)
+
+        return call
+
+    episode = play(name, GOOD[name])
+    for owner, attribute in ((base, "f1"), (Protocol, "render")):
+        monkeypatch.setattr(owner, attribute, counted(getattr(owner, attribute)))
+    for _ in range(2):
+        for each in PAPERS[name].rewards.values():
+            evaluate(each, episode)
+        episode_metrics(episode)
+    assert calls["f1"] == 1
+    assert calls["render"] == 1  # of the transcript that the format is read from
+
+
+def test_every_module_of_papers_is_registered() -> None:
+    modules = {p.stem.replace("_", "-") for p in Path(base.__file__).parent.glob("*.py")}
+    assert modules - {"--init--", "base"} == set(PAPERS)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -418,6 +449,10 @@ def test_a_reward_that_is_no_number_is_an_error_that_names_it(name: str, message
         evaluate(reward(f"{OWN}:{name}"), episode)
     with pytest.raises(RewardError, match=f"the reward {OWN}:{name} {message}"):
         evaluate(reward(f"em+0.5*{OWN}:{name}"), episode)
+    env = SearchQAEnv(dataset=DATASET, retriever=Engine(), reward=f"{OWN}:{name}")
+    env.reset(options={"question_id": "q1"})
+    with pytest.raises(RewardError, match=f"the reward {OWN}:{name} {message}"):
+        env.step("nothing")
 
 
 def test_numbers_of_any_library_are_rewards() -> None:

@@ -62,7 +62,7 @@ def test_the_world_of_a_seed_is_the_same_in_every_process(hash_seed: str) -> Non
     told = subprocess.run(
         [sys.executable, "-c", f"import {__name__} as own; print(own.digest())"],
         env={"PYTHONHASHSEED": hash_seed},
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
         check=True,

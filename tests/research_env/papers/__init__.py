@@ -1,0 +1,1 @@
+"""Tests of research_env.papers."""
