@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 BASE_PYTHON ?= python3
 
-.PHONY: setup demo test lint lock clean elasticsearch elasticsearch-stop
+.PHONY: setup demo test lint docs lock clean elasticsearch elasticsearch-stop
 
 setup: $(READY)
 
@@ -48,5 +48,9 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The documentation site, in site/. A broken link is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(VENV)/bin/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,7 +5,7 @@
 A policy finds what a reward is open to. Here strategies without any reading or reasoning (copy what
 was found, answer "yes", give up, ...) play development questions of MuSiQue, HotpotQA and
 2WikiMultiHopQA, with the embedded index over each set's own passages, and every reward scores the
-same episodes. The table names the strategy that pays most, as docs/rewards.md quotes it.
+same episodes. The table names the strategy that pays most, as docs/how-to/rewards.md quotes it.
 """
 
 from __future__ import annotations

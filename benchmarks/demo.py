@@ -146,7 +146,8 @@ class Judge:
         from research_agent.engines import make_engine  # noqa: PLC0415
         from research_agent.environments import make_environments  # noqa: PLC0415
         from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
-        from research_agent.models.policy import load_model, resolve_model  # noqa: PLC0415
+        from research_agent.models.policy import load_model  # noqa: PLC0415
+        from research_agent.models.source import resolve_model  # noqa: PLC0415
         from research_agent.renderer import load_renderer  # noqa: PLC0415 - loads torch
 
         args: dict[str, Any] = self.args | {"world_seed": world}

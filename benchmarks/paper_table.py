@@ -268,7 +268,7 @@ class Sampler:
     def __init__(self, spec: str, config: TableConfig) -> None:
         from research_agent.engines.remote import check_address, read_key  # noqa: PLC0415
         from research_agent.evaluation.fingerprint import model_fingerprint  # noqa: PLC0415
-        from research_agent.models.policy import resolve_model  # noqa: PLC0415 - loads torch
+        from research_agent.models.source import resolve_model  # noqa: PLC0415 - loads torch
 
         self.spec = spec
         label, named, place = spec.partition("=")

@@ -285,7 +285,7 @@ def against_raw(server: str, corpus: Corpus, queries: Sequence[str], rounds: int
     url = _index_url(server, f"speed-{corpus.name}")
     index_elasticsearch(corpus, url)
     ours, raw = ElasticsearchRetriever(url), Raw(server, url.rpartition("/")[2])
-    bodies = [json_format.dumps(ours._lexical(query, TOP_K)).encode() for query in queries]
+    bodies = [json_format.dumps(ours._lexical_body(query, TOP_K)).encode() for query in queries]
     rows = []
     for batch in RAW_BATCHES:
         starts = range(0, len(queries), batch)

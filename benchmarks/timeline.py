@@ -1,6 +1,6 @@
 """What overlap is for: the timeline of a training step whose searches take half a second.
 
-    python -m benchmarks.timeline --output docs/trace.png
+    python -m benchmarks.timeline --output docs/pictures/trace.png
 
 MiniWorld is trained for a few steps, its passages behind a server that is slow on purpose: in
 lockstep, with ``--overlap``, and with ``--max-staleness 1`` too. The picture shows one late step of

@@ -110,6 +110,32 @@ def save(
     return final
 
 
+def rehearse(root: Path, write_model: Callable[[Path], None]) -> None:
+    """Write a model's files as a checkpoint would, and remove them.
+
+    Args:
+        root: folder of the run's checkpoints; made when missing.
+        write_model: as for ``save``.
+
+    Raises:
+        CheckpointError: when they cannot be written.
+    """
+    temporary = root / ".step-rehearsal.tmp"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _clear_temporary(root)
+        temporary.mkdir()
+        write_model(temporary)
+    except Exception as error:  # as in save
+        cure = "free some space" if _is_full(error) else "mend that first"
+        raise CheckpointError(
+            f"no checkpoint of this model could be written to {root}: {error}; {cure}, as a run "
+            "that cannot be saved is not started"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _link_best(root: Path, step: int | None) -> None:
     if step is None or not (root / f"step-{step:06d}").is_dir():
         return

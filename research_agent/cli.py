@@ -124,36 +124,15 @@ def _eval(words: list[str]) -> None:
     validate_eval(config)
     from rich.console import Console  # noqa: PLC0415
 
-    from research_agent.environments import open_environments  # noqa: PLC0415  (loads torch)
-    from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
-    from research_agent.evaluation.fingerprint import header  # noqa: PLC0415
+    from research_agent.evaluation.evaluate_model import evaluate_model  # noqa: PLC0415 (torch)
     from research_agent.evaluation.summary import tables  # noqa: PLC0415
 
     _no_bars()
-    split = {} if config.split is None else {"split": config.split}
-    environments = open_environments(config.env, config.max_in_flight, {**config.env_args, **split})
-    engine, renderer, fingerprint = _sampler(config)
     try:
-        summary = evaluate(
-            engine,
-            environments,
-            renderer,
-            config,
-            config.output,
-            limit=config.limit,
-            samples_per_task=config.samples_per_task,
-            seed=config.seed,
-            header=header(config, environments, fingerprint),
-            log_tokens=config.log_tokens,
-            show=not config.quiet,
-        )
+        summary = evaluate_model(config)
     except KeyboardInterrupt:
         show("\nstopped; the same command goes on where this one was", file=sys.stderr)
         raise
-    finally:
-        environments.close()
-        if hasattr(engine, "close"):
-            engine.close()
     if config.json:
         show(json.dumps(dataclasses.asdict(summary)))
         return
@@ -161,40 +140,6 @@ def _eval(words: list[str]) -> None:
     Console().print(*tables(summary), sep="\n")
     if summary.void:
         show(f"{summary.void} episodes are void; the same command plays them again")
-
-
-def _sampler(config: EvalConfig) -> tuple[Any, Any, str]:
-    """Engine and renderer of the model that is evaluated, and the model's fingerprint."""
-    if config.endpoint is not None:
-        from research_agent.engines.openai import OpenAIEngine, OpenAIRenderer  # noqa: PLC0415
-
-        words = OpenAIRenderer(chat_template=config.chat_template)
-        endpoint = OpenAIEngine(
-            config.endpoint, config.model, words, concurrency=config.max_in_flight
-        )
-        return endpoint, words, f"{config.model} at {config.endpoint.rstrip('/')}"
-    from research_agent.engines import make_engine  # noqa: PLC0415
-    from research_agent.evaluation.fingerprint import model_fingerprint  # noqa: PLC0415
-    from research_agent.models.policy import (  # noqa: PLC0415
-        context_length,
-        load_model,
-        resolve_model,
-    )
-    from research_agent.renderer import load_renderer  # noqa: PLC0415  (these load torch)
-
-    place = resolve_model(config.model)
-    renderer = load_renderer(place, chat_template=config.chat_template)
-    model = load_model(config.model, dtype=config.dtype, device=config.device)
-    context = context_length(model, config.max_prompt + config.max_response)
-    engine = make_engine(
-        config.engine,
-        model,
-        renderer,
-        max_slots=config.max_in_flight,
-        max_context=context,
-        share=True,
-    )
-    return engine, renderer, model_fingerprint(place, getattr(model.config, "_commit_hash", None))
 
 
 def _compare(words: list[str]) -> None:

@@ -17,6 +17,7 @@ import tyro
 from research_agent.curriculum import parse_stages
 from research_agent.errors import CheckpointError, ConfigError
 from research_agent.settings import Settings
+from research_agent.trees import TreePlan
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ class PolicyConfig:
     """The policy: a Hugging Face causal language model."""
 
     model: str = "miniworld-starter"
-    """Folder of a model, a starter that ships with the package, or a name on the hub."""
+    """Folder of a model, a GGUF file, a LoRA adapter, a starter that ships with the package, or a
+    name on the hub. An adapter is trained on."""
+    merge_adapter: bool = False
+    """Add the adapter that --model names to the weights of its base first, and train those."""
     chat_template: bool = False
     """Prompt with the model's chat template, for models tuned to follow instructions."""
     device: str = "auto"
@@ -57,6 +61,15 @@ class SamplingConfig:
     """Tasks per training step."""
     group_size: int = 5
     """Episodes of each task: the group that an advantage is measured in."""
+    tree_branches: int = 0
+    """Grow trees instead of chains: after each chain this many episodes branch off it, each from a
+    state before one of its turns. A group is then a number of whole trees; the environment must
+    offer branch(source, targets)."""
+    tree_rounds: int = 1
+    """Rounds of branches per tree; later ones branch off earlier branches too."""
+    tree_choice: Literal["random", "entropy"] = "random"
+    """Which states are branched from: each with the same probability, or in proportion to the
+    entropy of the turn that followed."""
     temperature: float = 1.0
     """Of the softmax that tokens are drawn from. Other than 1, learning takes it into account."""
     max_prompt: int = 512
@@ -198,7 +211,7 @@ class TrainConfig:
 class EvalConfig:
     """Play tasks with a model, and average what the environment reports.
 
-    The same command again goes on with an evaluation that was stopped. docs/evaluation.md says what
+    The same command continues an evaluation that was stopped. docs/explanation/scores.md says what
     is measured.
     """
 
@@ -435,6 +448,11 @@ def validate(config: TrainConfig) -> None:
     for flag, value in not_negative.items():
         if not value >= 0:
             raise ConfigError(f"{flag} is {value}; it must not be negative")
+    TreePlan.of(sampling).require_group(sampling.group_size)
+    if sampling.tree_branches and sampling.max_staleness:
+        raise ConfigError(
+            "--tree-branches with --max-staleness: trees are played in their own step"
+        )
     if not sampling.temperature > 0:
         raise ConfigError(f"--temperature is {sampling.temperature}; training draws: above 0")
     if not learner.max_grad_norm > 0:

@@ -124,6 +124,7 @@ class _Native:
         self.num_envs = int(vector.num_envs)
         self.num_tasks: int | None = getattr(vector, "num_tasks", None)
         self.terminators = _terminators(vector.single_action_space)
+        self.branches = hasattr(vector, "branch")  # whether episodes can be branched
 
     def reset(
         self, assignments: Mapping[int, int], seed: int
@@ -154,6 +155,9 @@ class _Native:
             return None
         (result,) = self._vector.truncate([env_id], "length")
         return StepResult(*result)
+
+    def branch(self, source: int, targets: Sequence[int]) -> None:
+        self._vector.branch(source, targets)
 
     def close(self) -> None:
         self._vector.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -25,9 +26,15 @@ from research_agent.distributed import (
     shard_batches,
     shard_like,
 )
-from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
+from research_agent.errors import CheckpointError, ConfigError, ModelError, NonFiniteError
 from research_agent.models.critic import Critic
-from research_agent.models.lora import adapters, adapters_off, add_adapters, merged
+from research_agent.models.lora import (
+    adapters,
+    adapters_off,
+    add_adapters,
+    load_adapters,
+    merged,
+)
 from research_agent.models.policy import (
     TokenLogprobs,
     batch_logprobs,
@@ -65,6 +72,7 @@ class Learner:
         algorithm: advantages, token weights and objective.
         config: settings of the update; ``LearnerConfig`` explains each.
         reference: the reference policy; run only if the algorithm needs it.
+        adapter: folder or hub name of a LoRA adapter over the model, which is trained on.
         temperature: the sampler's.
 
     Raises:
@@ -78,10 +86,11 @@ class Learner:
         config: LearnerConfig | None = None,
         *,
         reference: nn.Module | None = None,
+        adapter: str | None = None,
         temperature: float = 1.0,
     ) -> None:
         config = config or LearnerConfig()
-        if algorithm.needs_reference and reference is None and not config.lora_rank:
+        if algorithm.needs_reference and reference is None and (adapter or not config.lora_rank):
             message = "the algorithm needs a reference policy; give one, or set its KL to 0"
             raise ConfigError(message)
         _check(config, temperature)
@@ -91,16 +100,19 @@ class Learner:
         self.steps = 0  # of the optimizer, ever
         on_gpu = next(model.parameters()).is_cuda
         self._packed = config.packing == "on" or (config.packing == "auto" and on_gpu)
-        if config.lora_rank:
+        if adapter is not None:
+            _require_rank(config.lora_rank, load_adapters(self.model, adapter))
+        elif config.lora_rank:
             add_adapters(self.model, config.lora_rank)
         self._reference = (
             reference.eval() if reference is not None and algorithm.needs_reference else None
         )
         for each in (self.model, self._reference):
             if each is not None:
-                prepare(
+                self._packed = _prepare(
                     each,
                     packed=self._packed,
+                    required=config.packing == "on",
                     gradient_checkpointing=config.gradient_checkpointing,
                     compile=config.compile,
                 )
@@ -130,7 +142,7 @@ class Learner:
         )
         self._critic: Critic | None = None
         if isinstance(algorithm, UsesCritic):
-            if rank_and_size()[1] > 1 or config.lora_rank:
+            if rank_and_size()[1] > 1 or self.has_adapters:
                 raise ConfigError("a critic learns in one process and without lora_rank only")
             self._critic = Critic(
                 model,
@@ -180,6 +192,11 @@ class Learner:
             "optimizer_steps": float(len(reports)),
         }
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters learn, and the weights beside them stay."""
+        return bool(adapters(self.model))
+
     def state_dict(self) -> dict[str, Any]:
         """What besides the weights decides the next update: step count and optimiser moments.
 
@@ -191,7 +208,7 @@ class Learner:
             for name, p in self._stepped.items()
         }
         critic = {} if self._critic is None else {"critic": self._critic.state_dict()}
-        lora = {"adapters": adapters(self.model)} if self.config.lora_rank else {}
+        lora = {"adapters": adapters(self.model)} if self.has_adapters else {}
         return {"steps": self.steps, "moments": moments, **critic, **lora}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -199,7 +216,7 @@ class Learner:
 
         With more than one process all of them must ask. Adapters are added in.
         """
-        named = merged(self.model) if self.config.lora_rank else self.model.named_parameters()
+        named = merged(self.model) if self.has_adapters else self.model.named_parameters()
         return ((name, full_tensor(weight.detach())) for name, weight in named)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -234,7 +251,7 @@ class Learner:
         if self._critic is not None:
             self._critic.load_state_dict(state["critic"])
         with torch.no_grad():
-            for name, held in (adapters(self.model) if self.config.lora_rank else {}).items():
+            for name, held in (adapters(self.model) if self.has_adapters else {}).items():
                 held.copy_(state["adapters"][name])
 
     def _prepare_batch(self, batch: Batch) -> Batch:
@@ -377,6 +394,27 @@ def _check(config: LearnerConfig, temperature: float) -> None:
             " 0, with old_logprobs 'recomputed'"
         )
         raise ConfigError(message)
+
+
+def _prepare(model: nn.Module, *, packed: bool, required: bool, **settings: Any) -> bool:
+    """Set a model up; returns whether its trajectories share rows, which auto may give up."""
+    try:
+        prepare(model, packed=packed, **settings)
+    except ModelError as error:
+        if required or not packed:
+            raise
+        warnings.warn(f"{error} (packing is auto, so it is off)", stacklevel=3)
+        prepare(model, packed=False, **settings)
+        return False
+    return packed
+
+
+def _require_rank(wanted: int, found: int) -> None:
+    if wanted not in (0, found):
+        raise ConfigError(
+            f"lora_rank is {wanted}, and the adapter to train on has rank {found}; leave"
+            " --lora-rank out, or give --merge-adapter to begin a new adapter"
+        )
 
 
 def _optimizer(kind: str, parameters: list[Tensor], **settings: Any) -> torch.optim.Optimizer:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from research_agent.errors import ModelError
+from research_agent.models.source import generation_settings, tokenizer_source
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -203,7 +204,7 @@ def load_renderer(model: str | Path, *, chat_template: bool = False) -> Renderer
     """Open the tokenizer of a model.
 
     Args:
-        model: a folder, or a name of the Hugging Face hub.
+        model: a folder, a GGUF file, or a name of the Hugging Face hub.
         chat_template: prompts are chat messages in the tokenizer's own template.
 
     Raises:
@@ -211,17 +212,20 @@ def load_renderer(model: str | Path, *, chat_template: bool = False) -> Renderer
     """
     from transformers import (  # noqa: PLC0415 - slow to import
         AutoTokenizer,
-        GenerationConfig,
         PreTrainedTokenizerFast,
     )
     from transformers.models.auto.tokenization_auto import get_tokenizer_config  # noqa: PLC0415
 
+    source = tokenizer_source(model)
+    place, options = source.place, {**source.options, "trust_remote_code": False}
     try:
         # For some architectures AutoTokenizer makes their own class of tokenizer, whatever the
         # folder says, and that one reads another's tokenizer.json without a word and wrongly.
-        declared = get_tokenizer_config(model).get("tokenizer_class")
+        declared = get_tokenizer_config(place).get("tokenizer_class")
         plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
-        tokenizer = (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(model)
+        tokenizer = (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(
+            place, **options
+        )
     except (OSError, ValueError) as error:
         message = f"no tokenizer can be opened at {str(model)!r}: {error}; {_WHERE}"
         raise ModelError(message) from error
@@ -230,10 +234,8 @@ def load_renderer(model: str | Path, *, chat_template: bool = False) -> Renderer
     if chat_template and not tokenizer.chat_template:
         raise ModelError(f"the tokenizer of {str(model)!r} has no chat template; leave it off")
     end_ids = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-    try:  # an instruction-tuned model may end its turns with several tokens
-        more = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:
-        more = None
+    # An instruction-tuned model may end its turns with several tokens.
+    more = generation_settings(place).get("eos_token_id")
     if more is not None:
         end_ids |= {int(i) for i in (more if isinstance(more, list) else [more])}
     if not end_ids:

@@ -16,6 +16,7 @@ from research_agent.environments import Environments, StepResult, Truncating
 from research_agent.errors import ContextError
 from research_agent.renderer import Renderer
 from research_agent.trajectory import Segment, Trajectory
+from research_agent.trees import CHAINS, TreePlan, Trees
 
 Episode = tuple[int, int]
 """The number of a task, and which of its samples."""
@@ -76,6 +77,7 @@ def collect(
     on_finish: Callable[[Trajectory], None] | None = None,
     ahead: Sequence[Episode] = (),
     in_flight: InFlight | None = None,
+    plan: TreePlan = CHAINS,
 ) -> list[Trajectory]:
     """Play episodes to their ends.
 
@@ -92,28 +94,37 @@ def collect(
         ahead: episodes to begin with where slots would be empty otherwise. None is waited for.
         in_flight: what earlier calls left of theirs, and where this one leaves it. Between calls
             the engine may get new weights: turns that were cut go on with the new ones.
+        plan: how samples branch off each other. With branches ``episodes`` are whole trees, in
+            order, and none is played ahead.
 
     Returns:
         The trajectories in the order of ``episodes``. Those of failed infrastructure are ``void``.
         No slot is in use then.
 
     Raises:
+        ConfigError: the plan needs more slots than there are, or an environment that branches.
         ContextError: a prompt that is empty, or longer than ``max_prompt`` or the context allows.
     """
     in_flight = InFlight() if in_flight is None else in_flight
     active, awaiting_env, done = in_flight.active, in_flight.awaiting_env, in_flight.done
     known = {rollout.key for rollout in active.values()} | done.keys()
-    waiting = deque(each for each in dict.fromkeys((*episodes, *ahead)) if each not in known)
-    missing = set(episodes) - done.keys()
+    waiting = deque(
+        each
+        for each in dict.fromkeys((*episodes, *ahead))
+        if each not in known and plan.root(each[1]) == each[1]
+    )
+    wanted = set(episodes)
     free = deque(slot for slot in range(environments.num_envs) if slot not in active)
     stop = environments.terminators
     truncate = environments.truncate if isinstance(environments, Truncating) else _keep_reward
+    trees = Trees(plan, seed, environments)
     try:
         for slot in sorted(active.keys() - awaiting_env):  # turns that were cut
             active[slot].submit(engine, slot, stop)
-        while missing:
-            count = min(len(free), len(waiting))
+        while not wanted <= done.keys():
+            count = min(len(free) // plan.size, len(waiting))
             starting = {free.popleft(): waiting.popleft() for _ in range(count)}
+            trees.plant(starting.values(), free)
             active |= {
                 slot: ActiveRollout(*each, seed, sampling) for slot, each in starting.items()
             }
@@ -126,6 +137,7 @@ def collect(
             completions = engine.step()
             if completions:
                 slots = [turn.slot for turn in completions]
+                trees.offer(completions, active, engine)
                 environments.send(
                     slots, [active[turn.slot].finish_turn(turn, renderer) for turn in completions]
                 )
@@ -146,22 +158,20 @@ def collect(
                     continue
                 engine.release(slot)
                 free.append(slot)
-                key = active.pop(slot).key
-                done[key] = trajectory
-                missing.discard(key)
+                done[active.pop(slot).key] = trajectory
+                trees.finish(trajectory, active, engine, stop)
                 if on_finish:
                     on_finish(trajectory)
 
         for turn in engine.interrupt() if isinstance(engine, Interruptible) else ():
             active[turn.slot].add_partial(turn)
     finally:
+        trees.release(engine)
         for slot, rollout in active.items():
             engine.release(slot)
             rollout.unsent_tokens = rollout.tokens
-    trajectories = [done[each] for each in episodes]
-    for each in set(episodes):
-        del done[each]
-    return trajectories
+    taken = {each: done.pop(each) for each in wanted}
+    return [taken[each] for each in episodes]
 
 
 @dataclass
@@ -179,6 +189,8 @@ class ActiveRollout:
     response: int = 0  # tokens, of the policy and of the environment
     partial_turns: list[Completion] = field(default_factory=list)  # of the turn that is not over
     unsent_tokens: list[int] = field(default_factory=list)  # not yet submitted to the engine
+    lineage: tuple[int, ...] = ()  # as in Trajectory
+    tree: int | None = None  # as in Trajectory
 
     def __post_init__(self) -> None:
         """Seed the draws."""
@@ -194,6 +206,29 @@ class ActiveRollout:
         """All tokens so far."""
         parts: list[Segment | Completion] = [*self.segments, *self.partial_turns]
         return [token for part in parts for token in part.tokens]
+
+    def branch(self, sample: int, tree: int) -> ActiveRollout:
+        """Make the beginning of another sample out of what there is so far.
+
+        Args:
+            sample: its number.
+            tree: that of the sample that the tree grew from.
+        """
+        turns = sum(segment.provenance == "action" for segment in self.segments)
+        return ActiveRollout(
+            self.episode,
+            sample,
+            self.seed,
+            self.sampling,
+            segments=list(self.segments),
+            reward=self.reward,
+            state_key=self.state_key,
+            prompt=self.prompt,
+            response=self.response,
+            unsent_tokens=self.tokens,
+            lineage=(*self.lineage, *[self.sample] * turns)[:turns],
+            tree=tree,
+        )
 
     def begin(
         self, observation: str, info: Mapping[str, Any], renderer: Renderer, max_context: int
@@ -310,6 +345,8 @@ class ActiveRollout:
             void=bool(last.info.get("void", False)),
             metrics={name: float(value) for name, value in metrics.items()},
             info=last.info,
+            lineage=self.lineage,
+            tree=self.tree,
         )
 
 

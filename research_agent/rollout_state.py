@@ -18,7 +18,10 @@ from research_agent.environments import Environments
 from research_agent.rollout import ActiveRollout, InFlight, Sampling
 from research_agent.trajectory import Segment, Trajectory
 
-_TRAJECTORY = ("episode", "sample", "reward", "terminated", "truncated", "stop_reason", "void")
+_TRAJECTORY = (
+    *("episode", "sample", "reward", "terminated", "truncated", "stop_reason", "void"),
+    *("lineage", "tree"),
+)
 _ROLLOUT = ("episode", "sample", "reward", "prompt", "response", "state_key")
 
 

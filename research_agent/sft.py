@@ -303,7 +303,8 @@ def _imported(name: str) -> Callable[..., Any]:
 
 
 def _open_model(name: str) -> tuple[PreTrainedModel, Renderer]:
-    from research_agent.models.policy import load_model, resolve_model  # noqa: PLC0415
+    from research_agent.models.policy import load_model  # noqa: PLC0415
+    from research_agent.models.source import resolve_model  # noqa: PLC0415
     from research_agent.renderer import load_renderer  # noqa: PLC0415
 
     return load_model(name), load_renderer(resolve_model(name))

@@ -14,8 +14,8 @@ def of_episodes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         trajectories: all episodes of the step, at least one.
 
     Returns:
-        Means over the episodes that are not void, and fractions of all episodes; docs/metrics.md
-        lists the names.
+        Means over the episodes that are not void, and fractions of all episodes;
+        docs/reference/metrics.md lists the names.
     """
     played = [t for t in trajectories if not t.void]
     count = max(len(played), 1)

@@ -129,6 +129,7 @@ class TracedEnvironments:
     def __init__(self, environments: Environments, trace: Trace) -> None:
         self.num_envs = environments.num_envs
         self.num_tasks = environments.num_tasks
+        self.branches = getattr(environments, "branches", False)
         self.terminators = environments.terminators
         self._environments = environments
         self._trace = trace
@@ -160,6 +161,11 @@ class TracedEnvironments:
         """End an episode whose budget of tokens is spent."""
         inner = self._environments
         return inner.truncate(env_id) if isinstance(inner, Truncating) else None
+
+    def branch(self, source: int, targets: Sequence[int]) -> None:
+        """Let the targets continue from the source's present state."""
+        inner: Any = self._environments
+        inner.branch(source, targets)
 
     def close(self) -> None:
         """Release what the environments hold."""

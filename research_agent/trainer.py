@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from torch import Tensor
 
 from research_agent import checkpoint, rollout_state, step_metrics
 from research_agent.algorithms import algorithm
@@ -43,13 +44,15 @@ from research_agent.evaluation.evaluate import evaluate
 from research_agent.evaluation.predictions import as_record
 from research_agent.files import folder_lock, write_atomic
 from research_agent.learner import Learner
-from research_agent.models.policy import context_length, load_model, resolve_model
+from research_agent.models.policy import context_length, load_model, require_ends
+from research_agent.models.source import model_source, resolve_model
 from research_agent.renderer import load_renderer
 from research_agent.rollout import Episode, InFlight, collect
 from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_lines
 from research_agent.terminal import show
 from research_agent.trace import Trace, TracedEngine, TracedEnvironments, span
 from research_agent.trajectory import Group, Trajectory
+from research_agent.trees import TreePlan
 
 CHANGES = "changes.jsonl"  # settings with which a run was continued
 
@@ -215,14 +218,10 @@ class Trainer:
         self.origin = _starting_model(config.policy.model)
         if saved:
             self.origin = _saved_origin(saved, config.policy.model)
-        self.renderer = load_renderer(
-            resolve_model(self.origin), chat_template=config.policy.chat_template
-        )
+        adapter = self._load_policy(saved)
         load = partial(load_model, device=config.policy.device)
-        lora = config.learner.lora_rank > 0
-        self.model = load(saved.folder if saved and not lora else self.origin)
         reference = None
-        if rule.needs_reference and not lora:
+        if rule.needs_reference and (adapter is not None or not config.learner.lora_rank):
             # With several ranks each shard goes to its device when the model is sharded.
             reference = load_model(self.origin, device="cpu") if size > 1 else load(self.origin)
         self.engine: Engine = make_engine(
@@ -240,20 +239,39 @@ class Trainer:
             rule,
             config.learner,
             reference=reference,
+            adapter=adapter,
             temperature=sampling.temperature,
         )
+        if not saved:
+            self._rehearse_save()
 
         self.collapse = None if run.collapse is None else CollapseMonitor(run.collapse)
         self.in_flight = InFlight()
         if saved:
             self.learner.load_state_dict(saved.state["learner"])
             torch.set_rng_state(saved.state["random"])
-            self.engine.load_weights(self.learner.weights(), version=saved.step)
             if self.collapse:
                 self.collapse.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
             self.in_flight = rollout_state.from_state(
                 saved.state["in_flight"], self.environments, sampling, run.seed
             )
+        if saved or adapter is not None:
+            self.engine.load_weights(self.learner.weights(), version=self.step)
+
+    def _load_policy(self, saved: Checkpoint | None) -> str | None:
+        """Open tokenizer and model; returns the adapter that the learner is to put beside it."""
+        config = self.config
+        self.renderer = load_renderer(
+            resolve_model(self.origin), chat_template=config.policy.chat_template
+        )
+        adapter = None if config.policy.merge_adapter else model_source(self.origin).adapter
+        load = partial(load_model, device=config.policy.device)
+        if saved and adapter is None and not config.learner.lora_rank:
+            self.model = load(saved.folder)
+        else:
+            self.model = load(self.origin, merge_adapter=adapter is None)
+        require_ends(self.model, self.renderer)
+        return adapter
 
     def _open_environments(self, count: int, stack: ExitStack) -> Environments:
         """Open the environments of the present stage; ``stack`` closes them."""
@@ -349,6 +367,7 @@ class Trainer:
                 seed=self.config.run.seed,
                 ahead=later,
                 in_flight=self.in_flight,
+                plan=TreePlan.of(sampling),
             )
             trajectories = sorted(gather(own), key=lambda t: (t.episode, t.sample))
             played += trajectories
@@ -395,23 +414,33 @@ class Trainer:
             return {}  # all void: there is nothing to report
         return step_metrics.prefixed("eval", {"reward": summary.reward, **summary.metrics})
 
+    def _whole_weights(self) -> dict[str, Tensor] | None:
+        """The weights to save, which all ranks gather; None where the model itself has them."""
+        if rank_and_size()[1] == 1 and not self.learner.has_adapters:
+            return None
+        return dict(self.learner.weights())
+
+    def _write_model(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+        self.model.save_pretrained(folder, state_dict=weights)
+        self.renderer.tokenizer.save_pretrained(folder)
+
+    def _rehearse_save(self) -> None:
+        """Write the model's files and drop them, so that what fails later fails before a step."""
+        weights = self._whole_weights()
+        if rank_and_size()[0] == 0:
+            root = self.config.run.output / "checkpoints"
+            checkpoint.rehearse(root, partial(self._write_model, weights=weights))
+
     def _save(self) -> None:
         config = self.config
-        rank, size = rank_and_size()
-        model_is_whole = size == 1 and not config.learner.lora_rank
-        weights = None if model_is_whole else dict(self.learner.weights())  # all ranks take part
+        weights = self._whole_weights()
         learner = self.learner.state_dict()
-        if rank:
+        if rank_and_size()[0]:
             return
-
-        def write_model(folder: Path) -> None:
-            self.model.save_pretrained(folder, state_dict=weights)
-            self.renderer.tokenizer.save_pretrained(folder)
-
         checkpoint.save(
             config.run.output / "checkpoints",
             self.step,
-            write_model=write_model,
+            write_model=partial(self._write_model, weights=weights),
             state={
                 "learner": learner,
                 "random": torch.get_rng_state(),
@@ -449,7 +478,7 @@ class Trainer:
             raise CollapseError(what)
         saved = checkpoint.load(good)
         with torch.no_grad():
-            if not self.config.learner.lora_rank:
+            if not self.learner.has_adapters:
                 self.model.load_state_dict(load_model(good, device="cpu").state_dict())
             self.learner.load_state_dict(saved.state["learner"])
         self.engine.load_weights(self.learner.weights(), version=self.step)
@@ -518,6 +547,8 @@ def _require_one_process(config: TrainConfig) -> None:
         raise ConfigError("--on-collapse rollback works in one process only; stop, and start again")
     if config.sampling.max_staleness:
         raise ConfigError("--max-staleness works in one process only; leave it at 0 with torchrun")
+    if config.sampling.tree_branches:
+        raise ConfigError("--tree-branches works in one process only; leave it at 0 with torchrun")
 
 
 def _starting_model(model: str) -> str:

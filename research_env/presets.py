@@ -81,6 +81,45 @@ MINIWORLD: Preset = {
     },
 }
 
+# A pretrained model of 135 M parameters on real passages, sized for a laptop. The prompt is the
+# bare question: the warm start has taught the format. MuSiQue is left to evaluate out of domain.
+SMOLLM2_WIKI: Preset = {
+    "description": "SmolLM2-135M learns to search real passages, after research-agent sft "
+    "smollm2-wiki. Hours on a laptop.",
+    "environment": {
+        "env": "research_env:SearchQA-v0",
+        "env_args": {
+            "dataset": "hotpotqa+2wiki",
+            "split": "train",
+            "protocol": "research",
+            "reward": "research",
+            "template": "question",
+            "top_k": 2,
+            "max_searches": 4,
+        },
+    },
+    "policy": {"model": "./runs/smollm2-start"},
+    "sampling": {
+        "prompts_per_step": 4,
+        "group_size": 8,
+        "max_prompt": 256,
+        "max_response": 1024,
+        "max_turn_tokens": 96,
+    },
+    "algorithm": {
+        "algorithm": "grpo",
+        "algorithm_args": {"kl_coef": 0.0, "entropy_coef": 0.0},
+    },
+    "learner": {
+        "learning_rate": 1e-4,
+        "warmup_steps": 3,
+        "weight_decay": 0.0,
+        "micro_batch_tokens": 2048,
+        "lora_rank": 16,
+    },
+    "run": {"steps": 200, "save_every": 10, "eval_every": 20, "eval_limit": 100, "eval_args": _DEV},
+}
+
 # Chen et al. 2025, "ReSearch", section 4.1 and appendix. Two epochs of 19,938 questions are 155
 # whole steps of 256.
 RESEARCH_7B: Preset = {
@@ -300,6 +339,7 @@ def _mini(name: str) -> Preset:
 
 PRESETS: dict[str, Preset] = {
     "miniworld": MINIWORLD,
+    "smollm2-wiki": SMOLLM2_WIKI,
     **_PAPERS,
     **{f"{name}-mini": _mini(name) for name in _PAPERS},
 }
@@ -318,6 +358,18 @@ SFT_PRESETS: dict[str, Preset] = {
         "final_share": 0.2,  # what is left for the habits, which come last
         "threads": 1,  # as quick as two, and the same bits however many cores there are
         "output": "runs/miniworld-starter",
-    }
+    },
+    "smollm2-wiki": {
+        "description": "Show SmolLM2-135M how to search real passages, and to do so half of the "
+        "time: the start of research-agent train smollm2-wiki.",
+        "demonstrations": "research_env.wiki_demonstrations:demonstrations",
+        "demonstration_args": {"dataset": "hotpotqa+2wiki", "top_k": 2},
+        "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "count": 1600,
+        "batch": 8,
+        "learning_rate": 2e-4,
+        "warmup_steps": 10,
+        "output": "runs/smollm2-start",
+    },
 }
 """Presets of supervised fine-tuning, for the entry point ``research_agent.sft_presets``."""

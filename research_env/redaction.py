@@ -1,7 +1,13 @@
-"""Keep secrets out of what is shown: errors, logs and records."""
+"""Keep secrets out of what is shown: errors, logs and records.
+
+Every error of the package passes its message through :func:`redact_known`, and so does every text
+of a server before it is shortened.
+"""
 
 from __future__ import annotations
 
+import base64
+import os
 import re
 from array import array
 from html import unescape
@@ -9,7 +15,27 @@ from html import unescape
 SHORTEST_SECRET = 8
 """Characters. A shorter key, such as "EMPTY", is a placeholder and hides nothing."""
 
+SECRET_VARIABLES = (
+    "ELASTICSEARCH_API_KEY",
+    "ELASTICSEARCH_PASSWORD",
+    "OPENAI_API_KEY",
+    "SERPER_API_KEY",
+    "BRAVE_API_KEY",
+    "TAVILY_API_KEY",
+    "SEARXNG_TOKEN",
+    "RETRIEVER_API_KEY",
+    "HF_TOKEN",
+)
+"""Environment variables that hold a key, a token or a password."""
+
 _SHOWN = "[redacted]"
+_SHORTEST_WHOLE = 6  # characters of a secret that is replaced as it is, but not in pieces
+_USER_INFO = re.compile(r"(//)[^\s]*@")
+_PARAMETER = re.compile(
+    r"""((?:[?&;]|%3F|%26)[\w.-]*(?:key|token|secret|passw|auth|signature)[\w.-]*(?:=|%3D))"""
+    r"""[^&\s"'<>#]+""",
+    re.IGNORECASE,
+)
 _CHARACTER = re.compile(
     r"%(?:25)*(?P<percent>[0-9a-fA-F]{2})"
     r"|\\+u(?P<json>[0-9a-fA-F]{4})|\\+x(?P<hex>[0-9a-fA-F]{2})"
@@ -54,6 +80,48 @@ def redact(text: str, *secrets: str) -> str:
             done = starts[hidden_until]
     shown.append(text[done:])
     return "".join(shown)
+
+
+def redact_known(text: str) -> str:
+    """Replace the secrets that this package knows of, and what a URL may hold of others.
+
+    Replaced are the values of :data:`SECRET_VARIABLES` and the Basic login of Elasticsearch (see
+    :func:`redact`), users and passwords of URLs, and the values of URL parameters whose names say
+    that they are secret (``token=``, ``api_key=``, ...).
+
+    Args:
+        text: Anything that may be shown or stored.
+    """
+    secrets = _known_secrets()
+    if secrets:
+        text = redact(text, *secrets)
+        for secret in secrets:
+            if _SHORTEST_WHOLE <= len(secret) < SHORTEST_SECRET:
+                text = text.replace(secret, _SHOWN)
+    if "@" in text:
+        text = _USER_INFO.sub(rf"\1{_SHOWN}@", text)
+    return _PARAMETER.sub(rf"\1{_SHOWN}", text)
+
+
+def redact_url(url: str) -> str:
+    """Redact a text that is one URL: its password may hold spaces, line breaks and slashes."""
+    return redact_known(re.sub(r"//.*@", f"//{_SHOWN}@", url, flags=re.DOTALL))
+
+
+def _known_secrets() -> list[str]:
+    """The secrets of the environment, those that are not ASCII also as their bytes."""
+    secrets = [os.environ.get(variable, "").strip() for variable in SECRET_VARIABLES]
+    user, password = (os.environ.get(f"ELASTICSEARCH_{x}", "") for x in ("USERNAME", "PASSWORD"))
+    if user and password:
+        login = f"{user}:{password}".encode("utf-8", "surrogateescape")
+        secrets.append(base64.b64encode(login).decode())
+    secrets = [secret for secret in secrets if secret]
+    encoded = [
+        secret.encode("utf-8", "surrogateescape").decode("latin-1")  # as percent-encoding shows it
+        for secret in secrets
+        if not secret.isascii()
+    ]
+    return secrets + encoded
 
 
 def _decoded(match: re.Match[str]) -> str:

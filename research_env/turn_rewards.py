@@ -188,8 +188,9 @@ def turn_rewards(name: str | TurnReward) -> TurnRewards:
         return TurnRewards(tuple((t.weight, t.name, t.reward) for t in found.terms))  # type: ignore[misc]
     if not callable(found):
         raise ConfigurationError(f"turn_reward is a name, a sum or a function, not {name!r:.80}")
-    named = name if isinstance(name, str) else getattr(name, "__name__", "own")
-    return TurnRewards(((1.0, str(named), found),))  # type: ignore[arg-type]
+    named = name if isinstance(name, str) else str(getattr(name, "__name__", "own"))
+    function: TurnReward = found  # type: ignore[assignment]
+    return TurnRewards(((1.0, named, function),))
 
 
 def _before(episode: Episode) -> Episode:

@@ -20,14 +20,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(scope="session")
 def research_data() -> Path:
-    """The folder of real questions and passages, or a skip (a failure under CI)."""
+    """The folder of real questions and passages, or a skip.
+
+    Under CI a missing folder is a failure, unless CI_WITHOUT_DATA says that there is none.
+    """
     named = os.environ.get("RESEARCH_DATA")
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(named) if named else beside
     if folder.is_dir():
         return folder
     message = f"no data folder at {folder}; set RESEARCH_DATA"
-    if os.environ.get("CI") == "true":
+    if os.environ.get("CI") == "true" and os.environ.get("CI_WITHOUT_DATA") != "true":
         pytest.fail(message)
     pytest.skip(message)
 

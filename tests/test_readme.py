@@ -1,15 +1,17 @@
-"""What the documents say is so: every command and every Python block of theirs is run here.
+"""Every command and every Python block of the README and the documentation is run here.
 
-Those of README.md are run in its order in one empty folder, as by somebody who reads it for the
-first time. Only what is long, or needs a GPU and the hub, is looked at in another way.
+The blocks of a page run in order in one empty folder, as for somebody who follows it for the first
+time. A block that needs a GPU, the hub or hours is marked; of these only the flags are checked.
 """
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -21,7 +23,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from benchmarks.paper_table import main as paper_table
+from research_agent.algorithms import ALGORITHMS
 from research_agent.cli import main as research_agent
+from research_agent.config import TrainConfig
 from research_agent.environments import make_environments
 from research_agent.presets import PRESETS
 from research_env import IDS
@@ -31,20 +35,8 @@ from research_env.protocol import TEMPLATES
 from research_env.rewards import REWARDS
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "research_agent/README.md",
-    "docs/algorithms.md",
-    "docs/data.md",
-    "docs/evaluation.md",
-    "docs/judge.md",
-    "docs/metrics.md",
-    "docs/papers.md",
-    "docs/reproduce.md",
-    "docs/rewards.md",
-    "docs/rollouts.md",
-)
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "research_agent/README.md", *PAGES)
 NOT_RUN = "<!-- checked, not run"
 NEEDS_SERVER = "<!-- run against a server -->"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -73,7 +65,13 @@ class Block(NamedTuple):
 
     @property
     def is_training(self) -> bool:
-        return bool(re.match(r"(PYTHONPATH=\S+ )?research-agent ", self.code))
+        """Whether all commands are research-agent's, which can run in this process."""
+        lines = self.code.replace("\\\n", " ").splitlines()
+        return all(re.match(r"(PYTHONPATH=\S+ )?research-agent ", line) for line in lines)
+
+    @property
+    def is_install(self) -> bool:
+        return self.code.startswith("pip install")
 
     @property
     def file(self) -> str:
@@ -148,64 +146,95 @@ def run(block: Block) -> str:
         command = [sys.executable, "-c", block.code]
     else:
         command = ["bash", "-euo", "pipefail", "-c", block.code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, f"{block.where}\n{block.code}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
-def train(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+def train(block: Block) -> None:
     """Run a block of the trainer's commands in this process: each alone would load torch again."""
     for line in commands(block):
-        with monkeypatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             while "=" in line[0]:
                 name, _, value = line.pop(0).partition("=")
                 assert name == "PYTHONPATH"
-                patch.syspath_prepend(value)
+                patch.syspath_prepend(Path(value).resolve())
             assert line[0] == "research-agent"
             research_agent(line[1:])
 
 
-@pytest.mark.slow
-def test_the_readme_can_be_followed_from_top_to_bottom(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    followed = [b for b in blocks("README.md") if b.is_run and not (b.is_make or b.needs_server)]
-    said = {}
-    for block in followed:
+def follow(document: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run the blocks of a document in order; what they print."""
+    output = []
+    for block in blocks(document):
+        if not block.is_run or block.is_make or block.needs_server or block.is_install:
+            continue
         if block.is_training:
-            train(block, monkeypatch)
-            said[block.code] = capsys.readouterr().out
+            train(block)
+            output.append(capsys.readouterr().out)
         else:
-            said[block.code] = run(block)
-    output = "".join(said.values())
+            output.append(run(block))
+    return "".join(output)
 
-    in_a_trainer, in_a_vector = (said[b.code] for b in followed if "gym.make" in b.code)
-    assert re.search(r"^[01]\.\d+ \{'em': .*'searches': 0.0.*\} answer$", in_a_trainer, re.M)
-    assert "<result>" in in_a_vector
-    assert "reward 0.95" in output  # the own reward: a right answer after one search
-    assert re.search(r"musique +│ train 1, .*dev 1", output)
-    assert "Nordwind" in output
-    assert (home / "runs/first/report.html").stat().st_size > 0
-    assert (home / "runs/first/curve.png").stat().st_size > 0
-    assert (home / "runs/mine/checkpoints/step-000002/model.safetensors").exists()
-    predictions = (home / "runs/first-eval/predictions.jsonl").read_text().splitlines()
-    assert len(predictions) == 1 + 20  # a header
-    for run_folder in ("runs/first", "runs/mine"):
-        assert undocumented(home / run_folder) == set()
+
+FOLLOWED = [d for d in DOCUMENTS if any(block.is_run for block in blocks(d))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", FOLLOWED)
+def test_a_page_can_be_followed_from_top_to_bottom(
+    document: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = follow(document, capsys)
+    for text in EXPECTED.get(document, ()):
+        assert re.search(text, output, re.M), f"{document} does not print {text}"
+    for path in MADE.get(document, ()):
+        assert (home / path).stat().st_size > 0
+    for run_folder in (path.parent for path in home.glob("runs/*/metrics.jsonl")):
+        assert undocumented(run_folder) == set()
+
+
+EXPECTED = {  # what following a page prints, among other things
+    "README.md": (r"^<result>", r"^0\.\d+ \{'em': 0.0", r"runs/first-again is finished"),
+    "docs/tutorials/train-on-your-corpus.md": ("Nordwind", r"^reward 1\b", "H200"),
+    "docs/tutorials/plug-into-your-trainer.md": (
+        r"^[01]\.\d+ \{'em': .*'searches': 0.0.*\} answer$",
+        "<result>",
+    ),
+    "docs/how-to/own-reward.md": ("reward 0.95",),
+    "docs/reference/environments.md": (r"musique +│ train 1, .*dev 1",),
+}
+MADE = {  # files that following a page makes
+    "README.md": ("runs/first/report.html", "runs/first/curve.png"),
+    "docs/tutorials/train-on-your-corpus.md": (
+        "runs/mine/checkpoints/step-000002/model.safetensors",
+        "runs/mine/report.html",
+    ),
+    "docs/tutorials/evaluate.md": ("runs/page.html", "runs/sampled/summary.json"),
+    "docs/how-to/stages.md": ("grades.jsonl", "demonstrations.jsonl", "runs/sft/model.safetensors"),
+}
 
 
 @pytest.mark.elasticsearch
-def test_the_commands_for_elasticsearch_work(home: Path, elasticsearch: str) -> None:
-    (passages,) = [b for b in blocks("README.md") if "cat > passages.jsonl" in b.code]
-    run(passages)
-    (block,) = [b for b in blocks("README.md") if b.needs_server]
+@pytest.mark.parametrize(
+    "document", [d for d in DOCUMENTS if any(block.needs_server for block in blocks(d))]
+)
+def test_the_commands_for_elasticsearch_work(document: str, home: Path, elasticsearch: str) -> None:
+    wikipedia = home / "data/wiki18"
+    wikipedia.mkdir()
+    with gzip.open(wikipedia / "corpus.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(json.dumps(PASSAGE) + "\n")
     address = elasticsearch.partition("://")[2]
-    output = run(block._replace(code=block.code.replace("localhost:9200", address)))
-    assert "Nordwind" in output
+    for block in blocks(document):
+        if block.needs_server:
+            run(block._replace(code=block.code.replace("localhost:9200", address)))
 
 
 def undocumented(run_folder: Path) -> set[str]:
-    """Numbers that a run has logged, and docs/metrics.md does not define."""
+    """Numbers that a run has logged, and docs/reference/metrics.md does not define."""
     known = documented()
     lines = [
         json.loads(line)
@@ -214,11 +243,12 @@ def undocumented(run_folder: Path) -> set[str]:
     ]
     names = {name for line in lines for name in line}
     assert {"reward", "learner/loss", "collect"} <= names
-    return {re.sub(r"^(env|eval)/(?!reward)", "", name) for name in names} - known
+    components = {re.sub(r"^(env|eval)/((turn_)?reward)/.*", r"\2/NAME", name) for name in names}
+    return {re.sub(r"^(env|eval)/(?!reward$)", "", name) for name in components} - known
 
 
 def documented() -> set[str]:
-    text = text_of("docs/metrics.md")
+    text = text_of("docs/reference/metrics.md")
     headings = re.findall(r"^## (.*)$", text, flags=re.M)
     return {name for heading in headings for name in first_column(text, heading)}
 
@@ -252,43 +282,109 @@ def test_make_does_what_it_says() -> None:
     assert done.stdout.rstrip().endswith("-m benchmarks.demo --help")
 
 
-def test_what_is_not_run_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line takes it, and would train what the text says."""
-    (block,) = [b for b in blocks("README.md") if not b.is_run]
-    ((program, *arguments),) = commands(block)
-    assert program == "research-agent"
-    seen: list[Any] = []
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_what_is_not_run_is_understood(
+    document: str, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our own commands in blocks that are not run: the command line takes every word."""
+    seen: list[TrainConfig] = []
 
-    def train(config: Any) -> Any:
+    def remember(config: TrainConfig) -> Any:
         seen.append(config)
         return SimpleNamespace(message="", numbers={}, signal=0)
 
     trainer = ModuleType("research_agent.trainer")
-    trainer.train = train  # type: ignore[attr-defined]
+    trainer.train = remember  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "research_agent.trainer", trainer)
-    research_agent(arguments)
-    (config,) = seen
-    paper = PRESETS["research-7b"]
-    assert config.environment.env_args == {**paper.environment.env_args, "retriever": None}
-    assert config.policy.model == "Qwen/Qwen2.5-1.5B"
-    assert config.sampling.prompts_per_step == 32 < paper.sampling.prompts_per_step
-    assert config.learner == paper.learner
+    for block in blocks(document):
+        if block.is_run and not block.needs_server:
+            continue
+        for words in commands(block):
+            at = [i for i, word in enumerate(words) if word in PROGRAMS]
+            if "research_agent.cli" in words:  # behind torchrun
+                research_agent(words[words.index("research_agent.cli") + 1 :])
+            elif words[:2] == ["research-agent", "train"]:
+                research_agent(words[1:])
+            elif at:
+                program, arguments = words[at[0]], words[at[0] + 1 :]
+                named = {word for word in arguments if word.startswith("--")}
+                verbs = [word for word in arguments[:2] if word.isalpha()]
+                assert named <= flags(program, verbs, capsys), f"{block.where}: {words}"
+    if document == "docs/tutorials/train-on-your-corpus.md":
+        (config,) = seen
+        paper = PRESETS["research-7b"]
+        assert config.sampling.prompts_per_step == 32 < paper.sampling.prompts_per_step
+        assert config.environment.env_args["template"] == "instruct"
+        assert config.learner == paper.learner
+
+
+PROGRAMS = {"research-agent": research_agent, "research-env": research_env}
+
+
+def flags(program: str, verbs: list[str], capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """The flags of a command; its verbs may be two words, such as ``datasets prepare``."""
+    for count in (2, 1):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exited:
+            PROGRAMS[program]([*verbs[:count], "--help"])
+        if exited.value.code in (0, None):
+            return set(re.findall(r"--\w[\w-]+", capsys.readouterr().out))
+    raise AssertionError(f"{program} {verbs} has no --help")
 
 
 def test_the_tables_name_all_there_is() -> None:
-    text = text_of("README.md")
-    assert first_column(text, "The environment in your own trainer") == set(IDS)
-    assert first_column(text, "Protocols") == set(PROTOCOLS)
-    assert first_column(text, "Rewards") == set(REWARDS)
-    spans = set(code_spans(text))
+    environments = text_of("docs/reference/environments.md")
+    assert first_column(environments, "Ids") == set(IDS)
+    assert first_column(environments, "Protocols") == set(PROTOCOLS)
+    assert set(TEMPLATES) - {"miniworld"} <= set(code_spans(environments))
+    assert first_column(text_of("docs/how-to/rewards.md"), "Rewards") >= set(REWARDS)
     papers = {name for name in PRESETS if not name.endswith("-mini")}
-    assert {*TEMPLATES, *papers} - {"miniworld"} <= spans
+    assert papers - {"miniworld"} <= set(code_spans(text_of("docs/reference/papers.md")))
+    assert set(ALGORITHMS) <= first_column(text_of("docs/reference/algorithms.md"), "Algorithms")
+
+
+def test_the_names_of_other_trainers_are_ours_and_theirs() -> None:
+    """docs/coming-from.md: our metrics are documented, and TRL's settings are fields of its config.
+
+    The names of verl, prime-rl and SkyRL cannot be checked here; the page says where they are from.
+    """
+    GRPOConfig = importlib.import_module("trl").GRPOConfig  # noqa: N806
+
+    text = text_of("docs/coming-from.md")
+    settings, metrics = (
+        [row.split("|")[1:-1] for row in re.findall(r"^\| [`o].*\|$", section, re.M)]
+        for section in re.findall(r"^## (?:Settings|Metrics)\n(.*?)(?=^## )", text, re.M | re.S)
+    )
+    theirs = {name for row in settings for name in re.findall(r"`(\w+)[`=]", row[1])}
+    assert len(theirs) > 25
+    assert theirs - {"peft_config", "reward_funcs"} <= GRPOConfig.__dataclass_fields__.keys()
+    ours = {name for row in metrics for name in re.findall(r"`([\w/]+)`", row[0])}
+    assert ours - {"env/searches", "pass_at"} <= documented()
+
+
+def test_the_readme_is_short() -> None:
+    assert len(text_of("README.md").split()) <= 1000
+
+
+@pytest.mark.parametrize("name", ["loop", "demo"])
+def test_a_picture_is_what_its_script_draws(name: str) -> None:
+    script = runpy.run_path(str(ROOT / f"docs/pictures/{name}.py"))
+    data = ROOT / f"docs/pictures/{name}.jsonl"
+    lines = data.read_text(encoding="utf-8").splitlines() if data.exists() else []
+    drawn = script["draw"](*([[json.loads(line) for line in lines]] if lines else []))
+    assert (ROOT / f"docs/pictures/{name}.svg").read_text(encoding="utf-8") == drawn
+    assert "prefers-color-scheme: dark" in drawn
 
 
 def test_extras_that_are_named_exist() -> None:
     extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
-    named = re.findall(r"pip install \.\[(\w+)\]", text_of("README.md"))
-    assert named
+    texts = "\n".join(map(text_of, DOCUMENTS))
+    named = {
+        extra
+        for extras in re.findall(r"pip install '\.\[([\w,-]+)\]'", texts)
+        for extra in extras.split(",")
+    }
+    assert {"agent", "hub", "elasticsearch"} <= named
     assert set(named) <= set(extras)
 
 
@@ -296,7 +392,9 @@ def test_extras_that_are_named_exist() -> None:
 def test_links_and_files_that_are_named_exist(document: str) -> None:
     text = text_of(document)
     folder = (ROOT / document).parent
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    links = [
+        link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link
+    ]
     assert [link for link in links if not (folder / link).exists()] == []
     paths = [s for s in code_spans(text) if re.fullmatch(r"(research_\w+|tests|docs)/[\w./]+", s)]
     names = [path for path in paths if "NAME" not in path]
@@ -310,6 +408,7 @@ def test_flags_that_are_named_exist(document: str, capsys: pytest.CaptureFixture
     known = {"--help", "--nproc-per-node"}  # the latter is of torchrun
     known |= {"--model", "--reasoning-parser"}  # and these are of vLLM's server
     known |= {"--weight-transfer-config", "--gpu-memory-utilization"}  # as are these
+    known |= {"--all"}  # of benchmarks.cheap_strategies
     for program, commands in {
         research_agent: (
             "train miniworld",

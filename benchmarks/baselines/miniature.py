@@ -285,7 +285,7 @@ def prepare(folder: Path, settings: Miniature, seed: int, *, quiet: bool = False
         seed: of all that is drawn.
         quiet: show no progress.
     """
-    from research_agent.models.policy import resolve_model  # noqa: PLC0415 - these load torch
+    from research_agent.models.source import resolve_model  # noqa: PLC0415 - these load torch
     from research_agent.sft import SFTConfig  # noqa: PLC0415
     from research_agent.sft import run as fit  # noqa: PLC0415
     from research_agent.trainer import train  # noqa: PLC0415

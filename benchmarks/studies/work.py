@@ -377,11 +377,8 @@ def play(
     from research_agent.environments import open_environments  # noqa: PLC0415
     from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
     from research_agent.evaluation.predictions import read_predictions  # noqa: PLC0415
-    from research_agent.models.policy import (  # noqa: PLC0415
-        context_length,
-        load_model,
-        resolve_model,
-    )
+    from research_agent.models.policy import context_length, load_model  # noqa: PLC0415
+    from research_agent.models.source import resolve_model  # noqa: PLC0415
     from research_agent.renderer import load_renderer  # noqa: PLC0415 - loads torch
 
     sampling = replace(MINIWORLD.sampling, temperature=temperature)

@@ -51,12 +51,12 @@ def make_engine(
     Raises:
         ConfigError: no engine of that name, or it is not installed.
         EngineError: it does not start.
-        ModelError: a model that the engine cannot run.
+        ModelError: a model that the engine cannot run, or would run wrongly.
     """
     if name == "transformers":
-        from research_agent.engines.transformers import TransformersEngine  # noqa: PLC0415 - torch
+        from research_agent.engines.transformers import proved_engine  # noqa: PLC0415 - torch
 
-        return TransformersEngine(model, renderer, max_slots, max_context, share=share)
+        return proved_engine(model, renderer, max_slots, max_context, share=share)
     if name == "vllm":
         from research_agent.engines.vllm import VllmEngine  # noqa: PLC0415
 

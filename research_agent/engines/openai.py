@@ -372,12 +372,12 @@ class _WholeAnswers(httpx2.AsyncBaseTransport):
     def __init__(self, connections: int) -> None:
         # vLLM closes a connection that was idle for 5 s; a request could meet that and look lost.
         limits = httpx2.Limits(max_connections=connections, keepalive_expiry=2.0)
-        self._http = httpx2.AsyncHTTPTransport(limits=limits)
+        # A client, since that honors the environment's proxies; the timeout is each request's.
+        self._http = httpx2.AsyncClient(limits=limits)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         request.headers["Accept-Encoding"] = "identity"
-        response = await self._http.handle_async_request(request)
-        response.request = request
+        response = await self._http.send(request, stream=True)
         body, refusal = bytearray(), ""
         try:
             encoding = response.headers.get("Content-Encoding", "identity")

@@ -8,7 +8,9 @@ tokens of those that begin. So the linear layers see no padding; only the attent
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,8 @@ from transformers import AttentionInterface
 
 from research_agent.engines.base import Completion, Finish, SamplingParams
 from research_agent.engines.checks import WeightNames, context_limit, not_finite, require_room
-from research_agent.errors import ModelError
+from research_agent.errors import ContextError, ModelError, ResearchAgentError
+from research_agent.models.probe import engine_difference, plain_logits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -151,6 +154,9 @@ class TransformersEngine:
         max_slots: how many trajectories may be held at once; slots are ``0 .. max_slots - 1``.
         max_context: tokens that a trajectory may have; the model's own limit by default.
         share: use the model object itself. Only where nobody else uses it, as when evaluating.
+        sequential: forward slots one after another, each with the transformers library's own
+            cache. Slow, and right for architectures that keep a state between tokens, or whose
+            attention cannot be replaced.
 
     Raises:
         ModelError: the architecture's attention cannot be replaced, or has no known context.
@@ -167,6 +173,7 @@ class TransformersEngine:
         max_context: int | None = None,
         *,
         share: bool = False,
+        sequential: bool = False,
     ) -> None:
         self.max_context = context_limit(model, max_context)
         self.max_slots = max_slots
@@ -175,13 +182,18 @@ class TransformersEngine:
         self._model = (model if share else copy.deepcopy(model)).eval()
         self._device = next(self._model.parameters()).device
         self._names = WeightNames(self._model)
-        try:
-            self._model.set_attn_implementation(_ATTENTION)
-        except (ValueError, AttributeError) as error:
-            raise ModelError(
-                f"the attention of {type(model).__name__} cannot be replaced ({error}); "
-                "use --engine vllm"
-            ) from error
+        self._sequential = sequential
+        self._caches: dict[int, tuple[str, Any]] = {}  # sequential: of each slot, by argument name
+        if not sequential:
+            try:
+                self._model.set_attn_implementation(_ATTENTION)
+            except (ValueError, AttributeError) as error:
+                raise ModelError(
+                    f"the attention of {type(model).__name__} cannot be replaced ({error}); "
+                    "use --engine vllm"
+                ) from error
+        keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+        self._last_only: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
         self._version = 0
         self._cache = _SlotCache(max_slots, self.max_context)
         self._order = np.arange(max_slots)  # [rows] -> the slot whose cache the row holds
@@ -281,8 +293,32 @@ class TransformersEngine:
         self._pending.pop(slot, None)
         if decoding:
             self._close_gaps()
+        self._caches.pop(slot, None)
         self._cached[slot] = 0
         self._last[slot] = -1
+
+    @torch.inference_mode()
+    def fork(self, source: int, target: int, length: int) -> None:
+        """Let a slot hold the first tokens that another one holds: a copy of keys and values.
+
+        Args:
+            source: the slot that holds them.
+            target: another slot, with no turn under way; what it held is forgotten.
+            length: how many tokens.
+
+        Raises:
+            ValueError: the target is busy or the source itself, or holds fewer tokens.
+        """
+        if target in self._params or target == source:
+            raise ValueError(f"slot {target} is busy or the source; fork into another slot")
+        if length > self._cached[source]:
+            held = int(self._cached[source])
+            raise ValueError(f"slot {source} holds {held} tokens, not {length}")
+        self.release(target)
+        rows = np.argsort(self._order)
+        if length:
+            self._cache.move(self._tensor(rows[[target]]), self._tensor(rows[[source]]), length)
+        self._cached[target] = length
 
     def interrupt(self) -> list[Completion]:
         """End the turns under way where they are, and forget what their slots hold."""
@@ -313,6 +349,31 @@ class TransformersEngine:
         self._version = version
         for slot in range(self.max_slots):
             self.release(slot)
+
+    def difference_to(self, model: Any, attention: str | None) -> str:
+        """Say where this engine differs from the plain model, on two short trajectories.
+
+        Args:
+            model: of the transformers library, with the same weights. It may be the engine's own.
+            attention: what the model's attention is when nobody has replaced it.
+
+        Returns:
+            The difference in words; empty where both are the same but for rounding.
+        """
+        ours = self._model.config._attn_implementation
+
+        def plain(tokens: list[int]) -> Tensor:
+            _restore(model, attention)
+            return plain_logits(model, tokens)
+
+        try:
+            words = len(model.get_output_embeddings().weight)
+            return engine_difference(self, plain, words)
+        finally:
+            for slot in range(min(2, self.max_slots)):
+                self.release(slot)
+            _restore(self._model, ours)
+            self.forwarded_tokens = 0
 
     def _stop_index(self, stop: tuple[str, ...]) -> int:
         if stop not in self._stop_sets:
@@ -384,6 +445,8 @@ class TransformersEngine:
 
     def _forward(self, slots: NDArray[np.int64], admitted: list[int]) -> Tensor:
         """Forward every new token of the slots; float32 logits [slots, vocabulary] of the last."""
+        if self._sequential:
+            return torch.stack([self._forward_alone(slot) for slot in slots.tolist()])
         going = len(slots) - sum(admitted)
         counts = np.ones(len(slots), dtype=np.int64)
         tokens: list[int] = self._last[slots[:going]].tolist()
@@ -410,6 +473,21 @@ class TransformersEngine:
             logits_to_keep=self._tensor(ends - 1),
             slot_cache=self._cache,
         ).logits[0]
+        return logits.float()
+
+    def _forward_alone(self, slot: int) -> Tensor:
+        """Forward the new tokens of a slot with its own cache; float32 logits of the last one."""
+        new = self._pending.pop(slot, None) or [int(self._last[slot])]
+        self.forwarded_tokens += len(new)
+        self._cached[slot] += len(new)
+        name, cache = self._caches.get(slot, ("past_key_values", None))
+        given = {} if cache is None else {name: cache}
+        output = self._model(
+            input_ids=self._tensor(np.array(new))[None], use_cache=True, **given, **self._last_only
+        )
+        kept = ((n, getattr(output, n, None)) for n in ("past_key_values", "cache_params"))
+        self._caches[slot] = next((n, held) for n, held in kept if held is not None)
+        logits: Tensor = output.logits[0, -1]
         return logits.float()
 
     def _chunk(
@@ -471,6 +549,59 @@ class TransformersEngine:
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def proved_engine(
+    model: Any, renderer: Renderer, max_slots: int, max_context: int | None, *, share: bool = False
+) -> TransformersEngine:
+    """Make an engine that computes what plain transformers computes, in the fastest way that does.
+
+    Args:
+        model: the policy, of the transformers library.
+        renderer: its tokenizer.
+        max_slots: as for ``TransformersEngine``.
+        max_context: as for ``TransformersEngine``.
+        share: as for ``TransformersEngine``.
+
+    Returns:
+        The engine, with nothing under way.
+
+    Raises:
+        ModelError: no way of running the model agrees with it.
+    """
+    plain = model.config._attn_implementation
+    causes: list[str] = []
+    for sequential in (False, True):
+        try:
+            engine = TransformersEngine(
+                model, renderer, max_slots, max_context, share=share, sequential=sequential
+            )
+            difference = engine.difference_to(model, plain)
+        except ContextError:
+            raise
+        except (ResearchAgentError, RuntimeError, TypeError, ValueError, IndexError,
+                AttributeError, KeyError, AssertionError, StopIteration) as error:  # fmt: skip
+            difference = f"{type(error).__name__}: {error}"
+        if not difference:
+            if sequential:
+                warnings.warn(
+                    f"{type(model).__name__} is sampled one sequence at a time, as sequences"
+                    f" together are wrong ({causes[0]}); --engine vllm is faster",
+                    stacklevel=3,
+                )
+            return engine
+        causes.append(difference)
+        if share:
+            _restore(model, plain)
+    raise ModelError(
+        f"the transformers engine does not compute what {type(model).__name__} does. Sequences"
+        f" together: {causes[0]}. One at a time: {causes[1]}. Use --engine vllm"
+    )
+
+
+def _restore(model: Any, attention: str | None) -> None:
+    if model.config._attn_implementation != attention and attention is not None:
+        model.set_attn_implementation(attention)
 
 
 def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:

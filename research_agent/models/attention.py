@@ -63,7 +63,7 @@ def packed_attention(
     odd = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
     if odd or attention_mask is not None or (sliding_window or query.shape[2]) < query.shape[2]:
         what = odd[0] if odd else "a mask" if attention_mask is not None else "a sliding window"
-        raise ModelError(f"trajectories cannot share a row: the attention has {what}; use 'rows'")
+        raise ModelError(f"its attention has {what}")
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings may be wider
     grouped = query.shape[1] != key.shape[1]
     if cu_seq_lens_q is None:

@@ -41,6 +41,107 @@ def add_adapters(model: Any, rank: int) -> None:
         raise ModelError(f"{type(model).__name__} takes no adapters: {error}") from error
 
 
+def load_adapters(model: Any, adapter: str) -> int:
+    """Put a saved LoRA adapter beside the weights that it was made for; nothing else learns.
+
+    Args:
+        model: the adapter's base, a causal language model of the transformers library; it is
+            changed.
+        adapter: folder, or name on the hub, of an adapter that peft saved.
+
+    Returns:
+        The adapter's rank.
+
+    Raises:
+        ConfigError: peft is not installed.
+        ModelError: the adapter is damaged, is made for another model, or learns more than LoRA's
+            two matrices a layer.
+    """
+    config, weights = _read(adapter)
+    _refuse_more_than_lora(config, adapter)
+    from peft import inject_adapter_in_model, set_peft_model_state_dict  # noqa: PLC0415
+
+    config.inference_mode = False
+    try:
+        inject_adapter_in_model(config, model, adapter_name=_NAME)
+        loaded: Any = set_peft_model_state_dict(model, weights, adapter_name=_NAME)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise _misfit(adapter, model, str(error)) from error
+    lost = [name for name in loaded.missing_keys if ".lora_" in name]
+    if odd := [*loaded.unexpected_keys, *lost]:
+        raise _misfit(adapter, model, f"{len(odd)} of its weights, such as {odd[0]!r}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+    return int(config.r)
+
+
+def merge_adapter(model: Any, adapter: str) -> Any:
+    """Add a saved adapter of any kind that peft can merge to the weights of its base.
+
+    Args:
+        model: the adapter's base; its weights are changed.
+        adapter: folder, or name on the hub, of an adapter that peft saved.
+
+    Returns:
+        The same model, without adapters.
+
+    Raises:
+        ConfigError: peft is not installed.
+        ModelError: the adapter is damaged, made for another model, or cannot be merged.
+    """
+    config, weights = _read(adapter)
+    from peft import get_peft_model, set_peft_model_state_dict  # noqa: PLC0415
+
+    config.inference_mode = True
+    try:
+        beside = get_peft_model(model, config, adapter_name=_NAME)
+        loaded: Any = set_peft_model_state_dict(beside, weights, adapter_name=_NAME)
+        if odd := loaded.unexpected_keys:
+            raise ValueError(f"{len(odd)} of its weights, such as {odd[0]!r}, have no place")
+        return beside.merge_and_unload().requires_grad_(True)
+    except (ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise _misfit(adapter, model, str(error)) from error
+
+
+def _read(adapter: str) -> tuple[Any, Any]:
+    """Configuration and weights of an adapter that peft saved."""
+    try:
+        from peft import PeftConfig, load_peft_weights  # noqa: PLC0415
+    except ImportError as error:
+        message = f"{adapter} is an adapter, which needs the package peft; pip install peft"
+        raise ConfigError(message) from error
+    from safetensors import SafetensorError  # noqa: PLC0415
+
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+        return config, load_peft_weights(adapter, device="cpu")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"the adapter {adapter} cannot be read: {error}; get it again") from error
+
+
+def _refuse_more_than_lora(config: Any, adapter: str) -> None:
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    more = [name for name in ("modules_to_save", "use_dora", "trainable_token_indices",
+                              "lora_bias", "target_parameters")
+            if getattr(config, name, None)]  # fmt: skip
+    if getattr(config, "bias", "none") != "none":
+        more.append("bias")
+    if kind == "LORA" and not more:
+        return
+    what = f"sets {more[0]}" if kind == "LORA" else f"is of the kind {kind}"
+    raise ModelError(
+        f"the adapter {adapter} {what}, and only plain LoRA is trained on; give --merge-adapter to"
+        " add it to the weights and train those, or --lora-rank beside it for a new adapter"
+    )
+
+
+def _misfit(adapter: str, model: Any, cause: str) -> ModelError:
+    return ModelError(
+        f"the adapter {adapter} does not fit {type(model).__name__}: {cause}; see that"
+        " base_model_name_or_path in its adapter_config.json is the model that it was made for"
+    )
+
+
 def adapters(model: Any) -> dict[str, Tensor]:
     """The adapters' weights by name; none where there are no adapters."""
     return {name: p for name, p in model.named_parameters() if ".lora_" in name}

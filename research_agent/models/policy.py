@@ -2,45 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pickle
+import struct
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from research_agent.batch import Batch, MicroBatch, micro_batches
-from research_agent.checkpoint import latest
 from research_agent.distributed import all_reduce_sum, shard_batches
-from research_agent.errors import ModelError
+from research_agent.errors import ModelError, ResearchAgentError
+from research_agent.models.probe import logit_difference, plain_logits, probe_sequences
+from research_agent.models.source import (
+    ModelSource,
+    generation_settings,
+    model_source,
+)
+
+if TYPE_CHECKING:
+    from research_agent.renderer import Renderer
 
 Precision = Literal["float32", "bfloat16"]
 
-STARTERS = Path(__file__).parents[1] / "starters"
+_LOADING_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    RecursionError,
+    OverflowError,
+    ArithmeticError,
+    pickle.UnpicklingError,
+    struct.error,
+    SafetensorError,
+)
 
 # The most logits that are held at once: 64 Mi of float32 are 256 MiB. A GPU likes larger products.
 MAX_LOGITS = 2**26
 MAX_LOGITS_GPU = 2**28
-
-
-def resolve_model(name: str | Path) -> str:
-    """Say where a model is: a starter of the package, the newest checkpoint of a run, or ``name``.
-
-    Raises:
-        ModelError: the name is plainly a path, and there is no such folder.
-    """
-    text, folder = str(name), Path(name).expanduser()
-    starters = {p.name: p for p in STARTERS.iterdir()} if STARTERS.is_dir() else {}
-    if text in starters:
-        return str(starters[text])
-    if newest := latest(folder / "checkpoints"):
-        return str(newest)
-    if not folder.is_dir() and (text[:1] in (".", "/", "~") or text.count("/") > 1):
-        raise ModelError(f"there is no model folder {text}; give one, or a name on the hub")
-    return str(folder) if folder.is_dir() else text
 
 
 def load_model(
@@ -48,49 +57,90 @@ def load_model(
     *,
     dtype: Literal["float32", "bfloat16", "float64"] = "float32",
     device: str = "auto",
+    merge_adapter: bool = True,
 ) -> Any:
     """Open a causal language model of the transformers library, for evaluation and training.
 
     Args:
-        name: a starter of this package, a folder (a checkpoint is one), or a name on the hub.
-        dtype: number format of the weights.
+        name: a starter of this package, a folder (a checkpoint is one), a GGUF file, the folder of
+            a LoRA adapter, or a name on the hub.
+        dtype: number format of the weights. Quantized weights of a GGUF file become numbers of it.
         device: "cpu", "cuda", or "auto", which is cuda where there is one.
+        merge_adapter: add a LoRA adapter to the weights of its base; otherwise the base alone is
+            opened, and ``lora.load_adapters`` puts the adapter beside it.
 
     Returns:
         The model, in evaluation mode: dropout would make what is learned from differ from what was
-        sampled.
+        sampled. Its attention is one of the transformers library's own, whatever its configuration
+        names, and its ``generation_config`` can be saved.
 
     Raises:
-        ModelError: no such model, no or not all of its weights, or one whose log-probabilities
-            cannot be computed from its last hidden states and its head alone.
+        ModelError: no such model, no or not all of its weights, quantized ones that cannot learn,
+            or one whose log-probabilities cannot be computed from its last hidden states and its
+            head alone.
     """
-    from safetensors import SafetensorError  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow to import
-
-    place = resolve_model(name)
-    if Path(place).is_dir():
-        _check_folder(Path(place))
+    source = model_source(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = _open(source, str(name), getattr(torch, dtype))
+    if source.adapter is not None and merge_adapter:
+        from research_agent.models.lora import merge_adapter as merge  # noqa: PLC0415
+
+        model = merge(model, source.adapter)
+    _repair_generation(model, str(name))
+    model = model.to(device).eval()
+    require_learnable(model, str(name))
+    return model
+
+
+def _open(source: ModelSource, name: str, dtype: torch.dtype) -> Any:
+    """Open the weights of a source, on the CPU."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - slow to import
+
+    options = {**source.options, "trust_remote_code": False}
     try:
+        config = AutoConfig.from_pretrained(source.place, **options)
+        _refuse_quantized(config, name)
+        # A configuration may name an attention that it would have downloaded and run.
+        config._attn_implementation = None
+        if (tokens := _tokens_of_unreadable(source.place, name)) is not None:
+            options["generation_config"] = tokens
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            place, dtype=getattr(torch, dtype), output_loading_info=True
+            source.place, config=config, dtype=dtype, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except ImportError as error:
+        cure = "pip install gguf" if source.gguf_file else "install it"
+        message = f"the model {name!r} needs a package that is missing: {error}; {cure}"
+        raise ModelError(message) from error
+    except _LOADING_ERRORS as error:
         message = (
-            f"the model {str(name)!r} cannot be opened: {error}. Give a folder with config.json and"
-            " model.safetensors, or a name on the Hugging Face hub"
+            f"the model {name!r} cannot be opened: {error}. Give a folder with config.json and"
+            " model.safetensors, a GGUF file, or a name on the Hugging Face hub"
         )
         raise ModelError(message) from error
     if missing := sorted(loaded["missing_keys"]):
         message = (
-            f"the model {str(name)!r} lacks {len(missing)} of its weights, among them"
+            f"the model {name!r} lacks {len(missing)} of its weights, among them"
             f" {missing[0]!r}; get or save it again"
         )
         raise ModelError(message)
-    model = model.to(device).eval()
-    _check_head(model, str(name))
-    return model
+    return _plain_weights(model, dtype) if source.gguf_file else model
+
+
+def require_ends(model: Any, renderer: Renderer) -> None:
+    """Check that the model can sample the tokens that end a turn.
+
+    Raises:
+        ModelError: one of them is beyond the model's vocabulary.
+    """
+    words = len(model.get_output_embeddings().weight)
+    beyond = sorted(token for token in renderer.end_ids if token >= words)
+    if beyond:
+        raise ModelError(
+            f"the end token {beyond[0]} is beyond the model's {words} tokens, so that no turn"
+            " could end with it; correct eos_token_id in generation_config.json, or eos_token in"
+            " tokenizer_config.json"
+        )
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -114,22 +164,14 @@ def prepare(
         compile: let torch.compile fuse the operations of each layer.
 
     Raises:
-        ModelError: the architecture cannot do it.
+        ModelError: the architecture cannot do it, or would compute something else.
     """
     layers = layers_of(model)
     if (gradient_checkpointing or compile) and not layers:
         message = f"{type(model).__name__} names no layers to checkpoint or compile; turn both off"
         raise ModelError(message)
     if packed:
-        from research_agent.models.attention import PACKED  # noqa: PLC0415
-
-        try:
-            model.set_attn_implementation(PACKED)
-        except (ValueError, AttributeError) as error:
-            name = type(model).__name__
-            raise ModelError(
-                f"the attention of {name} cannot be replaced ({error}); use --packing off"
-            ) from error
+        _pack(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in layers:  # it checkpoints in training mode only; its dropouts are inside it
@@ -137,6 +179,44 @@ def prepare(
     if compile:
         for layer in layers:
             layer.compile(dynamic=True)
+
+
+def _pack(model: Any) -> None:
+    """Let trajectories share a row, and prove on two of them that none sees its neighbour."""
+    from research_agent.models.attention import PACKED  # noqa: PLC0415
+
+    name = type(model).__name__
+    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    try:
+        sequences = probe_sequences(model)
+        expected = [plain_logits(model, tokens) for tokens in sequences]
+        model.set_attn_implementation(PACKED)
+        found = _packed_logits(model, sequences)
+        difference = next(filter(None, map(logit_difference, found, expected)), "")
+    except (ResearchAgentError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        difference = str(error)
+    if difference:
+        if before is not None and model.config._attn_implementation != before:
+            model.set_attn_implementation(before)
+        message = f"trajectories of {name} cannot share a row: {difference}; use --packing off"
+        raise ModelError(message)
+
+
+@torch.no_grad()
+def _packed_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits of sequences in one row, [tokens, words] each."""
+    lengths, device = [len(s) for s in sequences], model.device
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    options: dict[str, Any] = {
+        "position_ids": torch.cat([torch.arange(n, device=device) for n in lengths])[None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+    row = torch.tensor([token for s in sequences for token in s], device=device)[None]
+    states = model.base_model(input_ids=row, use_cache=False, **options).last_hidden_state
+    return list(model.get_output_embeddings()(states)[0].split(lengths))
 
 
 def token_logprobs(
@@ -289,25 +369,111 @@ def _compiled_score() -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]
     return torch.compile(_score, dynamic=True)
 
 
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is no model folder: it has no config.json")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        message = f"{folder} has a config.json but no weights; put its model.safetensors there"
-        raise ModelError(message)
+def _plain_weights(model: Any, dtype: torch.dtype) -> Any:
+    """The same model without the marks of a quantized one, which could not be saved."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    config = deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def _refuse_quantized(config: Any, name: str) -> None:
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return
+    kind = found.get("quant_method") if isinstance(found, Mapping) else found.quant_method
+    raise ModelError(
+        f"the weights of {name!r} are quantized ({getattr(kind, 'value', kind)}), and such weights"
+        " cannot learn; give the model that they were made from, or dequantize them first. To"
+        " evaluate them as they are, serve them with vLLM and give --endpoint"
+    )
+
+
+def _repair_generation(model: Any, name: str) -> None:
+    """Drop what a generation_config says where it could not be saved; its end tokens stay.
+
+    Sampling is ours, so nothing else of it is used.
+    """
+    given = getattr(model, "generation_config", None)
+    if given is None:
+        return
+    pad = getattr(given, "pad_token_id", None)
+    try:
+        given.validate(strict=True)
+        if pad is None or pad >= 0:
+            return
+        cause: object = f"pad_token_id is {pad}"
+    except ValueError as error:
+        cause = error
+    model.generation_config = _tokens_only(given.to_dict())
+    if (config_pad := getattr(model.config, "pad_token_id", None)) is not None and config_pad < 0:
+        model.config.pad_token_id = None
+    _say_repaired(name, cause)
+
+
+def _tokens_of_unreadable(place: str, name: str) -> Any:
+    """The special tokens of a generation_config that the library refuses; None where it reads."""
+    from transformers import GenerationConfig  # noqa: PLC0415
+
+    try:
+        GenerationConfig.from_pretrained(place)
+    except OSError:  # there is none
+        return None
+    except (ValueError, TypeError) as error:
+        _say_repaired(name, error)
+        return _tokens_only(generation_settings(place))
+    return None
+
+
+def _tokens_only(values: Mapping[str, Any]) -> Any:
+    from transformers import GenerationConfig  # noqa: PLC0415
+
+    ids = {key: values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    pad = ids["pad_token_id"]
+    return GenerationConfig(**{**ids, "pad_token_id": None if pad is None or pad < 0 else pad})
+
+
+def _say_repaired(name: str, cause: object) -> None:
+    first = str(cause).strip().splitlines()[0]
+    warnings.warn(
+        f"the generation_config of {name!r} cannot be saved ({first}); of it only the end tokens"
+        " are kept, as sampling is set by this package",
+        stacklevel=4,
+    )
 
 
 @torch.no_grad()
-def _check_head(model: Any, name: str) -> None:
-    """Some models scale or cap their logits after the head; ours would then be others."""
-    words = min(16, len(model.get_output_embeddings().weight))
-    tokens = torch.arange(words, device=model.device)[None]
-    logits = model(input_ids=tokens, use_cache=False).logits
-    states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    ours = model.get_output_embeddings()(states)
-    if not torch.allclose(ours.float(), logits.float(), equal_nan=True):
-        message = f"the model {name!r} changes its logits after its head, which is not supported"
-        raise ModelError(message)
+def require_learnable(model: Any, name: str) -> None:
+    """Compare what the learner computes with the model's own logits, on two short sequences.
+
+    The learner gives its rows no mask, pads them on the right, and applies the head to the last
+    hidden states alone. Models that scale or cap their logits afterwards differ.
+
+    Args:
+        model: a causal language model of the transformers library.
+        name: of the model, for the message.
+
+    Raises:
+        ModelError: they differ by more than rounding.
+    """
+    sequences = probe_sequences(model)
+    head = model.get_output_embeddings()
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
+    padded = padded.to(model.device)
+    states = model.base_model(input_ids=padded, use_cache=False).last_hidden_state
+    for row, tokens in zip(head(states), sequences, strict=True):
+        expected = plain_logits(model, tokens)
+        if difference := logit_difference(row[: len(tokens)], expected):
+            raise ModelError(
+                f"the model {name!r} changes its logits after its head, or sees padding:"
+                f" {difference}; this is not supported"
+            )
 
 
 def context_length(model: Any, wanted: int) -> int:

@@ -45,13 +45,13 @@ def load_dataset(
 
     The published sets have these splits:
 
-    - ``train``: all training questions that are at hand; ``train-gold``: those of them whose gold
-      passages are known and in the corpus.
+    - ``train``: all training questions that are available; ``train-gold``: only questions whose
+      gold passages are known and in the corpus.
     - ``dev``: the development questions with gold passages in the corpus; ``dev-all``: all of them.
-    - ``test``: Bamboogle and PopQA, which have no other split, NQ and TriviaQA, which have
-      ``train`` and ``dev`` too; these four have no corpus.
+    - ``test``: the only split of Bamboogle and PopQA; NQ and TriviaQA have ``train`` and ``dev``
+      too. These four have no corpus.
     - ``stage-1``, ``stage-2``: R1-Searcher's training questions (``data/training_set`` of
-      RUCAIBox/R1-Searcher, in the folder ``r1searcher_train``), without corpus too.
+      RUCAIBox/R1-Searcher, in the folder ``r1searcher_train``), without a corpus.
 
     Gold answers that normalize to nothing, such as "$", are dropped, since every answer made of
     punctuation would match them exactly. A question that has no other answer is left out; the
@@ -62,28 +62,28 @@ def load_dataset(
     gold passages, ``qa_train.jsonl`` and ``qa_dev.jsonl``, each plain or gzipped; else from the
     Hugging Face hub, once, into the cache folder.
 
-    A mixture names several sets: ``"musique+hotpotqa"`` has all questions of both,
-    ``"musique:2+hotpotqa:1"`` two of the first for each of the second, as many as there are
-    without repeating any, spread evenly over each set. Its questions are interleaved in a fixed
+    A mixture names several sets: ``"musique+hotpotqa"`` has all questions of both.
+    ``"musique:2+hotpotqa:1"`` has two of the first for each of the second, spread evenly over each
+    set and as many as possible without repeating one. Its questions are interleaved in a fixed
     order, and its corpus is the union.
 
     Args:
         name: one of :data:`DATASETS`, or a mixture of them.
-        split: as above; "train" or "dev" of MiniWorld; of a user's questions those that name it
-            as their ``split``, and those that name none.
-        hops: keep the questions with this number of hops, or one of these numbers.
-        questions: path of a question file, which ``custom`` needs; other sets have their own.
+        split: as above; "train" or "dev" for MiniWorld. A user's own questions belong to the split
+            that they name, or to every split if they name none.
+        hops: keep the questions with this number of hops, or with one of these numbers.
+        questions: path of a question file; ``custom`` needs one, other sets have their own.
         corpus: path of a corpus to use instead of the set's own.
-        world_seed: the world of MiniWorld.
-        grades: a file of ``research-agent grade``, each line ``{"question_id", "grade", ...}``.
-        grade: of these keep the questions that it calls so; as with data sets ``"medium+hard"`` has
-            all of both, ``"medium:1+hard:2"`` twice as many hard ones.
+        world_seed: the seed of MiniWorld's world.
+        grades: a file written by ``research-agent grade``: ``{"question_id", "grade", ...}`` lines.
+        grade: keep the questions with this grade. As with data sets, ``"medium+hard"`` keeps all of
+            both, ``"medium:1+hard:2"`` twice as many hard ones.
 
     Raises:
         UnknownNameError: no such data set or split; the message lists those that exist.
         ConfigurationError: settings that do not fit together, or leave no question.
         DataNotFoundError: the data are neither in a folder nor on a hub that answers.
-        DataError: a file is not in order; the message names file and line.
+        DataError: a file is damaged or malformed; the message names file and line.
     """
     if not isinstance(name, str):
         raise UnknownNameError("data set", name, DATASETS)
@@ -152,7 +152,7 @@ def local_folder(name: str) -> Path | None:
 
 
 def _part(text: str, what: str = "data set", known: Collection[str] = DATASETS) -> Part:
-    """Name and weight of a part of a mixture."""
+    """Split one part of a mixture into its name and weight."""
     name, colon, weight = text.strip().partition(":")
     name = {"2wikimultihopqa": "2wiki"}.get(name, name)
     if name not in known:
@@ -206,7 +206,7 @@ def _custom(path: Path, split: str) -> Dataset:
 
 
 def _answerable(data: Dataset) -> Dataset:
-    """The questions with the gold answers that a metric can tell from an empty prediction."""
+    """Drop gold answers that a metric cannot tell from an empty prediction."""
     if not any(normalize(a) == "" for question in data.questions for a in question.answers):
         return data
     kept, left_out, dropped = [], [], 0
@@ -243,7 +243,7 @@ def _filtered(data: Dataset, split: str, hops: int | Collection[int] | None) -> 
 
 
 def _graded(data: Dataset, path: Path, grade: str) -> Dataset:
-    """The questions that a file of grades calls so; those that it does not name are left out."""
+    """Keep the questions that a file of grades gives this grade; drop those it does not name."""
     if not path.is_file():
         raise DataNotFoundError(f"no file of grades {str(path)!r}; research-agent grade makes one")
     graded: dict[str, str] = {}

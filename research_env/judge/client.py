@@ -172,8 +172,8 @@ class JudgeClient:
                 f"{self._url} answered 404 ({detail}); check that the address is that of the "
                 f"server's /v1, and that it knows the model {self._model!r}"
             )
-        may_pass = status in (408, 409, 429) or status >= 500
-        return NoReplyError(f"status {status}", detail, refused=not may_pass)
+        retryable = status in (408, 409, 429) or status >= 500
+        return NoReplyError(f"status {status}", detail, refused=not retryable)
 
     def _shown(self, text: str) -> str:
         return one_line(self._redact(text[:10_000]))
@@ -221,20 +221,19 @@ class _WholeAnswers(httpx2.AsyncBaseTransport):
     """
 
     def __init__(self, connections: int) -> None:
-        limits = httpx2.Limits(max_connections=connections)
-        self._http = httpx2.AsyncHTTPTransport(limits=limits)
+        # A client, since that honors the environment's proxies; the timeout is each request's.
+        self._http = httpx2.AsyncClient(limits=httpx2.Limits(max_connections=connections))
         self.has_answered = False
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         request.headers["Accept-Encoding"] = "identity"
         try:
-            response = await self._http.handle_async_request(request)
+            response = await self._http.send(request, stream=True)
         except httpx2.ConnectError as error:
             if self.has_answered:
                 raise
             raise openai.APIConnectionError(request=request) from error
         self.has_answered = True
-        response.request = request
         body, refusal = bytearray(), ""
         try:
             encoding = response.headers.get("Content-Encoding", "identity")

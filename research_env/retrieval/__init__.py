@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from research_env.errors import ConfigurationError, ResearchEnvError, UnknownNameError
 from research_env.paths import cache_folder
 from research_env.progress import progress
+from research_env.redaction import redact_url
 from research_env.retrieval.base import Hit, Passage, Retriever
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def open_retriever(url: str | None, corpus: Corpus | None) -> Retriever:
     if scheme not in SCHEMES:
         hint = f"For the index in that folder write 'embedded:{url}'" if Path(url).is_dir() else ""
         raise UnknownNameError(
-            "retriever", without_password(url), [f"{known}:..." for known in SCHEMES], hint
+            "retriever", redact_url(url), [f"{known}:..." for known in SCHEMES], hint
         )
     if "?" in rest:
         from research_env.retrieval.replay import (  # noqa: PLC0415  (loads SQLite)
@@ -72,11 +72,6 @@ def open_retriever(url: str | None, corpus: Corpus | None) -> Retriever:
         if record is not None:
             return RecordedRetriever(record, lambda: SCHEMES[scheme](rest, corpus))
     return SCHEMES[scheme](rest, corpus)
-
-
-def without_password(url: str) -> str:
-    """A URL as a message may show it: user and password are left out."""
-    return re.sub(r"//.*@", "//...@", url, flags=re.DOTALL)  # a password may hold a slash
 
 
 def default_index(corpus: Corpus) -> Path:

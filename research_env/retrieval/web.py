@@ -2,7 +2,8 @@
 
 ``web:serper``, ``web:brave`` and ``web:tavily`` take their key from ``SERPER_API_KEY``,
 ``BRAVE_API_KEY`` and ``TAVILY_API_KEY``. ``web:searxng?url=http://HOST:PORT`` asks your own
-SearXNG, whose settings must allow the format json. Options: ``budget=1000``, how many requests a
+SearXNG, whose settings must allow the format json; if a proxy before it wants a token, set
+``SEARXNG_TOKEN``, which is sent as a bearer token. Options: ``budget=1000``, how many requests a
 process may send (default: any number); ``rate=5``, how many it sends per second (default 5);
 ``deadline=60``, seconds per batch. The id of a passage is the result's address, its text the
 snippet, its score 1/rank.
@@ -60,8 +61,10 @@ class Provider:
 
     url: str
     """Its address; empty: the user gives one."""
-    key: str | None
-    """The environment variable that holds the key; None: it needs no key."""
+    key: str
+    """The environment variable that holds the key."""
+    needs_key: bool
+    """Whether it refuses requests without a key."""
     max_results: int
     """The most results per request."""
     request: Callable[[str, str, str, int], Request]
@@ -102,7 +105,9 @@ def _tavily_passages(answer: Any) -> list[Passage]:
 
 
 def _searxng_request(url: str, key: str, query: str, count: int) -> Request:
-    return Request(f"{url.rstrip('/')}/search", params={"q": query, "format": "json"})
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    params = {"q": query, "format": "json"}
+    return Request(f"{url.rstrip('/')}/search", headers, params=params)
 
 
 def _searxng_passages(answer: Any) -> list[Passage]:
@@ -114,19 +119,30 @@ def _searxng_passages(answer: Any) -> list[Passage]:
 
 PROVIDERS: dict[str, Provider] = {
     "serper": Provider(
-        "https://google.serper.dev/search", "SERPER_API_KEY", 100, _serper_request, _serper_passages
+        "https://google.serper.dev/search",
+        "SERPER_API_KEY",
+        True,
+        100,
+        _serper_request,
+        _serper_passages,
     ),
     "brave": Provider(
         "https://api.search.brave.com/res/v1/web/search",
         "BRAVE_API_KEY",
+        True,
         20,
         _brave_request,
         _brave_passages,
     ),
     "tavily": Provider(
-        "https://api.tavily.com/search", "TAVILY_API_KEY", 20, _tavily_request, _tavily_passages
+        "https://api.tavily.com/search",
+        "TAVILY_API_KEY",
+        True,
+        20,
+        _tavily_request,
+        _tavily_passages,
     ),
-    "searxng": Provider("", None, 1_000, _searxng_request, _searxng_passages),
+    "searxng": Provider("", "SEARXNG_TOKEN", False, 1_000, _searxng_request, _searxng_passages),
 }
 
 
@@ -237,11 +253,16 @@ def open_web(rest: str) -> WebRetriever:
         raise UnknownNameError("provider of web search", name, PROVIDERS)
     provider = PROVIDERS[name]
     check_options("web", options, ("budget", "deadline", "rate", "url"))
-    key = secret_of(provider.key) if provider.key else ""
-    if provider.key and not key:
+    key = secret_of(provider.key)
+    if provider.needs_key and not key:
         raise ConfigurationError(f"web:{name} needs its key in the environment: {provider.key}")
     if not (provider.url or options.get("url")):
         raise ConfigurationError(f"web:{name} needs its address: 'web:{name}?url=http://HOST:PORT'")
+    if any(mark in options.get("url", "") for mark in "?#"):
+        raise ConfigurationError(
+            f"the address of web:{name} must end before its '?': an address is shown in errors and "
+            f"recorded with results, so a token goes into {provider.key}"
+        )
     budget = int(number(options, "budget", 0, 1)) if "budget" in options else None
     return WebRetriever(
         provider,

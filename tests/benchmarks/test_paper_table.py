@@ -386,7 +386,7 @@ def test_published_numbers() -> None:
 
 
 def test_the_commands_of_the_document_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
-    found = [words for block in blocks("docs/reproduce.md") for words in commands(block)]
+    found = [words for block in blocks("docs/how-to/reproduce.md") for words in commands(block)]
     tables = [words for words in found if words[:1] == ["python"]]
     assert [words[:3] for words in tables] == [["python", "-m", "benchmarks.paper_table"]]
     config = tyro.cli(paper_table.TableConfig, args=tables[0][3:])

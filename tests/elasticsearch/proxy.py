@@ -28,15 +28,19 @@ class Proxy:
         wait: what the header Retry-After of the statuses says; empty: there is none.
     """
 
-    def __init__(self, target: str, certificate: tuple[Path, Path] | None = None) -> None:
+    def __init__(
+        self, target: str, certificate: tuple[Path, Path] | None = None, prefix: str = ""
+    ) -> None:
         """Start to listen.
 
         Args:
-            target: the server's address.
-            certificate: files of a certificate and its key; with them it speaks TLS.
+            target: The server's address.
+            certificate: Files of a certificate and its key; with them the proxy speaks TLS.
+            prefix: Beginning of the paths that are passed on, without it; others are not found.
         """
         proxy = self
         self.target = urlsplit(target).netloc
+        self.prefix = prefix
         self.fault = ""
         self.times: int | None = None
         self.seen: list[tuple[str, bytes]] = []
@@ -90,10 +94,13 @@ class Proxy:
 
     def forward(self, handler: BaseHTTPRequestHandler, body: bytes) -> tuple[int, bytes]:
         """Status and body of the server's answer; 502 when it cannot be reached."""
+        if not handler.path.startswith(self.prefix):
+            return 404, b"{}"
+        path = handler.path.removeprefix(self.prefix)
         connection = http.client.HTTPConnection(self.target, timeout=60)
         headers = {key: value for key, value in handler.headers.items() if key.lower() in FORWARDED}
         try:
-            connection.request(handler.command, handler.path, body, headers)
+            connection.request(handler.command, path, body, headers)
             response = connection.getresponse()
             return response.status, response.read()
         except (OSError, http.client.HTTPException):

@@ -76,7 +76,7 @@ def test_literal() -> None:
 def test_equals_the_papers_sums(seed: int, over: str, kl: float, gamma: float, lam: float) -> None:
     groups = random_turns(seed)
     given_ = case(groups, values=True, seed=seed)
-    rule = algorithm("mt_ppo", over=over, kl_coef=kl, entropy_coef=0.1, gamma=gamma, lam=lam)
+    rule = MTPPO(over=over, kl_coef=kl, entropy_coef=0.1, gamma=gamma, lam=lam)  # type: ignore[arg-type]
     batch = given_.batch
     reference, values = batch.reference_logprobs, batch.values
     assert reference is not None and values is not None
@@ -139,12 +139,12 @@ def test_a_reward_is_not_lost_behind_an_observation_or_in_a_silent_turn() -> Non
 @pytest.mark.parametrize("over", ["tokens", "turns"])
 def test_what_came_later_gets_no_credit_for_what_came_before(over: str) -> None:
     """A reward of the first turn does not reach the second one's advantage."""
-    rule = algorithm("mt_ppo", over=over, kl_coef=0.0)
+    rule = MTPPO(over=over, kl_coef=0.0)  # type: ignore[arg-type]
 
     def returns(reward: float) -> list[float]:
         turns = (action([5], reward=reward), observation(9), action([6], reward=0.5))
         batch = _with_values([Group(0, [trajectory(prompt(1), *turns)])], [0.0, 0.0])
-        found: list[float] = rule.returns(batch).tolist()  # type: ignore[attr-defined]
+        found: list[float] = rule.returns(batch).tolist()
         return found
 
     assert returns(0.0) == [0.5, 0.5]

@@ -45,8 +45,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("document", "file", "words"),
     [
-        ("README.md", "my_algorithm.py", ["my_algorithm:Reinforce", "scale=0.5"]),
-        ("docs/algorithms.md", "my_clipped.py", ["my_clipped:Clipped", "clip=0.1"]),
+        (
+            "docs/tutorials/write-an-algorithm.md",
+            "my_algorithm.py",
+            ["my_algorithm:Reinforce", "scale=0.5"],
+        ),
+        ("docs/reference/algorithms.md", "my_clipped.py", ["my_clipped:Clipped", "clip=0.1"]),
         ("research_agent/README.md", "my_turns.py", ["my_turns:TurnReinforce", "gamma=1"]),
     ],
 )
@@ -62,13 +66,13 @@ def test_an_algorithm_of_at_most_thirty_lines(
 
 
 def test_what_it_logs_is_logged(folder: Path) -> None:
-    (folder / "my_clipped.py").write_text(_shown("docs/algorithms.md", "my_clipped.py"))
+    (folder / "my_clipped.py").write_text(_shown("docs/reference/algorithms.md", "my_clipped.py"))
     lines = _train(folder, "--algorithm", "my_clipped:Clipped")
     assert all(0 <= line["learner/clip_fraction"] <= 1 for line in lines)
 
 
 def test_a_reward_of_ones_own(folder: Path) -> None:
-    code = _shown("README.md", "my_reward.py")
+    code = _shown("docs/how-to/own-reward.md", "my_reward.py")
     assert len(code.splitlines()) <= 30
     (folder / "my_reward.py").write_text(code)
     args = ("reward=my_reward:thrifty", "split=train", "template=question", "top_k=1")

@@ -15,7 +15,8 @@ from research_agent.models.policy import MAX_LOGITS_GPU
 from research_agent.plan import HEAD_LOGITS, SHAPES, parse_gpus, plan, shape_of
 from research_agent.presets import PRESETS
 
-PAPERS = [name for name in PRESETS if name != "miniworld" and not name.endswith("-mini")]
+SMALL = ("miniworld", "smollm2-wiki")
+PAPERS = [name for name in PRESETS if name not in SMALL and not name.endswith("-mini")]
 
 
 def with_vllm(name: str) -> TrainConfig:

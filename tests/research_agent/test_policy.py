@@ -12,7 +12,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 
 from research_agent.batch import make_batch, micro_batches
 from research_agent.errors import ModelError
-from research_agent.models import policy
+from research_agent.models import policy, source
 from research_agent.models.policy import (
     TokenLogprobs,
     batch_logprobs,
@@ -138,10 +138,10 @@ def test_load_a_folder(folder: Path) -> None:
 
 
 def test_load_a_starter_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "STARTERS", folder.parent)
-    assert policy.resolve_model("model") == str(folder)
-    assert policy.resolve_model("..") == ".."
-    assert policy.resolve_model("owner/model") == "owner/model"
+    monkeypatch.setattr(source, "STARTERS", folder.parent)
+    assert source.resolve_model("model") == str(folder)
+    assert source.resolve_model("..") == ".."
+    assert source.resolve_model("owner/model") == "owner/model"
     assert load_model("model", device="cpu").config.vocab_size == VOCABULARY
 
 

@@ -205,7 +205,7 @@ def test_a_demonstration_that_teaches_nothing_is_refused(
         ({"demonstrations": "nowhere.jsonl"}, r"no demonstrations at nowhere\.jsonl; give"),
         ({"demonstrations": "nowhere:f"}, "'nowhere:f' cannot be imported"),
         ({"demonstrations": f"{HERE}:nobody"}, "cannot be imported"),
-        ({"demonstration_args": {"speed": 3}}, "both: .*'speed'; see --demonstration-args"),
+        ({"demonstration_args": {"speed": 3}}, "both: .*'speed'.*; see --demonstration-args"),
         ({"vocabulary": None}, "needs --vocabulary .* or start from a --model"),
         ({"vocabulary": "nowhere:f"}, "'nowhere:f' cannot be imported"),
         ({"count": 7}, "--count 7 must be at least --batch 8"),

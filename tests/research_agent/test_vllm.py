@@ -24,7 +24,8 @@ from research_agent.engines.vllm import VllmEngine
 from research_agent.engines.watchdog import HUNG
 from research_agent.environments import make_environments
 from research_agent.errors import ConfigError, ContextError, EngineError, ModelError
-from research_agent.models.policy import TokenLogprobs, batch_logprobs, load_model, resolve_model
+from research_agent.models.policy import TokenLogprobs, batch_logprobs, load_model
+from research_agent.models.source import resolve_model
 from research_agent.presets import PRESETS
 from research_agent.renderer import Renderer, load_renderer
 from research_agent.rollout import collect

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import logging
 import os
@@ -44,10 +45,16 @@ from research_env.retrieval import Hit, Passage, open_retriever
 from research_env.retrieval.bm25.analyzer import MAX_QUERY_WORDS, first_words, words
 from research_env.retrieval.elasticsearch import indexing as index_module
 from research_env.retrieval.elasticsearch import retriever as module
-from research_env.retrieval.elasticsearch.client import Again, Caller, Connection, Place, parse
+from research_env.retrieval.elasticsearch.client import (
+    IndexAddress,
+    RetryableError,
+    SyncClient,
+    parse_address,
+)
 from research_env.retrieval.elasticsearch.indexing import Layout, index_elasticsearch
-from research_env.retrieval.elasticsearch.responses import Fields, read_answers
+from research_env.retrieval.elasticsearch.responses import SourceFields, parse_answers
 from research_env.retrieval.elasticsearch.retriever import ElasticsearchRetriever
+from research_env.retrieval.reading import read_json
 from research_env.retrieval.retry import Retry
 from tests.elasticsearch.proxy import FAULTS, Proxy, answer
 from tests.research_env.fakes import ListCorpus
@@ -138,7 +145,7 @@ def test_a_query_that_matches_nothing_has_no_hits(beatles: str, query: str) -> N
 def test_a_batch_is_few_requests_and_keeps_its_order(
     elasticsearch: str, beatles: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PER_REQUEST", 4)
+    monkeypatch.setattr(module, "SEARCHES_PER_REQUEST", 4)
     with Proxy(elasticsearch) as proxy:
         engine = ElasticsearchRetriever(es(proxy.url, beatles.rsplit("/", 1)[1]))
         proxy.seen.clear()
@@ -192,6 +199,126 @@ def test_an_index_of_ones_own_is_searched_by_its_fields(elasticsearch: str, name
     assert hits(one, "fruit") == []
     both.close()
     one.close()
+
+
+def made_by_user(
+    server: str, name: str, properties: dict[str, Any], *documents: dict[str, Any], **more: Any
+) -> str:
+    """An index of the user's own with some documents; its URL."""
+    call(server, "PUT", f"/{name}", {"mappings": {"properties": properties, **more}})
+    for number, document in enumerate(documents):
+        call(server, "PUT", f"/{name}/_doc/{number}?refresh=true", document)
+    return es(server, name)
+
+
+NORDWIND = {"headline": "Nordwind", "body": "It is a company in Oslo.", "extra": "sails"}
+
+
+def test_a_title_that_is_not_analyzed_is_shown_and_not_searched(
+    elasticsearch: str, name: str
+) -> None:
+    kinds = (
+        {"type": "keyword"},
+        {"type": "text", "index": False},
+        {"type": "keyword", "index": False, "doc_values": False},
+    )
+    for number, kind in enumerate(kinds):
+        properties = {"headline": kind, "body": {"type": "text"}}
+        url = made_by_user(elasticsearch, f"{name}-{number}", properties, NORDWIND)
+        engine = ElasticsearchRetriever(f"{url}?text=body&title=headline")
+        again = pickle.loads(pickle.dumps(engine))
+        for each in (engine, again):
+            assert hits(each, "company Oslo")[0].passage == Passage(
+                "0", "Nordwind", "It is a company in Oslo."
+            )
+            assert hits(each, "Nordwind") == []
+            each.close()
+
+
+@pytest.mark.parametrize(
+    "headline",
+    [
+        {"type": "text", "analyzer": "standard"},
+        {"type": "text", "analyzer": "english", "search_analyzer": "standard"},
+        {"type": "text", "analyzer": "english", "norms": False},
+        {"type": "text", "analyzer": "english", "similarity": "boolean"},
+    ],
+    ids=["analyzer", "search analyzer", "norms", "similarity"],
+)
+def test_fields_that_cannot_be_one_are_searched_both(
+    elasticsearch: str, name: str, headline: dict[str, Any]
+) -> None:
+    properties = {"headline": headline, "body": {"type": "text", "analyzer": "english"}}
+    documents = (NORDWIND, NORDWIND | {"headline": "Südwind"})
+    url = made_by_user(elasticsearch, name, properties, *documents)
+    engine = ElasticsearchRetriever(f"{url}?text=body&title=headline")
+    assert ids(hits(engine, "companies Nordwind")) == ["0", "1"]
+    assert ids(hits(engine, "Südwind")) == ["1"]
+    engine.close()
+
+
+def test_fields_that_cannot_be_searched_are_refused_by_name(elasticsearch: str, name: str) -> None:
+    words_of = {"type": "text"}
+    properties = {
+        "body": words_of,
+        "kind": {"type": "keyword", "fields": {"words": words_of}},
+        "off": {"type": "text", "index": False},
+        "year": {"type": "integer"},
+        "chunks": {"type": "nested", "properties": {"text": words_of}},
+        "rooted": {"type": "nested", "include_in_root": True, "properties": {"text": words_of}},
+        "other": {"type": "alias", "path": "body"},
+    }
+    document = {"body": "a pear", "rooted": [{"text": "an apple"}], "kind": "big plum"}
+    url = made_by_user(elasticsearch, name, properties, document)
+    for fields, message in (
+        ("text=kind", r"'kind'.*its type is keyword.*body, kind\.words"),
+        ("text=off", r"'off'.*not indexed"),
+        ("text=year", r"'year'.*integer"),
+        ("text=chunks.text", r"'chunks.text'.*nested field 'chunks'.*include_in_root"),
+        ("text=body&title=chunks.text", r"'chunks.text'.*nested field 'chunks'"),
+        ("text=nothing", r"no field 'nothing'.*body"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            ElasticsearchRetriever(f"{url}?{fields}")
+    for fields, query, text in (
+        ("text=rooted.text", "apple", "an apple"),
+        ("text=other", "pear", "a pear"),
+        ("text=kind.words", "plum", "big plum"),
+    ):
+        engine = ElasticsearchRetriever(f"{url}?{fields}")
+        assert hits(engine, query)[0].passage.text == text
+        engine.close()
+    hidden = made_by_user(
+        elasticsearch, f"{name}-hidden", {"body": words_of}, _source={"enabled": False}
+    )
+    with pytest.raises(ConfigurationError, match="keeps no _source"):
+        ElasticsearchRetriever(f"{hidden}?text=body")
+
+
+def test_an_alias_over_several_indices_is_searched_by_fields_that_all_have(
+    elasticsearch: str, name: str
+) -> None:
+    standard, english = ({"type": "text", "analyzer": kind} for kind in ("standard", "english"))
+    both = {"headline": english, "body": english}
+    made_by_user(elasticsearch, f"{name}-1", both, NORDWIND)
+    made_by_user(elasticsearch, f"{name}-2", both | {"headline": standard}, NORDWIND)
+    made_by_user(elasticsearch, f"{name}-3", {"body": standard}, {"body": "Oslo"})
+
+    def alias(to: str) -> str:
+        call(elasticsearch, "PUT", f"/{to}/_alias/{name}")
+        return es(elasticsearch, name)
+
+    url = alias(f"{name}-1,{name}-2")
+    with pytest.raises(ConfigurationError, match=rf"over 2 indices.*{name}-1.*text=FIELD"):
+        ElasticsearchRetriever(url)
+    engine = ElasticsearchRetriever(f"{url}?text=body&title=headline")
+    found = hits(engine, "Nordwind companies")
+    assert {hit.passage.title for hit in found} == {"Nordwind"}
+    assert len(found) == 2
+    engine.close()
+    alias(f"{name}-3")
+    with pytest.raises(ConfigurationError, match="no field 'headline'"):
+        ElasticsearchRetriever(f"{url}?text=body&title=headline")
 
 
 def test_fields_are_looked_for_along_their_whole_path(elasticsearch: str, name: str) -> None:
@@ -348,13 +475,14 @@ def raw_server(handle: Callable[[Any], None]) -> Iterator[tuple[str, list[float]
 
 def opened_unseen(url: str) -> ElasticsearchRetriever:
     """As another process gets it, which does not look at the index again."""
-    return module._restored(url, module._Seen(many_shards=False))
+    return module._restore(url, module.IndexInfo(many_shards=False))
 
 
 def test_an_answer_whose_headers_come_byte_by_byte_is_given_up_in_time() -> None:
     def drip(handler: Any) -> None:
-        for _ in range(600):  # a byte renews the patience of most clients
-            handler.wfile.write(b"H")
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nx-more: ")
+        for _ in range(600):  # each byte renews the read timeout of most clients
+            handler.wfile.write(b"x")
             time.sleep(0.1)
 
     with raw_server(drip) as (place, came):
@@ -376,12 +504,11 @@ HUGE = "9" * 23
         f"HTTP/1.1 200 OK\r\ncontent-length: {HUGE}\r\n\r\nx",
         "HTTP/1.1 200 OK\r\ncontent-length: 1000000000000\r\n\r\nx",
         f"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{'f' * 22}\r\nx",
-        "HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}",
         "HTTP/1.1 two hundred\r\n\r\n",
         "SSH-2.0-OpenSSH_9.2\r\n",
         "",
     ],
-    ids=["length", "terabyte", "chunk", "interim", "status", "not http", "nothing"],
+    ids=["length", "terabyte", "chunk", "status", "not http", "nothing"],
 )
 def test_an_answer_that_http_does_not_know_fails_the_queries_alone(answer: str) -> None:
     def say(handler: Any) -> None:
@@ -418,32 +545,32 @@ def test_a_server_is_found_at_its_second_address(
     look_up = socket.getaddrinfo
 
     def both(*args: Any, **more: Any) -> Any:
-        [found] = look_up(*args, **more)
+        found = look_up("127.0.0.1", *args[1:], **more)[0]
         return [(*found[:4], ("127.0.0.1", 9)), found]
 
     monkeypatch.setattr(socket, "getaddrinfo", both)
-    engine = opened_unseen(beatles)
+    engine = opened_unseen(beatles.replace("127.0.0.1", "localhost"))
     assert ids(hits(engine, "city")) == ["b", "e"]
     engine.close()
 
 
 def test_no_search_outlives_the_closing_of_a_connection() -> None:
     """Searches that begin at any moment of the closing end; none is taken after it."""
-    place = parse("elasticsearch://127.0.0.1:9/i", ())
+    place = parse_address("elasticsearch://127.0.0.1:9/i", ())
 
     async def forever() -> None:
         await asyncio.sleep(600)
 
     for _ in range(20):
-        connection = Connection(place)
+        connection = SyncClient(place)
         begin = threading.Barrier(5)
 
-        def search(connection: Connection = connection, begin: threading.Barrier = begin) -> None:
+        def search(connection: SyncClient = connection, begin: threading.Barrier = begin) -> None:
             begin.wait()
             with pytest.raises(RetrievalError, match="closed"):
                 connection.run(forever())
 
-        def close(connection: Connection = connection, begin: threading.Barrier = begin) -> None:
+        def close(connection: SyncClient = connection, begin: threading.Barrier = begin) -> None:
             begin.wait()
             connection.close()
 
@@ -458,19 +585,20 @@ def test_no_search_outlives_the_closing_of_a_connection() -> None:
 def test_a_retriever_closed_before_it_connects_leaves_no_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = module._restored("elasticsearch://127.0.0.1:9/i", module._Seen(many_shards=False))
-    made: list[Caller] = []
+    engine = module._restore("elasticsearch://127.0.0.1:9/i", module.IndexInfo(many_shards=False))
+    made: list[SyncClient] = []
 
-    def slow(place: Place) -> Caller:
+    def slow(place: IndexAddress) -> SyncClient:
         engine.close()  # another thread does, just now
-        made.append(Caller(place))
+        made.append(SyncClient(place))
         return made[0]
 
-    monkeypatch.setattr(module, "Caller", slow)
+    monkeypatch.setattr(module, "SyncClient", slow)
     with pytest.raises(RetrievalError, match="closed"):
         engine.search(["x"], 1)
-    with pytest.raises(Again, match="no connection"):
-        made[0].ask(lambda client: client.info(), 5)
+    assert not made[0]._thread.is_alive()
+    with pytest.raises(RetrievalError, match="closed"):
+        made[0].ask(lambda client: client.info(), 5, read_json)
 
 
 ANSWER = {
@@ -491,37 +619,37 @@ ANSWER = {
     ids=["huge", "infinite", "nan", "null", "word"],
 )
 def test_an_answer_with_a_score_that_is_no_number_is_asked_again(score: Any) -> None:
-    place = parse("elasticsearch://127.0.0.1:9/i", ())
-    for fields in (None, Fields("text", "text", None)):
+    place = parse_address("elasticsearch://127.0.0.1:9/i", ())
+    for fields in (None, SourceFields("text", "text", None)):
         responses = json.loads(json.dumps([ANSWER, ANSWER, ANSWER]))
         for response in responses:
             response["hits"]["hits"][0]["_id"] = "a"
 
-        def judged(responses: Any = responses, fields: Fields | None = fields) -> list[Any]:
-            return read_answers(json.dumps({"responses": responses}).encode(), place, fields)
+        def judged(responses: Any = responses, fields: SourceFields | None = fields) -> list[Any]:
+            return parse_answers(json.dumps({"responses": responses}).encode(), place, fields)
 
         assert [[hit.score for hit in hits] for hits in judged()] == [[2.0]] * 3
         [hit] = responses[1]["hits"]["hits"]
         hit["sort"], hit["_score"] = [score, 0], score
         first, second, third = judged()
-        assert isinstance(second, Again)
+        assert isinstance(second, RetryableError)
         assert [each[0].score for each in (first, third)] == [2.0, 2.0]  # each is judged alone
         hit["sort"], hit["_score"] = [2.0, 0], 2.0
         hit["_source"] = {}
-        assert isinstance(judged()[1], (Again, RetrievalError))
+        assert isinstance(judged()[1], (RetryableError, RetrievalError))
 
 
 def test_an_answer_that_python_alone_can_read_is_read() -> None:
-    place = parse("elasticsearch://127.0.0.1:9/i", ())
+    place = parse_address("elasticsearch://127.0.0.1:9/i", ())
     half = json.loads(json.dumps(ANSWER))
     half["hits"]["hits"][0]["_source"]["text"] = "\ud800"
     [[hit], [other]] = cast(
-        Any, read_answers(json.dumps({"responses": [half, ANSWER]}).encode(), place, None)
+        Any, parse_answers(json.dumps({"responses": [half, ANSWER]}).encode(), place, None)
     )
     assert (hit.passage.text, other.passage.text) == ("\ufffd", "x")
     for body in (b"", b"[]", b"{}", b"nonsense", b"[" * 100_000, b'{"responses": 1}', b"\xff"):
         with pytest.raises(ValueError):
-            read_answers(body, place, None)
+            parse_answers(body, place, None)
 
 
 @pytest.mark.parametrize(
@@ -536,8 +664,8 @@ def test_an_answer_that_python_alone_can_read_is_read() -> None:
 def test_an_answer_that_describes_no_index_is_told(
     about: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Caller, "ask", lambda *_: {"i": about})
-    with pytest.raises(RetrievalError, match="is not one index"):
+    monkeypatch.setattr(SyncClient, "ask", lambda *_: {"i": about})
+    with pytest.raises(RetrievalError, match="does not describe an index"):
         ElasticsearchRetriever("elasticsearch://127.0.0.1:9/i")
 
 
@@ -547,10 +675,13 @@ def test_an_answer_that_describes_no_index_is_told(
         ("elasticsearch://", ConfigurationError, "malformed"),
         ("elasticsearch://localhost:x/i", ConfigurationError, "malformed"),
         ("elasticsearch://localhost:9200", ConfigurationError, "no index"),
-        ("elasticsearch://localhost:9200/_all", ConfigurationError, "no index"),
-        ("elasticsearch://localhost:9200/wiki*", ConfigurationError, "no index"),
-        ("elasticsearch://localhost:9200/a,b", ConfigurationError, "no index"),
+        ("elasticsearch://localhost:9200/_all", ConfigurationError, "several indices.*alias"),
+        ("elasticsearch://localhost:9200/wiki*", ConfigurationError, "several indices.*alias"),
+        ("elasticsearch://localhost:9200/a,b", ConfigurationError, "several indices.*alias"),
         ("elasticsearch://localhost:9200/a/_doc", ConfigurationError, "no index"),
+        ("elasticsearch://localhost:9200/a%2Cb", ConfigurationError, "several indices"),
+        ("elasticsearch://localhost:9200/..%2f/b", ConfigurationError, "not a prefix"),
+        ("elasticsearch://localhost:9200//b/c", ConfigurationError, "not a prefix"),
         ("elasticsearch://localhost:9200/i?mod=bm25", UnknownNameError, "mode"),
         ("elasticsearch://localhost:9200/i?mode=bm52", UnknownNameError, "bm25"),
         ("elasticsearch://localhost:9200/i?deadline=0", ConfigurationError, "deadline"),
@@ -561,6 +692,152 @@ def test_an_answer_that_describes_no_index_is_told(
 def test_bad_urls_are_refused(url: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         open_retriever(url, None)
+
+
+def test_a_server_behind_a_path_prefix_is_asked_there(elasticsearch: str, beatles: str) -> None:
+    index = beatles.rsplit("/", 1)[1]
+    with Proxy(elasticsearch, prefix="/search/es-1") as proxy:
+        engine = ElasticsearchRetriever(f"{es(proxy.url, 'search/es-1')}/{index}")
+        assert ids(engine.search(["city"], 3)[0]) == ["b", "e"]
+        engine.close()
+        assert {path.split(index)[0] for path, _ in proxy.seen} == {"/search/es-1/"}
+
+
+def test_a_server_without_the_header_of_elasticsearch_is_told_at_once(
+    elasticsearch: str, beatles: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opensearch(proxy: Proxy, handler: Any, body: bytes) -> None:
+        answer(handler, *proxy.forward(handler, body), {"x-elastic-product": ""})
+
+    monkeypatch.setitem(FAULTS, "another product", opensearch)
+    with Proxy(elasticsearch) as proxy:
+        proxy.fault = "another product"
+        index = beatles.rsplit("/", 1)[1]
+        for url in (f"{es(proxy.url, index)}", f"{es(proxy.url, index)}?text=text"):
+            with pytest.raises(RetrievalError, match=r"not Elasticsearch: .*OpenSearch.*proxy"):
+                ElasticsearchRetriever(url)
+        with pytest.raises(RetrievalError, match=r"not Elasticsearch: .*OpenSearch.*proxy"):
+            index_elasticsearch(BEATLES, es(proxy.url, name))
+        assert len(proxy.seen) == 3  # nothing was asked again
+
+
+def open_things() -> tuple[int, set[str]]:
+    """Number of open files and sockets, and the names of the client's threads."""
+    threads = {t.name for t in threading.enumerate() if t.name.startswith("elasticsearch")}
+    return len(list(Path("/proc/self/fd").iterdir())), threads
+
+
+def test_closing_leaves_no_thread_and_no_socket(elasticsearch: str, beatles: str) -> None:
+    ElasticsearchRetriever(beatles).close()  # what is loaded once stays
+    before = open_things()
+    with Proxy(elasticsearch) as proxy:
+        for _ in range(3):
+            engine = ElasticsearchRetriever(
+                f"{es(proxy.url, beatles.rsplit('/', 1)[1])}?deadline=1"
+            )
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(engine.search, [["rock"]] * 8, [1] * 8))
+            proxy.fault, proxy.times = "never", 1
+            engine.search(["rock"], 1)
+            engine.close()
+            engine.close()
+            index_elasticsearch(BEATLES, es(proxy.url, beatles.rsplit("/", 1)[1]))
+        del engine
+    forgotten = ElasticsearchRetriever(beatles)
+    client = forgotten._own_client()
+    assert open_things()[1] == {"elasticsearch"}
+    del forgotten  # nobody closes it
+    client._thread.join(10)
+    until = time.monotonic() + 10
+    while open_things() != before and time.monotonic() < until:  # the proxy's threads end
+        time.sleep(0.05)
+    assert open_things() == before
+
+
+def test_a_forked_process_that_ends_leaves_its_parent_connected(proxied: Any) -> None:
+    proxy, opened = proxied
+    engine = opened(deadline=60)
+    expected = engine.search(["rock"], 3)
+    program = os.fork()
+    if program == 0:
+        code = 1
+        try:
+            code = 0 if engine.search(["rock"], 3) == expected else 1
+            engine.close()
+            del engine
+            import gc
+
+            gc.collect()
+        finally:
+            os._exit(code)
+    assert os.waitpid(program, 0)[1] == 0
+    proxy.seen.clear()
+    assert engine.search(["rock"], 3) == expected
+    assert len(proxy.seen) == 1  # at the first attempt
+
+
+BOMB = gzip.compress(b"{" + b" " * (300 << 20) + b"}", 1)
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "message"),
+    [
+        ("content-encoding: gzip", BOMB, "over 256 MB"),
+        ("content-encoding: gzip, gzip", gzip.compress(BOMB), "Content-Encoding 'gzip, gzip'"),
+        (
+            "content-encoding: gzip\r\ncontent-encoding: gzip",
+            gzip.compress(BOMB),
+            "Content-Encoding 'gzip, gzip'",
+        ),
+        ("content-encoding: x-unheard", b"{}", "Content-Encoding 'x-unheard'"),
+    ],
+    ids=["bomb", "stacked", "stacked headers", "unknown"],
+)
+def test_an_answer_takes_no_more_memory_than_its_limit(
+    headers: str, body: bytes, message: str
+) -> None:
+    def say(handler: Any) -> None:
+        handler.rfile.readline()
+        head = f"HTTP/1.1 200 OK\r\n{headers}\r\ncontent-length: {len(body)}\r\n\r\n"
+        handler.wfile.write(head.encode() + body)
+
+    with raw_server(say) as (place, came):
+        engine = opened_unseen(f"elasticsearch://{place}/i?deadline=60")
+        [found] = engine.search(["x"], 1)
+        assert isinstance(found, RetrievalError)
+        assert message in str(found)
+        assert len(came) == 1
+        engine.close()
+
+
+def test_one_encoding_of_an_answer_is_decoded() -> None:
+    answer = gzip.compress(json.dumps({"responses": [ANSWER]}).encode())
+
+    def say(handler: Any) -> None:
+        handler.rfile.readline()
+        handler.wfile.write(
+            b"HTTP/1.1 200 OK\r\nx-elastic-product: Elasticsearch\r\n"
+            b"content-type: application/json\r\ncontent-encoding: gzip\r\n"
+            b"content-length: %d\r\n\r\n" % len(answer) + answer
+        )
+
+    with raw_server(say) as (place, _):
+        engine = opened_unseen(f"elasticsearch://{place}/i?deadline=20")
+        assert ids(engine.search(["x"], 1)[0]) == ["a"]
+        engine.close()
+
+
+def test_a_redirect_is_not_followed() -> None:
+    def lead(handler: Any) -> None:
+        handler.rfile.readline()
+        head = f"HTTP/1.1 307 Elsewhere\r\nlocation: http://{elsewhere}/\r\n"
+        handler.wfile.write(f"{head}content-length: 0\r\n\r\n".encode())
+
+    with raw_server(lambda _: None) as (elsewhere, came), raw_server(lead) as (place, _):
+        engine = opened_unseen(f"elasticsearch://{place}/i?deadline=20")
+        assert "status 307" in str(engine.search(["x"], 1)[0])
+        assert came == []
+        engine.close()
 
 
 def test_opening_says_what_is_wrong(elasticsearch: str, beatles: str) -> None:
@@ -795,7 +1072,7 @@ import sys, time
 from research_env.retrieval.elasticsearch import indexing as module
 from tests.research_env.test_elasticsearch import NUMBERED
 
-module.PER_REQUEST, module.IN_FLIGHT = 100, 1
+module.PASSAGES_PER_REQUEST, module.MAX_IN_FLIGHT = 100, 1
 
 class Slow:
     name = NUMBERED.name
@@ -825,7 +1102,7 @@ def test_an_interrupted_run_continues(
     assert run.returncode != 0
     with pytest.raises(RetrievalError, match="404"):  # no reader sees half of it
         ElasticsearchRetriever(es(elasticsearch, name))
-    monkeypatch.setattr(index_module, "PER_REQUEST", 100)
+    monkeypatch.setattr(index_module, "PASSAGES_PER_REQUEST", 100)
     done = index_elasticsearch(NUMBERED, es(elasticsearch, name))
     assert done.passages == 1200
     assert 300 <= done.sent <= 700
@@ -874,7 +1151,7 @@ def test_a_run_survives_a_server_that_has_too_much_to_do(elasticsearch: str, nam
 def test_long_passages_go_in_more_requests(
     elasticsearch: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_module, "LARGEST", 100)
+    monkeypatch.setattr(index_module, "MAX_REQUEST_CHARS", 100)
     corpus = ListCorpus(
         tuple(Passage(f"p{i}", "", "x" * n) for i, n in enumerate((40, 50, 20, 500)))
     )
@@ -885,8 +1162,8 @@ def test_long_passages_go_in_more_requests(
 
 
 def test_what_is_under_way_is_bounded_in_characters_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "PER_REQUEST", 1)
-    monkeypatch.setattr(index_module, "MOST_IN_FLIGHT", 100)
+    monkeypatch.setattr(index_module, "PASSAGES_PER_REQUEST", 1)
+    monkeypatch.setattr(index_module, "MAX_IN_FLIGHT_CHARS", 100)
     sizes = (10, 10, 10, 10, 60, 50, 50, 1, 500, 1, 99)
     corpus = ListCorpus(tuple(Passage(f"p{i}", "", "x" * n) for i, n in enumerate(sizes)))
     under_way: list[int] = []
@@ -900,10 +1177,10 @@ def test_what_is_under_way_is_bounded_in_characters_too(monkeypatch: pytest.Monk
             await asyncio.sleep(0)
         under_way.remove(size)
 
-    monkeypatch.setattr(index_module._Writer, "_send", send)
-    place = parse("elasticsearch://127.0.0.1:9/i", ())
+    monkeypatch.setattr(index_module._Writer, "_send_batch", send)
+    place = parse_address("elasticsearch://127.0.0.1:9/i", ())
     writer = index_module._Writer(cast(Any, None), place, cast(Any, corpus), Layout(), None)
-    count, _ = asyncio.run(writer._fill([], lambda _: None))
+    count, _ = asyncio.run(writer._send_missing([], lambda _: None))
     assert (count, len(seen)) == (11, 11)
     assert max(map(len, seen)) == 3
     assert all(sum(each) <= 100 for each in seen if len(each) > 1)
@@ -914,10 +1191,10 @@ def test_what_is_under_way_is_bounded_in_characters_too(monkeypatch: pytest.Monk
 def test_a_server_that_takes_nothing_ends_the_run(
     elasticsearch: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_module, "PATIENCE", Retry(deadline=0.5))
+    monkeypatch.setattr(index_module, "RETRY", Retry(deadline=0.5))
     with Proxy(elasticsearch) as proxy:
         proxy.fault = "429"
-        with pytest.raises(RetrievalError, match=r"status 429.*do it again"):
+        with pytest.raises(RetrievalError, match=r"(status 429|no answer).*run the command again"):
             index_elasticsearch(NUMBERED, es(proxy.url, name))
 
 
@@ -946,7 +1223,7 @@ def test_what_others_made_is_left_alone(elasticsearch: str, name: str) -> None:
     call(elasticsearch, "PUT", f"/{name}-theirs", {"aliases": {f"{name}-alias": {}}})
     for taken, message in (
         (f"{name}-theirs", "an index, not an alias"),
-        (f"{name}-alias", "has not made"),
+        (f"{name}-alias", "did not make"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             index_elasticsearch(BEATLES, es(elasticsearch, taken))
@@ -1071,6 +1348,7 @@ def test_secrets_come_from_the_environment_and_stay_inside(
     for variables, header in (
         ({"API_KEY": SECRET}, f"ApiKey {SECRET}"),
         ({"USERNAME": "elastic", "PASSWORD": SECRET}, f"Basic {login}"),
+        ({"USERNAME": "jürgen", "PASSWORD": "Straße €"}, "Basic asO8cmdlbjpTdHJhw59lIOKCrA=="),
     ):
         with monkeypatch.context() as patch, Proxy(elasticsearch) as proxy:
             for key, value in variables.items():

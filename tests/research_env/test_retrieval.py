@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from research_env.errors import ResearchEnvError, UnknownNameError
-from research_env.retrieval import SCHEMES, open_retriever, without_password
+from research_env.redaction import redact_url
+from research_env.retrieval import SCHEMES, open_retriever
 from research_env.retrieval.bm25.retriever import EmbeddedRetriever
 from tests.research_env.retriever_contract import (
     CLAUSES,
@@ -52,9 +53,9 @@ def test_no_part_of_a_password_is_repeated(url: str) -> None:
 
 
 def test_a_url_is_shown_without_user_and_password() -> None:
-    assert without_password("elastic://user:1/S@x@h/idx") == "elastic://...@h/idx"
-    assert without_password("elastic://user:1\n2@h/idx") == "elastic://...@h/idx"
-    assert without_password("solr://h:1/idx") == "solr://h:1/idx"
+    assert redact_url("elastic://user:1/S@x@h/idx") == "elastic://[redacted]@h/idx"
+    assert redact_url("elastic://user:1\n2@h/idx") == "elastic://[redacted]@h/idx"
+    assert redact_url("solr://h:1/idx") == "solr://h:1/idx"
 
 
 def test_every_scheme_is_named_where_one_is_unknown() -> None:

@@ -269,7 +269,7 @@ def test_a_sum_worked_by_hand() -> None:
 
 
 def test_the_table_of_rewards_names_all_there_is() -> None:
-    table = (Path(__file__).parents[2] / "docs/rewards.md").read_text(encoding="utf-8")
+    table = (Path(__file__).parents[2] / "docs/how-to/rewards.md").read_text(encoding="utf-8")
     of_episodes, of_turns = table.split("## Rewards of turns")
     for part, known in ((of_episodes, KNOWN), (of_turns, TURN_REWARDS)):
         named = re.findall(r"^\| `([^`]+)` \|", part, flags=re.MULTILINE)

@@ -2,8 +2,8 @@
 
 The chain is Lucene's: words by Unicode text segmentation (UAX #29), possessive ``'s`` removed,
 lower case, 33 stop words removed, Porter's stemmer. Scores equal Elasticsearch's only if the
-terms do. Not followed: quotation marks inside Hebrew words, Katakana that an underscore joins to
-letters, sequences of several emoji.
+terms do. Three rules are left out: quotation marks inside Hebrew words, Katakana that an
+underscore joins to letters, and sequences of several emoji.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _POSSESSIVE = re.compile(r"['’＇][sS]\Z")
 
 
 class _StandIns(dict[int, str]):
-    """Code point to stand-in, filled as characters are met."""
+    """Maps code points to stand-ins; filled as characters occur."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,10 +103,10 @@ def words(text: str) -> list[str]:
 
 
 def first_words(query: str) -> str:
-    """A query up to the end of its ``MAX_QUERY_WORDS``-th word; short ones, all of it.
+    """Cut a query after its ``MAX_QUERY_WORDS``-th word.
 
-    Elasticsearch refuses a query of too many words, and how many are too many depends on its
-    memory. So that every engine finds the same, all of them search the first words only.
+    Elasticsearch refuses a query of too many words, and its limit depends on its memory. Every
+    engine searches the first words only, so that all find the same.
     """
     if len(query) <= MAX_QUERY_WORDS:
         return query
@@ -117,7 +117,7 @@ def first_words(query: str) -> str:
 
 
 def analyze(text: str) -> list[str]:
-    """Turn a text into its index terms, in order, repeated where the text repeats them.
+    """Turn a text into its index terms, in order and with repetitions.
 
     Any text is words: operators, markup, control characters and lone surrogates have no meaning.
 

@@ -1,8 +1,8 @@
-"""What Elasticsearch answers to ``_msearch``: each response judged alone, its hits read.
+"""Parse Elasticsearch's answers to ``_msearch``: each search's response is judged on its own.
 
-The answer is decoded straight into passages, without the dictionaries that it would be as JSON:
-half the time for an answer of 64 searches. One that is not as expected is read again as any JSON,
-so that a broken response costs no other one its hits.
+An answer is decoded straight into passages, without building dictionaries first, which takes half
+the time for an answer of 64 searches. If it does not have the expected form it is parsed again as
+generic JSON, so that one broken response costs no other search its hits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ import msgspec
 
 from research_env.errors import RetrievalError
 from research_env.retrieval.base import Hit, Passage
-from research_env.retrieval.elasticsearch.client import Again, Place, kind_of, refusal
+from research_env.retrieval.elasticsearch.client import (
+    IndexAddress,
+    RetryableError,
+    error_type,
+    refusal,
+)
 from research_env.retrieval.reading import read_json
 from research_env.retrieval.retry import AGAIN
 from research_env.retrieval.url import words_only
@@ -25,24 +30,24 @@ from research_env.retrieval.url import words_only
 Answer = list[Hit] | RetrievalError
 Document = TypeVar("Document")
 
-_NO_RESULT = (msgspec.DecodeError, ValueError, RecursionError)
+_NOT_A_RESULT = (msgspec.DecodeError, ValueError, RecursionError)
 
 
-class _Sort(msgspec.Struct, array_like=True, gc=False):
-    """By what hits are sorted; behind the score comes the row, which is not read."""
+class _SortValues(msgspec.Struct, array_like=True, gc=False):
+    """What hits are sorted by: the score, then the row, which is not read."""
 
     score: float
 
 
-class _Ours(msgspec.Struct, gc=False):
-    """A document of an index that research-env made."""
+class _OwnDocument(msgspec.Struct, gc=False):
+    """A hit of an index that research-env made."""
 
     passage: Passage = msgspec.field(name="_source")
-    sort: _Sort
+    sort: _SortValues
 
 
-class _Theirs(msgspec.Struct, gc=False):
-    """A document of an index of the user's own."""
+class _ForeignDocument(msgspec.Struct, gc=False):
+    """A hit of an index that the user made."""
 
     id: str = msgspec.field(name="_id")
     score: float = msgspec.field(name="_score")
@@ -58,7 +63,7 @@ class _Hits(msgspec.Struct, Generic[Document], gc=False):
 
 
 class _Response(msgspec.Struct, Generic[Document], gc=False):
-    """The answer to one search; ``error`` in place of the rest where the status is not 200."""
+    """The response to one search; ``error`` replaces the rest if the status is not 200."""
 
     status: int
     timed_out: bool | None = None
@@ -67,138 +72,152 @@ class _Response(msgspec.Struct, Generic[Document], gc=False):
     error: Any = None
 
 
-class _Whole(msgspec.Struct, Generic[Document], gc=False):
+class _MultiSearch(msgspec.Struct, Generic[Document], gc=False):
     responses: list[_Response[Document]]
 
 
 @dataclass(frozen=True, slots=True)
-class Fields:
-    """Where in the documents of an index of the user's own the texts and titles stand.
+class SourceFields:
+    """Where texts and titles are in the documents of an index that the user made.
 
     Attributes:
-        named: what the user calls the field of the texts.
-        text: where they stand, in objects by dots.
-        title: where titles stand, None where there are none.
+        name: The field of the texts as the user names it, for messages.
+        text: Path of the texts in ``_source``, with dots between objects.
+        title: Path of the titles; None if there are none.
     """
 
-    named: str
+    name: str
     text: str
     title: str | None
 
 
-_OURS = msgspec.json.Decoder(_Whole[_Ours])
-_THEIRS = msgspec.json.Decoder(_Whole[_Theirs])
+_OWN_DECODER = msgspec.json.Decoder(_MultiSearch[_OwnDocument])
+_FOREIGN_DECODER = msgspec.json.Decoder(_MultiSearch[_ForeignDocument])
 
 
-def read_answers(body: bytes, place: Place, fields: Fields | None) -> list[Answer | Again]:
-    """What became of each search of a request.
+def parse_answers(
+    body: bytes, address: IndexAddress, fields: SourceFields | None
+) -> list[Answer | RetryableError]:
+    """Parse the answer to a request of several searches.
 
     Args:
-        body: of the answer.
-        place: that was asked.
-        fields: None for an index that research-env made.
+        body: Body of the answer.
+        address: The index that was asked.
+        fields: Where the texts are; None for an index that research-env made.
 
     Returns:
-        One entry a response: its hits, an error, or that it may be asked again.
+        One entry per response: its hits, an error, or that it may be asked again.
 
     Raises:
-        ValueError: the body is not an answer to several searches.
+        ValueError: The body is not an answer to several searches.
     """
     if fields is None:
-        return _read(body, place, _OURS, _our_hits)
-    return _read(body, place, _THEIRS, partial(_their_hits, place, fields))
+        return _parse(body, address, _OWN_DECODER, _own_hits)
+    return _parse(body, address, _FOREIGN_DECODER, partial(_foreign_hits, address, fields))
 
 
-def _read(
+def _parse(
     body: bytes,
-    place: Place,
-    decoder: msgspec.json.Decoder[_Whole[Document]],
-    hits: Callable[[list[Document]], list[Hit]],
-) -> list[Answer | Again]:
+    address: IndexAddress,
+    decoder: msgspec.json.Decoder[_MultiSearch[Document]],
+    to_hits: Callable[[list[Document]], list[Hit]],
+) -> list[Answer | RetryableError]:
     try:
-        return [_judge(response, place, hits) for response in decoder.decode(body).responses]
-    except _NO_RESULT:
+        return [_judge(each, address, to_hits) for each in decoder.decode(body).responses]
+    except _NOT_A_RESULT:
         answer = read_json(body)
     responses = answer.get("responses") if isinstance(answer, dict) else None
     if not isinstance(responses, list):
         raise ValueError("an answer without responses")
-    judged: list[Answer | Again] = []
+    outcomes: list[Answer | RetryableError] = []
     for each in responses:
         try:
-            alone = words_only(json.dumps({"responses": [each]}, ensure_ascii=False))
-            [response] = decoder.decode(alone).responses
-            judged.append(_judge(response, place, hits))
-        except _NO_RESULT:
-            judged.append(Again("an answer that is not a search result"))
-    return judged
+            single = words_only(json.dumps({"responses": [each]}, ensure_ascii=False))
+            [response] = decoder.decode(single).responses
+            outcomes.append(_judge(response, address, to_hits))
+        except _NOT_A_RESULT:
+            outcomes.append(RetryableError("an answer that is not a search result"))
+    return outcomes
 
 
 def _judge(
-    response: _Response[Document], place: Place, hits: Callable[[list[Document]], list[Hit]]
-) -> Answer | Again:
-    """What became of a search.
+    response: _Response[Document],
+    address: IndexAddress,
+    to_hits: Callable[[list[Document]], list[Hit]],
+) -> Answer | RetryableError:
+    """Turn the response to one search into hits or an error.
 
     Raises:
-        ValueError: its response is no search result.
+        ValueError: The response is not a search result.
     """
     if response.status != 200:
-        kind = kind_of(response.error)
+        kind = error_type(response.error)
         if response.status in AGAIN:
-            return Again(f"status {response.status} {kind} for this search")
-        return RetrievalError(refusal(place, response.status, kind))
+            return RetryableError(f"status {response.status} {kind} for this search")
+        return RetrievalError(refusal(address, response.status, kind))
     if response.timed_out is None or response.shards is None or response.hits is None:
         raise ValueError("a response without hits")
     if response.timed_out or response.shards.failed:
-        return Again("an answer of some shards only")
+        return RetryableError("an answer of some shards only")
     try:
-        return hits(response.hits.hits)
+        return to_hits(response.hits.hits)
     except RetrievalError as error:
         return error
 
 
-def _our_hits(documents: list[_Ours]) -> list[Hit]:
+def _own_hits(documents: list[_OwnDocument]) -> list[Hit]:
     return [Hit(document.passage, document.sort.score) for document in documents]
 
 
-def _their_hits(place: Place, fields: Fields, documents: list[_Theirs]) -> list[Hit]:
-    return [_their_hit(place, fields, document) for document in documents]
+def _foreign_hits(
+    address: IndexAddress, fields: SourceFields, documents: list[_ForeignDocument]
+) -> list[Hit]:
+    return [_foreign_hit(address, fields, document) for document in documents]
 
 
-def _their_hit(place: Place, fields: Fields, document: _Theirs) -> Hit:
+def _foreign_hit(address: IndexAddress, fields: SourceFields, document: _ForeignDocument) -> Hit:
     id_ = words_only(document.id)
-    title = _at(document.source, fields.title) if fields.title else ""
-    text = _at(document.source, fields.text)
+    title = _source_text(document.source, fields.title) if fields.title else ""
+    text = _source_text(document.source, fields.text)
     if text is None:  # an empty passage would look like evidence of nothing
         raise RetrievalError(
-            f"the document {id_!r:.100} of {place} has no field {fields.named!r} in its _source, "
+            f"the document {id_!r:.100} of {address} has no field {fields.name!r} in its _source, "
             "from which texts are read"
         )
     return Hit(Passage(id_, title or "", text), document.score)
 
 
-def _at(source: Any, field: str) -> str | None:
-    """A field of a document, in objects by dots; texts of a list are joined; None: it lacks it."""
+def _source_text(source: Any, path: str) -> str | None:
+    """The text at a path of a document, texts of a list joined by line breaks; None if absent."""
     if isinstance(source, list):
-        found = [_at(each, field) for each in source]
+        found = [_source_text(each, path) for each in source]
         return "\n".join(filter(None, found)) if any(each is not None for each in found) else None
     if not isinstance(source, dict):
         return None
-    for _, rest, value in below(source, field):
-        text = _at(value, rest) if rest else _text(value)
+    for _, rest, value in field_prefixes(source, path):
+        text = _source_text(value, rest) if rest else _to_text(value)
         if text is not None:
             return text
     return None
 
 
-def below(names: dict[str, Any], field: str) -> Iterator[tuple[str, str, Any]]:
-    """What a field's name may begin with: that name, the rest of the field's, what it names."""
-    for name, value in names.items():
-        if name == field or field.startswith(f"{name}."):
-            yield name, field[len(name) + 1 :], value
+def field_prefixes(fields: dict[str, Any], path: str) -> Iterator[tuple[str, str, Any]]:
+    """Find the fields with which a path may begin; names of fields may themselves contain dots.
+
+    Args:
+        fields: Fields by name.
+        path: Names with dots between them.
+
+    Yields:
+        Name of the field, the rest of the path after it (may be empty), and the field's value.
+    """
+    for name, value in fields.items():
+        if name == path or path.startswith(f"{name}."):
+            yield name, path[len(name) + 1 :], value
 
 
-def _text(value: Any) -> str:
-    """A value as text; Elasticsearch takes null and a list as no text, and as many."""
+def _to_text(value: Any) -> str:
+    """A value as text: Elasticsearch takes null as no text, and a list as several."""
     if isinstance(value, list):
-        return "\n".join(filter(None, map(_text, value)))
+        return "\n".join(filter(None, map(_to_text, value)))
     return "" if value is None else words_only(str(value))

@@ -146,7 +146,7 @@ def finish(engine: Engine) -> dict[int, Completion]:
 
 
 @given(st.text(st.characters(codec=None)))
-def test_the_codec_loses_no_character(text: str) -> None:
+def test_the_renderer_loses_no_character(text: str) -> None:
     for chat in (False, True):
         renderer = OpenAIRenderer(chat)
         assert renderer.decode(renderer.encode_text(text)) == text
@@ -250,7 +250,7 @@ def test_the_stop_string_is_put_back(
     assert (turn.text, turn.finish_reason) == (text, ending)
 
 
-def test_chat_goes_on_with_the_answer(
+def test_chat_continues_the_answer(
     endpoint: Endpoint, connect: Callable[..., OpenAIEngine]
 ) -> None:
     endpoint.answers = [well("<search>x", chat=True), well("", chat=True), well("y", chat=True)]
@@ -270,7 +270,7 @@ def test_chat_goes_on_with_the_answer(
     assert endpoint.asked[2][1]["messages"][-1]["content"].endswith("<result>r</result> more ")
 
 
-def test_chat_goes_on_from_a_begun_answer(
+def test_chat_continues_a_prefilled_answer(
     endpoint: Endpoint, connect: Callable[..., OpenAIEngine]
 ) -> None:
     endpoint.says = lambda _: well("x", chat=True, stop_reason=None)
@@ -284,7 +284,7 @@ def test_chat_goes_on_from_a_begun_answer(
     assert endpoint.asked[1][1]["messages"][1:] == [{"role": "assistant", "content": "<think>x!"}]
 
 
-def test_chat_that_cannot_go_on_takes_turns(
+def test_chat_without_continuation_takes_turns(
     endpoint: Endpoint, connect: Callable[..., OpenAIEngine], caplog: pytest.LogCaptureFixture
 ) -> None:
     def says(body: dict[str, Any]) -> Answer:
@@ -325,7 +325,7 @@ FAULTS: dict[str, Answer] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_failures_that_may_pass(
+def test_passing_failures_are_retried(
     fault: str, endpoint: Endpoint, connect: Callable[..., OpenAIEngine]
 ) -> None:
     endpoint.answers = [FAULTS[fault], FAULTS[fault], well("well", stop_reason=None)]
@@ -336,7 +336,7 @@ def test_failures_that_may_pass(
 
 
 @pytest.mark.parametrize("fault", ["503 of a proxy", "truncated", "nested rubbish"])
-def test_failures_that_do_not(
+def test_lasting_failures_are_raised(
     fault: str, endpoint: Endpoint, connect: Callable[..., OpenAIEngine]
 ) -> None:
     endpoint.says = lambda _: FAULTS[fault]
@@ -367,6 +367,16 @@ def test_the_deadline_is_one_of_all_retries(
     endpoint.says, endpoint.delay = lambda _: well("late"), 3.0
     with pytest.raises(EngineError, match=r"no answer within 0\.3 s\. Is it up"):
         ask(connect(deadline=0.3))
+
+
+def test_a_proxy_of_the_environment_is_used(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", endpoint.url.removesuffix("/v1"))
+    engine = OpenAIEngine("http://model.invalid/v1", "m", OpenAIRenderer())
+    assert ask(engine).text == "hm"
+    engine.close()
+    assert [path for path, _ in endpoint.asked] == ["http://model.invalid/v1/completions"]
 
 
 def test_down(endpoint: Endpoint, connect: Callable[..., OpenAIEngine]) -> None:

@@ -236,7 +236,7 @@ def test_wikipedia_is_a_corpus(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.usefixtures("server")
-def test_the_manifest_says_what_was_made_of_what(tmp_path: Path) -> None:
+def test_the_manifest(tmp_path: Path) -> None:
     folder = prepare("nq", tmp_path).folder
     files = published()[FLASHRAG]
     made = (folder / "questions.jsonl.gz").read_bytes()
@@ -379,7 +379,7 @@ def test_an_interrupted_conversion_leaves_nothing_half(
     [("popqa", "popqa/test.jsonl", 40), ("nq", "nq/train.jsonl", 64)],
     ids=["a file in git", "a file in LFS"],
 )
-def test_what_the_hub_did_not_promise_is_refused(
+def test_a_file_with_another_digest_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, file: str, digits: int
 ) -> None:
     content = published()[FLASHRAG][file]
@@ -520,7 +520,7 @@ def test_names_that_leave_the_folder_are_not_taken(
 
 
 def test_the_table_of_data_names_all_there_is() -> None:
-    text = (Path(__file__).parents[3] / "docs/data.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs/how-to/data.md").read_text(encoding="utf-8")
     table, _, _ = text.partition("## Licences")
     rows = re.findall(r"^\| `([^`]+)` \|.*?\| `([^`]+)`", table, flags=re.MULTILINE)
     assert dict(rows) == {name: source.repository for name, source in HUB_SOURCES.items()}

@@ -191,7 +191,7 @@ def test_the_prompt_of_r1_searcher(tmp_path: Path) -> None:
         ("[" * 100_000, None),
     ],
 )
-def test_what_is_a_verdict_of_research(text: str, verdict: bool | None) -> None:
+def test_verdicts_of_research(text: str, verdict: bool | None) -> None:
     assert parse_research(text) is verdict
 
 
@@ -207,14 +207,14 @@ def test_what_is_a_verdict_of_research(text: str, verdict: bool | None) -> None:
         ("", None),
     ],
 )
-def test_what_is_a_verdict_of_r1_searcher(text: str, verdict: bool | None) -> None:
+def test_verdicts_of_r1_searcher(text: str, verdict: bool | None) -> None:
     assert parse_r1_searcher(text) is verdict
 
 
 # The score
 
 
-def test_the_score_and_what_is_counted(tmp_path: Path) -> None:
+def test_the_score_and_its_counts(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         {"header": {"model": "policy"}},
@@ -338,7 +338,7 @@ def test_rubbish_is_a_missing_verdict_after_one_repair(tmp_path: Path, text: str
     assert again.missing == 1
 
 
-def test_what_no_file_could_hold_is_replaced(tmp_path: Path) -> None:
+def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
     """Halves of surrogate pairs, from a model as from a judge."""
     text = '{"rationale": "\ud800", "judgement": "correct"}'
     with serving(lambda _: says(text)) as server:
@@ -370,7 +370,7 @@ def failing(count: int, failure: Reply) -> Callable[[Call], Reply]:
     ],
     ids=lambda reply: f"{reply.status} {bytes(reply.body)[:12]!r} {reply.cut}",
 )
-def test_failures_that_may_pass_are_tried_again(tmp_path: Path, failure: Reply) -> None:
+def test_passing_failures_are_retried(tmp_path: Path, failure: Reply) -> None:
     with serving(failing(2, failure)) as server:
         summary = run(write(tmp_path, episode(1)), server)
     assert summary.score == 1.0
@@ -415,7 +415,7 @@ def test_a_refused_question_is_missing_and_the_others_go_on(tmp_path: Path) -> N
     assert "maximum context length is 512" in line["problem"]
 
 
-def test_who_refuses_every_question_is_not_asked_them_all(tmp_path: Path) -> None:
+def test_a_server_that_refuses_everything_ends_the_run(tmp_path: Path) -> None:
     path = write(tmp_path, *(episode(n) for n in range(60)))
     refusal = as_json({"error": {"message": "temperature does not support 0"}}, 400)
     lost = pytest.raises(JudgeError, match=r"8 questions in a row without .*temperature does not")
@@ -456,9 +456,7 @@ def test_a_server_that_is_gone_ends_the_run_and_loses_nothing(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("status", "words"), [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "/v1")]
 )
-def test_what_every_question_would_meet_ends_the_run(
-    tmp_path: Path, status: int, words: str
-) -> None:
+def test_a_wrong_key_or_address_ends_the_run(tmp_path: Path, status: int, words: str) -> None:
     refusal = as_json({"error": "the model `m` does not exist"}, status)
     with serving(lambda _: refusal) as server, pytest.raises(JudgeError, match=words):
         run(write(tmp_path, *(episode(n) for n in range(50))), server)
@@ -531,7 +529,17 @@ def test_answers_that_could_fill_the_memory_are_refused(
     }
 
 
-# Going on
+def test_a_proxy_of_the_environment_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(lambda _: says(RIGHT)) as server:
+        monkeypatch.setenv("http_proxy", server.url)
+        settings = JudgeSettings("http://model.invalid/v1", "m")
+        assert judge_predictions(write(tmp_path, episode(1)), settings).score == 1.0
+    assert server.calls[0].path == "http://model.invalid/v1/chat/completions"
+
+
+# Resuming
 
 
 def test_a_second_run_asks_nothing(tmp_path: Path) -> None:
@@ -638,7 +646,7 @@ def test_a_changed_line_of_the_log_is_refused_by_its_number(
             run(path, server)
 
 
-def test_every_cut_of_the_file_is_gone_on_from(tmp_path: Path) -> None:
+def test_a_log_cut_at_any_byte_is_resumed(tmp_path: Path) -> None:
     """As a killed run may leave it: at any byte."""
     path = write(tmp_path, episode(1), episode(2, "Rome"), episode(3, ""))
     with serving(lambda _: says(RIGHT)) as server:
@@ -909,7 +917,7 @@ def test_a_short_key_changes_no_answer(tmp_path: Path) -> None:
         assert run(write(tmp_path, episode(1)), server, key="correct").score == 1.0
 
 
-def test_a_key_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "se\ncret")
     with pytest.raises(ConfigurationError) as refused:
         secret_of("OPENAI_API_KEY")

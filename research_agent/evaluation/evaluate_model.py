@@ -1,0 +1,89 @@
+"""Evaluate a model from a configuration: open what it names, play, and close again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from research_agent.config import EvalConfig, validate_eval
+from research_agent.environments import open_environments
+from research_agent.evaluation.evaluate import evaluate
+from research_agent.evaluation.fingerprint import header, model_fingerprint
+from research_agent.evaluation.summary import Summary
+
+
+def evaluate_model(config: EvalConfig) -> Summary:
+    """Play every task with a model; ``research-agent eval`` is this function.
+
+    A folder that holds predictions of the same model and settings is continued: only missing, void
+    and incomplete episodes are played.
+
+    Args:
+        config: environment, model, sampling settings and output folder.
+
+    Returns:
+        The means with their intervals, as in ``summary.json``.
+
+    Raises:
+        ConfigError: a setting has a value that cannot be used.
+        PredictionsError: the output folder holds predictions of another model or other settings.
+        ContextError: a prompt does not fit; the episodes that were played are kept.
+    """
+    validate_eval(config)
+    split = {} if config.split is None else {"split": config.split}
+    environments = open_environments(config.env, config.max_in_flight, {**config.env_args, **split})
+    try:
+        engine, renderer, fingerprint = _sampler(config)
+        try:
+            return evaluate(
+                engine,
+                environments,
+                renderer,
+                config,
+                config.output,
+                limit=config.limit,
+                samples_per_task=config.samples_per_task,
+                seed=config.seed,
+                header=header(config, environments, fingerprint),
+                log_tokens=config.log_tokens,
+                show=not config.quiet,
+            )
+        finally:
+            if hasattr(engine, "close"):
+                engine.close()
+    finally:
+        environments.close()
+
+
+def _sampler(config: EvalConfig) -> tuple[Any, Any, str]:
+    """Engine and renderer of the model that is evaluated, and the model's fingerprint."""
+    if config.endpoint is not None:
+        from research_agent.engines.openai import OpenAIEngine, OpenAIRenderer  # noqa: PLC0415
+
+        words = OpenAIRenderer(chat_template=config.chat_template)
+        endpoint = OpenAIEngine(
+            config.endpoint, config.model, words, concurrency=config.max_in_flight
+        )
+        return endpoint, words, f"{config.model} at {config.endpoint.rstrip('/')}"
+    from research_agent.engines import make_engine  # noqa: PLC0415
+    from research_agent.models.policy import (  # noqa: PLC0415
+        context_length,
+        load_model,
+        require_ends,
+    )
+    from research_agent.models.source import resolve_model  # noqa: PLC0415
+    from research_agent.renderer import load_renderer  # noqa: PLC0415  (these load torch)
+
+    place = resolve_model(config.model)
+    renderer = load_renderer(place, chat_template=config.chat_template)
+    model = load_model(config.model, dtype=config.dtype, device=config.device)
+    require_ends(model, renderer)
+    context = context_length(model, config.max_prompt + config.max_response)
+    engine = make_engine(
+        config.engine,
+        model,
+        renderer,
+        max_slots=config.max_in_flight,
+        max_context=context,
+        share=True,
+    )
+    return engine, renderer, model_fingerprint(place, getattr(model.config, "_commit_hash", None))

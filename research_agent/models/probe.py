@@ -1,0 +1,133 @@
+"""A model is proved before it is trained: what we compute is compared with plain transformers.
+
+Two short sequences of unlike length suffice: an architecture that keeps a state between tokens, or
+looks at positions in a way of its own, is wrong on the first of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from research_agent.engines.base import SamplingParams
+
+if TYPE_CHECKING:
+    from research_agent.engines.base import Engine
+
+LENGTHS = (24, 17)
+"""Tokens of the sequences that are compared."""
+
+_EXACT = (torch.float64, torch.float32)
+_TOLERANCE = 1e-3
+_HALF_TOLERANCE = 0.1
+
+
+def probe_sequences(model: Any) -> list[list[int]]:
+    """Two sequences of tokens that look random and are always the same.
+
+    Args:
+        model: a causal language model of the transformers library.
+
+    Returns:
+        Token ids below the size of the vocabulary; no more than the model has positions for.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None) or max(LENGTHS)
+    vocabulary = len(model.get_output_embeddings().weight)
+    return [
+        [(7 + 7919 * (position + 101 * row)) % vocabulary for position in range(min(length, limit))]
+        for row, length in enumerate(LENGTHS)
+    ]
+
+
+@torch.no_grad()
+def plain_logits(model: Any, tokens: list[int]) -> Tensor:
+    """Logits of one sequence alone, as the transformers library computes them: [tokens, words]."""
+    row = torch.tensor(tokens, device=model.device)[None]
+    logits: Tensor = model(input_ids=row, use_cache=False).logits[0]
+    return logits
+
+
+def logit_difference(found: Tensor, expected: Tensor) -> str:
+    """Say how far log-probabilities differ, where it is more than rounding.
+
+    The measure is the root mean square of the differences over the spread of the expected
+    logits: 0.001 of it in float32, 0.1 in half precision. Wrong positions, states or neighbours
+    give 0.05 to 1.
+
+    Args:
+        found: logits, [tokens, words].
+        expected: logits, [tokens, words].
+
+    Returns:
+        The difference in words; empty where both are the same but for rounding.
+    """
+    ours, theirs = found.double().log_softmax(-1), expected.double().log_softmax(-1)
+    return _judge((ours - theirs).square().mean().sqrt(), expected)
+
+
+def engine_difference(engine: Engine, plain: Callable[[list[int]], Tensor], vocabulary: int) -> str:
+    """Let an engine play two short trajectories, and compare what it reports of its tokens.
+
+    Each has two turns, with tokens of an observation between them, and both play at the same time
+    where the engine has two slots.
+
+    Args:
+        engine: nothing is under way in it; its slots are free afterwards.
+        plain: the logits of one sequence alone, as the transformers library computes them.
+        vocabulary: tokens that the model has.
+
+    Returns:
+        The difference in words; empty where both are the same but for rounding.
+    """
+    first, second = (
+        [[token % vocabulary for token in tokens] for tokens in turn]
+        for turn in _turns(engine.max_context)
+    )
+    said: dict[int, list[int]] = {}
+    reported: dict[int, list[tuple[int, float]]] = {}
+    for slots in ((0, 1),) if getattr(engine, "max_slots", 1) > 1 else ((0,),):
+        for new in (first, second):
+            for slot in slots if new else ():
+                said[slot] = said.get(slot, []) + new[slot]
+                engine.submit(slot, new[slot], SamplingParams(max_tokens=2, seed=slot))
+            while engine.busy:
+                for turn in engine.step():
+                    at = len(said[turn.slot])
+                    said[turn.slot] += turn.tokens
+                    known = reported.setdefault(turn.slot, [])
+                    known += [(at + i, value) for i, value in enumerate(turn.logprobs)]
+        for slot in slots:
+            engine.release(slot)
+    errors, everything = [], []
+    for slot, tokens in said.items():
+        logits = plain(tokens)
+        logprobs = logits.double().log_softmax(-1)
+        everything.append(logits)
+        errors += [logprobs[at - 1, tokens[at]] - value for at, value in reported[slot]]
+    return _judge(torch.stack(errors).square().mean().sqrt(), torch.cat(everything))
+
+
+def _turns(context: int) -> tuple[list[list[int]], list[list[int]]]:
+    """New tokens of two trajectories in their first and second turns, as far as a context goes."""
+    if context >= 18:
+        return [list(range(2, 11)), list(range(4, 10))], [list(range(1, 6)), list(range(3, 11))]
+    length = max(1, min(9, context - 2))
+    return [list(range(length)), list(range(1, length + 1))], []
+
+
+def _judge(error: Tensor, expected: Tensor) -> str:
+    """Compare an error with what rounding explains; in words where it is more."""
+    logprobs = expected.double().log_softmax(-1)
+    if not logprobs.isfinite().all():
+        return ""  # broken weights are said elsewhere
+    spread = logprobs.std(dim=-1, correction=0).mean().clamp(min=1e-6)
+    allowed = (_TOLERANCE if expected.dtype in _EXACT else _HALF_TOLERANCE) * spread
+    if bool(error <= allowed):  # false for NaN
+        return ""
+    return (
+        f"log-probabilities differ by {error.item():.2g} in the mean, where they spread by"
+        f" {spread.item():.2g} and rounding would explain {allowed.item():.2g}"
+    )

@@ -1,0 +1,162 @@
+"""What a model's name stands for: a folder, a GGUF file, a LoRA adapter over a base, or the hub.
+
+Nothing here imports torch, so that tokenizers can be opened without it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from research_agent.errors import ModelError
+
+STARTERS = Path(__file__).parents[1] / "starters"
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where the parts of a model are."""
+
+    place: str
+    """Folder of the weights, or a name on the hub."""
+    gguf_file: str | None = None
+    """Name of the GGUF file in that folder, which holds weights, configuration and tokenizer."""
+    adapter: str | None = None
+    """Folder, or name on the hub, of a LoRA adapter over those weights."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the transformers library's ``from_pretrained``."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+def resolve_model(name: str | Path) -> str:
+    """Say where a model is: a starter of the package, the newest checkpoint of a run, or ``name``.
+
+    Raises:
+        ModelError: the name is plainly a path, and there is no such folder or GGUF file.
+    """
+    from research_agent.checkpoint import latest  # noqa: PLC0415 - loads torch
+
+    text, path = str(name), Path(name).expanduser()
+    starters = {p.name: p for p in STARTERS.iterdir()} if STARTERS.is_dir() else {}
+    if text in starters:
+        return str(starters[text])
+    if newest := latest(path / "checkpoints"):
+        return str(newest)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return str(path)
+    if path.is_file():
+        raise ModelError(f"{text} is a file, and no GGUF file; give the folder of the model")
+    if text[:1] in (".", "/", "~") or text.count("/") > 1 or text.endswith(".gguf"):
+        raise ModelError(f"there is no model folder {text}; give one, or a name on the hub")
+    return text
+
+
+def model_source(name: str | Path) -> ModelSource:
+    """Find the parts of a model.
+
+    Args:
+        name: a starter, the folder of a run or of a model, a GGUF file, the folder of a LoRA
+            adapter, or a name on the hub.
+
+    Raises:
+        ModelError: there is no such model, it lacks its files, or its adapter's base is unclear.
+    """
+    place = resolve_model(name)
+    path = Path(place)
+    if path.is_file():
+        return _gguf(path)
+    if not path.is_dir():
+        return _hub(place)
+    if (path / _ADAPTER_CONFIG).is_file() and any((path / n).is_file() for n in _ADAPTER_WEIGHTS):
+        return _over_base(place, path / _ADAPTER_CONFIG)
+    if (path / "config.json").is_file():
+        if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
+            message = f"{path} has a config.json but no weights; put its model.safetensors there"
+            raise ModelError(message)
+        return ModelSource(place)
+    if files := sorted(path.glob("*.gguf")):
+        if len(files) > 1:
+            raise ModelError(f"{path} holds {len(files)} GGUF files; name one, such as {files[0]}")
+        return _gguf(files[0])
+    raise ModelError(f"{path} is no model folder: it has no config.json")
+
+
+def tokenizer_source(name: str | Path) -> ModelSource:
+    """Find where the tokenizer of a model is: an adapter may have one, or else its base has.
+
+    Raises:
+        ModelError: as for ``model_source``, for adapters and GGUF files.
+    """
+    place = Path(name).expanduser()
+    if (place / "tokenizer_config.json").is_file() or (place / "tokenizer.json").is_file():
+        return ModelSource(str(place))
+    if place.is_dir() and not (place / _ADAPTER_CONFIG).is_file() and not any(place.glob("*.gguf")):
+        return ModelSource(str(place))
+    return model_source(name) if place.exists() else ModelSource(str(name))
+
+
+def generation_settings(place: str) -> dict[str, Any]:
+    """What the generation_config.json of a folder or a name on the hub says, unchecked."""
+    from transformers.utils.hub import cached_file  # noqa: PLC0415
+
+    try:
+        found = cached_file(
+            place,
+            "generation_config.json",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        values = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _gguf(path: Path) -> ModelSource:
+    with path.open("rb") as file:
+        head = file.read(8)
+    if head[:4] != b"GGUF":
+        raise ModelError(f"{path} is no GGUF file: it begins with {head[:4]!r}; get it again")
+    if "-00001-of-" in path.name or "-of-0" in path.name:
+        raise ModelError(
+            f"{path} is a part of a GGUF model; join the parts with llama-gguf-split --merge, "
+            "or give the model in safetensors"
+        )
+    if len(head) < 8 or struct.unpack("<I", head[4:])[0] not in (2, 3):
+        raise ModelError(f"{path} is a GGUF file of an unknown version; convert it to version 3")
+    return ModelSource(str(path.parent), gguf_file=path.name)
+
+
+def _hub(name: str) -> ModelSource:
+    """A name on the hub, which may be an adapter's."""
+    from transformers.utils.peft_utils import find_adapter_config_file  # noqa: PLC0415
+
+    try:
+        found = find_adapter_config_file(name)
+    except (OSError, ValueError):  # no such name, or no network: opening the model says it
+        found = None
+    return ModelSource(name) if found is None else _over_base(name, Path(found))
+
+
+def _over_base(adapter: str, config: Path) -> ModelSource:
+    """The base that an adapter's configuration names, with the adapter over it."""
+    try:
+        named = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{config} names no base model ({error}); add it there") from error
+    if not isinstance(named, str) or not named:
+        message = f"{config} names the base model {named!r}; set base_model_name_or_path in it"
+        raise ModelError(message)
+    beside = config.parent / named
+    base = model_source(beside if not Path(named).is_dir() and beside.is_dir() else named)
+    if base.adapter is not None:
+        raise ModelError(f"{adapter} is an adapter over the adapter {named}; merge that one first")
+    return ModelSource(base.place, base.gguf_file, adapter)

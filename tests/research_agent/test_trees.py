@@ -1,0 +1,359 @@
+"""Trees of trajectories: where they branch, what is shared, and that nothing is paid for twice."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from research_agent.batch import make_batch
+from research_agent.cli import main
+from research_agent.engines.base import SamplingParams
+from research_agent.engines.scripted import ScriptedEngine
+from research_agent.engines.transformers import TransformersEngine
+from research_agent.environments import Environments, make_environments
+from research_agent.errors import ConfigError
+from research_agent.rollout import collect
+from research_agent.run_logger import METRICS, read_lines
+from research_agent.trajectory import Group, Trajectory
+from research_agent.trees import TreePlan
+from tests.research_agent.conftest import byte_tokenizer, codec_of, letter_tokenizer, tiny_qwen2
+from tests.research_agent.test_collect import Limits
+
+DOORS = "tests.research_agent.doors_env:Doors-v0"
+RENDERER = codec_of(byte_tokenizer())
+END = RENDERER.tokenizer.eos_token_id
+
+
+def say(context: Sequence[int], params: SamplingParams) -> list[int]:
+    """A turn that depends on the sample's seed and on all that was said."""
+    pick = random.Random(f"{params.seed} {list(context)}")
+    return [*RENDERER.encode_text(pick.choice(["a", "bb", "x", "zz"])), END]
+
+
+def scripted(delays: int = 0) -> ScriptedEngine:
+    pick = random.Random(delays)
+    return ScriptedEngine(say, RENDERER, delay=lambda: pick.randint(0, delays))
+
+
+def play(
+    plan: TreePlan,
+    engine: Any = None,
+    *,
+    tasks: int = 2,
+    trees: int = 2,
+    slots: int | None = None,
+    overlap: bool = False,
+    environments: Environments | None = None,
+    seed: int = 0,
+) -> list[Trajectory]:
+    wanted = [(task, sample) for task in range(tasks) for sample in range(trees * plan.size)]
+    environments = environments or make_environments(DOORS, slots or len(wanted), {"doors": 4})
+    return collect(
+        engine or scripted(),
+        environments,
+        RENDERER,
+        wanted,
+        Limits(overlap=overlap),
+        plan=plan,
+        seed=seed,
+    )
+
+
+def shared(t: Trajectory) -> int:
+    return len(t.lineage)
+
+
+def test_a_plan_literal() -> None:
+    """Two rounds of three branches: a tree has seven samples; 7 to 13 are the second one."""
+    plan = TreePlan(branches=3, rounds=2)
+    assert plan.size == 7
+    assert [plan.root(sample) for sample in (0, 6, 7, 13)] == [0, 0, 7, 7]
+    assert [plan.round(sample) for sample in range(7, 14)] == [0, 1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("choose", ["random", "entropy"])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_branches_share_what_came_before_and_nothing_else(choose: Any, rounds: int) -> None:
+    plan = TreePlan(branches=2, rounds=rounds, choose=choose)
+    played = play(plan, tasks=4)
+    by_key = {(t.episode, t.sample): t for t in played}
+    depths = Counter[int]()
+    for t in played:
+        root = plan.root(t.sample)
+        assert t.tree == (None if t.sample == root else root)
+        assert len(t.turns) == 4 and t.terminated
+        assert t.reward == sum(turn.reward for turn in t.turns)
+        assert [turn.state_key for turn in t.turns] == [
+            f"{t.episode}:" + "".join("0" if u.text[0] <= "m" else "1" for u in t.turns[:k])
+            for k in range(4)
+        ]
+        for k, sample in enumerate(t.lineage):
+            source = by_key[t.episode, sample]
+            assert plan.root(sample) == root and plan.round(sample) < plan.round(t.sample)
+            assert t.turns[k] == source.turns[k]  # tokens, log-probabilities, reward and all
+        depths[shared(t)] += t.sample != root
+    assert len(depths) > 2  # branches leave at several depths, never after the last turn
+    assert set(depths) <= {0, 1, 2, 3}
+
+
+def test_nothing_that_is_shared_is_sampled_or_taken_again() -> None:
+    """The environments take one step per node of the trees, not per turn of the trajectories."""
+    environments = make_environments(DOORS, 12, {"doors": 4})
+    played = play(TreePlan(branches=2), environments=environments)
+    batch = make_batch([Group(e, list(g)) for e, g in itertools.groupby(played, _episode)])
+    nodes = len(set(batch.turn_nodes.tolist()))
+    vector: Any = environments._vector  # type: ignore[attr-defined]
+    assert vector.steps == nodes < len(batch.turn_nodes) == 4 * len(played)
+    for i, t in enumerate(played):
+        own = batch.turn_nodes[batch.turn_seq_ids == i].tolist()
+        assert [node < 4 * i for node in own] == [k < shared(t) for k in range(4)]
+    assert batch.trees.tolist() == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9]
+
+
+def _episode(t: Trajectory) -> int:
+    return t.episode
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    slots=st.integers(5, 20),
+    delays=st.integers(0, 4),
+    overlap=st.booleans(),
+    seed=st.integers(0, 3),
+)
+def test_timing_and_the_number_of_slots_change_nothing(
+    slots: int, delays: int, overlap: bool, seed: int
+) -> None:
+    plan = TreePlan(branches=2, rounds=2)
+    expected = play(plan, seed=seed)
+    assert play(plan, scripted(delays), slots=slots, overlap=overlap, seed=seed) == expected
+
+
+def test_chains_are_those_of_a_run_without_trees() -> None:
+    """A chain's draws depend on its own sample, whatever grows beside it."""
+    plan = TreePlan(branches=2)
+    trees = play(plan)
+    chains = [t for t in trees if t.tree is None]
+    alone = collect(
+        scripted(),
+        make_environments(DOORS, 4, {"doors": 4}),
+        RENDERER,
+        [(t.episode, t.sample) for t in chains],
+        Limits(),
+    )
+    assert alone == chains
+
+
+def test_random_branches_leave_every_turn_equally_often() -> None:
+    """Four states to leave from, a quarter each: 2,400 draws are within 5 standard deviations."""
+    plan = TreePlan(branches=12)
+    played = play(plan, tasks=8, trees=25)
+    depths = Counter(shared(t) for t in played if t.tree is not None)
+    count = depths.total()
+    assert count == 2400
+    sigma = (count * 0.25 * 0.75) ** 0.5
+    assert all(abs(depths[k] - count / 4) < 5 * sigma for k in range(4))
+
+
+def test_entropy_prefers_the_turn_that_was_less_certain() -> None:
+    class Sure(ScriptedEngine):
+        """Certain at every turn but the third."""
+
+        def step(self) -> list[Any]:
+            turns = super().step()
+            return [
+                type(t)(t.slot, t.tokens, (self._doubt(t),) * len(t.tokens), *list(_rest(t)))
+                for t in turns
+            ]
+
+        def _doubt(self, turn: Any) -> float:
+            asked = RENDERER.decode(self._held[turn.slot]).rpartition("?")[2].partition("=")[0]
+            return -2.0 if len(asked) == 2 else -1e-3
+
+    def _rest(turn: Any) -> tuple[Any, ...]:
+        return turn.text, turn.finish_reason, turn.version
+
+    played = play(TreePlan(branches=4, choose="entropy"), Sure(say, RENDERER), tasks=4)
+    depths = Counter(shared(t) for t in played if t.tree is not None)
+    assert depths[2] >= 0.9 * depths.total()
+
+
+def test_a_fork_prefills_nothing_and_samples_what_a_new_slot_would() -> None:
+    """The transformers engine copies keys and values: what is forwarded is the new tokens alone."""
+    model = tiny_qwen2(len(RENDERER.tokenizer))
+    plan = TreePlan(branches=3)
+    limits = Limits(max_turn_tokens=5)
+
+    class Unable:
+        """An engine that cannot copy what a slot holds."""
+
+        def __init__(self, engine: TransformersEngine) -> None:
+            self.engine = engine
+            self.max_context = engine.max_context
+            self.submit, self.step, self.release = engine.submit, engine.step, engine.release
+
+        @property
+        def busy(self) -> int:
+            return self.engine.busy
+
+    played, forwarded = [], []
+    for forks in (True, False):
+        engine = TransformersEngine(model, RENDERER, max_slots=8, max_context=256)
+        used: Any = engine if forks else Unable(engine)
+        wanted = [(task, sample) for task in range(2) for sample in range(4)]
+        environments = make_environments(DOORS, 8, {"doors": 4})
+        played.append(collect(used, environments, RENDERER, wanted, limits, plan=plan))
+        forwarded.append(engine.forwarded_tokens)
+    for one, other in zip(*played, strict=True):
+        assert one.tokens == other.tokens and one.lineage == other.lineage
+        for a, b in zip(one.turns, other.turns, strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+    assert any(shared(t) > 1 for t in played[0])
+    assert forwarded[0] < forwarded[1]
+    again = sum(
+        sum(len(s.tokens) for s in _before(t, shared(t))) - 1
+        for t in played[0]
+        if t.tree is not None
+    )
+    assert forwarded[1] - forwarded[0] == again  # each prefix, but for its last token
+
+
+def _before(t: Trajectory, turns: int) -> list[Any]:
+    """The segments before a turn."""
+    at = [i for i, s in enumerate(t.segments) if s.provenance == "action"][turns]
+    return list(t.segments[:at])
+
+
+def test_forks_that_make_no_sense_are_refused() -> None:
+    engine = TransformersEngine(tiny_qwen2(300), RENDERER, max_slots=2, max_context=50)
+    with pytest.raises(ValueError, match="slot 0 holds 0 tokens, not 3"):
+        engine.fork(0, 1, 3)
+    with pytest.raises(ValueError, match="slot 1 is busy or the source"):
+        engine.fork(1, 1, 0)
+
+
+def test_environments_that_cannot_branch_are_refused() -> None:
+    for env in ("DoorsSingle-v0",):
+        environments = make_environments(f"tests.research_agent.doors_env:{env}", 6)
+        with pytest.raises(ConfigError, match=r"no branch\(source, targets\), which trees need"):
+            play(TreePlan(branches=2), environments=environments)
+    few = make_environments(DOORS, 2)
+    with pytest.raises(ConfigError, match="a tree of 3 samples needs as many environments"):
+        play(TreePlan(branches=2), environments=few)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"branches": -1}, "a tree's branches is -1"),
+        ({"branches": 1, "rounds": 0}, "a tree's rounds is 0"),
+        ({"branches": 1, "choose": "luck"}, "a tree chooses by 'luck'"),
+    ],
+)
+def test_plans_that_make_no_sense_are_refused(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TreePlan(**setting)
+    with pytest.raises(ConfigError, match="multiple of 3"):
+        TreePlan(branches=2).require_group(8)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("doors")
+    tokenizer = letter_tokenizer("azxy=?01234567")
+    tokenizer.save_pretrained(folder)
+    tiny_qwen2(len(tokenizer), hidden=32, context=64).save_pretrained(folder)
+    return folder
+
+
+def run(model: Path, output: Path, *more: str, algorithm: str = "tree_grpo") -> Path:
+    words = f"train miniworld --env {DOORS} --model {model} --output {output}"
+    words += f" --algorithm {algorithm} --algorithm-args kl_coef=0 --tree-branches 2"
+    words += " --prompts-per-step 4 --group-size 6 --max-prompt 8 --max-response 40"
+    words += " --max-turn-tokens 2 --learning-rate 0.003 --warmup-steps 0 --save-every 1"
+    words += " --eval-every None --quiet --device cpu"
+    main([*words.split(), *more])
+    return output
+
+
+@pytest.mark.parametrize("algorithm", ["tree_grpo", "arpo"])
+def test_a_run_in_two_parts_equals_one_run_to_the_bit(
+    model: Path, tmp_path: Path, algorithm: str
+) -> None:
+    whole = run(model, tmp_path / "whole", "--steps", "3", algorithm=algorithm)
+    parts = run(model, tmp_path / "parts", "--steps", "1", algorithm=algorithm)
+    run(model, parts, "--steps", "3", algorithm=algorithm)
+    weights = [
+        load_file(folder / "checkpoints/step-000003/model.safetensors") for folder in (whole, parts)
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    lines = [read_lines(folder / METRICS) for folder in (whole, parts)]
+    assert lines[0] == lines[1]
+    assert all(line["episodes"] == 24 and line["learner/grad_norm"] > 0 for line in lines[0])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--group-size", "8"], "a group of 8 samples is no number of trees of 3"),
+        (["--max-staleness", "1"], "--tree-branches with --max-staleness"),
+        (["--tree-branches", "-1"], "a tree's branches is -1"),
+        (["--env", "tests.research_agent.toy_env:CopyLetter-v0"], "no branch(source, targets)"),
+        (["--max-in-flight", "2"], "raise --max-in-flight"),
+    ],
+)
+def test_runs_that_cannot_grow_trees_are_refused(
+    model: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(model, tmp_path / "run", "--steps", "1", *more)
+    assert message in capsys.readouterr().err
+
+
+def test_search_episodes_grow_trees() -> None:
+    """The environment of this repository offers branches: the shared searches are asked once."""
+    environments = make_environments(
+        "research_env:ReSearch-MiniWorld-v0",
+        6,
+        {"template": "question", "top_k": 1, "turn_reward": "first_search", "reward": "em"},
+    )
+
+    def look_up(context: Sequence[int], params: SamplingParams) -> list[int]:
+        asked = RENDERER.decode([t for t in context if t != END]).count("<search>")
+        word = random.Random(f"{params.seed} {asked}").choice(["company", "city", "founder"])
+        text = f"<search>{word}</search>" if asked < 3 else "<answer>\\boxed{x}</answer>"
+        return [*RENDERER.encode_text(text), END]
+
+    engine = ScriptedEngine(look_up, RENDERER)
+    plan = TreePlan(branches=2)
+    wanted = [(0, sample) for sample in range(6)]
+    played = collect(
+        engine,
+        environments,
+        RENDERER,
+        wanted,
+        Limits(max_prompt=1000, max_response=3000),
+        plan=plan,
+    )
+    by_sample = {t.sample: t for t in played}
+    for t in played:
+        assert t.terminated and t.metrics["searches"] == 3.0
+        assert t.reward == t.metrics["turn_reward/first_search"] == 1.0
+        for k, sample in enumerate(t.lineage):
+            assert t.turns[k] == by_sample[sample].turns[k]
+    assert any(t.lineage for t in played)
+    environments.close()

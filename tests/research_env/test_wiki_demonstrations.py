@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from research_env.datasets.base import Hop, Question
+from research_env.demonstrations import SKILLED
+from research_env.errors import ResearchEnvError
+from research_env.retrieval.base import Passage
+from research_env.wiki_demonstrations import (
+    demonstrations,
+    episode,
+    gold_steps,
+)
+
+FILM = Passage("p1", "Get Low (song)", "Get Low is a song by Dillon Francis. It was a hit.")
+SINGER = Passage("p2", "Dillon Francis", "He lives in Los Angeles. He was born on October 5, 1987.")
+HIDDEN = Passage("p3", "Secret Street", "Only a development question needs October 5, 1987.")
+PASSAGES = {p.id: p for p in (FILM, SINGER, HIDDEN)}
+QUESTION = Question(
+    "q",
+    "When was the performer of Get Low born?",
+    ("October 5, 1987",),
+    ("p2", "p1"),
+    split="train",
+)
+
+
+def test_each_search_is_named_by_what_was_read_before() -> None:
+    """The gold passages are listed the other way round; only the song is in the question."""
+    steps = gold_steps(QUESTION, PASSAGES)
+    assert [(step.query, step.passage.id) for step in steps] == [
+        ("Get Low", "p1"),
+        ("Dillon Francis", "p2"),
+    ]
+
+
+def test_a_gold_decomposition_is_asked_as_it_stands() -> None:
+    hops = (
+        Hop("Who performed Get Low?", "Dillon Francis", "p1"),
+        Hop("When was #1 born?", "October 5, 1987", "p2"),
+    )
+    question = Question("q", "?", ("October 5, 1987",), ("p1", "p2"), decomposition=hops)
+    queries = [step.query for step in gold_steps(question, PASSAGES)]
+    assert queries == ["Who performed Get Low?", "When was Dillon Francis born?"]
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        Question("q", "Who is it?", ("October 5, 1987",), ("p1",)),  # nothing names the passage
+        Question("q", "Who sang Get Low?", ("Somebody else",), ("p1",)),  # no passage says it
+        Question("q", "Who sang Get Low?", ("Dillon Francis",), ("p1", "gone")),
+    ],
+)
+def test_what_cannot_be_concluded_is_not_demonstrated(question: Question) -> None:
+    assert gold_steps(question, PASSAGES) == []
+
+
+def test_a_skilled_episode_searches_reads_and_answers() -> None:
+    steps = gold_steps(QUESTION, PASSAGES)
+    assert episode(QUESTION, steps, ["[one]", "[two]"], random.Random(0), SKILLED) == [
+        ("prompt", "When was the performer of Get Low born?\n"),
+        ("action", "<think> I need to find Get Low. </think> <search> Get Low </search>"),
+        ("observation", "[one]"),
+        (
+            "action",
+            "<think> Get Low is a song by Dillon Francis. Now I need to find Dillon Francis. "
+            "</think> <search> Dillon Francis </search>",
+        ),
+        ("observation", "[two]"),
+        (
+            "action",
+            "<think> He was born on October 5, 1987. </think> "
+            "<answer> \\boxed{October 5, 1987} </answer>",
+        ),
+    ]
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "hotpotqa"
+    folder.mkdir()
+    asked = [
+        {"id": "q", "question": QUESTION.question, "answers": list(QUESTION.answers),
+         "supporting": ["p1", "p2"], "split": "train"},
+        {"id": "d", "question": "What is on Secret Street?", "answers": ["October 5, 1987"],
+         "supporting": ["p3", "p2"], "split": "dev"},
+    ]  # fmt: skip
+    stored = [{"id": p.id, "title": p.title, "text": p.text} for p in PASSAGES.values()]
+    for name, rows in (("questions", asked), ("corpus", stored)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text)
+    monkeypatch.setenv("RESEARCH_DATA", str(tmp_path))
+    monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def test_nothing_that_only_held_out_questions_need_is_shown(data: Path) -> None:
+    """With three passages a search would show all of the corpus."""
+    made = list(demonstrations(20, "hotpotqa", 3, search=1.0, go_on=1.0, box=1.0))
+    assert len(made) == 20
+    told = "\n".join(text for each in made for _, text in each)
+    assert "Get Low is a song" in told and "born on October 5" in told
+    assert "Secret Street" not in told and "development question" not in told
+
+
+def test_habits_are_as_weak_as_said(data: Path) -> None:
+    made = list(demonstrations(400, "hotpotqa", 2, seed=3, search=0.5, go_on=0.5, box=0.75))
+    assert made == list(demonstrations(400, "hotpotqa", 2, seed=3, search=0.5, go_on=0.5, box=0.75))
+    assert made != list(demonstrations(400, "hotpotqa", 2, seed=4, search=0.5, go_on=0.5, box=0.75))
+    searches = [sum(kind == "observation" for kind, _ in each) for each in made]
+    assert 160 < searches.count(0) < 240  # half of 400
+    assert 70 < searches.count(1) < 130 and 70 < searches.count(2) < 130
+    boxed = sum("\\boxed{" in each[-1][1] for each in made)
+    assert 270 < boxed < 330
+
+
+def test_data_without_a_question_to_demonstrate_are_refused(data: Path) -> None:
+    (data / "corpus.jsonl").write_text('{"id": "p1", "title": "X", "text": "y"}\n')
+    with pytest.raises(ResearchEnvError, match="question"):
+        list(demonstrations(1, "hotpotqa", 1))
