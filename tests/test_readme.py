@@ -199,7 +199,7 @@ def test_a_page_can_be_followed_from_top_to_bottom(
 
 
 EXPECTED = {  # what following a page prints, among other things
-    "README.md": (r"^<result>", r"^0\.\d+ \{'em': 0.0", r"runs/first-again is finished"),
+    "README.md": (r"^ ?<result>", r"^0\.\d+ \{'em': 0.0", r"runs/first-again is finished"),
     "docs/tutorials/train-on-your-corpus.md": ("Nordwind", r"^reward 1\b", "H200"),
     "docs/tutorials/plug-into-your-trainer.md": (
         r"^[01]\.\d+ \{'em': .*'searches': 0.0.*\} answer$",
