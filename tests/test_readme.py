@@ -348,7 +348,7 @@ def test_the_names_of_other_trainers_are_ours_and_theirs() -> None:
 
     The names of verl, prime-rl and SkyRL cannot be checked here; the page says where they are from.
     """
-    from trl import GRPOConfig
+    GRPOConfig = importlib.import_module("trl").GRPOConfig  # noqa: N806
 
     text = text_of("docs/coming-from.md")
     settings, metrics = (
