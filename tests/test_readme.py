@@ -349,7 +349,7 @@ def test_the_names_of_other_trainers_are_ours_and_theirs() -> None:
 
     The names of verl, prime-rl and SkyRL cannot be checked here; the page says where they are from.
     """
-    from trl import GRPOConfig
+    from trl.trainer.grpo_config import GRPOConfig
 
     text = text_of("docs/coming-from.md")
     settings, metrics = (
