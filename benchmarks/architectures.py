@@ -1,7 +1,7 @@
-"""Which architectures can be sampled and trained: docs/models.md.
+"""Which architectures can be sampled and trained: docs/reference/models.md.
 
     python -m benchmarks.architectures              # print the table
-    python -m benchmarks.architectures --write      # and put it into docs/models.md
+    python -m benchmarks.architectures --write      # and put it into docs/reference/models.md
 
 Of each architecture a tiny random model is made, and what the checks say that every model undergoes
 when it is loaded is put into the table: the learner's rows, the transformers engine, and packing
@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "models.md"
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 
 _DELTA = {
@@ -105,7 +105,7 @@ class Arguments:
     """Try every architecture with a tiny random model, and print a table."""
 
     write: bool = False
-    """Put the table into docs/models.md as well."""
+    """Put the table into docs/reference/models.md as well."""
 
 
 def tiny(config: str, settings: Mapping[str, Any]) -> Any:

@@ -39,7 +39,7 @@ MAX_PASSAGE_CHARS = 10_000
 """The longest passage of the published data sets has 8,237 characters."""
 
 
-class Settings(TypedDict, total=False):
+class EnvSettings(TypedDict, total=False):
     """The keyword arguments of both environments; see :class:`research_env.env.SearchQAEnv`."""
 
     dataset: str | Dataset
@@ -76,7 +76,7 @@ class StepOutput(NamedTuple):
 class EnvCore:
     """The fixed part of an environment; pickled as its settings, so that no connection travels."""
 
-    settings: Settings
+    settings: EnvSettings
     questions: Sequence[Question]
     retriever: Retriever
     protocol: Protocol
@@ -90,7 +90,7 @@ class EnvCore:
     metric_language: str | None
     by_id: dict[str, int] = field(default_factory=dict)
 
-    def __reduce__(self) -> tuple[Callable[[Settings], EnvCore], tuple[Settings]]:
+    def __reduce__(self) -> tuple[Callable[[EnvSettings], EnvCore], tuple[EnvSettings]]:
         return _rebuild, (self.settings,)
 
     def draw_question(self, seed: int, episode: int) -> int:
@@ -258,15 +258,15 @@ def resolve_search(episode: Episode, found: list[Hit] | RetrievalError) -> Episo
     return fail(episode) if isinstance(found, RetrievalError) else observe(episode, found)
 
 
-def make_core(**settings: Unpack[Settings]) -> EnvCore:
+def make_core(**settings: Unpack[EnvSettings]) -> EnvCore:
     """Read the data, open the engine, check every setting.
 
     Raises:
         ResearchEnvError: a setting that cannot be used; the message says which and what to do.
     """
     for name in settings:
-        if name not in Settings.__annotations__:
-            raise UnknownNameError("argument", name, Settings.__annotations__)
+        if name not in EnvSettings.__annotations__:
+            raise UnknownNameError("argument", name, EnvSettings.__annotations__)
     rules = protocol(settings.get("protocol", "research"))
     chosen = settings.get("reward")
     scored = reward(rules.reward if chosen is None else chosen)
@@ -305,11 +305,11 @@ def make_core(**settings: Unpack[Settings]) -> EnvCore:
     )
 
 
-def _rebuild(settings: Settings) -> EnvCore:
+def _rebuild(settings: EnvSettings) -> EnvCore:
     return make_core(**settings)
 
 
-def _read_limit(settings: Settings, name: str, default: int | None, least: int) -> int | None:
+def _read_limit(settings: EnvSettings, name: str, default: int | None, least: int) -> int | None:
     value: Any = settings.get(name)
     if value is None:
         return default
@@ -318,7 +318,7 @@ def _read_limit(settings: Settings, name: str, default: int | None, least: int) 
     return value
 
 
-def _load_dataset(settings: Settings) -> Dataset:
+def _load_dataset(settings: EnvSettings) -> Dataset:
     name = settings.get("dataset", "miniworld")
     if isinstance(name, Dataset):
         return name

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypedDict, Unpack
 
-from research_env.core import EnvCore, Settings, StepOutput, make_core, resolve_search, strata
+from research_env.core import EnvCore, EnvSettings, StepOutput, make_core, resolve_search, strata
 from research_env.episode import CutReason, Episode, advance, truncate
 from research_env.errors import ClosedError, ConfigurationError, EpisodeError, UnknownTaskError
 from research_env.protocol import Message
@@ -65,7 +65,7 @@ class Sessions:
         max_batch: int = 256,
         max_wait: float = 0.002,
         cache_size: int = 10_000,
-        **settings: Unpack[Settings],
+        **settings: Unpack[EnvSettings],
     ) -> None:
         """Read the data, open the engine, check every setting.
 

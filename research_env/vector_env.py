@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from research_env.core import Settings, resolve_search
+from research_env.core import EnvSettings, resolve_search
 from research_env.episode import CutReason, Episode, advance, truncate
 from research_env.errors import (
     ActionError,
@@ -74,13 +74,14 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         max_wait: float = 0.002,
         cache_size: int = 10_000,
         render_mode: str | None = None,
-        **settings: Unpack[Settings],
+        **settings: Unpack[EnvSettings],
     ) -> None:
         """Make the sub-environments; see the class for the arguments.
 
         Raises:
             ResearchEnvError: a setting that cannot be used; the message says which and what to do.
         """
+        self.closed = True  # until there is something to close
         modes = {mode.value: mode for mode in AutoresetMode}
         if autoreset_mode not in (*modes, *AutoresetMode):
             raise UnknownNameError("autoreset mode", autoreset_mode, modes)
@@ -106,6 +107,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         self._next = list(range(num_envs))
         self._ready: list[StepResult] = []
         self._sent: set[int] = set()
+        self.closed = False
 
     @property
     def num_tasks(self) -> int:

@@ -6,22 +6,27 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from research_agent.batch import make_batch
+from research_agent.cli import main
 from research_agent.engines.base import SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.environments import Environments, make_environments
 from research_agent.errors import ConfigError
 from research_agent.rollout import collect
+from research_agent.run_logger import METRICS, read_lines
 from research_agent.trajectory import Group, Trajectory
 from research_agent.trees import TreePlan
-from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
+from tests.research_agent.conftest import byte_tokenizer, codec_of, letter_tokenizer, tiny_qwen2
 from tests.research_agent.test_collect import Limits
 
 DOORS = "tests.research_agent.doors_env:Doors-v0"
@@ -260,3 +265,95 @@ def test_plans_that_make_no_sense_are_refused(setting: dict[str, Any], message: 
         TreePlan(**setting)
     with pytest.raises(ConfigError, match="multiple of 3"):
         TreePlan(branches=2).require_group(8)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("doors")
+    tokenizer = letter_tokenizer("azxy=?01234567")
+    tokenizer.save_pretrained(folder)
+    tiny_qwen2(len(tokenizer), hidden=32, context=64).save_pretrained(folder)
+    return folder
+
+
+def run(model: Path, output: Path, *more: str, algorithm: str = "tree_grpo") -> Path:
+    words = f"train miniworld --env {DOORS} --model {model} --output {output}"
+    words += f" --algorithm {algorithm} --algorithm-args kl_coef=0 --tree-branches 2"
+    words += " --prompts-per-step 4 --group-size 6 --max-prompt 8 --max-response 40"
+    words += " --max-turn-tokens 2 --learning-rate 0.003 --warmup-steps 0 --save-every 1"
+    words += " --eval-every None --quiet --device cpu"
+    main([*words.split(), *more])
+    return output
+
+
+@pytest.mark.parametrize("algorithm", ["tree_grpo", "arpo"])
+def test_a_run_in_two_parts_equals_one_run_to_the_bit(
+    model: Path, tmp_path: Path, algorithm: str
+) -> None:
+    whole = run(model, tmp_path / "whole", "--steps", "3", algorithm=algorithm)
+    parts = run(model, tmp_path / "parts", "--steps", "1", algorithm=algorithm)
+    run(model, parts, "--steps", "3", algorithm=algorithm)
+    weights = [
+        load_file(folder / "checkpoints/step-000003/model.safetensors") for folder in (whole, parts)
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    lines = [read_lines(folder / METRICS) for folder in (whole, parts)]
+    assert lines[0] == lines[1]
+    assert all(line["episodes"] == 24 and line["learner/grad_norm"] > 0 for line in lines[0])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--group-size", "8"], "a group of 8 samples is no number of trees of 3"),
+        (["--max-staleness", "1"], "--tree-branches with --max-staleness"),
+        (["--tree-branches", "-1"], "a tree's branches is -1"),
+        (["--env", "tests.research_agent.toy_env:CopyLetter-v0"], "no branch(source, targets)"),
+        (["--max-in-flight", "2"], "raise --max-in-flight"),
+    ],
+)
+def test_runs_that_cannot_grow_trees_are_refused(
+    model: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(model, tmp_path / "run", "--steps", "1", *more)
+    assert message in capsys.readouterr().err
+
+
+def test_search_episodes_grow_trees() -> None:
+    """The environment of this repository offers branches: the shared searches are asked once."""
+    environments = make_environments(
+        "research_env:ReSearch-MiniWorld-v0",
+        6,
+        {"template": "question", "top_k": 1, "turn_reward": "first_search", "reward": "em"},
+    )
+
+    def look_up(context: Sequence[int], params: SamplingParams) -> list[int]:
+        asked = RENDERER.decode([t for t in context if t != END]).count("<search>")
+        word = random.Random(f"{params.seed} {asked}").choice(["company", "city", "founder"])
+        text = f"<search>{word}</search>" if asked < 3 else "<answer>\\boxed{x}</answer>"
+        return [*RENDERER.encode_text(text), END]
+
+    engine = ScriptedEngine(look_up, RENDERER)
+    plan = TreePlan(branches=2)
+    wanted = [(0, sample) for sample in range(6)]
+    played = collect(
+        engine,
+        environments,
+        RENDERER,
+        wanted,
+        Limits(max_prompt=1000, max_response=3000),
+        plan=plan,
+    )
+    by_sample = {t.sample: t for t in played}
+    for t in played:
+        assert t.terminated and t.metrics["searches"] == 3.0
+        assert t.reward == t.metrics["turn_reward/first_search"] == 1.0
+        for k, sample in enumerate(t.lineage):
+            assert t.turns[k] == by_sample[sample].turns[k]
+    assert any(t.lineage for t in played)
+    environments.close()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import doctest
 import json
 import pickle
+import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import research_env.sessions
 from research_env import Dataset, Hit, Question
 from research_env.env import SearchQAEnv
 from research_env.errors import (
@@ -75,6 +79,10 @@ def test_a_session_is_what_a_single_environment_is(protocol: str) -> None:
         space: Any = env.action_space
         assert sessions.terminators == space.terminators
         assert sessions.provenance() == env.provenance()
+
+
+def test_the_example_of_the_docstring_runs() -> None:
+    assert doctest.testmod(research_env.sessions) == (0, 3)
 
 
 def test_tasks_are_rows_in_the_order_of_the_episodes() -> None:
@@ -286,3 +294,10 @@ def test_metrics_have_the_same_keys_at_every_end() -> None:
 def test_bad_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         make(**wrong)
+
+
+def test_the_page_about_sessions_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs/how-to/sessions.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 2
+    exec("\n".join(blocks), {})

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from research_env.datasets.base import Hop, Question
+from research_env.demonstrations import SKILLED
 from research_env.errors import ResearchEnvError
 from research_env.retrieval.base import Passage
 from research_env.wiki_demonstrations import (
-    SKILLED,
     demonstrations,
     episode,
     gold_steps,
