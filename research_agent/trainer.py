@@ -369,6 +369,7 @@ class Trainer:
                 seed=self.config.run.seed,
                 ahead=later,
                 in_flight=self.in_flight,
+                overlong_prompts=self.config.sampling.overlong_prompts,
                 plan=TreePlan.of(sampling),
             )
             trajectories = sorted(gather(own), key=lambda t: (t.episode, t.sample))
