@@ -1,4 +1,4 @@
-"""skyrl-gym: one environment per rollout, stepped from threads, over shared sessions.
+r"""skyrl-gym: one environment per rollout, stepped from threads, over shared sessions.
 
 Example:
     >>> import skyrl_gym
@@ -9,7 +9,7 @@ Example:
     >>> row = sessions.tasks()[0]
     >>> env = skyrl_gym.make("research", extras={"extra_info": {"question_id": row["id"]}})
     >>> messages, _ = env.init(row["messages"])
-    >>> messages == row["messages"], env.step("<answer> \\\\boxed{?} </answer>")["done"]
+    >>> messages == row["messages"], env.step("<answer> \\boxed{?} </answer>")["done"]
     (True, True)
     >>> sessions.close()
 """

@@ -337,7 +337,9 @@ def generate_turns(
         )
     rows = output[:, batch["input_ids"].shape[1] :].tolist()
     ends = trainer.eos_token_ids
-    turns = [_cut(row[:room], ends, tokenizer, stops) for row, room in zip(rows, rooms, strict=True)]
+    turns = [
+        _cut(row[:room], ends, tokenizer, stops) for row, room in zip(rows, rooms, strict=True)
+    ]
     return turns, None
 
 
@@ -367,10 +369,10 @@ def _encode_prompt(trainer: Any, prompt: Any) -> list[int]:
     """Tokens as TRL's own: the chat template, or the tokenizer with its begin token."""
     tokenizer = trainer._tokenizer
     if isinstance(prompt, str):
-        ids: list[int] = tokenizer(prompt)["input_ids"]
-        return ids
+        plain: list[int] = tokenizer(prompt)["input_ids"]
+        return plain
     begun = prompt[-1]["role"] == "assistant"
-    ids = tokenizer.apply_chat_template(
+    ids: list[int] = tokenizer.apply_chat_template(
         prompt,
         tokenize=True,
         return_dict=False,
@@ -379,21 +381,24 @@ def _encode_prompt(trainer: Any, prompt: Any) -> list[int]:
         chat_template=trainer.chat_template,
         **trainer.chat_template_kwargs,
     )
-    return ids
+    return ids  # noqa: RET504
 
 
 def _encode_text(tokenizer: Any, text: str) -> list[int]:
     """Tokens of an observation; no passage can forge a special token."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
-        "input_ids"
-    ]
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+    ids: list[int] = encoded["input_ids"]
+    for special_id in {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}:
+        special = tokenizer.convert_ids_to_tokens(special_id)
+        if special_id in ids and len(special) > 1 and special in text:
+            # Some tokenizers look whole words up whatever they are told; cut such a word.
+            at = text.index(special) + 1
+            return _encode_text(tokenizer, text[:at]) + _encode_text(tokenizer, text[at:])
     return ids
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
-    text: str = tokenizer.decode(
-        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
 
 
