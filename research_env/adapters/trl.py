@@ -20,6 +20,7 @@ Example:
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -317,6 +318,8 @@ def generate_turns(
     tokenizer = trainer._tokenizer
     batch = tokenizer.pad({"input_ids": sequences}, padding_side="left", return_tensors="pt")
     batch = batch.to(trainer.accelerator.device)
+    config = copy.deepcopy(trainer.generation_config)
+    config.update(max_new_tokens=max(rooms), stop_strings=list(stops))
     with (
         unwrap_model_for_generation(
             trainer.model_wrapped,
@@ -330,9 +333,7 @@ def generate_turns(
         output = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            generation_config=trainer.generation_config,
-            max_new_tokens=max(rooms),
-            stop_strings=list(stops),
+            generation_config=config,
             tokenizer=tokenizer,
         )
     rows = output[:, batch["input_ids"].shape[1] :].tolist()
@@ -381,7 +382,7 @@ def _encode_prompt(trainer: Any, prompt: Any) -> list[int]:
         chat_template=trainer.chat_template,
         **trainer.chat_template_kwargs,
     )
-    return ids  # noqa: RET504
+    return ids
 
 
 def _encode_text(tokenizer: Any, text: str) -> list[int]:

@@ -217,9 +217,11 @@ def test_two_grpo_steps_by_rollouts(tmp_path: Path, world: Sessions, tokenizer: 
             assert tokenizer.decode(out["prompt_ids"][i]) == session.prompt
             assert len(out["completion_ids"][i]) <= 300
             runs = parts(tokenizer, out["completion_ids"][i], out["env_mask"][i])
+            ended = out["completion_ids"][i][-1] == tokenizer.eos_token_id
             last = None
-            for kind, text in runs:
-                if kind and session.episode.over is False and not _is_cut(text, world, runs):
+            for place, (kind, text) in enumerate(runs):
+                stopped = any(stop in text for stop in world.terminators)
+                if kind and (stopped or ended or place < len(runs) - 1):
                     last = session.step(text)
                 elif not kind:
                     assert last is not None
@@ -238,11 +240,6 @@ def test_two_grpo_steps_by_rollouts(tmp_path: Path, world: Sessions, tokenizer: 
     assert logs[0]["env/searches"] == pytest.approx(
         sum(each["searches"] for each in recorded.results[0]["env_metrics"]) / 8
     )
-
-
-def _is_cut(text: str, sessions: Sessions, runs: Sequence[tuple[int, str]]) -> bool:
-    """Whether a turn is one that the budget of tokens ended."""
-    return text == runs[-1][1] and not any(stop in text for stop in sessions.terminators)
 
 
 def scripted(trainer_class: Any, script: Callable[[int, int], str]) -> Any:
