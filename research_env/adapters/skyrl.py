@@ -62,7 +62,8 @@ class ResearchTextEnv(BaseTextEnv):  # type: ignore[misc]
         self._task = str(task)
         self._session: Session | None = None
         self._last: StepOutput | None = None
-        self.max_turns = int(row.get("max_turns", self.max_turns))
+        if "max_turns" in row:
+            self.max_turns = int(row["max_turns"])
 
     def init(self, prompt: object) -> tuple[list[dict[str, str]], dict[str, Any]]:
         """Open the episode of the row.

@@ -313,7 +313,7 @@ def generate_turns(
         The new tokens, up to and with those that complete a terminator or the end token. No
         log-probabilities: TRL computes them itself, as it does without ``rollout_func``.
     """
-    from trl.models import unwrap_model_for_generation  # noqa: PLC0415
+    from trl.models.utils import unwrap_model_for_generation  # noqa: PLC0415
 
     tokenizer = trainer._tokenizer
     batch = tokenizer.pad({"input_ids": sequences}, padding_side="left", return_tensors="pt")

@@ -37,7 +37,7 @@ def sessions(registry: None) -> Iterator[Sessions]:
 
 
 def test_it_conforms_in_threads() -> None:
-    with Sessions(**settings()) as sessions:
+    with Sessions(max_wait=0.1, **settings()) as sessions:
         adapter.register(NAME, sessions)
 
         def play(question_id: str, actions: Sequence[str]) -> Played:
@@ -79,7 +79,7 @@ def test_its_vector_environments_play_the_tasks_in_the_order_of_their_seeds(
 
 
 def test_searches_of_a_vector_environment_share_calls() -> None:
-    with Sessions(**settings()) as sessions:
+    with Sessions(max_wait=0.1, **settings()) as sessions:
         adapter.register(NAME, sessions)
         engine = sessions.core.retriever
         assert isinstance(engine, Engine)

@@ -42,7 +42,7 @@ def sessions(name: str) -> Iterator[Sessions]:
 
 
 def test_it_conforms_in_threads(name: str) -> None:
-    with Sessions(**settings()) as sessions:
+    with Sessions(max_wait=0.1, **settings()) as sessions:
         adapter.register(name, sessions)
 
         def play(question_id: str, actions: Sequence[str]) -> Played:

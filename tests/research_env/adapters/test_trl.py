@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from research_agent.models.source import resolve_model
-from research_env import testing
+from research_env import Dataset, Question, testing
 from research_env.errors import ConfigurationError, EpisodeError, UnknownTaskError
 from research_env.sessions import Sessions
 from research_env.testing import Engine, Played, Script, conformance, settings
@@ -123,12 +123,13 @@ def parts(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> list[tuple
 
 
 def test_rollouts_conform_in_threads() -> None:
-    shared = byte_tokenizer()
-    with Sessions(**settings()) as sessions:
+    # One for each episode, as a tokenizer changes with each call.
+    tokenizers = [byte_tokenizer() for _ in range(len(testing.SCRIPTS) + testing.CONCURRENT)]
+    with Sessions(max_wait=0.1, **settings()) as sessions:
         prompts = {row["id"]: row["prompt"] for row in sessions.tasks()}
 
         def play(question_id: str, actions: Sequence[str]) -> Played:
-            tokenizer = copy.deepcopy(shared)  # it changes with each call
+            tokenizer = tokenizers.pop()
             rollouts = adapter.Rollouts(sessions, generate=says(tokenizer, actions))
             out = rollouts([prompts[question_id]], fake_trainer(tokenizer))
             assert len(out["logprobs"][0]) == len(out["env_mask"][0])
@@ -165,7 +166,7 @@ def test_tools_conform_where_an_episode_is_calls_and_an_answer(
     assert len(played) == len(testing.SCRIPTS) - 3
     played.append(Script("Unicode call", (search("首都 é \N{GRINNING FACE}"), answer("x")), 0.2))
     monkeypatch.setattr(testing, "SCRIPTS", tuple(played))
-    with Sessions(**settings()) as sessions:
+    with Sessions(max_wait=0.1, **settings()) as sessions:
         tools = adapter.Tools(sessions)
         prompts = {row["question_id"]: row["prompt"] for row in tools.rows()}
 
@@ -374,3 +375,52 @@ def test_a_turn_is_cut_after_the_token_that_completes_a_terminator(row: list[int
 
     cut = adapter._cut(row, [9], SimpleNamespace(decode=decode), ("</a>", "</b>"))
     assert cut == row[:3]
+
+
+def test_a_tool_loop_that_stops_at_a_call_is_a_cut_episode(tiny: Sessions) -> None:
+    """TRL drops a result that has no room; the call is then the last message."""
+    environment = adapter.Tools(tiny)()
+    environment.reset(question_id="q1")
+    environment.search("1")
+    call = {"type": "function", "function": {"name": "search", "arguments": {"query": "1"}}}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    metrics: dict[str, float] = {}
+    assert adapter.Tools.reward([environment], [messages], metrics.__setitem__) == [0.0]
+    assert (metrics["env/searches"], metrics["env/support_recall"]) == (1.0, 1.0)
+    assert environment._session.episode.stop_reason == "length"
+
+
+def test_calls_that_do_not_reach_the_search_take_no_turn(tiny: Sessions) -> None:
+    environment = adapter.Tools(tiny)()
+    environment.reset(question_id="q1")
+    environment.search("1")
+    calls = [
+        {"type": "function", "function": {"name": name, "arguments": arguments}}
+        for name, arguments in (("open", {"query": "1"}), ("search", "{"), ("search", {"q": "1"}))
+    ]
+    right = {"type": "function", "function": {"name": "search", "arguments": {"query": "1"}}}
+    messages = [
+        {"role": "assistant", "content": "Lost. ", "tool_calls": calls},
+        {"role": "assistant", "reasoning_content": "Again.", "content": "", "tool_calls": [right]},
+        {"role": "assistant", "content": answer("Founder 1")},
+    ]
+    assert adapter.Tools.reward([environment], [messages]) == [1.0]
+    assert environment._session.episode.actions == (
+        "<think>Again.</think><search>1</search>",
+        answer("Founder 1"),
+    )
+
+
+def test_tasks_with_equal_prompts_are_one_row() -> None:
+    twins = Dataset("twins", [Question(f"t{i}", "Who?", (str(i),)) for i in range(3)], None)
+    with Sessions(dataset=twins, retriever=Fake(), template="question") as sessions:
+        (row,) = adapter.Rollouts(sessions, seed=2).rows()
+        assert row == {"prompt": "Who?\n", "question_id": sessions.tasks(seed=2)[0]["id"]}
+
+
+def test_no_observation_holds_a_special_token(tokenizer: Any) -> None:
+    for each in (tokenizer, byte_tokenizer()):
+        text = f"a{each.eos_token}b {each.pad_token}\n{each.eos_token}"
+        ids = adapter._encode_text(each, text)
+        assert not {each.eos_token_id, each.pad_token_id} & set(ids)
+        assert each.decode(ids) == text
