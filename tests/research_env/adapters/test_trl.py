@@ -196,7 +196,14 @@ def test_two_grpo_steps_by_rollouts(tmp_path: Path, world: Sessions, tokenizer: 
     rollouts = adapter.Rollouts(world, seed=7)
     recorded = Recorded(rollouts)
     model = transformers.AutoModelForCausalLM.from_pretrained(STARTER)
-    trainer = trl.GRPOTrainer(
+    outputs: list[Any] = []
+
+    class Trainer(trl.GRPOTrainer):  # type: ignore[misc]
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            outputs.append(super()._generate_and_score_completions(inputs))
+            return outputs[-1]
+
+    trainer = Trainer(
         model=model,
         args=config(tmp_path, per_device_train_batch_size=8, max_completion_length=300),
         processing_class=tokenizer,
@@ -211,13 +218,16 @@ def test_two_grpo_steps_by_rollouts(tmp_path: Path, world: Sessions, tokenizer: 
     assert any(not before[name].equal(value) for name, value in model.state_dict().items())
     ids = [row["question_id"] for row in rollouts.rows()]
     checked = searched = 0
-    for step, out in enumerate(recorded.results):
+    for step, (out, batch) in enumerate(zip(recorded.results, outputs, strict=True)):
+        in_loss = (batch["tool_mask"] * batch["completion_mask"]).tolist()
         assert out["logprobs"] is None
         for i in range(8):
             session = world.open(ids[2 * step + i // 4])
             assert tokenizer.decode(out["prompt_ids"][i]) == session.prompt
             assert len(out["completion_ids"][i]) <= 300
-            runs = parts(tokenizer, out["completion_ids"][i], out["env_mask"][i])
+            mask = out["env_mask"][i]
+            assert in_loss[i] == mask + [0] * (len(in_loss[i]) - len(mask))
+            runs = parts(tokenizer, out["completion_ids"][i], mask)
             ended = out["completion_ids"][i][-1] == tokenizer.eos_token_id
             last = None
             for place, (kind, text) in enumerate(runs):
