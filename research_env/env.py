@@ -154,8 +154,8 @@ class SearchQAEnv(gym.Env[str, str]):
             raise EpisodeError("there is no episode yet; call reset first")
         episode = advance(self._episode, action)
         if episode.pending is not None:
-            found = self._core.search([episode.pending])[0]
-            episode = resolve_search(episode, found)
+            found = self._core.search(episode.pending_queries)
+            episode = resolve_search(episode, *found)
         self._episode = episode
         output = self._core.output(episode)
         if self.render_mode == "human":
