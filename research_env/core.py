@@ -388,11 +388,13 @@ def _info(episode: Episode, chat: list[dict[str, str]]) -> dict[str, Any]:
     """Constant keys and types, so that infos of many environments batch into arrays."""
     turn = episode.turns[-1] if episode.turns else None
     hits = turn.hits if turn else ()
+    turn_format = episode.protocol.tool_format
     return {
         "question_id": episode.question.id,
         "question": episode.question.question,
         "messages": chat,
         "tools": [],
+        "chat_markup": turn_format.markup if turn and turn.observation and turn_format else (),
         "query": (turn.query or "") if turn else "",
         "passage_ids": tuple([hit.passage.id for hit in hits]),
         "passage_titles": tuple([hit.passage.title for hit in hits]),

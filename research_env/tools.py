@@ -107,10 +107,12 @@ class ToolFormat:
     Attributes:
         tools: what may be called.
         framer: the text observation for the calls of a turn, all of which have their results.
+        markup: the chat tokens that it writes; no result holds any of them.
     """
 
     tools: tuple[Tool, ...]
     framer: Callable[[Sequence[Call]], str]
+    markup: tuple[str, ...] = ("<|im_start|>", END_OF_TURN)
 
     @property
     def schemas(self) -> list[dict[str, Any]]:

@@ -244,7 +244,9 @@ def test_the_environment_gives_schemas_and_messages() -> None:
     for each in info["messages"]:
         assert each["content"] in observation
     assert info["query"] == "company 1\ncompany 2"
-    assert env.step(f"so{END}")[4]["messages"] == []
+    assert info["chat_markup"] == ("<|im_start|>", "<|im_end|>")
+    info = env.step(f"so{END}")[4]
+    assert (info["messages"], info["tools"], info["chat_markup"]) == ([], [], ())
 
 
 def test_sessions_and_vector_environments_play_the_same() -> None:
