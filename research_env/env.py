@@ -38,6 +38,8 @@ class SearchQAEnv(gym.Env[str, str]):
     Always the same keys:
 
     - ``question_id``, ``question`` and, after ``reset``, ``messages`` (the prompt as a chat);
+    - with tool calls ``tools`` (JSON Schemas) after ``reset``, and after a turn ``messages`` (a
+      result for each call) and ``chat_markup`` (the chat tokens of the observation);
     - ``strata``: the question's hops and type, by which results are told apart;
     - after a search ``query``, ``passage_ids``, ``passage_titles`` and ``passage_scores``;
     - ``state_key``: equal where two episodes of a question have found the same passages;

@@ -115,7 +115,7 @@ class ToolFormat:
     markup: tuple[str, ...] = ("<|im_start|>", END_OF_TURN)
 
     @property
-    def schemas(self) -> list[dict[str, Any]]:
+    def schemas(self) -> list[Mapping[str, Any]]:
         """The JSON Schemas of the tools."""
         return [tool.schema for tool in self.tools]
 
@@ -226,7 +226,9 @@ def _parse(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        where = f" ({error.msg} at character {error.pos})" if hasattr(error, "pos") else ""
+        where = ""
+        if isinstance(error, json.JSONDecodeError):
+            where = f" ({error.msg} at character {error.pos})"
         raise _BadCallError(f"the call is not valid JSON{where}") from error
     if not isinstance(found, dict):
         raise _BadCallError(

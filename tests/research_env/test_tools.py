@@ -268,8 +268,8 @@ def test_sessions_and_vector_environments_play_the_same() -> None:
         for action, output in zip(actions, expected, strict=True):
             if sending:
                 vector.send([0, 1], [action] * 2)
-                got = [tuple(each) for each in vector.recv(min_results=2)]
-                assert sorted(got, key=lambda each: each[0]) == [(0, *output), (1, *output)]
+                got = {each.env_id: tuple(each) for each in vector.recv(min_results=2)}
+                assert got == {0: (0, *output), 1: (1, *output)}
             else:
                 observations, rewards, *_, infos = vector.step([action] * 2)
                 assert observations == (output.observation,) * 2
