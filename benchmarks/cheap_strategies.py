@@ -25,7 +25,7 @@ from research_env.rewards import REWARDS, SHAPING
 
 SETS = ("musique", "hotpotqa", "2wiki")
 PROTOCOLS = ("research", "r1-searcher", "search-r1")
-PLAIN = ("f1", "em", "cem", "cem-guarded", "format")  # scored with the protocol research
+PLAIN = ("f1", "em", "cem", "guarded-cem", "format")  # scored with the protocol research
 TOP_K = 5
 _MARKUP = re.compile(r"[{}<>$\\]")
 _NAME = re.compile(r"(?:[A-Z][\w'.]+ ?)+")
@@ -84,7 +84,7 @@ STRATEGIES = (
 
 def rewards_of(protocol: str) -> list[str]:
     """The rewards that go with a protocol; the plain ones go with research."""
-    more = {"research": PLAIN, "r1-searcher": ("r1-searcher-stage1-guarded",)}
+    more = {"research": PLAIN, "r1-searcher": ("guarded-r1-searcher-stage1",)}
     return [*PAPERS[protocol].rewards, *more.get(protocol, ())]
 
 

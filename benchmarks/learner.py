@@ -2,10 +2,10 @@
 
 ``python -m benchmarks.learner [--rounds N]``: on the CPU, a race with TRL's GRPOTrainer on the same
 trajectories, which it gets through its ``rollout_func``: GRPO without KL, AdamW, segments as long
-as those of real searches, a model whose head is a fifth of it, as in Qwen2.5-1.5B. Every racer has
-a process of its own. After one update loss, gradient norm and step must be the same.
-"TRL's defaults" are those for number format (bf16), checkpointing (on) and batch size (8), against
-our defaults (float32); "TRL's best" is the quickest of five batch sizes in float32 without
+as those of real searches, a model whose head is a fifth of it, as in Qwen2.5-1.5B. Every competitor
+has a process of its own. After one update loss, gradient norm and step must be the same. "TRL's
+defaults" are those for number format (bf16), checkpointing (on) and batch size (8), against our
+defaults (float32); "TRL's best" is the quickest of five batch sizes in float32 without
 checkpointing, against our best.
 
 ``python -m benchmarks.learner --head-memory whole|pieces``: what the log-probabilities of a
@@ -462,7 +462,7 @@ def _sampled_by(model: Any, groups: Sequence[Group]) -> list[Group]:
 
 
 def race_alone(name: str, count: int, scale: float, updates: int, folder: Path) -> dict[str, Any]:
-    """Run one racer in this process; its weights after the first update go into a file."""
+    """Run one competitor in this process; its weights after the first update go into a file."""
     settings = dict(RACERS[name])
     model = make_model(RACE_SIZES, "cpu")
     groups = real_groups(count, RACE_SIZES["vocab_size"], scale)
@@ -622,7 +622,7 @@ def _peak_memory() -> Callable[[], float]:
 
 
 def race(count: int, scale: float, updates: int, rounds: int) -> dict[str, Any]:
-    """Run all racers, each in a process of its own, in turn; take the best round of each."""
+    """Run all competitors, each in a process of its own, in turn; take the best round of each."""
     rows: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory() as folder:
         for number in range(rounds):
@@ -704,7 +704,7 @@ def main() -> None:
     parser.add_argument("--trajectories", type=int, default=16, help="of the race")
     parser.add_argument("--scale", type=float, default=1.0, help="of their lengths")
     parser.add_argument(
-        "--updates", type=int, default=3, help="of each racer; the first is warm-up"
+        "--steps", type=int, default=3, help="of each competitor; the first is warm-up"
     )
     parser.add_argument("--rounds", type=int, default=1, help="of the race")
     parser.add_argument("--head-memory", choices=["whole", "pieces"], help="of a large vocabulary")
@@ -722,7 +722,7 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         result = mfu(device, tiny=arguments.tiny, seconds=arguments.seconds)
     else:
-        result = race(arguments.trajectories, arguments.scale, arguments.updates, arguments.rounds)
+        result = race(arguments.trajectories, arguments.scale, arguments.steps, arguments.rounds)
         print(json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=2))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result, indent=2), encoding="utf-8")

@@ -335,8 +335,9 @@ def measure_speed(config: RealConfig, model: str, scale: Scale) -> dict[str, flo
 
     tokens = tuple(prompt)
     half = len(tokens) // 2
-    parts = (Segment("prompt", tokens[:half]), Segment("action", tokens[half:], (-1.0,) * half))
-    episodes = [Trajectory(0, i, parts, float(i), True, False) for i in range(4)]
+    begin, said_logprobs = Segment("prompt", tokens[:half]), (-1.0,) * (len(tokens) - half)
+    ends = [Segment("action", tokens[half:], said_logprobs, reward=float(i)) for i in range(4)]
+    episodes = [Trajectory(0, i, (begin, e), e.reward, True, False) for i, e in enumerate(ends)]
     rule = algorithm("grpo", kl_coef=0.0, entropy_coef=0.0)
     for name, rank in (("learn_full", 0), ("learn_lora", scale.lora_rank)):
         learner = Learner(

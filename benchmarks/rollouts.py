@@ -47,7 +47,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.rollout_racers import (
+from benchmarks.rollout_competitors import (
     CONTEXT,
     LIMITS,
     RESULT,
@@ -77,10 +77,10 @@ TARGET_EMPTY = 0.02
 Span = tuple[float, float]
 
 
-def medians(racers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+def medians(competitors: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
     """What each returned, by turns: its median."""
-    rows = [{name: play() for name, play in racers.items()} for _ in range(rounds)]
-    return {name: median(row[name] for row in rows) for name in racers}
+    rows = [{name: play() for name, play in competitors.items()} for _ in range(rounds)]
+    return {name: median(row[name] for row in rows) for name in competitors}
 
 
 def compared(rates: dict[str, float]) -> dict[str, dict[str, float]]:
@@ -95,23 +95,25 @@ def race(latencies: Sequence[int], episodes: int, rounds: int, scale: float = 1.
     parts = make_policy(renderer), renderer, make_script(episodes, renderer, scale), search
     policy, _, script, _ = parts
     first = Theirs(*parts, batch=episodes, waits=False)
-    racers: dict[str, Ours | Theirs] = {
+    competitors: dict[str, Ours | Theirs] = {
         "ours": Ours(policy, renderer, first.prompts, script, search),
         "TRL": first,
         "TRL, async tool": Theirs(*parts, batch=episodes, waits=True),
         "TRL, two batches": Theirs(*parts, batch=max(SAMPLES, episodes // 2), waits=False),
     }
     tokens = {}
-    for name, racer in racers.items():
-        racer.play()  # to warm up
-        if racer.tokens("action") != [turns[turns >= 0].tolist() for turns in script]:
+    for name, competitor in competitors.items():
+        competitor.play()  # to warm up
+        if competitor.tokens("action") != [turns[turns >= 0].tolist() for turns in script]:
             raise RuntimeError(f"{name} did not play the script")
         kinds = ("prompt", "action", "observation")
-        tokens[name] = {kind: sum(map(len, racer.tokens(kind))) for kind in kinds}
+        tokens[name] = {kind: sum(map(len, competitor.tokens(kind))) for kind in kinds}
     rows = {}
     for latency in latencies:
         search.seconds = latency / 1000
-        seconds = medians({name: racer.play for name, racer in racers.items()}, rounds)
+        seconds = medians(
+            {name: competitor.play for name, competitor in competitors.items()}, rounds
+        )
         rows[latency] = compared({name: episodes / each for name, each in seconds.items()})
     return {"tokens": tokens, "by_latency_ms": rows}
 
@@ -199,14 +201,14 @@ def engine_share(slots: int, rounds: int, length: int = 64) -> dict[str, Any]:
         return seconds
 
     logged = {"logprobs": 0, "flat_logprobs": True}
-    racers: dict[str, Callable[[], float]] = {
+    competitors: dict[str, Callable[[], float]] = {
         "ours": ours,
         "generate": partial(theirs, "generate", True, **logged),
         "without seeds": partial(theirs, "without seeds", False, **logged),
         "without both": partial(theirs, "without both", False),
     }
-    medians(racers, 1)  # to warm up
-    seconds = medians(racers, rounds)
+    medians(competitors, 1)  # to warm up
+    seconds = medians(competitors, rounds)
     engine.close()
     return {"tokens": tokens, **compared({n: tokens[n] / each for n, each in seconds.items()})}
 

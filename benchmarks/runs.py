@@ -1,7 +1,7 @@
 """Training runs that are compared: done several at a time, each once, read again, and drawn.
 
 A run is a folder: one that is finished is not run again, one that was stopped goes on. The learning
-curves and the studies of the papers are made of such runs.
+curves and the ablations of the papers are made of such runs.
 """
 
 from __future__ import annotations

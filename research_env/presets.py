@@ -4,8 +4,8 @@
 mapping of a section of the trainer's configuration to its settings, with a ``description``.
 
 The papers' presets hold the settings of the paper or, where the paper is silent, those of the
-authors' published script; docs/papers.md shows them side by side. They need the hardware of the
-paper; flags change each of them.
+authors' published script; docs/reference/papers.md shows them side by side. They need the hardware
+of the paper; flags change each of them.
 """
 
 from __future__ import annotations

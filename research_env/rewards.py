@@ -130,8 +130,8 @@ REWARDS: dict[str, Reward] = {
 """The rewards by name; your own is named "module:function"."""
 
 SHAPING: dict[str, Reward] = {
-    "r1-searcher-stage1-guarded": r1_searcher_stage1_guarded,
-    "cem-guarded": cem_guarded,
+    "guarded-r1-searcher-stage1": r1_searcher_stage1_guarded,
+    "guarded-cem": cem_guarded,
     "searches": searches,
     "retrieved": retrieved,
     "support_recall": support_recall,

@@ -88,14 +88,19 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         mode = AutoresetMode(autoreset_mode)
         if render_mode not in (None, "ansi"):
             raise UnknownNameError("render mode", render_mode, ["ansi"])
-        if not isinstance(num_envs, int | np.integer) or num_envs < 1:
-            raise ConfigurationError(f"num_envs is an integer of at least 1, not {num_envs!r}")
+        counts = (num_envs, max_batch)
+        whole = all(isinstance(count, int | np.integer) and count >= 1 for count in counts)
+        if not whole or not isinstance(max_wait, int | float) or not max_wait >= 0:
+            raise ConfigurationError(
+                f"num_envs and max_batch are integers of at least 1, max_wait is at least 0, not "
+                f"{num_envs!r}, {max_batch!r} and {max_wait!r}"
+            )
         self.num_envs = num_envs
         self.render_mode = render_mode
         self.metadata = {**type(self).metadata, "autoreset_mode": mode}
         self._mode = mode
         self._sessions = Sessions(
-            max_batch=max_batch, max_wait=max_wait, cache_size=cache_size, **settings
+            max_batch=int(max_batch), max_wait=max_wait, cache_size=cache_size, **settings
         )
         self._core = self._sessions.core
         self._searches: QueryBatcher[tuple[int, Episode, int]] = self._sessions.searches
@@ -154,16 +159,19 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         rest = dict(options or {})
         chosen = self._chosen(rest.pop("reset_mask", None))
         numbers, ids = rest.pop("episodes", None), rest.pop("question_ids", None)
-        if rest or (numbers is not None and ids is not None):
+        if rest:
             raise ConfigurationError(
-                "reset takes the options 'reset_mask' and one of 'episodes' and 'question_ids', "
-                f"not {sorted(options or ())}"
+                f"reset takes the options 'episodes' and 'reset_mask', not {sorted(rest)}; "
+                "'question_ids' may take the place of 'episodes'"
             )
-        for name, given in (("episodes", numbers), ("question_ids", ids)):
-            if given is not None and (isinstance(given, str) or _count(given) != self.num_envs):
+        if numbers is not None and ids is not None:
+            raise ConfigurationError("reset takes one of 'episodes' and 'question_ids', not both")
+        for name, entry, given in (("episodes", "number", numbers), ("question_ids", "name", ids)):
+            count = 0 if isinstance(given, str) else _count(given)
+            if given is not None and count != self.num_envs:
                 raise ConfigurationError(
-                    f"{name!r} has an entry for each of the {self.num_envs} sub-environments, not "
-                    f"{given!r:.80}"
+                    f"{name!r} has a {entry} for each of the {self.num_envs} sub-environments; "
+                    f"{given!r:.80} has {count}"
                 )
         indexes = {i: self._core.find_question(ids[i]) for i in chosen} if ids is not None else {}
         self._drop_sent(chosen)

@@ -26,8 +26,8 @@ def main() -> None:
     """Train, and print the mean reward of each step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--prompts", type=int, default=8, help="questions per step")
-    parser.add_argument("--samples", type=int, default=8, help="episodes per question")
+    parser.add_argument("--prompts-per-step", type=int, default=8, help="questions per step")
+    parser.add_argument("--group-size", type=int, default=8, help="episodes per question")
     options = parser.parse_args()
     torch.manual_seed(0)
     folder = resolve_model("miniworld-starter")
@@ -35,13 +35,13 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     settings = {"autoreset_mode": "Disabled", "template": "question", "top_k": 1}
-    count = options.prompts * options.samples
+    count = options.prompts_per_step * options.group_size
     envs = gym.make_vec("ReSearch-MiniWorld-v0", num_envs=count, **settings)
     for step in range(options.steps):
-        questions = range(step * options.prompts, (step + 1) * options.prompts)
-        numbers = [number for number in questions for _ in range(options.samples)]
+        questions = range(step * options.prompts_per_step, (step + 1) * options.prompts_per_step)
+        numbers = [number for number in questions for _ in range(options.group_size)]
         tokens, is_action, rewards = rollout(envs, model, tokenizer, numbers)
-        groups = rewards.view(options.prompts, options.samples)
+        groups = rewards.view(options.prompts_per_step, options.group_size)
         spread = groups.std(dim=1, keepdim=True) + 1e-6
         advantages = ((groups - groups.mean(dim=1, keepdim=True)) / spread).flatten()
         update(model, optimizer, tokens, is_action, advantages)

@@ -14,7 +14,7 @@ the advantage of GRPO, and a token that several of them share learns from all of
     \text{hard: } A_{i,t} = \frac{1}{|S_t|} \sum_{j \in S_t} A_j
 
 S_t are the trajectories of the group that share the turn of token t; of a turn of its own, i alone.
-The paper proposes both and trains with soft: the ratios of a shared token are equal in all its
+The paper proposes both. With soft the ratios of a shared token are equal in all its
 trajectories, so the sum over them gives it their mean advantage without being told to. The two
 differ where clipping tells advantages of different signs apart, and in 1 / |o_i|.
 

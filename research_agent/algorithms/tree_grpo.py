@@ -50,9 +50,9 @@ class TreeGRPO:
     """Tree-GRPO. It logs ``clip_fraction``, and ``kl`` if that is used."""
 
     intra_coef: float = 1.0
-    """Weight of the advantages within trees; the paper's is 1."""
+    """Weight of the advantages within trees."""
     inter_coef: float = 1.0
-    """Weight of the advantages across the trees of a task; the paper's is 1."""
+    """Weight of the advantages across the trees of a task."""
     clip: float = 0.2
     """Ratios count only within 1 - clip and 1 + clip (epsilon)."""
     kl_coef: float = 1e-3

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import rollout_racers as racers
+from benchmarks import rollout_competitors as competitors
 from benchmarks import rollouts as bench
 from research_agent.renderer import Renderer
 
@@ -18,16 +18,16 @@ from research_agent.renderer import Renderer
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A policy of one narrow layer."""
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    monkeypatch.setattr(racers, "SIZES", {**racers.SIZES, **sizes})
+    monkeypatch.setattr(competitors, "SIZES", {**competitors.SIZES, **sizes})
 
 
 @pytest.fixture(scope="module")
 def renderer() -> Renderer:
-    return racers.make_renderer()
+    return competitors.make_renderer()
 
 
 def test_the_script_searches_three_times_and_then_speaks(renderer: Renderer) -> None:
-    script = racers.make_script(4, renderer)
+    script = competitors.make_script(4, renderer)
     turns = [[turn[turn >= 0].tolist() for turn in episode] for episode in script]
     assert all(len(episode) == 4 for episode in turns)
     for number, episode in enumerate(turns):
@@ -48,24 +48,24 @@ def test_the_script_searches_three_times_and_then_speaks(renderer: Renderer) -> 
 
 def test_the_scripts_turns_are_as_long_as_real_ones(renderer: Renderer) -> None:
     """On average 99 tokens up to a search, and 87 at the end; then comes the end token."""
-    lengths = (racers.make_script(400, renderer) >= 0).sum(axis=2)
+    lengths = (competitors.make_script(400, renderer) >= 0).sum(axis=2)
     assert lengths[:, :3].mean() == pytest.approx(100, abs=3)
     assert lengths[:, 3].mean() == pytest.approx(88, abs=4)
 
 
 def test_our_side_plays_the_script_and_searches_for_it(renderer: Renderer) -> None:
-    search = racers.Search()
-    script = racers.make_script(4, renderer, 0.3)
+    search = competitors.Search()
+    script = competitors.make_script(4, renderer, 0.3)
     prompts = ["<|im_start|>user\nfirst<|im_end|>\n", "<|im_start|>user\nsecond one<|im_end|>\n"]
-    ours = racers.Ours(racers.make_policy(renderer), renderer, prompts, script, search)
+    ours = competitors.Ours(competitors.make_policy(renderer), renderer, prompts, script, search)
     for _ in range(2):  # a round leaves nothing behind
         assert ours.play() > 0
         assert ours.tokens("action") == [turns[turns >= 0].tolist() for turns in script]
     seen = [renderer.decode(tokens) for tokens in ours.tokens("prompt")]
     assert seen == ["^user\nfirst^\n"] * 2 + ["^user\nsecond one^\n"] * 2
     results = renderer.decode(ours.tokens("observation")[0])
-    assert results.count(racers.RESULT) == 3
-    asked = {racers.query(episode, turn): 2 for episode in range(4) for turn in range(3)}
+    assert results.count(competitors.RESULT) == 3
+    asked = {competitors.query(episode, turn): 2 for episode in range(4) for turn in range(3)}
     assert {query: len(times) for query, times in search.answered.items()} == asked
 
 
@@ -75,7 +75,7 @@ def test_both_sides_of_the_race_play_the_same_tokens() -> None:
     result = bench.race([0], episodes=4, rounds=1, scale=0.2)
     counts = result["tokens"]["ours"]
     assert all(each == counts for each in result["tokens"].values())
-    script = racers.make_script(4, racers.make_renderer(), 0.2)
+    script = competitors.make_script(4, competitors.make_renderer(), 0.2)
     assert counts["action"] == (script >= 0).sum()
     row = result["by_latency_ms"][0]
     rates = row["rates"]
@@ -107,11 +107,11 @@ def test_medians_are_over_rounds_in_which_all_take_turns() -> None:
     order: list[str] = []
     times = {"a": iter([5.0, 1.0, 3.0]), "b": iter([2.0, 9.0, 4.0])}
 
-    def racer(name: str) -> float:
+    def competitor(name: str) -> float:
         order.append(name)
         return next(times[name])
 
-    found = bench.medians({"a": lambda: racer("a"), "b": lambda: racer("b")}, 3)
+    found = bench.medians({"a": lambda: competitor("a"), "b": lambda: competitor("b")}, 3)
     assert found == {"a": 3.0, "b": 4.0}
     assert order == ["a", "b"] * 3
     assert bench.compared({"ours": 6.0, "a": 3.0})["ratios"] == {"a": 2.0}
@@ -160,7 +160,7 @@ def test_slots_wait_for_slow_searches_and_are_not_empty_then() -> None:
 @pytest.mark.slow
 def test_the_engine_and_generate_sample_as_many_tokens() -> None:
     pytest.importorskip("vllm")
-    racers.SIZES["hidden_size"] = 128  # heads of 32, the smallest that vLLM takes
+    competitors.SIZES["hidden_size"] = 128  # heads of 32, the smallest that vLLM takes
     result = bench.engine_share(slots=3, rounds=1, length=8)
     names = {"ours", "generate", "without seeds", "without both"}
     assert result["tokens"] == dict.fromkeys(names, 3 * 4 * 8)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 RUN = {  # program -> its arguments, and lines that it prints
     "grpo_loop.py": (
-        ["--steps", "1", "--prompts", "2", "--samples", "4"],
+        ["--steps", "1", "--prompts-per-step", "2", "--group-size", "4"],
         [r"step 1: mean reward \d\.\d{3}"],
     ),
     "own_algorithm.py": ([], ["runs/own is finished: 2 steps", r"last step: \d\.\d{3}"]),

@@ -19,7 +19,7 @@ from research_agent.batch import make_batch
 from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
 from research_agent.learner import METRICS
 from research_agent.models.policy import TokenLogprobs, batch_logprobs, frozen_copy
-from research_agent.trajectory import Group, Trajectory
+from research_agent.trajectory import Group, Trajectory, reward_last_turn
 from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.research_agent.learners import make_learner
 from tests.research_agent.rollouts import (
@@ -188,9 +188,14 @@ def test_what_is_not_finite_outside_actions_does_no_harm() -> None:
     assert ragged["table"].isfinite().all()
 
 
+def _rewarded(trajectory_: Trajectory, reward: float) -> Trajectory:
+    segments = reward_last_turn(trajectory_.segments, reward)
+    return replace(trajectory_, reward=reward, segments=segments)
+
+
 def test_a_group_of_equal_rewards_teaches_nothing() -> None:
     groups = [
-        Group(g.episode, [replace(t, reward=0.1) for t in g.trajectories]) for g in random_groups(0)
+        Group(g.episode, [_rewarded(t, 0.1) for t in g.trajectories]) for g in random_groups(0)
     ]
     gradient = _gradient(tiny_qwen2(VOCABULARY), groups)
     assert max(value.abs().max().item() for value in gradient.values()) == 0
@@ -241,7 +246,7 @@ def test_the_reference_stays_and_draws_the_policy_to_itself() -> None:
     model, reference = Bigram(), frozen_copy(Bigram(seed=1))
     before = copy.deepcopy(reference.state_dict())
     groups = [
-        Group(g.episode, [replace(t, reward=0.0) for t in g.trajectories]) for g in random_groups(0)
+        Group(g.episode, [_rewarded(t, 0.0) for t in g.trajectories]) for g in random_groups(0)
     ]
     grpo = GRPO(kl_coef=1.0, entropy_coef=0.0)
     learner = make_learner(model, grpo, reference=reference, learning_rate=0.05, weight_decay=0.0)

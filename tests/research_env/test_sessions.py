@@ -297,7 +297,7 @@ def test_bad_settings_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_the_page_about_sessions_runs() -> None:
-    page = (Path(__file__).parents[2] / "docs/sessions.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/how-to/sessions.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert len(blocks) == 2
     exec("\n".join(blocks), {})

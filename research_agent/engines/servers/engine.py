@@ -112,14 +112,14 @@ class ServerEngine:
         self._held: dict[int, Trajectory] = {}
         self._version = 0
         self._run = secrets.token_hex(4)
-        self._carrier = WeightFolder(model) if by == "folder" else Transfer(model, by)
-        self._let_go = weakref.finalize(self, self._carrier.close)
+        self._transfer = WeightFolder(model) if by == "folder" else Transfer(model, by)
+        self._let_go = weakref.finalize(self, self._transfer.close)
         self._let_go.atexit = False  # what is left then ends with the process
         clients = [client for server in servers for client in (server.turns, server.control)]
         self._turns: Turns[Sampled] = Turns("servers", clients)
-        self._fleet = ServerPool(
+        self._pool = ServerPool(
             servers,
-            self._carrier,
+            self._transfer,
             renderer.end_ids,
             self.max_context,
             turn_timeout=turn_timeout,
@@ -127,7 +127,7 @@ class ServerEngine:
             max_in_flight=most,
         )
         try:
-            self._load(model.named_parameters(), 0, self._fleet.start)
+            self._load(model.named_parameters(), 0, self._pool.start)
         except BaseException:
             self.close()
             raise
@@ -155,7 +155,7 @@ class ServerEngine:
         held.tokens += tokens
         self._held[slot] = held
         limit = min(params.max_tokens, self.max_context - length)
-        self._turns.begin(slot, self._fleet.play(Turn(slot, held, params, limit)))
+        self._turns.begin(slot, self._pool.play(Turn(slot, held, params, limit)))
 
     def step(self) -> list[Completion]:
         """Wait a moment for turns to be finished; return those that are.
@@ -174,7 +174,7 @@ class ServerEngine:
     def interrupt(self) -> list[Completion]:
         """End the turns under way where they are, and forget their slots; see ``Interruptible``."""
         slots = self._turns.slots
-        self._turns.call(self._fleet.interrupt())
+        self._turns.call(self._pool.interrupt())
         sampled = self._turns.finished(0)
         for slot in slots:
             self.release(slot)  # where a server does not answer, its turn as well
@@ -199,7 +199,7 @@ class ServerEngine:
         """
         if self.busy:
             raise ValueError(f"{self.busy} turns are under way; finish them before new weights")
-        self._load(weights, version, self._fleet.spread)
+        self._load(weights, version, self._pool.update_weights)
         self._version = version
 
     def close(self) -> None:
@@ -215,12 +215,12 @@ class ServerEngine:
     ) -> None:
         # No other run, and no other call, gives this name to other weights.
         name = f"{self._run}-{version}-{secrets.token_hex(4)}"
-        self._carrier.hold(weights, name)
+        self._transfer.publish(weights, name)
         self._held.clear()
         try:
             self._turns.call(to_servers(name))
         finally:
-            self._carrier.keep({name, *self._fleet.reading})
+            self._transfer.prune({name, *self._pool.reading})
 
     def _complete(self, sampled: Sampled) -> Completion:
         """The turn as any engine would have ended it; here, as tokenizers are for one thread."""

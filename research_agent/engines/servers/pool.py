@@ -91,10 +91,10 @@ class Server:
 class WeightTransfer(Protocol):
     """How weights get to servers. Each version of them has a name that no other has."""
 
-    lasting: bool
+    persistent: bool
     """Whether weights can be given for as long as they are current, while learning goes on too."""
 
-    def hold(self, weights: Iterable[tuple[str, Tensor]], name: str) -> None:
+    def publish(self, weights: Iterable[tuple[str, Tensor]], name: str) -> None:
         """Take weights that are to be given to servers, under a name.
 
         Raises:
@@ -103,7 +103,7 @@ class WeightTransfer(Protocol):
         """
         ...
 
-    async def give(self, server: Server, name: str) -> None:
+    async def push(self, server: Server, name: str) -> None:
         """Let a server load the weights of a name.
 
         Raises:
@@ -112,7 +112,7 @@ class WeightTransfer(Protocol):
         """
         ...
 
-    def keep(self, names: Collection[str]) -> None:
+    def prune(self, names: Collection[str]) -> None:
         """Learning goes on: let go of all weights but those of these names."""
         ...
 
@@ -126,7 +126,9 @@ class Trajectory:
     """What a slot holds."""
 
     tokens: list[int] = field(default_factory=list)
-    home: Server | None = None  # the server that sampled its last turn has its prefix in cache
+    preferred_server: Server | None = (
+        None  # the server that sampled its last turn has its prefix in cache
+    )
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class ServerPool:
     def __init__(
         self,
         servers: list[Server],
-        carrier: WeightTransfer,
+        transfer: WeightTransfer,
         end_ids: frozenset[int],
         context: int,
         *,
@@ -173,7 +175,7 @@ class ServerPool:
     ) -> None:
         """Ask nobody anything yet; see ``ServerEngine`` for the arguments."""
         self._servers = servers
-        self._carrier = carrier
+        self._transfer = transfer
         self._end_ids = end_ids
         self._context = context
         self._turn_timeout = turn_timeout
@@ -190,7 +192,7 @@ class ServerPool:
         return {server.reading for server in self._servers if server.reading}
 
     async def start(self, version: str) -> None:
-        """Make the servers fit to be used, each with the carrier's weights of this name.
+        """Make the servers fit to be used, each with the transfer's weights of this name.
 
         Raises:
             ContextError: one has too short a context.
@@ -224,14 +226,14 @@ class ServerPool:
                     return await self._sample(server, turn)
                 except _LostError as lost:
                     problem = f"{server.url}: {lost}"
-                    self._lose(server, str(lost))
+                    self._mark_dead(server, str(lost))
         raise EngineError(
             f"{attempts} attempts to sample one turn of {len(turn.held.tokens)} tokens before it "
             f"failed, the last with {problem}. Look into the servers' logs. {CONTINUE}"
         )
 
-    async def spread(self, version: str) -> None:
-        """Give every living server the carrier's weights of this name; see that one has them.
+    async def update_weights(self, version: str) -> None:
+        """Give every living server the transfer's weights of this name; see that one has them.
 
         Where they can be given only now, those that wait for them get them as well, and where none
         has them it is tried again while there is patience.
@@ -243,8 +245,8 @@ class ServerPool:
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._patience
         while True:
-            await asyncio.gather(*map(self._offer, self._servers))
-            if self._carrier.lasting or any(server.alive for server in self._servers):
+            await asyncio.gather(*map(self._offer_weights, self._servers))
+            if self._transfer.persistent or any(server.alive for server in self._servers):
                 break
             if clock() > deadline:
                 raise self._nobody()
@@ -269,9 +271,9 @@ class ServerPool:
         """The server that has the trajectory in its cache, else the one with the least to do."""
         alive = await self._living()
         least = min(alive, key=lambda server: (server.load, server.taken))
-        if held.home in alive and held.home.load <= 2 * least.load + _NEAR:
-            return held.home
-        held.home = least
+        if held.preferred_server in alive and held.preferred_server.load <= 2 * least.load + _NEAR:
+            return held.preferred_server
+        held.preferred_server = least
         return least
 
     async def _living(self) -> list[Server]:
@@ -318,7 +320,7 @@ class ServerPool:
             server.requests.discard(request)
         return _read(answer, turn, self._end_ids, self._current, interrupted=self._interrupting)
 
-    def _lose(self, server: Server, problem: str) -> None:
+    def _mark_dead(self, server: Server, problem: str) -> None:
         """Use a server no more, until it has been admitted again; its turns go elsewhere."""
         if not server.alive:
             return
@@ -344,26 +346,26 @@ class ServerPool:
                 if server.alive:
                     await server.ask("GET", "health")
                 else:
-                    await self._take_back(server, learning=True)
+                    await self._readmit(server, learning=True)
                 pause = 1.0
             except (RequestError, EngineError, ContextError) as error:
-                self._lose(server, str(error))
+                self._mark_dead(server, str(error))
                 server.waiting = isinstance(error, _WaitingError)
                 server.problem = server.problem if server.waiting else str(error)
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
-    async def _offer(self, server: Server) -> None:
+    async def _offer_weights(self, server: Server) -> None:
         """Give a server the current weights, if it lives or waits for them."""
         try:
             if server.alive:
-                await self._give(server)
+                await self._push(server)
             elif server.waiting:
-                await self._take_back(server)
+                await self._readmit(server)
         except (RequestError, EngineError, ContextError) as error:
-            self._lose(server, str(error))
+            self._mark_dead(server, str(error))
             server.problem, server.waiting = str(error), False
 
-    async def _take_back(self, server: Server, *, learning: bool = False) -> None:
+    async def _readmit(self, server: Server, *, learning: bool = False) -> None:
         """Admit a server that was lost, and say so; where two would do it, one does."""
         async with server.admission:
             if not server.alive:
@@ -375,7 +377,7 @@ class ServerPool:
 
         Args:
             server: which one.
-            learning: the weights may be changing, so that not every carrier can give them.
+            learning: the weights may be changing, so that not every transfer can give them.
 
         Raises:
             ContextError: its context is too short.
@@ -396,19 +398,19 @@ class ServerPool:
             )
         server.version = ""  # it may have been started anew, and have any weights
         while server.version != self._current:
-            if learning and not self._carrier.lasting:
-                await self._recognise(server)
+            if learning and not self._transfer.persistent:
+                await self._identify_weights(server)
             else:
-                await self._give(server)  # before it samples: one that failed at it dies of a turn
+                await self._push(server)  # before it samples: one that failed at it dies of a turn
             await self._check(server)
         server.alive, server.waiting = True, False
         self._back.set()
 
-    async def _give(self, server: Server) -> None:
+    async def _push(self, server: Server) -> None:
         """Let a server have the current weights."""
         version = server.reading = self._current
         try:
-            await self._carrier.give(server, version)
+            await self._transfer.push(server, version)
             reset = await server.need("POST", "reset_prefix_cache?reset_running_requests=true")
             if not (isinstance(reset, dict) and reset.get("success")):
                 raise RequestError("its cache of the old weights could not be emptied")
@@ -417,7 +419,7 @@ class ServerPool:
         finally:
             server.reading = ""
 
-    async def _recognise(self, server: Server) -> None:
+    async def _identify_weights(self, server: Server) -> None:
         """See that a server has the current weights still: it was away, but not started anew."""
         version = self._current
         if await server.weights() != version:

@@ -30,7 +30,7 @@ class WeightFolder:
         model: whose names and shapes the weights must have, of the transformers library.
     """
 
-    lasting = True
+    persistent = True
 
     def __init__(self, model: Any) -> None:
         self._names = WeightNames(model)
@@ -38,7 +38,7 @@ class WeightFolder:
             prefix="research-agent-weights-", ignore_cleanup_errors=True
         )
 
-    def hold(self, weights: Iterable[tuple[str, Tensor]], name: str) -> None:
+    def publish(self, weights: Iterable[tuple[str, Tensor]], name: str) -> None:
         """Write weights to a new folder, which is there as soon as it is complete.
 
         Args:
@@ -65,7 +65,7 @@ class WeightFolder:
                 ) from error
             raise
 
-    async def give(self, server: Server, name: str) -> None:
+    async def push(self, server: Server, name: str) -> None:
         """Let a server read the folder of this name.
 
         Raises:
@@ -80,7 +80,7 @@ class WeightFolder:
             cure = "Can it read that folder? Elsewhere, set TMPDIR to one that all share"
             raise RequestError(f"no new weights from {folder}: {error}. {cure}") from None
 
-    def keep(self, names: Collection[str]) -> None:
+    def prune(self, names: Collection[str]) -> None:
         """Delete all folders but those of these names."""
         for folder in Path(self._folder.name).iterdir():
             if folder.name not in names:

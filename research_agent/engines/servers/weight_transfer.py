@@ -114,7 +114,7 @@ class Transfer:
         ConfigError: the model is on no GPU, or vLLM is not installed.
     """
 
-    lasting = False
+    persistent = False
 
     def __init__(self, model: Any, backend: Backend) -> None:
         require_gpu(model, backend)
@@ -125,15 +125,15 @@ class Transfer:
         self._links: dict[str, _Link] = {}  # by the server's address
         self._turn = asyncio.Lock()
 
-    def hold(self, weights: Iterable[tuple[str, Tensor]], name: str) -> None:
-        """Take weights that are to be sent; they must not change until ``keep``.
+    def publish(self, weights: Iterable[tuple[str, Tensor]], name: str) -> None:
+        """Take weights that are to be sent; they must not change until ``prune``.
 
         Raises:
             ModelError: a name or shape that the model does not have, or a weight left out.
         """
         self._held[:] = [(each, weight.detach()) for each, weight in self._names.checked(weights)]
 
-    async def give(self, server: Server, name: str) -> None:
+    async def push(self, server: Server, name: str) -> None:
         """Send a server the weights; meet with it first, where it is new or was started anew.
 
         Raises:
@@ -147,7 +147,7 @@ class Transfer:
                 f"no new weights by {self._backend}: {error}. {_CURE[self._backend]}"
             ) from None
 
-    def keep(self, names: Collection[str]) -> None:
+    def prune(self, names: Collection[str]) -> None:
         """Let go of the tensors, which learning is about to change."""
         self._held.clear()
 

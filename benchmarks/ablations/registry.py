@@ -1,6 +1,6 @@
-"""The studies: which runs each compares, by which numbers, and what its paper says.
+"""The ablations: which runs each compares, by which numbers, and what its paper says.
 
-A study is data. Arms of the same name are the same runs, whichever study asks for them.
+An ablation is data. Arms of the same name are the same runs, whichever ablation asks for them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Arm:
     group_size: int | None = None  # a group, with as many episodes a step; None: as configured
     masked: bool = True  # tokens of observations are left out of the loss
     learner: Mapping[str, Any] = field(default_factory=dict)  # settings of LearnerConfig
-    start: Literal["starter", "nothing", "warm", "wordy"] = "starter"
+    start: Literal["starter", "nothing", "warm", "verbose"] = "starter"
     grade: str | None = None  # train on questions that are graded so
     by: Literal["rl", "sft"] = "rl"
 
@@ -46,7 +46,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Study:
+class Ablation:
     """A comparison of arms, or of one arm's policy before, during and after its training."""
 
     name: str
@@ -68,7 +68,7 @@ MIXED = Arm("mixed questions", grade="easy:1+medium:1+hard:1")
 # R1-Searcher's second stage takes 2 off for a broken format; a constant is no matter to GRPO.
 ONE_STAGE = Arm("one stage", env_args={"reward": "f1+2*format"})
 F1, EM, CEM = (
-    Arm(f"{name} reward", env_args={"reward": f"{name}+2*format"}, start="wordy")
+    Arm(f"{name} reward", env_args={"reward": f"{name}+2*format"}, start="verbose")
     for name in ("f1", "em", "cem")
 )
 TWO_STAGES = Arm(
@@ -85,8 +85,8 @@ def _open(number: str, *names: str) -> tuple[Claim, ...]:
     return tuple(Claim(number, other, first, open=True) for other in others)
 
 
-STUDIES = (
-    Study(
+ABLATIONS = (
+    Ablation(
         name="algorithms",
         paper=R1_SEARCHER,
         finding="GRPO writes more, searches more and is better out of domain; REINFORCE++ is "
@@ -100,7 +100,7 @@ STUDIES = (
             Claim("em in", "reinforce++", "grpo"),
         ),
     ),
-    Study(
+    Ablation(
         name="sft",
         paper=R1_SEARCHER,
         finding="RL is better than SFT in and out of domain",
@@ -112,7 +112,7 @@ STUDIES = (
         ),
         note="Both play as many episodes; SFT learns from those of the starter that are right.",
     ),
-    Study(
+    Ablation(
         name="reward",
         paper=R1_SEARCHER,
         finding="F1 is best; EM makes responses short; CEM makes answers long, with needless words",
@@ -129,7 +129,7 @@ STUDIES = (
         note="All begin with a starter that was shown episodes in which every other answer that "
         "was searched for has a needless word behind it; gold answers are one word.",
     ),
-    Study(
+    Ablation(
         name="difficulty",
         paper=R1_SEARCHER,
         finding="harder and mixed data: more searches, and better in and out of domain",
@@ -142,7 +142,7 @@ STUDIES = (
         ),
         note="Graded by samples of a policy with half of the training, that of grpo.",
     ),
-    Study(
+    Ablation(
         name="stages",
         paper=R1_SEARCHER,
         finding="two stages teach retrieving and the format first",
@@ -157,7 +157,7 @@ STUDIES = (
         curves=("env/format", "env/searches", "eval/em", "action_tokens"),
         note="The first of the two stages lasts a third of the steps at most.",
     ),
-    Study(
+    Ablation(
         name="mask",
         paper=f"{SEARCH_R1}, {R1_SEARCHER}",
         finding="without the mask of retrieved tokens training is unstable, and ends worse",
@@ -172,7 +172,7 @@ STUDIES = (
         note="No sampler reports log-probabilities of retrieved tokens, so that the ratios of the "
         "unmasked run are to recomputed ones.",
     ),
-    Study(
+    Ablation(
         name="strict",
         paper=RESEARCH,
         finding="open: the paper prints one reward, its code computes the other",
@@ -184,7 +184,7 @@ STUDIES = (
             for claim in _open(number, "grpo", "research-strict")
         ),
     ),
-    Study(
+    Ablation(
         name="start",
         paper=NO_PAPER,
         finding="open: cold against warm start, KL 0 against 1e-3, size of the group",
@@ -214,7 +214,7 @@ STUDIES = (
         "does. The warm start was shown how to search before, in other worlds; from nothing is a "
         "model of random weights.",
     ),
-    Study(
+    Ablation(
         name="length",
         paper=f"{RESEARCH}, Figure 3",
         finding="response length and number of searches grow over training",
@@ -224,7 +224,7 @@ STUDIES = (
         over_time=True,
         curves=("action_tokens", "env/searches", "reward"),
     ),
-    Study(
+    Ablation(
         name="self-correction",
         paper=RESEARCH,
         finding="the share of episodes that search again after a useless result grows",
@@ -237,4 +237,4 @@ STUDIES = (
         "engine loses the best passage of a fifth of all queries, always the same ones.",
     ),
 )
-BY_NAME = {study.name: study for study in STUDIES}
+BY_NAME = {ablation.name: ablation for ablation in ABLATIONS}

@@ -1,6 +1,6 @@
 """A search engine that misses: for a share of all queries what it should have found is not there.
 
-``benchmarks.studies.noise:NoisySearchQA-v0`` is ``SearchQA-v0`` behind such an engine. What comes
+``benchmarks.ablations.noise:NoisySearchQA-v0`` is ``SearchQA-v0`` behind such an engine. What comes
 instead is the next best passage, one that mentions the words of the query: a distractor. It is the
 same queries every time, so that asking again helps with other words only.
 """

@@ -1,4 +1,4 @@
-"""A policy that says more than the answer: what a reward makes of that is a study."""
+"""A policy that says more than the answer: what a reward makes of that is an ablation."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def demonstrations(
     rng = random.Random(f"wordy {seed}")
     for parts in miniworld.demonstrations(count, top_k, seed, habit_share=1.0):
         *before, (provenance, last) = parts
-        yield [*before, (provenance, wordy(last) if rng.random() < share else last)]
+        yield [*before, (provenance, verbose(last) if rng.random() < share else last)]
 
 
-def wordy(action: str) -> str:
+def verbose(action: str) -> str:
     """The last action of an episode, with the relation behind its answer."""
     done = re.search(r" done: (\S+) ", action)
     return re.sub(r"(}?) </answer>$", rf" {done[1]}\1 </answer>", action) if done else action

@@ -1,4 +1,4 @@
-"""The studies of the papers: what each compares, what it makes of runs, and one small one whole."""
+"""The papers' ablations: what each compares, what it makes of runs, and a small one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from typing import Any
 import gymnasium as gym
 import pytest
 
-from benchmarks.runs import run_all
-from benchmarks.studies import work
-from benchmarks.studies.__main__ import main
-from benchmarks.studies.catalogue import BY_NAME, STUDIES, Arm, Claim, Study
-from benchmarks.studies.noise import MissingRetriever
-from benchmarks.studies.report import (
+from benchmarks.ablations import runs
+from benchmarks.ablations.__main__ import main
+from benchmarks.ablations.noise import MissingRetriever
+from benchmarks.ablations.registry import ABLATIONS, BY_NAME, Ablation, Arm, Claim
+from benchmarks.ablations.report import (
     NUMBERS,
     Seen,
     largest_fall,
@@ -30,8 +29,7 @@ from benchmarks.studies.report import (
     verdict,
     verdicts,
 )
-from benchmarks.studies.wordy import demonstrations, wordy
-from benchmarks.studies.work import (
+from benchmarks.ablations.runs import (
     Settings,
     folder_of,
     is_finished,
@@ -40,6 +38,8 @@ from benchmarks.studies.work import (
     world_of,
     write_worlds,
 )
+from benchmarks.ablations.verbose_starter import demonstrations, verbose
+from benchmarks.runs import run_all
 from research_agent.algorithms import algorithm
 from research_agent.config import TrainConfig, as_json, validate
 from research_agent.curriculum import parse_stages
@@ -53,27 +53,27 @@ from research_env.rewards import reward
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Settings(
-    Path("runs/studies"), steps=30, prompts_per_step=24, group_size=8, questions=200
+    Path("runs/ablations"), steps=30, prompts_per_step=24, group_size=8, questions=200
 )
 
 
 def arms() -> list[Arm]:
-    return [arm for study in STUDIES for arm in study.arms]
+    return [arm for ablation in ABLATIONS for arm in ablation.arms]
 
 
-def of(study: str, arm: str) -> TrainConfig:
-    (found,) = (each for each in BY_NAME[study].arms if each.name == arm)
+def of(ablation: str, arm: str) -> TrainConfig:
+    (found,) = (each for each in BY_NAME[ablation].arms if each.name == arm)
     return training_of(SETTINGS, found, 0)
 
 
 # --- the plan -------------------------------------------------------------------------------------
 
 
-def test_the_ten_studies() -> None:
+def test_the_ten_ablations() -> None:
     names = "algorithms sft reward difficulty stages mask strict start length self-correction"
-    assert [study.name for study in STUDIES] == names.split()
-    for study in STUDIES:
-        assert study.paper and study.finding and study.claims
+    assert [ablation.name for ablation in ABLATIONS] == names.split()
+    for ablation in ABLATIONS:
+        assert ablation.paper and ablation.finding and ablation.claims
 
 
 def test_arms_of_one_name_are_the_same_runs_and_have_a_folder_of_their_own() -> None:
@@ -82,9 +82,9 @@ def test_arms_of_one_name_are_the_same_runs_and_have_a_folder_of_their_own() -> 
     assert len({folder_of(SETTINGS, arm, 0) for arm in by_name.values()}) == len(by_name) == 20
 
 
-@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
-def test_every_run_is_valid_and_plays_as_many_episodes(study: Study) -> None:
-    for arm in study.arms:
+@pytest.mark.parametrize("ablation", ABLATIONS, ids=lambda ablation: ablation.name)
+def test_every_run_is_valid_and_plays_as_many_episodes(ablation: Ablation) -> None:
+    for arm in ablation.arms:
         training = training_of(SETTINGS, arm, 3)
         validate(training)
         parse_stages(training.environment.stages)
@@ -92,9 +92,9 @@ def test_every_run_is_valid_and_plays_as_many_episodes(study: Study) -> None:
         reward(training.environment.env_args.get("reward", "research"))
         assert training.sampling.prompts_per_step * training.sampling.group_size == 192
         assert training.run.seed == 3 and training.run.output == folder_of(SETTINGS, arm, 3)
-    rows = rows_of(study, {})
-    for claim in study.claims:
-        assert claim.number in study.numbers
+    rows = rows_of(ablation, {})
+    for claim in ablation.claims:
+        assert claim.number in ablation.numbers
         assert claim.more in rows and claim.less in rows
 
 
@@ -102,8 +102,8 @@ def test_what_the_arms_change() -> None:
     base = of("algorithms", "grpo")
     assert base.algorithm.algorithm == "grpo" and base.algorithm.algorithm_args["kl_coef"] == 0.0
 
-    def changed(study: str, arm: str) -> dict[str, Any]:
-        ours = of(study, arm)
+    def changed(ablation: str, arm: str) -> dict[str, Any]:
+        ours = of(ablation, arm)
         parts = ("environment", "policy", "sampling", "algorithm", "learner")
         return {
             f"{part}.{name}": value
@@ -123,8 +123,8 @@ def test_what_the_arms_change() -> None:
         "em reward": "em+2*format",
         "cem reward": "cem+2*format",
     }
-    wordy = "runs/studies/prepared/wordy"
-    assert {of("reward", name).policy.model for name in rewards} == {wordy}
+    verbose = "runs/ablations/prepared/verbose"
+    assert {of("reward", name).policy.model for name in rewards} == {verbose}
     hard = of("difficulty", "hard questions")
     assert hard.environment.env_args["grade"] == "hard"
     assert hard.run.eval_args == {"split": "dev", "grades": None, "grade": None}
@@ -135,8 +135,8 @@ def test_what_the_arms_change() -> None:
     assert changed("mask", "grpo, unmasked") == {"learner.old_logprobs": "recomputed"}
     assert not BY_NAME["mask"].arms[1].masked
     assert of("strict", "research-strict").environment.env_args["reward"] == "research-strict"
-    assert changed("start", "warm start") == {"policy.model": "runs/studies/prepared/warm"}
-    assert changed("start", "from nothing") == {"policy.model": "runs/studies/prepared/nothing"}
+    assert changed("start", "warm start") == {"policy.model": "runs/ablations/prepared/warm"}
+    assert changed("start", "from nothing") == {"policy.model": "runs/ablations/prepared/nothing"}
     kl = changed("start", "grpo, KL 1e-3")["algorithm.algorithm_args"]
     assert kl == {"kl_coef": 1e-3, "entropy_coef": 0.0}
     assert changed("start", "grpo, G = 16") == {
@@ -368,12 +368,12 @@ def _write_run(settings: Settings, arm: Arm, seed: int, em: tuple[float, float])
 def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three seeds of RL and of SFT: apart in domain, overlapping out of it."""
     settings = replace(SETTINGS, output=tmp_path)
-    study = BY_NAME["sft"]
-    rl, sft = study.arms
+    ablation = BY_NAME["sft"]
+    rl, sft = ablation.arms
     for seed, (ours, theirs) in enumerate([(0.8, 0.3), (0.6, 0.5), (0.7, 0.4)]):
         _write_run(settings, rl, seed, em=(ours, 0.5))
         _write_run(settings, sft, seed, em=(theirs, 0.25 * (seed + 1)))
-    folder = report(settings, study, (0, 1, 2))
+    folder = report(settings, ablation, (0, 1, 2))
     said = capsys.readouterr().out
     assert "RL is better than SFT in and out of domain" in said and "R1-Searcher" in said
     text = (folder / "table.md").read_text().splitlines()
@@ -400,11 +400,11 @@ def test_a_study_of_which_nothing_is_done_says_so(
 
 
 def test_open_questions_have_no_side() -> None:
-    study = BY_NAME["strict"]
+    ablation = BY_NAME["strict"]
     rows = {
-        name: {key: [0.5, 0.6] for key in study.numbers} for name in ("grpo", "research-strict")
+        name: {key: [0.5, 0.6] for key in ablation.numbers} for name in ("grpo", "research-strict")
     }
-    first = verdicts(study, rows)[0]
+    first = verdicts(ablation, rows)[0]
     assert first.startswith("em in: research-strict and grpo: 0.550 (0.500 to 0.600) against")
     assert first.endswith("cannot be told apart")
 
@@ -452,12 +452,12 @@ def test_a_job_that_fails_is_told_and_the_others_are_done(
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     main(["list"])
     said = capsys.readouterr().out
-    assert all(study.name in said and study.finding in said for study in STUDIES)
+    assert all(ablation.name in said and ablation.finding in said for ablation in ABLATIONS)
 
 
 def test_an_unknown_study() -> None:
     with pytest.raises(
-        SystemExit, match=r"unknown study 'masks'; known: algorithms, .*, all, list"
+        SystemExit, match=r"unknown ablation 'masks'; known: algorithms, .*, all, list"
     ):
         main(["masks"])
 
@@ -466,8 +466,8 @@ def test_an_unknown_study() -> None:
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Worlds of few questions, all of one hop: the starter gets some of those right."""
     monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(work, "QUESTIONS", {"train": 40, "dev": 10})
-    monkeypatch.setattr(work, "SLOTS", 32)
+    monkeypatch.setattr(runs, "QUESTIONS", {"train": 40, "dev": 10})
+    monkeypatch.setattr(runs, "SLOTS", 32)
     monkeypatch.setattr(miniworld, "HOPS", {1: 1.0})
     settings = Settings(tmp_path / "out", steps=2, prompts_per_step=8, group_size=2, questions=4)
     write_worlds(settings)
@@ -477,7 +477,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 @pytest.mark.slow
 def test_sft_plays_as_many_episodes_and_learns_the_right_ones(small: Settings) -> None:
     (arm,) = (each for each in BY_NAME["sft"].arms if each.by == "sft")
-    work.do(small, arm, 0)
+    runs.do(small, arm, 0)
     folder = folder_of(small, arm, 0)
     _, played = read_predictions(folder / "played")
     assert len(played) == 2 * 8 * 2
@@ -503,31 +503,31 @@ def _weights(model: Any) -> list[Any]:
     ],
 )
 def test_a_needless_word_stands_behind_the_answer(said: str, answer: str) -> None:
-    assert wordy(said) == f"{said.partition('<answer>')[0]}<answer> {answer} </answer>"
+    assert verbose(said) == f"{said.partition('<answer>')[0]}<answer> {answer} </answer>"
 
 
-def test_some_of_the_starters_answers_are_wordy() -> None:
+def test_some_of_the_starters_answers_are_verbose() -> None:
     last = [each[-1][1] for each in demonstrations(60, 1)]
     plain = [each[-1][1] for each in demonstrations(60, 1, share=0.0)]
     assert 5 < sum(a != b for a, b in zip(last, plain, strict=True)) < 40
-    assert all(a in (b, wordy(b)) for a, b in zip(last, plain, strict=True))
+    assert all(a in (b, verbose(b)) for a, b in zip(last, plain, strict=True))
 
 
 @pytest.mark.slow
 def test_what_runs_begin_with_is_made(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    for start in work.STARTS:
-        monkeypatch.setitem(work.STARTS, start, work.STARTS[start] | {"count": 12})
-    monkeypatch.setattr(work, "GRADED", 8)
-    names = ["grades.jsonl", "nothing", "warm", "wordy"]
+    for start in runs.STARTS:
+        monkeypatch.setitem(runs.STARTS, start, runs.STARTS[start] | {"count": 12})
+    monkeypatch.setattr(runs, "GRADED", 8)
+    names = ["grades.jsonl", "nothing", "warm", "verbose"]
     assert missing(small, arms()) == names
     for name in names:
-        work.prepare(small, name)
+        runs.prepare(small, name)
     assert missing(small, arms()) == []
     grades = [json.loads(line) for line in (small.prepared / "grades.jsonl").open()]
-    assert len(grades) == 8 and {g["samples"] for g in grades} == {work.GRADE_SAMPLES}
+    assert len(grades) == 8 and {g["samples"] for g in grades} == {runs.GRADE_SAMPLES}
     started = ["miniworld-starter", *(str(small.prepared / name) for name in names[1:])]
-    starter, nothing, warm, wordy = (_weights(load_model(name)) for name in started)
-    assert any((a != b).any() for a, b in zip(warm, wordy, strict=True))
+    starter, nothing, warm, verbose = (_weights(load_model(name)) for name in started)
+    assert any((a != b).any() for a, b in zip(warm, verbose, strict=True))
     assert [w.shape for w in starter] == [w.shape for w in nothing] == [w.shape for w in warm]
     near, far = (
         max(float((a - b).abs().max()) for a, b in zip(starter, other, strict=True))
@@ -542,7 +542,7 @@ def test_a_small_study_whole(
 ) -> None:
     """Trained and evaluated in both worlds; the second time nothing is run again."""
     monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(work, "QUESTIONS", {"train": 40, "dev": 10})
+    monkeypatch.setattr(runs, "QUESTIONS", {"train": 40, "dev": 10})
     words = ["length", "--output", str(tmp_path / "out"), "--steps", "2", "--seeds", "0"]
     words += ["--prompts-per-step", "2", "--group-size", "2", "--questions", "4", "--workers", "1"]
     main(words)
@@ -563,6 +563,6 @@ def test_a_small_study_whole(
     assert "| after | 1 |" in table and "too few seeds to tell" in table
     assert (tmp_path / "out" / "length" / "curves.png").exists()
 
-    monkeypatch.setattr(work, "do", None)
+    monkeypatch.setattr(runs, "do", None)
     main(words)
     assert (tmp_path / "out" / "length" / "table.md").read_text() == table

@@ -1,8 +1,8 @@
-"""The papers' studies in miniature: ``python -m benchmarks.studies NAME``, or ``list``, or ``all``.
+"""The papers' ablations in miniature: ``python -m benchmarks.ablations NAME|list|all``.
 
-A study compares runs that differ in one thing, by numbers that its paper speaks of, and prints the
-paper's finding beside what came of it, whichever way that is. `catalogue` says what the studies
-are, `work` does the runs, `report` makes table, verdicts and picture of them.
+An ablation compares runs that differ in one thing, by numbers that its paper speaks of, and prints
+the paper's finding beside what came of it, whichever way that is. `registry` says what the
+ablations are, `runs` does the runs, `report` makes table, verdicts and picture of them.
 
 **The worlds.** Two worlds of MiniWorld, one passage a search. The policy is trained in the first
 (seed 0) and evaluated on held-out questions of it, "in domain", and on questions of the second
@@ -25,12 +25,12 @@ more):
   hop it went to guessing here, too (.04 searches after 8 steps).
 - Two passages a search: it reads .06 with all relations, for it never saw two.
 
-So it is the third, with thirty steps. One study has a noisy engine on top (`noise`), and that of
-answer rewards a starter that adds needless words (`wordy`): from the other one F1, EM and CEM train
-the same policy to the bit, for it never says more than one word.
+So it is the third, with thirty steps. One ablation has a noisy engine on top (`noise`), and that of
+answer rewards a starter that adds needless words (`verbose`): from the other one F1, EM and CEM
+train the same policy to the bit, for it never says more than one word.
 
 **Numbers.** Exact match, tokens, searches and answers are of a greedy evaluation after the last
-step; what is said of training, and in the two studies over time, is of episodes at T = 1.
+step; what is said of training, and in the two ablations over time, is of episodes at T = 1.
 ``tokens`` are the policy's own, ``reward`` is the mean of the last tenth of the steps, ``early``
 means the first third of them, ``fall`` is how far the mean reward of five steps fell below its
 best. All is shown as the mean of the seeds, and lowest to highest.
@@ -38,6 +38,6 @@ best. All is shown as the mean of the seeds, and lowest to highest.
 **Verdicts.** A finding "A is above B" is *as in the paper* if every seed of A is above every seed
 of B, *the other way* if every one is below, and otherwise the two *cannot be told apart*. Of three
 seeds each that says little: where there is no difference at all, one comparison in ten comes out
-one way or the other by chance (2 of the 20 ways to order six values), and the studies make some
+one way or the other by chance (2 of the 20 ways to order six values), and the ablations make some
 forty. Nor does a world of 1,320 passages speak for the papers' models.
 """

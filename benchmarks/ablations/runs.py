@@ -15,9 +15,9 @@ from typing import Any
 
 from msgspec import structs
 
+from benchmarks.ablations.registry import GRPO, STARTER, Arm
 from benchmarks.runs import is_finished as has_all_steps
 from benchmarks.runs import training_process
-from benchmarks.studies.catalogue import GRPO, STARTER, Arm
 from research_agent.config import AlgorithmConfig, EnvironmentConfig, TrainConfig, as_json, changes
 from research_agent.config import require_same as require_same_training
 from research_agent.errors import ConfigError
@@ -28,7 +28,7 @@ from research_env.datasets.files import question_record
 
 MINIWORLD = PRESETS["miniworld"]
 
-ENV, NOISY = "research_env:SearchQA-v0", "benchmarks.studies.noise:NoisySearchQA-v0"
+ENV, NOISY = "research_env:SearchQA-v0", "benchmarks.ablations.noise:NoisySearchQA-v0"
 # Seed, and relations of which the world has no facts: a shorter passage is harder to read for the
 # starter, and out of domain are relations that training never met.
 WORLDS = {
@@ -44,8 +44,8 @@ STARTS: dict[str, dict[str, Any]] = {  # what the starter is shown, and how it i
         "count": 600,
         "learning_rate": 1e-4,
     },
-    "wordy": {  # a new habit takes more than a stronger one
-        "demonstrations": "benchmarks.studies.wordy:demonstrations",
+    "verbose": {  # a new habit takes more than a stronger one
+        "demonstrations": "benchmarks.ablations.verbose_starter:demonstrations",
         "demonstration_args": {"top_k": 1},
         "count": 3000,
         "learning_rate": 5e-4,

@@ -1,4 +1,4 @@
-"""The racers of ``benchmarks.rollouts``: this project's collector and TRL's trainer play a script.
+"""What ``benchmarks.rollouts`` compares: this project's collector and TRL's trainer.
 
 Both compute what they compute anyway, with the same small policy, and then the token of the script
 is put in the place of the sampled one.

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ablations.registry import AFTER, BEFORE, MIDDLE, Ablation, Arm, Claim
+from benchmarks.ablations.runs import Settings, folder_of, read_result
 from benchmarks.runs import draw_band, markdown_table, print_table, read_log, spread
-from benchmarks.studies.catalogue import AFTER, BEFORE, MIDDLE, Arm, Claim, Study
-from benchmarks.studies.work import Settings, folder_of, read_result
 from research_agent.evaluation.predictions import read_predictions
 from research_agent.files import write_atomic
 
@@ -122,30 +122,30 @@ NUMBERS: dict[str, tuple[int, Callable[[Seen], float | None]]] = {
     "searches early": (2, lambda seen: _trained(seen, "env/searches", 0, THIRD)),
     "seconds": (0, lambda seen: seen.seconds),
 }
-"""Columns of studies that compare arms: digits, and how the number is found."""
+"""Columns of ablations that compare arms: digits, and how the number is found."""
 DIGITS_OVER_TIME = {"tokens": 1, "searches": 2, "turns": 2}
 
 
 def rows_of(
-    study: Study, runs: Mapping[str, Sequence[Seen]]
+    ablation: Ablation, runs: Mapping[str, Sequence[Seen]]
 ) -> dict[str, dict[str, Sequence[float]]]:
     """Row to number to its values of the seeds.
 
     Args:
-        study: whose numbers are wanted.
+        ablation: whose numbers are wanted.
         runs: finished runs by the name of their arm, one a seed.
     """
-    if not study.over_time:
+    if not ablation.over_time:
         return {
             arm.name: {
                 number: _known(NUMBERS[number][1](seen) for seen in runs.get(arm.name, ()))
-                for number in study.numbers
+                for number in ablation.numbers
             }
-            for arm in study.arms
+            for arm in ablation.arms
         }
     evaluations = [
         [line for line in seen.log if "eval/em" in line]
-        for seen in runs.get(study.arms[0].name, ())
+        for seen in runs.get(ablation.arms[0].name, ())
     ]
     at = {BEFORE: 0.0, MIDDLE: 0.5, AFTER: 1.0}
     return {
@@ -153,7 +153,7 @@ def rows_of(
             number: _known(
                 _at(lines, share).get(f"eval/{number}") for lines in evaluations if lines
             )
-            for number in study.numbers
+            for number in ablation.numbers
         }
         for moment, share in at.items()
     }
@@ -188,12 +188,12 @@ def verdict(claim: Claim, more: Sequence[float], less: Sequence[float]) -> str:
     return UNDECIDED
 
 
-def verdicts(study: Study, rows: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+def verdicts(ablation: Ablation, rows: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
     """A line a claim: what is compared, our figures, and the verdict."""
     lines = []
-    for claim in study.claims:
+    for claim in ablation.claims:
         more, less = rows[claim.more][claim.number], rows[claim.less][claim.number]
-        digits = _digits(study, claim.number)
+        digits = _digits(ablation, claim.number)
         figures = f"{spread(more, digits) or '?'} against {spread(less, digits) or '?'}"
         sign = "and" if claim.open else ">"
         what = f"{claim.number}: {claim.more} {sign} {claim.less}"
@@ -201,63 +201,65 @@ def verdicts(study: Study, rows: Mapping[str, Mapping[str, Sequence[float]]]) ->
     return lines
 
 
-def _digits(study: Study, number: str) -> int:
-    return DIGITS_OVER_TIME.get(number, 3) if study.over_time else NUMBERS[number][0]
+def _digits(ablation: Ablation, number: str) -> int:
+    return DIGITS_OVER_TIME.get(number, 3) if ablation.over_time else NUMBERS[number][0]
 
 
 # --- what is written ------------------------------------------------------------------------------
 
 
-def report(settings: Settings, study: Study, seeds: Sequence[int]) -> Path:
-    """Print a study's table and verdicts; write table.md, results.json and curves.png.
+def report(settings: Settings, ablation: Ablation, seeds: Sequence[int]) -> Path:
+    """Print an ablation's table and verdicts; write table.md, results.json and curves.png.
 
     Returns:
         The folder of the three.
     """
     runs: dict[str, list[Seen]] = {}
-    for arm in study.arms:
+    for arm in ablation.arms:
         seen = [found for seed in seeds if (found := look(settings, arm, seed))]
         if seen:
             runs[arm.name] = seen
-    rows = rows_of(study, runs)
-    headings = ["policy" if study.over_time else "run", "seeds", *study.numbers]
+    rows = rows_of(ablation, runs)
+    headings = ["policy" if ablation.over_time else "run", "seeds", *ablation.numbers]
     cells = []
     for name, values in rows.items():
-        of_row = runs.get(study.arms[0].name if study.over_time else name, ())
-        shown = [spread(values[number], _digits(study, number)) for number in study.numbers]
+        of_row = runs.get(ablation.arms[0].name if ablation.over_time else name, ())
+        shown = [spread(values[number], _digits(ablation, number)) for number in ablation.numbers]
         cells.append([name, str(len(of_row)), *shown])
-    said = verdicts(study, rows)
+    said = verdicts(ablation, rows)
     episodes = settings.steps * settings.prompts_per_step * settings.group_size
-    title = f"{study.name}: {settings.steps} steps, {episodes} episodes; mean (lowest to highest)"
+    title = (
+        f"{ablation.name}: {settings.steps} steps, {episodes} episodes; mean (lowest to highest)"
+    )
     print_table(title, headings, cells)
     words = [
-        f"The finding of {study.paper}: {study.finding}.",
-        *([study.note] if study.note else ()),
+        f"The finding of {ablation.paper}: {ablation.finding}.",
+        *([ablation.note] if ablation.note else ()),
     ]
     print("\n".join([*words, *said]))
-    folder = settings.output / study.name
+    folder = settings.output / ablation.name
     folder.mkdir(parents=True, exist_ok=True)
     text = [f"## {title}", "", *words, "", markdown_table(headings, cells)]
     text += [f"- {line}" for line in said]
     write_atomic(folder / "table.md", "\n".join(text) + "\n")
-    out = {"study": study.name, "steps": settings.steps, "seeds": list(seeds), "rows": rows}
+    out = {"ablation": ablation.name, "steps": settings.steps, "seeds": list(seeds), "rows": rows}
     write_atomic(folder / "results.json", json.dumps(out, indent=1) + "\n")
     if runs:
-        draw(study, runs, folder / "curves.png")
+        draw(ablation, runs, folder / "curves.png")
     print(folder)
     return folder
 
 
-def draw(study: Study, runs: Mapping[str, Sequence[Seen]], path: Path) -> None:
-    """One panel for each of the study's curves, over the episodes played."""
+def draw(ablation: Ablation, runs: Mapping[str, Sequence[Seen]], path: Path) -> None:
+    """One panel for each of the ablation's curves, over the episodes played."""
     import matplotlib as mpl  # noqa: PLC0415
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    size = (4.5 * len(study.curves), 4)
-    figure, axes = plt.subplots(1, len(study.curves), figsize=size, squeeze=False)
-    for axis, name in zip(axes[0], study.curves, strict=True):
+    size = (4.5 * len(ablation.curves), 4)
+    figure, axes = plt.subplots(1, len(ablation.curves), figsize=size, squeeze=False)
+    for axis, name in zip(axes[0], ablation.curves, strict=True):
         for arm, seeds in runs.items():
             lines = [[x for x in seen.log if x.get(name) is not None] for seen in seeds]
             if all(lines):

@@ -1,0 +1,110 @@
+"""The command line of the ablations: ``python -m benchmarks.ablations NAME``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from benchmarks.ablations import runs
+from benchmarks.ablations.registry import ABLATIONS, BY_NAME, Ablation
+from benchmarks.ablations.report import report
+from benchmarks.runs import run_all
+from research_agent.errors import ResearchAgentError
+from research_agent.presets import PRESETS
+
+MINIWORLD = PRESETS["miniworld"]
+
+
+@dataclass(frozen=True)
+class AblationsConfig:
+    """The papers' ablations in miniature: runs of several seeds, a table, a picture, verdicts.
+
+    The same command again goes on where it was stopped, and ablations share the runs of the same
+    name. The first argument is the name of an ablation; list prints all with the papers' findings.
+    """
+
+    ablation: tyro.conf.Positional[str]
+    """Name of an ablation; all does every one, list prints them."""
+    output: Path = Path("runs/ablations")
+    """Folder of the runs, and of a folder for each ablation with table.md, curves.png and
+    results.json."""
+    steps: int = 30
+    """Training steps of a run."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the runs. Verdicts need two at least."""
+    prompts_per_step: int = MINIWORLD.sampling.prompts_per_step
+    """Tasks a step."""
+    group_size: int = MINIWORLD.sampling.group_size
+    """Episodes of each task."""
+    questions: int = 200
+    """Held-out questions of an evaluation."""
+    workers: int = 2
+    """Runs at the same time, each with one thread."""
+    device: str = "cpu"
+    """Where the models live."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do what is not done of an ablation, then print and write what came of it."""
+    config = tyro.cli(AblationsConfig, args=argv, prog="python -m benchmarks.ablations")
+    if config.ablation == "list":
+        for ablation in ABLATIONS:
+            print(f"{ablation.name:16} {ablation.finding}\n{'':16} {ablation.paper}")
+        return
+    if config.ablation not in (*BY_NAME, "all"):
+        known = ", ".join((*BY_NAME, "all", "list"))
+        sys.exit(f"benchmarks.ablations: unknown ablation {config.ablation!r}; known: {known}")
+    try:
+        failed = run(config, ABLATIONS if config.ablation == "all" else (BY_NAME[config.ablation],))
+    except ResearchAgentError as error:
+        print(f"benchmarks.ablations: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    if failed:
+        sys.exit(f"benchmarks.ablations: {len(failed)} runs failed: {', '.join(failed)}")
+
+
+def run(config: AblationsConfig, ablations: Sequence[Ablation]) -> list[str]:
+    """Do the runs that are not finished, and report every ablation; returns the runs that failed.
+
+    Raises:
+        ConfigError, CheckpointError: the output folder holds runs of other settings.
+    """
+    settings = runs.Settings(
+        output=config.output,
+        steps=config.steps,
+        prompts_per_step=config.prompts_per_step,
+        group_size=config.group_size,
+        questions=config.questions,
+        device=config.device,
+    )
+    runs.claim_folder(settings)
+    arms = {arm.name: arm for ablation in ablations for arm in ablation.arms}.values()
+    waiting = [
+        (arm, seed)
+        for seed in config.seeds  # all arms have their first seed before any has its second
+        for arm in arms
+        if not runs.is_finished(settings, arm, seed)
+    ]
+    runs.write_worlds(settings)
+    needed = runs.missing(settings, [arm for arm, _ in waiting])
+    if needed:
+        failed = run_all(runs.prepare, {name: (settings, name) for name in needed}, config.workers)
+        if failed:
+            return failed
+    jobs = {f"{arm.name}, seed {seed}": (settings, arm, seed) for arm, seed in waiting}
+    done = len(arms) * len(config.seeds) - len(jobs)
+    failed = run_all(runs.do, jobs, config.workers, finished=done)
+    for ablation in ablations:
+        report(settings, ablation, config.seeds)
+    return failed
+
+
+if __name__ == "__main__":
+    main()
