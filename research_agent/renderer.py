@@ -8,6 +8,7 @@ says ``<|im_end|>`` is text and never the token.
 from __future__ import annotations
 
 import copy
+import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,6 +92,31 @@ class Renderer:
             f"this tokenizer makes special tokens of the plain text {text[:80]!r}; "
             "use one whose special tokens are longer than one character"
         )
+
+    def encode_observation(self, observation: str, markup: Sequence[str] = ()) -> list[int]:
+        """Tokens of what the environment answers.
+
+        Args:
+            observation: the text.
+            markup: strings in it that are chat tokens, such as ``<|im_start|>``. They count only
+                with ``chat_template``, and where the tokenizer has them as special tokens.
+
+        Returns:
+            The tokens; all but the markup is text.
+        """
+        known = [each for each in markup if self.chat_template and self._is_special(each)]
+        if not known:
+            return self.encode_text(observation)
+        tokens: list[int] = []
+        for piece in re.split(f"({'|'.join(map(re.escape, known))})", observation):
+            if piece in known:
+                tokens.append(self.tokenizer.convert_tokens_to_ids(piece))
+            elif piece:
+                tokens += self.encode_text(piece)
+        return tokens
+
+    def _is_special(self, text: str) -> bool:
+        return bool(self.tokenizer.convert_tokens_to_ids(text) in self._special_ids)
 
     def encode_prompt(
         self, observation: str, messages: Sequence[Mapping[str, str]] | None = None

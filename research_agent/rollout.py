@@ -337,7 +337,8 @@ class ActiveRollout:
         self.state_key = _state_key(result.info)
         if result.terminated or result.truncated:
             return self._trajectory(result, "")
-        tokens = renderer.encode_text(result.observation)
+        markup = result.info.get("chat_markup", ())
+        tokens = renderer.encode_observation(result.observation, markup)
         length = self.response + len(tokens)
         budget = ""
         if length >= self.sampling.max_response:  # no room for them and one more

@@ -137,6 +137,8 @@ class EnvCore:
             self._language(question),
         )
         info = _info(episode, chat)
+        if self.protocol.tool_format is not None:
+            info["tools"] = self.protocol.tool_format.schemas
         return episode, self.protocol.prompt(self.template, question.question), info
 
     def _language(self, question: Question) -> str:
@@ -161,7 +163,8 @@ class EnvCore:
         before its weight, as ``reward/NAME``. If the engine failed, all of them are 0. With
         ``turn_reward`` each turn has a reward of its own, and the last one gets the episode's too.
         """
-        info = _info(episode, [])
+        turn = episode.turns[-1] if episode.turns and not episode.over else None
+        info = _info(episode, [call.message for call in turn.calls] if turn else [])
         of_turn = self.turn_reward.earned(episode) if self.turn_reward else 0.0
         if not episode.over:
             return StepOutput(episode.turns[-1].observation, of_turn, False, False, info)
@@ -253,9 +256,18 @@ def _kind_and_options(url: str) -> str:
     return f"{kind}?{'&'.join(kept)}" if kept else kind
 
 
-def resolve_search(episode: Episode, found: list[Hit] | RetrievalError) -> Episode:
-    """The pending episode with what the engine said: hits, or a failure that makes it void."""
-    return fail(episode) if isinstance(found, RetrievalError) else observe(episode, found)
+def resolve_search(episode: Episode, *found: list[Hit] | RetrievalError) -> Episode:
+    """The pending episode with what the engine said: hits, or a failure that makes it void.
+
+    Args:
+        episode: one that is pending.
+        found: what was found for each of its ``pending_queries``.
+    """
+    for each in found:
+        if isinstance(each, RetrievalError):
+            return fail(episode)
+        episode = observe(episode, each)
+    return episode
 
 
 def make_core(**settings: Unpack[EnvSettings]) -> EnvCore:
@@ -376,10 +388,13 @@ def _info(episode: Episode, chat: list[dict[str, str]]) -> dict[str, Any]:
     """Constant keys and types, so that infos of many environments batch into arrays."""
     turn = episode.turns[-1] if episode.turns else None
     hits = turn.hits if turn else ()
+    turn_format = episode.protocol.tool_format
     return {
         "question_id": episode.question.id,
         "question": episode.question.question,
         "messages": chat,
+        "tools": [],
+        "chat_markup": turn_format.markup if turn and turn.observation and turn_format else (),
         "query": (turn.query or "") if turn else "",
         "passage_ids": tuple([hit.passage.id for hit in hits]),
         "passage_titles": tuple([hit.passage.title for hit in hits]),

@@ -38,6 +38,8 @@ class SearchQAEnv(gym.Env[str, str]):
     Always the same keys:
 
     - ``question_id``, ``question`` and, after ``reset``, ``messages`` (the prompt as a chat);
+    - with tool calls ``tools`` (JSON Schemas) after ``reset``, and after a turn ``messages`` (a
+      result for each call) and ``chat_markup`` (the chat tokens of the observation);
     - ``strata``: the question's hops and type, by which results are told apart;
     - after a search ``query``, ``passage_ids``, ``passage_titles`` and ``passage_scores``;
     - ``state_key``: equal where two episodes of a question have found the same passages;
@@ -154,8 +156,8 @@ class SearchQAEnv(gym.Env[str, str]):
             raise EpisodeError("there is no episode yet; call reset first")
         episode = advance(self._episode, action)
         if episode.pending is not None:
-            found = self._core.search([episode.pending])[0]
-            episode = resolve_search(episode, found)
+            found = self._core.search(episode.pending_queries)
+            episode = resolve_search(episode, *found)
         self._episode = episode
         output = self._core.output(episode)
         if self.render_mode == "human":

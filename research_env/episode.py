@@ -16,6 +16,7 @@ from research_env.datasets.base import Question
 from research_env.errors import ActionError, EpisodeError, UnknownNameError
 from research_env.protocol import ActionKind, Protocol
 from research_env.retrieval.base import Hit, Passage
+from research_env.tools import Call, has_calls, read_calls, show_hits
 
 StopReason = Literal["answer", "no_answer", "max_searches", "max_turns", "length", "backend_error"]
 CutReason = Literal["length"]
@@ -31,9 +32,10 @@ class Turn:
     Attributes:
         action: what the policy wrote, up to and with the terminator.
         kind: what it asked for.
-        query: of a search, as the engine got it.
-        hits: of a search, best first.
+        query: of a search, as the engine got it; of several, a line each.
+        hits: of a search, best first; of several, one after the other.
         observation: the text that was appended after the action.
+        calls: of tools, in order.
     """
 
     action: str
@@ -41,6 +43,14 @@ class Turn:
     query: str | None = None
     hits: tuple[Hit, ...] = ()
     observation: str = ""
+    calls: tuple[Call, ...] = ()
+
+    @property
+    def queries(self) -> tuple[str, ...]:
+        """The queries of its searches; a blank one is "" and finds nothing."""
+        if self.calls:
+            return tuple([call.query for call in self.calls if call.query is not None])
+        return (self.query or "",) if self.kind == "search" else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +67,7 @@ class Episode:
         chat: the prompt is a chat, whose template may have opened `think` for the policy.
         metric_language: the language by whose rules answers are compared (`metrics.LANGUAGES`).
         turns: so far, in order.
-        pending: the query of the last turn while it waits for its hits.
+        pending: the query of the last turn while it waits for its hits; of several, the first.
         stop_reason: why it is over; None while it goes on.
         prediction: once it is over, the final answer in all that the policy wrote, by the
             protocol's rule; None: there is none.
@@ -100,10 +110,19 @@ class Episode:
     @property
     def searches(self) -> int:
         """Searches that were answered, or are about to be (refused ones do not count)."""
-        asked = sum(turn.kind == "search" for turn in self.turns)
+        asked = sum([len(turn.queries) for turn in self.turns])
         last = self.turns[-1] if self.over and self.turns else None
-        refused = last is not None and last.kind == "search" and not last.observation
-        return asked - refused
+        refused = last is not None and not last.observation
+        return asked - (len(last.queries) if last and refused else 0)
+
+    @property
+    def pending_queries(self) -> tuple[str, ...]:
+        """All queries that wait for their hits, in the order in which `observe` takes them."""
+        if self.pending is None:
+            return ()
+        calls = self.turns[-1].calls
+        waiting = [each.query for each in calls if each.query is not None and each.result is None]
+        return tuple(waiting) if calls else (self.pending,)
 
 
 def advance(episode: Episode, action: str) -> Episode:
@@ -129,6 +148,8 @@ def advance(episode: Episode, action: str) -> Episode:
 
     protocol = episode.protocol
     action = protocol.cut(action)
+    if protocol.tool_format is not None and has_calls(action):
+        return _call_tools(episode, action)
     kind, query = protocol.parse(action)
     last = episode.max_turns is not None and len(episode.turns) + 1 >= episode.max_turns
 
@@ -137,9 +158,8 @@ def advance(episode: Episode, action: str) -> Episode:
         if full or last:
             reason: StopReason = "max_searches" if full else "max_turns"
             return _extend(episode, Turn(action, kind, query), stop_reason=reason)
-        if not query:
-            return _extend(episode, Turn(action, kind, query, (), protocol.render(())))
-        return _extend(episode, Turn(action, kind, query), pending=query)
+        seen = "" if query else protocol.render(())
+        return _extend(episode, Turn(action, kind, query, (), seen), pending=query or None)
     if kind == "invalid" and protocol.hint is not None:
         if last:
             return _extend(episode, Turn(action, kind), stop_reason="max_turns")
@@ -151,6 +171,8 @@ def advance(episode: Episode, action: str) -> Episode:
 def observe(episode: Episode, hits: Sequence[Hit]) -> Episode:
     """The episode after its pending search was answered with these hits, best first.
 
+    Where a turn has several searches this answers the first that waits, and the next is pending.
+
     Raises:
         EpisodeError: no search is pending.
     """
@@ -158,6 +180,8 @@ def observe(episode: Episode, hits: Sequence[Hit]) -> Episode:
         raise EpisodeError("there is no pending search that these hits could answer")
     turn, hits = episode.turns[-1], tuple(hits)
     shown = _shorten(hits, episode.max_passage_chars)
+    if turn.calls:
+        return _answer_call(episode, hits, shown)
     seen = Turn(turn.action, turn.kind, turn.query, hits, episode.protocol.render(shown))
     return Episode(
         episode.question,
@@ -200,7 +224,7 @@ def truncate(episode: Episode, reason: CutReason = "length") -> Episode:
         raise UnknownNameError("reason to truncate an episode", reason, get_args(CutReason))
     if episode.stop_reason is not None:
         raise EpisodeError(f"the episode is over ({episode.stop_reason}); it cannot be truncated")
-    written = episode.protocol.extract("".join(episode.actions))
+    written = _final_answer(episode.protocol, episode.turns)
     return replace(episode, pending=None, stop_reason=reason, prediction=written)
 
 
@@ -236,5 +260,66 @@ def _extend(
         turns,
         pending,
         stop_reason,
-        stop_reason and episode.protocol.extract("".join([each.action for each in turns])),
+        stop_reason and _final_answer(episode.protocol, turns),
     )
+
+
+def _final_answer(protocol: Protocol, turns: Sequence[Turn]) -> str | None:
+    """The prediction; with tools each turn is a message of its own, and the last one answers."""
+    actions = [turn.action for turn in turns]
+    return protocol.extract("".join(actions[-1:] if protocol.tool_format else actions))
+
+
+def _call_tools(episode: Episode, action: str) -> Episode:
+    """The episode after a turn that calls tools.
+
+    Searches over the limit get an error as their result, unless none is left at all.
+    """
+    assert episode.protocol.tool_format is not None
+    used = {call.id for turn in episode.turns for call in turn.calls}
+    number = len(episode.turns)
+    calls = read_calls(action, episode.protocol.tool_format.tools, turn=number, used=used)
+    asked = sum(call.query is not None for call in calls)
+    left = asked if episode.max_searches is None else episode.max_searches - episode.searches
+
+    if asked and left <= 0:
+        return _extend(episode, _turn_of(action, calls), stop_reason="max_searches")
+    if episode.max_turns is not None and number + 1 >= episode.max_turns:
+        return _extend(episode, _turn_of(action, calls), stop_reason="max_turns")
+    run: list[Call] = []
+    for call in calls:
+        over = call.query is not None and left <= 0
+        left -= call.query is not None
+        error = f"error: the limit of {episode.max_searches} searches is reached"
+        run.append(replace(call, query=None, result=error) if over else call)
+    return _go_on(episode, _turn_of(action, run))
+
+
+def _answer_call(episode: Episode, hits: tuple[Hit, ...], shown: tuple[Hit, ...]) -> Episode:
+    """The episode after the first call that waits has its hits."""
+    calls = list(episode.turns[-1].calls)
+    at = next(i for i, call in enumerate(calls) if call.result is None)
+    limit = calls[at].limit
+    result = show_hits(shown[:limit])
+    calls[at] = replace(calls[at], hits=hits[:limit], result=result)
+    before = replace(episode, turns=episode.turns[:-1], pending=None)
+    return _go_on(before, _turn_of(episode.turns[-1].action, calls))
+
+
+def _go_on(episode: Episode, turn: Turn) -> Episode:
+    """The episode with a turn that waits for the first search without hits, or is complete."""
+    assert episode.protocol.tool_format is not None
+    for call in turn.calls:
+        if call.result is None:
+            return _extend(episode, turn, pending=call.query)
+    return _extend(
+        episode, replace(turn, observation=episode.protocol.tool_format.framer(turn.calls))
+    )
+
+
+def _turn_of(action: str, calls: Sequence[Call]) -> Turn:
+    queries = [call.query for call in calls if call.query is not None]
+    hits = [hit for call in calls for hit in call.hits]
+    kind: ActionKind = "search" if queries else "invalid"
+    joined = "\n".join(queries) if queries else None
+    return Turn(action, kind, joined, tuple(hits), calls=tuple(calls))

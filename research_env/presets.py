@@ -157,6 +157,17 @@ RESEARCH_7B: Preset = {
     "run": {"steps": 155, "save_every": 10, "eval_args": _DEV},
 }
 
+# train_multi_node.sh of Agent-RL/ReCall, branch main, and its ppo_trainer.yaml: 256 x 5 in
+# mini-batches of 64 tasks, turns of 512 tokens. They train on SynTool, too; here on MuSiQue.
+RECALL_7B = _derived(
+    RESEARCH_7B,
+    "ReCall (Chen et al. 2025): GRPO with tool calls on MuSiQue, Qwen2.5-7B-Instruct.",
+    environment={"env_args": {"protocol": "recall", "reward": "recall", **_INSTRUCT}},
+    policy={"model": "Qwen/Qwen2.5-7B-Instruct", "chat_template": True},
+    sampling={"max_prompt": 1536, "max_response": 6656, "max_turn_tokens": 512},
+    learner={"minibatches": 4, "micro_batch_tokens": 16384},
+)
+
 # Song et al. 2025, "R1-Searcher", section 4.1, and scripts/qwen_reinforce_plus_train.sh of the
 # authors (64 tasks x 16, train batch 256, KL 0, the baseline of the group, AdamW's betas). Stage 1
 # has 350 questions of HotpotQA and 2Wiki; stage 2 has 8,148, graded by difficulty. Neither paper
@@ -296,6 +307,7 @@ _PAPERS = {
     "research-32b-instruct": _instruct(
         RESEARCH_7B, f"{_RESEARCH}, Qwen2.5-32B-Instruct.", "Qwen/Qwen2.5-32B-Instruct"
     ),
+    "recall-7b": RECALL_7B,
     "r1-searcher-qwen": R1_SEARCHER_QWEN,
     "r1-searcher-llama": R1_SEARCHER_LLAMA,
     "search-r1-grpo": SEARCH_R1_GRPO,

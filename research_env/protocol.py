@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from research_env.errors import UnknownNameError
 from research_env.markup import Tag, between, clean
 from research_env.retrieval.base import MAX_QUERY_CHARACTERS, Hit
+from research_env.tools import ToolFormat
 
 ActionKind = Literal["search", "answer", "invalid"]
 Message = dict[str, str]
@@ -51,6 +52,7 @@ class Protocol:
         max_turns: actions that an episode may take, the last of which cannot search; None: no cap.
         top_k: passages a search returns.
         reward: name of the reward that the authors train with.
+        tool_format: of a protocol whose turns call tools, several at a time; None: any other.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Protocol:
     max_turns: int | None = None
     top_k: int = 5
     reward: str = "research"
+    tool_format: ToolFormat | None = None
 
     def cut(self, text: str) -> str:
         """The text up to and with the first terminator; all of it where there is none."""

@@ -105,7 +105,7 @@ def query_diversity(episode: Episode) -> float:
 
     Source of the distance: Jaccard 1912, "The distribution of the flora in the alpine zone".
     """
-    asked = [turn.query or "" for turn in episode.turns if turn.kind == "search"]
+    asked = [query for turn in episode.turns for query in turn.queries]
     bags = [set(normalize(query).split()) for query in asked[: episode.searches]]
     pairs = [1 - len(a & b) / len(a | b) if a | b else 0.0 for a, b in combinations(bags, 2)]
     return sum(pairs) / len(pairs) if pairs else 1.0

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypedDict, Unpack
 
@@ -113,6 +113,7 @@ class Sessions:
             seed: draws their order.
         """
         rows: list[Task] = []
+        tools = self.core.protocol.tool_format
         for number in range(self.num_tasks):
             question = self.core.questions[self.core.draw_question(seed, number)]
             rows.append(
@@ -120,7 +121,7 @@ class Sessions:
                     "id": question.id,
                     "prompt": self.core.protocol.prompt(self.core.template, question.question),
                     "messages": self.core.protocol.messages(self.core.template, question.question),
-                    "tools": [],
+                    "tools": tools.schemas if tools else [],
                     "strata": strata(question),
                 }
             )
@@ -206,18 +207,15 @@ class Session:
         """
         with self._one_step():
             episode = advance(self.episode, action)
-            if episode.pending is None:
-                return self._conclude(episode, None)
-            found = self._sessions.searches.request(episode.pending).result()
-            return self._conclude(episode, found)
+            asked = [self._sessions.searches.request(each) for each in episode.pending_queries]
+            return self._conclude(episode, [each.result() for each in asked])
 
     async def astep(self, action: str) -> StepOutput:
         """The same as :meth:`step`, without blocking the event loop during the search."""
         with self._one_step():
             episode = advance(self.episode, action)
-            if episode.pending is None:
-                return self._conclude(episode, None)
-            found = await asyncio.wrap_future(self._sessions.searches.request(episode.pending))
+            asked = [self._sessions.searches.request(each) for each in episode.pending_queries]
+            found = await asyncio.gather(*map(asyncio.wrap_future, asked))
             return self._conclude(episode, found)
 
     def truncate(self, reason: CutReason = "length") -> StepOutput:
@@ -230,7 +228,7 @@ class Session:
             EpisodeError: the episode is over, or a step of this session is under way.
         """
         with self._one_step():
-            return self._conclude(truncate(self.episode, reason), None)
+            return self._conclude(truncate(self.episode, reason), ())
 
     def fork(self) -> Session:
         """A second session that continues from the present state; this one stays as it is."""
@@ -246,8 +244,8 @@ class Session:
         finally:
             self._stepping.release()
 
-    def _conclude(self, episode: Episode, found: Found | None) -> StepOutput:
-        settled = episode if found is None else resolve_search(episode, found)
+    def _conclude(self, episode: Episode, found: Sequence[Found]) -> StepOutput:
+        settled = resolve_search(episode, *found)
         output = self._sessions.core.output(settled)
         self.episode = settled
         return output

@@ -72,9 +72,9 @@ def repeated_query(before: Episode, after: Episode) -> float:
 
     A blank query repeats any other blank one.
     """
-    asked = {normalize(turn.query or "") for turn in before.turns if turn.kind == "search"}
-    new = [turn for turn in _new(before, after) if turn.kind == "search"]
-    return float(any(normalize(turn.query or "") in asked for turn in new))
+    asked = {normalize(query) for turn in before.turns for query in turn.queries}
+    new = [query for turn in _new(before, after) for query in turn.queries]
+    return float(any(normalize(query) in asked for query in new))
 
 
 def invalid_action(before: Episode, after: Episode) -> float:

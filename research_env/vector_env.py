@@ -20,7 +20,7 @@ from research_env.errors import (
     RetrievalError,
     UnknownNameError,
 )
-from research_env.retrieval.batching import QueryBatcher, SearchCounts
+from research_env.retrieval.batching import Found, QueryBatcher, SearchCounts
 from research_env.sessions import Sessions
 from research_env.spaces import UnicodeText
 
@@ -103,7 +103,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
             max_batch=int(max_batch), max_wait=max_wait, cache_size=cache_size, **settings
         )
         self._core = self._sessions.core
-        self._searches: QueryBatcher[tuple[int, Episode]] = self._sessions.searches
+        self._searches: QueryBatcher[tuple[int, Episode, int]] = self._sessions.searches
         self.single_action_space = UnicodeText(terminators=self._core.protocol.terminators)
         self.single_observation_space = UnicodeText()
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -112,6 +112,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         self._next = list(range(num_envs))
         self._ready: list[StepResult] = []
         self._sent: set[int] = set()
+        self._found: dict[int, dict[int, Found]] = {}  # for some of the queries of an action
         self.closed = False
 
     @property
@@ -206,8 +207,10 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
                 f"step takes {self.num_envs} texts, one a sub-environment, not {actions!r:.80}"
             )
         moved = {i: self._advance(i, actions[i]) for i in self._chosen(mask)}
-        asked = {i: each.pending for i, each in moved.items() if each and each.pending}
-        found = dict(zip(asked, self._searches.ask(list(asked.values())), strict=True))
+        asked = [(i, query) for i, each in moved.items() if each for query in each.pending_queries]
+        found: dict[int, list[Found]] = {}
+        for (i, _), hits in zip(asked, self._searches.ask([q for _, q in asked]), strict=True):
+            found.setdefault(i, []).append(hits)
 
         observations = [""] * self.num_envs
         rewards = np.zeros(self.num_envs, dtype=np.float64)
@@ -215,7 +218,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         truncations = np.zeros(self.num_envs, dtype=np.bool_)
         infos = {}
         for i, episode in moved.items():
-            settled = resolve_search(episode, found[i]) if episode and i in asked else episode
+            settled = resolve_search(episode, *found.get(i, ())) if episode else None
             result = self._conclude(i, settled)
             _, observations[i], rewards[i], terminations[i], truncations[i], infos[i] = result
         together = batched_infos(infos, self.num_envs)
@@ -243,7 +246,8 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
                 self._ready.append(self._conclude(i, episode))
                 continue
             self._episodes[i] = episode
-            self._searches.submit((i, episode), episode.pending)
+            for number, query in enumerate(episode.pending_queries):
+                self._searches.submit((i, episode, number), query)
 
     def recv(self, timeout: float | None = None, min_results: int = 1) -> list[StepResult]:
         """The results that are ready, in the order in which they became so.
@@ -264,13 +268,17 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
             taken = self._searches.take(wait)
             if taken is None:
                 break
-            (i, asked), found = taken
+            (i, asked, number), found = taken
             if self._episodes[i] is not asked:
                 continue  # it was reset in the meantime
             if isinstance(found, Exception) and not isinstance(found, RetrievalError):
-                self._sent.discard(i)
+                self._drop_sent([i])
                 raise found
-            self._ready.append(self._conclude(i, resolve_search(asked, found)))
+            held = self._found.setdefault(i, {})
+            held[number] = found
+            if len(held) == len(asked.pending_queries):
+                answers = [held[n] for n in sorted(self._found.pop(i))]
+                self._ready.append(self._conclude(i, resolve_search(asked, *answers)))
         results, self._ready = self._ready, []
         self._sent.difference_update(result.env_id for result in results)
         return results
@@ -351,6 +359,8 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         """Forget what these sub-environments have sent and not yet received."""
         self._sent.difference_update(env_ids)
         self._ready = [result for result in self._ready if result.env_id not in env_ids]
+        for i in env_ids:
+            self._found.pop(i, None)
 
     def _check_id(self, i: int) -> int:
         if not 0 <= i < self.num_envs:

@@ -41,6 +41,7 @@ from research_env.errors import (
 )
 from research_env.papers import PROTOCOLS
 from research_env.retrieval import index_corpus, open_retriever
+from research_env.tools import write_call
 from research_env.vector_env import SearchQAVectorEnv
 from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
 from tests.research_agent.disks import small_disk
@@ -74,7 +75,7 @@ WRONG: list[tuple[dict[str, Any], type[ResearchEnvError], str]] = [
     ({"dataset": 7}, UnknownNameError, "data set 7; known"),
     ({"split": "test"}, UnknownNameError, "'test'; known: dev, train"),
     ({"split": ["dev"]}, ConfigurationError, r"a name such as 'dev', not \['dev'\]"),
-    ({"protocol": "reserch"}, UnknownNameError, "known: r1-searcher, research, search-r1"),
+    ({"protocol": "reserch"}, UnknownNameError, "known: r1-searcher, recall, research, search-r1"),
     ({"protocol": []}, UnknownNameError, r"protocol \[\]; known"),
     ({"reward": "f2"}, UnknownNameError, "known: answer_length, cem, em, f1"),
     ({"reward": 7}, UnknownNameError, "known: answer_length, cem, em, f1"),
@@ -343,6 +344,8 @@ SAID = {
     "research": ("<think>look", "<search>a</search>", "</think><answer>\\boxed{F. 0}</answer>"),
     "r1-searcher": ("look", "<|begin_of_query|>a<|end_of_query|>", "</think><answer>F. 0</answer>"),
     "search-r1": ("look", "<search>a</search>", "<answer>F. 0</answer>"),
+    "tool-calls": ("look", write_call("search", {"query": "a"}), "\\boxed{F. 0}"),
+    "recall": ("look</think>", write_call("wikipedia_search", {"query": "a"}), "\\boxed{F. 0}"),
 }
 
 
@@ -369,11 +372,12 @@ def played(renderer: Renderer, rules: str, engine: Blank) -> Trajectory:
     pages=st.lists(st.tuples(PASSAGE, PASSAGE), max_size=3),
     rules=st.sampled_from(sorted(PROTOCOLS)),
     merges=st.booleans(),
+    chat=st.booleans(),
 )
 def test_no_passage_changes_what_is_learned_from_or_what_it_earns(
-    pages: list[tuple[str, str]], rules: str, merges: bool
+    pages: list[tuple[str, str]], rules: str, merges: bool, chat: bool
 ) -> None:
-    renderer = codec_of(byte_tokenizer(merges=merges))
+    renderer = codec_of(byte_tokenizer(merges=merges), chat_template=chat)
     hostile = played(renderer, rules, Blank(pages))
     blank = played(renderer, rules, Blank([("", "")] * len(pages)))
     assert hostile.reward == blank.reward
@@ -381,11 +385,14 @@ def test_no_passage_changes_what_is_learned_from_or_what_it_earns(
     told, expected = (make_batch([Group(0, [t])]).targets.tolist() for t in (hostile, blank))
     assert told == expected  # the tokens that are learned: those that the policy wrote
     assert renderer.decode(told).count(SAID[rules][1]) == 2
-    specials = set(renderer.tokenizer.all_special_ids)
+    special_names = set(renderer.tokenizer.all_special_tokens)
     for segment in hostile.segments:
         if segment.provenance == "observation":
             assert renderer.decode(segment.tokens) == segment.text
-            assert not specials & set(segment.tokens)
+            names = renderer.tokenizer.convert_ids_to_tokens(list(segment.tokens))
+            frame = ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+            framed = chat and PROTOCOLS[rules].tool_format is not None
+            assert [n for n in names if n in special_names] == (frame if framed else [])
 
 
 def test_the_hint_after_an_invalid_action_is_no_action_either() -> None:

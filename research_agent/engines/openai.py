@@ -81,6 +81,10 @@ class OpenAIRenderer:
         """Return the tokens of a text."""
         return [self._number(piece, piece) for piece in _PIECE.findall(text)]
 
+    def encode_observation(self, observation: str, markup: Sequence[str] = ()) -> list[int]:
+        """Return the tokens of what the environment answers; markup is text to an endpoint."""
+        return self.encode_text(observation)
+
     def encode_prompt(
         self, observation: str, messages: Sequence[Mapping[str, str]] | None = None
     ) -> list[int]:

@@ -15,6 +15,8 @@ _MODULES = (
     "research",
     "r1_searcher",
     "search_r1",
+    "tool_calls",
+    "recall",
 )
 
 _FOUND: list[Paper] = [import_module(f"{__name__}.{name}").PAPER for name in _MODULES]

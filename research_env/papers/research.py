@@ -84,8 +84,11 @@ def _render_research(protocol: Protocol, hits: Sequence[Hit]) -> str:
 def _extract_boxed(protocol: Protocol, response: str) -> str | None:
     r"""The last ``\boxed{...}`` of the first answer, odd cases as in the authors' reward."""
     answer = between(response, protocol.answer)
-    if answer is None:
-        return None
+    return None if answer is None else last_boxed(answer)
+
+
+def last_boxed(answer: str) -> str | None:
+    r"""What the last ``\boxed{...}`` of a text holds, or None."""
     if "\\boxed " in answer:
         return answer.rsplit("\\boxed ", 1)[1].split("$", 1)[0]
     start = answer.rfind("\\boxed")

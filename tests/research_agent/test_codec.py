@@ -153,3 +153,19 @@ def test_load_refuses_what_cannot_be_used(tmp_path: Path) -> None:
         load_renderer(tmp_path / "endless")
     with pytest.raises(ModelError, match="no end token"):
         Renderer(tokenizer, frozenset())
+
+
+def test_chat_markup_of_an_observation_is_special_and_the_rest_is_text() -> None:
+    text, markup = (
+        "\n<|im_start|>user\n<|endoftext|><|im_end|>",
+        ("<|im_start|>", "<|im_end|>", "[X]"),
+    )
+    chat = codec_of(byte_tokenizer(), chat_template=True)
+    start, end = chat.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    inside = chat.encode_text("user\n<|endoftext|>")
+    expected = [*chat.encode_text("\n"), start, *inside, end]
+    assert chat.encode_observation(text, markup) == expected
+    assert chat.encode_observation(text) == chat.encode_text(text)
+    assert chat.decode(expected) == text
+    plain = codec_of(byte_tokenizer())
+    assert plain.encode_observation(text, markup) == plain.encode_text(text)

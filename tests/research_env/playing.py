@@ -29,6 +29,6 @@ def play(
     episode = Episode(question, rules, rules.max_searches, rules.max_turns)
     for action in actions:
         episode = advance(episode, action)
-        if episode.pending is not None:
+        while episode.pending is not None:
             episode = observe(episode, hits)
     return episode

@@ -29,7 +29,7 @@ from research_env.rewards import METRICS
 from tests.research_env.fakes import DATASET, QUESTIONS, Engine, answer, hit, search
 
 INFO_KEYS = {
-    *("question_id", "question", "messages", "query"),
+    *("question_id", "question", "messages", "tools", "chat_markup", "query"),
     *("passage_ids", "passage_titles", "passage_scores", "state_key"),
     *("prediction", "answers", "supporting_ids", "strata", "metrics", "stop_reason", "void"),
 }
@@ -237,7 +237,7 @@ def test_protocols_set_the_defaults() -> None:
         ({"max_searches": -1}, "max_searches is an integer from 0 on, not -1"),
         ({"max_turns": 0}, "max_turns is an integer from 1 on, not 0"),
         ({"protocol": "search-r1", "max_searches": 8}, "set max_turns=9"),
-        ({"protocol": "serch"}, "unknown protocol 'serch'; known: r1-searcher, research"),
+        ({"protocol": "serch"}, "unknown protocol 'serch'; known: r1-searcher, recall, research"),
         ({"reward": "f2"}, "unknown reward 'f2'"),
         ({"template": "chat"}, "unknown template 'chat'"),
         ({"render_mode": "rgb"}, "unknown render mode 'rgb'; known: ansi, human"),

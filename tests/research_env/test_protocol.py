@@ -157,6 +157,7 @@ MARKS = sorted(
         for rules in PROTOCOLS.values()
         for tag in (rules.think, rules.query, rules.result, rules.answer)
         for mark in tag
+        if mark != "}"  # which closes nothing without \\boxed{
     }
 )
 HOSTILE = st.lists(

@@ -24,6 +24,7 @@ from research_env.papers import PAPERS, PROTOCOLS, base
 from research_env.protocol import Protocol
 from research_env.retrieval.base import Hit, Passage
 from research_env.rewards import REWARDS, episode_metrics, evaluate, reward
+from research_env.tools import write_call
 from tests.research_env.fakes import DATASET, Engine
 from tests.research_env.own_rewards import later
 from tests.research_env.playing import PLAIN, play
@@ -263,6 +264,9 @@ GOOD = {
                  "</answer>"],
     "r1-searcher": ["a <|begin_of_query|>q<|end_of_query|>", "b</think><answer>Paris</answer>"],
     "search-r1": ["<think>a</think><search>q</search>", "<think>b</think><answer>Paris</answer>"],
+    "tool-calls": [write_call("search", {"query": "q"}), "b \\boxed{Paris}"],
+    "recall": ["a</think>" + write_call("wikipedia_search", {"query": "q"}),
+               "b</think> \\boxed{Paris}"],
 }  # fmt: skip
 
 
@@ -375,7 +379,7 @@ def test_the_names_are_those_of_the_papers() -> None:
     assert set(REWARDS) == {
         "research", "research-strict", "r1-searcher-stage1", "r1-searcher-stage2",
         "r1-searcher-stage2-cem", "r1-searcher-stage2-em", "r1-searcher-stage2-llama",
-        "search-r1", "search-r1-format", "f1", "em", "cem", "format",
+        "search-r1", "search-r1-format", "recall", "f1", "em", "cem", "format",
     }  # fmt: skip
     assert all(protocol.reward in REWARDS for protocol in PROTOCOLS.values())
     assert all(REWARDS[name].__doc__ for name in REWARDS)

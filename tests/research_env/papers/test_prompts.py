@@ -24,6 +24,8 @@ DIGESTS = {
     ("r1-searcher", "instruct"): "89df1f71c10526ff",
     ("search-r1", "base"): "5477ed3a877077e6",
     ("search-r1", "instruct"): "5477ed3a877077e6",
+    ("recall", "base"): "e945aa80ca3c8caa",
+    ("recall", "instruct"): "75168c36cd9ee24c",
 }
 
 

@@ -1,0 +1,159 @@
+r"""ReCall (Chen et al. 2025): ReSearch's successor, with tool calls: prompt, tool and reward.
+
+The prompt and each observation open ``<think>`` for the policy, so its turns do not.
+
+References:
+    The code of Agent-RL/ReCall, branch main: ``verl/utils/dataset/template.py`` (the prompt, word
+    for word), ``data/prepare_musique_recall.py`` (the tool), ``vllm_rollout_spmd.py`` (calls and
+    results) and ``verl/utils/reward_score/re_call.py``. There is no paper of its own; it names that
+    of ReSearch (arXiv:2503.19470).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from research_env.episode import Episode
+from research_env.markup import Tag
+from research_env.papers.base import Paper, f1_reward, once_per_episode
+from research_env.papers.tool_calls import extract_last_boxed, parse_calls, render_response
+from research_env.protocol import Protocol
+from research_env.tools import (
+    CALL,
+    END_OF_TURN,
+    MAX_CALL_CHARACTERS,
+    RESPONSE,
+    Call,
+    Tool,
+    ToolFormat,
+    shown,
+)
+
+WIKIPEDIA_SEARCH = Tool(
+    name="wikipedia_search",
+    description="Search Wikipedia for a given query.",
+    parameters={
+        "query": {"type": "string", "description": "Query to search for."},
+        "top_n": {
+            "type": "integer",
+            "description": "Number of results to return. The default value is 5.",
+            "default": 5,
+        },
+    },
+)
+
+_SYSTEM = (
+    "In this environment you have access to a set of tools you can use to assist with the user "
+    "query. You may perform multiple rounds of function calls. "
+    "In each round, you can call one or more functions.\n"
+    "\n"
+    "Here are available functions in JSONSchema format: \n"
+    f"```json\n{json.dumps([WIKIPEDIA_SEARCH.schema], indent=4)}\n```\n"
+    "\n"
+    "In your response, you need to first think about the reasoning process in the mind and then "
+    "conduct function calling to get the information or perform the actions if needed. "
+    "The reasoning process and function calling are enclosed within <think> </think> and "
+    "<tool_call> </tool_call> tags. "
+    "The results of the function calls will be given back to you after execution, "
+    "and you can continue to call functions until you get the final answer for the user's "
+    "question. "
+    "Finally, if you have got the answer, enclose it within \\boxed{} with latex format and do not "
+    "continue to call functions, "
+    "i.e., <think> Based on the response from the function call, I get the weather information. "
+    "</think> The weather in Beijing on 2025-04-01 is \\[ \\boxed{20C} \\].\n"
+    "\n"
+    "For each function call, return a json object with function name and arguments within "
+    "<tool_call></tool_call> XML tags:\n"
+    "<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n'
+    "</tool_call>"
+)
+
+
+def _frame_recall(calls: Sequence[Call]) -> str:
+    """One message in which each result stands behind its call, and the opening of a thought."""
+    blocks = "".join(
+        f"{RESPONSE.open}{shown(call.text, MAX_CALL_CHARACTERS)}\n{call.result}\n{RESPONSE.close}\n"
+        for call in calls
+    )
+    return f"\n<|im_start|>user\n{blocks}{END_OF_TURN}\n<|im_start|>assistant\n<think>"
+
+
+RECALL = Protocol(
+    name="recall",
+    think=Tag("<think>", "</think>"),
+    query=CALL,
+    result=RESPONSE,
+    answer=Tag("\\boxed{", "}"),
+    terminators=(END_OF_TURN,),
+    parser=parse_calls,
+    renderer=render_response,
+    extractor=extract_last_boxed,
+    prompts={
+        "base": (
+            (
+                "user",
+                f"<|im_start|>system\n{_SYSTEM}<|im_end|>\n<|im_start|>user\n"
+                "{question}<|im_end|>\n<|im_start|>assistant\n<think>",
+            ),
+        ),
+        "instruct": (("system", _SYSTEM), ("user", "{question}"), ("assistant", "<think>")),
+    },
+    max_turns=5,
+    top_k=5,
+    reward="recall",
+    tool_format=ToolFormat((WIKIPEDIA_SEARCH,), _frame_recall),
+)
+
+
+def recall(episode: Episode) -> float:
+    r"""ReCall's reward: F1 of the boxed answer where the format holds, or 0.1 where F1 is 0.
+
+    0 without the format (`recall_format`).
+
+    Source: Agent-RL/ReCall, ``compute_score_with_format`` of
+    ``verl/utils/reward_score/re_call.py``.
+    """
+    return (f1_reward(episode) or 0.1) if recall_format(episode) else 0.0
+
+
+@once_per_episode
+def recall_format(episode: Episode) -> bool:
+    r"""Whether each turn has ReCall's format, and the last one an answer.
+
+    Each turn, with the ``<think>`` that stands before it, has as many ``<think>`` as ``</think>``
+    and as many ``<tool_call>`` as ``</tool_call>``; what stands between the latter is JSON that
+    says ``"name"`` and ``"arguments"``. The last turn has a ``\boxed{...}`` that can be read, and
+    the episode ended by itself (the authors need the end token). Whether a tool exists and takes
+    these arguments is not looked at.
+
+    Source: ``validate_template_format`` of the same file.
+    """
+    if episode.prediction is None or episode.truncated:
+        return False
+    return all(_turn_holds(f"<think>{action}") for action in episode.actions)
+
+
+def _turn_holds(text: str) -> bool:
+    if text.count("<think>") != text.count("</think>"):
+        return False
+    if text.count(CALL.open) != text.count(CALL.close):
+        return False
+    start = text.find(CALL.open)
+    while start >= 0:
+        end = text.find(CALL.close, start)
+        if end < 0:
+            break
+        call = text[start + len(CALL.open) : end].strip()
+        if '"name"' not in call or '"arguments"' not in call:
+            return False
+        try:
+            json.loads(call)
+        except (ValueError, RecursionError):
+            return False
+        start = text.find(CALL.open, end)
+    return True
+
+
+PAPER = Paper(protocol=RECALL, rewards={"recall": recall}, follows_format=recall_format)
