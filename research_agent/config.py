@@ -74,6 +74,9 @@ class SamplingConfig:
     """Of the softmax that tokens are drawn from. Other than 1, learning takes it into account."""
     max_prompt: int = 512
     """Longest first observation, in tokens. A longer one stops the run with its episode number."""
+    overlong_prompts: Literal["error", "skip"] = "error"
+    """What becomes of a task with a longer prompt: stop the run, or leave the task out (see
+    skipped_fraction in the log)."""
     max_response: int = 8192
     """Longest rest of an episode, in tokens: all actions and observations together. An episode
     also ends where the model's context does."""
@@ -379,6 +382,7 @@ NEUTRAL = frozenset(
         "learner.packing",
         "learner.gradient_checkpointing",
         "learner.compile",
+        "sampling.overlong_prompts",  # what has been learned from had no such prompt
     }
 )
 # The environment's provenance decides whether these change the episodes, if there is one.
@@ -554,6 +558,7 @@ def changes(
             and then the environment's settings must be equal.
     """
     before, now = dict(flatten(saved)), dict(flatten(as_json(config)))
+    skips = before.get("sampling.overlong_prompts") == "skip"
     results: dict[str, tuple[Any, Any]] = {}
     neutral: dict[str, tuple[Any, Any]] = {}
     for key in sorted(before.keys() | now.keys()):
@@ -563,7 +568,7 @@ def changes(
         is_neutral = (
             key in NEUTRAL
             or (key in ENVIRONMENT and same_environment is True)
-            or (key == "sampling.max_prompt" and pair[0] is not None and pair[1] >= pair[0])
+            or (key == "sampling.max_prompt" and not skips and (pair[1] or 0) >= (pair[0] or 0))
             or (key == "sampling.engine" and _same_server_engine(*pair))
         )
         (neutral if is_neutral else results)[key] = pair

@@ -19,6 +19,10 @@ class ContextError(ResearchAgentError, ValueError):
     """A prompt that does not fit the model's context."""
 
 
+class OverlongPromptError(ContextError):
+    """A prompt with more tokens than ``max_prompt`` or the model's context allows."""
+
+
 class CheckpointError(ResearchAgentError):
     """A checkpoint that is missing, broken, or of another configuration."""
 

@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, repeat
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
 from research_agent.environments import Environments, StepResult, Truncating
-from research_agent.errors import ContextError
+from research_agent.errors import ContextError, OverlongPromptError
 from research_agent.renderer import Renderer
-from research_agent.trajectory import Segment, Trajectory
+from research_agent.trajectory import SKIPPED, Segment, Trajectory
 from research_agent.trees import CHAINS, TreePlan, Trees
 
 Episode = tuple[int, int]
@@ -78,6 +78,7 @@ def collect(
     ahead: Sequence[Episode] = (),
     in_flight: InFlight | None = None,
     plan: TreePlan = CHAINS,
+    overlong_prompts: Literal["error", "skip"] = "error",
 ) -> list[Trajectory]:
     """Play episodes to their ends.
 
@@ -96,6 +97,9 @@ def collect(
             the engine may get new weights: turns that were cut go on with the new ones.
         plan: how samples branch off each other. With branches ``episodes`` are whole trees, in
             order, and none is played ahead.
+        overlong_prompts: what becomes of a task whose prompt has more tokens than ``max_prompt`` or
+            the context allows. With "skip" its trajectories are void, with the stop reason
+            ``SKIPPED`` and no token.
 
     Returns:
         The trajectories in the order of ``episodes``. Those of failed infrastructure are ``void``.
@@ -103,7 +107,7 @@ def collect(
 
     Raises:
         ConfigError: the plan needs more slots than there are, or an environment that branches.
-        ContextError: a prompt that is empty, or longer than ``max_prompt`` or the context allows.
+        ContextError: a prompt that is empty, or one that is too long and not to be skipped.
     """
     in_flight = InFlight() if in_flight is None else in_flight
     active, awaiting_env, done = in_flight.active, in_flight.awaiting_env, in_flight.done
@@ -117,21 +121,24 @@ def collect(
     free = deque(slot for slot in range(environments.num_envs) if slot not in active)
     stop = environments.terminators
     truncate = environments.truncate if isinstance(environments, Truncating) else _keep_reward
+    skips = overlong_prompts == "skip" and plan.size == 1
     trees = Trees(plan, seed, environments)
     try:
         for slot in sorted(active.keys() - awaiting_env):  # turns that were cut
             active[slot].submit(engine, slot, stop)
         while not wanted <= done.keys():
-            count = min(len(free) // plan.size, len(waiting))
-            starting = {free.popleft(): waiting.popleft() for _ in range(count)}
+            starting = {
+                free.popleft(): waiting.popleft()
+                for _ in range(min(len(free) // plan.size, len(waiting)))
+            }
             trees.plant(starting.values(), free)
             active |= {
                 slot: ActiveRollout(*each, seed, sampling) for slot, each in starting.items()
             }
             numbers = {slot: episode for slot, (episode, _) in starting.items()}
             prompts = environments.reset(numbers, seed) if numbers else {}
-            for slot, (observation, info) in prompts.items():
-                active[slot].begin(observation, info, renderer, engine.max_context)
+            free.extend(_begin(prompts, in_flight, renderer, engine.max_context, skips))
+            for slot in (each for each in prompts if each in active):
                 active[slot].submit(engine, slot, stop)
 
             completions = engine.step()
@@ -172,6 +179,28 @@ def collect(
             rollout.unsent_tokens = rollout.tokens
     taken = {each: done.pop(each) for each in wanted}
     return [taken[each] for each in episodes]
+
+
+def _begin(
+    prompts: Mapping[int, tuple[str, Mapping[str, Any]]],
+    in_flight: InFlight,
+    renderer: Renderer,
+    max_context: int,
+    skips: bool,
+) -> list[int]:
+    """Give rollouts their prompts; returns the slots of those that were skipped."""
+    skipped = []
+    for slot, (observation, info) in prompts.items():
+        rollout = in_flight.active[slot]
+        try:
+            rollout.begin(observation, info, renderer, max_context)
+        except OverlongPromptError:
+            if not skips:
+                raise
+            del in_flight.active[slot]
+            in_flight.done[rollout.key] = rollout.skipped(info)
+            skipped.append(slot)
+    return skipped
 
 
 @dataclass
@@ -239,10 +268,11 @@ class ActiveRollout:
         if not 1 <= len(tokens) <= limit:
             question = info.get("question_id")
             named = f"episode {self.episode}" + (f" (question {question})" if question else "")
-            raise ContextError(
+            kind = OverlongPromptError if tokens else ContextError
+            raise kind(
                 f"the prompt of {named} has {len(tokens)} tokens, not 1 to {limit} "
                 f"(max_prompt {self.sampling.max_prompt}, context {max_context}); "
-                "raise the limit, or leave such tasks out"
+                "give a higher --max-prompt, or --overlong-prompts skip to leave such tasks out"
             )
         self.prompt = len(tokens)
         self.state_key = _state_key(info)
@@ -326,6 +356,12 @@ class ActiveRollout:
                 Segment("observation", tuple(tokens), text=result.observation, info=result.info)
             )
         return None
+
+    def skipped(self, info: Mapping[str, Any]) -> Trajectory:
+        """The trajectory of a task that is not played."""
+        return Trajectory(
+            self.episode, self.sample, (), 0.0, False, True, SKIPPED, void=True, info=info
+        )
 
     def _earn(self, reward: float) -> None:
         """Add a reward to the turn that was taken last, and to the sum."""

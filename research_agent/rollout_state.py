@@ -119,6 +119,7 @@ def from_state(
             in_flight.awaiting_env.add(saved["slot"])
     for saved in state["done"]:
         fields = {name: saved[name] for name in (*_TRAJECTORY, "metrics", "info")}
+        fields["lineage"] = tuple(fields["lineage"])
         said = tuple(segment(*each) for each in saved["segments"])
         trajectory = Trajectory(segments=said, **fields)
         in_flight.done[trajectory.episode, trajectory.sample] = trajectory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from research_agent.trajectory import Group, Trajectory
+from research_agent.trajectory import SKIPPED, Group, Trajectory
 
 
 def of_episodes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -27,14 +27,16 @@ def of_episodes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "action_tokens": sum(t.num_action_tokens for t in played) / count,
         "tokens": sum(len(t.tokens) for t in played) / count,
         "void_fraction": void_fraction(trajectories),
+        "skipped_fraction": sum(t.stop_reason == SKIPPED for t in trajectories) / len(trajectories),
         "episodes": float(len(trajectories)),
         "truncated_fraction": sum(t.truncated for t in trajectories) / len(trajectories),
     }
 
 
 def void_fraction(trajectories: Sequence[Trajectory]) -> float:
-    """Fraction of episodes that are void (law 4: failed infrastructure)."""
-    return sum(t.void for t in trajectories) / len(trajectories)
+    """Fraction of episodes that are void (failed infrastructure), without skipped ones."""
+    void = sum(t.void and t.stop_reason != SKIPPED for t in trajectories)
+    return void / len(trajectories)
 
 
 def staleness(groups: Sequence[Group], version: int) -> dict[str, float]:

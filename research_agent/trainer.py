@@ -203,6 +203,7 @@ class Trainer:
         share = -(-sampling.prompts_per_step * sampling.group_size // size)
         slots = min(share * (1 + sampling.max_staleness), sampling.max_in_flight or share)
         self.environments = self._open_environments(slots, stack)
+        self.provenance = self._provenance()
         if saved:
             self._require_same_run(saved)
         if rank == 0:
@@ -293,7 +294,7 @@ class Trainer:
             CheckpointError: something differs that changes the results, without ``--override``.
         """
         run = self.config.run
-        before, now = saved.state["environment"], self._provenance()
+        before, now = saved.state["environment"], self.provenance
         same_environment = before == now if before and now else None
         found = changes(saved.config, self.config, same_environment=same_environment)
         if same_environment is False:
@@ -315,6 +316,7 @@ class Trainer:
         self.in_flight.clear()
         self.environments.close()
         self.environments = self._open_environments(self.environments.num_envs, stack)
+        self.provenance = self._provenance()
 
     @contextmanager
     def _logger(self, saved: Checkpoint | None) -> Iterator[RunLogger | None]:
@@ -367,6 +369,7 @@ class Trainer:
                 seed=self.config.run.seed,
                 ahead=later,
                 in_flight=self.in_flight,
+                overlong_prompts=self.config.sampling.overlong_prompts,
                 plan=TreePlan.of(sampling),
             )
             trajectories = sorted(gather(own), key=lambda t: (t.episode, t.sample))
@@ -446,7 +449,7 @@ class Trainer:
                 "random": torch.get_rng_state(),
                 "seconds": self.seconds,
                 "origin": self.origin,
-                "environment": self._provenance(),
+                "environment": self.provenance,
                 **({"rewards": self.collapse.history} if self.collapse else {}),
                 **({"stage": asdict(self.curriculum)} if self.stages else {}),
                 "in_flight": rollout_state.to_state(self.in_flight),

@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+SKIPPED = "prompt"
+"""Stop reason of an episode that was not played, because its prompt is too long."""
+
 Provenance = Literal["prompt", "action", "observation"]
 
 

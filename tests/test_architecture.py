@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,77 @@ def test_importing_the_configuration_loads_no_models(module: str) -> None:
     loaded = loaded_by(f"import {module}")
     assert "research_agent" in loaded
     assert {"torch", "transformers", "vllm"} & loaded == set()
+
+
+# Modules and folders from the bottom to the top: each imports from its own layer and those below.
+LAYERS = {
+    "research_env": (
+        "errors redaction paths progress locks spaces markup metrics",
+        "retrieval",
+        "datasets protocol judge",
+        "episode",
+        "papers",
+        "rewards turn_rewards demonstrations wiki_demonstrations",
+        "core",
+        "env sessions",
+        "vector_env testing footprint registration presets",
+        "adapters",
+        "cli",
+    ),
+    "research_agent": (
+        "errors redaction terminal",
+        "settings files trajectory trees environments distributed phrase_tokenizer",
+        "curriculum run_logger checkpoint step_metrics",
+        "config",
+        "presets plan batch algorithms",
+        "models engines renderer rollout rollout_state trace",
+        "learner evaluation sft",
+        "trainer report",
+        "cli",
+    ),
+}
+
+
+def import_graph(package: str) -> dict[str, set[str]]:
+    """What each module imports of its own package, deferred imports included, types left out."""
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in modules(package)
+    }
+    graph = {}
+    for name, path in names.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+                node.body = []
+        found = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                for alias in node.names:
+                    member = f"{node.module}.{alias.name}"
+                    found.add(member if member in names else node.module)
+        graph[name] = {each for each in found if each in names} - {name, package}
+    return graph
+
+
+@pytest.mark.parametrize("package", sorted(LAYERS))
+def test_no_module_imports_itself_through_others(package: str) -> None:
+    TopologicalSorter(import_graph(package)).prepare()  # it names the modules of a cycle
+
+
+@pytest.mark.parametrize("package", sorted(LAYERS))
+def test_imports_do_not_climb(package: str) -> None:
+    layer = {name: i for i, names in enumerate(LAYERS[package]) for name in names.split()}
+    climbing = []
+    for name, needs in import_graph(package).items():
+        if name == package:
+            continue  # the public names, which are loaded lazily
+        own = name.split(".")[1]
+        climbing += [
+            f"{name} imports {each}"
+            for each in sorted(needs)
+            if layer[each.split(".")[1]] > layer[own]
+        ]
+    assert climbing == []

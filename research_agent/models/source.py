@@ -99,25 +99,36 @@ def tokenizer_source(name: str | Path) -> ModelSource:
         return ModelSource(str(place))
     if place.is_dir() and not (place / _ADAPTER_CONFIG).is_file() and not any(place.glob("*.gguf")):
         return ModelSource(str(place))
-    return model_source(name) if place.exists() else ModelSource(str(name))
+    source = model_source(name)
+    has_its_own = source.adapter is not None and _cached(str(name), "tokenizer_config.json")
+    return ModelSource(str(name)) if has_its_own else source
 
 
 def generation_settings(place: str) -> dict[str, Any]:
     """What the generation_config.json of a folder or a name on the hub says, unchecked."""
-    from transformers.utils.hub import cached_file  # noqa: PLC0415
-
+    found = _cached(place, "generation_config.json")
     try:
-        found = cached_file(
-            place,
-            "generation_config.json",
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
         values = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def _cached(place: str, file: str) -> str | None:
+    """Path of a file of a folder or of a name on the hub; None where there is none."""
+    from transformers.utils.hub import cached_file  # noqa: PLC0415
+
+    try:
+        found: str | None = cached_file(
+            place,
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    except (OSError, ValueError):
+        return None
+    return found
 
 
 def _gguf(path: Path) -> ModelSource:

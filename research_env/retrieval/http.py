@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin
 
 from research_env.errors import ConfigurationError, RetrievalError
 from research_env.redaction import redact_known
@@ -45,6 +46,7 @@ MAX_REQUEST_HITS = 8_192
 
 _LENIENT = {"Prefer": "handling=lenient"}  # RFC 7240: our server may then fail single queries
 _MAX_ANSWER = 64 << 20  # bytes of an answer, decoded
+_HEALTH_SECONDS = 5.0
 
 
 class HttpRetriever:
@@ -85,6 +87,7 @@ class HttpRetriever:
         self._batch = batch
         self._retry = retry or Retry(deadline=60.0)
         self._quote_errors = not key  # a server might repeat the key
+        self._fingerprint: str | None = None
         self._client = ForkSafeClient(
             _LENIENT | ({"Authorization": f"Bearer {key}"} if key else {})
         )
@@ -113,6 +116,24 @@ class HttpRetriever:
             for index, answer in zip(indices, answers, strict=True):
                 found[index] = answer
         return found
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The fingerprint of the server's corpus, if it says one at ``/health``; else None.
+
+        A server of ours does. Nothing is retried: a server that is away has no fingerprint.
+        """
+        if self._fingerprint is None:
+            client = self._client.get()
+            address = urljoin(self._url, "health")
+            deadline = Deadline.after(min(self._retry.deadline, _HEALTH_SECONDS))
+            try:
+                answer = _send_once(client, client.build_request("GET", address), deadline, False)
+            except _AttemptError:
+                return None
+            index = answer.get("index") if isinstance(answer, dict) else None
+            self._fingerprint = index[:128] if isinstance(index, str) else None
+        return self._fingerprint
 
     def close(self) -> None:
         """Close the connections; calling it twice is harmless."""

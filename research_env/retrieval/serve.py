@@ -10,7 +10,9 @@ format; documents hold ``id``, ``title``, ``text`` and ``contents``. Routes:
   query of several failed. One failure therefore fails the request, so that nobody reads "no answer"
   as "no passage". A client that sends ``Prefer: handling=lenient`` gets ``{"error": "..."}`` in the
   place of that query instead.
-- ``GET /health`` answers 200 while the server takes requests. It does not ask the engine.
+- ``GET /health`` answers 200 while the server takes requests. It does not ask the engine. If the
+  engine knows the fingerprint of its corpus, that is ``index`` in the answer: clients tell by it
+  that two servers have the same passages.
 - ``GET /metrics`` exports counters in Prometheus' text format.
 
 The application is FastAPI, the server is uvicorn with h11, which refuses malformed requests. This
@@ -407,7 +409,8 @@ def _make_app(retriever: Retriever, top_k: int, load: _Load, pool: ThreadPoolExe
 
     @app.get("/health")
     async def health() -> Response:
-        return _json(200, {"status": "ok"})
+        index = getattr(retriever, "fingerprint", None)
+        return _json(200, {"status": "ok", **({"index": index} if index else {})})
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -817,3 +817,16 @@ def test_the_command_says_what_it_needs(
         cli.main(["serve", "--dataset", "miniworld"])
     assert exit_.value.code == 2
     assert "needs fastapi: pip install 'research-env[serve]'" in capsys.readouterr().err
+
+
+def test_two_servers_of_one_index_have_one_fingerprint() -> None:
+    engine, other = Engine(), Engine()
+    engine.fingerprint = "f" * 64  # type: ignore[attr-defined]
+    with Served(engine) as first, Served(engine) as second, Served(other) as unknown:
+        clients = [open_retriever(each.server.url, None) for each in (first, second, unknown)]
+        said = [client.fingerprint for client in clients]  # type: ignore[attr-defined]
+        assert said == ["f" * 64, "f" * 64, None]
+        first.server.stop(patience=PATIENCE)
+        assert clients[0].fingerprint == "f" * 64  # type: ignore[attr-defined]
+        for client in clients:
+            client.close()

@@ -1,0 +1,36 @@
+"""The environment in other people's trainers: one module per framework, over sessions.
+
+Import the module of your framework, for example ``from research_env.adapters.trl import Rollouts``;
+importing this package loads no framework. ``docs/how-to/trainers.md`` says what each one promises.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+
+from research_env.errors import ResearchEnvError
+
+
+class FrameworkError(ResearchEnvError, ImportError):
+    """A framework that is not installed, or whose version the adapter does not support."""
+
+
+def require(distribution: str, supported: str, extra: str) -> None:
+    """Check the version of a framework before it is imported.
+
+    Args:
+        distribution: its name, as pip knows it.
+        supported: major and minor version that the adapter is written and tested for.
+        extra: the extra of this package that installs it.
+
+    Raises:
+        FrameworkError: it is not installed, or has another major or minor version.
+    """
+    cure = f"install {distribution}=={supported}.*, for example with pip install '.[{extra}]'"
+    try:
+        found = version(distribution)
+    except PackageNotFoundError:
+        raise FrameworkError(f"{distribution} is not installed; {cure}") from None
+    if not re.match(rf"{re.escape(supported)}(\D|$)", found):
+        raise FrameworkError(f"{distribution} {found} is not supported; {cure}")

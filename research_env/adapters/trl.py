@@ -1,0 +1,430 @@
+"""TRL: ``GRPOTrainer`` over shared sessions, by ``rollout_func`` or by ``environment_factory``.
+
+:class:`Rollouts` plays whole episodes in the protocol's own form: tags, exact tokens, masked
+observations, batched searches. :class:`Tools` offers the search as a tool of TRL's own tool loop.
+
+Example:
+    .. code-block:: python
+
+        rollouts = Rollouts(Sessions(dataset="miniworld", template="question"))
+        trainer = GRPOTrainer(
+            model,
+            args=GRPOConfig(max_completion_length=300),
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(rollouts.rows()),
+            rollout_func=rollouts,
+            reward_funcs=rollouts.reward,
+        )
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from research_env.adapters import require
+from research_env.core import StepOutput
+from research_env.errors import ConfigurationError, EpisodeError, UnknownTaskError
+from research_env.sessions import Session, Sessions
+
+require("trl", "1.16", "trl")
+
+Sampled = tuple[list[list[int]], list[list[float]] | None]
+Generate = Callable[[Any, list[list[int]], list[int], tuple[str, ...]], Sampled]
+
+
+class Rollouts:
+    """The ``rollout_func`` of a ``GRPOTrainer``.
+
+    A turn goes on to a terminator, an end token, or the end of ``max_completion_length``; in the
+    last case the episode is truncated and scored. A void episode has the reward None, so that TRL
+    leaves it out.
+    """
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        *,
+        chat: bool = False,
+        seed: int = 0,
+        generate: Generate | None = None,
+    ) -> None:
+        """Read the tasks.
+
+        Args:
+            sessions: tasks, rules, engine and reward.
+            chat: prompts are chat messages, rendered by the tokenizer's chat template.
+            seed: draws the order of the rows.
+            generate: samples one turn for each sequence: takes the trainer, the sequences of
+                tokens, how many tokens each may get, and the terminators; returns the new tokens up
+                to and with a terminator or end token, and their log-probabilities or None. By
+                default the model's own ``generate``, which is not for vLLM.
+        """
+        self._sessions = sessions
+        self._generate = generate or generate_turns
+        self._default = generate is None
+        self._rows: dict[str, dict[str, Any]] = {}
+        for task in sessions.tasks(seed):
+            prompt = task["messages"] if chat else task["prompt"]
+            row = {"prompt": prompt, "question_id": task["id"]}
+            self._rows.setdefault(_key(prompt), row)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of ``train_dataset``: ``prompt`` and ``question_id``.
+
+        TRL passes the prompt alone, so of tasks with equal prompts only the first is a row.
+        """
+        return list(self._rows.values())
+
+    def __call__(self, prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
+        """Play one episode per prompt; TRL calls this.
+
+        Returns:
+            ``prompt_ids``, ``completion_ids``, ``logprobs`` (0 for observations; None if none were
+            sampled with them), ``env_mask`` (1: the policy's token, 0: observation), and
+            ``env_reward``, ``env_metrics``, ``env_void`` for reward functions.
+
+        Raises:
+            UnknownTaskError: a prompt that is not of :meth:`rows`.
+            ConfigurationError: a setting of the trainer that would play episodes differently.
+        """
+        self._check(trainer)
+        tokenizer, budget = trainer._tokenizer, trainer.max_completion_length
+        sessions = [self._open(prompt) for prompt in prompts]
+        prompt_ids = [_encode_prompt(trainer, prompt) for prompt in prompts]
+        ids: list[list[int]] = [[] for _ in prompts]
+        mask: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
+        ends: dict[int, StepOutput] = {}
+        has_logprobs = True
+        live = list(range(len(prompts)))
+        while live:
+            sequences = [prompt_ids[i] + ids[i] for i in live]
+            rooms = [budget - len(ids[i]) for i in live]
+            stops = self._sessions.terminators
+            turns, scores = self._generate(trainer, sequences, rooms, stops)
+            has_logprobs = has_logprobs and scores is not None
+            acting: list[tuple[int, str]] = []
+            for place, (i, turn) in enumerate(zip(live, turns, strict=True)):
+                ids[i] += turn
+                mask[i] += [1] * len(turn)
+                logprobs[i] += scores[place] if scores is not None else []
+                ended = bool(turn) and turn[-1] in trainer.eos_token_ids
+                text = _decode(tokenizer, turn[:-1] if ended else turn)
+                if ended or any(stop in text for stop in stops):
+                    acting.append((i, text))
+                else:
+                    ends[i] = sessions[i].truncate("length")
+            live = []
+            outputs = _step_all([(sessions[i], text) for i, text in acting])
+            for (i, _), output in zip(acting, outputs, strict=True):
+                observed = _encode_text(tokenizer, output.observation)
+                if output.terminated or output.truncated:
+                    ends[i] = output
+                elif len(ids[i]) + len(observed) >= budget:
+                    ends[i] = sessions[i].truncate("length")
+                else:
+                    ids[i] += observed
+                    mask[i] += [0] * len(observed)
+                    logprobs[i] += [0.0] * len(observed)
+                    live.append(i)
+        finals = [ends[i] for i in range(len(prompts))]
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": ids,
+            "logprobs": logprobs if has_logprobs else None,
+            "env_mask": mask,
+            "env_reward": [None if end.info["void"] else end.reward for end in finals],
+            "env_metrics": [end.info["metrics"] for end in finals],
+            "env_void": [end.info["void"] for end in finals],
+        }
+
+    @staticmethod
+    def reward(
+        env_reward: list[float | None],
+        env_metrics: list[dict[str, float]],
+        env_void: list[bool],
+        log_metric: Callable[[str, float], None] | None = None,
+        **_: object,
+    ) -> list[float | None]:
+        """The reward function for ``reward_funcs``: the environment's own reward.
+
+        It logs each metric's mean as ``env/NAME``, void episodes left out.
+        """
+        _log(env_metrics, env_void, log_metric)
+        return env_reward
+
+    def _open(self, prompt: Any) -> Session:
+        row = self._rows.get(_key(prompt))
+        if row is None:
+            raise UnknownTaskError(
+                f"no task has the prompt {prompt!r:.200}; make train_dataset of Rollouts.rows()"
+            )
+        return self._sessions.open(row["question_id"])
+
+    def _check(self, trainer: Any) -> None:
+        if trainer.mask_truncated_completions:
+            raise ConfigurationError(
+                "mask_truncated_completions=True would leave out every answer that ends at a "
+                "terminator; set it to False"
+            )
+        if trainer.use_vllm and self._default:
+            raise ConfigurationError(
+                "with use_vllm=True give Rollouts a generate= function of your own; the default "
+                "one calls the model"
+            )
+
+
+class Tools:
+    """The ``environment_factory`` of a ``GRPOTrainer``: ``search`` is a tool.
+
+    The last message answers, in the form of the protocol (``<answer>...</answer>``). Unlike
+    :class:`Rollouts` it is the chat template that frames observations, and TRL runs tools one
+    after another, so that searches are not batched.
+    """
+
+    def __init__(self, sessions: Sessions, *, seed: int = 0) -> None:
+        """Take the sessions.
+
+        Args:
+            sessions: tasks, rules, engine and reward. ``template="question"`` is best: the papers'
+                prompts ask for tags, not for tools.
+            seed: draws the order of the rows.
+        """
+        self._sessions = sessions
+        self._seed = seed
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of ``train_dataset``: ``prompt`` as messages, and ``question_id``."""
+        tasks = self._sessions.tasks(self._seed)
+        return [{"prompt": task["messages"], "question_id": task["id"]} for task in tasks]
+
+    def __call__(self) -> SearchTool:
+        """An environment; TRL calls this, and uses it again after ``reset``."""
+        return SearchTool(self._sessions)
+
+    @staticmethod
+    def reward(
+        environments: Sequence[SearchTool],
+        completions: Sequence[Sequence[Mapping[str, Any]]],
+        log_metric: Callable[[str, float], None] | None = None,
+        **_: object,
+    ) -> list[float | None]:
+        """The reward function for ``reward_funcs``: takes the last messages as the answers.
+
+        It logs each metric's mean as ``env/NAME``. A void episode gets None: TRL leaves it out.
+        """
+        pairs = zip(environments, completions, strict=True)
+        ends = [environment._end(messages) for environment, messages in pairs]
+        metrics = [end.info["metrics"] for end in ends]
+        _log(metrics, [end.info["void"] for end in ends], log_metric)
+        return [None if end.info["void"] else end.reward for end in ends]
+
+
+class SearchTool:
+    """One rollout of TRL's tool loop; each public method but ``reset`` is a tool."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        """Wait for ``reset``."""
+        self._sessions = sessions
+        self._session: Session | None = None
+
+    def reset(self, question_id: str, **_: object) -> None:
+        """Open the episode of a row.
+
+        Args:
+            question_id: the task.
+
+        Raises:
+            UnknownTaskError: no task has this id.
+        """
+        self._session = self._sessions.open(question_id)
+
+    def search(self, query: str) -> str:
+        """Search for passages.
+
+        Args:
+            query: What to look for.
+
+        Returns:
+            The passages found.
+        """
+        session = self._opened()
+        if not isinstance(query, str):
+            raise TypeError(f"query is text, not {type(query).__name__}")
+        if session.episode.over:
+            return "The episode is over; no more searches are possible."
+        tag = session.episode.protocol.query
+        return session.step(f"{tag.open}{query}{tag.close}").observation
+
+    def _end(self, messages: Sequence[Mapping[str, Any]]) -> StepOutput:
+        """Take the last message as the answer, and the thoughts before the calls for the format."""
+        session, said = self._opened(), []
+        for message in messages:
+            if message["role"] == "assistant":
+                text = self._text(message)
+                calls = [call["function"] for call in message.get("tool_calls") or ()]
+                searches = [c for c in calls if c["name"] == "search" and _is_query(c["arguments"])]
+                said += [text if n == 0 else "" for n in range(len(searches))]
+        episode = session.episode
+        turns = [
+            replace(turn, action=thought + turn.action)
+            for turn, thought in zip(episode.turns, said, strict=False)
+        ]
+        turns += episode.turns[len(turns) :]
+        session.episode = replace(episode, turns=tuple(turns))
+        last = messages[-1]
+        if not session.episode.over and last["role"] == "assistant" and not last.get("tool_calls"):
+            session.step(self._text(last))
+        if not session.episode.over:
+            return session.truncate("length")
+        return self._sessions.core.output(session.episode)
+
+    def _text(self, message: Mapping[str, Any]) -> str:
+        """What the policy wrote, its reasoning in the protocol's marks."""
+        reasoning, tag = message.get("reasoning_content"), self._sessions.core.protocol.think
+        content = message.get("content") or ""
+        return f"{tag.open}{reasoning}{tag.close}{content}" if reasoning else content
+
+    def _opened(self) -> Session:
+        if self._session is None:
+            raise EpisodeError("call reset before search")
+        return self._session
+
+
+def generate_turns(
+    trainer: Any, sequences: list[list[int]], rooms: list[int], stops: tuple[str, ...]
+) -> Sampled:
+    """Sample one turn per sequence with the trainer's model and its settings.
+
+    Args:
+        trainer: a ``GRPOTrainer``.
+        sequences: tokens so far.
+        rooms: how many new tokens each may get.
+        stops: a turn ends after the first of these.
+
+    Returns:
+        The new tokens, up to and with those that complete a terminator or the end token. No
+        log-probabilities: TRL computes them itself, as it does without ``rollout_func``.
+    """
+    from trl.models.utils import unwrap_model_for_generation  # noqa: PLC0415
+
+    tokenizer = trainer._tokenizer
+    batch = tokenizer.pad({"input_ids": sequences}, padding_side="left", return_tensors="pt")
+    batch = batch.to(trainer.accelerator.device)
+    config = copy.deepcopy(trainer.generation_config)
+    config.update(max_new_tokens=max(rooms), stop_strings=list(stops))
+    with (
+        unwrap_model_for_generation(
+            trainer.model_wrapped,
+            trainer.accelerator,
+            gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+            generation_kwargs=trainer.generation_kwargs,
+            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+        ) as model,
+        trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
+    ):
+        output = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            generation_config=config,
+            tokenizer=tokenizer,
+        )
+    rows = output[:, batch["input_ids"].shape[1] :].tolist()
+    ends = trainer.eos_token_ids
+    turns = [
+        _cut(row[:room], ends, tokenizer, stops) for row, room in zip(rows, rooms, strict=True)
+    ]
+    return turns, None
+
+
+def _cut(row: list[int], ends: Sequence[int], tokenizer: Any, stops: tuple[str, ...]) -> list[int]:
+    """The tokens up to the first end token or completed terminator; the rest is padding."""
+    row = row[: next((n + 1 for n, token in enumerate(row) if token in ends), len(row))]
+
+    def stopped(length: int) -> bool:
+        text = _decode(tokenizer, row[:length])
+        return any(stop in text for stop in stops)
+
+    return row[: bisect_left(range(len(row)), True, key=stopped)]
+
+
+def _step_all(jobs: Sequence[tuple[Session, str]]) -> list[StepOutput]:
+    """Step all at once, so that their searches share calls of the engine."""
+
+    async def together() -> list[StepOutput]:
+        return list(await asyncio.gather(*(session.astep(text) for session, text in jobs)))
+
+    # A thread of its own, as the caller may run in an event loop, for example in a notebook.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(together())).result()
+
+
+def _encode_prompt(trainer: Any, prompt: Any) -> list[int]:
+    """Tokens as TRL's own: the chat template, or the tokenizer with its begin token."""
+    tokenizer = trainer._tokenizer
+    if isinstance(prompt, str):
+        plain: list[int] = tokenizer(prompt)["input_ids"]
+        return plain
+    begun = prompt[-1]["role"] == "assistant"
+    ids: list[int] = tokenizer.apply_chat_template(
+        prompt,
+        tokenize=True,
+        return_dict=False,
+        add_generation_prompt=not begun,
+        continue_final_message=begun,
+        chat_template=trainer.chat_template,
+        **trainer.chat_template_kwargs,
+    )
+    return ids
+
+
+def _encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of an observation; no passage can forge a special token."""
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+    ids: list[int] = encoded["input_ids"]
+    for special_id in {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}:
+        special = tokenizer.convert_ids_to_tokens(special_id)
+        if special_id in ids and len(special) > 1 and special in text:
+            # Some tokenizers look whole words up whatever they are told; cut such a word.
+            at = text.index(special) + 1
+            return _encode_text(tokenizer, text[:at]) + _encode_text(tokenizer, text[at:])
+    return ids
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
+
+
+def _key(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return json.dumps([[message["role"], message["content"]] for message in prompt])
+
+
+def _is_query(arguments: Any) -> bool:
+    return (
+        isinstance(arguments, Mapping)
+        and arguments.keys() == {"query"}
+        and isinstance(arguments["query"], str)
+    )
+
+
+def _log(
+    metrics: Sequence[Mapping[str, float]],
+    void: Sequence[bool],
+    log_metric: Callable[[str, float], None] | None,
+) -> None:
+    kept = [each for each, is_void in zip(metrics, void, strict=True) if not is_void]
+    if log_metric and kept:
+        for name in kept[0]:
+            log_metric(f"env/{name}", sum(each[name] for each in kept) / len(kept))
+    if log_metric and void:
+        log_metric("env/void", sum(void) / len(void))

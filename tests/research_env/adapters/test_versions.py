@@ -1,0 +1,35 @@
+"""Frameworks that are missing or of another version are refused, and none is loaded unasked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import research_env.adapters
+from research_env.adapters import FrameworkError, require
+
+
+@pytest.mark.parametrize("found", ["0.4", "0.4.0", "0.4.12", "0.4rc1"])
+def test_the_supported_versions_are_accepted(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(research_env.adapters, "version", lambda name: found)
+    require("skyrl-gym", "0.4", "skyrl")
+
+
+@pytest.mark.parametrize("found", ["0.40.0", "0.5.0", "1.0.4", "0.3.9"])
+def test_other_versions_are_refused(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(research_env.adapters, "version", lambda name: found)
+    with pytest.raises(FrameworkError, match=rf"skyrl-gym {found} is not .*skyrl-gym==0\.4\.\*"):
+        require("skyrl-gym", "0.4", "skyrl")
+
+
+def test_a_missing_framework_is_named_with_its_cure() -> None:
+    with pytest.raises(ImportError, match=r"no-such-gym is not installed; .*'\.\[none\]'"):
+        require("no-such-gym", "1.0", "none")
+
+
+def test_importing_the_adapters_loads_no_framework() -> None:
+    code = "import research_env.adapters, sys; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"trl", "skyrl_gym", "gem", "torch"} & set(run.stdout.split()) == set()
