@@ -68,7 +68,7 @@ def parse_calls(protocol: Protocol, text: str) -> Parsed:
 
 def extract_last_boxed(protocol: Protocol, response: str) -> str | None:
     r"""The last ``\boxed{}`` of the last turn."""
-    return last_boxed(protocol.cut(response).removesuffix(END_OF_TURN))
+    return last_boxed(protocol.cut(response).removesuffix(END_OF_TURN).strip())
 
 
 def render_response(protocol: Protocol, hits: Sequence[Hit]) -> str:

@@ -414,6 +414,7 @@ def play(actions: Sequence[str], *golds: str) -> Episode:
         ([GOOD[0], r"<think>so</think> \boxed{Paris}" + END], 0.0),  # it is opened twice
         ([GOOD[0], r"so</think> \boxed{Paris" + END], 0.0),  # the box is not closed
         ([GOOD[0], r"so</think> \boxed Paris" + END], 1.0),  # an odd case of the authors' code
+        ([GOOD[0], r"so</think> \boxed{Paris} \boxed " + END], 0.0),  # and another
         ([calling("q", tool="wikipedia_search"), GOOD[1]], 0.0),  # a turn without a thought
         (["a</think><tool_call>{}</tool_call>" + END, GOOD[1]], 0.0),  # neither name nor arguments
         (['a</think><tool_call>"name" "arguments"</tool_call>' + END, GOOD[1]], 0.0),  # no JSON
