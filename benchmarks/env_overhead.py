@@ -183,7 +183,8 @@ def _socket_stubbed(installed: Sequence[str]) -> Iterator[None]:
     written = {asked: _written(asked) for asked in (1, TOGETHER)}
 
     def answer(self: object, request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, content=written[request.read().count(b"who founded")])
+        content = written[request.read().count(b"who founded")]
+        return httpx.Response(200, stream=httpx.ByteStream(content))
 
     with mock.patch.object(httpx.HTTPTransport, "handle_request", answer):
         if not installed:

@@ -47,6 +47,11 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "rloo": {},
     "reinforce_pp": {},
     "ppo": OFF | {"critic_learning_rate": MINIWORLD.learner.learning_rate},
+    "mt_grpo": OFF,
+    "mt_ppo": OFF | {"critic_learning_rate": MINIWORLD.learner.learning_rate},
+    "gigpo": OFF,
+    "tree_grpo": OFF,
+    "arpo": OFF,
 }
 GROUP_SIZES = (2, 4, 8, 16)
 CHUNK = 10  # steps

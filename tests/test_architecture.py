@@ -113,6 +113,7 @@ LAYERS = {
     "research_env": (
         "errors redaction paths progress locks spaces markup metrics",
         "retrieval",
+        "tools",
         "datasets protocol judge",
         "episode",
         "papers",

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import research_env  # noqa: F401  (registers the ids)
-from research_agent.models.policy import resolve_model  # only to find the demo's policy
+from research_agent.models.source import resolve_model  # only to find the demo's policy
 
 CLIP, MAX_TURN_TOKENS, MAX_TOKENS, LEARNING_RATE = 0.2, 40, 400, 2e-4
 

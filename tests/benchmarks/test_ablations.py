@@ -518,7 +518,7 @@ def test_what_runs_begin_with_is_made(small: Settings, monkeypatch: pytest.Monke
     for start in runs.STARTS:
         monkeypatch.setitem(runs.STARTS, start, runs.STARTS[start] | {"count": 12})
     monkeypatch.setattr(runs, "GRADED", 8)
-    names = ["grades.jsonl", "nothing", "warm", "verbose"]
+    names = ["grades.jsonl", "nothing", "verbose", "warm"]
     assert missing(small, arms()) == names
     for name in names:
         runs.prepare(small, name)
@@ -526,7 +526,7 @@ def test_what_runs_begin_with_is_made(small: Settings, monkeypatch: pytest.Monke
     grades = [json.loads(line) for line in (small.prepared / "grades.jsonl").open()]
     assert len(grades) == 8 and {g["samples"] for g in grades} == {runs.GRADE_SAMPLES}
     started = ["miniworld-starter", *(str(small.prepared / name) for name in names[1:])]
-    starter, nothing, warm, verbose = (_weights(load_model(name)) for name in started)
+    starter, nothing, verbose, warm = (_weights(load_model(name)) for name in started)
     assert any((a != b).any() for a, b in zip(warm, verbose, strict=True))
     assert [w.shape for w in starter] == [w.shape for w in nothing] == [w.shape for w in warm]
     near, far = (

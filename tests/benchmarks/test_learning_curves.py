@@ -30,7 +30,7 @@ from tests.research_agent.rollouts import action, observation, prompt, trajector
 
 def test_the_plan() -> None:
     runs = plan(CurvesConfig())
-    assert len(runs) == len({(run.name, run.seed) for run in runs}) == 13 * 3
+    assert len(runs) == len({(run.name, run.seed) for run in runs}) == 18 * 3
     assert {run.algorithm for run in runs} == set(ALGORITHMS)
     alone = plan(CurvesConfig(algorithms=("ppo",), ablations=("mask",), seeds=(7,)))
     assert [(run.name, run.seed) for run in alone] == [

@@ -50,6 +50,21 @@ class ServerError(RuntimeError):
     """A server that cannot be had here; the message says what is missing."""
 
 
+def _is_stopped(group: int) -> bool:
+    """Whether every thread of a process group is stopped or gone; True where /proc is missing."""
+    states = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):  # it may end while it is looked at
+            if int(_stat(process)[2]) == group:
+                states |= {_stat(thread)[0] for thread in (process / "task").iterdir()}
+    return states <= {"T", "t", "Z", "X"}
+
+
+def _stat(folder: Path) -> list[str]:
+    """State, parent, group and more of a process or thread, from its ``stat`` file."""
+    return (folder / "stat").read_text().rpartition(")")[2].split()
+
+
 @dataclass(frozen=True)
 class Server:
     """A server that runs, or ran.
@@ -80,8 +95,10 @@ class Server:
                 os.killpg(self.pid, number)
 
     def pause(self) -> None:
-        """Stop it in its tracks: connections stay open, nothing is answered."""
+        """Stop all its threads: connections stay open, nothing is answered."""
         self.signal(signal.SIGSTOP)
+        while not _is_stopped(self.pid):  # the kernel stops threads one after the other
+            time.sleep(0.01)
 
     def resume(self) -> None:
         """Let a paused one go on."""
