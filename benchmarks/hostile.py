@@ -40,7 +40,7 @@ from research_env.retrieval.replay import RecordedRetriever, Recording
 TIMEOUT = 60.0  # seconds for one input
 START_TIMEOUT = 600.0  # seconds for a process to start, and to make what its inputs share
 MUTATIONS = 100  # random changes per kind of file
-PASSAGES = 25_000  # of the index: enough for the compiled search
+PASSAGES = 25_000  # size of the index; large enough for the compiled search
 
 
 @dataclass(frozen=True)

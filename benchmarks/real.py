@@ -41,12 +41,12 @@ METRICS = ("em", "f1", "cem", "searches", "support_recall")
 class Scale:
     """How much of everything."""
 
-    questions: int  # of each data set, in every evaluation
-    demonstrations: int  # of each part of the warm start
-    parts: int  # of the warm start: where it can be continued
+    questions: int  # evaluated per data set
+    demonstrations: int  # per part of the warm start
+    parts: int  # the warm start can be resumed after each
     batch: int  # demonstrations per optimizer step
     sft_learning_rate: float
-    steps: int  # of GRPO
+    steps: int  # GRPO training steps
     prompts: int
     group: int
     lora_rank: int
@@ -56,7 +56,7 @@ class Scale:
     max_turn: int
     in_flight: int
     more: tuple[str, ...] = ()  # flags of train
-    time_limit: float | None = None  # of GRPO, in seconds
+    time_limit: float | None = None  # seconds of GRPO training
 
 
 CPU = Scale(

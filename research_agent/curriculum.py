@@ -71,7 +71,7 @@ class CurriculumState:
 
     stage: int = 0
     steps: int = 0  # of this stage that are done
-    rewards: list[float] = field(default_factory=list)  # of the last ``STAGE_WINDOW`` steps
+    rewards: list[float] = field(default_factory=list)  # the last ``STAGE_WINDOW`` steps
 
     def advance(self, stages: Sequence[Stage], reward: float) -> bool:
         """Count a step and its mean reward; returns whether the next stage begins after it."""
@@ -124,7 +124,7 @@ class CollapseMonitor:
         means = [sum(r for _, r in self.history[e - self.window : e]) / self.window for e in ends]
         if not means:
             return None
-        best = max(range(len(means)), key=lambda i: (means[i], i))  # of equals the latest
+        best = max(range(len(means)), key=lambda i: (means[i], i))  # the latest of equal ones
         if means[best] <= 0 or means[-1] >= self.share * means[best]:
             return None
         return self.history[best + self.window - 1][0]

@@ -97,7 +97,7 @@ class Learner:
         self.model = model.eval()
         self.algorithm = algorithm
         self.config = config
-        self.steps = 0  # of the optimizer, ever
+        self.steps = 0  # optimizer steps so far
         on_gpu = next(model.parameters()).is_cuda
         self._packed = config.packing == "on" or (config.packing == "auto" and on_gpu)
         if adapter is not None:

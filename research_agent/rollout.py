@@ -155,7 +155,7 @@ def collect(
             for result in sorted(results, key=lambda result: result.env_id):
                 slot = result.env_id
                 if slot not in awaiting_env:
-                    continue  # of an episode that was forgotten
+                    continue  # the episode was dropped
                 awaiting_env.discard(slot)
                 trajectory = active[slot].observe(
                     result, renderer, engine.max_context, partial(truncate, slot)
@@ -209,14 +209,14 @@ class ActiveRollout:
 
     episode: int
     sample: int
-    seed: int  # of the run
+    seed: int  # the run's
     sampling: Sampling
     segments: list[Segment] = field(default_factory=list)
     reward: float = 0.0  # the sum of its turns' so far
-    state_key: str = ""  # of the state in which the next turn is taken
+    state_key: str = ""  # name of the state in which the next turn is taken
     prompt: int = 0  # tokens
     response: int = 0  # tokens, of the policy and of the environment
-    partial_turns: list[Completion] = field(default_factory=list)  # of the turn that is not over
+    partial_turns: list[Completion] = field(default_factory=list)  # parts of the unfinished turn
     unsent_tokens: list[int] = field(default_factory=list)  # not yet submitted to the engine
     lineage: tuple[int, ...] = ()  # as in Trajectory
     tree: int | None = None  # as in Trajectory

@@ -33,9 +33,9 @@ class Segment:
     versions: tuple[int, ...] | None = None  # [tokens], actions only
     text: str = ""  # the text of these tokens as the environment saw or gave it
     info: Mapping[str, object] = field(default_factory=dict)  # what came with it; not of actions
-    reward: float = 0.0  # of the turn, actions only
+    reward: float = 0.0  # the turn's, actions only
     state_key: str = (
-        ""  # of the state before the turn, actions only; "" if the environment has none
+        ""  # name of the state before the turn, actions only; "" if the environment has none
     )
 
 
@@ -58,7 +58,7 @@ class Trajectory:
     void: bool = False  # failed infrastructure; never learned from
     metrics: Mapping[str, float] = field(default_factory=dict)
     info: Mapping[str, object] = field(default_factory=dict)  # the environment's last info
-    lineage: tuple[int, ...] = ()  # of its first turns: the samples that they were sampled in
+    lineage: tuple[int, ...] = ()  # samples in which its first turns were sampled
     tree: int | None = None  # the sample that its tree grew from; None: it is that sample itself
 
     @property

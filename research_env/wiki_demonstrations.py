@@ -31,7 +31,7 @@ from research_env.retrieval.base import Hit, Passage
 from research_env.retrieval.bm25.retriever import EmbeddedRetriever, build_index
 
 YES_NO = ("yes", "no")
-MAX_WORDS_READ = 30  # of a sentence that is quoted as what was read
+MAX_WORDS_READ = 30  # longest sentence quoted from a passage
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,8 +42,8 @@ STYLE = """
   .last { fill: var(--accent); font-weight: 600; }
 """
 WIDTH, HEIGHT = 860, 250
-CARD, GAP, TOP = 262, 13, 48  # of a panel: width, space between two, upper edge
-PLOT = (34, 52, 190, 92)  # of the plot in its panel: left, top, width, height
+CARD, GAP, TOP = 262, 13, 48  # panel width, space between panels, upper edge
+PLOT = (34, 52, 190, 92)  # plot inside its panel: left, top, width, height
 
 
 def panel(x: int, title: str, top: float, points: list[tuple[int, float]], steps: int) -> list[str]:

@@ -91,7 +91,7 @@ def test_soft_and_hard_have_the_same_gradient_where_nothing_is_clipped() -> None
     for attribution in ("soft", "hard"):
         rule = algorithm("arpo", attribution=attribution, kl_coef=0.0)
         (gradient,) = torch.autograd.grad(loss_of(rule, given_), [given_.logprobs])
-        shared = gradient[[0, 2, 4]].sum()  # of the one turn that they share
+        shared = gradient[[0, 2, 4]].sum()  # the one turn that they share
         gradients.append([float(shared), *gradient[[1, 3, 5]].tolist()])
     assert gradients[0] == pytest.approx(gradients[1])
 

@@ -42,7 +42,7 @@ def test_literal() -> None:
     twice = GiGPO(gamma=0.5, normalize=False, step_coef=2.0)
     advantages = twice.advantages(make_batch([Group(0, [a, b])])).tolist()
     assert advantages == pytest.approx([0.375 + 0.25, 0.375, -0.375 - 0.25, -0.375])
-    unit = 0.5 / (math.sqrt(0.5) + 1e-6)  # of two values, whose distance hardly counts
+    unit = 0.5 / (math.sqrt(0.5) + 1e-6)  # two values; their distance hardly counts
     advantages = GiGPO(gamma=0.5).advantages(make_batch([Group(0, [a, b])])).tolist()
     assert advantages == pytest.approx([2 * unit, unit, -2 * unit, -unit], rel=1e-5)
 

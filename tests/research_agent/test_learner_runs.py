@@ -89,7 +89,7 @@ def test_a_watch_sees_a_collapse_and_not_a_bad_step() -> None:
     assert CollapseMonitor(0.9, window=1).add(1, 0.0) is None
     steady = CollapseMonitor(
         0.5, window=2
-    )  # of equal averages the latest counts: its checkpoint is nearest
+    )  # the latest of equal averages: its checkpoint is nearest
     assert [steady.add(step, float(step <= 6)) for step in range(1, 9)] == [None] * 7 + [6]
     negative = CollapseMonitor(0.9, window=1)
     assert [negative.add(step, -reward) for step, reward in enumerate(rewards, 1)] == [None] * 9

@@ -36,7 +36,7 @@ def test_a_note_holds_until_a_file_changes(files: list[Path]) -> None:
     assert read_note("other", files) is None
     assert read_note("kind", files[:1]) is None
     times = files[1].stat()
-    files[1].write_text("c")  # of the same size and time
+    files[1].write_text("c")  # same size and time
     os.utime(files[1], ns=(times.st_atime_ns, times.st_mtime_ns))
     assert read_note("kind", files) is None
     files[1].unlink()

@@ -428,7 +428,7 @@ def test_format_and_f1_are_computed_once_per_episode(
             evaluate(each, episode)
         episode_metrics(episode)
     assert calls["f1"] == 1
-    assert calls["render"] == 1  # of the transcript that the format is read from
+    assert calls["render"] == 1  # the format reads one transcript
 
 
 def test_every_module_of_papers_is_registered() -> None:

@@ -262,7 +262,7 @@ def test_closing_wakes_whoever_waits_and_refuses_the_rest() -> None:
     assert not session.episode.void
     with pytest.raises(ClosedError):
         sessions.open("q2")
-    assert session.step(answer("Founder 0")).reward == 1.0  # that needs no engine
+    assert session.step(answer("Founder 0")).reward == 1.0  # an answer needs no engine
     sessions.close()
 
 

@@ -174,7 +174,7 @@ def test_ones_own_and_what_cannot_be_read() -> None:
     with pytest.raises(UnknownNameError, match="new_suport"):
         turn_rewards("0.2*new_suport")
     with pytest.raises(UnknownNameError, match="support_recall"):
-        turn_rewards("support_recall")  # that one is of whole episodes
+        turn_rewards("support_recall")  # a reward of whole episodes
     with pytest.raises(ConfigurationError, match="position 14"):
         turn_rewards("0.2*searches 3")
 

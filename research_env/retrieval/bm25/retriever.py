@@ -170,7 +170,7 @@ class EmbeddedRetriever:
         else:
             meta, self._index = _checked(self._folder, corpus.name, corpus.fingerprint())
         self.corpus_name = meta.corpus
-        self.fingerprint = meta.fingerprint  # of that corpus
+        self.fingerprint = meta.fingerprint  # the corpus's
         self.num_passages = meta.passages
         self._passages = _map(self._folder / "passages.bin")
         self._offsets_file = _map(self._folder / "offsets.bin")

@@ -48,7 +48,7 @@ MAX_IN_FLIGHT_CHARS = 4 * MAX_REQUEST_CHARS
 """Characters that are sent at the same time."""
 RETRY = Retry(deadline=300.0, first=0.2, longest=15.0)
 """Time limit and pauses of each request."""
-_BUCKETS_PER_PAGE = 10_000  # of an aggregation
+_BUCKETS_PER_PAGE = 10_000  # page size of an aggregation
 
 Body = dict[str, Any]
 Batch = list[tuple[int, Passage]]  # rows and passages

@@ -76,7 +76,7 @@ def test_the_command_line_chunks_and_hints(
     assert "--chunk 100" in err
     cli.main(["index", "--corpus", str(corpus), "--to", str(tmp_path / "parts"), "--chunk", "100"])
     out, err = capsys.readouterr()
-    assert "13 passages" in out  # of 100 words, every 80 words
+    assert "13 passages" in out  # 100 words each, one every 80 words
     assert err == ""
     assert f"embedded:{tmp_path / 'parts'}" in out
     cli.main(["search", "needle", "--retriever", f"embedded:{tmp_path / 'parts'}", "--json"])

@@ -535,7 +535,7 @@ def test_the_fingerprint_follows_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", PASSAGE)
     first = FileCorpus("c", path).fingerprint()
     state = path.stat()
-    write(path, PASSAGE | {"text": "Ann is a Person."})  # of the same size and time
+    write(path, PASSAGE | {"text": "Ann is a Person."})  # same size and time
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert FileCorpus("c", path).fingerprint() != first
 
