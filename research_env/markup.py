@@ -14,6 +14,20 @@ class Tag(NamedTuple):
     close: str
 
 
+def last_before_end(text: str, tag: Tag) -> str | None:
+    """What stands between the last opening mark and the closing mark that ends the text.
+
+    Args:
+        text: ends with the closing mark.
+        tag: the marks.
+
+    Returns:
+        The words; None if there is no opening mark.
+    """
+    start = text.rfind(tag.open)
+    return text[start + len(tag.open) : -len(tag.close)] if start >= 0 else None
+
+
 def between(text: str, tag: Tag) -> str | None:
     """The first span between two marks, or None."""
     start = text.find(tag.open)

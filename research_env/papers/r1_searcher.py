@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from research_env.episode import Episode
-from research_env.markup import Tag, defuse
+from research_env.markup import Tag, defuse, last_before_end
 from research_env.metrics import cover_exact_match, exact_match, f1, normalize_r1_searcher
 from research_env.papers.base import Paper, blank_transcript, once_per_episode
 from research_env.protocol import Parsed, Protocol, answer_or_invalid
@@ -64,9 +64,7 @@ def _parse_r1_searcher(protocol: Protocol, text: str) -> Parsed:
     """The last query before the terminator, without double quotes; an empty one is invalid."""
     tag = protocol.query
     if text.endswith(tag.close):
-        start = text.rfind(tag.open)
-        end = len(text) - len(tag.close)
-        words = text[start + len(tag.open) : end].replace('"', "").split() if start >= 0 else []
+        words = (last_before_end(text, tag) or "").replace('"', "").split()
         return Parsed("search", " ".join(words)) if words else Parsed("invalid")
     return answer_or_invalid(protocol, text)
 

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from research_env.episode import Episode
-from research_env.markup import Tag
 from research_env.papers.base import Paper, f1_reward, once_per_episode
-from research_env.papers.tool_calls import extract_last_boxed, parse_calls, render_response
-from research_env.protocol import Protocol
+from research_env.papers.tool_calls import TOOL_CALLS, chat_prompts
 from research_env.tools import (
     CALL,
     END_OF_TURN,
@@ -80,28 +79,11 @@ def _frame_recall(calls: Sequence[Call]) -> str:
     return f"\n<|im_start|>user\n{blocks}{END_OF_TURN}\n<|im_start|>assistant\n<think>"
 
 
-RECALL = Protocol(
+RECALL = replace(
+    TOOL_CALLS,
     name="recall",
-    think=Tag("<think>", "</think>"),
-    query=CALL,
-    result=RESPONSE,
-    answer=Tag("\\boxed{", "}"),
-    terminators=(END_OF_TURN,),
-    parser=parse_calls,
-    renderer=render_response,
-    extractor=extract_last_boxed,
-    prompts={
-        "base": (
-            (
-                "user",
-                f"<|im_start|>system\n{_SYSTEM}<|im_end|>\n<|im_start|>user\n"
-                "{question}<|im_end|>\n<|im_start|>assistant\n<think>",
-            ),
-        ),
-        "instruct": (("system", _SYSTEM), ("user", "{question}"), ("assistant", "<think>")),
-    },
+    prompts=chat_prompts(_SYSTEM, thought="<think>"),
     max_turns=5,
-    top_k=5,
     reward="recall",
     tool_format=ToolFormat((WIKIPEDIA_SEARCH,), _frame_recall),
 )

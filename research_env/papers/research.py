@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from research_env.episode import Episode
-from research_env.markup import Tag, between, defuse
+from research_env.markup import Tag, between, defuse, last_before_end
 from research_env.papers.base import Paper, blank_transcript, f1_reward, once_per_episode
 from research_env.protocol import Parsed, Protocol, answer_or_invalid
 from research_env.retrieval.base import Hit
@@ -63,9 +63,7 @@ def _parse_research(protocol: Protocol, text: str) -> Parsed:
     """The last query before the terminator; a terminator alone asks for nothing and goes on."""
     tag = protocol.query
     if text.endswith(tag.close):
-        start = text.rfind(tag.open)
-        end = len(text) - len(tag.close)
-        return Parsed("search", text[start + len(tag.open) : end] if start >= 0 else "")
+        return Parsed("search", last_before_end(text, tag) or "")
     return answer_or_invalid(protocol, text)
 
 

@@ -82,6 +82,28 @@ def _frame_hermes(calls: Sequence[Call]) -> str:
     return f"\n<|im_start|>user{blocks}{END_OF_TURN}\n<|im_start|>assistant\n"
 
 
+def chat_prompts(system: str, thought: str = "") -> dict[str, tuple[tuple[str, str], ...]]:
+    """The prompts of a protocol with tool calls, by the name of their template.
+
+    Args:
+        system: the system message, tools included.
+        thought: how the prompt opens the policy's first turn; empty: not at all.
+
+    Returns:
+        ``base``, the text that the models' chat templates make of the messages, and ``instruct``,
+        the messages.
+    """
+    rendered = (
+        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
+        f"{{question}}<|im_end|>\n<|im_start|>assistant\n{thought}"
+    )
+    opened = (("assistant", thought),) if thought else ()
+    return {
+        "base": (("user", rendered),),
+        "instruct": (("system", system), ("user", "{question}"), *opened),
+    }
+
+
 _SYSTEM = _ROLE + _tools_section([SEARCH])
 
 TOOL_CALLS = Protocol(
@@ -94,16 +116,7 @@ TOOL_CALLS = Protocol(
     parser=parse_calls,
     renderer=render_response,
     extractor=extract_last_boxed,
-    prompts={
-        "base": (
-            (
-                "user",
-                f"<|im_start|>system\n{_SYSTEM}<|im_end|>\n<|im_start|>user\n"
-                "{question}<|im_end|>\n<|im_start|>assistant\n",
-            ),
-        ),
-        "instruct": (("system", _SYSTEM), ("user", "{question}")),
-    },
+    prompts=chat_prompts(_SYSTEM),
     top_k=5,
     reward="f1",
     tool_format=ToolFormat((SEARCH,), _frame_hermes),
