@@ -145,6 +145,13 @@ class LearnerConfig:
     """Learn adapters of this rank beside the weights (LoRA, needs peft); 0 learns the weights."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_offload"] = "adamw"
     """AdamW as it is, with moments of 8 bits (needs bitsandbytes), or in the CPU's memory."""
+    bucket_bytes: int = 2**30
+    """With torchrun: the most bytes of weights that a rank holds whole at once, besides its shard,
+    while weights are saved or given to the sampler. A larger tensor is a bucket of its own."""
+    shard_ranks: int | None = None
+    """With torchrun: ranks that one copy of the weights is spread over; it must divide the number
+    of ranks. None takes those of a node, so that weights are gathered inside it. Give more where a
+    node has too little memory."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +195,8 @@ class RunConfig:
     written anew each time the run is started or continued."""
     log_episodes: int = 4
     """Episodes of each step written out in words, to trajectories.jsonl."""
+    collective_timeout: float = 15.0
+    """With torchrun: minutes that a rank waits for the others before it stops with an error."""
     override: bool = False
     """Continue a run with settings that change its results; changes.jsonl in its folder records
     them."""
@@ -365,6 +374,7 @@ FREE = frozenset(
         "run.eval_temperature",
         "run.trace",
         "run.log_episodes",
+        "run.collective_timeout",
         "run.plan",
         "run.override",
         "run.quiet",
@@ -382,6 +392,8 @@ NEUTRAL = frozenset(
         "learner.packing",
         "learner.gradient_checkpointing",
         "learner.compile",
+        "learner.bucket_bytes",
+        "learner.shard_ranks",
         "sampling.overlong_prompts",  # what has been learned from had no such prompt
     }
 )
@@ -433,6 +445,8 @@ def validate(config: TrainConfig) -> None:
         "--max-in-flight": sampling.max_in_flight,
         "--minibatches": learner.minibatches,
         "--micro-batch-tokens": learner.micro_batch_tokens,
+        "--bucket-bytes": learner.bucket_bytes,
+        "--shard-ranks": learner.shard_ranks,
         "--save-every": run.save_every,
         "--keep": run.keep,
         "--eval-limit": run.eval_limit,
@@ -463,6 +477,9 @@ def validate(config: TrainConfig) -> None:
         raise ConfigError(f"--max-grad-norm is {learner.max_grad_norm}; it must be above 0")
     if run.time_limit is not None and not run.time_limit > 0:
         raise ConfigError(f"--time-limit is {run.time_limit}; it must be above 0 seconds")
+    if not run.collective_timeout > 0:
+        message = f"--collective-timeout is {run.collective_timeout}; it must be above 0 minutes"
+        raise ConfigError(message)
     if run.collapse is not None and not 0 < run.collapse < 1:
         raise ConfigError(f"--collapse is {run.collapse}; it is a share, between 0 and 1")
     if not 0 <= config.algorithm.max_void_fraction <= 1:

@@ -211,13 +211,49 @@ class Learner:
         lora = {"adapters": adapters(self.model)} if self.has_adapters else {}
         return {"steps": self.steps, "moments": moments, **critic, **lora}
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights of the policy, whole, for an engine or a checkpoint.
 
-        With more than one process all of them must ask. Adapters are added in.
+        This is what ``Engine.load_weights`` takes. It is a collective: every rank must call it, and
+        must consume it to the end, also a rank that needs nothing of it. Every rank gets every
+        tensor, whole, on its own device, in the same order. A tensor is valid until the next one is
+        asked for: copy or send it before.
+
+        Args:
+            dtype: number format of what is yielded; a shard is converted before it is gathered.
+                None keeps the learner's.
+
+        Yields:
+            Name and weight. The names are those of the model without adapters, which are added in;
+            a tied weight comes once.
+        """
+        for bucket in self.weight_buckets(dtype):
+            yield from bucket
+
+    def weight_buckets(
+        self, dtype: torch.dtype | None = None
+    ) -> Iterator[list[tuple[str, Tensor]]]:
+        """Yield the same weights as ``weights``, a bucket at a time.
+
+        A bucket holds at most ``config.bucket_bytes``, or one tensor that is larger. Buckets are
+        the same on all ranks. All collectives of a bucket are over before it is yielded, so that
+        what a rank does with it (send, write, wait at a barrier) cannot be interleaved with them.
+
+        Args:
+            dtype: as for ``weights``.
         """
         named = merged(self.model) if self.has_adapters else self.model.named_parameters()
-        return ((name, full_tensor(weight.detach())) for name, weight in named)
+        bucket: list[tuple[str, Tensor]] = []
+        held = 0
+        for name, weight in named:
+            size = weight.numel() * (dtype or weight.dtype).itemsize
+            if bucket and held + size > self.config.bucket_bytes:
+                yield bucket
+                bucket, held = [], 0
+            bucket.append((name, full_tensor(weight.detach().to(dtype or weight.dtype))))
+            held += size
+        if bucket:
+            yield bucket
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the state of a learner of the same model, to the bit.
