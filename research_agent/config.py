@@ -188,8 +188,8 @@ class RunConfig:
     eval_temperature: float = 0.0
     """Temperature of evaluations; 0 is greedy."""
     plan: str | None = None
-    """Say what the run would need on GPUs such as 8xH100, and stop: memory, tokens, hours. Nothing
-    is loaded. Exit status 2 where it does not fit."""
+    """Say what the run would need on GPUs such as 8xH100, or 2x8xH100 for two nodes, and stop:
+    memory, disk, tokens, hours. Nothing is loaded. Exit status 2 if it does not fit."""
     trace: Path | None = None
     """File for a timeline of generation, environments and updates, which ui.perfetto.dev opens;
     written anew each time the run is started or continued."""

@@ -1,0 +1,115 @@
+"""Where the sampler runs, and what it takes of a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from research_agent.config import TrainConfig
+from research_agent.errors import ConfigError
+from research_agent.plan.assumptions import EPISODE_TOKENS, SERVER_BYTES, VLLM_WORK
+from research_agent.plan.machines import Machines
+from research_agent.plan.shapes import Shape
+
+MEMORY_SHARE = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """How a run samples.
+
+    Attributes:
+        kind: "transformers"; "vllm" in the learner's process; "serve" in processes beside it, on
+            the same GPUs; "servers" elsewhere.
+        tensor_parallel: GPUs that a copy of the weights is spread over.
+        copies: copies of the weights, on all machines together.
+        share: of a GPU's memory, for vLLM beside the learner.
+        number: bytes of a weight and of a number in the cache.
+    """
+
+    kind: str
+    tensor_parallel: int
+    copies: int
+    share: float
+    number: int
+
+
+def sampler_of(config: TrainConfig, machines: Machines) -> Sampler:
+    """How a run samples, by its settings.
+
+    Raises:
+        ConfigError: the engine is not known, or needs more GPUs than a node has.
+    """
+    engine = config.sampling.engine
+    kind, _, rest = engine.partition(":")
+    number = 4 if config.learner.precision == "float32" else 2
+    if kind == "transformers":
+        return Sampler(kind, 1, machines.count, 0.0, 4)
+    if kind == "vllm":
+        return Sampler(kind, 1, machines.count, MEMORY_SHARE, number)
+    if kind == "serve":
+        parallel, copies = _parallel(engine, rest, machines)
+        return Sampler(kind, parallel, machines.nodes * copies, MEMORY_SHARE, number)
+    if kind.startswith("server"):
+        return Sampler("servers", 1, len(rest.split(",")), 0.0, number)
+    raise ConfigError(f"no engine is named {engine!r}; --plan knows transformers, vllm, serve")
+
+
+def _parallel(engine: str, text: str, machines: Machines) -> tuple[int, int]:
+    """GPUs per copy of the weights, and copies per node."""
+    options = dict(each.partition("=")[::2] for each in text.split(",") if each)
+    odd = options.keys() - {"tp", "dp"}
+    if odd or not all(value.isdigit() and int(value) for value in options.values()):
+        raise ConfigError(f"--engine {engine}: give tp=N and dp=N, such as serve:tp=2,dp=4")
+    parallel = int(options.get("tp", 1))
+    copies = int(options.get("dp", machines.per_node // parallel))
+    if not 1 <= parallel * copies <= machines.per_node:
+        raise ConfigError(
+            f"--engine {engine} needs {parallel} x {max(1, copies)} GPUs, and a node has "
+            f"{machines.per_node}"
+        )
+    return parallel, copies
+
+
+def needs_bytes(sampler: Sampler, shape: Shape, config: TrainConfig) -> float:
+    """Bytes of a GPU without which the sampler does not start: weights, and one longest episode."""
+    weights = sampler.number * shape.parameters / sampler.tensor_parallel
+    longest = min(shape.positions, config.sampling.max_prompt + config.sampling.max_response)
+    episode = longest * cache_bytes(sampler, shape)
+    return weights + episode + (VLLM_WORK if sampler.kind != "transformers" else 0.0)
+
+
+def cache_bytes(sampler: Sampler, shape: Shape) -> float:
+    """Bytes of keys and values that a token takes on each GPU of a copy."""
+    return sampler.number * shape.kv_numbers / min(sampler.tensor_parallel, shape.kv_heads)
+
+
+def slots(config: TrainConfig, copies: int) -> int:
+    """Episodes that a copy of the weights plays at the same time, if its memory allows."""
+    episodes = -(-config.sampling.prompts_per_step * config.sampling.group_size // copies)
+    ahead = episodes * (1 + config.sampling.max_staleness)
+    return min(ahead, config.sampling.max_in_flight or episodes)
+
+
+def memory(
+    sampler: Sampler, shape: Shape, config: TrainConfig, machines: Machines
+) -> dict[str, float]:
+    """Bytes of each GPU that the sampler takes beside the learner, by what takes them."""
+    weights = sampler.number * shape.parameters / sampler.tensor_parallel
+    if sampler.kind == "servers":
+        return {}
+    if sampler.kind == "transformers":
+        longest = min(shape.positions, config.sampling.max_prompt + config.sampling.max_response)
+        cache = slots(config, sampler.copies) * longest * cache_bytes(sampler, shape)
+        return {"sampler: weights": weights, "sampler: keys and values": cache}
+    share = sampler.share * machines.gpu.memory
+    found = {
+        "sampler: weights": weights,
+        "sampler: activations and graphs": VLLM_WORK,
+        "sampler: keys and values": share - weights - VLLM_WORK,
+    }
+    return found | ({"sampler: CUDA": SERVER_BYTES} if sampler.kind == "serve" else {})
+
+
+def held_episodes(sampler: Sampler, shape: Shape, cache: float) -> int:
+    """Mean episodes whose keys and values fit into the cache of a copy."""
+    return int(cache / (EPISODE_TOKENS * cache_bytes(sampler, shape)))
