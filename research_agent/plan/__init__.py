@@ -79,7 +79,6 @@ def plan(config: TrainConfig, machines: str) -> Plan:
     shape = shape_of(config.policy.model)
     sampler = sampler_of(config, where)
     needed = memory.measure(config, shape, where, sampler)
-    cache = needed.gpu.get("sampler: keys and values", 0.0)
     found = ()
     if not suggestions.fits(config, shape, where):
         found = tuple(map(as_flags, suggestions.suggest(config, shape, where)))
@@ -90,7 +89,7 @@ def plan(config: TrainConfig, machines: str) -> Plan:
         sampler=sampler,
         memory=needed,
         tokens=timing.episodes(config) * timing.mean_tokens(config),
-        times=timing.measure(config, shape, where, sampler, cache),
+        times=timing.measure(config, shape, where, sampler),
         steps=config.run.steps,
         environment=_environment(config),
         suggestions=found,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from research_agent.algorithms import algorithm
 from research_agent.algorithms.base import Algorithm, UsesCritic
 from research_agent.config import TrainConfig
+from research_agent.errors import ConfigError
 from research_agent.plan import assumptions as given
 from research_agent.plan import sampler as samplers
 from research_agent.plan.machines import Machines
@@ -53,8 +54,17 @@ def _rule(config: TrainConfig) -> Algorithm:
 
 
 def shard_ranks(config: TrainConfig, machines: Machines) -> int:
-    """Ranks that one copy of the learner's weights is spread over."""
-    return config.learner.shard_ranks or machines.per_node
+    """Ranks that one copy of the learner's weights is spread over.
+
+    Raises:
+        ConfigError: --shard-ranks does not divide the ranks.
+    """
+    ranks = config.learner.shard_ranks or machines.per_node
+    if machines.count % ranks:
+        raise ConfigError(
+            f"--shard-ranks {ranks} does not divide the {machines.count} ranks on {machines}"
+        )
+    return ranks
 
 
 def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler) -> Memory:
@@ -69,7 +79,7 @@ def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Samp
     gpu = {
         **held,
         "learner: gradients": gradients,
-        "learner: gathered weights": whole,
+        "learner: weights of a pass": whole,
         **passing,
         "CUDA, NCCL, fragments": given.CUDA_BYTES,
         **sampling,
@@ -135,9 +145,12 @@ def gathered_bytes(config: TrainConfig, machines: Machines) -> int:
 
 
 def _gathered(config: TrainConfig, shape: Shape, machines: Machines) -> float:
-    """Weights that are whole during a pass: the layer at work, the next one, and the root."""
+    """Weights that are whole during a pass: the layer at work, the next one, and the root.
+
+    A single process has all of them anyway; in bfloat16 autocast keeps its copy of them.
+    """
     if machines.count == 1:
-        return 0.0
+        return 2.0 * shape.parameters if config.learner.precision == "bfloat16" else 0.0
     number = gathered_bytes(config, machines)
     head_gradient = number * shape.vocabulary * shape.hidden * (not config.learner.lora_rank)
     return number * (2 * shape.layer_parameters + shape.root_parameters) + head_gradient
@@ -178,7 +191,7 @@ def layer_bytes(config: TrainConfig, shape: Shape, machines: Machines) -> tuple[
     if config.learner.precision == "float32":
         return 36 * h + 16 * i + 8 * kv, 4 * h
     if machines.count == 1:
-        return 37 * h + 18 * i, 4 * h
+        return 32 * h + 8 * i + 4 * kv, 4 * h
     return 22 * h + 8 * i + 4 * kv, 2 * h
 
 

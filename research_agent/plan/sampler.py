@@ -110,6 +110,14 @@ def memory(
     return found | ({"sampler: CUDA": SERVER_BYTES} if sampler.kind == "serve" else {})
 
 
-def held_episodes(sampler: Sampler, shape: Shape, cache: float) -> int:
+def cache(sampler: Sampler, shape: Shape, config: TrainConfig, machines: Machines) -> float:
+    """Bytes of keys and values for which each GPU of a copy has room."""
+    if sampler.kind == "servers":  # on GPUs of their own, of which vLLM takes nine tenths
+        weights = sampler.number * shape.parameters / sampler.tensor_parallel
+        return 0.9 * machines.gpu.memory - weights - VLLM_WORK
+    return memory(sampler, shape, config, machines)["sampler: keys and values"]
+
+
+def held_episodes(sampler: Sampler, shape: Shape, room: float) -> int:
     """Mean episodes whose keys and values fit into the cache of a copy."""
-    return int(cache / (EPISODE_TOKENS * cache_bytes(sampler, shape)))
+    return int(room / (EPISODE_TOKENS * cache_bytes(sampler, shape)))

@@ -79,7 +79,8 @@ def _fitting(
         settings = {**tried, **also}
         changed = apply(config, settings)
         if fits(changed, shape, machines):
-            found.append((settings, _seconds(changed, shape, machines)))
+            sampler = sampler_of(changed, machines)
+            found.append((settings, timing.measure(changed, shape, machines, sampler).step))
     return found
 
 
@@ -106,10 +107,3 @@ def _combinations(config: TrainConfig, shape: Shape, machines: Machines) -> Iter
             for name, value in chosen.items()
             if value is not None and value != present[name]
         }
-
-
-def _seconds(config: TrainConfig, shape: Shape, machines: Machines) -> float:
-    sampler = sampler_of(config, machines)
-    needed = memory.measure(config, shape, machines, sampler)
-    cache = needed.gpu.get("sampler: keys and values", 0.0)
-    return timing.measure(config, shape, machines, sampler, cache).step

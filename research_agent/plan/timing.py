@@ -49,19 +49,9 @@ def longest_tokens(config: TrainConfig) -> float:
     return min(given.LONGEST * mean_tokens(config), sampling.max_prompt + sampling.max_response)
 
 
-def measure(
-    config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler, cache: float
-) -> Times:
-    """Seconds of a step on some machines.
-
-    Args:
-        config: of the run.
-        shape: of the model.
-        machines: where it runs.
-        sampler: how it samples.
-        cache: bytes of keys and values that a GPU of the sampler has.
-    """
-    sample, steps = _sampling(config, shape, machines, sampler, cache)
+def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler) -> Times:
+    """Seconds of a step on some machines."""
+    sample, steps = _sampling(config, shape, machines, sampler)
     parts = {
         "sample": sample,
         "wait for the environment": _waiting(config, sampler, steps),
@@ -79,7 +69,7 @@ def measure(
 
 
 def _sampling(
-    config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler, cache: float
+    config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler
 ) -> tuple[float, float]:
     """Seconds of sampling, and how many decoding steps it makes.
 
@@ -89,7 +79,8 @@ def _sampling(
     mean, longest = mean_tokens(config), longest_tokens(config)
     slots: float = samplers.slots(config, sampler.copies)
     if sampler.kind != "transformers":
-        slots = max(1, min(slots, samplers.held_episodes(sampler, shape, cache)))
+        room = samplers.cache(sampler, shape, config, machines)
+        slots = max(1, min(slots, samplers.held_episodes(sampler, shape, room)))
     per_copy = episodes(config) / sampler.copies
 
     def decode(busy: float) -> float:
