@@ -378,7 +378,8 @@ class Learner:
         found: list[Tensor] = []
         losses: list[Tensor] = []
         sums: dict[str, Tensor] = {}
-        passes = micro_batches(batch, self.config.micro_batch_tokens, packed=self._packed)
+        budget, ranks = self.config.micro_batch_tokens, rank_and_size()[1]
+        passes = micro_batches(batch, budget, packed=self._packed, ranks=ranks)
         for micro, counts in shard_batches(passes):
             part = micro.part
             logprobs, entropy = self._score(micro)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from research_agent.batch import Batch, MicroBatch, micro_batches
-from research_agent.distributed import all_reduce_sum, shard_batches
+from research_agent.distributed import all_reduce_sum, rank_and_size, shard_batches
 from research_agent.errors import ModelError, ResearchAgentError
 from research_agent.models.probe import logit_difference, plain_logits, probe_sequences
 from research_agent.models.source import (
@@ -345,7 +345,9 @@ def batch_logprobs(
         The log-probabilities, [A].
     """
     found: Tensor | None = None
-    for micro, counts in shard_batches(micro_batches(batch, max_tokens, packed=packed)):
+    ranks = rank_and_size()[1]
+    passes = micro_batches(batch, max_tokens, packed=packed, ranks=ranks)
+    for micro, counts in shard_batches(passes):
         logprobs = score(micro)[0]
         if found is None:
             found = logprobs.new_zeros(len(batch.targets))
