@@ -18,10 +18,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from research_agent import checkpoint, trainer
+from research_agent import checkpoint
 from research_agent.cli import main
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.learner import Learner
+from research_agent.player import Player
 from research_agent.run_logger import RunLogger, read_lines
 from tests.research_agent.conftest import letter_tokenizer, tiny_qwen2
 from tests.research_agent.disks import resize, small_disk
@@ -309,7 +310,7 @@ def server() -> Any:
 
 
 PHASES = {
-    "collection": (trainer, "collect"),
+    "collection": (Player, "collect"),
     "update": (Learner, "update"),
     "hand-over of the weights": (TransformersEngine, "load_weights"),
     "saving": (checkpoint, "save"),
