@@ -117,6 +117,11 @@ def shared(error: Exception) -> Exception:
     return error
 
 
+def as_raised(cause: Exception, error: Exception) -> Exception:
+    """Mark an error as raised on all ranks, if its cause is."""
+    return shared(error) if getattr(cause, "on_all_ranks", False) else error
+
+
 def said_by_another(error: BaseException) -> bool:
     """Whether the first rank shows this error, and this rank is another one."""
     if os.environ.get("RANK", "0") == "0":
@@ -155,6 +160,31 @@ def local_tensor(values: Tensor) -> Tensor:
     return values.to_local() if isinstance(values, DTensor) else values
 
 
+def shard_on_cpu(local: Tensor, like: Tensor) -> Tensor:
+    """View this rank's part of a tensor on the CPU as the shard that ``like`` has on its device.
+
+    Args:
+        local: of the shape of this rank's shard.
+        like: a tensor, sharded or not.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - slow to import
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415
+
+    if not isinstance(like, DTensor):
+        return local
+    mesh = like.device_mesh
+    if mesh.device_type != "cpu":
+        mesh = _cpu_meshes.setdefault(
+            mesh, init_device_mesh("cpu", mesh.shape, mesh_dim_names=mesh.mesh_dim_names)
+        )
+    return DTensor.from_local(
+        local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+_cpu_meshes: dict[Any, Any] = {}
+
+
 def make_mesh(device: torch.device, shard_ranks: int | None = None) -> Any:
     """Arrange the ranks: those that share one copy of the weights, and how many copies there are.
 
@@ -184,14 +214,22 @@ def make_mesh(device: torch.device, shard_ranks: int | None = None) -> Any:
     return init_device_mesh(device.type, (size // ranks, ranks), mesh_dim_names=names)
 
 
-def shard(root: nn.Module, units: Sequence[nn.Module], mesh: Any, dtype: torch.dtype) -> None:
+def shard(
+    root: nn.Module,
+    units: Sequence[nn.Module],
+    mesh: Any,
+    *,
+    half: bool = False,
+    exact: Sequence[nn.Module] = (),
+) -> None:
     """Spread the weights of a module over the ranks; they are gathered unit by unit.
 
     Args:
         root: what is called; its parameters become ``DTensor``s.
         units: modules inside it that are gathered on their own.
         mesh: of ``make_mesh``.
-        dtype: number format of gathered weights. Gradients are summed in float32 at least.
+        half: gather the weights in bfloat16; gradients are summed in float32 all the same.
+        exact: further modules inside, whose weights are gathered as they are.
     """
     from torch.distributed.fsdp import (  # noqa: PLC0415 - slow to import
         FSDPModule,
@@ -199,9 +237,11 @@ def shard(root: nn.Module, units: Sequence[nn.Module], mesh: Any, dtype: torch.d
         fully_shard,
     )
 
+    for module in exact:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
     policy = MixedPrecisionPolicy()
-    if dtype == torch.bfloat16:
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if half:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in (*units, root):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for module in root.modules():

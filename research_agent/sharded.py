@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,14 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
 
-from research_agent.distributed import rank_and_size, together
+from research_agent.distributed import rank_and_size, shared, together
+from research_agent.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 _COPIES = 4  # of what goes into a file, while DCP writes it: on the host, as bytes, in a file
@@ -40,6 +42,10 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+Read = Callable[[Mapping[str, Tensor]], None]
+"""Fills tensors in place, by their names in the files of a checkpoint."""
 
 
 @contextmanager
@@ -68,6 +74,12 @@ def is_deferred(model: nn.Module) -> bool:
     return hasattr(model, _SOURCE)
 
 
+def source_of(model: nn.Module) -> Path:
+    """The folder of a deferred model's weights."""
+    folder: Path = getattr(model, _SOURCE)
+    return folder
+
+
 def fill(root: nn.Module, model: nn.Module, device: torch.device) -> None:
     """Allocate this rank's shards of a model that was made on the meta device, and read them.
 
@@ -80,8 +92,40 @@ def fill(root: nn.Module, model: nn.Module, device: torch.device) -> None:
         OSError, ValueError, SafetensorError: the files cannot be read.
     """
     allocate(root, device)
-    read_weights(model, getattr(model, _SOURCE))
+    read_weights(model, source_of(model))
     delattr(model, _SOURCE)
+
+
+def copy_or_read(into: Mapping[str, Tensor], found: Mapping[str, Any], read: Read) -> None:
+    """Fill tensors in place, from tensors of the same names or from files.
+
+    Args:
+        into: by name.
+        found: a tensor, or a ``StoredTensor``, for each of the names.
+        read: fills tensors in place, by their names in the files.
+
+    Raises:
+        CheckpointError: a name or a shape differs.
+    """
+    for name in sorted(into.keys() | found.keys()):
+        shapes = [tuple(each[name].shape) if name in each else None for each in (into, found)]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(
+                f"the state is that of another model: {name!r} has the shape {shapes[0]} here and"
+                f" {shapes[1]} there"
+            )
+    with torch.no_grad():
+        for name, tensor in into.items():
+            if not isinstance(found[name], StoredTensor):
+                tensor.copy_(found[name])
+    stored = {n: v for n, v in found.items() if isinstance(v, StoredTensor)}
+    read({value.name: into[name].detach() for name, value in stored.items()})
+
+
+def read_nothing(into: Mapping[str, Tensor]) -> None:
+    """Read for a state whose tensors are all in memory."""
+    if into:
+        raise ValueError(f"{next(iter(into))} is in a file; give what reads it")
 
 
 def allocate(root: nn.Module, device: torch.device) -> None:
@@ -127,8 +171,9 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
     """
     if not into:
         return
-    with _quiet():
-        dcp.load(dict(into), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=_alone())
+    reader = HuggingFaceStorageReader(str(folder))
+    with _plain_errors():
+        dcp.load(dict(into), storage_reader=reader, no_dist=_alone())
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], bucket_bytes: int) -> None:
@@ -149,8 +194,9 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], bucket_bytes: int
         files[name] = number
         held += size
     writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
-    with _quiet():
-        dcp.save({n: t.detach() for n, t in tensors.items()}, storage_writer=writer, no_dist=_alone())
+    with _plain_errors():
+        live = {name: tensor.detach() for name, tensor in tensors.items()}
+        dcp.save(live, storage_writer=writer, no_dist=_alone())
 
 
 def write_weights(folder: Path, buckets: Iterable[list[tuple[str, Tensor]]]) -> None:
@@ -209,13 +255,14 @@ def _alone() -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without DCP's warning that one process is alone, which is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        yield
-
-
-FILE_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, SafetensorError)
-Named = Mapping[str, Any]
+def _plain_errors() -> Iterator[None]:
+    """Raise the cause of what DCP raises, on all ranks; no warning where one process is meant."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        cause, _ = error.failures[min(error.failures)]
+        if not isinstance(cause, Exception):
+            raise
+        raise shared(cause) from None

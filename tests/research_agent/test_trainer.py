@@ -80,9 +80,9 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 
 
 def final_bytes(output: Path) -> dict[str, bytes]:
-    """What two equal runs have in common to the bit: weights, optimiser, log."""
+    """What two equal runs have in common to the bit: weights, optimizer, log."""
     newest = sorted((output / "checkpoints").glob("step-*"))[-1]
-    files = {name: newest / name for name in ("model.safetensors", "state.safetensors")}
+    files = {name: newest / name for name in ("model.safetensors", "state/state.safetensors")}
     files |= {name: output / name for name in ("metrics.jsonl", "trajectories.jsonl")}
     return {"newest": newest.name.encode(), **{n: path.read_bytes() for n, path in files.items()}}
 
@@ -135,7 +135,7 @@ def test_evaluations_change_nothing_of_what_is_learned(letters: Path, tmp_path: 
     main(flags(letters, tmp_path / "without", "--steps", "3"))
     main(flags(letters, tmp_path / "with", "--steps", "3", "--eval-every", "1"))
     one, other = final_bytes(tmp_path / "with"), final_bytes(tmp_path / "without")
-    for name in ("model.safetensors", "state.safetensors", "trajectories.jsonl"):
+    for name in ("model.safetensors", "state/state.safetensors", "trajectories.jsonl"):
         assert one[name] == other[name]
 
 
@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_named(
 ) -> None:
     words = flags(letters, tmp_path / "run", "--steps", "1")
     main(words)
-    state = tmp_path / "run" / "checkpoints" / "step-000001" / "state.safetensors"
+    state = tmp_path / "run" / "checkpoints" / "step-000001" / "state/state.safetensors"
     state.write_bytes(state.read_bytes()[:-7])
     message = refusal(capsys, words)
     assert "step-000001 is no whole checkpoint" in message
