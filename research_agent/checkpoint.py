@@ -231,7 +231,7 @@ def load(folder: Path, deferred: Collection[str] = ()) -> Checkpoint:
         _require_unchanged(folder)
         with together():
             stored = stored_tensors(folder / TENSORS)
-            packed = {key: value for key, value in plain["state"][_PAIRS]}
+            packed = dict(plain["state"][_PAIRS])
             late = {key: _unpack(packed.pop(key), stored) for key in deferred if key in packed}
             now = {key: _unpack(value, stored) for key, value in packed.items()}
             wanted: dict[str, torch.Tensor] = {}

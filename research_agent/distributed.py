@@ -19,9 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from research_agent.errors import ConfigError, ResearchAgentError
+from research_agent.errors import ConfigError, RankError, ResearchAgentError
 
 T = TypeVar("T")
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out", "timed out",
+         "Broken pipe", "remote process exited", "Connection refused")  # fmt: skip
+"""What torch's collectives say when another rank is gone."""
 
 
 @contextmanager
@@ -30,6 +34,9 @@ def init_distributed(timeout_minutes: float = 15.0) -> Iterator[None]:
 
     Args:
         timeout_minutes: how long a rank waits in a collective before it fails.
+
+    Raises:
+        RankError: another rank stopped, or did not answer in time.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -41,6 +48,17 @@ def init_distributed(timeout_minutes: float = 15.0) -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
     try:
         yield
+    except Exception as error:
+        lost = next((text for text in _LOST if text in str(error)), "")
+        if lost and not isinstance(error, ResearchAgentError):
+            raise shared(
+                RankError(
+                    f"another rank stopped or did not answer for {timeout_minutes:g} minutes"
+                    f" ({lost}); its own message says why. Start the same command again"
+                )
+            ) from error
+        error.on_all_ranks = getattr(error, "on_all_ranks", False)  # type: ignore[attr-defined]
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -109,6 +127,15 @@ def together() -> Iterator[None]:
         raise shared(problem)
     error = kind(text) if issubclass(kind, ResearchAgentError) else RuntimeError(text)
     raise shared(error) from problem
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """Around what all ranks do alike: an error of this package in it is raised by all of them."""
+    try:
+        yield
+    except ResearchAgentError as error:
+        raise shared(error)  # noqa: B904 - the same error
 
 
 def shared(error: Exception) -> Exception:

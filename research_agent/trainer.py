@@ -23,7 +23,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from research_agent import checkpoint, step_metrics
 from research_agent.active_rollout import Episode
@@ -32,8 +31,16 @@ from research_agent.algorithms.base import SelectsGroups
 from research_agent.checkpoint import Checkpoint
 from research_agent.config import TrainConfig, as_json, changes, require_same, validate
 from research_agent.curriculum import CollapseMonitor, CurriculumState, parse_stages
-from research_agent.distributed import broadcast_object, gather, init_distributed, rank_and_size
-from research_agent.engines import make_engine
+from research_agent.distributed import (
+    alike,
+    broadcast_object,
+    gather,
+    init_distributed,
+    rank_and_size,
+    shared,
+    together,
+)
+from research_agent.engines import in_process, make_engine
 from research_agent.errors import (
     CheckpointError,
     CollapseError,
@@ -45,12 +52,20 @@ from research_agent.evaluation.evaluate import record_evaluation
 from research_agent.evaluation.predictions import as_record
 from research_agent.files import folder_lock, write_atomic
 from research_agent.learner import Learner
-from research_agent.models.policy import context_length, load_model, require_ends
+from research_agent.models.deferred import load_deferred
+from research_agent.models.policy import (
+    context_length,
+    find_device,
+    load_model,
+    require_ends,
+    save_settings,
+)
 from research_agent.models.source import model_source, resolve_model
 from research_agent.player import Player
 from research_agent.player_process import PlayerProcess, load_engine
 from research_agent.renderer import load_renderer
 from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_lines
+from research_agent.sharded import write_weights
 from research_agent.terminal import show
 from research_agent.trace import Trace, span
 from research_agent.trajectory import Group, Trajectory
@@ -113,12 +128,15 @@ class Trainer:
         run = self.config.run
         with ExitStack() as stack:
             signals = stack.enter_context(_stop_signals())
-            stack.enter_context(init_distributed())
-            stack.enter_context(folder_lock(run.output) if rank_and_size()[0] == 0 else ExitStack())
+            stack.enter_context(init_distributed(run.collective_timeout))
+            with together():
+                if rank_and_size()[0] == 0:
+                    stack.enter_context(folder_lock(run.output))
             saved = self._newest_checkpoint()
             if finished := broadcast_object(self._finished()):
                 return self._summary(f"{run.output} is finished: {finished}")
-            _require_one_process(self.config)
+            with alike():
+                _require_one_process(self.config)
             self._open(saved, stack)
             logger = stack.enter_context(self._logger(saved))
             if run.eval_every and not saved:
@@ -139,13 +157,14 @@ class Trainer:
                 with (
                     saved_for_inspection(run.output, self.step, trajectories),
                     span(self.trace, "update"),
+                    alike(),
                 ):
                     learned = self.learner.update(groups)
                 updated = time.perf_counter()
 
                 # Sync. The next step is sampled with the new weights.
                 self.step += 1
-                self.player.load_weights(self.learner.weights(), version=self.step)
+                self._sync()
                 end = time.perf_counter()
                 self.seconds += end - start
                 finished = broadcast_object(self._finished())
@@ -212,46 +231,51 @@ class Trainer:
             self.curriculum = CurriculumState(**saved.state["stage"])
         share = -(-sampling.prompts_per_step * sampling.group_size // size)
         slots = min(share * (1 + sampling.max_staleness), sampling.max_in_flight or share)
-        kind = PlayerProcess if sampling.max_staleness else Player
-        self.player: Player | PlayerProcess = kind(config, slots, self._stage_args(), self.trace)
-        stack.callback(self.player.close)
-        self.provenance = self.player.provenance()
-        if saved:
-            self._require_same_run(saved)
-        if rank == 0:
-            config_file = run.output / "config.json"
-            write_atomic(config_file, json.dumps(as_json(config), indent=1) + "\n")
+        with together():
+            kind = PlayerProcess if sampling.max_staleness else Player
+            self.player: Player | PlayerProcess = kind(
+                config, slots, self._stage_args(), self.trace
+            )
+            stack.callback(self.player.close)
+            self.provenance = self.player.provenance()
+            if saved:
+                self._require_same_run(saved)
+            if rank == 0:
+                config_file = run.output / "config.json"
+                write_atomic(config_file, json.dumps(as_json(config), indent=1) + "\n")
 
-        # Policy: the model that learns, its reference, and the engine that samples.
-        self.origin = _starting_model(config.policy.model)
-        if saved:
-            self.origin = _saved_origin(saved, config.policy.model)
-        adapter = self._load_policy(saved)
-        load = partial(load_model, device=config.policy.device)
-        reference = None
-        if rule.needs_reference and (adapter is not None or not config.learner.lora_rank):
-            # With several ranks each shard goes to its device when the model is sharded.
-            reference = load_model(self.origin, device="cpu") if size > 1 else load(self.origin)
+            # Policy: the model that learns, its reference, and the engine that samples.
+            self.origin = _starting_model(config.policy.model)
+            if saved:
+                self.origin = _saved_origin(saved, config.policy.model)
+            adapter = self._load_policy(saved)
+            reference = None
+            if rule.needs_reference and (adapter is not None or not config.learner.lora_rank):
+                reference = self._load(self.origin, is_reference=True)
         self.player.start(self._engine_loader(slots, merge_adapter=adapter is None))
-        self.learner = Learner(
-            self.model,
-            rule,
-            config.learner,
-            reference=reference,
-            adapter=adapter,
-            temperature=sampling.temperature,
-        )
+        with alike():
+            self.learner = Learner(
+                self.model,
+                rule,
+                config.learner,
+                reference=reference,
+                adapter=adapter,
+                temperature=sampling.temperature,
+                device=torch.device(find_device(config.policy.device)),
+            )
+        del reference
         if not saved:
-            self._rehearse_save()
+            checkpoint.rehearse(run.output / "checkpoints", self._write_model)
 
         self.collapse = None if run.collapse is None else CollapseMonitor(run.collapse)
         if saved:
-            self.learner.load_state_dict(saved.state["learner"])
+            with alike():
+                self.learner.load_state_dict(saved.state["learner"], saved.read)
             torch.set_rng_state(saved.state["random"])
             if self.collapse:
                 self.collapse.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
-        if saved or adapter is not None:
-            self.player.load_weights(self.learner.weights(), version=self.step)
+        if saved or adapter is not None or size > 1:
+            self._sync()
         if saved and sampling.max_staleness:
             steps = range(self.step, self.step + sampling.max_staleness + 1)
             self.player.restore(saved.state["in_flight"], self._own_episodes(steps))
@@ -263,13 +287,29 @@ class Trainer:
             resolve_model(self.origin), chat_template=config.policy.chat_template
         )
         adapter = None if config.policy.merge_adapter else model_source(self.origin).adapter
-        load = partial(load_model, device=config.policy.device)
         if saved and adapter is None and not config.learner.lora_rank:
-            self.model = load(saved.folder)
+            self.model = self._load(saved.folder)
         else:
-            self.model = load(self.origin, merge_adapter=adapter is None)
+            self.model = self._load(self.origin, merge_adapter=adapter is None)
         require_ends(self.model, self.renderer)
         return adapter
+
+    def _load(
+        self, name: str | Path, *, merge_adapter: bool = True, is_reference: bool = False
+    ) -> Any:
+        """Open a model: whole in one process, and without its weights on several ranks."""
+        config = self.config
+        if rank_and_size()[1] == 1:
+            return load_model(name, device=config.policy.device, merge_adapter=merge_adapter)
+        dtype = config.learner.precision if is_reference else "float32"
+        return load_deferred(name, dtype=dtype, merge_adapter=merge_adapter)
+
+    def _sync(self) -> None:
+        """Give the sampler the learner's weights, in the number format that it samples with."""
+        config = self.config
+        half = config.learner.precision == "bfloat16" and config.sampling.engine != "transformers"
+        weights = self.learner.weights(torch.bfloat16 if half else None)
+        self.player.load_weights(weights, version=self.step)
 
     def _stage_args(self) -> Mapping[str, Any]:
         """Arguments of the environment that the present stage adds."""
@@ -280,7 +320,7 @@ class Trainer:
     ) -> Callable[[], tuple[Engine, Renderer]]:
         """What the player makes its engine with: from the model here, or from its files."""
         sampling = self.config.sampling
-        if sampling.max_staleness:
+        if sampling.max_staleness or (rank_and_size()[1] > 1 and in_process(sampling.engine)):
             return partial(
                 load_engine,
                 make_engine,
@@ -396,11 +436,13 @@ class Trainer:
             return
         self.player.clear()  # many of these episodes are void too
         self._save()
-        raise TooManyVoidError(
-            f"{fraction:.0%} of the episodes of step {self.step + 1} were void, more than "
-            f"--max-void-fraction {limit:.0%}: something that the environment needs is down. "
-            f"Step {self.step} is saved in {self.config.run.output}; "
-            "the same command continues when it is up"
+        raise shared(
+            TooManyVoidError(
+                f"{fraction:.0%} of the episodes of step {self.step + 1} were void, more than "
+                f"--max-void-fraction {limit:.0%}: something that the environment needs is down. "
+                f"Step {self.step} is saved in {self.config.run.output}; "
+                "the same command continues when it is up"
+            )
         )
 
     def _evaluate(self) -> dict[str, float]:
@@ -422,47 +464,40 @@ class Trainer:
             return {}  # all void: there is nothing to report
         return step_metrics.prefixed("eval", {"reward": summary.reward, **summary.metrics})
 
-    def _whole_weights(self) -> dict[str, Tensor] | None:
-        """The weights to save, which all ranks gather; None where the model itself has them."""
-        if rank_and_size()[1] == 1 and not self.learner.has_adapters:
-            return None
-        return dict(self.learner.weights())
-
-    def _write_model(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+    def _write_model(self, folder: Path) -> None:
+        """Write the policy and its tokenizer as transformers reads them; all ranks take part."""
+        rank, size = rank_and_size()
+        if size > 1:
+            write_weights(folder, self.learner.weight_buckets())
+            with together():
+                if rank == 0:
+                    save_settings(self.model, folder)
+                    self.renderer.tokenizer.save_pretrained(folder)
+            return
+        weights = dict(self.learner.weights()) if self.learner.has_adapters else None
         self.model.save_pretrained(folder, state_dict=weights)
         self.renderer.tokenizer.save_pretrained(folder)
 
-    def _rehearse_save(self) -> None:
-        """Write the model's files and drop them, so that what fails later fails before a step."""
-        weights = self._whole_weights()
-        if rank_and_size()[0] == 0:
-            root = self.config.run.output / "checkpoints"
-            checkpoint.rehearse(root, partial(self._write_model, weights=weights))
-
     def _save(self) -> None:
         config = self.config
-        weights = self._whole_weights()
-        learner = self.learner.state_dict()
-        in_flight = gather([self.player.state()])
-        if rank_and_size()[0]:
-            return
         checkpoint.save(
             config.run.output / "checkpoints",
             self.step,
-            write_model=partial(self._write_model, weights=weights),
+            write_model=self._write_model,
             state={
-                "learner": learner,
+                "learner": self.learner.state_dict(),
                 "random": torch.get_rng_state(),
                 "seconds": self.seconds,
                 "origin": self.origin,
                 "environment": self.provenance,
                 **({"rewards": self.collapse.history} if self.collapse else {}),
                 **({"stage": asdict(self.curriculum)} if self.stages else {}),
-                "in_flight": in_flight,
+                "in_flight": gather([self.player.state()]),
             },
             config=as_json(config),
             keep=config.run.keep,
             best=self._best_step(),
+            bucket_bytes=config.learner.bucket_bytes,
         )
 
     def _best_step(self) -> int | None:
@@ -484,14 +519,13 @@ class Trainer:
             f"average, that of step {best}; the newest checkpoint up to there is {good or 'none'}"
         )
         if run.on_collapse == "stop" or good is None or self.collapse is None:
-            raise CollapseError(what)
-        saved = checkpoint.load(good)
-        with torch.no_grad():
-            if not self.learner.has_adapters:
-                self.model.load_state_dict(load_model(good, device="cpu").state_dict())
-            self.learner.load_state_dict(saved.state["learner"])
+            raise shared(CollapseError(what))
+        saved = checkpoint.load(good, deferred=("learner",))
+        if not self.learner.has_adapters:
+            self.learner.load_weights(good)
+        self.learner.load_state_dict(saved.state["learner"], saved.read)
         self.player.clear()
-        self.player.load_weights(self.learner.weights(), version=self.step)
+        self._sync()
         self.collapse.history.clear()
         return f"{what}; the run continues from it"
 
@@ -501,17 +535,19 @@ class Trainer:
         newest = checkpoint.latest(output / "checkpoints")
         if len(set(gather([newest]))) > 1:
             message = f"the ranks see different checkpoints in {output}; share the folder"
-            raise CheckpointError(message)
+            raise shared(CheckpointError(message))
         if newest:
-            saved = checkpoint.load(newest)
+            saved = checkpoint.load(newest, deferred=("learner",))
             self.step, self.seconds = saved.step, float(saved.state["seconds"])
-            found = changes(saved.config, self.config, same_environment=True)  # so far
-            require_same(found, output, override=run.override)
+            with alike():
+                found = changes(saved.config, self.config, same_environment=True)  # so far
+                require_same(found, output, override=run.override)
             return saved
         started = output / "config.json"
-        if started.exists() and read_lines(output / METRICS):
-            found = changes(json.loads(started.read_text(encoding="utf-8")), self.config)
-            require_same(found, output, override=run.override)
+        with together():
+            if started.exists() and read_lines(output / METRICS):
+                found = changes(json.loads(started.read_text(encoding="utf-8")), self.config)
+                require_same(found, output, override=run.override)
         return None
 
     def _finished(self) -> str:
@@ -549,11 +585,8 @@ class Trainer:
 
 def _require_one_process(config: TrainConfig) -> None:
     """Refuse under torchrun what works in one process only."""
-    run = config.run
     if rank_and_size()[1] == 1:
         return
-    if run.collapse is not None and run.on_collapse == "rollback":
-        raise ConfigError("--on-collapse rollback works in one process only; stop, and start again")
     if config.sampling.tree_branches:
         raise ConfigError("--tree-branches works in one process only; leave it at 0 with torchrun")
 

@@ -203,7 +203,9 @@ class Critic:
             copy_or_read(dict(self.model.named_parameters()), state["weights"], read)
             self._optimizer.load(state["moments"], int(state["steps"]), read)
         except CheckpointError as error:
-            raise CheckpointError(f"the critic's state is that of another model: {error}") from error
+            raise CheckpointError(
+                f"the critic's state is that of another model: {error}"
+            ) from error
 
     def _passes(self, batch: Batch) -> Iterator[MicroBatch]:
         ranks = rank_and_size()[1]

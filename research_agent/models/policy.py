@@ -80,8 +80,7 @@ def load_model(
             head alone.
     """
     source = model_source(name)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(device)
     model = _open(source, str(name), getattr(torch, dtype))
     if source.adapter is not None and merge_adapter:
         from research_agent.models.lora import merge_adapter as merge  # noqa: PLC0415
@@ -91,6 +90,27 @@ def load_model(
     model = model.to(device).eval()
     require_learnable(model, str(name))
     return model
+
+
+def find_device(name: str) -> str:
+    """The device that a name stands for: "auto" is cuda where there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def save_settings(model: Any, folder: Path) -> None:
+    """Write what ``save_pretrained`` writes of a model beside its weights.
+
+    Args:
+        model: a causal language model of the transformers library; it may be sharded.
+        folder: it exists.
+    """
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def _open(source: ModelSource, name: str, dtype: torch.dtype) -> Any:
