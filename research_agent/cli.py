@@ -76,13 +76,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout = None
         raise SystemExit(1) from None
     except (ResearchAgentError, OSError) as error:
-        _fail(str(error))
+        _fail(error, str(error))
     except Exception as error:
         # The environment's own errors are typed and say what is wrong, as ours do. Python's own
         # mean a mistake in the code, and keep their traceback.
         if type(error).__module__ == "builtins":
             raise
-        _fail(f"{type(error).__name__}: {error}")
+        _fail(error, f"{type(error).__name__}: {error}")
 
 
 def _train(words: list[str]) -> None:
@@ -266,7 +266,12 @@ def _no_bars() -> None:
     logging.disable_progress_bar()
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(error: Exception, message: str) -> NoReturn:
+    if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun starts
+        from research_agent.distributed import said_by_another  # noqa: PLC0415 (loads torch)
+
+        if said_by_another(error):
+            raise SystemExit(2)
     show(f"research-agent: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -25,6 +25,15 @@ _CARRIERS: dict[str, Literal["folder", "nccl", "ipc"]] = {
 }
 
 
+def in_process(name: str) -> bool:
+    """Whether an engine of this name runs the model in this process, and so needs all of it.
+
+    Others get a model whose weights may be on the meta device (under torchrun): its configuration,
+    names and shapes. Their first weights come by ``load_weights``.
+    """
+    return name in ("transformers", "vllm")
+
+
 def make_engine(
     name: str,
     model: Any,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "bfloat16"]
 
-_LOADING_ERRORS: tuple[type[Exception], ...] = (
+LOADING_ERRORS: tuple[type[Exception], ...] = (
     OSError,
     ValueError,
     KeyError,
@@ -80,17 +80,37 @@ def load_model(
             head alone.
     """
     source = model_source(name)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(device)
     model = _open(source, str(name), getattr(torch, dtype))
     if source.adapter is not None and merge_adapter:
         from research_agent.models.lora import merge_adapter as merge  # noqa: PLC0415
 
         model = merge(model, source.adapter)
-    _repair_generation(model, str(name))
+    repair_generation(model, str(name))
     model = model.to(device).eval()
     require_learnable(model, str(name))
     return model
+
+
+def find_device(name: str) -> str:
+    """The device that a name stands for: "auto" is cuda where there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def save_settings(model: Any, folder: Path) -> None:
+    """Write what ``save_pretrained`` writes of a model beside its weights.
+
+    Args:
+        model: a causal language model of the transformers library; it may be sharded.
+        folder: it exists.
+    """
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def _open(source: ModelSource, name: str, dtype: torch.dtype) -> Any:
@@ -100,10 +120,10 @@ def _open(source: ModelSource, name: str, dtype: torch.dtype) -> Any:
     options = {**source.options, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(source.place, **options)
-        _refuse_quantized(config, name)
+        refuse_quantized(config, name)
         # A configuration may name an attention that it would have downloaded and run.
         config._attn_implementation = None
-        if (tokens := _tokens_of_unreadable(source.place, name)) is not None:
+        if (tokens := tokens_of_unreadable(source.place, name)) is not None:
             options["generation_config"] = tokens
         model, loaded = AutoModelForCausalLM.from_pretrained(
             source.place, config=config, dtype=dtype, output_loading_info=True, **options
@@ -112,7 +132,7 @@ def _open(source: ModelSource, name: str, dtype: torch.dtype) -> Any:
         cure = "pip install gguf" if source.gguf_file else "install it"
         message = f"the model {name!r} needs a package that is missing: {error}; {cure}"
         raise ModelError(message) from error
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         message = (
             f"the model {name!r} cannot be opened: {error}. Give a folder with config.json and"
             " model.safetensors, a GGUF file, or a name on the Hugging Face hub"
@@ -151,7 +171,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 def prepare(
     model: Any, *, packed: bool = False, gradient_checkpointing: bool = False, compile: bool = False
 ) -> None:
-    """Set up how a model runs in a learner.
+    """Set up how a model runs in a learner, and prove that it can share rows if it is to.
 
     What it computes stays the same, if its dropouts are modules of their own, as in all models of
     today: a layer that is checkpointed is in training mode itself, and what is inside it is not.
@@ -166,22 +186,30 @@ def prepare(
     Raises:
         ModelError: the architecture cannot do it, or would compute something else.
     """
-    layers = layers_of(model)
-    if (gradient_checkpointing or compile) and not layers:
+    if (gradient_checkpointing or compile) and not layers_of(model):
         message = f"{type(model).__name__} names no layers to checkpoint or compile; turn both off"
         raise ModelError(message)
     if packed:
-        _pack(model)
+        _require_packable(model)
+    set_up(model, packed=packed, gradient_checkpointing=gradient_checkpointing, compile=compile)
+
+
+def set_up(model: Any, *, packed: bool, gradient_checkpointing: bool, compile: bool) -> None:
+    """Set up how a model, or the body of one, runs; like ``prepare``, without a proof."""
+    from research_agent.models.attention import PACKED  # noqa: PLC0415
+
+    if packed:
+        model.set_attn_implementation(PACKED)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in layers:  # it checkpoints in training mode only; its dropouts are inside it
+        for layer in layers_of(model):  # in training mode only; its dropouts are inside it
             layer.training = True
     if compile:
-        for layer in layers:
+        for layer in layers_of(model):
             layer.compile(dynamic=True)
 
 
-def _pack(model: Any) -> None:
+def _require_packable(model: Any) -> None:
     """Let trajectories share a row, and prove on two of them that none sees its neighbour."""
     from research_agent.models.attention import PACKED  # noqa: PLC0415
 
@@ -313,9 +341,21 @@ class TokenLogprobs(nn.Module):
         self._settings: dict[str, Any] = {"precision": precision, "compile": compile}
         self._temperature = temperature
 
-    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies of the action tokens of a pass."""
+    def forward(self, micro: MicroBatch | Callable[[Any], Any]) -> Any:
+        """Log-probabilities and entropies of the action tokens of a pass.
+
+        Or the result of a function of the model: FSDP gathers the model's weights in here only.
+        """
+        if not isinstance(micro, MicroBatch):
+            return micro(self.model)
         return token_logprobs(self.model, micro, self._temperature, **self._settings)
+
+
+def gathered_units(model: Any) -> list[nn.Module]:
+    """The modules whose weights FSDP gathers on their own: the layers, and an untied embedding."""
+    embedding = model.get_input_embeddings()
+    tied = embedding.weight is model.get_output_embeddings().weight
+    return layers_of(model) if tied else [*layers_of(model), embedding]
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -385,7 +425,7 @@ def _plain_weights(model: Any, dtype: torch.dtype) -> Any:
     return plain
 
 
-def _refuse_quantized(config: Any, name: str) -> None:
+def refuse_quantized(config: Any, name: str) -> None:
     found = getattr(config, "quantization_config", None)
     if not found:
         return
@@ -397,7 +437,7 @@ def _refuse_quantized(config: Any, name: str) -> None:
     )
 
 
-def _repair_generation(model: Any, name: str) -> None:
+def repair_generation(model: Any, name: str) -> None:
     """Drop what a generation_config says where it could not be saved; its end tokens stay.
 
     Sampling is ours, so nothing else of it is used.
@@ -419,7 +459,7 @@ def _repair_generation(model: Any, name: str) -> None:
     _say_repaired(name, cause)
 
 
-def _tokens_of_unreadable(place: str, name: str) -> Any:
+def tokens_of_unreadable(place: str, name: str) -> Any:
     """The special tokens of a generation_config that the library refuses; None where it reads."""
     from transformers import GenerationConfig  # noqa: PLC0415
 

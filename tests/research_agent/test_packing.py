@@ -331,7 +331,7 @@ def _after(steps: int, **settings: Any) -> tuple[Learner, dict[str, Tensor]]:
     return learner, {name: weight.clone() for name, weight in learner.weights()}
 
 
-def test_an_offloaded_optimiser_makes_the_same_steps() -> None:
+def test_an_offloaded_optimizer_makes_the_same_steps() -> None:
     _, plain = _after(3)
     learner, offloaded = _after(3, optimizer="adamw_offload")
     assert all(torch.equal(plain[name], offloaded[name]) for name in plain)
@@ -373,7 +373,7 @@ def test_a_learner_continues_to_the_same_bits(optimizer: Any, lora_rank: int) ->
     assert all(torch.equal(again[name], weight) for name, weight in through.items())
 
 
-def test_an_unknown_optimiser_is_refused() -> None:
+def test_an_unknown_optimizer_is_refused() -> None:
     with pytest.raises(ConfigError, match="known: 'adamw', 'adamw_8bit', 'adamw_offload'"):
         _after(0, optimizer="sgd")
 

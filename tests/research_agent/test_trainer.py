@@ -18,10 +18,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from research_agent import checkpoint, trainer
+from research_agent import checkpoint
 from research_agent.cli import main
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.learner import Learner
+from research_agent.player import Player
 from research_agent.run_logger import RunLogger, read_lines
 from tests.research_agent.conftest import letter_tokenizer, tiny_qwen2
 from tests.research_agent.disks import resize, small_disk
@@ -79,9 +80,9 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 
 
 def final_bytes(output: Path) -> dict[str, bytes]:
-    """What two equal runs have in common to the bit: weights, optimiser, log."""
+    """What two equal runs have in common to the bit: weights, optimizer, log."""
     newest = sorted((output / "checkpoints").glob("step-*"))[-1]
-    files = {name: newest / name for name in ("model.safetensors", "state.safetensors")}
+    files = {name: newest / name for name in ("model.safetensors", "state/state.safetensors")}
     files |= {name: output / name for name in ("metrics.jsonl", "trajectories.jsonl")}
     return {"newest": newest.name.encode(), **{n: path.read_bytes() for n, path in files.items()}}
 
@@ -134,7 +135,7 @@ def test_evaluations_change_nothing_of_what_is_learned(letters: Path, tmp_path: 
     main(flags(letters, tmp_path / "without", "--steps", "3"))
     main(flags(letters, tmp_path / "with", "--steps", "3", "--eval-every", "1"))
     one, other = final_bytes(tmp_path / "with"), final_bytes(tmp_path / "without")
-    for name in ("model.safetensors", "state.safetensors", "trajectories.jsonl"):
+    for name in ("model.safetensors", "state/state.safetensors", "trajectories.jsonl"):
         assert one[name] == other[name]
 
 
@@ -207,7 +208,7 @@ def test_a_damaged_checkpoint_is_named(
 ) -> None:
     words = flags(letters, tmp_path / "run", "--steps", "1")
     main(words)
-    state = tmp_path / "run" / "checkpoints" / "step-000001" / "state.safetensors"
+    state = tmp_path / "run" / "checkpoints" / "step-000001" / "state/state.safetensors"
     state.write_bytes(state.read_bytes()[:-7])
     message = refusal(capsys, words)
     assert "step-000001 is no whole checkpoint" in message
@@ -309,7 +310,7 @@ def server() -> Any:
 
 
 PHASES = {
-    "collection": (trainer, "collect"),
+    "collection": (Player, "collect"),
     "update": (Learner, "update"),
     "hand-over of the weights": (TransformersEngine, "load_weights"),
     "saving": (checkpoint, "save"),

@@ -1,0 +1,338 @@
+"""A player in a child process, which goes on playing while its parent learns.
+
+The parent asks, the child answers: each request is the name of a method of ``Player`` and its
+arguments, over a pipe. Between two requests the child plays whatever the last ``collect`` allowed
+ahead. So a request meets the child between two engine steps, and what the child says is never half
+done. Weights travel as files in the temporary directory, written once per machine.
+
+If the child dies, the next request raises an error. If the parent dies, the child ends.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from research_agent.active_rollout import Episode
+from research_agent.config import TrainConfig
+from research_agent.distributed import gather, rank_and_size
+from research_agent.engines.base import Engine
+from research_agent.engines.checks import CONTINUE
+from research_agent.errors import EngineError
+from research_agent.models.policy import context_length, load_model
+from research_agent.models.source import resolve_model
+from research_agent.player import Player
+from research_agent.renderer import Renderer, load_renderer
+from research_agent.trace import Trace
+from research_agent.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_GRACE = 10.0  # seconds that a child has to end by itself
+_FILE_BYTES = 1 << 30  # of a file of weights: what the parent holds in memory at a time
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What the child needs to know to make its player."""
+
+    config: TrainConfig
+    slots: int
+    stage_args: Mapping[str, Any]
+    trace_start: float | None  # None: no trace
+    weights: Path  # removed by the child if the parent could not
+    gpu: int | None  # the parent's device
+    threads: int
+
+
+class PlayerProcess:
+    """A ``Player`` in a child process, with the same methods.
+
+    Args:
+        config: as for ``Player``.
+        slots: as for ``Player``.
+        stage_args: as for ``Player``.
+        trace: as for ``Player``; the child appends to the same file.
+
+    Raises:
+        EngineError: by every method, if the child died.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        slots: int,
+        stage_args: Mapping[str, Any],
+        trace: Trace | None = None,
+    ) -> None:
+        self._weights = Path(tempfile.mkdtemp(prefix="research-agent-player-"))
+        setup = _Setup(
+            config,
+            slots,
+            stage_args,
+            trace.start if trace else None,
+            self._weights,
+            torch.cuda.current_device() if torch.cuda.is_available() else None,
+            torch.get_num_threads(),
+        )
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, setup), name="player")
+        with _stop_signals_blocked():
+            self._process.start()
+        theirs.close()
+
+    def start(self, load: Callable[[], tuple[Engine, Renderer]]) -> None:
+        """Make the engine in the child; ``load`` is pickled."""
+        self._ask("start", load)
+
+    def provenance(self) -> dict[str, str]:
+        """See ``Player``."""
+        found: dict[str, str] = self._ask("provenance")
+        return found
+
+    def collect(self, episodes: Sequence[Episode], ahead: Sequence[Episode]) -> list[Trajectory]:
+        """See ``Player``; the child plays on with those ahead."""
+        played: list[Trajectory] = self._ask("collect", episodes, ahead)
+        return played
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Let the child give its engine new weights; all ranks take part."""
+        folder = _write_weights(weights, self._weights / str(version))
+        load = partial(_read_weights, folder)
+        self._ask("load_weights", load, version)
+        gather([version])  # the other ranks on this machine read the same files
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def num_eval_tasks(self) -> int | None:
+        """See ``Player``."""
+        count: int | None = self._ask("num_eval_tasks")
+        return count
+
+    def evaluate(self, episodes: Sequence[Episode]) -> list[Trajectory]:
+        """See ``Player``."""
+        played: list[Trajectory] = self._ask("evaluate", episodes)
+        return played
+
+    def state(self) -> dict[str, Any]:
+        """See ``Player``."""
+        state: dict[str, Any] = self._ask("state")
+        return state
+
+    def restore(self, states: Sequence[Mapping[str, Any]], episodes: Collection[Episode]) -> None:
+        """See ``Player``."""
+        self._ask("restore", states, episodes)
+
+    def clear(self) -> None:
+        """See ``Player``."""
+        self._ask("clear")
+
+    def open_stage(self, stage_args: Mapping[str, Any]) -> None:
+        """See ``Player``."""
+        self._ask("open_stage", stage_args)
+
+    def close(self) -> None:
+        """End the child, by force if it does not end by itself."""
+        self._connection.close()
+        self._process.join(_GRACE)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        shutil.rmtree(self._weights, ignore_errors=True)
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """Send a request and wait for the answer; raises what the child's player raised."""
+        with suppress(OSError):  # a child that failed has said why, and is gone
+            self._connection.send((method, arguments))
+        wait([self._connection, self._process.sentinel])
+        try:
+            if not self._connection.poll():
+                raise EOFError
+            is_error, answer = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join(_GRACE)
+            raise EngineError(
+                f"the process that plays the episodes {_how_it_ended(self._process.exitcode)} "
+                f"(its output is above). {CONTINUE}"
+            ) from None
+        if is_error:
+            raise answer
+        return answer
+
+
+def load_engine(
+    make_engine: Callable[..., Engine],
+    config: TrainConfig,
+    model: str,
+    *,
+    slots: int,
+    merge_adapter: bool,
+) -> tuple[Engine, Renderer]:
+    """Load a model and make an engine of it, in the process of a player.
+
+    Args:
+        make_engine: called as ``engines.make_engine`` is.
+        config: of the run.
+        model: the model that the run began with. The weights that learn follow by ``load_weights``.
+        slots: episodes played at the same time.
+        merge_adapter: add an adapter to the weights of its base.
+    """
+    renderer = load_renderer(resolve_model(model), chat_template=config.policy.chat_template)
+    loaded = load_model(model, device=config.policy.device, merge_adapter=merge_adapter)
+    sampling = config.sampling
+    engine = make_engine(
+        sampling.engine,
+        loaded,
+        renderer,
+        max_slots=slots,
+        max_context=context_length(loaded, sampling.max_prompt + sampling.max_response),
+        dtype=config.learner.precision,
+        share=True,
+    )
+    return engine, renderer
+
+
+def _serve(connection: Connection, setup: _Setup) -> None:
+    """Be the child: answer requests until the parent closes the pipe, and play in between."""
+    for number in _STOP_SIGNALS:  # the parent decides when to stop
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    for name in _TORCHRUN:  # the child is no rank
+        os.environ.pop(name, None)
+    if setup.gpu is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            visible.split(",")[setup.gpu] if visible else str(setup.gpu)
+        )
+    torch.set_num_threads(setup.threads)
+    player = None
+    try:
+        path = setup.config.run.trace
+        trace = Trace(path, setup.trace_start) if path and setup.trace_start is not None else None
+        player = Player(setup.config, setup.slots, setup.stage_args, trace)
+        while True:
+            while player.has_work and not connection.poll():
+                player.advance()
+            method, arguments = connection.recv()
+            if method == "load_weights":
+                read, version = arguments
+                arguments = (read(), version)
+            connection.send((False, getattr(player, method)(*arguments)))
+    except (EOFError, ConnectionError):
+        pass  # the parent has closed the pipe, or is dead
+    except Exception as error:
+        with suppress(OSError):
+            connection.send((True, _portable(error)))
+    finally:
+        if player:
+            player.close()
+        if not _parent_is_alive():
+            shutil.rmtree(setup.weights, ignore_errors=True)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as it can be pickled, with the traceback of this process as a note."""
+    error.add_note("In the process that plays the episodes:\n" + traceback.format_exc())
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return EngineError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _parent_is_alive() -> bool:
+    parent = multiprocessing.parent_process()
+    return parent is not None and parent.is_alive()
+
+
+def _end_with_parent() -> None:
+    """End this process some time after its parent, whatever it is busy with."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        time.sleep(_GRACE)
+        os._exit(1)
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Block the signals that stop a run; a child that starts meanwhile has them blocked too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _how_it_ended(code: int | None) -> str:
+    if code is None:
+        return "does not answer"
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    return f"ended with exit status {code}"
+
+
+def _write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path) -> Path:
+    """Write weights to files, in the first process of each machine; returns their folder there.
+
+    Args:
+        weights: gathered by all ranks, which must all iterate.
+        folder: to write to.
+    """
+    rank, _ = rank_and_size()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    try:
+        if local_rank == 0:
+            folder.mkdir(parents=True)
+        held: dict[str, Tensor] = {}
+        files = 0
+
+        def flush() -> None:
+            nonlocal files
+            save_file(held, folder / f"{files:05d}.safetensors")
+            held.clear()
+            files += 1
+
+        for name, weight in weights:
+            if local_rank:
+                continue
+            if held and sum(each.nbytes for each in held.values()) + weight.nbytes > _FILE_BYTES:
+                flush()
+            held[name] = weight.detach().to("cpu", copy=True).contiguous()
+        if local_rank == 0:
+            flush()
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise EngineError(
+                f"the weights cannot be written to {folder}: {error}; free some space, or set "
+                f"TMPDIR to a folder that has it. {CONTINUE}"
+            ) from error
+        raise
+    return gather([folder])[rank - local_rank]
+
+
+def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in sorted(folder.iterdir()):
+        yield from load_file(path).items()
