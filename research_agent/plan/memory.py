@@ -29,7 +29,7 @@ class Memory:
             "resuming", "weights to the sampler".
         host: of a node, by what takes them.
         disk: of the run's folder, by what takes them.
-        problem: why the sampler cannot start whatever else there is; empty if it can.
+        problem: why the run cannot start whatever else there is; empty if it can.
     """
 
     gpu: Mapping[str, float]
@@ -102,11 +102,10 @@ def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Samp
 
 def _held(config: TrainConfig, shape: Shape, machines: Machines) -> dict[str, float]:
     """What the learner always has on each GPU."""
-    learner = config.learner
-    mine = shape.shard(shard_ranks(config, machines))
+    learner, ranks = config.learner, shard_ranks(config, machines)
+    mine, trained = shape.shard(ranks), _trained(config, shape, ranks)
     number = gathered_bytes(config, machines)
     moments = _MOMENTS[learner.optimizer]
-    trained = _adapters(shape, learner.lora_rank) if learner.lora_rank else mine
     needed: dict[str, float] = {"learner: weights": 4 * mine}
     if learner.lora_rank:
         needed["learner: adapters"] = 4 * trained
@@ -120,23 +119,20 @@ def _held(config: TrainConfig, shape: Shape, machines: Machines) -> dict[str, fl
 
 def _body(shape: Shape, config: TrainConfig, machines: Machines) -> float:
     """Numbers of a critic that a rank holds: the model without its head."""
-    mine = shape.shard(shard_ranks(config, machines))
-    head = 0 if shape.tied else shape.vocabulary * shape.hidden
-    return mine - head / shard_ranks(config, machines)
-
-
-def _adapters(shape: Shape, rank: int) -> int:
-    """Parameters of adapters of all linear layers; they are not sharded."""
-    h, kv, i = shape.hidden, shape.kv, shape.intermediate
-    sides = 2 * (h + h) + 2 * (h + kv) + 3 * (h + i)
-    return rank * sides * shape.layers
+    ranks = shard_ranks(config, machines)
+    head = 0 if shape.tied else -(-shape.vocabulary // ranks) * shape.hidden
+    return shape.shard(ranks) - head
 
 
 def _gradients(config: TrainConfig, shape: Shape, machines: Machines) -> float:
     """Float32, of the policy or, later, of its critic."""
-    if config.learner.lora_rank:
-        return 4 * _adapters(shape, config.learner.lora_rank)
-    return 4 * shape.shard(shard_ranks(config, machines))
+    return 4.0 * _trained(config, shape, shard_ranks(config, machines))
+
+
+def _trained(config: TrainConfig, shape: Shape, ranks: int) -> int:
+    """Numbers that learn, of those that a rank holds."""
+    rank = config.learner.lora_rank
+    return shape.adapter_shard(rank, ranks) if rank else shape.shard(ranks)
 
 
 def gathered_bytes(config: TrainConfig, machines: Machines) -> int:
@@ -145,19 +141,23 @@ def gathered_bytes(config: TrainConfig, machines: Machines) -> int:
 
 
 def _gathered(config: TrainConfig, shape: Shape, machines: Machines) -> float:
-    """Weights that are whole during a pass: the layer at work, the next one, and the root.
+    """Weights that are whole during a pass: the layer at work, the next one, head and last norm.
 
     A single process has all of them anyway; in bfloat16 autocast keeps its copy of them.
     """
     if machines.count == 1:
         return 2.0 * shape.parameters if config.learner.precision == "bfloat16" else 0.0
     number = gathered_bytes(config, machines)
-    head_gradient = number * shape.vocabulary * shape.hidden * (not config.learner.lora_rank)
-    return number * (2 * shape.layer_parameters + shape.root_parameters) + head_gradient
+    head = shape.vocabulary * shape.hidden
+    head_gradient = 0 if config.learner.lora_rank else number * head
+    return number * (2 * shape.layer_parameters + head + shape.hidden) + head_gradient
 
 
 def _reduced(config: TrainConfig, shape: Shape, machines: Machines) -> float:
-    """What the root's gradient takes at the end of a backward pass: whole, and once in float32."""
+    """What the gradients of embedding and head take at the end of a backward pass.
+
+    They are whole, and once more in float32 while they are summed over the ranks.
+    """
     if machines.count == 1 or config.learner.lora_rank:
         return 0.0
     return (4 + gathered_bytes(config, machines)) * shape.root_parameters
@@ -214,9 +214,7 @@ def _host(
         "episodes of a step": float(ranks * tokens * given.HOST_TOKEN),
     }
     if config.learner.optimizer == "adamw_offload":
-        trained = shape.shard(shard_ranks(config, machines))
-        if config.learner.lora_rank:
-            trained = _adapters(shape, config.learner.lora_rank)
+        trained = _trained(config, shape, shard_ranks(config, machines))
         needed["weights, gradients and moments"] = float(16 * ranks * trained)
     if sampler.kind == "serve":
         copies = max(1, ranks // sampler.tensor_parallel)
@@ -228,10 +226,9 @@ def _disk(config: TrainConfig, shape: Shape, sampler: Sampler) -> dict[str, floa
     """Checkpoints that stay, one that is being written, and weights on their way to servers."""
     learner, run = config.learner, config.run
     moments = _MOMENTS[learner.optimizer] or 8
+    each = 4.0 * shape.parameters + moments * _trained(config, shape, 1)
     if learner.lora_rank:
-        each = float(4 * shape.parameters + (4 + moments) * _adapters(shape, learner.lora_rank))
-    else:
-        each = float((4 + moments) * shape.parameters)
+        each += 4 * _trained(config, shape, 1)
     if needs_critic(config):
         head = 0 if shape.tied else shape.vocabulary * shape.hidden
         each += 12 * (shape.parameters - head)
@@ -243,7 +240,9 @@ def _disk(config: TrainConfig, shape: Shape, sampler: Sampler) -> dict[str, floa
 
 
 def _problem(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler) -> str:
-    """Why the sampler cannot start."""
+    """Why the run cannot start whatever memory there is."""
+    if config.learner.optimizer == "adamw_8bit" and machines.count > 1:
+        return "--optimizer adamw_8bit works in one process only"
     if sampler.kind == "transformers":
         return ""
     if sampler.kind == "servers":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,24 @@ class Shape:
         return 2 * self.layers * self.kv
 
     def shard(self, ranks: int) -> int:
-        """Numbers of the weights that a rank holds; FSDP2 deals the rows of each tensor."""
+        """Numbers of the weights that a rank holds."""
+        return self.layers * _dealt(self.layer_tensors, ranks) + _dealt(self.root_tensors, ranks)
 
-        def dealt(tensors: list[tuple[int, ...]]) -> int:
-            return sum(-(-rows // ranks) * math.prod(rest) for rows, *rest in tensors)
+    def adapter_shard(self, rank: int, ranks: int) -> int:
+        """Numbers that a rank holds of LoRA adapters of all linear layers.
 
-        return self.layers * dealt(self.layer_tensors) + dealt(self.root_tensors)
+        Args:
+            rank: inner width of the adapters.
+            ranks: processes that they are spread over.
+        """
+        linear = [each for each in self.layer_tensors if len(each) == 2]
+        pairs = [pair for out, into in linear for pair in ((rank, into), (out, rank))]
+        return self.layers * _dealt(pairs, ranks)
+
+
+def _dealt(tensors: Sequence[tuple[int, ...]], ranks: int) -> int:
+    """Numbers of some tensors that a rank holds; FSDP2 deals the rows of each tensor."""
+    return sum(-(-rows // ranks) * math.prod(rest) for rows, *rest in tensors)
 
 
 # From the config.json that the authors publish.
