@@ -18,8 +18,9 @@ LEARN_FLOPS = 0.3
 SAMPLE_BANDWIDTH = 0.6
 """Share of the memory's bandwidth that decoding reaches."""
 DECODE_SECONDS = 0.006
-"""Seconds of a decoding step besides reading weights and cache: the scheduler, and the kernels'
-start."""
+"""Seconds of vLLM's decoding step besides reading weights and cache: scheduling, kernel starts."""
+TRANSFORMERS_SECONDS = 0.03
+"""The same of the transformers engine, which has no CUDA graphs."""
 TENSOR_PARALLEL_SECONDS = 20e-6
 """Seconds of one all-reduce between the GPUs of a sampler; there are two per layer."""
 LINK_SHARE = 0.6
@@ -28,6 +29,10 @@ TRANSFER = 30e9
 """Bytes per second of weights from the learner to the samplers, from GPU to GPU."""
 DISK = 2e9
 """Bytes per second to and from the folder of the run."""
+HOST_LINK = 25e9
+"""Bytes per second between a GPU and its host."""
+HOST_BANDWIDTH = 200e9
+"""Bytes per second of a host's memory, which its ranks share."""
 GATHER_SECONDS = 3e-4
 """Seconds for each episode of a step, to give its tokens to all ranks and make tensors of them."""
 

@@ -103,13 +103,13 @@ def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Samp
 def _held(config: TrainConfig, shape: Shape, machines: Machines) -> dict[str, float]:
     """What the learner always has on each GPU."""
     learner, ranks = config.learner, shard_ranks(config, machines)
-    mine, trained = shape.shard(ranks), _trained(config, shape, ranks)
+    mine, learns = shape.shard(ranks), trained(config, shape, ranks)
     number = gathered_bytes(config, machines)
     moments = _MOMENTS[learner.optimizer]
     needed: dict[str, float] = {"learner: weights": 4 * mine}
     if learner.lora_rank:
-        needed["learner: adapters"] = 4 * trained
-    needed["learner: moments"] = moments * trained
+        needed["learner: adapters"] = 4 * learns
+    needed["learner: moments"] = moments * learns
     if needs_reference(config) and not learner.lora_rank:
         needed["reference policy"] = number * mine
     if needs_critic(config):
@@ -126,10 +126,10 @@ def _body(shape: Shape, config: TrainConfig, machines: Machines) -> float:
 
 def _gradients(config: TrainConfig, shape: Shape, machines: Machines) -> float:
     """Float32, of the policy or, later, of its critic."""
-    return 4.0 * _trained(config, shape, shard_ranks(config, machines))
+    return 4.0 * trained(config, shape, shard_ranks(config, machines))
 
 
-def _trained(config: TrainConfig, shape: Shape, ranks: int) -> int:
+def trained(config: TrainConfig, shape: Shape, ranks: int) -> int:
     """Numbers that learn, of those that a rank holds."""
     rank = config.learner.lora_rank
     return shape.adapter_shard(rank, ranks) if rank else shape.shard(ranks)
@@ -214,8 +214,8 @@ def _host(
         "episodes of a step": float(ranks * tokens * given.HOST_TOKEN),
     }
     if config.learner.optimizer == "adamw_offload":
-        trained = _trained(config, shape, shard_ranks(config, machines))
-        needed["weights, gradients and moments"] = float(16 * ranks * trained)
+        learns = trained(config, shape, shard_ranks(config, machines))
+        needed["weights, gradients and moments"] = float(16 * ranks * learns)
     if sampler.kind == "serve":
         copies = max(1, ranks // sampler.tensor_parallel)
         needed["vLLM"] = copies * sampler.tensor_parallel * given.HOST_SERVER
@@ -226,9 +226,9 @@ def _disk(config: TrainConfig, shape: Shape, sampler: Sampler) -> dict[str, floa
     """Checkpoints that stay, one that is being written, and weights on their way to servers."""
     learner, run = config.learner, config.run
     moments = _MOMENTS[learner.optimizer] or 8
-    each = 4.0 * shape.parameters + moments * _trained(config, shape, 1)
+    each = 4.0 * shape.parameters + moments * trained(config, shape, 1)
     if learner.lora_rank:
-        each += 4 * _trained(config, shape, 1)
+        each += 4 * trained(config, shape, 1)
     if needs_critic(config):
         head = 0 if shape.tied else shape.vocabulary * shape.hidden
         each += 12 * (shape.parameters - head)

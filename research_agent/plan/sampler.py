@@ -10,8 +10,6 @@ from research_agent.plan.assumptions import EPISODE_TOKENS, SERVER_BYTES, VLLM_W
 from research_agent.plan.machines import Machines
 from research_agent.plan.shapes import Shape
 
-MEMORY_SHARE = 0.4
-
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
@@ -44,30 +42,32 @@ def sampler_of(config: TrainConfig, machines: Machines) -> Sampler:
     number = 4 if config.learner.precision == "float32" else 2
     if kind == "transformers":
         return Sampler(kind, 1, machines.count, 0.0, 4)
-    if kind == "vllm":
-        return Sampler(kind, 1, machines.count, MEMORY_SHARE, number)
-    if kind == "serve":
-        parallel, copies = _parallel(engine, rest, machines)
-        return Sampler(kind, parallel, machines.nodes * copies, MEMORY_SHARE, number)
     if kind.startswith("server"):
         return Sampler("servers", 1, len(rest.split(",")), 0.0, number)
-    raise ConfigError(f"no engine is named {engine!r}; --plan knows transformers, vllm, serve")
-
-
-def _parallel(engine: str, text: str, machines: Machines) -> tuple[int, int]:
-    """GPUs per copy of the weights, and copies per node."""
-    options = dict(each.partition("=")[::2] for each in text.split(",") if each)
-    odd = options.keys() - {"tp", "dp"}
-    if odd or not all(value.isdigit() and int(value) for value in options.values()):
-        raise ConfigError(f"--engine {engine}: give tp=N and dp=N, such as serve:tp=2,dp=4")
-    parallel = int(options.get("tp", 1))
-    copies = int(options.get("dp", machines.per_node // parallel))
-    if not 1 <= parallel * copies <= machines.per_node:
+    if kind not in ("vllm", "serve"):
+        raise ConfigError(f"no engine is named {engine!r}; --plan knows transformers, vllm, serve")
+    parallel, copies, share = _settings(engine, rest)
+    if parallel * copies > machines.per_node or machines.per_node % parallel:
         raise ConfigError(
-            f"--engine {engine} needs {parallel} x {max(1, copies)} GPUs, and a node has "
-            f"{machines.per_node}"
+            f"--engine {engine}: {machines.per_node} GPUs per node cannot be divided so"
         )
-    return parallel, copies
+    if kind == "vllm":
+        copies = machines.per_node // parallel
+    return Sampler(kind, parallel, machines.nodes * copies, share, number)
+
+
+def _settings(engine: str, text: str) -> tuple[int, int, float]:
+    """GPUs per copy of the weights, copies per node, and share of a GPU's memory."""
+    given = dict(each.partition("=")[::2] for each in text.split(",") if each)
+    try:
+        found = int(given.pop("tp", 1)), int(given.pop("dp", 1)), float(given.pop("memory", 0.4))
+    except ValueError:
+        found = 0, 0, 0.0
+    if given or not (found[0] > 0 and found[1] > 0 and 0 < found[2] < 1):
+        raise ConfigError(
+            f"--engine {engine}: give tp=N, dp=N and memory=SHARE, such as serve:tp=2,dp=4"
+        )
+    return found
 
 
 def needs_bytes(sampler: Sampler, shape: Shape, config: TrainConfig) -> float:

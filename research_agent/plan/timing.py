@@ -58,9 +58,11 @@ def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Samp
         "gather episodes": given.GATHER_SECONDS * episodes(config),
         "forward passes before": _passes(config, shape, machines, _forwards(config)),
         "forward and backward": _learning(config, shape, machines),
+        "optimizer on the host": _offloaded(config, shape, machines),
         "weights to the sampler": _transfer(config, shape, sampler),
         "save, per step": _saving(config, shape),
     }
+    parts = {name: time for name, time in parts.items() if time}
     together = sum(parts[name] for name in SAMPLING)
     rest = sum(parts.values()) - together
     if config.sampling.max_staleness:
@@ -77,11 +79,13 @@ def _sampling(
     """
     gpu, parallel = machines.gpu, sampler.tensor_parallel
     mean, longest = mean_tokens(config), longest_tokens(config)
+    plain = sampler.kind == "transformers"
     slots: float = samplers.slots(config, sampler.copies)
-    if sampler.kind != "transformers":
+    if not plain:
         room = samplers.cache(sampler, shape, config, machines)
         slots = max(1, min(slots, samplers.held_episodes(sampler, shape, room)))
     per_copy = episodes(config) / sampler.copies
+    overhead = given.TRANSFORMERS_SECONDS if plain else given.DECODE_SECONDS
 
     def decode(busy: float) -> float:
         """Seconds of a decoding step of some episodes."""
@@ -90,7 +94,7 @@ def _sampling(
         compute = 2 * shape.parameters * busy / parallel / (given.LEARN_FLOPS * gpu.flops)
         talk = 2 * shape.layers * given.TENSOR_PARALLEL_SECONDS if parallel > 1 else 0.0
         busiest = max(read / (given.SAMPLE_BANDWIDTH * gpu.bandwidth), compute)
-        return busiest + talk + given.DECODE_SECONDS
+        return busiest + talk + overhead
 
     bulk = max(1.0, per_copy / slots) * given.ACTION_SHARE * mean
     tail = max(0.0, given.ACTION_SHARE * longest - bulk)
@@ -160,6 +164,16 @@ def _pass_seconds(
     speed = given.LINK_SHARE * (NETWORK if across else gpu.link)
     passes = math.ceil(tokens / memory.pass_tokens(config, shape))
     return max(compute, passes * moved * shape.parameters / speed)
+
+
+def _offloaded(config: TrainConfig, shape: Shape, machines: Machines) -> float:
+    """Seconds of AdamW on the host: its numbers travel, and are read and written there."""
+    if config.learner.optimizer != "adamw_offload":
+        return 0.0
+    mine = memory.trained(config, shape, memory.shard_ranks(config, machines))
+    travel = 3 * 4 * mine / given.HOST_LINK
+    compute = 7 * 4 * mine * machines.per_node / given.HOST_BANDWIDTH
+    return config.learner.minibatches * (travel + compute)
 
 
 def _transfer(config: TrainConfig, shape: Shape, sampler: Sampler) -> float:
