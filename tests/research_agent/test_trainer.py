@@ -448,4 +448,4 @@ def test_two_processes_train_what_one_trains(letters: Path, tmp_path: Path) -> N
     ours, theirs = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in folders)
     # A key's bias moves no attention, so its gradient is noise about 0, which Adam makes large.
     compared = [name for name in ours if not name.endswith("k_proj.bias")]
-    assert all(torch.allclose(theirs[name], ours[name], rtol=0, atol=1e-6) for name in compared)
+    assert all(torch.allclose(theirs[name], ours[name], rtol=0, atol=5e-6) for name in compared)
