@@ -129,14 +129,10 @@ class Trainer:
         with ExitStack() as stack:
             signals = stack.enter_context(_stop_signals())
             stack.enter_context(init_distributed(run.collective_timeout))
-            with together():
-                if rank_and_size()[0] == 0:
-                    stack.enter_context(folder_lock(run.output))
+            _lock(run.output, stack)
             saved = self._newest_checkpoint()
             if finished := broadcast_object(self._finished()):
                 return self._summary(f"{run.output} is finished: {finished}")
-            with alike():
-                _require_one_process(self.config)
             self._open(saved, stack)
             logger = stack.enter_context(self._logger(saved))
             if run.eval_every and not saved:
@@ -232,6 +228,7 @@ class Trainer:
         share = -(-sampling.prompts_per_step * sampling.group_size // size)
         slots = min(share * (1 + sampling.max_staleness), sampling.max_in_flight or share)
         with together():
+            _require_one_process(config)
             kind = PlayerProcess if sampling.max_staleness else Player
             self.player: Player | PlayerProcess = kind(
                 config, slots, self._stage_args(), self.trace
@@ -581,6 +578,13 @@ class Trainer:
             "tensorboard": str(output / "tensorboard"),
         }
         return TrainSummary(message, numbers, number)
+
+
+def _lock(output: Path, stack: ExitStack) -> None:
+    """Keep other runs out of a folder until ``stack`` ends."""
+    with together():
+        if rank_and_size()[0] == 0:
+            stack.enter_context(folder_lock(output))
 
 
 def _require_one_process(config: TrainConfig) -> None:

@@ -6,9 +6,8 @@ Three processes meet as two ranks and as three. The test's own process is the ru
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any

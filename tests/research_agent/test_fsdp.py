@@ -76,9 +76,7 @@ def test_ranks_come_to_the_weights_of_one_process(folder: Path, case: str, size:
 @pytest.mark.parametrize("now", [1, 2, 3])
 @pytest.mark.parametrize("before", [1, 2, 3])
 @pytest.mark.parametrize("case", RESUMED)
-def test_what_some_ranks_save_others_resume(
-    folder: Path, case: str, before: int, now: int
-) -> None:
+def test_what_some_ranks_save_others_resume(folder: Path, case: str, before: int, now: int) -> None:
     found: dict[str, Any] = torch.load(folder / f"{case}-{before}-{now}.pt")
     went_on = torch.load(folder / f"{case}-{before}.pt")["after"]
     close(found, went_on)
