@@ -98,6 +98,16 @@ class PlayerProcess:
             self._process.start()
         theirs.close()
 
+    @property
+    def pid(self) -> int | None:
+        """The child's process number."""
+        return self._process.pid
+
+    @property
+    def weights_folder(self) -> Path:
+        """Where weights are handed over."""
+        return self._weights.root
+
     def start(self, load: Callable[[], tuple[Engine, Renderer]]) -> None:
         """Make the engine in the child; ``load`` is pickled."""
         self._ask("start", load)

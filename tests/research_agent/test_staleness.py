@@ -508,7 +508,7 @@ def run_ahead_until_killed(
 def test_a_run_ahead_that_is_killed_plays_each_episode_once(
     server: Any, letters: Path, tmp_path: Path
 ) -> None:
-    more = [*STALE.split(), "--steps", "14", "--log-episodes", "99"]
+    more = [*STALE.split(), "--steps", "24", "--log-episodes", "99"]
     words, log = flags(letters, tmp_path / "run", *more), str(tmp_path / "log")
     rng = random.Random(0)
     for phase in AHEAD:
@@ -517,11 +517,11 @@ def test_a_run_ahead_that_is_killed_plays_each_episode_once(
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL, Path(log).read_text()
-    assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] < 14  # there is work left
+    assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] < 24  # there is work left
     process = start(server, words, Path(log))
     process.join()
     assert process.exitcode == 0, Path(log).read_text()
-    require_each_once(tmp_path / "run", 14, staleness=2)
+    require_each_once(tmp_path / "run", 24, staleness=2)
 
 
 @pytest.mark.slow
