@@ -177,8 +177,8 @@ class Trainer:
                     logger.record(self.step, metrics, timings, shown)
 
                 # A collapsed run stops or goes back; a finished stage gives way to the next.
-                watched = self.collapse is not None and groups
-                best = self.collapse.add(self.step, metrics["reward"]) if watched else None
+                watched = self.collapse if groups else None
+                best = watched.add(self.step, metrics["reward"]) if watched else None
                 if best is not None:
                     message = self._roll_back(best)
                     if logger:
