@@ -10,14 +10,16 @@ processes, where FSDP would take their mean.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from research_agent.errors import StoppedError
 
 T = TypeVar("T")
 
@@ -83,6 +85,38 @@ def broadcast_object(value: T) -> T:
     said = [value]
     dist.broadcast_object_list(said)
     return said[0]
+
+
+def run_together(work: Callable[[], T]) -> list[T]:
+    """Do something on all ranks; what each rank returned.
+
+    Raises:
+        Exception: what the first rank that failed raised, on rank 0.
+        StoppedError: a rank failed, on the other ranks.
+    """
+    result: tuple[T | None, Exception | None]
+    try:
+        result = work(), None
+    except Exception as error:
+        if rank_and_size()[1] == 1:
+            raise
+        result = None, error
+    results = gather([result])
+    if error := next((error for _, error in results if error), None):
+        raise_together(error)
+    return [value for value, _ in results]  # type: ignore[misc]
+
+
+def raise_together(error: Exception) -> NoReturn:
+    """Raise an error that all ranks know of: on rank 0, which says what it was, and so once.
+
+    Raises:
+        Exception: the error, on rank 0.
+        StoppedError: on the other ranks.
+    """
+    if rank_and_size()[0]:
+        raise StoppedError(f"stopped, as all ranks: {error}")
+    raise error
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

@@ -201,7 +201,12 @@ def load_engine(
         merge_adapter: add an adapter to the weights of its base.
     """
     renderer = load_renderer(resolve_model(model), chat_template=config.policy.chat_template)
-    loaded = load_model(model, device=config.policy.device, merge_adapter=merge_adapter)
+    loaded = load_model(
+        model,
+        dtype=config.learner.precision,
+        device=config.policy.device,
+        merge_adapter=merge_adapter,
+    )
     sampling = config.sampling
     engine = make_engine(
         sampling.engine,
