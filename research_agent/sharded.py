@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageWriter,
 )
 
-from research_agent.distributed import rank_and_size, shared, together
+from research_agent.distributed import raise_together, rank_and_size, together
 from research_agent.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -264,4 +264,4 @@ def _plain_errors() -> Iterator[None]:
         cause, _ = error.failures[min(error.failures)]
         if not isinstance(cause, Exception):
             raise
-        raise shared(cause) from None
+        raise_together(cause)

@@ -318,9 +318,9 @@ PHASES = {
 }
 
 
-def kill_within(phase: str, calls: int, share: float) -> None:
+def kill_within(phase: tuple[Any, str], calls: int, share: float) -> None:
     """Have this process killed some way into a call of a phase: a share of the call before it."""
-    owner, name = PHASES[phase]
+    owner, name = phase
     original = getattr(owner, name)
     lasted: list[float] = []
 
@@ -338,7 +338,7 @@ def kill_within(phase: str, calls: int, share: float) -> None:
 
 
 def run_until_killed(words: list[str], log: str, phase: str, calls: int, share: float) -> None:
-    kill_within(phase, calls, share)
+    kill_within(PHASES[phase], calls, share)
     run_alone(words, log)
 
 
