@@ -31,8 +31,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from research_agent.distributed import as_raised, gather, rank_and_size, together
-from research_agent.errors import CheckpointError
+from research_agent.distributed import gather, rank_and_size, together
+from research_agent.errors import CheckpointError, StoppedError
 from research_agent.files import sha256
 from research_agent.sharded import StoredTensor, read_tensors, stored_tensors, write_tensors
 
@@ -64,6 +64,8 @@ class Checkpoint:
         """
         try:
             read_tensors(self.folder / TENSORS, into)
+        except StoppedError:
+            raise
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise _no_checkpoint(self.folder, error) from error
 
@@ -126,6 +128,8 @@ def save(
                 _flush(temporary)
                 temporary.rename(final)
                 _flush_folder(root)
+    except StoppedError:
+        raise
     except Exception as error:  # a full disk is an OSError here, a bare Exception of Rust's there
         if first:
             with contextlib.suppress(OSError):
@@ -133,12 +137,9 @@ def save(
         last = latest(root)
         kept = f"the last good one is {last}" if last else "there is none before it"
         cure = "free some space" if _is_full(error) else "see that the folder can be written"
-        raise as_raised(
-            error,
-            CheckpointError(
-                f"cannot write the checkpoint of step {step} to {root}: {error}; {kept}; "
-                f"{cure}, and start the same command again"
-            ),
+        raise CheckpointError(
+            f"cannot write the checkpoint of step {step} to {root}: {error}; {kept}; "
+            f"{cure}, and start the same command again"
         ) from error
     if first:
         _link_best(root, best)
@@ -179,14 +180,13 @@ def rehearse(root: Path, write_model: Callable[[Path], None]) -> None:
             if not temporary.is_dir():
                 raise OSError("a rank does not see the folder that the first one made; share it")
         write_model(temporary)
+    except StoppedError:
+        raise
     except Exception as error:  # as in save
         cure = "free some space" if _is_full(error) else "mend that first"
-        raise as_raised(
-            error,
-            CheckpointError(
-                f"no checkpoint of this model could be written to {root}: {error}; {cure}, as a "
-                "run that cannot be saved is not started"
-            ),
+        raise CheckpointError(
+            f"no checkpoint of this model could be written to {root}: {error}; {cure}, as a run "
+            "that cannot be saved is not started"
         ) from error
     finally:
         if first:
@@ -238,13 +238,14 @@ def load(folder: Path, deferred: Collection[str] = ()) -> Checkpoint:
             state = {key: _allocate(value, wanted) for key, value in now.items()}
         read_tensors(folder / TENSORS, wanted)
         return Checkpoint(folder, plain["step"], plain["config"], {**state, **late})
+    except StoppedError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise _no_checkpoint(folder, error) from error
 
 
-def _no_checkpoint(folder: Path, error: Exception) -> Exception:
-    message = f"{folder} is no whole checkpoint: {error}; {_instead(folder)}"
-    return as_raised(error, CheckpointError(message))
+def _no_checkpoint(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder} is no whole checkpoint: {error}; {_instead(folder)}")
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -88,9 +88,9 @@ class SamplingConfig:
     """Sample some episodes while others wait for the environment. Faster with a slow environment;
     the order of events, and so the last bits of a number, then depend on timing."""
     max_staleness: int = 0
-    """Training steps that sampling may run ahead of learning: slots that have nothing left to do in
-    a step begin with the next ones. No token is learned from after more updates than this; 0 is
-    strictly on-policy."""
+    """Training steps that sampling may run ahead of learning. Above 0 each rank plays in a child
+    process, which goes on with the next steps while the learner updates. No token is learned from
+    after more updates than this; 0 is strictly on-policy."""
 
 
 @dataclass(frozen=True)

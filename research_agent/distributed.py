@@ -10,16 +10,17 @@ ranks, where FSDP would take their mean.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from research_agent.errors import ConfigError, RankError, ResearchAgentError
+from research_agent.errors import ConfigError, RankError, ResearchAgentError, StoppedError
 
 T = TypeVar("T")
 
@@ -48,19 +49,16 @@ def init_distributed(timeout_minutes: float = 15.0) -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # no farewell: the others may not come to it
         lost = next((text for text in _LOST if text in str(error)), "")
         if lost and not isinstance(error, ResearchAgentError):
-            raise shared(
-                RankError(
-                    f"another rank stopped or did not answer for {timeout_minutes:g} minutes"
-                    f" ({lost}); its own message says why. Start the same command again"
-                )
-            ) from error
-        error.on_all_ranks = getattr(error, "on_all_ranks", False)  # type: ignore[attr-defined]
+            message = (
+                f"another rank stopped or did not answer for {timeout_minutes:g} minutes ({lost});"
+                " its own message says why. Start the same command again"
+            )
+            raise_together(RankError(message))
         raise
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -99,17 +97,25 @@ def gather(items: Sequence[T]) -> list[T]:
     return [item for part in found for item in part]
 
 
+def broadcast_object(value: T) -> T:
+    """The value of the first rank; all ranks must call this."""
+    if rank_and_size()[1] == 1:
+        return value
+    said = [value]
+    dist.broadcast_object_list(said)
+    return said[0]
+
+
 @contextmanager
 def together() -> Iterator[None]:
-    """Run a block on all ranks; if it fails on one, the same error is raised on all.
+    """Run a block on all ranks; if it fails on one, all stop, and rank 0 says why.
 
-    So the others do not wait in a collective until it times out, and the error can be shown once,
-    by the first rank (see ``said_by_another``). The block must not contain a collective, except
-    ones that fail on all ranks alike.
+    So no rank waits in a collective for one that has failed. The block must not contain a
+    collective, except one that fails on all ranks alike.
 
     Raises:
-        ResearchAgentError: the first rank's error, or else that of the lowest rank with one.
-        RuntimeError: that error is of Python's or a library's own.
+        Exception: what the first rank that failed raised, on rank 0.
+        StoppedError: a rank failed, on the other ranks.
     """
     problem: Exception | None = None
     try:
@@ -118,52 +124,48 @@ def together() -> Iterator[None]:
         if rank_and_size()[1] == 1:
             raise
         problem = error
-    said = gather([None if problem is None else (type(problem), str(problem))])
-    first = next((each for each in said if each is not None), None)
-    if first is None:
-        return
-    kind, text = first
-    if problem is not None and (type(problem), str(problem)) == first:
-        raise shared(problem)
-    error = kind(text) if issubclass(kind, ResearchAgentError) else RuntimeError(text)
-    raise shared(error) from problem
+    said = gather([problem and _portable(problem)])
+    if first := next(filter(None, said), None):
+        raise_together(problem if problem and said[0] else first)
+
+
+def run_together(work: Callable[[], T]) -> list[T]:
+    """Do something on all ranks, as in ``together``; returns what each rank returned."""
+    with together():
+        result = work()
+    return gather([result])
 
 
 @contextmanager
 def alike() -> Iterator[None]:
-    """Around what all ranks do alike: an error of this package in it is raised by all of them."""
+    """Mark what all ranks do alike: if it raises an error of this package, rank 0 says it."""
     try:
         yield
+    except StoppedError:
+        raise
     except ResearchAgentError as error:
-        raise shared(error)  # noqa: B904 - the same error
+        raise_together(error)
 
 
-def shared(error: Exception) -> Exception:
-    """Mark an error that all ranks raise alike, so that only the first one shows it."""
-    error.on_all_ranks = True  # type: ignore[attr-defined]
+def raise_together(error: Exception) -> NoReturn:
+    """Raise an error that all ranks know of: on rank 0, which says what it was, and so once.
+
+    Raises:
+        Exception: the error, on rank 0.
+        StoppedError: on the other ranks.
+    """
+    if rank_and_size()[0]:
+        raise StoppedError(f"stopped, as all ranks: {error}") from error
+    raise error
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one with the same words if it cannot go from process to process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does
+        return RuntimeError(f"{type(error).__name__}: {error}")
     return error
-
-
-def as_raised(cause: Exception, error: Exception) -> Exception:
-    """Mark an error as raised on all ranks, if its cause is."""
-    return shared(error) if getattr(cause, "on_all_ranks", False) else error
-
-
-def said_by_another(error: BaseException) -> bool:
-    """Whether the first rank shows this error, and this rank is another one."""
-    if os.environ.get("RANK", "0") == "0":
-        return False
-    before_meeting = not (dist.is_available() and dist.is_initialized())
-    return bool(getattr(error, "on_all_ranks", before_meeting))
-
-
-def broadcast_object(value: T) -> T:
-    """The value of the first rank; all ranks must call this."""
-    if rank_and_size()[1] == 1:
-        return value
-    said = [value]
-    dist.broadcast_object_list(said)
-    return said[0]
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

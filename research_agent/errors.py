@@ -57,3 +57,7 @@ class NonFiniteError(ResearchAgentError, ArithmeticError):
 
 class EngineError(ResearchAgentError, RuntimeError):
     """An engine that does not start, died, hangs, or cannot do its work."""
+
+
+class StoppedError(ResearchAgentError, RuntimeError):
+    """This rank stops because of an error that rank 0 raises and tells."""

@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from research_agent import rollout_state
 from research_agent.active_rollout import Episode
 from research_agent.config import TrainConfig
-from research_agent.engines.base import Engine, KeepsTurns
+from research_agent.engines.base import Engine
 from research_agent.environments import Environments, open_environments, provenance_of
 from research_agent.renderer import Renderer
-from research_agent.rollout import InFlight, RolloutLoop, collect
+from research_agent.rollout import InFlight, RolloutLoop, collect, keeps_turns
 from research_agent.trace import Trace, TracedEngine, TracedEnvironments
 from research_agent.trajectory import Trajectory
 from research_agent.trees import TreePlan
+from research_agent.weight_files import read_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,12 +97,16 @@ class Player:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Give the engine new weights; turns under way continue with them."""
-        if isinstance(self._engine, KeepsTurns) and self._engine.keeps_turns:
+        if keeps_turns(self._engine):
             self._engine.load_weights(weights, version)
             return
         self._loop.suspend()
         self._engine.load_weights(weights, version)
         self._loop.resume()
+
+    def read_weights(self, folder: Path, version: int) -> None:
+        """Give the engine the weights in a folder."""
+        self.load_weights(read_weights(folder), version)
 
     def num_eval_tasks(self) -> int | None:
         """Tasks of the environment of evaluations; None if they have no end."""

@@ -3,7 +3,7 @@
 The parent asks, the child answers: each request is the name of a method of ``Player`` and its
 arguments, over a pipe. Between two requests the child plays whatever the last ``collect`` allowed
 ahead. So a request meets the child between two engine steps, and what the child says is never half
-done. Weights travel as files in the temporary directory, written once per machine.
+done. Weights travel as files (``weight_files``).
 
 If the child dies, the next request raises an error. If the parent dies, the child ends.
 """
@@ -15,24 +15,20 @@ import os
 import pickle
 import shutil
 import signal
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from research_agent.active_rollout import Episode
 from research_agent.config import TrainConfig
-from research_agent.distributed import gather, rank_and_size
 from research_agent.engines.base import Engine
 from research_agent.engines.checks import CONTINUE
 from research_agent.errors import EngineError
@@ -42,6 +38,7 @@ from research_agent.player import Player
 from research_agent.renderer import Renderer, load_renderer
 from research_agent.trace import Trace
 from research_agent.trajectory import Trajectory
+from research_agent.weight_files import WeightFiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +46,6 @@ if TYPE_CHECKING:
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _GRACE = 10.0  # seconds that a child has to end by itself
-_FILE_BYTES = 1 << 30  # of a file of weights: what the parent holds in memory at a time
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class _Setup:
     slots: int
     stage_args: Mapping[str, Any]
     trace_start: float | None  # None: no trace
-    weights: Path  # removed by the child if the parent could not
+    weights: Path  # folder that the child removes if the parent is dead
     gpu: int | None  # the parent's device
     threads: int
 
@@ -85,13 +81,13 @@ class PlayerProcess:
         stage_args: Mapping[str, Any],
         trace: Trace | None = None,
     ) -> None:
-        self._weights = Path(tempfile.mkdtemp(prefix="research-agent-player-"))
+        self._weights = WeightFiles()
         setup = _Setup(
             config,
             slots,
             stage_args,
             trace.start if trace else None,
-            self._weights,
+            self._weights.root,
             torch.cuda.current_device() if torch.cuda.is_available() else None,
             torch.get_num_threads(),
         )
@@ -101,6 +97,16 @@ class PlayerProcess:
         with _stop_signals_blocked():
             self._process.start()
         theirs.close()
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process number."""
+        return self._process.pid
+
+    @property
+    def weights_folder(self) -> Path:
+        """Where weights are handed over."""
+        return self._weights.root
 
     def start(self, load: Callable[[], tuple[Engine, Renderer]]) -> None:
         """Make the engine in the child; ``load`` is pickled."""
@@ -118,11 +124,8 @@ class PlayerProcess:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Let the child give its engine new weights; all ranks take part."""
-        folder = _write_weights(weights, self._weights / str(version))
-        load = partial(_read_weights, folder)
-        self._ask("load_weights", load, version)
-        gather([version])  # the other ranks on this machine read the same files
-        shutil.rmtree(folder, ignore_errors=True)
+        self._ask("read_weights", self._weights.give(weights, version), version)
+        self._weights.drop(version)
 
     def num_eval_tasks(self) -> int | None:
         """See ``Player``."""
@@ -158,7 +161,7 @@ class PlayerProcess:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-        shutil.rmtree(self._weights, ignore_errors=True)
+        self._weights.close()
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         """Send a request and wait for the answer; raises what the child's player raised."""
@@ -198,7 +201,12 @@ def load_engine(
         merge_adapter: add an adapter to the weights of its base.
     """
     renderer = load_renderer(resolve_model(model), chat_template=config.policy.chat_template)
-    loaded = load_model(model, device=config.policy.device, merge_adapter=merge_adapter)
+    loaded = load_model(
+        model,
+        dtype=config.learner.precision,
+        device=config.policy.device,
+        merge_adapter=merge_adapter,
+    )
     sampling = config.sampling
     engine = make_engine(
         sampling.engine,
@@ -235,9 +243,6 @@ def _serve(connection: Connection, setup: _Setup) -> None:
             while player.has_work and not connection.poll():
                 player.advance()
             method, arguments = connection.recv()
-            if method == "load_weights":
-                read, version = arguments
-                arguments = (read(), version)
             connection.send((False, getattr(player, method)(*arguments)))
     except (EOFError, ConnectionError):
         pass  # the parent has closed the pipe, or is dead
@@ -292,47 +297,3 @@ def _how_it_ended(code: int | None) -> str:
         name = signal.Signals(-code).name
         return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     return f"ended with exit status {code}"
-
-
-def _write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path) -> Path:
-    """Write weights to files, in the first process of each machine; returns their folder there.
-
-    Args:
-        weights: gathered by all ranks, which must all iterate.
-        folder: to write to.
-    """
-    rank, _ = rank_and_size()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    try:
-        if local_rank == 0:
-            folder.mkdir(parents=True)
-        held: dict[str, Tensor] = {}
-        files = 0
-
-        def flush() -> None:
-            nonlocal files
-            save_file(held, folder / f"{files:05d}.safetensors")
-            held.clear()
-            files += 1
-
-        for name, weight in weights:
-            if local_rank:
-                continue
-            if held and sum(each.nbytes for each in held.values()) + weight.nbytes > _FILE_BYTES:
-                flush()
-            held[name] = weight.detach().to("cpu", copy=True).contiguous()
-        if local_rank == 0:
-            flush()
-    except Exception as error:
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise EngineError(
-                f"the weights cannot be written to {folder}: {error}; free some space, or set "
-                f"TMPDIR to a folder that has it. {CONTINUE}"
-            ) from error
-        raise
-    return gather([folder])[rank - local_rank]
-
-
-def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in sorted(folder.iterdir()):
-        yield from load_file(path).items()

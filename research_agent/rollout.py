@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal
 
 from research_agent.active_rollout import ActiveRollout, Episode, Sampling
-from research_agent.engines.base import Completion, Engine, Interruptible
+from research_agent.engines.base import Completion, Engine, Interruptible, KeepsTurns
 from research_agent.environments import Environments, StepResult, Truncating
 from research_agent.errors import OverlongPromptError
 from research_agent.renderer import Renderer
@@ -35,6 +35,11 @@ class InFlight:
         self.active.clear()
         self.awaiting_env.clear()
         self.done.clear()
+
+
+def keeps_turns(engine: Engine) -> bool:
+    """Whether an engine takes new weights while turns are under way."""
+    return isinstance(engine, KeepsTurns) and engine.keeps_turns
 
 
 def collect(
@@ -166,9 +171,7 @@ class RolloutLoop:
     def advance(self) -> None:
         """Begin episodes in free slots, do one engine step, and take what environments answer."""
         self._begin()
-        completions = self._engine.step()
-        if completions:
-            self._send(completions)
+        self._send(self._engine.step())
         awaiting_env = len(self.in_flight.awaiting_env)
         if not awaiting_env:
             return
@@ -179,9 +182,16 @@ class RolloutLoop:
                 self._observe(result)
 
     def suspend(self) -> None:
-        """Interrupt the turns under way, and let the engine forget all slots."""
+        """Let the engine forget all slots, for something else to use them.
+
+        Turns under way are finished first by an engine that keeps its turns, and otherwise
+        interrupted. Engines that can do neither lose them.
+        """
         active = self.in_flight.active
-        if active and isinstance(self._engine, Interruptible):
+        if keeps_turns(self._engine):
+            while self._engine.busy:
+                self._send(self._engine.step())
+        elif active and isinstance(self._engine, Interruptible):
             for turn in self._engine.interrupt():
                 active[turn.slot].add_partial(turn)
         for rollout in active.values():
@@ -226,6 +236,8 @@ class RolloutLoop:
             self._submit(slot)
 
     def _send(self, completions: Sequence[Completion]) -> None:
+        if not completions:
+            return
         active = self.in_flight.active
         slots = [turn.slot for turn in completions]
         self._trees.offer(completions, active, self._engine)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -27,7 +26,7 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageWriter,
 )
 
-from research_agent.distributed import rank_and_size, shared, together
+from research_agent.distributed import raise_together, rank_and_size, together
 from research_agent.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -265,4 +264,4 @@ def _plain_errors() -> Iterator[None]:
         cause, _ = error.failures[min(error.failures)]
         if not isinstance(cause, Exception):
             raise
-        raise shared(cause) from None
+        raise_together(cause)

@@ -18,10 +18,10 @@ from research_agent.engines.base import (
     Completion,
     Engine,
     Interruptible,
-    KeepsTurns,
     SamplingParams,
 )
 from research_agent.environments import Environments, StepResult, Truncating, provenance_of
+from research_agent.rollout import keeps_turns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +100,7 @@ class TracedEngine:
     @property
     def keeps_turns(self) -> bool:
         """Whether the engine takes new weights while turns are under way."""
-        return isinstance(self._engine, KeepsTurns) and self._engine.keeps_turns
+        return keeps_turns(self._engine)
 
     def submit(self, slot: int, tokens: Sequence[int], params: SamplingParams) -> None:
         """Let the engine sample a turn."""

@@ -29,15 +29,22 @@ from research_agent.active_rollout import Episode
 from research_agent.algorithms import algorithm
 from research_agent.algorithms.base import SelectsGroups
 from research_agent.checkpoint import Checkpoint
-from research_agent.config import TrainConfig, as_json, changes, require_same, validate
+from research_agent.config import (
+    SamplingConfig,
+    TrainConfig,
+    as_json,
+    changes,
+    require_same,
+    validate,
+)
 from research_agent.curriculum import CollapseMonitor, CurriculumState, parse_stages
 from research_agent.distributed import (
     alike,
     broadcast_object,
     gather,
     init_distributed,
+    raise_together,
     rank_and_size,
-    shared,
     together,
 )
 from research_agent.engines import in_process, make_engine
@@ -69,6 +76,7 @@ from research_agent.sharded import write_weights
 from research_agent.terminal import show
 from research_agent.trace import Trace, span
 from research_agent.trajectory import Group, Trajectory
+from research_agent.trees import TreePlan
 
 if TYPE_CHECKING:
     from research_agent.engines.base import Engine
@@ -129,20 +137,14 @@ class Trainer:
         with ExitStack() as stack:
             signals = stack.enter_context(_stop_signals())
             stack.enter_context(init_distributed(run.collective_timeout))
-            with together():
-                if rank_and_size()[0] == 0:
-                    stack.enter_context(folder_lock(run.output))
+            _lock(run.output, stack)
             saved = self._newest_checkpoint()
             if finished := broadcast_object(self._finished()):
                 return self._summary(f"{run.output} is finished: {finished}")
-            with alike():
-                _require_one_process(self.config)
             self._open(saved, stack)
             logger = stack.enter_context(self._logger(saved))
             if run.eval_every and not saved:
-                first = self._evaluate()
-                if logger:
-                    logger.record(0, first, {"seconds": 0.0})
+                self._evaluate_start(logger)
 
             while not any(gather([bool(signals)])) and not finished:
                 start = time.perf_counter()
@@ -190,17 +192,15 @@ class Trainer:
                     logger.record(self.step, metrics, timings, shown)
 
                 # A collapsed run stops or goes back; a finished stage gives way to the next.
-                best = None
-                if self.collapse and groups:
-                    best = self.collapse.add(self.step, metrics["reward"])
+                watched = self.collapse if groups else None
+                best = watched.add(self.step, metrics["reward"]) if watched else None
                 if best is not None:
                     message = self._roll_back(best)
                     if logger:
                         logger.print(message)
                 next_stage = self.curriculum.advance(self.stages, metrics["reward"])
                 if next_stage:
-                    self.player.open_stage(self._stage_args())
-                    self.provenance = self.player.provenance()
+                    self._start_stage()
 
                 # Save.
                 is_best = "eval/reward" in metrics and self.step == self._best_step()
@@ -229,7 +229,8 @@ class Trainer:
         self.curriculum = CurriculumState()
         if saved and self.stages:
             self.curriculum = CurriculumState(**saved.state["stage"])
-        share = -(-sampling.prompts_per_step * sampling.group_size // size)
+        unit = TreePlan.of(sampling).size
+        share = -(-sampling.prompts_per_step * sampling.group_size // (size * unit)) * unit
         slots = min(share * (1 + sampling.max_staleness), sampling.max_in_flight or share)
         with together():
             kind = PlayerProcess if sampling.max_staleness else Player
@@ -369,6 +370,10 @@ class Trainer:
                 names = ", ".join([*found.results, *found.neutral])
                 show(f"{run.output}: continuing with other settings: {names}", file=sys.stderr)
 
+    def _start_stage(self) -> None:
+        self.player.open_stage(self._stage_args())
+        self.provenance = self.player.provenance()
+
     @contextmanager
     def _logger(self, saved: Checkpoint | None) -> Iterator[RunLogger | None]:
         """Open the logs; None on every rank but the first."""
@@ -394,7 +399,6 @@ class Trainer:
         rounds = selects.max_rounds if selects else 1
         tasks_per_step = sampling.prompts_per_step * rounds
         later = self._own_episodes(range(self.step + 1, self.step + sampling.max_staleness + 1))
-        rank, size = rank_and_size()
         next_task = self.step * tasks_per_step
         played: list[Trajectory] = []
         groups: list[Group] = []
@@ -403,7 +407,7 @@ class Trainer:
             episodes = _episodes(next_task, missing, sampling.group_size)
             next_task += missing
             # Each rank plays its share, and all learn from all.
-            own = self.player.collect(episodes[rank::size], later)
+            own = self.player.collect(_share(episodes, sampling), later)
             trajectories = sorted(gather(own), key=lambda t: (t.episode, t.sample))
             played += trajectories
             for group in _groups(trajectories):
@@ -420,13 +424,12 @@ class Trainer:
         """This rank's share of the episodes of steps, without those of later rounds."""
         sampling, rule = self.config.sampling, self.learner.algorithm
         rounds = rule.max_rounds if isinstance(rule, SelectsGroups) else 1
-        prompts, (rank, size) = sampling.prompts_per_step, rank_and_size()
+        prompts, samples = sampling.prompts_per_step, sampling.group_size
+        firsts = [step * prompts * rounds for step in steps]
         return [
             episode
-            for step in steps
-            for episode in _episodes(step * prompts * rounds, prompts, sampling.group_size)[
-                rank::size
-            ]
+            for first in firsts
+            for episode in _share(_episodes(first, prompts, samples), sampling)
         ]
 
     def _require_few_void(self, trajectories: Sequence[Trajectory]) -> None:
@@ -436,7 +439,7 @@ class Trainer:
             return
         self.player.clear()  # many of these episodes are void too
         self._save()
-        raise shared(
+        raise_together(
             TooManyVoidError(
                 f"{fraction:.0%} of the episodes of step {self.step + 1} were void, more than "
                 f"--max-void-fraction {limit:.0%}: something that the environment needs is down. "
@@ -444,6 +447,12 @@ class Trainer:
                 "the same command continues when it is up"
             )
         )
+
+    def _evaluate_start(self, logger: RunLogger | None) -> None:
+        """Record how good the policy is before its first step."""
+        metrics = self._evaluate()
+        if logger:
+            logger.record(0, metrics, {"seconds": 0.0})
 
     def _evaluate(self) -> dict[str, float]:
         """Play the held-out tasks with the present weights, each rank its share.
@@ -519,7 +528,7 @@ class Trainer:
             f"average, that of step {best}; the newest checkpoint up to there is {good or 'none'}"
         )
         if run.on_collapse == "stop" or good is None or self.collapse is None:
-            raise shared(CollapseError(what))
+            raise_together(CollapseError(what))
         saved = checkpoint.load(good, deferred=("learner",))
         if not self.learner.has_adapters:
             self.learner.load_weights(good)
@@ -535,7 +544,7 @@ class Trainer:
         newest = checkpoint.latest(output / "checkpoints")
         if len(set(gather([newest]))) > 1:
             message = f"the ranks see different checkpoints in {output}; share the folder"
-            raise shared(CheckpointError(message))
+            raise_together(CheckpointError(message))
         if newest:
             saved = checkpoint.load(newest, deferred=("learner",))
             self.step, self.seconds = saved.step, float(saved.state["seconds"])
@@ -583,12 +592,11 @@ class Trainer:
         return TrainSummary(message, numbers, number)
 
 
-def _require_one_process(config: TrainConfig) -> None:
-    """Refuse under torchrun what works in one process only."""
-    if rank_and_size()[1] == 1:
-        return
-    if config.sampling.tree_branches:
-        raise ConfigError("--tree-branches works in one process only; leave it at 0 with torchrun")
+def _lock(output: Path, stack: ExitStack) -> None:
+    """Keep other runs out of a folder until ``stack`` ends."""
+    with together():
+        if rank_and_size()[0] == 0:
+            stack.enter_context(folder_lock(output))
 
 
 def _starting_model(model: str) -> str:
@@ -616,6 +624,13 @@ def _saved_origin(saved: Checkpoint, model: str) -> str:
 
 def _episodes(first: int, tasks: int, samples: int) -> list[Episode]:
     return [(task, sample) for task in range(first, first + tasks) for sample in range(samples)]
+
+
+def _share(episodes: Sequence[Episode], sampling: SamplingConfig) -> list[Episode]:
+    """The episodes that this rank plays: every n-th one, or every n-th whole tree."""
+    rank, size = rank_and_size()
+    unit = TreePlan.of(sampling).size
+    return [each for place, each in enumerate(episodes) if place // unit % size == rank]
 
 
 def _groups(trajectories: Sequence[Trajectory]) -> list[Group]:

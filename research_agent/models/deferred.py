@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from research_agent.distributed import rank_and_size
-from research_agent.errors import ModelError
+from research_agent.errors import ModelError, StoppedError
 from research_agent.models.policy import (
     LOADING_ERRORS,
     load_model,
@@ -144,6 +144,8 @@ def load_shards(score: Any, device: torch.device) -> None:
     folder = source_of(model)
     try:
         fill(score, model, device)
+    except StoppedError:
+        raise
     except LOADING_ERRORS as error:
         message = f"the weights in {folder} cannot be read: {error}; get or save them again"
         raise ModelError(message) from error

@@ -426,6 +426,7 @@ def _plain_weights(model: Any, dtype: torch.dtype) -> Any:
 
 
 def refuse_quantized(config: Any, name: str) -> None:
+    """Refuse a configuration of quantized weights, which cannot learn."""
     found = getattr(config, "quantization_config", None)
     if not found:
         return

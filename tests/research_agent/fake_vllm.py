@@ -6,6 +6,7 @@ import base64
 import json
 import pickle
 import threading
+import time
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +14,20 @@ from queue import SimpleQueue
 from typing import Any
 
 from safetensors import safe_open
+
+INSPECTION = """Qwen2ForCausalLM()(
+  (model): Qwen2Model()(
+    (embed_tokens): VocabParallelEmbedding(embedding_dim={width}, org_vocab_size={tokens})
+    (layers): ModuleList()(
+      (0-{last}): 2 x Qwen2DecoderLayer()(
+        (experts): ModuleList()(
+          (0-63): 64 x Expert()
+        )
+      )
+    )
+    (norm): RMSNorm(hidden_size={width}, eps=1e-06)
+  )
+)"""
 
 
 def script(tokens: Sequence[int], seed: int, count: int) -> list[int]:
@@ -41,7 +56,15 @@ class FakeVllm:
         self.mode = "well"
         self.fails = 1_000_000
         self.context = 256
-        self.raw = False  # log-probabilities that know no temperature
+        self.dtype = "float32"
+        self.logprobs = "processed_logprobs"
+        self.quantization: str | None = None
+        self.software = "0.32.0"
+        self.backend = "nccl"
+        self.unpickles = "1"
+        self.sizes = (2, 264, 128)  # layers, tokens, width
+        self.paused = False
+        self.reloads = True  # whether it can read weights from a folder
         self.missing: dict[str, int] = {}  # path -> status
         self.gate = threading.Event()
         self.gate.set()
@@ -53,6 +76,7 @@ class FakeVllm:
         self.keys: list[str | None] = []
         self.weights: dict[str, Any] = {}
         self.gpus = 1
+        self.rank = 0  # in the NCCL group
         self.wires: dict[int, SimpleQueue[Any]] = {}
         self.transfer = "well"
         self.updating = False
@@ -94,6 +118,11 @@ class FakeVllm:
         self.http.shutdown()
         self.http.server_close()
 
+    def folders(self) -> list[Path]:
+        """The folders that it was told to read weights from."""
+        rpc = [body for path, body in self.calls if path == "/collective_rpc"]
+        return [Path(each["kwargs"]["weights_path"]) for each in rpc if "kwargs" in each]
+
     def paths(self) -> list[str]:
         return [path for path, _ in self.calls]
 
@@ -123,7 +152,11 @@ class FakeVllm:
     def reply(self, path: str, body: Any) -> Any:
         answers: dict[str, Callable[[Any], Any]] = {
             "/v1/models": self._models,
-            "/collective_rpc": self._reload,
+            "/server_info": self._info,
+            "/version": lambda _: {"version": self.software},
+            "/collective_rpc": self._call,
+            "/pause": lambda _: self._pause(True),
+            "/resume": lambda _: self._pause(False),
             "/update_weight_version": self._set_version,
             "/weight_info": lambda _: {"weight_version": self.version},
             "/get_world_size": lambda _: {"world_size": self.gpus},
@@ -139,7 +172,26 @@ class FakeVllm:
     def _models(self, _: Any) -> Any:
         return {"data": [{"id": "the model", "max_model_len": self.context}]}
 
-    def _reload(self, body: Any) -> Any:
+    def _info(self, _: Any) -> Any:
+        model = {"dtype": f"torch.{self.dtype}", "logprobs_mode": self.logprobs}
+        return {
+            "vllm_config": {
+                "model_config": {**model, "quantization": self.quantization},
+                "weight_transfer_config": {"backend": self.backend},
+            },
+            "vllm_env": {"VLLM_ALLOW_INSECURE_SERIALIZATION": self.unpickles},
+        }
+
+    def _pause(self, paused: bool) -> Any:
+        self.paused = paused
+        return {}
+
+    def _call(self, body: Any) -> Any:
+        if body["method"] == "get_model_inspection":
+            layers, tokens, width = self.sizes
+            return {"results": [INSPECTION.format(last=layers - 1, tokens=tokens, width=width)]}
+        if not self.reloads:
+            return b"500"
         folder = Path(body["kwargs"]["weights_path"])
         self.weights = {}
         for file in sorted(folder.iterdir()):
@@ -195,17 +247,15 @@ class FakeVllm:
 
     def _generate(self, body: Any) -> Any:
         tokens, params = body["token_ids"], body["sampling_params"]
-        if params["logprobs"]:  # a probe
-            hot = 1 if self.raw else params["temperature"]
-            top = {1: [-0.5, -1.5, -2.5], 2: [-0.8, -1.3, -1.8]}[hot]
-            tops = [{"token_id": i, "logprob": logprob} for i, logprob in enumerate(top)]
-            return _choice([0], [-0.5], "length", self.version, top_logprobs=tops)
+        if "stop" not in params:  # a probe
+            return _choice([0], [-0.5], "length", self.version)
         with self.lock:
             self.turns.append((tokens, params))
             self.now += 1
             self.most = max(self.most, self.now)
         try:
-            while not self.gate.wait(0.01):
+            while not self.gate.wait(0.01) or self.paused:
+                time.sleep(0.005)
                 if self.aborted.is_set():
                     said = script(tokens, params["seed"], 2)
                     return _choice(said, [-1.0, -1.0], "abort", self.version)

@@ -16,8 +16,8 @@ from research_agent.algorithms import algorithm
 from research_agent.algorithms.base import UsesCritic
 from research_agent.algorithms.ppo import PPO
 from research_agent.batch import Batch, make_batch
-from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
 from research_agent.config import LearnerConfig
+from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
 from research_agent.models.critic import METRICS, Critic, value_errors
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import tiny_qwen2

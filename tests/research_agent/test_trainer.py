@@ -318,9 +318,9 @@ PHASES = {
 }
 
 
-def kill_within(phase: str, calls: int, share: float) -> None:
+def kill_within(phase: tuple[Any, str], calls: int, share: float) -> None:
     """Have this process killed some way into a call of a phase: a share of the call before it."""
-    owner, name = PHASES[phase]
+    owner, name = phase
     original = getattr(owner, name)
     lasted: list[float] = []
 
@@ -338,7 +338,7 @@ def kill_within(phase: str, calls: int, share: float) -> None:
 
 
 def run_until_killed(words: list[str], log: str, phase: str, calls: int, share: float) -> None:
-    kill_within(phase, calls, share)
+    kill_within(PHASES[phase], calls, share)
     run_alone(words, log)
 
 
@@ -448,4 +448,4 @@ def test_two_processes_train_what_one_trains(letters: Path, tmp_path: Path) -> N
     ours, theirs = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in folders)
     # A key's bias moves no attention, so its gradient is noise about 0, which Adam makes large.
     compared = [name for name in ours if not name.endswith("k_proj.bias")]
-    assert all(torch.allclose(theirs[name], ours[name], rtol=0, atol=1e-6) for name in compared)
+    assert all(torch.allclose(theirs[name], ours[name], rtol=0, atol=5e-6) for name in compared)
