@@ -183,7 +183,7 @@ def _row(config: TrainConfig, machines: str) -> str:
 
 def _numbers(found: Plan) -> str:
     host, disk = (sum(each.values()) for each in (found.memory.host, found.memory.disk))
-    most = f"{found.most / 1e9:.0f} of {found.machines.gpu.memory / 1e9:.0f}"
+    most = f"{found.memory.most / 1e9:.0f} of {found.machines.gpu.memory / 1e9:.0f}"
     numbers = [f"{host / 1e9:.0f}", f"{disk / 1e9:.0f}", f"{found.times.step:.0f}"]
     return " | ".join([most, *numbers, f"{found.hours:.1f}"])
 

@@ -51,12 +51,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the memory of each GPU is enough."""
-        return not self.memory.problem and self.most <= self.machines.gpu.memory
-
-    @property
-    def most(self) -> float:
-        """Bytes of a GPU in the phase that needs most."""
-        return max(self.memory.peaks.values())
+        return self.memory.fits(self.machines)
 
     @property
     def hours(self) -> float:
@@ -80,7 +75,7 @@ def plan(config: TrainConfig, machines: str) -> Plan:
     sampler = sampler_of(config, where)
     needed = memory.measure(config, shape, where, sampler)
     found = ()
-    if not suggestions.fits(config, shape, where):
+    if not needed.fits(where):
         found = tuple(map(as_flags, suggestions.suggest(config, shape, where)))
         if not found and (larger := suggestions.more_nodes(config, shape, where)):
             found = (f"{as_flags(larger[1])} on {larger[0]}".strip(),)
@@ -137,7 +132,9 @@ def show(config: TrainConfig, found: Plan) -> str:
         lines += [f"  {what:36}{text}" for what, text in found.environment.items()] + [""]
     lines += _assumptions(config)
     if not found.fits:
-        why = needed.problem or f"{found.most / GB:.0f} GB of {gpu.memory / GB:.0f}"
+        free = f"{assumptions.FREE:.0%} are left free"
+        most = f"{needed.most / GB:.0f} GB of {gpu.memory / GB:.0f}, of which {free}"
+        why = needed.problem or most
         lines += ["", f"It does not fit: {why}."]
         if found.suggestions:
             lines += ["It fits with", *(f"  {each}" for each in found.suggestions)]

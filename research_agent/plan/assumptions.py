@@ -38,6 +38,8 @@ GATHER_SECONDS = 3e-4
 
 CUDA_BYTES = 4e9
 """Bytes of a GPU that CUDA, NCCL and fragments take in the learner's process."""
+FREE = 0.05
+"""Share of a GPU's memory that a plan leaves free."""
 SERVER_BYTES = 1e9
 """Bytes of a GPU that CUDA takes in a vLLM process of its own."""
 VLLM_WORK = 3e9

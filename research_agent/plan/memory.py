@@ -38,6 +38,15 @@ class Memory:
     disk: Mapping[str, float]
     problem: str
 
+    @property
+    def most(self) -> float:
+        """Bytes of a GPU in the phase that needs most."""
+        return max(self.peaks.values())
+
+    def fits(self, machines: Machines) -> bool:
+        """Whether the memory of each GPU is enough, with a little to spare."""
+        return not self.problem and self.most <= (1 - given.FREE) * machines.gpu.memory
+
 
 def needs_reference(config: TrainConfig) -> bool:
     """Whether a reference policy runs."""
@@ -234,7 +243,7 @@ def _disk(config: TrainConfig, shape: Shape, sampler: Sampler) -> dict[str, floa
         each += 12 * (shape.parameters - head)
     kept = run.keep + bool(run.eval_every)
     needed = {f"{kept} checkpoints": kept * each, "one being written": each}
-    if sampler.kind == "servers" and config.sampling.engine.startswith("server:"):
+    if config.sampling.engine.startswith("server:"):
         needed["weights for the servers"] = 2.0 * sampler.number * shape.parameters
     return needed
 
@@ -245,7 +254,7 @@ def _problem(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sam
         return "--optimizer adamw_8bit works in one process only"
     if sampler.kind == "transformers":
         return ""
-    if sampler.kind == "servers":
+    if sampler.kind == "server":
         room, what = machines.gpu.memory, "a GPU"
     else:
         room = sampler.share * machines.gpu.memory

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from research_agent.config import TrainConfig
+from research_agent.engines import parse_engine
 from research_agent.errors import ConfigError
 from research_agent.plan.assumptions import EPISODE_TOKENS, SERVER_BYTES, VLLM_WORK
 from research_agent.plan.machines import Machines
@@ -17,7 +18,7 @@ class Sampler:
 
     Attributes:
         kind: "transformers"; "vllm" in the learner's process; "serve" in processes beside it, on
-            the same GPUs; "servers" elsewhere.
+            the same GPUs; "server" on other GPUs.
         tensor_parallel: GPUs that a copy of the weights is spread over.
         copies: copies of the weights, on all machines together.
         share: of a GPU's memory, for vLLM beside the learner.
@@ -35,39 +36,21 @@ def sampler_of(config: TrainConfig, machines: Machines) -> Sampler:
     """How a run samples, by its settings.
 
     Raises:
-        ConfigError: the engine is not known, or needs more GPUs than a node has.
+        ConfigError: the engine is not known, or the GPUs of a node cannot be divided so.
     """
-    engine = config.sampling.engine
-    kind, _, rest = engine.partition(":")
+    spec = parse_engine(config.sampling.engine)
     number = 4 if config.learner.precision == "float32" else 2
-    if kind == "transformers":
-        return Sampler(kind, 1, machines.count, 0.0, 4)
-    if kind.startswith("server"):
-        return Sampler("servers", 1, len(rest.split(",")), 0.0, number)
-    if kind not in ("vllm", "serve"):
-        raise ConfigError(f"no engine is named {engine!r}; --plan knows transformers, vllm, serve")
-    parallel, copies, share = _settings(engine, rest)
-    if parallel * copies > machines.per_node or machines.per_node % parallel:
+    if spec.kind == "transformers":
+        return Sampler(spec.kind, 1, machines.count, 0.0, number)
+    if spec.kind == "server":
+        return Sampler(spec.kind, 1, len(spec.urls), 0.0, number)
+    copies = machines.per_node // spec.tp if spec.kind == "vllm" else spec.dp
+    if machines.per_node % spec.tp or not 0 < copies * spec.tp <= machines.per_node:
         raise ConfigError(
-            f"--engine {engine}: {machines.per_node} GPUs per node cannot be divided so"
+            f"--engine {config.sampling.engine}: the {machines.per_node} GPUs of a node cannot be "
+            "divided so; tp must divide them, and tp x dp be no more"
         )
-    if kind == "vllm":
-        copies = machines.per_node // parallel
-    return Sampler(kind, parallel, machines.nodes * copies, share, number)
-
-
-def _settings(engine: str, text: str) -> tuple[int, int, float]:
-    """GPUs per copy of the weights, copies per node, and share of a GPU's memory."""
-    given = dict(each.partition("=")[::2] for each in text.split(",") if each)
-    try:
-        found = int(given.pop("tp", 1)), int(given.pop("dp", 1)), float(given.pop("memory", 0.4))
-    except ValueError:
-        found = 0, 0, 0.0
-    if given or not (found[0] > 0 and found[1] > 0 and 0 < found[2] < 1):
-        raise ConfigError(
-            f"--engine {engine}: give tp=N, dp=N and memory=SHARE, such as serve:tp=2,dp=4"
-        )
-    return found
+    return Sampler(spec.kind, spec.tp, machines.nodes * copies, spec.memory, number)
 
 
 def needs_bytes(sampler: Sampler, shape: Shape, config: TrainConfig) -> float:
@@ -95,7 +78,7 @@ def memory(
 ) -> dict[str, float]:
     """Bytes of each GPU that the sampler takes beside the learner, by what takes them."""
     weights = sampler.number * shape.parameters / sampler.tensor_parallel
-    if sampler.kind == "servers":
+    if sampler.kind == "server":
         return {}
     if sampler.kind == "transformers":
         longest = min(shape.positions, config.sampling.max_prompt + config.sampling.max_response)
@@ -112,7 +95,7 @@ def memory(
 
 def cache(sampler: Sampler, shape: Shape, config: TrainConfig, machines: Machines) -> float:
     """Bytes of keys and values for which each GPU of a copy has room."""
-    if sampler.kind == "servers":  # on GPUs of their own, of which vLLM takes nine tenths
+    if sampler.kind == "server":  # on GPUs of their own, of which vLLM takes nine tenths
         weights = sampler.number * shape.parameters / sampler.tensor_parallel
         return 0.9 * machines.gpu.memory - weights - VLLM_WORK
     return memory(sampler, shape, config, machines)["sampler: keys and values"]
