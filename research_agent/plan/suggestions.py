@@ -89,14 +89,13 @@ def _combinations(config: TrainConfig, shape: Shape, machines: Machines) -> Iter
     """Settings of memory to try; what the configuration has already is left out."""
     longest = config.sampling.max_prompt + config.sampling.max_response
     least = min(shape.positions, longest)
-    parallel = [each for each in (1, 2, 4, 8) if machines.per_node % each == 0]
-    engines = [
-        f"serve:tp={each},dp={machines.per_node // each}{share}"
-        for each in parallel
-        for share in ("", ",memory=0.3", ",memory=0.2", ",memory=0.15")
-    ]
+    shares = ("", "memory=0.3", "memory=0.2", "memory=0.15")
+    engines = [":".join(filter(None, ("vllm", share))) for share in shares]
+    for tp in (each for each in (1, 2, 4, 8) if machines.per_node % each == 0):
+        spread = f"tp={tp},dp={machines.per_node // tp}"
+        engines += ["serve:" + ",".join(filter(None, (spread, share))) for share in shares]
     choices: dict[str, tuple[Any, ...]] = {
-        "sampling.engine": (config.sampling.engine, "vllm", *engines),
+        "sampling.engine": (config.sampling.engine, *engines),
         "learner.precision": (config.learner.precision, "bfloat16"),
         "learner.gradient_checkpointing": (config.learner.gradient_checkpointing, True),
         "learner.micro_batch_tokens": (config.learner.micro_batch_tokens, least),

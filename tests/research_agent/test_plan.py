@@ -451,7 +451,7 @@ def test_a_preset_fits_or_is_told_with_settings_that_do(
 def test_a_preset_of_7b_needs_no_more_than_vllm() -> None:
     for name in PAPERS:
         if "32b" not in name:
-            assert plan(changed(name, engine="vllm"), "8xH100").fits, name
+            assert plan(changed(name, engine="vllm:memory=0.3"), "8xH100").fits, name
 
 
 def test_the_command_line_prints_a_plan_and_loads_nothing(
