@@ -307,8 +307,7 @@ class Trainer:
 
     def _sync(self) -> None:
         """Give the sampler the learner's weights, in the number format that it samples with."""
-        config = self.config
-        half = config.learner.precision == "bfloat16" and config.sampling.engine != "transformers"
+        half = self.config.learner.precision == "bfloat16"
         weights = self.learner.weights(torch.bfloat16 if half else None)
         self.player.load_weights(weights, version=self.step)
 

@@ -216,8 +216,9 @@ class ServerEngine:
     Every rank makes one, with the same arguments, at the same time.
 
     Args:
-        model: the policy, of the transformers library. The servers get its weights; the model
-            itself is left alone.
+        model: the policy, of the transformers library. The servers get its weights, unless these
+            are on the meta device: then the first ones come by ``load_weights``. The model itself
+            is left alone.
         renderer: its tokenizer.
         urls: such as ``http://localhost:8000``, one a server; this rank samples on them.
         max_context: tokens that a trajectory may have; the model's own limit by default.
@@ -274,7 +275,8 @@ class ServerEngine:
         self._let_go = weakref.finalize(self, _close, self._sampler, self._sync)
         self._let_go.atexit = False  # what is left then ends with the process
         try:
-            self.load_weights(ModelWeights(model), 0)
+            if not any(weight.is_meta for weight in model.parameters()):
+                self.load_weights(ModelWeights(model), 0)
         except BaseException:
             self.close()
             raise
