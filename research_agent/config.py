@@ -7,6 +7,7 @@ setting is explained in one place. Nothing here imports torch: ``--help`` is qui
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -499,6 +500,19 @@ def validate(config: TrainConfig) -> None:
         )
 
 
+def require_one_process(command: str) -> None:
+    """Refuse to run a command under torchrun, where every rank would do all of its work.
+
+    Raises:
+        ConfigError: this is one of several ranks.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise ConfigError(
+            f"{command} runs in one process; torchrun started {ranks}. Start it without torchrun"
+        )
+
+
 def _require_at_least_one(values: Mapping[str, float | None]) -> None:
     for flag, value in values.items():
         if value is not None and value < 1:
@@ -511,6 +525,7 @@ def validate_eval(config: EvalConfig) -> None:
     Raises:
         ConfigError: naming the flag, its value, and what it must be.
     """
+    require_one_process("eval")
     at_least_one = {
         "--limit": config.limit,
         "--samples-per-task": config.samples_per_task,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,7 @@ from research_agent.distributed import (
     init_distributed,
     raise_together,
     rank_and_size,
+    run_together,
     together,
 )
 from research_agent.engines import in_process, make_engine
@@ -406,8 +407,9 @@ class Trainer:
             episodes = _episodes(next_task, missing, sampling.group_size)
             next_task += missing
             # Each rank plays its share, and all learn from all.
-            own = self.player.collect(_share(episodes, sampling), later)
-            trajectories = sorted(gather(own), key=lambda t: (t.episode, t.sample))
+            share = _share(episodes, sampling)
+            of_ranks = run_together(lambda share=share: self.player.collect(share, later))
+            trajectories = sorted(chain(*of_ranks), key=lambda t: (t.episode, t.sample))
             played += trajectories
             for group in _groups(trajectories):
                 if selects is None or selects.keeps([t.reward for t in group.trajectories]):
@@ -462,9 +464,11 @@ class Trainer:
         run, (rank, size) = self.config.run, rank_and_size()
         counts = [n for n in (self.player.num_eval_tasks(), run.eval_limit) if n is not None]
         if not counts:
-            raise ConfigError("this environment has no last task; say how many with --eval-limit")
-        own = self.player.evaluate(_episodes(0, min(counts), 1)[rank::size])
-        played = sorted(gather(own), key=lambda t: t.episode)
+            message = "this environment has no last task; say how many with --eval-limit"
+            raise_together(ConfigError(message))
+        share = _episodes(0, min(counts), 1)[rank::size]
+        of_ranks = run_together(lambda: self.player.evaluate(share))
+        played = sorted(chain(*of_ranks), key=lambda t: t.episode)
         if rank:
             return {}
         summary = record_evaluation(played, run.output / "evaluations" / f"step-{self.step:06d}")
