@@ -88,6 +88,11 @@ def load_model(
         model = merge(model, source.adapter)
     repair_generation(model, str(name))
     model = model.to(device).eval()
+    if model.device.type == "cpu":
+        # Weights in a mapped file begin anywhere, and where they begin decides the last bits of a
+        # product: a continued run would differ from one that was never stopped.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     require_learnable(model, str(name))
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,11 @@ def test_what_ranks_save_is_a_model_of_transformers(folder: Path, size: int) -> 
     assert not any(loaded.values())
     expected = torch.load(folder / f"packed-{size}.pt")["weights"]
     assert all(torch.equal(p, expected[n]) for n, p in model.named_parameters())
-    plain = AutoModelForCausalLM.from_pretrained(folder / "packed-1" / "step-000001")
-    assert model.config.to_dict() == {**plain.config.to_dict(), "dtype": model.config.dtype,
-                                      "_name_or_path": model.config._name_or_path}  # fmt: skip
+    settings = [
+        json.loads((folder / f"packed-{n}" / "step-000001" / "config.json").read_text())
+        for n in (1, size)
+    ]
+    assert settings[0] == settings[1]
 
 
 @pytest.mark.slow
@@ -111,7 +114,7 @@ def test_no_rank_holds_more_than_its_shard_and_a_bucket(folder: Path, size: int)
     for rank in range(size):
         found = torch.load(folder / f"bytes-{size}-{rank}.pt")
         shard, moments, peaks = found["shard"], found["moments"], found["peaks"]
-        assert shard <= whole / size + 64 * len(list(model.parameters()))  # rows do not divide
+        assert shard <= sum(4 * -(-len(p) // size) * p[0].numel() for p in model.parameters())
         assert moments <= 2 * shard + 4 * len(list(model.parameters()))
         print(size, rank, {k: round(v / whole, 3) for k, v in peaks.items()}, shard / whole)
         assert peaks["load"] <= shard + bucket
