@@ -182,6 +182,30 @@ def measure(folder: Path) -> dict[str, Any]:
     return {"shard": shard, "moments": kept, "peaks": peaks}
 
 
+def half_precision(folder: Path, precision: str = "bfloat16") -> dict[str, Any]:
+    """One update where weights are gathered in bfloat16."""
+    load: Callable[..., Any] = load_deferred
+    if rank_and_size()[1] == 1:
+        load = partial(load_model, device="cpu")
+    learner = Learner(
+        load(folder / "model"),
+        GRPO_KL,
+        LearnerConfig(packing="on", micro_batch_tokens=40, precision=precision),  # type: ignore
+        reference=load(folder / "model", dtype=precision),
+        device=torch.device("cpu"),
+    )
+    assert learner._reference_score is not None
+    seen: dict[str, Any] = {
+        "gathered": learner._score(lambda model: model.get_output_embeddings().weight.dtype),
+        "kept": {p.dtype for p in learner.model.parameters()},
+        "reference": {p.dtype for p in learner._reference_score.parameters()},
+    }
+    seen["metrics"] = learner.update(random_groups(0))
+    moments = learner.state_dict()["moments"].values()
+    seen["moments"] = {tensor.dtype for each in moments for tensor in each.values()}
+    return seen
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = int(sys.argv[2])
@@ -192,6 +216,7 @@ def main(folder: Path) -> None:
             if phase < 2:
                 run(folder)
                 torch.save(measure(folder), folder / f"bytes-{size}-{rank}.pt")
+                torch.save(half_precision(folder), folder / f"half-{size}-{rank}.pt")
             else:
                 resume_all(folder)
             dist.barrier()

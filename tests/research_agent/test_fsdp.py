@@ -125,6 +125,19 @@ def test_no_rank_holds_more_than_its_shard_and_a_bucket(folder: Path, size: int)
         assert peaks["step"] <= 2 * shard + moments + 2 * (2 * layer + table)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_weights_are_gathered_in_half_precision_and_kept_in_full(folder: Path, size: int) -> None:
+    exact = fsdp_worker.half_precision(folder, "float32")["metrics"]
+    for rank in range(size):
+        found = torch.load(folder / f"half-{size}-{rank}.pt")
+        assert found["gathered"] == torch.bfloat16
+        assert found["kept"] == found["moments"] == {torch.float32}
+        assert found["reference"] == {torch.bfloat16}
+        assert found["metrics"]["kl"] == 0.0  # both round alike
+        assert found["metrics"]["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.05)
+
+
 @pytest.mark.parametrize(("count", "size"), [(0, 2), (1, 2), (4, 2), (5, 2), (2, 3)])
 def test_passes_are_dealt_out_evenly_and_each_counts_once(
     count: int, size: int, monkeypatch: pytest.MonkeyPatch
