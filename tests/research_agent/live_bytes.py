@@ -36,13 +36,10 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
         found = {key: storage() for key, storage in self._storages.items()}
-        self._storages = {
-            key: self._storages[key] for key, each in found.items() if each is not None
-        }
+        alive = {key: each.nbytes() for key, each in found.items() if each is not None}
+        self._storages = {key: self._storages[key] for key in alive}
         # FSDP frees what it has gathered by resizing its storage to nothing.
-        self.peak = max(
-            self.peak, sum(each.nbytes() for each in found.values() if each is not None)
-        )
+        self.peak = max(self.peak, sum(alive.values()))
         return out
 
     def _see(self, tensor: Tensor) -> None:
