@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,10 @@ def ended(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         "prompt": {"words": words("run-prompt", "--max-prompt", "1")},
         "back": {"words": words("run-back", *back), "collapse": True},
     }
+    with ExitStack() as stack:
+        for case in cases.values():
+            free = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            case["port"] = free.getsockname()[1]
     plan = place / "plan.json"
     plan.write_text(json.dumps(cases))
     ends, _, errors = in_processes(2, WORKER, str(plan))
