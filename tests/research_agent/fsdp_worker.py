@@ -38,6 +38,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adapters": (GRPO_KL, {"packing": "on", "lora_rank": 2}),
     "critic": (PPO(kl_coef=0.0, critic_learning_rate=1e-3), {"packing": "on"}),
 }
+BUCKET = 1_000_000
 RESUMED = ("packed", "adapters", "critic")
 
 
@@ -146,7 +147,7 @@ def measure(folder: Path) -> dict[str, Any]:
     """The most bytes of tensors that this rank holds while it loads, steps, saves and resumes."""
     place, root = folder / "large", folder / f"large-{rank_and_size()[1]}"
     rule = GRPO(kl_coef=0.0)
-    config = LearnerConfig(packing="on", micro_batch_tokens=40, bucket_bytes=140_000)
+    config = LearnerConfig(packing="on", micro_batch_tokens=40, bucket_bytes=BUCKET)
 
     def load(source: Path) -> Learner:
         return Learner(load_deferred(source), rule, config, device=torch.device("cpu"))

@@ -16,14 +16,14 @@ from tests.research_agent.conftest import tiny_qwen2
 from tests.research_agent.fsdp_worker import CASES, RESUMED
 from tests.research_agent.torchrun import in_processes
 
-LAYERS = 6
+LAYERS = 24
 
 
 def large_qwen2() -> Qwen2ForCausalLM:
     """A model whose weights are much more than the activations of a few tokens."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=512,
+        vocab_size=64,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=LAYERS,
@@ -107,22 +107,22 @@ def test_what_ranks_save_is_a_model_of_transformers(folder: Path, size: int) -> 
 @pytest.mark.parametrize("size", [2, 3])
 def test_no_rank_holds_more_than_its_shard_and_a_bucket(folder: Path, size: int) -> None:
     model = large_qwen2()
+    bucket = fsdp_worker.BUCKET
     whole = 4 * sum(p.numel() for p in model.parameters())
-    layer = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
-    table = 4 * model.lm_head.weight.numel()
-    bucket = 140_000  # the largest tensor fits, a layer and anything else does not
+    assert bucket < whole / 3.5  # so that nothing whole fits into what is allowed
     for rank in range(size):
         found = torch.load(folder / f"bytes-{size}-{rank}.pt")
         shard, moments, peaks = found["shard"], found["moments"], found["peaks"]
         assert shard <= sum(4 * -(-len(p) // size) * p[0].numel() for p in model.parameters())
         assert moments <= 2 * shard + 4 * len(list(model.parameters()))
-        print(size, rank, {k: round(v / whole, 3) for k, v in peaks.items()}, shard / whole)
+        resident = shard + moments
+        print(size, rank, [(k, round(v / whole, 3)) for k, v in peaks.items()], shard / whole)
+        # Loading proves the model, and a step runs it: then a table and two layers are gathered.
         assert peaks["load"] <= shard + bucket
-        assert peaks["save"] <= shard + moments + bucket
-        assert peaks["send"] <= shard + moments + bucket
-        assert peaks["resume"] <= shard + moments + bucket
-        # Two layers and a table are gathered at once, and their gradients are whole for a moment.
-        assert peaks["step"] <= 2 * shard + moments + 2 * (2 * layer + table)
+        assert peaks["step"] <= resident + shard + bucket  # the gradient is sharded as well
+        assert peaks["save"] <= resident + bucket
+        assert peaks["send"] <= resident + bucket
+        assert peaks["resume"] <= resident + bucket
 
 
 @pytest.mark.slow
