@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,13 @@ from research_agent.config import (
     validate,
 )
 from research_agent.curriculum import CollapseMonitor, CurriculumState, parse_stages
-from research_agent.distributed import broadcast_object, gather, init_distributed, rank_and_size
+from research_agent.distributed import (
+    broadcast_object,
+    gather,
+    init_distributed,
+    rank_and_size,
+    run_together,
+)
 from research_agent.engines import make_engine
 from research_agent.errors import (
     CheckpointError,
@@ -371,8 +377,8 @@ class Trainer:
             episodes = _episodes(next_task, missing, sampling.group_size)
             next_task += missing
             # Each rank plays its share, and all learn from all.
-            own = self.player.collect(_share(episodes, sampling), later)
-            trajectories = sorted(gather(own), key=lambda t: (t.episode, t.sample))
+            work = partial(self.player.collect, _share(episodes, sampling), later)
+            trajectories = _in_order(run_together(work))
             played += trajectories
             for group in _groups(trajectories):
                 if selects is None or selects.keeps([t.reward for t in group.trajectories]):
@@ -426,8 +432,8 @@ class Trainer:
         counts = [n for n in (self.player.num_eval_tasks(), run.eval_limit) if n is not None]
         if not counts:
             raise ConfigError("this environment has no last task; say how many with --eval-limit")
-        own = self.player.evaluate(_episodes(0, min(counts), 1)[rank::size])
-        played = sorted(gather(own), key=lambda t: t.episode)
+        work = partial(self.player.evaluate, _episodes(0, min(counts), 1)[rank::size])
+        played = _in_order(run_together(work))
         if rank:
             return {}
         summary = record_evaluation(played, run.output / "evaluations" / f"step-{self.step:06d}")
@@ -456,7 +462,7 @@ class Trainer:
         config = self.config
         weights = self._whole_weights()
         learner = self.learner.state_dict()
-        in_flight = gather([self.player.state()])
+        in_flight = run_together(self.player.state)
         if rank_and_size()[0]:
             return
         checkpoint.save(
@@ -601,6 +607,11 @@ def _share(episodes: Sequence[Episode], sampling: SamplingConfig) -> list[Episod
     rank, size = rank_and_size()
     unit = TreePlan.of(sampling).size
     return [each for place, each in enumerate(episodes) if place // unit % size == rank]
+
+
+def _in_order(parts: Sequence[Sequence[Trajectory]]) -> list[Trajectory]:
+    """The trajectories of all ranks, by episode and sample."""
+    return sorted(chain.from_iterable(parts), key=lambda t: (t.episode, t.sample))
 
 
 def _groups(trajectories: Sequence[Trajectory]) -> list[Group]:
