@@ -200,6 +200,9 @@ def load_engine(
         slots: episodes played at the same time.
         merge_adapter: add an adapter to the weights of its base.
     """
+    from transformers.utils import logging  # noqa: PLC0415 - slow to import
+
+    logging.disable_progress_bar()  # it would break the run's
     renderer = load_renderer(resolve_model(model), chat_template=config.policy.chat_template)
     loaded = load_model(
         model,

@@ -313,7 +313,7 @@ def test_a_run_in_two_parts_equals_one_run_to_the_bit(
 
 @pytest.mark.slow
 def test_two_ranks_play_whole_trees(model: Path, tmp_path: Path) -> None:
-    """Six trees of one task each: three per rank, and the same updates as of one process."""
+    """Six trees, three per rank; the updates are those of one process."""
     more = ["--steps", "2", "--prompts-per-step", "3", "--log-episodes", "99"]
     one = run(model, tmp_path / "one", *more)
     two = tmp_path / "two"
