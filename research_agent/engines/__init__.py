@@ -127,6 +127,6 @@ def make_engine(
         from research_agent.engines.servers.serve import serve_engine  # noqa: PLC0415 - torch
 
         return serve_engine(spec, model, renderer, max_slots, max_context, dtype=dtype)
-    from research_agent.engines.servers.engine import ServerEngine  # noqa: PLC0415 - torch
+    from research_agent.engines.servers.engine import connect_servers  # noqa: PLC0415 - torch
 
-    return ServerEngine(model, renderer, spec.urls, max_context, by=spec.carrier, dtype=dtype)
+    return connect_servers(model, renderer, spec.urls, max_context, by=spec.carrier, dtype=dtype)
