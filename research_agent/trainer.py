@@ -13,14 +13,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +46,8 @@ from research_agent.distributed import (
     rank_and_size,
     run_together,
 )
-from research_agent.engines import make_engine
+from research_agent.engines import has_servers, make_engine
+from research_agent.engines.base import SamplesElsewhere
 from research_agent.errors import (
     CheckpointError,
     CollapseError,
@@ -61,17 +62,13 @@ from research_agent.learner import Learner
 from research_agent.models.policy import context_length, load_model, require_ends
 from research_agent.models.source import model_source, resolve_model
 from research_agent.player import Player
-from research_agent.player_process import PlayerProcess, load_engine
+from research_agent.player_process import PlayerProcess, connect_engine, load_engine
 from research_agent.renderer import load_renderer
 from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_lines, wandb_run
 from research_agent.terminal import show
 from research_agent.trace import Trace, span
 from research_agent.trajectory import Group, Trajectory
 from research_agent.trees import TreePlan
-
-if TYPE_CHECKING:
-    from research_agent.engines.base import Engine
-    from research_agent.renderer import Renderer
 
 CHANGES = "changes.jsonl"  # settings with which a run was continued
 
@@ -243,7 +240,7 @@ class Trainer:
         if rule.needs_reference and (adapter is not None or not config.learner.lora_rank):
             # With several ranks each shard goes to its device when the model is sharded.
             reference = load_model(self.origin, device="cpu") if size > 1 else load(self.origin)
-        self.player.start(self._engine_loader(slots, merge_adapter=adapter is None))
+        self._start_player(slots, merge_adapter=adapter is None)
         self.learner = Learner(
             self.model,
             rule,
@@ -261,7 +258,7 @@ class Trainer:
             torch.set_rng_state(saved.state["random"])
             if self.collapse:
                 self.collapse.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
-        if saved or adapter is not None:
+        if saved or adapter is not None or sampling.max_staleness:
             self.player.load_weights(self.learner.weights(), version=self.step)
         if saved and sampling.max_staleness:
             steps = range(self.step, self.step + sampling.max_staleness + 1)
@@ -286,34 +283,26 @@ class Trainer:
         """Arguments of the environment that the present stage adds."""
         return self.stages[self.curriculum.stage].env_args if self.stages else {}
 
-    def _engine_loader(
-        self, slots: int, *, merge_adapter: bool
-    ) -> Callable[[], tuple[Engine, Renderer]]:
-        """What the player makes its engine with: from the model here, or from its files."""
-        sampling = self.config.sampling
-        if sampling.max_staleness:
-            return partial(
-                load_engine,
-                make_engine,
-                self.config,
-                self.origin,
-                slots=slots,
-                merge_adapter=merge_adapter,
-            )
-        context = context_length(self.model, sampling.max_prompt + sampling.max_response)
-
-        def load() -> tuple[Engine, Renderer]:
-            engine = make_engine(
-                sampling.engine,
-                self.model,
-                self.renderer,
-                max_slots=slots,
-                max_context=context,
-                dtype=self.config.learner.precision,
-            )
-            return engine, self.renderer
-
-        return load
+    def _start_player(self, slots: int, *, merge_adapter: bool) -> None:
+        """Make the player's engine: in its process, or here, where it may also give weights."""
+        sampling, config, player = self.config.sampling, self.config, self.player
+        if isinstance(player, PlayerProcess) and not has_servers(sampling.engine):
+            load = partial(load_engine, make_engine, config, self.origin)
+            player.start(partial(load, slots=slots, merge_adapter=merge_adapter))
+            return
+        engine = make_engine(
+            sampling.engine,
+            self.model,
+            self.renderer,
+            max_slots=slots,
+            max_context=context_length(self.model, sampling.max_prompt + sampling.max_response),
+            dtype=config.learner.precision,
+        )
+        if isinstance(player, Player):
+            player.start(lambda: (engine, self.renderer))
+            return
+        assert isinstance(engine, SamplesElsewhere)
+        player.start(partial(connect_engine, engine.elsewhere(), config, self.origin), engine)
 
     def _require_same_run(self, saved: Checkpoint) -> None:
         """Compare a checkpoint's configuration and environment with the present ones.

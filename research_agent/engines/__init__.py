@@ -78,6 +78,11 @@ def parse_engine(name: str) -> EngineSpec:
     return EngineSpec(kind, **given)  # type: ignore[arg-type]
 
 
+def has_servers(name: str) -> bool:
+    """Whether the engine of that name samples on servers."""
+    return name.partition(":")[0] in {"serve", *_CARRIERS}
+
+
 def make_engine(
     name: str,
     model: Any,

@@ -40,7 +40,8 @@ log-probabilities, and the version of the weights that sampled them), and of the
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,6 +99,7 @@ class ServerEngine:
         max_in_flight: int = 256,
     ) -> None:
         self.max_context = max_context
+        self._urls = urls
         self._sync = sync
         self._process = process
         self._renderer = renderer
@@ -189,6 +191,15 @@ class ServerEngine:
         assert isinstance(weights, ServedWeights)
         self._turns.call(self._pool.use(weights))
         self._version = version
+
+    def give_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> ServedWeights:
+        """Give all servers new weights, which an engine in another process samples with."""
+        assert self._sync
+        return self._sync.give(weights, version)
+
+    def elsewhere(self) -> Callable[[Renderer], ServerEngine]:
+        """What makes an engine over the same servers in another process."""
+        return partial(ServerEngine, urls=self._urls, max_context=self.max_context)
 
     def close(self) -> None:
         """Let go of the weights, and of the servers; those that others started go on running."""
