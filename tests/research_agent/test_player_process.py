@@ -216,20 +216,20 @@ def test_turns_on_servers_go_on_while_weights_come(
     model.save_pretrained(tmp_path / "model")
     server = FakeVllm(sizes=(2, 264, 32))
     try:
-        more = "--env-args turns=3 --max-turn-tokens 4 --max-response 40 --overlap --steps 4"
+        more = "--env-args turns=2 --max-turn-tokens 4 --max-response 40 --overlap --steps 3"
         more += f" --max-staleness 1 --log-episodes 99 --engine server:{server.url}"
         main(flags(tmp_path / "model", tmp_path / "run", *more.split()))
     finally:
         server.stop()
-    assert "is finished: 4 steps" in capsys.readouterr().out
-    require_each_once(tmp_path / "run", 4, staleness=1)
+    assert "is finished: 3 steps" in capsys.readouterr().out
+    require_each_once(tmp_path / "run", 3, staleness=1)
     records = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert max(record["staleness_max"] for record in records) == 1
     paths = server.paths()
     assert "/pause?mode=keep" in paths and "/resume" in paths
     assert "/abort_requests" not in paths
-    asked = [tuple(tokens) + (params["seed"],) for tokens, params in server.turns]
-    assert len(asked) == len(set(asked)) >= 4 * 32 * 3
-    folder = tmp_path / "run" / "checkpoints" / "step-000004"
+    asked = [(*tokens, params["seed"]) for tokens, params in server.turns]
+    assert len(asked) == len(set(asked)) >= 3 * 32 * 2
+    folder = tmp_path / "run" / "checkpoints" / "step-000003"
     final = load_file(folder / "model.safetensors")
     assert all(torch.equal(server.weights[name], weight) for name, weight in final.items())
