@@ -260,7 +260,7 @@ class Trainer:
                 self.collapse.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
         if saved or adapter is not None or sampling.max_staleness:
             self.player.load_weights(self.learner.weights(), version=self.step)
-        if saved and sampling.max_staleness:
+        if saved and sampling.max_staleness >= saved.config["sampling"]["max_staleness"] > 0:
             steps = range(self.step, self.step + sampling.max_staleness + 1)
             self.player.restore(saved.state["in_flight"], self._own_episodes(steps))
 
