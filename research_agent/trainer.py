@@ -13,14 +13,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -48,7 +48,8 @@ from research_agent.distributed import (
     run_together,
     together,
 )
-from research_agent.engines import in_process, make_engine
+from research_agent.engines import has_servers, make_engine
+from research_agent.engines.base import SamplesElsewhere
 from research_agent.errors import (
     CheckpointError,
     CollapseError,
@@ -70,7 +71,7 @@ from research_agent.models.policy import (
 )
 from research_agent.models.source import model_source, resolve_model
 from research_agent.player import Player
-from research_agent.player_process import PlayerProcess, load_engine
+from research_agent.player_process import PlayerProcess, connect_engine, load_engine
 from research_agent.renderer import load_renderer
 from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_lines, wandb_run
 from research_agent.sharded import write_weights
@@ -78,10 +79,6 @@ from research_agent.terminal import show
 from research_agent.trace import Trace, span
 from research_agent.trajectory import Group, Trajectory
 from research_agent.trees import TreePlan
-
-if TYPE_CHECKING:
-    from research_agent.engines.base import Engine
-    from research_agent.renderer import Renderer
 
 CHANGES = "changes.jsonl"  # settings with which a run was continued
 
@@ -254,7 +251,7 @@ class Trainer:
             reference = None
             if rule.needs_reference and (adapter is not None or not config.learner.lora_rank):
                 reference = self._load(self.origin, is_reference=True)
-        self.player.start(self._engine_loader(slots, merge_adapter=adapter is None))
+        self._start_player(slots, merge_adapter=adapter is None)
         with alike():
             self.learner = Learner(
                 self.model,
@@ -276,9 +273,9 @@ class Trainer:
             torch.set_rng_state(saved.state["random"])
             if self.collapse:
                 self.collapse.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
-        if saved or adapter is not None or size > 1:
+        if saved or adapter is not None or sampling.max_staleness or size > 1:
             self._sync()
-        if saved and sampling.max_staleness:
+        if saved and sampling.max_staleness >= saved.config["sampling"]["max_staleness"] > 0:
             steps = range(self.step, self.step + sampling.max_staleness + 1)
             self.player.restore(saved.state["in_flight"], self._own_episodes(steps))
 
@@ -316,34 +313,27 @@ class Trainer:
         """Arguments of the environment that the present stage adds."""
         return self.stages[self.curriculum.stage].env_args if self.stages else {}
 
-    def _engine_loader(
-        self, slots: int, *, merge_adapter: bool
-    ) -> Callable[[], tuple[Engine, Renderer]]:
-        """What the player makes its engine with: from the model here, or from its files."""
-        sampling = self.config.sampling
-        if sampling.max_staleness or (rank_and_size()[1] > 1 and in_process(sampling.engine)):
-            return partial(
-                load_engine,
-                make_engine,
-                self.config,
-                self.origin,
-                slots=slots,
-                merge_adapter=merge_adapter,
-            )
-        context = context_length(self.model, sampling.max_prompt + sampling.max_response)
-
-        def load() -> tuple[Engine, Renderer]:
-            engine = make_engine(
-                sampling.engine,
-                self.model,
-                self.renderer,
-                max_slots=slots,
-                max_context=context,
-                dtype=self.config.learner.precision,
-            )
-            return engine, self.renderer
-
-        return load
+    def _start_player(self, slots: int, *, merge_adapter: bool) -> None:
+        """Make the player's engine: in its process, or here, where it may also give weights."""
+        sampling, config, player = self.config.sampling, self.config, self.player
+        here = isinstance(player, Player) and rank_and_size()[1] == 1
+        if not has_servers(sampling.engine) and not here:  # the model here is sharded, or far away
+            load = partial(load_engine, make_engine, config, self.origin)
+            player.start(partial(load, slots=slots, merge_adapter=merge_adapter))
+            return
+        engine = make_engine(
+            sampling.engine,
+            self.model,
+            self.renderer,
+            max_slots=slots,
+            max_context=context_length(self.model, sampling.max_prompt + sampling.max_response),
+            dtype=config.learner.precision,
+        )
+        if isinstance(player, Player):
+            player.start(lambda: (engine, self.renderer))
+            return
+        assert isinstance(engine, SamplesElsewhere)
+        player.start(partial(connect_engine, engine.elsewhere(), config, self.origin), engine)
 
     def _require_same_run(self, saved: Checkpoint) -> None:
         """Compare a checkpoint's configuration and environment with the present ones.
@@ -411,9 +401,8 @@ class Trainer:
             episodes = _episodes(next_task, missing, sampling.group_size)
             next_task += missing
             # Each rank plays its share, and all learn from all.
-            share = _share(episodes, sampling)
-            of_ranks = run_together(lambda share=share: self.player.collect(share, later))
-            trajectories = sorted(chain(*of_ranks), key=lambda t: (t.episode, t.sample))
+            work = partial(self.player.collect, _share(episodes, sampling), later)
+            trajectories = _in_order(run_together(work))
             played += trajectories
             for group in _groups(trajectories):
                 if selects is None or selects.keeps([t.reward for t in group.trajectories]):
@@ -470,9 +459,8 @@ class Trainer:
         if not counts:
             message = "this environment has no last task; say how many with --eval-limit"
             raise_together(ConfigError(message))
-        share = _episodes(0, min(counts), 1)[rank::size]
-        of_ranks = run_together(lambda: self.player.evaluate(share))
-        played = sorted(chain(*of_ranks), key=lambda t: t.episode)
+        work = partial(self.player.evaluate, _episodes(0, min(counts), 1)[rank::size])
+        played = _in_order(run_together(work))
         if rank:
             return {}
         summary = record_evaluation(played, run.output / "evaluations" / f"step-{self.step:06d}")
@@ -508,7 +496,7 @@ class Trainer:
                 "environment": self.provenance,
                 **({"rewards": self.collapse.history} if self.collapse else {}),
                 **({"stage": asdict(self.curriculum)} if self.stages else {}),
-                "in_flight": gather([self.player.state()]),
+                "in_flight": run_together(self.player.state),
             },
             config=as_json(config),
             keep=config.run.keep,
@@ -638,6 +626,11 @@ def _share(episodes: Sequence[Episode], sampling: SamplingConfig) -> list[Episod
     rank, size = rank_and_size()
     unit = TreePlan.of(sampling).size
     return [each for place, each in enumerate(episodes) if place // unit % size == rank]
+
+
+def _in_order(parts: Sequence[Sequence[Trajectory]]) -> list[Trajectory]:
+    """The trajectories of all ranks, by episode and sample."""
+    return sorted(chain.from_iterable(parts), key=lambda t: (t.episode, t.sample))
 
 
 def _groups(trajectories: Sequence[Trajectory]) -> list[Group]:

@@ -393,8 +393,12 @@ def test_a_run_that_is_killed_and_stopped_equals_one_that_never_was(
 
 
 @pytest.mark.slow
-def test_a_second_interrupt_leaves_at_once(server: Any, letters: Path, tmp_path: Path) -> None:
-    words = flags(letters, tmp_path / "run", "--steps", "100000", "--save-every", "100000")
+@pytest.mark.parametrize("staleness", ["0", "1"])
+def test_a_second_interrupt_leaves_at_once(
+    server: Any, letters: Path, tmp_path: Path, staleness: str
+) -> None:
+    more = ["--steps", "100000", "--save-every", "100000", "--max-staleness", staleness]
+    words = flags(letters, tmp_path / "run", *more)
     process = start(server, words, tmp_path / "log")
     wait_for_step(process, tmp_path / "run", 1)
     os.kill(process.pid, signal.SIGSTOP)  # so that both arrive within one step
