@@ -63,7 +63,7 @@ def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_come_to_the_weights_of_one_process(folder: Path, case: str, size: int) -> None:
     if case == "copies" and size == 3:
-        pytest.skip("three ranks hold three copies no otherwise than two")
+        pytest.skip("three copies differ in nothing from two")
     one, several = (torch.load(folder / f"{case}-{n}.pt") for n in (1, size))
     for which in ("weights", "after"):
         close(several[which], one[which])
@@ -78,6 +78,8 @@ def test_ranks_come_to_the_weights_of_one_process(folder: Path, case: str, size:
 @pytest.mark.parametrize("before", [1, 2, 3])
 @pytest.mark.parametrize("case", RESUMED)
 def test_what_some_ranks_save_others_resume(folder: Path, case: str, before: int, now: int) -> None:
+    if case == "copies" and 3 in (before, now):
+        pytest.skip("three copies differ in nothing from two")
     found: dict[str, Any] = torch.load(folder / f"{case}-{before}-{now}.pt")
     went_on = torch.load(folder / f"{case}-{before}.pt")["after"]
     close(found, went_on)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from research_agent.cli import main
+from research_agent.files import folder_lock
 from tests.research_agent.conftest import tiny_qwen2
 from tests.research_agent.test_trainer import flags, letters, metrics
 from tests.research_agent.torchrun import in_processes, torchrun
@@ -61,6 +62,7 @@ def ended(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         "eight": {"words": words("run-eight", "--optimizer", "adamw_8bit")},
         "apart": {"words": words("run-apart-RANK")},
         "other": {"words": words("saved", "--learning-rate", "0.5")},
+        "busy": {"words": words("run-busy")},
         "full": {"words": words("run-full"), "limit": 10_000},
         "prompt": {"words": words("run-prompt", "--max-prompt", "1")},
         "back": {"words": words("run-back", *back), "collapse": True},
@@ -71,7 +73,8 @@ def ended(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
             case["port"] = free.getsockname()[1]
     plan = place / "plan.json"
     plan.write_text(json.dumps(cases))
-    ends, _, errors = in_processes(2, WORKER, str(plan))
+    with folder_lock(place / "run-busy"):
+        ends, _, errors = in_processes(2, WORKER, str(plan))
     assert ends == [0, 0], errors[-4000:]
     found = {
         name: [json.loads((place / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
@@ -91,6 +94,7 @@ def ended(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         ("eight", "'adamw_8bit' works in one process only"),
         ("apart", "a rank does not see the folder that the first one made"),
         ("other", "another configuration:\n.*learner.learning_rate"),
+        ("busy", "writes to .*run-busy; wait for it, or give another --output"),
         ("full", "cannot write the checkpoint of step 2 .*there is none before it; free some"),
         ("prompt", "max-prompt"),
     ],
