@@ -42,8 +42,8 @@ from research_agent.models.policy import (
     TokenLogprobs,
     batch_logprobs,
     gathered_units,
-    prepare,
 )
+from research_agent.models.prepare import prepare
 from research_agent.optimizer import Optimizer
 from research_agent.sharded import Read, copy_or_read, read_nothing, read_weights, stand_ins
 from research_agent.trajectory import Group
