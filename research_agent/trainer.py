@@ -9,9 +9,7 @@ Then the checkpoint also holds the episodes in flight, and their timing decides 
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -54,11 +51,11 @@ from research_agent.errors import (
     CheckpointError,
     CollapseError,
     ConfigError,
-    NonFiniteError,
     TooManyVoidError,
 )
 from research_agent.evaluation.evaluate import record_evaluation
 from research_agent.evaluation.predictions import as_record
+from research_agent.failures import saved_for_inspection
 from research_agent.files import folder_lock, write_atomic
 from research_agent.learner import Learner
 from research_agent.models.deferred import load_deferred
@@ -69,12 +66,13 @@ from research_agent.models.policy import (
     require_ends,
     save_settings,
 )
-from research_agent.models.source import model_source, resolve_model
+from research_agent.models.source import model_source, resolve_model, starting_model
 from research_agent.player import Player
 from research_agent.player_process import PlayerProcess, connect_engine, load_engine
 from research_agent.renderer import load_renderer
 from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_lines, wandb_run
 from research_agent.sharded import write_weights
+from research_agent.signals import stop_signals
 from research_agent.terminal import show
 from research_agent.trace import Trace, span
 from research_agent.trajectory import Group, Trajectory
@@ -133,7 +131,7 @@ class Trainer:
         """
         run = self.config.run
         with ExitStack() as stack:
-            signals = stack.enter_context(_stop_signals())
+            signals = stack.enter_context(stop_signals())
             stack.enter_context(init_distributed(run.collective_timeout))
             _lock(run.output, stack)
             saved = self._newest_checkpoint()
@@ -244,9 +242,9 @@ class Trainer:
                 write_atomic(config_file, json.dumps(as_json(config), indent=1) + "\n")
 
             # Policy: the model that learns, its reference, and the engine that samples.
-            self.origin = _starting_model(config.policy.model)
+            self.origin = starting_model(config.policy.model)
             if saved:
-                self.origin = _saved_origin(saved, config.policy.model)
+                self.origin = checkpoint.saved_origin(saved, config.policy.model)
             adapter = self._load_policy(saved)
             reference = None
             if rule.needs_reference and (adapter is not None or not config.learner.lora_rank):
@@ -594,29 +592,6 @@ def _lock(output: Path, stack: ExitStack) -> None:
             stack.enter_context(folder_lock(output))
 
 
-def _starting_model(model: str) -> str:
-    """The model to start from; of another run's folder its newest checkpoint."""
-    newest = checkpoint.latest(Path(model).expanduser() / "checkpoints")
-    return str(newest) if newest else model
-
-
-def _saved_origin(saved: Checkpoint, model: str) -> str:
-    """The model that a saved run began with, if the configuration leads there too.
-
-    Raises:
-        CheckpointError: the checkpoint names another model. It may come from somebody else, and
-            must not make a run load what nobody asked for.
-    """
-    origin = str(saved.state["origin"])
-    own_checkpoints = Path(model).expanduser() / "checkpoints"
-    if origin != model and Path(origin).parent != own_checkpoints:
-        raise CheckpointError(
-            f"{saved.folder} began with the model {origin!r}, which --model {model} does not name; "
-            f"give --model {origin} if you trust it"
-        )
-    return origin
-
-
 def _episodes(first: int, tasks: int, samples: int) -> list[Episode]:
     return [(task, sample) for task in range(first, first + tasks) for sample in range(samples)]
 
@@ -637,71 +612,3 @@ def _groups(trajectories: Sequence[Trajectory]) -> list[Group]:
     """The samples of each task without void ones; a task with none left has no group."""
     usable = (trajectory for trajectory in trajectories if not trajectory.void)
     return [Group(episode, list(ts)) for episode, ts in groupby(usable, lambda t: t.episode)]
-
-
-@contextmanager
-def saved_for_inspection(
-    output: Path, step: int, trajectories: Sequence[Trajectory]
-) -> Iterator[None]:
-    """If a number is not finite, write the trajectories that led to it to a file.
-
-    Args:
-        output: folder of the run. A new file in its ``failures`` gets the cause and the
-            trajectories with tokens and log-probabilities. Nothing there is overwritten.
-        step: training steps done.
-        trajectories: those of the step.
-
-    Raises:
-        NonFiniteError: the original error; its message names the file.
-    """
-    try:
-        yield
-    except NonFiniteError as error:
-        if rank_and_size()[0]:
-            raise
-        folder = output / "failures"
-        folder.mkdir(exist_ok=True)
-        names = (folder / f"step-{step + 1:06d}-{n}.json" for n in range(1, 10_000))
-        path = next(name for name in names if not name.exists())
-        record = {
-            "step": step + 1,
-            "cause": str(error),
-            "trajectories": [
-                {**as_record(trajectory), "segments": [asdict(s) for s in trajectory.segments]}
-                for trajectory in trajectories
-            ],
-        }
-        path.write_text(json.dumps(record, default=str), encoding="utf-8")
-        message = (
-            f"step {step + 1}: {error}. The trajectories are in {path}; the last checkpoint is "
-            f"{checkpoint.latest(output / 'checkpoints') or 'none'}"
-        )
-        raise NonFiniteError(message) from error
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGHUP in a list; a second SIGINT exits at once.
-
-    Outside the main thread Python delivers no signals, and the list stays empty.
-    """
-    seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield seen
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if seen and number == signal.SIGINT:  # a scheduler may send SIGTERM more than once
-            raise KeyboardInterrupt
-        seen.append(number)
-        print("\nstopping after this step; once more to leave at once", file=sys.stderr)
-
-    before = {
-        number: signal.signal(number, stop)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
