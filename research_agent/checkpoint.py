@@ -248,6 +248,23 @@ def _no_checkpoint(folder: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{folder} is no whole checkpoint: {error}; {_instead(folder)}")
 
 
+def saved_origin(saved: Checkpoint, model: str) -> str:
+    """The model that a saved run began with, if the configuration leads there too.
+
+    Raises:
+        CheckpointError: the checkpoint names another model. It may come from somebody else, and
+            must not make a run load what nobody asked for.
+    """
+    origin = str(saved.state["origin"])
+    own_checkpoints = Path(model).expanduser() / "checkpoints"
+    if origin != model and Path(origin).parent != own_checkpoints:
+        raise CheckpointError(
+            f"{saved.folder} began with the model {origin!r}, which --model {model} does not name; "
+            f"give --model {origin} if you trust it"
+        )
+    return origin
+
+
 def _checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of each file; every rank reads its share of the files."""
     rank, size = rank_and_size()

@@ -7,6 +7,7 @@ setting is explained in one place. Nothing here imports torch: ``--help`` is qui
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -193,6 +194,9 @@ class RunConfig:
     trace: Path | None = None
     """File for a timeline of generation, environments and updates, which ui.perfetto.dev opens;
     written anew each time the run is started or continued."""
+    wandb: str | None = None
+    """Log to this project of Weights & Biases too (extra wandb). WANDB_MODE=offline keeps it on
+    disk, in the folder of the run."""
     log_episodes: int = 4
     """Episodes of each step written out in words, to trajectories.jsonl."""
     collective_timeout: float = 15.0
@@ -373,6 +377,7 @@ FREE = frozenset(
         "run.eval_limit",
         "run.eval_temperature",
         "run.trace",
+        "run.wandb",
         "run.log_episodes",
         "run.collective_timeout",
         "run.plan",
@@ -499,6 +504,19 @@ def validate(config: TrainConfig) -> None:
         )
 
 
+def require_one_process(command: str) -> None:
+    """Refuse to run a command under torchrun, where every rank would do all of its work.
+
+    Raises:
+        ConfigError: this is one of several ranks.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise ConfigError(
+            f"{command} runs in one process; torchrun started {ranks}. Start it without torchrun"
+        )
+
+
 def _require_at_least_one(values: Mapping[str, float | None]) -> None:
     for flag, value in values.items():
         if value is not None and value < 1:
@@ -511,6 +529,7 @@ def validate_eval(config: EvalConfig) -> None:
     Raises:
         ConfigError: naming the flag, its value, and what it must be.
     """
+    require_one_process("eval")
     at_least_one = {
         "--limit": config.limit,
         "--samples-per-task": config.samples_per_task,

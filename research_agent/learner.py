@@ -42,10 +42,10 @@ from research_agent.models.policy import (
     TokenLogprobs,
     batch_logprobs,
     gathered_units,
-    prepare,
 )
+from research_agent.models.prepare import prepare
 from research_agent.optimizer import Optimizer
-from research_agent.sharded import Read, copy_or_read, read_nothing, read_weights
+from research_agent.sharded import Read, copy_or_read, read_nothing, read_weights, stand_ins
 from research_agent.trajectory import Group
 
 METRICS = {
@@ -106,10 +106,11 @@ class Learner:
         self.algorithm = algorithm
         self.config = config
         self.device = device or next(model.parameters()).device
-        if adapter is not None:
-            _require_rank(config.lora_rank, load_adapters(self.model, adapter))
-        elif config.lora_rank:
-            add_adapters(self.model, config.lora_rank)
+        with stand_ins(self.model):
+            if adapter is not None:
+                _require_rank(config.lora_rank, load_adapters(self.model, adapter))
+            elif config.lora_rank:
+                add_adapters(self.model, config.lora_rank)
         if isinstance(algorithm, UsesCritic) and self.has_adapters:
             raise ConfigError("a critic learns without lora_rank only; leave --lora-rank out")
         if not algorithm.needs_reference:

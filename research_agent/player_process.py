@@ -3,7 +3,8 @@
 The parent asks, the child answers: each request is the name of a method of ``Player`` and its
 arguments, over a pipe. Between two requests the child plays whatever the last ``collect`` allowed
 ahead. So a request meets the child between two engine steps, and what the child says is never half
-done. Weights travel as files (``weight_files``).
+done. Weights travel as files (``weight_files``), or from the parent to the servers that the child
+samples from.
 
 If the child dies, the next request raises an error. If the parent dies, the child ends.
 """
@@ -29,7 +30,7 @@ import torch
 
 from research_agent.active_rollout import Episode
 from research_agent.config import TrainConfig
-from research_agent.engines.base import Engine
+from research_agent.engines.base import Engine, SamplesElsewhere
 from research_agent.engines.checks import CONTINUE
 from research_agent.errors import EngineError
 from research_agent.models.policy import context_length, load_model
@@ -82,6 +83,7 @@ class PlayerProcess:
         trace: Trace | None = None,
     ) -> None:
         self._weights = WeightFiles()
+        self._servers: SamplesElsewhere | None = None
         setup = _Setup(
             config,
             slots,
@@ -108,8 +110,19 @@ class PlayerProcess:
         """Where weights are handed over."""
         return self._weights.root
 
-    def start(self, load: Callable[[], tuple[Engine, Renderer]]) -> None:
-        """Make the engine in the child; ``load`` is pickled."""
+    def start(
+        self,
+        load: Callable[[], tuple[Engine, Renderer]],
+        servers: SamplesElsewhere | None = None,
+    ) -> None:
+        """Make the engine in the child.
+
+        Args:
+            load: makes it there; it is pickled.
+            servers: an engine of this process, over the servers that the child samples from. It
+                gives them weights. The child's engine can be used after the first ones.
+        """
+        self._servers = servers
         self._ask("start", load)
 
     def provenance(self) -> dict[str, str]:
@@ -124,6 +137,9 @@ class PlayerProcess:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Let the child give its engine new weights; all ranks take part."""
+        if self._servers:
+            self._ask("load_weights", self._servers.give_weights(weights, version), version)
+            return
         self._ask("read_weights", self._weights.give(weights, version), version)
         self._weights.drop(version)
 
@@ -183,6 +199,20 @@ class PlayerProcess:
         return answer
 
 
+def connect_engine(
+    make: Callable[[Renderer], Engine], config: TrainConfig, model: str
+) -> tuple[Engine, Renderer]:
+    """Make an engine over servers, in the process of a player.
+
+    Args:
+        make: what ``SamplesElsewhere.elsewhere`` returned.
+        config: of the run.
+        model: the model that the run began with.
+    """
+    renderer = load_renderer(resolve_model(model), chat_template=config.policy.chat_template)
+    return make(renderer), renderer
+
+
 def load_engine(
     make_engine: Callable[..., Engine],
     config: TrainConfig,
@@ -200,6 +230,9 @@ def load_engine(
         slots: episodes played at the same time.
         merge_adapter: add an adapter to the weights of its base.
     """
+    from transformers.utils import logging  # noqa: PLC0415 - slow to import
+
+    logging.disable_progress_bar()  # it would break the run's
     renderer = load_renderer(resolve_model(model), chat_template=config.policy.chat_template)
     loaded = load_model(
         model,

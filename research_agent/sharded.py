@@ -63,6 +63,30 @@ def meta_parameters() -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def stand_ins(model: nn.Module) -> Iterator[None]:
+    """Put zeros that take no memory in the place of meta parameters.
+
+    What is put beside a parameter on the meta device (an adapter) would be moved there itself.
+    """
+    held = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_meta
+    ]
+    for module, name, parameter in held:
+        zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+        module._parameters[name] = nn.Parameter(zeros, parameter.requires_grad)
+    try:
+        yield
+    finally:
+        for module, name, parameter in held:
+            stand_in = module._parameters[name]
+            parameter.requires_grad_(stand_in is not None and stand_in.requires_grad)
+            module._parameters[name] = parameter
+
+
 def defer(model: nn.Module, folder: Path) -> None:
     """Note where the weights of a model on the meta device are; ``fill`` reads them."""
     setattr(model, _SOURCE, folder)

@@ -9,18 +9,15 @@ Then the checkpoint also holds the episodes in flight, and their timing decides 
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -45,18 +42,20 @@ from research_agent.distributed import (
     init_distributed,
     raise_together,
     rank_and_size,
+    run_together,
     together,
 )
-from research_agent.engines import in_process, make_engine
+from research_agent.engines import has_servers, make_engine
+from research_agent.engines.base import SamplesElsewhere
 from research_agent.errors import (
     CheckpointError,
     CollapseError,
     ConfigError,
-    NonFiniteError,
     TooManyVoidError,
 )
 from research_agent.evaluation.evaluate import record_evaluation
 from research_agent.evaluation.predictions import as_record
+from research_agent.failures import saved_for_inspection
 from research_agent.files import folder_lock, write_atomic
 from research_agent.learner import Learner
 from research_agent.models.deferred import load_deferred
@@ -67,20 +66,17 @@ from research_agent.models.policy import (
     require_ends,
     save_settings,
 )
-from research_agent.models.source import model_source, resolve_model
+from research_agent.models.source import model_source, resolve_model, starting_model
 from research_agent.player import Player
-from research_agent.player_process import PlayerProcess, load_engine
+from research_agent.player_process import PlayerProcess, connect_engine, load_engine
 from research_agent.renderer import load_renderer
-from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_lines
+from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_lines, wandb_run
 from research_agent.sharded import write_weights
+from research_agent.signals import stop_signals
 from research_agent.terminal import show
 from research_agent.trace import Trace, span
 from research_agent.trajectory import Group, Trajectory
 from research_agent.trees import TreePlan
-
-if TYPE_CHECKING:
-    from research_agent.engines.base import Engine
-    from research_agent.renderer import Renderer
 
 CHANGES = "changes.jsonl"  # settings with which a run was continued
 
@@ -135,7 +131,7 @@ class Trainer:
         """
         run = self.config.run
         with ExitStack() as stack:
-            signals = stack.enter_context(_stop_signals())
+            signals = stack.enter_context(stop_signals())
             stack.enter_context(init_distributed(run.collective_timeout))
             _lock(run.output, stack)
             saved = self._newest_checkpoint()
@@ -246,14 +242,14 @@ class Trainer:
                 write_atomic(config_file, json.dumps(as_json(config), indent=1) + "\n")
 
             # Policy: the model that learns, its reference, and the engine that samples.
-            self.origin = _starting_model(config.policy.model)
+            self.origin = starting_model(config.policy.model)
             if saved:
-                self.origin = _saved_origin(saved, config.policy.model)
+                self.origin = checkpoint.saved_origin(saved, config.policy.model)
             adapter = self._load_policy(saved)
             reference = None
             if rule.needs_reference and (adapter is not None or not config.learner.lora_rank):
                 reference = self._load(self.origin, is_reference=True)
-        self.player.start(self._engine_loader(slots, merge_adapter=adapter is None))
+        self._start_player(slots, merge_adapter=adapter is None)
         with alike():
             self.learner = Learner(
                 self.model,
@@ -275,9 +271,9 @@ class Trainer:
             torch.set_rng_state(saved.state["random"])
             if self.collapse:
                 self.collapse.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
-        if saved or adapter is not None or size > 1:
+        if saved or adapter is not None or sampling.max_staleness or size > 1:
             self._sync()
-        if saved and sampling.max_staleness:
+        if saved and sampling.max_staleness >= saved.config["sampling"]["max_staleness"] > 0:
             steps = range(self.step, self.step + sampling.max_staleness + 1)
             self.player.restore(saved.state["in_flight"], self._own_episodes(steps))
 
@@ -307,8 +303,7 @@ class Trainer:
 
     def _sync(self) -> None:
         """Give the sampler the learner's weights, in the number format that it samples with."""
-        config = self.config
-        half = config.learner.precision == "bfloat16" and config.sampling.engine != "transformers"
+        half = self.config.learner.precision == "bfloat16"
         weights = self.learner.weights(torch.bfloat16 if half else None)
         self.player.load_weights(weights, version=self.step)
 
@@ -316,34 +311,27 @@ class Trainer:
         """Arguments of the environment that the present stage adds."""
         return self.stages[self.curriculum.stage].env_args if self.stages else {}
 
-    def _engine_loader(
-        self, slots: int, *, merge_adapter: bool
-    ) -> Callable[[], tuple[Engine, Renderer]]:
-        """What the player makes its engine with: from the model here, or from its files."""
-        sampling = self.config.sampling
-        if sampling.max_staleness or (rank_and_size()[1] > 1 and in_process(sampling.engine)):
-            return partial(
-                load_engine,
-                make_engine,
-                self.config,
-                self.origin,
-                slots=slots,
-                merge_adapter=merge_adapter,
-            )
-        context = context_length(self.model, sampling.max_prompt + sampling.max_response)
-
-        def load() -> tuple[Engine, Renderer]:
-            engine = make_engine(
-                sampling.engine,
-                self.model,
-                self.renderer,
-                max_slots=slots,
-                max_context=context,
-                dtype=self.config.learner.precision,
-            )
-            return engine, self.renderer
-
-        return load
+    def _start_player(self, slots: int, *, merge_adapter: bool) -> None:
+        """Make the player's engine: in its process, or here, where it may also give weights."""
+        sampling, config, player = self.config.sampling, self.config, self.player
+        here = isinstance(player, Player) and rank_and_size()[1] == 1
+        if not has_servers(sampling.engine) and not here:  # the model here is sharded, or far away
+            load = partial(load_engine, make_engine, config, self.origin)
+            player.start(partial(load, slots=slots, merge_adapter=merge_adapter))
+            return
+        engine = make_engine(
+            sampling.engine,
+            self.model,
+            self.renderer,
+            max_slots=slots,
+            max_context=context_length(self.model, sampling.max_prompt + sampling.max_response),
+            dtype=config.learner.precision,
+        )
+        if isinstance(player, Player):
+            player.start(lambda: (engine, self.renderer))
+            return
+        assert isinstance(engine, SamplesElsewhere)
+        player.start(partial(connect_engine, engine.elsewhere(), config, self.origin), engine)
 
     def _require_same_run(self, saved: Checkpoint) -> None:
         """Compare a checkpoint's configuration and environment with the present ones.
@@ -382,7 +370,11 @@ class Trainer:
             return
         run = self.config.run
         show, fresh = not run.quiet, not saved
-        with RunLogger(run.output, self.step, run.steps, show=show, fresh=fresh) as logger:
+        settings = as_json(self.config)
+        board = None if run.wandb is None else wandb_run(run.wandb, run.output, settings)
+        with RunLogger(
+            run.output, self.step, run.steps, show=show, fresh=fresh, board=board
+        ) as logger:
             begin = f"continuing after step {self.step}" if saved else "starting"
             logger.print(f"{run.output}: {begin}")
             yield logger
@@ -407,8 +399,8 @@ class Trainer:
             episodes = _episodes(next_task, missing, sampling.group_size)
             next_task += missing
             # Each rank plays its share, and all learn from all.
-            own = self.player.collect(_share(episodes, sampling), later)
-            trajectories = sorted(gather(own), key=lambda t: (t.episode, t.sample))
+            work = partial(self.player.collect, _share(episodes, sampling), later)
+            trajectories = _in_order(run_together(work))
             played += trajectories
             for group in _groups(trajectories):
                 if selects is None or selects.keeps([t.reward for t in group.trajectories]):
@@ -463,9 +455,10 @@ class Trainer:
         run, (rank, size) = self.config.run, rank_and_size()
         counts = [n for n in (self.player.num_eval_tasks(), run.eval_limit) if n is not None]
         if not counts:
-            raise ConfigError("this environment has no last task; say how many with --eval-limit")
-        own = self.player.evaluate(_episodes(0, min(counts), 1)[rank::size])
-        played = sorted(gather(own), key=lambda t: t.episode)
+            message = "this environment has no last task; say how many with --eval-limit"
+            raise_together(ConfigError(message))
+        work = partial(self.player.evaluate, _episodes(0, min(counts), 1)[rank::size])
+        played = _in_order(run_together(work))
         if rank:
             return {}
         summary = record_evaluation(played, run.output / "evaluations" / f"step-{self.step:06d}")
@@ -501,7 +494,7 @@ class Trainer:
                 "environment": self.provenance,
                 **({"rewards": self.collapse.history} if self.collapse else {}),
                 **({"stage": asdict(self.curriculum)} if self.stages else {}),
-                "in_flight": gather([self.player.state()]),
+                "in_flight": run_together(self.player.state),
             },
             config=as_json(config),
             keep=config.run.keep,
@@ -599,29 +592,6 @@ def _lock(output: Path, stack: ExitStack) -> None:
             stack.enter_context(folder_lock(output))
 
 
-def _starting_model(model: str) -> str:
-    """The model to start from; of another run's folder its newest checkpoint."""
-    newest = checkpoint.latest(Path(model).expanduser() / "checkpoints")
-    return str(newest) if newest else model
-
-
-def _saved_origin(saved: Checkpoint, model: str) -> str:
-    """The model that a saved run began with, if the configuration leads there too.
-
-    Raises:
-        CheckpointError: the checkpoint names another model. It may come from somebody else, and
-            must not make a run load what nobody asked for.
-    """
-    origin = str(saved.state["origin"])
-    own_checkpoints = Path(model).expanduser() / "checkpoints"
-    if origin != model and Path(origin).parent != own_checkpoints:
-        raise CheckpointError(
-            f"{saved.folder} began with the model {origin!r}, which --model {model} does not name; "
-            f"give --model {origin} if you trust it"
-        )
-    return origin
-
-
 def _episodes(first: int, tasks: int, samples: int) -> list[Episode]:
     return [(task, sample) for task in range(first, first + tasks) for sample in range(samples)]
 
@@ -633,75 +603,12 @@ def _share(episodes: Sequence[Episode], sampling: SamplingConfig) -> list[Episod
     return [each for place, each in enumerate(episodes) if place // unit % size == rank]
 
 
+def _in_order(parts: Sequence[Sequence[Trajectory]]) -> list[Trajectory]:
+    """The trajectories of all ranks, by episode and sample."""
+    return sorted(chain.from_iterable(parts), key=lambda t: (t.episode, t.sample))
+
+
 def _groups(trajectories: Sequence[Trajectory]) -> list[Group]:
     """The samples of each task without void ones; a task with none left has no group."""
     usable = (trajectory for trajectory in trajectories if not trajectory.void)
     return [Group(episode, list(ts)) for episode, ts in groupby(usable, lambda t: t.episode)]
-
-
-@contextmanager
-def saved_for_inspection(
-    output: Path, step: int, trajectories: Sequence[Trajectory]
-) -> Iterator[None]:
-    """If a number is not finite, write the trajectories that led to it to a file.
-
-    Args:
-        output: folder of the run. A new file in its ``failures`` gets the cause and the
-            trajectories with tokens and log-probabilities. Nothing there is overwritten.
-        step: training steps done.
-        trajectories: those of the step.
-
-    Raises:
-        NonFiniteError: the original error; its message names the file.
-    """
-    try:
-        yield
-    except NonFiniteError as error:
-        if rank_and_size()[0]:
-            raise
-        folder = output / "failures"
-        folder.mkdir(exist_ok=True)
-        names = (folder / f"step-{step + 1:06d}-{n}.json" for n in range(1, 10_000))
-        path = next(name for name in names if not name.exists())
-        record = {
-            "step": step + 1,
-            "cause": str(error),
-            "trajectories": [
-                {**as_record(trajectory), "segments": [asdict(s) for s in trajectory.segments]}
-                for trajectory in trajectories
-            ],
-        }
-        path.write_text(json.dumps(record, default=str), encoding="utf-8")
-        message = (
-            f"step {step + 1}: {error}. The trajectories are in {path}; the last checkpoint is "
-            f"{checkpoint.latest(output / 'checkpoints') or 'none'}"
-        )
-        raise NonFiniteError(message) from error
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGHUP in a list; a second SIGINT exits at once.
-
-    Outside the main thread Python delivers no signals, and the list stays empty.
-    """
-    seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield seen
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if seen and number == signal.SIGINT:  # a scheduler may send SIGTERM more than once
-            raise KeyboardInterrupt
-        seen.append(number)
-        print("\nstopping after this step; once more to leave at once", file=sys.stderr)
-
-    before = {
-        number: signal.signal(number, stop)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

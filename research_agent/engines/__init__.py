@@ -78,13 +78,9 @@ def parse_engine(name: str) -> EngineSpec:
     return EngineSpec(kind, **given)  # type: ignore[arg-type]
 
 
-def in_process(name: str) -> bool:
-    """Whether an engine of this name runs the model in this process, and so needs all of it.
-
-    Others get a model whose weights may be on the meta device (under torchrun): its configuration,
-    names and shapes. Their first weights come by ``load_weights``.
-    """
-    return parse_engine(name).kind in ("transformers", "vllm")
+def has_servers(name: str) -> bool:
+    """Whether the engine of that name samples on servers."""
+    return name.partition(":")[0] in {"serve", *_CARRIERS}
 
 
 def make_engine(
@@ -136,6 +132,6 @@ def make_engine(
         from research_agent.engines.servers.serve import serve_engine  # noqa: PLC0415 - torch
 
         return serve_engine(spec, model, renderer, max_slots, max_context, dtype=dtype)
-    from research_agent.engines.servers.engine import ServerEngine  # noqa: PLC0415 - torch
+    from research_agent.engines.servers.engine import connect_servers  # noqa: PLC0415 - torch
 
-    return ServerEngine(model, renderer, spec.urls, max_context, by=spec.carrier, dtype=dtype)
+    return connect_servers(model, renderer, spec.urls, max_context, by=spec.carrier, dtype=dtype)

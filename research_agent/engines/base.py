@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,6 +96,23 @@ class KeepsTurns(Protocol):
     @property
     def keeps_turns(self) -> bool:
         """Whether it does; a wrapper has the property in any case."""
+        ...
+
+
+@runtime_checkable
+class SamplesElsewhere(Protocol):
+    """An engine over servers, which another process can sample from as well."""
+
+    def give_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Any:
+        """Give the servers new weights, from all ranks together.
+
+        Returns:
+            What ``load_weights`` of the engine in the other process takes. It is pickled.
+        """
+        ...
+
+    def elsewhere(self) -> Callable[..., Engine]:
+        """What makes the engine in the other process, from the renderer there. It is pickled."""
         ...
 
 

@@ -26,7 +26,8 @@ from research_agent.distributed import (
     shard_batches,
 )
 from research_agent.errors import CheckpointError, NonFiniteError
-from research_agent.models.policy import Precision, action_hidden_states, layers_of, set_up
+from research_agent.models.policy import Precision, action_hidden_states
+from research_agent.models.prepare import layers_of, set_up
 from research_agent.optimizer import Optimizer
 from research_agent.sharded import Read, allocate, copy_or_read, read_nothing
 

@@ -16,9 +16,9 @@ from research_agent.models.policy import (
     load_model,
     refuse_quantized,
     repair_generation,
-    require_learnable,
     tokens_of_unreadable,
 )
+from research_agent.models.prepare import require_learnable
 from research_agent.models.source import ModelSource, model_source
 from research_agent.sharded import (
     defer,

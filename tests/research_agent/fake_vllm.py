@@ -48,7 +48,7 @@ class FakeVllm:
         turns: (token ids, sampling parameters) of each.
         calls: the path of each request, and its body.
         weights: names and values of the last weights it read.
-        wires: what is broadcast in NCCL groups, by their port.
+        wires: what is broadcast in NCCL groups, by their port and the rank of who listens.
         transfer: how it takes weights over a wire: "well", or one of the faults in ``_take``.
     """
 
@@ -76,8 +76,7 @@ class FakeVllm:
         self.keys: list[str | None] = []
         self.weights: dict[str, Any] = {}
         self.gpus = 1
-        self.rank = 0  # in the NCCL group
-        self.wires: dict[int, SimpleQueue[Any]] = {}
+        self.wires: dict[tuple[int, int], SimpleQueue[Any]] = {}
         self.transfer = "well"
         self.updating = False
         self.group: dict[str, Any] = {}
@@ -224,7 +223,7 @@ class FakeVllm:
         if pickled := info.get("ipc_handles_pickled"):
             tensors = pickle.loads(base64.b64decode(pickled))
         else:
-            wire = self.wires[self.group["master_port"]]
+            wire = self.wires[self.group["master_port"], self.group["rank_offset"]]
             tensors = [wire.get(timeout=20) for _ in names]
         assert info["shapes"] == [list(tensor.shape) for tensor in tensors]
         assert info["dtype_names"] == [str(tensor.dtype).split(".")[1] for tensor in tensors]

@@ -38,7 +38,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adapters": (GRPO_KL, {"packing": "on", "lora_rank": 2}),
     "critic": (PPO(kl_coef=0.0, critic_learning_rate=1e-3), {"packing": "on"}),
 }
-RESUMED = ("packed", "adapters", "critic")
+BUCKET = 1_000_000
+RESUMED = ("packed", "offload", "copies", "adapters", "critic")
 
 
 def make(case: str, model: Path, weights: Path | None = None) -> Learner:
@@ -91,7 +92,7 @@ def run(folder: Path) -> None:
     """All cases at the present number of ranks; results into files that the first rank writes."""
     rank, size = rank_and_size()
     for case in CASES:
-        if case == "copies" and size == 3:
+        if size == 3 and case == "copies":
             continue
         learner = make(case, folder / "model")
         sharded = {isinstance(p, DTensor) for p in learner.model.parameters()}
@@ -115,7 +116,7 @@ def resume_all(folder: Path) -> None:
     """Continue the checkpoints that there are by one update."""
     rank, size = rank_and_size()
     for case in RESUMED:
-        for before in (1, 2, 3):
+        for before in (1, 2, 3) if (case, size) != ("copies", 3) else ():
             saved = folder / f"{case}-{before}" / "step-000001"
             result = folder / f"{case}-{before}-{size}.pt"
             if saved.is_dir() and not result.exists():
@@ -146,7 +147,7 @@ def measure(folder: Path) -> dict[str, Any]:
     """The most bytes of tensors that this rank holds while it loads, steps, saves and resumes."""
     place, root = folder / "large", folder / f"large-{rank_and_size()[1]}"
     rule = GRPO(kl_coef=0.0)
-    config = LearnerConfig(packing="on", micro_batch_tokens=40, bucket_bytes=140_000)
+    config = LearnerConfig(packing="on", micro_batch_tokens=40, bucket_bytes=BUCKET)
 
     def load(source: Path) -> Learner:
         return Learner(load_deferred(source), rule, config, device=torch.device("cpu"))
@@ -182,6 +183,30 @@ def measure(folder: Path) -> dict[str, Any]:
     return {"shard": shard, "moments": kept, "peaks": peaks}
 
 
+def half_precision(folder: Path, precision: str = "bfloat16") -> dict[str, Any]:
+    """One update where weights are gathered in bfloat16."""
+    load: Callable[..., Any] = load_deferred
+    if rank_and_size()[1] == 1:
+        load = partial(load_model, device="cpu")
+    learner = Learner(
+        load(folder / "model"),
+        GRPO_KL,
+        LearnerConfig(packing="on", micro_batch_tokens=40, precision=precision),  # type: ignore
+        reference=load(folder / "model", dtype=precision),
+        device=torch.device("cpu"),
+    )
+    assert learner._reference_score is not None
+    seen: dict[str, Any] = {
+        "gathered": learner._score(lambda model: model.get_output_embeddings().weight.dtype),
+        "kept": {p.dtype for p in learner.model.parameters()},
+        "reference": {p.dtype for p in learner._reference_score.parameters()},
+    }
+    seen["metrics"] = learner.update(random_groups(0))
+    moments = learner.state_dict()["moments"].values()
+    seen["moments"] = {tensor.dtype for each in moments for tensor in each.values()}
+    return seen
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = int(sys.argv[2])
@@ -192,6 +217,7 @@ def main(folder: Path) -> None:
             if phase < 2:
                 run(folder)
                 torch.save(measure(folder), folder / f"bytes-{size}-{rank}.pt")
+                torch.save(half_precision(folder), folder / f"half-{size}-{rank}.pt")
             else:
                 resume_all(folder)
             dist.barrier()

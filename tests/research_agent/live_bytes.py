@@ -21,37 +21,30 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         peak: the most bytes that were alive at once.
-        now: those alive now.
     """
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.peak = self.now = 0
-        self._alive: set[int] = set()
+        self.peak = 0
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         for tensor in held:
-            self._count(tensor)
+            self._see(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs, out)):
             if isinstance(leaf, Tensor):
-                self._count(leaf)
+                self._see(leaf)
+        found = {key: storage() for key, storage in self._storages.items()}
+        alive = {key: each.nbytes() for key, each in found.items() if each is not None}
+        self._storages = {key: self._storages[key] for key in alive}
+        # FSDP frees what it has gathered by resizing its storage to nothing.
+        self.peak = max(self.peak, sum(alive.values()))
         return out
 
-    def _count(self, tensor: Tensor) -> None:
+    def _see(self, tensor: Tensor) -> None:
         if isinstance(tensor, DTensor):
             tensor = tensor._local_tensor
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta:
-            return
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
-            return
-        self._alive.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._alive.discard(key)
-        self.now -= size
+        if type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta:
+            storage = tensor.untyped_storage()
+            self._storages[storage._cdata] = weakref.ref(storage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from tests.research_agent.conftest import tiny_qwen2
 from tests.research_agent.fsdp_worker import CASES, RESUMED
 from tests.research_agent.torchrun import in_processes
 
-LAYERS = 6
+LAYERS = 24
 
 
 def large_qwen2() -> Qwen2ForCausalLM:
     """A model whose weights are much more than the activations of a few tokens."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=512,
+        vocab_size=64,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=LAYERS,
@@ -62,7 +63,7 @@ def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_come_to_the_weights_of_one_process(folder: Path, case: str, size: int) -> None:
     if case == "copies" and size == 3:
-        pytest.skip("three ranks hold three copies no otherwise than two")
+        pytest.skip("three copies differ in nothing from two")
     one, several = (torch.load(folder / f"{case}-{n}.pt") for n in (1, size))
     for which in ("weights", "after"):
         close(several[which], one[which])
@@ -77,6 +78,8 @@ def test_ranks_come_to_the_weights_of_one_process(folder: Path, case: str, size:
 @pytest.mark.parametrize("before", [1, 2, 3])
 @pytest.mark.parametrize("case", RESUMED)
 def test_what_some_ranks_save_others_resume(folder: Path, case: str, before: int, now: int) -> None:
+    if case == "copies" and 3 in (before, now):
+        pytest.skip("three copies differ in nothing from two")
     found: dict[str, Any] = torch.load(folder / f"{case}-{before}-{now}.pt")
     went_on = torch.load(folder / f"{case}-{before}.pt")["after"]
     close(found, went_on)
@@ -95,31 +98,46 @@ def test_what_ranks_save_is_a_model_of_transformers(folder: Path, size: int) -> 
     assert not any(loaded.values())
     expected = torch.load(folder / f"packed-{size}.pt")["weights"]
     assert all(torch.equal(p, expected[n]) for n, p in model.named_parameters())
-    plain = AutoModelForCausalLM.from_pretrained(folder / "packed-1" / "step-000001")
-    assert model.config.to_dict() == {**plain.config.to_dict(), "dtype": model.config.dtype,
-                                      "_name_or_path": model.config._name_or_path}  # fmt: skip
+    settings = [
+        json.loads((folder / f"packed-{n}" / "step-000001" / "config.json").read_text())
+        for n in (1, size)
+    ]
+    assert settings[0] == settings[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_no_rank_holds_more_than_its_shard_and_a_bucket(folder: Path, size: int) -> None:
     model = large_qwen2()
+    bucket = fsdp_worker.BUCKET
     whole = 4 * sum(p.numel() for p in model.parameters())
-    layer = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
-    table = 4 * model.lm_head.weight.numel()
-    bucket = 140_000  # the largest tensor fits, a layer and anything else does not
+    assert bucket < whole / 3.5  # so that nothing whole fits into what is allowed
     for rank in range(size):
         found = torch.load(folder / f"bytes-{size}-{rank}.pt")
         shard, moments, peaks = found["shard"], found["moments"], found["peaks"]
-        assert shard <= whole / size + 64 * len(list(model.parameters()))  # rows do not divide
+        assert shard <= sum(4 * -(-len(p) // size) * p[0].numel() for p in model.parameters())
         assert moments <= 2 * shard + 4 * len(list(model.parameters()))
-        print(size, rank, {k: round(v / whole, 3) for k, v in peaks.items()}, shard / whole)
+        resident = shard + moments
+        print(size, rank, [(k, round(v / whole, 3)) for k, v in peaks.items()], shard / whole)
+        # Loading proves the model, and a step runs it: then a table and two layers are gathered.
         assert peaks["load"] <= shard + bucket
-        assert peaks["save"] <= shard + moments + bucket
-        assert peaks["send"] <= shard + moments + bucket
-        assert peaks["resume"] <= shard + moments + bucket
-        # Two layers and a table are gathered at once, and their gradients are whole for a moment.
-        assert peaks["step"] <= 2 * shard + moments + 2 * (2 * layer + table)
+        assert peaks["step"] <= resident + shard + bucket  # the gradient is sharded as well
+        assert peaks["save"] <= resident + bucket
+        assert peaks["send"] <= resident + bucket
+        assert peaks["resume"] <= resident + bucket
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_weights_are_gathered_in_half_precision_and_kept_in_full(folder: Path, size: int) -> None:
+    exact = fsdp_worker.half_precision(folder, "float32")["metrics"]
+    for rank in range(size):
+        found = torch.load(folder / f"half-{size}-{rank}.pt")
+        assert found["gathered"] == torch.bfloat16
+        assert found["kept"] == found["moments"] == {torch.float32}
+        assert found["reference"] == {torch.bfloat16}
+        assert found["metrics"]["kl"] == 0.0  # both round alike
+        assert found["metrics"]["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.05)
 
 
 @pytest.mark.parametrize(("count", "size"), [(0, 2), (1, 2), (4, 2), (5, 2), (2, 3)])

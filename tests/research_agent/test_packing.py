@@ -19,7 +19,8 @@ from research_agent.algorithms.grpo import GRPO
 from research_agent.batch import Batch, make_batch, micro_batches
 from research_agent.errors import ConfigError, ModelError
 from research_agent.learner import Learner
-from research_agent.models.policy import TokenLogprobs, prepare, token_logprobs
+from research_agent.models.policy import TokenLogprobs, token_logprobs
+from research_agent.models.prepare import prepare
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.research_agent.learners import make_learner

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from research_agent.active_rollout import Episode
+from research_agent.cli import main
 from research_agent.config import EnvironmentConfig, RunConfig, SamplingConfig, TrainConfig
 from research_agent.engines.base import Completion, Engine
 from research_agent.engines.scripted import ScriptedEngine
@@ -24,8 +26,12 @@ from research_agent.player import Player
 from research_agent.player_process import PlayerProcess
 from research_agent.renderer import Renderer
 from research_agent.rollout import collect
+from research_agent.run_logger import read_lines
+from tests.research_agent.conftest import byte_tokenizer, tiny_qwen2
+from tests.research_agent.fake_vllm import FakeVllm
 from tests.research_agent.test_collect import RENDERER, TOY
-from tests.research_agent.test_staleness import plain, say, tasks, versions
+from tests.research_agent.test_staleness import plain, require_each_once, say, tasks, versions
+from tests.research_agent.test_trainer import flags
 
 SAMPLING = SamplingConfig(max_prompt=20, max_response=60, max_staleness=1, overlap=True)
 CONFIG = TrainConfig(
@@ -199,3 +205,31 @@ def test_a_dead_parent_ends_the_child(tmp_path: Path) -> None:
         parent.kill()
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
     assert not Path(folder).exists()
+
+
+def test_turns_on_servers_go_on_while_weights_come(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The learner gives the weights, and the child samples: no turn is cut or asked for twice."""
+    tokenizer, model = byte_tokenizer(), tiny_qwen2(hidden=32)
+    tokenizer.save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    server = FakeVllm(sizes=(2, 264, 32))
+    try:
+        more = "--env-args turns=2 --max-turn-tokens 4 --max-response 40 --overlap --steps 3"
+        more += f" --max-staleness 1 --log-episodes 99 --engine server:{server.url}"
+        main(flags(tmp_path / "model", tmp_path / "run", *more.split()))
+    finally:
+        server.stop()
+    assert "is finished: 3 steps" in capsys.readouterr().out
+    require_each_once(tmp_path / "run", 3, staleness=1)
+    records = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert max(record["staleness_max"] for record in records) == 1
+    paths = server.paths()
+    assert "/pause?mode=keep" in paths and "/resume" in paths
+    assert "/abort_requests" not in paths
+    asked = [(*tokens, params["seed"]) for tokens, params in server.turns]
+    assert len(asked) == len(set(asked)) >= 3 * 32 * 2
+    folder = tmp_path / "run" / "checkpoints" / "step-000003"
+    final = load_file(folder / "model.safetensors")
+    assert all(torch.equal(server.weights[name], weight) for name, weight in final.items())

@@ -24,7 +24,7 @@ from research_agent.engines import make_engine
 from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
 from research_agent.engines.remote import turn_seed
 from research_agent.engines.servers import pool, server_group, weight_sync, weight_transfer
-from research_agent.engines.servers.engine import ServerEngine
+from research_agent.engines.servers.engine import ServerEngine, connect_servers
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.environments import make_environments
 from research_agent.errors import (
@@ -77,7 +77,7 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     def start(*servers: FakeVllm, **settings: Any) -> ServerEngine:
         settings = {"patience": 0.3, "turn_timeout": 10.0} | settings
         urls = [server.url for server in servers]
-        engines.append(ServerEngine(MODEL, RENDERER, urls, 200, **settings))
+        engines.append(connect_servers(MODEL, RENDERER, urls, 200, **settings))
         return engines[-1]
 
     yield start
@@ -366,7 +366,7 @@ def test_a_server_that_comes_back_gets_the_current_weights_first(
     server, other = make(), make()
     engine = connect(server, other)
     server.mode, server.fails = "500", 1
-    server.missing["/weight_info"] = 503
+    server.missing = {"/weight_info": 503, "/v1/models": 503}
     submit(engine, range(2))
     finish(engine)
     assert "1 of 2 servers left" in caplog.text
@@ -529,7 +529,7 @@ def test_an_interruption_hands_over_what_there_is(make: Make, connect: Open) -> 
 
 def test_a_forgotten_engine_leaves_nothing_behind(make: Make) -> None:
     server = make()
-    engine = ServerEngine(MODEL, RENDERER, [server.url], 200)
+    engine = connect_servers(MODEL, RENDERER, [server.url], 200)
     (folder,) = server.folders()
     assert folder.exists()
     submit(engine, [0])

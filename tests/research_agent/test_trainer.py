@@ -393,8 +393,12 @@ def test_a_run_that_is_killed_and_stopped_equals_one_that_never_was(
 
 
 @pytest.mark.slow
-def test_a_second_interrupt_leaves_at_once(server: Any, letters: Path, tmp_path: Path) -> None:
-    words = flags(letters, tmp_path / "run", "--steps", "100000", "--save-every", "100000")
+@pytest.mark.parametrize("staleness", ["0", "1"])
+def test_a_second_interrupt_leaves_at_once(
+    server: Any, letters: Path, tmp_path: Path, staleness: str
+) -> None:
+    more = ["--steps", "100000", "--save-every", "100000", "--max-staleness", staleness]
+    words = flags(letters, tmp_path / "run", *more)
     process = start(server, words, tmp_path / "log")
     wait_for_step(process, tmp_path / "run", 1)
     os.kill(process.pid, signal.SIGSTOP)  # so that both arrive within one step
@@ -436,10 +440,14 @@ def test_two_processes_train_what_one_trains(letters: Path, tmp_path: Path) -> N
     more = ["--env-args", "turns=2", "--eval-every", "2", "--save-every", "3"]
     more += ["--algorithm-args", "kl_coef=0.01"]  # with a reference policy
     main(flags(letters, tmp_path / "one", "--steps", "5", *more))
-    for steps, start in (("2", torchrun), ("5", in_two_processes)):  # stopped and continued
+    # Stopped and continued, also by one process.
+    for steps, start in (("2", torchrun), ("4", None), ("5", in_two_processes)):
         words = flags(letters, tmp_path / "two", "--steps", steps, *more)
-        said = start("research_agent.cli", *words)
-        assert said.count(f"is finished: {steps} steps are done") == 1
+        if start is None:
+            main(words)
+        else:
+            said = start("research_agent.cli", *words)
+            assert said.count(f"is finished: {steps} steps are done") == 1
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert [sorted(record) for record in two] == [sorted(record) for record in one]
     for theirs, ours in zip(two, one, strict=True):

@@ -13,9 +13,10 @@ from pathlib import Path
 HERE = Path(__file__).parents[2]
 
 
-def torchrun(module: str, *words: str) -> str:
+def torchrun(module: str, *words: str, restarts: int = 0) -> str:
     """Run a module in both, one thread each; what they print. They must end well."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [f"--max-restarts={restarts}", "-m"]
     done = subprocess.run(
         [sys.executable, *command, module, *words],
         cwd=HERE,

@@ -40,7 +40,8 @@ log-probabilities, and the version of the weights that sampled them), and of the
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,19 +58,23 @@ from research_agent.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from research_agent.engines.servers.serve import ServerProcess
     from research_agent.renderer import Renderer
 
 _STEP = 0.02  # seconds that a step waits for a turn; a collector has environments to look after
 _NOT_FINITE = -9999.0  # what vLLM says for a log-probability of minus infinity, or none
 
 
-class ServerSampler:
-    """Turns on servers that somebody else gives weights to. It needs no model.
+class ServerEngine:
+    """An ``Engine`` over vLLM servers; ``connect_servers`` makes one with weights.
 
     Args:
         renderer: the policy's tokenizer.
         urls: of the servers.
         max_context: tokens that a trajectory may have.
+        sync: gives the servers weights. Without it somebody else does, and ``load_weights`` takes
+            a ``ServedWeights``.
+        process: the server that this rank has started, which ends with the engine.
         turn_timeout: seconds a server may take for a turn; one that takes longer counts as dead.
         patience: seconds to wait for a server to come back when none is left.
         max_in_flight: turns asked for at a time, times the number of servers.
@@ -86,12 +91,17 @@ class ServerSampler:
         renderer: Renderer,
         urls: Sequence[str],
         max_context: int,
+        sync: WeightSync | None = None,
+        process: ServerProcess | None = None,
         *,
         turn_timeout: float = 600.0,
         patience: float = 60.0,
         max_in_flight: int = 256,
     ) -> None:
         self.max_context = max_context
+        self._urls = urls
+        self._sync = sync
+        self._process = process
         self._renderer = renderer
         self._held: dict[int, HeldTokens] = {}
         self._version = 0
@@ -105,15 +115,8 @@ class ServerSampler:
             quiet=rank_and_size()[0] > 0,
         )
         self._turns: Turns[Sampled] = Turns("servers", self._pool.clients)
-
-    def use(self, served: ServedWeights) -> None:
-        """Sample from now on with weights that servers were given.
-
-        Slots keep what they hold. Turns under way continue on servers that have the weights, and
-        are sampled again on others.
-        """
-        self._turns.call(self._pool.use(served))
-        self._version = served.tag.version
+        self._let_go = weakref.finalize(self, _close, self._turns, sync, process)
+        self._let_go.atexit = False  # what is left then ends with the process
 
     @property
     def busy(self) -> int:
@@ -147,6 +150,8 @@ class ServerSampler:
             EngineError: no server is left, or all that were asked failed at a turn.
             NonFiniteError: a log-probability is not finite.
         """
+        if self._process:
+            self._process.require_alive()
         return [self._complete(sampled) for sampled in self._turns.finished(_STEP).values()]
 
     def release(self, slot: int) -> None:
@@ -168,9 +173,37 @@ class ServerSampler:
             for slot in slots
         ]
 
+    def load_weights(
+        self, weights: Iterable[tuple[str, Tensor]] | ServedWeights, version: int
+    ) -> None:
+        """Give all servers new weights, from all ranks together; see ``WeightSync.give``.
+
+        A server that cannot take them is left out until it can. Slots keep what they hold. Turns
+        under way continue with the new weights, and are sampled again if their server is left out.
+
+        Raises:
+            EngineError: they cannot be written, or no server took them.
+            ModelError: a name or shape that the model does not have, or a weight left out. From a
+                folder the servers' weights are as before then.
+        """
+        if self._sync and not isinstance(weights, ServedWeights):
+            weights = self._sync.give(weights, version)
+        assert isinstance(weights, ServedWeights)
+        self._turns.call(self._pool.use(weights))
+        self._version = version
+
+    def give_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> ServedWeights:
+        """Give all servers new weights, which an engine in another process samples with."""
+        assert self._sync
+        return self._sync.give(weights, version)
+
+    def elsewhere(self) -> Callable[[Renderer], ServerEngine]:
+        """What makes an engine over the same servers in another process."""
+        return partial(ServerEngine, urls=self._urls, max_context=self.max_context)
+
     def close(self) -> None:
-        """Let go of the servers, which go on running."""
-        self._turns.close()
+        """Let go of the weights, and of the servers; those that others started go on running."""
+        self._let_go()
 
     def _complete(self, sampled: Sampled) -> Completion:
         """The turn as any engine would have ended it; here, as tokenizers are for one thread."""
@@ -210,23 +243,34 @@ class ServerSampler:
         return len(tokens), sampled.finish_reason
 
 
-class ServerEngine:
-    """An ``Engine`` over vLLM servers: a ``ServerSampler`` on each rank, and weights for them.
-
-    Every rank makes one, with the same arguments, at the same time.
+def connect_servers(
+    model: Any,
+    renderer: Renderer,
+    urls: Sequence[str],
+    max_context: int | None = None,
+    *,
+    by: Carrier = "folder",
+    dtype: str | None = None,
+    gives: bool | None = None,
+    process: ServerProcess | None = None,
+    patience: float = 60.0,
+    **limits: Any,
+) -> ServerEngine:
+    """Make an engine over servers and give them the model's weights. All ranks do at the same time.
 
     Args:
-        model: the policy, of the transformers library. The servers get its weights; the model
-            itself is left alone.
+        model: the policy, of the transformers library. The servers get its weights, unless these
+            are on the meta device: then the first ones come by ``load_weights``. The model itself
+            is left alone.
         renderer: its tokenizer.
         urls: such as ``http://localhost:8000``, one a server; this rank samples on them.
         max_context: tokens that a trajectory may have; the model's own limit by default.
         by: how weights get to the servers.
         dtype: number format of the servers' weights, such as bfloat16; the model's own by default.
         gives: whether this rank gives weights to these servers. Rank 0 does by default.
-        turn_timeout: as for ``ServerSampler``.
-        patience: as for ``ServerSampler``, also when none takes new weights.
-        max_in_flight: as for ``ServerSampler``.
+        process: as for ``ServerEngine``.
+        patience: as for ``ServerEngine``, also when none takes new weights.
+        limits: ``turn_timeout`` and ``max_in_flight``, as for ``ServerEngine``.
 
     Raises:
         ConfigError: an address that cannot be used, or a model whose weights cannot go this way.
@@ -234,87 +278,27 @@ class ServerEngine:
         EngineError: no server can be used, or one that answers was started in another way.
         StoppedError: this is not rank 0, which has one of these errors.
     """
-
-    keeps_turns = True
-
-    def __init__(
-        self,
-        model: Any,
-        renderer: Renderer,
-        urls: Sequence[str],
-        max_context: int | None = None,
-        *,
-        by: Carrier = "folder",
-        dtype: str | None = None,
-        gives: bool | None = None,
-        turn_timeout: float = 600.0,
-        patience: float = 60.0,
-        max_in_flight: int = 256,
-    ) -> None:
-        bases = server_addresses(urls)
-        self.max_context = context_limit(model, max_context)
-        self._sync = WeightSync(
-            model,
-            bases if (rank_and_size()[0] == 0 if gives is None else gives) else (),
-            read_key("VLLM_API_KEY"),
-            carrier=by,
-            dtype=getattr(torch, dtype) if dtype else model.dtype,
-            context=self.max_context,
-            token=min(renderer.end_ids),
-            patience=patience,
-        )
-        self._sampler = ServerSampler(
-            renderer,
-            bases,
-            self.max_context,
-            turn_timeout=turn_timeout,
-            patience=patience,
-            max_in_flight=max_in_flight,
-        )
-        self._let_go = weakref.finalize(self, _close, self._sampler, self._sync)
-        self._let_go.atexit = False  # what is left then ends with the process
-        try:
-            self.load_weights(ModelWeights(model), 0)
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def busy(self) -> int:
-        """Number of slots with a turn under way."""
-        return self._sampler.busy
-
-    def submit(self, slot: int, tokens: Sequence[int], params: SamplingParams) -> None:
-        """See ``ServerSampler``."""
-        self._sampler.submit(slot, tokens, params)
-
-    def step(self) -> list[Completion]:
-        """See ``ServerSampler``."""
-        return self._sampler.step()
-
-    def release(self, slot: int) -> None:
-        """See ``ServerSampler``."""
-        self._sampler.release(slot)
-
-    def interrupt(self) -> list[Completion]:
-        """See ``ServerSampler``."""
-        return self._sampler.interrupt()
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Give all servers new weights, from all ranks together; see ``WeightSync.give``.
-
-        A server that cannot take them is left out until it can.
-
-        Raises:
-            EngineError: they cannot be written, or no server took them.
-            ModelError: a name or shape that the model does not have, or a weight left out. From a
-                folder the servers' weights are as before then.
-        """
-        self._sampler.use(self._sync.give(weights, version))
-
-    def close(self) -> None:
-        """Let go of the servers, which go on running, and of the weights."""
-        self._let_go()
+    bases = server_addresses(urls)
+    context = context_limit(model, max_context)
+    gives = rank_and_size()[0] == 0 if gives is None else gives
+    sync = WeightSync(
+        model,
+        bases if gives else (),
+        read_key("VLLM_API_KEY"),
+        carrier=by,
+        dtype=getattr(torch, dtype) if dtype else model.dtype,
+        context=context,
+        token=min(renderer.end_ids),
+        patience=patience,
+    )
+    engine = ServerEngine(renderer, bases, context, sync, process, patience=patience, **limits)
+    try:
+        if not any(weight.is_meta for weight in model.parameters()):
+            engine.load_weights(ModelWeights(model), 0)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
 
 
 def server_addresses(urls: Sequence[str]) -> list[str]:
@@ -331,6 +315,8 @@ def server_addresses(urls: Sequence[str]) -> list[str]:
     return bases
 
 
-def _close(sampler: ServerSampler, sync: WeightSync) -> None:
-    sampler.close()
-    sync.close()
+def _close(turns: Turns[Sampled], sync: WeightSync | None, process: ServerProcess | None) -> None:
+    turns.close()
+    for each in (sync, process):
+        if each:
+            each.close()

@@ -222,6 +222,8 @@ class ServerPool:
         return _read(answer, turn, self._end_ids, tag, interrupted=self._interrupting)
 
     def _admit(self, server: _Sampler, model: str) -> None:
+        if self._watches and not server.alive:
+            _LOG.log(self._level, "%s is back, with the current weights", server.url)
         server.alive, server.model = True, model
         self._back.set()
 
@@ -267,7 +269,6 @@ class ServerPool:
             self._admit(server, str(models["data"][0]["id"]))
         except (LookupError, TypeError):
             raise RequestError("it is no vLLM server") from None
-        _LOG.log(self._level, "%s is back, with the current weights", server.url)
 
 
 def no_server(problems: Mapping[str, str]) -> EngineError:
