@@ -1,10 +1,17 @@
-"""A vLLM server without vLLM: it speaks the few words that the server engine needs."""
+"""A vLLM server without vLLM: it speaks the few words that the server engine needs.
+
+As a program (``python -m tests.research_agent.fake_vllm``) it takes the arguments of vLLM's server,
+and writes its own, its environment and its process id into the file ``FAKE_VLLM_RECORD``.
+"""
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 import pickle
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -53,6 +60,7 @@ class FakeVllm:
     """
 
     def __init__(self, **settings: Any) -> None:
+        self.port = 0  # any
         self.mode = "well"
         self.fails = 1_000_000
         self.context = 256
@@ -61,7 +69,7 @@ class FakeVllm:
         self.quantization: str | None = None
         self.software = "0.32.0"
         self.backend = "nccl"
-        self.unpickles = "1"
+        self.unpickles = True
         self.sizes = (2, 264, 128)  # layers, tokens, width
         self.paused = False
         self.reloads = True  # whether it can read weights from a folder
@@ -107,7 +115,7 @@ class FakeVllm:
             def handle_error(self, *_: Any) -> None:
                 pass  # a client that has gone
 
-        self.http = Http(("127.0.0.1", 0), Handler)
+        self.http = Http(("127.0.0.1", self.port), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -302,3 +310,24 @@ def _choice(
             }
         ]
     }
+
+
+def main(words: list[str]) -> None:
+    """Serve until a signal comes; with ``FAKE_VLLM_FAILS`` end at once with that message."""
+    if message := os.environ.get("FAKE_VLLM_FAILS"):
+        sys.exit(message)
+    names = [word.removeprefix("--") for word in words]
+    settings = dict(zip(names, [*words[1:], ""], strict=True))
+    FakeVllm(
+        port=int(settings["port"]),
+        context=int(settings["max-model-len"]),
+        dtype=settings["dtype"],
+    )
+    record = {"pid": os.getpid(), "settings": settings, "environment": dict(os.environ)}
+    if file := os.environ.get("FAKE_VLLM_RECORD"):
+        Path(file).write_text(json.dumps(record))
+    signal.pause()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
