@@ -112,10 +112,14 @@ def test_a_server_that_does_not_start_is_told_with_its_output(
 def test_no_server_outlives_the_process_that_started_it(
     number: signal.Signals, tmp_path: Path
 ) -> None:
-    """However it ends: the program gets no signal of its own, and the pipe closes."""
+    """However it ends, and be it with its whole group: the system closes the pipe."""
     supervisor = [sys.executable, str(serve._SUPERVISOR)]
     command = [*supervisor, *FAKE, "--port", "0", "--max-model-len", "9", "--dtype", "float32"]
-    code = f"import subprocess, sys; subprocess.Popen({command}, stdin=-1); sys.stdin.read()"
+    code = (
+        "import subprocess, sys\n"
+        f"subprocess.Popen({command}, stdin=subprocess.PIPE, start_new_session=True)\n"
+        "sys.stdin.read()"
+    )
     record = tmp_path / "record.json"
     parent = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -127,7 +131,7 @@ def test_no_server_outlives_the_process_that_started_it(
     )
     until(lambda: record.exists() and record.read_text().endswith("}"))
     pid = json.loads(record.read_text())["pid"]
-    os.killpg(parent.pid, number)  # SIGINT as Ctrl-C sends it: to the supervisor as well
+    os.killpg(parent.pid, number)
     parent.wait()
     until(lambda: gone(pid))
 
