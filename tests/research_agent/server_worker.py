@@ -35,16 +35,17 @@ class Gathered:
             yield name, full_tensor(weight.detach()) + self._number
 
 
-def play(urls: list[str]) -> dict[str, Any]:
+def play(urls: list[str], dtype: str = "bfloat16") -> dict[str, Any]:
     """Sample four turns of this rank with two versions of the weights.
 
     Args:
         urls: of the servers; without any one is started.
+        dtype: number format of their weights.
     """
     renderer = codec_of(byte_tokenizer(merges=True))
     model = tiny_qwen2(hidden=128)
     shard(model, list(model.model.layers))
-    settings: dict[str, Any] = {"max_context": 200, "dtype": "bfloat16"}
+    settings: dict[str, Any] = {"max_context": 200, "dtype": dtype}
     if urls:
         engine = connect_servers(model, renderer, urls, patience=0.5, **settings)
     else:
@@ -72,9 +73,9 @@ def play(urls: list[str]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with init_distributed():
-        for name, urls in json.loads(sys.argv[1]).items():
+        for name, arguments in json.loads(sys.argv[1]).items():
             try:
-                said = play(urls)
+                said = play(*arguments)
             except ResearchAgentError as error:
                 said = {"error": type(error).__name__, "message": str(error)}
             print(json.dumps({"name": name, "rank": dist.get_rank(), **said}), flush=True)

@@ -43,8 +43,8 @@ def servers() -> Iterator[dict[str, list[FakeVllm]]]:
 @pytest.fixture(scope="module")
 def said(servers: dict[str, list[FakeVllm]]) -> dict[str, list[Any]]:
     """What the two ranks said of each pair."""
-    urls = {name: [server.url for server in pair] for name, pair in servers.items()}
-    urls["started"] = []  # by the first rank
+    urls = {name: [[server.url for server in pair]] for name, pair in servers.items()}
+    urls["started"] = [[]]  # by the first rank
     out = in_two_processes("tests.research_agent.server_worker", json.dumps(urls))
     lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     lines.sort(key=lambda line: line["rank"])
