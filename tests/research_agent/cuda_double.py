@@ -92,13 +92,7 @@ def install(put: Callable[[Any, str, Any], None] = setattr) -> None:
     put(packed_tensor, "_get_streams", lambda _, count: (stream,) * count)
     piece = SimpleNamespace(synchronize=_piece)
     cuda = _Stand(torch.cuda, current_stream=lambda: piece)
-    put(
-        packed_tensor,
-        "torch",
-        _Stand(
-            torch, cuda=cuda, empty=lambda *size, device=None, **kind: torch.empty(*size, **kind)
-        ),
-    )
+    put(packed_tensor, "torch", _Stand(torch, cuda=cuda, empty=_empty))
     put(packed_tensor, "reduce_tensor", _handle)
     put(reductions, "rebuild_cuda_tensor", lambda buffer, *_: buffer.tensor)
 
