@@ -248,7 +248,7 @@ class EvalConfig:
     log_tokens: bool = False
     """Write the text and log-probability of each action token too, for the report's page."""
     engine: str = "transformers"
-    """What samples the tokens: transformers, vllm, serve, or servers (server:URL,URL); see train."""
+    """What samples the tokens: transformers, vllm, serve or server:URL,URL, as for training."""
     max_prompt: int = 512
     """Longest first observation, in tokens."""
     max_response: int = 8192
