@@ -78,7 +78,7 @@ class FakeVllm:
         self.gate.set()
         self.hung = threading.Event()
         self.aborted = threading.Event()
-        self.version = "default"
+        self.version = self.before = "default"
         self.turns: list[tuple[list[int], dict[str, Any]]] = []
         self.calls: list[tuple[str, Any]] = []
         self.keys: list[str | None] = []
@@ -245,7 +245,7 @@ class FakeVllm:
         return {}
 
     def _set_version(self, body: Any) -> Any:
-        self.version = body["new_version"]
+        self.before, self.version = self.version, body["new_version"]
         return {"success": True}
 
     def _abort(self, _: Any) -> Any:
@@ -291,8 +291,18 @@ class FakeVllm:
             "unequal": _choice(said, logprobs[:-1], "length", self.version),
             "old": _choice(said, logprobs, "length", "default"),
             "nan": _choice(said, [-9999.0] * len(said), "length", self.version),
+            "mixed": self._mixed(said, logprobs),
             "well": _choice(said, logprobs, "length", self.version),
         }[mode]
+
+    def _mixed(self, said: list[int], logprobs: list[float]) -> dict[str, Any]:
+        """A turn whose first half was sampled with the weights before."""
+        answer, half = _choice(said, logprobs, "length", self.version), len(said) // 2
+        answer["choices"][0]["weight_versions"] = [
+            {"version": self.before, "start": 0, "end": half},
+            {"version": self.version, "start": half, "end": len(said)},
+        ]
+        return answer
 
 
 def _choice(

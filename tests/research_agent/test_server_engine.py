@@ -21,7 +21,13 @@ import pytest
 import torch
 
 from research_agent.engines import make_engine
-from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
+from research_agent.engines.base import (
+    Completion,
+    Engine,
+    Interruptible,
+    KeepsTurns,
+    SamplingParams,
+)
 from research_agent.engines.remote import turn_seed
 from research_agent.engines.servers import pool, server_group, weight_sync, weight_transfer
 from research_agent.engines.servers.engine import ServerEngine, connect_servers
@@ -435,6 +441,44 @@ def test_new_weights_reach_all_servers_whole(make: Make, connect: Open) -> None:
     assert not folders[-1].parent.exists()
 
 
+def test_turns_under_way_continue_with_new_weights(make: Make, connect: Open) -> None:
+    server = make(mode="mixed")
+    engine = connect(server)
+    assert isinstance(engine, KeepsTurns) and engine.keeps_turns
+    server.gate.clear()
+    submit(engine, range(2), max_tokens=5)
+    until(lambda: server.now == 2)
+    engine.load_weights(MODEL.named_parameters(), 1)
+    assert server.paths().count("/pause?mode=keep") == server.paths().count("/resume") == 2
+    server.gate.set()
+    turns = finish(engine)
+    assert [turn.versions for turn in turns.values()] == [(0, 0, 1, 1, 1)] * 2
+    assert {turn.version for turn in turns.values()} == {1}
+    assert len(server.turns) == 2  # nothing was cut, or asked for again
+    server.mode = "well"
+    submit(engine, [0], "more")  # the slot holds what it held
+    finish(engine)
+    assert server.turns[-1][0][:7] == [*RENDERER.encode_text("q0"), *turns[0].tokens]
+
+
+def test_turns_on_a_server_that_misses_the_weights_are_sampled_again(
+    make: Make, connect: Open
+) -> None:
+    bad, good = make(), make()
+    engine = connect(bad, good)
+    for server in (bad, good):
+        server.gate.clear()
+    submit(engine, range(4))
+    until(lambda: bad.now == good.now == 2)
+    bad.reloads = False
+    engine.load_weights(MODEL.named_parameters(), 1)
+    good.gate.set()
+    assert {turn.version for turn in finish(engine).values()} == {1}
+    assert len(good.turns) == 4
+    for turn in bad.turns:
+        assert turn in good.turns
+
+
 def test_a_server_that_cannot_take_weights_is_left_out(
     make: Make, connect: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -463,6 +507,11 @@ def test_a_server_that_cannot_take_weights_is_left_out(
         ({"missing": {"/inference/v1/generate": 403}}, EngineError, "--enable-scale-out"),
         ({"missing": {"/collective_rpc": 404}}, EngineError, "VLLM_SERVER_DEV_MODE=1"),
         ({"missing": {"/v1/models": 401}}, EngineError, "VLLM_API_KEY"),
+        ({"missing": {"/server_info": 404}}, EngineError, "is a router or balancer.*itself"),
+        ({"dtype": "bfloat16"}, EngineError, "weights in bfloat16.*gives them in float32"),
+        ({"quantization": "fp8"}, EngineError, "weights in fp8 quantization"),
+        ({"sizes": (2, 264, 64)}, EngineError, "another model: width 64, and the policy width 128"),
+        ({"software": "0.33.0"}, EngineError, r"differ in version .*vLLM 0\.32\.0.*vLLM 0\.33\.0"),
         ({"context": 100}, ContextError, "100 tokens, too short for 200.*--max-model-len 200"),
     ],
 )
