@@ -72,6 +72,8 @@ class FakeVllm:
         self.unpickles = True
         self.sizes = (2, 264, 128)  # layers, tokens, width
         self.paused = False
+        self.workers: list[str] | None = None  # of a router
+        self.balances = False  # other servers answer each time
         self.reloads = True  # whether it can read weights from a folder
         self.missing: dict[str, int] = {}  # path -> status
         self.gate = threading.Event()
@@ -147,7 +149,7 @@ class FakeVllm:
             handler.close_connection = True
             return
         data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-        if data in (b"500", b"400"):
+        if data in (b"500", b"404", b"400"):
             status = int(data)
             said = "out of memory" if status == 500 else "this is too long"
             data = json.dumps({"error": {"message": said}}).encode()
@@ -160,6 +162,7 @@ class FakeVllm:
         answers: dict[str, Callable[[Any], Any]] = {
             "/v1/models": self._models,
             "/server_info": self._info,
+            "/list_workers": lambda _: b"404" if self.workers is None else {"urls": self.workers},
             "/version": lambda _: {"version": self.software},
             "/collective_rpc": self._call,
             "/pause": lambda _: self._pause(True),
@@ -185,6 +188,7 @@ class FakeVllm:
             "vllm_config": {
                 "model_config": {**model, "quantization": self.quantization},
                 "weight_transfer_config": {"backend": self.backend},
+                "instance_id": str(len(self.calls)) if self.balances else "1",
             },
             "vllm_env": {"VLLM_ALLOW_INSECURE_SERIALIZATION": self.unpickles},
         }

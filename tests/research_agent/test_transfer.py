@@ -32,7 +32,8 @@ from tests.research_agent.test_server_engine import (
 )
 
 BACKENDS = ["nccl", "ipc"]
-INSPECT = ["/v1/models", "/server_info", "/version", "/collective_rpc", "/get_world_size"]
+INSPECT = ["/v1/models", "/list_workers", "/server_info", "/server_info", "/version"]
+INSPECT += ["/collective_rpc", "/get_world_size"]
 PREPARE = ["/pause", "/weight_info", "/shutdown_weight_transfer_engine", "/update_weight_version"]
 SEND = ["/init_weight_transfer_engine", "/start_weight_update", "/update_weights"]
 FINISH = ["/finish_weight_update", "/reset_prefix_cache", "/update_weight_version", "/resume"]
