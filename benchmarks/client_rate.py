@@ -2,19 +2,19 @@
 
 ``python -m benchmarks.rollouts client [--turns 4096] [--in-flight 1024] [--json]``
 
-The server is a program of another process that answers every request at once, with the same bytes:
-a turn in vLLM's format, with a log-probability per token. The client is the engine itself, from
+The server (``turn_server.py``) answers every request at once with the same bytes: a turn in vLLM's
+format, with a log-probability per token. The client is the engine itself, from
 ``submit`` to the completion: seeds, requests, connections, decoding, checks, text. So the figure is
 what one rank can take in, and real servers are slower.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
-import multiprocessing
+import subprocess
+import sys
 import time
-from typing import Any
+from pathlib import Path
 
 from benchmarks.rollout_competitors import make_renderer
 from research_agent.engines.base import SamplingParams
@@ -29,40 +29,6 @@ PROMPT = 2000
 """Tokens before it."""
 
 _TAG = WeightTag("run", 1, 1)
-
-
-class _Answers(asyncio.Protocol):
-    """Answers each request that is there whole."""
-
-    def __init__(self, answer: bytes) -> None:
-        self._answer, self._got = answer, b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep where to write."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        """Read, and answer."""
-        self._got += data
-        while (end := self._got.find(b"\r\n\r\n")) >= 0:
-            lines = self._got[:end].lower().split(b"\r\n")
-            lengths = [int(line[15:]) for line in lines if line.startswith(b"content-length:")]
-            whole = end + 4 + (lengths[0] if lengths else 0)
-            if len(self._got) < whole:
-                return
-            self._got = self._got[whole:]
-            self._transport.write(self._answer)
-
-
-def _serve(answer: bytes, ports: Any) -> None:
-    async def serve() -> None:
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: _Answers(answer), "127.0.0.1", 0, backlog=4096)
-        ports.put(server.sockets[0].getsockname()[1])
-        await server.serve_forever()
-
-    asyncio.run(serve())
 
 
 def _answer(tokens: list[int]) -> bytes:
@@ -92,11 +58,12 @@ def client_rate(turns: int, in_flight: int) -> dict[str, float]:
     renderer = make_renderer()
     letters = renderer.encode_text("the quick brown fox ")
     tokens = (letters * TOKENS)[:TOKENS]
-    context = multiprocessing.get_context("spawn")
-    ports = context.Queue()
-    process = context.Process(target=_serve, args=(_answer(tokens), ports), daemon=True)
-    process.start()
-    url = f"http://127.0.0.1:{ports.get(timeout=60)}"
+    command = [sys.executable, str(Path(__file__).with_name("turn_server.py"))]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin and process.stdout
+    process.stdin.write(_answer(tokens))
+    process.stdin.close()
+    url = f"http://127.0.0.1:{int(process.stdout.readline())}"
     engine = ServerEngine(renderer, [url], PROMPT + TOKENS + 1, max_in_flight=in_flight)
     engine.load_weights(ServedWeights(_TAG, {url: "policy"}, {}), 1)
     prompt = (letters * PROMPT)[:PROMPT]
@@ -109,7 +76,8 @@ def client_rate(turns: int, in_flight: int) -> dict[str, float]:
     finally:
         engine.close()
         process.terminate()
-        process.join()
+        process.wait()
+        process.stdout.close()
     return {"milliseconds": 1000 * cpu / turns, "turns_per_second": turns / seconds}
 
 
