@@ -56,8 +56,10 @@ class SamplingConfig:
     """How episodes are played."""
 
     engine: str = "transformers"
-    """What samples the tokens: transformers, vllm, or vLLM servers (server:URL,URL;
-    server+nccl:URL,URL or server+ipc:URL,URL where weights go from GPU to GPU)."""
+    """What samples the tokens: transformers, vllm (vllm:tp=2,memory=0.4: GPUs per copy of the
+    weights, and vLLM's share of their memory), a vLLM server per node that the run starts
+    (serve:tp=2,dp=1,memory=0.4), or servers that run already (server:URL,URL; server+nccl:URL,URL
+    or server+ipc:URL,URL if weights go from GPU to GPU)."""
     prompts_per_step: int = 256
     """Tasks per training step."""
     group_size: int = 5
@@ -259,7 +261,7 @@ class EvalConfig:
     log_tokens: bool = False
     """Write the text and log-probability of each action token too, for the report's page."""
     engine: str = "transformers"
-    """What samples the tokens: transformers, vllm, or vLLM servers (server:URL,URL)."""
+    """What samples the tokens: transformers, vllm, serve or server:URL,URL, as for training."""
     max_prompt: int = 512
     """Longest first observation, in tokens."""
     max_response: int = 8192
@@ -605,16 +607,16 @@ def changes(
             key in NEUTRAL
             or (key in ENVIRONMENT and same_environment is True)
             or (key == "sampling.max_prompt" and not skips and (pair[1] or 0) >= (pair[0] or 0))
-            or (key == "sampling.engine" and _same_server_engine(*pair))
+            or (key == "sampling.engine" and _same_engine(*pair))
         )
         (neutral if is_neutral else results)[key] = pair
     return Changes(results, neutral)
 
 
-def _same_server_engine(before: Any, now: Any) -> bool:
-    """Whether two engines are servers that only stand at other addresses."""
-    kinds = [str(engine).partition(":")[0] for engine in (before, now)]
-    return kinds[0] == kinds[1] and kinds[0].startswith("server")
+def _same_engine(before: Any, now: Any) -> bool:
+    """Whether two engines differ only in GPUs, their memory, or the addresses of servers."""
+    kinds = {str(engine).partition(":")[0] for engine in (before, now)}
+    return len(kinds) == 1
 
 
 def require_same(found: Changes, where: Path, *, override: bool = False) -> None:
