@@ -266,6 +266,8 @@ def _problem(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sam
         return "--optimizer adamw_8bit works in one process only"
     if sampler.kind == "transformers":
         return ""
+    if shape.heads % sampler.tensor_parallel:
+        return f"vLLM cannot spread {shape.heads} heads over tp={sampler.tensor_parallel} GPUs"
     if sampler.kind == "server":
         room, what = machines.gpu.memory, "a GPU"
     else:

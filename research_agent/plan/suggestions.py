@@ -91,7 +91,9 @@ def _combinations(config: TrainConfig, shape: Shape, machines: Machines) -> Iter
     least = min(shape.positions, longest)
     shares = ("", "memory=0.3", "memory=0.2", "memory=0.15")
     engines = [":".join(filter(None, ("vllm", share))) for share in shares]
-    for tp in (each for each in (1, 2, 4, 8) if machines.per_node % each == 0):
+    for tp in (1, 2, 4, 8):
+        if machines.per_node % tp or shape.heads % tp:
+            continue
         spread = f"tp={tp},dp={machines.per_node // tp}"
         engines += ["serve:" + ",".join(filter(None, (spread, share))) for share in shares]
     choices: dict[str, tuple[Any, ...]] = {

@@ -272,7 +272,7 @@ def test_bytes_are_those_of_the_models_shards(
     from research_agent.distributed import local_tensor
     from research_agent.optimizer import Optimizer
 
-    config = changed("research-7b" if name == "3b" else name, engine="serve:tp=8,dp=1", **settings)
+    config = changed("research-7b" if name == "3b" else name, engine="serve:tp=4,dp=2", **settings)
     if name == "3b":
         config = replace(config, policy=replace(config.policy, model="Qwen/Qwen2.5-3B"))
     found = plan(config, machines).memory.gpu
@@ -299,6 +299,12 @@ def test_bytes_are_those_of_the_models_shards(
             found["reference policy"] == pytest.approx(weights / 2, rel=0.02)
             or not (config.algorithm.algorithm_args["kl_coef"])
         )
+
+
+def test_heads_that_vllm_cannot_divide_are_told() -> None:
+    found = plan(changed("research-7b", engine="serve:tp=8,dp=1"), "8xH200")
+    assert not found.fits and "28 heads over tp=8" in found.memory.problem
+    assert all("tp=8" not in flags for flags in found.suggestions)
 
 
 def saved_bytes(
