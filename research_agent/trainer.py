@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -206,9 +207,6 @@ class Trainer:
         self.provenance = self._provenance()
         if saved:
             self._require_same_run(saved)
-        if rank == 0:
-            config_file = run.output / "config.json"
-            write_atomic(config_file, json.dumps(as_json(config), indent=1) + "\n")
         self.eval_environments: Environments | None = None
         if run.eval_every and rank == 0:
             eval_args = {**config.environment.env_args, **run.eval_args}
@@ -220,6 +218,9 @@ class Trainer:
         if saved:
             self.origin = _saved_origin(saved, config.policy.model)
         adapter = self._load_policy(saved)
+        if rank == 0:
+            config_file = run.output / "config.json"
+            write_atomic(config_file, json.dumps(as_json(self.config), indent=1) + "\n")
         load = partial(load_model, device=config.policy.device)
         reference = None
         if rule.needs_reference and (adapter is not None or not config.learner.lora_rank):
@@ -262,9 +263,7 @@ class Trainer:
     def _load_policy(self, saved: Checkpoint | None) -> str | None:
         """Open tokenizer and model; returns the adapter that the learner is to put beside it."""
         config = self.config
-        self.renderer = load_renderer(
-            resolve_model(self.origin), chat_template=config.policy.chat_template
-        )
+        self._load_renderer(saved)
         adapter = None if config.policy.merge_adapter else model_source(self.origin).adapter
         load = partial(load_model, device=config.policy.device)
         if saved and adapter is None and not config.learner.lora_rank:
@@ -273,6 +272,20 @@ class Trainer:
             self.model = load(self.origin, merge_adapter=adapter is None)
         require_ends(self.model, self.renderer)
         return adapter
+
+    def _load_renderer(self, saved: Checkpoint | None) -> None:
+        """Open the tokenizer. Its chat template writes the day on which the run started."""
+        policy = self.config.policy
+        before = saved.config["policy"].get("chat_template_date") if saved else None
+        today = broadcast_object(date.today().isoformat())
+        self.renderer = load_renderer(
+            resolve_model(self.origin),
+            chat_template=policy.chat_template,
+            chat_template_args=policy.chat_template_args,
+            chat_template_date=policy.chat_template_date or before or today,
+        )
+        written = self.renderer.chat_template_date or None
+        self.config = replace(self.config, policy=replace(policy, chat_template_date=written))
 
     def _open_environments(self, count: int, stack: ExitStack) -> Environments:
         """Open the environments of the present stage; ``stack`` closes them."""

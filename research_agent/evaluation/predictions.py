@@ -23,9 +23,13 @@ from research_agent.trajectory import Segment, Trajectory
 
 PREDICTIONS = "predictions.jsonl"
 
+_LONGEST_HEADER = 1 << 20  # bytes
+
 Header = dict[str, Any]
 Record = dict[str, Any]
 Key = tuple[str, int]  # (question id, or number of the episode where there is none; sample)
+# Settings that say where the environment's tasks come from, and which they are.
+_ENVIRONMENT = frozenset({"env", "env_args", "split"})
 Pieces = Callable[[Sequence[int]], list[str]]  # the text of each token on its own
 
 
@@ -38,7 +42,8 @@ def as_record(trajectory: Trajectory, pieces: Pieces | None = None) -> Record:
             ``logprobs`` (the sampler's, to 4 digits; None where unknown) token by token.
 
     Returns:
-        What the trajectory's own fields hold. The prompt and actions have no ``info``; that of an
+        What the trajectory's own fields hold. The prompt and actions have no ``info`` (the prompt
+        has its chat ``messages``, unless they are its text as one user message); that of an
         observation is what the environment said with it, without what is empty and what it had
         said already with the prompt (such as the question). The environment's last info is kept
         whole, but for its ``metrics``, which stand on their own.
@@ -91,16 +96,26 @@ def read_predictions(path: str | Path) -> tuple[Header, list[Record]]:
     return header, records
 
 
+def read_header(folder: Path) -> Header:
+    """The header of the predictions in a folder; empty where there is none."""
+    try:
+        with (folder / PREDICTIONS).open("rb") as file:
+            first = file.readline(_LONGEST_HEADER)
+        return dict(_value(first, PREDICTIONS).get("header", {}))
+    except (OSError, PredictionsError):
+        return {}
+
+
 @contextmanager
 def open_predictions(
     folder: Path, header: Header | None, wanted: Collection[tuple[int, int]]
 ) -> Iterator[tuple[list[Record], Callable[[Record], None]]]:
     """Open the predictions of a folder to write to them, and keep other processes out.
 
-    With a header, a file that begins with the same is gone on with: whole records stay; a line that
+    With a header, a file that begins with the same is continued: whole records stay; a line that
     was cut short and void episodes are dropped, to be played again. Where only ``versions`` (of
-    libraries and sources) or the model's name differ, a second header says so, between what was
-    played before and after. Without a header the file is begun afresh.
+    libraries and sources), names or places differ, a second header says so, between what was played
+    before and after. Without a header the file is begun afresh.
 
     Args:
         folder: to write to; made where it is missing.
@@ -164,21 +179,43 @@ def _resume(path: Path, header: Header, wanted: Collection[tuple[int, int]]) -> 
 
 
 def _require_same(before: Header, now: Header, path: Path) -> None:
-    """Refuse predictions of another evaluation, with every setting that differs."""
-    old, new = dict(flatten(before)), dict(flatten(now))
+    """Refuse predictions of another evaluation, with every setting that differs.
+
+    What the environment says of its tasks decides whether they are the same: the same data at
+    another path, or the same index on another host, are. If it says nothing, its settings decide.
+    """
+    old, new = _compared(before), _compared(now)
+    if old.get("environment") and old["environment"] == new.get("environment"):
+        for each in (old, new):
+            each["settings"] = {
+                key: value
+                for key, value in each.get("settings", {}).items()
+                if key not in _ENVIRONMENT
+            }
+    flat_old, flat_new = dict(flatten(old)), dict(flatten(new))
     differing = [
-        f"  {key}: {old.get(key, '(unset)')!r} in the file, {new.get(key, '(unset)')!r} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and key != "model.name"
-        and not key.startswith(("versions.", "environment.place:"))
+        f"  {key}: {flat_old.get(key, '(unset)')!r} in the file, "
+        f"{flat_new.get(key, '(unset)')!r} now"
+        for key in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(key) != flat_new.get(key)
     ]
     if differing:
         raise PredictionsError(
             f"{path} holds another evaluation:\n"
             + "\n".join(differing)
-            + "\nGive another --output, or the same settings and model to go on with that one."
+            + "\nGive another --output, or the same settings and model to continue that one."
         )
+
+
+def _compared(header: Header) -> Header:
+    """The parts of a header that decide whether two evaluations are the same."""
+    model, environment = dict(header.get("model", {})), dict(header.get("environment", {}))
+    model.pop("name", None)
+    places = [key for key in environment if key.startswith("place:")]
+    for key in places:
+        del environment[key]
+    rest = {key: value for key, value in header.items() if key != "versions"}
+    return {**rest, "model": model, "environment": environment}
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, Record | None]]:
@@ -236,6 +273,9 @@ def _segment(segment: Segment, first: Mapping[str, Any], pieces: Pieces | None) 
         "text": segment.text,
         "tokens": len(segment.tokens),
     }
+    messages = segment.info.get("messages") if segment.provenance == "prompt" else None
+    if messages and _plain(messages) != [{"role": "user", "content": segment.text}]:
+        record["messages"] = _plain(messages)  # a chat template renders these, not the text
     if segment.provenance == "observation":
         info = {k: _plain(v) for k, v in segment.info.items()}
         record["info"] = {k: v for k, v in info.items() if not _is_empty(v) and first.get(k) != v}
