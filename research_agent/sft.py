@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from research_agent.config import require_chat_template
 from research_agent.errors import ConfigError, ContextError, NonFiniteError
+from research_agent.formats import LONGEST_LINE
 from research_agent.presets import offered
 from research_agent.settings import Settings
 
@@ -306,7 +307,7 @@ def _demonstrations(config: SFTConfig) -> Iterator[Demonstration]:
     while True:  # a short file is read again
         number = 0
         with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE), b""), 1):
                 yield _demonstration(line, f"{path}:{number}")
         if not number:
             raise ConfigError(f"{path} is empty; give at least one demonstration")

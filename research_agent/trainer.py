@@ -44,6 +44,7 @@ from research_agent.errors import (
 from research_agent.evaluation.evaluate import evaluate
 from research_agent.evaluation.predictions import as_record
 from research_agent.files import folder_lock, write_atomic
+from research_agent.formats import RunFormat, StateFormat, read_object, require
 from research_agent.learner import Learner
 from research_agent.models.policy import context_length, load_model, require_ends
 from research_agent.models.source import model_source, resolve_model
@@ -250,15 +251,20 @@ class Trainer:
         self.collapse = None if run.collapse is None else CollapseMonitor(run.collapse)
         self.in_flight = InFlight()
         if saved:
-            self.learner.load_state_dict(saved.state["learner"])
-            torch.set_rng_state(saved.state["random"])
-            if self.collapse:
-                self.collapse.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
-            self.in_flight = rollout_state.from_state(
-                saved.state["in_flight"], self.environments, sampling, run.seed
-            )
+            with checkpoint.restoring(saved):
+                self._restore(saved)
         if saved or adapter is not None:
             self.engine.load_weights(self.learner.weights(), version=self.step)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        """Take up the states of learner, random numbers, collapse monitor and episodes."""
+        self.learner.load_state_dict(saved.state["learner"])
+        torch.set_rng_state(saved.state["random"])
+        if self.collapse:
+            self.collapse.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
+        self.in_flight = rollout_state.from_state(
+            saved.state["in_flight"], self.environments, self.config.sampling, self.config.run.seed
+        )
 
     def _load_policy(self, saved: Checkpoint | None) -> str | None:
         """Open tokenizer and model; returns the adapter that the learner is to put beside it."""
@@ -511,13 +517,17 @@ class Trainer:
             raise CheckpointError(message)
         if newest:
             saved = checkpoint.load(newest)
+            with checkpoint.restoring(saved):
+                require(saved.config, RunFormat)
+                require(saved.state, StateFormat)
             self.step, self.seconds = saved.step, float(saved.state["seconds"])
             found = changes(saved.config, self.config, same_environment=True)  # so far
             require_same(found, output, override=run.override)
             return saved
         started = output / "config.json"
         if started.exists() and read_lines(output / METRICS):
-            found = changes(json.loads(started.read_text(encoding="utf-8")), self.config)
+            mend = f"remove it, or give another --output than {output}"
+            found = changes(read_object(started, CheckpointError, mend), self.config)
             require_same(found, output, override=run.override)
         return None
 

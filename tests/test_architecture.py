@@ -126,8 +126,8 @@ LAYERS = {
     ),
     "research_agent": (
         "errors redaction terminal",
-        "settings files trajectory trees environments distributed phrase_tokenizer",
-        "curriculum run_logger checkpoint step_metrics",
+        "settings files formats trajectory trees environments distributed phrase_tokenizer",
+        "chat_template curriculum run_logger checkpoint step_metrics",
         "config",
         "presets plan batch algorithms",
         "models engines renderer rollout rollout_state trace",

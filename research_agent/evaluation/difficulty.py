@@ -104,7 +104,7 @@ def demonstrations(
     kept: Counter[int] = Counter()
     chosen = []
     for record in records:
-        correct = _is_correct(record, name) and not record["truncated"]
+        correct = _is_correct(record, name) and not record.get("truncated")
         if correct and kept[record["episode"]] < each:
             kept[record["episode"]] += 1
             chosen.append([(s["provenance"], _said(s, chat)) for s in record["segments"]])

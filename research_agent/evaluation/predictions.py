@@ -19,6 +19,7 @@ import numpy as np
 from research_agent.config import flatten
 from research_agent.errors import PredictionsError
 from research_agent.files import folder_lock
+from research_agent.formats import LONGEST_LINE, EpisodeFormat, HeaderLineFormat, parse
 from research_agent.trajectory import Segment, Trajectory
 
 PREDICTIONS = "predictions.jsonl"
@@ -209,13 +210,12 @@ def _require_same(before: Header, now: Header, path: Path) -> None:
 
 def _compared(header: Header) -> Header:
     """The parts of a header that decide whether two evaluations are the same."""
-    model, environment = dict(header.get("model", {})), dict(header.get("environment", {}))
-    model.pop("name", None)
-    places = [key for key in environment if key.startswith("place:")]
-    for key in places:
-        del environment[key]
-    rest = {key: value for key, value in header.items() if key != "versions"}
-    return {**rest, "model": model, "environment": environment}
+    said = dict(header.get("environment", {}))
+    kept = {key: value for key, value in header.items() if key != "versions"}
+    kept["environment"] = {k: v for k, v in said.items() if not k.startswith("place:")}
+    if isinstance(model := header.get("model"), dict):
+        kept["model"] = {key: value for key, value in model.items() if key != "name"}
+    return kept
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, Record | None]]:
@@ -226,9 +226,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, Record | None]]:
             records of the same sample.
     """
     seen: dict[Key, int] = {}
+    if path.exists() and not path.is_file():
+        raise PredictionsError(f"{path} is no regular file; give a {PREDICTIONS}, or its folder")
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            lines = iter(lambda: file.readline(LONGEST_LINE), b"")
+            for number, line in enumerate(lines, start=1):
                 try:
                     value = _value(line, f"{path}:{number}")
                 except PredictionsError:
@@ -250,21 +253,11 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, Record | None]]:
 
 
 def _value(line: bytes, where: str) -> Record:
-    try:
-        value = json.loads(line)
-        if not isinstance(value.get("header", {}), dict):
-            raise TypeError("its header is no object")
-        if "header" not in value:
-            key_of(value)
-            if not isinstance(value["metrics"], dict) or not isinstance(value["segments"], list):
-                raise TypeError("its metrics are no object, or its segments no list")
-            float(value["reward"]), bool(value["void"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise PredictionsError(
-            f"{where}: this line is no record of an episode ({type(error).__name__}: {error}); "
-            "remove it, and evaluate that episode again"
-        ) from error
-    return dict(value)
+    """Read a line: a header, or an episode."""
+    schema = HeaderLineFormat if line.lstrip()[:9] == b'{"header"' else EpisodeFormat
+    said = f"{where}: this line is no record of an episode"
+    cure = "remove it, and evaluate that episode again"
+    return dict(parse(line, schema, said, PredictionsError, cure))
 
 
 def _segment(segment: Segment, first: Mapping[str, Any], pieces: Pieces | None) -> Record:
