@@ -111,7 +111,7 @@ def test_importing_the_configuration_loads_no_models(module: str) -> None:
 # Modules and folders from the bottom to the top: each imports from its own layer and those below.
 LAYERS = {
     "research_env": (
-        "errors redaction paths progress locks spaces markup metrics",
+        "errors redaction paths progress locks spaces markup metrics terminal",
         "retrieval",
         "tools",
         "datasets protocol judge",
