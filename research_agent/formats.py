@@ -75,7 +75,7 @@ class StepFormat(TypedDict):
 
 
 class CheckpointFormat(TypedDict):
-    """``state.json`` of a checkpoint; its tensors stand in files beside it."""
+    """``state.json`` of a checkpoint; its tensors stand in ``state/``."""
 
     version: int
     step: Count
