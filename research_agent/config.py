@@ -7,6 +7,7 @@ setting is explained in one place. Nothing here imports torch: ``--help`` is qui
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -145,6 +146,13 @@ class LearnerConfig:
     """Learn adapters of this rank beside the weights (LoRA, needs peft); 0 learns the weights."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_offload"] = "adamw"
     """AdamW as it is, with moments of 8 bits (needs bitsandbytes), or in the CPU's memory."""
+    bucket_bytes: int = 2**30
+    """With torchrun: the most bytes of weights that a rank holds whole at once, besides its shard,
+    while weights are saved or given to the sampler. A larger tensor is a bucket of its own."""
+    shard_ranks: int | None = None
+    """With torchrun: ranks that one copy of the weights is spread over; it must divide the number
+    of ranks. None takes those of a node, so that weights are gathered inside it. Give more where a
+    node has too little memory."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +199,8 @@ class RunConfig:
     disk, in the folder of the run."""
     log_episodes: int = 4
     """Episodes of each step written out in words, to trajectories.jsonl."""
+    collective_timeout: float = 15.0
+    """With torchrun: minutes that a rank waits for the others before it stops with an error."""
     override: bool = False
     """Continue a run with settings that change its results; changes.jsonl in its folder records
     them."""
@@ -369,6 +379,7 @@ FREE = frozenset(
         "run.trace",
         "run.wandb",
         "run.log_episodes",
+        "run.collective_timeout",
         "run.plan",
         "run.override",
         "run.quiet",
@@ -386,6 +397,8 @@ NEUTRAL = frozenset(
         "learner.packing",
         "learner.gradient_checkpointing",
         "learner.compile",
+        "learner.bucket_bytes",
+        "learner.shard_ranks",
         "sampling.overlong_prompts",  # what has been learned from had no such prompt
     }
 )
@@ -437,6 +450,8 @@ def validate(config: TrainConfig) -> None:
         "--max-in-flight": sampling.max_in_flight,
         "--minibatches": learner.minibatches,
         "--micro-batch-tokens": learner.micro_batch_tokens,
+        "--bucket-bytes": learner.bucket_bytes,
+        "--shard-ranks": learner.shard_ranks,
         "--save-every": run.save_every,
         "--keep": run.keep,
         "--eval-limit": run.eval_limit,
@@ -467,6 +482,9 @@ def validate(config: TrainConfig) -> None:
         raise ConfigError(f"--max-grad-norm is {learner.max_grad_norm}; it must be above 0")
     if run.time_limit is not None and not run.time_limit > 0:
         raise ConfigError(f"--time-limit is {run.time_limit}; it must be above 0 seconds")
+    if not run.collective_timeout > 0:
+        message = f"--collective-timeout is {run.collective_timeout}; it must be above 0 minutes"
+        raise ConfigError(message)
     if run.collapse is not None and not 0 < run.collapse < 1:
         raise ConfigError(f"--collapse is {run.collapse}; it is a share, between 0 and 1")
     if not 0 <= config.algorithm.max_void_fraction <= 1:
@@ -486,6 +504,19 @@ def validate(config: TrainConfig) -> None:
         )
 
 
+def require_one_process(command: str) -> None:
+    """Refuse to run a command under torchrun, where every rank would do all of its work.
+
+    Raises:
+        ConfigError: this is one of several ranks.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise ConfigError(
+            f"{command} runs in one process; torchrun started {ranks}. Start it without torchrun"
+        )
+
+
 def _require_at_least_one(values: Mapping[str, float | None]) -> None:
     for flag, value in values.items():
         if value is not None and value < 1:
@@ -498,6 +529,7 @@ def validate_eval(config: EvalConfig) -> None:
     Raises:
         ConfigError: naming the flag, its value, and what it must be.
     """
+    require_one_process("eval")
     at_least_one = {
         "--limit": config.limit,
         "--samples-per-task": config.samples_per_task,

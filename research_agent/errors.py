@@ -27,6 +27,10 @@ class CheckpointError(ResearchAgentError):
     """A checkpoint that is missing, broken, or of another configuration."""
 
 
+class RankError(ResearchAgentError, RuntimeError):
+    """Another process of a run under torchrun stopped or hangs."""
+
+
 class FolderInUseError(ResearchAgentError):
     """Another process writes to the same folder."""
 

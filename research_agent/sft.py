@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from research_agent.config import require_one_process
 from research_agent.errors import ConfigError, ContextError, NonFiniteError
 from research_agent.presets import offered
 from research_agent.settings import Settings
@@ -185,6 +186,7 @@ def run(config: SFTConfig) -> Path:
 
 
 def _validate(config: SFTConfig) -> None:
+    require_one_process("sft")
     for name in ("batch", "hidden_size", "layers", "heads", "context"):
         if getattr(config, name) < 1:
             flag = name.replace("_", "-")

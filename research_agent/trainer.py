@@ -9,9 +9,7 @@ Then the checkpoint also holds the episodes in flight, and their timing decides 
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,11 +17,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from research_agent import checkpoint, step_metrics
 from research_agent.active_rollout import Episode
@@ -40,11 +36,14 @@ from research_agent.config import (
 )
 from research_agent.curriculum import CollapseMonitor, CurriculumState, parse_stages
 from research_agent.distributed import (
+    alike,
     broadcast_object,
     gather,
     init_distributed,
+    raise_together,
     rank_and_size,
     run_together,
+    together,
 )
 from research_agent.engines import has_servers, make_engine
 from research_agent.engines.base import SamplesElsewhere
@@ -52,19 +51,28 @@ from research_agent.errors import (
     CheckpointError,
     CollapseError,
     ConfigError,
-    NonFiniteError,
     TooManyVoidError,
 )
 from research_agent.evaluation.evaluate import record_evaluation
 from research_agent.evaluation.predictions import as_record
+from research_agent.failures import saved_for_inspection
 from research_agent.files import folder_lock, write_atomic
 from research_agent.learner import Learner
-from research_agent.models.policy import context_length, load_model, require_ends
-from research_agent.models.source import model_source, resolve_model
+from research_agent.models.deferred import load_deferred
+from research_agent.models.policy import (
+    context_length,
+    find_device,
+    load_model,
+    require_ends,
+    save_settings,
+)
+from research_agent.models.source import model_source, resolve_model, starting_model
 from research_agent.player import Player
 from research_agent.player_process import PlayerProcess, connect_engine, load_engine
 from research_agent.renderer import load_renderer
 from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_lines, wandb_run
+from research_agent.sharded import write_weights
+from research_agent.signals import stop_signals
 from research_agent.terminal import show
 from research_agent.trace import Trace, span
 from research_agent.trajectory import Group, Trajectory
@@ -123,13 +131,12 @@ class Trainer:
         """
         run = self.config.run
         with ExitStack() as stack:
-            signals = stack.enter_context(_stop_signals())
-            stack.enter_context(init_distributed())
-            stack.enter_context(folder_lock(run.output) if rank_and_size()[0] == 0 else ExitStack())
+            signals = stack.enter_context(stop_signals())
+            stack.enter_context(init_distributed(run.collective_timeout))
+            _lock(run.output, stack)
             saved = self._newest_checkpoint()
             if finished := broadcast_object(self._finished()):
                 return self._summary(f"{run.output} is finished: {finished}")
-            _require_one_process(self.config)
             self._open(saved, stack)
             logger = stack.enter_context(self._logger(saved))
             if run.eval_every and not saved:
@@ -148,13 +155,14 @@ class Trainer:
                 with (
                     saved_for_inspection(run.output, self.step, trajectories),
                     span(self.trace, "update"),
+                    alike(),
                 ):
                     learned = self.learner.update(groups)
                 updated = time.perf_counter()
 
                 # Sync. The next step is sampled with the new weights.
                 self.step += 1
-                self.player.load_weights(self.learner.weights(), version=self.step)
+                self._sync()
                 end = time.perf_counter()
                 self.seconds += end - start
                 finished = broadcast_object(self._finished())
@@ -220,46 +228,51 @@ class Trainer:
         unit = TreePlan.of(sampling).size
         share = -(-sampling.prompts_per_step * sampling.group_size // (size * unit)) * unit
         slots = min(share * (1 + sampling.max_staleness), sampling.max_in_flight or share)
-        kind = PlayerProcess if sampling.max_staleness else Player
-        self.player: Player | PlayerProcess = kind(config, slots, self._stage_args(), self.trace)
-        stack.callback(self.player.close)
-        self.provenance = self.player.provenance()
-        if saved:
-            self._require_same_run(saved)
-        if rank == 0:
-            config_file = run.output / "config.json"
-            write_atomic(config_file, json.dumps(as_json(config), indent=1) + "\n")
+        with together():
+            kind = PlayerProcess if sampling.max_staleness else Player
+            self.player: Player | PlayerProcess = kind(
+                config, slots, self._stage_args(), self.trace
+            )
+            stack.callback(self.player.close)
+            self.provenance = self.player.provenance()
+            if saved:
+                self._require_same_run(saved)
+            if rank == 0:
+                config_file = run.output / "config.json"
+                write_atomic(config_file, json.dumps(as_json(config), indent=1) + "\n")
 
-        # Policy: the model that learns, its reference, and the engine that samples.
-        self.origin = _starting_model(config.policy.model)
-        if saved:
-            self.origin = _saved_origin(saved, config.policy.model)
-        adapter = self._load_policy(saved)
-        load = partial(load_model, device=config.policy.device)
-        reference = None
-        if rule.needs_reference and (adapter is not None or not config.learner.lora_rank):
-            # With several ranks each shard goes to its device when the model is sharded.
-            reference = load_model(self.origin, device="cpu") if size > 1 else load(self.origin)
+            # Policy: the model that learns, its reference, and the engine that samples.
+            self.origin = starting_model(config.policy.model)
+            if saved:
+                self.origin = checkpoint.saved_origin(saved, config.policy.model)
+            adapter = self._load_policy(saved)
+            reference = None
+            if rule.needs_reference and (adapter is not None or not config.learner.lora_rank):
+                reference = self._load(self.origin, is_reference=True)
         self._start_player(slots, merge_adapter=adapter is None)
-        self.learner = Learner(
-            self.model,
-            rule,
-            config.learner,
-            reference=reference,
-            adapter=adapter,
-            temperature=sampling.temperature,
-        )
+        with alike():
+            self.learner = Learner(
+                self.model,
+                rule,
+                config.learner,
+                reference=reference,
+                adapter=adapter,
+                temperature=sampling.temperature,
+                device=torch.device(find_device(config.policy.device)),
+            )
+        del reference
         if not saved:
-            self._rehearse_save()
+            checkpoint.rehearse(run.output / "checkpoints", self._write_model)
 
         self.collapse = None if run.collapse is None else CollapseMonitor(run.collapse)
         if saved:
-            self.learner.load_state_dict(saved.state["learner"])
+            with alike():
+                self.learner.load_state_dict(saved.state["learner"], saved.read)
             torch.set_rng_state(saved.state["random"])
             if self.collapse:
                 self.collapse.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
-        if saved or adapter is not None or sampling.max_staleness:
-            self.player.load_weights(self.learner.weights(), version=self.step)
+        if saved or adapter is not None or sampling.max_staleness or size > 1:
+            self._sync()
         if saved and sampling.max_staleness >= saved.config["sampling"]["max_staleness"] > 0:
             steps = range(self.step, self.step + sampling.max_staleness + 1)
             self.player.restore(saved.state["in_flight"], self._own_episodes(steps))
@@ -271,13 +284,28 @@ class Trainer:
             resolve_model(self.origin), chat_template=config.policy.chat_template
         )
         adapter = None if config.policy.merge_adapter else model_source(self.origin).adapter
-        load = partial(load_model, device=config.policy.device)
         if saved and adapter is None and not config.learner.lora_rank:
-            self.model = load(saved.folder)
+            self.model = self._load(saved.folder)
         else:
-            self.model = load(self.origin, merge_adapter=adapter is None)
+            self.model = self._load(self.origin, merge_adapter=adapter is None)
         require_ends(self.model, self.renderer)
         return adapter
+
+    def _load(
+        self, name: str | Path, *, merge_adapter: bool = True, is_reference: bool = False
+    ) -> Any:
+        """Open a model: whole in one process, and without its weights on several ranks."""
+        config = self.config
+        if rank_and_size()[1] == 1:
+            return load_model(name, device=config.policy.device, merge_adapter=merge_adapter)
+        dtype = config.learner.precision if is_reference else "float32"
+        return load_deferred(name, dtype=dtype, merge_adapter=merge_adapter)
+
+    def _sync(self) -> None:
+        """Give the sampler the learner's weights, in the number format that it samples with."""
+        half = self.config.learner.precision == "bfloat16"
+        weights = self.learner.weights(torch.bfloat16 if half else None)
+        self.player.load_weights(weights, version=self.step)
 
     def _stage_args(self) -> Mapping[str, Any]:
         """Arguments of the environment that the present stage adds."""
@@ -286,7 +314,8 @@ class Trainer:
     def _start_player(self, slots: int, *, merge_adapter: bool) -> None:
         """Make the player's engine: in its process, or here, where it may also give weights."""
         sampling, config, player = self.config.sampling, self.config, self.player
-        if isinstance(player, PlayerProcess) and not has_servers(sampling.engine):
+        here = isinstance(player, Player) and rank_and_size()[1] == 1
+        if not has_servers(sampling.engine) and not here:  # the model here is sharded, or far away
             load = partial(load_engine, make_engine, config, self.origin)
             player.start(partial(load, slots=slots, merge_adapter=merge_adapter))
             return
@@ -402,11 +431,13 @@ class Trainer:
             return
         self.player.clear()  # many of these episodes are void too
         self._save()
-        raise TooManyVoidError(
-            f"{fraction:.0%} of the episodes of step {self.step + 1} were void, more than "
-            f"--max-void-fraction {limit:.0%}: something that the environment needs is down. "
-            f"Step {self.step} is saved in {self.config.run.output}; "
-            "the same command continues when it is up"
+        raise_together(
+            TooManyVoidError(
+                f"{fraction:.0%} of the episodes of step {self.step + 1} were void, more than "
+                f"--max-void-fraction {limit:.0%}: something that the environment needs is down. "
+                f"Step {self.step} is saved in {self.config.run.output}; "
+                "the same command continues when it is up"
+            )
         )
 
     def _evaluate_start(self, logger: RunLogger | None) -> None:
@@ -424,7 +455,8 @@ class Trainer:
         run, (rank, size) = self.config.run, rank_and_size()
         counts = [n for n in (self.player.num_eval_tasks(), run.eval_limit) if n is not None]
         if not counts:
-            raise ConfigError("this environment has no last task; say how many with --eval-limit")
+            message = "this environment has no last task; say how many with --eval-limit"
+            raise_together(ConfigError(message))
         work = partial(self.player.evaluate, _episodes(0, min(counts), 1)[rank::size])
         played = _in_order(run_together(work))
         if rank:
@@ -434,47 +466,40 @@ class Trainer:
             return {}  # all void: there is nothing to report
         return step_metrics.prefixed("eval", {"reward": summary.reward, **summary.metrics})
 
-    def _whole_weights(self) -> dict[str, Tensor] | None:
-        """The weights to save, which all ranks gather; None where the model itself has them."""
-        if rank_and_size()[1] == 1 and not self.learner.has_adapters:
-            return None
-        return dict(self.learner.weights())
-
-    def _write_model(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+    def _write_model(self, folder: Path) -> None:
+        """Write the policy and its tokenizer as transformers reads them; all ranks take part."""
+        rank, size = rank_and_size()
+        if size > 1:
+            write_weights(folder, self.learner.weight_buckets())
+            with together():
+                if rank == 0:
+                    save_settings(self.model, folder)
+                    self.renderer.tokenizer.save_pretrained(folder)
+            return
+        weights = dict(self.learner.weights()) if self.learner.has_adapters else None
         self.model.save_pretrained(folder, state_dict=weights)
         self.renderer.tokenizer.save_pretrained(folder)
 
-    def _rehearse_save(self) -> None:
-        """Write the model's files and drop them, so that what fails later fails before a step."""
-        weights = self._whole_weights()
-        if rank_and_size()[0] == 0:
-            root = self.config.run.output / "checkpoints"
-            checkpoint.rehearse(root, partial(self._write_model, weights=weights))
-
     def _save(self) -> None:
         config = self.config
-        weights = self._whole_weights()
-        learner = self.learner.state_dict()
-        in_flight = run_together(self.player.state)
-        if rank_and_size()[0]:
-            return
         checkpoint.save(
             config.run.output / "checkpoints",
             self.step,
-            write_model=partial(self._write_model, weights=weights),
+            write_model=self._write_model,
             state={
-                "learner": learner,
+                "learner": self.learner.state_dict(),
                 "random": torch.get_rng_state(),
                 "seconds": self.seconds,
                 "origin": self.origin,
                 "environment": self.provenance,
                 **({"rewards": self.collapse.history} if self.collapse else {}),
                 **({"stage": asdict(self.curriculum)} if self.stages else {}),
-                "in_flight": in_flight,
+                "in_flight": run_together(self.player.state),
             },
             config=as_json(config),
             keep=config.run.keep,
             best=self._best_step(),
+            bucket_bytes=config.learner.bucket_bytes,
         )
 
     def _best_step(self) -> int | None:
@@ -496,14 +521,13 @@ class Trainer:
             f"average, that of step {best}; the newest checkpoint up to there is {good or 'none'}"
         )
         if run.on_collapse == "stop" or good is None or self.collapse is None:
-            raise CollapseError(what)
-        saved = checkpoint.load(good)
-        with torch.no_grad():
-            if not self.learner.has_adapters:
-                self.model.load_state_dict(load_model(good, device="cpu").state_dict())
-            self.learner.load_state_dict(saved.state["learner"])
+            raise_together(CollapseError(what))
+        saved = checkpoint.load(good, deferred=("learner",))
+        if not self.learner.has_adapters:
+            self.learner.load_weights(good)
+        self.learner.load_state_dict(saved.state["learner"], saved.read)
         self.player.clear()
-        self.player.load_weights(self.learner.weights(), version=self.step)
+        self._sync()
         self.collapse.history.clear()
         return f"{what}; the run continues from it"
 
@@ -513,17 +537,19 @@ class Trainer:
         newest = checkpoint.latest(output / "checkpoints")
         if len(set(gather([newest]))) > 1:
             message = f"the ranks see different checkpoints in {output}; share the folder"
-            raise CheckpointError(message)
+            raise_together(CheckpointError(message))
         if newest:
-            saved = checkpoint.load(newest)
+            saved = checkpoint.load(newest, deferred=("learner",))
             self.step, self.seconds = saved.step, float(saved.state["seconds"])
-            found = changes(saved.config, self.config, same_environment=True)  # so far
-            require_same(found, output, override=run.override)
+            with alike():
+                found = changes(saved.config, self.config, same_environment=True)  # so far
+                require_same(found, output, override=run.override)
             return saved
         started = output / "config.json"
-        if started.exists() and read_lines(output / METRICS):
-            found = changes(json.loads(started.read_text(encoding="utf-8")), self.config)
-            require_same(found, output, override=run.override)
+        with together():
+            if started.exists() and read_lines(output / METRICS):
+                found = changes(json.loads(started.read_text(encoding="utf-8")), self.config)
+                require_same(found, output, override=run.override)
         return None
 
     def _finished(self) -> str:
@@ -559,36 +585,11 @@ class Trainer:
         return TrainSummary(message, numbers, number)
 
 
-def _require_one_process(config: TrainConfig) -> None:
-    """Refuse under torchrun what works in one process only."""
-    run = config.run
-    if rank_and_size()[1] == 1:
-        return
-    if run.collapse is not None and run.on_collapse == "rollback":
-        raise ConfigError("--on-collapse rollback works in one process only; stop, and start again")
-
-
-def _starting_model(model: str) -> str:
-    """The model to start from; of another run's folder its newest checkpoint."""
-    newest = checkpoint.latest(Path(model).expanduser() / "checkpoints")
-    return str(newest) if newest else model
-
-
-def _saved_origin(saved: Checkpoint, model: str) -> str:
-    """The model that a saved run began with, if the configuration leads there too.
-
-    Raises:
-        CheckpointError: the checkpoint names another model. It may come from somebody else, and
-            must not make a run load what nobody asked for.
-    """
-    origin = str(saved.state["origin"])
-    own_checkpoints = Path(model).expanduser() / "checkpoints"
-    if origin != model and Path(origin).parent != own_checkpoints:
-        raise CheckpointError(
-            f"{saved.folder} began with the model {origin!r}, which --model {model} does not name; "
-            f"give --model {origin} if you trust it"
-        )
-    return origin
+def _lock(output: Path, stack: ExitStack) -> None:
+    """Keep other runs out of a folder until ``stack`` ends."""
+    with together():
+        if rank_and_size()[0] == 0:
+            stack.enter_context(folder_lock(output))
 
 
 def _episodes(first: int, tasks: int, samples: int) -> list[Episode]:
@@ -611,71 +612,3 @@ def _groups(trajectories: Sequence[Trajectory]) -> list[Group]:
     """The samples of each task without void ones; a task with none left has no group."""
     usable = (trajectory for trajectory in trajectories if not trajectory.void)
     return [Group(episode, list(ts)) for episode, ts in groupby(usable, lambda t: t.episode)]
-
-
-@contextmanager
-def saved_for_inspection(
-    output: Path, step: int, trajectories: Sequence[Trajectory]
-) -> Iterator[None]:
-    """If a number is not finite, write the trajectories that led to it to a file.
-
-    Args:
-        output: folder of the run. A new file in its ``failures`` gets the cause and the
-            trajectories with tokens and log-probabilities. Nothing there is overwritten.
-        step: training steps done.
-        trajectories: those of the step.
-
-    Raises:
-        NonFiniteError: the original error; its message names the file.
-    """
-    try:
-        yield
-    except NonFiniteError as error:
-        if rank_and_size()[0]:
-            raise
-        folder = output / "failures"
-        folder.mkdir(exist_ok=True)
-        names = (folder / f"step-{step + 1:06d}-{n}.json" for n in range(1, 10_000))
-        path = next(name for name in names if not name.exists())
-        record = {
-            "step": step + 1,
-            "cause": str(error),
-            "trajectories": [
-                {**as_record(trajectory), "segments": [asdict(s) for s in trajectory.segments]}
-                for trajectory in trajectories
-            ],
-        }
-        path.write_text(json.dumps(record, default=str), encoding="utf-8")
-        message = (
-            f"step {step + 1}: {error}. The trajectories are in {path}; the last checkpoint is "
-            f"{checkpoint.latest(output / 'checkpoints') or 'none'}"
-        )
-        raise NonFiniteError(message) from error
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGHUP in a list; a second SIGINT exits at once.
-
-    Outside the main thread Python delivers no signals, and the list stays empty.
-    """
-    seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield seen
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if seen and number == signal.SIGINT:  # a scheduler may send SIGTERM more than once
-            raise KeyboardInterrupt
-        seen.append(number)
-        print("\nstopping after this step; once more to leave at once", file=sys.stderr)
-
-    before = {
-        number: signal.signal(number, stop)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -58,6 +58,14 @@ def resolve_model(name: str | Path) -> str:
     return text
 
 
+def starting_model(model: str) -> str:
+    """The model to start from; of another run's folder its newest checkpoint."""
+    from research_agent.checkpoint import latest  # noqa: PLC0415 - loads torch
+
+    newest = latest(Path(model).expanduser() / "checkpoints")
+    return str(newest) if newest else model
+
+
 def model_source(name: str | Path) -> ModelSource:
     """Find the parts of a model.
 

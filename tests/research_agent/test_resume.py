@@ -133,7 +133,7 @@ def test_provenance_says_whether_an_environment_is_the_same(
     assert metrics(tmp_path / "run")[-1]["step"] == 2
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "state/state.safetensors", "state.json"])
 def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_offered(
     letters: Path, run: Path, capsys: Capture, name: str
 ) -> None:

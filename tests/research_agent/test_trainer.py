@@ -80,9 +80,9 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 
 
 def final_bytes(output: Path) -> dict[str, bytes]:
-    """What two equal runs have in common to the bit: weights, optimiser, log."""
+    """What two equal runs have in common to the bit: weights, optimizer, log."""
     newest = sorted((output / "checkpoints").glob("step-*"))[-1]
-    files = {name: newest / name for name in ("model.safetensors", "state.safetensors")}
+    files = {name: newest / name for name in ("model.safetensors", "state/state.safetensors")}
     files |= {name: output / name for name in ("metrics.jsonl", "trajectories.jsonl")}
     return {"newest": newest.name.encode(), **{n: path.read_bytes() for n, path in files.items()}}
 
@@ -135,7 +135,7 @@ def test_evaluations_change_nothing_of_what_is_learned(letters: Path, tmp_path: 
     main(flags(letters, tmp_path / "without", "--steps", "3"))
     main(flags(letters, tmp_path / "with", "--steps", "3", "--eval-every", "1"))
     one, other = final_bytes(tmp_path / "with"), final_bytes(tmp_path / "without")
-    for name in ("model.safetensors", "state.safetensors", "trajectories.jsonl"):
+    for name in ("model.safetensors", "state/state.safetensors", "trajectories.jsonl"):
         assert one[name] == other[name]
 
 
@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_named(
 ) -> None:
     words = flags(letters, tmp_path / "run", "--steps", "1")
     main(words)
-    state = tmp_path / "run" / "checkpoints" / "step-000001" / "state.safetensors"
+    state = tmp_path / "run" / "checkpoints" / "step-000001" / "state/state.safetensors"
     state.write_bytes(state.read_bytes()[:-7])
     message = refusal(capsys, words)
     assert "step-000001 is no whole checkpoint" in message
@@ -440,10 +440,14 @@ def test_two_processes_train_what_one_trains(letters: Path, tmp_path: Path) -> N
     more = ["--env-args", "turns=2", "--eval-every", "2", "--save-every", "3"]
     more += ["--algorithm-args", "kl_coef=0.01"]  # with a reference policy
     main(flags(letters, tmp_path / "one", "--steps", "5", *more))
-    for steps, start in (("2", torchrun), ("5", in_two_processes)):  # stopped and continued
+    # Stopped and continued, also by one process.
+    for steps, start in (("2", torchrun), ("4", None), ("5", in_two_processes)):
         words = flags(letters, tmp_path / "two", "--steps", steps, *more)
-        said = start("research_agent.cli", *words)
-        assert said.count(f"is finished: {steps} steps are done") == 1
+        if start is None:
+            main(words)
+        else:
+            said = start("research_agent.cli", *words)
+            assert said.count(f"is finished: {steps} steps are done") == 1
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert [sorted(record) for record in two] == [sorted(record) for record in one]
     for theirs, ours in zip(two, one, strict=True):
@@ -452,4 +456,4 @@ def test_two_processes_train_what_one_trains(letters: Path, tmp_path: Path) -> N
     ours, theirs = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in folders)
     # A key's bias moves no attention, so its gradient is noise about 0, which Adam makes large.
     compared = [name for name in ours if not name.endswith("k_proj.bias")]
-    assert all(torch.allclose(theirs[name], ours[name], rtol=0, atol=1e-6) for name in compared)
+    assert all(torch.allclose(theirs[name], ours[name], rtol=0, atol=5e-6) for name in compared)

@@ -259,7 +259,9 @@ def connect_servers(
     """Make an engine over servers and give them the model's weights. All ranks do at the same time.
 
     Args:
-        model: the policy, of the transformers library; it is left alone.
+        model: the policy, of the transformers library. The servers get its weights, unless these
+            are on the meta device: then the first ones come by ``load_weights``. The model itself
+            is left alone.
         renderer: its tokenizer.
         urls: such as ``http://localhost:8000``, one a server; this rank samples on them.
         max_context: tokens that a trajectory may have; the model's own limit by default.
@@ -291,7 +293,8 @@ def connect_servers(
     )
     engine = ServerEngine(renderer, bases, context, sync, process, patience=patience, **limits)
     try:
-        engine.load_weights(ModelWeights(model), 0)
+        if not any(weight.is_meta for weight in model.parameters()):
+            engine.load_weights(ModelWeights(model), 0)
     except BaseException:
         engine.close()
         raise
