@@ -130,7 +130,11 @@ class FakeVllm:
     def folders(self) -> list[Path]:
         """The folders that it was told to read weights from."""
         rpc = [body for path, body in self.calls if path == "/collective_rpc"]
-        return [Path(each["kwargs"]["weights_path"]) for each in rpc if "kwargs" in each]
+        return [
+            Path(each["kwargs"]["weights_path"])
+            for each in rpc
+            if each["method"] == "reload_weights"
+        ]
 
     def paths(self) -> list[str]:
         return [path for path, _ in self.calls]
@@ -201,6 +205,8 @@ class FakeVllm:
         if body["method"] == "get_model_inspection":
             layers, tokens, width = self.sizes
             return {"results": [INSPECTION.format(last=layers - 1, tokens=tokens, width=width)]}
+        if body["method"] == "update_config":
+            return {"results": [None]}
         if not self.reloads:
             return b"500"
         folder = Path(body["kwargs"]["weights_path"])
