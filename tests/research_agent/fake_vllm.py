@@ -74,6 +74,7 @@ class FakeVllm:
         self.paused = False
         self.workers: list[str] | None = None  # of a router
         self.balances = False  # other servers answer each time
+        self.dummy = False  # it started without weights, and cannot read any
         self.reloads = True  # whether it can read weights from a folder
         self.missing: dict[str, int] = {}  # path -> status
         self.gate = threading.Event()
@@ -206,8 +207,9 @@ class FakeVllm:
             layers, tokens, width = self.sizes
             return {"results": [INSPECTION.format(last=layers - 1, tokens=tokens, width=width)]}
         if body["method"] == "update_config":
+            self.dummy = body["kwargs"]["overrides"]["load_config"]["load_format"] == "dummy"
             return {"results": [None]}
-        if not self.reloads:
+        if self.dummy or not self.reloads:
             return b"500"
         folder = Path(body["kwargs"]["weights_path"])
         self.weights = {}
@@ -342,6 +344,7 @@ def main(words: list[str]) -> None:
         port=int(settings["port"]),
         context=int(settings["max-model-len"]),
         dtype=settings["dtype"],
+        dummy=settings.get("load-format") == "dummy",
     )
     record = {"pid": os.getpid(), "settings": settings, "environment": dict(os.environ)}
     if file := os.environ.get("FAKE_VLLM_RECORD"):
