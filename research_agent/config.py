@@ -131,9 +131,11 @@ class LearnerConfig:
     importance_sampling_cap: float | None = None
     """With --old-logprobs recomputed: weigh tokens by their recomputed over their reported
     probability, at most this much (truncated importance sampling); none does not."""
-    packing: Literal["auto", "on", "off"] = "auto"
-    """Put several trajectories into one row without padding (on), or give each its own row (off);
-    auto packs on a GPU. Changes memory and speed, not the gradient."""
+    packing: Literal["auto", "on", "off", "tree"] = "auto"
+    """Put several trajectories into one row without padding (on), or give each its own row (off).
+    tree also lets the samples of a task share one copy of what they begin with: the prompt, and the
+    turns before a branch. auto is tree with --tree-branches, and else packs on a GPU. Changes
+    memory and speed, not the gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the model's matrix products, and of the copy that vLLM samples with. Weights, optimiser
     and softmax are float32 with both."""

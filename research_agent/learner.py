@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from research_agent.algorithms.base import Algorithm, Tokens, UsesCritic
 from research_agent.algorithms.functional import truncated_importance
-from research_agent.batch import Batch, make_batch, micro_batches
+from research_agent.batch import Batch, Packing, make_batch, micro_batches
 from research_agent.config import LearnerConfig
 from research_agent.distributed import (
     all_reduce_sum,
@@ -74,6 +74,7 @@ class Learner:
         reference: the reference policy; run only if the algorithm needs it.
         adapter: folder or hub name of a LoRA adapter over the model, which is trained on.
         temperature: the sampler's.
+        trees: samples branch off each other. Then packing "auto" is "tree".
 
     Raises:
         ConfigError: a setting that cannot be used, or a reference that is needed and not given.
@@ -88,6 +89,7 @@ class Learner:
         reference: nn.Module | None = None,
         adapter: str | None = None,
         temperature: float = 1.0,
+        trees: bool = False,
     ) -> None:
         config = config or LearnerConfig()
         if algorithm.needs_reference and reference is None and (adapter or not config.lora_rank):
@@ -99,7 +101,8 @@ class Learner:
         self.config = config
         self.steps = 0  # optimizer steps so far
         on_gpu = next(model.parameters()).is_cuda
-        self._packed = config.packing == "on" or (config.packing == "auto" and on_gpu)
+        automatic: Packing = "tree" if trees else "on" if on_gpu else "off"
+        self._packing: Packing = automatic if config.packing == "auto" else config.packing
         if adapter is not None:
             _require_rank(config.lora_rank, load_adapters(self.model, adapter))
         elif config.lora_rank:
@@ -109,10 +112,10 @@ class Learner:
         )
         for each in (self.model, self._reference):
             if each is not None:
-                self._packed = _prepare(
+                self._packing = _prepare(
                     each,
-                    packed=self._packed,
-                    required=config.packing == "on",
+                    packing=self._packing,
+                    required=config.packing != "auto",
                     gradient_checkpointing=config.gradient_checkpointing,
                     compile=config.compile,
                 )
@@ -153,7 +156,7 @@ class Learner:
                 betas=config.betas,
                 max_grad_norm=config.max_grad_norm,
                 micro_batch_tokens=config.micro_batch_tokens,
-                packed=self._packed,
+                packing=self._packing,
                 precision=config.precision,
             )
 
@@ -257,7 +260,7 @@ class Learner:
     def _prepare_batch(self, batch: Batch) -> Batch:
         """Add what is fixed for the whole rollout: old and reference log-probabilities, credit."""
         budget = self.config.micro_batch_tokens
-        logprobs = partial(batch_logprobs, batch=batch, max_tokens=budget, packed=self._packed)
+        logprobs = partial(batch_logprobs, batch=batch, max_tokens=budget, packing=self._packing)
         if self.config.old_logprobs == "recomputed":
             batch = replace(batch, old_logprobs=logprobs(self._score))
         if self._reference_score is not None:
@@ -342,7 +345,7 @@ class Learner:
         found: list[Tensor] = []
         losses: list[Tensor] = []
         sums: dict[str, Tensor] = {}
-        passes = micro_batches(batch, self.config.micro_batch_tokens, packed=self._packed)
+        passes = micro_batches(batch, self.config.micro_batch_tokens, packing=self._packing)
         for micro, counts in shard_batches(passes):
             part = micro.part
             logprobs, entropy = self._score(micro)
@@ -396,17 +399,17 @@ def _check(config: LearnerConfig, temperature: float) -> None:
         raise ConfigError(message)
 
 
-def _prepare(model: nn.Module, *, packed: bool, required: bool, **settings: Any) -> bool:
-    """Set a model up; returns whether its trajectories share rows, which auto may give up."""
+def _prepare(model: nn.Module, *, packing: Packing, required: bool, **settings: Any) -> Packing:
+    """Set a model up; returns how its trajectories share rows, which auto may give up."""
     try:
-        prepare(model, packed=packed, **settings)
+        prepare(model, packing=packing, **settings)
     except ModelError as error:
-        if required or not packed:
+        if required or packing == "off":
             raise
         warnings.warn(f"{error} (packing is auto, so it is off)", stacklevel=3)
-        prepare(model, packed=False, **settings)
-        return False
-    return packed
+        prepare(model, packing="off", **settings)
+        return "off"
+    return packing
 
 
 def _require_rank(wanted: int, found: int) -> None:

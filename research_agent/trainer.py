@@ -242,6 +242,7 @@ class Trainer:
             reference=reference,
             adapter=adapter,
             temperature=sampling.temperature,
+            trees=sampling.tree_branches > 0,
         )
         if not saved:
             self._rehearse_save()

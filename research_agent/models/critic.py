@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from research_agent.algorithms.functional import token_mean
-from research_agent.batch import Batch, MicroBatch, micro_batches
+from research_agent.batch import Batch, MicroBatch, Packing, micro_batches
 from research_agent.errors import CheckpointError, NonFiniteError
 from research_agent.models.policy import Precision, action_hidden_states
 
@@ -48,7 +48,7 @@ class Critic:
         betas: of AdamW.
         max_grad_norm: longer gradients are scaled down to this length.
         micro_batch_tokens: the most tokens of a forward pass.
-        packed: as for ``micro_batches``; the model must have been prepared for it.
+        packing: as for ``micro_batches``; the model must have been prepared for it.
         precision: of the matrix products.
     """
 
@@ -63,7 +63,7 @@ class Critic:
         betas: tuple[float, float],
         max_grad_norm: float,
         micro_batch_tokens: int,
-        packed: bool = False,
+        packing: Packing = "off",
         precision: Precision = "float32",
     ) -> None:
         base, vocabulary_head = model.base_model, model.get_output_embeddings()
@@ -83,7 +83,7 @@ class Critic:
         self._value_clip = value_clip
         self._max_grad_norm = max_grad_norm
         self._micro_batch_tokens = micro_batch_tokens
-        self._packed = packed
+        self._packing: Packing = packing
         self._precision: Precision = precision
         self.steps = 0
 
@@ -97,7 +97,7 @@ class Critic:
         Returns:
             The values, [A], in float32 (float64 if the model is).
         """
-        passes = list(micro_batches(batch, self._micro_batch_tokens, packed=self._packed))
+        passes = list(micro_batches(batch, self._micro_batch_tokens, packing=self._packing))
         found = torch.cat([self._of(micro) for micro in passes])
         picked = torch.cat([micro.token_index for micro in passes])
         return torch.empty_like(found).index_copy(0, picked, found)
@@ -120,7 +120,7 @@ class Critic:
         weights = token_mean(batch.lengths, batch.seq_ids)
         sums: dict[str, float] = defaultdict(float)
         try:
-            for micro in micro_batches(batch, self._micro_batch_tokens, packed=self._packed):
+            for micro in micro_batches(batch, self._micro_batch_tokens, packing=self._packing):
                 value = self._of(micro)
                 goal = returns[micro.token_index].to(value.dtype)
                 errors, clipped = value_errors(

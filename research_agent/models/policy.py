@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from research_agent.batch import Batch, MicroBatch, micro_batches
+from research_agent.batch import Batch, MicroBatch, Packing, micro_batches
 from research_agent.distributed import all_reduce_sum, shard_batches
 from research_agent.errors import ModelError, ResearchAgentError
 from research_agent.models.probe import logit_difference, plain_logits, probe_sequences
@@ -26,6 +26,7 @@ from research_agent.models.source import (
     generation_settings,
     model_source,
 )
+from research_agent.prefixes import TreeLayout, lay_out, shared_lengths
 
 if TYPE_CHECKING:
     from research_agent.renderer import Renderer
@@ -149,7 +150,11 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def prepare(
-    model: Any, *, packed: bool = False, gradient_checkpointing: bool = False, compile: bool = False
+    model: Any,
+    *,
+    packing: Packing = "off",
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
 ) -> None:
     """Set up how a model runs in a learner.
 
@@ -158,7 +163,7 @@ def prepare(
 
     Args:
         model: a causal language model of the transformers library; it is changed.
-        packed: several trajectories share a row; see ``research_agent.models.attention``.
+        packing: how trajectories share rows; see ``research_agent.models.attention``.
         gradient_checkpointing: keep only what enters each layer, and compute the rest again for the
             gradient.
         compile: let torch.compile fuse the operations of each layer.
@@ -170,8 +175,8 @@ def prepare(
     if (gradient_checkpointing or compile) and not layers:
         message = f"{type(model).__name__} names no layers to checkpoint or compile; turn both off"
         raise ModelError(message)
-    if packed:
-        _pack(model)
+    if packing != "off":
+        _pack(model, packing)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in layers:  # it checkpoints in training mode only; its dropouts are inside it
@@ -181,17 +186,20 @@ def prepare(
             layer.compile(dynamic=True)
 
 
-def _pack(model: Any) -> None:
-    """Let trajectories share a row, and prove on two of them that none sees its neighbour."""
+def _pack(model: Any, packing: Packing) -> None:
+    """Let trajectories share a row, and prove on short ones that each sees itself alone."""
     from research_agent.models.attention import PACKED  # noqa: PLC0415
 
     name = type(model).__name__
     before = getattr(getattr(model, "config", None), "_attn_implementation", None)
     try:
         sequences = probe_sequences(model)
+        if packing == "tree":  # one more, which leaves the first in its middle
+            first, second = sequences
+            sequences.insert(1, first[: len(first) // 2] + second)
         expected = [plain_logits(model, tokens) for tokens in sequences]
         model.set_attn_implementation(PACKED)
-        found = _packed_logits(model, sequences)
+        found = (_tree_logits if packing == "tree" else _packed_logits)(model, sequences)
         difference = next(filter(None, map(logit_difference, found, expected)), "")
     except (ResearchAgentError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         difference = str(error)
@@ -217,6 +225,28 @@ def _packed_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tenso
     row = torch.tensor([token for s in sequences for token in s], device=device)[None]
     states = model.base_model(input_ids=row, use_cache=False, **options).last_hidden_state
     return list(model.get_output_embeddings()(states)[0].split(lengths))
+
+
+@torch.no_grad()
+def _tree_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits of sequences in one row that holds shared beginnings once, [tokens, words] each."""
+    rows = [torch.tensor(tokens, device=model.device) for tokens in sequences]
+    tree = lay_out(rows, shared_lengths(sequences))
+    options = {"position_ids": tree.position_ids[None], **_tree_options(tree)}
+    body = model.base_model(input_ids=tree.tokens[None], use_cache=False, **options)
+    logits = model.get_output_embeddings()(body.last_hidden_state)[0]
+    return [logits[path] for path in tree.paths]
+
+
+def _tree_options(tree: TreeLayout) -> dict[str, Any]:
+    """What ``packed_attention`` needs to know of a row of trees."""
+    return {
+        "cu_seq_lens_q": tree.cu_seqlens,
+        "cu_seq_lens_k": tree.cu_keys,
+        "max_length_q": tree.max_seqlen,
+        "max_length_k": tree.max_keys,
+        "key_index": tree.key_index,
+    }
 
 
 def token_logprobs(
@@ -254,8 +284,10 @@ def token_logprobs(
     score = _compiled_score() if compile else _score
     with torch.autocast(targets.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         states = action_hidden_states(model, micro)
+        if micro.distinct is not None:
+            states, targets = states[micro.distinct], targets[micro.distinct]
         if len(states) <= rows:
-            return score(head(states), targets, temperature)
+            return _each(score(head(states), targets, temperature), micro)
         pieces = [
             checkpoint(
                 lambda states, targets: score(head(states), targets, temperature),
@@ -265,7 +297,15 @@ def token_logprobs(
             )
             for piece in zip(torch.split(states, rows), torch.split(targets, rows), strict=True)
         ]
-    return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
+    logprobs, entropy = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return _each((logprobs, entropy), micro)
+
+
+def _each(scored: tuple[Tensor, Tensor], micro: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Give every action token the values of the distinct one that it equals."""
+    if micro.distinct_of is None:
+        return scored
+    return scored[0][micro.distinct_of], scored[1][micro.distinct_of]
 
 
 def action_hidden_states(model: Any, micro: MicroBatch) -> Tensor:
@@ -287,6 +327,8 @@ def action_hidden_states(model: Any, micro: MicroBatch) -> Tensor:
             "max_length_q": micro.max_seqlen,
             "max_length_k": micro.max_seqlen,
         }
+    if micro.tree is not None:
+        packing |= _tree_options(micro.tree)
     # No attention mask: padding is on the right, so plain causal attention is right, and quick.
     output = model.base_model(input_ids=micro.tokens, use_cache=False, **packing)
     states: Tensor = output.last_hidden_state.flatten(0, 1).index_select(0, micro.logit_index)
@@ -331,7 +373,7 @@ def batch_logprobs(
     batch: Batch,
     max_tokens: int,
     *,
-    packed: bool = False,
+    packing: Packing = "off",
 ) -> Tensor:
     """Compute the log-probabilities of all action tokens of a batch, without gradient.
 
@@ -339,13 +381,13 @@ def batch_logprobs(
         score: what computes those of a pass, and something else: a ``TokenLogprobs``.
         batch: A action tokens.
         max_tokens: the most tokens of a pass, padding included.
-        packed: as for ``micro_batches``.
+        packing: as for ``micro_batches``.
 
     Returns:
         The log-probabilities, [A].
     """
     found: Tensor | None = None
-    for micro, counts in shard_batches(micro_batches(batch, max_tokens, packed=packed)):
+    for micro, counts in shard_batches(micro_batches(batch, max_tokens, packing=packing)):
         logprobs = score(micro)[0]
         if found is None:
             found = logprobs.new_zeros(len(batch.targets))

@@ -138,3 +138,40 @@ def random_trees(
         return Group(episode, made)
 
     return [make(episode) for episode in range(groups)]
+
+
+def random_trees(
+    seed: int, vocabulary: int = 50, *, groups: int = 2, trees: int = 2, branches: int = 3
+) -> list[Group]:
+    """Groups of trees: a chain, then branches that leave earlier samples before one of their turns.
+
+    The chains of a group share their prompt.
+    """
+    rng = random.Random(seed)
+
+    def branch(source: Trajectory, root: int, sample: int) -> Trajectory:
+        starts = [i for i, s in enumerate(source.segments) if s.provenance == "action"]
+        turns = rng.randrange(len(starts))
+        own = random_trajectory(rng, vocabulary).segments[1:]
+        return trajectory(
+            *source.segments[: starts[turns]],
+            *own,
+            reward=rng.choice([0.0, 0.5, 1.0]),
+            episode=source.episode,
+            sample=sample,
+            lineage=(*source.lineage, *[source.sample] * turns)[:turns],
+            tree=root,
+        )
+
+    made = []
+    for episode in range(groups):
+        start = prompt(*[rng.randrange(vocabulary) for _ in range(rng.randint(1, 5))])
+        samples: list[Trajectory] = []
+        for root in range(0, trees * (1 + branches), 1 + branches):
+            chain = random_trajectory(rng, vocabulary, episode=episode, sample=root)
+            tree = [replace(chain, segments=(start, *chain.segments[1:]))]
+            for sample in range(root + 1, root + 1 + branches):
+                tree.append(branch(rng.choice(tree), root, sample))
+            samples += tree
+        made.append(Group(episode, samples))
+    return made

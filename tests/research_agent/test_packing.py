@@ -63,7 +63,7 @@ def test_literal() -> None:
     short = trajectory(prompt(12), action([23, 24]), observation(32))
     tiny = trajectory(prompt(13), action([25]))
     batch = make_batch([Group(0, [short, long, tiny])])
-    first, second = micro_batches(batch, max_tokens=7, packed=True)
+    first, second = micro_batches(batch, max_tokens=7, packing="on")
     # Longest first; the last action token, and what follows it, is not read. The shortest (1 token)
     # goes where there is room: behind the longest (6 tokens).
     assert first.tokens.tolist() == [[10, 11, 20, 21, 30, 31, 13]]
@@ -83,7 +83,7 @@ def test_every_action_token_is_predicted_once_and_nothing_is_padding(
     seed: int, budget: int
 ) -> None:
     batch = make_batch(random_groups(seed))
-    micros = list(micro_batches(batch, budget, packed=True))
+    micros = list(micro_batches(batch, budget, packing="on"))
     assert sorted(torch.cat([m.token_index for m in micros]).tolist()) == list(
         range(len(batch.targets))
     )
@@ -121,7 +121,7 @@ def test_nothing_leaks_from_one_trajectory_to_another() -> None:
     import random
 
     model = tiny_qwen2(V)
-    prepare(model, packed=True)
+    prepare(model, packing="on")
     rng = random.Random(0)
     shown = [random_trajectory(rng, V, episode=i) for i in range(2)]
     others = [
@@ -132,7 +132,7 @@ def test_nothing_leaks_from_one_trajectory_to_another() -> None:
         both = []
         for companion in (before, after):
             batch = make_batch([Group(0, [companion, kept])])
-            (micro,) = micro_batches(batch, 1000, packed=True)
+            (micro,) = micro_batches(batch, 1000, packing="on")
             of_kept = batch.seq_ids[micro.token_index] == 1
             both.append(token_logprobs(model, micro)[0][of_kept])
         assert torch.equal(both[0], both[1])
@@ -144,7 +144,7 @@ def test_a_model_whose_attention_cannot_be_replaced_is_refused() -> None:
             raise ValueError(f"{name} is not supported")
 
     with pytest.raises(ModelError, match="use --packing off"):
-        prepare(Fixed(), packed=True)
+        prepare(Fixed(), packing="on")
 
 
 def test_a_sliding_window_is_refused_and_not_ignored() -> None:
@@ -179,8 +179,8 @@ def test_bfloat16_products_leave_weights_and_softmax_in_float32(packing: str) ->
     half = _gradient(model, groups, packing=packing, precision="bfloat16", micro_batch_tokens=60)
     assert 1e-5 < _distance(half, exact) < 0.05
     assert {value.dtype for value in half.values()} == {torch.float32}
-    prepare(model, packed=packing == "on")
-    micro = next(micro_batches(make_batch(groups), 100, packed=packing == "on"))
+    prepare(model, packing=packing)
+    micro = next(micro_batches(make_batch(groups), 100, packing=packing))
     logprobs, entropy = TokenLogprobs(model, precision="bfloat16")(micro)
     assert logprobs.dtype == entropy.dtype == torch.float32
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -225,10 +225,10 @@ def test_checkpointing_keeps_less_and_changes_nothing(make: Any, packing: str) -
     )
 
     kept = []
-    (micro,) = micro_batches(make_batch(groups), 10**6, packed=packing == "on")
+    (micro,) = micro_batches(make_batch(groups), 10**6, packing=packing)
     for gradient_checkpointing in (False, True):
         twin = copy.deepcopy(model)
-        prepare(twin, packed=packing == "on", gradient_checkpointing=gradient_checkpointing)
+        prepare(twin, packing=packing, gradient_checkpointing=gradient_checkpointing)
         saved: list[int] = []
 
         def keep(value: Tensor, saved: list[int] = saved) -> Tensor:

@@ -162,13 +162,13 @@ def test_a_critic_begins_at_zero_and_is_that_of_each_actions_context() -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 40, 10**6])
-@pytest.mark.parametrize("packed", [False, True])
-def test_neither_micro_batches_nor_packing_change_what_it_learns(budget: int, packed: bool) -> None:
+@pytest.mark.parametrize("packing", ["off", "on", "tree"])
+def test_neither_micro_batches_nor_packing_change_what_it_learns(budget: int, packing: Any) -> None:
     model = tiny_qwen2(50).double()
     whole = _critic(copy.deepcopy(model))
-    if packed:
+    if packing != "off":
         model.set_attn_implementation(_packed_attention())
-    cut = _critic(model, micro_batch_tokens=budget, packed=packed)
+    cut = _critic(model, micro_batch_tokens=budget, packing=packing)
     for critic in (whole, cut):
         batch = make_batch(random_groups(0))
         with torch.no_grad():
