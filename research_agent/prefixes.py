@@ -26,9 +26,7 @@ class TreeLayout:
 
     tokens: Tensor  # [W] int64
     position_ids: Tensor  # [W] int64: tokens before it in its sequence
-    paths: tuple[
-        Tensor, ...
-    ]  # per sequence [tokens of the sequence] int64: their places in the row
+    paths: tuple[Tensor, ...]  # per sequence [its tokens] int64: their places in the row
     cu_seqlens: Tensor  # [S + 1] int32: cumulative lengths of the runs
     max_seqlen: int  # tokens of the longest run
     key_index: Tensor  # [K] int64: the paths that runs attend to, end to end

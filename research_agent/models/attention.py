@@ -1,8 +1,10 @@
 """Attention of packed rows: several trajectories behind one another, none sees its neighbours.
 
 Trajectories that begin alike can share one copy of their beginning: then a row is made of runs, and
-each run attends to its path, as ``research_agent.prefixes`` lays them out. Registered with transformers by name, so every model whose attention can be replaced can pack. The
-arguments ``cu_seq_lens_q`` and ``max_length_q`` are those that transformers gives FlashAttention.
+each run attends to its path, as ``research_agent.prefixes`` lays them out.
+
+Registered with transformers by name, so every model whose attention can be replaced can pack. The
+arguments ``cu_seq_lens_*`` and ``max_length_*`` are those that transformers gives FlashAttention.
 """
 
 from __future__ import annotations
