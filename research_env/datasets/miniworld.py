@@ -177,11 +177,12 @@ class World:
     seed: int
     entities: dict[str, Entity]
     passages: tuple[Passage, ...]
+    variant: str = ""  # of a world with more in it
 
     @property
     def name(self) -> str:
-        """The corpus name, unique to the seed."""
-        return f"miniworld-{self.seed}"
+        """The corpus name, unique to the seed and the variant."""
+        return f"miniworld-{self.seed}{self.variant}"
 
     def __iter__(self) -> Iterator[Passage]:
         return iter(self.passages)
@@ -195,7 +196,7 @@ class World:
 
     def passage_id(self, entity: str) -> str:
         """Id of the passage about an entity."""
-        return f"mw{self.seed}-{entity.lower()}"
+        return f"mw{self.seed}-{entity.lower().replace(' ', '-')}"
 
 
 def _names(rng: random.Random, seed: int, family: str, count: int) -> list[str]:
@@ -208,7 +209,7 @@ def _names(rng: random.Random, seed: int, family: str, count: int) -> list[str]:
     return rng.sample([name for i in kept for name in pool[i::NAME_SHARES]], count)
 
 
-def _state(entity: Entity, rng: random.Random) -> str:
+def state(entity: Entity, rng: random.Random) -> str:
     """Write the passage of an entity: every fact once, in any order, in any of its phrasings."""
     clauses = [
         f"{rng.choice(relation.statements)} {entity.facts[relation.name]}"
@@ -273,7 +274,7 @@ def _world(seed: int, relations: frozenset[str] | None) -> World:
 
     made = World(seed, entities, ())
     passages = [
-        Passage(made.passage_id(name), name, _state(entity, rng))
+        Passage(made.passage_id(name), name, state(entity, rng))
         for name, entity in entities.items()
     ]
     for name in _names(rng, seed, "gazette", GAZETTES):
@@ -384,17 +385,22 @@ def _splits(seed: int) -> dict[str, tuple[Question, ...]]:
     return splits
 
 
-def load(split: str, world_seed: int = 0) -> Dataset:
+def load(split: str, world_seed: int = 0, difficulty: int = 0) -> Dataset:
     """Make MiniWorld's questions of a split and its corpus.
 
     Args:
         split: "train" (4,000 questions) or "dev" (400); no task stands in both.
         world_seed: the world; another seed has other names and facts.
+        difficulty: from 0 to 4; above 0 as in ``miniworld_hard``.
 
     Raises:
         UnknownNameError: no such split.
-        ConfigurationError: a seed that is no whole number.
+        ConfigurationError: a seed that is no whole number, or no such level.
     """
+    if difficulty != 0 or isinstance(difficulty, bool):
+        from research_env.datasets import miniworld_hard  # noqa: PLC0415 (imports this module)
+
+        return miniworld_hard.load(split, world_seed, difficulty)
     if split not in SPLITS:
         raise UnknownNameError("split of miniworld", split, SPLITS)
     made = world(world_seed)
