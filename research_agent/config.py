@@ -68,8 +68,13 @@ class SamplingConfig:
     tree_rounds: int = 1
     """Rounds of branches per tree; later ones branch off earlier branches too."""
     tree_choice: Literal["random", "entropy"] = "random"
-    """Which states are branched from: each with the same probability, or in proportion to the
-    entropy of the turn that followed."""
+    """Which states are branched from: each with the same probability, or the more probable the more
+    entropy the turn that followed has over the first one (ARPO's rule)."""
+    tree_max_tokens: int | None = None
+    """Action tokens that a tree may sample. A branch that would exceed them, if it were as long as
+    the rest of the episode that it leaves, is not played; none plays all branches."""
+    tree_max_turns: int | None = None
+    """Turns that a tree may take, likewise: each is one step of an environment."""
     temperature: float = 1.0
     """Of the softmax that tokens are drawn from. Other than 1, learning takes it into account."""
     max_prompt: int = 512

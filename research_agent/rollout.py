@@ -102,7 +102,8 @@ def collect(
             ``SKIPPED`` and no token.
 
     Returns:
-        The trajectories in the order of ``episodes``. Those of failed infrastructure are ``void``.
+        The trajectories in the order of ``episodes``. Those of failed infrastructure are ``void``,
+        and so are those, without a token, that the budget of their tree left out (``NOT_GROWN``).
         No slot is in use then.
 
     Raises:
@@ -122,7 +123,7 @@ def collect(
     stop = environments.terminators
     truncate = environments.truncate if isinstance(environments, Truncating) else _keep_reward
     skips = overlong_prompts == "skip" and plan.size == 1
-    trees = Trees(plan, seed, environments)
+    trees = Trees(plan, seed, environments, len(renderer.tokenizer))
     try:
         for slot in sorted(active.keys() - awaiting_env):  # turns that were cut
             active[slot].submit(engine, slot, stop)
@@ -166,7 +167,7 @@ def collect(
                 engine.release(slot)
                 free.append(slot)
                 done[active.pop(slot).key] = trajectory
-                trees.finish(trajectory, active, engine, stop)
+                trees.finish(trajectory, in_flight, free, engine, stop)
                 if on_finish:
                     on_finish(trajectory)
 

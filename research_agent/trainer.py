@@ -51,7 +51,7 @@ from research_agent.rollout import Episode, InFlight, collect
 from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_lines
 from research_agent.terminal import show
 from research_agent.trace import Trace, TracedEngine, TracedEnvironments, span
-from research_agent.trajectory import Group, Trajectory
+from research_agent.trajectory import NOT_GROWN, Group, Trajectory
 from research_agent.trees import TreePlan
 
 CHANGES = "changes.jsonl"  # settings with which a run was continued
@@ -373,7 +373,8 @@ class Trainer:
                 overlong_prompts=self.config.sampling.overlong_prompts,
                 plan=TreePlan.of(sampling),
             )
-            trajectories = sorted(gather(own), key=lambda t: (t.episode, t.sample))
+            grown = [t for t in gather(own) if t.stop_reason != NOT_GROWN]
+            trajectories = sorted(grown, key=lambda t: (t.episode, t.sample))
             played += trajectories
             for group in _groups(trajectories):
                 if selects is None or selects.keeps([t.reward for t in group.trajectories]):
