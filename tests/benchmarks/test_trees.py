@@ -1,0 +1,33 @@
+"""What trees save: the command runs, and its counts are those of the trajectories."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.trees import main, sampling_costs
+from tests.research_agent.rollouts import action, observation, prompt, trajectory
+
+
+def test_costs_count_what_is_shared_once() -> None:
+    chain = trajectory(prompt(1), action([2, 3]), observation(4), action([5]))
+    branch = trajectory(prompt(1), action([2, 3]), observation(4), action([6, 7]), lineage=(0,))
+    costs = sampling_costs([chain, branch], 9)
+    assert costs == {
+        "sampled tokens": 2.5,
+        "tokens through the sampler": 4.5,
+        "environment steps": 1.5,
+        "turns of a trajectory": 2.0,
+    }
+
+
+def test_a_tiny_run(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--tiny", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    chains, trees = found["sampling"]["chains"], found["sampling"]["trees"]
+    assert 0 < trees["tokens through the sampler"] < chains["tokens through the sampler"]
+    tokens = found["learning"]["tokens"]
+    assert tokens["tree"] < tokens["on"] <= tokens["off"]
+    assert all(seconds > 0 for seconds in found["learning"]["seconds"].values())
+    assert found["branch"] > 0
