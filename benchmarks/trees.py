@@ -99,7 +99,7 @@ def branch_microseconds(targets: int, rounds: int) -> float:
 
     import research_env  # noqa: F401, PLC0415 - registers the ids
 
-    args = {"split": "dev", "template": "question", "top_k": 1}
+    args: dict[str, Any] = {"split": "dev", "template": "question", "top_k": 1}
     made: Any = gym.make_vec("ReSearch-MiniWorld-v0", num_envs=targets + 1, **args)
     environments = made.unwrapped
     environments.reset(seed=0)

@@ -309,7 +309,7 @@ def _tree(batch: Batch, bundles: Sequence[Sequence[int]], widths: Mapping[int, i
     starts = torch.tensor(list(accumulate(map(len, rows), initial=0)), device=part.lengths.device)
     logit_index = torch.cat(tree.paths)[starts[part.seq_ids] + part.positions - 1]
     pairs = torch.stack([logit_index, part.targets])
-    _, distinct_of = pairs.unique(dim=1, return_inverse=True)
+    _, distinct_of = torch.unique(pairs, dim=1, return_inverse=True)
     places = torch.arange(len(distinct_of), device=distinct_of.device)
     count = int(distinct_of.max()) + 1
     return MicroBatch(

@@ -96,7 +96,7 @@ def worlds_of(arm: Arm) -> tuple[str, ...]:
 
 def sampling_of(arm: Arm) -> SamplingConfig:
     """How a run's episodes are played, but for the number of them."""
-    limits = {"max_response": HARD_RESPONSE} if arm.hard else {}
+    limits: dict[str, Any] = {"max_response": HARD_RESPONSE} if arm.hard else {}
     return replace(MINIWORLD.sampling, **limits, **arm.sampling)
 
 

@@ -26,7 +26,9 @@ def test_a_tiny_run(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--tiny", "--json"])
     found = json.loads(capsys.readouterr().out)
     chains, trees = found["sampling"]["chains"], found["sampling"]["trees"]
-    assert 0 < trees["tokens through the sampler"] < chains["tokens through the sampler"]
+    assert chains["sampled tokens"] > 0 and trees["tokens through the sampler"] > 0
+    assert chains["environment steps"] == chains["turns of a trajectory"]  # nothing is shared
+    assert trees["environment steps"] <= trees["turns of a trajectory"]
     tokens = found["learning"]["tokens"]
     assert tokens["tree"] < tokens["on"] <= tokens["off"]
     assert all(seconds > 0 for seconds in found["learning"]["seconds"].values())

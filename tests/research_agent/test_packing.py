@@ -170,7 +170,7 @@ def test_a_sliding_window_is_refused_and_not_ignored() -> None:
 
 
 @pytest.mark.parametrize("packing", ["off", "on"])
-def test_bfloat16_products_leave_weights_and_softmax_in_float32(packing: str) -> None:
+def test_bfloat16_products_leave_weights_and_softmax_in_float32(packing: Any) -> None:
     model, groups = tiny_qwen2(V), random_groups(1)
     with torch.no_grad():  # a gentler model than the others': bf16 is exact to 1/256
         for parameter in model.parameters():
@@ -216,7 +216,7 @@ def test_the_logits_of_a_large_vocabulary_are_never_whole() -> None:
 
 @pytest.mark.parametrize("make", [tiny_qwen2, tiny_gpt2])
 @pytest.mark.parametrize("packing", ["off", "on"])
-def test_checkpointing_keeps_less_and_changes_nothing(make: Any, packing: str) -> None:
+def test_checkpointing_keeps_less_and_changes_nothing(make: Any, packing: Any) -> None:
     model, groups = make(V).double(), random_groups(4)
     plain = _gradient(model, groups, packing=packing)
     assert (
@@ -274,9 +274,10 @@ def test_compiled_for_real_the_gradient_is_the_same() -> None:
 
 
 def test_what_names_no_layers_cannot_be_checkpointed_or_compiled() -> None:
-    for wanted in ("gradient_checkpointing", "compile"):
+    both: list[dict[str, Any]] = [{"gradient_checkpointing": True}, {"compile": True}]
+    for wanted in both:
         with pytest.raises(ModelError, match="names no layers"):
-            prepare(torch.nn.Linear(2, 2), **{wanted: True})
+            prepare(torch.nn.Linear(2, 2), **wanted)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -168,8 +168,9 @@ def test_trees_are_packed_as_trees_unless_told_otherwise() -> None:
     read = []
     for trees in (False, True):
         learner = Learner(copy.deepcopy(model), GRPO(kl_coef=0.0), LearnerConfig(), trees=trees)
-        tokens = []
-        learner.model.base_model.register_forward_pre_hook(
+        tokens: list[int] = []
+        body: Any = learner.model.base_model
+        body.register_forward_pre_hook(
             lambda _, args, options, tokens=tokens: tokens.append(options["input_ids"].numel()),
             with_kwargs=True,
         )

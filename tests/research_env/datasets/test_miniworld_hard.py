@@ -18,6 +18,7 @@ from tests.research_env.fakes import answer, search
 LEVELS = (1, 2, 3, 4)
 REFERENCES = {text: r for kind in RELATIONS.values() for r in kind for text in r.references}
 STATEMENTS = {text: r for kind in RELATIONS.values() for r in kind for text in r.statements}
+BY_KIND: dict[str, tuple[miniworld.Relation, ...]] = dict(RELATIONS.items())
 NOUNS = {noun: kind for kind, nouns in miniworld.NOUNS.items() for noun in nouns}
 
 
@@ -48,7 +49,7 @@ class Reader:
         if found := re.fullmatch(r"Wh\w+ is the (\w+) (.*), (.*)\?", question):
             kind, *both = found.groups()
             facts = [met for fact in both if (met := self._constraint(fact))]
-            own = {relation.name for relation in RELATIONS.get(kind, ())}  # type: ignore[call-overload]
+            own = {relation.name for relation in BY_KIND.get(kind, ())}
             if len(facts) == 2 and own.issuperset(relation for relation, _ in facts):
                 return {
                     name
@@ -128,7 +129,7 @@ def test_each_hop_is_stated_by_its_gold_passage(level: int) -> None:
         assert question.hops == len(question.decomposition)
         assert set(question.supporting) == {hop.support for hop in question.decomposition}
         for hop in question.decomposition:
-            asked = re.sub(r"#(\d+)", lambda m, found=found: found[int(m[1]) - 1], hop.question)
+            asked = filled_in(hop.question, found)
             passage = passages[str(hop.support)]
             if ", " in asked:  # an intersection: both facts are stated, of what is sought
                 statements = [STATEMENTS[part.rsplit(" ", 1)[0]] for part in asked.split(", ")]
@@ -144,6 +145,11 @@ def test_each_hop_is_stated_by_its_gold_passage(level: int) -> None:
                 assert all(re.search(rf" {value}\b", passage.text) for value in apart)
             found.append(hop.answer)
         assert concluded(question, found) == question.answers[0]
+
+
+def filled_in(query: str, found: list[str]) -> str:
+    """A query with what earlier hops gave in place of #1, #2, ..."""
+    return re.sub(r"#(\d+)", lambda match: found[int(match[1]) - 1], query)
 
 
 def concluded(question: Question, found: list[str]) -> str:
@@ -227,8 +233,7 @@ def test_an_oracle_that_searches_answers_most_questions(
         env.reset(options={"question_id": question.id})
         for place, hop in enumerate(question.decomposition):
             known = [h.answer for h in question.decomposition[:place]]
-            query = re.sub(r"#(\d+)", lambda m, known=known: known[int(m[1]) - 1], hop.question)
-            env.step(search(query))
+            env.step(search(filled_in(hop.question, known)))
         *_, info = env.step(answer(question.answers[0]))
         assert info["metrics"]["em"] == 1.0
         right += info["metrics"]["support_recall"] == 1.0
