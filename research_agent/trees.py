@@ -264,32 +264,42 @@ class Trees:
         self._ended.setdefault(tree, []).append(trajectory)
         if self._playing[tree]:
             return
-        spent = Cost.of([turn for ended in self._ended[tree] for turn in ended.own_turns])
         for number in range(plan.round(sample) + 1, plan.rounds + 1):
-            for branch in range(tree[1], tree[1] + plan.size):
-                if plan.round(branch) != number:
-                    continue
-                seedling = self._seedlings.pop((episode, branch))
-                assert seedling.start is not None  # every episode has a turn to branch at
-                cost = spent.plus(self._expected(tree, seedling))
-                if not plan.affords(cost):
-                    engine.release(seedling.slot)
-                    free.append(seedling.slot)
-                    in_flight.done[episode, branch] = _not_grown(episode, branch)
-                    continue
-                spent = cost
-                in_flight.active[seedling.slot] = seedling.start
-                seedling.start.submit(engine, seedling.slot, stop)
+            for slot, start in self._begin_round(tree, number, in_flight, free, engine).items():
+                in_flight.active[slot] = start
+                start.submit(engine, slot, stop)
                 self._playing[tree] += 1
             if self._playing[tree]:
                 return
         del self._playing[tree], self._ended[tree]
 
-    def _expected(self, tree: tuple[int, int], seedling: _Seedling) -> Cost:
-        """What a branch is expected to cost: what its source cost from there on."""
-        source = next(t for t in self._ended[tree] if t.sample == seedling.source)
-        assert seedling.start is not None
-        return Cost.of(source.turns[len(seedling.start.lineage) :])
+    def _begin_round(
+        self,
+        tree: tuple[int, int],
+        number: int,
+        in_flight: InFlight,
+        free: deque[int],
+        engine: Engine,
+    ) -> dict[int, ActiveRollout]:
+        """Choose the branches of a round that fit the budget, by slot; the others are done."""
+        episode, root = tree
+        begun: dict[int, ActiveRollout] = {}
+        spent = Cost.of([turn for ended in self._ended[tree] for turn in ended.own_turns])
+        for branch in range(root, root + self._plan.size):
+            if self._plan.round(branch) != number:
+                continue
+            seedling = self._seedlings.pop((episode, branch))
+            assert seedling.start is not None  # every episode has a turn to branch at
+            source = next(t for t in self._ended[tree] if t.sample == seedling.source)
+            cost = spent.plus(Cost.of(source.turns[len(seedling.start.lineage) :]))
+            if self._plan.affords(cost):
+                spent = cost
+                begun[seedling.slot] = seedling.start
+            else:
+                engine.release(seedling.slot)
+                free.append(seedling.slot)
+                in_flight.done[episode, branch] = _not_grown(episode, branch)
+        return begun
 
     def release(self, engine: Engine) -> None:
         """Let the engine forget what it holds for branches that have not begun."""
