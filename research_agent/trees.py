@@ -3,7 +3,7 @@
 A group of samples is M trees. Each begins with a chain, an episode played from its start to its
 end; then come rounds of branches. A branch takes up a state that an earlier sample of the tree was
 in before one of its turns, and plays on from there: what came before is neither sampled, prefilled
-nor searched again.
+nor played again.
 
 With a budget, a branch begins only where it fits: it is expected to cost what the sample that it
 leaves cost from there on. A tree whose budget is spent has fewer samples.
