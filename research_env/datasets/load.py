@@ -173,9 +173,9 @@ def _load(
     name: str, split: str, questions: str | Path | None, world_seed: int, difficulty: int
 ) -> Dataset:
     if name == "miniworld":
-        from research_env.datasets import miniworld  # noqa: PLC0415  (made when it is asked for)
+        from research_env.datasets import miniworld_hard  # noqa: PLC0415  (made when it is asked for)
 
-        return miniworld.load(split, world_seed, difficulty)
+        return miniworld_hard.load(split, world_seed, difficulty)
     if name == "custom":
         if questions is None:
             raise ConfigurationError("dataset='custom' needs questions=PATH, a .jsonl file")

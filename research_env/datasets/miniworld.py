@@ -385,22 +385,17 @@ def _splits(seed: int) -> dict[str, tuple[Question, ...]]:
     return splits
 
 
-def load(split: str, world_seed: int = 0, difficulty: int = 0) -> Dataset:
+def load(split: str, world_seed: int = 0) -> Dataset:
     """Make MiniWorld's questions of a split and its corpus.
 
     Args:
         split: "train" (4,000 questions) or "dev" (400); no task stands in both.
         world_seed: the world; another seed has other names and facts.
-        difficulty: from 0 to 4; above 0 as in ``miniworld_hard``.
 
     Raises:
         UnknownNameError: no such split.
-        ConfigurationError: a seed that is no whole number, or no such level.
+        ConfigurationError: a seed that is no whole number.
     """
-    if difficulty != 0 or isinstance(difficulty, bool):
-        from research_env.datasets import miniworld_hard  # noqa: PLC0415 (imports this module)
-
-        return miniworld_hard.load(split, world_seed, difficulty)
     if split not in SPLITS:
         raise UnknownNameError("split of miniworld", split, SPLITS)
     made = world(world_seed)
