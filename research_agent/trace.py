@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
 from research_agent.environments import Environments, StepResult, Truncating, provenance_of
+from research_agent.trees import Forking
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +84,8 @@ class TracedEngine:
         self._engine = engine
         self._trace = trace
         self._since: dict[int, float] = {}  # by slot: when its turn was submitted
+        if isinstance(engine, Forking):
+            self.fork = engine.fork  # an attribute of its own: engines that cannot fork have none
 
     @property
     def busy(self) -> int:

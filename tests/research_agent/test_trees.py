@@ -26,8 +26,9 @@ from research_agent.environments import Environments, make_environments
 from research_agent.errors import ConfigError
 from research_agent.rollout import ActiveRollout, collect
 from research_agent.run_logger import METRICS, read_lines
+from research_agent.trace import Trace, TracedEngine
 from research_agent.trajectory import NOT_GROWN, Group, Segment, Trajectory
-from research_agent.trees import TreePlan, Trees
+from research_agent.trees import Forking, TreePlan, Trees
 from tests.research_agent.conftest import byte_tokenizer, codec_of, letter_tokenizer, tiny_qwen2
 from tests.research_agent.test_collect import Limits
 
@@ -375,6 +376,19 @@ def test_a_run_in_two_parts_equals_one_run_to_the_bit(
         assert line["episodes"] == 24 if not more else 8 <= line["episodes"] < 24
         assert line["void_fraction"] == 0
         assert line["sampled_turns"] <= (24 * 3 if not more else 8 * 5)
+
+
+def test_a_trace_changes_nothing_and_still_copies_what_branches_share(
+    model: Path, tmp_path: Path
+) -> None:
+    plain = run(model, tmp_path / "plain", "--steps", "1")
+    traced = run(model, tmp_path / "traced", "--steps", "1", "--trace", str(tmp_path / "t.json"))
+    assert read_lines(plain / METRICS) == read_lines(traced / METRICS)
+    engine = TransformersEngine(tiny_qwen2(300), RENDERER, max_slots=2, max_context=50)
+    trace = Trace(tmp_path / "own.json")
+    assert isinstance(TracedEngine(engine, trace), Forking)
+    assert not isinstance(TracedEngine(scripted(), trace), Forking)
+    trace.close()
 
 
 @pytest.mark.parametrize(
