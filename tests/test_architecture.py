@@ -153,7 +153,7 @@ LAYERS = {
     ),
     "research_agent": (
         "errors redaction terminal",
-        "settings files trajectory trees environments distributed phrase_tokenizer",
+        "settings files trajectory trees prefixes environments distributed phrase_tokenizer",
         "curriculum run_logger checkpoint step_metrics",
         "config",
         "presets plan batch algorithms",
