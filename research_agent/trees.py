@@ -27,10 +27,12 @@ from research_agent.errors import ConfigError
 from research_agent.trajectory import NOT_GROWN, Segment, Trajectory
 
 if TYPE_CHECKING:
+    from research_agent.active_rollout import ActiveRollout
     from research_agent.config import SamplingConfig
     from research_agent.engines.base import Completion, Engine
     from research_agent.environments import Environments
-    from research_agent.rollout import ActiveRollout, InFlight
+    from research_agent.active_rollout import ActiveRollout
+    from research_agent.rollout import InFlight
 
 Choice = Literal["random", "entropy"]
 
