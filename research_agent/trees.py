@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from research_agent.config import SamplingConfig
     from research_agent.engines.base import Completion, Engine
     from research_agent.environments import Environments
-    from research_agent.active_rollout import ActiveRollout
     from research_agent.rollout import InFlight
 
 Choice = Literal["random", "entropy"]

@@ -153,10 +153,10 @@ LAYERS = {
     ),
     "research_agent": (
         "errors redaction terminal",
-        "settings files formats trajectory trees prefixes environments distributed phrase_tokenizer",
+        "settings files formats trajectory trees environments distributed phrase_tokenizer",
         "chat_template curriculum run_logger checkpoint step_metrics",
         "config",
-        "presets batch algorithms",
+        "presets prefixes batch algorithms",
         "models engines renderer rollout rollout_state trace",
         "learner evaluation sft plan",
         "trainer report",

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from research_agent.active_rollout import ActiveRollout
 from research_agent.batch import make_batch
 from research_agent.cli import main
 from research_agent.engines.base import Completion, SamplingParams
@@ -24,7 +25,7 @@ from research_agent.engines.scripted import ScriptedEngine
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.environments import Environments, make_environments
 from research_agent.errors import ConfigError
-from research_agent.rollout import ActiveRollout, collect
+from research_agent.rollout import collect
 from research_agent.run_logger import METRICS, read_lines
 from research_agent.trace import Trace, TracedEngine
 from research_agent.trajectory import NOT_GROWN, Group, Segment, Trajectory
