@@ -157,7 +157,7 @@ LAYERS = {
         "sharded optimizer",
         "chat_template curriculum run_logger checkpoint step_metrics",
         "config",
-        "presets batch algorithms",
+        "presets prefixes batch algorithms",
         "models engines renderer active_rollout rollout rollout_state trace weight_files",
         "learner evaluation sft player player_process failures plan",
         "trainer report",
