@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -33,7 +33,7 @@ from research_env.redaction import redact_url
 from research_env.retrieval.base import Retriever
 from research_env.retrieval.batching import Found
 from research_env.retrieval.documents import require_reader
-from research_env.retrieval.requests import Request, ToolRequest
+from research_env.retrieval.requests import Request
 from research_env.retrieval.url import split_options
 from research_env.rewards import METRICS, Reward, WeightedSum, episode_metrics, evaluate, reward
 from research_env.templates import Template, own_template
@@ -158,7 +158,7 @@ class EnvCore:
             self.template == OWN and len(self.protocol.prompts[OWN]) > 1
         )
 
-    def tool_schemas(self) -> list[dict[str, Any]]:
+    def tool_schemas(self) -> list[Mapping[str, Any]]:
         """JSON Schemas of the tools for a chat template; none where the prompt lists them."""
         tool_format = self.protocol.tool_format
         if tool_format is None or not tool_format.lists_tools:

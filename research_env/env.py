@@ -152,7 +152,7 @@ class SearchQAEnv(gym.Env[str, str]):
             print(observation)
         return observation, info
 
-    def step(self, action: Action) -> StepOutput:  # type: ignore[override]
+    def step(self, action: Action) -> StepOutput:
         """Take what the policy wrote; returns (observation, reward, terminated, truncated, info).
 
         Raises:

@@ -1,9 +1,10 @@
 """One episode as a value, and the one transition function: what happens after an action.
 
 Nothing here touches a search engine, a clock or a random number. A driver (the environment, the
-vector environment, a test) calls :func:`advance` with what the policy wrote; where the new episode
-has a ``pending`` request it asks its engine and calls :func:`observe` with the hits, or :func:`fail`
-where there are none to be had. :func:`truncate` stops an episode whose budget of tokens is spent.
+vector environment, a test) calls :func:`advance` with what the policy wrote. Where the new episode
+has a ``pending`` request it asks its engine and calls :func:`observe` with the hits, or
+:func:`fail` where there are none to be had. :func:`truncate` stops an episode whose budget of
+tokens is spent.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from research_env.tools.calls import CallRecord, WrittenCall, record_calls, stru
 StopReason = Literal["answer", "no_answer", "max_searches", "max_turns", "length", "backend_error"]
 CutReason = Literal["length"]
 Action = str | ToolTurn | Mapping[str, Any]
-"""What the policy wrote. Where tools are called a turn may be structured, or an assistant message in
-the form of OpenAI's API."""
+"""What the policy wrote: text, or, where tools are called, a structured turn or an assistant message
+in the form of OpenAI's API."""
 
 CUT_MARK = " […]"
 """Stands where a passage was cut."""
@@ -61,7 +62,7 @@ class Turn:
 
     @property
     def requests(self) -> int:
-        """How many searches, and calls of other tools, it asks for; those with an error are none."""
+        """How many searches, and valid calls of other tools, it asks for."""
         if self.calls:
             return sum([call.request is not None for call in self.calls])
         return int(self.kind == "search")
@@ -180,7 +181,12 @@ def advance(episode: Episode, action: Action) -> Episode:
         if written:
             return _call_tools(episode, text, written)
         return _answer(_extend(episode, Turn(text, "answer"), stop_reason="answer"))
-    action = protocol.cut(str(action))
+    return _advance_text(episode, protocol.cut(str(action)))
+
+
+def _advance_text(episode: Episode, action: str) -> Episode:
+    """The episode after the text of a protocol without tools."""
+    protocol = episode.protocol
     kind, query = protocol.parse(action)
     last = episode.max_turns is not None and len(episode.turns) + 1 >= episode.max_turns
 

@@ -11,7 +11,7 @@ from research_env.errors import ConfigurationError, DataError
 from research_env.protocol import TEMPLATES
 
 Template = str | Sequence[Mapping[str, str]]
-"""The name of a protocol's template; a text with ``{question}``, or a file of one; chat messages."""
+"""The name of a protocol's template, a text with ``{question}``, a file, or chat messages."""
 
 PLACE = "{question}"
 """Stands for the question."""
@@ -37,21 +37,20 @@ def own_template(template: Template) -> tuple[tuple[str, str], ...] | None:
         ConfigurationError: ``{question}`` is missing, or a message is none; the error says where.
         DataError: the file cannot be read.
     """
-    if not isinstance(template, str):
-        if isinstance(template, Sequence):
-            return _checked("template", template)
+    where, messages = "template", template
+    if isinstance(template, str):
+        if template in TEMPLATES:
+            return None
+        path = Path(template)
+        if "\n" not in template and (path.suffix in _FILES or _is_file(path)):
+            where, messages = str(path), _read(path)
+        elif PLACE not in template and " " not in template.strip():
+            return None  # a name that nobody knows
+        else:
+            messages = [{"role": "user", "content": template}]
+    elif not isinstance(template, Sequence):
         return None
-    if template in TEMPLATES:
-        return None
-    path = Path(template)
-    if "\n" not in template and (path.suffix in _FILES or _is_file(path)):
-        text = _read(path)
-        if path.suffix in _CHATS:
-            return _checked(str(path), _messages(path, text))
-        return _checked(str(path), [{"role": "user", "content": text}])
-    if PLACE not in template and " " not in template.strip():
-        return None  # a name that nobody knows
-    return _checked("template", [{"role": "user", "content": template}])
+    return _checked(where, messages)
 
 
 def _is_file(path: Path) -> bool:
@@ -61,11 +60,13 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> Any:
+    """The messages in a file."""
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise DataError(f"the template {path} cannot be read: {error}") from error
+    return _messages(path, text) if path.suffix in _CHATS else [{"role": "user", "content": text}]
 
 
 def _messages(path: Path, text: str) -> Any:

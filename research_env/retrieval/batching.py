@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from research_env.errors import ClosedError, RetrievalError
 from research_env.retrieval.base import Hit
@@ -57,7 +57,7 @@ class QueryBatcher(Generic[Ticket]):
 
     def __init__(
         self,
-        search: Callable[[Sequence[Request]], list[Found]],
+        search: Callable[[Sequence[Any]], Sequence[Found]],
         max_batch: int,
         max_wait: float,
         cache_size: int = 0,
@@ -66,7 +66,7 @@ class QueryBatcher(Generic[Ticket]):
         """Ask nothing yet; the threads start when they are needed.
 
         Args:
-            search: answers a batch of queries, one entry each, in order.
+            search: answers a batch of queries, or of other requests, one entry each, in order.
             max_batch: the most queries that a thread asks at once.
             max_wait: seconds that the first query of a batch waits for others.
             cache_size: how many queries' hits are cached at most; 0: none.
@@ -205,7 +205,7 @@ class QueryBatcher(Generic[Ticket]):
         if hits is not None:
             tell(hits)
 
-    def _search(self, queries: Sequence[Request]) -> list[Found]:
+    def _search(self, queries: Sequence[Request]) -> Sequence[Found]:
         """Ask the engine, from no more threads than it allows.
 
         All queries at once, so that all have one deadline: in parts, each would wait for a dead

@@ -1,14 +1,15 @@
 """Documents: the passages of a corpus that belong together, and how they are read page by page.
 
-Passages belong together where they are neighbours in the corpus and are chunks of one passage
-(``ID#0``, ``ID#1``, ... of :mod:`research_env.datasets.chunks`) or have the same title. A passage
-without a title is a document of its own.
+Chunks of one passage (``ID#0``, ``ID#1``, ... of :mod:`research_env.datasets.chunks`) belong
+together, and so do passages of the same title. A passage without a title is a document of its own.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import msgspec
@@ -93,36 +94,47 @@ def require_reader(retriever: Retriever) -> None:
     retriever.prepare_reading()
 
 
-def together(one: Passage, other: Passage) -> bool:
-    """Whether two neighbours in the corpus are of one document."""
-    chunk, next_chunk = _CHUNK.fullmatch(one.id), _CHUNK.fullmatch(other.id)
-    if chunk and next_chunk:
-        return chunk[1] == next_chunk[1]
-    return bool(one.title) and one.title == other.title
+def chunk_of(passage_id: str) -> tuple[str, int] | None:
+    """The passage of which this is a chunk, and the chunk's number; None for a whole passage."""
+    found = _CHUNK.fullmatch(passage_id)
+    return (found[1], int(found[2])) if found else None
 
 
-def around(row: int, last: int, passage_at: Callable[[int], Passage]) -> Document:
-    """The document of a passage, from its neighbours in the corpus.
+def chunks_around(row: int, last: int, passage_at: Callable[[int], Passage]) -> Document:
+    """The chunks of a passage, which are neighbours in the corpus.
 
     Args:
-        row: where it is.
+        row: where the chunk is that was asked for.
         last: the last row of the corpus.
         passage_at: the passage in a row.
     """
-    passages = [passage_at(row)]
-    asked = 0
-    for at in range(row - 1, max(0, row - MAX_PASSAGES) - 1, -1):
-        before = passage_at(at)
-        if not together(before, passages[0]):
-            break
-        passages.insert(0, before)
-        asked += 1
-    for at in range(row + 1, min(last, row + MAX_PASSAGES) + 1):
-        after = passage_at(at)
-        if not together(passages[-1], after):
-            break
-        passages.append(after)
-    return Document(tuple(passages), asked)
+    asked = passage_at(row)
+    whole = chunk_of(asked.id)
+
+    def others(rows: Iterable[int]) -> Iterator[Passage]:
+        for at in rows:
+            passage, found = passage_at(at), chunk_of(passage_at(at).id)
+            if whole is None or found is None or found[0] != whole[0]:
+                return
+            yield passage
+
+    before = [*others(range(row - 1, max(-1, row - MAX_PASSAGES - 1), -1))][::-1]
+    after = [*others(range(row + 1, min(last, row + MAX_PASSAGES) + 1))]
+    return Document((*before, asked, *after), len(before))
+
+
+def window(places: Sequence[int], asked: int | None) -> tuple[list[int], int | None]:
+    """The rows of a document that are read, and where among them the one asked for is.
+
+    Args:
+        places: all rows of the document, ascending.
+        asked: the row that was asked for; None: the title was.
+    """
+    center = 0 if asked is None else bisect_left(places, asked)
+    first = max(0, center - MAX_PASSAGES)
+    return list(
+        places[first : center + MAX_PASSAGES + 1]
+    ), None if asked is None else center - first
 
 
 def read_page(document: Document, number: int | None = None) -> Page | None:
@@ -161,11 +173,17 @@ def count_pages(document: Document) -> int:
 def _join(passages: Sequence[Passage]) -> tuple[str, list[int]]:
     """The text of passages, and where in it each one begins."""
     text, starts = passages[0].text, [0]
-    for before, passage in zip(passages, passages[1:], strict=False):
-        shared = _overlap(before.text, passage.text) if _CHUNK.fullmatch(passage.id) else 0
+    for before, passage in pairwise(passages):
+        shared = _overlap(before.text, passage.text) if _follows(before, passage) else 0
         starts.append(max(0, len(text) - shared) if shared else len(text) + 1)
         text += passage.text[shared:] if shared else f"\n{passage.text}"
     return text, starts
+
+
+def _follows(before: Passage, passage: Passage) -> bool:
+    """Whether two passages are consecutive chunks, which overlap."""
+    one, other = chunk_of(before.id), chunk_of(passage.id)
+    return bool(one and other and one[0] == other[0] and one[1] + 1 == other[1])
 
 
 def _overlap(before: str, after: str) -> int:

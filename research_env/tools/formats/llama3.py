@@ -29,23 +29,26 @@ _DECODER = json.JSONDecoder()
 
 def _read(text: str, tools: Sequence[Tool]) -> list[WrittenCall]:
     """The calls of a turn that begins with ``{`` or the tag of Python."""
-    for end in _ENDS:
-        text = text.removesuffix(end)
+    for mark in _ENDS:
+        text = text.removesuffix(mark)
     text = text.strip()
     if not text.startswith(("{", _PYTHON)):
         return []
     calls: list[WrittenCall] = []
     text = text.removeprefix(_PYTHON).strip()
     while text or not calls:
-        end = len(text)
-        if len(text) <= MAX_CALL_CHARACTERS:
-            try:
-                end = _DECODER.raw_decode(text)[1]
-            except (ValueError, RecursionError):
-                pass  # the rest of the text is one call that cannot be read
+        end = _end_of_object(text)
         calls.append(_call(text[:end]))
         text = text[end:].lstrip("; \t\r\n").removeprefix(_PYTHON)
     return calls
+
+
+def _end_of_object(text: str) -> int:
+    """Where the JSON at the beginning ends; what cannot be read is one call to the end."""
+    try:
+        return _DECODER.raw_decode(text)[1] if len(text) <= MAX_CALL_CHARACTERS else len(text)
+    except (ValueError, RecursionError):
+        return len(text)
 
 
 def _call(text: str) -> WrittenCall:
