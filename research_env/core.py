@@ -186,11 +186,7 @@ class EnvCore:
         if queries:
             found.update(zip(queries, self._search_queries(queries), strict=True))
         for tool in self.protocol.tools:
-            calls = [
-                each
-                for each in requests
-                if isinstance(each, ToolRequest) and each.tool == tool.name
-            ]
+            calls = [r for r in requests if not isinstance(r, str) and r.tool == tool.name]
             if calls and tool.runner is not None:
                 arguments = [json.loads(each.arguments) for each in calls]
                 try:

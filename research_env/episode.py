@@ -26,8 +26,8 @@ from research_env.tools.calls import CallRecord, WrittenCall, record_calls, stru
 StopReason = Literal["answer", "no_answer", "max_searches", "max_turns", "length", "backend_error"]
 CutReason = Literal["length"]
 Action = str | ToolTurn | Mapping[str, Any]
-"""What the policy wrote: text, or, where tools are called, a structured turn or an assistant message
-in the form of OpenAI's API."""
+"""What the policy wrote: text; where tools are called, also a structured turn, or an assistant
+message in the form of OpenAI's API."""
 
 CUT_MARK = " […]"
 """Stands where a passage was cut."""

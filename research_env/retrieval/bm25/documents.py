@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -87,15 +88,17 @@ def document_table(
         passage = passage_at(row)
         keys[0, row] = _hash(passage.id)
         keys[1, row] = _hash(passage.title.strip().lower())
-    orders = [np.argsort(each, kind="stable").astype(np.int32) for each in keys]
-    arrays = [
-        array for key, order in zip(keys, orders, strict=True) for array in (key[order], order)
-    ]
+    ids, titles = _sorted(keys[0]), _sorted(keys[1])
     if count >= _KEPT:
         with contextlib.suppress(OSError, ValueError):
-            _keep(files, arrays)
+            _keep(files, [*ids, *titles])
             return DocumentTable(count, passage_at, *_opened(files, count))
-    return DocumentTable(count, passage_at, (arrays[0], arrays[1]), (arrays[2], arrays[3]))
+    return DocumentTable(count, passage_at, ids, titles)
+
+
+def _sorted(keys: Hashes) -> tuple[Hashes, Rows]:
+    order = np.argsort(keys, kind="stable").astype(np.int32)
+    return keys[order], order
 
 
 _NAMES = ("ids", "id-rows", "titles", "title-rows")
@@ -108,7 +111,7 @@ def _opened(files: list[Path], count: int) -> tuple[tuple[Hashes, Rows], tuple[H
     return (arrays[0], arrays[1]), (arrays[2], arrays[3])
 
 
-def _keep(files: list[Path], arrays: list[npt.NDArray[np.generic]]) -> None:
+def _keep(files: list[Path], arrays: Sequence[npt.NDArray[Any]]) -> None:
     files[0].parent.mkdir(parents=True, exist_ok=True)
     for file, array in zip(files, arrays, strict=True):
         unfinished = file.with_suffix(f".{os.getpid()}.npy")

@@ -49,6 +49,7 @@ MAX_IN_FLIGHT_CHARS = 4 * MAX_REQUEST_CHARS
 """Characters that are sent at the same time."""
 RETRY = Retry(deadline=300.0, first=0.2, longest=15.0)
 """Time limit and pauses of each request."""
+_READABLE = 1  # version of the fields that reading documents needs
 _BUCKETS_PER_PAGE = 10_000  # page size of an aggregation
 
 Body = dict[str, Any]
@@ -176,7 +177,7 @@ class _Writer:
         fixed = json.dumps(
             [
                 MAPPING_VERSION,
-                "readable",
+                _READABLE,
                 layout.analyzer,
                 layout.embed,
                 layout.shards,

@@ -52,7 +52,7 @@ class ReadPlan:
 
 
 def plan_reading(
-    mappings: Sequence[Body], title: str | None, address: object, own: bool
+    mappings: Sequence[Body], title: str | None, address: object, *, own: bool
 ) -> ReadPlan:
     """Decide how documents are found.
 

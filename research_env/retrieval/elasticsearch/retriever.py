@@ -196,6 +196,40 @@ class ElasticsearchRetriever:
             return [_fuse(lexical, dense, top_k) for lexical, dense in pairs]
         return answers
 
+    def close(self) -> None:
+        """Close the connections; running searches end. Closing twice is harmless."""
+        self._closed = True
+        client = self._clients.pop(os.getpid(), None)
+        if client is not None:
+            client.close()
+
+    def _prepare(self) -> None:
+        """Parse the URL; no connection is made."""
+        self._read_plan: ReadPlan | None = None  # made when it is needed
+        self._address = parse_address(self._url, ("mode", "deadline", "embed", "text", "title"))
+        options = self._address.options
+        self._text, self._title = options.get("text"), options.get("title")
+        if self._title and not self._text:
+            raise ConfigurationError("title=FIELD names a field beside text=FIELD; give both")
+        self._mode = options.get("mode", "title" if self._title else "bm25")
+        if self._mode not in MODES:
+            raise UnknownNameError("mode of elasticsearch", self._mode, MODES)
+        if self._text and self._mode != ("title" if self._title else "bm25"):
+            raise ConfigurationError(
+                f"mode={self._mode} does not go with text=FIELD, which searches that field, nor "
+                "with title=FIELD, which searches both; leave mode out"
+            )
+        self._embed_option = options.get("embed")
+        if self._embed_option and self._mode not in ("dense", "hybrid"):
+            raise ConfigurationError(
+                f"embed=MODEL is for mode=dense and mode=hybrid, not for mode={self._mode}"
+            )
+        self._retry = Retry(deadline=number(options, "deadline", 60.0, 0.001))
+        self._info = IndexInfo(many_shards=False)
+        self._embedding: Embedding | None = None
+        self._closed = False
+        self._clients: dict[int, SyncClient] = {}  # by process id
+
     def prepare_reading(self) -> None:
         """Find out how documents are found; see `retrieval.documents.DocumentReader`.
 
@@ -205,8 +239,9 @@ class ElasticsearchRetriever:
         Raises:
             ConfigurationError: An older version of research-env made the index.
         """
-        own = self._info.plan is None
-        self._read_plan = plan_reading(self._info.mappings, self._title, self._address, own)
+        self._read_plan = plan_reading(
+            self._info.mappings, self._title, self._address, own=self._info.plan is None
+        )
 
     def read(self, names: Sequence[str]) -> list[Document | RetrievalError | None]:
         """Read whole documents by id or title, in two requests for all of them.
@@ -230,40 +265,6 @@ class ElasticsearchRetriever:
             for query in queries
         ]
         return self._answer([json.dumps(body) for body in bodies])
-
-    def close(self) -> None:
-        """Close the connections; running searches end. Closing twice is harmless."""
-        self._closed = True
-        client = self._clients.pop(os.getpid(), None)
-        if client is not None:
-            client.close()
-
-    def _prepare(self) -> None:
-        """Parse the URL; no connection is made."""
-        self._address = parse_address(self._url, ("mode", "deadline", "embed", "text", "title"))
-        options = self._address.options
-        self._text, self._title = options.get("text"), options.get("title")
-        if self._title and not self._text:
-            raise ConfigurationError("title=FIELD names a field beside text=FIELD; give both")
-        self._mode = options.get("mode", "title" if self._title else "bm25")
-        if self._mode not in MODES:
-            raise UnknownNameError("mode of elasticsearch", self._mode, MODES)
-        if self._text and self._mode != ("title" if self._title else "bm25"):
-            raise ConfigurationError(
-                f"mode={self._mode} does not go with text=FIELD, which searches that field, nor "
-                "with title=FIELD, which searches both; leave mode out"
-            )
-        self._embed_option = options.get("embed")
-        if self._embed_option and self._mode not in ("dense", "hybrid"):
-            raise ConfigurationError(
-                f"embed=MODEL is for mode=dense and mode=hybrid, not for mode={self._mode}"
-            )
-        self._retry = Retry(deadline=number(options, "deadline", 60.0, 0.001))
-        self._info = IndexInfo(many_shards=False)
-        self._embedding: Embedding | None = None
-        self._read_plan: ReadPlan | None = None
-        self._closed = False
-        self._clients: dict[int, SyncClient] = {}  # by process id
 
     def _own_client(self) -> SyncClient:
         """The client of this process; one that came through a fork is left alone.

@@ -133,7 +133,7 @@ def test_the_policy_searches_and_then_reads(url: str) -> None:
             {"document": "#"},
         )
     )
-    observation, *_, info = env.step(turn)
+    info = env.step(turn)[4]
     beatles = "The Beatles were an English rock band.\nThey disbanded in 1970."
     assert [each["content"] for each in info["messages"]] == [
         f'"Beatles" (page 1 of 1)\n{beatles}',
