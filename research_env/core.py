@@ -36,8 +36,9 @@ from research_env.retrieval.documents import require_reader
 from research_env.retrieval.requests import Request
 from research_env.retrieval.url import split_options
 from research_env.rewards import METRICS, Reward, WeightedSum, episode_metrics, evaluate, reward
+from research_env.spaces import UnicodeText
 from research_env.templates import Template, own_template
-from research_env.tools import FORMATS, Tool
+from research_env.tools import FORMATS, Tool, ToolTurn
 from research_env.tools.builtin import find_tools
 from research_env.turn_rewards import TurnReward, TurnRewards, turn_rewards
 
@@ -150,6 +151,11 @@ class EnvCore:
         info = _info(episode, chat)
         info["tools"] = self.tool_schemas()
         return episode, self.protocol.prompt(self.template, question.question), info
+
+    def action_space(self) -> UnicodeText:
+        """Text, and where tools are called structured turns."""
+        also = (ToolTurn, Mapping) if self.protocol.tool_format else ()
+        return UnicodeText(terminators=self.protocol.terminators, also=also)
 
     @property
     def is_chat(self) -> bool:

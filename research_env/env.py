@@ -109,7 +109,7 @@ class SearchQAEnv(gym.Env[str, str]):
         self._core = make_core(**settings)
         self._episode: Episode | None = None
         self._next = 0
-        self.action_space = UnicodeText(terminators=self._core.protocol.terminators)
+        self.action_space = self._core.action_space()
         self.observation_space = UnicodeText()
 
     @property

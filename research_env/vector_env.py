@@ -104,7 +104,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         )
         self._core = self._sessions.core
         self._searches: QueryBatcher[tuple[int, Episode, int]] = self._sessions.searches
-        self.single_action_space = UnicodeText(terminators=self._core.protocol.terminators)
+        self.single_action_space = self._core.action_space()
         self.single_observation_space = UnicodeText()
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 from research_env.errors import ActionError, ConfigurationError, RetrievalError, ToolError
@@ -46,6 +47,7 @@ class Tool:
         runner: runs its calls. None: its ``query`` goes to the search engine, and ``top_n``, where
             there is one, limits the passages that are shown.
         reads: whether it needs a search engine that can read whole documents.
+        place: "module:NAME", where it can be imported from; pickles hold no more. "": nowhere.
     """
 
     name: str
@@ -54,6 +56,14 @@ class Tool:
     required: tuple[str, ...] = ()
     runner: Runner | None = None
     reads: bool = False
+    place: str = field(default="", repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.place:  # a function under the name of its tool cannot be pickled
+            return import_tool, (self.place,)
+        parameters = {name: dict(each) for name, each in self.parameters.items()}
+        made = (self.name, self.description, parameters, self.required, self.runner, self.reads)
+        return Tool, made
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -94,6 +104,29 @@ class Tool:
         return {"type": "function", "function": function}
 
 
+def import_tool(place: str) -> Tool:
+    """The tool at "module:NAME".
+
+    Raises:
+        ConfigurationError: it cannot be imported, or is no tool.
+    """
+    module, _, name = place.partition(":")
+    try:
+        found: Any = import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(
+            f"cannot import the tool {place!r}: {error}; write 'module:NAME' with a module that "
+            "Python finds (see PYTHONPATH)"
+        ) from error
+    if not isinstance(found, Tool):
+        raise ConfigurationError(
+            f"the tool {place!r} is {found!r:.80}; decorate a function with research_env.tools.tool"
+        )
+    return found
+
+
 def tool(**parameters: Mapping[str, Any]) -> Callable[[Callable[..., str]], Tool]:
     """Make a tool of a function, which gets the arguments by name and returns text.
 
@@ -131,8 +164,14 @@ def tool(**parameters: Mapping[str, Any]) -> Callable[[Callable[..., str]], Tool
             return [_run(function, arguments) for arguments in calls]
 
         required = [name for name, each in arguments.items() if each.default is each.empty]
-        described = inspect.cleandoc(function.__doc__ or "")
-        return Tool(function.__name__, described, parameters, tuple(required), run)
+        return Tool(
+            function.__name__,
+            inspect.cleandoc(function.__doc__ or ""),
+            parameters,
+            tuple(required),
+            run,
+            place=f"{function.__module__}:{function.__qualname__}",
+        )
 
     return make
 

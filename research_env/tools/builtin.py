@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Any, cast
 
-from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
+from research_env.errors import RetrievalError, UnknownNameError
 from research_env.markup import defuse
 from research_env.retrieval.base import Hit, Retriever
 from research_env.retrieval.documents import (
@@ -16,7 +15,7 @@ from research_env.retrieval.documents import (
     read_page,
 )
 from research_env.retrieval.requests import ToolResult
-from research_env.tools.base import Tool
+from research_env.tools.base import Tool, import_tool
 
 SEARCH = Tool(
     name="search",
@@ -77,23 +76,11 @@ def find_tools(tools: str | Sequence[str | Tool]) -> tuple[Tool, ...]:
 
 
 def _find(name: str) -> Tool:
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        if name not in TOOLS:
-            raise UnknownNameError("tool", name, TOOLS, "Name your own as 'module:NAME'.")
-        return TOOLS[name]
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigurationError(
-            f"cannot import the tool {name!r}: {error}; write 'module:NAME' with a module that "
-            "Python finds (see PYTHONPATH)"
-        ) from error
-    if not isinstance(found, Tool):
-        raise ConfigurationError(
-            f"the tool {name!r} is {found!r:.80}; decorate a function with research_env.tools.tool"
-        )
-    return found
+    if ":" in name:
+        return import_tool(name)
+    if name not in TOOLS:
+        raise UnknownNameError("tool", name, TOOLS, "Name your own as 'module:NAME'.")
+    return TOOLS[name]
 
 
 def show_hits(hits: Sequence[Hit], *, ids: bool = False) -> str:

@@ -124,8 +124,24 @@ def record_calls(
 
 
 def structured(calls: Iterable[Call]) -> list[WrittenCall]:
-    """The calls of a structured turn, each with its arguments as text."""
-    return [WrittenCall(_arguments_text(call), call) for call in calls]
+    """The calls of a structured turn, each with its text as JSON."""
+    return [WrittenCall(call_text(call), call) for call in calls]
+
+
+def call_text(call: Call) -> str:
+    """A call as a JSON object; arguments that are no JSON stay as they are."""
+    name = json.dumps(call.name, ensure_ascii=False, default=repr)
+    return f'{{"name": {name}, "arguments": {arguments_text(call)}}}'
+
+
+def arguments_text(call: Call) -> str:
+    """The arguments of a call as JSON, as far as they are."""
+    if call.raw is not None:
+        return str(call.raw)
+    try:
+        return json.dumps(call.arguments, ensure_ascii=False, default=repr)
+    except (TypeError, ValueError, RecursionError):
+        return repr(call.arguments)[: MAX_CALL_CHARACTERS + 1]
 
 
 def parse_json(text: str) -> Any:
@@ -245,15 +261,6 @@ def _request(tool: Tool, arguments: dict[str, Any]) -> tuple[Request, int | None
     if limit is not None and limit < 1:
         raise BadCallError(f"'top_n' is an integer from 1 on, not {str(limit)[:20]}")
     return query, limit
-
-
-def _arguments_text(call: Call) -> str:
-    if call.raw is not None:
-        return call.raw if isinstance(call.raw, str) else ""
-    try:
-        return json.dumps(call.arguments, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError):
-        return repr(call.arguments)[: MAX_CALL_CHARACTERS + 1]
 
 
 def kind(value: object) -> str:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 
 from research_env.tools.base import Call, Tool, ToolTurn
-from research_env.tools.calls import CallRecord, WrittenCall
+from research_env.tools.calls import CallRecord, WrittenCall, arguments_text
 from research_env.tools.formats.base import ToolFormat
 
 _CALL_END = "<|call|>"
@@ -56,11 +56,8 @@ def _write(turn: ToolTurn) -> str:
     if not turn.calls:
         parts.append(f"{_FINAL}{turn.content}")
     for call in turn.calls:
-        arguments = call.raw
-        if arguments is None:
-            arguments = json.dumps(call.arguments, ensure_ascii=False, default=repr)
         header = f" to={_TOOLS}{call.name}<|channel|>commentary json"
-        parts.append(f"{header}<|message|>{arguments}{_CALL_END}")
+        parts.append(f"{header}<|message|>{arguments_text(call)}{_CALL_END}")
     return "<|start|>assistant".join(parts)
 
 

@@ -20,6 +20,7 @@ from research_env.tools.calls import (
     BadCallError,
     CallRecord,
     WrittenCall,
+    call_text,
     parse_call,
 )
 from research_env.tools.formats.base import ToolFormat, spans
@@ -46,13 +47,7 @@ def write_call(name: str, arguments: Mapping[str, Any]) -> str:
 
 def write_calls(turn: ToolTurn) -> Iterator[str]:
     """The calls of a structured turn; JSON that cannot be read stays as it is."""
-    for call in turn.calls:
-        if call.raw is None:
-            arguments = json.dumps(call.arguments, ensure_ascii=False, default=repr)
-        else:
-            arguments = call.raw
-        name = json.dumps(call.name, ensure_ascii=False)
-        yield _marked(f'{{"name": {name}, "arguments": {arguments}}}')
+    return (_marked(call_text(call)) for call in turn.calls)
 
 
 def write_hermes(turn: ToolTurn) -> str:

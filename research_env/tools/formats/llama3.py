@@ -18,6 +18,7 @@ from research_env.tools.calls import (
     BadCallError,
     CallRecord,
     WrittenCall,
+    arguments_text,
     parse_call,
 )
 from research_env.tools.formats.base import ToolFormat
@@ -66,10 +67,7 @@ def _write(turn: ToolTurn) -> str:
 
 
 def _write_call(call: Call) -> str:
-    arguments = call.raw
-    if arguments is None:
-        arguments = json.dumps(call.arguments, ensure_ascii=False, default=repr)
-    return f'{{"name": "{call.name}", "parameters": {arguments}}}'
+    return f'{{"name": "{call.name}", "parameters": {arguments_text(call)}}}'
 
 
 def _frame(calls: Sequence[CallRecord]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from research_env.markup import defuse
@@ -136,21 +137,19 @@ def _prompt(system: str, tools: Sequence[Tool], opening: str) -> str:
     return chat_text(head + _INSTRUCTIONS + system, opening)
 
 
+def _frame(calls: Sequence[CallRecord], opening: str) -> str:
+    return frame_hermes(calls) + opening
+
+
 def _format(name: str, opening: str) -> ToolFormat:
-    def frame(calls: Sequence[CallRecord]) -> str:
-        return frame_hermes(calls) + opening
-
-    def prompt(system: str, tools: Sequence[Tool]) -> str:
-        return _prompt(system, tools, opening)
-
     return ToolFormat(
         name=name,
         reader=_read_all,
         writer=_write_thinking if opening == _THOUGHT else write_xml,
-        framer=frame,
+        framer=partial(_frame, opening=opening),
         terminators=("<|im_end|>",),
         markup=MARKUP,
-        prompter=prompt,
+        prompter=partial(_prompt, opening=opening),
     )
 
 
