@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,9 @@ class Completion:
 
     ``finish_reason``: "stop" (a stop string was completed), "end" (the end token, the last of
     ``tokens``), "length" (``max_tokens`` or the context ran out), or "interrupted" (see
-    ``Interruptible``). All tokens are of one version of the weights.
+    ``Interruptible``). All tokens are of one version of the weights. ``message`` is the turn as an
+    assistant message with tool calls, in the form of OpenAI's API, if that is how it was sampled:
+    then it is the action.
     """
 
     slot: int
@@ -41,6 +43,7 @@ class Completion:
     text: str  # of tokens, the end token left out
     finish_reason: Finish
     version: int
+    message: Mapping[str, Any] | None = None
 
 
 class Engine(Protocol):
