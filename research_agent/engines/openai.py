@@ -376,7 +376,9 @@ class OpenAIEngine:
                 raise self._failure(self._problem(error)) from None
             if continuing:
                 self._continues = True
-            return self._read(answer.choices[0], params.stop, text, chat=chat)
+            # Where tools are listed, turns are messages: a stop string would stand in them twice.
+            stop = () if conversation.tools else params.stop
+            return self._read(answer.choices[0], stop, text, chat=chat)
 
     def _read(self, choice: Any, stop: tuple[str, ...], before: str, *, chat: bool) -> _Answer:
         """Read an answer's first choice, and put back the stop string that ended it."""
