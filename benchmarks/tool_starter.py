@@ -43,7 +43,7 @@ def rename_phrases(source: Path, target: Path, phrases: Mapping[str, str]) -> No
     file.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
-def make_starter(output: Path, count: int = 9_000, quiet: bool = False) -> Path:
+def make_starter(output: Path, count: int = 3_600, quiet: bool = False) -> Path:
     """Rename the tokens of the starter, and fine-tune it.
 
     Args:
@@ -62,6 +62,7 @@ def make_starter(output: Path, count: int = 9_000, quiet: bool = False) -> Path:
                 count=count,
                 learning_rate=5e-4,
                 decay_share=1.0,
+                final_share=0.4,  # what is left for the habits, which come last
                 threads=1,
                 output=output,
                 quiet=quiet,
@@ -72,7 +73,7 @@ def make_starter(output: Path, count: int = 9_000, quiet: bool = False) -> Path:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=9_000, help="demonstrations")
+    parser.add_argument("--count", type=int, default=3_600, help="demonstrations")
     parser.add_argument("--output", type=Path, default=Path("runs/miniworld-tools-starter"))
     arguments = parser.parse_args()
     make_starter(arguments.output, arguments.count)

@@ -185,7 +185,9 @@ class EnvCore:
         The engine is asked once, and so is each tool. An error of a whole batch is that of each of
         its requests.
         """
-        queries = [each for each in requests if isinstance(each, str)]
+        queries: Sequence[str] = requests  # type: ignore[assignment]
+        if self.protocol.tools:
+            queries = [each for each in requests if isinstance(each, str)]
         if len(queries) == len(requests):
             return self._search_queries(queries)
         found: dict[Request, Found] = {}
@@ -458,8 +460,13 @@ def _state_key(episode: Episode) -> str:
     """Equal where two samples of a question have found the same passages; "" at the end."""
     if episode.over:
         return ""
-    found = sorted({hit.passage.id for turn in episode.turns for hit in turn.hits})
-    text = "\0".join([episode.question.id, *found])
+    found = frozenset([hit.passage.id for turn in episode.turns for hit in turn.hits])
+    return _key_of_found(episode.question.id, found)
+
+
+@lru_cache(maxsize=4096)  # a group of samples finds the same again and again
+def _key_of_found(question_id: str, passage_ids: frozenset[str]) -> str:
+    text = "\0".join([question_id, *sorted(passage_ids)])
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 

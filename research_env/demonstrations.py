@@ -246,12 +246,12 @@ def _with_tool_calls(demonstration: Demonstration) -> Demonstration:
             record = CallRecord("", "", call, result=result)
             made.append((provenance, RECALL.tool_format.framer([record])))
         else:
-            text = text.strip().removeprefix("<think>")
-            text = re.sub(r"<answer> (.*) </answer>", r"\1", text)
-            if query := re.search(r" <search>(.*) </search>", text):
+            said = text.strip().removeprefix("<think>")
+            said = re.sub(r"<answer> (.*) </answer>", r"\1", said)
+            if query := re.search(r" <search>(.*) </search>", said):
                 call = json.dumps({"name": WIKIPEDIA_SEARCH.name, "arguments": {"query": query[1]}})
-                text = f"{text[: query.start()]}\n<tool_call>\n{call}\n</tool_call><|im_end|>"
-            made.append((provenance, text))
+                said = f"{said[: query.start()]}\n<tool_call>\n{call}\n</tool_call><|im_end|>"
+            made.append((provenance, said))
     return made
 
 

@@ -181,7 +181,8 @@ def advance(episode: Episode, action: Action) -> Episode:
         if written:
             return _call_tools(episode, text, written)
         return _answer(_extend(episode, Turn(text, "answer"), stop_reason="answer"))
-    return _advance_text(episode, protocol.cut(str(action)))
+    assert isinstance(action, str)
+    return _advance_text(episode, protocol.cut(action))
 
 
 def _advance_text(episode: Episode, action: str) -> Episode:
@@ -281,7 +282,8 @@ def _cut(text: str, episode: Episode) -> str:
 
 def _shorten(hits: tuple[Hit, ...], limit: int | None) -> tuple[Hit, ...]:
     """The hits with no more than ``limit`` characters of each passage."""
-    if limit is None or all(len(h.passage.title) + len(h.passage.text) <= limit for h in hits):
+    sizes = [len(hit.passage.title) + len(hit.passage.text) for hit in hits]
+    if limit is None or max(sizes, default=0) <= limit:
         return hits
     shown = []
     for hit in hits:
