@@ -7,13 +7,15 @@ setting is explained in one place. Nothing here imports torch: ``--help`` is qui
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 
+from research_agent.chat_template import require_date
 from research_agent.curriculum import parse_stages
 from research_agent.errors import CheckpointError, ConfigError
 from research_agent.settings import Settings
@@ -46,6 +48,11 @@ class PolicyConfig:
     """Add the adapter that --model names to the weights of its base first, and train those."""
     chat_template: bool = False
     """Prompt with the model's chat template, for models tuned to follow instructions."""
+    chat_template_args: Settings = field(default_factory=dict)
+    """Variables of the chat template, such as enable_thinking=false."""
+    chat_template_date: str | None = None
+    """The day, YYYY-MM-DD, that a chat template which writes the date takes for today. None takes
+    the day on which the run starts, also when it is continued."""
     device: str = "auto"
     """Where the model lives: cpu, cuda, or auto, which is cuda where there is one."""
 
@@ -55,8 +62,10 @@ class SamplingConfig:
     """How episodes are played."""
 
     engine: str = "transformers"
-    """What samples the tokens: transformers, vllm, or vLLM servers (server:URL,URL;
-    server+nccl:URL,URL or server+ipc:URL,URL where weights go from GPU to GPU)."""
+    """What samples the tokens: transformers, vllm (vllm:tp=2,memory=0.4: GPUs per copy of the
+    weights, and vLLM's share of their memory), a vLLM server per node that the run starts
+    (serve:tp=2,dp=1,memory=0.4), or servers that run already (server:URL,URL; server+nccl:URL,URL
+    or server+ipc:URL,URL if weights go from GPU to GPU)."""
     prompts_per_step: int = 256
     """Tasks per training step."""
     group_size: int = 5
@@ -88,9 +97,9 @@ class SamplingConfig:
     """Sample some episodes while others wait for the environment. Faster with a slow environment;
     the order of events, and so the last bits of a number, then depend on timing."""
     max_staleness: int = 0
-    """Training steps that sampling may run ahead of learning: slots that have nothing left to do in
-    a step begin with the next ones. No token is learned from after more updates than this; 0 is
-    strictly on-policy."""
+    """Training steps that sampling may run ahead of learning. Above 0 each rank plays in a child
+    process, which goes on with the next steps while the learner updates. No token is learned from
+    after more updates than this; 0 is strictly on-policy."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +154,13 @@ class LearnerConfig:
     """Learn adapters of this rank beside the weights (LoRA, needs peft); 0 learns the weights."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_offload"] = "adamw"
     """AdamW as it is, with moments of 8 bits (needs bitsandbytes), or in the CPU's memory."""
+    bucket_bytes: int = 2**30
+    """With torchrun: the most bytes of weights that a rank holds whole at once, besides its shard,
+    while weights are saved or given to the sampler. A larger tensor is a bucket of its own."""
+    shard_ranks: int | None = None
+    """With torchrun: ranks that one copy of the weights is spread over; it must divide the number
+    of ranks. None takes those of a node, so that weights are gathered inside it. Give more where a
+    node has too little memory."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +197,8 @@ class RunConfig:
     eval_temperature: float = 0.0
     """Temperature of evaluations; 0 is greedy."""
     plan: str | None = None
-    """Say what the run would need on GPUs such as 8xH100, and stop: memory, tokens, hours. Nothing
-    is loaded. Exit status 2 where it does not fit."""
+    """Say what the run would need on GPUs such as 8xH100, or 2x8xH100 for two nodes, and stop:
+    memory, disk, tokens, hours. Nothing is loaded. Exit status 2 if it does not fit."""
     trace: Path | None = None
     """File for a timeline of generation, environments and updates, which ui.perfetto.dev opens;
     written anew each time the run is started or continued."""
@@ -191,6 +207,8 @@ class RunConfig:
     disk, in the folder of the run."""
     log_episodes: int = 4
     """Episodes of each step written out in words, to trajectories.jsonl."""
+    collective_timeout: float = 15.0
+    """With torchrun: minutes that a rank waits for the others before it stops with an error."""
     override: bool = False
     """Continue a run with settings that change its results; changes.jsonl in its folder records
     them."""
@@ -246,10 +264,16 @@ class EvalConfig:
     """Order of the tasks, and sampled tokens."""
     chat_template: bool = False
     """Prompt with the model's chat template."""
+    chat_template_args: Settings = field(default_factory=dict)
+    """Variables of the chat template, such as enable_thinking=false. An --endpoint gets them as
+    chat_template_kwargs."""
+    chat_template_date: str | None = None
+    """The day, YYYY-MM-DD, that a chat template which writes the date takes for today. None takes
+    the day on which the evaluation starts, also when it is continued."""
     log_tokens: bool = False
     """Write the text and log-probability of each action token too, for the report's page."""
     engine: str = "transformers"
-    """What samples the tokens: transformers, vllm, or vLLM servers (server:URL,URL)."""
+    """What samples the tokens: transformers, vllm, serve or server:URL,URL, as for training."""
     max_prompt: int = 512
     """Longest first observation, in tokens."""
     max_response: int = 8192
@@ -369,6 +393,7 @@ FREE = frozenset(
         "run.trace",
         "run.wandb",
         "run.log_episodes",
+        "run.collective_timeout",
         "run.plan",
         "run.override",
         "run.quiet",
@@ -386,9 +411,12 @@ NEUTRAL = frozenset(
         "learner.packing",
         "learner.gradient_checkpointing",
         "learner.compile",
+        "learner.bucket_bytes",
+        "learner.shard_ranks",
         "sampling.overlong_prompts",  # what has been learned from had no such prompt
     }
 )
+RUN_DATE = "policy.chat_template_date"  # where none is given, the saved run's is taken
 # The environment's provenance decides whether these change the episodes, if there is one.
 ENVIRONMENT = frozenset({"environment.env", "environment.env_args"})
 
@@ -427,6 +455,7 @@ def validate(config: TrainConfig) -> None:
         ConfigError: naming the flag, its value, and what it must be.
     """
     parse_stages(config.environment.stages)
+    require_chat_template(config.policy)
     sampling, learner, run = config.sampling, config.learner, config.run
     at_least_one: dict[str, float | None] = {
         "--prompts-per-step": sampling.prompts_per_step,
@@ -437,6 +466,8 @@ def validate(config: TrainConfig) -> None:
         "--max-in-flight": sampling.max_in_flight,
         "--minibatches": learner.minibatches,
         "--micro-batch-tokens": learner.micro_batch_tokens,
+        "--bucket-bytes": learner.bucket_bytes,
+        "--shard-ranks": learner.shard_ranks,
         "--save-every": run.save_every,
         "--keep": run.keep,
         "--eval-limit": run.eval_limit,
@@ -467,6 +498,9 @@ def validate(config: TrainConfig) -> None:
         raise ConfigError(f"--max-grad-norm is {learner.max_grad_norm}; it must be above 0")
     if run.time_limit is not None and not run.time_limit > 0:
         raise ConfigError(f"--time-limit is {run.time_limit}; it must be above 0 seconds")
+    if not run.collective_timeout > 0:
+        message = f"--collective-timeout is {run.collective_timeout}; it must be above 0 minutes"
+        raise ConfigError(message)
     if run.collapse is not None and not 0 < run.collapse < 1:
         raise ConfigError(f"--collapse is {run.collapse}; it is a share, between 0 and 1")
     if not 0 <= config.algorithm.max_void_fraction <= 1:
@@ -486,6 +520,45 @@ def validate(config: TrainConfig) -> None:
         )
 
 
+class _ChatTemplateSettings(Protocol):
+    @property
+    def chat_template(self) -> bool: ...
+    @property
+    def chat_template_args(self) -> dict[str, Any]: ...
+    @property
+    def chat_template_date(self) -> str | None: ...
+
+
+def require_chat_template(config: _ChatTemplateSettings) -> None:
+    """Refuse settings of a chat template without --chat-template, and a date that is none.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    if config.chat_template_date is not None:
+        require_date(config.chat_template_date)
+    given = {
+        "--chat-template-args": config.chat_template_args,
+        "--chat-template-date": config.chat_template_date,
+    }
+    for flag, value in given.items():
+        if value and not config.chat_template:
+            raise ConfigError(f"{flag} without --chat-template has no effect; add --chat-template")
+
+
+def require_one_process(command: str) -> None:
+    """Refuse to run a command under torchrun, where every rank would do all of its work.
+
+    Raises:
+        ConfigError: this is one of several ranks.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise ConfigError(
+            f"{command} runs in one process; torchrun started {ranks}. Start it without torchrun"
+        )
+
+
 def _require_at_least_one(values: Mapping[str, float | None]) -> None:
     for flag, value in values.items():
         if value is not None and value < 1:
@@ -498,6 +571,7 @@ def validate_eval(config: EvalConfig) -> None:
     Raises:
         ConfigError: naming the flag, its value, and what it must be.
     """
+    require_one_process("eval")
     at_least_one = {
         "--limit": config.limit,
         "--samples-per-task": config.samples_per_task,
@@ -507,6 +581,11 @@ def validate_eval(config: EvalConfig) -> None:
         "--max-in-flight": config.max_in_flight,
     }
     _require_at_least_one(at_least_one)
+    require_chat_template(config)
+    if config.endpoint is not None and config.chat_template_date is not None:
+        raise ConfigError(
+            "--chat-template-date with --endpoint: the endpoint renders the template; leave it off"
+        )
     if not config.temperature >= 0:
         raise ConfigError(f"--temperature is {config.temperature}; it must not be negative")
     if config.samples_per_task > 1 and config.temperature == 0:
@@ -561,28 +640,29 @@ def changes(
         same_environment: whether the environments have equal provenance; None if that is not known,
             and then the environment's settings must be equal.
     """
-    before, now = dict(flatten(saved)), dict(flatten(as_json(config)))
+    defaults = dict(flatten(as_json(TrainConfig())))  # of settings that an older version lacks
+    before, now = defaults | dict(flatten(saved)), dict(flatten(as_json(config)))
     skips = before.get("sampling.overlong_prompts") == "skip"
     results: dict[str, tuple[Any, Any]] = {}
     neutral: dict[str, tuple[Any, Any]] = {}
     for key in sorted(before.keys() | now.keys()):
         pair = before.get(key), now.get(key)
-        if key in FREE or pair[0] == pair[1]:
+        if key in FREE or pair[0] == pair[1] or (key == RUN_DATE and pair[1] is None):
             continue
         is_neutral = (
             key in NEUTRAL
             or (key in ENVIRONMENT and same_environment is True)
             or (key == "sampling.max_prompt" and not skips and (pair[1] or 0) >= (pair[0] or 0))
-            or (key == "sampling.engine" and _same_server_engine(*pair))
+            or (key == "sampling.engine" and _same_engine(*pair))
         )
         (neutral if is_neutral else results)[key] = pair
     return Changes(results, neutral)
 
 
-def _same_server_engine(before: Any, now: Any) -> bool:
-    """Whether two engines are servers that only stand at other addresses."""
-    kinds = [str(engine).partition(":")[0] for engine in (before, now)]
-    return kinds[0] == kinds[1] and kinds[0].startswith("server")
+def _same_engine(before: Any, now: Any) -> bool:
+    """Whether two engines differ only in GPUs, their memory, or the addresses of servers."""
+    kinds = {str(engine).partition(":")[0] for engine in (before, now)}
+    return len(kinds) == 1
 
 
 def require_same(found: Changes, where: Path, *, override: bool = False) -> None:

@@ -80,9 +80,11 @@ class OpenAIRenderer:
 
     Attributes:
         chat_template: whether prompts are chat messages for the endpoint's template, not text.
+        chat_template_args: variables of that template, sent as ``chat_template_kwargs``.
     """
 
     chat_template: bool = False
+    chat_template_args: Mapping[str, Any] = field(default_factory=dict)
     _pieces: list[str] = field(default_factory=list, repr=False)
     _numbers: dict[str, int] = field(default_factory=dict, repr=False)
     _heads: dict[int, Message] = field(
@@ -267,7 +269,7 @@ class OpenAIEngine:
             self._conversations[slot].add(message, len(tokens))
             unknown = (math.nan,) * len(tokens)
             reason = answer.finish_reason
-            done.append(Completion(slot, tokens, unknown, text, reason, 0, answer.message))
+            done.append(Completion(slot, tokens, unknown, text, reason, 0, message=answer.message))
         return done
 
     def release(self, slot: int) -> None:
@@ -344,6 +346,8 @@ class OpenAIEngine:
             required: dict[str, Any] = {"prompt": ""}
             if chat:
                 create, required = self._client.chat.completions.create, {"messages": []}
+                if arguments := self._renderer.chat_template_args:
+                    extra["chat_template_kwargs"] = dict(arguments)
             try:
                 answer = await create(
                     model=self._model,
