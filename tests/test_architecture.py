@@ -142,7 +142,7 @@ LAYERS = {
         "retrieval",
         "tools",
         "datasets protocol judge",
-        "episode",
+        "episode templates",
         "papers",
         "rewards turn_rewards demonstrations wiki_demonstrations",
         "core",

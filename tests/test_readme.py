@@ -206,6 +206,7 @@ EXPECTED = {  # what following a page prints, among other things
         "<result>",
     ),
     "docs/how-to/own-reward.md": ("reward 0.95",),
+    "docs/how-to/tool-calls.md": (r"^years: 57$", "<tool_response>", r"\(page 1 of 1\)"),
     "docs/reference/environments.md": (r"musique +│ train 1, .*dev 1",),
 }
 MADE = {  # files that following a page makes
