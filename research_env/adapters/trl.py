@@ -29,6 +29,7 @@ from dataclasses import replace
 from typing import Any
 
 from research_env.adapters import require
+from research_env.adapters.chat import policy_text
 from research_env.core import StepOutput
 from research_env.errors import ConfigurationError, EpisodeError, UnknownTaskError
 from research_env.sessions import Session, Sessions
@@ -287,10 +288,7 @@ class SearchTool:
         return self._sessions.core.output(session.episode)
 
     def _text(self, message: Mapping[str, Any]) -> str:
-        """What the policy wrote, its reasoning in the protocol's marks."""
-        reasoning, tag = message.get("reasoning_content"), self._sessions.core.protocol.think
-        content = message.get("content") or ""
-        return f"{tag.open}{reasoning}{tag.close}{content}" if reasoning else content
+        return policy_text(self._sessions.core.protocol, message)
 
     def _opened(self) -> Session:
         if self._session is None:
