@@ -236,6 +236,9 @@ class Serve:
     Any trainer that speaks this format can search at http://HOST:PORT/retrieve. The server also has
     /health and /metrics (Prometheus). SIGTERM or Ctrl-C stops it after the requests in flight.
 
+    With --openenv it serves the whole environment to clients of OpenEnv instead, and with --mcp the
+    search tools to clients of the Model Context Protocol, at http://HOST:PORT/mcp.
+
     Without a key anyone who reaches the port can search. If the environment variable
     RETRIEVER_API_KEY is set, clients must send it as "Authorization: Bearer KEY" to everything but
     /health; retrievers of this package read the same variable and send it.
@@ -246,6 +249,8 @@ class Serve:
       research-env serve --retriever elasticsearch://localhost:9200/wiki18
       research-env serve --dataset musique
       RETRIEVER_API_KEY=... research-env serve --corpus passages.jsonl --host 0.0.0.0 --port 9000
+      research-env serve --openenv --dataset musique --env-args protocol=search-r1
+      research-env serve --mcp --retriever elasticsearch://localhost:9200/wiki18
     """
 
     retriever: Annotated[str | None, arg(metavar="URL")] = None
@@ -264,8 +269,15 @@ class Serve:
     """Names by which clients may call this server, for example search.example.org. localhost and
     the address of the server always work. Requests to other names are refused, so that no web page
     can search through the browser of somebody who reaches this server."""
-    top_k: int = 5
-    """Passages per query if a request does not say."""
+    top_k: int | None = None
+    """Passages per query if a request does not say. Default: 5; with --openenv and --mcp that of
+    the protocol."""
+    openenv: bool = False
+    """Serve the environment to clients of OpenEnv. Needs pip install 'research-env[openenv]'."""
+    mcp: bool = False
+    """Serve the search tools to clients of MCP. Needs pip install 'research-env[mcp]'."""
+    env_args: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...")] = ()
+    """With --openenv or --mcp: further arguments of the environment, for example split=dev."""
 
     def run(self) -> None:
         """Carry the command out."""
@@ -273,6 +285,11 @@ class Serve:
         from research_env.retrieval.http import KEY_VARIABLE  # noqa: PLC0415
         from research_env.retrieval.url import secret_of  # noqa: PLC0415
 
+        if self.openenv or self.mcp:
+            self._serve_app(secret_of(KEY_VARIABLE))
+            return
+        if self.env_args:
+            raise ConfigurationError("--env-args is for --openenv and --mcp")
         try:
             from research_env.retrieval.serve import serve_until_stopped  # noqa: PLC0415
         except ModuleNotFoundError as error:
@@ -290,12 +307,50 @@ class Serve:
                 engine,
                 self.host,
                 self.port,
-                self.top_k,
+                5 if self.top_k is None else self.top_k,
                 key=key,
                 allowed_hosts=self.allowed_hosts,
             )
         finally:
             engine.close()
+
+    def _serve_app(self, key: str) -> None:
+        """Serve the application of an adapter."""
+        if self.openenv and self.mcp:
+            raise ConfigurationError("give one of --openenv and --mcp; each has a port of its own")
+        if self.openenv and (self.dataset is None or self.corpus is not None):
+            raise ConfigurationError(
+                "--openenv needs --dataset NAME; for questions and passages of your own: "
+                "--dataset custom --env-args questions=FILE corpus=FILE"
+            )
+        if self.mcp and (self.retriever, self.dataset, self.corpus) == (None, None, None):
+            raise ConfigurationError("give --retriever URL, --dataset NAME or --corpus FILE")
+        settings = {"top_k": self.top_k, **_settings(self.env_args)}
+        try:
+            from research_env.adapters.server import AppServer  # noqa: PLC0415
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                f"the server needs {error.name}: pip install 'research-env[serve]'"
+            ) from error
+        if self.openenv:
+            from research_env.adapters import openenv  # noqa: PLC0415
+            from research_env.sessions import Sessions  # noqa: PLC0415
+
+            sessions = Sessions(dataset=self.dataset, retriever=self.retriever, **settings)
+            app = openenv.make_app(sessions)
+        else:
+            from research_env.adapters import mcp  # noqa: PLC0415
+
+            given = self.dataset is not None or self.corpus is not None
+            corpus = _corpus(self.dataset, self.corpus) if given else None
+            sessions = mcp.tool_sessions(self.retriever, corpus, **settings)
+            app = mcp.make_app(sessions)
+        with sessions:
+            server = AppServer(
+                app, self.host, self.port, key=key, allowed_hosts=self.allowed_hosts
+            )
+            print(f"serving {server.url}{'/mcp' if self.mcp else ''}; Ctrl-C stops", flush=True)
+            server.run()
 
 
 @dataclass(frozen=True)
