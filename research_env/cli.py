@@ -346,9 +346,7 @@ class Serve:
             sessions = mcp.tool_sessions(self.retriever, corpus, **settings)
             app = mcp.make_app(sessions)
         with sessions:
-            server = AppServer(
-                app, self.host, self.port, key=key, allowed_hosts=self.allowed_hosts
-            )
+            server = AppServer(app, self.host, self.port, key=key, allowed_hosts=self.allowed_hosts)
             print(f"serving {server.url}{'/mcp' if self.mcp else ''}; Ctrl-C stops", flush=True)
             server.run()
 

@@ -98,6 +98,7 @@ class InfoReader(BaseInfoDictReader):  # type: ignore[misc]
         return self._spec
 
     def __call__(self, info: dict[str, Any], tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the entries of an info; TorchRL calls this after every reset and step."""
         zero = self._spec.zero()
         for name, value in info["metrics"].items():
             zero["metrics", name].fill_(value)

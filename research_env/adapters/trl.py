@@ -30,6 +30,7 @@ from typing import Any
 
 from research_env.adapters import require
 from research_env.adapters.chat import policy_text
+from research_env.adapters.tokens import decode, encode_text
 from research_env.core import StepOutput
 from research_env.errors import ConfigurationError, EpisodeError, UnknownTaskError
 from research_env.sessions import Session, Sessions
@@ -117,7 +118,7 @@ class Rollouts:
                 mask[i] += [1] * len(turn)
                 logprobs[i] += scores[place] if scores is not None else []
                 ended = bool(turn) and turn[-1] in trainer.eos_token_ids
-                text = _decode(tokenizer, turn[:-1] if ended else turn)
+                text = decode(tokenizer, turn[:-1] if ended else turn)
                 if ended or any(stop in text for stop in stops):
                     acting.append((i, text))
                 else:
@@ -125,7 +126,7 @@ class Rollouts:
             live = []
             outputs = _step_all([(sessions[i], text) for i, text in acting])
             for (i, _), output in zip(acting, outputs, strict=True):
-                observed = _encode_text(tokenizer, output.observation)
+                observed = encode_text(tokenizer, output.observation)
                 if output.terminated or output.truncated:
                     ends[i] = output
                 elif len(ids[i]) + len(observed) >= budget:
@@ -347,7 +348,7 @@ def _cut(row: list[int], ends: Sequence[int], tokenizer: Any, stops: tuple[str, 
     row = row[: next((n + 1 for n, token in enumerate(row) if token in ends), len(row))]
 
     def stopped(length: int) -> bool:
-        text = _decode(tokenizer, row[:length])
+        text = decode(tokenizer, row[:length])
         return any(stop in text for stop in stops)
 
     return row[: bisect_left(range(len(row)), True, key=stopped)]
@@ -381,24 +382,6 @@ def _encode_prompt(trainer: Any, prompt: Any) -> list[int]:
         **trainer.chat_template_kwargs,
     )
     return ids
-
-
-def _encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of an observation; no passage can forge a special token."""
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-    ids: list[int] = encoded["input_ids"]
-    for special_id in {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}:
-        special = tokenizer.convert_ids_to_tokens(special_id)
-        if special_id in ids and len(special) > 1 and special in text:
-            # Some tokenizers look whole words up whatever they are told; cut such a word.
-            at = text.index(special) + 1
-            return _encode_text(tokenizer, text[:at]) + _encode_text(tokenizer, text[at:])
-    return ids
-
-
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text
 
 
 def _key(prompt: Any) -> str:

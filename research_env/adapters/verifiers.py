@@ -14,47 +14,28 @@ model's.
 
 from __future__ import annotations
 
-import json
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import openai
+from pydantic import Field
 
 from research_env.adapters import require
 from research_env.adapters.chat import policy_text
+from research_env.adapters.shared import shared_sessions
 from research_env.errors import ConfigurationError
-from research_env.sessions import Sessions
 
 require("verifiers", ("0.3", "0.4"), "verifiers")
 
 import verifiers.v1 as vf  # noqa: E402
 from verifiers.v1.runtimes import ProgramResult  # noqa: E402
 
-_SHARED: dict[str, Sessions] = {}
-_LOCK = threading.Lock()
-
-
-def shared_sessions(args: Mapping[str, Any]) -> Sessions:
-    """The sessions of these settings: one object per process, made on first use."""
-    key = json.dumps(dict(args), sort_keys=True)
-    with _LOCK:
-        if key not in _SHARED:
-            _SHARED[key] = Sessions(**args)
-        return _SHARED[key]
-
-
-def share(sessions: Sessions, **args: Any) -> None:
-    """Let tasksets of this process that have these ``args`` use sessions that you made."""
-    with _LOCK:
-        _SHARED[json.dumps(args, sort_keys=True)] = sessions
-
 
 class ResearchData(vf.TaskData):  # type: ignore[misc]
     """A task; ``args`` are the settings of its sessions."""
 
     question_id: str
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default_factory=dict)
 
 
 class ResearchTask(vf.Task[ResearchData, vf.State]):  # type: ignore[misc]
@@ -79,7 +60,7 @@ class ResearchTask(vf.Task[ResearchData, vf.State]):  # type: ignore[misc]
 class ResearchTasksetConfig(vf.TasksetConfig):  # type: ignore[misc]
     """Which environment, and in which order its questions come."""
 
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default_factory=dict)
     """Settings of :class:`research_env.sessions.Sessions`, such as ``{"dataset": "musique"}``."""
     seed: int = 0
     """Draws the order of the questions."""
@@ -121,7 +102,7 @@ class ResearchHarness(vf.Harness[ResearchHarnessConfig]):  # type: ignore[misc]
     EXECUTES_CODE = False
     NEEDS_CONTAINER = False
 
-    async def launch(
+    async def launch(  # noqa: PLR0917 (verifiers' signature)
         self,
         ctx: Any,
         trace: Any,
@@ -179,7 +160,9 @@ class ResearchEnv(vf.Env[ResearchEnvConfig]):  # type: ignore[misc]
     def __init__(self, config: ResearchEnvConfig) -> None:
         """Add the terminators to the agent's sampling."""
         stops = list(shared_sessions(config.taskset.args).terminators)
-        given = config.agent.sampling.model_dump(exclude_unset=True) if config.agent.sampling else {}
+        given = (
+            config.agent.sampling.model_dump(exclude_unset=True) if config.agent.sampling else {}
+        )
         sampling = vf.SamplingConfig(stop=stops, include_stop_str_in_output=True, **given)
         agent = config.agent.model_copy(update={"sampling": sampling})
         super().__init__(config.model_copy(update={"agent": agent}))

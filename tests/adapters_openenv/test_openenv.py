@@ -179,7 +179,7 @@ def test_web_pages_and_clients_without_the_key_are_refused(sessions: Sessions) -
             assert client.reset(question_id="q1").observation.question_id == "q1"
         for headers in ({}, key | {"Origin": "http://evil.example"}):
             with (
-                pytest.raises(Exception, match="40[13]"),
+                pytest.raises(Exception, match=r"40[13]"),
                 SearchClient(base_url=server.url, headers=headers).sync() as client,
             ):
                 client.reset()

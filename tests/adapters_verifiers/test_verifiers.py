@@ -24,7 +24,7 @@ from verifiers.v1.clients import ModelContext
 from verifiers.v1.utils.loaders import load_environment, resolve_env_config
 
 import research_env_verifiers
-from research_env.adapters.verifiers import share, shared_sessions
+from research_env.adapters.shared import share, shared_sessions
 from research_env.errors import ConfigurationError, UnknownNameError
 from research_env.sessions import Sessions
 from research_env.testing import Engine, Played, conformance, settings
@@ -246,10 +246,12 @@ def test_its_command_evaluates_against_an_endpoint(tmp_path: Path) -> None:
         return completion(search(question) if len(messages) == 1 else answer("nobody"))
 
     with serving(reply) as server:
-        episodes = evaluate(f"{server.url}/v1", "fake", args, tmp_path / "out", "-n", "3", "-r", "2")
+        episodes = evaluate(
+            f"{server.url}/v1", "fake", args, tmp_path / "out", "-n", "3", "-r", "2"
+        )
     with Sessions(**args) as sessions:
         asked = [row["id"] for row in sessions.tasks()[:3]]
-    assert sorted(episode["task"]["data"]["id"] for episode in episodes) == sorted(asked * 2)
+    assert sorted(episode["task"]["key"] for episode in episodes) == sorted(asked * 2)
     for episode in episodes:
         (trace,) = episode["traces"]
         assert (episode["ok"], trace["metrics"]["searches"], trace["metrics"]["em"]) == (True, 1, 0)
@@ -271,6 +273,8 @@ def vllm(tmp_path: Path) -> Iterator[str]:
         "from tests.vllm_server import serving\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "shutil.copytree(resolve_model('miniworld-starter'), folder)\n"
+        "template = '{% for message in messages %}{{ message.content }}{% endfor %}'\n"
+        "(folder / 'chat_template.jinja').write_text(template)\n"
         "with serving(folder) as url:\n"
         "    print(url, flush=True)\n"
         "    sys.stdin.read()\n"
@@ -299,14 +303,13 @@ def test_its_command_evaluates_a_model_on_a_real_vllm_server(vllm: str, tmp_path
         for episode in episodes:
             (trace,) = episode["traces"]
             assert episode["ok"], trace["errors"]
-            session, output = sessions.open(episode["task"]["data"]["question_id"]), None
-            said = [node["message"] for node in trace["nodes"] if node.get("sampled")]
-            for number, message in enumerate(said):
-                if number + 1 == len(said) and trace["info"]["research_env"]["stop_reason"] == "length":
-                    break
-                output = session.step(message["content"])
+            played = trace["info"]["research_env"]
+            said = [node["message"]["content"] for node in trace["nodes"] if node.get("sampled")]
+            if played["stop_reason"] == "length":  # a turn that max_tokens cut is not played
+                said.pop()
+            session = sessions.open(episode["task"]["key"])
+            outputs = [session.step(text) for text in said]
             if not session.episode.over:
-                output = session.truncate("length")
-            assert output is not None
-            assert trace["info"]["research_env"]["reward"] == output.reward
-            assert trace["info"]["research_env"]["metrics"] == output.info["metrics"]
+                outputs.append(session.truncate("length"))
+            assert played["reward"] == outputs[-1].reward
+            assert played["metrics"] == outputs[-1].info["metrics"]

@@ -27,7 +27,7 @@ def sessions() -> Iterator[Sessions]:
 
 
 def founder(observation: str) -> str:
-    return observation.split("company ")[-1].removesuffix("?\n")
+    return observation.rpartition("company ")[2].removesuffix("?\n")
 
 
 def policy(td: Any) -> Any:
