@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from research_agent.errors import ConfigError, ContextError, NonFiniteError
 from research_agent.presets import offered
@@ -72,6 +72,9 @@ class SFTConfig:
     """Share of the learning rate that is left at the end."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the matrix products. bfloat16 is twice as fast on a GPU, and on a CPU that
+    has instructions for it; the weights stay float32."""
     seed: int = 0
     """Of the demonstrations, the first weights, and the order within a few batches."""
     output: Path = Path("runs/sft")
@@ -156,7 +159,7 @@ def run(config: SFTConfig) -> Path:
                 raise ContextError(f"{message}; leave it out, or give a larger --context")
             rollout = make_batch([Group(i, [t]) for i, t in enumerate(batch)])
             (micro,) = micro_batches(rollout, max_tokens=2**31)
-            logprobs, _ = token_logprobs(model, micro)
+            logprobs, _ = token_logprobs(model, micro, precision=config.precision)
             loss = -logprobs.mean()
             if not loss.isfinite():
                 raise NonFiniteError(f"sft: the loss of step {step} is {loss.item()}")

@@ -93,7 +93,10 @@ def read_predictions(path: str | Path) -> tuple[Header, list[Record]]:
 
 @contextmanager
 def open_predictions(
-    folder: Path, header: Header | None, wanted: Collection[tuple[int, int]]
+    folder: Path,
+    header: Header | None,
+    wanted: Collection[tuple[int, int]],
+    shows: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[list[Record], Callable[[Record], None]]]:
     """Open the predictions of a folder to write to them, and keep other processes out.
 
@@ -106,6 +109,7 @@ def open_predictions(
         folder: to write to; made where it is missing.
         header: what the predictions depend on.
         wanted: (episode, sample) of all that this evaluation plays.
+        shows: what the environment said of its observations; stands in the header, for reports.
 
     Yields:
         The records that are kept, and a function that appends one at once.
@@ -117,8 +121,12 @@ def open_predictions(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PREDICTIONS
     with folder_lock(folder):
+        if header is not None and shows:
+            header = {**header, "shows": dict(shows)}
         kept = [] if header is None else _resume(path, header, wanted)
         with path.open("w" if header is None else "a", encoding="utf-8") as file:
+            if header is None and shows:
+                file.write(json.dumps({"header": {"shows": dict(shows)}}) + "\n")
 
             def append(record: Record) -> None:
                 file.write(json.dumps(record) + "\n")
@@ -171,7 +179,7 @@ def _require_same(before: Header, now: Header, path: Path) -> None:
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
         and key != "model.name"
-        and not key.startswith(("versions.", "environment.place:"))
+        and not key.startswith(("versions.", "environment.place:", "shows"))
     ]
     if differing:
         raise PredictionsError(
