@@ -25,6 +25,7 @@ from research_env.adapters.openenv import SearchAction, SearchClient, SearchObse
 from research_env.adapters.server import AppServer
 from research_env.sessions import Sessions
 from research_env.testing import Engine, Played, conformance, settings
+from tests.blocks import ROOT, block_of
 from tests.research_env.fakes import DATASET, answer, search
 from tests.research_env.fakes import Engine as Fake
 
@@ -201,3 +202,11 @@ def test_the_command_serves_until_it_is_stopped(tmp_path: Path) -> None:
         finally:
             process.send_signal(signal.SIGTERM)
         assert process.wait(30) in (0, -signal.SIGTERM)
+
+
+def test_the_documented_example_runs(tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "RESEARCH_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", block_of("OpenEnv", "python")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert "['</search>']" in done.stdout
+    assert re.search(r"^0\.\d+ True \{'em': 0\.0, ", done.stdout, re.M)

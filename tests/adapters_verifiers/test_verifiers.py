@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,12 +29,14 @@ from research_env.adapters.shared import share, shared_sessions
 from research_env.errors import ConfigurationError, UnknownNameError
 from research_env.sessions import Sessions
 from research_env.testing import Engine, Played, conformance, settings
+from tests.blocks import block_of
 from tests.research_env.fakes import DATASET, answer, search
 from tests.research_env.fakes import Engine as Fake
 from tests.research_env.servers import Call, Reply, Server, as_json, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = research_env_verifiers.__name__
+ARGS: Any = {"dataset": "miniworld", "template": "question", "top_k": 1}  # of the documentation
 
 
 def completion(text: str, finish_reason: str = "stop", **message: str) -> Reply:
@@ -222,15 +225,21 @@ def test_settings_that_cannot_be_used_are_refused(sessions: Sessions, tmp_path: 
         shared_sessions({"dataset": "nowhere"})
 
 
-def evaluate(url: str, model: str, args: Mapping[str, Any], output: Path, *more: str) -> list[Any]:
-    """Run verifiers' own command; the episodes that it saved."""
+def evaluate(url: str, model: str, output: Path, *more: str) -> list[Any]:
+    """Run the documented command for an endpoint; the episodes that it saved."""
+    words = shlex.split(block_of("verifiers and prime-rl", "bash").replace("\\\n", " "))
     name = "vf-eval" if version("verifiers").startswith("0.4") else "eval"
-    command = [str(Path(sys.executable).with_name(name)), PLUGIN, "-m", model]
-    command += ["--client.base-url", url, "--env.taskset.args", json.dumps(args), *more]
-    command += ["--no-push", "--no-rich", "--output-dir", str(output)]
+    command = [str(Path(sys.executable).with_name(name)), *words[1:]]
+    command[command.index("MODEL")] = model
+    command[command.index("http://localhost:8000/v1")] = url
     env = os.environ | {"PYTHONPATH": str(ROOT), "RESEARCH_CACHE": str(output.parent / "cache")}
     done = subprocess.run(
-        command, env=env, cwd=output.parent, capture_output=True, text=True, check=False
+        [*command, "--output-dir", str(output), *more],
+        env=env,
+        cwd=output.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     (traces,) = output.glob("*/traces.jsonl")
@@ -238,19 +247,15 @@ def evaluate(url: str, model: str, args: Mapping[str, Any], output: Path, *more:
 
 
 def test_its_command_evaluates_against_an_endpoint(tmp_path: Path) -> None:
-    args = {"dataset": "miniworld", "template": "question", "top_k": 1}
-
     def reply(call: Call) -> Reply:
         messages = call.json()["messages"]
         question = messages[0]["content"].strip()
         return completion(search(question) if len(messages) == 1 else answer("nobody"))
 
     with serving(reply) as server:
-        episodes = evaluate(
-            f"{server.url}/v1", "fake", args, tmp_path / "out", "-n", "3", "-r", "2"
-        )
-    with Sessions(**args) as sessions:
-        asked = [row["id"] for row in sessions.tasks()[:3]]
+        episodes = evaluate(f"{server.url}/v1", "fake", tmp_path / "out")
+    with Sessions(**ARGS) as sessions:
+        asked = [row["id"] for row in sessions.tasks()[:4]]
     assert sorted(episode["task"]["key"] for episode in episodes) == sorted(asked * 2)
     for episode in episodes:
         (trace,) = episode["traces"]
@@ -295,11 +300,10 @@ def vllm(tmp_path: Path) -> Iterator[str]:
 
 
 def test_its_command_evaluates_a_model_on_a_real_vllm_server(vllm: str, tmp_path: Path) -> None:
-    args = {"dataset": "miniworld", "template": "question", "top_k": 1}
-    more = ("-n", "4", "-r", "2", "--sampling.max-tokens", "60", "--sampling.temperature", "1")
-    episodes = evaluate(vllm, "model", args, tmp_path / "out", *more)
+    sampling = ("--sampling.max-tokens", "60", "--sampling.temperature", "1")
+    episodes = evaluate(vllm, "model", tmp_path / "out", *sampling)
     assert len(episodes) == 8
-    with Sessions(**args) as sessions:
+    with Sessions(**ARGS) as sessions:
         for episode in episodes:
             (trace,) = episode["traces"]
             assert episode["ok"], trace["errors"]

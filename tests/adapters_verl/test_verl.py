@@ -15,20 +15,23 @@ from typing import Any
 
 import hydra
 import pytest
+import yaml
+from datasets import Dataset
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 from verl.experimental.agent_loop.agent_loop import DictConfigWrap, _agent_loop_registry
 
 from research_env.adapters.shared import share
 from research_env.adapters.tokens import decode
-from research_env.adapters.verl import ResearchAgentLoop, rows
+from research_env.adapters.verl import NAME, ResearchAgentLoop, rows
 from research_env.errors import ConfigurationError, UnknownTaskError
 from research_env.sessions import Sessions
 from research_env.testing import Engine, Played, conformance, settings
+from tests.blocks import ROOT, block_of
 from tests.research_env.fakes import DATASET, answer, search
 from tests.research_env.fakes import Engine as Fake
 
-STARTER = Path(__file__).resolve().parents[2] / "research_agent/starters/miniworld-starter"
+STARTER = ROOT / "research_agent/starters/miniworld-starter"
 
 
 class Server:
@@ -157,3 +160,21 @@ def test_rows_choose_the_loop_and_rows_of_others_are_refused(
         asyncio.run(loop.run({}, extra_info={"index": 1}))
     with pytest.raises(UnknownTaskError, match="q9"):
         asyncio.run(loop.run({}, extra_info={"question_id": "q9"}))
+
+
+def test_the_documented_files_make_the_loop(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(block_of("verl", "python"), {})
+    (entry,) = yaml.safe_load(block_of("verl", "yaml"))
+    assert entry.pop("name") == NAME
+    row = Dataset.from_parquet("train.parquet")[0]
+    with Sessions(**entry["args"]) as sessions:
+        first = sessions.tasks()[0]
+    assert row["extra_info"] == {"question_id": first["id"], "index": 0}
+    server = Server(tokenizer, [answer("nobody")])
+    loop = make_loop(server, **entry)
+    output = asyncio.run(loop.run({}, raw_prompt=row["prompt"], extra_info=row["extra_info"]))
+    assert output.reward_score == 0.1
+    assert tokenizer.decode(server.asked[0][0]) == first["prompt"]
