@@ -285,12 +285,20 @@ def openenv(url: str, episodes: int, stack: ExitStack) -> Iterator[System]:
     yield System("OpenEnv", "adapter", lambda number: asyncio.run(together(number)))
 
 
+def verl(url: str, episodes: int, stack: ExitStack) -> Iterator[System]:
+    """The agent loops of verl."""
+    from benchmarks.adapter_verl import systems  # noqa: PLC0415
+
+    yield from systems(url, episodes, stack)
+
+
 FRAMEWORKS: dict[str, tuple[str, Callable[[str, int, ExitStack], Iterator[System]]]] = {
     "TRL": ("trl", trl),
     "skyrl-gym": ("skyrl_gym", skyrl),
     "GEM": ("gem", gem),
     "TorchRL": ("torchrl", torchrl),
     "OpenEnv": ("openenv", openenv),
+    "verl": ("verl", verl),
 }
 
 
