@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stderr
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,11 +167,11 @@ def trl(url: str, episodes: int, stack: ExitStack) -> Iterator[System]:
     import datasets  # noqa: PLC0415
     import httpx  # noqa: PLC0415
     import transformers  # noqa: PLC0415
-    import trl as library  # noqa: PLC0415
 
     from research_agent.models.source import resolve_model  # noqa: PLC0415
     from research_env.adapters.trl import Rollouts  # noqa: PLC0415
 
+    library: Any = import_module("trl")
     folder = resolve_model("miniworld-starter")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     model.config.max_position_embeddings = 1_000_000  # the model is never asked

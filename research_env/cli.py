@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import tyro
 from msgspec import structs
@@ -23,6 +23,9 @@ from research_env.errors import (
 )
 from research_env.redaction import redact_url
 from research_env.retrieval.http import one_line
+
+if TYPE_CHECKING:
+    from research_env.sessions import Sessions
 
 
 @dataclass(frozen=True)
@@ -318,37 +321,46 @@ class Serve:
         """Serve the application of an adapter."""
         if self.openenv and self.mcp:
             raise ConfigurationError("give one of --openenv and --mcp; each has a port of its own")
-        if self.openenv and (self.dataset is None or self.corpus is not None):
-            raise ConfigurationError(
-                "--openenv needs --dataset NAME; for questions and passages of your own: "
-                "--dataset custom --env-args questions=FILE corpus=FILE"
-            )
-        if self.mcp and (self.retriever, self.dataset, self.corpus) == (None, None, None):
-            raise ConfigurationError("give --retriever URL, --dataset NAME or --corpus FILE")
-        settings = {"top_k": self.top_k, **_settings(self.env_args)}
         try:
             from research_env.adapters.server import AppServer  # noqa: PLC0415
         except ModuleNotFoundError as error:
             raise ConfigurationError(
                 f"the server needs {error.name}: pip install 'research-env[serve]'"
             ) from error
-        if self.openenv:
-            from research_env.adapters import openenv  # noqa: PLC0415
-            from research_env.sessions import Sessions  # noqa: PLC0415
+        with self._mcp_sessions() if self.mcp else self._openenv_sessions() as sessions:
+            if self.mcp:
+                from research_env.adapters.mcp import make_app  # noqa: PLC0415
+            else:
+                from research_env.adapters.openenv import make_app  # noqa: PLC0415
 
-            sessions = Sessions(dataset=self.dataset, retriever=self.retriever, **settings)
-            app = openenv.make_app(sessions)
-        else:
-            from research_env.adapters import mcp  # noqa: PLC0415
-
-            given = self.dataset is not None or self.corpus is not None
-            corpus = _corpus(self.dataset, self.corpus) if given else None
-            sessions = mcp.tool_sessions(self.retriever, corpus, **settings)
-            app = mcp.make_app(sessions)
-        with sessions:
-            server = AppServer(app, self.host, self.port, key=key, allowed_hosts=self.allowed_hosts)
+            server = AppServer(
+                make_app(sessions), self.host, self.port, key=key, allowed_hosts=self.allowed_hosts
+            )
             print(f"serving {server.url}{'/mcp' if self.mcp else ''}; Ctrl-C stops", flush=True)
             server.run()
+
+    def _mcp_sessions(self) -> Sessions:
+        from research_env.adapters.mcp import tool_sessions  # noqa: PLC0415
+
+        given = self.dataset is not None or self.corpus is not None
+        if self.retriever is None and not given:
+            raise ConfigurationError("give --retriever URL, --dataset NAME or --corpus FILE")
+        corpus = _corpus(self.dataset, self.corpus) if given else None
+        return tool_sessions(self.retriever, corpus, **self._settings())
+
+    def _openenv_sessions(self) -> Sessions:
+        from research_env.sessions import Sessions  # noqa: PLC0415
+
+        if self.dataset is None or self.corpus is not None:
+            raise ConfigurationError(
+                "--openenv needs --dataset NAME; for questions and passages of your own: "
+                "--dataset custom --env-args questions=FILE corpus=FILE"
+            )
+        return Sessions(dataset=self.dataset, retriever=self.retriever, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        given = {} if self.top_k is None else {"top_k": self.top_k}
+        return {**given, **_settings(self.env_args)}
 
 
 @dataclass(frozen=True)

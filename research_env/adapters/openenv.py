@@ -206,7 +206,7 @@ def make_app(sessions: Sessions, max_sessions: int = 256) -> FastAPI:
         sessions: shared by all WebSocket sessions.
         max_sessions: further ones are refused.
     """
-    return create_fastapi_app(
+    app: FastAPI = create_fastapi_app(
         lambda: SearchEnvironment(sessions),
         SearchAction,
         SearchObservation,
@@ -214,6 +214,7 @@ def make_app(sessions: Sessions, max_sessions: int = 256) -> FastAPI:
         env_name=NAME,
         state_cls=SearchState,
     )
+    return app
 
 
 class SearchClient(EnvClient[SearchAction, SearchObservation, SearchState]):  # type: ignore[misc]

@@ -84,7 +84,8 @@ def test_16_sessions_at_once_play_their_own_episodes(sessions: Sessions, server:
             assert f"About {number} number {number}." in seen.observation.text
             assert (seen.done, seen.reward, seen.observation.metrics) == (False, 0.0, {})
             founder = f"Founder {row['id'][1:]}" if number % 2 else "nobody"
-            last = (await client.step(SearchAction(text=answer(founder)))).observation
+            step = await client.step(SearchAction(text=answer(founder)))
+            last: SearchObservation = step.observation
             state = await client.state()
             assert (state.question_id, state.step_count) == (row["id"], 2)
             assert state.stop_reason == last.stop_reason == "answer"

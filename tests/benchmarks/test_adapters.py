@@ -8,7 +8,8 @@ import time
 import httpx
 import pytest
 
-from benchmarks.adapters import FRAMEWORKS, SearchServer, main
+from benchmarks.adapter_systems import FRAMEWORKS
+from benchmarks.adapters import SearchServer, main
 
 
 def test_a_tiny_race(capsys: pytest.CaptureFixture[str]) -> None:
