@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from research_agent.errors import CheckpointError
+from research_agent.errors import CheckpointError, ResearchAgentError
 from research_agent.files import sha256
+from research_agent.formats import CheckpointFormat, read_object
 
 VERSION = 2
 CHECKSUMS = "checksums.json"
@@ -159,7 +160,9 @@ def load(folder: Path) -> Checkpoint:
             of another version of this format.
     """
     try:
-        plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        plain = read_object(
+            folder / "state.json", CheckpointError, _instead(folder), CheckpointFormat
+        )
         if plain["version"] != VERSION:
             raise CheckpointError(
                 f"{folder} has format {plain['version']}, this version reads {VERSION}; "
@@ -168,9 +171,27 @@ def load(folder: Path) -> Checkpoint:
         _require_unchanged(folder)
         tensors = load_file(folder / "state.safetensors")
         return Checkpoint(folder, plain["step"], plain["config"], _unpack(plain["state"], tensors))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} is no whole checkpoint: {error}; {_instead(folder)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def restoring(saved: Checkpoint) -> Iterator[None]:
+    """Turn what a state of another shape causes into an error that names the checkpoint.
+
+    Raises:
+        CheckpointError: a key is missing, or a value has another type or size.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, ResearchAgentError):
+            raise
+        raise CheckpointError(
+            f"{saved.folder}/state.json and state.safetensors do not fit this run "
+            f"({type(error).__name__}: {error}); {_instead(saved.folder)}"
         ) from error
 
 
@@ -180,7 +201,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def _require_unchanged(folder: Path) -> None:
-    written = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+    written = read_object(folder / CHECKSUMS, CheckpointError, _instead(folder))
     found = _checksums(folder)
     for name in sorted(written.keys() | found.keys()):
         if name not in found:

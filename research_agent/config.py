@@ -10,10 +10,11 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 
+from research_agent.chat_template import require_date
 from research_agent.curriculum import parse_stages
 from research_agent.errors import CheckpointError, ConfigError
 from research_agent.settings import Settings
@@ -46,6 +47,11 @@ class PolicyConfig:
     """Add the adapter that --model names to the weights of its base first, and train those."""
     chat_template: bool = False
     """Prompt with the model's chat template, for models tuned to follow instructions."""
+    chat_template_args: Settings = field(default_factory=dict)
+    """Variables of the chat template, such as enable_thinking=false."""
+    chat_template_date: str | None = None
+    """The day, YYYY-MM-DD, that a chat template which writes the date takes for today. None takes
+    the day on which the run starts, also when it is continued."""
     device: str = "auto"
     """Where the model lives: cpu, cuda, or auto, which is cuda where there is one."""
 
@@ -186,6 +192,9 @@ class RunConfig:
     trace: Path | None = None
     """File for a timeline of generation, environments and updates, which ui.perfetto.dev opens;
     written anew each time the run is started or continued."""
+    wandb: str | None = None
+    """Log to this project of Weights & Biases too (extra wandb). WANDB_MODE=offline keeps it on
+    disk, in the folder of the run."""
     log_episodes: int = 4
     """Episodes of each step written out in words, to trajectories.jsonl."""
     override: bool = False
@@ -243,6 +252,12 @@ class EvalConfig:
     """Order of the tasks, and sampled tokens."""
     chat_template: bool = False
     """Prompt with the model's chat template."""
+    chat_template_args: Settings = field(default_factory=dict)
+    """Variables of the chat template, such as enable_thinking=false. An --endpoint gets them as
+    chat_template_kwargs."""
+    chat_template_date: str | None = None
+    """The day, YYYY-MM-DD, that a chat template which writes the date takes for today. None takes
+    the day on which the evaluation starts, also when it is continued."""
     log_tokens: bool = False
     """Write the text and log-probability of each action token too, for the report's page."""
     engine: str = "transformers"
@@ -364,6 +379,7 @@ FREE = frozenset(
         "run.eval_limit",
         "run.eval_temperature",
         "run.trace",
+        "run.wandb",
         "run.log_episodes",
         "run.plan",
         "run.override",
@@ -385,6 +401,7 @@ NEUTRAL = frozenset(
         "sampling.overlong_prompts",  # what has been learned from had no such prompt
     }
 )
+RUN_DATE = "policy.chat_template_date"  # where none is given, the saved run's is taken
 # The environment's provenance decides whether these change the episodes, if there is one.
 ENVIRONMENT = frozenset({"environment.env", "environment.env_args"})
 
@@ -423,6 +440,7 @@ def validate(config: TrainConfig) -> None:
         ConfigError: naming the flag, its value, and what it must be.
     """
     parse_stages(config.environment.stages)
+    require_chat_template(config.policy)
     sampling, learner, run = config.sampling, config.learner, config.run
     at_least_one: dict[str, float | None] = {
         "--prompts-per-step": sampling.prompts_per_step,
@@ -482,6 +500,32 @@ def validate(config: TrainConfig) -> None:
         )
 
 
+class _ChatTemplateSettings(Protocol):
+    @property
+    def chat_template(self) -> bool: ...
+    @property
+    def chat_template_args(self) -> dict[str, Any]: ...
+    @property
+    def chat_template_date(self) -> str | None: ...
+
+
+def require_chat_template(config: _ChatTemplateSettings) -> None:
+    """Refuse settings of a chat template without --chat-template, and a date that is none.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    if config.chat_template_date is not None:
+        require_date(config.chat_template_date)
+    given = {
+        "--chat-template-args": config.chat_template_args,
+        "--chat-template-date": config.chat_template_date,
+    }
+    for flag, value in given.items():
+        if value and not config.chat_template:
+            raise ConfigError(f"{flag} without --chat-template has no effect; add --chat-template")
+
+
 def _require_at_least_one(values: Mapping[str, float | None]) -> None:
     for flag, value in values.items():
         if value is not None and value < 1:
@@ -503,6 +547,11 @@ def validate_eval(config: EvalConfig) -> None:
         "--max-in-flight": config.max_in_flight,
     }
     _require_at_least_one(at_least_one)
+    require_chat_template(config)
+    if config.endpoint is not None and config.chat_template_date is not None:
+        raise ConfigError(
+            "--chat-template-date with --endpoint: the endpoint renders the template; leave it off"
+        )
     if not config.temperature >= 0:
         raise ConfigError(f"--temperature is {config.temperature}; it must not be negative")
     if config.samples_per_task > 1 and config.temperature == 0:
@@ -557,13 +606,14 @@ def changes(
         same_environment: whether the environments have equal provenance; None if that is not known,
             and then the environment's settings must be equal.
     """
-    before, now = dict(flatten(saved)), dict(flatten(as_json(config)))
+    defaults = dict(flatten(as_json(TrainConfig())))  # of settings that an older version lacks
+    before, now = defaults | dict(flatten(saved)), dict(flatten(as_json(config)))
     skips = before.get("sampling.overlong_prompts") == "skip"
     results: dict[str, tuple[Any, Any]] = {}
     neutral: dict[str, tuple[Any, Any]] = {}
     for key in sorted(before.keys() | now.keys()):
         pair = before.get(key), now.get(key)
-        if key in FREE or pair[0] == pair[1]:
+        if key in FREE or pair[0] == pair[1] or (key == RUN_DATE and pair[1] is None):
             continue
         is_neutral = (
             key in NEUTRAL

@@ -27,6 +27,10 @@ class CheckpointError(ResearchAgentError):
     """A checkpoint that is missing, broken, or of another configuration."""
 
 
+class LogError(ResearchAgentError):
+    """A log of a run that is broken."""
+
+
 class FolderInUseError(ResearchAgentError):
     """Another process writes to the same folder."""
 

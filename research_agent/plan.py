@@ -6,7 +6,6 @@ follow from assumptions, which are printed with them: they tell hours from weeks
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any
 
 from research_agent.config import TrainConfig
 from research_agent.errors import ConfigError
+from research_agent.formats import read_object
 
 EPISODE_TOKENS = 1_300  # of an episode with tools: the mean of R1-Searcher's recorded trajectories
 ACTION_SHARE = 0.3  # of those, sampled by the policy; the rest is read
@@ -134,7 +134,7 @@ def shape_of(model: str) -> Shape:
     """
     file = Path(model).expanduser() / "config.json"
     if file.is_file():
-        held = json.loads(file.read_text(encoding="utf-8"))
+        held = read_object(file, ConfigError, "get the model's files again")
         try:
             return Shape(
                 held["num_hidden_layers"],

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import copy
 import re
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from research_agent.chat_template import ChatTemplate, writes_date
 from research_agent.errors import ModelError
 from research_agent.models.source import generation_settings, tokenizer_source
 
@@ -35,13 +36,19 @@ class Renderer:
         tokenizer: any tokenizer of the ``transformers`` library.
         end_ids: the tokens that end a turn.
         chat_template: prompts are chat messages in the tokenizer's template, not plain text.
+        chat_template_args: variables of the template, such as ``{"enable_thinking": False}``.
+        chat_template_date: the day that the template takes for today, YYYY-MM-DD; empty leaves it
+            the real one.
     """
 
     tokenizer: Any
     end_ids: frozenset[int]
     chat_template: bool = False
+    chat_template_args: Mapping[str, Any] = field(default_factory=dict)
+    chat_template_date: str = ""
     _special_ids: frozenset[int] = field(init=False, repr=False)
     _plain: Any = field(init=False, repr=False, compare=False)  # of the tokenizers library, or None
+    _template: ChatTemplate | None = field(init=False, repr=False, compare=False)
     _stop_flags: dict[tuple[str, ...], NDArray[np.bool_]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -63,6 +70,12 @@ class Renderer:
             plain.no_padding()
             plain.encode_special_tokens = True
         object.__setattr__(self, "_plain", plain)
+        template = None
+        if self.chat_template:
+            template = ChatTemplate(
+                self.tokenizer, self.chat_template_args, self.chat_template_date, plain
+            )
+        object.__setattr__(self, "_template", template)
 
     def encode_text(self, text: str) -> list[int]:
         """Tokens of text on its own: none added in front or behind, and no special token ever."""
@@ -143,32 +156,12 @@ class Renderer:
         return self._encode_chat(messages or [{"role": "user", "content": observation}])
 
     def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        def render(contents: Iterable[str]) -> str:
-            chat = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
-            text: str = self.tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
-            )
-            return text
-
-        # A last message of the assistant's is the beginning of the answer, to be gone on with.
-        begun = messages[-1]["role"] == "assistant"
-
-        # Marks stand for the contents while the template is rendered: what lies between them is
-        # the template's own.
-        nonce = secrets.token_hex(8)
-        marks = [f"content{nonce}n{i}e" for i in range(len(messages))]
-        contents = [m["content"] for m in messages]
-        marked, rendered = render(marks), render(contents)
-        for strip in (False, True):  # many templates strip the contents
-            says = [c.strip() if strip else c for c in contents]
-            pieces = _cut(marked, dict(zip(marks, says, strict=True)))
-            if "".join(text for _, text in pieces) == rendered:
-                break
-        else:
-            raise ModelError(
-                "this chat template changes what the messages say, so that its markup cannot be "
-                "told from them; turn the chat template off, or give another one"
-            )
+        assert self._template is not None
+        pieces = self._template.pieces(messages)
+        encoded = self._template.encode(pieces, self._special_ids)
+        if encoded is not None:
+            return encoded
+        # The tokenizer is written in Python, or knows special tokens as words of its vocabulary.
         tokens: list[int] = []
         for kind, text in pieces:
             if kind == "content":
@@ -215,26 +208,25 @@ class Renderer:
         return any(s in text for s in stop)
 
 
-def _cut(text: str, contents: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Cut text at the keys of contents, which stand in it in this order, and put in the values."""
-    pieces: list[tuple[str, str]] = []
-    for mark, content in contents.items():
-        markup, found, text = text.partition(mark)
-        pieces.append(("markup", markup))
-        if found:
-            pieces.append(("content", content))
-    return [*pieces, ("markup", text)]
-
-
-def load_renderer(model: str | Path, *, chat_template: bool = False) -> Renderer:
+def load_renderer(
+    model: str | Path,
+    *,
+    chat_template: bool = False,
+    chat_template_args: Mapping[str, Any] | None = None,
+    chat_template_date: str | None = None,
+) -> Renderer:
     """Open the tokenizer of a model.
 
     Args:
         model: a folder, a GGUF file, or a name of the Hugging Face hub.
         chat_template: prompts are chat messages in the tokenizer's own template.
+        chat_template_args: variables of the template, such as ``{"enable_thinking": False}``.
+        chat_template_date: the day that a template which writes the date takes for today,
+            YYYY-MM-DD. None takes the day of this call, for as long as the renderer lives.
 
     Raises:
         ModelError: no tokenizer there, no end token, or a chat template asked for and none found.
+        ConfigError: an argument that the template does not read.
     """
     from transformers import (  # noqa: PLC0415 - slow to import
         AutoTokenizer,
@@ -269,4 +261,7 @@ def load_renderer(model: str | Path, *, chat_template: bool = False) -> Renderer
             f"the tokenizer of {str(model)!r} has no end token, so that no turn could end; "
             "set eos_token in its tokenizer_config.json"
         )
-    return Renderer(tokenizer, frozenset(end_ids), chat_template)
+    day = ""
+    if chat_template and writes_date(tokenizer):
+        day = chat_template_date or date.today().isoformat()
+    return Renderer(tokenizer, frozenset(end_ids), chat_template, chat_template_args or {}, day)

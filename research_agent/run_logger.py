@@ -11,17 +11,19 @@ import contextlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 
-from research_agent.errors import CheckpointError
+from research_agent.errors import CheckpointError, ConfigError, LogError
 from research_agent.files import write_atomic
+from research_agent.formats import LONGEST_LINE, NumbersFormat, StepFormat, parse
 from research_agent.terminal import printable
 
 METRICS, TIMINGS, TRAJECTORIES = "metrics.jsonl", "timings.jsonl", "trajectories.jsonl"
@@ -29,15 +31,36 @@ _SHOWN = 5  # metrics of the environment that fit beside the progress bar
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON Lines log; a last line that was cut short by a kill is left out."""
+    """Records of a JSON Lines log, each of a step.
+
+    Args:
+        path: the log. One that does not exist has no records. In ``metrics.jsonl`` and
+            ``timings.jsonl`` every value is a number or null.
+
+    Returns:
+        The records. A last line that was cut short by a kill is left out.
+
+    Raises:
+        LogError: a whole line is no such record; the message names file and line.
+    """
     if not path.exists():
         return []
+    if not path.is_file():
+        raise LogError(f"{path} is no regular file; remove it")
+    schema = NumbersFormat if path.name in (METRICS, TIMINGS) else StepFormat
     records = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue  # the empty line at the end, or half a line that a killed process left
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(LONGEST_LINE):
+            number += 1
+            if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+                break
+            where = f"{path}:{number}: this line is no record of a step"
+            record = parse(line, schema, where, LogError, "remove the line")
+            number_of_step = record.get("step")
+            if not isinstance(number_of_step, int):
+                raise LogError(f"{where}: its step is {number_of_step!r}; remove the line")
+            records.append(record)
     return records
 
 
@@ -45,6 +68,55 @@ def truncate_after(path: Path, step: int) -> None:
     """Drop the records of later steps, and half a line at the end; whole or not at all."""
     kept = [record for record in read_lines(path) if record["step"] <= step]
     write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+class Board(Protocol):
+    """A run of Weights & Biases, or what takes the same calls."""
+
+    def log(self, data: dict[str, Any], step: int) -> Any:
+        """Take the metrics of a step."""
+        ...
+
+    def finish(self) -> Any:
+        """Send what is left."""
+        ...
+
+
+def wandb_run(project: str, folder: Path, config: Mapping[str, Any]) -> Board:
+    """Open the run of Weights & Biases that belongs to a folder; the same one when continued.
+
+    Args:
+        project: its name there.
+        folder: of the run; its last part names the run.
+        config: settings to show beside the metrics.
+
+    Raises:
+        ConfigError: the package is missing, or Weights & Biases refuses the run.
+    """
+    try:
+        import wandb  # noqa: PLC0415 - an extra, and slow to import
+    except ImportError as error:
+        message = "--wandb needs a package that is missing: pip install 'research-env[wandb]'"
+        raise ConfigError(message) from error
+    kept = folder / "wandb-id"
+    if not kept.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(kept, secrets.token_hex(4) + "\n")
+    try:
+        return wandb.init(
+            project=project,
+            name=folder.name,
+            id=kept.read_text(encoding="utf-8").strip(),
+            dir=folder,
+            config=dict(config),
+            resume="allow",
+            settings=wandb.Settings(silent=True),
+        )
+    except wandb.Error as error:
+        raise ConfigError(
+            f"Weights & Biases refuses the project {project!r}: {error}; log in with wandb login, "
+            "or set WANDB_MODE=offline"
+        ) from error
 
 
 class RunLogger:
@@ -56,10 +128,18 @@ class RunLogger:
         steps: steps of the whole run.
         show: whether to show progress, on standard error.
         fresh: no step 0 has been recorded yet (a run from the start, not from a checkpoint).
+        board: takes the same metrics as TensorBoard; see ``wandb_run``.
     """
 
     def __init__(
-        self, folder: Path, step: int, steps: int, *, show: bool = True, fresh: bool = False
+        self,
+        folder: Path,
+        step: int,
+        steps: int,
+        *,
+        show: bool = True,
+        fresh: bool = False,
+        board: Board | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (slow to import)
 
@@ -70,6 +150,7 @@ class RunLogger:
         self._board = SummaryWriter(
             str(folder / "tensorboard"), purge_step=0 if fresh else step + 1
         )
+        self._online = board
         self._console = Console(stderr=True)
         self._show = show
         self._steps = steps
@@ -100,6 +181,8 @@ class RunLogger:
         self._progress.stop()
         with contextlib.suppress(OSError):  # a full disk: said already
             self._board.close()
+        if self._online is not None:
+            self._online.finish()
 
     def print(self, message: str) -> None:
         """Print a line above the progress bar."""
@@ -148,9 +231,12 @@ class RunLogger:
         append(self._folder / METRICS, [{"step": step, **finite}])
         append(self._folder / TIMINGS, [{"step": step, **timings}])
         append(self._folder / TRAJECTORIES, [{"step": step, **episode} for episode in episodes])
-        for name, value in {**metrics, **{f"time/{k}": v for k, v in timings.items()}}.items():
+        shown = {**metrics, **{f"time/{k}": v for k, v in timings.items()}}
+        for name, value in shown.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()
+        if self._online is not None:
+            self._online.log(shown, step=step)
 
 
 def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -43,12 +44,13 @@ from research_agent.errors import (
 from research_agent.evaluation.evaluate import evaluate
 from research_agent.evaluation.predictions import as_record
 from research_agent.files import folder_lock, write_atomic
+from research_agent.formats import RunFormat, StateFormat, read_object, require
 from research_agent.learner import Learner
 from research_agent.models.policy import context_length, load_model, require_ends
 from research_agent.models.source import model_source, resolve_model
 from research_agent.renderer import load_renderer
 from research_agent.rollout import Episode, InFlight, collect
-from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_lines
+from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_lines, wandb_run
 from research_agent.terminal import show
 from research_agent.trace import Trace, TracedEngine, TracedEnvironments, span
 from research_agent.trajectory import Group, Trajectory
@@ -206,9 +208,6 @@ class Trainer:
         self.provenance = self._provenance()
         if saved:
             self._require_same_run(saved)
-        if rank == 0:
-            config_file = run.output / "config.json"
-            write_atomic(config_file, json.dumps(as_json(config), indent=1) + "\n")
         self.eval_environments: Environments | None = None
         if run.eval_every and rank == 0:
             eval_args = {**config.environment.env_args, **run.eval_args}
@@ -220,6 +219,9 @@ class Trainer:
         if saved:
             self.origin = _saved_origin(saved, config.policy.model)
         adapter = self._load_policy(saved)
+        if rank == 0:
+            config_file = run.output / "config.json"
+            write_atomic(config_file, json.dumps(as_json(self.config), indent=1) + "\n")
         load = partial(load_model, device=config.policy.device)
         reference = None
         if rule.needs_reference and (adapter is not None or not config.learner.lora_rank):
@@ -249,22 +251,25 @@ class Trainer:
         self.collapse = None if run.collapse is None else CollapseMonitor(run.collapse)
         self.in_flight = InFlight()
         if saved:
-            self.learner.load_state_dict(saved.state["learner"])
-            torch.set_rng_state(saved.state["random"])
-            if self.collapse:
-                self.collapse.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
-            self.in_flight = rollout_state.from_state(
-                saved.state["in_flight"], self.environments, sampling, run.seed
-            )
+            with checkpoint.restoring(saved):
+                self._restore(saved)
         if saved or adapter is not None:
             self.engine.load_weights(self.learner.weights(), version=self.step)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        """Take up the states of learner, random numbers, collapse monitor and episodes."""
+        self.learner.load_state_dict(saved.state["learner"])
+        torch.set_rng_state(saved.state["random"])
+        if self.collapse:
+            self.collapse.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
+        self.in_flight = rollout_state.from_state(
+            saved.state["in_flight"], self.environments, self.config.sampling, self.config.run.seed
+        )
 
     def _load_policy(self, saved: Checkpoint | None) -> str | None:
         """Open tokenizer and model; returns the adapter that the learner is to put beside it."""
         config = self.config
-        self.renderer = load_renderer(
-            resolve_model(self.origin), chat_template=config.policy.chat_template
-        )
+        self._load_renderer(saved)
         adapter = None if config.policy.merge_adapter else model_source(self.origin).adapter
         load = partial(load_model, device=config.policy.device)
         if saved and adapter is None and not config.learner.lora_rank:
@@ -273,6 +278,20 @@ class Trainer:
             self.model = load(self.origin, merge_adapter=adapter is None)
         require_ends(self.model, self.renderer)
         return adapter
+
+    def _load_renderer(self, saved: Checkpoint | None) -> None:
+        """Open the tokenizer. Its chat template writes the day on which the run started."""
+        policy = self.config.policy
+        before = saved.config["policy"].get("chat_template_date") if saved else None
+        today = broadcast_object(date.today().isoformat())
+        self.renderer = load_renderer(
+            resolve_model(self.origin),
+            chat_template=policy.chat_template,
+            chat_template_args=policy.chat_template_args,
+            chat_template_date=policy.chat_template_date or before or today,
+        )
+        written = self.renderer.chat_template_date or None
+        self.config = replace(self.config, policy=replace(policy, chat_template_date=written))
 
     def _open_environments(self, count: int, stack: ExitStack) -> Environments:
         """Open the environments of the present stage; ``stack`` closes them."""
@@ -326,7 +345,11 @@ class Trainer:
             return
         run = self.config.run
         show, fresh = not run.quiet, not saved
-        with RunLogger(run.output, self.step, run.steps, show=show, fresh=fresh) as logger:
+        settings = as_json(self.config)
+        board = None if run.wandb is None else wandb_run(run.wandb, run.output, settings)
+        with RunLogger(
+            run.output, self.step, run.steps, show=show, fresh=fresh, board=board
+        ) as logger:
             begin = f"continuing after step {self.step}" if saved else "starting"
             logger.print(f"{run.output}: {begin}")
             if run.eval_every and not saved:
@@ -498,13 +521,17 @@ class Trainer:
             raise CheckpointError(message)
         if newest:
             saved = checkpoint.load(newest)
+            with checkpoint.restoring(saved):
+                require(saved.config, RunFormat)
+                require(saved.state, StateFormat)
             self.step, self.seconds = saved.step, float(saved.state["seconds"])
             found = changes(saved.config, self.config, same_environment=True)  # so far
             require_same(found, output, override=run.override)
             return saved
         started = output / "config.json"
         if started.exists() and read_lines(output / METRICS):
-            found = changes(json.loads(started.read_text(encoding="utf-8")), self.config)
+            mend = f"remove it, or give another --output than {output}"
+            found = changes(read_object(started, CheckpointError, mend), self.config)
             require_same(found, output, override=run.override)
         return None
 

@@ -227,23 +227,28 @@ class EnvCore:
     def provenance(self) -> dict[str, str]:
         """What results depend on besides the policy, each in words or by its SHA-256.
 
-        ``questions`` (ids, texts and answers), ``retriever`` (its kind and options) and ``index``
-        (the fingerprint of the corpus in it; "" if unknown), ``protocol``, ``template`` (its text),
-        ``limits``, ``reward``, and the version of ``research_env``. ``place: retriever`` is its
-        URL without user and password: results do not depend on it. Where the fingerprint is not
-        known, the URL stands for the corpus, and ``retriever`` is the URL.
+        ``questions`` (ids, texts, answers and extra fields), ``retriever`` (its kind and options),
+        ``index`` (the fingerprint of the corpus in it; "" if unknown), ``protocol``, ``template``
+        (its text), ``limits``, ``reward``, and the version of ``research_env``. ``place:
+        retriever`` is its URL without user and password: results do not depend on it. Where the
+        fingerprint is not known, the URL stands for the corpus, and ``retriever`` is the URL.
         """
         shown = ""
         if self.max_passage_chars != MAX_PASSAGE_CHARS:
             shown = f", max_passage_chars {self.max_passage_chars}"
-        asked = [[q.id, q.question, q.answers] for q in self.questions]
+        if self.metric_language:
+            shown += f", metric_language {self.metric_language}"
+        asked = [
+            [q.id, q.question, q.answers, *([dict(q.extra)] if q.extra else [])]
+            for q in self.questions
+        ]
         named = self.settings.get("retriever") or "the corpus of the data set"
         place = redact_url(named) if isinstance(named, str) else repr(type(named))
         index = str(getattr(self.retriever, "fingerprint", None) or "")
         is_url = isinstance(named, str) and ":" in named
         text = json.dumps(self.protocol.messages(self.template, "{question}"))
         return {
-            "questions": f"{len(asked)}, sha256 {_sha256(json.dumps(asked))}",
+            "questions": f"{len(asked)}, sha256 {_sha256(json.dumps(asked, default=str))}",
             "retriever": _kind_and_options(place) if index and is_url else place,
             "place: retriever": place,
             "index": index,

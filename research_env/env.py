@@ -10,6 +10,7 @@ from research_env.core import SHOWS, EnvSettings, StepOutput, make_core, resolve
 from research_env.episode import CutReason, Episode, advance, truncate
 from research_env.errors import ConfigurationError, EpisodeError, UnknownNameError
 from research_env.spaces import UnicodeText
+from research_env.terminal import show
 
 
 class SearchQAEnv(gym.Env[str, str]):
@@ -146,7 +147,7 @@ class SearchQAEnv(gym.Env[str, str]):
                 )
         self._episode, observation, info = self._core.start(index)
         if self.render_mode == "human":
-            print(observation)
+            show(observation)
         return observation, info
 
     def step(self, action: str) -> StepOutput:
@@ -165,7 +166,7 @@ class SearchQAEnv(gym.Env[str, str]):
         self._episode = episode
         output = self._core.output(episode)
         if self.render_mode == "human":
-            print(episode.turns[-1].action + output.observation + self._core.closing(episode))
+            show(episode.turns[-1].action + output.observation + self._core.closing(episode))
         return output
 
     def truncate(self, reason: CutReason = "length") -> StepOutput:
@@ -186,7 +187,7 @@ class SearchQAEnv(gym.Env[str, str]):
             raise EpisodeError("there is no episode yet; call reset first")
         self._episode = truncate(self._episode, reason)
         if self.render_mode == "human":
-            print(self._core.closing(self._episode))
+            show(self._core.closing(self._episode))
         return self._core.output(self._episode)
 
     def provenance(self) -> dict[str, str]:

@@ -138,7 +138,7 @@ def test_importing_the_configuration_loads_no_models(module: str) -> None:
 # Modules and folders from the bottom to the top: each imports from its own layer and those below.
 LAYERS = {
     "research_env": (
-        "errors redaction paths progress locks spaces markup metrics",
+        "errors redaction paths progress locks spaces markup metrics terminal",
         "retrieval",
         "tools",
         "datasets protocol judge",
@@ -153,8 +153,8 @@ LAYERS = {
     ),
     "research_agent": (
         "errors redaction terminal",
-        "settings files trajectory trees environments distributed phrase_tokenizer",
-        "curriculum run_logger checkpoint step_metrics",
+        "settings files formats trajectory trees environments distributed phrase_tokenizer",
+        "chat_template curriculum run_logger checkpoint step_metrics",
         "config",
         "presets plan batch algorithms",
         "models engines renderer rollout rollout_state trace",

@@ -70,9 +70,11 @@ class OpenAIRenderer:
 
     Attributes:
         chat_template: whether prompts are chat messages for the endpoint's template, not text.
+        chat_template_args: variables of that template, sent as ``chat_template_kwargs``.
     """
 
     chat_template: bool = False
+    chat_template_args: Mapping[str, Any] = field(default_factory=dict)
     _pieces: list[str] = field(default_factory=list, repr=False)
     _numbers: dict[str, int] = field(default_factory=dict, repr=False)
     _roles: dict[int, str] = field(default_factory=dict, repr=False)  # token -> role it starts
@@ -295,6 +297,8 @@ class OpenAIEngine:
             required: dict[str, Any] = {"prompt": ""}
             if chat:
                 create, required = self._client.chat.completions.create, {"messages": []}
+                if arguments := self._renderer.chat_template_args:
+                    extra["chat_template_kwargs"] = dict(arguments)
             try:
                 answer = await create(
                     model=self._model,
