@@ -46,14 +46,14 @@ lock-%: setup
 	touch $@
 
 adapters-verifiers: .venv-verifiers-$(VERIFIERS)/.ready
-	MAIN_PYTHON=$(PYTHON) .venv-verifiers-$(VERIFIERS)/bin/python -m pytest tests/adapters_verifiers $(TEST_ARGS)
+	MAIN_PYTHON=$(PYTHON) .venv-verifiers-$(VERIFIERS)/bin/python -m pytest tests/adapters_verifiers
 
 adapters-openenv: .venv-openenv/.ready
-	.venv-openenv/bin/python -m pytest tests/adapters_openenv $(TEST_ARGS)
+	.venv-openenv/bin/python -m pytest tests/adapters_openenv
 
 # Not part of `make test`: verl brings a torch and a transformers of its own, 5 GB.
 adapters-verl: .venv-verl/.ready
-	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/adapters_verl $(TEST_ARGS)
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/adapters_verl
 
 demo: setup
 	$(PYTHON) -m benchmarks.demo $(DEMO_ARGS)

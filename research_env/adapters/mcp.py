@@ -13,9 +13,7 @@ Example:
 
 from __future__ import annotations
 
-from typing import Any
-
-from starlette.types import ASGIApp
+from typing import TYPE_CHECKING, Any
 
 from research_env.adapters import require
 from research_env.datasets.base import Corpus, Dataset, Question
@@ -29,6 +27,9 @@ require("mcp", "2", "mcp")
 from mcp.server import Server  # noqa: E402
 from mcp.server.transport_security import TransportSecuritySettings  # noqa: E402
 from mcp_types import CallToolResult, ListToolsResult, TextContent, Tool  # noqa: E402
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 
 def tool_sessions(

@@ -17,9 +17,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import openai
-from pydantic import Field
-
 from research_env.adapters import require
 from research_env.adapters.chat import policy_text
 from research_env.adapters.shared import shared_sessions
@@ -27,7 +24,9 @@ from research_env.errors import ConfigurationError
 
 require("verifiers", ("0.3", "0.4"), "verifiers")
 
+import openai  # noqa: E402
 import verifiers.v1 as vf  # noqa: E402
+from pydantic import Field  # noqa: E402
 from verifiers.v1.runtimes import ProgramResult  # noqa: E402
 
 
