@@ -14,6 +14,7 @@ import pytest
 from research_agent.models.source import resolve_model
 from research_env import Dataset, Question, testing
 from research_env.adapters.tokens import encode_text
+from research_env.adapters.trl_sampling import _cut
 from research_env.errors import ConfigurationError, EpisodeError, UnknownTaskError
 from research_env.sessions import Sessions
 from research_env.testing import Engine, Played, Script, conformance, settings
@@ -384,7 +385,7 @@ def test_a_turn_is_cut_after_the_token_that_completes_a_terminator(row: list[int
     def decode(ids: Sequence[int], **_: Any) -> str:
         return "".join(words[token] for token in ids if token != 9)
 
-    cut = adapter._cut(row, [9], SimpleNamespace(decode=decode), ("</a>", "</b>"))
+    cut = _cut(row, [9], SimpleNamespace(decode=decode), ("</a>", "</b>"))
     assert cut == row[:3]
 
 
