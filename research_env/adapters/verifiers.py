@@ -157,12 +157,24 @@ class ResearchEnv(vf.Env[ResearchEnvConfig]):  # type: ignore[misc]
     """One episode per task; sampling stops at the terminators of the task's protocol."""
 
     def __init__(self, config: ResearchEnvConfig) -> None:
-        """Add the terminators to the agent's sampling."""
-        stops = list(shared_sessions(config.taskset.args).terminators)
-        given = (
-            config.agent.sampling.model_dump(exclude_unset=True) if config.agent.sampling else {}
+        """Add the terminators to the agent's sampling.
+
+        Raises:
+            ConfigurationError: the protocol has tool calls.
+        """
+        sessions = shared_sessions(config.taskset.args)
+        protocol = sessions.core.protocol
+        if protocol.tool_format is not None:
+            raise ConfigurationError(
+                f"protocol {protocol.name!r} has tool calls, which this harness does not read from "
+                "an endpoint; use one with tags, such as 'search-r1'"
+            )
+        given = config.agent.sampling or vf.SamplingConfig()
+        sampling = vf.SamplingConfig(
+            stop=list(sessions.terminators),
+            include_stop_str_in_output=True,
+            **given.model_dump(exclude_unset=True),
         )
-        sampling = vf.SamplingConfig(stop=stops, include_stop_str_in_output=True, **given)
         agent = config.agent.model_copy(update={"sampling": sampling})
         super().__init__(config.model_copy(update={"agent": agent}))
 

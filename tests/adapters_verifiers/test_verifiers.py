@@ -223,6 +223,11 @@ def test_settings_that_cannot_be_used_are_refused(sessions: Sessions, tmp_path: 
         list(env.taskset)
     with pytest.raises(UnknownNameError, match="nowhere"):
         shared_sessions({"dataset": "nowhere"})
+    with Sessions(dataset=DATASET, retriever=Fake(), protocol="tool-calls") as tools:
+        share(tools, shared="tools")
+        taskset = {"id": PLUGIN, "args": {"shared": "tools"}}
+        with pytest.raises(ConfigurationError, match="protocol 'tool-calls' has tool calls"):
+            load_environment(resolve_env_config({"taskset": taskset}))
 
 
 def evaluate(url: str, model: str, output: Path, *more: str) -> list[Any]:
