@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 from itertools import accumulate, pairwise
 
 import torch
@@ -195,7 +196,9 @@ def make_batch(groups: Sequence[Group], device: torch.device | str = "cpu") -> B
     )
 
 
-def micro_batches(batch: Batch, max_tokens: int, *, packed: bool = False) -> Iterator[MicroBatch]:
+def micro_batches(
+    batch: Batch, max_tokens: int, *, packed: bool = False, ranks: int = 1
+) -> Iterator[MicroBatch]:
     """Split a batch into forward passes of bounded size.
 
     Args:
@@ -203,6 +206,8 @@ def micro_batches(batch: Batch, max_tokens: int, *, packed: bool = False) -> Ite
         max_tokens: tokens per pass, padding included. A longer trajectory gets a pass of its own.
         packed: put trajectories end to end, without padding. Otherwise each is a row, and those of
             similar length share a pass.
+        ranks: processes that share the passes. With several, packed passes are of equal size and
+            as many for each rank; a pass of rows has at most a rank's share of the tokens.
 
     Yields:
         The passes, the largest first, so that memory runs out at the first pass or never.
@@ -213,16 +218,44 @@ def micro_batches(batch: Batch, max_tokens: int, *, packed: bool = False) -> Ite
     widths = {i: positions[end - 1] for i, (start, end) in enumerate(pairwise(ends)) if end > start}
     waiting = sorted(widths, key=lambda i: -widths[i])
     if packed:
-        for chosen in _bins(waiting, widths, max_tokens):
+        for chosen in _bins(waiting, widths, max_tokens, ranks):
             yield _packed(batch, chosen, [widths[i] for i in chosen])
         return
+    if ranks > 1:
+        max_tokens = min(max_tokens, math.ceil(sum(widths.values()) / ranks))
     while waiting:
         rows = max(1, max_tokens // widths[waiting[0]])
         chosen, waiting = waiting[:rows], waiting[rows:]
         yield _rows(batch, chosen, [widths[i] for i in chosen])
 
 
-def _bins(waiting: Sequence[int], widths: Mapping[int, int], max_tokens: int) -> list[list[int]]:
+def _bins(
+    waiting: Sequence[int], widths: Mapping[int, int], max_tokens: int, ranks: int
+) -> list[list[int]]:
+    """Deal trajectories to bins, the fullest bin first.
+
+    One rank takes as few bins as it can; several take as many bins each, of equal size.
+
+    Args:
+        waiting: trajectories, by falling width.
+        widths: tokens of each.
+        max_tokens: the most tokens in a bin of several trajectories.
+        ranks: number of processes that share the bins.
+    """
+    if ranks == 1:
+        bins = _first_fit(waiting, widths, max_tokens)
+    else:
+        rounds = max(1, math.ceil(sum(widths.values()) / (ranks * max_tokens)))
+        bins = _equal(waiting, widths, rounds * ranks)
+        while any(len(b) > 1 and sum(widths[i] for i in b) > max_tokens for b in bins):
+            rounds += 1
+            bins = _equal(waiting, widths, rounds * ranks)
+    return sorted(filter(None, bins), key=lambda b: -sum(widths[i] for i in b))
+
+
+def _first_fit(
+    waiting: Sequence[int], widths: Mapping[int, int], max_tokens: int
+) -> list[list[int]]:
     """First-fit decreasing: at most 11/9 of the optimal number of bins, plus 2/3."""
     bins: list[list[int]] = []
     free: list[int] = []
@@ -233,7 +266,22 @@ def _bins(waiting: Sequence[int], widths: Mapping[int, int], max_tokens: int) ->
             free.append(max_tokens)
         bins[place].append(i)
         free[place] -= widths[i]
-    return [bins[b] for b in sorted(range(len(bins)), key=free.__getitem__)]
+    return bins
+
+
+def _equal(waiting: Sequence[int], widths: Mapping[int, int], count: int) -> list[list[int]]:
+    """Longest first, each into the emptiest bin: the fullest is at most 4/3 of the optimum.
+
+    References:
+        Graham (1969), "Bounds on multiprocessing timing anomalies".
+    """
+    bins: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, place) for place in range(count)]  # the tokens of each bin
+    for i in waiting:
+        held, place = heap[0]
+        bins[place].append(i)
+        heapreplace(heap, (held + widths[i], place))
+    return bins
 
 
 def _rows(batch: Batch, chosen: Sequence[int], widths: Sequence[int]) -> MicroBatch:

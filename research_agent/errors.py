@@ -31,6 +31,10 @@ class LogError(ResearchAgentError):
     """A log of a run that is broken."""
 
 
+class RankError(ResearchAgentError, RuntimeError):
+    """Another process of a run under torchrun stopped or hangs."""
+
+
 class FolderInUseError(ResearchAgentError):
     """Another process writes to the same folder."""
 
@@ -57,3 +61,7 @@ class NonFiniteError(ResearchAgentError, ArithmeticError):
 
 class EngineError(ResearchAgentError, RuntimeError):
     """An engine that does not start, died, hangs, or cannot do its work."""
+
+
+class StoppedError(ResearchAgentError, RuntimeError):
+    """This rank stops because of an error that rank 0 raises and tells."""

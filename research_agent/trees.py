@@ -24,10 +24,10 @@ import numpy as np
 from research_agent.errors import ConfigError
 
 if TYPE_CHECKING:
+    from research_agent.active_rollout import ActiveRollout
     from research_agent.config import SamplingConfig
     from research_agent.engines.base import Completion, Engine
     from research_agent.environments import Environments
-    from research_agent.rollout import ActiveRollout
     from research_agent.trajectory import Trajectory
 
 Choice = Literal["random", "entropy"]

@@ -620,7 +620,7 @@ class Judge:
     Exits with 1 if verdicts are missing.
 
     For example:
-      vllm serve Qwen/Qwen2.5-7B-Instruct
+      VLLM_NO_USAGE_STATS=1 vllm serve Qwen/Qwen2.5-7B-Instruct --host 127.0.0.1
       research-env judge runs/eval/predictions.jsonl --endpoint http://localhost:8000/v1
         --model Qwen/Qwen2.5-7B-Instruct
       research-env judge predictions.jsonl --endpoint https://api.openai.com/v1

@@ -18,6 +18,7 @@ Preset = dict[str, Any]
 _WIKIPEDIA = "elasticsearch://localhost:9200/wiki18"
 _DEV = {"split": "dev"}
 _HOTPOTQA_DEV = {"dataset": "hotpotqa", **_DEV}
+# The papers' presets have ``overlap``: searching Wikipedia takes long, and sampling does not wait.
 _SCRIPTS = {"precision": "bfloat16", "gradient_checkpointing": True}  # as all authors have it
 
 _RESEARCH = "ReSearch (Chen et al. 2025): GRPO on MuSiQue"
@@ -140,6 +141,7 @@ RESEARCH_7B: Preset = {
         "prompts_per_step": 256,
         "group_size": 5,
         "temperature": 1.0,
+        "overlap": True,
         "max_prompt": 512,
         "max_response": 8192,
     },
@@ -195,6 +197,7 @@ R1_SEARCHER_QWEN: Preset = {
         "prompts_per_step": 64,
         "group_size": 16,
         "temperature": 1.0,
+        "overlap": True,
         "max_prompt": 1024,
         "max_response": 29000,
     },
@@ -255,6 +258,7 @@ SEARCH_R1_GRPO: Preset = {
         "prompts_per_step": 512,
         "group_size": 5,
         "temperature": 1.0,
+        "overlap": True,
         "max_prompt": 2048,
         "max_response": 4096,
         "max_turn_tokens": 500,

@@ -82,6 +82,14 @@ def _near_names(path: Path, starters: Iterable[str]) -> list[str]:
     return [name if name in own else str(folder / name) for name in found]
 
 
+def starting_model(model: str) -> str:
+    """The model to start from; of another run's folder its newest checkpoint."""
+    from research_agent.checkpoint import latest  # noqa: PLC0415 - loads torch
+
+    newest = latest(Path(model).expanduser() / "checkpoints")
+    return str(newest) if newest else model
+
+
 def model_source(name: str | Path) -> ModelSource:
     """Find the parts of a model.
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from research_agent.algorithms.grpo import GRPO
-from research_agent.batch import make_batch, micro_batches
+from research_agent.batch import Batch, make_batch, micro_batches
 from research_agent.errors import ConfigError, ModelError
 from research_agent.learner import Learner
-from research_agent.models.policy import TokenLogprobs, prepare, token_logprobs
+from research_agent.models.policy import TokenLogprobs, token_logprobs
+from research_agent.models.prepare import prepare
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.research_agent.learners import make_learner
@@ -103,6 +104,45 @@ def test_every_action_token_is_predicted_once_and_nothing_is_padding(
             seen = micro.tokens[0, place - before : place + 1]
             assert seen.tolist() == batch.tokens[number][: before + 1].tolist()
             assert place - before in bounds
+
+
+def _with_widths(*widths: int) -> Batch:
+    """Trajectories of which a pass reads so many tokens: all but the last."""
+    made = [
+        trajectory(prompt(*range(width)), action([7]), sample=i) for i, width in enumerate(widths)
+    ]
+    return make_batch([Group(0, made)])
+
+
+def test_ranks_get_as_many_passes_of_equal_size() -> None:
+    def sizes(batch: Batch, budget: int, ranks: int) -> list[int]:
+        cut = micro_batches(batch, budget, packed=True, ranks=ranks)
+        return [micro.tokens.shape[1] for micro in cut]
+
+    batch = _with_widths(5, 4, 3, 3, 2, 1)
+    assert sizes(batch, 9, 1) == [9, 9]
+    assert sizes(batch, 9, 2) == [9, 9]
+    assert sizes(batch, 100, 2) == [9, 9]  # one rank would take a single pass
+    assert sizes(batch, 100, 3) == [6, 6, 6]
+    # Two passes of 8 do not hold 18 tokens, so each rank takes two: 5, 4, 3 + 2, 3 + 1
+    assert sizes(batch, 8, 2) == [5, 5, 4, 4]
+    assert sizes(batch, 2, 4) == [5, 4, 3, 3, 2, 1]  # longer than a pass: alone
+    assert sizes(batch, 100, 64) == [5, 4, 3, 3, 2, 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 120), st.integers(2, 5), st.booleans())
+def test_ranks_share_every_action_token_once(
+    seed: int, budget: int, ranks: int, packed: bool
+) -> None:
+    batch = make_batch(random_groups(seed))
+    micros = list(micro_batches(batch, budget, packed=packed, ranks=ranks))
+    picked = torch.cat([micro.token_index for micro in micros])
+    assert sorted(picked.tolist()) == list(range(len(batch.targets)))
+    assert all(m.tokens.numel() <= budget or len(m.part) == 1 for m in micros)
+    if packed:
+        sizes = [micro.tokens.numel() for micro in micros]
+        assert sizes == sorted(sizes, reverse=True)
 
 
 @pytest.mark.parametrize("make", [tiny_qwen2, tiny_llama, tiny_gpt2])
@@ -292,7 +332,7 @@ def _after(steps: int, **settings: Any) -> tuple[Learner, dict[str, Tensor]]:
     return learner, {name: weight.clone() for name, weight in learner.weights()}
 
 
-def test_an_offloaded_optimiser_makes_the_same_steps() -> None:
+def test_an_offloaded_optimizer_makes_the_same_steps() -> None:
     _, plain = _after(3)
     learner, offloaded = _after(3, optimizer="adamw_offload")
     assert all(torch.equal(plain[name], offloaded[name]) for name in plain)
@@ -334,7 +374,7 @@ def test_a_learner_continues_to_the_same_bits(optimizer: Any, lora_rank: int) ->
     assert all(torch.equal(again[name], weight) for name, weight in through.items())
 
 
-def test_an_unknown_optimiser_is_refused() -> None:
+def test_an_unknown_optimizer_is_refused() -> None:
     with pytest.raises(ConfigError, match="known: 'adamw', 'adamw_8bit', 'adamw_offload'"):
         _after(0, optimizer="sgd")
 

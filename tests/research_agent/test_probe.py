@@ -14,7 +14,7 @@ from research_agent.engines import make_engine
 from research_agent.engines.base import Engine, SamplingParams
 from research_agent.errors import ModelError
 from research_agent.learner import Learner
-from research_agent.models.policy import prepare, require_learnable
+from research_agent.models.prepare import prepare, require_learnable
 from research_agent.models.probe import logit_difference
 from research_agent.renderer import Renderer
 from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_llama

@@ -28,6 +28,7 @@ from research_agent.trajectory import Group, Trajectory
 from research_agent.trees import TreePlan
 from tests.research_agent.conftest import byte_tokenizer, codec_of, letter_tokenizer, tiny_qwen2
 from tests.research_agent.test_collect import Limits
+from tests.research_agent.torchrun import in_two_processes
 
 DOORS = "tests.research_agent.doors_env:Doors-v0"
 RENDERER = codec_of(byte_tokenizer())
@@ -280,13 +281,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(model: Path, output: Path, *more: str, algorithm: str = "tree_grpo") -> Path:
+def run_words(model: Path, output: Path, *more: str, algorithm: str = "tree_grpo") -> list[str]:
     words = f"train miniworld --env {DOORS} --model {model} --output {output}"
     words += f" --algorithm {algorithm} --algorithm-args kl_coef=0 --tree-branches 2"
     words += " --prompts-per-step 4 --group-size 6 --max-prompt 8 --max-response 40"
     words += " --max-turn-tokens 2 --learning-rate 0.003 --warmup-steps 0 --save-every 1"
     words += " --eval-every None --quiet --device cpu"
-    main([*words.split(), *more])
+    return [*words.split(), *more]
+
+
+def run(model: Path, output: Path, *more: str, algorithm: str = "tree_grpo") -> Path:
+    main(run_words(model, output, *more, algorithm=algorithm))
     return output
 
 
@@ -304,6 +309,17 @@ def test_a_run_in_two_parts_equals_one_run_to_the_bit(
     lines = [read_lines(folder / METRICS) for folder in (whole, parts)]
     assert lines[0] == lines[1]
     assert all(line["episodes"] == 24 and line["learner/grad_norm"] > 0 for line in lines[0])
+
+
+@pytest.mark.slow
+def test_two_ranks_play_whole_trees(model: Path, tmp_path: Path) -> None:
+    """Six trees, three per rank; the updates are those of one process."""
+    more = ["--steps", "2", "--prompts-per-step", "3", "--log-episodes", "99"]
+    one = run(model, tmp_path / "one", *more)
+    two = tmp_path / "two"
+    in_two_processes("research_agent.cli", *run_words(model, two, *more))
+    for ours, theirs in zip(*(read_lines(folder / METRICS) for folder in (one, two)), strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize(

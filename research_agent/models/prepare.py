@@ -1,0 +1,127 @@
+"""How a model runs in a learner: proved to compute what transformers computes, then set up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from research_agent.errors import ModelError, ResearchAgentError
+from research_agent.models.probe import logit_difference, plain_logits, probe_sequences
+
+
+def prepare(
+    model: Any, *, packed: bool = False, gradient_checkpointing: bool = False, compile: bool = False
+) -> None:
+    """Set up how a model runs in a learner, and prove that it can share rows if it is to.
+
+    What it computes stays the same, if its dropouts are modules of their own, as in all models of
+    today: a layer that is checkpointed is in training mode itself, and what is inside it is not.
+
+    Args:
+        model: a causal language model of the transformers library; it is changed.
+        packed: several trajectories share a row; see ``research_agent.models.attention``.
+        gradient_checkpointing: keep only what enters each layer, and compute the rest again for the
+            gradient.
+        compile: let torch.compile fuse the operations of each layer.
+
+    Raises:
+        ModelError: the architecture cannot do it, or would compute something else.
+    """
+    if (gradient_checkpointing or compile) and not layers_of(model):
+        message = f"{type(model).__name__} names no layers to checkpoint or compile; turn both off"
+        raise ModelError(message)
+    if packed:
+        _require_packable(model)
+    set_up(model, packed=packed, gradient_checkpointing=gradient_checkpointing, compile=compile)
+
+
+def set_up(model: Any, *, packed: bool, gradient_checkpointing: bool, compile: bool) -> None:
+    """Set up how a model, or the body of one, runs; like ``prepare``, without a proof."""
+    from research_agent.models.attention import PACKED  # noqa: PLC0415
+
+    if packed:
+        model.set_attn_implementation(PACKED)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in layers_of(model):  # in training mode only; its dropouts are inside it
+            layer.training = True
+    if compile:
+        for layer in layers_of(model):
+            layer.compile(dynamic=True)
+
+
+def _require_packable(model: Any) -> None:
+    """Let trajectories share a row, and prove on two of them that none sees its neighbour."""
+    from research_agent.models.attention import PACKED  # noqa: PLC0415
+
+    name = type(model).__name__
+    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    try:
+        sequences = probe_sequences(model)
+        expected = [plain_logits(model, tokens) for tokens in sequences]
+        model.set_attn_implementation(PACKED)
+        found = _packed_logits(model, sequences)
+        difference = next(filter(None, map(logit_difference, found, expected)), "")
+    except (ResearchAgentError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        difference = str(error)
+    if difference:
+        if before is not None and model.config._attn_implementation != before:
+            model.set_attn_implementation(before)
+        message = f"trajectories of {name} cannot share a row: {difference}; use --packing off"
+        raise ModelError(message)
+
+
+@torch.no_grad()
+def _packed_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits of sequences in one row, [tokens, words] each."""
+    lengths, device = [len(s) for s in sequences], model.device
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    options: dict[str, Any] = {
+        "position_ids": torch.cat([torch.arange(n, device=device) for n in lengths])[None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+    row = torch.tensor([token for s in sequences for token in s], device=device)[None]
+    states = model.base_model(input_ids=row, use_cache=False, **options).last_hidden_state
+    return list(model.get_output_embeddings()(states)[0].split(lengths))
+
+
+@torch.no_grad()
+def require_learnable(model: Any, name: str) -> None:
+    """Compare what the learner computes with the model's own logits, on two short sequences.
+
+    The learner gives its rows no mask, pads them on the right, and applies the head to the last
+    hidden states alone. Models that scale or cap their logits afterwards differ.
+
+    Args:
+        model: a causal language model of the transformers library.
+        name: of the model, for the message.
+
+    Raises:
+        ModelError: they differ by more than rounding.
+    """
+    sequences = probe_sequences(model)
+    head = model.get_output_embeddings()
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
+    padded = padded.to(model.device)
+    states = model.base_model(input_ids=padded, use_cache=False).last_hidden_state
+    for row, tokens in zip(head(states), sequences, strict=True):
+        expected = plain_logits(model, tokens)
+        if difference := logit_difference(row[: len(tokens)], expected):
+            raise ModelError(
+                f"the model {name!r} changes its logits after its head, or sees padding:"
+                f" {difference}; this is not supported"
+            )
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model of the transformers library, where it names them."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: PLC0415
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
