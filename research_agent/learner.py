@@ -236,8 +236,9 @@ class Learner:
         """Yield the same weights as ``weights``, a bucket at a time.
 
         A bucket holds at most ``config.bucket_bytes``, or one tensor that is larger. It is emptied
-        when the next one is asked for. Buckets are the same on all ranks. All collectives of a bucket are over before it is yielded, so that
-        what a rank does with it (send, write, wait at a barrier) cannot be interleaved with them.
+        when the next one is asked for. Buckets are the same on all ranks. All collectives of a
+        bucket are over before it is yielded, so that what a rank does with it (send, write, wait at
+        a barrier) cannot be interleaved with them.
 
         Args:
             dtype: as for ``weights``.
