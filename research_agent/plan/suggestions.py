@@ -79,7 +79,7 @@ def _fitting(
     for tried in _combinations(config, shape, machines):
         settings = {**tried, **also}
         changed = apply(config, settings)
-        sampler = sampler_of(changed, machines)
+        sampler = sampler_of(changed, shape, machines)
         if memory.measure(changed, shape, machines, sampler).fits(machines):
             found.append((settings, timing.measure(changed, shape, machines, sampler).step))
     return found

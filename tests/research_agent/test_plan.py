@@ -175,6 +175,11 @@ def test_servers_take_nothing_of_the_learners_gpus() -> None:
     found = plan(changed("research-7b", engine="server:http://a,http://b"), "8xH100")
     assert not [name for name in found.memory.gpu if name.startswith("sampler")]
     assert found.sampler.copies == 2
+    assert found.memory.servers["weights"] == 2 * B7.parameters
+    assert sum(found.memory.servers.values()) == pytest.approx(0.9 * 84.9e9)
+    large = plan(changed("research-32b", engine="server:http://a"), "8xL40S")
+    assert large.sampler.tensor_parallel == 2  # the fewest GPUs that hold a copy
+    assert large.memory.servers["weights"] == B32.parameters
     assert found.memory.disk["weights for the servers"] == 2 * 2 * B7.parameters
     direct = plan(changed("research-7b", engine="server+nccl:http://a"), "8xH100")
     assert "weights for the servers" not in direct.memory.disk
