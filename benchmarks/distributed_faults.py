@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 STARTER = ROOT / "research_agent" / "starters" / "miniworld-starter"
 SIZES = (4, 1041, 128)  # layers, tokens and width of the shipped policy
 STEPS, PROMPTS, SAMPLES = 4, 4, 4
-SEARCH = "<think>Look.</think><search>where is it</search>"
+SEARCH = "<think>Look.</think><search>where is {}</search>"  # another one for each seed
 ANSWERS = (r"<answer>It is \boxed{it}</answer>", "<answer>It is here</answer>")
 AWAY = 5.0
 """Seconds that the retrieval server is away."""
@@ -297,8 +297,7 @@ def _be_server(port: int, fault: str, happened: Path, turns: Path) -> None:
     from tests.research_agent.fake_vllm import FakeVllm, _choice  # noqa: PLC0415
 
     tokenizer = AutoTokenizer.from_pretrained(STARTER)
-    says = {text: tokenizer.encode(text, add_special_tokens=False) for text in (SEARCH, *ANSWERS)}
-    end = says[SEARCH][-1]  # of a search
+    (end,) = tokenizer.encode("</search>", add_special_tokens=False)
 
     def die() -> None:
         happened.touch()
@@ -314,8 +313,9 @@ def _be_server(port: int, fault: str, happened: Path, turns: Path) -> None:
                 file.write(f"{self.version}\n")
             if fault == "turn" and len(self.turns) > PROMPTS * SAMPLES * 2:
                 die()
-            searched = end in tokens
-            said = says[ANSWERS[params["seed"] % 2]] if searched else says[SEARCH]
+            searched, seed = end in tokens, params["seed"]
+            text = ANSWERS[seed % 2] if searched else SEARCH.format(seed)
+            said = tokenizer.encode(text, add_special_tokens=False)
             if searched:
                 said = [*said, tokenizer.eos_token_id]
             answer = _choice(said, [-0.25] * len(said), "stop", self.version)
