@@ -33,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 STARTER = ROOT / "research_agent" / "starters" / "miniworld-starter"
 SIZES = (4, 1041, 128)  # layers, tokens and width of the shipped policy
+END_ID = 1  # of the shipped policy
 STEPS, PROMPTS, SAMPLES = 4, 4, 4
 SEARCH = "<think>Look.</think><search>where is {}</search>"  # another one for each seed
 ANSWERS = (r"<answer>It is \boxed{it}</answer>", "<answer>It is here</answer>")
@@ -292,12 +293,16 @@ def _wait_for(port: int) -> None:
 
 def _be_server(port: int, fault: str, happened: Path, turns: Path) -> None:
     """Answer as a vLLM server, with turns by a script, and be killed where the fault says."""
-    from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
+    from tokenizers import Tokenizer  # noqa: PLC0415
 
     from tests.research_agent.fake_vllm import FakeVllm, _choice  # noqa: PLC0415
 
-    tokenizer = AutoTokenizer.from_pretrained(STARTER)
-    (end,) = tokenizer.encode("</search>", add_special_tokens=False)
+    tokenizer = Tokenizer.from_file(str(STARTER / "tokenizer.json"))
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    (end,) = encode("</search>")
 
     def die() -> None:
         happened.touch()
@@ -315,9 +320,7 @@ def _be_server(port: int, fault: str, happened: Path, turns: Path) -> None:
                 die()
             searched, seed = end in tokens, params["seed"]
             text = ANSWERS[seed % 2] if searched else SEARCH.format(seed)
-            said = tokenizer.encode(text, add_special_tokens=False)
-            if searched:
-                said = [*said, tokenizer.eos_token_id]
+            said = [*encode(text), *([END_ID] if searched else [])]
             answer = _choice(said, [-0.25] * len(said), "stop", self.version)
             answer["choices"][0]["stop_reason"] = said[-1] if searched else "</search>"
             return answer
