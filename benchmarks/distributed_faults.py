@@ -258,7 +258,7 @@ def _server(folder: Path, number: int, fault: str) -> Iterator[str]:
 
     def start(fault: str) -> None:
         words = [str(port), fault, str(folder / "happened")]
-        words.append(str(folder / f"turns-{number}-{len(processes)}"))
+        words += [str(folder / f"turns-{number}-{len(processes)}"), str(os.getpid())]
         command = [sys.executable, "-m", "benchmarks.distributed_faults", "server", *words]
         processes.append(subprocess.Popen(command, cwd=ROOT, start_new_session=True))
 
@@ -291,7 +291,7 @@ def _wait_for(port: int) -> None:
     raise RuntimeError("a server does not start")
 
 
-def _be_server(port: int, fault: str, happened: Path, turns: Path) -> None:
+def _be_server(port: int, fault: str, happened: Path, turns: Path, parent: int) -> None:
     """Answer as a vLLM server, with turns by a script, and be killed where the fault says."""
     from tokenizers import Tokenizer  # noqa: PLC0415
 
@@ -333,7 +333,6 @@ def _be_server(port: int, fault: str, happened: Path, turns: Path) -> None:
             return super()._call(body)
 
     Scripted(port=port, context=1024, dtype="float32", sizes=SIZES)
-    parent = os.getppid()
     while os.getppid() == parent:  # no server outlives the run
         time.sleep(0.5)
 
@@ -426,6 +425,8 @@ def _be_rank(fault: str, full: bool, happened: Path, words: Sequence[str]) -> No
 
 if __name__ == "__main__":
     if sys.argv[1] == "server":
-        _be_server(int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), Path(sys.argv[5]))
+        _be_server(
+            int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), Path(sys.argv[5]), int(sys.argv[6])
+        )
     else:
         _be_rank(sys.argv[2], sys.argv[3] == "1", Path(sys.argv[4]), sys.argv[5:])
