@@ -13,7 +13,7 @@ import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -156,7 +156,8 @@ class TransformersEngine:
         share: use the model object itself. Only where nobody else uses it, as when evaluating.
         sequential: forward slots one after another, each with the transformers library's own
             cache. Slow, and right for architectures that keep a state between tokens, or whose
-            attention cannot be replaced.
+            attention cannot be replaced. "tokens" forwards the observations of later turns token by
+            token, for architectures that continue a state in no other way (Mamba).
 
     Raises:
         ModelError: the architecture's attention cannot be replaced, or has no known context.
@@ -173,7 +174,7 @@ class TransformersEngine:
         max_context: int | None = None,
         *,
         share: bool = False,
-        sequential: bool = False,
+        sequential: Literal[False, True, "tokens"] = False,
     ) -> None:
         self.max_context = context_limit(model, max_context)
         self.max_slots = max_slots
@@ -182,7 +183,7 @@ class TransformersEngine:
         self._model = (model if share else copy.deepcopy(model)).eval()
         self._device = next(self._model.parameters()).device
         self._names = WeightNames(self._model)
-        self._sequential = sequential
+        self._sequential: Literal[False, True, "tokens"] = sequential
         self._caches: dict[int, tuple[str, Any]] = {}  # sequential: of each slot, by argument name
         if not sequential:
             try:
@@ -480,13 +481,14 @@ class TransformersEngine:
         new = self._pending.pop(slot, None) or [int(self._last[slot])]
         self.forwarded_tokens += len(new)
         self._cached[slot] += len(new)
-        name, cache = self._caches.get(slot, ("past_key_values", None))
-        given = {} if cache is None else {name: cache}
-        output = self._model(
-            input_ids=self._tensor(np.array(new))[None], use_cache=True, **given, **self._last_only
-        )
-        kept = ((n, getattr(output, n, None)) for n in ("past_key_values", "cache_params"))
-        self._caches[slot] = next((n, held) for n, held in kept if held is not None)
+        one_by_one = self._sequential == "tokens" and slot in self._caches
+        for tokens in [[token] for token in new] if one_by_one else [new]:
+            name, cache = self._caches.get(slot, ("past_key_values", None))
+            given = {} if cache is None else {name: cache}
+            ids = self._tensor(np.array(tokens))[None]
+            output = self._model(input_ids=ids, use_cache=True, **given, **self._last_only)
+            kept = ((n, getattr(output, n, None)) for n in ("past_key_values", "cache_params"))
+            self._caches[slot] = next((n, held) for n, held in kept if held is not None)
         logits: Tensor = output.logits[0, -1]
         return logits.float()
 
@@ -571,7 +573,8 @@ def proved_engine(
     """
     plain = model.config._attn_implementation
     causes: list[str] = []
-    for sequential in (False, True):
+    ways: tuple[Literal[False, True, "tokens"], ...] = (False, True, "tokens")
+    for sequential in ways:
         try:
             engine = TransformersEngine(
                 model, renderer, max_slots, max_context, share=share, sequential=sequential
@@ -595,7 +598,8 @@ def proved_engine(
             _restore(model, plain)
     raise ModelError(
         f"the transformers engine does not compute what {type(model).__name__} does. Sequences"
-        f" together: {causes[0]}. One at a time: {causes[1]}. Use --engine vllm"
+        f" together: {causes[0]}. One at a time: {causes[1]}. Token by token: {causes[2]}. "
+        "Use --engine vllm"
     )
 
 

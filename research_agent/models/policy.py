@@ -184,9 +184,11 @@ def prepare(
 def _pack(model: Any) -> None:
     """Let trajectories share a row, and prove on two of them that none sees its neighbour."""
     from research_agent.models.attention import PACKED  # noqa: PLC0415
+    from research_agent.models.recurrent import split_recurrent_layers  # noqa: PLC0415
 
     name = type(model).__name__
     before = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    join = split_recurrent_layers(model)
     try:
         sequences = probe_sequences(model)
         expected = [plain_logits(model, tokens) for tokens in sequences]
@@ -196,6 +198,7 @@ def _pack(model: Any) -> None:
     except (ResearchAgentError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         difference = str(error)
     if difference:
+        join()
         if before is not None and model.config._attn_implementation != before:
             model.set_attn_implementation(before)
         message = f"trajectories of {name} cannot share a row: {difference}; use --packing off"
@@ -216,7 +219,30 @@ def _packed_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tenso
     }
     row = torch.tensor([token for s in sequences for token in s], device=device)[None]
     states = model.base_model(input_ids=row, use_cache=False, **options).last_hidden_state
-    return list(model.get_output_embeddings()(states)[0].split(lengths))
+    return list(output_logits(model)(states)[0].split(lengths))
+
+
+def output_logits(model: Any) -> Callable[[Tensor], Tensor]:
+    """What turns a model's last hidden states into logits: its head, scale and soft cap.
+
+    Args:
+        model: a causal language model of the transformers library. Its configuration may scale the
+            logits (Granite, Cohere, Falcon-H1) or cap them (Gemma 2).
+
+    Returns:
+        A function of states [..., hidden size] to logits [..., words].
+    """
+    head, config = model.get_output_embeddings(), model.config
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1
+    scale /= getattr(config, "logits_scaling", None) or 1
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logits(states: Tensor) -> Tensor:
+        out: Tensor = head(states)
+        out = out if scale == 1 else out * scale
+        return out if cap is None else (out / cap).tanh() * cap
+
+    return logits
 
 
 def token_logprobs(
@@ -248,9 +274,9 @@ def token_logprobs(
         gradient where gradients are enabled.
     """
     targets = micro.part.targets
-    head = model.get_output_embeddings()
+    head = output_logits(model)
     most = max_logits or (MAX_LOGITS_GPU if targets.is_cuda else MAX_LOGITS)
-    rows = max(1, most // len(head.weight))
+    rows = max(1, most // len(model.get_output_embeddings().weight))
     score = _compiled_score() if compile else _score
     with torch.autocast(targets.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         states = action_hidden_states(model, micro)
@@ -452,8 +478,8 @@ def _say_repaired(name: str, cause: object) -> None:
 def require_learnable(model: Any, name: str) -> None:
     """Compare what the learner computes with the model's own logits, on two short sequences.
 
-    The learner gives its rows no mask, pads them on the right, and applies the head to the last
-    hidden states alone. Models that scale or cap their logits afterwards differ.
+    The learner gives its rows no mask, pads them on the right, and makes logits of the last hidden
+    states by ``output_logits``. Models that change their logits in another way differ.
 
     Args:
         model: a causal language model of the transformers library.
@@ -463,7 +489,7 @@ def require_learnable(model: Any, name: str) -> None:
         ModelError: they differ by more than rounding.
     """
     sequences = probe_sequences(model)
-    head = model.get_output_embeddings()
+    head = output_logits(model)
     padded = nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
     padded = padded.to(model.device)
     states = model.base_model(input_ids=padded, use_cache=False).last_hidden_state

@@ -19,7 +19,7 @@ from research_agent.models.probe import logit_difference
 from research_agent.renderer import Renderer
 from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_llama
 
-HYBRIDS = ["Qwen3.5", "LFM2", "Falcon-H1", "Granite 4 hybrid", "Falcon", "Bloom"]
+HYBRIDS = ["Qwen3.5", "LFM2", "Falcon-H1", "Granite 4 hybrid", "Falcon", "Bloom", "Mamba"]
 PROMPTS = [list(range(20, 60)), list(range(100, 125))]
 OBSERVATION = [7, 8, 9, 10, 11]
 
@@ -92,11 +92,14 @@ def test_new_weights_are_sampled_from_one_at_a_time_too() -> None:
 
 
 def test_an_engine_that_would_be_wrong_is_refused_with_numbers() -> None:
+    model = tiny_llama()
+    layer = model.model.layers[0]
+    layer.register_forward_hook(lambda _, __, out: out + out.mean(dim=(0, 1), keepdim=True))
     with pytest.raises(ModelError, match=r"differ by .* where they spread by .*Use --engine vllm"):
-        engine_of(make("Mamba"), 2)
+        engine_of(model, 2)
 
 
-@pytest.mark.parametrize("name", [*HYBRIDS, "StableLM", "Gemma 2"])
+@pytest.mark.parametrize("name", ["Falcon", "Bloom", "StableLM", "Nemotron", "Gemma 2"])
 def test_packing_that_would_be_wrong_is_refused(name: str) -> None:
     model = make(name)
     tokens = torch.tensor([PROMPTS[1]])
@@ -109,15 +112,25 @@ def test_packing_that_would_be_wrong_is_refused(name: str) -> None:
 def test_required_packing_stops_a_learner_before_it_learns() -> None:
     rule = algorithm("grpo", kl_coef=0.0, entropy_coef=0.0)
     with pytest.raises(ModelError, match="use --packing off"):
-        Learner(make("Qwen3.5"), rule, LearnerConfig(packing="on"))
-    Learner(make("Qwen3.5"), rule, LearnerConfig(packing="auto"))
-    Learner(make("Qwen3"), rule, LearnerConfig(packing="on"))
+        Learner(make("Falcon"), rule, LearnerConfig(packing="on"))
+    Learner(make("Falcon"), rule, LearnerConfig(packing="auto"))
+    Learner(make("Qwen3.5"), rule, LearnerConfig(packing="on"))
 
 
 @pytest.mark.parametrize("name", ["Gemma 2", "Granite"])
-def test_logits_changed_after_the_head_are_refused(name: str) -> None:
+def test_logits_are_scaled_and_capped_as_the_configuration_says(name: str) -> None:
+    require_learnable(make(name), name)
+
+
+def test_logits_changed_after_the_head_are_refused() -> None:
+    model = tiny_llama()
+
+    def double(_: Any, __: Any, out: Any) -> None:
+        out.logits.mul_(2)
+
+    model.register_forward_hook(double)
     with pytest.raises(ModelError, match="changes its logits after its head"):
-        require_learnable(make(name), name)
+        require_learnable(model, "doubled")
 
 
 def test_a_model_that_sees_its_neighbours_is_refused() -> None:
