@@ -192,6 +192,9 @@ class RunConfig:
     trace: Path | None = None
     """File for a timeline of generation, environments and updates, which ui.perfetto.dev opens;
     written anew each time the run is started or continued."""
+    wandb: str | None = None
+    """Log to this project of Weights & Biases too (extra wandb). WANDB_MODE=offline keeps it on
+    disk, in the folder of the run."""
     log_episodes: int = 4
     """Episodes of each step written out in words, to trajectories.jsonl."""
     override: bool = False
@@ -376,6 +379,7 @@ FREE = frozenset(
         "run.eval_limit",
         "run.eval_temperature",
         "run.trace",
+        "run.wandb",
         "run.log_episodes",
         "run.plan",
         "run.override",

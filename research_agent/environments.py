@@ -124,6 +124,7 @@ class _Native:
         self.num_envs = int(vector.num_envs)
         self.num_tasks: int | None = getattr(vector, "num_tasks", None)
         self.terminators = _terminators(vector.single_action_space)
+        self.shows = shows_of(vector)
         self.branches = hasattr(vector, "branch")  # whether episodes can be branched
 
     def reset(
@@ -175,6 +176,7 @@ class _Singles:
         self.num_envs = len(envs)
         self.num_tasks: int | None = getattr(envs[0].unwrapped, "num_tasks", None)
         self.terminators = _terminators(envs[0].action_space)
+        self.shows = shows_of(envs[0].unwrapped)
 
     def reset(
         self, assignments: Mapping[int, int], seed: int
@@ -219,6 +221,21 @@ def provenance_of(environment: Any) -> dict[str, str]:
     said = getattr(environment, "provenance", None)
     found = said() if callable(said) else said
     return {str(key): str(value) for key, value in (found or {}).items()}
+
+
+def shows_of(environment: Any) -> dict[str, str]:
+    """Where an environment's info has what an observation shows: items with titles, some marked.
+
+    It is the environment's ``metadata["shows"]``, for reports; empty where it has none.
+
+    Returns:
+        A name for each of these that there is: ``request`` (the key of what was asked for),
+        ``ids``, ``titles`` and ``scores`` (the keys of the items'), ``marked`` (the key, in an
+        episode's last info, of the ids that matter), ``requests`` (the metric that counts
+        requests), ``item`` and ``mark`` (words for people).
+    """
+    shows = (getattr(environment, "metadata", None) or {}).get("shows") or {}
+    return {str(key): str(value) for key, value in shows.items()}
 
 
 def _terminators(space: Any) -> tuple[str, ...]:

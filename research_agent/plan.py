@@ -17,7 +17,7 @@ from research_agent.config import TrainConfig
 from research_agent.errors import ConfigError
 from research_agent.formats import read_object
 
-EPISODE_TOKENS = 1_300  # of a search episode: the mean of R1-Searcher's recorded trajectories
+EPISODE_TOKENS = 1_300  # of an episode with tools: the mean of R1-Searcher's recorded trajectories
 ACTION_SHARE = 0.3  # of those, sampled by the policy; the rest is read
 LONGEST = 3.0  # the longest episode of a batch, in means: the last one ends the sampling
 LEARN_FLOPS = 0.35  # share of the peak that forward and backward passes reach
@@ -279,7 +279,7 @@ def _seconds(
 
 
 def _index(config: TrainConfig) -> Mapping[str, str]:
-    """What the package of the environment says that its search engine, or the like, needs."""
+    """What the package of the environment says that its index, or the like, needs."""
     module, _, _ = config.environment.env.rpartition(":")
     try:
         footprint = getattr(import_module(module), "footprint", None) if module else None
@@ -341,13 +341,13 @@ def show(config: TrainConfig, gpus: str, found: Plan) -> str:
     lines += [f"  {f'seconds to {what}':36}{time:9.0f}" for what, time in found.seconds.items()]
     lines += [f"  {f'hours of {found.steps:,} steps':36}{seconds * found.steps / 3600:9.1f}", ""]
     if found.index:
-        lines += ["search", *(f"  {what:36}{text}" for what, text in found.index.items()), ""]
+        lines += ["environment", *(f"  {what:36}{text}" for what, text in found.index.items()), ""]
     lines += [
         "Sizes follow from the model's shape and from what this trainer keeps. Times assume",
         f"{EPISODE_TOKENS:,} tokens an episode, {ACTION_SHARE:.0%} of them sampled, the longest "
         f"{LONGEST:g} times the mean, {LEARN_FLOPS:.0%} of the",
         f"peak in passes and {SAMPLE_BANDWIDTH:.0%} of the memory's bandwidth in decoding; "
-        "searches overlap.",
+        "the environment's work overlaps.",
         "They were not measured on such GPUs.",
     ]
     if not found.fits:

@@ -1,7 +1,7 @@
 """Text to tokens and back, once: nothing is ever retokenised.
 
 Prompts, observations and actions are encoded or decoded where they are made, each on its own. Text
-that comes from the environment is encoded with special-token parsing off, so that a passage that
+that comes from the environment is encoded with special-token parsing off, so that one that
 says ``<|im_end|>`` is text and never the token.
 """
 

@@ -11,16 +11,17 @@ import contextlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 
-from research_agent.errors import CheckpointError, LogError
+from research_agent.errors import CheckpointError, ConfigError, LogError
 from research_agent.files import write_atomic
 from research_agent.formats import LONGEST_LINE, NumbersFormat, StepFormat, parse
 from research_agent.terminal import printable
@@ -69,6 +70,55 @@ def truncate_after(path: Path, step: int) -> None:
     write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
+class Board(Protocol):
+    """A run of Weights & Biases, or what takes the same calls."""
+
+    def log(self, data: dict[str, Any], step: int) -> Any:
+        """Take the metrics of a step."""
+        ...
+
+    def finish(self) -> Any:
+        """Send what is left."""
+        ...
+
+
+def wandb_run(project: str, folder: Path, config: Mapping[str, Any]) -> Board:
+    """Open the run of Weights & Biases that belongs to a folder; the same one when continued.
+
+    Args:
+        project: its name there.
+        folder: of the run; its last part names the run.
+        config: settings to show beside the metrics.
+
+    Raises:
+        ConfigError: the package is missing, or Weights & Biases refuses the run.
+    """
+    try:
+        import wandb  # noqa: PLC0415 - an extra, and slow to import
+    except ImportError as error:
+        message = "--wandb needs a package that is missing: pip install 'research-env[wandb]'"
+        raise ConfigError(message) from error
+    kept = folder / "wandb-id"
+    if not kept.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(kept, secrets.token_hex(4) + "\n")
+    try:
+        return wandb.init(
+            project=project,
+            name=folder.name,
+            id=kept.read_text(encoding="utf-8").strip(),
+            dir=folder,
+            config=dict(config),
+            resume="allow",
+            settings=wandb.Settings(silent=True),
+        )
+    except wandb.Error as error:
+        raise ConfigError(
+            f"Weights & Biases refuses the project {project!r}: {error}; log in with wandb login, "
+            "or set WANDB_MODE=offline"
+        ) from error
+
+
 class RunLogger:
     """The logs and the progress bar of a run, from one step on.
 
@@ -78,10 +128,18 @@ class RunLogger:
         steps: steps of the whole run.
         show: whether to show progress, on standard error.
         fresh: no step 0 has been recorded yet (a run from the start, not from a checkpoint).
+        board: takes the same metrics as TensorBoard; see ``wandb_run``.
     """
 
     def __init__(
-        self, folder: Path, step: int, steps: int, *, show: bool = True, fresh: bool = False
+        self,
+        folder: Path,
+        step: int,
+        steps: int,
+        *,
+        show: bool = True,
+        fresh: bool = False,
+        board: Board | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (slow to import)
 
@@ -92,6 +150,7 @@ class RunLogger:
         self._board = SummaryWriter(
             str(folder / "tensorboard"), purge_step=0 if fresh else step + 1
         )
+        self._online = board
         self._console = Console(stderr=True)
         self._show = show
         self._steps = steps
@@ -122,6 +181,8 @@ class RunLogger:
         self._progress.stop()
         with contextlib.suppress(OSError):  # a full disk: said already
             self._board.close()
+        if self._online is not None:
+            self._online.finish()
 
     def print(self, message: str) -> None:
         """Print a line above the progress bar."""
@@ -170,9 +231,12 @@ class RunLogger:
         append(self._folder / METRICS, [{"step": step, **finite}])
         append(self._folder / TIMINGS, [{"step": step, **timings}])
         append(self._folder / TRAJECTORIES, [{"step": step, **episode} for episode in episodes])
-        for name, value in {**metrics, **{f"time/{k}": v for k, v in timings.items()}}.items():
+        shown = {**metrics, **{f"time/{k}": v for k, v in timings.items()}}
+        for name, value in shown.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()
+        if self._online is not None:
+            self._online.log(shown, step=step)
 
 
 def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -14,7 +14,7 @@ def printable(text: str) -> str:
     r"""Show control characters as escapes: ESC becomes the four characters ``\x1b``.
 
     Args:
-        text: may hold questions, passages, actions or names from files.
+        text: may hold questions, observations, actions or names from files.
     """
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 

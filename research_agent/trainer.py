@@ -50,7 +50,7 @@ from research_agent.models.policy import context_length, load_model, require_end
 from research_agent.models.source import model_source, resolve_model
 from research_agent.renderer import load_renderer
 from research_agent.rollout import Episode, InFlight, collect
-from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_lines
+from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_lines, wandb_run
 from research_agent.terminal import show
 from research_agent.trace import Trace, TracedEngine, TracedEnvironments, span
 from research_agent.trajectory import Group, Trajectory
@@ -345,7 +345,11 @@ class Trainer:
             return
         run = self.config.run
         show, fresh = not run.quiet, not saved
-        with RunLogger(run.output, self.step, run.steps, show=show, fresh=fresh) as logger:
+        settings = as_json(self.config)
+        board = None if run.wandb is None else wandb_run(run.wandb, run.output, settings)
+        with RunLogger(
+            run.output, self.step, run.steps, show=show, fresh=fresh, board=board
+        ) as logger:
             begin = f"continuing after step {self.step}" if saved else "starting"
             logger.print(f"{run.output}: {begin}")
             if run.eval_every and not saved:

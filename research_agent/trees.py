@@ -3,7 +3,7 @@
 A group of samples is M trees. Each begins with a chain, an episode played from its start to its
 end; then come rounds of branches. A branch takes up a state that an earlier sample of the tree was
 in before one of its turns, and plays on from there: what came before is neither sampled, prefilled
-nor searched again.
+nor played again.
 
 An environment can branch from its present state only, so every branch has its slot from the start
 and keeps the state that it will begin with: one that a better choice replaces. Which states are

@@ -39,6 +39,20 @@ MAX_PASSAGE_CHARS = 10_000
 """The longest passage of the published data sets has 8,237 characters."""
 
 
+SHOWS = {
+    "request": "query",
+    "requests": "searches",
+    "ids": "passage_ids",
+    "titles": "passage_titles",
+    "scores": "passage_scores",
+    "marked": "supporting_ids",
+    "item": "passage",
+    "mark": "gold",
+}
+"""Which parts of the info describe an observation: ``metadata["shows"]`` of the environments, by
+which trainers can show passages without knowing what they are."""
+
+
 class EnvSettings(TypedDict, total=False):
     """The keyword arguments of both environments; see :class:`research_env.env.SearchQAEnv`."""
 

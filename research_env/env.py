@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Unpack
 
 import gymnasium as gym
 
-from research_env.core import EnvSettings, StepOutput, make_core, resolve_search
+from research_env.core import SHOWS, EnvSettings, StepOutput, make_core, resolve_search
 from research_env.episode import CutReason, Episode, advance, truncate
 from research_env.errors import ConfigurationError, EpisodeError, UnknownNameError
 from research_env.spaces import UnicodeText
@@ -89,7 +89,11 @@ class SearchQAEnv(gym.Env[str, str]):
     - v0: first release.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # type: ignore[misc]
+    metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+        "render_modes": ["ansi", "human"],
+        "render_fps": 4,
+        "shows": SHOWS,
+    }
 
     def __init__(self, *, render_mode: str | None = None, **settings: Unpack[EnvSettings]) -> None:
         """Make an environment; see the class for the arguments.

@@ -379,6 +379,7 @@ SFT_PRESETS: dict[str, Preset] = {
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "count": 1600,
         "batch": 8,
+        "micro_batch_tokens": 2048,
         "learning_rate": 2e-4,
         "warmup_steps": 10,
         "output": "runs/smollm2-start",

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from research_env.core import EnvSettings, resolve_search
+from research_env.core import SHOWS, EnvSettings, resolve_search
 from research_env.episode import CutReason, Episode, advance, truncate
 from research_env.errors import (
     ActionError,
@@ -63,7 +63,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
     samples of one question is ``reset(options={"episodes": [n, n, n, ...]})``.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi"]}  # noqa: RUF012 (Gymnasium's own type)
+    metadata: dict[str, Any] = {"render_modes": ["ansi"], "shows": SHOWS}  # noqa: RUF012 (Gymnasium's own type)
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 r"""Group Relative Policy Optimization, as ReSearch uses it.
 
 Shao et al. 2024, DeepSeekMath (arXiv:2402.03300), equations 3 and 4; Chen et al. 2025, ReSearch
-(arXiv:2503.19470), equation 1, where tokens that the search engine wrote are left out of the sums:
+(arXiv:2503.19470), equation 1, where tokens that the environment wrote are left out of the sums:
 
 .. math::
 

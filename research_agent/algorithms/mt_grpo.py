@@ -17,11 +17,11 @@ outcome with the other outcomes; an earlier turn gets both, the last turn gets t
 k(t) is the turn of token t, K_i the number of turns of sample i, and j runs over the samples of the
 group that have a k-th turn before their last one. The outcome is the reward of the last turn.
 
-The paper's episodes have two turns, a search and an answer; there this is its equation, with the
-authors' ``turn_advantage_coef`` for alpha. With more turns their code still gives the advantage of
-turns to the tokens before the first observation only; here every turn has its own. Samples at their
-k-th turn stand in different states once they have done different things, so the baseline is not
-that of a state (verl issue 7244); trees, or ``gigpo``, compare like with like.
+The paper's episodes have two turns, a call of a tool and an answer; there this is its equation,
+with the authors' ``turn_advantage_coef`` for alpha. With more turns their code still gives the
+advantage of turns to the tokens before the first observation only; here every turn has its own.
+Samples at their k-th turn stand in different states once they have done different things, so the
+baseline is not that of a state (verl issue 7244); trees, or ``gigpo``, compare like with like.
 """
 
 from __future__ import annotations

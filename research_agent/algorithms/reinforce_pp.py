@@ -16,7 +16,7 @@ mean and std are those of all action tokens of the rollout; the KL (k1) is part 
 REINFORCE++-baseline; the paper then has the KL in the loss, by k2 (``kl_in=loss``):
 :math:`J - \beta \frac{1}{2} \log^2(\pi / \pi_{ref})`, and no KL in the reward.
 
-R1-Searcher (Song et al. 2025, arXiv:2503.05592) changes it for retrieval: documents are masked out
+R1-Searcher (Song et al. 2025, arXiv:2503.05592) changes it for tools: documents are masked out
 of loss, KL and normalisation. That is so here for every algorithm, for observations have no action
 tokens. Its published script uses the baseline of the group, with KL 0 (the presets
 ``r1-searcher-qwen`` and ``r1-searcher-llama``).

@@ -43,8 +43,8 @@ def make_engine(
         renderer: its tokenizer.
         max_slots: how many trajectories may be held at once.
         max_context: tokens of a trajectory; the model's own limit by default.
-        dtype: number format of vLLM's copy, such as bfloat16; the model's own by default. Servers
-            have their own, and transformers the model's.
+        dtype: number format of the copied weights, such as bfloat16; the model's own by default.
+            Servers have their own.
         share: use the model object itself, where nobody else does (an evaluation) and the engine
             can.
 
@@ -56,7 +56,7 @@ def make_engine(
     if name == "transformers":
         from research_agent.engines.transformers import proved_engine  # noqa: PLC0415 - torch
 
-        return proved_engine(model, renderer, max_slots, max_context, share=share)
+        return proved_engine(model, renderer, max_slots, max_context, dtype=dtype, share=share)
     if name == "vllm":
         from research_agent.engines.vllm import VllmEngine  # noqa: PLC0415
 

@@ -65,7 +65,7 @@ class OpenAIRenderer:
     """A renderer whose tokens are words and parts of words, for text of unknown tokens.
 
     It offers what ``rollout`` and ``evaluate`` need of a renderer, and loses no character. A token
-    is a piece of at most five letters, on average 3.8 characters in English (MuSiQue's passages),
+    is a piece of at most five letters, on average 3.8 characters in English prose,
     about as long as a model's token, so that limits in tokens mean nearly what they say.
 
     Attributes:
@@ -131,7 +131,7 @@ class OpenAIEngine:
 
     Log-probabilities are NaN, since nobody knows them. A stop string that the endpoint cut off is
     put back if the endpoint says which one it was (vLLM does), or if exactly one is possible:
-    ``</search>`` and the like are possible only if the turn left that tag open.
+    closing tags are possible only if the turn left that tag open.
 
     Args:
         url: the endpoint's base address, such as ``http://localhost:8000/v1``.
@@ -315,7 +315,7 @@ class OpenAIEngine:
                     if "max_completion_tokens" in problem and self._limit_name == "max_tokens":
                         self._limit_name = "max_completion_tokens"  # newer models of OpenAI
                         continue
-                    if _TOO_LONG.search(problem):
+                    if re.search(_TOO_LONG, problem):
                         raise _TooLongError(problem) from None
                     if continuing and self._continues is None:
                         self._continues = False

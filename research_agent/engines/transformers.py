@@ -153,6 +153,7 @@ class TransformersEngine:
         renderer: its tokenizer.
         max_slots: how many trajectories may be held at once; slots are ``0 .. max_slots - 1``.
         max_context: tokens that a trajectory may have; the model's own limit by default.
+        dtype: number format of the copied weights, such as bfloat16; the model's own by default.
         share: use the model object itself. Only where nobody else uses it, as when evaluating.
         sequential: forward slots one after another, each with the transformers library's own
             cache. Slow, and right for architectures that keep a state between tokens, or whose
@@ -173,6 +174,7 @@ class TransformersEngine:
         max_slots: int,
         max_context: int | None = None,
         *,
+        dtype: str | None = None,
         share: bool = False,
         sequential: Literal[False, True, "tokens"] = False,
     ) -> None:
@@ -180,7 +182,7 @@ class TransformersEngine:
         self.max_slots = max_slots
         self.forwarded_tokens = 0  # since the start; a token of a trajectory counts once
         self._renderer = renderer
-        self._model = (model if share else copy.deepcopy(model)).eval()
+        self._model = (model if share else _copy(model, dtype)).eval()
         self._device = next(self._model.parameters()).device
         self._names = WeightNames(self._model)
         self._sequential: Literal[False, True, "tokens"] = sequential
@@ -351,11 +353,10 @@ class TransformersEngine:
         for slot in range(self.max_slots):
             self.release(slot)
 
-    def difference_to(self, model: Any, attention: str | None) -> str:
-        """Say where this engine differs from the plain model, on two short trajectories.
+    def difference_to_plain(self, attention: str | None) -> str:
+        """Say where this engine differs from its own model run plainly, on two short trajectories.
 
         Args:
-            model: of the transformers library, with the same weights. It may be the engine's own.
             attention: what the model's attention is when nobody has replaced it.
 
         Returns:
@@ -364,11 +365,11 @@ class TransformersEngine:
         ours = self._model.config._attn_implementation
 
         def plain(tokens: list[int]) -> Tensor:
-            _restore(model, attention)
-            return plain_logits(model, tokens)
+            _restore(self._model, attention)
+            return plain_logits(self._model, tokens)
 
         try:
-            words = len(model.get_output_embeddings().weight)
+            words = len(self._model.get_output_embeddings().weight)
             return engine_difference(self, plain, words)
         finally:
             for slot in range(min(2, self.max_slots)):
@@ -553,8 +554,26 @@ class TransformersEngine:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
 
+def _copy(model: Any, dtype: str | None) -> Any:
+    """Copy a model, its weights in another number format if one is named.
+
+    Buffers keep theirs: the frequencies of rotary positions are float32 in every model.
+    """
+    copied = copy.deepcopy(model)
+    if dtype is not None:
+        for weight in copied.parameters():
+            weight.data = weight.data.to(getattr(torch, dtype))
+    return copied
+
+
 def proved_engine(
-    model: Any, renderer: Renderer, max_slots: int, max_context: int | None, *, share: bool = False
+    model: Any,
+    renderer: Renderer,
+    max_slots: int,
+    max_context: int | None,
+    *,
+    dtype: str | None = None,
+    share: bool = False,
 ) -> TransformersEngine:
     """Make an engine that computes what plain transformers computes, in the fastest way that does.
 
@@ -563,6 +582,7 @@ def proved_engine(
         renderer: its tokenizer.
         max_slots: as for ``TransformersEngine``.
         max_context: as for ``TransformersEngine``.
+        dtype: as for ``TransformersEngine``.
         share: as for ``TransformersEngine``.
 
     Returns:
@@ -577,9 +597,15 @@ def proved_engine(
     for sequential in ways:
         try:
             engine = TransformersEngine(
-                model, renderer, max_slots, max_context, share=share, sequential=sequential
+                model,
+                renderer,
+                max_slots,
+                max_context,
+                dtype=dtype,
+                share=share,
+                sequential=sequential,
             )
-            difference = engine.difference_to(model, plain)
+            difference = engine.difference_to_plain(plain)
         except ContextError:
             raise
         except (ResearchAgentError, RuntimeError, TypeError, ValueError, IndexError,

@@ -352,8 +352,8 @@ def _start(model: Any, max_slots: int, max_context: int, memory_share: float, dt
 def _let_vllm_look() -> None:
     """Give llvmlite's library an empty ``__dict__``, if it is loaded.
 
-    vLLM looks into the attributes of every object of every module, and that library (of numba, with
-    which an environment may search) answers to any name with a function.
+    vLLM looks into the attributes of every object of every module, and that library (numba's)
+    answers to any name with a function.
     """
     ffi = sys.modules.get("llvmlite.binding.ffi")
     if ffi is not None:

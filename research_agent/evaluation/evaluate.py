@@ -69,12 +69,13 @@ def evaluate(
     count = min(n for n in (environments.num_tasks, limit) if n is not None)
     wanted = [(episode, sample) for episode in range(count) for sample in range(samples_per_task)]
     known = None if header is None else json.loads(json.dumps(header))  # as it is read again
+    shows = dict(getattr(environments, "shows", {}))
 
     def pieces(tokens: Sequence[int]) -> list[str]:
         return [renderer.decode([token]) for token in tokens]
 
     with (
-        open_predictions(output, known, frozenset(wanted)) as (kept, append),
+        open_predictions(output, known, frozenset(wanted), shows) as (kept, append),
         _progress(show) as progress,
     ):
         outcomes = [outcome(record) for record in kept]

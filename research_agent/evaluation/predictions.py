@@ -109,7 +109,10 @@ def read_header(folder: Path) -> Header:
 
 @contextmanager
 def open_predictions(
-    folder: Path, header: Header | None, wanted: Collection[tuple[int, int]]
+    folder: Path,
+    header: Header | None,
+    wanted: Collection[tuple[int, int]],
+    shows: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[list[Record], Callable[[Record], None]]]:
     """Open the predictions of a folder to write to them, and keep other processes out.
 
@@ -122,6 +125,7 @@ def open_predictions(
         folder: to write to; made where it is missing.
         header: what the predictions depend on.
         wanted: (episode, sample) of all that this evaluation plays.
+        shows: what the environment said of its observations; stands in the header, for reports.
 
     Yields:
         The records that are kept, and a function that appends one at once.
@@ -133,8 +137,12 @@ def open_predictions(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PREDICTIONS
     with folder_lock(folder):
+        if header is not None and shows:
+            header = {**header, "shows": dict(shows)}
         kept = [] if header is None else _resume(path, header, wanted)
         with path.open("w" if header is None else "a", encoding="utf-8") as file:
+            if header is None and shows:
+                file.write(json.dumps({"header": {"shows": dict(shows)}}) + "\n")
 
             def append(record: Record) -> None:
                 file.write(json.dumps(record) + "\n")
@@ -211,7 +219,7 @@ def _require_same(before: Header, now: Header, path: Path) -> None:
 def _compared(header: Header) -> Header:
     """The parts of a header that decide whether two evaluations are the same."""
     said = dict(header.get("environment", {}))
-    kept = {key: value for key, value in header.items() if key != "versions"}
+    kept = {key: value for key, value in header.items() if key not in ("versions", "shows")}
     kept["environment"] = {k: v for k, v in said.items() if not k.startswith("place:")}
     if isinstance(model := header.get("model"), dict):
         kept["model"] = {key: value for key, value in model.items() if key != "name"}

@@ -112,7 +112,7 @@ def summarize(outcomes: Iterable[Outcome], header: Mapping[str, Any] | None = No
       ``info["prediction"]``, in lower case and with blanks made one; empty ones do not vote unless
       all are. Ties go to the prediction that was seen first, in the order of samples. The question
       then counts with the metrics of the first episode that predicted it: those that judge the
-      answer are the answer's, others (such as searches) are of that one episode.
+      answer are the answer's, others (such as counts of steps) are of that one episode.
 
     Args:
         outcomes: of all episodes, in any order.

@@ -36,8 +36,8 @@ def make_index(
 
     Returns:
         The index as plain JSON values (``page.js`` reads it), and the records as JSON in chunks.
-        What belongs to one question stands together: it is looked at together, and its passages
-        pack better.
+        What belongs to one question stands together: it is looked at together, and what
+        they observed packs better.
     """
     by_key: dict[tuple[str, int], list[Record | None]] = {}
     for number, predictions in enumerate(sources.predictions):
@@ -65,9 +65,9 @@ def make_index(
             if side is None:
                 places.append(None)
                 continue
-            places.append(
-                {**_side(side, metrics[len(places)]), "at": [len(details) - 1, len(details[-1])]}
-            )
+            shows = shows_of(sources.predictions[len(places)])
+            told = _side(side, metrics[len(places)], shows)
+            places.append({**told, "at": [len(details) - 1, len(details[-1])]})
             details[-1].append(as_json(side))
             length += len(details[-1][-1])
         first = next(side for side in sides if side is not None)
@@ -90,13 +90,19 @@ def make_index(
     return index, details
 
 
-def _side(record: Record, metric: str) -> dict[str, Any]:
+def shows_of(predictions: Predictions) -> dict[str, str]:
+    """What the environment said of the items that its observations show; see ``Environments``."""
+    shows = predictions.header.get("shows")
+    return {str(k): str(v) for k, v in shows.items()} if isinstance(shows, Mapping) else {}
+
+
+def _side(record: Record, metric: str, shows: Mapping[str, str]) -> dict[str, Any]:
     """What a row of the list shows of a record, and what it is filtered by."""
     return {
         "correct": None if record["void"] else outcome(record).score(metric) > CORRECT_THRESHOLD,
         "reward": record["reward"],
         "stop": linkable(str(record.get("stop_reason") or "")),
-        "searches": record["metrics"].get("searches"),
+        "requests": record["metrics"].get(shows.get("requests", "")),
         "prediction": _text(record["info"].get("prediction")),
     }
 
@@ -152,6 +158,7 @@ def _set(predictions: Predictions) -> dict[str, Any]:
             numbers[kind][f"{metric} of the majority"] = voted[kind][metric]
     return {
         "path": str(predictions.path),
+        "shows": shows_of(predictions),
         "settings": dict(flatten(predictions.header)),
         **numbers,
         "strata": {

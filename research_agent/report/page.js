@@ -63,11 +63,11 @@ const show = (value) => (typeof value === "string" ? value : JSON.stringify(valu
 // --- the state -----------------------------------------------------------------------------------
 
 const DEFAULTS = {
-  a: "0", b: data.sets.length > 1 ? "1" : "", verdict: "", searches: "", stop: "", q: "", sort: "",
+  a: "0", b: data.sets.length > 1 ? "1" : "", verdict: "", requests: "", stop: "", q: "", sort: "",
   page: "1", metric: "", open: "", sample: "0", view: "",
 };
 const isFilter = (name) =>
-  ["a", "b", "verdict", "searches", "stop", "q", "sort"].includes(name) || name.startsWith("is.");
+  ["a", "b", "verdict", "requests", "stop", "q", "sort"].includes(name) || name.startsWith("is.");
 let state;
 
 function readState() {
@@ -146,8 +146,8 @@ function choose() {
       const value = state.get(`is.${key}`) ?? "";
       if (value !== "" && own(item.strata, key) !== value) return false;
     }
-    const searches = state.get("searches");
-    if (searches !== "" && !sides.some((side) => String(side.searches) === searches)) return false;
+    const requests = state.get("requests");
+    if (requests !== "" && !sides.some((side) => String(side.requests) === requests)) return false;
     const stop = state.get("stop");
     if (stop !== "" && !sides.some((side) => side.stop === stop)) return false;
     return fits(state.get("verdict"), sides) && (text === "" || haystack(item).includes(text));
@@ -308,6 +308,9 @@ function settings() {
 
 // --- the list ------------------------------------------------------------------------------------
 
+// The metric that counts requests has the environment's own name.
+const requestsName = () => data.sets.map((set) => set.shows.requests).find(Boolean) ?? "requests";
+
 const selects = new Map();
 function select(name, label, options) {
   const onchange = (event) => go({ [name]: event.target.value });
@@ -322,11 +325,11 @@ function distinct(of) {
   return [...found].filter((value) => value !== "" && value !== null && value !== undefined);
 }
 
-const search = h("input", { type: "search", placeholder: "question or prediction" });
+const wordFilter = h("input", { type: "text", placeholder: "question or prediction" });
 let typing;
-search.addEventListener("input", () => {
+wordFilter.addEventListener("input", () => {
   clearTimeout(typing);
-  typing = setTimeout(() => go({ q: search.value }), 150);
+  typing = setTimeout(() => go({ q: wordFilter.value }), 150);
 });
 
 const filters = h("form", { class: "filters", onsubmit: (event) => event.preventDefault() });
@@ -358,10 +361,10 @@ function fillFilters() {
       const values = data.items.map((item) => own(item.strata, key));
       return choice(`is.${key}`, key, [...new Set(values)].filter((v) => v !== undefined).sort());
     }),
-    choice("searches", "searches", distinct((side) => side.searches).sort((x, y) => x - y)),
+    choice("requests", requestsName(), distinct((side) => side.requests).sort((x, y) => x - y)),
     choice("stop", "stop reason", distinct((side) => side.stop).sort()),
     compared && select("sort", "order", ORDERS),
-    h("label", "search", h("span", null, "search"), search),
+    h("label", "words", h("span", null, "words"), wordFilter),
   ].filter(Boolean));
 }
 
@@ -382,7 +385,8 @@ function entry(item, sets) {
   const predictions = sides.map((side) =>
     h("bdi", "prediction", clip(side.prediction.trim(), 80) || "no answer"));
   const details = [
-    sides.some((side) => isNumber(side.searches)) && `searches ${both((side) => side.searches)}`,
+    sides.some((side) => isNumber(side.requests))
+      && `${requestsName()} ${both((side) => side.requests)}`,
     both((side) => side.stop), ...kinds(item), ...numbered(item),
   ];
   return h("li", null, h("a", { href: address(opened(item)) },
@@ -442,8 +446,8 @@ async function unpack(text) {
   return JSON.parse(await new Response(stream).text());
 }
 
-// A text with its tags in quiet, and the last occurrence of a query or an answer marked.
-function marked(text, target) {
+// A text with its tags in quiet, and the last occurrence of a request or an answer marked.
+function highlighted(text, target) {
   const words = String(target ?? "").trim();
   const at = words ? text.lastIndexOf(words) : -1;
   if (at < 0) return tagged(text);
@@ -473,16 +477,16 @@ const block = (...children) => h("div", { class: "text", dir: "auto" }, ...child
 const step = (kind, label, ...children) =>
   h("div", `step ${kind}`, h("div", "label", label), block(...children));
 
-// The passages of an observation, cut where each title stands between the characters that the first
+// The items of an observation, cut where each title stands between the characters that the first
 // one stands between; null where that cannot be done.
-function passages(text, titles) {
+function bodiesOf(text, titles) {
   if (titles.length === 0 || titles.some((title) => !title)) return null;
   const start = text.indexOf(titles[0]);
   if (start < 0) return null;
   const line = text.lastIndexOf("\n", start) + 1;
   const before = text.slice(Math.max(line, start - 2), start);
   const after = text.slice(start + titles[0].length).slice(0, 2);
-  const cuts = []; // where a passage begins, and where its text does
+  const cuts = []; // where an item begins, and where its text does
   let from = 0;
   for (const title of titles) {
     const at = text.indexOf(before + title + after, from) + before.length;
@@ -498,19 +502,21 @@ function passages(text, titles) {
   });
 }
 
-function observation(segment, gold) {
+// What an observation shows: the environment's `shows` says under which names its info has the
+// items' ids, titles and scores, and what was asked for.
+function observation(segment, shows, marked) {
   const info = segment.info ?? {};
-  const ids = texts(info.passage_ids);
+  const ids = texts(info[shows.ids]);
   if (ids.length === 0) return step("observed", "Reads", tagged(segment.text.trim()));
-  const titles = texts(info.passage_titles);
-  const bodies = titles.length === ids.length ? passages(segment.text, titles) : null;
+  const titles = texts(info[shows.titles]);
+  const bodies = titles.length === ids.length ? bodiesOf(segment.text, titles) : null;
   const rows = ids.map((id, n) => {
-    const score = info.passage_scores?.[n];
-    const kind = gold.has(id) ? "passage gold" : "passage";
+    const score = info[shows.scores]?.[n];
+    const kind = marked.has(id) ? "item marked" : "item";
     const head = [
       h("span", "rank", String(n + 1)),
       h("span", { class: "title", title: id }, titles[n] || id),
-      gold.has(id) && h("span", "badge", "gold"),
+      marked.has(id) && h("span", "badge", shows.mark ?? "marked"),
       bodies && h("span", "preview", clip(bodies[n], 160)),
       isNumber(score) && h("span", { class: "score", title: "score" }, score.toFixed(2)),
     ];
@@ -519,14 +525,15 @@ function observation(segment, gold) {
       : h("div", kind, h("div", "head", head));
   });
   const raw = () => h("div", { class: "body", dir: "auto" }, tagged(segment.text));
+  const request = info[shows.request];
   return step("observation", "Reads",
-    info.query && h("p", "query", "for ", h("mark", null, clip(String(info.query), 1000))),
+    request && h("p", "request", "for ", h("mark", null, clip(String(request), 1000))),
     rows,
     !bodies && folded("raw", "the text that was read", raw()));
 }
 
-function reading(record) {
-  const gold = new Set(texts(record.info.supporting_ids));
+function reading(record, shows) {
+  const marked = new Set(texts(record.info[shows.marked]));
   const segments = record.segments;
   const last = segments.findLastIndex((segment) => segment.provenance === "action");
   let inside = false; // of a thought
@@ -536,15 +543,15 @@ function reading(record) {
       const size = plural(segment.tokens, "token");
       return folded("prompt", `Prompt, ${size}`, block(tagged(segment.text)));
     }
-    if (segment.provenance !== "action") return observation(segment, gold);
-    const query = segments[n + 1]?.info?.query;
-    const target = query || (n === last ? record.info.prediction : "");
-    const label = query ? "Searches" : n === last ? "Answers" : "Writes";
+    if (segment.provenance !== "action") return observation(segment, shows, marked);
+    const request = segments[n + 1]?.info?.[shows.request];
+    const target = request || (n === last ? record.info.prediction : "");
+    const label = request ? "Asks" : n === last ? "Answers" : "Writes";
     const pieces = thoughts(segment.text, inside);
     inside = endsInside(segment.text, inside);
     return pieces.map(([isThought, piece]) => isThought
-      ? step("thought", "Thinks", marked(piece, query))
-      : step("action", label, marked(piece, target)));
+      ? step("thought", "Thinks", highlighted(piece, request))
+      : step("action", label, highlighted(piece, target)));
   });
 }
 
@@ -584,26 +591,27 @@ function token(piece, n, logprob) {
   return element;
 }
 
-function supporting(record) {
-  const gold = texts(record.info.supporting_ids);
-  if (gold.length === 0) return null;
-  const found = new Set(record.segments.flatMap((segment) => texts(segment.info?.passage_ids)));
+function markedFound(record, shows) {
+  const wanted = texts(record.info[shows.marked]);
+  if (wanted.length === 0) return null;
+  const things = `${shows.mark ?? "marked"} ${shows.item ?? "item"}s found`;
+  const found = new Set(record.segments.flatMap((segment) => texts(segment.info?.[shows.ids])));
   const observed = record.segments.some((segment) => segment.provenance === "observation");
-  if (observed && found.size === 0) return note("Which passages were found is not recorded.");
-  const missed = gold.filter((id) => !found.has(id));
-  return note(`Gold passages found: ${gold.length - missed.length} of ${gold.length}`,
+  if (observed && found.size === 0) return note(`Number of ${things}: not recorded.`);
+  const missed = wanted.filter((id) => !found.has(id));
+  return note(`${things[0].toUpperCase()}${things.slice(1)}: `,
+    `${wanted.length - missed.length} of ${wanted.length}`,
     missed.length > 0 && `. Not found: ${clip(missed.join(", "), 200)}`);
 }
 
 const ELSEWHERE = [
-  "question_id", "question", "prediction", "answers", "strata", "supporting_ids", "stop_reason",
-  "void",
+  "question_id", "question", "prediction", "answers", "strata", "stop_reason", "void",
 ];
 const isEmpty = (value) => value === null || value === ""
   || (typeof value === "object" && Object.keys(value).length === 0);
 
 function half(record, set, place) {
-  const { name } = data.sets[set];
+  const { name, shows } = data.sets[set];
   if (!record) {
     return h("section", "side", h("h3", null, name), note("This run has no such question."));
   }
@@ -611,15 +619,15 @@ function half(record, set, place) {
   const stop = [record.stop_reason, record.void && "(void)"].filter(Boolean).join(" ");
   const numbers = [["reward", record.reward], ...Object.entries(record.metrics), ["stop", stop]];
   const words = Object.entries(record.info)
-    .filter(([key, value]) => !ELSEWHERE.includes(key) && !isEmpty(value))
+    .filter(([key, value]) => !ELSEWHERE.includes(key) && key !== shows.marked && !isEmpty(value))
     .map(([key, value]) => [h("dt", null, key), h("dd", { dir: "auto" }, clip(show(value), 2000))]);
   return h("section", "side",
     h("h3", null, mark(place), " ", name),
     h("p", { class: "prediction", dir: "auto" }, prediction || quiet("no answer")),
     h("dl", "metrics", numbers.map(([metric, value]) =>
       h("div", null, h("dt", null, metric), h("dd", null, number(value) || "–")))),
-    supporting(record),
-    state.get("view") === "tokens" ? tokens(record) : reading(record),
+    markedFound(record, shows),
+    state.get("view") === "tokens" ? tokens(record) : reading(record, shows),
     words.length > 0 && folded("words", "what else the environment said", h("dl", null, words)));
 }
 
@@ -695,7 +703,7 @@ function render() {
     turn += 1;
     fillFilters();
     for (const [name, element] of selects) element.value = state.get(name) ?? "";
-    if (document.activeElement !== search) search.value = state.get("q");
+    if (document.activeElement !== wordFilter) wordFilter.value = state.get("q");
     fillStrata();
     showList();
     if (wanted) told.textContent = readable(`There is no trajectory ${wanted} in this report.`);
@@ -729,7 +737,7 @@ function press(event) {
   const at = rows.indexOf(document.activeElement);
   if (event.key === "j") rows[Math.min(at + 1, rows.length - 1)]?.focus();
   else if (event.key === "k") rows[Math.max(at - 1, 0)]?.focus();
-  else if (event.key === "/") search.focus();
+  else if (event.key === "/") wordFilter.focus();
   else return;
   event.preventDefault();
 }
@@ -737,7 +745,7 @@ function press(event) {
 const browser = data.items.length === 0 ? null : h("section", "browser",
   h("h2", null, "Trajectories"), filters, told, list, pager,
   note("Right is an exact match above 0.5; where there is none, the first metric, or the reward. ",
-    "Keys: j and k go on and back, Enter opens, Escape closes, t shows tokens, / searches."));
+    "Keys: j and k go on and back, Enter opens, Escape closes, t shows tokens, / filters by words."));
 overview.append(...[
   h("h1", null, data.title),
   data.notes.map((words) => h("p", "warning", words)),

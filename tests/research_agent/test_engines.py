@@ -458,3 +458,23 @@ def test_tokens_of_many_bytes(renderer: Renderer) -> None:
     engine = ScriptedEngine(lambda *_: renderer.encode_text("é»x"), renderer)
     engine.submit(0, renderer.encode_text("a"), SamplingParams(stop=("»",)))
     assert [turn.text for turn in finish(engine)] == ["é»"]
+
+
+def test_it_samples_in_the_number_format_that_is_asked_for(renderer: Renderer) -> None:
+    """The weights of the copy are bfloat16, and the log-probabilities are near the model's own."""
+    model = tiny_llama()
+    engine: Any = make_engine(
+        "transformers", model, renderer, max_slots=2, max_context=64, dtype="bfloat16"
+    )
+    prompt = [40, 50, 60, 70]
+    for version in (0, 1):
+        engine.load_weights(model.named_parameters(), version)
+        engine.submit(0, prompt, SamplingParams(max_tokens=8, seed=version))
+        (completion,) = finish(engine)
+        expected = full_logprobs(model, [*prompt, *completion.tokens])
+        places = range(len(prompt) - 1, len(expected))
+        theirs = [expected[at, token] for at, token in zip(places, completion.tokens, strict=True)]
+        difference = torch.tensor(completion.logprobs) - torch.stack(theirs)
+        assert 0 < difference.abs().max() < 0.1
+        engine.release(0)
+    assert next(model.parameters()).dtype == torch.float32

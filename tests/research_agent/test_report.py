@@ -84,6 +84,18 @@ class Page(HTMLParser):
         return found
 
 
+SHOWS = {
+    "request": "query",
+    "requests": "searches",
+    "ids": "passage_ids",
+    "titles": "passage_titles",
+    "scores": "passage_scores",
+    "marked": "supporting_ids",
+    "item": "passage",
+    "mark": "gold",
+}
+
+
 def record(episode: int, reward: float, *segments: tuple[str, str], **info: Any) -> Record:
     return {
         "episode": episode,
@@ -123,7 +135,10 @@ def evil(text: str) -> Record:
 
 
 def page(*sides: Sequence[Record], title: str = "t", limit: int | None = None) -> str:
-    files = [Predictions(Path(f"/{n}.jsonl"), {}, records) for n, records in enumerate(sides)]
+    files = [
+        Predictions(Path(f"/{n}.jsonl"), {"shows": SHOWS}, records)
+        for n, records in enumerate(sides)
+    ]
     return render(title, *make_index(Sources(predictions=files), limit))
 
 
@@ -529,11 +544,11 @@ def rows(tab: Tab) -> list[int]:
         ("a=1&b=0&verdict=lost", [2, 4]),
         ("is.hops=3", [1, 3, 5]),
         ("is.hops=nonsense", []),
-        ("searches=2", [2, 5]),
+        ("requests=2", [2, 5]),
         ("stop=length", [4]),
         ("q=NUMBER+3", [3]),
         ("q=p5", [5]),
-        ("is.hops=2&searches=1", [4]),
+        ("is.hops=2&requests=1", [4]),
         ("a=7&b=9&page=99&nonsense=1", [0, 1, 2, 3, 4, 5]),
     ],
 )
@@ -570,11 +585,11 @@ def test_filters_and_keys_work_by_hand(two: Tab) -> None:
         "f.dispatchEvent(new Event('change')); })()"
     )
     two.wait("location.hash === '#verdict=gained' && list.children.length === 2")
-    two.press("/", "document.activeElement === search")
+    two.press("/", "document.activeElement === wordFilter")
     for key in "r 4":
         two.press(key)
     two.wait("location.hash.endsWith('q=r+4') && list.children.length === 1")
-    two.press("Escape", "document.activeElement !== search")
+    two.press("Escape", "document.activeElement !== wordFilter")
     go(two, "verdict=gained")
     two.press("j")
     two.press("Enter", "document.querySelector('h2[dir]')?.textContent === 'number 2?'")
@@ -598,11 +613,11 @@ def test_a_long_list_has_pages(browser: Chromium, tmp_path: Path) -> None:
     assert "page 3 of 3" in tab.texts(".pager")[0]
     go(tab, "page=2&q=number")
     assert rows(tab) == list(range(50, 100))
-    tab.run("search.value = 'number 11'; search.dispatchEvent(new Event('input'))")
+    tab.run("wordFilter.value = 'number 11'; wordFilter.dispatchEvent(new Event('input'))")
     tab.wait("list.children.length === 11")
     assert rows(tab) == [11, *range(110, 120)]
     go(tab, "page=2")
-    tab.run("search.value = '?'; search.dispatchEvent(new Event('input'))")
+    tab.run("wordFilter.value = '?'; wordFilter.dispatchEvent(new Event('input'))")
     tab.wait("location.hash === '#q=%3F'")  # a new filter begins at its first page
     assert rows(tab) == list(range(50))
     tab.close()
@@ -650,17 +665,17 @@ def test_a_trajectory_is_shown_in_its_parts(browser: Chromium, tmp_path: Path) -
         "[...document.querySelectorAll('.step')].map((s) => "
         "[s.querySelector('.label').textContent, s.querySelector('.text').firstChild.textContent])"
     )
-    assert [label for label, _ in steps] == ["Thinks", "Searches", "Reads", "Thinks", "Answers"]
+    assert [label for label, _ in steps] == ["Thinks", "Asks", "Reads", "Thinks", "Answers"]
     assert tab.texts(".thought .text") == ["<think> Ann? </think>", "<think>so</think>"]
     assert tab.texts(".step.action mark") == ["Ann", "Oslo"]
-    assert tab.texts(".query") == ["for Ann"]
-    assert tab.texts(".passage .title") == ["Ann Lee", "Ann", "Nord & Co"]
-    assert tab.texts(".passage .body") == [
+    assert tab.texts(".request") == ["for Ann"]
+    assert tab.texts(".item .title") == ["Ann Lee", "Ann", "Nord & Co"]
+    assert tab.texts(".item .body") == [
         "Ann Lee is no Ann.",
         "Ann founded Nord.\n\nIn 1999.",
         "Based in Oslo.",
     ]
-    assert tab.texts(".passage.gold .title") == ["Ann"]
+    assert tab.texts(".item.marked .title") == ["Ann"]
     assert tab.texts(".side > .note") == ["Gold passages found: 1 of 2. Not found: z"]
     assert tab.texts(".side > .prediction") == ["Oslo"]
     assert "reward1" in tab.texts(".metrics div")
@@ -702,7 +717,7 @@ def test_passages_of_other_protocols_are_told_apart(
     shown = asked(0, 1.0)
     shown["segments"].append({"provenance": "observation", "text": text, "tokens": 9, "info": seen})
     tab = opened(browser, page([shown]), tmp_path, "#open=q0")
-    assert [body.removeprefix("Text: ") for body in tab.texts(".passage .body")] == ["A.", "B."]
+    assert [body.removeprefix("Text: ") for body in tab.texts(".item .body")] == ["A.", "B."]
     tab.close()
 
 
@@ -716,7 +731,7 @@ def test_passages_that_cannot_be_told_apart_are_shown_as_they_were_read(
         {"provenance": "observation", "text": "no search", "tokens": 2},
     ]
     tab = opened(browser, page([shown]), tmp_path, "#open=q0")
-    assert tab.texts(".passage .title") == ["Ann", "2"]
+    assert tab.texts(".item .title") == ["Ann", "2"]
     assert tab.texts(".raw .body") == ["Ann\nShe.\n\nHe."]
     assert tab.texts(".step.observed .text") == ["no search"]
     tab.close()

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import json
+import struct
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from research_agent.run_logger import RunLogger, read_lines, truncate_after
+from research_agent.errors import ConfigError
+from research_agent.run_logger import RunLogger, read_lines, truncate_after, wandb_run
 
 
 def steps_of(path: Path) -> list[int]:
@@ -31,6 +35,57 @@ def test_records_go_to_the_logs_and_to_tensorboard(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "trajectories.jsonl") == [{"step": 1, "reward": 1.0}]
     assert board(tmp_path, "reward") == [(1, 0.5), (2, 0.75)]
     assert board(tmp_path, "time/seconds") == [(1, 1.5), (2, 3.0)]
+
+
+def records(data: bytes) -> Iterator[bytes]:
+    """Records of a log in LevelDB's format: blocks of 32 KiB, pieces that say where they belong."""
+    at, whole = 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # the whole record, or its last piece
+            yield whole
+            whole = b""
+
+
+def logged(folder: Path) -> list[tuple[str, dict[str, float]]]:
+    """Id of the run and the metrics of each step, from what Weights & Biases kept on disk."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+    found: list[tuple[str, dict[str, float]]] = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        for data in records(path.read_bytes()):
+            record = Record.FromString(data)
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                values = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+                found.append((path.stem.removeprefix("run-"), values))
+    return found
+
+
+def test_the_same_metrics_go_to_weights_and_biases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for step in (1, 2):  # the second is a run that was continued
+        board = wandb_run("project", tmp_path, {"seed": 1})
+        with RunLogger(tmp_path, step - 1, 2, show=False, board=board) as tracker:
+            tracker.record(step, {"reward": step / 2, "env/em": 0.25}, {"seconds": 1.5})
+    (first, one), (second, two) = logged(tmp_path)
+    assert first == second
+    wanted = ("_step", "reward", "env/em", "time/seconds")
+    assert [one[name] for name in wanted] == [1, 0.5, 0.25, 1.5]
+    assert [two[name] for name in wanted] == [2, 1.0, 0.25, 1.5]
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"research-env\[wandb\]"):
+        wandb_run("project", tmp_path, {})
 
 
 def test_a_continued_run_has_every_step_once(tmp_path: Path) -> None:

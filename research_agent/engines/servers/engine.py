@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
     from research_agent.renderer import Renderer
 
-_STEP = 0.02  # seconds that a step waits for a turn; a collector has searches to look after
+_STEP = 0.02  # seconds that a step waits for a turn; a collector has environments to look after
 _NOT_FINITE = -9999.0  # what vLLM says for a log-probability of minus infinity, or none
 
 
