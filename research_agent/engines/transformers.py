@@ -11,7 +11,7 @@ import copy
 import inspect
 import itertools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,11 @@ from transformers import AttentionInterface
 
 from research_agent.engines.base import Completion, Finish, SamplingParams
 from research_agent.engines.checks import WeightNames, context_limit, not_finite, require_room
+from research_agent.engines.recurrent_states import (
+    RecurrentStates,
+    forget_states,
+    keep_states_by_slot,
+)
 from research_agent.errors import ContextError, ModelError, ResearchAgentError
 from research_agent.models.probe import engine_difference, plain_logits
 
@@ -187,7 +192,9 @@ class TransformersEngine:
         self._names = WeightNames(self._model)
         self._sequential: Literal[False, True, "tokens"] = sequential
         self._caches: dict[int, tuple[str, Any]] = {}  # sequential: of each slot, by argument name
+        self._states: RecurrentStates | None = None
         if not sequential:
+            self._states = keep_states_by_slot(self._model)
             try:
                 self._model.set_attn_implementation(_ATTENTION)
             except (ValueError, AttributeError) as error:
@@ -195,6 +202,10 @@ class TransformersEngine:
                     f"the attention of {type(model).__name__} cannot be replaced ({error}); "
                     "use --engine vllm"
                 ) from error
+        if not sequential and self._states is None:
+            # A recurrent state cannot be taken back to an earlier token: such a model offers no
+            # fork, and branches forward their tokens again.
+            self.fork: Callable[[int, int, int], None] = self._fork
         keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._last_only: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
         self._version = 0
@@ -297,11 +308,13 @@ class TransformersEngine:
         if decoding:
             self._close_gaps()
         self._caches.pop(slot, None)
+        if self._states is not None:
+            self._states.forget(slot)
         self._cached[slot] = 0
         self._last[slot] = -1
 
     @torch.inference_mode()
-    def fork(self, source: int, target: int, length: int) -> None:
+    def _fork(self, source: int, target: int, length: int) -> None:
         """Let a slot hold the first tokens that another one holds: a copy of keys and values.
 
         Args:
@@ -468,13 +481,19 @@ class TransformersEngine:
         )
         self.forwarded_tokens += len(tokens)
         self._cached[slots] = before + counts
-        logits: Tensor = self._model(
-            input_ids=self._tensor(np.array(tokens))[None],
-            position_ids=places[None],
-            use_cache=False,
-            logits_to_keep=self._tensor(ends - 1),
-            slot_cache=self._cache,
-        ).logits[0]
+        if self._states is not None:
+            self._states.slots, self._states.ends = slots.tolist(), ends.tolist()
+        try:
+            logits: Tensor = self._model(
+                input_ids=self._tensor(np.array(tokens))[None],
+                position_ids=places[None],
+                use_cache=False,
+                logits_to_keep=self._tensor(ends - 1),
+                slot_cache=self._cache,
+            ).logits[0]
+        finally:
+            if self._states is not None:
+                self._states.slots = ()
         return logits.float()
 
     def _forward_alone(self, slot: int) -> Tensor:
@@ -622,6 +641,7 @@ def proved_engine(
         causes.append(difference)
         if share:
             _restore(model, plain)
+            forget_states(model)
     raise ModelError(
         f"the transformers engine does not compute what {type(model).__name__} does. Sequences"
         f" together: {causes[0]}. One at a time: {causes[1]}. Token by token: {causes[2]}. "
@@ -630,6 +650,7 @@ def proved_engine(
 
 
 def _restore(model: Any, attention: str | None) -> None:
+    """Give a model back the attention that it had."""
     if model.config._attn_implementation != attention and attention is not None:
         model.set_attn_implementation(attention)
 

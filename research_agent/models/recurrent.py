@@ -39,6 +39,11 @@ class _Row:
         self.cu_seqlens = options.get("cu_seq_lens_q")
 
 
+def recurrent_layers(model: nn.Module) -> list[Any]:
+    """The layers of a model that carry a state from token to token."""
+    return [m for m in model.modules() if _RECURRENT.search(type(m).__name__)]
+
+
 def split_recurrent_layers(model: Any) -> Callable[[], None]:
     """Let the recurrent layers of a model see each trajectory of a packed row on its own.
 
@@ -49,7 +54,7 @@ def split_recurrent_layers(model: Any) -> Callable[[], None]:
     Returns:
         A function that undoes the change.
     """
-    layers = [m for m in model.modules() if _RECURRENT.search(type(m).__name__)]
+    layers = recurrent_layers(model)
     if not layers:
         return lambda: None
     row = _Row()
