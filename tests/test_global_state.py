@@ -51,7 +51,7 @@ def test_a_leak_is_noticed(
 
 def test_a_process_group_is_noticed(tmp_path: Path) -> None:
     before = global_state.snapshot()
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     found = list(global_state.differences(before, global_state.snapshot()))
     torch.distributed.destroy_process_group()

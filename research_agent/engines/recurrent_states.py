@@ -31,10 +31,12 @@ class _View:
         return bool(self.state.has_previous_state[state_idx])
 
     def update_conv_state(self, new: Tensor, layer_idx: int, **options: Any) -> Tensor:
-        return self.state.update_conv_state(new, **options)
+        states: Tensor = self.state.update_conv_state(new, **options)
+        return states
 
     def update_recurrent_state(self, new: Tensor, layer_idx: int, **options: Any) -> Tensor:
-        return self.state.update_recurrent_state(new, **options)
+        states: Tensor = self.state.update_recurrent_state(new, **options)
+        return states
 
 
 @dataclass

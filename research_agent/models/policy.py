@@ -219,7 +219,7 @@ def _packed_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tenso
     }
     row = torch.tensor([token for s in sequences for token in s], device=device)[None]
     states = model.base_model(input_ids=row, use_cache=False, **options).last_hidden_state
-    return list(output_logits(model)(states)[0].split(lengths))
+    return list(torch.split(output_logits(model)(states)[0], lengths))
 
 
 def output_logits(model: Any) -> Callable[[Tensor], Tensor]:
