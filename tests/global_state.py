@@ -21,12 +21,7 @@ from typing import Any
 import numpy as np
 
 _PATIENCE = 20.0  # seconds for threads and children that were told to end
-# Of fixtures of the session, of libraries that keep a pool for the life of the process, and of the
-# test runner. The vLLM engine, which lives as long as the session, has threads without a name.
-_LASTING = (
-    *("MainThread", "pytest", "execnet", "Thread-", "asyncio_", "pytorch", "tqdm", "Dummy-"),
-    *("ray", "QueueFeederThread", "QueueManagerThread", "ThreadPoolExecutor-lasting"),
-)
+_OURS = ("elasticsearch", "searches", "serve", "watchdog", "leaked")  # names of our threads
 _OWN_VARIABLES = ("PYTEST_", "COV_", "KMP_", "TORCHINDUCTOR", "VLLM_", "TRITON", "CUDA_")
 
 
@@ -68,11 +63,9 @@ def _of_torch() -> dict[str, Any]:
 
 
 def running() -> set[str]:
-    """Threads and child processes that somebody has to end."""
+    """Our threads, and child processes, that somebody has to end."""
     threads = {
-        f"thread {each.name}"
-        for each in threading.enumerate()
-        if not each.name.startswith(_LASTING)
+        f"thread {each.name}" for each in threading.enumerate() if each.name.startswith(_OURS)
     }
     return threads | {f"process {each.name}" for each in multiprocessing.active_children()}
 
