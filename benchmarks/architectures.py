@@ -136,7 +136,7 @@ def tiny(config: str, settings: Mapping[str, Any]) -> Any:
 def examine(name: str, config: str, settings: Mapping[str, Any]) -> Verdict:
     """Let a tiny model of an architecture undergo the checks of loading."""
     from research_agent.engines import make_engine  # noqa: PLC0415
-    from research_agent.models.policy import prepare, require_learnable  # noqa: PLC0415
+    from research_agent.models.prepare import prepare, require_learnable  # noqa: PLC0415
     from research_agent.models.source import resolve_model  # noqa: PLC0415
     from research_agent.renderer import load_renderer  # noqa: PLC0415
 
@@ -150,7 +150,7 @@ def examine(name: str, config: str, settings: Mapping[str, Any]) -> Verdict:
                 "transformers", model, renderer, max_slots=2, max_context=100, share=False
             )
         )
-        packing = _refusal(lambda: prepare(model, packed=True))
+        packing = _refusal(lambda: prepare(model, packing="on"))
     alone = any("one sequence at a time" in str(warning.message) for warning in said)
     return Verdict(name, learner, engine, alone, packing)
 

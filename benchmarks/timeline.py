@@ -3,7 +3,8 @@
     python -m benchmarks.timeline --output docs/pictures/trace.png
 
 MiniWorld is trained for a few steps, its passages behind a server that is slow on purpose: in
-lockstep, with ``--overlap``, and with ``--max-staleness 1`` too. The picture shows one late step of
+lockstep, with ``--overlap``, and with ``--max-staleness 1`` too, where sampling goes on during the
+update. The picture shows one late step of
 each at the same scale; the traces stay in the work folder, for https://ui.perfetto.dev.
 """
 
@@ -99,9 +100,13 @@ def main(config: Config) -> None:
             steps[name] = one_step(read(trace))
     draw(steps, config)
     for name, spans in steps.items():
-        seconds = next(span.end for span in spans if span.name == "collect")
-        played = config.prompts_per_step * config.group_size / seconds
-        print(f"{name}: {seconds:.2f} s of collection, {played:.1f} episodes/s")
+        collection = next(span.end for span in spans if span.name == "collect")
+        step = max(span.end for span in spans)
+        played = config.prompts_per_step * config.group_size / step
+        print(
+            f"{name}: {step:.2f} s per step, {collection:.2f} of them waiting for episodes; "
+            f"{played:.1f} episodes/s"
+        )
 
 
 @contextmanager

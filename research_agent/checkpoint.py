@@ -4,11 +4,14 @@ A checkpoint is written under a temporary name, flushed to the disk, and renamed
 checkpoint's name is complete, whenever the machine stopped. It holds::
 
     step-000123/
-      model.safetensors config.json ...   the policy and its tokenizer, as transformers writes them
-      state.safetensors                   other tensors: optimizer, random state
+      model.safetensors config.json ...   the policy and its tokenizer, as transformers reads them
+      state/*.safetensors                 other tensors: optimizer, random state; a file per rank
       state.json                          other values, the step, the configuration
       checksums.json                      SHA-256 of every other file
     best -> step-000080                   the best one by evaluation
+
+With several ranks every function here is a collective: all ranks must call it, and all see the
+folder. Each rank writes and reads its shards. An error of one rank is raised on all.
 """
 
 from __future__ import annotations
@@ -19,24 +22,35 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from research_agent.errors import CheckpointError, ResearchAgentError
+from research_agent.distributed import gather, rank_and_size, together
+from research_agent.errors import CheckpointError, ResearchAgentError, StoppedError
 from research_agent.files import sha256
 from research_agent.formats import CheckpointFormat, read_object
+from research_agent.sharded import StoredTensor, read_tensors, stored_tensors, write_tensors
 
-VERSION = 2
+VERSION = 3
 CHECKSUMS = "checksums.json"
+TENSORS = "state"
 _NAME = re.compile(r"step-(\d{6,})")
 _TENSOR = "__tensor__"
 _PAIRS = "__pairs__"
+_FILE_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +62,22 @@ class Checkpoint:
     config: Mapping[str, Any]  # of the run, as JSON values
     state: Mapping[str, Any]  # whatever was given to save
 
+    def read(self, into: Mapping[str, torch.Tensor]) -> None:
+        """Read tensors that ``load`` left in the files, in place; of a sharded one the shard.
+
+        Args:
+            into: by ``StoredTensor.name``.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
+        try:
+            read_tensors(self.folder / TENSORS, into)
+        except StoppedError:
+            raise
+        except _FILE_ERRORS as error:
+            raise _no_checkpoint(self.folder, error) from error
+
 
 def save(
     root: Path,
@@ -58,6 +88,7 @@ def save(
     config: Mapping[str, Any],
     keep: int,
     best: int | None = None,
+    bucket_bytes: int = 2**30,
 ) -> Path:
     """Write the checkpoint of a step, then drop all but the ``keep`` newest and the best.
 
@@ -65,10 +96,12 @@ def save(
         root: folder of the run's checkpoints; made when missing.
         step: training steps done.
         write_model: writes the model's and tokenizer's files into the folder that it is given.
-        state: nested dicts and lists of tensors and plain values.
+        state: nested dicts and lists of tensors and plain values, with the same tensors on all
+            ranks; the plain values are the first rank's.
         config: of the run, as JSON values.
         keep: how many checkpoints to leave, this one included.
         best: the step whose checkpoint, where there is one, stays too, and is linked as ``best``.
+        bucket_bytes: the most bytes that a rank holds besides the state.
 
     Raises:
         CheckpointError: when it cannot be written, a full disk for example. Nothing of it is left
@@ -77,26 +110,39 @@ def save(
     """
     final = root / f"step-{step:06d}"
     temporary = root / f".{final.name}.tmp"
-    if final.exists():  # saved before; the same run makes the same weights
-        _link_best(root, best)
+    first = rank_and_size()[0] == 0
+    with together():
+        saved_before = final.exists()  # the same run makes the same weights
+    if any(gather([saved_before])):
+        if first:
+            _link_best(root, best)
         return final
     tensors: dict[str, torch.Tensor] = {}
     packed = _pack(state, tensors)
     plain = {"version": VERSION, "step": step, "config": dict(config), "state": packed}
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        _clear_temporary(root)
-        temporary.mkdir()
+        with together():
+            if first:
+                root.mkdir(parents=True, exist_ok=True)
+                _clear_temporary(root)
+                temporary.mkdir()
         write_model(temporary)
-        save_file(tensors, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps(plain), encoding="utf-8")
-        (temporary / CHECKSUMS).write_text(json.dumps(_checksums(temporary)), encoding="utf-8")
-        _flush(temporary)
-        temporary.rename(final)
-        _flush_folder(root)
+        _write_state(temporary, tensors, bucket_bytes)
+        sums = _checksums(temporary)
+        with together():
+            if first:
+                (temporary / "state.json").write_text(json.dumps(plain), encoding="utf-8")
+                sums["state.json"] = sha256(temporary / "state.json")
+                (temporary / CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
+                _flush(temporary)
+                temporary.rename(final)
+                _flush_folder(root)
+    except StoppedError:
+        raise
     except Exception as error:  # a full disk is an OSError here, a bare Exception of Rust's there
-        with contextlib.suppress(OSError):
-            shutil.rmtree(temporary)
+        if first:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(temporary)
         last = latest(root)
         kept = f"the last good one is {last}" if last else "there is none before it"
         cure = "free some space" if _is_full(error) else "see that the folder can be written"
@@ -104,11 +150,21 @@ def save(
             f"cannot write the checkpoint of step {step} to {root}: {error}; {kept}; "
             f"{cure}, and start the same command again"
         ) from error
-    _link_best(root, best)
-    for old, folder in _complete(root)[:-keep]:
-        if old != best:
-            _remove(folder)
+    if first:
+        _link_best(root, best)
+        for old, folder in _complete(root)[:-keep]:
+            if old != best:
+                _remove(folder)
     return final
+
+
+def _write_state(folder: Path, tensors: dict[str, torch.Tensor], bucket_bytes: int) -> None:
+    if rank_and_size()[1] > 1:
+        write_tensors(folder / TENSORS, tensors, bucket_bytes)
+        return
+    one_by_one = {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
+    (folder / TENSORS).mkdir()
+    save_file(one_by_one, folder / TENSORS / "state.safetensors")
 
 
 def rehearse(root: Path, write_model: Callable[[Path], None]) -> None:
@@ -122,11 +178,19 @@ def rehearse(root: Path, write_model: Callable[[Path], None]) -> None:
         CheckpointError: when they cannot be written.
     """
     temporary = root / ".step-rehearsal.tmp"
+    first = rank_and_size()[0] == 0
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        _clear_temporary(root)
-        temporary.mkdir()
+        with together():
+            if first:
+                root.mkdir(parents=True, exist_ok=True)
+                _clear_temporary(root)
+                temporary.mkdir()
+        with together():
+            if not temporary.is_dir():
+                raise OSError("a rank does not see the folder that the first one made; share it")
         write_model(temporary)
+    except StoppedError:
+        raise
     except Exception as error:  # as in save
         cure = "free some space" if _is_full(error) else "mend that first"
         raise CheckpointError(
@@ -134,7 +198,8 @@ def rehearse(root: Path, write_model: Callable[[Path], None]) -> None:
             "that cannot be saved is not started"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _link_best(root: Path, step: int | None) -> None:
@@ -152,29 +217,63 @@ def latest(root: Path, up_to: int | None = None) -> Path | None:
     return complete[-1][1] if complete else None
 
 
-def load(folder: Path) -> Checkpoint:
+def load(folder: Path, deferred: Collection[str] = ()) -> Checkpoint:
     """Read a checkpoint, except the model's files, which transformers reads.
+
+    Args:
+        folder: of the checkpoint.
+        deferred: keys of the state whose tensors stay in the files, as ``StoredTensor``s, until
+            ``Checkpoint.read`` reads them in place.
 
     Raises:
         CheckpointError: files are missing, changed since they were written (by their SHA-256), or
             of another version of this format.
     """
     try:
-        plain = read_object(
-            folder / "state.json", CheckpointError, _instead(folder), CheckpointFormat
-        )
-        if plain["version"] != VERSION:
-            raise CheckpointError(
-                f"{folder} has format {plain['version']}, this version reads {VERSION}; "
-                "continue the run with the version that began it"
+        with together():
+            plain = read_object(
+                folder / "state.json", CheckpointError, _instead(folder), CheckpointFormat
             )
+            if plain["version"] != VERSION:
+                raise CheckpointError(
+                    f"{folder} has format {plain['version']}, this version reads {VERSION}; "
+                    "continue the run with the version that began it"
+                )
         _require_unchanged(folder)
-        tensors = load_file(folder / "state.safetensors")
-        return Checkpoint(folder, plain["step"], plain["config"], _unpack(plain["state"], tensors))
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        with together():
+            stored = stored_tensors(folder / TENSORS)
+            packed = dict(plain["state"][_PAIRS])
+            late = {key: _unpack(packed.pop(key), stored) for key in deferred if key in packed}
+            now = {key: _unpack(value, stored) for key, value in packed.items()}
+            wanted: dict[str, torch.Tensor] = {}
+            state = {key: _allocate(value, wanted) for key, value in now.items()}
+        read_tensors(folder / TENSORS, wanted)
+        return Checkpoint(folder, plain["step"], plain["config"], {**state, **late})
+    except (CheckpointError, StoppedError):
+        raise
+    except _FILE_ERRORS as error:
+        raise _no_checkpoint(folder, error) from error
+
+
+def _no_checkpoint(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder} is no whole checkpoint: {error}; {_instead(folder)}")
+
+
+def saved_origin(saved: Checkpoint, model: str) -> str:
+    """The model that a saved run began with, if the configuration leads there too.
+
+    Raises:
+        CheckpointError: the checkpoint names another model. It may come from somebody else, and
+            must not make a run load what nobody asked for.
+    """
+    origin = str(saved.state["origin"])
+    own_checkpoints = Path(model).expanduser() / "checkpoints"
+    if origin != model and Path(origin).parent != own_checkpoints:
         raise CheckpointError(
-            f"{folder} is no whole checkpoint: {error}; {_instead(folder)}"
-        ) from error
+            f"{saved.folder} began with the model {origin!r}, which --model {model} does not name; "
+            f"give --model {origin} if you trust it"
+        )
+    return origin
 
 
 @contextlib.contextmanager
@@ -190,24 +289,31 @@ def restoring(saved: Checkpoint) -> Iterator[None]:
         if isinstance(error, ResearchAgentError):
             raise
         raise CheckpointError(
-            f"{saved.folder}/state.json and state.safetensors do not fit this run "
+            f"{saved.folder}/state.json and its tensors do not fit this run "
             f"({type(error).__name__}: {error}); {_instead(saved.folder)}"
         ) from error
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {p.relative_to(folder).as_posix(): sha256(p) for p in files if p.name != CHECKSUMS}
+    """SHA-256 of each file; every rank reads its share of the files."""
+    rank, size = rank_and_size()
+    found: dict[str, str] = {}
+    with together():
+        for path in sorted(path for path in folder.rglob("*") if path.is_file())[rank::size]:
+            if path.name != CHECKSUMS:
+                found[path.relative_to(folder).as_posix()] = sha256(path)
+    return dict(sorted(item for part in gather([found]) for item in part.items()))
 
 
 def _require_unchanged(folder: Path) -> None:
-    written = read_object(folder / CHECKSUMS, CheckpointError, _instead(folder))
     found = _checksums(folder)
-    for name in sorted(written.keys() | found.keys()):
-        if name not in found:
-            raise ValueError(f"{name} is missing")
-        if name in written and written[name] != found[name]:
-            raise ValueError(f"{name} is not what was written (its SHA-256 differs)")
+    with together():
+        written = read_object(folder / CHECKSUMS, CheckpointError, _instead(folder))
+        for name in sorted(written.keys() | found.keys()):
+            if name not in found:
+                raise ValueError(f"{name} is missing")
+            if name in written and written[name] != found[name]:
+                raise ValueError(f"{name} is not what was written (its SHA-256 differs)")
 
 
 def _instead(folder: Path) -> str:
@@ -266,7 +372,7 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """Plain JSON in which a tensor is the name of its entry in ``tensors``."""
     if isinstance(value, torch.Tensor):
         name = f"{len(tensors):06d}"
-        tensors[name] = value.detach().cpu().clone().contiguous()
+        tensors[name] = value
         return {_TENSOR: name}
     if isinstance(value, Mapping):  # as pairs: JSON would turn a number that is a key into text
         return {_PAIRS: [[key, _pack(item, tensors)] for key, item in value.items()]}
@@ -277,11 +383,23 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     raise TypeError(f"a checkpoint holds tensors and plain values, not {type(value).__name__}")
 
 
-def _unpack(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+def _unpack(value: Any, stored: Mapping[str, StoredTensor]) -> Any:
     if isinstance(value, list):
-        return [_unpack(item, tensors) for item in value]
+        return [_unpack(item, stored) for item in value]
     if isinstance(value, dict):
         if _TENSOR in value:
-            return tensors[value[_TENSOR]]
-        return {key: _unpack(item, tensors) for key, item in value[_PAIRS]}
+            return stored[value[_TENSOR]]
+        return {key: _unpack(item, stored) for key, item in value[_PAIRS]}
+    return value
+
+
+def _allocate(value: Any, wanted: dict[str, torch.Tensor]) -> Any:
+    """The same with new tensors in the place of stored ones; ``wanted`` gets them by name."""
+    if isinstance(value, StoredTensor):
+        wanted[value.name] = torch.empty(value.shape, dtype=value.dtype)
+        return wanted[value.name]
+    if isinstance(value, list):
+        return [_allocate(item, wanted) for item in value]
+    if isinstance(value, dict):
+        return {key: _allocate(item, wanted) for key, item in value.items()}
     return value

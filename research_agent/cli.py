@@ -25,7 +25,7 @@ from research_agent.config import (
     validate,
     validate_eval,
 )
-from research_agent.errors import ConfigError, ContextError, ResearchAgentError
+from research_agent.errors import ConfigError, ContextError, ResearchAgentError, StoppedError
 from research_agent.presets import DESCRIPTIONS, PRESETS
 from research_agent.terminal import show
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout = None
         raise SystemExit(1) from None
     except (ResearchAgentError, OSError) as error:
-        _fail(str(error))
+        _fail(str(error), said=isinstance(error, StoppedError))
     except Exception as error:
         # The environment's own errors are typed and say what is wrong, as ours do. Python's own
         # mean a mistake in the code, and keep their traceback.
@@ -114,7 +114,7 @@ def _train(words: list[str]) -> None:
 def _plan(config: TrainConfig, gpus: str) -> None:
     found = plan.plan(config, gpus)
     as_json = config.run.json
-    show(json.dumps(plan.as_numbers(found)) if as_json else plan.show(config, gpus, found))
+    show(json.dumps(plan.as_numbers(found)) if as_json else plan.show(config, found))
     if not found.fits:
         raise SystemExit(2)
 
@@ -266,9 +266,21 @@ def _no_bars() -> None:
     logging.disable_progress_bar()
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, *, said: bool = False) -> NoReturn:
+    """End the program; of several ranks the first one says what all of them know."""
+    if said or _not_met():
+        raise SystemExit(2)
     show(f"research-agent: error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _not_met() -> bool:
+    """Whether this is another rank than the first, in which what fails fails in all alike."""
+    if os.environ.get("RANK", "0") == "0":
+        return False
+    import torch.distributed  # noqa: PLC0415 - slow to import
+
+    return not torch.distributed.is_initialized()
 
 
 if __name__ == "__main__":

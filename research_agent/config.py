@@ -7,6 +7,7 @@ setting is explained in one place. Nothing here imports torch: ``--help`` is qui
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -61,8 +62,10 @@ class SamplingConfig:
     """How episodes are played."""
 
     engine: str = "transformers"
-    """What samples the tokens: transformers, vllm, or vLLM servers (server:URL,URL;
-    server+nccl:URL,URL or server+ipc:URL,URL where weights go from GPU to GPU)."""
+    """What samples the tokens: transformers, vllm (vllm:tp=2,memory=0.4: GPUs per copy of the
+    weights, and vLLM's share of their memory), a vLLM server per node that the run starts
+    (serve:tp=2,dp=1,memory=0.4), or servers that run already (server:URL,URL; server+nccl:URL,URL
+    or server+ipc:URL,URL if weights go from GPU to GPU)."""
     prompts_per_step: int = 256
     """Tasks per training step."""
     group_size: int = 5
@@ -74,8 +77,13 @@ class SamplingConfig:
     tree_rounds: int = 1
     """Rounds of branches per tree; later ones branch off earlier branches too."""
     tree_choice: Literal["random", "entropy"] = "random"
-    """Which states are branched from: each with the same probability, or in proportion to the
-    entropy of the turn that followed."""
+    """Which states are branched from: each with the same probability, or the more probable the more
+    entropy the turn that followed has over the first one (ARPO's rule)."""
+    tree_max_tokens: int | None = None
+    """Action tokens that a tree may sample. A branch that would exceed them, if it were as long as
+    the rest of the episode that it leaves, is not played; none plays all branches."""
+    tree_max_turns: int | None = None
+    """Turns that a tree may take, likewise: each is one step of an environment."""
     temperature: float = 1.0
     """Of the softmax that tokens are drawn from. Other than 1, learning takes it into account."""
     max_prompt: int = 512
@@ -94,9 +102,9 @@ class SamplingConfig:
     """Sample some episodes while others wait for the environment. Faster with a slow environment;
     the order of events, and so the last bits of a number, then depend on timing."""
     max_staleness: int = 0
-    """Training steps that sampling may run ahead of learning: slots that have nothing left to do in
-    a step begin with the next ones. No token is learned from after more updates than this; 0 is
-    strictly on-policy."""
+    """Training steps that sampling may run ahead of learning. Above 0 each rank plays in a child
+    process, which goes on with the next steps while the learner updates. No token is learned from
+    after more updates than this; 0 is strictly on-policy."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +145,11 @@ class LearnerConfig:
     importance_sampling_cap: float | None = None
     """With --old-logprobs recomputed: weigh tokens by their recomputed over their reported
     probability, at most this much (truncated importance sampling); none does not."""
-    packing: Literal["auto", "on", "off"] = "auto"
-    """Put several trajectories into one row without padding (on), or give each its own row (off);
-    auto packs on a GPU. Changes memory and speed, not the gradient."""
+    packing: Literal["auto", "on", "off", "tree"] = "auto"
+    """Put several trajectories into one row without padding (on), or give each its own row (off).
+    tree also lets the samples of a task share one copy of what they begin with: the prompt, and the
+    turns before a branch. auto is tree with --tree-branches, and else packs on a GPU. Changes
+    memory and speed, not the gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the model's matrix products, and of the copy that vLLM samples with. Weights, optimiser
     and softmax are float32 with both."""
@@ -151,6 +161,13 @@ class LearnerConfig:
     """Learn adapters of this rank beside the weights (LoRA, needs peft); 0 learns the weights."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_offload"] = "adamw"
     """AdamW as it is, with moments of 8 bits (needs bitsandbytes), or in the CPU's memory."""
+    bucket_bytes: int = 2**30
+    """With torchrun: the most bytes of weights that a rank holds whole at once, besides its shard,
+    while weights are saved or given to the sampler. A larger tensor is a bucket of its own."""
+    shard_ranks: int | None = None
+    """With torchrun: ranks that one copy of the weights is spread over; it must divide the number
+    of ranks. None takes those of a node, so that weights are gathered inside it. Give more where a
+    node has too little memory."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +204,8 @@ class RunConfig:
     eval_temperature: float = 0.0
     """Temperature of evaluations; 0 is greedy."""
     plan: str | None = None
-    """Say what the run would need on GPUs such as 8xH100, and stop: memory, tokens, hours. Nothing
-    is loaded. Exit status 2 where it does not fit."""
+    """Say what the run would need on GPUs such as 8xH100, or 2x8xH100 for two nodes, and stop:
+    memory, disk, tokens, hours. Nothing is loaded. Exit status 2 if it does not fit."""
     trace: Path | None = None
     """File for a timeline of generation, environments and updates, which ui.perfetto.dev opens;
     written anew each time the run is started or continued."""
@@ -197,6 +214,8 @@ class RunConfig:
     disk, in the folder of the run."""
     log_episodes: int = 4
     """Episodes of each step written out in words, to trajectories.jsonl."""
+    collective_timeout: float = 15.0
+    """With torchrun: minutes that a rank waits for the others before it stops with an error."""
     override: bool = False
     """Continue a run with settings that change its results; changes.jsonl in its folder records
     them."""
@@ -261,7 +280,7 @@ class EvalConfig:
     log_tokens: bool = False
     """Write the text and log-probability of each action token too, for the report's page."""
     engine: str = "transformers"
-    """What samples the tokens: transformers, vllm, or vLLM servers (server:URL,URL)."""
+    """What samples the tokens: transformers, vllm, serve or server:URL,URL, as for training."""
     max_prompt: int = 512
     """Longest first observation, in tokens."""
     max_response: int = 8192
@@ -381,6 +400,7 @@ FREE = frozenset(
         "run.trace",
         "run.wandb",
         "run.log_episodes",
+        "run.collective_timeout",
         "run.plan",
         "run.override",
         "run.quiet",
@@ -398,6 +418,8 @@ NEUTRAL = frozenset(
         "learner.packing",
         "learner.gradient_checkpointing",
         "learner.compile",
+        "learner.bucket_bytes",
+        "learner.shard_ranks",
         "sampling.overlong_prompts",  # what has been learned from had no such prompt
     }
 )
@@ -451,6 +473,8 @@ def validate(config: TrainConfig) -> None:
         "--max-in-flight": sampling.max_in_flight,
         "--minibatches": learner.minibatches,
         "--micro-batch-tokens": learner.micro_batch_tokens,
+        "--bucket-bytes": learner.bucket_bytes,
+        "--shard-ranks": learner.shard_ranks,
         "--save-every": run.save_every,
         "--keep": run.keep,
         "--eval-limit": run.eval_limit,
@@ -481,6 +505,9 @@ def validate(config: TrainConfig) -> None:
         raise ConfigError(f"--max-grad-norm is {learner.max_grad_norm}; it must be above 0")
     if run.time_limit is not None and not run.time_limit > 0:
         raise ConfigError(f"--time-limit is {run.time_limit}; it must be above 0 seconds")
+    if not run.collective_timeout > 0:
+        message = f"--collective-timeout is {run.collective_timeout}; it must be above 0 minutes"
+        raise ConfigError(message)
     if run.collapse is not None and not 0 < run.collapse < 1:
         raise ConfigError(f"--collapse is {run.collapse}; it is a share, between 0 and 1")
     if not 0 <= config.algorithm.max_void_fraction <= 1:
@@ -497,6 +524,19 @@ def validate(config: TrainConfig) -> None:
         raise ConfigError(
             f"--minibatches {learner.minibatches} is more than --prompts-per-step "
             f"{sampling.prompts_per_step}; each update needs a task of its own"
+        )
+
+
+def require_one_process(command: str) -> None:
+    """Refuse to run a command under torchrun, where every rank would do all of its work.
+
+    Raises:
+        ConfigError: this is one of several ranks.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise ConfigError(
+            f"{command} runs in one process; torchrun started {ranks}. Start it without torchrun"
         )
 
 
@@ -538,6 +578,7 @@ def validate_eval(config: EvalConfig) -> None:
     Raises:
         ConfigError: naming the flag, its value, and what it must be.
     """
+    require_one_process("eval")
     at_least_one = {
         "--limit": config.limit,
         "--samples-per-task": config.samples_per_task,
@@ -619,16 +660,16 @@ def changes(
             key in NEUTRAL
             or (key in ENVIRONMENT and same_environment is True)
             or (key == "sampling.max_prompt" and not skips and (pair[1] or 0) >= (pair[0] or 0))
-            or (key == "sampling.engine" and _same_server_engine(*pair))
+            or (key == "sampling.engine" and _same_engine(*pair))
         )
         (neutral if is_neutral else results)[key] = pair
     return Changes(results, neutral)
 
 
-def _same_server_engine(before: Any, now: Any) -> bool:
-    """Whether two engines are servers that only stand at other addresses."""
-    kinds = [str(engine).partition(":")[0] for engine in (before, now)]
-    return kinds[0] == kinds[1] and kinds[0].startswith("server")
+def _same_engine(before: Any, now: Any) -> bool:
+    """Whether two engines differ only in GPUs, their memory, or the addresses of servers."""
+    kinds = {str(engine).partition(":")[0] for engine in (before, now)}
+    return len(kinds) == 1
 
 
 def require_same(found: Changes, where: Path, *, override: bool = False) -> None:

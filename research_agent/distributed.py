@@ -1,60 +1,81 @@
-"""More than one process: FSDP2 shards the weights, and each process runs its share of passes.
+"""More than one process: FSDP2 shards the weights, and each rank runs its share of passes.
 
-FSDP2 is torch's. In a run of one process nothing here does anything. ``torchrun`` starts several;
-who calls ``torch.distributed.init_process_group`` chooses gloo (CPU) or nccl (GPU).
+In a run of one process nothing here does anything. ``torchrun`` starts several; whoever calls
+``torch.distributed.init_process_group`` chooses gloo (CPU) or nccl (GPU).
 
-The loss is a sum with weights that are fixed on the whole batch, so gradients are added up over
-processes, where FSDP would take their mean.
+The loss is a sum with weights that are fixed on the whole batch, so gradients are summed over
+ranks, where FSDP would take their mean.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from research_agent.errors import ConfigError, RankError, ResearchAgentError, StoppedError
+
 T = TypeVar("T")
 
-TIMEOUT = timedelta(days=1)  # the others wait while the first process evaluates
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out", "timed out",
+         "Broken pipe", "remote process exited", "Connection refused")  # fmt: skip
+"""What torch's collectives say when another rank is gone."""
 
 
 @contextmanager
-def init_distributed() -> Iterator[None]:
-    """Meet the other processes that torchrun has started, if it has, and part at the end."""
+def init_distributed(timeout_minutes: float = 15.0) -> Iterator[None]:
+    """Meet the other processes that torchrun has started, if it has, and part at the end.
+
+    Args:
+        timeout_minutes: how long a rank waits in a collective before it fails.
+
+    Raises:
+        RankError: another rank stopped, or did not answer in time.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except Exception as error:  # no farewell: the others may not come to it
+        lost = next((text for text in _LOST if text in str(error)), "")
+        if lost and not isinstance(error, ResearchAgentError):
+            message = (
+                f"another rank stopped or did not answer for {timeout_minutes:g} minutes ({lost});"
+                " its own message says why. Start the same command again"
+            )
+            raise_together(RankError(message))
+        raise
+    dist.destroy_process_group()
 
 
 def rank_and_size() -> tuple[int, int]:
-    """The number of this process, from 0, and how many there are."""
+    """The number of this rank, from 0, and how many there are."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def shard_batches(passes: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Deal passes to the processes, as many to each, for a pass is an appointment of all of them.
+    """Deal passes to the ranks, the same number to each, as all of them take part in a pass.
 
     Args:
-        passes: the same in every process.
+        passes: the same on every rank.
 
     Yields:
-        Those of this process, and whether they count: one that has none left repeats the last.
+        The passes of this rank, and whether they count: a rank that has none left repeats the last.
     """
     rank, size = rank_and_size()
     if size == 1:
@@ -67,7 +88,7 @@ def shard_batches(passes: Iterable[T]) -> Iterator[tuple[T, bool]]:
 
 
 def gather(items: Sequence[T]) -> list[T]:
-    """The items of all processes, those of the first one first."""
+    """The items of all ranks, those of the first one first."""
     size = rank_and_size()[1]
     if size == 1:
         return list(items)
@@ -77,7 +98,7 @@ def gather(items: Sequence[T]) -> list[T]:
 
 
 def broadcast_object(value: T) -> T:
-    """What the first process says; all must ask."""
+    """The value of the first rank; all ranks must call this."""
     if rank_and_size()[1] == 1:
         return value
     said = [value]
@@ -85,8 +106,70 @@ def broadcast_object(value: T) -> T:
     return said[0]
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """Run a block on all ranks; if it fails on one, all stop, and rank 0 says why.
+
+    So no rank waits in a collective for one that has failed. The block must not contain a
+    collective, except one that fails on all ranks alike.
+
+    Raises:
+        Exception: what the first rank that failed raised, on rank 0.
+        StoppedError: a rank failed, on the other ranks.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if rank_and_size()[1] == 1:
+            raise
+        problem = error
+    said = gather([problem and _portable(problem)])
+    if first := next(filter(None, said), None):
+        raise_together(problem if problem and said[0] else first)
+
+
+def run_together(work: Callable[[], T]) -> list[T]:
+    """Do something on all ranks, as in ``together``; returns what each rank returned."""
+    with together():
+        result = work()
+    return gather([result])
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """Mark what all ranks do alike: if it raises an error of this package, rank 0 says it."""
+    try:
+        yield
+    except StoppedError:
+        raise
+    except ResearchAgentError as error:
+        raise_together(error)
+
+
+def raise_together(error: Exception) -> NoReturn:
+    """Raise an error that all ranks know of: on rank 0, which says what it was, and so once.
+
+    Raises:
+        Exception: the error, on rank 0.
+        StoppedError: on the other ranks.
+    """
+    if rank_and_size()[0]:
+        raise StoppedError(f"stopped, as all ranks: {error}") from error
+    raise error
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one with the same words if it cannot go from process to process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum over all processes, element by element."""
+    """The sum over all ranks, element by element."""
     if rank_and_size()[1] > 1:
         values = values.clone()
         dist.all_reduce(values)
@@ -94,33 +177,103 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def full_tensor(values: Tensor) -> Tensor:
-    """A tensor whose parts lie in several processes, put together; all of them must ask."""
+    """A sharded tensor put together; all ranks must call this."""
     full = getattr(values, "full_tensor", None)
     return values if full is None else full()
 
 
-def shard_like(values: Tensor, sharded: Tensor) -> Tensor:
-    """A whole tensor, cut as another one is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415
+def local_tensor(values: Tensor) -> Tensor:
+    """What this rank holds of a tensor; all of it if it is not sharded."""
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow to import
 
-    if not isinstance(sharded, DTensor) or values.shape != sharded.shape:
-        return values
-    return distribute_tensor(values, sharded.device_mesh, sharded.placements)
+    return values.to_local() if isinstance(values, DTensor) else values
 
 
-def shard(root: nn.Module, layers: Sequence[nn.Module]) -> None:
-    """Spread the weights of a module over the processes; they are gathered layer by layer.
+def shard_on_cpu(local: Tensor, like: Tensor) -> Tensor:
+    """View this rank's part of a tensor on the CPU as the shard that ``like`` has on its device.
+
+    Args:
+        local: of the shape of this rank's shard.
+        like: a tensor, sharded or not.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - slow to import
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415
+
+    if not isinstance(like, DTensor):
+        return local
+    mesh = like.device_mesh
+    if mesh.device_type != "cpu":
+        if mesh not in _cpu_meshes:
+            names = mesh.mesh_dim_names
+            _cpu_meshes[mesh] = init_device_mesh("cpu", mesh.shape, mesh_dim_names=names)
+        mesh = _cpu_meshes[mesh]
+    return DTensor.from_local(
+        local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+_cpu_meshes: dict[Any, Any] = {}
+
+
+def make_mesh(device: torch.device, shard_ranks: int | None = None) -> Any:
+    """Arrange the ranks: those that share one copy of the weights, and how many copies there are.
+
+    Args:
+        device: where the weights live.
+        shard_ranks: ranks that a copy is spread over; None takes those of a node.
+
+    Returns:
+        A ``DeviceMesh`` with the dimension "shard", and before it "replicate" if there is more
+        than one copy (hybrid sharding, HSDP).
+
+    Raises:
+        ConfigError: the ranks cannot be divided so.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - slow to import
+
+    size = rank_and_size()[1]
+    if shard_ranks is not None and size % shard_ranks:
+        raise ConfigError(
+            f"shard_ranks is {shard_ranks}, which does not divide the {size} ranks; give a divisor"
+        )
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    ranks = shard_ranks or (size if size % per_node else per_node)
+    if ranks == size:
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    names = ("replicate", "shard")
+    return init_device_mesh(device.type, (size // ranks, ranks), mesh_dim_names=names)
+
+
+def shard(
+    root: nn.Module,
+    units: Sequence[nn.Module],
+    mesh: Any,
+    *,
+    half: bool = False,
+    exact: Sequence[nn.Module] = (),
+) -> None:
+    """Spread the weights of a module over the ranks; they are gathered unit by unit.
 
     Args:
         root: what is called; its parameters become ``DTensor``s.
-        layers: modules inside it that are gathered on their own.
+        units: modules inside it that are gathered on their own.
+        mesh: of ``make_mesh``.
+        half: gather the weights in bfloat16; gradients are summed in float32 all the same.
+        exact: further modules inside, whose weights are gathered as they are.
     """
-    if rank_and_size()[1] == 1:
-        return
-    from torch.distributed.fsdp import FSDPModule, fully_shard  # noqa: PLC0415
+    from torch.distributed.fsdp import (  # noqa: PLC0415 - slow to import
+        FSDPModule,
+        MixedPrecisionPolicy,
+        fully_shard,
+    )
 
-    for module in (*layers, root):
-        fully_shard(module)
+    for module in exact:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    policy = MixedPrecisionPolicy()
+    if half:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in (*units, root):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
@@ -128,5 +281,5 @@ def shard(root: nn.Module, layers: Sequence[nn.Module]) -> None:
 
 
 def any_rank(problem: bool, device: torch.device) -> bool:
-    """Whether any process has a problem; then all must stop, or the others would wait for ever."""
+    """Whether any rank has a problem; then all must stop, or the others would wait for it."""
     return bool(all_reduce_sum(torch.tensor(float(problem), device=device)) > 0)

@@ -27,6 +27,10 @@ class CheckpointError(ResearchAgentError):
     """A checkpoint that is missing, broken, or of another configuration."""
 
 
+class RankError(ResearchAgentError, RuntimeError):
+    """Another process of a run under torchrun stopped or hangs."""
+
+
 class LogError(ResearchAgentError):
     """A log of a run that is broken."""
 
@@ -57,3 +61,7 @@ class NonFiniteError(ResearchAgentError, ArithmeticError):
 
 class EngineError(ResearchAgentError, RuntimeError):
     """An engine that does not start, died, hangs, or cannot do its work."""
+
+
+class StoppedError(ResearchAgentError, RuntimeError):
+    """This rank stops because of an error that rank 0 raises and tells."""

@@ -1,33 +1,36 @@
-"""One update of the policy: forward, objective, backward, clip, optimiser step."""
+"""One update of the policy: forward, objective, backward, clip, optimizer step."""
 
 from __future__ import annotations
 
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from research_agent.algorithms.base import Algorithm, Tokens, UsesCritic
 from research_agent.algorithms.functional import truncated_importance
-from research_agent.batch import Batch, make_batch, micro_batches
+from research_agent.batch import Batch, Packing, make_batch, micro_batches
 from research_agent.config import LearnerConfig
 from research_agent.distributed import (
     all_reduce_sum,
     any_rank,
     full_tensor,
     gather,
+    make_mesh,
     rank_and_size,
     shard,
     shard_batches,
-    shard_like,
 )
-from research_agent.errors import CheckpointError, ConfigError, ModelError, NonFiniteError
+from research_agent.errors import ConfigError, ModelError, NonFiniteError
 from research_agent.models.critic import Critic
+from research_agent.models.deferred import load_shards
 from research_agent.models.lora import (
     adapters,
     adapters_off,
@@ -38,15 +41,17 @@ from research_agent.models.lora import (
 from research_agent.models.policy import (
     TokenLogprobs,
     batch_logprobs,
-    layers_of,
-    prepare,
+    gathered_units,
 )
+from research_agent.models.prepare import prepare
+from research_agent.optimizer import Optimizer
+from research_agent.sharded import Read, copy_or_read, read_nothing, read_weights, stand_ins
 from research_agent.trajectory import Group
 
 METRICS = {
     "loss": "what is minimised: the weighted sum of -objective over the action tokens",
     "grad_norm": "Euclidean length of the gradient of the loss, before it is clipped",
-    "learning_rate": "of the last optimiser step",
+    "learning_rate": "of the last optimizer step",
     "entropy": "mean over the action tokens of the entropy of the policy there, in nats",
     "sampling_logprob_difference": "mean over the action tokens of |learner's - sampler's"
     " log-probability|, before the weights change (with several minibatches: of the first alone)",
@@ -60,7 +65,7 @@ METRICS = {
     "kl": "mean over the action tokens of the estimate of KL(policy || reference), in nats (by the"
     " algorithms that use a reference)",
 }
-"""What ``Learner.update`` reports. Where it makes several optimiser steps: means over them."""
+"""What ``Learner.update`` reports. Where it makes several optimizer steps: means over them."""
 
 
 class Learner:
@@ -69,11 +74,14 @@ class Learner:
     Args:
         model: a causal language model. It is set to evaluation mode, because dropout would make the
             policy that learns differ from the one that sampled. Parameters without gradient stay.
+            With several ranks it is sharded; one of ``load_deferred`` gets its weights here.
         algorithm: advantages, token weights and objective.
         config: settings of the update; ``LearnerConfig`` explains each.
         reference: the reference policy; run only if the algorithm needs it.
         adapter: folder or hub name of a LoRA adapter over the model, which is trained on.
         temperature: the sampler's.
+        device: where to learn, if ranks share the weights; None where the model is.
+        trees: whether samples branch off each other; packing "auto" is "tree" then.
 
     Raises:
         ConfigError: a setting that cannot be used, or a reference that is needed and not given.
@@ -88,6 +96,8 @@ class Learner:
         reference: nn.Module | None = None,
         adapter: str | None = None,
         temperature: float = 1.0,
+        device: torch.device | None = None,
+        trees: bool = False,
     ) -> None:
         config = config or LearnerConfig()
         if algorithm.needs_reference and reference is None and (adapter or not config.lora_rank):
@@ -97,25 +107,16 @@ class Learner:
         self.model = model.eval()
         self.algorithm = algorithm
         self.config = config
-        self.steps = 0  # optimizer steps so far
-        on_gpu = next(model.parameters()).is_cuda
-        self._packed = config.packing == "on" or (config.packing == "auto" and on_gpu)
-        if adapter is not None:
-            _require_rank(config.lora_rank, load_adapters(self.model, adapter))
-        elif config.lora_rank:
-            add_adapters(self.model, config.lora_rank)
-        self._reference = (
-            reference.eval() if reference is not None and algorithm.needs_reference else None
-        )
-        for each in (self.model, self._reference):
-            if each is not None:
-                self._packed = _prepare(
-                    each,
-                    packed=self._packed,
-                    required=config.packing == "on",
-                    gradient_checkpointing=config.gradient_checkpointing,
-                    compile=config.compile,
-                )
+        self.device = device or next(model.parameters()).device
+        with stand_ins(self.model):
+            if adapter is not None:
+                _require_rank(config.lora_rank, load_adapters(self.model, adapter))
+            elif config.lora_rank:
+                add_adapters(self.model, config.lora_rank)
+        if isinstance(algorithm, UsesCritic) and self.has_adapters:
+            raise ConfigError("a critic learns without lora_rank only; leave --lora-rank out")
+        if not algorithm.needs_reference:
+            reference = None
         scorer = partial(
             TokenLogprobs,
             temperature=temperature,
@@ -123,39 +124,45 @@ class Learner:
             compile=config.compile,
         )
         self._score = scorer(self.model)
-        self._reference_score = None if self._reference is None else scorer(self._reference)
-        for score in (self._score, self._reference_score):
-            if score is not None:
-                shard(score, layers_of(score))
-        self._parameters: dict[str, Tensor] = {
-            n: p for n, p in model.named_parameters() if p.requires_grad
-        }
-        self._stepped: dict[str, Tensor] = self._parameters  # what the optimizer works on
-        if config.optimizer == "adamw_offload":
-            self._stepped = {n: p.detach().to("cpu", copy=True) for n, p in self._stepped.items()}
-        self._optimizer = _optimizer(
-            config.optimizer,
-            list(self._stepped.values()),
-            lr=config.learning_rate,
+        self._reference_score = None if reference is None else scorer(reference.eval())
+        body = None
+        if rank_and_size()[1] > 1:
+            if isinstance(algorithm, UsesCritic):
+                body = deepcopy(model.base_model)  # a sharded module cannot be copied
+            mesh = make_mesh(self.device, config.shard_ranks)
+            half = config.precision == "bfloat16"
+            for score in filter(None, (self._score, self._reference_score)):
+                shard(score, gathered_units(score.model), mesh, half=half)
+                load_shards(score, self.device)
+        automatic: Packing = "on" if self.device.type == "cuda" else "off"
+        if trees:
+            automatic = "tree"
+        self._packing: Packing = automatic if config.packing == "auto" else config.packing
+        for score in filter(None, (self._score, self._reference_score)):
+            self._packing = _prepare(
+                score,
+                packing=self._packing,
+                required=config.packing != "auto",
+                gradient_checkpointing=config.gradient_checkpointing,
+                compile=config.compile,
+            )
+        self._optimizer = Optimizer(
+            {n: p for n, p in model.named_parameters() if p.requires_grad},
+            kind=config.optimizer,
+            learning_rate=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
+            warmup_steps=config.warmup_steps,
+            max_grad_norm=config.max_grad_norm,
         )
         self._critic: Critic | None = None
         if isinstance(algorithm, UsesCritic):
-            if rank_and_size()[1] > 1 or self.has_adapters:
-                raise ConfigError("a critic learns in one process and without lora_rank only")
-            self._critic = Critic(
-                model,
-                learning_rate=algorithm.critic_learning_rate,
-                warmup_steps=algorithm.critic_warmup_steps,
-                value_clip=algorithm.value_clip,
-                weight_decay=config.weight_decay,
-                betas=config.betas,
-                max_grad_norm=config.max_grad_norm,
-                micro_batch_tokens=config.micro_batch_tokens,
-                packed=self._packed,
-                precision=config.precision,
-            )
+            self._critic = Critic(model, algorithm, config, packing=self._packing, body=body)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps made so far."""
+        return self._optimizer.steps
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
         """Improve the model on a rollout.
@@ -171,11 +178,10 @@ class Learner:
         Raises:
             EnvironmentContractError: a trajectory without a prompt.
             NonFiniteError: a reward, log-probability, loss or gradient is not finite. Weights and
-                optimiser are as they were before the optimiser step that would have used it.
+                optimizer are as they were before the optimizer step that would have used it.
             ValueError: an action without its log-probabilities.
         """
-        device = next(iter(self._parameters.values())).device
-        batch = make_batch(groups, device)
+        batch = make_batch(groups, self.device)
         if not len(batch.targets):
             return {"trajectories": float(len(batch)), "optimizer_steps": 0.0}
         batch = self._prepare_batch(batch)
@@ -198,66 +204,84 @@ class Learner:
         return bool(adapters(self.model))
 
     def state_dict(self) -> dict[str, Any]:
-        """What besides the weights decides the next update: step count and optimiser moments.
+        """What besides the weights decides the next update: step count and optimizer moments.
 
         Returns:
-            Plain numbers and tensors; the tensors are the live ones, as is torch's custom.
+            Plain numbers and tensors; the tensors are the live ones, as is torch's custom, and
+            sharded if the learner is.
         """
-        moments = {
-            name: {key: _whole(value) for key, value in self._optimizer.state[p].items()}
-            for name, p in self._stepped.items()
-        }
         critic = {} if self._critic is None else {"critic": self._critic.state_dict()}
         lora = {"adapters": adapters(self.model)} if self.has_adapters else {}
-        return {"steps": self.steps, "moments": moments, **critic, **lora}
+        return {"steps": self.steps, "moments": self._optimizer.moments(), **critic, **lora}
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights of the policy, whole, for an engine or a checkpoint.
 
-        With more than one process all of them must ask. Adapters are added in.
+        This is what ``Engine.load_weights`` takes. It is a collective: every rank must call it, and
+        must consume it to the end, also a rank that needs nothing of it. Every rank gets every
+        tensor, whole, on its own device, in the same order. A tensor is valid until the next one is
+        asked for: copy or send it before.
+
+        Args:
+            dtype: number format of what is yielded; a shard is converted before it is gathered.
+                None keeps the learner's.
+
+        Yields:
+            Name and weight. The names are those of the model without adapters, which are added in;
+            a tied weight comes once.
+        """
+        for bucket in self.weight_buckets(dtype):
+            yield from bucket
+
+    def weight_buckets(
+        self, dtype: torch.dtype | None = None
+    ) -> Iterator[list[tuple[str, Tensor]]]:
+        """Yield the same weights as ``weights``, a bucket at a time.
+
+        A bucket holds at most ``config.bucket_bytes``, or one tensor that is larger. Buckets are
+        the same on all ranks. All collectives of a bucket are over before it is yielded, so that
+        what a rank does with it (send, write, wait at a barrier) cannot be interleaved with them.
+
+        Args:
+            dtype: as for ``weights``.
         """
         named = merged(self.model) if self.has_adapters else self.model.named_parameters()
-        return ((name, full_tensor(weight.detach())) for name, weight in named)
+        bucket: list[tuple[str, Tensor]] = []
+        held = 0
+        for name, weight in named:
+            size = weight.numel() * (dtype or weight.dtype).itemsize
+            if bucket and held + size > self.config.bucket_bytes:
+                yield bucket
+                bucket, held = [], 0
+            bucket.append((name, full_tensor(weight.detach().to(dtype or weight.dtype))))
+            held += size
+        if bucket:
+            yield bucket
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], read: Read = read_nothing) -> None:
         """Take up the state of a learner of the same model, to the bit.
+
+        Args:
+            state: what ``state_dict`` returned; tensors of a checkpoint may be in its files still.
+            read: reads such tensors in place; see ``Checkpoint.read``.
 
         Raises:
             CheckpointError: the state is that of a model with other parameters.
         """
-        moments = state["moments"]
-        if moments.keys() != self._parameters.keys():
-            odd = sorted(moments.keys() ^ self._parameters.keys())[0]
-            message = f"the optimiser's state is that of another model: they differ in {odd!r}"
-            raise CheckpointError(message)
-        for name, parameter in self._parameters.items():
-            found = moments[name].get("exp_avg", parameter).shape
-            if found != parameter.shape:
-                message = (
-                    f"the optimiser's state is that of another model: {name!r} has the shape"
-                    f" {tuple(parameter.shape)} here and {tuple(found)} there"
-                )
-                raise CheckpointError(message)
-        self.steps = int(state["steps"])
-        of_parameter = {
-            place: {
-                key: _placed(value, self._stepped[name]) for key, value in moments[name].items()
-            }
-            for place, name in enumerate(self._stepped)
-            if moments[name]
-        }
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": of_parameter, "param_groups": groups})
+        self._optimizer.load(state["moments"], int(state["steps"]), read)
         if self._critic is not None:
-            self._critic.load_state_dict(state["critic"])
-        with torch.no_grad():
-            for name, held in (adapters(self.model) if self.has_adapters else {}).items():
-                held.copy_(state["adapters"][name])
+            self._critic.load_state_dict(state["critic"], read)
+        if self.has_adapters:
+            copy_or_read(adapters(self.model), state["adapters"], read)
+
+    def load_weights(self, folder: Path) -> None:
+        """Read the policy's weights from a folder, in place; adapters stay as they are."""
+        read_weights(self.model, folder)
 
     def _prepare_batch(self, batch: Batch) -> Batch:
         """Add what is fixed for the whole rollout: old and reference log-probabilities, credit."""
         budget = self.config.micro_batch_tokens
-        logprobs = partial(batch_logprobs, batch=batch, max_tokens=budget, packed=self._packed)
+        logprobs = partial(batch_logprobs, batch=batch, max_tokens=budget, packing=self._packing)
         if self.config.old_logprobs == "recomputed":
             batch = replace(batch, old_logprobs=logprobs(self._score))
         if self._reference_score is not None:
@@ -290,46 +314,22 @@ class Learner:
         return [part for part in parts if len(part.targets)]
 
     def _step(self, batch: Batch) -> dict[str, float]:
-        """Make one optimiser step on a batch."""
+        """Make one optimizer step on a batch."""
         try:
             metrics = self._accumulate(batch)
-            norm = full_tensor(
-                nn.utils.clip_grad_norm_(self._parameters.values(), self.config.max_grad_norm)
-            )
+            norm = self._optimizer.clip()
             if not norm.isfinite():
                 raise NonFiniteError(
                     f"the gradient is not finite (its norm is {norm.item()}) after {self.steps}"
-                    " optimiser steps; lower the learning rate, or look at the trajectories"
+                    " optimizer steps; lower the learning rate, or look at the trajectories"
                 )
-            warm = min(1.0, (self.steps + 1) / max(1, self.config.warmup_steps))
-            for group in self._optimizer.param_groups:
-                group["lr"] = self.config.learning_rate * warm
-            self._apply()
-            self.steps += 1
+            rate = self._optimizer.step()
         finally:
-            for parameter in self._parameters.values():
-                parameter.grad = None  # the rollout that follows can use their memory
-        return metrics | {
-            "grad_norm": norm.item(),
-            "learning_rate": self.config.learning_rate * warm,
-        }
-
-    @torch.no_grad()
-    def _apply(self) -> None:
-        """Let the optimiser change the weights, wherever it works."""
-        elsewhere = self._stepped is not self._parameters
-        pairs = zip(self._parameters.values(), self._stepped.values(), strict=True)
-        for ours, theirs in pairs if elsewhere else ():
-            theirs.copy_(ours)
-            theirs.grad = None if ours.grad is None else ours.grad.to(theirs.device)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        pairs = zip(self._parameters.values(), self._stepped.values(), strict=True)
-        for ours, theirs in pairs if elsewhere else ():
-            ours.copy_(theirs)
+            self._optimizer.zero_grad()
+        return metrics | {"grad_norm": norm.item(), "learning_rate": rate}
 
     def _critic_step(self, batch: Batch) -> dict[str, float]:
-        """Make one optimiser step of the critic, if there is one."""
+        """Make one optimizer step of the critic, if there is one."""
         return {} if self._critic is None else self._critic.step(batch)
 
     def _accumulate(self, batch: Batch) -> dict[str, float]:
@@ -342,7 +342,8 @@ class Learner:
         found: list[Tensor] = []
         losses: list[Tensor] = []
         sums: dict[str, Tensor] = {}
-        passes = micro_batches(batch, self.config.micro_batch_tokens, packed=self._packed)
+        budget, ranks = self.config.micro_batch_tokens, rank_and_size()[1]
+        passes = micro_batches(batch, budget, packing=self._packing, ranks=ranks)
         for micro, counts in shard_batches(passes):
             part = micro.part
             logprobs, entropy = self._score(micro)
@@ -369,7 +370,7 @@ class Learner:
             }.items():
                 sums[name] = sums.get(name, 0.0) + values.detach().sum().double() * counts
         # Looked at only now: a look at a number makes a GPU wait for us, and us for it.
-        _require_finite(parts, found, losses, f"after {self.steps} optimiser steps")
+        _require_finite(parts, found, losses, f"after {self.steps} optimizer steps")
         total = torch.stack([torch.stack(losses).double().sum(), *sums.values()])
         loss_, *rest = all_reduce_sum(total).tolist()
         means = (value / len(batch.targets) for value in rest)
@@ -396,17 +397,17 @@ def _check(config: LearnerConfig, temperature: float) -> None:
         raise ConfigError(message)
 
 
-def _prepare(model: nn.Module, *, packed: bool, required: bool, **settings: Any) -> bool:
-    """Set a model up; returns whether its trajectories share rows, which auto may give up."""
+def _prepare(score: TokenLogprobs, *, packing: Packing, required: bool, **settings: Any) -> Packing:
+    """Set a model up; returns how its trajectories share rows, which auto may give up."""
     try:
-        prepare(model, packed=packed, **settings)
+        score(partial(prepare, packing=packing, **settings))
     except ModelError as error:
-        if required or not packed:
+        if required or packing == "off":
             raise
         warnings.warn(f"{error} (packing is auto, so it is off)", stacklevel=3)
-        prepare(model, packed=False, **settings)
-        return False
-    return packed
+        score(partial(prepare, packing="off", **settings))
+        return "off"
+    return packing
 
 
 def _require_rank(wanted: int, found: int) -> None:
@@ -415,30 +416,6 @@ def _require_rank(wanted: int, found: int) -> None:
             f"lora_rank is {wanted}, and the adapter to train on has rank {found}; leave"
             " --lora-rank out, or give --merge-adapter to begin a new adapter"
         )
-
-
-def _optimizer(kind: str, parameters: list[Tensor], **settings: Any) -> torch.optim.Optimizer:
-    """AdamW, in one of its ways to save memory."""
-    if kind == "adamw_8bit":
-        try:
-            from bitsandbytes import optim  # noqa: PLC0415
-        except ImportError as error:
-            message = "optimizer 'adamw_8bit' needs bitsandbytes; pip install bitsandbytes"
-            raise ConfigError(message) from error
-        eight_bit: Any = optim
-        return cast(torch.optim.Optimizer, eight_bit.AdamW8bit(parameters, **settings))
-    if kind not in ("adamw", "adamw_offload"):
-        message = f"optimizer is {kind!r}; known: 'adamw', 'adamw_8bit', 'adamw_offload'"
-        raise ConfigError(message)
-    return torch.optim.AdamW(parameters, fused=parameters[0].is_cuda, **settings)
-
-
-def _whole(value: Any) -> Any:
-    return full_tensor(value) if isinstance(value, Tensor) else value
-
-
-def _placed(value: Any, parameter: Tensor) -> Any:
-    return shard_like(value.clone(), parameter) if isinstance(value, Tensor) else value
 
 
 def _require_finite(

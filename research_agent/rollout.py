@@ -3,67 +3,43 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, repeat
-from typing import Any, Literal, Protocol
+from typing import Literal
 
-import numpy as np
-
-from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
+from research_agent.active_rollout import ActiveRollout, Episode, Sampling
+from research_agent.engines.base import Completion, Engine, Interruptible, KeepsTurns
 from research_agent.environments import Environments, StepResult, Truncating
-from research_agent.errors import ContextError, OverlongPromptError
+from research_agent.errors import OverlongPromptError
 from research_agent.renderer import Renderer
-from research_agent.trajectory import SKIPPED, Segment, Trajectory
+from research_agent.trajectory import Trajectory
 from research_agent.trees import CHAINS, TreePlan, Trees
-
-Episode = tuple[int, int]
-"""The number of a task, and which of its samples."""
-
-
-class Sampling(Protocol):
-    """How episodes are played; the configuration's classes have these fields among others."""
-
-    @property
-    def temperature(self) -> float:
-        """Of the softmax that tokens are drawn from; 0 is greedy."""
-        ...
-
-    @property
-    def max_prompt(self) -> int:
-        """Longest first observation, in tokens."""
-        ...
-
-    @property
-    def max_response(self) -> int:
-        """Longest rest of an episode, in tokens: actions and observations together."""
-        ...
-
-    @property
-    def max_turn_tokens(self) -> int | None:
-        """Longest action, in tokens."""
-        ...
-
-    @property
-    def overlap(self) -> bool:
-        """Go on with some trajectories while others wait for their environments."""
-        ...
 
 
 @dataclass
 class InFlight:
-    """Episodes that started before their step asked for them."""
+    """Episodes that have begun and that no step has asked for yet, or not all of."""
 
     active: dict[int, ActiveRollout] = field(default_factory=dict)  # by slot
     awaiting_env: set[int] = field(default_factory=set)  # slots whose environment has an action
     done: dict[Episode, Trajectory] = field(default_factory=dict)
+
+    @property
+    def episodes(self) -> set[Episode]:
+        """Which ones."""
+        return {rollout.key for rollout in self.active.values()} | self.done.keys()
 
     def clear(self) -> None:
         """Drop them. They start again when a step asks for them."""
         self.active.clear()
         self.awaiting_env.clear()
         self.done.clear()
+
+
+def keeps_turns(engine: Engine) -> bool:
+    """Whether an engine takes new weights while turns are under way."""
+    return isinstance(engine, KeepsTurns) and engine.keeps_turns
 
 
 def collect(
@@ -75,8 +51,6 @@ def collect(
     *,
     seed: int = 0,
     on_finish: Callable[[Trajectory], None] | None = None,
-    ahead: Sequence[Episode] = (),
-    in_flight: InFlight | None = None,
     plan: TreePlan = CHAINS,
     overlong_prompts: Literal["error", "skip"] = "error",
 ) -> list[Trajectory]:
@@ -92,310 +66,206 @@ def collect(
         seed: of the order of the tasks, and of the draws. A trajectory's draws depend on this, its
             episode and its sample only.
         on_finish: called with each trajectory as it ends.
-        ahead: episodes to begin with where slots would be empty otherwise. None is waited for.
-        in_flight: what earlier calls left of theirs, and where this one leaves it. Between calls
-            the engine may get new weights: turns that were cut go on with the new ones.
         plan: how samples branch off each other. With branches ``episodes`` are whole trees, in
-            order, and none is played ahead.
+            order.
         overlong_prompts: what becomes of a task whose prompt has more tokens than ``max_prompt`` or
             the context allows. With "skip" its trajectories are void, with the stop reason
             ``SKIPPED`` and no token.
 
     Returns:
-        The trajectories in the order of ``episodes``. Those of failed infrastructure are ``void``.
+        The trajectories in the order of ``episodes``. Those of failed infrastructure are ``void``,
+        and so are those, without a token, that the budget of their tree left out (``NOT_GROWN``).
         No slot is in use then.
 
     Raises:
         ConfigError: the plan needs more slots than there are, or an environment that branches.
         ContextError: a prompt that is empty, or one that is too long and not to be skipped.
     """
-    in_flight = InFlight() if in_flight is None else in_flight
-    active, awaiting_env, done = in_flight.active, in_flight.awaiting_env, in_flight.done
-    known = {rollout.key for rollout in active.values()} | done.keys()
-    waiting = deque(
-        each
-        for each in dict.fromkeys((*episodes, *ahead))
-        if each not in known and plan.root(each[1]) == each[1]
+    loop = RolloutLoop(
+        engine,
+        environments,
+        renderer,
+        sampling,
+        seed=seed,
+        plan=plan,
+        overlong_prompts=overlong_prompts,
+        on_finish=on_finish,
     )
-    wanted = set(episodes)
-    free = deque(slot for slot in range(environments.num_envs) if slot not in active)
-    stop = environments.terminators
-    truncate = environments.truncate if isinstance(environments, Truncating) else _keep_reward
-    skips = overlong_prompts == "skip" and plan.size == 1
-    trees = Trees(plan, seed, environments)
+    loop.enqueue(episodes)
     try:
-        for slot in sorted(active.keys() - awaiting_env):  # turns that were cut
-            active[slot].submit(engine, slot, stop)
-        while not wanted <= done.keys():
-            starting = {
-                free.popleft(): waiting.popleft()
-                for _ in range(min(len(free) // plan.size, len(waiting)))
-            }
-            trees.plant(starting.values(), free)
-            active |= {
-                slot: ActiveRollout(*each, seed, sampling) for slot, each in starting.items()
-            }
-            numbers = {slot: episode for slot, (episode, _) in starting.items()}
-            prompts = environments.reset(numbers, seed) if numbers else {}
-            free.extend(_begin(prompts, in_flight, renderer, engine.max_context, skips))
-            for slot in (each for each in prompts if each in active):
-                active[slot].submit(engine, slot, stop)
-
-            completions = engine.step()
-            if completions:
-                slots = [turn.slot for turn in completions]
-                trees.offer(completions, active, engine)
-                environments.send(
-                    slots, [active[turn.slot].finish_turn(turn, renderer) for turn in completions]
-                )
-                awaiting_env.update(slots)
-
-            patience = (0 if engine.busy else 1) if sampling.overlap else len(awaiting_env)
-            results = environments.recv(min(patience, len(awaiting_env))) if awaiting_env else []
-            for result in sorted(results, key=lambda result: result.env_id):
-                slot = result.env_id
-                if slot not in awaiting_env:
-                    continue  # the episode was dropped
-                awaiting_env.discard(slot)
-                trajectory = active[slot].observe(
-                    result, renderer, engine.max_context, partial(truncate, slot)
-                )
-                if trajectory is None:
-                    active[slot].submit(engine, slot, stop)
-                    continue
-                engine.release(slot)
-                free.append(slot)
-                done[active.pop(slot).key] = trajectory
-                trees.finish(trajectory, active, engine, stop)
-                if on_finish:
-                    on_finish(trajectory)
-
-        for turn in engine.interrupt() if isinstance(engine, Interruptible) else ():
-            active[turn.slot].add_partial(turn)
+        return loop.finish(episodes)
     finally:
-        trees.release(engine)
-        for slot, rollout in active.items():
-            engine.release(slot)
-            rollout.unsent_tokens = rollout.tokens
-    taken = {each: done.pop(each) for each in wanted}
-    return [taken[each] for each in episodes]
+        loop.release()
 
 
-def _begin(
-    prompts: Mapping[int, tuple[str, Mapping[str, Any]]],
-    in_flight: InFlight,
-    renderer: Renderer,
-    max_context: int,
-    skips: bool,
-) -> list[int]:
-    """Give rollouts their prompts; returns the slots of those that were skipped."""
-    skipped = []
-    for slot, (observation, info) in prompts.items():
-        rollout = in_flight.active[slot]
-        try:
-            rollout.begin(observation, info, renderer, max_context)
-        except OverlongPromptError:
-            if not skips:
-                raise
-            del in_flight.active[slot]
-            in_flight.done[rollout.key] = rollout.skipped(info)
-            skipped.append(slot)
-    return skipped
+class RolloutLoop:
+    """Plays episodes one engine step at a time; ``collect`` and the player run it.
 
+    Args:
+        engine: as in ``collect``.
+        environments: as in ``collect``.
+        renderer: as in ``collect``.
+        sampling: as in ``collect``.
+        seed: as in ``collect``.
+        in_flight: where the episodes under way are kept. What is in it continues with ``resume``.
+        plan: as in ``collect``.
+        overlong_prompts: as in ``collect``.
+        on_finish: as in ``collect``.
+    """
 
-@dataclass
-class ActiveRollout:
-    """An episode under way."""
-
-    episode: int
-    sample: int
-    seed: int  # the run's
-    sampling: Sampling
-    segments: list[Segment] = field(default_factory=list)
-    reward: float = 0.0  # the sum of its turns' so far
-    state_key: str = ""  # name of the state in which the next turn is taken
-    prompt: int = 0  # tokens
-    response: int = 0  # tokens, of the policy and of the environment
-    partial_turns: list[Completion] = field(default_factory=list)  # parts of the unfinished turn
-    unsent_tokens: list[int] = field(default_factory=list)  # not yet submitted to the engine
-    lineage: tuple[int, ...] = ()  # as in Trajectory
-    tree: int | None = None  # as in Trajectory
-
-    def __post_init__(self) -> None:
-        """Seed the draws."""
-        self._draws = trajectory_seed(self.seed, self.episode, self.sample)
+    def __init__(
+        self,
+        engine: Engine,
+        environments: Environments,
+        renderer: Renderer,
+        sampling: Sampling,
+        *,
+        seed: int = 0,
+        in_flight: InFlight | None = None,
+        plan: TreePlan = CHAINS,
+        overlong_prompts: Literal["error", "skip"] = "error",
+        on_finish: Callable[[Trajectory], None] | None = None,
+    ) -> None:
+        self.in_flight = InFlight() if in_flight is None else in_flight
+        self._engine = engine
+        self._environments = environments
+        self._renderer = renderer
+        self._sampling = sampling
+        self._seed = seed
+        self._plan = plan
+        self._skips = overlong_prompts == "skip" and plan.size == 1
+        self._on_finish = on_finish
+        self._stop = environments.terminators
+        self._trees = Trees(plan, seed, environments, len(getattr(renderer, "tokenizer", ())))
+        self._waiting: deque[Episode] = deque()
+        self._free: deque[int] = deque()
 
     @property
-    def key(self) -> Episode:
-        """Which episode it is."""
-        return self.episode, self.sample
+    def has_work(self) -> bool:
+        """Whether ``advance`` has anything to do."""
+        return bool(self.in_flight.active or self._waiting)
 
-    @property
-    def tokens(self) -> list[int]:
-        """All tokens so far."""
-        parts: list[Segment | Completion] = [*self.segments, *self.partial_turns]
-        return [token for part in parts for token in part.tokens]
-
-    def branch(self, sample: int, tree: int) -> ActiveRollout:
-        """Make the beginning of another sample out of what there is so far.
+    def enqueue(self, episodes: Iterable[Episode]) -> None:
+        """Say which episodes to begin next, in this order, instead of those said before.
 
         Args:
-            sample: its number.
-            tree: that of the sample that the tree grew from.
+            episodes: those that are under way already, or branches of a tree, are left out.
         """
-        turns = sum(segment.provenance == "action" for segment in self.segments)
-        return ActiveRollout(
-            self.episode,
-            sample,
-            self.seed,
-            self.sampling,
-            segments=list(self.segments),
-            reward=self.reward,
-            state_key=self.state_key,
-            prompt=self.prompt,
-            response=self.response,
-            unsent_tokens=self.tokens,
-            lineage=(*self.lineage, *[self.sample] * turns)[:turns],
-            tree=tree,
+        known = self.in_flight.episodes
+        self._waiting = deque(
+            each
+            for each in dict.fromkeys(episodes)
+            if each not in known and self._plan.root(each[1]) == each[1]
         )
+        count = self._environments.num_envs
+        self._free = deque(slot for slot in range(count) if slot not in self.in_flight.active)
 
-    def begin(
-        self, observation: str, info: Mapping[str, Any], renderer: Renderer, max_context: int
-    ) -> None:
-        """Take the first observation."""
-        tokens = renderer.encode_prompt(observation, info.get("messages"))
-        limit = min(self.sampling.max_prompt, max_context - 1)
-        if not 1 <= len(tokens) <= limit:
-            question = info.get("question_id")
-            named = f"episode {self.episode}" + (f" (question {question})" if question else "")
-            kind = OverlongPromptError if tokens else ContextError
-            raise kind(
-                f"the prompt of {named} has {len(tokens)} tokens, not 1 to {limit} "
-                f"(max_prompt {self.sampling.max_prompt}, context {max_context}); "
-                "give a higher --max-prompt, or --overlong-prompts skip to leave such tasks out"
-            )
-        self.prompt = len(tokens)
-        self.state_key = _state_key(info)
-        self.unsent_tokens += tokens
-        self.segments.append(Segment("prompt", tuple(tokens), text=observation, info=info))
+    def finish(self, episodes: Collection[Episode]) -> list[Trajectory]:
+        """Play on until these episodes have ended; returns their trajectories, in this order."""
+        done = self.in_flight.done
+        wanted = set(episodes)
+        while not wanted <= done.keys():
+            self.advance()
+        taken = {each: done.pop(each) for each in wanted}
+        return [taken[each] for each in episodes]
 
-    def submit(self, engine: Engine, slot: int, stop: tuple[str, ...]) -> None:
-        """Let the engine sample a turn, or the rest of one that was cut."""
-        begun = sum(len(part.tokens) for part in self.partial_turns)
-        left = self.sampling.max_response - self.response
-        params = SamplingParams(
-            temperature=self.sampling.temperature,
-            max_tokens=min(left, (self.sampling.max_turn_tokens or left + begun) - begun),
-            stop=stop,
-            seed=self._draws,
-            resumed_tokens=begun,
-        )
-        engine.submit(slot, self.unsent_tokens, params)
-        self.unsent_tokens = []
+    def advance(self) -> None:
+        """Begin episodes in free slots, do one engine step, and take what environments answer."""
+        self._begin()
+        self._send(self._engine.step())
+        awaiting_env = len(self.in_flight.awaiting_env)
+        if not awaiting_env:
+            return
+        patience = (0 if self._engine.busy else 1) if self._sampling.overlap else awaiting_env
+        results = self._environments.recv(min(patience, awaiting_env))
+        for result in sorted(results, key=lambda result: result.env_id):
+            if result.env_id in self.in_flight.awaiting_env:  # otherwise the episode was dropped
+                self._observe(result)
 
-    def add_partial(self, part: Completion) -> None:
-        """Keep the beginning of a turn that is cut."""
-        self.response += len(part.tokens)
-        if part.tokens:
-            self.partial_turns.append(part)
+    def suspend(self) -> None:
+        """Let the engine forget all slots, for something else to use them.
 
-    def finish_turn(self, last: Completion, renderer: Renderer) -> str:
-        """End a turn; returns the action."""
-        parts = [*self.partial_turns, last]
-        tokens = tuple(chain.from_iterable(part.tokens for part in parts))
-        text = last.text
-        if self.partial_turns:
-            text = renderer.decode(tokens[:-1] if last.finish_reason == "end" else tokens)
-        self.response += len(last.tokens)
-        self.partial_turns = []
-        self.segments.append(
-            Segment(
-                "action",
-                tokens,
-                logprobs=tuple(chain.from_iterable(part.logprobs for part in parts)),
-                versions=tuple(
-                    chain.from_iterable(repeat(part.version, len(part.tokens)) for part in parts)
-                ),
-                text=text,
-                state_key=self.state_key,
-            )
-        )
-        return text
-
-    def observe(
-        self,
-        result: StepResult,
-        renderer: Renderer,
-        max_context: int,
-        truncate: Callable[[], StepResult | None],
-    ) -> Trajectory | None:
-        """Take what the environment answers; returns the trajectory if it ends with that.
-
-        If the answer does not fit the budget of tokens, the environment scores the episode.
+        Turns under way are finished first by an engine that keeps its turns, and otherwise
+        interrupted. Engines that can do neither lose them.
         """
-        self._earn(result.reward)
-        self.state_key = _state_key(result.info)
-        if result.terminated or result.truncated:
-            return self._trajectory(result, "")
-        markup = result.info.get("chat_markup", ())
-        tokens = renderer.encode_observation(result.observation, markup)
-        length = self.response + len(tokens)
-        budget = ""
-        if length >= self.sampling.max_response:  # no room for them and one more
-            budget = "length"
-        elif self.prompt + length >= max_context:
-            budget = "context"
-        if budget:
-            last = truncate()
-            self._earn(last.reward if last else 0.0)
-            return self._trajectory(last or result, budget)
-        self.response = length
-        self.unsent_tokens += tokens
-        if tokens:
-            self.segments.append(
-                Segment("observation", tuple(tokens), text=result.observation, info=result.info)
-            )
-        return None
+        active = self.in_flight.active
+        if keeps_turns(self._engine):
+            while self._engine.busy:
+                self._send(self._engine.step())
+        elif active and isinstance(self._engine, Interruptible):
+            for turn in self._engine.interrupt():
+                active[turn.slot].add_partial(turn)
+        for rollout in active.values():
+            rollout.unsent_tokens = rollout.tokens
+        self.release()
 
-    def skipped(self, info: Mapping[str, Any]) -> Trajectory:
-        """The trajectory of a task that is not played."""
-        return Trajectory(
-            self.episode, self.sample, (), 0.0, False, True, SKIPPED, void=True, info=info
+    def release(self) -> None:
+        """Let the engine forget all slots; turns under way are lost."""
+        self._trees.release(self._engine)
+        for slot in self.in_flight.active:
+            self._engine.release(slot)
+
+    def resume(self) -> None:
+        """Submit all trajectories under way, after ``suspend`` or from a checkpoint."""
+        for slot in sorted(self.in_flight.active.keys() - self.in_flight.awaiting_env):
+            self._submit(slot)
+
+    def _begin(self) -> None:
+        free, active = self._free, self.in_flight.active
+        starting = {
+            free.popleft(): self._waiting.popleft()
+            for _ in range(min(len(free) // self._plan.size, len(self._waiting)))
+        }
+        if not starting:
+            return
+        self._trees.plant(starting.values(), free)
+        for slot, each in starting.items():
+            active[slot] = ActiveRollout(*each, self._seed, self._sampling)
+        numbers = {slot: episode for slot, (episode, _) in starting.items()}
+        prompts = self._environments.reset(numbers, self._seed)
+        for slot, (observation, info) in prompts.items():
+            rollout = active[slot]
+            try:
+                rollout.begin(observation, info, self._renderer, self._engine.max_context)
+            except OverlongPromptError:
+                if not self._skips:
+                    raise
+                del active[slot]
+                self.in_flight.done[rollout.key] = rollout.skipped(info)
+                free.append(slot)
+        for slot in (each for each in prompts if each in active):
+            self._submit(slot)
+
+    def _send(self, completions: Sequence[Completion]) -> None:
+        if not completions:
+            return
+        active = self.in_flight.active
+        slots = [turn.slot for turn in completions]
+        self._trees.offer(completions, active, self._engine)
+        actions = [active[turn.slot].finish_turn(turn, self._renderer) for turn in completions]
+        self._environments.send(slots, actions)
+        self.in_flight.awaiting_env.update(slots)
+
+    def _observe(self, result: StepResult) -> None:
+        slot, environments = result.env_id, self._environments
+        truncate = environments.truncate if isinstance(environments, Truncating) else _keep_reward
+        self.in_flight.awaiting_env.discard(slot)
+        trajectory = self.in_flight.active[slot].observe(
+            result, self._renderer, self._engine.max_context, partial(truncate, slot)
         )
+        if trajectory is None:
+            self._submit(slot)
+            return
+        self._engine.release(slot)
+        self._free.append(slot)
+        self.in_flight.done[self.in_flight.active.pop(slot).key] = trajectory
+        self._trees.finish(trajectory, self.in_flight, self._free, self._engine, self._stop)
+        if self._on_finish:
+            self._on_finish(trajectory)
 
-    def _earn(self, reward: float) -> None:
-        """Add a reward to the turn that was taken last, and to the sum."""
-        turn = self.segments[-1]
-        self.segments[-1] = replace(turn, reward=turn.reward + reward)
-        self.reward += reward
-
-    def _trajectory(self, last: StepResult, budget: str) -> Trajectory:
-        metrics: Mapping[str, Any] = last.info.get("metrics") or {}
-        return Trajectory(
-            episode=self.episode,
-            sample=self.sample,
-            segments=tuple(self.segments),
-            reward=self.reward,
-            terminated=bool(last.terminated),
-            truncated=bool(last.truncated or budget),
-            stop_reason=budget or str(last.info.get("stop_reason") or ""),
-            void=bool(last.info.get("void", False)),
-            metrics={name: float(value) for name, value in metrics.items()},
-            info=last.info,
-            lineage=self.lineage,
-            tree=self.tree,
-        )
-
-
-def _state_key(info: Mapping[str, Any]) -> str:
-    return str(info.get("state_key") or "")
+    def _submit(self, slot: int) -> None:
+        self.in_flight.active[slot].submit(self._engine, slot, self._stop)
 
 
 def _keep_reward(slot: int) -> None:
     """End an episode whose environment cannot score it: it keeps the rewards so far."""
-
-
-def trajectory_seed(seed: int, episode: int, sample: int) -> int:
-    """The seed of a trajectory's draws: 64 bits that depend on all three numbers."""
-    state = np.random.SeedSequence([seed, episode, sample]).generate_state(1, np.uint64)
-    return int(state[0])

@@ -1,21 +1,23 @@
-"""Episodes that were begun ahead of their training step: into a checkpoint, and back.
+"""Episodes that began ahead of their training step: into a checkpoint, and back.
 
-Their tokens, log-probabilities and versions are kept to the bit. Environments keep nothing: those
-of half-played episodes are brought back by taking the same actions again.
+Their tokens, log-probabilities and versions are kept to the bit. Environments keep nothing: to
+bring back a half-played episode, its actions are taken again. A turn that was being sampled is
+sampled again from where the last new weights met it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
 import torch
 
+from research_agent.active_rollout import ActiveRollout, Episode, Sampling
 from research_agent.engines.base import Completion
 from research_agent.environments import Environments
-from research_agent.rollout import ActiveRollout, InFlight, Sampling
+from research_agent.rollout import InFlight
 from research_agent.trajectory import Segment, Trajectory
 
 _TRAJECTORY = (
@@ -47,7 +49,7 @@ def to_state(in_flight: InFlight) -> dict[str, Any]:
     for slot, rollout in sorted(in_flight.active.items()):
         fields = {name: getattr(rollout, name) for name in _ROLLOUT}
         said = [kept(segment) for segment in rollout.segments]
-        partial = [[len(part.tokens), part.version] for part in rollout.partial_turns]
+        partial = [len(part.tokens) for part in rollout.partial_turns]
         segments += rollout.partial_turns
         waits = slot in in_flight.awaiting_env
         rollouts.append(
@@ -65,7 +67,6 @@ def to_state(in_flight: InFlight) -> dict[str, Any]:
         | {"segments": [kept(segment) for segment in trajectory.segments]}
         for trajectory in in_flight.done.values()
     ]
-    actions = [s for s in segments if isinstance(s, Segment) and s.provenance == "action"]
     return {
         "active": rollouts,
         "done": done,
@@ -74,23 +75,54 @@ def to_state(in_flight: InFlight) -> dict[str, Any]:
             [value for s in segments for value in s.logprobs or ()], dtype=torch.float64
         ),
         "versions": torch.tensor(
-            [version for s in actions for version in s.versions or ()], dtype=torch.int64
+            [version for s in segments for version in s.versions or ()], dtype=torch.int64
         ),
     }
 
 
 def from_state(
-    state: Mapping[str, Any], environments: Environments, sampling: Sampling, seed: int
+    states: Iterable[Mapping[str, Any]],
+    environments: Environments,
+    sampling: Sampling,
+    seed: int,
+    episodes: Collection[Episode],
 ) -> InFlight:
     """Take up what ``to_state`` has put down.
 
     Args:
-        state: its result.
+        states: its results, one per rank of the run that was saved.
         environments: the actions of half-played episodes are taken in them again. An episode whose
-            environment answers otherwise than it did is forgotten: it will be begun anew.
+            environment answers otherwise than it did is forgotten: it will begin anew. So are
+            those that find no environment, if there are fewer than before.
         sampling: as in ``collect``.
         seed: as in ``collect``.
+        episodes: those that this rank plays; others are left out.
     """
+    in_flight = InFlight()
+    for state in states:
+        active, done = _read(state, sampling, seed)
+        for slot, rollout, awaiting_env in active:
+            if rollout.key not in episodes:
+                continue
+            free = (n for n in (slot, *range(environments.num_envs)) if n not in in_flight.active)
+            place = next((n for n in free if n < environments.num_envs), None)
+            if place is None:
+                continue
+            in_flight.active[place] = rollout
+            if awaiting_env:
+                in_flight.awaiting_env.add(place)
+        for trajectory in done:
+            key = trajectory.episode, trajectory.sample
+            if key in episodes:
+                in_flight.done[key] = trajectory
+    _replay(in_flight, environments, seed)
+    return in_flight
+
+
+def _read(
+    state: Mapping[str, Any], sampling: Sampling, seed: int
+) -> tuple[list[tuple[int, ActiveRollout, bool]], list[Trajectory]]:
+    """The episodes of a state: (slot, rollout, awaits its environment), and the finished ones."""
     tokens, logprobs, versions = (
         iter(state[name].tolist()) for name in ("tokens", "logprobs", "versions")
     )
@@ -102,29 +134,27 @@ def from_state(
         chances, numbers = tuple(islice(logprobs, count)), tuple(islice(versions, count))
         return Segment("action", said, chances, numbers, text, info, *of_turn)
 
-    def part(count: int, version: int) -> Completion:
+    def part(count: int) -> Completion:
         said, chances = tuple(islice(tokens, count)), tuple(islice(logprobs, count))
-        return Completion(0, said, chances, "", "interrupted", version)
+        numbers = tuple(islice(versions, count))
+        return Completion(0, said, chances, "", "interrupted", numbers[-1], numbers)
 
-    in_flight = InFlight()
+    active = []
     for saved in state["active"]:
         rollout = ActiveRollout(
             seed=seed, sampling=sampling, **{name: saved[name] for name in _ROLLOUT}
         )
         rollout.segments = [segment(*each) for each in saved["segments"]]
-        rollout.partial_turns = [part(*each) for each in saved["partial_turns"]]
+        rollout.partial_turns = [part(count) for count in saved["partial_turns"]]
         rollout.unsent_tokens = rollout.tokens
-        in_flight.active[saved["slot"]] = rollout
-        if saved["awaiting_env"]:
-            in_flight.awaiting_env.add(saved["slot"])
+        active.append((int(saved["slot"]), rollout, bool(saved["awaiting_env"])))
+    done = []
     for saved in state["done"]:
         fields = {name: saved[name] for name in (*_TRAJECTORY, "metrics", "info")}
         fields["lineage"] = tuple(fields["lineage"])
         said = tuple(segment(*each) for each in saved["segments"])
-        trajectory = Trajectory(segments=said, **fields)
-        in_flight.done[trajectory.episode, trajectory.sample] = trajectory
-    _replay(in_flight, environments, seed)
-    return in_flight
+        done.append(Trajectory(segments=said, **fields))
+    return active, done
 
 
 def _replay(in_flight: InFlight, environments: Environments, seed: int) -> None:

@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from research_agent.config import require_chat_template
+from research_agent.config import require_chat_template, require_one_process
 from research_agent.errors import ConfigError, ContextError, NonFiniteError
 from research_agent.formats import LONGEST_LINE
 from research_agent.presets import offered
@@ -210,6 +210,7 @@ def _backward(model: Any, batch: Batch, config: SFTConfig) -> float:
 
 
 def _validate(config: SFTConfig) -> None:
+    require_one_process("sft")
     for name in ("batch", "micro_batch_tokens", "hidden_size", "layers", "heads", "context"):
         if getattr(config, name) < 1:
             flag = name.replace("_", "-")

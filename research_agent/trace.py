@@ -14,8 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
+from research_agent.engines.base import (
+    Completion,
+    Engine,
+    Interruptible,
+    SamplingParams,
+)
 from research_agent.environments import Environments, StepResult, Truncating, provenance_of
+from research_agent.rollout import keeps_turns
+from research_agent.trees import Forking
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,13 +36,15 @@ class Trace:
 
     Args:
         path: the file; written anew.
+        start: of a trace of another process, to whose file the spans are added.
     """
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8", buffering=1)  # a line is whole, or not there
-        self._file.write("[\n")
-        self._start = time.perf_counter()
+    def __init__(self, path: Path, start: float | None = None) -> None:
+        if start is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("[\n", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", buffering=1)  # a line is whole, or not there
+        self.start = time.perf_counter() if start is None else start
         self._rows: set[int] = set()
 
     def add(self, name: str, row: int, begin: float, **details: Any) -> None:
@@ -54,7 +63,7 @@ class Trace:
             self._write(
                 {"name": "thread_sort_index", "ph": "M", "tid": row, "args": {"sort_index": row}}
             )
-        micro, lasted = (begin - self._start) * 1e6, (time.perf_counter() - begin) * 1e6
+        micro, lasted = (begin - self.start) * 1e6, (time.perf_counter() - begin) * 1e6
         span = {"ts": round(micro, 1), "dur": round(lasted, 1)}
         self._write({"name": name, "ph": "X", "tid": row, **span, "args": details})
 
@@ -83,11 +92,18 @@ class TracedEngine:
         self._engine = engine
         self._trace = trace
         self._since: dict[int, float] = {}  # by slot: when its turn was submitted
+        if isinstance(engine, Forking):
+            self.fork = engine.fork  # an attribute of its own: engines that cannot fork have none
 
     @property
     def busy(self) -> int:
         """Number of slots with a turn under way."""
         return self._engine.busy
+
+    @property
+    def keeps_turns(self) -> bool:
+        """Whether the engine takes new weights while turns are under way."""
+        return keeps_turns(self._engine)
 
     def submit(self, slot: int, tokens: Sequence[int], params: SamplingParams) -> None:
         """Let the engine sample a turn."""

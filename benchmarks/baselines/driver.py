@@ -19,10 +19,10 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from research_agent.active_rollout import Sampling, trajectory_seed
 from research_agent.engines.base import Completion, Engine, SamplingParams
 from research_agent.errors import ContextError
 from research_agent.renderer import Renderer
-from research_agent.rollout import Sampling, trajectory_seed
 from research_agent.trajectory import Segment, Trajectory
 from research_env import RESEARCH
 from research_env.datasets.base import Question

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from research_agent.errors import ConfigError
@@ -12,17 +13,74 @@ if TYPE_CHECKING:
 
 ENGINES = (
     "transformers",
-    "vllm",
+    "vllm[:tp=N,memory=SHARE]",
+    "serve[:tp=N,dp=N,memory=SHARE]",
     "server:URL,URL,...",
     "server+nccl:URL,URL,...",
     "server+ipc:URL,URL,...",
 )
 
+_SETTINGS = {"transformers": (), "vllm": ("tp", "memory"), "serve": ("tp", "dp", "memory")}
 _CARRIERS: dict[str, Literal["folder", "nccl", "ipc"]] = {
     "server": "folder",
     "server+nccl": "nccl",
     "server+ipc": "ipc",
 }
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What the name of an engine says.
+
+    Attributes:
+        kind: "transformers", "vllm" (in this process), "serve" (servers that the run starts, one
+            per node) or "server" (servers that run already).
+        tp: GPUs that each copy of vLLM's weights is spread over.
+        dp: copies per server.
+        memory: share of each GPU's memory for vLLM's weights and cache; the rest is the learner's.
+        urls: addresses of the servers.
+        carrier: how weights get to them.
+    """
+
+    kind: Literal["transformers", "vllm", "serve", "server"]
+    tp: int = 1
+    dp: int = 1
+    memory: float = 0.4
+    urls: tuple[str, ...] = ()
+    carrier: Literal["folder", "nccl", "ipc"] = "folder"
+
+
+def parse_engine(name: str) -> EngineSpec:
+    """Read the name of an engine, one of ``ENGINES``.
+
+    Raises:
+        ConfigError: no engine has that name, or a setting has a value that cannot be used.
+    """
+    kind, colon, rest = name.partition(":")
+    if colon and kind in _CARRIERS:
+        return EngineSpec("server", urls=tuple(rest.split(",")), carrier=_CARRIERS[kind])
+    if kind not in _SETTINGS or (colon and not rest):
+        raise ConfigError(f"no engine is named {name!r}; there is {', '.join(ENGINES)}")
+    given: dict[str, Any] = {}
+    for setting in rest.split(",") if rest else ():
+        key, _, text = setting.partition("=")
+        try:
+            value: float = float(text) if key == "memory" else int(text)
+        except ValueError:
+            value = 0
+        if key not in _SETTINGS[kind] or not value > 0 or (key == "memory" and value >= 1):
+            raise ConfigError(
+                f"{setting!r} in --engine {name} is no setting of {kind}; write tp=N (GPUs per "
+                "copy of the weights), dp=N (copies, for serve) or memory=SHARE (of each GPU, "
+                "between 0 and 1)"
+            )
+        given[key] = value
+    return EngineSpec(kind, **given)  # type: ignore[arg-type]
+
+
+def has_servers(name: str) -> bool:
+    """Whether the engine of that name samples on servers."""
+    return name.partition(":")[0] in {"serve", *_CARRIERS}
 
 
 def make_engine(
@@ -38,32 +96,42 @@ def make_engine(
     """Make an engine that samples from a model.
 
     Args:
-        name: one of ``ENGINES``; the servers' addresses follow their engine's name.
+        name: one of ``ENGINES``; settings or addresses follow the engine's name.
         model: the policy, whose weights the engine copies.
         renderer: its tokenizer.
         max_slots: how many trajectories may be held at once.
         max_context: tokens of a trajectory; the model's own limit by default.
         dtype: number format of the copied weights, such as bfloat16; the model's own by default.
-            Servers have their own.
+            Servers must have the same.
         share: use the model object itself, where nobody else does (an evaluation) and the engine
             can.
 
     Raises:
-        ConfigError: no engine of that name, or it is not installed.
+        ConfigError: no engine of that name, or it is not installed, or the GPUs are too few.
         EngineError: it does not start.
         ModelError: a model that the engine cannot run, or would run wrongly.
     """
-    if name == "transformers":
+    spec = parse_engine(name)
+    if spec.kind == "transformers":
         from research_agent.engines.transformers import proved_engine  # noqa: PLC0415 - torch
 
         return proved_engine(model, renderer, max_slots, max_context, dtype=dtype, share=share)
-    if name == "vllm":
+    if spec.kind == "vllm":
         from research_agent.engines.vllm import VllmEngine  # noqa: PLC0415
 
-        return VllmEngine(model, renderer, max_slots, max_context, dtype=dtype)
-    kind, colon, urls = name.partition(":")
-    if colon and kind in _CARRIERS:
-        from research_agent.engines.servers.engine import ServerEngine  # noqa: PLC0415 - torch
+        return VllmEngine(
+            model,
+            renderer,
+            max_slots,
+            max_context,
+            dtype=dtype,
+            tensor_parallel=spec.tp,
+            memory_share=spec.memory,
+        )
+    if spec.kind == "serve":
+        from research_agent.engines.servers.serve import serve_engine  # noqa: PLC0415 - torch
 
-        return ServerEngine(model, renderer, urls.split(","), max_context, by=_CARRIERS[kind])
-    raise ConfigError(f"no engine is named {name!r}; there is {', '.join(ENGINES)}")
+        return serve_engine(spec, model, renderer, max_slots, max_context, dtype=dtype)
+    from research_agent.engines.servers.engine import connect_servers  # noqa: PLC0415 - torch
+
+    return connect_servers(model, renderer, spec.urls, max_context, by=spec.carrier, dtype=dtype)

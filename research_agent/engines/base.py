@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,10 +20,9 @@ class SamplingParams:
     max_tokens: int = 512  # of this turn
     stop: tuple[str, ...] = ()  # generation pauses after the token that completes one of these
     seed: int = 0  # of this trajectory: its draws do not depend on the others in the batch
-    resumed_tokens: int = (
-        0  # the last tokens submitted that are this turn's already, from before an
-    )
-    # interruption: a stop string may begin in them; max_tokens and the completion leave them out
+    # How many of the submitted tokens are the beginning of this turn, sampled before it was
+    # interrupted. A stop string may begin in them; max_tokens and the completion leave them out.
+    resumed_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,14 @@ class Completion:
 
     ``finish_reason``: "stop" (a stop string was completed), "end" (the end token, the last of
     ``tokens``), "length" (``max_tokens`` or the context ran out), or "interrupted" (see
-    ``Interruptible``). All tokens are of one version of the weights.
+    ``Interruptible``).
+
+    ``version`` numbers the weights that sampled the last token, ``versions`` those of each token.
+    They differ only in turns of an engine that keeps its turns while it takes new weights
+    (``KeepsTurns``); others leave ``versions`` out.
+
+    ``message`` is the turn as an assistant message with tool calls, in the form of OpenAI's API, if
+    that is how it was sampled: then it is the action.
     """
 
     slot: int
@@ -41,6 +47,13 @@ class Completion:
     text: str  # of tokens, the end token left out
     finish_reason: Finish
     version: int
+    versions: tuple[int, ...] = ()  # [tokens]; ``version`` for each if left out
+    message: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Fill in the version of each token."""
+        if len(self.versions) != len(self.tokens):
+            object.__setattr__(self, "versions", (self.version,) * len(self.tokens))
 
 
 class Engine(Protocol):
@@ -66,11 +79,44 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take new weights. Only called when no slot is busy; slots forget what they hold.
+        """Take new weights. Slots forget what they hold, unless the engine ``KeepsTurns``.
 
-        Trajectories under way go on all the same: before, they are interrupted (``Interruptible``),
-        and after, all their tokens are submitted again, as those of a new trajectory are.
+        Only called when no slot is busy, unless the engine ``KeepsTurns``. Trajectories under way
+        continue all the same: their turns are interrupted before (``Interruptible``), and
+        afterwards all their tokens are submitted again, like those of a new trajectory.
         """
+        ...
+
+
+@runtime_checkable
+class KeepsTurns(Protocol):
+    """An engine that takes new weights between two tokens of its turns: pause, load, resume.
+
+    ``load_weights`` may be called while slots are busy. No turn is cut or submitted again, slots
+    keep what they hold, and each completion says which weights sampled which token. The keys and
+    values of earlier tokens may stay those of the weights that sampled them.
+    """
+
+    @property
+    def keeps_turns(self) -> bool:
+        """Whether it does; a wrapper has the property in any case."""
+        ...
+
+
+@runtime_checkable
+class SamplesElsewhere(Protocol):
+    """An engine over servers, which another process can sample from as well."""
+
+    def give_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Any:
+        """Give the servers new weights, from all ranks together.
+
+        Returns:
+            What ``load_weights`` of the engine in the other process takes. It is pickled.
+        """
+        ...
+
+    def elsewhere(self) -> Callable[..., Engine]:
+        """What makes the engine in the other process, from the renderer there. It is pickled."""
         ...
 
 
@@ -78,16 +124,17 @@ class Engine(Protocol):
 class Interruptible(Protocol):
     """An engine that can hand over turns before they are finished. Others lose such turns.
 
-    It is used where collection runs ahead of learning (``max_staleness``). The collector calls
-    ``interrupt``, releases all slots, and after ``load_weights`` submits each trajectory whole,
-    the interrupted turn's tokens last; ``SamplingParams.resumed_tokens`` is their number. So an
-    engine needs no memory of what it held, and no completion mixes versions.
+    Used where turns are under way when new weights come (``max_staleness``) or an evaluation
+    begins. The player calls ``interrupt`` and releases all slots. After ``load_weights`` it submits
+    each trajectory whole, the interrupted turn's tokens last; ``SamplingParams.resumed_tokens`` is
+    their number. So the engine needs no memory of what it held, and computes the keys and values of
+    all tokens again with the new weights.
     """
 
     def interrupt(self) -> list[Completion]:
         """End the turns under way where they are: ``finish_reason`` is "interrupted".
 
-        No slot is busy afterwards, and those that were hold nothing. A turn may have no token yet,
+        Afterwards no slot is busy, and those that were hold nothing. A turn may have no token yet,
         or fewer than were sampled (an engine far away may not know them all): the rest is sampled
         again.
         """

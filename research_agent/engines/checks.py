@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from research_agent.errors import ContextError, ModelError, NonFiniteError
+from research_agent.errors import ConfigError, ContextError, ModelError, NonFiniteError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 CONTINUE = "The last checkpoint is intact, and the same command continues from it"
@@ -48,6 +49,22 @@ def require_room(slot: int, length: int, max_context: int) -> None:
         raise ContextError(f"{length} tokens leave no room to sample in a context of {max_context}")
 
 
+def require_gpus(kind: str, count: int, device: torch.device) -> None:
+    """Check that this machine has the GPUs that vLLM is to use; without any it runs on the CPU.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    import torch  # noqa: PLC0415 - slow to import
+
+    there = torch.cuda.device_count() if device.type == "cuda" else count
+    if count > there:
+        raise ConfigError(
+            f"--engine {kind} with {count} GPUs (tp times dp): {there} are visible here; lower tp "
+            "or dp, or look at CUDA_VISIBLE_DEVICES"
+        )
+
+
 def not_finite(version: int) -> NonFiniteError:
     """The error for log-probabilities that are not finite, of weights of this version."""
     return NonFiniteError(
@@ -72,6 +89,12 @@ class WeightNames:
         self._needed = [name for name, _ in model.named_parameters()]
         self.ties = {name: of_tensor[id(tensor)] for name, tensor in named.items()}
         """Of each name: all that the same tensor goes by, itself among them."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes in the order in which ``checked`` yields the weights of ``named_parameters``."""
+        ties = [tie for name in self._needed for tie in self.ties[name] if tie != name]
+        return {name: tuple(self._shapes[name]) for name in (*self._needed, *ties)}
 
     def require(self, name: str, weight: Tensor) -> None:
         """Check that the model has a weight of this name and shape.

@@ -7,14 +7,15 @@ import json
 import os
 import time
 import weakref
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-import httpx
+import aiohttp
+import msgspec
 import numpy as np
 
 from research_agent.errors import ConfigError
@@ -27,6 +28,7 @@ AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP status codes that are worth a retry; a server answers any other the same way again."""
 
 _LARGEST_ANSWER = 64 << 20  # bytes
+_ANY_JSON: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
 
 class RequestError(Exception):
@@ -82,95 +84,115 @@ def check_address(url: str, key: str = "") -> None:
         raise ConfigError(f"{url!r} is no server's address; write it as http://HOST:PORT")
 
 
-def make_client(url: str, key: str | None = None, connections: int = 256) -> httpx.AsyncClient:
-    """Make a client of one server, for one event loop.
+class Client:
+    """HTTP client of one server, for one event loop. It may be made before the loop runs.
 
     Args:
         url: the server's base address.
-        key: sent as a bearer token; no repr shows it.
+        key: sent as a bearer token; no attribute and no error shows it.
         connections: open connections at most; further requests wait, within their own timeout.
 
     Raises:
         ConfigError: see ``check_address``.
+
+    The environment's proxies are not used: samplers stand beside the trainer.
     """
-    check_address(url, key or "")
-    identity = {"Accept-Encoding": "identity"}  # a few compressed bytes could fill the memory
-    return httpx.AsyncClient(
-        base_url=url,
-        headers=identity | ({"Authorization": f"Bearer {key}"} if key else {}),
-        timeout=None,  # ``ask`` has one for the whole answer
-        limits=httpx.Limits(
-            max_connections=connections,
-            max_keepalive_connections=connections,
-            keepalive_expiry=2.0,  # vLLM closes after 5 s; a request could meet that and look lost
-        ),
-    )
 
+    def __init__(self, url: str, key: str | None = None, connections: int = 256) -> None:
+        check_address(url, key or "")
+        self._base = url.rstrip("/") + "/"
+        self._connections = connections
+        self._session: aiohttp.ClientSession | None = None
+        # Functions, since no attribute shall hold the key.
+        # A few compressed bytes could fill the memory.
+        self._headers: Callable[[], dict[str, str]] = lambda: {
+            "Accept-Encoding": "identity",
+            "Content-Type": "application/json",
+            **({"Authorization": f"Bearer {key}"} if key else {}),
+        }
+        self._shown: Callable[[str], str] = lambda text: one_line(redact(text[:10_000], key or ""))
 
-async def ask(
-    client: httpx.AsyncClient,
-    method: str,
-    path: str,
-    payload: Mapping[str, Any] | None = None,
-    *,
-    timeout: float,
-) -> Any:
-    """Send a request once.
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        payload: Any = None,
+        *,
+        timeout: float,
+        decoder: msgspec.json.Decoder[Any] = _ANY_JSON,
+    ) -> Any:
+        """Send a request once.
 
-    Args:
-        client: a client of the server.
-        method: such as "POST".
-        path: relative to the client's address.
-        payload: sent as JSON.
-        timeout: seconds until the last byte of the answer.
+        Args:
+            method: such as "POST".
+            path: relative to the client's address.
+            payload: sent as JSON.
+            timeout: seconds until the last byte of the answer.
+            decoder: of the answer's JSON; it may demand a type.
 
-    Returns:
-        The answer's JSON; None if it is empty.
+        Returns:
+            The answer's JSON; None if it is empty.
 
-    Raises:
-        RequestError: no answer, a status other than 200, a compressed or too large answer, or no
-            JSON. The message quotes the server without the key.
-    """
-    body = bytearray()
-    key = client.headers.get("Authorization", "").removeprefix("Bearer ")
+        Raises:
+            RequestError: no answer, a status other than 200, a compressed or too large answer, or
+                not the JSON that was asked for. The message quotes the server without the key.
+        """
+        data = None if payload is None else msgspec.json.encode(payload)
+        try:
+            async with asyncio.timeout(timeout):
+                status, body = await self._send(method, path, data)
+        except TimeoutError:
+            raise RequestError(f"no answer within {timeout:g} s") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            problem = f"{type(error).__name__}: {self._shown(str(error))}".rstrip(": ")
+            raise RequestError(problem) from None
+        if status != 200:
+            said = self._shown(_message(body))
+            raise RequestError(f"status {status}{': ' if said else ''}{said}", status=status)
+        if not body:
+            return None
+        try:
+            return decoder.decode(body)
+        except msgspec.ValidationError as error:
+            raise RequestError(f"the answer is not the JSON asked for ({error})") from None
+        except (msgspec.DecodeError, RecursionError):
+            raise RequestError("the answer is no JSON") from None
 
-    def safe(text: str) -> str:
-        return one_line(redact(text[:10_000], key))
-
-    try:
-        async with (
-            asyncio.timeout(timeout),
-            client.stream(method, path, json=payload) as response,
-        ):
+    async def _send(self, method: str, path: str, data: bytes | None) -> tuple[int, bytes]:
+        if self._session is None:  # it belongs to the loop that runs now
+            self._session = aiohttp.ClientSession(
+                headers=self._headers(),
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=aiohttp.ClientTimeout(total=None),
+                connector=aiohttp.TCPConnector(
+                    limit=self._connections,
+                    # vLLM closes after 5 s; a request could meet that and look lost.
+                    keepalive_timeout=2.0,
+                ),
+            )
+        async with self._session.request(
+            method, self._base + path, data=data, allow_redirects=False
+        ) as response:
             encoding = response.headers.get("Content-Encoding", "identity")
             if encoding.lower() != "identity":
                 raise RequestError(
                     f"an answer in Content-Encoding {one_line(encoding)!r}", status=415
                 )
-            async for part in response.aiter_raw():
+            body = bytearray()
+            async for part in response.content.iter_any():
                 body += part
                 if len(body) > _LARGEST_ANSWER:
                     raise RequestError(f"an answer of over {_LARGEST_ANSWER >> 20} MB", status=413)
-    except TimeoutError:
-        raise RequestError(f"no answer within {timeout:g} s") from None
-    except (httpx.HTTPError, httpx.StreamError, OSError) as error:
-        problem = f"{type(error).__name__}: {safe(str(error))}".rstrip(": ")
-        raise RequestError(problem) from None
-    if response.status_code != 200:
-        said = safe(_message(body))
-        raise RequestError(
-            f"status {response.status_code}{': ' if said else ''}{said}",
-            status=response.status_code,
-        )
-    if not body:
-        return None
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        raise RequestError("the answer is no JSON") from None
+            return response.status, bytes(body)
+
+    async def aclose(self) -> None:
+        """Close all connections, in the event loop that used them."""
+        if self._session is not None:
+            await self._session.close()
 
 
-def _message(body: bytes | bytearray) -> str:
+def _message(body: bytes) -> str:
     """The message in an error's body; OpenAI's format has a field for it."""
     text = body.decode("utf-8", "replace")
     try:
@@ -198,6 +220,34 @@ class Closable(Protocol):
         ...
 
 
+class LoopThread:
+    """An event loop in a thread of its own. Closing or deleting the object ends it.
+
+    Args:
+        name: of the thread.
+        clients: closed at the end.
+    """
+
+    def __init__(self, name: str, clients: Sequence[Closable]) -> None:
+        self.loop = asyncio.new_event_loop()
+        Thread(target=_run, args=(self.loop,), name=name, daemon=True).start()
+        # A function; the second call does nothing.
+        self.close = weakref.finalize(self, _stop, self.loop, clients)
+
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start a coroutine in the event loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the event loop, and return its result."""
+        future = self.start(coroutine)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C while waiting
+            raise
+
+
 class Turns(Generic[R]):
     """Coroutines that sample turns, one per slot, in a thread with an event loop of its own.
 
@@ -206,13 +256,10 @@ class Turns(Generic[R]):
 
     def __init__(self, name: str, clients: Sequence[Closable]) -> None:
         """Start the thread, with this name."""
-        loop = asyncio.new_event_loop()
-        Thread(target=_run, args=(loop,), name=name, daemon=True).start()
-        self._loop = loop
+        self._thread = LoopThread(name, clients)
         self._running: dict[int, Future[R]] = {}
         self._finished: SimpleQueue[tuple[int, Future[R]]] = SimpleQueue()
-        # A function; the second call does nothing.
-        self.close = weakref.finalize(self, _stop, loop, clients)
+        self.close, self.call = self._thread.close, self._thread.call
 
     @property
     def slots(self) -> list[int]:
@@ -227,7 +274,7 @@ class Turns(Generic[R]):
 
     def begin(self, slot: int, turn: Coroutine[Any, Any, R]) -> None:
         """Start the turn of a slot."""
-        future = asyncio.run_coroutine_threadsafe(turn, self._loop)
+        future = self._thread.start(turn)
         self._running[slot] = future
         finished = self._finished
         future.add_done_callback(lambda done: finished.put((slot, done)))
@@ -257,15 +304,6 @@ class Turns(Generic[R]):
                 del self._running[slot]
                 done[slot] = future.result()
         return done
-
-    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the event loop, and return its result."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # Ctrl-C while waiting
-            raise
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

@@ -21,8 +21,14 @@ Script = Callable[[Sequence[int], SamplingParams], Sequence[int]]
 @dataclass
 class _Turn:
     completion: Completion
-    begun: int  # steps of the engine then
-    due: int  # and when it is finished
+    begun: int  # steps of the engine when it began
+    due: int  # steps of the engine when it is finished
+    versions: list[int]  # of the tokens that were said before the last load of weights
+
+    def said(self, steps: int) -> int:
+        """How many tokens the time so far allowed."""
+        share = (steps - self.begun) / (self.due - self.begun)
+        return int(share * len(self.completion.tokens))
 
 
 class ScriptedEngine:
@@ -34,6 +40,7 @@ class ScriptedEngine:
         renderer: the tokenizer.
         max_context: tokens that a trajectory may have.
         delay: how many more steps a turn takes than one; called once a turn.
+        keeps_turns: turns continue when new weights come (see ``KeepsTurns``).
     """
 
     def __init__(
@@ -42,8 +49,11 @@ class ScriptedEngine:
         renderer: Renderer,
         max_context: int = 4096,
         delay: Callable[[], int] = lambda: 0,
+        *,
+        keeps_turns: bool = False,
     ) -> None:
         self.max_context = max_context
+        self.keeps_turns = keeps_turns
         self._script = script
         self._renderer = renderer
         self._delay = delay
@@ -90,7 +100,7 @@ class ScriptedEngine:
             version=self._version,
         )
         due = self._steps + 1 + self._delay()
-        self._turns[slot] = _Turn(completion, self._steps, due)
+        self._turns[slot] = _Turn(completion, self._steps, due, [])
         self._due[due].append(slot)
 
     def step(self) -> list[Completion]:
@@ -100,23 +110,23 @@ class ScriptedEngine:
         for slot in self._due.pop(self._steps, ()):
             turn = self._turns.get(slot)
             if turn is not None and turn.due == self._steps:
-                done.append(self._turns.pop(slot).completion)
+                done.append(self._versioned(self._turns.pop(slot)))
         return done
 
     def interrupt(self) -> list[Completion]:
         """End the turns under way: each has said the share of its tokens that its time allowed."""
         turns = []
         for slot, turn in sorted(self._turns.items()):
-            whole = turn.completion
-            share = (self._steps - turn.begun) / (turn.due - turn.begun)
-            said = whole.tokens[: int(share * len(whole.tokens))]
+            whole = self._versioned(turn)
+            count = turn.said(self._steps)
             turns.append(
                 replace(
                     whole,
-                    tokens=said,
-                    logprobs=whole.logprobs[: len(said)],
-                    text=self._renderer.decode(said),
+                    tokens=whole.tokens[:count],
+                    logprobs=whole.logprobs[:count],
+                    text=self._renderer.decode(whole.tokens[:count]),
                     finish_reason="interrupted",
+                    versions=whole.versions[:count],
                 )
             )
             self.release(slot)
@@ -128,9 +138,25 @@ class ScriptedEngine:
         self._held.pop(slot, None)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take a new version number; a script has no weights."""
+        """Take a new version number; a script has no weights.
+
+        Raises:
+            ValueError: a turn is under way, and the engine does not keep turns.
+        """
+        if not self.keeps_turns:
+            if self._turns:
+                raise ValueError(f"{self.busy} turns are under way; interrupt or release them")
+            self._held.clear()
+        for turn in self._turns.values():
+            new = turn.said(self._steps) - len(turn.versions)
+            turn.versions += [self._version] * new
         self._version = version
-        self._held.clear()
+
+    def _versioned(self, turn: _Turn) -> Completion:
+        """The turn with the versions of its tokens; those after the last load are the newest's."""
+        rest = len(turn.completion.tokens) - len(turn.versions)
+        versions = (*turn.versions, *[self._version] * rest)
+        return replace(turn.completion, version=self._version, versions=versions)
 
     def _cut(self, tokens: Sequence[int], stop: tuple[str, ...]) -> tuple[list[int], Finish]:
         said: list[int] = []

@@ -12,6 +12,7 @@ and a CUDA IPC handle cannot be opened where it was made.
 On a CPU the same weights and the same order of calls give the same bits, in another process too.
 
 Each process of several (``torchrun``) has an engine of its own with all weights, on its own device.
+In one process the weights can be spread over several GPUs (``--engine vllm:tp=2``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,9 +39,11 @@ from research_agent.engines.checks import (
     WeightNames,
     context_limit,
     not_finite,
+    require_gpus,
     require_room,
 )
 from research_agent.engines.remote import turn_seed
+from research_agent.engines.servers.weight_folder import READ_FILES, WeightFolder
 from research_agent.engines.watchdog import Watchdog
 from research_agent.errors import ConfigError, EngineError, ModelError
 
@@ -72,6 +76,7 @@ class VllmEngine:
         max_slots: how many trajectories may be held at once; slots are ``0 .. max_slots - 1``.
         max_context: tokens that a trajectory may have; the model's own limit by default.
         dtype: number format of vLLM's weights and cache; the model's own by default.
+        tensor_parallel: GPUs that vLLM's weights are spread over; above 1 in one process only.
         memory_share: of a GPU's memory, for vLLM's weights and cache; the rest is the learner's.
         patience: seconds after which a step has hung, and a watchdog ends the process.
 
@@ -92,6 +97,7 @@ class VllmEngine:
         max_context: int | None = None,
         *,
         dtype: str | None = None,
+        tensor_parallel: int = 1,
         memory_share: float = 0.4,
         patience: float = 600.0,
     ) -> None:
@@ -105,12 +111,30 @@ class VllmEngine:
         self._broken = ""
         self._names = WeightNames(model)
         dtype = dtype or str(model.dtype).removeprefix("torch.")
-        self._vllm = _start(model, max_slots, self.max_context, memory_share, dtype)
+        require_gpus("vllm", tensor_parallel, model.device)
+        if tensor_parallel > 1 and _several():
+            raise ConfigError(
+                f"vllm:tp={tensor_parallel} works in one process; with torchrun take "
+                f"--engine serve:tp={tensor_parallel}"
+            )
+        # The workers of several GPUs are processes of their own, and read weights from files.
+        folder = WeightFolder(self._names, getattr(torch, dtype)) if tensor_parallel > 1 else None
+        self._folder = folder
+        self._vllm = _start(
+            model,
+            max_slots,
+            self.max_context,
+            dtype=dtype,
+            tensor_parallel=tensor_parallel,
+            memory_share=memory_share,
+        )
         self._watchdog = Watchdog(
             f"research-agent: error: vLLM has hung for {patience:g} s. {CONTINUE}", patience
         )
         self.close = weakref.finalize(self, _close, self._vllm, self._watchdog)
         try:
+            if self._folder:
+                self._vllm.collective_rpc("update_config", kwargs=READ_FILES)
             self.load_weights(((n, p.detach()) for n, p in model.named_parameters()), 0)
             self._compare(model)
         except EngineError as error:
@@ -220,15 +244,22 @@ class VllmEngine:
         """
         if self._turns:
             raise ValueError(f"{self.busy} turns are under way; finish them before new weights")
-        new = self._names.checked(weights)
-        if not _several():  # there each is put together from all processes: no room for all of them
-            new = iter(list(new))  # checked, before any is taken
+        source: dict[str, Any]
+        if self._folder:
+            self._folder.write(weights, "new")
+            source = {"weights_path": str(Path(self._folder.root) / "new")}
+        else:
+            new = self._names.checked(weights)
+            if not _several():  # there each is put together from all ranks: no room for all of them
+                new = iter(list(new))  # checked, before any is taken
+            source = {"weights_iterator": new}
         self._held.clear()
         with self._at_work("taking new weights"):
-            new_weights = {"weights_iterator": new}
-            self._vllm.collective_rpc("reload_weights", kwargs=new_weights)
+            self._vllm.collective_rpc("reload_weights", kwargs=source)
             if not self._vllm.reset_prefix_cache():
                 raise RuntimeError("its prefix cache is still in use")
+        if self._folder:
+            self._folder.prune(())
         self._version = version
 
     def _finish(self, turn: _Turn, reason: str | None) -> Finish | None:
@@ -296,9 +327,18 @@ _started: list[Any] = []  # vLLM's engines in this process
 _closed: list[Any] = []  # those of them that nobody uses any more
 
 
-def _start(model: Any, max_slots: int, max_context: int, memory_share: float, dtype: Any) -> Any:
+def _start(
+    model: Any,
+    max_slots: int,
+    max_context: int,
+    *,
+    dtype: str,
+    tensor_parallel: int,
+    memory_share: float,
+) -> Any:
     """Start vLLM with the model's configuration and no weights; returns its engine."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its news break a progress bar
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
         raise ConfigError("VLLM_ENABLE_V1_MULTIPROCESSING is not 0; unset it for --engine vllm")
     try:
@@ -330,6 +370,7 @@ def _start(model: Any, max_slots: int, max_context: int, memory_share: float, dt
                 gpu_memory_utilization=memory_share,
                 # vLLM then starts no process, and joins those of torchrun, each as its own group.
                 distributed_executor_backend="external_launcher" if _several() else None,
+                tensor_parallel_size=tensor_parallel,
                 kv_cache_memory_bytes=_CPU_CACHE if own_cache else None,
                 block_size=_CPU_BLOCK if on_cpu else None,
                 enable_prefix_caching=True,

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from research_agent.active_rollout import Sampling
 from research_agent.engines.base import Engine
 from research_agent.environments import Environments
 from research_agent.errors import ConfigError
@@ -19,7 +20,7 @@ from research_agent.evaluation.predictions import as_record, open_predictions
 from research_agent.evaluation.summary import Outcome, Summary, main_metric, outcome, summarize
 from research_agent.files import write_atomic
 from research_agent.renderer import Renderer
-from research_agent.rollout import Sampling, collect
+from research_agent.rollout import collect
 from research_agent.terminal import printable
 from research_agent.trajectory import Trajectory
 
@@ -97,6 +98,18 @@ def evaluate(
         play(engine, environments, renderer, missing, sampling, seed=seed, on_finish=finished)
         summary = summarize(outcomes, known)
         write_atomic(output / "summary.json", json.dumps(asdict(summary), indent=1) + "\n")
+    return summary
+
+
+def record_evaluation(trajectories: Sequence[Trajectory], output: Path) -> Summary:
+    """Write episodes that have been played, each task once, as ``evaluate`` writes its own."""
+    wanted = frozenset((t.episode, t.sample) for t in trajectories)
+    records = [as_record(trajectory) for trajectory in trajectories]
+    with open_predictions(output, None, wanted) as (_, append):
+        for each in records:
+            append(each)
+    summary = summarize([outcome(each) for each in records], None)
+    write_atomic(output / "summary.json", json.dumps(asdict(summary), indent=1) + "\n")
     return summary
 
 

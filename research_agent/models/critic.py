@@ -7,18 +7,29 @@ policy.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from research_agent.algorithms.base import UsesCritic
 from research_agent.algorithms.functional import token_mean
-from research_agent.batch import Batch, MicroBatch, micro_batches
+from research_agent.batch import Batch, MicroBatch, Packing, micro_batches
+from research_agent.config import LearnerConfig
+from research_agent.distributed import (
+    all_reduce_sum,
+    local_tensor,
+    rank_and_size,
+    shard,
+    shard_batches,
+)
 from research_agent.errors import CheckpointError, NonFiniteError
 from research_agent.models.policy import Precision, action_hidden_states
+from research_agent.models.prepare import layers_of, set_up
+from research_agent.optimizer import Optimizer
+from research_agent.sharded import Read, allocate, copy_or_read, read_nothing
 
 METRICS = {
     "critic_loss": "half the squared error of the critic's values, clipped as the algorithm says,"
@@ -33,59 +44,75 @@ METRICS = {
 """What ``Critic.step`` reports."""
 
 
+class ValueModel(nn.Module):
+    """A body and a linear head, as a module: what FSDP wraps and hooks into."""
+
+    def __init__(self, body: Any, head: nn.Linear, precision: Precision) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+        self._precision: Precision = precision
+
+    def forward(self, micro: MicroBatch) -> Tensor:
+        """Values where the action tokens of a pass were sampled, [a]."""
+        device = micro.tokens.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self._precision == "bfloat16"):
+            states = action_hidden_states(self.body, micro)
+        states = states.to(self.head.weight.dtype)
+        values: Tensor = self.head(states).squeeze(1)
+        return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 class Critic:
-    """Values of the states in which action tokens were sampled, and their optimiser (AdamW).
+    """Values of the states in which action tokens were sampled, and their optimizer (AdamW).
 
     The body is a copy of the policy's, as it is now; the head is linear and begins at 0, so that
-    values do too and nothing is drawn at random.
+    values do too and nothing is drawn at random. Where the policy is sharded, so is the critic.
 
     Args:
         model: the policy: a causal language model of the transformers library.
-        learning_rate: after the warm-up.
-        warmup_steps: optimiser steps over which the learning rate rises in a line from zero.
-        value_clip: how far a step may move a value, as far as the loss goes.
-        weight_decay: of AdamW.
-        betas: of AdamW.
-        max_grad_norm: longer gradients are scaled down to this length.
-        micro_batch_tokens: the most tokens of a forward pass.
-        packed: as for ``micro_batches``; the model must have been prepared for it.
-        precision: of the matrix products.
+        algorithm: says the learning rate, its warm-up, and how values are clipped.
+        config: of the learner, whose other settings hold here too.
+        packing: as for ``micro_batches``; the model must have been prepared for it.
+        body: a copy of the policy's body from before it was sharded, where it is. Its weights, if
+            it has any, are replaced by the policy's.
     """
 
     def __init__(
         self,
         model: Any,
+        algorithm: UsesCritic,
+        config: LearnerConfig,
         *,
-        learning_rate: float,
-        warmup_steps: int,
-        value_clip: float,
-        weight_decay: float,
-        betas: tuple[float, float],
-        max_grad_norm: float,
-        micro_batch_tokens: int,
-        packed: bool = False,
-        precision: Precision = "float32",
+        packing: Packing = "off",
+        body: Any = None,
     ) -> None:
-        base, vocabulary_head = model.base_model, model.get_output_embeddings()
-        weight = vocabulary_head.weight
+        base = model.base_model if isinstance(model.base_model, nn.Module) else model
+        weight = model.get_output_embeddings().weight
         # As prepared: its layers keep, or do not keep, what enters them.
-        self.body: Any = deepcopy(base if isinstance(base, nn.Module) else model)
-        self.head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=weight.dtype)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-        self._modules = nn.ModuleDict({"body": self.body, "head": self.head})
-        self._parameters = [p for p in self._modules.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay
+        copied = deepcopy(base) if body is None else body
+        head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=weight.dtype)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        self.model = ValueModel(copied, head, config.precision)
+        if body is not None:
+            _shard_like(self.model, base, config, packing=packing)
+        self._optimizer = Optimizer(
+            {n: p for n, p in self.model.named_parameters() if p.requires_grad},
+            learning_rate=algorithm.critic_learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            warmup_steps=algorithm.critic_warmup_steps,
+            max_grad_norm=config.max_grad_norm,
         )
-        self._learning_rate = learning_rate
-        self._warmup_steps = warmup_steps
-        self._value_clip = value_clip
-        self._max_grad_norm = max_grad_norm
-        self._micro_batch_tokens = micro_batch_tokens
-        self._packed = packed
-        self._precision: Precision = precision
-        self.steps = 0
+        self._value_clip = algorithm.value_clip
+        self._budget = config.micro_batch_tokens
+        self._packing: Packing = packing
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps made so far."""
+        return self._optimizer.steps
 
     @torch.no_grad()
     def values(self, batch: Batch) -> Tensor:
@@ -97,13 +124,17 @@ class Critic:
         Returns:
             The values, [A], in float32 (float64 if the model is).
         """
-        passes = list(micro_batches(batch, self._micro_batch_tokens, packed=self._packed))
-        found = torch.cat([self._of(micro) for micro in passes])
-        picked = torch.cat([micro.token_index for micro in passes])
-        return torch.empty_like(found).index_copy(0, picked, found)
+        found: Tensor | None = None
+        for micro, counts in shard_batches(self._passes(batch)):
+            values = self.model(micro)
+            if found is None:
+                found = values.new_zeros(len(batch.targets))
+            if counts:
+                found[micro.token_index] = values
+        return batch.sampler_logprobs.new_zeros(0) if found is None else all_reduce_sum(found)
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """Draw the values towards the returns, by one optimiser step.
+        """Draw the values towards the returns, by one optimizer step.
 
         Args:
             batch: its ``values`` and ``returns`` filled in.
@@ -118,75 +149,91 @@ class Critic:
         if old is None or returns is None:
             raise ValueError("the batch has no values or no returns; fill it first")
         weights = token_mean(batch.lengths, batch.seq_ids)
-        sums: dict[str, float] = defaultdict(float)
+        sums = torch.zeros(2, dtype=torch.float64, device=old.device)
         try:
-            for micro in micro_batches(batch, self._micro_batch_tokens, packed=self._packed):
-                value = self._of(micro)
+            for micro, counts in shard_batches(self._passes(batch)):
+                value = self.model(micro)
                 goal = returns[micro.token_index].to(value.dtype)
                 errors, clipped = value_errors(
                     value, old[micro.token_index].to(value.dtype), goal, self._value_clip
                 )
-                share = weights[micro.token_index].to(value.dtype)
+                share = weights[micro.token_index].to(value.dtype) * counts
                 loss = (share * errors).sum()
                 loss.backward()  # type: ignore[no-untyped-call]
-                sums["critic_loss"] += loss.item()
-                sums["critic_clip_fraction"] += (share * clipped).sum().item()
-            norm = nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+                sums += torch.stack([loss.detach(), (share * clipped).sum()]).double()
+            norm = self._optimizer.clip()
             if not norm.isfinite():
                 message = (
                     f"the critic's gradient is not finite (its norm is {norm.item()}) after"
                     f" {self.steps} steps of it; lower critic_learning_rate"
                 )
                 raise NonFiniteError(message)
-            warm = min(1.0, (self.steps + 1) / max(1, self._warmup_steps))
-            for group in self._optimizer.param_groups:
-                group["lr"] = self._learning_rate * warm
             self._optimizer.step()
-            self.steps += 1
         finally:
             self._optimizer.zero_grad()
+        loss_, clip_fraction = all_reduce_sum(sums).tolist()
         variance = returns.var(correction=0).item()
         left = (returns - old).var(correction=0).item()
-        return dict(sums) | {
+        return {
+            "critic_loss": loss_,
+            "critic_clip_fraction": clip_fraction,
             "critic_grad_norm": norm.item(),
             "value": old.mean().item(),
             "explained_variance": 1 - left / variance if variance > 0 else 0.0,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, step count and optimiser moments; the tensors are the live ones."""
+        """Weights, step count and optimizer moments; the tensors are the live ones."""
         return {
             "steps": self.steps,
-            "weights": dict(self._modules.state_dict()),
-            "moments": self._optimizer.state_dict()["state"],
+            "weights": dict(self.model.named_parameters()),
+            "moments": self._optimizer.moments(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], read: Read = read_nothing) -> None:
         """Take up the state of a critic of the same model, to the bit.
+
+        Args:
+            state: what ``state_dict`` returned; tensors of a checkpoint may be in its files still.
+            read: reads such tensors in place.
 
         Raises:
             CheckpointError: the state is that of another model.
         """
         try:
-            self._modules.load_state_dict(dict(state["weights"]))
-        except RuntimeError as error:
-            message = f"the critic's state is that of another model: {error}"
-            raise CheckpointError(message) from error
-        self.steps = int(state["steps"])
-        moments = {
-            number: {key: value.clone() for key, value in of_one.items()}
-            for number, of_one in state["moments"].items()
-        }
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            copy_or_read(dict(self.model.named_parameters()), state["weights"], read)
+            self._optimizer.load(state["moments"], int(state["steps"]), read)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the critic's state is that of another model: {error}"
+            ) from error
 
-    def _of(self, micro: MicroBatch) -> Tensor:
-        device = micro.tokens.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self._precision == "bfloat16"):
-            states = action_hidden_states(self.body, micro)
-        states = states.to(self.head.weight.dtype)
-        values: Tensor = self.head(states).squeeze(1)
-        return values.to(torch.promote_types(values.dtype, torch.float32))
+    def _passes(self, batch: Batch) -> Iterator[MicroBatch]:
+        ranks = rank_and_size()[1]
+        return micro_batches(batch, self._budget, packing=self._packing, ranks=ranks)
+
+
+def _shard_like(
+    model: ValueModel, base: nn.Module, config: LearnerConfig, *, packing: Packing
+) -> None:
+    """Shard a critic as the policy's body is, and give it the same weights."""
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow to import
+
+    checkpointing, compiled = config.gradient_checkpointing, config.compile
+    set_up(model.body, packing=packing, gradient_checkpointing=checkpointing, compile=compiled)
+    given = dict(base.named_parameters())
+    first = next(iter(given.values()))
+    assert isinstance(first, DTensor)
+    units = [*layers_of(model.body), model.body.get_input_embeddings()]
+    half = config.precision == "bfloat16"
+    model.head.to_empty(device=first.device)
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    shard(model, units, first.device_mesh, half=half, exact=[model.head])
+    allocate(model, first.device)
+    with torch.no_grad():
+        for name, parameter in model.body.named_parameters():
+            local_tensor(parameter).copy_(local_tensor(given[name]))
 
 
 def value_errors(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pickle
 import struct
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,10 +16,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from research_agent.batch import Batch, MicroBatch, micro_batches
-from research_agent.distributed import all_reduce_sum, shard_batches
-from research_agent.errors import ModelError, ResearchAgentError
-from research_agent.models.probe import logit_difference, plain_logits, probe_sequences
+from research_agent.batch import Batch, MicroBatch, Packing, micro_batches
+from research_agent.distributed import all_reduce_sum, rank_and_size, shard_batches
+from research_agent.errors import ModelError
+from research_agent.models.prepare import (
+    layers_of,
+    output_logits,
+    require_learnable,
+    tree_options,
+)
 from research_agent.models.source import (
     ModelSource,
     generation_settings,
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "bfloat16"]
 
-_LOADING_ERRORS: tuple[type[Exception], ...] = (
+LOADING_ERRORS: tuple[type[Exception], ...] = (
     OSError,
     ValueError,
     KeyError,
@@ -80,17 +84,42 @@ def load_model(
             head alone.
     """
     source = model_source(name)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(device)
     model = _open(source, str(name), getattr(torch, dtype))
     if source.adapter is not None and merge_adapter:
         from research_agent.models.lora import merge_adapter as merge  # noqa: PLC0415
 
         model = merge(model, source.adapter)
-    _repair_generation(model, str(name))
+    repair_generation(model, str(name))
     model = model.to(device).eval()
+    if model.device.type == "cpu":
+        # Weights in a mapped file begin anywhere, and where they begin decides the last bits of a
+        # product: a continued run would differ from one that was never stopped.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     require_learnable(model, str(name))
     return model
+
+
+def find_device(name: str) -> str:
+    """The device that a name stands for: "auto" is cuda where there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def save_settings(model: Any, folder: Path) -> None:
+    """Write what ``save_pretrained`` writes of a model beside its weights.
+
+    Args:
+        model: a causal language model of the transformers library; it may be sharded.
+        folder: it exists.
+    """
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def _open(source: ModelSource, name: str, dtype: torch.dtype) -> Any:
@@ -100,10 +129,10 @@ def _open(source: ModelSource, name: str, dtype: torch.dtype) -> Any:
     options = {**source.options, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(source.place, **options)
-        _refuse_quantized(config, name)
+        refuse_quantized(config, name)
         # A configuration may name an attention that it would have downloaded and run.
         config._attn_implementation = None
-        if (tokens := _tokens_of_unreadable(source.place, name)) is not None:
+        if (tokens := tokens_of_unreadable(source.place, name)) is not None:
             options["generation_config"] = tokens
         model, loaded = AutoModelForCausalLM.from_pretrained(
             source.place, config=config, dtype=dtype, output_loading_info=True, **options
@@ -112,7 +141,7 @@ def _open(source: ModelSource, name: str, dtype: torch.dtype) -> Any:
         cure = "pip install gguf" if source.gguf_file else "install it"
         message = f"the model {name!r} needs a package that is missing: {error}; {cure}"
         raise ModelError(message) from error
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         message = (
             f"the model {name!r} cannot be opened: {error}. Give a folder with config.json and"
             " model.safetensors, a GGUF file, or a name on the Hugging Face hub"
@@ -146,103 +175,6 @@ def require_ends(model: Any, renderer: Renderer) -> None:
 def frozen_copy(model: nn.Module) -> nn.Module:
     """Copy a model, as a reference policy that does not learn."""
     return deepcopy(model).eval().requires_grad_(False)
-
-
-def prepare(
-    model: Any, *, packed: bool = False, gradient_checkpointing: bool = False, compile: bool = False
-) -> None:
-    """Set up how a model runs in a learner.
-
-    What it computes stays the same, if its dropouts are modules of their own, as in all models of
-    today: a layer that is checkpointed is in training mode itself, and what is inside it is not.
-
-    Args:
-        model: a causal language model of the transformers library; it is changed.
-        packed: several trajectories share a row; see ``research_agent.models.attention``.
-        gradient_checkpointing: keep only what enters each layer, and compute the rest again for the
-            gradient.
-        compile: let torch.compile fuse the operations of each layer.
-
-    Raises:
-        ModelError: the architecture cannot do it, or would compute something else.
-    """
-    layers = layers_of(model)
-    if (gradient_checkpointing or compile) and not layers:
-        message = f"{type(model).__name__} names no layers to checkpoint or compile; turn both off"
-        raise ModelError(message)
-    if packed:
-        _pack(model)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in layers:  # it checkpoints in training mode only; its dropouts are inside it
-            layer.training = True
-    if compile:
-        for layer in layers:
-            layer.compile(dynamic=True)
-
-
-def _pack(model: Any) -> None:
-    """Let trajectories share a row, and prove on two of them that none sees its neighbour."""
-    from research_agent.models.attention import PACKED  # noqa: PLC0415
-    from research_agent.models.recurrent import split_recurrent_layers  # noqa: PLC0415
-
-    name = type(model).__name__
-    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    join = split_recurrent_layers(model)
-    try:
-        sequences = probe_sequences(model)
-        expected = [plain_logits(model, tokens) for tokens in sequences]
-        model.set_attn_implementation(PACKED)
-        found = _packed_logits(model, sequences)
-        difference = next(filter(None, map(logit_difference, found, expected)), "")
-    except (ResearchAgentError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        difference = str(error)
-    if difference:
-        join()
-        if before is not None and model.config._attn_implementation != before:
-            model.set_attn_implementation(before)
-        message = f"trajectories of {name} cannot share a row: {difference}; use --packing off"
-        raise ModelError(message)
-
-
-@torch.no_grad()
-def _packed_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Logits of sequences in one row, [tokens, words] each."""
-    lengths, device = [len(s) for s in sequences], model.device
-    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    options: dict[str, Any] = {
-        "position_ids": torch.cat([torch.arange(n, device=device) for n in lengths])[None],
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-    }
-    row = torch.tensor([token for s in sequences for token in s], device=device)[None]
-    states = model.base_model(input_ids=row, use_cache=False, **options).last_hidden_state
-    return list(torch.split(output_logits(model)(states)[0], lengths))
-
-
-def output_logits(model: Any) -> Callable[[Tensor], Tensor]:
-    """What turns a model's last hidden states into logits: its head, scale and soft cap.
-
-    Args:
-        model: a causal language model of the transformers library. Its configuration may scale the
-            logits (Granite, Cohere, Falcon-H1) or cap them (Gemma 2).
-
-    Returns:
-        A function of states [..., hidden size] to logits [..., words].
-    """
-    head, config = model.get_output_embeddings(), model.config
-    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1
-    scale /= getattr(config, "logits_scaling", None) or 1
-    cap = getattr(config, "final_logit_softcapping", None)
-
-    def logits(states: Tensor) -> Tensor:
-        out: Tensor = head(states)
-        out = out if scale == 1 else out * scale
-        return out if cap is None else (out / cap).tanh() * cap
-
-    return logits
 
 
 def token_logprobs(
@@ -280,8 +212,10 @@ def token_logprobs(
     score = _compiled_score() if compile else _score
     with torch.autocast(targets.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         states = action_hidden_states(model, micro)
+        if micro.distinct is not None:
+            states, targets = states[micro.distinct], targets[micro.distinct]
         if len(states) <= rows:
-            return score(head(states), targets, temperature)
+            return _spread(score(head(states), targets, temperature), micro)
         pieces = [
             checkpoint(
                 lambda states, targets: score(head(states), targets, temperature),
@@ -291,7 +225,15 @@ def token_logprobs(
             )
             for piece in zip(torch.split(states, rows), torch.split(targets, rows), strict=True)
         ]
-    return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
+    logprobs, entropy = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return _spread((logprobs, entropy), micro)
+
+
+def _spread(scored: tuple[Tensor, Tensor], micro: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Give every action token the values of the distinct one that it equals."""
+    if micro.distinct_of is None:
+        return scored
+    return scored[0][micro.distinct_of], scored[1][micro.distinct_of]
 
 
 def action_hidden_states(model: Any, micro: MicroBatch) -> Tensor:
@@ -313,6 +255,8 @@ def action_hidden_states(model: Any, micro: MicroBatch) -> Tensor:
             "max_length_q": micro.max_seqlen,
             "max_length_k": micro.max_seqlen,
         }
+    if micro.tree is not None:
+        packing |= tree_options(micro.tree)
     # No attention mask: padding is on the right, so plain causal attention is right, and quick.
     output = model.base_model(input_ids=micro.tokens, use_cache=False, **packing)
     states: Tensor = output.last_hidden_state.flatten(0, 1).index_select(0, micro.logit_index)
@@ -339,16 +283,21 @@ class TokenLogprobs(nn.Module):
         self._settings: dict[str, Any] = {"precision": precision, "compile": compile}
         self._temperature = temperature
 
-    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies of the action tokens of a pass."""
+    def forward(self, micro: MicroBatch | Callable[[Any], Any]) -> Any:
+        """Log-probabilities and entropies of the action tokens of a pass.
+
+        Or the result of a function of the model: FSDP gathers the model's weights in here only.
+        """
+        if not isinstance(micro, MicroBatch):
+            return micro(self.model)
         return token_logprobs(self.model, micro, self._temperature, **self._settings)
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model of the transformers library, where it names them."""
-    from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: PLC0415
-
-    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+def gathered_units(model: Any) -> list[nn.Module]:
+    """The modules whose weights FSDP gathers on their own: the layers, and an untied embedding."""
+    embedding = model.get_input_embeddings()
+    tied = embedding.weight is model.get_output_embeddings().weight
+    return layers_of(model) if tied else [*layers_of(model), embedding]
 
 
 @torch.no_grad()
@@ -357,7 +306,7 @@ def batch_logprobs(
     batch: Batch,
     max_tokens: int,
     *,
-    packed: bool = False,
+    packing: Packing = "off",
 ) -> Tensor:
     """Compute the log-probabilities of all action tokens of a batch, without gradient.
 
@@ -365,13 +314,15 @@ def batch_logprobs(
         score: what computes those of a pass, and something else: a ``TokenLogprobs``.
         batch: A action tokens.
         max_tokens: the most tokens of a pass, padding included.
-        packed: as for ``micro_batches``.
+        packing: as for ``micro_batches``.
 
     Returns:
         The log-probabilities, [A].
     """
     found: Tensor | None = None
-    for micro, counts in shard_batches(micro_batches(batch, max_tokens, packed=packed)):
+    ranks = rank_and_size()[1]
+    passes = micro_batches(batch, max_tokens, packing=packing, ranks=ranks)
+    for micro, counts in shard_batches(passes):
         logprobs = score(micro)[0]
         if found is None:
             found = logprobs.new_zeros(len(batch.targets))
@@ -409,7 +360,8 @@ def _plain_weights(model: Any, dtype: torch.dtype) -> Any:
     return plain
 
 
-def _refuse_quantized(config: Any, name: str) -> None:
+def refuse_quantized(config: Any, name: str) -> None:
+    """Refuse a configuration of quantized weights, which cannot learn."""
     found = getattr(config, "quantization_config", None)
     if not found:
         return
@@ -421,7 +373,7 @@ def _refuse_quantized(config: Any, name: str) -> None:
     )
 
 
-def _repair_generation(model: Any, name: str) -> None:
+def repair_generation(model: Any, name: str) -> None:
     """Drop what a generation_config says where it could not be saved; its end tokens stay.
 
     Sampling is ours, so nothing else of it is used.
@@ -443,7 +395,7 @@ def _repair_generation(model: Any, name: str) -> None:
     _say_repaired(name, cause)
 
 
-def _tokens_of_unreadable(place: str, name: str) -> Any:
+def tokens_of_unreadable(place: str, name: str) -> Any:
     """The special tokens of a generation_config that the library refuses; None where it reads."""
     from transformers import GenerationConfig  # noqa: PLC0415
 
@@ -472,34 +424,6 @@ def _say_repaired(name: str, cause: object) -> None:
         " are kept, as sampling is set by this package",
         stacklevel=4,
     )
-
-
-@torch.no_grad()
-def require_learnable(model: Any, name: str) -> None:
-    """Compare what the learner computes with the model's own logits, on two short sequences.
-
-    The learner gives its rows no mask, pads them on the right, and makes logits of the last hidden
-    states by ``output_logits``. Models that change their logits in another way differ.
-
-    Args:
-        model: a causal language model of the transformers library.
-        name: of the model, for the message.
-
-    Raises:
-        ModelError: they differ by more than rounding.
-    """
-    sequences = probe_sequences(model)
-    head = output_logits(model)
-    padded = nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
-    padded = padded.to(model.device)
-    states = model.base_model(input_ids=padded, use_cache=False).last_hidden_state
-    for row, tokens in zip(head(states), sequences, strict=True):
-        expected = plain_logits(model, tokens)
-        if difference := logit_difference(row[: len(tokens)], expected):
-            raise ModelError(
-                f"the model {name!r} changes its logits after its head, or sees padding:"
-                f" {difference}; this is not supported"
-            )
 
 
 def context_length(model: Any, wanted: int) -> int:

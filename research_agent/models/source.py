@@ -68,6 +68,14 @@ def resolve_model(name: str | Path) -> str:
     return text
 
 
+def starting_model(model: str) -> str:
+    """The model to start from; of another run's folder its newest checkpoint."""
+    from research_agent.checkpoint import latest  # noqa: PLC0415 - loads torch
+
+    newest = latest(Path(model).expanduser() / "checkpoints")
+    return str(newest) if newest else model
+
+
 def _near_names(path: Path, starters: Iterable[str]) -> list[str]:
     """Starters and models beside a path whose names are like the path's."""
     is_model = ("config.json", _ADAPTER_CONFIG, "checkpoints")

@@ -1,11 +1,19 @@
-"""A vLLM server without vLLM: it speaks the few words that the server engine needs."""
+"""A vLLM server without vLLM: it speaks the few words that the server engine needs.
+
+As a program (``python -m tests.research_agent.fake_vllm``) it takes the arguments of vLLM's server,
+and writes its own, its environment and its process id into the file ``FAKE_VLLM_RECORD``.
+"""
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 import pickle
+import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +21,20 @@ from queue import SimpleQueue
 from typing import Any
 
 from safetensors import safe_open
+
+INSPECTION = """Qwen2ForCausalLM()(
+  (model): Qwen2Model()(
+    (embed_tokens): VocabParallelEmbedding(embedding_dim={width}, org_vocab_size={tokens})
+    (layers): ModuleList()(
+      (0-{last}): 2 x Qwen2DecoderLayer()(
+        (experts): ModuleList()(
+          (0-63): 64 x Expert()
+        )
+      )
+    )
+    (norm): RMSNorm(hidden_size={width}, eps=1e-06)
+  )
+)"""
 
 
 def script(tokens: Sequence[int], seed: int, count: int) -> list[int]:
@@ -33,27 +55,39 @@ class FakeVllm:
         turns: (token ids, sampling parameters) of each.
         calls: the path of each request, and its body.
         weights: names and values of the last weights it read.
-        wires: what is broadcast in NCCL groups, by their port.
+        wires: what is broadcast in NCCL groups, by their port and the rank of who listens.
         transfer: how it takes weights over a wire: "well", or one of the faults in ``_take``.
     """
 
     def __init__(self, **settings: Any) -> None:
+        self.port = 0  # any
         self.mode = "well"
         self.fails = 1_000_000
         self.context = 256
-        self.raw = False  # log-probabilities that know no temperature
+        self.dtype = "float32"
+        self.logprobs = "processed_logprobs"
+        self.quantization: str | None = None
+        self.software = "0.32.0"
+        self.backend = "nccl"
+        self.unpickles = True
+        self.sizes = (2, 264, 128)  # layers, tokens, width
+        self.paused = False
+        self.workers: list[str] | None = None  # of a router
+        self.balances = False  # other servers answer each time
+        self.dummy = False  # it started without weights, and cannot read any
+        self.reloads = True  # whether it can read weights from a folder
         self.missing: dict[str, int] = {}  # path -> status
         self.gate = threading.Event()
         self.gate.set()
         self.hung = threading.Event()
         self.aborted = threading.Event()
-        self.version = "default"
+        self.version = self.before = "default"
         self.turns: list[tuple[list[int], dict[str, Any]]] = []
         self.calls: list[tuple[str, Any]] = []
         self.keys: list[str | None] = []
         self.weights: dict[str, Any] = {}
         self.gpus = 1
-        self.wires: dict[int, SimpleQueue[Any]] = {}
+        self.wires: dict[tuple[int, int], SimpleQueue[Any]] = {}
         self.transfer = "well"
         self.updating = False
         self.group: dict[str, Any] = {}
@@ -84,7 +118,7 @@ class FakeVllm:
             def handle_error(self, *_: Any) -> None:
                 pass  # a client that has gone
 
-        self.http = Http(("127.0.0.1", 0), Handler)
+        self.http = Http(("127.0.0.1", self.port), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -93,6 +127,15 @@ class FakeVllm:
         self.stopped = True
         self.http.shutdown()
         self.http.server_close()
+
+    def folders(self) -> list[Path]:
+        """The folders that it was told to read weights from."""
+        rpc = [body for path, body in self.calls if path == "/collective_rpc"]
+        return [
+            Path(each["kwargs"]["weights_path"])
+            for each in rpc
+            if each["method"] == "reload_weights"
+        ]
 
     def paths(self) -> list[str]:
         return [path for path, _ in self.calls]
@@ -111,7 +154,7 @@ class FakeVllm:
             handler.close_connection = True
             return
         data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-        if data in (b"500", b"400"):
+        if data in (b"500", b"404", b"400"):
             status = int(data)
             said = "out of memory" if status == 500 else "this is too long"
             data = json.dumps({"error": {"message": said}}).encode()
@@ -123,7 +166,12 @@ class FakeVllm:
     def reply(self, path: str, body: Any) -> Any:
         answers: dict[str, Callable[[Any], Any]] = {
             "/v1/models": self._models,
-            "/collective_rpc": self._reload,
+            "/server_info": self._info,
+            "/list_workers": lambda _: b"404" if self.workers is None else {"urls": self.workers},
+            "/version": lambda _: {"version": self.software},
+            "/collective_rpc": self._call,
+            "/pause": lambda _: self._pause(True),
+            "/resume": lambda _: self._pause(False),
             "/update_weight_version": self._set_version,
             "/weight_info": lambda _: {"weight_version": self.version},
             "/get_world_size": lambda _: {"world_size": self.gpus},
@@ -139,7 +187,30 @@ class FakeVllm:
     def _models(self, _: Any) -> Any:
         return {"data": [{"id": "the model", "max_model_len": self.context}]}
 
-    def _reload(self, body: Any) -> Any:
+    def _info(self, _: Any) -> Any:
+        model = {"dtype": f"torch.{self.dtype}", "logprobs_mode": self.logprobs}
+        return {
+            "vllm_config": {
+                "model_config": {**model, "quantization": self.quantization},
+                "weight_transfer_config": {"backend": self.backend},
+                "instance_id": str(len(self.calls)) if self.balances else "1",
+            },
+            "vllm_env": {"VLLM_ALLOW_INSECURE_SERIALIZATION": self.unpickles},
+        }
+
+    def _pause(self, paused: bool) -> Any:
+        self.paused = paused
+        return {}
+
+    def _call(self, body: Any) -> Any:
+        if body["method"] == "get_model_inspection":
+            layers, tokens, width = self.sizes
+            return {"results": [INSPECTION.format(last=layers - 1, tokens=tokens, width=width)]}
+        if body["method"] == "update_config":
+            self.dummy = body["kwargs"]["overrides"]["load_config"]["load_format"] == "dummy"
+            return {"results": [None]}
+        if self.dummy or not self.reloads:
+            return b"500"
         folder = Path(body["kwargs"]["weights_path"])
         self.weights = {}
         for file in sorted(folder.iterdir()):
@@ -172,7 +243,7 @@ class FakeVllm:
         if pickled := info.get("ipc_handles_pickled"):
             tensors = pickle.loads(base64.b64decode(pickled))
         else:
-            wire = self.wires[self.group["master_port"]]
+            wire = self.wires[self.group["master_port"], self.group["rank_offset"]]
             tensors = [wire.get(timeout=20) for _ in names]
         assert info["shapes"] == [list(tensor.shape) for tensor in tensors]
         assert info["dtype_names"] == [str(tensor.dtype).split(".")[1] for tensor in tensors]
@@ -186,7 +257,7 @@ class FakeVllm:
         return {}
 
     def _set_version(self, body: Any) -> Any:
-        self.version = body["new_version"]
+        self.before, self.version = self.version, body["new_version"]
         return {"success": True}
 
     def _abort(self, _: Any) -> Any:
@@ -195,17 +266,15 @@ class FakeVllm:
 
     def _generate(self, body: Any) -> Any:
         tokens, params = body["token_ids"], body["sampling_params"]
-        if params["logprobs"]:  # a probe
-            hot = 1 if self.raw else params["temperature"]
-            top = {1: [-0.5, -1.5, -2.5], 2: [-0.8, -1.3, -1.8]}[hot]
-            tops = [{"token_id": i, "logprob": logprob} for i, logprob in enumerate(top)]
-            return _choice([0], [-0.5], "length", self.version, top_logprobs=tops)
+        if "stop" not in params:  # a probe
+            return _choice([0], [-0.5], "length", self.version)
         with self.lock:
             self.turns.append((tokens, params))
             self.now += 1
             self.most = max(self.most, self.now)
         try:
-            while not self.gate.wait(0.01):
+            while not self.gate.wait(0.01) or self.paused:
+                time.sleep(0.005)
                 if self.aborted.is_set():
                     said = script(tokens, params["seed"], 2)
                     return _choice(said, [-1.0, -1.0], "abort", self.version)
@@ -234,8 +303,18 @@ class FakeVllm:
             "unequal": _choice(said, logprobs[:-1], "length", self.version),
             "old": _choice(said, logprobs, "length", "default"),
             "nan": _choice(said, [-9999.0] * len(said), "length", self.version),
+            "mixed": self._mixed(said, logprobs),
             "well": _choice(said, logprobs, "length", self.version),
         }[mode]
+
+    def _mixed(self, said: list[int], logprobs: list[float]) -> dict[str, Any]:
+        """A turn whose first half was sampled with the weights before."""
+        answer, half = _choice(said, logprobs, "length", self.version), len(said) // 2
+        answer["choices"][0]["weight_versions"] = [
+            {"version": self.before, "start": 0, "end": half},
+            {"version": self.version, "start": half, "end": len(said)},
+        ]
+        return answer
 
 
 def _choice(
@@ -253,3 +332,25 @@ def _choice(
             }
         ]
     }
+
+
+def main(words: list[str]) -> None:
+    """Serve until a signal comes; with ``FAKE_VLLM_FAILS`` end at once with that message."""
+    if message := os.environ.get("FAKE_VLLM_FAILS"):
+        sys.exit(message)
+    names = [word.removeprefix("--") for word in words]
+    settings = dict(zip(names, [*words[1:], ""], strict=True))
+    FakeVllm(
+        port=int(settings["port"]),
+        context=int(settings["max-model-len"]),
+        dtype=settings["dtype"],
+        dummy=settings.get("load-format") == "dummy",
+    )
+    record = {"pid": os.getpid(), "settings": settings, "environment": dict(os.environ)}
+    if file := os.environ.get("FAKE_VLLM_RECORD"):
+        Path(file).write_text(json.dumps(record))
+    signal.pause()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

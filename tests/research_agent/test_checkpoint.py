@@ -112,7 +112,7 @@ def test_half_written_folders_are_never_picked_and_are_cleared(tmp_path: Path) -
     assert (tmp_path / "step-000002" / "model.safetensors").read_bytes() == b"m" * 64
 
 
-@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+@pytest.mark.parametrize("name", ["state.json", "state/state.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "cut", "rubbish"])
 def test_a_damaged_checkpoint_says_which_and_what_to_do(
     tmp_path: Path, name: str, damage: str

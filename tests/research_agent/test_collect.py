@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from research_agent.active_rollout import trajectory_seed
 from research_agent.engines.base import SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.environments import StepResult, make_environments
 from research_agent.errors import ConfigError, ContextError, EnvironmentContractError
 from research_agent.renderer import Renderer
-from research_agent.rollout import collect, trajectory_seed
+from research_agent.rollout import collect
 from research_agent.trajectory import Trajectory
 from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
 from tests.research_agent.toy_env import CopyLetter, CopyLetterVector

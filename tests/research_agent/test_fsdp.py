@@ -1,4 +1,4 @@
-"""Two processes learn what one learns."""
+"""Several ranks learn, save and resume what one process does, and each holds its share only."""
 
 from __future__ import annotations
 
@@ -8,32 +8,136 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from research_agent import distributed
-from tests.research_agent.fsdp_worker import learn
-from tests.research_agent.torchrun import in_two_processes
+from tests.research_agent import fsdp_worker
+from tests.research_agent.conftest import tiny_qwen2
+from tests.research_agent.fsdp_worker import CASES, RESUMED
+from tests.research_agent.torchrun import in_processes
+
+LAYERS = 24
+
+
+def large_qwen2() -> Qwen2ForCausalLM:
+    """A model whose weights are much more than the activations of a few tokens."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of one, two and three ranks."""
+    pytest.importorskip("peft")
+    place = tmp_path_factory.mktemp("ranks")
+    tiny_qwen2(50).double().save_pretrained(place / "model")
+    large_qwen2().save_pretrained(place / "large")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    fsdp_worker.run(place)
+    ends, _, errors = in_processes(3, "tests.research_agent.fsdp_worker", str(place), "RANK")
+    assert ends == [0, 0, 0], errors[-6000:]
+    fsdp_worker.resume_all(place)
+    torch.set_num_threads(threads)
+    return place
+
+
+def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.allclose(found[name], weight, rtol=1e-6, atol=1e-9), name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings",
-    [{"packing": "on"}, {"packing": "off", "gradient_checkpointing": True, "minibatches": 2}],
-    ids=lambda settings: "-".join(map(str, settings.values())),
-)
-def test_two_processes_come_to_the_weights_of_one(tmp_path: Path, settings: dict[str, Any]) -> None:
-    learn(str(tmp_path / "one.pt"), **settings)
-    two_file = str(tmp_path / "two.pt")
-    in_two_processes("tests.research_agent.fsdp_worker", two_file, json.dumps(settings))
-    one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_come_to_the_weights_of_one_process(folder: Path, case: str, size: int) -> None:
+    if case == "copies" and size == 3:
+        pytest.skip("three copies differ in nothing from two")
+    one, several = (torch.load(folder / f"{case}-{n}.pt") for n in (1, size))
     for which in ("weights", "after"):
-        assert one[which].keys() == two[which].keys()
-        for name, weight in one[which].items():
-            assert torch.allclose(two[which][name], weight, rtol=1e-6, atol=1e-9), (which, name)
-    for ours, theirs in zip(one["metrics"], two["metrics"], strict=True):
+        close(several[which], one[which])
+    for ours, theirs in zip(one["metrics"], several["metrics"], strict=True):
         assert theirs == pytest.approx(ours, rel=1e-6, abs=1e-9)
-    # A number that is not finite stops all processes, and none waits for the others.
-    assert "not finite" in one["cause"] or "is nan" in one["cause"]
-    assert "not finite" in two["cause"] or "is nan" in two["cause"]
+    if case == "packed":  # all ranks stopped, and none waited for the others
+        assert "is nan" in one["cause"] and "is nan" in several["cause"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("now", [1, 2, 3])
+@pytest.mark.parametrize("before", [1, 2, 3])
+@pytest.mark.parametrize("case", RESUMED)
+def test_what_some_ranks_save_others_resume(folder: Path, case: str, before: int, now: int) -> None:
+    if case == "copies" and 3 in (before, now):
+        pytest.skip("three copies differ in nothing from two")
+    found: dict[str, Any] = torch.load(folder / f"{case}-{before}-{now}.pt")
+    went_on = torch.load(folder / f"{case}-{before}.pt")["after"]
+    close(found, went_on)
+    if before == now:
+        assert all(torch.equal(found[name], weight) for name, weight in went_on.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_ranks_save_is_a_model_of_transformers(folder: Path, size: int) -> None:
+    saved = folder / f"packed-{size}" / "step-000001"
+    assert len(list(saved.glob("model-*-of-*.safetensors"))) > 1  # of one bucket each
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        saved, dtype=torch.float64, output_loading_info=True
+    )
+    assert not any(loaded.values())
+    expected = torch.load(folder / f"packed-{size}.pt")["weights"]
+    assert all(torch.equal(p, expected[n]) for n, p in model.named_parameters())
+    settings = [
+        json.loads((folder / f"packed-{n}" / "step-000001" / "config.json").read_text())
+        for n in (1, size)
+    ]
+    assert settings[0] == settings[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_no_rank_holds_more_than_its_shard_and_a_bucket(folder: Path, size: int) -> None:
+    model = large_qwen2()
+    bucket = fsdp_worker.BUCKET
+    whole = 4 * sum(p.numel() for p in model.parameters())
+    assert bucket < whole / 3.5  # so that nothing whole fits into what is allowed
+    for rank in range(size):
+        found = torch.load(folder / f"bytes-{size}-{rank}.pt")
+        shard, moments, peaks = found["shard"], found["moments"], found["peaks"]
+        assert shard <= sum(4 * -(-len(p) // size) * p[0].numel() for p in model.parameters())
+        assert moments <= 2 * shard + 4 * len(list(model.parameters()))
+        resident = shard + moments
+        print(size, rank, [(k, round(v / whole, 3)) for k, v in peaks.items()], shard / whole)
+        # Loading proves the model, and a step runs it: then a table and two layers are gathered.
+        assert peaks["load"] <= shard + bucket
+        assert peaks["step"] <= resident + shard + bucket  # the gradient is sharded as well
+        assert peaks["save"] <= resident + bucket
+        assert peaks["send"] <= resident + bucket
+        assert peaks["resume"] <= resident + bucket
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_weights_are_gathered_in_half_precision_and_kept_in_full(folder: Path, size: int) -> None:
+    exact = fsdp_worker.half_precision(folder, "float32")["metrics"]
+    for rank in range(size):
+        found = torch.load(folder / f"half-{size}-{rank}.pt")
+        assert found["gathered"] == torch.bfloat16
+        assert found["kept"] == found["moments"] == {torch.float32}
+        assert found["reference"] == {torch.bfloat16}
+        assert found["metrics"]["kl"] == 0.0  # both round alike
+        assert found["metrics"]["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.05)
 
 
 @pytest.mark.parametrize(("count", "size"), [(0, 2), (1, 2), (4, 2), (5, 2), (2, 3)])

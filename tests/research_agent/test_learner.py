@@ -61,7 +61,7 @@ def _gradient(
     reference: nn.Module | None = None,
     **settings: Any,
 ) -> dict[str, Tensor]:
-    """The gradient of an update, as the optimiser gets it; the model is left as it was."""
+    """The gradient of an update, as the optimizer gets it; the model is left as it was."""
     options: dict[str, Any] = {"learning_rate": 0.0, "max_grad_norm": math.inf, **settings}
     learner = make_learner(
         copy.deepcopy(model), algorithm, reference=reference, betas=(0.0, 0.999), **options
@@ -376,7 +376,7 @@ def test_the_gap_is_zero_when_sampler_and_learner_agree() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# The optimiser
+# The optimizer
 
 
 def test_warm_up_and_the_first_step_by_hand() -> None:
@@ -513,10 +513,10 @@ class Cause:
 @pytest.mark.parametrize(
     ("cause", "message"),
     [
-        ("weights", r"a log-probability of episode \d+, sample \d+ is nan after 1 optimiser steps"),
+        ("weights", r"a log-probability of episode \d+, sample \d+ is nan after 1 optimizer steps"),
         ("reward", r"episode 0, sample 0: the environment gave the reward inf"),
         ("sampler", r"episode 0, sample 0: the engine reported a log-probability"),
-        ("gradient", r"the gradient is not finite \(its norm is (nan|inf)\) after 1 optimiser"),
+        ("gradient", r"the gradient is not finite \(its norm is (nan|inf)\) after 1 optimizer"),
     ],
 )
 def test_what_is_not_finite_stops_before_anything_changes(cause: str, message: str) -> None:

@@ -164,7 +164,7 @@ def test_an_adapter_begins_as_it_is_and_resumes_to_the_bit(tmp_path: Path) -> No
     with pytest.raises(AssertionError):  # one step only
         train(adapter, tmp_path / "twice", "--steps", "1")
     twice = train(adapter, tmp_path / "twice")
-    files = ("model.safetensors", "state.safetensors")
+    files = ("model.safetensors", "state/state.safetensors")
     assert [(once / f).read_bytes() for f in files] == [(twice / f).read_bytes() for f in files]
 
 

@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.architectures import ARCHITECTURES, tiny
 from research_agent.algorithms.grpo import GRPO
-from research_agent.batch import make_batch, micro_batches
+from research_agent.batch import Batch, make_batch, micro_batches
 from research_agent.errors import ConfigError, ModelError
 from research_agent.learner import Learner
-from research_agent.models.policy import TokenLogprobs, prepare, token_logprobs
+from research_agent.models.policy import TokenLogprobs, token_logprobs
+from research_agent.models.prepare import prepare
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.research_agent.learners import make_learner
@@ -64,7 +65,7 @@ def test_literal() -> None:
     short = trajectory(prompt(12), action([23, 24]), observation(32))
     tiny = trajectory(prompt(13), action([25]))
     batch = make_batch([Group(0, [short, long, tiny])])
-    first, second = micro_batches(batch, max_tokens=7, packed=True)
+    first, second = micro_batches(batch, max_tokens=7, packing="on")
     # Longest first; the last action token, and what follows it, is not read. The shortest (1 token)
     # goes where there is room: behind the longest (6 tokens).
     assert first.tokens.tolist() == [[10, 11, 20, 21, 30, 31, 13]]
@@ -84,7 +85,7 @@ def test_every_action_token_is_predicted_once_and_nothing_is_padding(
     seed: int, budget: int
 ) -> None:
     batch = make_batch(random_groups(seed))
-    micros = list(micro_batches(batch, budget, packed=True))
+    micros = list(micro_batches(batch, budget, packing="on"))
     assert sorted(torch.cat([m.token_index for m in micros]).tolist()) == list(
         range(len(batch.targets))
     )
@@ -104,6 +105,45 @@ def test_every_action_token_is_predicted_once_and_nothing_is_padding(
             seen = micro.tokens[0, place - before : place + 1]
             assert seen.tolist() == batch.tokens[number][: before + 1].tolist()
             assert place - before in bounds
+
+
+def _with_widths(*widths: int) -> Batch:
+    """Trajectories of which a pass reads so many tokens: all but the last."""
+    made = [
+        trajectory(prompt(*range(width)), action([7]), sample=i) for i, width in enumerate(widths)
+    ]
+    return make_batch([Group(0, made)])
+
+
+def test_ranks_get_as_many_passes_of_equal_size() -> None:
+    def sizes(batch: Batch, budget: int, ranks: int) -> list[int]:
+        cut = micro_batches(batch, budget, packing="on", ranks=ranks)
+        return [micro.tokens.shape[1] for micro in cut]
+
+    batch = _with_widths(5, 4, 3, 3, 2, 1)
+    assert sizes(batch, 9, 1) == [9, 9]
+    assert sizes(batch, 9, 2) == [9, 9]
+    assert sizes(batch, 100, 2) == [9, 9]  # one rank would take a single pass
+    assert sizes(batch, 100, 3) == [6, 6, 6]
+    # Two passes of 8 do not hold 18 tokens, so each rank takes two: 5, 4, 3 + 2, 3 + 1
+    assert sizes(batch, 8, 2) == [5, 5, 4, 4]
+    assert sizes(batch, 2, 4) == [5, 4, 3, 3, 2, 1]  # longer than a pass: alone
+    assert sizes(batch, 100, 64) == [5, 4, 3, 3, 2, 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 120), st.integers(2, 5), st.booleans())
+def test_ranks_share_every_action_token_once(
+    seed: int, budget: int, ranks: int, packed: bool
+) -> None:
+    batch = make_batch(random_groups(seed))
+    micros = list(micro_batches(batch, budget, packing="on" if packed else "off", ranks=ranks))
+    picked = torch.cat([micro.token_index for micro in micros])
+    assert sorted(picked.tolist()) == list(range(len(batch.targets)))
+    assert all(m.tokens.numel() <= budget or len(m.part) == 1 for m in micros)
+    if packed:
+        sizes = [micro.tokens.numel() for micro in micros]
+        assert sizes == sorted(sizes, reverse=True)
 
 
 @pytest.mark.parametrize("make", [tiny_qwen2, tiny_llama, tiny_gpt2])
@@ -141,7 +181,7 @@ def test_nothing_leaks_from_one_trajectory_to_another() -> None:
     import random
 
     model = tiny_qwen2(V)
-    prepare(model, packed=True)
+    prepare(model, packing="on")
     rng = random.Random(0)
     shown = [random_trajectory(rng, V, episode=i) for i in range(2)]
     others = [
@@ -152,7 +192,7 @@ def test_nothing_leaks_from_one_trajectory_to_another() -> None:
         both = []
         for companion in (before, after):
             batch = make_batch([Group(0, [companion, kept])])
-            (micro,) = micro_batches(batch, 1000, packed=True)
+            (micro,) = micro_batches(batch, 1000, packing="on")
             of_kept = batch.seq_ids[micro.token_index] == 1
             both.append(token_logprobs(model, micro)[0][of_kept])
         assert torch.equal(both[0], both[1])
@@ -164,7 +204,7 @@ def test_a_model_whose_attention_cannot_be_replaced_is_refused() -> None:
             raise ValueError(f"{name} is not supported")
 
     with pytest.raises(ModelError, match="use --packing off"):
-        prepare(Fixed(), packed=True)
+        prepare(Fixed(), packing="on")
 
 
 def test_a_sliding_window_is_refused_and_not_ignored() -> None:
@@ -190,7 +230,7 @@ def test_a_sliding_window_is_refused_and_not_ignored() -> None:
 
 
 @pytest.mark.parametrize("packing", ["off", "on"])
-def test_bfloat16_products_leave_weights_and_softmax_in_float32(packing: str) -> None:
+def test_bfloat16_products_leave_weights_and_softmax_in_float32(packing: Any) -> None:
     model, groups = tiny_qwen2(V), random_groups(1)
     with torch.no_grad():  # a gentler model than the others': bf16 is exact to 1/256
         for parameter in model.parameters():
@@ -199,8 +239,8 @@ def test_bfloat16_products_leave_weights_and_softmax_in_float32(packing: str) ->
     half = _gradient(model, groups, packing=packing, precision="bfloat16", micro_batch_tokens=60)
     assert 1e-5 < _distance(half, exact) < 0.05
     assert {value.dtype for value in half.values()} == {torch.float32}
-    prepare(model, packed=packing == "on")
-    micro = next(micro_batches(make_batch(groups), 100, packed=packing == "on"))
+    prepare(model, packing=packing)
+    micro = next(micro_batches(make_batch(groups), 100, packing=packing))
     logprobs, entropy = TokenLogprobs(model, precision="bfloat16")(micro)
     assert logprobs.dtype == entropy.dtype == torch.float32
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -236,7 +276,7 @@ def test_the_logits_of_a_large_vocabulary_are_never_whole() -> None:
 
 @pytest.mark.parametrize("make", [tiny_qwen2, tiny_gpt2])
 @pytest.mark.parametrize("packing", ["off", "on"])
-def test_checkpointing_keeps_less_and_changes_nothing(make: Any, packing: str) -> None:
+def test_checkpointing_keeps_less_and_changes_nothing(make: Any, packing: Any) -> None:
     model, groups = make(V).double(), random_groups(4)
     plain = _gradient(model, groups, packing=packing)
     assert (
@@ -245,10 +285,10 @@ def test_checkpointing_keeps_less_and_changes_nothing(make: Any, packing: str) -
     )
 
     kept = []
-    (micro,) = micro_batches(make_batch(groups), 10**6, packed=packing == "on")
+    (micro,) = micro_batches(make_batch(groups), 10**6, packing=packing)
     for gradient_checkpointing in (False, True):
         twin = copy.deepcopy(model)
-        prepare(twin, packed=packing == "on", gradient_checkpointing=gradient_checkpointing)
+        prepare(twin, packing=packing, gradient_checkpointing=gradient_checkpointing)
         saved: list[int] = []
 
         def keep(value: Tensor, saved: list[int] = saved) -> Tensor:
@@ -294,9 +334,10 @@ def test_compiled_for_real_the_gradient_is_the_same() -> None:
 
 
 def test_what_names_no_layers_cannot_be_checkpointed_or_compiled() -> None:
-    for wanted in ("gradient_checkpointing", "compile"):
+    both: list[dict[str, Any]] = [{"gradient_checkpointing": True}, {"compile": True}]
+    for wanted in both:
         with pytest.raises(ModelError, match="names no layers"):
-            prepare(torch.nn.Linear(2, 2), **{wanted: True})
+            prepare(torch.nn.Linear(2, 2), **wanted)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -312,7 +353,7 @@ def _after(steps: int, **settings: Any) -> tuple[Learner, dict[str, Tensor]]:
     return learner, {name: weight.clone() for name, weight in learner.weights()}
 
 
-def test_an_offloaded_optimiser_makes_the_same_steps() -> None:
+def test_an_offloaded_optimizer_makes_the_same_steps() -> None:
     _, plain = _after(3)
     learner, offloaded = _after(3, optimizer="adamw_offload")
     assert all(torch.equal(plain[name], offloaded[name]) for name in plain)
@@ -354,7 +395,7 @@ def test_a_learner_continues_to_the_same_bits(optimizer: Any, lora_rank: int) ->
     assert all(torch.equal(again[name], weight) for name, weight in through.items())
 
 
-def test_an_unknown_optimiser_is_refused() -> None:
+def test_an_unknown_optimizer_is_refused() -> None:
     with pytest.raises(ConfigError, match="known: 'adamw', 'adamw_8bit', 'adamw_offload'"):
         _after(0, optimizer="sgd")
 

@@ -16,6 +16,7 @@ from research_agent.algorithms import algorithm
 from research_agent.algorithms.base import UsesCritic
 from research_agent.algorithms.ppo import PPO
 from research_agent.batch import Batch, make_batch
+from research_agent.config import LearnerConfig
 from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
 from research_agent.models.critic import METRICS, Critic, value_errors
 from research_agent.trajectory import Group
@@ -38,17 +39,12 @@ from tests.research_agent.rollouts import (
 PLAIN = PPO(kl_coef=0.0, entropy_coef=0.0, critic_learning_rate=1e-3)
 
 
-def _critic(model: Any, **settings: Any) -> Critic:
-    given: dict[str, Any] = {
-        "learning_rate": 1e-3,
-        "warmup_steps": 0,
-        "value_clip": 0.5,
-        "weight_decay": 0.0,
-        "betas": (0.9, 0.999),
-        "max_grad_norm": 1.0,
-        "micro_batch_tokens": 10**6,
-    }
-    return Critic(model, **{**given, **settings})
+def _critic(
+    model: Any, *, value_clip: float = 0.5, micro_batch_tokens: int = 10**6, packing: Any = "off"
+) -> Critic:
+    rule = PPO(critic_learning_rate=1e-3, critic_warmup_steps=0, value_clip=value_clip)
+    config = LearnerConfig(weight_decay=0.0, micro_batch_tokens=micro_batch_tokens)
+    return Critic(model, rule, config, packing=packing)
 
 
 def _with_values(groups: Sequence[Group], values: Sequence[float]) -> Batch:
@@ -153,26 +149,26 @@ def test_a_critic_begins_at_zero_and_is_that_of_each_actions_context() -> None:
     assert critic.values(batch).tolist() == [0.0] * len(batch.targets)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        critic.head.weight.normal_(generator=generator)
+        critic.model.head.weight.normal_(generator=generator)
     values = critic.values(batch)
     for t in range(len(batch.targets)):
         row, place = batch.tokens[int(batch.seq_ids[t])], int(batch.positions[t])
         states = model.base_model(input_ids=row[None, :place]).last_hidden_state
-        assert values[t].item() == pytest.approx(critic.head(states[0, -1]).item(), abs=1e-4)
+        assert values[t].item() == pytest.approx(critic.model.head(states[0, -1]).item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("budget", [1, 40, 10**6])
-@pytest.mark.parametrize("packed", [False, True])
-def test_neither_micro_batches_nor_packing_change_what_it_learns(budget: int, packed: bool) -> None:
+@pytest.mark.parametrize("packing", ["off", "on", "tree"])
+def test_neither_micro_batches_nor_packing_change_what_it_learns(budget: int, packing: Any) -> None:
     model = tiny_qwen2(50).double()
     whole = _critic(copy.deepcopy(model))
-    if packed:
+    if packing != "off":
         model.set_attn_implementation(_packed_attention())
-    cut = _critic(model, micro_batch_tokens=budget, packed=packed)
+    cut = _critic(model, micro_batch_tokens=budget, packing=packing)
     for critic in (whole, cut):
         batch = make_batch(random_groups(0))
         with torch.no_grad():
-            critic.head.weight.fill_(0.05)
+            critic.model.head.weight.fill_(0.05)
         values = critic.values(batch)
         critic.step(replace(batch, values=values, returns=batch.rewards[batch.seq_ids]))
     for name, value in whole.state_dict()["weights"].items():

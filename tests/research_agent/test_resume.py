@@ -164,7 +164,7 @@ def test_a_chat_template_goes_on_with_the_day_and_arguments_of_its_run(
     )
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "state/state.safetensors", "state.json"])
 def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_offered(
     letters: Path, run: Path, capsys: Capture, name: str
 ) -> None:

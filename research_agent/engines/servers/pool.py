@@ -1,134 +1,68 @@
-"""Servers that stand in for each other: who samples what, with which weights, and who is dead."""
+"""Turns on servers that stand in for each other: who samples what, and who is dead."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-import httpx
+import msgspec
 
 from research_agent.engines.base import Finish, SamplingParams
 from research_agent.engines.checks import CONTINUE
-from research_agent.engines.remote import RequestError, ask, turn_seed
-from research_agent.errors import ContextError, EngineError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-RELOAD_TIMEOUT = 900.0
-"""Seconds that a server may take for new weights, or for the first turn of all."""
+from research_agent.engines.remote import Client, RequestError, turn_seed
+from research_agent.engines.servers.server import GENERATE, START, WeightTag
+from research_agent.errors import EngineError
 
 _LOG = logging.getLogger(__name__)
 
-_START = (
-    "Start it with VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out "
-    "--logprobs-mode processed_logprobs; if it asks for a key, put that in VLLM_API_KEY here"
-)
-_WAITS = ", and now it answers and waits for the next weights"
-_GENERATE = "inference/v1/generate"
 _CHECK = 5.0  # seconds between looks at a server's health
-_AGAIN = 1.0  # second between attempts while everything waits
+_TIMEOUT = 30.0  # seconds for the answer to a look
 _LONGEST_PAUSE = 30.0  # seconds between attempts to take a server back
-_ANSWER = 30.0  # seconds for the answer to a request that costs a server next to nothing
 _ABORT = 10.0  # seconds for handing over turns that are interrupted
-_REFUSED = (400, 413, 422)  # what a turn is answered with that no server would take
-_ATTEMPTS = 4  # of a turn, besides one a server
+_REFUSED = (400, 413, 422)  # statuses for a turn that no server would take
+_ATTEMPTS = 4  # per turn: this many plus one per server
 _NEAR = 3  # turns that a server may have more than twice another's, and keep its trajectories
 
 
+@dataclass(frozen=True)
+class ServedWeights:
+    """Which servers have which weights; the same on all ranks.
+
+    Attributes:
+        tag: the weights' name.
+        models: address of each server that has them, and the name that it gives the policy.
+        problems: address of each server that has not, and why.
+    """
+
+    tag: WeightTag
+    models: Mapping[str, str]
+    problems: Mapping[str, str]
+
+
 @dataclass(eq=False)
-class Server:
-    """A server, and what is known of it."""
+class _Sampler:
+    """A server as turns see it."""
 
     url: str
-    turns: httpx.AsyncClient  # asks for turns, of which there may be any number under way
-    control: httpx.AsyncClient  # asks for all else, which must not wait for them
+    turns: Client  # for turns, of which any number may be under way
+    looks: Client  # for everything else, which must not wait for turns
     alive: bool = False
     model: str = ""  # the name it gives the policy
-    version: str = ""  # of the weights it was given last
-    reading: str = ""  # the version of the weights that it is being given
     load: int = 0  # turns under way
     taken: int = 0  # turns so far
     requests: set[asyncio.Task[Any]] = field(default_factory=set)
     problem: str = "it has not been asked yet"  # why it is not alive
-    waiting: bool = False  # it answers again, and waits for the next weights
-    admission: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    async def ask(
-        self,
-        method: str,
-        path: str,
-        payload: Mapping[str, Any] | None = None,
-        wait: float = _ANSWER,
-    ) -> Any:
-        """Ask it something; raises ``RequestError``."""
-        return await ask(self.control, method, path, payload, timeout=wait)
-
-    async def need(
-        self,
-        method: str,
-        path: str,
-        payload: Mapping[str, Any] | None = None,
-        wait: float = _ANSWER,
-    ) -> Any:
-        """Ask it for what a server of ours can do; ``EngineError`` where it never will."""
-        try:
-            return await self.ask(method, path, payload, wait)
-        except RequestError as error:
-            if error.retryable:
-                raise
-            raise EngineError(f"{self.url} refuses /{path}: {error}. {_START}") from None
-
-    async def weights(self) -> str:
-        """The version of the weights that it says it has; raises as ``need`` does."""
-        info = await self.need("GET", "weight_info")
-        return str(info.get("weight_version")) if isinstance(info, dict) else ""
-
-
-class WeightTransfer(Protocol):
-    """How weights get to servers. Each version of them has a name that no other has."""
-
-    persistent: bool
-    """Whether weights can be given for as long as they are current, while learning goes on too."""
-
-    def publish(self, weights: Iterable[tuple[str, Tensor]], name: str) -> None:
-        """Take weights that are to be given to servers, under a name.
-
-        Raises:
-            EngineError: there is no room for them.
-            ModelError: a name or shape that the model does not have, or a weight left out.
-        """
-        ...
-
-    async def push(self, server: Server, name: str) -> None:
-        """Let a server load the weights of a name.
-
-        Raises:
-            EngineError: it was started in another way.
-            RequestError: it does not answer, or fails.
-        """
-        ...
-
-    def prune(self, names: Collection[str]) -> None:
-        """Learning goes on: let go of all weights but those of these names."""
-        ...
-
-    def close(self) -> None:
-        """Let go of everything."""
-        ...
 
 
 @dataclass(eq=False)
-class Trajectory:
+class HeldTokens:
     """What a slot holds."""
 
     tokens: list[int] = field(default_factory=list)
-    preferred_server: Server | None = (
-        None  # the server that sampled its last turn has its prefix in cache
-    )
+    preferred_server: _Sampler | None = None  # sampled the last turn: its cache has the prefix
 
 
 @dataclass(frozen=True)
@@ -136,7 +70,7 @@ class Turn:
     """What is to be sampled."""
 
     slot: int
-    held: Trajectory
+    held: HeldTokens
     params: SamplingParams
     limit: int  # tokens
 
@@ -148,11 +82,8 @@ class Sampled:
     turn: Turn
     tokens: list[int]
     logprobs: list[float]  # [tokens]
+    versions: list[int]  # [tokens], of the weights
     finish_reason: Finish  # as the server says
-
-
-class _WaitingError(RequestError):
-    """A server that answers, and has other weights than the current ones."""
 
 
 class _LostError(Exception):
@@ -160,55 +91,50 @@ class _LostError(Exception):
 
 
 class ServerPool:
-    """The servers; everything here runs in the event loop's thread."""
+    """The servers that one process samples from; it gives them no weights.
+
+    Everything here runs in the event loop's thread. See ``ServerEngine`` for the arguments.
+    """
 
     def __init__(
         self,
-        servers: list[Server],
-        transfer: WeightTransfer,
+        urls: Sequence[str],
+        key: str | None,
         end_ids: frozenset[int],
-        context: int,
         *,
         turn_timeout: float,
         patience: float,
         max_in_flight: int,
+        quiet: bool = False,
     ) -> None:
-        """Ask nobody anything yet; see ``ServerEngine`` for the arguments."""
-        self._servers = servers
-        self._transfer = transfer
+        """Ask nobody anything yet; with ``quiet`` warnings are only information."""
+        self._servers = [
+            _Sampler(url, Client(url, key, max_in_flight), Client(url, key)) for url in urls
+        ]
+        self.clients = [client for each in self._servers for client in (each.turns, each.looks)]
         self._end_ids = end_ids
-        self._context = context
         self._turn_timeout = turn_timeout
         self._patience = patience
         self._places = asyncio.Semaphore(max_in_flight)
-        self._current = ""  # the weights' version on the servers
+        self._tag = WeightTag("", 0, 0)
         self._back = asyncio.Event()  # set when a server comes back
         self._interrupting = False
         self._watches: list[asyncio.Task[None]] = []
+        self._level = logging.INFO if quiet else logging.WARNING
 
-    @property
-    def reading(self) -> set[str]:
-        """The versions of the weights that some server may be reading."""
-        return {server.reading for server in self._servers if server.reading}
+    async def use(self, served: ServedWeights) -> None:
+        """Sample from now on with these weights, on the servers that have them.
 
-    async def start(self, version: str) -> None:
-        """Make the servers fit to be used, each with the transfer's weights of this name.
-
-        Raises:
-            ContextError: one has too short a context.
-            EngineError: none answers, or one was started in another way.
+        Turns under way on other servers are sampled again.
         """
-        self._current = version
-        found = await asyncio.gather(*map(self._admit, self._servers), return_exceptions=True)
-        for server, problem in zip(self._servers, found, strict=True):
-            if isinstance(problem, RequestError):
-                server.problem = str(problem)
-                _LOG.warning("%s cannot be used now: %s", server.url, problem)
-            elif problem:
-                raise problem
-        if not any(server.alive for server in self._servers):
-            raise self._nobody()
-        self._watches = [asyncio.create_task(self._watch(server)) for server in self._servers]
+        self._tag = served.tag
+        for server in self._servers:
+            if server.url in served.models:
+                self._admit(server, served.models[server.url])
+            else:
+                self._mark_dead(server, served.problems.get(server.url, server.problem))
+        if not self._watches:
+            self._watches = [asyncio.create_task(self._watch(server)) for server in self._servers]
 
     async def play(self, turn: Turn) -> Sampled:
         """Sample a turn, on another server where one fails.
@@ -219,7 +145,7 @@ class ServerPool:
         attempts = _ATTEMPTS + len(self._servers)  # then the turn itself is to blame
         async with self._places:
             if self._interrupting:
-                return Sampled(turn, [], [], "interrupted")
+                return Sampled(turn, [], [], [], "interrupted")
             for _ in range(attempts):
                 server = await self._choose(turn.held)
                 try:
@@ -232,34 +158,15 @@ class ServerPool:
             f"failed, the last with {problem}. Look into the servers' logs. {CONTINUE}"
         )
 
-    async def update_weights(self, version: str) -> None:
-        """Give every living server the transfer's weights of this name; see that one has them.
-
-        Where they can be given only now, those that wait for them get them as well, and where none
-        has them it is tried again while there is patience.
-
-        Raises:
-            EngineError: none could.
-        """
-        self._current = version
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + self._patience
-        while True:
-            await asyncio.gather(*map(self._offer_weights, self._servers))
-            if self._transfer.persistent or any(server.alive for server in self._servers):
-                break
-            if clock() > deadline:
-                raise self._nobody()
-            await asyncio.sleep(_AGAIN)
-        await self._living()
-
     async def interrupt(self) -> None:
         """Let the servers answer at once with what they have; wait for that, but not for long."""
         self._interrupting = True
         try:
             async with asyncio.timeout(_ABORT):
                 while busy := [s for s in self._servers if s.requests]:
-                    aborts = [s.ask("POST", "abort_requests", {}) for s in busy]
+                    aborts = [
+                        s.looks.ask("POST", "abort_requests", {}, timeout=_TIMEOUT) for s in busy
+                    ]
                     await asyncio.gather(*aborts, return_exceptions=True)
                     await asyncio.sleep(0.05)  # a request may have been on its way
         except TimeoutError:
@@ -267,7 +174,7 @@ class ServerPool:
         finally:
             self._interrupting = False
 
-    async def _choose(self, held: Trajectory) -> Server:
+    async def _choose(self, held: HeldTokens) -> _Sampler:
         """The server that has the trajectory in its cache, else the one with the least to do."""
         alive = await self._living()
         least = min(alive, key=lambda server: (server.load, server.taken))
@@ -276,29 +183,23 @@ class ServerPool:
         held.preferred_server = least
         return least
 
-    async def _living(self) -> list[Server]:
+    async def _living(self) -> list[_Sampler]:
         """The servers that can be used; one is waited for."""
-        if not any(server.alive for server in self._servers):
-            try:
-                async with asyncio.timeout(self._patience):
-                    while not any(server.alive for server in self._servers):
-                        self._back.clear()
-                        await self._back.wait()
-            except TimeoutError:
-                raise self._nobody() from None
-        return [server for server in self._servers if server.alive]
+        try:
+            async with asyncio.timeout(self._patience):
+                while not (alive := [server for server in self._servers if server.alive]):
+                    self._back.clear()
+                    await self._back.wait()
+        except TimeoutError:
+            problems = {server.url: server.problem for server in self._servers}
+            raise no_server(problems) from None
+        return alive
 
-    def _nobody(self) -> EngineError:
-        reasons = "; ".join(
-            f"{server.url}: {server.problem}{_WAITS if server.waiting else ''}"
-            for server in self._servers
+    async def _sample(self, server: _Sampler, turn: Turn) -> Sampled:
+        payload, tag = _request(server.model, turn, self._end_ids), self._tag
+        request = asyncio.create_task(
+            server.turns.ask("POST", GENERATE, payload, timeout=self._turn_timeout, decoder=_ANSWER)
         )
-        return EngineError(f"no vLLM server can be used ({reasons}). {_START}. {CONTINUE}")
-
-    async def _sample(self, server: Server, turn: Turn) -> Sampled:
-        payload = _request(server.model, turn, self._end_ids)
-        asking = ask(server.turns, "POST", _GENERATE, payload, timeout=self._turn_timeout)
-        request = asyncio.create_task(asking)
         server.requests.add(request)
         server.load += 1
         server.taken += 1
@@ -318,150 +219,62 @@ class ServerPool:
         finally:
             server.load -= 1
             server.requests.discard(request)
-        return _read(answer, turn, self._end_ids, self._current, interrupted=self._interrupting)
+        return _read(answer, turn, self._end_ids, tag, interrupted=self._interrupting)
 
-    def _mark_dead(self, server: Server, problem: str) -> None:
-        """Use a server no more, until it has been admitted again; its turns go elsewhere."""
+    def _admit(self, server: _Sampler, model: str) -> None:
+        if self._watches and not server.alive:
+            _LOG.log(self._level, "%s is back, with the current weights", server.url)
+        server.alive, server.model = True, model
+        self._back.set()
+
+    def _mark_dead(self, server: _Sampler, problem: str) -> None:
+        """Use a server no more, until it has the current weights again; its turns go elsewhere."""
+        server.problem = problem
         if not server.alive:
             return
         server.alive = False
-        server.problem = problem
         for request in server.requests:
             request.cancel()
         left = sum(other.alive for other in self._servers)
-        _LOG.warning(
-            "%s is left out (%s); %d of %d servers left",
-            server.url,
-            problem,
-            left,
-            len(self._servers),
-        )
+        of = f"{left} of {len(self._servers)} servers left"
+        _LOG.log(self._level, "%s is left out (%s); %s", server.url, problem, of)
 
-    async def _watch(self, server: Server) -> None:
-        """Look after a server for ever: whether it lives, and whether it lives again."""
+    async def _watch(self, server: _Sampler) -> None:
+        """Look after a server: whether it lives, and whether it lives again."""
         pause = 1.0
         while True:
-            await asyncio.sleep(_CHECK if server.alive else pause)
+            await asyncio.sleep(_CHECK if server.alive else min(pause, _CHECK))
             try:
                 if server.alive:
-                    await server.ask("GET", "health")
+                    await server.looks.ask("GET", "health", timeout=_TIMEOUT)
                 else:
-                    await self._readmit(server, learning=True)
+                    await self._look_again(server)
                 pause = 1.0
-            except (RequestError, EngineError, ContextError) as error:
+            except RequestError as error:
                 self._mark_dead(server, str(error))
-                server.waiting = isinstance(error, _WaitingError)
-                server.problem = server.problem if server.waiting else str(error)
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
-    async def _offer_weights(self, server: Server) -> None:
-        """Give a server the current weights, if it lives or waits for them."""
-        try:
-            if server.alive:
-                await self._push(server)
-            elif server.waiting:
-                await self._readmit(server)
-        except (RequestError, EngineError, ContextError) as error:
-            self._mark_dead(server, str(error))
-            server.problem, server.waiting = str(error), False
-
-    async def _readmit(self, server: Server, *, learning: bool = False) -> None:
-        """Admit a server that was lost, and say so; where two would do it, one does."""
-        async with server.admission:
-            if not server.alive:
-                await self._admit(server, learning=learning)
-                _LOG.warning("%s is back, with the current weights", server.url)
-
-    async def _admit(self, server: Server, *, learning: bool = False) -> None:
-        """Make a server fit to be used.
-
-        Args:
-            server: which one.
-            learning: the weights may be changing, so that not every transfer can give them.
+    async def _look_again(self, server: _Sampler) -> None:
+        """Use a server again if it has the current weights, from before or by now.
 
         Raises:
-            ContextError: its context is too short.
-            EngineError: it was started in another way.
-            RequestError: it does not answer, or fails.
+            RequestError: it does not answer, or has others.
         """
-        models = await server.need("GET", "v1/models")
+        info = await server.looks.ask("GET", "weight_info", timeout=_TIMEOUT)
+        found = str(info.get("weight_version")) if isinstance(info, dict) else ""
+        if not self._tag.is_current(found):
+            raise RequestError("it answers, and waits for the next weights")
+        models = await server.looks.ask("GET", "v1/models", timeout=_TIMEOUT)
         try:
-            server.model = str(models["data"][0]["id"])
-            context = int(models["data"][0]["max_model_len"])
-        except (LookupError, TypeError, ValueError):
-            raise EngineError(f"{server.url} is no vLLM server. {_START}") from None
-        if context < self._context:
-            raise ContextError(
-                f"{server.url} has a context of {context} tokens, too short for {self._context}; "
-                f"start it with --max-model-len {self._context}, or shorten the run's prompt and "
-                "response"
-            )
-        server.version = ""  # it may have been started anew, and have any weights
-        while server.version != self._current:
-            if learning and not self._transfer.persistent:
-                await self._identify_weights(server)
-            else:
-                await self._push(server)  # before it samples: one that failed at it dies of a turn
-            await self._check(server)
-        server.alive, server.waiting = True, False
-        self._back.set()
-
-    async def _push(self, server: Server) -> None:
-        """Let a server have the current weights."""
-        version = server.reading = self._current
-        try:
-            await self._transfer.push(server, version)
-            reset = await server.need("POST", "reset_prefix_cache?reset_running_requests=true")
-            if not (isinstance(reset, dict) and reset.get("success")):
-                raise RequestError("its cache of the old weights could not be emptied")
-            await server.need("POST", "update_weight_version", {"new_version": version})
-            server.version = version
-        finally:
-            server.reading = ""
-
-    async def _identify_weights(self, server: Server) -> None:
-        """See that a server has the current weights still: it was away, but not started anew."""
-        version = self._current
-        if await server.weights() != version:
-            raise _WaitingError("it has other weights")
-        server.version = version
-
-    async def _check(self, server: Server) -> None:
-        """Sample two tokens, and see whether their log-probabilities are what a learner needs."""
-        found = []
-        for temperature in (1.0, 2.0):
-            sampling = {"temperature": temperature, "max_tokens": 1, "logprobs": 5, "seed": 0}
-            payload = {"token_ids": [min(self._end_ids)], "sampling_params": sampling}
-            answer = await server.need("POST", _GENERATE, payload, RELOAD_TIMEOUT)
-            try:
-                tops = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-                found.append({int(top["token_id"]): float(top["logprob"]) for top in tops})
-            except (LookupError, TypeError, ValueError):
-                raise EngineError(f"{server.url} is no vLLM server. {_START}") from None
-        if not _processed(*found):
-            raise EngineError(
-                f"{server.url} gives log-probabilities that are not those at the sampling "
-                f"temperature. {_START}"
-            )
+            self._admit(server, str(models["data"][0]["id"]))
+        except (LookupError, TypeError):
+            raise RequestError("it is no vLLM server") from None
 
 
-def _processed(one: Mapping[int, float], two: Mapping[int, float]) -> bool:
-    """Whether these can be log-probabilities of tokens at temperatures 1 and 2, one a token.
-
-    Distances between them halve then; in raw ones they stay. Of logits all numbers halve.
-    """
-    both = one.keys() & two.keys()
-
-    def spread(numbers: Mapping[int, float]) -> float:
-        return max(numbers[t] for t in both) - min(numbers[t] for t in both) if both else 0.0
-
-    if not spread(one) > 0.01:  # all alike: nothing can be told
-        return True
-    if not 0.4 < spread(two) / spread(one) < 0.6:
-        return False
-    top = max(one.values())
-    certain = -0.01 < top <= 0
-    return certain or (top <= 0 and any(abs(one[t] - 2 * two[t]) > 1e-3 for t in both))
+def no_server(problems: Mapping[str, str]) -> EngineError:
+    """The error for servers of which none can be used, by address and problem."""
+    reasons = "; ".join(f"{url}: {problem}" for url, problem in problems.items())
+    return EngineError(f"no vLLM server can be used ({reasons}). {START}. {CONTINUE}")
 
 
 def _request(model: str, turn: Turn, end_ids: Iterable[int]) -> dict[str, Any]:
@@ -483,33 +296,75 @@ def _request(model: str, turn: Turn, end_ids: Iterable[int]) -> dict[str, Any]:
     }
 
 
+# What of vLLM's answer is read; the rest is passed over undecoded.
+class _Token(msgspec.Struct):
+    token_id: int
+    logprob: float
+
+
+class _Logprobs(msgspec.Struct):
+    content: list[_Token]
+
+
+class _Span(msgspec.Struct):
+    version: str
+    start: int
+    end: int
+
+
+class _Choice(msgspec.Struct):
+    token_ids: list[int]
+    finish_reason: str | None
+    stop_reason: int | str | None = None
+    logprobs: _Logprobs | None = None
+    weight_versions: list[_Span] | None = None
+
+
+class _Answer(msgspec.Struct):
+    choices: list[_Choice]
+
+
+_ANSWER = msgspec.json.Decoder(_Answer)
+
+
 def _read(
-    answer: Any, turn: Turn, end_ids: frozenset[int], tag: str, *, interrupted: bool
+    answer: _Answer | None,
+    turn: Turn,
+    end_ids: frozenset[int],
+    tag: WeightTag,
+    *,
+    interrupted: bool,
 ) -> Sampled:
     """What a server sampled.
 
     Raises:
-        _LostError: it is no whole turn of the current weights.
+        _LostError: it is no whole turn, or one of older weights than those of the tag.
     """
-    try:
-        (choice,) = answer["choices"]
-        tokens = [int(token) for token in choice["token_ids"]]
-        content = choice["logprobs"]["content"] if tokens else []
-        logprobs = [float(each["logprob"]) for each in content]
-        same = tokens == [each["token_id"] for each in content]
-        versions = {str(span["version"]) for span in choice["weight_versions"] or ()}
-        reason, stopped_by = choice["finish_reason"], choice["stop_reason"]
-    except (LookupError, TypeError, ValueError) as error:
-        raise _LostError(f"its answer is not vLLM's ({type(error).__name__}: {error})") from None
-    if not same or versions != ({tag} if tokens else set()):
-        had = ", ".join(versions) or "none"
-        raise _LostError(f"it sampled with weights {had}, not {tag}: was it started anew?")
+    if answer is None or len(answer.choices) != 1:
+        raise _LostError("its answer is not vLLM's: it has not one choice")
+    choice = answer.choices[0]
+    tokens = choice.token_ids
+    content = choice.logprobs.content if choice.logprobs else []
+    spans = choice.weight_versions or []
+    for span in spans:
+        if not tag.is_current(span.version):
+            raise _LostError(f"it sampled with weights {span.version}, not {tag}: started anew?")
+    versions = [
+        int(span.version.split("-")[1]) for span in spans for _ in range(span.start, span.end)
+    ]
+    if tokens != [each.token_id for each in content] or len(versions) != len(tokens):
+        raise _LostError(
+            f"its answer of {len(tokens)} tokens has {len(content)} log-probabilities and "
+            f"{len(versions)} versions"
+        )
+    logprobs = [each.logprob for each in content]
+    reason, stopped_by = choice.finish_reason, choice.stop_reason
     if reason == "abort" and interrupted:
-        return Sampled(turn, tokens, logprobs, "interrupted")
+        return Sampled(turn, tokens, logprobs, versions, "interrupted")
     if reason == "stop" and (isinstance(stopped_by, str) or stopped_by in end_ids) and tokens:
-        return Sampled(turn, tokens, logprobs, "stop")
+        return Sampled(turn, tokens, logprobs, versions, "stop")
     if reason == "length" and len(tokens) == turn.limit:
-        return Sampled(turn, tokens, logprobs, "length")
+        return Sampled(turn, tokens, logprobs, versions, "length")
     raise _LostError(
         f"it ended a turn after {len(tokens)} of {turn.limit} tokens "
         f"({reason}, {stopped_by}), for no reason of ours"

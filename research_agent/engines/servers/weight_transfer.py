@@ -1,10 +1,13 @@
-"""Weights from a GPU's memory to vLLM servers, by vLLM's own transfer: NCCL, or CUDA IPC.
+"""Weights from the learner's GPUs to vLLM servers, by vLLM's own transfer: NCCL, or CUDA IPC.
 
-What vLLM 0.32 has for trainers (``vllm.distributed.weight_transfer``) does the work, one server
-after the other: its buffers take 2 GiB of the learner's GPU at a time (and with LoRA the weights as
-they are sent are another copy of every matrix that is adapted). Each server has an NCCL
-group of its own, so that one that dies takes none along. vLLM's part blocks, and may hang where a
-server is gone: it runs in a thread that can be left to itself.
+What vLLM 0.32 has for trainers (``vllm.distributed.weight_transfer``) does the work. All ranks
+iterate over the weights, which gathers them bucket by bucket, and a rank that servers belong to
+sends. By NCCL that is rank 0, in one group with all servers; the group is formed anew each time, so
+that servers can join and leave between steps. By IPC it is a rank of each node, which hands on
+where all ranks of the node have put a bucket, and every server reads from its own GPU.
+
+vLLM's part blocks, and may hang where a server is gone: it runs in a thread. While NCCL sends a
+bucket, no rank gathers the next one: work of two groups at a time on one GPU can deadlock.
 """
 
 from __future__ import annotations
@@ -14,54 +17,69 @@ import base64
 import os
 import pickle
 import socket
-from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
-from threading import Thread
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from threading import Lock, Thread, get_ident
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import torch
 
 from research_agent.engines.checks import WeightNames
 from research_agent.engines.remote import RequestError
-from research_agent.engines.servers.pool import RELOAD_TIMEOUT
-from research_agent.errors import ConfigError, EngineError
+from research_agent.engines.servers.server import BACKEND, RELOAD_TIMEOUT, Server
+from research_agent.errors import ConfigError, EngineError, ModelError
 from research_agent.redaction import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from research_agent.engines.servers.pool import Server
-
 Backend = Literal["nccl", "ipc"]
-T = TypeVar("T")
 
-_PARTIAL = "research-agent: partial"  # a server's version while weights are on their way to it
-_CURE = {
-    "nccl": """Was it started with --weight-transfer-config '{"backend": "nccl"}', on GPUs other """
-    "than the learner's, and can it reach any port here?",
-    "ipc": "Was it started with VLLM_ALLOW_INSECURE_SERIALIZATION=1 and "
-    """--weight-transfer-config '{"backend": "ipc"}', on the learner's GPU?""",
-}
+PARTIAL = "research-agent: partial"
+"""The name that a server's weights have while others are on their way to it."""
+BUCKET = 1 << 30
+"""Bytes that are sent at a time."""
+_GRACE = 30.0  # seconds for vLLM's thread to notice that a transfer was broken off
 
 
-@dataclass(eq=False)
-class _Link:
-    """A server as vLLM's trainer sees it: a ``VLLMWeightSyncClient``, called from its threads."""
+async def prepare_transfer(server: Server) -> None:
+    """Make a server ready to receive weights from memory.
 
-    server: Server
-    loop: asyncio.AbstractEventLoop
-    trainer: Any = None  # vLLM's end of the link
-    version: str = ""  # of the weights that went over it last
-    over: bool = False
-    asking: set[asyncio.Task[Any]] = field(default_factory=set)
-    refused: asyncio.Future[None] | None = None  # has the exception of a request that failed
+    Raises:
+        EngineError: it was started in another way.
+        RequestError: it does not answer, or fails.
+    """
+    if await server.weights() == PARTIAL:
+        # What had come would be counted as part of the next weights: let vLLM put it away.
+        with suppress(RequestError):
+            await server.ask("POST", "start_weight_update")
+        await server.ask("POST", "finish_weight_update", timeout=RELOAD_TIMEOUT)
+    await server.ask("POST", "shutdown_weight_transfer_engine")  # the group before
+    await server.ask("POST", "update_weight_version", {"new_version": PARTIAL})
+
+
+class _Links:
+    """All servers of this rank as vLLM's trainer sees them: a ``VLLMWeightSyncClient``.
+
+    A request that fails does not raise: the ranks iterate over the weights together, to the end.
+    Instead the server is left out from then on, and ``broken`` is called.
+    """
+
+    def __init__(self, servers: Sequence[Server], loop: asyncio.AbstractEventLoop) -> None:
+        self.problems: dict[str, str] = {}
+        self.broken: Callable[[], None] = lambda: None
+        self.failed: Future[None] = Future()  # done as soon as a request has failed
+        self._servers = list(servers)
+        self._loop = loop
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._post("init_weight_transfer_engine", {"init_info": init_info})
+        rank, each = init_info.get("rank_offset", 0), []
+        for server in self._servers:
+            each.append(init_info | ({"rank_offset": rank} if "rank_offset" in init_info else {}))
+            rank += server.size
+        self._post("init_weight_transfer_engine", [{"init_info": info} for info in each])
 
     def start_weight_update(self) -> None:
         self._post("start_weight_update")
@@ -69,149 +87,161 @@ class _Link:
     def update_weights(self, update_info: Any) -> None:
         if handles := update_info.pop("ipc_handles", None):  # they are no JSON
             update_info["ipc_handles_pickled"] = base64.b64encode(pickle.dumps(handles)).decode()
-        self._post("update_weights", {"update_info": update_info})
+        self._post("update_weights", [{"update_info": update_info}] * len(self._servers))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._post("finish_weight_update")
 
-    def _post(self, path: str, payload: dict[str, Any] | None = None) -> None:
-        if self.over:  # a thread that was left to itself has nothing to say any more
-            raise RuntimeError("the link was broken off")
-        asyncio.run_coroutine_threadsafe(self._ask(path, payload), self.loop).result(RELOAD_TIMEOUT)
+    def _post(self, path: str, payloads: Sequence[dict[str, Any]] | None = None) -> None:
+        payloads = payloads or [{}] * len(self._servers)
+        posts = asyncio.run_coroutine_threadsafe(self._post_all(path, payloads), self._loop)
+        posts.result()
 
-    async def _ask(self, path: str, payload: dict[str, Any] | None) -> None:
-        task = asyncio.current_task()
-        assert task
-        if self.over:
-            raise RuntimeError("the link was broken off")
-        self.asking.add(task)
-        try:
-            await self.server.need("POST", path, payload, RELOAD_TIMEOUT)
-        except (RequestError, EngineError) as error:
-            if self.refused and not self.refused.done():
-                self.refused.set_exception(error)
-            raise
-        finally:
-            self.asking.discard(task)
+    async def _post_all(self, path: str, payloads: Sequence[dict[str, Any]]) -> None:
+        async def post(server: Server, payload: dict[str, Any]) -> None:
+            if server.url in self.problems:
+                return
+            try:
+                await server.ask("POST", path, payload or None, RELOAD_TIMEOUT)
+            except (RequestError, EngineError) as error:
+                self.problems[server.url] = str(error)
+                if not self.failed.done():
+                    self.failed.set_result(None)
+                _in_thread(self.broken)
 
-    def drop(self) -> None:
-        """Break it off, whatever is under way."""
-        self.over = True
-        for task in list(self.asking):
-            task.cancel()
-        if self.trainer:
-            _in_thread(self.trainer.shutdown)  # it ends what hangs on the GPU
+        await asyncio.gather(*map(post, self._servers, payloads))
 
 
 class Transfer:
-    """A ``WeightTransfer`` that sends the learner's own tensors, and so only while learning waits.
+    """Sends weights to servers; every rank has one and makes the same calls.
 
     Args:
-        model: the policy on its GPU, whose names and shapes the weights must have.
+        model: the policy on its GPU.
+        names: names and shapes that the weights must have.
         backend: "nccl" for servers on other GPUs, "ipc" for servers on the learner's own.
+        dtype: number format that is sent.
 
     Raises:
         ConfigError: the model is on no GPU, or vLLM is not installed.
     """
 
-    persistent = False
-
-    def __init__(self, model: Any, backend: Backend) -> None:
+    def __init__(
+        self, model: Any, names: WeightNames, backend: Backend, dtype: torch.dtype
+    ) -> None:
         require_gpu(model, backend)
-        self._backend = backend
+        self._names = names
+        self._backend: Backend = backend
+        self._dtype = dtype
         self._device = model.device
-        self._names = WeightNames(model)
-        self._held: list[tuple[str, Tensor]] = []  # this very list is what vLLM reads
-        self._links: dict[str, _Link] = {}  # by the server's address
-        self._turn = asyncio.Lock()
 
-    def publish(self, weights: Iterable[tuple[str, Tensor]], name: str) -> None:
-        """Take weights that are to be sent; they must not change until ``prune``.
+    def send(
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        servers: Sequence[Server],
+        loop: asyncio.AbstractEventLoop,
+    ) -> tuple[dict[str, str], bool]:
+        """Send weights to this rank's servers, from all ranks at once.
+
+        Args:
+            weights: all of the model's; they are consumed to their end on all ranks.
+            servers: ready ones; none on ranks that do not send.
+            loop: the event loop of the servers' clients.
+
+        Returns:
+            What went wrong, by address of the server that it happened to, and whether all others
+            have the weights.
 
         Raises:
             ModelError: a name or shape that the model does not have, or a weight left out.
         """
-        self._held[:] = [(each, weight.detach()) for each, weight in self._names.checked(weights)]
+        links = _Links(servers, loop)
+        source = _Source(self._names, weights, self._dtype)
+        work = _in_thread(lambda: self._run(links, source, servers))
+        # By NCCL one server that fails is the end of it; by IPC the others go on.
+        ends = (work, links.failed) if self._backend == "nccl" else (work,)
+        wait(ends, RELOAD_TIMEOUT + _GRACE, FIRST_COMPLETED)
+        if not work.done() and not source.finish():
+            wait((work,), _GRACE)
+        if work.done() and isinstance(error := work.exception(), ModelError):
+            raise error
+        if links.problems:
+            problems = {url: self._explain(why) for url, why in links.problems.items()}
+            return problems, self._backend == "ipc"
+        problem = ""
+        if not work.done():
+            problem = f"no end of it within {RELOAD_TIMEOUT:g} s"
+        elif error := work.exception():
+            problem = f"{type(error).__name__}: {one_line(str(error))}"
+        return {server.url: self._explain(problem) for server in servers if problem}, True
 
-    async def push(self, server: Server, name: str) -> None:
-        """Send a server the weights; meet with it first, where it is new or was started anew.
+    def _explain(self, problem: str) -> str:
+        how = BACKEND[self._backend]
+        return (
+            f"no new weights by {self._backend}: {problem}. Was it started with {how}, and can it "
+            "reach any port here?"
+        )
 
-        Raises:
-            EngineError: it was started in another way.
-            RequestError: it does not answer, or fails.
-        """
+    def _run(self, links: _Links, source: _Source, servers: Sequence[Server]) -> None:
+        """Do this rank's part of a transfer, with vLLM's trainer."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # a new thread has none
+        trainer = None
         try:
-            await self._send(server, name)
-        except RequestError as error:
-            raise RequestError(
-                f"no new weights by {self._backend}: {error}. {_CURE[self._backend]}"
-            ) from None
+            trainer = _trainer(self._backend, links, source, servers)
+            if self._backend == "nccl":
+                links.broken = trainer.shutdown  # it ends what hangs on the GPU
+            if not links.problems or self._backend == "ipc":
+                trainer.send_weights()
+        finally:
+            source.finish()
+            if trainer:
+                trainer.shutdown()
 
-    def prune(self, names: Collection[str]) -> None:
-        """Let go of the tensors, which learning is about to change."""
-        self._held.clear()
 
-    def close(self) -> None:
-        """Let go of the servers."""
-        self._held.clear()
-        for link in self._links.values():
-            link.drop()
-        self._links.clear()
+class _Source:
+    """Weights as vLLM's trainer takes them: a ``WeightSource`` that can be gone through once."""
 
-    async def _send(self, server: Server, name: str) -> None:
-        version = await server.weights()
-        link = self._links.pop(server.url, None)
-        if link and link.version != version:
-            link.drop()
-            link = None
-        link = link or _Link(server, asyncio.get_running_loop())
-        try:
-            if not link.trainer:
-                link.trainer = await self._meet(link, version)
-            await server.need("POST", "update_weight_version", {"new_version": _PARTIAL})
-            await self._work(link, link.trainer.send_weights)
-        except BaseException:
-            link.drop()
-            raise
-        link.version = name
-        self._links[server.url] = link
+    def __init__(
+        self, names: WeightNames, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+    ) -> None:
+        self._shapes = names.shapes
+        self._left = names.checked(weights)
+        self._dtype = dtype
+        self._lock = Lock()
+        self._thread = 0  # the one that goes through the weights
 
-    async def _meet(self, link: _Link, version: str) -> Any:
-        """Meet with a server; returns vLLM's end of the link."""
-        server = link.server
-        if version == _PARTIAL:
-            # What had come would be counted as part of the next weights: let vLLM put it away.
-            with suppress(RequestError):
-                await server.ask("POST", "start_weight_update")
-            await server.ask("POST", "finish_weight_update", wait=RELOAD_TIMEOUT)
-        await server.need("POST", "shutdown_weight_transfer_engine")  # of a run before
-        answer = await server.need("GET", "get_world_size")
-        size = answer.get("world_size") if isinstance(answer, dict) else None
-        if not isinstance(size, int):
-            raise RequestError(f"it does not say on how many GPUs it is ({answer!r})")
-        if self._backend == "ipc" and size > 1:
-            raise EngineError(
-                f"{server.url} is on {size} GPUs, and server+ipc reaches the learner's only; use "
-                "server+nccl, with servers on other GPUs"
-            )
-        make = partial(_trainer, self._backend, link, self._held, size)
-        return await self._work(link, make)
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest tensor."""
+        elements = [torch.Size(shape).numel() for shape in self._shapes.values()]
+        return max(elements) * self._dtype.itemsize
 
-    async def _work(self, link: _Link, work: Callable[[], T]) -> T:
-        """Let vLLM do its work; leave it where a request fails, or at the time limit."""
-        async with self._turn:
-            link.refused = link.loop.create_future()
-            working = asyncio.wrap_future(_in_thread(partial(_on, self._device, work)))
-            working.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen to
-            both = (working, link.refused)
-            await asyncio.wait(both, timeout=RELOAD_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
-        if link.refused.done():
-            link.refused.result()
-        if not working.done():
-            raise RequestError(f"no end of it within {RELOAD_TIMEOUT:g} s")
-        if error := working.exception():
-            raise RequestError(f"{type(error).__name__}: {one_line(str(error))}")
-        return working.result()
+    def metadata(self) -> list[Any]:
+        """Name, number format and shape of each weight, in order."""
+        from vllm.distributed.weight_transfer import ParamMeta  # noqa: PLC0415 - slow to import
+
+        return [ParamMeta(name, self._dtype, shape) for name, shape in self._shapes.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        if not self._is_ours():
+            raise RuntimeError("the transfer was broken off")
+        for name, weight in self._left:
+            if weight.is_cuda:  # what is sent in other streams must have been computed
+                torch.cuda.synchronize(weight.device)
+            yield name, weight.detach().to(self._dtype)
+
+    def finish(self) -> bool:
+        """Go through what is left, as the other ranks do, unless another thread is at it."""
+        if not self._is_ours():
+            return False
+        for _ in self._left:
+            pass
+        return True
+
+    def _is_ours(self) -> bool:
+        with self._lock:
+            self._thread = self._thread or get_ident()
+            return self._thread == get_ident()
 
 
 def require_gpu(model: Any, backend: Backend) -> None:
@@ -235,54 +265,46 @@ def require_gpu(model: Any, backend: Backend) -> None:
         ) from error
 
 
-def _trainer(backend: Backend, link: _Link, held: list[tuple[str, Tensor]], size: int) -> Any:
-    """Let vLLM meet with a server that is on so many GPUs; returns vLLM's end of the link."""
-    from vllm.distributed.weight_transfer import (  # noqa: PLC0415
-        ParamMeta,
-        WeightSource,
-        WeightTransferTrainerFactory,
-    )
+def _trainer(backend: Backend, links: _Links, source: _Source, servers: Sequence[Server]) -> Any:
+    """Make vLLM's end of a transfer, which meets with the servers of this rank if it has any."""
+    from vllm.distributed.weight_transfer import WeightTransferTrainerFactory  # noqa: PLC0415
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo  # noqa: PLC0415
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo  # noqa: PLC0415
 
-    class Held(WeightSource):
-        def metadata(self) -> list[Any]:
-            return [ParamMeta(name, each.dtype, tuple(each.shape)) for name, each in held]
-
-        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return iter(held)
-
-    info: Any = IPCTrainerInitInfo(rank=0)
-    if backend == "nccl":
-        address, port = _meeting_place(link.server.url)
-        info = NCCLTrainerInitInfo(address, port, 1 + size, rank=0)
-    trainer: Any = WeightTransferTrainerFactory.trainer_init(info, client=link, source=Held())
-    if backend == "nccl" and trainer.model_update_group.disabled:
+    settings = {"rank": 0 if servers else 1, "packed": True}
+    settings["packed_buffer_size_bytes"] = max(BUCKET, source.largest)
+    if backend == "ipc":
+        info: Any = IPCTrainerInitInfo(**settings)
+    else:
+        address, port = _meeting_place([server.url for server in servers])
+        size = 1 + sum(server.size for server in servers)
+        info = NCCLTrainerInitInfo(address, port, size, packed_num_buffers=1, **settings)
+    trainer: Any = WeightTransferTrainerFactory.trainer_init(info, client=links, source=source)
+    if backend == "nccl" and servers and trainer.model_update_group.disabled:
         raise RuntimeError("vLLM finds no NCCL here, or VLLM_DISABLE_PYNCCL is set")  # or is silent
     return trainer
 
 
-def _meeting_place(url: str) -> tuple[str, int]:
-    """The address that we have where a server is, and a free port of it."""
-    there = urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way, socket.socket() as free:
-        way.connect((there.hostname, there.port or 80))  # sends nothing
-        free.bind((way.getsockname()[0], 0))
-        address, port = free.getsockname()
-        return str(address), int(port)
+def _meeting_place(urls: Sequence[str]) -> tuple[str, int]:
+    """The address of this machine that all servers can reach, and a free port of it.
+
+    Servers beside us are named by the loopback address, which servers elsewhere cannot use.
+    """
+    addresses = []
+    for url in urls:
+        there = urlsplit(url)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+            way.connect((there.hostname, there.port or 80))  # sends nothing
+            addresses.append(str(way.getsockname()[0]))
+    address = min(addresses, key=lambda each: each.startswith("127."), default="127.0.0.1")
+    with socket.socket() as free:
+        free.bind((address, 0))
+        return address, int(free.getsockname()[1])
 
 
-def _on(device: torch.device, work: Callable[[], T]) -> T:
-    """Do it on a device, in a thread that has done nothing there yet."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.cuda.synchronize()  # vLLM reads in streams of its own, which wait for no update
-    return work()
-
-
-def _in_thread(work: Callable[[], T]) -> Future[T]:
+def _in_thread(work: Callable[[], None]) -> Future[None]:
     """Let a thread do it that nobody need wait for, not even Python at its end."""
-    future: Future[T] = Future()
+    future: Future[None] = Future()
     future.set_running_or_notify_cancel()
 
     def run() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from research_agent.engines import remote
-from research_agent.engines.remote import RequestError, make_client
+from research_agent.engines.remote import Client, RequestError
 from tests.research_agent.engines.test_openai import Answer, Endpoint, failed
 
 KEY = "sk-not-for-logs"
@@ -28,8 +28,11 @@ def ask(server: Endpoint, answer: Answer) -> Any:
     server.answers = [answer]
 
     async def once() -> Any:
-        async with make_client(server.url, KEY) as client:
-            return await remote.ask(client, "POST", "generate", {}, timeout=10.0)
+        client = Client(server.url, KEY)
+        try:
+            return await client.ask("POST", "generate", {}, timeout=10.0)
+        finally:
+            await client.aclose()
 
     return asyncio.run(once())
 

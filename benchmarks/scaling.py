@@ -1,0 +1,209 @@
+"""How a step of learning scales with the number of ranks, and what the presets need.
+
+``python -m benchmarks.scaling``: the share of the ranks' time in which they compute, for the
+learner's part of a ReSearch step (256 tasks by 5 episodes, 1,300 tokens in the mean, one episode
+at its limit of 8,704, at most 17,408 tokens per pass). The learner's own functions cut and deal the
+passes, in one simulated process per rank; nothing is computed. A pass takes as long as it has
+tokens, and all ranks wait for the slowest of each round, because FSDP gathers weights with all of
+them. What is sent between GPUs is left out. "One rank's passes" deals the passes that a single
+process would make.
+
+``python -m benchmarks.scaling --plans [--write]``: the table of all presets of papers and machines
+of ``research-agent train PRESET --plan``; ``--write`` puts it into docs/scale.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from benchmarks.learner import make_groups
+from research_agent.batch import Batch, make_batch, micro_batches
+from research_agent.config import TrainConfig
+from research_agent.distributed import shard_batches
+from research_agent.plan import Plan, plan
+from research_agent.plan.machines import parse_machines
+from research_agent.plan.shapes import SHAPES, shape_of
+from research_agent.plan.suggestions import apply, as_flags, suggest
+from research_agent.presets import PRESETS
+
+TASKS, SAMPLES, MEAN_TOKENS = 256, 5, 1_300  # per step of ReSearch, as in its preset
+LONGEST = 512 + 8_192
+MICRO_BATCH_TOKENS = 17_408
+SPREAD = 0.5  # standard deviation of the logarithm of an episode's length
+RANKS = (1, 8, 16, 32, 64, 128, 256, 512, 1_024)
+
+GPUS, NODES = ("A100-80", "H100", "H200"), (1, 2, 8)
+PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
+BEGIN, END = "<!-- plans -->", "<!-- end of plans -->"
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """What a number of ranks does with a step.
+
+    Attributes:
+        ranks: number of processes.
+        passes: forward passes of a rank.
+        tokens: of the largest pass.
+        efficiency: tokens of the batch, by the tokens for which the ranks are occupied.
+        before: the same with the passes that a single process would make.
+    """
+
+    ranks: int
+    passes: int
+    tokens: int
+    efficiency: float
+    before: float
+
+
+def make_step(seed: int = 0) -> Batch:
+    """Make the trajectories of a step; all lengths but one are drawn, from a log-normal."""
+    rng = random.Random(seed)
+    lengths = [
+        min(LONGEST, max(100, round(MEAN_TOKENS * rng.lognormvariate(-(SPREAD**2) / 2, SPREAD))))
+        for _ in range(TASKS * SAMPLES - 1)
+    ]
+    lengths.append(LONGEST)
+    return make_batch(make_groups(lengths, 1_000, samples=SAMPLES, seed=seed))
+
+
+def measure(batch: Batch, ranks: int) -> Efficiency:
+    """Let each of some ranks take its passes of a batch, and add up for how long all are occupied.
+
+    Args:
+        batch: of a step.
+        ranks: number of processes.
+    """
+    new = _sizes(batch, ranks)
+    before = new if ranks == 1 else _sizes(batch, 1)
+    useful = sum(new)
+    rounds = _rounds(new, ranks)
+    return Efficiency(
+        ranks,
+        passes=len(rounds),
+        tokens=max(new),
+        efficiency=useful / (ranks * sum(rounds)),
+        before=useful / (ranks * sum(_rounds(before, ranks))),
+    )
+
+
+def _sizes(batch: Batch, ranks: int) -> list[int]:
+    passes = micro_batches(batch, MICRO_BATCH_TOKENS, packing="on", ranks=ranks)
+    return [micro.tokens.numel() for micro in passes]
+
+
+def _rounds(sizes: Sequence[int], ranks: int) -> list[int]:
+    """The tokens of the largest pass of each round, as the ranks meet."""
+    taken = []
+    for rank in range(ranks):
+        with _rank(rank, ranks):
+            taken.append([size for size, _ in shard_batches(sizes)])
+    return [max(sizes) for sizes in zip(*taken, strict=True)]
+
+
+@contextmanager
+def _rank(rank: int, size: int) -> Iterator[None]:
+    """Be one of some processes that are not there."""
+    if size == 1:
+        yield
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def print_efficiency() -> None:
+    """Print the efficiencies in Markdown."""
+    print(
+        "| ranks | passes per rank | tokens of the largest pass | efficiency | one rank's passes |"
+    )
+    print("|---|---|---|---|---|")
+    batch = make_step()
+    for ranks in RANKS:
+        row = measure(batch, ranks)
+        print(
+            f"| {ranks:,} | {row.passes} | {row.tokens:,} | {row.efficiency:.2f} "
+            f"| {row.before:.2f} |",
+            flush=True,
+        )
+
+
+def paper_presets() -> dict[str, TrainConfig]:
+    """The presets of papers: those whose models are known by name, without their miniatures."""
+    return {
+        name: config
+        for name, config in PRESETS.items()
+        if config.policy.model.removesuffix("-Instruct") in SHAPES
+    }
+
+
+def plans() -> str:
+    """The plans of all presets of papers on all machines, in Markdown.
+
+    Presets with the same plans share their rows.
+    """
+    lines = [
+        "| preset | machines | settings to add | GPU, GB | host, GB | disk, GB | s/step | hours |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, config in paper_presets().items():
+        rows = (
+            _row(config, f"{nodes}x8x{gpu}" if nodes > 1 else f"8x{gpu}")
+            for gpu in GPUS
+            for nodes in NODES
+        )
+        names.setdefault(tuple(rows), []).append(name)
+    for rows, same in names.items():
+        lines += [f"| {', '.join(same)} {row}" for row in rows]
+    return "\n".join(lines)
+
+
+def _row(config: TrainConfig, machines: str) -> str:
+    """The plan of a configuration with the first settings that make it fit."""
+    found, added = plan(config, machines), ""
+    if not found.fits:
+        where = parse_machines(machines)
+        settings = suggest(config, shape_of(config.policy.model), where)
+        if not settings:
+            return f"| {machines} | does not fit | | | | | |"
+        found, added = plan(apply(config, settings[0]), machines), as_flags(settings[0])
+    return f"| {machines} | {f'`{added}`' if added else 'none'} | {_numbers(found)} |"
+
+
+def _numbers(found: Plan) -> str:
+    host, disk = (sum(each.values()) for each in (found.memory.host, found.memory.disk))
+    most = f"{found.memory.most / 1e9:.0f} of {found.machines.gpu.memory / 1e9:.0f}"
+    numbers = [f"{host / 1e9:.0f}", f"{disk / 1e9:.0f}", f"{found.times.step:.0f}"]
+    return " | ".join([most, *numbers, f"{found.hours:.1f}"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--plans", action="store_true", help="the table of presets and machines")
+    parser.add_argument("--write", action="store_true", help="put that table into docs/scale.md")
+    chosen = parser.parse_args(arguments)
+    if not chosen.plans:
+        print_efficiency()
+        return
+    table = plans()
+    print(table)
+    if chosen.write:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        after = rest.partition(END)[2]
+        PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""vLLM servers that a run starts itself: one per node, watched, and stopped with the run.
+
+The first rank of a node starts ``vllm serve`` on the node's GPUs, beside the learner, and gives it
+weights: by CUDA IPC on GPUs, through a folder on a CPU. All ranks of the node sample on it. It
+listens on 127.0.0.1 only, without a key: other users of the machine can reach it.
+
+It starts with the model's configuration and no weights, since the run's weights follow at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from research_agent.distributed import run_together
+from research_agent.engines.checks import CONTINUE, context_limit, require_gpus
+from research_agent.engines.servers.engine import ServerEngine, connect_servers
+from research_agent.errors import EngineError
+
+if TYPE_CHECKING:
+    from research_agent.engines import EngineSpec
+    from research_agent.renderer import Renderer
+
+START_TIMEOUT = 1800.0
+"""Seconds that a server may take to start."""
+
+_SUPERVISOR = Path(__file__).with_name("supervisor.py")
+_PROGRAM = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")  # what ``vllm serve`` runs
+_CPU_STEP = 4096  # tokens that one step may compute on a CPU, where no prompt is cut
+_LOG_TAIL = 2000  # characters of a server's output that an error shows
+
+
+class ServerProcess:
+    """A ``vllm serve`` of this run. Closing or deleting the object stops it, and so does our end.
+
+    Args:
+        model: the policy, whose configuration it gets.
+        renderer: its tokenizer.
+        spec: how many GPUs, and how much of their memory.
+        context: tokens that a trajectory may have.
+        slots: trajectories sampled at the same time.
+        dtype: number format of its weights.
+
+    Raises:
+        ConfigError: it would need more GPUs than there are.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        renderer: Renderer,
+        spec: EngineSpec,
+        *,
+        context: int,
+        slots: int,
+        dtype: str,
+    ) -> None:
+        require_gpus("serve", spec.tp * spec.dp, model.device)
+        self._folder = tempfile.TemporaryDirectory(prefix="research-agent-serve-")
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(self._folder.name)
+        renderer.tokenizer.save_pretrained(self._folder.name)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [*_PROGRAM, "--model", self._folder.name, "--served-model-name", "policy"]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
+        command += _arguments(spec, context, slots, dtype, on_cpu=model.device.type == "cpu")
+        self._log = Path(self._folder.name) / "vllm.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(_SUPERVISOR), *command],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=_environment(),
+                start_new_session=True,  # a signal for our group, such as Ctrl-C, is not for it
+            )
+        self.close = weakref.finalize(self, _stop, self._process, self._folder)
+
+    def wait(self) -> None:
+        """Wait until it answers.
+
+        Raises:
+            EngineError: it ended, or takes too long; with the end of its output.
+        """
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline:
+            self.require_alive()
+            with suppress(httpx.HTTPError):
+                if httpx.get(f"{self.url}/health", trust_env=False).status_code == 200:
+                    return
+            time.sleep(0.2)
+        raise EngineError(f"vllm serve does not answer after {START_TIMEOUT:g} s: {self._tail()}")
+
+    def require_alive(self) -> None:
+        """Check that it runs.
+
+        Raises:
+            EngineError: it ended; with the end of its output.
+        """
+        status = self._process.poll()
+        if status is not None:
+            raise EngineError(
+                f"vllm serve ended with status {status}. {CONTINUE}. The end of its output: "
+                f"{self._tail()}"
+            )
+
+    def _tail(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:].strip()
+
+
+def serve_engine(
+    spec: EngineSpec,
+    model: Any,
+    renderer: Renderer,
+    max_slots: int,
+    max_context: int | None = None,
+    *,
+    dtype: str | None = None,
+) -> ServerEngine:
+    """Start a server on each node, and make an engine of them; every rank calls it.
+
+    Args:
+        spec: GPUs of each server, and its share of their memory.
+        model: the policy, of the transformers library.
+        renderer: its tokenizer.
+        max_slots: trajectories that this rank samples at the same time.
+        max_context: tokens that a trajectory may have; the model's own limit by default.
+        dtype: number format of the servers' weights; the model's own by default.
+
+    Raises:
+        ConfigError: a server would need more GPUs than a node has.
+        ContextError: more context than the model has.
+        EngineError: a server does not start.
+        StoppedError: this is not rank 0, which has one of these errors.
+    """
+    context = context_limit(model, max_context)
+    dtype = dtype or str(model.dtype).removeprefix("torch.")
+    slots = max_slots * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    node = int(os.environ.get("GROUP_RANK", "0"))
+    starts = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    process: list[ServerProcess] = []
+
+    def start() -> tuple[int, str]:
+        if not starts:
+            return node, ""
+        process.append(
+            ServerProcess(model, renderer, spec, context=context, slots=slots, dtype=dtype)
+        )
+        process[0].wait()
+        return node, process[0].url
+
+    try:
+        urls = [url for number, url in run_together(start) if number == node and url]
+        return connect_servers(
+            model,
+            renderer,
+            urls,
+            context,
+            by="folder" if model.device.type == "cpu" else "ipc",
+            dtype=dtype,
+            gives=starts,
+            process=process[0] if process else None,
+        )
+    except BaseException:
+        for each in process:
+            each.close()
+        raise
+
+
+def _arguments(
+    spec: EngineSpec, context: int, slots: int, dtype: str, *, on_cpu: bool
+) -> list[str]:
+    """The settings of vLLM that follow from the run's."""
+    settings = {
+        "load-format": "dummy",
+        "dtype": dtype,
+        "max-model-len": context,
+        "max-num-seqs": slots,
+        "tensor-parallel-size": spec.tp,
+        "data-parallel-size": spec.dp,
+        "gpu-memory-utilization": spec.memory,
+        "logprobs-mode": "processed_logprobs",
+        "enable-scale-out": None,
+    }
+    if on_cpu:
+        # A CPU's random generator cannot go back, as one must between a prompt's pieces.
+        settings |= {"no-enable-chunked-prefill": None, "enforce-eager": None}
+        settings |= {"max-num-batched-tokens": max(_CPU_STEP, context)}
+    else:
+        settings |= {"weight-transfer-config": '{"backend": "ipc"}'}
+    pairs = [(f"--{name}", value) for name, value in settings.items()]
+    return [word for name, value in pairs for word in (name, str(value))[: 1 + (value is not None)]]
+
+
+def _environment() -> dict[str, str]:
+    """Our environment without what torchrun put there, which vLLM would take for its own."""
+    torchrun = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(torchrun)}
+    ours.pop("VLLM_API_KEY", None)
+    vllm = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for CUDA IPC
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    return {"VLLM_CPU_KVCACHE_SPACE": "1"} | ours | vllm
+
+
+def _stop(process: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str]) -> None:
+    """Let the supervisor end vLLM: its standard input is closed."""
+    assert process.stdin
+    process.stdin.close()
+    process.wait()
+    folder.cleanup()

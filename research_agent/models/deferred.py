@@ -1,0 +1,152 @@
+"""A model without its weights: each rank reads its shards of them once the model is sharded."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from research_agent.distributed import rank_and_size
+from research_agent.errors import ModelError, StoppedError
+from research_agent.models.policy import (
+    LOADING_ERRORS,
+    load_model,
+    refuse_quantized,
+    repair_generation,
+    tokens_of_unreadable,
+)
+from research_agent.models.prepare import require_learnable
+from research_agent.models.source import ModelSource, model_source
+from research_agent.sharded import (
+    defer,
+    fill,
+    is_deferred,
+    meta_parameters,
+    require_files,
+    source_of,
+    stored_tensors,
+)
+
+
+def load_deferred(
+    name: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32",
+    merge_adapter: bool = True,
+) -> Any:
+    """Open a causal language model with its parameters on the meta device.
+
+    Its configuration, buffers and generation settings are real; ``Learner`` reads the weights, each
+    rank its shards, from the safetensors files. A model that cannot be read so (a GGUF file, an
+    adapter to merge, weights under other names in the files) is loaded whole by every rank, on the
+    CPU, with a warning.
+
+    Args:
+        name: as for ``load_model``.
+        dtype: number format of the weights.
+        merge_adapter: as for ``load_model``.
+
+    Raises:
+        ModelError: as for ``load_model``; also a file that is missing or cut.
+    """
+    source = model_source(name)
+    cause = "it is a GGUF file" if source.gguf_file else ""
+    if source.adapter is not None and merge_adapter:
+        cause = "an adapter is added to its weights"
+    if not cause:
+        model, cause = _skeleton(source, str(name), getattr(torch, dtype))
+        if not cause:
+            return model
+    if rank_and_size()[0] == 0:
+        warnings.warn(
+            f"every rank loads all weights of {str(name)!r} before it keeps its shard, as {cause};"
+            " save it as safetensors with transformers to avoid this",
+            stacklevel=2,
+        )
+    return load_model(name, dtype=dtype, device="cpu", merge_adapter=merge_adapter)
+
+
+def _skeleton(source: ModelSource, name: str, dtype: torch.dtype) -> tuple[Any, str]:
+    """The model on the meta device, or why its weights cannot be read shard by shard."""
+    from transformers import (  # noqa: PLC0415 - slow to import
+        AutoConfig,
+        AutoModelForCausalLM,
+        GenerationConfig,
+    )
+
+    try:
+        config = AutoConfig.from_pretrained(source.place, trust_remote_code=False)
+        refuse_quantized(config, name)
+        config._attn_implementation = None
+        folder = _local_folder(source.place)
+        if not any(folder.glob("*.safetensors")):
+            return None, "it has no safetensors"
+        require_files(folder)
+        stored = stored_tensors(folder)
+        with meta_parameters():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        if (settings := tokens_of_unreadable(source.place, name)) is None:
+            settings = _generation_config(GenerationConfig, source.place)
+    except LOADING_ERRORS as error:
+        message = (
+            f"the model {name!r} cannot be opened: {error}. Give a folder with config.json and"
+            " model.safetensors, a GGUF file, or a name on the Hugging Face hub"
+        )
+        raise ModelError(message) from error
+    for parameter, weight in model.named_parameters():
+        if parameter not in stored:
+            return None, f"its files do not hold {parameter!r}"
+        if stored[parameter].shape != tuple(weight.shape):
+            raise ModelError(
+                f"the model {name!r} has a weight {parameter!r} of shape"
+                f" {list(stored[parameter].shape)}, and its config.json says"
+                f" {list(weight.shape)}; get or save it again"
+            )
+    if settings is not None:
+        model.generation_config = settings
+    repair_generation(model, name)
+    defer(model, folder)
+    return model, ""
+
+
+def _generation_config(kind: Any, place: str) -> Any:
+    try:
+        return kind.from_pretrained(place)
+    except OSError:  # there is none
+        return None
+
+
+def _local_folder(place: str) -> Path:
+    """The folder of a model, fetched from the hub if ``place`` is a name there."""
+    if Path(place).is_dir():
+        return Path(place)
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow to import
+
+    return Path(snapshot_download(place, allow_patterns=["*.safetensors", "*.json"]))
+
+
+def load_shards(score: Any, device: torch.device) -> None:
+    """Read this rank's shards of a sharded model, if it came without weights, and prove it.
+
+    Args:
+        score: a sharded ``TokenLogprobs``.
+        device: where the shards live.
+
+    Raises:
+        ModelError: the files cannot be read, or the model cannot be learned with.
+    """
+    model = score.model
+    if not is_deferred(model):
+        return
+    folder = source_of(model)
+    try:
+        fill(score, model, device)
+    except StoppedError:
+        raise
+    except LOADING_ERRORS as error:
+        message = f"the weights in {folder} cannot be read: {error}; get or save them again"
+        raise ModelError(message) from error
+    score(partial(require_learnable, name=str(folder)))

@@ -1,0 +1,185 @@
+"""How a model runs in a learner: proved to compute what transformers computes, then set up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from research_agent.batch import Packing
+from research_agent.errors import ModelError, ResearchAgentError
+from research_agent.models.probe import logit_difference, plain_logits, probe_sequences
+from research_agent.models.recurrent import split_recurrent_layers
+from research_agent.prefixes import TreeLayout, lay_out, shared_lengths
+
+
+def prepare(
+    model: Any,
+    *,
+    packing: Packing = "off",
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
+) -> None:
+    """Set up how a model runs in a learner, and prove that it can share rows if it is to.
+
+    What it computes stays the same, if its dropouts are modules of their own, as in all models of
+    today: a layer that is checkpointed is in training mode itself, and what is inside it is not.
+
+    Args:
+        model: a causal language model of the transformers library; it is changed.
+        packing: how trajectories share rows; see ``research_agent.models.attention``.
+        gradient_checkpointing: keep only what enters each layer, and compute the rest again for the
+            gradient.
+        compile: let torch.compile fuse the operations of each layer.
+
+    Raises:
+        ModelError: the architecture cannot do it, or would compute something else.
+    """
+    if (gradient_checkpointing or compile) and not layers_of(model):
+        message = f"{type(model).__name__} names no layers to checkpoint or compile; turn both off"
+        raise ModelError(message)
+    if packing != "off":
+        _require_packable(model, packing)
+    set_up(model, packing=packing, gradient_checkpointing=gradient_checkpointing, compile=compile)
+
+
+def set_up(model: Any, *, packing: Packing, gradient_checkpointing: bool, compile: bool) -> None:
+    """Set up how a model, or the body of one, runs; like ``prepare``, without a proof."""
+    from research_agent.models.attention import PACKED  # noqa: PLC0415
+
+    if packing != "off":
+        split_recurrent_layers(model)
+        model.set_attn_implementation(PACKED)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in layers_of(model):  # in training mode only; its dropouts are inside it
+            layer.training = True
+    if compile:
+        for layer in layers_of(model):
+            layer.compile(dynamic=True)
+
+
+def _require_packable(model: Any, packing: Packing) -> None:
+    """Let trajectories share a row, and prove on short ones that each sees itself alone."""
+    from research_agent.models.attention import PACKED  # noqa: PLC0415
+
+    name = type(model).__name__
+    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    join = split_recurrent_layers(model)
+    try:
+        sequences = probe_sequences(model)
+        if packing == "tree":  # one more, which leaves the first in its middle
+            first, second = sequences
+            sequences.insert(1, (first[: len(first) // 2] + second)[: len(first)])
+        expected = [plain_logits(model, tokens) for tokens in sequences]
+        model.set_attn_implementation(PACKED)
+        found = (_tree_logits if packing == "tree" else _packed_logits)(model, sequences)
+        difference = next(filter(None, map(logit_difference, found, expected)), "")
+    except (ResearchAgentError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        difference = str(error)
+    join()
+    if difference:
+        if before is not None and model.config._attn_implementation != before:
+            model.set_attn_implementation(before)
+        message = f"trajectories of {name} cannot share a row: {difference}; use --packing off"
+        raise ModelError(message)
+
+
+@torch.no_grad()
+def _packed_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits of sequences in one row, [tokens, words] each."""
+    lengths, device = [len(s) for s in sequences], model.device
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    options: dict[str, Any] = {
+        "position_ids": torch.cat([torch.arange(n, device=device) for n in lengths])[None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+    row = torch.tensor([token for s in sequences for token in s], device=device)[None]
+    states = model.base_model(input_ids=row, use_cache=False, **options).last_hidden_state
+    return list(torch.split(output_logits(model)(states)[0], lengths))
+
+
+@torch.no_grad()
+def _tree_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits of sequences in one row that holds shared beginnings once, [tokens, words] each."""
+    rows = [torch.tensor(tokens, device=model.device) for tokens in sequences]
+    tree = lay_out(rows, shared_lengths(sequences))
+    options = {"position_ids": tree.position_ids[None], **tree_options(tree)}
+    body = model.base_model(input_ids=tree.tokens[None], use_cache=False, **options)
+    logits = output_logits(model)(body.last_hidden_state)[0]
+    return [logits[path] for path in tree.paths]
+
+
+def tree_options(tree: TreeLayout) -> dict[str, Any]:
+    """What ``packed_attention`` needs to know of a row of trees."""
+    return {
+        "cu_seq_lens_q": tree.cu_seqlens,
+        "cu_seq_lens_k": tree.cu_keys,
+        "max_length_q": tree.max_seqlen,
+        "max_length_k": tree.max_keys,
+        "key_index": tree.key_index,
+    }
+
+
+@torch.no_grad()
+def require_learnable(model: Any, name: str) -> None:
+    """Compare what the learner computes with the model's own logits, on two short sequences.
+
+    The learner gives its rows no mask, pads them on the right, and makes logits of the last hidden
+    states by ``output_logits``. Models that change their logits in another way differ.
+
+    Args:
+        model: a causal language model of the transformers library.
+        name: of the model, for the message.
+
+    Raises:
+        ModelError: they differ by more than rounding.
+    """
+    sequences = probe_sequences(model)
+    head = output_logits(model)
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
+    padded = padded.to(model.device)
+    states = model.base_model(input_ids=padded, use_cache=False).last_hidden_state
+    for row, tokens in zip(head(states), sequences, strict=True):
+        expected = plain_logits(model, tokens)
+        if difference := logit_difference(row[: len(tokens)], expected):
+            raise ModelError(
+                f"the model {name!r} changes its logits after its head, or sees padding:"
+                f" {difference}; this is not supported"
+            )
+
+
+def output_logits(model: Any) -> Callable[[Tensor], Tensor]:
+    """What turns a model's last hidden states into logits: its head, scale and soft cap.
+
+    Args:
+        model: a causal language model of the transformers library. Its configuration may scale the
+            logits (Granite, Cohere, Falcon-H1) or cap them (Gemma 2).
+
+    Returns:
+        A function of states [..., hidden size] to logits [..., words].
+    """
+    head, config = model.get_output_embeddings(), model.config
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1
+    scale /= getattr(config, "logits_scaling", None) or 1
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logits(states: Tensor) -> Tensor:
+        out: Tensor = head(states)
+        out = out if scale == 1 else out * scale
+        return out if cap is None else (out / cap).tanh() * cap
+
+    return logits
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model of the transformers library, where it names them."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: PLC0415
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]

@@ -1,0 +1,353 @@
+"""A player in a child process, which goes on playing while its parent learns.
+
+The parent asks, the child answers: each request is the name of a method of ``Player`` and its
+arguments, over a pipe. Between two requests the child plays whatever the last ``collect`` allowed
+ahead. So a request meets the child between two engine steps, and what the child says is never half
+done. Weights travel as files (``weight_files``), or from the parent to the servers that the child
+samples from.
+
+If the child dies, the next request raises an error. If the parent dies, the child ends.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from research_agent.active_rollout import Episode
+from research_agent.config import TrainConfig
+from research_agent.engines.base import Engine, SamplesElsewhere
+from research_agent.engines.checks import CONTINUE
+from research_agent.errors import EngineError
+from research_agent.models.policy import context_length, load_model
+from research_agent.models.source import resolve_model
+from research_agent.player import Player
+from research_agent.renderer import Renderer, load_renderer
+from research_agent.trace import Trace
+from research_agent.trajectory import Trajectory
+from research_agent.weight_files import WeightFiles
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_GRACE = 10.0  # seconds that a child has to end by itself
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What the child needs to know to make its player."""
+
+    config: TrainConfig
+    slots: int
+    stage_args: Mapping[str, Any]
+    trace_start: float | None  # None: no trace
+    weights: Path  # folder that the child removes if the parent is dead
+    gpu: int | None  # the parent's device
+    threads: int
+
+
+class PlayerProcess:
+    """A ``Player`` in a child process, with the same methods.
+
+    Args:
+        config: as for ``Player``.
+        slots: as for ``Player``.
+        stage_args: as for ``Player``.
+        trace: as for ``Player``; the child appends to the same file.
+
+    Raises:
+        EngineError: by every method, if the child died.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        slots: int,
+        stage_args: Mapping[str, Any],
+        trace: Trace | None = None,
+    ) -> None:
+        self._weights = WeightFiles()
+        self._servers: SamplesElsewhere | None = None
+        on_gpu = config.policy.device != "cpu" and torch.cuda.is_available()
+        setup = _Setup(
+            config,
+            slots,
+            stage_args,
+            trace.start if trace else None,
+            self._weights.root,
+            torch.cuda.current_device() if on_gpu else None,
+            torch.get_num_threads(),
+        )
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, setup), name="player")
+        with _stop_signals_blocked():
+            self._process.start()
+        theirs.close()
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process number."""
+        return self._process.pid
+
+    @property
+    def weights_folder(self) -> Path:
+        """Where weights are handed over."""
+        return self._weights.root
+
+    def start(
+        self,
+        load: Callable[[], tuple[Engine, Renderer]],
+        servers: SamplesElsewhere | None = None,
+    ) -> None:
+        """Make the engine in the child.
+
+        Args:
+            load: makes it there; it is pickled.
+            servers: an engine of this process, over the servers that the child samples from. It
+                gives them weights. The child's engine can be used after the first ones.
+        """
+        self._servers = servers
+        self._ask("start", load)
+
+    def provenance(self) -> dict[str, str]:
+        """See ``Player``."""
+        found: dict[str, str] = self._ask("provenance")
+        return found
+
+    def collect(self, episodes: Sequence[Episode], ahead: Sequence[Episode]) -> list[Trajectory]:
+        """See ``Player``; the child plays on with those ahead."""
+        played: list[Trajectory] = self._ask("collect", episodes, ahead)
+        return played
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Let the child give its engine new weights; all ranks take part."""
+        if self._servers:
+            self._ask("load_weights", self._servers.give_weights(weights, version), version)
+            return
+        self._ask("read_weights", self._weights.give(weights, version), version)
+        self._weights.drop(version)
+
+    def num_eval_tasks(self) -> int | None:
+        """See ``Player``."""
+        count: int | None = self._ask("num_eval_tasks")
+        return count
+
+    def evaluate(self, episodes: Sequence[Episode]) -> list[Trajectory]:
+        """See ``Player``."""
+        played: list[Trajectory] = self._ask("evaluate", episodes)
+        return played
+
+    def state(self) -> dict[str, Any]:
+        """See ``Player``."""
+        state: dict[str, Any] = self._ask("state")
+        return state
+
+    def restore(self, states: Sequence[Mapping[str, Any]], episodes: Collection[Episode]) -> None:
+        """See ``Player``."""
+        self._ask("restore", states, episodes)
+
+    def clear(self) -> None:
+        """See ``Player``."""
+        self._ask("clear")
+
+    def open_stage(self, stage_args: Mapping[str, Any]) -> None:
+        """See ``Player``."""
+        self._ask("open_stage", stage_args)
+
+    def close(self) -> None:
+        """End the child, by force if it does not end by itself."""
+        self._connection.close()
+        self._process.join(_GRACE)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._weights.close()
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """Send a request and wait for the answer; raises what the child's player raised."""
+        with suppress(OSError):  # a child that failed has said why, and is gone
+            self._connection.send((method, arguments))
+        wait([self._connection, self._process.sentinel])
+        try:
+            if not self._connection.poll():
+                raise EOFError
+            is_error, answer = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join(_GRACE)
+            raise EngineError(
+                f"the process that plays the episodes {_how_it_ended(self._process.exitcode)} "
+                f"(its output is above). {CONTINUE}"
+            ) from None
+        if is_error:
+            raise answer
+        return answer
+
+
+def _load_renderer(config: TrainConfig, model: str) -> Renderer:
+    return load_renderer(
+        resolve_model(model),
+        chat_template=config.policy.chat_template,
+        chat_template_args=config.policy.chat_template_args,
+        chat_template_date=config.policy.chat_template_date,
+    )
+
+
+def connect_engine(
+    make: Callable[[Renderer], Engine], config: TrainConfig, model: str
+) -> tuple[Engine, Renderer]:
+    """Make an engine over servers, in the process of a player.
+
+    Args:
+        make: what ``SamplesElsewhere.elsewhere`` returned.
+        config: of the run.
+        model: the model that the run began with.
+    """
+    renderer = _load_renderer(config, model)
+    return make(renderer), renderer
+
+
+def load_engine(
+    make_engine: Callable[..., Engine],
+    config: TrainConfig,
+    model: str,
+    *,
+    slots: int,
+    merge_adapter: bool,
+) -> tuple[Engine, Renderer]:
+    """Load a model and make an engine of it, in the process of a player.
+
+    Args:
+        make_engine: called as ``engines.make_engine`` is.
+        config: of the run.
+        model: the model that the run began with. The weights that learn follow by ``load_weights``.
+        slots: episodes played at the same time.
+        merge_adapter: add an adapter to the weights of its base.
+    """
+    from transformers.utils import logging  # noqa: PLC0415 - slow to import
+
+    logging.disable_progress_bar()  # it would break the run's
+    renderer = _load_renderer(config, model)
+    loaded = load_model(
+        model,
+        dtype=config.learner.precision,
+        device=config.policy.device,
+        merge_adapter=merge_adapter,
+    )
+    sampling = config.sampling
+    engine = make_engine(
+        sampling.engine,
+        loaded,
+        renderer,
+        max_slots=slots,
+        max_context=context_length(loaded, sampling.max_prompt + sampling.max_response),
+        dtype=config.learner.precision,
+        share=True,
+    )
+    return engine, renderer
+
+
+def _serve(connection: Connection, setup: _Setup) -> None:
+    """Be the child: answer requests until the parent closes the pipe, and play in between."""
+    for number in _STOP_SIGNALS:  # the parent decides when to stop
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    for name in _TORCHRUN:  # the child is no rank
+        os.environ.pop(name, None)
+    if setup.gpu is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            visible.split(",")[setup.gpu] if visible else str(setup.gpu)
+        )
+    torch.set_num_threads(setup.threads)
+    player = None
+    try:
+        path = setup.config.run.trace
+        trace = Trace(path, setup.trace_start) if path and setup.trace_start is not None else None
+        player = Player(setup.config, setup.slots, setup.stage_args, trace)
+        while request := _next_request(connection, player):
+            method, arguments = request
+            _answer(connection, False, getattr(player, method)(*arguments))
+    except Exception as error:
+        _answer(connection, True, _portable(error))
+    finally:
+        if player:
+            player.close()
+        if not _parent_is_alive():
+            shutil.rmtree(setup.weights, ignore_errors=True)
+
+
+def _next_request(connection: Connection, player: Player) -> tuple[str, tuple[Any, ...]] | None:
+    """Play until there is a request; None if the parent has closed the pipe, or is dead."""
+    while player.has_work and not connection.poll():
+        player.advance()
+    try:
+        request: tuple[str, tuple[Any, ...]] = connection.recv()
+    except (EOFError, OSError):
+        return None
+    return request
+
+
+def _answer(connection: Connection, is_error: bool, answer: Any) -> None:
+    with suppress(OSError):  # the parent is dead
+        connection.send((is_error, answer))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as it can be pickled, with the traceback of this process as a note."""
+    error.add_note("In the process that plays the episodes:\n" + traceback.format_exc())
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return EngineError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _parent_is_alive() -> bool:
+    parent = multiprocessing.parent_process()
+    return parent is not None and parent.is_alive()
+
+
+def _end_with_parent() -> None:
+    """End this process some time after its parent, whatever it is busy with."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        time.sleep(_GRACE)
+        os._exit(1)
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Block the signals that stop a run; a child that starts meanwhile has them blocked too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _how_it_ended(code: int | None) -> str:
+    if code is None:
+        return "does not answer"
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    return f"ended with exit status {code}"

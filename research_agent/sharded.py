@@ -1,0 +1,294 @@
+"""Weights and moments of many ranks, to and from files: each rank reads and writes its shard.
+
+Reading and the moments are torch.distributed.checkpoint's work, in safetensors. Weights are written
+as a folder that transformers opens, one file per bucket. A rank holds its shard, and besides it at
+most one bucket.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from research_agent.distributed import raise_together, rank_and_size, together
+from research_agent.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+_COPIES = 4  # of what goes into a file, while DCP writes it: on the host, as bytes, in a file
+_SOURCE = "_research_agent_weights"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor that is still in its files."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+Read = Callable[[Mapping[str, Tensor]], None]
+"""Fills tensors in place, by their names in the files of a checkpoint."""
+
+
+@contextmanager
+def meta_parameters() -> Iterator[None]:
+    """Let modules that are made keep their parameters on the meta device; buffers are real."""
+
+    def hook(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:  # a tied weight stays one object
+            return parameter
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    register: Any = nn.modules.module.register_module_parameter_registration_hook
+    handle = register(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def stand_ins(model: nn.Module) -> Iterator[None]:
+    """Put zeros that take no memory in the place of meta parameters.
+
+    What is put beside a parameter on the meta device (an adapter) would be moved there itself.
+    """
+    held = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_meta
+    ]
+    for module, name, parameter in held:
+        zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+        module._parameters[name] = nn.Parameter(zeros, parameter.requires_grad)
+    try:
+        yield
+    finally:
+        for module, name, parameter in held:
+            stand_in = module._parameters[name]
+            parameter.requires_grad_(stand_in is not None and stand_in.requires_grad)
+            module._parameters[name] = parameter
+
+
+def defer(model: nn.Module, folder: Path) -> None:
+    """Note where the weights of a model on the meta device are; ``fill`` reads them."""
+    setattr(model, _SOURCE, folder)
+
+
+def is_deferred(model: nn.Module) -> bool:
+    """Whether the model's weights have still to be read."""
+    return hasattr(model, _SOURCE)
+
+
+def source_of(model: nn.Module) -> Path:
+    """The folder of a deferred model's weights."""
+    folder: Path = getattr(model, _SOURCE)
+    return folder
+
+
+def fill(root: nn.Module, model: nn.Module, device: torch.device) -> None:
+    """Allocate this rank's shards of a model that was made on the meta device, and read them.
+
+    Args:
+        root: the module that was sharded; it contains the model.
+        model: a deferred model. Parameters that are not on the meta device (new adapters) stay.
+        device: where the shards live.
+
+    Raises:
+        OSError, ValueError, SafetensorError: the files cannot be read.
+    """
+    allocate(root, device)
+    read_weights(model, source_of(model))
+    delattr(model, _SOURCE)
+
+
+def copy_or_read(into: Mapping[str, Tensor], found: Mapping[str, Any], read: Read) -> None:
+    """Fill tensors in place, from tensors of the same names or from files.
+
+    Args:
+        into: by name.
+        found: a tensor, or a ``StoredTensor``, for each of the names.
+        read: fills tensors in place, by their names in the files.
+
+    Raises:
+        CheckpointError: a name or a shape differs.
+    """
+    for name in sorted(into.keys() | found.keys()):
+        shapes = [tuple(each[name].shape) if name in each else None for each in (into, found)]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(
+                f"the state is that of another model: {name!r} has the shape {shapes[0]} here and"
+                f" {shapes[1]} there"
+            )
+    with torch.no_grad():
+        for name, tensor in into.items():
+            if not isinstance(found[name], StoredTensor):
+                tensor.copy_(found[name])
+    stored = {n: v for n, v in found.items() if isinstance(v, StoredTensor)}
+    read({value.name: into[name].detach() for name, value in stored.items()})
+
+
+def read_nothing(into: Mapping[str, Tensor]) -> None:
+    """Read for a state whose tensors are all in memory."""
+    if into:
+        raise ValueError(f"{next(iter(into))} is in a file; give what reads it")
+
+
+def allocate(root: nn.Module, device: torch.device) -> None:
+    """Give the meta parameters of a sharded module memory, with any content."""
+    real = {n: t.detach().clone() for n, t in root.named_parameters() if not t.is_meta}
+    real |= {n: t.detach().clone() for n, t in root.named_buffers() if not t.is_meta}
+    root.to_empty(device=device)
+    with torch.no_grad():
+        named = {**dict(root.named_parameters()), **dict(root.named_buffers())}
+        for name, value in real.items():
+            named[name].copy_(value)
+
+
+def read_weights(model: nn.Module, folder: Path) -> None:
+    """Read this rank's shards of a model's weights from a Hugging Face folder, in place.
+
+    Adapters are left as they are.
+    """
+    named = ((n, p) for n, p in model.named_parameters() if ".lora_" not in n)
+    read_tensors(folder, {n.replace(".base_layer.", "."): p.detach() for n, p in named})
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of all safetensors files in a folder, from the files' headers.
+
+    Raises:
+        OSError, SafetensorError: a file cannot be read, or is cut.
+    """
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {
+        name: StoredTensor(name, tuple(each.size), each.properties.dtype)
+        for name, each in found.items()
+        if isinstance(each, TensorStorageMetadata)
+    }
+
+
+def read_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
+    """Read tensors in place; of a sharded one this rank reads its rows only.
+
+    Args:
+        folder: of safetensors files, of whole tensors or of shards, from any number of ranks.
+        into: the tensors by their names in the files. All ranks must give the same names.
+    """
+    if not into:
+        return
+    reader = HuggingFaceStorageReader(str(folder))
+    with _plain_errors():
+        load(dict(into), storage_reader=reader, no_dist=_alone())
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], bucket_bytes: int) -> None:
+    """Write tensors, each rank its shards, into files of its own.
+
+    Args:
+        folder: made if missing.
+        tensors: by name. All ranks must give the same names.
+        bucket_bytes: the most bytes that a rank holds for this, besides the tensors.
+    """
+    most = max(1, bucket_bytes * rank_and_size()[1] // _COPIES)
+    files: dict[str, int] = {}
+    number, held = 1, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if held and held + size > most:
+            number, held = number + 1, 0
+        files[name] = number
+        held += size
+    writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
+    with _plain_errors():
+        live = {name: tensor.detach() for name, tensor in tensors.items()}
+        save(live, storage_writer=writer, no_dist=_alone())
+
+
+def write_weights(folder: Path, buckets: Iterable[list[tuple[str, Tensor]]]) -> None:
+    """Write the files of a model's weights: a file per bucket, by one rank after the other.
+
+    Args:
+        folder: it exists, and all ranks see it.
+        buckets: whole tensors, the same on all ranks; see ``Learner.weight_buckets``.
+    """
+    rank, size = rank_and_size()
+    names: list[list[str]] = []
+    total = 0
+    for number, bucket in enumerate(buckets):
+        names.append([name for name, _ in bucket])
+        total += sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
+        with together():
+            if number % size == rank:
+                host = {name: tensor.contiguous().cpu() for name, tensor in bucket}
+                save_file(host, folder / f"{number}.part", metadata={"format": "pt"})
+                del host
+    with together():
+        if rank == 0:
+            _name_files(folder, names, total)
+
+
+def _name_files(folder: Path, names: list[list[str]], total: int) -> None:
+    """Give the parts the names that transformers looks for, and say which weight is where."""
+    if len(names) == 1:
+        (folder / "0.part").rename(folder / "model.safetensors")
+        return
+    where: dict[str, str] = {}
+    for number, each in enumerate(names):
+        file = f"model-{number + 1:05d}-of-{len(names):05d}.safetensors"
+        (folder / f"{number}.part").rename(folder / file)
+        where |= dict.fromkeys(each, file)
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def require_files(folder: Path) -> None:
+    """Check that all files that the index of a folder names are there.
+
+    Raises:
+        FileNotFoundError: naming one that is missing.
+    """
+    if not (folder / INDEX).is_file():
+        return
+    named = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    for file in sorted(set(named.values())):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file} is missing, which {INDEX} names")
+
+
+def _alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized())
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raise the cause of what DCP raises, on all ranks; no warning where one process is meant."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        cause, _ = error.failures[min(error.failures)]
+        if not isinstance(cause, Exception):
+            raise
+        raise_together(cause)

@@ -1,0 +1,90 @@
+"""Whole runs on two ranks in one start: what each rank says and how it ends, into a file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from research_agent import step_metrics, trainer
+from research_agent.cli import main
+from research_agent.curriculum import CollapseMonitor
+from research_agent.learner import Learner
+from research_agent.trajectory import Group
+
+
+def ended(words: Sequence[str]) -> tuple[int, str]:
+    """Exit status of a command, and what it writes to standard error."""
+    errors = io.StringIO()
+    status: Any = 0
+    with contextlib.redirect_stderr(errors):
+        try:
+            main(words)
+        except SystemExit as end:
+            status = end.code
+    if dist.is_initialized():  # a rank that fails does not part from the others
+        dist.destroy_process_group()
+    return int(status or 0), errors.getvalue()
+
+
+def collapse_after_three_steps() -> None:
+    """Let rewards be 1, 1, 1, and then 0, with averages over two steps."""
+    describe = step_metrics.of_episodes
+
+    def given(trajectories: Sequence[Any]) -> dict[str, float]:
+        step = trajectories[0].episode // 4 + 1  # four tasks a step
+        return {**describe(trajectories), "reward": float(step <= 3)}
+
+    step_metrics.of_episodes = given
+    trainer.CollapseMonitor = lambda share: CollapseMonitor(share, window=2)  # type: ignore
+
+
+def die_once(marker: Path, step: int) -> None:
+    """Let the last rank be killed in an update, the first time that it comes there."""
+    update = Learner.update
+
+    def watched(self: Learner, groups: Sequence[Group]) -> dict[str, float]:
+        if groups[0].episode // 4 + 1 == step and dist.get_rank() == 1 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(self, groups)
+
+    Learner.update = watched  # type: ignore[method-assign]
+
+
+def run_all(file: Path) -> None:
+    """Run the commands of a file, one after the other, on all ranks."""
+    rank = int(os.environ["RANK"])
+    plan = json.loads(file.read_text())
+    for name, case in plan.items():
+        if case.get("collapse"):
+            collapse_after_three_steps()
+        os.environ["MASTER_PORT"] = str(case["port"])  # a store that nobody has met in before
+        words = [word.replace("RANK", str(rank)) for word in case["words"]]
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # EFBIG instead
+        if case.get("limit") and rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (case["limit"], before[1]))
+        found = ended(words)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+        file.with_name(f"{name}-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "die":
+        die_once(Path(sys.argv[2]), int(sys.argv[3]))
+        main(sys.argv[4:])
+    else:
+        run_all(Path(sys.argv[1]))
