@@ -136,7 +136,7 @@ class RolloutLoop:
         self._skips = overlong_prompts == "skip" and plan.size == 1
         self._on_finish = on_finish
         self._stop = environments.terminators
-        self._trees = Trees(plan, seed, environments, len(renderer.tokenizer))
+        self._trees = Trees(plan, seed, environments, len(getattr(renderer, "tokenizer", ())))
         self._waiting: deque[Episode] = deque()
         self._free: deque[int] = deque()
 

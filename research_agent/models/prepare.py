@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from research_agent.batch import Packing
 from research_agent.errors import ModelError, ResearchAgentError
 from research_agent.models.probe import logit_difference, plain_logits, probe_sequences
+from research_agent.models.recurrent import split_recurrent_layers
 from research_agent.prefixes import TreeLayout, lay_out, shared_lengths
 
 
@@ -177,6 +178,29 @@ def require_learnable(model: Any, name: str) -> None:
                 f"the model {name!r} changes its logits after its head, or sees padding:"
                 f" {difference}; this is not supported"
             )
+
+
+def output_logits(model: Any) -> Callable[[Tensor], Tensor]:
+    """What turns a model's last hidden states into logits: its head, scale and soft cap.
+
+    Args:
+        model: a causal language model of the transformers library. Its configuration may scale the
+            logits (Granite, Cohere, Falcon-H1) or cap them (Gemma 2).
+
+    Returns:
+        A function of states [..., hidden size] to logits [..., words].
+    """
+    head, config = model.get_output_embeddings(), model.config
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1
+    scale /= getattr(config, "logits_scaling", None) or 1
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logits(states: Tensor) -> Tensor:
+        out: Tensor = head(states)
+        out = out if scale == 1 else out * scale
+        return out if cap is None else (out / cap).tanh() * cap
+
+    return logits
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 # Names of classes of the transformers library. A layer that is missing here fails the check that
 # every packed model undergoes.
-_RECURRENT = re.compile(
-    r"GatedDeltaNet$|ShortConv$|Mamba2?(Mixer|Layer)$|^(FalconH1|Bamba|NemotronHMamba2)Mixer$"
-)
+_RECURRENT = re.compile(r".*(GatedDeltaNet|ShortConv|Mamba2?(Mixer|Layer))|(FalconH1|Bamba)Mixer")
 _OF_ROWS = frozenset(
     {
         *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
@@ -41,7 +39,7 @@ class _Row:
 
 def recurrent_layers(model: nn.Module) -> list[Any]:
     """The layers of a model that carry a state from token to token."""
-    return [m for m in model.modules() if _RECURRENT.search(type(m).__name__)]
+    return [m for m in model.modules() if _RECURRENT.fullmatch(type(m).__name__)]
 
 
 def split_recurrent_layers(model: Any) -> Callable[[], None]:
@@ -54,7 +52,8 @@ def split_recurrent_layers(model: Any) -> Callable[[], None]:
     Returns:
         A function that undoes the change.
     """
-    layers = recurrent_layers(model)
+    # Copies of a model that was changed before are changed already.
+    layers = [layer for layer in recurrent_layers(model) if "forward" not in layer.__dict__]
     if not layers:
         return lambda: None
     row = _Row()
