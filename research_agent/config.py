@@ -527,6 +527,19 @@ def validate(config: TrainConfig) -> None:
         )
 
 
+def require_one_process(command: str) -> None:
+    """Refuse to run a command under torchrun, where every rank would do all of its work.
+
+    Raises:
+        ConfigError: this is one of several ranks.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise ConfigError(
+            f"{command} runs in one process; torchrun started {ranks}. Start it without torchrun"
+        )
+
+
 class _ChatTemplateSettings(Protocol):
     @property
     def chat_template(self) -> bool: ...
@@ -551,19 +564,6 @@ def require_chat_template(config: _ChatTemplateSettings) -> None:
     for flag, value in given.items():
         if value and not config.chat_template:
             raise ConfigError(f"{flag} without --chat-template has no effect; add --chat-template")
-
-
-def require_one_process(command: str) -> None:
-    """Refuse to run a command under torchrun, where every rank would do all of its work.
-
-    Raises:
-        ConfigError: this is one of several ranks.
-    """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1:
-        raise ConfigError(
-            f"{command} runs in one process; torchrun started {ranks}. Start it without torchrun"
-        )
 
 
 def _require_at_least_one(values: Mapping[str, float | None]) -> None:
