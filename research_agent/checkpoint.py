@@ -43,6 +43,14 @@ TENSORS = "state"
 _NAME = re.compile(r"step-(\d{6,})")
 _TENSOR = "__tensor__"
 _PAIRS = "__pairs__"
+_FILE_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +75,7 @@ class Checkpoint:
             read_tensors(self.folder / TENSORS, into)
         except StoppedError:
             raise
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except _FILE_ERRORS as error:
             raise _no_checkpoint(self.folder, error) from error
 
 
@@ -243,7 +251,7 @@ def load(folder: Path, deferred: Collection[str] = ()) -> Checkpoint:
         return Checkpoint(folder, plain["step"], plain["config"], {**state, **late})
     except (CheckpointError, StoppedError):
         raise
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
+    except _FILE_ERRORS as error:
         raise _no_checkpoint(folder, error) from error
 
 

@@ -27,12 +27,12 @@ class CheckpointError(ResearchAgentError):
     """A checkpoint that is missing, broken, or of another configuration."""
 
 
-class LogError(ResearchAgentError):
-    """A log of a run that is broken."""
-
-
 class RankError(ResearchAgentError, RuntimeError):
     """Another process of a run under torchrun stopped or hangs."""
+
+
+class LogError(ResearchAgentError):
+    """A log of a run that is broken."""
 
 
 class FolderInUseError(ResearchAgentError):

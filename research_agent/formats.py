@@ -75,7 +75,7 @@ class StepFormat(TypedDict):
 
 
 class CheckpointFormat(TypedDict):
-    """``state.json`` of a checkpoint; its tensors stand in ``state.safetensors``."""
+    """``state.json`` of a checkpoint; its tensors stand in ``state/``."""
 
     version: int
     step: Count
@@ -105,7 +105,7 @@ class StateFormat(TypedDict):
     environment: dict[str, str]
     rewards: NotRequired[list[Any]]
     stage: NotRequired[dict[str, Any]]
-    in_flight: dict[str, Any]
+    in_flight: list[dict[str, Any]]
 
 
 NumbersFormat = dict[str, Number | None]

@@ -200,6 +200,15 @@ class PlayerProcess:
         return answer
 
 
+def _load_renderer(config: TrainConfig, model: str) -> Renderer:
+    return load_renderer(
+        resolve_model(model),
+        chat_template=config.policy.chat_template,
+        chat_template_args=config.policy.chat_template_args,
+        chat_template_date=config.policy.chat_template_date,
+    )
+
+
 def connect_engine(
     make: Callable[[Renderer], Engine], config: TrainConfig, model: str
 ) -> tuple[Engine, Renderer]:
@@ -210,7 +219,7 @@ def connect_engine(
         config: of the run.
         model: the model that the run began with.
     """
-    renderer = _renderer_of(config, model)
+    renderer = _load_renderer(config, model)
     return make(renderer), renderer
 
 
@@ -234,7 +243,7 @@ def load_engine(
     from transformers.utils import logging  # noqa: PLC0415 - slow to import
 
     logging.disable_progress_bar()  # it would break the run's
-    renderer = _renderer_of(config, model)
+    renderer = _load_renderer(config, model)
     loaded = load_model(
         model,
         dtype=config.learner.precision,
@@ -252,17 +261,6 @@ def load_engine(
         share=True,
     )
     return engine, renderer
-
-
-def _renderer_of(config: TrainConfig, model: str) -> Renderer:
-    """The tokenizer of a run's model, with the chat template's arguments and date of the run."""
-    policy = config.policy
-    return load_renderer(
-        resolve_model(model),
-        chat_template=policy.chat_template,
-        chat_template_args=policy.chat_template_args,
-        chat_template_date=policy.chat_template_date,
-    )
 
 
 def _serve(connection: Connection, setup: _Setup) -> None:

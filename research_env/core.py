@@ -72,6 +72,7 @@ class EnvSettings(TypedDict, total=False):
     corpus: str | None
     hops: int | Sequence[int] | None
     world_seed: int
+    difficulty: int
     grades: str | None
     grade: str | None
     retriever: str | Retriever | None
@@ -443,6 +444,7 @@ def _load_dataset(settings: EnvSettings) -> Dataset:
         questions=settings.get("questions"),
         corpus=settings.get("corpus"),
         world_seed=settings.get("world_seed", 0),
+        difficulty=settings.get("difficulty", 0),
         grades=settings.get("grades"),
         grade=settings.get("grade"),
     )

@@ -412,6 +412,7 @@ def test_flags_that_are_named_exist(document: str, capsys: pytest.CaptureFixture
     known = {"--help", "--nproc-per-node"}  # the latter is of torchrun
     known |= {"--model", "--reasoning-parser"}  # and these are of vLLM's server
     known |= {"--weight-transfer-config", "--gpu-memory-utilization"}  # as are these
+    known |= {"--env", "--no-push"}  # flags of verifiers' command
     known |= {"--all", "--tiny", "--gpu", "--write"}  # flags of modules in benchmarks/
     for program, commands in {
         research_agent: (

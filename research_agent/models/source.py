@@ -68,6 +68,14 @@ def resolve_model(name: str | Path) -> str:
     return text
 
 
+def starting_model(model: str) -> str:
+    """The model to start from; of another run's folder its newest checkpoint."""
+    from research_agent.checkpoint import latest  # noqa: PLC0415 - loads torch
+
+    newest = latest(Path(model).expanduser() / "checkpoints")
+    return str(newest) if newest else model
+
+
 def _near_names(path: Path, starters: Iterable[str]) -> list[str]:
     """Starters and models beside a path whose names are like the path's."""
     is_model = ("config.json", _ADAPTER_CONFIG, "checkpoints")
@@ -80,14 +88,6 @@ def _near_names(path: Path, starters: Iterable[str]) -> list[str]:
     own = [] if path.parent.name else list(starters)
     found = difflib.get_close_matches(path.name, [*own, *local], n=3, cutoff=0.75)
     return [name if name in own else str(folder / name) for name in found]
-
-
-def starting_model(model: str) -> str:
-    """The model to start from; of another run's folder its newest checkpoint."""
-    from research_agent.checkpoint import latest  # noqa: PLC0415 - loads torch
-
-    newest = latest(Path(model).expanduser() / "checkpoints")
-    return str(newest) if newest else model
 
 
 def model_source(name: str | Path) -> ModelSource:

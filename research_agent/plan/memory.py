@@ -26,7 +26,7 @@ class Memory:
     Attributes:
         gpu: while it learns, by what takes them.
         peaks: the most of each phase, all together: "learning", "end of a backward pass", "saving",
-            "resuming", "weights to the sampler".
+            "resuming", "starting the sampler", "weights to the sampler".
         host: of a node, by what takes them.
         disk: of the run's folder, by what takes them.
         problem: why the run cannot start whatever else there is; empty if it can.
@@ -99,6 +99,9 @@ def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Samp
         "weights to the sampler": fixed + 2 * bucket,
         "saving": fixed + bucket,
         "resuming": fixed + bucket,
+        "starting the sampler": fixed
+        - sum(held.values())
+        + _loaded(config, shape, machines, sampler),
     }
     return Memory(
         gpu=gpu,
@@ -212,6 +215,13 @@ def _bucket(config: TrainConfig, shape: Shape, machines: Machines) -> float:
     return float(max(config.learner.bucket_bytes, largest))
 
 
+def _loaded(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler) -> float:
+    """The whole model that a rank loads to start vLLM in its process, before it learns."""
+    if sampler.kind != "vllm" or (machines.count == 1 and not config.sampling.max_staleness):
+        return 0.0
+    return float(sampler.number * shape.parameters)
+
+
 def _host(
     config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler
 ) -> dict[str, float]:
@@ -225,6 +235,8 @@ def _host(
     if config.learner.optimizer == "adamw_offload":
         learns = trained(config, shape, shard_ranks(config, machines))
         needed["weights, gradients and moments"] = float(16 * ranks * learns)
+    if sampler.kind in ("vllm", "transformers"):
+        needed["models that ranks load whole"] = float(ranks * sampler.number * shape.parameters)
     if sampler.kind == "serve":
         copies = max(1, ranks // sampler.tensor_parallel)
         needed["vLLM"] = copies * sampler.tensor_parallel * given.HOST_SERVER

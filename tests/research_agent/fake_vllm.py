@@ -74,6 +74,7 @@ class FakeVllm:
         self.paused = False
         self.workers: list[str] | None = None  # of a router
         self.balances = False  # other servers answer each time
+        self.dummy = False  # it started without weights, and cannot read any
         self.reloads = True  # whether it can read weights from a folder
         self.missing: dict[str, int] = {}  # path -> status
         self.gate = threading.Event()
@@ -130,7 +131,11 @@ class FakeVllm:
     def folders(self) -> list[Path]:
         """The folders that it was told to read weights from."""
         rpc = [body for path, body in self.calls if path == "/collective_rpc"]
-        return [Path(each["kwargs"]["weights_path"]) for each in rpc if "kwargs" in each]
+        return [
+            Path(each["kwargs"]["weights_path"])
+            for each in rpc
+            if each["method"] == "reload_weights"
+        ]
 
     def paths(self) -> list[str]:
         return [path for path, _ in self.calls]
@@ -201,7 +206,10 @@ class FakeVllm:
         if body["method"] == "get_model_inspection":
             layers, tokens, width = self.sizes
             return {"results": [INSPECTION.format(last=layers - 1, tokens=tokens, width=width)]}
-        if not self.reloads:
+        if body["method"] == "update_config":
+            self.dummy = body["kwargs"]["overrides"]["load_config"]["load_format"] == "dummy"
+            return {"results": [None]}
+        if self.dummy or not self.reloads:
             return b"500"
         folder = Path(body["kwargs"]["weights_path"])
         self.weights = {}
@@ -336,6 +344,7 @@ def main(words: list[str]) -> None:
         port=int(settings["port"]),
         context=int(settings["max-model-len"]),
         dtype=settings["dtype"],
+        dummy=settings.get("load-format") == "dummy",
     )
     record = {"pid": os.getpid(), "settings": settings, "environment": dict(os.environ)}
     if file := os.environ.get("FAKE_VLLM_RECORD"):

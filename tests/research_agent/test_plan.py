@@ -119,6 +119,9 @@ def test_what_is_kept_by_hand() -> None:
     assert peaks["end of a backward pass"] == pytest.approx(
         held + gpu["learner: gradients"] + (2 + 4) * (2 * table + 3584)
     )
+    # Before there is a learner, each rank loads the whole model for vLLM.
+    assert peaks["starting the sampler"] == pytest.approx(share + 4e9 + 2 * weights)
+    assert found.memory.host["models that ranks load whole"] == 8 * 2 * weights
     disk = {"2 checkpoints": 2 * 12 * weights, "one being written": 12 * weights}
     assert found.memory.disk == disk
     assert found.memory.host["episodes of a step"] == 8 * found.tokens * 55
@@ -316,7 +319,7 @@ def saved_bytes(
         num_hidden_layers=layers,
     )
     model = Qwen2ForCausalLM(config).float().eval()
-    prepare(model, packed=True, gradient_checkpointing=checkpointing)
+    prepare(model, packing="on", gradient_checkpointing=checkpointing)
     if sharded and precision == "bfloat16":
         model = model.bfloat16()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -28,7 +28,7 @@ from research_agent.learner import Learner
 from research_agent.player_process import PlayerProcess
 from research_agent.renderer import Renderer
 from research_agent.rollout import InFlight, RolloutLoop, collect, keeps_turns
-from research_agent.run_logger import RunLogger, read_lines
+from research_agent.run_logger import read_lines
 from research_agent.trajectory import Group, Trajectory
 from tests.research_agent.conftest import tiny_qwen2
 from tests.research_agent.test_collect import END, RENDERER, Fake, Limits
@@ -49,9 +49,7 @@ AHEAD = {
     "collection": (PlayerProcess, "collect"),
     "update": (Learner, "update"),
     "hand-over of the weights": (PlayerProcess, "load_weights"),
-    "state of the player": (PlayerProcess, "state"),
     "saving": (checkpoint, "save"),
-    "logging": (RunLogger, "record"),
 }
 
 TOY = "tests.research_agent.toy_env:CopyLetter-v0"
