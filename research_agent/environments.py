@@ -15,6 +15,7 @@ import numpy as np
 
 from research_agent.errors import ConfigError, EnvironmentContractError, ResearchAgentError
 
+
 class StepResult(NamedTuple):
     """What ``step`` returned, and in which environment."""
 
