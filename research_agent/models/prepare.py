@@ -49,7 +49,6 @@ def prepare(
 def set_up(model: Any, *, packing: Packing, gradient_checkpointing: bool, compile: bool) -> None:
     """Set up how a model, or the body of one, runs; like ``prepare``, without a proof."""
     from research_agent.models.attention import PACKED  # noqa: PLC0415
-    from research_agent.models.recurrent import split_recurrent_layers  # noqa: PLC0415
 
     if packing != "off":
         split_recurrent_layers(model)
@@ -66,7 +65,6 @@ def set_up(model: Any, *, packing: Packing, gradient_checkpointing: bool, compil
 def _require_packable(model: Any, packing: Packing) -> None:
     """Let trajectories share a row, and prove on short ones that each sees itself alone."""
     from research_agent.models.attention import PACKED  # noqa: PLC0415
-    from research_agent.models.recurrent import split_recurrent_layers  # noqa: PLC0415
 
     name = type(model).__name__
     before = getattr(getattr(model, "config", None), "_attn_implementation", None)
@@ -88,29 +86,6 @@ def _require_packable(model: Any, packing: Packing) -> None:
             model.set_attn_implementation(before)
         message = f"trajectories of {name} cannot share a row: {difference}; use --packing off"
         raise ModelError(message)
-
-
-def output_logits(model: Any) -> Callable[[Tensor], Tensor]:
-    """What turns a model's last hidden states into logits: its head, scale and soft cap.
-
-    Args:
-        model: a causal language model of the transformers library. Its configuration may scale the
-            logits (Granite, Cohere, Falcon-H1) or cap them (Gemma 2).
-
-    Returns:
-        A function of states [..., hidden size] to logits [..., words].
-    """
-    head, config = model.get_output_embeddings(), model.config
-    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1
-    scale /= getattr(config, "logits_scaling", None) or 1
-    cap = getattr(config, "final_logit_softcapping", None)
-
-    def logits(states: Tensor) -> Tensor:
-        out: Tensor = head(states)
-        out = out if scale == 1 else out * scale
-        return out if cap is None else (out / cap).tanh() * cap
-
-    return logits
 
 
 @torch.no_grad()
