@@ -84,7 +84,7 @@ def make_server(sessions: Sessions) -> Server[Any]:
         if output.info["void"]:
             text = "error: the search engine failed; try again later"
         else:
-            text = session.episode.turns[-1].calls[0].message["content"]
+            text = output.info["messages"][0]["content"]
         content = TextContent(type="text", text=text)
         return CallToolResult(content=[content], is_error=text.startswith("error: "))
 
