@@ -265,13 +265,13 @@ def require_gpu(device: torch.device, backend: Backend) -> None:
         ) from error
 
 
-def _trainer(backend: Backend, links: _Links, source: _Source, servers: Sequence[Server]) -> Any:
+def _trainer(backend: Backend, links: _Links, source: Any, servers: Sequence[Server]) -> Any:
     """Make vLLM's end of a transfer, which meets with the servers of this rank if it has any."""
     from vllm.distributed.weight_transfer import WeightTransferTrainerFactory  # noqa: PLC0415
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo  # noqa: PLC0415
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo  # noqa: PLC0415
 
-    settings = {"rank": 0 if servers else 1, "packed": True}
+    settings: dict[str, Any] = {"rank": 0 if servers else 1, "packed": True}
     settings["packed_buffer_size_bytes"] = max(BUCKET, source.largest)
     if backend == "ipc":
         info: Any = IPCTrainerInitInfo(**settings)
@@ -309,7 +309,8 @@ def _in_thread(work: Callable[[], None]) -> Future[None]:
 
     def run() -> None:
         try:
-            future.set_result(work())
+            work()
+            future.set_result(None)
         except BaseException as error:
             future.set_exception(error)
 
