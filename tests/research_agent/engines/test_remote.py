@@ -80,8 +80,8 @@ def test_a_connection_is_not_used_again_after_a_server_error() -> None:
         client = Client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
         try:
             with pytest.raises(RequestError, match="status 500"):
-                await client.ask("GET", "health", timeout=10.0)
-            return await client.ask("GET", "health", timeout=10.0)
+                await client.ask("POST", "pause", timeout=10.0)
+            return await client.ask("POST", "pause", timeout=10.0)
         finally:
             await client.aclose()
             server.close()
