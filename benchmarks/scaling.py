@@ -96,7 +96,7 @@ def measure(batch: Batch, ranks: int) -> Efficiency:
 
 
 def _sizes(batch: Batch, ranks: int) -> list[int]:
-    passes = micro_batches(batch, MICRO_BATCH_TOKENS, packed=True, ranks=ranks)
+    passes = micro_batches(batch, MICRO_BATCH_TOKENS, packing="on", ranks=ranks)
     return [micro.tokens.numel() for micro in passes]
 
 

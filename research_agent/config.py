@@ -77,8 +77,13 @@ class SamplingConfig:
     tree_rounds: int = 1
     """Rounds of branches per tree; later ones branch off earlier branches too."""
     tree_choice: Literal["random", "entropy"] = "random"
-    """Which states are branched from: each with the same probability, or in proportion to the
-    entropy of the turn that followed."""
+    """Which states are branched from: each with the same probability, or the more probable the more
+    entropy the turn that followed has over the first one (ARPO's rule)."""
+    tree_max_tokens: int | None = None
+    """Action tokens that a tree may sample. A branch that would exceed them, if it were as long as
+    the rest of the episode that it leaves, is not played; none plays all branches."""
+    tree_max_turns: int | None = None
+    """Turns that a tree may take, likewise: each is one step of an environment."""
     temperature: float = 1.0
     """Of the softmax that tokens are drawn from. Other than 1, learning takes it into account."""
     max_prompt: int = 512
@@ -140,9 +145,11 @@ class LearnerConfig:
     importance_sampling_cap: float | None = None
     """With --old-logprobs recomputed: weigh tokens by their recomputed over their reported
     probability, at most this much (truncated importance sampling); none does not."""
-    packing: Literal["auto", "on", "off"] = "auto"
-    """Put several trajectories into one row without padding (on), or give each its own row (off);
-    auto packs on a GPU. Changes memory and speed, not the gradient."""
+    packing: Literal["auto", "on", "off", "tree"] = "auto"
+    """Put several trajectories into one row without padding (on), or give each its own row (off).
+    tree also lets the samples of a task share one copy of what they begin with: the prompt, and the
+    turns before a branch. auto is tree with --tree-branches, and else packs on a GPU. Changes
+    memory and speed, not the gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the model's matrix products, and of the copy that vLLM samples with. Weights, optimiser
     and softmax are float32 with both."""

@@ -319,7 +319,7 @@ def saved_bytes(
         num_hidden_layers=layers,
     )
     model = Qwen2ForCausalLM(config).float().eval()
-    prepare(model, packed=True, gradient_checkpointing=checkpointing)
+    prepare(model, packing="on", gradient_checkpointing=checkpointing)
     if sharded and precision == "bfloat16":
         model = model.bfloat16()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
