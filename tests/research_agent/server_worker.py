@@ -23,7 +23,7 @@ from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
 
 
 class Gathered:
-    """The weights of a sharded model, to which a number was added; all ranks go through them."""
+    """The weights of a sharded model, times a number; all ranks go through them."""
 
     def __init__(self, model: Any, number: float) -> None:
         self._model, self._number = model, number
@@ -32,7 +32,7 @@ class Gathered:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, weight in self._model.named_parameters():
             self.seen += 1
-            yield name, full_tensor(weight.detach()) + self._number
+            yield name, full_tensor(weight.detach()) * (1 + self._number)
 
 
 def play(urls: list[str], dtype: str = "bfloat16") -> dict[str, Any]:

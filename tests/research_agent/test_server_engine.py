@@ -840,6 +840,8 @@ def test_real_servers(  # noqa: PLR0915
     assert worst_logprob(model, plays(engine, 1.0), 1.0) < 1e-4
 
     # Two ranks with sharded weights give them once, and sample what one process samples.
+    assert isinstance(engine, ServerEngine)
+    engine.close()  # a server is for one run: this one would give its own weights again
     arguments = [urls.split(","), "float32"]
     said = in_two_processes("tests.research_agent.server_worker", json.dumps({"real": arguments}))
     lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
@@ -847,7 +849,8 @@ def test_real_servers(  # noqa: PLR0915
     sums = [server.checksums() for server in servers]
     assert sums[0] == sums[1]
     plain = tiny_qwen2(hidden=128)
-    engine.load_weights([(name, p.detach() + 2) for name, p in plain.named_parameters()], 2)
+    engine = make_engine(f"server:{urls}", model, RENDERER, max_slots=8)
+    engine.load_weights([(name, p.detach() * 2) for name, p in plain.named_parameters()], 2)
     assert [server.checksums() for server in servers] == sums
     for line in sorted(lines, key=lambda line: line["rank"]):
         for slot in range(4):
