@@ -32,7 +32,7 @@ class Gathered:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, weight in self._model.named_parameters():
             self.seen += 1
-            yield name, full_tensor(weight.detach()) * (1 + self._number)
+            yield name, full_tensor(weight.detach()) * self._number
 
 
 def play(urls: list[str], dtype: str = "bfloat16") -> dict[str, Any]:
