@@ -114,35 +114,50 @@ class ChatTemplate:
         object.__setattr__(self, "_marks", marks)
         object.__setattr__(self, "_ids", ids)
 
-    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
+    def pieces(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[Piece]:
         """Render messages, and tell the template's markup from what the messages say.
 
         A template that has no system role gets the system message in front of the first user
         message, with an empty line between them. An assistant message at the end is the beginning
         of the answer, which the policy continues.
 
+        Args:
+            messages: the chat.
+            tools: schemas of what the policy may call.
+
         Raises:
-            ModelError: the template refuses the messages, or changes what they say.
+            ModelError: the template refuses the messages, changes what they say, or does not show
+                the tools.
         """
         try:
-            return self._pieces(messages)
+            return self._pieces(messages, tools)
         except ModelError:
             roles = [message["role"] for message in messages[:2]]
             if roles != ["system", "user"]:
                 raise
             system, user = (message["content"] for message in messages[:2])
             merged = {**messages[1], "content": f"{system}\n\n{user}"}
-            return self._pieces([merged, *messages[2:]])
+            return self._pieces([merged, *messages[2:]], tools)
 
-    def _pieces(self, messages: Sequence[Message]) -> list[Piece]:
+    def _pieces(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+    ) -> list[Piece]:
         # Marks stand for the contents while the template is rendered: what lies between them is
         # the template's own.
         nonce = secrets.token_hex(8)
         marks = [f"content{nonce}n{i}e" for i in range(len(messages))]
         contents = [message["content"] for message in messages]
-        found = _align(
-            self._render(messages, marks), marks, self._render(messages, contents), contents
-        )
+        marked = self._render(messages, marks, tools)
+        for name in (str(tool["function"]["name"]) for tool in tools):
+            if name not in marked:
+                raise ModelError(
+                    f"this chat template does not show the tool {name!r}; use a model whose "
+                    "template takes tools, or turn the chat template off and let the "
+                    "environment's prompt list them"
+                )
+        found = _align(marked, marks, self._render(messages, contents, tools), contents)
         if found is None:
             raise ModelError(
                 "this chat template changes what the messages say or leaves one out, so that its "
@@ -150,7 +165,12 @@ class ChatTemplate:
             )
         return found
 
-    def _render(self, messages: Sequence[Message], contents: Iterable[str]) -> str:
+    def _render(
+        self,
+        messages: Sequence[Message],
+        contents: Iterable[str],
+        tools: Sequence[Mapping[str, Any]],
+    ) -> str:
         from jinja2 import TemplateError  # noqa: PLC0415 - only templates need it
 
         chat = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
@@ -159,6 +179,7 @@ class ChatTemplate:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 chat,
+                tools=list(tools) or None,
                 tokenize=False,
                 add_generation_prompt=not begun,
                 continue_final_message=begun,

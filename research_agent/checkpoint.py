@@ -249,7 +249,7 @@ def load(folder: Path, deferred: Collection[str] = ()) -> Checkpoint:
             state = {key: _allocate(value, wanted) for key, value in now.items()}
         read_tensors(folder / TENSORS, wanted)
         return Checkpoint(folder, plain["step"], plain["config"], {**state, **late})
-    except StoppedError:
+    except (CheckpointError, StoppedError):
         raise
     except _FILE_ERRORS as error:
         raise _no_checkpoint(folder, error) from error

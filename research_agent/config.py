@@ -62,8 +62,10 @@ class SamplingConfig:
     """How episodes are played."""
 
     engine: str = "transformers"
-    """What samples the tokens: transformers, vllm, or vLLM servers (server:URL,URL;
-    server+nccl:URL,URL or server+ipc:URL,URL where weights go from GPU to GPU)."""
+    """What samples the tokens: transformers, vllm (vllm:tp=2,memory=0.4: GPUs per copy of the
+    weights, and vLLM's share of their memory), a vLLM server per node that the run starts
+    (serve:tp=2,dp=1,memory=0.4), or servers that run already (server:URL,URL; server+nccl:URL,URL
+    or server+ipc:URL,URL if weights go from GPU to GPU)."""
     prompts_per_step: int = 256
     """Tasks per training step."""
     group_size: int = 5
@@ -75,8 +77,13 @@ class SamplingConfig:
     tree_rounds: int = 1
     """Rounds of branches per tree; later ones branch off earlier branches too."""
     tree_choice: Literal["random", "entropy"] = "random"
-    """Which states are branched from: each with the same probability, or in proportion to the
-    entropy of the turn that followed."""
+    """Which states are branched from: each with the same probability, or the more probable the more
+    entropy the turn that followed has over the first one (ARPO's rule)."""
+    tree_max_tokens: int | None = None
+    """Action tokens that a tree may sample. A branch that would exceed them, if it were as long as
+    the rest of the episode that it leaves, is not played; none plays all branches."""
+    tree_max_turns: int | None = None
+    """Turns that a tree may take, likewise: each is one step of an environment."""
     temperature: float = 1.0
     """Of the softmax that tokens are drawn from. Other than 1, learning takes it into account."""
     max_prompt: int = 512
@@ -138,9 +145,11 @@ class LearnerConfig:
     importance_sampling_cap: float | None = None
     """With --old-logprobs recomputed: weigh tokens by their recomputed over their reported
     probability, at most this much (truncated importance sampling); none does not."""
-    packing: Literal["auto", "on", "off"] = "auto"
-    """Put several trajectories into one row without padding (on), or give each its own row (off);
-    auto packs on a GPU. Changes memory and speed, not the gradient."""
+    packing: Literal["auto", "on", "off", "tree"] = "auto"
+    """Put several trajectories into one row without padding (on), or give each its own row (off).
+    tree also lets the samples of a task share one copy of what they begin with: the prompt, and the
+    turns before a branch. auto is tree with --tree-branches, and else packs on a GPU. Changes
+    memory and speed, not the gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the model's matrix products, and of the copy that vLLM samples with. Weights, optimiser
     and softmax are float32 with both."""
@@ -195,8 +204,8 @@ class RunConfig:
     eval_temperature: float = 0.0
     """Temperature of evaluations; 0 is greedy."""
     plan: str | None = None
-    """Say what the run would need on GPUs such as 8xH100, and stop: memory, tokens, hours. Nothing
-    is loaded. Exit status 2 where it does not fit."""
+    """Say what the run would need on GPUs such as 8xH100, or 2x8xH100 for two nodes, and stop:
+    memory, disk, tokens, hours. Nothing is loaded. Exit status 2 if it does not fit."""
     trace: Path | None = None
     """File for a timeline of generation, environments and updates, which ui.perfetto.dev opens;
     written anew each time the run is started or continued."""
@@ -271,7 +280,7 @@ class EvalConfig:
     log_tokens: bool = False
     """Write the text and log-probability of each action token too, for the report's page."""
     engine: str = "transformers"
-    """What samples the tokens: transformers, vllm, or vLLM servers (server:URL,URL)."""
+    """What samples the tokens: transformers, vllm, serve or server:URL,URL, as for training."""
     max_prompt: int = 512
     """Longest first observation, in tokens."""
     max_response: int = 8192
@@ -651,16 +660,16 @@ def changes(
             key in NEUTRAL
             or (key in ENVIRONMENT and same_environment is True)
             or (key == "sampling.max_prompt" and not skips and (pair[1] or 0) >= (pair[0] or 0))
-            or (key == "sampling.engine" and _same_server_engine(*pair))
+            or (key == "sampling.engine" and _same_engine(*pair))
         )
         (neutral if is_neutral else results)[key] = pair
     return Changes(results, neutral)
 
 
-def _same_server_engine(before: Any, now: Any) -> bool:
-    """Whether two engines are servers that only stand at other addresses."""
-    kinds = [str(engine).partition(":")[0] for engine in (before, now)]
-    return kinds[0] == kinds[1] and kinds[0].startswith("server")
+def _same_engine(before: Any, now: Any) -> bool:
+    """Whether two engines differ only in GPUs, their memory, or the addresses of servers."""
+    kinds = {str(engine).partition(":")[0] for engine in (before, now)}
+    return len(kinds) == 1
 
 
 def require_same(found: Changes, where: Path, *, override: bool = False) -> None:

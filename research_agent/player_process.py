@@ -84,13 +84,14 @@ class PlayerProcess:
     ) -> None:
         self._weights = WeightFiles()
         self._servers: SamplesElsewhere | None = None
+        on_gpu = config.policy.device != "cpu" and torch.cuda.is_available()
         setup = _Setup(
             config,
             slots,
             stage_args,
             trace.start if trace else None,
             self._weights.root,
-            torch.cuda.current_device() if torch.cuda.is_available() else None,
+            torch.cuda.current_device() if on_gpu else None,
             torch.get_num_threads(),
         )
         context = multiprocessing.get_context("spawn")
@@ -281,21 +282,32 @@ def _serve(connection: Connection, setup: _Setup) -> None:
         path = setup.config.run.trace
         trace = Trace(path, setup.trace_start) if path and setup.trace_start is not None else None
         player = Player(setup.config, setup.slots, setup.stage_args, trace)
-        while True:
-            while player.has_work and not connection.poll():
-                player.advance()
-            method, arguments = connection.recv()
-            connection.send((False, getattr(player, method)(*arguments)))
-    except (EOFError, ConnectionError):
-        pass  # the parent has closed the pipe, or is dead
+        while request := _next_request(connection, player):
+            method, arguments = request
+            _answer(connection, False, getattr(player, method)(*arguments))
     except Exception as error:
-        with suppress(OSError):
-            connection.send((True, _portable(error)))
+        _answer(connection, True, _portable(error))
     finally:
         if player:
             player.close()
         if not _parent_is_alive():
             shutil.rmtree(setup.weights, ignore_errors=True)
+
+
+def _next_request(connection: Connection, player: Player) -> tuple[str, tuple[Any, ...]] | None:
+    """Play until there is a request; None if the parent has closed the pipe, or is dead."""
+    while player.has_work and not connection.poll():
+        player.advance()
+    try:
+        request: tuple[str, tuple[Any, ...]] = connection.recv()
+    except (EOFError, OSError):
+        return None
+    return request
+
+
+def _answer(connection: Connection, is_error: bool, answer: Any) -> None:
+    with suppress(OSError):  # the parent is dead
+        connection.send((is_error, answer))
 
 
 def _portable(error: Exception) -> Exception:

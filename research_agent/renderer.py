@@ -106,20 +106,36 @@ class Renderer:
             "use one whose special tokens are longer than one character"
         )
 
-    def encode_observation(self, observation: str, markup: Sequence[str] = ()) -> list[int]:
+    def encode_observation(
+        self,
+        observation: str,
+        markup: Sequence[str] = (),
+        messages: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Tokens of what the environment answers.
 
         Args:
             observation: the text.
             markup: strings in it that are chat tokens, such as ``<|im_start|>``. They count only
-                with ``chat_template``, and where the tokenizer has them as special tokens.
+                with ``chat_template``.
+            messages: not used, since the observation frames them.
 
         Returns:
             The tokens; all but the markup is text.
+
+        Raises:
+            ModelError: the tokenizer has no such chat token.
         """
-        known = [each for each in markup if self.chat_template and self._is_special(each)]
+        known = [each for each in markup if self.chat_template and each in observation]
         if not known:
             return self.encode_text(observation)
+        for each in known:
+            if not self._is_special(each):
+                raise ModelError(
+                    f"the environment frames its observations with {each!r}, which is no chat "
+                    "token of this model's tokenizer; let the environment use the format of this "
+                    "model, or turn the chat template off"
+                )
         tokens: list[int] = []
         for piece in re.split(f"({'|'.join(map(re.escape, known))})", observation):
             if piece in known:
@@ -132,7 +148,10 @@ class Renderer:
         return bool(self.tokenizer.convert_tokens_to_ids(text) in self._special_ids)
 
     def encode_prompt(
-        self, observation: str, messages: Sequence[Mapping[str, str]] | None = None
+        self,
+        observation: str,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Tokens of an episode's first observation.
 
@@ -141,23 +160,26 @@ class Renderer:
                 tokenizer has that habit.
             messages: the same as chat messages, used with ``chat_template``; without them the
                 observation is the one user message.
+            tools: schemas of what the policy may call, for the chat template.
 
         Returns:
             The tokens. With a chat template only the template's own markup yields special tokens;
             what the messages say is text.
 
         Raises:
-            ModelError: the template changes what the messages say.
+            ModelError: the template changes what the messages say, or does not show the tools.
         """
         if not self.chat_template:
             begin = self.tokenizer("")["input_ids"][:1]
             is_begin = begin and begin[0] == self.tokenizer.bos_token_id
             return (begin if is_begin else []) + self.encode_text(observation)
-        return self._encode_chat(messages or [{"role": "user", "content": observation}])
+        return self._encode_chat(messages or [{"role": "user", "content": observation}], tools)
 
-    def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def _encode_chat(
+        self, messages: Sequence[Mapping[str, str]], tools: Sequence[Mapping[str, Any]]
+    ) -> list[int]:
         assert self._template is not None
-        pieces = self._template.pieces(messages)
+        pieces = self._template.pieces(messages, tools)
         encoded = self._template.encode(pieces, self._special_ids)
         if encoded is not None:
             return encoded

@@ -77,7 +77,7 @@ from research_agent.sharded import write_weights
 from research_agent.signals import stop_signals
 from research_agent.terminal import show
 from research_agent.trace import Trace, span
-from research_agent.trajectory import Group, Trajectory
+from research_agent.trajectory import NOT_GROWN, Group, Trajectory
 from research_agent.trees import TreePlan
 
 CHANGES = "changes.jsonl"  # settings with which a run was continued
@@ -262,6 +262,7 @@ class Trainer:
                 adapter=adapter,
                 temperature=sampling.temperature,
                 device=torch.device(find_device(config.policy.device)),
+                trees=sampling.tree_branches > 0,
             )
         del reference
         if not saved:
@@ -269,7 +270,7 @@ class Trainer:
 
         self.collapse = None if run.collapse is None else CollapseMonitor(run.collapse)
         if saved:
-            with checkpoint.restoring(saved), alike():
+            with alike(), checkpoint.restoring(saved):
                 self._restore(saved)
         if saved or adapter is not None or sampling.max_staleness or size > 1:
             self._sync()
@@ -419,7 +420,8 @@ class Trainer:
             next_task += missing
             # Each rank plays its share, and all learn from all.
             work = partial(self.player.collect, _share(episodes, sampling), later)
-            trajectories = _in_order(run_together(work))
+            together = _in_order(run_together(work))
+            trajectories = [t for t in together if t.stop_reason != NOT_GROWN]
             played += trajectories
             for group in _groups(trajectories):
                 if selects is None or selects.keeps([t.reward for t in group.trajectories]):
@@ -559,7 +561,7 @@ class Trainer:
             raise_together(CheckpointError(message))
         if newest:
             saved = checkpoint.load(newest, deferred=("learner",))
-            with checkpoint.restoring(saved), alike():
+            with alike(), checkpoint.restoring(saved):
                 require(saved.config, RunFormat)
                 require(saved.state, StateFormat)
             self.step, self.seconds = saved.step, float(saved.state["seconds"])
