@@ -5,7 +5,8 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 BASE_PYTHON ?= python3
 
-.PHONY: setup demo test lint docs lock clean elasticsearch elasticsearch-stop
+.PHONY: setup demo test test-main adapters-verifiers adapters-openenv adapters-verl
+.PHONY: lint docs lock clean elasticsearch elasticsearch-stop
 
 setup: $(READY)
 
@@ -29,11 +30,38 @@ lock:
 		--no-emit-index-url --no-emit-find-links requirements.in --output-file requirements.lock
 	rm requirements.in
 
+# Frameworks that need other versions than requirements.lock have locks, environments and tests of
+# their own. `make lock-openenv` resolves requirements/openenv.in again.
+VERIFIERS ?= 0.4
+
+lock-%: setup
+	$(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		--no-emit-index-url --no-emit-find-links --extra serve --extra $(firstword $(subst -, ,$*)) \
+		pyproject.toml requirements/$*.in --output-file requirements/$*.lock
+
+.venv-%/.ready: requirements/%.lock pyproject.toml | setup
+	$(PYTHON) -m uv venv --quiet --clear --python $(PYTHON) .venv-$*
+	$(PYTHON) -m uv pip install --quiet --python .venv-$*/bin/python --no-deps --require-hashes -r requirements/$*.lock
+	$(PYTHON) -m uv pip install --quiet --python .venv-$*/bin/python --no-deps --editable .
+	touch $@
+
+adapters-verifiers: .venv-verifiers-$(VERIFIERS)/.ready
+	MAIN_PYTHON=$(PYTHON) .venv-verifiers-$(VERIFIERS)/bin/python -m pytest tests/adapters_verifiers
+
+adapters-openenv: .venv-openenv/.ready
+	.venv-openenv/bin/python -m pytest tests/adapters_openenv
+
+# Not part of `make test`: verl brings a torch and a transformers of its own, 5 GB.
+adapters-verl: .venv-verl/.ready
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/adapters_verl
+
 demo: setup
 	$(PYTHON) -m benchmarks.demo $(DEMO_ARGS)
 
 # A worker a core, four at most: each holds torch. More threads than one would wait for each other.
-test: setup
+test: test-main adapters-verifiers adapters-openenv
+
+test-main: setup
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile $(TEST_ARGS)
 
 # A real server for the tests; its address is the last line. ELASTICSEARCH_URL names another.
@@ -53,4 +81,4 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(VENV)/bin/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -150,7 +150,7 @@ def examine(name: str, config: str, settings: Mapping[str, Any]) -> Verdict:
                 "transformers", model, renderer, max_slots=2, max_context=100, share=False
             )
         )
-        packing = _refusal(lambda: prepare(model, packed=True))
+        packing = _refusal(lambda: prepare(model, packing="on"))
     alone = any("one sequence at a time" in str(warning.message) for warning in said)
     return Verdict(name, learner, engine, alone, packing)
 

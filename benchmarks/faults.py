@@ -12,6 +12,9 @@ searches, and its reward that of its answer. Else it must be void: truncated, st
 ``backend_error``, reward 0, nothing observed. Anything in between is counted as ``wrong``.
 
 Hostile input follows, as :mod:`benchmarks.hostile` counts it.
+
+``--distributed`` causes faults in training on two ranks instead, as
+:mod:`benchmarks.distributed_faults` says.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from typing import Any
 import gymnasium as gym
 
 import research_env  # noqa: F401  (registers the ids)
+from benchmarks import distributed_faults
 from benchmarks.hostile import report
 from research_env.datasets import load_dataset
 from research_env.datasets.base import Corpus
@@ -316,7 +320,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each fault")
     parser.add_argument("--only", default="", help="only faults whose name holds this")
+    parser.add_argument(
+        "--distributed", action="store_true", help="faults in training on two ranks"
+    )
     chosen = parser.parse_args(arguments)
+    if chosen.distributed:
+        right = distributed_faults.matrix(chosen.only, as_json=chosen.json)
+        raise SystemExit(0 if right else 1)
     line = "| {:<44} | {:>8} | {:>8} | {:>4} | {:>5} | {:>12} | {:>5} |"
     if not chosen.json:
         titles = ("fault", "deadline", "complete", "void", "wrong", "longest step", "after")

@@ -163,7 +163,7 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _mutated(data: bytes, seed: str) -> bytes:
+def mutated(data: bytes, seed: str) -> bytes:
     """Some bytes changed, dropped, doubled or cut off."""
     rng, changed = random.Random(seed), bytearray(data)
     for _ in range(rng.randint(1, 4)):
@@ -198,22 +198,26 @@ _CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-class _Generated:
+class GeneratedPassages:
+    """A corpus of random words."""
+
     name = "generated"
 
     def __iter__(self) -> Iterator[Passage]:
+        """Yield the passages."""
         rng = random.Random(0)
         for i in range(PASSAGES):
             yield Passage(str(i), f"t{i}", " ".join(f"w{rng.randrange(3_000)}" for _ in range(12)))
 
     def fingerprint(self) -> str:
+        """Say which corpus this is."""
         return "generated"
 
 
 def index_cases(folder: Path) -> Iterator[Case]:
     """Indexes whose checksums hold though their content is wrong, and indexes by a bad disk."""
     good = folder / "index"
-    bm25.build_index(_Generated(), good)
+    bm25.build_index(GeneratedPassages(), good)
     _search_index(good)  # compiled before memory is measured
 
     def lie(change: Callable[[Any], Any], name: str, place: Path) -> bool:
@@ -228,7 +232,7 @@ def index_cases(folder: Path) -> Iterator[Case]:
     def flip(name: str, seed: int, place: Path) -> bool:
         index = shutil.copytree(good, place / "i")
         data = (index / name).read_bytes()
-        (index / name).write_bytes(_mutated(data, f"{name} {seed}"))
+        (index / name).write_bytes(mutated(data, f"{name} {seed}"))
         return _search_index(index)
 
     def instead(name: str, make: Callable[[Path], object], place: Path) -> bool:
@@ -318,7 +322,7 @@ def recording_cases(folder: Path) -> Iterator[Case]:
         return _replay(file)
 
     def mutate(seed: int, place: Path) -> bool:
-        (place / "r").write_bytes(_mutated(good.read_bytes(), f"recording {seed}"))
+        (place / "r").write_bytes(mutated(good.read_bytes(), f"recording {seed}"))
         return _replay(place / "r")
 
     def instead(suffix: str, make: Callable[[Path], object], place: Path) -> bool:
@@ -405,7 +409,7 @@ def question_file_cases(folder: Path) -> Iterator[Case]:
             yield Case(f"{name}: {what}", partial(_read_special, name, make))
     for name, data in _files(folder).items():
         for seed in range(MUTATIONS):
-            changed = _mutated(data, f"{name} {seed}")
+            changed = mutated(data, f"{name} {seed}")
             yield Case(f"{name} changed ({seed})", partial(_read, name, changed))
 
 
@@ -469,7 +473,14 @@ def hostile_files() -> list[Row]:
     ]
 
 
-SECTIONS: dict[str, Callable[[], list[Row]]] = {"files": hostile_files}
+def hostile_requests() -> list[Row]:
+    """Requests to ``research-env serve``."""
+    from benchmarks.hostile_requests import serve_cases  # noqa: PLC0415  (it imports this module)
+
+    return [run_section("serve", serve_cases)]
+
+
+SECTIONS: dict[str, Callable[[], list[Row]]] = {"files": hostile_files, "serve": hostile_requests}
 
 
 def report(only: str = "", as_json: bool = False) -> bool:

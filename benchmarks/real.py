@@ -380,13 +380,13 @@ def results(config: RealConfig, scale: Scale, speed: Mapping[str, float]) -> dic
             if path.is_file():
                 summary = json.loads(path.read_text(encoding="utf-8"))
                 tables.setdefault(name, {})[dataset] = summary
-    table = output / "zero-shot" / "table.json"
+    table, seconds = output / "zero-shot" / "table.json", output / "seconds.jsonl"
     return {
         "model": config.model,
         "seed": config.seed,
         "scale": asdict(scale),
         "speed": dict(speed),
-        "seconds": read_lines(output / "seconds.jsonl"),
+        "seconds": [json.loads(line) for line in seconds.read_text().splitlines()],
         "zero_shot": json.loads(table.read_text(encoding="utf-8")) if table.is_file() else None,
         "curve": read_lines(output / "grpo" / "metrics.jsonl"),
         "timings": read_lines(output / "grpo" / "timings.jsonl"),

@@ -1,6 +1,8 @@
 """Rollouts that never wait: the race against TRL, and what the collector itself costs.
 
 ``python -m benchmarks.rollouts [--latencies 0 50 500] [--episodes 32] [--rounds 3] [--json]``
+``python -m benchmarks.rollouts client`` measures only what a turn costs the client of vLLM servers
+(``client_rate.py``).
 
 Those that are compared take turns in one process; rates are medians of the rounds.
 
@@ -47,6 +49,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks.client_rate import TARGET_MILLISECONDS, client_rate
 from benchmarks.rollout_competitors import (
     CONTEXT,
     LIMITS,
@@ -343,6 +346,9 @@ def run(latencies: Sequence[int], episodes: int, rounds: int) -> dict[str, Any]:
 def main() -> None:
     """Print the numbers, a line each, or JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("part", nargs="?", choices=["all", "client"], default="all")
+    parser.add_argument("--turns", type=int, default=4096, help="of the client's part")
+    parser.add_argument("--in-flight", type=int, default=1024, help="turns, in the client's part")
     parser.add_argument("--latencies", type=int, nargs="+", default=[0, 50, 500], help="in ms")
     parser.add_argument("--episodes", type=int, default=32, help="of a round; a multiple of 4")
     parser.add_argument("--rounds", type=int, default=3, help="take the medians of so many")
@@ -350,6 +356,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.episodes < 4 or arguments.episodes % 4:
         parser.error(f"--episodes {arguments.episodes}: give a multiple of 4")
+    if arguments.part == "client":
+        _print_client(client_rate(arguments.turns, arguments.in_flight), arguments)
+        return
     result = run(arguments.latencies, arguments.episodes, arguments.rounds)
     if arguments.json:
         print(json.dumps(result, indent=2))
@@ -374,6 +383,18 @@ def main() -> None:
     print("slots: " + ", ".join(f"{kind} {each:.2%}" for kind, each in result["slots"].items()))
     for target, reached in result["met"].items():
         print(f"{target}: {'met' if reached else 'MISSED'}")
+
+
+def _print_client(costs: dict[str, float], arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        print(json.dumps(costs, indent=2))
+        return
+    print(
+        f"client, {arguments.in_flight} turns in flight: {costs['milliseconds']:.2f} ms of CPU per "
+        f"turn, {costs['turns_per_second']:.0f} turns/s"
+    )
+    reached = "met" if costs["milliseconds"] <= TARGET_MILLISECONDS else "MISSED"
+    print(f"client: {TARGET_MILLISECONDS:g} ms: {reached}")
 
 
 if __name__ == "__main__":

@@ -19,19 +19,30 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.learner import make_groups
 from research_agent.batch import Batch, make_batch, micro_batches
+from research_agent.config import TrainConfig
 from research_agent.distributed import shard_batches
+from research_agent.plan import Plan, plan
+from research_agent.plan.machines import parse_machines
+from research_agent.plan.shapes import SHAPES, shape_of
+from research_agent.plan.suggestions import apply, as_flags, suggest
+from research_agent.presets import PRESETS
 
 TASKS, SAMPLES, MEAN_TOKENS = 256, 5, 1_300  # per step of ReSearch, as in its preset
 LONGEST = 512 + 8_192
 MICRO_BATCH_TOKENS = 17_408
 SPREAD = 0.5  # standard deviation of the logarithm of an episode's length
 RANKS = (1, 8, 16, 32, 64, 128, 256, 512, 1_024)
+
+GPUS, NODES = ("A100-80", "H100", "H200"), (1, 2, 8)
+PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
+BEGIN, END = "<!-- plans -->", "<!-- end of plans -->"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +96,7 @@ def measure(batch: Batch, ranks: int) -> Efficiency:
 
 
 def _sizes(batch: Batch, ranks: int) -> list[int]:
-    passes = micro_batches(batch, MICRO_BATCH_TOKENS, packed=True, ranks=ranks)
+    passes = micro_batches(batch, MICRO_BATCH_TOKENS, packing="on", ranks=ranks)
     return [micro.tokens.numel() for micro in passes]
 
 
@@ -127,11 +138,71 @@ def print_efficiency() -> None:
         )
 
 
+def paper_presets() -> dict[str, TrainConfig]:
+    """The presets of papers: those whose models are known by name, without their miniatures."""
+    return {
+        name: config
+        for name, config in PRESETS.items()
+        if config.policy.model.removesuffix("-Instruct") in SHAPES
+    }
+
+
+def plans() -> str:
+    """The plans of all presets of papers on all machines, in Markdown.
+
+    Presets with the same plans share their rows.
+    """
+    lines = [
+        "| preset | machines | settings to add | GPU, GB | host, GB | disk, GB | s/step | hours |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, config in paper_presets().items():
+        rows = (
+            _row(config, f"{nodes}x8x{gpu}" if nodes > 1 else f"8x{gpu}")
+            for gpu in GPUS
+            for nodes in NODES
+        )
+        names.setdefault(tuple(rows), []).append(name)
+    for rows, same in names.items():
+        lines += [f"| {', '.join(same)} {row}" for row in rows]
+    return "\n".join(lines)
+
+
+def _row(config: TrainConfig, machines: str) -> str:
+    """The plan of a configuration with the first settings that make it fit."""
+    found, added = plan(config, machines), ""
+    if not found.fits:
+        where = parse_machines(machines)
+        settings = suggest(config, shape_of(config.policy.model), where)
+        if not settings:
+            return f"| {machines} | does not fit | | | | | |"
+        found, added = plan(apply(config, settings[0]), machines), as_flags(settings[0])
+    return f"| {machines} | {f'`{added}`' if added else 'none'} | {_numbers(found)} |"
+
+
+def _numbers(found: Plan) -> str:
+    host, disk = (sum(each.values()) for each in (found.memory.host, found.memory.disk))
+    most = f"{found.memory.most / 1e9:.0f} of {found.machines.gpu.memory / 1e9:.0f}"
+    numbers = [f"{host / 1e9:.0f}", f"{disk / 1e9:.0f}", f"{found.times.step:.0f}"]
+    return " | ".join([most, *numbers, f"{found.hours:.1f}"])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.parse_args(arguments)
-    print_efficiency()
+    parser.add_argument("--plans", action="store_true", help="the table of presets and machines")
+    parser.add_argument("--write", action="store_true", help="put that table into docs/scale.md")
+    chosen = parser.parse_args(arguments)
+    if not chosen.plans:
+        print_efficiency()
+        return
+    table = plans()
+    print(table)
+    if chosen.write:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        after = rest.partition(END)[2]
+        PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

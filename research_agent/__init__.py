@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from research_agent.engines.openai import OpenAIEngine as OpenAIEngine
     from research_agent.engines.scripted import ScriptedEngine as ScriptedEngine
     from research_agent.engines.servers.engine import ServerEngine as ServerEngine
+    from research_agent.engines.servers.engine import connect_servers as connect_servers
     from research_agent.engines.transformers import TransformersEngine as TransformersEngine
     from research_agent.engines.vllm import VllmEngine as VllmEngine
     from research_agent.environments import Environments as Environments
@@ -109,7 +110,7 @@ _NAMES_OF_MODULES = {
     "engines.base": ("Engine",),
     "engines.openai": ("OpenAIEngine",),
     "engines.scripted": ("ScriptedEngine",),
-    "engines.servers.engine": ("ServerEngine",),
+    "engines.servers.engine": ("ServerEngine", "connect_servers"),
     "engines.transformers": ("TransformersEngine",),
     "engines.vllm": ("VllmEngine",),
     "environments": ("Environments", "open_environments"),

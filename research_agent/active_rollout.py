@@ -108,7 +108,7 @@ class ActiveRollout:
         self, observation: str, info: Mapping[str, Any], renderer: Renderer, max_context: int
     ) -> None:
         """Take the first observation."""
-        tokens = renderer.encode_prompt(observation, info.get("messages"))
+        tokens = renderer.encode_prompt(observation, info.get("messages"), info.get("tools") or ())
         limit = min(self.sampling.max_prompt, max_context - 1)
         if not 1 <= len(tokens) <= limit:
             question = info.get("question_id")
@@ -144,7 +144,7 @@ class ActiveRollout:
         if part.tokens:
             self.partial_turns.append(part)
 
-    def finish_turn(self, last: Completion, renderer: Renderer) -> str:
+    def finish_turn(self, last: Completion, renderer: Renderer) -> str | Mapping[str, Any]:
         """End a turn; returns the action."""
         parts = [*self.partial_turns, last]
         tokens = tuple(chain.from_iterable(part.tokens for part in parts))
@@ -163,7 +163,7 @@ class ActiveRollout:
                 state_key=self.state_key,
             )
         )
-        return text
+        return text if last.message is None else last.message
 
     def observe(
         self,
@@ -180,8 +180,11 @@ class ActiveRollout:
         self.state_key = _state_key(result.info)
         if result.terminated or result.truncated:
             return self._trajectory(result, "")
-        markup = result.info.get("chat_markup", ())
-        tokens = renderer.encode_observation(result.observation, markup)
+        tokens = renderer.encode_observation(
+            result.observation,
+            result.info.get("chat_markup", ()),
+            result.info.get("messages") or (),
+        )
         length = self.response + len(tokens)
         budget = ""
         if length >= self.sampling.max_response:  # no room for them and one more

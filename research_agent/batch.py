@@ -8,17 +8,23 @@ not an action token is never indexed, so it cannot reach a loss.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapreplace
 from itertools import accumulate, pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from research_agent import prefixes
 from research_agent.errors import EnvironmentContractError, NonFiniteError
 from research_agent.trajectory import Group, Trajectory
+
+Packing = Literal["off", "on", "tree"]
+"""How trajectories share rows: not at all, end to end, or with one copy of what they share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +121,9 @@ class MicroBatch:
     """Some trajectories of a batch, laid out for one forward pass: R rows, W columns.
 
     Either each row holds one trajectory, padded on the right: a causal model needs no mask, because
-    no token that is used can see the padding. Or, packed, one row holds all of them end to end.
+    no token that is used can see the padding. Or, packed, one row holds all of them end to end. Or
+    one row holds them as trees, where each shared beginning stands once; see ``prefixes``. Then
+    ``cu_seqlens`` bounds the runs of the trees, and several action tokens can be the same one.
     """
 
     part: Batch  # these trajectories, with ``a`` action tokens
@@ -125,6 +133,9 @@ class MicroBatch:
     position_ids: Tensor | None = None  # [1, W] int64, packed: position in the trajectory
     cu_seqlens: Tensor | None = None  # [trajectories + 1] int32, packed: cumulative lengths
     max_seqlen: int = 0  # packed: tokens of the longest trajectory
+    tree: prefixes.TreeLayout | None = None  # as trees: what each run attends to
+    distinct: Tensor | None = None  # [u] int64, as trees: action tokens, 0 .. a - 1, each once
+    distinct_of: Tensor | None = None  # [a] int64, as trees: which of ``distinct`` it equals
 
 
 def make_batch(groups: Sequence[Group], device: torch.device | str = "cpu") -> Batch:
@@ -197,15 +208,16 @@ def make_batch(groups: Sequence[Group], device: torch.device | str = "cpu") -> B
 
 
 def micro_batches(
-    batch: Batch, max_tokens: int, *, packed: bool = False, ranks: int = 1
+    batch: Batch, max_tokens: int, *, packing: Packing = "off", ranks: int = 1
 ) -> Iterator[MicroBatch]:
     """Split a batch into forward passes of bounded size.
 
     Args:
         batch: the batch; trajectories without an action token are left out.
         max_tokens: tokens per pass, padding included. A longer trajectory gets a pass of its own.
-        packed: put trajectories end to end, without padding. Otherwise each is a row, and those of
-            similar length share a pass.
+        packing: "off" makes each trajectory a row, and those of similar length share a pass; "on"
+            puts trajectories end to end, without padding; "tree" does so too, and lets those of a
+            group that begin alike share one copy of their beginning.
         ranks: processes that share the passes. With several, packed passes are of equal size and
             as many for each rank; a pass of rows has at most a rank's share of the tokens.
 
@@ -217,7 +229,10 @@ def micro_batches(
     positions = batch.positions.tolist()
     widths = {i: positions[end - 1] for i, (start, end) in enumerate(pairwise(ends)) if end > start}
     waiting = sorted(widths, key=lambda i: -widths[i])
-    if packed:
+    if packing == "tree":
+        yield from _trees(batch, widths, max_tokens, ranks)
+        return
+    if packing == "on":
         for chosen in _bins(waiting, widths, max_tokens, ranks):
             yield _packed(batch, chosen, [widths[i] for i in chosen])
         return
@@ -308,6 +323,56 @@ def _packed(batch: Batch, chosen: Sequence[int], widths: Sequence[int]) -> Micro
         position_ids=torch.cat([torch.arange(width) for width in widths]).to(device)[None],
         cu_seqlens=starts.to(torch.int32),
         max_seqlen=max(widths),
+    )
+
+
+def _trees(
+    batch: Batch, widths: Mapping[int, int], max_tokens: int, ranks: int
+) -> Iterator[MicroBatch]:
+    """The passes of the "tree" packing; widths are the tokens of each trajectory that are read."""
+    members: dict[int, list[int]] = defaultdict(list)
+    groups = batch.groups.tolist()
+    for i in widths:
+        members[groups[i]].append(i)
+    bundles: list[tuple[list[int], int]] = []
+    for group in members.values():
+        rows = {i: batch.tokens[i][: widths[i]].tolist() for i in group}
+        order = sorted(group, key=rows.__getitem__)
+        for chosen, size in prefixes.bundle([rows[i] for i in order], max_tokens):
+            bundles.append(([order[place] for place in chosen], size))
+    sizes = {number: size for number, (_, size) in enumerate(bundles)}
+    waiting = sorted(sizes, key=lambda number: -sizes[number])
+    for numbers in _bins(waiting, sizes, max_tokens, ranks):
+        yield _tree(batch, [bundles[number][0] for number in numbers], widths)
+
+
+def _tree(batch: Batch, bundles: Sequence[Sequence[int]], widths: Mapping[int, int]) -> MicroBatch:
+    chosen = [i for bundle in bundles for i in bundle]
+    rows = [batch.tokens[i][: widths[i]] for i in chosen]
+    shared: list[int] = []
+    for bundle in bundles:
+        shared += prefixes.shared_lengths([r.tolist() for r in rows[len(shared) :][: len(bundle)]])
+    tree = prefixes.lay_out(rows, shared)
+    part = batch.select(chosen)
+    starts = torch.tensor(list(accumulate(map(len, rows), initial=0)), device=part.lengths.device)
+    logit_index = torch.cat(tree.paths)[starts[part.seq_ids] + part.positions - 1]
+    pairs = torch.stack([logit_index, part.targets])
+    _, distinct_of = torch.unique(pairs, dim=1, return_inverse=True)
+    places = torch.arange(len(distinct_of), device=distinct_of.device)
+    count = int(distinct_of.max()) + 1
+    return MicroBatch(
+        part=part,
+        token_index=batch.action_tokens_of(chosen),
+        tokens=tree.tokens[None],
+        logit_index=logit_index,
+        position_ids=tree.position_ids[None],
+        cu_seqlens=tree.cu_seqlens,
+        max_seqlen=tree.max_seqlen,
+        tree=tree,
+        distinct=places.new_zeros(count).scatter_reduce(
+            0, distinct_of, places, "amin", include_self=False
+        ),
+        distinct_of=distinct_of,
     )
 
 

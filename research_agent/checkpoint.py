@@ -22,7 +22,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from research_agent.distributed import gather, rank_and_size, together
-from research_agent.errors import CheckpointError, StoppedError
+from research_agent.errors import CheckpointError, ResearchAgentError, StoppedError
 from research_agent.files import sha256
+from research_agent.formats import CheckpointFormat, read_object
 from research_agent.sharded import StoredTensor, read_tensors, stored_tensors, write_tensors
 
 VERSION = 3
@@ -42,6 +43,14 @@ TENSORS = "state"
 _NAME = re.compile(r"step-(\d{6,})")
 _TENSOR = "__tensor__"
 _PAIRS = "__pairs__"
+_FILE_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +75,7 @@ class Checkpoint:
             read_tensors(self.folder / TENSORS, into)
         except StoppedError:
             raise
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except _FILE_ERRORS as error:
             raise _no_checkpoint(self.folder, error) from error
 
 
@@ -222,7 +231,9 @@ def load(folder: Path, deferred: Collection[str] = ()) -> Checkpoint:
     """
     try:
         with together():
-            plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            plain = read_object(
+                folder / "state.json", CheckpointError, _instead(folder), CheckpointFormat
+            )
             if plain["version"] != VERSION:
                 raise CheckpointError(
                     f"{folder} has format {plain['version']}, this version reads {VERSION}; "
@@ -238,9 +249,9 @@ def load(folder: Path, deferred: Collection[str] = ()) -> Checkpoint:
             state = {key: _allocate(value, wanted) for key, value in now.items()}
         read_tensors(folder / TENSORS, wanted)
         return Checkpoint(folder, plain["step"], plain["config"], {**state, **late})
-    except StoppedError:
+    except (CheckpointError, StoppedError):
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except _FILE_ERRORS as error:
         raise _no_checkpoint(folder, error) from error
 
 
@@ -265,6 +276,24 @@ def saved_origin(saved: Checkpoint, model: str) -> str:
     return origin
 
 
+@contextlib.contextmanager
+def restoring(saved: Checkpoint) -> Iterator[None]:
+    """Turn what a state of another shape causes into an error that names the checkpoint.
+
+    Raises:
+        CheckpointError: a key is missing, or a value has another type or size.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, ResearchAgentError):
+            raise
+        raise CheckpointError(
+            f"{saved.folder}/state.json and its tensors do not fit this run "
+            f"({type(error).__name__}: {error}); {_instead(saved.folder)}"
+        ) from error
+
+
 def _checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of each file; every rank reads its share of the files."""
     rank, size = rank_and_size()
@@ -279,7 +308,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 def _require_unchanged(folder: Path) -> None:
     found = _checksums(folder)
     with together():
-        written = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        written = read_object(folder / CHECKSUMS, CheckpointError, _instead(folder))
         for name in sorted(written.keys() | found.keys()):
             if name not in found:
                 raise ValueError(f"{name} is missing")

@@ -114,7 +114,7 @@ def _train(words: list[str]) -> None:
 def _plan(config: TrainConfig, gpus: str) -> None:
     found = plan.plan(config, gpus)
     as_json = config.run.json
-    show(json.dumps(plan.as_numbers(found)) if as_json else plan.show(config, gpus, found))
+    show(json.dumps(plan.as_numbers(found)) if as_json else plan.show(config, found))
     if not found.fits:
         raise SystemExit(2)
 

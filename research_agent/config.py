@@ -11,10 +11,11 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 
+from research_agent.chat_template import require_date
 from research_agent.curriculum import parse_stages
 from research_agent.errors import CheckpointError, ConfigError
 from research_agent.settings import Settings
@@ -47,6 +48,11 @@ class PolicyConfig:
     """Add the adapter that --model names to the weights of its base first, and train those."""
     chat_template: bool = False
     """Prompt with the model's chat template, for models tuned to follow instructions."""
+    chat_template_args: Settings = field(default_factory=dict)
+    """Variables of the chat template, such as enable_thinking=false."""
+    chat_template_date: str | None = None
+    """The day, YYYY-MM-DD, that a chat template which writes the date takes for today. None takes
+    the day on which the run starts, also when it is continued."""
     device: str = "auto"
     """Where the model lives: cpu, cuda, or auto, which is cuda where there is one."""
 
@@ -56,8 +62,10 @@ class SamplingConfig:
     """How episodes are played."""
 
     engine: str = "transformers"
-    """What samples the tokens: transformers, vllm, or vLLM servers (server:URL,URL;
-    server+nccl:URL,URL or server+ipc:URL,URL where weights go from GPU to GPU)."""
+    """What samples the tokens: transformers, vllm (vllm:tp=2,memory=0.4: GPUs per copy of the
+    weights, and vLLM's share of their memory), a vLLM server per node that the run starts
+    (serve:tp=2,dp=1,memory=0.4), or servers that run already (server:URL,URL; server+nccl:URL,URL
+    or server+ipc:URL,URL if weights go from GPU to GPU)."""
     prompts_per_step: int = 256
     """Tasks per training step."""
     group_size: int = 5
@@ -69,8 +77,13 @@ class SamplingConfig:
     tree_rounds: int = 1
     """Rounds of branches per tree; later ones branch off earlier branches too."""
     tree_choice: Literal["random", "entropy"] = "random"
-    """Which states are branched from: each with the same probability, or in proportion to the
-    entropy of the turn that followed."""
+    """Which states are branched from: each with the same probability, or the more probable the more
+    entropy the turn that followed has over the first one (ARPO's rule)."""
+    tree_max_tokens: int | None = None
+    """Action tokens that a tree may sample. A branch that would exceed them, if it were as long as
+    the rest of the episode that it leaves, is not played; none plays all branches."""
+    tree_max_turns: int | None = None
+    """Turns that a tree may take, likewise: each is one step of an environment."""
     temperature: float = 1.0
     """Of the softmax that tokens are drawn from. Other than 1, learning takes it into account."""
     max_prompt: int = 512
@@ -132,9 +145,11 @@ class LearnerConfig:
     importance_sampling_cap: float | None = None
     """With --old-logprobs recomputed: weigh tokens by their recomputed over their reported
     probability, at most this much (truncated importance sampling); none does not."""
-    packing: Literal["auto", "on", "off"] = "auto"
-    """Put several trajectories into one row without padding (on), or give each its own row (off);
-    auto packs on a GPU. Changes memory and speed, not the gradient."""
+    packing: Literal["auto", "on", "off", "tree"] = "auto"
+    """Put several trajectories into one row without padding (on), or give each its own row (off).
+    tree also lets the samples of a task share one copy of what they begin with: the prompt, and the
+    turns before a branch. auto is tree with --tree-branches, and else packs on a GPU. Changes
+    memory and speed, not the gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the model's matrix products, and of the copy that vLLM samples with. Weights, optimiser
     and softmax are float32 with both."""
@@ -189,8 +204,8 @@ class RunConfig:
     eval_temperature: float = 0.0
     """Temperature of evaluations; 0 is greedy."""
     plan: str | None = None
-    """Say what the run would need on GPUs such as 8xH100, and stop: memory, tokens, hours. Nothing
-    is loaded. Exit status 2 where it does not fit."""
+    """Say what the run would need on GPUs such as 8xH100, or 2x8xH100 for two nodes, and stop:
+    memory, disk, tokens, hours. Nothing is loaded. Exit status 2 if it does not fit."""
     trace: Path | None = None
     """File for a timeline of generation, environments and updates, which ui.perfetto.dev opens;
     written anew each time the run is started or continued."""
@@ -256,10 +271,16 @@ class EvalConfig:
     """Order of the tasks, and sampled tokens."""
     chat_template: bool = False
     """Prompt with the model's chat template."""
+    chat_template_args: Settings = field(default_factory=dict)
+    """Variables of the chat template, such as enable_thinking=false. An --endpoint gets them as
+    chat_template_kwargs."""
+    chat_template_date: str | None = None
+    """The day, YYYY-MM-DD, that a chat template which writes the date takes for today. None takes
+    the day on which the evaluation starts, also when it is continued."""
     log_tokens: bool = False
     """Write the text and log-probability of each action token too, for the report's page."""
     engine: str = "transformers"
-    """What samples the tokens: transformers, vllm, or vLLM servers (server:URL,URL)."""
+    """What samples the tokens: transformers, vllm, serve or server:URL,URL, as for training."""
     max_prompt: int = 512
     """Longest first observation, in tokens."""
     max_response: int = 8192
@@ -402,6 +423,7 @@ NEUTRAL = frozenset(
         "sampling.overlong_prompts",  # what has been learned from had no such prompt
     }
 )
+RUN_DATE = "policy.chat_template_date"  # where none is given, the saved run's is taken
 # The environment's provenance decides whether these change the episodes, if there is one.
 ENVIRONMENT = frozenset({"environment.env", "environment.env_args"})
 
@@ -440,6 +462,7 @@ def validate(config: TrainConfig) -> None:
         ConfigError: naming the flag, its value, and what it must be.
     """
     parse_stages(config.environment.stages)
+    require_chat_template(config.policy)
     sampling, learner, run = config.sampling, config.learner, config.run
     at_least_one: dict[str, float | None] = {
         "--prompts-per-step": sampling.prompts_per_step,
@@ -517,6 +540,32 @@ def require_one_process(command: str) -> None:
         )
 
 
+class _ChatTemplateSettings(Protocol):
+    @property
+    def chat_template(self) -> bool: ...
+    @property
+    def chat_template_args(self) -> dict[str, Any]: ...
+    @property
+    def chat_template_date(self) -> str | None: ...
+
+
+def require_chat_template(config: _ChatTemplateSettings) -> None:
+    """Refuse settings of a chat template without --chat-template, and a date that is none.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    if config.chat_template_date is not None:
+        require_date(config.chat_template_date)
+    given = {
+        "--chat-template-args": config.chat_template_args,
+        "--chat-template-date": config.chat_template_date,
+    }
+    for flag, value in given.items():
+        if value and not config.chat_template:
+            raise ConfigError(f"{flag} without --chat-template has no effect; add --chat-template")
+
+
 def _require_at_least_one(values: Mapping[str, float | None]) -> None:
     for flag, value in values.items():
         if value is not None and value < 1:
@@ -539,6 +588,11 @@ def validate_eval(config: EvalConfig) -> None:
         "--max-in-flight": config.max_in_flight,
     }
     _require_at_least_one(at_least_one)
+    require_chat_template(config)
+    if config.endpoint is not None and config.chat_template_date is not None:
+        raise ConfigError(
+            "--chat-template-date with --endpoint: the endpoint renders the template; leave it off"
+        )
     if not config.temperature >= 0:
         raise ConfigError(f"--temperature is {config.temperature}; it must not be negative")
     if config.samples_per_task > 1 and config.temperature == 0:
@@ -593,28 +647,29 @@ def changes(
         same_environment: whether the environments have equal provenance; None if that is not known,
             and then the environment's settings must be equal.
     """
-    before, now = dict(flatten(saved)), dict(flatten(as_json(config)))
+    defaults = dict(flatten(as_json(TrainConfig())))  # of settings that an older version lacks
+    before, now = defaults | dict(flatten(saved)), dict(flatten(as_json(config)))
     skips = before.get("sampling.overlong_prompts") == "skip"
     results: dict[str, tuple[Any, Any]] = {}
     neutral: dict[str, tuple[Any, Any]] = {}
     for key in sorted(before.keys() | now.keys()):
         pair = before.get(key), now.get(key)
-        if key in FREE or pair[0] == pair[1]:
+        if key in FREE or pair[0] == pair[1] or (key == RUN_DATE and pair[1] is None):
             continue
         is_neutral = (
             key in NEUTRAL
             or (key in ENVIRONMENT and same_environment is True)
             or (key == "sampling.max_prompt" and not skips and (pair[1] or 0) >= (pair[0] or 0))
-            or (key == "sampling.engine" and _same_server_engine(*pair))
+            or (key == "sampling.engine" and _same_engine(*pair))
         )
         (neutral if is_neutral else results)[key] = pair
     return Changes(results, neutral)
 
 
-def _same_server_engine(before: Any, now: Any) -> bool:
-    """Whether two engines are servers that only stand at other addresses."""
-    kinds = [str(engine).partition(":")[0] for engine in (before, now)]
-    return kinds[0] == kinds[1] and kinds[0].startswith("server")
+def _same_engine(before: Any, now: Any) -> bool:
+    """Whether two engines differ only in GPUs, their memory, or the addresses of servers."""
+    kinds = {str(engine).partition(":")[0] for engine in (before, now)}
+    return len(kinds) == 1
 
 
 def require_same(found: Changes, where: Path, *, override: bool = False) -> None:

@@ -203,9 +203,10 @@ def shard_on_cpu(local: Tensor, like: Tensor) -> Tensor:
         return local
     mesh = like.device_mesh
     if mesh.device_type != "cpu":
-        mesh = _cpu_meshes.setdefault(
-            mesh, init_device_mesh("cpu", mesh.shape, mesh_dim_names=mesh.mesh_dim_names)
-        )
+        if mesh not in _cpu_meshes:
+            names = mesh.mesh_dim_names
+            _cpu_meshes[mesh] = init_device_mesh("cpu", mesh.shape, mesh_dim_names=names)
+        mesh = _cpu_meshes[mesh]
     return DTensor.from_local(
         local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

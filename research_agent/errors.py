@@ -31,6 +31,10 @@ class RankError(ResearchAgentError, RuntimeError):
     """Another process of a run under torchrun stopped or hangs."""
 
 
+class LogError(ResearchAgentError):
+    """A log of a run that is broken."""
+
+
 class FolderInUseError(ResearchAgentError):
     """Another process writes to the same folder."""
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from research_agent.algorithms.base import Algorithm, Tokens, UsesCritic
 from research_agent.algorithms.functional import truncated_importance
-from research_agent.batch import Batch, make_batch, micro_batches
+from research_agent.batch import Batch, Packing, make_batch, micro_batches
 from research_agent.config import LearnerConfig
 from research_agent.distributed import (
     all_reduce_sum,
@@ -81,6 +81,7 @@ class Learner:
         adapter: folder or hub name of a LoRA adapter over the model, which is trained on.
         temperature: the sampler's.
         device: where to learn, if ranks share the weights; None where the model is.
+        trees: whether samples branch off each other; packing "auto" is "tree" then.
 
     Raises:
         ConfigError: a setting that cannot be used, or a reference that is needed and not given.
@@ -96,6 +97,7 @@ class Learner:
         adapter: str | None = None,
         temperature: float = 1.0,
         device: torch.device | None = None,
+        trees: bool = False,
     ) -> None:
         config = config or LearnerConfig()
         if algorithm.needs_reference and reference is None and (adapter or not config.lora_rank):
@@ -132,14 +134,15 @@ class Learner:
             for score in filter(None, (self._score, self._reference_score)):
                 shard(score, gathered_units(score.model), mesh, half=half)
                 load_shards(score, self.device)
-        self._packed = config.packing == "on" or (
-            config.packing == "auto" and self.device.type == "cuda"
-        )
+        automatic: Packing = "on" if self.device.type == "cuda" else "off"
+        if trees:
+            automatic = "tree"
+        self._packing: Packing = automatic if config.packing == "auto" else config.packing
         for score in filter(None, (self._score, self._reference_score)):
-            self._packed = _prepare(
+            self._packing = _prepare(
                 score,
-                packed=self._packed,
-                required=config.packing == "on",
+                packing=self._packing,
+                required=config.packing != "auto",
                 gradient_checkpointing=config.gradient_checkpointing,
                 compile=config.compile,
             )
@@ -154,7 +157,7 @@ class Learner:
         )
         self._critic: Critic | None = None
         if isinstance(algorithm, UsesCritic):
-            self._critic = Critic(model, algorithm, config, packed=self._packed, body=body)
+            self._critic = Critic(model, algorithm, config, packing=self._packing, body=body)
 
     @property
     def steps(self) -> int:
@@ -278,7 +281,7 @@ class Learner:
     def _prepare_batch(self, batch: Batch) -> Batch:
         """Add what is fixed for the whole rollout: old and reference log-probabilities, credit."""
         budget = self.config.micro_batch_tokens
-        logprobs = partial(batch_logprobs, batch=batch, max_tokens=budget, packed=self._packed)
+        logprobs = partial(batch_logprobs, batch=batch, max_tokens=budget, packing=self._packing)
         if self.config.old_logprobs == "recomputed":
             batch = replace(batch, old_logprobs=logprobs(self._score))
         if self._reference_score is not None:
@@ -340,7 +343,7 @@ class Learner:
         losses: list[Tensor] = []
         sums: dict[str, Tensor] = {}
         budget, ranks = self.config.micro_batch_tokens, rank_and_size()[1]
-        passes = micro_batches(batch, budget, packed=self._packed, ranks=ranks)
+        passes = micro_batches(batch, budget, packing=self._packing, ranks=ranks)
         for micro, counts in shard_batches(passes):
             part = micro.part
             logprobs, entropy = self._score(micro)
@@ -394,17 +397,17 @@ def _check(config: LearnerConfig, temperature: float) -> None:
         raise ConfigError(message)
 
 
-def _prepare(score: TokenLogprobs, *, packed: bool, required: bool, **settings: Any) -> bool:
-    """Set a model up; returns whether its trajectories share rows, which auto may give up."""
+def _prepare(score: TokenLogprobs, *, packing: Packing, required: bool, **settings: Any) -> Packing:
+    """Set a model up; returns how its trajectories share rows, which auto may give up."""
     try:
-        score(partial(prepare, packed=packed, **settings))
+        score(partial(prepare, packing=packing, **settings))
     except ModelError as error:
-        if required or not packed:
+        if required or packing == "off":
             raise
         warnings.warn(f"{error} (packing is auto, so it is off)", stacklevel=3)
-        score(partial(prepare, packed=False, **settings))
-        return False
-    return packed
+        score(partial(prepare, packing="off", **settings))
+        return "off"
+    return packing
 
 
 def _require_rank(wanted: int, found: int) -> None:

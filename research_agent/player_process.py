@@ -200,6 +200,15 @@ class PlayerProcess:
         return answer
 
 
+def _load_renderer(config: TrainConfig, model: str) -> Renderer:
+    return load_renderer(
+        resolve_model(model),
+        chat_template=config.policy.chat_template,
+        chat_template_args=config.policy.chat_template_args,
+        chat_template_date=config.policy.chat_template_date,
+    )
+
+
 def connect_engine(
     make: Callable[[Renderer], Engine], config: TrainConfig, model: str
 ) -> tuple[Engine, Renderer]:
@@ -210,7 +219,7 @@ def connect_engine(
         config: of the run.
         model: the model that the run began with.
     """
-    renderer = load_renderer(resolve_model(model), chat_template=config.policy.chat_template)
+    renderer = _load_renderer(config, model)
     return make(renderer), renderer
 
 
@@ -234,7 +243,7 @@ def load_engine(
     from transformers.utils import logging  # noqa: PLC0415 - slow to import
 
     logging.disable_progress_bar()  # it would break the run's
-    renderer = load_renderer(resolve_model(model), chat_template=config.policy.chat_template)
+    renderer = _load_renderer(config, model)
     loaded = load_model(
         model,
         dtype=config.learner.precision,

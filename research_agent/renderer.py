@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import copy
 import re
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from research_agent.chat_template import ChatTemplate, writes_date
 from research_agent.errors import ModelError
 from research_agent.models.source import generation_settings, tokenizer_source
 
@@ -35,13 +36,19 @@ class Renderer:
         tokenizer: any tokenizer of the ``transformers`` library.
         end_ids: the tokens that end a turn.
         chat_template: prompts are chat messages in the tokenizer's template, not plain text.
+        chat_template_args: variables of the template, such as ``{"enable_thinking": False}``.
+        chat_template_date: the day that the template takes for today, YYYY-MM-DD; empty leaves it
+            the real one.
     """
 
     tokenizer: Any
     end_ids: frozenset[int]
     chat_template: bool = False
+    chat_template_args: Mapping[str, Any] = field(default_factory=dict)
+    chat_template_date: str = ""
     _special_ids: frozenset[int] = field(init=False, repr=False)
     _plain: Any = field(init=False, repr=False, compare=False)  # of the tokenizers library, or None
+    _template: ChatTemplate | None = field(init=False, repr=False, compare=False)
     _stop_flags: dict[tuple[str, ...], NDArray[np.bool_]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -63,6 +70,12 @@ class Renderer:
             plain.no_padding()
             plain.encode_special_tokens = True
         object.__setattr__(self, "_plain", plain)
+        template = None
+        if self.chat_template:
+            template = ChatTemplate(
+                self.tokenizer, self.chat_template_args, self.chat_template_date, plain
+            )
+        object.__setattr__(self, "_template", template)
 
     def encode_text(self, text: str) -> list[int]:
         """Tokens of text on its own: none added in front or behind, and no special token ever."""
@@ -93,20 +106,36 @@ class Renderer:
             "use one whose special tokens are longer than one character"
         )
 
-    def encode_observation(self, observation: str, markup: Sequence[str] = ()) -> list[int]:
+    def encode_observation(
+        self,
+        observation: str,
+        markup: Sequence[str] = (),
+        messages: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Tokens of what the environment answers.
 
         Args:
             observation: the text.
             markup: strings in it that are chat tokens, such as ``<|im_start|>``. They count only
-                with ``chat_template``, and where the tokenizer has them as special tokens.
+                with ``chat_template``.
+            messages: not used, since the observation frames them.
 
         Returns:
             The tokens; all but the markup is text.
+
+        Raises:
+            ModelError: the tokenizer has no such chat token.
         """
-        known = [each for each in markup if self.chat_template and self._is_special(each)]
+        known = [each for each in markup if self.chat_template and each in observation]
         if not known:
             return self.encode_text(observation)
+        for each in known:
+            if not self._is_special(each):
+                raise ModelError(
+                    f"the environment frames its observations with {each!r}, which is no chat "
+                    "token of this model's tokenizer; let the environment use the format of this "
+                    "model, or turn the chat template off"
+                )
         tokens: list[int] = []
         for piece in re.split(f"({'|'.join(map(re.escape, known))})", observation):
             if piece in known:
@@ -119,7 +148,10 @@ class Renderer:
         return bool(self.tokenizer.convert_tokens_to_ids(text) in self._special_ids)
 
     def encode_prompt(
-        self, observation: str, messages: Sequence[Mapping[str, str]] | None = None
+        self,
+        observation: str,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Tokens of an episode's first observation.
 
@@ -128,47 +160,30 @@ class Renderer:
                 tokenizer has that habit.
             messages: the same as chat messages, used with ``chat_template``; without them the
                 observation is the one user message.
+            tools: schemas of what the policy may call, for the chat template.
 
         Returns:
             The tokens. With a chat template only the template's own markup yields special tokens;
             what the messages say is text.
 
         Raises:
-            ModelError: the template changes what the messages say.
+            ModelError: the template changes what the messages say, or does not show the tools.
         """
         if not self.chat_template:
             begin = self.tokenizer("")["input_ids"][:1]
             is_begin = begin and begin[0] == self.tokenizer.bos_token_id
             return (begin if is_begin else []) + self.encode_text(observation)
-        return self._encode_chat(messages or [{"role": "user", "content": observation}])
+        return self._encode_chat(messages or [{"role": "user", "content": observation}], tools)
 
-    def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        def render(contents: Iterable[str]) -> str:
-            chat = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
-            text: str = self.tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
-            )
-            return text
-
-        # A last message of the assistant's is the beginning of the answer, to be gone on with.
-        begun = messages[-1]["role"] == "assistant"
-
-        # Marks stand for the contents while the template is rendered: what lies between them is
-        # the template's own.
-        nonce = secrets.token_hex(8)
-        marks = [f"content{nonce}n{i}e" for i in range(len(messages))]
-        contents = [m["content"] for m in messages]
-        marked, rendered = render(marks), render(contents)
-        for strip in (False, True):  # many templates strip the contents
-            says = [c.strip() if strip else c for c in contents]
-            pieces = _cut(marked, dict(zip(marks, says, strict=True)))
-            if "".join(text for _, text in pieces) == rendered:
-                break
-        else:
-            raise ModelError(
-                "this chat template changes what the messages say, so that its markup cannot be "
-                "told from them; turn the chat template off, or give another one"
-            )
+    def _encode_chat(
+        self, messages: Sequence[Mapping[str, str]], tools: Sequence[Mapping[str, Any]]
+    ) -> list[int]:
+        assert self._template is not None
+        pieces = self._template.pieces(messages, tools)
+        encoded = self._template.encode(pieces, self._special_ids)
+        if encoded is not None:
+            return encoded
+        # The tokenizer is written in Python, or knows special tokens as words of its vocabulary.
         tokens: list[int] = []
         for kind, text in pieces:
             if kind == "content":
@@ -215,26 +230,25 @@ class Renderer:
         return any(s in text for s in stop)
 
 
-def _cut(text: str, contents: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Cut text at the keys of contents, which stand in it in this order, and put in the values."""
-    pieces: list[tuple[str, str]] = []
-    for mark, content in contents.items():
-        markup, found, text = text.partition(mark)
-        pieces.append(("markup", markup))
-        if found:
-            pieces.append(("content", content))
-    return [*pieces, ("markup", text)]
-
-
-def load_renderer(model: str | Path, *, chat_template: bool = False) -> Renderer:
+def load_renderer(
+    model: str | Path,
+    *,
+    chat_template: bool = False,
+    chat_template_args: Mapping[str, Any] | None = None,
+    chat_template_date: str | None = None,
+) -> Renderer:
     """Open the tokenizer of a model.
 
     Args:
         model: a folder, a GGUF file, or a name of the Hugging Face hub.
         chat_template: prompts are chat messages in the tokenizer's own template.
+        chat_template_args: variables of the template, such as ``{"enable_thinking": False}``.
+        chat_template_date: the day that a template which writes the date takes for today,
+            YYYY-MM-DD. None takes the day of this call, for as long as the renderer lives.
 
     Raises:
         ModelError: no tokenizer there, no end token, or a chat template asked for and none found.
+        ConfigError: an argument that the template does not read.
     """
     from transformers import (  # noqa: PLC0415 - slow to import
         AutoTokenizer,
@@ -269,4 +283,7 @@ def load_renderer(model: str | Path, *, chat_template: bool = False) -> Renderer
             f"the tokenizer of {str(model)!r} has no end token, so that no turn could end; "
             "set eos_token in its tokenizer_config.json"
         )
-    return Renderer(tokenizer, frozenset(end_ids), chat_template)
+    day = ""
+    if chat_template and writes_date(tokenizer):
+        day = chat_template_date or date.today().isoformat()
+    return Renderer(tokenizer, frozenset(end_ids), chat_template, chat_template_args or {}, day)

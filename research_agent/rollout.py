@@ -73,7 +73,8 @@ def collect(
             ``SKIPPED`` and no token.
 
     Returns:
-        The trajectories in the order of ``episodes``. Those of failed infrastructure are ``void``.
+        The trajectories in the order of ``episodes``. Those of failed infrastructure are ``void``,
+        and so are those, without a token, that the budget of their tree left out (``NOT_GROWN``).
         No slot is in use then.
 
     Raises:
@@ -135,7 +136,7 @@ class RolloutLoop:
         self._skips = overlong_prompts == "skip" and plan.size == 1
         self._on_finish = on_finish
         self._stop = environments.terminators
-        self._trees = Trees(plan, seed, environments)
+        self._trees = Trees(plan, seed, environments, len(renderer.tokenizer))
         self._waiting: deque[Episode] = deque()
         self._free: deque[int] = deque()
 
@@ -258,7 +259,7 @@ class RolloutLoop:
         self._engine.release(slot)
         self._free.append(slot)
         self.in_flight.done[self.in_flight.active.pop(slot).key] = trajectory
-        self._trees.finish(trajectory, self.in_flight.active, self._engine, self._stop)
+        self._trees.finish(trajectory, self.in_flight, self._free, self._engine, self._stop)
         if self._on_finish:
             self._on_finish(trajectory)
 

@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 
-from research_agent.errors import CheckpointError, ConfigError
+from research_agent.errors import CheckpointError, ConfigError, LogError
 from research_agent.files import write_atomic
+from research_agent.formats import LONGEST_LINE, NumbersFormat, StepFormat, parse
 from research_agent.terminal import printable
 
 METRICS, TIMINGS, TRAJECTORIES = "metrics.jsonl", "timings.jsonl", "trajectories.jsonl"
@@ -30,15 +31,36 @@ _SHOWN = 5  # metrics of the environment that fit beside the progress bar
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON Lines log; a last line that was cut short by a kill is left out."""
+    """Records of a JSON Lines log, each of a step.
+
+    Args:
+        path: the log. One that does not exist has no records. In ``metrics.jsonl`` and
+            ``timings.jsonl`` every value is a number or null.
+
+    Returns:
+        The records. A last line that was cut short by a kill is left out.
+
+    Raises:
+        LogError: a whole line is no such record; the message names file and line.
+    """
     if not path.exists():
         return []
+    if not path.is_file():
+        raise LogError(f"{path} is no regular file; remove it")
+    schema = NumbersFormat if path.name in (METRICS, TIMINGS) else StepFormat
     records = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue  # the empty line at the end, or half a line that a killed process left
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(LONGEST_LINE):
+            number += 1
+            if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+                break
+            where = f"{path}:{number}: this line is no record of a step"
+            record = parse(line, schema, where, LogError, "remove the line")
+            number_of_step = record.get("step")
+            if not isinstance(number_of_step, int):
+                raise LogError(f"{where}: its step is {number_of_step!r}; remove the line")
+            records.append(record)
     return records
 
 

@@ -6,6 +6,7 @@ demonstration is followed by the end token.
 
 Demonstrations come from a JSON Lines file, of lines like
 ``{"segments": [["prompt", "..."], ["action", "..."]]}``, or from a function, ``"module:function"``.
+A prompt may be a list of chat messages instead of a text, for a model with a chat template.
 They are learned in their order, so that a function can teach one thing before another.
 """
 
@@ -22,18 +23,20 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from research_agent.config import require_one_process
+from research_agent.config import require_chat_template, require_one_process
 from research_agent.errors import ConfigError, ContextError, NonFiniteError
+from research_agent.formats import LONGEST_LINE
 from research_agent.presets import offered
 from research_agent.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from research_agent.batch import Batch
     from research_agent.renderer import Renderer
-    from research_agent.trajectory import Trajectory
+    from research_agent.trajectory import Segment, Trajectory
 
-Demonstration = list[tuple[str, str]]
+Demonstration = list[tuple[str, Any]]  # (provenance, text, or messages of a prompt)
 PROVENANCES = ("prompt", "action", "observation")
 
 BATCHES_SORTED_TOGETHER = 16  # trajectories of like length share a batch, out of this many
@@ -51,6 +54,15 @@ class SFTConfig:
     """Demonstrations learned; a file that has fewer is read again."""
     model: str | None = None
     """Model to start from; none makes a new one of the sizes below."""
+    chat_template: bool = False
+    """Render prompts with the model's chat template, as train and eval do with --chat-template."""
+    chat_template_args: Settings = field(default_factory=dict)
+    """Variables of the chat template, such as enable_thinking=false."""
+    chat_template_date: str | None = None
+    """The day, YYYY-MM-DD, that a chat template which writes the date takes for today; none takes
+    the real one."""
+    bare_text: bool = False
+    """Learn from prompts as plain text although the model has a chat template."""
     vocabulary: str | None = None
     """MODULE:FUNCTION that lists the phrases a new model's tokenizer knows."""
     hidden_size: int = 128
@@ -63,6 +75,8 @@ class SFTConfig:
     """Longest sequence of a new model, in tokens."""
     batch: int = 12
     """Demonstrations an optimiser step."""
+    micro_batch_tokens: int = 16_384
+    """Tokens of a forward and backward pass, padding included. Fewer need less memory."""
     learning_rate: float = 3e-3
     """Highest; it rises over the first steps and falls in a line over the last part."""
     warmup_steps: int = 50
@@ -126,8 +140,7 @@ def run(config: SFTConfig) -> Path:
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import Progress  # noqa: PLC0415
 
-    from research_agent.batch import make_batch, micro_batches  # noqa: PLC0415
-    from research_agent.models.policy import token_logprobs  # noqa: PLC0415
+    from research_agent.batch import make_batch  # noqa: PLC0415
     from research_agent.trajectory import Group  # noqa: PLC0415
 
     _validate(config)
@@ -135,7 +148,7 @@ def run(config: SFTConfig) -> Path:
     torch.manual_seed(config.seed)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    model, renderer = _new_model(config) if config.model is None else _open_model(config.model)
+    model, renderer = _new_model(config) if config.model is None else _open_model(config)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
@@ -159,17 +172,14 @@ def run(config: SFTConfig) -> Path:
                 message = f"a demonstration of {longest} tokens does not fit the context of {limit}"
                 raise ContextError(f"{message}; leave it out, or give a larger --context")
             rollout = make_batch([Group(i, [t]) for i, t in enumerate(batch)])
-            (micro,) = micro_batches(rollout, max_tokens=2**31)
-            logprobs, _ = token_logprobs(model, micro, precision=config.precision)
-            loss = -logprobs.mean()
-            if not loss.isfinite():
-                raise NonFiniteError(f"sft: the loss of step {step} is {loss.item()}")
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = _backward(model, rollout, config)
+            if not math.isfinite(loss):
+                raise NonFiniteError(f"sft: the loss of step {step} is {loss}")
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
+            average = loss if step == 0 else 0.98 * average + 0.02 * loss
             progress.update(task, advance=1, description=f"sft  loss {average:.3f}")
             if not (config.quiet or console.is_terminal) and (step + 1) % max(1, steps // 20) == 0:
                 seconds = time.perf_counter() - started
@@ -185,14 +195,33 @@ def run(config: SFTConfig) -> Path:
     return config.output
 
 
+def _backward(model: Any, batch: Batch, config: SFTConfig) -> float:
+    """Add up the gradients of a batch; returns the mean loss of its action tokens, in nats."""
+    from research_agent.batch import micro_batches  # noqa: PLC0415
+    from research_agent.models.policy import token_logprobs  # noqa: PLC0415
+
+    loss = 0.0
+    for micro in micro_batches(batch, config.micro_batch_tokens):
+        logprobs, _ = token_logprobs(model, micro, precision=config.precision)
+        part = -logprobs.sum() / len(batch.targets)
+        part.backward()  # type: ignore[no-untyped-call]
+        loss += part.item()
+    return loss
+
+
 def _validate(config: SFTConfig) -> None:
     require_one_process("sft")
-    for name in ("batch", "hidden_size", "layers", "heads", "context"):
+    for name in ("batch", "micro_batch_tokens", "hidden_size", "layers", "heads", "context"):
         if getattr(config, name) < 1:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} is {getattr(config, name)}; it must be at least 1")
     if config.threads is not None and config.threads < 1:
         raise ConfigError(f"--threads is {config.threads}; it must be at least 1")
+    require_chat_template(config)
+    if config.chat_template and config.bare_text:
+        raise ConfigError("--chat-template and --bare-text exclude each other; give one of them")
+    if config.chat_template and config.model is None:
+        raise ConfigError("--chat-template needs a --model that has one; a new model has none")
     if config.count < config.batch:
         raise ConfigError(f"--count {config.count} must be at least --batch {config.batch}")
     if config.model is None and config.hidden_size % (2 * config.heads):
@@ -226,11 +255,16 @@ def _batches(config: SFTConfig, renderer: Renderer) -> Iterator[list[Trajectory]
             yield chunk[starts[i] : starts[i] + config.batch]
 
 
-def as_trajectory(demonstration: Iterable[tuple[str, str]], renderer: Renderer) -> Trajectory:
-    """Tokenise a demonstration as a rollout would: every part on its own.
+def as_trajectory(demonstration: Iterable[tuple[str, Any]], renderer: Renderer) -> Trajectory:
+    """Tokenize a demonstration as a rollout would: every part on its own.
+
+    Args:
+        demonstration: (provenance, text) pairs; a prompt may be a list of chat messages.
+        renderer: of the model.
 
     Raises:
-        ConfigError: a provenance that does not exist, or no action.
+        ConfigError: a provenance that does not exist, no action, or messages for a renderer that
+            has no chat template.
     """
     from research_agent.trajectory import Segment, Trajectory  # noqa: PLC0415
 
@@ -240,7 +274,7 @@ def as_trajectory(demonstration: Iterable[tuple[str, str]], renderer: Renderer) 
     segments: list[Segment] = []
     for i, (provenance, text) in enumerate(parts):
         if provenance == "prompt":
-            segments.append(Segment("prompt", tuple(renderer.encode_prompt(text)), text=text))
+            segments.append(_prompt(text, renderer))
         elif provenance == "observation":
             segments.append(Segment("observation", tuple(renderer.encode_text(text)), text=text))
         elif provenance == "action":
@@ -251,6 +285,21 @@ def as_trajectory(demonstration: Iterable[tuple[str, str]], renderer: Renderer) 
             known = ", ".join(PROVENANCES)
             raise ConfigError(f"unknown provenance {provenance!r}; known: {known}")
     return Trajectory(0, 0, tuple(segments), reward=0.0, terminated=True, truncated=False)
+
+
+def _prompt(prompt: Any, renderer: Renderer) -> Segment:
+    """The segment of a prompt, which is a text or a list of chat messages."""
+    from research_agent.trajectory import Segment  # noqa: PLC0415
+
+    if isinstance(prompt, str):
+        return Segment("prompt", tuple(renderer.encode_prompt(prompt)), text=prompt)
+    if not renderer.chat_template:
+        raise ConfigError(
+            "a demonstration's prompt is chat messages, and the model is learned without a chat "
+            "template; add --chat-template, or give the prompt as text"
+        )
+    text = "\n\n".join(message["content"] for message in prompt)
+    return Segment("prompt", tuple(renderer.encode_prompt(text, prompt)), text=text)
 
 
 def _end(renderer: Renderer) -> int:
@@ -275,7 +324,7 @@ def _demonstrations(config: SFTConfig) -> Iterator[Demonstration]:
     while True:  # a short file is read again
         number = 0
         with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE), b""), 1):
                 yield _demonstration(line, f"{path}:{number}")
         if not number:
             raise ConfigError(f"{path} is empty; give at least one demonstration")
@@ -289,10 +338,12 @@ def _demonstration(line: bytes, where: str) -> Demonstration:
             if provenance not in PROVENANCES:
                 known = ", ".join(PROVENANCES)
                 raise ValueError(f"unknown provenance {provenance!r:.80}; known: {known}")
-            text.encode()  # half a surrogate pair is no text
+            messages = text if provenance == "prompt" and isinstance(text, list) else []
+            for said in [*(part for m in messages for part in (m["role"], m["content"]))] or [text]:
+                said.encode()  # half a surrogate pair is no text
         if not any(provenance == "action" for provenance, _ in parts):
             raise ValueError("it has no action to learn")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         message = f'{where}: not {{"segments": [[provenance, text], ...]}}'
         raise ConfigError(f"{message} ({error}); mend the line") from error
     return parts
@@ -307,12 +358,29 @@ def _imported(name: str) -> Callable[..., Any]:
     return found
 
 
-def _open_model(name: str) -> tuple[PreTrainedModel, Renderer]:
+def _open_model(config: SFTConfig) -> tuple[PreTrainedModel, Renderer]:
+    """Open the model to start from, and its tokenizer.
+
+    Raises:
+        ConfigError: the model has a chat template, and nobody said whether to use it.
+    """
     from research_agent.models.policy import load_model  # noqa: PLC0415
     from research_agent.models.source import resolve_model  # noqa: PLC0415
     from research_agent.renderer import load_renderer  # noqa: PLC0415
 
-    return load_model(name), load_renderer(resolve_model(name))
+    assert config.model is not None
+    renderer = load_renderer(
+        resolve_model(config.model),
+        chat_template=config.chat_template,
+        chat_template_args=config.chat_template_args,
+        chat_template_date=config.chat_template_date,
+    )
+    if renderer.tokenizer.chat_template and not (config.chat_template or config.bare_text):
+        raise ConfigError(
+            f"{config.model} has a chat template: it was made for chat messages. Add "
+            "--chat-template to learn from them, or --bare-text to learn from plain text"
+        )
+    return load_model(config.model), renderer
 
 
 def _new_model(config: SFTConfig) -> tuple[PreTrainedModel, Renderer]:

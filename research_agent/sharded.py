@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -25,6 +24,9 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from research_agent.distributed import raise_together, rank_and_size, together
 from research_agent.errors import CheckpointError
@@ -56,7 +58,8 @@ def meta_parameters() -> Iterator[None]:
             return parameter
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    handle = nn.modules.module.register_module_parameter_registration_hook(hook)
+    register: Any = nn.modules.module.register_module_parameter_registration_hook
+    handle = register(hook)
     try:
         yield
     finally:
@@ -181,7 +184,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return {
         name: StoredTensor(name, tuple(each.size), each.properties.dtype)
         for name, each in found.items()
-        if isinstance(each, dcp.metadata.TensorStorageMetadata)
+        if isinstance(each, TensorStorageMetadata)
     }
 
 
@@ -196,7 +199,7 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
         return
     reader = HuggingFaceStorageReader(str(folder))
     with _plain_errors():
-        dcp.load(dict(into), storage_reader=reader, no_dist=_alone())
+        load(dict(into), storage_reader=reader, no_dist=_alone())
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], bucket_bytes: int) -> None:
@@ -219,7 +222,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], bucket_bytes: int
     writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
     with _plain_errors():
         live = {name: tensor.detach() for name, tensor in tensors.items()}
-        dcp.save(live, storage_writer=writer, no_dist=_alone())
+        save(live, storage_writer=writer, no_dist=_alone())
 
 
 def write_weights(folder: Path, buckets: Iterable[list[tuple[str, Tensor]]]) -> None:

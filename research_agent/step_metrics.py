@@ -26,6 +26,8 @@ def of_episodes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "turns": sum(s.provenance == "action" for t in played for s in t.segments) / count,
         "action_tokens": sum(t.num_action_tokens for t in played) / count,
         "tokens": sum(len(t.tokens) for t in played) / count,
+        "sampled_tokens": float(sum(len(s.tokens) for t in trajectories for s in t.own_turns)),
+        "sampled_turns": float(sum(len(t.own_turns) for t in trajectories)),
         "void_fraction": void_fraction(trajectories),
         "skipped_fraction": sum(t.stop_reason == SKIPPED for t in trajectories) / len(trajectories),
         "episodes": float(len(trajectories)),

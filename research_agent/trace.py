@@ -22,6 +22,7 @@ from research_agent.engines.base import (
 )
 from research_agent.environments import Environments, StepResult, Truncating, provenance_of
 from research_agent.rollout import keeps_turns
+from research_agent.trees import Forking
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +92,8 @@ class TracedEngine:
         self._engine = engine
         self._trace = trace
         self._since: dict[int, float] = {}  # by slot: when its turn was submitted
+        if isinstance(engine, Forking):
+            self.fork = engine.fork  # an attribute of its own: engines that cannot fork have none
 
     @property
     def busy(self) -> int:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
@@ -57,6 +58,7 @@ from research_agent.evaluation.evaluate import record_evaluation
 from research_agent.evaluation.predictions import as_record
 from research_agent.failures import saved_for_inspection
 from research_agent.files import folder_lock, write_atomic
+from research_agent.formats import RunFormat, StateFormat, read_object, require
 from research_agent.learner import Learner
 from research_agent.models.deferred import load_deferred
 from research_agent.models.policy import (
@@ -75,7 +77,7 @@ from research_agent.sharded import write_weights
 from research_agent.signals import stop_signals
 from research_agent.terminal import show
 from research_agent.trace import Trace, span
-from research_agent.trajectory import Group, Trajectory
+from research_agent.trajectory import NOT_GROWN, Group, Trajectory
 from research_agent.trees import TreePlan
 
 CHANGES = "changes.jsonl"  # settings with which a run was continued
@@ -228,6 +230,7 @@ class Trainer:
         unit = TreePlan.of(sampling).size
         share = -(-sampling.prompts_per_step * sampling.group_size // (size * unit)) * unit
         slots = min(share * (1 + sampling.max_staleness), sampling.max_in_flight or share)
+        today = broadcast_object(date.today().isoformat())
         with together():
             kind = PlayerProcess if sampling.max_staleness else Player
             self.player: Player | PlayerProcess = kind(
@@ -237,15 +240,15 @@ class Trainer:
             self.provenance = self.player.provenance()
             if saved:
                 self._require_same_run(saved)
-            if rank == 0:
-                config_file = run.output / "config.json"
-                write_atomic(config_file, json.dumps(as_json(config), indent=1) + "\n")
 
             # Policy: the model that learns, its reference, and the engine that samples.
             self.origin = starting_model(config.policy.model)
             if saved:
                 self.origin = checkpoint.saved_origin(saved, config.policy.model)
-            adapter = self._load_policy(saved)
+            adapter = self._load_policy(saved, today)
+            if rank == 0:
+                config_file = run.output / "config.json"
+                write_atomic(config_file, json.dumps(as_json(self.config), indent=1) + "\n")
             reference = None
             if rule.needs_reference and (adapter is not None or not config.learner.lora_rank):
                 reference = self._load(self.origin, is_reference=True)
@@ -259,6 +262,7 @@ class Trainer:
                 adapter=adapter,
                 temperature=sampling.temperature,
                 device=torch.device(find_device(config.policy.device)),
+                trees=sampling.tree_branches > 0,
             )
         del reference
         if not saved:
@@ -266,23 +270,26 @@ class Trainer:
 
         self.collapse = None if run.collapse is None else CollapseMonitor(run.collapse)
         if saved:
-            with alike():
-                self.learner.load_state_dict(saved.state["learner"], saved.read)
-            torch.set_rng_state(saved.state["random"])
-            if self.collapse:
-                self.collapse.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
+            with alike(), checkpoint.restoring(saved):
+                self._restore(saved)
         if saved or adapter is not None or sampling.max_staleness or size > 1:
             self._sync()
         if saved and sampling.max_staleness >= saved.config["sampling"]["max_staleness"] > 0:
             steps = range(self.step, self.step + sampling.max_staleness + 1)
-            self.player.restore(saved.state["in_flight"], self._own_episodes(steps))
+            with checkpoint.restoring(saved):
+                self.player.restore(saved.state["in_flight"], self._own_episodes(steps))
 
-    def _load_policy(self, saved: Checkpoint | None) -> str | None:
+    def _restore(self, saved: Checkpoint) -> None:
+        """Take up the states of learner, random numbers and collapse monitor."""
+        self.learner.load_state_dict(saved.state["learner"], saved.read)
+        torch.set_rng_state(saved.state["random"])
+        if self.collapse:
+            self.collapse.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
+
+    def _load_policy(self, saved: Checkpoint | None, today: str) -> str | None:
         """Open tokenizer and model; returns the adapter that the learner is to put beside it."""
         config = self.config
-        self.renderer = load_renderer(
-            resolve_model(self.origin), chat_template=config.policy.chat_template
-        )
+        self._load_renderer(saved, today)
         adapter = None if config.policy.merge_adapter else model_source(self.origin).adapter
         if saved and adapter is None and not config.learner.lora_rank:
             self.model = self._load(saved.folder)
@@ -290,6 +297,19 @@ class Trainer:
             self.model = self._load(self.origin, merge_adapter=adapter is None)
         require_ends(self.model, self.renderer)
         return adapter
+
+    def _load_renderer(self, saved: Checkpoint | None, today: str) -> None:
+        """Open the tokenizer. Its chat template writes the day on which the run started."""
+        policy = self.config.policy
+        before = saved.config["policy"].get("chat_template_date") if saved else None
+        self.renderer = load_renderer(
+            resolve_model(self.origin),
+            chat_template=policy.chat_template,
+            chat_template_args=policy.chat_template_args,
+            chat_template_date=policy.chat_template_date or before or today,
+        )
+        written = self.renderer.chat_template_date or None
+        self.config = replace(self.config, policy=replace(policy, chat_template_date=written))
 
     def _load(
         self, name: str | Path, *, merge_adapter: bool = True, is_reference: bool = False
@@ -400,7 +420,8 @@ class Trainer:
             next_task += missing
             # Each rank plays its share, and all learn from all.
             work = partial(self.player.collect, _share(episodes, sampling), later)
-            trajectories = _in_order(run_together(work))
+            together = _in_order(run_together(work))
+            trajectories = [t for t in together if t.stop_reason != NOT_GROWN]
             played += trajectories
             for group in _groups(trajectories):
                 if selects is None or selects.keeps([t.reward for t in group.trajectories]):
@@ -540,6 +561,9 @@ class Trainer:
             raise_together(CheckpointError(message))
         if newest:
             saved = checkpoint.load(newest, deferred=("learner",))
+            with alike(), checkpoint.restoring(saved):
+                require(saved.config, RunFormat)
+                require(saved.state, StateFormat)
             self.step, self.seconds = saved.step, float(saved.state["seconds"])
             with alike():
                 found = changes(saved.config, self.config, same_environment=True)  # so far
@@ -548,7 +572,8 @@ class Trainer:
         started = output / "config.json"
         with together():
             if started.exists() and read_lines(output / METRICS):
-                found = changes(json.loads(started.read_text(encoding="utf-8")), self.config)
+                mend = f"remove it, or give another --output than {output}"
+                found = changes(read_object(started, CheckpointError, mend), self.config)
                 require_same(found, output, override=run.override)
         return None
 

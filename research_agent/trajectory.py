@@ -13,6 +13,9 @@ from typing import Literal
 SKIPPED = "prompt"
 """Stop reason of an episode that was not played, because its prompt is too long."""
 
+NOT_GROWN = "tree budget"
+"""Stop reason of a sample that was not played, because its tree has spent its budget."""
+
 Provenance = Literal["prompt", "action", "observation"]
 
 
@@ -65,6 +68,11 @@ class Trajectory:
     def turns(self) -> list[Segment]:
         """Its actions, in order."""
         return [segment for segment in self.segments if segment.provenance == "action"]
+
+    @property
+    def own_turns(self) -> list[Segment]:
+        """The actions that were sampled for it, in order: those behind its branch point."""
+        return self.turns[len(self.lineage) :]
 
     @property
     def tokens(self) -> list[int]:

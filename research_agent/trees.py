@@ -5,6 +5,9 @@ end; then come rounds of branches. A branch takes up a state that an earlier sam
 in before one of its turns, and plays on from there: what came before is neither sampled, prefilled
 nor played again.
 
+With a budget, a branch begins only where it fits: it is expected to cost what the sample that it
+leaves cost from there on. A tree whose budget is spent has fewer samples.
+
 An environment can branch from its present state only, so every branch has its slot from the start
 and keeps the state that it will begin with: one that a better choice replaces. Which states are
 chosen depends on seed, task and samples, never on timing.
@@ -16,19 +19,19 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, log
-from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from research_agent.errors import ConfigError
+from research_agent.trajectory import NOT_GROWN, Segment, Trajectory
 
 if TYPE_CHECKING:
     from research_agent.active_rollout import ActiveRollout
     from research_agent.config import SamplingConfig
     from research_agent.engines.base import Completion, Engine
     from research_agent.environments import Environments
-    from research_agent.trajectory import Trajectory
+    from research_agent.rollout import InFlight
 
 Choice = Literal["random", "entropy"]
 
@@ -42,9 +45,12 @@ class TreePlan:
         rounds: rounds after the chain (L in Tree-GRPO). A round begins when the one before it has
             ended, and branches off any sample of the tree so far.
         choose: "random" takes each state before a turn with the same probability, as Tree-GRPO
-            does; "entropy" takes it in proportion to the entropy of the turn that followed, after
-            ARPO.
-        entropy_tokens: the first tokens of a turn that its entropy is estimated from.
+            does; "entropy" in proportion to the probability with which ARPO branches there.
+        branch_probability: ARPO's, where the entropy is that of the first turn (alpha).
+        entropy_weight: how much it rises with the entropy (beta).
+        entropy_tokens: the first tokens of a turn, whose entropy is estimated (k).
+        max_tokens: action tokens that a tree may sample; None: any number.
+        max_turns: turns that a tree may take, each a step of its environments; None: any number.
 
     Raises:
         ConfigError: a number that is too small, or an unknown choice.
@@ -53,7 +59,11 @@ class TreePlan:
     branches: int
     rounds: int = 1
     choose: Choice = "random"
+    branch_probability: float = 0.5
+    entropy_weight: float = 0.2
     entropy_tokens: int = 20
+    max_tokens: int | None = None
+    max_turns: int | None = None
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -61,13 +71,26 @@ class TreePlan:
             if getattr(self, name) < least:
                 value = getattr(self, name)
                 raise ConfigError(f"a tree's {name} is {value}; give {least} or more")
+        for name in ("max_tokens", "max_turns"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and self.branches):
+                raise ConfigError(
+                    f"a tree's {name} is {value} with {self.branches} branches; give 1 or more, "
+                    "and branches that it can limit"
+                )
         if self.choose not in ("random", "entropy"):
             raise ConfigError(f"a tree chooses by {self.choose!r}; known: 'random', 'entropy'")
 
     @classmethod
     def of(cls, sampling: SamplingConfig) -> TreePlan:
         """Read the plan from a configuration."""
-        return cls(sampling.tree_branches, sampling.tree_rounds, sampling.tree_choice)
+        return cls(
+            branches=sampling.tree_branches,
+            rounds=sampling.tree_rounds,
+            choose=sampling.tree_choice,
+            max_tokens=sampling.tree_max_tokens,
+            max_turns=sampling.tree_max_turns,
+        )
 
     @property
     def size(self) -> int:
@@ -81,6 +104,10 @@ class TreePlan:
     def round(self, sample: int) -> int:
         """0 for a chain, then the round that a branch belongs to."""
         return -(-(sample % self.size) // max(1, self.branches))
+
+    def affords(self, cost: Cost) -> bool:
+        """Say whether a tree may cost this much."""
+        return cost.tokens <= (self.max_tokens or inf) and cost.turns <= (self.max_turns or inf)
 
     def require_group(self, group_size: int) -> None:
         """Check that a group is a number of whole trees.
@@ -100,6 +127,22 @@ CHAINS = TreePlan(branches=0)
 """No sample branches off another."""
 
 
+class Cost(NamedTuple):
+    """What was sampled: action tokens, and turns."""
+
+    tokens: int = 0
+    turns: int = 0
+
+    @classmethod
+    def of(cls, turns: Sequence[Segment]) -> Cost:
+        """Add up turns."""
+        return cls(sum(len(turn.tokens) for turn in turns), len(turns))
+
+    def plus(self, other: Cost) -> Cost:
+        """Add two costs."""
+        return Cost(self.tokens + other.tokens, self.turns + other.turns)
+
+
 @runtime_checkable
 class Forking(Protocol):
     """An engine that can copy what a slot holds. With any other, a branch is prefilled anew."""
@@ -116,6 +159,7 @@ class _Seedling:
     slot: int
     priority: float = -inf
     start: ActiveRollout | None = None
+    source: int = -1  # the sample that was in this state
 
 
 class Trees:
@@ -125,13 +169,16 @@ class Trees:
         plan: how each grows.
         seed: of the run.
         environments: those that are played in.
+        vocabulary: how many tokens the policy chooses from.
 
     Raises:
         ConfigError: the plan has branches, and these environments cannot be branched, or are fewer
             than a tree has samples.
     """
 
-    def __init__(self, plan: TreePlan, seed: int, environments: Environments) -> None:
+    def __init__(
+        self, plan: TreePlan, seed: int, environments: Environments, vocabulary: int
+    ) -> None:
         if plan.branches and not getattr(environments, "branches", False):
             raise ConfigError(
                 "this environment has no branch(source, targets), which trees need; "
@@ -145,8 +192,10 @@ class Trees:
         self._plan = plan
         self._seed = seed
         self._environments: Any = environments
+        self._highest_entropy = log(max(2, vocabulary))  # of a token, in nats
         self._seedlings: dict[tuple[int, int], _Seedling] = {}  # by task and sample
         self._playing: dict[tuple[int, int], int] = {}  # by task and root: samples under way
+        self._ended: dict[tuple[int, int], list[Trajectory]] = {}  # likewise: samples
 
     def plant(self, chains: Iterable[tuple[int, int]], free: deque[int]) -> None:
         """Begin trees whose branches get free slots.
@@ -188,11 +237,13 @@ class Trees:
                     engine.fork(turn.slot, seedling.slot, held)
                     start.unsent_tokens = start.unsent_tokens[held:]
                 seedling.priority, seedling.start = priority, start
+                seedling.source = rollout.sample
 
     def finish(
         self,
         trajectory: Trajectory,
-        active: dict[int, ActiveRollout],
+        in_flight: InFlight,
+        free: deque[int],
         engine: Engine,
         stop: tuple[str, ...],
     ) -> None:
@@ -200,24 +251,56 @@ class Trees:
 
         Args:
             trajectory: of the sample.
-            active: the trajectories by slot; those that begin are added.
-            engine: the sampler, which gets them.
+            in_flight: branches that begin are added to what is active; of those that do not fit
+                the budget, void trajectories to what is done.
+            free: slots; those of the latter are added.
+            engine: the sampler, which gets the branches that begin.
             stop: strings after which generation pauses.
         """
         plan, episode, sample = self._plan, trajectory.episode, trajectory.sample
-        root = plan.root(sample)
+        tree = episode, plan.root(sample)
         if not plan.branches:
             return
-        self._playing[episode, root] -= 1
-        if self._playing[episode, root]:
+        self._playing[tree] -= 1
+        self._ended.setdefault(tree, []).append(trajectory)
+        if self._playing[tree]:
             return
-        for branch in range(root, root + plan.size):
-            if plan.round(branch) == plan.round(sample) + 1:
-                seedling = self._seedlings.pop((episode, branch))
-                assert seedling.start is not None  # every episode has a turn to branch at
-                active[seedling.slot] = seedling.start
-                seedling.start.submit(engine, seedling.slot, stop)
-                self._playing[episode, root] += 1
+        for number in range(plan.round(sample) + 1, plan.rounds + 1):
+            for slot, start in self._begin_round(tree, number, in_flight, free, engine).items():
+                in_flight.active[slot] = start
+                start.submit(engine, slot, stop)
+                self._playing[tree] += 1
+            if self._playing[tree]:
+                return
+        del self._playing[tree], self._ended[tree]
+
+    def _begin_round(
+        self,
+        tree: tuple[int, int],
+        number: int,
+        in_flight: InFlight,
+        free: deque[int],
+        engine: Engine,
+    ) -> dict[int, ActiveRollout]:
+        """Choose the branches of a round that fit the budget, by slot; the others are done."""
+        episode, root = tree
+        begun: dict[int, ActiveRollout] = {}
+        spent = Cost.of([turn for ended in self._ended[tree] for turn in ended.own_turns])
+        for branch in range(root, root + self._plan.size):
+            if self._plan.round(branch) != number:
+                continue
+            seedling = self._seedlings.pop((episode, branch))
+            assert seedling.start is not None  # every episode has a turn to branch at
+            source = next(t for t in self._ended[tree] if t.sample == seedling.source)
+            cost = spent.plus(Cost.of(source.turns[len(seedling.start.lineage) :]))
+            if self._plan.affords(cost):
+                spent = cost
+                begun[seedling.slot] = seedling.start
+            else:
+                engine.release(seedling.slot)
+                free.append(seedling.slot)
+                in_flight.done[episode, branch] = _not_grown(episode, branch)
+        return begun
 
     def release(self, engine: Engine) -> None:
         """Let the engine forget what it holds for branches that have not begun."""
@@ -235,5 +318,29 @@ class Trees:
         uniform = (np.random.SeedSequence(words).generate_state(1, np.uint64)[0] + 0.5) / 2.0**64
         weight = 1.0
         if self._plan.choose == "entropy":
-            weight = max(-fmean(turn.logprobs[: self._plan.entropy_tokens] or (0.0,)), 1e-6)
+            weight = self._branch_probability(rollout, turn)
         return log(uniform) / weight
+
+    def _branch_probability(self, rollout: ActiveRollout, turn: Completion) -> float:
+        """With what probability ARPO branches before a turn.
+
+        ``clip(alpha + beta (H_k - H_initial))``: Dong et al. 2025 (arXiv:2507.19849), section 3.1.
+        H_k is the sum of the entropies of the turn's first tokens, divided by the logarithm of the
+        vocabulary; H_initial is that of the episode's first turn. The surprisals of the tokens that
+        were sampled estimate the entropies.
+        """
+        plan = self._plan
+
+        def entropy(logprobs: Sequence[float]) -> float:
+            return -sum(logprobs[: plan.entropy_tokens]) / self._highest_entropy
+
+        first = next((s for s in rollout.segments if s.provenance == "action"), None)
+        now = entropy(turn.logprobs)
+        initial = now if first is None else entropy(first.logprobs or ())
+        probability = plan.branch_probability + plan.entropy_weight * (now - initial)
+        return min(1.0, max(probability, 1e-6))
+
+
+def _not_grown(episode: int, sample: int) -> Trajectory:
+    """What stands for a branch that does not fit the budget of its tree."""
+    return Trajectory(episode, sample, (), 0.0, False, True, NOT_GROWN, void=True)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import tyro
 from msgspec import structs
@@ -23,6 +23,10 @@ from research_env.errors import (
 )
 from research_env.redaction import redact_url
 from research_env.retrieval.http import one_line
+from research_env.terminal import printable, show, show_json
+
+if TYPE_CHECKING:
+    from research_env.sessions import Sessions
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Index:
         scheme, colon, rest = (self.to or "").partition(":")
         if self.check and self.to and (not colon or scheme == "embedded"):
             folder = Path(rest if colon else scheme)
-            print(f"{check_index(folder):,} passages in {folder}: all checksums hold")
+            show(f"{check_index(folder):,} passages in {folder}: all checksums hold")
             return
         if self.check:
             raise ConfigurationError("--check needs --to DIR, the folder of an embedded index")
@@ -114,12 +118,12 @@ class Index:
         if self.json:
             summary = {"index": str(folder), "corpus": corpus.name, "passages": count}
             summary |= {"bytes": size, "built": built, "seconds": round(seconds, 3)}
-            _print_json(summary)
+            show_json(summary)
             return
         work = (
             f"{seconds:.1f} s, {count / seconds:,.0f} passages/s" if built else "was there already"
         )
-        print(
+        show(
             f"{count:,} passages of {corpus.name} in {folder}\n"
             f"{work}, {size / 1e6:.1f} MB\n"
             f'Search it: research-env search "..." --retriever embedded:{folder}'
@@ -141,7 +145,7 @@ class Index:
             return ChunkedCorpus(corpus, self.chunk)
         words = mean_words(corpus)
         if words > LONG_PASSAGE:
-            print(
+            show(
                 f"research-env: hint: the passages are long ({words:,.0f} words on average), and a "
                 "policy reads several per search; --chunk 100 splits them",
                 file=sys.stderr,
@@ -164,9 +168,9 @@ class Index:
         if self.json:
             summary = {"index": done.index, "corpus": corpus.name, "passages": done.passages}
             summary |= {"sent": done.sent, "seconds": round(seconds, 3), "former": done.former}
-            _print_json(summary)
+            show_json(summary)
             return
-        print(
+        show(
             f"{done.passages:,} passages of {corpus.name} in {done.index}, {done.sent:,} of them "
             f"new: {seconds:.1f} s, {done.sent / seconds:,.0f} passages/s\n"
             + "".join(f"No longer used: the index {name}\n" for name in done.former)
@@ -217,7 +221,7 @@ class Search:
                 raise hits
             if self.json:
                 found = [{"score": hit.score, **structs.asdict(hit.passage)} for hit in hits]
-                _print_json({"query": query, "hits": found})
+                show_json({"query": query, "hits": found})
             else:
                 _print_table(
                     f"{query}\n{len(hits)} hits" if hits else f"{query}\nno hit",
@@ -236,6 +240,9 @@ class Serve:
     Any trainer that speaks this format can search at http://HOST:PORT/retrieve. The server also has
     /health and /metrics (Prometheus). SIGTERM or Ctrl-C stops it after the requests in flight.
 
+    With --openenv it serves the whole environment to clients of OpenEnv instead, and with --mcp the
+    search tools to clients of the Model Context Protocol, at http://HOST:PORT/mcp.
+
     Without a key anyone who reaches the port can search. If the environment variable
     RETRIEVER_API_KEY is set, clients must send it as "Authorization: Bearer KEY" to everything but
     /health; retrievers of this package read the same variable and send it.
@@ -246,6 +253,8 @@ class Serve:
       research-env serve --retriever elasticsearch://localhost:9200/wiki18
       research-env serve --dataset musique
       RETRIEVER_API_KEY=... research-env serve --corpus passages.jsonl --host 0.0.0.0 --port 9000
+      research-env serve --openenv --dataset musique --env-args protocol=search-r1
+      research-env serve --mcp --retriever elasticsearch://localhost:9200/wiki18
     """
 
     retriever: Annotated[str | None, arg(metavar="URL")] = None
@@ -264,8 +273,15 @@ class Serve:
     """Names by which clients may call this server, for example search.example.org. localhost and
     the address of the server always work. Requests to other names are refused, so that no web page
     can search through the browser of somebody who reaches this server."""
-    top_k: int = 5
-    """Passages per query if a request does not say."""
+    top_k: int | None = None
+    """Passages per query if a request does not say. Default: 5; with --openenv and --mcp that of
+    the protocol."""
+    openenv: bool = False
+    """Serve the environment to clients of OpenEnv. Needs pip install 'research-env[openenv]'."""
+    mcp: bool = False
+    """Serve the search tools to clients of MCP. Needs pip install 'research-env[mcp]'."""
+    env_args: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...")] = ()
+    """With --openenv or --mcp: further arguments of the environment, for example split=dev."""
 
     def run(self) -> None:
         """Carry the command out."""
@@ -273,6 +289,11 @@ class Serve:
         from research_env.retrieval.http import KEY_VARIABLE  # noqa: PLC0415
         from research_env.retrieval.url import secret_of  # noqa: PLC0415
 
+        if self.openenv or self.mcp:
+            self._serve_app(secret_of(KEY_VARIABLE))
+            return
+        if self.env_args:
+            raise ConfigurationError("--env-args is for --openenv and --mcp")
         try:
             from research_env.retrieval.serve import serve_until_stopped  # noqa: PLC0415
         except ModuleNotFoundError as error:
@@ -290,12 +311,57 @@ class Serve:
                 engine,
                 self.host,
                 self.port,
-                self.top_k,
+                5 if self.top_k is None else self.top_k,
                 key=key,
                 allowed_hosts=self.allowed_hosts,
             )
         finally:
             engine.close()
+
+    def _serve_app(self, key: str) -> None:
+        """Serve the application of an adapter."""
+        if self.openenv and self.mcp:
+            raise ConfigurationError("give one of --openenv and --mcp; each has a port of its own")
+        try:
+            from research_env.adapters.server import AppServer  # noqa: PLC0415
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                f"the server needs {error.name}: pip install 'research-env[serve]'"
+            ) from error
+        with self._mcp_sessions() if self.mcp else self._openenv_sessions() as sessions:
+            if self.mcp:
+                from research_env.adapters.mcp import make_app  # noqa: PLC0415
+            else:
+                from research_env.adapters.openenv import make_app  # noqa: PLC0415
+
+            server = AppServer(
+                make_app(sessions), self.host, self.port, key=key, allowed_hosts=self.allowed_hosts
+            )
+            print(f"serving {server.url}{'/mcp' if self.mcp else ''}; Ctrl-C stops", flush=True)
+            server.run()
+
+    def _mcp_sessions(self) -> Sessions:
+        from research_env.adapters.mcp import tool_sessions  # noqa: PLC0415
+
+        given = self.dataset is not None or self.corpus is not None
+        if self.retriever is None and not given:
+            raise ConfigurationError("give --retriever URL, --dataset NAME or --corpus FILE")
+        corpus = _corpus(self.dataset, self.corpus) if given else None
+        return tool_sessions(self.retriever, corpus, **self._settings())
+
+    def _openenv_sessions(self) -> Sessions:
+        from research_env.sessions import Sessions  # noqa: PLC0415
+
+        if self.dataset is None or self.corpus is not None:
+            raise ConfigurationError(
+                "--openenv needs --dataset NAME; for questions and passages of your own: "
+                "--dataset custom --env-args questions=FILE corpus=FILE"
+            )
+        return Sessions(dataset=self.dataset, retriever=self.retriever, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        given = {} if self.top_k is None else {"top_k": self.top_k}
+        return {**given, **_settings(self.env_args)}
 
 
 @dataclass(frozen=True)
@@ -342,18 +408,18 @@ class Play:
         terminators = tuple(getattr(env.action_space, "terminators", ()))
         try:
             observation, _ = env.reset(seed=self.seed, options={"episode": self.episode})
-            print(observation, flush=True)
+            show(observation)
             if sys.stdin.isatty():
-                print(f"[an action ends with {' '.join(terminators)} or an empty line]")
+                show(f"[an action ends with {' '.join(terminators)} or an empty line]")
             for action in _actions(sys.stdin, terminators):
                 observation, reward, terminated, truncated, info = env.step(action)
-                print(observation, flush=True)
+                show(observation)
                 if terminated or truncated:
-                    print(f"reward {float(reward):g}")
+                    show(f"reward {float(reward):g}")
                     told = ("stop_reason", "prediction", "answers", "metrics")
-                    print("\n".join(f"{key}: {info[key]}" for key in told if key in info))
+                    show("\n".join(f"{key}: {info[key]}" for key in told if key in info))
                     return
-            print("[the input ended before the episode did]")
+            show("[the input ended before the episode did]")
         finally:
             env.close()
 
@@ -408,24 +474,24 @@ class PrepareDatasets:
             done = prepare(name, output)
             manifest = done.manifest
             if self.json:
-                _print_json({"folder": str(done.folder), "made": done.made, **manifest})
+                show_json({"folder": str(done.folder), "made": done.made, **manifest})
                 continue
             questions = [f"{n:,} {split}" for split, n in manifest["questions"].items()]
-            print(
+            show(
                 f"{name} in {done.folder}: "
                 + (f"questions {', '.join(questions)}; " if questions else "")
                 + f"{manifest['passages']:,} passages"
                 + ("" if done.made else "; it was there already, its checksums hold")
             )
             if done.made:
-                print(f"No longer needed: {done.downloads}")
+                show(f"No longer needed: {done.downloads}")
             if not questions:
-                print(
+                show(
                     f"Index it: research-env index --corpus {done.folder}/corpus.jsonl.gz "
                     f"--to elasticsearch://localhost:9200/{name}"
                 )
         if output.resolve() != found_by_itself.resolve():
-            print(f"To use it: export RESEARCH_DATA={output.resolve()}", file=sys.stderr)
+            show(f"To use it: export RESEARCH_DATA={output.resolve()}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -456,11 +522,11 @@ class ConvertDatasets:
             done = convert(source, self.output)
             for split, count in done.questions.items():
                 named = f" of split {split}" if split else ""
-                print(f"{count:,} questions{named} in {self.output / 'questions.jsonl'}")
+                show(f"{count:,} questions{named} in {self.output / 'questions.jsonl'}")
             if done.passages:
-                print(f"{done.passages:,} passages in {self.output / 'corpus.jsonl'}")
+                show(f"{done.passages:,} passages in {self.output / 'corpus.jsonl'}")
             if done.left_out:
-                print(f"Left out: {done.left_out:,} queries without answers", file=sys.stderr)
+                show(f"Left out: {done.left_out:,} queries without answers", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -518,7 +584,7 @@ class Datasets:
                     corpus = corpus or data.corpus
                 row["passages"] = sum(1 for _ in corpus) if corpus is not None else 0
         if self.json:
-            _print_json(rows)
+            show_json(rows)
             return
         where = os.environ.get("RESEARCH_DATA")
         _print_table(
@@ -534,7 +600,7 @@ class Datasets:
                 for row in rows
             ],
         )
-        print("Your own: dataset='custom', questions=PATH, corpus=PATH (SearchQA-v0)")
+        show("Your own: dataset='custom', questions=PATH, corpus=PATH (SearchQA-v0)")
 
 
 @dataclass(frozen=True)
@@ -554,7 +620,7 @@ class Judge:
     Exits with 1 if verdicts are missing.
 
     For example:
-      vllm serve Qwen/Qwen2.5-7B-Instruct
+      VLLM_NO_USAGE_STATS=1 vllm serve Qwen/Qwen2.5-7B-Instruct --host 127.0.0.1
       research-env judge runs/eval/predictions.jsonl --endpoint http://localhost:8000/v1
         --model Qwen/Qwen2.5-7B-Instruct
       research-env judge predictions.jsonl --endpoint https://api.openai.com/v1
@@ -609,14 +675,14 @@ class Judge:
         try:
             summary = judge_predictions(self.predictions, settings, self.output)
         except (JudgeError, KeyboardInterrupt):
-            print("what was judged is kept, and the same command continues", file=sys.stderr)
+            show("what was judged is kept, and the same command continues", file=sys.stderr)
             raise
         for warning in summary.warnings:
-            print(f"research-env: warning: {one_line(warning, 1_000)}", file=sys.stderr)
+            show(f"research-env: warning: {one_line(warning, 1_000)}", file=sys.stderr)
         if self.json:
-            _print_json(asdict(summary))
+            show_json(asdict(summary))
         else:
-            print(format_summary(summary))
+            show(format_summary(summary))
         if summary.missing:
             sys.exit(1)
 
@@ -646,13 +712,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         chosen.run()
     except KeyboardInterrupt:
-        print("research-env: interrupted", file=sys.stderr)
+        show("research-env: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of the output, for example head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ResearchEnvError, OSError) as error:  # OSError: no permission, disk full
-        print(f"research-env: {error}", file=sys.stderr)
+        show(f"research-env: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -715,20 +781,18 @@ def _json_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _print_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False))
-
-
 def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    table = Table(title=Text(title), title_justify="left")
+    table = Table(title=Text(printable(title)), title_justify="left")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(Text(printable(column)), overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: no markup is looked for in it
+        table.add_row(
+            *(Text(printable(cell)) for cell in row)
+        )  # Text: no markup is looked for in it
     Console().print(table)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any, NamedTuple, TypedDict, Unpack
@@ -30,10 +30,20 @@ from research_env.metrics import LANGUAGES
 from research_env.papers import protocol
 from research_env.protocol import Protocol
 from research_env.redaction import redact_url
-from research_env.retrieval.base import Hit, Retriever
+from research_env.retrieval.base import Retriever
+from research_env.retrieval.batching import Found
+from research_env.retrieval.documents import require_reader
+from research_env.retrieval.requests import Request
 from research_env.retrieval.url import split_options
 from research_env.rewards import METRICS, Reward, WeightedSum, episode_metrics, evaluate, reward
+from research_env.spaces import UnicodeText
+from research_env.templates import Template, own_template
+from research_env.tools import FORMATS, Tool, ToolTurn
+from research_env.tools.builtin import find_tools
 from research_env.turn_rewards import TurnReward, TurnRewards, turn_rewards
+
+OWN = "own"
+"""The name of a template of one's own."""
 
 MAX_PASSAGE_CHARS = 10_000
 """The longest passage of the published data sets has 8,237 characters."""
@@ -62,6 +72,7 @@ class EnvSettings(TypedDict, total=False):
     corpus: str | None
     hops: int | Sequence[int] | None
     world_seed: int
+    difficulty: int
     grades: str | None
     grade: str | None
     retriever: str | Retriever | None
@@ -69,7 +80,9 @@ class EnvSettings(TypedDict, total=False):
     protocol: str | Protocol
     reward: str | Reward | None
     turn_reward: str | TurnReward | None
-    template: str
+    template: Template
+    tools: str | Sequence[str | Tool] | None
+    tool_format: str | None
     max_searches: int | None
     max_turns: int | None
     max_passage_chars: int | None
@@ -147,13 +160,31 @@ class EnvCore:
             self.max_searches,
             self.max_turns,
             self.max_passage_chars,
-            self.template == "instruct" and chat[-1]["role"] == "user",
+            self.is_chat and chat[-1]["role"] == "user",
             self._language(question),
         )
         info = _info(episode, chat)
-        if self.protocol.tool_format is not None:
-            info["tools"] = self.protocol.tool_format.schemas
+        info["tools"] = self.tool_schemas()
         return episode, self.protocol.prompt(self.template, question.question), info
+
+    def action_space(self) -> UnicodeText:
+        """Text, and where tools are called structured turns."""
+        also = (ToolTurn, Mapping) if self.protocol.tool_format else ()
+        return UnicodeText(terminators=self.protocol.terminators, also=also)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the prompt is a chat, rather than one text."""
+        return self.template == "instruct" or (
+            self.template == OWN and len(self.protocol.prompts[OWN]) > 1
+        )
+
+    def tool_schemas(self) -> list[Mapping[str, Any]]:
+        """JSON Schemas of the tools for a chat template; none where the prompt lists them."""
+        tool_format = self.protocol.tool_format
+        if tool_format is None or not tool_format.lists_tools:
+            return []
+        return [tool.schema for tool in self.protocol.tools]
 
     def _language(self, question: Question) -> str:
         language = self.metric_language or question.extra.get("metric_language", "en")
@@ -163,10 +194,34 @@ class EnvCore:
             )
         return str(language)
 
-    def search(self, queries: Sequence[str]) -> list[list[Hit] | RetrievalError]:
-        """Ask the engine once for a batch; an error of the whole batch is that of each query."""
+    def search(self, requests: Sequence[Request]) -> list[Found]:
+        """Run a batch: the queries of searches, and requests of other tools.
+
+        The engine is asked once, and so is each tool. An error of a whole batch is that of each of
+        its requests.
+        """
+        queries: Sequence[str] = requests  # type: ignore[assignment]
+        if self.protocol.tools:
+            queries = [each for each in requests if isinstance(each, str)]
+        if len(queries) == len(requests):
+            return self._search_queries(queries)
+        found: dict[Request, Found] = {}
+        if queries:
+            found.update(zip(queries, self._search_queries(queries), strict=True))
+        for tool in self.protocol.tools:
+            calls = [r for r in requests if not isinstance(r, str) and r.tool == tool.name]
+            if calls and tool.runner is not None:
+                arguments = [json.loads(each.arguments) for each in calls]
+                try:
+                    results = tool.runner(self.retriever, arguments)
+                except RetrievalError as error:
+                    results = [error] * len(calls)
+                found.update(zip(calls, results, strict=True))
+        return [found[each] for each in requests]
+
+    def _search_queries(self, queries: Sequence[str]) -> list[Found]:
         try:
-            return self.retriever.search(queries, self.top_k)
+            return [*self.retriever.search(queries, self.top_k)]
         except RetrievalError as error:
             return [error] * len(queries)
 
@@ -227,27 +282,32 @@ class EnvCore:
     def provenance(self) -> dict[str, str]:
         """What results depend on besides the policy, each in words or by its SHA-256.
 
-        ``questions`` (ids, texts and answers), ``retriever`` (its kind and options) and ``index``
-        (the fingerprint of the corpus in it; "" if unknown), ``protocol``, ``template`` (its text),
-        ``limits``, ``reward``, and the version of ``research_env``. ``place: retriever`` is its
-        URL without user and password: results do not depend on it. Where the fingerprint is not
-        known, the URL stands for the corpus, and ``retriever`` is the URL.
+        ``questions`` (ids, texts, answers and extra fields), ``retriever`` (its kind and options),
+        ``index`` (the fingerprint of the corpus in it; "" if unknown), ``protocol``, ``template``
+        (its text), ``limits``, ``reward``, and the version of ``research_env``. ``place:
+        retriever`` is its URL without user and password: results do not depend on it. Where the
+        fingerprint is not known, the URL stands for the corpus, and ``retriever`` is the URL.
         """
         shown = ""
         if self.max_passage_chars != MAX_PASSAGE_CHARS:
             shown = f", max_passage_chars {self.max_passage_chars}"
-        asked = [[q.id, q.question, q.answers] for q in self.questions]
+        if self.metric_language:
+            shown += f", metric_language {self.metric_language}"
+        asked = [
+            [q.id, q.question, q.answers, *([dict(q.extra)] if q.extra else [])]
+            for q in self.questions
+        ]
         named = self.settings.get("retriever") or "the corpus of the data set"
         place = redact_url(named) if isinstance(named, str) else repr(type(named))
         index = str(getattr(self.retriever, "fingerprint", None) or "")
         is_url = isinstance(named, str) and ":" in named
         text = json.dumps(self.protocol.messages(self.template, "{question}"))
         return {
-            "questions": f"{len(asked)}, sha256 {_sha256(json.dumps(asked))}",
+            "questions": f"{len(asked)}, sha256 {_sha256(json.dumps(asked, default=str))}",
             "retriever": _kind_and_options(place) if index and is_url else place,
             "place: retriever": place,
             "index": index,
-            "protocol": self.protocol.name,
+            "protocol": self.protocol.name + self._tools_named(),
             "template": f"{self.template}, sha256 {_sha256(text)}",
             "limits": f"top_k {self.top_k}, max_searches {self.max_searches}, "
             f"max_turns {self.max_turns}" + shown,
@@ -255,6 +315,15 @@ class EnvCore:
             + (f", per turn {self.turn_reward.__name__}" if self.turn_reward else ""),
             "research_env": version("research-env"),
         }
+
+    def _tools_named(self) -> str:
+        """Text format and schemas of the tools, where they are not the protocol's own."""
+        if self.settings.get("tools") is None and self.settings.get("tool_format") is None:
+            return ""
+        assert self.protocol.tool_format is not None
+        schemas = json.dumps([tool.schema for tool in self.protocol.tools])
+        names = "+".join(tool.name for tool in self.protocol.tools)
+        return f", {self.protocol.tool_format.name}, {names}, sha256 {_sha256(schemas)}"
 
     def close(self) -> None:
         """Close the retriever, unless it was given as an object: then it is its owner's."""
@@ -270,12 +339,12 @@ def _kind_and_options(url: str) -> str:
     return f"{kind}?{'&'.join(kept)}" if kept else kind
 
 
-def resolve_search(episode: Episode, *found: list[Hit] | RetrievalError) -> Episode:
+def resolve_search(episode: Episode, *found: Found) -> Episode:
     """The pending episode with what the engine said: hits, or a failure that makes it void.
 
     Args:
         episode: one that is pending.
-        found: what was found for each of its ``pending_queries``.
+        found: what was found for each of its ``pending_requests``.
     """
     for each in found:
         if isinstance(each, RetrievalError):
@@ -293,7 +362,7 @@ def make_core(**settings: Unpack[EnvSettings]) -> EnvCore:
     for name in settings:
         if name not in EnvSettings.__annotations__:
             raise UnknownNameError("argument", name, EnvSettings.__annotations__)
-    rules = protocol(settings.get("protocol", "research"))
+    rules = _with_tools(protocol(settings.get("protocol", "research")), settings)
     chosen = settings.get("reward")
     scored = reward(rules.reward if chosen is None else chosen)
     of_turns = settings.get("turn_reward")
@@ -307,6 +376,10 @@ def make_core(**settings: Unpack[EnvSettings]) -> EnvCore:
             f"which cannot search; set max_turns={asked + 1}"
         )
     template = settings.get("template", "base")
+    if (own := own_template(template)) is not None:
+        rules, template = replace(rules, prompts={**rules.prompts, OWN: own}), OWN
+    elif not isinstance(template, str):
+        raise UnknownNameError("template", template, [*rules.prompts, "question"])
     rules.prompt(template, "")  # an unknown template is refused here, not at the first reset
 
     data = _load_dataset(settings)
@@ -315,11 +388,14 @@ def make_core(**settings: Unpack[EnvSettings]) -> EnvCore:
     language = settings.get("metric_language") or data.metric_language
     if language not in (None, *LANGUAGES):
         raise UnknownNameError("metric_language", language, LANGUAGES)
+    retriever = _open_engine(settings.get("retriever"), data)
+    if any(tool.reads for tool in rules.tools):
+        require_reader(retriever)
     return EnvCore(
         settings=settings,
         questions=data.questions,
         metric_language=language,
-        retriever=_open_engine(settings.get("retriever"), data),
+        retriever=retriever,
         protocol=rules,
         reward=scored,
         turn_reward=None if of_turns is None else turn_rewards(of_turns),
@@ -329,6 +405,17 @@ def make_core(**settings: Unpack[EnvSettings]) -> EnvCore:
         max_turns=max_turns,
         max_passage_chars=_read_limit(settings, "max_passage_chars", MAX_PASSAGE_CHARS, 1),
     )
+
+
+def _with_tools(rules: Protocol, settings: EnvSettings) -> Protocol:
+    """The protocol with the tools and the text format that the settings name."""
+    tools, name = settings.get("tools"), settings.get("tool_format")
+    if tools is None and name is None:
+        return rules
+    if name is not None and name not in FORMATS:
+        raise UnknownNameError("tool_format", name, FORMATS)
+    named = rules.tools if tools is None else find_tools(tools)
+    return rules.with_tools(named, FORMATS[name] if name else None)
 
 
 def _rebuild(settings: EnvSettings) -> EnvCore:
@@ -357,6 +444,7 @@ def _load_dataset(settings: EnvSettings) -> Dataset:
         questions=settings.get("questions"),
         corpus=settings.get("corpus"),
         world_seed=settings.get("world_seed", 0),
+        difficulty=settings.get("difficulty", 0),
         grades=settings.get("grades"),
         grade=settings.get("grade"),
     )
@@ -393,8 +481,13 @@ def _state_key(episode: Episode) -> str:
     """Equal where two samples of a question have found the same passages; "" at the end."""
     if episode.over:
         return ""
-    found = sorted({hit.passage.id for turn in episode.turns for hit in turn.hits})
-    text = "\0".join([episode.question.id, *found])
+    found = frozenset([hit.passage.id for turn in episode.turns for hit in turn.hits])
+    return _key_of_found(episode.question.id, found)
+
+
+@lru_cache(maxsize=4096)  # a group of samples finds the same again and again
+def _key_of_found(question_id: str, passage_ids: frozenset[str]) -> str:
+    text = "\0".join([question_id, *sorted(passage_ids)])
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 

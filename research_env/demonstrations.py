@@ -18,18 +18,22 @@ The worlds are drawn from seeds of their own, and hold no name of the worlds 0 a
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from research_env.datasets import miniworld
 from research_env.datasets.base import Question
+from research_env.papers.recall import RECALL, WIKIPEDIA_SEARCH
 from research_env.papers.research import RESEARCH
 from research_env.retrieval.base import Hit
 from research_env.retrieval.bm25.retriever import EmbeddedRetriever, build_index
+from research_env.tools.calls import CallRecord
 
 Demonstration = list[tuple[str, str]]
 
@@ -199,6 +203,71 @@ def comparing_drill(world: miniworld.World, rng: random.Random) -> Demonstration
     order = " after" if " after" in told else " before"
     known, asked = told.split(order)
     return [("prompt", played), ("observation", known), ("action", order + asked)]
+
+
+def tool_demonstrations(
+    count: int, top_k: int, seed: int = 0, habit_share: float = 0.2, habits: Habits | None = None
+) -> Iterator[Demonstration]:
+    """Make episodes in which the policy calls ReCall's tool, without drills; habits come last.
+
+    The prompt is `TOOL_TEMPLATE`: as in ReCall's own prompt the thought is open.
+
+    Args:
+        count: how many.
+        top_k: passages per search, after a first part with one.
+        seed: of every choice.
+        habit_share: the share of habit episodes, all of them at the end.
+        habits: the probabilities in them.
+
+    Yields:
+        Lists of (provenance, text).
+    """
+    habitual = round(count * habit_share)
+    skilled = demonstrations(4 * count, top_k, seed, 0.0)  # about half of these are drills
+    episodes = (each for each in skilled if each[0][1].endswith("?\n") and len(each) > 3)
+    yield from map(_with_tool_calls, islice(episodes, count - habitual))
+    yield from map(_with_tool_calls, demonstrations(habitual, top_k, seed + 1, 1.0, habits))
+
+
+TOOL_TEMPLATE = "{question}\n<think>"
+"""The prompt of `tool_demonstrations`."""
+
+
+def _with_tool_calls(demonstration: Demonstration) -> Demonstration:
+    """An episode in ReSearch's tags as one with ReCall's tool calls."""
+    assert RECALL.tool_format is not None
+    made: Demonstration = []
+    call = ""
+    for provenance, text in demonstration:
+        if provenance == "prompt":
+            made.append((provenance, f"{text}<think>"))
+        elif provenance == "observation":
+            result = text.strip().removeprefix("<result>\n").removesuffix("\n</result>")
+            record = CallRecord("", "", call, result=result)
+            made.append((provenance, RECALL.tool_format.framer([record])))
+        else:
+            said = text.strip().removeprefix("<think>")
+            said = re.sub(r"<answer> (.*) </answer>", r"\1", said)
+            if query := re.search(r" <search>(.*) </search>", said):
+                call = json.dumps({"name": WIKIPEDIA_SEARCH.name, "arguments": {"query": query[1]}})
+                said = f"{said[: query.start()]}\n<tool_call>\n{call}\n</tool_call><|im_end|>"
+            made.append((provenance, said))
+    return made
+
+
+def tool_vocabulary() -> dict[str, str]:
+    """Phrases of ReCall's tool calls, each by that of `vocabulary` whose place it takes.
+
+    A policy that knows the tags knows tool calls, if the tokens of the tags get other texts.
+    """
+    call = '{"name": "wikipedia_search", "arguments": {"query": "'
+    return {
+        " <search>": f"\n<tool_call>\n{call}",
+        " </search>": '"}}\n</tool_call><|im_end|>',
+        " <result>": f"\n<|im_start|>user\n<tool_response>{call}",
+        ' <result>\n"': '"}}\n"',
+        ".\n</result>": ".\n</tool_response>\n<|im_end|>\n<|im_start|>assistant\n",
+    }
 
 
 def vocabulary() -> list[str]:

@@ -7,9 +7,10 @@ from typing import Any, ClassVar, Unpack
 import gymnasium as gym
 
 from research_env.core import SHOWS, EnvSettings, StepOutput, make_core, resolve_search
-from research_env.episode import CutReason, Episode, advance, truncate
+from research_env.episode import Action, CutReason, Episode, advance, truncate
 from research_env.errors import ConfigurationError, EpisodeError, UnknownNameError
 from research_env.spaces import UnicodeText
+from research_env.terminal import show
 
 
 class SearchQAEnv(gym.Env[str, str]):
@@ -18,7 +19,8 @@ class SearchQAEnv(gym.Env[str, str]):
     ## Actions
     A text: what the policy writes up to a terminator (``env.action_space.terminators``, such as
     ``</search>``) or to the end of its answer. Any string is taken; what follows the first
-    terminator is ignored.
+    terminator is ignored. With tool calls a structured :class:`~research_env.tools.ToolTurn`, or an
+    assistant message in the form of OpenAI's API, is taken too.
 
     ## Observations
     The text to append. After ``reset`` that is the prompt; after a search the passages between the
@@ -56,7 +58,8 @@ class SearchQAEnv(gym.Env[str, str]):
       as ``"musique:2+hotpotqa:1"``; or a :class:`~research_env.datasets.base.Dataset`.
     - ``split``: train (default), dev, ...; ``hops``: only questions of so many hops.
     - ``questions``, ``corpus``: paths, for a custom data set.
-    - ``world_seed``: of MiniWorld: another seed is another world.
+    - ``world_seed``: of MiniWorld: another seed is another world. ``difficulty``: of MiniWorld,
+      from 0 (default) to 4; `research_env.datasets.miniworld_hard` says what each level asks.
     - ``grades``, ``grade``: a file of ``research-agent grade``, and which of its questions to ask:
       ``"hard"``, or a mixture such as ``"medium:1+hard:2"``.
     - ``retriever``: a URL such as ``"embedded:DIR"``, None (the data set's own corpus), or a
@@ -70,8 +73,14 @@ class SearchQAEnv(gym.Env[str, str]):
     - ``turn_reward``: None (default), or rewards of single turns, written in the same way, such as
       ``"0.2*new_support-0.02*searches"``: `research_env.turn_rewards`. Their sums over the episode
       are among the metrics as ``turn_reward/NAME``.
-    - ``template``: base (default), instruct, question.
-    - ``max_searches``, ``max_turns``: asking for more ends the episode.
+    - ``template``: base (default), instruct, question; or one of your own: a text that says
+      ``{question}``, a file of it (.txt, .md), or a file of chat messages (.jsonl, .yaml).
+    - ``tools``: with tool calls, what may be called: ``"search"`` (default), ``"search,open"``,
+      and ``"module:NAME"`` for your own (`research_env.tools.tool`).
+    - ``tool_format``: how the policy's model writes calls: hermes (default), qwen3.5,
+      qwen3.5-nothink, llama3, harmony (`research_env.tools.FORMATS`).
+    - ``max_searches``, ``max_turns``: asking for more ends the episode. With tool calls each call
+      that is run counts as a search.
     - ``max_passage_chars``: characters of a passage that an observation shows (10,000 by default);
       the cut is marked.
     - ``metric_language``: by whose rules answers are compared: en, zh, ja or ko
@@ -106,7 +115,7 @@ class SearchQAEnv(gym.Env[str, str]):
         self._core = make_core(**settings)
         self._episode: Episode | None = None
         self._next = 0
-        self.action_space = UnicodeText(terminators=self._core.protocol.terminators)
+        self.action_space = self._core.action_space()
         self.observation_space = UnicodeText()
 
     @property
@@ -146,26 +155,26 @@ class SearchQAEnv(gym.Env[str, str]):
                 )
         self._episode, observation, info = self._core.start(index)
         if self.render_mode == "human":
-            print(observation)
+            show(observation)
         return observation, info
 
-    def step(self, action: str) -> StepOutput:
+    def step(self, action: Action) -> StepOutput:
         """Take what the policy wrote; returns (observation, reward, terminated, truncated, info).
 
         Raises:
-            ActionError: the action is not a string.
+            ActionError: the action is of another type.
             EpisodeError: before ``reset``, or after the end.
         """
         if self._episode is None:
             raise EpisodeError("there is no episode yet; call reset first")
         episode = advance(self._episode, action)
         if episode.pending is not None:
-            found = self._core.search(episode.pending_queries)
+            found = self._core.search(episode.pending_requests)
             episode = resolve_search(episode, *found)
         self._episode = episode
         output = self._core.output(episode)
         if self.render_mode == "human":
-            print(episode.turns[-1].action + output.observation + self._core.closing(episode))
+            show(episode.turns[-1].action + output.observation + self._core.closing(episode))
         return output
 
     def truncate(self, reason: CutReason = "length") -> StepOutput:
@@ -186,7 +195,7 @@ class SearchQAEnv(gym.Env[str, str]):
             raise EpisodeError("there is no episode yet; call reset first")
         self._episode = truncate(self._episode, reason)
         if self.render_mode == "human":
-            print(self._core.closing(self._episode))
+            show(self._core.closing(self._episode))
         return self._core.output(self._episode)
 
     def provenance(self) -> dict[str, str]:

@@ -1,25 +1,33 @@
 """One episode as a value, and the one transition function: what happens after an action.
 
 Nothing here touches a search engine, a clock or a random number. A driver (the environment, the
-vector environment, a test) calls :func:`advance` with what the policy wrote; where the new episode
-has a ``pending`` query it asks its engine and calls :func:`observe` with the hits, or :func:`fail`
-where there are none to be had. :func:`truncate` stops an episode whose budget of tokens is spent.
+vector environment, a test) calls :func:`advance` with what the policy wrote. Where the new episode
+has a ``pending`` request it asks its engine and calls :func:`observe` with the hits, or
+:func:`fail` where there are none to be had. :func:`truncate` stops an episode whose budget of
+tokens is spent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from research_env.datasets.base import Question
 from research_env.errors import ActionError, EpisodeError, UnknownNameError
+from research_env.markup import defuse
 from research_env.protocol import ActionKind, Protocol
 from research_env.retrieval.base import Hit, Passage
-from research_env.tools import Call, has_calls, read_calls, show_hits
+from research_env.retrieval.requests import Request, ToolResult
+from research_env.tools.base import ToolTurn
+from research_env.tools.builtin import show_hits
+from research_env.tools.calls import CallRecord, WrittenCall, record_calls, structured
 
 StopReason = Literal["answer", "no_answer", "max_searches", "max_turns", "length", "backend_error"]
 CutReason = Literal["length"]
+Action = str | ToolTurn | Mapping[str, Any]
+"""What the policy wrote: text; where tools are called, also a structured turn, or an assistant
+message in the form of OpenAI's API."""
 
 CUT_MARK = " […]"
 """Stands where a passage was cut."""
@@ -33,7 +41,7 @@ class Turn:
         action: what the policy wrote, up to and with the terminator.
         kind: what it asked for.
         query: of a search, as the engine got it; of several, a line each.
-        hits: of a search, best first; of several, one after the other.
+        hits: of a search, best first; of several, and of what was read, one after the other.
         observation: the text that was appended after the action.
         calls: of tools, in order.
     """
@@ -43,7 +51,7 @@ class Turn:
     query: str | None = None
     hits: tuple[Hit, ...] = ()
     observation: str = ""
-    calls: tuple[Call, ...] = ()
+    calls: tuple[CallRecord, ...] = ()
 
     @property
     def queries(self) -> tuple[str, ...]:
@@ -51,6 +59,13 @@ class Turn:
         if self.calls:
             return tuple([call.query for call in self.calls if call.query is not None])
         return (self.query or "",) if self.kind == "search" else ()
+
+    @property
+    def requests(self) -> int:
+        """How many searches, and valid calls of other tools, it asks for."""
+        if self.calls:
+            return sum([call.request is not None for call in self.calls])
+        return int(self.kind == "search")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +75,16 @@ class Episode:
     Attributes:
         question: the task.
         protocol: its rules and texts.
-        max_searches: searches that may be run; asking for one more ends the episode. None: no cap.
+        max_searches: searches, and calls of other tools, that may be run; asking for one more ends
+            the episode. None: no cap.
         max_turns: actions that may be taken; the last one cannot search. None: no cap.
         max_passage_chars: characters of a passage, title and text together, that an observation
             shows; what is cut is marked by `CUT_MARK`. None: no cap.
         chat: the prompt is a chat, whose template may have opened `think` for the policy.
         metric_language: the language by whose rules answers are compared (`metrics.LANGUAGES`).
         turns: so far, in order.
-        pending: the query of the last turn while it waits for its hits; of several, the first.
+        pending: what the last turn asks for, while it waits for it: the query of a search, or the
+            request of another tool; of several, the first.
         stop_reason: why it is over; None while it goes on.
         prediction: once it is over, the final answer in all that the policy wrote, by the
             protocol's rule; None: there is none.
@@ -82,7 +99,7 @@ class Episode:
     chat: bool = False
     metric_language: str = "en"
     turns: tuple[Turn, ...] = ()
-    pending: str | None = None
+    pending: Request | None = None
     stop_reason: StopReason | None = None
     prediction: str | None = None
     memo: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
@@ -109,23 +126,31 @@ class Episode:
 
     @property
     def searches(self) -> int:
-        """Searches that were answered, or are about to be (refused ones do not count)."""
-        asked = sum([len(turn.queries) for turn in self.turns])
+        """Searches and calls of other tools that were answered, or are about to be.
+
+        Refused ones do not count, and neither do calls with an error.
+        """
+        asked = sum([turn.requests for turn in self.turns])
         last = self.turns[-1] if self.over and self.turns else None
-        refused = last is not None and not last.observation
-        return asked - (len(last.queries) if last and refused else 0)
+        return asked - (last.requests if last and not last.observation else 0)
 
     @property
-    def pending_queries(self) -> tuple[str, ...]:
-        """All queries that wait for their hits, in the order in which `observe` takes them."""
+    def pending_requests(self) -> tuple[Request, ...]:
+        """All that waits for its result, in the order in which `observe` takes them."""
         if self.pending is None:
             return ()
-        calls = self.turns[-1].calls
-        waiting = [each.query for each in calls if each.query is not None and each.result is None]
-        return tuple(waiting) if calls else (self.pending,)
+        if not self.turns[-1].calls:
+            return (self.pending,)
+        return tuple(
+            [
+                call.request
+                for call in self.turns[-1].calls
+                if call.request is not None and call.result is None
+            ]
+        )
 
 
-def advance(episode: Episode, action: str) -> Episode:
+def advance(episode: Episode, action: Action) -> Episode:
     """The episode after an action.
 
     A search makes its query ``pending`` (a blank query finds nothing, at once); an answer ends the
@@ -133,23 +158,36 @@ def advance(episode: Episode, action: str) -> Episode:
 
     Args:
         episode: one that is not over and waits for no hits.
-        action: what the policy wrote; all after the first terminator is ignored.
+        action: what the policy wrote; all after the first terminator is ignored. Of a protocol with
+            tool calls a structured turn, too.
 
     Raises:
-        ActionError: the action is not a string.
+        ActionError: the action is of another type.
         EpisodeError: the episode is over, or waits for the hits of its last search.
     """
-    if not isinstance(action, str):
-        raise ActionError(f"an action is text, not {type(action).__name__}: {action!r:.80}")
+    protocol = episode.protocol
+    if not isinstance(action, str) and protocol.tool_format is None:
+        raise ActionError(
+            f"an action is text, not {type(action).__name__}: {action!r:.80}; "
+            "structured turns are for protocols with tool calls"
+        )
     if episode.stop_reason is not None:
         raise EpisodeError(f"the episode is over ({episode.stop_reason}); reset it first")
     if episode.pending is not None:
         raise EpisodeError(f"the search for {episode.pending!r} has no result yet")
 
+    if protocol.tool_format is not None:
+        text, written = _read_calls(protocol, action)
+        if written:
+            return _call_tools(episode, text, written)
+        return _answer(_extend(episode, Turn(text, "answer"), stop_reason="answer"))
+    assert isinstance(action, str)
+    return _advance_text(episode, protocol.cut(action))
+
+
+def _advance_text(episode: Episode, action: str) -> Episode:
+    """The episode after the text of a protocol without tools."""
     protocol = episode.protocol
-    action = protocol.cut(action)
-    if protocol.tool_format is not None and has_calls(action):
-        return _call_tools(episode, action)
     kind, query = protocol.parse(action)
     last = episode.max_turns is not None and len(episode.turns) + 1 >= episode.max_turns
 
@@ -164,24 +202,32 @@ def advance(episode: Episode, action: str) -> Episode:
         if last:
             return _extend(episode, Turn(action, kind), stop_reason="max_turns")
         return _extend(episode, Turn(action, kind, observation=protocol.hint))
-    ended = _extend(episode, Turn(action, kind), stop_reason="answer")
-    return ended if ended.prediction is not None else replace(ended, stop_reason="no_answer")
+    return _answer(_extend(episode, Turn(action, kind), stop_reason="answer"))
 
 
-def observe(episode: Episode, hits: Sequence[Hit]) -> Episode:
-    """The episode after its pending search was answered with these hits, best first.
+def observe(episode: Episode, found: Sequence[Hit] | ToolResult) -> Episode:
+    """The episode after its pending request was answered.
 
-    Where a turn has several searches this answers the first that waits, and the next is pending.
+    Where a turn has several requests this answers the first that waits, and the next is pending.
+
+    Args:
+        episode: one that is pending.
+        found: the hits of a search, best first, or the result of another tool.
 
     Raises:
-        EpisodeError: no search is pending.
+        EpisodeError: nothing is pending.
     """
     if episode.pending is None:
         raise EpisodeError("there is no pending search that these hits could answer")
-    turn, hits = episode.turns[-1], tuple(hits)
+    turn = episode.turns[-1]
+    if isinstance(found, ToolResult):
+        return _answer_call(episode, found.hits, defuse(_cut(found.text, episode)))
+    hits = tuple(found)
     shown = _shorten(hits, episode.max_passage_chars)
     if turn.calls:
-        return _answer_call(episode, hits, shown)
+        limit = next(call.limit for call in turn.calls if call.result is None)
+        ids = any(tool.reads for tool in episode.protocol.tools)
+        return _answer_call(episode, hits[:limit], show_hits(shown[:limit], ids=ids))
     seen = Turn(turn.action, turn.kind, turn.query, hits, episode.protocol.render(shown))
     return Episode(
         episode.question,
@@ -228,9 +274,16 @@ def truncate(episode: Episode, reason: CutReason = "length") -> Episode:
     return replace(episode, pending=None, stop_reason=reason, prediction=written)
 
 
+def _cut(text: str, episode: Episode) -> str:
+    """The result of a tool as an observation shows it: no longer than a passage may be."""
+    limit = episode.max_passage_chars
+    return text if limit is None or len(text) <= limit else text[:limit] + CUT_MARK
+
+
 def _shorten(hits: tuple[Hit, ...], limit: int | None) -> tuple[Hit, ...]:
     """The hits with no more than ``limit`` characters of each passage."""
-    if limit is None or all(len(h.passage.title) + len(h.passage.text) <= limit for h in hits):
+    sizes = [len(hit.passage.title) + len(hit.passage.text) for hit in hits]
+    if limit is None or max(sizes, default=0) <= limit:
         return hits
     shown = []
     for hit in hits:
@@ -245,7 +298,7 @@ def _extend(
     episode: Episode,
     turn: Turn,
     *,
-    pending: str | None = None,
+    pending: Request | None = None,
     stop_reason: StopReason | None = None,
 ) -> Episode:
     turns = (*episode.turns, turn)
@@ -270,56 +323,75 @@ def _final_answer(protocol: Protocol, turns: Sequence[Turn]) -> str | None:
     return protocol.extract("".join(actions[-1:] if protocol.tool_format else actions))
 
 
-def _call_tools(episode: Episode, action: str) -> Episode:
+def _answer(ended: Episode) -> Episode:
+    return ended if ended.prediction is not None else replace(ended, stop_reason="no_answer")
+
+
+def _read_calls(protocol: Protocol, action: Action) -> tuple[str, Sequence[WrittenCall]]:
+    """The text of a turn, and the calls in it; a structured turn is written as text."""
+    tool_format = protocol.tool_format
+    assert tool_format is not None
+    if isinstance(action, str):
+        text = protocol.cut(action)
+        return text, tool_format.reader(text, protocol.tools)
+    if isinstance(action, Mapping):
+        action = ToolTurn.from_message(action)
+    if not isinstance(action, ToolTurn):
+        raise ActionError(
+            f"an action is text, a ToolTurn or an assistant message, not "
+            f"{type(action).__name__}: {action!r:.80}"
+        )
+    return tool_format.writer(action), structured(action.calls)
+
+
+def _call_tools(episode: Episode, action: str, written: Sequence[WrittenCall]) -> Episode:
     """The episode after a turn that calls tools.
 
-    Searches over the limit get an error as their result, unless none is left at all.
+    Requests over the limit get an error as their result, unless none is left at all.
     """
-    assert episode.protocol.tool_format is not None
     used = {call.id for turn in episode.turns for call in turn.calls}
     number = len(episode.turns)
-    calls = read_calls(action, episode.protocol.tool_format.tools, turn=number, used=used)
-    asked = sum(call.query is not None for call in calls)
+    calls = record_calls(written, episode.protocol.tools, turn=number, used=used)
+    asked = sum(call.request is not None for call in calls)
     left = asked if episode.max_searches is None else episode.max_searches - episode.searches
 
     if asked and left <= 0:
-        return _extend(episode, _turn_of(action, calls), stop_reason="max_searches")
+        return _extend(episode, _turn(action, calls), stop_reason="max_searches")
     if episode.max_turns is not None and number + 1 >= episode.max_turns:
-        return _extend(episode, _turn_of(action, calls), stop_reason="max_turns")
-    run: list[Call] = []
+        return _extend(episode, _turn(action, calls), stop_reason="max_turns")
+    run: list[CallRecord] = []
     for call in calls:
-        over = call.query is not None and left <= 0
-        left -= call.query is not None
-        error = f"error: the limit of {episode.max_searches} searches is reached"
-        run.append(replace(call, query=None, result=error) if over else call)
-    return _go_on(episode, _turn_of(action, run))
+        over = call.request is not None and left <= 0
+        left -= call.request is not None
+        error = f"error: the limit of {episode.max_searches} calls is reached"
+        run.append(replace(call, request=None, result=error) if over else call)
+    return _go_on(episode, _turn(action, run))
 
 
-def _answer_call(episode: Episode, hits: tuple[Hit, ...], shown: tuple[Hit, ...]) -> Episode:
-    """The episode after the first call that waits has its hits."""
+def _answer_call(episode: Episode, hits: tuple[Hit, ...], result: str) -> Episode:
+    """The episode after the first call that waits has its result."""
     calls = list(episode.turns[-1].calls)
     at = next(i for i, call in enumerate(calls) if call.result is None)
-    limit = calls[at].limit
-    result = show_hits(shown[:limit])
-    calls[at] = replace(calls[at], hits=hits[:limit], result=result)
+    calls[at] = replace(calls[at], hits=hits, result=result)
     before = replace(episode, turns=episode.turns[:-1], pending=None)
-    return _go_on(before, _turn_of(episode.turns[-1].action, calls))
+    return _go_on(before, _turn(episode.turns[-1].action, calls))
 
 
 def _go_on(episode: Episode, turn: Turn) -> Episode:
-    """The episode with a turn that waits for the first search without hits, or is complete."""
+    """The episode with a turn that waits for its first result, or is complete."""
     assert episode.protocol.tool_format is not None
     for call in turn.calls:
         if call.result is None:
-            return _extend(episode, turn, pending=call.query)
+            return _extend(episode, turn, pending=call.request)
     return _extend(
         episode, replace(turn, observation=episode.protocol.tool_format.framer(turn.calls))
     )
 
 
-def _turn_of(action: str, calls: Sequence[Call]) -> Turn:
+def _turn(action: str, calls: Sequence[CallRecord]) -> Turn:
     queries = [call.query for call in calls if call.query is not None]
     hits = [hit for call in calls for hit in call.hits]
-    kind: ActionKind = "search" if queries else "invalid"
+    runs = any(call.request is not None for call in calls)
+    kind: ActionKind = "search" if runs else "invalid"
     joined = "\n".join(queries) if queries else None
     return Turn(action, kind, joined, tuple(hits), calls=tuple(calls))

@@ -50,7 +50,11 @@ class StaleIndexError(ResearchEnvError):
 
 
 class ActionError(ResearchEnvError, TypeError):
-    """An action that is not text."""
+    """An action that is neither text nor, where tools are called, a structured turn."""
+
+
+class ToolError(ResearchEnvError, ValueError):
+    """What a tool's function raises to tell the policy what is wrong with its arguments."""
 
 
 class EpisodeError(ResearchEnvError, RuntimeError):

@@ -319,17 +319,26 @@ _PAPERS = {
 }
 
 # What the papers' recipes have in MiniWorld, where the shipped starter writes ReSearch's tags:
-# stages or a reward of the same kind.
+# stages or a reward of the same kind. A starter of its own writes ReCall's tool calls.
 _TWO_STAGES = {
     "stages": ("steps=10 until=0.9 reward=0.5*retrieved+0.5*format", "reward=f1+2*format")
 }
 _EXACT_MATCH = {"env_args": {"reward": "em", "max_searches": 4}}
+_TOOL_CALLS = {
+    "env_args": {
+        "protocol": "recall",
+        "reward": "recall",
+        "template": "{question}\n<think>",  # as ReCall's own prompt, it opens the thought
+    }
+}
 _MINI_ENVIRONMENT: dict[str, dict[str, Any]] = {
+    "recall-7b": _TOOL_CALLS,
     "r1-searcher-qwen": _TWO_STAGES,
     "r1-searcher-llama": _TWO_STAGES,
     "search-r1-grpo": _EXACT_MATCH,
     "search-r1-ppo": _EXACT_MATCH,
 }
+_MINI_POLICY = {"recall-7b": {"model": "miniworld-tools-starter"}}
 
 
 def _mini(name: str) -> Preset:
@@ -347,6 +356,7 @@ def _mini(name: str) -> Preset:
         MINIWORLD,
         f"The recipe of {name} in MiniWorld. Minutes.",
         environment=_MINI_ENVIRONMENT.get(name, {}),
+        policy=_MINI_POLICY.get(name, {}),
         algorithm={**paper["algorithm"], "algorithm_args": args},
         learner=learner,
         run={"steps": 30, "eval_every": 10},
@@ -383,6 +393,7 @@ SFT_PRESETS: dict[str, Preset] = {
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "count": 1600,
         "batch": 8,
+        "micro_batch_tokens": 2048,
         "learning_rate": 2e-4,
         "warmup_steps": 10,
         "output": "runs/smollm2-start",

@@ -8,19 +8,27 @@ The protocols of the papers are in :mod:`research_env.papers`. A protocol of you
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
-from research_env.errors import UnknownNameError
+from research_env.errors import ConfigurationError, UnknownNameError
 from research_env.markup import Tag, between, clean
 from research_env.retrieval.base import MAX_QUERY_CHARACTERS, Hit
-from research_env.tools import ToolFormat
+from research_env.tools.base import Tool
+from research_env.tools.formats import ToolFormat
 
 ActionKind = Literal["search", "answer", "invalid"]
 Message = dict[str, str]
+Prompts = Mapping[str, Sequence[tuple[str, str]]]
+"""Templates by name, each a list of (role, text)."""
 
 TEMPLATES = ("base", "instruct", "question")
 """The names of the templates; ``question`` is the bare question and a newline, for small models."""
+
+_OWN_TEMPLATE = (
+    "Any protocol has the template 'question', and takes one of your own: a text that says "
+    "{question}, or a file of it (.txt), or of chat messages (.jsonl, .yaml)."
+)
 
 
 class Parsed(NamedTuple):
@@ -52,7 +60,9 @@ class Protocol:
         max_turns: actions that an episode may take, the last of which cannot search; None: no cap.
         top_k: passages a search returns.
         reward: name of the reward that the authors train with.
-        tool_format: of a protocol whose turns call tools, several at a time; None: any other.
+        tool_format: how turns call tools, several at a time; None: the protocol has no tools.
+        tools: what may be called.
+        tool_prompts: the templates for these tools in this format.
     """
 
     name: str
@@ -64,7 +74,7 @@ class Protocol:
     parser: Callable[[Protocol, str], Parsed]
     renderer: Callable[[Protocol, Sequence[Hit]], str]
     extractor: Callable[[Protocol, str], str | None]
-    prompts: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict, hash=False)
+    prompts: Prompts = field(default_factory=dict, hash=False)
     asker: Callable[[str], str] = str
     hint: str | None = None
     max_searches: int | None = None
@@ -72,6 +82,42 @@ class Protocol:
     top_k: int = 5
     reward: str = "research"
     tool_format: ToolFormat | None = None
+    tools: tuple[Tool, ...] = ()
+    tool_prompts: Callable[[Sequence[Tool], ToolFormat], Prompts] | None = None
+
+    def with_tools(self, tools: Sequence[Tool], tool_format: ToolFormat | None = None) -> Protocol:
+        """The same protocol with other tools.
+
+        Args:
+            tools: what may be called.
+            tool_format: how the policy's model writes calls; None: as before.
+
+        Raises:
+            ConfigurationError: the protocol has no tools, or a format of its own.
+        """
+        own = self.tool_format
+        if self.tool_prompts is None:
+            raise ConfigurationError(
+                f"the protocol {self.name!r} has no tools; use protocol='tool-calls'"
+            )
+        if own is not None and tool_format not in (None, own) and not own.lists_tools:
+            raise ConfigurationError(
+                f"the protocol {self.name!r} has a format of its own; leave tool_format out, or "
+                "use protocol='tool-calls'"
+            )
+        names = [tool.name for tool in tools]
+        if not names or len(set(names)) < len(names):
+            raise ConfigurationError(f"tools are at least one, each of its own name, not {names}")
+        made = tool_format or own
+        if made is None:
+            raise ConfigurationError(f"the protocol {self.name!r} needs a tool_format")
+        return replace(
+            self,
+            terminators=made.terminators,
+            prompts=self.tool_prompts(tools, made),
+            tool_format=made,
+            tools=tuple(tools),
+        )
 
     def cut(self, text: str) -> str:
         """The text up to and with the first terminator; all of it where there is none."""
@@ -99,7 +145,7 @@ class Protocol:
         """The prompt as chat messages, for a model with a chat template.
 
         Args:
-            template: ``base``, ``instruct`` or ``question``.
+            template: one of the `prompts`, or ``question``.
             question: the question, put in as it is (nothing in it is syntax).
 
         Returns:
@@ -107,18 +153,17 @@ class Protocol:
             (r1-searcher's ``instruct``), the model continues it rather than opening a turn.
 
         Raises:
-            UnknownNameError: no such template, or this protocol has none of that name.
+            UnknownNameError: this protocol has no template of that name.
         """
-        if template not in TEMPLATES:
-            raise UnknownNameError("template", template, TEMPLATES)
         if template == "question":
             return [{"role": "user", "content": f"{question}\n"}]
         if template not in self.prompts:
+            known = template in TEMPLATES
             raise UnknownNameError(
-                f"template of the protocol {self.name!r}",
+                f"template of the protocol {self.name!r}" if known else "template",
                 template,
                 [*self.prompts, "question"],
-                hint="Any protocol has the template 'question'.",
+                hint=_OWN_TEMPLATE,
             )
         asked = self.asker(question)
         return [
@@ -130,7 +175,7 @@ class Protocol:
         """The prompt as text: the first observation of an episode.
 
         Args:
-            template: ``base``, ``instruct`` or ``question`` (exactly the question and a newline).
+            template: one of the `prompts`, or ``question`` (exactly the question and a newline).
             question: the question, put in as it is (nothing in it is syntax).
 
         Returns:

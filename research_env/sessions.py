@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from typing import Any, TypedDict, Unpack
 
 from research_env.core import EnvCore, EnvSettings, StepOutput, make_core, resolve_search, strata
-from research_env.episode import CutReason, Episode, advance, truncate
+from research_env.episode import Action, CutReason, Episode, advance, truncate
 from research_env.errors import ClosedError, ConfigurationError, EpisodeError, UnknownTaskError
 from research_env.protocol import Message
 from research_env.retrieval.batching import Found, QueryBatcher, SearchCounts
@@ -113,7 +113,7 @@ class Sessions:
             seed: draws their order.
         """
         rows: list[Task] = []
-        tools = self.core.protocol.tool_format
+        tools = self.core.tool_schemas()
         for number in range(self.num_tasks):
             question = self.core.questions[self.core.draw_question(seed, number)]
             rows.append(
@@ -121,7 +121,7 @@ class Sessions:
                     "id": question.id,
                     "prompt": self.core.protocol.prompt(self.core.template, question.question),
                     "messages": self.core.protocol.messages(self.core.template, question.question),
-                    "tools": tools.schemas if tools else [],
+                    "tools": tools,
                     "strata": strata(question),
                 }
             )
@@ -191,30 +191,31 @@ class Session:
         self._sessions = sessions
         self._stepping = threading.Lock()
 
-    def step(self, action: str) -> StepOutput:
+    def step(self, action: Action) -> StepOutput:
         """Take what the policy wrote, and wait for the search if it asks for one.
 
         Args:
-            action: what follows the first terminator is ignored.
+            action: what follows the first terminator is ignored. With tool calls a
+                :class:`~research_env.tools.ToolTurn`, or an assistant message, too.
 
         Returns:
             (observation, reward, terminated, truncated, info), as a Gymnasium environment.
 
         Raises:
-            ActionError: the action is not a string.
+            ActionError: the action is of another type.
             EpisodeError: the episode is over, or another step of this session is under way.
             ClosedError: the sessions have been closed.
         """
         with self._one_step():
             episode = advance(self.episode, action)
-            asked = [self._sessions.searches.request(each) for each in episode.pending_queries]
+            asked = [self._sessions.searches.request(each) for each in episode.pending_requests]
             return self._conclude(episode, [each.result() for each in asked])
 
-    async def astep(self, action: str) -> StepOutput:
+    async def astep(self, action: Action) -> StepOutput:
         """The same as :meth:`step`, without blocking the event loop during the search."""
         with self._one_step():
             episode = advance(self.episode, action)
-            asked = [self._sessions.searches.request(each) for each in episode.pending_queries]
+            asked = [self._sessions.searches.request(each) for each in episode.pending_requests]
             found = await asyncio.gather(*map(asyncio.wrap_future, asked))
             return self._conclude(episode, found)
 

@@ -30,6 +30,7 @@ class UnicodeText(Space[str]):
     Attributes:
         terminators: strings after which a policy that writes an element of this space should pause.
         max_length: the longest text, in characters, that shared memory has room for.
+        also: types of actions that are taken beside text, and never sampled.
 
     Example:
         >>> "<think>\N{SNOWMAN}" in UnicodeText()
@@ -43,12 +44,14 @@ class UnicodeText(Space[str]):
         *,
         terminators: Iterable[str] = (),
         max_length: int = 65_536,
+        also: tuple[type, ...] = (),
         seed: int | np.random.Generator | None = None,
     ) -> None:
         """Make a space of texts; see the class for the arguments."""
         super().__init__(seed=seed)
         self.terminators = tuple(terminators)
         self.max_length = max_length
+        self.also = also
 
     @property
     def is_np_flattenable(self) -> bool:
@@ -67,18 +70,19 @@ class UnicodeText(Space[str]):
         return "".join(_ALPHABET[i] for i in self.np_random.integers(0, len(_ALPHABET), size))
 
     def contains(self, x: Any) -> bool:
-        """Whether it is a string."""
-        return isinstance(x, str)
+        """Whether it is a string, or one of the other types."""
+        return isinstance(x, (str, *self.also))
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, UnicodeText)
             and self.terminators == other.terminators
             and self.max_length == other.max_length
+            and self.also == other.also
         )
 
     def __hash__(self) -> int:
-        return hash((self.terminators, self.max_length))
+        return hash((self.terminators, self.max_length, self.also))
 
     def __repr__(self) -> str:
         return f"UnicodeText(terminators={self.terminators!r}, max_length={self.max_length})"

@@ -240,7 +240,7 @@ def _reference(question_id: str, actions: Sequence[str]) -> Played:
     for action in actions:
         episode = advance(episode, action)
         if episode.pending is not None:
-            episode = resolve_search(episode, *core.search(episode.pending_queries))
+            episode = resolve_search(episode, *core.search(episode.pending_requests))
         observations.append(core.output(episode).observation)
     output = core.output(episode if episode.over else truncate(episode, "length"))
     metrics, void = output.info["metrics"], output.info["void"]

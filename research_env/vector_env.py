@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from research_env.core import SHOWS, EnvSettings, resolve_search
-from research_env.episode import CutReason, Episode, advance, truncate
+from research_env.episode import Action, CutReason, Episode, advance, truncate
 from research_env.errors import (
     ActionError,
     ConfigurationError,
@@ -40,7 +40,7 @@ class StepResult(NamedTuple):
     info: dict[str, Any]
 
 
-class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[Any]]):
+class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray[Any]]):
     """Many :class:`~research_env.env.SearchQAEnv` that share data, engine and searches.
 
     ``step`` plays in lockstep and asks the engine once for all sub-environments that search.
@@ -104,7 +104,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         )
         self._core = self._sessions.core
         self._searches: QueryBatcher[tuple[int, Episode, int]] = self._sessions.searches
-        self.single_action_space = UnicodeText(terminators=self._core.protocol.terminators)
+        self.single_action_space = self._core.action_space()
         self.single_observation_space = UnicodeText()
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -184,7 +184,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         return tuple(observations), batched_infos(infos, self.num_envs)
 
     def step(
-        self, actions: Sequence[str], mask: Mask | Sequence[bool] | None = None
+        self, actions: Sequence[Action], mask: Mask | Sequence[bool] | None = None
     ) -> tuple[
         tuple[str, ...], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], dict[str, Any]
     ]:
@@ -207,7 +207,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
                 f"step takes {self.num_envs} texts, one a sub-environment, not {actions!r:.80}"
             )
         moved = {i: self._advance(i, actions[i]) for i in self._chosen(mask)}
-        asked = [(i, query) for i, each in moved.items() if each for query in each.pending_queries]
+        asked = [(i, query) for i, each in moved.items() if each for query in each.pending_requests]
         found: dict[int, list[Found]] = {}
         for (i, _), hits in zip(asked, self._searches.ask([q for _, q in asked]), strict=True):
             found.setdefault(i, []).append(hits)
@@ -224,7 +224,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
         together = batched_infos(infos, self.num_envs)
         return tuple(observations), rewards, terminations, truncations, together
 
-    def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
+    def send(self, env_ids: Sequence[int], actions: Sequence[Action]) -> None:
         """Take actions of some sub-environments; their searches run in the background.
 
         Raises:
@@ -246,7 +246,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
                 self._ready.append(self._conclude(i, episode))
                 continue
             self._episodes[i] = episode
-            for number, query in enumerate(episode.pending_queries):
+            for number, query in enumerate(episode.pending_requests):
                 self._searches.submit((i, episode, number), query)
 
     def recv(self, timeout: float | None = None, min_results: int = 1) -> list[StepResult]:
@@ -276,7 +276,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
                 raise found
             held = self._found.setdefault(i, {})
             held[number] = found
-            if len(held) == len(asked.pending_queries):
+            if len(held) == len(asked.pending_requests):
                 answers = [held[n] for n in sorted(self._found.pop(i))]
                 self._ready.append(self._conclude(i, resolve_search(asked, *answers)))
         results, self._ready = self._ready, []
@@ -373,7 +373,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], npt.NDArray[An
             raise EpisodeError(f"sub-environment {i} has no episode yet; call reset first")
         return episode
 
-    def _advance(self, i: int, action: str) -> Episode | None:
+    def _advance(self, i: int, action: Action) -> Episode | None:
         """The episode after an action; None: it was over, and the action is spent on a reset."""
         episode = self._episode(i)
         if i in self._sent:

@@ -138,11 +138,11 @@ def test_importing_the_configuration_loads_no_models(module: str) -> None:
 # Modules and folders from the bottom to the top: each imports from its own layer and those below.
 LAYERS = {
     "research_env": (
-        "errors redaction paths progress locks spaces markup metrics",
+        "errors redaction paths progress locks spaces markup metrics terminal",
         "retrieval",
         "tools",
         "datasets protocol judge",
-        "episode",
+        "episode templates",
         "papers",
         "rewards turn_rewards demonstrations wiki_demonstrations",
         "core",
@@ -153,13 +153,13 @@ LAYERS = {
     ),
     "research_agent": (
         "errors redaction terminal signals",
-        "settings files trajectory trees environments distributed phrase_tokenizer",
+        "settings files formats trajectory trees environments distributed phrase_tokenizer",
         "sharded optimizer",
-        "curriculum run_logger checkpoint step_metrics",
+        "chat_template curriculum run_logger checkpoint step_metrics",
         "config",
-        "presets plan batch algorithms",
+        "presets prefixes batch algorithms",
         "models engines renderer active_rollout rollout rollout_state trace weight_files",
-        "learner evaluation sft player player_process failures",
+        "learner evaluation sft player player_process failures plan",
         "trainer report",
         "cli",
     ),

@@ -206,6 +206,7 @@ EXPECTED = {  # what following a page prints, among other things
         "<result>",
     ),
     "docs/how-to/own-reward.md": ("reward 0.95",),
+    "docs/how-to/tool-calls.md": (r"^years: 57$", "<tool_response>", r"\(page 1 of 1\)"),
     "docs/reference/environments.md": (r"musique +│ train 1, .*dev 1",),
 }
 MADE = {  # files that following a page makes
@@ -411,6 +412,7 @@ def test_flags_that_are_named_exist(document: str, capsys: pytest.CaptureFixture
     known = {"--help", "--nproc-per-node"}  # the latter is of torchrun
     known |= {"--model", "--reasoning-parser"}  # and these are of vLLM's server
     known |= {"--weight-transfer-config", "--gpu-memory-utilization"}  # as are these
+    known |= {"--env", "--no-push"}  # flags of verifiers' command
     known |= {"--all", "--tiny", "--gpu", "--write"}  # flags of modules in benchmarks/
     for program, commands in {
         research_agent: (

@@ -114,6 +114,7 @@ def _start(folder: Path, args: tuple[str, ...], output: int) -> tuple[subprocess
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", *args]
     env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    env |= {"DO_NOT_TRACK": "1"}
     env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     # A session of its own: its processes are stopped together
     process = subprocess.Popen(

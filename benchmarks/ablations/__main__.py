@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -46,11 +46,15 @@ class AblationsConfig:
     """Runs at the same time, each with one thread."""
     device: str = "cpu"
     """Where the models live."""
+    tiny: bool = False
+    """Two steps of two small groups, one seed: to see that it works."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Do what is not done of an ablation, then print and write what came of it."""
     config = tyro.cli(AblationsConfig, args=argv, prog="python -m benchmarks.ablations")
+    if config.tiny:
+        config = replace(config, steps=2, seeds=(0,), prompts_per_step=4, questions=4)
     if config.ablation == "list":
         for ablation in ABLATIONS:
             print(f"{ablation.name:16} {ablation.finding}\n{'':16} {ablation.paper}")
@@ -92,7 +96,7 @@ def run(config: AblationsConfig, ablations: Sequence[Ablation]) -> list[str]:
         for arm in arms
         if not runs.is_finished(settings, arm, seed)
     ]
-    runs.write_worlds(settings)
+    runs.write_worlds(settings, dict.fromkeys(w for arm in arms for w in runs.worlds_of(arm)))
     needed = runs.missing(settings, [arm for arm, _ in waiting])
     if needed:
         failed = run_all(runs.prepare, {name: (settings, name) for name in needed}, config.workers)

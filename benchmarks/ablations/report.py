@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ def look(settings: Settings, arm: Arm, seed: int) -> Seen | None:
     if not result:
         return None
     log = [{**line, **_corrections(folder, line)} for line in read_log(folder)]
+    for name in ("sampled_tokens", "sampled_turns"):
+        totals = accumulate(line.get(name, 0.0) for line in log)
+        log = [{**line, f"all {name}": total} for line, total in zip(log, totals, strict=True)]
     return Seen(log, result["final"], result["seconds"])
 
 
@@ -104,9 +108,32 @@ def _trained(seen: Seen, name: str, first: float, last: float) -> float | None:
 
 
 def _final(world: str, name: str) -> Callable[[Seen], float | None]:
-    return lambda seen: seen.final[world].get(name)
+    return lambda seen: seen.final.get(world, {}).get(name)
 
 
+def _until(level: float, name: str) -> Callable[[Seen], float | None]:
+    """What a run has cost when it reaches a level; None where it never does.
+
+    Args:
+        level: exact match of the episodes of three steps.
+        name: of a logged number that grows over the run.
+    """
+
+    def found(seen: Seen) -> float | None:
+        steps = [line for line in seen.log if line.get("env/em") is not None]
+        for first, line in enumerate(steps[2:]):
+            if statistics.fmean(each["env/em"] for each in steps[first : first + 3]) >= level:
+                return float(line[name])
+        return None
+
+    return found
+
+
+def _last(name: str) -> Callable[[Seen], float | None]:
+    return lambda seen: float(seen.log[-1][name]) if seen.log and name in seen.log[-1] else None
+
+
+_UNITS = {"episodes": "played", "tokens": "all sampled_tokens", "turns": "all sampled_turns"}
 THIRD = 1 / 3
 NUMBERS: dict[str, tuple[int, Callable[[Seen], float | None]]] = {
     "em in": (3, _final("in", "em")),
@@ -121,6 +148,15 @@ NUMBERS: dict[str, tuple[int, Callable[[Seen], float | None]]] = {
     "format early": (3, lambda seen: _trained(seen, "env/format", 0, THIRD)),
     "searches early": (2, lambda seen: _trained(seen, "env/searches", 0, THIRD)),
     "seconds": (0, lambda seen: seen.seconds),
+    "em hard": (3, _final("hard", "em")),
+    "em, T = 1": (3, lambda seen: _trained(seen, "env/em", 0.9, 1)),
+    **{
+        f"{unit} to {level:.1f}".replace("0.", "."): (0, _until(level, name))
+        for level in (0.5, 0.8)
+        for unit, name in _UNITS.items()
+    },
+    "all tokens": (0, _last(_UNITS["tokens"])),
+    "all turns": (0, _last(_UNITS["turns"])),
 }
 """Columns of ablations that compare arms: digits, and how the number is found."""
 DIGITS_OVER_TIME = {"tokens": 1, "searches": 2, "turns": 2}
@@ -196,7 +232,8 @@ def verdicts(ablation: Ablation, rows: Mapping[str, Mapping[str, Sequence[float]
         digits = _digits(ablation, claim.number)
         figures = f"{spread(more, digits) or '?'} against {spread(less, digits) or '?'}"
         sign = "and" if claim.open else ">"
-        what = f"{claim.number}: {claim.more} {sign} {claim.less}"
+        source = f" [{claim.source}]" if claim.source else ""
+        what = f"{claim.number}: {claim.more} {sign} {claim.less}{source}"
         lines.append(f"{what}: {figures}: {verdict(claim, more, less)}")
     return lines
 
@@ -251,26 +288,27 @@ def report(settings: Settings, ablation: Ablation, seeds: Sequence[int]) -> Path
 
 
 def draw(ablation: Ablation, runs: Mapping[str, Sequence[Seen]], path: Path) -> None:
-    """One panel for each of the ablation's curves, over the episodes played."""
+    """One panel for each of the ablation's curves, over episodes played or tokens sampled."""
     import matplotlib as mpl  # noqa: PLC0415
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
     size = (4.5 * len(ablation.curves), 4)
+    cost = {"episodes": "played", "sampled tokens": "all sampled_tokens"}[ablation.over]
     figure, axes = plt.subplots(1, len(ablation.curves), figsize=size, squeeze=False)
     for axis, name in zip(axes[0], ablation.curves, strict=True):
         for arm, seeds in runs.items():
             lines = [[x for x in seen.log if x.get(name) is not None] for seen in seeds]
             if all(lines):
-                xs = [[float(x["played"]) for x in of_seed] for of_seed in lines]
+                xs = [[float(x[cost]) for x in of_seed] for of_seed in lines]
                 ys = [[float(x[name]) for x in of_seed] for of_seed in lines]
                 draw_band(axis, xs, ys, arm, window=1 if name.startswith("eval/") else 5)
             elif name == "eval/em":  # no log of training: what came of it
                 level = statistics.fmean(seen.final["in"]["em"] for seen in seeds)
                 axis.axhline(level, linestyle="--", color="gray", label=f"{arm}, greedy")
         axis.set_title(name)
-        axis.set_xlabel("episodes")
+        axis.set_xlabel(ablation.over)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)

@@ -18,12 +18,19 @@ from msgspec import structs
 from benchmarks.ablations.registry import GRPO, STARTER, Arm
 from benchmarks.runs import is_finished as has_all_steps
 from benchmarks.runs import training_process
-from research_agent.config import AlgorithmConfig, EnvironmentConfig, TrainConfig, as_json, changes
+from research_agent.config import (
+    AlgorithmConfig,
+    EnvironmentConfig,
+    SamplingConfig,
+    TrainConfig,
+    as_json,
+    changes,
+)
 from research_agent.config import require_same as require_same_training
 from research_agent.errors import ConfigError
 from research_agent.files import write_atomic
 from research_agent.presets import PRESETS
-from research_env.datasets import miniworld
+from research_env.datasets import miniworld, miniworld_hard
 from research_env.datasets.files import question_record
 
 MINIWORLD = PRESETS["miniworld"]
@@ -35,6 +42,8 @@ WORLDS = {
     "in": (0, {"spouse", "writer", "chair", "twin", "poet"}),
     "out": (1, {"employer", "studio", "seat", "architect", "ally"}),
 }
+HARD, DIFFICULTY = "hard", 1  # a world of its own, with all relations
+HARD_RESPONSE = 640  # tokens: six searches and more
 QUESTIONS = {"train": 4000, "dev": 400}
 SLOTS = 128  # episodes of an evaluation that are played at the same time
 EPOCHS = 3  # of SFT on right episodes
@@ -80,8 +89,19 @@ def folder_of(settings: Settings, arm: Arm, seed: int) -> Path:
     return settings.output / "runs" / name / f"seed-{seed}"
 
 
+def worlds_of(arm: Arm) -> tuple[str, ...]:
+    """The worlds that a run is evaluated in; it is trained in the first."""
+    return (HARD,) if arm.hard else tuple(WORLDS)
+
+
+def sampling_of(arm: Arm) -> SamplingConfig:
+    """How a run's episodes are played, but for the number of them."""
+    limits: dict[str, Any] = {"max_response": HARD_RESPONSE} if arm.hard else {}
+    return replace(MINIWORLD.sampling, **limits, **arm.sampling)
+
+
 def world_of(settings: Settings, name: str) -> dict[str, Any]:
-    """Arguments of the environment for one of the ``WORLDS``."""
+    """Arguments of the environment for one of the worlds."""
     place = settings.output / "worlds" / name
     return {
         "questions": str(place / "questions.jsonl"),
@@ -107,7 +127,7 @@ def training_of(settings: Settings, arm: Arm, seed: int) -> TrainConfig:
         environment=EnvironmentConfig(
             env=NOISY if arm.miss else ENV,
             env_args={
-                **world_of(settings, "in"),
+                **world_of(settings, worlds_of(arm)[0]),
                 "split": "train",
                 **({"miss": arm.miss} if arm.miss else {}),
                 **graded,
@@ -121,7 +141,7 @@ def training_of(settings: Settings, arm: Arm, seed: int) -> TrainConfig:
             device=settings.device,
         ),
         sampling=replace(
-            MINIWORLD.sampling, prompts_per_step=max(1, episodes // samples), group_size=samples
+            sampling_of(arm), prompts_per_step=max(1, episodes // samples), group_size=samples
         ),
         algorithm=AlgorithmConfig(algorithm=arm.algorithm, algorithm_args=dict(arm.args)),
         learner=replace(MINIWORLD.learner, **arm.learner),
@@ -184,15 +204,25 @@ def claim_folder(settings: Settings) -> None:
     write_atomic(path, json.dumps(ours) + "\n")
 
 
-def write_worlds(settings: Settings) -> None:
-    """Write questions and passages of both worlds, where they are not yet there."""
-    for name in WORLDS:
+def write_worlds(settings: Settings, names: Iterable[str] = WORLDS) -> None:
+    """Write questions and passages of worlds, where they are not yet there."""
+    for name in names:
         place = settings.output / "worlds" / name
         if not place.exists():
             _whole(place, partial(_write_world, name))
 
 
 def _write_world(name: str, folder: Path) -> None:
+    if name == HARD:
+        asked = [
+            question_record(question)
+            for split in QUESTIONS
+            for question in miniworld_hard.load(split, 0, DIFFICULTY).questions
+        ]
+        _write_lines(folder / "questions.jsonl", asked)
+        hard = miniworld_hard.world(0, DIFFICULTY)
+        _write_lines(folder / "corpus.jsonl", map(structs.asdict, hard))
+        return
     seed, left_out = WORLDS[name]
     known = {each.name for possible in miniworld.RELATIONS.values() for each in possible}
     world = miniworld.world(seed, known - left_out)
@@ -273,7 +303,7 @@ def _grades(settings: Settings) -> str:
 
 
 def do(settings: Settings, arm: Arm, seed: int) -> str:
-    """Train and evaluate in both worlds, in a process of its own; says how it went."""
+    """Train and evaluate in the worlds of a run, in a process of its own; says how it went."""
     folder = folder_of(settings, arm, seed)
     with training_process(masked=arm.masked):
         learn = _by_sft if arm.by == "sft" else _by_rl
@@ -286,8 +316,9 @@ def do(settings: Settings, arm: Arm, seed: int) -> str:
                 folder / "final" / world,
                 limit=settings.questions,
                 seed=seed,
+                sampling=sampling_of(arm),
             )
-            for world in WORLDS
+            for world in worlds_of(arm)
         }
     result = {
         "questions": settings.questions,
@@ -296,7 +327,7 @@ def do(settings: Settings, arm: Arm, seed: int) -> str:
         "training": as_json(training_of(settings, arm, seed)),
     }
     write_atomic(folder / "result.json", json.dumps(result, indent=1) + "\n")
-    return f"exact match {final['in']['em']:.2f} in domain, {final['out']['em']:.2f} out of it"
+    return ", ".join(f"exact match {final[world]['em']:.2f} {world}" for world in final)
 
 
 def _by_rl(settings: Settings, arm: Arm, seed: int) -> tuple[str, float]:
@@ -366,6 +397,7 @@ def play(
     limit: int,
     samples_per_task: int = 1,
     seed: int,
+    sampling: SamplingConfig = MINIWORLD.sampling,
 ) -> dict[str, float]:
     """Play questions with a model; predictions are in the output folder.
 
@@ -381,7 +413,7 @@ def play(
     from research_agent.models.source import resolve_model  # noqa: PLC0415
     from research_agent.renderer import load_renderer  # noqa: PLC0415 - loads torch
 
-    sampling = replace(MINIWORLD.sampling, temperature=temperature)
+    sampling = replace(sampling, temperature=temperature)
     policy = load_model(model, device=settings.device)
     context = context_length(policy, sampling.max_prompt + sampling.max_response)
     engine = make_engine(

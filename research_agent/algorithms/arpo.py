@@ -18,7 +18,8 @@ The paper proposes both. With soft the ratios of a shared token are equal in all
 trajectories, so the sum over them gives it their mean advantage without being told to. The two
 differ where clipping tells advantages of different signs apart, and in 1 / |o_i|.
 
-How branches are chosen, by the rise of the entropy after an observation, is the rollout's affair.
+How branches are chosen, by the rise of the entropy over that of the first turn, is the rollout's
+affair: ``--tree-choice entropy``.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ def make_engine(
         renderer: its tokenizer.
         max_slots: how many trajectories may be held at once.
         max_context: tokens of a trajectory; the model's own limit by default.
-        dtype: number format of the copied weights, such as bfloat16, here and on servers; the
-            model's own by default.
+        dtype: number format of the copied weights, such as bfloat16; the model's own by default.
+            Servers must have the same.
         share: use the model object itself, where nobody else does (an evaluation) and the engine
             can.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -36,6 +36,9 @@ class Completion:
     ``version`` numbers the weights that sampled the last token, ``versions`` those of each token.
     They differ only in turns of an engine that keeps its turns while it takes new weights
     (``KeepsTurns``); others leave ``versions`` out.
+
+    ``message`` is the turn as an assistant message with tool calls, in the form of OpenAI's API, if
+    that is how it was sampled: then it is the action.
     """
 
     slot: int
@@ -45,6 +48,7 @@ class Completion:
     finish_reason: Finish
     version: int
     versions: tuple[int, ...] = ()  # [tokens]; ``version`` for each if left out
+    message: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Fill in the version of each token."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from research_agent.errors import ConfigError, ContextError, ModelError, NonFiniteError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 CONTINUE = "The last checkpoint is intact, and the same command continues from it"
@@ -56,6 +55,8 @@ def require_gpus(kind: str, count: int, device: torch.device) -> None:
     Raises:
         ConfigError: there are fewer.
     """
+    import torch  # noqa: PLC0415 - slow to import
+
     there = torch.cuda.device_count() if device.type == "cuda" else count
     if count > there:
         raise ConfigError(

@@ -12,6 +12,9 @@ assistant's answer, which the endpoint continues (``continue_final_message`` of 
 If an endpoint refuses that, the policy's turns become assistant messages and the environment's
 become user messages: another conversation than the one a local model sees.
 
+Where the environment lists tools (``info["tools"]``), a chat request sends them, the endpoint's
+``tool_calls`` are the action, and their results go back as messages with the role ``tool``.
+
 The key comes from ``OPENAI_API_KEY``. Retries, pauses and Retry-After are those of
 ``openai.AsyncOpenAI``.
 """
@@ -25,10 +28,17 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from research_agent.engines.base import Completion, Finish, SamplingParams
+from research_agent.engines.conversation import (
+    Conversation,
+    Message,
+    assistant_message,
+    message_text,
+    sendable,
+)
 from research_agent.engines.remote import Turns, check_address, read_key, turn_seed
 from research_agent.errors import ConfigError, ContextError, EngineError
 from research_agent.redaction import one_line, redact
@@ -70,23 +80,44 @@ class OpenAIRenderer:
 
     Attributes:
         chat_template: whether prompts are chat messages for the endpoint's template, not text.
+        chat_template_args: variables of that template, sent as ``chat_template_kwargs``.
     """
 
     chat_template: bool = False
+    chat_template_args: Mapping[str, Any] = field(default_factory=dict)
     _pieces: list[str] = field(default_factory=list, repr=False)
     _numbers: dict[str, int] = field(default_factory=dict, repr=False)
-    _roles: dict[int, str] = field(default_factory=dict, repr=False)  # token -> role it starts
+    _heads: dict[int, Message] = field(
+        default_factory=dict, repr=False
+    )  # by token: all but content
+    _tools: dict[int, list[Mapping[str, Any]]] = field(default_factory=dict, repr=False)  # by token
 
     def encode_text(self, text: str) -> list[int]:
         """Return the tokens of a text."""
         return [self._number(piece, piece) for piece in _PIECE.findall(text)]
 
-    def encode_observation(self, observation: str, markup: Sequence[str] = ()) -> list[int]:
-        """Return the tokens of what the environment answers; markup is text to an endpoint."""
+    def encode_observation(
+        self,
+        observation: str,
+        markup: Sequence[str] = (),
+        messages: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
+        """Return the tokens of what the environment answers.
+
+        Args:
+            observation: the text.
+            markup: not used: it is text to an endpoint.
+            messages: the same as chat messages, used where prompts have listed tools.
+        """
+        if self._tools and messages:
+            return self._encode_messages(messages)
         return self.encode_text(observation)
 
     def encode_prompt(
-        self, observation: str, messages: Sequence[Mapping[str, str]] | None = None
+        self,
+        observation: str,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Return the tokens of an episode's first observation.
 
@@ -94,28 +125,43 @@ class OpenAIRenderer:
             observation: the prompt as plain text.
             messages: the prompt as chat messages, used with ``chat_template``; without them the
                 observation is the only user message.
+            tools: schemas of what the policy may call, used with ``chat_template``.
         """
         if not self.chat_template:
             return self.encode_text(observation)
+        listed = []
+        if tools:
+            mark = self._number(f"tools {json.dumps(tools)}", "")
+            self._tools[mark] = list(tools)
+            listed = [mark]
+        said = messages or [{"role": "user", "content": observation}]
+        return [*listed, *self._encode_messages(said)]
+
+    def _encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         tokens: list[int] = []
-        for message in messages or [{"role": "user", "content": observation}]:
+        for message in messages:
+            head = {key: value for key, value in message.items() if key != "content"}
             # No piece of a text has a space in this place, so the name is free.
-            mark = self._number(f"role {message['role']}", "")
-            self._roles[mark] = message["role"]
+            mark = self._number(f"head {json.dumps(head)}", "")
+            self._heads[mark] = head
             tokens += [mark, *self.encode_text(message["content"])]
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens; a role's mark has none."""
+        """Return the text of tokens; the mark that begins a message has none."""
         return "".join(self._pieces[token] for token in tokens)
 
-    def messages(self, tokens: Sequence[int]) -> list[dict[str, str]]:
-        """Return the chat messages of a prompt; none if it is plain text."""
-        starts = [at for at, token in enumerate(tokens) if token in self._roles]
+    def messages(self, tokens: Sequence[int]) -> list[Message]:
+        """Return the chat messages in tokens; none if they are plain text."""
+        starts = [at for at, token in enumerate(tokens) if token in self._heads]
         return [
-            {"role": self._roles[tokens[start]], "content": self.decode(tokens[start:end])}
+            {**self._heads[tokens[start]], "content": self.decode(tokens[start:end])}
             for start, end in pairwise([*starts, len(tokens)])
         ]
+
+    def tools(self, tokens: Sequence[int]) -> list[Mapping[str, Any]]:
+        """Return the tools that a prompt lists."""
+        return next((self._tools[token] for token in tokens[:1] if token in self._tools), [])
 
     def _number(self, name: str, piece: str) -> int:
         if name not in self._numbers:
@@ -177,7 +223,7 @@ class OpenAIEngine:
         self._deadline = deadline
         self._limit_name = "max_tokens"
         self._continues: bool | None = None  # whether it continues an answer; None: unknown
-        self._conversations: dict[int, _Conversation] = {}
+        self._conversations: dict[int, Conversation] = {}
         self._turns: Turns[_Answer] = Turns("openai", [http])
         self.close = self._turns.close
 
@@ -195,11 +241,14 @@ class OpenAIEngine:
         """
         if slot in self._turns:
             raise ValueError(f"slot {slot} has a turn under way; wait for it or release it")
-        if slot in self._conversations:
-            self._conversations[slot].add("user", self._renderer.decode(tokens), len(tokens))
+        text, messages = self._renderer.decode(tokens), self._renderer.messages(tokens)
+        if slot in self._conversations and messages:
+            self._conversations[slot].add_results(messages, len(tokens))
+        elif slot in self._conversations:
+            self._conversations[slot].add({"role": "user", "content": text}, len(tokens))
         elif tokens:
-            text, messages = self._renderer.decode(tokens), self._renderer.messages(tokens)
-            self._conversations[slot] = _Conversation(text, messages, len(tokens))
+            tools = self._renderer.tools(tokens)
+            self._conversations[slot] = Conversation(text, messages, len(tokens), tools)
         else:
             raise ContextError(f"slot {slot} holds nothing, and no tokens were submitted")
         self._turns.begin(slot, self._sample_turn(self._conversations[slot], params))
@@ -213,12 +262,14 @@ class OpenAIEngine:
         """
         done = []
         for slot, answer in self._turns.finished(_STEP_SECONDS).items():
-            tokens = self._renderer.encode_text(answer.text)
-            self._conversations[slot].add("assistant", answer.text, len(tokens))
+            text, message = answer.text, {"role": "assistant", "content": answer.text}
+            if answer.message is not None:
+                text, message = message_text(answer.message), sendable(answer.message)
+            tokens = tuple(self._renderer.encode_text(text))
+            self._conversations[slot].add(message, len(tokens))
             unknown = (math.nan,) * len(tokens)
-            done.append(
-                Completion(slot, tuple(tokens), unknown, answer.text, answer.finish_reason, 0)
-            )
+            reason = answer.finish_reason
+            done.append(Completion(slot, tokens, unknown, text, reason, 0, message=answer.message))
         return done
 
     def release(self, slot: int) -> None:
@@ -236,7 +287,7 @@ class OpenAIEngine:
             f"{self._url} cannot take weights; train with --engine transformers, vllm or server"
         )
 
-    async def _sample_turn(self, conversation: _Conversation, params: SamplingParams) -> _Answer:
+    async def _sample_turn(self, conversation: Conversation, params: SamplingParams) -> _Answer:
         """Request a turn, within the deadline."""
         async with self._in_flight:
             try:
@@ -245,7 +296,7 @@ class OpenAIEngine:
             except TimeoutError:
                 raise self._failure(f"no answer within {self._deadline:g} s") from None
 
-    async def _sample_parts(self, conversation: _Conversation, params: SamplingParams) -> _Answer:
+    async def _sample_parts(self, conversation: Conversation, params: SamplingParams) -> _Answer:
         """Request a turn; in parts if the context has no room for ``max_tokens``."""
         seed = turn_seed(params.seed, conversation.length)
         text, left, size = "", params.max_tokens, params.max_tokens
@@ -265,13 +316,13 @@ class OpenAIEngine:
             text += part.text
             left -= size
             size = min(size, left)
-            continues = not conversation.messages or self._continues
+            continues = not conversation.messages or (self._continues and not conversation.tools)
             if part.finish_reason != "length" or not part.text or size < 1 or not continues:
-                return _Answer(text, part.finish_reason)
+                return _Answer(text, part.finish_reason, part.message)
 
     async def _ask(
         self,
-        conversation: _Conversation,
+        conversation: Conversation,
         params: SamplingParams,
         seed: int,
         text: str,
@@ -295,6 +346,8 @@ class OpenAIEngine:
             required: dict[str, Any] = {"prompt": ""}
             if chat:
                 create, required = self._client.chat.completions.create, {"messages": []}
+                if arguments := self._renderer.chat_template_args:
+                    extra["chat_template_kwargs"] = dict(arguments)
             try:
                 answer = await create(
                     model=self._model,
@@ -327,12 +380,17 @@ class OpenAIEngine:
                 raise self._failure(self._problem(error)) from None
             if continuing:
                 self._continues = True
-            return self._read(answer.choices[0], params.stop, text, chat=chat)
+            # Where tools are listed, turns are messages: a stop string would stand in them twice.
+            stop = () if conversation.tools else params.stop
+            return self._read(answer.choices[0], stop, text, chat=chat)
 
     def _read(self, choice: Any, stop: tuple[str, ...], before: str, *, chat: bool) -> _Answer:
         """Read an answer's first choice, and put back the stop string that ended it."""
         text = (choice.message.content if chat else choice.text) or ""
         text = self._redact(text)
+        message = assistant_message(choice.message, text) if chat else None
+        if message is not None:
+            return _Answer(text, "length" if choice.finish_reason == "length" else "end", message)
         if choice.finish_reason != "stop":
             return _Answer(text, "length")
         if any(text.endswith(mark) for mark in stop):
@@ -409,11 +467,11 @@ def _check_completion(body: bytes | bytearray) -> str:
     """What is wrong with the body of a completion; nothing if it is empty."""
     try:
         choice = json.loads(body)["choices"][0]
-        text = choice["message"]["content"] or "" if "message" in choice else choice["text"]
+        text = choice["message"].get("content") or "" if "message" in choice else choice["text"]
         reason = choice["finish_reason"]
     except (ValueError, RecursionError):
         return "its answer is no JSON"
-    except (LookupError, TypeError):
+    except (LookupError, TypeError, AttributeError):
         return "its answer has no choice with a text and a finish_reason"
     if not isinstance(text, str) or not isinstance(reason, str):
         return "its answer is incomplete: the text or the finish_reason is missing"
@@ -428,45 +486,7 @@ class _TooLongError(Exception):
 class _Answer:
     text: str
     finish_reason: Finish
-
-
-@dataclass
-class _Conversation:
-    """A trajectory as text."""
-
-    prompt: str
-    messages: list[dict[str, str]]  # the prompt as chat messages; empty if it is plain text
-    length: int  # in the renderer's tokens
-    later: list[tuple[str, str]] = field(default_factory=list)  # (role, text)
-
-    def add(self, role: str, text: str, length: int) -> None:
-        self.later.append((role, text))
-        self.length += length
-
-    def has_answer(self, text: str) -> bool:
-        """Whether the assistant has said something, with the current turn's text."""
-        return bool(text or self.later or self.messages[-1]["role"] == "assistant")
-
-    def request(self, text: str, *, continuing: bool) -> dict[str, Any]:
-        """The conversation as fields of a request, with the current turn's text."""
-        rest = "".join(said for _, said in self.later) + text
-        if not self.messages:
-            return {"prompt": self.prompt + rest}
-        later = [("assistant", rest)] if continuing else [each for each in self.later if each[1]]
-        messages = [{"role": role, "content": said} for role, said in later]
-        flags = {"continue_final_message": True, "add_generation_prompt": False}
-        return {
-            "messages": [*self.messages[:-1], *_merged([self.messages[-1], *messages])],
-            **(flags if continuing else {}),
-        }
-
-
-def _merged(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Join consecutive messages of the same role."""
-    return [
-        {"role": role, "content": "".join(message["content"] for message in group)}
-        for role, group in groupby(messages, key=lambda message: message["role"])
-    ]
+    message: Message | None = None  # with tool calls
 
 
 def _left_open(text: str, stop: tuple[str, ...]) -> str:

@@ -43,7 +43,7 @@ from research_agent.engines.checks import (
     require_room,
 )
 from research_agent.engines.remote import turn_seed
-from research_agent.engines.servers.weight_folder import WeightFolder
+from research_agent.engines.servers.weight_folder import READ_FILES, WeightFolder
 from research_agent.engines.watchdog import Watchdog
 from research_agent.errors import ConfigError, EngineError, ModelError
 
@@ -133,6 +133,8 @@ class VllmEngine:
         )
         self.close = weakref.finalize(self, _close, self._vllm, self._watchdog)
         try:
+            if self._folder:
+                self._vllm.collective_rpc("update_config", kwargs=READ_FILES)
             self.load_weights(((n, p.detach()) for n, p in model.named_parameters()), 0)
             self._compare(model)
         except EngineError as error:

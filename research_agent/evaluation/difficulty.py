@@ -84,8 +84,8 @@ def grades(
 
 
 def demonstrations(
-    records: Iterable[Record], *, metric: str | None = None, each: int = 1
-) -> list[list[tuple[str, str]]]:
+    records: Iterable[Record], *, metric: str | None = None, each: int = 1, chat: bool = False
+) -> list[list[tuple[str, Any]]]:
     """Right episodes as lists of (provenance, text), which ``sft`` learns from.
 
     Void and truncated episodes are left out.
@@ -94,6 +94,7 @@ def demonstrations(
         records: of an evaluation.
         metric: that says what is correct; None takes em, or else the first.
         each: at most so many episodes of a task, the first ones.
+        chat: prompts are chat messages, where the records hold such.
 
     Raises:
         ConfigError: no such metric.
@@ -103,11 +104,15 @@ def demonstrations(
     kept: Counter[int] = Counter()
     chosen = []
     for record in records:
-        correct = _is_correct(record, name) and not record["truncated"]
+        correct = _is_correct(record, name) and not record.get("truncated")
         if correct and kept[record["episode"]] < each:
             kept[record["episode"]] += 1
-            chosen.append([(s["provenance"], s["text"]) for s in record["segments"]])
+            chosen.append([(s["provenance"], _said(s, chat)) for s in record["segments"]])
     return chosen
+
+
+def _said(segment: Mapping[str, Any], chat: bool) -> Any:
+    return segment.get("messages", segment["text"]) if chat else segment["text"]
 
 
 def write_grades(predictions: Path, output: Path, **settings: Any) -> Counter[str]:
@@ -133,8 +138,9 @@ def write_demonstrations(predictions: Path, output: Path, **settings: Any) -> tu
         ConfigError: see ``demonstrations``, or none is correct.
         PredictionsError: see ``read_predictions``.
     """
-    _, records = read_predictions(predictions)
-    chosen = demonstrations(records, **settings)
+    header, records = read_predictions(predictions)
+    chat = bool(header.get("settings", {}).get("chat_template"))
+    chosen = demonstrations(records, chat=chat, **settings)
     if not chosen:
         raise ConfigError(f"none of the {len(records)} episodes of {predictions} is right")
     _write(output, [{"segments": parts} for parts in chosen])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from research_agent.config import EvalConfig, validate_eval
 from research_agent.environments import open_environments
 from research_agent.evaluation.evaluate import evaluate
 from research_agent.evaluation.fingerprint import header, model_fingerprint
+from research_agent.evaluation.predictions import read_header
 from research_agent.evaluation.summary import Summary
 
 
@@ -33,6 +35,8 @@ def evaluate_model(config: EvalConfig) -> Summary:
     environments = open_environments(config.env, config.max_in_flight, {**config.env_args, **split})
     try:
         engine, renderer, fingerprint = _sampler(config)
+        written = getattr(renderer, "chat_template_date", "") or None
+        config = replace(config, chat_template_date=written)
         try:
             return evaluate(
                 engine,
@@ -59,7 +63,7 @@ def _sampler(config: EvalConfig) -> tuple[Any, Any, str]:
     if config.endpoint is not None:
         from research_agent.engines.openai import OpenAIEngine, OpenAIRenderer  # noqa: PLC0415
 
-        words = OpenAIRenderer(chat_template=config.chat_template)
+        words = OpenAIRenderer(config.chat_template, config.chat_template_args)
         endpoint = OpenAIEngine(
             config.endpoint, config.model, words, concurrency=config.max_in_flight
         )
@@ -74,7 +78,13 @@ def _sampler(config: EvalConfig) -> tuple[Any, Any, str]:
     from research_agent.renderer import load_renderer  # noqa: PLC0415  (these load torch)
 
     place = resolve_model(config.model)
-    renderer = load_renderer(place, chat_template=config.chat_template)
+    before = read_header(config.output).get("settings", {}).get("chat_template_date")
+    renderer = load_renderer(
+        place,
+        chat_template=config.chat_template,
+        chat_template_args=config.chat_template_args,
+        chat_template_date=config.chat_template_date or before,
+    )
     model = load_model(config.model, dtype=config.dtype, device=config.device)
     require_ends(model, renderer)
     context = context_length(model, config.max_prompt + config.max_response)

@@ -19,13 +19,18 @@ import numpy as np
 from research_agent.config import flatten
 from research_agent.errors import PredictionsError
 from research_agent.files import folder_lock
+from research_agent.formats import LONGEST_LINE, EpisodeFormat, HeaderLineFormat, parse
 from research_agent.trajectory import Segment, Trajectory
 
 PREDICTIONS = "predictions.jsonl"
 
+_LONGEST_HEADER = 1 << 20  # bytes
+
 Header = dict[str, Any]
 Record = dict[str, Any]
 Key = tuple[str, int]  # (question id, or number of the episode where there is none; sample)
+# Settings that say where the environment's tasks come from, and which they are.
+_ENVIRONMENT = frozenset({"env", "env_args", "split"})
 Pieces = Callable[[Sequence[int]], list[str]]  # the text of each token on its own
 
 
@@ -38,7 +43,8 @@ def as_record(trajectory: Trajectory, pieces: Pieces | None = None) -> Record:
             ``logprobs`` (the sampler's, to 4 digits; None where unknown) token by token.
 
     Returns:
-        What the trajectory's own fields hold. The prompt and actions have no ``info``; that of an
+        What the trajectory's own fields hold. The prompt and actions have no ``info`` (the prompt
+        has its chat ``messages``, unless they are its text as one user message); that of an
         observation is what the environment said with it, without what is empty and what it had
         said already with the prompt (such as the question). The environment's last info is kept
         whole, but for its ``metrics``, which stand on their own.
@@ -91,6 +97,16 @@ def read_predictions(path: str | Path) -> tuple[Header, list[Record]]:
     return header, records
 
 
+def read_header(folder: Path) -> Header:
+    """The header of the predictions in a folder; empty where there is none."""
+    try:
+        with (folder / PREDICTIONS).open("rb") as file:
+            first = file.readline(_LONGEST_HEADER)
+        return dict(_value(first, PREDICTIONS).get("header", {}))
+    except (OSError, PredictionsError):
+        return {}
+
+
 @contextmanager
 def open_predictions(
     folder: Path,
@@ -100,10 +116,10 @@ def open_predictions(
 ) -> Iterator[tuple[list[Record], Callable[[Record], None]]]:
     """Open the predictions of a folder to write to them, and keep other processes out.
 
-    With a header, a file that begins with the same is gone on with: whole records stay; a line that
+    With a header, a file that begins with the same is continued: whole records stay; a line that
     was cut short and void episodes are dropped, to be played again. Where only ``versions`` (of
-    libraries and sources) or the model's name differ, a second header says so, between what was
-    played before and after. Without a header the file is begun afresh.
+    libraries and sources), names or places differ, a second header says so, between what was played
+    before and after. Without a header the file is begun afresh.
 
     Args:
         folder: to write to; made where it is missing.
@@ -172,21 +188,42 @@ def _resume(path: Path, header: Header, wanted: Collection[tuple[int, int]]) -> 
 
 
 def _require_same(before: Header, now: Header, path: Path) -> None:
-    """Refuse predictions of another evaluation, with every setting that differs."""
-    old, new = dict(flatten(before)), dict(flatten(now))
+    """Refuse predictions of another evaluation, with every setting that differs.
+
+    What the environment says of its tasks decides whether they are the same: the same data at
+    another path, or the same index on another host, are. If it says nothing, its settings decide.
+    """
+    old, new = _compared(before), _compared(now)
+    if old.get("environment") and old["environment"] == new.get("environment"):
+        for each in (old, new):
+            each["settings"] = {
+                key: value
+                for key, value in each.get("settings", {}).items()
+                if key not in _ENVIRONMENT
+            }
+    flat_old, flat_new = dict(flatten(old)), dict(flatten(new))
     differing = [
-        f"  {key}: {old.get(key, '(unset)')!r} in the file, {new.get(key, '(unset)')!r} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and key != "model.name"
-        and not key.startswith(("versions.", "environment.place:", "shows"))
+        f"  {key}: {flat_old.get(key, '(unset)')!r} in the file, "
+        f"{flat_new.get(key, '(unset)')!r} now"
+        for key in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(key) != flat_new.get(key)
     ]
     if differing:
         raise PredictionsError(
             f"{path} holds another evaluation:\n"
             + "\n".join(differing)
-            + "\nGive another --output, or the same settings and model to go on with that one."
+            + "\nGive another --output, or the same settings and model to continue that one."
         )
+
+
+def _compared(header: Header) -> Header:
+    """The parts of a header that decide whether two evaluations are the same."""
+    said = dict(header.get("environment", {}))
+    kept = {key: value for key, value in header.items() if key not in ("versions", "shows")}
+    kept["environment"] = {k: v for k, v in said.items() if not k.startswith("place:")}
+    if isinstance(model := header.get("model"), dict):
+        kept["model"] = {key: value for key, value in model.items() if key != "name"}
+    return kept
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, Record | None]]:
@@ -197,9 +234,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, Record | None]]:
             records of the same sample.
     """
     seen: dict[Key, int] = {}
+    if path.exists() and not path.is_file():
+        raise PredictionsError(f"{path} is no regular file; give a {PREDICTIONS}, or its folder")
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            lines = iter(lambda: file.readline(LONGEST_LINE), b"")
+            for number, line in enumerate(lines, start=1):
                 try:
                     value = _value(line, f"{path}:{number}")
                 except PredictionsError:
@@ -221,21 +261,11 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, Record | None]]:
 
 
 def _value(line: bytes, where: str) -> Record:
-    try:
-        value = json.loads(line)
-        if not isinstance(value.get("header", {}), dict):
-            raise TypeError("its header is no object")
-        if "header" not in value:
-            key_of(value)
-            if not isinstance(value["metrics"], dict) or not isinstance(value["segments"], list):
-                raise TypeError("its metrics are no object, or its segments no list")
-            float(value["reward"]), bool(value["void"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise PredictionsError(
-            f"{where}: this line is no record of an episode ({type(error).__name__}: {error}); "
-            "remove it, and evaluate that episode again"
-        ) from error
-    return dict(value)
+    """Read a line: a header, or an episode."""
+    schema = HeaderLineFormat if line.lstrip()[:9] == b'{"header"' else EpisodeFormat
+    said = f"{where}: this line is no record of an episode"
+    cure = "remove it, and evaluate that episode again"
+    return dict(parse(line, schema, said, PredictionsError, cure))
 
 
 def _segment(segment: Segment, first: Mapping[str, Any], pieces: Pieces | None) -> Record:
@@ -244,6 +274,9 @@ def _segment(segment: Segment, first: Mapping[str, Any], pieces: Pieces | None) 
         "text": segment.text,
         "tokens": len(segment.tokens),
     }
+    messages = segment.info.get("messages") if segment.provenance == "prompt" else None
+    if messages and _plain(messages) != [{"role": "user", "content": segment.text}]:
+        record["messages"] = _plain(messages)  # a chat template renders these, not the text
     if segment.provenance == "observation":
         info = {k: _plain(v) for k, v in segment.info.items()}
         record["info"] = {k: v for k, v in info.items() if not _is_empty(v) and first.get(k) != v}

@@ -1,7 +1,10 @@
 """Attention of packed rows: several trajectories behind one another, none sees its neighbours.
 
+Trajectories that begin alike can share one copy of their beginning: then a row is made of runs, and
+each run attends to its path, as ``research_agent.prefixes`` lays them out.
+
 Registered with transformers by name, so every model whose attention can be replaced can pack. The
-arguments ``cu_seq_lens_q`` and ``max_length_q`` are those that transformers gives FlashAttention.
+arguments ``cu_seq_lens_*`` and ``max_length_*`` are those that transformers gives FlashAttention.
 """
 
 from __future__ import annotations
@@ -33,7 +36,10 @@ def packed_attention(
     *,
     scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int = 0,
+    max_length_k: int = 0,
+    key_index: Tensor | None = None,
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
@@ -50,7 +56,11 @@ def packed_attention(
         scaling: of the scores.
         cu_seq_lens_q: [n + 1] int32, where the n trajectories of the row begin, and the end; none
             makes each of the R rows one trajectory.
-        max_length_q: tokens of the longest one.
+        cu_seq_lens_k: [n + 1] int32, with ``key_index``: the bounds of the paths in it.
+        max_length_q: tokens of the longest trajectory or run.
+        max_length_k: tokens of the longest path.
+        key_index: [K] int64, where rows hold trees: for each run the places of its path in the row,
+            end to end; none makes each run its own path.
         sliding_window: tokens that a token can look back, where the layer limits it.
         options: of other kinds of attention.
 
@@ -71,33 +81,54 @@ def packed_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
         )
         return out.transpose(1, 2), None
+    bounds, key_bounds, longest, longest_path = cu_seq_lens_q, cu_seq_lens_q, *(max_length_q,) * 2
+    if key_index is not None:
+        assert cu_seq_lens_k is not None  # bounds of the paths
+        key, value = key[:, :, key_index], value[:, :, key_index]
+        key_bounds, longest_path = cu_seq_lens_k, max_length_k
     if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
         if grouped and not _GROUPED:  # as in torch 2.11
             times = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(times, dim=1) for x in (key, value))
-        bounds, longest = cu_seq_lens_q, max_length_q
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
         packed = varlen_attn(
             query,
             key,
             value,
             bounds,
-            bounds,
+            key_bounds,
             longest,
-            longest,
+            longest_path,
             scale=scaling,
             window_size=(-1, 0),
             **_GROUPED,
         )
         assert isinstance(packed, Tensor)  # a pair only if asked for
         return packed[None], None
-    lengths = cu_seq_lens_q.diff().tolist()
-    parts = zip(*(torch.split(x, lengths, dim=2) for x in (query, key, value)), strict=True)
-    outs = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-        for q, k, v in parts
-    ]
+    lengths, path_lengths = bounds.diff().tolist(), key_bounds.diff().tolist()
+    runs = zip(
+        torch.split(query, lengths, dim=2),
+        torch.split(key, path_lengths, dim=2),
+        torch.split(value, path_lengths, dim=2),
+        strict=True,
+    )
+    outs = [_attend(*run, scaling, grouped) for run in runs]
     return torch.cat(outs, dim=2).transpose(1, 2), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, grouped: bool
+) -> Tensor:
+    """Attention of a run: its last query sees all keys, the one before it one less, and so on."""
+    asked, path = query.shape[2], key.shape[2]
+    if asked == path:
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
+        )
+    seen = torch.ones(asked, path, dtype=torch.bool, device=query.device).tril(path - asked)
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, scale=scaling, enable_gqa=grouped
+    )
 
 
 AttentionInterface.register(PACKED, packed_attention)

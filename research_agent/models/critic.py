@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from research_agent.algorithms.base import UsesCritic
 from research_agent.algorithms.functional import token_mean
-from research_agent.batch import Batch, MicroBatch, micro_batches
+from research_agent.batch import Batch, MicroBatch, Packing, micro_batches
 from research_agent.config import LearnerConfig
 from research_agent.distributed import (
     all_reduce_sum,
@@ -73,7 +73,7 @@ class Critic:
         model: the policy: a causal language model of the transformers library.
         algorithm: says the learning rate, its warm-up, and how values are clipped.
         config: of the learner, whose other settings hold here too.
-        packed: as for ``micro_batches``; the model must have been prepared for it.
+        packing: as for ``micro_batches``; the model must have been prepared for it.
         body: a copy of the policy's body from before it was sharded, where it is. Its weights, if
             it has any, are replaced by the policy's.
     """
@@ -84,7 +84,7 @@ class Critic:
         algorithm: UsesCritic,
         config: LearnerConfig,
         *,
-        packed: bool = False,
+        packing: Packing = "off",
         body: Any = None,
     ) -> None:
         base = model.base_model if isinstance(model.base_model, nn.Module) else model
@@ -96,7 +96,7 @@ class Critic:
         nn.init.zeros_(head.bias)
         self.model = ValueModel(copied, head, config.precision)
         if body is not None:
-            _shard_like(self.model, base, config, packed=packed)
+            _shard_like(self.model, base, config, packing=packing)
         self._optimizer = Optimizer(
             {n: p for n, p in self.model.named_parameters() if p.requires_grad},
             learning_rate=algorithm.critic_learning_rate,
@@ -107,7 +107,7 @@ class Critic:
         )
         self._value_clip = algorithm.value_clip
         self._budget = config.micro_batch_tokens
-        self._packed = packed
+        self._packing: Packing = packing
 
     @property
     def steps(self) -> int:
@@ -210,15 +210,17 @@ class Critic:
 
     def _passes(self, batch: Batch) -> Iterator[MicroBatch]:
         ranks = rank_and_size()[1]
-        return micro_batches(batch, self._budget, packed=self._packed, ranks=ranks)
+        return micro_batches(batch, self._budget, packing=self._packing, ranks=ranks)
 
 
-def _shard_like(model: ValueModel, base: nn.Module, config: LearnerConfig, *, packed: bool) -> None:
+def _shard_like(
+    model: ValueModel, base: nn.Module, config: LearnerConfig, *, packing: Packing
+) -> None:
     """Shard a critic as the policy's body is, and give it the same weights."""
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow to import
 
     checkpointing, compiled = config.gradient_checkpointing, config.compile
-    set_up(model.body, packed=packed, gradient_checkpointing=checkpointing, compile=compiled)
+    set_up(model.body, packing=packing, gradient_checkpointing=checkpointing, compile=compiled)
     given = dict(base.named_parameters())
     first = next(iter(given.values()))
     assert isinstance(first, DTensor)

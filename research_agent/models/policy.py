@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from research_agent.batch import Batch, MicroBatch, micro_batches
+from research_agent.batch import Batch, MicroBatch, Packing, micro_batches
 from research_agent.distributed import all_reduce_sum, rank_and_size, shard_batches
 from research_agent.errors import ModelError
-from research_agent.models.prepare import layers_of, require_learnable
+from research_agent.models.prepare import layers_of, require_learnable, tree_options
 from research_agent.models.source import (
     ModelSource,
     generation_settings,
@@ -207,8 +207,10 @@ def token_logprobs(
     score = _compiled_score() if compile else _score
     with torch.autocast(targets.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         states = action_hidden_states(model, micro)
+        if micro.distinct is not None:
+            states, targets = states[micro.distinct], targets[micro.distinct]
         if len(states) <= rows:
-            return score(head(states), targets, temperature)
+            return _spread(score(head(states), targets, temperature), micro)
         pieces = [
             checkpoint(
                 lambda states, targets: score(head(states), targets, temperature),
@@ -218,7 +220,15 @@ def token_logprobs(
             )
             for piece in zip(torch.split(states, rows), torch.split(targets, rows), strict=True)
         ]
-    return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
+    logprobs, entropy = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return _spread((logprobs, entropy), micro)
+
+
+def _spread(scored: tuple[Tensor, Tensor], micro: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Give every action token the values of the distinct one that it equals."""
+    if micro.distinct_of is None:
+        return scored
+    return scored[0][micro.distinct_of], scored[1][micro.distinct_of]
 
 
 def action_hidden_states(model: Any, micro: MicroBatch) -> Tensor:
@@ -240,6 +250,8 @@ def action_hidden_states(model: Any, micro: MicroBatch) -> Tensor:
             "max_length_q": micro.max_seqlen,
             "max_length_k": micro.max_seqlen,
         }
+    if micro.tree is not None:
+        packing |= tree_options(micro.tree)
     # No attention mask: padding is on the right, so plain causal attention is right, and quick.
     output = model.base_model(input_ids=micro.tokens, use_cache=False, **packing)
     states: Tensor = output.last_hidden_state.flatten(0, 1).index_select(0, micro.logit_index)
@@ -289,7 +301,7 @@ def batch_logprobs(
     batch: Batch,
     max_tokens: int,
     *,
-    packed: bool = False,
+    packing: Packing = "off",
 ) -> Tensor:
     """Compute the log-probabilities of all action tokens of a batch, without gradient.
 
@@ -297,14 +309,14 @@ def batch_logprobs(
         score: what computes those of a pass, and something else: a ``TokenLogprobs``.
         batch: A action tokens.
         max_tokens: the most tokens of a pass, padding included.
-        packed: as for ``micro_batches``.
+        packing: as for ``micro_batches``.
 
     Returns:
         The log-probabilities, [A].
     """
     found: Tensor | None = None
     ranks = rank_and_size()[1]
-    passes = micro_batches(batch, max_tokens, packed=packed, ranks=ranks)
+    passes = micro_batches(batch, max_tokens, packing=packing, ranks=ranks)
     for micro, counts in shard_batches(passes):
         logprobs = score(micro)[0]
         if found is None:

@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from research_agent.batch import Packing
 from research_agent.errors import ModelError, ResearchAgentError
 from research_agent.models.probe import logit_difference, plain_logits, probe_sequences
+from research_agent.prefixes import TreeLayout, lay_out, shared_lengths
 
 
 def prepare(
-    model: Any, *, packed: bool = False, gradient_checkpointing: bool = False, compile: bool = False
+    model: Any,
+    *,
+    packing: Packing = "off",
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
 ) -> None:
     """Set up how a model runs in a learner, and prove that it can share rows if it is to.
 
@@ -23,7 +29,7 @@ def prepare(
 
     Args:
         model: a causal language model of the transformers library; it is changed.
-        packed: several trajectories share a row; see ``research_agent.models.attention``.
+        packing: how trajectories share rows; see ``research_agent.models.attention``.
         gradient_checkpointing: keep only what enters each layer, and compute the rest again for the
             gradient.
         compile: let torch.compile fuse the operations of each layer.
@@ -34,16 +40,16 @@ def prepare(
     if (gradient_checkpointing or compile) and not layers_of(model):
         message = f"{type(model).__name__} names no layers to checkpoint or compile; turn both off"
         raise ModelError(message)
-    if packed:
-        _require_packable(model)
-    set_up(model, packed=packed, gradient_checkpointing=gradient_checkpointing, compile=compile)
+    if packing != "off":
+        _require_packable(model, packing)
+    set_up(model, packing=packing, gradient_checkpointing=gradient_checkpointing, compile=compile)
 
 
-def set_up(model: Any, *, packed: bool, gradient_checkpointing: bool, compile: bool) -> None:
+def set_up(model: Any, *, packing: Packing, gradient_checkpointing: bool, compile: bool) -> None:
     """Set up how a model, or the body of one, runs; like ``prepare``, without a proof."""
     from research_agent.models.attention import PACKED  # noqa: PLC0415
 
-    if packed:
+    if packing != "off":
         model.set_attn_implementation(PACKED)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -54,17 +60,20 @@ def set_up(model: Any, *, packed: bool, gradient_checkpointing: bool, compile: b
             layer.compile(dynamic=True)
 
 
-def _require_packable(model: Any) -> None:
-    """Let trajectories share a row, and prove on two of them that none sees its neighbour."""
+def _require_packable(model: Any, packing: Packing) -> None:
+    """Let trajectories share a row, and prove on short ones that each sees itself alone."""
     from research_agent.models.attention import PACKED  # noqa: PLC0415
 
     name = type(model).__name__
     before = getattr(getattr(model, "config", None), "_attn_implementation", None)
     try:
         sequences = probe_sequences(model)
+        if packing == "tree":  # one more, which leaves the first in its middle
+            first, second = sequences
+            sequences.insert(1, (first[: len(first) // 2] + second)[: len(first)])
         expected = [plain_logits(model, tokens) for tokens in sequences]
         model.set_attn_implementation(PACKED)
-        found = _packed_logits(model, sequences)
+        found = (_tree_logits if packing == "tree" else _packed_logits)(model, sequences)
         difference = next(filter(None, map(logit_difference, found, expected)), "")
     except (ResearchAgentError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         difference = str(error)
@@ -90,6 +99,28 @@ def _packed_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tenso
     row = torch.tensor([token for s in sequences for token in s], device=device)[None]
     states = model.base_model(input_ids=row, use_cache=False, **options).last_hidden_state
     return list(model.get_output_embeddings()(states)[0].split(lengths))
+
+
+@torch.no_grad()
+def _tree_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits of sequences in one row that holds shared beginnings once, [tokens, words] each."""
+    rows = [torch.tensor(tokens, device=model.device) for tokens in sequences]
+    tree = lay_out(rows, shared_lengths(sequences))
+    options = {"position_ids": tree.position_ids[None], **tree_options(tree)}
+    body = model.base_model(input_ids=tree.tokens[None], use_cache=False, **options)
+    logits = model.get_output_embeddings()(body.last_hidden_state)[0]
+    return [logits[path] for path in tree.paths]
+
+
+def tree_options(tree: TreeLayout) -> dict[str, Any]:
+    """What ``packed_attention`` needs to know of a row of trees."""
+    return {
+        "cu_seq_lens_q": tree.cu_seqlens,
+        "cu_seq_lens_k": tree.cu_keys,
+        "max_length_q": tree.max_seqlen,
+        "max_length_k": tree.max_keys,
+        "key_index": tree.key_index,
+    }
 
 
 @torch.no_grad()

@@ -5,8 +5,10 @@ Nothing here imports torch, so that tokenizers can be opened without it.
 
 from __future__ import annotations
 
+import difflib
 import json
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,8 @@ def resolve_model(name: str | Path) -> str:
     """Say where a model is: a starter of the package, the newest checkpoint of a run, or ``name``.
 
     Raises:
-        ModelError: the name is plainly a path, and there is no such folder or GGUF file.
+        ModelError: the name is plainly a path and there is no such folder or GGUF file, or it is
+            not on the hub's form OWNER/NAME and resembles a starter or a local folder.
     """
     from research_agent.checkpoint import latest  # noqa: PLC0415 - loads torch
 
@@ -53,8 +56,15 @@ def resolve_model(name: str | Path) -> str:
         return str(path)
     if path.is_file():
         raise ModelError(f"{text} is a file, and no GGUF file; give the folder of the model")
-    if text[:1] in (".", "/", "~") or text.count("/") > 1 or text.endswith(".gguf"):
-        raise ModelError(f"there is no model folder {text}; give one, or a name on the hub")
+    is_path = text[:1] in (".", "/", "~") or text.count("/") > 1 or text.endswith(".gguf")
+    near = _near_names(path, starters)
+    # A folder that exists and a starter are meant, and not somebody's name on the hub.
+    if is_path or (near and (path.parent.is_dir() or "/" not in text)):
+        meant = f"; did you mean {' or '.join(near)}?" if near else ";"
+        raise ModelError(
+            f"there is no model folder {text}{meant} Give a folder, a starter "
+            f"({', '.join(sorted(starters))}), or a name on the hub"
+        )
     return text
 
 
@@ -64,6 +74,20 @@ def starting_model(model: str) -> str:
 
     newest = latest(Path(model).expanduser() / "checkpoints")
     return str(newest) if newest else model
+
+
+def _near_names(path: Path, starters: Iterable[str]) -> list[str]:
+    """Starters and models beside a path whose names are like the path's."""
+    is_model = ("config.json", _ADAPTER_CONFIG, "checkpoints")
+    folder = path.parent
+    local = [
+        each.name
+        for each in (folder.iterdir() if folder.is_dir() else ())
+        if each.suffix == ".gguf" or any((each / name).exists() for name in is_model)
+    ]
+    own = [] if path.parent.name else list(starters)
+    found = difflib.get_close_matches(path.name, [*own, *local], n=3, cutoff=0.75)
+    return [name if name in own else str(folder / name) for name in found]
 
 
 def model_source(name: str | Path) -> ModelSource:

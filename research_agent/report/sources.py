@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from research_agent.errors import ConfigError, PredictionsError
+from research_agent.errors import ConfigError
 from research_agent.evaluation.predictions import PREDICTIONS, read_predictions
-from research_agent.evaluation.summary import outcome
+from research_agent.formats import read_object
 from research_agent.run_logger import METRICS, read_lines
 
 CONFIG, SUMMARY = "config.json", "summary.json"
@@ -111,27 +110,8 @@ def _predictions(file: Path, notes: list[str]) -> Predictions:
     notes += [str(warning.message) for warning in caught]
     if not records:
         raise ConfigError(f"{file} holds no prediction; is it a {PREDICTIONS}, and begun?")
-    for record in records:
-        _require_what_is_shown(file, record)
     return Predictions(file, header, records)
 
 
-def _require_what_is_shown(file: Path, record: Mapping[str, Any]) -> None:
-    try:
-        outcome(record)
-        if not all(isinstance(segment["text"], str) for segment in record["segments"]):
-            raise TypeError("a text of it is none")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PredictionsError(
-            f"{file}: the record of episode {record['episode']} cannot be shown "
-            f"({type(error).__name__}: {error}); was it written by research-agent eval?"
-        ) from error
-
-
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path} holds no JSON object ({error}); remove it or mend it") from error
+    return read_object(path, ConfigError, "remove it or mend it") if path.exists() else {}

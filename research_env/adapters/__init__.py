@@ -16,21 +16,23 @@ class FrameworkError(ResearchEnvError, ImportError):
     """A framework that is not installed, or whose version the adapter does not support."""
 
 
-def require(distribution: str, supported: str, extra: str) -> None:
+def require(distribution: str, supported: str | tuple[str, ...], extra: str) -> None:
     """Check the version of a framework before it is imported.
 
     Args:
         distribution: its name, as pip knows it.
-        supported: major and minor version that the adapter is written and tested for.
+        supported: major and minor versions that the adapter is written and tested for.
         extra: the extra of this package that installs it.
 
     Raises:
         FrameworkError: it is not installed, or has another major or minor version.
     """
-    cure = f"install {distribution}=={supported}.*, for example with pip install '.[{extra}]'"
+    versions = (supported,) if isinstance(supported, str) else supported
+    wanted = " or ".join(f"{distribution}=={each}.*" for each in versions)
+    cure = f"install {wanted}, for example with pip install '.[{extra}]'"
     try:
         found = version(distribution)
     except PackageNotFoundError:
         raise FrameworkError(f"{distribution} is not installed; {cure}") from None
-    if not re.match(rf"{re.escape(supported)}(\D|$)", found):
+    if not any(re.match(rf"{re.escape(each)}(\D|$)", found) for each in versions):
         raise FrameworkError(f"{distribution} {found} is not supported; {cure}")

@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 from research_env.adapters import require
+from research_env.adapters.task_order import TaskOrder
 from research_env.core import StepOutput
 from research_env.errors import EpisodeError
 from research_env.sessions import Session, Sessions
@@ -42,9 +43,7 @@ class ResearchEnv(Env):  # type: ignore[misc]
         """Take the arguments of ``gem.make``."""
         super().__init__()
         self.terminators = sessions.terminators
-        self._sessions = sessions
-        self._seed = seed
-        self._number = 0
+        self._order = TaskOrder(sessions, seed)
         self._session: Session | None = None
         self._last: dict[str, Any] = {}
 
@@ -65,15 +64,8 @@ class ResearchEnv(Env):  # type: ignore[misc]
         Raises:
             UnknownTaskError: no task has this id.
         """
-        if seed is not None:
-            self._seed, self._number = seed, 0
         last, self._last = self._last, {}
-        if question_id is not None:
-            self._session = self._sessions.open(question_id)
-        else:
-            passes, number = divmod(self._number, self._sessions.num_tasks)
-            self._session = self._sessions.open(number, self._seed + passes)
-            self._number += 1
+        self._session = self._order.open(seed, question_id)
         final = {"final_info": last} if "metrics" in last else {}
         return self._session.prompt, {**self._session.info, **final}
 
@@ -96,9 +88,10 @@ class ResearchEnv(Env):  # type: ignore[misc]
             same_state: continue from the present state of this episode.
             **kwargs: other arguments, such as ``seed``.
         """
-        child = ResearchEnv(**{"sessions": self._sessions, "seed": self._seed, **kwargs})
+        order = self._order
+        child = ResearchEnv(**{"sessions": order.sessions, "seed": order.seed, **kwargs})
         if same_state:
-            child._number = self._number
+            child._order.number = order.number
             child._session = self._session and self._session.fork()
         return child
 

@@ -20,22 +20,22 @@ Example:
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 from research_env.adapters import require
+from research_env.adapters.chat import policy_text
+from research_env.adapters.tokens import decode, encode_text
+from research_env.adapters.trl_sampling import Sampled, generate_turns
 from research_env.core import StepOutput
 from research_env.errors import ConfigurationError, EpisodeError, UnknownTaskError
 from research_env.sessions import Session, Sessions
 
 require("trl", "1.16", "trl")
 
-Sampled = tuple[list[list[int]], list[list[float]] | None]
 Generate = Callable[[Any, list[list[int]], list[int], tuple[str, ...]], Sampled]
 
 
@@ -116,7 +116,7 @@ class Rollouts:
                 mask[i] += [1] * len(turn)
                 logprobs[i] += scores[place] if scores is not None else []
                 ended = bool(turn) and turn[-1] in trainer.eos_token_ids
-                text = _decode(tokenizer, turn[:-1] if ended else turn)
+                text = decode(tokenizer, turn[:-1] if ended else turn)
                 if ended or any(stop in text for stop in stops):
                     acting.append((i, text))
                 else:
@@ -124,7 +124,7 @@ class Rollouts:
             live = []
             outputs = _step_all([(sessions[i], text) for i, text in acting])
             for (i, _), output in zip(acting, outputs, strict=True):
-                observed = _encode_text(tokenizer, output.observation)
+                observed = encode_text(tokenizer, output.observation)
                 if output.terminated or output.truncated:
                     ends[i] = output
                 elif len(ids[i]) + len(observed) >= budget:
@@ -287,72 +287,12 @@ class SearchTool:
         return self._sessions.core.output(session.episode)
 
     def _text(self, message: Mapping[str, Any]) -> str:
-        """What the policy wrote, its reasoning in the protocol's marks."""
-        reasoning, tag = message.get("reasoning_content"), self._sessions.core.protocol.think
-        content = message.get("content") or ""
-        return f"{tag.open}{reasoning}{tag.close}{content}" if reasoning else content
+        return policy_text(self._sessions.core.protocol, message)
 
     def _opened(self) -> Session:
         if self._session is None:
             raise EpisodeError("call reset before search")
         return self._session
-
-
-def generate_turns(
-    trainer: Any, sequences: list[list[int]], rooms: list[int], stops: tuple[str, ...]
-) -> Sampled:
-    """Sample one turn per sequence with the trainer's model and its settings.
-
-    Args:
-        trainer: a ``GRPOTrainer``.
-        sequences: tokens so far.
-        rooms: how many new tokens each may get.
-        stops: a turn ends after the first of these.
-
-    Returns:
-        The new tokens, up to and with those that complete a terminator or the end token. No
-        log-probabilities: TRL computes them itself, as it does without ``rollout_func``.
-    """
-    from trl.models.utils import unwrap_model_for_generation  # noqa: PLC0415
-
-    tokenizer = trainer._tokenizer
-    batch = tokenizer.pad({"input_ids": sequences}, padding_side="left", return_tensors="pt")
-    batch = batch.to(trainer.accelerator.device)
-    config = copy.deepcopy(trainer.generation_config)
-    config.update(max_new_tokens=max(rooms), stop_strings=list(stops))
-    with (
-        unwrap_model_for_generation(
-            trainer.model_wrapped,
-            trainer.accelerator,
-            gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
-            generation_kwargs=trainer.generation_kwargs,
-            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
-        ) as model,
-        trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
-    ):
-        output = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            generation_config=config,
-            tokenizer=tokenizer,
-        )
-    rows = output[:, batch["input_ids"].shape[1] :].tolist()
-    ends = trainer.eos_token_ids
-    turns = [
-        _cut(row[:room], ends, tokenizer, stops) for row, room in zip(rows, rooms, strict=True)
-    ]
-    return turns, None
-
-
-def _cut(row: list[int], ends: Sequence[int], tokenizer: Any, stops: tuple[str, ...]) -> list[int]:
-    """The tokens up to the first end token or completed terminator; the rest is padding."""
-    row = row[: next((n + 1 for n, token in enumerate(row) if token in ends), len(row))]
-
-    def stopped(length: int) -> bool:
-        text = _decode(tokenizer, row[:length])
-        return any(stop in text for stop in stops)
-
-    return row[: bisect_left(range(len(row)), True, key=stopped)]
 
 
 def _step_all(jobs: Sequence[tuple[Session, str]]) -> list[StepOutput]:
@@ -383,24 +323,6 @@ def _encode_prompt(trainer: Any, prompt: Any) -> list[int]:
         **trainer.chat_template_kwargs,
     )
     return ids
-
-
-def _encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of an observation; no passage can forge a special token."""
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-    ids: list[int] = encoded["input_ids"]
-    for special_id in {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}:
-        special = tokenizer.convert_ids_to_tokens(special_id)
-        if special_id in ids and len(special) > 1 and special in text:
-            # Some tokenizers look whole words up whatever they are told; cut such a word.
-            at = text.index(special) + 1
-            return _encode_text(tokenizer, text[:at]) + _encode_text(tokenizer, text[at:])
-    return ids
-
-
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text
 
 
 def _key(prompt: Any) -> str:

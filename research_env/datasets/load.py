@@ -38,6 +38,7 @@ def load_dataset(
     questions: str | Path | None = None,
     corpus: str | Path | None = None,
     world_seed: int = 0,
+    difficulty: int = 0,
     grades: str | Path | None = None,
     grade: str | None = None,
 ) -> Dataset:
@@ -75,6 +76,7 @@ def load_dataset(
         questions: path of a question file; ``custom`` needs one, other sets have their own.
         corpus: path of a corpus to use instead of the set's own.
         world_seed: the seed of MiniWorld's world.
+        difficulty: of MiniWorld, from 0 to 4.
         grades: a file written by ``research-agent grade``: ``{"question_id", "grade", ...}`` lines.
         grade: keep the questions with this grade. As with data sets, ``"medium+hard"`` keeps all of
             both, ``"medium:1+hard:2"`` twice as many hard ones.
@@ -103,7 +105,7 @@ def load_dataset(
             f"questions={str(questions)!r} goes with dataset='custom', not with {name!r}"
         )
     loaded = [
-        _filtered(_answerable(_load(part, split, questions, world_seed)), split, hops)
+        _filtered(_answerable(_load(part, split, questions, world_seed, difficulty)), split, hops)
         for part in names
     ]
     data = loaded[0] if len(loaded) == 1 else _mixture(name, loaded, [w for _, w in parts])
@@ -167,11 +169,13 @@ def _part(text: str, what: str = "data set", known: Collection[str] = DATASETS) 
     return name, int(weight)
 
 
-def _load(name: str, split: str, questions: str | Path | None, world_seed: int) -> Dataset:
+def _load(
+    name: str, split: str, questions: str | Path | None, world_seed: int, difficulty: int
+) -> Dataset:
     if name == "miniworld":
-        from research_env.datasets import miniworld  # noqa: PLC0415  (made when it is asked for)
+        from research_env.datasets import miniworld_hard  # noqa: PLC0415  (made when it is asked for)
 
-        return miniworld.load(split, world_seed)
+        return miniworld_hard.load(split, world_seed, difficulty)
     if name == "custom":
         if questions is None:
             raise ConfigurationError("dataset='custom' needs questions=PATH, a .jsonl file")

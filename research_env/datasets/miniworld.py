@@ -177,11 +177,12 @@ class World:
     seed: int
     entities: dict[str, Entity]
     passages: tuple[Passage, ...]
+    variant: str = ""  # of a world with more in it
 
     @property
     def name(self) -> str:
-        """The corpus name, unique to the seed."""
-        return f"miniworld-{self.seed}"
+        """The corpus name, unique to the seed and the variant."""
+        return f"miniworld-{self.seed}{self.variant}"
 
     def __iter__(self) -> Iterator[Passage]:
         return iter(self.passages)
@@ -195,7 +196,7 @@ class World:
 
     def passage_id(self, entity: str) -> str:
         """Id of the passage about an entity."""
-        return f"mw{self.seed}-{entity.lower()}"
+        return f"mw{self.seed}-{entity.lower().replace(' ', '-')}"
 
 
 def _names(rng: random.Random, seed: int, family: str, count: int) -> list[str]:
@@ -208,7 +209,7 @@ def _names(rng: random.Random, seed: int, family: str, count: int) -> list[str]:
     return rng.sample([name for i in kept for name in pool[i::NAME_SHARES]], count)
 
 
-def _state(entity: Entity, rng: random.Random) -> str:
+def state(entity: Entity, rng: random.Random) -> str:
     """Write the passage of an entity: every fact once, in any order, in any of its phrasings."""
     clauses = [
         f"{rng.choice(relation.statements)} {entity.facts[relation.name]}"
@@ -273,7 +274,7 @@ def _world(seed: int, relations: frozenset[str] | None) -> World:
 
     made = World(seed, entities, ())
     passages = [
-        Passage(made.passage_id(name), name, _state(entity, rng))
+        Passage(made.passage_id(name), name, state(entity, rng))
         for name, entity in entities.items()
     ]
     for name in _names(rng, seed, "gazette", GAZETTES):

@@ -17,17 +17,12 @@ from dataclasses import replace
 
 from research_env.episode import Episode
 from research_env.papers.base import Paper, f1_reward, once_per_episode
-from research_env.papers.tool_calls import TOOL_CALLS, chat_prompts
-from research_env.tools import (
-    CALL,
-    END_OF_TURN,
-    MAX_CALL_CHARACTERS,
-    RESPONSE,
-    Call,
-    Tool,
-    ToolFormat,
-    shown,
-)
+from research_env.papers.tool_calls import TOOL_CALLS
+from research_env.protocol import Prompts
+from research_env.tools.base import Tool, ToolTurn
+from research_env.tools.calls import MAX_CALL_CHARACTERS, CallRecord, shown
+from research_env.tools.formats import ToolFormat
+from research_env.tools.formats.hermes import CALL, HERMES, RESPONSE, chat_text, write_calls
 
 WIKIPEDIA_SEARCH = Tool(
     name="wikipedia_search",
@@ -40,53 +35,70 @@ WIKIPEDIA_SEARCH = Tool(
             "default": 5,
         },
     },
-)
-
-_SYSTEM = (
-    "In this environment you have access to a set of tools you can use to assist with the user "
-    "query. You may perform multiple rounds of function calls. "
-    "In each round, you can call one or more functions.\n"
-    "\n"
-    "Here are available functions in JSONSchema format: \n"
-    f"```json\n{json.dumps([WIKIPEDIA_SEARCH.schema], indent=4)}\n```\n"
-    "\n"
-    "In your response, you need to first think about the reasoning process in the mind and then "
-    "conduct function calling to get the information or perform the actions if needed. "
-    "The reasoning process and function calling are enclosed within <think> </think> and "
-    "<tool_call> </tool_call> tags. "
-    "The results of the function calls will be given back to you after execution, "
-    "and you can continue to call functions until you get the final answer for the user's "
-    "question. "
-    "Finally, if you have got the answer, enclose it within \\boxed{} with latex format and do not "
-    "continue to call functions, "
-    "i.e., <think> Based on the response from the function call, I get the weather information. "
-    "</think> The weather in Beijing on 2025-04-01 is \\[ \\boxed{20C} \\].\n"
-    "\n"
-    "For each function call, return a json object with function name and arguments within "
-    "<tool_call></tool_call> XML tags:\n"
-    "<tool_call>\n"
-    '{"name": <function-name>, "arguments": <args-json-object>}\n'
-    "</tool_call>"
+    required=("query",),
 )
 
 
-def _frame_recall(calls: Sequence[Call]) -> str:
+def _system(tools: Sequence[Tool]) -> str:
+    """The authors' system message, which lists the tools."""
+    return (
+        "In this environment you have access to a set of tools you can use to assist with the user "
+        "query. You may perform multiple rounds of function calls. "
+        "In each round, you can call one or more functions.\n"
+        "\n"
+        "Here are available functions in JSONSchema format: \n"
+        f"```json\n{json.dumps([tool.schema for tool in tools], indent=4)}\n```\n"
+        "\n"
+        "In your response, you need to first think about the reasoning process in the mind and "
+        "then conduct function calling to get the information or perform the actions if needed. "
+        "The reasoning process and function calling are enclosed within <think> </think> and "
+        "<tool_call> </tool_call> tags. "
+        "The results of the function calls will be given back to you after execution, "
+        "and you can continue to call functions until you get the final answer for the user's "
+        "question. "
+        "Finally, if you have got the answer, enclose it within \\boxed{} with latex format and do "
+        "not continue to call functions, "
+        "i.e., <think> Based on the response from the function call, I get the weather "
+        "information. </think> The weather in Beijing on 2025-04-01 is \\[ \\boxed{20C} \\].\n"
+        "\n"
+        "For each function call, return a json object with function name and arguments within "
+        "<tool_call></tool_call> XML tags:\n"
+        "<tool_call>\n"
+        '{"name": <function-name>, "arguments": <args-json-object>}\n'
+        "</tool_call>"
+    )
+
+
+def _frame(calls: Sequence[CallRecord]) -> str:
     """One message in which each result stands behind its call, and the opening of a thought."""
     blocks = "".join(
         f"{RESPONSE.open}{shown(call.text, MAX_CALL_CHARACTERS)}\n{call.result}\n{RESPONSE.close}\n"
         for call in calls
     )
-    return f"\n<|im_start|>user\n{blocks}{END_OF_TURN}\n<|im_start|>assistant\n<think>"
+    return f"\n<|im_start|>user\n{blocks}<|im_end|>\n<|im_start|>assistant\n<think>"
+
+
+def _write(turn: ToolTurn) -> str:
+    """A structured turn as text: the rest of the thought that the prompt has opened, and so on."""
+    said = [turn.content] if turn.content else []
+    return f"{turn.reasoning}</think>\n" + "\n".join([*said, *write_calls(turn)])
+
+
+RECALL_FORMAT = replace(HERMES, name="recall", writer=_write, framer=_frame, lists_tools=False)
+
+
+def _prompts(tools: Sequence[Tool], tool_format: ToolFormat) -> Prompts:
+    """The authors' system message and the opening of a thought."""
+    system = _system(tools)
+    return {
+        "base": (("user", chat_text(system, "<think>")),),
+        "instruct": (("system", system), ("user", "{question}"), ("assistant", "<think>")),
+    }
 
 
 RECALL = replace(
-    TOOL_CALLS,
-    name="recall",
-    prompts=chat_prompts(_SYSTEM, thought="<think>"),
-    max_turns=5,
-    reward="recall",
-    tool_format=ToolFormat((WIKIPEDIA_SEARCH,), _frame_recall),
-)
+    TOOL_CALLS, name="recall", max_turns=5, reward="recall", tool_prompts=_prompts
+).with_tools([WIKIPEDIA_SEARCH], RECALL_FORMAT)
 
 
 def recall(episode: Episode) -> float:

@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from research_env.errors import ClosedError, RetrievalError
 from research_env.retrieval.base import Hit
+from research_env.retrieval.requests import Request, ToolResult
 
-Found = list[Hit] | RetrievalError
+Found = list[Hit] | ToolResult | RetrievalError
 Ticket = TypeVar("Ticket")
 
 
@@ -56,7 +57,7 @@ class QueryBatcher(Generic[Ticket]):
 
     def __init__(
         self,
-        search: Callable[[Sequence[str]], list[Found]],
+        search: Callable[[Sequence[Any]], Sequence[Found]],
         max_batch: int,
         max_wait: float,
         cache_size: int = 0,
@@ -65,7 +66,7 @@ class QueryBatcher(Generic[Ticket]):
         """Ask nothing yet; the threads start when they are needed.
 
         Args:
-            search: answers a batch of queries, one entry each, in order.
+            search: answers a batch of queries, or of other requests, one entry each, in order.
             max_batch: the most queries that a thread asks at once.
             max_wait: seconds that the first query of a batch waits for others.
             cache_size: how many queries' hits are cached at most; 0: none.
@@ -75,11 +76,11 @@ class QueryBatcher(Generic[Ticket]):
         self._max_batch = max_batch
         self._max_wait = max_wait
         self._cache_size = cache_size
-        self._queue: SimpleQueue[str | None] = SimpleQueue()
+        self._queue: SimpleQueue[Request | None] = SimpleQueue()
         self._done: SimpleQueue[tuple[Ticket, Found | Exception]] = SimpleQueue()
         self._lock = threading.Lock()
-        self._askers: dict[str, list[Callable[[Found | Exception], None]]] = {}
-        self._cache: OrderedDict[str, tuple[Hit, ...]] = OrderedDict()
+        self._askers: dict[Request, list[Callable[[Found | Exception], None]]] = {}
+        self._cache: OrderedDict[Request, tuple[Hit, ...] | ToolResult] = OrderedDict()
         self._searched = self._coalesced = self._cache_hits = 0
         self._in_flight = in_flight
         self._places = threading.BoundedSemaphore(in_flight)
@@ -97,14 +98,14 @@ class QueryBatcher(Generic[Ticket]):
         """What was asked so far."""
         return SearchCounts(self._searched, self._coalesced, self._cache_hits)
 
-    def ask(self, queries: Sequence[str]) -> list[Found]:
+    def ask(self, queries: Sequence[Request]) -> list[Found]:
         """Ask for queries together and wait; returns an entry each, in order.
 
         Raises:
             ClosedError: :meth:`close` was called before.
         """
         self._check_open()
-        found: dict[str, Found] = {}
+        found: dict[Request, Found] = {}
         with self._lock:
             for query in queries:
                 if query in found:
@@ -124,7 +125,7 @@ class QueryBatcher(Generic[Ticket]):
                     self._keep(query, answer)
         return [found[query] for query in queries]
 
-    def submit(self, ticket: Ticket, query: str) -> None:
+    def submit(self, ticket: Ticket, query: Request) -> None:
         """Ask for a query; :meth:`take` returns what is found, with the ticket.
 
         Raises:
@@ -132,7 +133,7 @@ class QueryBatcher(Generic[Ticket]):
         """
         self._enqueue(query, lambda found: self._done.put((ticket, found)))
 
-    def request(self, query: str) -> Future[Found]:
+    def request(self, query: Request) -> Future[Found]:
         """Ask for a query; the future gets what is found, also an engine's error, as its result.
 
         Raises:
@@ -184,7 +185,7 @@ class QueryBatcher(Generic[Ticket]):
         if self._closed:
             raise ClosedError
 
-    def _enqueue(self, query: str, tell: Callable[[Found | Exception], None]) -> None:
+    def _enqueue(self, query: Request, tell: Callable[[Found | Exception], None]) -> None:
         with self._lock:
             self._check_open()
             hits = self._cached(query)
@@ -204,7 +205,7 @@ class QueryBatcher(Generic[Ticket]):
         if hits is not None:
             tell(hits)
 
-    def _search(self, queries: Sequence[str]) -> list[Found]:
+    def _search(self, queries: Sequence[Request]) -> Sequence[Found]:
         """Ask the engine, from no more threads than it allows.
 
         All queries at once, so that all have one deadline: in parts, each would wait for a dead
@@ -213,17 +214,17 @@ class QueryBatcher(Generic[Ticket]):
         with self._places:
             return self._engine(queries)
 
-    def _cached(self, query: str) -> list[Hit] | None:
-        hits = self._cache.get(query)
-        if hits is None:
+    def _cached(self, query: Request) -> list[Hit] | ToolResult | None:
+        found = self._cache.get(query)
+        if found is None:
             return None
         self._cache.move_to_end(query)
-        return list(hits)
+        return list(found) if isinstance(found, tuple) else found
 
-    def _keep(self, query: str, found: Found | Exception) -> None:
+    def _keep(self, query: Request, found: Found | Exception) -> None:
         if isinstance(found, Exception) or not self._cache_size:
             return
-        self._cache[query] = tuple(found)
+        self._cache[query] = tuple(found) if isinstance(found, list) else found
         if len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
 
@@ -244,10 +245,10 @@ class QueryBatcher(Generic[Ticket]):
                 for tell in askers:
                     tell(list(found) if isinstance(found, list) else found)
 
-    def _gather(self) -> list[str]:
+    def _gather(self) -> list[Request]:
         """The next batch; an empty one means to stop."""
         with self._gathering:
-            batch: list[str] = []
+            batch: list[Request] = []
             deadline = None
             while len(batch) < self._max_batch:
                 wait = None if deadline is None else deadline - time.monotonic()

@@ -478,7 +478,7 @@ def _guard(app: ASGIApp, load: _Load, key: str, allowed_hosts: Collection[str]) 
         length = int(headers.get("content-length", 0))
         refusal = (
             _check_framing(scope["method"], headers, length)
-            or _check_access(scope, headers, key, allowed_hosts)
+            or check_access(scope, headers, key, allowed_hosts)
             or _check_room(scope, length, load)
         )
         try:
@@ -505,7 +505,7 @@ def _check_framing(method: str, headers: Headers, length: int) -> Response | Non
     return None
 
 
-def _check_access(
+def check_access(
     scope: Scope, headers: Headers, key: str, allowed_hosts: Collection[str]
 ) -> Response | None:
     """Refuse web pages of other sites, and clients without the key.

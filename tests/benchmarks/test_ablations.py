@@ -69,8 +69,8 @@ def of(ablation: str, arm: str) -> TrainConfig:
 # --- the plan -------------------------------------------------------------------------------------
 
 
-def test_the_ten_ablations() -> None:
-    names = "algorithms sft reward difficulty stages mask strict start length self-correction"
+def test_the_ablations() -> None:
+    names = "algorithms sft reward difficulty stages mask strict start length self-correction turns"
     assert [ablation.name for ablation in ABLATIONS] == names.split()
     for ablation in ABLATIONS:
         assert ablation.paper and ablation.finding and ablation.claims
@@ -79,7 +79,7 @@ def test_the_ten_ablations() -> None:
 def test_arms_of_one_name_are_the_same_runs_and_have_a_folder_of_their_own() -> None:
     by_name = {arm.name: arm for arm in arms()}
     assert all(by_name[arm.name] == arm for arm in arms())
-    assert len({folder_of(SETTINGS, arm, 0) for arm in by_name.values()}) == len(by_name) == 20
+    assert len({folder_of(SETTINGS, arm, 0) for arm in by_name.values()}) == len(by_name) == 33
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS, ids=lambda ablation: ablation.name)
@@ -90,7 +90,8 @@ def test_every_run_is_valid_and_plays_as_many_episodes(ablation: Ablation) -> No
         parse_stages(training.environment.stages)
         algorithm(training.algorithm.algorithm, **training.algorithm.algorithm_args)
         reward(training.environment.env_args.get("reward", "research"))
-        assert training.sampling.prompts_per_step * training.sampling.group_size == 192
+        episodes = training.sampling.prompts_per_step * training.sampling.group_size
+        assert episodes == (180 if training.sampling.tree_branches else 192)  # whole trees
         assert training.run.seed == 3 and training.run.output == folder_of(SETTINGS, arm, 3)
     rows = rows_of(ablation, {})
     for claim in ablation.claims:
@@ -143,6 +144,35 @@ def test_what_the_arms_change() -> None:
         "sampling.group_size": 16,
         "sampling.prompts_per_step": 12,
     }
+
+
+def test_what_the_arms_of_turns_change() -> None:
+    base = of("turns", "grpo, outcome")
+    assert base.environment.env_args["reward"] == "f1"
+    assert base.environment.env_args["questions"] == "runs/ablations/worlds/hard/questions.jsonl"
+    assert base.sampling.max_response > of("algorithms", "grpo").sampling.max_response
+    for name in ("mt_grpo", "mt_ppo", "gigpo", "tree_grpo", "arpo"):
+        assert of("turns", name).algorithm.algorithm == name
+    rewards = {a.name: of("turns", a.name).environment.env_args for a in BY_NAME["turns"].arms}
+    assert {args.get("turn_reward") for args in rewards.values()} == {
+        None,
+        "0.2*new_support",
+        "0.1*first_search-0.1*repeated_query-0.1*invalid_action",
+    }
+    assert of("turns", "arpo").sampling.tree_choice == "entropy"
+    assert of("turns", "tree_grpo, 120 tokens").sampling.tree_max_tokens == 120
+    assert of("turns", "tree_grpo, 10 turns").sampling.tree_max_turns == 10
+
+
+def test_the_hard_world(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, output=tmp_path)
+    write_worlds(settings, ["hard"])
+    args = world_of(settings, "hard")
+    chosen = {key: args[key] for key in ("questions", "corpus")}
+    data = {split: load_dataset("custom", split=split, **chosen) for split in ("train", "dev")}
+    assert (len(data["train"].questions), len(data["dev"].questions)) == (4000, 400)
+    assert {q.hops for q in data["dev"].questions} == {3, 4, 5, 6}
+    assert all(q.supporting for q in data["dev"].questions)
 
 
 def test_what_must_be_prepared(tmp_path: Path) -> None:
@@ -327,6 +357,48 @@ def test_numbers_of_a_run() -> None:
     assert got["format early"] == pytest.approx((0.9 + 0.8 + 0.7) / 3)
     assert got["searches early"] == pytest.approx(2.0)
     assert NUMBERS["reward"][1](Seen([], final, 1.0)) is None
+
+
+def test_what_it_cost_to_reach_a_level() -> None:
+    """Mean of three steps: .3 at step 3, .5 at step 4; 10 tokens, 2 turns and 4 episodes a step."""
+    em = [0.1, 0.3, 0.5, 0.7, 0.6]
+    log = [
+        {
+            "step": n,
+            "env/em": value,
+            "played": 4 * n,
+            "all sampled_tokens": 10.0 * n,
+            "all sampled_turns": 2.0 * n,
+        }
+        for n, value in enumerate(em, 1)
+    ]
+    seen = Seen(log, {"hard": {"em": 0.25}}, 0.0)
+    got = {name: find(seen) for name, (_, find) in NUMBERS.items()}
+    assert (got["episodes to .5"], got["tokens to .5"], got["turns to .5"]) == (16, 40, 8)
+    assert got["tokens to .8"] is None
+    assert (got["all tokens"], got["all turns"]) == (50, 10)
+    assert (got["em hard"], got["em in"], got["em, T = 1"]) == (0.25, None, 0.6)
+
+
+def test_a_tiny_run_of_turns_is_reported_and_not_done_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of its arms: chains, trees within a budget, and a critic."""
+    few = ("grpo, outcome", "tree_grpo, 10 turns", "mt_ppo")
+    own = replace(
+        BY_NAME["turns"], arms=tuple(a for a in BY_NAME["turns"].arms if a.name in few), claims=()
+    )
+    monkeypatch.setitem(BY_NAME, "turns", own)
+    words = ["turns", "--tiny", "--workers", "1", "--output", str(tmp_path)]
+    main(words)
+    table = (tmp_path / "turns" / "table.md").read_text()
+    assert all(f"| {name} | 1 |" in table for name in few)
+    rows = json.loads((tmp_path / "turns" / "results.json").read_text())["rows"]
+    assert all(values["all tokens"][0] > 0 for values in rows.values())
+    assert (tmp_path / "turns" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    capsys.readouterr()
+    main(words)
+    assert "3 runs, 0 of them to do" in capsys.readouterr().err
 
 
 def test_rows_over_time() -> None:

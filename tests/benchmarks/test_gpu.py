@@ -41,8 +41,8 @@ def test_a_part_that_fails_is_told_and_the_others_run(
 
     monkeypatch.setitem(gpu.PARTS, "learner", fails)
     with pytest.raises(SystemExit) as ended:
-        gpu.main(["--tiny", "--output", str(tmp_path), "--parts", "learner", "transfer"])
+        gpu.main(["--tiny", "--output", str(tmp_path), "--parts", "learner", "checkpoint"])
     lines = [json.loads(line) for line in (tmp_path / gpu.FILE).read_text().splitlines()]
     assert ended.value.code == 1
     assert lines[1]["error"] == "RuntimeError: no memory"
-    assert lines[-1]["what"] == "transfer" and "error" not in lines[-1]
+    assert lines[-1]["what"] == "checkpoint" and "error" not in lines[-1]

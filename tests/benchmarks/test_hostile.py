@@ -87,3 +87,12 @@ def test_hostile_files_are_refused_by_our_errors_or_read_as_data() -> None:
         assert row.tried >= 190
         assert row.typed == row.refused >= row.tried // 2
         assert row.peak_mb < 400
+
+
+@pytest.mark.slow
+def test_hostile_requests_are_refused_in_bounded_memory() -> None:
+    (row,) = hostile.hostile_requests()
+    assert row.wrong == ()
+    assert row.tried >= 150
+    assert row.typed == row.refused >= 140
+    assert row.peak_mb < 700  # 60 requests of 16 MB took 5.2 GB

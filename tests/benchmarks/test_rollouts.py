@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -188,3 +189,17 @@ def test_the_command_says_what_is_missing_and_what_is_met(
     monkeypatch.setattr(sys, "argv", ["rollouts", "--episodes", "5"])
     with pytest.raises(SystemExit):
         bench.main()
+
+
+def test_the_client_samples_what_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["rollouts", "client", "--turns", "12", "--in-flight", "4"]
+    monkeypatch.setattr(sys, "argv", words)
+    bench.main()
+    told = capsys.readouterr().out
+    assert re.search(r"4 turns in flight: \d+\.\d\d ms of CPU per turn, \d+ turns/s", told)
+    monkeypatch.setattr(sys, "argv", [*words, "--json"])
+    bench.main()
+    costs = json.loads(capsys.readouterr().out)
+    assert costs["milliseconds"] > 0 and costs["turns_per_second"] > 0

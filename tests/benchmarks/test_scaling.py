@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch.distributed as dist
 
@@ -32,3 +34,25 @@ def test_ranks_are_occupied(step: Batch, ranks: int, goal: float) -> None:
 def test_efficiency_by_hand() -> None:
     # Three ranks, passes of 5, 4, 4 and 2 tokens: rounds of 5 and 2, the last pass is repeated.
     assert scaling._rounds([5, 4, 4, 2], 3) == [5, 2]
+
+
+def test_the_table_of_plans_is_that_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+    """After a change: python -m benchmarks.scaling --plans --write."""
+    scaling.main(["--plans"])
+    page = scaling.PAGE.read_text(encoding="utf-8")
+    table = page.split(scaling.BEGIN)[1].split(scaling.END)[0].strip()
+    assert table == capsys.readouterr().out.strip()
+    assert "does not fit" not in table
+    names = {name for line in table.splitlines() for name in line.split("|")[1].split(", ")}
+    assert {name.strip() for name in names} >= set(scaling.paper_presets())
+    assert len(scaling.paper_presets()) == 9
+
+
+def test_writing_replaces_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{scaling.BEGIN}\nold\n{scaling.END}\nafter\n", encoding="utf-8")
+    monkeypatch.setattr(scaling, "PAGE", page)
+    monkeypatch.setattr(scaling, "plans", lambda: "new")
+    scaling.main(["--plans", "--write"])
+    expected = f"before\n{scaling.BEGIN}\nnew\n{scaling.END}\nafter\n"
+    assert page.read_text(encoding="utf-8") == expected

@@ -27,10 +27,32 @@ def _piece() -> None:
             raise RuntimeError("NCCL error: unhandled system error")
 
 
+class _Buffer:
+    """The buffer itself in place of a handle; it goes through the request, as handles do."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+
 def _handle(tensor: Any) -> tuple[None, tuple[Any, ...]]:
-    """The tensor itself in place of one: it goes through the request, as handles do."""
-    _piece()
-    return None, (tensor, 0, 0, 0, 0, 0, "device")
+    return None, (_Buffer(tensor), 0, 0, 0, 0, 0, "device")
+
+
+def _empty(*size: Any, device: Any = None, **settings: Any) -> Any:
+    import torch
+
+    return torch.empty(*size, **settings)
+
+
+class _Stand:
+    """A module with some of its attributes replaced."""
+
+    def __init__(self, module: Any, **instead: Any) -> None:
+        self._module = module
+        self.__dict__ |= instead
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 class Communicator:
@@ -42,6 +64,8 @@ class Communicator:
         group.barrier()  # NCCL's members wait for each other
 
     def broadcast(self, tensor: Any, src: int, stream: Any = None) -> None:
+        if self.disabled:
+            return
         if self._group.rank == src:
             _piece()
         tensor.copy_(self._group.broadcast_obj(tensor, src))
@@ -55,8 +79,9 @@ class Communicator:
 def install(put: Callable[[Any, str, Any], None] = setattr) -> None:
     """Put the doubles in place; ``put`` may be a monkeypatch's ``setattr``."""
     import torch
+    from torch.multiprocessing import reductions
     from vllm.distributed.device_communicators import pynccl
-    from vllm.distributed.weight_transfer import ipc_engine, packed_tensor
+    from vllm.distributed.weight_transfer import packed_tensor
 
     stream = SimpleNamespace(synchronize=lambda: None)
     put(torch.accelerator, "current_device_index", lambda: 0)
@@ -65,8 +90,11 @@ def install(put: Callable[[Any, str, Any], None] = setattr) -> None:
     put(torch.cuda, "ipc_collect", lambda: None)
     put(pynccl, "PyNcclCommunicator", Communicator)
     put(packed_tensor, "_get_streams", lambda _, count: (stream,) * count)
-    put(ipc_engine, "reduce_tensor", _handle)
-    put(ipc_engine, "rebuild_cuda_tensor", lambda tensor, *_: tensor)
+    piece = SimpleNamespace(synchronize=_piece)
+    cuda = _Stand(torch.cuda, current_stream=lambda: piece)
+    put(packed_tensor, "torch", _Stand(torch, cuda=cuda, empty=_empty))
+    put(packed_tensor, "reduce_tensor", _handle)
+    put(reductions, "rebuild_cuda_tensor", lambda buffer, *_: buffer.tensor)
 
 
 def as_plugin(folder: Path) -> dict[str, str]:

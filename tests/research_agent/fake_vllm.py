@@ -1,10 +1,17 @@
-"""A vLLM server without vLLM: it speaks the few words that the server engine needs."""
+"""A vLLM server without vLLM: it speaks the few words that the server engine needs.
+
+As a program (``python -m tests.research_agent.fake_vllm``) it takes the arguments of vLLM's server,
+and writes its own, its environment and its process id into the file ``FAKE_VLLM_RECORD``.
+"""
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 import pickle
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -53,6 +60,7 @@ class FakeVllm:
     """
 
     def __init__(self, **settings: Any) -> None:
+        self.port = 0  # any
         self.mode = "well"
         self.fails = 1_000_000
         self.context = 256
@@ -61,16 +69,19 @@ class FakeVllm:
         self.quantization: str | None = None
         self.software = "0.32.0"
         self.backend = "nccl"
-        self.unpickles = "1"
+        self.unpickles = True
         self.sizes = (2, 264, 128)  # layers, tokens, width
         self.paused = False
+        self.workers: list[str] | None = None  # of a router
+        self.balances = False  # other servers answer each time
+        self.dummy = False  # it started without weights, and cannot read any
         self.reloads = True  # whether it can read weights from a folder
         self.missing: dict[str, int] = {}  # path -> status
         self.gate = threading.Event()
         self.gate.set()
         self.hung = threading.Event()
         self.aborted = threading.Event()
-        self.version = "default"
+        self.version = self.before = "default"
         self.turns: list[tuple[list[int], dict[str, Any]]] = []
         self.calls: list[tuple[str, Any]] = []
         self.keys: list[str | None] = []
@@ -107,7 +118,7 @@ class FakeVllm:
             def handle_error(self, *_: Any) -> None:
                 pass  # a client that has gone
 
-        self.http = Http(("127.0.0.1", 0), Handler)
+        self.http = Http(("127.0.0.1", self.port), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -120,7 +131,11 @@ class FakeVllm:
     def folders(self) -> list[Path]:
         """The folders that it was told to read weights from."""
         rpc = [body for path, body in self.calls if path == "/collective_rpc"]
-        return [Path(each["kwargs"]["weights_path"]) for each in rpc if "kwargs" in each]
+        return [
+            Path(each["kwargs"]["weights_path"])
+            for each in rpc
+            if each["method"] == "reload_weights"
+        ]
 
     def paths(self) -> list[str]:
         return [path for path, _ in self.calls]
@@ -139,7 +154,7 @@ class FakeVllm:
             handler.close_connection = True
             return
         data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-        if data in (b"500", b"400"):
+        if data in (b"500", b"404", b"400"):
             status = int(data)
             said = "out of memory" if status == 500 else "this is too long"
             data = json.dumps({"error": {"message": said}}).encode()
@@ -152,6 +167,7 @@ class FakeVllm:
         answers: dict[str, Callable[[Any], Any]] = {
             "/v1/models": self._models,
             "/server_info": self._info,
+            "/list_workers": lambda _: b"404" if self.workers is None else {"urls": self.workers},
             "/version": lambda _: {"version": self.software},
             "/collective_rpc": self._call,
             "/pause": lambda _: self._pause(True),
@@ -177,6 +193,7 @@ class FakeVllm:
             "vllm_config": {
                 "model_config": {**model, "quantization": self.quantization},
                 "weight_transfer_config": {"backend": self.backend},
+                "instance_id": str(len(self.calls)) if self.balances else "1",
             },
             "vllm_env": {"VLLM_ALLOW_INSECURE_SERIALIZATION": self.unpickles},
         }
@@ -189,7 +206,10 @@ class FakeVllm:
         if body["method"] == "get_model_inspection":
             layers, tokens, width = self.sizes
             return {"results": [INSPECTION.format(last=layers - 1, tokens=tokens, width=width)]}
-        if not self.reloads:
+        if body["method"] == "update_config":
+            self.dummy = body["kwargs"]["overrides"]["load_config"]["load_format"] == "dummy"
+            return {"results": [None]}
+        if self.dummy or not self.reloads:
             return b"500"
         folder = Path(body["kwargs"]["weights_path"])
         self.weights = {}
@@ -237,7 +257,7 @@ class FakeVllm:
         return {}
 
     def _set_version(self, body: Any) -> Any:
-        self.version = body["new_version"]
+        self.before, self.version = self.version, body["new_version"]
         return {"success": True}
 
     def _abort(self, _: Any) -> Any:
@@ -283,8 +303,18 @@ class FakeVllm:
             "unequal": _choice(said, logprobs[:-1], "length", self.version),
             "old": _choice(said, logprobs, "length", "default"),
             "nan": _choice(said, [-9999.0] * len(said), "length", self.version),
+            "mixed": self._mixed(said, logprobs),
             "well": _choice(said, logprobs, "length", self.version),
         }[mode]
+
+    def _mixed(self, said: list[int], logprobs: list[float]) -> dict[str, Any]:
+        """A turn whose first half was sampled with the weights before."""
+        answer, half = _choice(said, logprobs, "length", self.version), len(said) // 2
+        answer["choices"][0]["weight_versions"] = [
+            {"version": self.before, "start": 0, "end": half},
+            {"version": self.version, "start": half, "end": len(said)},
+        ]
+        return answer
 
 
 def _choice(
@@ -302,3 +332,25 @@ def _choice(
             }
         ]
     }
+
+
+def main(words: list[str]) -> None:
+    """Serve until a signal comes; with ``FAKE_VLLM_FAILS`` end at once with that message."""
+    if message := os.environ.get("FAKE_VLLM_FAILS"):
+        sys.exit(message)
+    names = [word.removeprefix("--") for word in words]
+    settings = dict(zip(names, [*words[1:], ""], strict=True))
+    FakeVllm(
+        port=int(settings["port"]),
+        context=int(settings["max-model-len"]),
+        dtype=settings["dtype"],
+        dummy=settings.get("load-format") == "dummy",
+    )
+    record = {"pid": os.getpid(), "settings": settings, "environment": dict(os.environ)}
+    if file := os.environ.get("FAKE_VLLM_RECORD"):
+        Path(file).write_text(json.dumps(record))
+    signal.pause()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

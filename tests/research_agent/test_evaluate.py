@@ -320,6 +320,28 @@ def test_a_model_may_have_another_name(tmp_path: Path) -> None:
     assert replace(quiz(tmp_path, header=moved), header=HEADER) == first
 
 
+def with_place(path: str, questions: str, host: str) -> dict[str, Any]:
+    return {
+        **HEADER,
+        "environment": {"questions": questions, "place: index": host},
+        "settings": {"env_args": {"questions": path}, "split": None, "temperature": 0},
+    }
+
+
+def test_the_environments_fingerprints_decide_and_not_its_paths(tmp_path: Path) -> None:
+    quiz(tmp_path, limit=2, header=with_place("a.jsonl", "sha256 1", "here"))
+    quiz(tmp_path, limit=3, header=with_place("/b/a.jsonl", "sha256 1", "there"))
+    assert len(in_order(tmp_path)) == 3
+    with pytest.raises(PredictionsError, match=r"environment\.questions: 'sha256 1' in the file"):
+        quiz(tmp_path, header=with_place("a.jsonl", "sha256 2", "here"))
+
+
+def test_an_environment_without_fingerprints_is_known_by_its_settings(tmp_path: Path) -> None:
+    quiz(tmp_path, limit=2, header={**HEADER, "settings": {"env_args": {"questions": "a"}}})
+    with pytest.raises(PredictionsError, match=r"settings\.env_args"):
+        quiz(tmp_path, header={**HEADER, "settings": {"env_args": {"questions": "b"}}})
+
+
 def test_predictions_that_do_not_say_what_they_are_of_are_refused(tmp_path: Path) -> None:
     quiz(tmp_path, header=None)
     with pytest.raises(PredictionsError, match="does not say what it was made with"):
@@ -372,7 +394,10 @@ def test_a_last_line_that_lacks_only_its_end_counts(tmp_path: Path) -> None:
     [
         ([record_line(0)[:50] + "\n", record_line(1)], r":1: this line is no record"),
         ([record_line(0), "[1]\n"], r":2: this line is no record"),
-        ([record_line(0), '{"episode": 1}\n'], r":2: this line is no record.*KeyError"),
+        (
+            [record_line(0), '{"episode": 1}\n'],
+            r":2: this line is no record.*missing",
+        ),
         ([record_line(0), record_line(1, metrics=None)], r":2: this line is no record"),
         ([record_line(0), record_line(1, reward="x")], r":2: this line is no record"),
         (['{"header": 3}\n'], r":1: this line is no record"),
@@ -676,6 +701,16 @@ def test_questions_of_ones_own(
     assert set(told["strata"]["hops"]) == {"2", "unknown"}
     assert told["header"]["environment"]["questions"].startswith("2, sha256 ")
     assert [record["info"]["answers"] for record in in_order(tmp_path / "run")] == [["Ann"]] * 2
+
+    # The same questions at another path are the same evaluation; other ones at this path are not.
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text(questions.read_text())
+    main(command.replace("questions.jsonl", "moved.jsonl").split())
+    assert json.loads(capsys.readouterr().out)["episodes"] == 2
+    moved.write_text(moved.read_text().replace("Ann", "Bob"))
+    with pytest.raises(SystemExit):
+        main(command.replace("questions.jsonl", "moved.jsonl").split())
+    assert "environment.questions" in capsys.readouterr().err
 
     for line, said in (
         (asked[0], "the id 'q0' is that of line 1"),

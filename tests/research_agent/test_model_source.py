@@ -18,7 +18,7 @@ from research_agent.evaluation.fingerprint import model_fingerprint
 from research_agent.learner import Learner
 from research_agent.models.lora import adapters
 from research_agent.models.policy import load_model, require_ends
-from research_agent.models.source import model_source
+from research_agent.models.source import model_source, resolve_model
 from research_agent.renderer import load_renderer
 from research_agent.run_logger import read_lines
 from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_llama, tiny_qwen2
@@ -312,3 +312,23 @@ def test_ordinary_models_warn_of_nothing(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         load_model(folder, device="cpu")
+
+
+# --- mistyped names -------------------------------------------------------------------------------
+
+
+def test_a_mistyped_name_suggests_starters_and_folders_and_asks_no_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "notes").mkdir()  # no model
+    for mistyped, meant in {
+        "miniworld-stater": "did you mean miniworld-starter",
+        "runs/mien": "did you mean runs/mine",
+        "./runs/min": "did you mean runs/mine",
+    }.items():
+        with pytest.raises(ModelError, match=meant):
+            resolve_model(mistyped)
+    for named in ("gpt2", "notes", "Qwen/Qwen2.5-7B", "runs/other"):
+        assert resolve_model(named) == named

@@ -64,7 +64,7 @@ def test_literal() -> None:
     short = trajectory(prompt(12), action([23, 24]), observation(32))
     tiny = trajectory(prompt(13), action([25]))
     batch = make_batch([Group(0, [short, long, tiny])])
-    first, second = micro_batches(batch, max_tokens=7, packed=True)
+    first, second = micro_batches(batch, max_tokens=7, packing="on")
     # Longest first; the last action token, and what follows it, is not read. The shortest (1 token)
     # goes where there is room: behind the longest (6 tokens).
     assert first.tokens.tolist() == [[10, 11, 20, 21, 30, 31, 13]]
@@ -84,7 +84,7 @@ def test_every_action_token_is_predicted_once_and_nothing_is_padding(
     seed: int, budget: int
 ) -> None:
     batch = make_batch(random_groups(seed))
-    micros = list(micro_batches(batch, budget, packed=True))
+    micros = list(micro_batches(batch, budget, packing="on"))
     assert sorted(torch.cat([m.token_index for m in micros]).tolist()) == list(
         range(len(batch.targets))
     )
@@ -116,7 +116,7 @@ def _with_widths(*widths: int) -> Batch:
 
 def test_ranks_get_as_many_passes_of_equal_size() -> None:
     def sizes(batch: Batch, budget: int, ranks: int) -> list[int]:
-        cut = micro_batches(batch, budget, packed=True, ranks=ranks)
+        cut = micro_batches(batch, budget, packing="on", ranks=ranks)
         return [micro.tokens.shape[1] for micro in cut]
 
     batch = _with_widths(5, 4, 3, 3, 2, 1)
@@ -136,7 +136,7 @@ def test_ranks_share_every_action_token_once(
     seed: int, budget: int, ranks: int, packed: bool
 ) -> None:
     batch = make_batch(random_groups(seed))
-    micros = list(micro_batches(batch, budget, packed=packed, ranks=ranks))
+    micros = list(micro_batches(batch, budget, packing="on" if packed else "off", ranks=ranks))
     picked = torch.cat([micro.token_index for micro in micros])
     assert sorted(picked.tolist()) == list(range(len(batch.targets)))
     assert all(m.tokens.numel() <= budget or len(m.part) == 1 for m in micros)
@@ -161,7 +161,7 @@ def test_nothing_leaks_from_one_trajectory_to_another() -> None:
     import random
 
     model = tiny_qwen2(V)
-    prepare(model, packed=True)
+    prepare(model, packing="on")
     rng = random.Random(0)
     shown = [random_trajectory(rng, V, episode=i) for i in range(2)]
     others = [
@@ -172,7 +172,7 @@ def test_nothing_leaks_from_one_trajectory_to_another() -> None:
         both = []
         for companion in (before, after):
             batch = make_batch([Group(0, [companion, kept])])
-            (micro,) = micro_batches(batch, 1000, packed=True)
+            (micro,) = micro_batches(batch, 1000, packing="on")
             of_kept = batch.seq_ids[micro.token_index] == 1
             both.append(token_logprobs(model, micro)[0][of_kept])
         assert torch.equal(both[0], both[1])
@@ -184,7 +184,7 @@ def test_a_model_whose_attention_cannot_be_replaced_is_refused() -> None:
             raise ValueError(f"{name} is not supported")
 
     with pytest.raises(ModelError, match="use --packing off"):
-        prepare(Fixed(), packed=True)
+        prepare(Fixed(), packing="on")
 
 
 def test_a_sliding_window_is_refused_and_not_ignored() -> None:
@@ -210,7 +210,7 @@ def test_a_sliding_window_is_refused_and_not_ignored() -> None:
 
 
 @pytest.mark.parametrize("packing", ["off", "on"])
-def test_bfloat16_products_leave_weights_and_softmax_in_float32(packing: str) -> None:
+def test_bfloat16_products_leave_weights_and_softmax_in_float32(packing: Any) -> None:
     model, groups = tiny_qwen2(V), random_groups(1)
     with torch.no_grad():  # a gentler model than the others': bf16 is exact to 1/256
         for parameter in model.parameters():
@@ -219,8 +219,8 @@ def test_bfloat16_products_leave_weights_and_softmax_in_float32(packing: str) ->
     half = _gradient(model, groups, packing=packing, precision="bfloat16", micro_batch_tokens=60)
     assert 1e-5 < _distance(half, exact) < 0.05
     assert {value.dtype for value in half.values()} == {torch.float32}
-    prepare(model, packed=packing == "on")
-    micro = next(micro_batches(make_batch(groups), 100, packed=packing == "on"))
+    prepare(model, packing=packing)
+    micro = next(micro_batches(make_batch(groups), 100, packing=packing))
     logprobs, entropy = TokenLogprobs(model, precision="bfloat16")(micro)
     assert logprobs.dtype == entropy.dtype == torch.float32
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -256,7 +256,7 @@ def test_the_logits_of_a_large_vocabulary_are_never_whole() -> None:
 
 @pytest.mark.parametrize("make", [tiny_qwen2, tiny_gpt2])
 @pytest.mark.parametrize("packing", ["off", "on"])
-def test_checkpointing_keeps_less_and_changes_nothing(make: Any, packing: str) -> None:
+def test_checkpointing_keeps_less_and_changes_nothing(make: Any, packing: Any) -> None:
     model, groups = make(V).double(), random_groups(4)
     plain = _gradient(model, groups, packing=packing)
     assert (
@@ -265,10 +265,10 @@ def test_checkpointing_keeps_less_and_changes_nothing(make: Any, packing: str) -
     )
 
     kept = []
-    (micro,) = micro_batches(make_batch(groups), 10**6, packed=packing == "on")
+    (micro,) = micro_batches(make_batch(groups), 10**6, packing=packing)
     for gradient_checkpointing in (False, True):
         twin = copy.deepcopy(model)
-        prepare(twin, packed=packing == "on", gradient_checkpointing=gradient_checkpointing)
+        prepare(twin, packing=packing, gradient_checkpointing=gradient_checkpointing)
         saved: list[int] = []
 
         def keep(value: Tensor, saved: list[int] = saved) -> Tensor:
@@ -314,9 +314,10 @@ def test_compiled_for_real_the_gradient_is_the_same() -> None:
 
 
 def test_what_names_no_layers_cannot_be_checkpointed_or_compiled() -> None:
-    for wanted in ("gradient_checkpointing", "compile"):
+    both: list[dict[str, Any]] = [{"gradient_checkpointing": True}, {"compile": True}]
+    for wanted in both:
         with pytest.raises(ModelError, match="names no layers"):
-            prepare(torch.nn.Linear(2, 2), **{wanted: True})
+            prepare(torch.nn.Linear(2, 2), **wanted)
 
 
 # ---------------------------------------------------------------------------------------------

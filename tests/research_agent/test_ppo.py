@@ -40,11 +40,11 @@ PLAIN = PPO(kl_coef=0.0, entropy_coef=0.0, critic_learning_rate=1e-3)
 
 
 def _critic(
-    model: Any, *, value_clip: float = 0.5, micro_batch_tokens: int = 10**6, packed: bool = False
+    model: Any, *, value_clip: float = 0.5, micro_batch_tokens: int = 10**6, packing: Any = "off"
 ) -> Critic:
     rule = PPO(critic_learning_rate=1e-3, critic_warmup_steps=0, value_clip=value_clip)
     config = LearnerConfig(weight_decay=0.0, micro_batch_tokens=micro_batch_tokens)
-    return Critic(model, rule, config, packed=packed)
+    return Critic(model, rule, config, packing=packing)
 
 
 def _with_values(groups: Sequence[Group], values: Sequence[float]) -> Batch:
@@ -158,13 +158,13 @@ def test_a_critic_begins_at_zero_and_is_that_of_each_actions_context() -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 40, 10**6])
-@pytest.mark.parametrize("packed", [False, True])
-def test_neither_micro_batches_nor_packing_change_what_it_learns(budget: int, packed: bool) -> None:
+@pytest.mark.parametrize("packing", ["off", "on", "tree"])
+def test_neither_micro_batches_nor_packing_change_what_it_learns(budget: int, packing: Any) -> None:
     model = tiny_qwen2(50).double()
     whole = _critic(copy.deepcopy(model))
-    if packed:
+    if packing != "off":
         model.set_attn_implementation(_packed_attention())
-    cut = _critic(model, micro_batch_tokens=budget, packed=packed)
+    cut = _critic(model, micro_batch_tokens=budget, packing=packing)
     for critic in (whole, cut):
         batch = make_batch(random_groups(0))
         with torch.no_grad():

@@ -102,7 +102,7 @@ def test_packing_that_would_be_wrong_is_refused(name: str) -> None:
     tokens = torch.tensor([PROMPTS[1]])
     before = model(input_ids=tokens).logits
     with pytest.raises(ModelError, match=r"cannot share a row: .*; use --packing off"):
-        prepare(model, packed=True)
+        prepare(model, packing="on")
     assert torch.equal(model(input_ids=tokens).logits, before)  # the model is as it was
 
 
@@ -128,7 +128,7 @@ def test_a_model_that_sees_its_neighbours_is_refused() -> None:
     with pytest.raises(ModelError, match="does not compute what LlamaForCausalLM does"):
         make_engine("transformers", model, codec_of(byte_tokenizer()), max_slots=2, max_context=60)
     with pytest.raises(ModelError, match="cannot share a row"):
-        prepare(model, packed=True)
+        prepare(model, packing="on")
 
 
 def test_a_difference_is_measured_against_the_spread() -> None:

@@ -135,5 +135,5 @@ def test_a_killed_rank_is_started_again_and_the_run_is_the_same(
     last = [folder / "checkpoints" / "step-000005" for folder in (whole, killed)]
     names = [sorted(p.relative_to(f) for p in f.rglob("*.safetensors")) for f in last]
     assert names[0] == names[1] and len(names[0]) == 3
-    for name in names[0]:
-        assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes()
+    for file in names[0]:
+        assert (last[0] / file).read_bytes() == (last[1] / file).read_bytes()

@@ -361,7 +361,7 @@ def test_a_line_that_was_cut_short_is_left_out_and_said(
         (["{tmp}/run/metrics.jsonl"], "is no record"),
         (["{tmp}/run/config.json"], "holds no prediction"),
         (["{tmp}/empty.jsonl"], "holds no prediction"),
-        (["{tmp}/strange.jsonl"], "episode 1 cannot be shown"),
+        (["{tmp}/strange.jsonl"], "strange.jsonl:2: this line is no record"),
     ],
 )
 def test_report_refuses_what_is_not_there(

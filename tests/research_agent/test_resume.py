@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,36 @@ def test_provenance_says_whether_an_environment_is_the_same(
     said = refusal(capsys, words(3, moved, "there"))
     assert "environment's data: 'one' in the folder, 'two' now" in said
     assert metrics(tmp_path / "run")[-1]["step"] == 2
+
+
+DATED = "{{ 'a' if strftime_now('%Y') == '2025' else 'b' }}{% if x %}c{% endif %}="
+
+
+def test_a_chat_template_goes_on_with_the_day_and_arguments_of_its_run(
+    letters: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    model = shutil.copytree(letters, tmp_path / "model")
+    template = DATED + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+
+    def words(steps: int, *more: str) -> list[str]:
+        return flags(model, tmp_path / "run", "--chat-template", "--steps", str(steps), *more)
+
+    def prompt() -> list[str]:
+        config = json.loads((tmp_path / "run" / "config.json").read_text())
+        return [config["policy"]["chat_template_date"], config["policy"]["chat_template_args"]]
+
+    args = ["--chat-template-args", "x=true"]
+    main(words(1, *args, "--chat-template-date", "2025-01-01"))
+    main(words(2, *args))
+    assert metrics(tmp_path / "run")[-1]["step"] == 2
+    assert prompt() == ["2025-01-01", {"x": True}]
+    said = refusal(capsys, words(3, *args, "--chat-template-date", "2025-01-02"))
+    assert "policy.chat_template_date: '2025-01-01' in the folder, '2025-01-02' now" in said
+    assert "policy.chat_template_args" in refusal(capsys, words(3))
+    assert "reads no 'y'" in refusal(
+        capsys, [*words(3), "--output", str(tmp_path / "other"), "--chat-template-args", "y=1"]
+    )
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state/state.safetensors", "state.json"])

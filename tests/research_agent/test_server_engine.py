@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import signal
@@ -12,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,17 @@ import pytest
 import torch
 
 from research_agent.engines import make_engine
-from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
+from research_agent.engines.base import (
+    Completion,
+    Engine,
+    Interruptible,
+    KeepsTurns,
+    SamplingParams,
+)
 from research_agent.engines.remote import turn_seed
 from research_agent.engines.servers import pool, server_group, weight_sync, weight_transfer
 from research_agent.engines.servers.engine import ServerEngine, connect_servers
+from research_agent.engines.servers.weight_sync import ModelWeights
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.environments import make_environments
 from research_agent.errors import (
@@ -41,6 +48,7 @@ from tests.research_agent import cuda_double
 from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
 from tests.research_agent.fake_vllm import FakeVllm, script
 from tests.research_agent.test_collect import TOY, Limits
+from tests.research_agent.torchrun import in_two_processes
 
 RENDERER = codec_of(byte_tokenizer(merges=True))
 END = RENDERER.tokenizer.eos_token_id
@@ -377,8 +385,8 @@ def test_a_server_that_comes_back_gets_the_current_weights_first(
     server.missing.clear()
     until(lambda: "is back" in caplog.text)
     paths = [path.partition("?")[0] for path in server.paths()]
-    order = ["/v1/models", "/pause", "/reset_prefix_cache", "/update_weight_version", "/resume"]
-    assert [path for path in paths if path in order][:5] == order
+    order = ["/pause", "/reset_prefix_cache", "/update_weight_version", "/resume"]
+    assert [path for path in paths if path in order][:4] == order
     assert len(server.folders()) == 1
     assert all(bool((weight == 0.5).all()) for weight in server.weights.values())
     submit(engine, range(2), "more")
@@ -433,6 +441,44 @@ def test_new_weights_reach_all_servers_whole(make: Make, connect: Open) -> None:
     assert not folders[-1].parent.exists()
 
 
+def test_turns_under_way_continue_with_new_weights(make: Make, connect: Open) -> None:
+    server = make(mode="mixed")
+    engine = connect(server)
+    assert isinstance(engine, KeepsTurns) and engine.keeps_turns
+    server.gate.clear()
+    submit(engine, range(2), max_tokens=5)
+    until(lambda: server.now == 2)
+    engine.load_weights(MODEL.named_parameters(), 1)
+    assert server.paths().count("/pause?mode=keep") == server.paths().count("/resume") == 2
+    server.gate.set()
+    turns = finish(engine)
+    assert [turn.versions for turn in turns.values()] == [(0, 0, 1, 1, 1)] * 2
+    assert {turn.version for turn in turns.values()} == {1}
+    assert len(server.turns) == 2  # nothing was cut, or asked for again
+    server.mode = "well"
+    submit(engine, [0], "more")  # the slot holds what it held
+    finish(engine)
+    assert server.turns[-1][0][:7] == [*RENDERER.encode_text("q0"), *turns[0].tokens]
+
+
+def test_turns_on_a_server_that_misses_the_weights_are_sampled_again(
+    make: Make, connect: Open
+) -> None:
+    bad, good = make(), make()
+    engine = connect(bad, good)
+    for server in (bad, good):
+        server.gate.clear()
+    submit(engine, range(4))
+    until(lambda: bad.now == good.now == 2)
+    bad.reloads = False
+    engine.load_weights(MODEL.named_parameters(), 1)
+    good.gate.set()
+    assert {turn.version for turn in finish(engine).values()} == {1}
+    assert len(good.turns) == 4
+    for turn in bad.turns:
+        assert turn in good.turns
+
+
 def test_a_server_that_cannot_take_weights_is_left_out(
     make: Make, connect: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -461,6 +507,13 @@ def test_a_server_that_cannot_take_weights_is_left_out(
         ({"missing": {"/inference/v1/generate": 403}}, EngineError, "--enable-scale-out"),
         ({"missing": {"/collective_rpc": 404}}, EngineError, "VLLM_SERVER_DEV_MODE=1"),
         ({"missing": {"/v1/models": 401}}, EngineError, "VLLM_API_KEY"),
+        ({"workers": ["http://a:1", "http://b:1"]}, EngineError, "router.*server:http://a:1,http"),
+        ({"balances": True}, EngineError, "another server each time: .* router or balancer"),
+        ({"missing": {"/server_info": 404}}, EngineError, "DEV_MODE=1. Name each server itself"),
+        ({"dtype": "bfloat16"}, EngineError, "weights in bfloat16.*gives them in float32"),
+        ({"quantization": "fp8"}, EngineError, "weights in fp8 quantization"),
+        ({"sizes": (2, 264, 64)}, EngineError, "another model: width 64, and the policy width 128"),
+        ({"software": "0.33.0"}, EngineError, r"differ in version .*vLLM 0\.32\.0.*vLLM 0\.33\.0"),
         ({"context": 100}, ContextError, "100 tokens, too short for 200.*--max-model-len 200"),
     ],
 )
@@ -584,6 +637,7 @@ class Vllm:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
@@ -623,6 +677,10 @@ class Vllm:
 
     def version(self) -> str:
         return str(httpx.get(f"{self.url}/weight_info").json()["weight_version"])
+
+    def checksums(self) -> Any:
+        answer = httpx.post(f"{self.url}/weight_checker", json={"action": "checksum"}, timeout=60)
+        return answer.json()["checksums"]
 
     def finished(self) -> int:
         """How many requests it has answered since its start."""
@@ -708,12 +766,9 @@ def test_real_servers_take_weights_from_memory(
     servers: list[Vllm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By vLLM's own transfers, on both sides; only CUDA and NCCL themselves are doubles."""
-    from vllm.distributed.weight_transfer import nccl_engine
-
     cuda_double.install(monkeypatch.setattr)
     monkeypatch.setattr(weight_transfer, "require_gpu", lambda *_: None)
-    parts = partial(nccl_engine.NCCLTrainerInitInfo, packed_buffer_size_bytes=2**18)  # of 1.5 MB
-    monkeypatch.setattr(nccl_engine, "NCCLTrainerInitInfo", parts)
+    monkeypatch.setattr(weight_transfer, "BUCKET", 2**18)  # of 1.5 MB
     model = changed(tiny_qwen2(hidden=128), 20)
     local = TransformersEngine(model, RENDERER, 8, 256)
     engines: list[Engine] = []
@@ -730,7 +785,7 @@ def test_real_servers_take_weights_from_memory(
             if version:
                 if version == 2:  # after a transfer that breaks off, too
                     cuda_double.break_off(after=3)
-                engine.load_weights(model.named_parameters(), version)
+                engine.load_weights(ModelWeights(model), version)
                 assert server.version() != before
             greedy = plays(engine)
             assert tokens(greedy) == expected
@@ -783,6 +838,27 @@ def test_real_servers(  # noqa: PLR0915
         assert tokens(greedy) == tokens(plays(local))
         assert versions(greedy) == {version}
     assert worst_logprob(model, plays(engine, 1.0), 1.0) < 1e-4
+
+    # Two ranks with sharded weights give them once, and sample what one process samples.
+    arguments = [urls.split(","), "float32"]
+    said = in_two_processes("tests.research_agent.server_worker", json.dumps({"real": arguments}))
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert servers[0].version() == servers[1].version()
+    sums = [server.checksums() for server in servers]
+    assert sums[0] == sums[1]
+    plain = tiny_qwen2(hidden=128)
+    engine.load_weights([(name, p.detach() + 2) for name, p in plain.named_parameters()], 2)
+    assert [server.checksums() for server in servers] == sums
+    for line in sorted(lines, key=lambda line: line["rank"]):
+        for slot in range(4):
+            seed = 4 * line["rank"] + slot
+            params = SamplingParams(max_tokens=3, seed=seed)
+            engine.submit(slot, RENDERER.encode_text(f"q{seed}"), params)
+        alone = [[slot, list(turn.tokens), 2] for slot, turn in finish(engine).items()]
+        assert sorted(alone) == [turn for turn in line["turns"] if turn[2] == 2]
+        for slot in range(4):
+            engine.release(slot)
+    engine.load_weights(model.named_parameters(), 2)
 
     # One is killed in the middle.
     over: list[Trajectory] = []

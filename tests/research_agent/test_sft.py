@@ -19,7 +19,7 @@ from research_agent.phrase_tokenizer import phrase_tokenizer
 from research_agent.renderer import Renderer, load_renderer
 from research_agent.sft import SFTConfig, as_trajectory, run
 from research_agent.trajectory import Group
-from tests.research_agent.conftest import codec_of
+from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_llama
 
 Parts = list[tuple[str, str]]
 HERE = __name__
@@ -245,3 +245,67 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_learned(
     taken = replace(SMALL, output=tmp_path / "file" / "model", demonstrations="nowhere.jsonl")
     with pytest.raises(NotADirectoryError, match="file/model"):
         run(taken)
+
+
+# --- chat templates -------------------------------------------------------------------------------
+
+CHAT_LINE = {
+    "segments": [
+        [
+            "prompt",
+            [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}],
+        ],
+        ["action", "Ann"],
+    ]
+}
+
+
+@pytest.fixture
+def instruct(tmp_path: Path) -> Path:
+    """A model whose tokenizer has a chat template."""
+    tiny_llama().save_pretrained(tmp_path / "instruct")
+    byte_tokenizer().save_pretrained(tmp_path / "instruct")
+    return tmp_path / "instruct"
+
+
+def fit(instruct: Path, line: object, **settings: Any) -> Path:
+    path = instruct.parent / "demonstrations.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    config = SFTConfig(str(path), model=str(instruct), count=2, batch=2, quiet=True)
+    return run(replace(config, output=instruct.parent / "learned", **settings))
+
+
+def test_a_model_with_a_chat_template_is_not_learned_as_bare_text_unasked(instruct: Path) -> None:
+    line = {"segments": [["prompt", "Who?"], ["action", "Ann"]]}
+    with pytest.raises(ConfigError, match=r"has a chat template.*--chat-template.*--bare-text"):
+        fit(instruct, line)
+    assert fit(instruct, line, bare_text=True).is_dir()
+
+
+def test_messages_are_learned_through_the_chat_template(instruct: Path) -> None:
+    assert fit(instruct, CHAT_LINE, chat_template=True).is_dir()
+    renderer = codec_of(byte_tokenizer(), chat_template=True)
+    prompt, action = as_trajectory(CHAT_LINE["segments"], renderer).segments  # type: ignore[arg-type]
+    assert renderer.decode(prompt.tokens) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert renderer.decode(action.tokens) == "Ann<|im_end|>"
+    with pytest.raises(ConfigError, match="prompt is chat messages"):
+        fit(instruct, CHAT_LINE, bare_text=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"chat_template": True, "bare_text": True}, "exclude each other"),
+        ({"chat_template_args": {"enable_thinking": False}}, "without --chat-template"),
+        ({"chat_template": True, "model": None, "vocabulary": "x:y"}, "needs a --model"),
+        ({"chat_template": True, "chat_template_date": "9 March"}, "write YYYY-MM-DD"),
+    ],
+)
+def test_settings_of_chat_templates_that_contradict_are_refused(
+    instruct: Path, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        fit(instruct, CHAT_LINE, **settings)

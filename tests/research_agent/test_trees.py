@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from research_agent.active_rollout import ActiveRollout
 from research_agent.batch import make_batch
 from research_agent.cli import main
-from research_agent.engines.base import SamplingParams
+from research_agent.engines.base import Completion, SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.environments import Environments, make_environments
 from research_agent.errors import ConfigError
 from research_agent.rollout import collect
 from research_agent.run_logger import METRICS, read_lines
-from research_agent.trajectory import Group, Trajectory
-from research_agent.trees import TreePlan
+from research_agent.trace import Trace, TracedEngine
+from research_agent.trajectory import NOT_GROWN, Group, Segment, Trajectory
+from research_agent.trees import Forking, TreePlan, Trees
 from tests.research_agent.conftest import byte_tokenizer, codec_of, letter_tokenizer, tiny_qwen2
 from tests.research_agent.test_collect import Limits
 from tests.research_agent.torchrun import in_two_processes
@@ -166,27 +170,87 @@ def test_random_branches_leave_every_turn_equally_often() -> None:
     assert all(abs(depths[k] - count / 4) < 5 * sigma for k in range(4))
 
 
-def test_entropy_prefers_the_turn_that_was_less_certain() -> None:
-    class Sure(ScriptedEngine):
-        """Certain at every turn but the third."""
+class Surprised(ScriptedEngine):
+    """Reports log-probabilities by the turn: unlikely ones at the third."""
 
-        def step(self) -> list[Any]:
-            turns = super().step()
-            return [
-                type(t)(t.slot, t.tokens, (self._doubt(t),) * len(t.tokens), *list(_rest(t)))
-                for t in turns
-            ]
+    def step(self) -> list[Any]:
+        return [
+            replace(turn, logprobs=(self._logprob(turn),) * len(turn.tokens))
+            for turn in super().step()
+        ]
 
-        def _doubt(self, turn: Any) -> float:
-            asked = RENDERER.decode(self._held[turn.slot]).rpartition("?")[2].partition("=")[0]
-            return -2.0 if len(asked) == 2 else -1e-3
+    def _logprob(self, turn: Any) -> float:
+        asked = RENDERER.decode(self._held[turn.slot]).rpartition("?")[2].partition("=")[0]
+        return -60.0 if len(asked) == 2 else -1.0
 
-    def _rest(turn: Any) -> tuple[Any, ...]:
-        return turn.text, turn.finish_reason, turn.version
 
-    played = play(TreePlan(branches=4, choose="entropy"), Sure(say, RENDERER), tasks=4)
+def test_entropy_prefers_the_turn_that_was_less_certain_than_the_first() -> None:
+    """With beta at 1, and alpha near 0, only the third turn is worth a branch."""
+    plan = TreePlan(branches=4, choose="entropy", branch_probability=1e-6, entropy_weight=1.0)
+    played = play(plan, Surprised(say, RENDERER), tasks=4)
     depths = Counter(shared(t) for t in played if t.tree is not None)
-    assert depths[2] >= 0.9 * depths.total()
+    assert depths[2] == depths.total()
+
+
+def test_the_probability_of_a_branch_is_that_of_arpo() -> None:
+    """By hand: alpha .5, beta .2; first turn 2 + 1 nats, this one 7; log of 1,000 tokens."""
+    trees: Any = Trees(TreePlan(1, choose="entropy"), 0, make_environments(DOORS, 2), 1000)
+    first = ActiveRollout(0, 0, 0, Limits())
+    turn = Completion(0, (1, 2, 3), (-3.0, -4.0, 0.0), "", "stop", 0)
+    assert trees._branch_probability(first, turn) == 0.5
+    later = ActiveRollout(0, 0, 0, Limits(), [Segment("action", (5, 6), (-2.0, -1.0))])
+    expected = 0.5 + 0.2 * (7 - 3) / math.log(1000)
+    assert trees._branch_probability(later, turn) == pytest.approx(expected)
+    calm = replace(turn, logprobs=(0.0, 0.0, 0.0))
+    assert trees._branch_probability(later, calm) < 0.5
+
+
+# ---------------------------------------------------------------------------------------------
+# Budgets
+
+
+def sampled(played: Sequence[Trajectory]) -> Counter[tuple[int, int]]:
+    """Turns taken per tree."""
+    counts = Counter[tuple[int, int]]()
+    for t in played:
+        counts[t.episode, t.sample if t.tree is None else t.tree] += len(t.own_turns)
+    return counts
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 20), st.booleans(), st.integers(0, 3), st.integers(0, 4))
+def test_no_tree_takes_more_turns_than_its_budget_unless_its_chain_does(
+    budget: int, overlap: bool, seed: int, delays: int
+) -> None:
+    """Episodes have four turns, so what a branch costs is known: its source's rest."""
+    plan = TreePlan(branches=3, rounds=2, max_turns=budget)
+    unlimited = play(replace(plan, max_turns=None), seed=seed)
+    played = play(plan, scripted(delays), seed=seed, overlap=overlap, slots=14)
+    assert [(t.episode, t.sample) for t in played] == [(t.episode, t.sample) for t in unlimited]
+    grown = [t for t in played if t.stop_reason != NOT_GROWN]
+    assert all(t.void and not t.segments for t in played if t not in grown)
+    assert all(count <= max(budget, 4) for count in sampled(grown).values())
+    chains = [t for t in played if t.tree is None and t in grown]
+    assert len(chains) == 4
+    assert chains == [t for t in unlimited if t.tree is None]
+    for t, free in zip(played, unlimited, strict=True):
+        if plan.round(t.sample) == 1 and t in grown:
+            assert t == free
+    if budget >= 4 + 6 * 4:
+        assert played == unlimited
+
+
+def test_a_budget_of_tokens_counts_shared_ones_once() -> None:
+    played = play(TreePlan(branches=4, max_tokens=16), tasks=4)
+    whole = play(TreePlan(branches=4), tasks=4)
+    grown = [t for t in played if t.stop_reason != NOT_GROWN]
+    assert 8 < len(grown) < len(whole)
+    tokens = Counter[tuple[int, int]]()
+    for t in grown:
+        own = sum(len(turn.tokens) for turn in t.own_turns)
+        tokens[t.episode, t.sample if t.tree is None else t.tree] += own
+    assert sum(tokens.values()) < sum(len(u.tokens) for t in whole for u in t.own_turns)
+    make_batch([Group(e, list(g)) for e, g in itertools.groupby(played, _episode)])
 
 
 def test_a_fork_prefills_nothing_and_samples_what_a_new_slot_would() -> None:
@@ -259,6 +323,8 @@ def test_environments_that_cannot_branch_are_refused() -> None:
         ({"branches": -1}, "a tree's branches is -1"),
         ({"branches": 1, "rounds": 0}, "a tree's rounds is 0"),
         ({"branches": 1, "choose": "luck"}, "a tree chooses by 'luck'"),
+        ({"branches": 1, "max_turns": 0}, "a tree's max_turns is 0"),
+        ({"branches": 0, "max_tokens": 9}, "a tree's max_tokens is 9 with 0 branches"),
     ],
 )
 def test_plans_that_make_no_sense_are_refused(setting: dict[str, Any], message: str) -> None:
@@ -295,20 +361,40 @@ def run(model: Path, output: Path, *more: str, algorithm: str = "tree_grpo") -> 
     return output
 
 
-@pytest.mark.parametrize("algorithm", ["tree_grpo", "arpo"])
+@pytest.mark.parametrize(
+    ("algorithm", "more"),
+    [("tree_grpo", []), ("arpo", ["--tree-choice", "entropy", "--tree-max-turns", "5"])],
+)
 def test_a_run_in_two_parts_equals_one_run_to_the_bit(
-    model: Path, tmp_path: Path, algorithm: str
+    model: Path, tmp_path: Path, algorithm: str, more: list[str]
 ) -> None:
-    whole = run(model, tmp_path / "whole", "--steps", "3", algorithm=algorithm)
-    parts = run(model, tmp_path / "parts", "--steps", "1", algorithm=algorithm)
-    run(model, parts, "--steps", "3", algorithm=algorithm)
+    whole = run(model, tmp_path / "whole", "--steps", "3", *more, algorithm=algorithm)
+    parts = run(model, tmp_path / "parts", "--steps", "1", *more, algorithm=algorithm)
+    run(model, parts, "--steps", "3", *more, algorithm=algorithm)
     weights = [
         load_file(folder / "checkpoints/step-000003/model.safetensors") for folder in (whole, parts)
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     lines = [read_lines(folder / METRICS) for folder in (whole, parts)]
     assert lines[0] == lines[1]
-    assert all(line["episodes"] == 24 and line["learner/grad_norm"] > 0 for line in lines[0])
+    assert all(line["learner/grad_norm"] > 0 for line in lines[0])
+    for line in lines[0]:
+        assert line["episodes"] == 24 if not more else 8 <= line["episodes"] < 24
+        assert line["void_fraction"] == 0
+        assert line["sampled_turns"] <= (24 * 3 if not more else 8 * 5)
+
+
+def test_a_trace_changes_nothing_and_still_copies_what_branches_share(
+    model: Path, tmp_path: Path
+) -> None:
+    plain = run(model, tmp_path / "plain", "--steps", "1")
+    traced = run(model, tmp_path / "traced", "--steps", "1", "--trace", str(tmp_path / "t.json"))
+    assert read_lines(plain / METRICS) == read_lines(traced / METRICS)
+    engine = TransformersEngine(tiny_qwen2(300), RENDERER, max_slots=2, max_context=50)
+    trace = Trace(tmp_path / "own.json")
+    assert isinstance(TracedEngine(engine, trace), Forking)
+    assert not isinstance(TracedEngine(scripted(), trace), Forking)
+    trace.close()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -14,9 +15,19 @@ import pytest
 from research_env import RESEARCH, Dataset
 from research_env import demonstrations as module
 from research_env.datasets import Question, miniworld
-from research_env.demonstrations import Demonstration, Habits, demonstrations, gold_queries
+from research_env.demonstrations import (
+    Demonstration,
+    Habits,
+    demonstrations,
+    gold_queries,
+    tool_demonstrations,
+    tool_vocabulary,
+    vocabulary,
+)
 from research_env.env import SearchQAEnv
-from research_env.retrieval.base import Hit
+from research_env.episode import Episode, advance, observe
+from research_env.papers.recall import RECALL, recall_format
+from research_env.retrieval.base import Hit, Passage
 
 
 @pytest.fixture(autouse=True)
@@ -240,3 +251,46 @@ def test_the_vocabulary_spells_every_text_without_letters() -> None:
     known, longest = frozenset(phrases), max(map(len, phrases))
     unspelled = [text for text in all_texts() if not spelled(text, known, longest)]
     assert unspelled[:3] == []
+
+
+# --- tool calls ----------------------------------------------------------------------------------
+
+
+def test_tool_demonstrations_are_episodes_of_recall() -> None:
+    made = list(tool_demonstrations(count=30, top_k=2, habit_share=0.0))
+    assert len(made) == 30
+    searched = 0
+    for demonstration in made:
+        (_, prompt), *rest = demonstration
+        assert prompt.endswith("?\n<think>")
+        episode = Episode(Question("q", prompt.removesuffix("\n<think>"), ("x",)), RECALL)
+        for action, observation in itertools.zip_longest(rest[::2], rest[1::2]):
+            episode = advance(episode, action[1])
+            if observation is None:
+                break
+            searched += 1
+            titles = re.findall(r'^"(.*)"$', observation[1], flags=re.M)
+            texts = re.findall(r'^"[^"]*"\n(.*)$', observation[1], flags=re.M)
+            hits = [
+                Hit(Passage(title, title, text), 1.0)
+                for title, text in zip(titles, texts, strict=True)
+            ]
+            episode = observe(episode, hits)
+            assert episode.turns[-1].observation == observation[1]
+        assert episode.stop_reason == "answer"
+        assert recall_format(episode)
+    assert searched > 30
+
+
+def test_habits_of_tool_demonstrations_come_last() -> None:
+    made = list(tool_demonstrations(count=40, top_k=1, habit_share=0.5))
+    lengths = [sum(provenance == "action" for provenance, _ in each) for each in made]
+    assert min(lengths[:20]) > 1
+    assert min(lengths[20:]) == 1
+
+
+def test_the_phrases_of_tool_calls_take_the_places_of_tags() -> None:
+    known = vocabulary()
+    renamed = [tool_vocabulary().get(phrase, phrase) for phrase in known]
+    assert set(tool_vocabulary()) < set(known)
+    assert len(set(renamed)) == len(known)

@@ -222,6 +222,7 @@ def test_whatever_is_written_the_episode_stays_sound(
         assert episode.turns[:-1] == before.turns
         assert action.startswith(episode.turns[-1].action)
         if episode.pending is not None:
+            assert isinstance(episode.pending, str)
             assert episode.pending.strip()
             assert episode.pending == episode.turns[-1].query
             episode.pending.encode()

@@ -58,6 +58,7 @@ def test_the_same_settings_have_the_same_provenance_in_both_environments(
         ("questions", {"id": "q", "question": "Who?", "answers": ["Bob"]}),
         ("questions", {"id": "q", "question": "Whom?", "answers": ["Ann"]}),
         ("questions", {"id": "r", "question": "Who?", "answers": ["Ann"]}),
+        ("questions", {"id": "q", "question": "Who?", "answers": ["Ann"], "difficulty": "hard"}),
         ("index", {"id": "p", "title": "Ann", "text": "Ann did it again."}),
     ],
 )

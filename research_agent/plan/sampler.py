@@ -1,0 +1,106 @@
+"""Where the sampler runs, and what it takes of a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from research_agent.config import TrainConfig
+from research_agent.engines import parse_engine
+from research_agent.errors import ConfigError
+from research_agent.plan.assumptions import EPISODE_TOKENS, SERVER_BYTES, VLLM_WORK
+from research_agent.plan.machines import Machines
+from research_agent.plan.shapes import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """How a run samples.
+
+    Attributes:
+        kind: "transformers"; "vllm" in the learner's process; "serve" in processes beside it, on
+            the same GPUs; "server" on other GPUs.
+        tensor_parallel: GPUs that a copy of the weights is spread over.
+        copies: copies of the weights, on all machines together.
+        share: of a GPU's memory, for vLLM beside the learner.
+        number: bytes of a weight and of a number in the cache.
+    """
+
+    kind: str
+    tensor_parallel: int
+    copies: int
+    share: float
+    number: int
+
+
+def sampler_of(config: TrainConfig, machines: Machines) -> Sampler:
+    """How a run samples, by its settings.
+
+    Raises:
+        ConfigError: the engine is not known, or the GPUs of a node cannot be divided so.
+    """
+    spec = parse_engine(config.sampling.engine)
+    number = 4 if config.learner.precision == "float32" else 2
+    if spec.kind == "transformers":
+        return Sampler(spec.kind, 1, machines.count, 0.0, number)
+    if spec.kind == "server":
+        return Sampler(spec.kind, 1, len(spec.urls), 0.0, number)
+    copies = machines.per_node // spec.tp if spec.kind == "vllm" else spec.dp
+    if machines.per_node % spec.tp or not 0 < copies * spec.tp <= machines.per_node:
+        raise ConfigError(
+            f"--engine {config.sampling.engine}: the {machines.per_node} GPUs of a node cannot be "
+            "divided so; tp must divide them, and tp x dp be no more"
+        )
+    return Sampler(spec.kind, spec.tp, machines.nodes * copies, spec.memory, number)
+
+
+def needs_bytes(sampler: Sampler, shape: Shape, config: TrainConfig) -> float:
+    """Bytes of a GPU without which the sampler does not start: weights, and one longest episode."""
+    weights = sampler.number * shape.parameters / sampler.tensor_parallel
+    longest = min(shape.positions, config.sampling.max_prompt + config.sampling.max_response)
+    episode = longest * cache_bytes(sampler, shape)
+    return weights + episode + (VLLM_WORK if sampler.kind != "transformers" else 0.0)
+
+
+def cache_bytes(sampler: Sampler, shape: Shape) -> float:
+    """Bytes of keys and values that a token takes on each GPU of a copy."""
+    return sampler.number * shape.kv_numbers / min(sampler.tensor_parallel, shape.kv_heads)
+
+
+def slots(config: TrainConfig, copies: int) -> int:
+    """Episodes that a copy of the weights plays at the same time, if its memory allows."""
+    episodes = -(-config.sampling.prompts_per_step * config.sampling.group_size // copies)
+    ahead = episodes * (1 + config.sampling.max_staleness)
+    return min(ahead, config.sampling.max_in_flight or episodes)
+
+
+def memory(
+    sampler: Sampler, shape: Shape, config: TrainConfig, machines: Machines
+) -> dict[str, float]:
+    """Bytes of each GPU that the sampler takes beside the learner, by what takes them."""
+    weights = sampler.number * shape.parameters / sampler.tensor_parallel
+    if sampler.kind == "server":
+        return {}
+    if sampler.kind == "transformers":
+        longest = min(shape.positions, config.sampling.max_prompt + config.sampling.max_response)
+        cache = slots(config, sampler.copies) * longest * cache_bytes(sampler, shape)
+        return {"sampler: weights": weights, "sampler: keys and values": cache}
+    share = sampler.share * machines.gpu.memory
+    found = {
+        "sampler: weights": weights,
+        "sampler: activations and graphs": VLLM_WORK,
+        "sampler: keys and values": share - weights - VLLM_WORK,
+    }
+    return found | ({"sampler: CUDA": SERVER_BYTES} if sampler.kind == "serve" else {})
+
+
+def cache(sampler: Sampler, shape: Shape, config: TrainConfig, machines: Machines) -> float:
+    """Bytes of keys and values for which each GPU of a copy has room."""
+    if sampler.kind == "server":  # on GPUs of their own, of which vLLM takes nine tenths
+        weights = sampler.number * shape.parameters / sampler.tensor_parallel
+        return 0.9 * machines.gpu.memory - weights - VLLM_WORK
+    return memory(sampler, shape, config, machines)["sampler: keys and values"]
+
+
+def held_episodes(sampler: Sampler, shape: Shape, room: float) -> int:
+    """Mean episodes whose keys and values fit into the cache of a copy."""
+    return int(room / (EPISODE_TOKENS * cache_bytes(sampler, shape)))

@@ -1,0 +1,99 @@
+"""MCP: a server of the search tools, for clients of the Model Context Protocol.
+
+Example:
+    .. code-block:: python
+
+        sessions = tool_sessions(open_retriever("elasticsearch://localhost:9200/wiki18"))
+        with AppServer(make_app(sessions)) as server:
+            async with mcp.Client(f"{server.url}/mcp") as client:
+                result = await client.call_tool("search", {"query": "who founded Citibank"})
+
+``research-env serve --mcp`` starts the same server.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from research_env.adapters import require
+from research_env.datasets.base import Corpus, Dataset, Question
+from research_env.errors import ConfigurationError
+from research_env.retrieval.base import Retriever
+from research_env.sessions import Sessions
+from research_env.tools import write_call
+
+require("mcp", "2", "mcp")
+
+from mcp.server import Server  # noqa: E402
+from mcp.server.transport_security import TransportSecuritySettings  # noqa: E402
+from mcp_types import CallToolResult, ListToolsResult, TextContent, Tool  # noqa: E402
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+
+def tool_sessions(
+    retriever: str | Retriever | None, corpus: Corpus | None = None, **settings: Any
+) -> Sessions:
+    """Sessions that have tools and no question of their own.
+
+    Args:
+        retriever: the search engine; None searches the corpus.
+        corpus: its passages.
+        **settings: others, such as ``top_k`` or ``protocol="recall"``.
+    """
+    nothing = Dataset("tools", (Question("tools", "", ("",)),), corpus)
+    settings = {"protocol": "tool-calls", **settings}
+    return Sessions(dataset=nothing, retriever=retriever, **settings)
+
+
+def make_server(sessions: Sessions) -> Server[Any]:
+    """A server of the tools of the sessions' protocol.
+
+    A call is the only call of an episode of its own: the policy of another trainer reads the
+    same text as here, and searches of all clients share calls of the engine. Wrong arguments
+    and a failed engine are results with ``is_error``.
+
+    Args:
+        sessions: those of a protocol with tools.
+
+    Raises:
+        ConfigurationError: the protocol has no tools.
+    """
+    tools = sessions.core.protocol.tool_format
+    if tools is None:
+        raise ConfigurationError(
+            f"the protocol {sessions.core.protocol.name!r} has no tools; use 'tool-calls'"
+        )
+    listed = [
+        Tool(
+            name=schema["function"]["name"],
+            description=schema["function"]["description"],
+            input_schema=schema["function"]["parameters"],
+        )
+        for schema in tools.schemas
+    ]
+
+    async def list_tools(context: Any, params: Any) -> ListToolsResult:
+        return ListToolsResult(tools=listed)
+
+    async def call_tool(context: Any, params: Any) -> CallToolResult:
+        session = sessions.open(0)
+        output = await session.astep(write_call(params.name, params.arguments or {}))
+        if output.info["void"]:
+            text = "error: the search engine failed; try again later"
+        else:
+            text = session.episode.turns[-1].calls[0].message["content"]
+        content = TextContent(type="text", text=text)
+        return CallToolResult(content=[content], is_error=text.startswith("error: "))
+
+    return Server("research-env", on_list_tools=list_tools, on_call_tool=call_tool)
+
+
+def make_app(sessions: Sessions) -> ASGIApp:
+    """The application that serves the tools at ``/mcp`` (streamable HTTP, without sessions)."""
+    # AppServer checks Host and Origin itself.
+    security = TransportSecuritySettings(enable_dns_rebinding_protection=False)
+    return make_server(sessions).streamable_http_app(
+        stateless_http=True, json_response=True, transport_security=security
+    )

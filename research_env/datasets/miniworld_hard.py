@@ -1,0 +1,355 @@
+"""Harder questions about MiniWorld, and a harder MiniWorld: the levels of ``difficulty``.
+
+Difficulty 0 is MiniWorld as it is. Each level after it has what the one before it has, and more:
+
+1. Chains of three to six facts. Comparisons of three years: "Which came first by opening, A, B or
+   C?"
+2. Intersections: "What is the work directed by the mentor of A, released by B?" is asked where one
+   entity of that kind fits. Counts: "How many of A, B and C have a premiere before 1950?"
+3. Namesakes: every work has one, another film or play of the same name with other facts. Questions
+   about a work tell which is meant by one more fact, "the director of A, released by B", and a
+   query without it finds either. Comparisons reach the three through a fact each.
+4. Nothing shorter than five facts.
+
+Every question has one answer, which follows from passages that are known. The texts are made of the
+phrases of MiniWorld, so a policy that reads MiniWorld can read them; " the work" and the words of
+counts are spelled.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import pairwise
+
+from research_env.datasets import miniworld
+from research_env.datasets.base import Dataset, Hop, Question
+from research_env.datasets.miniworld import ASKED, COMPARED, RELATIONS, Entity, Relation, World
+from research_env.errors import ConfigurationError, UnknownNameError
+from research_env.retrieval.base import Passage
+
+SPLITS = miniworld.SPLITS
+MIN_YEARS_APART = miniworld.MIN_YEARS_APART
+BY_NAME = {relation.name: relation for kind in RELATIONS.values() for relation in kind}
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What is asked: shares of the kinds of question, which sum to 1, and bounds of hops."""
+
+    chain: float
+    comparison: float
+    intersection: float = 0.0
+    count: float = 0.0
+    hops: tuple[int, int] = (3, 6)  # of chains
+    namesakes: bool = False
+    reached: bool = False  # what is compared or counted is reached through a fact
+
+
+LEVELS = {
+    1: Level(chain=0.8, comparison=0.2),
+    2: Level(chain=0.5, comparison=0.15, intersection=0.2, count=0.15),
+    3: Level(
+        chain=0.5, comparison=0.15, intersection=0.2, count=0.15, namesakes=True, reached=True
+    ),
+    4: Level(chain=0.6, comparison=0.2, count=0.2, hops=(5, 6), namesakes=True, reached=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """Facts in a row from a named entity: how it is said, what it leads to, and its steps."""
+
+    phrase: str
+    value: str
+    hops: tuple[Hop, ...]  # hop 2 refers to hop 1 as #1, as if the path stood alone
+
+
+def world(seed: int, difficulty: int) -> World:
+    """Make the world of a seed at a level.
+
+    Args:
+        seed: of the world.
+        difficulty: a level; 0 is MiniWorld.
+
+    Raises:
+        ConfigurationError: no such level.
+    """
+    _require_level(difficulty)
+    made = miniworld.world(seed)
+    return _with_namesakes(seed) if difficulty and LEVELS[difficulty].namesakes else made
+
+
+def load(split: str, seed: int, difficulty: int) -> Dataset:
+    """Make the questions of a split at a level, and the corpus.
+
+    Args:
+        split: "train" (4,000 questions) or "dev" (400); no task stands in both.
+        seed: of the world.
+        difficulty: from 0 to 4; 0 is MiniWorld.
+
+    Raises:
+        ConfigurationError: no such level, or a seed that is no whole number.
+        UnknownNameError: no such split.
+    """
+    if split not in SPLITS:
+        raise UnknownNameError("split of miniworld", split, SPLITS)
+    made = world(seed, difficulty)
+    if difficulty == 0:
+        return miniworld.load(split, seed)
+    return Dataset("miniworld", _splits(seed, difficulty)[split], made)
+
+
+def questions(of: World, level: Level, rng: random.Random, wanted: int) -> Iterator[Question]:
+    """Draw distinct questions about a world, in the shares of a level."""
+    kinds: dict[str, tuple[float, Callable[[], Question | None]]] = {
+        "chain": (level.chain, partial(_chain, of, level, rng)),
+        "comparison": (level.comparison, partial(_comparison, of, level, rng)),
+        "intersection": (level.intersection, partial(_intersection, of, rng, _index(of))),
+        "count": (level.count, partial(_count, of, level, rng)),
+    }
+    weights = [share for share, _ in kinds.values()]
+    seen: set[str] = set()
+    while len(seen) < wanted:
+        draw = rng.choices([draw for _, draw in kinds.values()], weights)[0]
+        question = draw()
+        if question is None:
+            continue
+        task = str((sorted(hop.question for hop in question.decomposition), question.answers))
+        if task not in seen:
+            seen.add(task)
+            yield question
+
+
+# --- the world with namesakes ---------------------------------------------------------------------
+
+
+@lru_cache(maxsize=8)
+def _with_namesakes(seed: int) -> World:
+    """Every work gets a namesake, whose facts all differ from its own."""
+    made, rng = miniworld.world(seed), random.Random(f"namesakes {seed}")
+    entities = dict(made.entities)
+    works = [entity for entity in entities.values() if entity.kind == "work"]
+    values = {r.name: sorted({w.facts[r.name] for w in works}) for r in RELATIONS["work"]}
+    passages = list(made.passages)
+    for work in works:
+        facts = {
+            name: rng.choice([value for value in values[name] if value != own])
+            for name, own in work.facts.items()
+        }
+        other = Entity(work.name, "work", facts)
+        entities[namesake(work.name)] = other
+        text = miniworld.state(other, rng)
+        passages.append(Passage(made.passage_id(namesake(work.name)), work.name, text))
+    rng.shuffle(passages)
+    return World(seed, entities, tuple(passages), variant="-namesakes")
+
+
+def namesake(name: str) -> str:
+    """The key of a work's namesake in ``World.entities``; both have the same name."""
+    return f"{name} 2"
+
+
+def _told_apart(of: World, key: str, asked: str, rng: random.Random) -> tuple[str, str]:
+    """A fact that tells a work from its namesake: how it is said, and its value; else blanks."""
+    entity = of.entities[key]
+    if entity.kind != "work" or namesake(entity.name) not in of.entities:
+        return "", ""
+    relation = rng.choice([r for r in RELATIONS["work"] if r.name != asked and r.value != "year"])
+    value = entity.facts[relation.name]
+    return f", {rng.choice(relation.statements)} {value},", f" {value}"
+
+
+# --- paths ----------------------------------------------------------------------------------------
+
+
+def _path(
+    of: World, rng: random.Random, length: int, start: str | None = None, last: str | None = None
+) -> Path | None:
+    """Draw a path; None where it ends early or returns.
+
+    Args:
+        of: the world.
+        rng: of the choices.
+        length: facts.
+        start: key of the first entity; None draws it.
+        last: the type of the last value; None takes any, a year included.
+    """
+    key = start or rng.choice(list(of.entities))
+    phrase = of.entities[key].name
+    visited, hops = {phrase}, []
+    apart = ""
+    for place in range(length):
+        entity, final = of.entities[key], place == length - 1
+        choices = [
+            r
+            for r in RELATIONS[entity.kind]
+            if (last is None or r.value == last if final else r.value != "year")
+        ]
+        if not choices:
+            return None
+        relation = rng.choice(choices)
+        if place == 0:
+            said, apart = _told_apart(of, key, relation.name, rng)
+            phrase += said
+        reached = entity.facts[relation.name]
+        if reached in visited:
+            return None
+        visited.add(reached)
+        subject = f"#{place}" if place else f"{entity.name}{apart}"
+        hops.append(Hop(f"{subject} {relation.name}", reached, of.passage_id(key)))
+        phrase = f"{rng.choice(relation.references)} {phrase}"
+        key = reached
+    return Path(phrase.removesuffix(","), hops[-1].answer, tuple(hops))
+
+
+def _chain(of: World, level: Level, rng: random.Random) -> Question | None:
+    path = _path(of, rng, rng.randint(*level.hops))
+    if path is None:
+        return None
+    kind = BY_NAME[path.hops[-1].question.rsplit(" ", 1)[1]].value
+    asked = rng.choice(ASKED[kind])
+    end = "." if asked == "Name" else "?"
+    return _question(f"{asked} {path.phrase}{end}", path.value, "chain", path.hops)
+
+
+def _dated(of: World, level: Level, rng: random.Random) -> tuple[list[Path], list[Hop]] | None:
+    """Three entities of a kind, each with its year as the last of its hops."""
+    kind = rng.choice(list(COMPARED))
+    if level.reached and kind == "work":
+        return None  # nothing leads to a work
+    paths: list[Path] = []
+    hops: list[Hop] = []
+    for _ in range(3):
+        if level.reached:
+            path = _path(of, rng, 1, last=kind)
+        else:
+            key = rng.choice([key for key, e in of.entities.items() if e.kind == kind])
+            path = Path(of.entities[key].name, key, ())
+        if path is None or any(path.value == other.value for other in paths):
+            return None
+        paths.append(path)
+        first = len(hops)
+        hops += path.hops
+        subject = f"#{first + 1}" if path.hops else path.phrase
+        year = of.entities[path.value].facts[COMPARED[kind]]
+        hops.append(Hop(f"{subject} {COMPARED[kind]}", year, of.passage_id(path.value)))
+    years = sorted(int(year) for year in _years(paths, of, kind))
+    apart = min(b - a for a, b in pairwise(years))
+    return (paths, hops) if apart >= MIN_YEARS_APART else None
+
+
+def _years(paths: list[Path], of: World, kind: miniworld.Kind) -> list[str]:
+    return [of.entities[path.value].facts[COMPARED[kind]] for path in paths]
+
+
+def _comparison(of: World, level: Level, rng: random.Random) -> Question | None:
+    drawn = _dated(of, level, rng)
+    if drawn is None:
+        return None
+    paths, hops = drawn
+    kind = of.entities[paths[0].value].kind
+    years = [int(year) for year in _years(paths, of, kind)]
+    order = rng.choice(["first", "last"])
+    chosen = paths[years.index(min(years) if order == "first" else max(years))]
+    one, two, three = (path.phrase for path in paths)
+    told = f"Which came {order} by {COMPARED[kind]}, {one}, {two} or {three}?"
+    return _question(told, of.entities[chosen.value].name, "comparison", tuple(hops))
+
+
+def _count(of: World, level: Level, rng: random.Random) -> Question | None:
+    drawn = _dated(of, level, rng)
+    if drawn is None:
+        return None
+    paths, hops = drawn
+    kind = of.entities[paths[0].value].kind
+    years = [int(year) for year in _years(paths, of, kind)]
+    year = rng.choice([year for year in range(1910, 1991, 10) if year not in years])
+    one, two, three = (path.phrase for path in paths)
+    dated = f"an {COMPARED[kind]}" if COMPARED[kind] == "opening" else f"a {COMPARED[kind]}"
+    told = f"How many of {one}, {two} and {three} have {dated} before {year}?"
+    return _question(told, str(sum(each < year for each in years)), "count", tuple(hops))
+
+
+# --- intersections --------------------------------------------------------------------------------
+
+Index = dict[tuple[str, str, str], set[str]]  # kind, relation, value: keys of entities
+
+
+def _index(of: World) -> Index:
+    found: Index = {}
+    for key, entity in of.entities.items():
+        for relation, value in entity.facts.items():
+            found.setdefault((entity.kind, relation, value), set()).add(key)
+    return found
+
+
+def _intersection(of: World, rng: random.Random, index: Index) -> Question | None:
+    """Draw an entity that two facts single out, one of them reached through another fact."""
+    key = rng.choice(list(of.entities))
+    entity = of.entities[key]
+    named = [r for r in RELATIONS[entity.kind] if r.value != "year"]
+    first, second = rng.sample(named, 2)
+    one, two = entity.facts[first.name], entity.facts[second.name]
+    fits = index[entity.kind, first.name, one] & index[entity.kind, second.name, two]
+    sources = [k for k, e in of.entities.items() if one in e.facts.values() and k != key]
+    if fits != {key} or one == two or not sources:
+        return None
+    path = _leading(of, rng, rng.choice(sources), one)
+    if path is None or entity.name in path.phrase:
+        return None
+    said, also = rng.choice(first.statements), rng.choice(second.statements)
+    asked = "Who is" if entity.kind == "person" else "What is"
+    told = f"{asked} the {entity.kind} {said} {path.phrase}, {also} {two}?"
+    last = Hop(f"{said} #1, {also} {two}", entity.name, of.passage_id(key))
+    return _question(told, entity.name, "intersection", (*path.hops, last))
+
+
+def _leading(of: World, rng: random.Random, key: str, value: str) -> Path | None:
+    """One fact of an entity that has this value, as a path."""
+    entity = of.entities[key]
+    possible: list[Relation] = [r for r in RELATIONS[entity.kind] if entity.facts[r.name] == value]
+    if not possible:
+        return None
+    relation = rng.choice(possible)
+    said, apart = _told_apart(of, key, relation.name, rng)
+    hop = Hop(f"{entity.name}{apart} {relation.name}", value, of.passage_id(key))
+    phrase = f"{rng.choice(relation.references)} {entity.name}{said}"
+    return Path(phrase.removesuffix(","), value, (hop,))
+
+
+# --- questions ------------------------------------------------------------------------------------
+
+
+def _question(told: str, answer: str, kind: str, hops: tuple[Hop, ...]) -> Question:
+    return Question(
+        id="",
+        question=told,
+        answers=(answer,),
+        supporting=tuple(dict.fromkeys(hop.support for hop in hops if hop.support)),
+        hops=len(hops),
+        type=kind,
+        decomposition=hops,
+    )
+
+
+@lru_cache(maxsize=8)
+def _splits(seed: int, difficulty: int) -> dict[str, tuple[Question, ...]]:
+    rng = random.Random(f"questions {seed} difficulty {difficulty}")
+    drawn = questions(world(seed, difficulty), LEVELS[difficulty], rng, sum(SPLITS.values()))
+    return {
+        split: tuple(
+            replace(question, id=f"mw{seed}-d{difficulty}-{split}-{i}", split=split)
+            for i, question in zip(range(size), drawn, strict=False)
+        )
+        for split, size in SPLITS.items()
+    }
+
+
+def _require_level(difficulty: object) -> None:
+    known = (0, *LEVELS)
+    if isinstance(difficulty, bool) or difficulty not in known:
+        levels = ", ".join(map(str, known))
+        raise ConfigurationError(f"difficulty of miniworld is one of {levels}, not {difficulty!r}")

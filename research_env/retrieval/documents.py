@@ -1,0 +1,206 @@
+"""Documents: the passages of a corpus that belong together, and how they are read page by page.
+
+Chunks of one passage (``ID#0``, ``ID#1``, ... of :mod:`research_env.datasets.chunks`) belong
+together, and so do passages of the same title. A passage without a title is a document of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Protocol, runtime_checkable
+
+import msgspec
+
+from research_env.errors import ConfigurationError, RetrievalError
+from research_env.retrieval.base import Passage, Retriever
+
+PAGE_CHARACTERS = 3_000
+"""Most characters of a page."""
+MAX_PASSAGES = 500
+"""Most passages of a document on either side of the one that was asked for."""
+
+_CHUNK = re.compile(r"(.*)#(\d+)", re.DOTALL)
+_MAX_OVERLAP = 4_000  # characters that two chunks share at most
+
+
+class Document(msgspec.Struct, frozen=True, gc=False):
+    """Passages that belong together, in their order.
+
+    Attributes:
+        passages: at least one.
+        asked: which of them has the id that was asked for; None: the title was asked for.
+    """
+
+    passages: tuple[Passage, ...]
+    asked: int | None = None
+
+
+class Page(msgspec.Struct, frozen=True, gc=False):
+    """A part of a document.
+
+    Attributes:
+        title: the document's.
+        text: at most `PAGE_CHARACTERS` characters.
+        number: from 1 on.
+        count: how many pages the document has.
+        passages: those that the text is from.
+    """
+
+    title: str
+    text: str
+    number: int
+    count: int
+    passages: tuple[Passage, ...]
+
+
+@runtime_checkable
+class DocumentReader(Protocol):
+    """A retriever that can read documents, too."""
+
+    def prepare_reading(self) -> None:
+        """Get ready to read.
+
+        Raises:
+            ConfigurationError: this index cannot be read; the message says why.
+        """
+        ...
+
+    def read(self, names: Sequence[str]) -> list[Document | RetrievalError | None]:
+        """Read whole documents.
+
+        Args:
+            names: each the id of a passage, or else a title, in upper or lower case.
+
+        Returns:
+            One entry per name, in order; None where there is no such document.
+        """
+        ...
+
+
+def require_reader(retriever: Retriever) -> None:
+    """Check that a retriever can read documents.
+
+    Raises:
+        ConfigurationError: it cannot; the message says what to use.
+    """
+    if not isinstance(retriever, DocumentReader):
+        raise ConfigurationError(
+            f"the tool 'open' reads whole documents, which {type(retriever).__name__} cannot do; "
+            "use an embedded index or Elasticsearch, or leave the tool out: tools=search"
+        )
+    retriever.prepare_reading()
+
+
+def chunk_of(passage_id: str) -> tuple[str, int] | None:
+    """The passage of which this is a chunk, and the chunk's number; None for a whole passage."""
+    found = _CHUNK.fullmatch(passage_id)
+    return (found[1], int(found[2])) if found else None
+
+
+def chunks_around(row: int, last: int, passage_at: Callable[[int], Passage]) -> Document:
+    """The chunks of a passage, which are neighbours in the corpus.
+
+    Args:
+        row: where the chunk is that was asked for.
+        last: the last row of the corpus.
+        passage_at: the passage in a row.
+    """
+    asked = passage_at(row)
+    whole = chunk_of(asked.id)
+
+    def others(rows: Iterable[int]) -> Iterator[Passage]:
+        for at in rows:
+            passage, found = passage_at(at), chunk_of(passage_at(at).id)
+            if whole is None or found is None or found[0] != whole[0]:
+                return
+            yield passage
+
+    before = [*others(range(row - 1, max(-1, row - MAX_PASSAGES - 1), -1))][::-1]
+    after = [*others(range(row + 1, min(last, row + MAX_PASSAGES) + 1))]
+    return Document((*before, asked, *after), len(before))
+
+
+def window(places: Sequence[int], asked: int | None) -> tuple[list[int], int | None]:
+    """The rows of a document that are read, and where among them the one asked for is.
+
+    Args:
+        places: all rows of the document, ascending.
+        asked: the row that was asked for; None: the title was.
+    """
+    center = 0 if asked is None else bisect_left(places, asked)
+    first = max(0, center - MAX_PASSAGES)
+    return list(
+        places[first : center + MAX_PASSAGES + 1]
+    ), None if asked is None else center - first
+
+
+def read_page(document: Document, number: int | None = None) -> Page | None:
+    """A page of a document.
+
+    Args:
+        document: the document.
+        number: from 1 on; None: the page on which the passage that was asked for begins.
+
+    Returns:
+        The page; None where there is no such page.
+    """
+    text, starts = _join(document.passages)
+    pages = _cut(text)
+    if number is None:
+        begin = starts[document.asked or 0]
+        number = next(n for n, (_, end) in enumerate(pages, 1) if begin < end or n == len(pages))
+    if not 1 <= number <= len(pages):
+        return None
+    start, end = pages[number - 1]
+    ends = [*starts[1:], len(text) + 1]
+    shown = [
+        passage
+        for passage, first, last in zip(document.passages, starts, ends, strict=True)
+        if first < end and last > start
+    ]
+    title = document.passages[0].title
+    return Page(title, text[start:end].strip(), number, len(pages), tuple(shown))
+
+
+def count_pages(document: Document) -> int:
+    """How many pages a document has."""
+    return len(_cut(_join(document.passages)[0]))
+
+
+def _join(passages: Sequence[Passage]) -> tuple[str, list[int]]:
+    """The text of passages, and where in it each one begins."""
+    text, starts = passages[0].text, [0]
+    for before, passage in pairwise(passages):
+        shared = _overlap(before.text, passage.text) if _follows(before, passage) else 0
+        starts.append(max(0, len(text) - shared) if shared else len(text) + 1)
+        text += passage.text[shared:] if shared else f"\n{passage.text}"
+    return text, starts
+
+
+def _follows(before: Passage, passage: Passage) -> bool:
+    """Whether two passages are consecutive chunks, which overlap."""
+    one, other = chunk_of(before.id), chunk_of(passage.id)
+    return bool(one and other and one[0] == other[0] and one[1] + 1 == other[1])
+
+
+def _overlap(before: str, after: str) -> int:
+    """How many characters at the end of a chunk the next one repeats."""
+    for size in range(min(len(before), len(after), _MAX_OVERLAP), 0, -1):
+        if before.endswith(after[:size]):
+            return size
+    return 0
+
+
+def _cut(text: str) -> list[tuple[int, int]]:
+    """Where the pages of a text begin and end; they end at white space where there is any."""
+    pages, start = [], 0
+    while len(text) - start > PAGE_CHARACTERS:
+        end = start + PAGE_CHARACTERS
+        space = max(text.rfind(mark, start + PAGE_CHARACTERS // 2, end) for mark in " \n")
+        end = space + 1 if space >= 0 else end
+        pages.append((start, end))
+        start = end
+    return [*pages, (start, len(text))]

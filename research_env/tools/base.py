@@ -1,0 +1,257 @@
+"""Tools, calls, and the turn that makes them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from research_env.errors import ActionError, ConfigurationError, RetrievalError, ToolError
+from research_env.markup import defuse
+from research_env.retrieval.base import Retriever
+from research_env.retrieval.requests import ToolResult
+
+TYPES: Mapping[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+}
+"""JSON Schema's types of an argument, and Python's."""
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+
+
+Runner = Callable[[Retriever, Sequence[Mapping[str, Any]]], Sequence[ToolResult | RetrievalError]]
+"""Runs a batch of calls of one tool: the search engine and the arguments of each, to a result each.
+
+A :class:`RetrievalError` says that the infrastructure failed: it makes the episode void.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """Something that the policy calls by name; :func:`tool` makes one of a function.
+
+    Attributes:
+        name: its name.
+        description: what it does, for the model.
+        parameters: JSON Schema per argument: ``type`` (see `TYPES`), ``description``, ``enum``, ...
+        required: the arguments that each call must have.
+        runner: runs its calls. None: its ``query`` goes to the search engine, and ``top_n``, where
+            there is one, limits the passages that are shown.
+        reads: whether it needs a search engine that can read whole documents.
+        place: "module:NAME", where it can be imported from; pickles hold no more. "": nowhere.
+    """
+
+    name: str
+    description: str
+    parameters: Mapping[str, Mapping[str, Any]] = field(hash=False)
+    required: tuple[str, ...] = ()
+    runner: Runner | None = None
+    reads: bool = False
+    place: str = field(default="", repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.place:  # a function under the name of its tool cannot be pickled
+            return import_tool, (self.place,)
+        parameters = {name: dict(each) for name, each in self.parameters.items()}
+        made = (self.name, self.description, parameters, self.required, self.runner, self.reads)
+        return Tool, made
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ConfigurationError(
+                f"a tool's name is up to 64 letters, digits, _ and -, not {self.name!r:.100}"
+            )
+        for argument, schema in self.parameters.items():
+            if schema.get("type") not in TYPES:
+                raise ConfigurationError(
+                    f"the argument {argument!r} of the tool {self.name!r} has the type "
+                    f"{schema.get('type')!r}; it is one of {', '.join(TYPES)}"
+                )
+        missing = [each for each in self.required if each not in self.parameters]
+        if missing or (self.runner is None and "query" not in self.parameters):
+            raise ConfigurationError(
+                f"the tool {self.name!r} needs a JSON Schema for the argument "
+                f"{(missing or ['query'])[0]!r}; it has: {', '.join(self.parameters) or 'none'}"
+            )
+        if defuse(text := json.dumps(self.schema, ensure_ascii=False)) != text:
+            raise ConfigurationError(
+                f"the schema of the tool {self.name!r} holds markup such as <tag> or <|token|>, "
+                "which a model could take for its own; describe it in other words"
+            )
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The JSON Schema, in the form of OpenAI's API and of chat templates."""
+        parameters = {
+            "type": "object",
+            "properties": {name: dict(each) for name, each in self.parameters.items()},
+            "required": list(self.required),
+        }
+        function = {
+            "name": self.name,
+            "description": self.description,
+            "parameters": parameters,
+        }
+        return {"type": "function", "function": function}
+
+
+def import_tool(place: str) -> Tool:
+    """The tool at "module:NAME".
+
+    Raises:
+        ConfigurationError: it cannot be imported, or is no tool.
+    """
+    module, _, name = place.partition(":")
+    try:
+        found: Any = import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(
+            f"cannot import the tool {place!r}: {error}; write 'module:NAME' with a module that "
+            "Python finds (see PYTHONPATH)"
+        ) from error
+    if not isinstance(found, Tool):
+        raise ConfigurationError(
+            f"the tool {place!r} is {found!r:.80}; decorate a function with research_env.tools.tool"
+        )
+    return found
+
+
+def tool(**parameters: Mapping[str, Any]) -> Callable[[Callable[..., str]], Tool]:
+    """Make a tool of a function, which gets the arguments by name and returns text.
+
+    The name is the function's, the description its docstring; arguments without a default are
+    required. The same arguments must always give the same result, since results are cached. To tell
+    the policy what it did wrong, raise :class:`~research_env.errors.ToolError`; any other exception
+    is a bug and is raised to the caller of ``step``.
+
+    Args:
+        **parameters: JSON Schema per argument.
+
+    Raises:
+        ConfigurationError: a schema without its argument, or an argument without its schema.
+
+    Example:
+        >>> @tool(text={"type": "string", "description": "What to count."})
+        ... def count_words(text: str) -> str:
+        ...     "Count the words of a text."
+        ...     return str(len(text.split()))
+        >>> count_words.schema["function"]["parameters"]["required"]
+        ['text']
+    """
+
+    def make(function: Callable[..., str]) -> Tool:
+        arguments = inspect.signature(function).parameters
+        if arguments.keys() != parameters.keys():
+            raise ConfigurationError(
+                f"the function {function.__name__} takes {', '.join(arguments) or 'nothing'}; the "
+                f"schemas given are for {', '.join(parameters) or 'nothing'}"
+            )
+
+        def run(
+            _: Retriever, calls: Sequence[Mapping[str, Any]]
+        ) -> list[ToolResult | RetrievalError]:
+            return [_run(function, arguments) for arguments in calls]
+
+        required = [name for name, each in arguments.items() if each.default is each.empty]
+        return Tool(
+            function.__name__,
+            inspect.cleandoc(function.__doc__ or ""),
+            parameters,
+            tuple(required),
+            run,
+            place=f"{function.__module__}:{function.__qualname__}",
+        )
+
+    return make
+
+
+def _run(function: Callable[..., str], arguments: Mapping[str, Any]) -> ToolResult | RetrievalError:
+    try:
+        text = function(**arguments)
+    except ToolError as error:
+        return ToolResult(f"error: {error}")
+    except RetrievalError as error:
+        return error
+    if not isinstance(text, str):
+        raise ConfigurationError(
+            f"the tool {function.__name__} returned {text!r:.80}; a tool returns text"
+        )
+    return ToolResult(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call as a policy makes it; nothing in it is checked yet.
+
+    Attributes:
+        id: its own id; "": it gets one.
+        name: the tool's.
+        arguments: a mapping of argument to JSON value.
+        raw: the arguments as JSON text, where nobody has read it yet.
+    """
+
+    id: str = ""
+    name: str = ""
+    arguments: Any = field(default=None, hash=False)
+    raw: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolTurn:
+    """A policy's turn as a structured action: instead of its text.
+
+    Attributes:
+        content: what it says; the answer, if there are no calls.
+        reasoning: what it thought before.
+        calls: in order.
+    """
+
+    content: str = ""
+    reasoning: str = ""
+    calls: tuple[Call, ...] = ()
+
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any]) -> ToolTurn:
+        """The turn of an assistant message in the form of OpenAI's API.
+
+        Args:
+            message: with ``content``, ``tool_calls`` (each with ``id`` and ``function``, which has
+                ``name`` and ``arguments``), and ``reasoning_content`` or ``reasoning``; each of
+                them may be missing or None.
+
+        Raises:
+            ActionError: a field is of another type; what a call itself says is not looked at.
+        """
+        content = message.get("content") or ""
+        reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+        calls = message.get("tool_calls") or ()
+        if not isinstance(content, str) or not isinstance(reasoning, str):
+            raise ActionError(f"content and reasoning of a message are text, not {message!r:.200}")
+        if isinstance(calls, str) or not isinstance(calls, Sequence):
+            raise ActionError(f"tool_calls of a message is a list, not {calls!r:.200}")
+        return cls(content, reasoning, tuple(_call(each) for each in calls))
+
+
+def _call(entry: Any) -> Call:
+    """A call of a message, however wrong its form."""
+    entry = entry if isinstance(entry, Mapping) else {}
+    function = entry.get("function")
+    function = function if isinstance(function, Mapping) else {}
+    identifier, name, given = entry.get("id"), function.get("name"), function.get("arguments")
+    return Call(
+        identifier if isinstance(identifier, str) else "",
+        name if isinstance(name, str) else "",
+        None if isinstance(given, str) else given,
+        given if isinstance(given, str) else None,
+    )

@@ -1,0 +1,82 @@
+"""What each rank of ``test_server_ranks.py`` runs: server engines with sharded weights.
+
+For each set of servers every rank prints a line of JSON: what it sampled, or the error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from research_agent.distributed import full_tensor, init_distributed, shard
+from research_agent.engines import parse_engine
+from research_agent.engines.base import SamplingParams
+from research_agent.engines.servers import serve
+from research_agent.engines.servers.engine import connect_servers
+from research_agent.errors import ResearchAgentError
+from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
+
+
+class Gathered:
+    """The weights of a sharded model, to which a number was added; all ranks go through them."""
+
+    def __init__(self, model: Any, number: float) -> None:
+        self._model, self._number = model, number
+        self.seen = 0
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in self._model.named_parameters():
+            self.seen += 1
+            yield name, full_tensor(weight.detach()) + self._number
+
+
+def play(urls: list[str], dtype: str = "bfloat16") -> dict[str, Any]:
+    """Sample four turns of this rank with two versions of the weights.
+
+    Args:
+        urls: of the servers; without any one is started.
+        dtype: number format of their weights.
+    """
+    renderer = codec_of(byte_tokenizer(merges=True))
+    model = tiny_qwen2(hidden=128)
+    shard(model, list(model.model.layers))
+    settings: dict[str, Any] = {"max_context": 200, "dtype": dtype}
+    if urls:
+        engine = connect_servers(model, renderer, urls, patience=0.5, **settings)
+    else:
+        serve._PROGRAM = (sys.executable, "-m", "tests.research_agent.fake_vllm")
+        engine = serve.serve_engine(parse_engine("serve"), model, renderer, 4, **settings)
+    rank = dist.get_rank()
+    turns, seen = [], []
+    try:
+        for version in (1, 2):
+            weights = Gathered(model, version)
+            engine.load_weights(weights, version)
+            seen.append(weights.seen)
+            for slot in range(4):
+                seed = 4 * rank + slot
+                prompt = renderer.encode_text(f"q{seed}")
+                engine.submit(slot, prompt, SamplingParams(max_tokens=3, seed=seed))
+            while engine.busy:
+                turns += [(turn.slot, turn.tokens, turn.version) for turn in engine.step()]
+            for slot in range(4):
+                engine.release(slot)
+        return {"turns": sorted(turns), "seen": seen}
+    finally:
+        engine.close()
+
+
+if __name__ == "__main__":
+    with init_distributed():
+        for name, arguments in json.loads(sys.argv[1]).items():
+            try:
+                said = play(*arguments)
+            except ResearchAgentError as error:
+                said = {"error": type(error).__name__, "message": str(error)}
+            print(json.dumps({"name": name, "rank": dist.get_rank(), **said}), flush=True)
+            dist.barrier()

@@ -1,0 +1,197 @@
+"""Files that a stranger changed: each is read, or refused by file and line. Nothing crashes."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from research_agent.checkpoint import CHECKSUMS, _checksums
+from research_agent.cli import main
+from research_agent.errors import LogError, PredictionsError
+from research_agent.evaluation.predictions import as_record, read_predictions
+from research_agent.run_logger import read_lines
+from research_agent.trajectory import Segment, Trajectory
+from tests.research_agent.test_trainer import flags, letters
+
+__all__ = ["letters"]
+
+JUNK: list[Any] = [
+    *(None, True, -1, 2**70, 10**400, 1e999, "x", "\ud800", [], {}, [[]], {"a": 1}),
+    *([[[[[]]]]], 0.5, ""),
+]
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths to every value inside a JSON value."""
+    yield path
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(inner, (*path, key))
+
+
+def mutants(value: Any, count: int, seed: int) -> Iterator[str]:
+    """JSON texts with one value replaced, removed, or nested without end."""
+    draw = random.Random(seed)
+    every = list(places(value))
+    for _ in range(count):
+        copy = json.loads(json.dumps(value))
+        path = draw.choice(every)
+        kind = draw.randrange(4)
+        if not path:
+            yield json.dumps(draw.choice(JUNK))
+            continue
+        parent = copy
+        for key in path[:-1]:
+            parent = parent[key]
+        if kind == 0:
+            del parent[path[-1]]
+            yield json.dumps(copy)
+        elif kind == 1:
+            parent[path[-1]] = "DEEP"
+            yield json.dumps(copy).replace('"DEEP"', "[" * 5_000 + "]" * 5_000)
+        else:
+            parent[path[-1]] = draw.choice(JUNK)
+            yield json.dumps(copy).replace("Infinity", "1e999")
+
+
+def said(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
+    """What a command says that refuses, or nothing if it succeeds. A traceback fails the test."""
+    try:
+        main(words)
+    except SystemExit as ended:
+        message = capsys.readouterr().err
+        assert ended.code == 2, message
+        assert message.startswith("research-agent: error: ")
+        return message
+    capsys.readouterr()
+    return ""
+
+
+@pytest.fixture(scope="module")
+def record() -> dict[str, Any]:
+    segments = (
+        Segment("prompt", (1, 2), text="Who?", info={"question_id": "q"}),
+        Segment("action", (3,), (-0.5,), text="<search>a</search>"),
+        Segment("observation", (4,), text="Ann", info={"hits": [{"id": "p"}]}),
+        Segment("action", (5,), (-0.25,), text="Ann"),
+    )
+    info = {"question_id": "q", "prediction": "Ann", "strata": {"hops": "2"}, "answers": ["Ann"]}
+    trajectory = Trajectory(
+        *(0, 0, segments), reward=1.0, terminated=True, truncated=False, info=info
+    )
+    return as_record(trajectory, lambda tokens: ["x" for _ in tokens]) | {"metrics": {"em": 1.0}}
+
+
+@pytest.mark.filterwarnings("ignore")  # of means of numbers that are not finite
+def test_mutated_predictions(
+    record: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = json.dumps(record | {"episode": 7, "info": {"question_id": "r"}}) + "\n"
+    refused = 0
+    for number, text in enumerate(mutants(record, 150, seed=0)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = folder / "predictions.jsonl"
+        path.write_text(other + text + "\n")
+        commands = [
+            ["report", str(folder)],
+            ["compare", str(path), str(path)],
+            ["grade", str(path), "--output", str(folder / "grades")],
+            ["sample", str(path), "--output", str(folder / "samples")],
+        ]
+        for words in commands[number % 4 : number % 4 + 1]:
+            message = said(capsys, words)
+            refused += bool(message)
+            assert not message or str(path) in message or "predictions" in message, message
+    assert refused > 40
+
+
+def test_mutated_logs(tmp_path: Path) -> None:
+    line = {"step": 2, "reward": 0.5, "env/em": None, "learner/kl": 1e-9}
+    path = tmp_path / "metrics.jsonl"
+    refused = 0
+    for text in mutants(line, 150, seed=1):
+        path.write_text(json.dumps({"step": 1}) + "\n" + text + "\n")
+        try:
+            records = read_lines(path)
+        except LogError as error:
+            assert f"{path}:2: this line is no record of a step" in str(error)
+            refused += 1
+            continue
+        assert [type(each["step"]) for each in records] == [int, int]
+    assert refused > 60
+
+
+@pytest.mark.parametrize("content", [b"\0" * 40 + b"\n", b"\xff\xfe\n", b"[1]\n", b"{}\n"])
+def test_lines_that_are_no_records(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + content)
+    with pytest.raises(LogError, match=r"metrics\.jsonl:2: "):
+        read_lines(tmp_path / "metrics.jsonl")
+    (tmp_path / "predictions.jsonl").write_bytes(content)
+    with pytest.raises(PredictionsError, match=r"predictions\.jsonl:1: "):
+        read_predictions(tmp_path)
+
+
+def test_logs_that_are_no_files(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/zero")
+    with pytest.raises(LogError, match="no regular file"):
+        read_lines(tmp_path / "metrics.jsonl")
+    (tmp_path / "predictions.jsonl").symlink_to("/dev/zero")
+    with pytest.raises(PredictionsError, match="no regular file"):
+        read_predictions(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with two steps and one checkpoint."""
+    folder = tmp_path_factory.mktemp("formats") / "run"
+    main(flags(letters, folder, "--steps", "2", "--collapse", "0.01"))
+    return folder
+
+
+def continued(letters: Path, run: Path) -> list[str]:
+    return flags(letters, run, "--steps", "2", "--collapse", "0.01", "--time-limit", "9999")
+
+
+def test_a_mutated_state_with_its_checksum(
+    letters: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = 0
+    state = json.loads((run / "checkpoints" / "step-000002" / "state.json").read_text())
+    # The tensors' names in the learner's part are left as they are: the optimizer trusts its own.
+    learner = next(pair for pair in state["state"]["__pairs__"] if pair[0] == "learner")
+    whole, learner[1] = json.dumps(learner[1]), "LEARNER"
+    for number, text in enumerate(mutants(state, 30, seed=2)):
+        copy = shutil.copytree(run, tmp_path / str(number))
+        newest = copy / "checkpoints" / "step-000002"
+        (newest / "state.json").write_text(text.replace('"LEARNER"', whole))
+        (newest / CHECKSUMS).write_text(json.dumps(_checksums(newest)))
+        words = flags(letters, copy, "--steps", "3", "--collapse", "0.01")
+        message = said(capsys, words)
+        assert not message or str(copy) in message or "no checkpoint" in message, message
+        refused += bool(message)
+    assert refused > 10
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "timings.jsonl", "config.json"])
+def test_a_mutated_log_or_configuration_of_a_run(
+    letters: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    lines = (run / file).read_text().splitlines()
+    value = json.loads("".join(lines) if file == "config.json" else lines[0])
+    rest = [] if file == "config.json" else lines[1:]
+    refused = 0
+    for number, text in enumerate(mutants(value, 12, seed=3)):
+        copy = shutil.copytree(run, tmp_path / str(number))
+        (copy / file).write_text("\n".join([text, *rest]) + "\n")
+        for words in (["report", str(copy)], continued(letters, copy)):
+            message = said(capsys, words)
+            assert not message or str(copy / file) in message or "no run" in message, message
+            refused += bool(message)
+    assert refused > 2

@@ -1,0 +1,159 @@
+"""Servers that a run starts itself: how, and that none is left behind."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from research_agent.engines import EngineSpec, make_engine, parse_engine
+from research_agent.engines.checks import require_gpus
+from research_agent.engines.servers import serve
+from research_agent.engines.servers.engine import ServerEngine
+from research_agent.errors import ConfigError, EngineError
+from tests.research_agent.test_server_engine import MODEL, RENDERER, finish, submit, until
+
+FAKE = (sys.executable, "-m", "tests.research_agent.fake_vllm")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """What the program that was started says of itself."""
+    file = tmp_path / "record.json"
+    monkeypatch.setenv("FAKE_VLLM_RECORD", str(file))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(serve, "_PROGRAM", FAKE)
+    return lambda: json.loads(file.read_text())
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_server_is_started_as_the_run_needs_it(
+    record: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    engine = make_engine(
+        "serve:tp=2,dp=3,memory=0.5", MODEL, RENDERER, max_slots=4, max_context=200
+    )
+    submit(engine, range(4))
+    assert len(finish(engine)) == 4
+    found = record()
+    expected = {
+        "host": "127.0.0.1",
+        "tensor-parallel-size": "2",
+        "data-parallel-size": "3",
+        "gpu-memory-utilization": "0.5",
+        "max-model-len": "200",
+        "max-num-seqs": "4",
+        "dtype": "float32",
+        "load-format": "dummy",
+        "logprobs-mode": "processed_logprobs",
+    }
+    assert expected.items() <= found["settings"].items()
+    assert "enable-scale-out" in found["settings"]
+    environment = found["environment"]
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert environment["VLLM_NO_USAGE_STATS"] == environment["DO_NOT_TRACK"] == "1"
+    assert "LOCAL_RANK" not in environment and "MASTER_PORT" not in environment
+    folder = Path(found["settings"]["model"])
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
+    assert (folder / "tokenizer.json").exists()
+    assert isinstance(engine, ServerEngine)
+    engine.close()
+    assert gone(found["pid"])
+    assert not folder.exists()
+
+
+def test_a_forgotten_engine_stops_its_server(record: Callable[[], Any]) -> None:
+    engine = make_engine("serve", MODEL, RENDERER, max_slots=4, max_context=200)
+    pid = record()["pid"]
+    assert not gone(pid)
+    del engine
+    gc.collect()
+    until(lambda: gone(pid))
+
+
+def test_a_server_that_dies_is_told_with_its_output(record: Callable[[], Any]) -> None:
+    engine = make_engine("serve", MODEL, RENDERER, max_slots=4, max_context=200)
+    os.kill(record()["pid"], signal.SIGKILL)
+    submit(engine, [0])
+    with pytest.raises(EngineError, match=r"vllm serve ended with status 137.*same command"):
+        finish(engine)
+    assert isinstance(engine, ServerEngine)
+    engine.close()
+
+
+def test_a_server_that_does_not_start_is_told_with_its_output(
+    record: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM_FAILS", "no CUDA devices are available")
+    with pytest.raises(EngineError, match=r"ended with status 1\..*no CUDA devices"):
+        make_engine("serve", MODEL, RENDERER, max_slots=4, max_context=200)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_server_outlives_the_process_that_started_it(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """However it ends, and be it with its whole group: the system closes the pipe."""
+    supervisor = [sys.executable, str(serve._SUPERVISOR)]
+    command = [*supervisor, *FAKE, "--port", "0", "--max-model-len", "9", "--dtype", "float32"]
+    code = (
+        "import subprocess, sys\n"
+        f"subprocess.Popen({command}, stdin=subprocess.PIPE, start_new_session=True)\n"
+        "sys.stdin.read()"
+    )
+    record = tmp_path / "record.json"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=os.environ | {"FAKE_VLLM_RECORD": str(record), "PYTHONPATH": str(ROOT)},
+    )
+    until(lambda: record.exists() and record.read_text().endswith("}"))
+    pid = json.loads(record.read_text())["pid"]
+    os.killpg(parent.pid, number)
+    parent.wait()
+    until(lambda: gone(pid))
+
+
+def test_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    require_gpus("serve", 2, torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"serve with 4 GPUs.*2 are visible"):
+        require_gpus("serve", 4, torch.device("cuda"))
+    require_gpus("serve", 4, torch.device("cpu"))
+
+
+def test_names_of_engines() -> None:
+    assert parse_engine("transformers") == EngineSpec("transformers")
+    assert parse_engine("vllm") == EngineSpec("vllm", tp=1, memory=0.4)
+    assert parse_engine("vllm:tp=2,memory=0.6") == EngineSpec("vllm", tp=2, memory=0.6)
+    assert parse_engine("serve:tp=8,dp=2") == EngineSpec("serve", tp=8, dp=2, memory=0.4)
+    server = parse_engine("server+nccl:http://a:1,http://b:2")
+    assert server == EngineSpec("server", urls=("http://a:1", "http://b:2"), carrier="nccl")
+    for name in ("warp", "serve:", "server", "server+mpi:http://a:1", "vllm+nccl:tp=2"):
+        with pytest.raises(ConfigError, match="no engine is named"):
+            parse_engine(name)
+    for name in ("vllm:dp=2", "serve:tp=0", "serve:tp=x", "serve:memory=1.5", "transformers:tp=2"):
+        with pytest.raises(ConfigError, match=r"is no setting of.*write tp=N"):
+            parse_engine(name)
