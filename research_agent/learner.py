@@ -238,9 +238,10 @@ class Learner:
     ) -> Iterator[list[tuple[str, Tensor]]]:
         """Yield the same weights as ``weights``, a bucket at a time.
 
-        A bucket holds at most ``config.bucket_bytes``, or one tensor that is larger. Buckets are
-        the same on all ranks. All collectives of a bucket are over before it is yielded, so that
-        what a rank does with it (send, write, wait at a barrier) cannot be interleaved with them.
+        A bucket holds at most ``config.bucket_bytes``, or one tensor that is larger. It is emptied
+        when the next one is asked for. Buckets are the same on all ranks. All collectives of a
+        bucket are over before it is yielded, so that what a rank does with it (send, write, wait at
+        a barrier) cannot be interleaved with them.
 
         Args:
             dtype: as for ``weights``.
@@ -252,7 +253,8 @@ class Learner:
             size = weight.numel() * (dtype or weight.dtype).itemsize
             if bucket and held + size > self.config.bucket_bytes:
                 yield bucket
-                bucket, held = [], 0
+                bucket.clear()  # also for whoever still holds the list: its memory is needed now
+                held = 0
             bucket.append((name, full_tensor(weight.detach().to(dtype or weight.dtype))))
             held += size
         if bucket:
