@@ -184,6 +184,8 @@ class Client:
                 body += part
                 if len(body) > _LARGEST_ANSWER:
                     raise RequestError(f"an answer of over {_LARGEST_ANSWER >> 20} MB", status=413)
+            if response.status >= 500:
+                response.close()  # uvicorn ends such a connection, after its answer
             return response.status, bytes(body)
 
     async def aclose(self) -> None:

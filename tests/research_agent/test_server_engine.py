@@ -31,7 +31,7 @@ from research_agent.engines.base import (
 from research_agent.engines.remote import turn_seed
 from research_agent.engines.servers import pool, server_group, weight_sync, weight_transfer
 from research_agent.engines.servers.engine import ServerEngine, connect_servers
-from research_agent.engines.servers.weight_sync import ModelWeights
+from research_agent.engines.servers.weight_sync import model_weights
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.environments import make_environments
 from research_agent.errors import (
@@ -785,7 +785,7 @@ def test_real_servers_take_weights_from_memory(
             if version:
                 if version == 2:  # after a transfer that breaks off, too
                     cuda_double.break_off(after=3)
-                engine.load_weights(ModelWeights(model), version)
+                engine.load_weights(model_weights(model), version)
                 assert server.version() != before
             greedy = plays(engine)
             assert tokens(greedy) == expected

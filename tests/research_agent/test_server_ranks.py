@@ -17,7 +17,7 @@ from tests.research_agent.torchrun import in_two_processes
 RENDERER = codec_of(byte_tokenizer(merges=True))
 
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "precision": ({"dtype": "float16"}, "weights in float16, and the run gives them in bfloat16"),
     "model": ({"sizes": (3, 264, 128)}, "another model: layers 3, and the policy layers 2"),
     "version": ({"software": "0.31.1"}, "the servers differ in version"),
