@@ -19,13 +19,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.blanked import BlankRetriever
 from research_agent.config import SamplingConfig, TrainConfig
 from research_agent.errors import ResearchAgentError, TooManyVoidError
 from research_agent.presets import PRESETS
 from research_env.datasets import miniworld
-from research_env.errors import ResearchEnvError, RetrievalError
+from research_env.errors import ResearchEnvError
 from research_env.retrieval import open_retriever
-from research_env.retrieval.base import Hit, Passage, Retriever
 
 MINIWORLD = PRESETS["miniworld"]
 
@@ -52,26 +52,6 @@ class DemoConfig:
     """Folder of the run; a subfolder is made for the seed."""
     json: bool = False
     """Print the results as one line of JSON on standard output."""
-
-
-class BlankRetriever:
-    """A retriever whose passages say nothing: what is answered with it was not read."""
-
-    def __init__(self, inner: Retriever) -> None:
-        self._inner = inner
-
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
-        """As many hits as the engine finds, each without title and text."""
-        return [
-            found
-            if isinstance(found, RetrievalError)
-            else [Hit(Passage(hit.passage.id, "", ""), hit.score) for hit in found]
-            for found in self._inner.search(queries, top_k)
-        ]
-
-    def close(self) -> None:
-        """Close the engine behind it."""
-        self._inner.close()
 
 
 class SearchAlways:

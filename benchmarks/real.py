@@ -32,8 +32,10 @@ from research_agent.files import write_atomic
 from research_env.errors import ResearchEnvError
 
 ENV = "research_env:SearchQA-v0"
+BLANKED = "benchmarks.blanked:Blanked-SearchQA-v0"
 TRAINED_ON, HELD_OUT = ("hotpotqa", "2wiki"), "musique"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+TABLES = {"before": "warm start", "after": "GRPO", "blanked": "GRPO, results blanked"}
 METRICS = ("em", "f1", "cem", "searches", "support_recall")
 
 
@@ -125,6 +127,9 @@ class RealConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of sampling and of the matrix products of learning. bfloat16 is two to four
     times as fast on a CPU that has instructions for it (avx512_bf16 or amx_bf16 in lscpu)."""
+    retriever: str | None = None
+    """URL of the retriever of evaluations, with {dataset} where the name of the set belongs, such
+    as elasticsearch://localhost:9200/{dataset}; none takes the embedded BM25."""
     questions: int | None = None
     """Questions of each data set in every evaluation; none takes what suits the machine."""
     demonstrations: int | None = None
@@ -210,7 +215,9 @@ def plan(config: RealConfig, scale: Scale, model: str) -> list[Stage]:
         start = str(folder)
     stages += _evaluations(config, scale, "before", start, device)
     stages.append(_grpo(config, scale, start, device))
-    return [*stages, *_evaluations(config, scale, "after", str(output / "grpo"), device)]
+    trained = str(output / "grpo")
+    stages += _evaluations(config, scale, "after", trained, device)
+    return [*stages, *_evaluations(config, scale, "blanked", trained, device, env=BLANKED)]
 
 
 def _zero_shot(config: RealConfig, scale: Scale, model: str, device: str) -> Stage:
@@ -259,13 +266,15 @@ def _grpo(config: RealConfig, scale: Scale, model: str, device: str) -> Stage:
 
 
 def _evaluations(
-    config: RealConfig, scale: Scale, name: str, model: str, device: str
+    config: RealConfig, scale: Scale, name: str, model: str, device: str, *, env: str = ENV
 ) -> Iterator[Stage]:
     """Evaluations of every data set; the last is in none of what was trained on."""
     for dataset in (*TRAINED_ON, HELD_OUT):
         folder = config.output / name / dataset
-        words = ["eval", "--env", ENV, "--model", model, "--output", str(folder), "--quiet"]
+        words = ["eval", "--env", env, "--model", model, "--output", str(folder), "--quiet"]
         words += ["--env-args", f"dataset={dataset}", "split=dev", "template=question", "top_k=2"]
+        if config.retriever is not None:
+            words += [f"retriever={config.retriever.format(dataset=dataset)}"]
         words += ["--limit", str(scale.questions), "--seed", str(config.seed), "--device", device]
         words += ["--max-prompt", "256", "--max-response", str(scale.max_response)]
         words += ["--max-turn-tokens", str(scale.max_turn)]
@@ -374,7 +383,7 @@ def results(config: RealConfig, scale: Scale, speed: Mapping[str, float]) -> dic
 
     output = config.output
     tables: dict[str, dict[str, Any]] = {}
-    for name in ("before", "after"):
+    for name in TABLES:
         for dataset in (*TRAINED_ON, HELD_OUT):
             path = output / name / dataset / "summary.json"
             if path.is_file():
@@ -411,7 +420,7 @@ def in_markdown(found: Mapping[str, Any]) -> str:
         lines.append("")
     lines += [f"| weights | data set | questions | {' | '.join(METRICS)} |"]
     lines += ["|---|---|---:|" + "---:|" * len(METRICS)]
-    for name, label in (("before", "warm start"), ("after", "GRPO")):
+    for name, label in TABLES.items():
         for dataset, summary in found.get(name, {}).items():
             outside = ", not trained on" if dataset == HELD_OUT else ""
             cells = " | ".join(_with_interval(summary, metric) for metric in METRICS)

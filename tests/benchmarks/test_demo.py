@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.demo import GO_ON, PLAN, BlankRetriever, SearchAlways
+from benchmarks.blanked import BlankRetriever
+from benchmarks.demo import GO_ON, PLAN, SearchAlways
 from research_agent.cli import main as sft
 from research_agent.config import SamplingConfig
 from research_agent.engines.base import SamplingParams

@@ -25,7 +25,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_stage_leaves_its_folder_and_the_results_tell_all(finished: Path) -> None:
     found = json.loads((finished / "results.json").read_text())
-    for name in ("before", "after"):
+    for name in ("before", "after", "blanked"):
         assert {*found[name]} == {"hotpotqa", "2wiki", "musique"}
         assert all(summary["episodes"] == 4 for summary in found[name].values())
     assert [line["step"] for line in found["curve"]] == [0, 1, 2]
@@ -37,6 +37,7 @@ def test_every_stage_leaves_its_folder_and_the_results_tell_all(finished: Path) 
         "before-hotpotqa", "before-2wiki", "before-musique",
         "grpo",
         "after-hotpotqa", "after-2wiki", "after-musique",
+        "blanked-hotpotqa", "blanked-2wiki", "blanked-musique",
     ]  # fmt: skip
     text = (finished / "results.md").read_text()
     assert "| GRPO | musique, not trained on | 4 |" in text
@@ -72,6 +73,21 @@ def test_what_is_trained_on_and_what_is_held_out(finished: Path) -> None:
     lines = (finished / "after" / "musique" / "predictions.jsonl").read_text().splitlines()
     settings = json.loads(lines[0])["header"]["settings"]["env_args"]
     assert (settings["dataset"], settings["split"]) == ("musique", "dev")
+
+
+def test_blanked_results_say_nothing(finished: Path) -> None:
+    lines = (finished / "blanked" / "hotpotqa" / "predictions.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines[1:]]
+    seen = [s for r in records for s in r["segments"] if s["provenance"] == "observation"]
+    titles = [title for s in seen for title in s["info"].get("passage_titles", [])]
+    assert len(records) == 4
+    assert all(title == "" for title in titles)
+
+
+def test_evaluations_may_ask_an_engine_of_their_own() -> None:
+    config = real.RealConfig(model="m", retriever="elasticsearch://host:9200/{dataset}")
+    stages = {stage.name: stage.words for stage in real.plan(config, real.scale_of(config), "m")}
+    assert "retriever=elasticsearch://host:9200/2wiki" in stages["after-2wiki"]
 
 
 def test_a_gpu_has_commands_of_its_own() -> None:
