@@ -179,7 +179,7 @@ class Client:
                     limit=self._connections,
                     force_close=not self._keep_alive,
                     # vLLM closes after 5 s; a request could meet that and look lost.
-                    **({"keepalive_timeout": 2.0} if self._keep_alive else {}),
+                    keepalive_timeout=2.0 if self._keep_alive else None,
                 ),
             )
         async with self._session.request(
