@@ -76,7 +76,7 @@ def _forward_apart(forward: Callable[..., Any], row: _Row, /, *args: Any, **opti
     if bounds is None or len(states) != 1 or len(bounds) == 2:
         return forward(states, *args[1:], **options)
     lengths = bounds.diff().tolist()
-    rows = nn.utils.rnn.pad_sequence(torch.split(states[0], lengths), batch_first=True)
+    rows = nn.utils.rnn.pad_sequence(list(torch.split(states[0], lengths)), batch_first=True)
     kept = {name: value for name, value in options.items() if name not in _OF_ROWS}
     found = forward(rows, *(None for _ in args[1:]), **kept)
     out = found[0] if isinstance(found, tuple) else found
