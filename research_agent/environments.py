@@ -15,9 +15,6 @@ import numpy as np
 
 from research_agent.errors import ConfigError, EnvironmentContractError, ResearchAgentError
 
-Action = str | Mapping[str, Any]
-"""A text, or an assistant message with tool calls for environments that list tools."""
-
 
 class StepResult(NamedTuple):
     """What ``step`` returned, and in which environment."""
@@ -46,8 +43,11 @@ class Environments(Protocol):
         """
         ...
 
-    def send(self, env_ids: Sequence[int], actions: Sequence[Action]) -> None:
-        """Take actions; their results come from ``recv``."""
+    def send(self, env_ids: Sequence[int], actions: Sequence[Any]) -> None:
+        """Take actions; their results come from ``recv``.
+
+        An action is a text, or an assistant message for environments that list tools.
+        """
         ...
 
     def recv(self, min_results: int) -> list[StepResult]:
@@ -143,7 +143,7 @@ class _Native:
         )
         return {i: (_text(observations[i]), _one(infos, i)) for i in assignments}
 
-    def send(self, env_ids: Sequence[int], actions: Sequence[Action]) -> None:
+    def send(self, env_ids: Sequence[int], actions: Sequence[Any]) -> None:
         self._vector.send(env_ids, actions)
 
     def recv(self, min_results: int) -> list[StepResult]:
@@ -194,7 +194,7 @@ class _Singles:
             begun[i] = (_text(observation), info)
         return begun
 
-    def send(self, env_ids: Sequence[int], actions: Sequence[Action]) -> None:
+    def send(self, env_ids: Sequence[int], actions: Sequence[Any]) -> None:
         for i, action in zip(env_ids, actions, strict=True):
             observation, reward, terminated, truncated, info = self._envs[i].step(action)
             self._ready.append(

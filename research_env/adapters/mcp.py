@@ -40,7 +40,7 @@ def tool_sessions(
     Args:
         retriever: the search engine; None searches the corpus.
         corpus: its passages.
-        **settings: others, such as ``top_k`` or ``tools="search,open"``.
+        **settings: others, such as ``top_k``, ``tools`` or ``protocol="recall"``.
     """
     nothing = Dataset("tools", (Question("tools", "", ("",)),), corpus)
     settings = {"protocol": "tool-calls", **settings}
@@ -78,8 +78,9 @@ def make_server(sessions: Sessions) -> Server[Any]:
         return ListToolsResult(tools=listed)
 
     async def call_tool(context: Any, params: Any) -> CallToolResult:
-        call = Call("", params.name, params.arguments or {})
-        output = await sessions.open(0).astep(ToolTurn(calls=(call,)))
+        session = sessions.open(0)
+        call = Call(name=params.name, arguments=params.arguments or {})
+        output = await session.astep(ToolTurn(calls=(call,)))
         if output.info["void"]:
             text = "error: the search engine failed; try again later"
         else:

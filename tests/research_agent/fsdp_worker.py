@@ -38,7 +38,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adapters": (GRPO_KL, {"packing": "on", "lora_rank": 2}),
     "critic": (PPO(kl_coef=0.0, critic_learning_rate=1e-3), {"packing": "on"}),
 }
-BUCKET = 1_000_000
+BUCKET = 650_000
 RESUMED = ("packed", "offload", "copies", "adapters", "critic")
 
 
@@ -207,23 +207,22 @@ def half_precision(folder: Path, precision: str = "bfloat16") -> dict[str, Any]:
     return seen
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, rank: int, what: str) -> None:
     torch.set_num_threads(1)
-    rank = int(sys.argv[2])
-    for phase, size in enumerate((2, 3, 2)):
+    for phase, size in enumerate((2, 3, 2) if what == "learn" else (2, 3)):
         if rank < size:
-            meeting = f"file://{folder}/meeting-{phase}"
+            meeting = f"file://{folder}/meeting-{what}-{phase}"
             dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
-            if phase < 2:
-                run(folder)
+            if what == "measure":
                 torch.save(measure(folder), folder / f"bytes-{size}-{rank}.pt")
                 torch.save(half_precision(folder), folder / f"half-{size}-{rank}.pt")
+            elif phase < 2:
+                run(folder)
             else:
                 resume_all(folder)
             dist.barrier()
             dist.destroy_process_group()
-        (folder / f"done-{phase}-{rank}").touch()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -16,7 +16,7 @@ from tests.research_agent.conftest import tiny_qwen2
 from tests.research_agent.fsdp_worker import CASES, RESUMED
 from tests.research_agent.torchrun import in_processes
 
-LAYERS = 24
+LAYERS = 16
 
 
 def large_qwen2() -> Qwen2ForCausalLM:
@@ -37,19 +37,33 @@ def large_qwen2() -> Qwen2ForCausalLM:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of one, two and three ranks."""
+    """What one, two and three ranks learn, save and resume."""
     pytest.importorskip("peft")
     place = tmp_path_factory.mktemp("ranks")
     tiny_qwen2(50).double().save_pretrained(place / "model")
-    large_qwen2().save_pretrained(place / "large")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     fsdp_worker.run(place)
-    ends, _, errors = in_processes(3, "tests.research_agent.fsdp_worker", str(place), "RANK")
-    assert ends == [0, 0, 0], errors[-6000:]
+    in_ranks(place, "learn")
     fsdp_worker.resume_all(place)
     torch.set_num_threads(threads)
     return place
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two and three ranks hold meanwhile, and in which format."""
+    place = tmp_path_factory.mktemp("measured")
+    tiny_qwen2(50).save_pretrained(place / "model")
+    large_qwen2().save_pretrained(place / "large")
+    in_ranks(place, "measure")
+    return place
+
+
+def in_ranks(place: Path, what: str) -> None:
+    words = [str(place), "RANK", what]
+    ends, _, errors = in_processes(3, "tests.research_agent.fsdp_worker", *words)
+    assert ends == [0, 0, 0], errors[-6000:]
 
 
 def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -107,18 +121,17 @@ def test_what_ranks_save_is_a_model_of_transformers(folder: Path, size: int) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
-def test_no_rank_holds_more_than_its_shard_and_a_bucket(folder: Path, size: int) -> None:
+def test_no_rank_holds_more_than_its_shard_and_a_bucket(measured: Path, size: int) -> None:
     model = large_qwen2()
     bucket = fsdp_worker.BUCKET
     whole = 4 * sum(p.numel() for p in model.parameters())
     assert bucket < whole / 3.5  # so that nothing whole fits into what is allowed
     for rank in range(size):
-        found = torch.load(folder / f"bytes-{size}-{rank}.pt")
+        found = torch.load(measured / f"bytes-{size}-{rank}.pt")
         shard, moments, peaks = found["shard"], found["moments"], found["peaks"]
         assert shard <= sum(4 * -(-len(p) // size) * p[0].numel() for p in model.parameters())
         assert moments <= 2 * shard + 4 * len(list(model.parameters()))
         resident = shard + moments
-        print(size, rank, [(k, round(v / whole, 3)) for k, v in peaks.items()], shard / whole)
         # Loading proves the model, and a step runs it: then a table and two layers are gathered.
         assert peaks["load"] <= shard + bucket
         assert peaks["step"] <= resident + shard + bucket  # the gradient is sharded as well
@@ -129,10 +142,10 @@ def test_no_rank_holds_more_than_its_shard_and_a_bucket(folder: Path, size: int)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
-def test_weights_are_gathered_in_half_precision_and_kept_in_full(folder: Path, size: int) -> None:
-    exact = fsdp_worker.half_precision(folder, "float32")["metrics"]
+def test_weights_are_gathered_in_half_precision_and_kept_in_full(measured: Path, size: int) -> None:
+    exact = fsdp_worker.half_precision(measured, "float32")["metrics"]
     for rank in range(size):
-        found = torch.load(folder / f"half-{size}-{rank}.pt")
+        found = torch.load(measured / f"half-{size}-{rank}.pt")
         assert found["gathered"] == torch.bfloat16
         assert found["kept"] == found["moments"] == {torch.float32}
         assert found["reference"] == {torch.bfloat16}

@@ -56,7 +56,7 @@ def test_a_client_lists_the_tools_of_the_protocol(sessions: Sessions) -> None:
         tools = asyncio.run(listed(server.url))
     assert [
         {"name": t.name, "description": t.description, "parameters": t.input_schema} for t in tools
-    ] == [tool.schema["function"] for tool in sessions.core.protocol.tools]
+    ] == [schema["function"] for schema in sessions.core.tool_schemas()]
 
 
 def test_a_result_is_what_the_policy_reads(sessions: Sessions) -> None:
