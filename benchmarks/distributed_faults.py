@@ -419,7 +419,7 @@ def _be_rank(fault: str, full: bool, happened: Path, words: Sequence[str]) -> No
         return save(root, step, **given)
 
     Learner.update = update_or_die  # type: ignore[method-assign]
-    checkpoint.save = save_on_a_full_disk  # type: ignore[assignment]
+    checkpoint.save = save_on_a_full_disk
     main(words)
 
 

@@ -74,7 +74,7 @@ def plan(config: TrainConfig, machines: str) -> Plan:
     shape = shape_of(config.policy.model)
     sampler = sampler_of(config, shape, where)
     needed = memory.measure(config, shape, where, sampler)
-    found = ()
+    found: tuple[str, ...] = ()
     if not needed.fits(where):
         found = tuple(map(as_flags, suggestions.suggest(config, shape, where)))
         if not found and (larger := suggestions.more_nodes(config, shape, where)):

@@ -75,7 +75,7 @@ def _fitting(
     config: TrainConfig, shape: Shape, machines: Machines, also: Settings
 ) -> list[tuple[Settings, float]]:
     """All settings that were tried and fit, with the seconds of a step."""
-    found = []
+    found: list[tuple[Settings, float]] = []
     for tried in _combinations(config, shape, machines):
         settings = {**tried, **also}
         changed = apply(config, settings)

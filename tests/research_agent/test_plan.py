@@ -319,7 +319,7 @@ def saved_bytes(
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from research_agent.models.policy import prepare
+    from research_agent.models.prepare import prepare
 
     config = Qwen2Config(
         vocab_size=300,

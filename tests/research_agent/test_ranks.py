@@ -125,9 +125,13 @@ def test_ranks_go_back_together(ended: tuple[Path, dict[str, Any]], letters: Pat
 def test_a_killed_rank_is_started_again_and_the_run_is_the_same(
     letters: Path, tmp_path: Path
 ) -> None:
-    for name, dies in (("whole", "99"), ("killed", "4")):
-        words = flags(letters, tmp_path / name, "--steps", "5", "--save-every", "2")
-        torchrun(WORKER, "die", str(tmp_path / f"{name}.marker"), dies, *words, restarts=1)
+    def words(name: str, step: int) -> list[str]:
+        run = flags(letters, tmp_path / name, "--steps", "5", "--save-every", "2")
+        return ["die", str(tmp_path / f"{name}.marker"), str(step), *run]
+
+    ends, _, errors = in_processes(2, WORKER, *words("whole", 99))
+    assert ends == [0, 0], errors[-4000:]
+    torchrun(WORKER, *words("killed", 4), restarts=1)
     assert (tmp_path / "killed.marker").exists()
     whole, killed = (tmp_path / name for name in ("whole", "killed"))
     for name in ("metrics.jsonl", "trajectories.jsonl"):  # the same tasks, once each
