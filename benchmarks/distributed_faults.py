@@ -33,8 +33,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 STARTER = ROOT / "research_agent" / "starters" / "miniworld-starter"
 SIZES = (4, 1041, 128)  # layers, tokens and width of the shipped policy
+END_ID = 1  # of the shipped policy
 STEPS, PROMPTS, SAMPLES = 4, 4, 4
-SEARCH = "<think>Look.</think><search>where is it</search>"
+SEARCH = "<think>Look.</think><search>where is {}</search>"  # another one for each seed
 ANSWERS = (r"<answer>It is \boxed{it}</answer>", "<answer>It is here</answer>")
 AWAY = 5.0
 """Seconds that the retrieval server is away."""
@@ -257,7 +258,7 @@ def _server(folder: Path, number: int, fault: str) -> Iterator[str]:
 
     def start(fault: str) -> None:
         words = [str(port), fault, str(folder / "happened")]
-        words.append(str(folder / f"turns-{number}-{len(processes)}"))
+        words += [str(folder / f"turns-{number}-{len(processes)}"), str(os.getpid())]
         command = [sys.executable, "-m", "benchmarks.distributed_faults", "server", *words]
         processes.append(subprocess.Popen(command, cwd=ROOT, start_new_session=True))
 
@@ -290,15 +291,18 @@ def _wait_for(port: int) -> None:
     raise RuntimeError("a server does not start")
 
 
-def _be_server(port: int, fault: str, happened: Path, turns: Path) -> None:
+def _be_server(port: int, fault: str, happened: Path, turns: Path, parent: int) -> None:
     """Answer as a vLLM server, with turns by a script, and be killed where the fault says."""
-    from transformers import AutoTokenizer  # noqa: PLC0415 - slow to import
+    from tokenizers import Tokenizer  # noqa: PLC0415
 
     from tests.research_agent.fake_vllm import FakeVllm, _choice  # noqa: PLC0415
 
-    tokenizer = AutoTokenizer.from_pretrained(STARTER)
-    says = {text: tokenizer.encode(text, add_special_tokens=False) for text in (SEARCH, *ANSWERS)}
-    end = says[SEARCH][-1]  # of a search
+    tokenizer = Tokenizer.from_file(str(STARTER / "tokenizer.json"))
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    (end,) = encode("</search>")
 
     def die() -> None:
         happened.touch()
@@ -314,10 +318,9 @@ def _be_server(port: int, fault: str, happened: Path, turns: Path) -> None:
                 file.write(f"{self.version}\n")
             if fault == "turn" and len(self.turns) > PROMPTS * SAMPLES * 2:
                 die()
-            searched = end in tokens
-            said = says[ANSWERS[params["seed"] % 2]] if searched else says[SEARCH]
-            if searched:
-                said = [*said, tokenizer.eos_token_id]
+            searched, seed = end in tokens, params["seed"]
+            text = ANSWERS[seed % 2] if searched else SEARCH.format(seed)
+            said = [*encode(text), *([END_ID] if searched else [])]
             answer = _choice(said, [-0.25] * len(said), "stop", self.version)
             answer["choices"][0]["stop_reason"] = said[-1] if searched else "</search>"
             return answer
@@ -330,7 +333,8 @@ def _be_server(port: int, fault: str, happened: Path, turns: Path) -> None:
             return super()._call(body)
 
     Scripted(port=port, context=1024, dtype="float32", sizes=SIZES)
-    signal.pause()
+    while os.getppid() == parent:  # no server outlives the run
+        time.sleep(0.5)
 
 
 @contextmanager
@@ -415,12 +419,14 @@ def _be_rank(fault: str, full: bool, happened: Path, words: Sequence[str]) -> No
         return save(root, step, **given)
 
     Learner.update = update_or_die  # type: ignore[method-assign]
-    checkpoint.save = save_on_a_full_disk  # type: ignore[assignment]
+    checkpoint.save = save_on_a_full_disk
     main(words)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "server":
-        _be_server(int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), Path(sys.argv[5]))
+        _be_server(
+            int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), Path(sys.argv[5]), int(sys.argv[6])
+        )
     else:
         _be_rank(sys.argv[2], sys.argv[3] == "1", Path(sys.argv[4]), sys.argv[5:])

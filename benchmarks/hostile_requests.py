@@ -132,13 +132,13 @@ def _expensive(port: int) -> Iterator[Case]:
         "17 MB": _head("POST /retrieve", f"Content-Length: {17 << 20}") + b" " * (17 << 20),
     }
     for what, request in words.items():
-        yield Case(what, lambda place, request=request: _refused(_ask(port, request)))
-        yield Case(f"{what}, 32 at once", partial(_at_once, port, request))
+        yield Case(what, partial(_at_once, port, request, 1))
+        yield Case(f"{what}, 32 at once", partial(_at_once, port, request, 32))
 
 
-def _at_once(port: int, request: bytes, place: Path) -> bool:
-    with ThreadPoolExecutor(32) as pool:
-        return _refused(*pool.map(lambda _: _ask(port, request), range(32)))
+def _at_once(port: int, request: bytes, count: int, place: Path) -> bool:
+    with ThreadPoolExecutor(count) as pool:
+        return _refused(*pool.map(lambda _: _ask(port, request), range(count)))
 
 
 def _wait(port: int, gate: _Gate, server: RetrievalServer, place: Path) -> bool:

@@ -67,7 +67,7 @@ from benchmarks.rollout_competitors import (
 )
 from research_agent.engines import make_engine
 from research_agent.engines.scripted import ScriptedEngine
-from research_agent.environments import StepResult
+from research_agent.environments import Action, StepResult
 from research_agent.errors import EngineError
 from research_agent.rollout import collect
 from research_agent.trace import TracedEngine, TracedEnvironments
@@ -140,7 +140,7 @@ class AtOnce:
             self._taken[i] = 0
         return {i: (f"{number}. {RESULT}", {}) for i, number in assignments.items()}
 
-    def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
+    def send(self, env_ids: Sequence[int], actions: Sequence[Action]) -> None:
         """Take actions."""
         for i in env_ids:
             self._taken[i] += 1

@@ -25,6 +25,8 @@ from rich.table import Table
 
 from research_agent.run_logger import METRICS, TIMINGS, read_lines
 
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+
 # --- doing them -----------------------------------------------------------------------------------
 
 
@@ -46,12 +48,13 @@ def run_all(
     console.print(f"{finished + len(jobs)} runs, {len(jobs)} of them to do; {workers} at once")
     if not jobs:
         return []
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
-        os.environ[name] = "1"  # for the processes to be started
     failed = []
     start = time.perf_counter()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
+    with (
+        patch.dict(os.environ, dict.fromkeys(_THREADS, "1")),  # of the processes to be started
+        ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool,
+    ):
         futures = {pool.submit(do, *arguments): label for label, arguments in jobs.items()}
         try:
             for count, future in enumerate(as_completed(futures), 1):

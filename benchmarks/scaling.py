@@ -164,8 +164,8 @@ def plans() -> str:
             for nodes in NODES
         )
         names.setdefault(tuple(rows), []).append(name)
-    for rows, same in names.items():
-        lines += [f"| {', '.join(same)} {row}" for row in rows]
+    for same_rows, same in names.items():
+        lines += [f"| {', '.join(same)} {row}" for row in same_rows]
     return "\n".join(lines)
 
 

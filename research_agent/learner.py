@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from research_agent.algorithms.functional import truncated_importance
 from research_agent.batch import Batch, Packing, make_batch, micro_batches
 from research_agent.config import LearnerConfig
 from research_agent.distributed import (
+    Repeatable,
     all_reduce_sum,
     any_rank,
     full_tensor,
@@ -214,24 +216,23 @@ class Learner:
         lora = {"adapters": adapters(self.model)} if self.has_adapters else {}
         return {"steps": self.steps, "moments": self._optimizer.moments(), **critic, **lora}
 
-    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights of the policy, whole, for an engine or a checkpoint.
+    def weights(self, dtype: torch.dtype | None = None) -> Iterable[tuple[str, Tensor]]:
+        """Return the weights of the policy, whole, for an engine or a checkpoint.
 
-        This is what ``Engine.load_weights`` takes. It is a collective: every rank must call it, and
-        must consume it to the end, also a rank that needs nothing of it. Every rank gets every
-        tensor, whole, on its own device, in the same order. A tensor is valid until the next one is
-        asked for: copy or send it before.
+        This is what ``Engine.load_weights`` takes. To go through it is a collective: every rank
+        must do so, as often as the others and to the end, also a rank that needs nothing of it.
+        Every rank gets every tensor, whole, on its own device, in the same order. A tensor is valid
+        until the next one is asked for: copy or send it before.
 
         Args:
             dtype: number format of what is yielded; a shard is converted before it is gathered.
                 None keeps the learner's.
 
-        Yields:
-            Name and weight. The names are those of the model without adapters, which are added in;
-            a tied weight comes once.
+        Returns:
+            Names and weights. The names are those of the model without adapters, which are added
+            in; a tied weight comes once.
         """
-        for bucket in self.weight_buckets(dtype):
-            yield from bucket
+        return Repeatable(lambda: chain.from_iterable(self.weight_buckets(dtype)))
 
     def weight_buckets(
         self, dtype: torch.dtype | None = None

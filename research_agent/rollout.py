@@ -136,7 +136,9 @@ class RolloutLoop:
         self._skips = overlong_prompts == "skip" and plan.size == 1
         self._on_finish = on_finish
         self._stop = environments.terminators
-        self._trees = Trees(plan, seed, environments, len(renderer.tokenizer))
+        # Only branching asks for it; the renderer of an endpoint does not know its vocabulary.
+        vocabulary = len(renderer.tokenizer) if plan.size > 1 else 0
+        self._trees = Trees(plan, seed, environments, vocabulary)
         self._waiting: deque[Episode] = deque()
         self._free: deque[int] = deque()
 

@@ -20,7 +20,7 @@ from research_agent.engines.base import (
     Interruptible,
     SamplingParams,
 )
-from research_agent.environments import Environments, StepResult, Truncating, provenance_of
+from research_agent.environments import Action, Environments, StepResult, Truncating, provenance_of
 from research_agent.rollout import keeps_turns
 from research_agent.trees import Forking
 
@@ -157,7 +157,7 @@ class TracedEnvironments:
         """Begin episodes."""
         return self._environments.reset(assignments, seed)
 
-    def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
+    def send(self, env_ids: Sequence[int], actions: Sequence[Action]) -> None:
         """Take actions."""
         self._since |= dict.fromkeys(env_ids, time.perf_counter())
         self._environments.send(env_ids, actions)

@@ -59,7 +59,7 @@ class SearchQAEnv(gym.Env[str, str]):
     - ``split``: train (default), dev, ...; ``hops``: only questions of so many hops.
     - ``questions``, ``corpus``: paths, for a custom data set.
     - ``world_seed``: of MiniWorld: another seed is another world. ``difficulty``: of MiniWorld,
-      from 0 (default) to 4; `research_env.datasets.miniworld_hard` says what each level asks.
+      from 0 (default) to 5; `research_env.datasets.miniworld_hard` says what each level asks.
     - ``grades``, ``grade``: a file of ``research-agent grade``, and which of its questions to ask:
       ``"hard"``, or a mixture such as ``"medium:1+hard:2"``.
     - ``retriever``: a URL such as ``"embedded:DIR"``, None (the data set's own corpus), or a

@@ -116,6 +116,7 @@ class Engine:
     Attributes:
         calls: how often it was asked.
         queries: how many queries that were.
+        seconds: how long a call takes.
         most: the most threads that asked at the same time; one is allowed.
     """
 
@@ -124,7 +125,7 @@ class Engine:
     def __init__(self, seconds: float = 0.0) -> None:
         """Take ``seconds`` for each call."""
         self.calls = self.queries = self.most = self._now = 0
-        self._seconds = seconds
+        self.seconds = seconds
         self._lock = threading.Lock()
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
@@ -134,7 +135,7 @@ class Engine:
             self.queries += len(queries)
             self._now += 1
             self.most = max(self.most, self._now)
-        time.sleep(self._seconds)
+        time.sleep(self.seconds)
         with self._lock:
             self._now -= 1
         return [self._find(query)[:top_k] if query != "dead" else _DEAD for query in queries]
@@ -179,14 +180,19 @@ def conformance(play: Play, engine: Engine | None = None) -> None:
     Raises:
         ConformanceError: an episode was different; the message says in what.
     """
+    start = time.perf_counter()
     for script in SCRIPTS:
         _compare(script, "q0", _play_all(play, [("q0", script)])[0])
+    alone = (time.perf_counter() - start) / len(SCRIPTS)
 
     crowd, run = [], next(_RUNS)  # other queries each time: none is in a cache
     for i in range(CONCURRENT):
         actions = _search(f"first {i} {run}"), _search(f"second {i} {run}"), _answer("Ōsaka")
         crowd.append((f"q{i}", Script(f"concurrent episode {i}", actions, 1.0)))
     before = (engine.calls, engine.queries) if engine else (0, 0)
+    if engine:
+        # While a call lasts, the other episodes come to their next search, also on a busy machine.
+        engine.seconds = max(engine.seconds, alone * CONCURRENT / 8)
     for (question_id, script), played in zip(crowd, _play_all(play, crowd), strict=True):
         _compare(script, question_id, played)
     if engine:

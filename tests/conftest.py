@@ -5,10 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests import global_state
 
 settings.register_profile("suite", deadline=None)  # on a busy machine any example may be slow
 settings.load_profile("suite")
@@ -16,6 +20,24 @@ settings.load_profile("suite")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell lets what it runs in the background ignore Ctrl-C, and so would all that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leaves_no_global_state() -> Iterator[None]:
+    """Hold each module to what tests must leave as they found it."""
+    before, running = global_state.snapshot(), global_state.running()
+    yield
+    # vLLM's engine lives as long as the session, with its process group and variables.
+    is_ours = "vllm" not in sys.modules
+    changed = list(global_state.differences(before, global_state.snapshot())) if is_ours else []
+    left = sorted(global_state.leftovers(running))
+    assert not changed and not left, f"these tests leave behind: {[*changed, *left]}"
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """No test depends on the random numbers that earlier ones drew."""
+    global_state.seed_all()
 
 
 @pytest.fixture(scope="session")

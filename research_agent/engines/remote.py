@@ -91,6 +91,8 @@ class Client:
         url: the server's base address.
         key: sent as a bearer token; no attribute and no error shows it.
         connections: open connections at most; further requests wait, within their own timeout.
+        keep_alive: use connections again. It is faster, but uvicorn ends a connection without a
+            word after an error, and the next request may meet that and be lost.
 
     Raises:
         ConfigError: see ``check_address``.
@@ -98,10 +100,18 @@ class Client:
     The environment's proxies are not used: samplers stand beside the trainer.
     """
 
-    def __init__(self, url: str, key: str | None = None, connections: int = 256) -> None:
+    def __init__(
+        self,
+        url: str,
+        key: str | None = None,
+        connections: int = 256,
+        *,
+        keep_alive: bool = False,
+    ) -> None:
         check_address(url, key or "")
         self._base = url.rstrip("/") + "/"
         self._connections = connections
+        self._keep_alive = keep_alive
         self._session: aiohttp.ClientSession | None = None
         # Functions, since no attribute shall hold the key.
         # A few compressed bytes could fill the memory.
@@ -167,8 +177,9 @@ class Client:
                 timeout=aiohttp.ClientTimeout(total=None),
                 connector=aiohttp.TCPConnector(
                     limit=self._connections,
+                    force_close=not self._keep_alive,
                     # vLLM closes after 5 s; a request could meet that and look lost.
-                    keepalive_timeout=2.0,
+                    keepalive_timeout=2.0 if self._keep_alive else None,
                 ),
             )
         async with self._session.request(

@@ -11,9 +11,9 @@ import copy
 import inspect
 import itertools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,11 @@ from transformers import AttentionInterface
 
 from research_agent.engines.base import Completion, Finish, SamplingParams
 from research_agent.engines.checks import WeightNames, context_limit, not_finite, require_room
+from research_agent.engines.recurrent_states import (
+    RecurrentStates,
+    forget_states,
+    keep_states_by_slot,
+)
 from research_agent.errors import ContextError, ModelError, ResearchAgentError
 from research_agent.models.probe import engine_difference, plain_logits
 
@@ -157,7 +162,8 @@ class TransformersEngine:
         share: use the model object itself. Only where nobody else uses it, as when evaluating.
         sequential: forward slots one after another, each with the transformers library's own
             cache. Slow, and right for architectures that keep a state between tokens, or whose
-            attention cannot be replaced.
+            attention cannot be replaced. "tokens" forwards the observations of later turns token by
+            token, for architectures that continue a state in no other way (Mamba).
 
     Raises:
         ModelError: the architecture's attention cannot be replaced, or has no known context.
@@ -175,7 +181,7 @@ class TransformersEngine:
         *,
         dtype: str | None = None,
         share: bool = False,
-        sequential: bool = False,
+        sequential: Literal[False, True, "tokens"] = False,
     ) -> None:
         self.max_context = context_limit(model, max_context)
         self.max_slots = max_slots
@@ -184,9 +190,11 @@ class TransformersEngine:
         self._model = (model if share else _copy(model, dtype)).eval()
         self._device = next(self._model.parameters()).device
         self._names = WeightNames(self._model)
-        self._sequential = sequential
+        self._sequential: Literal[False, True, "tokens"] = sequential
         self._caches: dict[int, tuple[str, Any]] = {}  # sequential: of each slot, by argument name
+        self._states: RecurrentStates | None = None
         if not sequential:
+            self._states = keep_states_by_slot(self._model)
             try:
                 self._model.set_attn_implementation(_ATTENTION)
             except (ValueError, AttributeError) as error:
@@ -194,6 +202,10 @@ class TransformersEngine:
                     f"the attention of {type(model).__name__} cannot be replaced ({error}); "
                     "use --engine vllm"
                 ) from error
+        if not sequential and self._states is None:
+            # A recurrent state cannot be taken back to an earlier token: such a model offers no
+            # fork, and branches forward their tokens again.
+            self.fork: Callable[[int, int, int], None] = self._fork
         keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._last_only: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
         self._version = 0
@@ -296,11 +308,13 @@ class TransformersEngine:
         if decoding:
             self._close_gaps()
         self._caches.pop(slot, None)
+        if self._states is not None:
+            self._states.forget(slot)
         self._cached[slot] = 0
         self._last[slot] = -1
 
     @torch.inference_mode()
-    def fork(self, source: int, target: int, length: int) -> None:
+    def _fork(self, source: int, target: int, length: int) -> None:
         """Let a slot hold the first tokens that another one holds: a copy of keys and values.
 
         Args:
@@ -467,13 +481,19 @@ class TransformersEngine:
         )
         self.forwarded_tokens += len(tokens)
         self._cached[slots] = before + counts
-        logits: Tensor = self._model(
-            input_ids=self._tensor(np.array(tokens))[None],
-            position_ids=places[None],
-            use_cache=False,
-            logits_to_keep=self._tensor(ends - 1),
-            slot_cache=self._cache,
-        ).logits[0]
+        if self._states is not None:
+            self._states.slots, self._states.ends = slots.tolist(), ends.tolist()
+        try:
+            logits: Tensor = self._model(
+                input_ids=self._tensor(np.array(tokens))[None],
+                position_ids=places[None],
+                use_cache=False,
+                logits_to_keep=self._tensor(ends - 1),
+                slot_cache=self._cache,
+            ).logits[0]
+        finally:
+            if self._states is not None:
+                self._states.slots = ()
         return logits.float()
 
     def _forward_alone(self, slot: int) -> Tensor:
@@ -481,13 +501,14 @@ class TransformersEngine:
         new = self._pending.pop(slot, None) or [int(self._last[slot])]
         self.forwarded_tokens += len(new)
         self._cached[slot] += len(new)
-        name, cache = self._caches.get(slot, ("past_key_values", None))
-        given = {} if cache is None else {name: cache}
-        output = self._model(
-            input_ids=self._tensor(np.array(new))[None], use_cache=True, **given, **self._last_only
-        )
-        kept = ((n, getattr(output, n, None)) for n in ("past_key_values", "cache_params"))
-        self._caches[slot] = next((n, held) for n, held in kept if held is not None)
+        one_by_one = self._sequential == "tokens" and slot in self._caches
+        for tokens in [[token] for token in new] if one_by_one else [new]:
+            name, cache = self._caches.get(slot, ("past_key_values", None))
+            given = {} if cache is None else {name: cache}
+            ids = self._tensor(np.array(tokens))[None]
+            output = self._model(input_ids=ids, use_cache=True, **given, **self._last_only)
+            kept = ((n, getattr(output, n, None)) for n in ("past_key_values", "cache_params"))
+            self._caches[slot] = next((n, held) for n, held in kept if held is not None)
         logits: Tensor = output.logits[0, -1]
         return logits.float()
 
@@ -591,7 +612,8 @@ def proved_engine(
     """
     plain = model.config._attn_implementation
     causes: list[str] = []
-    for sequential in (False, True):
+    ways: tuple[Literal[False, True, "tokens"], ...] = (False, True, "tokens")
+    for sequential in ways:
         try:
             engine = TransformersEngine(
                 model,
@@ -619,13 +641,16 @@ def proved_engine(
         causes.append(difference)
         if share:
             _restore(model, plain)
+            forget_states(model)
     raise ModelError(
         f"the transformers engine does not compute what {type(model).__name__} does. Sequences"
-        f" together: {causes[0]}. One at a time: {causes[1]}. Use --engine vllm"
+        f" together: {causes[0]}. One at a time: {causes[1]}. Token by token: {causes[2]}. "
+        "Use --engine vllm"
     )
 
 
 def _restore(model: Any, attention: str | None) -> None:
+    """Give a model back the attention that it had."""
     if model.config._attn_implementation != attention and attention is not None:
         model.set_attn_implementation(attention)
 

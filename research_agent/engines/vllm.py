@@ -332,7 +332,7 @@ def _start(
     max_slots: int,
     max_context: int,
     *,
-    dtype: str,
+    dtype: Any,
     tensor_parallel: int,
     memory_share: float,
 ) -> Any:

@@ -19,7 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from research_agent.batch import Batch, MicroBatch, Packing, micro_batches
 from research_agent.distributed import all_reduce_sum, rank_and_size, shard_batches
 from research_agent.errors import ModelError
-from research_agent.models.prepare import layers_of, require_learnable, tree_options
+from research_agent.models.prepare import (
+    layers_of,
+    output_logits,
+    require_learnable,
+    tree_options,
+)
 from research_agent.models.source import (
     ModelSource,
     generation_settings,
@@ -201,9 +206,9 @@ def token_logprobs(
         gradient where gradients are enabled.
     """
     targets = micro.part.targets
-    head = model.get_output_embeddings()
+    head = output_logits(model)
     most = max_logits or (MAX_LOGITS_GPU if targets.is_cuda else MAX_LOGITS)
-    rows = max(1, most // len(head.weight))
+    rows = max(1, most // len(model.get_output_embeddings().weight))
     score = _compiled_score() if compile else _score
     with torch.autocast(targets.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         states = action_hidden_states(model, micro)

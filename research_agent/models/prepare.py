@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from research_agent.batch import Packing
 from research_agent.errors import ModelError, ResearchAgentError
 from research_agent.models.probe import logit_difference, plain_logits, probe_sequences
+from research_agent.models.recurrent import split_recurrent_layers
 from research_agent.prefixes import TreeLayout, lay_out, shared_lengths
 
 
@@ -50,6 +51,7 @@ def set_up(model: Any, *, packing: Packing, gradient_checkpointing: bool, compil
     from research_agent.models.attention import PACKED  # noqa: PLC0415
 
     if packing != "off":
+        split_recurrent_layers(model)
         model.set_attn_implementation(PACKED)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -66,6 +68,7 @@ def _require_packable(model: Any, packing: Packing) -> None:
 
     name = type(model).__name__
     before = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    join = split_recurrent_layers(model)
     try:
         sequences = probe_sequences(model)
         if packing == "tree":  # one more, which leaves the first in its middle
@@ -77,6 +80,7 @@ def _require_packable(model: Any, packing: Packing) -> None:
         difference = next(filter(None, map(logit_difference, found, expected)), "")
     except (ResearchAgentError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         difference = str(error)
+    join()
     if difference:
         if before is not None and model.config._attn_implementation != before:
             model.set_attn_implementation(before)
@@ -98,7 +102,7 @@ def _packed_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tenso
     }
     row = torch.tensor([token for s in sequences for token in s], device=device)[None]
     states = model.base_model(input_ids=row, use_cache=False, **options).last_hidden_state
-    return list(model.get_output_embeddings()(states)[0].split(lengths))
+    return list(torch.split(output_logits(model)(states)[0], lengths))
 
 
 @torch.no_grad()
@@ -108,7 +112,7 @@ def _tree_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tensor]
     tree = lay_out(rows, shared_lengths(sequences))
     options = {"position_ids": tree.position_ids[None], **tree_options(tree)}
     body = model.base_model(input_ids=tree.tokens[None], use_cache=False, **options)
-    logits = model.get_output_embeddings()(body.last_hidden_state)[0]
+    logits = output_logits(model)(body.last_hidden_state)[0]
     return [logits[path] for path in tree.paths]
 
 
@@ -127,8 +131,8 @@ def tree_options(tree: TreeLayout) -> dict[str, Any]:
 def require_learnable(model: Any, name: str) -> None:
     """Compare what the learner computes with the model's own logits, on two short sequences.
 
-    The learner gives its rows no mask, pads them on the right, and applies the head to the last
-    hidden states alone. Models that scale or cap their logits afterwards differ.
+    The learner gives its rows no mask, pads them on the right, and makes logits of the last hidden
+    states by ``output_logits``. Models that change their logits in another way differ.
 
     Args:
         model: a causal language model of the transformers library.
@@ -138,7 +142,7 @@ def require_learnable(model: Any, name: str) -> None:
         ModelError: they differ by more than rounding.
     """
     sequences = probe_sequences(model)
-    head = model.get_output_embeddings()
+    head = output_logits(model)
     padded = nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
     padded = padded.to(model.device)
     states = model.base_model(input_ids=padded, use_cache=False).last_hidden_state
@@ -149,6 +153,29 @@ def require_learnable(model: Any, name: str) -> None:
                 f"the model {name!r} changes its logits after its head, or sees padding:"
                 f" {difference}; this is not supported"
             )
+
+
+def output_logits(model: Any) -> Callable[[Tensor], Tensor]:
+    """What turns a model's last hidden states into logits: its head, scale and soft cap.
+
+    Args:
+        model: a causal language model of the transformers library. Its configuration may scale the
+            logits (Granite, Cohere, Falcon-H1) or cap them (Gemma 2).
+
+    Returns:
+        A function of states [..., hidden size] to logits [..., words].
+    """
+    head, config = model.get_output_embeddings(), model.config
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1
+    scale /= getattr(config, "logits_scaling", None) or 1
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logits(states: Tensor) -> Tensor:
+        out: Tensor = head(states)
+        out = out if scale == 1 else out * scale
+        return out if cap is None else (out / cap).tanh() * cap
+
+    return logits
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

@@ -72,9 +72,9 @@ def plan(config: TrainConfig, machines: str) -> Plan:
     """
     where = parse_machines(machines)
     shape = shape_of(config.policy.model)
-    sampler = sampler_of(config, where)
+    sampler = sampler_of(config, shape, where)
     needed = memory.measure(config, shape, where, sampler)
-    found = ()
+    found: tuple[str, ...] = ()
     if not needed.fits(where):
         found = tuple(map(as_flags, suggestions.suggest(config, shape, where)))
         if not found and (larger := suggestions.more_nodes(config, shape, where)):
@@ -127,6 +127,10 @@ def show(config: TrainConfig, found: Plan) -> str:
         f"  {f'hours of {found.steps:,} steps':36}{found.hours:9.1f}",
         "",
     ]
+    if needed.servers:
+        parallel = found.sampler.tensor_parallel
+        lines.append(f"memory of a server's GPU, GB, with {parallel} per copy of the weights")
+        lines += [*_gigabytes(needed.servers), ""]
     if found.environment:
         lines.append("the environment")
         lines += [f"  {what:36}{text}" for what, text in found.environment.items()] + [""]
@@ -184,6 +188,7 @@ def as_numbers(found: Plan) -> dict[str, Any]:
         "memory": dict(found.memory.gpu),
         "peaks": dict(found.memory.peaks),
         "available": found.machines.gpu.memory,
+        "servers": dict(found.memory.servers),
         "host": dict(found.memory.host),
         "disk": dict(found.memory.disk),
         "tokens": found.tokens,

@@ -27,6 +27,7 @@ class Memory:
         gpu: while it learns, by what takes them.
         peaks: the most of each phase, all together: "learning", "end of a backward pass", "saving",
             "resuming", "starting the sampler", "weights to the sampler".
+        servers: of each GPU of servers that run elsewhere, by what takes them; empty without them.
         host: of a node, by what takes them.
         disk: of the run's folder, by what takes them.
         problem: why the run cannot start whatever else there is; empty if it can.
@@ -34,6 +35,7 @@ class Memory:
 
     gpu: Mapping[str, float]
     peaks: Mapping[str, float]
+    servers: Mapping[str, float]
     host: Mapping[str, float]
     disk: Mapping[str, float]
     problem: str
@@ -106,6 +108,7 @@ def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Samp
     return Memory(
         gpu=gpu,
         peaks=peaks,
+        servers=samplers.own_memory(sampler, shape, machines) if sampler.kind == "server" else {},
         host=_host(config, shape, machines, sampler),
         disk=_disk(config, shape, sampler),
         problem=_problem(config, shape, machines, sampler),
@@ -266,15 +269,13 @@ def _problem(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sam
         return "--optimizer adamw_8bit works in one process only"
     if sampler.kind == "transformers":
         return ""
-    if sampler.kind == "server":
-        room, what = machines.gpu.memory, "a GPU"
-    else:
-        room = sampler.share * machines.gpu.memory
-        what = f"{sampler.share:.0%} of a GPU"
+    if shape.heads % sampler.tensor_parallel:
+        return f"vLLM cannot spread {shape.heads} heads over tp={sampler.tensor_parallel} GPUs"
+    room = sampler.share * machines.gpu.memory
     needed = samplers.needs_bytes(sampler, shape, config)
     if needed <= room:
         return ""
     return (
         f"vLLM's weights and the cache of one episode are {needed / 1e9:.0f} GB on each GPU, and "
-        f"{what} is {room / 1e9:.0f}"
+        f"{sampler.share:.0%} of a GPU is {room / 1e9:.0f}"
     )

@@ -21,7 +21,7 @@ class Sampler:
             the same GPUs; "server" on other GPUs.
         tensor_parallel: GPUs that a copy of the weights is spread over.
         copies: copies of the weights, on all machines together.
-        share: of a GPU's memory, for vLLM beside the learner.
+        share: of a GPU's memory, for vLLM.
         number: bytes of a weight and of a number in the cache.
     """
 
@@ -32,8 +32,12 @@ class Sampler:
     number: int
 
 
-def sampler_of(config: TrainConfig, machines: Machines) -> Sampler:
-    """How a run samples, by its settings.
+OWN_SHARE = 0.9
+"""Share of a GPU's memory that a vLLM server takes where it has the GPU to itself."""
+
+
+def sampler_of(config: TrainConfig, shape: Shape, machines: Machines) -> Sampler:
+    """How a run samples, by its settings; servers elsewhere are as small as the model allows.
 
     Raises:
         ConfigError: the engine is not known, or the GPUs of a node cannot be divided so.
@@ -43,7 +47,11 @@ def sampler_of(config: TrainConfig, machines: Machines) -> Sampler:
     if spec.kind == "transformers":
         return Sampler(spec.kind, 1, machines.count, 0.0, number)
     if spec.kind == "server":
-        return Sampler(spec.kind, 1, len(spec.urls), 0.0, number)
+        sizes = [tp for tp in (1, 2, 4, 8) if shape.heads % tp == 0]
+        tried = [Sampler(spec.kind, tp, len(spec.urls), OWN_SHARE, number) for tp in sizes]
+        room = OWN_SHARE * machines.gpu.memory
+        enough = (each for each in tried if needs_bytes(each, shape, config) <= room)
+        return next(enough, tried[-1])
     copies = machines.per_node // spec.tp if spec.kind == "vllm" else spec.dp
     if machines.per_node % spec.tp or not 0 < copies * spec.tp <= machines.per_node:
         raise ConfigError(
@@ -93,11 +101,21 @@ def memory(
     return found | ({"sampler: CUDA": SERVER_BYTES} if sampler.kind == "serve" else {})
 
 
+def own_memory(sampler: Sampler, shape: Shape, machines: Machines) -> dict[str, float]:
+    """Bytes of each GPU of a server that has its GPUs to itself."""
+    weights = sampler.number * shape.parameters / sampler.tensor_parallel
+    room = sampler.share * machines.gpu.memory
+    return {
+        "weights": weights,
+        "activations and graphs": VLLM_WORK,
+        "keys and values": room - weights - VLLM_WORK,
+    }
+
+
 def cache(sampler: Sampler, shape: Shape, config: TrainConfig, machines: Machines) -> float:
     """Bytes of keys and values for which each GPU of a copy has room."""
-    if sampler.kind == "server":  # on GPUs of their own, of which vLLM takes nine tenths
-        weights = sampler.number * shape.parameters / sampler.tensor_parallel
-        return 0.9 * machines.gpu.memory - weights - VLLM_WORK
+    if sampler.kind == "server":
+        return own_memory(sampler, shape, machines)["keys and values"]
     return memory(sampler, shape, config, machines)["sampler: keys and values"]
 
 

@@ -75,11 +75,11 @@ def _fitting(
     config: TrainConfig, shape: Shape, machines: Machines, also: Settings
 ) -> list[tuple[Settings, float]]:
     """All settings that were tried and fit, with the seconds of a step."""
-    found = []
+    found: list[tuple[Settings, float]] = []
     for tried in _combinations(config, shape, machines):
         settings = {**tried, **also}
         changed = apply(config, settings)
-        sampler = sampler_of(changed, machines)
+        sampler = sampler_of(changed, shape, machines)
         if memory.measure(changed, shape, machines, sampler).fits(machines):
             found.append((settings, timing.measure(changed, shape, machines, sampler).step))
     return found
@@ -91,7 +91,9 @@ def _combinations(config: TrainConfig, shape: Shape, machines: Machines) -> Iter
     least = min(shape.positions, longest)
     shares = ("", "memory=0.3", "memory=0.2", "memory=0.15")
     engines = [":".join(filter(None, ("vllm", share))) for share in shares]
-    for tp in (each for each in (1, 2, 4, 8) if machines.per_node % each == 0):
+    for tp in (1, 2, 4, 8):
+        if machines.per_node % tp or shape.heads % tp:
+            continue
         spread = f"tp={tp},dp={machines.per_node // tp}"
         engines += ["serve:" + ",".join(filter(None, (spread, share))) for share in shares]
     choices: dict[str, tuple[Any, ...]] = {

@@ -20,7 +20,7 @@ from research_env.datasets.base import Corpus, Dataset, Question
 from research_env.errors import ConfigurationError
 from research_env.retrieval.base import Retriever
 from research_env.sessions import Sessions
-from research_env.tools import write_call
+from research_env.tools import Call, ToolTurn
 
 require("mcp", "2", "mcp")
 
@@ -40,7 +40,7 @@ def tool_sessions(
     Args:
         retriever: the search engine; None searches the corpus.
         corpus: its passages.
-        **settings: others, such as ``top_k`` or ``protocol="recall"``.
+        **settings: others, such as ``top_k``, ``tools`` or ``protocol="recall"``.
     """
     nothing = Dataset("tools", (Question("tools", "", ("",)),), corpus)
     settings = {"protocol": "tool-calls", **settings}
@@ -60,18 +60,18 @@ def make_server(sessions: Sessions) -> Server[Any]:
     Raises:
         ConfigurationError: the protocol has no tools.
     """
-    tools = sessions.core.protocol.tool_format
-    if tools is None:
+    tools = sessions.core.protocol.tools
+    if not tools:
         raise ConfigurationError(
             f"the protocol {sessions.core.protocol.name!r} has no tools; use 'tool-calls'"
         )
     listed = [
         Tool(
-            name=schema["function"]["name"],
-            description=schema["function"]["description"],
-            input_schema=schema["function"]["parameters"],
+            name=tool.name,
+            description=tool.description,
+            input_schema=tool.schema["function"]["parameters"],
         )
-        for schema in tools.schemas
+        for tool in tools
     ]
 
     async def list_tools(context: Any, params: Any) -> ListToolsResult:
@@ -79,11 +79,12 @@ def make_server(sessions: Sessions) -> Server[Any]:
 
     async def call_tool(context: Any, params: Any) -> CallToolResult:
         session = sessions.open(0)
-        output = await session.astep(write_call(params.name, params.arguments or {}))
+        call = Call(name=params.name, arguments=params.arguments or {})
+        output = await session.astep(ToolTurn(calls=(call,)))
         if output.info["void"]:
             text = "error: the search engine failed; try again later"
         else:
-            text = session.episode.turns[-1].calls[0].message["content"]
+            text = output.info["messages"][0]["content"]
         content = TextContent(type="text", text=text)
         return CallToolResult(content=[content], is_error=text.startswith("error: "))
 

@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
+
+
+def encode_observation(tokenizer: Any, text: str, markup: Sequence[str]) -> list[int]:
+    """Tokens of an observation that is framed as the chat template frames messages.
+
+    Args:
+        tokenizer: the policy's.
+        text: the observation.
+        markup: the chat tokens in it, ``info["chat_markup"]``; none: it is text.
+    """
+    known = [each for each in markup if tokenizer.convert_tokens_to_ids(each) is not None]
+    if not known:
+        return encode_text(tokenizer, text)
+    ids: list[int] = []
+    for piece in re.split(f"({'|'.join(map(re.escape, known))})", text):
+        if piece in known:
+            ids.append(tokenizer.convert_tokens_to_ids(piece))
+        elif piece:
+            ids += encode_text(tokenizer, piece)
+    return ids
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -18,7 +40,15 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def decode(tokenizer: Any, ids: list[int]) -> str:
-    """The text of what the policy sampled, without special tokens."""
-    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def decode(tokenizer: Any, ids: list[int], *, special: bool = False) -> str:
+    """The text of what the policy sampled.
+
+    Args:
+        tokenizer: the policy's.
+        ids: its tokens.
+        special: keep special tokens, which some formats of tool calls consist of.
+    """
+    text: str = tokenizer.decode(
+        ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
+    )
     return text

@@ -28,7 +28,7 @@ from typing import Any
 
 from research_env.adapters import require
 from research_env.adapters.chat import policy_text
-from research_env.adapters.tokens import decode, encode_text
+from research_env.adapters.tokens import decode, encode_observation
 from research_env.adapters.trl_sampling import Sampled, generate_turns
 from research_env.core import StepOutput
 from research_env.errors import ConfigurationError, EpisodeError, UnknownTaskError
@@ -67,6 +67,7 @@ class Rollouts:
                 default the model's own ``generate``, which is not for vLLM.
         """
         self._sessions = sessions
+        self._tools = sessions.core.tool_schemas() if chat else []
         self._generate = generate or generate_turns
         self._default = generate is None
         self._rows: dict[str, dict[str, Any]] = {}
@@ -97,7 +98,7 @@ class Rollouts:
         self._check(trainer)
         tokenizer, budget = trainer._tokenizer, trainer.max_completion_length
         sessions = [self._open(prompt) for prompt in prompts]
-        prompt_ids = [_encode_prompt(trainer, prompt) for prompt in prompts]
+        prompt_ids = [_encode_prompt(trainer, prompt, self._tools) for prompt in prompts]
         ids: list[list[int]] = [[] for _ in prompts]
         mask: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
@@ -116,7 +117,7 @@ class Rollouts:
                 mask[i] += [1] * len(turn)
                 logprobs[i] += scores[place] if scores is not None else []
                 ended = bool(turn) and turn[-1] in trainer.eos_token_ids
-                text = decode(tokenizer, turn[:-1] if ended else turn)
+                text = decode(tokenizer, turn[:-1] if ended else turn, special=bool(self._tools))
                 if ended or any(stop in text for stop in stops):
                     acting.append((i, text))
                 else:
@@ -124,7 +125,8 @@ class Rollouts:
             live = []
             outputs = _step_all([(sessions[i], text) for i, text in acting])
             for (i, _), output in zip(acting, outputs, strict=True):
-                observed = encode_text(tokenizer, output.observation)
+                markup = output.info["chat_markup"] if self._tools else ()
+                observed = encode_observation(tokenizer, output.observation, markup)
                 if output.terminated or output.truncated:
                     ends[i] = output
                 elif len(ids[i]) + len(observed) >= budget:
@@ -306,7 +308,7 @@ def _step_all(jobs: Sequence[tuple[Session, str]]) -> list[StepOutput]:
         return pool.submit(lambda: asyncio.run(together())).result()
 
 
-def _encode_prompt(trainer: Any, prompt: Any) -> list[int]:
+def _encode_prompt(trainer: Any, prompt: Any, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
     """Tokens as TRL's own: the chat template, or the tokenizer with its begin token."""
     tokenizer = trainer._tokenizer
     if isinstance(prompt, str):
@@ -315,6 +317,7 @@ def _encode_prompt(trainer: Any, prompt: Any) -> list[int]:
     begun = prompt[-1]["role"] == "assistant"
     ids: list[int] = tokenizer.apply_chat_template(
         prompt,
+        tools=list(tools) or None,
         tokenize=True,
         return_dict=False,
         add_generation_prompt=not begun,

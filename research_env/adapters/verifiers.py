@@ -8,8 +8,8 @@ verifiers names plug-ins by top-level modules; ``research_env_verifiers`` is thi
         --env.taskset.args '{"dataset": "musique", "top_k": 3}' --no-push
 
 The harness runs in the process of the environment. It asks the endpoint for one turn at a time and
-stops at the protocol's terminators. verifiers keeps the tokens, and masks all that is not the
-model's.
+stops at the protocol's terminators; with ``"protocol": "tool-calls"`` it sends the tools and takes
+the endpoint's tool calls. verifiers keeps the tokens, and masks all that is not the model's.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ class ResearchHarness(vf.Harness[ResearchHarnessConfig]):  # type: ignore[misc]
         """
         sessions = shared_sessions(data.args)
         session = sessions.open(data.question_id)
+        protocol, tools = sessions.core.protocol, session.info["tools"]
         messages: list[Any] = list(session.info["messages"])
         output = None
         try:
@@ -126,13 +127,17 @@ class ResearchHarness(vf.Harness[ResearchHarnessConfig]):  # type: ignore[misc]
                 base_url=endpoint, api_key=secret, max_retries=5, timeout=None
             ) as client:
                 while not session.episode.over:
-                    reply = await client.chat.completions.create(model=ctx.model, messages=messages)
+                    reply = await client.chat.completions.create(
+                        model=ctx.model, messages=messages, tools=tools or openai.omit
+                    )
                     choice = reply.choices[0]
                     if choice.finish_reason == "length":
                         break
                     message = choice.message.model_dump(exclude_none=True)
-                    output = await session.astep(policy_text(sessions.core.protocol, message))
-                    messages += [message, {"role": "user", "content": output.observation}]
+                    action = message if protocol.tools else policy_text(protocol, message)
+                    output = await session.astep(action)
+                    seen = [{"role": "user", "content": output.observation}]
+                    messages += [message, *(output.info["messages"] or seen)]
         except openai.APIStatusError:
             if trace.stop_condition is None:
                 raise
@@ -157,24 +162,13 @@ class ResearchEnv(vf.Env[ResearchEnvConfig]):  # type: ignore[misc]
     """One episode per task; sampling stops at the terminators of the task's protocol."""
 
     def __init__(self, config: ResearchEnvConfig) -> None:
-        """Add the terminators to the agent's sampling.
-
-        Raises:
-            ConfigurationError: the protocol has tool calls.
-        """
+        """Add the terminators to the agent's sampling."""
         sessions = shared_sessions(config.taskset.args)
-        protocol = sessions.core.protocol
-        if protocol.tool_format is not None:
-            raise ConfigurationError(
-                f"protocol {protocol.name!r} has tool calls, which this harness does not read from "
-                "an endpoint; use one with tags, such as 'search-r1'"
-            )
         given = config.agent.sampling or vf.SamplingConfig()
-        sampling = vf.SamplingConfig(
-            stop=list(sessions.terminators),
-            include_stop_str_in_output=True,
-            **given.model_dump(exclude_unset=True),
-        )
+        stops: dict[str, Any] = {}
+        if not sessions.core.protocol.tools:  # the endpoint ends a turn of tool calls itself
+            stops = {"stop": list(sessions.terminators), "include_stop_str_in_output": True}
+        sampling = vf.SamplingConfig(**stops, **given.model_dump(exclude_unset=True))
         agent = config.agent.model_copy(update={"sampling": sampling})
         super().__init__(config.model_copy(update={"agent": agent}))
 

@@ -19,7 +19,7 @@ from uuid import uuid4
 
 from research_env.adapters import require
 from research_env.adapters.shared import shared_sessions
-from research_env.adapters.tokens import decode, encode_text
+from research_env.adapters.tokens import decode, encode_observation
 from research_env.errors import ConfigurationError
 from research_env.sessions import Sessions
 
@@ -71,6 +71,7 @@ class ResearchAgentLoop(AgentLoopBase):  # type: ignore[misc]
         super().__init__(*positional, **keywords)
         self._sessions = shared_sessions(dict(args or {}))
         self._chat = chat
+        self._tools = self._sessions.core.tool_schemas() if chat else []
 
     async def run(
         self, sampling_params: dict[str, Any], priority: int = 0, **row: Any
@@ -94,7 +95,9 @@ class ResearchAgentLoop(AgentLoopBase):  # type: ignore[misc]
         stops = self._sessions.terminators
         params = {**sampling_params, "stop": list(stops), "include_stop_str_in_output": True}
         if self._chat:
-            prompt = await self.ct_build_initial_tokens(session.info["messages"])
+            prompt = await self.ct_build_initial_tokens(
+                session.info["messages"], tools=self._tools or None
+            )
         else:
             prompt = self.tokenizer(session.prompt, add_special_tokens=False)["input_ids"]
         ids: list[int] = []
@@ -110,13 +113,14 @@ class ResearchAgentLoop(AgentLoopBase):  # type: ignore[misc]
             turn = list(sampled.token_ids)[: limit - len(ids)]
             ids, mask, turns = ids + turn, mask + [1] * len(turn), turns + 1
             logprobs += list(sampled.log_probs or [])[: len(turn)]
-            text = decode(self.tokenizer, turn)
+            text = decode(self.tokenizer, turn, special=bool(self._tools))
             ended = bool(turn) and turn[-1] == self.tokenizer.eos_token_id
             if not ended and not any(stop in text for stop in stops):
                 output = session.truncate("length")
                 break
             output = await session.astep(text)
-            seen = encode_text(self.tokenizer, output.observation)
+            markup = output.info["chat_markup"] if self._tools else ()
+            seen = encode_observation(self.tokenizer, output.observation, markup)
             if not session.episode.over and len(ids) + len(seen) >= limit:
                 output = session.truncate("length")
             elif not session.episode.over:

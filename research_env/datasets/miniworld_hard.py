@@ -11,6 +11,10 @@ Difficulty 0 is MiniWorld as it is. Each level after it has what the one before 
    query without it finds either. Comparisons reach the three through a fact each.
 4. Nothing shorter than five facts.
 
+Level 5 is apart: the questions of level 2 where documents must be opened. Each entity has a card,
+which says its name and nothing else, and a passage of the same title with its facts. With one
+passage per search a query finds the card, and the tool ``open`` reads both.
+
 Every question has one answer, which follows from passages that are known. The texts are made of the
 phrases of MiniWorld, so a policy that reads MiniWorld can read them; " the work" and the words of
 counts are spelled.
@@ -46,6 +50,7 @@ class Level:
     hops: tuple[int, int] = (3, 6)  # of chains
     namesakes: bool = False
     reached: bool = False  # what is compared or counted is reached through a fact
+    cards: bool = False  # a search finds a card, behind which the facts are
 
 
 LEVELS = {
@@ -55,6 +60,7 @@ LEVELS = {
         chain=0.5, comparison=0.15, intersection=0.2, count=0.15, namesakes=True, reached=True
     ),
     4: Level(chain=0.6, comparison=0.2, count=0.2, hops=(5, 6), namesakes=True, reached=True),
+    5: Level(chain=0.5, comparison=0.15, intersection=0.2, count=0.15, cards=True),
 }
 
 
@@ -79,7 +85,9 @@ def world(seed: int, difficulty: int) -> World:
     """
     _require_level(difficulty)
     made = miniworld.world(seed)
-    return _with_namesakes(seed) if difficulty and LEVELS[difficulty].namesakes else made
+    if difficulty and LEVELS[difficulty].namesakes:
+        return _with_namesakes(seed)
+    return _with_cards(seed) if difficulty and LEVELS[difficulty].cards else made
 
 
 def load(split: str, seed: int, difficulty: int) -> Dataset:
@@ -88,7 +96,7 @@ def load(split: str, seed: int, difficulty: int) -> Dataset:
     Args:
         split: "train" (4,000 questions) or "dev" (400); no task stands in both.
         seed: of the world.
-        difficulty: from 0 to 4; 0 is MiniWorld.
+        difficulty: from 0 to 5; 0 is MiniWorld.
 
     Raises:
         ConfigurationError: no such level, or a seed that is no whole number.
@@ -145,6 +153,24 @@ def _with_namesakes(seed: int) -> World:
         passages.append(Passage(made.passage_id(namesake(work.name)), work.name, text))
     rng.shuffle(passages)
     return World(seed, entities, tuple(passages), variant="-namesakes")
+
+
+@lru_cache(maxsize=8)
+def _with_cards(seed: int) -> World:
+    """Every entity gets a card, and its passage states the facts without its name."""
+    made, rng = miniworld.world(seed), random.Random(f"cards {seed}")
+    passages: list[Passage] = []
+    for passage in made.passages:
+        name = passage.title
+        if name not in made.entities:  # a gazette
+            passages.append(passage)
+            continue
+        opening, _, facts = passage.text.removesuffix(f" All about {name}.").partition(", ")
+        card = f"{opening}. All about {name}. All about {name}."
+        passages.append(Passage(f"{passage.id}-card", name, card))
+        passages.append(Passage(passage.id, name, f"{opening.removesuffix(f' {name}')}, {facts}"))
+    rng.shuffle(passages)
+    return World(seed, made.entities, tuple(passages), variant="-cards")
 
 
 def namesake(name: str) -> str:

@@ -39,7 +39,7 @@ PLUGIN = research_env_verifiers.__name__
 ARGS: Any = {"dataset": "miniworld", "template": "question", "top_k": 1}  # of the documentation
 
 
-def completion(text: str, finish_reason: str = "stop", **message: str) -> Reply:
+def completion(text: str, finish_reason: str = "stop", **message: Any) -> Reply:
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": text, **message},
@@ -223,11 +223,35 @@ def test_settings_that_cannot_be_used_are_refused(sessions: Sessions, tmp_path: 
         list(env.taskset)
     with pytest.raises(UnknownNameError, match="nowhere"):
         shared_sessions({"dataset": "nowhere"})
-    with Sessions(dataset=DATASET, retriever=Fake(), protocol="tool-calls") as tools:
-        share(tools, shared="tools")
-        taskset = {"id": PLUGIN, "args": {"shared": "tools"}}
-        with pytest.raises(ConfigurationError, match="protocol 'tool-calls' has tool calls"):
-            load_environment(resolve_env_config({"taskset": taskset}))
+
+
+def test_tool_calls_of_the_endpoint_are_the_policys_turn() -> None:
+    made = {"name": "search", "arguments": '{"query": "3"}'}
+    call = {"id": "call-1", "type": "function", "function": made}
+    asked: list[Any] = []
+
+    def reply(request: Call) -> Reply:
+        asked.append(request.json())
+        if len(asked) == 1:
+            return completion("I look it up.", "tool_calls", tool_calls=[call])
+        return completion(r"It is \boxed{Founder 3}.")
+
+    rules: Any = {"protocol": "tool-calls", "template": "instruct"}
+    with (
+        Sessions(dataset=DATASET, retriever=Fake(), **rules) as sessions,
+        world(Endpoint(), sessions) as played_in,
+        serving(reply) as server,
+    ):
+        played_in.endpoint = server.url
+        (trace,) = played_in.episode("q3").traces
+        tools = sessions.open("q3").info["tools"]
+    assert (trace.metrics["em"], trace.metrics["searches"]) == (1.0, 1.0)
+    assert [tool["function"]["name"] for tool in asked[0]["tools"]] == ["search"]
+    assert asked[0]["tools"] == tools
+    assert "stop" not in asked[0]
+    result = asked[1]["messages"][-1]
+    assert (result["role"], result["tool_call_id"]) == ("tool", "call-1")
+    assert "About 3 number 3." in result["content"]
 
 
 def evaluate(url: str, model: str, output: Path, *more: str) -> list[Any]:

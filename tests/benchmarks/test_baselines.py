@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -95,10 +96,10 @@ def play(
     data = Dataset("one", (question,), None)
     environments = SearchQAVectorEnv(1, dataset=data, retriever=shelf, **settings)
     engine = ScriptedEngine(model, renderer, context)
-    (trajectory,) = driver.run(
-        engine, environments, renderer, [(0, 0)], sampling, baseline=baseline
-    )
-    environments.close()
+    with closing(environments):
+        (trajectory,) = driver.run(
+            engine, environments, renderer, [(0, 0)], sampling, baseline=baseline
+        )
     assert engine.busy == 0
     return model, shelf, trajectory
 

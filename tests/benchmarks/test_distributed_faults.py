@@ -33,7 +33,7 @@ def test_a_run_that_lost_something_is_not_right() -> None:
     good = faults.Row("fault", True, 1, faults.STEPS, 64, 0, True, 0, 1.0)
     assert good.is_right
     for wrong in ({"happened": False}, {"steps": 3}, {"void": 1}, {"same": False}):
-        assert not replace(good, **wrong).is_right  # type: ignore[arg-type]
+        assert not replace(good, **wrong).is_right
 
 
 @pytest.mark.slow

@@ -119,7 +119,8 @@ def test_vllm_knows_the_flags(cluster: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     start("sampler.sh", "model", "8704")
     (words,) = started(cluster)["vllm"]
-    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(words[1:])
+    parser = make_arg_parser(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
+    parsed = parser.parse_args(words[1:])
     assert parsed.max_model_len == 8704 and parsed.data_parallel_size == 8
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from research_agent.distributed import full_tensor, init_distributed, shard
+from research_agent.distributed import full_tensor, init_distributed, make_mesh, shard
 from research_agent.engines import parse_engine
 from research_agent.engines.base import SamplingParams
 from research_agent.engines.servers import serve
@@ -23,7 +23,7 @@ from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
 
 
 class Gathered:
-    """The weights of a sharded model, to which a number was added; all ranks go through them."""
+    """The weights of a sharded model, times a number; all ranks go through them."""
 
     def __init__(self, model: Any, number: float) -> None:
         self._model, self._number = model, number
@@ -32,7 +32,7 @@ class Gathered:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, weight in self._model.named_parameters():
             self.seen += 1
-            yield name, full_tensor(weight.detach()) + self._number
+            yield name, full_tensor(weight.detach()) * self._number
 
 
 def play(urls: list[str], dtype: str = "bfloat16") -> dict[str, Any]:
@@ -44,7 +44,7 @@ def play(urls: list[str], dtype: str = "bfloat16") -> dict[str, Any]:
     """
     renderer = codec_of(byte_tokenizer(merges=True))
     model = tiny_qwen2(hidden=128)
-    shard(model, list(model.model.layers))
+    shard(model, list(model.model.layers), make_mesh(model.device))
     settings: dict[str, Any] = {"max_context": 200, "dtype": dtype}
     if urls:
         engine = connect_servers(model, renderer, urls, patience=0.5, **settings)

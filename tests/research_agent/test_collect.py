@@ -16,7 +16,7 @@ from research_agent.active_rollout import trajectory_seed
 from research_agent.engines.base import SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.engines.transformers import TransformersEngine
-from research_agent.environments import StepResult, make_environments
+from research_agent.environments import Action, StepResult, make_environments
 from research_agent.errors import ConfigError, ContextError, EnvironmentContractError
 from research_agent.renderer import Renderer
 from research_agent.rollout import collect
@@ -212,8 +212,9 @@ class Fake:
         self.turns |= dict.fromkeys(assignments, 0)
         return {i: (f"task {n} of {seed}", {"state_key": f"{n}:"}) for i, n in assignments.items()}
 
-    def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
+    def send(self, env_ids: Sequence[int], actions: Sequence[Action]) -> None:
         for i, action in zip(env_ids, actions, strict=True):
+            assert isinstance(action, str)
             self.turns[i] += 1
             over = self.turns[i] > len(action) % 4
             void = over and action.startswith("v")
@@ -309,7 +310,7 @@ def test_no_slot_is_empty_while_an_episode_waits(overlap: bool) -> None:
             begun.extend(assignments.values())
             return super().reset(assignments, seed)
 
-        def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
+        def send(self, env_ids: Sequence[int], actions: Sequence[Action]) -> None:
             super().send(env_ids, actions)
             waiting.update(env_ids)
 
@@ -340,7 +341,7 @@ def test_thousands_of_episodes_in_flight_have_bounded_memory() -> None:
     slots, most = 4096, 0
 
     class Measured(Fake):
-        def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
+        def send(self, env_ids: Sequence[int], actions: Sequence[Action]) -> None:
             nonlocal most
             super().send(env_ids, actions)
             most = max(most, len(self.ready))

@@ -175,6 +175,11 @@ def test_servers_take_nothing_of_the_learners_gpus() -> None:
     found = plan(changed("research-7b", engine="server:http://a,http://b"), "8xH100")
     assert not [name for name in found.memory.gpu if name.startswith("sampler")]
     assert found.sampler.copies == 2
+    assert found.memory.servers["weights"] == 2 * B7.parameters
+    assert sum(found.memory.servers.values()) == pytest.approx(0.9 * 84.9e9)
+    large = plan(changed("research-32b", engine="server:http://a"), "8xL40S")
+    assert large.sampler.tensor_parallel == 2  # the fewest GPUs that hold a copy
+    assert large.memory.servers["weights"] == B32.parameters
     assert found.memory.disk["weights for the servers"] == 2 * 2 * B7.parameters
     direct = plan(changed("research-7b", engine="server+nccl:http://a"), "8xH100")
     assert "weights for the servers" not in direct.memory.disk
@@ -272,7 +277,7 @@ def test_bytes_are_those_of_the_models_shards(
     from research_agent.distributed import local_tensor
     from research_agent.optimizer import Optimizer
 
-    config = changed("research-7b" if name == "3b" else name, engine="serve:tp=8,dp=1", **settings)
+    config = changed("research-7b" if name == "3b" else name, engine="serve:tp=4,dp=2", **settings)
     if name == "3b":
         config = replace(config, policy=replace(config.policy, model="Qwen/Qwen2.5-3B"))
     found = plan(config, machines).memory.gpu
@@ -301,6 +306,12 @@ def test_bytes_are_those_of_the_models_shards(
         )
 
 
+def test_heads_that_vllm_cannot_divide_are_told() -> None:
+    found = plan(changed("research-7b", engine="serve:tp=8,dp=1"), "8xH200")
+    assert not found.fits and "28 heads over tp=8" in found.memory.problem
+    assert all("tp=8" not in flags for flags in found.suggestions)
+
+
 def saved_bytes(
     layers: int, tokens: int, *, precision: str, checkpointing: bool, sharded: bool
 ) -> float:
@@ -308,7 +319,7 @@ def saved_bytes(
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from research_agent.models.policy import prepare
+    from research_agent.models.prepare import prepare
 
     config = Qwen2Config(
         vocab_size=300,

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,59 +17,32 @@ from safetensors.torch import load_file
 
 from research_agent.active_rollout import Episode
 from research_agent.cli import main
-from research_agent.config import EnvironmentConfig, RunConfig, SamplingConfig, TrainConfig
-from research_agent.engines.base import Completion, Engine
+from research_agent.config import EnvironmentConfig, TrainConfig
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.environments import make_environments
 from research_agent.errors import ConfigError, EngineError, NonFiniteError
 from research_agent.player import Player
 from research_agent.player_process import PlayerProcess
-from research_agent.renderer import Renderer
 from research_agent.rollout import collect
 from research_agent.run_logger import read_lines
 from tests.research_agent.conftest import byte_tokenizer, tiny_qwen2
 from tests.research_agent.fake_vllm import FakeVllm
-from tests.research_agent.test_collect import RENDERER, TOY
-from tests.research_agent.test_staleness import plain, require_each_once, say, tasks, versions
-from tests.research_agent.test_trainer import flags
-
-SAMPLING = SamplingConfig(max_prompt=20, max_response=60, max_staleness=1, overlap=True)
-CONFIG = TrainConfig(
-    environment=EnvironmentConfig(env=TOY, env_args={"turns": 3}),
-    sampling=SAMPLING,
-    run=RunConfig(eval_every=1, eval_temperature=1.0),
+from tests.research_agent.scripted_player import (
+    CONFIG,
+    RENDERER,
+    SAMPLING,
+    SLOTS,
+    say,
+    scripted,
+    weights,
 )
-SLOTS = 3
-
-
-class Checked(ScriptedEngine):
-    """It looks at the weights: they are all ``version``. A version of 99 has no finite number."""
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        weights = list(weights)
-        for name, weight in weights:
-            assert name in ("first", "second")
-            assert weight.eq(version).all()
-        super().load_weights(weights, version)
-
-    def step(self) -> list[Completion]:
-        if self._version == 99:
-            raise NonFiniteError("the logits are not finite")
-        return super().step()
-
-
-def scripted() -> tuple[Engine, Renderer]:
-    """Made in the child: turns take one engine step more or less."""
-    steps = iter(range(10**9))
-    return Checked(say, RENDERER, delay=lambda: next(steps) % 3), RENDERER
-
-
-def weights(version: int) -> list[tuple[str, torch.Tensor]]:
-    return [(name, torch.full((3, 2), float(version))) for name in ("first", "second")]
+from tests.research_agent.test_staleness import plain, require_each_once, tasks, versions
+from tests.research_agent.test_trainer import flags
 
 
 def played_alone(episodes: Sequence[Episode]) -> list[object]:
-    engine, environments = ScriptedEngine(say, RENDERER), make_environments(TOY, 1, {"turns": 3})
+    engine = ScriptedEngine(say, RENDERER)
+    environments = make_environments(CONFIG.environment.env, 1, {"turns": 3})
     return [plain(t) for t in collect(engine, environments, RENDERER, episodes, SAMPLING)]
 
 
@@ -180,13 +153,13 @@ def test_a_child_survives_the_signals_that_stop_the_run_and_its_death_is_an_erro
 
 PARENT = """
 import time
-from tests.research_agent.test_player_process import CONFIG, SLOTS, scripted, tasks, weights
+from tests.research_agent.scripted_player import CONFIG, SLOTS, scripted
 from research_agent.player_process import PlayerProcess
 
 if __name__ == "__main__":
     player = PlayerProcess(CONFIG, SLOTS, {})
     player.start(scripted)
-    player.collect(tasks(0, 2, 2), tasks(1, 10**4, 2))
+    player.collect([(0, 0), (0, 1)], [(task, 0) for task in range(1, 10**4)])
     print(player.pid, player.weights_folder, flush=True)
     time.sleep(10**6)
 """

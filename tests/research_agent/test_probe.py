@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from research_agent.learner import Learner
 from research_agent.models.prepare import prepare, require_learnable
 from research_agent.models.probe import logit_difference
 from research_agent.renderer import Renderer
+from research_agent.trees import Forking
 from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_llama
 
-HYBRIDS = ["Qwen3.5", "LFM2", "Falcon-H1", "Granite 4 hybrid", "Falcon", "Bloom"]
+HYBRIDS = ["Qwen3.5", "LFM2", "Falcon-H1", "Granite 4 hybrid", "Falcon", "Bloom", "Mamba"]
 PROMPTS = [list(range(20, 60)), list(range(100, 125))]
 OBSERVATION = [7, 8, 9, 10, 11]
 
@@ -79,10 +81,18 @@ def test_greedy_tokens_are_the_models_own(name: str, share: bool) -> None:
     assert take(engine)[0] == greedy(oracle, PROMPTS[1], 8)
 
 
-def test_new_weights_are_sampled_from_one_at_a_time_too() -> None:
-    model = make("Qwen3.5")
+def test_a_model_that_is_sampled_one_at_a_time_says_so() -> None:
     with pytest.warns(UserWarning, match=r"sampled one sequence at a time.*--engine vllm"):
-        engine = engine_of(model, 2)
+        engine_of(make("Bloom"), 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*one sequence at a time")
+@pytest.mark.parametrize("name", ["Qwen3.5", "Bloom"])
+def test_new_weights_are_sampled_from(name: str) -> None:
+    model = make(name)
+    engine = engine_of(model, 2)
+    engine.submit(0, PROMPTS[0], SamplingParams(temperature=0, max_tokens=6))
+    take(engine)  # keys, values and states of the old weights
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(0.7)
@@ -91,12 +101,41 @@ def test_new_weights_are_sampled_from_one_at_a_time_too() -> None:
     assert take(engine)[0] == greedy(model, PROMPTS[0], 6)
 
 
+@pytest.mark.parametrize("name", ["Qwen3.5", "LFM2", "Falcon-H1", "Granite 4 hybrid"])
+def test_every_slot_keeps_its_own_state(name: str) -> None:
+    """Turns begin and end at different times, and slots are used again."""
+    model = make(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as that it is sampled one sequence at a time
+        engine = engine_of(model, 4)
+    lengths = [5, 1, 9, 3]
+    said = {slot: list(range(10 * slot + 10, 10 * slot + 18 + slot)) for slot in range(4)}
+    new = {slot: list(tokens) for slot, tokens in said.items()}
+    for turn in range(3):
+        for slot, tokens in new.items():
+            count = lengths[(slot + turn) % 4]
+            engine.submit(slot, tokens, SamplingParams(max_tokens=count, temperature=0.0))
+        for slot, tokens in take(engine).items():
+            assert tokens == greedy(model, said[slot], len(tokens))
+            said[slot] += tokens
+        engine.release(turn)
+        said[turn] = [30 + turn, 31, 32]  # another trajectory
+        new = {slot: [40 + slot, 41][: 1 + slot % 2] for slot in range(4)}
+        new[turn] = list(said[turn])
+        for slot in set(range(4)) - {turn}:
+            said[slot] += new[slot]
+    assert not isinstance(engine, Forking)  # a state cannot be taken back
+
+
 def test_an_engine_that_would_be_wrong_is_refused_with_numbers() -> None:
+    model = tiny_llama()
+    layer = model.model.layers[0]
+    layer.register_forward_hook(lambda _, __, out: out + out.mean(dim=(0, 1), keepdim=True))
     with pytest.raises(ModelError, match=r"differ by .* where they spread by .*Use --engine vllm"):
-        engine_of(make("Mamba"), 2)
+        engine_of(model, 2)
 
 
-@pytest.mark.parametrize("name", [*HYBRIDS, "StableLM", "Gemma 2"])
+@pytest.mark.parametrize("name", ["Falcon", "Bloom", "StableLM", "Nemotron", "Gemma 2"])
 def test_packing_that_would_be_wrong_is_refused(name: str) -> None:
     model = make(name)
     tokens = torch.tensor([PROMPTS[1]])
@@ -109,15 +148,25 @@ def test_packing_that_would_be_wrong_is_refused(name: str) -> None:
 def test_required_packing_stops_a_learner_before_it_learns() -> None:
     rule = algorithm("grpo", kl_coef=0.0, entropy_coef=0.0)
     with pytest.raises(ModelError, match="use --packing off"):
-        Learner(make("Qwen3.5"), rule, LearnerConfig(packing="on"))
-    Learner(make("Qwen3.5"), rule, LearnerConfig(packing="auto"))
-    Learner(make("Qwen3"), rule, LearnerConfig(packing="on"))
+        Learner(make("Falcon"), rule, LearnerConfig(packing="on"))
+    Learner(make("Falcon"), rule, LearnerConfig(packing="auto"))
+    Learner(make("Qwen3.5"), rule, LearnerConfig(packing="on"))
 
 
 @pytest.mark.parametrize("name", ["Gemma 2", "Granite"])
-def test_logits_changed_after_the_head_are_refused(name: str) -> None:
+def test_logits_are_scaled_and_capped_as_the_configuration_says(name: str) -> None:
+    require_learnable(make(name), name)
+
+
+def test_logits_changed_after_the_head_are_refused() -> None:
+    model = tiny_llama()
+
+    def double(_: Any, __: Any, out: Any) -> None:
+        out.logits.mul_(2)
+
+    model.register_forward_hook(double)
     with pytest.raises(ModelError, match="changes its logits after its head"):
-        require_learnable(make(name), name)
+        require_learnable(model, "doubled")
 
 
 def test_a_model_that_sees_its_neighbours_is_refused() -> None:

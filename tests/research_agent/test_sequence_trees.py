@@ -19,7 +19,8 @@ from research_agent.algorithms.mt_ppo import MTPPO
 from research_agent.algorithms.tree_grpo import TreeGRPO
 from research_agent.batch import make_batch, micro_batches
 from research_agent.errors import ModelError
-from research_agent.models.policy import prepare, token_logprobs
+from research_agent.models.policy import token_logprobs
+from research_agent.models.prepare import prepare
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.research_agent.learners import make_learner

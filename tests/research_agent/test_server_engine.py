@@ -31,7 +31,7 @@ from research_agent.engines.base import (
 from research_agent.engines.remote import turn_seed
 from research_agent.engines.servers import pool, server_group, weight_sync, weight_transfer
 from research_agent.engines.servers.engine import ServerEngine, connect_servers
-from research_agent.engines.servers.weight_sync import ModelWeights
+from research_agent.engines.servers.weight_sync import model_weights
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.environments import make_environments
 from research_agent.errors import (
@@ -785,7 +785,7 @@ def test_real_servers_take_weights_from_memory(
             if version:
                 if version == 2:  # after a transfer that breaks off, too
                     cuda_double.break_off(after=3)
-                engine.load_weights(ModelWeights(model), version)
+                engine.load_weights(model_weights(model), version)
                 assert server.version() != before
             greedy = plays(engine)
             assert tokens(greedy) == expected
@@ -840,6 +840,8 @@ def test_real_servers(  # noqa: PLR0915
     assert worst_logprob(model, plays(engine, 1.0), 1.0) < 1e-4
 
     # Two ranks with sharded weights give them once, and sample what one process samples.
+    assert isinstance(engine, ServerEngine)
+    engine.close()  # a server is for one run: this one would give its own weights again
     arguments = [urls.split(","), "float32"]
     said = in_two_processes("tests.research_agent.server_worker", json.dumps({"real": arguments}))
     lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
@@ -847,7 +849,8 @@ def test_real_servers(  # noqa: PLR0915
     sums = [server.checksums() for server in servers]
     assert sums[0] == sums[1]
     plain = tiny_qwen2(hidden=128)
-    engine.load_weights([(name, p.detach() + 2) for name, p in plain.named_parameters()], 2)
+    engine = make_engine(f"server:{urls}", model, RENDERER, max_slots=8)
+    engine.load_weights([(name, p.detach() * 2) for name, p in plain.named_parameters()], 2)
     assert [server.checksums() for server in servers] == sums
     for line in sorted(lines, key=lambda line: line["rank"]):
         for slot in range(4):

@@ -17,7 +17,7 @@ from tests.research_agent.torchrun import in_two_processes
 RENDERER = codec_of(byte_tokenizer(merges=True))
 
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "precision": ({"dtype": "float16"}, "weights in float16, and the run gives them in bfloat16"),
     "model": ({"sizes": (3, 264, 128)}, "another model: layers 3, and the policy layers 2"),
     "version": ({"software": "0.31.1"}, "the servers differ in version"),
@@ -72,7 +72,7 @@ def test_two_ranks_give_weights_once_and_sample_their_own_turns(
         assert len(server.folders()) == 3  # the first weights, and the two versions
         assert len({folder.parent for folder in server.folders()}) == 1  # rank 0 wrote them
         for name, weight in model.state_dict().items():
-            assert torch.equal(server.weights[name], (weight + 2).bfloat16())
+            assert torch.equal(server.weights[name], (weight * 2).bfloat16())
     assert both[0].version == both[1].version
     assert both[0].version.split("-")[1] == "2"
 

@@ -49,7 +49,6 @@ AHEAD = {
     "collection": (PlayerProcess, "collect"),
     "update": (Learner, "update"),
     "hand-over of the weights": (PlayerProcess, "load_weights"),
-    "saving": (checkpoint, "save"),
 }
 
 TOY = "tests.research_agent.toy_env:CopyLetter-v0"

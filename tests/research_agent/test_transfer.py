@@ -428,7 +428,7 @@ def test_a_model_on_the_cpu_is_refused(backend: str) -> None:
 def test_a_learner_without_vllm_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"vLLM cannot be imported.*server\+nccl needs it here"):
-        weight_transfer.require_gpu(SimpleNamespace(device=torch.device("cuda")), "nccl")
+        weight_transfer.require_gpu(torch.device("cuda"), "nccl")
 
 
 def test_names_that_no_engine_has() -> None:

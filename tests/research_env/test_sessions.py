@@ -300,4 +300,8 @@ def test_the_page_about_sessions_runs() -> None:
     page = (Path(__file__).parents[2] / "docs/how-to/sessions.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert len(blocks) == 2
-    exec("\n".join(blocks), {})
+    scope: dict[str, Any] = {}
+    exec("\n".join(blocks), scope)
+    for made in scope.values():
+        if isinstance(made, Sessions):
+            made.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import pytest
@@ -74,7 +75,7 @@ def test_search_shows_what_a_stranger_wrote(
 
 
 def test_the_environment_renders_text(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    settings = dict(word.split("=") for word in files)
+    settings: dict[str, Any] = dict(word.split("=") for word in files)
     env = gym.make("SearchQA-v0", render_mode="human", **settings)
     env.reset(seed=0)
     env.step(f"<search>Ann {OSC_52}</search>")

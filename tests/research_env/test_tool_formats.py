@@ -139,6 +139,9 @@ def test_harmony_is_read_with_the_recipient_in_either_place(header: str) -> None
         "<|start|>functions.search to=assistant<|channel|>commentary<|message|>"
         '"\\"Title 1\\"\\nAbout company 1 number 1."<|end|><|start|>assistant'
     )
+    plain = make("harmony")
+    plain.reset(seed=0)
+    assert plain.step("It goes to=functions.search \\boxed{x}").info["prediction"] == "x"
     ended = env.step(
         "<|channel|>analysis<|message|>\\boxed{no}<|end|><|start|>assistant"
         "<|channel|>final<|message|>It is \\boxed{yes}.<|return|>"

@@ -11,8 +11,8 @@ CPU cannot sample with seeds from a prompt that it reads in pieces). Name them a
 server:http://HOST1:8000,http://HOST2:8000``. ``--engine serve:tp=2`` starts them itself.
 
 For servers on other machines, ``--host`` is an address of a private network, where only people you
-trust can reach it. ``VLLM_API_KEY`` guards the ``/v1`` routes only. Whoever reaches the other
-routes can replace the weights and call methods of the workers, without a key.
+trust can reach it. ``VLLM_API_KEY`` guards sampling only. Whoever reaches the other routes can
+replace the weights and call methods of the workers, without a key.
 
 Weights go through a folder in the temporary directory by default. Servers on other machines must
 see it under the same path: set ``TMPDIR`` to a folder that all of them share. From learners on GPUs
@@ -52,7 +52,7 @@ from research_agent.engines.checks import context_limit, not_finite, require_roo
 from research_agent.engines.remote import Turns, check_address, read_key
 from research_agent.engines.servers.pool import HeldTokens, Sampled, ServedWeights, ServerPool, Turn
 from research_agent.engines.servers.server import Carrier
-from research_agent.engines.servers.weight_sync import ModelWeights, WeightSync
+from research_agent.engines.servers.weight_sync import WeightSync, model_weights
 from research_agent.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ def connect_servers(
     engine = ServerEngine(renderer, bases, context, sync, process, patience=patience, **limits)
     try:
         if not any(weight.is_meta for weight in model.parameters()):
-            engine.load_weights(ModelWeights(model), 0)
+            engine.load_weights(model_weights(model), 0)
     except BaseException:
         engine.close()
         raise

@@ -109,7 +109,8 @@ class ServerPool:
     ) -> None:
         """Ask nobody anything yet; with ``quiet`` warnings are only information."""
         self._servers = [
-            _Sampler(url, Client(url, key, max_in_flight), Client(url, key)) for url in urls
+            _Sampler(url, Client(url, key, max_in_flight, keep_alive=True), Client(url, key))
+            for url in urls
         ]
         self.clients = [client for each in self._servers for client in (each.turns, each.looks)]
         self._end_ids = end_ids

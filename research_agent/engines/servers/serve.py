@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from research_agent.distributed import run_together
-from research_agent.engines.checks import CONTINUE, context_limit, require_gpus
+from research_agent.engines.checks import CONTINUE, context_limit, device_of, require_gpus
 from research_agent.engines.servers.engine import ServerEngine, connect_servers
 from research_agent.errors import EngineError
 
@@ -66,7 +66,8 @@ class ServerProcess:
         slots: int,
         dtype: str,
     ) -> None:
-        require_gpus("serve", spec.tp * spec.dp, model.device)
+        device = device_of(model)
+        require_gpus("serve", spec.tp * spec.dp, device)
         self._folder = tempfile.TemporaryDirectory(prefix="research-agent-serve-")
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
@@ -78,7 +79,7 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{port}"
         command = [*_PROGRAM, "--model", self._folder.name, "--served-model-name", "policy"]
         command += ["--host", "127.0.0.1", "--port", str(port)]
-        command += _arguments(spec, context, slots, dtype, on_cpu=model.device.type == "cpu")
+        command += _arguments(spec, context, slots, dtype, on_cpu=device.type == "cpu")
         self._log = Path(self._folder.name) / "vllm.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -171,7 +172,7 @@ def serve_engine(
             renderer,
             urls,
             context,
-            by="folder" if model.device.type == "cpu" else "ipc",
+            by="folder" if device_of(model).type == "cpu" else "ipc",
             dtype=dtype,
             gives=starts,
             process=process[0] if process else None,

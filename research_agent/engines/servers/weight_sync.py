@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from research_agent.distributed import (
+    Repeatable,
     broadcast_object,
     full_tensor,
     raise_together,
@@ -32,19 +33,11 @@ if TYPE_CHECKING:
 _AGAIN = 1.0  # seconds between attempts while no server takes the weights
 
 
-class ModelWeights:
-    """A model's weights, whole, as often as they are asked for; all ranks ask together.
-
-    Args:
-        model: of the transformers library; its parameters may be sharded.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, weight in self._model.named_parameters():
-            yield name, full_tensor(weight.detach())
+def model_weights(model: Any) -> Iterable[tuple[str, Tensor]]:
+    """Return a model's weights, whole; its parameters may be sharded, and all ranks ask then."""
+    return Repeatable(
+        lambda: ((name, full_tensor(p.detach())) for name, p in model.named_parameters())
+    )
 
 
 class WeightSync:
@@ -99,8 +92,7 @@ class WeightSync:
 
         Args:
             weights: all of the model's. All ranks go through them together, once per attempt.
-                An iterator can be gone through once only: a transfer from memory that fails is then
-                not repeated.
+                After a transfer from memory that failed, an iterator cannot be sent again.
             version: their number.
 
         Raises:

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from research_agent.engines.checks import WeightNames
+from research_agent.engines.checks import WeightNames, device_of
 from research_agent.engines.remote import RequestError
 from research_agent.engines.servers.server import BACKEND, RELOAD_TIMEOUT, Server
 from research_agent.errors import ConfigError, EngineError, ModelError
@@ -128,11 +128,11 @@ class Transfer:
     def __init__(
         self, model: Any, names: WeightNames, backend: Backend, dtype: torch.dtype
     ) -> None:
-        require_gpu(model, backend)
+        self._device = device_of(model)
+        require_gpu(self._device, backend)
         self._names = names
         self._backend: Backend = backend
         self._dtype = dtype
-        self._device = model.device
 
     def send(
         self,
@@ -244,16 +244,16 @@ class _Source:
             return self._thread == get_ident()
 
 
-def require_gpu(model: Any, backend: Backend) -> None:
-    """Check that a model's weights can be sent.
+def require_gpu(device: torch.device, backend: Backend) -> None:
+    """Check that weights can be sent from a device.
 
     Raises:
         ConfigError: it is on no GPU, or vLLM is not installed.
     """
-    if model.device.type != "cuda":
+    if device.type != "cuda":
         raise ConfigError(
             f"server+{backend} sends weights from a GPU's memory, and the model is on "
-            f"{model.device}; name the engine server:URL,URL, which sends them through a folder"
+            f"{device}; name the engine server:URL,URL, which sends them through a folder"
         )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its news break a progress bar
     try:
@@ -265,13 +265,13 @@ def require_gpu(model: Any, backend: Backend) -> None:
         ) from error
 
 
-def _trainer(backend: Backend, links: _Links, source: _Source, servers: Sequence[Server]) -> Any:
+def _trainer(backend: Backend, links: _Links, source: Any, servers: Sequence[Server]) -> Any:
     """Make vLLM's end of a transfer, which meets with the servers of this rank if it has any."""
     from vllm.distributed.weight_transfer import WeightTransferTrainerFactory  # noqa: PLC0415
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo  # noqa: PLC0415
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo  # noqa: PLC0415
 
-    settings = {"rank": 0 if servers else 1, "packed": True}
+    settings: dict[str, Any] = {"rank": 0 if servers else 1, "packed": True}
     settings["packed_buffer_size_bytes"] = max(BUCKET, source.largest)
     if backend == "ipc":
         info: Any = IPCTrainerInitInfo(**settings)
@@ -309,7 +309,8 @@ def _in_thread(work: Callable[[], None]) -> Future[None]:
 
     def run() -> None:
         try:
-            future.set_result(work())
+            work()
+            future.set_result(None)
         except BaseException as error:
             future.set_exception(error)
 

@@ -33,7 +33,7 @@ def _read(text: str, tools: Sequence[Tool]) -> list[WrittenCall]:
     for message in text.split("<|start|>"):
         header, begun, body = message.partition("<|message|>")
         recipient = _RECIPIENT.search(_MARK.sub(" ", header))
-        if recipient is None:
+        if recipient is None or not (begun or _MARK.search(header)):  # a text is no header
             continue
         end = _MARK.search(body)
         content = (body[: end.start()] if end else body).strip()

@@ -63,3 +63,29 @@ def test_failures_are_told_without_the_key(server: Endpoint) -> None:
     with pytest.raises(RequestError, match="no JSON") as caught:
         ask(server, (200, b"[" * 100_000, {}))
     assert caught.value.retryable
+
+
+def test_a_connection_is_not_used_again_after_a_server_error() -> None:
+    """As uvicorn does after an exception: it says nothing and answers nothing more on it."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(await reader.readuntil(b"\r\n\r\n"))
+        status = b"500 Error" if len(connections) == 1 else b"200 OK"
+        writer.write(b"HTTP/1.1 " + status + b"\r\nContent-Length: 2\r\n\r\n{}")
+        await reader.read(1)  # another request would be lost
+        writer.close()
+
+    async def twice() -> Any:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        client = Client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        try:
+            with pytest.raises(RequestError, match="status 500"):
+                await client.ask("POST", "pause", timeout=10.0)
+            return await client.ask("POST", "pause", timeout=10.0)
+        finally:
+            await client.aclose()
+            server.close()
+
+    connections: list[bytes] = []
+    assert asyncio.run(twice()) == {}
+    assert len(connections) == 2

@@ -54,11 +54,9 @@ def test_a_client_lists_the_tools_of_the_protocol(sessions: Sessions) -> None:
 
     with AppServer(adapter.make_app(sessions)) as server:
         tools = asyncio.run(listed(server.url))
-    tool_format = sessions.core.protocol.tool_format
-    assert tool_format is not None
     assert [
         {"name": t.name, "description": t.description, "parameters": t.input_schema} for t in tools
-    ] == [schema["function"] for schema in tool_format.schemas]
+    ] == [schema["function"] for schema in sessions.core.tool_schemas()]
 
 
 def test_a_result_is_what_the_policy_reads(sessions: Sessions) -> None:

@@ -18,6 +18,7 @@ from research_env.adapters.trl_sampling import _cut
 from research_env.errors import ConfigurationError, EpisodeError, UnknownTaskError
 from research_env.sessions import Sessions
 from research_env.testing import Engine, Played, Script, conformance, settings
+from research_env.tools import write_call
 from tests.research_agent.conftest import byte_tokenizer
 from tests.research_env.fakes import DATASET, answer, search
 from tests.research_env.fakes import Engine as Fake
@@ -356,6 +357,33 @@ def test_chat_prompts_are_rendered_by_the_chat_template(tiny: Sessions) -> None:
     assert row["prompt"] == tiny.open(0).info["messages"]
     out = rollouts([row["prompt"]], fake_trainer(tokenizer))
     assert tokenizer.decode(out["prompt_ids"][0]) == f"[user]{row['prompt'][0]['content']}>"
+
+
+def test_tool_calls_are_framed_by_the_chat_template() -> None:
+    tokenizer = byte_tokenizer()
+    template = Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja"
+    tokenizer.chat_template = template.read_text(encoding="utf-8")
+    calls = write_call("search", {"query": "1"})
+    settings: dict[str, Any] = {"protocol": "tool-calls", "template": "instruct"}
+    with Sessions(dataset=DATASET, retriever=Engine(), **settings) as sessions:
+        generate = says(tokenizer, [calls, "\\boxed{x}"])
+        rollouts = adapter.Rollouts(sessions, chat=True, generate=generate)
+        prompt = rollouts.rows()[0]["prompt"]
+        out = rollouts([prompt], fake_trainer(tokenizer))
+        (message,) = sessions.open(0).step(calls).info["messages"]
+        tools = sessions.tasks()[0]["tools"]
+    assert out["env_metrics"][0]["searches"] == 1.0
+    function = {"name": "search", "arguments": {"query": "1"}}
+    chat = [
+        *prompt,
+        {"role": "assistant", "content": "", "tool_calls": [{"function": function}]},
+        {"role": "tool", "content": message["content"]},
+    ]
+    whole = tokenizer.apply_chat_template(
+        chat, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    played = out["prompt_ids"][0] + out["completion_ids"][0]
+    assert played[: len(whole)] == whole
 
 
 def test_what_would_be_played_differently_is_refused(tiny: Sessions) -> None:

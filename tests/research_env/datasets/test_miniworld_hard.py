@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,9 +14,10 @@ from research_env.datasets.miniworld import RELATIONS
 from research_env.env import SearchQAEnv
 from research_env.errors import ConfigurationError, UnknownNameError
 from research_env.retrieval.base import Passage
+from research_env.tools import write_call
 from tests.research_env.fakes import answer, search
 
-LEVELS = (1, 2, 3, 4)
+LEVELS = (1, 2, 3, 4, 5)
 REFERENCES = {text: r for kind in RELATIONS.values() for r in kind for text in r.references}
 STATEMENTS = {text: r for kind in RELATIONS.values() for r in kind for text in r.statements}
 BY_KIND: dict[str, tuple[miniworld.Relation, ...]] = dict(RELATIONS.items())
@@ -28,11 +30,11 @@ class Reader:
     def __init__(self, passages: list[Passage]) -> None:
         self.facts: list[tuple[str, str, dict[str, str]]] = []  # name, kind, relation to value
         for passage in passages:
-            noun, name = passage.text.split()[1:3]
-            if noun != "gazette":
-                said = re.findall(r", ([a-z ]+) (\w+)", passage.text)
+            noun = passage.text.split()[1].strip(",")
+            said = re.findall(r", ([a-z ]+) (\w+)", passage.text)
+            if noun != "gazette" and said:  # a card states nothing
                 stated = {STATEMENTS[text].name: value for text, value in said}
-                self.facts.append((name.strip(","), NOUNS[noun], stated))
+                self.facts.append((passage.title, NOUNS[noun], stated))
 
     def answers(self, question: str) -> set[str]:
         """All answers that the texts allow."""
@@ -177,7 +179,7 @@ def test_kinds_and_hops_of_the_levels() -> None:
         assert set(hops) == ({5, 6} if level == 4 else {3, 4, 5, 6})
         assert min(hops.values()) > 0.05 * len(questions)
     assert kinds[1] == {"chain", "comparison"}
-    assert kinds[2] == kinds[3] == {"chain", "comparison", "intersection", "count"}
+    assert kinds[2] == kinds[3] == kinds[5] == {"chain", "comparison", "intersection", "count"}
     assert kinds[4] == {"chain", "comparison", "count"}
 
 
@@ -192,6 +194,29 @@ def test_namesakes_are_told_apart_by_each_of_their_facts() -> None:
         assert all(one.facts[relation] != other.facts[relation] for relation in one.facts)
     assert world.name != miniworld.world(0).name
     assert world.fingerprint() != miniworld.world(0).fingerprint()
+
+
+def test_at_level_5_a_search_finds_a_card_and_the_facts_must_be_opened(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache: Path = tmp_path_factory.getbasetemp() / "research-cache"
+    monkeypatch.setenv("RESEARCH_CACHE", str(cache))
+    settings: dict[str, Any] = {"protocol": "tool-calls", "tools": "search,open", "top_k": 1}
+    env = SearchQAEnv(split="dev", difficulty=5, template="instruct", **settings)
+    chains = [q for q in miniworld_hard.load("dev", 0, 5).questions if q.type == "chain"][:20]
+    for question in chains:
+        env.reset(options={"question_id": question.id})
+        for place, hop in enumerate(question.decomposition):
+            known = [h.answer for h in question.decomposition[:place]]
+            query = filled_in(hop.question, known)
+            shown, *_, info = env.step(write_call("search", {"query": query}))
+            (card,) = info["passage_ids"]
+            assert card == f"{hop.support}-card" and hop.answer not in shown
+            shown, *_ = env.step(write_call("open", {"document": card}))
+            assert hop.answer in shown
+        *_, info = env.step(f"It is \\boxed{{{question.answers[0]}}}.")
+        assert info["metrics"]["em"] == info["metrics"]["support_recall"] == 1.0
+    env.close()
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -212,7 +237,7 @@ def test_difficulty_nought_is_miniworld() -> None:
 
 
 def test_unknown_levels_and_splits_are_refused() -> None:
-    for level in (5, -1, True, "2"):
+    for level in (6, -1, True, "2"):
         with pytest.raises(ConfigurationError, match="difficulty of miniworld is one of 0, 1, 2"):
             load_dataset("miniworld", split="dev", difficulty=level)  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="split of miniworld"):
