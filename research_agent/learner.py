@@ -252,7 +252,8 @@ class Learner:
         held = 0
         for name, weight in named:
             size = weight.numel() * (dtype or weight.dtype).itemsize
-            if bucket and held + size > self.config.bucket_bytes:
+            # Twice: while a tensor is gathered, its converted shard is held as well.
+            if bucket and held + 2 * size > self.config.bucket_bytes:
                 yield bucket
                 bucket.clear()  # also for whoever still holds the list: its memory is needed now
                 held = 0
