@@ -22,19 +22,21 @@ import numpy as np
 
 _PATIENCE = 20.0  # seconds for threads and children that were told to end
 _OURS = ("elasticsearch", "searches", "serve", "watchdog", "leaked")  # names of our threads
-_OWN_VARIABLES = ("PYTEST_", "COV_", "KMP_", "TORCHINDUCTOR", "VLLM_", "TRITON", "CUDA_")
+_VARIABLES = ("RESEARCH_", "HF_", "OPENAI_", "WANDB_", "ELASTIC", "PYTHONPATH", "HOME", "PATH")
+_VARIABLES += ("TMPDIR", "COLUMNS", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMP_", "CI")
+"""Variables that our code or its tests read; libraries set others when they are first loaded."""
 
 
 def snapshot() -> dict[str, Any]:
     """The values that tests must leave alone, by name."""
     found: dict[str, Any] = {
         "working folder": str(Path.cwd()),
-        "sys.path": tuple(sys.path),
+        "sys.path": tuple(path for path in sys.path if "site-packages" not in path),
         "root logger": (logging.root.level, logging.root.disabled),
         "process umask": _umask(),
     }
     for name, value in os.environ.items():
-        if not name.startswith(_OWN_VARIABLES):
+        if name.startswith(_VARIABLES):
             found[f"environment variable {name}"] = value
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
         found[f"handler of {number.name}"] = signal.getsignal(number)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GraniteConfig, GraniteForCausalLM
 
 from research_agent.batch import make_batch, micro_batches
 from research_agent.errors import ModelError
@@ -20,6 +19,7 @@ from research_agent.models.policy import (
     load_model,
     token_logprobs,
 )
+from research_agent.models.prepare import require_learnable
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.research_agent.rollouts import action, observation, prompt, random_groups, trajectory
@@ -172,20 +172,16 @@ def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
         load_model(folder)
 
 
-def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
-    config = GraniteConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        logits_scaling=8.0,
-        initializer_range=0.5,
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    GraniteForCausalLM(config).save_pretrained(tmp_path)
+def test_a_model_that_changes_its_logits_in_a_way_of_its_own_is_refused() -> None:
+    model = tiny_llama(VOCABULARY)
+    require_learnable(model, "tiny")
+    plain = model.forward
+
+    def squared(*args: Any, **options: Any) -> Any:
+        output = plain(*args, **options)
+        output.logits = output.logits**2
+        return output
+
+    model.forward = squared
     with pytest.raises(ModelError, match="changes its logits after its head"):
-        load_model(tmp_path)
+        require_learnable(model, "tiny")
