@@ -128,7 +128,7 @@ class LearnerConfig:
     learning_rate: float = 1e-6
     """After the warm-up; constant from there on."""
     warmup_steps: int = 0
-    """Optimiser steps over which the learning rate rises in a line from zero."""
+    """Optimiser steps over which the learning rate rises linearly from zero."""
     weight_decay: float = 0.01
     """Of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)

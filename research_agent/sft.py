@@ -59,8 +59,7 @@ class SFTConfig:
     chat_template_args: Settings = field(default_factory=dict)
     """Variables of the chat template, such as enable_thinking=false."""
     chat_template_date: str | None = None
-    """The day, YYYY-MM-DD, that a chat template which writes the date takes for today; none takes
-    the real one."""
+    """The day, YYYY-MM-DD, that a chat template which writes the date shows; none shows today."""
     bare_text: bool = False
     """Learn from prompts as plain text although the model has a chat template."""
     vocabulary: str | None = None
@@ -74,13 +73,13 @@ class SFTConfig:
     context: int = 1024
     """Longest sequence of a new model, in tokens."""
     batch: int = 12
-    """Demonstrations an optimiser step."""
+    """Demonstrations per optimizer step."""
     micro_batch_tokens: int = 16_384
-    """Tokens of a forward and backward pass, padding included. Fewer need less memory."""
+    """Tokens per forward and backward pass, padding included. Fewer need less memory."""
     learning_rate: float = 3e-3
-    """Highest; it rises over the first steps and falls in a line over the last part."""
+    """The highest; it rises over the first steps and falls linearly over the last part."""
     warmup_steps: int = 50
-    """Optimiser steps over which the learning rate rises."""
+    """Optimizer steps over which the learning rate rises."""
     decay_share: float = 0.7
     """Share of the steps over which the learning rate falls."""
     final_share: float = 0.05
@@ -91,9 +90,9 @@ class SFTConfig:
     """Number format of the matrix products. bfloat16 is twice as fast on a GPU, and on a CPU that
     has instructions for it; the weights stay float32."""
     seed: int = 0
-    """Of the demonstrations, the first weights, and the order within a few batches."""
+    """Seed of the demonstrations, the first weights, and the order within a few batches."""
     output: Path = Path("runs/sft")
-    """Folder of the model that comes out."""
+    """Folder of the trained model."""
     threads: int | None = None
     """CPU threads; none takes what torch chooses. The last bits of the weights depend on them."""
     quiet: bool = False
@@ -196,7 +195,7 @@ def run(config: SFTConfig) -> Path:
 
 
 def _backward(model: Any, batch: Batch, config: SFTConfig) -> float:
-    """Add up the gradients of a batch; returns the mean loss of its action tokens, in nats."""
+    """Accumulate the gradients of a batch; returns the mean loss of its action tokens, in nats."""
     from research_agent.batch import micro_batches  # noqa: PLC0415
     from research_agent.models.policy import token_logprobs  # noqa: PLC0415
 
@@ -260,7 +259,7 @@ def as_trajectory(demonstration: Iterable[tuple[str, Any]], renderer: Renderer) 
 
     Args:
         demonstration: (provenance, text) pairs; a prompt may be a list of chat messages.
-        renderer: of the model.
+        renderer: the model's renderer.
 
     Raises:
         ConfigError: a provenance that does not exist, no action, or messages for a renderer that
@@ -362,7 +361,7 @@ def _open_model(config: SFTConfig) -> tuple[PreTrainedModel, Renderer]:
     """Open the model to start from, and its tokenizer.
 
     Raises:
-        ConfigError: the model has a chat template, and nobody said whether to use it.
+        ConfigError: the model has a chat template, and the settings do not say whether to use it.
     """
     from research_agent.models.policy import load_model  # noqa: PLC0415
     from research_agent.models.source import resolve_model  # noqa: PLC0415
@@ -401,7 +400,7 @@ def _new_model(config: SFTConfig) -> tuple[PreTrainedModel, Renderer]:
         num_attention_heads=config.heads,
         num_key_value_heads=max(1, config.heads // 2),
         max_position_embeddings=config.context,
-        # A head that looks at its neighbour, whoever that is, needs a query that no token makes.
+        # A head that attends to the previous token, whichever it is, needs a query from the bias.
         attention_bias=True,
         tie_word_embeddings=True,
         bos_token_id=None,

@@ -43,7 +43,7 @@ from research_env.tools.builtin import find_tools
 from research_env.turn_rewards import TurnReward, TurnRewards, turn_rewards
 
 OWN = "own"
-"""The name of a template of one's own."""
+"""The name that stands for a user's own template."""
 
 MAX_PASSAGE_CHARS = 10_000
 """The longest passage of the published data sets has 8,237 characters."""
@@ -141,7 +141,7 @@ class EnvCore:
             UnknownTaskError: there is none.
         """
         if not self.by_id:
-            # At once, for other threads must not see a part.
+            # One update: other threads must not see a part of the mapping.
             self.by_id.update({each.id: i for i, each in enumerate(self.questions)})
         if question_id not in self.by_id:
             raise UnknownTaskError(
@@ -168,7 +168,7 @@ class EnvCore:
         return episode, self.protocol.prompt(self.template, question.question), info
 
     def action_space(self) -> UnicodeText:
-        """Text, and where tools are called structured turns."""
+        """The space of actions: text, and structured turns if the protocol has tool calls."""
         also = (ToolTurn, Mapping) if self.protocol.tool_format else ()
         return UnicodeText(terminators=self.protocol.terminators, also=also)
 
@@ -197,8 +197,8 @@ class EnvCore:
     def search(self, requests: Sequence[Request]) -> list[Found]:
         """Run a batch: the queries of searches, and requests of other tools.
 
-        The engine is asked once, and so is each tool. An error of a whole batch is that of each of
-        its requests.
+        The engine is asked once, and so is each tool. If a whole batch fails, each of its requests
+        gets the error.
         """
         queries: Sequence[str] = requests  # type: ignore[assignment]
         if self.protocol.tools:
@@ -332,7 +332,7 @@ class EnvCore:
 
 
 def _kind_and_options(url: str) -> str:
-    """What of a retriever's URL changes results: not the address, nor how long it may take."""
+    """The parts of a retriever's URL that change results: neither the address nor the deadline."""
     base, options = split_options(url)
     kept = [f"{key}={value}" for key, value in sorted(options.items()) if key != "deadline"]
     kind = base.partition(":")[0]
@@ -473,7 +473,7 @@ def _sha256(text: str) -> str:
 
 
 def strata(question: Question) -> dict[str, str]:
-    """What results are told apart by; "" where it is not known."""
+    """The groups that evaluations report means of; "" where a value is not known."""
     return {"hops": str(question.hops or ""), "type": question.type or ""}
 
 

@@ -31,7 +31,8 @@ class SearchQAEnv(gym.Env[str, str]):
     wrote. Retrieved text has no influence on it. With ``turn_reward`` every step has a reward.
 
     ## End
-    ``terminated`` after an answer or another text that is no search, ``truncated`` when a limit is
+    ``terminated`` after an answer or another text that is no search (search-r1 gives a hint for
+    invalid text, and tool calls with errors are answered, instead), ``truncated`` when a limit is
     passed or the engine failed. In the latter case ``info["void"]`` is True and the episode is
     evidence of nothing. A trainer whose budget of tokens is spent calls ``truncate("length")``,
     which ends the episode with its reward and metrics, as an episode without an answer.
@@ -48,7 +49,8 @@ class SearchQAEnv(gym.Env[str, str]):
     - at the end ``prediction``, ``answers``, ``supporting_ids`` (gold passages), ``metrics``,
       ``stop_reason`` and ``void``.
 
-    ``metrics`` holds ``em, f1, cem, format, searches, support_recall``.
+    ``metrics`` holds ``em, f1, cem, format, searches, support_recall``, and the components of a sum
+    of rewards as ``reward/NAME``.
 
     ## Arguments
     All by keyword; strings and numbers, so that ``env.spec.to_json()`` works. Objects are taken for
@@ -64,7 +66,7 @@ class SearchQAEnv(gym.Env[str, str]):
       ``"hard"``, or a mixture such as ``"medium:1+hard:2"``.
     - ``retriever``: a URL such as ``"embedded:DIR"``, None (the data set's own corpus), or a
       :class:`~research_env.retrieval.base.Retriever`. ``top_k``: passages a search returns.
-    - ``protocol``: research (default), r1-searcher, search-r1; or a
+    - ``protocol``: research (default), r1-searcher, search-r1, tool-calls, recall; or a
       :class:`~research_env.protocol.Protocol`. It sets the defaults of ``top_k``, ``reward``,
       ``max_searches`` and ``max_turns``.
     - ``reward``: a name, ``"module:function"``, a sum of them such as
@@ -73,7 +75,7 @@ class SearchQAEnv(gym.Env[str, str]):
     - ``turn_reward``: None (default), or rewards of single turns, written in the same way, such as
       ``"0.2*new_support-0.02*searches"``: `research_env.turn_rewards`. Their sums over the episode
       are among the metrics as ``turn_reward/NAME``.
-    - ``template``: base (default), instruct, question; or one of your own: a text that says
+    - ``template``: base (default), instruct, question; or your own: a text that says
       ``{question}``, a file of it (.txt, .md), or a file of chat messages (.jsonl, .yaml).
     - ``tools``: with tool calls, what may be called: ``"search"`` (default), ``"search,open"``,
       and ``"module:NAME"`` for your own (`research_env.tools.tool`).

@@ -3,7 +3,7 @@
 Nothing here touches a search engine, a clock or a random number. A driver (the environment, the
 vector environment, a test) calls :func:`advance` with what the policy wrote. Where the new episode
 has a ``pending`` request it asks its engine and calls :func:`observe` with the hits, or
-:func:`fail` where there are none to be had. :func:`truncate` stops an episode whose budget of
+:func:`fail` if the engine has none. :func:`truncate` stops an episode whose budget of
 tokens is spent.
 """
 
@@ -40,10 +40,11 @@ class Turn:
     Attributes:
         action: what the policy wrote, up to and with the terminator.
         kind: what it asked for.
-        query: of a search, as the engine got it; of several, a line each.
-        hits: of a search, best first; of several, and of what was read, one after the other.
+        query: the search's query, as the engine got it; several queries are one per line.
+        hits: the search's hits, best first; those of several searches, and of documents that were
+            read, one after the other.
         observation: the text that was appended after the action.
-        calls: of tools, in order.
+        calls: the tool calls, in order.
     """
 
     action: str
@@ -83,8 +84,8 @@ class Episode:
         chat: the prompt is a chat, whose template may have opened `think` for the policy.
         metric_language: the language by whose rules answers are compared (`metrics.LANGUAGES`).
         turns: so far, in order.
-        pending: what the last turn asks for, while it waits for it: the query of a search, or the
-            request of another tool; of several, the first.
+        pending: the request that the last turn waits for: the query of a search, or the request of
+            another tool; if there are several, the first.
         stop_reason: why it is over; None while it goes on.
         prediction: once it is over, the final answer in all that the policy wrote, by the
             protocol's rule; None: there is none.
@@ -121,7 +122,7 @@ class Episode:
 
     @property
     def actions(self) -> tuple[str, ...]:
-        """All that the policy wrote, an entry a turn."""
+        """All that the policy wrote, one entry per turn."""
         return tuple(turn.action for turn in self.turns)
 
     @property
@@ -158,8 +159,8 @@ def advance(episode: Episode, action: Action) -> Episode:
 
     Args:
         episode: one that is not over and waits for no hits.
-        action: what the policy wrote; all after the first terminator is ignored. Of a protocol with
-            tool calls a structured turn, too.
+        action: what the policy wrote; all after the first terminator is ignored. A protocol with
+            tool calls takes a structured turn, too.
 
     Raises:
         ActionError: the action is of another type.

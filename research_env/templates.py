@@ -1,4 +1,4 @@
-"""Prompt templates of one's own: a text, a file, or chat messages."""
+"""The user's own prompt templates: a text, a file, or chat messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FILES = (*_CHATS, ".txt", ".md", ".prompt")
 
 
 def own_template(template: Template) -> tuple[tuple[str, str], ...] | None:
-    """The messages of a template of one's own.
+    """The messages of the user's own template.
 
     Args:
         template: a text that says ``{question}``; a file (.txt, .md) of such a text; a file of chat
@@ -30,11 +30,12 @@ def own_template(template: Template) -> tuple[tuple[str, str], ...] | None:
             the messages themselves.
 
     Returns:
-        Role and content of each message, for a text one of the user; None for anything else, such
-        as the name of a protocol's template.
+        Role and content of each message (a text is one message of the user); None for anything
+        else, such as the name of a protocol's template.
 
     Raises:
-        ConfigurationError: ``{question}`` is missing, or a message is none; the error says where.
+        ConfigurationError: ``{question}`` is missing, or something is not a message; the error
+            says where.
         DataError: the file cannot be read.
     """
     where, messages = "template", template
@@ -45,7 +46,7 @@ def own_template(template: Template) -> tuple[tuple[str, str], ...] | None:
         if "\n" not in template and (path.suffix in _FILES or _is_file(path)):
             where, messages = str(path), _read(path)
         elif PLACE not in template and " " not in template.strip():
-            return None  # a name that nobody knows
+            return None  # an unknown name
         else:
             messages = [{"role": "user", "content": template}]
     elif not isinstance(template, Sequence):

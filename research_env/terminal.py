@@ -1,4 +1,4 @@
-"""Text for a terminal. What came from elsewhere cannot control it."""
+"""Text for a terminal, in which control characters of foreign text have no effect."""
 
 from __future__ import annotations
 

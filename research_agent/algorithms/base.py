@@ -116,7 +116,7 @@ class UsesCritic(Protocol):
 
     @property
     def critic_warmup_steps(self) -> int:
-        """Optimiser steps over which that rises in a line from zero."""
+        """Optimiser steps over which that rises linearly from zero."""
         ...
 
     @property

@@ -11,7 +11,7 @@ Yu et al. 2025 (arXiv:2503.14476), equations 8, 9 and 13:
 Its four ideas, by their names in the paper. *Clip-higher*: epsilon_high is above epsilon_low, so
 that unlikely tokens can become likely. *Token-level loss*: every token counts the same, whatever
 trajectory it is in. *Dynamic sampling*: a group whose rewards are all equal teaches nothing, and is
-replaced by that of another task. *Soft overlong punishment*: rewards fall in a line to one less as
+replaced by that of another task. *Soft overlong punishment*: rewards fall linearly to one less as
 a response nears ``overlong_limit``. There is no KL.
 
 Where definitions differ, ours are these. Length counts what the policy wrote, for it cannot help
@@ -59,7 +59,7 @@ class DAPO:
     overlong_limit: int = 0
     """Action tokens from which a trajectory's reward is one less (L_max); 0: none is punished."""
     overlong_cache: int = 4096
-    """Action tokens before that over which the reward falls in a line (L_cache)."""
+    """Action tokens before that over which the reward falls linearly (L_cache)."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus, which the paper has not."""
     std_epsilon: float = 1e-6

@@ -383,7 +383,7 @@ def gae(rewards: Tensor, values: Tensor, seq_ids: Tensor, gamma: float, lam: flo
 
 
 def overlong_penalty(lengths: Tensor, limit: int, cache: int) -> Tensor:
-    """Penalty of long responses: 0, then falling in a line to -1 over the last ``cache`` tokens.
+    """Penalty of long responses: 0, then falling linearly to -1 over the last ``cache`` tokens.
 
     Equation 13 of Yu et al. 2025, DAPO (arXiv:2503.14476), "soft overlong punishment".
 

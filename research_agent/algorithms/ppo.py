@@ -69,7 +69,7 @@ class PPO:
     critic_learning_rate: float = 1e-5
     """Of the critic's AdamW."""
     critic_warmup_steps: int = 0
-    """Optimiser steps over which that rises in a line from zero."""
+    """Optimiser steps over which that rises linearly from zero."""
 
     def __post_init__(self) -> None:
         coefficients = ("clip", "kl_coef", "entropy_coef", "gamma", "lam", "value_clip")

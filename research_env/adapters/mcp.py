@@ -3,7 +3,7 @@
 Example:
     .. code-block:: python
 
-        sessions = tool_sessions(open_retriever("elasticsearch://localhost:9200/wiki18"))
+        sessions = tool_sessions("elasticsearch://localhost:9200/wiki18")
         with AppServer(make_app(sessions)) as server:
             async with mcp.Client(f"{server.url}/mcp") as client:
                 result = await client.call_tool("search", {"query": "who founded Citibank"})
