@@ -105,7 +105,7 @@ def _train(words: list[str]) -> None:
         if limit != preset.sampling.max_prompt:
             raise
         raise ContextError(f"{error} (--max-prompt {limit} is the preset {name}'s)") from error
-    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts one speaks
+    if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes prints
         _print(summary.message, summary.numbers, as_json=config.run.json)
     if summary.signal:
         raise SystemExit(128 + summary.signal)

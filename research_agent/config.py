@@ -647,7 +647,7 @@ def changes(
         same_environment: whether the environments have equal provenance; None if that is not known,
             and then the environment's settings must be equal.
     """
-    defaults = dict(flatten(as_json(TrainConfig())))  # of settings that an older version lacks
+    defaults = dict(flatten(as_json(TrainConfig())))  # for settings that an older version lacks
     before, now = defaults | dict(flatten(saved)), dict(flatten(as_json(config)))
     skips = before.get("sampling.overlong_prompts") == "skip"
     results: dict[str, tuple[Any, Any]] = {}

@@ -21,7 +21,7 @@ from research_agent.errors import EngineError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FILE_BYTES = 1 << 30  # of a file: what the writing rank holds in memory at a time
+_FILE_BYTES = 1 << 30  # per file; the writing rank holds that much in memory
 
 
 class WeightFiles:

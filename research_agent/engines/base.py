@@ -17,9 +17,9 @@ class SamplingParams:
     """How to sample a turn."""
 
     temperature: float = 1.0  # 0 is greedy; log-probabilities are then those at temperature 1
-    max_tokens: int = 512  # of this turn
+    max_tokens: int = 512  # limit of this turn
     stop: tuple[str, ...] = ()  # generation pauses after the token that completes one of these
-    seed: int = 0  # of this trajectory: its draws do not depend on the others in the batch
+    seed: int = 0  # this trajectory's: its draws do not depend on the others in the batch
     # How many of the submitted tokens are the beginning of this turn, sampled before it was
     # interrupted. A stop string may begin in them; max_tokens and the completion leave them out.
     resumed_tokens: int = 0
@@ -44,7 +44,7 @@ class Completion:
     slot: int
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]  # [tokens], at the sampling temperature
-    text: str  # of tokens, the end token left out
+    text: str  # the text of the tokens, the end token left out
     finish_reason: Finish
     version: int
     versions: tuple[int, ...] = ()  # [tokens]; ``version`` for each if left out

@@ -44,7 +44,7 @@ class RecurrentStates:
     """The states of all slots, and which slots the forward under way is about."""
 
     held: dict[tuple[int, int], LinearAttentionLayer] = field(default_factory=dict)
-    slots: Sequence[int] = ()  # of the packed row, in order; none: layers compute as they are
+    slots: Sequence[int] = ()  # the packed row's, in order; empty: layers are unchanged
     ends: Sequence[int] = ()  # where the tokens of each slot end in the row
 
     def forget(self, slot: int) -> None:

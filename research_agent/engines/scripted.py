@@ -23,7 +23,7 @@ class _Turn:
     completion: Completion
     begun: int  # steps of the engine when it began
     due: int  # steps of the engine when it is finished
-    versions: list[int]  # of the tokens that were said before the last load of weights
+    versions: list[int]  # versions of the tokens before the last load of weights
 
     def said(self, steps: int) -> int:
         """How many tokens the time so far allowed."""

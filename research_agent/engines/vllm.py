@@ -175,7 +175,7 @@ class VllmEngine:
             stop_token_ids=sorted(self._renderer.end_ids),
             ignore_eos=True,  # what ends a turn is the renderer's business
             detokenize=False,
-            logprobs=0,  # of the sampled token alone
+            logprobs=0,  # the sampled token alone
             flat_logprobs=True,
             output_kind=RequestOutputKind.DELTA,
         )
@@ -324,7 +324,7 @@ class VllmEngine:
 
 
 _started: list[Any] = []  # vLLM's engines in this process
-_closed: list[Any] = []  # those of them that nobody uses any more
+_closed: list[Any] = []  # engines that are no longer used
 
 
 def _start(

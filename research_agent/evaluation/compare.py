@@ -58,7 +58,7 @@ class Comparison:
     """What ``compare`` finds; void episodes are left out of both, pair by pair."""
 
     questions: int  # with a pair of episodes of which none is void
-    pairs: int  # of episodes
+    pairs: int  # pairs of episodes
     void_a: int
     void_b: int
     metrics: Mapping[str, Difference]

@@ -52,10 +52,10 @@ def evaluate(
         output: folder to write to; made where it is missing.
         limit: at most so many tasks.
         samples_per_task: episodes of each task.
-        seed: of the order of the tasks, and of the draws.
+        seed: draws the order of the tasks and the tokens.
         header: what the episodes depend on (see ``provenance.header``). With it, predictions of
-            the same header that are in the folder already are gone on with: only what is missing,
-            was cut short, or was void is played. Without it everything is.
+            the same header that are in the folder are continued: only episodes that are missing,
+            were cut short, or were void are played. Without it all are played.
         log_tokens: write each action token's text and log-probability too.
         show: a progress bar on standard error.
         play: called as ``collect`` is, for something else than one policy's turns.

@@ -47,7 +47,7 @@ def header(config: EvalConfig, environments: Any, fingerprint: str) -> dict[str,
 
     Returns:
         ``model`` (name, fingerprint), ``environment``, ``settings`` and ``code`` (this package's
-        version) must be the same for an evaluation to be gone on with, but for the name.
+        version) must be the same for an evaluation to be continued, but for the name.
         ``versions`` (of the libraries and of this package's sources) are for the record.
     """
     settings = {key: value for key, value in as_json(config).items() if key not in _FREE}

@@ -152,7 +152,7 @@ def open_predictions(
 
 
 def _resume(path: Path, header: Header, wanted: Collection[tuple[int, int]]) -> list[Record]:
-    """Leave in the file what can be gone on with, whole or not at all; returns its records."""
+    """Keep what can be continued, whole or not at all; returns the records that stay."""
     kept: list[Record] = []
     last: Header | None = None
     temporary = path.with_suffix(".tmp")

@@ -26,12 +26,12 @@ UNKNOWN = "unknown"  # stratum of questions of which the environment does not sa
 class Part:
     """Means over some questions, with 95 % bootstrap intervals."""
 
-    episodes: int  # that are not void
+    episodes: int  # void ones left out
     void: int  # failed infrastructure: in no mean
     reward: float
     metrics: Mapping[str, float]  # the environment's, then "tokens" (of actions) and "turns"
     questions: int  # with an episode that is not void
-    intervals: Mapping[str, Interval]  # of "reward" and of each metric
+    intervals: Mapping[str, Interval]  # for "reward" and each metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,11 @@ class Summary:
     metrics: Mapping[str, float]
     questions: int
     intervals: Mapping[str, Interval]
-    samples: int  # of a question, at most
+    samples: int  # most samples per question
     strata: Mapping[str, Mapping[str, Part]]  # such as "hops" -> "2" -> means of those questions
     pass_at: Mapping[str, Mapping[str, Estimate]]  # such as "em" -> "4"; with several samples
     majority: Part | None  # the episodes that won the votes; with several samples and predictions
-    header: Mapping[str, Any]  # of the predictions: versions and settings
+    header: Mapping[str, Any]  # the predictions' header: versions and settings
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,16 +28,16 @@ Record = Mapping[str, Any]
 def make_index(
     sources: Sources, limit: int | None = None
 ) -> tuple[dict[str, Any], list[list[str]]]:
-    """Match the samples of all evaluations by their keys, and tell what the page needs of each.
+    """Match the samples of all evaluations by their keys, and collect what the page needs of each.
 
     Args:
         sources: what was read.
-        limit: at most so many samples, the first ones; None shows all.
+        limit: how many samples to show at most, the first ones; None shows all.
 
     Returns:
         The index as plain JSON values (``page.js`` reads it), and the records as JSON in chunks.
-        What belongs to one question stands together: it is looked at together, and what
-        they observed packs better.
+        Records of one question stand together: they are read together, and their observations
+        compress better.
     """
     by_key: dict[tuple[str, int], list[Record | None]] = {}
     for number, predictions in enumerate(sources.predictions):
@@ -91,7 +91,7 @@ def make_index(
 
 
 def shows_of(predictions: Predictions) -> dict[str, str]:
-    """What the environment said of the items that its observations show; see ``Environments``."""
+    """What the environment says of the items that its observations show: ``metadata["shows"]``."""
     shows = predictions.header.get("shows")
     return {str(k): str(v) for k, v in shows.items()} if isinstance(shows, Mapping) else {}
 
@@ -134,7 +134,7 @@ def _strata(strata: object) -> dict[str, str]:
 
 
 def linkable(text: str) -> str:
-    """A text that an address can hold: lone surrogates are escaped."""
+    """A text that a URL can hold: lone surrogates are escaped."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -143,7 +143,7 @@ def _text(value: object) -> str:
 
 
 def _set(predictions: Predictions) -> dict[str, Any]:
-    """The numbers of an evaluation, from its records: so they are there without a summary too."""
+    """The numbers of an evaluation, computed from its records, so it needs no summary."""
     summary = summarize(map(outcome, predictions.records))
     of_all = Part(**{f.name: getattr(summary, f.name) for f in fields(Part)})
     numbers = _numbers(of_all)

@@ -35,7 +35,7 @@ POPULATION: dict[Kind, int] = {
 }
 GAZETTES = 120
 FIRST_YEAR, LAST_YEAR = 1900, 1999
-MIN_YEARS_APART = 8  # of two entities that a question compares
+MIN_YEARS_APART = 8  # between two entities that a question compares
 NAME_SHARES = 8  # all names are dealt into so many shares
 OWN_SHARES = (0, 1)  # worlds of these seeds (modulo the shares) have one to themselves: no world of
 # another share holds a name of theirs. The other worlds draw from all the other shares.
@@ -177,7 +177,7 @@ class World:
     seed: int
     entities: dict[str, Entity]
     passages: tuple[Passage, ...]
-    variant: str = ""  # of a world with more in it
+    variant: str = ""  # suffix of a world with more in it
 
     @property
     def name(self) -> str:

@@ -9,7 +9,7 @@ Difficulty 0 is MiniWorld as it is. Each level after it has what the one before 
 3. Namesakes: every work has one, another film or play of the same name with other facts. Questions
    about a work tell which is meant by one more fact, "the director of A, released by B", and a
    query without it finds either. Comparisons reach the three through a fact each.
-4. Nothing shorter than five facts.
+4. Nothing shorter than five facts, so no intersections.
 
 Level 5 is apart: the questions of level 2 where documents must be opened. Each entity has a card,
 which says its name and nothing else, and a passage of the same title with its facts. With one
@@ -47,9 +47,9 @@ class Level:
     comparison: float
     intersection: float = 0.0
     count: float = 0.0
-    hops: tuple[int, int] = (3, 6)  # of chains
+    hops: tuple[int, int] = (3, 6)  # fewest and most facts of a chain
     namesakes: bool = False
-    reached: bool = False  # what is compared or counted is reached through a fact
+    reached: bool = False  # each entity compared or counted is reached through a fact
     cards: bool = False  # a search finds a card, behind which the facts are
 
 

@@ -287,7 +287,7 @@ def _request(model: str, turn: Turn, end_ids: Iterable[int]) -> dict[str, Any]:
             "temperature": params.temperature,
             "max_tokens": turn.limit,
             "seed": turn_seed(params.seed, len(turn.held.tokens)),
-            "logprobs": 0,  # of the sampled token only
+            "logprobs": 0,  # the sampled token alone
             "stop": list(params.stop),
             "include_stop_str_in_output": True,
             "skip_special_tokens": False,  # a stop string may be one

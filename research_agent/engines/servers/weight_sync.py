@@ -137,7 +137,7 @@ class WeightSync:
                 left = {url: why for url, why in problems.items() if url not in models}
                 return ServedWeights(tag, models, left)
             if broadcast_object(sends and bool(excluded) and not once):
-                continue  # those that broke it off are left out now
+                continue  # servers that failed are left out now
             if broadcast_object((sends and once) or time.monotonic() > deadline):
                 raise_together(no_server(problems))
             excluded.clear()
