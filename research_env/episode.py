@@ -3,7 +3,7 @@
 Nothing here touches a search engine, a clock or a random number. A driver (the environment, the
 vector environment, a test) calls :func:`advance` with what the policy wrote. Where the new episode
 has a ``pending`` request it asks its engine and calls :func:`observe` with the hits, or
-:func:`fail` if the engine has none. :func:`truncate` stops an episode whose budget of
+:func:`fail` if the engine failed. :func:`truncate` stops an episode whose budget of
 tokens is spent.
 """
 
