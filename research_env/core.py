@@ -370,7 +370,8 @@ def make_core(**settings: Unpack[EnvSettings]) -> EnvCore:
     max_searches = _read_limit(settings, "max_searches", rules.max_searches, 0)
     max_turns = _read_limit(settings, "max_turns", rules.max_turns, 1)
     asked = settings.get("max_searches")
-    if asked is not None and max_turns is not None and asked >= max_turns:
+    one_per_turn = rules.tool_format is None
+    if one_per_turn and asked is not None and max_turns is not None and asked >= max_turns:
         raise ConfigurationError(
             f"max_searches={asked} cannot be used up within max_turns={max_turns}, the last of "
             f"which cannot search; set max_turns={asked + 1}"

@@ -23,6 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypedDict, Unpack
 
+import numpy as np
+
 from research_env.core import EnvCore, EnvSettings, StepOutput, make_core, resolve_search, strata
 from research_env.episode import Action, CutReason, Episode, advance, truncate
 from research_env.errors import ClosedError, ConfigurationError, EpisodeError, UnknownTaskError
@@ -143,7 +145,7 @@ class Sessions:
             raise ClosedError
         if isinstance(task, str):
             index = self.core.find_question(task)
-        elif isinstance(task, int) and 0 <= task < self.num_tasks:
+        elif isinstance(task, int | np.integer) and 0 <= task < self.num_tasks:
             index = self.core.draw_question(seed, task)
         else:
             raise UnknownTaskError(

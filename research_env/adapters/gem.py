@@ -66,7 +66,7 @@ class ResearchEnv(Env):  # type: ignore[misc]
         """
         last, self._last = self._last, {}
         self._session = self._order.open(seed, question_id)
-        final = {"final_info": last} if "metrics" in last else {}
+        final = {"final_info": last} if last.get("metrics") else {}
         return self._session.prompt, {**self._session.info, **final}
 
     def step(self, action: str) -> StepOutput:

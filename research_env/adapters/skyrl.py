@@ -111,7 +111,7 @@ class ResearchTextEnv(BaseTextEnv):  # type: ignore[misc]
         """The metrics of the episode; those of one that was cut are computed on demand."""
         if self._session is None:
             return {}
-        if self._last is None or "metrics" not in self._last.info:
+        if self._last is None or not self._last.info["metrics"]:
             self._last = self._session.fork().truncate("length")
         return {**self._last.info["metrics"], "void": float(self._last.info["void"])}
 

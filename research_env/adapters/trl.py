@@ -68,6 +68,7 @@ class Rollouts:
         """
         self._sessions = sessions
         self._tools = sessions.core.tool_schemas() if chat else []
+        self._markup = chat and sessions.core.protocol.tool_format is not None
         self._generate = generate or generate_turns
         self._default = generate is None
         self._rows: dict[str, dict[str, Any]] = {}
@@ -117,7 +118,7 @@ class Rollouts:
                 mask[i] += [1] * len(turn)
                 logprobs[i] += scores[place] if scores is not None else []
                 ended = bool(turn) and turn[-1] in trainer.eos_token_ids
-                text = decode(tokenizer, turn[:-1] if ended else turn, special=bool(self._tools))
+                text = decode(tokenizer, turn[:-1] if ended else turn, special=self._markup)
                 if ended or any(stop in text for stop in stops):
                     acting.append((i, text))
                 else:
@@ -125,7 +126,7 @@ class Rollouts:
             live = []
             outputs = _step_all([(sessions[i], text) for i, text in acting])
             for (i, _), output in zip(acting, outputs, strict=True):
-                markup = output.info["chat_markup"] if self._tools else ()
+                markup = output.info["chat_markup"] if self._markup else ()
                 observed = encode_observation(tokenizer, output.observation, markup)
                 if output.terminated or output.truncated:
                     ends[i] = output

@@ -168,7 +168,7 @@ class ResearchEnv(vf.Env[ResearchEnvConfig]):  # type: ignore[misc]
         stops: dict[str, Any] = {}
         if not sessions.core.protocol.tools:  # the endpoint ends a turn of tool calls itself
             stops = {"stop": list(sessions.terminators), "include_stop_str_in_output": True}
-        sampling = vf.SamplingConfig(**stops, **given.model_dump(exclude_unset=True))
+        sampling = vf.SamplingConfig(**{**given.model_dump(exclude_unset=True), **stops})
         agent = config.agent.model_copy(update={"sampling": sampling})
         super().__init__(config.model_copy(update={"agent": agent}))
 

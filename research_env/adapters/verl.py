@@ -72,6 +72,7 @@ class ResearchAgentLoop(AgentLoopBase):  # type: ignore[misc]
         self._sessions = shared_sessions(dict(args or {}))
         self._chat = chat
         self._tools = self._sessions.core.tool_schemas() if chat else []
+        self._markup = chat and self._sessions.core.protocol.tool_format is not None
 
     async def run(
         self, sampling_params: dict[str, Any], priority: int = 0, **row: Any
@@ -113,13 +114,13 @@ class ResearchAgentLoop(AgentLoopBase):  # type: ignore[misc]
             turn = list(sampled.token_ids)[: limit - len(ids)]
             ids, mask, turns = ids + turn, mask + [1] * len(turn), turns + 1
             logprobs += list(sampled.log_probs or [])[: len(turn)]
-            text = decode(self.tokenizer, turn, special=bool(self._tools))
+            text = decode(self.tokenizer, turn, special=self._markup)
             ended = bool(turn) and turn[-1] == self.tokenizer.eos_token_id
             if not ended and not any(stop in text for stop in stops):
                 output = session.truncate("length")
                 break
             output = await session.astep(text)
-            markup = output.info["chat_markup"] if self._tools else ()
+            markup = output.info["chat_markup"] if self._markup else ()
             seen = encode_observation(self.tokenizer, output.observation, markup)
             if not session.episode.over and len(ids) + len(seen) >= limit:
                 output = session.truncate("length")

@@ -141,7 +141,7 @@ def arguments_text(call: Call) -> str:
     try:
         return json.dumps(call.arguments, ensure_ascii=False, default=repr)
     except (TypeError, ValueError, RecursionError):
-        return repr(call.arguments)[: MAX_CALL_CHARACTERS + 1]
+        return "arguments that cannot be written"
 
 
 def parse_json(text: str) -> Any:
