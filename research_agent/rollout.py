@@ -30,12 +30,6 @@ class InFlight:
         """Which ones."""
         return {rollout.key for rollout in self.active.values()} | self.done.keys()
 
-    def clear(self) -> None:
-        """Drop them. They start again when a step asks for them."""
-        self.active.clear()
-        self.awaiting_env.clear()
-        self.done.clear()
-
 
 def keeps_turns(engine: Engine) -> bool:
     """Whether an engine takes new weights while turns are under way."""
