@@ -24,7 +24,7 @@ class Sampling(Protocol):
 
     @property
     def temperature(self) -> float:
-        """Of the softmax that tokens are drawn from; 0 is greedy."""
+        """Temperature of the softmax that tokens are drawn from; 0 is greedy."""
         ...
 
     @property
@@ -44,7 +44,7 @@ class Sampling(Protocol):
 
     @property
     def overlap(self) -> bool:
-        """Go on with some trajectories while others wait for their environments."""
+        """Sample some trajectories while others wait for their environments."""
         ...
 
 
@@ -72,7 +72,7 @@ class ActiveRollout:
 
     @property
     def key(self) -> Episode:
-        """Which episode it is."""
+        """Episode and sample number."""
         return self.episode, self.sample
 
     @property
@@ -82,11 +82,11 @@ class ActiveRollout:
         return [token for part in parts for token in part.tokens]
 
     def branch(self, sample: int, tree: int) -> ActiveRollout:
-        """Make the beginning of another sample out of what there is so far.
+        """Copy the turns so far as the beginning of another sample.
 
         Args:
-            sample: its number.
-            tree: that of the sample that the tree grew from.
+            sample: number of the new sample.
+            tree: number of the sample that the tree grew from.
         """
         turns = sum(segment.provenance == "action" for segment in self.segments)
         return ActiveRollout(

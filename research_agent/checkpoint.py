@@ -55,12 +55,12 @@ _FILE_ERRORS: tuple[type[Exception], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a checkpoint holds besides the model."""
+    """What a checkpoint holds in addition to the model."""
 
     folder: Path
     step: int  # training steps done
-    config: Mapping[str, Any]  # of the run, as JSON values
-    state: Mapping[str, Any]  # whatever was given to save
+    config: Mapping[str, Any]  # the run's configuration, as JSON values
+    state: Mapping[str, Any]  # the state that ``save`` was given
 
     def read(self, into: Mapping[str, torch.Tensor]) -> None:
         """Read tensors that ``load`` left in the files, in place; of a sharded one the shard.
@@ -98,10 +98,10 @@ def save(
         write_model: writes the model's and tokenizer's files into the folder that it is given.
         state: nested dicts and lists of tensors and plain values, with the same tensors on all
             ranks; the plain values are the first rank's.
-        config: of the run, as JSON values.
+        config: the run's configuration, as JSON values.
         keep: how many checkpoints to leave, this one included.
-        best: the step whose checkpoint, where there is one, stays too, and is linked as ``best``.
-        bucket_bytes: the most bytes that a rank holds besides the state.
+        best: step whose checkpoint, if it exists, is kept too and linked as ``best``.
+        bucket_bytes: the most bytes that a rank holds in addition to the state.
 
     Raises:
         CheckpointError: when it cannot be written, a full disk for example. Nothing of it is left
@@ -139,7 +139,7 @@ def save(
                 _flush_folder(root)
     except StoppedError:
         raise
-    except Exception as error:  # a full disk is an OSError here, a bare Exception of Rust's there
+    except Exception as error:  # a full disk is an OSError, or a bare exception of safetensors
         if first:
             with contextlib.suppress(OSError):
                 shutil.rmtree(temporary)
@@ -192,7 +192,7 @@ def rehearse(root: Path, write_model: Callable[[Path], None]) -> None:
     except StoppedError:
         raise
     except Exception as error:  # as in save
-        cure = "free some space" if _is_full(error) else "mend that first"
+        cure = "free some space" if _is_full(error) else "fix that first"
         raise CheckpointError(
             f"no checkpoint of this model could be written to {root}: {error}; {cure}, as a run "
             "that cannot be saved is not started"
@@ -221,7 +221,7 @@ def load(folder: Path, deferred: Collection[str] = ()) -> Checkpoint:
     """Read a checkpoint, except the model's files, which transformers reads.
 
     Args:
-        folder: of the checkpoint.
+        folder: the checkpoint's folder.
         deferred: keys of the state whose tensors stay in the files, as ``StoredTensor``s, until
             ``Checkpoint.read`` reads them in place.
 
@@ -278,7 +278,7 @@ def saved_origin(saved: Checkpoint, model: str) -> str:
 
 @contextlib.contextmanager
 def restoring(saved: Checkpoint) -> Iterator[None]:
-    """Turn what a state of another shape causes into an error that names the checkpoint.
+    """Turn errors from a state of another shape into one that names the checkpoint.
 
     Raises:
         CheckpointError: a key is missing, or a value has another type or size.

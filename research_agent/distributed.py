@@ -50,7 +50,8 @@ def init_distributed(timeout_minutes: float = 15.0) -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
     try:
         yield
-    except Exception as error:  # no farewell: the others may not come to it
+    except Exception as error:
+        # The process group is not destroyed: the other ranks might not take part in that.
         lost = next((text for text in _LOST if text in str(error)), "")
         if lost and not isinstance(error, ResearchAgentError):
             message = (
@@ -70,13 +71,13 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def shard_batches(passes: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Deal passes to the ranks, the same number to each, as all of them take part in a pass.
+    """Give each rank the same number of passes, because all ranks take part in each pass.
 
     Args:
         passes: the same on every rank.
 
     Yields:
-        The passes of this rank, and whether they count: a rank that has none left repeats the last.
+        The passes of this rank, and whether they count: a rank without one repeats the last pass.
     """
     rank, size = rank_and_size()
     if size == 1:
@@ -139,7 +140,13 @@ def run_together(work: Callable[[], T]) -> list[T]:
 
 @contextmanager
 def alike() -> Iterator[None]:
-    """Mark what all ranks do alike: if it raises an error of this package, rank 0 says it."""
+    """Mark a block that fails on all ranks alike: rank 0 raises its error for all.
+
+    Only errors of this package are converted; others are raised as they are.
+
+    Raises:
+        StoppedError: the block failed, on other ranks than 0.
+    """
     try:
         yield
     except StoppedError:
@@ -164,7 +171,7 @@ def _portable(error: Exception) -> Exception:
     """The error, or one with the same words if it cannot go from process to process."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever its class does
+    except Exception:  # a class may raise anything here
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 
@@ -227,7 +234,7 @@ _cpu_meshes: dict[Any, Any] = {}
 
 
 def make_mesh(device: torch.device, shard_ranks: int | None = None) -> Any:
-    """Arrange the ranks: those that share one copy of the weights, and how many copies there are.
+    """Arrange the ranks in a mesh, by the copies of the weights that they share.
 
     Args:
         device: where the weights live.

@@ -206,7 +206,7 @@ class Learner:
         return bool(adapters(self.model))
 
     def state_dict(self) -> dict[str, Any]:
-        """What besides the weights decides the next update: step count and optimizer moments.
+        """What decides the next update in addition to the weights: step count and moments.
 
         Returns:
             Plain numbers and tensors; the tensors are the live ones, as is torch's custom, and
@@ -263,7 +263,7 @@ class Learner:
             yield bucket
 
     def load_state_dict(self, state: Mapping[str, Any], read: Read = read_nothing) -> None:
-        """Take up the state of a learner of the same model, to the bit.
+        """Load the state of a learner of the same model, to the bit.
 
         Args:
             state: what ``state_dict`` returned; tensors of a checkpoint may be in its files still.
@@ -373,7 +373,7 @@ class Learner:
                 **logged,
             }.items():
                 sums[name] = sums.get(name, 0.0) + values.detach().sum().double() * counts
-        # Looked at only now: a look at a number makes a GPU wait for us, and us for it.
+        # Checked only now, because reading a number makes the CPU wait for the GPU.
         _require_finite(parts, found, losses, f"after {self.steps} optimizer steps")
         total = torch.stack([torch.stack(losses).double().sum(), *sums.values()])
         loss_, *rest = all_reduce_sum(total).tolist()
@@ -429,7 +429,7 @@ def _require_finite(
     values = torch.cat([*logprobs, torch.stack(losses).to(logprobs[0].dtype)])
     if not any_rank(not bool(values.isfinite().all()), values.device):
         return
-    causes = gather(list(_not_finite(parts, logprobs, losses, when)))  # of all processes
+    causes = gather(list(_not_finite(parts, logprobs, losses, when)))
     raise NonFiniteError(causes[0])
 
 

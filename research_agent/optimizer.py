@@ -64,7 +64,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self) -> float:
-        """Change the parameters by one step; returns the learning rate of it."""
+        """Make one optimizer step; returns its learning rate."""
         rate = self._learning_rate * min(1.0, (self.steps + 1) / max(1, self._warmup_steps))
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -96,7 +96,7 @@ class Optimizer:
         }
 
     def load(self, moments: Mapping[str, Mapping[str, Any]], steps: int, read: Read) -> None:
-        """Take up what ``moments`` returned, to the bit.
+        """Load what ``moments`` returned, to the bit.
 
         Args:
             moments: of an optimizer of the same parameters. Tensors are copied, and those still in
@@ -142,7 +142,7 @@ class Optimizer:
                 )
 
     def _as_sharded(self, name: str, value: Tensor) -> Tensor:
-        """A tensor of the CPU's optimizer as the shard that it is of the parameter's state."""
+        """View a tensor of the CPU's optimizer as this rank's shard of the parameter's state."""
         stepped = self._stepped[name]
         if stepped is self.parameters[name] or value.shape != stepped.shape:
             return value

@@ -1,7 +1,7 @@
 """The player of a rank: its engine, its environments, and the episodes under way.
 
 With ``max_staleness`` 0 the trainer has a player in its own process. Above 0 the player lives in a
-child process (``player_process``) and goes on playing while the learner updates.
+child process (``player_process``) and continues to play while the learner updates.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Player:
     """Plays a rank's episodes of training and evaluation.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         slots: episodes played at the same time.
-        stage_args: arguments of the environment that the run's present stage adds.
-        trace: where to show what happens.
+        stage_args: environment arguments that the run's present stage adds.
+        trace: takes the events of engine and environments.
 
     Raises:
         ConfigError: the environment does not exist, or refuses its arguments.
@@ -77,7 +77,8 @@ class Player:
 
         Args:
             episodes: those that the present step learns from.
-            ahead: those to begin where slots would be empty otherwise, now and until the next call.
+            ahead: episodes of later steps; they begin in slots that would be empty otherwise, now
+                and until the next call.
 
         Returns:
             The trajectories in the order of ``episodes``.
@@ -92,7 +93,7 @@ class Player:
         return self._started and self._loop.has_work
 
     def advance(self) -> None:
-        """Do one engine step of what is under way."""
+        """Do one engine step for the episodes under way."""
         self._loop.advance()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -109,7 +110,7 @@ class Player:
         self.load_weights(read_weights(folder), version)
 
     def num_eval_tasks(self) -> int | None:
-        """Tasks of the environment of evaluations; None if they have no end."""
+        """Number of held-out tasks: None if there is no last one, 0 without evaluations."""
         return self._eval_environments.num_tasks if self._eval_environments else 0
 
     def evaluate(self, episodes: Sequence[Episode]) -> list[Trajectory]:

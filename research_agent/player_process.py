@@ -1,9 +1,9 @@
-"""A player in a child process, which goes on playing while its parent learns.
+"""A player in a child process, which continues to play while its parent learns.
 
 The parent asks, the child answers: each request is the name of a method of ``Player`` and its
-arguments, over a pipe. Between two requests the child plays whatever the last ``collect`` allowed
-ahead. So a request meets the child between two engine steps, and what the child says is never half
-done. Weights travel as files (``weight_files``), or from the parent to the servers that the child
+arguments, over a pipe. Between two requests the child plays the episodes that the last ``collect``
+allowed ahead. It looks for a request between two engine steps, so an answer never describes half a
+step. Weights travel as files (``weight_files``), or from the parent to the servers that the child
 samples from.
 
 If the child dies, the next request raises an error. If the parent dies, the child ends.
@@ -264,7 +264,7 @@ def load_engine(
 
 
 def _serve(connection: Connection, setup: _Setup) -> None:
-    """Be the child: answer requests until the parent closes the pipe, and play in between."""
+    """Run the child: answer requests until the parent closes the pipe, and play in between."""
     for number in _STOP_SIGNALS:  # the parent decides when to stop
         signal.signal(number, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)

@@ -19,7 +19,7 @@ from research_agent.trees import CHAINS, TreePlan, Trees
 
 @dataclass
 class InFlight:
-    """Episodes that have begun and that no step has asked for yet, or not all of."""
+    """Episodes under way, and finished ones that no step has taken yet."""
 
     active: dict[int, ActiveRollout] = field(default_factory=dict)  # by slot
     awaiting_env: set[int] = field(default_factory=set)  # slots whose environment has an action
@@ -27,14 +27,8 @@ class InFlight:
 
     @property
     def episodes(self) -> set[Episode]:
-        """Which ones."""
+        """Episode and sample numbers of all of them."""
         return {rollout.key for rollout in self.active.values()} | self.done.keys()
-
-    def clear(self) -> None:
-        """Drop them. They start again when a step asks for them."""
-        self.active.clear()
-        self.awaiting_env.clear()
-        self.done.clear()
 
 
 def keeps_turns(engine: Engine) -> bool:
@@ -63,19 +57,19 @@ def collect(
         episodes: (episode number, sample number) of each.
         sampling: temperature and limits. With ``overlap`` a trajectory that waits for its
             environment does not hold the others up; without it nothing depends on timing.
-        seed: of the order of the tasks, and of the draws. A trajectory's draws depend on this, its
-            episode and its sample only.
+        seed: decides the order of the tasks and the draws. A trajectory's draws depend only on
+            this, its episode and its sample.
         on_finish: called with each trajectory as it ends.
         plan: how samples branch off each other. With branches ``episodes`` are whole trees, in
             order.
-        overlong_prompts: what becomes of a task whose prompt has more tokens than ``max_prompt`` or
-            the context allows. With "skip" its trajectories are void, with the stop reason
-            ``SKIPPED`` and no token.
+        overlong_prompts: what to do with a task whose prompt has more tokens than ``max_prompt`` or
+            the context allows. With "skip" its trajectories are void and empty, with the stop
+            reason ``SKIPPED``.
 
     Returns:
-        The trajectories in the order of ``episodes``. Those of failed infrastructure are ``void``,
-        and so are those, without a token, that the budget of their tree left out (``NOT_GROWN``).
-        No slot is in use then.
+        The trajectories in the order of ``episodes``. A trajectory is ``void`` if the
+        infrastructure failed, or if the budget of its tree left it out (``NOT_GROWN``, without a
+        token). No slot is in use afterwards.
 
     Raises:
         ConfigError: the plan needs more slots than there are, or an environment that branches.
@@ -151,7 +145,7 @@ class RolloutLoop:
         """Say which episodes to begin next, in this order, instead of those said before.
 
         Args:
-            episodes: those that are under way already, or branches of a tree, are left out.
+            episodes: those under way, and branches of a tree, are left out.
         """
         known = self.in_flight.episodes
         self._waiting = deque(

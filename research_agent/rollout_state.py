@@ -28,9 +28,9 @@ _ROLLOUT = ("episode", "sample", "reward", "prompt", "response", "state_key")
 
 
 def to_state(in_flight: InFlight) -> dict[str, Any]:
-    """Put what is under way into tensors and plain values, as a checkpoint takes them.
+    """Convert the episodes under way to tensors and plain values, for a checkpoint.
 
-    Infos are kept as the JSON that logs are written from.
+    Infos become JSON values, as in the logs.
     """
     segments: list[Segment | Completion] = []
 
@@ -87,13 +87,13 @@ def from_state(
     seed: int,
     episodes: Collection[Episode],
 ) -> InFlight:
-    """Take up what ``to_state`` has put down.
+    """Restore the episodes that ``to_state`` saved.
 
     Args:
         states: its results, one per rank of the run that was saved.
-        environments: the actions of half-played episodes are taken in them again. An episode whose
-            environment answers otherwise than it did is forgotten: it will begin anew. So are
-            those that find no environment, if there are fewer than before.
+        environments: they take the actions of half-played episodes again. An episode is forgotten,
+            and begins again later, if its environment answers differently than before, or if there
+            are fewer environments than before and none is left for it.
         sampling: as in ``collect``.
         seed: as in ``collect``.
         episodes: those that this rank plays; others are left out.

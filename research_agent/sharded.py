@@ -1,8 +1,8 @@
 """Weights and moments of many ranks, to and from files: each rank reads and writes its shard.
 
 Reading and the moments are torch.distributed.checkpoint's work, in safetensors. Weights are written
-as a folder that transformers opens, one file per bucket. A rank holds its shard, and besides it at
-most one bucket.
+as a folder that transformers opens, one file per bucket. A rank holds its shard and at most one
+bucket.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from research_agent.distributed import raise_together, rank_and_size, together
 from research_agent.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
-_COPIES = 4  # of what goes into a file, while DCP writes it: on the host, as bytes, in a file
+# Copies of a file's content that exist while DCP writes it: on the host, as bytes, in the file.
+_COPIES = 4
 _SOURCE = "_research_agent_weights"
 
 
@@ -51,7 +52,7 @@ Read = Callable[[Mapping[str, Tensor]], None]
 
 @contextmanager
 def meta_parameters() -> Iterator[None]:
-    """Let modules that are made keep their parameters on the meta device; buffers are real."""
+    """Make new modules with their parameters on the meta device; buffers are real."""
 
     def hook(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta:  # a tied weight stays one object
@@ -68,9 +69,9 @@ def meta_parameters() -> Iterator[None]:
 
 @contextmanager
 def stand_ins(model: nn.Module) -> Iterator[None]:
-    """Put zeros that take no memory in the place of meta parameters.
+    """Replace meta parameters by zeros that take no memory.
 
-    What is put beside a parameter on the meta device (an adapter) would be moved there itself.
+    Otherwise an adapter beside a meta parameter would be moved to the meta device too.
     """
     held = [
         (module, name, parameter)
@@ -208,7 +209,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], bucket_bytes: int
     Args:
         folder: made if missing.
         tensors: by name. All ranks must give the same names.
-        bucket_bytes: the most bytes that a rank holds for this, besides the tensors.
+        bucket_bytes: the most bytes that a rank holds in addition to the tensors.
     """
     most = max(1, bucket_bytes * rank_and_size()[1] // _COPIES)
     files: dict[str, int] = {}

@@ -89,7 +89,7 @@ class TrainSummary:
 
     message: str
     numbers: Mapping[str, float | str]
-    signal: int = 0  # the one that asked the run to stop before its end
+    signal: int = 0  # number of the signal that stopped the run early; 0: none did
 
 
 def train(config: TrainConfig) -> TrainSummary:
@@ -280,14 +280,14 @@ class Trainer:
                 self.player.restore(saved.state["in_flight"], self._own_episodes(steps))
 
     def _restore(self, saved: Checkpoint) -> None:
-        """Take up the states of learner, random numbers and collapse monitor."""
+        """Load the states of the learner, the random generator and the collapse monitor."""
         self.learner.load_state_dict(saved.state["learner"], saved.read)
         torch.set_rng_state(saved.state["random"])
         if self.collapse:
             self.collapse.history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
 
     def _load_policy(self, saved: Checkpoint | None, today: str) -> str | None:
-        """Open tokenizer and model; returns the adapter that the learner is to put beside it."""
+        """Open tokenizer and model; returns the adapter that the learner trains, if any."""
         config = self.config
         self._load_renderer(saved, today)
         adapter = None if config.policy.merge_adapter else model_source(self.origin).adapter
@@ -332,10 +332,11 @@ class Trainer:
         return self.stages[self.curriculum.stage].env_args if self.stages else {}
 
     def _start_player(self, slots: int, *, merge_adapter: bool) -> None:
-        """Make the player's engine: in its process, or here, where it may also give weights."""
+        """Make the engine in the player's process, or here if this process gives it weights."""
         sampling, config, player = self.config.sampling, self.config, self.player
         here = isinstance(player, Player) and rank_and_size()[1] == 1
-        if not has_servers(sampling.engine) and not here:  # the model here is sharded, or far away
+        # Otherwise the model here is sharded, or in another process than the player.
+        if not has_servers(sampling.engine) and not here:
             load = partial(load_engine, make_engine, config, self.origin)
             player.start(partial(load, slots=slots, merge_adapter=merge_adapter))
             return
@@ -404,7 +405,7 @@ class Trainer:
 
         An algorithm that selects groups reserves as many tasks per step as its rounds can need. A
         step leaves out those that it does not need, so its tasks never depend on other steps.
-        The player goes on with the tasks of the next ``max_staleness`` steps until the next call.
+        Until the next call the player plays the tasks of the next ``max_staleness`` steps.
         """
         sampling, rule = self.config.sampling, self.learner.algorithm
         selects = rule if isinstance(rule, SelectsGroups) else None
@@ -553,7 +554,7 @@ class Trainer:
         return f"{what}; the run continues from it"
 
     def _newest_checkpoint(self) -> Checkpoint | None:
-        """Find the newest checkpoint of this run, the same on all ranks, and take up its step."""
+        """Find the newest checkpoint, the same on all ranks, and continue from its step."""
         run, output = self.config.run, self.config.run.output
         newest = checkpoint.latest(output / "checkpoints")
         if len(set(gather([newest]))) > 1:
@@ -566,7 +567,8 @@ class Trainer:
                 require(saved.state, StateFormat)
             self.step, self.seconds = saved.step, float(saved.state["seconds"])
             with alike():
-                found = changes(saved.config, self.config, same_environment=True)  # so far
+                # The environments are compared once they are open.
+                found = changes(saved.config, self.config, same_environment=True)
                 require_same(found, output, override=run.override)
             return saved
         started = output / "config.json"

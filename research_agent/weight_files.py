@@ -25,7 +25,7 @@ _FILE_BYTES = 1 << 30  # per file; the writing rank holds that much in memory
 
 
 class WeightFiles:
-    """A folder of this process; the other ranks of the machine read that of its first rank."""
+    """A folder of weights. All ranks of a machine read the folder of its first rank."""
 
     def __init__(self) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="research-agent-player-"))
@@ -39,7 +39,7 @@ class WeightFiles:
         """
         folder = self.root / str(version)
         if self._local_rank:
-            for _ in weights:  # to gather them is the work of all ranks
+            for _ in weights:  # all ranks gather them together
                 pass
         else:
             try:

@@ -191,7 +191,7 @@ class Critic:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], read: Read = read_nothing) -> None:
-        """Take up the state of a critic of the same model, to the bit.
+        """Load the state of a critic of the same model, to the bit.
 
         Args:
             state: what ``state_dict`` returned; tensors of a checkpoint may be in its files still.

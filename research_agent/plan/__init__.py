@@ -92,7 +92,7 @@ def plan(config: TrainConfig, machines: str) -> Plan:
 
 
 def _environment(config: TrainConfig) -> Mapping[str, str]:
-    """What the package of the environment says that it needs besides."""
+    """What the environment's package says about its own needs."""
     module, _, _ = config.environment.env.rpartition(":")
     try:
         footprint = getattr(import_module(module), "footprint", None) if module else None

@@ -18,7 +18,7 @@ LEARN_FLOPS = 0.3
 SAMPLE_BANDWIDTH = 0.6
 """Share of the memory's bandwidth that decoding reaches."""
 DECODE_SECONDS = 0.006
-"""Seconds of vLLM's decoding step besides reading weights and cache: scheduling, kernel starts."""
+"""Seconds of a decoding step of vLLM without reading weights and cache: scheduling, launches."""
 TRANSFORMERS_SECONDS = 0.03
 """The same of the transformers engine, which has no CUDA graphs."""
 TENSOR_PARALLEL_SECONDS = 20e-6

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from research_agent.renderer import Renderer
 
 _STEP = 0.02  # seconds that a step waits for a turn; a collector has environments to look after
-_NOT_FINITE = -9999.0  # what vLLM says for a log-probability of minus infinity, or none
+_NOT_FINITE = -9999.0  # vLLM's log-probability for minus infinity, and for none
 
 
 class ServerEngine:
@@ -202,7 +202,7 @@ class ServerEngine:
         return partial(ServerEngine, urls=self._urls, max_context=self.max_context)
 
     def close(self) -> None:
-        """Let go of the weights, and of the servers; those that others started go on running."""
+        """Delete the weights and leave the servers; a server that this rank started ends."""
         self._let_go()
 
     def _complete(self, sampled: Sampled) -> Completion:
@@ -256,14 +256,14 @@ def connect_servers(
     patience: float = 60.0,
     **limits: Any,
 ) -> ServerEngine:
-    """Make an engine over servers and give them the model's weights. All ranks do at the same time.
+    """Make an engine over servers and give them the model's weights; every rank calls it.
 
     Args:
         model: the policy, of the transformers library. The servers get its weights, unless these
             are on the meta device: then the first ones come by ``load_weights``. The model itself
             is left alone.
         renderer: its tokenizer.
-        urls: such as ``http://localhost:8000``, one a server; this rank samples on them.
+        urls: such as ``http://localhost:8000``, one per server; this rank samples on them.
         max_context: tokens that a trajectory may have; the model's own limit by default.
         by: how weights get to the servers.
         dtype: number format of the servers' weights, such as bfloat16; the model's own by default.

@@ -229,7 +229,7 @@ class ServerPool:
         self._back.set()
 
     def _mark_dead(self, server: _Sampler, problem: str) -> None:
-        """Use a server no more, until it has the current weights again; its turns go elsewhere."""
+        """Leave a server out until it has the current weights again; its turns go elsewhere."""
         server.problem = problem
         if not server.alive:
             return
@@ -241,7 +241,7 @@ class ServerPool:
         _LOG.log(self._level, "%s is left out (%s); %s", server.url, problem, of)
 
     async def _watch(self, server: _Sampler) -> None:
-        """Look after a server: whether it lives, and whether it lives again."""
+        """Check regularly whether a server is alive, or alive again."""
         pause = 1.0
         while True:
             await asyncio.sleep(_CHECK if server.alive else min(pause, _CHECK))

@@ -86,7 +86,7 @@ class ServerGroup:
         return Outcome({server.url: server.model for server in self.ready}, problems, software)
 
     async def resume(self, name: str, problems: Mapping[str, str]) -> Outcome:
-        """Let the servers go on with the weights of a name.
+        """Resume the servers, with the weights of this name.
 
         Args:
             name: of the weights.

@@ -112,7 +112,7 @@ class WeightSync:
             self._loop.call(self._group.keep(self._current))
 
     def close(self) -> None:
-        """Let go of the servers, which go on running, and of the weights."""
+        """Delete the weights, and leave the servers, which keep running."""
         self._loop.close()
         if self._folder:
             self._folder.close()
@@ -151,7 +151,7 @@ class WeightSync:
             pass
 
     def _send(self, weights: Iterable[tuple[str, Tensor]], name: str) -> Outcome:
-        """Send the weights, and let the servers of this rank that have them go on."""
+        """Send the weights, and resume the servers of this rank that have them."""
         problems: dict[str, str] = {}
         if self._transfer:
             ready = self._group.ready

@@ -208,7 +208,7 @@ class _Source:
         self._left = names.checked(weights)
         self._dtype = dtype
         self._lock = Lock()
-        self._thread = 0  # the one that goes through the weights
+        self._thread = 0  # id of the thread that iterates over the weights
 
     @property
     def largest(self) -> int:
