@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from typing import Any
+from unittest import mock
 
 from benchmarks.learner import make_groups
 from research_agent.batch import Batch, make_batch, micro_batches
@@ -109,17 +108,9 @@ def _rounds(sizes: Sequence[int], ranks: int) -> list[int]:
     return [max(sizes) for sizes in zip(*taken, strict=True)]
 
 
-@contextmanager
-def _rank(rank: int, size: int) -> Iterator[None]:
-    """Be one of some processes that are not there."""
-    if size == 1:
-        yield
-        return
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def _rank(rank: int, size: int) -> AbstractContextManager[Any]:
+    """Be one of some ranks that are not there."""
+    return mock.patch("research_agent.distributed.rank_and_size", return_value=(rank, size))
 
 
 def print_efficiency() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 _PATIENCE = 20.0  # seconds for threads and children that were told to end
-_OURS = ("elasticsearch", "searches", "serve", "watchdog", "leaked")  # names of our threads
+_OURS = ("elasticsearch", "searches", "serve", "leaked")  # names of our threads
 _VARIABLES = ("RESEARCH_", "HF_", "OPENAI_", "WANDB_", "ELASTIC", "PYTHONPATH", "HOME", "PATH")
 _VARIABLES += ("TMPDIR", "COLUMNS", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMP_", "CI")
 """Variables that our code or its tests read; libraries set others when they are first loaded."""
@@ -59,7 +59,6 @@ def _of_torch() -> dict[str, Any]:
         "torch's gradients": torch.is_grad_enabled(),
         "torch's deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "torch's matrix precision": torch.get_float32_matmul_precision(),
-        "torch's threads": torch.get_num_threads(),
         "torch's process group": torch.distributed.is_initialized(),
     }
 

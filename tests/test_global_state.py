@@ -19,7 +19,11 @@ from tests import global_state
 @pytest.mark.parametrize(
     ("leak", "mend", "said"),
     [
-        (lambda: os.environ.update(LEAK="1"), lambda: os.environ.pop("LEAK"), "variable LEAK"),
+        (
+            lambda: os.environ.update(RESEARCH_LEAK="1"),
+            lambda: os.environ.pop("RESEARCH_LEAK"),
+            "variable RESEARCH_LEAK",
+        ),
         (lambda: os.chdir("/"), None, "working folder"),
         (
             lambda: torch.set_default_dtype(torch.float64),

@@ -165,7 +165,7 @@ def output_logits(model: Any) -> Callable[[Tensor], Tensor]:
     Returns:
         A function of states [..., hidden size] to logits [..., words].
     """
-    head, config = model.get_output_embeddings(), model.config
+    head, config = model.get_output_embeddings(), getattr(model, "config", None)
     scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1
     scale /= getattr(config, "logits_scaling", None) or 1
     cap = getattr(config, "final_logit_softcapping", None)

@@ -19,6 +19,7 @@ from research_agent.config import SamplingConfig
 from research_agent.engines.base import SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.environments import make_environments
+from research_agent.evaluation.predictions import read_predictions
 from research_agent.renderer import Renderer
 from research_agent.rollout import collect
 from research_agent.trajectory import Trajectory
@@ -197,7 +198,8 @@ def test_the_whole_demo(tmp_path: Path, cache: Path) -> None:
     afters = ["after-greedy", "after-sampled", "after-other-world", "after-blanked"]
     assert sorted(evaluations) == sorted(befores + afters)
     for name in evaluations:
-        assert len((folder / "evaluations" / name / "predictions.jsonl").open().readlines()) == 8
+        _, records = read_predictions(folder / "evaluations" / name)
+        assert len(records) == 8
     for word in ("exact match", "starter", "trained, another world", "results blanked", "T = 1"):
         assert word in told.stderr
     assert "Loading weights" not in told.stderr  # the library's bars would break ours

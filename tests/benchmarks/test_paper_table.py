@@ -397,7 +397,11 @@ def test_the_commands_of_the_document_are_understood(capsys: pytest.CaptureFixtu
         ("ReSearch-Qwen-7B-Instruct", True),
     ]  # fmt: skip
     assert all(published("7b", model.label, "musique") for model in models[1:])
-    served = [(words[2], words[4]) for words in found if words[:2] == ["vllm", "serve"]]
+    served = [
+        (words[words.index("serve") + 1], words[words.index("--port") + 1])
+        for words in found
+        if "serve" in words and "vllm" in words
+    ]
     assert served == [(str(m.name), str(m.endpoint).split(":")[2][:4]) for m in models]
     calls = [words for words in found if words[:1] == ["research-env"]]
     assert len(calls) == 3

@@ -32,10 +32,10 @@ class Characters:
     def encode_text(self, text: str) -> list[int]:
         return [ord(character) for character in text]
 
-    def encode_prompt(self, observation: str, messages: Any = None) -> list[int]:
+    def encode_prompt(self, observation: str, messages: Any = None, tools: Any = ()) -> list[int]:
         return self.encode_text(observation)
 
-    def encode_observation(self, observation: str, markup: Any = ()) -> list[int]:
+    def encode_observation(self, observation: str, *framing: Any) -> list[int]:
         return self.encode_text(observation)
 
     def decode(self, tokens: Sequence[int]) -> str:

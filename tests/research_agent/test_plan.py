@@ -243,6 +243,9 @@ def sharded_on_meta(
         **more,
     )
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(machines.per_node))
+    # A vLLM engine of another test in this process keeps a process group of its own.
+    monkeypatch.setattr(dist.distributed_c10d, "_world", dist.distributed_c10d._World())
+    monkeypatch.setattr(dist.GroupMember, "WORLD", None)
     store = FakeStore()
     dist.init_process_group("fake", store=store, rank=0, world_size=machines.count)
     try:
