@@ -31,11 +31,6 @@ from tests import global_state
             "default dtype",
         ),
         (
-            lambda: torch.set_num_threads(torch.get_num_threads() + 1),
-            lambda: torch.set_num_threads(torch.get_num_threads() - 1),
-            "torch's threads",
-        ),
-        (
             lambda: signal.signal(signal.SIGALRM, signal.SIG_IGN),
             lambda: signal.signal(signal.SIGALRM, signal.SIG_DFL),
             "handler of SIGALRM",

@@ -244,8 +244,9 @@ def sharded_on_meta(
     )
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(machines.per_node))
     # A vLLM engine of another test in this process keeps a process group of its own.
-    monkeypatch.setattr(dist.distributed_c10d, "_world", dist.distributed_c10d._World())
-    monkeypatch.setattr(dist.GroupMember, "WORLD", None)
+    c10d = dist.distributed_c10d
+    theirs = (c10d._world, c10d.GroupMember.WORLD)
+    c10d._world, c10d.GroupMember.WORLD = c10d._World(), None
     store = FakeStore()
     dist.init_process_group("fake", store=store, rank=0, world_size=machines.count)
     try:
@@ -259,6 +260,7 @@ def sharded_on_meta(
         yield model
     finally:
         dist.destroy_process_group()
+        c10d._world, c10d.GroupMember.WORLD = theirs
 
 
 @pytest.mark.parametrize(
