@@ -22,8 +22,10 @@ import numpy as np
 
 _PATIENCE = 20.0  # seconds for threads and children that were told to end
 _OURS = ("elasticsearch", "searches", "serve", "leaked")  # names of our threads
-_VARIABLES = ("RESEARCH_", "HF_", "OPENAI_", "WANDB_", "ELASTIC", "PYTHONPATH", "HOME", "PATH")
-_VARIABLES += ("TMPDIR", "COLUMNS", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMP_", "CI")
+_VARIABLES = (
+    *("RESEARCH_", "HF_", "OPENAI_", "WANDB_", "ELASTIC", "PYTHONPATH", "HOME", "PATH"),
+    *("TMPDIR", "COLUMNS", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMP_", "CI"),
+)
 """Variables that our code or its tests read; libraries set others when they are first loaded."""
 
 
