@@ -33,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 STARTER = ROOT / "research_agent" / "starters" / "miniworld-starter"
 SIZES = (4, 1041, 128)  # layers, tokens and width of the shipped policy
-END_ID = 1  # of the shipped policy
+END_ID = 1  # the token that ends a turn of the shipped policy
 STEPS, PROMPTS, SAMPLES = 4, 4, 4
 SEARCH = "<think>Look.</think><search>where is {}</search>"  # another one for each seed
 ANSWERS = (r"<answer>It is \boxed{it}</answer>", "<answer>It is here</answer>")

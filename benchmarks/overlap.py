@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from research_agent.engines.base import Completion, SamplingParams
     from research_agent.renderer import Renderer
 
-ENGINE_STEPS = 100  # that an episode takes, and so a collection
+ENGINE_STEPS = 100  # an episode takes so many, and so does a collection
 
 
 @dataclass(frozen=True)

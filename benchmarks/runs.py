@@ -52,7 +52,7 @@ def run_all(
     start = time.perf_counter()
     context = multiprocessing.get_context("spawn")
     with (
-        patch.dict(os.environ, dict.fromkeys(_THREADS, "1")),  # of the processes to be started
+        patch.dict(os.environ, dict.fromkeys(_THREADS, "1")),  # new processes inherit it
         ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool,
     ):
         futures = {pool.submit(do, *arguments): label for label, arguments in jobs.items()}

@@ -192,7 +192,7 @@ class Trees:
         self._plan = plan
         self._seed = seed
         self._environments: Any = environments
-        self._highest_entropy = log(max(2, vocabulary))  # of a token, in nats
+        self._highest_entropy = log(max(2, vocabulary))  # nats per token
         self._seedlings: dict[tuple[int, int], _Seedling] = {}  # by task and sample
         self._playing: dict[tuple[int, int], int] = {}  # by task and root: samples under way
         self._ended: dict[tuple[int, int], list[Trajectory]] = {}  # likewise: samples

@@ -36,7 +36,8 @@ from tests.research_env.servers import Call, Reply, Server, as_json, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = research_env_verifiers.__name__
-ARGS: Any = {"dataset": "miniworld", "template": "question", "top_k": 1}  # of the documentation
+# The documentation has the same arguments.
+ARGS: Any = {"dataset": "miniworld", "template": "question", "top_k": 1}
 
 
 def completion(text: str, finish_reason: str = "stop", **message: Any) -> Reply:

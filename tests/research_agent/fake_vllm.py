@@ -72,7 +72,7 @@ class FakeVllm:
         self.unpickles = True
         self.sizes = (2, 264, 128)  # layers, tokens, width
         self.paused = False
-        self.workers: list[str] | None = None  # of a router
+        self.workers: list[str] | None = None  # URLs behind it if it is a router
         self.balances = False  # other servers answer each time
         self.dummy = False  # it started without weights, and cannot read any
         self.reloads = True  # whether it can read weights from a folder

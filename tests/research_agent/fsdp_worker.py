@@ -48,7 +48,7 @@ def make(case: str, model: Path, weights: Path | None = None) -> Learner:
     load: Callable[..., Any] = load_deferred
     if rank_and_size()[1] == 1:
         load = partial(load_model, device="cpu")
-    torch.manual_seed(0)  # of new adapters
+    torch.manual_seed(0)  # new adapters begin at random
     start = model if weights is None or "lora_rank" in settings else weights
     needs = rule.needs_reference and "lora_rank" not in settings
     config = LearnerConfig(

@@ -88,7 +88,7 @@ def record() -> dict[str, Any]:
     return as_record(trajectory, lambda tokens: ["x" for _ in tokens]) | {"metrics": {"em": 1.0}}
 
 
-@pytest.mark.filterwarnings("ignore")  # of means of numbers that are not finite
+@pytest.mark.filterwarnings("ignore")  # numpy warns of means that are not finite
 def test_mutated_predictions(
     record: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
