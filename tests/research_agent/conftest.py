@@ -91,6 +91,22 @@ def tiny_qwen2(vocabulary: int = 264, *, hidden: int = 32, context: int = 256) -
     return Qwen2ForCausalLM(config).eval()
 
 
+def sliding_qwen2(vocabulary: int) -> Qwen2ForCausalLM:
+    """Its attention sees the last four tokens alone, which packed rows do not support."""
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=0,
+    )
+    return Qwen2ForCausalLM(config)
+
+
 def tiny_llama(vocabulary: int = 264, *, context: int = 256) -> LlamaForCausalLM:
     torch.manual_seed(1)
     config = LlamaConfig(

@@ -23,7 +23,7 @@ from research_agent.learner import Learner
 from research_agent.models.policy import TokenLogprobs, token_logprobs
 from research_agent.models.prepare import prepare
 from research_agent.trajectory import Group
-from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
+from tests.research_agent.conftest import sliding_qwen2, tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.research_agent.learners import make_learner
 from tests.research_agent.rollouts import (
     action,
@@ -208,21 +208,8 @@ def test_a_model_whose_attention_cannot_be_replaced_is_refused() -> None:
 
 
 def test_a_sliding_window_is_refused_and_not_ignored() -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(
-        vocab_size=V,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_sliding_window=True,
-        sliding_window=4,
-        max_window_layers=0,
-    )
     with pytest.raises(ModelError, match="a sliding window"):
-        _gradient(Qwen2ForCausalLM(config), random_groups(0), packing="on")
+        _gradient(sliding_qwen2(V), random_groups(0), packing="on")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from research_agent.errors import ModelError
 from research_agent.models.policy import token_logprobs
 from research_agent.models.prepare import prepare
 from research_agent.trajectory import Group
-from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
+from tests.research_agent.conftest import sliding_qwen2, tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.research_agent.learners import make_learner
 from tests.research_agent.rollouts import (
     action,
@@ -188,20 +188,7 @@ def test_chains_without_a_common_prompt_learn_the_same_in_tree_packing() -> None
 
 
 def test_a_model_that_cannot_is_refused_or_learns_from_trajectories_written_out() -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(
-        vocab_size=V,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_sliding_window=True,
-        sliding_window=4,
-        max_window_layers=0,
-    )
-    model, groups = Qwen2ForCausalLM(config), random_trees(0)
+    model, groups = sliding_qwen2(V), random_trees(0)
     with pytest.raises(ModelError, match="a sliding window"):
         _learned(model, groups, ALGORITHMS["tree_grpo"], packing="tree")
     from research_agent.learner import Learner
