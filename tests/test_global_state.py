@@ -48,12 +48,12 @@ def test_a_leak_is_noticed(
     assert not list(global_state.differences(before, global_state.snapshot()))
 
 
-def test_a_process_group_is_noticed(tmp_path: Path) -> None:
+def test_a_process_group_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # No real one: an engine of earlier tests may hold the only group that a process can have.
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     before = global_state.snapshot()
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)  # type: ignore[attr-defined]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     found = list(global_state.differences(before, global_state.snapshot()))
-    torch.distributed.destroy_process_group()
     assert found == ["torch's process group was False and is True"]
 
 

@@ -24,11 +24,12 @@ def test_the_step_is_that_of_research(step: Batch) -> None:
 
 @pytest.mark.parametrize(("ranks", "goal"), [(8, 0.95), (64, 0.9), (256, 0.75)])
 def test_ranks_are_occupied(step: Batch, ranks: int, goal: float) -> None:
+    had_group = dist.is_initialized()  # an engine of earlier tests may hold one
     row = scaling.measure(step, ranks)
     assert row.efficiency >= goal
     assert row.efficiency > row.before
     assert row.tokens <= scaling.MICRO_BATCH_TOKENS
-    assert not dist.is_initialized()
+    assert dist.is_initialized() == had_group
 
 
 def test_efficiency_by_hand() -> None:
