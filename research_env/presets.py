@@ -386,11 +386,17 @@ SFT_PRESETS: dict[str, Preset] = {
         "output": "runs/miniworld-starter",
     },
     "smollm2-wiki": {
-        "description": "Show SmolLM2-135M how to search real passages, and to do so half of the "
+        "description": "Show SmolLM2-135M how to search real passages, and to do so most of the "
         "time: the start of research-agent train smollm2-wiki.",
         "demonstrations": "research_env.wiki_demonstrations:demonstrations",
-        "demonstration_args": {"dataset": "hotpotqa+2wiki", "top_k": 2},
+        "demonstration_args": {
+            "dataset": "hotpotqa+2wiki",
+            "top_k": 2,
+            "search": 0.7,
+            "go_on": 0.8,
+        },
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "bare_text": True,  # as it is trained and evaluated
         "count": 1600,
         "batch": 8,
         "micro_batch_tokens": 2048,

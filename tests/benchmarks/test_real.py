@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from benchmarks import real
 from research_agent import cli
+from research_agent.models.source import STARTERS
 from tests.research_agent.conftest import byte_tokenizer, tiny_llama
 from tests.research_agent.model_files import save_gguf as make_gguf
 
@@ -164,8 +166,10 @@ def test_the_tutorial_runs_in_a_version_of_seconds(
                   "2", "--max-response", "160", "--max-turn-tokens", "24", "--quiet"],
         "report": [],
     }  # fmt: skip
-    # The small policy has another name, no chat template, and little room for a prompt.
-    swapped = {real.SMOLLM2: "miniworld-starter", "template=instruct": "template=question"}
+    # The small policy has a chat template too, and little room for a prompt.
+    shutil.copytree(STARTERS / "miniworld-starter", "instruct-model")
+    Path("instruct-model", "chat_template.jinja").write_text("{{ messages[0].content }}")
+    swapped = {real.SMOLLM2: "instruct-model", "template=instruct": "template=question"}
     ran = []
     for program, *words in _commands():
         if program == "pip" or words[:2] == ["-m", "benchmarks.real"]:
