@@ -47,7 +47,7 @@ from research_agent.trajectory import Trajectory
 from tests.research_agent import cuda_double
 from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
 from tests.research_agent.fake_vllm import FakeVllm, script
-from tests.research_agent.test_collect import TOY, Limits
+from tests.research_agent.test_rollout import TOY, Limits
 from tests.research_agent.torchrun import in_two_processes
 
 RENDERER = codec_of(byte_tokenizer(merges=True))

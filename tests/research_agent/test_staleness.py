@@ -31,7 +31,7 @@ from research_agent.rollout import InFlight, RolloutLoop, collect, keeps_turns
 from research_agent.run_logger import read_lines
 from research_agent.trajectory import Group, Trajectory
 from tests.research_agent.conftest import tiny_qwen2
-from tests.research_agent.test_collect import END, RENDERER, Fake, Limits
+from tests.research_agent.test_rollout import END, RENDERER, Fake, Limits
 from tests.research_agent.test_trainer import (
     flags,
     kill_within,

@@ -23,7 +23,7 @@ from research_agent.errors import ConfigError, EngineError
 from tests.research_agent.test_server_engine import MODEL, RENDERER, finish, submit, until
 
 FAKE = (sys.executable, "-m", "tests.research_agent.fake_vllm")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture

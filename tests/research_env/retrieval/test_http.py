@@ -17,7 +17,7 @@ from research_env.retrieval import Hit, Passage, open_retriever
 from research_env.retrieval.base import Retriever
 from research_env.retrieval.http import HttpRetriever
 from research_env.retrieval.retry import Retry
-from tests.research_env.retriever_contract import (
+from tests.research_env.retrieval.retriever_contract import (
     CLAUSES,
     PASSAGES,
     WORDS,

@@ -1070,7 +1070,7 @@ def test_an_index_is_made_once_and_shown_when_whole(elasticsearch: str, name: st
 INTERRUPTED = """
 import sys, time
 from research_env.retrieval.elasticsearch import indexing as module
-from tests.research_env.test_elasticsearch import NUMBERED
+from tests.research_env.retrieval.elasticsearch.test_elasticsearch import NUMBERED
 
 module.PASSAGES_PER_REQUEST, module.MAX_IN_FLIGHT = 100, 1
 

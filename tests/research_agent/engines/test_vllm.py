@@ -31,7 +31,7 @@ from research_agent.renderer import Renderer, load_renderer
 from research_agent.rollout import collect
 from research_agent.trajectory import Group, Trajectory
 from tests.research_agent.conftest import tiny_qwen2, wide_qwen2
-from tests.research_agent.test_engines import Player, finish
+from tests.research_agent.engines.test_engines import Player, finish
 from tests.research_agent.test_trainer import final_bytes, flags, metrics
 from tests.research_agent.torchrun import in_two_processes
 
