@@ -136,7 +136,8 @@ def _eval(words: list[str]) -> None:
     if config.json:
         show(json.dumps(dataclasses.asdict(summary)))
         return
-    show(f"{config.model} in {config.env}, every episode in {config.output}/predictions.jsonl")
+    predictions = config.output / "predictions.jsonl"
+    show(f"{config.policy.model} in {config.environment.env}, every episode in {predictions}")
     Console().print(*tables(summary), sep="\n")
     if summary.void:
         show(f"{summary.void} episodes are void; the same command plays them again")

@@ -169,14 +169,14 @@ class Player:
         return TracedEnvironments(environments, self._trace) if self._trace else environments
 
     def _make_loop(self, in_flight: InFlight) -> RolloutLoop:
-        sampling = self._config.sampling
+        config = self._config
         return RolloutLoop(
             self._engine,
             self._environments,
             self._renderer,
-            sampling,
-            seed=self._config.run.seed,
+            config.sampling,
+            seed=config.run.seed,
             in_flight=in_flight,
-            plan=TreePlan.of(sampling),
-            overlong_prompts=sampling.overlong_prompts,
+            plan=TreePlan.of(config.rollout),
+            overlong_prompts=config.rollout.overlong_prompts,
         )

@@ -1,4 +1,4 @@
-"""Text to tokens and back, once: nothing is ever retokenised.
+"""Text to tokens and back, once: nothing is ever retokenized.
 
 Prompts, observations and actions are encoded or decoded where they are made, each on its own. Text
 that comes from the environment is encoded with special-token parsing off, so that one that

@@ -28,7 +28,7 @@ from research_agent.trajectory import NOT_GROWN, Segment, Trajectory
 
 if TYPE_CHECKING:
     from research_agent.active_rollout import ActiveRollout
-    from research_agent.config import SamplingConfig
+    from research_agent.config import RolloutConfig
     from research_agent.engines.base import Completion, Engine
     from research_agent.environments import Environments
     from research_agent.rollout import InFlight
@@ -82,14 +82,14 @@ class TreePlan:
             raise ConfigError(f"a tree chooses by {self.choose!r}; known: 'random', 'entropy'")
 
     @classmethod
-    def of(cls, sampling: SamplingConfig) -> TreePlan:
+    def of(cls, rollout: RolloutConfig) -> TreePlan:
         """Read the plan from a configuration."""
         return cls(
-            branches=sampling.tree_branches,
-            rounds=sampling.tree_rounds,
-            choose=sampling.tree_choice,
-            max_tokens=sampling.tree_max_tokens,
-            max_turns=sampling.tree_max_turns,
+            branches=rollout.tree_branches,
+            rounds=rollout.tree_rounds,
+            choose=rollout.tree_choice,
+            max_tokens=rollout.tree_max_tokens,
+            max_turns=rollout.tree_max_turns,
         )
 
     @property

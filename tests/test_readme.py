@@ -315,7 +315,7 @@ def test_what_is_not_run_is_understood(
     if document == "docs/tutorials/train-on-your-corpus.md":
         (config,) = seen
         paper = PRESETS["research-7b"]
-        assert config.sampling.prompts_per_step == 32 < paper.sampling.prompts_per_step
+        assert config.rollout.prompts_per_step == 32 < paper.rollout.prompts_per_step
         assert config.environment.env_args["template"] == "instruct"
         assert config.learner == paper.learner
 

@@ -43,7 +43,7 @@ _DECODE_ROWS = 64  # rows that attend together, as far as the longest of them re
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Neighbouring cache rows that attend together: ``[first, first + count)``."""
+    """Neighboring cache rows that attend together: ``[first, first + count)``."""
 
     first: int
     count: int
@@ -416,7 +416,7 @@ class TransformersEngine:
         """Take pending turns in, so far as one forward may hold; how many fall in each bucket.
 
         Turns with about as many new tokens make a bucket, in which the longest come first: then
-        neighbouring rows are of like length, and the short ones at the end fill the gaps that
+        neighboring rows are of like length, and the short ones at the end fill the gaps that
         finished turns leave.
         """
         buckets: dict[int, list[int]] = {}

@@ -220,7 +220,7 @@ def _bucket(config: TrainConfig, shape: Shape, machines: Machines) -> float:
 
 def _loaded(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler) -> float:
     """The whole model that a rank loads to start vLLM in its process, before it learns."""
-    if sampler.kind != "vllm" or (machines.count == 1 and not config.sampling.max_staleness):
+    if sampler.kind != "vllm" or (machines.count == 1 and not config.rollout.max_staleness):
         return 0.0
     return float(sampler.number * shape.parameters)
 
@@ -229,7 +229,7 @@ def _host(
     config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler
 ) -> dict[str, float]:
     ranks = machines.per_node
-    episodes = config.sampling.prompts_per_step * config.sampling.group_size
+    episodes = config.rollout.prompts_per_step * config.rollout.group_size
     tokens = episodes * min(given.EPISODE_TOKENS, config.sampling.max_response)
     needed = {
         "ranks": ranks * given.HOST_RANK,

@@ -76,8 +76,8 @@ def cache_bytes(sampler: Sampler, shape: Shape) -> float:
 
 def slots(config: TrainConfig, copies: int) -> int:
     """Episodes that a copy of the weights plays at the same time, if its memory allows."""
-    episodes = -(-config.sampling.prompts_per_step * config.sampling.group_size // copies)
-    ahead = episodes * (1 + config.sampling.max_staleness)
+    episodes = -(-config.rollout.prompts_per_step * config.rollout.group_size // copies)
+    ahead = episodes * (1 + config.rollout.max_staleness)
     return min(ahead, config.sampling.max_in_flight or episodes)
 
 

@@ -113,7 +113,9 @@ def play(*, always: bool, blank: bool = False) -> list[Trajectory]:
     if always:
         questions = miniworld.load("dev").questions
         environments = SearchAlways(environments, {q.id: len(q.decomposition) for q in questions})
-    sampling = SamplingConfig(max_prompt=500, max_response=9_000, max_turn_tokens=500)
+    sampling = SamplingConfig(
+        temperature=1.0, max_prompt=500, max_response=9_000, max_turn_tokens=500
+    )
     engine = ScriptedEngine(Obedient(renderer), renderer, max_context=10_000)
     wanted = [(episode, 0) for episode in range(EPISODES)]
     try:

@@ -141,7 +141,7 @@ def _lower(word: str) -> str:
 
 @lru_cache(maxsize=1)
 def _stemmer() -> tuple[Callable[[str], str], threading.Lock]:
-    import Stemmer  # noqa: PLC0415  (only when something is analysed)
+    import Stemmer  # noqa: PLC0415  (only when something is analyzed)
 
     return Stemmer.Stemmer("porter").stemWord, threading.Lock()
 

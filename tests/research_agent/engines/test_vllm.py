@@ -73,8 +73,6 @@ def play(
         max_prompt=96,
         max_response=256,
         max_turn_tokens=48,
-        prompts_per_step=1,
-        group_size=1,
     )
     environments = make_environments(env, 16, env_args)
     try:

@@ -322,7 +322,7 @@ def test_a_server_that_says_nothing_or_drips_is_left_at_the_deadline() -> None:
         assert 0 < len(dripped) < 1000  # the connection was closed long before all had come
 
 
-def test_retry_after_is_honoured() -> None:
+def test_retry_after_is_honored() -> None:
     replies = iter([Reply(503, headers={"Retry-After": "0.4"}), GOOD])
     times: list[float] = []
 

@@ -1016,7 +1016,7 @@ def test_when_the_time_is_spent_the_failed_queries_fail_alone(proxied: Any) -> N
     assert engine.search(["rock", "city"], 3) == expected
 
 
-def test_retry_after_is_honoured(proxied: Any) -> None:
+def test_retry_after_is_honored(proxied: Any) -> None:
     proxy, opened = proxied
     engine = opened(deadline=20)
     proxy.fault, proxy.times, proxy.wait = "429", 1, "1"
