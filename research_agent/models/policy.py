@@ -418,9 +418,9 @@ def _tokens_only(values: Mapping[str, Any]) -> Any:
 
 
 def _say_repaired(name: str, cause: object) -> None:
-    first = str(cause).strip().splitlines()[0]
+    words = " ".join(str(cause).split())[:300]
     warnings.warn(
-        f"the generation_config of {name!r} cannot be saved ({first}); of it only the end tokens"
+        f"the generation_config of {name!r} cannot be saved ({words}); of it only the end tokens"
         " are kept, as sampling is set by this package",
         stacklevel=4,
     )

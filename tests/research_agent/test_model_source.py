@@ -250,7 +250,7 @@ def test_what_only_concerns_generation_is_repaired(tmp_path: Path, odd: dict[str
     folder = save_model(tmp_path / "m", tiny_llama())
     end = byte_tokenizer().eos_token_id
     edit_json(folder / "generation_config.json", eos_token_id=[end, 7], **odd)
-    with pytest.warns(UserWarning, match="cannot be saved"):
+    with pytest.warns(UserWarning, match=rf"cannot be saved .*({'|'.join(odd)})"):
         trained = train(folder, tmp_path / "run")
     kept = json.loads((trained / "generation_config.json").read_text())
     assert kept["eos_token_id"] == [end, 7]
