@@ -205,7 +205,7 @@ def test_adapters_that_cannot_be_trained_on(
     assert "there is no model folder" in refusal(capsys, adapter, tmp_path / "e")
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(base))
     (adapter / "adapter_model.safetensors").write_bytes(b"\0" * 100)
-    assert "cannot be read" in refusal(capsys, adapter, tmp_path / "f")
+    assert "cannot be opened" in refusal(capsys, adapter, tmp_path / "f")
 
 
 def test_a_base_beside_its_adapter_is_found(tmp_path: Path) -> None:
