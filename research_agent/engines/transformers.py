@@ -106,7 +106,7 @@ def _slot_attention(
     if odd or (sliding_window is not None and sliding_window < slot_cache.context):
         what = odd[0] if odd else f"a sliding window of {sliding_window} tokens"
         raise ModelError(
-            f"the transformers engine cannot run a model whose attention has {what}; "
+            f"its attention has {what}, which the transformers engine does not compute; "
             "use --engine vllm" + ("" if odd else ", or a shorter context")
         )
     keys, values = slot_cache.layer(module.layer_idx, key, value)  # type: ignore[arg-type]
@@ -204,11 +204,11 @@ class TransformersEngine:
             self._states = keep_states_by_slot(self._model, token_by_token=way == "tokens")
             try:
                 self._model.set_attn_implementation(_ATTENTION)
-            except (ValueError, AttributeError) as error:
-                raise ModelError(
-                    f"the attention of {type(model).__name__} cannot be replaced ({error}); "
-                    "use --engine vllm"
-                ) from error
+                replaced = self._model.config._attn_implementation == _ATTENTION
+            except (ValueError, AttributeError):
+                replaced = False
+            if not replaced:
+                raise ModelError("its attention cannot be replaced; use --engine vllm")
         if not self._alone and self._states is None:
             # A recurrent state cannot be taken back to an earlier token: such a model offers no
             # fork, and branches forward their tokens again.
@@ -633,7 +633,9 @@ def proved_engine(
             difference = engine.difference_to_plain(plain)
         except ContextError:
             raise
-        except (ResearchAgentError, RuntimeError, TypeError, ValueError, IndexError,
+        except ResearchAgentError as error:
+            difference = str(error)
+        except (RuntimeError, TypeError, ValueError, IndexError,
                 AttributeError, KeyError, AssertionError, StopIteration) as error:  # fmt: skip
             difference = f"{type(error).__name__}: {error}"
         if not difference:
