@@ -458,7 +458,7 @@ def test_an_environment_without_the_option_is_seeded_with_the_episode() -> None:
 
 
 def test_environments_that_cannot_be_played_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"no environment 'CopyLeter-v0'.*mean: `CopyLetter`"):
+    with pytest.raises(ConfigError, match=r"CopyLeter-v0'.*Did you mean: `CopyLetter`"):
         make_environments("tests.research_agent.toy_env:CopyLeter-v0", 1)
     with pytest.raises(ConfigError, match=r"no environment 'Nothing-v0'"):
         make_environments("Nothing-v0", 1)

@@ -490,7 +490,7 @@ def test_an_answer_whose_headers_come_byte_by_byte_is_given_up_in_time() -> None
         start = time.monotonic()
         said = str(engine.search(["x"], 1)[0])
         assert re.search(r"within 1 s: no answer within 0\.\d s", said), said
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30  # all of it takes 60 s
         assert came
         engine.close()
 
