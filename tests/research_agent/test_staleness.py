@@ -38,12 +38,11 @@ from tests.research_agent.test_trainer import (
     letters,
     refusal,
     run_alone,
-    server,
     start,
 )
-from tests.research_agent.torchrun import in_two_processes
+from tests.research_agent.torchrun import FORKS, in_two_processes
 
-__all__ = ["letters", "server"]  # fixtures
+__all__ = ["letters"]
 
 AHEAD = {
     "collection": (PlayerProcess, "collect"),
@@ -502,20 +501,18 @@ def run_ahead_until_killed(
 
 
 @pytest.mark.slow
-def test_a_run_ahead_that_is_killed_plays_each_episode_once(
-    server: Any, letters: Path, tmp_path: Path
-) -> None:
+def test_a_run_ahead_that_is_killed_plays_each_episode_once(letters: Path, tmp_path: Path) -> None:
     more = [*STALE.split(), "--steps", "24", "--log-episodes", "99"]
     words, log = flags(letters, tmp_path / "run", *more), str(tmp_path / "log")
     rng = random.Random(0)
     for phase in AHEAD:
         arguments = (words, log, phase, rng.randint(1, 2), rng.random())
-        process = server.Process(target=run_ahead_until_killed, args=arguments)
+        process = FORKS.Process(target=run_ahead_until_killed, args=arguments)
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL, Path(log).read_text()
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] < 24  # there is work left
-    process = start(server, words, Path(log))
+    process = start(words, Path(log))
     process.join()
     assert process.exitcode == 0, Path(log).read_text()
     require_each_once(tmp_path / "run", 24, staleness=2)
