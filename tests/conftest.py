@@ -48,6 +48,14 @@ def _same_random_numbers() -> None:
     global_state.seed_all()
 
 
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the processes that our code starts, from one that has loaded torch."""
+    from tests.forks import FORKS
+
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: FORKS)
+
+
 @pytest.fixture(scope="session")
 def research_data() -> Path:
     """The folder of real questions and passages, or a skip.

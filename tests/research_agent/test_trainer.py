@@ -23,9 +23,10 @@ from research_agent.engines.transformers import TransformersEngine
 from research_agent.learner import Learner
 from research_agent.player import Player
 from research_agent.run_logger import RunLogger, read_lines
+from tests.forks import FORKS
 from tests.research_agent.conftest import letter_tokenizer, tiny_qwen2
 from tests.research_agent.disks import resize, small_disk
-from tests.research_agent.torchrun import FORKS, in_two_processes
+from tests.research_agent.torchrun import in_two_processes
 
 COPY = "tests.research_agent.toy_env:CopyLetter-v0"
 FAILING = "tests.research_agent.failing_env:Failing-v0"
