@@ -77,6 +77,7 @@ class Output:
         os.chdir(cwd)
         sys.argv = argv
         if argv[0].endswith(".py"):
+            sys.path.insert(0, str(Path(argv[0]).parent))
             runpy.run_path(argv[0], run_name="__main__")
         else:
             runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
