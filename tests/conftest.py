@@ -24,9 +24,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with slow tests first, so that no worker waits for the other's at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Put the files that take longest first, so that no worker waits for another at the end."""
+    slow, vllm = (
+        {item.path for item in items if item.get_closest_marker(mark)} for mark in ("slow", "vllm")
+    )
+    items.sort(key=lambda item: (item.path not in slow & vllm, item.path not in slow))
 
 
 @pytest.fixture(scope="module", autouse=True)
