@@ -121,9 +121,6 @@ def test_ranks_go_back_together(ended: tuple[Path, dict[str, Any]], letters: Pat
     assert [record["step"] for record in metrics(place / "run-back")] == list(range(1, 8))
 
 
-@pytest.mark.xfail(
-    reason="after the restart gloo may look for the killed rank: connection refused", strict=False
-)
 @pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_the_run_is_the_same(
     letters: Path, tmp_path: Path
