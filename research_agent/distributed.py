@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from research_agent.errors import ConfigError, RankError, ResearchAgentError, StoppedError
-from research_agent.rendezvous import unused_prefix
+from research_agent.rendezvous import open_store
 
 T = TypeVar("T")
 
@@ -49,9 +49,7 @@ def init_distributed(timeout_minutes: float = 15.0) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = timedelta(minutes=timeout_minutes)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    store.set_timeout(timeout)
-    store = unused_prefix(store, rank, size, timeout)
+    store, rank, size = open_store(timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield

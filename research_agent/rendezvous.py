@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import timedelta
 from uuid import uuid4
 
 import torch.distributed as dist
+
+from research_agent.errors import RankError
+
+
+def open_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Open the store that torchrun's variables name, for the ranks of this start alone.
+
+    Args:
+        timeout: how long a rank waits for the others.
+
+    Returns:
+        The store, the number of this rank, and how many there are.
+
+    Raises:
+        RankError: the address cannot be used, or another rank did not come in time.
+    """
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        return unused_prefix(store, rank, size, timeout), rank, size
+    except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        message = (
+            f"the ranks cannot meet at {place} ({str(error).splitlines()[0]}). If another program "
+            "has that port, give torchrun another --master-port"
+        )
+        raise RankError(message) from error
 
 
 def unused_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
