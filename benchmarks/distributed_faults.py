@@ -292,7 +292,7 @@ class Server:
             )
 
     def _watch(self) -> None:
-        while not self._over.wait(0.2):
+        while not self._over.wait(0.5):
             if self._process.poll() is not None:
                 self._process = self._start()
             with suppress(httpx.HTTPError):

@@ -101,7 +101,7 @@ def _watch_requests(
         request = asyncio.create_task(ask(self, method, path, payload, **more))
         is_turn = path.endswith("generate") and "stop" in payload["sampling_params"]
         is_reload = path == "collective_rpc" and payload["method"] == "reload_weights"
-        if not self._base.startswith(url) or not (is_turn or is_reload):
+        if self._base != f"{url}/" or not (is_turn or is_reload):
             return await request
         due = (is_turn and done[-1] >= 1) if fault == "turn" else (is_reload and done[-1] >= 2)
         if due and kill and not (folder / "happened").exists():
