@@ -247,17 +247,13 @@ def _print(message: str, numbers: Mapping[str, float | str], *, as_json: bool) -
         show(json.dumps(numbers))
         return
     show(message)
-    shown = {name: _in_digits(value) for name, value in numbers.items()}
+    shown = {k: f"{v:.3f}" if isinstance(v, float) else str(v) for k, v in numbers.items()}
     for name in [name for name in shown if name.endswith(" first")]:
         change = name.removesuffix(" first")
         shown[change] = f"{shown.pop(name)} -> {shown.pop(f'{change} last')}"
     width = max(map(len, shown), default=0)
     for name, text in shown.items():
         show(f"  {name:{width}}  {text}")
-
-
-def _in_digits(value: float | str) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _no_bars() -> None:

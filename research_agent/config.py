@@ -635,20 +635,16 @@ def changes(
         pair = before.get(key), now.get(key)
         if key in FREE or pair[0] == pair[1] or (key == RUN_DATE and pair[1] is None):
             continue
+        kinds = {str(value).partition(":")[0] for value in pair}
         is_neutral = (
             key in NEUTRAL
             or (key in ENVIRONMENT and same_environment is True)
             or (key == "sampling.max_prompt" and not skips and (pair[1] or 0) >= (pair[0] or 0))
-            or (key == "sampling.engine" and _same_engine(*pair))
+            # Other GPUs, memory of theirs, or addresses of servers make no other engine.
+            or (key == "sampling.engine" and len(kinds) == 1)
         )
         (neutral if is_neutral else results)[key] = pair
     return Changes(results, neutral)
-
-
-def _same_engine(before: Any, now: Any) -> bool:
-    """Whether two engines differ only in GPUs, their memory, or the addresses of servers."""
-    kinds = {str(engine).partition(":")[0] for engine in (before, now)}
-    return len(kinds) == 1
 
 
 def require_same(found: Changes, where: Path, *, override: bool = False) -> None:

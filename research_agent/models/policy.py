@@ -147,11 +147,6 @@ def require_ends(model: Any, renderer: Renderer) -> None:
         )
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """Copy a model, as a reference policy that does not learn."""
-    return deepcopy(model).eval().requires_grad_(False)
-
-
 def token_logprobs(
     model: Any,
     micro: MicroBatch,
