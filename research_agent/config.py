@@ -114,6 +114,21 @@ class RolloutConfig:
     quotes: "steps=20 until=1.4 KEY=VALUE ..." lasts 20 steps, or until the mean reward of five
     steps is 1.4; the last one lasts to the end of the run and has neither."""
 
+    @property
+    def tree_plan(self) -> TreePlan:
+        """The settings of trees as a plan.
+
+        Raises:
+            ConfigError: a setting has a value that no tree can have.
+        """
+        return TreePlan(
+            branches=self.tree_branches,
+            rounds=self.tree_rounds,
+            choose=self.tree_choice,
+            max_tokens=self.tree_max_tokens,
+            max_turns=self.tree_max_turns,
+        )
+
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
@@ -475,7 +490,7 @@ def validate(config: TrainConfig) -> None:
     for flag, value in not_negative.items():
         if not value >= 0:
             raise ConfigError(f"{flag} is {value}; it must not be negative")
-    TreePlan.of(rollout).require_group(rollout.group_size)
+    rollout.tree_plan.require_group(rollout.group_size)
     if rollout.tree_branches and rollout.max_staleness:
         raise ConfigError(
             "--tree-branches with --max-staleness: trees are played in their own step"

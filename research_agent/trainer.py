@@ -78,7 +78,6 @@ from research_agent.signals import stop_signals
 from research_agent.terminal import show
 from research_agent.trace import Trace, span
 from research_agent.trajectory import NOT_GROWN, Group, Trajectory
-from research_agent.trees import TreePlan
 
 CHANGES = "changes.jsonl"  # settings with which a run was continued
 
@@ -227,7 +226,7 @@ class Trainer:
         self.curriculum = CurriculumState()
         if saved and self.stages:
             self.curriculum = CurriculumState(**saved.state["stage"])
-        unit = TreePlan.of(rollout).size
+        unit = rollout.tree_plan.size
         share = -(-rollout.prompts_per_step * rollout.group_size // (size * unit)) * unit
         slots = min(share * (1 + rollout.max_staleness), config.sampling.max_in_flight or share)
         today = broadcast_object(date.today().isoformat())
@@ -626,7 +625,7 @@ def _episodes(first: int, tasks: int, samples: int) -> list[Episode]:
 def _share(episodes: Sequence[Episode], rollout: RolloutConfig) -> list[Episode]:
     """The episodes that this rank plays: every n-th one, or every n-th whole tree."""
     rank, size = rank_and_size()
-    unit = TreePlan.of(rollout).size
+    unit = rollout.tree_plan.size
     return [each for place, each in enumerate(episodes) if place // unit % size == rank]
 
 
