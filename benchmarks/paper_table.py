@@ -40,13 +40,8 @@ from benchmarks.baselines import (
 from benchmarks.baselines.published import DATASETS, published
 from benchmarks.baselines.rendering import Cell, Judged, Results, Row
 from benchmarks.runs import run_all
-from research_agent.config import (
-    EnvironmentConfig,
-    EvalConfig,
-    PolicyConfig,
-    SamplingConfig,
-    validate_eval,
-)
+from research_agent.config import EnvironmentConfig, EvalConfig, PolicyConfig, SamplingConfig
+from research_agent.config_checks import validate_eval
 from research_agent.errors import ConfigError, ResearchAgentError
 from research_agent.files import write_atomic
 from research_agent.trajectory import Trajectory

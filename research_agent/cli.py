@@ -22,9 +22,8 @@ from research_agent.config import (
     SampleConfig,
     TrainConfig,
     complete,
-    validate,
-    validate_eval,
 )
+from research_agent.config_checks import validate, validate_eval
 from research_agent.errors import ConfigError, ContextError, ResearchAgentError, StoppedError
 from research_agent.presets import DESCRIPTIONS, PRESETS
 from research_agent.terminal import show

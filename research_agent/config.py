@@ -7,7 +7,6 @@ setting is explained in one place. Nothing here imports torch: ``--help`` is qui
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -15,9 +14,6 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from research_agent.chat_template import require_date
-from research_agent.curriculum import parse_stages
-from research_agent.errors import CheckpointError, ConfigError
 from research_agent.settings import Settings
 from research_agent.trees import TreePlan
 
@@ -382,50 +378,6 @@ class ReportConfig:
     """What the terminal's curve shows; none takes the evaluations' reward, or else training's."""
 
 
-# Settings that change how long a run is, how closely it is watched, and where it writes.
-FREE = frozenset(
-    {
-        "preset",
-        "run.steps",
-        "run.output",
-        "run.time_limit",
-        "run.save_every",
-        "run.keep",
-        "run.eval_every",
-        "run.eval_args",
-        "run.eval_limit",
-        "run.eval_temperature",
-        "run.trace",
-        "run.wandb",
-        "run.log_episodes",
-        "run.collective_timeout",
-        "run.plan",
-        "run.override",
-        "run.quiet",
-        "run.json",
-        "algorithm.max_void_fraction",
-    }
-)
-# Settings that change memory, speed or place. The same numbers come out, up to rounding.
-NEUTRAL = frozenset(
-    {
-        "policy.device",
-        "sampling.max_in_flight",
-        "sampling.overlap",
-        "learner.micro_batch_tokens",
-        "learner.packing",
-        "learner.gradient_checkpointing",
-        "learner.compile",
-        "learner.bucket_bytes",
-        "learner.shard_ranks",
-        "rollout.overlong_prompts",  # what has been learned from had no such prompt
-    }
-)
-RUN_DATE = "policy.chat_template_date"  # where none is given, the saved run's is taken
-# The environment's provenance decides whether these change the episodes, if there is one.
-ENVIRONMENT = frozenset({"environment.env", "environment.env_args"})
-
-
 def complete(config: TrainConfig, preset: TrainConfig) -> TrainConfig:
     """Add the preset's environment and algorithm arguments to those given on the command line.
 
@@ -453,153 +405,6 @@ def complete(config: TrainConfig, preset: TrainConfig) -> TrainConfig:
     )
 
 
-def validate(config: TrainConfig) -> None:
-    """Refuse numbers that no run can have, and stages that cannot be read.
-
-    Raises:
-        ConfigError: naming the flag, its value, and what it must be.
-    """
-    parse_stages(config.rollout.stages)
-    require_chat_template(config.policy)
-    sampling, rollout = config.sampling, config.rollout
-    learner, run = config.learner, config.run
-    at_least_one: dict[str, float | None] = {
-        "--prompts-per-step": rollout.prompts_per_step,
-        "--group-size": rollout.group_size,
-        **_lengths(sampling),
-        "--minibatches": learner.minibatches,
-        "--micro-batch-tokens": learner.micro_batch_tokens,
-        "--bucket-bytes": learner.bucket_bytes,
-        "--shard-ranks": learner.shard_ranks,
-        "--save-every": run.save_every,
-        "--keep": run.keep,
-        "--eval-limit": run.eval_limit,
-    }
-    _require_at_least_one(at_least_one)
-    not_negative: dict[str, float] = {
-        "--steps": run.steps,
-        "--eval-every": run.eval_every or 0,
-        "--max-staleness": rollout.max_staleness,
-        "--log-episodes": run.log_episodes,
-        "--learning-rate": learner.learning_rate,
-        "--warmup-steps": learner.warmup_steps,
-        "--weight-decay": learner.weight_decay,
-        "--lora-rank": learner.lora_rank,
-        "--eval-temperature": run.eval_temperature,
-    }
-    for flag, value in not_negative.items():
-        if not value >= 0:
-            raise ConfigError(f"{flag} is {value}; it must not be negative")
-    rollout.tree_plan.require_group(rollout.group_size)
-    if rollout.tree_branches and rollout.max_staleness:
-        raise ConfigError(
-            "--tree-branches with --max-staleness: trees are played in their own step"
-        )
-    if not sampling.temperature > 0:
-        raise ConfigError(f"--temperature is {sampling.temperature}; training draws: above 0")
-    if not learner.max_grad_norm > 0:
-        raise ConfigError(f"--max-grad-norm is {learner.max_grad_norm}; it must be above 0")
-    if run.time_limit is not None and not run.time_limit > 0:
-        raise ConfigError(f"--time-limit is {run.time_limit}; it must be above 0 seconds")
-    if not run.collective_timeout > 0:
-        message = f"--collective-timeout is {run.collective_timeout}; it must be above 0 minutes"
-        raise ConfigError(message)
-    if run.collapse is not None and not 0 < run.collapse < 1:
-        raise ConfigError(f"--collapse is {run.collapse}; it is a share, between 0 and 1")
-    if not 0 <= config.algorithm.max_void_fraction <= 1:
-        share = config.algorithm.max_void_fraction
-        raise ConfigError(f"--max-void-fraction is {share}; it is a share, from 0 to 1")
-    uncorrected = learner.old_logprobs == "recomputed" and learner.importance_sampling_cap is None
-    if rollout.max_staleness and uncorrected:
-        raise ConfigError(
-            f"--max-staleness {rollout.max_staleness} with --old-logprobs recomputed would learn "
-            "from old tokens as if they were new; add --importance-sampling-cap 2, or take "
-            "--old-logprobs sampler"
-        )
-    if learner.minibatches > rollout.prompts_per_step:
-        raise ConfigError(
-            f"--minibatches {learner.minibatches} is more than --prompts-per-step "
-            f"{rollout.prompts_per_step}; each update needs a task of its own"
-        )
-
-
-def require_one_process(command: str) -> None:
-    """Refuse to run a command under torchrun, where every rank would do all of its work.
-
-    Raises:
-        ConfigError: this is one of several ranks.
-    """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1:
-        raise ConfigError(
-            f"{command} runs in one process; torchrun started {ranks}. Start it without torchrun"
-        )
-
-
-def require_chat_template(config: PolicyConfig) -> None:
-    """Refuse settings of a chat template without --chat-template, and a date that is none.
-
-    Raises:
-        ConfigError: naming the flag.
-    """
-    if config.chat_template_date is not None:
-        require_date(config.chat_template_date)
-    given = {
-        "--chat-template-args": config.chat_template_args,
-        "--chat-template-date": config.chat_template_date,
-    }
-    for flag, value in given.items():
-        if value and not config.chat_template:
-            raise ConfigError(f"{flag} without --chat-template has no effect; add --chat-template")
-
-
-def _lengths(sampling: SamplingConfig) -> dict[str, float | None]:
-    return {
-        "--max-prompt": sampling.max_prompt,
-        "--max-response": sampling.max_response,
-        "--max-turn-tokens": sampling.max_turn_tokens,
-        "--max-in-flight": sampling.max_in_flight,
-    }
-
-
-def _require_at_least_one(values: Mapping[str, float | None]) -> None:
-    for flag, value in values.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{flag} is {value}; it must be at least 1")
-
-
-def validate_eval(config: EvalConfig) -> None:
-    """Refuse numbers that no evaluation can have.
-
-    Raises:
-        ConfigError: naming the flag, its value, and what it must be.
-    """
-    require_one_process("eval")
-    at_least_one: dict[str, float | None] = {
-        "--limit": config.limit,
-        "--samples-per-task": config.samples_per_task,
-        **_lengths(config.sampling),
-    }
-    _require_at_least_one(at_least_one)
-    require_chat_template(config.policy)
-    if config.endpoint is not None and config.policy.chat_template_date is not None:
-        raise ConfigError(
-            "--chat-template-date with --endpoint: the endpoint renders the template; leave it off"
-        )
-    temperature = config.sampling.temperature
-    if not temperature >= 0:
-        raise ConfigError(f"--temperature is {temperature}; it must not be negative")
-    if config.samples_per_task > 1 and temperature == 0:
-        raise ConfigError(
-            f"--samples-per-task {config.samples_per_task} at --temperature 0 plays the same "
-            "episode again and again; give for example --temperature 1"
-        )
-    if config.endpoint is not None and config.log_tokens:
-        raise ConfigError(
-            "--log-tokens with --endpoint: an endpoint of text tells no tokens; leave it off"
-        )
-
-
 def as_json(config: Any) -> dict[str, Any]:
     """The configuration as plain JSON values."""
     if not is_dataclass(config) or isinstance(config, type):
@@ -615,66 +420,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-@dataclass(frozen=True)
-class Changes:
-    """Settings in which a saved run and a configuration differ: name to (saved, now).
-
-    Attributes:
-        results: those that change what the run computes.
-        neutral: those that change memory, speed or place only.
-    """
-
-    results: Mapping[str, tuple[Any, Any]]
-    neutral: Mapping[str, tuple[Any, Any]]
-
-
-def changes(
-    saved: Mapping[str, Any], config: TrainConfig, *, same_environment: bool | None = None
-) -> Changes:
-    """Compare a saved configuration with this one.
-
-    Args:
-        saved: the JSON values of the run that is continued.
-        config: the configuration to continue with.
-        same_environment: whether the environments have equal provenance; None if that is not known,
-            and then the environment's settings must be equal.
-    """
-    defaults = dict(flatten(as_json(TrainConfig())))  # for settings that an older version lacks
-    before, now = defaults | dict(flatten(saved)), dict(flatten(as_json(config)))
-    skips = before.get("rollout.overlong_prompts") == "skip"
-    results: dict[str, tuple[Any, Any]] = {}
-    neutral: dict[str, tuple[Any, Any]] = {}
-    for key in sorted(before.keys() | now.keys()):
-        pair = before.get(key), now.get(key)
-        if key in FREE or pair[0] == pair[1] or (key == RUN_DATE and pair[1] is None):
-            continue
-        kinds = {str(value).partition(":")[0] for value in pair}
-        is_neutral = (
-            key in NEUTRAL
-            or (key in ENVIRONMENT and same_environment is True)
-            or (key == "sampling.max_prompt" and not skips and (pair[1] or 0) >= (pair[0] or 0))
-            # Other GPUs, memory of theirs, or addresses of servers make no other engine.
-            or (key == "sampling.engine" and len(kinds) == 1)
-        )
-        (neutral if is_neutral else results)[key] = pair
-    return Changes(results, neutral)
-
-
-def require_same(found: Changes, where: Path, *, override: bool = False) -> None:
-    """Refuse changes of the results, unless they are asked for.
-
-    Raises:
-        CheckpointError: naming every setting that differs, with both values.
-    """
-    if found.results and not override:
-        raise CheckpointError(
-            f"{where} holds a run of another configuration:\n"
-            + "\n".join(
-                f"  {key}: {before!r} in the folder, {now!r} now"
-                for key, (before, now) in found.results.items()
-            )
-            + "\nGive another --output, the same settings to continue that run, or --override to "
-            "continue it with these."
-        )

@@ -27,14 +27,9 @@ from research_agent.active_rollout import Episode
 from research_agent.algorithms import algorithm
 from research_agent.algorithms.base import SelectsGroups
 from research_agent.checkpoint import Checkpoint
-from research_agent.config import (
-    RolloutConfig,
-    TrainConfig,
-    as_json,
-    changes,
-    require_same,
-    validate,
-)
+from research_agent.config import RolloutConfig, TrainConfig, as_json
+from research_agent.config_changes import changes, require_same
+from research_agent.config_checks import validate
 from research_agent.curriculum import CollapseMonitor, CurriculumState, parse_stages
 from research_agent.distributed import (
     alike,

@@ -25,9 +25,9 @@ from research_agent.config import (
     SamplingConfig,
     TrainConfig,
     as_json,
-    changes,
 )
-from research_agent.config import require_same as require_same_training
+from research_agent.config_changes import changes
+from research_agent.config_changes import require_same as require_same_training
 from research_agent.errors import ConfigError
 from research_agent.files import write_atomic
 from research_agent.presets import PRESETS

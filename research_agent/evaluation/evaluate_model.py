@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from research_agent.config import EvalConfig, validate_eval
+from research_agent.config import EvalConfig
+from research_agent.config_checks import validate_eval
 from research_agent.environments import open_environments
 from research_agent.evaluation.evaluate import evaluate
 from research_agent.evaluation.fingerprint import header, model_fingerprint

@@ -41,7 +41,8 @@ from benchmarks.ablations.runs import (
 from benchmarks.ablations.verbose_starter import demonstrations, verbose
 from benchmarks.runs import run_all
 from research_agent.algorithms import algorithm
-from research_agent.config import TrainConfig, as_json, validate
+from research_agent.config import TrainConfig, as_json
+from research_agent.config_checks import validate
 from research_agent.curriculum import parse_stages
 from research_agent.errors import CheckpointError
 from research_agent.evaluation.predictions import read_predictions

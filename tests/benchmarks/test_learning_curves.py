@@ -23,7 +23,7 @@ from benchmarks.learning_curves import (
     unmasked,
 )
 from research_agent.algorithms import ALGORITHMS, algorithm
-from research_agent.config import validate
+from research_agent.config_checks import validate
 from research_agent.trajectory import Group
 from tests.research_agent.rollouts import action, observation, prompt, trajectory
 

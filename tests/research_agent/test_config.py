@@ -13,18 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from research_agent.config import (
-    FREE,
     AlgorithmConfig,
     EnvironmentConfig,
     RunConfig,
     TrainConfig,
     as_json,
-    changes,
     complete,
     flatten,
-    require_same,
-    validate,
 )
+from research_agent.config_changes import FREE, changes, require_same
+from research_agent.config_checks import validate
 from research_agent.errors import CheckpointError, ConfigError
 from research_agent.presets import DESCRIPTIONS, PRESETS
 from research_agent.settings import parse_settings
