@@ -22,6 +22,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first, so that no worker waits for another at the end."""
+    slow, vllm = (
+        {item.path for item in items if item.get_closest_marker(mark)} for mark in ("slow", "vllm")
+    )
+    items.sort(key=lambda item: (item.path not in slow & vllm, item.path not in slow))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _leaves_no_global_state() -> Iterator[None]:
     """Fail each module that does not leave what tests must leave as they found it."""
@@ -38,6 +46,14 @@ def _leaves_no_global_state() -> Iterator[None]:
 def _same_random_numbers() -> None:
     """No test depends on the random numbers that earlier ones drew."""
     global_state.seed_all()
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the processes that our code starts, from one that has loaded torch."""
+    from tests.forks import FORKS
+
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: FORKS)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,11 +21,10 @@ from tests.research_agent.test_trainer import (
     letters,
     metrics,
     refusal,
-    server,
     wait_for_step,
 )
 
-__all__ = ["letters", "server"]
+__all__ = ["letters"]
 
 Capture = pytest.CaptureFixture[str]
 
@@ -234,11 +232,11 @@ def test_one_process_trains_into_a_folder(letters: Path, run: Path, capsys: Capt
 
 
 @pytest.mark.slow
-def test_a_hangup_saves(server: Any, letters: Path, tmp_path: Path) -> None:
+def test_a_hangup_saves(letters: Path, tmp_path: Path) -> None:
     from tests.research_agent.test_trainer import start
 
     words = flags(letters, tmp_path / "run", "--steps", "100000", "--save-every", "100000")
-    process = start(server, words, tmp_path / "log")
+    process = start(words, tmp_path / "log")
     wait_for_step(process, tmp_path / "run", 1)
     os.kill(process.pid, signal.SIGHUP)
     process.join()

@@ -6,6 +6,7 @@ vLLM's does. With vLLM's own the transfers run in ``test_server_engine``, on dou
 
 from __future__ import annotations
 
+import socket
 import sys
 import threading
 import time
@@ -55,6 +56,7 @@ class Trainer:
         info: dict[str, Any] = {"packed": True}
         if backend == "nccl":
             address, port = weight_transfer._meeting_place([server.url for server in servers])
+            socket.create_server((address, port)).close()  # vLLM's end listens there
             size = 1 + sum(server.size for server in servers)
             ranks = range(1, size)
             self.listeners = [self.wires.setdefault((port, rank), SimpleQueue()) for rank in ranks]
@@ -246,6 +248,24 @@ def test_a_server_that_cannot_meet_is_left_out(
         connect(bad, by=backend)
     assert f"no new weights by {backend}: status 500" in str(caught.value)
     assert f"""--weight-transfer-config '{{"backend": "{backend}"}}'""" in str(caught.value)
+
+
+def test_another_port_is_taken_where_one_is_in_use(
+    make: Make, connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = weight_transfer._meeting_place
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        places = [listener.getsockname()]
+        monkeypatch.setattr(
+            weight_transfer, "_meeting_place", lambda urls: places.pop() if places else find(urls)
+        )
+        engine = connect(make())
+        assert not places and len(Trainer.made) == 2
+        submit(engine, range(2))
+        assert len(finish(engine)) == 2
+        monkeypatch.setattr(weight_transfer, "_meeting_place", lambda _: listener.getsockname())
+        with pytest.raises(EngineError, match=r"no new weights by nccl: .*in use"):
+            connect(make())
 
 
 @pytest.mark.parametrize(

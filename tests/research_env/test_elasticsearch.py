@@ -1534,8 +1534,8 @@ def test_the_embedded_engine_gives_the_same_hits_and_scores(
     index_elasticsearch(data.corpus, es(elasticsearch, name))
     engine = ElasticsearchRetriever(es(elasticsearch, name))
     embedded = open_retriever(None, data.corpus)
-    questions = [question.question for question in data.questions]
-    assert len(questions) == {"musique": 2417, "hotpotqa": 7403, "2wiki": 12576}[dataset]
+    assert len(data.questions) == {"musique": 2417, "hotpotqa": 7403, "2wiki": 12576}[dataset]
+    questions = [question.question for question in data.questions[::4]]
     overlap = 0.0
     for at in range(0, len(questions), 512):
         some = questions[at : at + 512]
