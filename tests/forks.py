@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import runpy
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -19,15 +21,25 @@ NOTHING: Mapping[str, str] = {}
 
 
 class _Process(ForkServerProcess):
-    """Has the environment of the process that starts it, as one that is started anew."""
+    """Has the environment of the process that starts it, as one that is started anew.
+
+    What it starts itself is forked from the same server.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._environ = dict(os.environ)
+        server: Any = forkserver._forkserver
+        server.ensure_running()
+        self._address = server._forkserver_address
 
     def run(self) -> None:
         os.environ.clear()
         os.environ.update(self._environ)
+        server: Any = forkserver._forkserver
+        server._forkserver_address = self._address
+        server.ensure_running = lambda: None  # it would start another one
+        multiprocessing.get_context = lambda method=None: FORKS  # type: ignore[assignment]
         super().run()
 
 
