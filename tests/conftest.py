@@ -6,7 +6,6 @@ import fcntl
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,15 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _leaves_no_global_state() -> Iterator[None]:
-    """Warn of each module that does not leave what tests must leave as they found it."""
+    """Fail each module that does not leave what tests must leave as they found it."""
     before, running = global_state.snapshot(), global_state.running()
     yield
     # vLLM's engine lives as long as the session, with its process group and variables.
     is_ours = "vllm" not in sys.modules
     changed = list(global_state.differences(before, global_state.snapshot())) if is_ours else []
     left = sorted(global_state.leftovers(running))
-    if changed or left:
-        warnings.warn(f"these tests leave behind: {[*changed, *left]}", stacklevel=1)
+    assert not changed and not left, f"these tests leave behind: {[*changed, *left]}"
 
 
 @pytest.fixture(autouse=True)

@@ -162,6 +162,20 @@ def test_a_chat_template_goes_on_with_the_day_and_arguments_of_its_run(
     )
 
 
+def test_a_prompt_that_is_too_long_stops_a_run_and_both_cures_continue_it(
+    letters: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    more = ["--steps", "3", "--save-every", "1", "--env-args", "long=1"]
+    words = flags(letters, tmp_path / "run", *more, env="tests.research_agent.quiz_env:Quiz-v0")
+    assert "21 tokens, not 1 to 8 " in refusal(capsys, words)
+    other = shutil.copytree(tmp_path / "run", tmp_path / "other")
+    main([*words, "--overlong-prompts", "skip"])
+    skipped = [record["skipped_fraction"] for record in metrics(tmp_path / "run")]
+    assert len(skipped) == 3 and max(skipped) == 0.25
+    main([*words, "--output", str(other), "--max-prompt", "21"])
+    assert [record["skipped_fraction"] for record in metrics(other)] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "state/state.safetensors", "state.json"])
 def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_offered(
     letters: Path, run: Path, capsys: Capture, name: str

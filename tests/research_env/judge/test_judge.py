@@ -394,7 +394,7 @@ def test_a_server_that_does_not_answer_in_time(tmp_path: Path) -> None:
         return says(RIGHT)
 
     with serving(answer) as server:
-        summary = run(write(tmp_path, episode(1), episode(2)), server, deadline=1.0)
+        summary = run(write(tmp_path, episode(1), episode(2)), server, deadline=3.0)
         held.set()
     assert (summary.correct, summary.missing) == (1, 1)
     assert summary.reasons == {"no answer in time": 1}
