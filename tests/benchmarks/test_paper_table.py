@@ -168,6 +168,7 @@ def test_a_cell_of_other_settings_is_refused(
         paper_table.run(config)
 
 
+@pytest.mark.usefixtures("forks")
 def test_cells_that_are_played_at_the_same_time_are_the_same(
     data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,6 +215,7 @@ def test_a_cell_that_fails_in_its_process_is_named(
         (("--methods", "self_rag"), "'self_rag' is not known here; there is naive_generation"),
         (("--max-in-flight", "0"), "--max-in-flight is 0; it must be at least 1"),
         (("--models",), "there is nothing to play"),
+        (("--retriever", "bogus://{dataset}"), "unknown retriever 'bogus://musique'"),
     ],
 )
 @pytest.mark.usefixtures("data")
