@@ -393,7 +393,7 @@ def play(
             nobody,
             environments,
             nobody,
-            settings,
+            settings.sampling,
             folder,
             limit=limit,
             seed=config.seed,
