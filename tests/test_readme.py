@@ -147,7 +147,7 @@ def run(block: Block) -> str:
     if block.language == "python":
         program = Path("block.py").resolve()
         program.write_text(block.code, encoding="utf-8")
-        done = forks.run(str(program), cwd=Path.cwd(), PYTHONPATH=str(ROOT))
+        done = forks.run(str(program), cwd=Path.cwd(), env={"PYTHONPATH": str(ROOT)})
     else:
         command = ["bash", "-euo", "pipefail", "-c", block.code]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -259,7 +259,7 @@ def test_real_servers(  # noqa: PLR0915
     # Two ranks with sharded weights give them once, and sample what one process samples.
     assert isinstance(engine, ServerEngine)
     engine.close()  # a server is for one run: this one would give its own weights again
-    arguments = [urls.split(","), "float32"]
+    arguments = [urls.split(","), "serve", "float32"]
     said = in_two_processes("tests.research_agent.server_worker", json.dumps({"real": arguments}))
     lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     assert servers[0].version() == servers[1].version()

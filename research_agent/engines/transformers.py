@@ -167,7 +167,7 @@ class TransformersEngine:
         max_context: tokens that a trajectory may have; the model's own limit by default.
         dtype: number format of the copied weights, such as bfloat16; the model's own by default.
         share: use the model object itself. Only where nobody else uses it, as when evaluating.
-        way: of running the model. "tokens" continues recurrent states token by token, for
+        way: how the model is run. "tokens" continues recurrent states token by token, for
             architectures that continue them in no other way (Mamba). "alone" forwards slots one
             after another, each with the transformers library's own cache: slow, and right for
             architectures whose attention cannot be replaced.

@@ -162,7 +162,7 @@ def test_the_whole_demo(tmp_path: Path, cache: Path) -> None:
     sft(["sft", "miniworld", *small, "--output", starter])
     words = ["--model", starter, "--steps", "2", "--limit", "8", "--seed", "5"]
     more = {"RESEARCH_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    told = forks.run("benchmarks.demo", "--json", *words, "--output", str(output), **more)
+    told = forks.run("benchmarks.demo", "--json", *words, "--output", str(output), env=more)
     assert told.returncode == 0, told.stderr
 
     [line] = told.stdout.splitlines()

@@ -103,8 +103,10 @@ def test_a_server_that_dies_is_told_with_its_output(record: Callable[[], Any]) -
 def test_a_server_that_does_not_start_is_told_with_its_output(
     record: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FAKE_VLLM_FAILS", "no CUDA devices are available")
-    with pytest.raises(EngineError, match=r"ended with status 1\..*no CUDA devices"):
+    output = "(EngineCore) RuntimeError: no CUDA devices\n" + 3000 * "x" + "\nSystemError: closed"
+    monkeypatch.setenv("FAKE_VLLM_FAILS", output)
+    message = r"ended with status 1\..*first error: RuntimeError: no CUDA devices\..*x\nSystemErr"
+    with pytest.raises(EngineError, match=f"(?s){message}"):
         make_engine("serve", MODEL, RENDERER, max_slots=4, max_context=200)
 
 
