@@ -63,6 +63,7 @@ class Player:
     def start(self, load: Callable[[], tuple[Engine, Renderer]]) -> None:
         """Make the engine and the renderer; nothing can be played before."""
         engine, self._renderer = load()
+        self._stack.callback(getattr(engine, "close", lambda: None))
         self._engine = TracedEngine(engine, self._trace) if self._trace else engine
         self._loop = self._make_loop(InFlight())
         self._started = True

@@ -68,10 +68,10 @@ from research_agent.models.policy import (
     require_ends,
     save_settings,
 )
-from research_agent.models.source import model_source, resolve_model, starting_model
+from research_agent.models.source import model_source, starting_model
 from research_agent.player import Player
 from research_agent.player_process import PlayerProcess, connect_engine, load_engine
-from research_agent.renderer import load_renderer
+from research_agent.renderer import open_renderer
 from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_lines, wandb_run
 from research_agent.sharded import write_weights
 from research_agent.signals import stop_signals
@@ -196,7 +196,9 @@ class Trainer:
                     message = self._roll_back(best)
                     if logger:
                         logger.print(message)
-                next_stage = self.curriculum.advance(self.stages, metrics["reward"])
+                next_stage = best is None and self.curriculum.advance(
+                    self.stages, metrics["reward"]
+                )
                 if next_stage:
                     self._start_stage()
 
@@ -226,7 +228,7 @@ class Trainer:
         self.stages = parse_stages(config.environment.stages)
         self.curriculum = CurriculumState()
         if saved and self.stages:
-            self.curriculum = CurriculumState(**saved.state["stage"])
+            self.curriculum = CurriculumState(**saved.state.get("stage", {}))
         unit = TreePlan.of(sampling).size
         share = -(-sampling.prompts_per_step * sampling.group_size // (size * unit)) * unit
         slots = min(share * (1 + sampling.max_staleness), sampling.max_in_flight or share)
@@ -276,7 +278,7 @@ class Trainer:
             self._sync()
         if saved and sampling.max_staleness >= saved.config["sampling"]["max_staleness"] > 0:
             steps = range(self.step, self.step + sampling.max_staleness + 1)
-            with checkpoint.restoring(saved):
+            with together(), checkpoint.restoring(saved):
                 self.player.restore(saved.state["in_flight"], self._own_episodes(steps))
 
     def _restore(self, saved: Checkpoint) -> None:
@@ -302,12 +304,7 @@ class Trainer:
         """Open the tokenizer. Its chat template writes the day on which the run started."""
         policy = self.config.policy
         before = saved.config["policy"].get("chat_template_date") if saved else None
-        self.renderer = load_renderer(
-            resolve_model(self.origin),
-            chat_template=policy.chat_template,
-            chat_template_args=policy.chat_template_args,
-            chat_template_date=policy.chat_template_date or before or today,
-        )
+        self.renderer = open_renderer(policy, self.origin, before or today)
         written = self.renderer.chat_template_date or None
         self.config = replace(self.config, policy=replace(policy, chat_template_date=written))
 
@@ -338,7 +335,8 @@ class Trainer:
         # Otherwise the model here is sharded, or in another process than the player.
         if not has_servers(sampling.engine) and not here:
             load = partial(load_engine, make_engine, config, self.origin)
-            player.start(partial(load, slots=slots, merge_adapter=merge_adapter))
+            with together():
+                player.start(partial(load, slots=slots, merge_adapter=merge_adapter))
             return
         engine = make_engine(
             sampling.engine,
@@ -352,7 +350,8 @@ class Trainer:
             player.start(lambda: (engine, self.renderer))
             return
         assert isinstance(engine, SamplesElsewhere)
-        player.start(partial(connect_engine, engine.elsewhere(), config, self.origin), engine)
+        with together():
+            player.start(partial(connect_engine, engine.elsewhere(), config, self.origin), engine)
 
     def _require_same_run(self, saved: Checkpoint) -> None:
         """Compare a checkpoint's configuration and environment with the present ones.
@@ -380,8 +379,12 @@ class Trainer:
                 show(f"{run.output}: continuing with other settings: {names}", file=sys.stderr)
 
     def _start_stage(self) -> None:
-        self.player.open_stage(self._stage_args())
-        self.provenance = self.player.provenance()
+        """Open the stage's environments; its rewards are not compared with those of another."""
+        with together():
+            self.player.open_stage(self._stage_args())
+            self.provenance = self.player.provenance()
+        if self.collapse:
+            self.collapse.history.clear()
 
     @contextmanager
     def _logger(self, saved: Checkpoint | None) -> Iterator[RunLogger | None]:
@@ -481,12 +484,14 @@ class Trainer:
             raise_together(ConfigError(message))
         work = partial(self.player.evaluate, _episodes(0, min(counts), 1)[rank::size])
         played = _in_order(run_together(work))
-        if rank:
-            return {}
-        summary = record_evaluation(played, run.output / "evaluations" / f"step-{self.step:06d}")
-        if summary.episodes == 0:
-            return {}  # all void: there is nothing to report
-        return step_metrics.prefixed("eval", {"reward": summary.reward, **summary.metrics})
+        found: dict[str, float] = {}
+        with together():
+            if rank == 0:
+                folder = run.output / "evaluations" / f"step-{self.step:06d}"
+                summary = record_evaluation(played, folder)
+                if summary.episodes:  # otherwise all are void
+                    found = {"reward": summary.reward, **summary.metrics}
+        return step_metrics.prefixed("eval", found)
 
     def _write_model(self, folder: Path) -> None:
         """Write the policy and its tokenizer as transformers reads them; all ranks take part."""
@@ -548,6 +553,10 @@ class Trainer:
         if not self.learner.has_adapters:
             self.learner.load_weights(good)
         self.learner.load_state_dict(saved.state["learner"], saved.read)
+        stage = self.curriculum.stage
+        self.curriculum = CurriculumState(**saved.state.get("stage", {}))
+        if self.curriculum.stage != stage:
+            self._start_stage()
         self.player.clear()
         self._sync()
         self.collapse.history.clear()

@@ -119,6 +119,10 @@ class SamplesElsewhere(Protocol):
         """What makes the engine in the other process, from the renderer there. It is pickled."""
         ...
 
+    def close(self) -> None:
+        """Delete the weights, and end what belongs to this engine."""
+        ...
+
 
 @runtime_checkable
 class Interruptible(Protocol):

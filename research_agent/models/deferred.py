@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from research_agent.distributed import rank_and_size
-from research_agent.errors import ModelError, StoppedError
+from research_agent.distributed import lost_or_out_of_memory, rank_and_size
+from research_agent.errors import ModelError
 from research_agent.models.policy import (
     LOADING_ERRORS,
     load_model,
@@ -91,6 +91,8 @@ def _skeleton(source: ModelSource, name: str, dtype: torch.dtype) -> tuple[Any, 
         if (settings := tokens_of_unreadable(source.place, name)) is None:
             settings = _generation_config(GenerationConfig, source.place)
     except LOADING_ERRORS as error:
+        if lost_or_out_of_memory(error):
+            raise
         message = (
             f"the model {name!r} cannot be opened: {error}. Give a folder with config.json and"
             " model.safetensors, a GGUF file, or a name on the Hugging Face hub"
@@ -144,9 +146,9 @@ def load_shards(score: Any, device: torch.device) -> None:
     folder = source_of(model)
     try:
         fill(score, model, device)
-    except StoppedError:
-        raise
     except LOADING_ERRORS as error:
+        if lost_or_out_of_memory(error):
+            raise
         message = f"the weights in {folder} cannot be read: {error}; get or save them again"
         raise ModelError(message) from error
     score(partial(require_learnable, name=str(folder)))

@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from research_agent.batch import Batch, MicroBatch, Packing, micro_batches
-from research_agent.distributed import all_reduce_sum, rank_and_size, shard_batches
+from research_agent.distributed import (
+    all_reduce_sum,
+    lost_or_out_of_memory,
+    rank_and_size,
+    shard_batches,
+)
 from research_agent.errors import ModelError
 from research_agent.models.prepare import (
     layers_of,
@@ -142,6 +147,8 @@ def _open(source: ModelSource, name: str, dtype: torch.dtype) -> Any:
         message = f"the model {name!r} needs a package that is missing: {error}; {cure}"
         raise ModelError(message) from error
     except LOADING_ERRORS as error:
+        if lost_or_out_of_memory(error):
+            raise
         message = (
             f"the model {name!r} cannot be opened: {error}. Give a folder with config.json and"
             " model.safetensors, a GGUF file, or a name on the Hugging Face hub"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from research_agent.batch import Packing
+from research_agent.distributed import lost_or_out_of_memory
 from research_agent.errors import ModelError, ResearchAgentError
 from research_agent.models.probe import logit_difference, plain_logits, probe_sequences
 from research_agent.models.recurrent import split_recurrent_layers
@@ -79,6 +80,8 @@ def _require_packable(model: Any, packing: Packing) -> None:
         found = (_tree_logits if packing == "tree" else _packed_logits)(model, sequences)
         difference = next(filter(None, map(logit_difference, found, expected)), "")
     except (ResearchAgentError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        if lost_or_out_of_memory(error):
+            raise
         difference = str(error)
     join()
     if difference:

@@ -411,6 +411,19 @@ def test_another_number_of_ranks_takes_up_the_same_episodes(
         assert sum(len(in_flight.active) for in_flight in loaded) == sum(active)
 
 
+def test_a_void_episode_of_a_checkpoint_is_played_again() -> None:
+    """Otherwise a run that void episodes have stopped would stop again at once."""
+    later = tasks(0, 4, 1)
+    _, in_flight = under_way([(99, 0)], later, Limits(max_response=60), itertools.cycle([0, 30]))
+    void = min(in_flight.done)
+    in_flight.done[void] = replace(in_flight.done[void], void=True)
+    state = rollout_state.to_state(in_flight)
+    fake = Fake(9, random.Random(0))
+    loaded = rollout_state.from_state([state], fake, Limits(), 0, later)
+    assert loaded.done.keys() == in_flight.done.keys() - {void}
+    assert loaded.done
+
+
 def test_an_episode_whose_environment_answers_otherwise_begins_anew() -> None:
     limits = Limits(max_response=60, overlap=True)
     later = tasks(0, 20, 1)

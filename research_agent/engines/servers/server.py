@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from research_agent.engines.remote import Client, RequestError
@@ -27,6 +28,9 @@ BACKEND = {
     "VLLM_ALLOW_INSECURE_SERIALIZATION=1, on the learner's GPUs",
 }
 """How to start a server for each transfer from memory."""
+
+READ_FILES = {"overrides": {"load_config": {"load_format": "auto"}}}
+"""Arguments of vLLM's ``update_config`` for a server that started without weights."""
 
 _TIMEOUT = 30.0  # seconds for the answer to a request that costs a server next to nothing
 
@@ -139,6 +143,18 @@ class Server:
         _check_model(self.url, str(answer["results"][0]) if answer else "", needs)
         answer = await self.ask("GET", "get_world_size")
         self.size = int(answer["world_size"])
+
+    async def reload(self, folder: Path) -> None:
+        """Read the weights in a folder; raises as ``ask`` does."""
+        rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        try:
+            if not self.current:
+                config = {"method": "update_config", "kwargs": READ_FILES}
+                await self.ask("POST", "collective_rpc", config)
+            await self.ask("POST", "collective_rpc", rpc, RELOAD_TIMEOUT)
+        except RequestError as error:
+            cure = "Can it read that folder? Elsewhere, set TMPDIR to one that all share"
+            raise RequestError(f"no new weights from {folder}: {error}. {cure}") from None
 
     async def probe(self, tag: str, token: int) -> None:
         """Sample a token with the weights of a name; a server that fails at it dies of a turn.

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from research_agent.engines.remote import RequestError
 from research_agent.engines.servers.server import Needs, Server
-from research_agent.engines.servers.weight_folder import reload_from
 from research_agent.engines.servers.weight_transfer import prepare_transfer
 from research_agent.errors import ContextError, EngineError
 
@@ -157,7 +156,7 @@ class ServerGroup:
     async def _resume(self, server: Server, name: str) -> None:
         """Let a server sample with the weights of a name; raises ``_PROBLEMS``."""
         if self._root:
-            await reload_from(server, self._root / name)
+            await server.reload(self._root / name)
         # Keys and values of turns under way are computed again, with the new weights.
         reset = await server.ask("POST", "reset_prefix_cache?reset_running_requests=true")
         if not (isinstance(reset, dict) and reset.get("success")):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,15 +16,16 @@ from research_agent.distributed import (
     raise_together,
     rank_and_size,
     run_together,
+    together,
 )
 from research_agent.engines.checks import WeightNames
 from research_agent.engines.remote import Client, LoopThread
 from research_agent.engines.servers.pool import ServedWeights, no_server
 from research_agent.engines.servers.server import Carrier, Needs, Server, WeightTag
 from research_agent.engines.servers.server_group import Outcome, ServerGroup
-from research_agent.engines.servers.weight_folder import WeightFolder
 from research_agent.engines.servers.weight_transfer import Transfer
 from research_agent.errors import EngineError
+from research_agent.weight_files import WeightFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,14 +71,15 @@ class WeightSync:
     ) -> None:
         self._names = WeightNames(model)
         self._transfer = self._folder = None
-        if carrier != "folder":
-            self._transfer = Transfer(model, self._names, carrier, dtype)
-        elif rank_and_size()[0] == 0:
-            self._folder = WeightFolder(self._names, dtype)
+        with together():
+            if carrier != "folder":
+                self._transfer = Transfer(model, self._names, carrier, dtype)
+            elif rank_and_size()[0] == 0:
+                self._folder = WeightFolder(self._names, dtype)
+            servers = [Server(url, Client(url, key)) for url in urls]
         root = broadcast_object(self._folder.root if self._folder else None)
         needs = Needs(context, str(dtype).removeprefix("torch."), _sizes(model), carrier)
-        servers = [Server(url, Client(url, key)) for url in urls]
-        self._group = ServerGroup(servers, needs, Path(root) if root else None, token)
+        self._group = ServerGroup(servers, needs, root, token)
         self._loop = LoopThread("weights", [server.client for server in servers])
         self._patience = patience
         self._run = broadcast_object(secrets.token_hex(4))
