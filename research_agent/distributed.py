@@ -245,6 +245,15 @@ def full_tensor(values: Tensor) -> Tensor:
     return values if full is None else full()
 
 
+def gathered_numel(values: Tensor) -> int:
+    """Numbers that ``full_tensor`` allocates: the last ranks' shards are padded meanwhile."""
+    mesh = getattr(values, "device_mesh", None)
+    if mesh is None or not values.numel():
+        return values.numel()
+    ranks = mesh.size(mesh.ndim - 1)
+    return -(-len(values) // ranks) * ranks * (values.numel() // len(values))
+
+
 def local_tensor(values: Tensor) -> Tensor:
     """What this rank holds of a tensor; all of it if it is not sharded."""
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow to import

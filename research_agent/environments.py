@@ -167,7 +167,7 @@ class _Native:
         self._vector.close()
 
     def provenance(self) -> dict[str, str]:
-        return provenance_of(self._vector)
+        return read_provenance(self._vector)
 
 
 class _Singles:
@@ -216,10 +216,10 @@ class _Singles:
             env.close()
 
     def provenance(self) -> dict[str, str]:
-        return provenance_of(self._envs[0].unwrapped)
+        return read_provenance(self._envs[0].unwrapped)
 
 
-def provenance_of(environment: Any) -> dict[str, str]:
+def read_provenance(environment: Any) -> dict[str, str]:
     """What an environment says of where its tasks come from; empty where it has no such method."""
     said = getattr(environment, "provenance", None)
     found = said() if callable(said) else said

@@ -25,6 +25,7 @@ from research_agent.distributed import (
     any_rank,
     full_tensor,
     gather,
+    gathered_numel,
     make_mesh,
     raise_together,
     rank_and_size,
@@ -253,7 +254,7 @@ class Learner:
         bucket: list[tuple[str, Tensor]] = []
         held = 0
         for name, weight in named:
-            size = weight.numel() * (dtype or weight.dtype).itemsize
+            size = gathered_numel(weight) * (dtype or weight.dtype).itemsize
             # Twice: while a tensor is gathered, its converted shard is held as well.
             if bucket and held + 2 * size > self.config.bucket_bytes:
                 yield bucket

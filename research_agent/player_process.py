@@ -199,6 +199,8 @@ class PlayerProcess:
                 f"(its output is above). {CONTINUE}"
             ) from None
         if is_error:
+            if self._servers:
+                self._servers.require_alive()
             raise answer
         return answer
 

@@ -26,8 +26,8 @@ from research_agent.sharded import (
     is_deferred,
     meta_parameters,
     require_files,
-    source_of,
     stored_tensors,
+    weights_folder,
 )
 
 
@@ -143,7 +143,7 @@ def load_shards(score: Any, device: torch.device) -> None:
     model = score.model
     if not is_deferred(model):
         return
-    folder = source_of(model)
+    folder = weights_folder(model)
     try:
         fill(score, model, device)
     except LOADING_ERRORS as error:

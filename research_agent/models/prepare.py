@@ -39,7 +39,7 @@ def prepare(
     Raises:
         ModelError: the architecture cannot do it, or would compute something else.
     """
-    if (gradient_checkpointing or compile) and not layers_of(model):
+    if (gradient_checkpointing or compile) and not decoder_layers(model):
         message = f"{type(model).__name__} names no layers to checkpoint or compile; turn both off"
         raise ModelError(message)
     if packing != "off":
@@ -56,10 +56,10 @@ def set_up(model: Any, *, packing: Packing, gradient_checkpointing: bool, compil
         model.set_attn_implementation(PACKED)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in layers_of(model):  # in training mode only; its dropouts are inside it
+        for layer in decoder_layers(model):  # in training mode only; its dropouts are inside it
             layer.training = True
     if compile:
-        for layer in layers_of(model):
+        for layer in decoder_layers(model):
             layer.compile(dynamic=True)
 
 
@@ -181,7 +181,7 @@ def output_logits(model: Any) -> Callable[[Tensor], Tensor]:
     return logits
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of a model of the transformers library, where it names them."""
     from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: PLC0415
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from research_agent.distributed import run_together, torchrun, without_torchrun
-from research_agent.engines.checks import CONTINUE, context_limit, device_of, require_gpus
+from research_agent.engines.checks import CONTINUE, context_limit, require_gpus, weights_device
 from research_agent.engines.servers.engine import ServerEngine, connect_servers
 from research_agent.errors import EngineError
 
@@ -66,7 +66,7 @@ class ServerProcess:
         slots: int,
         dtype: str,
     ) -> None:
-        device = device_of(model)
+        device = weights_device(model)
         require_gpus("serve", spec.tp * spec.dp, device)
         self._folder = tempfile.TemporaryDirectory(prefix="research-agent-serve-")
         config = copy.deepcopy(model.config)
@@ -172,7 +172,7 @@ def serve_engine(
             renderer,
             urls,
             context,
-            by="folder" if device_of(model).type == "cpu" else "ipc",
+            by="folder" if weights_device(model).type == "cpu" else "ipc",
             dtype=dtype,
             gives=starts,
             process=process[0] if process else None,

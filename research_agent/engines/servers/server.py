@@ -122,12 +122,7 @@ class Server:
             EngineError: it is no vLLM server, or was started in another way.
             RequestError: it does not answer, or fails.
         """
-        models = await self.ask("GET", "v1/models")
-        try:
-            self.model = str(models["data"][0]["id"])
-            context = int(models["data"][0]["max_model_len"])
-        except (LookupError, TypeError, ValueError):
-            raise EngineError(f"{self.url} is no vLLM server. {START}") from None
+        self.model, context = first_model(await self.ask("GET", "v1/models"), self.url)
         if context < needs.context:
             raise ContextError(
                 f"{self.url} has a context of {context} tokens, too short for {needs.context}; "
@@ -136,13 +131,15 @@ class Server:
             )
         await self._refuse_router()
         self._check_settings(await self._settings(), needs)
-        answer = await self.ask("GET", "version")
-        self.software = str(answer.get("version")) if isinstance(answer, dict) else ""
-        rpc = {"method": "get_model_inspection"}
-        answer = await self.ask("POST", "collective_rpc", rpc)
-        _check_model(self.url, str(answer["results"][0]) if answer else "", needs)
-        answer = await self.ask("GET", "get_world_size")
-        self.size = int(answer["world_size"])
+        version = await self.ask("GET", "version")
+        inspection = await self.ask("POST", "collective_rpc", {"method": "get_model_inspection"})
+        size = await self.ask("GET", "get_world_size")
+        try:
+            self.software, self.size = str(version["version"]), int(size["world_size"])
+            description = str(inspection["results"][0]) if inspection else ""
+        except (LookupError, TypeError, ValueError):
+            raise _no_vllm(self.url) from None
+        _check_model(self.url, description, needs)
 
     async def reload(self, folder: Path) -> None:
         """Read the weights in a folder; raises as ``ask`` does."""
@@ -168,10 +165,11 @@ class Server:
         answer = await self.ask("POST", GENERATE, payload, RELOAD_TIMEOUT)
         try:
             (span,) = answer["choices"][0]["weight_versions"]
+            found = span["version"]
         except (LookupError, TypeError, ValueError):
-            raise EngineError(f"{self.url} is no vLLM server. {START}") from None
-        if span["version"] != tag:
-            raise RequestError(f"it samples with the weights {span['version']!r}, not {tag!r}")
+            raise _no_vllm(self.url) from None
+        if found != tag:
+            raise RequestError(f"it samples with the weights {found!r}, not {tag!r}")
 
     async def _settings(self) -> Mapping[str, Any]:
         path = "server_info?config_format=json"  # the first time it asks the machine, for seconds
@@ -216,7 +214,7 @@ class Server:
             backend = (settings["weight_transfer_config"] or {}).get("backend")
             unpickles = settings["env"].get("VLLM_ALLOW_INSECURE_SERIALIZATION")
         except (LookupError, TypeError, AttributeError):
-            raise EngineError(f"{self.url} is no vLLM server of release 0.32. {START}") from None
+            raise _no_vllm(self.url) from None
         if dtype != needs.dtype or quantization:
             has = f"{quantization} quantization" if quantization else dtype
             raise EngineError(
@@ -235,6 +233,23 @@ class Server:
                 f"{self.url} takes no weights by {needs.carrier}; start it with "
                 f"{BACKEND[needs.carrier]}"
             )
+
+
+def first_model(answer: Any, url: str) -> tuple[str, int]:
+    """Name and context of the first model in a server's answer to /v1/models.
+
+    Raises:
+        EngineError: it is no answer of vLLM's.
+    """
+    try:
+        model = answer["data"][0]
+        return str(model["id"]), int(model["max_model_len"])
+    except (LookupError, TypeError, ValueError):
+        raise _no_vllm(url) from None
+
+
+def _no_vllm(url: str) -> EngineError:
+    return EngineError(f"{url} is no vLLM server of release 0.32. {START}")
 
 
 def _check_model(url: str, inspection: str, needs: Needs) -> None:

@@ -70,10 +70,10 @@ class ServerGroup:
         await self._stop_keeper()
         asked = [server for server in self._servers if server.url not in self.excluded]
         found = await asyncio.gather(*map(self._prepare, asked), return_exceptions=True)
-        self.ready, problems = [], {}
+        self.ready = [server for server, problem in zip(asked, found, strict=True) if not problem]
+        problems: dict[str, str] = {}
         for server, problem in zip(asked, found, strict=True):
             if problem is None:
-                self.ready.append(server)
                 continue
             if self._is_fatal(problem):
                 raise problem
@@ -83,6 +83,11 @@ class ServerGroup:
             server.problem = str(problem)
         software = {server.url: server.software for server in self.ready}
         return Outcome({server.url: server.model for server in self.ready}, problems, software)
+
+    async def cancel(self) -> None:
+        """Let the servers that are ready go on without new weights."""
+        going_on = (server.ask("POST", "resume") for server in self.ready)
+        await asyncio.gather(*going_on, return_exceptions=True)
 
     async def resume(self, name: str, problems: Mapping[str, str]) -> Outcome:
         """Resume the servers, with the weights of this name.
