@@ -93,7 +93,8 @@ class TableConfig:
     paper: Literal["7b", "32b"] = "7b"
     """Which of ReSearch's tables stands beside ours."""
     retriever: str | None = None
-    """Search engine for all; none takes each data set's own corpus."""
+    """Search engine for all, with {dataset} where a data set's name belongs, such as
+    elasticsearch://localhost:9200/{dataset}; none takes each data set's own corpus."""
     split: str | None = None
     """Of the data sets. None takes all development questions where there is a --retriever, those
     with gold passages where there is none, and the test questions of Bamboogle."""
@@ -477,7 +478,8 @@ def _arguments(config: TableConfig, dataset: str) -> dict[str, Any]:
     split = config.split or ("dev-all" if config.retriever else "dev")
     if dataset == "bamboogle":
         split = "test"
-    return {"dataset": dataset, "split": split, "retriever": config.retriever}
+    retriever = config.retriever and config.retriever.replace("{dataset}", dataset)
+    return {"dataset": dataset, "split": split, "retriever": retriever}
 
 
 def _published(

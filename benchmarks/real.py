@@ -228,6 +228,8 @@ def _zero_shot(config: RealConfig, scale: Scale, model: str, device: str) -> Sta
     words += ["--max-in-flight", str(scale.in_flight), "--seed", str(config.seed)]
     words += ["--dtype", _precision(config), "--device", device]
     words += ["--output", str(folder)]
+    if config.retriever is not None:
+        words += ["--retriever", config.retriever]
     done = (folder / "table.json").is_file
     return Stage("zero-shot", "benchmarks.paper_table", tuple(words), done)
 
@@ -274,7 +276,7 @@ def _evaluations(
         words = ["eval", "--env", env, "--model", model, "--output", str(folder), "--quiet"]
         words += ["--env-args", f"dataset={dataset}", "split=dev", "template=question", "top_k=2"]
         if config.retriever is not None:
-            words += [f"retriever={config.retriever.format(dataset=dataset)}"]
+            words += [f"retriever={config.retriever.replace('{dataset}', dataset)}"]
         words += ["--limit", str(scale.questions), "--seed", str(config.seed), "--device", device]
         words += ["--max-prompt", "256", "--max-response", str(scale.max_response)]
         words += ["--max-turn-tokens", str(scale.max_turn)]

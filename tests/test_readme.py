@@ -370,14 +370,16 @@ def test_the_readme_is_short() -> None:
     assert len(text_of("README.md").split()) <= 1000
 
 
-@pytest.mark.parametrize("name", ["loop", "demo"])
-def test_a_picture_is_what_its_script_draws(name: str) -> None:
-    script = runpy.run_path(str(ROOT / f"docs/pictures/{name}.py"))
-    data = ROOT / f"docs/pictures/{name}.jsonl"
-    lines = data.read_text(encoding="utf-8").splitlines() if data.exists() else []
-    drawn = script["draw"](*([[json.loads(line) for line in lines]] if lines else []))
-    assert (ROOT / f"docs/pictures/{name}.svg").read_text(encoding="utf-8") == drawn
-    assert "prefers-color-scheme: dark" in drawn
+def test_pictures_are_what_their_scripts_draw() -> None:
+    folder = ROOT / "docs/pictures"
+    curves = runpy.run_path(str(folder / "curves.py"))
+    drawn = {"loop": runpy.run_path(str(folder / "loop.py"))["draw"]()}
+    for name, picture in curves["PICTURES"].items():
+        lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        drawn[name] = curves["draw"](picture, [json.loads(line) for line in lines])
+    for name, text in drawn.items():
+        assert (folder / f"{name}.svg").read_text(encoding="utf-8") == text
+        assert "prefers-color-scheme: dark" in text
 
 
 def test_extras_that_are_named_exist() -> None:

@@ -85,8 +85,9 @@ def make_server(sessions: Sessions) -> Server[Any]:
             text = "error: the search engine failed; try again later"
         else:
             text = output.info["messages"][0]["content"]
-        content = TextContent(type="text", text=text)
-        return CallToolResult(content=[content], is_error=text.startswith("error: "))
+        # A passage may begin in the same way.
+        failed = text.startswith("error: ") and not output.info["passage_ids"]
+        return CallToolResult(content=[TextContent(type="text", text=text)], is_error=failed)
 
     return Server("research-env", on_list_tools=list_tools, on_call_tool=call_tool)
 

@@ -63,7 +63,8 @@ def _cut(row: list[int], ends: Sequence[int], tokenizer: Any, stops: tuple[str, 
     row = row[: next((n + 1 for n, token in enumerate(row) if token in ends), len(row))]
 
     def stopped(length: int) -> bool:
-        text = decode(tokenizer, row[:length])
+        # As generate itself looks for them: some formats of tool calls end in a special token.
+        text = decode(tokenizer, row[:length], special=True)
         return any(stop in text for stop in stops)
 
     return row[: bisect_left(range(len(row)), True, key=stopped)]

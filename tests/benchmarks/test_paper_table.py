@@ -214,6 +214,7 @@ def test_a_cell_that_fails_in_its_process_is_named(
         (("--methods", "self_rag"), "'self_rag' is not known here; there is naive_generation"),
         (("--max-in-flight", "0"), "--max-in-flight is 0; it must be at least 1"),
         (("--models",), "there is nothing to play"),
+        (("--retriever", "bogus://{dataset}"), "unknown retriever 'bogus://musique'"),
     ],
 )
 @pytest.mark.usefixtures("data")

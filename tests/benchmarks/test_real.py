@@ -90,6 +90,7 @@ def test_evaluations_may_ask_an_engine_of_their_own() -> None:
     config = real.RealConfig(model="m", retriever="elasticsearch://host:9200/{dataset}")
     stages = {stage.name: stage.words for stage in real.plan(config, real.scale_of(config), "m")}
     assert "retriever=elasticsearch://host:9200/2wiki" in stages["after-2wiki"]
+    assert stages["zero-shot"][-2:] == ("--retriever", config.retriever)
 
 
 def test_a_gpu_has_commands_of_its_own() -> None:

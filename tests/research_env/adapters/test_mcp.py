@@ -18,6 +18,7 @@ import pytest
 from research_env.adapters.server import AppServer
 from research_env.cli import main
 from research_env.errors import ConfigurationError
+from research_env.retrieval.base import Hit, Passage
 from research_env.sessions import Sessions
 from research_env.testing import Engine
 from research_env.tools import write_call
@@ -88,6 +89,19 @@ def test_errors_are_results_that_say_so(
         (result,) = call(server.url, (name, arguments))
     assert result.is_error
     assert re.match(message, result.content[0].text)
+
+
+def test_a_passage_that_begins_like_an_error_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    passage = Passage("1", "", "error: no such file")
+    engine = Fake()
+    monkeypatch.setattr(engine, "search", lambda queries, _: [[Hit(passage, 1.0)] for _ in queries])
+    with (
+        adapter.tool_sessions(engine) as sessions,
+        AppServer(adapter.make_app(sessions)) as server,
+    ):
+        (result,) = call(server.url, ("search", {"query": "1"}))
+    assert result.content[0].text == passage.text
+    assert not result.is_error
 
 
 def test_searches_of_many_clients_share_calls() -> None:

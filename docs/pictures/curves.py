@@ -1,11 +1,13 @@
-"""Draw docs/pictures/demo.svg from docs/pictures/demo.jsonl: what two minutes of training change.
+"""Draw docs/pictures/NAME.svg from docs/pictures/NAME.jsonl: what training changes.
 
-    python docs/pictures/demo.py                            # draw it
-    python docs/pictures/demo.py runs/demo/metrics.jsonl    # take the numbers of another run first
+    python docs/pictures/curves.py demo                            # draw it
+    python docs/pictures/curves.py demo runs/demo/metrics.jsonl    # take a run's numbers first
 
-The numbers are those of this run. The demo does as many steps in two minutes on two CPU cores:
+``demo`` shows this run. The demo does as many steps in two minutes on two CPU cores:
 
     research-agent train miniworld --steps 62 --eval-every 4 --eval-limit 200 --output runs/demo
+
+``real`` shows the stage ``grpo`` of ``python -m benchmarks.real``.
 
 One small panel per quantity, in the style of the report's page: a line, its last value, no legend.
 """
@@ -15,14 +17,28 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-PANELS = {  # metric -> title, highest value of the axis
-    "reward": ("Reward while training", 1.0),
-    "eval/em": ("Exact match, held-out questions", 1.0),
-    "eval/searches": ("Searches per question", 3.0),
+
+
+class Picture(NamedTuple):
+    """What a picture shows."""
+
+    title: str
+    panels: dict[str, tuple[str, float]]  # metric -> title, highest value of the axis
+
+
+PICTURES = {
+    "demo": Picture(
+        "The policy learns to search, then answers correctly",
+        {
+            "reward": ("Reward while training", 1.0),
+            "eval/em": ("Exact match, held-out questions", 1.0),
+            "eval/searches": ("Searches per question", 3.0),
+        },
+    ),
 }
-TITLE = "The policy learns to search, then answers correctly"
 STYLE = """
   svg { --ink: #22262b; --quiet: #6b737d; --line: #e3e5e8; --card: #ffffff; --page: #fbfbfa;
         --accent: #2b62b8; }
@@ -81,16 +97,16 @@ def panel(x: int, title: str, top: float, points: list[tuple[int, float]], steps
     return lines
 
 
-def draw(records: list[dict[str, float]]) -> str:
-    """The picture as SVG, from the lines of ``demo.jsonl``."""
+def draw(picture: Picture, records: list[dict[str, float]]) -> str:
+    """The picture as SVG, from the lines of its JSON Lines file."""
     steps = int(records[-1]["step"])
-    parts = [f'<text class="title" x="24" y="30">{TITLE}</text>']
-    for number, (metric, (title, top)) in enumerate(PANELS.items()):
+    parts = [f'<text class="title" x="24" y="30">{picture.title}</text>']
+    for number, (metric, (title, top)) in enumerate(picture.panels.items()):
         points = [(int(r["step"]), r[metric]) for r in records if metric in r]
         parts += panel(24 + number * (CARD + GAP), title, top, points, steps)
     body = "\n  ".join(parts)
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" \
-aria-label="{TITLE}">
+aria-label="{picture.title}">
   <style>{STYLE}  </style>
   <rect class="page" width="{WIDTH}" height="{HEIGHT}" rx="12"/>
   {body}
@@ -98,16 +114,16 @@ aria-label="{TITLE}">
 """
 
 
-def main(arguments: list[str]) -> None:
-    """Take the numbers of a run, if one is named, and draw."""
-    data = HERE / "demo.jsonl"
-    if arguments:
-        lines = Path(arguments[0]).read_text(encoding="utf-8").splitlines()
-        kept = [{k: v for k, v in json.loads(ln).items() if k in ("step", *PANELS)} for ln in lines]
+def main(name: str, metrics: str | None = None) -> None:
+    """Take the numbers of a run, if its metrics are named, and draw."""
+    data, picture = HERE / f"{name}.jsonl", PICTURES[name]
+    if metrics:
+        lines = map(json.loads, Path(metrics).read_text(encoding="utf-8").splitlines())
+        kept = [{k: v for k, v in ln.items() if k in ("step", *picture.panels)} for ln in lines]
         data.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
     records = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
-    (HERE / "demo.svg").write_text(draw(records), encoding="utf-8")
+    (HERE / f"{name}.svg").write_text(draw(picture, records), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])
