@@ -454,7 +454,8 @@ class Trainer:
         fraction = step_metrics.void_fraction(trajectories)
         if fraction <= limit:
             return
-        self.player.clear()  # many of these episodes are void too
+        with together():
+            self.player.clear()  # many of these episodes are void too
         self._save()
         raise_together(
             TooManyVoidError(
@@ -478,7 +479,8 @@ class Trainer:
             ConfigError: the environment does not say how many tasks it has, and no limit is given.
         """
         run, (rank, size) = self.config.run, rank_and_size()
-        counts = [n for n in (self.player.num_eval_tasks(), run.eval_limit) if n is not None]
+        tasks = run_together(self.player.num_eval_tasks)[rank]
+        counts = [n for n in (tasks, run.eval_limit) if n is not None]
         if not counts:
             message = "this environment has no last task; say how many with --eval-limit"
             raise_together(ConfigError(message))
@@ -557,7 +559,8 @@ class Trainer:
         self.curriculum = CurriculumState(**saved.state.get("stage", {}))
         if self.curriculum.stage != stage:
             self._start_stage()
-        self.player.clear()
+        with together():
+            self.player.clear()
         self._sync()
         self.collapse.history.clear()
         return f"{what}; the run continues from it"
