@@ -250,7 +250,7 @@ def gathered_numel(values: Tensor) -> int:
     mesh = getattr(values, "device_mesh", None)
     if mesh is None or not values.numel():
         return values.numel()
-    ranks = mesh.size(mesh.ndim - 1)
+    ranks: int = mesh.size(mesh.ndim - 1)
     return -(-len(values) // ranks) * ranks * (values.numel() // len(values))
 
 
