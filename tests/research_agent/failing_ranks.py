@@ -56,7 +56,7 @@ def gathered() -> Iterator[tuple[str, Tensor]]:
 def pack_on_one_rank() -> float:
     """Rank 1 finds that trajectories cannot share rows: no rank lets them."""
     if dist.get_rank():
-        prepare.logit_difference = lambda *_: "something else"  # type: ignore[assignment]
+        prepare.logit_difference = lambda *_: "something else"  # type: ignore[attr-defined]
     config = LearnerConfig(micro_batch_tokens=40)
     learner = Learner(tiny_qwen2(50), GRPO(kl_coef=0.0), config, trees=True)
     return learner.update(random_groups(1))["loss"]

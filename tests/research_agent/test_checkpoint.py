@@ -201,9 +201,12 @@ def test_names_in_subfolders_reach_the_disk_too(
 ) -> None:
     flushed: list[str] = []
     open_path = os.open
-    monkeypatch.setattr(
-        os, "open", lambda path, *how: flushed.append(Path(path).name) or open_path(path, *how)
-    )
+
+    def watched(path: Any, *how: int) -> int:
+        flushed.append(Path(path).name)
+        return open_path(path, *how)
+
+    monkeypatch.setattr(os, "open", watched)
     save(tmp_path, 1)
     assert {"state", "state.safetensors", ".step-000001.tmp", tmp_path.name} <= set(flushed)
 
