@@ -5,6 +5,11 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 BASE_PYTHON ?= python3
 
+# Python keeps what it compiles in the environment, also where PYTHONDONTWRITEBYTECODE is set: a process
+# that imports torch starts in half the time then, and the tests start more than a hundred.
+export PYTHONDONTWRITEBYTECODE :=
+export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
+
 .PHONY: setup demo test test-main adapters-verifiers adapters-openenv adapters-verl
 .PHONY: lint docs lock clean elasticsearch elasticsearch-stop
 
@@ -58,11 +63,14 @@ adapters-verl: .venv-verl/.ready
 demo: setup
 	$(PYTHON) -m benchmarks.demo $(DEMO_ARGS)
 
-# A worker a core, four at most: each holds torch. More threads than one would wait for each other.
+# A worker a core, four at most: each holds torch. More threads than one would wait for each other. Files
+# keep the order of tests/conftest.py, in which those that take long come first. Java's slow compiler does
+# not pay in tests: Elasticsearch starts in two thirds of the time without it.
 test: test-main adapters-verifiers adapters-openenv
 
 test-main: setup
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile $(TEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} ES_JAVA_OPTS=-XX:TieredStopAtLevel=1 $(PYTHON) -m pytest \
+		-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 # A real server for the tests; its address is the last line. ELASTICSEARCH_URL names another.
 elasticsearch: setup

@@ -10,6 +10,7 @@ are compared with plain transformers on two short sequences.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -89,6 +90,9 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 """Printed name: the configuration's class in transformers, and what it needs to be tiny."""
 
 
+_ALONE = re.compile(r"one sequence at a time, .*? are wrong \(([^;)]*)")
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What the checks say of an architecture; empty strings are "as plain transformers"."""
@@ -96,7 +100,7 @@ class Verdict:
     name: str
     learner: str
     engine: str
-    sequential: bool  # the engine is right, one sequence at a time
+    alone: str  # why the engine is right with one sequence at a time only
     packing: str
 
 
@@ -151,7 +155,8 @@ def examine(name: str, config: str, settings: Mapping[str, Any]) -> Verdict:
             )
         )
         packing = _refusal(lambda: prepare(model, packing="on"))
-    alone = any("one sequence at a time" in str(warning.message) for warning in said)
+    causes = (_ALONE.search(str(warning.message)) for warning in said)
+    alone = next((found[1] for found in causes if found), "")
     return Verdict(name, learner, engine, alone, packing)
 
 
@@ -169,7 +174,7 @@ def table(verdicts: list[Verdict]) -> str:
     """The verdicts in Markdown."""
     lines = ["| architecture | transformers engine | learner | packing |", "|---|---|---|---|"]
     for verdict in verdicts:
-        engine = "one at a time" if verdict.sequential else "yes"
+        engine = f"one at a time: {verdict.alone}" if verdict.alone else "yes"
         cells = (
             "no: use vLLM" if verdict.engine else engine,
             "refused" if verdict.learner else "yes",

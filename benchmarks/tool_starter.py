@@ -60,6 +60,7 @@ def make_starter(output: Path, count: int = 3_600, quiet: bool = False) -> Path:
                 demonstration_args={"top_k": 1},
                 model=str(renamed),
                 count=count,
+                batch_by_length=True,
                 learning_rate=5e-4,
                 decay_share=1.0,
                 final_share=0.4,  # what is left for the habits, which come last

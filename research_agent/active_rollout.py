@@ -114,10 +114,11 @@ class ActiveRollout:
             question = info.get("question_id")
             named = f"episode {self.episode}" + (f" (question {question})" if question else "")
             kind = OverlongPromptError if tokens else ContextError
+            higher = "" if limit < self.sampling.max_prompt else "a higher --max-prompt, or "
             raise kind(
                 f"the prompt of {named} has {len(tokens)} tokens, not 1 to {limit} "
                 f"(max_prompt {self.sampling.max_prompt}, context {max_context}); "
-                "give a higher --max-prompt, or --overlong-prompts skip to leave such tasks out"
+                f"give {higher}--overlong-prompts skip to leave such tasks out"
             )
         self.prompt = len(tokens)
         self.state_key = _state_key(info)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from research_agent.errors import ConfigError, RankError, ResearchAgentError, StoppedError
+from research_agent.rendezvous import open_store
 
 T = TypeVar("T")
 
@@ -50,7 +51,9 @@ def init_distributed(timeout_minutes: float = 15.0) -> Iterator[None]:
     if on_gpu:
         torch.cuda.set_device(torchrun("LOCAL_RANK", 0))
     timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    store, rank, size = open_store(timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield
     except Exception as error:

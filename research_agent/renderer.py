@@ -19,7 +19,12 @@ import numpy as np
 
 from research_agent.chat_template import ChatTemplate, writes_date
 from research_agent.errors import ModelError
-from research_agent.models.source import generation_settings, resolve_model, tokenizer_source
+from research_agent.models.source import (
+    generation_settings,
+    opening,
+    resolve_model,
+    tokenizer_source,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -279,7 +284,7 @@ def load_renderer(
 
     source = tokenizer_source(model)
     place, options = source.place, {**source.options, "trust_remote_code": False}
-    try:
+    with opening(f"the tokenizer of {str(model)!r}", _WHERE):
         # For some architectures AutoTokenizer makes their own class of tokenizer, whatever the
         # folder says, and that one reads another's tokenizer.json without a word and wrongly.
         declared = get_tokenizer_config(place).get("tokenizer_class")
@@ -287,9 +292,6 @@ def load_renderer(
         tokenizer = (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(
             place, **options
         )
-    except (OSError, ValueError) as error:
-        message = f"no tokenizer can be opened at {str(model)!r}: {error}; {_WHERE}"
-        raise ModelError(message) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # the library makes one out of nothing
         raise ModelError(f"{str(model)!r} holds no tokenizer; {_WHERE}")
     if chat_template and not tokenizer.chat_template:
@@ -297,8 +299,11 @@ def load_renderer(
     end_ids = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     # An instruction-tuned model may end its turns with several tokens.
     more = generation_settings(place).get("eos_token_id")
-    if more is not None:
-        end_ids |= {int(i) for i in (more if isinstance(more, list) else [more])}
+    listed = more if isinstance(more, list) else [] if more is None else [more]
+    if not all(isinstance(i, int) for i in listed):
+        message = f"eos_token_id in the generation_config.json of {str(model)!r} is {more!r}"
+        raise ModelError(f"{message[:1000]}; write a token's number there, or a list of them")
+    end_ids |= set(listed)
     if not end_ids:
         raise ModelError(
             f"the tokenizer of {str(model)!r} has no end token, so that no turn could end; "

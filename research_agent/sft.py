@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 Demonstration = list[tuple[str, Any]]  # (provenance, text, or messages of a prompt)
 PROVENANCES = ("prompt", "action", "observation")
 
-BATCHES_SORTED_TOGETHER = 16  # trajectories of like length share a batch, out of this many
+BATCHES_SORTED_TOGETHER = 16  # with batch_by_length
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,10 @@ class SFTConfig:
     """Demonstrations per optimizer step."""
     micro_batch_tokens: int = 16_384
     """Tokens per forward and backward pass, padding included. Fewer need less memory."""
+    batch_by_length: bool = False
+    """Put demonstrations of similar length into one batch, which takes less time, as it leaves less
+    padding. A batch's loss is the mean of its tokens, so a token of a short demonstration then
+    counts more than one of a long demonstration, and what short ones do is learned more often."""
     learning_rate: float = 3e-3
     """The highest; it rises over the first steps and falls linearly over the last part."""
     warmup_steps: int = 50
@@ -241,12 +245,16 @@ def _schedule(config: SFTConfig, done: float, step: int) -> float:
 
 
 def _batches(config: SFTConfig, renderer: Renderer) -> Iterator[list[Trajectory]]:
-    """Whole batches, in the order of the demonstrations but for a few batches sorted by length."""
+    """Whole batches, in the order of the demonstrations, or with a few sorted by length."""
     import torch  # noqa: PLC0415
 
     generator = torch.Generator().manual_seed(config.seed)
     demonstrations = islice(_demonstrations(config), config.count)
     stream = (as_trajectory(d, renderer) for d in demonstrations)
+    if not config.batch_by_length:
+        while len(batch := list(islice(stream, config.batch))) == config.batch:
+            yield batch
+        return
     while chunk := list(islice(stream, config.batch * BATCHES_SORTED_TOGETHER)):
         chunk.sort(key=lambda trajectory: len(trajectory.tokens))
         starts = range(0, len(chunk) - config.batch + 1, config.batch)

@@ -379,6 +379,7 @@ SFT_PRESETS: dict[str, Preset] = {
         "demonstration_args": {"top_k": 1},
         "vocabulary": "research_env.demonstrations:vocabulary",
         "count": 66_000,
+        "batch_by_length": True,  # the guesses are short: they become the habit
         "learning_rate": 2e-3,
         "decay_share": 1.0,
         "final_share": 0.2,  # what is left for the habits, which come last

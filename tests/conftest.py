@@ -6,7 +6,6 @@ import fcntl
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,23 +22,38 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first, so that no worker waits for another at the end."""
+    slow, vllm = (
+        {item.path for item in items if item.get_closest_marker(mark)} for mark in ("slow", "vllm")
+    )
+    items.sort(key=lambda item: (item.path not in slow & vllm, item.path not in slow))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _leaves_no_global_state() -> Iterator[None]:
-    """Warn of each module that does not leave what tests must leave as they found it."""
+    """Fail each module that does not leave what tests must leave as they found it."""
     before, running = global_state.snapshot(), global_state.running()
     yield
     # vLLM's engine lives as long as the session, with its process group and variables.
     is_ours = "vllm" not in sys.modules
     changed = list(global_state.differences(before, global_state.snapshot())) if is_ours else []
     left = sorted(global_state.leftovers(running))
-    if changed or left:
-        warnings.warn(f"these tests leave behind: {[*changed, *left]}", stacklevel=1)
+    assert not changed and not left, f"these tests leave behind: {[*changed, *left]}"
 
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     """No test depends on the random numbers that earlier ones drew."""
     global_state.seed_all()
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the processes that our code starts, from one that has loaded torch."""
+    from tests.forks import FORKS
+
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: FORKS)
 
 
 @pytest.fixture(scope="session")

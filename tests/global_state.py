@@ -6,6 +6,7 @@ makes those that run after it pass or fail by their order.
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -93,6 +94,8 @@ _FRESH_TORCH = {
 
 def leftovers(before: set[str]) -> set[str]:
     """Threads and children that did not run before, and do not end by themselves either."""
+    if running() - before:
+        gc.collect()  # an environment that nobody closed is closed when it is collected
     deadline = time.monotonic() + _PATIENCE
     while (new := running() - before) and time.monotonic() < deadline:
         time.sleep(0.02)

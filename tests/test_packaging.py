@@ -50,6 +50,17 @@ def test_the_commit_hooks_run_tools_that_make_setup_installs() -> None:
         assert any(requirement.startswith(tool) for requirement in dev)
 
 
+def test_every_locked_package_has_hashes_and_an_install_checks_them() -> None:
+    lock = (ROOT / "requirements.lock").read_text()
+    entries = re.split(r"^(?=[\w.-]+==)", lock, flags=re.M)[1:]
+    assert len(entries) > 100
+    assert not [entry for entry in entries if "--hash=sha256:" not in entry]
+    installs = [
+        line for line in (ROOT / "Makefile").read_text().splitlines() if ".lock\n" in f"{line}\n"
+    ]
+    assert all("--require-hashes" in line for line in installs if " install " in line)
+
+
 def test_the_citation_is_of_this_version() -> None:
     citation = read_yaml("CITATION.cff")
     assert citation["version"] == PROJECT["version"]

@@ -34,6 +34,7 @@ from research_env.cli import main as research_env
 from research_env.papers import PROTOCOLS
 from research_env.protocol import TEMPLATES
 from research_env.rewards import REWARDS
+from tests import forks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
@@ -65,10 +66,10 @@ class Block(NamedTuple):
         return self.code.startswith("make ")
 
     @property
-    def is_training(self) -> bool:
-        """Whether all commands are research-agent's, which can run in this process."""
+    def is_ours(self) -> bool:
+        """Whether all commands are our own, which can run in this process."""
         lines = self.code.replace("\\\n", " ").splitlines()
-        return all(re.match(r"(PYTHONPATH=\S+ )?research-agent ", line) for line in lines)
+        return all(re.match(r"(PYTHONPATH=\S+ )?research-(agent|env) ", line) for line in lines)
 
     @property
     def is_install(self) -> bool:
@@ -144,27 +145,31 @@ def run(block: Block) -> str:
     if block.file:
         Path(block.file).write_text(block.code, encoding="utf-8")
     if block.language == "python":
-        command = [sys.executable, "-c", block.code]
+        program = Path("block.py").resolve()
+        program.write_text(block.code, encoding="utf-8")
+        done = forks.run(str(program), cwd=Path.cwd(), PYTHONPATH=str(ROOT))
     else:
         command = ["bash", "-euo", "pipefail", "-c", block.code]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
     assert done.returncode == 0, f"{block.where}\n{block.code}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
-def train(block: Block) -> None:
-    """Run a block of the trainer's commands in this process: each alone would load torch again."""
+def run_ours(block: Block) -> None:
+    """Run a block of our own commands in this process: each alone would load torch again."""
     for line in commands(block):
         with pytest.MonkeyPatch.context() as patch:
             while "=" in line[0]:
                 name, _, value = line.pop(0).partition("=")
                 assert name == "PYTHONPATH"
                 patch.syspath_prepend(Path(value).resolve())
-            assert line[0] == "research-agent"
-            research_agent(line[1:])
+            try:
+                PROGRAMS[line[0]](line[1:])
+            except SystemExit as ended:
+                assert not ended.code, f"{block.where}: {line}"
 
 
 def follow(document: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -173,8 +178,8 @@ def follow(document: str, capsys: pytest.CaptureFixture[str]) -> str:
     for block in blocks(document):
         if not block.is_run or block.is_make or block.needs_server or block.is_install:
             continue
-        if block.is_training:
-            train(block)
+        if block.is_ours:
+            run_ours(block)
             output.append(capsys.readouterr().out)
         else:
             output.append(run(block))

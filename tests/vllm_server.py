@@ -1,8 +1,12 @@
-"""A real vLLM server for tests. Any test may use it; it knows nothing of who asks.
+"""Real vLLM servers for tests. Any test may use them; they know nothing of who asks.
 
-``with serving(folder) as url:`` starts ``vllm serve`` with the model of a folder, and stops it by
-its process id. Starting takes half a minute and more: mark such tests ``vllm`` and ``slow``, and
-share the server by a fixture of the module. The model's name is ``model``.
+``with serving(folder) as url:`` starts vLLM's server with the model of a folder, and stops it. Mark
+such tests ``vllm`` and ``slow``, and share a server by a fixture of the module. The model's name is
+``model``.
+
+A server is three processes, and each takes ten seconds and more to load vLLM. So one process, the
+`Launcher`, loads it once, and all others are forked: its servers by itself, and their processes by
+the servers, as vLLM does on a GPU. Tests with real servers are in one file and share a launcher.
 
 `save_model` makes a model of a few kilobytes that writes the first token of its vocabulary, always;
 where a form of the answer is asked for, the first one that the form allows. So what a real server
@@ -11,6 +15,8 @@ answers is known beforehand.
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -19,31 +25,140 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 
 import httpx
 import pytest
 
 PATIENCE = 900.0  # seconds for the start, which takes minutes on a busy machine
+ROOT = Path(__file__).parents[1]
+LOADED = (
+    "vllm.entrypoints.launchers.api_server.entry",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.model_executor.models.qwen2",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+)
+ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",  # addresses that change weights
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+class Launcher:
+    """A process that has loaded vLLM and forks servers.
+
+    Args:
+        plugins: folders in which vLLM looks for plugins, besides the installed ones.
+    """
+
+    def __init__(self, *plugins: Path) -> None:
+        path = [str(ROOT), *map(str, plugins), os.environ.get("PYTHONPATH", "")]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def launch(self, log: Path, words: list[str]) -> int:
+        """Start a server in a session of its own; returns its process id."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps([str(log), words]) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """End the process, not its servers."""
+        self._process.communicate()
+
+
+class VllmServer:
+    """A server, which can be started again on its port.
+
+    Args:
+        launcher: starts it.
+        folder: a model with its tokenizer.
+        args: more arguments of vLLM's server.
+    """
+
+    def __init__(self, launcher: Launcher, folder: Path, *args: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder.with_name(f"server-{port}.log")
+        self._launcher = launcher
+        self._words = ["--model", str(folder), "--served-model-name", "model"]
+        self._words += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+        self._words += ["--enforce-eager", *args]
+        self._process = 0
+
+    def start(self) -> None:
+        """Start it; `ready` waits until it answers."""
+        self._process = self._launcher.launch(self.log, self._words)
+
+    def ready(self) -> None:
+        """Wait until it answers."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and self._runs():
+            with suppress(httpx.HTTPError):
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            time.sleep(0.2)
+        last = self.log.read_text(encoding="utf-8", errors="replace")[-4000:]
+        pytest.fail(f"vLLM's server did not start:\n{last}")
+
+    def kill(self) -> None:
+        """End all its processes, at once."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process, signal.SIGKILL)
+        while self._runs():
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Ask it to stop, and end what is left of its session."""
+        with suppress(ProcessLookupError):
+            os.kill(self._process, signal.SIGTERM)
+        deadline = time.monotonic() + 30
+        while self._runs() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.kill()
+
+    def _runs(self) -> bool:
+        return Path(f"/proc/{self._process}").exists()
 
 
 @contextmanager
-def serving(folder: Path, *args: str) -> Iterator[str]:
+def serving(folder: Path, *args: str, launcher: Launcher | None = None) -> Iterator[str]:
     """The address of a server's /v1; the test is skipped where there is no vLLM (fails under CI).
 
     Args:
         folder: a model with its tokenizer.
         args: more arguments of vLLM's server.
+        launcher: starts it; without one it gets its own.
     """
-    _need_vllm()
-    log = folder.with_name(folder.name + "-server.log")
-    with log.open("wb") as output:
-        process, url = _start(folder, args, output.fileno())
-        try:
-            _wait(process, url, log)
-            yield f"{url}/v1"
-        finally:
-            _stop(process)
+    need_vllm()
+    own = launcher or Launcher()
+    server = VllmServer(own, folder, *args)
+    server.start()
+    try:
+        server.ready()
+        yield f"{server.url}/v1"
+    finally:
+        server.stop()
+        if launcher is None:
+            own.close()
 
 
 def save_model(folder: Path, context: int = 4096) -> None:
@@ -95,7 +210,8 @@ def save_model(folder: Path, context: int = 4096) -> None:
     model.save_pretrained(folder)
 
 
-def _need_vllm() -> None:
+def need_vllm() -> None:
+    """Skip the test where there is no vLLM; under CI it fails."""
     try:
         import vllm  # noqa: F401
     except ImportError as error:
@@ -104,42 +220,39 @@ def _need_vllm() -> None:
         pytest.skip(f"vLLM is not here: {error}")
 
 
-def _start(folder: Path, args: tuple[str, ...], output: int) -> tuple[subprocess.Popen[bytes], str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # Not the command vllm: it looks for a package of that name, and the CPU's has another
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(folder), "--served-model-name", "model"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "float32", "--enforce-eager", *args]
-    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    env |= {"DO_NOT_TRACK": "1"}
-    env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    # A session of its own: its processes are stopped together
-    process = subprocess.Popen(
-        command, stdout=output, stderr=output, env=env, start_new_session=True
+def _launch_all() -> None:
+    """Be the launcher: start a server for each line of the input, and print its process id."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # vLLM writes there too
+    for module in LOADED:
+        import_module(module)
+    context = multiprocessing.get_context
+    multiprocessing.get_context = lambda method=None: context(  # type: ignore[assignment]
+        "fork" if method == "spawn" else method
     )
-    return process, f"http://127.0.0.1:{port}"
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a server that ends leaves no zombie
+    for line in sys.stdin:
+        process = os.fork()
+        if process == 0:
+            _serve(*json.loads(line))
+        print(process, file=answers)
 
 
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and process.poll() is None:
-        with suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                return
-        time.sleep(0.5)
-    last = log.read_text(encoding="utf-8", errors="replace")[-4000:]
-    pytest.fail(f"vLLM's server did not start (status {process.poll()}):\n{last}")
+def _serve(log: str, words: list[str]) -> None:
+    from vllm.entrypoints.launchers.api_server.entry import main
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = ["vllm", *words]
+    try:
+        main()
+    finally:
+        os._exit(1)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask it to stop, and end what is left of its session."""
-    with suppress(ProcessLookupError):
-        process.send_signal(signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(30)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(30)
+if __name__ == "__main__":
+    _launch_all()

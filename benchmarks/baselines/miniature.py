@@ -300,6 +300,7 @@ def prepare(folder: Path, settings: Miniature, seed: int, *, quiet: bool = False
                 demonstration_args={"top_k": settings.top_k},
                 count=settings.demonstrations,
                 model=str(resolve_model(MINIWORLD.policy.model)),
+                batch_by_length=True,
                 learning_rate=settings.learning_rate,
                 decay_share=1.0,
                 final_share=0.2,

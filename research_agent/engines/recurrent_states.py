@@ -41,11 +41,19 @@ class _View:
 
 @dataclass
 class RecurrentStates:
-    """The states of all slots, and which slots the forward under way is about."""
+    """The states of all slots, and which slots the forward under way is about.
 
+    Attributes:
+        token_by_token: layers forget a state when they are given several tokens after it.
+        held: states by slot and layer.
+        slots: those of the packed row, in order; empty: layers are unchanged.
+        ends: where the tokens of each slot end in the row.
+    """
+
+    token_by_token: bool = False
     held: dict[tuple[int, int], LinearAttentionLayer] = field(default_factory=dict)
-    slots: Sequence[int] = ()  # the packed row's, in order; empty: layers are unchanged
-    ends: Sequence[int] = ()  # where the tokens of each slot end in the row
+    slots: Sequence[int] = ()
+    ends: Sequence[int] = ()
 
     def forget(self, slot: int) -> None:
         """Drop what a slot holds."""
@@ -86,17 +94,24 @@ class RecurrentStates:
             parts = dict(zip(singles, out, strict=True))
         for i, slot in enumerate(self.slots):
             if i not in parts:
-                state = self.held.setdefault((slot, layer), LinearAttentionLayer())
                 tokens = row[:, starts[i] : self.ends[i]]
-                parts[i] = _first(forward(tokens, **{name: _View(state, {layer: state})}))[0]
+                singly = self.token_by_token and (slot, layer) in self.held
+                state = self.held.setdefault((slot, layer), LinearAttentionLayer())
+                view = {name: _View(state, {layer: state})}
+                outs = [
+                    _first(forward(t, **view))
+                    for t in tokens.split(1 if singly else len(tokens[0]), dim=1)
+                ]
+                parts[i] = torch.cat(outs, dim=1)[0]
         return torch.cat([parts[i] for i in range(len(self.slots))])[None]
 
 
-def keep_states_by_slot(model: Any) -> RecurrentStates | None:
+def keep_states_by_slot(model: Any, *, token_by_token: bool = False) -> RecurrentStates | None:
     """Let the recurrent layers of a model keep a state for each slot.
 
     Args:
         model: a causal language model of the transformers library; it is changed.
+        token_by_token: as in ``RecurrentStates``.
 
     Returns:
         The states; None if the model has no recurrent layer.
@@ -104,7 +119,7 @@ def keep_states_by_slot(model: Any) -> RecurrentStates | None:
     layers = recurrent_layers(model)
     if not layers:
         return None
-    states = RecurrentStates()
+    states = RecurrentStates(token_by_token)
     for layer in layers:
         names = inspect.signature(layer.forward).parameters
         name = "cache_params" if "cache_params" in names else "past_key_values"

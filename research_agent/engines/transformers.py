@@ -12,6 +12,7 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +30,7 @@ from research_agent.engines.recurrent_states import (
 )
 from research_agent.errors import ContextError, ModelError, ResearchAgentError
 from research_agent.models.probe import engine_difference, plain_logits
+from research_agent.models.recurrent import recurrent_layers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
     from research_agent.renderer import Renderer
 
+Way = Literal["together", "tokens", "alone"]
 _ATTENTION = "research_agent_slots"
 _MAX_STEP_TOKENS = 16_384  # bounds the memory of one forward
 _DECODE_ROWS = 64  # rows that attend together, as far as the longest of them reaches
@@ -82,6 +85,10 @@ class _SlotCache:
                 held[target, :, :reach] = held[source, :, :reach]
 
 
+# Not an argument of the model's forward, which some architectures do not hand on to their layers.
+_ACTIVE: ContextVar[_SlotCache] = ContextVar("the cache of the forward under way")
+
+
 def _slot_attention(
     module: torch.nn.Module,
     query: Tensor,  # [1, heads, tokens, head size]
@@ -89,24 +96,24 @@ def _slot_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    slot_cache: _SlotCache,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Write new keys and values to their slots, then let each row attend to its own slot."""
+    slot_cache = _ACTIVE.get()
     odd = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
     if odd or (sliding_window is not None and sliding_window < slot_cache.context):
         what = odd[0] if odd else f"a sliding window of {sliding_window} tokens"
         raise ModelError(
-            f"the transformers engine cannot run a model whose attention has {what}; "
+            f"its attention has {what}, which the transformers engine does not compute; "
             "use --engine vllm" + ("" if odd else ", or a shorter context")
         )
     keys, values = slot_cache.layer(module.layer_idx, key, value)  # type: ignore[arg-type]
     keys[slot_cache.rows, :, slot_cache.places] = key[0].transpose(0, 1)
     values[slot_cache.rows, :, slot_cache.places] = value[0].transpose(0, 1)
     packed = query[0].transpose(0, 1)  # [tokens, heads, head size]
-    out = torch.empty_like(packed, memory_format=torch.contiguous_format)
+    out = packed.new_empty(*packed.shape[:2], value.shape[3])
     for chunk in slot_cache.chunks:
         held = slice(chunk.first, chunk.first + chunk.count)
         seen_keys = keys[held, :, : chunk.reach]
@@ -144,7 +151,7 @@ def _attend_once(
     scores = torch.bmm((query * scale).reshape(shape), keys.flatten(0, 1).transpose(1, 2))
     scores = scores.view(rows, kv_heads, -1, reach).add_(mask)
     share = torch.softmax(scores, dim=-1).view(rows * kv_heads, -1, reach)
-    return torch.bmm(share, values.flatten(0, 1)).view(query.shape)
+    return torch.bmm(share, values.flatten(0, 1)).view(*query.shape[:2], -1)
 
 
 AttentionInterface.register(_ATTENTION, _slot_attention)
@@ -160,10 +167,10 @@ class TransformersEngine:
         max_context: tokens that a trajectory may have; the model's own limit by default.
         dtype: number format of the copied weights, such as bfloat16; the model's own by default.
         share: use the model object itself. Only where nobody else uses it, as when evaluating.
-        sequential: forward slots one after another, each with the transformers library's own
-            cache. Slow, and right for architectures that keep a state between tokens, or whose
-            attention cannot be replaced. "tokens" forwards the observations of later turns token by
-            token, for architectures that continue a state in no other way (Mamba).
+        way: of running the model. "tokens" continues recurrent states token by token, for
+            architectures that continue them in no other way (Mamba). "alone" forwards slots one
+            after another, each with the transformers library's own cache: slow, and right for
+            architectures whose attention cannot be replaced.
 
     Raises:
         ModelError: the architecture's attention cannot be replaced, or has no known context.
@@ -181,7 +188,7 @@ class TransformersEngine:
         *,
         dtype: str | None = None,
         share: bool = False,
-        sequential: Literal[False, True, "tokens"] = False,
+        way: Way = "together",
     ) -> None:
         self.max_context = context_limit(model, max_context)
         self.max_slots = max_slots
@@ -190,19 +197,19 @@ class TransformersEngine:
         self._model = (model if share else _copy(model, dtype)).eval()
         self._device = next(self._model.parameters()).device
         self._names = WeightNames(self._model)
-        self._sequential: Literal[False, True, "tokens"] = sequential
-        self._caches: dict[int, tuple[str, Any]] = {}  # sequential: of each slot, by argument name
+        self._alone = way == "alone"
+        self._caches: dict[int, tuple[str, Any]] = {}  # alone: of each slot, by argument name
         self._states: RecurrentStates | None = None
-        if not sequential:
-            self._states = keep_states_by_slot(self._model)
+        if not self._alone:
+            self._states = keep_states_by_slot(self._model, token_by_token=way == "tokens")
             try:
                 self._model.set_attn_implementation(_ATTENTION)
-            except (ValueError, AttributeError) as error:
-                raise ModelError(
-                    f"the attention of {type(model).__name__} cannot be replaced ({error}); "
-                    "use --engine vllm"
-                ) from error
-        if not sequential and self._states is None:
+                replaced = self._model.config._attn_implementation == _ATTENTION
+            except (ValueError, AttributeError):
+                replaced = False
+            if not replaced:
+                raise ModelError("its attention cannot be replaced; use --engine vllm")
+        if not self._alone and self._states is None:
             # A recurrent state cannot be taken back to an earlier token: such a model offers no
             # fork, and branches forward their tokens again.
             self.fork: Callable[[int, int, int], None] = self._fork
@@ -460,7 +467,7 @@ class TransformersEngine:
 
     def _forward(self, slots: NDArray[np.int64], admitted: list[int]) -> Tensor:
         """Forward every new token of the slots; float32 logits [slots, vocabulary] of the last."""
-        if self._sequential:
+        if self._alone:
             return torch.stack([self._forward_alone(slot) for slot in slots.tolist()])
         going = len(slots) - sum(admitted)
         counts = np.ones(len(slots), dtype=np.int64)
@@ -483,15 +490,16 @@ class TransformersEngine:
         self._cached[slots] = before + counts
         if self._states is not None:
             self._states.slots, self._states.ends = slots.tolist(), ends.tolist()
+        active = _ACTIVE.set(self._cache)
         try:
             logits: Tensor = self._model(
                 input_ids=self._tensor(np.array(tokens))[None],
                 position_ids=places[None],
                 use_cache=False,
                 logits_to_keep=self._tensor(ends - 1),
-                slot_cache=self._cache,
             ).logits[0]
         finally:
+            _ACTIVE.reset(active)
             if self._states is not None:
                 self._states.slots = ()
         return logits.float()
@@ -501,14 +509,12 @@ class TransformersEngine:
         new = self._pending.pop(slot, None) or [int(self._last[slot])]
         self.forwarded_tokens += len(new)
         self._cached[slot] += len(new)
-        one_by_one = self._sequential == "tokens" and slot in self._caches
-        for tokens in [[token] for token in new] if one_by_one else [new]:
-            name, cache = self._caches.get(slot, ("past_key_values", None))
-            given = {} if cache is None else {name: cache}
-            ids = self._tensor(np.array(tokens))[None]
-            output = self._model(input_ids=ids, use_cache=True, **given, **self._last_only)
-            kept = ((n, getattr(output, n, None)) for n in ("past_key_values", "cache_params"))
-            self._caches[slot] = next((n, held) for n, held in kept if held is not None)
+        name, cache = self._caches.get(slot, ("past_key_values", None))
+        given = {} if cache is None else {name: cache}
+        ids = self._tensor(np.array(new))[None]
+        output = self._model(input_ids=ids, use_cache=True, **given, **self._last_only)
+        kept = ((n, getattr(output, n, None)) for n in ("past_key_values", "cache_params"))
+        self._caches[slot] = next((n, held) for n, held in kept if held is not None)
         logits: Tensor = output.logits[0, -1]
         return logits.float()
 
@@ -612,8 +618,8 @@ def proved_engine(
     """
     plain = model.config._attn_implementation
     causes: list[str] = []
-    ways: tuple[Literal[False, True, "tokens"], ...] = (False, True, "tokens")
-    for sequential in ways:
+    ways: tuple[Way, ...] = ("together", "tokens", "alone")
+    for way in ways if recurrent_layers(model) else ("together", "alone"):
         try:
             engine = TransformersEngine(
                 model,
@@ -622,16 +628,18 @@ def proved_engine(
                 max_context,
                 dtype=dtype,
                 share=share,
-                sequential=sequential,
+                way=way,
             )
             difference = engine.difference_to_plain(plain)
         except ContextError:
             raise
-        except (ResearchAgentError, RuntimeError, TypeError, ValueError, IndexError,
+        except ResearchAgentError as error:
+            difference = str(error)
+        except (RuntimeError, TypeError, ValueError, IndexError,
                 AttributeError, KeyError, AssertionError, StopIteration) as error:  # fmt: skip
             difference = f"{type(error).__name__}: {error}"
         if not difference:
-            if sequential:
+            if way == "alone":
                 warnings.warn(
                     f"{type(model).__name__} is sampled one sequence at a time, as sequences"
                     f" together are wrong ({causes[0]}); --engine vllm is faster",
@@ -644,8 +652,7 @@ def proved_engine(
             forget_states(model)
     raise ModelError(
         f"the transformers engine does not compute what {type(model).__name__} does. Sequences"
-        f" together: {causes[0]}. One at a time: {causes[1]}. Token by token: {causes[2]}. "
-        "Use --engine vllm"
+        f" together: {causes[0]}. One at a time: {causes[-1]}. Use --engine vllm"
     )
 
 

@@ -9,17 +9,16 @@ from typing import Any, Literal
 
 import torch
 
-from research_agent.distributed import lost_or_out_of_memory, rank_and_size
+from research_agent.distributed import rank_and_size
 from research_agent.errors import ModelError
 from research_agent.models.policy import (
-    LOADING_ERRORS,
     load_model,
-    refuse_quantized,
+    refuse_unusable,
     repair_generation,
     tokens_of_unreadable,
 )
 from research_agent.models.prepare import require_learnable
-from research_agent.models.source import ModelSource, model_source
+from research_agent.models.source import ModelSource, model_source, opening
 from research_agent.sharded import (
     defer,
     fill,
@@ -77,9 +76,9 @@ def _skeleton(source: ModelSource, name: str, dtype: torch.dtype) -> tuple[Any, 
         GenerationConfig,
     )
 
-    try:
+    with opening(f"the model {name!r}"):
         config = AutoConfig.from_pretrained(source.place, trust_remote_code=False)
-        refuse_quantized(config, name)
+        refuse_unusable(config, name)
         config._attn_implementation = None
         folder = _local_folder(source.place)
         if not any(folder.glob("*.safetensors")):
@@ -90,14 +89,6 @@ def _skeleton(source: ModelSource, name: str, dtype: torch.dtype) -> tuple[Any, 
             model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         if (settings := tokens_of_unreadable(source.place, name)) is None:
             settings = _generation_config(GenerationConfig, source.place)
-    except LOADING_ERRORS as error:
-        if lost_or_out_of_memory(error):
-            raise
-        message = (
-            f"the model {name!r} cannot be opened: {error}. Give a folder with config.json and"
-            " model.safetensors, a GGUF file, or a name on the Hugging Face hub"
-        )
-        raise ModelError(message) from error
     for parameter, weight in model.named_parameters():
         if parameter not in stored:
             return None, f"its files do not hold {parameter!r}"
@@ -144,11 +135,6 @@ def load_shards(score: Any, device: torch.device) -> None:
     if not is_deferred(model):
         return
     folder = weights_folder(model)
-    try:
+    with opening(f"the weights in {folder}", "get or save them again"):
         fill(score, model, device)
-    except LOADING_ERRORS as error:
-        if lost_or_out_of_memory(error):
-            raise
-        message = f"the weights in {folder} cannot be read: {error}; get or save them again"
-        raise ModelError(message) from error
     score(partial(require_learnable, name=str(folder)))

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from research_agent.errors import ConfigError, ModelError
+from research_agent.models.source import opening
 
 _NAME = "default"
 
@@ -110,13 +111,8 @@ def _read(adapter: str) -> tuple[Any, Any]:
     except ImportError as error:
         message = f"{adapter} is an adapter, which needs the package peft; pip install peft"
         raise ConfigError(message) from error
-    from safetensors import SafetensorError  # noqa: PLC0415
-
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-        return config, load_peft_weights(adapter, device="cpu")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the adapter {adapter} cannot be read: {error}; get it again") from error
+    with opening(f"the adapter {adapter}", "get it again"):
+        return PeftConfig.from_pretrained(adapter), load_peft_weights(adapter, device="cpu")
 
 
 def _refuse_more_than_lora(config: Any, adapter: str) -> None:

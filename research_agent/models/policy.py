@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import struct
 import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -12,14 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from research_agent.batch import Batch, MicroBatch, Packing, micro_batches
 from research_agent.distributed import (
     all_reduce_sum,
-    lost_or_out_of_memory,
     rank_and_size,
     shard_batches,
 )
@@ -34,6 +30,7 @@ from research_agent.models.source import (
     ModelSource,
     generation_settings,
     model_source,
+    opening,
 )
 
 if TYPE_CHECKING:
@@ -41,20 +38,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "bfloat16"]
 
-LOADING_ERRORS: tuple[type[Exception], ...] = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    RecursionError,
-    OverflowError,
-    ArithmeticError,
-    pickle.UnpicklingError,
-    struct.error,
-    SafetensorError,
-)
+MOST_LAYERS = 10_000  # a configuration that says more would fill the memory with them
 
 # The most logits that are held at once: 64 Mi of float32 are 256 MiB. A GPU likes larger products.
 MAX_LOGITS = 2**26
@@ -90,12 +74,13 @@ def load_model(
     """
     source = model_source(name)
     device = find_device(device)
-    model = _open(source, str(name), getattr(torch, dtype))
+    with opening(f"the model {str(name)!r}"):
+        model = _open(source, str(name), getattr(torch, dtype))
+        repair_generation(model, str(name))
     if source.adapter is not None and merge_adapter:
         from research_agent.models.lora import merge_adapter as merge  # noqa: PLC0415
 
         model = merge(model, source.adapter)
-    repair_generation(model, str(name))
     model = model.to(device).eval()
     if model.device.type == "cpu":
         # Weights in a mapped file begin anywhere, and where they begin decides the last bits of a
@@ -132,28 +117,15 @@ def _open(source: ModelSource, name: str, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - slow to import
 
     options = {**source.options, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(source.place, **options)
-        refuse_quantized(config, name)
-        # A configuration may name an attention that it would have downloaded and run.
-        config._attn_implementation = None
-        if (tokens := tokens_of_unreadable(source.place, name)) is not None:
-            options["generation_config"] = tokens
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            source.place, config=config, dtype=dtype, output_loading_info=True, **options
-        )
-    except ImportError as error:
-        cure = "pip install gguf" if source.gguf_file else "install it"
-        message = f"the model {name!r} needs a package that is missing: {error}; {cure}"
-        raise ModelError(message) from error
-    except LOADING_ERRORS as error:
-        if lost_or_out_of_memory(error):
-            raise
-        message = (
-            f"the model {name!r} cannot be opened: {error}. Give a folder with config.json and"
-            " model.safetensors, a GGUF file, or a name on the Hugging Face hub"
-        )
-        raise ModelError(message) from error
+    config = AutoConfig.from_pretrained(source.place, **options)
+    refuse_unusable(config, name)
+    # A configuration may name an attention that it would have downloaded and run.
+    config._attn_implementation = None
+    if (tokens := tokens_of_unreadable(source.place, name)) is not None:
+        options["generation_config"] = tokens
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        source.place, config=config, dtype=dtype, output_loading_info=True, **options
+    )
     if missing := sorted(loaded["missing_keys"]):
         message = (
             f"the model {name!r} lacks {len(missing)} of its weights, among them"
@@ -170,7 +142,7 @@ def require_ends(model: Any, renderer: Renderer) -> None:
         ModelError: one of them is beyond the model's vocabulary.
     """
     words = len(model.get_output_embeddings().weight)
-    beyond = sorted(token for token in renderer.end_ids if token >= words)
+    beyond = sorted(token for token in renderer.end_ids if not 0 <= token < words)
     if beyond:
         raise ModelError(
             f"the end token {beyond[0]} is beyond the model's {words} tokens, so that no turn"
@@ -367,8 +339,14 @@ def _plain_weights(model: Any, dtype: torch.dtype) -> Any:
     return plain
 
 
-def refuse_quantized(config: Any, name: str) -> None:
-    """Refuse a configuration of quantized weights, which cannot learn."""
+def refuse_unusable(config: Any, name: str) -> None:
+    """Refuse a configuration of quantized weights, which cannot learn, or of too many layers."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ModelError(
+            f"the configuration of {name!r} says {layers:.3g} layers, more than {MOST_LAYERS};"
+            " get it again"
+        )
     found = getattr(config, "quantization_config", None)
     if not found:
         return
@@ -391,13 +369,13 @@ def repair_generation(model: Any, name: str) -> None:
     pad = getattr(given, "pad_token_id", None)
     try:
         given.validate(strict=True)
-        if pad is None or pad >= 0:
+        if pad is None or _is_token(pad):
             return
-        cause: object = f"pad_token_id is {pad}"
-    except ValueError as error:
+        cause: object = f"pad_token_id is {pad!r}"
+    except (ValueError, TypeError) as error:
         cause = error
     model.generation_config = _tokens_only(given.to_dict())
-    if (config_pad := getattr(model.config, "pad_token_id", None)) is not None and config_pad < 0:
+    if not _is_token(getattr(model.config, "pad_token_id", None)):
         model.config.pad_token_id = None
     _say_repaired(name, cause)
 
@@ -421,13 +399,17 @@ def _tokens_only(values: Mapping[str, Any]) -> Any:
 
     ids = {key: values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     pad = ids["pad_token_id"]
-    return GenerationConfig(**{**ids, "pad_token_id": None if pad is None or pad < 0 else pad})
+    return GenerationConfig(**{**ids, "pad_token_id": pad if _is_token(pad) else None})
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and value >= 0
 
 
 def _say_repaired(name: str, cause: object) -> None:
-    first = str(cause).strip().splitlines()[0]
+    words = " ".join(str(cause).split())[:300]
     warnings.warn(
-        f"the generation_config of {name!r} cannot be saved ({first}); of it only the end tokens"
+        f"the generation_config of {name!r} cannot be saved ({words}); of it only the end tokens"
         " are kept, as sampling is set by this package",
         stacklevel=4,
     )

@@ -8,16 +8,50 @@ from __future__ import annotations
 import difflib
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from research_agent.errors import ModelError
+from research_agent.errors import ModelError, ResearchAgentError
 
 STARTERS = Path(__file__).parents[1] / "starters"
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+MODEL_CURE = (
+    "give a folder with config.json and model.safetensors, a GGUF file, or a name on the Hugging"
+    " Face hub"
+)
+
+
+@contextmanager
+def opening(what: str, cure: str = MODEL_CURE) -> Iterator[None]:
+    """Turn whatever libraries raise over a stranger's files into a ``ModelError``.
+
+    Args:
+        what: is opened inside the block.
+        cure: what to do if it cannot be opened.
+
+    Raises:
+        ModelError: anything but an error of this package was raised inside the block. A lost rank
+            and a lack of memory are raised as they are.
+    """
+    try:
+        yield
+    except ResearchAgentError:
+        raise
+    except ImportError as error:
+        raise ModelError(f"{what} needs a package that is missing: {error}") from error
+    except Exception as error:
+        from research_agent.distributed import lost_or_out_of_memory  # noqa: PLC0415 - loads torch
+
+        if lost_or_out_of_memory(error):
+            raise
+        cause = " ".join(str(error).split())[:1000] or type(error).__name__
+        raise ModelError(f"{what} cannot be opened: {cause}; {cure}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -609,6 +609,7 @@ def test_what_runs_begin_with_is_made(small: Settings, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_a_small_study_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,12 +10,12 @@ def test_the_page_has_the_table_of_today() -> None:
 
 def test_the_table_says_what_works() -> None:
     rows = table([
-        Verdict("A", "", "", False, ""),
-        Verdict("B", "", "", True, "cannot share a row"),
-        Verdict("C", "no", "wrong", False, "no"),
+        Verdict("A", "", "", "", ""),
+        Verdict("B", "", "", "its attention is odd", "cannot share a row"),
+        Verdict("C", "no", "wrong", "", "no"),
     ]).splitlines()  # fmt: skip
     assert rows[2:] == [
         "| A | yes | yes | yes |",
-        "| B | one at a time | yes | off |",
+        "| B | one at a time: its attention is odd | yes | off |",
         "| C | no: use vLLM | refused | off |",
     ]

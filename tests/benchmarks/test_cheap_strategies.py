@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from benchmarks.cheap_strategies import PROTOCOLS, STRATEGIES, play, rewards_of
@@ -40,3 +43,12 @@ def test_what_a_strategy_earns(reward: str, strategy: str, earned: float) -> Non
     chosen = next(each for each in STRATEGIES if each.name == strategy)
     function = (REWARDS | SHAPING)[reward]
     assert function(play(core, QUESTION, chosen, HITS)) == pytest.approx(earned)
+
+
+def test_the_page_has_the_cheapest_strategy_of_every_reward() -> None:
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "rewards.md"
+    _, _, table = page.read_text(encoding="utf-8").partition("## What knowing nothing pays")
+    rows = dict(re.findall(r"^\| ([\w-]+) \| ([^|]+) \|", table, flags=re.MULTILINE))
+    assert rows.pop("reward") == "strategy"
+    assert rows.keys() == {reward for each in PROTOCOLS for reward in rewards_of(each)}
+    assert set(rows.values()) <= {strategy.name for strategy in STRATEGIES}

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from research_env.demonstrations import gold_queries
 from research_env.errors import RetrievalError
 from research_env.papers import PROTOCOLS
 from research_env.retrieval import open_retriever
+from tests import forks
 from tests.research_agent.conftest import byte_tokenizer, codec_of
 
 ENV = "research_env:ReSearch-MiniWorld-v0"
@@ -155,25 +153,15 @@ def test_with_its_results_blanked_it_reads_nothing() -> None:
 # --- the whole of it ------------------------------------------------------------------------------
 
 
-def command(*words: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    told = subprocess.run(
-        [sys.executable, "-m", *words],
-        env=os.environ | {"RESEARCH_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert told.returncode == 0, told.stderr
-    return told
-
-
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path: Path, cache: Path) -> None:
     starter, output = str(tmp_path / "starter"), tmp_path / "demo"
     small = ["--count", "150", "--hidden-size", "16", "--layers", "1", "--heads", "2", "--quiet"]
     sft(["sft", "miniworld", *small, "--output", starter])
     words = ["--model", starter, "--steps", "2", "--limit", "8", "--seed", "5"]
-    told = command("benchmarks.demo", "--json", *words, "--output", str(output), cache=cache)
+    more = {"RESEARCH_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    told = forks.run("benchmarks.demo", "--json", *words, "--output", str(output), **more)
+    assert told.returncode == 0, told.stderr
 
     [line] = told.stdout.splitlines()
     results = json.loads(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,10 +39,13 @@ def test_a_run_that_lost_something_is_not_right() -> None:
 
 @pytest.mark.slow
 def test_a_server_killed_while_it_loads_weights_loses_nothing(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With the tests' servers, which need no vLLM."""
+    monkeypatch.setattr(faults, "PROGRAM", (sys.executable, "-m", "tests.research_agent.fake_vllm"))
     with pytest.raises(SystemExit) as ended:
         main(["--distributed", "--json", "--only", "loads weights"])
     row = json.loads(capsys.readouterr().out)
     assert ended.value.code == 0, row
     assert row["happened"] and row["same"] and row["void"] == 0
+    assert row["back"] and row["starts"] == 1

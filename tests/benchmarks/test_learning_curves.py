@@ -133,6 +133,7 @@ def test_an_unknown_algorithm(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_the_whole_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small runs in processes of their own; the second time nothing is run again."""
     monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))

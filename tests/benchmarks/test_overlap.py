@@ -5,6 +5,7 @@ import pytest
 from benchmarks.overlap import Config, main
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_tiny_run_measures_both(capsys: pytest.CaptureFixture[str]) -> None:
     found = main(Config(staleness=(0, 1), tiny=True))
     assert found[0].staleness_max == 0

@@ -168,6 +168,7 @@ def test_a_cell_of_other_settings_is_refused(
         paper_table.run(config)
 
 
+@pytest.mark.usefixtures("forks")
 def test_cells_that_are_played_at_the_same_time_are_the_same(
     data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

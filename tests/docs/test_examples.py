@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import forks
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -31,21 +30,9 @@ RUN = {  # program -> its arguments, and lines that it prints
 
 
 def run(folder: Path, program: str, arguments: list[str]) -> str:
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "RESEARCH_CACHE": str(folder / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / program), *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    environment = {"RESEARCH_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = forks.run(str(EXAMPLES / program), *arguments, cwd=folder, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -257,7 +257,7 @@ def _launch(folder: Path, port: int) -> Server:
                 "PATH": os.environ["PATH"],
                 "HOME": str(folder),
                 "ES_JAVA_HOME": str(java),
-                "ES_JAVA_OPTS": HEAP,
+                "ES_JAVA_OPTS": f"{HEAP} {os.environ.get('ES_JAVA_OPTS', '')}",
                 "ES_PATH_CONF": str(folder / "config"),
                 "ES_TMPDIR": str(folder / "tmp"),
             },

@@ -6,7 +6,6 @@ server does so as a plugin, which ``as_plugin`` makes of this module.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,14 +96,12 @@ def install(put: Callable[[Any, str, Any], None] = setattr) -> None:
     put(reductions, "rebuild_cuda_tensor", lambda buffer, *_: buffer.tensor)
 
 
-def as_plugin(folder: Path) -> dict[str, str]:
-    """Make a plugin of this module; the environment in which a vLLM server finds it."""
+def as_plugin(folder: Path) -> Path:
+    """Make a plugin of this module; the folder in which a vLLM server finds it."""
     made = folder / "cuda_double-0.dist-info"
     made.mkdir(parents=True)
     (made / "METADATA").write_text("Metadata-Version: 2.1\nName: cuda-double\nVersion: 0\n")
     (made / "entry_points.txt").write_text(
         f"[vllm.general_plugins]\ncuda_double = {__name__}:install\n"
     )
-    root = Path(__file__).parents[2]
-    path = [str(folder), str(root), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    return folder

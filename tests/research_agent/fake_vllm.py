@@ -57,7 +57,10 @@ class FakeVllm:
         weights: names and values of the last weights it read.
         wires: what is broadcast in NCCL groups, by their port and the rank of who listens.
         transfer: how it takes weights over a wire: "well", or one of the faults in ``_take``.
+        sizes: layers, tokens and width of its model.
     """
+
+    sizes: tuple[int, ...] = (2, 264, 128)
 
     def __init__(self, **settings: Any) -> None:
         self.port = 0  # any
@@ -70,7 +73,6 @@ class FakeVllm:
         self.software = "0.32.0"
         self.backend = "nccl"
         self.unpickles = True
-        self.sizes = (2, 264, 128)  # layers, tokens, width
         self.paused = False
         self.workers: list[str] | None = None  # URLs behind it if it is a router
         self.balances = False  # other servers answer each time
@@ -331,10 +333,15 @@ def main(words: list[str]) -> None:
         sys.exit(message)
     names = [word.removeprefix("--") for word in words]
     settings = dict(zip(names, [*words[1:], ""], strict=True))
+    sizes = FakeVllm.sizes
+    if "model" in settings:
+        config = json.loads((Path(settings["model"]) / "config.json").read_text())
+        sizes = tuple(config[n] for n in ("num_hidden_layers", "vocab_size", "hidden_size"))
     FakeVllm(
         port=int(settings["port"]),
         context=int(settings["max-model-len"]),
         dtype=settings["dtype"],
+        sizes=sizes,
         dummy=settings.get("load-format") == "dummy",
     )
     record = {"pid": os.getpid(), "settings": settings, "environment": dict(os.environ)}

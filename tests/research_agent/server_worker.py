@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -35,22 +36,25 @@ class Gathered:
             yield name, full_tensor(weight.detach()) * self._number
 
 
-def play(urls: list[str], dtype: str = "bfloat16") -> dict[str, Any]:
+def play(urls: list[str], name: str = "serve") -> dict[str, Any]:
     """Sample four turns of this rank with two versions of the weights.
 
     Args:
-        urls: of the servers; without any one is started.
-        dtype: number format of their weights.
+        urls: addresses of the servers; without any, one is started.
+        name: the engine that starts it; with settings, as if the machine had one GPU.
     """
     renderer = codec_of(byte_tokenizer(merges=True))
     model = tiny_qwen2(hidden=128)
     shard(model, list(model.model.layers), make_mesh(model.device))
-    settings: dict[str, Any] = {"max_context": 200, "dtype": dtype}
+    settings: dict[str, Any] = {"max_context": 200, "dtype": "bfloat16"}
     if urls:
         engine = connect_servers(model, renderer, urls, patience=0.5, **settings)
     else:
         serve._PROGRAM = (sys.executable, "-m", "tests.research_agent.fake_vllm")
-        engine = serve.serve_engine(parse_engine("serve"), model, renderer, 4, **settings)
+        if name != "serve":
+            serve.weights_device = lambda _: torch.device("cuda")  # type: ignore[attr-defined]
+            torch.cuda.device_count = lambda: 1
+        engine = serve.serve_engine(parse_engine(name), model, renderer, 4, **settings)
     rank = dist.get_rank()
     turns, seen = [], []
     try:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from research_agent import checkpoint
 from research_agent.errors import CheckpointError
+from research_agent.models.source import opening
 from tests.research_agent.disks import small_disk
 
 Nested = st.recursive(
@@ -249,7 +250,8 @@ def test_a_lost_rank_or_a_lack_of_memory_is_no_broken_checkpoint(
         with pytest.raises(type(error)) as caught:
             attempt()
         assert caught.value is error
-    with pytest.raises(type(error)), checkpoint.restoring(saved):
-        fail()
+    for reading in (checkpoint.restoring(saved), opening("the model")):
+        with pytest.raises(type(error)), reading:
+            fail()
     with pytest.raises(CheckpointError, match="in its middle"), checkpoint.restoring(saved):
         raise RuntimeError("the tensor ends in its middle")

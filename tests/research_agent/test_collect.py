@@ -20,7 +20,7 @@ from research_agent.environments import Action, StepResult, make_environments
 from research_agent.errors import ConfigError, ContextError, EnvironmentContractError
 from research_agent.renderer import Renderer
 from research_agent.rollout import collect
-from research_agent.trajectory import Trajectory
+from research_agent.trajectory import SKIPPED, Trajectory
 from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
 from tests.research_agent.toy_env import CopyLetter, CopyLetterVector
 
@@ -189,6 +189,16 @@ def test_prompts_that_do_not_fit_are_named() -> None:
     with pytest.raises(ContextError, match=r"episode 1 has 2 tokens"):
         play(engine)
     assert engine.busy == 0
+
+
+def test_prompts_that_do_not_fit_are_skipped_on_request() -> None:
+    environments = make_environments("tests.research_agent.quiz_env:Quiz-v0", 1, {"long": 1})
+    episodes = [(0, 0), (1, 0), (2, 0)]
+    limits = Limits(max_prompt=20)
+    played = collect(says("a"), environments, RENDERER, episodes, limits, overlong_prompts="skip")
+    assert [trajectory.stop_reason == SKIPPED for trajectory in played] == [False, True, False]
+    assert [len(trajectory.segments) for trajectory in played] == [2, 0, 2]
+    assert [trajectory.void for trajectory in played] == [False, True, False]
 
 
 class Fake:
@@ -448,6 +458,8 @@ def test_an_environment_without_the_option_is_seeded_with_the_episode() -> None:
 
 
 def test_environments_that_cannot_be_played_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"CopyLeter-v0'.*Did you mean: `CopyLetter`"):
+        make_environments("tests.research_agent.toy_env:CopyLeter-v0", 1)
     with pytest.raises(ConfigError, match=r"no environment 'Nothing-v0'"):
         make_environments("Nothing-v0", 1)
     with pytest.raises(ConfigError, match=r"no environment 'no_such_module:A-v0'"):

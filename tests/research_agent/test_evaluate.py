@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -33,6 +31,7 @@ from research_agent.evaluation.predictions import as_record, read_predictions
 from research_agent.evaluation.summary import Outcome, Part, Summary, outcome, summarize
 from research_agent.files import folder_lock
 from research_agent.trajectory import Segment, Trajectory
+from tests import forks
 from tests.research_agent.conftest import byte_tokenizer, codec_of, letter_tokenizer, tiny_qwen2
 from tests.research_agent.quiz_env import Quiz
 
@@ -553,12 +552,7 @@ def test_killed_in_the_middle_the_same_command_goes_on(
 ) -> None:
     fuse = tmp_path / "fuse"
     fuse.touch()
-    killed = subprocess.run(
-        [sys.executable, "-m", "research_agent.cli", *words(letters, tmp_path / "run", fuse)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        check=False,
-    )
+    killed = forks.run("research_agent.cli", *words(letters, tmp_path / "run", fuse))
     assert killed.returncode == -9, killed.stderr
     path = tmp_path / "run" / "predictions.jsonl"
     before = path.read_bytes()

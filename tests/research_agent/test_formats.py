@@ -13,11 +13,15 @@ import pytest
 
 from research_agent.checkpoint import CHECKSUMS, _checksums
 from research_agent.cli import main
-from research_agent.errors import LogError, PredictionsError
+from research_agent.errors import LogError, PredictionsError, ResearchAgentError
 from research_agent.evaluation.predictions import as_record, read_predictions
 from research_agent.formats import ObjectFormat, parse
+from research_agent.models.policy import load_model
+from research_agent.renderer import load_renderer
 from research_agent.run_logger import read_lines
 from research_agent.trajectory import Segment, Trajectory
+from tests.research_agent.conftest import byte_tokenizer, tiny_qwen2
+from tests.research_agent.model_files import edit_json, save_model
 from tests.research_agent.test_trainer import flags, letters
 
 __all__ = ["letters"]
@@ -206,3 +210,32 @@ def test_a_mutated_log_or_configuration_of_a_run(
             assert not message or str(copy / file) in message or "no run" in message, message
             refused += bool(message)
     assert refused > 2
+
+
+@pytest.mark.filterwarnings("ignore")  # the library's, of what it ignores
+@pytest.mark.parametrize(
+    ("file", "count"),
+    [("config.json", 15), ("generation_config.json", 10), ("tokenizer_config.json", 10),
+     ("tokenizer.json", 10)],
+)  # fmt: skip
+def test_a_mutated_model_is_opened_or_refused(tmp_path: Path, file: str, count: int) -> None:
+    model = save_model(tmp_path / "model", tiny_qwen2(len(byte_tokenizer())))
+    value = json.loads((model / file).read_text())
+    refused = 0
+    for text in mutants(value, count, seed=5):
+        (model / file).write_text(text)
+        try:
+            load_renderer(model)
+            if not file.startswith("tokenizer"):
+                load_model(model, device="cpu")
+        except ResearchAgentError as error:
+            assert str(model) in str(error)
+            refused += 1
+    assert refused > 2
+
+
+def test_more_layers_than_memory_holds_are_refused(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", tiny_qwen2(len(byte_tokenizer())))
+    edit_json(model / "config.json", num_hidden_layers=10**9, layer_types=None)
+    with pytest.raises(ResearchAgentError, match=r"1e\+09 layers, more than 10000"):
+        load_model(model, device="cpu")

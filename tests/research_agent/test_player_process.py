@@ -130,6 +130,7 @@ def test_the_same_episodes_as_in_this_process(player: PlayerProcess) -> None:
     assert closed  # the engine too
 
 
+@pytest.mark.usefixtures("forks")
 def test_an_error_keeps_its_type_and_says_where() -> None:
     with started() as player:
         player.load_weights(weights(99), 99)
@@ -140,6 +141,7 @@ def test_an_error_keeps_its_type_and_says_where() -> None:
             player.state()
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_refusal_at_the_start_is_the_one_of_this_process() -> None:
     config = TrainConfig(environment=EnvironmentConfig(env="tests.nowhere:X-v0"))
     process = PlayerProcess(config, SLOTS, {})
@@ -199,6 +201,7 @@ def test_a_dead_parent_ends_the_child(tmp_path: Path, words: list[str]) -> None:
     assert not Path(folder).exists()
 
 
+@pytest.mark.usefixtures("forks")
 def test_turns_on_servers_go_on_while_weights_come(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,7 +101,7 @@ def test_new_weights_are_sampled_from(name: str) -> None:
     assert take(engine)[0] == greedy(model, PROMPTS[0], 6)
 
 
-@pytest.mark.parametrize("name", ["Qwen3.5", "LFM2", "Falcon-H1", "Granite 4 hybrid"])
+@pytest.mark.parametrize("name", ["Qwen3.5", "LFM2", "Falcon-H1", "Granite 4 hybrid", "Mamba"])
 def test_every_slot_keeps_its_own_state(name: str) -> None:
     """Turns begin and end at different times, and slots are used again."""
     model = make(name)

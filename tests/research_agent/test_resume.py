@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,11 +21,10 @@ from tests.research_agent.test_trainer import (
     letters,
     metrics,
     refusal,
-    server,
     wait_for_step,
 )
 
-__all__ = ["letters", "server"]
+__all__ = ["letters"]
 
 Capture = pytest.CaptureFixture[str]
 
@@ -164,6 +162,20 @@ def test_a_chat_template_goes_on_with_the_day_and_arguments_of_its_run(
     )
 
 
+def test_a_prompt_that_is_too_long_stops_a_run_and_both_cures_continue_it(
+    letters: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    more = ["--steps", "3", "--save-every", "1", "--env-args", "long=1"]
+    words = flags(letters, tmp_path / "run", *more, env="tests.research_agent.quiz_env:Quiz-v0")
+    assert "21 tokens, not 1 to 8 " in refusal(capsys, words)
+    other = shutil.copytree(tmp_path / "run", tmp_path / "other")
+    main([*words, "--overlong-prompts", "skip"])
+    skipped = [record["skipped_fraction"] for record in metrics(tmp_path / "run")]
+    assert len(skipped) == 3 and max(skipped) == 0.25
+    main([*words, "--output", str(other), "--max-prompt", "21"])
+    assert [record["skipped_fraction"] for record in metrics(other)] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "state/state.safetensors", "state.json"])
 def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_offered(
     letters: Path, run: Path, capsys: Capture, name: str
@@ -220,11 +232,11 @@ def test_one_process_trains_into_a_folder(letters: Path, run: Path, capsys: Capt
 
 
 @pytest.mark.slow
-def test_a_hangup_saves(server: Any, letters: Path, tmp_path: Path) -> None:
+def test_a_hangup_saves(letters: Path, tmp_path: Path) -> None:
     from tests.research_agent.test_trainer import start
 
     words = flags(letters, tmp_path / "run", "--steps", "100000", "--save-every", "100000")
-    process = start(server, words, tmp_path / "log")
+    process = start(words, tmp_path / "log")
     wait_for_step(process, tmp_path / "run", 1)
     os.kill(process.pid, signal.SIGHUP)
     process.join()

@@ -43,8 +43,11 @@ def servers() -> Iterator[dict[str, list[FakeVllm]]]:
 @pytest.fixture(scope="module")
 def said(servers: dict[str, list[FakeVllm]]) -> dict[str, list[Any]]:
     """What the two ranks said of each pair."""
-    urls = {name: [[server.url for server in pair]] for name, pair in servers.items()}
+    urls: dict[str, list[Any]] = {
+        name: [[server.url for server in pair]] for name, pair in servers.items()
+    }
     urls["started"] = [[]]  # by the first rank
+    urls["gpus"] = [[], "serve:tp=2"]
     out = in_two_processes("tests.research_agent.server_worker", json.dumps(urls))
     lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     lines.sort(key=lambda line: line["rank"])
@@ -84,3 +87,9 @@ def test_a_wrong_server_stops_both_ranks_and_rank_0_tells(
     first, second = said[name]
     assert (first["error"], second["error"]) == ("EngineError", "StoppedError")
     assert WRONG[name][1] in first["message"]
+
+
+def test_more_gpus_than_there_are_stop_both_ranks(said: dict[str, list[Any]]) -> None:
+    first, second = said["gpus"]
+    assert (first["error"], second["error"]) == ("ConfigError", "StoppedError")
+    assert "serve with 2 GPUs (tp times dp): 1 are visible here" in first["message"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,15 @@ def both(count: int, seed: int, good: bool = True) -> Iterator[Parts]:
         if i == count:
             raise AssertionError("more demonstrations were taken than --count")
         yield A if i % 2 else B
+
+
+def half_long(count: int, seed: int) -> Iterator[Parts]:
+    """Half of the answers are short, and half are long."""
+    draw = random.Random(seed).random
+    return (
+        [("prompt", "c"), ("action", "A!" if draw() < 0.5 else "B" + "?b=" * 4)]
+        for _ in range(count)
+    )
 
 
 def nothing(count: int, seed: int) -> Parts:
@@ -108,6 +118,25 @@ def test_the_model_that_comes_out_opens_and_has_learned_the_actions_alone(learne
     after_first = dict(predictions(learned, [*A[:2], ("observation", "?")]))
     assert after_first["!"] > 0.9
     assert tokenizer.eos_token == "<|end|>"
+
+
+def test_short_answers_are_learned_more_often_where_batches_are_of_one_length(
+    tmp_path: Path,
+) -> None:
+    def short(by_length: bool) -> float:
+        config = replace(
+            SMALL,
+            demonstrations=f"{HERE}:half_long",
+            batch=32,
+            count=6_400,
+            batch_by_length=by_length,
+            decay_share=1.0,
+            output=tmp_path / str(by_length),
+        )
+        return predictions(run(config), [("prompt", "c"), ("action", "A")])[0][1]
+
+    assert 0.4 < short(by_length=False) < 0.6
+    assert short(by_length=True) > 0.7
 
 
 def test_the_same_command_gives_the_same_bits(tmp_path: Path) -> None:

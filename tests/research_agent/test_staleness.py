@@ -30,6 +30,7 @@ from research_agent.renderer import Renderer
 from research_agent.rollout import InFlight, RolloutLoop, collect, keeps_turns
 from research_agent.run_logger import read_lines
 from research_agent.trajectory import Group, Trajectory
+from tests.forks import FORKS
 from tests.research_agent.conftest import tiny_qwen2
 from tests.research_agent.test_collect import END, RENDERER, Fake, Limits
 from tests.research_agent.test_trainer import (
@@ -38,12 +39,11 @@ from tests.research_agent.test_trainer import (
     letters,
     refusal,
     run_alone,
-    server,
     start,
 )
 from tests.research_agent.torchrun import in_two_processes
 
-__all__ = ["letters", "server"]  # fixtures
+__all__ = ["letters"]
 
 AHEAD = {
     "collection": (PlayerProcess, "collect"),
@@ -441,6 +441,7 @@ def test_an_episode_whose_environment_answers_otherwise_begins_anew() -> None:
     assert not any("?" in text for text in said)
 
 
+pytestmark = pytest.mark.usefixtures("forks")
 STALE = "--env-args turns=3 --max-response 16 --max-in-flight 50 --max-staleness 2"
 
 
@@ -515,23 +516,21 @@ def run_ahead_until_killed(
 
 
 @pytest.mark.slow
-def test_a_run_ahead_that_is_killed_plays_each_episode_once(
-    server: Any, letters: Path, tmp_path: Path
-) -> None:
-    more = [*STALE.split(), "--steps", "24", "--log-episodes", "99"]
+def test_a_run_ahead_that_is_killed_plays_each_episode_once(letters: Path, tmp_path: Path) -> None:
+    more = [*STALE.split(), "--steps", "12", "--log-episodes", "99"]
     words, log = flags(letters, tmp_path / "run", *more), str(tmp_path / "log")
     rng = random.Random(0)
     for phase in AHEAD:
         arguments = (words, log, phase, rng.randint(1, 2), rng.random())
-        process = server.Process(target=run_ahead_until_killed, args=arguments)
+        process = FORKS.Process(target=run_ahead_until_killed, args=arguments)
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL, Path(log).read_text()
-    assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] < 24  # there is work left
-    process = start(server, words, Path(log))
+    assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] < 12  # there is work left
+    process = start(words, Path(log))
     process.join()
     assert process.exitcode == 0, Path(log).read_text()
-    require_each_once(tmp_path / "run", 24, staleness=2)
+    require_each_once(tmp_path / "run", 12, staleness=2)
 
 
 @pytest.mark.slow

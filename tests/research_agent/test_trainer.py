@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -26,9 +25,10 @@ from research_agent.engines.transformers import TransformersEngine
 from research_agent.learner import Learner
 from research_agent.player import Player
 from research_agent.run_logger import RunLogger, read_lines
+from tests.forks import FORKS
 from tests.research_agent.conftest import letter_tokenizer, tiny_qwen2
 from tests.research_agent.disks import resize, small_disk
-from tests.research_agent.torchrun import in_two_processes, torchrun
+from tests.research_agent.torchrun import in_two_processes
 
 COPY = "tests.research_agent.toy_env:CopyLetter-v0"
 FAILING = "tests.research_agent.failing_env:Failing-v0"
@@ -328,17 +328,6 @@ def run_alone(words: list[str], log: str) -> None:
     main(words)
 
 
-@pytest.fixture(scope="module")
-def server() -> Any:
-    """Starts processes that have loaded torch already."""
-    context = multiprocessing.get_context("forkserver")
-    qwen2 = "transformers.models.qwen2.modeling_qwen2"
-    context.set_forkserver_preload(
-        [__name__, "research_agent.trainer", "torch.utils.tensorboard", qwen2]
-    )
-    return context
-
-
 PHASES = {
     "collection": (Player, "collect"),
     "update": (Learner, "update"),
@@ -372,8 +361,8 @@ def run_until_killed(words: list[str], log: str, phase: str, calls: int, share: 
     run_alone(words, log)
 
 
-def start(server: Any, words: list[str], log: Path) -> Any:
-    process = server.Process(target=run_alone, args=(words, str(log)))
+def start(words: list[str], log: Path) -> Any:
+    process = FORKS.Process(target=run_alone, args=(words, str(log)))
     process.start()
     return process
 
@@ -389,7 +378,7 @@ def wait_for_step(process: Any, output: Path, step: int) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_and_stopped_equals_one_that_never_was(
-    server: Any, letters: Path, tmp_path: Path
+    letters: Path, tmp_path: Path
 ) -> None:
     more = ["--steps", "60", "--eval-every", "7", "--env-args", "turns=2"]
     log = tmp_path / "log"
@@ -399,14 +388,14 @@ def test_a_run_that_is_killed_and_stopped_equals_one_that_never_was(
     rng.shuffle(moments)
     for moment in moments:
         arguments = (words, str(log), *moment)
-        process = server.Process(target=run_until_killed, args=arguments)
+        process = FORKS.Process(target=run_until_killed, args=arguments)
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL, log.read_text()
     assert len(moments) == 20
     begun = metrics(tmp_path / "broken")[-1]["step"]
     assert begun < 50  # it was killed while there was work to do
-    process = start(server, words, log)
+    process = start(words, log)
     wait_for_step(process, tmp_path / "broken", begun + 1)
     os.kill(process.pid, signal.SIGTERM)
     process.join()
@@ -414,7 +403,7 @@ def test_a_run_that_is_killed_and_stopped_equals_one_that_never_was(
     assert "the same command continues it" in log.read_text()
     done = metrics(tmp_path / "broken")[-1]["step"]
     assert (tmp_path / "broken" / "checkpoints" / f"step-{done:06d}").is_dir()
-    ends = [start(server, flags(letters, tmp_path / n, *more), log) for n in ("broken", "whole")]
+    ends = [start(flags(letters, tmp_path / n, *more), log) for n in ("broken", "whole")]
     for process in ends:
         process.join()
         assert process.exitcode == 0, log.read_text()
@@ -424,12 +413,10 @@ def test_a_run_that_is_killed_and_stopped_equals_one_that_never_was(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("staleness", ["0", "1"])
-def test_a_second_interrupt_leaves_at_once(
-    server: Any, letters: Path, tmp_path: Path, staleness: str
-) -> None:
+def test_a_second_interrupt_leaves_at_once(letters: Path, tmp_path: Path, staleness: str) -> None:
     more = ["--steps", "100000", "--save-every", "100000", "--max-staleness", staleness]
     words = flags(letters, tmp_path / "run", *more)
-    process = start(server, words, tmp_path / "log")
+    process = start(words, tmp_path / "log")
     wait_for_step(process, tmp_path / "run", 1)
     os.kill(process.pid, signal.SIGSTOP)  # so that both arrive within one step
     os.kill(process.pid, signal.SIGTERM)
@@ -454,9 +441,9 @@ def test_the_best_checkpoint_stays_beside_the_newest(letters: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_second_sigterm_changes_nothing(server: Any, letters: Path, tmp_path: Path) -> None:
+def test_a_second_sigterm_changes_nothing(letters: Path, tmp_path: Path) -> None:
     words = flags(letters, tmp_path / "run", "--steps", "100000", "--save-every", "100000")
-    process = start(server, words, tmp_path / "log")
+    process = start(words, tmp_path / "log")
     wait_for_step(process, tmp_path / "run", 1)
     os.kill(process.pid, signal.SIGTERM)
     os.kill(process.pid, signal.SIGTERM)  # as where a scheduler and torchrun both send one
@@ -471,12 +458,12 @@ def test_two_processes_train_what_one_trains(letters: Path, tmp_path: Path) -> N
     more += ["--algorithm-args", "kl_coef=0.01"]  # with a reference policy
     main(flags(letters, tmp_path / "one", "--steps", "5", *more))
     # Stopped and continued, also by one process.
-    for steps, start in (("2", torchrun), ("4", None), ("5", in_two_processes)):
+    for steps in ("2", "4", "5"):
         words = flags(letters, tmp_path / "two", "--steps", steps, *more)
-        if start is None:
+        if steps == "4":
             main(words)
         else:
-            said = start("research_agent.cli", *words)
+            said = in_two_processes("research_agent.cli", *words)
             assert said.count(f"is finished: {steps} steps are done") == 1
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert [sorted(record) for record in two] == [sorted(record) for record in one]

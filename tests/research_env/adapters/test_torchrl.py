@@ -104,7 +104,7 @@ def test_its_batched_environment_rolls_out(sessions: Sessions) -> None:
 
 
 def test_searches_of_a_pool_of_threads_share_calls() -> None:
-    with Sessions(max_wait=0.2, **settings()) as sessions:
+    with Sessions(max_batch=8, max_wait=20.0, **settings()) as sessions:
         pool = envs.AsyncEnvPool(
             [lambda i=i: adapter.make_env(sessions, seed=i) for i in range(8)], backend="threading"
         )
@@ -117,7 +117,7 @@ def test_searches_of_a_pool_of_threads_share_calls() -> None:
         ] * 8
         engine = sessions.core.retriever
         assert isinstance(engine, Engine)
-        assert (engine.queries, engine.calls <= 4) == (8, True)
+        assert (engine.queries, engine.calls) == (8, 1)
 
 
 def test_unknown_tasks_and_steps_after_the_end_are_refused(sessions: Sessions) -> None:

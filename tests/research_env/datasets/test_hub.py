@@ -521,9 +521,11 @@ def test_names_that_leave_the_folder_are_not_taken(
 
 def test_the_table_of_data_names_all_there_is() -> None:
     text = (Path(__file__).parents[3] / "docs/how-to/data.md").read_text(encoding="utf-8")
-    table, _, _ = text.partition("## Licences")
+    table, _, licences = text.partition("## Licences")
     rows = re.findall(r"^\| `([^`]+)` \|.*?\| `([^`]+)`", table, flags=re.MULTILINE)
     assert dict(rows) == {name: source.repository for name, source in HUB_SOURCES.items()}
+    named = " ".join(re.findall(r"^\| (`.*?) \|", licences, flags=re.MULTILINE))
+    assert dict(rows).keys() <= set(re.findall(r"`([^`]+)`", named))
 
 
 def test_an_unknown_set_is_told_with_the_known_ones(tmp_path: Path) -> None:

@@ -394,7 +394,7 @@ def test_a_server_that_does_not_answer_in_time(tmp_path: Path) -> None:
         return says(RIGHT)
 
     with serving(answer) as server:
-        summary = run(write(tmp_path, episode(1), episode(2)), server, deadline=1.0)
+        summary = run(write(tmp_path, episode(1), episode(2)), server, deadline=3.0)
         held.set()
     assert (summary.correct, summary.missing) == (1, 1)
     assert summary.reasons == {"no answer in time": 1}
@@ -1050,58 +1050,3 @@ def test_importing_the_package_loads_no_judge() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert "openai" not in loaded.stdout.split()  # an extra
-
-
-# A real server
-
-
-@pytest.fixture(scope="module")
-def vllm_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    from tests.vllm_server import save_model, serving
-
-    folder = tmp_path_factory.mktemp("vllm") / "model"
-    save_model(folder)
-    with serving(folder, "--max-model-len", "4096", "--max-num-seqs", "8") as url:
-        yield url
-
-
-@pytest.mark.vllm
-@pytest.mark.slow
-def test_a_real_server_holds_the_model_to_a_verdict(tmp_path: Path, vllm_url: str) -> None:
-    """vLLM takes the JSON schema; its model writes the first token that the schema allows."""
-    path = write(tmp_path, *(episode(n) for n in range(24)))
-    summary = judge_predictions(path, JudgeSettings(vllm_url, "model"), show=False)
-    assert (summary.n, summary.missing, summary.score) == (24, 0, 1.0)
-    raw = {each["raw"] for each in judged(tmp_path)}
-    assert {json.dumps(json.loads(each)) for each in raw} == {
-        '{"rationale": "", "judgement": "correct"}'
-    }
-    assert summary.replies == 24
-    assert summary.replies_without_usage == 0
-    assert summary.tokens_in > 24 * 1_000  # a byte a token, and the prompt has 1,400 of them
-    assert summary.tokens_out == 24 * (len(raw.pop()) + 1)
-    assert "all 24 predictions correct" in summary.warnings[0]
-
-
-@pytest.mark.vllm
-@pytest.mark.slow
-def test_a_real_server_whose_model_gives_no_verdict(tmp_path: Path, vllm_url: str) -> None:
-    """Without a form the same model writes nothing."""
-    path = write(tmp_path, *(episode(n) for n in range(3)))
-    settings = JudgeSettings(vllm_url, "model", "r1-searcher")
-    summary = judge_predictions(path, settings, show=False)
-    assert (summary.missing, summary.range) == (3, (0.0, 1.0))
-    assert summary.reasons == {"no valid verdict": 3}
-    assert summary.replies == 6
-
-
-@pytest.mark.vllm
-@pytest.mark.slow
-def test_a_real_server_refuses_what_is_too_long_or_unknown(tmp_path: Path, vllm_url: str) -> None:
-    path = write(tmp_path, episode(1, "word " * 2_000), episode(2))
-    summary = judge_predictions(path, JudgeSettings(vllm_url, "model"), show=False)
-    assert (summary.correct, summary.reasons) == (1, {"status 400": 1})
-    (line,) = [each for each in judged(tmp_path) if each["correct"] is None]
-    assert "4096" in line["problem"]
-    with pytest.raises(JudgeError, match="404"):
-        judge_predictions(path, JudgeSettings(vllm_url, "other"), tmp_path / "other", show=False)

@@ -1,0 +1,83 @@
+"""A place in a store where only the ranks of one start meet."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from uuid import uuid4
+
+import torch.distributed as dist
+
+from research_agent.errors import RankError
+
+
+def open_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Open the store that torchrun's variables name, for the ranks of this start alone.
+
+    Args:
+        timeout: how long a rank waits for the others.
+
+    Returns:
+        The store, the number of this rank, and how many there are.
+
+    Raises:
+        RankError: the address cannot be used, or another rank did not come in time.
+    """
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        return unused_prefix(store, rank, size, timeout), rank, size
+    except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        message = (
+            f"the ranks cannot meet at {place} ({str(error).splitlines()[0]}). If another program "
+            "has that port, give torchrun another --master-port"
+        )
+        raise RankError(message) from error
+
+
+def unused_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """Agree on a prefix in which no earlier start of the ranks has left anything.
+
+    torchrun keeps one store over all its restarts, so a new process group could find the address
+    of a rank that is gone. Its count of restarts cannot tell the starts apart, because each node
+    counts for itself. So rank 0 invents the prefix, and each other rank asks for it under a name
+    of its own, which nobody but a living rank 0 can answer.
+
+    Args:
+        store: the same for all ranks; it may hold what earlier starts wrote.
+        rank: the number of this rank.
+        size: the number of ranks.
+        timeout: how long a rank waits for the others.
+
+    Returns:
+        The part of the store under the prefix.
+
+    Raises:
+        torch.distributed.DistStoreError: another rank did not come in time.
+
+    References:
+        https://github.com/pytorch/pytorch/issues/135712
+    """
+    if rank:
+        name = uuid4().hex
+        store.set(f"name/{rank}", name)
+        prefix = store.get(name).decode()
+        store.set(f"{prefix}/{rank}", "")
+    else:
+        prefix = uuid4().hex
+        deadline = time.monotonic() + timeout.total_seconds()
+        for other in range(1, size):
+            _answer(store, other, prefix, deadline)
+    return dist.PrefixStore(prefix, store)
+
+
+def _answer(store: dist.Store, other: int, prefix: str, deadline: float) -> None:
+    """Tell a rank the prefix, until it says that it has it: its name may be an old one."""
+    while not store.check([f"{prefix}/{other}"]):
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"timed out: rank {other} did not start")
+        if store.check([f"name/{other}"]):
+            store.set(store.get(f"name/{other}").decode(), prefix)
+        time.sleep(0.01)

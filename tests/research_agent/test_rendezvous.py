@@ -1,0 +1,42 @@
+"""Ranks that meet in a store which earlier starts have used."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from research_agent.rendezvous import unused_prefix
+
+TIMEOUT = timedelta(seconds=20)
+
+
+def meet(store: dist.Store, size: int) -> list[dist.Store]:
+    """All ranks at once, each with the store that it gets."""
+    with ThreadPoolExecutor(size) as pool:
+        ranks = [pool.submit(unused_prefix, store, i, size, TIMEOUT) for i in range(size)]
+        return [rank.result() for rank in ranks]
+
+
+def test_no_start_sees_what_another_one_wrote() -> None:
+    store = dist.HashStore()
+    for start, size in enumerate((3, 3, 2)):
+        places = meet(store, size)
+        assert not places[0].check(["address"])
+        places[-1].set("address", str(start))
+        assert [place.get("address") for place in places] == [str(start).encode()] * size
+
+
+def test_a_rank_that_was_killed_before_the_others_came_is_forgotten() -> None:
+    store = dist.HashStore()
+    store.set("name/1", "killed")
+    first, second = meet(store, 2)
+    second.set("address", "new")
+    assert first.get("address") == b"new"
+
+
+def test_a_rank_that_does_not_start_is_named() -> None:
+    with pytest.raises(dist.DistStoreError, match="timed out: rank 1 did not start"):
+        unused_prefix(dist.HashStore(), 0, 2, timedelta(seconds=0.05))
