@@ -70,6 +70,7 @@ def play(urls: list[str], name: str = "serve") -> dict[str, Any]:
                 turns += [(turn.slot, turn.tokens, turn.version) for turn in engine.step()]
             for slot in range(4):
                 engine.release(slot)
+        dist.barrier()  # before the rank that started the server ends it
         return {"turns": sorted(turns), "seen": seen}
     finally:
         engine.close()
