@@ -40,7 +40,8 @@ from benchmarks.baselines import (
 from benchmarks.baselines.published import DATASETS, published
 from benchmarks.baselines.rendering import Cell, Judged, Results, Row
 from benchmarks.runs import run_all
-from research_agent.config import EvalConfig, validate_eval
+from research_agent.config import EnvironmentConfig, EvalConfig, PolicyConfig, SamplingConfig
+from research_agent.config_checks import validate_eval
 from research_agent.errors import ConfigError, ResearchAgentError
 from research_agent.files import write_atomic
 from research_agent.trajectory import Trajectory
@@ -348,22 +349,21 @@ def play(
     given = {**arguments, "top_k": config.top_k, "protocol": "research"}
     given.setdefault("template", "instruct" if sampler.chat else "base")
     settings = EvalConfig(
-        env=ENV,
-        model=sampler.name,
-        output=folder,
+        EnvironmentConfig(env=ENV, env_args=given),
+        PolicyConfig(model=sampler.name, chat_template=sampler.chat, device=config.device),
+        folder,
+        SamplingConfig(
+            temperature=config.temperature,
+            engine=config.engine,
+            max_prompt=config.max_prompt,
+            max_response=config.max_response,
+            max_turn_tokens=config.max_turn_tokens,
+            max_in_flight=config.max_in_flight,
+        ),
         endpoint=sampler.endpoint,
-        env_args=given,
         limit=config.limit,
-        temperature=config.temperature,
         seed=config.seed,
-        chat_template=sampler.chat,
-        engine=config.engine,
-        max_prompt=config.max_prompt,
-        max_response=config.max_response,
-        max_turn_tokens=config.max_turn_tokens,
-        max_in_flight=config.max_in_flight,
         dtype=config.dtype,
-        device=config.device,
     )
     validate_eval(settings)
     environments: Any
@@ -393,7 +393,7 @@ def play(
             nobody,
             environments,
             nobody,
-            settings,
+            settings.sampling,
             folder,
             limit=limit,
             seed=config.seed,

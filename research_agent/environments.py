@@ -189,7 +189,9 @@ class _Singles:
         for i, episode in assignments.items():
             # One that counts its tasks draws their order from the seed; any other may not know
             # the option, and is seeded with the episode.
-            own = seed if self.num_tasks is not None else _mix(seed, episode)
+            own = seed
+            if self.num_tasks is None:
+                own = int(np.random.SeedSequence([seed, episode]).generate_state(1)[0])
             observation, info = self._envs[i].reset(seed=own, options={"episode": episode})
             begun[i] = (_text(observation), info)
         return begun
@@ -261,7 +263,3 @@ def _one(infos: Mapping[str, Any], i: int) -> dict[str, Any]:
         for key, value in infos.items()
         if not key.startswith("_") and (f"_{key}" not in infos or infos[f"_{key}"][i])
     }
-
-
-def _mix(seed: int, episode: int) -> int:
-    return int(np.random.SeedSequence([seed, episode]).generate_state(1)[0])

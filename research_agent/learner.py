@@ -54,7 +54,7 @@ from research_agent.sharded import Read, copy_or_read, read_nothing, read_weight
 from research_agent.trajectory import Group
 
 METRICS = {
-    "loss": "what is minimised: the weighted sum of -objective over the action tokens",
+    "loss": "what is minimized: the weighted sum of -objective over the action tokens",
     "grad_norm": "Euclidean length of the gradient of the loss, before it is clipped",
     "learning_rate": "of the last optimizer step",
     "entropy": "mean over the action tokens of the entropy of the policy there, in nats",

@@ -1,4 +1,4 @@
-"""Text to tokens and back, once: nothing is ever retokenised.
+"""Text to tokens and back, once: nothing is ever retokenized.
 
 Prompts, observations and actions are encoded or decoded where they are made, each on its own. Text
 that comes from the environment is encoded with special-token parsing off, so that one that
@@ -138,7 +138,7 @@ class Renderer:
         if not known:
             return self.encode_text(observation)
         for each in known:
-            if not self._is_special(each):
+            if self.tokenizer.convert_tokens_to_ids(each) not in self._special_ids:
                 raise ModelError(
                     f"the environment frames its observations with {each!r}, which is no chat "
                     "token of this model's tokenizer; let the environment use the format of this "
@@ -151,9 +151,6 @@ class Renderer:
             elif piece:
                 tokens += self.encode_text(piece)
         return tokens
-
-    def _is_special(self, text: str) -> bool:
-        return bool(self.tokenizer.convert_tokens_to_ids(text) in self._special_ids)
 
     def encode_prompt(
         self,

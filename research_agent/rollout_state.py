@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from research_agent.active_rollout import ActiveRollout, Episode, Sampling
+from research_agent.active_rollout import ActiveRollout, Episode, InFlight, Sampling
 from research_agent.engines.base import Completion
 from research_agent.environments import Environments
-from research_agent.rollout import InFlight
 from research_agent.trajectory import Segment, Trajectory
 
 _TRAJECTORY = (

@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from research_agent.config import require_chat_template, require_one_process
+from research_agent.config_checks import require_chat_template, require_one_process
 from research_agent.errors import ConfigError, ContextError, NonFiniteError
 from research_agent.formats import LONGEST_LINE
 from research_agent.presets import offered
@@ -220,7 +220,9 @@ def _validate(config: SFTConfig) -> None:
             raise ConfigError(f"--{flag} is {getattr(config, name)}; it must be at least 1")
     if config.threads is not None and config.threads < 1:
         raise ConfigError(f"--threads is {config.threads}; it must be at least 1")
-    require_chat_template(config)
+    require_chat_template(
+        config.chat_template, config.chat_template_args, config.chat_template_date
+    )
     if config.chat_template and config.bare_text:
         raise ConfigError("--chat-template and --bare-text exclude each other; give one of them")
     if config.chat_template and config.model is None:

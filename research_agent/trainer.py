@@ -27,14 +27,9 @@ from research_agent.active_rollout import Episode
 from research_agent.algorithms import algorithm
 from research_agent.algorithms.base import SelectsGroups
 from research_agent.checkpoint import Checkpoint
-from research_agent.config import (
-    SamplingConfig,
-    TrainConfig,
-    as_json,
-    changes,
-    require_same,
-    validate,
-)
+from research_agent.config import RolloutConfig, TrainConfig, as_json
+from research_agent.config_changes import changes, require_same
+from research_agent.config_checks import validate
 from research_agent.curriculum import CollapseMonitor, CurriculumState, parse_stages
 from research_agent.distributed import (
     alike,
@@ -78,7 +73,6 @@ from research_agent.signals import stop_signals
 from research_agent.terminal import show
 from research_agent.trace import Trace, span
 from research_agent.trajectory import NOT_GROWN, Group, Trajectory
-from research_agent.trees import TreePlan
 
 CHANGES = "changes.jsonl"  # settings with which a run was continued
 
@@ -216,7 +210,7 @@ class Trainer:
 
     def _open(self, saved: Checkpoint | None, stack: ExitStack) -> None:
         """Make everything that a step uses, with the weights and states of a checkpoint."""
-        config, sampling, run = self.config, self.config.sampling, self.config.run
+        config, rollout, run = self.config, self.config.rollout, self.config.run
         rank, size = rank_and_size()
         torch.manual_seed(run.seed)
         rule = algorithm(config.algorithm.algorithm, **config.algorithm.algorithm_args)
@@ -225,16 +219,16 @@ class Trainer:
             stack.callback(self.trace.close)
 
         # The player has as many environments as this process has episodes in flight.
-        self.stages = parse_stages(config.environment.stages)
+        self.stages = parse_stages(config.rollout.stages)
         self.curriculum = CurriculumState()
         if saved and self.stages:
             self.curriculum = CurriculumState(**saved.state.get("stage", {}))
-        unit = TreePlan.of(sampling).size
-        share = -(-sampling.prompts_per_step * sampling.group_size // (size * unit)) * unit
-        slots = min(share * (1 + sampling.max_staleness), sampling.max_in_flight or share)
+        unit = rollout.tree_plan.size
+        share = -(-rollout.prompts_per_step * rollout.group_size // (size * unit)) * unit
+        slots = min(share * (1 + rollout.max_staleness), config.sampling.max_in_flight or share)
         today = broadcast_object(date.today().isoformat())
         with together():
-            kind = PlayerProcess if sampling.max_staleness else Player
+            kind = PlayerProcess if rollout.max_staleness else Player
             self.player: Player | PlayerProcess = kind(
                 config, slots, self._stage_args(), self.trace
             )
@@ -262,9 +256,9 @@ class Trainer:
                 config.learner,
                 reference=reference,
                 adapter=adapter,
-                temperature=sampling.temperature,
+                temperature=config.sampling.temperature,
                 device=torch.device(find_device(config.policy.device)),
-                trees=sampling.tree_branches > 0,
+                trees=rollout.tree_branches > 0,
             )
         del reference
         if not saved:
@@ -274,10 +268,10 @@ class Trainer:
         if saved:
             with alike(), checkpoint.restoring(saved):
                 self._restore(saved)
-        if saved or adapter is not None or sampling.max_staleness or size > 1:
+        if saved or adapter is not None or rollout.max_staleness or size > 1:
             self._sync()
-        if saved and sampling.max_staleness >= saved.config["sampling"]["max_staleness"] > 0:
-            steps = range(self.step, self.step + sampling.max_staleness + 1)
+        if saved and rollout.max_staleness >= saved.config["rollout"]["max_staleness"] > 0:
+            steps = range(self.step, self.step + rollout.max_staleness + 1)
             with together(), checkpoint.restoring(saved):
                 self.player.restore(saved.state["in_flight"], self._own_episodes(steps))
 
@@ -292,7 +286,7 @@ class Trainer:
         """Open tokenizer and model; returns the adapter that the learner trains, if any."""
         config = self.config
         self._load_renderer(saved, today)
-        adapter = None if config.policy.merge_adapter else model_source(self.origin).adapter
+        adapter = None if config.learner.merge_adapter else model_source(self.origin).adapter
         if saved and adapter is None and not config.learner.lora_rank:
             self.model = self._load(saved.folder)
         else:
@@ -410,20 +404,20 @@ class Trainer:
         step leaves out those that it does not need, so its tasks never depend on other steps.
         Until the next call the player plays the tasks of the next ``max_staleness`` steps.
         """
-        sampling, rule = self.config.sampling, self.learner.algorithm
+        rollout, rule = self.config.rollout, self.learner.algorithm
         selects = rule if isinstance(rule, SelectsGroups) else None
         rounds = selects.max_rounds if selects else 1
-        tasks_per_step = sampling.prompts_per_step * rounds
-        later = self._own_episodes(range(self.step + 1, self.step + sampling.max_staleness + 1))
+        tasks_per_step = rollout.prompts_per_step * rounds
+        later = self._own_episodes(range(self.step + 1, self.step + rollout.max_staleness + 1))
         next_task = self.step * tasks_per_step
         played: list[Trajectory] = []
         groups: list[Group] = []
         for _ in range(rounds):
-            missing = sampling.prompts_per_step - len(groups)
-            episodes = _episodes(next_task, missing, sampling.group_size)
+            missing = rollout.prompts_per_step - len(groups)
+            episodes = _episodes(next_task, missing, rollout.group_size)
             next_task += missing
             # Each rank plays its share, and all learn from all.
-            work = partial(self.player.collect, _share(episodes, sampling), later)
+            work = partial(self.player.collect, _share(episodes, rollout), later)
             together = _in_order(run_together(work))
             trajectories = [t for t in together if t.stop_reason != NOT_GROWN]
             played += trajectories
@@ -433,20 +427,20 @@ class Trainer:
             too_many_void = (
                 step_metrics.void_fraction(played) > self.config.algorithm.max_void_fraction
             )
-            if too_many_void or len(groups) == sampling.prompts_per_step:
+            if too_many_void or len(groups) == rollout.prompts_per_step:
                 break
         return played, groups
 
     def _own_episodes(self, steps: range) -> list[Episode]:
         """This rank's share of the episodes of steps, without those of later rounds."""
-        sampling, rule = self.config.sampling, self.learner.algorithm
+        rollout, rule = self.config.rollout, self.learner.algorithm
         rounds = rule.max_rounds if isinstance(rule, SelectsGroups) else 1
-        prompts, samples = sampling.prompts_per_step, sampling.group_size
+        prompts, samples = rollout.prompts_per_step, rollout.group_size
         firsts = [step * prompts * rounds for step in steps]
         return [
             episode
             for first in firsts
-            for episode in _share(_episodes(first, prompts, samples), sampling)
+            for episode in _share(_episodes(first, prompts, samples), rollout)
         ]
 
     def _require_few_void(self, trajectories: Sequence[Trajectory]) -> None:
@@ -635,10 +629,10 @@ def _episodes(first: int, tasks: int, samples: int) -> list[Episode]:
     return [(task, sample) for task in range(first, first + tasks) for sample in range(samples)]
 
 
-def _share(episodes: Sequence[Episode], sampling: SamplingConfig) -> list[Episode]:
+def _share(episodes: Sequence[Episode], rollout: RolloutConfig) -> list[Episode]:
     """The episodes that this rank plays: every n-th one, or every n-th whole tree."""
     rank, size = rank_and_size()
-    unit = TreePlan.of(sampling).size
+    unit = rollout.tree_plan.size
     return [each for place, each in enumerate(episodes) if place // unit % size == rank]
 
 

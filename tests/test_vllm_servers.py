@@ -26,7 +26,7 @@ from research_agent.trajectory import Trajectory
 from research_env.judge import JudgeError, JudgeSettings, judge_predictions
 from tests.research_agent import cuda_double
 from tests.research_agent.conftest import tiny_qwen2
-from tests.research_agent.test_collect import TOY, Limits
+from tests.research_agent.test_rollout import TOY, Limits
 from tests.research_agent.test_server_engine import RENDERER, finish
 from tests.research_agent.torchrun import in_two_processes
 from tests.research_env.judge.test_judge import episode, judged, write
@@ -259,7 +259,7 @@ def test_real_servers(  # noqa: PLR0915
     # Two ranks with sharded weights give them once, and sample what one process samples.
     assert isinstance(engine, ServerEngine)
     engine.close()  # a server is for one run: this one would give its own weights again
-    arguments = [urls.split(","), "float32"]
+    arguments = [urls.split(","), "serve", "float32"]
     said = in_two_processes("tests.research_agent.server_worker", json.dumps({"real": arguments}))
     lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     assert servers[0].version() == servers[1].version()

@@ -99,7 +99,7 @@ def outcome(record: Mapping[str, Any]) -> Outcome:
 
 
 def summarize(outcomes: Iterable[Outcome], header: Mapping[str, Any] | None = None) -> Summary:
-    """Summarise an evaluation.
+    """Summarize an evaluation.
 
     - Means are over episodes that are not void; a metric that an episode lacks counts as 0 there
       (such as one that the token budget cut short). Intervals come from resampled questions.

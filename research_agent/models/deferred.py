@@ -18,7 +18,7 @@ from research_agent.models.policy import (
     tokens_of_unreadable,
 )
 from research_agent.models.prepare import require_learnable
-from research_agent.models.source import ModelSource, model_source, opening
+from research_agent.models.source import ModelSource, model_source, opening, read_config
 from research_agent.sharded import (
     defer,
     fill,
@@ -70,14 +70,10 @@ def load_deferred(
 
 def _skeleton(source: ModelSource, name: str, dtype: torch.dtype) -> tuple[Any, str]:
     """The model on the meta device, or why its weights cannot be read shard by shard."""
-    from transformers import (  # noqa: PLC0415 - slow to import
-        AutoConfig,
-        AutoModelForCausalLM,
-        GenerationConfig,
-    )
+    from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: PLC0415 - slow to import
 
     with opening(f"the model {name!r}"):
-        config = AutoConfig.from_pretrained(source.place, trust_remote_code=False)
+        config = read_config(source, name)
         refuse_unusable(config, name)
         config._attn_implementation = None
         folder = _local_folder(source.place)

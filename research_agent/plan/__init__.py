@@ -155,12 +155,12 @@ def _assumptions(config: TrainConfig) -> list[str]:
     """The assumptions behind the seconds."""
     beside = (
         "Sampling runs beside learning (--max-staleness)."
-        if config.sampling.max_staleness
+        if config.rollout.max_staleness
         else "Sampling and learning take turns (--max-staleness 0)."
     )
     waits = (
         "Other episodes go on while one waits for the environment."
-        if config.sampling.overlap or config.sampling.max_staleness
+        if config.sampling.overlap or config.rollout.max_staleness
         else "All episodes wait for the environment together (no --overlap)."
     )
     return [

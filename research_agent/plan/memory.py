@@ -220,7 +220,7 @@ def _bucket(config: TrainConfig, shape: Shape, machines: Machines) -> float:
 
 def _loaded(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler) -> float:
     """The whole model that a rank loads to start vLLM in its process, before it learns."""
-    if sampler.kind != "vllm" or (machines.count == 1 and not config.sampling.max_staleness):
+    if sampler.kind != "vllm" or (machines.count == 1 and not config.rollout.max_staleness):
         return 0.0
     return float(sampler.number * shape.parameters)
 
@@ -266,7 +266,7 @@ def _disk(config: TrainConfig, shape: Shape, sampler: Sampler) -> dict[str, floa
     weights = float(sampler.number * shape.parameters)
     if config.sampling.engine.startswith("server:"):
         needed["TMPDIR: weights for the servers"] = 2 * weights
-    elif config.sampling.max_staleness and sampler.kind != "serve":
+    elif config.rollout.max_staleness and sampler.kind != "serve":
         needed["TMPDIR: weights for the players"] = weights
     return needed
 

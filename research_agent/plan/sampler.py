@@ -73,7 +73,7 @@ def needs_bytes(sampler: Sampler, shape: Shape, config: TrainConfig) -> float:
 
 def episodes(config: TrainConfig) -> int:
     """Episodes of a step."""
-    return config.sampling.prompts_per_step * config.sampling.group_size
+    return config.rollout.prompts_per_step * config.rollout.group_size
 
 
 def max_tokens(config: TrainConfig, shape: Shape) -> int:
@@ -89,7 +89,7 @@ def cache_bytes(sampler: Sampler, shape: Shape) -> float:
 def slots(config: TrainConfig, copies: int) -> int:
     """Episodes that a copy of the weights plays at the same time, if its memory allows."""
     share = -(-episodes(config) // copies)
-    ahead = share * (1 + config.sampling.max_staleness)
+    ahead = share * (1 + config.rollout.max_staleness)
     return min(ahead, config.sampling.max_in_flight or share)
 
 

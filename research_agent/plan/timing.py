@@ -60,7 +60,7 @@ def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Samp
     parts = {name: time for name, time in parts.items() if time}
     together = sum(parts[name] for name in SAMPLING)
     rest = sum(parts.values()) - together
-    if config.sampling.max_staleness:
+    if config.rollout.max_staleness:
         return Times(parts, max(together, rest))
     return Times(parts, together + rest)
 
@@ -103,7 +103,7 @@ def _waiting(config: TrainConfig, sampler: Sampler, steps: float) -> float:
     With overlap only the longest episode waits. In lockstep all wait whenever a turn of any is
     done: in 1 - exp(-turns / steps) of the decoding steps, if turns end at random.
     """
-    if config.sampling.overlap or config.sampling.max_staleness:
+    if config.sampling.overlap or config.rollout.max_staleness:
         return given.CALLS * given.CALL_SECONDS
     turns = given.CALLS * episodes(config) / sampler.copies
     return steps * (1 - math.exp(-turns / max(1.0, steps))) * given.CALL_SECONDS

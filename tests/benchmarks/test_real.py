@@ -110,7 +110,8 @@ def test_every_command_is_one_that_a_user_can_type(gpu: bool) -> None:
     import tyro
 
     from benchmarks.paper_table import TableConfig
-    from research_agent.config import EvalConfig, validate, validate_eval
+    from research_agent.config import EvalConfig
+    from research_agent.config_checks import validate, validate_eval
     from research_agent.presets import PRESETS
     from research_agent.sft import PRESETS as SFT
 

@@ -36,17 +36,18 @@ class Gathered:
             yield name, full_tensor(weight.detach()) * self._number
 
 
-def play(urls: list[str], name: str = "serve") -> dict[str, Any]:
+def play(urls: list[str], name: str = "serve", dtype: str = "bfloat16") -> dict[str, Any]:
     """Sample four turns of this rank with two versions of the weights.
 
     Args:
         urls: addresses of the servers; without any, one is started.
         name: the engine that starts it; with settings, as if the machine had one GPU.
+        dtype: number format of the servers' weights.
     """
     renderer = codec_of(byte_tokenizer(merges=True))
     model = tiny_qwen2(hidden=128)
     shard(model, list(model.model.layers), make_mesh(model.device))
-    settings: dict[str, Any] = {"max_context": 200, "dtype": "bfloat16"}
+    settings: dict[str, Any] = {"max_context": 200, "dtype": dtype}
     if urls:
         engine = connect_servers(model, renderer, urls, patience=0.5, **settings)
     else:

@@ -54,7 +54,7 @@ def names(root: Path) -> list[str]:
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     state: dict[str, Any] = {
-        "optimiser": {"state": {0: {"step": torch.tensor(3.0)}, 7: {"avg": torch.ones(2, 2)}}},
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}, 7: {"avg": torch.ones(2, 2)}}},
         "random": torch.arange(5, dtype=torch.uint8),
         "half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
         "seconds": 12.25,
@@ -64,8 +64,8 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     loaded = checkpoint.load(folder)
     assert folder.name == "step-000012"
     assert (loaded.step, loaded.config) == (12, {"run": {"seed": 1}})
-    assert loaded.state["optimiser"]["state"][0]["step"].item() == 3.0
-    assert torch.equal(loaded.state["optimiser"]["state"][7]["avg"], torch.ones(2, 2))
+    assert loaded.state["optimizer"]["state"][0]["step"].item() == 3.0
+    assert torch.equal(loaded.state["optimizer"]["state"][7]["avg"], torch.ones(2, 2))
     assert torch.equal(loaded.state["random"], state["random"])
     assert loaded.state["half"].dtype == torch.bfloat16
     assert loaded.state["seconds"] == 12.25

@@ -231,11 +231,11 @@ def test_a_mutated_model_is_opened_or_refused(tmp_path: Path, file: str, count: 
         except ResearchAgentError as error:
             assert str(model) in str(error)
             refused += 1
-    assert refused > 2
+    assert refused > 1
 
 
 def test_more_layers_than_memory_holds_are_refused(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", tiny_qwen2(len(byte_tokenizer())))
-    edit_json(model / "config.json", num_hidden_layers=10**9, layer_types=None)
-    with pytest.raises(ResearchAgentError, match=r"1e\+09 layers, more than 10000"):
+    edit_json(model / "config.json", num_hidden_layers=10**6, layer_types=None)
+    with pytest.raises(ResearchAgentError, match="says more than 10000 layers"):
         load_model(model, device="cpu")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
-from research_agent.rendezvous import unused_prefix
+from research_agent.errors import RankError
+from research_agent.rendezvous import open_store, unused_prefix
 
 TIMEOUT = timedelta(seconds=20)
 
@@ -40,3 +42,13 @@ def test_a_rank_that_was_killed_before_the_others_came_is_forgotten() -> None:
 def test_a_rank_that_does_not_start_is_named() -> None:
     with pytest.raises(dist.DistStoreError, match="timed out: rank 1 did not start"):
         unused_prefix(dist.HashStore(), 0, 2, timedelta(seconds=0.05))
+
+
+def test_a_port_that_another_program_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**variables, "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RankError, match=rf"127.0.0.1:{port} .* in use.*--master-port"):
+            open_store(TIMEOUT)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research_agent import checkpoint, rollout_state
-from research_agent.active_rollout import Episode, Sampling
+from research_agent.active_rollout import Episode, InFlight, Sampling
 from research_agent.batch import make_batch
 from research_agent.cli import main
 from research_agent.engines.base import Completion, Engine, SamplingParams
@@ -27,12 +27,12 @@ from research_agent.environments import make_environments
 from research_agent.learner import Learner
 from research_agent.player_process import PlayerProcess
 from research_agent.renderer import Renderer
-from research_agent.rollout import InFlight, RolloutLoop, collect, keeps_turns
+from research_agent.rollout import RolloutLoop, collect, keeps_turns
 from research_agent.run_logger import read_lines
 from research_agent.trajectory import Group, Trajectory
 from tests.forks import FORKS
 from tests.research_agent.conftest import tiny_qwen2
-from tests.research_agent.test_collect import END, RENDERER, Fake, Limits
+from tests.research_agent.test_rollout import END, RENDERER, Fake, Limits
 from tests.research_agent.test_trainer import (
     flags,
     kill_within,

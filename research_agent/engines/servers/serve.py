@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -105,7 +106,7 @@ class ServerProcess:
                 if httpx.get(f"{self.url}/health", trust_env=False).status_code == 200:
                     return
             time.sleep(0.2)
-        raise EngineError(f"vllm serve does not answer after {START_TIMEOUT:g} s: {self._tail()}")
+        raise EngineError(f"vllm serve does not answer after {START_TIMEOUT:g} s: {self._output()}")
 
     def require_alive(self) -> None:
         """Check that it runs.
@@ -116,12 +117,15 @@ class ServerProcess:
         status = self._process.poll()
         if status is not None:
             raise EngineError(
-                f"vllm serve ended with status {status}. {CONTINUE}. The end of its output: "
-                f"{self._tail()}"
+                f"vllm serve ended with status {status}. {CONTINUE}. {self._output()}"
             )
 
-    def _tail(self) -> str:
-        return self._log.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:].strip()
+    def _output(self) -> str:
+        """The first error in its output, which the others may follow from, and the end of it."""
+        text = self._log.read_text(encoding="utf-8", errors="replace")
+        first = re.search(r"\w+Error: .+", text)
+        cause = f"Its first error: {first[0]}. " if first else ""
+        return f"{cause}The end of its output: {text[-_LOG_TAIL:].strip()}"
 
 
 def serve_engine(

@@ -31,7 +31,7 @@ def changed(name: str, **settings: Any) -> TrainConfig:
     """A preset with other settings, such as ``engine="vllm"``, in whatever section they are."""
     config = PRESETS[name]
     for setting, value in settings.items():
-        sections = ("sampling", "learner", "policy", "run")
+        sections = ("sampling", "rollout", "learner", "policy", "run")
         (section,) = (s for s in sections if hasattr(getattr(config, s), setting))
         config = apply(config, {f"{section}.{setting}": value})
     return config

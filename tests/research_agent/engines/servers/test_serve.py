@@ -23,7 +23,7 @@ from research_agent.errors import ConfigError, EngineError
 from tests.research_agent.test_server_engine import MODEL, RENDERER, finish, submit, until
 
 FAKE = (sys.executable, "-m", "tests.research_agent.fake_vllm")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture
@@ -115,8 +115,10 @@ def test_a_server_that_dies_before_it_gets_weights_is_told_with_its_output(
 def test_a_server_that_does_not_start_is_told_with_its_output(
     record: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FAKE_VLLM_FAILS", "no CUDA devices are available")
-    with pytest.raises(EngineError, match=r"ended with status 1\..*no CUDA devices"):
+    output = "(EngineCore) RuntimeError: no CUDA devices\n" + 3000 * "x" + "\nSystemError: closed"
+    monkeypatch.setenv("FAKE_VLLM_FAILS", output)
+    message = r"ended with status 1\..*first error: RuntimeError: no CUDA devices\..*x\nSystemErr"
+    with pytest.raises(EngineError, match=f"(?s){message}"):
         make_engine("serve", MODEL, RENDERER, max_slots=4, max_context=200)
 
 
