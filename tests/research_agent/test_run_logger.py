@@ -79,6 +79,7 @@ def test_the_same_metrics_go_to_weights_and_biases(
         began = time.time()
         while int(time.time()) == int(began):  # its folders are named by the second
             time.sleep(0.01)
+    sys.modules["wandb"].teardown()  # else its service lives as long as this process
     (first, one), (second, two) = logged(tmp_path)
     assert first == second
     wanted = ("_step", "reward", "env/em", "time/seconds")
