@@ -313,6 +313,7 @@ def empty_slots(episodes: int, rounds: int, seconds: float, scale: float = 1.0) 
             for slot in range(slots)
         }
         rows.append(slot_shares(log, answered, slots, begin))
+    environments.close()
     return {name: median(row[name] for row in rows[1:]) for name in rows[0]}
 
 

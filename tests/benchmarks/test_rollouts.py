@@ -68,6 +68,7 @@ def test_our_side_plays_the_script_and_searches_for_it(renderer: Renderer) -> No
     assert results.count(competitors.RESULT) == 3
     asked = {competitors.query(episode, turn): 2 for episode in range(4) for turn in range(3)}
     assert {query: len(times) for query, times in search.answered.items()} == asked
+    ours.environments.close()
 
 
 @pytest.mark.slow
