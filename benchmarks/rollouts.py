@@ -98,8 +98,9 @@ def race(latencies: Sequence[int], episodes: int, rounds: int, scale: float = 1.
     parts = make_policy(renderer), renderer, make_script(episodes, renderer, scale), search
     policy, _, script, _ = parts
     first = Theirs(*parts, batch=episodes, waits=False)
+    ours = Ours(policy, renderer, first.prompts, script, search)
     competitors: dict[str, Ours | Theirs] = {
-        "ours": Ours(policy, renderer, first.prompts, script, search),
+        "ours": ours,
         "TRL": first,
         "TRL, async tool": Theirs(*parts, batch=episodes, waits=True),
         "TRL, two batches": Theirs(*parts, batch=max(SAMPLES, episodes // 2), waits=False),
@@ -118,6 +119,7 @@ def race(latencies: Sequence[int], episodes: int, rounds: int, scale: float = 1.
             {name: competitor.play for name, competitor in competitors.items()}, rounds
         )
         rows[latency] = compared({name: episodes / each for name, each in seconds.items()})
+    ours.environments.close()
     return {"tokens": tokens, "by_latency_ms": rows}
 
 
