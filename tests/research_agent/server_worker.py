@@ -52,7 +52,7 @@ def play(urls: list[str], name: str = "serve") -> dict[str, Any]:
     else:
         serve._PROGRAM = (sys.executable, "-m", "tests.research_agent.fake_vllm")
         if name != "serve":
-            serve.device_of = lambda _: torch.device("cuda")  # type: ignore[attr-defined]
+            serve.device_of = lambda model: torch.device("cuda")  # type: ignore[attr-defined]
             torch.cuda.device_count = lambda: 1
         engine = serve.serve_engine(parse_engine(name), model, renderer, 4, **settings)
     rank = dist.get_rank()
