@@ -51,14 +51,14 @@ lock-%: setup
 	touch $@
 
 adapters-verifiers: .venv-verifiers-$(VERIFIERS)/.ready
-	MAIN_PYTHON=$(PYTHON) .venv-verifiers-$(VERIFIERS)/bin/python -m pytest tests/adapters_verifiers
+	MAIN_PYTHON=$(PYTHON) .venv-verifiers-$(VERIFIERS)/bin/python -m pytest tests/research_env/adapters/separate/test_verifiers.py
 
 adapters-openenv: .venv-openenv/.ready
-	.venv-openenv/bin/python -m pytest tests/adapters_openenv
+	.venv-openenv/bin/python -m pytest tests/research_env/adapters/separate/test_openenv.py
 
 # Not part of `make test`: verl brings a torch and a transformers of its own, 5 GB.
 adapters-verl: .venv-verl/.ready
-	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/adapters_verl
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/research_env/adapters/separate/test_verl.py
 
 demo: setup
 	$(PYTHON) -m benchmarks.demo $(DEMO_ARGS)

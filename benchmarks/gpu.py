@@ -7,7 +7,7 @@ All parts together take under eight minutes on one H200; a part that would begin
 ``FOLDER/gpu.jsonl``. ``--tiny`` runs the same code with a small model, in seconds on a CPU.
 
 - ``learner``: updates of a model with the sizes of Qwen2.5-1.5B and random weights, on 256
-  trajectories of 1,300 tokens in the mean: tokens per second and model FLOP utilisation (the
+  trajectories of 1,300 tokens in the mean: tokens per second and model FLOP utilization (the
   strict convention of :mod:`benchmarks.learner`), for several settings of memory.
 - ``checkpoint``: seconds and bytes of a checkpoint of that learner, and the most memory that
   saving takes beside what was there, on the GPU and on the host.

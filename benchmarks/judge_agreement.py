@@ -139,7 +139,7 @@ def main(*, data: str | None = None, json: bool = False) -> int:
                 found = agreement(predictions, is_correct, norm)
                 row: dict[str, Any] = {"data set": name, "metric": metric}
                 row |= {
-                    "normalisation": normalizer,
+                    "normalization": normalizer,
                     "n": found.n,
                     "accuracy": found.accuracy,
                     "kappa": found.kappa,
@@ -158,7 +158,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(box=None, padding=(0, 1, 0, 0))  # fits into 80 columns
-    for column in ("data set", "metric", "normalisation"):
+    for column in ("data set", "metric", "normalization"):
         table.add_column(column)
     for column in ("n", "correct", "judge", "agree", "kappa", "false +", "false -"):
         table.add_column(column, justify="right")
@@ -167,7 +167,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         table.add_row(
             row["data set"],
             row["metric"],
-            row["normalisation"],
+            row["normalization"],
             str(n),
             f"{(both + row['false_positives']) / n:.3f}",
             f"{(both + row['false_negatives']) / n:.3f}",

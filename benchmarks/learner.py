@@ -11,9 +11,9 @@ checkpointing, against our best.
 ``python -m benchmarks.learner --head-memory whole|pieces``: what the log-probabilities of a
 vocabulary of 150,000 need, with the logits whole and in pieces.
 
-``python -m benchmarks.learner --mfu [--tiny]``: model FLOP utilisation on a GPU, at the sizes of
+``python -m benchmarks.learner --mfu [--tiny]``: model FLOP utilization on a GPU, at the sizes of
 Qwen2.5-1.5B with random weights, on search trajectories of 8,192 tokens: bf16 products, float32
-weights, optimiser and softmax. First it checks that the packed bf16 gradient is that of float32
+weights, optimizer and softmax. First it checks that the packed bf16 gradient is that of float32
 rows.
 
 The time is that of ``Learner.update``: tensors made from trajectories, advantages, forward,
@@ -23,7 +23,7 @@ tokens with A action tokens, L layers of width h, N parameters in the layers and
 
     sum of 6 N T + 6 V h A + 6 L h T^2
 
-The last term is causal attention: half of T^2 pairs, 2 products forward and 4 backward. Utilisation
+The last term is causal attention: half of T^2 pairs, 2 products forward and 4 backward. Utilization
 is FLOPs / seconds / 989e12, the dense bf16 peak of an H100 or H200. The other convention, printed
 beside it, counts whole T^2 and logits everywhere: sum of 6 (N + V h) T + 12 L h T^2.
 """
@@ -502,7 +502,7 @@ def _run_ours(
 
 
 def _time_model_code(learner: Learner) -> list[float]:
-    """Count the seconds in forward and backward passes, clipping and optimiser steps."""
+    """Count the seconds in forward and backward passes, clipping and optimizer steps."""
     spent = [0.0]
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -697,7 +697,7 @@ def head_memory(whole: bool) -> dict[str, float]:
 def main() -> None:
     """Print what was measured, or write JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--mfu", action="store_true", help="model FLOP utilisation, on a GPU")
+    parser.add_argument("--mfu", action="store_true", help="model FLOP utilization, on a GPU")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the command")
     parser.add_argument("--seconds", type=float, default=330, help="start no setting after these")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")

@@ -74,9 +74,9 @@ class CurvesConfig:
     """Of the runs."""
     steps: int = MINIWORLD.run.steps
     """Training steps. The budget is steps x --prompts-per-step x --group-size episodes."""
-    prompts_per_step: int = MINIWORLD.sampling.prompts_per_step
+    prompts_per_step: int = MINIWORLD.rollout.prompts_per_step
     """Tasks a step."""
-    group_size: int = MINIWORLD.sampling.group_size
+    group_size: int = MINIWORLD.rollout.group_size
     """Episodes of each task."""
     eval_limit: int = 200
     """Held-out questions of an evaluation (greedy)."""
@@ -143,8 +143,8 @@ def training_of(config: CurvesConfig, run: Run) -> TrainConfig:
     return replace(
         MINIWORLD,
         policy=replace(MINIWORLD.policy, device=config.device),
-        sampling=replace(
-            MINIWORLD.sampling, prompts_per_step=max(1, episodes // samples), group_size=samples
+        rollout=replace(
+            MINIWORLD.rollout, prompts_per_step=max(1, episodes // samples), group_size=samples
         ),
         algorithm=AlgorithmConfig(algorithm=run.algorithm, algorithm_args=dict(run.args)),
         learner=replace(MINIWORLD.learner, old_logprobs="sampler" if run.masked else "recomputed"),

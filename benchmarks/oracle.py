@@ -109,7 +109,7 @@ def play(env: gym.Env[str, str], question: Question, queries: Sequence[str]) -> 
 
 
 def measure(env: gym.Env[str, str], questions: Sequence[Question], plan: Plan) -> Summary:
-    """Play every question once, and summarise."""
+    """Play every question once, and summarize."""
     started = time.perf_counter()
     played = [play(env, question, plan(question)) for question in questions]
     seconds = time.perf_counter() - started

@@ -110,11 +110,9 @@ def measure(seconds: float, steps: int, staleness: int, output: Path) -> Measure
     sampling = replace(
         base.sampling,
         engine=f"sleeping:{seconds / ENGINE_STEPS}",
-        prompts_per_step=4,
-        group_size=4,
         overlap=True,
-        max_staleness=staleness,
     )
+    rollout = replace(base.rollout, prompts_per_step=4, group_size=4, max_staleness=staleness)
     run = replace(
         base.run, steps=steps, output=output, eval_every=None, save_every=steps, quiet=True
     )
@@ -122,7 +120,7 @@ def measure(seconds: float, steps: int, staleness: int, output: Path) -> Measure
         patch.object(trainer, "make_engine", make_sleeping_engine),
         patch.object(Learner, "update", sleeping_update),
     ):
-        trainer.train(replace(base, sampling=sampling, run=run))
+        trainer.train(replace(base, sampling=sampling, rollout=rollout, run=run))
     records = read_lines(output / METRICS)[1:]
     return Measured(
         rate=(len(ends) - 1) / (ends[-1] - ends[0]),

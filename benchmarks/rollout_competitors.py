@@ -48,7 +48,7 @@ CALL = Tag('<tool_call>\n{"name": "search", "arguments": {"query": "', '"}}\n</t
 RESULT = ("The company was founded in the spring of 1912 by a clockmaker and his sister. " * 4)[
     :256
 ]
-LIMITS = SamplingConfig(overlap=True, max_prompt=CONTEXT, max_response=CONTEXT)
+LIMITS = SamplingConfig(temperature=1.0, overlap=True, max_prompt=CONTEXT, max_response=CONTEXT)
 clock = time.perf_counter
 
 

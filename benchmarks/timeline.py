@@ -179,12 +179,11 @@ def _train(
 
     base = PRESETS["miniworld"]
     env_args = {**base.environment.env_args, "retriever": url}
-    sampling = replace(
-        base.sampling,
+    sampling = replace(base.sampling, max_in_flight=config.max_in_flight, overlap=overlap)
+    rollout = replace(
+        base.rollout,
         prompts_per_step=config.prompts_per_step,
         group_size=config.group_size,
-        max_in_flight=config.max_in_flight,
-        overlap=overlap,
         max_staleness=staleness,
     )
     train(
@@ -192,6 +191,7 @@ def _train(
             base,
             environment=replace(base.environment, env_args=env_args),
             sampling=sampling,
+            rollout=rollout,
             run=replace(
                 base.run,
                 steps=config.steps,

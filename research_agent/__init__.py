@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from research_agent.config import LearnerConfig as LearnerConfig
     from research_agent.config import PolicyConfig as PolicyConfig
     from research_agent.config import ReportConfig as ReportConfig
+    from research_agent.config import RolloutConfig as RolloutConfig
     from research_agent.config import RunConfig as RunConfig
     from research_agent.config import SamplingConfig as SamplingConfig
     from research_agent.config import TrainConfig as TrainConfig
@@ -103,6 +104,7 @@ _NAMES_OF_MODULES = {
         "PolicyConfig",
         "ReportConfig",
         "RunConfig",
+        "RolloutConfig",
         "SamplingConfig",
         "TrainConfig",
     ),

@@ -234,6 +234,20 @@ class ActiveRollout:
         )
 
 
+@dataclass
+class InFlight:
+    """Episodes under way, and finished ones that no step has taken yet."""
+
+    active: dict[int, ActiveRollout] = field(default_factory=dict)  # by slot
+    awaiting_env: set[int] = field(default_factory=set)  # slots whose environment has an action
+    done: dict[Episode, Trajectory] = field(default_factory=dict)
+
+    @property
+    def episodes(self) -> set[Episode]:
+        """Episode and sample numbers of all of them."""
+        return {rollout.key for rollout in self.active.values()} | self.done.keys()
+
+
 def _state_key(info: Mapping[str, Any]) -> str:
     return str(info.get("state_key") or "")
 

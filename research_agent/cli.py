@@ -22,9 +22,8 @@ from research_agent.config import (
     SampleConfig,
     TrainConfig,
     complete,
-    validate,
-    validate_eval,
 )
+from research_agent.config_checks import validate, validate_eval
 from research_agent.errors import ConfigError, ContextError, ResearchAgentError, StoppedError
 from research_agent.presets import DESCRIPTIONS, PRESETS
 from research_agent.terminal import show
@@ -136,7 +135,8 @@ def _eval(words: list[str]) -> None:
     if config.json:
         show(json.dumps(dataclasses.asdict(summary)))
         return
-    show(f"{config.model} in {config.env}, every episode in {config.output}/predictions.jsonl")
+    predictions = config.output / "predictions.jsonl"
+    show(f"{config.policy.model} in {config.environment.env}, every episode in {predictions}")
     Console().print(*tables(summary), sep="\n")
     if summary.void:
         show(f"{summary.void} episodes are void; the same command plays them again")
@@ -246,17 +246,13 @@ def _print(message: str, numbers: Mapping[str, float | str], *, as_json: bool) -
         show(json.dumps(numbers))
         return
     show(message)
-    shown = {name: _in_digits(value) for name, value in numbers.items()}
+    shown = {k: f"{v:.3f}" if isinstance(v, float) else str(v) for k, v in numbers.items()}
     for name in [name for name in shown if name.endswith(" first")]:
         change = name.removesuffix(" first")
         shown[change] = f"{shown.pop(name)} -> {shown.pop(f'{change} last')}"
     width = max(map(len, shown), default=0)
     for name, text in shown.items():
         show(f"  {name:{width}}  {text}")
-
-
-def _in_digits(value: float | str) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _no_bars() -> None:

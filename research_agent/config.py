@@ -7,17 +7,13 @@ setting is explained in one place. Nothing here imports torch: ``--help`` is qui
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from research_agent.chat_template import require_date
-from research_agent.curriculum import parse_stages
-from research_agent.errors import CheckpointError, ConfigError
 from research_agent.settings import Settings
 from research_agent.trees import TreePlan
 
@@ -26,46 +22,64 @@ from research_agent.trees import TreePlan
 class EnvironmentConfig:
     """The environment: any Gymnasium environment that speaks text."""
 
-    env: str = "research_env:ReSearch-MiniWorld-v0"
+    env: str
     """Id of the Gymnasium environment; MODULE:ID imports the module that registers it."""
     env_args: Settings = field(default_factory=dict)
-    """Arguments of the environment. They are added to those of the preset (VALUE none unsets one);
-    with another --env than the preset's they stand alone."""
-    stages: tuple[str, ...] = ()
-    """Parts of the run with environment arguments of their own, one after the other, each in
-    quotes: "steps=20 until=1.4 KEY=VALUE ..." lasts 20 steps, or until the mean reward of five
-    steps is 1.4; the last one lasts to the end of the run and has neither."""
+    """Arguments of the environment. They are added to those of the preset, if there is one (VALUE
+    none unsets one); with another --env than the preset's they stand alone."""
 
 
 @dataclass(frozen=True)
 class PolicyConfig:
     """The policy: a Hugging Face causal language model."""
 
-    model: str = "miniworld-starter"
-    """Folder of a model, a GGUF file, a LoRA adapter, a starter that ships with the package, or a
-    name on the hub. An adapter is trained on."""
-    merge_adapter: bool = False
-    """Add the adapter that --model names to the weights of its base first, and train those."""
+    model: str
+    """Folder of a model (a checkpoint is one), a GGUF file, a LoRA adapter, a starter that ships
+    with the package, or a name on the hub; with --endpoint the name that the endpoint knows it by.
+    An adapter is trained on."""
     chat_template: bool = False
     """Prompt with the model's chat template, for models tuned to follow instructions."""
     chat_template_args: Settings = field(default_factory=dict)
-    """Variables of the chat template, such as enable_thinking=false."""
+    """Variables of the chat template, such as enable_thinking=false. An --endpoint gets them as
+    chat_template_kwargs."""
     chat_template_date: str | None = None
     """The day, YYYY-MM-DD, that a chat template which writes the date takes for today. None takes
-    the day on which the run starts, also when it is continued."""
+    the day of the first start, also when the run or the evaluation is continued."""
     device: str = "auto"
     """Where the model lives: cpu, cuda, or auto, which is cuda where there is one."""
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How episodes are played."""
+    """How an episode is played, in training and in evaluations."""
 
+    temperature: float
+    """Of the softmax that tokens are drawn from; 0 is greedy, for evaluations only. Learning takes
+    one other than 1 into account."""
     engine: str = "transformers"
     """What samples the tokens: transformers, vllm (vllm:tp=2,memory=0.4: GPUs per copy of the
     weights, and vLLM's share of their memory), a vLLM server per node that the run starts
     (serve:tp=2,dp=1,memory=0.4), or servers that run already (server:URL,URL; server+nccl:URL,URL
     or server+ipc:URL,URL if weights go from GPU to GPU)."""
+    max_prompt: int = 512
+    """Longest first observation, in tokens. A longer one stops the run with its episode number."""
+    max_response: int = 8192
+    """Longest rest of an episode, in tokens: all actions and observations together. An episode
+    also ends where the model's context does."""
+    max_turn_tokens: int | None = None
+    """Longest action, in tokens; none leaves it to --max-response."""
+    max_in_flight: int | None = None
+    """Episodes played at the same time; none plays all those of a training step at once, and 128
+    of an evaluation."""
+    overlap: bool = False
+    """Sample some episodes while others wait for the environment. Faster with a slow environment;
+    the order of events, and so the last bits of a number, then depend on timing."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Which episodes a training step plays, and when."""
+
     prompts_per_step: int = 256
     """Tasks per training step."""
     group_size: int = 5
@@ -84,27 +98,32 @@ class SamplingConfig:
     the rest of the episode that it leaves, is not played; none plays all branches."""
     tree_max_turns: int | None = None
     """Turns that a tree may take, likewise: each is one step of an environment."""
-    temperature: float = 1.0
-    """Of the softmax that tokens are drawn from. Other than 1, learning takes it into account."""
-    max_prompt: int = 512
-    """Longest first observation, in tokens. A longer one stops the run with its episode number."""
     overlong_prompts: Literal["error", "skip"] = "error"
-    """What becomes of a task with a longer prompt: stop the run, or leave the task out (see
-    skipped_fraction in the log)."""
-    max_response: int = 8192
-    """Longest rest of an episode, in tokens: all actions and observations together. An episode
-    also ends where the model's context does."""
-    max_turn_tokens: int | None = None
-    """Longest action, in tokens; none leaves it to --max-response."""
-    max_in_flight: int | None = None
-    """Episodes played at the same time; none plays all those of a step at once."""
-    overlap: bool = False
-    """Sample some episodes while others wait for the environment. Faster with a slow environment;
-    the order of events, and so the last bits of a number, then depend on timing."""
+    """What becomes of a task with a longer prompt than --max-prompt: stop the run, or leave the
+    task out (see skipped_fraction in the log)."""
     max_staleness: int = 0
     """Training steps that sampling may run ahead of learning. Above 0 each rank plays in a child
     process, which goes on with the next steps while the learner updates. No token is learned from
     after more updates than this; 0 is strictly on-policy."""
+    stages: tuple[str, ...] = ()
+    """Parts of the run with environment arguments of their own, one after the other, each in
+    quotes: "steps=20 until=1.4 KEY=VALUE ..." lasts 20 steps, or until the mean reward of five
+    steps is 1.4; the last one lasts to the end of the run and has neither."""
+
+    @property
+    def tree_plan(self) -> TreePlan:
+        """The settings of trees as a plan.
+
+        Raises:
+            ConfigError: a setting has a value that no tree can have.
+        """
+        return TreePlan(
+            branches=self.tree_branches,
+            rounds=self.tree_rounds,
+            choose=self.tree_choice,
+            max_tokens=self.tree_max_tokens,
+            max_turns=self.tree_max_turns,
+        )
 
 
 @dataclass(frozen=True)
@@ -128,7 +147,7 @@ class LearnerConfig:
     learning_rate: float = 1e-6
     """After the warm-up; constant from there on."""
     warmup_steps: int = 0
-    """Optimiser steps over which the learning rate rises linearly from zero."""
+    """Optimizer steps over which the learning rate rises linearly from zero."""
     weight_decay: float = 0.01
     """Of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -151,7 +170,7 @@ class LearnerConfig:
     turns before a branch. auto is tree with --tree-branches, and else packs on a GPU. Changes
     memory and speed, not the gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the model's matrix products, and of the copy that vLLM samples with. Weights, optimiser
+    """Of the model's matrix products, and of the copy that vLLM samples with. Weights, optimizer
     and softmax are float32 with both."""
     gradient_checkpointing: bool = False
     """Keep only what enters each layer, and compute the rest again: less memory, slower."""
@@ -159,6 +178,8 @@ class LearnerConfig:
     """Let torch.compile fuse the operations of each layer: faster on a GPU, after minutes."""
     lora_rank: int = 0
     """Learn adapters of this rank beside the weights (LoRA, needs peft); 0 learns the weights."""
+    merge_adapter: bool = False
+    """Add the adapter that --model names to the weights of its base first, and train those."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_offload"] = "adamw"
     """AdamW as it is, with moments of 8 bits (needs bitsandbytes), or in the CPU's memory."""
     bucket_bytes: int = 2**30
@@ -230,9 +251,10 @@ class TrainConfig:
     """Everything that a training run depends on."""
 
     preset: Annotated[str, tyro.conf.Suppress] = ""
-    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    environment: EnvironmentConfig = EnvironmentConfig(env="research_env:ReSearch-MiniWorld-v0")
+    policy: PolicyConfig = PolicyConfig(model="miniworld-starter")
+    sampling: SamplingConfig = SamplingConfig(temperature=1.0)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -246,18 +268,14 @@ class EvalConfig:
     is measured.
     """
 
-    env: str
-    """Id of the Gymnasium environment; MODULE:ID imports the module that registers it."""
-    model: str
-    """Folder of a model (a checkpoint is one), a starter of the package, or a name on the hub; with
-    --endpoint the name that the endpoint knows it by."""
+    environment: EnvironmentConfig
+    policy: PolicyConfig
     output: Path
     """Folder for predictions.jsonl and summary.json."""
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
     endpoint: str | None = None
     """Address of an OpenAI-compatible endpoint to sample from, such as http://localhost:8000/v1.
     Its key, where it wants one, is read from OPENAI_API_KEY."""
-    env_args: Settings = field(default_factory=dict)
-    """Arguments of the environment."""
     split: str | None = None
     """Short for --env-args split=SPLIT."""
     limit: int | None = None
@@ -265,36 +283,12 @@ class EvalConfig:
     samples_per_task: int = 1
     """Episodes of each task. Several need a --temperature; they also give pass@k and the majority
     of their answers."""
-    temperature: float = 0.0
-    """0 is greedy; otherwise tokens are drawn."""
     seed: int = 0
     """Order of the tasks, and sampled tokens."""
-    chat_template: bool = False
-    """Prompt with the model's chat template."""
-    chat_template_args: Settings = field(default_factory=dict)
-    """Variables of the chat template, such as enable_thinking=false. An --endpoint gets them as
-    chat_template_kwargs."""
-    chat_template_date: str | None = None
-    """The day, YYYY-MM-DD, that a chat template which writes the date takes for today. None takes
-    the day on which the evaluation starts, also when it is continued."""
     log_tokens: bool = False
     """Write the text and log-probability of each action token too, for the report's page."""
-    engine: str = "transformers"
-    """What samples the tokens: transformers, vllm, serve or server:URL,URL, as for training."""
-    max_prompt: int = 512
-    """Longest first observation, in tokens."""
-    max_response: int = 8192
-    """Longest rest of an episode, in tokens."""
-    max_turn_tokens: int | None = None
-    """Longest action, in tokens; none leaves it to --max-response."""
-    max_in_flight: int = 128
-    """Episodes played at the same time."""
-    overlap: bool = False
-    """Sample some episodes while others wait for the environment."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the weights."""
-    device: str = "auto"
-    """Where the model lives: cpu, cuda, or auto, which is cuda where there is one."""
     quiet: bool = False
     """Show no progress."""
     json: bool = False
@@ -384,50 +378,6 @@ class ReportConfig:
     """What the terminal's curve shows; none takes the evaluations' reward, or else training's."""
 
 
-# Settings that change how long a run is, how closely it is watched, and where it writes.
-FREE = frozenset(
-    {
-        "preset",
-        "run.steps",
-        "run.output",
-        "run.time_limit",
-        "run.save_every",
-        "run.keep",
-        "run.eval_every",
-        "run.eval_args",
-        "run.eval_limit",
-        "run.eval_temperature",
-        "run.trace",
-        "run.wandb",
-        "run.log_episodes",
-        "run.collective_timeout",
-        "run.plan",
-        "run.override",
-        "run.quiet",
-        "run.json",
-        "algorithm.max_void_fraction",
-    }
-)
-# Settings that change memory, speed or place. The same numbers come out, up to rounding.
-NEUTRAL = frozenset(
-    {
-        "policy.device",
-        "sampling.max_in_flight",
-        "sampling.overlap",
-        "learner.micro_batch_tokens",
-        "learner.packing",
-        "learner.gradient_checkpointing",
-        "learner.compile",
-        "learner.bucket_bytes",
-        "learner.shard_ranks",
-        "sampling.overlong_prompts",  # what has been learned from had no such prompt
-    }
-)
-RUN_DATE = "policy.chat_template_date"  # where none is given, the saved run's is taken
-# The environment's provenance decides whether these change the episodes, if there is one.
-ENVIRONMENT = frozenset({"environment.env", "environment.env_args"})
-
-
 def complete(config: TrainConfig, preset: TrainConfig) -> TrainConfig:
     """Add the preset's environment and algorithm arguments to those given on the command line.
 
@@ -455,157 +405,6 @@ def complete(config: TrainConfig, preset: TrainConfig) -> TrainConfig:
     )
 
 
-def validate(config: TrainConfig) -> None:
-    """Refuse numbers that no run can have, and stages that cannot be read.
-
-    Raises:
-        ConfigError: naming the flag, its value, and what it must be.
-    """
-    parse_stages(config.environment.stages)
-    require_chat_template(config.policy)
-    sampling, learner, run = config.sampling, config.learner, config.run
-    at_least_one: dict[str, float | None] = {
-        "--prompts-per-step": sampling.prompts_per_step,
-        "--group-size": sampling.group_size,
-        "--max-prompt": sampling.max_prompt,
-        "--max-response": sampling.max_response,
-        "--max-turn-tokens": sampling.max_turn_tokens,
-        "--max-in-flight": sampling.max_in_flight,
-        "--minibatches": learner.minibatches,
-        "--micro-batch-tokens": learner.micro_batch_tokens,
-        "--bucket-bytes": learner.bucket_bytes,
-        "--shard-ranks": learner.shard_ranks,
-        "--save-every": run.save_every,
-        "--keep": run.keep,
-        "--eval-limit": run.eval_limit,
-    }
-    _require_at_least_one(at_least_one)
-    not_negative: dict[str, float] = {
-        "--steps": run.steps,
-        "--eval-every": run.eval_every or 0,
-        "--max-staleness": sampling.max_staleness,
-        "--log-episodes": run.log_episodes,
-        "--learning-rate": learner.learning_rate,
-        "--warmup-steps": learner.warmup_steps,
-        "--weight-decay": learner.weight_decay,
-        "--lora-rank": learner.lora_rank,
-        "--eval-temperature": run.eval_temperature,
-    }
-    for flag, value in not_negative.items():
-        if not value >= 0:
-            raise ConfigError(f"{flag} is {value}; it must not be negative")
-    TreePlan.of(sampling).require_group(sampling.group_size)
-    if sampling.tree_branches and sampling.max_staleness:
-        raise ConfigError(
-            "--tree-branches with --max-staleness: trees are played in their own step"
-        )
-    if not sampling.temperature > 0:
-        raise ConfigError(f"--temperature is {sampling.temperature}; training draws: above 0")
-    if not learner.max_grad_norm > 0:
-        raise ConfigError(f"--max-grad-norm is {learner.max_grad_norm}; it must be above 0")
-    if run.time_limit is not None and not run.time_limit > 0:
-        raise ConfigError(f"--time-limit is {run.time_limit}; it must be above 0 seconds")
-    if not run.collective_timeout > 0:
-        message = f"--collective-timeout is {run.collective_timeout}; it must be above 0 minutes"
-        raise ConfigError(message)
-    if run.collapse is not None and not 0 < run.collapse < 1:
-        raise ConfigError(f"--collapse is {run.collapse}; it is a share, between 0 and 1")
-    if not 0 <= config.algorithm.max_void_fraction <= 1:
-        share = config.algorithm.max_void_fraction
-        raise ConfigError(f"--max-void-fraction is {share}; it is a share, from 0 to 1")
-    uncorrected = learner.old_logprobs == "recomputed" and learner.importance_sampling_cap is None
-    if sampling.max_staleness and uncorrected:
-        raise ConfigError(
-            f"--max-staleness {sampling.max_staleness} with --old-logprobs recomputed would learn "
-            "from old tokens as if they were new; add --importance-sampling-cap 2, or take "
-            "--old-logprobs sampler"
-        )
-    if learner.minibatches > sampling.prompts_per_step:
-        raise ConfigError(
-            f"--minibatches {learner.minibatches} is more than --prompts-per-step "
-            f"{sampling.prompts_per_step}; each update needs a task of its own"
-        )
-
-
-def require_one_process(command: str) -> None:
-    """Refuse to run a command under torchrun, where every rank would do all of its work.
-
-    Raises:
-        ConfigError: this is one of several ranks.
-    """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1:
-        raise ConfigError(
-            f"{command} runs in one process; torchrun started {ranks}. Start it without torchrun"
-        )
-
-
-class _ChatTemplateSettings(Protocol):
-    @property
-    def chat_template(self) -> bool: ...
-    @property
-    def chat_template_args(self) -> dict[str, Any]: ...
-    @property
-    def chat_template_date(self) -> str | None: ...
-
-
-def require_chat_template(config: _ChatTemplateSettings) -> None:
-    """Refuse settings of a chat template without --chat-template, and a date that is none.
-
-    Raises:
-        ConfigError: naming the flag.
-    """
-    if config.chat_template_date is not None:
-        require_date(config.chat_template_date)
-    given = {
-        "--chat-template-args": config.chat_template_args,
-        "--chat-template-date": config.chat_template_date,
-    }
-    for flag, value in given.items():
-        if value and not config.chat_template:
-            raise ConfigError(f"{flag} without --chat-template has no effect; add --chat-template")
-
-
-def _require_at_least_one(values: Mapping[str, float | None]) -> None:
-    for flag, value in values.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{flag} is {value}; it must be at least 1")
-
-
-def validate_eval(config: EvalConfig) -> None:
-    """Refuse numbers that no evaluation can have.
-
-    Raises:
-        ConfigError: naming the flag, its value, and what it must be.
-    """
-    require_one_process("eval")
-    at_least_one = {
-        "--limit": config.limit,
-        "--samples-per-task": config.samples_per_task,
-        "--max-prompt": config.max_prompt,
-        "--max-response": config.max_response,
-        "--max-turn-tokens": config.max_turn_tokens,
-        "--max-in-flight": config.max_in_flight,
-    }
-    _require_at_least_one(at_least_one)
-    require_chat_template(config)
-    if config.endpoint is not None and config.chat_template_date is not None:
-        raise ConfigError(
-            "--chat-template-date with --endpoint: the endpoint renders the template; leave it off"
-        )
-    if not config.temperature >= 0:
-        raise ConfigError(f"--temperature is {config.temperature}; it must not be negative")
-    if config.samples_per_task > 1 and config.temperature == 0:
-        raise ConfigError(
-            f"--samples-per-task {config.samples_per_task} at --temperature 0 plays the same "
-            "episode again and again; give for example --temperature 1"
-        )
-    if config.endpoint is not None and config.log_tokens:
-        raise ConfigError(
-            "--log-tokens with --endpoint: an endpoint of text tells no tokens; leave it off"
-        )
-
-
 def as_json(config: Any) -> dict[str, Any]:
     """The configuration as plain JSON values."""
     if not is_dataclass(config) or isinstance(config, type):
@@ -621,70 +420,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-@dataclass(frozen=True)
-class Changes:
-    """Settings in which a saved run and a configuration differ: name to (saved, now).
-
-    Attributes:
-        results: those that change what the run computes.
-        neutral: those that change memory, speed or place only.
-    """
-
-    results: Mapping[str, tuple[Any, Any]]
-    neutral: Mapping[str, tuple[Any, Any]]
-
-
-def changes(
-    saved: Mapping[str, Any], config: TrainConfig, *, same_environment: bool | None = None
-) -> Changes:
-    """Compare a saved configuration with this one.
-
-    Args:
-        saved: the JSON values of the run that is continued.
-        config: the configuration to continue with.
-        same_environment: whether the environments have equal provenance; None if that is not known,
-            and then the environment's settings must be equal.
-    """
-    defaults = dict(flatten(as_json(TrainConfig())))  # for settings that an older version lacks
-    before, now = defaults | dict(flatten(saved)), dict(flatten(as_json(config)))
-    skips = before.get("sampling.overlong_prompts") == "skip"
-    results: dict[str, tuple[Any, Any]] = {}
-    neutral: dict[str, tuple[Any, Any]] = {}
-    for key in sorted(before.keys() | now.keys()):
-        pair = before.get(key), now.get(key)
-        if key in FREE or pair[0] == pair[1] or (key == RUN_DATE and pair[1] is None):
-            continue
-        is_neutral = (
-            key in NEUTRAL
-            or (key in ENVIRONMENT and same_environment is True)
-            or (key == "sampling.max_prompt" and not skips and (pair[1] or 0) >= (pair[0] or 0))
-            or (key == "sampling.engine" and _same_engine(*pair))
-        )
-        (neutral if is_neutral else results)[key] = pair
-    return Changes(results, neutral)
-
-
-def _same_engine(before: Any, now: Any) -> bool:
-    """Whether two engines differ only in GPUs, their memory, or the addresses of servers."""
-    kinds = {str(engine).partition(":")[0] for engine in (before, now)}
-    return len(kinds) == 1
-
-
-def require_same(found: Changes, where: Path, *, override: bool = False) -> None:
-    """Refuse changes of the results, unless they are asked for.
-
-    Raises:
-        CheckpointError: naming every setting that differs, with both values.
-    """
-    if found.results and not override:
-        raise CheckpointError(
-            f"{where} holds a run of another configuration:\n"
-            + "\n".join(
-                f"  {key}: {before!r} in the folder, {now!r} now"
-                for key, (before, now) in found.results.items()
-            )
-            + "\nGive another --output, the same settings to continue that run, or --override to "
-            "continue it with these."
-        )

@@ -2,7 +2,7 @@
 
 A causal model computes the same for equal beginnings, so a pass over the tree gives every sequence
 what a pass over it alone would give. Each sequence adds one run to the row: the tokens behind the
-longest beginning that it shares with the sequence before it. Sequences are sorted, so neighbours
+longest beginning that it shares with the sequence before it. Sequences are sorted, so neighbors
 share as much as any two do. A run attends to its path: the shared beginning, wherever that lies in
 the row, and the run itself.
 """

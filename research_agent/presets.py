@@ -12,30 +12,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from research_agent.config import (
-    AlgorithmConfig,
-    EnvironmentConfig,
-    LearnerConfig,
-    PolicyConfig,
-    RunConfig,
-    SamplingConfig,
-    TrainConfig,
-)
+from research_agent.config import TrainConfig
 from research_agent.errors import ConfigError
 
 GROUP = "research_agent.presets"
-_SECTIONS: dict[str, type[Any]] = {
-    "environment": EnvironmentConfig,
-    "policy": PolicyConfig,
-    "sampling": SamplingConfig,
-    "algorithm": AlgorithmConfig,
-    "learner": LearnerConfig,
-    "run": RunConfig,
+_DEFAULTS = {
+    section.name: getattr(TrainConfig(), section.name)
+    for section in fields(TrainConfig)
+    if section.name != "preset"
 }
 
 
@@ -53,10 +42,10 @@ def make_preset(name: str, data: Mapping[str, Any]) -> TrainConfig:
     for section, settings in data.items():
         if section == "description":
             continue
-        if section not in _SECTIONS:
-            known = ", ".join(_SECTIONS)
+        if section not in _DEFAULTS:
+            known = ", ".join(_DEFAULTS)
             raise ConfigError(f"preset {name}: unknown section {section!r}; known: {known}")
-        known_settings = {field.name for field in fields(_SECTIONS[section])}
+        known_settings = {field.name for field in fields(_DEFAULTS[section])}
         if odd := sorted(settings.keys() - known_settings):
             raise ConfigError(f"preset {name}: {section} has no setting {odd[0]!r}")
         values = dict(settings)
@@ -64,7 +53,7 @@ def make_preset(name: str, data: Mapping[str, Any]) -> TrainConfig:
             values["output"] = Path(values["output"])
         sections[section] = values
     sections["run"] = {"output": Path("runs") / name, **sections.get("run", {})}
-    made = {section: _SECTIONS[section](**values) for section, values in sections.items()}
+    made = {name: replace(_DEFAULTS[name], **values) for name, values in sections.items()}
     return TrainConfig(preset=name, **made)
 
 

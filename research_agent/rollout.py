@@ -4,31 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from research_agent.active_rollout import ActiveRollout, Episode, Sampling
+from research_agent.active_rollout import ActiveRollout, Episode, InFlight, Sampling
 from research_agent.engines.base import Completion, Engine, Interruptible, KeepsTurns
 from research_agent.environments import Environments, StepResult, Truncating
 from research_agent.errors import OverlongPromptError
 from research_agent.renderer import Renderer
 from research_agent.trajectory import Trajectory
 from research_agent.trees import CHAINS, TreePlan, Trees
-
-
-@dataclass
-class InFlight:
-    """Episodes under way, and finished ones that no step has taken yet."""
-
-    active: dict[int, ActiveRollout] = field(default_factory=dict)  # by slot
-    awaiting_env: set[int] = field(default_factory=set)  # slots whose environment has an action
-    done: dict[Episode, Trajectory] = field(default_factory=dict)
-
-    @property
-    def episodes(self) -> set[Episode]:
-        """Episode and sample numbers of all of them."""
-        return {rollout.key for rollout in self.active.values()} | self.done.keys()
 
 
 def keeps_turns(engine: Engine) -> bool:

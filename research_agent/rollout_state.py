@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from research_agent.active_rollout import ActiveRollout, Episode, Sampling
+from research_agent.active_rollout import ActiveRollout, Episode, InFlight, Sampling
 from research_agent.engines.base import Completion
 from research_agent.environments import Environments
-from research_agent.rollout import InFlight
 from research_agent.trajectory import Segment, Trajectory
 
 _TRAJECTORY = (
@@ -113,7 +112,7 @@ def from_state(
                 in_flight.awaiting_env.add(place)
         for trajectory in done:
             key = trajectory.episode, trajectory.sample
-            if key in episodes:
+            if key in episodes and not trajectory.void:  # a void one is played again
                 in_flight.done[key] = trajectory
     _replay(in_flight, environments, seed)
     return in_flight

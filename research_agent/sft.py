@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from research_agent.config import require_chat_template, require_one_process
+from research_agent.config_checks import require_chat_template, require_one_process
 from research_agent.errors import ConfigError, ContextError, NonFiniteError
 from research_agent.formats import LONGEST_LINE
 from research_agent.presets import offered
@@ -220,7 +220,9 @@ def _validate(config: SFTConfig) -> None:
             raise ConfigError(f"--{flag} is {getattr(config, name)}; it must be at least 1")
     if config.threads is not None and config.threads < 1:
         raise ConfigError(f"--threads is {config.threads}; it must be at least 1")
-    require_chat_template(config)
+    require_chat_template(
+        config.chat_template, config.chat_template_args, config.chat_template_date
+    )
     if config.chat_template and config.bare_text:
         raise ConfigError("--chat-template and --bare-text exclude each other; give one of them")
     if config.chat_template and config.model is None:
@@ -372,16 +374,10 @@ def _open_model(config: SFTConfig) -> tuple[PreTrainedModel, Renderer]:
         ConfigError: the model has a chat template, and the settings do not say whether to use it.
     """
     from research_agent.models.policy import load_model  # noqa: PLC0415
-    from research_agent.models.source import resolve_model  # noqa: PLC0415
-    from research_agent.renderer import load_renderer  # noqa: PLC0415
+    from research_agent.renderer import open_renderer  # noqa: PLC0415
 
     assert config.model is not None
-    renderer = load_renderer(
-        resolve_model(config.model),
-        chat_template=config.chat_template,
-        chat_template_args=config.chat_template_args,
-        chat_template_date=config.chat_template_date,
-    )
+    renderer = open_renderer(config, config.model)
     if renderer.tokenizer.chat_template and not (config.chat_template or config.bare_text):
         raise ConfigError(
             f"{config.model} has a chat template: it was made for chat messages. Add "

@@ -27,14 +27,9 @@ from research_agent.active_rollout import Episode
 from research_agent.algorithms import algorithm
 from research_agent.algorithms.base import SelectsGroups
 from research_agent.checkpoint import Checkpoint
-from research_agent.config import (
-    SamplingConfig,
-    TrainConfig,
-    as_json,
-    changes,
-    require_same,
-    validate,
-)
+from research_agent.config import RolloutConfig, TrainConfig, as_json
+from research_agent.config_changes import changes, require_same
+from research_agent.config_checks import validate
 from research_agent.curriculum import CollapseMonitor, CurriculumState, parse_stages
 from research_agent.distributed import (
     alike,
@@ -68,17 +63,16 @@ from research_agent.models.policy import (
     require_ends,
     save_settings,
 )
-from research_agent.models.source import model_source, resolve_model, starting_model
+from research_agent.models.source import model_source, starting_model
 from research_agent.player import Player
 from research_agent.player_process import PlayerProcess, connect_engine, load_engine
-from research_agent.renderer import load_renderer
+from research_agent.renderer import open_renderer
 from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_lines, wandb_run
 from research_agent.sharded import write_weights
 from research_agent.signals import stop_signals
 from research_agent.terminal import show
 from research_agent.trace import Trace, span
 from research_agent.trajectory import NOT_GROWN, Group, Trajectory
-from research_agent.trees import TreePlan
 
 CHANGES = "changes.jsonl"  # settings with which a run was continued
 
@@ -196,7 +190,9 @@ class Trainer:
                     message = self._roll_back(best)
                     if logger:
                         logger.print(message)
-                next_stage = self.curriculum.advance(self.stages, metrics["reward"])
+                next_stage = best is None and self.curriculum.advance(
+                    self.stages, metrics["reward"]
+                )
                 if next_stage:
                     self._start_stage()
 
@@ -214,7 +210,7 @@ class Trainer:
 
     def _open(self, saved: Checkpoint | None, stack: ExitStack) -> None:
         """Make everything that a step uses, with the weights and states of a checkpoint."""
-        config, sampling, run = self.config, self.config.sampling, self.config.run
+        config, rollout, run = self.config, self.config.rollout, self.config.run
         rank, size = rank_and_size()
         torch.manual_seed(run.seed)
         rule = algorithm(config.algorithm.algorithm, **config.algorithm.algorithm_args)
@@ -223,16 +219,16 @@ class Trainer:
             stack.callback(self.trace.close)
 
         # The player has as many environments as this process has episodes in flight.
-        self.stages = parse_stages(config.environment.stages)
+        self.stages = parse_stages(config.rollout.stages)
         self.curriculum = CurriculumState()
         if saved and self.stages:
-            self.curriculum = CurriculumState(**saved.state["stage"])
-        unit = TreePlan.of(sampling).size
-        share = -(-sampling.prompts_per_step * sampling.group_size // (size * unit)) * unit
-        slots = min(share * (1 + sampling.max_staleness), sampling.max_in_flight or share)
+            self.curriculum = CurriculumState(**saved.state.get("stage", {}))
+        unit = rollout.tree_plan.size
+        share = -(-rollout.prompts_per_step * rollout.group_size // (size * unit)) * unit
+        slots = min(share * (1 + rollout.max_staleness), config.sampling.max_in_flight or share)
         today = broadcast_object(date.today().isoformat())
         with together():
-            kind = PlayerProcess if sampling.max_staleness else Player
+            kind = PlayerProcess if rollout.max_staleness else Player
             self.player: Player | PlayerProcess = kind(
                 config, slots, self._stage_args(), self.trace
             )
@@ -260,9 +256,9 @@ class Trainer:
                 config.learner,
                 reference=reference,
                 adapter=adapter,
-                temperature=sampling.temperature,
+                temperature=config.sampling.temperature,
                 device=torch.device(find_device(config.policy.device)),
-                trees=sampling.tree_branches > 0,
+                trees=rollout.tree_branches > 0,
             )
         del reference
         if not saved:
@@ -272,11 +268,11 @@ class Trainer:
         if saved:
             with alike(), checkpoint.restoring(saved):
                 self._restore(saved)
-        if saved or adapter is not None or sampling.max_staleness or size > 1:
+        if saved or adapter is not None or rollout.max_staleness or size > 1:
             self._sync()
-        if saved and sampling.max_staleness >= saved.config["sampling"]["max_staleness"] > 0:
-            steps = range(self.step, self.step + sampling.max_staleness + 1)
-            with checkpoint.restoring(saved):
+        if saved and rollout.max_staleness >= saved.config["rollout"]["max_staleness"] > 0:
+            steps = range(self.step, self.step + rollout.max_staleness + 1)
+            with together(), checkpoint.restoring(saved):
                 self.player.restore(saved.state["in_flight"], self._own_episodes(steps))
 
     def _restore(self, saved: Checkpoint) -> None:
@@ -290,7 +286,7 @@ class Trainer:
         """Open tokenizer and model; returns the adapter that the learner trains, if any."""
         config = self.config
         self._load_renderer(saved, today)
-        adapter = None if config.policy.merge_adapter else model_source(self.origin).adapter
+        adapter = None if config.learner.merge_adapter else model_source(self.origin).adapter
         if saved and adapter is None and not config.learner.lora_rank:
             self.model = self._load(saved.folder)
         else:
@@ -302,12 +298,7 @@ class Trainer:
         """Open the tokenizer. Its chat template writes the day on which the run started."""
         policy = self.config.policy
         before = saved.config["policy"].get("chat_template_date") if saved else None
-        self.renderer = load_renderer(
-            resolve_model(self.origin),
-            chat_template=policy.chat_template,
-            chat_template_args=policy.chat_template_args,
-            chat_template_date=policy.chat_template_date or before or today,
-        )
+        self.renderer = open_renderer(policy, self.origin, before or today)
         written = self.renderer.chat_template_date or None
         self.config = replace(self.config, policy=replace(policy, chat_template_date=written))
 
@@ -338,7 +329,8 @@ class Trainer:
         # Otherwise the model here is sharded, or in another process than the player.
         if not has_servers(sampling.engine) and not here:
             load = partial(load_engine, make_engine, config, self.origin)
-            player.start(partial(load, slots=slots, merge_adapter=merge_adapter))
+            with together():
+                player.start(partial(load, slots=slots, merge_adapter=merge_adapter))
             return
         engine = make_engine(
             sampling.engine,
@@ -352,7 +344,8 @@ class Trainer:
             player.start(lambda: (engine, self.renderer))
             return
         assert isinstance(engine, SamplesElsewhere)
-        player.start(partial(connect_engine, engine.elsewhere(), config, self.origin), engine)
+        with together():
+            player.start(partial(connect_engine, engine.elsewhere(), config, self.origin), engine)
 
     def _require_same_run(self, saved: Checkpoint) -> None:
         """Compare a checkpoint's configuration and environment with the present ones.
@@ -380,8 +373,12 @@ class Trainer:
                 show(f"{run.output}: continuing with other settings: {names}", file=sys.stderr)
 
     def _start_stage(self) -> None:
-        self.player.open_stage(self._stage_args())
-        self.provenance = self.player.provenance()
+        """Open the stage's environments; its rewards are not compared with those of another."""
+        with together():
+            self.player.open_stage(self._stage_args())
+            self.provenance = self.player.provenance()
+        if self.collapse:
+            self.collapse.history.clear()
 
     @contextmanager
     def _logger(self, saved: Checkpoint | None) -> Iterator[RunLogger | None]:
@@ -407,20 +404,20 @@ class Trainer:
         step leaves out those that it does not need, so its tasks never depend on other steps.
         Until the next call the player plays the tasks of the next ``max_staleness`` steps.
         """
-        sampling, rule = self.config.sampling, self.learner.algorithm
+        rollout, rule = self.config.rollout, self.learner.algorithm
         selects = rule if isinstance(rule, SelectsGroups) else None
         rounds = selects.max_rounds if selects else 1
-        tasks_per_step = sampling.prompts_per_step * rounds
-        later = self._own_episodes(range(self.step + 1, self.step + sampling.max_staleness + 1))
+        tasks_per_step = rollout.prompts_per_step * rounds
+        later = self._own_episodes(range(self.step + 1, self.step + rollout.max_staleness + 1))
         next_task = self.step * tasks_per_step
         played: list[Trajectory] = []
         groups: list[Group] = []
         for _ in range(rounds):
-            missing = sampling.prompts_per_step - len(groups)
-            episodes = _episodes(next_task, missing, sampling.group_size)
+            missing = rollout.prompts_per_step - len(groups)
+            episodes = _episodes(next_task, missing, rollout.group_size)
             next_task += missing
             # Each rank plays its share, and all learn from all.
-            work = partial(self.player.collect, _share(episodes, sampling), later)
+            work = partial(self.player.collect, _share(episodes, rollout), later)
             together = _in_order(run_together(work))
             trajectories = [t for t in together if t.stop_reason != NOT_GROWN]
             played += trajectories
@@ -430,20 +427,20 @@ class Trainer:
             too_many_void = (
                 step_metrics.void_fraction(played) > self.config.algorithm.max_void_fraction
             )
-            if too_many_void or len(groups) == sampling.prompts_per_step:
+            if too_many_void or len(groups) == rollout.prompts_per_step:
                 break
         return played, groups
 
     def _own_episodes(self, steps: range) -> list[Episode]:
         """This rank's share of the episodes of steps, without those of later rounds."""
-        sampling, rule = self.config.sampling, self.learner.algorithm
+        rollout, rule = self.config.rollout, self.learner.algorithm
         rounds = rule.max_rounds if isinstance(rule, SelectsGroups) else 1
-        prompts, samples = sampling.prompts_per_step, sampling.group_size
+        prompts, samples = rollout.prompts_per_step, rollout.group_size
         firsts = [step * prompts * rounds for step in steps]
         return [
             episode
             for first in firsts
-            for episode in _share(_episodes(first, prompts, samples), sampling)
+            for episode in _share(_episodes(first, prompts, samples), rollout)
         ]
 
     def _require_few_void(self, trajectories: Sequence[Trajectory]) -> None:
@@ -451,7 +448,8 @@ class Trainer:
         fraction = step_metrics.void_fraction(trajectories)
         if fraction <= limit:
             return
-        self.player.clear()  # many of these episodes are void too
+        with together():
+            self.player.clear()  # many of these episodes are void too
         self._save()
         raise_together(
             TooManyVoidError(
@@ -475,18 +473,21 @@ class Trainer:
             ConfigError: the environment does not say how many tasks it has, and no limit is given.
         """
         run, (rank, size) = self.config.run, rank_and_size()
-        counts = [n for n in (self.player.num_eval_tasks(), run.eval_limit) if n is not None]
+        tasks = run_together(self.player.num_eval_tasks)[rank]
+        counts = [n for n in (tasks, run.eval_limit) if n is not None]
         if not counts:
             message = "this environment has no last task; say how many with --eval-limit"
             raise_together(ConfigError(message))
         work = partial(self.player.evaluate, _episodes(0, min(counts), 1)[rank::size])
         played = _in_order(run_together(work))
-        if rank:
-            return {}
-        summary = record_evaluation(played, run.output / "evaluations" / f"step-{self.step:06d}")
-        if summary.episodes == 0:
-            return {}  # all void: there is nothing to report
-        return step_metrics.prefixed("eval", {"reward": summary.reward, **summary.metrics})
+        found: dict[str, float] = {}
+        with together():
+            if rank == 0:
+                folder = run.output / "evaluations" / f"step-{self.step:06d}"
+                summary = record_evaluation(played, folder)
+                if summary.episodes:  # otherwise all are void
+                    found = {"reward": summary.reward, **summary.metrics}
+        return step_metrics.prefixed("eval", found)
 
     def _write_model(self, folder: Path) -> None:
         """Write the policy and its tokenizer as transformers reads them; all ranks take part."""
@@ -548,7 +549,12 @@ class Trainer:
         if not self.learner.has_adapters:
             self.learner.load_weights(good)
         self.learner.load_state_dict(saved.state["learner"], saved.read)
-        self.player.clear()
+        stage = self.curriculum.stage
+        self.curriculum = CurriculumState(**saved.state.get("stage", {}))
+        if self.curriculum.stage != stage:
+            self._start_stage()
+        with together():
+            self.player.clear()
         self._sync()
         self.collapse.history.clear()
         return f"{what}; the run continues from it"
@@ -623,10 +629,10 @@ def _episodes(first: int, tasks: int, samples: int) -> list[Episode]:
     return [(task, sample) for task in range(first, first + tasks) for sample in range(samples)]
 
 
-def _share(episodes: Sequence[Episode], sampling: SamplingConfig) -> list[Episode]:
+def _share(episodes: Sequence[Episode], rollout: RolloutConfig) -> list[Episode]:
     """The episodes that this rank plays: every n-th one, or every n-th whole tree."""
     rank, size = rank_and_size()
-    unit = TreePlan.of(sampling).size
+    unit = rollout.tree_plan.size
     return [each for place, each in enumerate(episodes) if place // unit % size == rank]
 
 

@@ -27,11 +27,9 @@ from research_agent.errors import ConfigError
 from research_agent.trajectory import NOT_GROWN, Segment, Trajectory
 
 if TYPE_CHECKING:
-    from research_agent.active_rollout import ActiveRollout
-    from research_agent.config import SamplingConfig
+    from research_agent.active_rollout import ActiveRollout, InFlight
     from research_agent.engines.base import Completion, Engine
     from research_agent.environments import Environments
-    from research_agent.rollout import InFlight
 
 Choice = Literal["random", "entropy"]
 
@@ -80,17 +78,6 @@ class TreePlan:
                 )
         if self.choose not in ("random", "entropy"):
             raise ConfigError(f"a tree chooses by {self.choose!r}; known: 'random', 'entropy'")
-
-    @classmethod
-    def of(cls, sampling: SamplingConfig) -> TreePlan:
-        """Read the plan from a configuration."""
-        return cls(
-            branches=sampling.tree_branches,
-            rounds=sampling.tree_rounds,
-            choose=sampling.tree_choice,
-            max_tokens=sampling.tree_max_tokens,
-            max_turns=sampling.tree_max_turns,
-        )
 
     @property
     def size(self) -> int:

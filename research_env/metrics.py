@@ -13,7 +13,7 @@ Libraries disagree about four details. Ours, and where they come from:
   the codes of ReSearch and R1-Searcher; SQuAD and FlashRAG count the shared words.
 - Texts in Chinese, Japanese and Korean are compared by rules of their own (`LANGUAGES`), which are
   chosen by the data set and never guessed.
-- F1 of two texts that are both empty after normalisation is 0, as in SQuAD 1.1 and HotpotQA
+- F1 of two texts that are both empty after normalization is 0, as in SQuAD 1.1 and HotpotQA
   (SQuAD 2.0 says 1); their exact match is 1.
 """
 
@@ -146,7 +146,7 @@ def exact_match(
     *,
     language: str = "en",
 ) -> float:
-    """1.0 when the normalised prediction equals a normalised gold answer, else 0.0.
+    """1.0 when the normalized prediction equals a normalized gold answer, else 0.0.
 
     Args:
         prediction: the answer given, or None when there is none.
@@ -202,7 +202,7 @@ def cover_exact_match(
     """1.0 when every word of a gold answer occurs in the prediction, in any order, else 0.0.
 
     Whole words count ("art" is not covered by "Bart"), how often they occur does not. Search-R1's
-    ``subem`` asks for a substring instead. A gold that is empty after normalisation is covered by
+    ``subem`` asks for a substring instead. A gold that is empty after normalization is covered by
     an empty prediction only.
 
     Args:

@@ -57,12 +57,11 @@ MINIWORLD: Preset = {
     },
     "policy": {"model": "miniworld-starter"},
     "sampling": {
-        "prompts_per_step": 24,
-        "group_size": 8,
         "max_prompt": 96,
         "max_response": 384,
         "max_turn_tokens": 64,
     },
+    "rollout": {"prompts_per_step": 24, "group_size": 8},
     "algorithm": {
         "algorithm": "grpo",
         "algorithm_args": {"kl_coef": 0.0, "entropy_coef": 0.0},
@@ -101,12 +100,11 @@ SMOLLM2_WIKI: Preset = {
     },
     "policy": {"model": "./runs/smollm2-start"},
     "sampling": {
-        "prompts_per_step": 4,
-        "group_size": 8,
         "max_prompt": 256,
         "max_response": 1024,
         "max_turn_tokens": 96,
     },
+    "rollout": {"prompts_per_step": 4, "group_size": 8},
     "algorithm": {
         "algorithm": "grpo",
         "algorithm_args": {"kl_coef": 0.0, "entropy_coef": 0.0},
@@ -138,13 +136,12 @@ RESEARCH_7B: Preset = {
     },
     "policy": {"model": "Qwen/Qwen2.5-7B"},
     "sampling": {
-        "prompts_per_step": 256,
-        "group_size": 5,
         "temperature": 1.0,
         "overlap": True,
         "max_prompt": 512,
         "max_response": 8192,
     },
+    "rollout": {"prompts_per_step": 256, "group_size": 5},
     "algorithm": {
         "algorithm": "grpo",
         "algorithm_args": {"clip": 0.2, "kl_coef": 1e-3, "entropy_coef": 1e-3},
@@ -187,19 +184,21 @@ R1_SEARCHER_QWEN: Preset = {
             "protocol": "r1-searcher",
             "template": "base",
         },
-        "stages": (
-            "steps=6 split=stage-1 reward=r1-searcher-stage1",
-            "split=stage-2 reward=r1-searcher-stage2",
-        ),
     },
     "policy": {"model": "Qwen/Qwen2.5-7B"},
     "sampling": {
-        "prompts_per_step": 64,
-        "group_size": 16,
         "temperature": 1.0,
         "overlap": True,
         "max_prompt": 1024,
         "max_response": 29000,
+    },
+    "rollout": {
+        "prompts_per_step": 64,
+        "group_size": 16,
+        "stages": (
+            "steps=6 split=stage-1 reward=r1-searcher-stage1",
+            "split=stage-2 reward=r1-searcher-stage2",
+        ),
     },
     "algorithm": {
         "algorithm": "reinforce_pp",
@@ -224,13 +223,13 @@ R1_SEARCHER_LLAMA = _instruct(
     R1_SEARCHER_QWEN,
     f"{_R1_SEARCHER}, Llama-3.1-8B-Instruct.",
     "meta-llama/Llama-3.1-8B-Instruct",
-    environment={
+    rollout={
+        "prompts_per_step": 65,
         "stages": (
             "steps=6 split=stage-1 reward=r1-searcher-stage1",
             "split=stage-2 reward=r1-searcher-stage2-llama",
-        )
+        ),
     },
-    sampling={"prompts_per_step": 65},
     algorithm={"algorithm_args": {"baseline": "group", "clip": 0.2, "kl_coef": 1e-4}},
     run={"steps": 6 + 125},
 )
@@ -255,14 +254,13 @@ SEARCH_R1_GRPO: Preset = {
     },
     "policy": {"model": "Qwen/Qwen2.5-7B"},
     "sampling": {
-        "prompts_per_step": 512,
-        "group_size": 5,
         "temperature": 1.0,
         "overlap": True,
         "max_prompt": 2048,
         "max_response": 4096,
         "max_turn_tokens": 500,
     },
+    "rollout": {"prompts_per_step": 512, "group_size": 5},
     "algorithm": {
         "algorithm": "grpo",
         "algorithm_args": {"clip": 0.2, "kl_coef": 1e-3, "entropy_coef": 1e-3},
@@ -283,7 +281,7 @@ SEARCH_R1_GRPO: Preset = {
 SEARCH_R1_PPO = _derived(
     SEARCH_R1_GRPO,
     f"{_SEARCH_R1}, PPO with a critic, Qwen2.5-7B.",
-    sampling={"group_size": 1},
+    rollout={"group_size": 1},
     algorithm={
         "algorithm": "ppo",
         "algorithm_args": {
@@ -331,14 +329,13 @@ _TOOL_CALLS = {
         "template": "{question}\n<think>",  # as ReCall's own prompt, it opens the thought
     }
 }
-_MINI_ENVIRONMENT: dict[str, dict[str, Any]] = {
-    "recall-7b": _TOOL_CALLS,
-    "r1-searcher-qwen": _TWO_STAGES,
-    "r1-searcher-llama": _TWO_STAGES,
-    "search-r1-grpo": _EXACT_MATCH,
-    "search-r1-ppo": _EXACT_MATCH,
+_MINI: dict[str, dict[str, dict[str, Any]]] = {
+    "recall-7b": {"environment": _TOOL_CALLS, "policy": {"model": "miniworld-tools-starter"}},
+    "r1-searcher-qwen": {"rollout": _TWO_STAGES},
+    "r1-searcher-llama": {"rollout": _TWO_STAGES},
+    "search-r1-grpo": {"environment": _EXACT_MATCH},
+    "search-r1-ppo": {"environment": _EXACT_MATCH},
 }
-_MINI_POLICY = {"recall-7b": {"model": "miniworld-tools-starter"}}
 
 
 def _mini(name: str) -> Preset:
@@ -355,8 +352,7 @@ def _mini(name: str) -> Preset:
     return _derived(
         MINIWORLD,
         f"The recipe of {name} in MiniWorld. Minutes.",
-        environment=_MINI_ENVIRONMENT.get(name, {}),
-        policy=_MINI_POLICY.get(name, {}),
+        **_MINI.get(name, {}),
         algorithm={**paper["algorithm"], "algorithm_args": args},
         learner=learner,
         run={"steps": 30, "eval_every": 10},

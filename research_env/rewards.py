@@ -99,7 +99,7 @@ def support_recall(episode: Episode) -> float:
 def query_diversity(episode: Episode) -> float:
     """Mean Jaccard distance between the queries, pair by pair; 1 for fewer than two.
 
-    ``1 - |A & B| / |A | B|`` with A and B the sets of words of two queries, normalised as answers
+    ``1 - |A & B| / |A | B|`` with A and B the sets of words of two queries, normalized as answers
     are (`metrics.normalize`); 0 where both are empty. So it is 1 where no two queries share a word,
     0 where all are the same, and an episode that searches once or never loses nothing by it.
 
@@ -262,7 +262,7 @@ def episode_metrics(episode: Episode) -> dict[str, float]:
     """What is known of an episode at its end; always the same keys.
 
     Returns:
-        ``em``, ``f1``, ``cem``: of the prediction, with SQuAD's normalisation and all golds.
+        ``em``, ``f1``, ``cem``: of the prediction, with SQuAD's normalization and all golds.
         ``format``: `format_reward`.
         ``searches``: the number of searches.
         ``support_recall``: share of the gold passages that some search returned, by id; 0.0 where

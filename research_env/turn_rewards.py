@@ -68,7 +68,7 @@ def searches(before: Episode, after: Episode) -> float:
 
 
 def repeated_query(before: Episode, after: Episode) -> float:
-    """1 for a search whose query was asked before, normalised as answers are, else 0.
+    """1 for a search whose query was asked before, normalized as answers are, else 0.
 
     A blank query repeats any other blank one.
     """
@@ -223,7 +223,7 @@ def _share_reached(episode: Episode) -> float:
 
 
 def _words(text: str) -> str:
-    """The words of a text, normalised, with a space around each: tags and marks part words."""
+    """The words of a text, normalized, with a space around each: tags and marks part words."""
     apart = re.sub(r"[^\w\s]", " ", text)
     return f" {normalize(apart)} "
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import runpy
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -15,18 +17,29 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 300.0
+NOTHING: Mapping[str, str] = {}
 
 
 class _Process(ForkServerProcess):
-    """Has the environment of the process that starts it, as one that is started anew."""
+    """Has the environment of the process that starts it, as one that is started anew.
+
+    What it starts itself is forked from the same server.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._environ = dict(os.environ)
+        server: Any = forkserver._forkserver
+        server.ensure_running()
+        self._address = server._forkserver_address
 
     def run(self) -> None:
         os.environ.clear()
         os.environ.update(self._environ)
+        server: Any = forkserver._forkserver
+        server._forkserver_address = self._address
+        server.ensure_running = lambda: None  # it would start another one
+        multiprocessing.get_context = lambda method=None: FORKS  # type: ignore[assignment]
         super().run()
 
 
@@ -56,7 +69,7 @@ class Output:
         self.errors.touch()
 
     def process(
-        self, program: str, *words: str, cwd: Path = ROOT, **environ: str
+        self, program: str, *words: str, cwd: Path = ROOT, env: Mapping[str, str] = NOTHING
     ) -> ForkServerProcess:
         """A process, not yet started, that runs a program as Python's command does.
 
@@ -64,16 +77,16 @@ class Output:
             program: a file of Python, or the name of a module.
             words: its arguments.
             cwd: the folder that it works in.
-            environ: variables, besides those of this process.
+            env: variables, besides those of this process.
         """
-        return FORKS.Process(target=self._run, args=([program, *words], cwd, environ))
+        return FORKS.Process(target=self._run, args=([program, *words], cwd, dict(env)))
 
-    def _run(self, argv: list[str], cwd: Path, environ: dict[str, str]) -> None:
+    def _run(self, argv: list[str], cwd: Path, env: dict[str, str]) -> None:
         for path, number in ((self.said, 1), (self.errors, 2)):
             file = os.open(path, os.O_WRONLY | os.O_APPEND)
             os.dup2(file, number)
             os.close(file)
-        os.environ.update(environ)
+        os.environ.update(env)
         os.chdir(cwd)
         sys.argv = argv
         if argv[0].endswith(".py"):
@@ -90,10 +103,12 @@ def outputs() -> Iterator[Output]:
         yield Output(Path(folder))
 
 
-def run(program: str, *words: str, cwd: Path = ROOT, **environ: str) -> CompletedProcess[str]:
+def run(
+    program: str, *words: str, cwd: Path = ROOT, env: Mapping[str, str] = NOTHING
+) -> CompletedProcess[str]:
     """Run a program to its end, as ``subprocess.run`` does; see `Output.process`."""
     with outputs() as output:
-        process = output.process(program, *words, cwd=cwd, **environ)
+        process = output.process(program, *words, cwd=cwd, env=env)
         process.start()
         process.join(PATIENCE)
         process.kill()

@@ -367,7 +367,9 @@ def played(renderer: Renderer, rules: str, engine: Blank) -> Trajectory:
         {"dataset": DATASET, "retriever": engine, "protocol": rules, "template": "question"},
     )
     scripted = ScriptedEngine(lambda *_: [*next(script), end], renderer, max_context=10**6)
-    sampling = SamplingConfig(max_prompt=1_000, max_response=900_000, max_turn_tokens=200)
+    sampling = SamplingConfig(
+        temperature=1.0, max_prompt=1_000, max_response=900_000, max_turn_tokens=200
+    )
     [trajectory] = collect(scripted, environments, renderer, [(0, 0)], sampling)
     environments.close()
     return trajectory
@@ -412,7 +414,7 @@ def test_the_hint_after_an_invalid_action_is_no_action_either() -> None:
     scripted = ScriptedEngine(
         lambda *_: [*renderer.encode_text(next(script)), min(renderer.end_ids)], renderer, 10**5
     )
-    sampling = SamplingConfig(max_prompt=9_000, max_response=9_000)
+    sampling = SamplingConfig(temperature=1.0, max_prompt=9_000, max_response=9_000)
     [trajectory] = collect(scripted, environments, renderer, [(0, 0)], sampling)
     provenances = [segment.provenance for segment in trajectory.segments]
     assert provenances == ["prompt", "action", "observation", "action"]

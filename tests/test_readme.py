@@ -147,7 +147,7 @@ def run(block: Block) -> str:
     if block.language == "python":
         program = Path("block.py").resolve()
         program.write_text(block.code, encoding="utf-8")
-        done = forks.run(str(program), cwd=Path.cwd(), PYTHONPATH=str(ROOT))
+        done = forks.run(str(program), cwd=Path.cwd(), env={"PYTHONPATH": str(ROOT)})
     else:
         command = ["bash", "-euo", "pipefail", "-c", block.code]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -320,7 +320,7 @@ def test_what_is_not_run_is_understood(
     if document == "docs/tutorials/train-on-your-corpus.md":
         (config,) = seen
         paper = PRESETS["research-7b"]
-        assert config.sampling.prompts_per_step == 32 < paper.sampling.prompts_per_step
+        assert config.rollout.prompts_per_step == 32 < paper.rollout.prompts_per_step
         assert config.environment.env_args["template"] == "instruct"
         assert config.learner == paper.learner
 

@@ -86,7 +86,9 @@ def play(template: str, engine: Any, turns: list[str]) -> tuple[Trajectory, list
         },
     )
     scripted = ScriptedEngine(lambda *_: next(script), renderer, max_context=10**6)
-    sampling = SamplingConfig(max_prompt=10**5, max_response=10**5, max_turn_tokens=10**4)
+    sampling = SamplingConfig(
+        temperature=1.0, max_prompt=10**5, max_response=10**5, max_turn_tokens=10**4
+    )
     [trajectory] = collect(scripted, environments, renderer, [(0, 0)], sampling)
     environments.close()
     return trajectory, sampled, renderer

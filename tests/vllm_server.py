@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -239,8 +240,7 @@ def _launch_all() -> None:
 
 
 def _serve(log: str, words: list[str]) -> None:
-    from vllm.entrypoints.launchers.api_server.entry import main
-
+    main: Any = import_module(LOADED[0]).main
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

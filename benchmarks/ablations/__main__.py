@@ -36,9 +36,9 @@ class AblationsConfig:
     """Training steps of a run."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the runs. Verdicts need two at least."""
-    prompts_per_step: int = MINIWORLD.sampling.prompts_per_step
+    prompts_per_step: int = MINIWORLD.rollout.prompts_per_step
     """Tasks a step."""
-    group_size: int = MINIWORLD.sampling.group_size
+    group_size: int = MINIWORLD.rollout.group_size
     """Episodes of each task."""
     questions: int = 200
     """Held-out questions of an evaluation."""

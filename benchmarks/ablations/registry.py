@@ -34,7 +34,7 @@ class Arm:
     grade: str | None = None  # train on questions that are graded so
     by: Literal["rl", "sft"] = "rl"
     hard: bool = False  # trained and evaluated in the hard world alone
-    sampling: Mapping[str, Any] = field(default_factory=dict)  # settings of SamplingConfig
+    rollout: Mapping[str, Any] = field(default_factory=dict)  # settings of RolloutConfig
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,13 @@ TURN_ARMS = (
     _hard("mt_ppo, outcome", "mt_ppo", args=CRITIC),
     _hard("mt_ppo", "mt_ppo", args=CRITIC, env_args=GOLD),
     _hard("gigpo", "gigpo"),
-    _hard("grpo, trees", group_size=15, sampling=TREE),
-    _hard("tree_grpo", "tree_grpo", group_size=15, sampling=TREE),
+    _hard("grpo, trees", group_size=15, rollout=TREE),
+    _hard("tree_grpo", "tree_grpo", group_size=15, rollout=TREE),
     _hard("tree_grpo, 120 tokens", "tree_grpo", group_size=15,
-          sampling=TREE | {"tree_max_tokens": 120}),
+          rollout=TREE | {"tree_max_tokens": 120}),
     _hard("tree_grpo, 10 turns", "tree_grpo", group_size=15,
-          sampling=TREE | {"tree_max_turns": 10}),
-    _hard("arpo", "arpo", group_size=15, sampling=TREE | {"tree_choice": "entropy"}),
+          rollout=TREE | {"tree_max_turns": 10}),
+    _hard("arpo", "arpo", group_size=15, rollout=TREE | {"tree_choice": "entropy"}),
 )  # fmt: skip
 MT, GIGPO, TREE_GRPO, ARPO = (
     "MT-GRPO and MT-PPO (Zeng et al. 2025)",

@@ -21,12 +21,13 @@ from benchmarks.runs import training_process
 from research_agent.config import (
     AlgorithmConfig,
     EnvironmentConfig,
+    RolloutConfig,
     SamplingConfig,
     TrainConfig,
     as_json,
-    changes,
 )
-from research_agent.config import require_same as require_same_training
+from research_agent.config_changes import changes
+from research_agent.config_changes import require_same as require_same_training
 from research_agent.errors import ConfigError
 from research_agent.files import write_atomic
 from research_agent.presets import PRESETS
@@ -97,7 +98,7 @@ def worlds_of(arm: Arm) -> tuple[str, ...]:
 def sampling_of(arm: Arm) -> SamplingConfig:
     """How a run's episodes are played, but for the number of them."""
     limits: dict[str, Any] = {"max_response": HARD_RESPONSE} if arm.hard else {}
-    return replace(MINIWORLD.sampling, **limits, **arm.sampling)
+    return replace(MINIWORLD.sampling, **limits)
 
 
 def world_of(settings: Settings, name: str) -> dict[str, Any]:
@@ -133,15 +134,18 @@ def training_of(settings: Settings, arm: Arm, seed: int) -> TrainConfig:
                 **graded,
                 **arm.env_args,
             },
-            stages=tuple(stage.format(part=part) for stage in arm.stages),
         ),
         policy=replace(
             MINIWORLD.policy,
             model=STARTER if arm.start == "starter" else str(settings.prepared / arm.start),
             device=settings.device,
         ),
-        sampling=replace(
-            sampling_of(arm), prompts_per_step=max(1, episodes // samples), group_size=samples
+        sampling=sampling_of(arm),
+        rollout=RolloutConfig(
+            prompts_per_step=max(1, episodes // samples),
+            group_size=samples,
+            stages=tuple(stage.format(part=part) for stage in arm.stages),
+            **arm.rollout,
         ),
         algorithm=AlgorithmConfig(algorithm=arm.algorithm, algorithm_args=dict(arm.args)),
         learner=replace(MINIWORLD.learner, **arm.learner),

@@ -15,7 +15,7 @@ from benchmarks.baselines.published import Score
 
 DASH = "–"
 BLUES = ("#0017c7", "#457aec", "#8fb0f5")  # of trained rows
-GREYS = ("#b8c0e0", "#dce1ee", "#dedede", "#bcbcbc", "#9a9a9a")
+GRAYS = ("#b8c0e0", "#dce1ee", "#dedede", "#bcbcbc", "#9a9a9a")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def markdown(results: Results) -> str:
 
 
 def latex(results: Results) -> str:
-    """The table in LaTeX, for the package booktabs; the paper's numbers in grey (xcolor)."""
+    """The table in LaTeX, for the package booktabs; the paper's numbers in gray (xcolor)."""
     columns = len(results.datasets)
     names = " & ".join(rf"\multicolumn{{2}}{{c}}{{{_escape(name)}}}" for name in results.datasets)
     rules = "".join(rf"\cmidrule(lr){{{2 * i + 2}-{2 * i + 3}}}" for i in range(columns))
@@ -138,8 +138,8 @@ def latex(results: Results) -> str:
         for dataset in results.datasets:
             for text in (exact_match(row.cells[dataset]), judge(row.cells[dataset])):
                 ours, _, paper = text.partition(" (")
-                grey = rf" \textcolor{{gray}}{{({paper}}}" if paper else ""
-                said.append(_escape(ours).replace(DASH, "--") + grey)
+                gray = rf" \textcolor{{gray}}{{({paper}}}" if paper else ""
+                said.append(_escape(ours).replace(DASH, "--") + gray)
         lines.append(f"{_escape(row.label)} & {' & '.join(said)} \\\\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
@@ -180,7 +180,7 @@ def chart(results: Results, path: Path) -> str:
     # The trained models first, then the baselines from the best known to the plainest.
     ordered = [row for row in results.rows[::-1] if row.trained]
     ordered += [row for row in results.rows[::-1] if not row.trained]
-    blues, greys = iter(BLUES * len(ordered)), iter(GREYS * len(ordered))
+    blues, grays = iter(BLUES * len(ordered)), iter(GRAYS * len(ordered))
     figure = Figure(figsize=(1.5 + 2.6 * len(results.datasets), 5.5), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / max(1, len(ordered))
@@ -189,7 +189,7 @@ def chart(results: Results, path: Path) -> str:
         heights = [value(row.cells[dataset]) for dataset in results.datasets]
         bars = axes.bar(
             places, heights, 0.9 * width, label=row.label,
-            color=next(blues) if row.trained else next(greys),
+            color=next(blues) if row.trained else next(grays),
         )  # fmt: skip
         weight = "bold" if row.trained else "normal"
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8, weight=weight)

@@ -43,7 +43,7 @@ def main() -> None:
         replace(
             preset,
             algorithm=AlgorithmConfig(f"{__name__}:LeaveOneOut", {"entropy_coef": 1e-3}),
-            sampling=replace(preset.sampling, prompts_per_step=2),
+            rollout=replace(preset.rollout, prompts_per_step=2),
             run=replace(preset.run, steps=2, eval_every=0, quiet=True, output=Path("runs/own")),
         )
     )

@@ -45,7 +45,7 @@ def main() -> None:
         replace(
             preset,
             environment=replace(preset.environment, env_args=arguments),
-            sampling=replace(preset.sampling, prompts_per_step=2),
+            rollout=replace(preset.rollout, prompts_per_step=2),
             run=replace(preset.run, steps=2, eval_every=0, quiet=True, output=Path("runs/thrifty")),
         )
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from research_agent import (
     PRESETS,
     EvalConfig,
+    PolicyConfig,
     ReportConfig,
     compare,
     evaluate_model,
@@ -35,9 +36,9 @@ def main() -> None:
     for name, model in {"before": preset.policy.model, "after": str(folder / "train")}.items():
         summary = evaluate_model(
             EvalConfig(
-                env=preset.environment.env,
-                env_args={**preset.environment.env_args, "split": "dev"},
-                model=model,
+                environment=preset.environment,
+                split="dev",
+                policy=PolicyConfig(model=model),
                 limit=options.questions,
                 output=folder / name,
             )

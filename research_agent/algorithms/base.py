@@ -1,6 +1,6 @@
 """What an algorithm is: advantages, token weights and an objective; nothing else.
 
-The learner minimises ``-(weights * objective).sum()`` over the action tokens of a batch. The
+The learner minimizes ``-(weights * objective).sum()`` over the action tokens of a batch. The
 weights are fixed on the whole batch before it is cut into micro-batches, so the cutting changes
 neither the loss nor its gradient.
 
@@ -60,7 +60,7 @@ class Algorithm(Protocol):
         """Say how much each action token counts.
 
         Args:
-            batch: all the trajectories of one optimiser step.
+            batch: all the trajectories of one optimizer step.
 
         Returns:
             The weights, shape [action tokens].
@@ -68,7 +68,7 @@ class Algorithm(Protocol):
         ...
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Compute what is to be maximised, for each token.
+        """Compute what is to be maximized, for each token.
 
         Args:
             tokens: the action tokens of a micro-batch.
@@ -116,7 +116,7 @@ class UsesCritic(Protocol):
 
     @property
     def critic_warmup_steps(self) -> int:
-        """Optimiser steps over which that rises linearly from zero."""
+        """Optimizer steps over which that rises linearly from zero."""
         ...
 
     @property

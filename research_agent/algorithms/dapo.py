@@ -1,4 +1,4 @@
-r"""DAPO: decoupled clip and dynamic sampling policy optimisation.
+r"""DAPO: decoupled clip and dynamic sampling policy optimization.
 
 Yu et al. 2025 (arXiv:2503.14476), equations 8, 9 and 13:
 

@@ -246,7 +246,7 @@ def group_normalized(values: Tensor, groups: Tensor, epsilon: float) -> Tensor:
         epsilon: added to the (n - 1) standard deviation.
 
     Returns:
-        The normalised values, [N].
+        The normalized values, [N].
     """
     return (values - group_mean(values, groups)) / (group_std(values, groups) + epsilon)
 
@@ -261,10 +261,10 @@ def batch_normalized(values: Tensor) -> Tensor:
         values: [A].
 
     Returns:
-        The normalised values, [A].
+        The normalized values, [A].
     """
-    centred = values - values.mean()
-    return centred / (centred**2).mean().clamp(min=1e-8).sqrt()
+    centered = values - values.mean()
+    return centered / (centered**2).mean().clamp(min=1e-8).sqrt()
 
 
 def rewards_at_end(rewards: Tensor, lengths: Tensor) -> Tensor:
@@ -360,7 +360,7 @@ def discounted_sum(values: Tensor, seq_ids: Tensor, factor: float) -> Tensor:
 
 
 def gae(rewards: Tensor, values: Tensor, seq_ids: Tensor, gamma: float, lam: float) -> Tensor:
-    r"""Generalised advantage estimation along the action tokens of each trajectory.
+    r"""Generalized advantage estimation along the action tokens of each trajectory.
 
     :math:`A_t = \sum_l (\gamma\lambda)^l \delta_{t+l}` with :math:`\delta_t = r_t + \gamma V_{t+1}
     - V_t`: equation 16 of Schulman et al. 2015 (arXiv:1506.02438). The token after an action's last

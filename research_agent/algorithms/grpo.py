@@ -22,7 +22,7 @@ the trajectories, as in the equation; the authors' code, an early verl, took it 
 a micro-batch. The entropy bonus is not in the papers' equation; it is in the authors' settings.
 
 With ``turn_rewards`` the advantages are those of process supervision, section 4.1.3 of Shao et al.:
-rewards of turns are normalised by mean and std of all turns of the group, and a token's advantage
+rewards of turns are normalized by mean and std of all turns of the group, and a token's advantage
 is the sum over its turn and those after it, :math:`A_{i,t} = \sum_{k \ge k(t)} \tilde r_{i,k}`.
 As the mean is over turns, an episode of more turns than others moves it: where most turns have no
 reward, each turn more costs an episode something (see verl issue 7244).

@@ -1,4 +1,4 @@
-r"""GSPO: group sequence policy optimisation, whose ratios are those of whole trajectories.
+r"""GSPO: group sequence policy optimization, whose ratios are those of whole trajectories.
 
 Zheng et al. 2025 (arXiv:2507.18071), equations 5 to 7:
 

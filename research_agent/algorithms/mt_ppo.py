@@ -68,7 +68,7 @@ class MTPPO:
     critic_learning_rate: float = 1e-5
     """Learning rate of the critic's AdamW."""
     critic_warmup_steps: int = 0
-    """Optimiser steps over which that rises linearly from zero."""
+    """Optimizer steps over which that rises linearly from zero."""
 
     def __post_init__(self) -> None:
         coefficients = ("clip", "kl_coef", "entropy_coef", "gamma", "lam", "value_clip")
@@ -81,11 +81,11 @@ class MTPPO:
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """GAE, normalised over the action tokens."""
+        """GAE, normalized over the action tokens."""
         return batch_normalized(self._estimate(batch)[0])
 
     def returns(self, batch: Batch) -> Tensor:
-        """``A + V_old``, before the advantages are normalised."""
+        """``A + V_old``, before the advantages are normalized."""
         advantages, values = self._estimate(batch)
         return advantages + values
 

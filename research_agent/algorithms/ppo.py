@@ -69,7 +69,7 @@ class PPO:
     critic_learning_rate: float = 1e-5
     """Of the critic's AdamW."""
     critic_warmup_steps: int = 0
-    """Optimiser steps over which that rises linearly from zero."""
+    """Optimizer steps over which that rises linearly from zero."""
 
     def __post_init__(self) -> None:
         coefficients = ("clip", "kl_coef", "entropy_coef", "gamma", "lam", "value_clip")
@@ -81,11 +81,11 @@ class PPO:
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """GAE, normalised over the action tokens."""
+        """GAE, normalized over the action tokens."""
         return batch_normalized(self._gae(batch))
 
     def returns(self, batch: Batch) -> Tensor:
-        """``A_t + V_old``, before the advantages are normalised."""
+        """``A_t + V_old``, before the advantages are normalized."""
         return self._gae(batch) + self._values(batch)
 
     def weights(self, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-r"""REINFORCE++: PPO's clipped objective without a critic, advantages normalised over the batch.
+r"""REINFORCE++: PPO's clipped objective without a critic, advantages normalized over the batch.
 
 Hu et al. 2025 (arXiv:2501.03262), section 3:
 
@@ -17,7 +17,7 @@ REINFORCE++-baseline; the paper then has the KL in the loss, by k2 (``kl_in=loss
 :math:`J - \beta \frac{1}{2} \log^2(\pi / \pi_{ref})`, and no KL in the reward.
 
 R1-Searcher (Song et al. 2025, arXiv:2503.05592) changes it for tools: documents are masked out
-of loss, KL and normalisation. That is so here for every algorithm, for observations have no action
+of loss, KL and normalization. That is so here for every algorithm, for observations have no action
 tokens. Its published script uses the baseline of the group, with KL 0 (the presets
 ``r1-searcher-qwen`` and ``r1-searcher-llama``).
 
@@ -78,7 +78,7 @@ class ReinforcePP:
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """What is still to come of reward less KL, normalised over the action tokens."""
+        """What is still to come of reward less KL, normalized over the action tokens."""
         rewards = batch.rewards
         if self.baseline == "group":
             rewards = rewards - group_mean(rewards, batch.groups)

@@ -98,10 +98,8 @@ class RecurrentStates:
                 singly = self.token_by_token and (slot, layer) in self.held
                 state = self.held.setdefault((slot, layer), LinearAttentionLayer())
                 view = {name: _View(state, {layer: state})}
-                outs = [
-                    _first(forward(t, **view))
-                    for t in tokens.split(1 if singly else len(tokens[0]), dim=1)
-                ]
+                pieces = torch.split(tokens, 1 if singly else tokens.shape[1], dim=1)
+                outs = [_first(forward(piece, **view)) for piece in pieces]
                 parts[i] = torch.cat(outs, dim=1)[0]
         return torch.cat([parts[i] for i in range(len(self.slots))])[None]
 

@@ -46,7 +46,7 @@ _DECODE_ROWS = 64  # rows that attend together, as far as the longest of them re
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Neighbouring cache rows that attend together: ``[first, first + count)``."""
+    """Neighboring cache rows that attend together: ``[first, first + count)``."""
 
     first: int
     count: int
@@ -167,7 +167,7 @@ class TransformersEngine:
         max_context: tokens that a trajectory may have; the model's own limit by default.
         dtype: number format of the copied weights, such as bfloat16; the model's own by default.
         share: use the model object itself. Only where nobody else uses it, as when evaluating.
-        way: of running the model. "tokens" continues recurrent states token by token, for
+        way: how the model is run. "tokens" continues recurrent states token by token, for
             architectures that continue them in no other way (Mamba). "alone" forwards slots one
             after another, each with the transformers library's own cache: slow, and right for
             architectures whose attention cannot be replaced.
@@ -423,7 +423,7 @@ class TransformersEngine:
         """Take pending turns in, so far as one forward may hold; how many fall in each bucket.
 
         Turns with about as many new tokens make a bucket, in which the longest come first: then
-        neighbouring rows are of like length, and the short ones at the end fill the gaps that
+        neighboring rows are of like length, and the short ones at the end fill the gaps that
         finished turns leave.
         """
         buckets: dict[int, list[int]] = {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from research_agent.config import EvalConfig, validate_eval
+from research_agent.config import EvalConfig
+from research_agent.config_checks import validate_eval
 from research_agent.environments import open_environments
 from research_agent.evaluation.evaluate import evaluate
 from research_agent.evaluation.fingerprint import header, model_fingerprint
@@ -32,17 +33,20 @@ def evaluate_model(config: EvalConfig) -> Summary:
     """
     validate_eval(config)
     split = {} if config.split is None else {"split": config.split}
-    environments = open_environments(config.env, config.max_in_flight, {**config.env_args, **split})
+    env_args = {**config.environment.env_args, **split}
+    slots = config.sampling.max_in_flight or 128
+    environments = open_environments(config.environment.env, slots, env_args)
     try:
-        engine, renderer, fingerprint = _sampler(config)
+        engine, renderer, fingerprint = _sampler(config, slots)
         written = getattr(renderer, "chat_template_date", "") or None
-        config = replace(config, chat_template_date=written)
+        policy = replace(config.policy, chat_template_date=written)
+        config = replace(config, policy=policy)
         try:
             return evaluate(
                 engine,
                 environments,
                 renderer,
-                config,
+                config.sampling,
                 config.output,
                 limit=config.limit,
                 samples_per_task=config.samples_per_task,
@@ -58,16 +62,15 @@ def evaluate_model(config: EvalConfig) -> Summary:
         environments.close()
 
 
-def _sampler(config: EvalConfig) -> tuple[Any, Any, str]:
+def _sampler(config: EvalConfig, slots: int) -> tuple[Any, Any, str]:
     """Engine and renderer of the model that is evaluated, and the model's fingerprint."""
+    policy, sampling = config.policy, config.sampling
     if config.endpoint is not None:
         from research_agent.engines.openai import OpenAIEngine, OpenAIRenderer  # noqa: PLC0415
 
-        words = OpenAIRenderer(config.chat_template, config.chat_template_args)
-        endpoint = OpenAIEngine(
-            config.endpoint, config.model, words, concurrency=config.max_in_flight
-        )
-        return endpoint, words, f"{config.model} at {config.endpoint.rstrip('/')}"
+        words = OpenAIRenderer(policy.chat_template, policy.chat_template_args)
+        endpoint = OpenAIEngine(config.endpoint, policy.model, words, concurrency=slots)
+        return endpoint, words, f"{policy.model} at {config.endpoint.rstrip('/')}"
     from research_agent.engines import make_engine  # noqa: PLC0415
     from research_agent.models.policy import (  # noqa: PLC0415
         context_length,
@@ -75,24 +78,19 @@ def _sampler(config: EvalConfig) -> tuple[Any, Any, str]:
         require_ends,
     )
     from research_agent.models.source import resolve_model  # noqa: PLC0415
-    from research_agent.renderer import load_renderer  # noqa: PLC0415  (these load torch)
+    from research_agent.renderer import open_renderer  # noqa: PLC0415  (these load torch)
 
-    place = resolve_model(config.model)
+    place = resolve_model(policy.model)
     before = read_header(config.output).get("settings", {}).get("chat_template_date")
-    renderer = load_renderer(
-        place,
-        chat_template=config.chat_template,
-        chat_template_args=config.chat_template_args,
-        chat_template_date=config.chat_template_date or before,
-    )
-    model = load_model(config.model, dtype=config.dtype, device=config.device)
+    renderer = open_renderer(policy, place, before)
+    model = load_model(policy.model, dtype=config.dtype, device=policy.device)
     require_ends(model, renderer)
-    context = context_length(model, config.max_prompt + config.max_response)
+    context = context_length(model, sampling.max_prompt + sampling.max_response)
     engine = make_engine(
-        config.engine,
+        sampling.engine,
         model,
         renderer,
-        max_slots=config.max_in_flight,
+        max_slots=slots,
         max_context=context,
         share=True,
     )

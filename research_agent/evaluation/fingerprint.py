@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from research_agent.config import EvalConfig, as_json
-from research_agent.environments import provenance_of
+from research_agent.config import EvalConfig, as_json, flatten
+from research_agent.environments import read_provenance
 from research_agent.errors import ModelError
 from research_agent.models.source import model_source
 
@@ -50,10 +50,11 @@ def header(config: EvalConfig, environments: Any, fingerprint: str) -> dict[str,
         version) must be the same for an evaluation to be continued, but for the name.
         ``versions`` (of the libraries and of this package's sources) are for the record.
     """
-    settings = {key: value for key, value in as_json(config).items() if key not in _FREE}
+    given = {key.rpartition(".")[2]: value for key, value in flatten(as_json(config))}
+    settings = {key: value for key, value in given.items() if key not in _FREE}
     return {
-        "model": {"name": str(config.model), "fingerprint": fingerprint},
-        "environment": provenance_of(environments),
+        "model": {"name": config.policy.model, "fingerprint": fingerprint},
+        "environment": read_provenance(environments),
         "settings": settings,
         "code": _version("research-env"),
         "versions": {

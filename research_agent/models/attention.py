@@ -1,4 +1,4 @@
-"""Attention of packed rows: several trajectories behind one another, none sees its neighbours.
+"""Attention of packed rows: several trajectories behind one another, none sees its neighbors.
 
 Trajectories that begin alike can share one copy of their beginning: then a row is made of runs, and
 each run attends to its path, as ``research_agent.prefixes`` lays them out.

@@ -18,15 +18,15 @@ from research_agent.models.policy import (
     tokens_of_unreadable,
 )
 from research_agent.models.prepare import require_learnable
-from research_agent.models.source import ModelSource, model_source, opening
+from research_agent.models.source import ModelSource, model_source, opening, read_config
 from research_agent.sharded import (
     defer,
     fill,
     is_deferred,
     meta_parameters,
     require_files,
-    source_of,
     stored_tensors,
+    weights_folder,
 )
 
 
@@ -70,14 +70,10 @@ def load_deferred(
 
 def _skeleton(source: ModelSource, name: str, dtype: torch.dtype) -> tuple[Any, str]:
     """The model on the meta device, or why its weights cannot be read shard by shard."""
-    from transformers import (  # noqa: PLC0415 - slow to import
-        AutoConfig,
-        AutoModelForCausalLM,
-        GenerationConfig,
-    )
+    from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: PLC0415 - slow to import
 
     with opening(f"the model {name!r}"):
-        config = AutoConfig.from_pretrained(source.place, trust_remote_code=False)
+        config = read_config(source, name)
         refuse_unusable(config, name)
         config._attn_implementation = None
         folder = _local_folder(source.place)
@@ -134,7 +130,7 @@ def load_shards(score: Any, device: torch.device) -> None:
     model = score.model
     if not is_deferred(model):
         return
-    folder = source_of(model)
+    folder = weights_folder(model)
     with opening(f"the weights in {folder}", "get or save them again"):
         fill(score, model, device)
     score(partial(require_learnable, name=str(folder)))

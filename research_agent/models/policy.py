@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from research_agent.batch import Batch, MicroBatch, Packing, micro_batches
-from research_agent.distributed import all_reduce_sum, rank_and_size, shard_batches
+from research_agent.distributed import (
+    all_reduce_sum,
+    rank_and_size,
+    shard_batches,
+)
 from research_agent.errors import ModelError
 from research_agent.models.prepare import (
-    layers_of,
+    decoder_layers,
     output_logits,
     require_learnable,
     tree_options,
@@ -27,6 +31,8 @@ from research_agent.models.source import (
     generation_settings,
     model_source,
     opening,
+    read_config,
+    require_few_layers,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +40,6 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "bfloat16"]
 
-MOST_LAYERS = 10_000  # a configuration that says more would fill the memory with them
 
 # The most logits that are held at once: 64 Mi of float32 are 256 MiB. A GPU likes larger products.
 MAX_LOGITS = 2**26
@@ -110,10 +115,10 @@ def save_settings(model: Any, folder: Path) -> None:
 
 def _open(source: ModelSource, name: str, dtype: torch.dtype) -> Any:
     """Open the weights of a source, on the CPU."""
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - slow to import
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow to import
 
     options = {**source.options, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(source.place, **options)
+    config = read_config(source, name)
     refuse_unusable(config, name)
     # A configuration may name an attention that it would have downloaded and run.
     config._attn_implementation = None
@@ -145,11 +150,6 @@ def require_ends(model: Any, renderer: Renderer) -> None:
             " could end with it; correct eos_token_id in generation_config.json, or eos_token in"
             " tokenizer_config.json"
         )
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """Copy a model, as a reference policy that does not learn."""
-    return deepcopy(model).eval().requires_grad_(False)
 
 
 def token_logprobs(
@@ -272,7 +272,7 @@ def gathered_units(model: Any) -> list[nn.Module]:
     """The modules whose weights FSDP gathers on their own: the layers, and an untied embedding."""
     embedding = model.get_input_embeddings()
     tied = embedding.weight is model.get_output_embeddings().weight
-    return layers_of(model) if tied else [*layers_of(model), embedding]
+    return decoder_layers(model) if tied else [*decoder_layers(model), embedding]
 
 
 @torch.no_grad()
@@ -337,12 +337,7 @@ def _plain_weights(model: Any, dtype: torch.dtype) -> Any:
 
 def refuse_unusable(config: Any, name: str) -> None:
     """Refuse a configuration of quantized weights, which cannot learn, or of too many layers."""
-    layers = getattr(config, "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise ModelError(
-            f"the configuration of {name!r} says {layers:.3g} layers, more than {MOST_LAYERS};"
-            " get it again"
-        )
+    require_few_layers(getattr(config, "num_hidden_layers", 0), name)
     found = getattr(config, "quantization_config", None)
     if not found:
         return

@@ -54,7 +54,7 @@ def logit_difference(found: Tensor, expected: Tensor) -> str:
     """Say how far log-probabilities differ, where it is more than rounding.
 
     The measure is the root mean square of the differences over the spread of the expected
-    logits: 0.001 of it in float32, 0.15 in half precision. Wrong positions, states or neighbours
+    logits: 0.001 of it in float32, 0.15 in half precision. Wrong positions, states or neighbors
     give 0.05 to 1.
 
     Args:

@@ -21,6 +21,7 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
+MOST_LAYERS = 10_000
 MODEL_CURE = (
     "give a folder with config.json and model.safetensors, a GGUF file, or a name on the Hugging"
     " Face hub"
@@ -36,7 +37,8 @@ def opening(what: str, cure: str = MODEL_CURE) -> Iterator[None]:
         cure: what to do if it cannot be opened.
 
     Raises:
-        ModelError: anything but an error of this package was raised inside the block.
+        ModelError: anything but an error of this package was raised inside the block. A lost rank
+            and a lack of memory are raised as they are.
     """
     try:
         yield
@@ -45,6 +47,10 @@ def opening(what: str, cure: str = MODEL_CURE) -> Iterator[None]:
     except ImportError as error:
         raise ModelError(f"{what} needs a package that is missing: {error}") from error
     except Exception as error:
+        from research_agent.distributed import lost_or_out_of_memory  # noqa: PLC0415 - loads torch
+
+        if lost_or_out_of_memory(error):
+            raise
         cause = " ".join(str(error).split())[:1000] or type(error).__name__
         raise ModelError(f"{what} cannot be opened: {cause}; {cure}") from error
 
@@ -163,6 +169,34 @@ def tokenizer_source(name: str | Path) -> ModelSource:
     source = model_source(name)
     has_its_own = source.adapter is not None and _cached(str(name), "tokenizer_config.json")
     return ModelSource(str(name)) if has_its_own else source
+
+
+def read_config(source: ModelSource, name: str) -> Any:
+    """Open the configuration of a model; it makes no more layers than a model can have.
+
+    Raises:
+        ModelError: it says more than ``MOST_LAYERS`` layers. Whatever else the library raises.
+    """
+    from transformers import AutoConfig  # noqa: PLC0415 - slow to import
+
+    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for key, value in pairs:
+            if "layer" in key:
+                require_few_layers(value, name)
+        return dict(pairs)
+
+    if source.gguf_file is None and (file := _cached(source.place, "config.json")):
+        # The library makes lists that have an entry per layer when it reads the file.
+        json.loads(Path(file).read_text(encoding="utf-8"), object_pairs_hook=check)
+    return AutoConfig.from_pretrained(source.place, **source.options, trust_remote_code=False)
+
+
+def require_few_layers(layers: object, name: str) -> None:
+    """Refuse a number of layers that would fill the memory before any weight is read."""
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ModelError(
+            f"the configuration of {name!r} says more than {MOST_LAYERS} layers; get it again"
+        )
 
 
 def generation_settings(place: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from research_agent.plan import assumptions as given
 from research_agent.plan import memory
 from research_agent.plan import sampler as samplers
 from research_agent.plan.machines import NETWORK, Machines
-from research_agent.plan.sampler import Sampler
+from research_agent.plan.sampler import Sampler, episodes
 from research_agent.plan.shapes import Shape
 
 
@@ -30,11 +30,6 @@ class Times:
 
 SAMPLING = ("sample", "wait for the environment")
 """The parts that run beside learning with --max-staleness above 0."""
-
-
-def episodes(config: TrainConfig) -> int:
-    """Episodes of a step."""
-    return config.sampling.prompts_per_step * config.sampling.group_size
 
 
 def mean_tokens(config: TrainConfig) -> float:
@@ -65,7 +60,7 @@ def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Samp
     parts = {name: time for name, time in parts.items() if time}
     together = sum(parts[name] for name in SAMPLING)
     rest = sum(parts.values()) - together
-    if config.sampling.max_staleness:
+    if config.rollout.max_staleness:
         return Times(parts, max(together, rest))
     return Times(parts, together + rest)
 
@@ -108,7 +103,7 @@ def _waiting(config: TrainConfig, sampler: Sampler, steps: float) -> float:
     With overlap only the longest episode waits. In lockstep all wait whenever a turn of any is
     done: in 1 - exp(-turns / steps) of the decoding steps, if turns end at random.
     """
-    if config.sampling.overlap or config.sampling.max_staleness:
+    if config.sampling.overlap or config.rollout.max_staleness:
         return given.CALLS * given.CALL_SECONDS
     turns = given.CALLS * episodes(config) / sampler.copies
     return steps * (1 - math.exp(-turns / max(1.0, steps))) * given.CALL_SECONDS
@@ -184,4 +179,4 @@ def _transfer(config: TrainConfig, shape: Shape, sampler: Sampler) -> float:
 
 
 def _saving(config: TrainConfig, shape: Shape) -> float:
-    return 12 * shape.parameters / given.DISK / config.run.save_every
+    return memory.checkpoint_bytes(config, shape) / given.DISK / config.run.save_every

@@ -33,7 +33,7 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Draw the curves of runs as a PNG: shares from 0 to 1 above, other quantities below.
 
     Of a single run all curves are drawn; of several the reward and the first of em and reward on
-    held-out tasks that there is, a colour a run.
+    held-out tasks that there is, a color a run.
 
     Args:
         runs: records of ``metrics.jsonl``, by the name of the run.

@@ -166,14 +166,14 @@ _SPLITS = {
     "dev": ((_WITH_PASSAGES,), "dev"),
     "dev-all": ((_ALL_DEV, _WITH_PASSAGES), "dev"),
 }
-_AS_LABELLED = {split: ((_WITH_PASSAGES,), split) for split in ("train", "dev", "test")}
+_AS_LABELED = {split: ((_WITH_PASSAGES,), split) for split in ("train", "dev", "test")}
 PUBLISHED = {
     "musique": Published("musique", _SPLITS),
     "hotpotqa": Published("hotpotqa", _SPLITS),
     "2wiki": Published("2wikimultihopqa", _SPLITS),
     "bamboogle": Published("bamboogle", {"test": ((_WITH_PASSAGES,), "test")}),
-    "nq": Published("nq", _AS_LABELLED),
-    "triviaqa": Published("triviaqa", _AS_LABELLED),
+    "nq": Published("nq", _AS_LABELED),
+    "triviaqa": Published("triviaqa", _AS_LABELED),
     "popqa": Published("popqa", {"test": ((_WITH_PASSAGES,), "test")}),
     "r1-searcher": Published(
         "r1searcher_train",

@@ -241,13 +241,16 @@ def _chain(of: World, level: Level, rng: random.Random) -> Question | None:
     return _question(f"{asked} {path.phrase}{end}", path.value, "chain", path.hops)
 
 
-def _dated(of: World, level: Level, rng: random.Random) -> tuple[list[Path], list[Hop]] | None:
-    """Three entities of a kind, each with its year as the last of its hops."""
+def _dated(
+    of: World, level: Level, rng: random.Random
+) -> tuple[list[Path], list[Hop], list[int]] | None:
+    """Three entities of a kind, each with its year as the last of its hops; and the years."""
     kind = rng.choice(list(COMPARED))
     if level.reached and kind == "work":
         return None  # nothing leads to a work
     paths: list[Path] = []
     hops: list[Hop] = []
+    years: list[int] = []
     for _ in range(3):
         if level.reached:
             path = _path(of, rng, 1, last=kind)
@@ -262,22 +265,17 @@ def _dated(of: World, level: Level, rng: random.Random) -> tuple[list[Path], lis
         subject = f"#{first + 1}" if path.hops else path.phrase
         year = of.entities[path.value].facts[COMPARED[kind]]
         hops.append(Hop(f"{subject} {COMPARED[kind]}", year, of.passage_id(path.value)))
-    years = sorted(int(year) for year in _years(paths, of, kind))
-    apart = min(b - a for a, b in pairwise(years))
-    return (paths, hops) if apart >= MIN_YEARS_APART else None
-
-
-def _years(paths: list[Path], of: World, kind: miniworld.Kind) -> list[str]:
-    return [of.entities[path.value].facts[COMPARED[kind]] for path in paths]
+        years.append(int(year))
+    apart = min(b - a for a, b in pairwise(sorted(years)))
+    return (paths, hops, years) if apart >= MIN_YEARS_APART else None
 
 
 def _comparison(of: World, level: Level, rng: random.Random) -> Question | None:
     drawn = _dated(of, level, rng)
     if drawn is None:
         return None
-    paths, hops = drawn
+    paths, hops, years = drawn
     kind = of.entities[paths[0].value].kind
-    years = [int(year) for year in _years(paths, of, kind)]
     order = rng.choice(["first", "last"])
     chosen = paths[years.index(min(years) if order == "first" else max(years))]
     one, two, three = (path.phrase for path in paths)
@@ -289,9 +287,8 @@ def _count(of: World, level: Level, rng: random.Random) -> Question | None:
     drawn = _dated(of, level, rng)
     if drawn is None:
         return None
-    paths, hops = drawn
+    paths, hops, years = drawn
     kind = of.entities[paths[0].value].kind
-    years = [int(year) for year in _years(paths, of, kind)]
     year = rng.choice([year for year in range(1910, 1991, 10) if year not in years])
     one, two, three = (path.phrase for path in paths)
     dated = f"an {COMPARED[kind]}" if COMPARED[kind] == "opening" else f"a {COMPARED[kind]}"

@@ -143,7 +143,7 @@ def r1_searcher_stage1_guarded(episode: Episode) -> float:
 def r1_searcher_stage2(episode: Episode) -> float:
     """R1-Searcher's second stage: F1 with the first gold, less 2 where the format is broken.
 
-    ``r = F1(a_pred, a_gold) - 2 [not format]``, see `r1_searcher_format`. The normalisation is
+    ``r = F1(a_pred, a_gold) - 2 [not format]``, see `r1_searcher_format`. The normalization is
     `metrics.normalize_r1_searcher`. For Llama see `r1_searcher_stage2_llama`.
 
     Source: RUCAIBox/R1-Searcher, ``train/reward_server_qwen_zero.py``.

@@ -101,7 +101,7 @@ def chunk_of(passage_id: str) -> tuple[str, int] | None:
 
 
 def chunks_around(row: int, last: int, passage_at: Callable[[int], Passage]) -> Document:
-    """The chunks of a passage, which are neighbours in the corpus.
+    """The chunks of a passage, which are neighbors in the corpus.
 
     Args:
         row: where the chunk is that was asked for.

@@ -41,7 +41,8 @@ from benchmarks.ablations.runs import (
 from benchmarks.ablations.verbose_starter import demonstrations, verbose
 from benchmarks.runs import run_all
 from research_agent.algorithms import algorithm
-from research_agent.config import TrainConfig, as_json, validate
+from research_agent.config import TrainConfig, as_json
+from research_agent.config_checks import validate
 from research_agent.curriculum import parse_stages
 from research_agent.errors import CheckpointError
 from research_agent.evaluation.predictions import read_predictions
@@ -87,11 +88,11 @@ def test_every_run_is_valid_and_plays_as_many_episodes(ablation: Ablation) -> No
     for arm in ablation.arms:
         training = training_of(SETTINGS, arm, 3)
         validate(training)
-        parse_stages(training.environment.stages)
+        parse_stages(training.rollout.stages)
         algorithm(training.algorithm.algorithm, **training.algorithm.algorithm_args)
         reward(training.environment.env_args.get("reward", "research"))
-        episodes = training.sampling.prompts_per_step * training.sampling.group_size
-        assert episodes == (180 if training.sampling.tree_branches else 192)  # whole trees
+        episodes = training.rollout.prompts_per_step * training.rollout.group_size
+        assert episodes == (180 if training.rollout.tree_branches else 192)  # whole trees
         assert training.run.seed == 3 and training.run.output == folder_of(SETTINGS, arm, 3)
     rows = rows_of(ablation, {})
     for claim in ablation.claims:
@@ -105,7 +106,7 @@ def test_what_the_arms_change() -> None:
 
     def changed(ablation: str, arm: str) -> dict[str, Any]:
         ours = of(ablation, arm)
-        parts = ("environment", "policy", "sampling", "algorithm", "learner")
+        parts = ("environment", "policy", "sampling", "rollout", "algorithm", "learner")
         return {
             f"{part}.{name}": value
             for part in parts
@@ -130,7 +131,7 @@ def test_what_the_arms_change() -> None:
     assert hard.environment.env_args["grade"] == "hard"
     assert hard.run.eval_args == {"split": "dev", "grades": None, "grade": None}
     one, two = (of("stages", name) for name in ("one stage", "two stages"))
-    first, last = parse_stages(two.environment.stages)
+    first, last = parse_stages(two.rollout.stages)
     assert first.steps == 10 and first.env_args == {"reward": "0.5*retrieved+0.5*format"}
     assert last.env_args == {"reward": one.environment.env_args["reward"]}
     assert changed("mask", "grpo, unmasked") == {"learner.old_logprobs": "recomputed"}
@@ -141,8 +142,8 @@ def test_what_the_arms_change() -> None:
     kl = changed("start", "grpo, KL 1e-3")["algorithm.algorithm_args"]
     assert kl == {"kl_coef": 1e-3, "entropy_coef": 0.0}
     assert changed("start", "grpo, G = 16") == {
-        "sampling.group_size": 16,
-        "sampling.prompts_per_step": 12,
+        "rollout.group_size": 16,
+        "rollout.prompts_per_step": 12,
     }
 
 
@@ -159,9 +160,9 @@ def test_what_the_arms_of_turns_change() -> None:
         "0.2*new_support",
         "0.1*first_search-0.1*repeated_query-0.1*invalid_action",
     }
-    assert of("turns", "arpo").sampling.tree_choice == "entropy"
-    assert of("turns", "tree_grpo, 120 tokens").sampling.tree_max_tokens == 120
-    assert of("turns", "tree_grpo, 10 turns").sampling.tree_max_turns == 10
+    assert of("turns", "arpo").rollout.tree_choice == "entropy"
+    assert of("turns", "tree_grpo, 120 tokens").rollout.tree_max_tokens == 120
+    assert of("turns", "tree_grpo, 10 turns").rollout.tree_max_turns == 10
 
 
 def test_the_hard_world(tmp_path: Path) -> None:

@@ -111,7 +111,9 @@ def play(*, always: bool, blank: bool = False) -> list[Trajectory]:
     if always:
         questions = miniworld.load("dev").questions
         environments = SearchAlways(environments, {q.id: len(q.decomposition) for q in questions})
-    sampling = SamplingConfig(max_prompt=500, max_response=9_000, max_turn_tokens=500)
+    sampling = SamplingConfig(
+        temperature=1.0, max_prompt=500, max_response=9_000, max_turn_tokens=500
+    )
     engine = ScriptedEngine(Obedient(renderer), renderer, max_context=10_000)
     wanted = [(episode, 0) for episode in range(EPISODES)]
     try:
@@ -160,7 +162,7 @@ def test_the_whole_demo(tmp_path: Path, cache: Path) -> None:
     sft(["sft", "miniworld", *small, "--output", starter])
     words = ["--model", starter, "--steps", "2", "--limit", "8", "--seed", "5"]
     more = {"RESEARCH_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    told = forks.run("benchmarks.demo", "--json", *words, "--output", str(output), **more)
+    told = forks.run("benchmarks.demo", "--json", *words, "--output", str(output), env=more)
     assert told.returncode == 0, told.stderr
 
     [line] = told.stdout.splitlines()

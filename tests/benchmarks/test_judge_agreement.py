@@ -37,7 +37,7 @@ def write(folder: Path, **rows: list[tuple[str, str, str]]) -> Path:
 def table(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[tuple[str, str, str], Any]:
     assert main(data=str(folder), json=True) == 0
     rows = json.loads(capsys.readouterr().out)
-    return {(row["data set"], row["metric"], row["normalisation"]): row for row in rows}
+    return {(row["data set"], row["metric"], row["normalization"]): row for row in rows}
 
 
 def cases(row: dict[str, Any]) -> tuple[int, int, int, int]:
@@ -50,7 +50,7 @@ def cases(row: dict[str, Any]) -> tuple[int, int, int, int]:
 
 
 @pytest.mark.parametrize(
-    ("metric", "normalisation", "expected"),
+    ("metric", "normalization", "expected"),
     [
         ("EM", "SQuAD", (1, 0, 2, 2)),
         ("F1 > 0.5", "SQuAD", (1, 1, 2, 1)),
@@ -64,14 +64,14 @@ def test_the_cases_by_hand(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     metric: str,
-    normalisation: str,
+    normalization: str,
     expected: tuple[int, int, int, int],
 ) -> None:
     rows = table(write(tmp_path, hotpotqa_qwen=HOTPOTQA, bamboogle_qwen=BAMBOOGLE), capsys)
-    assert cases(rows["HotpotQA", metric, normalisation]) == expected
-    assert cases(rows["Bamboogle", metric, normalisation]) == (1, 0, 0, 0)
+    assert cases(rows["HotpotQA", metric, normalization]) == expected
+    assert cases(rows["Bamboogle", metric, normalization]) == (1, 0, 0, 0)
     right, *others = expected
-    assert cases(rows["both", metric, normalisation]) == (right + 1, *others)
+    assert cases(rows["both", metric, normalization]) == (right + 1, *others)
 
 
 def test_accuracy_and_kappa_by_hand() -> None:

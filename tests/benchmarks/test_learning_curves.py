@@ -23,7 +23,7 @@ from benchmarks.learning_curves import (
     unmasked,
 )
 from research_agent.algorithms import ALGORITHMS, algorithm
-from research_agent.config import validate
+from research_agent.config_checks import validate
 from research_agent.trajectory import Group
 from tests.research_agent.rollouts import action, observation, prompt, trajectory
 
@@ -47,9 +47,9 @@ def test_every_run_has_the_same_budget_and_differs_as_it_says() -> None:
     for run in plan(config):
         training = training_of(config, run)
         validate(training)
-        sampling, rule = training.sampling, training.algorithm
+        rollout, rule = training.rollout, training.algorithm
         assert (
-            sampling.prompts_per_step * sampling.group_size
+            rollout.prompts_per_step * rollout.group_size
             == config.prompts_per_step * config.group_size
         )
         made: Any = algorithm(rule.algorithm, **rule.algorithm_args)

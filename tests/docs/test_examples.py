@@ -32,7 +32,7 @@ RUN = {  # program -> its arguments, and lines that it prints
 def run(folder: Path, program: str, arguments: list[str]) -> str:
     environment = {"RESEARCH_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = forks.run(str(EXAMPLES / program), *arguments, cwd=folder, **environment)
+    done = forks.run(str(EXAMPLES / program), *arguments, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -73,7 +73,7 @@ class Server:
         url: its address, ``http://127.0.0.1:PORT``.
         folder: data, logs and configuration of one of ours; empty for a container's.
         pid: the process group of one of ours, 0 for a container's.
-        born: when its process started, so that a number that was given again is recognised.
+        born: when its process started, so that a number that was given again is recognized.
         container: Docker's id, or empty.
     """
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import gymnasium as gym
 from gymnasium.spaces import Text
-from gymnasium.vector import AutoresetMode, VectorEnv
+
+from tests.research_agent.toy_env import CopyLetterVector
 
 
 @dataclass(frozen=True)
@@ -66,32 +67,11 @@ class Doors(gym.Env[str, str]):
         return ("" if over else f"?{self.walk.way}="), reward, over, False, info
 
 
-class DoorsVector(VectorEnv[Any, Any, Any]):
+class DoorsVector(CopyLetterVector):
     """Many of them. Counts what branching and stepping cost."""
 
-    metadata = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
-    num_tasks = Doors.num_tasks
-
-    def __init__(self, num_envs: int = 1, **settings: Any) -> None:
-        self.envs = [Doors(**settings) for _ in range(num_envs)]
-        self.num_envs = num_envs
-        self.single_action_space = self.envs[0].action_space
-        self.single_observation_space = self.envs[0].observation_space
-        self.ready: list[tuple[Any, ...]] = []
-        self.steps = self.branches = 0
-
-    def reset(
-        self, *, seed: Any = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        assert options
-        observations, infos = [""] * self.num_envs, dict[str, Any]()
-        for i, (episode, chosen) in enumerate(
-            zip(options["episodes"], options["reset_mask"], strict=True)
-        ):
-            if chosen:
-                observations[i], info = self.envs[i].reset(options={"episode": episode})
-                infos = self._add_info(infos, info, i)
-        return tuple(observations), infos
+    kind = Doors
+    steps = branches = 0
 
     def branch(self, source: int, targets: Sequence[int]) -> None:
         """The targets continue from the source's present state."""
@@ -100,13 +80,8 @@ class DoorsVector(VectorEnv[Any, Any, Any]):
         self.branches += len(targets)
 
     def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
-        for i, action in zip(env_ids, actions, strict=True):
-            self.ready.append((i, *self.envs[i].step(action)))
+        super().send(env_ids, actions)
         self.steps += len(env_ids)
-
-    def recv(self, timeout: float | None = None, min_results: int = 1) -> list[tuple[Any, ...]]:
-        results, self.ready = self.ready, []
-        return results
 
 
 gym.register("DoorsSingle-v0", entry_point=f"{__name__}:Doors")

@@ -76,7 +76,7 @@ def save_gguf(path: Path, model: LlamaForCausalLM) -> Path:
             written = written.replace(ours, theirs)
         array = weight.numpy()
         for kind, count in heads.items():
-            if f".{kind}." in written:  # llama.cpp rotates neighbours, transformers halves
+            if f".{kind}." in written:  # llama.cpp rotates neighbors, transformers halves
                 rows, columns = array.shape
                 array = array.reshape(count, 2, rows // count // 2, columns)
                 array = array.swapaxes(1, 2).reshape(rows, columns)

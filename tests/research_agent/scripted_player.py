@@ -7,18 +7,25 @@ from typing import Any
 
 import torch
 
-from research_agent.config import EnvironmentConfig, RunConfig, SamplingConfig, TrainConfig
+from research_agent.config import (
+    EnvironmentConfig,
+    RolloutConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 from research_agent.engines.base import Completion, SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.errors import NonFiniteError
 
 SLOTS = 3
-SAMPLING = SamplingConfig(max_prompt=20, max_response=60, max_staleness=1, overlap=True)
+SAMPLING = SamplingConfig(temperature=1.0, max_prompt=20, max_response=60, overlap=True)
 CONFIG = TrainConfig(
     environment=EnvironmentConfig(
         env="tests.research_agent.toy_env:CopyLetter-v0", env_args={"turns": 3}
     ),
     sampling=SAMPLING,
+    rollout=RolloutConfig(max_staleness=1),
     run=RunConfig(eval_every=1, eval_temperature=1.0),
 )
 END = 0

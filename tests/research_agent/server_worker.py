@@ -36,23 +36,24 @@ class Gathered:
             yield name, full_tensor(weight.detach()) * self._number
 
 
-def play(urls: list[str], name: str = "serve") -> dict[str, Any]:
+def play(urls: list[str], name: str = "serve", dtype: str = "bfloat16") -> dict[str, Any]:
     """Sample four turns of this rank with two versions of the weights.
 
     Args:
         urls: addresses of the servers; without any, one is started.
         name: the engine that starts it; with settings, as if the machine had one GPU.
+        dtype: number format of the servers' weights.
     """
     renderer = codec_of(byte_tokenizer(merges=True))
     model = tiny_qwen2(hidden=128)
     shard(model, list(model.model.layers), make_mesh(model.device))
-    settings: dict[str, Any] = {"max_context": 200, "dtype": "bfloat16"}
+    settings: dict[str, Any] = {"max_context": 200, "dtype": dtype}
     if urls:
         engine = connect_servers(model, renderer, urls, patience=0.5, **settings)
     else:
         serve._PROGRAM = (sys.executable, "-m", "tests.research_agent.fake_vllm")
         if name != "serve":
-            serve.device_of = lambda model: torch.device("cuda")  # type: ignore[attr-defined]
+            serve.weights_device = lambda model: torch.device("cuda")  # type: ignore[attr-defined]
             torch.cuda.device_count = lambda: 1
         engine = serve.serve_engine(parse_engine(name), model, renderer, 4, **settings)
     rank = dist.get_rank()
@@ -70,6 +71,7 @@ def play(urls: list[str], name: str = "serve") -> dict[str, Any]:
                 turns += [(turn.slot, turn.tokens, turn.version) for turn in engine.step()]
             for slot in range(4):
                 engine.release(slot)
+        dist.barrier()  # before the rank that started the server ends it
         return {"turns": sorted(turns), "seen": seen}
     finally:
         engine.close()

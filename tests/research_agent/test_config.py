@@ -13,18 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from research_agent.config import (
-    FREE,
     AlgorithmConfig,
     EnvironmentConfig,
     RunConfig,
     TrainConfig,
     as_json,
-    changes,
     complete,
     flatten,
-    require_same,
-    validate,
 )
+from research_agent.config_changes import FREE, changes, require_same
+from research_agent.config_checks import validate
 from research_agent.errors import CheckpointError, ConfigError
 from research_agent.presets import DESCRIPTIONS, PRESETS
 from research_agent.settings import parse_settings
@@ -83,7 +81,7 @@ def test_flags_reach_every_concern_without_prefixes() -> None:
     config = parse(words.split(), PRESETS["miniworld"])
     assert config.environment == EnvironmentConfig(env="mine:Env-v0", env_args={"a": 1, "b": "two"})
     assert (config.policy.model, config.policy.chat_template) == ("m", True)
-    assert (config.sampling.engine, config.sampling.group_size) == ("scripted", 3)
+    assert (config.sampling.engine, config.rollout.group_size) == ("scripted", 3)
     assert config.algorithm.algorithm == "my:Own"
     assert config.algorithm.algorithm_args == {"x": 0.5}
     assert config.learner.minibatches == 2
@@ -156,7 +154,7 @@ def test_presets_are_valid_described_and_survive_the_command_line(name: str) -> 
 
 def test_research_has_the_settings_of_the_paper() -> None:
     config = PRESETS["research-7b"]
-    assert (config.sampling.prompts_per_step, config.sampling.group_size) == (256, 5)
+    assert (config.rollout.prompts_per_step, config.rollout.group_size) == (256, 5)
     assert (config.sampling.max_prompt, config.sampling.max_response) == (512, 8192)
     assert config.sampling.temperature == 1.0
     assert (config.learner.learning_rate, config.learner.minibatches) == (1e-6, 1)
@@ -168,7 +166,7 @@ def test_research_has_the_settings_of_the_paper() -> None:
 
 def test_r1_searcher_has_the_settings_of_the_paper() -> None:
     config = PRESETS["r1-searcher-qwen"]
-    assert (config.sampling.prompts_per_step, config.sampling.group_size) == (64, 16)
+    assert (config.rollout.prompts_per_step, config.rollout.group_size) == (64, 16)
     assert (config.learner.learning_rate, config.learner.minibatches) == (2e-6, 4)
     assert config.environment.env_args["top_k"] == 3
     assert config.environment.env_args["max_searches"] == 8

@@ -15,6 +15,7 @@ from research_agent.checkpoint import CHECKSUMS, _checksums
 from research_agent.cli import main
 from research_agent.errors import LogError, PredictionsError, ResearchAgentError
 from research_agent.evaluation.predictions import as_record, read_predictions
+from research_agent.formats import ObjectFormat, parse
 from research_agent.models.policy import load_model
 from research_agent.renderer import load_renderer
 from research_agent.run_logger import read_lines
@@ -142,6 +143,16 @@ def test_lines_that_are_no_records(tmp_path: Path, content: bytes) -> None:
         read_predictions(tmp_path)
 
 
+def test_an_environments_large_numbers_are_read_and_endless_ones_refused() -> None:
+    def read(number: str) -> Any:
+        return parse(f'{{"id": {number}}}'.encode(), ObjectFormat, "file", LogError, "mend it")
+
+    for number in (2**64, -(2**64), 10**299):
+        assert read(str(number)) == {"id": number}
+    with pytest.raises(LogError, match=r"file: the number 1000000.* is too large; mend it"):
+        read(str(10**400))
+
+
 def test_logs_that_are_no_files(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/zero")
     with pytest.raises(LogError, match="no regular file"):
@@ -220,11 +231,11 @@ def test_a_mutated_model_is_opened_or_refused(tmp_path: Path, file: str, count: 
         except ResearchAgentError as error:
             assert str(model) in str(error)
             refused += 1
-    assert refused > 2
+    assert refused > 1
 
 
 def test_more_layers_than_memory_holds_are_refused(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", tiny_qwen2(len(byte_tokenizer())))
-    edit_json(model / "config.json", num_hidden_layers=10**9, layer_types=None)
-    with pytest.raises(ResearchAgentError, match=r"1e\+09 layers, more than 10000"):
+    edit_json(model / "config.json", num_hidden_layers=10**6, layer_types=None)
+    with pytest.raises(ResearchAgentError, match="says more than 10000 layers"):
         load_model(model, device="cpu")

@@ -18,7 +18,7 @@ from research_agent.algorithms.grpo import GRPO
 from research_agent.batch import make_batch
 from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
 from research_agent.learner import METRICS
-from research_agent.models.policy import TokenLogprobs, batch_logprobs, frozen_copy
+from research_agent.models.policy import TokenLogprobs, batch_logprobs
 from research_agent.trajectory import Group, Trajectory, reward_last_turn
 from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.research_agent.learners import make_learner
@@ -243,7 +243,7 @@ def test_without_kl_no_reference_is_run() -> None:
 
 
 def test_the_reference_stays_and_draws_the_policy_to_itself() -> None:
-    model, reference = Bigram(), frozen_copy(Bigram(seed=1))
+    model, reference = Bigram(), Bigram(seed=1).requires_grad_(False)
     before = copy.deepcopy(reference.state_dict())
     groups = [
         Group(g.episode, [_rewarded(t, 0.0) for t in g.trajectories]) for g in random_groups(0)

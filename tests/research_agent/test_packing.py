@@ -328,7 +328,7 @@ def test_what_names_no_layers_cannot_be_checkpointed_or_compiled() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Optimisers and adapters
+# Optimizers and adapters
 
 
 def _after(steps: int, **settings: Any) -> tuple[Learner, dict[str, Tensor]]:
@@ -351,10 +351,10 @@ def test_an_offloaded_optimizer_makes_the_same_steps() -> None:
 def test_moments_of_eight_bits() -> None:
     pytest.importorskip("bitsandbytes")
     _, plain = _after(3)
-    learner, quantised = _after(3, optimizer="adamw_8bit")
+    learner, quantized = _after(3, optimizer="adamw_8bit")
     moved = {n: plain[n] - w.detach() for n, w in tiny_qwen2(V, hidden=64).named_parameters()}
-    assert _distance(quantised, plain) > 0
-    apart = math.sqrt(sum(float((quantised[n] - plain[n]).square().sum()) for n in plain))
+    assert _distance(quantized, plain) > 0
+    apart = math.sqrt(sum(float((quantized[n] - plain[n]).square().sum()) for n in plain))
     length = math.sqrt(sum(float(value.square().sum()) for value in moved.values()))
     assert apart < 0.3 * length  # most of the way is the same
     large = learner.state_dict()["moments"]["model.layers.0.mlp.up_proj.weight"]

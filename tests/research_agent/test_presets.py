@@ -15,13 +15,13 @@ def test_a_preset_is_plain_data_over_the_defaults() -> None:
     data = {
         "description": "Mine.",
         "environment": {"env": "my_package:Mine-v0", "env_args": {"level": 3}},
-        "sampling": {"group_size": 4},
+        "rollout": {"group_size": 4},
     }
     made = presets.make_preset("mine", data)
     assert made.preset == "mine"
     assert made.environment.env_args == {"level": 3}
-    assert made.sampling.group_size == 4
-    assert made.sampling.prompts_per_step == 256
+    assert made.rollout.group_size == 4
+    assert made.rollout.prompts_per_step == 256
     assert made.run.output == Path("runs/mine")
 
 

@@ -66,12 +66,12 @@ def loaded_by(statement: str) -> set[str]:
 def test_five_lines_of_python_do_what_the_command_line_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from research_agent import PRESETS, EvalConfig, evaluate_model, train
+    from research_agent import PRESETS, EvalConfig, PolicyConfig, evaluate_model, train
 
     preset = PRESETS["miniworld"]
-    sampling = replace(preset.sampling, prompts_per_step=2)
+    rollout = replace(preset.rollout, prompts_per_step=2)
     run = replace(preset.run, steps=1, eval_every=0, quiet=True, output=tmp_path / "python")
-    summary = train(replace(preset, sampling=sampling, run=run))
+    summary = train(replace(preset, rollout=rollout, run=run))
 
     main(["train", "miniworld", *SMALL, "--output", str(tmp_path / "flags")])
     for file in ("metrics.jsonl", "checkpoints/step-000001/model.safetensors"):
@@ -80,16 +80,16 @@ def test_five_lines_of_python_do_what_the_command_line_does(
 
     capsys.readouterr()
     played = EvalConfig(
-        env="research_env:ReSearch-MiniWorld-v0",
-        model=str(tmp_path / "python"),
+        environment=preset.environment,
+        policy=PolicyConfig(model=str(tmp_path / "python")),
         output=tmp_path / "eval",
-        env_args={"template": "question", "top_k": 1},
         split="dev",
         limit=4,
         quiet=True,
     )
     means = evaluate_model(played)
-    words = ["--env", played.env, "--model", played.model, "--output", str(tmp_path / "eval-flags")]
+    words = ["--env", preset.environment.env, "--model", str(tmp_path / "python")]
+    words += ["--output", str(tmp_path / "eval-flags")]
     words += ["--env-args", "template=question", "top_k=1", "--split", "dev", "--limit", "4"]
     main(["eval", *words, "--quiet", "--json"])
     assert json.loads(capsys.readouterr().out)["metrics"] == means.metrics

@@ -14,7 +14,7 @@ from research_agent.engines.scripted import ScriptedEngine
 from research_agent.environments import StepResult
 from research_agent.rollout import RolloutLoop, collect
 from research_agent.trace import Trace, TracedEngine, TracedEnvironments, span
-from tests.research_agent.test_collect import END, RENDERER, Fake, Limits
+from tests.research_agent.test_rollout import END, RENDERER, Fake, Limits
 from tests.research_agent.test_staleness import Unable
 from tests.research_agent.test_trainer import final_bytes, flags, letters
 

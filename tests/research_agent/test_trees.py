@@ -31,7 +31,7 @@ from research_agent.trace import Trace, TracedEngine
 from research_agent.trajectory import NOT_GROWN, Group, Segment, Trajectory
 from research_agent.trees import Forking, TreePlan, Trees
 from tests.research_agent.conftest import byte_tokenizer, codec_of, letter_tokenizer, tiny_qwen2
-from tests.research_agent.test_collect import Limits
+from tests.research_agent.test_rollout import Limits
 from tests.research_agent.torchrun import in_two_processes
 
 DOORS = "tests.research_agent.doors_env:Doors-v0"

@@ -51,7 +51,7 @@ def in_processes(count: int, module: str, *words: str) -> tuple[list[int | None]
             output.process(
                 module,
                 *(rank if word == "RANK" else word for word in words),
-                **shared | {"OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank},
+                env=shared | {"OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank},
             )
             for rank in map(str, range(count))
         ]

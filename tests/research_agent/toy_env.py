@@ -61,9 +61,10 @@ class CopyLetterVector(VectorEnv[Any, Any, Any]):
     """Many of them, with ``send`` and ``recv``."""
 
     metadata = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
+    kind: Any = CopyLetter
 
     def __init__(self, num_envs: int = 1, **settings: Any) -> None:
-        self.envs = [CopyLetter(**settings) for _ in range(num_envs)]
+        self.envs = [self.kind(**settings) for _ in range(num_envs)]
         self.num_envs = num_envs
         self.num_tasks = self.envs[0].num_tasks
         self.single_action_space = self.envs[0].action_space

@@ -200,7 +200,7 @@ def test_a_comparison_is_drilled_with_true_years_and_ends_right() -> None:
     assert len(endings) == 4
 
 
-def test_neighbours_are_of_different_worlds() -> None:
+def test_neighbors_are_of_different_worlds() -> None:
     made = list(demonstrations(400, top_k=1, habit_share=0.0))
     names = [set(re.findall('"(\\w+)"\n', words(d))) for d in made]
     early, late = set().union(*names[:20]), set().union(*names[60:80])

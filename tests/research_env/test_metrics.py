@@ -57,7 +57,7 @@ NORMALIZED = [
 
 
 @pytest.mark.parametrize(("text", "squad", "r1_searcher"), NORMALIZED)
-def test_normalisation_of_golden_texts(text: str, squad: str, r1_searcher: str) -> None:
+def test_normalization_of_golden_texts(text: str, squad: str, r1_searcher: str) -> None:
     assert normalize(text) == squad
     assert normalize_r1_searcher(text) == r1_searcher
 
@@ -83,7 +83,7 @@ SCORED: list[tuple[str | None, tuple[str, ...], float, float, float, str]] = [
     ("“Paris”", ("Paris",), 0, 0, 0, "curly quotes are no ASCII punctuation"),
     ("Zürich", ("ZÜRICH",), 1, 1, 1, "Unicode lower case"),
     ("Zurich", ("Zürich",), 0, 0, 0, "an umlaut counts"),
-    ("Beyonc\u00e9", ("Beyonce\u0301",), 0, 0, 0, "no Unicode normalisation"),
+    ("Beyonc\u00e9", ("Beyonce\u0301",), 0, 0, 0, "no Unicode normalization"),
     ("1861-1865", ("1861–1865",), 0, 0, 0, "hyphen deleted, dash kept"),
     ("東京", ("東京",), 1, 1, 1, "script without spaces: one word"),
     ("東京都", ("東京",), 0, 0, 0, "and a part of a word is not the word"),
@@ -111,8 +111,8 @@ SCORED: list[tuple[str | None, tuple[str, ...], float, float, float, str]] = [
     ("Madrid", ("Paris", "Lutetia"), 0, 0, 0, "no alias fits"),
     ("yes", ("no", "yes"), 1, 1, 1, "closed answers are compared gold by gold"),
     ("", ("Paris",), 0, 0, 0, "empty prediction"),
-    ("...", ("Paris",), 0, 0, 0, "empty after normalisation"),
-    ("the", ("a",), 1, 0, 1, "both empty after normalisation: SQuAD 1.1 and HotpotQA give F1 0"),
+    ("...", ("Paris",), 0, 0, 0, "empty after normalization"),
+    ("the", ("a",), 1, 0, 1, "both empty after normalization: SQuAD 1.1 and HotpotQA give F1 0"),
     ("Paris", ("the",), 0, 0, 0, "an empty gold is covered by nothing but the empty"),
     ("Paris", (), 0, 0, 0, "no gold at all"),
     (None, ("Paris",), 0, 0, 0, "no prediction"),
@@ -136,7 +136,7 @@ def test_metrics_of_golden_pairs(
     assert cover_exact_match(prediction, golds) == cem
 
 
-def test_another_normalisation_is_used_on_both_sides() -> None:
+def test_another_normalization_is_used_on_both_sides() -> None:
     assert exact_match("True", ["yes"], normalize_r1_searcher) == 1
     assert exact_match("yes", ["True"], normalize_r1_searcher) == 1
     assert f1("well-known", ["well known man"], normalize_r1_searcher) == pytest.approx(4 / 5)
@@ -198,7 +198,7 @@ def test_f1_is_symmetric_and_exact_match_implies_cover(one: str, other: str) -> 
 
 
 @given(TEXTS)
-def test_normalising_again_or_adding_an_article_changes_nothing(text: str) -> None:
+def test_normalizing_again_or_adding_an_article_changes_nothing(text: str) -> None:
     assert normalize(normalize(text)) == normalize(text)
     assert normalize_r1_searcher(normalize_r1_searcher(text)) == normalize_r1_searcher(text)
     assert exact_match(text, [f" The {text}. "]) == 1.0

@@ -130,18 +130,15 @@ def analyze(text: str) -> list[str]:
 @lru_cache(maxsize=1 << 18)
 def _term(word: str) -> str:
     """Term of one word; empty for a stop word."""
-    lower = _lower(_POSSESSIVE.sub("", word))
-    return "" if lower in STOP_WORDS else _stem(lower)
-
-
-def _lower(word: str) -> str:
+    word = _POSSESSIVE.sub("", word)
     # Java lowers character by character: no final sigma, and a dotted capital I becomes i
-    return word.lower() if word.isascii() else "".join(c.lower()[0] for c in word)
+    lower = word.lower() if word.isascii() else "".join(c.lower()[0] for c in word)
+    return "" if lower in STOP_WORDS else _stem(lower)
 
 
 @lru_cache(maxsize=1)
 def _stemmer() -> tuple[Callable[[str], str], threading.Lock]:
-    import Stemmer  # noqa: PLC0415  (only when something is analysed)
+    import Stemmer  # noqa: PLC0415  (only when something is analyzed)
 
     return Stemmer.Stemmer("porter").stemWord, threading.Lock()
 

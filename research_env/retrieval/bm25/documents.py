@@ -47,14 +47,11 @@ class DocumentTable:
         for row in _rows(self.ids, name):
             passage = self.passage_at(row)
             if passage.id == name:
-                return self._around(row, passage)
+                if chunk_of(name):
+                    return chunks_around(row, self.count - 1, self.passage_at)
+                return self._read(self._titled(passage.title) or [row], row)
         places = self._titled(name)
         return self._read(places, None) if places else None
-
-    def _around(self, row: int, passage: Passage) -> Document:
-        if chunk_of(passage.id):
-            return chunks_around(row, self.count - 1, self.passage_at)
-        return self._read(self._titled(passage.title) or [row], row)
 
     def _titled(self, title: str) -> list[int]:
         """The rows of passages of this title, which is not blank, ascending."""

@@ -176,11 +176,6 @@ def _term_parts(starts: Array) -> Iterator[tuple[int, int]]:
     return pairwise(np.unique([*steps, len(starts) - 1]).tolist())
 
 
-def _is_positive(values: Array) -> bool:
-    """Whether all values are above 0 and finite."""
-    return bool(values.min() > 0 and values.max() < np.inf)  # False for NaN too
-
-
 def _merge(runs: Sequence[_Run], hashes: Array, starts: Array) -> tuple[Array, Array]:
     """Rows and times of the postings of consecutive terms, from all runs."""
     rows, times = (np.empty(starts[-1] - starts[0], np.int32) for _ in range(2))
@@ -252,7 +247,8 @@ class IndexReader:
             descents = 1 + np.flatnonzero(np.diff(part) <= 0)
             if not (starts[np.searchsorted(starts, begin + descents)] == begin + descents).all():
                 raise ValueError("rows.bin is not in ascending order within a term")
-            if not _is_positive(impacts[begin:end]):
+            # Written so that it refuses NaN, too.
+            if not (impacts[begin:end].min() > 0 and impacts[begin:end].max() < np.inf):
                 raise ValueError("impacts.bin holds a number that no impact can be")
             maxima = np.maximum.reduceat(impacts[begin:end], terms)
             if not (maxima == self._maxima[first:last]).all():

@@ -96,7 +96,8 @@ def build_index(
         ConfigurationError: the folder holds something other than an index.
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100  (a link is kept as it is)
-    if folder.exists() and not (folder.is_dir() and _is_index_or_empty(folder)):
+    is_ours = folder.is_dir() and ((folder / _META).exists() or not any(folder.iterdir()))
+    if folder.exists() and not is_ours:
         raise ConfigurationError(f"{folder} holds other things; name a new folder for the index")
     fingerprint = corpus.fingerprint()
     with _only_builder(folder):
@@ -171,7 +172,6 @@ class EmbeddedRetriever:
             meta, self._index = _checked(self._folder)
         else:
             meta, self._index = _checked(self._folder, corpus.name, corpus.fingerprint())
-        self.corpus_name = meta.corpus
         self.fingerprint = meta.fingerprint  # the corpus's
         self.num_passages = meta.passages
         self._passages = _map(self._folder / "passages.bin")
@@ -398,10 +398,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _is_index_or_empty(folder: Path) -> bool:
-    return (folder / _META).exists() or not any(folder.iterdir())
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ The index is one that ``research-env index --to elasticsearch://...`` made, or y
 
 - ``mode``: ``bm25`` (default: title and text as one field, with the scores of the embedded engine),
   ``title`` (BM25F over title and text, Elasticsearch's ``combined_fields``), ``dense`` (nearest
-  neighbours of an embedding), ``hybrid`` (``bm25`` and ``dense``, fused by reciprocal rank).
+  neighbors of an embedding), ``hybrid`` (``bm25`` and ``dense``, fused by reciprocal rank).
 - ``deadline``: seconds within which a batch is answered, attempts and pauses included (default 60).
 - ``embed``: the model whose vectors ``dense`` and ``hybrid`` search, if it is not the bundled one.
   It must be the one with which the index was made; what an index says is not enough to run a model.
@@ -393,7 +393,7 @@ class ElasticsearchRetriever:
         return self._common_body(size) | {"query": query}
 
     def _dense_body(self, vector: list[float], size: int) -> Body:
-        """A search of the nearest neighbours of a vector."""
+        """A search of the nearest neighbors of a vector."""
         candidates = min(max(100, 2 * size), MAX_HITS)
         near = {"field": "vector", "query_vector": vector, "k": size}
         return self._common_body(size) | {"knn": near | {"num_candidates": candidates}}

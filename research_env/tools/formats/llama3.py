@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from research_env.tools.base import Call, Tool, ToolTurn
+from research_env.tools.base import Tool, ToolTurn
 from research_env.tools.calls import (
     MAX_CALL_CHARACTERS,
     BadCallError,
@@ -63,11 +63,10 @@ def _call(text: str) -> WrittenCall:
 
 def _write(turn: ToolTurn) -> str:
     """The calls; beside them the template shows nothing that was said."""
-    return "; ".join(map(_write_call, turn.calls)) or turn.content
-
-
-def _write_call(call: Call) -> str:
-    return f'{{"name": "{call.name}", "parameters": {arguments_text(call)}}}'
+    calls = [
+        f'{{"name": "{call.name}", "parameters": {arguments_text(call)}}}' for call in turn.calls
+    ]
+    return "; ".join(calls) or turn.content
 
 
 def _frame(calls: Sequence[CallRecord]) -> str:

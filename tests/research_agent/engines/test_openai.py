@@ -22,7 +22,7 @@ from research_agent.engines.remote import turn_seed
 from research_agent.environments import make_environments
 from research_agent.errors import ConfigError, ContextError, EngineError
 from research_agent.rollout import collect
-from tests.research_agent.test_collect import TOY, Limits
+from tests.research_agent.test_rollout import TOY, Limits
 
 KEY = "sk-not-for-logs"
 Answer = tuple[int, Any, dict[str, str]]

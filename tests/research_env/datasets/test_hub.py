@@ -521,10 +521,10 @@ def test_names_that_leave_the_folder_are_not_taken(
 
 def test_the_table_of_data_names_all_there_is() -> None:
     text = (Path(__file__).parents[3] / "docs/how-to/data.md").read_text(encoding="utf-8")
-    table, _, licences = text.partition("## Licences")
+    table, _, licenses = text.partition("## Licenses")
     rows = re.findall(r"^\| `([^`]+)` \|.*?\| `([^`]+)`", table, flags=re.MULTILINE)
     assert dict(rows) == {name: source.repository for name, source in HUB_SOURCES.items()}
-    named = " ".join(re.findall(r"^\| (`.*?) \|", licences, flags=re.MULTILINE))
+    named = " ".join(re.findall(r"^\| (`.*?) \|", licenses, flags=re.MULTILINE))
     assert dict(rows).keys() <= set(re.findall(r"`([^`]+)`", named))
 
 

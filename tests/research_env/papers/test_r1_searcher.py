@@ -49,7 +49,7 @@ CASES: list[Case] = [
     ("text before the thought ends is free", PARIS, [S, "Long. Text. " + end("Paris")], (2, 1, 1, 1)),
     ("an empty answer", PARIS, [S, end("")], (0, 0, 0, 0)),
     ("a box is no format here: 'boxed paris' has P 1/2", PARIS, [S, end("\\boxed{Paris}")], (2, 2 / 3, 1, 0)),
-    # --- its normalisation
+    # --- its normalization
     ("a hyphen is a space: 'well known'", ("well known",), [S, end("well-known")], (2, 1, 1, 1)),
     ("which SQuAD would delete: 'wellknown' is two words off", ("wellknown",), [S, end("well-known")], (0, 0, 0, 0)),
     ("full stops are spaces: 'u s' is not 'us'", ("US",), [S, end("U.S.")], (0, 0, 0, 0)),
@@ -66,11 +66,11 @@ CASES: list[Case] = [
     ("'True.' is not True", ("yes",), [S, end("True.")], (0, 0, 0, 0)),
     ("yes for no", ("no",), [S, end("yes")], (0, 0, 0, 0)),
     ("'yes it is' covers yes, but its F1 is 0 by HotpotQA's rule", ("yes",), [S, end("yes it is")], (2, 0, 1, 0)),
-    ("both empty after normalisation: covered and equal, F1 0", ("the",), [S, end("a")], (2, 0, 1, 1)),
+    ("both empty after normalization: covered and equal, F1 0", ("the",), [S, end("a")], (2, 0, 1, 1)),
     # --- the answer
     ("ten words are allowed: P 1/10, R 1", PARIS, [S, end("Paris b c d e f g h i j")], (2, 2 / 11, 1, 0)),
     ("eleven are not: P 1/11, R 1", PARIS, [S, end("Paris b c d e f g h i j k")], (2, 2 / 12 - 2, -1, -2)),
-    ("words are counted before normalisation: ten marks and a word", PARIS, [S, end("Paris . . . . . . . . . .")], (2, -1, -1, -1)),
+    ("words are counted before normalization: ten marks and a word", PARIS, [S, end("Paris . . . . . . . . . .")], (2, -1, -1, -1)),
     ("no answer", PARIS, [S, "So.</think> Paris"], (-0.5, -2, -2, -2)),
     ("an answer never closed", PARIS, [S, "So.</think><answer>Paris"], (-0.5, -2, -2, -2)),
     ("an answer never opened", PARIS, [S, "So.</think>Paris</answer>"], (-0.5, -2, -2, -2)),

@@ -61,7 +61,7 @@ CASES: list[Case] = [
     ("an answer over ten words", ("a b c d e f g h i j k l",), [end("b c d e f g h i j k l")], RIGHT),
     ("a box is no format here: 'boxedparis'", PARIS, [end("\\boxed{Paris}")], WRONG),
     ("an empty answer", PARIS, ["<think>x</think><answer></answer>"], WRONG),
-    ("both empty after normalisation are equal", ("the",), [end("a")], RIGHT),
+    ("both empty after normalization are equal", ("the",), [end("a")], RIGHT),
     ("the prompt's example is no answer of the policy's", ("Beijing",), [end("Paris")], WRONG),
     ("not even where it gives none", ("Beijing",), [T, T, T, T, T], NO_ANSWER),
     ("nor the 'and' of the hint", ("and",), [T, T, T, T, T], NO_ANSWER),

@@ -20,7 +20,7 @@ from research_env.retrieval import Hit, Passage, open_retriever
 from research_env.retrieval.base import Retriever
 from research_env.retrieval.replay import RecordedRetriever, Recording, recording
 from tests.research_env.fakes import DATASET, Engine, answer, search
-from tests.research_env.retriever_contract import (
+from tests.research_env.retrieval.retriever_contract import (
     CLAUSES,
     HOSTILE,
     WORDS,

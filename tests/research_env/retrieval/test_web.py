@@ -16,7 +16,7 @@ from research_env.errors import ConfigurationError, RetrievalError, UnknownNameE
 from research_env.retrieval import Hit, Passage, open_retriever, web
 from research_env.retrieval.base import Retriever
 from research_env.retrieval.retry import Retry
-from tests.research_env.retriever_contract import (
+from tests.research_env.retrieval.retriever_contract import (
     CLAUSES,
     PASSAGES,
     WORDS,

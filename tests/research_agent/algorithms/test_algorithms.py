@@ -115,7 +115,7 @@ def _earlier(trajectory: Trajectory) -> Trajectory:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_documents_name_it(name: str) -> None:
-    docs = Path(__file__).resolve().parents[2] / "docs/reference"
+    docs = Path(__file__).resolve().parents[3] / "docs/reference"
     for document in ("algorithms.md", "papers.md"):
         assert f"`{name}`" in (docs / document).read_text(encoding="utf-8")
 

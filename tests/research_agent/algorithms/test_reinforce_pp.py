@@ -84,7 +84,7 @@ def test_the_reward_reaches_the_actions_before_an_observation() -> None:
     assert advantages.tolist() == pytest.approx([1, 1, 1, -1, -1, -1])
 
 
-def test_normalisation_sees_no_observation() -> None:
+def test_normalization_sees_no_observation() -> None:
     """R1-Searcher's change: mean and std are those of the policy's own tokens."""
     rule = ReinforcePP(baseline="group")
 
@@ -100,7 +100,7 @@ def test_normalisation_sees_no_observation() -> None:
     assert rollout(1).tolist() == pytest.approx([-root, -root, 0, 0, root, root])
 
 
-def test_the_whole_rollout_is_normalised_and_not_each_group() -> None:
+def test_the_whole_rollout_is_normalized_and_not_each_group() -> None:
     """A group of equal rewards still learns something, unless its mean is the baseline."""
     groups = [
         Group(n, [trajectory(prompt(1), action([5]), reward=r) for _ in range(2)])

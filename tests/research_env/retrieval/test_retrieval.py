@@ -10,7 +10,7 @@ from research_env.errors import ResearchEnvError, UnknownNameError
 from research_env.redaction import redact_url
 from research_env.retrieval import SCHEMES, open_retriever
 from research_env.retrieval.bm25.retriever import EmbeddedRetriever
-from tests.research_env.retriever_contract import (
+from tests.research_env.retrieval.retriever_contract import (
     CLAUSES,
     Clause,
     ContractCorpus,

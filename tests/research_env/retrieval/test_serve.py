@@ -26,7 +26,7 @@ from research_env.retrieval.http import HttpRetriever
 from research_env.retrieval.retry import Retry
 from research_env.retrieval.serve import Limits, RetrievalServer
 from tests.research_env.fakes import Engine
-from tests.research_env.retriever_contract import (
+from tests.research_env.retrieval.retriever_contract import (
     CLAUSES,
     WORDS,
     Clause,

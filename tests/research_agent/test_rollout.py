@@ -147,7 +147,7 @@ class Scored(CopyLetter):
 
 class ScoredVector(CopyLetterVector):
     def truncate(self, env_ids: Sequence[int], reason: str) -> list[tuple[Any, ...]]:
-        return [(i, *Scored.truncate(self.envs[i], reason)) for i in env_ids]  # type: ignore[arg-type]
+        return [(i, *Scored.truncate(self.envs[i], reason)) for i in env_ids]
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from research_agent.cli import main
-from research_agent.config import EvalConfig
+from research_agent.config import SamplingConfig
 from research_agent.engines.base import SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.environments import make_environments
@@ -77,7 +77,7 @@ def run(
     max_prompt: int = 512,
     **settings: Any,
 ) -> Summary:
-    sampling = EvalConfig(env=env, model="", output=output, max_prompt=max_prompt)
+    sampling = SamplingConfig(temperature=0.0, max_prompt=max_prompt)
     environments = make_environments(env, 3, env_args)
     engine = ScriptedEngine(script, RENDERER)
     return evaluate(engine, environments, RENDERER, sampling, output, show=False, **settings)
@@ -150,7 +150,7 @@ def test_an_episode_that_the_budget_cuts_keeps_its_question_and_strata(tmp_path:
         return [*RENDERER.encode_text("?"), END]
 
     environments = make_environments(QUIZ, 2)
-    sampling = EvalConfig(env=QUIZ, model="", output=tmp_path, max_response=12)
+    sampling = SamplingConfig(temperature=0.0, max_response=12)
     engine = ScriptedEngine(look_up, RENDERER)
     summary = evaluate(engine, environments, RENDERER, sampling, tmp_path, limit=2, show=False)
     _, records = read_predictions(tmp_path)
@@ -204,10 +204,10 @@ def test_limit(tmp_path: Path) -> None:
 def test_an_environment_without_end_needs_a_limit(tmp_path: Path) -> None:
     environments = make_environments(TOY, 1)
     environments.num_tasks = None
-    config = EvalConfig(env=TOY, model="", output=tmp_path)
+    sampling = SamplingConfig(temperature=0.0)
     engine = ScriptedEngine(always("c"), RENDERER)
     with pytest.raises(ConfigError, match="no last task"):
-        evaluate(engine, environments, RENDERER, config, tmp_path, show=False)
+        evaluate(engine, environments, RENDERER, sampling, tmp_path, show=False)
     assert not list(tmp_path.iterdir())
 
 

@@ -11,7 +11,7 @@ import pytest
 from research_agent.cli import main
 from research_agent.run_logger import METRICS, read_lines
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def _shown(document: str, name: str) -> str:

@@ -1016,7 +1016,7 @@ def test_when_the_time_is_spent_the_failed_queries_fail_alone(proxied: Any) -> N
     assert engine.search(["rock", "city"], 3) == expected
 
 
-def test_retry_after_is_honoured(proxied: Any) -> None:
+def test_retry_after_is_honored(proxied: Any) -> None:
     proxy, opened = proxied
     engine = opened(deadline=20)
     proxy.fault, proxy.times, proxy.wait = "429", 1, "1"
@@ -1070,7 +1070,7 @@ def test_an_index_is_made_once_and_shown_when_whole(elasticsearch: str, name: st
 INTERRUPTED = """
 import sys, time
 from research_env.retrieval.elasticsearch import indexing as module
-from tests.research_env.test_elasticsearch import NUMBERED
+from tests.research_env.retrieval.elasticsearch.test_elasticsearch import NUMBERED
 
 module.PASSAGES_PER_REQUEST, module.MAX_IN_FLIGHT = 100, 1
 

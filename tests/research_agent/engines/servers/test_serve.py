@@ -23,7 +23,7 @@ from research_agent.errors import ConfigError, EngineError
 from tests.research_agent.test_server_engine import MODEL, RENDERER, finish, submit, until
 
 FAKE = (sys.executable, "-m", "tests.research_agent.fake_vllm")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture
@@ -97,6 +97,18 @@ def test_a_server_that_dies_is_told_with_its_output(record: Callable[[], Any]) -
     with pytest.raises(EngineError, match=r"vllm serve ended with status 137.*same command"):
         finish(engine)
     assert isinstance(engine, ServerEngine)
+    engine.close()
+
+
+def test_a_server_that_dies_before_it_gets_weights_is_told_with_its_output(
+    record: Callable[[], Any],
+) -> None:
+    engine = make_engine("serve", MODEL, RENDERER, max_slots=4, max_context=200)
+    os.kill(record()["pid"], signal.SIGKILL)
+    assert isinstance(engine, ServerEngine)
+    until(lambda: gone(engine._process._process.pid))  # type: ignore[union-attr]
+    with pytest.raises(EngineError, match=r"vllm serve ended with status 137.*same command"):
+        engine.load_weights(MODEL.named_parameters(), 1)
     engine.close()
 
 

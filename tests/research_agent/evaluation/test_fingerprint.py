@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tyro
 
 from research_agent.config import EvalConfig
-from research_agent.environments import make_environments, provenance_of
+from research_agent.environments import make_environments, read_provenance
 from research_agent.errors import ModelError
 from research_agent.evaluation.fingerprint import header, model_fingerprint
 
@@ -57,9 +58,10 @@ def test_a_model_of_the_hub_is_its_commit() -> None:
 
 
 def test_a_header_names_what_episodes_depend_on_and_nothing_else() -> None:
-    def of(**settings: object) -> dict[str, object]:
-        given: dict[str, object] = {"env": "e", "model": "m", "output": Path("o"), **settings}
-        return header(EvalConfig(**given), environments, "1")  # type: ignore[arg-type]
+    def of(*words: str) -> dict[str, object]:
+        given = ["--env", "e", "--model", "m", "--output", "o", *words]
+        config = tyro.cli(EvalConfig, args=given, config=(tyro.conf.OmitArgPrefixes,))
+        return header(config, environments, "1")
 
     environments = make_environments("tests.research_agent.quiz_env:Quiz-v0", 2)
     first = of()
@@ -67,23 +69,17 @@ def test_a_header_names_what_episodes_depend_on_and_nothing_else() -> None:
     assert first["environment"] == {"questions": "6"}
     assert {"code", "settings", "versions"} <= set(first)
     assert json.loads(json.dumps(first)) == first
-    free = {
-        "output": Path("p"),
-        "limit": 3,
-        "samples_per_task": 4,
-        "max_in_flight": 1,
-        "max_prompt": 9,
-    }
-    assert of(**free, quiet=True, json=True, device="cpu", log_tokens=True, overlap=True) == first
-    for name, value in {
-        "temperature": 1.0,
-        "seed": 3,
-        "max_turn_tokens": 7,
-        "split": "dev",
+    free = "--output p --limit 3 --samples-per-task 4 --max-in-flight 1 --max-prompt 9 --quiet"
+    assert of(*free.split(), *["--json", "--device", "cpu", "--log-tokens", "--overlap"]) == first
+    for flag, value in {
+        "--temperature": 1.0,
+        "--seed": 3,
+        "--max-turn-tokens": 7,
+        "--split": "dev",
     }.items():
-        changed = of(**{name: value})["settings"]
+        changed = of(flag, str(value))["settings"]
         assert isinstance(changed, dict)
-        assert changed[name] == value
+        assert changed[flag[2:].replace("-", "_")] == value
         assert changed != first["settings"]
 
 
@@ -95,8 +91,8 @@ def test_an_environment_need_not_say_where_its_tasks_come_from() -> None:
         def provenance(self) -> dict[str, str]:
             return {"data": "4"}
 
-    assert provenance_of(object()) == {}
-    assert provenance_of(Attribute()) == {"data": "3"}
-    assert provenance_of(Method()) == {"data": "4"}
+    assert read_provenance(object()) == {}
+    assert read_provenance(Attribute()) == {"data": "3"}
+    assert read_provenance(Method()) == {"data": "4"}
     for name in ("CopyLetter-v0", "CopyLetterNative-v0"):
-        assert provenance_of(make_environments(f"tests.research_agent.toy_env:{name}", 2)) == {}
+        assert read_provenance(make_environments(f"tests.research_agent.toy_env:{name}", 2)) == {}

@@ -136,8 +136,8 @@ def _grouped(groups: Sequence[Group]) -> Tensor:
 def _normalized(groups: Sequence[Group]) -> Tensor:
     """As GRPOTrainer does it with scale_rewards="group"."""
     rewards = _grouped(groups)
-    centred = rewards - rewards.mean(1, keepdim=True)
-    return (centred / (rewards.std(1, keepdim=True) + TRL_EPSILON)).flatten()
+    centered = rewards - rewards.mean(1, keepdim=True)
+    return (centered / (rewards.std(1, keepdim=True) + TRL_EPSILON)).flatten()
 
 
 def _trainer(kind: str, folder: Path, model: Any, **settings: Any) -> Any:
@@ -260,8 +260,8 @@ def test_equals_trl(name: str, tmp_path: Path) -> None:
     rule, settings = CASES[name]
     model, reference, groups = _frozen_rollout()
     inputs = _inputs(groups, reference)
-    centred = _grouped(groups) - _grouped(groups).mean(1, keepdim=True)
-    inputs["advantages"] = centred.flatten() if name == "dr_grpo" else _normalized(groups)
+    centered = _grouped(groups) - _grouped(groups).mean(1, keepdim=True)
+    inputs["advantages"] = centered.flatten() if name == "dr_grpo" else _normalized(groups)
     trainer = _trainer("GRPO", tmp_path, copy.deepcopy(model), **settings)
     theirs = _theirs(trainer, inputs)
     for budget in (10**6, 40):

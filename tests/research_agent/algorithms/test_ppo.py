@@ -58,7 +58,7 @@ def _with_values(groups: Sequence[Group], values: Sequence[float]) -> Batch:
 def test_literal() -> None:
     """Values 0.5, 0.25 and reward 1, gamma = lambda = 1: A = 0.5, 0.75; the other's: -0.25.
 
-    Mean 1/3, variance (1/36 + 25/144 + 49/144) / 3 = 0.18055556, std 0.42491829; normalised
+    Mean 1/3, variance (1/36 + 25/144 + 49/144) / 3 = 0.18055556, std 0.42491829; normalized
     0.39223227, 0.98058068, -1.37281295. Returns 1, 1, 0.
     """
     winner = trajectory(prompt(1), action([5]), observation(9, 9), action([6]), reward=1.0)

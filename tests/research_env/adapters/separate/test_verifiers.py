@@ -34,7 +34,7 @@ from tests.research_env.fakes import DATASET, answer, search
 from tests.research_env.fakes import Engine as Fake
 from tests.research_env.servers import Call, Reply, Server, as_json, serving
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 PLUGIN = research_env_verifiers.__name__
 # The documentation has the same arguments.
 ARGS: Any = {"dataset": "miniworld", "template": "question", "top_k": 1}

@@ -169,7 +169,7 @@ def test_logits_changed_after_the_head_are_refused() -> None:
         require_learnable(model, "doubled")
 
 
-def test_a_model_that_sees_its_neighbours_is_refused() -> None:
+def test_a_model_that_sees_its_neighbors_is_refused() -> None:
     """Architectures that nobody has heard of are compared too."""
     model = tiny_llama()
     layer = model.model.layers[0]

@@ -20,6 +20,7 @@ from research_agent.config import (
     EnvironmentConfig,
     LearnerConfig,
     PolicyConfig,
+    RolloutConfig,
     RunConfig,
     SamplingConfig,
     TrainConfig,
@@ -111,12 +112,9 @@ def configured(tmp_path: Path) -> Callable[..., TrainConfig]:
             environment=EnvironmentConfig(env="tests.research_agent.toy_env:CopyLetter-v0"),
             policy=PolicyConfig(model=str(tmp_path / "model"), device="cpu"),
             sampling=SamplingConfig(
-                prompts_per_step=4,
-                group_size=samples,
-                max_prompt=8,
-                max_response=8,
-                max_turn_tokens=2,
+                temperature=1.0, max_prompt=8, max_response=8, max_turn_tokens=2
             ),
+            rollout=RolloutConfig(prompts_per_step=4, group_size=samples),
             algorithm=AlgorithmConfig(algorithm="dapo", algorithm_args=args),
             learner=LearnerConfig(learning_rate=1e-3),
             run=RunConfig(steps=steps, output=tmp_path / name, save_every=1, quiet=True),

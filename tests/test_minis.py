@@ -16,7 +16,7 @@ MINIS = [name for name in PRESETS if name.endswith("-mini")]
 @pytest.mark.parametrize("name", MINIS)
 def test_a_recipe_in_miniature_makes_steps(name: str, tmp_path: Path) -> None:
     words = f"train {name} --steps 2 --prompts-per-step 10 --group-size 2 --eval-every None --quiet"
-    stages = PRESETS[name].environment.stages
+    stages = PRESETS[name].rollout.stages
     if stages:  # as short as the test
         words += " --max-response 128"
     more = ["--stages", f"steps=1 {stages[0].split(maxsplit=2)[2]}", stages[1]] if stages else []

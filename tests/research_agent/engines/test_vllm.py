@@ -31,7 +31,7 @@ from research_agent.renderer import Renderer, load_renderer
 from research_agent.rollout import collect
 from research_agent.trajectory import Group, Trajectory
 from tests.research_agent.conftest import tiny_qwen2, wide_qwen2
-from tests.research_agent.test_engines import Player, finish
+from tests.research_agent.engines.test_engines import Player, finish
 from tests.research_agent.test_trainer import final_bytes, flags, metrics
 from tests.research_agent.torchrun import in_two_processes
 
@@ -73,8 +73,6 @@ def play(
         max_prompt=96,
         max_response=256,
         max_turn_tokens=48,
-        prompts_per_step=1,
-        group_size=1,
     )
     environments = make_environments(env, 16, env_args)
     try:

@@ -39,7 +39,7 @@ def test_a_pause_that_would_end_after_the_deadline_is_not_made() -> None:
     st.none() | SECONDS,
     st.floats(0, 1, exclude_max=True),
 )
-def test_a_pause_fits_into_the_time_left_and_honours_the_server(
+def test_a_pause_fits_into_the_time_left_and_honors_the_server(
     attempt: int, left: float, asked: float | None, drawn: float
 ) -> None:
     pause = Retry().pause(attempt, left, asked, draw=lambda: drawn)

@@ -17,7 +17,7 @@ from research_env.retrieval import Hit, Passage, open_retriever
 from research_env.retrieval.base import Retriever
 from research_env.retrieval.http import HttpRetriever
 from research_env.retrieval.retry import Deadline, Retry
-from tests.research_env.retriever_contract import (
+from tests.research_env.retrieval.retriever_contract import (
     CLAUSES,
     PASSAGES,
     WORDS,
@@ -328,7 +328,7 @@ def test_a_server_that_says_nothing_or_drips_is_left_at_the_deadline() -> None:
         assert 0 < len(dripped) < 1000  # the connection was closed long before all had come
 
 
-def test_retry_after_is_honoured() -> None:
+def test_retry_after_is_honored() -> None:
     replies = iter([Reply(503, headers={"Retry-After": "0.4"}), GOOD])
     times: list[float] = []
 
