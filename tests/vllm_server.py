@@ -235,6 +235,7 @@ def _launch_all() -> None:
     for line in sys.stdin:
         process = os.fork()
         if process == 0:
+            answers.close()
             _serve(*json.loads(line))
         print(process, file=answers)
 
