@@ -142,7 +142,7 @@ def measure(fault: str, folder: Path, servers: Sequence[Server]) -> Row:
             run = stack.enter_context(small_disk(folder / "disk", DISK)) / "run"
         words = [fault, str(folder), *_words(run, search, [server.url for server in servers])]
         status = _train(folder, words)
-        if fault == "disk" and status and "free some" in _log(folder):
+        if fault == "disk" and status and f"the checkpoint of step {STEPS}" in _log(folder):
             (folder / "happened").touch()
             resize(folder / "disk", 10 * DISK)
             status = _train(folder, words)

@@ -21,7 +21,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import gymnasium as gym
 import tyro
@@ -70,6 +70,8 @@ MINIATURE: Mapping[str, driver.Baseline] = {
     "ircot": partial(ircot.play, prompt=miniature.think),
 }
 ENV = "research_env:SearchQA-v0"
+SAMPLING = SamplingConfig(temperature=0.0, max_prompt=8192)
+SLOTS = 64  # questions played at the same time, unless --max-in-flight says otherwise
 
 
 @dataclass(frozen=True)
@@ -103,20 +105,9 @@ class TableConfig:
     """Passages a search, for every method."""
     limit: int | None = None
     """Questions a cell."""
-    temperature: float = 0.0
-    """0 is greedy."""
     seed: int = 0
     """Order of the questions, and sampled tokens."""
-    engine: str = "transformers"
-    """What samples the tokens: transformers, or vllm."""
-    max_prompt: int = 8192
-    """Longest prompt, in tokens."""
-    max_response: int = 8192
-    """Longest rest of an episode of a search agent; longest reply to a baseline's prompt."""
-    max_turn_tokens: int | None = None
-    """Longest action or reply, in tokens."""
-    max_in_flight: int = 64
-    """Questions played at the same time."""
+    sampling: Annotated[SamplingConfig, tyro.conf.OmitArgPrefixes] = SAMPLING
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Number format of the weights."""
     device: str = "auto"
@@ -175,12 +166,14 @@ def run_miniature(config: TableConfig, settings: miniature.Miniature) -> Results
         models=(f"warm-start={made.policy}",),
         trained=(f"Trained search={made.trained}",),
         top_k=settings.top_k,
-        max_in_flight=miniature.MAX_IN_FLIGHT,
-        max_prompt=miniature.MAX_PROMPT,
-        max_response=miniature.MAX_RESPONSE,
-        max_turn_tokens=miniature.MAX_TURN_TOKENS,
+        sampling=SamplingConfig(
+            temperature=config.sampling.temperature,
+            max_in_flight=miniature.MAX_IN_FLIGHT,
+            max_prompt=miniature.MAX_PROMPT,
+            max_response=miniature.MAX_RESPONSE,
+            max_turn_tokens=miniature.MAX_TURN_TOKENS,
+        ),
         dtype="float32",
-        engine="transformers",
         workers=config.workers or miniature.WORKERS,
         limit=config.limit or miniature.DEV,
     )
@@ -304,18 +297,17 @@ class Sampler:
         from research_agent.engines.openai import OpenAIEngine  # noqa: PLC0415
         from research_agent.models.policy import context_length, load_model  # noqa: PLC0415
 
-        config = self._config
+        config, sampling = self._config, self._config.sampling
+        slots = sampling.max_in_flight or SLOTS
         if self.endpoint:
-            return OpenAIEngine(
-                self.endpoint, self.name, self.renderer, concurrency=config.max_in_flight
-            )
+            return OpenAIEngine(self.endpoint, self.name, self.renderer, concurrency=slots)
         model = load_model(self.name, dtype=config.dtype, device=config.device)
-        context = context_length(model, config.max_prompt + config.max_response)
+        context = context_length(model, sampling.max_prompt + sampling.max_response)
         return make_engine(
-            config.engine,
+            sampling.engine,
             model,
             self.renderer,
-            max_slots=config.max_in_flight,
+            max_slots=slots,
             max_context=context,
             share=True,
         )
@@ -352,28 +344,22 @@ def play(
         EnvironmentConfig(env=ENV, env_args=given),
         PolicyConfig(model=sampler.name, chat_template=sampler.chat, device=config.device),
         folder,
-        SamplingConfig(
-            temperature=config.temperature,
-            engine=config.engine,
-            max_prompt=config.max_prompt,
-            max_response=config.max_response,
-            max_turn_tokens=config.max_turn_tokens,
-            max_in_flight=config.max_in_flight,
-        ),
+        config.sampling,
         endpoint=sampler.endpoint,
         limit=config.limit,
         seed=config.seed,
         dtype=config.dtype,
     )
     validate_eval(settings)
+    slots = config.sampling.max_in_flight or SLOTS
     environments: Any
     if baseline is None:
-        environments = open_environments(ENV, config.max_in_flight, given)
+        environments = open_environments(ENV, slots, given)
         player: Player = search_agent.run
     else:
         name = ENV.partition(":")[2]
         environments = gym.make_vec(
-            name, num_envs=config.max_in_flight, vectorization_mode="vector_entry_point", **given
+            name, num_envs=slots, vectorization_mode="vector_entry_point", **given
         )
         player = partial(driver.run, baseline=baseline)
 
@@ -393,7 +379,7 @@ def play(
             nobody,
             environments,
             nobody,
-            settings.sampling,
+            config.sampling,
             folder,
             limit=limit,
             seed=config.seed,

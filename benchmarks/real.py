@@ -127,6 +127,8 @@ class RealConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of sampling and of the matrix products of learning. bfloat16 is two to four
     times as fast on a CPU that has instructions for it (avx512_bf16 or amx_bf16 in lscpu)."""
+    engine: str = "transformers"
+    """What samples: transformers or vllm."""
     retriever: str | None = None
     """URL of the retriever of evaluations, with {dataset} where the name of the set belongs, such
     as elasticsearch://localhost:9200/{dataset}; none takes the embedded BM25."""
@@ -226,7 +228,7 @@ def _zero_shot(config: RealConfig, scale: Scale, model: str, device: str) -> Sta
     words += ["--split", "dev", "--limit", str(scale.questions), "--top-k", "2"]
     words += ["--max-prompt", "2048", "--max-response", "1024", "--max-turn-tokens", "96"]
     words += ["--max-in-flight", str(scale.in_flight), "--seed", str(config.seed)]
-    words += ["--dtype", _precision(config), "--device", device]
+    words += ["--dtype", _precision(config), "--device", device, "--engine", config.engine]
     words += ["--output", str(folder)]
     if config.retriever is not None:
         words += ["--retriever", config.retriever]
@@ -251,7 +253,8 @@ def _grpo(config: RealConfig, scale: Scale, model: str, device: str) -> Stage:
     words += ["--max-response", str(scale.max_response), "--max-turn-tokens", str(scale.max_turn)]
     words += ["--learning-rate", str(scale.learning_rate), "--lora-rank", str(scale.lora_rank)]
     words += ["--eval-every", str(scale.eval_every), "--eval-limit", str(scale.questions)]
-    words += ["--save-every", "5", "--precision", _precision(config), *scale.more]
+    words += ["--save-every", "5", "--precision", _precision(config)]
+    words += ["--engine", config.engine, *scale.more]
     if scale.time_limit is not None:
         words += ["--time-limit", str(scale.time_limit)]
 
@@ -281,6 +284,7 @@ def _evaluations(
         words += ["--max-prompt", "256", "--max-response", str(scale.max_response)]
         words += ["--max-turn-tokens", str(scale.max_turn)]
         words += ["--max-in-flight", str(scale.in_flight), "--dtype", _precision(config)]
+        words += ["--engine", config.engine]
         summary = folder / "summary.json"
         yield Stage(f"{name}-{dataset}", "research-agent", tuple(words), summary.is_file)
 

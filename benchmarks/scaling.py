@@ -29,7 +29,7 @@ from research_agent.config import TrainConfig
 from research_agent.distributed import shard_batches
 from research_agent.plan import Plan, plan
 from research_agent.plan.machines import parse_machines
-from research_agent.plan.shapes import SHAPES, shape_of
+from research_agent.plan.shapes import SHAPES, read_shape
 from research_agent.plan.suggestions import apply, as_flags, suggest
 from research_agent.presets import PRESETS
 
@@ -165,7 +165,7 @@ def _row(config: TrainConfig, machines: str) -> str:
     found, added = plan(config, machines), ""
     if not found.fits:
         where = parse_machines(machines)
-        settings = suggest(config, shape_of(config.policy.model), where)
+        settings = suggest(config, read_shape(config.policy.model), where)
         if not settings:
             return f"| {machines} | does not fit | | | | | |"
         found, added = plan(apply(config, settings[0]), machines), as_flags(settings[0])

@@ -63,7 +63,7 @@ class Batch:
         """Return the number of trajectories."""
         return len(self.tokens)
 
-    def action_tokens_of(self, chosen: Sequence[int]) -> Tensor:
+    def action_tokens_in(self, chosen: Sequence[int]) -> Tensor:
         """Return indices [a] of the action tokens of some trajectories, in the order given."""
         starts = list(accumulate(self.lengths.tolist(), initial=0))
         ranges = [torch.arange(starts[i], starts[i + 1]) for i in chosen]
@@ -81,7 +81,7 @@ class Batch:
             numbers. Turns that are the same one remain so.
         """
         rows = torch.tensor(chosen, dtype=torch.long, device=self.lengths.device)
-        index = self.action_tokens_of(chosen)
+        index = self.action_tokens_in(chosen)
         counts = self.turn_seq_ids.bincount(minlength=len(self))
         starts = list(accumulate(counts.tolist(), initial=0))
         turns = [turn for i in chosen for turn in range(starts[i], starts[i + 1])]
@@ -304,7 +304,7 @@ def _rows(batch: Batch, chosen: Sequence[int], widths: Sequence[int]) -> MicroBa
     ragged = [row[:width] for row, width in zip(part.tokens, widths, strict=True)]
     return MicroBatch(
         part=part,
-        token_index=batch.action_tokens_of(chosen),
+        token_index=batch.action_tokens_in(chosen),
         tokens=pad_sequence(ragged, batch_first=True),
         logit_index=part.seq_ids * widths[0] + part.positions - 1,
     )
@@ -317,7 +317,7 @@ def _packed(batch: Batch, chosen: Sequence[int], widths: Sequence[int]) -> Micro
     starts = torch.tensor(begins, device=device)
     return MicroBatch(
         part=part,
-        token_index=batch.action_tokens_of(chosen),
+        token_index=batch.action_tokens_in(chosen),
         tokens=torch.cat([row[:w] for row, w in zip(part.tokens, widths, strict=True)])[None],
         logit_index=starts[part.seq_ids] + part.positions - 1,
         position_ids=torch.cat([torch.arange(width) for width in widths]).to(device)[None],
@@ -362,7 +362,7 @@ def _tree(batch: Batch, bundles: Sequence[Sequence[int]], widths: Mapping[int, i
     count = int(distinct_of.max()) + 1
     return MicroBatch(
         part=part,
-        token_index=batch.action_tokens_of(chosen),
+        token_index=batch.action_tokens_in(chosen),
         tokens=tree.tokens[None],
         logit_index=logit_index,
         position_ids=tree.position_ids[None],

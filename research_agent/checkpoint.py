@@ -31,8 +31,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from research_agent.distributed import gather, rank_and_size, together
-from research_agent.errors import CheckpointError, ResearchAgentError, StoppedError
+from research_agent.distributed import (
+    gather,
+    lost_or_out_of_memory,
+    rank_and_size,
+    run_together,
+    together,
+)
+from research_agent.errors import CheckpointError, ResearchAgentError
 from research_agent.files import sha256
 from research_agent.formats import CheckpointFormat, read_object
 from research_agent.sharded import StoredTensor, read_tensors, stored_tensors, write_tensors
@@ -73,9 +79,9 @@ class Checkpoint:
         """
         try:
             read_tensors(self.folder / TENSORS, into)
-        except StoppedError:
-            raise
         except _FILE_ERRORS as error:
+            if lost_or_out_of_memory(error):
+                raise
             raise _no_checkpoint(self.folder, error) from error
 
 
@@ -104,42 +110,39 @@ def save(
         bucket_bytes: the most bytes that a rank holds in addition to the state.
 
     Raises:
-        CheckpointError: when it cannot be written, a full disk for example. Nothing of it is left
-            then, and the checkpoints before it are untouched.
+        CheckpointError: when it cannot be written, a full disk for example, or an old one cannot
+            be dropped. Nothing half-written is left then, and complete ones are untouched.
         TypeError: when the state holds something else than tensors and plain values.
     """
     final = root / f"step-{step:06d}"
     temporary = root / f".{final.name}.tmp"
     first = rank_and_size()[0] == 0
-    with together():
-        saved_before = final.exists()  # the same run makes the same weights
-    if any(gather([saved_before])):
-        if first:
-            _link_best(root, best)
-        return final
     tensors: dict[str, torch.Tensor] = {}
     packed = _pack(state, tensors)
     plain = {"version": VERSION, "step": step, "config": dict(config), "state": packed}
     try:
+        # A run that is continued may have it already: it makes the same weights.
+        if not any(run_together(final.exists)):
+            with together():
+                if first:
+                    root.mkdir(parents=True, exist_ok=True)
+                    _clear_temporary(root)
+                    temporary.mkdir()
+            write_model(temporary)
+            _write_state(temporary, tensors, bucket_bytes)
+            sums = _checksums(temporary)
+            with together():
+                if first:
+                    _finish(temporary, final, plain, sums)
         with together():
             if first:
-                root.mkdir(parents=True, exist_ok=True)
-                _clear_temporary(root)
-                temporary.mkdir()
-        write_model(temporary)
-        _write_state(temporary, tensors, bucket_bytes)
-        sums = _checksums(temporary)
-        with together():
-            if first:
-                (temporary / "state.json").write_text(json.dumps(plain), encoding="utf-8")
-                sums["state.json"] = sha256(temporary / "state.json")
-                (temporary / CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
-                _flush(temporary)
-                temporary.rename(final)
-                _flush_folder(root)
-    except StoppedError:
-        raise
+                _link_best(root, best)
+                for old, folder in _complete(root)[:-keep]:
+                    if old != best:
+                        _remove(folder)
     except Exception as error:  # a full disk is an OSError, or a bare exception of safetensors
+        if lost_or_out_of_memory(error):
+            raise
         if first:
             with contextlib.suppress(OSError):
                 shutil.rmtree(temporary)
@@ -150,12 +153,21 @@ def save(
             f"cannot write the checkpoint of step {step} to {root}: {error}; {kept}; "
             f"{cure}, and start the same command again"
         ) from error
-    if first:
-        _link_best(root, best)
-        for old, folder in _complete(root)[:-keep]:
-            if old != best:
-                _remove(folder)
     return final
+
+
+def _finish(
+    temporary: Path, final: Path, plain: Mapping[str, Any], sums: Mapping[str, str]
+) -> None:
+    """Write the last files, flush all to the disk, and give the folder its name."""
+    (temporary / "state.json").write_text(json.dumps(plain), encoding="utf-8")
+    sums = {**sums, "state.json": sha256(temporary / "state.json")}
+    (temporary / CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
+    for path in sorted(temporary.rglob("*")):
+        _flush(path)
+    _flush(temporary)
+    temporary.rename(final)
+    _flush(final.parent)
 
 
 def _write_state(folder: Path, tensors: dict[str, torch.Tensor], bucket_bytes: int) -> None:
@@ -189,9 +201,9 @@ def rehearse(root: Path, write_model: Callable[[Path], None]) -> None:
             if not temporary.is_dir():
                 raise OSError("a rank does not see the folder that the first one made; share it")
         write_model(temporary)
-    except StoppedError:
-        raise
     except Exception as error:  # as in save
+        if lost_or_out_of_memory(error):
+            raise
         cure = "free some space" if _is_full(error) else "fix that first"
         raise CheckpointError(
             f"no checkpoint of this model could be written to {root}: {error}; {cure}, as a run "
@@ -249,9 +261,9 @@ def load(folder: Path, deferred: Collection[str] = ()) -> Checkpoint:
             state = {key: _allocate(value, wanted) for key, value in now.items()}
         read_tensors(folder / TENSORS, wanted)
         return Checkpoint(folder, plain["step"], plain["config"], {**state, **late})
-    except (CheckpointError, StoppedError):
-        raise
     except _FILE_ERRORS as error:
+        if lost_or_out_of_memory(error):
+            raise
         raise _no_checkpoint(folder, error) from error
 
 
@@ -286,7 +298,7 @@ def restoring(saved: Checkpoint) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if isinstance(error, ResearchAgentError):
+        if isinstance(error, ResearchAgentError) or lost_or_out_of_memory(error):
             raise
         raise CheckpointError(
             f"{saved.folder}/state.json and its tensors do not fit this run "
@@ -344,18 +356,11 @@ def _clear_temporary(root: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _flush(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there; renames are durable enough
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():  # cannot be opened there; renames are durable enough
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +29,9 @@ T = TypeVar("T")
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out", "timed out",
          "Broken pipe", "remote process exited", "Connection refused")  # fmt: skip
 """What torch's collectives say when another rank is gone."""
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+"""What torch says on a CPU, and what CUDA's libraries say."""
+_PATIENCE = timedelta(seconds=10)  # for rank 0 to fail as this rank did
 
 
 @contextmanager
@@ -41,12 +44,12 @@ def init_distributed(timeout_minutes: float = 15.0) -> Iterator[None]:
     Raises:
         RankError: another rank stopped, or did not answer in time.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if torchrun("WORLD_SIZE", 1) == 1:
         yield
         return
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(torchrun("LOCAL_RANK", 0))
     timeout = timedelta(minutes=timeout_minutes)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     store, rank, size = open_store(timeout)
@@ -55,15 +58,40 @@ def init_distributed(timeout_minutes: float = 15.0) -> Iterator[None]:
         yield
     except Exception as error:
         # The process group is not destroyed: the other ranks might not take part in that.
-        lost = next((text for text in _LOST if text in str(error)), "")
-        if lost and not isinstance(error, ResearchAgentError):
+        if lost := _lost_rank(error):
             message = (
                 f"another rank stopped or did not answer for {timeout_minutes:g} minutes ({lost});"
                 " its own message says why. Start the same command again"
             )
-            raise_together(RankError(message))
+            raise RankError(message) from error  # on every rank: it may be rank 0 that is gone
         raise
     dist.destroy_process_group()
+
+
+def torchrun(variable: str, default: int) -> int:
+    """Read a number that torchrun gives each process, such as LOCAL_RANK."""
+    return int(os.environ.get(variable, default))
+
+
+def without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a child process that is no rank."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+    return {name: value for name, value in environment.items() if not name.startswith(names)}
+
+
+def lost_or_out_of_memory(error: Exception) -> bool:
+    """Whether a rank is gone or has failed, or memory is too small: no fault of files or models."""
+    if isinstance(error, StoppedError | RankError | MemoryError | torch.OutOfMemoryError):
+        return True
+    no_memory = isinstance(error, RuntimeError) and any(t in str(error) for t in _NO_MEMORY)
+    return no_memory or bool(_lost_rank(error))
+
+
+def _lost_rank(error: Exception) -> str:
+    """What an error of torch's collectives says of a rank that is gone; empty for others."""
+    if isinstance(error, ResearchAgentError) or not isinstance(error, RuntimeError):
+        return ""
+    return next((text for text in _LOST if text in str(error)), "")
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -129,7 +157,7 @@ def together() -> Iterator[None]:
         if rank_and_size()[1] == 1:
             raise
         problem = error
-    said = gather([problem and _portable(problem)])
+    said = gather([problem and portable(problem)])
     if first := next(filter(None, said), None):
         raise_together(problem if problem and said[0] else first)
 
@@ -145,17 +173,34 @@ def run_together(work: Callable[[], T]) -> list[T]:
 def alike() -> Iterator[None]:
     """Mark a block that fails on all ranks alike: rank 0 raises its error for all.
 
-    Only errors of this package are converted; others are raised as they are.
+    Only errors of this package are converted; others are raised as they are. If rank 0 does not
+    fail within some seconds, this rank raises its own error.
 
     Raises:
         StoppedError: the block failed, on other ranks than 0.
     """
     try:
         yield
-    except StoppedError:
-        raise
     except ResearchAgentError as error:
+        if isinstance(error, StoppedError) or not _rank_0_fails():
+            raise
         raise_together(error)
+
+
+def _rank_0_fails() -> bool:
+    """Whether rank 0 fails too, which it writes into the store that all ranks have."""
+    rank, size = rank_and_size()
+    if size == 1:
+        return True
+    store: Any = dist.distributed_c10d._get_default_store()
+    if rank == 0:
+        store.set("failed", "alike")
+        return True
+    try:
+        store.wait(["failed"], _PATIENCE)
+    except RuntimeError:  # it does not, or is gone
+        return False
+    return True
 
 
 def raise_together(error: Exception) -> NoReturn:
@@ -170,12 +215,12 @@ def raise_together(error: Exception) -> NoReturn:
     raise error
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """The error, or one with the same words if it cannot go from process to process."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # a class may raise anything here
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        return ResearchAgentError(f"{type(error).__name__}: {error}")
     return error
 
 
@@ -201,6 +246,15 @@ def full_tensor(values: Tensor) -> Tensor:
     """A sharded tensor put together; all ranks must call this."""
     full = getattr(values, "full_tensor", None)
     return values if full is None else full()
+
+
+def gathered_numel(values: Tensor) -> int:
+    """Numbers that ``full_tensor`` allocates: the last ranks' shards are padded meanwhile."""
+    mesh = getattr(values, "device_mesh", None)
+    if mesh is None or not values.numel():
+        return values.numel()
+    ranks: int = mesh.size(mesh.ndim - 1)
+    return -(-len(values) // ranks) * ranks * (values.numel() // len(values))
 
 
 def local_tensor(values: Tensor) -> Tensor:
@@ -257,7 +311,7 @@ def make_mesh(device: torch.device, shard_ranks: int | None = None) -> Any:
         raise ConfigError(
             f"shard_ranks is {shard_ranks}, which does not divide the {size} ranks; give a divisor"
         )
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    per_node = torchrun("LOCAL_WORLD_SIZE", size)
     ranks = shard_ranks or (size if size % per_node else per_node)
     if ranks == size:
         return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))

@@ -127,7 +127,7 @@ class _Native:
         self.num_envs = int(vector.num_envs)
         self.num_tasks: int | None = getattr(vector, "num_tasks", None)
         self.terminators = _terminators(vector.single_action_space)
-        self.shows = shows_of(vector)
+        self.shows = read_shows(vector)
         self.branches = hasattr(vector, "branch")  # whether episodes can be branched
 
     def reset(
@@ -167,7 +167,7 @@ class _Native:
         self._vector.close()
 
     def provenance(self) -> dict[str, str]:
-        return provenance_of(self._vector)
+        return read_provenance(self._vector)
 
 
 class _Singles:
@@ -179,7 +179,7 @@ class _Singles:
         self.num_envs = len(envs)
         self.num_tasks: int | None = getattr(envs[0].unwrapped, "num_tasks", None)
         self.terminators = _terminators(envs[0].action_space)
-        self.shows = shows_of(envs[0].unwrapped)
+        self.shows = read_shows(envs[0].unwrapped)
 
     def reset(
         self, assignments: Mapping[int, int], seed: int
@@ -218,17 +218,17 @@ class _Singles:
             env.close()
 
     def provenance(self) -> dict[str, str]:
-        return provenance_of(self._envs[0].unwrapped)
+        return read_provenance(self._envs[0].unwrapped)
 
 
-def provenance_of(environment: Any) -> dict[str, str]:
+def read_provenance(environment: Any) -> dict[str, str]:
     """What an environment says of where its tasks come from; empty where it has no such method."""
     said = getattr(environment, "provenance", None)
     found = said() if callable(said) else said
     return {str(key): str(value) for key, value in (found or {}).items()}
 
 
-def shows_of(environment: Any) -> dict[str, str]:
+def read_shows(environment: Any) -> dict[str, str]:
     """Where an environment's info has what an observation shows: items with titles, some marked.
 
     It is the environment's ``metadata["shows"]``, for reports; empty where it has none.

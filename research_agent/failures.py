@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from research_agent import checkpoint
 from research_agent.distributed import rank_and_size
@@ -35,10 +36,6 @@ def saved_for_inspection(
     except NonFiniteError as error:
         if rank_and_size()[0]:
             raise
-        folder = output / "failures"
-        folder.mkdir(exist_ok=True)
-        names = (folder / f"step-{step + 1:06d}-{n}.json" for n in range(1, 10_000))
-        path = next(name for name in names if not name.exists())
         record = {
             "step": step + 1,
             "cause": str(error),
@@ -47,9 +44,21 @@ def saved_for_inspection(
                 for trajectory in trajectories
             ],
         }
-        path.write_text(json.dumps(record, default=str), encoding="utf-8")
+        try:
+            where = f"are in {_write(output / 'failures', record)}"
+        except OSError as problem:
+            where = f"could not be written ({problem})"
         message = (
-            f"step {step + 1}: {error}. The trajectories are in {path}; the last checkpoint is "
+            f"step {step + 1}: {error}. The trajectories {where}; the last checkpoint is "
             f"{checkpoint.latest(output / 'checkpoints') or 'none'}"
         )
         raise NonFiniteError(message) from error
+
+
+def _write(folder: Path, record: Mapping[str, Any]) -> Path:
+    """Write a record into a new file; returns its path."""
+    folder.mkdir(exist_ok=True)
+    names = (folder / f"step-{record['step']:06d}-{n}.json" for n in range(1, 10_000))
+    path = next(name for name in names if not name.exists())
+    path.write_text(json.dumps(record, default=str), encoding="utf-8")
+    return path

@@ -20,6 +20,7 @@ _LARGEST_FILE = 1 << 30
 _DEEPEST = 64  # nested objects and lists
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 Number = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 
 
@@ -108,6 +109,19 @@ class StateFormat(TypedDict):
     in_flight: list[dict[str, Any]]
 
 
+class DecoderFormat(TypedDict):
+    """The sizes in a model's ``config.json``."""
+
+    num_hidden_layers: Size
+    hidden_size: Size
+    num_attention_heads: Size
+    num_key_value_heads: NotRequired[Size | None]
+    head_dim: NotRequired[Size | None]
+    intermediate_size: Size
+    vocab_size: Size
+    max_position_embeddings: NotRequired[Size | None]
+
+
 NumbersFormat = dict[str, Number | None]
 """A line of ``metrics.jsonl`` or ``timings.jsonl``, of which ``step`` is a count."""
 ObjectFormat = dict[str, Any]
@@ -181,8 +195,8 @@ def read_object(
 
 
 def _integer(text: str) -> int:
-    """A whole number that fits 64 bits: longer ones overflow where they meet a float."""
-    if len(text) > 20:
+    """A whole number as large as a float can be: larger ones overflow where they meet one."""
+    if len(text) > 300:
         raise ValueError(f"the number {text[:20]}... is too large")
     return int(text)
 

@@ -25,8 +25,11 @@ from research_agent.distributed import (
     any_rank,
     full_tensor,
     gather,
+    gathered_numel,
     make_mesh,
+    raise_together,
     rank_and_size,
+    run_together,
     shard,
     shard_batches,
 )
@@ -251,7 +254,7 @@ class Learner:
         bucket: list[tuple[str, Tensor]] = []
         held = 0
         for name, weight in named:
-            size = weight.numel() * (dtype or weight.dtype).itemsize
+            size = gathered_numel(weight) * (dtype or weight.dtype).itemsize
             # Twice: while a tensor is gathered, its converted shard is held as well.
             if bucket and held + 2 * size > self.config.bucket_bytes:
                 yield bucket
@@ -403,15 +406,23 @@ def _check(config: LearnerConfig, temperature: float) -> None:
 
 def _prepare(score: TokenLogprobs, *, packing: Packing, required: bool, **settings: Any) -> Packing:
     """Set a model up; returns how its trajectories share rows, which auto may give up."""
-    try:
-        score(partial(prepare, packing=packing, **settings))
-    except ModelError as error:
-        if required or packing == "off":
-            raise
-        warnings.warn(f"{error} (packing is auto, so it is off)", stacklevel=3)
-        score(partial(prepare, packing="off", **settings))
-        return "off"
-    return packing
+
+    def attempt(model: nn.Module) -> ModelError | None:
+        try:
+            prepare(model, packing=packing, **settings)
+        except ModelError as error:
+            return error  # raised here it would leave the weights gathered
+        return None
+
+    # All ranks must share rows in the same way, to have the same passes.
+    problem = next(filter(None, run_together(lambda: score(attempt))), None)
+    if problem is None:
+        return packing
+    if required or packing == "off":
+        raise_together(problem)
+    warnings.warn(f"{problem} (packing is auto, so it is off)", stacklevel=3)
+    score(partial(prepare, packing="off", **settings))
+    return "off"
 
 
 def _require_rank(wanted: int, found: int) -> None:

@@ -16,7 +16,7 @@ from research_agent import rollout_state
 from research_agent.active_rollout import Episode, InFlight
 from research_agent.config import TrainConfig
 from research_agent.engines.base import Engine
-from research_agent.environments import Environments, open_environments, provenance_of
+from research_agent.environments import Environments, open_environments, read_provenance
 from research_agent.renderer import Renderer
 from research_agent.rollout import RolloutLoop, collect, keeps_turns
 from research_agent.trace import Trace, TracedEngine, TracedEnvironments
@@ -62,13 +62,14 @@ class Player:
     def start(self, load: Callable[[], tuple[Engine, Renderer]]) -> None:
         """Make the engine and the renderer; nothing can be played before."""
         engine, self._renderer = load()
+        self._stack.callback(getattr(engine, "close", lambda: None))
         self._engine = TracedEngine(engine, self._trace) if self._trace else engine
         self._loop = self._make_loop(InFlight())
         self._started = True
 
     def provenance(self) -> dict[str, str]:
         """What the episodes depend on, as the environment says; places are left out."""
-        found = provenance_of(self._environments)
+        found = read_provenance(self._environments)
         return {name: text for name, text in found.items() if not name.startswith("place:")}
 
     def collect(self, episodes: Sequence[Episode], ahead: Sequence[Episode]) -> list[Trajectory]:

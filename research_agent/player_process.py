@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import threading
@@ -30,22 +29,21 @@ import torch
 
 from research_agent.active_rollout import Episode
 from research_agent.config import TrainConfig
+from research_agent.distributed import portable, together, without_torchrun
 from research_agent.engines.base import Engine, SamplesElsewhere
 from research_agent.engines.checks import CONTINUE
 from research_agent.errors import EngineError
 from research_agent.models.policy import context_length, load_model
-from research_agent.models.source import resolve_model
 from research_agent.player import Player
-from research_agent.renderer import Renderer, load_renderer
+from research_agent.renderer import Renderer, open_renderer
 from research_agent.trace import Trace
 from research_agent.trajectory import Trajectory
-from research_agent.weight_files import WeightFiles
+from research_agent.weight_files import WeightFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _GRACE = 10.0  # seconds that a child has to end by itself
 
 
@@ -82,7 +80,7 @@ class PlayerProcess:
         stage_args: Mapping[str, Any],
         trace: Trace | None = None,
     ) -> None:
-        self._weights = WeightFiles()
+        self._weights = WeightFolder()
         self._servers: SamplesElsewhere | None = None
         on_gpu = config.policy.device != "cpu" and torch.cuda.is_available()
         setup = _Setup(
@@ -138,11 +136,14 @@ class PlayerProcess:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Let the child give its engine new weights; all ranks take part."""
+        source: Any
         if self._servers:
-            self._ask("load_weights", self._servers.give_weights(weights, version), version)
-            return
-        self._ask("read_weights", self._weights.give(weights, version), version)
-        self._weights.drop(version)
+            method, source = "load_weights", self._servers.give_weights(weights, version)
+        else:
+            method, source = "read_weights", self._weights.share(weights, str(version))
+        with together():
+            self._ask(method, source, version)
+        self._weights.prune(())
 
     def num_eval_tasks(self) -> int | None:
         """See ``Player``."""
@@ -173,6 +174,8 @@ class PlayerProcess:
 
     def close(self) -> None:
         """End the child, by force if it does not end by itself."""
+        if self._servers:
+            self._servers.close()
         self._connection.close()
         self._process.join(_GRACE)
         if self._process.is_alive():
@@ -196,17 +199,10 @@ class PlayerProcess:
                 f"(its output is above). {CONTINUE}"
             ) from None
         if is_error:
+            if self._servers:
+                self._servers.require_alive()
             raise answer
         return answer
-
-
-def _load_renderer(config: TrainConfig, model: str) -> Renderer:
-    return load_renderer(
-        resolve_model(model),
-        chat_template=config.policy.chat_template,
-        chat_template_args=config.policy.chat_template_args,
-        chat_template_date=config.policy.chat_template_date,
-    )
 
 
 def connect_engine(
@@ -219,7 +215,7 @@ def connect_engine(
         config: of the run.
         model: the model that the run began with.
     """
-    renderer = _load_renderer(config, model)
+    renderer = open_renderer(config.policy, model)
     return make(renderer), renderer
 
 
@@ -243,7 +239,7 @@ def load_engine(
     from transformers.utils import logging  # noqa: PLC0415 - slow to import
 
     logging.disable_progress_bar()  # it would break the run's
-    renderer = _load_renderer(config, model)
+    renderer = open_renderer(config.policy, model)
     loaded = load_model(
         model,
         dtype=config.learner.precision,
@@ -268,9 +264,9 @@ def _serve(connection: Connection, setup: _Setup) -> None:
     for number in _STOP_SIGNALS:  # the parent decides when to stop
         signal.signal(number, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    for name in _TORCHRUN:  # the child is no rank
-        os.environ.pop(name, None)
+    threading.Thread(target=_end_with_parent, args=(setup.weights,), daemon=True).start()
+    for name in os.environ.keys() - without_torchrun(os.environ).keys():
+        del os.environ[name]
     if setup.gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = (
@@ -286,7 +282,8 @@ def _serve(connection: Connection, setup: _Setup) -> None:
             method, arguments = request
             _answer(connection, False, getattr(player, method)(*arguments))
     except Exception as error:
-        _answer(connection, True, _portable(error))
+        error.add_note("In the process that plays the episodes:\n" + traceback.format_exc())
+        _answer(connection, True, portable(error))
     finally:
         if player:
             player.close()
@@ -310,27 +307,18 @@ def _answer(connection: Connection, is_error: bool, answer: Any) -> None:
         connection.send((is_error, answer))
 
 
-def _portable(error: Exception) -> Exception:
-    """The error as it can be pickled, with the traceback of this process as a note."""
-    error.add_note("In the process that plays the episodes:\n" + traceback.format_exc())
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return EngineError(f"{type(error).__name__}: {error}")
-    return error
-
-
 def _parent_is_alive() -> bool:
     parent = multiprocessing.parent_process()
     return parent is not None and parent.is_alive()
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(weights: Path) -> None:
     """End this process some time after its parent, whatever it is busy with."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         time.sleep(_GRACE)
+        shutil.rmtree(weights, ignore_errors=True)
         os._exit(1)
 
 

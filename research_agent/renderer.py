@@ -19,10 +19,18 @@ import numpy as np
 
 from research_agent.chat_template import ChatTemplate, writes_date
 from research_agent.errors import ModelError
-from research_agent.models.source import generation_settings, opening, tokenizer_source
+from research_agent.models.source import (
+    generation_settings,
+    opening,
+    resolve_model,
+    tokenizer_source,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from research_agent.config import PolicyConfig
+    from research_agent.sft import SFTConfig
 
 _WHERE = "give a folder with tokenizer.json, or a name on the Hugging Face hub"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
@@ -225,6 +233,24 @@ class Renderer:
         reach = max(len(s.encode()) for s in stop) + 8  # a token has at least a byte, nearly always
         text = self.decode(tokens[-reach:])
         return any(s in text for s in stop)
+
+
+def open_renderer(
+    settings: PolicyConfig | SFTConfig, model: str | Path, date: str | None = None
+) -> Renderer:
+    """Open the tokenizer of a model as ``load_renderer`` does, by the settings of a command.
+
+    Args:
+        settings: of the chat template.
+        model: also a starter of the package, or the folder of a run.
+        date: for the template, if the settings name none.
+    """
+    return load_renderer(
+        resolve_model(model),
+        chat_template=settings.chat_template,
+        chat_template_args=settings.chat_template_args,
+        chat_template_date=settings.chat_template_date or date,
+    )
 
 
 def load_renderer(

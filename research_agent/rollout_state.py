@@ -112,7 +112,7 @@ def from_state(
                 in_flight.awaiting_env.add(place)
         for trajectory in done:
             key = trajectory.episode, trajectory.sample
-            if key in episodes:
+            if key in episodes and not trajectory.void:  # a void one is played again
                 in_flight.done[key] = trajectory
     _replay(in_flight, environments, seed)
     return in_flight

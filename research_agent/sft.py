@@ -374,16 +374,10 @@ def _open_model(config: SFTConfig) -> tuple[PreTrainedModel, Renderer]:
         ConfigError: the model has a chat template, and the settings do not say whether to use it.
     """
     from research_agent.models.policy import load_model  # noqa: PLC0415
-    from research_agent.models.source import resolve_model  # noqa: PLC0415
-    from research_agent.renderer import load_renderer  # noqa: PLC0415
+    from research_agent.renderer import open_renderer  # noqa: PLC0415
 
     assert config.model is not None
-    renderer = load_renderer(
-        resolve_model(config.model),
-        chat_template=config.chat_template,
-        chat_template_args=config.chat_template_args,
-        chat_template_date=config.chat_template_date,
-    )
+    renderer = open_renderer(config, config.model)
     if renderer.tokenizer.chat_template and not (config.chat_template or config.bare_text):
         raise ConfigError(
             f"{config.model} has a chat template: it was made for chat messages. Add "

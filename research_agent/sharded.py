@@ -101,7 +101,7 @@ def is_deferred(model: nn.Module) -> bool:
     return hasattr(model, _SOURCE)
 
 
-def source_of(model: nn.Module) -> Path:
+def weights_folder(model: nn.Module) -> Path:
     """The folder of a deferred model's weights."""
     folder: Path = getattr(model, _SOURCE)
     return folder
@@ -119,7 +119,7 @@ def fill(root: nn.Module, model: nn.Module, device: torch.device) -> None:
         OSError, ValueError, SafetensorError: the files cannot be read.
     """
     allocate(root, device)
-    read_weights(model, source_of(model))
+    read_weights(model, weights_folder(model))
     delattr(model, _SOURCE)
 
 

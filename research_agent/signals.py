@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
@@ -25,7 +25,8 @@ def stop_signals() -> Iterator[list[int]]:
         if seen and number == signal.SIGINT:  # a scheduler may send SIGTERM more than once
             raise KeyboardInterrupt
         seen.append(number)
-        print("\nstopping after this step; once more to leave at once", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone
+            print("\nstopping after this step; once more to leave at once", file=sys.stderr)
 
     before = {
         number: signal.signal(number, stop)

@@ -20,7 +20,13 @@ from research_agent.engines.base import (
     Interruptible,
     SamplingParams,
 )
-from research_agent.environments import Action, Environments, StepResult, Truncating, provenance_of
+from research_agent.environments import (
+    Action,
+    Environments,
+    StepResult,
+    Truncating,
+    read_provenance,
+)
 from research_agent.rollout import keeps_turns
 from research_agent.trees import Forking
 
@@ -189,4 +195,4 @@ class TracedEnvironments:
 
     def provenance(self) -> dict[str, str]:
         """What the tasks depend on, as the environments say."""
-        return provenance_of(self._environments)
+        return read_provenance(self._environments)

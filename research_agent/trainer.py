@@ -63,10 +63,10 @@ from research_agent.models.policy import (
     require_ends,
     save_settings,
 )
-from research_agent.models.source import model_source, resolve_model, starting_model
+from research_agent.models.source import model_source, starting_model
 from research_agent.player import Player
 from research_agent.player_process import PlayerProcess, connect_engine, load_engine
-from research_agent.renderer import load_renderer
+from research_agent.renderer import open_renderer
 from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_lines, wandb_run
 from research_agent.sharded import write_weights
 from research_agent.signals import stop_signals
@@ -190,7 +190,9 @@ class Trainer:
                     message = self._roll_back(best)
                     if logger:
                         logger.print(message)
-                next_stage = self.curriculum.advance(self.stages, metrics["reward"])
+                next_stage = best is None and self.curriculum.advance(
+                    self.stages, metrics["reward"]
+                )
                 if next_stage:
                     self._start_stage()
 
@@ -220,7 +222,7 @@ class Trainer:
         self.stages = parse_stages(config.rollout.stages)
         self.curriculum = CurriculumState()
         if saved and self.stages:
-            self.curriculum = CurriculumState(**saved.state["stage"])
+            self.curriculum = CurriculumState(**saved.state.get("stage", {}))
         unit = rollout.tree_plan.size
         share = -(-rollout.prompts_per_step * rollout.group_size // (size * unit)) * unit
         slots = min(share * (1 + rollout.max_staleness), config.sampling.max_in_flight or share)
@@ -270,7 +272,7 @@ class Trainer:
             self._sync()
         if saved and rollout.max_staleness >= saved.config["rollout"]["max_staleness"] > 0:
             steps = range(self.step, self.step + rollout.max_staleness + 1)
-            with checkpoint.restoring(saved):
+            with together(), checkpoint.restoring(saved):
                 self.player.restore(saved.state["in_flight"], self._own_episodes(steps))
 
     def _restore(self, saved: Checkpoint) -> None:
@@ -296,12 +298,7 @@ class Trainer:
         """Open the tokenizer. Its chat template writes the day on which the run started."""
         policy = self.config.policy
         before = saved.config["policy"].get("chat_template_date") if saved else None
-        self.renderer = load_renderer(
-            resolve_model(self.origin),
-            chat_template=policy.chat_template,
-            chat_template_args=policy.chat_template_args,
-            chat_template_date=policy.chat_template_date or before or today,
-        )
+        self.renderer = open_renderer(policy, self.origin, before or today)
         written = self.renderer.chat_template_date or None
         self.config = replace(self.config, policy=replace(policy, chat_template_date=written))
 
@@ -332,7 +329,8 @@ class Trainer:
         # Otherwise the model here is sharded, or in another process than the player.
         if not has_servers(sampling.engine) and not here:
             load = partial(load_engine, make_engine, config, self.origin)
-            player.start(partial(load, slots=slots, merge_adapter=merge_adapter))
+            with together():
+                player.start(partial(load, slots=slots, merge_adapter=merge_adapter))
             return
         engine = make_engine(
             sampling.engine,
@@ -346,7 +344,8 @@ class Trainer:
             player.start(lambda: (engine, self.renderer))
             return
         assert isinstance(engine, SamplesElsewhere)
-        player.start(partial(connect_engine, engine.elsewhere(), config, self.origin), engine)
+        with together():
+            player.start(partial(connect_engine, engine.elsewhere(), config, self.origin), engine)
 
     def _require_same_run(self, saved: Checkpoint) -> None:
         """Compare a checkpoint's configuration and environment with the present ones.
@@ -374,8 +373,12 @@ class Trainer:
                 show(f"{run.output}: continuing with other settings: {names}", file=sys.stderr)
 
     def _start_stage(self) -> None:
-        self.player.open_stage(self._stage_args())
-        self.provenance = self.player.provenance()
+        """Open the stage's environments; its rewards are not compared with those of another."""
+        with together():
+            self.player.open_stage(self._stage_args())
+            self.provenance = self.player.provenance()
+        if self.collapse:
+            self.collapse.history.clear()
 
     @contextmanager
     def _logger(self, saved: Checkpoint | None) -> Iterator[RunLogger | None]:
@@ -445,7 +448,8 @@ class Trainer:
         fraction = step_metrics.void_fraction(trajectories)
         if fraction <= limit:
             return
-        self.player.clear()  # many of these episodes are void too
+        with together():
+            self.player.clear()  # many of these episodes are void too
         self._save()
         raise_together(
             TooManyVoidError(
@@ -469,18 +473,21 @@ class Trainer:
             ConfigError: the environment does not say how many tasks it has, and no limit is given.
         """
         run, (rank, size) = self.config.run, rank_and_size()
-        counts = [n for n in (self.player.num_eval_tasks(), run.eval_limit) if n is not None]
+        tasks = run_together(self.player.num_eval_tasks)[rank]
+        counts = [n for n in (tasks, run.eval_limit) if n is not None]
         if not counts:
             message = "this environment has no last task; say how many with --eval-limit"
             raise_together(ConfigError(message))
         work = partial(self.player.evaluate, _episodes(0, min(counts), 1)[rank::size])
         played = _in_order(run_together(work))
-        if rank:
-            return {}
-        summary = record_evaluation(played, run.output / "evaluations" / f"step-{self.step:06d}")
-        if summary.episodes == 0:
-            return {}  # all void: there is nothing to report
-        return step_metrics.prefixed("eval", {"reward": summary.reward, **summary.metrics})
+        found: dict[str, float] = {}
+        with together():
+            if rank == 0:
+                folder = run.output / "evaluations" / f"step-{self.step:06d}"
+                summary = record_evaluation(played, folder)
+                if summary.episodes:  # otherwise all are void
+                    found = {"reward": summary.reward, **summary.metrics}
+        return step_metrics.prefixed("eval", found)
 
     def _write_model(self, folder: Path) -> None:
         """Write the policy and its tokenizer as transformers reads them; all ranks take part."""
@@ -542,7 +549,12 @@ class Trainer:
         if not self.learner.has_adapters:
             self.learner.load_weights(good)
         self.learner.load_state_dict(saved.state["learner"], saved.read)
-        self.player.clear()
+        stage = self.curriculum.stage
+        self.curriculum = CurriculumState(**saved.state.get("stage", {}))
+        if self.curriculum.stage != stage:
+            self._start_stage()
+        with together():
+            self.player.clear()
         self._sync()
         self.collapse.history.clear()
         return f"{what}; the run continues from it"

@@ -1,83 +1,136 @@
-"""Weights as files in the temporary directory, for the players of a machine.
-
-All ranks gather the weights together, tensor by tensor; the first rank of each machine writes them.
-"""
+"""Weights as files in the temporary directory, for samplers in other processes."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors.torch import load_file, save_file
 
-from research_agent.distributed import gather, rank_and_size
-from research_agent.engines.checks import CONTINUE
+from research_agent.distributed import rank_and_size, run_together, torchrun
+from research_agent.engines.checks import CONTINUE, WeightNames
 from research_agent.errors import EngineError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FILE_BYTES = 1 << 30  # per file; the writing rank holds that much in memory
+_BUCKET = 1 << 30  # bytes of a file, and what is held in memory at a time
 
 
-class WeightFiles:
-    """A folder of weights. All ranks of a machine read the folder of its first rank."""
+class WeightFolder:
+    """A temporary folder with a folder of safetensors for each version of the weights.
 
-    def __init__(self) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="research-agent-player-"))
-        self._local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    Args:
+        names: names and shapes that the weights must have; None takes any.
+        dtype: number format of what is written; None keeps that of each weight.
 
-    def give(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Path:
-        """Write weights; returns the folder to read them from.
+    Attributes:
+        root: the temporary folder, in which weights are under their names.
+    """
+
+    def __init__(self, names: WeightNames | None = None, dtype: torch.dtype | None = None) -> None:
+        self._names = names
+        self._dtype = dtype
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="research-agent-weights-", ignore_cleanup_errors=True
+        )
+        self.root = Path(self._folder.name)
+
+    def write(self, weights: Iterable[tuple[str, Tensor]], name: str) -> Path:
+        """Write weights to a new folder, which is there as soon as it is complete.
+
+        The weights are always consumed to their end: to yield them may be work of all ranks.
+
+        Args:
+            weights: all of the model's, tied ones once or more often.
+            name: of the folder.
 
         Raises:
-            EngineError: they cannot be written.
+            EngineError: no space, or no permission.
+            ModelError: a name or shape that the model does not have, or a weight left out.
         """
-        folder = self.root / str(version)
-        if self._local_rank:
-            for _ in weights:  # all ranks gather them together
+        final = self.root / name
+        making = final.with_name(f"{name}.tmp")
+        left = iter(self._names.checked(weights) if self._names else weights)
+        try:
+            making.mkdir()
+            self._fill(making, left)
+            making.rename(final)
+        except BaseException as error:
+            shutil.rmtree(making, ignore_errors=True)
+            for _ in left:
                 pass
-        else:
-            try:
-                folder.mkdir()
-                _write(weights, folder)
-            except Exception as error:
-                if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-                    raise
+            if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
                 raise EngineError(
-                    f"the weights cannot be written to {folder}: {error}; free some space, or set "
-                    f"TMPDIR to a folder that has it. {CONTINUE}"
+                    f"the weights cannot be written to {making}: {error}; free some space, or set "
+                    "TMPDIR to a folder that has it and that all servers can read. "
+                    f"{CONTINUE}"
                 ) from error
-        return gather([folder])[rank_and_size()[0] - self._local_rank]
+            raise
+        return final
 
-    def drop(self, version: int) -> None:
-        """Delete the files of a version, once the players of all ranks have read them."""
-        gather([version])
-        shutil.rmtree(self.root / str(version), ignore_errors=True)
+    def share(self, weights: Iterable[tuple[str, Tensor]], name: str) -> Path:
+        """Write weights once per machine; all ranks call this and go through the weights.
+
+        Args:
+            weights: as for ``write``.
+            name: of the folder.
+
+        Returns:
+            The folder of this machine's first rank.
+
+        Raises:
+            EngineError, ModelError: as ``write``, on rank 0; ``StoppedError`` on others.
+        """
+        local_rank = torchrun("LOCAL_RANK", 0)
+
+        def work() -> Path | None:
+            if local_rank == 0:
+                return self.write(weights, name)
+            for _ in weights:
+                pass
+            return None
+
+        folder = run_together(work)[rank_and_size()[0] - local_rank]
+        assert folder
+        return folder
+
+    def prune(self, names: Collection[str]) -> None:
+        """Delete all folders but those of these names."""
+        for folder in self.root.iterdir():
+            if folder.name not in names:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
         """Delete everything."""
-        shutil.rmtree(self.root, ignore_errors=True)
+        self._folder.cleanup()
+
+    def _fill(self, folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Write bucket after bucket.
+
+        Tied names come behind all others, for servers that read the files in order: on a CPU vLLM
+        packs a head of its own, which must not stay old.
+        """
+        bucket: dict[str, Tensor] = {}
+        written: set[str] = set()
+        size = files = 0
+        for name, weight in weights:
+            tied = self._names is not None and not written.isdisjoint(self._names.ties[name])
+            if bucket and (tied or size + weight.nbytes > _BUCKET):
+                save_file(bucket, folder / f"{files:05d}.safetensors", {"format": "pt"})
+                bucket, size, files = {}, 0, files + 1
+            dtype = self._dtype if self._dtype and weight.is_floating_point() else weight.dtype
+            bucket[name] = weight.detach().to("cpu", dtype, copy=True).contiguous()
+            size += bucket[name].nbytes
+            written.add(name)
+        save_file(bucket, folder / f"{files:05d}.safetensors", {"format": "pt"})
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of a folder, a file at a time in memory."""
     for path in sorted(folder.iterdir()):
         yield from load_file(path).items()
-
-
-def _write(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    held: dict[str, Tensor] = {}
-    size = files = 0
-    for name, weight in weights:
-        if held and size + weight.nbytes > _FILE_BYTES:
-            save_file(held, folder / f"{files:05d}.safetensors")
-            held.clear()
-            size, files = 0, files + 1
-        held[name] = weight.detach().to("cpu", copy=True).contiguous()
-        size += weight.nbytes
-    save_file(held, folder / f"{files:05d}.safetensors")

@@ -119,6 +119,14 @@ class SamplesElsewhere(Protocol):
         """What makes the engine in the other process, from the renderer there. It is pickled."""
         ...
 
+    def require_alive(self) -> None:
+        """Raise an ``EngineError`` that says why a server which this engine started has ended."""
+        ...
+
+    def close(self) -> None:
+        """Delete the weights, and end what belongs to this engine."""
+        ...
+
 
 @runtime_checkable
 class Interruptible(Protocol):

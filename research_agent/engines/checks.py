@@ -49,7 +49,7 @@ def require_room(slot: int, length: int, max_context: int) -> None:
         raise ContextError(f"{length} tokens leave no room to sample in a context of {max_context}")
 
 
-def device_of(model: Any) -> torch.device:
+def weights_device(model: Any) -> torch.device:
     """Where a model's weights are, or will be if they are not loaded yet."""
     import torch  # noqa: PLC0415 - slow to import
 

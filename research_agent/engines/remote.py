@@ -272,11 +272,6 @@ class Turns(Generic[R]):
         self._finished: SimpleQueue[tuple[int, Future[R]]] = SimpleQueue()
         self.close, self.call = self._thread.close, self._thread.call
 
-    @property
-    def slots(self) -> list[int]:
-        """Slots with a running turn."""
-        return list(self._running)
-
     def __len__(self) -> int:
         return len(self._running)
 

@@ -27,7 +27,6 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,9 +42,10 @@ from research_agent.engines.checks import (
     require_room,
 )
 from research_agent.engines.remote import turn_seed
-from research_agent.engines.servers.weight_folder import READ_FILES, WeightFolder
+from research_agent.engines.servers.server import READ_FILES
 from research_agent.engines.watchdog import Watchdog
 from research_agent.errors import ConfigError, EngineError, ModelError
+from research_agent.weight_files import WeightFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -246,8 +246,7 @@ class VllmEngine:
             raise ValueError(f"{self.busy} turns are under way; finish them before new weights")
         source: dict[str, Any]
         if self._folder:
-            self._folder.write(weights, "new")
-            source = {"weights_path": str(Path(self._folder.root) / "new")}
+            source = {"weights_path": str(self._folder.write(weights, "new"))}
         else:
             new = self._names.checked(weights)
             if not _several():  # there each is put together from all ranks: no room for all of them

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from research_agent.errors import PredictionsError
-from research_agent.evaluation.predictions import Key, key_of, read_predictions
+from research_agent.evaluation.predictions import Key, read_predictions, record_key
 from research_agent.evaluation.statistics import Floats, bootstrap, interval, mcnemar, two_sided_p
 from research_agent.evaluation.summary import (
     CORRECT_THRESHOLD,
@@ -162,7 +162,7 @@ def _read(path: Path) -> dict[Key, Outcome]:
     _, records = read_predictions(path)
     if not records:
         raise PredictionsError(f"{path} holds no episode; evaluate first")
-    return {key_of(record): outcome(record) for record in records}
+    return {record_key(record): outcome(record) for record in records}
 
 
 def _require_same_questions(

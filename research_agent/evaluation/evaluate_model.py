@@ -78,16 +78,11 @@ def _sampler(config: EvalConfig, slots: int) -> tuple[Any, Any, str]:
         require_ends,
     )
     from research_agent.models.source import resolve_model  # noqa: PLC0415
-    from research_agent.renderer import load_renderer  # noqa: PLC0415  (these load torch)
+    from research_agent.renderer import open_renderer  # noqa: PLC0415  (these load torch)
 
     place = resolve_model(policy.model)
     before = read_header(config.output).get("settings", {}).get("chat_template_date")
-    renderer = load_renderer(
-        place,
-        chat_template=policy.chat_template,
-        chat_template_args=policy.chat_template_args,
-        chat_template_date=policy.chat_template_date or before,
-    )
+    renderer = open_renderer(policy, place, before)
     model = load_model(policy.model, dtype=config.dtype, device=policy.device)
     require_ends(model, renderer)
     context = context_length(model, sampling.max_prompt + sampling.max_response)

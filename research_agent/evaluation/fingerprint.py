@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from research_agent.config import EvalConfig, as_json, flatten
-from research_agent.environments import provenance_of
+from research_agent.environments import read_provenance
 from research_agent.errors import ModelError
 from research_agent.models.source import model_source
 
@@ -54,7 +54,7 @@ def header(config: EvalConfig, environments: Any, fingerprint: str) -> dict[str,
     settings = {key: value for key, value in given.items() if key not in _FREE}
     return {
         "model": {"name": config.policy.model, "fingerprint": fingerprint},
-        "environment": provenance_of(environments),
+        "environment": read_provenance(environments),
         "settings": settings,
         "code": _version("research-env"),
         "versions": {

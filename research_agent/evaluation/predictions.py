@@ -64,7 +64,7 @@ def as_record(trajectory: Trajectory, pieces: Pieces | None = None) -> Record:
     }
 
 
-def key_of(record: Mapping[str, Any]) -> Key:
+def record_key(record: Mapping[str, Any]) -> Key:
     """What a record is of: two records of the same key are the same sample of a question."""
     question = record["info"].get("question_id") or record["episode"]
     return str(question), int(record["sample"])
@@ -247,7 +247,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, Record | None]]:
                         raise
                     value = None
                 if value is not None and "header" not in value:
-                    key = key_of(value)
+                    key = record_key(value)
                     if (first := seen.setdefault(key, number)) != number:
                         raise PredictionsError(
                             f"{path}:{number}: sample {key[1]} of question {key[0]} stands on line "

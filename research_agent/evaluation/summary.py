@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from research_agent.evaluation.predictions import key_of
+from research_agent.evaluation.predictions import record_key
 from research_agent.evaluation.statistics import bootstrap, interval, pass_at_k
 from research_agent.terminal import printable
 
@@ -83,7 +83,7 @@ def outcome(record: Mapping[str, Any]) -> Outcome:
     actions = [s for s in record["segments"] if s["provenance"] == "action"]
     own = {"tokens": float(sum(s["tokens"] for s in actions)), "turns": float(len(actions))}
     metrics = {name: float(value) for name, value in record["metrics"].items()}
-    question, sample = key_of(record)
+    question, sample = record_key(record)
     prediction = record["info"].get("prediction")
     strata = record["info"].get("strata") or {}
     return Outcome(

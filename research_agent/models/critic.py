@@ -27,7 +27,7 @@ from research_agent.distributed import (
 )
 from research_agent.errors import CheckpointError, NonFiniteError
 from research_agent.models.policy import Precision, action_hidden_states
-from research_agent.models.prepare import layers_of, set_up
+from research_agent.models.prepare import decoder_layers, set_up
 from research_agent.optimizer import Optimizer
 from research_agent.sharded import Read, allocate, copy_or_read, read_nothing
 
@@ -224,7 +224,7 @@ def _shard_like(
     given = dict(base.named_parameters())
     first = next(iter(given.values()))
     assert isinstance(first, DTensor)
-    units = [*layers_of(model.body), model.body.get_input_embeddings()]
+    units = [*decoder_layers(model.body), model.body.get_input_embeddings()]
     half = config.precision == "bfloat16"
     model.head.to_empty(device=first.device)
     nn.init.zeros_(model.head.weight)

@@ -25,8 +25,8 @@ from research_agent.sharded import (
     is_deferred,
     meta_parameters,
     require_files,
-    source_of,
     stored_tensors,
+    weights_folder,
 )
 
 
@@ -130,7 +130,7 @@ def load_shards(score: Any, device: torch.device) -> None:
     model = score.model
     if not is_deferred(model):
         return
-    folder = source_of(model)
+    folder = weights_folder(model)
     with opening(f"the weights in {folder}", "get or save them again"):
         fill(score, model, device)
     score(partial(require_learnable, name=str(folder)))

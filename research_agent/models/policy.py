@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from research_agent.batch import Batch, MicroBatch, Packing, micro_batches
-from research_agent.distributed import all_reduce_sum, rank_and_size, shard_batches
+from research_agent.distributed import (
+    all_reduce_sum,
+    rank_and_size,
+    shard_batches,
+)
 from research_agent.errors import ModelError
 from research_agent.models.prepare import (
-    layers_of,
+    decoder_layers,
     output_logits,
     require_learnable,
     tree_options,
@@ -268,7 +272,7 @@ def gathered_units(model: Any) -> list[nn.Module]:
     """The modules whose weights FSDP gathers on their own: the layers, and an untied embedding."""
     embedding = model.get_input_embeddings()
     tied = embedding.weight is model.get_output_embeddings().weight
-    return layers_of(model) if tied else [*layers_of(model), embedding]
+    return decoder_layers(model) if tied else [*decoder_layers(model), embedding]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from research_agent.batch import Packing
+from research_agent.distributed import lost_or_out_of_memory
 from research_agent.errors import ModelError, ResearchAgentError
 from research_agent.models.probe import logit_difference, plain_logits, probe_sequences
 from research_agent.models.recurrent import split_recurrent_layers
@@ -38,7 +39,7 @@ def prepare(
     Raises:
         ModelError: the architecture cannot do it, or would compute something else.
     """
-    if (gradient_checkpointing or compile) and not layers_of(model):
+    if (gradient_checkpointing or compile) and not decoder_layers(model):
         message = f"{type(model).__name__} names no layers to checkpoint or compile; turn both off"
         raise ModelError(message)
     if packing != "off":
@@ -55,10 +56,10 @@ def set_up(model: Any, *, packing: Packing, gradient_checkpointing: bool, compil
         model.set_attn_implementation(PACKED)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in layers_of(model):  # in training mode only; its dropouts are inside it
+        for layer in decoder_layers(model):  # in training mode only; its dropouts are inside it
             layer.training = True
     if compile:
-        for layer in layers_of(model):
+        for layer in decoder_layers(model):
             layer.compile(dynamic=True)
 
 
@@ -79,6 +80,8 @@ def _require_packable(model: Any, packing: Packing) -> None:
         found = (_tree_logits if packing == "tree" else _packed_logits)(model, sequences)
         difference = next(filter(None, map(logit_difference, found, expected)), "")
     except (ResearchAgentError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        if lost_or_out_of_memory(error):
+            raise
         difference = str(error)
     join()
     if difference:
@@ -178,7 +181,7 @@ def output_logits(model: Any) -> Callable[[Tensor], Tensor]:
     return logits
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of a model of the transformers library, where it names them."""
     from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: PLC0415
 

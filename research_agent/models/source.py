@@ -37,7 +37,8 @@ def opening(what: str, cure: str = MODEL_CURE) -> Iterator[None]:
         cure: what to do if it cannot be opened.
 
     Raises:
-        ModelError: anything but an error of this package was raised inside the block.
+        ModelError: anything but an error of this package was raised inside the block. A lost rank
+            and a lack of memory are raised as they are.
     """
     try:
         yield
@@ -46,6 +47,10 @@ def opening(what: str, cure: str = MODEL_CURE) -> Iterator[None]:
     except ImportError as error:
         raise ModelError(f"{what} needs a package that is missing: {error}") from error
     except Exception as error:
+        from research_agent.distributed import lost_or_out_of_memory  # noqa: PLC0415 - loads torch
+
+        if lost_or_out_of_memory(error):
+            raise
         cause = " ".join(str(error).split())[:1000] or type(error).__name__
         raise ModelError(f"{what} cannot be opened: {cause}; {cure}") from error
 

@@ -15,8 +15,8 @@ from research_agent.config import TrainConfig
 from research_agent.plan import assumptions, memory, suggestions, timing
 from research_agent.plan.machines import Machines, parse_machines
 from research_agent.plan.memory import Memory
-from research_agent.plan.sampler import Sampler, sampler_of
-from research_agent.plan.shapes import shape_of
+from research_agent.plan.sampler import Sampler, choose_sampler, episodes
+from research_agent.plan.shapes import read_shape
 from research_agent.plan.suggestions import as_flags
 from research_agent.plan.timing import Times
 
@@ -71,8 +71,8 @@ def plan(config: TrainConfig, machines: str) -> Plan:
             --shard-ranks does not divide.
     """
     where = parse_machines(machines)
-    shape = shape_of(config.policy.model)
-    sampler = sampler_of(config, shape, where)
+    shape = read_shape(config.policy.model)
+    sampler = choose_sampler(config, shape, where)
     needed = memory.measure(config, shape, where, sampler)
     found: tuple[str, ...] = ()
     if not needed.fits(where):
@@ -83,7 +83,7 @@ def plan(config: TrainConfig, machines: str) -> Plan:
         machines=where,
         sampler=sampler,
         memory=needed,
-        tokens=timing.episodes(config) * timing.mean_tokens(config),
+        tokens=episodes(config) * timing.mean_tokens(config),
         times=timing.measure(config, shape, where, sampler),
         steps=config.run.steps,
         environment=_environment(config),

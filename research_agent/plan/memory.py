@@ -29,7 +29,7 @@ class Memory:
             "resuming", "starting the sampler", "weights to the sampler".
         servers: of each GPU of servers that run elsewhere, by what takes them; empty without them.
         host: of a node, by what takes them.
-        disk: of the run's folder, by what takes them.
+        disk: of the run's folder and of TMPDIR, by what takes them.
         problem: why the run cannot start whatever else there is; empty if it can.
     """
 
@@ -192,22 +192,22 @@ def _passing(config: TrainConfig, shape: Shape, machines: Machines) -> dict[str,
 
 def pass_tokens(config: TrainConfig, shape: Shape) -> int:
     """The most tokens of a pass: an episode is never cut."""
-    longest = config.sampling.max_prompt + config.sampling.max_response
-    return max(config.learner.micro_batch_tokens, min(shape.positions, longest))
+    return max(config.learner.micro_batch_tokens, samplers.max_tokens(config, shape))
 
 
 def layer_bytes(config: TrainConfig, shape: Shape, machines: Machines) -> tuple[int, int]:
     """Bytes of a token that a layer keeps for its backward pass, and that its input takes.
 
     Counted from what autograd saves in a layer of transformers' Qwen2 and Llama, with packed rows.
-    A single process has float32 weights under autocast: its residual stream is float32.
+    A single process has float32 weights under autocast: its residual stream is float32. Queries
+    that are wider than it (``head_dim``) count as its width, which is more than they take.
     """
-    h, i, kv = shape.hidden, shape.intermediate, shape.kv
+    h, i, kv = max(shape.hidden, shape.queries), shape.intermediate, shape.kv
     if config.learner.precision == "float32":
-        return 36 * h + 16 * i + 8 * kv, 4 * h
+        return 36 * h + 16 * i + 8 * kv, 4 * shape.hidden
     if machines.count == 1:
-        return 32 * h + 8 * i + 4 * kv, 4 * h
-    return 22 * h + 8 * i + 4 * kv, 2 * h
+        return 32 * h + 8 * i + 4 * kv, 4 * shape.hidden
+    return 22 * h + 8 * i + 4 * kv, 2 * shape.hidden
 
 
 def _bucket(config: TrainConfig, shape: Shape, machines: Machines) -> float:
@@ -229,8 +229,7 @@ def _host(
     config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler
 ) -> dict[str, float]:
     ranks = machines.per_node
-    episodes = config.rollout.prompts_per_step * config.rollout.group_size
-    tokens = episodes * min(given.EPISODE_TOKENS, config.sampling.max_response)
+    tokens = samplers.episodes(config) * min(given.EPISODE_TOKENS, config.sampling.max_response)
     needed = {
         "ranks": ranks * given.HOST_RANK,
         "episodes of a step": float(ranks * tokens * given.HOST_TOKEN),
@@ -246,20 +245,29 @@ def _host(
     return needed
 
 
-def _disk(config: TrainConfig, shape: Shape, sampler: Sampler) -> dict[str, float]:
-    """Checkpoints that stay, one that is being written, and weights on their way to servers."""
-    learner, run = config.learner, config.run
+def checkpoint_bytes(config: TrainConfig, shape: Shape) -> float:
+    """Bytes of a checkpoint."""
+    learner = config.learner
     moments = _MOMENTS[learner.optimizer] or 8
-    each = 4.0 * shape.parameters + moments * trained(config, shape, 1)
+    size = 4.0 * shape.parameters + moments * trained(config, shape, 1)
     if learner.lora_rank:
-        each += 4 * trained(config, shape, 1)
+        size += 4 * trained(config, shape, 1)
     if needs_critic(config):
         head = 0 if shape.tied else shape.vocabulary * shape.hidden
-        each += 12 * (shape.parameters - head)
-    kept = run.keep + bool(run.eval_every)
+        size += 12 * (shape.parameters - head)
+    return size
+
+
+def _disk(config: TrainConfig, shape: Shape, sampler: Sampler) -> dict[str, float]:
+    """Checkpoints that stay, one that is being written, and weights on their way to samplers."""
+    each = checkpoint_bytes(config, shape)
+    kept = config.run.keep + bool(config.run.eval_every)
     needed = {f"{kept} checkpoints": kept * each, "one being written": each}
+    weights = float(sampler.number * shape.parameters)
     if config.sampling.engine.startswith("server:"):
-        needed["weights for the servers"] = 2.0 * sampler.number * shape.parameters
+        needed["TMPDIR: weights for the servers"] = 2 * weights
+    elif config.rollout.max_staleness and sampler.kind != "serve":
+        needed["TMPDIR: weights for the players"] = weights
     return needed
 
 

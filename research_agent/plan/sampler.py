@@ -31,12 +31,16 @@ class Sampler:
     share: float
     number: int
 
+    def weights(self, shape: Shape) -> float:
+        """Bytes of the weights on each GPU of a copy."""
+        return self.number * shape.parameters / self.tensor_parallel
+
 
 OWN_SHARE = 0.9
 """Share of a GPU's memory that a vLLM server takes where it has the GPU to itself."""
 
 
-def sampler_of(config: TrainConfig, shape: Shape, machines: Machines) -> Sampler:
+def choose_sampler(config: TrainConfig, shape: Shape, machines: Machines) -> Sampler:
     """How a run samples, by its settings; servers elsewhere are as small as the model allows.
 
     Raises:
@@ -63,10 +67,18 @@ def sampler_of(config: TrainConfig, shape: Shape, machines: Machines) -> Sampler
 
 def needs_bytes(sampler: Sampler, shape: Shape, config: TrainConfig) -> float:
     """Bytes of a GPU without which the sampler does not start: weights, and one longest episode."""
-    weights = sampler.number * shape.parameters / sampler.tensor_parallel
-    longest = min(shape.positions, config.sampling.max_prompt + config.sampling.max_response)
-    episode = longest * cache_bytes(sampler, shape)
-    return weights + episode + (VLLM_WORK if sampler.kind != "transformers" else 0.0)
+    episode = max_tokens(config, shape) * cache_bytes(sampler, shape)
+    return sampler.weights(shape) + episode + (VLLM_WORK if sampler.kind != "transformers" else 0.0)
+
+
+def episodes(config: TrainConfig) -> int:
+    """Episodes of a step."""
+    return config.rollout.prompts_per_step * config.rollout.group_size
+
+
+def max_tokens(config: TrainConfig, shape: Shape) -> int:
+    """Tokens that an episode may have."""
+    return min(shape.positions, config.sampling.max_prompt + config.sampling.max_response)
 
 
 def cache_bytes(sampler: Sampler, shape: Shape) -> float:
@@ -76,35 +88,29 @@ def cache_bytes(sampler: Sampler, shape: Shape) -> float:
 
 def slots(config: TrainConfig, copies: int) -> int:
     """Episodes that a copy of the weights plays at the same time, if its memory allows."""
-    episodes = -(-config.rollout.prompts_per_step * config.rollout.group_size // copies)
-    ahead = episodes * (1 + config.rollout.max_staleness)
-    return min(ahead, config.sampling.max_in_flight or episodes)
+    share = -(-episodes(config) // copies)
+    ahead = share * (1 + config.rollout.max_staleness)
+    return min(ahead, config.sampling.max_in_flight or share)
 
 
 def memory(
     sampler: Sampler, shape: Shape, config: TrainConfig, machines: Machines
 ) -> dict[str, float]:
     """Bytes of each GPU that the sampler takes beside the learner, by what takes them."""
-    weights = sampler.number * shape.parameters / sampler.tensor_parallel
     if sampler.kind == "server":
         return {}
     if sampler.kind == "transformers":
-        longest = min(shape.positions, config.sampling.max_prompt + config.sampling.max_response)
-        cache = slots(config, sampler.copies) * longest * cache_bytes(sampler, shape)
-        return {"sampler: weights": weights, "sampler: keys and values": cache}
-    share = sampler.share * machines.gpu.memory
-    found = {
-        "sampler: weights": weights,
-        "sampler: activations and graphs": VLLM_WORK,
-        "sampler: keys and values": share - weights - VLLM_WORK,
-    }
+        held = slots(config, sampler.copies) * max_tokens(config, shape)
+        cache = held * cache_bytes(sampler, shape)
+        return {"sampler: weights": sampler.weights(shape), "sampler: keys and values": cache}
+    own = own_memory(sampler, shape, machines)
+    found = {f"sampler: {what}": size for what, size in own.items()}
     return found | ({"sampler: CUDA": SERVER_BYTES} if sampler.kind == "serve" else {})
 
 
 def own_memory(sampler: Sampler, shape: Shape, machines: Machines) -> dict[str, float]:
-    """Bytes of each GPU of a server that has its GPUs to itself."""
-    weights = sampler.number * shape.parameters / sampler.tensor_parallel
-    room = sampler.share * machines.gpu.memory
+    """Bytes of each GPU in vLLM's share of it, by what takes them."""
+    weights, room = sampler.weights(shape), sampler.share * machines.gpu.memory
     return {
         "weights": weights,
         "activations and graphs": VLLM_WORK,

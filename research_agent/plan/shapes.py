@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from research_agent.errors import ConfigError
+from research_agent.formats import DecoderFormat, read_object
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,7 @@ class Shape:
         tied: whether the head is the embedding.
         biases: whether queries, keys and values have biases.
         positions: the longest context.
+        head: width of a head; None divides ``hidden`` by ``heads``.
     """
 
     layers: int
@@ -37,18 +38,24 @@ class Shape:
     tied: bool
     biases: bool = False
     positions: int = 32_768
+    head: int | None = None
+
+    @property
+    def queries(self) -> int:
+        """Width of the queries."""
+        return self.heads * self.head if self.head else self.hidden
 
     @property
     def kv(self) -> int:
         """Width of the keys, and of the values."""
-        return self.hidden * self.kv_heads // self.heads
+        return self.queries * self.kv_heads // self.heads
 
     @property
     def layer_tensors(self) -> list[tuple[int, ...]]:
         """The shapes of a layer's weights."""
-        h, kv, i = self.hidden, self.kv, self.intermediate
-        biases = [(h,), (kv,), (kv,)] if self.biases else []
-        return [(h, h), (kv, h), (kv, h), (h, h), (i, h), (i, h), (h, i), (h,), (h,), *biases]
+        h, q, kv, i = self.hidden, self.queries, self.kv, self.intermediate
+        biases = [(q,), (kv,), (kv,)] if self.biases else []
+        return [(q, h), (kv, h), (kv, h), (h, q), (i, h), (i, h), (h, i), (h,), (h,), *biases]
 
     @property
     def root_tensors(self) -> list[tuple[int, ...]]:
@@ -106,15 +113,16 @@ SHAPES = {
 }
 
 
-def shape_of(model: str) -> Shape:
+def read_shape(model: str) -> Shape:
     """The sizes of a model: of a folder that has a ``config.json``, or of one that is known.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: neither, or no dense decoder.
     """
     file = Path(model).expanduser() / "config.json"
     if file.is_file():
-        return _read(file, json.loads(file.read_text(encoding="utf-8")))
+        cure = "--plan reads a decoder's sizes"
+        return _read(file, read_object(file, ConfigError, cure, DecoderFormat))
     for name, shape in SHAPES.items():
         if model in (name, f"{name}-Instruct"):
             return shape
@@ -125,17 +133,17 @@ def shape_of(model: str) -> Shape:
 
 
 def _read(file: Path, held: Mapping[str, Any]) -> Shape:
-    try:
-        return Shape(
-            held["num_hidden_layers"],
-            held["hidden_size"],
-            held["num_attention_heads"],
-            held.get("num_key_value_heads") or held["num_attention_heads"],
-            held["intermediate_size"],
-            held["vocab_size"],
-            bool(held.get("tie_word_embeddings")),
-            bool(held.get("attention_bias", held.get("model_type") == "qwen2")),
-            held.get("max_position_embeddings") or 32_768,
-        )
-    except KeyError as error:
-        raise ConfigError(f"{file} has no {error}; --plan reads a decoder's sizes") from error
+    if any("experts" in name and number for name, number in held.items()):
+        raise ConfigError(f"{file} is that of a mixture of experts; --plan reads dense decoders")
+    return Shape(
+        held["num_hidden_layers"],
+        held["hidden_size"],
+        held["num_attention_heads"],
+        held.get("num_key_value_heads") or held["num_attention_heads"],
+        held["intermediate_size"],
+        held["vocab_size"],
+        bool(held.get("tie_word_embeddings")),
+        bool(held.get("attention_bias", held.get("model_type") == "qwen2")),
+        held.get("max_position_embeddings") or 32_768,
+        held.get("head_dim"),
+    )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 from research_agent.config import TrainConfig
+from research_agent.errors import ConfigError
 from research_agent.plan import memory, timing
 from research_agent.plan.machines import NODE, Machines
-from research_agent.plan.sampler import sampler_of
+from research_agent.plan.sampler import choose_sampler, max_tokens
 from research_agent.plan.shapes import Shape
 
 Settings = Mapping[str, Any]
@@ -66,8 +68,9 @@ def more_nodes(
     """The fewest nodes of the same GPUs on which a run fits, and with which settings."""
     for nodes in (1, 2, 4, 8, 16):
         larger = Machines(nodes, NODE, machines.name)
-        if larger.count > machines.count and (found := suggest(config, shape, larger)):
-            return larger, found[0]
+        with suppress(ConfigError):  # the run's own settings may not divide these nodes
+            if larger.count > machines.count and (found := suggest(config, shape, larger)):
+                return larger, found[0]
     return None
 
 
@@ -79,7 +82,7 @@ def _fitting(
     for tried in _combinations(config, shape, machines):
         settings = {**tried, **also}
         changed = apply(config, settings)
-        sampler = sampler_of(changed, shape, machines)
+        sampler = choose_sampler(changed, shape, machines)
         if memory.measure(changed, shape, machines, sampler).fits(machines):
             found.append((settings, timing.measure(changed, shape, machines, sampler).step))
     return found
@@ -87,8 +90,7 @@ def _fitting(
 
 def _combinations(config: TrainConfig, shape: Shape, machines: Machines) -> Iterator[Settings]:
     """Settings of memory to try; what the configuration has already is left out."""
-    longest = config.sampling.max_prompt + config.sampling.max_response
-    least = min(shape.positions, longest)
+    least = max_tokens(config, shape)
     shares = ("", "memory=0.3", "memory=0.2", "memory=0.15")
     engines = [":".join(filter(None, ("vllm", share))) for share in shares]
     for tp in (1, 2, 4, 8):

@@ -11,7 +11,7 @@ from research_agent.plan import assumptions as given
 from research_agent.plan import memory
 from research_agent.plan import sampler as samplers
 from research_agent.plan.machines import NETWORK, Machines
-from research_agent.plan.sampler import Sampler
+from research_agent.plan.sampler import Sampler, episodes
 from research_agent.plan.shapes import Shape
 
 
@@ -30,11 +30,6 @@ class Times:
 
 SAMPLING = ("sample", "wait for the environment")
 """The parts that run beside learning with --max-staleness above 0."""
-
-
-def episodes(config: TrainConfig) -> int:
-    """Episodes of a step."""
-    return config.rollout.prompts_per_step * config.rollout.group_size
 
 
 def mean_tokens(config: TrainConfig) -> float:
@@ -184,4 +179,4 @@ def _transfer(config: TrainConfig, shape: Shape, sampler: Sampler) -> float:
 
 
 def _saving(config: TrainConfig, shape: Shape) -> float:
-    return 12 * shape.parameters / given.DISK / config.run.save_every
+    return memory.checkpoint_bytes(config, shape) / given.DISK / config.run.save_every

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from research_agent.config import flatten
-from research_agent.evaluation.predictions import key_of
+from research_agent.evaluation.predictions import record_key
 from research_agent.evaluation.summary import (
     CORRECT_THRESHOLD,
     Part,
@@ -42,7 +42,7 @@ def make_index(
     by_key: dict[tuple[str, int], list[Record | None]] = {}
     for number, predictions in enumerate(sources.predictions):
         for record in predictions.records:
-            sides = by_key.setdefault(key_of(record), [None] * len(sources.predictions))
+            sides = by_key.setdefault(record_key(record), [None] * len(sources.predictions))
             sides[number] = record
     shown = list(by_key.items())[:limit]
     notes = list(sources.notes)
@@ -65,7 +65,7 @@ def make_index(
             if side is None:
                 places.append(None)
                 continue
-            shows = shows_of(sources.predictions[len(places)])
+            shows = read_shows(sources.predictions[len(places)])
             told = _side(side, metrics[len(places)], shows)
             places.append({**told, "at": [len(details) - 1, len(details[-1])]})
             details[-1].append(as_json(side))
@@ -90,7 +90,7 @@ def make_index(
     return index, details
 
 
-def shows_of(predictions: Predictions) -> dict[str, str]:
+def read_shows(predictions: Predictions) -> dict[str, str]:
     """What the environment says of the items that its observations show: ``metadata["shows"]``."""
     shows = predictions.header.get("shows")
     return {str(k): str(v) for k, v in shows.items()} if isinstance(shows, Mapping) else {}
@@ -158,7 +158,7 @@ def _set(predictions: Predictions) -> dict[str, Any]:
             numbers[kind][f"{metric} of the majority"] = voted[kind][metric]
     return {
         "path": str(predictions.path),
-        "shows": shows_of(predictions),
+        "shows": read_shows(predictions),
         "settings": dict(flatten(predictions.header)),
         **numbers,
         "strata": {

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -162,8 +163,11 @@ def test_a_cell_of_other_settings_is_refused(
         (output / "tiny/naive_rag").rename(output / "tiny/ircot")
         config = paper_table.TableConfig(
             models=(f"tiny={model}",), datasets=("musique",), methods=("ircot",), output=output,
-            max_prompt=3900, max_response=60, max_turn_tokens=12, max_in_flight=4, dtype="float32",
-            device="cpu", top_k=2, quiet=True,
+            sampling=replace(
+                paper_table.SAMPLING,
+                max_prompt=3900, max_response=60, max_turn_tokens=12, max_in_flight=4,
+            ),
+            dtype="float32", device="cpu", top_k=2, quiet=True,
         )  # fmt: skip
         paper_table.run(config)
 
@@ -282,8 +286,9 @@ def endpoint() -> Iterator[tuple[str, list[tuple[str, Any]]]]:
 def test_an_endpoint_is_asked_in_chat_but_by_ircot(tmp_path: Path) -> None:
     with endpoint() as (url, asked):
         config = paper_table.TableConfig(
-            models=(f"instruct=big@{url}",), datasets=("musique",), top_k=2, max_in_flight=4,
-            quiet=True, methods=("naive_rag", "ircot"), output=tmp_path / "table",
+            models=(f"instruct=big@{url}",), datasets=("musique",), top_k=2, quiet=True,
+            sampling=replace(paper_table.SAMPLING, max_in_flight=4),
+            methods=("naive_rag", "ircot"), output=tmp_path / "table",
         )  # fmt: skip
         results = paper_table.run(config)
     assert [row.model for row in results.rows] == ["big", "big"]

@@ -86,11 +86,14 @@ def test_blanked_results_say_nothing(finished: Path) -> None:
     assert all(title == "" for title in titles)
 
 
-def test_evaluations_may_ask_an_engine_of_their_own() -> None:
-    config = real.RealConfig(model="m", retriever="elasticsearch://host:9200/{dataset}")
+def test_engines_may_be_chosen() -> None:
+    url = "elasticsearch://host:9200/{dataset}"
+    config = real.RealConfig(model="m", engine="vllm", retriever=url)
     stages = {stage.name: stage.words for stage in real.plan(config, real.scale_of(config), "m")}
+    for name in ("zero-shot", "grpo", "before-2wiki", "after-musique", "blanked-hotpotqa"):
+        assert stages[name][stages[name].index("--engine") + 1] == "vllm"
     assert "retriever=elasticsearch://host:9200/2wiki" in stages["after-2wiki"]
-    assert stages["zero-shot"][-2:] == ("--retriever", config.retriever)
+    assert stages["zero-shot"][-2:] == ("--retriever", url)
 
 
 def test_a_gpu_has_commands_of_its_own() -> None:

@@ -82,7 +82,6 @@ class FakeVllm:
         self.gate = threading.Event()
         self.gate.set()
         self.hung = threading.Event()
-        self.aborted = threading.Event()
         self.version = self.before = "default"
         self.turns: list[tuple[list[int], dict[str, Any]]] = []
         self.calls: list[tuple[str, Any]] = []
@@ -181,7 +180,6 @@ class FakeVllm:
             "/start_weight_update": self._begin,
             "/update_weights": self._take,
             "/finish_weight_update": self._end,
-            "/abort_requests": self._abort,
             "/inference/v1/generate": self._generate,
         }
         return answers[path](body) if path in answers else {"success": True}
@@ -262,10 +260,6 @@ class FakeVllm:
         self.before, self.version = self.version, body["new_version"]
         return {"success": True}
 
-    def _abort(self, _: Any) -> Any:
-        self.aborted.set()
-        return {"status": "aborted"}
-
     def _generate(self, body: Any) -> Any:
         tokens, params = body["token_ids"], body["sampling_params"]
         if "stop" not in params:  # a probe
@@ -277,9 +271,6 @@ class FakeVllm:
         try:
             while not self.gate.wait(0.01) or self.paused:
                 time.sleep(0.005)
-                if self.aborted.is_set():
-                    said = script(tokens, params["seed"], 2)
-                    return _choice(said, [-1.0, -1.0], "abort", self.version)
             return self._turn(tokens, params)
         finally:
             with self.lock:

@@ -77,7 +77,7 @@ def loss_of(
     weights = algorithm.weights(batch)
     loss = torch.zeros((), dtype=torch.float64)
     for chosen in cuts or [range(len(batch))]:
-        part, picked = batch.select(chosen), batch.action_tokens_of(chosen)
+        part, picked = batch.select(chosen), batch.action_tokens_in(chosen)
         tokens = Tokens(
             logprobs=case.logprobs[picked],
             old_logprobs=part.old_logprobs,

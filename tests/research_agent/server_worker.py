@@ -53,7 +53,7 @@ def play(urls: list[str], name: str = "serve", dtype: str = "bfloat16") -> dict[
     else:
         serve._PROGRAM = (sys.executable, "-m", "tests.research_agent.fake_vllm")
         if name != "serve":
-            serve.device_of = lambda _: torch.device("cuda")  # type: ignore[attr-defined]
+            serve.weights_device = lambda model: torch.device("cuda")  # type: ignore[attr-defined]
             torch.cuda.device_count = lambda: 1
         engine = serve.serve_engine(parse_engine(name), model, renderer, 4, **settings)
     rank = dist.get_rank()
@@ -71,6 +71,7 @@ def play(urls: list[str], name: str = "serve", dtype: str = "bfloat16") -> dict[
                 turns += [(turn.slot, turn.tokens, turn.version) for turn in engine.step()]
             for slot in range(4):
                 engine.release(slot)
+        dist.barrier()  # before the rank that started the server ends it
         return {"turns": sorted(turns), "seen": seen}
     finally:
         engine.close()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import resource
 import signal
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from research_agent import checkpoint
 from research_agent.errors import CheckpointError
+from research_agent.models.source import opening
 from tests.research_agent.disks import small_disk
 
 Nested = st.recursive(
@@ -193,3 +195,63 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="there is none before it"):
         save(tmp_path / "file", 1)
+
+
+def test_names_in_subfolders_reach_the_disk_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    open_path = os.open
+
+    def watched(path: Any, *how: int) -> int:
+        flushed.append(Path(path).name)
+        return open_path(path, *how)
+
+    monkeypatch.setattr(os, "open", watched)
+    save(tmp_path, 1)
+    assert {"state", "state.safetensors", ".step-000001.tmp", tmp_path.name} <= set(flushed)
+
+
+def test_an_old_one_that_cannot_be_dropped_is_an_error_and_the_new_one_is_kept(
+    tmp_path: Path,
+) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "best").mkdir()  # where the link to the best one belongs
+    with pytest.raises(CheckpointError, match=r"step 2 .*last good one is .*step-000002"):
+        checkpoint.save(tmp_path, 2, write_model=write_model, state={}, config={}, keep=1, best=1)
+    assert checkpoint.load(tmp_path / "step-000002").step == 2
+
+
+LOST = "[../third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed by peer"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(LOST),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+)
+def test_a_lost_rank_or_a_lack_of_memory_is_no_broken_checkpoint(
+    tmp_path: Path, error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    saved = checkpoint.load(save(tmp_path, 1))
+    monkeypatch.setattr(checkpoint, "read_tensors", fail)
+    for attempt in (
+        lambda: checkpoint.rehearse(tmp_path, fail),
+        lambda: checkpoint.save(tmp_path, 2, write_model=fail, state={}, config={}, keep=1),
+        lambda: checkpoint.load(tmp_path / "step-000001"),
+        lambda: saved.read({}),
+    ):
+        with pytest.raises(type(error)) as caught:
+            attempt()
+        assert caught.value is error
+    for reading in (checkpoint.restoring(saved), opening("the model")):
+        with pytest.raises(type(error)), reading:
+            fail()
+    with pytest.raises(CheckpointError, match="in its middle"), checkpoint.restoring(saved):
+        raise RuntimeError("the tensor ends in its middle")

@@ -15,6 +15,7 @@ from research_agent.checkpoint import CHECKSUMS, _checksums
 from research_agent.cli import main
 from research_agent.errors import LogError, PredictionsError, ResearchAgentError
 from research_agent.evaluation.predictions import as_record, read_predictions
+from research_agent.formats import ObjectFormat, parse
 from research_agent.models.policy import load_model
 from research_agent.renderer import load_renderer
 from research_agent.run_logger import read_lines
@@ -140,6 +141,16 @@ def test_lines_that_are_no_records(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "predictions.jsonl").write_bytes(content)
     with pytest.raises(PredictionsError, match=r"predictions\.jsonl:1: "):
         read_predictions(tmp_path)
+
+
+def test_an_environments_large_numbers_are_read_and_endless_ones_refused() -> None:
+    def read(number: str) -> Any:
+        return parse(f'{{"id": {number}}}'.encode(), ObjectFormat, "file", LogError, "mend it")
+
+    for number in (2**64, -(2**64), 10**299):
+        assert read(str(number)) == {"id": number}
+    with pytest.raises(LogError, match=r"file: the number 1000000.* is too large; mend it"):
+        read(str(10**400))
 
 
 def test_logs_that_are_no_files(tmp_path: Path) -> None:

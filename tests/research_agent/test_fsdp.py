@@ -120,7 +120,6 @@ def test_what_ranks_save_is_a_model_of_transformers(folder: Path, size: int) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="with three ranks the peak is 2 % above the bound", strict=False)
 @pytest.mark.parametrize("size", [2, 3])
 def test_no_rank_holds_more_than_its_shard_and_a_bucket(measured: Path, size: int) -> None:
     model = large_qwen2()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_it_was_learned_
     refusal(capsys, words)
     assert len(list((tmp_path / "run" / "failures").iterdir())) == 2
     assert failure.read_bytes() == first
+
+    # Where nothing can be written the cause is told all the same.
+    shutil.rmtree(failure.parent)
+    failure.parent.write_text("in the way")
+    updates.extend([updates[0], updates[0]])
+    said = refusal(capsys, words)
+    assert "step 3: " in said and "is nan" in said and "could not be written" in said
 
 
 def test_a_watch_sees_a_collapse_and_not_a_bad_step() -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from tests.research_agent.scripted_player import (
     RENDERER,
     SAMPLING,
     SLOTS,
+    Checked,
     say,
     scripted,
     weights,
@@ -114,10 +116,18 @@ def test_it_plays_ahead_while_nobody_asks(player: PlayerProcess) -> None:
 
 def test_the_same_episodes_as_in_this_process(player: PlayerProcess) -> None:
     here = Player(CONFIG, SLOTS, {})
-    here.start(scripted)
+    closed: list[bool] = []
+
+    def load() -> tuple[Checked, Any]:
+        engine, renderer = scripted()
+        engine.close = lambda: closed.append(True)  # type: ignore[attr-defined]
+        return engine, renderer
+
+    here.start(load)
     episodes = tasks(4, 3, 3)
     assert player.collect(episodes, ()) == here.collect(episodes, ())
     here.close()
+    assert closed  # the engine too
 
 
 @pytest.mark.usefixtures("forks")
@@ -154,28 +164,37 @@ def test_a_child_survives_the_signals_that_stop_the_run_and_its_death_is_an_erro
 
 
 PARENT = """
-import time
-from tests.research_agent.scripted_player import CONFIG, SLOTS, scripted
+import sys, time
+from research_agent import player_process
 from research_agent.player_process import PlayerProcess
+from tests.research_agent.scripted_player import CONFIG, SLOTS, scripted
+
+def stuck():
+    player_process._GRACE = 0.0
+    print("stuck", flush=True)
+    time.sleep(10**6)
 
 if __name__ == "__main__":
     player = PlayerProcess(CONFIG, SLOTS, {})
-    player.start(scripted)
-    player.collect([(0, 0), (0, 1)], [(task, 0) for task in range(1, 10**4)])
     print(player.pid, player.weights_folder, flush=True)
+    player.start(stuck if sys.argv[1:] else scripted)
+    player.collect([(0, 0), (0, 1)], [(task, 0) for task in range(1, 10**4)])
+    print("playing", flush=True)
     time.sleep(10**6)
 """
 
 
-def test_a_dead_parent_ends_the_child(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [[], ["stuck"]])
+def test_a_dead_parent_ends_the_child(tmp_path: Path, words: list[str]) -> None:
     (tmp_path / "parent.py").write_text(PARENT)
-    command = [sys.executable, str(tmp_path / "parent.py")]
+    command = [sys.executable, str(tmp_path / "parent.py"), *words]
     root = str(Path(__file__).parents[2])
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": root}
     ) as parent:
         assert parent.stdout
         pid, folder = parent.stdout.readline().split()
+        assert parent.stdout.readline()
         assert Path(folder).is_dir()
         parent.kill()
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
@@ -203,7 +222,6 @@ def test_turns_on_servers_go_on_while_weights_come(
     assert max(record["staleness_max"] for record in records) == 1
     paths = server.paths()
     assert "/pause?mode=keep" in paths and "/resume" in paths
-    assert "/abort_requests" not in paths
     asked = [(*tokens, params["seed"]) for tokens, params in server.turns]
     assert len(asked) == len(set(asked)) >= 3 * 32 * 2
     folder = tmp_path / "run" / "checkpoints" / "step-000003"

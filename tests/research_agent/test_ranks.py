@@ -79,6 +79,7 @@ def ended(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         "short": {"words": words("short")},
         "busy": {"words": words("run-busy")},
         "full": {"words": words("run-full"), "limit": 10_000},
+        "eval": {"words": words("run-eval", "--eval-every", "1")},
         "prompt": {"words": words("run-prompt", "--max-prompt", "1")},
         "back": {"words": words("run-back", *back), "collapse": True},
     }
@@ -86,6 +87,8 @@ def ended(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         for case in cases.values():
             free = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             case["port"] = free.getsockname()[1]
+    (place / "run-eval").mkdir()
+    (place / "run-eval" / "evaluations").write_text("in the way")
     plan = place / "plan.json"
     plan.write_text(json.dumps(cases))
     with folder_lock(place / "run-busy"):
@@ -113,6 +116,7 @@ def ended(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         ("short", "step-000001 is no whole checkpoint: .*SHA-256.*; delete .* start anew"),
         ("busy", "writes to .*run-busy; wait for it, or give another --output"),
         ("full", "cannot write the checkpoint of step 2 .*there is none before it; free some"),
+        ("eval", "run-eval/evaluations"),
         ("prompt", "max-prompt"),
     ],
 )

@@ -15,7 +15,6 @@ from research_agent.engines import make_engine
 from research_agent.engines.base import (
     Completion,
     Engine,
-    Interruptible,
     KeepsTurns,
     SamplingParams,
 )
@@ -496,14 +495,17 @@ def test_a_server_that_cannot_take_weights_is_left_out(
         ({"quantization": "fp8"}, EngineError, "weights in fp8 quantization"),
         ({"sizes": (2, 264, 64)}, EngineError, "another model: width 64, and the policy width 128"),
         ({"software": "0.33.0"}, EngineError, r"differ in version .*vLLM 0\.32\.0.*vLLM 0\.33\.0"),
+        ({"gpus": None}, EngineError, "no vLLM server of release 0.32"),
         ({"context": 100}, ContextError, "100 tokens, too short for 200.*--max-model-len 200"),
     ],
 )
 def test_a_server_started_in_another_way_is_refused(
     settings: dict[str, Any], error: type[Exception], message: str, make: Make, connect: Open
 ) -> None:
+    first = make()
     with pytest.raises(error, match=message):
-        connect(make(), make(**settings))
+        connect(first, make(**settings))
+    assert not first.paused
 
 
 def test_servers_that_are_down_at_the_start(
@@ -539,27 +541,6 @@ def test_logits_that_are_not_finite(make: Make, connect: Open) -> None:
     submit(engine, [0])
     with pytest.raises(NonFiniteError, match="version 0"):
         finish(engine)
-
-
-def test_an_interruption_hands_over_what_there_is(make: Make, connect: Open) -> None:
-    server = make()
-    engine = connect(server, max_in_flight=2)
-    assert isinstance(engine, Interruptible)
-    server.gate.clear()
-    submit(engine, range(3))
-    until(lambda: server.now == 2)
-    turns = engine.interrupt()
-    assert [turn.finish_reason for turn in turns] == ["interrupted"] * 3
-    assert [len(turn.tokens) for turn in turns] == [2, 2, 0]  # the third was still waiting
-    arrived = [tokens for tokens, _ in server.turns]  # in any order
-    first = arrived.index(RENDERER.encode_text("q0"))
-    assert list(turns[0].tokens) == script(*_asked(server, first), 2)
-    assert not engine.busy
-    server.gate.set()
-    server.aborted.clear()
-    submit(engine, [0])
-    assert finish(engine)[0].finish_reason == "length"
-    assert server.turns[-1][0] == RENDERER.encode_text("q0")  # the slot held nothing
 
 
 def test_a_forgotten_engine_leaves_nothing_behind(make: Make) -> None:

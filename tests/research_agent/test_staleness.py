@@ -365,6 +365,8 @@ def test_what_is_under_way_survives_a_checkpoint(tmp_path: Path, overlap: bool) 
     assert in_flight.done
     assert any(p.partial_turns for p in in_flight.active.values())
     assert bool(in_flight.awaiting_env) == overlap
+    for key in [key for key, trajectory in in_flight.done.items() if trajectory.void]:
+        del in_flight.done[key]  # these are played again
     state = rollout_state.to_state(in_flight)
     saved = through_a_checkpoint({"in_flight": [state]}, tmp_path)["in_flight"]
     fresh = Fake(9, random.Random(7))
@@ -404,11 +406,24 @@ def test_another_number_of_ranks_takes_up_the_same_episodes(
         assert len(in_flight.active) <= num_envs
     done = [in_flight.done for in_flight in saved]
     assert {k: t for each in loaded for k, t in each.done.items()} == {
-        k: t for each in done for k, t in each.items()
+        k: t for each in done for k, t in each.items() if not t.void
     }
     active = [len(in_flight.active) for in_flight in saved]
     if num_envs >= sum(active):
         assert sum(len(in_flight.active) for in_flight in loaded) == sum(active)
+
+
+def test_a_void_episode_of_a_checkpoint_is_played_again() -> None:
+    """Otherwise a run that void episodes have stopped would stop again at once."""
+    later = tasks(0, 4, 1)
+    _, in_flight = under_way([(99, 0)], later, Limits(max_response=60), itertools.cycle([0, 30]))
+    void = min(in_flight.done)
+    in_flight.done[void] = replace(in_flight.done[void], void=True)
+    state = rollout_state.to_state(in_flight)
+    fake = Fake(9, random.Random(0))
+    loaded = rollout_state.from_state([state], fake, Limits(), 0, later)
+    assert loaded.done == {k: t for k, t in in_flight.done.items() if not t.void}
+    assert loaded.done and void not in loaded.done
 
 
 def test_an_episode_whose_environment_answers_otherwise_begins_anew() -> None:

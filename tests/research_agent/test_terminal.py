@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from rich.console import Console
 
 from research_agent.evaluation.summary import Outcome, summarize, tables
 from research_agent.run_logger import RunLogger
+from research_agent.signals import stop_signals
 from research_agent.terminal import printable, show
 
 OSC_52 = "\x1b]52;c;cm0gLXJmIC8=\x07"  # writes to the clipboard of whoever looks
@@ -56,3 +61,14 @@ def test_the_log_of_a_run_shows_metrics_as_text(
     said = capsys.readouterr().err
     assert "[/nope]" in said and "\\x1b]52" in said
     assert "\x1b" not in said
+
+
+def test_a_signal_counts_where_the_terminal_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with stop_signals() as seen:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert seen == [signal.SIGHUP]

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from research_agent import checkpoint
+from research_agent import checkpoint, step_metrics, trainer
 from research_agent.cli import main
+from research_agent.curriculum import CollapseMonitor
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.learner import Learner
 from research_agent.player import Player
@@ -163,6 +165,34 @@ def test_stages_follow_each_other_also_after_a_resume(letters: Path, tmp_path: P
     prompts = {r["step"]: r["segments"][0]["text"] for r in played}
     assert (prompts[1], prompts[9]) == ("a=", "d=")
     assert {prompts[step] for step in range(3, 8)} <= {"b=", "c="}
+
+
+def given_rewards(monkeypatch: pytest.MonkeyPatch, rewards: list[float]) -> None:
+    """Let the steps have these mean rewards, and collapse be noticed from two steps."""
+    describe, given = step_metrics.of_episodes, iter(rewards)
+    monkeypatch.setattr(
+        step_metrics, "of_episodes", lambda played: describe(played) | {"reward": next(given)}
+    )
+    monkeypatch.setattr(trainer, "CollapseMonitor", partial(CollapseMonitor, window=2))
+
+
+def test_rewards_of_two_stages_are_not_compared(
+    letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_rewards(monkeypatch, [1, 1, 1, 0.3, 0.3, 0.3])
+    more = ["--steps", "6", "--collapse", "0.5", "--on-collapse", "stop"]
+    main([*flags(letters, tmp_path), *more, "--stages", "steps=3 letters=a", "letters=b"])
+    assert [record["stage"] for record in metrics(tmp_path)] == [1, 1, 1, 2, 2, 2]
+
+
+def test_a_run_that_goes_back_goes_back_in_its_stages(
+    letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It collapses at step 4; the checkpoint of step 2 has done two steps of its stage."""
+    given_rewards(monkeypatch, [1, 1, 0.9, 0, 0, 0, 0, 0])
+    more = ["--steps", "8", "--collapse", "0.6", "--on-collapse", "rollback"]
+    main([*flags(letters, tmp_path), *more, "--stages", "steps=5 letters=a", "letters=b"])
+    assert [record["stage"] for record in metrics(tmp_path)] == [1] * 7 + [2]
 
 
 def test_a_finished_run_says_so_and_changes_nothing(

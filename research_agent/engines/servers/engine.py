@@ -33,8 +33,8 @@ servers only. And a server is for one run.
 What is used of vLLM 0.32: ``/inference/v1/generate`` (token ids in; out come token ids, their
 log-probabilities, and the version of the weights that sampled them), and of the development mode
 ``/server_info``, ``/collective_rpc`` (``reload_weights`` from a folder), ``/pause``, ``/resume``,
-``/reset_prefix_cache``, ``/update_weight_version``, ``/weight_info``, ``/get_world_size``,
-``/abort_requests``, and the routes of vLLM's weight transfer.
+``/reset_prefix_cache``, ``/update_weight_version``, ``/weight_info``, ``/get_world_size``, and the
+routes of vLLM's weight transfer.
 """
 
 from __future__ import annotations
@@ -150,28 +150,13 @@ class ServerEngine:
             EngineError: no server is left, or all that were asked failed at a turn.
             NonFiniteError: a log-probability is not finite.
         """
-        if self._process:
-            self._process.require_alive()
+        self.require_alive()
         return [self._complete(sampled) for sampled in self._turns.finished(_STEP).values()]
 
     def release(self, slot: int) -> None:
         """Forget what the slot holds; a server that is at its turn stops."""
         self._turns.cancel(slot)
         self._held.pop(slot, None)
-
-    def interrupt(self) -> list[Completion]:
-        """End the turns under way where they are, and forget their slots; see ``Interruptible``."""
-        slots = self._turns.slots
-        self._turns.call(self._pool.interrupt())
-        sampled = self._turns.finished(0)
-        for slot in slots:
-            self.release(slot)  # where a server does not answer, its turn as well
-        return [
-            self._complete(sampled[slot])
-            if slot in sampled
-            else Completion(slot, (), (), "", "interrupted", self._version)
-            for slot in slots
-        ]
 
     def load_weights(
         self, weights: Iterable[tuple[str, Tensor]] | ServedWeights, version: int
@@ -186,9 +171,8 @@ class ServerEngine:
             ModelError: a name or shape that the model does not have, or a weight left out. From a
                 folder the servers' weights are as before then.
         """
-        if self._sync and not isinstance(weights, ServedWeights):
-            weights = self._sync.give(weights, version)
-        assert isinstance(weights, ServedWeights)
+        if not isinstance(weights, ServedWeights):
+            weights = self.give_weights(weights, version)
         self._turns.call(self._pool.use(weights))
         self._version = version
 
@@ -196,6 +180,11 @@ class ServerEngine:
         """Give all servers new weights, which an engine in another process samples with."""
         assert self._sync
         return self._sync.give(weights, version)
+
+    def require_alive(self) -> None:
+        """Raise an ``EngineError`` with its log if the server that this rank started has ended."""
+        if self._process:
+            self._process.require_alive()
 
     def elsewhere(self) -> Callable[[Renderer], ServerEngine]:
         """What makes an engine over the same servers in another process."""
@@ -290,6 +279,7 @@ def connect_servers(
         context=context,
         token=min(renderer.end_ids),
         patience=patience,
+        require_alive=process.require_alive if process else lambda: None,
     )
     engine = ServerEngine(renderer, bases, context, sync, process, patience=patience, **limits)
     try:

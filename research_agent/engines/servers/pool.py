@@ -13,7 +13,7 @@ import msgspec
 from research_agent.engines.base import Finish, SamplingParams
 from research_agent.engines.checks import CONTINUE
 from research_agent.engines.remote import Client, RequestError, turn_seed
-from research_agent.engines.servers.server import GENERATE, START, WeightTag
+from research_agent.engines.servers.server import GENERATE, START, WeightTag, first_model
 from research_agent.errors import EngineError
 
 _LOG = logging.getLogger(__name__)
@@ -21,7 +21,6 @@ _LOG = logging.getLogger(__name__)
 _CHECK = 5.0  # seconds between looks at a server's health
 _TIMEOUT = 30.0  # seconds for the answer to a look
 _LONGEST_PAUSE = 30.0  # seconds between attempts to take a server back
-_ABORT = 10.0  # seconds for handing over turns that are interrupted
 _REFUSED = (400, 413, 422)  # statuses for a turn that no server would take
 _ATTEMPTS = 4  # per turn: this many plus one per server
 _NEAR = 3  # turns that a server may have more than twice another's, and keep its trajectories
@@ -119,7 +118,6 @@ class ServerPool:
         self._places = asyncio.Semaphore(max_in_flight)
         self._tag = WeightTag("", 0, 0)
         self._back = asyncio.Event()  # set when a server comes back
-        self._interrupting = False
         self._watches: list[asyncio.Task[None]] = []
         self._level = logging.INFO if quiet else logging.WARNING
 
@@ -145,8 +143,6 @@ class ServerPool:
         """
         attempts = _ATTEMPTS + len(self._servers)  # then the turn itself is to blame
         async with self._places:
-            if self._interrupting:
-                return Sampled(turn, [], [], [], "interrupted")
             for _ in range(attempts):
                 server = await self._choose(turn.held)
                 try:
@@ -158,22 +154,6 @@ class ServerPool:
             f"{attempts} attempts to sample one turn of {len(turn.held.tokens)} tokens before it "
             f"failed, the last with {problem}. Look into the servers' logs. {CONTINUE}"
         )
-
-    async def interrupt(self) -> None:
-        """Let the servers answer at once with what they have; wait for that, but not for long."""
-        self._interrupting = True
-        try:
-            async with asyncio.timeout(_ABORT):
-                while busy := [s for s in self._servers if s.requests]:
-                    aborts = [
-                        s.looks.ask("POST", "abort_requests", {}, timeout=_TIMEOUT) for s in busy
-                    ]
-                    await asyncio.gather(*aborts, return_exceptions=True)
-                    await asyncio.sleep(0.05)  # a request may have been on its way
-        except TimeoutError:
-            pass
-        finally:
-            self._interrupting = False
 
     async def _choose(self, held: HeldTokens) -> _Sampler:
         """The server that has the trajectory in its cache, else the one with the least to do."""
@@ -220,7 +200,7 @@ class ServerPool:
         finally:
             server.load -= 1
             server.requests.discard(request)
-        return _read(answer, turn, self._end_ids, tag, interrupted=self._interrupting)
+        return _read(answer, turn, self._end_ids, tag)
 
     def _admit(self, server: _Sampler, model: str) -> None:
         if self._watches and not server.alive:
@@ -267,9 +247,9 @@ class ServerPool:
             raise RequestError("it answers, and waits for the next weights")
         models = await server.looks.ask("GET", "v1/models", timeout=_TIMEOUT)
         try:
-            self._admit(server, str(models["data"][0]["id"]))
-        except (LookupError, TypeError):
-            raise RequestError("it is no vLLM server") from None
+            self._admit(server, first_model(models, server.url)[0])
+        except EngineError as error:
+            raise RequestError(str(error)) from None
 
 
 def no_server(problems: Mapping[str, str]) -> EngineError:
@@ -328,14 +308,7 @@ class _Answer(msgspec.Struct):
 _ANSWER = msgspec.json.Decoder(_Answer)
 
 
-def _read(
-    answer: _Answer | None,
-    turn: Turn,
-    end_ids: frozenset[int],
-    tag: WeightTag,
-    *,
-    interrupted: bool,
-) -> Sampled:
+def _read(answer: _Answer | None, turn: Turn, end_ids: frozenset[int], tag: WeightTag) -> Sampled:
     """What a server sampled.
 
     Raises:
@@ -360,8 +333,6 @@ def _read(
         )
     logprobs = [each.logprob for each in content]
     reason, stopped_by = choice.finish_reason, choice.stop_reason
-    if reason == "abort" and interrupted:
-        return Sampled(turn, tokens, logprobs, versions, "interrupted")
     if reason == "stop" and (isinstance(stopped_by, str) or stopped_by in end_ids) and tokens:
         return Sampled(turn, tokens, logprobs, versions, "stop")
     if reason == "length" and len(tokens) == turn.limit:

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from research_agent.distributed import run_together
-from research_agent.engines.checks import CONTINUE, context_limit, device_of, require_gpus
+from research_agent.distributed import run_together, torchrun, without_torchrun
+from research_agent.engines.checks import CONTINUE, context_limit, require_gpus, weights_device
 from research_agent.engines.servers.engine import ServerEngine, connect_servers
 from research_agent.errors import EngineError
 
@@ -67,7 +67,7 @@ class ServerProcess:
         slots: int,
         dtype: str,
     ) -> None:
-        device = device_of(model)
+        device = weights_device(model)
         require_gpus("serve", spec.tp * spec.dp, device)
         self._folder = tempfile.TemporaryDirectory(prefix="research-agent-serve-")
         config = copy.deepcopy(model.config)
@@ -155,9 +155,9 @@ def serve_engine(
     """
     context = context_limit(model, max_context)
     dtype = dtype or str(model.dtype).removeprefix("torch.")
-    slots = max_slots * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    node = int(os.environ.get("GROUP_RANK", "0"))
-    starts = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    slots = max_slots * torchrun("LOCAL_WORLD_SIZE", 1)
+    node = torchrun("GROUP_RANK", 0)
+    starts = torchrun("LOCAL_RANK", 0) == 0
     process: list[ServerProcess] = []
 
     def start() -> tuple[int, str]:
@@ -176,7 +176,7 @@ def serve_engine(
             renderer,
             urls,
             context,
-            by="folder" if device_of(model).type == "cpu" else "ipc",
+            by="folder" if weights_device(model).type == "cpu" else "ipc",
             dtype=dtype,
             gives=starts,
             process=process[0] if process else None,
@@ -214,8 +214,7 @@ def _arguments(
 
 def _environment() -> dict[str, str]:
     """Our environment without what torchrun put there, which vLLM would take for its own."""
-    torchrun = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(torchrun)}
+    ours = without_torchrun(os.environ)
     ours.pop("VLLM_API_KEY", None)
     vllm = {
         "VLLM_SERVER_DEV_MODE": "1",

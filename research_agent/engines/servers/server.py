@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from research_agent.engines.remote import Client, RequestError
@@ -27,6 +28,9 @@ BACKEND = {
     "VLLM_ALLOW_INSECURE_SERIALIZATION=1, on the learner's GPUs",
 }
 """How to start a server for each transfer from memory."""
+
+READ_FILES = {"overrides": {"load_config": {"load_format": "auto"}}}
+"""Arguments of vLLM's ``update_config`` for a server that started without weights."""
 
 _TIMEOUT = 30.0  # seconds for the answer to a request that costs a server next to nothing
 
@@ -118,12 +122,7 @@ class Server:
             EngineError: it is no vLLM server, or was started in another way.
             RequestError: it does not answer, or fails.
         """
-        models = await self.ask("GET", "v1/models")
-        try:
-            self.model = str(models["data"][0]["id"])
-            context = int(models["data"][0]["max_model_len"])
-        except (LookupError, TypeError, ValueError):
-            raise EngineError(f"{self.url} is no vLLM server. {START}") from None
+        self.model, context = first_model(await self.ask("GET", "v1/models"), self.url)
         if context < needs.context:
             raise ContextError(
                 f"{self.url} has a context of {context} tokens, too short for {needs.context}; "
@@ -132,13 +131,27 @@ class Server:
             )
         await self._refuse_router()
         self._check_settings(await self._settings(), needs)
-        answer = await self.ask("GET", "version")
-        self.software = str(answer.get("version")) if isinstance(answer, dict) else ""
-        rpc = {"method": "get_model_inspection"}
-        answer = await self.ask("POST", "collective_rpc", rpc)
-        _check_model(self.url, str(answer["results"][0]) if answer else "", needs)
-        answer = await self.ask("GET", "get_world_size")
-        self.size = int(answer["world_size"])
+        version = await self.ask("GET", "version")
+        inspection = await self.ask("POST", "collective_rpc", {"method": "get_model_inspection"})
+        size = await self.ask("GET", "get_world_size")
+        try:
+            self.software, self.size = str(version["version"]), int(size["world_size"])
+            description = str(inspection["results"][0]) if inspection else ""
+        except (LookupError, TypeError, ValueError):
+            raise _no_vllm(self.url) from None
+        _check_model(self.url, description, needs)
+
+    async def reload(self, folder: Path) -> None:
+        """Read the weights in a folder; raises as ``ask`` does."""
+        rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        try:
+            if not self.current:
+                config = {"method": "update_config", "kwargs": READ_FILES}
+                await self.ask("POST", "collective_rpc", config)
+            await self.ask("POST", "collective_rpc", rpc, RELOAD_TIMEOUT)
+        except RequestError as error:
+            cure = "Can it read that folder? Elsewhere, set TMPDIR to one that all share"
+            raise RequestError(f"no new weights from {folder}: {error}. {cure}") from None
 
     async def probe(self, tag: str, token: int) -> None:
         """Sample a token with the weights of a name; a server that fails at it dies of a turn.
@@ -152,10 +165,11 @@ class Server:
         answer = await self.ask("POST", GENERATE, payload, RELOAD_TIMEOUT)
         try:
             (span,) = answer["choices"][0]["weight_versions"]
+            found = span["version"]
         except (LookupError, TypeError, ValueError):
-            raise EngineError(f"{self.url} is no vLLM server. {START}") from None
-        if span["version"] != tag:
-            raise RequestError(f"it samples with the weights {span['version']!r}, not {tag!r}")
+            raise _no_vllm(self.url) from None
+        if found != tag:
+            raise RequestError(f"it samples with the weights {found!r}, not {tag!r}")
 
     async def _settings(self) -> Mapping[str, Any]:
         path = "server_info?config_format=json"  # the first time it asks the machine, for seconds
@@ -200,7 +214,7 @@ class Server:
             backend = (settings["weight_transfer_config"] or {}).get("backend")
             unpickles = settings["env"].get("VLLM_ALLOW_INSECURE_SERIALIZATION")
         except (LookupError, TypeError, AttributeError):
-            raise EngineError(f"{self.url} is no vLLM server of release 0.32. {START}") from None
+            raise _no_vllm(self.url) from None
         if dtype != needs.dtype or quantization:
             has = f"{quantization} quantization" if quantization else dtype
             raise EngineError(
@@ -219,6 +233,23 @@ class Server:
                 f"{self.url} takes no weights by {needs.carrier}; start it with "
                 f"{BACKEND[needs.carrier]}"
             )
+
+
+def first_model(answer: Any, url: str) -> tuple[str, int]:
+    """Name and context of the first model in a server's answer to /v1/models.
+
+    Raises:
+        EngineError: it is no answer of vLLM's.
+    """
+    try:
+        model = answer["data"][0]
+        return str(model["id"]), int(model["max_model_len"])
+    except (LookupError, TypeError, ValueError):
+        raise _no_vllm(url) from None
+
+
+def _no_vllm(url: str) -> EngineError:
+    return EngineError(f"{url} is no vLLM server of release 0.32. {START}")
 
 
 def _check_model(url: str, inspection: str, needs: Needs) -> None:

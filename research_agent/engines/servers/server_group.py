@@ -10,7 +10,6 @@ from pathlib import Path
 
 from research_agent.engines.remote import RequestError
 from research_agent.engines.servers.server import Needs, Server
-from research_agent.engines.servers.weight_folder import reload_from
 from research_agent.engines.servers.weight_transfer import prepare_transfer
 from research_agent.errors import ContextError, EngineError
 
@@ -71,10 +70,10 @@ class ServerGroup:
         await self._stop_keeper()
         asked = [server for server in self._servers if server.url not in self.excluded]
         found = await asyncio.gather(*map(self._prepare, asked), return_exceptions=True)
-        self.ready, problems = [], {}
+        self.ready = [server for server, problem in zip(asked, found, strict=True) if not problem]
+        problems: dict[str, str] = {}
         for server, problem in zip(asked, found, strict=True):
             if problem is None:
-                self.ready.append(server)
                 continue
             if self._is_fatal(problem):
                 raise problem
@@ -84,6 +83,11 @@ class ServerGroup:
             server.problem = str(problem)
         software = {server.url: server.software for server in self.ready}
         return Outcome({server.url: server.model for server in self.ready}, problems, software)
+
+    async def cancel(self) -> None:
+        """Let the servers that are ready go on without new weights."""
+        going_on = (server.ask("POST", "resume") for server in self.ready)
+        await asyncio.gather(*going_on, return_exceptions=True)
 
     async def resume(self, name: str, problems: Mapping[str, str]) -> Outcome:
         """Resume the servers, with the weights of this name.
@@ -157,7 +161,7 @@ class ServerGroup:
     async def _resume(self, server: Server, name: str) -> None:
         """Let a server sample with the weights of a name; raises ``_PROBLEMS``."""
         if self._root:
-            await reload_from(server, self._root / name)
+            await server.reload(self._root / name)
         # Keys and values of turns under way are computed again, with the new weights.
         reset = await server.ask("POST", "reset_prefix_cache?reset_running_requests=true")
         if not (isinstance(reset, dict) and reset.get("success")):

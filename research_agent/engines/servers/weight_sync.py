@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,15 +16,16 @@ from research_agent.distributed import (
     raise_together,
     rank_and_size,
     run_together,
+    together,
 )
 from research_agent.engines.checks import WeightNames
 from research_agent.engines.remote import Client, LoopThread
 from research_agent.engines.servers.pool import ServedWeights, no_server
 from research_agent.engines.servers.server import Carrier, Needs, Server, WeightTag
 from research_agent.engines.servers.server_group import Outcome, ServerGroup
-from research_agent.engines.servers.weight_folder import WeightFolder
 from research_agent.engines.servers.weight_transfer import Transfer
 from research_agent.errors import EngineError
+from research_agent.weight_files import WeightFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +52,7 @@ class WeightSync:
         context: tokens that a trajectory may have.
         token: one that a server can sample from, to try it.
         patience: seconds to wait for a server when none takes the weights.
+        require_alive: raises an ``EngineError`` if a server that this rank started has ended.
 
     Raises:
         ConfigError: an address that cannot be used, or a model whose weights cannot go this way.
@@ -68,19 +69,22 @@ class WeightSync:
         context: int,
         token: int,
         patience: float,
+        require_alive: Callable[[], None] = lambda: None,
     ) -> None:
         self._names = WeightNames(model)
         self._transfer = self._folder = None
-        if carrier != "folder":
-            self._transfer = Transfer(model, self._names, carrier, dtype)
-        elif rank_and_size()[0] == 0:
-            self._folder = WeightFolder(self._names, dtype)
+        with together():
+            if carrier != "folder":
+                self._transfer = Transfer(model, self._names, carrier, dtype)
+            elif rank_and_size()[0] == 0:
+                self._folder = WeightFolder(self._names, dtype)
+            servers = [Server(url, Client(url, key)) for url in urls]
         root = broadcast_object(self._folder.root if self._folder else None)
         needs = Needs(context, str(dtype).removeprefix("torch."), _sizes(model), carrier)
-        servers = [Server(url, Client(url, key)) for url in urls]
-        self._group = ServerGroup(servers, needs, Path(root) if root else None, token)
+        self._group = ServerGroup(servers, needs, root, token)
         self._loop = LoopThread("weights", [server.client for server in servers])
         self._patience = patience
+        self._require_alive = require_alive
         self._run = broadcast_object(secrets.token_hex(4))
         self._calls = 0
         self._current = ""  # name of the weights that servers have
@@ -106,6 +110,10 @@ class WeightSync:
         tag = WeightTag(self._run, version, self._calls)
         try:
             return self._give(weights, tag)
+        except Exception:
+            if not self._current:  # the run does not start: its servers stay as they were
+                self._loop.call(self._group.cancel())
+            raise
         finally:
             if self._folder:
                 self._folder.prune({self._current})
@@ -125,7 +133,7 @@ class WeightSync:
         if not self._transfer:
             run_together(lambda: self._write(weights, str(tag)))
         while True:
-            outcomes = run_together(lambda: self._loop.call(self._group.prepare()))
+            outcomes = run_together(self._prepare)
             _require_same_software(outcomes)
             sends = any(each.models for each in outcomes)
             sent = run_together(lambda: self._send(weights, str(tag))) if sends else []
@@ -142,6 +150,10 @@ class WeightSync:
                 raise_together(no_server(problems))
             excluded.clear()
             time.sleep(_AGAIN)
+
+    def _prepare(self) -> Outcome:
+        self._require_alive()
+        return self._loop.call(self._group.prepare())
 
     def _write(self, weights: Iterable[tuple[str, Tensor]], name: str) -> None:
         if self._folder:

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from research_agent.engines.checks import WeightNames, device_of
+from research_agent.engines.checks import WeightNames, weights_device
 from research_agent.engines.remote import RequestError
 from research_agent.engines.servers.server import BACKEND, RELOAD_TIMEOUT, Server
 from research_agent.errors import ConfigError, EngineError, ModelError
@@ -128,7 +128,7 @@ class Transfer:
     def __init__(
         self, model: Any, names: WeightNames, backend: Backend, dtype: torch.dtype
     ) -> None:
-        self._device = device_of(model)
+        self._device = weights_device(model)
         require_gpu(self._device, backend)
         self._names = names
         self._backend: Backend = backend

@@ -10,7 +10,7 @@ import pytest
 import tyro
 
 from research_agent.config import EvalConfig
-from research_agent.environments import make_environments, provenance_of
+from research_agent.environments import make_environments, read_provenance
 from research_agent.errors import ModelError
 from research_agent.evaluation.fingerprint import header, model_fingerprint
 
@@ -91,8 +91,8 @@ def test_an_environment_need_not_say_where_its_tasks_come_from() -> None:
         def provenance(self) -> dict[str, str]:
             return {"data": "4"}
 
-    assert provenance_of(object()) == {}
-    assert provenance_of(Attribute()) == {"data": "3"}
-    assert provenance_of(Method()) == {"data": "4"}
+    assert read_provenance(object()) == {}
+    assert read_provenance(Attribute()) == {"data": "3"}
+    assert read_provenance(Method()) == {"data": "4"}
     for name in ("CopyLetter-v0", "CopyLetterNative-v0"):
-        assert provenance_of(make_environments(f"tests.research_agent.toy_env:{name}", 2)) == {}
+        assert read_provenance(make_environments(f"tests.research_agent.toy_env:{name}", 2)) == {}

@@ -17,7 +17,7 @@ from research_agent.errors import ConfigError
 from research_agent.models.policy import MAX_LOGITS_GPU
 from research_agent.plan import assumptions, plan
 from research_agent.plan.machines import Machines, parse_machines
-from research_agent.plan.shapes import SHAPES, shape_of
+from research_agent.plan.shapes import SHAPES, read_shape
 from research_agent.plan.suggestions import apply
 from research_agent.presets import PRESETS
 
@@ -51,9 +51,9 @@ def test_sizes_are_those_that_the_authors_publish() -> None:
 
 
 def test_sizes_come_from_a_folder(tmp_path: Path) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-    small = Qwen2Config(
+    small: Any = Qwen2Config(
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=3,
@@ -63,14 +63,25 @@ def test_sizes_come_from_a_folder(tmp_path: Path) -> None:
         tie_word_embeddings=True,
     )
     small.save_pretrained(tmp_path)
-    shape = shape_of(str(tmp_path))
+    shape = read_shape(str(tmp_path))
     assert shape.parameters == sum(p.numel() for p in Qwen2ForCausalLM(small).parameters())
 
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="num_hidden_layers"):
-        shape_of(str(tmp_path))
+    small = Qwen3Config(**small.to_dict() | {"head_dim": 32, "model_type": "qwen3"})
+    small.save_pretrained(tmp_path)
+    shape = read_shape(str(tmp_path))
+    norms = 3 * 2 * 32  # of queries and keys, which are not counted
+    assert shape.parameters == sum(p.numel() for p in Qwen3ForCausalLM(small).parameters()) - norms
+
+    for broken, message in (
+        ({}, "num_hidden_layers"),
+        (small.to_dict() | {"num_experts": 8}, "a mixture of experts"),
+        (small.to_dict() | {"hidden_size": "64"}, "Expected `int`, got `str`"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(broken))
+        with pytest.raises(ConfigError, match=message):
+            read_shape(str(tmp_path))
     with pytest.raises(ConfigError, match=r"'nobody/knows' are not known.*Qwen2.5-7B"):
-        shape_of("nobody/knows")
+        read_shape("nobody/knows")
 
 
 def test_machines_are_read() -> None:
@@ -171,6 +182,36 @@ def test_optimizers_adapters_and_the_critic() -> None:
     assert critic == pytest.approx(12 * (B7.parameters - 152064 * 3584) / 8)
 
 
+def test_checkpoints_and_weight_files_by_hand() -> None:
+    def disk(**settings: Any) -> dict[str, float]:
+        return dict(plan(changed("research-7b", **settings), "8xH200").memory.disk)
+
+    def saving(**settings: Any) -> float:
+        found = plan(changed("research-7b", **settings), "8xH200")
+        return found.times.parts["save, per step"]
+
+    adapters = 16 * 28 * (2 * 7168 + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    sizes = {
+        "adamw": 12 * B7.parameters,
+        "adamw_8bit": 6 * B7.parameters,
+        "adamw_offload": 12 * B7.parameters,
+    }
+    for optimizer, size in sizes.items():
+        assert disk(optimizer=optimizer)["one being written"] == size
+        assert saving(optimizer=optimizer, save_every=5) == pytest.approx(size / 2e9 / 5)
+    assert saving(lora_rank=16, save_every=5) == pytest.approx(
+        (4 * B7.parameters + 12 * adapters) / 2e9 / 5
+    )
+    files = "TMPDIR: weights for the players"
+    assert disk(engine="vllm", max_staleness=1)[files] == 2 * B7.parameters
+    assert files not in disk(engine="vllm") and files not in disk(engine="serve", max_staleness=1)
+
+
+def test_settings_that_do_not_divide_more_nodes_are_no_error() -> None:
+    found = plan(changed("research-32b", shard_ranks=3), "3xL40S")
+    assert not found.fits
+
+
 def test_servers_take_nothing_of_the_learners_gpus() -> None:
     found = plan(changed("research-7b", engine="server:http://a,http://b"), "8xH100")
     assert not [name for name in found.memory.gpu if name.startswith("sampler")]
@@ -180,9 +221,9 @@ def test_servers_take_nothing_of_the_learners_gpus() -> None:
     large = plan(changed("research-32b", engine="server:http://a"), "8xL40S")
     assert large.sampler.tensor_parallel == 2  # the fewest GPUs that hold a copy
     assert large.memory.servers["weights"] == B32.parameters
-    assert found.memory.disk["weights for the servers"] == 2 * 2 * B7.parameters
+    assert found.memory.disk["TMPDIR: weights for the servers"] == 2 * 2 * B7.parameters
     direct = plan(changed("research-7b", engine="server+nccl:http://a"), "8xH100")
-    assert "weights for the servers" not in direct.memory.disk
+    assert "TMPDIR: weights for the servers" not in direct.memory.disk
 
 
 @pytest.mark.parametrize("engine", ["serve:tp=16", "serve:tp=4,dp=4", "vllm:tp=3", "serve:tp=3"])
@@ -230,7 +271,7 @@ def sharded_on_meta(
     from research_agent.models.lora import add_adapters
     from research_agent.models.policy import TokenLogprobs, gathered_units
 
-    shape = shape_of(config.policy.model)
+    shape = read_shape(config.policy.model)
     kind, more = CONFIGS[config.policy.model.removesuffix("-Instruct")]
     made = getattr(transformers, kind)(
         hidden_size=shape.hidden,
