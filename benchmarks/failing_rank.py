@@ -59,7 +59,7 @@ def train(fault: str, folder: Path, words: Sequence[str]) -> None:
 def _watch_updates(
     fault: str, folder: Path, *, is_first: bool, has_returned: Returned
 ) -> list[int]:
-    """Die in the update of step 3, or wait in it for a killed server.
+    """Die in the update of step 3, or wait for a killed server before an update.
 
     Returns:
         A list to which the number of each step is added once it is learned from.
@@ -72,7 +72,7 @@ def _watch_updates(
         if step == 3 and fault == "rank" and not is_first and not happened.exists():
             happened.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        while step == 3 and is_first and fault in ("turn", "weights") and not has_returned():
+        while fault in ("turn", "weights") and happened.exists() and not has_returned():
             time.sleep(0.2)
         learned = update(self, groups)
         done.append(step)

@@ -7,12 +7,14 @@ import time
 from datetime import timedelta
 from uuid import uuid4
 
-import torch.distributed as dist
+from torch.distributed import DistError, DistStoreError
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from research_agent.errors import RankError
 
 
-def open_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
+def open_store(timeout: timedelta) -> tuple[Store, int, int]:
     """Open the store that torchrun's variables name, for the ranks of this start alone.
 
     Args:
@@ -25,10 +27,10 @@ def open_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
         RankError: the address cannot be used, or another rank did not come in time.
     """
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
         return unused_prefix(store, rank, size, timeout), rank, size
-    except dist.DistError as error:
+    except DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         message = (
             f"the ranks cannot meet at {place} ({str(error).splitlines()[0]}). If another program "
@@ -37,7 +39,7 @@ def open_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
         raise RankError(message) from error
 
 
-def unused_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
+def unused_prefix(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
     """Agree on a prefix in which no earlier start of the ranks has left anything.
 
     torchrun keeps one store over all its restarts, so a new process group could find the address
@@ -70,14 +72,14 @@ def unused_prefix(store: dist.Store, rank: int, size: int, timeout: timedelta) -
         deadline = time.monotonic() + timeout.total_seconds()
         for other in range(1, size):
             _answer(store, other, prefix, deadline)
-    return dist.PrefixStore(prefix, store)
+    return PrefixStore(prefix, store)
 
 
-def _answer(store: dist.Store, other: int, prefix: str, deadline: float) -> None:
+def _answer(store: Store, other: int, prefix: str, deadline: float) -> None:
     """Tell a rank the prefix, until it says that it has it: its name may be an old one."""
     while not store.check([f"{prefix}/{other}"]):
         if time.monotonic() > deadline:
-            raise dist.DistStoreError(f"timed out: rank {other} did not start")
+            raise DistStoreError(f"timed out: rank {other} did not start")
         if store.check([f"name/{other}"]):
             store.set(store.get(f"name/{other}").decode(), prefix)
         time.sleep(0.01)

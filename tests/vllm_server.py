@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -235,6 +236,7 @@ def _launch_all() -> None:
     for line in sys.stdin:
         process = os.fork()
         if process == 0:
+            answers.close()
             _serve(*json.loads(line))
         print(process, file=answers)
 
@@ -250,6 +252,8 @@ def _serve(log: str, words: list[str]) -> None:
     sys.argv = ["vllm", *words]
     try:
         main()
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(1)
 

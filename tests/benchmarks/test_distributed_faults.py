@@ -43,6 +43,7 @@ def test_a_server_killed_while_it_loads_weights_loses_nothing(
 ) -> None:
     """With the tests' servers, which need no vLLM."""
     monkeypatch.setattr(faults, "PROGRAM", (sys.executable, "-m", "tests.research_agent.fake_vllm"))
+    monkeypatch.setenv("FAKE_VLLM_RELOAD", "0.5")
     with pytest.raises(SystemExit) as ended:
         main(["--distributed", "--json", "--only", "loads weights"])
     row = json.loads(capsys.readouterr().out)

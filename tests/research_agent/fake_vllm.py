@@ -2,6 +2,7 @@
 
 As a program (``python -m tests.research_agent.fake_vllm``) it takes the arguments of vLLM's server,
 and writes its own, its environment and its process id into the file ``FAKE_VLLM_RECORD``.
+``FAKE_VLLM_RELOAD`` is the seconds that it takes to read weights.
 """
 
 from __future__ import annotations
@@ -211,6 +212,7 @@ class FakeVllm:
             return {"results": [None]}
         if self.dummy or not self.reloads:
             return b"500"
+        time.sleep(float(os.environ.get("FAKE_VLLM_RELOAD", "0")))
         folder = Path(body["kwargs"]["weights_path"])
         self.weights = {}
         for file in sorted(folder.iterdir()):

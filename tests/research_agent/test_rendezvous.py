@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, Store
+from torch.distributed import DistStoreError
 
 from research_agent.errors import RankError
 from research_agent.rendezvous import open_store, unused_prefix
@@ -15,7 +16,7 @@ from research_agent.rendezvous import open_store, unused_prefix
 TIMEOUT = timedelta(seconds=20)
 
 
-def meet(store: dist.Store, size: int) -> list[dist.Store]:
+def meet(store: Store, size: int) -> list[Store]:
     """All ranks at once, each with the store that it gets."""
     with ThreadPoolExecutor(size) as pool:
         ranks = [pool.submit(unused_prefix, store, i, size, TIMEOUT) for i in range(size)]
@@ -23,7 +24,7 @@ def meet(store: dist.Store, size: int) -> list[dist.Store]:
 
 
 def test_no_start_sees_what_another_one_wrote() -> None:
-    store = dist.HashStore()
+    store = HashStore()
     for start, size in enumerate((3, 3, 2)):
         places = meet(store, size)
         assert not places[0].check(["address"])
@@ -32,7 +33,7 @@ def test_no_start_sees_what_another_one_wrote() -> None:
 
 
 def test_a_rank_that_was_killed_before_the_others_came_is_forgotten() -> None:
-    store = dist.HashStore()
+    store = HashStore()
     store.set("name/1", "killed")
     first, second = meet(store, 2)
     second.set("address", "new")
@@ -40,8 +41,8 @@ def test_a_rank_that_was_killed_before_the_others_came_is_forgotten() -> None:
 
 
 def test_a_rank_that_does_not_start_is_named() -> None:
-    with pytest.raises(dist.DistStoreError, match="timed out: rank 1 did not start"):
-        unused_prefix(dist.HashStore(), 0, 2, timedelta(seconds=0.05))
+    with pytest.raises(DistStoreError, match="timed out: rank 1 did not start"):
+        unused_prefix(HashStore(), 0, 2, timedelta(seconds=0.05))
 
 
 def test_a_port_that_another_program_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
