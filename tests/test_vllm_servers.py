@@ -43,51 +43,6 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     launcher.close()
 
 
-@pytest.fixture(scope="module")
-def judge_url(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("vllm") / "model"
-    save_model(folder)
-    more = ("--max-model-len", "4096", "--max-num-seqs", "8")
-    with serving(folder, *more, launcher=launcher) as url:
-        yield url
-
-
-def test_a_real_server_holds_the_model_to_a_verdict(tmp_path: Path, judge_url: str) -> None:
-    """vLLM takes the JSON schema; its model writes the first token that the schema allows."""
-    path = write(tmp_path, *(episode(n) for n in range(24)))
-    summary = judge_predictions(path, JudgeSettings(judge_url, "model"), show=False)
-    assert (summary.n, summary.missing, summary.score) == (24, 0, 1.0)
-    raw = {each["raw"] for each in judged(tmp_path)}
-    assert {json.dumps(json.loads(each)) for each in raw} == {
-        '{"rationale": "", "judgement": "correct"}'
-    }
-    assert summary.replies == 24
-    assert summary.replies_without_usage == 0
-    assert summary.tokens_in > 24 * 1_000  # a byte a token, and the prompt has 1,400 of them
-    assert summary.tokens_out == 24 * (len(raw.pop()) + 1)
-    assert "all 24 predictions correct" in summary.warnings[0]
-
-
-def test_a_real_server_whose_model_gives_no_verdict(tmp_path: Path, judge_url: str) -> None:
-    """Without a form the same model writes nothing."""
-    path = write(tmp_path, *(episode(n) for n in range(3)))
-    settings = JudgeSettings(judge_url, "model", "r1-searcher")
-    summary = judge_predictions(path, settings, show=False)
-    assert (summary.missing, summary.range) == (3, (0.0, 1.0))
-    assert summary.reasons == {"no valid verdict": 3}
-    assert summary.replies == 6
-
-
-def test_a_real_server_refuses_what_is_too_long_or_unknown(tmp_path: Path, judge_url: str) -> None:
-    path = write(tmp_path, episode(1, "word " * 2_000), episode(2))
-    summary = judge_predictions(path, JudgeSettings(judge_url, "model"), show=False)
-    assert (summary.correct, summary.reasons) == (1, {"status 400": 1})
-    (line,) = [each for each in judged(tmp_path) if each["correct"] is None]
-    assert "4096" in line["problem"]
-    with pytest.raises(JudgeError, match="404"):
-        judge_predictions(path, JudgeSettings(judge_url, "other"), tmp_path / "other", show=False)
-
-
 class Vllm(VllmServer):
     """A server of a model that learns."""
 
@@ -317,3 +272,49 @@ def test_real_servers(  # noqa: PLR0915
         server.kill()
     with pytest.raises(EngineError, match="no vLLM server can be used"):
         make_engine(f"server:{urls}", model, RENDERER, max_slots=8)
+
+
+@pytest.fixture(scope="module")
+def judge_url(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server for the tests at the end: those before them have killed theirs."""
+    folder = tmp_path_factory.mktemp("vllm") / "model"
+    save_model(folder)
+    more = ("--max-model-len", "4096", "--max-num-seqs", "8")
+    with serving(folder, *more, launcher=launcher) as url:
+        yield url
+
+
+def test_a_real_server_holds_the_model_to_a_verdict(tmp_path: Path, judge_url: str) -> None:
+    """vLLM takes the JSON schema; its model writes the first token that the schema allows."""
+    path = write(tmp_path, *(episode(n) for n in range(24)))
+    summary = judge_predictions(path, JudgeSettings(judge_url, "model"), show=False)
+    assert (summary.n, summary.missing, summary.score) == (24, 0, 1.0)
+    raw = {each["raw"] for each in judged(tmp_path)}
+    assert {json.dumps(json.loads(each)) for each in raw} == {
+        '{"rationale": "", "judgement": "correct"}'
+    }
+    assert summary.replies == 24
+    assert summary.replies_without_usage == 0
+    assert summary.tokens_in > 24 * 1_000  # a byte a token, and the prompt has 1,400 of them
+    assert summary.tokens_out == 24 * (len(raw.pop()) + 1)
+    assert "all 24 predictions correct" in summary.warnings[0]
+
+
+def test_a_real_server_whose_model_gives_no_verdict(tmp_path: Path, judge_url: str) -> None:
+    """Without a form the same model writes nothing."""
+    path = write(tmp_path, *(episode(n) for n in range(3)))
+    settings = JudgeSettings(judge_url, "model", "r1-searcher")
+    summary = judge_predictions(path, settings, show=False)
+    assert (summary.missing, summary.range) == (3, (0.0, 1.0))
+    assert summary.reasons == {"no valid verdict": 3}
+    assert summary.replies == 6
+
+
+def test_a_real_server_refuses_what_is_too_long_or_unknown(tmp_path: Path, judge_url: str) -> None:
+    path = write(tmp_path, episode(1, "word " * 2_000), episode(2))
+    summary = judge_predictions(path, JudgeSettings(judge_url, "model"), show=False)
+    assert (summary.correct, summary.reasons) == (1, {"status 400": 1})
+    (line,) = [each for each in judged(tmp_path) if each["correct"] is None]
+    assert "4096" in line["problem"]
+    with pytest.raises(JudgeError, match="404"):
+        judge_predictions(path, JudgeSettings(judge_url, "other"), tmp_path / "other", show=False)
