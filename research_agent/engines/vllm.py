@@ -405,12 +405,20 @@ def _several() -> bool:
     return rank_and_size()[1] > 1
 
 
-def _close(vllm: Any, watchdog: Watchdog) -> None:
-    """Shut vLLM down once no engine of this process is in use: its engines share their groups.
+def _free_cache(worker: Any) -> None:
+    """Give the memory of keys and values back, though vLLM still refers to the tensors."""
+    for cache in worker.model_runner.kv_caches:
+        cache.untyped_storage().resize_(0)
 
-    Of several processes it is left as it is: it would take the group that all of them share.
+
+def _close(vllm: Any, watchdog: Watchdog) -> None:
+    """Free the cache, and shut vLLM down once no engine of this process is in use.
+
+    Its engines share their process groups. Of several processes it is left as it is: it would take
+    the group that all of them share.
     """
     watchdog.close()
+    vllm.collective_rpc(_free_cache)
     _closed.append(vllm)
     if len(_closed) == len(_started) and not _several():
         for each in _closed:

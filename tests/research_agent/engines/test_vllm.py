@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -256,13 +257,21 @@ def test_a_model_that_vllm_computes_otherwise_is_refused(renderer: Renderer, vll
         VllmEngine(model, renderer, 1)
 
 
+def resident_bytes() -> int:
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
 def test_engines_come_and_go(vllm_engine: VllmEngine, renderer: Renderer) -> None:
     model = wide_qwen2()
     torch.manual_seed(7)
     before = torch.get_rng_state()
+    used = resident_bytes()
     other = VllmEngine(model, renderer, 1)
     assert torch.equal(torch.get_rng_state(), before)  # vLLM seeds torch, and we undo it
+    assert resident_bytes() - used > 2**29
     other.close()
+    assert resident_bytes() - used < 2**29
     with pytest.raises(EngineError, match="was closed"):
         other.submit(0, [1], SamplingParams())
     vllm_engine.load_weights(model.named_parameters(), 0)  # the first one works on
