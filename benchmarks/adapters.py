@@ -152,8 +152,6 @@ def run(
         ``rows`` (see :func:`measure`), frameworks that are ``missing``, and per kind of server by
         how many times our adapter plays more episodes per second than each peer.
     """
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     rows = [row for each in (False, True) for row in measure(each, episodes, rounds, seconds, only)]
     speeds = {(r["framework"], r["parallel"], r["system"]): r["episodes_per_second"] for r in rows}
     ours = {key[:2]: speed for key, speed in speeds.items() if key[2].startswith("adapter")}
@@ -200,4 +198,6 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     main()

@@ -266,8 +266,6 @@ def run(rounds: int = 20, episodes: int = 100) -> dict[str, Any]:
         cut, a searching step and an episode's step of the system cost), ``missing`` peers, whether
         our searching step is cheap enough, and by how many times a mean step of ours is cheaper.
     """
-    logging.disable(logging.INFO)
-    warnings.simplefilter("ignore")
     installed = [name for name, (module, _) in PEERS.items() if find_spec(module)]
     rows: list[dict[str, Any]] = []
     for cut, stubbed in CUTS.items():
@@ -318,4 +316,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.INFO)
+    warnings.simplefilter("ignore")
     main()

@@ -35,7 +35,7 @@ def snapshot() -> dict[str, Any]:
     found: dict[str, Any] = {
         "working folder": str(Path.cwd()),
         "sys.path": tuple(path for path in sys.path if "site-packages" not in path),
-        "root logger": (logging.root.level, logging.root.disabled),
+        "root logger": (logging.root.level, logging.root.disabled, logging.root.manager.disable),
         "process umask": _umask(),
     }
     for name, value in os.environ.items():

@@ -160,7 +160,10 @@ def test_a_killed_rank_is_started_again_and_the_run_is_the_same(
     last = [folder / "checkpoints" / "step-000005" for folder in (whole, killed)]
     names = [sorted(p.relative_to(f) for p in f.rglob("*.safetensors")) for f in last]
     assert names[0] == names[1] and len(names[0]) == 3
-    for file in names[0]:
-        expected, found = (load_file(folder / file) for folder in last)
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    # Which rank writes a tensor that several have differs from start to start.
+    expected, found = (
+        {name: tensor for file in names[0] for name, tensor in load_file(folder / file).items()}
+        for folder in last
+    )
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from research_agent.plan.machines import Machines, parse_machines
 from research_agent.plan.shapes import SHAPES, read_shape
 from research_agent.plan.suggestions import apply
 from research_agent.presets import PRESETS
+from tests.forks import FORKS
 
 SMALL = ("miniworld", "smollm2-wiki")
 PAPERS = [name for name in PRESETS if name not in SMALL and not name.endswith("-mini")]
@@ -257,19 +259,23 @@ CONFIGS = {  # what the authors' config.json says beside the sizes of ``SHAPES``
 }
 
 
-@contextmanager
-def sharded_on_meta(
-    config: TrainConfig, machines: Machines, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Any]:
-    """The policy of a run on the meta device, as the first of the machines' ranks holds it."""
+def bytes_on_meta(config: TrainConfig, machines: Machines) -> dict[str, int]:
+    """What the first rank of a run holds: the policy on the meta device, over a fake group.
+
+    To be run in a process of its own, as a process has one group.
+    """
     import torch
     import torch.distributed as dist
     import transformers
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from research_agent.distributed import make_mesh, shard
+    from research_agent.distributed import local_tensor, make_mesh, shard
     from research_agent.models.lora import add_adapters
     from research_agent.models.policy import TokenLogprobs, gathered_units
+    from research_agent.optimizer import Optimizer
+
+    def held(tensors: Iterable[torch.Tensor]) -> int:
+        return sum(local_tensor(t).numel() * t.element_size() for t in tensors)
 
     shape = read_shape(config.policy.model)
     kind, more = CONFIGS[config.policy.model.removesuffix("-Instruct")]
@@ -283,25 +289,23 @@ def sharded_on_meta(
         tie_word_embeddings=shape.tied,
         **more,
     )
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(machines.per_node))
-    # A vLLM engine of another test in this process keeps a process group of its own.
-    c10d = dist.distributed_c10d
-    theirs = (c10d._world, c10d.GroupMember.WORLD)
-    c10d._world, c10d.GroupMember.WORLD = c10d._World(), None
-    store = FakeStore()
-    dist.init_process_group("fake", store=store, rank=0, world_size=machines.count)
-    try:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
-            if config.learner.lora_rank:
-                add_adapters(model, config.learner.lora_rank)
-        scorer = TokenLogprobs(model, precision="bfloat16")
-        mesh = make_mesh(torch.device("cpu"), config.learner.shard_ranks)
-        shard(scorer, gathered_units(model), mesh, half=True)
-        yield model
-    finally:
-        dist.destroy_process_group()
-        c10d._world, c10d.GroupMember.WORLD = theirs
+    os.environ["LOCAL_WORLD_SIZE"] = str(machines.per_node)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=machines.count)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+        if config.learner.lora_rank:
+            add_adapters(model, config.learner.lora_rank)
+    scorer = TokenLogprobs(model, precision="bfloat16")
+    mesh = make_mesh(torch.device("cpu"), config.learner.shard_ranks)
+    shard(scorer, gathered_units(model), mesh, half=True)
+    learn = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = Optimizer(learn, learning_rate=1.0, betas=(0.9, 0.99), weight_decay=0.0)
+    for parameter in learn.values():
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = held(p.grad for p in learn.values() if p.grad is not None)
+    optimizer.step()
+    moments = held(m for each in optimizer.moments().values() for m in each.values() if m.dim())
+    return {"weights": held(model.parameters()), "gradients": gradients, "moments": moments}
 
 
 @pytest.mark.parametrize(
@@ -315,39 +319,22 @@ def sharded_on_meta(
 )
 @pytest.mark.parametrize("name", ["research-7b", "research-32b", "r1-searcher-llama", "3b"])
 def test_bytes_are_those_of_the_models_shards(
-    name: str, machines: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    name: str, machines: str, settings: dict[str, Any]
 ) -> None:
     """The whole model on the meta device, sharded by the learner's own functions."""
-    import torch
-
-    from research_agent.distributed import local_tensor
-    from research_agent.optimizer import Optimizer
-
     config = changed("research-7b" if name == "3b" else name, engine="serve:tp=4,dp=2", **settings)
     if name == "3b":
         config = replace(config, policy=replace(config.policy, model="Qwen/Qwen2.5-3B"))
     found = plan(config, machines).memory.gpu
-    where = parse_machines(machines)
-
-    def held(tensors: Iterable[torch.Tensor]) -> int:
-        return sum(local_tensor(t).numel() * t.element_size() for t in tensors)
-
-    with sharded_on_meta(config, where, monkeypatch) as model:
-        learn = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        optimizer = Optimizer(learn, learning_rate=1.0, betas=(0.9, 0.99), weight_decay=0.0)
-        for parameter in learn.values():
-            parameter.grad = torch.zeros_like(parameter)
-        gradients = held(p.grad for p in learn.values() if p.grad is not None)
-        optimizer.step()
-        moments = held(m for each in optimizer.moments().values() for m in each.values() if m.dim())
-        weights = held(model.parameters())
+    with ProcessPoolExecutor(1, mp_context=FORKS) as pool:
+        held = pool.submit(bytes_on_meta, config, parse_machines(machines)).result()
     counted = found["learner: weights"] + found.get("learner: adapters", 0)
-    assert counted == pytest.approx(weights, rel=0.02)
-    assert found["learner: gradients"] == pytest.approx(gradients, rel=0.02)
-    assert found["learner: moments"] == pytest.approx(moments, rel=0.02)
+    assert counted == pytest.approx(held["weights"], rel=0.02)
+    assert found["learner: gradients"] == pytest.approx(held["gradients"], rel=0.02)
+    assert found["learner: moments"] == pytest.approx(held["moments"], rel=0.02)
     if not settings.get("lora_rank"):
         assert (
-            found["reference policy"] == pytest.approx(weights / 2, rel=0.02)
+            found["reference policy"] == pytest.approx(held["weights"] / 2, rel=0.02)
             or not (config.algorithm.algorithm_args["kl_coef"])
         )
 
