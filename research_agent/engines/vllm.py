@@ -354,6 +354,7 @@ def _start(
     with (
         tempfile.TemporaryDirectory() as folder,
         torch.random.fork_rng(),  # vLLM seeds torch
+        _same_variable("LOCAL_WORLD_SIZE"),  # vLLM sets it on a CPU; it is torchrun's
         warnings.catch_warnings(action="ignore", category=FutureWarning),
     ):
         config.save_pretrained(folder)
@@ -387,6 +388,18 @@ def _start(
             ) from error
     _started.append(llm.llm_engine)
     return llm.llm_engine
+
+
+@contextmanager
+def _same_variable(name: str) -> Iterator[None]:
+    """Leave an environment variable as it was."""
+    before = os.environ.get(name)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _let_vllm_look() -> None:

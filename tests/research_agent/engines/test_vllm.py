@@ -262,12 +262,16 @@ def resident_bytes() -> int:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_engines_come_and_go(vllm_engine: VllmEngine, renderer: Renderer) -> None:
+def test_engines_come_and_go(
+    vllm_engine: VllmEngine, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = wide_qwen2()
     torch.manual_seed(7)
     before = torch.get_rng_state()
     used = resident_bytes()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # torchrun's, which the learner reads
     other = VllmEngine(model, renderer, 1)
+    assert os.environ["LOCAL_WORLD_SIZE"] == "3"
     assert torch.equal(torch.get_rng_state(), before)  # vLLM seeds torch, and we undo it
     assert resident_bytes() - used > 2**29
     other.close()
