@@ -25,7 +25,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -277,8 +277,9 @@ def _hits(row: bytes, top_k: int) -> list[Hit]:
 
 def _open(file: Path, only_read: bool) -> sqlite3.Connection:
     for path in (file, *(Path(f"{file}{end}") for end in ("-wal", "-shm", "-journal"))):
-        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-            raise OSError(f"{path} is no regular file")
+        with suppress(FileNotFoundError):  # others make and remove the last three meanwhile
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise OSError(f"{path} is no regular file")
     deadline = Deadline.after(_TIMEOUT)
     while True:
         connection = sqlite3.connect(
