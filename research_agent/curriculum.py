@@ -70,7 +70,7 @@ class CurriculumState:
     """How far a run has come in its stages; a checkpoint keeps the fields."""
 
     stage: int = 0
-    steps: int = 0  # of this stage that are done
+    steps: int = 0  # steps of this stage that are done
     rewards: list[float] = field(default_factory=list)  # the last ``STAGE_WINDOW`` steps
 
     def advance(self, stages: Sequence[Stage], reward: float) -> bool:

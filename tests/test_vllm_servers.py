@@ -142,7 +142,8 @@ def test_real_servers_take_weights_from_memory(
     """By vLLM's own transfers, on both sides; only CUDA and NCCL themselves are doubles."""
     cuda_double.install(monkeypatch.setattr)
     monkeypatch.setattr(weight_transfer, "require_gpu", lambda *_: None)
-    monkeypatch.setattr(weight_transfer, "BUCKET", 2**18)  # of 1.5 MB
+    # The weights, 1.5 MB, take several buckets.
+    monkeypatch.setattr(weight_transfer, "BUCKET", 2**18)
     model = changed(tiny_qwen2(hidden=128), 20)
     local = TransformersEngine(model, RENDERER, 8, 256)
     engines: list[Engine] = []

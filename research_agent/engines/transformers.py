@@ -230,7 +230,7 @@ class TransformersEngine:
         self._ends = np.zeros(vocabulary, dtype=np.bool_)
         self._ends[list(renderer.end_ids)] = True
         self._flags = np.zeros((0, vocabulary), dtype=np.bool_)  # [stop sets, vocabulary]
-        self._tokens = np.zeros((max_slots, self.max_context), dtype=np.int64)  # of this turn
+        self._tokens = np.zeros((max_slots, self.max_context), dtype=np.int64)  # this turn's tokens
         self._logprobs = np.zeros((max_slots, self.max_context), dtype=np.float32)
         self._params: dict[int, SamplingParams] = {}
         self._pending: dict[int, list[int]] = {}  # slots whose turn has not begun: new tokens

@@ -91,8 +91,8 @@ def tiny_qwen2(vocabulary: int = 264, *, hidden: int = 32, context: int = 256) -
     return Qwen2ForCausalLM(config).eval()
 
 
-def sliding_qwen2(vocabulary: int) -> Qwen2ForCausalLM:
-    """Its attention sees the last four tokens alone, which packed rows do not support."""
+def sliding_qwen2(vocabulary: int, *, window: int = 4) -> Qwen2ForCausalLM:
+    """Its attention sees the last tokens alone, which packed rows do not support."""
     config = Qwen2Config(
         vocab_size=vocabulary,
         hidden_size=32,
@@ -101,7 +101,7 @@ def sliding_qwen2(vocabulary: int) -> Qwen2ForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         use_sliding_window=True,
-        sliding_window=4,
+        sliding_window=window,
         max_window_layers=0,
     )
     return Qwen2ForCausalLM(config)

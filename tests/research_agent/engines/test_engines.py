@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from research_agent.engines import make_engine
 from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
@@ -19,6 +19,7 @@ from research_agent.renderer import Renderer
 from tests.research_agent.conftest import (
     byte_tokenizer,
     codec_of,
+    sliding_qwen2,
     tiny_gpt2,
     tiny_llama,
     tiny_qwen2,
@@ -422,19 +423,7 @@ def test_logits_that_are_not_finite_are_an_error(start: Start) -> None:
 def test_models_that_it_cannot_run_are_refused(renderer: Renderer) -> None:
     with pytest.raises(ContextError, match="max_context is 300, but the model has 256"):
         TransformersEngine(tiny_qwen2(), renderer, 1, 300)
-    sliding = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=264,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            use_sliding_window=True,
-            sliding_window=8,
-            max_window_layers=0,
-        )
-    )
+    sliding = sliding_qwen2(264, window=8)
     engine = TransformersEngine(sliding, renderer, 1, 64)
     engine.submit(0, [1], SamplingParams())
     with pytest.raises(ModelError, match="sliding window of 8"):

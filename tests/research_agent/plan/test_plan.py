@@ -71,7 +71,7 @@ def test_sizes_come_from_a_folder(tmp_path: Path) -> None:
     small = Qwen3Config(**small.to_dict() | {"head_dim": 32, "model_type": "qwen3"})
     small.save_pretrained(tmp_path)
     shape = read_shape(str(tmp_path))
-    norms = 3 * 2 * 32  # of queries and keys, which are not counted
+    norms = 3 * 2 * 32  # the norms of queries and keys are not counted
     assert shape.parameters == sum(p.numel() for p in Qwen3ForCausalLM(small).parameters()) - norms
 
     for broken, message in (
