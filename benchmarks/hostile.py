@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from research_agent.errors import ResearchAgentError
 from research_env.datasets import FileCorpus, read_questions
 from research_env.errors import ResearchEnvError, RetrievalError
 from research_env.retrieval.base import Hit, Passage
@@ -145,10 +146,10 @@ def _try_all(
         place = Path(tempfile.mkdtemp(dir=folder))
         try:
             outcome = "typed" if case.try_it(place) else "harmless"
-        except ResearchEnvError:
+        except (ResearchEnvError, ResearchAgentError):
             outcome = "typed"
         except Exception as error:
-            outcome = f"raw {type(error).__name__}"
+            outcome = f"raw {type(error).__name__}: {error}"[:300]
         shutil.rmtree(place, ignore_errors=True)
         told.send((case.name, outcome, _peak() - before))
     told.send(None)
@@ -174,7 +175,7 @@ def mutated(data: bytes, seed: str) -> bytes:
     return bytes(changed[: len(changed) - rng.choice((0, 0, 1, 1000))])
 
 
-def _special(path: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:
+def special() -> Iterator[tuple[str, Callable[[Path], object]]]:
     """Things that are no regular file."""
     yield "a pipe", os.mkfifo
     yield "/dev/zero", lambda place: place.symlink_to("/dev/zero")
@@ -254,7 +255,7 @@ def index_cases(folder: Path) -> Iterator[Case]:
         yield Case(f"{name} changed ({seed})", partial(flip, name, seed))
     for name in names:
         yield Case(f"no {name}", partial(instead, name, lambda place: None))
-        for what, make in _special(good):
+        for what, make in special():
             yield Case(f"{what} as {name}", partial(instead, name, make))
     for what, data in {
         "deep": b"[" * 200_000,
@@ -338,7 +339,7 @@ def recording_cases(folder: Path) -> Iterator[Case]:
     for seed in range(2 * MUTATIONS):
         yield Case(f"changed ({seed})", partial(mutate, seed))
     for suffix in ("", "-wal", "-shm", "-journal"):
-        for what, make in _special(good):
+        for what, make in special():
             yield Case(f"{what} as r{suffix}", partial(instead, suffix, make))
 
 
@@ -405,7 +406,7 @@ def question_file_cases(folder: Path) -> Iterator[Case]:
     for name in ("f.jsonl", "f.csv", "f.parquet", "f.arrow"):
         yield Case(f"{name}: 3 GiB of NUL", partial(_read_special, name, _sparse))
     for name in ("f.jsonl", "f.jsonl.gz", "f.csv", "f.parquet", "f.arrow"):
-        for what, make in _special(folder):
+        for what, make in special():
             yield Case(f"{name}: {what}", partial(_read_special, name, make))
     for name, data in _files(folder).items():
         for seed in range(MUTATIONS):
@@ -480,7 +481,18 @@ def hostile_requests() -> list[Row]:
     return [run_section("serve", serve_cases)]
 
 
-SECTIONS: dict[str, Callable[[], list[Row]]] = {"files": hostile_files, "serve": hostile_requests}
+def hostile_models() -> list[Row]:
+    """Weight files of models and adapters."""
+    from benchmarks.hostile_models import model_cases  # noqa: PLC0415  (it imports this module)
+
+    return [run_section("models", model_cases)]
+
+
+SECTIONS: dict[str, Callable[[], list[Row]]] = {
+    "files": hostile_files,
+    "serve": hostile_requests,
+    "models": hostile_models,
+}
 
 
 def report(only: str = "", as_json: bool = False) -> bool:

@@ -23,7 +23,7 @@ from research_env.errors import (
 )
 from research_env.redaction import redact_url
 from research_env.retrieval.http import one_line
-from research_env.terminal import printable, show, show_json
+from research_env.terminal import escaped_logs, printable, show, show_json
 
 if TYPE_CHECKING:
     from research_env.sessions import Sessions
@@ -697,6 +697,7 @@ Command = (
 )
 
 
+@escaped_logs()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments (``sys.argv`` if None) ask for.
 

@@ -21,7 +21,7 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-MOST_LAYERS = 10_000
+MOST_LAYERS = 1_000
 MODEL_CURE = (
     "give a folder with config.json and model.safetensors, a GGUF file, or a name on the Hugging"
     " Face hub"

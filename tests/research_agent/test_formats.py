@@ -237,5 +237,5 @@ def test_a_mutated_model_is_opened_or_refused(tmp_path: Path, file: str, count: 
 def test_more_layers_than_memory_holds_are_refused(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", tiny_qwen2(len(byte_tokenizer())))
     edit_json(model / "config.json", num_hidden_layers=10**6, layer_types=None)
-    with pytest.raises(ResearchAgentError, match="says more than 10000 layers"):
+    with pytest.raises(ResearchAgentError, match="says more than 1000 layers"):
         load_model(model, device="cpu")
