@@ -21,6 +21,7 @@ from research_env.errors import (
     ResearchEnvError,
     UnknownNameError,
 )
+from research_env.paths import read_small_file
 from research_env.redaction import redact_url
 from research_env.retrieval.http import one_line
 from research_env.terminal import escaped_logs, printable, show, show_json
@@ -774,8 +775,8 @@ def _text_environments() -> list[str]:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        found = json.loads(read_small_file(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"cannot read {path} as JSON: {error}") from error
     if not isinstance(found, dict):
         raise ConfigurationError(f"{path} holds no JSON object, but {found!r:.80}")

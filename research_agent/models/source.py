@@ -9,10 +9,11 @@ import difflib
 import json
 import struct
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 from research_agent.errors import ModelError, ResearchAgentError
 
@@ -53,6 +54,41 @@ def opening(what: str, cure: str = MODEL_CURE) -> Iterator[None]:
             raise
         cause = " ".join(str(error).split())[:1000] or type(error).__name__
         raise ModelError(f"{what} cannot be opened: {cause}; {cure}") from error
+
+
+@contextmanager
+def reading_weights(place: str) -> Iterator[None]:
+    """Guard the reading of a folder's weight files, and name the one that is damaged.
+
+    Args:
+        place: folder of the files that a library reads inside the block; on the hub there are none.
+
+    Raises:
+        ModelError: a file is compressed, as 2 MB could then fill gigabytes of memory; or something
+            was raised inside the block, and a file is damaged.
+    """
+    pickles = [path for path in sorted(Path(place).glob("*model*.bin")) if path.is_file()]
+    for file in pickles:
+        with _opening_file(file):
+            if is_zipfile(file) and any(part.compress_type for part in ZipFile(file).infolist()):
+                raise ModelError(f"{file} is compressed, as PyTorch never writes it")
+    try:
+        yield
+    except Exception:
+        from safetensors import safe_open  # noqa: PLC0415 - loads torch
+        from torch import load  # noqa: PLC0415
+
+        for file in sorted(Path(place).glob("*model*.safetensors")):
+            with _opening_file(file), safe_open(file, "pt"):
+                pass
+        for file in pickles:
+            with _opening_file(file):
+                load(file, map_location="meta", weights_only=True)
+        raise
+
+
+def _opening_file(file: Path) -> AbstractContextManager[None]:
+    return opening(f"the file {str(file)!r}", "get it again, or give safetensors")
 
 
 @dataclass(frozen=True, slots=True)

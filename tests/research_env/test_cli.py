@@ -206,6 +206,17 @@ def test_an_error_is_one_line_and_exit_code_2(
     assert message in line
 
 
+@pytest.mark.parametrize("content", [b"[" * 200_000, b"{", b"\xff", b"[1]", None])
+def test_a_mapping_that_is_none_is_refused_by_its_file(
+    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mapping.json"
+    os.mkfifo(file) if content is None else file.write_bytes(content)
+    place = "elasticsearch://localhost:1/x"
+    assert refused("index", "--dataset", "miniworld", "--to", place, "--mapping", str(file)) == 2
+    assert f"{file}" in capsys.readouterr().err
+
+
 def test_ctrl_c_is_quiet() -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "research_env.cli", "play", "ReSearch-MiniWorld-v0"],
