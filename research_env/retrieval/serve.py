@@ -477,7 +477,7 @@ def _guard(app: ASGIApp, load: _Load, key: str, allowed_hosts: Collection[str]) 
 
         length = int(headers.get("content-length", 0))
         refusal = (
-            _check_framing(scope["method"], headers, length)
+            check_body(scope, headers, load.limits.body)
             or check_access(scope, headers, key, allowed_hosts)
             or _check_room(scope, length, load)
         )
@@ -495,13 +495,16 @@ def _guard(app: ASGIApp, load: _Load, key: str, allowed_hosts: Collection[str]) 
     return guarded
 
 
-def _check_framing(method: str, headers: Headers, length: int) -> Response | None:
-    """Refuse bodies that servers and proxies disagree about."""
+def check_body(scope: Scope, headers: Headers, limit: int) -> Response | None:
+    """Refuse bodies that servers and proxies disagree about, or of more bytes than the limit."""
     close, chunked = {"Connection": "close"}, "transfer-encoding" in headers
+    method, length = scope["method"], int(headers.get("content-length", 0))
     if method != "POST" and (length or chunked):
         return _error(400, "only a POST may have a body", close)
     if method == "POST" and (chunked or "content-length" not in headers):
         return _error(411, "send the body whole, with its Content-Length", close)
+    if length > limit:
+        return _error(413, f"a request has at most {limit} bytes")
     return None
 
 
@@ -532,8 +535,6 @@ def check_access(
 
 
 def _check_room(scope: Scope, length: int, load: _Load) -> Response | None:
-    if length > load.limits.body:
-        return _error(413, f"a request has at most {load.limits.body} bytes")
     if scope["path"] == "/retrieve" and not load.has_room(_address(scope), length):
         return _error(503, "too many requests wait")
     return None
