@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -21,6 +22,7 @@ import resource
 import shutil
 import sqlite3
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -137,6 +139,8 @@ def _try_all(
     cases: Callable[[Path], Iterator[Case]], folder: Path, skip: int, told: Connection
 ) -> None:
     os.environ["RESEARCH_CACHE"] = str(folder / "cache")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)  # what libraries say of each input
     before = 0.0
     for number, case in enumerate(cases(folder)):
         if number < skip:

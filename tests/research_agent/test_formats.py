@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import zipfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.hostile_models import model_cases
 from research_agent.checkpoint import CHECKSUMS, _checksums
 from research_agent.cli import main
 from research_agent.errors import LogError, PredictionsError, ResearchAgentError
@@ -20,8 +23,8 @@ from research_agent.models.policy import load_model
 from research_agent.renderer import load_renderer
 from research_agent.run_logger import read_lines
 from research_agent.trajectory import Segment, Trajectory
-from tests.research_agent.conftest import byte_tokenizer, tiny_qwen2
-from tests.research_agent.model_files import edit_json, save_model
+from tests.research_agent.conftest import byte_tokenizer, tiny_llama, tiny_qwen2
+from tests.research_agent.model_files import edit_json, save_adapter, save_model
 from tests.research_agent.test_trainer import flags, letters
 
 __all__ = ["letters"]
@@ -232,6 +235,30 @@ def test_a_mutated_model_is_opened_or_refused(tmp_path: Path, file: str, count: 
             assert str(model) in str(error)
             refused += 1
     assert refused > 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_weights_are_opened_or_refused_by_their_file(tmp_path: Path) -> None:
+    refused = 0
+    for number, case in enumerate(islice(model_cases(tmp_path), 0, None, 7)):
+        (place := tmp_path / str(number)).mkdir()
+        try:
+            case.try_it(place)  # anything but an error of ours fails this test
+        except ResearchAgentError:
+            refused += 1
+    assert refused > 20
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_a_compressed_pickle_is_not_unpacked(tmp_path: Path, kind: str) -> None:
+    model = save_model(tmp_path / "model", tiny_llama())
+    folder = model if kind == "model" else save_adapter(tmp_path / "adapter", model)
+    next(folder.glob("*model.safetensors")).unlink()
+    file = folder / ("pytorch_model.bin" if kind == "model" else "adapter_model.bin")
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m/data.pkl", b"\0" * 10_000)
+    with pytest.raises(ResearchAgentError, match=f"{file.name} is compressed"):
+        load_model(folder, device="cpu")
 
 
 def test_more_layers_than_memory_holds_are_refused(tmp_path: Path) -> None:
