@@ -1,7 +1,7 @@
 """Hostile weight files: the section ``models`` of :mod:`benchmarks.hostile`.
 
 The models are tiny. Half of the random changes fall into the first bytes, where lengths, shapes and
-offsets stand. An error must name the damaged file, or the model that lacks weights.
+offsets stand. An error must name the model.
 """
 
 from __future__ import annotations
@@ -65,6 +65,9 @@ def model_cases(folder: Path) -> Iterator[Case]:
     }.items():
         change = partial(_configure, key, value)
         yield _case(good, f"config.json: {key} {value}", "model.safetensors", change)
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        change = partial(_beside, name)
+        yield _case(good, f"{name}: 3 GiB of NUL", "model.safetensors", change)
 
 
 def _make(folder: Path) -> Path:
@@ -108,8 +111,8 @@ def _open(good: Path, name: str, change: Callable[[Path], object], place: Path) 
         if file.suffix == ".gguf":
             load_renderer(model, chat_template=True).encode_prompt("Who?")
     except ModelError as error:
-        if not any(named in str(error) for named in (file.name, "config", f"{copy}' lacks")):
-            raise RuntimeError(f"the message names no file: {error}") from error
+        if str(copy) not in str(error):
+            raise RuntimeError(f"the message does not name the model: {error}") from error
         raise
     return False
 
@@ -129,6 +132,10 @@ def _sparse(file: Path) -> None:
 
 def _configure(key: str, value: int, file: Path) -> None:
     edit_json(file.parent / "config.json", **{key: value})
+
+
+def _beside(name: str, file: Path) -> None:
+    _sparse(file.with_name(name))
 
 
 def _header(text: str, length: int | None = None) -> bytes:

@@ -23,6 +23,7 @@ _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 MOST_LAYERS = 1_000
+_LARGEST_JSON = 256 << 20  # bytes; the tokenizers of large vocabularies have some 30 MB
 MODEL_CURE = (
     "give a folder with config.json and model.safetensors, a GGUF file, or a name on the Hugging"
     " Face hub"
@@ -173,6 +174,7 @@ def model_source(name: str | Path) -> ModelSource:
     """
     place = resolve_model(name)
     path = Path(place)
+    _require_small(path)
     if path.is_file():
         return _gguf(path)
     if not path.is_dir():
@@ -198,6 +200,7 @@ def tokenizer_source(name: str | Path) -> ModelSource:
         ModelError: as for ``model_source``, for adapters and GGUF files.
     """
     place = Path(name).expanduser()
+    _require_small(place)
     if (place / "tokenizer_config.json").is_file() or (place / "tokenizer.json").is_file():
         return ModelSource(str(place))
     if place.is_dir() and not (place / _ADAPTER_CONFIG).is_file() and not any(place.glob("*.gguf")):
@@ -205,6 +208,13 @@ def tokenizer_source(name: str | Path) -> ModelSource:
     source = model_source(name)
     has_its_own = source.adapter is not None and _cached(str(name), "tokenizer_config.json")
     return ModelSource(str(name)) if has_its_own else source
+
+
+def _require_small(folder: Path) -> None:
+    """Refuse files of settings that would fill the memory; libraries read them whole."""
+    for file in folder.glob("*.json"):
+        if file.is_file() and file.stat().st_size > _LARGEST_JSON:
+            raise ModelError(f"{file} has more than {_LARGEST_JSON >> 20} MiB; get it again")
 
 
 def read_config(source: ModelSource, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import zipfile
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from benchmarks.hostile_models import model_cases
 from research_agent.checkpoint import CHECKSUMS, _checksums
@@ -249,6 +252,30 @@ def test_damaged_weights_are_opened_or_refused_by_their_file(tmp_path: Path) -> 
     assert refused > 20
 
 
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("kind", ["model", "shard", "adapter"])
+def test_a_file_of_weights_that_is_cut_is_named(tmp_path: Path, kind: str, pickled: bool) -> None:
+    size = "20KB" if kind == "shard" else "1GB"
+    folder = save_model(tmp_path / "model", tiny_llama(), max_shard_size=size)
+    if kind == "adapter":
+        folder = save_adapter(tmp_path / "adapter", folder)
+    if pickled:
+        for each in folder.glob("*.safetensors"):
+            name = each.name.replace("model", "pytorch_model") if kind != "adapter" else each.name
+            torch.save(load_file(each), folder / name.replace(".safetensors", ".bin"))
+            each.unlink()
+        if kind == "shard":
+            index = (folder / "model.safetensors.index.json").read_text()
+            index = index.replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+            (folder / "pytorch_model.bin.index.json").write_text(index)
+            (folder / "model.safetensors.index.json").unlink()
+    load_model(folder, device="cpu")
+    file = sorted(folder.glob("*.bin" if pickled else "*.safetensors"))[-1]
+    os.truncate(file, file.stat().st_size - 100)
+    with pytest.raises(ResearchAgentError, match=f"{file.name}' cannot be opened: .*get it again"):
+        load_model(folder, device="cpu")
+
+
 @pytest.mark.parametrize("kind", ["model", "adapter"])
 def test_a_compressed_pickle_is_not_unpacked(tmp_path: Path, kind: str) -> None:
     model = save_model(tmp_path / "model", tiny_llama())
@@ -259,6 +286,15 @@ def test_a_compressed_pickle_is_not_unpacked(tmp_path: Path, kind: str) -> None:
         archive.writestr("m/data.pkl", b"\0" * 10_000)
     with pytest.raises(ResearchAgentError, match=f"{file.name} is compressed"):
         load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+def test_settings_of_gigabytes_are_not_read(tmp_path: Path, name: str) -> None:
+    model = save_model(tmp_path / "model", tiny_llama())
+    os.truncate(model / name, 3 << 30)
+    for load in (load_model, load_renderer):
+        with pytest.raises(ResearchAgentError, match=f"{name} has more than 256 MiB"):
+            load(model)
 
 
 def test_more_layers_than_memory_holds_are_refused(tmp_path: Path) -> None:
