@@ -18,7 +18,7 @@ from research_agent.distributed import full_tensor, init_distributed, make_mesh,
 from research_agent.engines import parse_engine
 from research_agent.engines.base import SamplingParams
 from research_agent.engines.servers import serve
-from research_agent.engines.servers.engine import connect_servers
+from research_agent.engines.servers.engine import connect_servers, serve_engine
 from research_agent.errors import ResearchAgentError
 from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
 
@@ -55,7 +55,7 @@ def play(urls: list[str], name: str = "serve", dtype: str = "bfloat16") -> dict[
         if name != "serve":
             serve.weights_device = lambda model: torch.device("cuda")  # type: ignore[attr-defined]
             torch.cuda.device_count = lambda: 1
-        engine = serve.serve_engine(parse_engine(name), model, renderer, 4, **settings)
+        engine = serve_engine(parse_engine(name), model, renderer, 4, **settings)
     rank = dist.get_rank()
     turns, seen = [], []
     try:
