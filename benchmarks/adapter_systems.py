@@ -48,7 +48,7 @@ def search(episode: int, turn: int, number: int) -> str:
 
 
 def settings(url: str, episodes: int) -> dict[str, Any]:
-    """Those of our environment, in all frameworks."""
+    """Return the environment's settings, the same in all frameworks."""
     questions = tuple(Question(str(i), f"Who founded it, {i}?", ("Ann",)) for i in range(episodes))
     return {
         "dataset": Dataset("scripted", questions, None),

@@ -39,9 +39,9 @@ class DemoConfig:
     """Train the starter policy in MiniWorld, and show what it learned."""
 
     seed: int = 0
-    """Of the training run."""
+    """Seed of the training run."""
     seconds: float = 120.0
-    """Of training; evaluations come on top."""
+    """Seconds of training; evaluations come on top."""
     steps: int = MINIWORLD.run.steps
     """Training steps at most."""
     limit: int = 400

@@ -10,7 +10,7 @@ search, one that answers; every search returns the same three passages of 600 ch
 - ``socket stubbed``: the search client stays and only the transport of ``requests`` or ``httpx`` is
   replaced, so that nothing is sent. This package is there three times: with its engine in the
   process, as by default (no client at all); with ``retriever="http://..."``; and so in a vector
-  environment of 64, each with a query of its own, which asks once a step (a 64th of it is shown).
+  environment of 64, each with a query of its own, which asks once per step (a 64th of it is shown).
 
 The peers are gem-llm's question answering with its search tool and skyrl-gym's search environment,
 both from PyPI (``pip install .[benchmarks]``). Times are the best of several interleaved rounds;

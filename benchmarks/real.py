@@ -116,7 +116,7 @@ class RealConfig:
     output: Path = Path("runs/real")
     """Folder of the stages, and of results.json and results.md."""
     seed: int = 0
-    """Of the demonstrations, the tasks and the sampled tokens."""
+    """Seed of the demonstrations, the tasks and the sampled tokens."""
     tiny: bool = False
     """Everything in miniature, in seconds: the shipped small policy, and an invented world that is
     written as the data sets are."""

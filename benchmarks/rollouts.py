@@ -93,7 +93,7 @@ def compared(rates: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def race(latencies: Sequence[int], episodes: int, rounds: int, scale: float = 1.0) -> Any:
-    """Part A: the tokens of a round by provenance, and trajectories a second by latency."""
+    """Part A: the tokens of a round by provenance, and trajectories per second by latency."""
     renderer, search = make_renderer(), Search()
     parts = make_policy(renderer), renderer, make_script(episodes, renderer, scale), search
     policy, _, script, _ = parts
@@ -159,7 +159,7 @@ class AtOnce:
 
 
 def engine_share(slots: int, rounds: int, length: int = 64) -> dict[str, Any]:
-    """Part B, turns of ``length`` tokens: the tokens of a round, and tokens a second."""
+    """Part B, turns of ``length`` tokens: the tokens of a round, and tokens per second."""
     import vllm  # noqa: PLC0415
 
     renderer, environments = make_renderer(), AtOnce(slots)
@@ -219,7 +219,7 @@ def engine_share(slots: int, rounds: int, length: int = 64) -> dict[str, Any]:
 
 
 def overhead(slots: int, episodes: int, rounds: int) -> dict[str, float]:
-    """Part C: microseconds a turn."""
+    """Part C: microseconds per turn."""
     renderer, environments = make_renderer(), AtOnce(slots)
     said = [*renderer.encode_text("I should look for it."), *renderer.end_ids]
     engine = ScriptedEngine(lambda *_: said, renderer, CONTEXT)
@@ -372,7 +372,7 @@ def main() -> None:
         print(f"the vllm engine failed: {error}")
     for part in ("race", "engine"):
         for name, tokens in result.get(part, {}).get("tokens", {}).items():
-            print(f"{part}, tokens a round: {name}: {tokens}")
+            print(f"{part}, tokens per round: {name}: {tokens}")
     races = result.get("race", {}).get("by_latency_ms", {})
     tables = {f"trajectories/s, {latency} ms": row for latency, row in races.items()}
     tables |= {"engine, tokens/s": result.get("engine", {})}
@@ -382,7 +382,7 @@ def main() -> None:
             print(f"{title:24}{name:20}{rate:12.2f}{ratio}")
     for slots, microseconds in result["overhead_us"].items():
         shown = ", ".join(f"{kind} {each:.1f}" for kind, each in microseconds.items())
-        print(f"microseconds a turn, {slots} slots: {shown}")
+        print(f"microseconds per turn, {slots} slots: {shown}")
     print("slots: " + ", ".join(f"{kind} {each:.2%}" for kind, each in result["slots"].items()))
     for target, reached in result["met"].items():
         print(f"{target}: {'met' if reached else 'MISSED'}")

@@ -54,8 +54,8 @@ class SamplingConfig:
     """How an episode is played, in training and in evaluations."""
 
     temperature: float
-    """Of the softmax that tokens are drawn from; 0 is greedy, for evaluations only. Learning takes
-    one other than 1 into account."""
+    """Temperature of the softmax that tokens are drawn from; 0 is greedy, for evaluations only.
+    Learning takes one other than 1 into account."""
     engine: str = "transformers"
     """What samples the tokens: transformers, vllm (vllm:tp=2,memory=0.4: GPUs per copy of the
     weights, and vLLM's share of their memory), a vLLM server per node that the run starts
@@ -149,9 +149,9 @@ class LearnerConfig:
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly from zero."""
     weight_decay: float = 0.01
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW."""
+    """Decay rates of AdamW's two moments."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""
     minibatches: int = 1
@@ -170,8 +170,8 @@ class LearnerConfig:
     turns before a branch. auto is tree with --tree-branches, and else packs on a GPU. Changes
     memory and speed, not the gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the model's matrix products, and of the copy that vLLM samples with. Weights, optimizer
-    and softmax are float32 with both."""
+    """Number format of the model's matrix products, and of the copy that vLLM samples with.
+    Weights, optimizer and softmax are float32 with both."""
     gradient_checkpointing: bool = False
     """Keep only what enters each layer, and compute the rest again: less memory, slower."""
     compile: bool = False
@@ -198,7 +198,7 @@ class RunConfig:
     steps: int = 100
     """Training steps. Give more to continue a finished run."""
     seed: int = 0
-    """Of everything drawn at random: order of the tasks, and sampled tokens."""
+    """Seed of everything drawn at random: order of the tasks, and sampled tokens."""
     output: Path = Path("runs/train")
     """Folder of the run. One that holds a run of the same configuration is continued; settings of
     memory, speed and place may change."""
@@ -310,7 +310,7 @@ class CompareConfig:
     """What McNemar's test takes as right, where it is above 0.5; none takes em, or else the first
     metric."""
     seed: int = 0
-    """Of the bootstrap's draws."""
+    """Seed of the bootstrap's draws."""
     json: bool = False
     """Print the comparison as one line of JSON on standard output, for scripts."""
 

@@ -55,7 +55,7 @@ class Renderer:
     chat_template_args: Mapping[str, Any] = field(default_factory=dict)
     chat_template_date: str = ""
     _special_ids: frozenset[int] = field(init=False, repr=False)
-    _plain: Any = field(init=False, repr=False, compare=False)  # of the tokenizers library, or None
+    _plain: Any = field(init=False, repr=False, compare=False)  # a tokenizers.Tokenizer, or None
     _template: ChatTemplate | None = field(init=False, repr=False, compare=False)
     _stop_flags: dict[tuple[str, ...], NDArray[np.bool_]] = field(
         default_factory=dict, repr=False, compare=False

@@ -24,7 +24,7 @@ class Segment:
     """A run of tokens of one provenance.
 
     ``logprobs`` are the sampler's log-probabilities at its temperature; ``versions`` are the
-    numbers of the weights that sampled the tokens. Both are one a token, for actions only.
+    numbers of the weights that sampled the tokens. Both are one per token, for actions only.
 
     An action segment is a turn. ``reward`` is what ``step`` returned for it; ``state_key`` names
     the state in which the turn was taken (``info["state_key"]`` of the observation before it).

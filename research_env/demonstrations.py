@@ -61,7 +61,7 @@ def demonstrations(
 
     Args:
         count: how many.
-        top_k: passages a search, after a first part with one.
+        top_k: passages per search, after a first part with one.
         seed: of every choice.
         habit_share: the share of habit episodes, all of them at the end.
         habits: the probabilities in them.

@@ -59,7 +59,7 @@ class WithoutPassages:
         return (passage for passage in self.corpus if passage.id not in self.left_out)
 
     def fingerprint(self) -> str:
-        """Of the whole corpus; the index of what is left is made anew each time."""
+        """Identify the whole corpus and how much is left out; the index is made anew each time."""
         return f"{self.corpus.fingerprint()}-{len(self.left_out)}"
 
 

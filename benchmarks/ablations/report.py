@@ -28,7 +28,7 @@ MEETING, AGAIN, RECOVERED = "met useless", "searched again", "recovered"
 class Seen:
     """A run as it is on disk."""
 
-    log: Sequence[Mapping[str, Any]]  # of training; empty for SFT
+    log: Sequence[Mapping[str, Any]]  # a line per training step; empty for SFT
     final: Mapping[str, Mapping[str, float]]  # world to means of the last evaluation, greedy
     seconds: float
 

@@ -20,7 +20,7 @@ def demonstrations(
 
     Args:
         count: how many.
-        top_k: passages a search.
+        top_k: passages per search.
         seed: of every choice.
         share: of the answers that were searched for.
 

@@ -100,7 +100,7 @@ class WeightNames:
         self._shapes = {name: tensor.shape for name, tensor in named.items()}
         self._needed = [name for name, _ in model.named_parameters()]
         self.ties = {name: of_tensor[id(tensor)] for name, tensor in named.items()}
-        """Of each name: all that the same tensor goes by, itself among them."""
+        """Each name, to all names of the same tensor, itself among them."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -39,7 +39,7 @@ class ScriptedEngine:
             string is complete, and at the limits of length and context.
         renderer: the tokenizer.
         max_context: tokens that a trajectory may have.
-        delay: how many more steps a turn takes than one; called once a turn.
+        delay: how many more steps a turn takes than one; called once per turn.
         keeps_turns: turns continue when new weights come (see ``KeepsTurns``).
     """
 

@@ -44,7 +44,7 @@ class Retriever(Protocol):
         Args:
             queries: texts of a model, searched as words; nothing in them is syntax. One of blanks
                 only finds nothing.
-            top_k: the most hits a query may return, best first.
+            top_k: the most hits that a query may return, best first.
 
         Returns:
             One entry a query, in order: its hits, or the error that befell that query alone.

@@ -155,7 +155,7 @@ def wide_qwen2() -> Qwen2ForCausalLM:
 
 @pytest.fixture(scope="session")
 def vllm() -> None:
-    """That vLLM is there, or a skip (a failure under CI)."""
+    """Skip the test where vLLM is missing (fail it under CI)."""
     try:
         import vllm  # noqa: F401
     except ImportError as error:

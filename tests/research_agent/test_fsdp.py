@@ -105,7 +105,7 @@ def test_what_some_ranks_save_others_resume(folder: Path, case: str, before: int
 @pytest.mark.parametrize("size", [2, 3])
 def test_what_ranks_save_is_a_model_of_transformers(folder: Path, size: int) -> None:
     saved = folder / f"packed-{size}" / "step-000001"
-    assert len(list(saved.glob("model-*-of-*.safetensors"))) > 1  # of one bucket each
+    assert len(list(saved.glob("model-*-of-*.safetensors"))) > 1  # one file per bucket
     model, loaded = AutoModelForCausalLM.from_pretrained(
         saved, dtype=torch.float64, output_loading_info=True
     )

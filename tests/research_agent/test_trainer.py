@@ -97,7 +97,7 @@ def test_the_trainer_learns_a_game_that_is_not_search(
     summary = last_json(capsys)
     records = metrics(tmp_path / "run")
     assert [r["step"] for r in records] == list(range(61))
-    assert records[1]["reward"] < 0.8  # of 2; a tenth is right by chance
+    assert records[1]["reward"] < 0.8  # 2 is the most; a tenth is right by chance
     assert records[-1]["reward"] > 1.6
     assert records[0]["eval/right"] < 0.5
     assert records[-1]["eval/right"] == 1.0

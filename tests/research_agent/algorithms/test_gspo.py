@@ -80,7 +80,7 @@ def test_a_trajectory_is_clipped_as_a_whole() -> None:
     ]
     given_ = case([Group(0, samples)], noise=0.0)
     with torch.no_grad():
-        given_.logprobs[3].add_(1.0)  # of the winner
+        given_.logprobs[3].add_(1.0)  # the winner's first token
     loss_of(GSPO(), given_).backward()  # type: ignore[no-untyped-call]
     assert given_.logprobs.grad is not None
     assert given_.logprobs.grad[3:].tolist() == [0, 0, 0]

@@ -209,7 +209,7 @@ def _ours(
 
 
 def _difference(ours: Result, theirs: Result) -> tuple[float, float]:
-    """Of the losses, and largest of the gradients; relative to the gradient's largest entry."""
+    """Return how far the losses differ, and the gradients, relative to their largest entry."""
     assert ours[1].keys() == theirs[1].keys()
     scale = max(value.abs().max().item() for value in theirs[1].values())
     worst = max((value - theirs[1][name]).abs().max().item() for name, value in ours[1].items())

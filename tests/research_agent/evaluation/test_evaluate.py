@@ -98,7 +98,7 @@ def in_order(output: Path) -> list[Record]:
 
 def test_every_task_once(tmp_path: Path) -> None:
     summary = run(tmp_path / "new", always("cé"), {"turns": 2})
-    # Of ab, bc, cd, da: half of bc and of cd is right, and a right turn is worth 1.
+    # The tasks are ab, bc, cd, da: half of bc and half of cd is right; a right turn is worth 1.
     assert (summary.episodes, summary.questions, summary.void, summary.samples) == (4, 4, 0, 1)
     assert summary.reward == 0.5
     assert summary.metrics == {"right": 0.25, "tokens": 8.0, "turns": 2.0}
@@ -269,7 +269,7 @@ def test_void_episodes_are_played_again(tmp_path: Path) -> None:
     args = {"down": str(down)}
     first = quiz(tmp_path / "run", always("a"), env_args=args)
     assert (first.episodes, first.void) == (3, 3)
-    assert first.metrics["em"] == pytest.approx(2 / 3)  # of a, c, a
+    assert first.metrics["em"] == pytest.approx(2 / 3)  # mean over a, c, a
     down.unlink()
     again = quiz(tmp_path / "run", always("a"), env_args=args)
     assert (again.episodes, again.void) == (6, 0)
@@ -485,8 +485,8 @@ def test_pass_at_k_is_over_the_questions_that_have_so_many_samples() -> None:
     found = summarize(outcomes).pass_at["f1"]
     assert list(found) == ["1", "2", "3"]
     assert found["1"].questions == found["2"].questions == 2
-    assert found["1"].mean == pytest.approx(1 / 6)  # of 1/3 and 0
-    assert found["2"].mean == pytest.approx(1 / 3)  # of 2/3 and 0
+    assert found["1"].mean == pytest.approx(1 / 6)  # mean over 1/3 and 0
+    assert found["2"].mean == pytest.approx(1 / 3)  # mean over 2/3 and 0
     assert found["2"].interval == pytest.approx((0.0, 2 / 3))
     assert (found["3"].mean, found["3"].questions) == (1.0, 1)  # b has only two
     assert summarize(samples("a", True)).pass_at == {}
@@ -509,7 +509,7 @@ def test_the_majority_is_of_predictions_and_the_first_seen_wins_a_tie() -> None:
     assert majority is not None
     assert (majority.questions, majority.episodes) == (4, 4)
     assert majority.metrics["em"] == 0.5  # most and silent
-    assert majority.reward == pytest.approx((1.1 + 0.0 + 1.2 + 0.0) / 4)  # of the first that won
+    assert majority.reward == pytest.approx((1.1 + 0.0 + 1.2 + 0.0) / 4)  # the first winner's
     assert summarize([one("q"), one("q", 1)]).majority is None
     assert summarize(vote("q", ("Rome", 1.0))).majority is None
 

@@ -46,7 +46,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(index: Path) -> Iterator[str]:
-    """Of a server over the embedded engine."""
+    """Address of a server over the embedded engine."""
     engine = open_retriever(f"embedded:{index}?corpus=any", None)
     server = RetrievalServer(engine)
     yield server.url
