@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from benchmarks.hostile import MUTATIONS, Case, GeneratedPassages, mutated
+from benchmarks.hostile_trials import MUTATIONS, Case, GeneratedPassages, mutated
 from research_env.errors import RetrievalError
 from research_env.retrieval.base import Hit
 from research_env.retrieval.bm25 import retriever as bm25

@@ -10,8 +10,8 @@ ablations are, `runs` does the runs, `report` makes table, verdicts and picture 
 of entity and not the same ones: out of domain five relations are asked for of which training knew
 nothing. Shorter passages are also what makes them hard: the starter has not seen such.
 
-What was looked at, with the shipped starter and one seed of GRPO, 192 episodes per step. How well the
-starter reads is its exact match when it is made to search for every hop (greedy, 100 questions or
+What was looked at with the shipped starter and one seed of GRPO, 192 episodes per step. How well
+the starter reads is its exact match when it is made to search for every hop (greedy, 100 questions or
 more):
 
 - All relations: it reads .81, and a policy gets there quickly, on questions of three and four hops

@@ -361,7 +361,7 @@ def test_numbers_of_a_run() -> None:
 
 
 def test_what_it_cost_to_reach_a_level() -> None:
-    """Mean of three steps: .3 at step 3, .5 at step 4; 10 tokens, 2 turns and 4 episodes per step."""
+    """Mean of three steps: .3 at step 3, .5 at step 4; per step 10 tokens, 2 turns, 4 episodes."""
     em = [0.1, 0.3, 0.5, 0.7, 0.6]
     log = [
         {
