@@ -11,8 +11,8 @@ of entity and not the same ones: out of domain five relations are asked for of w
 nothing. Shorter passages are also what makes them hard: the starter has not seen such.
 
 What was looked at with the shipped starter and one seed of GRPO, 192 episodes per step. How well
-the starter reads is its exact match when it is made to search for every hop (greedy, 100 questions or
-more):
+the starter reads is its exact match when it is made to search for every hop (greedy, 100
+questions or more):
 
 - All relations: it reads .81, and a policy gets there quickly, on questions of three and four hops
   alone too (T = 1: .42 after 12 steps, .89 after 20). Nothing is left to tell policies apart by.
