@@ -61,30 +61,30 @@ class SearchAlways:
         self._inner = inner
         self._hops = hops  # question id -> searches that its gold decomposition has
         self._left: dict[int, int] = {}
-        self._begun: dict[int, str] = {}
+        self._words: dict[int, str] = {}
         self.num_envs: int = inner.num_envs
         self.num_tasks: int | None = inner.num_tasks
         self.terminators: tuple[str, ...] = inner.terminators
 
     def _begin(self, env_id: int, words: str) -> str:
-        begun = words if self._left[env_id] > 0 else ""
+        started = words if self._left[env_id] > 0 else ""
         self._left[env_id] -= 1
-        self._begun[env_id] = begun
-        return begun
+        self._words[env_id] = started
+        return started
 
     def reset(
         self, assignments: Mapping[int, int], seed: int
     ) -> dict[int, tuple[str, Mapping[str, Any]]]:
         """Reset, with the beginning of a plan behind each prompt."""
-        begun = self._inner.reset(assignments, seed)
-        for env_id, (_, info) in begun.items():
+        started = self._inner.reset(assignments, seed)
+        for env_id, (_, info) in started.items():
             self._left[env_id] = self._hops[info["question_id"]]
-        return {i: (text + self._begin(i, PLAN), info) for i, (text, info) in begun.items()}
+        return {i: (text + self._begin(i, PLAN), info) for i, (text, info) in started.items()}
 
     def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
         """Put the beginnings before the actions: the policy only went on from them."""
         self._inner.send(
-            env_ids, [self._begun[i] + a for i, a in zip(env_ids, actions, strict=True)]
+            env_ids, [self._words[i] + a for i, a in zip(env_ids, actions, strict=True)]
         )
 
     def recv(self, min_results: int) -> list[Any]:

@@ -99,20 +99,20 @@ def ours(retriever: str | None = None) -> System:
     return System(name, env.reset, lambda: env.step(SEARCH), lambda: env.step(ANSWER))
 
 
-def ours_together(copies: int = TOGETHER) -> System:
+def ours_together() -> System:
     """This package's vector environment, with the passages of a server."""
     envs = SearchQAVectorEnv(
-        copies, autoreset_mode="Disabled", dataset=QUESTIONS, retriever=URL, top_k=3, cache_size=0
+        TOGETHER, autoreset_mode="Disabled", dataset=QUESTIONS, retriever=URL, top_k=3, cache_size=0
     )
     envs.reset(seed=0)
-    searches = [_padded(f"<search>who founded company {i:03}</search>") for i in range(copies)]
-    answers = [ANSWER] * copies
+    searches = [_padded(f"<search>who founded company {i:03}</search>") for i in range(TOGETHER)]
+    answers = [ANSWER] * TOGETHER
     return System(
-        f"research_env, http, {copies}",
+        f"research_env, http, {TOGETHER}",
         envs.reset,
         lambda: envs.step(searches),
         lambda: envs.step(answers),
-        copies,
+        TOGETHER,
     )
 
 

@@ -129,9 +129,9 @@ def measure(fault: Fault, on: Stage) -> Row:
     url = f"{_scheme(base)}/{INDEX}?deadline={fault.deadline:g}"
     with _environment(None) as perfect:
         right, _ = _play(perfect, lambda: None)
-    with _environment(url) as env, ExitStack() as lasting:
-        played, seconds = _play(env, lambda: lasting.enter_context(fault.cause(on)))
-        lasting.close()
+    with _environment(url) as env, ExitStack() as persistent:
+        played, seconds = _play(env, lambda: persistent.enter_context(fault.cause(on)))
+        persistent.close()
         after, _ = _play(env, lambda: None)
     complete = sum(one == other for one, other in zip(played, right, strict=True))
     void = sum(_is_void(one) for one in played)

@@ -30,7 +30,7 @@ C. Microseconds a turn of the collector: an engine that plays a script, and envi
    two, and "tokenizer" is the part of "collector" in which prompts and results are encoded.
 D. The share of slots x wall time in which a slot is empty while its work is ready. It is empty
    until its next turn is submitted: from when the search engine had answered, or, where its episode
-   is over or collection begins, from then. Counted until the last episode is begun. While a search
+   is over or collection begins, from then. Counted until the last episode begins. While a search
    is under way the slot holds a trajectory and is not empty; that share is shown as "searching". A
    quarter as many slots as episodes, and searches of 50 ms.
 """
@@ -191,8 +191,8 @@ def engine_share(slots: int, rounds: int, length: int = 64) -> dict[str, Any]:
     def theirs(name: str, seeded: bool, **settings: Any) -> float:
         settings |= {"max_tokens": length, "ignore_eos": True, "detokenize": False}
         asked = [vllm.SamplingParams(seed=i if seeded else None, **settings) for i in range(slots)]
-        begun = environments.reset({i: i for i in range(slots)}, 0)
-        prompts = [renderer.encode_prompt(begun[i][0]) for i in range(slots)]
+        started = environments.reset({i: i for i in range(slots)}, 0)
+        prompts = [renderer.encode_prompt(started[i][0]) for i in range(slots)]
         made[0].reset_prefix_cache()
         seconds, tokens[name] = 0.0, 0
         for _ in range(TURNS):

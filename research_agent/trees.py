@@ -271,7 +271,7 @@ class Trees:
     ) -> dict[int, ActiveRollout]:
         """Choose the branches of a round that fit the budget, by slot; the others are done."""
         episode, root = tree
-        begun: dict[int, ActiveRollout] = {}
+        started: dict[int, ActiveRollout] = {}
         spent = Cost.of([turn for ended in self._ended[tree] for turn in ended.own_turns])
         for branch in range(root, root + self._plan.size):
             if self._plan.round(branch) != number:
@@ -282,12 +282,12 @@ class Trees:
             cost = spent.plus(Cost.of(source.turns[len(seedling.start.lineage) :]))
             if self._plan.affords(cost):
                 spent = cost
-                begun[seedling.slot] = seedling.start
+                started[seedling.slot] = seedling.start
             else:
                 engine.release(seedling.slot)
                 free.append(seedling.slot)
                 in_flight.done[episode, branch] = _not_grown(episode, branch)
-        return begun
+        return started
 
     def release(self, engine: Engine) -> None:
         """Let the engine forget what it holds for branches that have not begun."""

@@ -187,7 +187,7 @@ def rows_of(
     return {
         moment: {
             number: _known(
-                _at(lines, share).get(f"eval/{number}") for lines in evaluations if lines
+                _line_at(lines, share).get(f"eval/{number}") for lines in evaluations if lines
             )
             for number in ablation.numbers
         }
@@ -195,8 +195,8 @@ def rows_of(
     }
 
 
-def _at(lines: Sequence[Mapping[str, Any]], share: float) -> Mapping[str, Any]:
-    """The line whose step is nearest to a share of the last one."""
+def _line_at(lines: Sequence[Mapping[str, Any]], share: float) -> Mapping[str, Any]:
+    """Return the line whose step is nearest to a share of the last step."""
     return min(lines, key=lambda line: abs(line["step"] - share * lines[-1]["step"]))
 
 

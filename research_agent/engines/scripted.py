@@ -21,13 +21,13 @@ Script = Callable[[Sequence[int], SamplingParams], Sequence[int]]
 @dataclass
 class _Turn:
     completion: Completion
-    begun: int  # steps of the engine when it began
+    started: int  # the engine's steps when the turn was submitted
     due: int  # steps of the engine when it is finished
     versions: list[int]  # versions of the tokens before the last load of weights
 
     def said(self, steps: int) -> int:
         """How many tokens the time so far allowed."""
-        share = (steps - self.begun) / (self.due - self.begun)
+        share = (steps - self.started) / (self.due - self.started)
         return int(share * len(self.completion.tokens))
 
 

@@ -266,8 +266,8 @@ class VllmEngine:
         if last in self._renderer.end_ids:
             return "end"
         if last in turn.flagged:
-            begun = turn.prompt[len(turn.prompt) - turn.params.resumed_tokens :]
-            if self._renderer.stops(begun + turn.tokens, turn.params.stop):
+            resumed = turn.prompt[len(turn.prompt) - turn.params.resumed_tokens :]
+            if self._renderer.stops(resumed + turn.tokens, turn.params.stop):
                 return "stop"
         if reason not in (None, "length"):
             raise RuntimeError(f"it ended a turn with {reason!r}")

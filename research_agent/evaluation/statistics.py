@@ -56,10 +56,9 @@ def bootstrap(
     return means
 
 
-def interval(means: Floats, level: float = 0.95) -> list[tuple[float, float]]:
-    """Percentile intervals of bootstrapped means, one for each metric (column)."""
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, (tail, 1 - tail), axis=0)
+def interval(means: Floats) -> list[tuple[float, float]]:
+    """95 % percentile intervals of bootstrapped means, one for each metric (column)."""
+    low, high = np.quantile(means, (0.025, 0.975), axis=0)
     return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
 
 

@@ -191,19 +191,16 @@ def _told_apart(of: World, key: str, asked: str, rng: random.Random) -> tuple[st
 # --- paths ----------------------------------------------------------------------------------------
 
 
-def _path(
-    of: World, rng: random.Random, length: int, start: str | None = None, last: str | None = None
-) -> Path | None:
+def _path(of: World, rng: random.Random, length: int, last: str | None = None) -> Path | None:
     """Draw a path; None where it ends early or returns.
 
     Args:
         of: the world.
         rng: of the choices.
         length: facts.
-        start: key of the first entity; None draws it.
         last: the type of the last value; None takes any, a year included.
     """
-    key = start or rng.choice(list(of.entities))
+    key = rng.choice(list(of.entities))
     phrase = of.entities[key].name
     visited, hops = {phrase}, []
     apart = ""

@@ -41,7 +41,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 VOCABULARY = 264
 GROUPS, SAMPLES = 3, 4
-PAD = 0
 TRL_EPSILON = 1e-4  # what TRL adds to standard deviations
 
 
