@@ -86,7 +86,7 @@ def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Samp
     whole = _gathered(config, shape, machines)
     bucket = _bucket(config, shape, machines)
     fixed = sum(held.values()) + sum(sampling.values()) + given.CUDA_BYTES
-    gradients = _gradients(config, shape, machines)
+    gradients = 4.0 * trained(config, shape, shard_ranks(config, machines))  # float32
     gpu = {
         **held,
         "learner: gradients": gradients,
@@ -137,11 +137,6 @@ def _body(shape: Shape, config: TrainConfig, machines: Machines) -> float:
     ranks = shard_ranks(config, machines)
     head = 0 if shape.tied else -(-shape.vocabulary // ranks) * shape.hidden
     return shape.shard(ranks) - head
-
-
-def _gradients(config: TrainConfig, shape: Shape, machines: Machines) -> float:
-    """Float32, of the policy or, later, of its critic."""
-    return 4.0 * trained(config, shape, shard_ranks(config, machines))
 
 
 def trained(config: TrainConfig, shape: Shape, ranks: int) -> int:
