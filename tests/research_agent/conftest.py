@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -63,15 +64,28 @@ def byte_tokenizer(*, merges: bool = False, begin: bool = False) -> PreTrainedTo
     return tokenizer
 
 
-def letter_tokenizer(letters: str = "abcd=?!") -> PreTrainedTokenizerFast:
-    """A token a letter, and an end token: a vocabulary small enough to explore by chance."""
-    vocabulary = {letter: i for i, letter in enumerate(letters)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+def save_letter_model(folder: Path, letters: str = "abcd=?.xy", hidden: int = 32) -> Path:
+    """Save a random model and its tokenizer, with few enough tokens to explore by chance.
+
+    There is a token per letter, and one that ends a turn.
+    """
+    backend = Tokenizer(models.BPE(vocab={each: i for i, each in enumerate(letters)}, merges=[]))
     backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<end>", pad_token="<end>"
+    )
+    tokenizer.save_pretrained(folder)
+    tiny_qwen2(len(tokenizer), hidden=hidden, context=64).save_pretrained(folder)
+    return folder
 
 
-def codec_of(tokenizer: Any, *, chat_template: bool = False) -> Renderer:
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a model with ten tokens."""
+    return save_letter_model(tmp_path_factory.mktemp("letters"))
+
+
+def make_renderer(tokenizer: Any, *, chat_template: bool = False) -> Renderer:
     return Renderer(tokenizer, frozenset({tokenizer.eos_token_id}), chat_template)
 
 
@@ -181,9 +195,9 @@ def vllm_engine(vllm: None, merging_renderer: Renderer) -> Iterator[VllmEngine]:
 
 @pytest.fixture(scope="session")
 def renderer() -> Renderer:
-    return codec_of(byte_tokenizer())
+    return make_renderer(byte_tokenizer())
 
 
 @pytest.fixture(scope="session")
 def merging_renderer() -> Renderer:
-    return codec_of(byte_tokenizer(merges=True))
+    return make_renderer(byte_tokenizer(merges=True))

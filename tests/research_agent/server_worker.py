@@ -20,7 +20,7 @@ from research_agent.engines.base import SamplingParams
 from research_agent.engines.servers import serve
 from research_agent.engines.servers.engine import connect_servers
 from research_agent.errors import ResearchAgentError
-from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
+from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_qwen2
 
 
 class Gathered:
@@ -44,7 +44,7 @@ def play(urls: list[str], name: str = "serve", dtype: str = "bfloat16") -> dict[
         name: the engine that starts it; with settings, as if the machine had one GPU.
         dtype: number format of the servers' weights.
     """
-    renderer = codec_of(byte_tokenizer(merges=True))
+    renderer = make_renderer(byte_tokenizer(merges=True))
     model = tiny_qwen2(hidden=128)
     shard(model, list(model.model.layers), make_mesh(model.device))
     settings: dict[str, Any] = {"max_context": 200, "dtype": dtype}

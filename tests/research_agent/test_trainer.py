@@ -26,7 +26,6 @@ from research_agent.learner import Learner
 from research_agent.player import Player
 from research_agent.run_logger import RunLogger, read_lines
 from tests.forks import FORKS
-from tests.research_agent.conftest import letter_tokenizer, tiny_qwen2
 from tests.research_agent.disks import resize, small_disk
 from tests.research_agent.torchrun import in_two_processes
 
@@ -41,16 +40,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder: eleven tokens, a letter each, and random weights."""
-    folder = tmp_path_factory.mktemp("letters")
-    tokenizer = letter_tokenizer("abcd=?.xy")
-    tokenizer.save_pretrained(folder)
-    tiny_qwen2(len(tokenizer), hidden=32, context=64).save_pretrained(folder)
-    return folder
 
 
 def flags(model: Path, output: Path, *more: str, env: str = COPY) -> list[str]:

@@ -18,7 +18,7 @@ from research_agent.errors import ConfigError, ContextError, ModelError, NonFini
 from research_agent.renderer import Renderer
 from tests.research_agent.conftest import (
     byte_tokenizer,
-    codec_of,
+    make_renderer,
     sliding_qwen2,
     tiny_gpt2,
     tiny_llama,
@@ -443,7 +443,7 @@ def test_long_submissions_are_split_over_steps(
 
 
 def test_tokens_of_many_bytes(renderer: Renderer) -> None:
-    renderer = codec_of(byte_tokenizer())
+    renderer = make_renderer(byte_tokenizer())
     engine = ScriptedEngine(lambda *_: renderer.encode_text("é»x"), renderer)
     engine.submit(0, renderer.encode_text("a"), SamplingParams(stop=("»",)))
     assert [turn.text for turn in finish(engine)] == ["é»"]

@@ -32,12 +32,16 @@ from research_agent.evaluation.summary import Outcome, Part, Summary, outcome, s
 from research_agent.files import folder_lock
 from research_agent.trajectory import Segment, Trajectory
 from tests import forks
-from tests.research_agent.conftest import byte_tokenizer, codec_of, letter_tokenizer, tiny_qwen2
+from tests.research_agent.conftest import (
+    byte_tokenizer,
+    make_renderer,
+    tiny_qwen2,
+)
 from tests.research_agent.quiz_env import Quiz
 
 TOY = "tests.research_agent.toy_env:CopyLetter-v0"
 QUIZ = "tests.research_agent.quiz_env:Quiz-v0"
-RENDERER = codec_of(byte_tokenizer())
+RENDERER = make_renderer(byte_tokenizer())
 END = RENDERER.tokenizer.eos_token_id
 HEADER = {"model": {"name": "script", "fingerprint": "1"}, "versions": {"python": "3"}}
 
@@ -527,16 +531,6 @@ def test_a_void_sample_has_no_vote() -> None:
 
 
 # --- the command ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder: eleven tokens, a letter each, and random weights."""
-    folder = tmp_path_factory.mktemp("letters")
-    tokenizer = letter_tokenizer("abcd=?!xy")
-    tokenizer.save_pretrained(folder)
-    tiny_qwen2(len(tokenizer), hidden=32, context=64).save_pretrained(folder)
-    return folder
 
 
 def words(model: Path, output: Path, fuse: Path, *more: str) -> list[str]:
