@@ -60,7 +60,7 @@ class System(NamedTuple):
     """An environment that can be timed.
 
     Attributes:
-        name: of the package.
+        name: name of the package.
         reset: starts an episode.
         search: takes one step that searches.
         answer: takes the step that ends the episode.

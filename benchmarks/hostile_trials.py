@@ -65,7 +65,7 @@ def run_section(name: str, cases: Callable[[Path], Iterator[Case]]) -> Row:
     """Try all cases of a section.
 
     Args:
-        name: of the section.
+        name: name of the section.
         cases: yields them, the same ones each time, given a folder for what they share; it must be
             importable by name.
     """

@@ -371,7 +371,7 @@ def _version(name: str) -> str:
 # The race
 
 
-RACERS: dict[str, dict[str, Any]] = {
+COMPETITORS: dict[str, dict[str, Any]] = {
     "ours, defaults": {"system": "ours"},
     "ours, best": {"system": "ours", "packing": "on", "micro_batch_tokens": 2048},
     "ours, bfloat16": {"system": "ours", "packing": "on", "precision": "bfloat16"},
@@ -402,7 +402,7 @@ def real_groups(count: int, vocabulary: int, scale: float) -> list[Group]:
     """Make trajectories whose segments are as long as real ones of R1-Searcher, in tokens.
 
     Args:
-        count: of trajectories, in groups of ``SAMPLES``.
+        count: count of trajectories, in groups of ``SAMPLES``.
         vocabulary: tokens are drawn from it.
         scale: lengths are multiplied by this.
 
@@ -463,7 +463,7 @@ def _sampled_by(model: Any, groups: Sequence[Group]) -> list[Group]:
 
 def race_alone(name: str, count: int, scale: float, updates: int, folder: Path) -> dict[str, Any]:
     """Run one competitor in this process; its weights after the first update go into a file."""
-    settings = dict(RACERS[name])
+    settings = dict(COMPETITORS[name])
     model = make_model(RACE_SIZES, "cpu")
     groups = real_groups(count, RACE_SIZES["vocab_size"], scale)
     groups = _sampled_by(model, groups)
@@ -626,7 +626,7 @@ def race(count: int, scale: float, updates: int, rounds: int) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory() as folder:
         for number in range(rounds):
-            for name in RACERS:
+            for name in COMPETITORS:
                 words = [name, str(count), str(scale), str(updates), folder]
                 done = subprocess.run(
                     [sys.executable, "-m", "benchmarks.learner", "--alone", *words],
@@ -701,13 +701,15 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the command")
     parser.add_argument("--seconds", type=float, default=330, help="start no setting after these")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")
-    parser.add_argument("--trajectories", type=int, default=16, help="of the race")
-    parser.add_argument("--scale", type=float, default=1.0, help="of their lengths")
+    parser.add_argument("--trajectories", type=int, default=16, help="trajectories of the race")
+    parser.add_argument("--scale", type=float, default=1.0, help="scales their lengths")
     parser.add_argument(
-        "--steps", type=int, default=3, help="of each competitor; the first is warm-up"
+        "--steps", type=int, default=3, help="updates per competitor; the first is warm-up"
     )
-    parser.add_argument("--rounds", type=int, default=1, help="of the race")
-    parser.add_argument("--head-memory", choices=["whole", "pieces"], help="of a large vocabulary")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds of the race")
+    parser.add_argument(
+        "--head-memory", choices=["whole", "pieces"], help="memory of a large head, by its logits"
+    )
     parser.add_argument("--alone", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:

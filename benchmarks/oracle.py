@@ -172,7 +172,7 @@ def main(
 
     Args:
         env: the id of an environment whose questions have gold passages.
-        split: of its data set.
+        split: split of its data set.
         top_k: passages that a search returns.
         limit: only the first so many questions.
         retriever: URL of an engine; by default the embedded index of the data set's corpus.

@@ -91,7 +91,7 @@ def measure(seconds: float, steps: int, staleness: int, output: Path) -> Measure
     """Train for some steps.
 
     Args:
-        seconds: of sampling per step, and of an update.
+        seconds: how long a step samples, and how long an update takes.
         steps: training steps.
         staleness: value of ``--max-staleness``.
         output: folder of the run.

@@ -406,7 +406,7 @@ def read_judge(folder: Path, episodes: int) -> Judged | None:
     """What ``research-env judge`` said of a cell; None where nobody judged.
 
     Args:
-        folder: of the cell.
+        folder: folder of the cell.
         episodes: how many it has that are not void.
 
     Raises:

@@ -341,7 +341,7 @@ def main(
     """Measure the search engines.
 
     Args:
-        passages: of the generated corpus.
+        passages: passages of the generated corpus.
         build: how many generated passages to index for time and memory; 0 for none.
         elasticsearch: address of a server, http://HOST:PORT. Indexes named benchmark-... are made.
         embed: also measure dense and hybrid search there.

@@ -271,7 +271,7 @@ def slot_shares(
         log: turns, from when they were submitted, and environments, from when they got an action.
         answered: when the searches of each slot were answered, in order.
         slots: how many there are.
-        begin: of the collection, in seconds as all times are.
+        begin: beginning of the collection, in seconds as all times are.
     """
     ready = dict.fromkeys(range(slots), begin)  # when the work of an empty slot was
     fresh = set(ready)  # slots whose next turn is the first of an episode
@@ -350,10 +350,10 @@ def main() -> None:
     """Print the numbers, a line each, or JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("part", nargs="?", choices=["all", "client"], default="all")
-    parser.add_argument("--turns", type=int, default=4096, help="of the client's part")
+    parser.add_argument("--turns", type=int, default=4096, help="turns of the client's part")
     parser.add_argument("--in-flight", type=int, default=1024, help="turns, in the client's part")
     parser.add_argument("--latencies", type=int, nargs="+", default=[0, 50, 500], help="in ms")
-    parser.add_argument("--episodes", type=int, default=32, help="of a round; a multiple of 4")
+    parser.add_argument("--episodes", type=int, default=32, help="multiple of 4, per round")
     parser.add_argument("--rounds", type=int, default=3, help="take the medians of so many")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     arguments = parser.parse_args()

@@ -51,7 +51,7 @@ class Efficiency:
     Attributes:
         ranks: number of processes.
         passes: forward passes of a rank.
-        tokens: of the largest pass.
+        tokens: tokens of the largest pass.
         efficiency: tokens of the batch, by the tokens for which the ranks are occupied.
         before: the same with the passes that a single process would make.
     """
@@ -78,7 +78,7 @@ def measure(batch: Batch, ranks: int) -> Efficiency:
     """Let each of some ranks take its passes of a batch, and add up for how long all are occupied.
 
     Args:
-        batch: of a step.
+        batch: batch of a step.
         ranks: number of processes.
     """
     new = _sizes(batch, ranks)

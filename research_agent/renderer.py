@@ -241,7 +241,7 @@ def open_renderer(
     """Open the tokenizer of a model as ``load_renderer`` does, by the settings of a command.
 
     Args:
-        settings: of the chat template.
+        settings: settings of the chat template.
         model: also a starter of the package, or the folder of a run.
         date: for the template, if the settings name none.
     """

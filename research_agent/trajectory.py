@@ -102,8 +102,8 @@ def reward_last_turn(segments: Sequence[Segment], reward: float) -> tuple[Segmen
     """Put a reward that was given for a whole episode on its last turn.
 
     Args:
-        segments: of a trajectory.
-        reward: of the trajectory. It is lost if there is no turn.
+        segments: segments of a trajectory.
+        reward: reward of the trajectory. It is lost if there is no turn.
 
     Returns:
         The segments, the last action's with this reward.

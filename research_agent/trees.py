@@ -154,8 +154,8 @@ class Trees:
 
     Args:
         plan: how each grows.
-        seed: of the run.
-        environments: those that are played in.
+        seed: seed of the run.
+        environments: the environments to play in.
         vocabulary: how many tokens the policy chooses from.
 
     Raises:
@@ -237,7 +237,7 @@ class Trees:
         """Note that a sample has ended, and begin the next round of its tree if that is due.
 
         Args:
-            trajectory: of the sample.
+            trajectory: trajectory of the sample.
             in_flight: branches that begin are added to what is active; of those that do not fit
                 the budget, void trajectories to what is done.
             free: slots; those of the latter are added.

@@ -79,7 +79,7 @@ def demonstrations(
         count: how many; the questions are gone through as often as it takes, in new orders.
         dataset: as for ``load_dataset``, such as "hotpotqa+2wiki".
         top_k: passages that a search returns.
-        seed: of every choice.
+        seed: seed of every choice.
         search: probability of searching at the start, rather than guessing.
         go_on: probability of searching again where something is missing, rather than answering.
         box: probability of writing the answer into a box.
@@ -162,7 +162,7 @@ def episode(
         question: with its answer.
         steps: its searches.
         results: the observation of each search.
-        rng: of the decisions.
+        rng: random generator of the decisions.
         habits: their probabilities.
 
     Returns:

@@ -58,8 +58,8 @@ def self_correction(records: Iterable[Mapping[str, Any]]) -> Values:
     """What policies do about useless results: those without a gold passage of the question.
 
     Args:
-        records: of an evaluation, see ``research_agent.evaluation.predictions``. Void ones, and
-            those of questions whose gold passages are not known, are left out.
+        records: records of an evaluation, see ``research_agent.evaluation.predictions``. Void ones,
+            and those of questions whose gold passages are not known, are left out.
 
     Returns:
         ``met useless``: the share of episodes with a useless result. Of these ``searched again``:
@@ -116,7 +116,7 @@ def _until(level: float, name: str) -> Callable[[Seen], float | None]:
 
     Args:
         level: exact match of the episodes of three steps.
-        name: of a logged number that grows over the run.
+        name: name of a logged number that grows over the run.
     """
 
     def found(seen: Seen) -> float | None:
@@ -211,7 +211,7 @@ def verdict(claim: Claim, more: Sequence[float], less: Sequence[float]) -> str:
     """Whether the seeds' values bear a claim out; see the package for the rule.
 
     Args:
-        claim: that ``more`` is larger than ``less``.
+        claim: the claim that ``more`` is larger than ``less``.
         more: one value a seed.
         less: likewise.
     """

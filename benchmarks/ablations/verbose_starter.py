@@ -21,8 +21,8 @@ def demonstrations(
     Args:
         count: how many.
         top_k: passages per search.
-        seed: of every choice.
-        share: of the answers that were searched for.
+        seed: seed of every choice.
+        share: share of the answers that were searched for.
 
     Yields:
         Lists of (provenance, text).

@@ -120,7 +120,7 @@ def demonstrations(count: int, top_k: int, seed: int = 0) -> Iterator[Demonstrat
     Args:
         count: how many.
         top_k: passages per search.
-        seed: of every choice.
+        seed: seed of every choice.
 
     Yields:
         Lists of (provenance, text).
@@ -282,7 +282,7 @@ def prepare(folder: Path, settings: Miniature, seed: int, *, quiet: bool = False
     Args:
         folder: to write to.
         settings: how much is learned.
-        seed: of all that is drawn.
+        seed: seed of all that is drawn.
         quiet: show no progress.
     """
     from research_agent.models.source import resolve_model  # noqa: PLC0415 - these load torch

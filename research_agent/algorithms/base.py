@@ -97,7 +97,7 @@ class SelectsGroups(Protocol):
         """Say whether a group is learned from.
 
         Args:
-            rewards: of its trajectories, void ones left out.
+            rewards: rewards of its trajectories, void ones left out.
         """
         ...
 

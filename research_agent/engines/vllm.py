@@ -77,7 +77,7 @@ class VllmEngine:
         max_context: tokens that a trajectory may have; the model's own limit by default.
         dtype: number format of vLLM's weights and cache; the model's own by default.
         tensor_parallel: GPUs that vLLM's weights are spread over; above 1 in one process only.
-        memory_share: of a GPU's memory, for vLLM's weights and cache; the rest is the learner's.
+        memory_share: share of a GPU's memory for vLLM; the learner has the rest.
         patience: seconds after which a step has hung, and a watchdog ends the process.
 
     Raises:

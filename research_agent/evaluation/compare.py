@@ -76,7 +76,7 @@ def compare(a: Path, b: Path, *, metric: str | None = None, seed: int = 0) -> Co
         b: another one.
         metric: what McNemar's test takes as correct, above 0.5; None: exact match, or else the
             environment's first metric, or else the reward.
-        seed: of the bootstrap's draws.
+        seed: seed of the bootstrap's draws.
 
     Raises:
         PredictionsError: the files are of different questions, or have different samples of them;

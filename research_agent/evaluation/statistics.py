@@ -28,11 +28,11 @@ def bootstrap(
     1993), and takes the mean over the episodes of those that it drew.
 
     Args:
-        sums: of each question, the sum of each metric over its episodes. Shape [questions,
-            metrics].
+        sums: the sum of each metric over the episodes of each question. Shape
+            [questions, metrics].
         counts: episodes of each question, 1 at least. Shape [questions].
         resamples: how often to draw.
-        seed: of the draws; the same questions in the same order give the same means.
+        seed: seed of the draws; the same questions in the same order give the same means.
 
     Returns:
         Shape [resamples, metrics]. One resample is the same questions for all metrics.

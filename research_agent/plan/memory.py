@@ -24,12 +24,12 @@ class Memory:
     """What a run needs of each GPU, of the host of each node, and of the disk, in bytes.
 
     Attributes:
-        gpu: while it learns, by what takes them.
+        gpu: bytes while it learns, by what takes them.
         peaks: the most of each phase, all together: "learning", "end of a backward pass", "saving",
             "resuming", "starting the sampler", "weights to the sampler".
-        servers: of each GPU of servers that run elsewhere, by what takes them; empty without them.
-        host: of a node, by what takes them.
-        disk: of the run's folder and of TMPDIR, by what takes them.
+        servers: bytes on each GPU of servers that run elsewhere; empty without them.
+        host: bytes of a node's memory, by what takes them.
+        disk: bytes of the run's folder and of TMPDIR, by what takes them.
         problem: why the run cannot start whatever else there is; empty if it can.
     """
 

@@ -141,10 +141,10 @@ def _pass_seconds(
     """Seconds of a rank with some tokens: it computes, or waits for weights if that is longer.
 
     Args:
-        config: of the run.
-        shape: of the model.
+        config: config of the run.
+        shape: shape of the model.
         machines: where it runs.
-        tokens: of the rank.
+        tokens: tokens of the rank.
         flops: per token and parameter.
         moved: bytes per parameter that a rank receives in each pass.
     """

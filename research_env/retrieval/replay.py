@@ -102,7 +102,7 @@ class RecordedRetriever:
         """Open the file, or make it.
 
         Args:
-            recording: which file, and how to use it.
+            recording: the file, and how to use it.
             open_engine: opens the engine, at the first search that is not in the file.
 
         Raises:
