@@ -166,6 +166,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(results))
 
 
+def _table(
+    config: DemoConfig, rows: Sequence[tuple[tuple[str, str], Mapping[str, float]]]
+) -> Table:
+    table = Table(title=f"MiniWorld, {config.limit} held-out questions, seed {config.seed}")
+    for heading in ("policy", "sampling", "exact match", "F1", "searches"):
+        table.add_column(heading, justify="left" if heading in ("policy", "sampling") else "right")
+    for names, numbers in rows:
+        table.add_row(*names, *(f"{numbers[k]:.3f}" for k in ("em", "f1", "searches")))
+    return table
+
+
 def run(config: DemoConfig) -> dict[str, Any]:
     """Evaluate, train, evaluate again; prints to standard error where JSON is asked for."""
     from transformers.utils import logging  # noqa: PLC0415
@@ -221,18 +232,13 @@ def run(config: DemoConfig) -> dict[str, Any]:
         )
     )
 
-    table = Table(title=f"MiniWorld, {config.limit} held-out questions, seed {config.seed}")
-    for heading in ("policy", "sampling", "exact match", "F1", "searches"):
-        table.add_column(heading, justify="left" if heading in ("policy", "sampling") else "right")
     rows = [
         *((("starter", how), numbers) for how, numbers in before.items()),
         *((("trained", how), numbers) for how, numbers in after.items()),
         (("trained, another world", "greedy"), other),
         (("trained, results blanked", "greedy"), blank),
     ]
-    for names, numbers in rows:
-        table.add_row(*names, *(f"{numbers[k]:.3f}" for k in ("em", "f1", "searches")))
-    console.print(table)
+    console.print(_table(config, rows))
     console.print(
         f"Made to search always, the starter's exact match is {able['em']:.3f}: so much it could "
         "do already. When to search, when to go on and when to stop is what it had to learn."

@@ -523,6 +523,34 @@ def _time_model_code(learner: Learner) -> list[float]:
     return spent
 
 
+def _numbers_tokenizer() -> Any:
+    """A tokenizer whose words are the numbers of its tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+
+    words = {f"t{i}": i for i in range(RACE_SIZES["vocab_size"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t0", pad_token="t0")
+
+
+def _in_trls_form(played: Sequence[Trajectory]) -> dict[str, Any]:
+    """Return trajectories as TRL's ``rollout_func`` does."""
+    begins = [len(t.segments[0].tokens) for t in played]
+    return {
+        "prompt_ids": [list(t.segments[0].tokens) for t in played],
+        "completion_ids": [t.tokens[b:] for t, b in zip(played, begins, strict=True)],
+        "env_mask": [
+            [int(m) for m in t.action_mask[b:]] for t, b in zip(played, begins, strict=True)
+        ],
+        "logprobs": [
+            [p for s in t.segments[1:] for p in (s.logprobs or [0.0] * len(s.tokens))]
+            for t in played
+        ],
+        "given": [t.reward for t in played],
+    }
+
+
 def _run_trl(
     model: Any, groups: list[Group], updates: int, settings: dict[str, Any], file: Path
 ) -> dict[str, Any]:
@@ -530,31 +558,10 @@ def _run_trl(
 
     import trl  # noqa: PLC0415
     from datasets import Dataset  # noqa: PLC0415
-    from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415
-    from transformers import PreTrainedTokenizerFast, TrainerCallback  # noqa: PLC0415
+    from transformers import TrainerCallback  # noqa: PLC0415
 
     warnings.simplefilter("ignore")
-    words = {f"t{i}": i for i in range(RACE_SIZES["vocab_size"])}
-    backend = Tokenizer(models.WordLevel(words, unk_token="t0"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t0", pad_token="t0")
     played = [t for group in groups for t in group.trajectories]
-
-    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
-        begins = [len(t.segments[0].tokens) for t in played]
-        return {
-            "prompt_ids": [list(t.segments[0].tokens) for t in played],
-            "completion_ids": [t.tokens[b:] for t, b in zip(played, begins, strict=True)],
-            "env_mask": [
-                [int(m) for m in t.action_mask[b:]] for t, b in zip(played, begins, strict=True)
-            ],
-            "logprobs": [
-                [p for s in t.segments[1:] for p in (s.logprobs or [0.0] * len(s.tokens))]
-                for t in played
-            ],
-            "given": [t.reward for t in played],
-        }
-
     times: list[tuple[float, float]] = []
     started: list[tuple[float, float]] = []
 
@@ -593,8 +600,8 @@ def _run_trl(
             **settings,
         ),
         train_dataset=Dataset.from_list([{"prompt": f"t{i}"} for i in range(len(groups))]),
-        processing_class=tokenizer,
-        rollout_func=rollout,
+        processing_class=_numbers_tokenizer(),
+        rollout_func=lambda prompts, trainer: _in_trls_form(played),
         callbacks=[Clock()],
     )
     memory = _peak_memory()
