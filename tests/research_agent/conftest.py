@@ -85,6 +85,15 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_letter_model(tmp_path_factory.mktemp("letters"))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """More threads than one only wait for each other on models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def make_renderer(tokenizer: Any, *, chat_template: bool = False) -> Renderer:
     return Renderer(tokenizer, frozenset({tokenizer.eos_token_id}), chat_template)
 

@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,14 +31,7 @@ from tests.research_agent.torchrun import in_two_processes
 COPY = "tests.research_agent.toy_env:CopyLetter-v0"
 FAILING = "tests.research_agent.failing_env:Failing-v0"
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """More threads than one only wait for each other on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def flags(model: Path, output: Path, *more: str, env: str = COPY) -> list[str]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from research_agent.cli import main
 from research_agent.config import SamplingConfig
@@ -48,14 +47,7 @@ HEADER = {"model": {"name": "script", "fingerprint": "1"}, "versions": {"python"
 Record = dict[str, Any]
 Script = Callable[[Sequence[int], SamplingParams], list[int]]
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """More threads than one only wait for each other on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def always(text: str) -> Script:
