@@ -97,7 +97,8 @@ class RolloutConfig:
     """Action tokens that a tree may sample. A branch that would exceed them, if it were as long as
     the rest of the episode that it leaves, is not played; none plays all branches."""
     tree_max_turns: int | None = None
-    """Turns that a tree may take, likewise: each is one step of an environment."""
+    """Turns that a tree may take, each a step of an environment; none takes any number. A branch
+    that would exceed them is not played."""
     overlong_prompts: Literal["error", "skip"] = "error"
     """What becomes of a task with a longer prompt than --max-prompt: stop the run, or leave the
     task out (see skipped_fraction in the log)."""
@@ -145,7 +146,7 @@ class LearnerConfig:
     """How a loss changes the weights: AdamW."""
 
     learning_rate: float = 1e-6
-    """After the warm-up; constant from there on."""
+    """Learning rate after the warm-up; constant from there on."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly from zero."""
     weight_decay: float = 0.01
@@ -163,7 +164,7 @@ class LearnerConfig:
     or those of the model itself, recomputed before its first update on an episode."""
     importance_sampling_cap: float | None = None
     """With --old-logprobs recomputed: weigh tokens by their recomputed over their reported
-    probability, at most this much (truncated importance sampling); none does not."""
+    probability, at most this much (truncated importance sampling); none weighs no token."""
     packing: Literal["auto", "on", "off", "tree"] = "auto"
     """Put several trajectories into one row without padding (on), or give each its own row (off).
     tree also lets the samples of a task share one copy of what they begin with: the prompt, and the
@@ -218,10 +219,10 @@ class RunConfig:
     """Steps between evaluations, with one before the first step and one after the last. 0 or none:
     never."""
     eval_args: Settings = field(default_factory=dict)
-    """Arguments of the environment of evaluations, on top of --env-args. Added to the preset's
-    likewise."""
+    """Arguments of the environment of evaluations, on top of --env-args. Added to those of
+    the preset."""
     eval_limit: int | None = None
-    """Tasks an evaluation; none plays every task of the environment once."""
+    """Tasks per evaluation; none plays every task of the environment once."""
     eval_temperature: float = 0.0
     """Temperature of evaluations; 0 is greedy."""
     plan: str | None = None
@@ -284,7 +285,7 @@ class EvalConfig:
     """Episodes of each task. Several need a --temperature; they also give pass@k and the majority
     of their answers."""
     seed: int = 0
-    """Order of the tasks, and sampled tokens."""
+    """Seed of the order of the tasks, and of the sampled tokens."""
     log_tokens: bool = False
     """Write the text and log-probability of each action token too, for the report's page."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -299,7 +300,7 @@ class EvalConfig:
 class CompareConfig:
     """Compare two evaluations of the same questions.
 
-    By a paired bootstrap of the difference of each metric, and McNemar's exact test of one.
+    It makes a paired bootstrap of the difference of each metric, and McNemar's exact test of one.
     """
 
     a: tyro.conf.Positional[Path]
@@ -327,7 +328,7 @@ class GradeConfig:
     predictions: tyro.conf.Positional[Path]
     """A predictions.jsonl, or the folder of an evaluation."""
     output: Path
-    """The file of grades, a line a question."""
+    """The file of grades, a line per question."""
     metric: str | None = None
     """A sample is right where this is above 0.5; none takes em, or else the first metric."""
     easy: float = 2 / 3
@@ -349,7 +350,7 @@ class SampleConfig:
     predictions: tyro.conf.Positional[Path]
     """A predictions.jsonl, or the folder of an evaluation."""
     output: Path
-    """The file of demonstrations, a line an episode."""
+    """The file of demonstrations, a line per episode."""
     metric: str | None = None
     """A sample is right where this is above 0.5; none takes em, or else the first metric."""
     each: int = 1

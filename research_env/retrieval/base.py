@@ -47,7 +47,7 @@ class Retriever(Protocol):
             top_k: the most hits that a query may return, best first.
 
         Returns:
-            One entry a query, in order: its hits, or the error that befell that query alone.
+            One entry per query, in order: its hits, or the error that befell that query alone.
 
         Raises:
             RetrievalError: the whole batch could not be answered.

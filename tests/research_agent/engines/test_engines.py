@@ -190,7 +190,7 @@ def test_draws_follow_the_distribution(start: Start, renderer: Renderer) -> None
 
 
 def chain(tokenizer: Any, links: Sequence[Sequence[str]]) -> dict[int, int]:
-    """Which token follows which: each sequence of pieces, one token a piece."""
+    """Which token follows which: each sequence of pieces, one token per piece."""
     following: dict[int, int] = {}
     for pieces in links:
         ids = [tokenizer(piece)["input_ids"] for piece in pieces]
