@@ -98,36 +98,28 @@ def make_renderer(tokenizer: Any, *, chat_template: bool = False) -> Renderer:
     return Renderer(tokenizer, frozenset({tokenizer.eos_token_id}), chat_template)
 
 
-def tiny_qwen2(vocabulary: int = 264, *, hidden: int = 32, context: int = 256) -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=context,
-        tie_word_embeddings=True,
-        initializer_range=0.2,  # far from uniform, so that a wrong token shows
-    )
-    return Qwen2ForCausalLM(config).eval()
+def tiny_qwen2(
+    vocabulary: int = 264, *, hidden: int = 32, context: int = 256, seed: int = 0, **changes: Any
+) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,  # far from uniform, so that a wrong token shows
+    }
+    return Qwen2ForCausalLM(Qwen2Config(**settings | changes)).eval()
 
 
 def sliding_qwen2(vocabulary: int, *, window: int = 4) -> Qwen2ForCausalLM:
     """Its attention sees the last tokens alone, which packed rows do not support."""
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_sliding_window=True,
-        sliding_window=window,
-        max_window_layers=0,
-    )
-    return Qwen2ForCausalLM(config)
+    sliding = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
+    return tiny_qwen2(vocabulary, **sliding)
 
 
 def tiny_llama(vocabulary: int = 264, *, context: int = 256) -> LlamaForCausalLM:
@@ -161,19 +153,8 @@ def tiny_gpt2(vocabulary: int = 264, *, context: int = 256) -> GPT2LMHeadModel:
 
 def wide_qwen2() -> Qwen2ForCausalLM:
     """A model whose heads are as large as vLLM wants them (32), with room for a chain's tokens."""
-    torch.manual_seed(4)
-    config = Qwen2Config(
-        vocab_size=264,
-        hidden_size=288,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        initializer_range=0.1,
-    )
-    return Qwen2ForCausalLM(config).eval()
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": False}
+    return tiny_qwen2(hidden=288, intermediate_size=64, initializer_range=0.1, seed=4, **heads)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from research_agent.cli import main
 from research_agent.errors import ConfigError, ModelError
@@ -79,17 +79,8 @@ def test_weights_in_bfloat16_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_vocabulary_padded_beyond_the_tokenizer(tmp_path: Path, tied: bool) -> None:
     words = len(byte_tokenizer())
-    config = Qwen2Config(
-        vocab_size=words + 61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-    )
-    folder = save_model(tmp_path / "m", Qwen2ForCausalLM(config))
+    model = tiny_qwen2(words + 61, context=64, tie_word_embeddings=tied)
+    folder = save_model(tmp_path / "m", model)
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
     saved = load_file(train(folder, tmp_path / "run") / "model.safetensors")
     assert saved["model.embed_tokens.weight"].shape == (words + 61, 32)
