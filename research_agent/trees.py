@@ -182,7 +182,7 @@ class Trees:
         self._highest_entropy = log(max(2, vocabulary))  # nats per token
         self._seedlings: dict[tuple[int, int], _Seedling] = {}  # by task and sample
         self._playing: dict[tuple[int, int], int] = {}  # by task and root: samples under way
-        self._ended: dict[tuple[int, int], list[Trajectory]] = {}  # likewise: samples
+        self._ended: dict[tuple[int, int], list[Trajectory]] = {}  # by task and root: samples
 
     def plant(self, chains: Iterable[tuple[int, int]], free: deque[int]) -> None:
         """Begin trees whose branches get free slots.
