@@ -276,7 +276,7 @@ def shard_on_cpu(local: Tensor, like: Tensor) -> Tensor:
     """View this rank's part of a tensor on the CPU as the shard that ``like`` has on its device.
 
     Args:
-        local: of the shape of this rank's shard.
+        local: this rank's part, in the shape of its shard.
         like: a tensor, sharded or not.
     """
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - slow to import

@@ -77,7 +77,7 @@ class Player:
         """Play episodes to their ends.
 
         Args:
-            episodes: those that the present step learns from.
+            episodes: the episodes that the present step learns from.
             ahead: episodes of later steps; they begin in slots that would be empty otherwise, now
                 and until the next call.
 
@@ -140,7 +140,7 @@ class Player:
 
         Args:
             states: what ``state`` returned on each rank of the run that was saved.
-            episodes: those that this rank plays.
+            episodes: the episodes that this rank plays.
         """
         sampling, seed = self._config.sampling, self._config.run.seed
         self._loop = self._make_loop(

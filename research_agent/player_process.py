@@ -213,7 +213,7 @@ def connect_engine(
 
     Args:
         make: what ``SamplesElsewhere.elsewhere`` returned.
-        config: of the run.
+        config: config of the run.
         model: the model that the run began with.
     """
     renderer = open_renderer(config.policy, model)
@@ -232,7 +232,7 @@ def load_engine(
 
     Args:
         make_engine: called as ``engines.make_engine`` is.
-        config: of the run.
+        config: config of the run.
         model: the model that the run began with. The weights that learn follow by ``load_weights``.
         slots: episodes played at the same time.
         merge_adapter: add an adapter to the weights of its base.

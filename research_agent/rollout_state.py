@@ -95,7 +95,7 @@ def from_state(
             are fewer environments than before and none is left for it.
         sampling: as in ``collect``.
         seed: as in ``collect``.
-        episodes: those that this rank plays; others are left out.
+        episodes: the episodes that this rank plays; others are left out.
     """
     in_flight = InFlight()
     for state in states:

@@ -46,7 +46,7 @@ class WeightFolder:
 
         Args:
             weights: all of the model's, tied ones once or more often.
-            name: of the folder.
+            name: name of the folder.
 
         Raises:
             EngineError: no space, or no permission.
@@ -77,7 +77,7 @@ class WeightFolder:
 
         Args:
             weights: as for ``write``.
-            name: of the folder.
+            name: name of the folder.
 
         Returns:
             The folder of this machine's first rank.

@@ -113,7 +113,7 @@ def make_engine(
     """
     spec = parse_engine(name)
     if spec.kind == "transformers":
-        from research_agent.engines.transformers import proved_engine  # noqa: PLC0415 - torch
+        from research_agent.engines.proved import proved_engine  # noqa: PLC0415 - torch
 
         return proved_engine(model, renderer, max_slots, max_context, dtype=dtype, share=share)
     if spec.kind == "vllm":

@@ -178,7 +178,7 @@ def measure(folder: Path) -> dict[str, Any]:
         found = checkpoint.load(saved, deferred=("learner",))
         learner = load(saved)
         learner.load_state_dict(found.state["learner"], found.read)
-    # Of storages: FSDP pads the shard of the last rank to that of the others.
+    # Counted in storages: FSDP pads the last rank's shard to the size of the others.
     shard = sum(t.untyped_storage().nbytes() for t in weights)
     kept = sum(t.numel() * t.element_size() for t in moments)
     return {"shard": shard, "moments": kept, "peaks": peaks}

@@ -21,7 +21,7 @@ from research_agent.engines.base import SamplingParams
 from research_agent.engines.servers import serve
 from research_agent.engines.servers.engine import connect_servers, serve_engine
 from research_agent.errors import ResearchAgentError
-from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
+from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_qwen2
 
 
 class Gathered:
@@ -51,7 +51,7 @@ def play(
     rank = dist.get_rank()
     if nodes:
         os.environ |= {"GROUP_RANK": str(rank), "LOCAL_RANK": "0"}
-    renderer = codec_of(byte_tokenizer(merges=True))
+    renderer = make_renderer(byte_tokenizer(merges=True))
     model = tiny_qwen2(hidden=128)
     shard(model, list(model.model.layers), make_mesh(model.device))
     settings: dict[str, Any] = {"max_context": 200, "dtype": dtype}

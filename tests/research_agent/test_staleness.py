@@ -246,7 +246,7 @@ def drive(
 def test_turns_that_are_cut_go_on_as_if_they_had_not_been(
     stop: tuple[str, ...], renderer: Renderer
 ) -> None:
-    """Of a real model with random weights: same draws, same ends, stop strings across cuts."""
+    """A real model with random weights: same draws, same ends, stop strings across cuts."""
     model, slots = tiny_qwen2(), 40
     prompts = [renderer.encode_text(f"p{slot}") for slot in range(slots)]
     params = SamplingParams(max_tokens=30, stop=stop, seed=5)

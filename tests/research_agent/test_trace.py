@@ -108,7 +108,7 @@ def test_a_traced_engine_is_the_engine(tmp_path: Path) -> None:
 
     for able in (False, True):
         assert run(able, traced=True) == run(able, traced=False)
-    assert len(spans(tmp_path / "trace.json", "sync")) == 0  # of the run that was not traced
+    assert len(spans(tmp_path / "trace.json", "sync")) == 0  # the untraced run wrote nothing
     run(able=True, traced=True)
     assert len(spans(tmp_path / "trace.json", "sync")) == 1
 

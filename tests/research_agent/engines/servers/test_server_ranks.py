@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from research_agent.engines.remote import turn_seed
-from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
+from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_qwen2
 from tests.research_agent.fake_vllm import FakeVllm, script
 from tests.research_agent.torchrun import in_two_processes
 
-RENDERER = codec_of(byte_tokenizer(merges=True))
+RENDERER = make_renderer(byte_tokenizer(merges=True))
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
