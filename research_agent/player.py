@@ -147,7 +147,7 @@ class Player:
                 sampling,
                 seed,
                 episodes,
-                self._config.rollout.tree_plan,
+                plan=self._config.rollout.tree_plan,
             )
         )
         self._loop.resume()

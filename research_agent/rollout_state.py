@@ -87,6 +87,7 @@ def from_state(
     sampling: Sampling,
     seed: int,
     episodes: Collection[Episode],
+    *,
     plan: TreePlan = CHAINS,
 ) -> InFlight:
     """Restore the episodes that ``to_state`` saved.

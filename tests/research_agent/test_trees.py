@@ -425,7 +425,7 @@ def test_whole_trees_survive_a_checkpoint_and_others_grow_anew() -> None:
     done, state = loop.in_flight.done, rollout_state.to_state(loop.in_flight)
     assert loop.in_flight.active
     fresh = make_environments(DOORS, 20, {"doors": 4})
-    kept = rollout_state.from_state([state], fresh, Limits(), 0, later, plan)
+    kept = rollout_state.from_state([state], fresh, Limits(), 0, later, plan=plan)
     trees = Counter((e, plan.root(s)) for e, s in kept.done)
     assert set(trees.values()) == {plan.size} and not kept.active
     assert kept.done.items() < done.items()
@@ -434,7 +434,7 @@ def test_whole_trees_survive_a_checkpoint_and_others_grow_anew() -> None:
     assert list(map(plain, again.finish(later))) == list(map(plain, alone(later, plan)))
     failed = {key: replace(t, void=True) for key, t in done.items()}
     state = rollout_state.to_state(InFlight(done=failed))
-    assert not rollout_state.from_state([state], fresh, Limits(), 0, later, plan).done
+    assert not rollout_state.from_state([state], fresh, Limits(), 0, later, plan=plan).done
 
 
 # ---------------------------------------------------------------------------------------------
