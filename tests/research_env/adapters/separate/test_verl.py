@@ -1,4 +1,4 @@
-"""verl: its agent loop plays the environment's episodes against a server that says scripted turns.
+"""verl: its agent loop manager plays the environment's episodes; scripts stand in for LLM servers.
 
 Run by ``make adapters-verl``, in an environment of its own; not part of CI.
 """
@@ -10,16 +10,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import hydra
 import pytest
+import ray
 import yaml
 from datasets import Dataset
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
-from verl.experimental.agent_loop.agent_loop import DictConfigWrap, _agent_loop_registry
+from verl import DataProto
+from verl.experimental.agent_loop.agent_loop import (
+    AgentLoopManager,
+    DictConfigWrap,
+    _agent_loop_registry,
+)
+from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
+from verl.workers.rollout.replica import TokenOutput
 
 from research_env.adapters.shared import share
 from research_env.adapters.tokens import decode
@@ -43,13 +50,27 @@ class Server:
 
     async def generate(
         self, request_id: str, prompt_ids: list[int], sampling_params: Mapping[str, Any], **_: Any
-    ) -> SimpleNamespace:
+    ) -> TokenOutput:
         self.asked.append((list(prompt_ids), sampling_params))
-        ids: list[int] = []
-        if self.said:
-            ids = self.tokenizer(self.said.pop(0), add_special_tokens=False)["input_ids"]
-            ids = [*ids, self.tokenizer.eos_token_id]
-        return SimpleNamespace(token_ids=ids, log_probs=[-1.0] * len(ids))
+        if not self.said:
+            return TokenOutput(token_ids=[], log_probs=[], stop_reason="aborted")
+        return turn_of(self.tokenizer, self.said.pop(0))
+
+
+class Client:
+    """The same for episodes of any question, in another process: searches once, then answers."""
+
+    async def generate(
+        self, request_id: str, prompt_ids: list[int], sampling_params: Mapping[str, Any], **_: Any
+    ) -> TokenOutput:
+        tokenizer = AutoTokenizer.from_pretrained(STARTER)
+        searched = "<result>" in tokenizer.decode(prompt_ids)
+        return turn_of(tokenizer, answer("nobody") if searched else search("Who founded it?"))
+
+
+def turn_of(tokenizer: Any, text: str) -> TokenOutput:
+    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return TokenOutput(token_ids=ids, log_probs=[-1.0] * len(ids), stop_reason="completed")
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +199,50 @@ def test_the_documented_files_make_the_loop(
     output = asyncio.run(loop.run({}, raw_prompt=row["prompt"], extra_info=row["extra_info"]))
     assert output.reward_score == 0.1
     assert tokenizer.decode(server.asked[0][0]) == first["prompt"]
+
+
+def test_verls_own_manager_plays_a_batch_of_verls_own_data_set(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its trainer does, from the documented files: Ray workers, padding, rewards, metrics."""
+    monkeypatch.chdir(tmp_path)
+    exec(block_of("verl", "python"), {})
+    Path("agent.yaml").write_text(block_of("verl", "yaml"), encoding="utf-8")
+    overrides = {
+        "data.return_raw_chat": True,
+        "actor_rollout_ref.model.path": STARTER,
+        "actor_rollout_ref.rollout.name": "vllm",
+        "actor_rollout_ref.rollout.prompt_length": 100,
+        "actor_rollout_ref.rollout.response_length": 500,
+        "actor_rollout_ref.rollout.agent.num_workers": 2,
+        "actor_rollout_ref.rollout.agent.agent_loop_config_path": tmp_path / "agent.yaml",
+    }
+    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+        config = hydra.compose("ppo_trainer", [f"{key}={it}" for key, it in overrides.items()])
+    table = RLHFDataset("train.parquet", tokenizer, config.data)
+    batch = DataProto.from_single_dict(collate_fn([table[i // 2] for i in range(4)]))
+    ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1")
+    try:
+        manager = AgentLoopManager.create(config, llm_client=Client())
+        output = manager.generate_sequences(batch)
+    finally:
+        ray.shutdown()
+    assert output.batch["responses"].shape == (4, 500)
+    (entry,) = yaml.safe_load(block_of("verl", "yaml"))
+    with Sessions(**entry["args"]) as sessions:
+        tasks = sessions.tasks()
+        for i in range(4):
+            session = sessions.open(tasks[i // 2]["id"])
+            seen = session.step(search("Who founded it?")).observation
+            last = session.step(answer("nobody"))
+            prompt, ids = output.batch["prompts"][i], output.batch["responses"][i]
+            mask, kept = output.batch["response_mask"][i].bool(), ids != tokenizer.pad_token_id
+            assert decode(tokenizer, prompt.tolist()) == session.prompt
+            assert decode(tokenizer, ids[mask].tolist()) == search("Who founded it?") + answer(
+                "nobody"
+            )
+            assert decode(tokenizer, ids[kept & ~mask].tolist()) == seen
+            assert output.batch["rm_scores"][i].sum().item() == pytest.approx(last.reward)
+            for name, value in last.info["metrics"].items():
+                assert output.non_tensor_batch[name][i] == value
+    assert set(output.meta_info["reward_extra_keys"]) == {*last.info["metrics"], "void"}
