@@ -1,4 +1,4 @@
-"""verl: its agent loop manager plays the environment's episodes; scripts stand in for LLM servers.
+"""verl: its agent loop worker plays the environment's episodes; scripts stand in for LLM servers.
 
 Run by ``make adapters-verl``, in an environment of its own; not part of CI.
 """
@@ -14,14 +14,13 @@ from typing import Any
 
 import hydra
 import pytest
-import ray
 import yaml
 from datasets import Dataset
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 from verl import DataProto
 from verl.experimental.agent_loop.agent_loop import (
-    AgentLoopManager,
+    AgentLoopWorker,
     DictConfigWrap,
     _agent_loop_registry,
 )
@@ -58,14 +57,14 @@ class Server:
 
 
 class Client:
-    """The same for episodes of any question, in another process: searches once, then answers."""
+    """The same for any episode: searches once, then answers."""
 
-    async def generate(
-        self, request_id: str, prompt_ids: list[int], sampling_params: Mapping[str, Any], **_: Any
-    ) -> TokenOutput:
-        tokenizer = AutoTokenizer.from_pretrained(STARTER)
-        searched = "<result>" in tokenizer.decode(prompt_ids)
-        return turn_of(tokenizer, answer("nobody") if searched else search("Who founded it?"))
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    async def generate(self, prompt_ids: list[int], **_: Any) -> TokenOutput:
+        searched = "<result>" in self.tokenizer.decode(prompt_ids)
+        return turn_of(self.tokenizer, answer("nobody") if searched else search("Who founded it?"))
 
 
 def turn_of(tokenizer: Any, text: str) -> TokenOutput:
@@ -201,10 +200,10 @@ def test_the_documented_files_make_the_loop(
     assert tokenizer.decode(server.asked[0][0]) == first["prompt"]
 
 
-def test_verls_own_manager_plays_a_batch_of_verls_own_data_set(
+def test_verls_own_worker_plays_a_batch_of_verls_own_data_set(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As its trainer does, from the documented files: Ray workers, padding, rewards, metrics."""
+    """As under its trainer, from the documented files to the padded batch with rewards."""
     monkeypatch.chdir(tmp_path)
     exec(block_of("verl", "python"), {})
     Path("agent.yaml").write_text(block_of("verl", "yaml"), encoding="utf-8")
@@ -214,19 +213,14 @@ def test_verls_own_manager_plays_a_batch_of_verls_own_data_set(
         "actor_rollout_ref.rollout.name": "vllm",
         "actor_rollout_ref.rollout.prompt_length": 100,
         "actor_rollout_ref.rollout.response_length": 500,
-        "actor_rollout_ref.rollout.agent.num_workers": 2,
         "actor_rollout_ref.rollout.agent.agent_loop_config_path": tmp_path / "agent.yaml",
     }
     with hydra.initialize_config_module("verl.trainer.config", version_base=None):
         config = hydra.compose("ppo_trainer", [f"{key}={it}" for key, it in overrides.items()])
     table = RLHFDataset("train.parquet", tokenizer, config.data)
     batch = DataProto.from_single_dict(collate_fn([table[i // 2] for i in range(4)]))
-    ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1")
-    try:
-        manager = AgentLoopManager.create(config, llm_client=Client())
-        output = manager.generate_sequences(batch)
-    finally:
-        ray.shutdown()
+    worker = AgentLoopWorker(config, llm_client=Client(tokenizer))
+    output = asyncio.run(worker.generate_sequences(batch))
     assert output.batch["responses"].shape == (4, 500)
     (entry,) = yaml.safe_load(block_of("verl", "yaml"))
     with Sessions(**entry["args"]) as sessions:
