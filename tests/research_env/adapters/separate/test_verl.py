@@ -32,9 +32,9 @@ from research_env.adapters.tokens import decode
 from research_env.adapters.verl import NAME, ResearchAgentLoop, rows
 from research_env.errors import ConfigurationError, UnknownTaskError
 from research_env.sessions import Sessions
-from research_env.testing import Engine, Played, conformance, settings
+from research_env.testing import Played, conformance
 from tests.blocks import ROOT, block_of
-from tests.research_env.fakes import DATASET, answer, search
+from tests.research_env.fakes import DATASET, answer, search, suite_sessions
 from tests.research_env.fakes import Engine as Fake
 
 STARTER = ROOT / "research_agent/starters/miniworld-starter"
@@ -107,7 +107,7 @@ async def play_one(server: Server, question_id: str, **loop: Any) -> Any:
 
 
 def test_it_conforms(tokenizer: Any) -> None:
-    with Sessions(max_wait=0.2, **settings()) as sessions:
+    with suite_sessions() as (sessions, engine):
         share(sessions, shared="conformance")
 
         async def play(question_id: str, actions: Sequence[str]) -> Played:
@@ -130,8 +130,6 @@ def test_it_conforms(tokenizer: Any) -> None:
                 masked=None if void else "".join(text for mask, text in texts if not mask),
             )
 
-        engine = sessions.core.retriever
-        assert isinstance(engine, Engine)
         conformance(play, engine)
 
 
