@@ -21,7 +21,8 @@ from benchmarks.hostile_trials import MUTATIONS, Case, GeneratedPassages, mutate
 from research_env.errors import RetrievalError
 from research_env.retrieval.base import Hit
 from research_env.retrieval.bm25 import retriever as bm25
-from research_env.retrieval.serve import Limits, RetrievalServer
+from research_env.retrieval.serve import RetrievalServer
+from research_env.retrieval.serve_guard import Limits
 
 _TIMEOUT = 40.0  # seconds for an answer
 _LIMITS = Limits(request_seconds=2.0, answer_seconds=2.0, refusal_seconds=0.0)

@@ -82,13 +82,14 @@ class ActiveRollout:
         return [token for part in parts for token in part.tokens]
 
     def branch(self, sample: int, tree: int) -> ActiveRollout:
-        """Copy the turns so far as the beginning of another sample.
+        """Copy the finished turns as the beginning of another sample.
 
         Args:
             sample: number of the new sample.
             tree: number of the sample that the tree grew from.
         """
         turns = sum(segment.provenance == "action" for segment in self.segments)
+        partial = sum(len(part.tokens) for part in self.partial_turns)
         return ActiveRollout(
             self.episode,
             sample,
@@ -98,8 +99,8 @@ class ActiveRollout:
             reward=self.reward,
             state_key=self.state_key,
             prompt=self.prompt,
-            response=self.response,
-            unsent_tokens=self.tokens,
+            response=self.response - partial,
+            unsent_tokens=[token for segment in self.segments for token in segment.tokens],
             lineage=(*self.lineage, *[self.sample] * turns)[:turns],
             tree=tree,
         )

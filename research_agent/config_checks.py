@@ -53,10 +53,6 @@ def validate(config: TrainConfig) -> None:
         if not value >= 0:
             raise ConfigError(f"{flag} is {value}; it must not be negative")
     rollout.tree_plan.require_group(rollout.group_size)
-    if rollout.tree_branches and rollout.max_staleness:
-        raise ConfigError(
-            "--tree-branches with --max-staleness: trees are played in their own step"
-        )
     if not sampling.temperature > 0:
         raise ConfigError(f"--temperature is {sampling.temperature}; training draws: above 0")
     if not learner.max_grad_norm > 0:

@@ -83,7 +83,6 @@ class Player:
         Returns:
             The trajectories in the order of ``episodes``.
         """
-        self._loop = self._make_loop(self._loop.in_flight)
         self._loop.enqueue([*episodes, *ahead])
         return self._loop.finish(episodes)
 
@@ -142,7 +141,14 @@ class Player:
         """
         sampling, seed = self._config.sampling, self._config.run.seed
         self._loop = self._make_loop(
-            rollout_state.from_state(states, self._environments, sampling, seed, episodes)
+            rollout_state.from_state(
+                states,
+                self._environments,
+                sampling,
+                seed,
+                episodes,
+                plan=self._config.rollout.tree_plan,
+            )
         )
         self._loop.resume()
 

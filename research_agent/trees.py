@@ -289,10 +289,17 @@ class Trees:
                 in_flight.done[episode, branch] = _not_grown(episode, branch)
         return started
 
+    @property
+    def slots(self) -> set[int]:
+        """Slots of the branches that have not begun."""
+        return {seedling.slot for seedling in self._seedlings.values()}
+
     def release(self, engine: Engine) -> None:
         """Let the engine forget what it holds for branches that have not begun."""
         for seedling in self._seedlings.values():
             engine.release(seedling.slot)
+            if seedling.start:
+                seedling.start.unsent_tokens = seedling.start.tokens
 
     def _priority(self, rollout: ActiveRollout, sample: int, turn: Completion) -> float:
         """A number per branch and state; the state with the largest is chosen.
@@ -322,7 +329,7 @@ class Trees:
             return -sum(logprobs[: plan.entropy_tokens]) / self._highest_entropy
 
         first = next((s for s in rollout.segments if s.provenance == "action"), None)
-        now = entropy(turn.logprobs)
+        now = entropy([v for part in (*rollout.partial_turns, turn) for v in part.logprobs])
         initial = now if first is None else entropy(first.logprobs or ())
         probability = plan.branch_probability + plan.entropy_weight * (now - initial)
         return min(1.0, max(probability, 1e-6))

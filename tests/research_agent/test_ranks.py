@@ -18,10 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from research_agent.cli import main
 from research_agent.files import folder_lock
 from tests.research_agent.conftest import tiny_qwen2
-from tests.research_agent.test_trainer import flags, letters, metrics
+from tests.research_agent.test_trainer import flags, metrics
 from tests.research_agent.torchrun import in_processes, torchrun
-
-__all__ = ["letters"]
 
 WORKER = "tests.research_agent.rank_worker"
 

@@ -36,14 +36,11 @@ from tests.research_agent.test_rollout import END, RENDERER, Fake, Limits
 from tests.research_agent.test_trainer import (
     flags,
     kill_within,
-    letters,
     refusal,
     run_alone,
     start,
 )
 from tests.research_agent.torchrun import in_two_processes
-
-__all__ = ["letters"]
 
 AHEAD = {
     "collection": (PlayerProcess, "collect"),

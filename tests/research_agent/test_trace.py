@@ -16,9 +16,7 @@ from research_agent.rollout import RolloutLoop, collect
 from research_agent.trace import Trace, TracedEngine, TracedEnvironments, span
 from tests.research_agent.test_rollout import END, RENDERER, Fake, Limits
 from tests.research_agent.test_staleness import Unable
-from tests.research_agent.test_trainer import final_bytes, flags, letters
-
-__all__ = ["letters"]  # a fixture
+from tests.research_agent.test_trainer import final_bytes, flags
 
 
 def read(path: Path) -> list[dict[str, Any]]:

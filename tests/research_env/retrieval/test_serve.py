@@ -24,7 +24,8 @@ from research_env.errors import RetrievalError
 from research_env.retrieval import Hit, Passage, open_retriever
 from research_env.retrieval.http import HttpRetriever
 from research_env.retrieval.retry import Retry
-from research_env.retrieval.serve import Limits, RetrievalServer
+from research_env.retrieval.serve import RetrievalServer
+from research_env.retrieval.serve_guard import Limits
 from tests.research_env.fakes import Engine
 from tests.research_env.retrieval.retriever_contract import (
     CLAUSES,
