@@ -10,14 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = (
-    "research_env",
-    "research_agent",
-    "research_env_verifiers",
-    "benchmarks",
-    "docs",
-    "tests",
-)
+FOLDERS = ("research_env", "research_agent", "benchmarks", "docs", "tests")
 FRAGMENT = re.compile(r"(of|that|those|whose|in which|from which|likewise)\b", re.IGNORECASE)
 
 
