@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.hostile import MUTATIONS, Case, mutated, special
+from benchmarks.hostile_files import special
+from benchmarks.hostile_trials import MUTATIONS, Case, mutated
 from research_agent.errors import ModelError
 from research_agent.models.policy import load_model
 from research_agent.renderer import load_renderer

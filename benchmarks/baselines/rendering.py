@@ -16,7 +16,7 @@ from benchmarks.baselines.published import Score
 from research_env.terminal import printable
 
 DASH = "–"
-BLUES = ("#0017c7", "#457aec", "#8fb0f5")  # of trained rows
+BLUES = ("#0017c7", "#457aec", "#8fb0f5")  # colours of trained rows
 GRAYS = ("#b8c0e0", "#dce1ee", "#dedede", "#bcbcbc", "#9a9a9a")
 
 
@@ -37,7 +37,7 @@ class Cell:
     """A method on a data set, in percent; ``published`` is the paper's."""
 
     em: float
-    interval: tuple[float, float]  # of em, 95 %
+    interval: tuple[float, float]  # 95 % interval of em
     searches: float  # a question
     episodes: int
     void: int

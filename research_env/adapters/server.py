@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from research_env.errors import ConfigurationError
-from research_env.retrieval.serve import Limits, check_access, check_body
+from research_env.retrieval.serve_guard import Limits, check_access, check_body
 
 
 def guard(app: ASGIApp, key: str, allowed_hosts: Collection[str]) -> ASGIApp:

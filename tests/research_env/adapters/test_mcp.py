@@ -146,10 +146,20 @@ def test_bodies_that_are_large_or_have_no_clear_end_are_refused_unread(
         connection.close()
 
 
-def test_a_protocol_without_tools_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"protocol": "research"}, "the protocol 'research' has no tools"),
+        ({"max_turns": 1}, "no call can be run"),
+        ({"max_searches": 0}, "no call can be run"),
+    ],
+)
+def test_sessions_in_which_no_tool_can_be_called_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
     with (
-        Sessions(dataset=DATASET, retriever=Fake()) as sessions,
-        pytest.raises(ConfigurationError, match="the protocol 'research' has no tools"),
+        adapter.tool_sessions(Fake(), **settings) as sessions,
+        pytest.raises(ConfigurationError, match=message),
     ):
         adapter.make_server(sessions)
 
