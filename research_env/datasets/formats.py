@@ -205,11 +205,9 @@ def _arrow_records(path: Path) -> Records:
         with pa.OSFile(str(path)) as source:
             for batch in (_parquet_batches if kind == "Parquet" else _arrow_batches)(source):
                 batch.validate(full=True)  # offsets by a stranger
-                rows = _rows_to_hold(batch)
-                for first in range(0, batch.num_rows, rows):
-                    for record in batch.slice(first, rows).to_pylist():
-                        row += 1
-                        yield f"{path}: row {row}", record
+                for record in _rows(batch):
+                    row += 1
+                    yield f"{path}: row {row}", record
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise DataError(
             f"{path}: row {row + 1}: not a readable {kind} file ({error!s:.120}); get it again"
@@ -233,16 +231,24 @@ def _parquet_batches(source: Any) -> Iterator[Any]:
     yield from pq.ParquetFile(source, read_dictionary=texts).iter_batches(_BATCH)
 
 
-def _rows_to_hold(batch: Any) -> int:
-    """How many rows of a batch fit into the memory as Python's values, where texts are repeated.
+def _rows(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a batch; so many at a time are Python's values as fit into the memory.
 
     Raises:
-        ValueError: not one of them.
+        ValueError: not one of them does.
     """
+    import pyarrow as pa  # noqa: PLC0415
+
     size = sum(map(_largest, batch.columns))
     if size > _HELD:
         raise ValueError(f"a row may have {size} bytes, more than {_HELD >> 20} MiB")
-    return min(_BATCH, _HELD // max(1, size))
+    rows = min(_BATCH, _HELD // max(1, size))
+    for first in range(0, batch.num_rows, rows):
+        columns = [
+            each.dictionary_decode() if isinstance(each, pa.DictionaryArray) else each
+            for each in batch.slice(first, rows).columns  # decoded, as single values are slow
+        ]
+        yield from pa.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
 
 
 def _largest(array: Any) -> int:
