@@ -30,7 +30,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.adapter_systems import FRAMEWORKS, SEARCHES, System, vector_environment
+from benchmarks.adapter_script import SEARCHES, System
+from benchmarks.adapter_systems import FRAMEWORKS, vector_environment
 
 EPISODES = 64
 SECONDS = 0.05

@@ -82,13 +82,14 @@ class ActiveRollout:
         return [token for part in parts for token in part.tokens]
 
     def branch(self, sample: int, tree: int) -> ActiveRollout:
-        """Copy the turns so far as the beginning of another sample.
+        """Copy the finished turns as the beginning of another sample.
 
         Args:
             sample: number of the new sample.
             tree: number of the sample that the tree grew from.
         """
         turns = sum(segment.provenance == "action" for segment in self.segments)
+        partial = sum(len(part.tokens) for part in self.partial_turns)
         return ActiveRollout(
             self.episode,
             sample,
@@ -98,8 +99,8 @@ class ActiveRollout:
             reward=self.reward,
             state_key=self.state_key,
             prompt=self.prompt,
-            response=self.response,
-            unsent_tokens=self.tokens,
+            response=self.response - partial,
+            unsent_tokens=[token for segment in self.segments for token in segment.tokens],
             lineage=(*self.lineage, *[self.sample] * turns)[:turns],
             tree=tree,
         )
@@ -127,14 +128,14 @@ class ActiveRollout:
 
     def submit(self, engine: Engine, slot: int, stop: tuple[str, ...]) -> None:
         """Let the engine sample a turn, or the rest of one that was interrupted."""
-        begun = sum(len(part.tokens) for part in self.partial_turns)
+        resumed = sum(len(part.tokens) for part in self.partial_turns)
         left = self.sampling.max_response - self.response
         params = SamplingParams(
             temperature=self.sampling.temperature,
-            max_tokens=min(left, (self.sampling.max_turn_tokens or left + begun) - begun),
+            max_tokens=min(left, (self.sampling.max_turn_tokens or left + resumed) - resumed),
             stop=stop,
             seed=self._draws,
-            resumed_tokens=begun,
+            resumed_tokens=resumed,
         )
         engine.submit(slot, self.unsent_tokens, params)
         self.unsent_tokens = []

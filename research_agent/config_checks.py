@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from research_agent.chat_template import require_date
 from research_agent.config import EvalConfig, SamplingConfig, TrainConfig
 from research_agent.curriculum import parse_stages
 from research_agent.errors import ConfigError
+from research_agent.torchrun import torchrun
 
 
 def validate(config: TrainConfig) -> None:
@@ -53,10 +53,6 @@ def validate(config: TrainConfig) -> None:
         if not value >= 0:
             raise ConfigError(f"{flag} is {value}; it must not be negative")
     rollout.tree_plan.require_group(rollout.group_size)
-    if rollout.tree_branches and rollout.max_staleness:
-        raise ConfigError(
-            "--tree-branches with --max-staleness: trees are played in their own step"
-        )
     if not sampling.temperature > 0:
         raise ConfigError(f"--temperature is {sampling.temperature}; training draws: above 0")
     if not learner.max_grad_norm > 0:
@@ -91,7 +87,7 @@ def require_one_process(command: str) -> None:
     Raises:
         ConfigError: this is one of several ranks.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = torchrun("WORLD_SIZE", 1)
     if ranks > 1:
         raise ConfigError(
             f"{command} runs in one process; torchrun started {ranks}. Start it without torchrun"

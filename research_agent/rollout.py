@@ -130,7 +130,7 @@ class RolloutLoop:
         """Say which episodes to begin next, in this order, instead of those said before.
 
         Args:
-            episodes: those under way, and branches of a tree, are left out.
+            episodes: the episodes. Those in flight, and branches of a tree, are left out.
         """
         known = self.in_flight.episodes
         self._waiting = deque(
@@ -138,8 +138,8 @@ class RolloutLoop:
             for each in dict.fromkeys(episodes)
             if each not in known and self._plan.root(each[1]) == each[1]
         )
-        count = self._environments.num_envs
-        self._free = deque(slot for slot in range(count) if slot not in self.in_flight.active)
+        taken = self.in_flight.active.keys() | self._trees.slots
+        self._free = deque(n for n in range(self._environments.num_envs) if n not in taken)
 
     def finish(self, episodes: Collection[Episode]) -> list[Trajectory]:
         """Play on until these episodes have ended; returns their trajectories, in this order."""

@@ -8,7 +8,8 @@ sampled again from where the last new weights met it.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from research_agent.active_rollout import ActiveRollout, Episode, InFlight, Sampling
 from research_agent.engines.base import Completion
 from research_agent.environments import Environments
-from research_agent.trajectory import Segment, Trajectory
+from research_agent.trajectory import NOT_GROWN, Segment, Trajectory
+from research_agent.trees import CHAINS, TreePlan
 
 _TRAJECTORY = (
     *("episode", "sample", "reward", "terminated", "truncated", "stop_reason", "void"),
@@ -85,6 +87,8 @@ def from_state(
     sampling: Sampling,
     seed: int,
     episodes: Collection[Episode],
+    *,
+    plan: TreePlan = CHAINS,
 ) -> InFlight:
     """Restore the episodes that ``to_state`` saved.
 
@@ -95,11 +99,15 @@ def from_state(
             are fewer environments than before and none is left for it.
         sampling: as in ``collect``.
         seed: as in ``collect``.
-        episodes: those that this rank plays; others are left out.
+        episodes: the episodes that this rank plays; others are left out.
+        plan: as in ``collect``. Trees that are not whole are forgotten, and begin again later.
     """
     in_flight = InFlight()
     for state in states:
         active, done = _read(state, sampling, seed)
+        done = [t for t in done if not t.void or t.stop_reason == NOT_GROWN]  # failed: played again
+        if plan.branches:
+            active, done = [], _whole_trees(done, plan)
         for slot, rollout, awaiting_env in active:
             if rollout.key not in episodes:
                 continue
@@ -112,7 +120,7 @@ def from_state(
                 in_flight.awaiting_env.add(place)
         for trajectory in done:
             key = trajectory.episode, trajectory.sample
-            if key in episodes and not trajectory.void:  # a void one is played again
+            if key in episodes:
                 in_flight.done[key] = trajectory
     _replay(in_flight, environments, seed)
     return in_flight
@@ -154,6 +162,12 @@ def _read(
         said = tuple(segment(*each) for each in saved["segments"])
         done.append(Trajectory(segments=said, **fields))
     return active, done
+
+
+def _whole_trees(done: Sequence[Trajectory], plan: TreePlan) -> list[Trajectory]:
+    """The trajectories of the trees whose samples have all ended."""
+    grown = Counter((t.episode, plan.root(t.sample)) for t in done)
+    return [t for t in done if grown[t.episode, plan.root(t.sample)] == plan.size]
 
 
 def _replay(in_flight: InFlight, environments: Environments, seed: int) -> None:

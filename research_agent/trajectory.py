@@ -24,7 +24,7 @@ class Segment:
     """A run of tokens of one provenance.
 
     ``logprobs`` are the sampler's log-probabilities at its temperature; ``versions`` are the
-    numbers of the weights that sampled the tokens. Both are one a token, for actions only.
+    numbers of the weights that sampled the tokens. Both are one per token, for actions only.
 
     An action segment is a turn. ``reward`` is what ``step`` returned for it; ``state_key`` names
     the state in which the turn was taken (``info["state_key"]`` of the observation before it).
@@ -102,8 +102,8 @@ def reward_last_turn(segments: Sequence[Segment], reward: float) -> tuple[Segmen
     """Put a reward that was given for a whole episode on its last turn.
 
     Args:
-        segments: of a trajectory.
-        reward: of the trajectory. It is lost if there is no turn.
+        segments: segments of a trajectory.
+        reward: reward of the trajectory. It is lost if there is no turn.
 
     Returns:
         The segments, the last action's with this reward.

@@ -192,7 +192,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
 
         Args:
             actions: num_envs texts.
-            mask: which sub-environments take theirs (num_envs booleans; None: all). The others
+            mask: the sub-environments that take theirs (num_envs booleans; None: all). The others
                 stay as they are: an empty observation, reward 0, no info.
 
         Returns:

@@ -31,7 +31,7 @@ class Tokens:
     logprobs: Tensor  # log pi of the policy that learns, with gradient
     old_logprobs: Tensor  # log pi of the policy that sampled, constant
     reference_logprobs: Tensor | None  # log pi of the reference policy, where the algorithm asks it
-    entropy: Tensor  # of the policy that learns, in nats, with gradient
+    entropy: Tensor  # entropy of the policy that learns, in nats, with gradient
     advantages: Tensor  # constant
     seq_ids: Tensor  # number of the trajectory in the batch, ascending
 
@@ -97,7 +97,7 @@ class SelectsGroups(Protocol):
         """Say whether a group is learned from.
 
         Args:
-            rewards: of its trajectories, void ones left out.
+            rewards: rewards of its trajectories, void ones left out.
         """
         ...
 
@@ -111,7 +111,7 @@ class UsesCritic(Protocol):
 
     @property
     def critic_learning_rate(self) -> float:
-        """Of the critic's AdamW."""
+        """Learning rate of the critic's AdamW."""
         ...
 
     @property

@@ -312,7 +312,7 @@ def test_self_correction() -> None:
         _record(_search("x"), _search("a"), golds=()),  # nobody knows what is useless
         {**_record(_search("x"), _search("a")), "void": True},
     ]
-    # Of six episodes four met a useless result; of these two went on, and one of them found a gold.
+    # Four of six episodes met a useless result; two of the four went on, and one found a gold.
     assert self_correction(records) == pytest.approx(
         {"met useless": 4 / 6, "searched again": 2 / 4, "recovered": 1 / 4}
     )
@@ -361,7 +361,7 @@ def test_numbers_of_a_run() -> None:
 
 
 def test_what_it_cost_to_reach_a_level() -> None:
-    """Mean of three steps: .3 at step 3, .5 at step 4; 10 tokens, 2 turns and 4 episodes a step."""
+    """Mean of three steps: .3 at step 3, .5 at step 4; per step 10 tokens, 2 turns, 4 episodes."""
     em = [0.1, 0.3, 0.5, 0.7, 0.6]
     log = [
         {

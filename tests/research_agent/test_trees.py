@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from research_agent.active_rollout import ActiveRollout
+from research_agent import rollout_state
+from research_agent.active_rollout import ActiveRollout, InFlight
 from research_agent.batch import make_batch
 from research_agent.cli import main
 from research_agent.engines.base import Completion, SamplingParams
@@ -25,17 +26,22 @@ from research_agent.engines.scripted import ScriptedEngine
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.environments import Environments, make_environments
 from research_agent.errors import ConfigError
-from research_agent.rollout import collect
+from research_agent.rollout import RolloutLoop, collect
 from research_agent.run_logger import METRICS, read_lines
 from research_agent.trace import Trace, TracedEngine
 from research_agent.trajectory import NOT_GROWN, Group, Segment, Trajectory
 from research_agent.trees import Forking, TreePlan, Trees
-from tests.research_agent.conftest import byte_tokenizer, codec_of, letter_tokenizer, tiny_qwen2
+from tests.research_agent.conftest import (
+    byte_tokenizer,
+    make_renderer,
+    save_letter_model,
+    tiny_qwen2,
+)
 from tests.research_agent.test_rollout import Limits
 from tests.research_agent.torchrun import in_two_processes
 
 DOORS = "tests.research_agent.doors_env:Doors-v0"
-RENDERER = codec_of(byte_tokenizer())
+RENDERER = make_renderer(byte_tokenizer())
 END = RENDERER.tokenizer.eos_token_id
 
 
@@ -201,6 +207,10 @@ def test_the_probability_of_a_branch_is_that_of_arpo() -> None:
     later = ActiveRollout(0, 0, 0, Limits(), [Segment("action", (5, 6), (-2.0, -1.0))])
     expected = 0.5 + 0.2 * (7 - 3) / math.log(1000)
     assert trees._branch_probability(later, turn) == pytest.approx(expected)
+    cut = replace(turn, tokens=(1,), logprobs=(-3.0,))
+    later.partial_turns, rest = [cut], replace(turn, tokens=(2, 3), logprobs=(-4.0, 0.0))
+    assert trees._branch_probability(later, rest) == pytest.approx(expected)  # cut by new weights
+    later.partial_turns = []
     calm = replace(turn, logprobs=(0.0, 0.0, 0.0))
     assert trees._branch_probability(later, calm) < 0.5
 
@@ -335,16 +345,110 @@ def test_plans_that_make_no_sense_are_refused(setting: dict[str, Any], message: 
 
 
 # ---------------------------------------------------------------------------------------------
+# Ahead of learning
+
+
+AHEAD = TreePlan(branches=2, rounds=2)
+
+
+def keys_of(step: int) -> list[tuple[int, int]]:
+    """Two tasks of two trees per step."""
+    return [(2 * step + task, sample) for task in range(2) for sample in range(2 * AHEAD.size)]
+
+
+def plain(t: Trajectory) -> Trajectory:
+    """Without the numbers of the weights."""
+    return replace(t, segments=tuple(replace(s, versions=None) for s in t.segments))
+
+
+def alone(keys: list[tuple[int, int]], plan: TreePlan = AHEAD) -> list[Trajectory]:
+    environments = make_environments(DOORS, 10, {"doors": 4})
+    return collect(scripted(), environments, RENDERER, keys, Limits(), plan=plan)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    slots=st.integers(5, 30),
+    chance=st.integers(0, 99),
+    overlap=st.booleans(),
+    choose=st.sampled_from(["random", "entropy"]),
+)
+def test_trees_grow_on_while_weights_change(
+    slots: int, chance: int, overlap: bool, choose: Any
+) -> None:
+    """Cut in the middle of turns, they are those that grow without a break."""
+    plan, pick = replace(AHEAD, choose=choose), random.Random(chance)
+    engine = ScriptedEngine(say, RENDERER, delay=lambda: pick.randint(0, 5))
+    environments = make_environments(DOORS, slots, {"doors": 4})
+    loop = RolloutLoop(engine, environments, RENDERER, Limits(overlap=overlap), plan=plan)
+    for step in range(3):
+        loop.enqueue([*keys_of(step), *keys_of(step + 1)])
+        played = loop.finish(keys_of(step))
+        for _ in range(pick.randint(0, 20)):
+            if loop.has_work:
+                loop.advance()
+        assert [plain(t) for t in played] == [plain(t) for t in alone(keys_of(step), plan)]
+        assert all(step - 1 <= v <= step for t in played for u in t.turns for v in u.versions or ())
+        loop.suspend()
+        assert engine.busy == 0 and not any(engine._held.values())
+        engine.load_weights([], step + 1)
+        loop.resume()
+
+
+def test_what_an_engine_copied_for_a_branch_is_submitted_again_after_a_cut() -> None:
+    model, limits = tiny_qwen2(len(RENDERER.tokenizer)), Limits(max_turn_tokens=5)
+    plan, keys = TreePlan(branches=3), [(task, sample) for task in range(2) for sample in range(4)]
+
+    def playing() -> RolloutLoop:
+        engine = TransformersEngine(model, RENDERER, max_slots=8, max_context=256)
+        environments = make_environments(DOORS, 8, {"doors": 4})
+        return RolloutLoop(engine, environments, RENDERER, limits, plan=plan)
+
+    whole, cut = playing(), playing()
+    whole.enqueue(keys)
+    cut.enqueue(keys)
+    while cut.has_work:
+        for _ in range(3):
+            cut.advance()
+        cut.suspend()
+        cut.resume()
+    both = zip(whole.finish(keys), cut.finish(keys), strict=True)
+    assert all(one.tokens == other.tokens and one.lineage == other.lineage for one, other in both)
+
+
+def test_whole_trees_survive_a_checkpoint_and_others_grow_anew() -> None:
+    later = [*keys_of(1), *keys_of(2)]
+    plan = replace(AHEAD, max_turns=14)  # some branches do not fit
+    pick = random.Random(0)
+    engine = ScriptedEngine(say, RENDERER, delay=lambda: pick.choice([0, 0, 30]))
+    environments = make_environments(DOORS, 20, {"doors": 4})
+    loop = RolloutLoop(engine, environments, RENDERER, Limits(), plan=plan)
+    loop.enqueue([*keys_of(0), *later])
+    loop.finish(keys_of(0))
+    while len({t.stop_reason for t in loop.in_flight.done.values()}) < 2:
+        loop.advance()
+    done, state = loop.in_flight.done, rollout_state.to_state(loop.in_flight)
+    assert loop.in_flight.active
+    fresh = make_environments(DOORS, 20, {"doors": 4})
+    kept = rollout_state.from_state([state], fresh, Limits(), 0, later, plan=plan)
+    trees = Counter((e, plan.root(s)) for e, s in kept.done)
+    assert set(trees.values()) == {plan.size} and not kept.active
+    assert kept.done.items() < done.items()
+    again = RolloutLoop(scripted(), fresh, RENDERER, Limits(), in_flight=kept, plan=plan)
+    again.enqueue(later)
+    assert list(map(plain, again.finish(later))) == list(map(plain, alone(later, plan)))
+    failed = {key: replace(t, void=True) for key, t in done.items()}
+    state = rollout_state.to_state(InFlight(done=failed))
+    assert not rollout_state.from_state([state], fresh, Limits(), 0, later, plan=plan).done
+
+
+# ---------------------------------------------------------------------------------------------
 # Training
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("doors")
-    tokenizer = letter_tokenizer("azxy=?01234567")
-    tokenizer.save_pretrained(folder)
-    tiny_qwen2(len(tokenizer), hidden=32, context=64).save_pretrained(folder)
-    return folder
+    return save_letter_model(tmp_path_factory.mktemp("doors"), "azxy=?01234567")
 
 
 def run_words(model: Path, output: Path, *more: str, algorithm: str = "tree_grpo") -> list[str]:
@@ -397,6 +501,26 @@ def test_a_trace_changes_nothing_and_still_copies_what_branches_share(
     trace.close()
 
 
+@pytest.mark.usefixtures("forks")
+def test_a_run_ahead_in_parts_plays_each_sample_once(model: Path, tmp_path: Path) -> None:
+    more = ["--max-staleness", "1", "--log-episodes", "99"]
+    output = run(model, tmp_path / "run", *more, "--steps", "2")
+    run(model, output, *more, "--steps", "4")
+    records = read_lines(output / METRICS)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert max(record["staleness_max"] for record in records) == 1
+    assert all(record["sampled_turns"] < 24 * 3 for record in records)  # branches share turns
+    played = [
+        (r["step"], r["episode"], r["sample"]) for r in read_lines(output / "trajectories.jsonl")
+    ]
+    assert sorted(played) == [
+        (step, 4 * (step - 1) + task, sample)
+        for step in range(1, 5)
+        for task in range(4)
+        for sample in range(6)
+    ]
+
+
 @pytest.mark.slow
 def test_two_ranks_play_whole_trees(model: Path, tmp_path: Path) -> None:
     """Six trees, three per rank; the updates are those of one process."""
@@ -412,7 +536,6 @@ def test_two_ranks_play_whole_trees(model: Path, tmp_path: Path) -> None:
     ("more", "message"),
     [
         (["--group-size", "8"], "a group of 8 samples is no number of trees of 3"),
-        (["--max-staleness", "1"], "--tree-branches with --max-staleness"),
         (["--tree-branches", "-1"], "a tree's branches is -1"),
         (["--env", "tests.research_agent.toy_env:CopyLetter-v0"], "no branch(source, targets)"),
         (["--max-in-flight", "2"], "raise --max-in-flight"),
