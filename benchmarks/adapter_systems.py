@@ -141,6 +141,7 @@ def trl(url: str, episodes: int, stack: ExitStack) -> Iterator[System]:
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     tokenizer.add_tokens(["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"])
     state = {"round": 0, "turn": 0}
+    client = stack.enter_context(httpx.Client(timeout=60))
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -172,7 +173,7 @@ def trl(url: str, episodes: int, stack: ExitStack) -> Iterator[System]:
         Returns:
             The passages found.
         """
-        reply = httpx.post(url, json={"queries": [query], "topk": 3}, timeout=60)
+        reply = client.post(url, json={"queries": [query], "topk": 3})
         return "\n".join(each["document"]["contents"] for each in reply.json()["result"][0])
 
     lookup.__name__ = "search"

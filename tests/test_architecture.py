@@ -153,7 +153,8 @@ LAYERS = {
         "cli",
     ),
     "research_agent": (
-        "errors redaction rendezvous terminal signals",
+        "errors redaction terminal signals threads torchrun",
+        "rendezvous",
         "settings files formats trajectory trees environments distributed phrase_tokenizer",
         "sharded optimizer",
         "chat_template curriculum run_logger checkpoint step_metrics",

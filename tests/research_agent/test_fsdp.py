@@ -139,6 +139,8 @@ def test_weights_are_gathered_in_half_precision_and_kept_in_full(measured: Path,
         assert found["gathered"] == torch.bfloat16
         assert found["kept"] == found["moments"] == {torch.float32}
         assert found["reference"] == {torch.bfloat16}
+        assert found["critic"] == {(True, torch.float32)}
+        assert found["critic_gathered"] == {torch.bfloat16}
         assert found["metrics"]["kl"] == 0.0  # both round alike
         assert found["metrics"]["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.05)
 

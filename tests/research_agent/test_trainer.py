@@ -450,6 +450,12 @@ def test_two_processes_train_what_one_trains(letters: Path, tmp_path: Path) -> N
     assert [sorted(record) for record in two] == [sorted(record) for record in one]
     for theirs, ours in zip(two, one, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
+    played = [tmp_path / name / "evaluations" / "step-000004" for name in ("one", "two")]
+    episodes = [
+        [line.get("episode") for line in read_lines(folder / "predictions.jsonl")]
+        for folder in played
+    ]
+    assert episodes[0] == episodes[1]  # each rank played its share
     folders = [tmp_path / name / "checkpoints" / "step-000005" for name in ("one", "two")]
     ours, theirs = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in folders)
     # A key's bias moves no attention, so its gradient is noise about 0, which Adam makes large.

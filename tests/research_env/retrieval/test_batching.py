@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from queue import Empty
 from typing import Any
 
 import pytest
@@ -220,6 +221,30 @@ def test_queries_of_a_moment_go_together_however_many_threads_there_are() -> Non
     assert {taken(searches)[0] for _ in range(3)} == {0, 1, 2}
     assert engine.batches == [("1", "2", "3")]
     searches.close()
+
+
+class Arrivals:
+    """A queue into which queries come at given seconds of a clock that nobody waits for."""
+
+    def __init__(self, seconds: Sequence[float]) -> None:
+        self.seconds = list(seconds)
+        self.now = 0.0
+
+    def get(self, timeout: float | None = None) -> str:
+        if timeout is not None and self.seconds[0] > self.now + timeout:
+            self.now += timeout
+            raise Empty
+        self.now = max(self.now, self.seconds.pop(0))
+        return f"at {self.now:g}"
+
+
+def test_a_batch_waits_for_as_long_as_queries_keep_coming(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Arrivals([1.0, 2.5, 4.0, 5.5, 8.0, 8.5, 9.0, 9.5, 10.0, 20.0])
+    searches = made(Engine(), 0, max_batch=4, max_wait=2.0)
+    monkeypatch.setattr(searches, "_queue", queue)
+    assert searches._gather() == ["at 1", "at 2.5", "at 4", "at 5.5"]  # it is full
+    assert searches._gather() == ["at 8", "at 8.5", "at 9", "at 9.5"]
+    assert (searches._gather(), queue.now) == (["at 10"], 12.0)
 
 
 class Together:
