@@ -57,7 +57,7 @@ def opening(what: str, cure: str = MODEL_CURE) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where the parts of a model are."""
+    """The places of a model's parts."""
 
     place: str
     """Folder of the weights, or a name on the hub."""
