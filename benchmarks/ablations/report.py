@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from research_agent.files import write_atomic
 
 Values = dict[str, float]
 AGREES, DISAGREES, UNDECIDED = "as in the paper", "the other way", "cannot be told apart"
+TOKENS, SEARCHES = "all tokens", "all searches"
 MEETING, AGAIN, RECOVERED = "met useless", "searched again", "recovered"
 
 
@@ -40,10 +42,23 @@ def look(settings: Settings, arm: Arm, seed: int) -> Seen | None:
     if not result:
         return None
     log = [{**line, **_corrections(folder, line)} for line in read_log(folder)]
-    for name in ("sampled_tokens", "sampled_turns"):
-        totals = accumulate(line.get(name, 0.0) for line in log)
-        log = [{**line, f"all {name}": total} for line, total in zip(log, totals, strict=True)]
-    return Seen(log, result["final"], result["seconds"])
+    return Seen(with_totals(log), result["final"], result["seconds"])
+
+
+def with_totals(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Add to each line what was spent until then: ``all tokens`` and ``all searches``.
+
+    What a tree shares was sampled once. The last turn of an episode is an answer; all others are
+    searches.
+    """
+    tokens = accumulate(line.get("sampled_tokens", 0.0) for line in log)
+    searches = accumulate(
+        line.get("sampled_turns", 0.0) - line.get("episodes", 0.0) for line in log
+    )
+    return [
+        {**line, TOKENS: spent, SEARCHES: searched}
+        for line, spent, searched in zip(log, tokens, searches, strict=True)
+    ]
 
 
 def _corrections(folder: Path, line: Mapping[str, Any]) -> Values:
@@ -112,7 +127,7 @@ def _final(world: str, name: str) -> Callable[[Seen], float | None]:
 
 
 def _until(level: float, name: str) -> Callable[[Seen], float | None]:
-    """What a run has cost when it reaches a level; None where it never does.
+    """What a run has cost when it reaches a level; infinity where it never does.
 
     Args:
         level: exact match of the episodes of three steps.
@@ -124,16 +139,42 @@ def _until(level: float, name: str) -> Callable[[Seen], float | None]:
         for first, line in enumerate(steps[2:]):
             if statistics.fmean(each["env/em"] for each in steps[first : first + 3]) >= level:
                 return float(line[name])
-        return None
+        return math.inf if steps else None
 
     return found
+
+
+def at_equal_budget(
+    one: Sequence[Seen], other: Sequence[Seen], cost: str
+) -> tuple[list[float], list[float]]:
+    """Exact match of two arms when their runs have spent the same.
+
+    Args:
+        one: runs of an arm, one a seed.
+        other: those of another arm.
+        cost: ``all tokens`` or ``all searches``.
+
+    Returns:
+        For each run the exact match of the last three steps that fit the budget, which is what the
+        run that spent least spent in all.
+    """
+    totals = [float(seen.log[-1][cost]) for seen in (*one, *other) if seen.log]
+    budget = min(totals, default=0.0)
+
+    def reached(seen: Seen) -> float | None:
+        fits = [x["env/em"] for x in seen.log if "env/em" in x and x[cost] <= budget]
+        return statistics.fmean(fits[-3:]) if fits else None
+
+    return _known(map(reached, one)), _known(map(reached, other))
 
 
 def _last(name: str) -> Callable[[Seen], float | None]:
     return lambda seen: float(seen.log[-1][name]) if seen.log and name in seen.log[-1] else None
 
 
-_UNITS = {"episodes": "played", "tokens": "all sampled_tokens", "turns": "all sampled_turns"}
+_UNITS = {"episodes": "played", "tokens": TOKENS, "searches": SEARCHES}
+EQUAL_BUDGETS = {"em at equal tokens": TOKENS, "em at equal searches": SEARCHES}
+"""Numbers of two arms each, which claims may name, and what both have spent as much of."""
 THIRD = 1 / 3
 NUMBERS: dict[str, tuple[int, Callable[[Seen], float | None]]] = {
     "em in": (3, _final("in", "em")),
@@ -155,8 +196,8 @@ NUMBERS: dict[str, tuple[int, Callable[[Seen], float | None]]] = {
         for level in (0.5, 0.8)
         for unit, name in _UNITS.items()
     },
-    "all tokens": (0, _last(_UNITS["tokens"])),
-    "all turns": (0, _last(_UNITS["turns"])),
+    TOKENS: (0, _last(TOKENS)),
+    SEARCHES: (0, _last(SEARCHES)),
 }
 """Columns of ablations that compare arms: digits, and how the number is found."""
 DIGITS_OVER_TIME = {"tokens": 1, "searches": 2, "turns": 2}
@@ -224,13 +265,23 @@ def verdict(claim: Claim, more: Sequence[float], less: Sequence[float]) -> str:
     return UNDECIDED
 
 
-def verdicts(ablation: Ablation, rows: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+def verdicts(
+    ablation: Ablation,
+    rows: Mapping[str, Mapping[str, Sequence[float]]],
+    runs: Mapping[str, Sequence[Seen]],
+) -> list[str]:
     """A line a claim: what is compared, our figures, and the verdict."""
     lines = []
     for claim in ablation.claims:
-        more, less = rows[claim.more][claim.number], rows[claim.less][claim.number]
+        more: Sequence[float]
+        less: Sequence[float]
+        if claim.number in EQUAL_BUDGETS:
+            both = (runs.get(name, ()) for name in (claim.more, claim.less))
+            more, less = at_equal_budget(*both, EQUAL_BUDGETS[claim.number])
+        else:
+            more, less = rows[claim.more][claim.number], rows[claim.less][claim.number]
         digits = _digits(ablation, claim.number)
-        figures = f"{spread(more, digits) or '?'} against {spread(less, digits) or '?'}"
+        figures = f"{_shown(more, digits) or '?'} against {_shown(less, digits) or '?'}"
         sign = "and" if claim.open else ">"
         source = f" [{claim.source}]" if claim.source else ""
         what = f"{claim.number}: {claim.more} {sign} {claim.less}{source}"
@@ -239,7 +290,14 @@ def verdicts(ablation: Ablation, rows: Mapping[str, Mapping[str, Sequence[float]
 
 
 def _digits(ablation: Ablation, number: str) -> int:
-    return DIGITS_OVER_TIME.get(number, 3) if ablation.over_time else NUMBERS[number][0]
+    if ablation.over_time:
+        return DIGITS_OVER_TIME.get(number, 3)
+    return 3 if number in EQUAL_BUDGETS else NUMBERS[number][0]
+
+
+def _shown(values: Sequence[float], digits: int) -> str:
+    """The values of the seeds, as in the tables; of a level that was not reached: never."""
+    return spread(values, digits).replace("inf", "never")
 
 
 # --- what is written ------------------------------------------------------------------------------
@@ -261,9 +319,9 @@ def report(settings: Settings, ablation: Ablation, seeds: Sequence[int]) -> Path
     cells = []
     for name, values in rows.items():
         of_row = runs.get(ablation.arms[0].name if ablation.over_time else name, ())
-        shown = [spread(values[number], _digits(ablation, number)) for number in ablation.numbers]
+        shown = [_shown(values[number], _digits(ablation, number)) for number in ablation.numbers]
         cells.append([name, str(len(of_row)), *shown])
-    said = verdicts(ablation, rows)
+    said = verdicts(ablation, rows, runs)
     episodes = settings.steps * settings.prompts_per_step * settings.group_size
     title = (
         f"{ablation.name}: {settings.steps} steps, {episodes} episodes; mean (lowest to highest)"
@@ -279,7 +337,15 @@ def report(settings: Settings, ablation: Ablation, seeds: Sequence[int]) -> Path
     text = [f"## {title}", "", *words, "", markdown_table(headings, cells)]
     text += [f"- {line}" for line in said]
     write_atomic(folder / "table.md", "\n".join(text) + "\n")
-    out = {"ablation": ablation.name, "steps": settings.steps, "seeds": list(seeds), "rows": rows}
+    values_of = {
+        name: {
+            number: [v if v < math.inf else "never" for v in values]
+            for number, values in row.items()
+        }
+        for name, row in rows.items()
+    }
+    out = {"ablation": ablation.name, "steps": settings.steps, "seeds": list(seeds)}
+    out["rows"] = values_of
     write_atomic(folder / "results.json", json.dumps(out, indent=1) + "\n")
     if runs:
         draw(ablation, runs, folder / "curves.png")
@@ -295,7 +361,7 @@ def draw(ablation: Ablation, runs: Mapping[str, Sequence[Seen]], path: Path) -> 
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
     size = (4.5 * len(ablation.curves), 4)
-    cost = {"episodes": "played", "sampled tokens": "all sampled_tokens"}[ablation.over]
+    cost = {"episodes": "played", "sampled tokens": TOKENS}[ablation.over]
     figure, axes = plt.subplots(1, len(ablation.curves), figsize=size, squeeze=False)
     for axis, name in zip(axes[0], ablation.curves, strict=True):
         for arm, seeds in runs.items():
