@@ -60,7 +60,7 @@ class DrGRPO:
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """``r - mean`` of the group; one value a trajectory."""
+        """``r - mean`` of the group; one value per trajectory."""
         return (batch.rewards - group_mean(batch.rewards, batch.groups))[batch.seq_ids]
 
     def weights(self, batch: Batch) -> Tensor:

@@ -191,7 +191,7 @@ def group_mean(values: Tensor, groups: Tensor) -> Tensor:
     """Mean of each trajectory's group; exactly the value where the values of a group are equal.
 
     Args:
-        values: one a trajectory, [N].
+        values: one per trajectory, [N].
         groups: number of each trajectory's group, [N], counted from 0.
 
     Returns:
@@ -210,7 +210,7 @@ def group_std(values: Tensor, groups: Tensor) -> Tensor:
     """Sample standard deviation (n - 1) of each trajectory's group; 0 in a group of one.
 
     Args:
-        values: one a trajectory, [N].
+        values: one per trajectory, [N].
         groups: number of each trajectory's group, [N], counted from 0.
 
     Returns:
@@ -226,7 +226,7 @@ def leave_one_out_mean(values: Tensor, groups: Tensor) -> Tensor:
     """Mean of the others of each trajectory's group; its own value in a group of one.
 
     Args:
-        values: one a trajectory, [N].
+        values: one per trajectory, [N].
         groups: number of each trajectory's group, [N], counted from 0.
 
     Returns:
@@ -241,7 +241,7 @@ def group_normalized(values: Tensor, groups: Tensor, epsilon: float) -> Tensor:
     """``(value - mean) / (std + epsilon)`` of each trajectory's group; 0 in a group of one.
 
     Args:
-        values: one a trajectory, [N].
+        values: one per trajectory, [N].
         groups: number of each trajectory's group, [N], counted from 0.
         epsilon: added to the (n - 1) standard deviation.
 
@@ -271,7 +271,7 @@ def rewards_at_end(rewards: Tensor, lengths: Tensor) -> Tensor:
     """Put each trajectory's reward on its last action token; the others have 0.
 
     Args:
-        rewards: one a trajectory, [N].
+        rewards: one per trajectory, [N].
         lengths: number of action tokens of each trajectory, [N]. Without any, the reward is lost.
 
     Returns:

@@ -83,7 +83,7 @@ class GiGPO:
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """``A^E + omega A^S``; one value a turn."""
+        """``A^E + omega A^S``; one value per turn."""
         returns = discounted_sum(batch.turn_rewards, batch.turn_seq_ids, self.gamma)
         groups = batch.groups[batch.turn_seq_ids].tolist()
         named = zip(groups, batch.state_keys, strict=True)

@@ -64,7 +64,7 @@ class GSPO:
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """``(r - mean) / (std + delta)`` of the group; one value a trajectory."""
+        """``(r - mean) / (std + delta)`` of the group; one value per trajectory."""
         return group_normalized(batch.rewards, batch.groups, self.std_epsilon)[batch.seq_ids]
 
     def weights(self, batch: Batch) -> Tensor:

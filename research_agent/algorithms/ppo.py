@@ -67,9 +67,9 @@ class PPO:
     value_clip: float = 0.5
     """How far an update may move a value, as far as the critic's loss goes (epsilon_V)."""
     critic_learning_rate: float = 1e-5
-    """Of the critic's AdamW."""
+    """Learning rate of the critic's AdamW."""
     critic_warmup_steps: int = 0
-    """Optimizer steps over which that rises linearly from zero."""
+    """Optimizer steps over which the critic's learning rate rises linearly from zero."""
 
     def __post_init__(self) -> None:
         coefficients = ("clip", "kl_coef", "entropy_coef", "gamma", "lam", "value_clip")

@@ -66,7 +66,7 @@ class RLOO:
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """``R`` less the mean of the other samples; one value a trajectory."""
+        """``R`` less the mean of the other samples; one value per trajectory."""
         rewards = batch.rewards
         if self.needs_reference and batch.reference_logprobs is not None:
             kl = kl_k1(batch.old_logprobs, batch.reference_logprobs).to(rewards.dtype)
