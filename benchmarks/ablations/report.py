@@ -7,11 +7,13 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablations.registry import AFTER, BEFORE, MIDDLE, Ablation, Arm, Claim
+import numpy as np
+
+from benchmarks.ablations.registry import AFTER, BEFORE, LEVELS, MIDDLE, Ablation, Arm, Claim
 from benchmarks.ablations.runs import Settings, folder_of, read_result
 from benchmarks.runs import draw_band, markdown_table, print_table, read_log, spread
 from research_agent.evaluation.predictions import read_predictions
@@ -126,20 +128,27 @@ def _final(world: str, name: str) -> Callable[[Seen], float | None]:
     return lambda seen: seen.final.get(world, {}).get(name)
 
 
-def _until(level: float, name: str) -> Callable[[Seen], float | None]:
-    """What a run has cost when it reaches a level; infinity where it never does.
+def _evaluations(seen: Seen, cost: str) -> list[tuple[float, float]]:
+    """What a run had spent at each evaluation, and its exact match there."""
+    return [(float(line[cost]), float(line["eval/em"])) for line in seen.log if "eval/em" in line]
+
+
+def _until(level: float, cost: str) -> Callable[[Seen], float | None]:
+    """What a run has spent when it reaches a level; infinity where it never does.
 
     Args:
-        level: exact match of the episodes of three steps.
-        name: of a logged number that grows over the run.
+        level: exact match of the held-out questions, on a line between the evaluations.
+        cost: name of a logged number that grows over the run.
     """
 
     def found(seen: Seen) -> float | None:
-        steps = [line for line in seen.log if line.get("env/em") is not None]
-        for first, line in enumerate(steps[2:]):
-            if statistics.fmean(each["env/em"] for each in steps[first : first + 3]) >= level:
-                return float(line[name])
-        return math.inf if steps else None
+        points = _evaluations(seen, cost)
+        if points and points[0][1] >= level:
+            return points[0][0]
+        for (spent, low), (more, high) in pairwise(points):
+            if high >= level:
+                return spent + (more - spent) * (level - low) / (high - low)
+        return math.inf if points else None
 
     return found
 
@@ -150,26 +159,25 @@ def at_equal_budget(
     """Exact match of two arms when their runs have spent the same.
 
     Args:
-        one: runs of an arm, one a seed.
+        one: runs of an arm, one per seed.
         other: those of another arm.
         cost: ``all tokens`` or ``all searches``.
 
     Returns:
-        For each run the exact match of the last three steps that fit the budget, which is what the
+        The exact match of each run, on a line between its evaluations, when it had spent what the
         run that spent least spent in all.
     """
-    totals = [float(seen.log[-1][cost]) for seen in (*one, *other) if seen.log]
-    budget = min(totals, default=0.0)
-
-    def reached(seen: Seen) -> float | None:
-        fits = [x["env/em"] for x in seen.log if "env/em" in x and x[cost] <= budget]
-        return statistics.fmean(fits[-3:]) if fits else None
-
-    return _known(map(reached, one)), _known(map(reached, other))
+    evaluated = [[_evaluations(seen, cost) for seen in runs] for runs in (one, other)]
+    budget = min((points[-1][0] for runs in evaluated for points in runs if points), default=0.0)
+    first, second = (
+        [float(np.interp(budget, *zip(*points, strict=True))) for points in runs if points]
+        for runs in evaluated
+    )
+    return first, second
 
 
 def _last(name: str) -> Callable[[Seen], float | None]:
-    return lambda seen: float(seen.log[-1][name]) if seen.log and name in seen.log[-1] else None
+    return lambda seen: next((float(x[name]) for x in reversed(seen.log) if name in x), None)
 
 
 _UNITS = {"episodes": "played", "tokens": TOKENS, "searches": SEARCHES}
@@ -190,10 +198,10 @@ NUMBERS: dict[str, tuple[int, Callable[[Seen], float | None]]] = {
     "searches early": (2, lambda seen: _trained(seen, "env/searches", 0, THIRD)),
     "seconds": (0, lambda seen: seen.seconds),
     "em hard": (3, _final("hard", "em")),
-    "em, T = 1": (3, lambda seen: _trained(seen, "env/em", 0.9, 1)),
+    "em, T = 1": (3, _last("eval/em")),
     **{
-        f"{unit} to {level:.1f}".replace("0.", "."): (0, _until(level, name))
-        for level in (0.5, 0.8)
+        f"{unit} to {level}": (0, _until(float(level), name))
+        for level in LEVELS
         for unit, name in _UNITS.items()
     },
     TOKENS: (0, _last(TOKENS)),

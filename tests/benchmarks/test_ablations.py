@@ -353,7 +353,7 @@ def test_numbers_of_a_run() -> None:
         for n in range(1, 10)
     ]
     final = {"in": {"em": 0.5, "tokens": 30.0, "answer words": 1.5}, "out": {"em": 0.25}}
-    seen = Seen(log, final, 12.0)
+    seen = Seen(with_totals(log), final, 12.0)
     got = {name: find(seen) for name, (_, find) in NUMBERS.items()}
     assert got["em in"] == 0.5 and got["em out"] == 0.25
     assert got["tokens"] == 30.0 and got["answer words"] == 1.5 and got["seconds"] == 12.0
@@ -365,46 +365,35 @@ def test_numbers_of_a_run() -> None:
 
 
 def test_what_it_cost_to_reach_a_level() -> None:
-    """Mean of three steps: .3 at step 3, .5 at step 4; 10 tokens and 12 turns a step.
-
-    Of the turns of a step, four end episodes: 8 are searches.
-    """
-    seen = Seen(_steps([0.1, 0.3, 0.5, 0.7, 0.6], tokens=10), {"hard": {"em": 0.25}}, 0.0)
+    """After each step .1, .4, .5, .6; 10 tokens and 12 turns a step, of which four end episodes."""
+    seen = Seen(_steps([0.1, 0.4, 0.5, 0.6], tokens=10), {"hard": {"em": 0.25}}, 0.0)
     got = {name: find(seen) for name, (_, find) in NUMBERS.items()}
-    assert (got["episodes to .5"], got["tokens to .5"], got["searches to .5"]) == (16, 40, 32)
+    assert (got["episodes to .5"], got["tokens to .5"], got["searches to .5"]) == (12, 30, 24)
+    assert got["tokens to .3"] == pytest.approx(10 + 10 * 2 / 3)  # two thirds of the way to .4
     assert got["tokens to .8"] == math.inf
     assert NUMBERS["tokens to .8"][1](Seen([], {}, 0.0)) is None
-    assert (got["all tokens"], got["all searches"]) == (50, 40)
+    assert (got["all tokens"], got["all searches"]) == (40, 32)
     assert (got["em hard"], got["em in"], got["em, T = 1"]) == (0.25, None, 0.6)
 
 
 def _steps(em: Sequence[float], tokens: float) -> list[dict[str, Any]]:
     line = {"sampled_tokens": tokens, "sampled_turns": 12.0, "episodes": 4.0}
-    log = [{"step": n, "env/em": v, "played": 4 * n, **line} for n, v in enumerate(em, 1)]
+    log = [{"step": n, "eval/em": v, "played": 4 * n, **line} for n, v in enumerate(em, 1)]
     return with_totals([{"step": 0, "eval/em": 0.0, "played": 0}, *log])
 
 
 def test_runs_are_compared_where_the_cheapest_ended() -> None:
-    """It spent 20 tokens in 4 steps of 8 searches; the dear ones had two and a half steps by then.
-
-    At equal tokens those have .1 and .2, in the mean .15; at equal searches .2, .3 and .4.
-    """
+    """It spent 20 tokens and 32 searches; the dear ones had .2 at 16 tokens and .3 at 24."""
     cheap = [Seen(_steps([0.0, 0.3, 0.6, 0.9], tokens=5), {}, 0.0)]
     dear = [Seen(_steps([0.1, 0.2, 0.3, 0.4, 0.8], tokens=8), {}, 0.0)] * 2
-    assert at_equal_budget(dear, cheap, "all tokens") == (
-        [pytest.approx(0.15)] * 2,
-        [pytest.approx(0.6)],
-    )
-    assert at_equal_budget(cheap, dear, "all searches") == (
-        [pytest.approx(0.6)],
-        [pytest.approx(0.3)] * 2,
-    )
-    assert at_equal_budget([], dear[:0], "all tokens") == ([], [])
+    assert at_equal_budget(dear, cheap, "all tokens") == ([pytest.approx(0.25)] * 2, [0.9])
+    assert at_equal_budget(cheap, dear, "all searches") == ([0.9], [pytest.approx(0.4)] * 2)
+    assert at_equal_budget([], [], "all tokens") == ([], [])
     assert at_equal_budget([Seen([], {}, 0.0)], dear, "all tokens")[0] == []
 
 
 def test_the_report_of_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trees reach .5 with half of the tokens, and one seed of the chains never does."""
+    """Trees reach .3 with half of the tokens, and one seed of the chains never does."""
     settings = replace(SETTINGS, output=tmp_path)
     em = {"grpo, outcome": [[0.1, 0.1, 0.1], [0.5] * 3], "tree_grpo": [[0.5] * 3, [0.6] * 3]}
     arms = tuple(arm for arm in BY_NAME["turns"].arms if arm.name in em)
@@ -413,7 +402,7 @@ def test_the_report_of_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             _write_run(settings, arm, seed, em=(0.2, 0.2))
             tokens = 60.0 if arm.name == "tree_grpo" else 120.0
             line = {"sampled_tokens": tokens, "sampled_turns": 12.0, "episodes": 4, "reward": 0.0}
-            lines = [{"step": n, "env/em": v, **line} for n, v in enumerate(of_steps, 1)]
+            lines = [{"step": n, "eval/em": v, **line} for n, v in enumerate(of_steps, 1)]
             text = "".join(json.dumps(each) + "\n" for each in lines)
             (folder_of(settings, arm, seed) / "metrics.jsonl").write_text(text)
     claims = tuple(c for c in BY_NAME["turns"].claims if {c.more, c.less} == em.keys())
@@ -424,18 +413,18 @@ def test_the_report_of_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     folder = report(settings, replace(BY_NAME["turns"], arms=arms, claims=claims), (0, 1))
     text = (folder / "table.md").read_text()
-    assert "| tree_grpo | 2 | 0.550 (0.500 to 0.600) | 12 (12 to 12) | 180 (180 to 180) |" in text
-    assert "never (360 to never) |" in text
+    assert "| tree_grpo | 2 | 0.550 (0.500 to 0.600) | 4 (4 to 4) | 60 (60 to 60) |" in text
+    assert "never (120 to never) |" in text
     assert [line.rpartition(": ")[2] for line in text.splitlines() if line.startswith("- ")] == [
         "cannot be told apart",  # at equal tokens .1 and .5 against .5 and .6
         "cannot be told apart",
-        "as in the paper",  # 180 tokens against 360 and never
-        "cannot be told apart",  # 24 searches each
+        "as in the paper",  # 60 tokens against 120 and never
+        "cannot be told apart",  # 8 searches each
     ]
     assert ("tree_grpo", [[60.0, 120.0, 180.0]] * 2) in drawn  # over tokens sampled
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     rows = json.loads((folder / "results.json").read_text())["rows"]
-    assert rows["grpo, outcome"]["tokens to .5"] == ["never", 360.0]
+    assert rows["grpo, outcome"]["tokens to .5"] == ["never", 120.0]
 
 
 def test_a_tiny_run_of_turns_is_reported_and_not_done_twice(
