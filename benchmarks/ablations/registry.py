@@ -152,6 +152,7 @@ TURNS = Ablation(
         "all tokens",
         "all searches",
         "em hard",
+        "em, 5+ hops",
         "fall",
     ),
     claims=(

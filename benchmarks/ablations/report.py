@@ -22,6 +22,7 @@ from research_agent.files import write_atomic
 Values = dict[str, float]
 AGREES, DISAGREES, UNDECIDED = "as in the paper", "the other way", "cannot be told apart"
 TOKENS, SEARCHES = "all tokens", "all searches"
+LONG = "em, 5+ hops"
 MEETING, AGAIN, RECOVERED = "met useless", "searched again", "recovered"
 
 
@@ -44,7 +45,19 @@ def look(settings: Settings, arm: Arm, seed: int) -> Seen | None:
     if not result:
         return None
     log = [{**line, **_corrections(folder, line)} for line in read_log(folder)]
-    return Seen(with_totals(log), result["final"], result["seconds"])
+    final = {
+        name: {**means, **_long(folder / "final" / name)} for name, means in result["final"].items()
+    }
+    return Seen(with_totals(log), final, result["seconds"])
+
+
+def _long(place: Path) -> Values:
+    """Exact match of an evaluation's chains of five facts and more, which MiniWorld has none of."""
+    if not (place / "predictions.jsonl").exists():
+        return {}
+    asked = [(record["info"].get("strata", {}), record) for record in read_predictions(place)[1]]
+    long = [r["metrics"]["em"] for strata, r in asked if int(strata.get("hops", 0)) > 4]
+    return {LONG: statistics.fmean(long)} if long else {}
 
 
 def with_totals(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -198,6 +211,7 @@ NUMBERS: dict[str, tuple[int, Callable[[Seen], float | None]]] = {
     "searches early": (2, lambda seen: _trained(seen, "env/searches", 0, THIRD)),
     "seconds": (0, lambda seen: seen.seconds),
     "em hard": (3, _final("hard", "em")),
+    LONG: (3, _final("hard", LONG)),
     "em, T = 1": (3, _last("eval/em")),
     **{
         f"{unit} to {level}": (0, _until(float(level), name))

@@ -392,6 +392,12 @@ def test_runs_are_compared_where_the_cheapest_ended() -> None:
     assert at_equal_budget([Seen([], {}, 0.0)], dear, "all tokens")[0] == []
 
 
+def _answer(hops: int, em: float) -> str:
+    """A line of predictions."""
+    record = _record() | {"episode": hops, "sample": 0, "reward": em, "metrics": {"em": em}}
+    return json.dumps(record | {"info": {"strata": {"hops": str(hops)}}}) + "\n"
+
+
 def test_the_report_of_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trees reach .3 with half of the tokens, and one seed of the chains never does."""
     settings = replace(SETTINGS, output=tmp_path)
@@ -399,7 +405,11 @@ def test_the_report_of_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     arms = tuple(arm for arm in BY_NAME["turns"].arms if arm.name in em)
     for arm in arms:
         for seed, of_steps in enumerate(em[arm.name]):
-            _write_run(settings, arm, seed, em=(0.2, 0.2))
+            _write_run(settings, arm, seed, em=(0.2,), worlds=("hard",))
+            place = folder_of(settings, arm, seed) / "final" / "hard"
+            place.mkdir(parents=True)
+            answers = [_answer(hops, right) for hops, right in ((4, 1.0), (5, 1.0), (6, 0.0))]
+            (place / "predictions.jsonl").write_text("".join(answers))
             tokens = 60.0 if arm.name == "tree_grpo" else 120.0
             line = {"sampled_tokens": tokens, "sampled_turns": 12.0, "episodes": 4, "reward": 0.0}
             lines = [{"step": n, "eval/em": v, **line} for n, v in enumerate(of_steps, 1)]
@@ -424,6 +434,7 @@ def test_the_report_of_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert ("tree_grpo", [[60.0, 120.0, 180.0]] * 2) in drawn  # over tokens sampled
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert rows["tree_grpo"]["em, 5+ hops"] == [0.5, 0.5]
     assert rows["grpo, outcome"]["tokens to .5"] == ["never", 120.0]
 
 
@@ -459,12 +470,18 @@ def test_rows_over_time() -> None:
     assert rows["after"]["turns"] == []
 
 
-def _write_run(settings: Settings, arm: Arm, seed: int, em: tuple[float, float]) -> None:
+def _write_run(
+    settings: Settings,
+    arm: Arm,
+    seed: int,
+    em: tuple[float, ...],
+    worlds: tuple[str, ...] = ("in", "out"),
+) -> None:
     folder = folder_of(settings, arm, seed)
     folder.mkdir(parents=True)
     final = {
         name: {"em": value, "tokens": 30.0, "searches": 2.0, "reward": value}
-        for name, value in zip(("in", "out"), em, strict=True)
+        for name, value in zip(worlds, em, strict=True)
     }
     result = {
         "questions": settings.questions,
