@@ -298,8 +298,8 @@ def verdicts(
         more: Sequence[float]
         less: Sequence[float]
         if claim.number in EQUAL_BUDGETS:
-            both = (runs.get(name, ()) for name in (claim.more, claim.less))
-            more, less = at_equal_budget(*both, EQUAL_BUDGETS[claim.number])
+            cost = EQUAL_BUDGETS[claim.number]
+            more, less = at_equal_budget(runs.get(claim.more, ()), runs.get(claim.less, ()), cost)
         else:
             more, less = rows[claim.more][claim.number], rows[claim.less][claim.number]
         digits = _digits(ablation, claim.number)

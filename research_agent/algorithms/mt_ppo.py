@@ -95,9 +95,7 @@ class MTPPO:
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The bracket of the first equation, for each token; the KL is in the rewards."""
-        return clipped_objective(
-            tokens, clip=self.clip, kl_coef=0.0, entropy_coef=self.entropy_coef, kl_estimator="k1"
-        )
+        return clipped_objective(tokens, clip=self.clip, entropy_coef=self.entropy_coef)
 
     def _estimate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Advantages and old values of the action tokens, [A] each."""

@@ -386,8 +386,10 @@ def test_runs_are_compared_where_the_cheapest_ended() -> None:
     """It spent 20 tokens and 32 searches; the dear ones had .2 at 16 tokens and .3 at 24."""
     cheap = [Seen(_steps([0.0, 0.3, 0.6, 0.9], tokens=5), {}, 0.0)]
     dear = [Seen(_steps([0.1, 0.2, 0.3, 0.4, 0.8], tokens=8), {}, 0.0)] * 2
-    assert at_equal_budget(dear, cheap, "all tokens") == ([pytest.approx(0.25)] * 2, [0.9])
-    assert at_equal_budget(cheap, dear, "all searches") == ([0.9], [pytest.approx(0.4)] * 2)
+    one, other = at_equal_budget(dear, cheap, "all tokens")
+    assert one == pytest.approx([0.25] * 2) and other == [0.9]
+    one, other = at_equal_budget(cheap, dear, "all searches")
+    assert one == [0.9] and other == pytest.approx([0.4] * 2)
     assert at_equal_budget([], [], "all tokens") == ([], [])
     assert at_equal_budget([Seen([], {}, 0.0)], dear, "all tokens")[0] == []
 
