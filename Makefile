@@ -63,7 +63,7 @@ adapters-verl: .venv-verl/.ready
 demo: setup
 	$(PYTHON) -m benchmarks.demo $(DEMO_ARGS)
 
-# A worker a core, four at most: each holds torch. More threads than one would wait for each other. Files
+# A worker per core, four at most: each holds torch. More threads than one would wait for each other. Files
 # keep the order of tests/conftest.py, in which those that take long come first. Java's slow compiler does
 # not pay in tests: Elasticsearch starts in two thirds of the time without it.
 test: test-main adapters-verifiers adapters-openenv

@@ -11,51 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stderr
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from research_env import Dataset, Question
+from benchmarks.adapter_script import ANSWER, SEARCHES, Play, System, query, search, settings
 from research_env.sessions import Sessions
 from research_env.vector_env import SearchQAVectorEnv
-
-SEARCHES = 3
-ANSWER = "<think>I know.</think><answer>Ann</answer>"
-
-Play = Callable[[int], None]
-
-
-class System(NamedTuple):
-    """One way to play all episodes.
-
-    Attributes:
-        framework: whose loop it is.
-        name: what plays in it.
-        play: plays a round, whose number is part of the queries.
-    """
-
-    framework: str
-    name: str
-    play: Play
-
-
-def query(episode: int, turn: int, number: int) -> str:
-    """What an episode searches for in a turn of a round."""
-    return f"who founded company {number} {episode} {turn}"
-
-
-def search(episode: int, turn: int, number: int) -> str:
-    """The action that searches for it."""
-    return f"<think>I look it up.</think><search>{query(episode, turn, number)}</search>"
-
-
-def settings(url: str, episodes: int) -> dict[str, Any]:
-    """Those of our environment, in all frameworks."""
-    questions = tuple(Question(str(i), f"Who founded it, {i}?", ("Ann",)) for i in range(episodes))
-    return {
-        "dataset": Dataset("scripted", questions, None),
-        "retriever": url,
-        "protocol": "search-r1",
-        "template": "question",
-    }
 
 
 def vector_environment(url: str, episodes: int, stack: ExitStack) -> Iterator[System]:
@@ -181,6 +141,7 @@ def trl(url: str, episodes: int, stack: ExitStack) -> Iterator[System]:
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     tokenizer.add_tokens(["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"])
     state = {"round": 0, "turn": 0}
+    client = stack.enter_context(httpx.Client(timeout=60))
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -212,7 +173,7 @@ def trl(url: str, episodes: int, stack: ExitStack) -> Iterator[System]:
         Returns:
             The passages found.
         """
-        reply = httpx.post(url, json={"queries": [query], "topk": 3}, timeout=60)
+        reply = client.post(url, json={"queries": [query], "topk": 3})
         return "\n".join(each["document"]["contents"] for each in reply.json()["result"][0])
 
     lookup.__name__ = "search"

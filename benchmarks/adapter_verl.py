@@ -20,7 +20,7 @@ from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 from verl.tools.function_tool import FUNCTION_TOOL_REGISTRY, function_tool
 
-from benchmarks.adapter_systems import ANSWER, SEARCHES, System, query, search, settings
+from benchmarks.adapter_script import ANSWER, SEARCHES, System, query, search, settings
 from research_env.adapters.shared import share
 from research_env.adapters.verl import ResearchAgentLoop
 from research_env.sessions import Sessions

@@ -19,75 +19,45 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import threading
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-import msgspec
+import httpx
 
-from benchmarks.adapter_systems import FRAMEWORKS, SEARCHES, System, vector_environment
+from benchmarks.adapter_script import SEARCHES, System
+from benchmarks.adapter_systems import FRAMEWORKS, vector_environment
 
 EPISODES = 64
 SECONDS = 0.05
 GOAL = 3.0
-TEXT = ("The company was founded in the spring of 1912 by a clockmaker and his sister. " * 8)[:600]
-DOCUMENT = {"id": "p", "title": "Company", "text": TEXT, "contents": f'"Company"\n{TEXT}'}
-FOUND = [{"document": DOCUMENT, "score": 1.0}] * 3
 
 
 class SearchServer:
-    """A search server that takes its time and counts; it speaks Search-R1's format and GEM's."""
+    """A search server in a process of its own, as search servers are; it takes its time."""
 
     def __init__(self, seconds: float, *, parallel: bool) -> None:
-        """Listen on a free port; :meth:`stop` ends it."""
-        self.requests = self.queries = 0
-        engine: Any = nullcontext() if parallel else threading.Lock()
-        counts = threading.Lock()
-        server = self
+        """Start it on a free port; :meth:`stop` ends it. See :mod:`benchmarks.adapter_server`."""
+        kind = "in-parallel" if parallel else "one-at-a-time"
+        command = [sys.executable, "-m", "benchmarks.adapter_server", str(seconds), kind]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.url = self._process.stdout.readline().strip()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                packed = not body.startswith(b"{")
-                asked = msgspec.msgpack.decode(body) if packed else json.loads(body)
-                number = len(asked.get("queries", [""]))
-                with counts:
-                    server.requests += 1
-                    server.queries += number
-                with engine:
-                    time.sleep(seconds)
-                if packed:
-                    answer = msgspec.msgpack.encode({"result": FOUND})
-                else:
-                    answer = json.dumps({"result": [FOUND] * number}).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, format: str, *arguments: Any) -> None:
-                pass
-
-        class Listener(ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 128
-
-        self._listener = Listener(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._listener.server_address[1]}/retrieve"
-        threading.Thread(target=self._listener.serve_forever, daemon=True).start()
+    def counts(self) -> tuple[int, int]:
+        """How many requests it got so far, and how many queries these held."""
+        counts = httpx.get(self.url, timeout=60).json()
+        return counts["requests"], counts["queries"]
 
     def stop(self) -> None:
-        """Take no more requests."""
-        self._listener.shutdown()
-        self._listener.server_close()
+        """End the process."""
+        self._process.terminate()
+        self._process.communicate()
 
 
 @contextmanager
@@ -116,15 +86,16 @@ def measure(
             requests = [0] * len(systems)
             for number in range(rounds + 1):  # the first warms up
                 for place, system in enumerate(systems):
-                    before, asked = server.requests, server.queries
+                    before, asked = server.counts()
                     began = time.perf_counter()
                     system.play(number * len(systems) + place)
                     spent = time.perf_counter() - began
-                    if server.queries - asked != episodes * SEARCHES:
-                        raise AssertionError(f"{system}: {server.queries - asked} queries")
+                    after, answered = server.counts()
+                    if answered - asked != episodes * SEARCHES:
+                        raise AssertionError(f"{system}: {answered - asked} queries")
                     if number:
                         best[place] = min(best[place], spent)
-                        requests[place] += server.requests - before
+                        requests[place] += after - before
     finally:
         server.stop()
     return [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
@@ -134,17 +134,17 @@ class Together:
             yield from part
 
     def fingerprint(self) -> str:
-        """It is told by those of the parts."""
+        """Combine the fingerprints of the parts."""
         return sha256(" ".join(part.fingerprint() for part in self.parts).encode()).hexdigest()
 
 
-def real_corpus(names: Sequence[str] = ("musique", "hotpotqa", "2wiki")) -> Together:
-    """The passages of the published sets.
+def real_corpus() -> Together:
+    """Return the passages of the published sets.
 
     Raises:
         DataNotFoundError: they are not here.
     """
-    corpora = [load_dataset(name, split="dev").corpus for name in names]
+    corpora = [load_dataset(name, split="dev").corpus for name in ("musique", "hotpotqa", "2wiki")]
     return Together(tuple(corpus for corpus in corpora if corpus is not None), "real")
 
 

@@ -39,9 +39,9 @@ class DemoConfig:
     """Train the starter policy in MiniWorld, and show what it learned."""
 
     seed: int = 0
-    """Of the training run."""
+    """Seed of the training run."""
     seconds: float = 120.0
-    """Of training; evaluations come on top."""
+    """Seconds of training; evaluations come on top."""
     steps: int = MINIWORLD.run.steps
     """Training steps at most."""
     limit: int = 400
@@ -61,30 +61,30 @@ class SearchAlways:
         self._inner = inner
         self._hops = hops  # question id -> searches that its gold decomposition has
         self._left: dict[int, int] = {}
-        self._begun: dict[int, str] = {}
+        self._words: dict[int, str] = {}
         self.num_envs: int = inner.num_envs
         self.num_tasks: int | None = inner.num_tasks
         self.terminators: tuple[str, ...] = inner.terminators
 
     def _begin(self, env_id: int, words: str) -> str:
-        begun = words if self._left[env_id] > 0 else ""
+        started = words if self._left[env_id] > 0 else ""
         self._left[env_id] -= 1
-        self._begun[env_id] = begun
-        return begun
+        self._words[env_id] = started
+        return started
 
     def reset(
         self, assignments: Mapping[int, int], seed: int
     ) -> dict[int, tuple[str, Mapping[str, Any]]]:
         """Reset, with the beginning of a plan behind each prompt."""
-        begun = self._inner.reset(assignments, seed)
-        for env_id, (_, info) in begun.items():
+        started = self._inner.reset(assignments, seed)
+        for env_id, (_, info) in started.items():
             self._left[env_id] = self._hops[info["question_id"]]
-        return {i: (text + self._begin(i, PLAN), info) for i, (text, info) in begun.items()}
+        return {i: (text + self._begin(i, PLAN), info) for i, (text, info) in started.items()}
 
     def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
         """Put the beginnings before the actions: the policy only went on from them."""
         self._inner.send(
-            env_ids, [self._begun[i] + a for i, a in zip(env_ids, actions, strict=True)]
+            env_ids, [self._words[i] + a for i, a in zip(env_ids, actions, strict=True)]
         )
 
     def recv(self, min_results: int) -> list[Any]:
@@ -166,6 +166,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(results))
 
 
+def _table(
+    config: DemoConfig, rows: Sequence[tuple[tuple[str, str], Mapping[str, float]]]
+) -> Table:
+    table = Table(title=f"MiniWorld, {config.limit} held-out questions, seed {config.seed}")
+    for heading in ("policy", "sampling", "exact match", "F1", "searches"):
+        table.add_column(heading, justify="left" if heading in ("policy", "sampling") else "right")
+    for names, numbers in rows:
+        table.add_row(*names, *(f"{numbers[k]:.3f}" for k in ("em", "f1", "searches")))
+    return table
+
+
 def run(config: DemoConfig) -> dict[str, Any]:
     """Evaluate, train, evaluate again; prints to standard error where JSON is asked for."""
     from transformers.utils import logging  # noqa: PLC0415
@@ -221,18 +232,13 @@ def run(config: DemoConfig) -> dict[str, Any]:
         )
     )
 
-    table = Table(title=f"MiniWorld, {config.limit} held-out questions, seed {config.seed}")
-    for heading in ("policy", "sampling", "exact match", "F1", "searches"):
-        table.add_column(heading, justify="left" if heading in ("policy", "sampling") else "right")
     rows = [
         *((("starter", how), numbers) for how, numbers in before.items()),
         *((("trained", how), numbers) for how, numbers in after.items()),
         (("trained, another world", "greedy"), other),
         (("trained, results blanked", "greedy"), blank),
     ]
-    for names, numbers in rows:
-        table.add_row(*names, *(f"{numbers[k]:.3f}" for k in ("em", "f1", "searches")))
-    console.print(table)
+    console.print(_table(config, rows))
     console.print(
         f"Made to search always, the starter's exact match is {able['em']:.3f}: so much it could "
         "do already. When to search, when to go on and when to stop is what it had to learn."

@@ -128,7 +128,7 @@ def measure(fault: str, folder: Path, servers: Sequence[Server]) -> Row:
     Args:
         fault: a key of ``FAULTS``.
         folder: a new one, for the run and all that is written on the way.
-        servers: those that sample; all of them run.
+        servers: the servers that sample; all of them run.
 
     Returns:
         What became of it; why a run failed is printed.

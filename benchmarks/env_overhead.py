@@ -10,7 +10,7 @@ search, one that answers; every search returns the same three passages of 600 ch
 - ``socket stubbed``: the search client stays and only the transport of ``requests`` or ``httpx`` is
   replaced, so that nothing is sent. This package is there three times: with its engine in the
   process, as by default (no client at all); with ``retriever="http://..."``; and so in a vector
-  environment of 64, each with a query of its own, which asks once a step (a 64th of it is shown).
+  environment of 64, each with a query of its own, which asks once per step (a 64th of it is shown).
 
 The peers are gem-llm's question answering with its search tool and skyrl-gym's search environment,
 both from PyPI (``pip install .[benchmarks]``). Times are the best of several interleaved rounds;
@@ -60,7 +60,7 @@ class System(NamedTuple):
     """An environment that can be timed.
 
     Attributes:
-        name: of the package.
+        name: name of the package.
         reset: starts an episode.
         search: takes one step that searches.
         answer: takes the step that ends the episode.
@@ -99,20 +99,20 @@ def ours(retriever: str | None = None) -> System:
     return System(name, env.reset, lambda: env.step(SEARCH), lambda: env.step(ANSWER))
 
 
-def ours_together(copies: int = TOGETHER) -> System:
+def ours_together() -> System:
     """This package's vector environment, with the passages of a server."""
     envs = SearchQAVectorEnv(
-        copies, autoreset_mode="Disabled", dataset=QUESTIONS, retriever=URL, top_k=3, cache_size=0
+        TOGETHER, autoreset_mode="Disabled", dataset=QUESTIONS, retriever=URL, top_k=3, cache_size=0
     )
     envs.reset(seed=0)
-    searches = [_padded(f"<search>who founded company {i:03}</search>") for i in range(copies)]
-    answers = [ANSWER] * copies
+    searches = [_padded(f"<search>who founded company {i:03}</search>") for i in range(TOGETHER)]
+    answers = [ANSWER] * TOGETHER
     return System(
-        f"research_env, http, {copies}",
+        f"research_env, http, {TOGETHER}",
         envs.reset,
         lambda: envs.step(searches),
         lambda: envs.step(answers),
-        copies,
+        TOGETHER,
     )
 
 

@@ -50,7 +50,7 @@ class Stage:
     """A server, a proxy before it, and the corpus in it.
 
     Attributes:
-        server: that of the moment; a restart replaces it.
+        server: the present server; a restart replaces it.
         proxy: passes requests on to it.
         corpus: what is indexed under ``INDEX``.
     """
@@ -71,7 +71,7 @@ class Fault:
     Attributes:
         name: what it is.
         cause: begins and ends it, as a context.
-        deadline: of the retriever, in seconds.
+        deadline: deadline of the retriever, in seconds.
         outcome: what must become of the episodes: ``complete``, ``void``, or ``some`` of either.
         proxied: whether the environment searches through the proxy.
     """
@@ -89,7 +89,7 @@ class Row:
 
     Attributes:
         fault: its name.
-        deadline: of the retriever, in seconds.
+        deadline: deadline of the retriever, in seconds.
         complete: episodes that are right.
         void: episodes that are void as they must be.
         wrong: the others; there must be none.
@@ -129,9 +129,9 @@ def measure(fault: Fault, on: Stage) -> Row:
     url = f"{_scheme(base)}/{INDEX}?deadline={fault.deadline:g}"
     with _environment(None) as perfect:
         right, _ = _play(perfect, lambda: None)
-    with _environment(url) as env, ExitStack() as lasting:
-        played, seconds = _play(env, lambda: lasting.enter_context(fault.cause(on)))
-        lasting.close()
+    with _environment(url) as env, ExitStack() as persistent:
+        played, seconds = _play(env, lambda: persistent.enter_context(fault.cause(on)))
+        persistent.close()
         after, _ = _play(env, lambda: None)
     complete = sum(one == other for one, other in zip(played, right, strict=True))
     void = sum(_is_void(one) for one in played)

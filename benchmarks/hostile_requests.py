@@ -17,13 +17,14 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from benchmarks.hostile import MUTATIONS, Case, GeneratedPassages, mutated
+from benchmarks.hostile_trials import MUTATIONS, Case, GeneratedPassages, mutated
 from research_env.errors import RetrievalError
 from research_env.retrieval.base import Hit
 from research_env.retrieval.bm25 import retriever as bm25
-from research_env.retrieval.serve import Limits, RetrievalServer
+from research_env.retrieval.serve import RetrievalServer
+from research_env.retrieval.serve_guard import Limits
 
-_PATIENCE = 40.0  # seconds for an answer
+_TIMEOUT = 40.0  # seconds for an answer
 _LIMITS = Limits(request_seconds=2.0, answer_seconds=2.0, refusal_seconds=0.0)
 _BODY = 16 << 20  # bytes; the most that the server takes
 _REFUSALS = (400, 401, 403, 404, 405, 408, 411, 413, 414, 431, 503)
@@ -38,7 +39,7 @@ class _Gate:
         self.open.set()
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
-        if not self.open.wait(_PATIENCE):
+        if not self.open.wait(_TIMEOUT):
             raise RetrievalError("held too long")
         return self.engine.search(queries, top_k)
 
@@ -92,7 +93,7 @@ def _ask(port: int, *parts: bytes, source: str = "127.0.0.1") -> int:
         RuntimeError: there was more than one answer.
         TimeoutError: the server neither answers nor closes.
     """
-    with socket.create_connection(("127.0.0.1", port), _PATIENCE, (source, 0)) as connection:
+    with socket.create_connection(("127.0.0.1", port), _TIMEOUT, (source, 0)) as connection:
         with suppress(ConnectionError):
             for part in parts:
                 connection.sendall(part)
@@ -174,7 +175,7 @@ def _connections(port: int, count: int, sent: bytes) -> Iterator[list[socket.soc
     try:
         for _ in range(count):
             with suppress(OSError):
-                opened.append(socket.create_connection(("127.0.0.1", port), _PATIENCE))
+                opened.append(socket.create_connection(("127.0.0.1", port), _TIMEOUT))
                 opened[-1].sendall(sent)
         yield opened
     finally:
@@ -198,7 +199,7 @@ def _trickle(port: int, begin: bytes, place: Path) -> bool:
     """Whether the server ends a request that would take an hour, at its deadline."""
     with socket.create_connection(("127.0.0.1", port), 0.2) as connection:
         connection.sendall(begin)
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _TIMEOUT
         while time.monotonic() < deadline:
             try:
                 if begin:
@@ -269,7 +270,7 @@ def _foreign(port: int, line: str, place: Path) -> bool:
 def _mutate(port: int, good: bytes, seed: int, place: Path) -> bool:
     """A request with random changes; what is cut off is ended by closing our side."""
     request = mutated(good, f"request {seed}")
-    with socket.create_connection(("127.0.0.1", port), _PATIENCE) as connection:
+    with socket.create_connection(("127.0.0.1", port), _TIMEOUT) as connection:
         connection.sendall(request)
         connection.shutdown(socket.SHUT_WR)
         answer = b""

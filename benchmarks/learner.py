@@ -371,7 +371,7 @@ def _version(name: str) -> str:
 # The race
 
 
-RACERS: dict[str, dict[str, Any]] = {
+COMPETITORS: dict[str, dict[str, Any]] = {
     "ours, defaults": {"system": "ours"},
     "ours, best": {"system": "ours", "packing": "on", "micro_batch_tokens": 2048},
     "ours, bfloat16": {"system": "ours", "packing": "on", "precision": "bfloat16"},
@@ -402,7 +402,7 @@ def real_groups(count: int, vocabulary: int, scale: float) -> list[Group]:
     """Make trajectories whose segments are as long as real ones of R1-Searcher, in tokens.
 
     Args:
-        count: of trajectories, in groups of ``SAMPLES``.
+        count: count of trajectories, in groups of ``SAMPLES``.
         vocabulary: tokens are drawn from it.
         scale: lengths are multiplied by this.
 
@@ -463,7 +463,7 @@ def _sampled_by(model: Any, groups: Sequence[Group]) -> list[Group]:
 
 def race_alone(name: str, count: int, scale: float, updates: int, folder: Path) -> dict[str, Any]:
     """Run one competitor in this process; its weights after the first update go into a file."""
-    settings = dict(RACERS[name])
+    settings = dict(COMPETITORS[name])
     model = make_model(RACE_SIZES, "cpu")
     groups = real_groups(count, RACE_SIZES["vocab_size"], scale)
     groups = _sampled_by(model, groups)
@@ -523,6 +523,34 @@ def _time_model_code(learner: Learner) -> list[float]:
     return spent
 
 
+def _numbers_tokenizer() -> Any:
+    """A tokenizer whose words are the numbers of its tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+
+    words = {f"t{i}": i for i in range(RACE_SIZES["vocab_size"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t0", pad_token="t0")
+
+
+def _in_trls_form(played: Sequence[Trajectory]) -> dict[str, Any]:
+    """Return trajectories as TRL's ``rollout_func`` does."""
+    begins = [len(t.segments[0].tokens) for t in played]
+    return {
+        "prompt_ids": [list(t.segments[0].tokens) for t in played],
+        "completion_ids": [t.tokens[b:] for t, b in zip(played, begins, strict=True)],
+        "env_mask": [
+            [int(m) for m in t.action_mask[b:]] for t, b in zip(played, begins, strict=True)
+        ],
+        "logprobs": [
+            [p for s in t.segments[1:] for p in (s.logprobs or [0.0] * len(s.tokens))]
+            for t in played
+        ],
+        "given": [t.reward for t in played],
+    }
+
+
 def _run_trl(
     model: Any, groups: list[Group], updates: int, settings: dict[str, Any], file: Path
 ) -> dict[str, Any]:
@@ -530,31 +558,10 @@ def _run_trl(
 
     import trl  # noqa: PLC0415
     from datasets import Dataset  # noqa: PLC0415
-    from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415
-    from transformers import PreTrainedTokenizerFast, TrainerCallback  # noqa: PLC0415
+    from transformers import TrainerCallback  # noqa: PLC0415
 
     warnings.simplefilter("ignore")
-    words = {f"t{i}": i for i in range(RACE_SIZES["vocab_size"])}
-    backend = Tokenizer(models.WordLevel(words, unk_token="t0"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t0", pad_token="t0")
     played = [t for group in groups for t in group.trajectories]
-
-    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
-        begins = [len(t.segments[0].tokens) for t in played]
-        return {
-            "prompt_ids": [list(t.segments[0].tokens) for t in played],
-            "completion_ids": [t.tokens[b:] for t, b in zip(played, begins, strict=True)],
-            "env_mask": [
-                [int(m) for m in t.action_mask[b:]] for t, b in zip(played, begins, strict=True)
-            ],
-            "logprobs": [
-                [p for s in t.segments[1:] for p in (s.logprobs or [0.0] * len(s.tokens))]
-                for t in played
-            ],
-            "given": [t.reward for t in played],
-        }
-
     times: list[tuple[float, float]] = []
     started: list[tuple[float, float]] = []
 
@@ -593,8 +600,8 @@ def _run_trl(
             **settings,
         ),
         train_dataset=Dataset.from_list([{"prompt": f"t{i}"} for i in range(len(groups))]),
-        processing_class=tokenizer,
-        rollout_func=rollout,
+        processing_class=_numbers_tokenizer(),
+        rollout_func=lambda prompts, trainer: _in_trls_form(played),
         callbacks=[Clock()],
     )
     memory = _peak_memory()
@@ -626,7 +633,7 @@ def race(count: int, scale: float, updates: int, rounds: int) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory() as folder:
         for number in range(rounds):
-            for name in RACERS:
+            for name in COMPETITORS:
                 words = [name, str(count), str(scale), str(updates), folder]
                 done = subprocess.run(
                     [sys.executable, "-m", "benchmarks.learner", "--alone", *words],
@@ -701,13 +708,15 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the command")
     parser.add_argument("--seconds", type=float, default=330, help="start no setting after these")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")
-    parser.add_argument("--trajectories", type=int, default=16, help="of the race")
-    parser.add_argument("--scale", type=float, default=1.0, help="of their lengths")
+    parser.add_argument("--trajectories", type=int, default=16, help="trajectories of the race")
+    parser.add_argument("--scale", type=float, default=1.0, help="scales their lengths")
     parser.add_argument(
-        "--steps", type=int, default=3, help="of each competitor; the first is warm-up"
+        "--steps", type=int, default=3, help="updates per competitor; the first is warm-up"
     )
-    parser.add_argument("--rounds", type=int, default=1, help="of the race")
-    parser.add_argument("--head-memory", choices=["whole", "pieces"], help="of a large vocabulary")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds of the race")
+    parser.add_argument(
+        "--head-memory", choices=["whole", "pieces"], help="memory of a large head, by its logits"
+    )
     parser.add_argument("--alone", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:

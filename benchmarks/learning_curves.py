@@ -3,7 +3,7 @@
 All begin with the shipped starter, have the same learning rate and the same budget of episodes, and
 no KL and no entropy bonus; what else differs is the algorithm's own. The ablations change one thing
 of GRPO: tokens of observations in the loss (their old log-probabilities are recomputed, for no
-sampler reported any), a KL of 1e-3, and samples a group with as many episodes a step. Runs are
+sampler reported any), a KL of 1e-3, and samples a group with as many episodes per step. Runs are
 folders: one that is finished is not run again, one that was stopped goes on.
 """
 
@@ -55,7 +55,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 GROUP_SIZES = (2, 4, 8, 16)
 CHUNK = 10  # steps
-SHARE = 0.1  # of the budget: what the table calls its beginning and its end
+SHARE = 0.1  # share of the budget that the table calls its beginning, or its end
 Ablation = Literal["mask", "kl", "group"]
 ABLATIONS: tuple[Ablation, ...] = ("mask", "kl", "group")
 
@@ -71,7 +71,7 @@ class CurvesConfig:
     ablations: tuple[Ablation, ...] = ABLATIONS
     """Which of the ablations; give no name for none."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the runs."""
+    """Seeds of the runs."""
     steps: int = MINIWORLD.run.steps
     """Training steps. The budget is steps x --prompts-per-step x --group-size episodes."""
     prompts_per_step: int = MINIWORLD.rollout.prompts_per_step
@@ -204,7 +204,7 @@ class Result:
 
     run: Run
     episodes: list[int]  # played up to and with each step
-    seconds: list[float]  # of training, likewise
+    seconds: list[float]  # seconds of training up to and with each step
     rewards: list[float]  # mean of the step, at T = 1
     evaluations: list[tuple[int, float]]  # episodes so far, exact match on held-out questions
 

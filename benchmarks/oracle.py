@@ -172,8 +172,8 @@ def main(
 
     Args:
         env: the id of an environment whose questions have gold passages.
-        split: of its data set.
-        top_k: passages a search returns.
+        split: split of its data set.
+        top_k: passages that a search returns.
         limit: only the first so many questions.
         retriever: URL of an engine; by default the embedded index of the data set's corpus.
         json: print one line of JSON in place of the tables.

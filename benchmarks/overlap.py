@@ -36,7 +36,7 @@ class Config:
     """Measure what sampling during the update gains."""
 
     seconds: float = 1.0
-    """That a step's episodes take to sample, and that its update takes."""
+    """How long sampling a step's episodes takes, and how long its update takes."""
     steps: int = 10
     """Training steps of each run. The first is not counted: nothing was sampled before it."""
     staleness: tuple[int, ...] = (0, 1, 2)
@@ -91,7 +91,7 @@ def measure(seconds: float, steps: int, staleness: int, output: Path) -> Measure
     """Train for some steps.
 
     Args:
-        seconds: of sampling per step, and of an update.
+        seconds: how long a step samples, and how long an update takes.
         steps: training steps.
         staleness: value of ``--max-staleness``.
         output: folder of the run.

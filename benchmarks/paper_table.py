@@ -99,8 +99,8 @@ class TableConfig:
     """Search engine for all, with {dataset} where a data set's name belongs, such as
     elasticsearch://localhost:9200/{dataset}; none takes each data set's own corpus."""
     split: str | None = None
-    """Of the data sets. None takes all development questions where there is a --retriever, those
-    with gold passages where there is none, and the test questions of Bamboogle."""
+    """Split of the data sets. None takes all development questions where there is a --retriever,
+    those with gold passages where there is none, and the test questions of Bamboogle."""
     top_k: int = 5
     """Passages a search, for every method."""
     limit: int | None = None
@@ -406,7 +406,7 @@ def read_judge(folder: Path, episodes: int) -> Judged | None:
     """What ``research-env judge`` said of a cell; None where nobody judged.
 
     Args:
-        folder: of the cell.
+        folder: folder of the cell.
         episodes: how many it has that are not void.
 
     Raises:

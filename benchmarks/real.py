@@ -20,10 +20,10 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import tyro
 
@@ -116,7 +116,7 @@ class RealConfig:
     output: Path = Path("runs/real")
     """Folder of the stages, and of results.json and results.md."""
     seed: int = 0
-    """Of the demonstrations, the tasks and the sampled tokens."""
+    """Seed of the demonstrations, the tasks and the sampled tokens."""
     tiny: bool = False
     """Everything in miniature, in seconds: the shipped small policy, and an invented world that is
     written as the data sets are."""
@@ -180,7 +180,7 @@ def run(config: RealConfig) -> str:
     if config.until not in (None, *names):
         raise ConfigError(f"no stage is named {config.until!r}; there is {', '.join(names)}")
     config.output.mkdir(parents=True, exist_ok=True)
-    with _data_folder(data):
+    with patch.dict(os.environ, {} if data is None else {"RESEARCH_DATA": str(data)}):
         speed = measure_speed(config, model, scale)
         for stage in stages:
             if not stage.done():
@@ -461,21 +461,6 @@ def _with_interval(summary: Mapping[str, Any], metric: str) -> str:
         return "–"
     low, high = summary.get("intervals", {}).get(metric, (None, None))
     return f"{value:.3f}" if low is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
-
-
-@contextmanager
-def _data_folder(folder: Path | None) -> Iterator[None]:
-    """Let the data sets come from a folder, for a while."""
-    before = os.environ.get("RESEARCH_DATA")
-    if folder is not None:
-        os.environ["RESEARCH_DATA"] = str(folder)
-    try:
-        yield
-    finally:
-        if folder is not None:
-            os.environ.pop("RESEARCH_DATA")
-            if before is not None:
-                os.environ["RESEARCH_DATA"] = before
 
 
 def write_tiny_data(folder: Path, seed: int) -> None:

@@ -31,7 +31,7 @@ from research_env.env import SearchQAEnv
 from research_env.errors import DataNotFoundError, ResearchEnvError
 
 FILES = ("hotpotqa_qwen", "bamboogle_qwen")
-TOP_K = 5  # passages a search, in the recorded evaluation
+TOP_K = 5  # passages per search, in the recorded evaluation
 QUERY = re.compile(r"<\|begin_of_query\|>((?:(?!<\|begin_of_query\|>).)*)<\|end_of_query\|>$", re.S)
 
 
@@ -174,7 +174,7 @@ def main(*, data: str | None = None, retriever: str | None = None, json: bool = 
         "same words, other order": sum(not each.exact for each in replays),
         "mean F1": fmean(each.f1 for each in replays),
         "mean reward (r1-searcher-stage2)": fmean(each.reward for each in replays),
-        "episodes a second": len(replays) / seconds,
+        "episodes per second": len(replays) / seconds,
     }
     shapes = {name: distribution(values) for name, values in lengths(trajectories).items()}
     if json:

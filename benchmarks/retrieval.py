@@ -341,7 +341,7 @@ def main(
     """Measure the search engines.
 
     Args:
-        passages: of the generated corpus.
+        passages: passages of the generated corpus.
         build: how many generated passages to index for time and memory; 0 for none.
         elasticsearch: address of a server, http://HOST:PORT. Indexes named benchmark-... are made.
         embed: also measure dense and hybrid search there.
@@ -354,13 +354,13 @@ def main(
     with TemporaryDirectory() as folder:
         place = Path(folder)
         if passages:
-            tables["queries a second"] = race(generated, queries, place / "generated", rounds)
+            tables["queries per second"] = race(generated, queries, place / "generated", rounds)
         try:
             corpus, asked = real_corpus(), model_queries()[:1024]
-            tables["queries a second, real"] = race(corpus, asked, place / "real", rounds)
+            tables["queries per second, real"] = race(corpus, asked, place / "real", rounds)
             tables["recall"] = recalls(elasticsearch, embed)
             if elasticsearch:
-                title = "Elasticsearch, queries a second"
+                title = "Elasticsearch, queries per second"
                 tables[title] = against_raw(elasticsearch, corpus, asked[:512], rounds)
                 if passages:
                     rows = against_raw(elasticsearch, generated, queries[:512], rounds)

@@ -32,8 +32,8 @@ from research_env import RESEARCH, Dataset, Hit, Passage, Protocol, Question, Ta
 from research_env.errors import RetrievalError
 from research_env.protocol import Parsed
 
-TURNS = 4  # of an episode; all but the last search
-SAMPLES = 2  # of each question: the fewest that TRL allows
+TURNS = 4  # turns per episode; all but the last search
+SAMPLES = 2  # episodes per question: the fewest that TRL allows
 CONTEXT = 4096
 SIZES = {
     "hidden_size": 128,
@@ -176,14 +176,14 @@ class Ours:
         self.environments: Environments = make_environments(
             "research_env:SearchQA-v0", len(script), settings
         )
-        numbers = {}  # of the episode that asks a question: the seed draws an order of them
+        numbers = {}  # question id to number of the episode that asks it; the seed draws the order
         for number in range(len(prompts)):
             [(_, info)] = self.environments.reset({0: number}, 0).values()
             numbers[int(info["question_id"])] = number
         self._episodes = [(numbers[i], k) for i in range(len(prompts)) for k in range(SAMPLES)]
         self._renderer = renderer
         self._script = script
-        self._turn = np.zeros(len(script), dtype=np.int64)  # of each slot
+        self._turn = np.zeros(len(script), dtype=np.int64)  # [slots]: turns played
         self._written = engine._written
         self._sample, engine._sample = engine._sample, self._forced
         self._played: list[Trajectory] = []
@@ -196,7 +196,7 @@ class Ours:
         return clock() - begin
 
     def tokens(self, provenance: str) -> list[list[int]]:
-        """Those of that provenance in the last round, an entry an episode."""
+        """Return the tokens of that provenance in the last round, a list per episode."""
         return [
             [token for s in t.segments if s.provenance == provenance for token in s.tokens]
             for t in self._played
@@ -295,7 +295,7 @@ class Theirs:
         return self._seconds
 
     def tokens(self, provenance: str) -> list[list[int]]:
-        """Those of that provenance in the last round, an entry an episode."""
+        """Return the tokens of that provenance in the last round, a list per episode."""
         return [episode[provenance] for episode in self._played]
 
     def _forced(self, *, generation_config: Any, **inputs: Any) -> torch.Tensor:

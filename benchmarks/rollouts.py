@@ -30,7 +30,7 @@ C. Microseconds a turn of the collector: an engine that plays a script, and envi
    two, and "tokenizer" is the part of "collector" in which prompts and results are encoded.
 D. The share of slots x wall time in which a slot is empty while its work is ready. It is empty
    until its next turn is submitted: from when the search engine had answered, or, where its episode
-   is over or collection begins, from then. Counted until the last episode is begun. While a search
+   is over or collection begins, from then. Counted until the last episode begins. While a search
    is under way the slot holds a trajectory and is not empty; that share is shown as "searching". A
    quarter as many slots as episodes, and searches of 50 ms.
 """
@@ -93,7 +93,7 @@ def compared(rates: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def race(latencies: Sequence[int], episodes: int, rounds: int, scale: float = 1.0) -> Any:
-    """Part A: the tokens of a round by provenance, and trajectories a second by latency."""
+    """Part A: the tokens of a round by provenance, and trajectories per second by latency."""
     renderer, search = make_renderer(), Search()
     parts = make_policy(renderer), renderer, make_script(episodes, renderer, scale), search
     policy, _, script, _ = parts
@@ -159,7 +159,7 @@ class AtOnce:
 
 
 def engine_share(slots: int, rounds: int, length: int = 64) -> dict[str, Any]:
-    """Part B, turns of ``length`` tokens: the tokens of a round, and tokens a second."""
+    """Part B, turns of ``length`` tokens: the tokens of a round, and tokens per second."""
     import vllm  # noqa: PLC0415
 
     renderer, environments = make_renderer(), AtOnce(slots)
@@ -191,8 +191,8 @@ def engine_share(slots: int, rounds: int, length: int = 64) -> dict[str, Any]:
     def theirs(name: str, seeded: bool, **settings: Any) -> float:
         settings |= {"max_tokens": length, "ignore_eos": True, "detokenize": False}
         asked = [vllm.SamplingParams(seed=i if seeded else None, **settings) for i in range(slots)]
-        begun = environments.reset({i: i for i in range(slots)}, 0)
-        prompts = [renderer.encode_prompt(begun[i][0]) for i in range(slots)]
+        started = environments.reset({i: i for i in range(slots)}, 0)
+        prompts = [renderer.encode_prompt(started[i][0]) for i in range(slots)]
         made[0].reset_prefix_cache()
         seconds, tokens[name] = 0.0, 0
         for _ in range(TURNS):
@@ -219,7 +219,7 @@ def engine_share(slots: int, rounds: int, length: int = 64) -> dict[str, Any]:
 
 
 def overhead(slots: int, episodes: int, rounds: int) -> dict[str, float]:
-    """Part C: microseconds a turn."""
+    """Part C: microseconds per turn."""
     renderer, environments = make_renderer(), AtOnce(slots)
     said = [*renderer.encode_text("I should look for it."), *renderer.end_ids]
     engine = ScriptedEngine(lambda *_: said, renderer, CONTEXT)
@@ -271,7 +271,7 @@ def slot_shares(
         log: turns, from when they were submitted, and environments, from when they got an action.
         answered: when the searches of each slot were answered, in order.
         slots: how many there are.
-        begin: of the collection, in seconds as all times are.
+        begin: beginning of the collection, in seconds as all times are.
     """
     ready = dict.fromkeys(range(slots), begin)  # when the work of an empty slot was
     fresh = set(ready)  # slots whose next turn is the first of an episode
@@ -350,10 +350,10 @@ def main() -> None:
     """Print the numbers, a line each, or JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("part", nargs="?", choices=["all", "client"], default="all")
-    parser.add_argument("--turns", type=int, default=4096, help="of the client's part")
+    parser.add_argument("--turns", type=int, default=4096, help="turns of the client's part")
     parser.add_argument("--in-flight", type=int, default=1024, help="turns, in the client's part")
     parser.add_argument("--latencies", type=int, nargs="+", default=[0, 50, 500], help="in ms")
-    parser.add_argument("--episodes", type=int, default=32, help="of a round; a multiple of 4")
+    parser.add_argument("--episodes", type=int, default=32, help="multiple of 4, per round")
     parser.add_argument("--rounds", type=int, default=3, help="take the medians of so many")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     arguments = parser.parse_args()
@@ -372,7 +372,7 @@ def main() -> None:
         print(f"the vllm engine failed: {error}")
     for part in ("race", "engine"):
         for name, tokens in result.get(part, {}).get("tokens", {}).items():
-            print(f"{part}, tokens a round: {name}: {tokens}")
+            print(f"{part}, tokens per round: {name}: {tokens}")
     races = result.get("race", {}).get("by_latency_ms", {})
     tables = {f"trajectories/s, {latency} ms": row for latency, row in races.items()}
     tables |= {"engine, tokens/s": result.get("engine", {})}
@@ -382,7 +382,7 @@ def main() -> None:
             print(f"{title:24}{name:20}{rate:12.2f}{ratio}")
     for slots, microseconds in result["overhead_us"].items():
         shown = ", ".join(f"{kind} {each:.1f}" for kind, each in microseconds.items())
-        print(f"microseconds a turn, {slots} slots: {shown}")
+        print(f"microseconds per turn, {slots} slots: {shown}")
     print("slots: " + ", ".join(f"{kind} {each:.2%}" for kind, each in result["slots"].items()))
     for target, reached in result["met"].items():
         print(f"{target}: {'met' if reached else 'MISSED'}")

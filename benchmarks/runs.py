@@ -65,7 +65,7 @@ def run_all(
                 line = f"{minutes:5.1f} min  {count}/{len(jobs)}  {label}: {said}"
                 console.print(line, soft_wrap=True)
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)  # those under way save what they have
+            pool.shutdown(wait=False, cancel_futures=True)  # running ones save what they have
             raise
     return failed
 

@@ -40,7 +40,7 @@ class SavedConfig:
     steps: int = 10
     """Training steps."""
     seed: int = 0
-    """Of the runs."""
+    """Seed of the runs."""
     json: bool = False
     """Print the results as one line of JSON."""
 

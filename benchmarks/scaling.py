@@ -51,7 +51,7 @@ class Efficiency:
     Attributes:
         ranks: number of processes.
         passes: forward passes of a rank.
-        tokens: of the largest pass.
+        tokens: tokens of the largest pass.
         efficiency: tokens of the batch, by the tokens for which the ranks are occupied.
         before: the same with the passes that a single process would make.
     """
@@ -63,22 +63,22 @@ class Efficiency:
     before: float
 
 
-def make_step(seed: int = 0) -> Batch:
+def make_step() -> Batch:
     """Make the trajectories of a step; all lengths but one are drawn, from a log-normal."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     lengths = [
         min(LONGEST, max(100, round(MEAN_TOKENS * rng.lognormvariate(-(SPREAD**2) / 2, SPREAD))))
         for _ in range(TASKS * SAMPLES - 1)
     ]
     lengths.append(LONGEST)
-    return make_batch(make_groups(lengths, 1_000, samples=SAMPLES, seed=seed))
+    return make_batch(make_groups(lengths, 1_000, samples=SAMPLES, seed=0))
 
 
 def measure(batch: Batch, ranks: int) -> Efficiency:
     """Let each of some ranks take its passes of a batch, and add up for how long all are occupied.
 
     Args:
-        batch: of a step.
+        batch: batch of a step.
         ranks: number of processes.
     """
     new = _sizes(batch, ranks)

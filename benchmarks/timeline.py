@@ -50,7 +50,7 @@ class Config:
     work: Path | None = None
     """Folder for the traces; none throws them away."""
     seconds: float = 0.5
-    """That a search takes."""
+    """Seconds per search."""
     max_in_flight: int = 48
     """Episodes played at the same time."""
     prompts_per_step: int = 24
@@ -58,7 +58,7 @@ class Config:
     group_size: int = 8
     """Episodes of each."""
     steps: int = 4
-    """Of training; the last but one is drawn."""
+    """Training steps; the last but one is drawn."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,13 +43,12 @@ def rename_phrases(source: Path, target: Path, phrases: Mapping[str, str]) -> No
     file.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
-def make_starter(output: Path, count: int = 3_600, quiet: bool = False) -> Path:
+def make_starter(output: Path, count: int = 3_600) -> Path:
     """Rename the tokens of the starter, and fine-tune it.
 
     Args:
         output: folder of the model.
         count: demonstrations.
-        quiet: show no progress.
     """
     with tempfile.TemporaryDirectory() as folder:
         renamed = Path(folder) / "renamed"
@@ -66,7 +65,6 @@ def make_starter(output: Path, count: int = 3_600, quiet: bool = False) -> Path:
                 final_share=0.4,  # what is left for the habits, which come last
                 threads=1,
                 output=output,
-                quiet=quiet,
             )
         )
 

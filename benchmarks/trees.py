@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trees", description=__doc__)
     parser.add_argument("--model", default="miniworld-starter", help="the policy that plays")
-    parser.add_argument("--difficulty", type=int, default=0, help="of MiniWorld")
+    parser.add_argument("--difficulty", type=int, default=0, help="difficulty of MiniWorld")
     parser.add_argument("--tasks", type=int, default=24)
     parser.add_argument("--trees", type=int, default=2, help="trees of a task (M)")
     parser.add_argument("--branches", type=int, default=3, help="branches of a round (N)")

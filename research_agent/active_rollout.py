@@ -128,14 +128,14 @@ class ActiveRollout:
 
     def submit(self, engine: Engine, slot: int, stop: tuple[str, ...]) -> None:
         """Let the engine sample a turn, or the rest of one that was interrupted."""
-        begun = sum(len(part.tokens) for part in self.partial_turns)
+        resumed = sum(len(part.tokens) for part in self.partial_turns)
         left = self.sampling.max_response - self.response
         params = SamplingParams(
             temperature=self.sampling.temperature,
-            max_tokens=min(left, (self.sampling.max_turn_tokens or left + begun) - begun),
+            max_tokens=min(left, (self.sampling.max_turn_tokens or left + resumed) - resumed),
             stop=stop,
             seed=self._draws,
-            resumed_tokens=begun,
+            resumed_tokens=resumed,
         )
         engine.submit(slot, self.unsent_tokens, params)
         self.unsent_tokens = []

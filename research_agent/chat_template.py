@@ -174,15 +174,15 @@ class ChatTemplate:
         from jinja2 import TemplateError  # noqa: PLC0415 - only templates need it
 
         chat = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
-        begun = messages[-1]["role"] == "assistant"
+        continues = messages[-1]["role"] == "assistant"
         pinned = {"strftime_now": self._today} if self.date else {}
         try:
             text: str = self.tokenizer.apply_chat_template(
                 chat,
                 tools=list(tools) or None,
                 tokenize=False,
-                add_generation_prompt=not begun,
-                continue_final_message=begun,
+                add_generation_prompt=not continues,
+                continue_final_message=continues,
                 **self.args,
                 **pinned,
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -27,6 +26,7 @@ from research_agent.config_checks import validate, validate_eval
 from research_agent.errors import ConfigError, ContextError, ResearchAgentError, StoppedError
 from research_agent.presets import DESCRIPTIONS, PRESETS
 from research_agent.terminal import show
+from research_agent.torchrun import is_first_rank
 
 USAGE = """\
 usage: research-agent COMMAND ...
@@ -104,7 +104,7 @@ def _train(words: list[str]) -> None:
         if limit != preset.sampling.max_prompt:
             raise
         raise ContextError(f"{error} (--max-prompt {limit} is the preset {name}'s)") from error
-    if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes prints
+    if is_first_rank():  # one of torchrun's processes prints
         _print(summary.message, summary.numbers, as_json=config.run.json)
     if summary.signal:
         raise SystemExit(128 + summary.signal)
@@ -272,7 +272,7 @@ def _fail(message: str, *, said: bool = False) -> NoReturn:
 
 def _not_met() -> bool:
     """Whether this is another rank than the first, in which what fails fails in all alike."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         return False
     import torch.distributed  # noqa: PLC0415 - slow to import
 

@@ -54,8 +54,8 @@ class SamplingConfig:
     """How an episode is played, in training and in evaluations."""
 
     temperature: float
-    """Of the softmax that tokens are drawn from; 0 is greedy, for evaluations only. Learning takes
-    one other than 1 into account."""
+    """Temperature of the softmax that tokens are drawn from; 0 is greedy, for evaluations only.
+    Learning takes one other than 1 into account."""
     engine: str = "transformers"
     """What samples the tokens: transformers, vllm (vllm:tp=2,memory=0.4: GPUs per copy of the
     weights, and vLLM's share of their memory), a vLLM server per node that the run starts
@@ -97,7 +97,8 @@ class RolloutConfig:
     """Action tokens that a tree may sample. A branch that would exceed them, if it were as long as
     the rest of the episode that it leaves, is not played; none plays all branches."""
     tree_max_turns: int | None = None
-    """Turns that a tree may take, likewise: each is one step of an environment."""
+    """Turns that a tree may take, each a step of an environment; none takes any number. A branch
+    that would exceed them is not played."""
     overlong_prompts: Literal["error", "skip"] = "error"
     """What becomes of a task with a longer prompt than --max-prompt: stop the run, or leave the
     task out (see skipped_fraction in the log)."""
@@ -145,13 +146,13 @@ class LearnerConfig:
     """How a loss changes the weights: AdamW."""
 
     learning_rate: float = 1e-6
-    """After the warm-up; constant from there on."""
+    """Learning rate after the warm-up; constant from there on."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly from zero."""
     weight_decay: float = 0.01
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW."""
+    """Decay rates of AdamW's two moments."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""
     minibatches: int = 1
@@ -163,15 +164,15 @@ class LearnerConfig:
     or those of the model itself, recomputed before its first update on an episode."""
     importance_sampling_cap: float | None = None
     """With --old-logprobs recomputed: weigh tokens by their recomputed over their reported
-    probability, at most this much (truncated importance sampling); none does not."""
+    probability, at most this much (truncated importance sampling); none weighs no token."""
     packing: Literal["auto", "on", "off", "tree"] = "auto"
     """Put several trajectories into one row without padding (on), or give each its own row (off).
     tree also lets the samples of a task share one copy of what they begin with: the prompt, and the
     turns before a branch. auto is tree with --tree-branches, and else packs on a GPU. Changes
     memory and speed, not the gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the model's matrix products, and of the copy that vLLM samples with. Weights, optimizer
-    and softmax are float32 with both."""
+    """Number format of the model's matrix products, and of the copy that vLLM samples with.
+    Weights, optimizer and softmax are float32 with both."""
     gradient_checkpointing: bool = False
     """Keep only what enters each layer, and compute the rest again: less memory, slower."""
     compile: bool = False
@@ -198,7 +199,7 @@ class RunConfig:
     steps: int = 100
     """Training steps. Give more to continue a finished run."""
     seed: int = 0
-    """Of everything drawn at random: order of the tasks, and sampled tokens."""
+    """Seed of everything drawn at random: order of the tasks, and sampled tokens."""
     output: Path = Path("runs/train")
     """Folder of the run. One that holds a run of the same configuration is continued; settings of
     memory, speed and place may change."""
@@ -218,10 +219,10 @@ class RunConfig:
     """Steps between evaluations, with one before the first step and one after the last. 0 or none:
     never."""
     eval_args: Settings = field(default_factory=dict)
-    """Arguments of the environment of evaluations, on top of --env-args. Added to the preset's
-    likewise."""
+    """Arguments of the environment of evaluations, on top of --env-args. Added to those of
+    the preset."""
     eval_limit: int | None = None
-    """Tasks an evaluation; none plays every task of the environment once."""
+    """Tasks per evaluation; none plays every task of the environment once."""
     eval_temperature: float = 0.0
     """Temperature of evaluations; 0 is greedy."""
     plan: str | None = None
@@ -284,7 +285,7 @@ class EvalConfig:
     """Episodes of each task. Several need a --temperature; they also give pass@k and the majority
     of their answers."""
     seed: int = 0
-    """Order of the tasks, and sampled tokens."""
+    """Seed of the order of the tasks, and of the sampled tokens."""
     log_tokens: bool = False
     """Write the text and log-probability of each action token too, for the report's page."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -299,7 +300,7 @@ class EvalConfig:
 class CompareConfig:
     """Compare two evaluations of the same questions.
 
-    By a paired bootstrap of the difference of each metric, and McNemar's exact test of one.
+    It makes a paired bootstrap of the difference of each metric, and McNemar's exact test of one.
     """
 
     a: tyro.conf.Positional[Path]
@@ -310,7 +311,7 @@ class CompareConfig:
     """What McNemar's test takes as right, where it is above 0.5; none takes em, or else the first
     metric."""
     seed: int = 0
-    """Of the bootstrap's draws."""
+    """Seed of the bootstrap's draws."""
     json: bool = False
     """Print the comparison as one line of JSON on standard output, for scripts."""
 
@@ -327,7 +328,7 @@ class GradeConfig:
     predictions: tyro.conf.Positional[Path]
     """A predictions.jsonl, or the folder of an evaluation."""
     output: Path
-    """The file of grades, a line a question."""
+    """The file of grades, a line per question."""
     metric: str | None = None
     """A sample is right where this is above 0.5; none takes em, or else the first metric."""
     easy: float = 2 / 3
@@ -349,7 +350,7 @@ class SampleConfig:
     predictions: tyro.conf.Positional[Path]
     """A predictions.jsonl, or the folder of an evaluation."""
     output: Path
-    """The file of demonstrations, a line an episode."""
+    """The file of demonstrations, a line per episode."""
     metric: str | None = None
     """A sample is right where this is above 0.5; none takes em, or else the first metric."""
     each: int = 1

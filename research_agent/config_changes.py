@@ -59,8 +59,8 @@ class Changes:
     """Settings in which a saved run and a configuration differ: name to (saved, now).
 
     Attributes:
-        results: those that change what the run computes.
-        neutral: those that change memory, speed or place only.
+        results: settings that change what the run computes.
+        neutral: settings that change memory, speed or place only.
     """
 
     results: Mapping[str, tuple[Any, Any]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from research_agent.chat_template import require_date
 from research_agent.config import EvalConfig, SamplingConfig, TrainConfig
 from research_agent.curriculum import parse_stages
 from research_agent.errors import ConfigError
+from research_agent.torchrun import torchrun
 
 
 def validate(config: TrainConfig) -> None:
@@ -87,7 +87,7 @@ def require_one_process(command: str) -> None:
     Raises:
         ConfigError: this is one of several ranks.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = torchrun("WORLD_SIZE", 1)
     if ranks > 1:
         raise ConfigError(
             f"{command} runs in one process; torchrun started {ranks}. Start it without torchrun"

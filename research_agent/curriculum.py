@@ -26,7 +26,7 @@ class Stage:
     """A part of a run.
 
     Attributes:
-        env_args: of the environment of this stage, on top of the run's.
+        env_args: arguments of the environment of this stage, on top of the run's.
         steps: after which the next stage begins; None: ``until`` alone decides.
         until: mean reward of the last five steps at which the next stage begins; None: never.
     """
@@ -99,7 +99,7 @@ class CollapseMonitor:
     share of the best such average.
 
     Args:
-        share: of the best average, from 0 to 1.
+        share: share of the best average, from 0 to 1.
         window: steps of an average.
         history: (step, mean reward) since the start or the last rollback, oldest first; a
             checkpoint keeps it.

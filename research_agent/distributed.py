@@ -9,9 +9,8 @@ ranks, where FSDP would take their mean.
 
 from __future__ import annotations
 
-import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from research_agent.errors import ConfigError, RankError, ResearchAgentError, StoppedError
 from research_agent.rendezvous import open_store
+from research_agent.torchrun import torchrun
 
 T = TypeVar("T")
 
@@ -66,17 +66,6 @@ def init_distributed(timeout_minutes: float = 15.0) -> Iterator[None]:
             raise RankError(message) from error  # on every rank: it may be rank 0 that is gone
         raise
     dist.destroy_process_group()
-
-
-def torchrun(variable: str, default: int) -> int:
-    """Read a number that torchrun gives each process, such as LOCAL_RANK."""
-    return int(os.environ.get(variable, default))
-
-
-def without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a child process that is no rank."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
-    return {name: value for name, value in environment.items() if not name.startswith(names)}
 
 
 def lost_or_out_of_memory(error: Exception) -> bool:
@@ -154,7 +143,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if rank_and_size()[1] == 1:
+        if rank_and_size()[1] == 1 or _lost_rank(error):  # nobody would answer
             raise
         problem = error
     said = gather([problem and portable(problem)])
@@ -167,6 +156,25 @@ def run_together(work: Callable[[], T]) -> list[T]:
     with together():
         result = work()
     return gather([result])
+
+
+@contextmanager
+def consumed_together(items: Iterable[T]) -> Iterator[Iterator[T]]:
+    """Let a block go through items that all ranks compute together, such as gathered weights.
+
+    A rank that fails goes through the rest all the same, so that no rank waits for it.
+
+    Raises:
+        Exception: as ``together``.
+    """
+    left = iter(items)
+    with together():
+        try:
+            yield left
+        except Exception:
+            for _ in left:
+                pass
+            raise
 
 
 @contextmanager
@@ -268,7 +276,7 @@ def shard_on_cpu(local: Tensor, like: Tensor) -> Tensor:
     """View this rank's part of a tensor on the CPU as the shard that ``like`` has on its device.
 
     Args:
-        local: of the shape of this rank's shard.
+        local: this rank's part, in the shape of its shard.
         like: a tensor, sharded or not.
     """
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - slow to import

@@ -141,7 +141,7 @@ class _Native:
         observations, infos = self._vector.reset(
             seed=seed, options={"episodes": episodes, "reset_mask": mask}
         )
-        return {i: (_text(observations[i]), _one(infos, i)) for i in assignments}
+        return {i: (_text(observations[i]), _sub_info(infos, i)) for i in assignments}
 
     def send(self, env_ids: Sequence[int], actions: Sequence[Action]) -> None:
         self._vector.send(env_ids, actions)
@@ -185,7 +185,7 @@ class _Singles:
         self, assignments: Mapping[int, int], seed: int
     ) -> dict[int, tuple[str, Mapping[str, Any]]]:
         self._ready = [result for result in self._ready if result.env_id not in assignments]
-        begun: dict[int, tuple[str, Mapping[str, Any]]] = {}
+        started: dict[int, tuple[str, Mapping[str, Any]]] = {}
         for i, episode in assignments.items():
             # One that counts its tasks draws their order from the seed; any other may not know
             # the option, and is seeded with the episode.
@@ -193,8 +193,8 @@ class _Singles:
             if self.num_tasks is None:
                 own = int(np.random.SeedSequence([seed, episode]).generate_state(1)[0])
             observation, info = self._envs[i].reset(seed=own, options={"episode": episode})
-            begun[i] = (_text(observation), info)
-        return begun
+            started[i] = (_text(observation), info)
+        return started
 
     def send(self, env_ids: Sequence[int], actions: Sequence[Action]) -> None:
         for i, action in zip(env_ids, actions, strict=True):
@@ -256,10 +256,10 @@ def _text(observation: Any) -> str:
     return observation
 
 
-def _one(infos: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """The info of one sub-environment out of a vector environment's (Gymnasium's layout)."""
+def _sub_info(infos: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """Return the info of sub-environment ``i`` from a vector environment's infos."""
     return {
-        key: _one(value, i) if isinstance(value, Mapping) else value[i]
+        key: _sub_info(value, i) if isinstance(value, Mapping) else value[i]
         for key, value in infos.items()
         if not key.startswith("_") and (f"_{key}" not in infos or infos[f"_{key}"][i])
     }

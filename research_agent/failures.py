@@ -26,7 +26,7 @@ def saved_for_inspection(
         output: folder of the run. A new file in its ``failures`` gets the cause and the
             trajectories with tokens and log-probabilities. Nothing there is overwritten.
         step: training steps done.
-        trajectories: those of the step.
+        trajectories: what the step played.
 
     Raises:
         NonFiniteError: the original error; its message names the file.

@@ -142,7 +142,7 @@ def parse(text: bytes, schema: Any, where: str, error: type[ResearchAgentError],
         The value as ``json.loads`` gives it.
 
     Raises:
-        ResearchAgentError: of the class ``error``, if the text is no JSON or does not fit.
+        ResearchAgentError: an error of the class ``error``: the text is no JSON or does not fit.
     """
     try:
         value = json.loads(text, parse_int=_integer)
@@ -179,7 +179,7 @@ def read_object(
         schema: one of this module's formats.
 
     Raises:
-        ResearchAgentError: of the class ``error``: no such file, or a broken one.
+        ResearchAgentError: an error of the class ``error``: no such file, or a broken one.
     """
     try:
         if path.exists() and not path.is_file():

@@ -23,8 +23,8 @@ class Optimizer:
         kind: plain, with moments of 8 bits (needs bitsandbytes), or with the moments and the step
             in the CPU's memory.
         learning_rate: after the warm-up.
-        betas: of AdamW.
-        weight_decay: of AdamW.
+        betas: decay rates of AdamW.
+        weight_decay: weight decay of AdamW.
         warmup_steps: optimizer steps over which the learning rate rises linearly from zero.
         max_grad_norm: longer gradients are scaled down to this length.
 
@@ -99,8 +99,8 @@ class Optimizer:
         """Load what ``moments`` returned, to the bit.
 
         Args:
-            moments: of an optimizer of the same parameters. Tensors are copied, and those still in
-                files are read.
+            moments: moments of an optimizer of the same parameters. Tensors are copied, and
+                those still in files are read.
             steps: made so far.
             read: fills tensors in place, by their names in the files.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from research_agent import rollout_state
 from research_agent.active_rollout import Episode, InFlight
 from research_agent.config import TrainConfig
+from research_agent.distributed import consumed_together
 from research_agent.engines.base import Engine
 from research_agent.environments import Environments, open_environments, read_provenance
 from research_agent.renderer import Renderer
@@ -76,7 +77,7 @@ class Player:
         """Play episodes to their ends.
 
         Args:
-            episodes: those that the present step learns from.
+            episodes: the episodes that the present step learns from.
             ahead: episodes of later steps; they begin in slots that would be empty otherwise, now
                 and until the next call.
 
@@ -100,9 +101,10 @@ class Player:
         if keeps_turns(self._engine):
             self._engine.load_weights(weights, version)
             return
-        self._loop.suspend()
-        self._engine.load_weights(weights, version)
-        self._loop.resume()
+        with consumed_together(weights) as left:
+            self._loop.suspend()
+            self._engine.load_weights(left, version)
+            self._loop.resume()
 
     def read_weights(self, folder: Path, version: int) -> None:
         """Give the engine the weights in a folder."""
@@ -137,7 +139,7 @@ class Player:
 
         Args:
             states: what ``state`` returned on each rank of the run that was saved.
-            episodes: those that this rank plays.
+            episodes: the episodes that this rank plays.
         """
         sampling, seed = self._config.sampling, self._config.run.seed
         self._loop = self._make_loop(

@@ -29,13 +29,14 @@ import torch
 
 from research_agent.active_rollout import Episode
 from research_agent.config import TrainConfig
-from research_agent.distributed import portable, together, without_torchrun
+from research_agent.distributed import portable, together
 from research_agent.engines.base import Engine, SamplesElsewhere
 from research_agent.engines.checks import CONTINUE
 from research_agent.errors import EngineError
 from research_agent.models.policy import context_length, load_model
 from research_agent.player import Player
 from research_agent.renderer import Renderer, open_renderer
+from research_agent.torchrun import without_torchrun
 from research_agent.trace import Trace
 from research_agent.trajectory import Trajectory
 from research_agent.weight_files import WeightFolder
@@ -212,7 +213,7 @@ def connect_engine(
 
     Args:
         make: what ``SamplesElsewhere.elsewhere`` returned.
-        config: of the run.
+        config: config of the run.
         model: the model that the run began with.
     """
     renderer = open_renderer(config.policy, model)
@@ -231,7 +232,7 @@ def load_engine(
 
     Args:
         make_engine: called as ``engines.make_engine`` is.
-        config: of the run.
+        config: config of the run.
         model: the model that the run began with. The weights that learn follow by ``load_weights``.
         slots: episodes played at the same time.
         merge_adapter: add an adapter to the weights of its base.

@@ -39,7 +39,7 @@ def lay_out(sequences: Sequence[Tensor], shared: Sequence[int]) -> TreeLayout:
 
     Args:
         sequences: their tokens, int64, sorted where they are to share.
-        shared: of each sequence, how many tokens it takes over from the one before it.
+        shared: how many tokens each sequence takes over from the one before it.
 
     Returns:
         The layout. A run may be as long as its path: a sequence that shares nothing.

@@ -32,7 +32,7 @@ def make_preset(name: str, data: Mapping[str, Any]) -> TrainConfig:
     """Make a configuration from plain data.
 
     Args:
-        name: of the preset; its run writes to ``runs/NAME`` unless the data say otherwise.
+        name: name of the preset; its run writes to ``runs/NAME`` unless the data say otherwise.
         data: section to its settings; sections and settings that are left out have their defaults.
 
     Raises:

@@ -55,7 +55,7 @@ class Renderer:
     chat_template_args: Mapping[str, Any] = field(default_factory=dict)
     chat_template_date: str = ""
     _special_ids: frozenset[int] = field(init=False, repr=False)
-    _plain: Any = field(init=False, repr=False, compare=False)  # of the tokenizers library, or None
+    _plain: Any = field(init=False, repr=False, compare=False)  # a tokenizers.Tokenizer, or None
     _template: ChatTemplate | None = field(init=False, repr=False, compare=False)
     _stop_flags: dict[tuple[str, ...], NDArray[np.bool_]] = field(
         default_factory=dict, repr=False, compare=False
@@ -241,7 +241,7 @@ def open_renderer(
     """Open the tokenizer of a model as ``load_renderer`` does, by the settings of a command.
 
     Args:
-        settings: of the chat template.
+        settings: settings of the chat template.
         model: also a starter of the package, or the folder of a run.
         date: for the template, if the settings name none.
     """

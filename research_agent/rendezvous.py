@@ -12,6 +12,9 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from research_agent.errors import RankError
+from research_agent.threads import in_thread
+
+_GRACE = 5.0  # seconds in which torch's own error comes first
 
 
 def open_store(timeout: timedelta) -> tuple[Store, int, int]:
@@ -27,13 +30,16 @@ def open_store(timeout: timedelta) -> tuple[Store, int, int]:
         RankError: the address cannot be used, or another rank did not come in time.
     """
     try:
-        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        # torch waits without end for a program that accepts connections and says nothing.
+        meeting = in_thread(lambda: next(rendezvous("env://", timeout=timeout)), "rendezvous")
+        store, rank, size = meeting.result(timeout.total_seconds() + _GRACE)
         store.set_timeout(timeout)
         return unused_prefix(store, rank, size, timeout), rank, size
-    except DistError as error:
+    except (DistError, TimeoutError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        said = str(error) or "no answer"
         message = (
-            f"the ranks cannot meet at {place} ({str(error).splitlines()[0]}). If another program "
+            f"the ranks cannot meet at {place} ({said.splitlines()[0]}). If another program "
             "has that port, give torchrun another --master-port"
         )
         raise RankError(message) from error

@@ -130,7 +130,7 @@ class RolloutLoop:
         """Say which episodes to begin next, in this order, instead of those said before.
 
         Args:
-            episodes: those under way, and branches of a tree, are left out.
+            episodes: the episodes. Those in flight, and branches of a tree, are left out.
         """
         known = self.in_flight.episodes
         self._waiting = deque(

@@ -99,7 +99,7 @@ def from_state(
             are fewer environments than before and none is left for it.
         sampling: as in ``collect``.
         seed: as in ``collect``.
-        episodes: those that this rank plays; others are left out.
+        episodes: the episodes that this rank plays; others are left out.
         plan: as in ``collect``. Trees that are not whole are forgotten, and begin again later.
     """
     in_flight = InFlight()

@@ -87,7 +87,7 @@ def wandb_run(project: str, folder: Path, config: Mapping[str, Any]) -> Board:
 
     Args:
         project: its name there.
-        folder: of the run; its last part names the run.
+        folder: folder of the run; its last part names the run.
         config: settings to show beside the metrics.
 
     Raises:
@@ -123,7 +123,7 @@ class RunLogger:
     """The logs and the progress bar of a run, from one step on.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         step: steps done; later records, of steps that will be done again, are dropped.
         steps: steps of the whole run.
         show: whether to show progress, on standard error.

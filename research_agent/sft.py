@@ -287,7 +287,7 @@ def as_trajectory(demonstration: Iterable[tuple[str, Any]], renderer: Renderer) 
         elif provenance == "observation":
             segments.append(Segment("observation", tuple(renderer.encode_text(text)), text=text))
         elif provenance == "action":
-            end = [_end(renderer)] if i == len(parts) - 1 else []
+            end = [_end_token(renderer)] if i == len(parts) - 1 else []
             tokens = (*renderer.encode_text(text), *end)
             segments.append(Segment("action", tokens, (0.0,) * len(tokens), text=text))
         else:
@@ -311,8 +311,8 @@ def _prompt(prompt: Any, renderer: Renderer) -> Segment:
     return Segment("prompt", tuple(renderer.encode_prompt(text, prompt)), text=text)
 
 
-def _end(renderer: Renderer) -> int:
-    """The token that ends what a policy writes: the tokenizer's own, if it names one."""
+def _end_token(renderer: Renderer) -> int:
+    """Return the token that ends a response: the tokenizer's own, if it names one."""
     named: int | None = renderer.tokenizer.eos_token_id
     return min(renderer.end_ids) if named is None else named
 

@@ -193,7 +193,7 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
     """Read tensors in place; of a sharded one this rank reads its rows only.
 
     Args:
-        folder: of safetensors files, of whole tensors or of shards, from any number of ranks.
+        folder: holds safetensors files with whole tensors or shards, from any number of ranks.
         into: the tensors by their names in the files. All ranks must give the same names.
     """
     if not into:

@@ -42,7 +42,7 @@ class Trace:
 
     Args:
         path: the file; written anew.
-        start: of a trace of another process, to whose file the spans are added.
+        start: start of a trace of another process, to whose file the spans are added.
     """
 
     def __init__(self, path: Path, start: float | None = None) -> None:

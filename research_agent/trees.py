@@ -154,8 +154,8 @@ class Trees:
 
     Args:
         plan: how each grows.
-        seed: of the run.
-        environments: those that are played in.
+        seed: seed of the run.
+        environments: the environments to play in.
         vocabulary: how many tokens the policy chooses from.
 
     Raises:
@@ -182,7 +182,7 @@ class Trees:
         self._highest_entropy = log(max(2, vocabulary))  # nats per token
         self._seedlings: dict[tuple[int, int], _Seedling] = {}  # by task and sample
         self._playing: dict[tuple[int, int], int] = {}  # by task and root: samples under way
-        self._ended: dict[tuple[int, int], list[Trajectory]] = {}  # likewise: samples
+        self._ended: dict[tuple[int, int], list[Trajectory]] = {}  # by task and root: samples
 
     def plant(self, chains: Iterable[tuple[int, int]], free: deque[int]) -> None:
         """Begin trees whose branches get free slots.
@@ -237,7 +237,7 @@ class Trees:
         """Note that a sample has ended, and begin the next round of its tree if that is due.
 
         Args:
-            trajectory: of the sample.
+            trajectory: trajectory of the sample.
             in_flight: branches that begin are added to what is active; of those that do not fit
                 the budget, void trajectories to what is done.
             free: slots; those of the latter are added.
@@ -271,7 +271,7 @@ class Trees:
     ) -> dict[int, ActiveRollout]:
         """Choose the branches of a round that fit the budget, by slot; the others are done."""
         episode, root = tree
-        begun: dict[int, ActiveRollout] = {}
+        started: dict[int, ActiveRollout] = {}
         spent = Cost.of([turn for ended in self._ended[tree] for turn in ended.own_turns])
         for branch in range(root, root + self._plan.size):
             if self._plan.round(branch) != number:
@@ -282,12 +282,12 @@ class Trees:
             cost = spent.plus(Cost.of(source.turns[len(seedling.start.lineage) :]))
             if self._plan.affords(cost):
                 spent = cost
-                begun[seedling.slot] = seedling.start
+                started[seedling.slot] = seedling.start
             else:
                 engine.release(seedling.slot)
                 free.append(seedling.slot)
                 in_flight.done[episode, branch] = _not_grown(episode, branch)
-        return begun
+        return started
 
     @property
     def slots(self) -> set[int]:

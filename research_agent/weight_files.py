@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 
-from research_agent.distributed import rank_and_size, run_together, torchrun
+from research_agent.distributed import rank_and_size, run_together
 from research_agent.engines.checks import CONTINUE, WeightNames
 from research_agent.errors import EngineError
+from research_agent.torchrun import torchrun
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_BUCKET = 1 << 30  # bytes of a file, and what is held in memory at a time
 
 
 class WeightFolder:
@@ -47,7 +46,7 @@ class WeightFolder:
 
         Args:
             weights: all of the model's, tied ones once or more often.
-            name: of the folder.
+            name: name of the folder.
 
         Raises:
             EngineError: no space, or no permission.
@@ -78,7 +77,7 @@ class WeightFolder:
 
         Args:
             weights: as for ``write``.
-            name: of the folder.
+            name: name of the folder.
 
         Returns:
             The folder of this machine's first rank.
@@ -110,27 +109,18 @@ class WeightFolder:
         self._folder.cleanup()
 
     def _fill(self, folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Write bucket after bucket.
+        """Write a file per weight, so that no more than one is copied at a time.
 
-        Tied names come behind all others, for servers that read the files in order: on a CPU vLLM
-        packs a head of its own, which must not stay old.
+        The files are numbered, for servers that read them in order. Tied names come last: on a CPU
+        vLLM packs a head of its own, which must not stay old.
         """
-        bucket: dict[str, Tensor] = {}
-        written: set[str] = set()
-        size = files = 0
-        for name, weight in weights:
-            tied = self._names is not None and not written.isdisjoint(self._names.ties[name])
-            if bucket and (tied or size + weight.nbytes > _BUCKET):
-                save_file(bucket, folder / f"{files:05d}.safetensors", {"format": "pt"})
-                bucket, size, files = {}, 0, files + 1
+        for number, (name, weight) in enumerate(weights):
             dtype = self._dtype if self._dtype and weight.is_floating_point() else weight.dtype
-            bucket[name] = weight.detach().to("cpu", dtype, copy=True).contiguous()
-            size += bucket[name].nbytes
-            written.add(name)
-        save_file(bucket, folder / f"{files:05d}.safetensors", {"format": "pt"})
+            tensor = weight.detach().to("cpu", dtype).contiguous()
+            save_file({name: tensor}, folder / f"{number:05d}.safetensors", {"format": "pt"})
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of a folder, a file at a time in memory."""
+    """Yield the weights of a folder, one at a time in memory."""
     for path in sorted(folder.iterdir()):
         yield from load_file(path).items()

@@ -61,8 +61,8 @@ def demonstrations(
 
     Args:
         count: how many.
-        top_k: passages a search, after a first part with one.
-        seed: of every choice.
+        top_k: passages per search, after a first part with one.
+        seed: seed of every choice.
         habit_share: the share of habit episodes, all of them at the end.
         habits: the probabilities in them.
 
@@ -145,7 +145,7 @@ def episode(
     Args:
         question: with its decomposition.
         results: the observation of each gold query, in order.
-        rng: of the decisions.
+        rng: random generator of the decisions.
         habits: their probabilities.
     """
     hops = question.decomposition
@@ -215,7 +215,7 @@ def tool_demonstrations(
     Args:
         count: how many.
         top_k: passages per search, after a first part with one.
-        seed: of every choice.
+        seed: seed of every choice.
         habit_share: the share of habit episodes, all of them at the end.
         habits: the probabilities in them.
 

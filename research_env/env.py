@@ -65,7 +65,7 @@ class SearchQAEnv(gym.Env[str, str]):
     - ``grades``, ``grade``: a file of ``research-agent grade``, and which of its questions to ask:
       ``"hard"``, or a mixture such as ``"medium:1+hard:2"``.
     - ``retriever``: a URL such as ``"embedded:DIR"``, None (the data set's own corpus), or a
-      :class:`~research_env.retrieval.base.Retriever`. ``top_k``: passages a search returns.
+      :class:`~research_env.retrieval.base.Retriever`. ``top_k``: passages that a search returns.
     - ``protocol``: research (default), r1-searcher, search-r1, tool-calls, recall; or a
       :class:`~research_env.protocol.Protocol`. It sets the defaults of ``top_k``, ``reward``,
       ``max_searches`` and ``max_turns``.

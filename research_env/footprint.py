@@ -7,8 +7,8 @@ from typing import Any
 PASSAGES = {"wiki18": 21_015_324, "musique": 8_335, "hotpotqa": 11_357, "2wiki": 9_616}
 """Passages of the corpora that presets name; wiki18 is FlashRAG's and Search-R1's Wikipedia."""
 
-# Of a million passages of a hundred words (benchmarks/RESULTS.md): bytes a passage on disk, texts
-# included, and passages indexed a second on two cores.
+# Measured on a million passages of a hundred words (benchmarks/RESULTS.md): bytes per passage on
+# disk, texts included, and passages indexed per second on two cores.
 _ENGINES = {"elasticsearch": (672, 4_276), "embedded": (1_047, 1_610)}
 
 

@@ -235,7 +235,7 @@ R1_SEARCHER_LLAMA = _instruct(
 )
 
 # Jin et al. 2025, "Search-R1", appendix B, and scripts/nq_hotpotqa/v0.2/train_grpo.sh of the
-# authors: 512 x 5 in mini-batches of 256 trajectories, so 10 a step; warm-up over .285 of 1,005
+# authors: 512 x 5 in mini-batches of 256 trajectories, so 10 per step; warm-up over .285 of 1,005
 # steps; 500 tokens per turn; the entropy bonus is their configuration's default.
 SEARCH_R1_GRPO: Preset = {
     "description": f"{_SEARCH_R1}, GRPO, Qwen2.5-7B.",
@@ -277,7 +277,7 @@ SEARCH_R1_GRPO: Preset = {
 }
 
 # The same with PPO, the paper's main results: scripts/nq_hotpotqa/v0.2/train_ppo.sh. One sample per
-# task, mini-batches of 256, so 2 a step; the critic's warm-up is .015 of 1,005 steps.
+# task, mini-batches of 256, so 2 per step; the critic's warm-up is .015 of 1,005 steps.
 SEARCH_R1_PPO = _derived(
     SEARCH_R1_GRPO,
     f"{_SEARCH_R1}, PPO with a critic, Qwen2.5-7B.",

@@ -58,7 +58,7 @@ class Protocol:
         hint: the observation after an invalid action; None: an invalid action ends the episode.
         max_searches: searches that an episode may run; None: no cap.
         max_turns: actions that an episode may take, the last of which cannot search; None: no cap.
-        top_k: passages a search returns.
+        top_k: passages that a search returns.
         reward: name of the reward that the authors train with.
         tool_format: how turns call tools, several at a time; None: the protocol has no tools.
         tools: what may be called.

@@ -73,7 +73,7 @@ class Sessions:
 
         Args:
             max_batch: the most queries of a search in the background.
-            max_wait: seconds that a query in the background waits for others to join it.
+            max_wait: seconds that a batch of queries waits for one more to join it.
             cache_size: how many queries' hits are cached at most; 0: none. Failures never are.
             **settings: those of :class:`research_env.env.SearchQAEnv`.
 

@@ -54,8 +54,9 @@ class Played:
         prompt: the first observation.
         observations: the text that was appended after each action; a last one that is empty may be
             left out.
-        reward: of the whole episode. For a void one 0, or None where the trainer drops the sample.
-        metrics: those of the last info; for a void episode they may be empty.
+        reward: the reward of the whole episode. For a void one 0, or None where the trainer drops
+            the sample.
+        metrics: the metrics of the last info; for a void episode they may be empty.
         void: whether the trainer knows that the episode is evidence of nothing.
         kept: the text that is learned from; None if the trainer has no such notion.
         masked: the text after the prompt that is not learned from; None as above.

@@ -54,7 +54,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
     - ``autoreset_mode``: NextStep (default), SameStep, Disabled; see Gymnasium's AutoresetMode.
     - ``max_batch``: the most queries of a search in the background; those of a ``step`` go to the
       engine together, which divides them as it needs.
-    - ``max_wait``: seconds that a query sent in the background waits for others to join it.
+    - ``max_wait``: seconds that a batch of queries in the background waits for one more to join it.
     - ``cache_size``: how many queries' hits are cached at most; 0: none. Failures are never cached.
       ``search_counts`` tells what that saved.
 
@@ -192,7 +192,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
 
         Args:
             actions: num_envs texts.
-            mask: which sub-environments take theirs (num_envs booleans; None: all). The others
+            mask: the sub-environments that take theirs (num_envs booleans; None: all). The others
                 stay as they are: an empty observation, reward 0, no info.
 
         Returns:

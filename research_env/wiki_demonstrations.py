@@ -59,7 +59,7 @@ class WithoutPassages:
         return (passage for passage in self.corpus if passage.id not in self.left_out)
 
     def fingerprint(self) -> str:
-        """Of the whole corpus; the index of what is left is made anew each time."""
+        """Identify the whole corpus and how much is left out; the index is made anew each time."""
         return f"{self.corpus.fingerprint()}-{len(self.left_out)}"
 
 
@@ -79,7 +79,7 @@ def demonstrations(
         count: how many; the questions are gone through as often as it takes, in new orders.
         dataset: as for ``load_dataset``, such as "hotpotqa+2wiki".
         top_k: passages that a search returns.
-        seed: of every choice.
+        seed: seed of every choice.
         search: probability of searching at the start, rather than guessing.
         go_on: probability of searching again where something is missing, rather than answering.
         box: probability of writing the answer into a box.
@@ -162,7 +162,7 @@ def episode(
         question: with its answer.
         steps: its searches.
         results: the observation of each search.
-        rng: of the decisions.
+        rng: random generator of the decisions.
         habits: their probabilities.
 
     Returns:

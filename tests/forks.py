@@ -16,7 +16,7 @@ from subprocess import CompletedProcess
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 300.0
+TIMEOUT = 300.0
 NOTHING: Mapping[str, str] = {}
 
 
@@ -110,7 +110,7 @@ def run(
     with outputs() as output:
         process = output.process(program, *words, cwd=cwd, env=env)
         process.start()
-        process.join(PATIENCE)
+        process.join(TIMEOUT)
         process.kill()
         process.join()
         status = process.exitcode or 0

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-_PATIENCE = 20.0  # seconds for threads and children that were told to end
+_TIMEOUT = 20.0  # seconds for threads and children that were told to end
 _OURS = ("elasticsearch", "searches", "serve", "leaked")  # names of our threads
 _VARIABLES = (
     *("RESEARCH_", "HF_", "OPENAI_", "WANDB_", "ELASTIC", "PYTHONPATH", "HOME", "PATH"),
@@ -96,7 +96,7 @@ def leftovers(before: set[str]) -> set[str]:
     """Threads and children that did not run before, and do not end by themselves either."""
     if running() - before:
         gc.collect()  # an environment that nobody closed is closed when it is collected
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _TIMEOUT
     while (new := running() - before) and time.monotonic() < deadline:
         time.sleep(0.02)
     return new

@@ -43,7 +43,7 @@ from research_env.papers import PROTOCOLS
 from research_env.retrieval import index_corpus, open_retriever
 from research_env.tools import write_call
 from research_env.vector_env import SearchQAVectorEnv
-from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
+from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_qwen2
 from tests.research_agent.disks import small_disk
 from tests.research_env.fakes import DATASET
 from tests.research_env.test_hostile import PASSAGE
@@ -385,7 +385,7 @@ def played(renderer: Renderer, rules: str, engine: Blank) -> Trajectory:
 def test_no_passage_changes_what_is_learned_from_or_what_it_earns(
     pages: list[tuple[str, str]], rules: str, merges: bool, chat: bool
 ) -> None:
-    renderer = codec_of(byte_tokenizer(merges=merges), chat_template=chat)
+    renderer = make_renderer(byte_tokenizer(merges=merges), chat_template=chat)
     hostile = played(renderer, rules, Blank(pages))
     blank = played(renderer, rules, Blank([("", "")] * len(pages)))
     assert hostile.reward == blank.reward
@@ -404,7 +404,7 @@ def test_no_passage_changes_what_is_learned_from_or_what_it_earns(
 
 
 def test_the_hint_after_an_invalid_action_is_no_action_either() -> None:
-    renderer = codec_of(byte_tokenizer())
+    renderer = make_renderer(byte_tokenizer())
     script = iter(["nonsense", "<answer>x</answer>"])
     environments = make_environments(
         "research_env:SearchQA-v0",

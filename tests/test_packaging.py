@@ -66,6 +66,7 @@ def test_the_citation_is_of_this_version() -> None:
     assert citation["version"] == PROJECT["version"]
     assert citation["license"] == PROJECT["license"]
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert {paper["url"] for paper in citation["references"]} == set(PROJECT["urls"].values())
 
 
 @pytest.mark.parametrize("template", ["bug", "question"])

@@ -37,7 +37,7 @@ def test_three_steps_on_musique(
     records = read_lines(output / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3]
     assert all(record["void_fraction"] == 0 for record in records)
-    assert all(0 <= record["reward"] < 0.2 for record in records)  # of a random policy
+    assert all(0 <= record["reward"] < 0.2 for record in records)  # the policy is random
     assert records[-1]["learner/kl"] >= 0
     episodes = read_lines(output / "trajectories.jsonl")
     asked = {e["segments"][0]["text"].rsplit("User: ", 1)[1] for e in episodes}

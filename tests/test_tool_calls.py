@@ -22,7 +22,7 @@ from research_agent.renderer import Renderer
 from research_agent.rollout import collect
 from research_agent.trajectory import Trajectory
 from research_env.tools import FORMATS, Call, ToolTurn
-from tests.research_agent.conftest import byte_tokenizer, codec_of
+from tests.research_agent.conftest import byte_tokenizer, make_renderer
 from tests.research_agent.engines.test_openai import Endpoint, well
 from tests.research_env.fakes import DATASET, Engine
 from tests.research_env.test_hostile import PASSAGE, Library
@@ -143,7 +143,7 @@ def test_no_passage_is_a_chat_token_or_changes_what_is_learned(
 
 
 def test_a_format_of_another_family_is_refused_in_words() -> None:
-    renderer = codec_of(byte_tokenizer(), chat_template=True)
+    renderer = make_renderer(byte_tokenizer(), chat_template=True)
     markup = FORMATS["llama3"].markup
     with pytest.raises(ModelError, match=r"'<\|start_header_id\|>', which is no chat token of"):
         renderer.encode_observation("<|start_header_id|>ipython", markup)
@@ -152,7 +152,7 @@ def test_a_format_of_another_family_is_refused_in_words() -> None:
 def test_a_chat_template_that_hides_the_tools_is_refused_in_words() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    renderer = codec_of(tokenizer, chat_template=True)
+    renderer = make_renderer(tokenizer, chat_template=True)
     tool = {"type": "function", "function": {"name": "lookup"}}
     with pytest.raises(ModelError, match="does not show the tool 'lookup'"):
         renderer.encode_prompt("Who?", None, [tool])

@@ -33,7 +33,7 @@ from typing import Any
 import httpx
 import pytest
 
-PATIENCE = 900.0  # seconds for the start, which takes minutes on a busy machine
+TIMEOUT = 900.0  # seconds for the start, which takes minutes on a busy machine
 ROOT = Path(__file__).parents[1]
 LOADED = (
     "vllm.entrypoints.launchers.api_server.entry",
@@ -112,7 +112,7 @@ class VllmServer:
 
     def ready(self) -> None:
         """Wait until it answers."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline and self._runs():
             with suppress(httpx.HTTPError):
                 if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:

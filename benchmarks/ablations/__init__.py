@@ -10,9 +10,9 @@ ablations are, `runs` does the runs, `report` makes table, verdicts and picture 
 of entity and not the same ones: out of domain five relations are asked for of which training knew
 nothing. Shorter passages are also what makes them hard: the starter has not seen such.
 
-What was looked at, with the shipped starter and one seed of GRPO, 192 episodes a step. How well the
-starter reads is its exact match when it is made to search for every hop (greedy, 100 questions or
-more):
+What was looked at with the shipped starter and one seed of GRPO, 192 episodes per step. How well
+the starter reads is its exact match when it is made to search for every hop (greedy, 100
+questions or more):
 
 - All relations: it reads .81, and a policy gets there quickly, on questions of three and four hops
   alone too (T = 1: .42 after 12 steps, .89 after 20). Nothing is left to tell policies apart by.
@@ -23,7 +23,7 @@ more):
   from .04 (T = 1, held out) to .14, .43, .66, .85 and .90 after 8, 16, 24, 32 and 40 steps, not
   without setbacks, and greedy to .92 in domain and .91 out of it after 50. Without questions of one
   hop it went to guessing here, too (.04 searches after 8 steps).
-- Two passages a search: it reads .06 with all relations, for it never saw two.
+- Two passages per search: it reads .06 with all relations, for it never saw two.
 
 So it is the third, with thirty steps. One ablation has a noisy engine on top (`noise`), and that of
 answer rewards a starter that adds needless words (`verbose`): from the other one F1, EM and CEM

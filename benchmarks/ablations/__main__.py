@@ -35,7 +35,7 @@ class AblationsConfig:
     steps: int = 30
     """Training steps of a run."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the runs. Verdicts need two at least."""
+    """Seeds of the runs. Verdicts need two at least."""
     prompts_per_step: int = MINIWORLD.rollout.prompts_per_step
     """Tasks a step."""
     group_size: int = MINIWORLD.rollout.group_size

@@ -23,11 +23,11 @@ class Arm:
 
     name: str
     algorithm: str = "grpo"
-    args: Mapping[str, Any] = field(default_factory=lambda: OFF)  # of the algorithm
+    args: Mapping[str, Any] = field(default_factory=lambda: OFF)  # settings of the algorithm
     env_args: Mapping[str, Any] = field(default_factory=dict)
     miss: float = 0.0  # share of the queries whose best hit the engine loses, in training
     stages: tuple[str, ...] = ()  # {part} is a third of the steps
-    group_size: int | None = None  # a group, with as many episodes a step; None: as configured
+    group_size: int | None = None  # a group, with as many episodes per step; None: as configured
     masked: bool = True  # tokens of observations are left out of the loss
     learner: Mapping[str, Any] = field(default_factory=dict)  # settings of LearnerConfig
     start: Literal["starter", "nothing", "warm", "verbose"] = "starter"
@@ -39,7 +39,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Claim:
-    """That a number is larger in one row than in another."""
+    """The claim that a number is larger in one row than in another."""
 
     number: str  # a column of the table, or one of report.EQUAL_BUDGETS
     more: str
@@ -130,7 +130,7 @@ MT, GIGPO, TREE_GRPO, ARPO = (
 
 
 def _sooner(less: str, more: str, source: str) -> tuple[Claim, ...]:
-    """That one run is better at equal budgets, and needs less of them to get somewhere."""
+    """The claims that one run is better at equal budgets, and needs less of them to reach .3."""
     return (
         Claim("em at equal tokens", less, more, source=source),
         Claim("em at equal searches", less, more, source=source),

@@ -33,7 +33,7 @@ MEETING, AGAIN, RECOVERED = "met useless", "searched again", "recovered"
 class Seen:
     """A run as it is on disk."""
 
-    log: Sequence[Mapping[str, Any]]  # of training; empty for SFT
+    log: Sequence[Mapping[str, Any]]  # a line per training step; empty for SFT
     final: Mapping[str, Mapping[str, float]]  # world to means of the last evaluation, greedy
     seconds: float
 
@@ -88,8 +88,8 @@ def self_correction(records: Iterable[Mapping[str, Any]]) -> Values:
     """What policies do about useless results: those without a gold passage of the question.
 
     Args:
-        records: of an evaluation, see ``research_agent.evaluation.predictions``. Void ones, and
-            those of questions whose gold passages are not known, are left out.
+        records: records of an evaluation, see ``research_agent.evaluation.predictions``. Void ones,
+            and those of questions whose gold passages are not known, are left out.
 
     Returns:
         ``met useless``: the share of episodes with a useless result. Of these ``searched again``:
@@ -250,7 +250,7 @@ def rows_of(
     return {
         moment: {
             number: _known(
-                _at(lines, share).get(f"eval/{number}") for lines in evaluations if lines
+                _line_at(lines, share).get(f"eval/{number}") for lines in evaluations if lines
             )
             for number in ablation.numbers
         }
@@ -258,8 +258,8 @@ def rows_of(
     }
 
 
-def _at(lines: Sequence[Mapping[str, Any]], share: float) -> Mapping[str, Any]:
-    """The line whose step is nearest to a share of the last one."""
+def _line_at(lines: Sequence[Mapping[str, Any]], share: float) -> Mapping[str, Any]:
+    """Return the line whose step is nearest to a share of the last step."""
     return min(lines, key=lambda line: abs(line["step"] - share * lines[-1]["step"]))
 
 
@@ -274,7 +274,7 @@ def verdict(claim: Claim, more: Sequence[float], less: Sequence[float]) -> str:
     """Whether the seeds' values bear a claim out; see the package for the rule.
 
     Args:
-        claim: that ``more`` is larger than ``less``.
+        claim: the claim that ``more`` is larger than ``less``.
         more: one value a seed.
         less: likewise.
     """

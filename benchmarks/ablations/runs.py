@@ -47,8 +47,8 @@ HARD, DIFFICULTY = "hard", 1  # a world of its own, with all relations
 HARD_RESPONSE = 640  # tokens: six searches and more
 QUESTIONS = {"train": 4000, "dev": 400}
 SLOTS = 128  # episodes of an evaluation that are played at the same time
-EPOCHS = 3  # of SFT on right episodes
-STARTS: dict[str, dict[str, Any]] = {  # what the starter is shown, and how it is to learn that
+EPOCHS = 3  # passes of SFT over right episodes
+STARTS: dict[str, dict[str, Any]] = {  # what the starter is shown, and how it learns
     "warm": {
         "demonstration_args": {"top_k": 1, "habit_share": 0.0},
         "count": 600,

@@ -20,9 +20,9 @@ def demonstrations(
 
     Args:
         count: how many.
-        top_k: passages a search.
-        seed: of every choice.
-        share: of the answers that were searched for.
+        top_k: passages per search.
+        seed: seed of every choice.
+        share: share of the answers that were searched for.
 
     Yields:
         Lists of (provenance, text).

@@ -100,13 +100,13 @@ def run(
     Args:
         engine: a sampler with as many slots as there are environments, none of them in use. Every
             prompt gets an empty slot.
-        environments: of ReSearch's protocol.
+        environments: environments of ReSearch's protocol.
         renderer: the model's tokenizer.
         episodes: (episode number, sample number) of each.
         sampling: temperature and limits: ``max_prompt`` of each prompt, ``max_response`` and
             ``max_turn_tokens`` of each reply.
         baseline: what to play.
-        seed: of the order of the questions, and of the draws.
+        seed: seed of the order of the questions, and of the draws.
         on_finish: called with each trajectory as it ends.
 
     Returns:

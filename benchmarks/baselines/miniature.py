@@ -58,7 +58,7 @@ MAX_PROMPT, MAX_RESPONSE, MAX_TURN_TOKENS = 640, 384, 64  # tokens; the policy's
 
 A_WORLD, BLOCK = 300, 6_000  # demonstrations of one world; of those that are shuffled together
 SHARES = {"search": 0.22, "read": 0.3, "think": 0.3, "drill": 0.16, "guess": 0.02}
-HABIT_SHARE = 0.12  # of all demonstrations, the last ones: there searching is by habit
+HABIT_SHARE = 0.12  # share of the demonstrations, at the end, that search by habit
 
 
 # --- prompts in words of the policy's vocabulary --------------------------------------------------
@@ -119,8 +119,8 @@ def demonstrations(count: int, top_k: int, seed: int = 0) -> Iterator[Demonstrat
 
     Args:
         count: how many.
-        top_k: passages a search.
-        seed: of every choice.
+        top_k: passages per search.
+        seed: seed of every choice.
 
     Yields:
         Lists of (provenance, text).
@@ -261,10 +261,10 @@ def _text(messages: Sequence[Message]) -> str:
 class Miniature:
     """How much is learned. The defaults are minutes on two cores."""
 
-    demonstrations: int = 18_000  # of the warm start
-    learning_rate: float = 1e-3  # of the warm start
-    top_k: int = 2  # passages a search, always
-    steps: int = 36  # of GRPO
+    demonstrations: int = 18_000  # episodes that the warm start imitates
+    learning_rate: float = 1e-3  # warm start only
+    top_k: int = 2  # passages per search, always
+    steps: int = 36  # training steps with GRPO
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def prepare(folder: Path, settings: Miniature, seed: int, *, quiet: bool = False
     Args:
         folder: to write to.
         settings: how much is learned.
-        seed: of all that is drawn.
+        seed: seed of all that is drawn.
         quiet: show no progress.
     """
     from research_agent.models.source import resolve_model  # noqa: PLC0415 - these load torch

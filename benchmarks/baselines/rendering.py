@@ -14,7 +14,7 @@ from rich.table import Table
 from benchmarks.baselines.published import Score
 
 DASH = "–"
-BLUES = ("#0017c7", "#457aec", "#8fb0f5")  # of trained rows
+BLUES = ("#0017c7", "#457aec", "#8fb0f5")  # colours of trained rows
 GRAYS = ("#b8c0e0", "#dce1ee", "#dedede", "#bcbcbc", "#9a9a9a")
 
 
@@ -35,7 +35,7 @@ class Cell:
     """A method on a data set, in percent; ``published`` is the paper's."""
 
     em: float
-    interval: tuple[float, float]  # of em, 95 %
+    interval: tuple[float, float]  # 95 % interval of em
     searches: float  # a question
     episodes: int
     void: int

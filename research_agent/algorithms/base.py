@@ -31,7 +31,7 @@ class Tokens:
     logprobs: Tensor  # log pi of the policy that learns, with gradient
     old_logprobs: Tensor  # log pi of the policy that sampled, constant
     reference_logprobs: Tensor | None  # log pi of the reference policy, where the algorithm asks it
-    entropy: Tensor  # of the policy that learns, in nats, with gradient
+    entropy: Tensor  # entropy of the policy that learns, in nats, with gradient
     advantages: Tensor  # constant
     seq_ids: Tensor  # number of the trajectory in the batch, ascending
 

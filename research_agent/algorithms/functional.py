@@ -379,7 +379,7 @@ def gae(rewards: Tensor, values: Tensor, seq_ids: Tensor, gamma: float, lam: flo
 
     Args:
         rewards: [A].
-        values: of the state in which each token was sampled, [A].
+        values: values of the state in which each token was sampled, [A].
         seq_ids: number of the trajectory of each action token, [A], ascending.
         gamma: discount of a token.
         lam: 0 trusts the values, 1 the rewards.
@@ -452,7 +452,7 @@ def require(name: str, algorithm: object, *fields: str, above: float | None = No
     """Refuse settings of an algorithm that are not finite, or too small.
 
     Args:
-        name: of the algorithm, for the message.
+        name: name of the algorithm, for the message.
         algorithm: has the settings as attributes.
         fields: names of the settings.
         above: they must be larger; None: 0 or larger.

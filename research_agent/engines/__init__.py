@@ -113,7 +113,7 @@ def make_engine(
     """
     spec = parse_engine(name)
     if spec.kind == "transformers":
-        from research_agent.engines.transformers import proved_engine  # noqa: PLC0415 - torch
+        from research_agent.engines.proved import proved_engine  # noqa: PLC0415 - torch
 
         return proved_engine(model, renderer, max_slots, max_context, dtype=dtype, share=share)
     if spec.kind == "vllm":
@@ -128,10 +128,11 @@ def make_engine(
             tensor_parallel=spec.tp,
             memory_share=spec.memory,
         )
+    from research_agent.engines.servers.engine import (  # noqa: PLC0415 - torch
+        connect_servers,
+        serve_engine,
+    )
+
     if spec.kind == "serve":
-        from research_agent.engines.servers.serve import serve_engine  # noqa: PLC0415 - torch
-
         return serve_engine(spec, model, renderer, max_slots, max_context, dtype=dtype)
-    from research_agent.engines.servers.engine import connect_servers  # noqa: PLC0415 - torch
-
     return connect_servers(model, renderer, spec.urls, max_context, by=spec.carrier, dtype=dtype)

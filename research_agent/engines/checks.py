@@ -19,7 +19,7 @@ def context_limit(model: Any, max_context: int | None) -> int:
     """Tokens that a trajectory may have: those wanted, or as many as the model has positions for.
 
     Args:
-        model: of the transformers library.
+        model: model of the transformers library.
         max_context: wanted; None: the model's own limit.
 
     Raises:
@@ -89,7 +89,7 @@ class WeightNames:
     """The names that a model's weights go by, a tied one by several, and their shapes.
 
     Args:
-        model: of the transformers library.
+        model: model of the transformers library.
     """
 
     def __init__(self, model: Any) -> None:
@@ -100,7 +100,7 @@ class WeightNames:
         self._shapes = {name: tensor.shape for name, tensor in named.items()}
         self._needed = [name for name, _ in model.named_parameters()]
         self.ties = {name: of_tensor[id(tensor)] for name, tensor in named.items()}
-        """Of each name: all that the same tensor goes by, itself among them."""
+        """Each name, to all names of the same tensor, itself among them."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -18,7 +18,7 @@ class Conversation:
     Attributes:
         prompt: the prompt as plain text.
         messages: the prompt as chat messages; empty if it is plain text.
-        length: of the whole, in the renderer's tokens.
+        length: length of the whole, in the renderer's tokens.
         tools: schemas of what the policy may call; then its turns are messages of their own, and
             results have the role ``tool``.
         later: everything said since.

@@ -46,7 +46,7 @@ class RecurrentStates:
     Attributes:
         token_by_token: layers forget a state when they are given several tokens after it.
         held: states by slot and layer.
-        slots: those of the packed row, in order; empty: layers are unchanged.
+        slots: the slots in the packed row, in order; empty: layers are unchanged.
         ends: where the tokens of each slot end in the row.
     """
 
@@ -67,7 +67,7 @@ class RecurrentStates:
 
         Args:
             layer: its number.
-            name: of its argument for the cache.
+            name: name of its argument for the cache.
             forward: its own forward.
             args: its positional arguments; states are [1, tokens, size].
             options: its other arguments.

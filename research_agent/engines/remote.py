@@ -138,7 +138,7 @@ class Client:
             path: relative to the client's address.
             payload: sent as JSON.
             timeout: seconds until the last byte of the answer.
-            decoder: of the answer's JSON; it may demand a type.
+            decoder: decoder of the answer's JSON; it may demand a type.
 
         Returns:
             The answer's JSON; None if it is empty.
@@ -235,7 +235,7 @@ class LoopThread:
     """An event loop in a thread of its own. Closing or deleting the object ends it.
 
     Args:
-        name: of the thread.
+        name: name of the thread.
         clients: closed at the end.
     """
 

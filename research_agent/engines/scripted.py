@@ -21,13 +21,13 @@ Script = Callable[[Sequence[int], SamplingParams], Sequence[int]]
 @dataclass
 class _Turn:
     completion: Completion
-    begun: int  # steps of the engine when it began
+    started: int  # the engine's steps when the turn was submitted
     due: int  # steps of the engine when it is finished
     versions: list[int]  # versions of the tokens before the last load of weights
 
     def said(self, steps: int) -> int:
         """How many tokens the time so far allowed."""
-        share = (steps - self.begun) / (self.due - self.begun)
+        share = (steps - self.started) / (self.due - self.started)
         return int(share * len(self.completion.tokens))
 
 
@@ -39,7 +39,7 @@ class ScriptedEngine:
             string is complete, and at the limits of length and context.
         renderer: the tokenizer.
         max_context: tokens that a trajectory may have.
-        delay: how many more steps a turn takes than one; called once a turn.
+        delay: how many more steps a turn takes than one; called once per turn.
         keeps_turns: turns continue when new weights come (see ``KeepsTurns``).
     """
 

@@ -10,27 +10,27 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name everybody knows
-from transformers import AttentionInterface
 
 from research_agent.engines.base import Completion, Finish, SamplingParams
 from research_agent.engines.checks import WeightNames, context_limit, not_finite, require_room
 from research_agent.engines.recurrent_states import (
     RecurrentStates,
-    forget_states,
     keep_states_by_slot,
 )
-from research_agent.errors import ContextError, ModelError, ResearchAgentError
+from research_agent.engines.slot_attention import (
+    ACTIVE_CACHE,
+    SLOT_ATTENTION,
+    Chunk,
+    SlotCache,
+    restore_attention,
+)
+from research_agent.errors import ModelError
 from research_agent.models.probe import engine_difference, plain_logits
-from research_agent.models.recurrent import recurrent_layers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,122 +39,8 @@ if TYPE_CHECKING:
     from research_agent.renderer import Renderer
 
 Way = Literal["together", "tokens", "alone"]
-_ATTENTION = "research_agent_slots"
 _MAX_STEP_TOKENS = 16_384  # bounds the memory of one forward
 _DECODE_ROWS = 64  # rows that attend together, as far as the longest of them reaches
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Neighboring cache rows that attend together: ``[first, first + count)``."""
-
-    first: int
-    count: int
-    start: int  # where their tokens begin in the packed row
-    stop: int
-    reach: int  # the longest of them, new tokens included
-    mask: Tensor  # [count, 1, padded new tokens, reach], 0 where a query sees a key, else -inf
-    pad: Tensor | None  # [count, padded new tokens] -> packed token; None where all have one
-    unpad: Tensor | None  # [tokens] -> place in the padded ones, flat
-
-
-@dataclass
-class _SlotCache:
-    """Keys and values of all slots, and what the forward under way does with them."""
-
-    slots: int
-    context: int
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    rows: Tensor | None = None  # [tokens] the cache row of each packed token
-    places: Tensor | None = None  # [tokens] its position in the trajectory
-    chunks: tuple[_Chunk, ...] = ()
-
-    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, each [slots, key-value heads, context, head size]."""
-        if index not in self.layers:
-            self.layers[index] = (
-                key.new_zeros(self.slots, key.shape[1], self.context, key.shape[3]),
-                value.new_zeros(self.slots, value.shape[1], self.context, value.shape[3]),
-            )
-        return self.layers[index]
-
-    def move(self, target: Tensor, source: Tensor, reach: int) -> None:
-        """Copy rows ``source`` to rows ``target``, up to position ``reach``."""
-        for keys_values in self.layers.values():
-            for held in keys_values:
-                held[target, :, :reach] = held[source, :, :reach]
-
-
-# Not an argument of the model's forward, which some architectures do not hand on to their layers.
-_ACTIVE: ContextVar[_SlotCache] = ContextVar("the cache of the forward under way")
-
-
-def _slot_attention(
-    module: torch.nn.Module,
-    query: Tensor,  # [1, heads, tokens, head size]
-    key: Tensor,  # [1, key-value heads, tokens, head size]
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Write new keys and values to their slots, then let each row attend to its own slot."""
-    slot_cache = _ACTIVE.get()
-    odd = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
-    if odd or (sliding_window is not None and sliding_window < slot_cache.context):
-        what = odd[0] if odd else f"a sliding window of {sliding_window} tokens"
-        raise ModelError(
-            f"its attention has {what}, which the transformers engine does not compute; "
-            "use --engine vllm" + ("" if odd else ", or a shorter context")
-        )
-    keys, values = slot_cache.layer(module.layer_idx, key, value)  # type: ignore[arg-type]
-    keys[slot_cache.rows, :, slot_cache.places] = key[0].transpose(0, 1)
-    values[slot_cache.rows, :, slot_cache.places] = value[0].transpose(0, 1)
-    packed = query[0].transpose(0, 1)  # [tokens, heads, head size]
-    out = packed.new_empty(*packed.shape[:2], value.shape[3])
-    for chunk in slot_cache.chunks:
-        held = slice(chunk.first, chunk.first + chunk.count)
-        seen_keys = keys[held, :, : chunk.reach]
-        seen_values = values[held, :, : chunk.reach]
-        ours = packed[chunk.start : chunk.stop]
-        if chunk.pad is None and query.dtype == torch.float32:
-            out[chunk.start : chunk.stop] = _attend_once(
-                ours, seen_keys, seen_values, chunk.mask, scaling
-            )
-            continue
-        asked = ours[:, None] if chunk.pad is None else ours[chunk.pad]
-        answer = F.scaled_dot_product_attention(
-            asked.transpose(1, 2),
-            seen_keys,
-            seen_values,
-            attn_mask=chunk.mask.to(query.dtype),
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        answer = answer.transpose(1, 2).flatten(0, 1)  # [count * padded, heads, head size]
-        out[chunk.start : chunk.stop] = answer if chunk.unpad is None else answer[chunk.unpad]
-    return out[None], None
-
-
-def _attend_once(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float | None
-) -> Tensor:
-    """Attention of one query a row, [rows, heads, head size]; faster on a CPU than the fused one.
-
-    The query heads that share a key-value head are rows of one small matrix product.
-    """
-    rows, kv_heads, reach, size = keys.shape
-    shape = (rows * kv_heads, -1, size)
-    scale = size**-0.5 if scaling is None else scaling
-    scores = torch.bmm((query * scale).reshape(shape), keys.flatten(0, 1).transpose(1, 2))
-    scores = scores.view(rows, kv_heads, -1, reach).add_(mask)
-    share = torch.softmax(scores, dim=-1).view(rows * kv_heads, -1, reach)
-    return torch.bmm(share, values.flatten(0, 1)).view(*query.shape[:2], -1)
-
-
-AttentionInterface.register(_ATTENTION, _slot_attention)
 
 
 class TransformersEngine:
@@ -203,8 +89,8 @@ class TransformersEngine:
         if not self._alone:
             self._states = keep_states_by_slot(self._model, token_by_token=way == "tokens")
             try:
-                self._model.set_attn_implementation(_ATTENTION)
-                replaced = self._model.config._attn_implementation == _ATTENTION
+                self._model.set_attn_implementation(SLOT_ATTENTION)
+                replaced = self._model.config._attn_implementation == SLOT_ATTENTION
             except (ValueError, AttributeError):
                 replaced = False
             if not replaced:
@@ -216,7 +102,7 @@ class TransformersEngine:
         keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._last_only: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
         self._version = 0
-        self._cache = _SlotCache(max_slots, self.max_context)
+        self._cache = SlotCache(max_slots, self.max_context)
         self._order = np.arange(max_slots)  # [rows] -> the slot whose cache the row holds
         self._cached = np.zeros(max_slots, dtype=np.int64)  # [slots] tokens in the cache
         self._written = np.zeros(max_slots, dtype=np.int64)  # [slots] tokens of this turn
@@ -385,7 +271,7 @@ class TransformersEngine:
         ours = self._model.config._attn_implementation
 
         def plain(tokens: list[int]) -> Tensor:
-            _restore(self._model, attention)
+            restore_attention(self._model, attention)
             return plain_logits(self._model, tokens)
 
         try:
@@ -394,7 +280,7 @@ class TransformersEngine:
         finally:
             for slot in range(min(2, self.max_slots)):
                 self.release(slot)
-            _restore(self._model, ours)
+            restore_attention(self._model, ours)
             self.forwarded_tokens = 0
 
     def _stop_index(self, stop: tuple[str, ...]) -> int:
@@ -490,7 +376,7 @@ class TransformersEngine:
         self._cached[slots] = before + counts
         if self._states is not None:
             self._states.slots, self._states.ends = slots.tolist(), ends.tolist()
-        active = _ACTIVE.set(self._cache)
+        active = ACTIVE_CACHE.set(self._cache)
         try:
             logits: Tensor = self._model(
                 input_ids=self._tensor(np.array(tokens))[None],
@@ -499,7 +385,7 @@ class TransformersEngine:
                 logits_to_keep=self._tensor(ends - 1),
             ).logits[0]
         finally:
-            _ACTIVE.reset(active)
+            ACTIVE_CACHE.reset(active)
             if self._states is not None:
                 self._states.slots = ()
         return logits.float()
@@ -520,7 +406,7 @@ class TransformersEngine:
 
     def _chunk(
         self, first: int, counts: NDArray[np.int64], before: NDArray[np.int64], first_end: int
-    ) -> _Chunk:
+    ) -> Chunk:
         """What the attention must know of rows that follow each other.
 
         Args:
@@ -540,7 +426,7 @@ class TransformersEngine:
             pad = self._tensor(np.minimum(begins[:, None] + offsets, counts.sum() - 1))
             unpad = self._tensor(np.flatnonzero(offsets < counts[:, None]))
         start = first_end - int(counts[0])
-        return _Chunk(
+        return Chunk(
             first=first,
             count=len(counts),
             start=start,
@@ -589,77 +475,6 @@ def _copy(model: Any, dtype: str | None) -> Any:
         for weight in copied.parameters():
             weight.data = weight.data.to(getattr(torch, dtype))
     return copied
-
-
-def proved_engine(
-    model: Any,
-    renderer: Renderer,
-    max_slots: int,
-    max_context: int | None,
-    *,
-    dtype: str | None = None,
-    share: bool = False,
-) -> TransformersEngine:
-    """Make an engine that computes what plain transformers computes, in the fastest way that does.
-
-    Args:
-        model: the policy, of the transformers library.
-        renderer: its tokenizer.
-        max_slots: as for ``TransformersEngine``.
-        max_context: as for ``TransformersEngine``.
-        dtype: as for ``TransformersEngine``.
-        share: as for ``TransformersEngine``.
-
-    Returns:
-        The engine, with nothing under way.
-
-    Raises:
-        ModelError: no way of running the model agrees with it.
-    """
-    plain = model.config._attn_implementation
-    causes: list[str] = []
-    ways: tuple[Way, ...] = ("together", "tokens", "alone")
-    for way in ways if recurrent_layers(model) else ("together", "alone"):
-        try:
-            engine = TransformersEngine(
-                model,
-                renderer,
-                max_slots,
-                max_context,
-                dtype=dtype,
-                share=share,
-                way=way,
-            )
-            difference = engine.difference_to_plain(plain)
-        except ContextError:
-            raise
-        except ResearchAgentError as error:
-            difference = str(error)
-        except (RuntimeError, TypeError, ValueError, IndexError,
-                AttributeError, KeyError, AssertionError, StopIteration) as error:  # fmt: skip
-            difference = f"{type(error).__name__}: {error}"
-        if not difference:
-            if way == "alone":
-                warnings.warn(
-                    f"{type(model).__name__} is sampled one sequence at a time, as sequences"
-                    f" together are wrong ({causes[0]}); --engine vllm is faster",
-                    stacklevel=3,
-                )
-            return engine
-        causes.append(difference)
-        if share:
-            _restore(model, plain)
-            forget_states(model)
-    raise ModelError(
-        f"the transformers engine does not compute what {type(model).__name__} does. Sequences"
-        f" together: {causes[0]}. One at a time: {causes[-1]}. Use --engine vllm"
-    )
-
-
-def _restore(model: Any, attention: str | None) -> None:
-    """Give a model back the attention that it had."""
-    if model.config._attn_implementation != attention and attention is not None:
-        model.set_attn_implementation(attention)
 
 
 def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -77,7 +77,7 @@ class VllmEngine:
         max_context: tokens that a trajectory may have; the model's own limit by default.
         dtype: number format of vLLM's weights and cache; the model's own by default.
         tensor_parallel: GPUs that vLLM's weights are spread over; above 1 in one process only.
-        memory_share: of a GPU's memory, for vLLM's weights and cache; the rest is the learner's.
+        memory_share: share of a GPU's memory for vLLM; the learner has the rest.
         patience: seconds after which a step has hung, and a watchdog ends the process.
 
     Raises:
@@ -266,8 +266,8 @@ class VllmEngine:
         if last in self._renderer.end_ids:
             return "end"
         if last in turn.flagged:
-            begun = turn.prompt[len(turn.prompt) - turn.params.resumed_tokens :]
-            if self._renderer.stops(begun + turn.tokens, turn.params.stop):
+            resumed = turn.prompt[len(turn.prompt) - turn.params.resumed_tokens :]
+            if self._renderer.stops(resumed + turn.tokens, turn.params.stop):
                 return "stop"
         if reason not in (None, "length"):
             raise RuntimeError(f"it ended a turn with {reason!r}")

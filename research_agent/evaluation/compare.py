@@ -76,7 +76,7 @@ def compare(a: Path, b: Path, *, metric: str | None = None, seed: int = 0) -> Co
         b: another one.
         metric: what McNemar's test takes as correct, above 0.5; None: exact match, or else the
             environment's first metric, or else the reward.
-        seed: of the bootstrap's draws.
+        seed: seed of the bootstrap's draws.
 
     Raises:
         PredictionsError: the files are of different questions, or have different samples of them;
@@ -172,7 +172,7 @@ def _require_same_questions(
     of_a, of_b = ({question for question, _ in each} for each in (first, second))
     if of_a != of_b:
         parts = [
-            f"{len(only)} are in {path} only ({_some(only)})"
+            f"{len(only)} are in {path} only ({_listed(only)})"
             for only, path in ((of_a - of_b, a), (of_b - of_a, b))
             if only
         ]
@@ -183,7 +183,7 @@ def _require_same_questions(
     if first.keys() != second.keys():
         differing = {question for question, _ in first.keys() ^ second.keys()}
         raise PredictionsError(
-            f"{len(differing)} questions ({_some(differing)}) have other samples in {a} than in "
+            f"{len(differing)} questions ({_listed(differing)}) have other samples in {a} than in "
             f"{b}; evaluate both with the same --samples-per-task, to the end"
         )
     changed = {
@@ -193,12 +193,12 @@ def _require_same_questions(
     }
     if changed:
         raise PredictionsError(
-            f"{len(changed)} questions ({_some(changed)}) have the same id in {a} and {b}, and "
+            f"{len(changed)} questions ({_listed(changed)}) have the same id in {a} and {b}, and "
             "another text; evaluate both on the same data"
         )
 
 
-def _some(questions: Collection[str]) -> str:
+def _listed(questions: Collection[str]) -> str:
     named = ", ".join(sorted(questions)[:_NAMED])
     return named if len(questions) <= _NAMED else f"{named}, ..."
 

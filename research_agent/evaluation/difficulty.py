@@ -28,9 +28,9 @@ class Grade:
     """What became of the samples of a question.
 
     Attributes:
-        question_id: of the environment.
+        question_id: question id of the environment.
         correct: samples whose metric is above ``CORRECT_THRESHOLD``.
-        samples: that are not void.
+        samples: episodes that are not void.
         grade: easy, medium or hard.
     """
 
@@ -53,8 +53,8 @@ def grades(
     questions have the same number of samples, and the grade is the share of correct ones.
 
     Args:
-        records: of an evaluation.
-        metric: that says what is correct; None takes em, or else the first.
+        records: records of an evaluation.
+        metric: the metric that says what is correct; None takes em, or else the first.
         easy: the least share of correct samples of an easy question.
         hard: the greatest share of a hard one; medium is between.
 
@@ -91,8 +91,8 @@ def demonstrations(
     Void and truncated episodes are left out.
 
     Args:
-        records: of an evaluation.
-        metric: that says what is correct; None takes em, or else the first.
+        records: records of an evaluation.
+        metric: the metric that says what is correct; None takes em, or else the first.
         each: at most so many episodes of a task, the first ones.
         chat: prompts are chat messages, where the records hold such.
 

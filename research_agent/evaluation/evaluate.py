@@ -42,7 +42,7 @@ def evaluate(
 ) -> Summary:
     """Play every task of the environment, or the first ones of its order.
 
-    Writes ``predictions.jsonl`` (a line an episode, as they end) and at last ``summary.json``.
+    Writes ``predictions.jsonl`` (a line per episode, as they end) and at last ``summary.json``.
 
     Args:
         engine: see ``collect``.

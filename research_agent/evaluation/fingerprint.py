@@ -40,10 +40,10 @@ def header(config: EvalConfig, environments: Any, fingerprint: str) -> dict[str,
     """What the episodes of an evaluation depend on, to stand before them.
 
     Args:
-        config: of the evaluation.
+        config: config of the evaluation.
         environments: asked for ``provenance()``, where they have that: fingerprints of their data,
             index and templates.
-        fingerprint: of the model; see ``model_fingerprint``.
+        fingerprint: fingerprint of the model; see ``model_fingerprint``.
 
     Returns:
         ``model`` (name, fingerprint), ``environment``, ``settings`` and ``code`` (this package's

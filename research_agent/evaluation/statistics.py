@@ -28,11 +28,11 @@ def bootstrap(
     1993), and takes the mean over the episodes of those that it drew.
 
     Args:
-        sums: of each question, the sum of each metric over its episodes. Shape [questions,
-            metrics].
+        sums: the sum of each metric over the episodes of each question. Shape
+            [questions, metrics].
         counts: episodes of each question, 1 at least. Shape [questions].
         resamples: how often to draw.
-        seed: of the draws; the same questions in the same order give the same means.
+        seed: seed of the draws; the same questions in the same order give the same means.
 
     Returns:
         Shape [resamples, metrics]. One resample is the same questions for all metrics.
@@ -56,10 +56,9 @@ def bootstrap(
     return means
 
 
-def interval(means: Floats, level: float = 0.95) -> list[tuple[float, float]]:
-    """Percentile intervals of bootstrapped means, one for each metric (column)."""
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, (tail, 1 - tail), axis=0)
+def interval(means: Floats) -> list[tuple[float, float]]:
+    """95 % percentile intervals of bootstrapped means, one for each metric (column)."""
+    low, high = np.quantile(means, (0.025, 0.975), axis=0)
     return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
 
 

@@ -115,8 +115,8 @@ def summarize(outcomes: Iterable[Outcome], header: Mapping[str, Any] | None = No
       answer are the answer's, others (such as counts of steps) are of that one episode.
 
     Args:
-        outcomes: of all episodes, in any order.
-        header: of the predictions.
+        outcomes: outcomes of all episodes, in any order.
+        header: header of the predictions.
     """
     ordered = sorted(outcomes, key=lambda o: (o.question, o.sample))
     whole = part(ordered)

@@ -53,7 +53,7 @@ def packed_attention(
         key: [R, key-value heads, W, head size].
         value: like ``key``.
         attention_mask: none: causality and bounds say it all.
-        scaling: of the scores.
+        scaling: scaling of the scores.
         cu_seq_lens_q: [n + 1] int32, where the n trajectories of the row begin, and the end; none
             makes each of the R rows one trajectory.
         cu_seq_lens_k: [n + 1] int32, with ``key_index``: the bounds of the paths in it.
@@ -62,7 +62,7 @@ def packed_attention(
         key_index: [K] int64, where rows hold trees: for each run the places of its path in the row,
             end to end; none makes each run its own path.
         sliding_window: tokens that a token can look back, where the layer limits it.
-        options: of other kinds of attention.
+        options: options of other kinds of attention.
 
     Returns:
         [R, W, heads, head size], and no attention weights.

@@ -72,7 +72,7 @@ class Critic:
     Args:
         model: the policy: a causal language model of the transformers library.
         algorithm: says the learning rate, its warm-up, and how values are clipped.
-        config: of the learner, whose other settings hold here too.
+        config: config of the learner, whose other settings hold here too.
         packing: as for ``micro_batches``; the model must have been prepared for it.
         body: a copy of the policy's body from before it was sharded, where it is. Its weights, if
             it has any, are replaced by the policy's.

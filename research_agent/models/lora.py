@@ -25,7 +25,7 @@ def add_adapters(model: Any, rank: int) -> None:
 
     Args:
         model: a causal language model of the transformers library; it is changed.
-        rank: of the difference that a layer can learn.
+        rank: rank of the difference that a layer can learn.
 
     Raises:
         ConfigError: peft is not installed.

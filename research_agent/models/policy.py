@@ -173,7 +173,7 @@ def token_logprobs(
             been prepared for that.
         temperature: the sampler's; it divides the logits.
         max_logits: the most logits of a piece; none takes what suits the device.
-        precision: of the matrix products; the softmax is float32 at least, whatever it is.
+        precision: number format of the matrix products; the softmax is always float32 at least.
         compile: fuse the operations of the softmax.
 
     Returns:

@@ -139,7 +139,7 @@ def require_learnable(model: Any, name: str) -> None:
 
     Args:
         model: a causal language model of the transformers library.
-        name: of the model, for the message.
+        name: name of the model, for the message.
 
     Raises:
         ModelError: they differ by more than rounding.

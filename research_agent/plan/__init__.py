@@ -63,7 +63,7 @@ def plan(config: TrainConfig, machines: str) -> Plan:
     """What a run needs on some machines.
 
     Args:
-        config: of the run.
+        config: config of the run.
         machines: such as ``8xH100``, or ``2x8xH100`` for two nodes.
 
     Raises:

@@ -20,7 +20,7 @@ class Gpu:
     Attributes:
         memory: bytes that a program can take.
         flops: dense bfloat16 peak, in FLOP/s.
-        bandwidth: of the memory, in bytes per second.
+        bandwidth: bandwidth of the memory, in bytes per second.
         link: bytes per second to the other GPUs of a node, in one direction.
 
     References:

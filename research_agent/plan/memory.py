@@ -24,12 +24,12 @@ class Memory:
     """What a run needs of each GPU, of the host of each node, and of the disk, in bytes.
 
     Attributes:
-        gpu: while it learns, by what takes them.
+        gpu: bytes while it learns, by what takes them.
         peaks: the most of each phase, all together: "learning", "end of a backward pass", "saving",
             "resuming", "starting the sampler", "weights to the sampler".
-        servers: of each GPU of servers that run elsewhere, by what takes them; empty without them.
-        host: of a node, by what takes them.
-        disk: of the run's folder and of TMPDIR, by what takes them.
+        servers: bytes on each GPU of servers that run elsewhere; empty without them.
+        host: bytes of a node's memory, by what takes them.
+        disk: bytes of the run's folder and of TMPDIR, by what takes them.
         problem: why the run cannot start whatever else there is; empty if it can.
     """
 
@@ -86,7 +86,7 @@ def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Samp
     whole = _gathered(config, shape, machines)
     bucket = _bucket(config, shape, machines)
     fixed = sum(held.values()) + sum(sampling.values()) + given.CUDA_BYTES
-    gradients = _gradients(config, shape, machines)
+    gradients = 4.0 * trained(config, shape, shard_ranks(config, machines))  # float32
     gpu = {
         **held,
         "learner: gradients": gradients,
@@ -137,11 +137,6 @@ def _body(shape: Shape, config: TrainConfig, machines: Machines) -> float:
     ranks = shard_ranks(config, machines)
     head = 0 if shape.tied else -(-shape.vocabulary // ranks) * shape.hidden
     return shape.shard(ranks) - head
-
-
-def _gradients(config: TrainConfig, shape: Shape, machines: Machines) -> float:
-    """Float32, of the policy or, later, of its critic."""
-    return 4.0 * trained(config, shape, shard_ranks(config, machines))
 
 
 def trained(config: TrainConfig, shape: Shape, ranks: int) -> int:

@@ -21,7 +21,7 @@ class Sampler:
             the same GPUs; "server" on other GPUs.
         tensor_parallel: GPUs that a copy of the weights is spread over.
         copies: copies of the weights, on all machines together.
-        share: of a GPU's memory, for vLLM.
+        share: share of a GPU's memory, for vLLM.
         number: bytes of a weight and of a number in the cache.
     """
 

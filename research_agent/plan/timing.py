@@ -47,15 +47,16 @@ def longest_tokens(config: TrainConfig) -> float:
 def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler) -> Times:
     """Seconds of a step on some machines."""
     sample, steps = _sampling(config, shape, machines, sampler)
+    saving = memory.checkpoint_bytes(config, shape) / given.DISK
     parts = {
         "sample": sample,
         "wait for the environment": _waiting(config, sampler, steps),
         "gather episodes": given.GATHER_SECONDS * episodes(config),
-        "forward passes before": _passes(config, shape, machines, _forwards(config)),
+        "forward passes before": _passes_before(config, shape, machines),
         "forward and backward": _learning(config, shape, machines),
         "optimizer on the host": _offloaded(config, shape, machines),
         "weights to the sampler": _transfer(config, shape, sampler),
-        "save, per step": _saving(config, shape),
+        "save, per step": saving / config.run.save_every,
     }
     parts = {name: time for name, time in parts.items() if time}
     together = sum(parts[name] for name in SAMPLING)
@@ -109,14 +110,10 @@ def _waiting(config: TrainConfig, sampler: Sampler, steps: float) -> float:
     return steps * (1 - math.exp(-turns / max(1.0, steps))) * given.CALL_SECONDS
 
 
-def _forwards(config: TrainConfig) -> int:
-    """Forward passes over all tokens before the first update."""
+def _passes_before(config: TrainConfig, shape: Shape, machines: Machines) -> float:
+    """Seconds of the forward passes over all tokens of a step before its first update."""
     recomputed = config.learner.old_logprobs == "recomputed"
-    return recomputed + memory.needs_reference(config) + memory.needs_critic(config)
-
-
-def _passes(config: TrainConfig, shape: Shape, machines: Machines, count: int) -> float:
-    """Seconds of forward passes over all tokens of a step."""
+    count = recomputed + memory.needs_reference(config) + memory.needs_critic(config)
     tokens = _busiest_tokens(episodes(config) * mean_tokens(config), config, machines)
     return count * _pass_seconds(config, shape, machines, tokens, flops=2, moved=2)
 
@@ -144,10 +141,10 @@ def _pass_seconds(
     """Seconds of a rank with some tokens: it computes, or waits for weights if that is longer.
 
     Args:
-        config: of the run.
-        shape: of the model.
+        config: config of the run.
+        shape: shape of the model.
         machines: where it runs.
-        tokens: of the rank.
+        tokens: tokens of the rank.
         flops: per token and parameter.
         moved: bytes per parameter that a rank receives in each pass.
     """
@@ -176,7 +173,3 @@ def _transfer(config: TrainConfig, shape: Shape, sampler: Sampler) -> float:
     if config.sampling.engine.startswith("server:"):  # through a folder: written, and read
         return 2 * size / given.DISK
     return size / given.TRANSFER
-
-
-def _saving(config: TrainConfig, shape: Shape) -> float:
-    return memory.checkpoint_bytes(config, shape) / given.DISK / config.run.save_every

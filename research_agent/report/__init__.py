@@ -31,7 +31,7 @@ def make_report(config: ReportConfig) -> Report:
     """Write the page, and beside it ``curve.png`` where there is a run of training.
 
     Args:
-        config: which runs and predictions, how many, where to.
+        config: the runs and predictions to show, how many episodes, and where to.
 
     Raises:
         ConfigError: a path holds nothing to report, or no run has a metric of that name.

@@ -14,7 +14,7 @@ def series(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
     """Curves of the reward and of what evaluations measured, by name.
 
     Args:
-        records: of ``metrics.jsonl``.
+        records: records of ``metrics.jsonl``.
 
     Returns:
         ``reward`` (of training) and ``eval/...``, each a list of (step, value), finite ones only.
@@ -37,7 +37,7 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
 
     Args:
         runs: records of ``metrics.jsonl``, by the name of the run.
-        path: of the picture.
+        path: path of the picture.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import)
 
@@ -92,8 +92,8 @@ def text_curve(
     Args:
         points: (step, value), at least one, steps ascending.
         name: written above.
-        width: of the drawing in characters, its scale left out.
-        height: of the drawing in lines, axes left out.
+        width: width of the drawing in characters, its scale left out.
+        height: height of the drawing in lines, axes left out.
 
     Returns:
         Lines joined by newlines. Where several steps fall into a column, it shows their mean.

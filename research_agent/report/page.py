@@ -24,7 +24,7 @@ def render(title: str, index: Mapping[str, Any], details: Iterable[Sequence[str]
     """Make the page, with everything that it needs inside.
 
     Args:
-        title: of the page.
+        title: title of the page.
         index: what the page shows at once, as ``research_agent.report.index`` makes it.
         details: what it shows on a click: chunks of records, each as JSON. The n-th chunk is
             element ``chunk-n``, in gzip and base64: ten thousand trajectories are a hundred

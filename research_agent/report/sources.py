@@ -30,7 +30,7 @@ class Training:
 class Predictions:
     """An evaluation, whole or so far."""
 
-    path: Path  # of the file
+    path: Path
     header: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]]
 

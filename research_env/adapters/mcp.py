@@ -58,13 +58,15 @@ def make_server(sessions: Sessions) -> Server[Any]:
         sessions: those of a protocol with tools.
 
     Raises:
-        ConfigurationError: the protocol has no tools.
+        ConfigurationError: the protocol has no tools, or the limits allow no call.
     """
     tools = sessions.core.protocol.tools
     if not tools:
         raise ConfigurationError(
             f"the protocol {sessions.core.protocol.name!r} has no tools; use 'tool-calls'"
         )
+    if sessions.core.max_turns == 1 or sessions.core.max_searches == 0:
+        raise ConfigurationError("no call can be run with max_turns=1 or max_searches=0")
     listed = [
         Tool(
             name=tool.name,

@@ -31,8 +31,6 @@ from openenv.core.env_server.interfaces import Environment  # noqa: E402
 from openenv.core.env_server.types import Action, Observation, State  # noqa: E402
 from pydantic import Field  # noqa: E402
 
-NAME = "research"
-
 
 class SearchAction(Action):  # type: ignore[misc]
     """One turn of the policy."""
@@ -58,14 +56,7 @@ class SearchObservation(Observation):  # type: ignore[misc]
     metrics: dict[str, float] = Field(default={}, description="At the end; constant keys.")
 
 
-class SearchState(State):  # type: ignore[misc]
-    """What is asked in this session, and why it ended."""
-
-    question_id: str = ""
-    stop_reason: str = ""
-
-
-class SearchEnvironment(Environment[SearchAction, SearchObservation, SearchState]):  # type: ignore[misc]
+class SearchEnvironment(Environment[SearchAction, SearchObservation, State]):  # type: ignore[misc]
     """One WebSocket session; it plays one episode after another."""
 
     SUPPORTS_CONCURRENT_SESSIONS = True
@@ -75,8 +66,9 @@ class SearchEnvironment(Environment[SearchAction, SearchObservation, SearchState
         super().__init__()
         self._sessions = sessions
         self._order = TaskOrder(sessions)
+        self._split = str(sessions.core.settings.get("split", "train"))
         self._session: Session | None = None
-        self._state = SearchState()
+        self._state = State()
 
     async def reset_async(
         self,
@@ -106,7 +98,7 @@ class SearchEnvironment(Environment[SearchAction, SearchObservation, SearchState
         else:
             self._session = self._order.open(seed, question_id)
         info = self._session.info
-        self._state = SearchState(episode_id=episode_id, question_id=info["question_id"])
+        self._state = State(episode_id=episode_id, question_id=info["question_id"], stop_reason="")
         return SearchObservation(
             text=self._session.prompt,
             messages=info["messages"],
@@ -133,17 +125,15 @@ class SearchEnvironment(Environment[SearchAction, SearchObservation, SearchState
         self._state.stop_reason = output.info["stop_reason"]
         return _observation(output)
 
-    def reset(self, *args: Any, **kwargs: Any) -> SearchObservation:
-        """Not offered: the server calls :meth:`reset_async`."""
-        raise NotImplementedError("await reset_async")
+    def reset(self, *_: Any, **__: Any) -> SearchObservation:
+        """Not offered: the server calls the methods above."""
+        raise NotImplementedError("await reset_async or step_async")
 
-    def step(self, *args: Any, **kwargs: Any) -> SearchObservation:
-        """Not offered: the server calls :meth:`step_async`."""
-        raise NotImplementedError("await step_async")
+    step = reset
 
     @property
-    def state(self) -> SearchState:
-        """What ``client.state()`` returns."""
+    def state(self) -> State:
+        """What ``client.state()`` returns, with ``question_id`` and ``stop_reason``."""
         return self._state
 
     def list_splits(self) -> list[str]:
@@ -176,10 +166,6 @@ class SearchEnvironment(Environment[SearchAction, SearchObservation, SearchState
         """The first hundred tasks."""
         return self.get_task_range(split, stop=100)
 
-    @property
-    def _split(self) -> str:
-        return str(self._sessions.core.settings.get("split", "train"))
-
     def _check_split(self, split: str | None) -> None:
         if split not in (None, self._split):
             raise UnknownNameError("split", str(split), [self._split])
@@ -210,13 +196,12 @@ def make_app(sessions: Sessions, max_sessions: int = 256) -> FastAPI:
         SearchAction,
         SearchObservation,
         max_concurrent_envs=max_sessions,
-        env_name=NAME,
-        state_cls=SearchState,
+        env_name="research",
     )
     return app
 
 
-class SearchClient(EnvClient[SearchAction, SearchObservation, SearchState]):  # type: ignore[misc]
+class SearchClient(EnvClient[SearchAction, SearchObservation, State]):  # type: ignore[misc]
     """The client; see ``EnvClient`` for its arguments."""
 
     def _step_payload(self, action: SearchAction) -> dict[str, Any]:
@@ -227,5 +212,5 @@ class SearchClient(EnvClient[SearchAction, SearchObservation, SearchState]):  # 
         observation = SearchObservation(**payload["observation"], **ends)
         return StepResult(observation=observation, **ends)
 
-    def _parse_state(self, payload: dict[str, Any]) -> SearchState:
-        return SearchState(**payload)
+    def _parse_state(self, payload: dict[str, Any]) -> State:
+        return State(**payload)

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from research_env.errors import ConfigurationError
-from research_env.retrieval.serve import check_access
+from research_env.retrieval.serve_guard import check_access
 
 
 def guard(app: ASGIApp, key: str, allowed_hosts: Collection[str]) -> ASGIApp:

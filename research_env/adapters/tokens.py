@@ -1,10 +1,94 @@
-"""Texts to tokens and back, for frameworks whose rollouts are tokens."""
+"""Episodes as tokens, for frameworks whose rollouts are tokens (TRL and verl)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+from research_env.core import StepOutput
+from research_env.sessions import Session
+
+
+@dataclass(slots=True)
+class TokenEpisode:
+    """An episode of a policy that samples tokens, within a budget of tokens.
+
+    Attributes:
+        session: the episode.
+        tokenizer: the policy's.
+        budget: the most tokens of all turns and observations together.
+        ends: the tokens that end a turn.
+        chat: whether the chat template has rendered the prompt, and so frames tool results.
+        ids: the tokens after the prompt.
+        mask: 1 for each token of the policy, 0 for each of an observation.
+        logprobs: the policy's tokens as they were sampled, 0 for observations; None: not known.
+        end: the output that ended the episode; None while it goes on.
+    """
+
+    session: Session
+    tokenizer: Any
+    budget: int
+    ends: Collection[int]
+    chat: bool = False
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = field(default_factory=list)
+    end: StepOutput | None = None
+
+    @property
+    def room(self) -> int:
+        """How many tokens the budget leaves."""
+        return self.budget - len(self.ids)
+
+    def add_turn(
+        self, turn: Sequence[int], logprobs: Sequence[float] | None, *, complete: bool = False
+    ) -> str | None:
+        """Append a turn of the policy.
+
+        Args:
+            turn: its tokens, as they were sampled.
+            logprobs: of each token; None: not known.
+            complete: the turn is known to have ended by itself. Otherwise an end token or a
+                terminator shows it.
+
+        Returns:
+            The text to step with. None: the turn was cut, and the episode has ended with it.
+        """
+        turn = list(turn[: self.room])
+        self._append(turn, 1, logprobs)
+        ended = bool(turn) and turn[-1] in self.ends
+        text = decode(self.tokenizer, turn[:-1] if ended else turn, special=self._is_framed)
+        protocol = self.session.episode.protocol
+        if complete or ended or any(stop in text for stop in protocol.terminators):
+            return text
+        self.end = self.session.truncate("length")
+        return None
+
+    def add_output(self, output: StepOutput) -> None:
+        """Append the observation; one that leaves no room for a turn ends the episode instead."""
+        if output.terminated or output.truncated:
+            self.end = output
+            return
+        markup = output.info["chat_markup"] if self._is_framed else ()
+        observed = encode_observation(self.tokenizer, output.observation, markup)
+        if len(observed) >= self.room:
+            self.end = self.session.truncate("length")
+        else:
+            self._append(observed, 0, [0.0] * len(observed))
+
+    @property
+    def _is_framed(self) -> bool:
+        return self.chat and self.session.episode.protocol.tool_format is not None
+
+    def _append(self, ids: Sequence[int], kind: int, logprobs: Sequence[float] | None) -> None:
+        self.ids += ids
+        self.mask += [kind] * len(ids)
+        if logprobs is None:
+            self.logprobs = None
+        elif self.logprobs is not None:
+            self.logprobs += logprobs[: len(ids)]
 
 
 def encode_observation(tokenizer: Any, text: str, markup: Sequence[str]) -> list[int]:

@@ -28,7 +28,7 @@ from typing import Any
 
 from research_env.adapters import require
 from research_env.adapters.chat import policy_text
-from research_env.adapters.tokens import decode, encode_observation
+from research_env.adapters.tokens import TokenEpisode
 from research_env.adapters.trl_sampling import Sampled, generate_turns
 from research_env.core import StepOutput
 from research_env.errors import ConfigurationError, EpisodeError, UnknownTaskError
@@ -67,8 +67,8 @@ class Rollouts:
                 default the model's own ``generate``, which is not for vLLM.
         """
         self._sessions = sessions
+        self._chat = chat
         self._tools = sessions.core.tool_schemas() if chat else []
-        self._markup = chat and sessions.core.protocol.tool_format is not None
         self._generate = generate or generate_turns
         self._default = generate is None
         self._rows: dict[str, dict[str, Any]] = {}
@@ -97,52 +97,34 @@ class Rollouts:
             ConfigurationError: a setting of the trainer that would play episodes differently.
         """
         self._check(trainer)
-        tokenizer, budget = trainer._tokenizer, trainer.max_completion_length
-        sessions = [self._open(prompt) for prompt in prompts]
         prompt_ids = [_encode_prompt(trainer, prompt, self._tools) for prompt in prompts]
-        ids: list[list[int]] = [[] for _ in prompts]
-        mask: list[list[int]] = [[] for _ in prompts]
-        logprobs: list[list[float]] = [[] for _ in prompts]
-        ends: dict[int, StepOutput] = {}
-        has_logprobs = True
-        live = list(range(len(prompts)))
-        while live:
-            sequences = [prompt_ids[i] + ids[i] for i in live]
-            rooms = [budget - len(ids[i]) for i in live]
-            stops = self._sessions.terminators
-            turns, scores = self._generate(trainer, sequences, rooms, stops)
-            has_logprobs = has_logprobs and scores is not None
-            acting: list[tuple[int, str]] = []
-            for place, (i, turn) in enumerate(zip(live, turns, strict=True)):
-                ids[i] += turn
-                mask[i] += [1] * len(turn)
-                logprobs[i] += scores[place] if scores is not None else []
-                ended = bool(turn) and turn[-1] in trainer.eos_token_ids
-                text = decode(tokenizer, turn[:-1] if ended else turn, special=self._markup)
-                if ended or any(stop in text for stop in stops):
-                    acting.append((i, text))
-                else:
-                    ends[i] = sessions[i].truncate("length")
-            live = []
-            outputs = _step_all([(sessions[i], text) for i, text in acting])
-            for (i, _), output in zip(acting, outputs, strict=True):
-                markup = output.info["chat_markup"] if self._markup else ()
-                observed = encode_observation(tokenizer, output.observation, markup)
-                if output.terminated or output.truncated:
-                    ends[i] = output
-                elif len(ids[i]) + len(observed) >= budget:
-                    ends[i] = sessions[i].truncate("length")
-                else:
-                    ids[i] += observed
-                    mask[i] += [0] * len(observed)
-                    logprobs[i] += [0.0] * len(observed)
-                    live.append(i)
-        finals = [ends[i] for i in range(len(prompts))]
+        budget, ends = trainer.max_completion_length, trainer.eos_token_ids
+        episodes = [
+            TokenEpisode(self._open(prompt), trainer._tokenizer, budget, ends, self._chat)
+            for prompt in prompts
+        ]
+        while live := [i for i, each in enumerate(episodes) if each.end is None]:
+            turns, scores = self._generate(
+                trainer,
+                [prompt_ids[i] + episodes[i].ids for i in live],
+                [episodes[i].room for i in live],
+                self._sessions.terminators,
+            )
+            acting: list[tuple[TokenEpisode, str]] = []
+            for i, turn, score in zip(live, turns, scores or [None] * len(live), strict=True):
+                text = episodes[i].add_turn(turn, score)
+                if text is not None:
+                    acting.append((episodes[i], text))
+            outputs = _step_all([(each.session, text) for each, text in acting])
+            for (each, _), output in zip(acting, outputs, strict=True):
+                each.add_output(output)
+        finals = [each.end for each in episodes if each.end is not None]
+        logprobs = [each.logprobs for each in episodes]
         return {
             "prompt_ids": prompt_ids,
-            "completion_ids": ids,
-            "logprobs": logprobs if has_logprobs else None,
-            "env_mask": mask,
+            "completion_ids": [each.ids for each in episodes],
+            "logprobs": None if None in logprobs else logprobs,
+            "env_mask": [each.mask for each in episodes],
             "env_reward": [None if end.info["void"] else end.reward for end in finals],
             "env_metrics": [end.info["metrics"] for end in finals],
             "env_void": [end.info["void"] for end in finals],

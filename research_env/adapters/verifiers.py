@@ -21,6 +21,7 @@ from research_env.adapters import require
 from research_env.adapters.chat import policy_text
 from research_env.adapters.shared import shared_sessions
 from research_env.errors import ConfigurationError
+from research_env.sessions import Session
 
 require("verifiers", ("0.3", "0.4"), "verifiers")
 
@@ -90,11 +91,7 @@ class ResearchTaskset(vf.Taskset[ResearchTask, ResearchTasksetConfig]):  # type:
             yield ResearchTask(data, self.config.task)
 
 
-class ResearchHarnessConfig(vf.HarnessConfig):  # type: ignore[misc]
-    """Nothing to set."""
-
-
-class ResearchHarness(vf.Harness[ResearchHarnessConfig]):  # type: ignore[misc]
+class ResearchHarness(vf.Harness[vf.HarnessConfig]):  # type: ignore[misc]
     """Plays one episode against the endpoint that verifiers hands over."""
 
     APPENDS_SYSTEM_PROMPT = True
@@ -119,36 +116,39 @@ class ResearchHarness(vf.Harness[ResearchHarnessConfig]):  # type: ignore[misc]
         """
         sessions = shared_sessions(data.args)
         session = sessions.open(data.question_id)
-        protocol, tools = sessions.core.protocol, session.info["tools"]
-        messages: list[Any] = list(session.info["messages"])
-        output = None
         try:
-            async with openai.AsyncOpenAI(
-                base_url=endpoint, api_key=secret, max_retries=5, timeout=None
-            ) as client:
-                while not session.episode.over:
-                    reply = await client.chat.completions.create(
-                        model=ctx.model, messages=messages, tools=tools or openai.omit
-                    )
-                    choice = reply.choices[0]
-                    if choice.finish_reason == "length":
-                        break
-                    message = choice.message.model_dump(exclude_none=True)
-                    action = message if protocol.tools else policy_text(protocol, message)
-                    output = await session.astep(action)
-                    seen = [{"role": "user", "content": output.observation}]
-                    messages += [message, *(output.info["messages"] or seen)]
+            await _play(session, ctx.model, endpoint, secret)
         except openai.APIStatusError:
-            if trace.stop_condition is None:
+            if trace.stop_condition is None:  # else a limit of verifiers has refused the turn
                 raise
         finally:
-            if output is None or not session.episode.over:
-                output = session.truncate("length")
+            over = session.episode.over
+            output = sessions.core.output(session.episode) if over else session.truncate("length")
             info = {key: output.info[key] for key in ("metrics", "stop_reason", "void")}
             trace.info["research_env"] = {"reward": output.reward, **info}
         if output.info["void"]:
             raise vf.TaskError(f"the search engine failed in the episode of {data.question_id!r}")
         return ProgramResult(exit_code=0, stdout="", stderr="")
+
+
+async def _play(session: Session, model: str, endpoint: str, secret: str) -> None:
+    """Let the endpoint take turns until the episode is over or a turn is cut."""
+    protocol, tools = session.episode.protocol, session.info["tools"]
+    messages: list[Any] = list(session.info["messages"])
+    async with openai.AsyncOpenAI(
+        base_url=endpoint, api_key=secret, max_retries=5, timeout=None
+    ) as client:
+        while not session.episode.over:
+            reply = await client.chat.completions.create(
+                model=model, messages=messages, tools=tools or openai.omit
+            )
+            if reply.choices[0].finish_reason == "length":
+                return
+            message = reply.choices[0].message.model_dump(exclude_none=True)
+            action = message if protocol.tools else policy_text(protocol, message)
+            output = await session.astep(action)
+            seen = [{"role": "user", "content": output.observation}]
+            messages += [message, *(output.info["messages"] or seen)]
 
 
 class ResearchEnvConfig(vf.EnvConfig):  # type: ignore[misc]

@@ -19,9 +19,9 @@ from uuid import uuid4
 
 from research_env.adapters import require
 from research_env.adapters.shared import shared_sessions
-from research_env.adapters.tokens import decode, encode_observation
+from research_env.adapters.tokens import TokenEpisode
 from research_env.errors import ConfigurationError
-from research_env.sessions import Sessions
+from research_env.sessions import Session, Sessions
 
 require("verl", "0.9", "verl")
 
@@ -31,6 +31,7 @@ from verl.experimental.agent_loop.agent_loop import (  # noqa: E402
     AgentLoopOutput,
     register,
 )
+from verl.utils.profiler import simple_timer  # noqa: E402
 
 NAME = "research_env"
 
@@ -71,8 +72,6 @@ class ResearchAgentLoop(AgentLoopBase):  # type: ignore[misc]
         super().__init__(*positional, **keywords)
         self._sessions = shared_sessions(dict(args or {}))
         self._chat = chat
-        self._tools = self._sessions.core.tool_schemas() if chat else []
-        self._markup = chat and self._sessions.core.protocol.tool_format is not None
 
     async def run(
         self, sampling_params: dict[str, Any], priority: int = 0, **row: Any
@@ -83,62 +82,72 @@ class ResearchAgentLoop(AgentLoopBase):  # type: ignore[misc]
         so its reward 0 is part of its group's mean.
 
         Raises:
-            ConfigurationError: the row has no ``extra_info["question_id"]``.
+            ConfigurationError: the row has no ``extra_info["question_id"]``, or its prompt has more
+                tokens than ``prompt_length``.
             UnknownTaskError: no task has this id.
         """
+        session = self._open(row)
+        prompt = await self._encode_prompt(session)
+        stops = list(self._sessions.terminators)
+        params = {**sampling_params, "stop": stops, "include_stop_str_in_output": True}
+        budget, ends = self.rollout_config.response_length, (self.tokenizer.eos_token_id,)
+        episode = TokenEpisode(session, self.tokenizer, budget, ends, self._chat)
+        request, turns, steps = uuid4().hex, 0, {}
+        seconds: dict[str, float] = {}
+        while episode.end is None:
+            with simple_timer("generate_sequences", seconds):
+                sampled = await self.server_manager.generate(
+                    request_id=request,
+                    prompt_ids=prompt + episode.ids,
+                    sampling_params={**params, "max_tokens": episode.room},
+                )
+            turns += 1
+            steps = {**sampled.extra_fields, **steps}
+            steps["max_global_steps"] = sampled.extra_fields.get("max_global_steps")
+            # One that is shorter than it may be has ended by itself, unless verl has cut it.
+            complete = len(sampled.token_ids) < episode.room and sampled.stop_reason != "aborted"
+            text = episode.add_turn(sampled.token_ids, sampled.log_probs, complete=complete)
+            if text is not None:
+                with simple_timer("tool_calls", seconds):
+                    episode.add_output(await session.astep(text))
+        void = episode.end.info["void"]
+        return AgentLoopOutput(
+            prompt_ids=prompt,
+            response_ids=episode.ids,
+            response_mask=[0] * len(episode.mask) if void else episode.mask,
+            response_logprobs=episode.logprobs,
+            reward_score=episode.end.reward,
+            num_turns=2 * turns,
+            metrics=AgentLoopMetrics(**seconds),
+            extra_fields={
+                **steps,
+                "turn_scores": [],
+                "tool_rewards": [],
+                "reward_extra_info": {**episode.end.info["metrics"], "void": float(void)},
+            },
+        )
+
+    def _open(self, row: Mapping[str, Any]) -> Session:
         extra = row.get("extra_info") or {}
         if "question_id" not in extra:
             raise ConfigurationError(
                 f"extra_info has no question_id, but {sorted(extra)}; make rows with "
                 "research_env.adapters.verl.rows"
             )
-        session = self._sessions.open(str(extra["question_id"]))
-        stops = self._sessions.terminators
-        params = {**sampling_params, "stop": list(stops), "include_stop_str_in_output": True}
+        return self._sessions.open(str(extra["question_id"]))
+
+    async def _encode_prompt(self, session: Session) -> list[int]:
         if self._chat:
-            prompt = await self.ct_build_initial_tokens(
-                session.info["messages"], tools=self._tools or None
+            tools = self._sessions.core.tool_schemas() or None
+            chat: list[int] = await self.ct_build_initial_tokens(
+                session.info["messages"], tools=tools
             )
-        else:
-            prompt = self.tokenizer(session.prompt, add_special_tokens=False)["input_ids"]
-        ids: list[int] = []
-        mask: list[int] = []
-        logprobs: list[float] = []
-        request, limit, turns, output = uuid4().hex, self.rollout_config.response_length, 0, None
-        while output is None or not session.episode.over:
-            sampled = await self.server_manager.generate(
-                request_id=request,
-                prompt_ids=prompt + ids,
-                sampling_params={**params, "max_tokens": limit - len(ids)},
+            return chat
+        ids: list[int] = self.tokenizer(session.prompt)["input_ids"]
+        limit = self.rollout_config.prompt_length
+        if len(ids) > limit:
+            raise ConfigurationError(
+                f"the prompt of {session.info['question_id']!r} has {len(ids)} tokens; raise "
+                f"actor_rollout_ref.rollout.prompt_length, which is {limit}"
             )
-            turn = list(sampled.token_ids)[: limit - len(ids)]
-            ids, mask, turns = ids + turn, mask + [1] * len(turn), turns + 1
-            logprobs += list(sampled.log_probs or [])[: len(turn)]
-            text = decode(self.tokenizer, turn, special=self._markup)
-            ended = bool(turn) and turn[-1] == self.tokenizer.eos_token_id
-            if not ended and not any(stop in text for stop in stops):
-                output = session.truncate("length")
-                break
-            output = await session.astep(text)
-            markup = output.info["chat_markup"] if self._markup else ()
-            seen = encode_observation(self.tokenizer, output.observation, markup)
-            if not session.episode.over and len(ids) + len(seen) >= limit:
-                output = session.truncate("length")
-            elif not session.episode.over:
-                ids, mask = ids + seen, mask + [0] * len(seen)
-                logprobs += [0.0] * len(seen) if sampled.log_probs else []
-        void = output.info["void"]
-        return AgentLoopOutput(
-            prompt_ids=prompt,
-            response_ids=ids,
-            response_mask=[0] * len(mask) if void else mask,
-            response_logprobs=logprobs or None,
-            reward_score=output.reward,
-            num_turns=2 * turns,
-            metrics=AgentLoopMetrics(),
-            extra_fields={
-                "turn_scores": [],
-                "tool_rewards": [],
-                "reward_extra_info": {**output.info["metrics"], "void": float(void)},
-            },
-        )
+        return ids

@@ -76,7 +76,7 @@ def load_dataset(
         questions: path of a question file; ``custom`` needs one, other sets have their own.
         corpus: path of a corpus to use instead of the set's own.
         world_seed: the seed of MiniWorld's world.
-        difficulty: of MiniWorld, from 0 to 5.
+        difficulty: difficulty of MiniWorld, from 0 to 5.
         grades: a file written by ``research-agent grade``: ``{"question_id", "grade", ...}`` lines.
         grade: keep the questions with this grade. As with data sets, ``"medium+hard"`` keeps all of
             both, ``"medium:1+hard:2"`` twice as many hard ones.

@@ -77,7 +77,7 @@ def world(seed: int, difficulty: int) -> World:
     """Make the world of a seed at a level.
 
     Args:
-        seed: of the world.
+        seed: seed of the world.
         difficulty: a level; 0 is MiniWorld.
 
     Raises:
@@ -95,7 +95,7 @@ def load(split: str, seed: int, difficulty: int) -> Dataset:
 
     Args:
         split: "train" (4,000 questions) or "dev" (400); no task stands in both.
-        seed: of the world.
+        seed: seed of the world.
         difficulty: from 0 to 5; 0 is MiniWorld.
 
     Raises:
@@ -191,19 +191,16 @@ def _told_apart(of: World, key: str, asked: str, rng: random.Random) -> tuple[st
 # --- paths ----------------------------------------------------------------------------------------
 
 
-def _path(
-    of: World, rng: random.Random, length: int, start: str | None = None, last: str | None = None
-) -> Path | None:
+def _path(of: World, rng: random.Random, length: int, last: str | None = None) -> Path | None:
     """Draw a path; None where it ends early or returns.
 
     Args:
         of: the world.
-        rng: of the choices.
+        rng: random generator of the choices.
         length: facts.
-        start: key of the first entity; None draws it.
         last: the type of the last value; None takes any, a year included.
     """
-    key = start or rng.choice(list(of.entities))
+    key = rng.choice(list(of.entities))
     phrase = of.entities[key].name
     visited, hops = {phrase}, []
     apart = ""

@@ -24,7 +24,7 @@ class JudgedEpisode:
     """What a judge needs of one line of a prediction file.
 
     Attributes:
-        key: which episode.
+        key: names the episode.
         void: whether it failed by the infrastructure, and does not count.
         question: the question.
         answers: the gold answers.

@@ -105,10 +105,10 @@ class JudgeSummary:
         from_cache: episodes whose verdict this run took from the cache.
         kept: episodes whose verdict was in ``judged.jsonl`` already.
         replies: answers of the judge over all runs of this ``judged.jsonl``, as are the next four.
-        replies_without_usage: those whose server counted no tokens.
+        replies_without_usage: replies whose server counted no tokens.
         tokens_in: tokens of the prompts.
         tokens_out: tokens of the replies.
-        cost: of these tokens; None without prices.
+        cost: cost of these tokens; None without prices.
     """
 
     predictions: str
@@ -146,7 +146,7 @@ def judge_predictions(
 
     Args:
         predictions: see :func:`read_predictions`; or the folder that holds a ``predictions.jsonl``.
-        settings: which judge.
+        settings: the judge, and how to ask it.
         output: folder to write to; None: the predictions' folder.
         show: whether to show a progress bar if standard error is a terminal.
 

@@ -133,7 +133,7 @@ class VerdictLog:
         """Append an episode's verdict.
 
         Args:
-            key: which episode.
+            key: names the episode.
             digest: identifies model and prompt; None if nobody was asked.
             verdict: what came of it.
         """

@@ -49,7 +49,7 @@ def _parse_search_r1(protocol: Protocol, text: str) -> Parsed:
 
 
 def _render_search_r1(protocol: Protocol, hits: Sequence[Hit]) -> str:
-    """``Doc 1(Title: "...") text``, a line a passage, as in the authors' generation manager."""
+    """``Doc 1(Title: "...") text``, a line per passage, as in the authors' generation manager."""
     documents = "".join(
         f'Doc {number}(Title: "{defuse(hit.passage.title)}") {defuse(hit.passage.text)}\n'
         for number, hit in enumerate(hits, 1)

@@ -40,7 +40,7 @@ def open_retriever(url: str | None, corpus: Corpus | None) -> Retriever:
 
     Args:
         url: as above.
-        corpus: that of the data set; None where it has none.
+        corpus: the corpus of the data set; None where it has none.
 
     Raises:
         UnknownNameError: no such kind of engine; the message lists those that exist.

@@ -44,10 +44,10 @@ class Retriever(Protocol):
         Args:
             queries: texts of a model, searched as words; nothing in them is syntax. One of blanks
                 only finds nothing.
-            top_k: the most hits a query may return, best first.
+            top_k: the most hits that a query may return, best first.
 
         Returns:
-            One entry a query, in order: its hits, or the error that befell that query alone.
+            One entry per query, in order: its hits, or the error that befell that query alone.
 
         Raises:
             RetrievalError: the whole batch could not be answered.

@@ -7,7 +7,6 @@ goes to the engine only if nobody is asking it at this moment and its hits are n
 from __future__ import annotations
 
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -50,9 +49,10 @@ class QueryBatcher(Generic[Ticket]):
 
     A query that is already waiting or being searched is not asked again: its asker shares the
     result. The hits of the latest queries are cached (the least recently used are dropped first);
-    failures never. A thread's batch leaves when it is full or when its first query has waited long
-    enough; several threads search, but one at a time gathers a batch, so that queries of the same
-    moment go together. Any thread may call any method.
+    failures never. A thread's batch leaves when it is full or when no query has come for a moment:
+    askers that were answered together ask again together, one soon after the other. Several threads
+    search, but one at a time gathers a batch, so that queries of the same moment go together. Any
+    thread may call any method.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class QueryBatcher(Generic[Ticket]):
         Args:
             search: answers a batch of queries, or of other requests, one entry each, in order.
             max_batch: the most queries that a thread asks at once.
-            max_wait: seconds that the first query of a batch waits for others.
+            max_wait: seconds that a batch waits for one more query.
             cache_size: how many queries' hits are cached at most; 0: none.
             in_flight: how many searches the engine takes at the same time.
         """
@@ -249,18 +249,12 @@ class QueryBatcher(Generic[Ticket]):
         """The next batch; an empty one means to stop."""
         with self._gathering:
             batch: list[Request] = []
-            deadline = None
             while len(batch) < self._max_batch:
-                wait = None if deadline is None else deadline - time.monotonic()
                 try:
-                    if wait is None or wait > 0:
-                        query = self._queue.get(timeout=wait)
-                    else:
-                        query = self._queue.get_nowait()
+                    query = self._queue.get(timeout=self._max_wait if batch else None)
                 except Empty:
                     break
                 if query is None:
                     return []
-                deadline = deadline or time.monotonic() + self._max_wait
                 batch.append(query)
             return batch

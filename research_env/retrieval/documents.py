@@ -31,7 +31,7 @@ class Document(msgspec.Struct, frozen=True, gc=False):
 
     Attributes:
         passages: at least one.
-        asked: which of them has the id that was asked for; None: the title was asked for.
+        asked: the passage with the id that was asked for; None: the title was asked for.
     """
 
     passages: tuple[Passage, ...]
@@ -46,7 +46,7 @@ class Page(msgspec.Struct, frozen=True, gc=False):
         text: at most `PAGE_CHARACTERS` characters.
         number: from 1 on.
         count: how many pages the document has.
-        passages: those that the text is from.
+        passages: the passages that the text is from.
     """
 
     title: str

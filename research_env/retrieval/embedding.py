@@ -50,7 +50,7 @@ def load_embedding(name: str) -> Embedding:
     a server or a file.
 
     Args:
-        name: of the package, model or function.
+        name: name of the package, model or function.
 
     Raises:
         ConfigurationError: the package is not installed, or there is no such model.

@@ -102,7 +102,7 @@ class RecordedRetriever:
         """Open the file, or make it.
 
         Args:
-            recording: which file, and how to use it.
+            recording: the file, and how to use it.
             open_engine: opens the engine, at the first search that is not in the file.
 
         Raises:
@@ -156,7 +156,9 @@ class RecordedRetriever:
             good = {q: hits for q, hits in answers.items() if not isinstance(hits, RetrievalError)}
             self._record(good, top_k)
             found |= answers | self._look_up(list(good), top_k)  # another process may have won
-        return [_copy(found[query]) for query in queries]
+        # Copies: a caller may change the list that it gets.
+        results = (found[query] for query in queries)
+        return [each if isinstance(each, RetrievalError) else list(each) for each in results]
 
     def close(self) -> None:
         """Close file and engine, and log the hit rate; calling it twice is harmless."""
@@ -343,10 +345,6 @@ def _own_schema() -> list[tuple[object, ...]]:
     with closing(sqlite3.connect(":memory:")) as connection:
         connection.execute(_TABLE)
         return _schema(connection)
-
-
-def _copy(found: list[Hit] | RetrievalError) -> list[Hit] | RetrievalError:
-    return found if isinstance(found, RetrievalError) else list(found)
 
 
 # SQLite must not be carried through a fork, not even to be closed in the child ("How To Corrupt An

@@ -221,6 +221,17 @@ class ToolTurn:
     reasoning: str = ""
     calls: tuple[Call, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.content, str) or not isinstance(self.reasoning, str):
+            raise ActionError(
+                f"content and reasoning of a turn are text, not {self.content!r:.100} and "
+                f"{self.reasoning!r:.100}"
+            )
+        calls = self.calls if isinstance(self.calls, tuple | list) else [self.calls]
+        wrong = [each for each in calls if not isinstance(each, Call)]
+        if wrong:
+            raise ActionError(f"calls of a turn are a tuple of Call, not {wrong[0]!r:.200}")
+
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> ToolTurn:
         """The turn of an assistant message in the form of OpenAI's API.
@@ -231,13 +242,14 @@ class ToolTurn:
                 them may be missing or None.
 
         Raises:
-            ActionError: a field is of another type; what a call itself says is not looked at.
+            ActionError: the message has another role, or a field is of another type; what a call
+                itself says is not looked at.
         """
+        if message.get("role", "assistant") != "assistant":
+            raise ActionError(f"the policy's message has the role assistant, not {message!r:.200}")
         content = message.get("content") or ""
         reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
         calls = message.get("tool_calls") or ()
-        if not isinstance(content, str) or not isinstance(reasoning, str):
-            raise ActionError(f"content and reasoning of a message are text, not {message!r:.200}")
         if isinstance(calls, str) or not isinstance(calls, Sequence):
             raise ActionError(f"tool_calls of a message is a list, not {calls!r:.200}")
         return cls(content, reasoning, tuple(_call(each) for each in calls))

@@ -53,7 +53,7 @@ class CallRecord:
         name: the tool's, as the policy wrote it; "" where it cannot be read.
         text: the call as the policy wrote it.
         request: what is asked; None: the call has an error.
-        limit: of a search, the passages that are shown at most; None: all.
+        limit: the most passages of a search that are shown; None: all.
         hits: what a search found, or which passages were read, best first.
         result: what the policy reads; None while the request waits.
     """

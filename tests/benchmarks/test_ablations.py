@@ -316,7 +316,7 @@ def test_self_correction() -> None:
         _record(_search("x"), _search("a"), golds=()),  # nobody knows what is useless
         {**_record(_search("x"), _search("a")), "void": True},
     ]
-    # Of six episodes four met a useless result; of these two went on, and one of them found a gold.
+    # Four of six episodes met a useless result; two of the four went on, and one found a gold.
     assert self_correction(records) == pytest.approx(
         {"met useless": 4 / 6, "searched again": 2 / 4, "recovered": 1 / 4}
     )
@@ -365,7 +365,7 @@ def test_numbers_of_a_run() -> None:
 
 
 def test_what_it_cost_to_reach_a_level() -> None:
-    """After each step .1, .4, .5, .6; 10 tokens and 12 turns a step, of which four end episodes."""
+    """After each step .1, .4, .5, .6; per step 10 tokens and 12 turns, of which four answer."""
     seen = Seen(_steps([0.1, 0.4, 0.5, 0.6], tokens=10), {"hard": {"em": 0.25}}, 0.0)
     got = {name: find(seen) for name, (_, find) in NUMBERS.items()}
     assert (got["episodes to .5"], got["tokens to .5"], got["searches to .5"]) == (12, 30, 24)

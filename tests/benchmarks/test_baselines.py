@@ -28,11 +28,11 @@ from research_env import Dataset, Hit, Passage, Question
 from research_env.datasets import miniworld
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
 from research_env.vector_env import SearchQAVectorEnv
-from tests.research_agent.conftest import byte_tokenizer, codec_of
+from tests.research_agent.conftest import byte_tokenizer, make_renderer
 
 SAMPLING = SamplingConfig(temperature=0.0, max_prompt=6_000, max_response=200, max_turn_tokens=None)
-RENDERER = codec_of(byte_tokenizer())
-CHAT = codec_of(byte_tokenizer(), chat_template=True)
+RENDERER = make_renderer(byte_tokenizer())
+CHAT = make_renderer(byte_tokenizer(), chat_template=True)
 (END,) = RENDERER.end_ids
 
 WHO = Question("q", "Who leads Apt?", ("Ann",), supporting=("Apt-0",), hops=1, type="bridge")

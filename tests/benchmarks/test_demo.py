@@ -27,7 +27,7 @@ from research_env.errors import RetrievalError
 from research_env.papers import PROTOCOLS
 from research_env.retrieval import open_retriever
 from tests import forks
-from tests.research_agent.conftest import byte_tokenizer, codec_of
+from tests.research_agent.conftest import byte_tokenizer, make_renderer
 
 ENV = "research_env:ReSearch-MiniWorld-v0"
 ARGS = {"split": "dev", "template": "question", "top_k": 2}
@@ -103,7 +103,7 @@ class Obedient:
 
 
 def play(*, always: bool, blank: bool = False) -> list[Trajectory]:
-    renderer = codec_of(byte_tokenizer())
+    renderer = make_renderer(byte_tokenizer())
     args: dict[str, Any] = dict(ARGS)
     if blank:
         args["retriever"] = BlankRetriever(open_retriever(None, miniworld.world(0)))

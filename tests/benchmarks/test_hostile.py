@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import hostile
-from benchmarks.hostile import Case, Row, run_section
+from benchmarks import hostile, hostile_trials
+from benchmarks.hostile_trials import Case, Row, run_section
 from research_env.errors import DataError
 
 
@@ -53,7 +53,7 @@ def test_every_outcome_is_counted() -> None:
 
 
 def test_an_input_that_never_ends_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hostile, "TIMEOUT", 3.0)
+    monkeypatch.setattr(hostile_trials, "TIMEOUT", 3.0)
     row = run_section("all", hanging)
     assert (row.tried, row.killed, row.wrong) == (2, 1, ("hangs: killed",))
 

@@ -90,7 +90,7 @@ def _write(config: CurvesConfig, run: Run, rewards: list[float], episodes: float
 
 
 def test_logs_are_read_up_to_the_budget(tmp_path: Path) -> None:
-    """Twice the episodes a step: half the steps count."""
+    """Twice the episodes per step: half the steps count."""
     config = CurvesConfig(output=tmp_path, steps=10, prompts_per_step=2, group_size=3)
     run = Run("dapo", 0, "dapo")
     folder = _write(config, run, [0.1 * n for n in range(1, 9)], episodes=12.0)

@@ -71,8 +71,8 @@ def test_generated_passages_are_like_wikipedias() -> None:
     assert 80 < sum(lengths) / 2_000 < 120
     held = Counter(term for each in passages for term in set(analyze(each.text)))
     shares = sorted((count / 2_000 for count in held.values()), reverse=True)
-    assert 0.1 < shares[10] < 0.6  # of real passages: .1 to .3 for the commonest terms
-    assert 0.002 < shares[1_000] < 0.02  # of real passages: .007
+    assert 0.1 < shares[10] < 0.6  # real passages: .1 to .3 for the commonest terms
+    assert 0.002 < shares[1_000] < 0.02  # real passages: .007
     assert sum(count == 1 for count in held.values()) > len(held) / 4
 
 
@@ -121,7 +121,7 @@ def test_a_whole_run(
     main(passages=2_000, build=1_000, rounds=1, json=True)
     output = capsys.readouterr().out
     tables = json.loads(output[output.index("{") :])
-    race = tables["queries a second"]
+    race = tables["queries per second"]
     assert [(row["threads"], row["batch"]) for row in race] == [(1, 16)]
     for row in race:
         assert row["ours / bm25s"] == pytest.approx(row["ours"] / row["bm25s"])

@@ -134,7 +134,7 @@ def test_empty_time_is_what_ready_work_waits_until_the_queue_is_empty() -> None:
     def environment(slot: int, begin: float, over: bool) -> None:
         log.add("environment", slot + 1, begin, over=over)
 
-    log.add("wait", 0, 11.0)  # of the trainer's row
+    log.add("wait", 0, 11.0)  # stands in the trainer's row
     generate(0, 10.5)  # empty 0.5
     generate(1, 11.0)  # empty 1
     environment(0, 12.0, over=False)  # answered at 13: searching 1

@@ -8,7 +8,7 @@ from research_agent.trace import Trace, span
 
 
 def test_a_step_of_a_trace_is_cut_out_and_drawn(tmp_path: Path) -> None:
-    """Of three steps the second; what began before it, or goes on after it, is cut."""
+    """The second of three steps is drawn; what began before it, or goes on after it, is cut."""
     trace = Trace(tmp_path / "trace.json")
     for number in range(3):
         with span(trace, "collect"):

@@ -24,7 +24,7 @@ class Proxy:
         fault: a name from ``FAULTS``, or empty: everything is passed on.
         times: how many requests the fault befalls; None: all of them.
         seen: path and body of every request, in the order in which they came.
-        authorization: that header of the last request.
+        authorization: the header of the last request.
         wait: what the header Retry-After of the statuses says; empty: there is none.
     """
 

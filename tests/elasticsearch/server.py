@@ -32,7 +32,7 @@ from research_env.paths import cache_folder
 
 VERSION = "8.19.7"
 HEAP = "-Xms512m -Xmx1g"
-PATIENCE = 180.0  # seconds within which a server must be ready
+TIMEOUT = 180.0  # seconds within which a server must be ready
 USER = "nobody"  # whom a server runs as when we are root: it refuses to run as root
 
 _ARTIFACT = f"org.elasticsearch.distribution.integ-test-zip:elasticsearch:{VERSION}:zip"
@@ -269,7 +269,7 @@ def _launch(folder: Path, port: int) -> Server:
             user=USER if root else None,
         )
     server = Server(f"http://127.0.0.1:{port}", str(folder), process.pid, _born(process.pid))
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     try:
         while not _healthy(server.url):
             if process.poll() is not None or time.monotonic() > deadline:
@@ -288,7 +288,7 @@ def _start_container() -> Server:
         run += ["--env", f"{key}={_SETTINGS[key]}"]
     container = _run([*run, "--env", f"ES_JAVA_OPTS={HEAP}", f"elasticsearch:{VERSION}"]).stdout
     server = Server("", container=container.strip())
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     try:
         port = _run(["docker", "port", server.container, "9200"]).stdout.strip().rsplit(":", 1)[1]
         server = replace(server, url=f"http://127.0.0.1:{port}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -63,48 +64,62 @@ def byte_tokenizer(*, merges: bool = False, begin: bool = False) -> PreTrainedTo
     return tokenizer
 
 
-def letter_tokenizer(letters: str = "abcd=?!") -> PreTrainedTokenizerFast:
-    """A token a letter, and an end token: a vocabulary small enough to explore by chance."""
-    vocabulary = {letter: i for i, letter in enumerate(letters)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+def save_letter_model(folder: Path, letters: str = "abcd=?.xy", hidden: int = 32) -> Path:
+    """Save a random model and its tokenizer, with few enough tokens to explore by chance.
+
+    There is a token per letter, and one that ends a turn.
+    """
+    backend = Tokenizer(models.BPE(vocab={each: i for i, each in enumerate(letters)}, merges=[]))
     backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<end>", pad_token="<end>"
+    )
+    tokenizer.save_pretrained(folder)
+    tiny_qwen2(len(tokenizer), hidden=hidden, context=64).save_pretrained(folder)
+    return folder
 
 
-def codec_of(tokenizer: Any, *, chat_template: bool = False) -> Renderer:
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a model with ten tokens."""
+    return save_letter_model(tmp_path_factory.mktemp("letters"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """More threads than one only wait for each other on models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_renderer(tokenizer: Any, *, chat_template: bool = False) -> Renderer:
     return Renderer(tokenizer, frozenset({tokenizer.eos_token_id}), chat_template)
 
 
-def tiny_qwen2(vocabulary: int = 264, *, hidden: int = 32, context: int = 256) -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=context,
-        tie_word_embeddings=True,
-        initializer_range=0.2,  # far from uniform, so that a wrong token shows
-    )
-    return Qwen2ForCausalLM(config).eval()
+def tiny_qwen2(
+    vocabulary: int = 264, *, hidden: int = 32, context: int = 256, seed: int = 0, **changes: Any
+) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,  # far from uniform, so that a wrong token shows
+    }
+    return Qwen2ForCausalLM(Qwen2Config(**settings | changes)).eval()
 
 
 def sliding_qwen2(vocabulary: int, *, window: int = 4) -> Qwen2ForCausalLM:
     """Its attention sees the last tokens alone, which packed rows do not support."""
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_sliding_window=True,
-        sliding_window=window,
-        max_window_layers=0,
-    )
-    return Qwen2ForCausalLM(config)
+    sliding = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
+    return tiny_qwen2(vocabulary, **sliding)
 
 
 def tiny_llama(vocabulary: int = 264, *, context: int = 256) -> LlamaForCausalLM:
@@ -138,24 +153,13 @@ def tiny_gpt2(vocabulary: int = 264, *, context: int = 256) -> GPT2LMHeadModel:
 
 def wide_qwen2() -> Qwen2ForCausalLM:
     """A model whose heads are as large as vLLM wants them (32), with room for a chain's tokens."""
-    torch.manual_seed(4)
-    config = Qwen2Config(
-        vocab_size=264,
-        hidden_size=288,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        initializer_range=0.1,
-    )
-    return Qwen2ForCausalLM(config).eval()
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": False}
+    return tiny_qwen2(hidden=288, intermediate_size=64, initializer_range=0.1, seed=4, **heads)
 
 
 @pytest.fixture(scope="session")
 def vllm() -> None:
-    """That vLLM is there, or a skip (a failure under CI)."""
+    """Skip the test where vLLM is missing (fail it under CI)."""
     try:
         import vllm  # noqa: F401
     except ImportError as error:
@@ -181,9 +185,9 @@ def vllm_engine(vllm: None, merging_renderer: Renderer) -> Iterator[VllmEngine]:
 
 @pytest.fixture(scope="session")
 def renderer() -> Renderer:
-    return codec_of(byte_tokenizer())
+    return make_renderer(byte_tokenizer())
 
 
 @pytest.fixture(scope="session")
 def merging_renderer() -> Renderer:
-    return codec_of(byte_tokenizer(merges=True))
+    return make_renderer(byte_tokenizer(merges=True))

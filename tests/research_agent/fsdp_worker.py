@@ -26,6 +26,7 @@ from research_agent.learner import Learner
 from research_agent.models.deferred import load_deferred
 from research_agent.models.policy import load_model, save_settings
 from research_agent.sharded import write_weights
+from research_agent.weight_files import WeightFolder
 from tests.research_agent.live_bytes import LiveBytes
 from tests.research_agent.rollouts import random_groups
 
@@ -171,14 +172,13 @@ def measure(folder: Path) -> dict[str, Any]:
     with watched("save", [*weights, *moments]):
         saved = save(learner, root)
     with watched("send", [*weights, *moments]):
-        for _ in learner.weights(torch.bfloat16):
-            pass
+        WeightFolder().share(learner.weights(torch.bfloat16), "1")
     del learner
     with watched("resume", []):
         found = checkpoint.load(saved, deferred=("learner",))
         learner = load(saved)
         learner.load_state_dict(found.state["learner"], found.read)
-    # Of storages: FSDP pads the shard of the last rank to that of the others.
+    # Counted in storages: FSDP pads the last rank's shard to the size of the others.
     shard = sum(t.untyped_storage().nbytes() for t in weights)
     kept = sum(t.numel() * t.element_size() for t in moments)
     return {"shard": shard, "moments": kept, "peaks": peaks}
@@ -191,16 +191,22 @@ def half_precision(folder: Path, precision: str = "bfloat16") -> dict[str, Any]:
         load = partial(load_model, device="cpu")
     learner = Learner(
         load(folder / "model"),
-        GRPO_KL,
+        PPO(kl_coef=0.1, critic_learning_rate=1e-3),
         LearnerConfig(packing="on", micro_batch_tokens=40, precision=precision),  # type: ignore
         reference=load(folder / "model", dtype=precision),
         device=torch.device("cpu"),
     )
-    assert learner._reference_score is not None
+    assert learner._reference_score is not None and learner._critic is not None
+    critic: Any = learner._critic.model
+    gathered: set[torch.dtype] = set()
+    layer = critic.body.layers[0].mlp.up_proj
+    layer.register_forward_pre_hook(lambda module, _: gathered.add(module.weight.dtype))
     seen: dict[str, Any] = {
         "gathered": learner._score(lambda model: model.get_output_embeddings().weight.dtype),
         "kept": {p.dtype for p in learner.model.parameters()},
         "reference": {p.dtype for p in learner._reference_score.parameters()},
+        "critic": {(isinstance(p, DTensor), p.dtype) for p in critic.parameters()},
+        "critic_gathered": gathered,
     }
     seen["metrics"] = learner.update(random_groups(0))
     moments = learner.state_dict()["moments"].values()

@@ -136,9 +136,20 @@ def assert_same(case: Case, got: Tensor, expected: Tensor) -> None:
         )
 
 
-def assert_micro_batches_change_nothing(algorithm: Algorithm, case: Case) -> None:
-    """Whole, one trajectory at a time, and dealt out in an odd order: the same gradient."""
-    whole, count = loss_of(algorithm, case), len(case.batch)
-    assert_same(case, loss_of(algorithm, case, cuts=[[i] for i in range(count)]), whole)
-    dealt = [list(range(count))[::-1][i::3] for i in range(3)]
-    assert_same(case, loss_of(algorithm, case, cuts=[cut for cut in dealt if cut]), whole)
+def assert_loss(algorithm: Algorithm, case: Case, expected: Tensor) -> None:
+    """The loss is the oracle's, whole, one trajectory at a time, and dealt out in an odd order."""
+    everything = range(len(case.batch))
+    dealt = [everything[::-1][i::3] for i in range(3)]
+    for cuts in ([everything], [[i] for i in everything], [cut for cut in dealt if cut]):
+        assert_same(case, loss_of(algorithm, case, cuts=cuts), expected)
+
+
+def sample_weights(groups: Sequence[Group]) -> list[float]:
+    """1 / (samples x tokens of the sample) for each action token: GRPO's and its kin's."""
+    samples = [t for group in groups for t in group.trajectories]
+    return [
+        1 / (len(samples) * t.num_action_tokens)
+        for t in samples
+        for turn in t.turns
+        for _ in turn.tokens
+    ]

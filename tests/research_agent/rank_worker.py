@@ -9,9 +9,11 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,8 +21,22 @@ import torch.distributed as dist
 from research_agent import step_metrics, trainer
 from research_agent.cli import main
 from research_agent.curriculum import CollapseMonitor
+from research_agent.engines.transformers import TransformersEngine
+from research_agent.errors import EngineError
 from research_agent.learner import Learner
+from research_agent.player import Player
+from research_agent.player_process import PlayerProcess
 from research_agent.trajectory import Group
+
+TIMEOUT = 12.0
+"""Seconds that a rank waits for one that hangs."""
+FAULTS: dict[str, tuple[type[Any], str]] = {
+    "start": (Player, "start"),
+    "weights": (TransformersEngine, "load_weights"),
+    "stage": (Player, "open_stage"),
+    "restore": (PlayerProcess, "restore"),
+    "hang": (Player, "start"),
+}
 
 
 def ended(words: Sequence[str]) -> tuple[int, str]:
@@ -49,6 +65,19 @@ def collapse_after_three_steps() -> None:
     trainer.CollapseMonitor = lambda share: CollapseMonitor(share, window=2)  # type: ignore
 
 
+def fault(name: str) -> contextlib.AbstractContextManager[Any]:
+    """Let a method fail; one that gathers weights has gathered the first by then."""
+
+    def fail(_: Any, *arguments: Any, **settings: Any) -> None:
+        if name == "weights":
+            next(iter(arguments[0]))
+        if name == "hang":
+            time.sleep(TIMEOUT + 3)
+        raise EngineError(f"{name}: out of order")
+
+    return mock.patch.object(*FAULTS[name], fail)
+
+
 def die_once(marker: Path, step: int) -> None:
     """Let the last rank be killed in an update, the first time that it comes there."""
     update = Learner.update
@@ -75,7 +104,8 @@ def run_all(file: Path) -> None:
         ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # EFBIG instead
         if case.get("limit") and rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (case["limit"], before[1]))
-        found = ended(words)
+        with fault(name) if name in FAULTS and rank == 1 else contextlib.nullcontext():
+            found = ended(words)
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
         file.with_name(f"{name}-{rank}.json").write_text(json.dumps(found))

@@ -6,6 +6,7 @@ For each set of servers every rank prints a line of JSON: what it sampled, or th
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -18,9 +19,9 @@ from research_agent.distributed import full_tensor, init_distributed, make_mesh,
 from research_agent.engines import parse_engine
 from research_agent.engines.base import SamplingParams
 from research_agent.engines.servers import serve
-from research_agent.engines.servers.engine import connect_servers
+from research_agent.engines.servers.engine import connect_servers, serve_engine
 from research_agent.errors import ResearchAgentError
-from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
+from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_qwen2
 
 
 class Gathered:
@@ -36,15 +37,21 @@ class Gathered:
             yield name, full_tensor(weight.detach()) * self._number
 
 
-def play(urls: list[str], name: str = "serve", dtype: str = "bfloat16") -> dict[str, Any]:
+def play(
+    urls: list[str], name: str = "serve", dtype: str = "bfloat16", *, nodes: bool = False
+) -> dict[str, Any]:
     """Sample four turns of this rank with two versions of the weights.
 
     Args:
         urls: addresses of the servers; without any, one is started.
         name: the engine that starts it; with settings, as if the machine had one GPU.
         dtype: number format of the servers' weights.
+        nodes: each rank is a node of its own.
     """
-    renderer = codec_of(byte_tokenizer(merges=True))
+    rank = dist.get_rank()
+    if nodes:
+        os.environ |= {"GROUP_RANK": str(rank), "LOCAL_RANK": "0"}
+    renderer = make_renderer(byte_tokenizer(merges=True))
     model = tiny_qwen2(hidden=128)
     shard(model, list(model.model.layers), make_mesh(model.device))
     settings: dict[str, Any] = {"max_context": 200, "dtype": dtype}
@@ -55,8 +62,7 @@ def play(urls: list[str], name: str = "serve", dtype: str = "bfloat16") -> dict[
         if name != "serve":
             serve.weights_device = lambda model: torch.device("cuda")  # type: ignore[attr-defined]
             torch.cuda.device_count = lambda: 1
-        engine = serve.serve_engine(parse_engine(name), model, renderer, 4, **settings)
-    rank = dist.get_rank()
+        engine = serve_engine(parse_engine(name), model, renderer, 4, **settings)
     turns, seen = [], []
     try:
         for version in (1, 2):
@@ -72,7 +78,7 @@ def play(urls: list[str], name: str = "serve", dtype: str = "bfloat16") -> dict[
             for slot in range(4):
                 engine.release(slot)
         dist.barrier()  # before the rank that started the server ends it
-        return {"turns": sorted(turns), "seen": seen}
+        return {"turns": sorted(turns), "seen": seen, "servers": engine._urls}
     finally:
         engine.close()
 
@@ -81,7 +87,7 @@ if __name__ == "__main__":
     with init_distributed():
         for name, arguments in json.loads(sys.argv[1]).items():
             try:
-                said = play(*arguments)
+                said = play(*arguments, nodes=name == "nodes")
             except ResearchAgentError as error:
                 said = {"error": type(error).__name__, "message": str(error)}
             print(json.dumps({"name": name, "rank": dist.get_rank(), **said}), flush=True)

@@ -68,6 +68,18 @@ def test_mistakes_are_named_with_status_2(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("words", [EVAL, ["sft", "miniworld"]])
+def test_torchrun_is_refused_where_every_rank_would_do_all_the_work(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert f"{words[0]} runs in one process; torchrun started 2" in err
+    monkeypatch.setenv("RANK", "1")  # rank 0 has said it
+    assert run(capsys, *words) == (2, "", "")
+
+
 def test_help_lists_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "train", "--help")
     assert code == 0

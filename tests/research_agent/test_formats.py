@@ -22,9 +22,7 @@ from research_agent.run_logger import read_lines
 from research_agent.trajectory import Segment, Trajectory
 from tests.research_agent.conftest import byte_tokenizer, tiny_qwen2
 from tests.research_agent.model_files import edit_json, save_model
-from tests.research_agent.test_trainer import flags, letters
-
-__all__ = ["letters"]
+from tests.research_agent.test_trainer import flags
 
 JUNK: list[Any] = [
     *(None, True, -1, 2**70, 10**400, 1e999, "x", "\ud800", [], {}, [[]], {"a": 1}),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from research_agent import distributed
 from tests.research_agent import fsdp_worker
@@ -21,18 +21,8 @@ LAYERS = 16
 
 def large_qwen2() -> Qwen2ForCausalLM:
     """A model whose weights are much more than the activations of a few tokens."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-    )
-    return Qwen2ForCausalLM(config).eval()
+    changes = {"num_hidden_layers": LAYERS, "tie_word_embeddings": False}
+    return tiny_qwen2(64, hidden=64, initializer_range=0.02, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +95,7 @@ def test_what_some_ranks_save_others_resume(folder: Path, case: str, before: int
 @pytest.mark.parametrize("size", [2, 3])
 def test_what_ranks_save_is_a_model_of_transformers(folder: Path, size: int) -> None:
     saved = folder / f"packed-{size}" / "step-000001"
-    assert len(list(saved.glob("model-*-of-*.safetensors"))) > 1  # of one bucket each
+    assert len(list(saved.glob("model-*-of-*.safetensors"))) > 1  # one file per bucket
     model, loaded = AutoModelForCausalLM.from_pretrained(
         saved, dtype=torch.float64, output_loading_info=True
     )
@@ -149,6 +139,8 @@ def test_weights_are_gathered_in_half_precision_and_kept_in_full(measured: Path,
         assert found["gathered"] == torch.bfloat16
         assert found["kept"] == found["moments"] == {torch.float32}
         assert found["reference"] == {torch.bfloat16}
+        assert found["critic"] == {(True, torch.float32)}
+        assert found["critic_gathered"] == {torch.bfloat16}
         assert found["metrics"]["kl"] == 0.0  # both round alike
         assert found["metrics"]["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.05)
 

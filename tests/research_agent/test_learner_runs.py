@@ -17,9 +17,7 @@ from research_agent.cli import main
 from research_agent.curriculum import CollapseMonitor
 from research_agent.learner import Learner
 from research_agent.trajectory import Group
-from tests.research_agent.test_trainer import final_bytes, flags, letters, metrics, refusal
-
-__all__ = ["letters"]  # the fixture
+from tests.research_agent.test_trainer import final_bytes, flags, metrics, refusal
 
 
 def test_adapters_learn_in_a_run_and_survive_a_resume(letters: Path, tmp_path: Path) -> None:

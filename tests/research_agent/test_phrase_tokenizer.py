@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from research_agent.phrase_tokenizer import END, phrase_tokenizer
 from research_agent.renderer import Renderer, load_renderer
-from tests.research_agent.conftest import codec_of
+from tests.research_agent.conftest import make_renderer
 
 PHRASES = ["the cat", "the ", "cat", " sat", "at", "s", "<search>", "\n", "é", "été", "0"]
 TRICKS = [
@@ -32,7 +32,7 @@ TRICKS = [
 
 @cache
 def renderer() -> Renderer:
-    return codec_of(phrase_tokenizer(PHRASES))
+    return make_renderer(phrase_tokenizer(PHRASES))
 
 
 def pieces(text: str) -> list[str]:
@@ -94,5 +94,5 @@ def test_repeated_phrases_count_once_and_the_end_is_the_only_way_out(tmp_path: P
     opened = load_renderer(tmp_path)
     assert opened.end_ids == {tokenizer.eos_token_id}
     text = "a bc <0x41> é" + END
-    assert opened.encode_text(text) == codec_of(tokenizer).encode_text(text)
+    assert opened.encode_text(text) == make_renderer(tokenizer).encode_text(text)
     assert opened.decode(opened.encode_text(text)) == text

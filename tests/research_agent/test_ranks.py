@@ -18,10 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from research_agent.cli import main
 from research_agent.files import folder_lock
 from tests.research_agent.conftest import tiny_qwen2
-from tests.research_agent.test_trainer import flags, letters, metrics
+from tests.research_agent.rank_worker import TIMEOUT
+from tests.research_agent.test_trainer import flags, metrics
 from tests.research_agent.torchrun import in_processes, torchrun
-
-__all__ = ["letters"]
 
 WORKER = "tests.research_agent.rank_worker"
 
@@ -68,6 +67,8 @@ def ended(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     def words(name: str, *more: str, model: Path = letters) -> list[str]:
         return flags(model, place / name, "--steps", "2", *more)
 
+    ahead = ["--max-staleness", "1"]
+    stages = ["--stages", "steps=1 turns=1", "turns=2"]
     back = ["--collapse", "0.4", "--on-collapse", "rollback", "--keep", "9", "--steps", "7"]
     cases: dict[str, dict[str, Any]] = {
         **{name: {"words": words(f"run-{name}", model=m)} for name, m in broken.items()},
@@ -81,6 +82,12 @@ def ended(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         "full": {"words": words("run-full"), "limit": 10_000},
         "eval": {"words": words("run-eval", "--eval-every", "1")},
         "prompt": {"words": words("run-prompt", "--max-prompt", "1")},
+        "start": {"words": words("run-start")},
+        "weights": {"words": words("run-weights")},
+        "stage": {"words": words("run-stage", *stages)},
+        "ahead": {"words": words("run-ahead", *ahead, "--steps", "1")},
+        "restore": {"words": words("run-ahead", *ahead)},
+        "hang": {"words": words("run-hang", "--collective-timeout", str(TIMEOUT / 60))},
         "back": {"words": words("run-back", *back), "collapse": True},
     }
     with ExitStack() as stack:
@@ -118,6 +125,10 @@ def ended(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         ("full", "cannot write the checkpoint of step 2 .*there is none before it; free some"),
         ("eval", "run-eval/evaluations"),
         ("prompt", "max-prompt"),
+        ("start", "start: out of order"),
+        ("weights", "weights: out of order"),
+        ("stage", "stage: out of order"),
+        ("restore", "restore: out of order"),
     ],
 )
 def test_what_is_wrong_is_said_once_and_all_ranks_stop(
@@ -128,6 +139,15 @@ def test_what_is_wrong_is_said_once_and_all_ranks_stop(
     assert said.count("research-agent: error: ") == 1 and "Traceback" not in said
     assert re.search(message, said, re.DOTALL), said
     assert "error" not in also, also
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_waited_for_until_the_timeout(
+    ended: tuple[Path, dict[str, Any]],
+) -> None:
+    (first, said), (second, _) = ended[1]["hang"]
+    assert (first, second) == (2, 2)
+    assert "another rank stopped or did not answer for 0.2 minutes" in said
 
 
 @pytest.mark.slow

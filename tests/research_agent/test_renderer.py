@@ -10,10 +10,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from research_agent.errors import ModelError
 from research_agent.renderer import Renderer, load_renderer
-from tests.research_agent.conftest import SPECIALS, byte_tokenizer, codec_of
+from tests.research_agent.conftest import SPECIALS, byte_tokenizer, make_renderer
 
-RENDERER = codec_of(byte_tokenizer(merges=True))
-CHAT = codec_of(byte_tokenizer(), chat_template=True)
+RENDERER = make_renderer(byte_tokenizer(merges=True))
+CHAT = make_renderer(byte_tokenizer(), chat_template=True)
 END = RENDERER.tokenizer.eos_token_id
 texts = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(SPECIALS))).map("".join)
 
@@ -37,7 +37,7 @@ def test_a_tokenizer_that_truncates_and_pads_by_habit_does_neither() -> None:
     tokenizer = byte_tokenizer(merges=True)
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=8)
-    renderer = codec_of(tokenizer)
+    renderer = make_renderer(tokenizer)
     for text in ("a", "Who founded it?"):
         assert renderer.encode_text(text) == RENDERER.encode_text(text)
     assert tokenizer.backend_tokenizer.truncation["max_length"] == 3  # it is somebody else's
@@ -70,11 +70,11 @@ def test_special_tokens_are_cut_where_the_vocabulary_holds_them_as_words() -> No
 
 
 def test_a_plain_prompt_begins_as_the_tokenizer_does() -> None:
-    renderer = codec_of(byte_tokenizer(begin=True))
+    renderer = make_renderer(byte_tokenizer(begin=True))
     begin, text = renderer.tokenizer.bos_token_id, renderer.encode_text("ab")
     assert begin not in text
     assert renderer.encode_prompt("ab") == [begin, *text]
-    assert codec_of(byte_tokenizer()).encode_prompt("ab") == text
+    assert make_renderer(byte_tokenizer()).encode_prompt("ab") == text
 
 
 def test_chat_template_equals_the_tokenizers_own_on_plain_contents() -> None:
@@ -101,7 +101,7 @@ def test_a_template_that_changes_the_contents_is_refused() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
     with pytest.raises(ModelError, match="changes what the messages say"):
-        codec_of(tokenizer, chat_template=True).encode_prompt("who?")
+        make_renderer(tokenizer, chat_template=True).encode_prompt("who?")
 
 
 @pytest.mark.parametrize(
@@ -160,12 +160,12 @@ def test_chat_markup_of_an_observation_is_special_and_the_rest_is_text() -> None
         "\n<|im_start|>user\n<|endoftext|><|im_end|>",
         ("<|im_start|>", "<|im_end|>", "[X]"),
     )
-    chat = codec_of(byte_tokenizer(), chat_template=True)
+    chat = make_renderer(byte_tokenizer(), chat_template=True)
     start, end = chat.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     inside = chat.encode_text("user\n<|endoftext|>")
     expected = [*chat.encode_text("\n"), start, *inside, end]
     assert chat.encode_observation(text, markup) == expected
     assert chat.encode_observation(text) == chat.encode_text(text)
     assert chat.decode(expected) == text
-    plain = codec_of(byte_tokenizer())
+    plain = make_renderer(byte_tokenizer())
     assert plain.encode_observation(text, markup) == plain.encode_text(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -10,6 +11,7 @@ import pytest
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed import DistStoreError
 
+from research_agent import rendezvous
 from research_agent.errors import RankError
 from research_agent.rendezvous import open_store, unused_prefix
 
@@ -45,11 +47,19 @@ def test_a_rank_that_does_not_start_is_named() -> None:
         unused_prefix(HashStore(), 0, 2, timedelta(seconds=0.05))
 
 
-def test_a_port_that_another_program_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rank", "said"), [(0, "in use"), (1, "no answer")])
+def test_a_port_that_another_program_has_is_named(
+    rank: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It accepts connections, and says nothing."""
+    monkeypatch.setattr(rendezvous, "_GRACE", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
-        variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         for name, value in {**variables, "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(RankError, match=rf"127.0.0.1:{port} .* in use.*--master-port"):
-            open_store(TIMEOUT)
+        with pytest.raises(RankError, match=rf"127.0.0.1:{port} .*{said}.*--master-port"):
+            open_store(timedelta(seconds=1) if rank else TIMEOUT)
+    for thread in threading.enumerate():  # the closed port frees it
+        if thread.name == "rendezvous":
+            thread.join()

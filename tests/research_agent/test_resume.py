@@ -18,13 +18,10 @@ from research_agent.files import folder_lock
 from research_agent.run_logger import read_lines
 from tests.research_agent.test_trainer import (
     flags,
-    letters,
     metrics,
     refusal,
     wait_for_step,
 )
-
-__all__ = ["letters"]
 
 Capture = pytest.CaptureFixture[str]
 

@@ -21,13 +21,13 @@ from research_agent.errors import ConfigError, ContextError, EnvironmentContract
 from research_agent.renderer import Renderer
 from research_agent.rollout import collect
 from research_agent.trajectory import SKIPPED, Trajectory
-from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
+from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_qwen2
 from tests.research_agent.toy_env import CopyLetter, CopyLetterVector
 
 TOY = "tests.research_agent.toy_env:CopyLetter-v0"
 DOORS = "tests.research_agent.doors_env"
 NATIVE = "tests.research_agent.toy_env:CopyLetterNative-v0"
-RENDERER = codec_of(byte_tokenizer())
+RENDERER = make_renderer(byte_tokenizer())
 END = RENDERER.tokenizer.eos_token_id
 
 
@@ -97,7 +97,7 @@ def test_an_episode_token_by_token() -> None:
 
 
 def test_a_chat_template_gets_the_messages() -> None:
-    renderer = codec_of(byte_tokenizer(), chat_template=True)
+    renderer = make_renderer(byte_tokenizer(), chat_template=True)
     environments = make_environments(TOY, 1)
     (trajectory,) = collect(says("b"), environments, renderer, [(1, 0)], Limits())
     prompt = trajectory.segments[0]

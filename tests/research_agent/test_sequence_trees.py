@@ -115,7 +115,7 @@ def test_a_row_holds_each_beginning_once_and_each_action_token_finds_its_own(
             assert micro.tokens[0][path].tolist() == read
             beginnings |= {tuple(read[: n + 1]) for n in range(len(read))}
         if len(set(micro.part.groups.tolist())) == 1 and budget >= sum(map(len, batch.tokens)):
-            assert micro.tokens.shape[1] == len(beginnings)  # of one group: nothing stands twice
+            assert micro.tokens.shape[1] == len(beginnings)  # one group: nothing stands twice
         for a, place in enumerate(micro.logit_index.tolist()):
             path = micro.tree.paths[int(micro.part.seq_ids[a])]
             assert place == int(path[int(micro.part.positions[a]) - 1])

@@ -29,10 +29,10 @@ from research_agent.errors import (
     NonFiniteError,
     ResearchAgentError,
 )
-from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
+from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_qwen2
 from tests.research_agent.fake_vllm import FakeVllm, script
 
-RENDERER = codec_of(byte_tokenizer(merges=True))
+RENDERER = make_renderer(byte_tokenizer(merges=True))
 END = RENDERER.tokenizer.eos_token_id
 MODEL = tiny_qwen2(hidden=128)  # with the heads of 32 that vLLM wants, and a tied one
 

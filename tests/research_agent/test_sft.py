@@ -20,7 +20,7 @@ from research_agent.phrase_tokenizer import phrase_tokenizer
 from research_agent.renderer import Renderer, load_renderer
 from research_agent.sft import SFTConfig, as_trajectory, run
 from research_agent.trajectory import Group
-from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_llama
+from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_llama
 
 Parts = list[tuple[str, str]]
 HERE = __name__
@@ -76,7 +76,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def renderer() -> Renderer:
-    return codec_of(phrase_tokenizer(letters()))
+    return make_renderer(phrase_tokenizer(letters()))
 
 
 def predictions(folder: Path, parts: Parts) -> list[tuple[str, float]]:
@@ -313,7 +313,7 @@ def test_a_model_with_a_chat_template_is_not_learned_as_bare_text_unasked(instru
 
 def test_messages_are_learned_through_the_chat_template(instruct: Path) -> None:
     assert fit(instruct, CHAT_LINE, chat_template=True).is_dir()
-    renderer = codec_of(byte_tokenizer(), chat_template=True)
+    renderer = make_renderer(byte_tokenizer(), chat_template=True)
     prompt, action = as_trajectory(CHAT_LINE["segments"], renderer).segments  # type: ignore[arg-type]
     assert renderer.decode(prompt.tokens) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n"

@@ -36,14 +36,11 @@ from tests.research_agent.test_rollout import END, RENDERER, Fake, Limits
 from tests.research_agent.test_trainer import (
     flags,
     kill_within,
-    letters,
     refusal,
     run_alone,
     start,
 )
 from tests.research_agent.torchrun import in_two_processes
-
-__all__ = ["letters"]
 
 AHEAD = {
     "collection": (PlayerProcess, "collect"),
@@ -246,7 +243,7 @@ def drive(
 def test_turns_that_are_cut_go_on_as_if_they_had_not_been(
     stop: tuple[str, ...], renderer: Renderer
 ) -> None:
-    """Of a real model with random weights: same draws, same ends, stop strings across cuts."""
+    """A real model with random weights: same draws, same ends, stop strings across cuts."""
     model, slots = tiny_qwen2(), 40
     prompts = [renderer.encode_text(f"p{slot}") for slot in range(slots)]
     params = SamplingParams(max_tokens=30, stop=stop, seed=5)

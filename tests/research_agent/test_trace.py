@@ -16,9 +16,7 @@ from research_agent.rollout import RolloutLoop, collect
 from research_agent.trace import Trace, TracedEngine, TracedEnvironments, span
 from tests.research_agent.test_rollout import END, RENDERER, Fake, Limits
 from tests.research_agent.test_staleness import Unable
-from tests.research_agent.test_trainer import final_bytes, flags, letters
-
-__all__ = ["letters"]  # a fixture
+from tests.research_agent.test_trainer import final_bytes, flags
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -108,7 +106,7 @@ def test_a_traced_engine_is_the_engine(tmp_path: Path) -> None:
 
     for able in (False, True):
         assert run(able, traced=True) == run(able, traced=False)
-    assert len(spans(tmp_path / "trace.json", "sync")) == 0  # of the run that was not traced
+    assert len(spans(tmp_path / "trace.json", "sync")) == 0  # the untraced run wrote nothing
     run(able=True, traced=True)
     assert len(spans(tmp_path / "trace.json", "sync")) == 1
 

@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,31 +25,13 @@ from research_agent.learner import Learner
 from research_agent.player import Player
 from research_agent.run_logger import RunLogger, read_lines
 from tests.forks import FORKS
-from tests.research_agent.conftest import letter_tokenizer, tiny_qwen2
 from tests.research_agent.disks import resize, small_disk
 from tests.research_agent.torchrun import in_two_processes
 
 COPY = "tests.research_agent.toy_env:CopyLetter-v0"
 FAILING = "tests.research_agent.failing_env:Failing-v0"
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """More threads than one only wait for each other on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder: eleven tokens, a letter each, and random weights."""
-    folder = tmp_path_factory.mktemp("letters")
-    tokenizer = letter_tokenizer("abcd=?.xy")
-    tokenizer.save_pretrained(folder)
-    tiny_qwen2(len(tokenizer), hidden=32, context=64).save_pretrained(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def flags(model: Path, output: Path, *more: str, env: str = COPY) -> list[str]:
@@ -97,7 +78,7 @@ def test_the_trainer_learns_a_game_that_is_not_search(
     summary = last_json(capsys)
     records = metrics(tmp_path / "run")
     assert [r["step"] for r in records] == list(range(61))
-    assert records[1]["reward"] < 0.8  # of 2; a tenth is right by chance
+    assert records[1]["reward"] < 0.8  # 2 is the most; a tenth is right by chance
     assert records[-1]["reward"] > 1.6
     assert records[0]["eval/right"] < 0.5
     assert records[-1]["eval/right"] == 1.0
@@ -469,6 +450,12 @@ def test_two_processes_train_what_one_trains(letters: Path, tmp_path: Path) -> N
     assert [sorted(record) for record in two] == [sorted(record) for record in one]
     for theirs, ours in zip(two, one, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
+    played = [tmp_path / name / "evaluations" / "step-000004" for name in ("one", "two")]
+    episodes = [
+        [line.get("episode") for line in read_lines(folder / "predictions.jsonl")]
+        for folder in played
+    ]
+    assert episodes[0] == episodes[1]  # each rank played its share
     folders = [tmp_path / name / "checkpoints" / "step-000005" for name in ("one", "two")]
     ours, theirs = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in folders)
     # A key's bias moves no attention, so its gradient is noise about 0, which Adam makes large.

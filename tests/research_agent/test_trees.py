@@ -31,12 +31,17 @@ from research_agent.run_logger import METRICS, read_lines
 from research_agent.trace import Trace, TracedEngine
 from research_agent.trajectory import NOT_GROWN, Group, Segment, Trajectory
 from research_agent.trees import Forking, TreePlan, Trees
-from tests.research_agent.conftest import byte_tokenizer, codec_of, letter_tokenizer, tiny_qwen2
+from tests.research_agent.conftest import (
+    byte_tokenizer,
+    make_renderer,
+    save_letter_model,
+    tiny_qwen2,
+)
 from tests.research_agent.test_rollout import Limits
 from tests.research_agent.torchrun import in_two_processes
 
 DOORS = "tests.research_agent.doors_env:Doors-v0"
-RENDERER = codec_of(byte_tokenizer())
+RENDERER = make_renderer(byte_tokenizer())
 END = RENDERER.tokenizer.eos_token_id
 
 
@@ -443,11 +448,7 @@ def test_whole_trees_survive_a_checkpoint_and_others_grow_anew() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("doors")
-    tokenizer = letter_tokenizer("azxy=?01234567")
-    tokenizer.save_pretrained(folder)
-    tiny_qwen2(len(tokenizer), hidden=32, context=64).save_pretrained(folder)
-    return folder
+    return save_letter_model(tmp_path_factory.mktemp("doors"), "azxy=?01234567")
 
 
 def run_words(model: Path, output: Path, *more: str, algorithm: str = "tree_grpo") -> list[str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from io import StringIO
+from typing import Any
 
-from research_env import Dataset, Hit, Passage, Question
+from research_env import Dataset, Hit, Passage, Question, testing
 from research_env.errors import RetrievalError
+from research_env.sessions import Sessions
 
 
 class Terminal(StringIO):
@@ -75,6 +78,14 @@ class Engine:
             return RetrievalError(f"no answer for {query!r}")
         numbers = [int(word) for word in query.split() if word.isdecimal() and len(word) < 4]
         return [hit(n, text=f"About {query} number {n}.", score=9.0 - n) for n in numbers][:top_k]
+
+
+@contextmanager
+def suite_sessions(**more: Any) -> Iterator[tuple[Sessions, testing.Engine]]:
+    """Sessions for the conformance suite, and their engine."""
+    settings = testing.settings()
+    with Sessions(**{"max_wait": 0.05, **more}, **settings) as sessions:
+        yield sessions, settings["retriever"]
 
 
 def search(query: str) -> str:

@@ -130,8 +130,11 @@ def test_whatever_is_written_the_environment_answers(
 
 
 @pytest.mark.parametrize("rules", PROTOCOLS.values(), ids=PROTOCOLS)
-@pytest.mark.parametrize("piece", ["x", "<search>", "<answer>", "\\boxed{", "\x00", "\ud800", "a "])
+@pytest.mark.parametrize(
+    "piece", ["<search>", "<answer>", "<think>", "\\boxed{", "{", "\ud800", "a "]
+)
 def test_a_megabyte_is_an_action_like_any_other(rules: Protocol, piece: str) -> None:
+    """What reads it in quadratic time would not come back today."""
     text = piece * (1_000_000 // len(piece))
     env = SearchQAEnv(dataset=DATASET, retriever=Engine(), protocol=rules, max_turns=3)
     env.reset(seed=0)

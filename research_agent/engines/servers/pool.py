@@ -18,9 +18,8 @@ from research_agent.errors import EngineError
 
 _LOG = logging.getLogger(__name__)
 
-_CHECK = 5.0  # seconds between looks at a server's health
+_CHECK = 5.0  # seconds between looks at a server's health; a fifth if it is dead
 _TIMEOUT = 30.0  # seconds for the answer to a look
-_LONGEST_PAUSE = 30.0  # seconds between attempts to take a server back
 _REFUSED = (400, 413, 422)  # statuses for a turn that no server would take
 _ATTEMPTS = 4  # per turn: this many plus one per server
 _NEAR = 3  # turns that a server may have more than twice another's, and keep its trajectories
@@ -222,18 +221,15 @@ class ServerPool:
 
     async def _watch(self, server: _Sampler) -> None:
         """Check regularly whether a server is alive, or alive again."""
-        pause = 1.0
         while True:
-            await asyncio.sleep(_CHECK if server.alive else min(pause, _CHECK))
+            await asyncio.sleep(_CHECK if server.alive else _CHECK / 5)
             try:
                 if server.alive:
                     await server.looks.ask("GET", "health", timeout=_TIMEOUT)
                 else:
                     await self._look_again(server)
-                pause = 1.0
             except RequestError as error:
                 self._mark_dead(server, str(error))
-                pause = min(2 * pause, _LONGEST_PAUSE)
 
     async def _look_again(self, server: _Sampler) -> None:
         """Use a server again if it has the current weights, from before or by now.

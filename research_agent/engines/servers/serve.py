@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from research_agent.distributed import run_together, torchrun, without_torchrun
-from research_agent.engines.checks import CONTINUE, context_limit, require_gpus, weights_device
-from research_agent.engines.servers.engine import ServerEngine, connect_servers
+from research_agent.engines.checks import CONTINUE, require_gpus, weights_device
 from research_agent.errors import EngineError
+from research_agent.torchrun import without_torchrun
 
 if TYPE_CHECKING:
     from research_agent.engines import EngineSpec
@@ -126,65 +125,6 @@ class ServerProcess:
         first = re.search(r"\w+Error: .+", text)
         cause = f"Its first error: {first[0]}. " if first else ""
         return f"{cause}The end of its output: {text[-_LOG_TAIL:].strip()}"
-
-
-def serve_engine(
-    spec: EngineSpec,
-    model: Any,
-    renderer: Renderer,
-    max_slots: int,
-    max_context: int | None = None,
-    *,
-    dtype: str | None = None,
-) -> ServerEngine:
-    """Start a server on each node, and make an engine of them; every rank calls it.
-
-    Args:
-        spec: GPUs of each server, and its share of their memory.
-        model: the policy, of the transformers library.
-        renderer: its tokenizer.
-        max_slots: trajectories that this rank samples at the same time.
-        max_context: tokens that a trajectory may have; the model's own limit by default.
-        dtype: number format of the servers' weights; the model's own by default.
-
-    Raises:
-        ConfigError: a server would need more GPUs than a node has.
-        ContextError: more context than the model has.
-        EngineError: a server does not start.
-        StoppedError: this is not rank 0, which has one of these errors.
-    """
-    context = context_limit(model, max_context)
-    dtype = dtype or str(model.dtype).removeprefix("torch.")
-    slots = max_slots * torchrun("LOCAL_WORLD_SIZE", 1)
-    node = torchrun("GROUP_RANK", 0)
-    starts = torchrun("LOCAL_RANK", 0) == 0
-    process: list[ServerProcess] = []
-
-    def start() -> tuple[int, str]:
-        if not starts:
-            return node, ""
-        process.append(
-            ServerProcess(model, renderer, spec, context=context, slots=slots, dtype=dtype)
-        )
-        process[0].wait()
-        return node, process[0].url
-
-    try:
-        urls = [url for number, url in run_together(start) if number == node and url]
-        return connect_servers(
-            model,
-            renderer,
-            urls,
-            context,
-            by="folder" if weights_device(model).type == "cpu" else "ipc",
-            dtype=dtype,
-            gives=starts,
-            process=process[0] if process else None,
-        )
-    except BaseException:
-        for each in process:
-            each.close()
-        raise
 
 
 def _arguments(

@@ -264,7 +264,7 @@ def _check_model(url: str, inspection: str, needs: Needs) -> None:
         for name, pattern in found.items()
         if (match := re.search(pattern, inspection))
     }
-    # Of the entries in the list of layers, such as (0-26): or (27):, the last index counts.
+    # The list of layers has entries such as (0-26): or (27):. The last index counts.
     if layers := re.search(r"^( *)\(layers\): .*\n((?:\1 .*\n)*)", inspection, re.MULTILINE):
         entries = re.findall(rf"^{layers[1]}  \(([\d, -]+)\): ", layers[2], re.MULTILINE)
         numbers = [int(number) for entry in entries for number in re.findall(r"\d+", entry)]

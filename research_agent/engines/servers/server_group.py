@@ -25,8 +25,8 @@ class Outcome:
     """What came of a piece of work on one rank's servers, by their addresses.
 
     Attributes:
-        models: of the servers where it went well: the name each gives the policy.
-        problems: of the others: what went wrong.
+        models: the name that each server gives the policy, where it went well.
+        problems: what went wrong on the others.
         software: versions of vLLM.
     """
 

@@ -20,7 +20,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
-from threading import Lock, Thread, get_ident
+from threading import Lock, get_ident
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
@@ -31,6 +31,7 @@ from research_agent.engines.remote import RequestError
 from research_agent.engines.servers.server import BACKEND, RELOAD_TIMEOUT, Server
 from research_agent.errors import ConfigError, EngineError, ModelError
 from research_agent.redaction import one_line
+from research_agent.threads import in_thread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +108,7 @@ class _Links:
                 self.problems[server.url] = str(error)
                 if not self.failed.done():
                     self.failed.set_result(None)
-                _in_thread(self.broken)
+                in_thread(self.broken, "weights")
 
         await asyncio.gather(*map(post, self._servers, payloads))
 
@@ -156,7 +157,7 @@ class Transfer:
         """
         links = _Links(servers, loop)
         source = _Source(self._names, weights, self._dtype)
-        work = _in_thread(lambda: self._run(links, source, servers))
+        work = in_thread(lambda: self._run(links, source, servers), "weights")
         # By NCCL one server that fails is the end of it; by IPC the others go on.
         ends = (work, links.failed) if self._backend == "nccl" else (work,)
         wait(ends, RELOAD_TIMEOUT + _GRACE, FIRST_COMPLETED)
@@ -300,19 +301,3 @@ def _meeting_place(urls: Sequence[str]) -> tuple[str, int]:
     with socket.socket() as free:
         free.bind((address, 0))
         return address, int(free.getsockname()[1])
-
-
-def _in_thread(work: Callable[[], None]) -> Future[None]:
-    """Let a thread do it that nobody need wait for, not even Python at its end."""
-    future: Future[None] = Future()
-    future.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            work()
-            future.set_result(None)
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, name="weights", daemon=True).start()
-    return future

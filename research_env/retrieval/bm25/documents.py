@@ -74,7 +74,7 @@ def document_table(
     Args:
         count: number of passages.
         passage_at: the passage in a row.
-        fingerprint: of the corpus; names the files in the cache.
+        fingerprint: fingerprint of the corpus; names the files in the cache.
     """
     files = [cache_folder() / "documents" / f"{fingerprint[:32]}-{name}.npy" for name in _NAMES]
     if count >= _KEPT:

@@ -57,7 +57,7 @@ def plan_reading(
     """Decide how documents are found.
 
     Args:
-        mappings: of each index behind the name.
+        mappings: mappings of each index behind the name.
         title: the user's field of titles; None if there is none, or for an index of research-env.
         address: the index, for messages.
         own: whether research-env made it.

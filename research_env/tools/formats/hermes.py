@@ -39,7 +39,7 @@ def write_call(name: str, arguments: Mapping[str, Any]) -> str:
     """A call as a policy writes it, for demonstrations, tests and adapters.
 
     Args:
-        name: of the tool.
+        name: name of the tool.
         arguments: JSON values.
     """
     return _marked(json.dumps({"name": name, "arguments": dict(arguments)}, ensure_ascii=False))

@@ -41,7 +41,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 VOCABULARY = 264
 GROUPS, SAMPLES = 3, 4
-PAD = 0
 TRL_EPSILON = 1e-4  # what TRL adds to standard deviations
 
 
@@ -209,7 +208,7 @@ def _ours(
 
 
 def _difference(ours: Result, theirs: Result) -> tuple[float, float]:
-    """Of the losses, and largest of the gradients; relative to the gradient's largest entry."""
+    """Return how far the losses differ, and the gradients, relative to their largest entry."""
     assert ours[1].keys() == theirs[1].keys()
     scale = max(value.abs().max().item() for value in theirs[1].values())
     worst = max((value - theirs[1][name]).abs().max().item() for name, value in ours[1].items())

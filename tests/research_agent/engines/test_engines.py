@@ -18,7 +18,7 @@ from research_agent.errors import ConfigError, ContextError, ModelError, NonFini
 from research_agent.renderer import Renderer
 from tests.research_agent.conftest import (
     byte_tokenizer,
-    codec_of,
+    make_renderer,
     sliding_qwen2,
     tiny_gpt2,
     tiny_llama,
@@ -190,7 +190,7 @@ def test_draws_follow_the_distribution(start: Start, renderer: Renderer) -> None
 
 
 def chain(tokenizer: Any, links: Sequence[Sequence[str]]) -> dict[int, int]:
-    """Which token follows which: each sequence of pieces, one token a piece."""
+    """Which token follows which: each sequence of pieces, one token per piece."""
     following: dict[int, int] = {}
     for pieces in links:
         ids = [tokenizer(piece)["input_ids"] for piece in pieces]
@@ -443,7 +443,7 @@ def test_long_submissions_are_split_over_steps(
 
 
 def test_tokens_of_many_bytes(renderer: Renderer) -> None:
-    renderer = codec_of(byte_tokenizer())
+    renderer = make_renderer(byte_tokenizer())
     engine = ScriptedEngine(lambda *_: renderer.encode_text("é»x"), renderer)
     engine.submit(0, renderer.encode_text("a"), SamplingParams(stop=("»",)))
     assert [turn.text for turn in finish(engine)] == ["é»"]

@@ -31,7 +31,7 @@ from research_agent.presets import PRESETS
 from research_agent.renderer import Renderer, load_renderer
 from research_agent.rollout import collect
 from research_agent.trajectory import Group, Trajectory
-from tests.research_agent.conftest import tiny_qwen2, wide_qwen2
+from tests.research_agent.conftest import save_letter_model, tiny_qwen2, wide_qwen2
 from tests.research_agent.engines.test_engines import Player, finish
 from tests.research_agent.test_trainer import final_bytes, flags, metrics
 from tests.research_agent.torchrun import in_two_processes
@@ -286,14 +286,8 @@ def test_engines_come_and_go(
 
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder with a token a letter, whose heads vLLM can run."""
-    from tests.research_agent.conftest import letter_tokenizer
-
-    folder = tmp_path_factory.mktemp("letters")
-    tokenizer = letter_tokenizer("abcd=?.xy")
-    tokenizer.save_pretrained(folder)
-    tiny_qwen2(len(tokenizer), hidden=128, context=64).save_pretrained(folder)
-    return folder
+    """A folder of a model with ten tokens, whose heads vLLM can run."""
+    return save_letter_model(tmp_path_factory.mktemp("letters"), hidden=128)
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from research_agent.cli import main
 from research_agent.config import SamplingConfig
@@ -32,26 +31,23 @@ from research_agent.evaluation.summary import Outcome, Part, Summary, outcome, s
 from research_agent.files import folder_lock
 from research_agent.trajectory import Segment, Trajectory
 from tests import forks
-from tests.research_agent.conftest import byte_tokenizer, codec_of, letter_tokenizer, tiny_qwen2
+from tests.research_agent.conftest import (
+    byte_tokenizer,
+    make_renderer,
+    tiny_qwen2,
+)
 from tests.research_agent.quiz_env import Quiz
 
 TOY = "tests.research_agent.toy_env:CopyLetter-v0"
 QUIZ = "tests.research_agent.quiz_env:Quiz-v0"
-RENDERER = codec_of(byte_tokenizer())
+RENDERER = make_renderer(byte_tokenizer())
 END = RENDERER.tokenizer.eos_token_id
 HEADER = {"model": {"name": "script", "fingerprint": "1"}, "versions": {"python": "3"}}
 
 Record = dict[str, Any]
 Script = Callable[[Sequence[int], SamplingParams], list[int]]
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """More threads than one only wait for each other on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def always(text: str) -> Script:
@@ -98,7 +94,7 @@ def in_order(output: Path) -> list[Record]:
 
 def test_every_task_once(tmp_path: Path) -> None:
     summary = run(tmp_path / "new", always("cé"), {"turns": 2})
-    # Of ab, bc, cd, da: half of bc and of cd is right, and a right turn is worth 1.
+    # The tasks are ab, bc, cd, da: half of bc and half of cd is right; a right turn is worth 1.
     assert (summary.episodes, summary.questions, summary.void, summary.samples) == (4, 4, 0, 1)
     assert summary.reward == 0.5
     assert summary.metrics == {"right": 0.25, "tokens": 8.0, "turns": 2.0}
@@ -269,7 +265,7 @@ def test_void_episodes_are_played_again(tmp_path: Path) -> None:
     args = {"down": str(down)}
     first = quiz(tmp_path / "run", always("a"), env_args=args)
     assert (first.episodes, first.void) == (3, 3)
-    assert first.metrics["em"] == pytest.approx(2 / 3)  # of a, c, a
+    assert first.metrics["em"] == pytest.approx(2 / 3)  # mean over a, c, a
     down.unlink()
     again = quiz(tmp_path / "run", always("a"), env_args=args)
     assert (again.episodes, again.void) == (6, 0)
@@ -485,8 +481,8 @@ def test_pass_at_k_is_over_the_questions_that_have_so_many_samples() -> None:
     found = summarize(outcomes).pass_at["f1"]
     assert list(found) == ["1", "2", "3"]
     assert found["1"].questions == found["2"].questions == 2
-    assert found["1"].mean == pytest.approx(1 / 6)  # of 1/3 and 0
-    assert found["2"].mean == pytest.approx(1 / 3)  # of 2/3 and 0
+    assert found["1"].mean == pytest.approx(1 / 6)  # mean over 1/3 and 0
+    assert found["2"].mean == pytest.approx(1 / 3)  # mean over 2/3 and 0
     assert found["2"].interval == pytest.approx((0.0, 2 / 3))
     assert (found["3"].mean, found["3"].questions) == (1.0, 1)  # b has only two
     assert summarize(samples("a", True)).pass_at == {}
@@ -509,7 +505,7 @@ def test_the_majority_is_of_predictions_and_the_first_seen_wins_a_tie() -> None:
     assert majority is not None
     assert (majority.questions, majority.episodes) == (4, 4)
     assert majority.metrics["em"] == 0.5  # most and silent
-    assert majority.reward == pytest.approx((1.1 + 0.0 + 1.2 + 0.0) / 4)  # of the first that won
+    assert majority.reward == pytest.approx((1.1 + 0.0 + 1.2 + 0.0) / 4)  # the first winner's
     assert summarize([one("q"), one("q", 1)]).majority is None
     assert summarize(vote("q", ("Rome", 1.0))).majority is None
 
@@ -527,16 +523,6 @@ def test_a_void_sample_has_no_vote() -> None:
 
 
 # --- the command ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder: eleven tokens, a letter each, and random weights."""
-    folder = tmp_path_factory.mktemp("letters")
-    tokenizer = letter_tokenizer("abcd=?!xy")
-    tokenizer.save_pretrained(folder)
-    tiny_qwen2(len(tokenizer), hidden=32, context=64).save_pretrained(folder)
-    return folder
 
 
 def words(model: Path, output: Path, fuse: Path, *more: str) -> list[str]:

@@ -19,7 +19,7 @@ from research_agent.models.prepare import prepare, require_learnable
 from research_agent.models.probe import logit_difference
 from research_agent.renderer import Renderer
 from research_agent.trees import Forking
-from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_llama
+from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_llama
 
 HYBRIDS = ["Qwen3.5", "LFM2", "Falcon-H1", "Granite 4 hybrid", "Falcon", "Bloom", "Mamba"]
 PROMPTS = [list(range(20, 60)), list(range(100, 125))]
@@ -175,7 +175,9 @@ def test_a_model_that_sees_its_neighbors_is_refused() -> None:
     layer = model.model.layers[0]
     layer.register_forward_hook(lambda _, __, out: out + out.mean(dim=(0, 1), keepdim=True))
     with pytest.raises(ModelError, match="does not compute what LlamaForCausalLM does"):
-        make_engine("transformers", model, codec_of(byte_tokenizer()), max_slots=2, max_context=60)
+        make_engine(
+            "transformers", model, make_renderer(byte_tokenizer()), max_slots=2, max_context=60
+        )
     with pytest.raises(ModelError, match="cannot share a row"):
         prepare(model, packing="on")
 
@@ -200,7 +202,7 @@ def test_short_contexts_and_single_slots_are_proved_as_well(context: int) -> Non
         engine = make_engine(
             "transformers",
             tiny_llama(),
-            codec_of(byte_tokenizer()),
+            make_renderer(byte_tokenizer()),
             max_slots=slots,
             max_context=context,
         )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from research_agent.cli import main
 from research_agent.errors import ConfigError, ModelError
@@ -21,7 +21,7 @@ from research_agent.models.policy import load_model, require_ends
 from research_agent.models.source import model_source, resolve_model
 from research_agent.renderer import load_renderer
 from research_agent.run_logger import read_lines
-from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_llama, tiny_qwen2
+from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_llama, tiny_qwen2
 from tests.research_agent.model_files import edit_json, save_adapter, save_gguf, save_model
 
 TOKENS = torch.tensor([[5, 17, 3, 99, 42, 8, 120]])
@@ -79,17 +79,8 @@ def test_weights_in_bfloat16_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_vocabulary_padded_beyond_the_tokenizer(tmp_path: Path, tied: bool) -> None:
     words = len(byte_tokenizer())
-    config = Qwen2Config(
-        vocab_size=words + 61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-    )
-    folder = save_model(tmp_path / "m", Qwen2ForCausalLM(config))
+    model = tiny_qwen2(words + 61, context=64, tie_word_embeddings=tied)
+    folder = save_model(tmp_path / "m", model)
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
     saved = load_file(train(folder, tmp_path / "run") / "model.safetensors")
     assert saved["model.embed_tokens.weight"].shape == (words + 61, 32)
@@ -110,7 +101,7 @@ def test_a_gguf_file_is_the_model_it_was_made_from(tmp_path: Path) -> None:
     assert loaded.dtype == torch.float32
     torch.testing.assert_close(logits_of(loaded), logits_of(model), atol=0.01, rtol=0.01)
     renderer = load_renderer(path, chat_template=True)
-    ours = codec_of(byte_tokenizer(merges=True), chat_template=True)
+    ours = make_renderer(byte_tokenizer(merges=True), chat_template=True)
     assert renderer.encode_text("abab ab 2015") == ours.encode_text("abab ab 2015")
     assert renderer.encode_prompt("Hi") == ours.encode_prompt("Hi")
     assert renderer.end_ids == ours.end_ids
@@ -264,7 +255,7 @@ def test_an_end_token_beyond_the_vocabulary(
     edit_json(folder / "generation_config.json", eos_token_id=[3, 300])
     message = refusal(capsys, folder, tmp_path / "run")
     assert "the end token 300 is beyond the model's 264 tokens" in message
-    require_ends(tiny_llama(), codec_of(byte_tokenizer()))
+    require_ends(tiny_llama(), make_renderer(byte_tokenizer()))
 
 
 @pytest.mark.parametrize("theirs", ["kernels-community/flash-attn", "flash_attention_2", "nobody"])

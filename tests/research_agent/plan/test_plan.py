@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from research_agent.errors import ConfigError
 from research_agent.models.policy import MAX_LOGITS_GPU
 from research_agent.plan import assumptions, plan
 from research_agent.plan.machines import Machines, parse_machines
+from research_agent.plan.memory import needs_critic
 from research_agent.plan.shapes import SHAPES, read_shape
 from research_agent.plan.suggestions import apply
 from research_agent.presets import PRESETS
@@ -269,7 +271,9 @@ def bytes_on_meta(config: TrainConfig, machines: Machines) -> dict[str, int]:
     import transformers
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from research_agent.algorithms.ppo import PPO
     from research_agent.distributed import local_tensor, make_mesh, shard
+    from research_agent.models.critic import Critic
     from research_agent.models.lora import add_adapters
     from research_agent.models.policy import TokenLogprobs, gathered_units
     from research_agent.optimizer import Optimizer
@@ -295,6 +299,7 @@ def bytes_on_meta(config: TrainConfig, machines: Machines) -> dict[str, int]:
         model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
         if config.learner.lora_rank:
             add_adapters(model, config.learner.lora_rank)
+    body = copy.deepcopy(model.base_model)
     scorer = TokenLogprobs(model, precision="bfloat16")
     mesh = make_mesh(torch.device("cpu"), config.learner.shard_ranks)
     shard(scorer, gathered_units(model), mesh, half=True)
@@ -305,7 +310,11 @@ def bytes_on_meta(config: TrainConfig, machines: Machines) -> dict[str, int]:
     gradients = held(p.grad for p in learn.values() if p.grad is not None)
     optimizer.step()
     moments = held(m for each in optimizer.moments().values() for m in each.values() if m.dim())
-    return {"weights": held(model.parameters()), "gradients": gradients, "moments": moments}
+    found = {"weights": held(model.parameters()), "gradients": gradients, "moments": moments}
+    if needs_critic(config):
+        critic = Critic(model, PPO(), config.learner, body=body).model
+        found["critic"] = 3 * held(critic.parameters())  # its moments are as large each
+    return found
 
 
 @pytest.mark.parametrize(
@@ -317,11 +326,15 @@ def bytes_on_meta(config: TrainConfig, machines: Machines) -> dict[str, int]:
         ("2x8xH100", {"shard_ranks": 16, "lora_rank": 32}),
     ],
 )
-@pytest.mark.parametrize("name", ["research-7b", "research-32b", "r1-searcher-llama", "3b"])
+@pytest.mark.parametrize(
+    "name", ["research-7b", "research-32b", "r1-searcher-llama", "3b", "search-r1-ppo"]
+)
 def test_bytes_are_those_of_the_models_shards(
     name: str, machines: str, settings: dict[str, Any]
 ) -> None:
     """The whole model on the meta device, sharded by the learner's own functions."""
+    if name == "search-r1-ppo" and "lora_rank" in settings:
+        pytest.skip("a critic learns without adapters only")
     config = changed("research-7b" if name == "3b" else name, engine="serve:tp=4,dp=2", **settings)
     if name == "3b":
         config = replace(config, policy=replace(config.policy, model="Qwen/Qwen2.5-3B"))
@@ -332,6 +345,7 @@ def test_bytes_are_those_of_the_models_shards(
     assert counted == pytest.approx(held["weights"], rel=0.02)
     assert found["learner: gradients"] == pytest.approx(held["gradients"], rel=0.02)
     assert found["learner: moments"] == pytest.approx(held["moments"], rel=0.02)
+    assert found.get("critic: weights and moments") == pytest.approx(held.get("critic"), rel=0.02)
     if not settings.get("lora_rank"):
         assert (
             found["reference policy"] == pytest.approx(held["weights"] / 2, rel=0.02)
@@ -452,6 +466,7 @@ def test_weights_over_the_network_can_take_longer_than_the_passes() -> None:
 
 
 def test_what_overlaps_is_not_added_up() -> None:
+    assert all(PRESETS[name].sampling.overlap for name in PAPERS)
     lockstep = plan(changed("research-7b", engine="vllm", overlap=False), "8xH100").times
     overlap = plan(changed("research-7b", engine="vllm"), "8xH100").times  # as the preset says
     ahead = plan(changed("research-7b", engine="vllm", max_staleness=1), "8xH100").times

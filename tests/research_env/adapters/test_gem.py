@@ -11,8 +11,8 @@ import pytest
 
 from research_env.errors import EpisodeError, UnknownTaskError
 from research_env.sessions import Sessions
-from research_env.testing import Engine, Played, conformance, settings
-from tests.research_env.fakes import DATASET, answer, search
+from research_env.testing import Played, conformance
+from tests.research_env.fakes import DATASET, answer, search, suite_sessions
 from tests.research_env.fakes import Engine as Fake
 
 gem: Any = pytest.importorskip("gem")
@@ -37,7 +37,7 @@ def sessions(registry: None) -> Iterator[Sessions]:
 
 
 def test_it_conforms_in_threads() -> None:
-    with Sessions(max_wait=0.1, **settings()) as sessions:
+    with suite_sessions() as (sessions, engine):
         adapter.register(NAME, sessions)
 
         def play(question_id: str, actions: Sequence[str]) -> Played:
@@ -50,8 +50,6 @@ def test_it_conforms_in_threads() -> None:
             texts = [output[0] for output in outputs]
             return Played(prompt, texts, reward, info["metrics"], info["void"])
 
-        engine = sessions.core.retriever
-        assert isinstance(engine, Engine)
         conformance(play, engine)
 
 
@@ -79,10 +77,8 @@ def test_its_vector_environments_play_the_tasks_in_the_order_of_their_seeds(
 
 
 def test_searches_of_a_vector_environment_share_calls() -> None:
-    with Sessions(max_batch=16, max_wait=20.0, **settings()) as sessions:
+    with suite_sessions(max_batch=16, max_wait=20.0) as (sessions, engine):
         adapter.register(NAME, sessions)
-        engine = sessions.core.retriever
-        assert isinstance(engine, Engine)
         envs = gem.make_vec([NAME] * 16, async_mode=True)
         envs.reset(seed=0)
         envs.step([f"<search>query {i}</search>" for i in range(16)])

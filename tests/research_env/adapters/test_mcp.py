@@ -125,10 +125,20 @@ def test_web_pages_and_clients_without_the_key_are_refused(sessions: Sessions) -
         assert httpx.post(url, json={}, headers=foreign).status_code == 403
 
 
-def test_a_protocol_without_tools_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"protocol": "research"}, "the protocol 'research' has no tools"),
+        ({"max_turns": 1}, "no call can be run"),
+        ({"max_searches": 0}, "no call can be run"),
+    ],
+)
+def test_sessions_in_which_no_tool_can_be_called_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
     with (
-        Sessions(dataset=DATASET, retriever=Fake()) as sessions,
-        pytest.raises(ConfigurationError, match="the protocol 'research' has no tools"),
+        adapter.tool_sessions(Fake(), **settings) as sessions,
+        pytest.raises(ConfigurationError, match=message),
     ):
         adapter.make_server(sessions)
 

@@ -17,8 +17,8 @@ from research_env.errors import (
     UnknownTaskError,
 )
 from research_env.sessions import Sessions
-from research_env.testing import Engine, Played, conformance, settings
-from tests.research_env.fakes import DATASET, answer, search
+from research_env.testing import Played, conformance
+from tests.research_env.fakes import DATASET, answer, search, suite_sessions
 from tests.research_env.fakes import Engine as Fake
 
 skyrl_gym: Any = pytest.importorskip("skyrl_gym")
@@ -42,7 +42,7 @@ def sessions(name: str) -> Iterator[Sessions]:
 
 
 def test_it_conforms_in_threads(name: str) -> None:
-    with Sessions(max_wait=0.1, **settings()) as sessions:
+    with suite_sessions() as (sessions, engine):
         adapter.register(name, sessions)
 
         def play(question_id: str, actions: Sequence[str]) -> Played:
@@ -64,8 +64,6 @@ def test_it_conforms_in_threads(name: str) -> None:
             assert metrics.pop("void") == float(void)
             return Played(messages[0]["content"], texts, reward, metrics, void)
 
-        engine = sessions.core.retriever
-        assert isinstance(engine, Engine)
         conformance(play, engine)
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from research_env.errors import EpisodeError, UnknownTaskError
 from research_env.sessions import Sessions
-from research_env.testing import Engine, Played, conformance, settings
-from tests.research_env.fakes import DATASET, answer, search
+from research_env.testing import Played, conformance
+from tests.research_env.fakes import DATASET, answer, search, suite_sessions
 from tests.research_env.fakes import Engine as Fake
 
 envs: Any = pytest.importorskip("torchrl.envs")
@@ -43,7 +43,7 @@ def policy(td: Any) -> Any:
 
 
 def test_it_conforms_in_threads() -> None:
-    with Sessions(max_wait=0.1, **settings()) as sessions:
+    with suite_sessions() as (sessions, engine):
 
         def play(question_id: str, actions: Sequence[str]) -> Played:
             env = adapter.make_env(sessions)
@@ -61,8 +61,6 @@ def test_it_conforms_in_threads() -> None:
                 metrics, void = info["metrics"], info["void"]
             return Played(prompt, texts, reward, metrics, void)
 
-        engine = sessions.core.retriever
-        assert isinstance(engine, Engine)
         conformance(play, engine)
 
 
@@ -104,7 +102,7 @@ def test_its_batched_environment_rolls_out(sessions: Sessions) -> None:
 
 
 def test_searches_of_a_pool_of_threads_share_calls() -> None:
-    with Sessions(max_batch=8, max_wait=20.0, **settings()) as sessions:
+    with suite_sessions(max_batch=8, max_wait=20.0) as (sessions, engine):
         pool = envs.AsyncEnvPool(
             [lambda i=i: adapter.make_env(sessions, seed=i) for i in range(8)], backend="threading"
         )
@@ -115,8 +113,6 @@ def test_searches_of_a_pool_of_threads_share_calls() -> None:
         assert [f"About query {i}" in text for i, text in enumerate(seen["observation"])] == [
             True
         ] * 8
-        engine = sessions.core.retriever
-        assert isinstance(engine, Engine)
         assert (engine.queries, engine.calls) == (8, 1)
 
 

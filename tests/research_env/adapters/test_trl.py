@@ -17,10 +17,10 @@ from research_env.adapters.tokens import encode_text
 from research_env.adapters.trl_sampling import _cut
 from research_env.errors import ConfigurationError, EpisodeError, UnknownTaskError
 from research_env.sessions import Sessions
-from research_env.testing import Engine, Played, Script, conformance, settings
+from research_env.testing import Played, Script, conformance
 from research_env.tools import write_call
 from tests.research_agent.conftest import byte_tokenizer
-from tests.research_env.fakes import DATASET, answer, search
+from tests.research_env.fakes import DATASET, answer, search, suite_sessions
 from tests.research_env.fakes import Engine as Fake
 
 trl: Any = pytest.importorskip("trl")
@@ -128,7 +128,7 @@ def parts(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> list[tuple
 def test_rollouts_conform_in_threads() -> None:
     # One for each episode, as a tokenizer changes with each call.
     tokenizers = [byte_tokenizer() for _ in range(len(testing.SCRIPTS) + testing.CONCURRENT)]
-    with Sessions(max_wait=0.1, **settings()) as sessions:
+    with suite_sessions() as (sessions, engine):
         prompts = {row["id"]: row["prompt"] for row in sessions.tasks()}
 
         def play(question_id: str, actions: Sequence[str]) -> Played:
@@ -149,8 +149,6 @@ def test_rollouts_conform_in_threads() -> None:
                 masked="".join(text for kind, text in runs if not kind),
             )
 
-        engine = sessions.core.retriever
-        assert isinstance(engine, Engine)
         conformance(play, engine)
 
 
@@ -169,7 +167,7 @@ def test_tools_conform_where_an_episode_is_calls_and_an_answer(
     assert len(played) == len(testing.SCRIPTS) - 3
     played.append(Script("Unicode call", (search("首都 é \N{GRINNING FACE}"), answer("x")), 0.2))
     monkeypatch.setattr(testing, "SCRIPTS", tuple(played))
-    with Sessions(max_wait=0.1, **settings()) as sessions:
+    with suite_sessions() as (sessions, _):
         tools = adapter.Tools(sessions)
         prompts = {row["question_id"]: row["prompt"] for row in tools.rows()}
 
@@ -365,7 +363,7 @@ def test_tool_calls_are_framed_by_the_chat_template() -> None:
     tokenizer.chat_template = template.read_text(encoding="utf-8")
     calls = write_call("search", {"query": "1"})
     settings: dict[str, Any] = {"protocol": "tool-calls", "template": "instruct"}
-    with Sessions(dataset=DATASET, retriever=Engine(), **settings) as sessions:
+    with Sessions(dataset=DATASET, retriever=testing.Engine(), **settings) as sessions:
         generate = says(tokenizer, [calls, "\\boxed{x}"])
         rollouts = adapter.Rollouts(sessions, chat=True, generate=generate)
         prompt = rollouts.rows()[0]["prompt"]

@@ -155,14 +155,14 @@ def read_corpus(path: Path) -> list[Passage]:
     return list(FileCorpus("c", path))
 
 
-@pytest.mark.parametrize("name", ["f.jsonl", "f.jsonl.gz"])
 @pytest.mark.parametrize(
-    ("read", "line", "message"),
-    [(read_questions, *fault) for fault in QUESTION_FAULTS]
-    + [(read_corpus, *fault) for fault in PASSAGE_FAULTS],
+    ("name", "read", "line", "message"),
+    [("f.jsonl", read_questions, *fault) for fault in QUESTION_FAULTS]
+    + [("f.jsonl", read_corpus, *fault) for fault in PASSAGE_FAULTS]
+    + [("f.jsonl.gz", read_corpus, *PASSAGE_FAULTS[0])],
 )
 def test_a_bad_line_is_named(
-    tmp_path: Path, read: Callable[[Path], object], line: bytes, message: str, name: str
+    tmp_path: Path, name: str, read: Callable[[Path], object], line: bytes, message: str
 ) -> None:
     good = QUESTION if read is read_questions else PASSAGE
     content = json.dumps(good).encode() + b"\n" + line + b"\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from queue import Empty
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from research_env.retrieval.batching import Found, QueryBatcher, SearchCounts
 from research_env.vector_env import SearchQAVectorEnv
 from tests.research_env.fakes import DATASET, Engine, answer, search
 
-PATIENCE = 20.0  # seconds after which a test that hangs fails
+TIMEOUT = 20.0  # seconds after which a test that hangs fails
 
 
 def made(engine: Engine, cache_size: int, **more: Any) -> QueryBatcher[int]:
@@ -33,7 +34,7 @@ def told(found: object) -> object:
 
 
 def taken(searches: QueryBatcher[int]) -> tuple[int, Found | Exception]:
-    result = searches.take(PATIENCE)
+    result = searches.take(TIMEOUT)
     assert result is not None
     return result
 
@@ -111,14 +112,14 @@ def test_queries_in_flight_are_coalesced_and_then_cached() -> None:
     class Gate(Engine):
         def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
             asked.release()
-            assert opened.wait(PATIENCE)
+            assert opened.wait(TIMEOUT)
             return super().search(queries, top_k)
 
     engine = Gate()
     searches = made(engine, 10)
     for ticket in range(3):
         searches.submit(ticket, "1")
-    assert asked.acquire(timeout=PATIENCE)
+    assert asked.acquire(timeout=TIMEOUT)
     searches.submit(3, "1")
     assert searches.take(0) is None
     opened.set()
@@ -186,7 +187,7 @@ def played(steps: list[list[str]], cache_size: int, background: bool) -> list[An
     for actions in steps:
         if background:
             env.send(range(N), actions)
-            results = sorted(env.recv(timeout=PATIENCE, min_results=N))
+            results = sorted(env.recv(timeout=TIMEOUT, min_results=N))
             seen.append([(r.observation, r.reward, r.terminated, r.truncated) for r in results])
         else:
             observations, rewards, ends, cuts, _ = env.step(actions)
@@ -202,7 +203,7 @@ def test_several_batches_may_be_in_flight() -> None:
     both = threading.Barrier(2)
 
     def search_both(queries: Sequence[str]) -> list[Found]:
-        both.wait(PATIENCE)  # passes only while another batch is being searched
+        both.wait(TIMEOUT)  # passes only while another batch is being searched
         return [[] for _ in queries]
 
     searches: QueryBatcher[int] = QueryBatcher(search_both, max_batch=1, max_wait=0.0, in_flight=2)
@@ -214,12 +215,36 @@ def test_several_batches_may_be_in_flight() -> None:
 
 def test_queries_of_a_moment_go_together_however_many_threads_there_are() -> None:
     engine = Engine()
-    searches = made(engine, 0, max_batch=3, max_wait=PATIENCE, in_flight=3)
+    searches = made(engine, 0, max_batch=3, max_wait=TIMEOUT, in_flight=3)
     for ticket, query in enumerate("123"):
         searches.submit(ticket, query)
     assert {taken(searches)[0] for _ in range(3)} == {0, 1, 2}
     assert engine.batches == [("1", "2", "3")]
     searches.close()
+
+
+class Arrivals:
+    """A queue into which queries come at given seconds of a clock that nobody waits for."""
+
+    def __init__(self, seconds: Sequence[float]) -> None:
+        self.seconds = list(seconds)
+        self.now = 0.0
+
+    def get(self, timeout: float | None = None) -> str:
+        if timeout is not None and self.seconds[0] > self.now + timeout:
+            self.now += timeout
+            raise Empty
+        self.now = max(self.now, self.seconds.pop(0))
+        return f"at {self.now:g}"
+
+
+def test_a_batch_waits_for_as_long_as_queries_keep_coming(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Arrivals([1.0, 2.5, 4.0, 5.5, 8.0, 8.5, 9.0, 9.5, 10.0, 20.0])
+    searches = made(Engine(), 0, max_batch=4, max_wait=2.0)
+    monkeypatch.setattr(searches, "_queue", queue)
+    assert searches._gather() == ["at 1", "at 2.5", "at 4", "at 5.5"]  # it is full
+    assert searches._gather() == ["at 8", "at 8.5", "at 9", "at 9.5"]
+    assert (searches._gather(), queue.now) == (["at 10"], 12.0)
 
 
 class Together:
@@ -231,7 +256,7 @@ class Together:
         self.now = self.most = 0
         self.lock = threading.Lock()
         self.meeting = threading.Barrier(2)
-        self.patience = 0.1 if in_flight is None else PATIENCE  # alone, or sure to meet another
+        self.patience = 0.1 if in_flight is None else TIMEOUT  # alone, or sure to meet another
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
         with self.lock:
@@ -256,7 +281,7 @@ def test_an_engine_is_asked_by_as_many_threads_as_it_says(in_flight: int | None,
         env.send([i], [search(str(i))])
     seen = 0
     while seen < 4:
-        seen += len(env.recv(timeout=PATIENCE))
+        seen += len(env.recv(timeout=TIMEOUT))
     assert engine.most == most
     env.close()
 
@@ -278,7 +303,7 @@ def test_environments_tell_what_was_saved(background: bool) -> None:
         if background:
             for i, action in enumerate(actions):
                 env.send([i], [action])
-                env.recv(timeout=PATIENCE)
+                env.recv(timeout=TIMEOUT)
         else:
             env.step(actions)
     coalesced = 0 if background else 2

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
+from research_env.errors import ConfigurationError, RetrievalError
 from research_env.retrieval import Hit, Passage, open_retriever
 from research_env.retrieval.base import Retriever
 from research_env.retrieval.http import HttpRetriever
@@ -385,28 +385,6 @@ def test_an_answer_of_another_format_is_told(body: object) -> None:
 
 
 # --- settings -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("url", "error", "message"),
-    [
-        ("http:", ConfigurationError, "no address"),
-        ("http://", ConfigurationError, "no address"),
-        ("http:///retrieve", ConfigurationError, "no address"),
-        ("http://host:port/retrieve", ConfigurationError, "no address"),
-        ("http://host:99999/", ConfigurationError, "no address"),
-        ("http://[::1/", ConfigurationError, "no address"),
-        ("http://host/?deadline=soon", ConfigurationError, "deadline='soon'"),
-        ("http://host/?deadline=inf", ConfigurationError, "deadline='inf'"),
-        ("http://host/?batch=0", ConfigurationError, "batch='0'"),
-        ("http://host/?batch=2&batch=3", ConfigurationError, "each once"),
-        ("http://host/?batch", ConfigurationError, "KEY=VALUE"),
-        ("https://host/?topk=3", UnknownNameError, "unknown option of https 'topk'"),
-    ],
-)
-def test_bad_urls_are_refused(url: str, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        open_retriever(url, None)
 
 
 def test_a_password_in_the_address_is_refused_and_not_repeated() -> None:

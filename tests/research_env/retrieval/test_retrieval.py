@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from research_env.errors import ResearchEnvError, UnknownNameError
+from research_env.errors import ConfigurationError, ResearchEnvError, UnknownNameError
 from research_env.redaction import redact_url
 from research_env.retrieval import SCHEMES, open_retriever
 from research_env.retrieval.bm25.retriever import EmbeddedRetriever
@@ -31,6 +31,37 @@ def test_contract_of_the_embedded_engine(clause: Clause, index: Path) -> None:
 
 def test_environments_with_an_embedded_engine_travel(index: Path) -> None:
     environments_travel(f"embedded:{index}?corpus=any")
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "message"),
+    [
+        ("http:", ConfigurationError, "no address"),
+        ("http://", ConfigurationError, "no address"),
+        ("http:///retrieve", ConfigurationError, "no address"),
+        ("http://host:port/retrieve", ConfigurationError, "no address"),
+        ("http://host:99999/", ConfigurationError, "no address"),
+        ("http://[::1/", ConfigurationError, "no address"),
+        ("http://host/?deadline=soon", ConfigurationError, "deadline='soon'"),
+        ("http://host/?deadline=inf", ConfigurationError, "deadline='inf'"),
+        ("http://host/?batch=0", ConfigurationError, "batch='0'"),
+        ("http://host/?batch=2&batch=3", ConfigurationError, "each once"),
+        ("http://host/?batch", ConfigurationError, "KEY=VALUE"),
+        ("https://host/?topk=3", UnknownNameError, "unknown option of https 'topk'"),
+        ("web:", UnknownNameError, "known: brave, searxng, serper, tavily"),
+        ("web:bing", UnknownNameError, "'bing'"),
+        ("web:serper?topk=3", UnknownNameError, "option of web 'topk'"),
+        ("web:serper?key=abc", UnknownNameError, "option of web 'key'"),
+        ("web:serper?budget=0", ConfigurationError, "budget='0'"),
+        ("web:serper?rate=0", ConfigurationError, "rate='0'"),
+        ("web:searxng", ConfigurationError, "web:searxng.url=http://HOST:PORT"),
+        ("web:searxng?url=ftp://host", ConfigurationError, "no address"),
+        ("web:searxng?url=http://u:p&SECRET@h", ConfigurationError, "not '...'"),
+    ],
+)
+def test_bad_urls_are_refused(url: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        open_retriever(url, None)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from research_env.errors import RetrievalError
 from research_env.retrieval import Hit, Passage, open_retriever
 from research_env.retrieval.http import HttpRetriever
 from research_env.retrieval.retry import Retry
-from research_env.retrieval.serve import Limits, RetrievalServer
+from research_env.retrieval.serve import RetrievalServer
+from research_env.retrieval.serve_guard import Limits
 from tests.research_env.fakes import Engine
 from tests.research_env.retrieval.retriever_contract import (
     CLAUSES,
@@ -35,7 +36,7 @@ from tests.research_env.retrieval.retriever_contract import (
     fails_in_place,
 )
 
-PATIENCE = 20.0  # seconds after which a test that hangs fails
+TIMEOUT = 20.0  # seconds after which a test that hangs fails
 QUICK = Retry(deadline=2.0, first=0.001, longest=0.01)
 
 
@@ -46,7 +47,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(index: Path) -> Iterator[str]:
-    """Of a server over the embedded engine."""
+    """Address of a server over the embedded engine."""
     engine = open_retriever(f"embedded:{index}?corpus=any", None)
     server = RetrievalServer(engine)
     yield server.url
@@ -68,12 +69,12 @@ class Served:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.server.stop(patience=PATIENCE)
+        self.server.stop(patience=TIMEOUT)
 
     def ask(
         self, method: str, path: str, body: bytes | None = None, **headers: str
     ) -> tuple[int, Message, bytes]:
-        connection = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
+        connection = http.client.HTTPConnection(*self.address, timeout=TIMEOUT)
         connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
         response = connection.getresponse()
         answer = response.status, response.headers, response.read()
@@ -81,7 +82,7 @@ class Served:
         return answer
 
     def connect(self, source: str = "127.0.0.1") -> socket.socket:
-        return socket.create_connection(self.address, PATIENCE, source_address=(source, 0))
+        return socket.create_connection(self.address, TIMEOUT, source_address=(source, 0))
 
     def metric(self, name: str) -> float:
         lines = self.ask("GET", "/metrics")[2].decode().splitlines()
@@ -97,7 +98,7 @@ def head(request: str, *lines: str) -> bytes:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -127,7 +128,7 @@ class Gate(Engine):
         self.at_once += 1
         self.most_at_once = max(self.at_once, self.most_at_once)
         self.asked.release()
-        assert self.opened.wait(PATIENCE)
+        assert self.opened.wait(TIMEOUT)
         self.at_once -= 1
         return self.engine.search(queries, top_k)
 
@@ -340,7 +341,7 @@ def test_requests_whose_end_is_unclear_are_refused_unread(
 
 def test_connections_are_kept() -> None:
     with Served() as served:
-        connection = http.client.HTTPConnection(*served.address, timeout=PATIENCE)
+        connection = http.client.HTTPConnection(*served.address, timeout=TIMEOUT)
         connection.connect()
         kept = connection.sock
         for _ in range(3):
@@ -358,14 +359,14 @@ def test_searches_at_once_are_bounded_and_the_rest_waits_or_is_sent_away() -> No
     with Served(gate, searches=2, waiting=2) as served, ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(served.post, {"queries": [str(i)]}) for i in range(4)]
         for _ in range(2):
-            assert gate.asked.acquire(timeout=PATIENCE)
+            assert gate.asked.acquire(timeout=TIMEOUT)
         wait_until(lambda: served.server.waiting == 2)
         status, headers, body = served.ask("POST", "/retrieve", b'{"queries": ["9"]}')
         assert (status, headers["Retry-After"]) == (503, "1")
         assert json.loads(body) == {"error": "too many requests wait"}
         assert served.ask("GET", "/health")[0] == 200
         gate.opened.set()
-        assert [each.result(PATIENCE)[0] for each in asked] == [200] * 4
+        assert [each.result(TIMEOUT)[0] for each in asked] == [200] * 4
         assert gate.most_at_once == 2
 
 
@@ -373,7 +374,7 @@ def test_a_busy_server_refuses_before_it_reads_the_body() -> None:
     gate = Gate()
     with Served(gate, searches=1, waiting=0) as served, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(served.post, {"queries": ["1"]})
-        assert gate.asked.acquire(timeout=PATIENCE)
+        assert gate.asked.acquire(timeout=TIMEOUT)
         with served.connect() as late:
             late.sendall(head("POST /retrieve", "Content-Length: 100000"))
             assert late.recv(1000).startswith(b"HTTP/1.1 503 ")
@@ -383,7 +384,7 @@ def test_a_busy_server_refuses_before_it_reads_the_body() -> None:
             assert answer.startswith(b"HTTP/1.1 503 ")
             assert b"connection: close" in answer.lower()
         gate.opened.set()
-        assert asked.result(PATIENCE)[0] == 200
+        assert asked.result(TIMEOUT)[0] == 200
 
 
 def test_a_client_that_retries_at_once_waits_for_its_refusal() -> None:
@@ -393,14 +394,14 @@ def test_a_client_that_retries_at_once_waits_for_its_refusal() -> None:
         ThreadPoolExecutor(1) as pool,
     ):
         asked = pool.submit(served.post, {"queries": ["1"]})
-        assert gate.asked.acquire(timeout=PATIENCE)
+        assert gate.asked.acquire(timeout=TIMEOUT)
         with served.connect() as late:
             late.sendall(head("POST /retrieve", "Content-Length: 2") + b"{}")
             late.settimeout(0.2)
             with pytest.raises(TimeoutError):
                 late.recv(1000)
         gate.opened.set()
-        assert asked.result(PATIENCE)[0] == 200
+        assert asked.result(TIMEOUT)[0] == 200
 
 
 def test_the_bytes_of_waiting_requests_are_bounded() -> None:
@@ -414,8 +415,8 @@ def test_the_bytes_of_waiting_requests_are_bounded() -> None:
         small = pool.submit(served.post, {"queries": ["1"]})
         wait_until(lambda: served.server.waiting == 2)
         gate.opened.set()
-        assert [each.result(PATIENCE)[0] for each in asked] == [200, 200]
-        assert small.result(PATIENCE)[0] == 200
+        assert [each.result(TIMEOUT)[0] for each in asked] == [200, 200]
+        assert small.result(TIMEOUT)[0] == 200
         wait_until(lambda: served.metric("memory_bytes") == 0)
 
 
@@ -448,7 +449,7 @@ class Large(Engine):
 def asks_and_reads_nothing(served: Served) -> socket.socket:
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    client.settimeout(PATIENCE)
+    client.settimeout(TIMEOUT)
     client.connect(served.address)
     client.sendall(head("POST /retrieve", "Content-Length: 18") + b'{"queries": ["1"]}')
     return client
@@ -498,13 +499,13 @@ def test_a_client_that_left_while_it_waited_costs_no_search() -> None:
     gate = Gate()
     with Served(gate, searches=1) as served, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(served.post, {"queries": ["1"]})
-        assert gate.asked.acquire(timeout=PATIENCE)
+        assert gate.asked.acquire(timeout=TIMEOUT)
         with served.connect() as impatient:
             impatient.sendall(head("POST /retrieve", "Content-Length: 18") + b'{"queries": ["2"]}')
             wait_until(lambda: served.server.waiting == 1)
         assert served.ask("GET", "/health")[0] == 200  # the server has seen the client leave
         gate.opened.set()
-        assert asked.result(PATIENCE)[0] == 200
+        assert asked.result(TIMEOUT)[0] == 200
         assert served.post({"queries": ["3"]})[0] == 200
         assert gate.batches == [("1",), ("3",)]
 
@@ -560,7 +561,7 @@ def test_a_request_has_one_deadline_from_its_first_byte_to_its_last(begin: bytes
     ):
         slow.sendall(begin)
         slow.settimeout(0.05)
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline:
             slow.sendall(b"a")
             with suppress(TimeoutError):
@@ -614,7 +615,7 @@ def test_a_server_on_all_addresses_answers_to_the_one_that_was_asked() -> None:
     try:
         for address, status in (("127.0.0.1", 200), ("127.0.0.3", 200), ("rebound.example", 403)):
             to = "127.0.0.1" if address == "rebound.example" else address
-            connection = http.client.HTTPConnection(to, port, timeout=PATIENCE)
+            connection = http.client.HTTPConnection(to, port, timeout=TIMEOUT)
             connection.request("GET", "/health", headers={"Host": f"{address}:{port}"})
             assert connection.getresponse().status == status
             connection.close()
@@ -693,20 +694,20 @@ def test_metrics_count() -> None:
 def test_a_stop_finishes_what_is_in_flight_and_takes_no_more() -> None:
     gate = Gate()
     served = Served(gate)
-    idle = socket.create_connection(served.address, PATIENCE)
+    idle = socket.create_connection(served.address, TIMEOUT)
     with ThreadPoolExecutor(2) as pool:
         asked = pool.submit(served.ask, "POST", "/retrieve", b'{"queries": ["1"]}')
-        assert gate.asked.acquire(timeout=PATIENCE)
-        stopping = pool.submit(served.server.stop, PATIENCE)
+        assert gate.asked.acquire(timeout=TIMEOUT)
+        stopping = pool.submit(served.server.stop, TIMEOUT)
         assert idle.recv(10) == b""  # one that asks nothing is closed at once
         with pytest.raises(OSError):
             socket.create_connection(served.address, 1.0).close()
         assert not stopping.done()
         gate.opened.set()
-        status, headers, body = asked.result(PATIENCE)
+        status, headers, body = asked.result(TIMEOUT)
         assert (status, headers["Connection"]) == (200, "close")
         assert json.loads(body)["result"][0][0]["id"] == "p1"
-        stopping.result(PATIENCE)
+        stopping.result(TIMEOUT)
     idle.close()
     served.server.stop()  # twice is harmless
 
@@ -715,14 +716,14 @@ def test_a_stop_finishes_a_request_whose_body_is_still_coming() -> None:
     served = Served()
     body = b'{"queries": ["1"]}'
     with (
-        socket.create_connection(served.address, PATIENCE) as client,
+        socket.create_connection(served.address, TIMEOUT) as client,
         ThreadPoolExecutor(1) as pool,
     ):
         length = f"Content-Length: {len(body)}"
         client.sendall(head("POST /retrieve", length, "Expect: 100-continue"))
         assert client.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
-        stopping = pool.submit(served.server.stop, PATIENCE)
-        deadline = time.monotonic() + PATIENCE
+        stopping = pool.submit(served.server.stop, TIMEOUT)
+        deadline = time.monotonic() + TIMEOUT
         while True:
             assert time.monotonic() < deadline
             try:
@@ -732,7 +733,7 @@ def test_a_stop_finishes_a_request_whose_body_is_still_coming() -> None:
         time.sleep(0.1)  # for connections at rest to be closed; this one is not
         client.sendall(body)
         assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
-        stopping.result(PATIENCE)
+        stopping.result(TIMEOUT)
     assert served.engine.batches == [("1",)]
 
 
@@ -741,10 +742,10 @@ def test_a_stop_does_not_wait_forever() -> None:
     served = Served(gate)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(served.post, {"queries": ["1"]})
-        assert gate.asked.acquire(timeout=PATIENCE)
+        assert gate.asked.acquire(timeout=TIMEOUT)
         served.server.stop(patience=0.05)
         gate.opened.set()
-        assert asked.result(PATIENCE)[0] == 503
+        assert asked.result(TIMEOUT)[0] == 503
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -776,7 +777,7 @@ def test_the_command_serves_until_it_is_told_to_stop(
         assert isinstance(found, list)
         assert found[0].passage == Passage("p1", "Ada", "Ada founded Nordwind.")
         process.send_signal(signal_)
-        _, errors = process.communicate(timeout=PATIENCE)
+        _, errors = process.communicate(timeout=TIMEOUT)
         assert (process.returncode, errors) == (0, "")
         client.close()
     finally:
@@ -826,7 +827,7 @@ def test_two_servers_of_one_index_have_one_fingerprint() -> None:
         clients = [open_retriever(each.server.url, None) for each in (first, second, unknown)]
         said = [client.fingerprint for client in clients]  # type: ignore[attr-defined]
         assert said == ["f" * 64, "f" * 64, None]
-        first.server.stop(patience=PATIENCE)
+        first.server.stop(patience=TIMEOUT)
         assert clients[0].fingerprint == "f" * 64  # type: ignore[attr-defined]
         for client in clients:
             client.close()

@@ -158,7 +158,10 @@ def test_a_call_of_any_form_in_a_message_gets_a_result(entry: Any) -> None:
 
 @pytest.mark.parametrize(
     "action",
-    [3, None, b"x", ["x"], {"content": 3}, {"tool_calls": "x"}, {"tool_calls": 3}],
+    [
+        *(3, None, b"x", ["x"], {"role": "tool", "content": "x"}),
+        *({"content": 3}, {"tool_calls": "x"}, {"tool_calls": 3}),
+    ],
 )
 def test_an_action_of_another_type_is_refused_and_nothing_is_lost(action: Any) -> None:
     env = make()
@@ -168,6 +171,20 @@ def test_an_action_of_another_type_is_refused_and_nothing_is_lost(action: Any) -
         env.step(action)
     assert env.episode is before
     assert not env.step(search("company 2")).terminated
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("content", None, "content and reasoning of a turn are text, not None"),
+        ("reasoning", 3, "content and reasoning of a turn are text, not '' and 3"),
+        ("calls", None, "calls of a turn are a tuple of Call, not None"),
+        ("calls", ("x",), "calls of a turn are a tuple of Call, not 'x'"),
+    ],
+)
+def test_a_turn_of_other_types_is_refused(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ActionError, match=message):
+        ToolTurn(**{field: value})
 
 
 def test_protocols_without_tools_take_text_alone() -> None:

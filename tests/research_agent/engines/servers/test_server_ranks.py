@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from research_agent.engines.remote import turn_seed
-from tests.research_agent.conftest import byte_tokenizer, codec_of, tiny_qwen2
+from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_qwen2
 from tests.research_agent.fake_vllm import FakeVllm, script
 from tests.research_agent.torchrun import in_two_processes
 
-RENDERER = codec_of(byte_tokenizer(merges=True))
+RENDERER = make_renderer(byte_tokenizer(merges=True))
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -47,6 +47,7 @@ def said(servers: dict[str, list[FakeVllm]]) -> dict[str, list[Any]]:
         name: [[server.url for server in pair]] for name, pair in servers.items()
     }
     urls["started"] = [[]]  # by the first rank
+    urls["nodes"] = [[]]  # by each, as they are on two nodes
     urls["gpus"] = [[], "serve:tp=2"]
     out = in_two_processes("tests.research_agent.server_worker", json.dumps(urls))
     lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
@@ -58,7 +59,13 @@ def test_two_ranks_give_weights_once_and_sample_their_own_turns(
     servers: dict[str, list[FakeVllm]], said: dict[str, list[Any]]
 ) -> None:
     both = servers["right"]
-    assert [line | {"name": "right"} for line in said["started"]] == said["right"]
+    for started in ("started", "nodes"):
+        for line, right in zip(said[started], said["right"], strict=True):
+            assert (line["turns"], line["seen"]) == (right["turns"], right["seen"])
+    one, same = (line["servers"] for line in said["started"])
+    assert one == same and len(one) == 1
+    first, second = (line["servers"] for line in said["nodes"])
+    assert first != second and len(first) == len(second) == 1
     for rank, line in enumerate(said["right"]):
         expected = []
         for version in (1, 2):

@@ -303,7 +303,7 @@ def test_a_server_that_fails_at_a_transfer_is_left_out(
     engine.load_weights(filled(1).items(), 1)  # does not wait for vLLM's end, which hangs
     assert holds(good, 1)
     assert f"{bad.url} is left out" in caplog.text
-    if fault != "die":  # that is found out in several ways
+    if fault != "die":  # a death is noticed in several ways
         assert f"{bad.url} is left out (no new weights by {backend}: " in caplog.text
     if fault == "hang":
         assert "within 1.5 s" in caplog.text

@@ -24,9 +24,9 @@ from openenv.core.generic_client import GenericEnvClient
 from research_env.adapters.openenv import SearchAction, SearchClient, SearchObservation, make_app
 from research_env.adapters.server import AppServer
 from research_env.sessions import Sessions
-from research_env.testing import Engine, Played, conformance, settings
+from research_env.testing import Played, conformance
 from tests.blocks import ROOT, block_of
-from tests.research_env.fakes import DATASET, answer, search
+from tests.research_env.fakes import DATASET, answer, search, suite_sessions
 from tests.research_env.fakes import Engine as Fake
 
 
@@ -52,7 +52,7 @@ def asked(url: str, body: object = None, headers: dict[str, str] | None = None) 
 
 def test_it_conforms_over_its_socket() -> None:
     with (
-        Sessions(max_wait=0.1, **settings()) as sessions,
+        suite_sessions() as (sessions, engine),
         AppServer(make_app(sessions)) as server,
     ):
 
@@ -66,8 +66,6 @@ def test_it_conforms_over_its_socket() -> None:
             texts = [result.observation.text for result in results]
             return Played(prompt, texts, last.reward, last.metrics, last.void)
 
-        engine = sessions.core.retriever
-        assert isinstance(engine, Engine)
         conformance(play, engine)
 
 

@@ -28,9 +28,9 @@ import research_env_verifiers
 from research_env.adapters.shared import share, shared_sessions
 from research_env.errors import ConfigurationError, UnknownNameError
 from research_env.sessions import Sessions
-from research_env.testing import Engine, Played, conformance, settings
+from research_env.testing import Played, conformance
 from tests.blocks import block_of
-from tests.research_env.fakes import DATASET, answer, search
+from tests.research_env.fakes import DATASET, answer, search, suite_sessions
 from tests.research_env.fakes import Engine as Fake
 from tests.research_env.servers import Call, Reply, Server, as_json, serving
 
@@ -134,7 +134,7 @@ def texts(trace: Any, *, sampled: bool) -> list[str]:
 
 
 def test_it_conforms_in_its_own_rollouts(endpoint: Endpoint) -> None:
-    with Sessions(max_wait=0.2, **settings()) as sessions, world(endpoint, sessions) as played_in:
+    with suite_sessions() as (sessions, engine), world(endpoint, sessions) as played_in:
         prompts = {row["id"]: row["prompt"] for row in sessions.tasks()}
 
         def play(question_id: str, actions: Sequence[str]) -> Played:
@@ -154,8 +154,6 @@ def test_it_conforms_in_its_own_rollouts(endpoint: Endpoint) -> None:
                 masked="".join(observations),
             )
 
-        engine = sessions.core.retriever
-        assert isinstance(engine, Engine)
         conformance(play, engine)
 
 

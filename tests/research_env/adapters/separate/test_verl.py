@@ -1,4 +1,4 @@
-"""verl: its agent loop plays the environment's episodes against a server that says scripted turns.
+"""verl: its agent loop worker plays the environment's episodes; scripts stand in for LLM servers.
 
 Run by ``make adapters-verl``, in an environment of its own; not part of CI.
 """
@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import hydra
@@ -19,16 +18,23 @@ import yaml
 from datasets import Dataset
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
-from verl.experimental.agent_loop.agent_loop import DictConfigWrap, _agent_loop_registry
+from verl import DataProto
+from verl.experimental.agent_loop.agent_loop import (
+    AgentLoopWorker,
+    DictConfigWrap,
+    _agent_loop_registry,
+)
+from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
+from verl.workers.rollout.replica import TokenOutput
 
 from research_env.adapters.shared import share
 from research_env.adapters.tokens import decode
 from research_env.adapters.verl import NAME, ResearchAgentLoop, rows
 from research_env.errors import ConfigurationError, UnknownTaskError
 from research_env.sessions import Sessions
-from research_env.testing import Engine, Played, conformance, settings
+from research_env.testing import Played, conformance
 from tests.blocks import ROOT, block_of
-from tests.research_env.fakes import DATASET, answer, search
+from tests.research_env.fakes import DATASET, answer, search, suite_sessions
 from tests.research_env.fakes import Engine as Fake
 
 STARTER = ROOT / "research_agent/starters/miniworld-starter"
@@ -43,13 +49,27 @@ class Server:
 
     async def generate(
         self, request_id: str, prompt_ids: list[int], sampling_params: Mapping[str, Any], **_: Any
-    ) -> SimpleNamespace:
+    ) -> TokenOutput:
         self.asked.append((list(prompt_ids), sampling_params))
-        ids: list[int] = []
-        if self.said:
-            ids = self.tokenizer(self.said.pop(0), add_special_tokens=False)["input_ids"]
-            ids = [*ids, self.tokenizer.eos_token_id]
-        return SimpleNamespace(token_ids=ids, log_probs=[-1.0] * len(ids))
+        if not self.said:
+            return TokenOutput(token_ids=[], log_probs=[], stop_reason="aborted")
+        return turn_of(self.tokenizer, self.said.pop(0))
+
+
+class Client:
+    """The same for any episode: searches once, then answers."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    async def generate(self, prompt_ids: list[int], **_: Any) -> TokenOutput:
+        searched = "<result>" in self.tokenizer.decode(prompt_ids)
+        return turn_of(self.tokenizer, answer("nobody") if searched else search("Who founded it?"))
+
+
+def turn_of(tokenizer: Any, text: str) -> TokenOutput:
+    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return TokenOutput(token_ids=ids, log_probs=[-1.0] * len(ids), stop_reason="completed")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +107,7 @@ async def play_one(server: Server, question_id: str, **loop: Any) -> Any:
 
 
 def test_it_conforms(tokenizer: Any) -> None:
-    with Sessions(max_wait=0.2, **settings()) as sessions:
+    with suite_sessions() as (sessions, engine):
         share(sessions, shared="conformance")
 
         async def play(question_id: str, actions: Sequence[str]) -> Played:
@@ -110,8 +130,6 @@ def test_it_conforms(tokenizer: Any) -> None:
                 masked=None if void else "".join(text for mask, text in texts if not mask),
             )
 
-        engine = sessions.core.retriever
-        assert isinstance(engine, Engine)
         conformance(play, engine)
 
 
@@ -178,3 +196,45 @@ def test_the_documented_files_make_the_loop(
     output = asyncio.run(loop.run({}, raw_prompt=row["prompt"], extra_info=row["extra_info"]))
     assert output.reward_score == 0.1
     assert tokenizer.decode(server.asked[0][0]) == first["prompt"]
+
+
+def test_verls_own_worker_plays_a_batch_of_verls_own_data_set(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under its trainer, from the documented files to the padded batch with rewards."""
+    monkeypatch.chdir(tmp_path)
+    exec(block_of("verl", "python"), {})
+    Path("agent.yaml").write_text(block_of("verl", "yaml"), encoding="utf-8")
+    overrides = {
+        "data.return_raw_chat": True,
+        "actor_rollout_ref.model.path": STARTER,
+        "actor_rollout_ref.rollout.name": "vllm",
+        "actor_rollout_ref.rollout.prompt_length": 100,
+        "actor_rollout_ref.rollout.response_length": 500,
+        "actor_rollout_ref.rollout.agent.agent_loop_config_path": tmp_path / "agent.yaml",
+    }
+    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+        config = hydra.compose("ppo_trainer", [f"{key}={it}" for key, it in overrides.items()])
+    table = RLHFDataset("train.parquet", tokenizer, config.data)
+    batch = DataProto.from_single_dict(collate_fn([table[i // 2] for i in range(4)]))
+    worker = AgentLoopWorker(config, llm_client=Client(tokenizer))
+    output = asyncio.run(worker.generate_sequences(batch))
+    assert output.batch["responses"].shape == (4, 500)
+    (entry,) = yaml.safe_load(block_of("verl", "yaml"))
+    with Sessions(**entry["args"]) as sessions:
+        tasks = sessions.tasks()
+        for i in range(4):
+            session = sessions.open(tasks[i // 2]["id"])
+            seen = session.step(search("Who founded it?")).observation
+            last = session.step(answer("nobody"))
+            prompt, ids = output.batch["prompts"][i], output.batch["responses"][i]
+            mask, kept = output.batch["response_mask"][i].bool(), ids != tokenizer.pad_token_id
+            assert decode(tokenizer, prompt.tolist()) == session.prompt
+            assert decode(tokenizer, ids[mask].tolist()) == search("Who founded it?") + answer(
+                "nobody"
+            )
+            assert decode(tokenizer, ids[kept & ~mask].tolist()) == seen
+            assert output.batch["rm_scores"][i].sum().item() == pytest.approx(last.reward)
+            for name, value in last.info["metrics"].items():
+                assert output.non_tensor_batch[name][i] == value
+    assert set(output.meta_info["reward_extra_keys"]) == {*last.info["metrics"], "void"}

@@ -1,0 +1,23 @@
+"""What torchrun tells each process that it starts, by environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+_PREFIXES = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+
+
+def torchrun(variable: str, default: int) -> int:
+    """Read a number that torchrun gives each process, such as LOCAL_RANK."""
+    return int(os.environ.get(variable, default))
+
+
+def is_first_rank() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return torchrun("RANK", 0) == 0
+
+
+def without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a child process that is no rank."""
+    return {name: value for name, value in environment.items() if not name.startswith(_PREFIXES)}

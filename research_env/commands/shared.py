@@ -1,0 +1,56 @@
+"""What several commands of ``research-env`` need."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from research_env.errors import ConfigurationError
+from research_env.terminal import printable
+
+
+def named_corpus(dataset: str | None, path: Path | None) -> Any:
+    """Return the passages of a data set or of a file; exactly one must be given."""
+    from research_env.datasets import FileCorpus, load_dataset  # noqa: PLC0415
+    from research_env.datasets.catalog import PUBLISHED  # noqa: PLC0415
+
+    if (dataset is None) == (path is None):
+        raise ConfigurationError("give either --dataset NAME or --corpus FILE")
+    if path is not None:
+        return FileCorpus(path.name, path)
+    known = PUBLISHED.get(dataset or "")
+    split = next(iter(known.splits)) if known else "train"
+    corpus = load_dataset(dataset or "", split=split).corpus
+    if corpus is None:
+        raise ConfigurationError(f"the data set {dataset!r} has no corpus; give --corpus FILE")
+    return corpus
+
+
+def parse_env_args(pairs: Sequence[str]) -> dict[str, Any]:
+    """Read KEY=VALUE pairs; values are JSON where they can be (3, true, [2, 3]), else text."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigurationError(f"--env-args takes KEY=VALUE, not {pair!r}")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return settings
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; markup in its cells is text."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table(title=Text(printable(title)), title_justify="left")
+    for column in columns:
+        table.add_column(Text(printable(column)), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    Console().print(table)
