@@ -94,7 +94,7 @@ def _open(number: str, *names: str) -> tuple[Claim, ...]:
 OUTCOME = {"reward": "f1", "max_searches": 8}
 GOLD = OUTCOME | {"turn_reward": "0.2*new_support"}
 NO_GOLD = OUTCOME | {"turn_reward": "0.1*first_search-0.1*repeated_query-0.1*invalid_action"}
-LEVELS = (".3", ".5", ".8")  # of exact match
+LEVELS = (".3", ".5", ".8")  # exact match
 TREE = {"tree_branches": 4}  # a group of three trees: about as many turns as eight chains
 CRITIC = OFF | {"critic_learning_rate": 2e-4}
 
