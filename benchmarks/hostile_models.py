@@ -123,7 +123,11 @@ def _writes(content: bytes) -> Callable[[Path], object]:
 
 
 def _instead(make: Callable[[Path], object]) -> Callable[[Path], object]:
-    return lambda file: (file.unlink(), make(file))
+    def replace(file: Path) -> None:
+        file.unlink()
+        make(file)
+
+    return replace
 
 
 def _sparse(file: Path) -> None:
