@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from benchmarks.hostile_files import index_cases, question_file_cases, recording_cases
+from benchmarks.hostile_models import model_cases
 from benchmarks.hostile_requests import serve_cases
 from benchmarks.hostile_trials import Row, run_section
 
@@ -36,7 +37,16 @@ def hostile_requests() -> list[Row]:
     return [run_section("serve", serve_cases)]
 
 
-SECTIONS: dict[str, Callable[[], list[Row]]] = {"files": hostile_files, "serve": hostile_requests}
+def hostile_models() -> list[Row]:
+    """Weight files of models and adapters."""
+    return [run_section("models", model_cases)]
+
+
+SECTIONS: dict[str, Callable[[], list[Row]]] = {
+    "files": hostile_files,
+    "serve": hostile_requests,
+    "models": hostile_models,
+}
 
 
 def report(only: str = "", as_json: bool = False) -> bool:

@@ -23,7 +23,7 @@ from research_env.retrieval.bm25 import retriever as bm25
 from research_env.retrieval.replay import RecordedRetriever, Recording
 
 
-def _special(path: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:
+def special() -> Iterator[tuple[str, Callable[[Path], object]]]:
     """Things that are no regular file."""
     yield "a pipe", os.mkfifo
     yield "/dev/zero", lambda place: place.symlink_to("/dev/zero")
@@ -87,7 +87,7 @@ def index_cases(folder: Path) -> Iterator[Case]:
         yield Case(f"{name} changed ({seed})", partial(flip, name, seed))
     for name in names:
         yield Case(f"no {name}", partial(instead, name, lambda place: None))
-        for what, make in _special(good):
+        for what, make in special():
             yield Case(f"{what} as {name}", partial(instead, name, make))
     for what, data in {
         "deep": b"[" * 200_000,
@@ -171,7 +171,7 @@ def recording_cases(folder: Path) -> Iterator[Case]:
     for seed in range(2 * MUTATIONS):
         yield Case(f"changed ({seed})", partial(mutate, seed))
     for suffix in ("", "-wal", "-shm", "-journal"):
-        for what, make in _special(good):
+        for what, make in special():
             yield Case(f"{what} as r{suffix}", partial(instead, suffix, make))
 
 
@@ -238,7 +238,7 @@ def question_file_cases(folder: Path) -> Iterator[Case]:
     for name in ("f.jsonl", "f.csv", "f.parquet", "f.arrow"):
         yield Case(f"{name}: 3 GiB of NUL", partial(_read_special, name, _sparse))
     for name in ("f.jsonl", "f.jsonl.gz", "f.csv", "f.parquet", "f.arrow"):
-        for what, make in _special(folder):
+        for what, make in special():
             yield Case(f"{name}: {what}", partial(_read_special, name, make))
     for name, data in _files(folder).items():
         for seed in range(MUTATIONS):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import random
 import resource
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from research_agent.errors import ResearchAgentError
 from research_env.errors import ResearchEnvError
 from research_env.retrieval.base import Passage
 
@@ -115,6 +118,8 @@ def _try_all(
     cases: Callable[[Path], Iterator[Case]], folder: Path, skip: int, told: Connection
 ) -> None:
     os.environ["RESEARCH_CACHE"] = str(folder / "cache")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)  # what libraries say of each input
     before = 0.0
     for number, case in enumerate(cases(folder)):
         if number < skip:
@@ -124,10 +129,10 @@ def _try_all(
         place = Path(tempfile.mkdtemp(dir=folder))
         try:
             outcome = "typed" if case.try_it(place) else "harmless"
-        except ResearchEnvError:
+        except (ResearchEnvError, ResearchAgentError):
             outcome = "typed"
         except Exception as error:
-            outcome = f"raw {type(error).__name__}"
+            outcome = f"raw {type(error).__name__}: {error}"[:300]
         shutil.rmtree(place, ignore_errors=True)
         told.send((case.name, outcome, _peak() - before))
     told.send(None)

@@ -245,7 +245,7 @@ class InFlight:
 
     @property
     def episodes(self) -> set[Episode]:
-        """Episode and sample numbers of all of them."""
+        """Episode and sample numbers of active and finished rollouts."""
         return {rollout.key for rollout in self.active.values()} | self.done.keys()
 
 

@@ -25,7 +25,7 @@ from research_agent.config import (
 from research_agent.config_checks import validate, validate_eval
 from research_agent.errors import ConfigError, ContextError, ResearchAgentError, StoppedError
 from research_agent.presets import DESCRIPTIONS, PRESETS
-from research_agent.terminal import show
+from research_agent.terminal import escaped_logs, show
 from research_agent.torchrun import is_first_rank
 
 USAGE = """\
@@ -46,6 +46,7 @@ research-agent COMMAND --help explains every setting. Try: research-agent train 
 C = TypeVar("C")
 
 
+@escaped_logs()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; an error is one message on standard error, and exit status 2.
 

@@ -36,6 +36,7 @@ from research_agent.errors import EngineError
 from research_agent.models.policy import context_length, load_model
 from research_agent.player import Player
 from research_agent.renderer import Renderer, open_renderer
+from research_agent.terminal import escaped_logs
 from research_agent.torchrun import without_torchrun
 from research_agent.trace import Trace
 from research_agent.trajectory import Trajectory
@@ -107,7 +108,7 @@ class PlayerProcess:
 
     @property
     def weights_folder(self) -> Path:
-        """Where weights are handed over."""
+        """The folder through which the child gets weights."""
         return self._weights.root
 
     def start(
@@ -260,6 +261,7 @@ def load_engine(
     return engine, renderer
 
 
+@escaped_logs()
 def _serve(connection: Connection, setup: _Setup) -> None:
     """Run the child: answer requests until the parent closes the pipe, and play in between."""
     for number in _STOP_SIGNALS:  # the parent decides when to stop

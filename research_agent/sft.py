@@ -144,6 +144,7 @@ def run(config: SFTConfig) -> Path:
     from rich.progress import Progress  # noqa: PLC0415
 
     from research_agent.batch import make_batch  # noqa: PLC0415
+    from research_agent.checkpoint import rehearse  # noqa: PLC0415
     from research_agent.trajectory import Group  # noqa: PLC0415
 
     _validate(config)
@@ -152,6 +153,12 @@ def run(config: SFTConfig) -> Path:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model, renderer = _new_model(config) if config.model is None else _open_model(config)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        renderer.tokenizer.save_pretrained(folder)
+
+    rehearse(config.output, write)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
@@ -190,8 +197,7 @@ def run(config: SFTConfig) -> Path:
     if step < 0:
         message = f"{config.demonstrations} gives fewer demonstrations than --batch {config.batch}"
         raise ConfigError(message)
-    model.save_pretrained(config.output)
-    renderer.tokenizer.save_pretrained(config.output)
+    write(config.output)
     if not config.quiet:
         seconds = time.perf_counter() - started
         print(f"{config.output}: loss {average:.4f} after {steps} steps, {seconds:.0f} s")

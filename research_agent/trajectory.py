@@ -64,7 +64,7 @@ class Trajectory:
 
     @property
     def turns(self) -> list[Segment]:
-        """Its actions, in order."""
+        """The trajectory's actions, in order."""
         return [segment for segment in self.segments if segment.provenance == "action"]
 
     @property

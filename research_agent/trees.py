@@ -316,7 +316,7 @@ class Trees:
         return log(uniform) / weight
 
     def _branch_probability(self, rollout: ActiveRollout, turn: Completion) -> float:
-        """The probability with which ARPO branches before a turn.
+        """Return the probability with which ARPO branches before a turn.
 
         ``clip(alpha + beta (H_k - H_initial))``: Dong et al. 2025 (arXiv:2507.19849), section 3.1.
         H_k is the sum of the entropies of the turn's first tokens, divided by the logarithm of the

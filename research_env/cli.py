@@ -17,7 +17,7 @@ from research_env.commands.play import Play
 from research_env.commands.search import Search
 from research_env.commands.serve import Serve
 from research_env.errors import ResearchEnvError
-from research_env.terminal import show
+from research_env.terminal import escaped_logs, show
 
 Command = (
     Annotated[Index, subcommand("index")]
@@ -29,6 +29,7 @@ Command = (
 )
 
 
+@escaped_logs()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments (``sys.argv`` if None) ask for.
 

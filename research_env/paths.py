@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+_LARGEST = 16 << 20  # bytes of a file that is read whole
 _SETTLED = 20_000_000  # ns; a file that changes twice within a tick of the clock shows it once
 
 
@@ -24,6 +25,22 @@ def cache_folder() -> Path:
         return Path(named).expanduser()
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "research-env"
+
+
+def read_small_file(path: Path) -> bytes:
+    """Read a file that a user or a stranger wrote, such as a template or settings.
+
+    Raises:
+        OSError: it cannot be read, is no regular file (a pipe would never end), or is larger than
+            16 MiB.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file")
+    with path.open("rb") as file:
+        content = file.read(_LARGEST + 1)
+    if len(content) > _LARGEST:
+        raise OSError(f"{path} has more than {_LARGEST >> 20} MiB")
+    return content
 
 
 def read_note(kind: str, files: Sequence[Path]) -> dict[str, Any] | None:

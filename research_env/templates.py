@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from research_env.errors import ConfigurationError, DataError
+from research_env.paths import read_small_file
 from research_env.protocol import TEMPLATES
 
 Template = str | Sequence[Mapping[str, str]]
@@ -64,7 +65,7 @@ def _is_file(path: Path) -> bool:
 def _read(path: Path) -> Any:
     """The messages in a file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small_file(path).decode("utf-8")
     except (OSError, ValueError) as error:
         raise DataError(f"the template {path} cannot be read: {error}") from error
     return _messages(path, text) if path.suffix in _CHATS else [{"role": "user", "content": text}]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
-from typing import TextIO
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 # C0 and C1 controls without tab and newline, and the characters that reorder a line.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def printable(text: str) -> str:
@@ -34,3 +39,31 @@ def show_json(value: object) -> None:
     """Print a value as one line of JSON, which reads back as it was."""
     text = json.dumps(value, ensure_ascii=False)
     print(_CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text), flush=True)
+
+
+@contextmanager
+def escaped_logs() -> Iterator[None]:
+    """Show control characters as escapes in all log records and warnings, also those of libraries.
+
+    Libraries log what servers and files say.
+    """
+    make, form = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def make_escaped(*args: Any, **options: Any) -> logging.LogRecord:
+        record = make(*args, **options)
+        if record.exc_info and record.exc_info[0]:
+            record.exc_text = printable(logging.Formatter().formatException(record.exc_info))
+        with suppress(TypeError, ValueError):  # arguments that do not fit; the handler says so
+            record.msg, record.args = printable(_COLOR.sub("", record.getMessage())), ()
+        return record
+
+    def form_escaped(*args: Any, **options: Any) -> str:
+        return printable(form(*args, **options))
+
+    logging.setLogRecordFactory(make_escaped)
+    warnings.formatwarning = form_escaped
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(make)
+        warnings.formatwarning = form

@@ -175,7 +175,7 @@ class TurnRewards:
 
 
 def turn_rewards(name: str | TurnReward) -> TurnRewards:
-    """The reward of turns of that name, or the sum of them.
+    """Return the turn reward with a name, or the sum of several.
 
     Args:
         name: one of `TURN_REWARDS`; "module:function" for one of your own; a sum of them such as

@@ -18,6 +18,7 @@ from benchmarks.ablations.runs import Settings, folder_of, read_result
 from benchmarks.runs import draw_band, markdown_table, print_table, read_log, spread
 from research_agent.evaluation.predictions import read_predictions
 from research_agent.files import write_atomic
+from research_agent.report.curve import label_ends
 
 Values = dict[str, float]
 AGREES, DISAGREES, UNDECIDED = "as in the paper", "the other way", "cannot be told apart"
@@ -378,30 +379,27 @@ def report(settings: Settings, ablation: Ablation, seeds: Sequence[int]) -> Path
 
 
 def draw(ablation: Ablation, runs: Mapping[str, Sequence[Seen]], path: Path) -> None:
-    """One panel for each of the ablation's curves, over episodes played or tokens sampled."""
-    import matplotlib as mpl  # noqa: PLC0415
+    """Draw a panel for each of the ablation's curves, over episodes played or tokens sampled."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    size = (4.5 * len(ablation.curves), 4)
     cost = {"episodes": "played", "sampled tokens": TOKENS}[ablation.over]
-    figure, axes = plt.subplots(1, len(ablation.curves), figsize=size, squeeze=False)
-    for axis, name in zip(axes[0], ablation.curves, strict=True):
+    figure = Figure(figsize=(1 + 4 * len(ablation.curves), 3.4), layout="constrained")
+    figure.suptitle(f"{ablation.name}: mean of the seeds, and lowest to highest")
+    for number, name in enumerate(ablation.curves):
+        axes = figure.add_subplot(1, len(ablation.curves), number + 1)
+        ends = []
         for arm, seeds in runs.items():
             lines = [[x for x in seen.log if x.get(name) is not None] for seen in seeds]
             if all(lines):
                 xs = [[float(x[cost]) for x in of_seed] for of_seed in lines]
                 ys = [[float(x[name]) for x in of_seed] for of_seed in lines]
-                draw_band(axis, xs, ys, arm, window=1 if name.startswith("eval/") else 5)
+                last, color = draw_band(axes, xs, ys, window=1 if name.startswith("eval/") else 5)
+                ends.append((last, arm, color))
             elif name == "eval/em":  # no log of training: what came of it
                 level = statistics.fmean(seen.final["in"]["em"] for seen in seeds)
-                axis.axhline(level, linestyle="--", color="gray", label=f"{arm}, greedy")
-        axis.set_title(name)
-        axis.set_xlabel(ablation.over)
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-    figure.tight_layout()
+                axes.axhline(level, linestyle="--", color="gray")
+                ends.append((level, f"{arm}, greedy", "gray"))
+        axes.set_title(name)
+        axes.set_xlabel(ablation.over)
+        label_ends(axes, ends)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -10,8 +10,10 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks.baselines.published import Score
+from research_env.terminal import printable
 
 DASH = "–"
 BLUES = ("#0017c7", "#457aec", "#8fb0f5")  # colours of trained rows
@@ -97,12 +99,12 @@ def terminal(results: Results) -> Table:
     table = Table(caption=_legend(results), box=SIMPLE)
     table.add_column("method", overflow="fold", min_width=10)
     for dataset in results.datasets:
-        table.add_column(f"{dataset}\nEM", justify="right")
+        table.add_column(Text(f"{printable(dataset)}\nEM"), justify="right")
         table.add_column("\nLJ", justify="right")
     for row in results.rows:
         cells = [row.cells[dataset] for dataset in results.datasets]
         said = [each(cell) for cell in cells for each in (exact_match, judge)]
-        table.add_row(row.label, *said, style="bold" if row.trained else None)
+        table.add_row(Text(printable(row.label)), *said, style="bold" if row.trained else None)
     return table
 
 
@@ -113,7 +115,8 @@ def markdown(results: Results) -> str:
     for row in results.rows:
         cells = [row.cells[dataset] for dataset in results.datasets]
         lines.append([row.label, *(each(c) for c in cells for each in (exact_match, judge))])
-    rows = ("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+    shown = [[printable(" ".join(t.split())).replace("|", "\\|") for t in line] for line in lines]
+    rows = (f"| {' | '.join(line)} |" for line in shown)
     return "\n".join([*rows, "", _legend(results), ""])
 
 

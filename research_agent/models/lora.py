@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from research_agent.errors import ConfigError, ModelError
-from research_agent.models.source import opening
+from research_agent.models.source import opening, reading_weights
 
 _NAME = "default"
 
@@ -111,7 +111,7 @@ def _read(adapter: str) -> tuple[Any, Any]:
     except ImportError as error:
         message = f"{adapter} is an adapter, which needs the package peft; pip install peft"
         raise ConfigError(message) from error
-    with opening(f"the adapter {adapter}", "get it again"):
+    with opening(f"the adapter {adapter}", "get it again"), reading_weights(adapter):
         return PeftConfig.from_pretrained(adapter), load_peft_weights(adapter, device="cpu")
 
 

@@ -32,6 +32,7 @@ from research_agent.models.source import (
     model_source,
     opening,
     read_config,
+    reading_weights,
     require_few_layers,
 )
 
@@ -124,9 +125,10 @@ def _open(source: ModelSource, name: str, dtype: torch.dtype) -> Any:
     config._attn_implementation = None
     if (tokens := tokens_of_unreadable(source.place, name)) is not None:
         options["generation_config"] = tokens
-    model, loaded = AutoModelForCausalLM.from_pretrained(
-        source.place, config=config, dtype=dtype, output_loading_info=True, **options
-    )
+    with reading_weights(source.place):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            source.place, config=config, dtype=dtype, output_loading_info=True, **options
+        )
     if missing := sorted(loaded["missing_keys"]):
         message = (
             f"the model {name!r} lacks {len(missing)} of its weights, among them"

@@ -9,10 +9,11 @@ import difflib
 import json
 import struct
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 from research_agent.errors import ModelError, ResearchAgentError
 
@@ -21,7 +22,8 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-MOST_LAYERS = 10_000
+MOST_LAYERS = 1_000
+_LARGEST_JSON = 256 << 20  # bytes; the tokenizers of large vocabularies have some 30 MB
 MODEL_CURE = (
     "give a folder with config.json and model.safetensors, a GGUF file, or a name on the Hugging"
     " Face hub"
@@ -55,9 +57,44 @@ def opening(what: str, cure: str = MODEL_CURE) -> Iterator[None]:
         raise ModelError(f"{what} cannot be opened: {cause}; {cure}") from error
 
 
+@contextmanager
+def reading_weights(place: str) -> Iterator[None]:
+    """Guard the reading of a folder's weight files, and name the one that is damaged.
+
+    Args:
+        place: folder of the files that a library reads inside the block; on the hub there are none.
+
+    Raises:
+        ModelError: a file is compressed, as 2 MB could then fill gigabytes of memory; or something
+            was raised inside the block, and a file is damaged.
+    """
+    pickles = [path for path in sorted(Path(place).glob("*model*.bin")) if path.is_file()]
+    for file in pickles:
+        with _opening_file(file):
+            if is_zipfile(file) and any(part.compress_type for part in ZipFile(file).infolist()):
+                raise ModelError(f"{file} is compressed, as PyTorch never writes it")
+    try:
+        yield
+    except Exception:
+        from safetensors import safe_open  # noqa: PLC0415 - loads torch
+        from torch import load  # noqa: PLC0415
+
+        for file in sorted(Path(place).glob("*model*.safetensors")):
+            with _opening_file(file), safe_open(file, "pt"):
+                pass
+        for file in pickles:
+            with _opening_file(file):
+                load(file, map_location="meta", weights_only=True)
+        raise
+
+
+def _opening_file(file: Path) -> AbstractContextManager[None]:
+    return opening(f"the file {str(file)!r}", "get it again, or give safetensors")
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where the parts of a model are."""
+    """The places of a model's parts."""
 
     place: str
     """Folder of the weights, or a name on the hub."""
@@ -137,6 +174,7 @@ def model_source(name: str | Path) -> ModelSource:
     """
     place = resolve_model(name)
     path = Path(place)
+    _require_small(path)
     if path.is_file():
         return _gguf(path)
     if not path.is_dir():
@@ -162,6 +200,7 @@ def tokenizer_source(name: str | Path) -> ModelSource:
         ModelError: as for ``model_source``, for adapters and GGUF files.
     """
     place = Path(name).expanduser()
+    _require_small(place)
     if (place / "tokenizer_config.json").is_file() or (place / "tokenizer.json").is_file():
         return ModelSource(str(place))
     if place.is_dir() and not (place / _ADAPTER_CONFIG).is_file() and not any(place.glob("*.gguf")):
@@ -169,6 +208,13 @@ def tokenizer_source(name: str | Path) -> ModelSource:
     source = model_source(name)
     has_its_own = source.adapter is not None and _cached(str(name), "tokenizer_config.json")
     return ModelSource(str(name)) if has_its_own else source
+
+
+def _require_small(folder: Path) -> None:
+    """Refuse files of settings that would fill the memory; libraries read them whole."""
+    for file in folder.glob("*.json"):
+        if file.is_file() and file.stat().st_size > _LARGEST_JSON:
+            raise ModelError(f"{file} has more than {_LARGEST_JSON >> 20} MiB; get it again")
 
 
 def read_config(source: ModelSource, name: str) -> Any:

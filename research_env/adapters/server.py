@@ -11,16 +11,22 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from research_env.errors import ConfigurationError
-from research_env.retrieval.serve_guard import check_access
+from research_env.retrieval.serve_guard import Limits, check_access, check_body
 
 
 def guard(app: ASGIApp, key: str, allowed_hosts: Collection[str]) -> ASGIApp:
-    """Refuse web pages of other sites, and clients without the key, over HTTP and WebSocket."""
+    """Refuse web pages of other sites, and clients without the key, over HTTP and WebSocket.
+
+    Bodies have the limit and the framing of the search server's.
+    """
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         refusal = None
         if scope["type"] != "lifespan":
-            refusal = check_access(scope, Headers(scope=scope), key, allowed_hosts)
+            headers = Headers(scope=scope)
+            refusal = check_access(scope, headers, key, allowed_hosts)
+            if scope["type"] == "http" and refusal is None:
+                refusal = check_body(scope, headers, Limits().body)
         await (refusal or app)(scope, receive, send)
 
     return guarded
@@ -66,6 +72,7 @@ class AppServer:
             access_log=False,
             proxy_headers=False,
             server_header=False,
+            http="h11",
             timeout_graceful_shutdown=30,
         )
         self._server = uvicorn.Server(config)

@@ -13,6 +13,7 @@ from tyro.conf import arg
 
 from research_env.commands.shared import named_corpus
 from research_env.errors import ConfigurationError, UnknownNameError
+from research_env.paths import read_small_file
 from research_env.redaction import redact_url
 from research_env.terminal import show, show_json
 
@@ -168,8 +169,8 @@ class Index:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        found = json.loads(read_small_file(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"cannot read {path} as JSON: {error}") from error
     if not isinstance(found, dict):
         raise ConfigurationError(f"{path} holds no JSON object, but {found!r:.80}")

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import numpy as np
+
 from research_env.errors import ConfigurationError, DataError, DataNotFoundError
 
 MAX_LINE = 16 << 20
@@ -22,6 +24,7 @@ MAX_LINE = 16 << 20
 
 _BOM = b"\xef\xbb\xbf"
 _BATCH = 1_000  # rows of a Parquet or Arrow file that are held at a time
+_HELD = 256 << 20  # bytes of such rows as Python's values
 
 Records = Iterator[tuple[str, dict[str, Any]]]
 
@@ -202,10 +205,9 @@ def _arrow_records(path: Path) -> Records:
         with pa.OSFile(str(path)) as source:
             for batch in (_parquet_batches if kind == "Parquet" else _arrow_batches)(source):
                 batch.validate(full=True)  # offsets by a stranger
-                for first in range(0, batch.num_rows, _BATCH):
-                    for record in batch.slice(first, _BATCH).to_pylist():
-                        row += 1
-                        yield f"{path}: row {row}", record
+                for record in _rows(batch):
+                    row += 1
+                    yield f"{path}: row {row}", record
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise DataError(
             f"{path}: row {row + 1}: not a readable {kind} file ({error!s:.120}); get it again"
@@ -213,9 +215,60 @@ def _arrow_records(path: Path) -> Records:
 
 
 def _parquet_batches(source: Any) -> Iterator[Any]:
+    """The batches of a Parquet file.
+
+    Texts come as indices into those that differ: a file of 2 kB can repeat one of 8 MB in each row.
+    """
     import pyarrow.parquet as pq  # noqa: PLC0415
 
-    yield from pq.ParquetFile(source).iter_batches(_BATCH)
+    file = pq.ParquetFile(source)
+    for group in map(file.metadata.row_group, range(file.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.total_uncompressed_size > MAX_LINE * max(1, group.num_rows):
+                raise ValueError(f"values of {column.path_in_schema} over {MAX_LINE >> 20} MiB")
+    columns = map(file.schema.column, range(len(file.schema)))
+    texts = [each.path for each in columns if each.physical_type == "BYTE_ARRAY"]
+    yield from pq.ParquetFile(source, read_dictionary=texts).iter_batches(_BATCH)
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a batch; so many at a time are Python's values as fit into the memory.
+
+    Raises:
+        ValueError: not one of them does.
+    """
+    import pyarrow as pa  # noqa: PLC0415
+
+    size = sum(map(_largest, batch.columns))
+    if size > _HELD:
+        raise ValueError(f"a row may have {size} bytes, more than {_HELD >> 20} MiB")
+    rows = min(_BATCH, _HELD // max(1, size))
+    for first in range(0, batch.num_rows, rows):
+        columns = [
+            each.dictionary_decode() if isinstance(each, pa.DictionaryArray) else each
+            for each in batch.slice(first, rows).columns  # decoded, as single values are slow
+        ]
+        yield from pa.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
+
+
+def _largest(array: Any) -> int:
+    """The most bytes that a value of an array may have."""
+    import pyarrow as pa  # noqa: PLC0415
+    import pyarrow.compute as pc  # noqa: PLC0415
+
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        return _largest(array.dictionary)
+    if pa.types.is_struct(kind):
+        return sum(map(_largest, array.flatten()))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return (pc.max(pc.list_value_length(array)).as_py() or 0) * _largest(array.flatten())
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+        views = np.frombuffer(array.buffers()[1], "<i4").reshape(-1, 4)[array.offset :, 0]
+        return int(views[: len(array)].max(initial=0))  # a view begins with the length
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
+        return pc.max(pc.binary_length(array)).as_py() or 0
+    return 8
 
 
 def _arrow_batches(source: Any) -> Iterator[Any]:

@@ -29,6 +29,7 @@ from research_env.datasets.catalog import HUB_SOURCES, PUBLISHED, HubSource, Rec
 from research_env.datasets.formats import MAX_LINE
 from research_env.errors import DataError, DataNotFoundError, UnknownNameError
 from research_env.locks import exclusive_lock
+from research_env.paths import read_small_file
 from research_env.progress import progress
 
 MANIFEST = "manifest.json"
@@ -207,13 +208,13 @@ def _read_finished(folder: Path) -> dict[str, Any] | None:
         return None
     suggestion = f"move {folder} away, or give another output folder, and prepare it again"
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(read_small_file(path))
         known, outputs = manifest["format"], dict(manifest["outputs"])
     except FileNotFoundError as error:
         raise DataError(
             f"{folder} was not prepared by this command (no {MANIFEST}); {suggestion}"
         ) from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); {suggestion}") from error
     if known != _FORMAT:
         raise DataError(f"{path} has format {known!r}, not {_FORMAT}; {suggestion}")

@@ -18,6 +18,10 @@ from research_env.judge.predictions import EpisodeKey
 from research_env.locks import exclusive_lock
 
 _CACHE_VERSION = 1  # the table's version, in the file as its user_version
+_TABLE = (
+    "verdicts (digest TEXT PRIMARY KEY, verdict INTEGER NOT NULL, raw TEXT NOT NULL) WITHOUT ROWID"
+)
+_LONGEST_REPLY = 64 << 20  # bytes of a row
 
 
 class JudgeError(ResearchEnvError):
@@ -211,21 +215,24 @@ class VerdictCache:
             JudgeError: it cannot be used. So do the methods.
         """
         self._path = path
+        if path.exists() and not path.is_file():
+            raise JudgeError(f"the cache {path} is no regular file; move it away")
         self._database = sqlite3.connect(path, timeout=60.0)
+        self._database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_REPLY)
         try:
             with self._errors_translated():
+                self._database.execute("PRAGMA trusted_schema = OFF")  # before it is read
                 (version,) = self._database.execute("PRAGMA user_version").fetchone()
                 (tables,) = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()
                 if version != _CACHE_VERSION and (version, tables) != (0, 0):
                     raise sqlite3.DatabaseError("it is another database, or of another version")
-                self._database.execute("PRAGMA trusted_schema = OFF")
                 self._database.execute("PRAGMA synchronous = NORMAL")
                 with self._database as transaction:
-                    transaction.execute(
-                        "CREATE TABLE IF NOT EXISTS verdicts (digest TEXT PRIMARY KEY, "
-                        "verdict INTEGER NOT NULL, raw TEXT NOT NULL) WITHOUT ROWID"
-                    )
+                    transaction.execute(f"CREATE TABLE IF NOT EXISTS {_TABLE}")
                     transaction.execute(f"PRAGMA user_version = {_CACHE_VERSION}")
+                schema = self._database.execute("SELECT sql FROM sqlite_master").fetchall()
+                if schema != [(f"CREATE TABLE {_TABLE}",)]:  # a trigger would change verdicts
+                    raise sqlite3.DatabaseError("its tables are not those of a cache")
         except BaseException:
             self._database.close()
             raise

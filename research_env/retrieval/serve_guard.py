@@ -156,7 +156,7 @@ def guard(app: ASGIApp, load: Load, key: str, allowed_hosts: Collection[str]) ->
 
         length = int(headers.get("content-length", 0))
         refusal = (
-            _check_framing(scope["method"], headers, length)
+            check_body(scope, headers, load.limits.body)
             or check_access(scope, headers, key, allowed_hosts)
             or _check_room(scope, length, load)
         )
@@ -174,13 +174,16 @@ def guard(app: ASGIApp, load: Load, key: str, allowed_hosts: Collection[str]) ->
     return guarded
 
 
-def _check_framing(method: str, headers: Headers, length: int) -> Response | None:
-    """Refuse bodies that servers and proxies disagree about."""
+def check_body(scope: Scope, headers: Headers, limit: int) -> Response | None:
+    """Refuse bodies that servers and proxies disagree about, or of more bytes than the limit."""
     close, chunked = {"Connection": "close"}, "transfer-encoding" in headers
+    method, length = scope["method"], int(headers.get("content-length", 0))
     if method != "POST" and (length or chunked):
         return error_response(400, "only a POST may have a body", close)
     if method == "POST" and (chunked or "content-length" not in headers):
         return error_response(411, "send the body whole, with its Content-Length", close)
+    if length > limit:
+        return error_response(413, f"a request has at most {limit} bytes")
     return None
 
 
@@ -211,8 +214,6 @@ def check_access(
 
 
 def _check_room(scope: Scope, length: int, load: Load) -> Response | None:
-    if length > load.limits.body:
-        return error_response(413, f"a request has at most {load.limits.body} bytes")
     if scope["path"] == "/retrieve" and not load.has_room(client_address(scope), length):
         return error_response(503, "too many requests wait")
     return None

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import tyro
+from rich.console import Console
 
 from benchmarks import paper_table
 from benchmarks.baselines import miniature, rendering
@@ -334,6 +335,19 @@ def test_markdown() -> None:
         "\n"
         "EM: exact match, in percent. LJ: LLM as a judge. In brackets: the paper's.\n"
     )
+
+
+def test_names_by_strangers_are_text_in_a_table() -> None:
+    row = Row("[/nope]\x1b]52;c;\x07\n|b", "m", False, {"[/set]\x1b[2J": cell(31.0)})
+    results = Results([row], ["[/set]\x1b[2J"])
+    console = Console(file=io.StringIO(), width=200)
+    console.print(rendering.terminal(results))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert "[/nope]" in shown and "[/set]" in shown and "\x1b" not in shown
+    lines = rendering.markdown(results).splitlines()
+    assert lines[2].startswith("| [/nope]\\x1b]52;c;\\x07 \\|b | 31.00 |")
+    assert "\x1b" not in "".join(lines)
 
 
 def test_latex() -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import zipfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from benchmarks.hostile_models import model_cases
 from research_agent.checkpoint import CHECKSUMS, _checksums
 from research_agent.cli import main
 from research_agent.errors import LogError, PredictionsError, ResearchAgentError
@@ -20,8 +26,8 @@ from research_agent.models.policy import load_model
 from research_agent.renderer import load_renderer
 from research_agent.run_logger import read_lines
 from research_agent.trajectory import Segment, Trajectory
-from tests.research_agent.conftest import byte_tokenizer, tiny_qwen2
-from tests.research_agent.model_files import edit_json, save_model
+from tests.research_agent.conftest import byte_tokenizer, tiny_llama, tiny_qwen2
+from tests.research_agent.model_files import edit_json, save_adapter, save_model
 from tests.research_agent.test_trainer import flags
 
 JUNK: list[Any] = [
@@ -232,8 +238,65 @@ def test_a_mutated_model_is_opened_or_refused(tmp_path: Path, file: str, count: 
     assert refused > 1
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_weights_are_opened_or_refused_by_their_file(tmp_path: Path) -> None:
+    refused = 0
+    for number, case in enumerate(islice(model_cases(tmp_path), 0, None, 7)):
+        (place := tmp_path / str(number)).mkdir()
+        try:
+            case.try_it(place)  # anything but an error of ours fails this test
+        except ResearchAgentError:
+            refused += 1
+    assert refused > 20
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("kind", ["model", "shard", "adapter"])
+def test_a_file_of_weights_that_is_cut_is_named(tmp_path: Path, kind: str, pickled: bool) -> None:
+    size = "20KB" if kind == "shard" else "1GB"
+    folder = save_model(tmp_path / "model", tiny_llama(), max_shard_size=size)
+    if kind == "adapter":
+        folder = save_adapter(tmp_path / "adapter", folder)
+    if pickled:
+        for each in folder.glob("*.safetensors"):
+            name = each.name.replace("model", "pytorch_model") if kind != "adapter" else each.name
+            torch.save(load_file(each), folder / name.replace(".safetensors", ".bin"))
+            each.unlink()
+        if kind == "shard":
+            index = (folder / "model.safetensors.index.json").read_text()
+            index = index.replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+            (folder / "pytorch_model.bin.index.json").write_text(index)
+            (folder / "model.safetensors.index.json").unlink()
+    load_model(folder, device="cpu")
+    file = sorted(folder.glob("*.bin" if pickled else "*.safetensors"))[-1]
+    os.truncate(file, file.stat().st_size - 100)
+    with pytest.raises(ResearchAgentError, match=f"{file.name}' cannot be opened: .*get it again"):
+        load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_a_compressed_pickle_is_not_unpacked(tmp_path: Path, kind: str) -> None:
+    model = save_model(tmp_path / "model", tiny_llama())
+    folder = model if kind == "model" else save_adapter(tmp_path / "adapter", model)
+    next(folder.glob("*model.safetensors")).unlink()
+    file = folder / ("pytorch_model.bin" if kind == "model" else "adapter_model.bin")
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m/data.pkl", b"\0" * 10_000)
+    with pytest.raises(ResearchAgentError, match=f"{file.name} is compressed"):
+        load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+def test_settings_of_gigabytes_are_not_read(tmp_path: Path, name: str) -> None:
+    model = save_model(tmp_path / "model", tiny_llama())
+    os.truncate(model / name, 3 << 30)
+    for load in (load_model, load_renderer):
+        with pytest.raises(ResearchAgentError, match=f"{name} has more than 256 MiB"):
+            load(model)
+
+
 def test_more_layers_than_memory_holds_are_refused(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", tiny_qwen2(len(byte_tokenizer())))
     edit_json(model / "config.json", num_hidden_layers=10**6, layer_types=None)
-    with pytest.raises(ResearchAgentError, match="says more than 10000 layers"):
+    with pytest.raises(ResearchAgentError, match="says more than 1000 layers"):
         load_model(model, device="cpu")

@@ -14,13 +14,14 @@ import torch
 
 from research_agent.batch import make_batch
 from research_agent.cli import main
-from research_agent.errors import ConfigError, ContextError
+from research_agent.errors import CheckpointError, ConfigError, ContextError
 from research_agent.models.policy import load_model
 from research_agent.phrase_tokenizer import phrase_tokenizer
 from research_agent.renderer import Renderer, load_renderer
 from research_agent.sft import SFTConfig, as_trajectory, run
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_llama
+from tests.research_agent.disks import small_disk
 
 Parts = list[tuple[str, str]]
 HERE = __name__
@@ -274,6 +275,14 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_learned(
     taken = replace(SMALL, output=tmp_path / "file" / "model", demonstrations="nowhere.jsonl")
     with pytest.raises(NotADirectoryError, match="file/model"):
         run(taken)
+
+
+def test_a_model_that_has_no_room_is_refused_before_anything_is_learned(tmp_path: Path) -> None:
+    never = tmp_path / "never.jsonl"  # would be missed if it were opened
+    with small_disk(tmp_path / "disk", 8) as disk:
+        with pytest.raises(CheckpointError, match=r"No space left.*free some space"):
+            run(replace(SMALL, output=disk / "model", demonstrations=str(never)))
+        assert list((disk / "model").iterdir()) == []
 
 
 # --- chat templates -------------------------------------------------------------------------------

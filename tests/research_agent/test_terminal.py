@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from rich.console import Console
 from research_agent.evaluation.summary import Outcome, summarize, tables
 from research_agent.run_logger import RunLogger
 from research_agent.signals import stop_signals
-from research_agent.terminal import printable, show
+from research_agent.terminal import escaped_logs, printable, show
 
 OSC_52 = "\x1b]52;c;cm0gLXJmIC8=\x07"  # writes to the clipboard of whoever looks
 
@@ -72,3 +74,23 @@ def test_a_signal_counts_where_the_terminal_is_gone(monkeypatch: pytest.MonkeyPa
     with stop_signals() as seen:
         os.kill(os.getpid(), signal.SIGHUP)
     assert seen == [signal.SIGHUP]
+
+
+def test_logs_and_warnings_of_libraries_show_control_characters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log, factory = logging.getLogger("a.library"), logging.getLogRecordFactory()
+    log.addHandler(logging.StreamHandler())
+    with escaped_logs():
+        log.warning("\x1b[1mkey\x1b[0m %s", OSC_52)  # colors are dropped
+        try:
+            raise ValueError(OSC_52)
+        except ValueError:
+            log.exception("failed")
+        warned = warnings.formatwarning(f"beware of {OSC_52}", UserWarning, "file", 1)
+    log.handlers.clear()
+    said = capsys.readouterr().err + warned
+    for line in ("key {}", "ValueError: {}", "beware of {}"):
+        assert line.format("\\x1b]52;c;cm0gLXJmIC8=\\x07") in said
+    assert "\x1b" not in said and "\x07" not in said
+    assert logging.getLogRecordFactory() is factory

@@ -278,6 +278,15 @@ def test_a_run_whose_disk_is_full_continues_when_there_is_room(
         assert final_bytes(disk / "run") == final_bytes(tmp_path / "never")
 
 
+def test_a_run_that_could_not_be_saved_takes_no_step(
+    letters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with small_disk(tmp_path / "disk", 80) as disk:
+        message = refusal(capsys, flags(letters, disk / "run", "--steps", "1"))
+        assert "No space left" in message and "a run that cannot be saved is not started" in message
+        assert metrics(disk / "run") == []
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -45,6 +46,14 @@ def test_help_teaches_with_examples(command: list[str], capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "For example" in shown
     assert f"research-env {' '.join(command)}".strip() in shown
+
+
+def test_the_help_says_that_an_open_server_asks_for_no_key(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert refused("serve", "--help") == 0
+    shown = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert "0.0.0.0 lets other machines in, without any authentication unless" in shown
 
 
 @pytest.mark.parametrize(
@@ -204,6 +213,17 @@ def test_an_error_is_one_line_and_exit_code_2(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("research-env: ")
     assert message in line
+
+
+@pytest.mark.parametrize("content", [b"[" * 200_000, b"{", b"\xff", b"[1]", None])
+def test_a_mapping_that_is_none_is_refused_by_its_file(
+    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mapping.json"
+    os.mkfifo(file) if content is None else file.write_bytes(content)
+    place = "elasticsearch://localhost:1/x"
+    assert refused("index", "--dataset", "miniworld", "--to", place, "--mapping", str(file)) == 2
+    assert f"{file}" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_quiet() -> None:

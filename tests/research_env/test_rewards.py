@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 
 from research_env import Dataset, Question
 from research_env.env import SearchQAEnv
-from research_env.episode import Episode
+from research_env.episode import Episode, advance, truncate
 from research_env.errors import ConfigurationError, RewardError, UnknownNameError
 from research_env.papers import PAPERS, PROTOCOLS, base
 from research_env.protocol import Protocol
 from research_env.retrieval.base import Hit, Passage
-from research_env.rewards import REWARDS, episode_metrics, evaluate, reward
+from research_env.rewards import REWARDS, SHAPING, episode_metrics, evaluate, reward
 from research_env.tools import write_call
 from tests.research_env.fakes import DATASET, Engine
 from tests.research_env.own_rewards import later
@@ -287,6 +287,18 @@ def test_no_passage_changes_a_reward(protocol: str, title: str, text: str) -> No
         for name in REWARDS:
             score = reward(name)(one)
             assert score == reward(name)(other) == reward(name)(nothing), name
+
+
+@pytest.mark.parametrize("name", [*REWARDS, *SHAPING])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_to_be_cut_never_pays_more_than_to_give_up(protocol: str, name: str) -> None:
+    search, _ = GOOD[protocol]
+    for searches in range(4):
+        episode = play(protocol, [search] * searches)
+        given_up = advance(episode, "I do not know")
+        assert reward(name)(truncate(episode)) == reward(name)(given_up)
+        if not (waiting := advance(episode, search)).over:  # cut while it searches
+            assert reward(name)(truncate(waiting)) <= reward(name)(given_up)
 
 
 def test_the_word_assistant_in_a_passage_costs_nothing() -> None:

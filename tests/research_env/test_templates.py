@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,15 @@ def test_a_file_that_is_none_is_refused_with_its_place(
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ResearchEnvError, match=message):
         make(template=str(file))
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "t.yaml"])
+def test_a_template_that_does_not_end_is_not_read(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=f"{name} is no regular file"):
+        make(template=str(tmp_path / name))
+    (tmp_path / name).unlink()
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, 3 << 30)
+    with pytest.raises(DataError, match=f"{name} has more than 16 MiB"):
+        make(template=str(tmp_path / name))

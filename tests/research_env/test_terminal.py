@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 import research_env
 from research_env.cli import main
-from research_env.terminal import printable, show, show_json
+from research_env.terminal import escaped_logs, printable, show, show_json
 
 assert research_env.IDS
 
@@ -81,3 +83,23 @@ def test_the_environment_renders_text(files: list[str], capsys: pytest.CaptureFi
     env.step(f"<search>Ann {OSC_52}</search>")
     env.close()
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_logs_and_warnings_of_libraries_show_control_characters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log, factory = logging.getLogger("a.library"), logging.getLogRecordFactory()
+    log.addHandler(logging.StreamHandler())
+    with escaped_logs():
+        log.warning("\x1b[1mkey\x1b[0m %s", OSC_52)  # colors are dropped
+        try:
+            raise ValueError(OSC_52)
+        except ValueError:
+            log.exception("failed")
+        warned = warnings.formatwarning(f"beware of {OSC_52}", UserWarning, "file", 1)
+    log.handlers.clear()
+    said = capsys.readouterr().err + warned
+    for line in ("key {}", "ValueError: {}", "beware of {}"):
+        assert line.format("\\x1b]52;c;cm0gLXJmIC8=\\x07") in said
+    assert "\x1b" not in said and "\x07" not in said
+    assert logging.getLogRecordFactory() is factory

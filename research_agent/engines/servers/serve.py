@@ -101,8 +101,9 @@ class ServerProcess:
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline:
             self.require_alive()
-            with suppress(httpx.HTTPError):
-                if httpx.get(f"{self.url}/health", trust_env=False).status_code == 200:
+            health = f"{self.url}/health"
+            with suppress(httpx.HTTPError), httpx.stream("GET", health, trust_env=False) as answer:
+                if answer.status_code == 200:  # its body is not read
                     return
             time.sleep(0.2)
         raise EngineError(f"vllm serve does not answer after {START_TIMEOUT:g} s: {self._output()}")

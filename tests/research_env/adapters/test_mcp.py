@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import re
 import signal
 import subprocess
@@ -123,6 +124,26 @@ def test_web_pages_and_clients_without_the_key_are_refused(sessions: Sessions) -
         assert httpx.post(url, json={}, headers=key | {"Host": "evil.example"}).status_code == 403
         foreign = key | {"Origin": "http://evil.example"}
         assert httpx.post(url, json={}, headers=foreign).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("method", "header", "status"),
+    [
+        ("POST", ("Content-Length", str((16 << 20) + 1)), 413),
+        ("POST", ("Transfer-Encoding", "chunked"), 411),
+        ("GET", ("Content-Length", "2"), 400),
+    ],
+)
+def test_bodies_that_are_large_or_have_no_clear_end_are_refused_unread(
+    sessions: Sessions, method: str, header: tuple[str, str], status: int
+) -> None:
+    with AppServer(adapter.make_app(sessions)) as server:
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=30)
+        connection.putrequest(method, "/mcp")
+        connection.putheader(*header)
+        connection.endheaders()
+        assert connection.getresponse().status == status
+        connection.close()
 
 
 @pytest.mark.parametrize(

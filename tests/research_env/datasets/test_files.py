@@ -11,6 +11,7 @@ import pickle
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 
 from research_env import paths
 from research_env.cli import main
-from research_env.datasets import FileCorpus, Hop, Question, load_dataset, read_questions
+from research_env.datasets import FileCorpus, Hop, Question, formats, load_dataset, read_questions
 from research_env.datasets.convert import Converted, convert
 from research_env.datasets.files import question_record
 from research_env.errors import (
@@ -286,6 +287,46 @@ def test_tables_of_questions_and_passages(tmp_path: Path, name: str) -> None:
         corpus.fingerprint()
         == FileCorpus("d", write(tmp_path / "d.jsonl", *passages)).fingerprint()
     )
+
+
+@pytest.mark.parametrize("kind", ["string", "string_view"])
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_text_that_rows_share_is_not_held_once_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, kind: str
+) -> None:
+    monkeypatch.setattr(formats, "_HELD", 4 << 20)
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    text, ids = "x" * (1 << 20), [str(i) for i in range(100)]
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * 100, pa.int32()), pa.array([text]))
+    table = pa.table({"id": ids, "title": ids, "text": shared})
+    if kind == "string_view" and suffix == "arrow":
+        table = table.set_column(2, "text", pa.array([text] * 100, pa.string_view()))
+    file = tmp_path / f"c.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, file)
+    else:
+        with pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    tracemalloc.start()
+    try:
+        read = sum(len(passage.text) for passage in FileCorpus("c", file))
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+    assert read == 100 << 20
+
+
+def test_a_small_table_that_takes_much_memory_is_refused(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    large = pa.table({"id": ["1"], "text": ["x" * (17 << 20)]})
+    pq.write_table(large, tmp_path / "c.parquet", compression="zstd", use_dictionary=False)
+    assert (tmp_path / "c.parquet").stat().st_size < 10_000
+    with pytest.raises(DataError, match=r"c\.parquet: row 1: .*values of text over 16 MiB"):
+        list(FileCorpus("c", tmp_path / "c.parquet"))
+    answers = pa.array([["y" * 1_000_000] * 300])
+    pq.write_table(pa.table({"id": ["1"], "answers": answers}), tmp_path / "q.parquet")
+    with pytest.raises(DataError, match="a row may have 300000"):
+        read_questions(tmp_path / "q.parquet")
 
 
 @pytest.mark.parametrize(

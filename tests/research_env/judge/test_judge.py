@@ -8,11 +8,13 @@ import json
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from research_env.judge import (
     read_predictions,
 )
 from research_env.judge.prompts import parse_r1_searcher, parse_research
+from research_env.judge.verdicts import VerdictCache
 from research_env.retrieval.url import secret_of
 from tests.research_env.fakes import Terminal
 from tests.research_env.servers import Call, Reply, Server, as_json, serving
@@ -617,6 +620,30 @@ def test_a_file_that_no_judge_wrote_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "judge-cache.sqlite").write_bytes(b"no database, but long enough to be one" * 9)
     with serving(lambda _: says(RIGHT)) as server, pytest.raises(JudgeError, match="cache"):
         run(path, server)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "CREATE TRIGGER t AFTER INSERT ON verdicts BEGIN UPDATE verdicts SET verdict = 1; END",
+        "CREATE TABLE more (x)",
+        "ALTER TABLE verdicts ADD COLUMN x",
+    ],
+)
+def test_a_cache_has_our_schema_and_nothing_else(tmp_path: Path, change: str) -> None:
+    cache = tmp_path / "cache"
+    VerdictCache(cache).close()
+    VerdictCache(cache).close()  # as it was left, it opens
+    with closing(sqlite3.connect(cache)) as database, database:
+        database.execute(change)
+    with pytest.raises(JudgeError, match=r"tables are not those of a cache.*move it away"):
+        VerdictCache(cache)
+
+
+def test_a_pipe_is_no_cache(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "cache")
+    with pytest.raises(JudgeError, match="no regular file"):
+        VerdictCache(tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

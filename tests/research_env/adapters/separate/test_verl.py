@@ -27,6 +27,7 @@ from verl.experimental.agent_loop.agent_loop import (
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.workers.rollout.replica import TokenOutput
 
+from research_env.adapters import shared
 from research_env.adapters.shared import share
 from research_env.adapters.tokens import decode
 from research_env.adapters.verl import NAME, ResearchAgentLoop, rows
@@ -75,6 +76,15 @@ def turn_of(tokenizer: Any, text: str) -> TokenOutput:
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(STARTER)
+
+
+@pytest.fixture(autouse=True)
+def shared_sessions_end_with_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    made: dict[str, Sessions] = {}
+    monkeypatch.setattr(shared, "_SHARED", made)
+    yield
+    for each in made.values():
+        each.close()
 
 
 @pytest.fixture
