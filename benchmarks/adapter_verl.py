@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer
 from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 from verl.tools.function_tool import FUNCTION_TOOL_REGISTRY, function_tool
+from verl.workers.rollout.replica import TokenOutput
 
 from benchmarks.adapter_script import ANSWER, SEARCHES, System, query, search, settings
 from research_env.adapters.shared import share
@@ -51,11 +51,8 @@ class _Script:
     def __init__(self, turns: Sequence[list[int]]) -> None:
         self._turns = list(turns)
 
-    async def generate(self, **_: Any) -> SimpleNamespace:
-        ids = self._turns.pop(0)
-        return SimpleNamespace(
-            token_ids=ids, log_probs=None, num_preempted=0, extra_fields={}, routed_experts=None
-        )
+    async def generate(self, **_: Any) -> TokenOutput:
+        return TokenOutput(token_ids=self._turns.pop(0), stop_reason="completed")
 
 
 def systems(url: str, episodes: int, stack: ExitStack) -> Iterator[System]:

@@ -154,7 +154,7 @@ def main() -> None:
 
 
 def _clean(text: str) -> str:
-    """Without what would be markup, in whichever protocol."""
+    """Remove what would be markup in any protocol."""
     return _MARKUP.sub("", text)
 
 

@@ -61,7 +61,7 @@ class GeneratedCorpus:
                 yield Passage(f"g{start + i}", title, f"{title} {body}.")
 
     def fingerprint(self) -> str:
-        """It is told by size and seed."""
+        """Return the size and the seed, which decide the corpus."""
         return sha256(f"generated {self.size} {self.seed}".encode()).hexdigest()
 
     def queries(self, count: int) -> list[str]:

@@ -123,11 +123,11 @@ def _writes(content: bytes) -> Callable[[Path], object]:
 
 
 def _instead(make: Callable[[Path], object]) -> Callable[[Path], object]:
-    def change(file: Path) -> None:
+    def replace(file: Path) -> None:
         file.unlink()
         make(file)
 
-    return change
+    return replace
 
 
 def _sparse(file: Path) -> None:

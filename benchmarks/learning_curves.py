@@ -32,6 +32,7 @@ from benchmarks.runs import is_finished as finished
 from benchmarks.runs import run_all as do_all
 from research_agent.config import AlgorithmConfig, TrainConfig
 from research_agent.presets import PRESETS
+from research_agent.report.curve import label_ends
 
 MINIWORLD = PRESETS["miniworld"]
 
@@ -285,41 +286,35 @@ def _row(name: str, results: Sequence[Result], budget: int) -> tuple[str, ...]:
 
 
 def draw(config: CurvesConfig, by_name: Mapping[str, Sequence[Result]]) -> None:
-    """One picture: algorithms by episodes and by time, and the ablations by episodes."""
-    import matplotlib as mpl  # noqa: PLC0415
+    """Draw rewards by episodes: a panel for each algorithm beside the first, and each ablation."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    algorithms = [name for name in config.algorithms if name in by_name]
+    first, *others = [name for name in config.algorithms if name in by_name] or ["grpo"]
+    compared = {name: [name] for name in others}
+    compared["retrieved tokens masked, or not"] = ["grpo, unmasked"]
+    compared["KL 0, or 1e-3"] = ["grpo, KL 1e-3"]
     groups = [name for name in by_name if ", G = " in name]
-    panels: dict[str, tuple[str, list[str]]] = {}
-    if algorithms:
-        panels["algorithms, by episodes"] = ("episodes", algorithms)
-        panels["algorithms, by time"] = ("seconds", algorithms)
-    for title, others in (
-        ("retrieved tokens masked, or not", ["grpo, unmasked"]),
-        ("KL 0, or 1e-3", ["grpo, KL 1e-3"]),
-        (f"samples a group (grpo: {config.group_size})", groups),
-    ):
-        if shown := [name for name in others if name in by_name]:
-            panels[title] = ("episodes", [*(["grpo"] if "grpo" in by_name else []), *shown])
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False, sharey=True
-    )
-    for axis, (title, (unit, names)) in zip(axes[0], panels.items(), strict=True):
+    compared[f"samples per group (grpo: {config.group_size})"] = groups
+    panels = {}
+    for title, names in compared.items():
+        if shown := [name for name in names if name in by_name]:
+            base = first if title in others else "grpo"
+            panels[title] = [*([base] if base in by_name else []), *shown]
+    panels = panels or {first: [first]}
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(1 + 4 * columns, 0.6 + 2.8 * rows), layout="constrained")
+    figure.suptitle("reward at T = 1 by episodes: mean of the seeds, and lowest to highest")
+    for number, (title, names) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        axes.set_title(title)
+        ends = []
         for name in names:
             seeds = by_name[name]
-            xs = [r.episodes if unit == "episodes" else r.seconds for r in seeds]
-            draw_band(axis, xs, [r.rewards for r in seeds], name)
-        axis.set_title(title)
-        axis.set_xlabel("episodes" if unit == "episodes" else "seconds of training, one thread")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    axes[0][0].set_ylabel("reward at T = 1: mean, lowest and highest seed")
-    figure.tight_layout()
+            last, color = draw_band(axes, [r.episodes for r in seeds], [r.rewards for r in seeds])
+            ends.append((last, name, color))
+        label_ends(axes, ends)
     figure.savefig(config.output / "curves.png", dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

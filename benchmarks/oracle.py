@@ -38,7 +38,7 @@ class Played:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class OracleMeans:
     """A way of searching over all questions; ``recall`` by number of hops, and under "all".
 
     A question that needs fewer searches than others keeps its last recall in the mean.
@@ -108,13 +108,13 @@ def play(env: gym.Env[str, str], question: Question, queries: Sequence[str]) -> 
     return Played(hops, tuple(recall), float(reward), failed=not terminated)
 
 
-def measure(env: gym.Env[str, str], questions: Sequence[Question], plan: Plan) -> Summary:
+def measure(env: gym.Env[str, str], questions: Sequence[Question], plan: Plan) -> OracleMeans:
     """Play every question once, and summarize."""
     started = time.perf_counter()
     played = [play(env, question, plan(question)) for question in questions]
     seconds = time.perf_counter() - started
     groups = {str(hops): [p for p in played if p.hops == hops] for hops in {p.hops for p in played}}
-    return Summary(
+    return OracleMeans(
         questions=len(played),
         errors=sum(p.failed for p in played),
         mean_reward=fmean(p.reward for p in played),
@@ -134,7 +134,7 @@ def _mean_recall(played: Sequence[Played]) -> list[float]:
     ]
 
 
-def show(summaries: Mapping[str, Summary]) -> None:
+def show(summaries: Mapping[str, OracleMeans]) -> None:
     """Print a table a way of searching, and the lines that must be as they are."""
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415

@@ -83,7 +83,7 @@ class SleepingEngine(ScriptedEngine):
 def make_sleeping_engine(
     name: str, model: Any, renderer: Renderer, *, max_context: int, **_: Any
 ) -> SleepingEngine:
-    """In place of ``engines.make_engine``; the name ends with the seconds of an engine step."""
+    """Replace ``engines.make_engine``; the engine's name ends with the seconds of its step."""
     return SleepingEngine(renderer, max_context, float(name.partition(":")[2]))
 
 

@@ -282,7 +282,7 @@ class Sampler:
 
     @cached_property
     def renderer(self) -> Any:
-        """Its tokenizer."""
+        """The policy's tokenizer."""
         from research_agent.engines.openai import OpenAIRenderer  # noqa: PLC0415
         from research_agent.renderer import load_renderer  # noqa: PLC0415
 

@@ -36,7 +36,7 @@ QUERY = re.compile(r"<\|begin_of_query\|>((?:(?!<\|begin_of_query\|>).)*)<\|end_
 
 
 @dataclass(frozen=True, slots=True)
-class Trajectory:
+class RecordedTrajectory:
     """What the model wrote, an action a turn, and what it was shown after each but the last."""
 
     id: str
@@ -59,7 +59,7 @@ class Replay:
     wrong: tuple[str, ...]
 
 
-def read_trajectories(data: str | Path | None = None) -> list[Trajectory]:
+def read_trajectories(data: str | Path | None = None) -> list[RecordedTrajectory]:
     """Read the recorded trajectories.
 
     Args:
@@ -94,7 +94,7 @@ def recorded_f1(prediction: str, answers: Sequence[str]) -> float:
     return best
 
 
-def replay(env: SearchQAEnv, trajectory: Trajectory) -> Replay:
+def replay(env: SearchQAEnv, trajectory: RecordedTrajectory) -> Replay:
     """Play the recorded actions, and say what was not as recorded."""
     wrong: list[str] = []
     found: list[int] = []
@@ -126,7 +126,7 @@ def replay(env: SearchQAEnv, trajectory: Trajectory) -> Replay:
     return result(f1, exact=exact, reward=float(reward))
 
 
-def lengths(trajectories: Sequence[Trajectory]) -> dict[str, list[int]]:
+def lengths(trajectories: Sequence[RecordedTrajectory]) -> dict[str, list[int]]:
     """How long trajectories and their parts are: searches in number, texts in characters.
 
     ``action`` and ``observation`` count each one, ``actions`` and ``episode`` all of an episode
@@ -185,7 +185,7 @@ def main(*, data: str | None = None, retriever: str | None = None, json: bool = 
 
 
 def make_env(
-    trajectories: Sequence[Trajectory], corpus: Path, retriever: str | None = None
+    trajectories: Sequence[RecordedTrajectory], corpus: Path, retriever: str | None = None
 ) -> SearchQAEnv:
     """An environment that asks the recorded questions, over the passages that were seen."""
     questions = [Question(t.id, t.question, t.answers) for t in trajectories]
@@ -225,9 +225,9 @@ def _folder(data: str | Path | None) -> Path:
     return folder
 
 
-def _trajectory(record: dict[str, Any]) -> Trajectory:
+def _trajectory(record: dict[str, Any]) -> RecordedTrajectory:
     segments = record["segments"]
-    return Trajectory(
+    return RecordedTrajectory(
         id=record["id"],
         question=record["question"],
         answers=tuple(record["answers"]),

@@ -195,7 +195,7 @@ def builds(count: int, folder: Path, server: str | None) -> list[Row]:
 
 
 def recall(retriever: Retriever, questions: Sequence[Question]) -> Row:
-    """Mean share of the gold passages among the first k, and share of questions with all of them.
+    """Mean share of gold passages in the first k, and share of questions with all their gold.
 
     Raises:
         RetrievalError: a query was not answered.

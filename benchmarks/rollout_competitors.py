@@ -75,7 +75,7 @@ def make_policy(renderer: Renderer) -> Any:
 
 
 def query(episode: int, turn: int) -> str:
-    """What the script searches for there; nowhere else does it search for the same."""
+    """Return what the script searches for in a turn; every query is different."""
     return f"company {episode}.{turn}"
 
 

@@ -197,12 +197,14 @@ def draw_band(
     axis: Any,
     xs: Sequence[Sequence[float]],
     ys: Sequence[Sequence[float]],
-    label: str,
     window: int = 5,
-) -> None:
+) -> tuple[float, str]:
     """Draw the curves of several seeds as their mean, and a band from lowest to highest.
 
     Each point is the mean of a value and those before it, ``window`` at most.
+
+    Returns:
+        The last mean, and the color of the curve.
     """
     import numpy as np  # noqa: PLC0415
 
@@ -213,7 +215,8 @@ def draw_band(
 
     grid = np.linspace(max(x[0] for x in xs), min(x[-1] for x in xs), 200)
     curves = [np.interp(grid, x, smooth(y)) for x, y in zip(xs, ys, strict=True)]
-    (line,) = axis.plot(grid, np.mean(curves, axis=0), label=label)
-    axis.fill_between(
-        grid, np.min(curves, axis=0), np.max(curves, axis=0), color=line.get_color(), alpha=0.15
-    )
+    mean = np.mean(curves, axis=0)
+    (line,) = axis.plot(grid, mean)
+    color = line.get_color()
+    axis.fill_between(grid, np.min(curves, axis=0), np.max(curves, axis=0), color=color, alpha=0.15)
+    return float(mean[-1]), color

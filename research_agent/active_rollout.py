@@ -213,6 +213,8 @@ class ActiveRollout:
 
     def _earn(self, reward: float) -> None:
         """Add a reward to the turn that was taken last, and to the sum."""
+        if reward == 0:  # most turns; a copy of the segment costs microseconds
+            return
         turn = self.segments[-1]
         self.segments[-1] = replace(turn, reward=turn.reward + reward)
         self.reward += reward
@@ -245,7 +247,7 @@ class InFlight:
 
     @property
     def episodes(self) -> set[Episode]:
-        """Episode and sample numbers of all of them."""
+        """Episode and sample numbers of active and finished rollouts."""
         return {rollout.key for rollout in self.active.values()} | self.done.keys()
 
 

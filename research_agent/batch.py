@@ -1,8 +1,8 @@
 """Trajectories as tensors. Provenance says where each action token is.
 
 Shapes: N trajectories, T turns and A action tokens in all. A turn is one action; it may have no
-token. Nothing is masked by multiplication: a token that is
-not an action token is never indexed, so it cannot reach a loss.
+token. Nothing is masked by multiplication: a token that is not an action token is never indexed, so
+it cannot reach a loss.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from research_agent.trajectory import Trajectory
 def saved_for_inspection(
     output: Path, step: int, trajectories: Sequence[Trajectory]
 ) -> Iterator[None]:
-    """If a number is not finite, write the trajectories that led to it to a file.
+    """Write the trajectories that led to a number that is not finite to a file.
 
     Args:
         output: folder of the run. A new file in its ``failures`` gets the cause and the

@@ -108,7 +108,7 @@ class PlayerProcess:
 
     @property
     def weights_folder(self) -> Path:
-        """Where weights are handed over."""
+        """The folder through which the child gets weights."""
         return self._weights.root
 
     def start(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class TreeLayout:
-    """Where the tokens of a row are, and what each run of them attends to.
+    """The places of a row's tokens, and what each run of tokens attends to.
 
     W tokens in the row, S runs with a token, and K places in all paths of runs.
     """

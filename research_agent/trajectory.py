@@ -24,7 +24,7 @@ class Segment:
     """A run of tokens of one provenance.
 
     ``logprobs`` are the sampler's log-probabilities at its temperature; ``versions`` are the
-    numbers of the weights that sampled the tokens. Both are one per token, for actions only.
+    numbers of the weights that sampled the tokens. Both have one entry per token of an action.
 
     An action segment is a turn. ``reward`` is what ``step`` returned for it; ``state_key`` names
     the state in which the turn was taken (``info["state_key"]`` of the observation before it).
@@ -37,9 +37,7 @@ class Segment:
     text: str = ""  # the text of these tokens as the environment saw or gave it
     info: Mapping[str, object] = field(default_factory=dict)  # what came with it; not of actions
     reward: float = 0.0  # the turn's, actions only
-    state_key: str = (
-        ""  # name of the state before the turn, actions only; "" if the environment has none
-    )
+    state_key: str = ""  # name of the state before the turn, actions only; "": it has no name
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +64,7 @@ class Trajectory:
 
     @property
     def turns(self) -> list[Segment]:
-        """Its actions, in order."""
+        """The trajectory's actions, in order."""
         return [segment for segment in self.segments if segment.provenance == "action"]
 
     @property
@@ -99,11 +97,11 @@ class Group:
 
 
 def reward_last_turn(segments: Sequence[Segment], reward: float) -> tuple[Segment, ...]:
-    """Put a reward that was given for a whole episode on its last turn.
+    """Put the reward of a whole episode on its last turn.
 
     Args:
-        segments: segments of a trajectory.
-        reward: reward of the trajectory. It is lost if there is no turn.
+        segments: the trajectory's segments.
+        reward: the trajectory's reward. It is lost if there is no turn.
 
     Returns:
         The segments, the last action's with this reward.

@@ -8,9 +8,9 @@ nor played again.
 With a budget, a branch begins only where it fits: it is expected to cost what the sample that it
 leaves cost from there on. A tree whose budget is spent has fewer samples.
 
-An environment can branch from its present state only, so every branch has its slot from the start
-and keeps the state that it will begin with: one that a better choice replaces. Which states are
-chosen depends on seed, task and samples, never on timing.
+An environment can branch from its present state only, so every branch has a slot from the start.
+The slot holds the best state so far, until a better one replaces it. Which states are chosen
+depends on seed, task and samples, never on timing.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class Trees:
             chains: task and sample of each tree's chain.
             free: slots; those that are given away are taken out.
         """
-        for episode, root in chains:
+        for episode, root in chains if self._plan.branches else ():
             self._playing[episode, root] = 1
             for sample in range(root + 1, root + self._plan.size):
                 self._seedlings[episode, sample] = _Seedling(free.popleft())
@@ -316,7 +316,7 @@ class Trees:
         return log(uniform) / weight
 
     def _branch_probability(self, rollout: ActiveRollout, turn: Completion) -> float:
-        """With what probability ARPO branches before a turn.
+        """Return the probability with which ARPO branches before a turn.
 
         ``clip(alpha + beta (H_k - H_initial))``: Dong et al. 2025 (arXiv:2507.19849), section 3.1.
         H_k is the sum of the entropies of the turn's first tokens, divided by the logarithm of the

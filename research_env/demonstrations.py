@@ -44,7 +44,7 @@ READING_SHARE, COMPARING_SHARE = 0.3, 0.15  # drills among the skilled demonstra
 
 @dataclass(frozen=True, slots=True)
 class Habits:
-    """With what probability each decision is made the skilled way."""
+    """The probability that each decision is made the skilled way."""
 
     search: float = 0.35  # at the start: search, rather than guess
     go_on: float = 0.55  # after a result: search again, rather than answer with what was found

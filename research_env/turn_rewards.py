@@ -5,10 +5,12 @@ that turn has earned. An environment with ``turn_reward=...`` returns the sum at
 addition to the reward of the whole episode at the end. As everywhere, the words of passages are not
 read: passages are told apart by their ids.
 
-What a turn can earn, it can earn once. Every function counts only what is new in the turn, so
-saying the same thing again pays nothing. The potentials (`support_progress`, `pivot_progress`) sum
-to 0 over an episode, so they move credit between turns and leave the best policy the best (Ng et
-al. 1999). All others change what is optimal: give them weights well below the answer's.
+What an episode has earned, it cannot earn again: a turn is paid for what is new in it, and saying
+the same thing again pays nothing. Four functions are costs, which every turn pays: `redundancy`,
+`searches`, `repeated_query` and `invalid_action`; give them negative weights. The potentials
+(`support_progress`, `pivot_progress`) sum to 0 over an episode, so they move credit between turns
+and leave the best policy the best (Ng et al. 1999). All others change what is optimal: give them
+weights well below the answer's.
 """
 
 from __future__ import annotations
@@ -63,14 +65,14 @@ def first_search(before: Episode, after: Episode) -> float:
 
 
 def searches(before: Episode, after: Episode) -> float:
-    """1 for a search that was answered, else 0; with a negative weight the cost of a search."""
+    """1 for a search that was answered, else 0; give it a negative weight."""
     return float(after.searches - before.searches)
 
 
 def repeated_query(before: Episode, after: Episode) -> float:
-    """1 for a search whose query was asked before, normalized as answers are, else 0.
+    """1 for a search whose query was asked before, else 0; give it a negative weight.
 
-    A blank query repeats any other blank one.
+    Queries are compared as answers are, normalized. A blank query repeats any other blank one.
     """
     asked = {normalize(query) for turn in before.turns for query in turn.queries}
     new = [query for turn in _new(before, after) for query in turn.queries]
@@ -78,7 +80,7 @@ def repeated_query(before: Episode, after: Episode) -> float:
 
 
 def invalid_action(before: Episode, after: Episode) -> float:
-    """1 for an action that the protocol cannot read, else 0."""
+    """1 for an action that the protocol cannot read, else 0; give it a negative weight."""
     return float(any(turn.kind == "invalid" for turn in _new(before, after)))
 
 
@@ -93,7 +95,7 @@ def evidence_found(before: Episode, after: Episode) -> float:
 def support_progress(before: Episode, after: Episode) -> float:
     r"""Potential-based shaping with the share of gold passages found: ``Phi(after) - Phi(before)``.
 
-    Phi is 0 at the start and, whatever was found, at the end, where what was lent is paid back.
+    Phi is 0 at the start and at the end, so the last turn pays back what the others earned.
 
     References:
         Ng, Harada and Russell 1999, with gamma = 1: such rewards leave the best policies the best.
@@ -173,7 +175,7 @@ class TurnRewards:
 
 
 def turn_rewards(name: str | TurnReward) -> TurnRewards:
-    """The reward of turns of that name, or the sum of them.
+    """Return the turn reward with a name, or the sum of several.
 
     Args:
         name: one of `TURN_REWARDS`; "module:function" for one of your own; a sum of them such as

@@ -401,7 +401,7 @@ def _count(values: object) -> int:
 
 
 def batched_infos(infos: Mapping[int, Mapping[str, Any]], num_envs: int) -> dict[str, Any]:
-    """One info from those of sub-environments.
+    """Merge the infos of sub-environments into one.
 
     The same as Gymnasium's ``VectorEnv._add_info`` makes of them one after the other, in a quarter
     of its time: an array a key, with zero or None where a sub-environment has it not, and under

@@ -36,7 +36,7 @@ MAX_WORDS_READ = 30  # longest sentence quoted from a passage
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One search of a question that can be concluded from what stands before it."""
+    """A search that follows from the question and the passages before it."""
 
     query: str
     passage: Passage  # the gold passage that it looks for

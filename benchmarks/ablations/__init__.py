@@ -34,14 +34,18 @@ train the same policy to the bit, for it never says more than one word.
 searches. With the reward F1 and 30 steps of GRPO the shipped starter gets to .47, .25, .17 and less
 than .01 at difficulties 1, 2, 3 and 4 without that noise (T = 1, 100 held-out questions, one seed).
 With ReSearch's reward it learns to guess in the right format instead (difficulty 3: .00). A run is
-evaluated in that world alone ("em hard"). ``--tiny`` does it in seconds, ``--steps 60`` is what it
-takes for runs to reach .5.
+evaluated in that world alone: at the end without the noise ("em hard", and "em, 5+ hops" for its
+chains of five and six facts, which are longer than any that the starter was shown). ``--tiny`` does
+it in seconds; after ``--steps 60`` the first runs answered the chains of three and four facts.
 
 **Numbers.** Exact match, tokens, searches and answers are of a greedy evaluation after the last
 step; what is said of training, and in the two ablations over time, is of episodes at T = 1.
 ``tokens`` are the policy's own, ``reward`` is the mean of the last tenth of the steps, ``early``
 means the first third of them, ``fall`` is how far the mean reward of five steps fell below its
-best. All is shown as the mean of the seeds, and lowest to highest.
+best. In the ablation of turns, ``tokens to .3`` is what was sampled until the exact match of
+held-out questions at T = 1 was .3, and ``em at equal tokens`` compares two arms where the run that
+spent least ended; likewise with searches. All is shown as the mean of the seeds, and lowest to
+highest.
 
 **Verdicts.** A finding "A is above B" is *as in the paper* if every seed of A is above every seed
 of B, *the other way* if every one is below, and otherwise the two *cannot be told apart*. Of three

@@ -51,7 +51,7 @@ class AblationsConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Do what is not done of an ablation, then print and write what came of it."""
+    """Make the runs of an ablation that are missing, then print and write the results."""
     config = tyro.cli(AblationsConfig, args=argv, prog="python -m benchmarks.ablations")
     if config.tiny:
         config = replace(config, steps=2, seeds=(0,), prompts_per_step=4, questions=4)

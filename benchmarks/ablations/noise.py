@@ -60,7 +60,7 @@ def one(*, miss: float, **settings: Any) -> SearchQAEnv:
 
 
 def many(*, miss: float, **settings: Any) -> SearchQAVectorEnv:
-    """Many of them."""
+    """Many noisy environments, as a vector environment."""
     return SearchQAVectorEnv(retriever=_engine(settings, miss), dataset="custom", **settings)
 
 

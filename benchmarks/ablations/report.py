@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablations.registry import AFTER, BEFORE, MIDDLE, Ablation, Arm, Claim
+import numpy as np
+
+from benchmarks.ablations.registry import AFTER, BEFORE, LEVELS, MIDDLE, Ablation, Arm, Claim
 from benchmarks.ablations.runs import Settings, folder_of, read_result
 from benchmarks.runs import draw_band, markdown_table, print_table, read_log, spread
 from research_agent.evaluation.predictions import read_predictions
 from research_agent.files import write_atomic
+from research_agent.report.curve import label_ends
 
 Values = dict[str, float]
 AGREES, DISAGREES, UNDECIDED = "as in the paper", "the other way", "cannot be told apart"
+TOKENS, SEARCHES = "all tokens", "all searches"
+LONG = "em, 5+ hops"
 MEETING, AGAIN, RECOVERED = "met useless", "searched again", "recovered"
 
 
@@ -40,10 +46,35 @@ def look(settings: Settings, arm: Arm, seed: int) -> Seen | None:
     if not result:
         return None
     log = [{**line, **_corrections(folder, line)} for line in read_log(folder)]
-    for name in ("sampled_tokens", "sampled_turns"):
-        totals = accumulate(line.get(name, 0.0) for line in log)
-        log = [{**line, f"all {name}": total} for line, total in zip(log, totals, strict=True)]
-    return Seen(log, result["final"], result["seconds"])
+    final = {
+        name: {**means, **_long(folder / "final" / name)} for name, means in result["final"].items()
+    }
+    return Seen(with_totals(log), final, result["seconds"])
+
+
+def _long(place: Path) -> Values:
+    """Exact match of an evaluation's chains of five facts and more, which MiniWorld has none of."""
+    if not (place / "predictions.jsonl").exists():
+        return {}
+    asked = [(record["info"].get("strata", {}), record) for record in read_predictions(place)[1]]
+    long = [r["metrics"]["em"] for strata, r in asked if int(strata.get("hops", 0)) > 4]
+    return {LONG: statistics.fmean(long)} if long else {}
+
+
+def with_totals(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Add to each line what was spent until then: ``all tokens`` and ``all searches``.
+
+    What a tree shares was sampled once. The last turn of an episode is an answer; all others are
+    searches.
+    """
+    tokens = accumulate(line.get("sampled_tokens", 0.0) for line in log)
+    searches = accumulate(
+        line.get("sampled_turns", 0.0) - line.get("episodes", 0.0) for line in log
+    )
+    return [
+        {**line, TOKENS: spent, SEARCHES: searched}
+        for line, spent, searched in zip(log, tokens, searches, strict=True)
+    ]
 
 
 def _corrections(folder: Path, line: Mapping[str, Any]) -> Values:
@@ -111,29 +142,63 @@ def _final(world: str, name: str) -> Callable[[Seen], float | None]:
     return lambda seen: seen.final.get(world, {}).get(name)
 
 
-def _until(level: float, name: str) -> Callable[[Seen], float | None]:
-    """What a run has cost when it reaches a level; None where it never does.
+def _evaluations(seen: Seen, cost: str) -> list[tuple[float, float]]:
+    """What a run had spent at each evaluation, and its exact match there."""
+    return [(float(line[cost]), float(line["eval/em"])) for line in seen.log if "eval/em" in line]
+
+
+def _until(level: float, cost: str) -> Callable[[Seen], float | None]:
+    """What a run has spent when it reaches a level; infinity where it never does.
 
     Args:
-        level: exact match of the episodes of three steps.
-        name: name of a logged number that grows over the run.
+        level: exact match of the held-out questions, on a line between the evaluations.
+        cost: name of a logged number that grows over the run.
     """
 
     def found(seen: Seen) -> float | None:
-        steps = [line for line in seen.log if line.get("env/em") is not None]
-        for first, line in enumerate(steps[2:]):
-            if statistics.fmean(each["env/em"] for each in steps[first : first + 3]) >= level:
-                return float(line[name])
-        return None
+        points = _evaluations(seen, cost)
+        if points and points[0][1] >= level:
+            return points[0][0]
+        for (spent, low), (more, high) in pairwise(points):
+            if high >= level:
+                return spent + (more - spent) * (level - low) / (high - low)
+        return math.inf if points else None
 
     return found
 
 
+def at_equal_budget(
+    one: Sequence[Seen], other: Sequence[Seen], cost: str
+) -> tuple[list[float], list[float]]:
+    """Exact match of two arms when their runs have spent the same.
+
+    Args:
+        one: runs of an arm, one per seed.
+        other: those of another arm.
+        cost: ``all tokens`` or ``all searches``.
+
+    Returns:
+        The exact match of each run, on a line between its evaluations, when it had spent what the
+        run that spent least spent in all.
+    """
+    evaluated = [[_evaluations(seen, cost) for seen in runs] for runs in (one, other)]
+    budget = min((points[-1][0] for runs in evaluated for points in runs if points), default=0.0)
+
+    def reached(points: Sequence[tuple[float, float]]) -> float:
+        spent, right = zip(*points, strict=True)
+        return float(np.interp(budget, spent, right))
+
+    first, second = ([reached(points) for points in runs if points] for runs in evaluated)
+    return first, second
+
+
 def _last(name: str) -> Callable[[Seen], float | None]:
-    return lambda seen: float(seen.log[-1][name]) if seen.log and name in seen.log[-1] else None
+    return lambda seen: next((float(x[name]) for x in reversed(seen.log) if name in x), None)
 
 
-_UNITS = {"episodes": "played", "tokens": "all sampled_tokens", "turns": "all sampled_turns"}
+_UNITS = {"episodes": "played", "tokens": TOKENS, "searches": SEARCHES}
+EQUAL_BUDGETS = {"em at equal tokens": TOKENS, "em at equal searches": SEARCHES}
+"""Numbers of two arms each, which claims may name, and what both have spent as much of."""
 THIRD = 1 / 3
 NUMBERS: dict[str, tuple[int, Callable[[Seen], float | None]]] = {
     "em in": (3, _final("in", "em")),
@@ -149,14 +214,15 @@ NUMBERS: dict[str, tuple[int, Callable[[Seen], float | None]]] = {
     "searches early": (2, lambda seen: _trained(seen, "env/searches", 0, THIRD)),
     "seconds": (0, lambda seen: seen.seconds),
     "em hard": (3, _final("hard", "em")),
-    "em, T = 1": (3, lambda seen: _trained(seen, "env/em", 0.9, 1)),
+    LONG: (3, _final("hard", LONG)),
+    "em, T = 1": (3, _last("eval/em")),
     **{
-        f"{unit} to {level:.1f}".replace("0.", "."): (0, _until(level, name))
-        for level in (0.5, 0.8)
+        f"{unit} to {level}": (0, _until(float(level), name))
+        for level in LEVELS
         for unit, name in _UNITS.items()
     },
-    "all tokens": (0, _last(_UNITS["tokens"])),
-    "all turns": (0, _last(_UNITS["turns"])),
+    TOKENS: (0, _last(TOKENS)),
+    SEARCHES: (0, _last(SEARCHES)),
 }
 """Columns of ablations that compare arms: digits, and how the number is found."""
 DIGITS_OVER_TIME = {"tokens": 1, "searches": 2, "turns": 2}
@@ -224,13 +290,23 @@ def verdict(claim: Claim, more: Sequence[float], less: Sequence[float]) -> str:
     return UNDECIDED
 
 
-def verdicts(ablation: Ablation, rows: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+def verdicts(
+    ablation: Ablation,
+    rows: Mapping[str, Mapping[str, Sequence[float]]],
+    runs: Mapping[str, Sequence[Seen]],
+) -> list[str]:
     """A line a claim: what is compared, our figures, and the verdict."""
     lines = []
     for claim in ablation.claims:
-        more, less = rows[claim.more][claim.number], rows[claim.less][claim.number]
+        more: Sequence[float]
+        less: Sequence[float]
+        if claim.number in EQUAL_BUDGETS:
+            cost = EQUAL_BUDGETS[claim.number]
+            more, less = at_equal_budget(runs.get(claim.more, ()), runs.get(claim.less, ()), cost)
+        else:
+            more, less = rows[claim.more][claim.number], rows[claim.less][claim.number]
         digits = _digits(ablation, claim.number)
-        figures = f"{spread(more, digits) or '?'} against {spread(less, digits) or '?'}"
+        figures = f"{_shown(more, digits) or '?'} against {_shown(less, digits) or '?'}"
         sign = "and" if claim.open else ">"
         source = f" [{claim.source}]" if claim.source else ""
         what = f"{claim.number}: {claim.more} {sign} {claim.less}{source}"
@@ -239,7 +315,14 @@ def verdicts(ablation: Ablation, rows: Mapping[str, Mapping[str, Sequence[float]
 
 
 def _digits(ablation: Ablation, number: str) -> int:
-    return DIGITS_OVER_TIME.get(number, 3) if ablation.over_time else NUMBERS[number][0]
+    if ablation.over_time:
+        return DIGITS_OVER_TIME.get(number, 3)
+    return 3 if number in EQUAL_BUDGETS else NUMBERS[number][0]
+
+
+def _shown(values: Sequence[float], digits: int) -> str:
+    """The values of the seeds, as in the tables; of a level that was not reached: never."""
+    return spread(values, digits).replace("inf", "never")
 
 
 # --- what is written ------------------------------------------------------------------------------
@@ -261,9 +344,9 @@ def report(settings: Settings, ablation: Ablation, seeds: Sequence[int]) -> Path
     cells = []
     for name, values in rows.items():
         of_row = runs.get(ablation.arms[0].name if ablation.over_time else name, ())
-        shown = [spread(values[number], _digits(ablation, number)) for number in ablation.numbers]
+        shown = [_shown(values[number], _digits(ablation, number)) for number in ablation.numbers]
         cells.append([name, str(len(of_row)), *shown])
-    said = verdicts(ablation, rows)
+    said = verdicts(ablation, rows, runs)
     episodes = settings.steps * settings.prompts_per_step * settings.group_size
     title = (
         f"{ablation.name}: {settings.steps} steps, {episodes} episodes; mean (lowest to highest)"
@@ -279,7 +362,15 @@ def report(settings: Settings, ablation: Ablation, seeds: Sequence[int]) -> Path
     text = [f"## {title}", "", *words, "", markdown_table(headings, cells)]
     text += [f"- {line}" for line in said]
     write_atomic(folder / "table.md", "\n".join(text) + "\n")
-    out = {"ablation": ablation.name, "steps": settings.steps, "seeds": list(seeds), "rows": rows}
+    values_of = {
+        name: {
+            number: [v if v < math.inf else "never" for v in values]
+            for number, values in row.items()
+        }
+        for name, row in rows.items()
+    }
+    out = {"ablation": ablation.name, "steps": settings.steps, "seeds": list(seeds)}
+    out["rows"] = values_of
     write_atomic(folder / "results.json", json.dumps(out, indent=1) + "\n")
     if runs:
         draw(ablation, runs, folder / "curves.png")
@@ -288,30 +379,27 @@ def report(settings: Settings, ablation: Ablation, seeds: Sequence[int]) -> Path
 
 
 def draw(ablation: Ablation, runs: Mapping[str, Sequence[Seen]], path: Path) -> None:
-    """One panel for each of the ablation's curves, over episodes played or tokens sampled."""
-    import matplotlib as mpl  # noqa: PLC0415
+    """Draw a panel for each of the ablation's curves, over episodes played or tokens sampled."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    size = (4.5 * len(ablation.curves), 4)
-    cost = {"episodes": "played", "sampled tokens": "all sampled_tokens"}[ablation.over]
-    figure, axes = plt.subplots(1, len(ablation.curves), figsize=size, squeeze=False)
-    for axis, name in zip(axes[0], ablation.curves, strict=True):
+    cost = {"episodes": "played", "sampled tokens": TOKENS}[ablation.over]
+    figure = Figure(figsize=(1 + 4 * len(ablation.curves), 3.4), layout="constrained")
+    figure.suptitle(f"{ablation.name}: mean of the seeds, and lowest to highest")
+    for number, name in enumerate(ablation.curves):
+        axes = figure.add_subplot(1, len(ablation.curves), number + 1)
+        ends = []
         for arm, seeds in runs.items():
             lines = [[x for x in seen.log if x.get(name) is not None] for seen in seeds]
             if all(lines):
                 xs = [[float(x[cost]) for x in of_seed] for of_seed in lines]
                 ys = [[float(x[name]) for x in of_seed] for of_seed in lines]
-                draw_band(axis, xs, ys, arm, window=1 if name.startswith("eval/") else 5)
+                last, color = draw_band(axes, xs, ys, window=1 if name.startswith("eval/") else 5)
+                ends.append((last, arm, color))
             elif name == "eval/em":  # no log of training: what came of it
                 level = statistics.fmean(seen.final["in"]["em"] for seen in seeds)
-                axis.axhline(level, linestyle="--", color="gray", label=f"{arm}, greedy")
-        axis.set_title(name)
-        axis.set_xlabel(ablation.over)
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-    figure.tight_layout()
+                axes.axhline(level, linestyle="--", color="gray")
+                ends.append((level, f"{arm}, greedy", "gray"))
+        axes.set_title(name)
+        axes.set_xlabel(ablation.over)
+        label_ends(axes, ends)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

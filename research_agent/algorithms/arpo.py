@@ -13,13 +13,13 @@ the advantage of GRPO, and a token that several of them share learns from all of
     \text{soft: } A_{i,t} = A_i, \qquad
     \text{hard: } A_{i,t} = \frac{1}{|S_t|} \sum_{j \in S_t} A_j
 
-S_t are the trajectories of the group that share the turn of token t; of a turn of its own, i alone.
-The paper proposes both. With soft the ratios of a shared token are equal in all its
-trajectories, so the sum over them gives it their mean advantage without being told to. The two
-differ where clipping tells advantages of different signs apart, and in 1 / |o_i|.
+S_t are the trajectories of the group that share the turn of token t; if none does, i alone.
+The paper proposes both. A shared token has the same ratio in all its trajectories, so with soft its
+gradient is that of their mean advantage, too. The two differ where clipping treats advantages of
+different signs differently, and where trajectories differ in 1 / |o_i|.
 
-How branches are chosen, by the rise of the entropy over that of the first turn, is the rollout's
-affair: ``--tree-choice entropy``.
+The rollout chooses where to branch, by the rise of the entropy over that of the first turn
+(``--tree-choice entropy``).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ARPO:
     """ARPO. It logs ``clip_fraction``, and ``kl`` if that is used."""
 
     attribution: Literal["soft", "hard"] = "soft"
-    """What shared tokens learn from: each trajectory's advantage, or the mean of them."""
+    """What shared tokens learn from: the advantage of each trajectory, or their mean."""
     clip: float = 0.2
     """Ratios count only within 1 - clip and 1 + clip (epsilon)."""
     kl_coef: float = 1e-3

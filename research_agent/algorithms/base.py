@@ -37,7 +37,7 @@ class Tokens:
 
 
 class Algorithm(Protocol):
-    """A policy-gradient algorithm. One new file makes a new one; frozen data classes serve."""
+    """A policy-gradient algorithm: one file with a class, usually a frozen data class."""
 
     @property
     def needs_reference(self) -> bool:
@@ -51,7 +51,7 @@ class Algorithm(Protocol):
             batch: a whole rollout, its old and reference log-probabilities filled in.
 
         Returns:
-            The advantages, shape [action tokens]. A scalar a trajectory is spread over its tokens
+            The advantages, shape [action tokens]. A scalar per trajectory is spread over its tokens
             by ``scalars[batch.seq_ids]``.
         """
         ...
@@ -82,31 +82,31 @@ class Algorithm(Protocol):
 
 @runtime_checkable
 class SelectsGroups(Protocol):
-    """What an algorithm may have besides: a choice of the groups that it learns from.
+    """Optional part of an algorithm: it chooses the groups that it learns from.
 
-    The trainer then goes on playing tasks, round by round, until a step has as many groups as
+    The trainer then plays tasks, round by round, until a step has as many groups as
     ``--prompts-per-step`` asks for.
     """
 
     @property
     def max_rounds(self) -> int:
-        """After so many rounds a step makes do with the groups that it has."""
+        """Most rounds of a step; after them it learns from the groups that it has."""
         ...
 
     def keeps(self, rewards: Sequence[float]) -> bool:
         """Say whether a group is learned from.
 
         Args:
-            rewards: rewards of its trajectories, void ones left out.
+            rewards: one per trajectory of the group that is not void.
         """
         ...
 
 
 @runtime_checkable
 class UsesCritic(Protocol):
-    """What an algorithm may have besides: a critic, see ``research_agent/models/critic.py``.
+    """Optional part of an algorithm: it needs a critic (``research_agent/models/critic.py``).
 
-    The learner makes one, and fills ``batch.values`` in before it asks for advantages.
+    The learner makes the critic, and fills in ``batch.values`` before it asks for advantages.
     """
 
     @property
@@ -116,16 +116,16 @@ class UsesCritic(Protocol):
 
     @property
     def critic_warmup_steps(self) -> int:
-        """Optimizer steps over which that rises linearly from zero."""
+        """Optimizer steps over which the critic's learning rate rises linearly from zero."""
         ...
 
     @property
     def value_clip(self) -> float:
-        """How far an update may move a value from the one before it, as far as the loss goes."""
+        """How far an update may move a value before the loss of the critic is clipped."""
         ...
 
     def returns(self, batch: Batch) -> Tensor:
-        """Say what the values should have been.
+        """Compute what the critic's values should have been.
 
         Args:
             batch: a whole rollout, its values filled in.

@@ -57,7 +57,7 @@ class CISPO:
         require("cispo", self, "std_epsilon", above=0)
 
     def advantages(self, batch: Batch) -> Tensor:
-        """``(r - mean) / (std + delta)`` of the group; one value a trajectory."""
+        """``(r - mean) / (std + delta)`` of the group; one value per trajectory."""
         return group_normalized(batch.rewards, batch.groups, self.std_epsilon)[batch.seq_ids]
 
     def weights(self, batch: Batch) -> Tensor:

@@ -28,9 +28,8 @@ from typing import TYPE_CHECKING
 
 from research_agent.algorithms.base import Tokens
 from research_agent.algorithms.functional import (
-    clipped_surrogate,
+    clipped_objective,
     group_normalized,
-    importance_ratio,
     overlong_penalty,
     require,
     token_mean,
@@ -87,8 +86,5 @@ class DAPO:
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The minimum in the equation, for each token."""
-        ratio = importance_ratio(tokens.logprobs, tokens.old_logprobs)
-        surrogate, clipped = clipped_surrogate(
-            ratio, tokens.advantages, self.clip_low, self.clip_high
-        )
-        return surrogate + self.entropy_coef * tokens.entropy, {"clip_fraction": clipped}
+        clip = (self.clip_low, self.clip_high)
+        return clipped_objective(tokens, clip=clip, entropy_coef=self.entropy_coef)

@@ -23,11 +23,9 @@ from typing import TYPE_CHECKING
 
 from research_agent.algorithms.base import Tokens
 from research_agent.algorithms.functional import (
-    clipped_surrogate,
+    clipped_objective,
     constant_mean,
     group_mean,
-    importance_ratio,
-    kl_k3,
     require,
 )
 
@@ -60,7 +58,7 @@ class DrGRPO:
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """``r - mean`` of the group; one value a trajectory."""
+        """``r - mean`` of the group; one value per trajectory."""
         return (batch.rewards - group_mean(batch.rewards, batch.groups))[batch.seq_ids]
 
     def weights(self, batch: Batch) -> Tensor:
@@ -69,11 +67,10 @@ class DrGRPO:
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The minimum in the equation, for each token; less KL, plus entropy."""
-        ratio = importance_ratio(tokens.logprobs, tokens.old_logprobs)
-        surrogate, clipped = clipped_surrogate(ratio, tokens.advantages, self.clip, self.clip)
-        objective = surrogate + self.entropy_coef * tokens.entropy
-        metrics = {"clip_fraction": clipped}
-        if tokens.reference_logprobs is not None:
-            metrics["kl"] = kl_k3(tokens.logprobs, tokens.reference_logprobs)
-            objective = objective - self.kl_coef * metrics["kl"]
-        return objective, metrics
+        return clipped_objective(
+            tokens,
+            clip=self.clip,
+            entropy_coef=self.entropy_coef,
+            kl_coef=self.kl_coef,
+            kl_estimator="k3",
+        )

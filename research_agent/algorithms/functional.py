@@ -87,27 +87,37 @@ def clipped_surrogate(
 
 
 def clipped_objective(
-    tokens: Tokens, *, clip: float, kl_coef: float, entropy_coef: float, kl_estimator: KLEstimator
+    tokens: Tokens,
+    *,
+    clip: float | tuple[float, float],
+    entropy_coef: float,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k1",
+    ratio: Tensor | None = None,
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """``min(ratio A, clip(ratio) A) - kl_coef KL + entropy_coef H``: the objective of GRPO.
+    """``min(ratio A, clip(ratio) A) - kl_coef KL + entropy_coef H``: PPO's objective, and GRPO's.
 
     Args:
         tokens: the action tokens of a micro-batch.
-        clip: ratios count only within 1 - clip and 1 + clip.
-        kl_coef: weight of the KL to the reference policy; unused where there is no reference.
+        clip: ratios count only within 1 - clip and 1 + clip; as a pair, how far below and above 1.
         entropy_coef: weight of the entropy.
+        kl_coef: weight of the KL to the reference policy; 0: it is logged only.
         kl_estimator: how the KL is estimated.
+        ratio: the ratios, [A], with gradient; None: those of the tokens.
 
     Returns:
         The objective, [A]; and ``clip_fraction``, and ``kl`` if there is a reference, [A] each.
     """
-    ratio = importance_ratio(tokens.logprobs, tokens.old_logprobs)
-    surrogate, clipped = clipped_surrogate(ratio, tokens.advantages, clip, clip)
+    if ratio is None:
+        ratio = importance_ratio(tokens.logprobs, tokens.old_logprobs)
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    surrogate, clipped = clipped_surrogate(ratio, tokens.advantages, low, high)
     objective = surrogate + entropy_coef * tokens.entropy
     metrics = {"clip_fraction": clipped}
     if tokens.reference_logprobs is not None:
         metrics["kl"] = kl(kl_estimator, tokens.logprobs, tokens.reference_logprobs)
-        objective = objective - kl_coef * metrics["kl"]
+        if kl_coef:
+            objective = objective - kl_coef * metrics["kl"]
     return objective, metrics
 
 
@@ -191,7 +201,7 @@ def group_mean(values: Tensor, groups: Tensor) -> Tensor:
     """Mean of each trajectory's group; exactly the value where the values of a group are equal.
 
     Args:
-        values: one a trajectory, [N].
+        values: one per trajectory, [N].
         groups: number of each trajectory's group, [N], counted from 0.
 
     Returns:
@@ -210,7 +220,7 @@ def group_std(values: Tensor, groups: Tensor) -> Tensor:
     """Sample standard deviation (n - 1) of each trajectory's group; 0 in a group of one.
 
     Args:
-        values: one a trajectory, [N].
+        values: one per trajectory, [N].
         groups: number of each trajectory's group, [N], counted from 0.
 
     Returns:
@@ -226,7 +236,7 @@ def leave_one_out_mean(values: Tensor, groups: Tensor) -> Tensor:
     """Mean of the others of each trajectory's group; its own value in a group of one.
 
     Args:
-        values: one a trajectory, [N].
+        values: one per trajectory, [N].
         groups: number of each trajectory's group, [N], counted from 0.
 
     Returns:
@@ -241,7 +251,7 @@ def group_normalized(values: Tensor, groups: Tensor, epsilon: float) -> Tensor:
     """``(value - mean) / (std + epsilon)`` of each trajectory's group; 0 in a group of one.
 
     Args:
-        values: one a trajectory, [N].
+        values: one per trajectory, [N].
         groups: number of each trajectory's group, [N], counted from 0.
         epsilon: added to the (n - 1) standard deviation.
 
@@ -271,7 +281,7 @@ def rewards_at_end(rewards: Tensor, lengths: Tensor) -> Tensor:
     """Put each trajectory's reward on its last action token; the others have 0.
 
     Args:
-        rewards: one a trajectory, [N].
+        rewards: one per trajectory, [N].
         lengths: number of action tokens of each trajectory, [N]. Without any, the reward is lost.
 
     Returns:

@@ -83,12 +83,12 @@ class GiGPO:
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """``A^E + omega A^S``; one value a turn."""
+        """``A^E + omega A^S``; one value per turn."""
         returns = discounted_sum(batch.turn_rewards, batch.turn_seq_ids, self.gamma)
         groups = batch.groups[batch.turn_seq_ids].tolist()
         named = zip(groups, batch.state_keys, strict=True)
-        keys = [(*state, -1 if state[1] else turn) for turn, state in enumerate(named)]
-        anchors = batch.turn_seq_ids.new_tensor(numbered(keys))
+        states = [state if state[1] else turn for turn, state in enumerate(named)]
+        anchors = batch.turn_seq_ids.new_tensor(numbered(states))
         episodes = self._relative(batch.rewards, batch.groups)[batch.turn_seq_ids]
         return (episodes + self.step_coef * self._relative(returns, anchors))[batch.turn_ids]
 

@@ -80,7 +80,7 @@ class GRPO:
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """``(r - mean) / (std + delta)`` of the group; one value a trajectory, or a turn."""
+        """``(r - mean) / (std + delta)`` of the group; one value per trajectory, or per turn."""
         if not self.turn_rewards:
             return group_normalized(batch.rewards, batch.groups, self.std_epsilon)[batch.seq_ids]
         groups = batch.groups[batch.turn_seq_ids]

@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING
 
 from research_agent.algorithms.base import Tokens
 from research_agent.algorithms.functional import (
-    clipped_surrogate,
+    clipped_objective,
     group_normalized,
-    kl_k3,
     require,
     sequence_mean,
     sequence_ratio,
@@ -64,7 +63,7 @@ class GSPO:
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """``(r - mean) / (std + delta)`` of the group; one value a trajectory."""
+        """``(r - mean) / (std + delta)`` of the group; one value per trajectory."""
         return group_normalized(batch.rewards, batch.groups, self.std_epsilon)[batch.seq_ids]
 
     def weights(self, batch: Batch) -> Tensor:
@@ -74,12 +73,11 @@ class GSPO:
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The minimum in the equation, for each token of the trajectory; less KL, plus entropy."""
         ratio = sequence_ratio(tokens.logprobs, tokens.old_logprobs, tokens.seq_ids, mean=True)
-        surrogate, clipped = clipped_surrogate(
-            ratio, tokens.advantages, self.clip_low, self.clip_high
+        return clipped_objective(
+            tokens,
+            clip=(self.clip_low, self.clip_high),
+            entropy_coef=self.entropy_coef,
+            kl_coef=self.kl_coef,
+            kl_estimator="k3",
+            ratio=ratio,
         )
-        objective = surrogate + self.entropy_coef * tokens.entropy
-        metrics = {"clip_fraction": clipped}
-        if tokens.reference_logprobs is not None:
-            metrics["kl"] = kl_k3(tokens.logprobs, tokens.reference_logprobs)
-            objective = objective - self.kl_coef * metrics["kl"]
-        return objective, metrics

@@ -77,7 +77,7 @@ class MTGRPO:
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """The outcome's and, before the last turn, the turn's; one value a turn."""
+        """The outcome's and, before the last turn, the turn's; one value per turn."""
         last = is_last_turn(batch.turn_seq_ids)
         groups = batch.groups[batch.turn_seq_ids]
         place = positions_within(batch.turn_seq_ids)

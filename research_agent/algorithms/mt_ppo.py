@@ -18,8 +18,8 @@ to what came before it and to nothing that came after:
 
 With ``over="turns"`` a turn is one step in time, as in Turn-PPO (Li et al. 2025, arXiv:2512.17008):
 r is the sum over the turn, V is that of the turn's first token, and all its tokens have its A and
-the critic's target A + V. gamma and lambda then count turns: one below 1 does not make long turns
-cheaper than short ones. A turn without a token is no step; its reward goes to the turn before it.
+the critic's target A + V. gamma and lambda then discount per turn, however long a turn is. A turn
+without a token is no step; its reward goes to the turn before it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class MTPPO:
     critic_learning_rate: float = 1e-5
     """Learning rate of the critic's AdamW."""
     critic_warmup_steps: int = 0
-    """Optimizer steps over which that rises linearly from zero."""
+    """Optimizer steps over which the critic's learning rate rises linearly from zero."""
 
     def __post_init__(self) -> None:
         coefficients = ("clip", "kl_coef", "entropy_coef", "gamma", "lam", "value_clip")
@@ -95,9 +95,7 @@ class MTPPO:
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The bracket of the first equation, for each token; the KL is in the rewards."""
-        return clipped_objective(
-            tokens, clip=self.clip, kl_coef=0.0, entropy_coef=self.entropy_coef, kl_estimator="k1"
-        )
+        return clipped_objective(tokens, clip=self.clip, entropy_coef=self.entropy_coef)
 
     def _estimate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Advantages and old values of the action tokens, [A] each."""

@@ -35,9 +35,8 @@ from typing import TYPE_CHECKING
 from research_agent.algorithms.base import Tokens
 from research_agent.algorithms.functional import (
     batch_normalized,
-    clipped_surrogate,
+    clipped_objective,
     gae,
-    importance_ratio,
     kl_k1,
     require,
     rewards_at_end,
@@ -93,13 +92,8 @@ class PPO:
         return token_mean(batch.lengths, batch.seq_ids)
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The bracket of the first equation, for each token."""
-        ratio = importance_ratio(tokens.logprobs, tokens.old_logprobs)
-        surrogate, clipped = clipped_surrogate(ratio, tokens.advantages, self.clip, self.clip)
-        metrics = {"clip_fraction": clipped}
-        if tokens.reference_logprobs is not None:
-            metrics["kl"] = kl_k1(tokens.logprobs, tokens.reference_logprobs)
-        return surrogate + self.entropy_coef * tokens.entropy, metrics
+        """The bracket of the first equation, for each token; the KL is in the rewards."""
+        return clipped_objective(tokens, clip=self.clip, entropy_coef=self.entropy_coef)
 
     def _gae(self, batch: Batch) -> Tensor:
         rewards = rewards_at_end(batch.rewards, batch.lengths)

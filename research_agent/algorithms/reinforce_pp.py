@@ -34,12 +34,10 @@ from typing import TYPE_CHECKING, Literal
 from research_agent.algorithms.base import Tokens
 from research_agent.algorithms.functional import (
     batch_normalized,
-    clipped_surrogate,
+    clipped_objective,
     discounted_sum,
     group_mean,
-    importance_ratio,
     kl_k1,
-    kl_k2,
     require,
     require_one_of,
     rewards_at_end,
@@ -94,13 +92,11 @@ class ReinforcePP:
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The minimum in the equation, for each token; less KL where that is in the loss."""
-        ratio = importance_ratio(tokens.logprobs, tokens.old_logprobs)
-        surrogate, clipped = clipped_surrogate(ratio, tokens.advantages, self.clip, self.clip)
-        objective = surrogate + self.entropy_coef * tokens.entropy
-        metrics = {"clip_fraction": clipped}
-        if tokens.reference_logprobs is not None:
-            in_loss = self.kl_in == "loss"
-            estimate = kl_k2 if in_loss else kl_k1
-            metrics["kl"] = estimate(tokens.logprobs, tokens.reference_logprobs)
-            objective = objective - (self.kl_coef if in_loss else 0) * metrics["kl"]
-        return objective, metrics
+        in_loss = self.kl_in == "loss"
+        return clipped_objective(
+            tokens,
+            clip=self.clip,
+            entropy_coef=self.entropy_coef,
+            kl_coef=self.kl_coef if in_loss else 0.0,
+            kl_estimator="k2" if in_loss else "k1",
+        )

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 from research_agent.algorithms.base import Tokens
 from research_agent.algorithms.functional import (
-    clipped_surrogate,
+    clipped_objective,
     kl_k1,
     leave_one_out_mean,
     require,
@@ -66,7 +66,7 @@ class RLOO:
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """``R`` less the mean of the other samples; one value a trajectory."""
+        """``R`` less the mean of the other samples; one value per trajectory."""
         rewards = batch.rewards
         if self.needs_reference and batch.reference_logprobs is not None:
             kl = kl_k1(batch.old_logprobs, batch.reference_logprobs).to(rewards.dtype)
@@ -80,8 +80,6 @@ class RLOO:
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The minimum in the second equation, for each token of the trajectory."""
         ratio = sequence_ratio(tokens.logprobs, tokens.old_logprobs, tokens.seq_ids, mean=False)
-        surrogate, clipped = clipped_surrogate(ratio, tokens.advantages, self.clip, self.clip)
-        metrics = {"clip_fraction": clipped}
-        if tokens.reference_logprobs is not None:
-            metrics["kl"] = kl_k1(tokens.logprobs, tokens.reference_logprobs)
-        return surrogate + self.entropy_coef * tokens.entropy, metrics
+        return clipped_objective(
+            tokens, clip=self.clip, entropy_coef=self.entropy_coef, ratio=ratio
+        )

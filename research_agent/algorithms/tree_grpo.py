@@ -19,7 +19,7 @@ A turn that several trajectories share is in each of their sums, so it learns fr
 came of it. A tree of one trajectory has A^intra = 0: with chains this is GRPO. The paper shows that
 A^intra alone makes the objective that of step-level preference learning.
 
-How trees are sampled is the rollout's affair, not this file's.
+The rollout samples the trees (``--tree-branches``).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class TreeGRPO:
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """``A^intra + A^inter``; one value a trajectory."""
+        """``A^intra + A^inter``; one value per trajectory."""
         intra = group_normalized(batch.rewards, batch.trees, self.std_epsilon)
         inter = group_normalized(batch.rewards, batch.groups, self.std_epsilon)
         return (self.intra_coef * intra + self.inter_coef * inter)[batch.seq_ids]

@@ -95,7 +95,7 @@ def _opening_file(file: Path) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where the parts of a model are."""
+    """The places of a model's parts."""
 
     place: str
     """Folder of the weights, or a name on the hub."""

@@ -30,10 +30,10 @@ def series(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
 
 
 def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Draw the curves of runs as a PNG: shares from 0 to 1 above, other quantities below.
+    """Draw the curves of runs as a PNG, a small panel for each quantity.
 
-    Of a single run all curves are drawn; of several the reward and the first of em and reward on
-    held-out tasks that there is, a color a run.
+    A single run has a panel for each of its curves. Several runs share two: the reward, and em on
+    held-out tasks (the reward there if no run has em).
 
     Args:
         runs: records of ``metrics.jsonl``, by the name of the run.
@@ -41,47 +41,57 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """
     from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import)
 
-    alone = len(runs) == 1
-    curves = {
-        (run, name): points for run, log in runs.items() for name, points in series(log).items()
-    }
-    if not alone:
-        main = "eval/em" if any(name == "eval/em" for _, name in curves) else "eval/reward"
-        curves = {key: points for key, points in curves.items() if key[1] in ("reward", main)}
-    colors = {run: f"C{i % 10}" for i, run in enumerate(runs)}
-    metrics = {name for _, name in curves}
-    shares = {
-        name
-        for name in metrics
-        if all(-1e-9 <= v <= 1 + 1e-9 for key, c in curves.items() if key[1] == name for _, v in c)
-    }
-    panels = [panel for panel in (shares, metrics - shares) if panel] or [metrics]
-    figure = Figure(figsize=(8, 1 + 3 * len(panels)), layout="constrained")
-    for number, panel in enumerate(panels):
-        axes = figure.add_subplot(len(panels), 1, number + 1)
-        for (run, name), points in curves.items():
-            if name not in panel:
-                continue
-            steps, values = zip(*points, strict=True)
-            held_out = "held-out " + name.removeprefix("eval/")
-            label = "reward while training" if name == "reward" else held_out
-            style: dict[str, Any] = {"label": label if alone else f"{run}: {label}"}
-            if name == "reward":
-                style |= {"linewidth": 1, "color": "0.6"}
-            else:
-                style |= {"marker": "o", "markersize": 4}
-            if not alone:
-                style["color"] = colors[run]
-            axes.plot(steps, values, **style)
-        if panel is shares:
-            axes.set_ylim(-0.02, 1.02)
-        axes.grid(alpha=0.3)
-        if panel:
-            axes.legend(fontsize="small", loc="best")
-    axes.set_xlabel("training step")
-    if alone:
-        figure.suptitle(next(iter(runs)))
+    curves = {run: series(log) for run, log in runs.items()}
+    named = (name for found in curves.values() for name in found)
+    names = list(dict.fromkeys(["reward", *named]))
+    if len(runs) > 1:
+        main = "eval/em" if "eval/em" in names else "eval/reward"
+        names = ["reward", *([main] if main in names else [])]
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(1 + 4 * columns, 0.6 + 2.6 * rows), layout="constrained")
+    figure.suptitle(f"{', '.join(runs)}: reward and held-out metrics by training step")
+    for number, name in enumerate(names):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        held_out = name != "reward"
+        axes.set_title("held-out " + name.removeprefix("eval/") if held_out else name)
+        ends = []
+        for i, (run, found) in enumerate(curves.items()):
+            if points := found.get(name):
+                steps, values = zip(*points, strict=True)
+                color, last = f"C{i % 10}", values[-1]
+                axes.plot(steps, values, color=color, marker="o" if held_out else None, ms=3)
+                ends.append((last, run if len(runs) > 1 else f"{last:.3g}", color))
+        shown = [value for found in curves.values() for _, value in found.get(name, ())]
+        if all(-1e-9 <= value <= 1 + 1e-9 for value in shown):
+            axes.set_ylim(-0.02, 1.02)  # a share is read against the whole scale
+        label_ends(axes, ends)
     figure.savefig(path, dpi=130)
+
+
+def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Give a panel its plain frame, and write the name of each curve at its right end.
+
+    Args:
+        axes: the panel, whose curves are drawn and whose limits are set.
+        ends: last value, name and color of each curve. Names that would touch are moved apart.
+    """
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    low, high = axes.get_ylim()
+    place = math.inf
+    for value, name, color in sorted(ends, reverse=True):
+        place = min(value, place - 0.08 * (high - low))
+        axes.annotate(
+            name,
+            (1, place),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            color=color,
+            fontsize="small",
+            va="center",
+        )
 
 
 def text_curve(

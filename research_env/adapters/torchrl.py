@@ -30,7 +30,8 @@ from research_env.spaces import UnicodeText
 
 require("torchrl", "0.14", "torchrl")
 
-from tensordict import TensorDictBase  # noqa: E402
+import torch  # noqa: E402
+from tensordict import TensorDict, TensorDictBase  # noqa: E402
 from torchrl.data import Binary, Composite, NonTensor, Unbounded  # noqa: E402
 from torchrl.envs import GymWrapper  # noqa: E402
 from torchrl.envs.gym_like import BaseInfoDictReader  # noqa: E402
@@ -99,11 +100,11 @@ class InfoReader(BaseInfoDictReader):  # type: ignore[misc]
 
     def __call__(self, info: dict[str, Any], tensordict: TensorDictBase) -> TensorDictBase:
         """Write the entries of an info; TorchRL calls this after every reset and step."""
-        zero = self._spec.zero()
-        for name, value in info["metrics"].items():
-            zero["metrics", name].fill_(value)
-        zero["void"].fill_(info["void"])
-        return tensordict.update(zero).set_non_tensor("question_id", info["question_id"])
+        found = info["metrics"]
+        metrics = {name: torch.tensor([found.get(name, 0.0)]) for name in self._names}
+        tensordict["metrics"] = TensorDict(metrics)
+        tensordict["void"] = torch.tensor([info["void"]], dtype=self._spec["void"].dtype)
+        return tensordict.set_non_tensor("question_id", info["question_id"])
 
 
 @register_gym_spec_conversion(UnicodeText)  # type: ignore[untyped-decorator]

@@ -111,8 +111,8 @@ class Rollouts:
                 self._sessions.terminators,
             )
             acting: list[tuple[TokenEpisode, str]] = []
-            for i, turn, score in zip(live, turns, scores or [None] * len(live), strict=True):
-                text = episodes[i].add_turn(turn, score)
+            for place, (i, turn) in enumerate(zip(live, turns, strict=True)):
+                text = episodes[i].add_turn(turn, None if scores is None else scores[place])
                 if text is not None:
                     acting.append((episodes[i], text))
             outputs = _step_all([(each.session, text) for each, text in acting])

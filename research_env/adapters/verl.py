@@ -92,7 +92,8 @@ class ResearchAgentLoop(AgentLoopBase):  # type: ignore[misc]
         params = {**sampling_params, "stop": stops, "include_stop_str_in_output": True}
         budget, ends = self.rollout_config.response_length, (self.tokenizer.eos_token_id,)
         episode = TokenEpisode(session, self.tokenizer, budget, ends, self._chat)
-        request, turns, steps = uuid4().hex, 0, {}
+        request, turns = uuid4().hex, 0
+        steps: dict[str, Any] = {}  # of the trainer, whose weights sampled the first and last turn
         seconds: dict[str, float] = {}
         while episode.end is None:
             with simple_timer("generate_sequences", seconds):
@@ -104,7 +105,7 @@ class ResearchAgentLoop(AgentLoopBase):  # type: ignore[misc]
             turns += 1
             steps = {**sampled.extra_fields, **steps}
             steps["max_global_steps"] = sampled.extra_fields.get("max_global_steps")
-            # One that is shorter than it may be has ended by itself, unless verl has cut it.
+            # A turn that is shorter than it may be has ended by itself, unless verl has cut it.
             complete = len(sampled.token_ids) < episode.room and sampled.stop_reason != "aborted"
             text = episode.add_turn(sampled.token_ids, sampled.log_probs, complete=complete)
             if text is not None:

@@ -403,7 +403,7 @@ def load(split: str, world_seed: int = 0) -> Dataset:
 
 
 def vocabulary() -> list[str]:
-    """Every phrase of which the texts of all worlds are made; a name, or a year, is two of them."""
+    """List the phrases that all worlds' texts consist of; a name, or a year, is two phrases."""
     relations = [relation for kind in RELATIONS.values() for relation in kind]
     return [
         *(f", {phrase}" for relation in relations for phrase in relation.statements),

@@ -35,7 +35,7 @@ class SearchCounts:
 
     @property
     def asked(self) -> int:
-        """All of them."""
+        """Queries in all: searched, shared or cached."""
         return self.searched + self.coalesced + self.cache_hits
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,19 +16,23 @@ from typing import Any
 import gymnasium as gym
 import pytest
 
+from benchmarks import runs as benchmark_runs
 from benchmarks.ablations import runs
 from benchmarks.ablations.__main__ import main
 from benchmarks.ablations.noise import MissingRetriever
 from benchmarks.ablations.registry import ABLATIONS, BY_NAME, Ablation, Arm, Claim
 from benchmarks.ablations.report import (
+    EQUAL_BUDGETS,
     NUMBERS,
     Seen,
+    at_equal_budget,
     largest_fall,
     report,
     rows_of,
     self_correction,
     verdict,
     verdicts,
+    with_totals,
 )
 from benchmarks.ablations.runs import (
     Settings,
@@ -96,7 +101,7 @@ def test_every_run_is_valid_and_plays_as_many_episodes(ablation: Ablation) -> No
         assert training.run.seed == 3 and training.run.output == folder_of(SETTINGS, arm, 3)
     rows = rows_of(ablation, {})
     for claim in ablation.claims:
-        assert claim.number in ablation.numbers
+        assert claim.number in (*ablation.numbers, *EQUAL_BUDGETS)
         assert claim.more in rows and claim.less in rows
 
 
@@ -349,7 +354,7 @@ def test_numbers_of_a_run() -> None:
         for n in range(1, 10)
     ]
     final = {"in": {"em": 0.5, "tokens": 30.0, "answer words": 1.5}, "out": {"em": 0.25}}
-    seen = Seen(log, final, 12.0)
+    seen = Seen(with_totals(log), final, 12.0)
     got = {name: find(seen) for name, (_, find) in NUMBERS.items()}
     assert got["em in"] == 0.5 and got["em out"] == 0.25
     assert got["tokens"] == 30.0 and got["answer words"] == 1.5 and got["seconds"] == 12.0
@@ -361,24 +366,81 @@ def test_numbers_of_a_run() -> None:
 
 
 def test_what_it_cost_to_reach_a_level() -> None:
-    """Mean of three steps: .3 at step 3, .5 at step 4; per step 10 tokens, 2 turns, 4 episodes."""
-    em = [0.1, 0.3, 0.5, 0.7, 0.6]
-    log = [
-        {
-            "step": n,
-            "env/em": value,
-            "played": 4 * n,
-            "all sampled_tokens": 10.0 * n,
-            "all sampled_turns": 2.0 * n,
-        }
-        for n, value in enumerate(em, 1)
-    ]
-    seen = Seen(log, {"hard": {"em": 0.25}}, 0.0)
+    """After each step .1, .4, .5, .6; per step 10 tokens and 12 turns, of which four answer."""
+    seen = Seen(_steps([0.1, 0.4, 0.5, 0.6], tokens=10), {"hard": {"em": 0.25}}, 0.0)
     got = {name: find(seen) for name, (_, find) in NUMBERS.items()}
-    assert (got["episodes to .5"], got["tokens to .5"], got["turns to .5"]) == (16, 40, 8)
-    assert got["tokens to .8"] is None
-    assert (got["all tokens"], got["all turns"]) == (50, 10)
+    assert (got["episodes to .5"], got["tokens to .5"], got["searches to .5"]) == (12, 30, 24)
+    assert got["tokens to .3"] == pytest.approx(10 + 10 * 2 / 3)  # two thirds of the way to .4
+    assert got["tokens to .8"] == math.inf
+    assert NUMBERS["tokens to .8"][1](Seen([], {}, 0.0)) is None
+    assert (got["all tokens"], got["all searches"]) == (40, 32)
     assert (got["em hard"], got["em in"], got["em, T = 1"]) == (0.25, None, 0.6)
+
+
+def _steps(em: Sequence[float], tokens: float) -> list[dict[str, Any]]:
+    line = {"sampled_tokens": tokens, "sampled_turns": 12.0, "episodes": 4.0}
+    log = [{"step": n, "eval/em": v, "played": 4 * n, **line} for n, v in enumerate(em, 1)]
+    return with_totals([{"step": 0, "eval/em": 0.0, "played": 0}, *log])
+
+
+def test_runs_are_compared_where_the_cheapest_ended() -> None:
+    """It spent 20 tokens and 32 searches; the dear ones had .2 at 16 tokens and .3 at 24."""
+    cheap = [Seen(_steps([0.0, 0.3, 0.6, 0.9], tokens=5), {}, 0.0)]
+    dear = [Seen(_steps([0.1, 0.2, 0.3, 0.4, 0.8], tokens=8), {}, 0.0)] * 2
+    one, other = at_equal_budget(dear, cheap, "all tokens")
+    assert one == pytest.approx([0.25] * 2) and other == [0.9]
+    one, other = at_equal_budget(cheap, dear, "all searches")
+    assert one == [0.9] and other == pytest.approx([0.4] * 2)
+    assert at_equal_budget([], [], "all tokens") == ([], [])
+    assert at_equal_budget([Seen([], {}, 0.0)], dear, "all tokens")[0] == []
+
+
+def _answer(hops: int, em: float) -> str:
+    """A line of predictions."""
+    record = _record() | {"episode": hops, "sample": 0, "reward": em, "metrics": {"em": em}}
+    return json.dumps(record | {"info": {"strata": {"hops": str(hops)}}}) + "\n"
+
+
+def test_the_report_of_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trees reach .3 with half of the tokens, and one seed of the chains never does."""
+    settings = replace(SETTINGS, output=tmp_path)
+    em = {"grpo, outcome": [[0.1, 0.1, 0.1], [0.5] * 3], "tree_grpo": [[0.5] * 3, [0.6] * 3]}
+    arms = tuple(arm for arm in BY_NAME["turns"].arms if arm.name in em)
+    for arm in arms:
+        for seed, of_steps in enumerate(em[arm.name]):
+            _write_run(settings, arm, seed, em=(0.2,), worlds=("hard",))
+            place = folder_of(settings, arm, seed) / "final" / "hard"
+            place.mkdir(parents=True)
+            answers = [_answer(hops, right) for hops, right in ((4, 1.0), (5, 1.0), (6, 0.0))]
+            (place / "predictions.jsonl").write_text("".join(answers))
+            tokens = 60.0 if arm.name == "tree_grpo" else 120.0
+            line = {"sampled_tokens": tokens, "sampled_turns": 12.0, "episodes": 4, "reward": 0.0}
+            lines = [{"step": n, "eval/em": v, **line} for n, v in enumerate(of_steps, 1)]
+            text = "".join(json.dumps(each) + "\n" for each in lines)
+            (folder_of(settings, arm, seed) / "metrics.jsonl").write_text(text)
+    claims = tuple(c for c in BY_NAME["turns"].claims if {c.more, c.less} == em.keys())
+    drawn: list[Sequence[Sequence[float]]] = []
+
+    def draw_band(axes: Any, xs: Any, ys: Any, window: int) -> tuple[float, str]:
+        drawn.append(xs)
+        return benchmark_runs.draw_band(axes, xs, ys, window)
+
+    monkeypatch.setattr("benchmarks.ablations.report.draw_band", draw_band)
+    folder = report(settings, replace(BY_NAME["turns"], arms=arms, claims=claims), (0, 1))
+    text = (folder / "table.md").read_text()
+    assert "| tree_grpo | 2 | 0.550 (0.500 to 0.600) | 4 (4 to 4) | 60 (60 to 60) |" in text
+    assert "never (120 to never) |" in text
+    assert [line.rpartition(": ")[2] for line in text.splitlines() if line.startswith("- ")] == [
+        "cannot be told apart",  # at equal tokens .1 and .5 against .5 and .6
+        "cannot be told apart",
+        "as in the paper",  # 60 tokens against 120 and never
+        "cannot be told apart",  # 8 searches each
+    ]
+    assert [[60.0, 120.0, 180.0]] * 2 in drawn  # tree_grpo, over tokens sampled
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert rows["tree_grpo"]["em, 5+ hops"] == [0.5, 0.5]
+    assert rows["grpo, outcome"]["tokens to .5"] == ["never", 120.0]
 
 
 def test_a_tiny_run_of_turns_is_reported_and_not_done_twice(
@@ -413,12 +475,18 @@ def test_rows_over_time() -> None:
     assert rows["after"]["turns"] == []
 
 
-def _write_run(settings: Settings, arm: Arm, seed: int, em: tuple[float, float]) -> None:
+def _write_run(
+    settings: Settings,
+    arm: Arm,
+    seed: int,
+    em: tuple[float, ...],
+    worlds: tuple[str, ...] = ("in", "out"),
+) -> None:
     folder = folder_of(settings, arm, seed)
     folder.mkdir(parents=True)
     final = {
         name: {"em": value, "tokens": 30.0, "searches": 2.0, "reward": value}
-        for name, value in zip(("in", "out"), em, strict=True)
+        for name, value in zip(worlds, em, strict=True)
     }
     result = {
         "questions": settings.questions,
@@ -477,7 +545,7 @@ def test_open_questions_have_no_side() -> None:
     rows = {
         name: {key: [0.5, 0.6] for key in ablation.numbers} for name in ("grpo", "research-strict")
     }
-    first = verdicts(ablation, rows)[0]
+    first = verdicts(ablation, rows, {})[0]
     assert first.startswith("em in: research-strict and grpo: 0.550 (0.500 to 0.600) against")
     assert first.endswith("cannot be told apart")
 

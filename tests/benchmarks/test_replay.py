@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.replay import (
-    Trajectory,
+    RecordedTrajectory,
     distribution,
     lengths,
     main,
@@ -26,7 +26,7 @@ from research_env.retrieval.base import Hit, Passage
 from tests.research_env.playing import play as play_episode
 from tests.research_env.test_rewards import oracle_r1_searcher
 
-RECORDED = Trajectory(
+RECORDED = RecordedTrajectory(
     id="t1",
     question="Which city?",
     answers=("Paris",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 from research_env import Dataset, Hit, Passage, Question, testing
 from research_env.errors import RetrievalError
 from research_env.sessions import Sessions
+
+TIMEOUT = 20.0  # seconds after which a test that hangs fails
 
 
 class Terminal(StringIO):
@@ -78,6 +81,39 @@ class Engine:
             return RetrievalError(f"no answer for {query!r}")
         numbers = [int(word) for word in query.split() if word.isdecimal() and len(word) < 4]
         return [hit(n, text=f"About {query} number {n}.", score=9.0 - n) for n in numbers][:top_k]
+
+
+class Gate(Engine):
+    """An engine that answers no batch before it is opened, and counts how many it holds at most.
+
+    Args:
+        in_flight: threads that may ask it at the same time.
+        pause: seconds after which it answers though nobody opened it; 0 fails then.
+        engine: answers the queries.
+    """
+
+    def __init__(
+        self, in_flight: int = 1, *, pause: float = 0.0, engine: Engine | None = None
+    ) -> None:
+        super().__init__()
+        self.in_flight = in_flight
+        self.engine = engine or Engine()
+        self.batches = self.engine.batches
+        self.asked = threading.Semaphore(0)
+        self.opened = threading.Event()
+        self.now = self.most = 0
+        self._pause = pause
+        self._lock = threading.Lock()
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+        with self._lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        self.asked.release()
+        assert self.opened.wait(self._pause or TIMEOUT) or self._pause
+        with self._lock:
+            self.now -= 1
+        return self.engine.search(queries, top_k)
 
 
 @contextmanager

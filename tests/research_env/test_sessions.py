@@ -8,7 +8,6 @@ import json
 import pickle
 import re
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,46 +15,21 @@ from typing import Any
 import pytest
 
 import research_env.sessions
-from research_env import Dataset, Hit, Question
+from research_env import Dataset, Question
 from research_env.env import SearchQAEnv
 from research_env.errors import (
     ActionError,
     ClosedError,
     ConfigurationError,
     EpisodeError,
-    RetrievalError,
     UnknownTaskError,
 )
 from research_env.sessions import Session, Sessions
-from tests.research_env.fakes import DATASET, Engine, answer, search
-
-TIMEOUT = 20.0  # seconds after which a test that hangs fails
+from tests.research_env.fakes import DATASET, TIMEOUT, Engine, Gate, answer, search
 
 
 def make(**more: Any) -> Sessions:
     return Sessions(**{"dataset": DATASET, "retriever": Engine(), **more})
-
-
-class Gate(Engine):
-    """An engine that answers no batch before it is opened, and counts the threads that ask it."""
-
-    def __init__(self, in_flight: int = 1) -> None:
-        super().__init__()
-        self.in_flight = in_flight
-        self.asked = threading.Semaphore(0)
-        self.opened = threading.Event()
-        self.lock = threading.Lock()
-        self.now = self.most = 0
-
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
-        with self.lock:
-            self.now += 1
-            self.most = max(self.most, self.now)
-        self.asked.release()
-        assert self.opened.wait(TIMEOUT)
-        with self.lock:
-            self.now -= 1
-        return super().search(queries, top_k)
 
 
 @pytest.mark.parametrize("protocol", ["research", "search-r1"])
@@ -107,24 +81,6 @@ def test_unknown_tasks_are_refused(task: Any) -> None:
                 sessions.open(task)
 
 
-class Slow(Engine):
-    """An engine that takes its time, so that queries gather."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lock = threading.Lock()
-        self.now = self.most = 0
-
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
-        with self.lock:
-            self.now += 1
-            self.most = max(self.most, self.now)
-        threading.Event().wait(0.005)
-        with self.lock:
-            self.now -= 1
-        return super().search(queries, top_k)
-
-
 TASKS = Dataset("many", [Question(f"t{i}", f"Which {i}?", (str(i),)) for i in range(40)], None)
 
 
@@ -141,7 +97,7 @@ def alone(number: int) -> list[Any]:
 
 def test_searches_of_many_threads_are_batched() -> None:
     """400 queries by 32 threads: the engine is asked by one thread, in few batches."""
-    engine = Slow()
+    engine = Gate(pause=0.005)  # queries gather meanwhile
     together = threading.Barrier(32)
     with Sessions(dataset=TASKS, retriever=engine) as sessions:
 

@@ -122,18 +122,19 @@ def test_potentials_telescope(actions: list[str], protocol: str, cut: bool) -> N
 
 
 @settings(deadline=None, max_examples=100)
-@given(actions=ACTIONS, again=st.integers(1, 3))
-def test_nothing_is_paid_twice(actions: list[str], again: int) -> None:
-    """Repeating any search at once earns nothing more, and costs what searches and repeats cost."""
-    for name in ("new_support", "information_gain", "first_search", "support_progress"):
-        rule = turn_rewards(name)
-        for k, state in enumerate(states(actions)[1:]):
-            if state.turns[-1].kind != "search" or state.over:
-                continue
-            repeated = states([*actions[: k + 1], *[actions[k]] * again])[k + 2 :]
-            assert [rule.earned(each) for each in repeated if not each.over] == pytest.approx(
-                [0.0] * sum(not each.over for each in repeated)
-            )
+@given(actions=ACTIONS, again=st.lists(st.integers(0, 6), min_size=1, max_size=4))
+def test_nothing_is_paid_twice(actions: list[str], again: list[int]) -> None:
+    """Any search of the episode, repeated at any time, earns nothing more and costs as much."""
+    made = states(actions)
+    searched = [s.actions[-1] for s in made[1:] if s.turns[-1].kind == "search"]
+    repeats = [] if made[-1].over else [searched[n % len(searched)] for n in again if searched]
+    repeated = states([*actions, *repeats])[len(made) :]
+    assert len(repeated) == len(repeats)
+    costs = {"redundancy", "searches", "repeated_query", "invalid_action"}
+    for name in TURN_REWARDS.keys() - costs:
+        assert [turn_rewards(name).earned(state) for state in repeated] == [0.0] * len(repeats)
+    paid = turn_rewards("-0.02*searches-0.1*repeated_query")
+    assert [paid.earned(state) for state in repeated] == pytest.approx([-0.12] * len(repeats))
     gained = turn_rewards("information_gain")
     total = sum(gained.earned(state) for state in states(actions)[1:])
     assert total <= 1.0 + 1e-12

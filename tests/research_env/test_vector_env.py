@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
-from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -14,38 +12,20 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research_env import Hit
 from research_env.env import SearchQAEnv
 from research_env.errors import (
     ActionError,
     ConfigurationError,
     EpisodeError,
-    RetrievalError,
     UnknownNameError,
     UnknownTaskError,
 )
 from research_env.vector_env import SearchQAVectorEnv, StepResult
-from tests.research_env.fakes import DATASET, Engine, answer, search
-
-TIMEOUT = 20.0  # seconds after which a test that hangs fails
+from tests.research_env.fakes import DATASET, TIMEOUT, Engine, Gate, answer, search
 
 
 def make(num_envs: int = 3, **more: Any) -> SearchQAVectorEnv:
     return SearchQAVectorEnv(num_envs, **{"dataset": DATASET, "retriever": Engine(), **more})
-
-
-class Gate(Engine):
-    """An engine that answers no batch before it is opened."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked = threading.Semaphore(0)
-        self.opened = threading.Event()
-
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
-        self.asked.release()
-        assert self.opened.wait(TIMEOUT)
-        return super().search(queries, top_k)
 
 
 # --- cutting and branching ------------------------------------------------------------------------

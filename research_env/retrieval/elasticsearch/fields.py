@@ -36,7 +36,7 @@ class Field:
 
     @property
     def type(self) -> str:
-        """Its type in Elasticsearch's words."""
+        """The field's type, as Elasticsearch names it."""
         return str(self.mapping.get("type", "object"))
 
     @property

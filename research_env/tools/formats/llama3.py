@@ -45,7 +45,7 @@ def _read(text: str, tools: Sequence[Tool]) -> list[WrittenCall]:
 
 
 def _end_of_object(text: str) -> int:
-    """Where the JSON at the beginning ends; what cannot be read is one call to the end."""
+    """Return where the JSON at the beginning ends; a call that cannot be read goes to the end."""
     try:
         return _DECODER.raw_decode(text)[1] if len(text) <= MAX_CALL_CHARACTERS else len(text)
     except (ValueError, RecursionError):

@@ -94,7 +94,7 @@ def _read(text: str, closed: bool, tools: Mapping[str, Tool]) -> WrittenCall:
 
 
 def _value(text: str, kind: str) -> Any:
-    """A parameter by its type in the schema; text where it cannot be read as that."""
+    """Read a parameter by its type in the schema; one of another type stays text."""
     if kind == "string":
         return text
     if kind == "boolean" and text.lower() in ("true", "false"):  # the template writes Python's

@@ -16,9 +16,7 @@ from research_env import Hit
 from research_env.errors import RetrievalError
 from research_env.retrieval.batching import Found, QueryBatcher, SearchCounts
 from research_env.vector_env import SearchQAVectorEnv
-from tests.research_env.fakes import DATASET, Engine, answer, search
-
-TIMEOUT = 20.0  # seconds after which a test that hangs fails
+from tests.research_env.fakes import DATASET, TIMEOUT, Engine, Gate, answer, search
 
 
 def made(engine: Engine, cache_size: int, **more: Any) -> QueryBatcher[int]:
@@ -107,22 +105,14 @@ def test_without_memory_nothing_is_cached() -> None:
 
 
 def test_queries_in_flight_are_coalesced_and_then_cached() -> None:
-    opened, asked = threading.Event(), threading.Semaphore(0)
-
-    class Gate(Engine):
-        def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
-            asked.release()
-            assert opened.wait(TIMEOUT)
-            return super().search(queries, top_k)
-
     engine = Gate()
     searches = made(engine, 10)
     for ticket in range(3):
         searches.submit(ticket, "1")
-    assert asked.acquire(timeout=TIMEOUT)
+    assert engine.asked.acquire(timeout=TIMEOUT)
     searches.submit(3, "1")
     assert searches.take(0) is None
-    opened.set()
+    engine.opened.set()
     assert [taken(searches)[0] for _ in range(4)] == [0, 1, 2, 3]
     searches.submit(4, "1")
     assert taken(searches)[0] == 4

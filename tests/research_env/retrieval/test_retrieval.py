@@ -59,7 +59,10 @@ def test_environments_with_an_embedded_engine_travel(index: Path) -> None:
         ("web:searxng?url=http://u:p&SECRET@h", ConfigurationError, "not '...'"),
     ],
 )
-def test_bad_urls_are_refused(url: str, error: type[Exception], message: str) -> None:
+def test_bad_urls_are_refused(
+    url: str, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERPER_API_KEY", "key")
     with pytest.raises(error, match=message):
         open_retriever(url, None)
 

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ from research_env.retrieval.http import HttpRetriever
 from research_env.retrieval.retry import Retry
 from research_env.retrieval.serve import RetrievalServer
 from research_env.retrieval.serve_guard import Limits
-from tests.research_env.fakes import Engine
+from tests.research_env.fakes import TIMEOUT, Engine, Gate
 from tests.research_env.retrieval.retriever_contract import (
     CLAUSES,
     WORDS,
@@ -36,7 +35,6 @@ from tests.research_env.retrieval.retriever_contract import (
     fails_in_place,
 )
 
-TIMEOUT = 20.0  # seconds after which a test that hangs fails
 QUICK = Retry(deadline=2.0, first=0.001, longest=0.01)
 
 
@@ -111,26 +109,6 @@ def received(connection: socket.socket) -> bytes:
         while part := connection.recv(1 << 16):
             parts.append(part)
     return b"".join(parts)
-
-
-class Gate(Engine):
-    """An engine that answers no batch before it is opened."""
-
-    def __init__(self, engine: Engine | None = None) -> None:
-        super().__init__()
-        self.engine = engine or Engine()
-        self.batches = self.engine.batches
-        self.asked = threading.Semaphore(0)
-        self.opened = threading.Event()
-        self.at_once = self.most_at_once = 0
-
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
-        self.at_once += 1
-        self.most_at_once = max(self.at_once, self.most_at_once)
-        self.asked.release()
-        assert self.opened.wait(TIMEOUT)
-        self.at_once -= 1
-        return self.engine.search(queries, top_k)
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +345,7 @@ def test_searches_at_once_are_bounded_and_the_rest_waits_or_is_sent_away() -> No
         assert served.ask("GET", "/health")[0] == 200
         gate.opened.set()
         assert [each.result(TIMEOUT)[0] for each in asked] == [200] * 4
-        assert gate.most_at_once == 2
+        assert gate.most == 2
 
 
 def test_a_busy_server_refuses_before_it_reads_the_body() -> None:
@@ -483,7 +461,7 @@ def test_answers_that_are_not_read_count_and_are_dropped_at_their_deadline() -> 
 
 def test_requests_that_waited_are_refused_while_answers_are_not_read() -> None:
     """They were taken when there was room, and each would add an answer."""
-    gate = Gate(Large())
+    gate = Gate(engine=Large())
     with Served(gate, searches=1, memory=24 << 20, answer=17 << 20) as served:
         clients = [asks_and_reads_nothing(served) for _ in range(3)]
         wait_until(lambda: served.server.waiting == 2)

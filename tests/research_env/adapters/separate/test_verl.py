@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hydra
@@ -27,6 +28,7 @@ from verl.experimental.agent_loop.agent_loop import (
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.workers.rollout.replica import TokenOutput
 
+from research_env.adapters import shared
 from research_env.adapters.shared import share
 from research_env.adapters.tokens import decode
 from research_env.adapters.verl import NAME, ResearchAgentLoop, rows
@@ -77,6 +79,15 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(STARTER)
 
 
+@pytest.fixture(autouse=True)
+def shared_sessions_end_with_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    made: dict[str, Sessions] = {}
+    monkeypatch.setattr(shared, "_SHARED", made)
+    yield
+    for each in made.values():
+        each.close()
+
+
 @pytest.fixture
 def sessions() -> Iterator[Sessions]:
     with Sessions(dataset=DATASET, retriever=Fake(), template="question") as made:
@@ -84,9 +95,9 @@ def sessions() -> Iterator[Sessions]:
         yield made
 
 
-def make_loop(server: Server, length: int = 4000, **arguments: Any) -> Any:
+def make_loop(server: Any, length: int = 4000, prompt_length: int = 512, **arguments: Any) -> Any:
     """The loop as verl's worker makes it, from the entry of a file."""
-    rollout = {"prompt_length": 512, "response_length": length}
+    rollout = {"prompt_length": prompt_length, "response_length": length}
     config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}, "data": {}})
     entry = {"_target_": "research_env.adapters.verl.ResearchAgentLoop", **arguments}
     return hydra.utils.instantiate(
@@ -100,7 +111,7 @@ def make_loop(server: Server, length: int = 4000, **arguments: Any) -> Any:
     )
 
 
-async def play_one(server: Server, question_id: str, **loop: Any) -> Any:
+async def play_one(server: Any, question_id: str, **loop: Any) -> Any:
     made = make_loop(server, **{"args": {"shared": "verl"}, **loop})
     row = {"raw_prompt": [], "extra_info": {"question_id": question_id}}
     return await made.run({"temperature": 1.0}, **row)
@@ -155,6 +166,25 @@ def test_a_spent_budget_is_scored(tokenizer: Any, sessions: Sessions) -> None:
     assert output.extra_fields["reward_extra_info"]["searches"] == 1.0
 
 
+@pytest.mark.parametrize(("reason", "turns"), [("completed", 2), ("aborted", 1)])
+def test_a_turn_that_is_shorter_than_it_may_be_has_ended_by_itself(
+    tokenizer: Any, reason: str, turns: int
+) -> None:
+    """Whatever token ended it; search-r1 answers a turn without a tag with a hint."""
+    said = [tokenizer(text)["input_ids"] for text in ("Which?", "<answer>Founder 3</answer>")]
+
+    async def generate(**_: Any) -> TokenOutput:
+        return TokenOutput(token_ids=said.pop(0), stop_reason=reason)
+
+    server = SimpleNamespace(tokenizer=tokenizer, generate=generate)
+    settings: Any = {"dataset": DATASET, "retriever": Fake(), "protocol": "search-r1"}
+    with Sessions(template="question", **settings) as sessions:
+        share(sessions, shared="verl")
+        output = asyncio.run(play_one(server, "q3"))
+    assert (output.num_turns, output.reward_score) == (2 * turns, turns - 1.0)
+    assert output.response_logprobs is None
+
+
 def test_a_void_episode_is_masked_and_has_the_same_keys(tokenizer: Any, sessions: Sessions) -> None:
     void = asyncio.run(play_one(Server(tokenizer, [search("fail")]), "q3"))
     right = asyncio.run(play_one(Server(tokenizer, [answer("Founder 3")]), "q3"))
@@ -178,6 +208,8 @@ def test_rows_choose_the_loop_and_rows_of_others_are_refused(
         asyncio.run(loop.run({}, extra_info={"index": 1}))
     with pytest.raises(UnknownTaskError, match="q9"):
         asyncio.run(loop.run({}, extra_info={"question_id": "q9"}))
+    with pytest.raises(ConfigurationError, match=r"'q3' has \d+ tokens; raise .*, which is 3"):
+        asyncio.run(play_one(Server(tokenizer, []), "q3", prompt_length=3))
 
 
 def test_the_documented_files_make_the_loop(
