@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from benchmarks.hostile_files import index_cases, question_file_cases, recording_cases
-from benchmarks.hostile_models import model_cases
 from benchmarks.hostile_requests import serve_cases
 from benchmarks.hostile_trials import Row, run_section
 
@@ -39,6 +38,8 @@ def hostile_requests() -> list[Row]:
 
 def hostile_models() -> list[Row]:
     """Weight files of models and adapters."""
+    from benchmarks.hostile_models import model_cases  # noqa: PLC0415 - loads torch
+
     return [run_section("models", model_cases)]
 
 

@@ -213,6 +213,8 @@ class ActiveRollout:
 
     def _earn(self, reward: float) -> None:
         """Add a reward to the turn that was taken last, and to the sum."""
+        if reward == 0:  # most turns; a copy of the segment costs microseconds
+            return
         turn = self.segments[-1]
         self.segments[-1] = replace(turn, reward=turn.reward + reward)
         self.reward += reward

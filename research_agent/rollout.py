@@ -115,6 +115,9 @@ class RolloutLoop:
         self._skips = overlong_prompts == "skip" and plan.size == 1
         self._on_finish = on_finish
         self._stop = environments.terminators
+        self._truncate: Callable[[int], StepResult | None] = (
+            environments.truncate if isinstance(environments, Truncating) else _keep_reward
+        )
         # Only branching asks for it; the renderer of an endpoint does not know its vocabulary.
         vocabulary = len(renderer.tokenizer) if plan.size > 1 else 0
         self._trees = Trees(plan, seed, environments, vocabulary)
@@ -228,11 +231,10 @@ class RolloutLoop:
         self.in_flight.awaiting_env.update(slots)
 
     def _observe(self, result: StepResult) -> None:
-        slot, environments = result.env_id, self._environments
-        truncate = environments.truncate if isinstance(environments, Truncating) else _keep_reward
+        slot = result.env_id
         self.in_flight.awaiting_env.discard(slot)
         trajectory = self.in_flight.active[slot].observe(
-            result, self._renderer, self._engine.max_context, partial(truncate, slot)
+            result, self._renderer, self._engine.max_context, partial(self._truncate, slot)
         )
         if trajectory is None:
             self._submit(slot)

@@ -183,14 +183,12 @@ def at_equal_budget(
     """
     evaluated = [[_evaluations(seen, cost) for seen in runs] for runs in (one, other)]
     budget = min((points[-1][0] for runs in evaluated for points in runs if points), default=0.0)
-    first, second = (
-        [
-            float(np.interp(budget, [x for x, _ in points], [y for _, y in points]))
-            for points in runs
-            if points
-        ]
-        for runs in evaluated
-    )
+
+    def reached(points: Sequence[tuple[float, float]]) -> float:
+        spent, right = zip(*points, strict=True)
+        return float(np.interp(budget, spent, right))
+
+    first, second = ([reached(points) for points in runs if points] for runs in evaluated)
     return first, second
 
 

@@ -68,7 +68,8 @@ def reading_weights(place: str) -> Iterator[None]:
         ModelError: a file is compressed, as 2 MB could then fill gigabytes of memory; or something
             was raised inside the block, and a file is damaged.
     """
-    pickles = [path for path in sorted(Path(place).glob("*model*.bin")) if path.is_file()]
+    files = [path for path in sorted(Path(place).glob("*model*")) if path.is_file()]
+    pickles = [path for path in files if path.suffix == ".bin"]
     for file in pickles:
         with _opening_file(file):
             if is_zipfile(file) and any(part.compress_type for part in ZipFile(file).infolist()):
@@ -79,7 +80,7 @@ def reading_weights(place: str) -> Iterator[None]:
         from safetensors import safe_open  # noqa: PLC0415 - loads torch
         from torch import load  # noqa: PLC0415
 
-        for file in sorted(Path(place).glob("*model*.safetensors")):
+        for file in (path for path in files if path.suffix == ".safetensors"):
             with _opening_file(file), safe_open(file, "pt"):
                 pass
         for file in pickles:

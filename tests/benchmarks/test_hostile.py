@@ -95,7 +95,7 @@ def test_hostile_weight_files_are_refused_by_our_errors_or_read() -> None:
     (row,) = hostile.hostile_models()
     assert row.wrong == ()
     assert row.tried >= 250
-    assert row.typed == row.refused >= 170
+    assert row.typed == row.refused >= 220
     assert row.peak_mb < 500
 
 
