@@ -93,7 +93,7 @@ class ResearchAgentLoop(AgentLoopBase):  # type: ignore[misc]
         budget, ends = self.rollout_config.response_length, (self.tokenizer.eos_token_id,)
         episode = TokenEpisode(session, self.tokenizer, budget, ends, self._chat)
         request, turns = uuid4().hex, 0
-        steps: dict[str, Any] = {}  # weights' steps at the first and the last turn
+        steps: dict[str, Any] = {}  # the trainer's, when the first and the last turn were sampled
         seconds: dict[str, float] = {}
         while episode.end is None:
             with simple_timer("generate_sequences", seconds):
