@@ -380,13 +380,16 @@ def report(settings: Settings, ablation: Ablation, seeds: Sequence[int]) -> Path
 
 def draw(ablation: Ablation, runs: Mapping[str, Sequence[Seen]], path: Path) -> None:
     """Draw a panel for each of the ablation's curves, over episodes played or tokens sampled."""
+    from matplotlib import colormaps  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     cost = {"episodes": "played", "sampled tokens": TOKENS}[ablation.over]
+    palette = colormaps["tab10" if len(runs) <= 10 else "tab20"]
     figure = Figure(figsize=(1 + 4 * len(ablation.curves), 3.4), layout="constrained")
     figure.suptitle(f"{ablation.name}: mean of the seeds, and lowest to highest")
     for number, name in enumerate(ablation.curves):
         axes = figure.add_subplot(1, len(ablation.curves), number + 1)
+        axes.set_prop_cycle(color=palette(range(palette.N)))
         ends = []
         for arm, seeds in runs.items():
             lines = [[x for x in seen.log if x.get(name) is not None] for seen in seeds]
