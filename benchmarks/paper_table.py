@@ -43,7 +43,7 @@ from benchmarks.runs import run_all
 from research_agent.config import EnvironmentConfig, EvalConfig, PolicyConfig, SamplingConfig
 from research_agent.config_checks import validate_eval
 from research_agent.errors import ConfigError, ResearchAgentError
-from research_agent.files import write_atomic
+from research_agent.system.files import write_atomic
 from research_agent.trajectory import Trajectory
 from research_env.errors import ResearchEnvError
 

@@ -28,7 +28,7 @@ from unittest.mock import patch
 import tyro
 
 from research_agent.errors import ConfigError, ResearchAgentError
-from research_agent.files import write_atomic
+from research_agent.system.files import write_atomic
 from research_env.errors import ResearchEnvError
 
 ENV = "research_env:SearchQA-v0"

@@ -39,9 +39,9 @@ from research_agent.distributed import (
     together,
 )
 from research_agent.errors import CheckpointError, ResearchAgentError
-from research_agent.files import sha256
 from research_agent.formats import CheckpointFormat, read_object
 from research_agent.sharded import StoredTensor, read_tensors, stored_tensors, write_tensors
+from research_agent.system.files import sha256
 
 VERSION = 3
 CHECKSUMS = "checksums.json"

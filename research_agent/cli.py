@@ -25,8 +25,8 @@ from research_agent.config import (
 from research_agent.config_checks import validate, validate_eval
 from research_agent.errors import ConfigError, ContextError, ResearchAgentError, StoppedError
 from research_agent.presets import DESCRIPTIONS, PRESETS
-from research_agent.terminal import escaped_logs, show
-from research_agent.torchrun import is_first_rank
+from research_agent.system.terminal import escaped_logs, show
+from research_agent.system.torchrun import is_first_rank
 
 USAGE = """\
 usage: research-agent COMMAND ...

@@ -9,7 +9,7 @@ from research_agent.chat_template import require_date
 from research_agent.config import EvalConfig, SamplingConfig, TrainConfig
 from research_agent.curriculum import parse_stages
 from research_agent.errors import ConfigError
-from research_agent.torchrun import torchrun
+from research_agent.system.torchrun import torchrun
 
 
 def validate(config: TrainConfig) -> None:

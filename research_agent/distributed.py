@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from research_agent.errors import ConfigError, RankError, ResearchAgentError, StoppedError
-from research_agent.rendezvous import open_store
-from research_agent.torchrun import torchrun
+from research_agent.system.rendezvous import open_store
+from research_agent.system.torchrun import torchrun
 
 T = TypeVar("T")
 

@@ -36,8 +36,8 @@ from research_agent.errors import EngineError
 from research_agent.models.policy import context_length, load_model
 from research_agent.player import Player
 from research_agent.renderer import Renderer, open_renderer
-from research_agent.terminal import escaped_logs
-from research_agent.torchrun import without_torchrun
+from research_agent.system.terminal import escaped_logs
+from research_agent.system.torchrun import without_torchrun
 from research_agent.trace import Trace
 from research_agent.trajectory import Trajectory
 from research_agent.weight_files import WeightFolder

@@ -22,9 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.progress import TimeRemainingColumn as TimeLeft
 
 from research_agent.errors import CheckpointError, ConfigError, LogError
-from research_agent.files import write_atomic
 from research_agent.formats import LONGEST_LINE, NumbersFormat, StepFormat, parse
-from research_agent.terminal import printable
+from research_agent.system.files import write_atomic
+from research_agent.system.terminal import printable
 
 METRICS, TIMINGS, TRAJECTORIES = "metrics.jsonl", "timings.jsonl", "trajectories.jsonl"
 _SHOWN = 5  # metrics of the environment that fit beside the progress bar

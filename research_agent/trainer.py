@@ -52,7 +52,6 @@ from research_agent.errors import (
 from research_agent.evaluation.evaluate import record_evaluation
 from research_agent.evaluation.predictions import as_record
 from research_agent.failures import saved_for_inspection
-from research_agent.files import folder_lock, write_atomic
 from research_agent.formats import RunFormat, StateFormat, read_object, require
 from research_agent.learner import Learner
 from research_agent.models.deferred import load_deferred
@@ -69,8 +68,9 @@ from research_agent.player_process import PlayerProcess, connect_engine, load_en
 from research_agent.renderer import open_renderer
 from research_agent.run_logger import METRICS, TIMINGS, RunLogger, append, read_lines, wandb_run
 from research_agent.sharded import write_weights
-from research_agent.signals import stop_signals
-from research_agent.terminal import show
+from research_agent.system.files import folder_lock, write_atomic
+from research_agent.system.signals import stop_signals
+from research_agent.system.terminal import show
 from research_agent.trace import Trace, span
 from research_agent.trajectory import NOT_GROWN, Group, Trajectory
 

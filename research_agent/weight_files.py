@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from research_agent.distributed import rank_and_size, run_together
 from research_agent.engines.checks import CONTINUE, WeightNames
 from research_agent.errors import EngineError
-from research_agent.torchrun import torchrun
+from research_agent.system.torchrun import torchrun
 
 if TYPE_CHECKING:
     from torch import Tensor

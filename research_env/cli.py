@@ -17,7 +17,7 @@ from research_env.commands.play import Play
 from research_env.commands.search import Search
 from research_env.commands.serve import Serve
 from research_env.errors import ResearchEnvError
-from research_env.terminal import escaped_logs, show
+from research_env.system.terminal import escaped_logs, show
 
 Command = (
     Annotated[Index, subcommand("index")]

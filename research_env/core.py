@@ -29,7 +29,6 @@ from research_env.errors import (
 from research_env.metrics import LANGUAGES
 from research_env.papers import protocol
 from research_env.protocol import Protocol
-from research_env.redaction import redact_url
 from research_env.retrieval.base import Retriever
 from research_env.retrieval.batching import Found
 from research_env.retrieval.documents import require_reader
@@ -37,6 +36,7 @@ from research_env.retrieval.requests import Request
 from research_env.retrieval.url import split_options
 from research_env.rewards import METRICS, Reward, WeightedSum, episode_metrics, evaluate, reward
 from research_env.spaces import UnicodeText
+from research_env.system.redaction import redact_url
 from research_env.templates import Template, own_template
 from research_env.tools import FORMATS, Tool, ToolTurn
 from research_env.tools.builtin import find_tools

@@ -10,7 +10,7 @@ from research_env.core import SHOWS, EnvSettings, StepOutput, make_core, resolve
 from research_env.episode import Action, CutReason, Episode, advance, truncate
 from research_env.errors import ConfigurationError, EpisodeError, UnknownNameError
 from research_env.spaces import UnicodeText
-from research_env.terminal import show
+from research_env.system.terminal import show
 
 
 class SearchQAEnv(gym.Env[str, str]):

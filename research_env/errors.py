@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from research_env.redaction import redact_known
+from research_env.system.redaction import redact_known
 
 
 class ResearchEnvError(Exception):
     """Base of every error that this package raises on purpose; its message shows no secret."""
 
     def __init__(self, *args: object) -> None:
-        """Take the message; see :func:`research_env.redaction.redact_known`."""
+        """Take the message; see :func:`research_env.system.redaction.redact_known`."""
         super().__init__(*(redact_known(each) if isinstance(each, str) else each for each in args))
 
 

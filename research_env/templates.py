@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from research_env.errors import ConfigurationError, DataError
-from research_env.paths import read_small_file
 from research_env.protocol import TEMPLATES
+from research_env.system.paths import read_small_file
 
 Template = str | Sequence[Mapping[str, str]]
 """The name of a protocol's template, a text with ``{question}``, a file, or chat messages."""

@@ -138,7 +138,7 @@ def test_importing_the_configuration_loads_no_models(module: str) -> None:
 # Modules and folders from the bottom to the top: each imports from its own layer and those below.
 LAYERS = {
     "research_env": (
-        "errors redaction paths progress locks spaces markup metrics terminal",
+        "errors system spaces markup metrics",
         "retrieval",
         "tools",
         "datasets protocol judge",
@@ -153,9 +153,8 @@ LAYERS = {
         "cli",
     ),
     "research_agent": (
-        "errors redaction terminal signals threads torchrun",
-        "rendezvous",
-        "settings files formats trajectory trees environments distributed phrase_tokenizer",
+        "errors system",
+        "settings formats trajectory trees environments distributed phrase_tokenizer",
         "sharded optimizer",
         "chat_template curriculum run_logger checkpoint step_metrics",
         "config",

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import research_agent.redaction
-import research_env.redaction
+import research_agent.system.redaction
+import research_env.system.redaction
 
-PACKAGES = [research_agent.redaction, research_env.redaction]
+PACKAGES = [research_agent.system.redaction, research_env.system.redaction]
 SECRET = 'sk-"a/b&c\\d%41+0123456789'
 each_package = pytest.mark.parametrize("package", PACKAGES, ids=lambda each: each.__package__)
 keys = st.text(
@@ -63,4 +63,4 @@ def test_no_secret_is_left(package: Any, secret: str, before: str, after: str) -
 
 
 def test_one_line_shows_no_control_characters() -> None:
-    assert research_agent.redaction.one_line("a\x1b[31m\n b\u202e\x07c", 9) == "a?[31m b?"
+    assert research_agent.system.redaction.one_line("a\x1b[31m\n b\u202e\x07c", 9) == "a?[31m b?"

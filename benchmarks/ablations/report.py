@@ -17,8 +17,8 @@ from benchmarks.ablations.registry import AFTER, BEFORE, LEVELS, MIDDLE, Ablatio
 from benchmarks.ablations.runs import Settings, folder_of, read_result
 from benchmarks.runs import draw_band, markdown_table, print_table, read_log, spread
 from research_agent.evaluation.predictions import read_predictions
-from research_agent.files import write_atomic
 from research_agent.report.curve import label_ends
+from research_agent.system.files import write_atomic
 
 Values = dict[str, float]
 AGREES, DISAGREES, UNDECIDED = "as in the paper", "the other way", "cannot be told apart"

@@ -29,8 +29,8 @@ from research_agent.config import (
 from research_agent.config_changes import changes
 from research_agent.config_changes import require_same as require_same_training
 from research_agent.errors import ConfigError
-from research_agent.files import write_atomic
 from research_agent.presets import PRESETS
+from research_agent.system.files import write_atomic
 from research_env.datasets import miniworld, miniworld_hard
 from research_env.datasets.files import question_record
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.baselines.published import Score
-from research_env.terminal import printable
+from research_env.system.terminal import printable
 
 DASH = "–"
 BLUES = ("#0017c7", "#457aec", "#8fb0f5")  # colours of trained rows

@@ -41,7 +41,7 @@ from research_agent.engines.conversation import (
 )
 from research_agent.engines.remote import Turns, check_address, read_key, turn_seed
 from research_agent.errors import ConfigError, ContextError, EngineError
-from research_agent.redaction import one_line, redact
+from research_agent.system.redaction import one_line, redact
 
 try:
     import httpx2

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from research_agent.errors import ConfigError
-from research_agent.redaction import one_line, redact
+from research_agent.system.redaction import one_line, redact
 
 R = TypeVar("R")
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from research_agent.evaluation.summary import (
     main_metric,
     outcome,
 )
-from research_agent.terminal import printable
+from research_agent.system.terminal import printable
 
 _NAMED = 3  # questions that an error names
 

@@ -18,7 +18,7 @@ from typing import Any
 from research_agent.errors import ConfigError
 from research_agent.evaluation.predictions import read_predictions
 from research_agent.evaluation.summary import CORRECT_THRESHOLD, main_metric, outcome
-from research_agent.files import write_atomic
+from research_agent.system.files import write_atomic
 
 Record = Mapping[str, Any]
 

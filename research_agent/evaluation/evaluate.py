@@ -18,10 +18,10 @@ from research_agent.environments import Environments
 from research_agent.errors import ConfigError
 from research_agent.evaluation.predictions import as_record, open_predictions
 from research_agent.evaluation.summary import Outcome, Summary, main_metric, outcome, summarize
-from research_agent.files import write_atomic
 from research_agent.renderer import Renderer
 from research_agent.rollout import collect
-from research_agent.terminal import printable
+from research_agent.system.files import write_atomic
+from research_agent.system.terminal import printable
 from research_agent.trajectory import Trajectory
 
 

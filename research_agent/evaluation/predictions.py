@@ -18,8 +18,8 @@ import numpy as np
 
 from research_agent.config import flatten
 from research_agent.errors import PredictionsError
-from research_agent.files import folder_lock
 from research_agent.formats import LONGEST_LINE, EpisodeFormat, HeaderLineFormat, parse
+from research_agent.system.files import folder_lock
 from research_agent.trajectory import Segment, Trajectory
 
 PREDICTIONS = "predictions.jsonl"

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from research_agent.evaluation.predictions import record_key
 from research_agent.evaluation.statistics import bootstrap, interval, pass_at_k
-from research_agent.terminal import printable
+from research_agent.system.terminal import printable
 
 Interval = tuple[float, float]
 TRAINER_METRICS = ("tokens", "turns")  # metrics that are not the environment's

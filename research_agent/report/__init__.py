@@ -8,11 +8,11 @@ from pathlib import Path
 
 from research_agent.config import ReportConfig
 from research_agent.errors import ConfigError
-from research_agent.files import write_atomic
 from research_agent.report.curve import draw, series, text_curve
 from research_agent.report.index import make_index
 from research_agent.report.page import render
 from research_agent.report.sources import Training, names, read
+from research_agent.system.files import write_atomic
 
 __all__ = ["Report", "draw", "make_report", "render", "series", "text_curve"]
 

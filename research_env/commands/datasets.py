@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg, subcommand
 
 from research_env.commands.shared import named_corpus, print_table
 from research_env.errors import ConfigurationError, DataNotFoundError, UnknownNameError
-from research_env.terminal import show, show_json
+from research_env.system.terminal import show, show_json
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class PrepareDatasets:
         """Carry the command out."""
         from research_env.datasets.catalog import HUB_SOURCES  # noqa: PLC0415
         from research_env.datasets.hub import prepare  # noqa: PLC0415
-        from research_env.paths import cache_folder  # noqa: PLC0415
+        from research_env.system.paths import cache_folder  # noqa: PLC0415
 
         if not self.names:
             raise ConfigurationError(f"give the names of data sets: {', '.join(HUB_SOURCES)}")

@@ -13,9 +13,9 @@ from tyro.conf import arg
 
 from research_env.commands.shared import named_corpus
 from research_env.errors import ConfigurationError, UnknownNameError
-from research_env.paths import read_small_file
-from research_env.redaction import redact_url
-from research_env.terminal import show, show_json
+from research_env.system.paths import read_small_file
+from research_env.system.redaction import redact_url
+from research_env.system.terminal import show, show_json
 
 
 @dataclass(frozen=True)

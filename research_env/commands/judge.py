@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from research_env.errors import ConfigurationError
 from research_env.retrieval.http import one_line
-from research_env.terminal import show, show_json
+from research_env.system.terminal import show, show_json
 
 
 @dataclass(frozen=True)

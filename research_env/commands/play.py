@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from research_env.commands.shared import parse_env_args
 from research_env.errors import ConfigurationError, UnknownNameError
-from research_env.terminal import show
+from research_env.system.terminal import show
 
 
 @dataclass(frozen=True)

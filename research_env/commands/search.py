@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from research_env.commands.shared import named_corpus, print_table
 from research_env.errors import ConfigurationError, ResearchEnvError
-from research_env.terminal import show_json
+from research_env.system.terminal import show_json
 
 
 @dataclass(frozen=True)

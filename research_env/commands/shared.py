@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from research_env.errors import ConfigurationError
-from research_env.terminal import printable
+from research_env.system.terminal import printable
 
 
 def named_corpus(dataset: str | None, path: Path | None) -> Any:

@@ -30,8 +30,8 @@ import numpy as np
 from research_env.datasets.base import Hop, Question
 from research_env.datasets.formats import Records, missing, read_records
 from research_env.errors import DataError
-from research_env.paths import read_note, write_note
 from research_env.retrieval.base import Passage
+from research_env.system.paths import read_note, write_note
 
 _FIELDS = tuple(field.name for field in fields(Question) if field.name != "extra")
 _ANSWERS = ("answers", "golden_answers", "answer")

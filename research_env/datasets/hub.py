@@ -28,9 +28,9 @@ from typing import IO, Any, NamedTuple, TextIO, cast
 from research_env.datasets.catalog import HUB_SOURCES, PUBLISHED, HubSource, Record
 from research_env.datasets.formats import MAX_LINE
 from research_env.errors import DataError, DataNotFoundError, UnknownNameError
-from research_env.locks import exclusive_lock
-from research_env.paths import read_small_file
-from research_env.progress import progress
+from research_env.system.locks import exclusive_lock
+from research_env.system.paths import read_small_file
+from research_env.system.progress import progress
 
 MANIFEST = "manifest.json"
 _FORMAT = 1  # version of the manifest and of what is written

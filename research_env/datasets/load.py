@@ -21,8 +21,8 @@ from research_env.errors import (
     UnknownNameError,
 )
 from research_env.metrics import normalize
-from research_env.paths import cache_folder
 from research_env.retrieval.base import Passage
+from research_env.system.paths import cache_folder
 
 log = logging.getLogger(__name__)
 Part = tuple[str, int | None]  # name and weight

@@ -15,9 +15,9 @@ from typing import Any, Self
 from research_env.errors import ConfigurationError
 from research_env.judge.prompts import JudgePrompt
 from research_env.judge.verdicts import JudgeError, JudgeReply, NoReplyError, Verdict
-from research_env.redaction import redact
 from research_env.retrieval.http import one_line
 from research_env.retrieval.url import words_only
+from research_env.system.redaction import redact
 
 try:
     import httpx2

@@ -15,7 +15,7 @@ import msgspec
 
 from research_env.errors import ConfigurationError, DataError, ResearchEnvError
 from research_env.judge.predictions import EpisodeKey
-from research_env.locks import exclusive_lock
+from research_env.system.locks import exclusive_lock
 
 _CACHE_VERSION = 1  # the table's version, in the file as its user_version
 _TABLE = (

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from research_env.errors import ConfigurationError, ResearchEnvError, UnknownNameError
-from research_env.paths import cache_folder
-from research_env.progress import progress
-from research_env.redaction import redact_url
 from research_env.retrieval.base import Hit, Passage, Retriever
+from research_env.system.paths import cache_folder
+from research_env.system.progress import progress
+from research_env.system.redaction import redact_url
 
 if TYPE_CHECKING:
     from research_env.datasets.base import Corpus
@@ -25,7 +25,7 @@ def open_retriever(url: str | None, corpus: Corpus | None) -> Retriever:
     """Open the search engine that a string names.
 
     - None: the embedded engine over ``corpus``, indexed once into the cache folder (see
-      :func:`research_env.paths.cache_folder`), again when the corpus changes.
+      :func:`research_env.system.paths.cache_folder`), again when the corpus changes.
     - ``embedded:DIR``: the index in that folder, which must be of ``corpus``; made if there is
       none. ``embedded:DIR?corpus=any``: the index whatever its corpus, for example a whole
       Wikipedia instead of the data set's own passages.

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
 from research_env.errors import ConfigurationError, RetrievalError
-from research_env.redaction import redact_known
 from research_env.retrieval.base import MAX_QUERY_CHARACTERS, Hit, Passage
 from research_env.retrieval.reading import BodyError, BoundedBody, read_json
 from research_env.retrieval.retry import AGAIN, Deadline, Retry, retry_after
@@ -32,6 +31,7 @@ from research_env.retrieval.url import (
     split_options,
     words_only,
 )
+from research_env.system.redaction import redact_known
 
 if TYPE_CHECKING:
     import ssl

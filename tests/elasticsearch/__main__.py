@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from research_env.paths import cache_folder
+from research_env.system.paths import cache_folder
 from tests.elasticsearch.server import ServerError, save, saved, start
 
 

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from research_env.paths import cache_folder
+from research_env.system.paths import cache_folder
 
 VERSION = "8.19.7"
 HEAP = "-Xms512m -Xmx1g"

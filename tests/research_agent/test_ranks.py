@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from research_agent.cli import main
-from research_agent.files import folder_lock
+from research_agent.system.files import folder_lock
 from tests.research_agent.conftest import tiny_qwen2
 from tests.research_agent.rank_worker import TIMEOUT
 from tests.research_agent.test_trainer import flags, metrics

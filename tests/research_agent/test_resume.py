@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from research_agent.cli import main
-from research_agent.files import folder_lock
 from research_agent.run_logger import read_lines
+from research_agent.system.files import folder_lock
 from tests.research_agent.test_trainer import (
     flags,
     metrics,
@@ -212,7 +212,8 @@ def _write_checksums(folder: Path) -> None:
 
 def test_one_process_trains_into_a_folder(letters: Path, run: Path, capsys: Capture) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from research_agent.files import folder_lock\n"
+        "import sys, time; from pathlib import Path\n"
+        "from research_agent.system.files import folder_lock\n"
         "with folder_lock(Path(sys.argv[1])):\n    print('locked', flush=True); time.sleep(999)"
     )
     command = [sys.executable, "-c", code, str(run)]

@@ -38,7 +38,7 @@ from research_agent.engines.servers.serve import ServerProcess
 from research_agent.engines.servers.server import Carrier
 from research_agent.engines.servers.weight_sync import WeightSync, model_weights
 from research_agent.errors import ConfigError
-from research_agent.torchrun import torchrun
+from research_agent.system.torchrun import torchrun
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,7 +26,7 @@ import httpx
 
 from research_agent.engines.checks import CONTINUE, require_gpus, weights_device
 from research_agent.errors import EngineError
-from research_agent.torchrun import without_torchrun
+from research_agent.system.torchrun import without_torchrun
 
 if TYPE_CHECKING:
     from research_agent.engines import EngineSpec

@@ -30,8 +30,8 @@ from research_agent.engines.checks import WeightNames, weights_device
 from research_agent.engines.remote import RequestError
 from research_agent.engines.servers.server import BACKEND, RELOAD_TIMEOUT, Server
 from research_agent.errors import ConfigError, EngineError, ModelError
-from research_agent.redaction import one_line
-from research_agent.threads import in_thread
+from research_agent.system.redaction import one_line
+from research_agent.system.threads import in_thread
 
 if TYPE_CHECKING:
     from torch import Tensor

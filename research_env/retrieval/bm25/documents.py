@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from research_env.paths import cache_folder
 from research_env.retrieval.base import Passage
 from research_env.retrieval.documents import Document, chunk_of, chunks_around, window
+from research_env.system.paths import cache_folder
 
 _KEPT = 100_000  # rows; the table of a smaller index is made in less than a second
 

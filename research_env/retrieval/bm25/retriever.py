@@ -36,11 +36,11 @@ import msgspec
 import numpy as np
 
 from research_env.errors import ConfigurationError, DataError, RetrievalError, StaleIndexError
-from research_env.locks import exclusive_lock
-from research_env.paths import read_note, write_note
 from research_env.retrieval.base import Hit, Passage
 from research_env.retrieval.bm25.analyzer import analyze, first_words
 from research_env.retrieval.bm25.index import FILES, IndexReader, IndexWriter
+from research_env.system.locks import exclusive_lock
+from research_env.system.paths import read_note, write_note
 
 if TYPE_CHECKING:
     from research_env.datasets.base import Corpus

@@ -28,7 +28,7 @@ from research_agent.errors import (
 from research_agent.evaluation.evaluate import evaluate
 from research_agent.evaluation.predictions import as_record, read_predictions
 from research_agent.evaluation.summary import Outcome, Part, Summary, outcome, summarize
-from research_agent.files import folder_lock
+from research_agent.system.files import folder_lock
 from research_agent.trajectory import Segment, Trajectory
 from tests import forks
 from tests.research_agent.conftest import (

@@ -21,7 +21,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research_env import paths
 from research_env.cli import main
 from research_env.datasets import FileCorpus, Hop, Question, formats, load_dataset, read_questions
 from research_env.datasets.convert import Converted, convert
@@ -32,6 +31,7 @@ from research_env.errors import (
     DataNotFoundError,
 )
 from research_env.retrieval import Passage
+from research_env.system import paths
 from tests.research_env.datasets.records import PASSAGE, QUESTION, question, write
 
 
@@ -603,7 +603,7 @@ def test_a_damaged_note_of_a_fingerprint_is_ignored(tmp_path: Path, note: str) -
 STREAM = """
 import resource, sys
 from pathlib import Path
-from research_env import paths
+from research_env.system import paths
 from research_env.datasets import FileCorpus
 corpus = FileCorpus("c", Path(sys.argv[1]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from research_env.errors import ConfigurationError, ResearchEnvError, UnknownNameError
-from research_env.redaction import redact_url
 from research_env.retrieval import SCHEMES, open_retriever
 from research_env.retrieval.bm25.retriever import EmbeddedRetriever
+from research_env.system.redaction import redact_url
 from tests.research_env.retrieval.retriever_contract import (
     CLAUSES,
     Clause,

@@ -20,7 +20,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from research_env import paths
 from research_env.datasets import FileCorpus, load_dataset
 from research_env.errors import (
     ConfigurationError,
@@ -34,6 +33,7 @@ from research_env.retrieval.bm25 import index as impacts
 from research_env.retrieval.bm25 import retriever as embedded
 from research_env.retrieval.bm25.analyzer import analyze
 from research_env.retrieval.bm25.retriever import EmbeddedRetriever, build_index, check_index
+from research_env.system import paths
 from tests.research_env.fakes import ListCorpus
 
 

@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from research_agent.errors import RankError
-from research_agent.threads import in_thread
+from research_agent.system.threads import in_thread
 
 _GRACE = 5.0  # seconds in which torch's own error comes first
 

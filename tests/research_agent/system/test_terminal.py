@@ -18,8 +18,8 @@ from rich.console import Console
 
 from research_agent.evaluation.summary import Outcome, summarize, tables
 from research_agent.run_logger import RunLogger
-from research_agent.signals import stop_signals
-from research_agent.terminal import escaped_logs, printable, show
+from research_agent.system.signals import stop_signals
+from research_agent.system.terminal import escaped_logs, printable, show
 
 OSC_52 = "\x1b]52;c;cm0gLXJmIC8=\x07"  # writes to the clipboard of whoever looks
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from research_env.paths import read_note, write_note
+from research_env.system.paths import read_note, write_note
 
 
 @pytest.fixture(autouse=True)

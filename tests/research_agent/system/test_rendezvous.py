@@ -11,9 +11,9 @@ import pytest
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed import DistStoreError
 
-from research_agent import rendezvous
 from research_agent.errors import RankError
-from research_agent.rendezvous import open_store, unused_prefix
+from research_agent.system import rendezvous
+from research_agent.system.rendezvous import open_store, unused_prefix
 
 TIMEOUT = timedelta(seconds=20)
 

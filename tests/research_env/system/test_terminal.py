@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import research_env
 from research_env.cli import main
-from research_env.terminal import escaped_logs, printable, show, show_json
+from research_env.system.terminal import escaped_logs, printable, show, show_json
 
 assert research_env.IDS
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from research_env.errors import ConfigurationError, DataNotFoundError, RetrievalError
-from research_env.redaction import redact_known, redact_url
 from research_env.retrieval import open_retriever
+from research_env.system.redaction import redact_known, redact_url
 from tests.research_env.servers import as_json, serving
 
 KEY = 's3cr/t+"Straße"\\ü&=%41-0123456789abcdef'

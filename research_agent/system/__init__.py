@@ -1,0 +1,1 @@
+"""What the trainer asks of the machine: files, threads, signals, terminals and torchrun."""

@@ -1,0 +1,1 @@
+"""What the environment asks of the machine: folders, locks and terminals."""
