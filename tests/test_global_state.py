@@ -59,7 +59,7 @@ def test_a_process_group_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_thread_is_noticed_unless_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     before, end = global_state.running(), threading.Event()
-    monkeypatch.setattr(global_state, "_PATIENCE", 0.0)
+    monkeypatch.setattr(global_state, "_TIMEOUT", 0.0)
     thread = threading.Thread(target=end.wait, name="leaked")
     thread.start()
     assert global_state.leftovers(before) == {"thread leaked"}

@@ -77,6 +77,7 @@ def test_torchrun_is_refused_where_every_rank_would_do_all_the_work(
     assert code == 2
     assert f"{words[0]} runs in one process; torchrun started 2" in err
     monkeypatch.setenv("RANK", "1")  # rank 0 has said it
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)  # vLLM holds a group
     assert run(capsys, *words) == (2, "", "")
 
 

@@ -21,6 +21,7 @@ from research_agent import checkpoint, step_metrics, trainer
 from research_agent.cli import main
 from research_agent.curriculum import CollapseMonitor
 from research_agent.engines.transformers import TransformersEngine
+from research_agent.evaluation.predictions import read_predictions
 from research_agent.learner import Learner
 from research_agent.player import Player
 from research_agent.run_logger import RunLogger, read_lines
@@ -460,10 +461,7 @@ def test_two_processes_train_what_one_trains(letters: Path, tmp_path: Path) -> N
     for theirs, ours in zip(two, one, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
     played = [tmp_path / name / "evaluations" / "step-000004" for name in ("one", "two")]
-    episodes = [
-        [line.get("episode") for line in read_lines(folder / "predictions.jsonl")]
-        for folder in played
-    ]
+    episodes = [[each["episode"] for each in read_predictions(folder)[1]] for folder in played]
     assert episodes[0] == episodes[1]  # each rank played its share
     folders = [tmp_path / name / "checkpoints" / "step-000005" for name in ("one", "two")]
     ours, theirs = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in folders)
