@@ -70,7 +70,7 @@ class Vllm(VllmServer):
 
 
 @pytest.fixture(scope="module")
-def servers(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Vllm]]:
+def both(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Vllm]]:
     """Two servers with weights that no test uses, and doubles of CUDA for their transfers."""
     folder = tmp_path_factory.mktemp("vllm") / "model"
     torch.manual_seed(9)
@@ -81,15 +81,20 @@ def servers(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Ite
     model.save_pretrained(folder)
     RENDERER.tokenizer.save_pretrained(folder)
     both = [Vllm(launcher, folder, transfer) for transfer in ("nccl", "ipc")]
+    yield both
     for server in both:
-        server.start()
-    try:
-        for server in both:
-            server.ready()
-        yield both
-    finally:
-        for server in both:
-            server.kill()
+        server.kill()
+
+
+@pytest.fixture
+def servers(both: list[Vllm]) -> list[Vllm]:
+    """Both servers, started again where a test has killed them."""
+    for server in both:
+        if not server.runs():
+            server.start()
+    for server in both:
+        server.ready()
+    return both
 
 
 def changed(model: Any, seed: int) -> Any:
@@ -277,7 +282,7 @@ def test_real_servers(  # noqa: PLR0915
 
 @pytest.fixture(scope="module")
 def judge_url(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server for the tests at the end: those before them have killed theirs."""
+    """A server of a model that gives verdicts."""
     folder = tmp_path_factory.mktemp("vllm") / "model"
     save_model(folder)
     more = ("--max-model-len", "4096", "--max-num-seqs", "8")

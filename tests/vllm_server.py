@@ -113,7 +113,7 @@ class VllmServer:
     def ready(self) -> None:
         """Wait until it answers."""
         deadline = time.monotonic() + TIMEOUT
-        while time.monotonic() < deadline and self._runs():
+        while time.monotonic() < deadline and self.runs():
             with suppress(httpx.HTTPError):
                 if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
                     return
@@ -124,8 +124,9 @@ class VllmServer:
     def kill(self) -> None:
         """End all its processes, at once."""
         with suppress(ProcessLookupError):
-            os.killpg(self._process, signal.SIGKILL)
-        while self._runs():
+            if self._process:
+                os.killpg(self._process, signal.SIGKILL)
+        while self.runs():
             time.sleep(0.01)
 
     def stop(self) -> None:
@@ -133,11 +134,12 @@ class VllmServer:
         with suppress(ProcessLookupError):
             os.kill(self._process, signal.SIGTERM)
         deadline = time.monotonic() + 30
-        while self._runs() and time.monotonic() < deadline:
+        while self.runs() and time.monotonic() < deadline:
             time.sleep(0.05)
         self.kill()
 
-    def _runs(self) -> bool:
+    def runs(self) -> bool:
+        """Whether its process is there."""
         return Path(f"/proc/{self._process}").exists()
 
 
