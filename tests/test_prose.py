@@ -42,5 +42,6 @@ def test_comments_and_docstrings_begin_with_what_they_are_about(folder: str) -> 
 
 def test_a_fragment_is_found(tmp_path: Path) -> None:
     file = tmp_path / "m.py"
-    file.write_text('"""Of that."""\nx = 1  # of those\n# of the rest, above\ny = "of data"\n')
+    begins = "of the rest"
+    file.write_text(f'"""{begins}."""\nx = 1  # {begins}\n# {begins}, above\ny = "{begins}"\n')
     assert [line for line, text in prose(file) if FRAGMENT.match(text)] == [1, 2]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from research_env.errors import ConfigurationError
 from research_env.system.terminal import printable
 
+if TYPE_CHECKING:
+    from research_env.datasets import Corpus
 
-def named_corpus(dataset: str | None, path: Path | None) -> Any:
+
+def named_corpus(dataset: str | None, path: Path | None) -> Corpus:
     """Return the passages of a data set or of a file; exactly one must be given."""
     from research_env.datasets import FileCorpus, load_dataset  # noqa: PLC0415
     from research_env.datasets.catalog import PUBLISHED  # noqa: PLC0415
