@@ -16,7 +16,7 @@ from research_env.errors import ConfigurationError
 from research_env.judge.prompts import JudgePrompt
 from research_env.judge.verdicts import JudgeError, JudgeReply, NoReplyError, Verdict
 from research_env.retrieval.http import one_line
-from research_env.retrieval.url import words_only
+from research_env.retrieval.json_text import replace_surrogates
 from research_env.system.redaction import redact
 
 try:
@@ -136,7 +136,7 @@ class JudgeClient:
                     "up, and the address that of its /v1?"
                 ) from None
             raise self._no_reply(cause) from None
-        text = self._redact(words_only(answer.choices[0].message.content or ""))
+        text = self._redact(replace_surrogates(answer.choices[0].message.content or ""))
         return JudgeReply(text, _tokens(answer.usage))
 
     async def _wait_for_rate(self) -> None:

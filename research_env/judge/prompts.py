@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from research_env.retrieval.url import words_only
+from research_env.retrieval.json_text import replace_surrogates
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class JudgePrompt:
         filled = self.template.format(
             question=question, gold=self.gold(answers), prediction=prediction
         )
-        return words_only(filled)
+        return replace_surrogates(filled)
 
 
 def parse_research(text: str) -> bool | None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from research_env.errors import ConfigurationError, ResearchEnvError, UnknownNameError
+from research_env.errors import (
+    ConfigurationError,
+    ResearchEnvError,
+    StaleIndexError,
+    UnknownNameError,
+)
 from research_env.retrieval.base import Hit, Passage, Retriever
 from research_env.system.paths import cache_folder
 from research_env.system.progress import progress
@@ -24,11 +29,11 @@ __all__ = ["SCHEMES", "Hit", "Passage", "Retriever", "index_corpus", "open_retri
 def open_retriever(url: str | None, corpus: Corpus | None) -> Retriever:
     """Open the search engine that a string names.
 
-    - None: the embedded engine over ``corpus``, indexed once into the cache folder (see
-      :func:`research_env.system.paths.cache_folder`), again when the corpus changes.
-    - ``embedded:DIR``: the index in that folder, which must be of ``corpus``; made if there is
-      none. ``embedded:DIR?corpus=any``: the index whatever its corpus, for example a whole
-      Wikipedia instead of the data set's own passages.
+    - None: the embedded engine over ``corpus``. Its index is in the cache folder (see
+      :func:`research_env.system.paths.cache_folder`), and is made where there is no good one.
+    - ``embedded:DIR``: the index in that folder, which must be made from ``corpus``; it is made if
+      there is no such folder. ``embedded:DIR?corpus=any``: the index whatever its corpus, for
+      example a whole Wikipedia instead of the data set's own passages.
     - ``elasticsearch://HOST:PORT/INDEX``, ``elasticsearch+https://...``: an index of Elasticsearch;
       see :mod:`research_env.retrieval.elasticsearch.retriever`.
     - ``http://HOST:PORT/retrieve``, ``https://...``: a retrieval server of Search-R1's format; see
@@ -39,8 +44,8 @@ def open_retriever(url: str | None, corpus: Corpus | None) -> Retriever:
       :mod:`research_env.retrieval.replay`.
 
     Args:
-        url: as above.
-        corpus: the corpus of the data set; None where it has none.
+        url: names the engine, as above.
+        corpus: the corpus of the data set; None if it has none.
 
     Raises:
         UnknownNameError: no such kind of engine; the message lists those that exist.
@@ -54,24 +59,23 @@ def open_retriever(url: str | None, corpus: Corpus | None) -> Retriever:
                 "this data set has no corpus of its own; give corpus=PATH, or a retriever such as "
                 "'embedded:DIR?corpus=any'"
             )
-        return _embedded(str(default_index(corpus)), corpus, heal=True)
-    scheme, _, rest = url.partition(":")
+        return _open_cached(corpus)
+    scheme = url.partition(":")[0]
     if scheme not in SCHEMES:
         hint = f"For the index in that folder write 'embedded:{url}'" if Path(url).is_dir() else ""
         raise UnknownNameError(
             "retriever", redact_url(url), [f"{known}:..." for known in SCHEMES], hint
         )
-    if "?" in rest:
+    if "?" in url:
         from research_env.retrieval.replay import (  # noqa: PLC0415  (loads SQLite)
             RecordedRetriever,
             recording,
         )
 
-        engine, record = recording(url)
-        rest = engine.removeprefix(f"{scheme}:")
+        url, record = recording(url)
         if record is not None:
-            return RecordedRetriever(record, lambda: SCHEMES[scheme](rest, corpus))
-    return SCHEMES[scheme](rest, corpus)
+            return RecordedRetriever(record, partial(SCHEMES[scheme], url, corpus))
+    return SCHEMES[scheme](url, corpus)
 
 
 def default_index(corpus: Corpus) -> Path:
@@ -104,54 +108,60 @@ def index_corpus(corpus: Corpus, folder: str | Path) -> int:
         ) from error
 
 
-def _embedded(rest: str, corpus: Corpus | None, heal: bool = False) -> Retriever:
-    from research_env.errors import StaleIndexError  # noqa: PLC0415
+def _open_cached(corpus: Corpus) -> Retriever:
+    """Open the index in the cache; make it if it is missing, damaged or of another version."""
     from research_env.retrieval.bm25.retriever import EmbeddedRetriever  # noqa: PLC0415
 
-    folder, mark, option = rest.partition("?")
+    folder = default_index(corpus)
+    with suppress(StaleIndexError):
+        return EmbeddedRetriever(folder, corpus)
+    index_corpus(corpus, folder)
+    return EmbeddedRetriever(folder, corpus)
+
+
+def _open_embedded(url: str, corpus: Corpus | None) -> Retriever:
+    from research_env.retrieval.bm25.retriever import EmbeddedRetriever  # noqa: PLC0415
+
+    folder, mark, option = url.partition(":")[2].partition("?")
     if mark and option != "corpus=any":
         raise UnknownNameError("option of embedded", option, ["corpus=any"])
     if not folder:
         raise ConfigurationError("'embedded:' needs a folder, as in 'embedded:indexes/wiki18'")
     if mark:
         return EmbeddedRetriever(folder)
+    # A stale index that the user named is not made again unasked.
     if corpus is not None and not Path(folder).exists():
         index_corpus(corpus, folder)
-    try:
-        return EmbeddedRetriever(folder, corpus)
-    except StaleIndexError:
-        if not heal or corpus is None:  # a user's own index is not made again unasked
-            raise
-    index_corpus(corpus, folder)
     return EmbeddedRetriever(folder, corpus)
 
 
-def _http(scheme: str, rest: str, corpus: Corpus | None) -> Retriever:
+def _open_http(url: str, corpus: Corpus | None) -> Retriever:
     from research_env.retrieval.http import open_http  # noqa: PLC0415  (loads the client)
 
-    return open_http(scheme, rest)
+    return open_http(url)
 
 
-def _web(rest: str, corpus: Corpus | None) -> Retriever:
+def _open_web(url: str, corpus: Corpus | None) -> Retriever:
     from research_env.retrieval.web import open_web  # noqa: PLC0415
 
-    return open_web(rest)
+    return open_web(url)
 
 
-def _elasticsearch(scheme: str, rest: str, corpus: Corpus | None) -> Retriever:
+def _open_elasticsearch(url: str, corpus: Corpus | None) -> Retriever:
     from research_env.retrieval.elasticsearch.retriever import ElasticsearchRetriever  # noqa: PLC0415
 
-    return ElasticsearchRetriever(f"{scheme}:{rest}")
+    return ElasticsearchRetriever(url)
 
 
 SCHEMES: dict[str, Callable[[str, Corpus | None], Retriever]] = {
-    "embedded": _embedded,
-    "elasticsearch": partial(_elasticsearch, "elasticsearch"),
-    "elasticsearch+https": partial(_elasticsearch, "elasticsearch+https"),
-    "http": partial(_http, "http"),
-    "https": partial(_http, "https"),
-    "web": _web,
+    "embedded": _open_embedded,
+    "elasticsearch": _open_elasticsearch,
+    "elasticsearch+https": _open_elasticsearch,
+    "http": _open_http,
+    "https": _open_http,
+    "web": _open_web,
 }
+"""Each scheme of a retriever's URL, and what opens it from the URL and the data set's corpus."""
 
 
 @contextmanager

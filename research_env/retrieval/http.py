@@ -13,7 +13,9 @@ import itertools
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -21,15 +23,14 @@ from urllib.parse import urljoin
 
 from research_env.errors import ConfigurationError, RetrievalError
 from research_env.retrieval.base import MAX_QUERY_CHARACTERS, Hit, Passage
-from research_env.retrieval.reading import BodyError, BoundedBody, read_json
-from research_env.retrieval.retry import AGAIN, Deadline, Retry, retry_after
+from research_env.retrieval.json_text import read_json, replace_surrogates
+from research_env.retrieval.retry import RETRYABLE_STATUSES, Deadline, Retry, retry_after
 from research_env.retrieval.url import (
     check_address,
     check_options,
     number,
     secret_of,
     split_options,
-    words_only,
 )
 from research_env.system.redaction import redact_known
 
@@ -44,7 +45,7 @@ KEY_VARIABLE = "RETRIEVER_API_KEY"
 MAX_REQUEST_HITS = 8_192
 """The most queries times passages per query of a request."""
 
-_LENIENT = {"Prefer": "handling=lenient"}  # RFC 7240: our server may then fail single queries
+_LENIENT = {"Prefer": "handling=lenient"}  # RFC 7240: lets our server fail single queries
 _MAX_ANSWER = 64 << 20  # bytes of an answer, decoded
 _HEALTH_SECONDS = 5.0
 
@@ -53,12 +54,11 @@ class HttpRetriever:
     """Ask a retrieval server. Several threads may use it.
 
     Queries go in requests of bounded size, one after the other. A request that might succeed later
-    (no connection, a broken answer, a status in :data:`research_env.retrieval.retry.AGAIN`) is sent
-    again after a pause, until the deadline of the whole batch; then its queries fail, each in its
-    place. A request that is too large, or has too large an answer, is split in two. A blank query
-    finds nothing and is not sent. Queries are cut at ``MAX_QUERY_CHARACTERS``, as the environment
-    cuts them. Lone surrogates are sent as U+FFFD. After a fork each process opens its own
-    connections.
+    (no connection, a broken answer, a status in ``RETRYABLE_STATUSES``) is sent again after a
+    pause, until the deadline of the whole batch; then its queries fail, each in its place. A
+    request that is too large, or has too large an answer, is split in two. A blank query finds
+    nothing and is not sent. Queries are cut at ``MAX_QUERY_CHARACTERS``, as the environment cuts
+    them. Lone surrogates are sent as U+FFFD. After a fork each process opens its own connections.
 
     A server that sends its headers byte by byte can extend the deadline: each byte renews the wait.
     """
@@ -74,8 +74,9 @@ class HttpRetriever:
             url: for example ``http://localhost:8000/retrieve``.
             batch: the most queries per request; a large ``top_k`` lowers it, so that a request asks
                 for at most ``MAX_REQUEST_HITS`` passages.
-            retry: deadline of a batch and pauses between attempts; None: 60 s, usual pauses.
-            key: sent as ``Authorization: Bearer KEY``; empty: none.
+            retry: deadline of a batch and pauses between attempts; None: 60 s and the default
+                pauses.
+            key: sent as ``Authorization: Bearer KEY``; empty: no key is sent.
 
         Raises:
             ConfigurationError: the address cannot be used, or holds a password.
@@ -111,7 +112,7 @@ class HttpRetriever:
         size = min(self._batch, max(1, MAX_REQUEST_HITS // top_k))
         for start in range(0, len(asked), size):
             indices = asked[start : start + size]
-            texts = [words_only(queries[index][:MAX_QUERY_CHARACTERS]) for index in indices]
+            texts = [replace_surrogates(queries[index][:MAX_QUERY_CHARACTERS]) for index in indices]
             answers = self._request(client, texts, top_k, deadline)
             for index, answer in zip(indices, answers, strict=True):
                 found[index] = answer
@@ -119,16 +120,18 @@ class HttpRetriever:
 
     @property
     def fingerprint(self) -> str | None:
-        """The fingerprint of the server's corpus, if it says one at ``/health``; else None.
+        """The fingerprint of the server's corpus; None if ``/health`` does not say one.
 
-        A server of ours does. Nothing is retried: a server that is away has no fingerprint.
+        Our own server says it. Nothing is retried: a server that is away has no fingerprint.
         """
         if self._fingerprint is None:
             client = self._client.get()
             address = urljoin(self._url, "health")
             deadline = Deadline.after(min(self._retry.deadline, _HEALTH_SECONDS))
             try:
-                answer = _send_once(client, client.build_request("GET", address), deadline, False)
+                answer = _send_once(
+                    client, client.build_request("GET", address), deadline, quote_errors=False
+                )
             except _AttemptError:
                 return None
             index = answer.get("index") if isinstance(answer, dict) else None
@@ -181,15 +184,15 @@ class TooLargeError(RetrievalError):
     """A request or its answer is too large; asking for less at once might succeed."""
 
 
-def open_http(scheme: str, rest: str) -> HttpRetriever:
+def open_http(url: str) -> HttpRetriever:
     """Open ``http://...`` or ``https://...`` with ``?deadline=SECONDS&batch=N``.
 
     The key comes from the environment variable ``RETRIEVER_API_KEY``, if it is set.
     """
-    url, options = split_options(f"{scheme}:{rest}")
-    check_options(scheme, options, ("deadline", "batch"))
+    address, options = split_options(url)
+    check_options(url.partition(":")[0], options, ("deadline", "batch"))
     return HttpRetriever(
-        url,
+        address,
         batch=int(number(options, "batch", 256, 1)),
         retry=Retry(deadline=number(options, "deadline", 60.0, 0)),
         key=secret_of(KEY_VARIABLE),
@@ -204,8 +207,8 @@ class ForkSafeClient:
 
     def __init__(self, headers: Mapping[str, str] | None = None) -> None:
         """Make the client of this process; nothing is sent. ``headers`` go with each request."""
-        self._headers = headers
-        self._made = os.getpid(), make_client(headers)
+        self._headers = {"Accept-Encoding": "gzip", **(headers or {})}
+        self._made = os.getpid(), self._make()
 
     def get(self) -> httpx.Client:
         """Return the client of this process.
@@ -217,7 +220,7 @@ class ForkSafeClient:
         if client.is_closed:
             raise RetrievalError("the retriever has been closed; open it again")
         if process != os.getpid():  # the parent still uses the connections of the old client
-            client = make_client(self._headers)
+            client = self._make()
             self._made = os.getpid(), client
         return client
 
@@ -225,13 +228,10 @@ class ForkSafeClient:
         """Close the connections of this process; calling it twice is harmless."""
         self._made[1].close()
 
+    def _make(self) -> httpx.Client:
+        import httpx  # noqa: PLC0415  (loaded only by those who ask a server)
 
-def make_client(headers: Mapping[str, str] | None = None) -> httpx.Client:
-    """Make an httpx client for this process. It verifies TLS certificates."""
-    import httpx  # noqa: PLC0415  (loaded only by those who ask a server)
-
-    accepted = {"Accept-Encoding": BoundedBody.ACCEPTED}
-    return httpx.Client(headers={**accepted, **(headers or {})}, verify=_certificates())
+        return httpx.Client(headers=self._headers, verify=_certificates())
 
 
 def request_json(
@@ -249,7 +249,7 @@ def request_json(
         client: sends it.
         request: the same in each attempt.
         retry: the pauses between attempts.
-        deadline: after it nothing is sent and nothing is waited for.
+        deadline: nothing is sent or waited for after it.
         before_attempt: called before each attempt. It may wait, or raise to give up.
         quote_errors: whether errors may quote the server (never if it may hold a secret).
 
@@ -267,16 +267,16 @@ def request_json(
             raise RetrievalError(f"{where}: {problem}")
         before_attempt(deadline)
         try:
-            return _send_once(client, request, deadline, quote_errors)
+            return _send_once(client, request, deadline, quote_errors=quote_errors)
         except _AttemptError as failure:
-            problem, pause, too_large = str(failure), None, failure.too_large
+            problem, pause = failure.problem, None
             if failure.retryable:
                 pause = retry.pause(attempt, deadline.left(), failure.retry_after)
-        if pause is None:
-            kind = TooLargeError if too_large else RetrievalError
-            raise kind(f"{where}: {problem} (attempt {attempt + 1})")
+            if pause is None:
+                kind = TooLargeError if failure.too_large else RetrievalError
+                raise kind(f"{where}: {problem} (attempt {attempt + 1})") from None
         time.sleep(pause)
-    raise AssertionError  # count() does not end
+    raise AssertionError("unreachable")
 
 
 def one_line(text: str, most: int = 200) -> str:
@@ -285,24 +285,21 @@ def one_line(text: str, most: int = 200) -> str:
     return "".join(c if c.isprintable() else "?" for c in cleaned[:most])
 
 
+@dataclass(eq=False)
 class _AttemptError(Exception):
     """An attempt that failed.
 
-    ``retryable`` says whether the next one might succeed, ``retry_after`` how many seconds the
-    server asks to wait, ``too_large`` whether a smaller request might succeed.
+    Attributes:
+        problem: what went wrong.
+        retryable: whether the next attempt might succeed.
+        retry_after: seconds that the server asks to wait; None if it does not say.
+        too_large: whether a smaller request might succeed.
     """
 
-    def __init__(
-        self,
-        message: str,
-        retryable: bool,
-        retry_after: float | None = None,
-        too_large: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.retryable = retryable
-        self.retry_after = retry_after
-        self.too_large = too_large
+    problem: str
+    retryable: bool = False
+    retry_after: float | None = None
+    too_large: bool = False
 
 
 @cache
@@ -313,44 +310,77 @@ def _certificates() -> ssl.SSLContext:
 
 
 def _send_once(
-    client: httpx.Client, request: httpx.Request, deadline: Deadline, quote_errors: bool
+    client: httpx.Client, request: httpx.Request, deadline: Deadline, *, quote_errors: bool
 ) -> Any:
+    """Send a request once; return the parsed answer.
+
+    Raises:
+        _AttemptError: there is no good answer.
+    """
     import httpx  # noqa: PLC0415
 
     request.extensions["timeout"] = httpx.Timeout(max(deadline.left(), 0.001)).as_dict()
     try:
         response = client.send(request, stream=True)
         try:
-            body = BoundedBody(response.headers.get("Content-Encoding"), _MAX_ANSWER)
-            for part in response.iter_raw():
-                body.add(part)
-                if deadline.left() == 0:  # httpx limits each read, not all of them together
-                    raise _AttemptError("the answer did not end in time", retryable=False)
-            content = body.finish()
+            body = _read_body(response, deadline)
         finally:
             response.close()
     except (httpx.HTTPError, httpx.StreamError) as error:
-        raise _AttemptError(f"{type(error).__name__}: {one_line(str(error))}", True) from None
-    except BodyError as error:
-        raise _AttemptError(str(error), error.retryable, too_large=error.too_large) from None
-    except RuntimeError as error:  # closed by another thread
-        raise _AttemptError(one_line(str(error)), False) from None
+        problem = f"{type(error).__name__}: {one_line(str(error))}"
+        raise _AttemptError(problem, retryable=True) from None
+    except RuntimeError as error:  # another thread closed the client
+        raise _AttemptError(one_line(str(error))) from None
     if response.status_code != 200:
-        said = one_line(content.decode("utf-8", "replace")) if quote_errors else ""
+        said = one_line(body.decode("utf-8", "replace")) if quote_errors else ""
         raise _AttemptError(
             f"status {response.status_code}{': ' if said else ''}{said}",
-            response.status_code in AGAIN,
+            response.status_code in RETRYABLE_STATUSES,
             retry_after(response.headers.get("Retry-After")),
             too_large=response.status_code == 413,
         )
     try:
-        return read_json(content)
+        return read_json(body)
     except ValueError:
-        raise _AttemptError("the answer is not JSON", True) from None
+        raise _AttemptError("the answer is not JSON", retryable=True) from None
+
+
+def _read_body(response: httpx.Response, deadline: Deadline) -> bytearray:
+    """Read and decode the body of an answer.
+
+    httpx alone decodes as often as a server says, without a limit: a few hundred bytes that are
+    compressed twice become gigabytes.
+
+    Raises:
+        _AttemptError: the body is too large, too slow, cut, or not encoded as we asked.
+    """
+    encoding = (response.headers.get("Content-Encoding") or "identity").strip().lower()
+    if encoding not in ("identity", "gzip"):
+        raise _AttemptError(f"an answer with Content-Encoding {encoding[:40]!r}, not gzip or none")
+    decoder = zlib.decompressobj(16 + zlib.MAX_WBITS) if encoding == "gzip" else None
+    body = bytearray()
+    for part in response.iter_raw():
+        # One byte more than the limit is enough to see that there is more.
+        room = _MAX_ANSWER + 1 - len(body)
+        try:
+            body += part if decoder is None else decoder.decompress(part, room)
+        except zlib.error as error:
+            raise _AttemptError(f"the answer is not gzip: {error}", retryable=True) from None
+        if len(body) > _MAX_ANSWER:
+            raise _AttemptError(f"an answer of more than {_MAX_ANSWER} bytes", too_large=True)
+        if deadline.left() == 0:  # httpx limits each read, not all of them together
+            raise _AttemptError("the answer did not end in time")
+    if decoder is not None and not decoder.eof:
+        raise _AttemptError("the compressed answer is cut", retryable=True)
+    return body
 
 
 def _hit(entry: Any, rank: int) -> Hit:
-    """Read ``{"document": ..., "score": ...}``, or the document alone."""
+    """Read ``{"document": {...}, "score": ...}``, or the document alone.
+
+    Raises:
+        TypeError, ValueError, KeyError, AttributeError, OverflowError: it is neither.
+    """
     document = entry.get("document", entry)
     score = entry.get("score")
     score = 1.0 / rank if score is None else float(score)

@@ -36,7 +36,7 @@ import msgspec
 
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
 from research_env.retrieval.base import Hit, Passage, Retriever
-from research_env.retrieval.reading import read_json
+from research_env.retrieval.json_text import read_json
 from research_env.retrieval.retry import Deadline
 from research_env.retrieval.url import split_options
 

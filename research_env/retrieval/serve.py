@@ -42,7 +42,7 @@ from starlette.requests import ClientDisconnect
 
 from research_env.errors import ConfigurationError, RetrievalError
 from research_env.retrieval.base import MAX_QUERY_CHARACTERS, Hit, Retriever
-from research_env.retrieval.reading import write_json
+from research_env.retrieval.json_text import write_json
 from research_env.retrieval.serve_guard import (
     Connection,
     Limits,

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from research_env.retrieval.http import MAX_REQUEST_HITS
-from research_env.retrieval.reading import write_json
+from research_env.retrieval.json_text import write_json
 
 log = logging.getLogger(__name__)
 

@@ -1,24 +1,24 @@
-"""The options of a retriever's URL: what stands behind its question mark."""
+"""Check a retriever's URL and read its options (``?key=value&...``) and its secrets."""
 
 from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Collection, Mapping
 from urllib.parse import unquote, urlsplit
 
 from research_env.errors import ConfigurationError, UnknownNameError
 
-_SURROGATES = re.compile("[\ud800-\udfff]")
-
 
 def split_options(url: str) -> tuple[str, dict[str, str]]:
-    """The URL before its question mark, and the options behind it, percent-decoded.
+    """Split a URL at its question mark.
+
+    Returns:
+        What stands before the question mark, and the options behind it, percent-decoded.
 
     Raises:
-        ConfigurationError: something there is not KEY=VALUE, or a key comes twice. Where there is
-            an @ it is not repeated: it may be the end of a password that holds a question mark.
+        ConfigurationError: an option is not KEY=VALUE, or a key comes twice. The message does not
+            repeat it if there is an @: it may be the end of a password with a question mark in it.
     """
     base, _, query = url.partition("?")
     options: dict[str, str] = {}
@@ -38,7 +38,8 @@ def check_options(scheme: str, options: Mapping[str, str], known: Collection[str
     """Refuse an option that the scheme does not have.
 
     Raises:
-        UnknownNameError: names those that exist, and it too where no @ says that it may be secret.
+        UnknownNameError: names the options that exist. It repeats the unknown one only if there is
+            no @, which may be the end of a password.
     """
     secret = any("@" in key or "@" in value for key, value in options.items())
     for key in options:
@@ -47,10 +48,10 @@ def check_options(scheme: str, options: Mapping[str, str], known: Collection[str
 
 
 def number(options: dict[str, str], key: str, default: float, least: float) -> float:
-    """The value of an option that is a number.
+    """Return the value of an option that is a number.
 
     Raises:
-        ConfigurationError: it is none, not finite, or below ``least``.
+        ConfigurationError: the value is no number, not finite, or below ``least``.
     """
     try:
         value = float(options.get(key, default))
@@ -64,12 +65,12 @@ def number(options: dict[str, str], key: str, default: float, least: float) -> f
 
 
 def check_address(url: str) -> None:
-    """Refuse a URL that is no ``http://HOST...`` or ``https://HOST...``, or holds a password.
+    """Refuse a URL that is not ``http://HOST...`` or ``https://HOST...``, or holds a password.
 
     Raises:
-        ConfigurationError: it does not repeat what may be secret.
+        ConfigurationError: the message does not repeat what may be secret.
     """
-    if "@" in url:  # wherever: a password may hold any character
+    if "@" in url:  # anywhere in it: a password may hold any character
         raise ConfigurationError(
             "the address of a server holds an @: take user and password out; secrets come from the "
             "environment, never from the URL"
@@ -77,7 +78,7 @@ def check_address(url: str) -> None:
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none, brackets that do not close
+    except ValueError:  # a port that is no number, or brackets that do not close
         usable = False
     if not usable:
         raise ConfigurationError(
@@ -85,16 +86,12 @@ def check_address(url: str) -> None:
         )
 
 
-def words_only(text: str) -> str:
-    """The text with U+FFFD for halves of surrogate pairs, which no request can carry."""
-    return text if text.isascii() else _SURROGATES.sub("\ufffd", text)
-
-
 def secret_of(variable: str) -> str:
-    """The key or password that an environment variable holds; empty where it is not set.
+    """Return the key or password that an environment variable holds, empty if it is not set.
 
     Raises:
-        ConfigurationError: it holds characters that no header may have; it is not repeated.
+        ConfigurationError: it holds characters that no header may have. The message does not
+            repeat it.
     """
     secret = os.environ.get(variable, "").strip()
     if not secret.isascii() or not secret.isprintable():

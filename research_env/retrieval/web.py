@@ -184,7 +184,7 @@ class WebRetriever:
         check_address(self._url)
         self._key = key
         self._retry = retry or Retry(deadline=60.0)
-        self._limit = _limit(self._url, budget, rate)
+        self._limit = _shared_limit(self._url, budget, rate)
         self._client = ForkSafeClient()
 
     def __repr__(self) -> str:
@@ -241,14 +241,14 @@ class WebRetriever:
         return [Hit(passage, 1.0 / rank) for rank, passage in enumerate(passages, start=1)]
 
 
-def open_web(rest: str) -> WebRetriever:
+def open_web(url: str) -> WebRetriever:
     """Open ``web:PROVIDER?budget=...&rate=...&deadline=...&url=...``.
 
     Raises:
         UnknownNameError: no such provider or option.
         ConfigurationError: its key is not in the environment, or a value cannot be used.
     """
-    name, options = split_options(rest)
+    name, options = split_options(url.partition(":")[2])
     if name not in PROVIDERS:
         raise UnknownNameError("provider of web search", name, PROVIDERS)
     provider = PROVIDERS[name]
@@ -304,8 +304,8 @@ class _Limit:
 
 
 @cache
-def _limit(url: str, budget: int | None, rate: float) -> _Limit:
-    """Return the limit of this process: a second retriever has no second budget."""
+def _shared_limit(url: str, budget: int | None, rate: float) -> _Limit:
+    """Return the limit that all retrievers of this process with these settings share."""
     return _Limit(budget, rate)
 
 

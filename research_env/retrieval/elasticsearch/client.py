@@ -31,8 +31,8 @@ from urllib.parse import urlsplit
 import certifi
 
 from research_env.errors import ConfigurationError, ResearchEnvError, RetrievalError
-from research_env.retrieval.reading import read_json
-from research_env.retrieval.retry import AGAIN, retry_after
+from research_env.retrieval.json_text import read_json
+from research_env.retrieval.retry import RETRYABLE_STATUSES, retry_after
 from research_env.retrieval.url import check_options, secret_of, split_options
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ MAPPING_VERSION = 1
 """Version of the fields and of what is stored in them; raise it when any of them changes."""
 META_KEY = "research_env"
 """Our key in the ``_meta`` of an index."""
-SCHEMES = {"elasticsearch": "http", "elasticsearch+https": "https"}
 
+_SCHEMES = {"elasticsearch": "http", "elasticsearch+https": "https"}
 _INDEX_NAME = re.compile(r"[a-z0-9][a-z0-9_.+-]{0,199}")
 _PATH_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]{1,100}){0,8}")
 # The media types that a server uses for this client, and that a proxy may use instead.
@@ -115,7 +115,7 @@ def parse_address(url: str, known: Collection[str]) -> IndexAddress:
         host, port = parts.hostname, parts.port
     except ValueError:
         raise ConfigurationError(f"the Elasticsearch URL is malformed; {example}") from None
-    if parts.scheme not in SCHEMES or not host or parts.fragment:
+    if parts.scheme not in _SCHEMES or not host or parts.fragment:
         raise ConfigurationError(f"the Elasticsearch URL is malformed; {example}")
     prefix, _, index = parts.path.rstrip("/").rpartition("/")
     if re.search(r"[,*]|^_all$|%2c|%2a", index, re.IGNORECASE):
@@ -132,7 +132,7 @@ def parse_address(url: str, known: Collection[str]) -> IndexAddress:
             f"the path {prefix!r} before the index {index!r} is not a prefix of a server "
             f"(letters, digits, - _ . ~ between slashes); {example}"
         )
-    scheme = SCHEMES[parts.scheme]
+    scheme = _SCHEMES[parts.scheme]
     name = f"[{host}]" if ":" in host else host
     port = port or {"http": 9200, "https": 443}[scheme]
     return IndexAddress(f"{scheme}://{name}:{port}{prefix}", index, options)
@@ -178,7 +178,7 @@ def translate_errors(address: IndexAddress, seconds: float) -> Iterator[None]:
         ) from None
     except es.ApiError as error:  # without its cause, which repeats the whole answer
         status = error.meta.status
-        if status in AGAIN:
+        if status in RETRYABLE_STATUSES:
             wait = retry_after(error.meta.headers.get("retry-after"))
             raise RetryableError(f"status {status}", wait) from None
         raise RetrievalError(refusal(address, status, _error_type_of(error.body))) from None

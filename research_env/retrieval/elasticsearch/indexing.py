@@ -29,9 +29,9 @@ from research_env.retrieval.elasticsearch.client import (
     SyncClient,
     parse_address,
 )
-from research_env.retrieval.elasticsearch.reading import readable_fields
-from research_env.retrieval.retry import AGAIN, Deadline, Retry
-from research_env.retrieval.url import words_only
+from research_env.retrieval.elasticsearch.documents import readable_fields
+from research_env.retrieval.json_text import replace_surrogates
+from research_env.retrieval.retry import RETRYABLE_STATUSES, Deadline, Retry
 
 if TYPE_CHECKING:
     from elasticsearch import AsyncElasticsearch
@@ -380,7 +380,7 @@ class _Writer:
             results = [item["create"] for item in found["items"]]
             failed = []
             for pair, result in zip(waiting, results, strict=True):
-                if result["status"] in AGAIN:
+                if result["status"] in RETRYABLE_STATUSES:
                     failed.append(pair)
                 elif result["status"] not in (200, 201, 409):  # 409: it exists
                     reason = result["error"].get("reason", "")
@@ -473,9 +473,9 @@ def _merge(ours: Body, theirs: Body) -> Body:
 
 def _document(row: int, passage: Passage, vector: list[float] | None) -> Body:
     document: Body = {
-        "id": words_only(passage.id),
-        "title": words_only(passage.title),
-        "text": words_only(passage.text),
+        "id": replace_surrogates(passage.id),
+        "title": replace_surrogates(passage.title),
+        "text": replace_surrogates(passage.text),
         "row": row,
         "checksum": _checksum(passage),
     }

@@ -23,9 +23,8 @@ from research_env.retrieval.elasticsearch.client import (
     error_type,
     refusal,
 )
-from research_env.retrieval.reading import read_json
-from research_env.retrieval.retry import AGAIN
-from research_env.retrieval.url import words_only
+from research_env.retrieval.json_text import read_json, replace_surrogates
+from research_env.retrieval.retry import RETRYABLE_STATUSES
 
 Answer = list[Hit] | RetrievalError
 Document = TypeVar("Document")
@@ -132,7 +131,7 @@ def _parse(
     outcomes: list[Answer | RetryableError] = []
     for each in responses:
         try:
-            single = words_only(json.dumps({"responses": [each]}, ensure_ascii=False))
+            single = replace_surrogates(json.dumps({"responses": [each]}, ensure_ascii=False))
             [response] = decoder.decode(single).responses
             outcomes.append(_judge(response, address, to_hits))
         except _NOT_A_RESULT:
@@ -152,7 +151,7 @@ def _judge(
     """
     if response.status != 200:
         kind = error_type(response.error)
-        if response.status in AGAIN:
+        if response.status in RETRYABLE_STATUSES:
             return RetryableError(f"status {response.status} {kind} for this search")
         return RetrievalError(refusal(address, response.status, kind))
     if response.timed_out is None or response.shards is None or response.hits is None:
@@ -176,7 +175,7 @@ def _foreign_hits(
 
 
 def _foreign_hit(address: IndexAddress, fields: SourceFields, document: _ForeignDocument) -> Hit:
-    id_ = words_only(document.id)
+    id_ = replace_surrogates(document.id)
     title = _source_text(document.source, fields.title) if fields.title else ""
     text = _source_text(document.source, fields.text)
     if text is None:  # an empty passage would look like evidence of nothing
@@ -220,4 +219,4 @@ def _to_text(value: Any) -> str:
     """A value as text: Elasticsearch takes null as no text, and a list as several."""
     if isinstance(value, list):
         return "\n".join(filter(None, map(_to_text, value)))
-    return "" if value is None else words_only(str(value))
+    return "" if value is None else replace_surrogates(str(value))

@@ -45,17 +45,17 @@ from research_env.retrieval.elasticsearch.client import (
     SyncClient,
     parse_address,
 )
-from research_env.retrieval.elasticsearch.fields import SearchPlan, plan_search
-from research_env.retrieval.elasticsearch.reading import (
+from research_env.retrieval.elasticsearch.documents import (
     MAX_READ,
     ReadPlan,
     plan_reading,
     read_documents,
 )
+from research_env.retrieval.elasticsearch.fields import SearchPlan, plan_search
 from research_env.retrieval.elasticsearch.responses import Answer, parse_answers
-from research_env.retrieval.reading import read_json
+from research_env.retrieval.json_text import read_json, replace_surrogates
 from research_env.retrieval.retry import Deadline, Retry
-from research_env.retrieval.url import number, words_only
+from research_env.retrieval.url import number
 
 if TYPE_CHECKING:
     from research_env.retrieval.documents import Document
@@ -172,7 +172,7 @@ class ElasticsearchRetriever:
             raise ConfigurationError(f"top_k={top_k!r} must be from 1 to 10,000")
         if self._closed:
             raise RetrievalError(_CLOSED)
-        texts = [words_only(first_words(query)) for query in queries]
+        texts = [replace_surrogates(first_words(query)) for query in queries]
         asked = [text for text in texts if text.strip()]  # a blank vector would find anything
         found = iter(self._search_texts(asked, top_k) if asked else ())
         return [next(found) if text.strip() else [] for text in texts]
@@ -255,7 +255,7 @@ class ElasticsearchRetriever:
         if self._read_plan is None:
             self.prepare_reading()
         assert self._read_plan is not None
-        wanted = [words_only(name) for name in names]
+        wanted = [replace_surrogates(name) for name in names]
         return read_documents(wanted, self._read_plan, self._find_all)
 
     def _find_all(self, queries: Sequence[Body]) -> list[Answer]:

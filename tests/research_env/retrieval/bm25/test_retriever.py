@@ -54,8 +54,9 @@ BEATLES = ListCorpus(
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    folder = tmp_path / "cache?no=option"  # nothing in a path is an option of a URL
+    monkeypatch.setenv("RESEARCH_CACHE", str(folder))
+    return folder
 
 
 def hits(engine: EmbeddedRetriever, query: str, top_k: int = 10) -> list[Hit]:

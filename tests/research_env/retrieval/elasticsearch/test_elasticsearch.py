@@ -54,7 +54,7 @@ from research_env.retrieval.elasticsearch.client import (
 from research_env.retrieval.elasticsearch.indexing import Layout, index_elasticsearch
 from research_env.retrieval.elasticsearch.responses import SourceFields, parse_answers
 from research_env.retrieval.elasticsearch.retriever import ElasticsearchRetriever
-from research_env.retrieval.reading import read_json
+from research_env.retrieval.json_text import read_json
 from research_env.retrieval.retry import Retry
 from tests.elasticsearch.proxy import FAULTS, Proxy, answer
 from tests.research_env.fakes import ListCorpus
