@@ -9,13 +9,12 @@ import msgspec
 
 from research_env.errors import RetrievalError
 
-# Structs of msgspec: a step of many environments makes a thousand of each, and the collector of
-# garbage need not look at them (gc=False), as they hold no cycles.
-
 MAX_QUERY_CHARACTERS = 1_000
 """A longer query is cut here, so that no engine fails because a policy rambles."""
 
 
+# One step of many environments makes a thousand passages and hits. They hold no cycles, so the
+# garbage collector need not look at them (gc=False).
 class Passage(msgspec.Struct, frozen=True, gc=False):
     """One unit of retrieval: an id that is unique in its corpus, a title, and a text."""
 
@@ -32,24 +31,25 @@ class Hit(msgspec.Struct, frozen=True, gc=False):
 
 
 class Retriever(Protocol):
-    """Anything that answers queries with passages. One new file makes a new one.
+    """Anything that answers queries with passages.
 
-    One that has an attribute ``in_flight`` may be asked by so many threads at the same time; any
-    other is asked by one at a time.
+    One thread at a time calls ``search``. A retriever that can be called by several has an
+    attribute ``in_flight: int``, the most threads that may.
     """
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
         """Answer every query of a batch.
 
         Args:
-            queries: texts of a model, searched as words; nothing in them is syntax. One of blanks
-                only finds nothing.
-            top_k: the most hits that a query may return, best first.
+            queries: texts of a model, searched as words; nothing in them is syntax. A blank query
+                finds nothing.
+            top_k: the most hits per query, at least 1.
 
         Returns:
-            One entry per query, in order: its hits, or the error that befell that query alone.
+            One entry per query, in order: its hits, best first, or the error of that query alone.
 
         Raises:
+            ConfigurationError: ``top_k`` is below 1.
             RetrievalError: the whole batch could not be answered.
         """
         ...

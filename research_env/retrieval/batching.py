@@ -1,7 +1,7 @@
-"""Searches for many askers: coalesced, cached, in the background, in bounded batches.
+"""Search for many callers: coalesced, cached, in the background, in bounded batches.
 
 In reinforcement learning a group of samples asks much the same, and so does the next epoch. A query
-goes to the engine only if nobody is asking it at this moment and its hits are not in the cache.
+goes to the engine only if the same query is not being searched already and its hits are not cached.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Ticket = TypeVar("Ticket")
 
 @dataclass(frozen=True, slots=True)
 class SearchCounts:
-    """How many queries were asked so far, and how each was answered: the three parts add up."""
+    """How many queries were answered in each way so far."""
 
     searched: int = 0
-    """Sent to the engine."""
+    """Queries sent to the engine."""
     coalesced: int = 0
-    """Shared the result of the same query, asked at the same time."""
+    """Queries that shared the result of the same query, asked at the same time."""
     cache_hits: int = 0
-    """Answered from the cache."""
+    """Queries answered from the cache."""
 
     @property
     def asked(self) -> int:
@@ -45,14 +45,14 @@ class SearchCounts:
 
 
 class QueryBatcher(Generic[Ticket]):
-    """Asks the engine for queries, at once or by threads that hand back what they found.
+    """Send queries to the engine in batches, from the calling thread or from background threads.
 
-    A query that is already waiting or being searched is not asked again: its asker shares the
-    result. The hits of the latest queries are cached (the least recently used are dropped first);
-    failures never. A thread's batch leaves when it is full or when no query has come for a moment:
-    askers that were answered together ask again together, one soon after the other. Several threads
-    search, but one at a time gathers a batch, so that queries of the same moment go together. Any
-    thread may call any method.
+    A query that is already waiting or being searched is not sent again: it shares the result. The
+    hits of the latest queries are cached (the least recently used are dropped first), failures
+    never. A background batch is sent when it is full or when no query has come for ``max_wait``:
+    callers that were answered together ask again together, one soon after the other. Several
+    threads search, but one at a time gathers a batch, so that queries of the same moment go
+    together. Any thread may call any method.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class QueryBatcher(Generic[Ticket]):
         """Ask nothing yet; the threads start when they are needed.
 
         Args:
-            search: answers a batch of queries, or of other requests, one entry each, in order.
-            max_batch: the most queries that a thread asks at once.
+            search: answers a batch of queries or tool calls, with one entry for each, in order.
+            max_batch: the most queries in a background batch.
             max_wait: seconds that a batch waits for one more query.
-            cache_size: how many queries' hits are cached at most; 0: none.
-            in_flight: how many searches the engine takes at the same time.
+            cache_size: the most queries whose hits are cached; 0: none.
+            in_flight: how many batches the engine takes at the same time.
         """
         self._engine = search
         self._max_batch = max_batch
@@ -79,11 +79,11 @@ class QueryBatcher(Generic[Ticket]):
         self._queue: SimpleQueue[Request | None] = SimpleQueue()
         self._done: SimpleQueue[tuple[Ticket, Found | Exception]] = SimpleQueue()
         self._lock = threading.Lock()
-        self._askers: dict[Request, list[Callable[[Found | Exception], None]]] = {}
+        self._pending: dict[Request, list[Callable[[Found | Exception], None]]] = {}
         self._cache: OrderedDict[Request, tuple[Hit, ...] | ToolResult] = OrderedDict()
         self._searched = self._coalesced = self._cache_hits = 0
         self._in_flight = in_flight
-        self._places = threading.BoundedSemaphore(in_flight)
+        self._slots = threading.BoundedSemaphore(in_flight)
         self._gathering = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._closed = False
@@ -95,28 +95,30 @@ class QueryBatcher(Generic[Ticket]):
 
     @property
     def counts(self) -> SearchCounts:
-        """What was asked so far."""
+        """How the queries so far were answered."""
         return SearchCounts(self._searched, self._coalesced, self._cache_hits)
 
     def ask(self, queries: Sequence[Request]) -> list[Found]:
-        """Ask for queries together and wait; returns an entry each, in order.
+        """Ask for queries together and wait; return one entry per query, in order.
 
         Raises:
             ClosedError: :meth:`close` was called before.
         """
-        self._check_open()
+        if self._closed:
+            raise ClosedError
         found: dict[Request, Found] = {}
+        fresh: list[Request] = []
         with self._lock:
-            for query in queries:
-                if query in found:
-                    continue
+            for query in dict.fromkeys(queries):
                 hits = self._cached(query)
-                if hits is not None:
+                if hits is None:
+                    fresh.append(query)
+                else:
                     found[query] = hits
-            fresh = [query for query in dict.fromkeys(queries) if query not in found]
+            cached = sum(query in found for query in queries)
             self._searched += len(fresh)
-            self._cache_hits += sum(query in found for query in queries)
-            self._coalesced += sum(query not in found for query in queries) - len(fresh)
+            self._cache_hits += cached
+            self._coalesced += len(queries) - cached - len(fresh)
         if fresh:
             answers = self._search(fresh)
             with self._lock:
@@ -126,7 +128,7 @@ class QueryBatcher(Generic[Ticket]):
         return [found[query] for query in queries]
 
     def submit(self, ticket: Ticket, query: Request) -> None:
-        """Ask for a query; :meth:`take` returns what is found, with the ticket.
+        """Ask for a query in the background; :meth:`take` returns the result with the ticket.
 
         Raises:
             ClosedError: :meth:`close` was called before: nobody would answer.
@@ -134,7 +136,10 @@ class QueryBatcher(Generic[Ticket]):
         self._enqueue(query, lambda found: self._done.put((ticket, found)))
 
     def request(self, query: Request) -> Future[Found]:
-        """Ask for a query; the future gets what is found, also an engine's error, as its result.
+        """Ask for a query in the background.
+
+        Returns:
+            A future. An error of the engine is its result; a bug or :meth:`close` is its exception.
 
         Raises:
             ClosedError: :meth:`close` was called before: nobody would answer.
@@ -154,10 +159,13 @@ class QueryBatcher(Generic[Ticket]):
         return future
 
     def take(self, timeout: float | None) -> tuple[Ticket, Found | Exception] | None:
-        """The next result, or None if there is none within ``timeout`` seconds (None: no limit).
+        """Return the next result of :meth:`submit`.
 
-        A result is hits, the engine's error, or whatever else went wrong in the thread. After
-        :meth:`close` nothing is waited for.
+        Args:
+            timeout: seconds to wait for one; None: no limit. After :meth:`close` nobody waits.
+
+        Returns:
+            The ticket, and what was found or what went wrong; None if nothing came in time.
         """
         if self._closed:
             timeout = 0
@@ -167,7 +175,7 @@ class QueryBatcher(Generic[Ticket]):
             return None
 
     def close(self) -> None:
-        """Stop the threads after the batches that they are busy with; the rest is refused."""
+        """Stop the threads after their present batches; queries that still wait get ClosedError."""
         with self._lock:
             self._closed = True
             threads = list(self._threads)
@@ -176,27 +184,24 @@ class QueryBatcher(Generic[Ticket]):
         for thread in threads:
             thread.join()
         with self._lock:
-            left = [tell for askers in self._askers.values() for tell in askers]
-            self._askers.clear()
+            left = [tell for callbacks in self._pending.values() for tell in callbacks]
+            self._pending.clear()
         for tell in left:
             tell(ClosedError())
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError
-
     def _enqueue(self, query: Request, tell: Callable[[Found | Exception], None]) -> None:
         with self._lock:
-            self._check_open()
+            if self._closed:
+                raise ClosedError
             hits = self._cached(query)
             if hits is not None:
                 self._cache_hits += 1
-            elif query in self._askers:
+            elif query in self._pending:
                 self._coalesced += 1
-                self._askers[query].append(tell)
+                self._pending[query].append(tell)
             else:
                 self._searched += 1
-                self._askers[query] = [tell]
+                self._pending[query] = [tell]
                 self._queue.put(query)
             while len(self._threads) < self._in_flight:
                 thread = threading.Thread(target=self._run, name="searches", daemon=True)
@@ -208,10 +213,10 @@ class QueryBatcher(Generic[Ticket]):
     def _search(self, queries: Sequence[Request]) -> Sequence[Found]:
         """Ask the engine, from no more threads than it allows.
 
-        All queries at once, so that all have one deadline: in parts, each would wait for a dead
-        server.
+        All queries go at once, so that they share one deadline: in parts, each part would wait for
+        a dead server.
         """
-        with self._places:
+        with self._slots:
             return self._engine(queries)
 
     def _cached(self, query: Request) -> list[Hit] | ToolResult | None:
@@ -236,17 +241,17 @@ class QueryBatcher(Generic[Ticket]):
                     raise RuntimeError(
                         f"the retriever answered {len(batch)} queries with {len(results)} results"
                     )
-            except Exception as error:  # it is raised again by whoever takes it
+            except Exception as error:  # the receiver of the result raises it
                 results = [error] * len(batch)
             for query, found in zip(batch, results, strict=True):
                 with self._lock:
-                    askers = self._askers.pop(query)
+                    callbacks = self._pending.pop(query)
                     self._keep(query, found)
-                for tell in askers:
+                for tell in callbacks:
                     tell(list(found) if isinstance(found, list) else found)
 
     def _gather(self) -> list[Request]:
-        """The next batch; an empty one means to stop."""
+        """Wait for the next batch; an empty one means to stop."""
         with self._gathering:
             batch: list[Request] = []
             while len(batch) < self._max_batch:

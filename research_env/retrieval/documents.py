@@ -1,4 +1,4 @@
-"""Documents: the passages of a corpus that belong together, and how they are read page by page.
+"""Documents: passages of a corpus that belong together, read page by page.
 
 Chunks of one passage (``ID#0``, ``ID#1``, ... of :mod:`research_env.datasets.chunks`) belong
 together, and so do passages of the same title. A passage without a title is a document of its own.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import pairwise, takewhile
 from typing import Protocol, runtime_checkable
 
 import msgspec
@@ -20,7 +20,7 @@ from research_env.retrieval.base import Passage, Retriever
 PAGE_CHARACTERS = 3_000
 """Most characters of a page."""
 MAX_PASSAGES = 500
-"""Most passages of a document on either side of the one that was asked for."""
+"""Most passages of a document before and after the one that was asked for."""
 
 _CHUNK = re.compile(r"(.*)#(\d+)", re.DOTALL)
 _MAX_OVERLAP = 4_000  # characters that two chunks share at most
@@ -31,7 +31,7 @@ class Document(msgspec.Struct, frozen=True, gc=False):
 
     Attributes:
         passages: at least one.
-        asked: the passage with the id that was asked for; None: the title was asked for.
+        asked: the position in ``passages`` of the one whose id was asked for; None if a title was.
     """
 
     passages: tuple[Passage, ...]
@@ -42,11 +42,11 @@ class Page(msgspec.Struct, frozen=True, gc=False):
     """A part of a document.
 
     Attributes:
-        title: the document's.
-        text: at most `PAGE_CHARACTERS` characters.
-        number: from 1 on.
+        title: the title of the document.
+        text: at most ``PAGE_CHARACTERS`` characters.
+        number: the number of this page, from 1 on.
         count: how many pages the document has.
-        passages: the passages that the text is from.
+        passages: the passages from which the text is.
     """
 
     title: str
@@ -58,7 +58,7 @@ class Page(msgspec.Struct, frozen=True, gc=False):
 
 @runtime_checkable
 class DocumentReader(Protocol):
-    """A retriever that can read documents, too."""
+    """A retriever that can also read whole documents."""
 
     def prepare_reading(self) -> None:
         """Get ready to read.
@@ -72,7 +72,7 @@ class DocumentReader(Protocol):
         """Read whole documents.
 
         Args:
-            names: each the id of a passage, or else a title, in upper or lower case.
+            names: each is the id of a passage or else a title, in upper or lower case.
 
         Returns:
             One entry per name, in order; None where there is no such document.
@@ -95,57 +95,59 @@ def require_reader(retriever: Retriever) -> None:
 
 
 def chunk_of(passage_id: str) -> tuple[str, int] | None:
-    """The passage of which this is a chunk, and the chunk's number; None for a whole passage."""
+    """Split ``ID#NUMBER``, the id of a chunk, into both; None for the id of a whole passage."""
     found = _CHUNK.fullmatch(passage_id)
     return (found[1], int(found[2])) if found else None
 
 
 def chunks_around(row: int, last: int, passage_at: Callable[[int], Passage]) -> Document:
-    """The chunks of a passage, which are neighbors in the corpus.
+    """Collect the chunks of the passage to which a chunk belongs; they are neighbors in the corpus.
 
     Args:
-        row: where the chunk is that was asked for.
+        row: the row of the chunk that was asked for.
         last: the last row of the corpus.
-        passage_at: the passage in a row.
+        passage_at: returns the passage in a row.
     """
     asked = passage_at(row)
-    whole = chunk_of(asked.id)
+    asked_chunk = chunk_of(asked.id)
 
-    def others(rows: Iterable[int]) -> Iterator[Passage]:
-        for at in rows:
-            passage, found = passage_at(at), chunk_of(passage_at(at).id)
-            if whole is None or found is None or found[0] != whole[0]:
-                return
-            yield passage
+    def is_sibling(passage: Passage) -> bool:
+        chunk = chunk_of(passage.id)
+        return chunk is not None and asked_chunk is not None and chunk[0] == asked_chunk[0]
 
-    before = [*others(range(row - 1, max(-1, row - MAX_PASSAGES - 1), -1))][::-1]
-    after = [*others(range(row + 1, min(last, row + MAX_PASSAGES) + 1))]
+    rows_before = range(row - 1, max(-1, row - MAX_PASSAGES - 1), -1)
+    rows_after = range(row + 1, min(last, row + MAX_PASSAGES) + 1)
+    before = [*takewhile(is_sibling, map(passage_at, rows_before))][::-1]
+    after = takewhile(is_sibling, map(passage_at, rows_after))
     return Document((*before, asked, *after), len(before))
 
 
-def window(places: Sequence[int], asked: int | None) -> tuple[list[int], int | None]:
-    """The rows of a document that are read, and where among them the one asked for is.
+def window(rows: Sequence[int], asked: int | None) -> tuple[Sequence[int], int | None]:
+    """Choose which rows of a long document are read.
 
     Args:
-        places: all rows of the document, ascending.
-        asked: the row that was asked for; None: the title was.
+        rows: all rows of the document, ascending.
+        asked: the row that was asked for; None if the title was.
+
+    Returns:
+        The rows to read, and the position of ``asked`` among them.
     """
-    center = 0 if asked is None else bisect_left(places, asked)
+    if asked is None:
+        return rows[: MAX_PASSAGES + 1], None
+    center = bisect_left(rows, asked)
     first = max(0, center - MAX_PASSAGES)
-    return list(
-        places[first : center + MAX_PASSAGES + 1]
-    ), None if asked is None else center - first
+    return rows[first : center + MAX_PASSAGES + 1], center - first
 
 
 def read_page(document: Document, number: int | None = None) -> Page | None:
-    """A page of a document.
+    """Read a page of a document.
 
     Args:
         document: the document.
         number: from 1 on; None: the page on which the passage that was asked for begins.
 
     Returns:
-        The page; None where there is no such page.
+        The page; None if there is no such page.
     """
     text, starts = _join(document.passages)
     pages = _cut(text)
@@ -166,7 +168,7 @@ def read_page(document: Document, number: int | None = None) -> Page | None:
 
 
 def count_pages(document: Document) -> int:
-    """How many pages a document has."""
+    """Return how many pages a document has."""
     return len(_cut(_join(document.passages)[0]))
 
 

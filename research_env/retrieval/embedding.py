@@ -1,4 +1,4 @@
-"""Embed texts as vectors, for dense and hybrid search; torch is loaded only when this is used.
+"""Embed texts as vectors, for dense and hybrid search. Only loading a model loads torch.
 
 A model is named by one of
 
@@ -35,11 +35,11 @@ class Embedding(Protocol):
         ...
 
     def queries(self, texts: Sequence[str]) -> Vectors:
-        """Vectors of queries, [len(texts), dimensions]."""
+        """Embed queries; return an array of shape (len(texts), dimensions)."""
         ...
 
     def passages(self, texts: Sequence[str]) -> Vectors:
-        """Vectors of passages (title, line break, text), [len(texts), dimensions]."""
+        """Embed passages (title, line break, text); return shape (len(texts), dimensions)."""
         ...
 
 
@@ -50,7 +50,7 @@ def load_embedding(name: str) -> Embedding:
     a server or a file.
 
     Args:
-        name: name of the package, model or function.
+        name: the name of a package, model or function.
 
     Raises:
         ConfigurationError: the package is not installed, or there is no such model.

@@ -5,12 +5,12 @@ their queries are recorded. ``?cache=FILE&replay=only`` never asks the engine: a
 recorded is an error, and the file is only read. The file is one SQLite database that several
 processes may use at once (on a local disk), including the processes of a fork: each opens it anew.
 
-A result is found again by the engine's URL (without the options that change no result, and without
-user or password), the query and top_k. Errors are never recorded. An index that changes behind the
-same URL is not noticed: record into a new file then.
+The key of a result is the engine's URL (without the options that change no result, and without user
+or password), the query and top_k. Errors are never recorded. Nobody notices that an index has
+changed behind the same URL: record into a new file then.
 
-A recording may come from a stranger. It must have exactly the schema below, so nothing in it runs,
-and each row is decoded by type: a query whose row is not at most top_k hits fails.
+A recording may come from a stranger. It must have exactly the schema below, so that nothing in it
+runs. Each row is decoded by type, and a query fails if its row is not a list of at most top_k hits.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from research_env.retrieval.url import split_options
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1  # version of the table; in the file as its user_version
+_FORMAT = 1  # version of the table, kept as the file's user_version
 _TIMEOUT = 60.0  # seconds that a process waits while another one writes
-_MAX_ROW = 64 << 20  # bytes
-_LOG_EVERY = 10_000  # queries
+_MAX_ROW = 64 << 20  # bytes of a row
+_LOG_EVERY = 10_000  # queries between two logs of the hit rate
 _NOT_IN_KEY = ("batch", "budget", "deadline", "rate")  # options that change no result
 _CLOSED = "the recording has been closed; open it again"
 _TABLE = """
@@ -58,7 +58,13 @@ CREATE TABLE IF NOT EXISTS found (
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Which file holds the answers of which engine, and whether the engine may be asked."""
+    """What the URL of a recorded retriever says.
+
+    Attributes:
+        file: holds the results.
+        engine: the part of each result's key that names the engine.
+        replay_only: whether the engine is never asked.
+    """
 
     file: Path
     engine: str
@@ -69,7 +75,7 @@ def recording(url: str) -> tuple[str, Recording | None]:
     """Take ``cache`` and ``replay`` out of a retriever's URL.
 
     Returns:
-        The engine's URL, and what its cache options say; None where there are none.
+        The engine's URL, and what the two options say; None if there are none.
 
     Raises:
         ConfigurationError: ``replay`` without ``cache``, or ``cache`` without a file.
@@ -92,7 +98,7 @@ def recording(url: str) -> tuple[str, Recording | None]:
 
 
 class RecordedRetriever:
-    """A retriever that answers from a file, and asks an engine for the rest.
+    """A retriever that answers from a file, and asks an engine for what is not there.
 
     If several processes record the same search at once, the first wins and all return its hits.
     Several threads may use it if they may use the engine.
@@ -102,7 +108,7 @@ class RecordedRetriever:
         """Open the file, or make it.
 
         Args:
-            recording: the file, and how to use it.
+            recording: the file and how to use it.
             open_engine: opens the engine, at the first search that is not in the file.
 
         Raises:
@@ -261,10 +267,10 @@ class RecordedRetriever:
 
 
 def _hits(row: bytes, top_k: int) -> list[Hit]:
-    """The hits of a row.
+    """Decode a row.
 
     Raises:
-        ValueError: the row is something else.
+        ValueError: it is not a list of at most ``top_k`` hits.
     """
     try:
         found = msgspec.convert(read_json(row), list[tuple[str, str, str, float]])
@@ -294,7 +300,7 @@ def _open(file: Path, only_read: bool) -> sqlite3.Connection:
             _prepare(connection, only_read)
         except sqlite3.OperationalError as error:
             connection.close()
-            # A change to WAL does not wait for another process that makes the file; so we do
+            # The change to WAL does not wait for another process that makes the file; this does.
             if "locked" not in str(error) or deadline.left() == 0:
                 raise
             time.sleep(0.02)
@@ -308,7 +314,7 @@ def _open(file: Path, only_read: bool) -> sqlite3.Connection:
 def _address(file: Path) -> str:
     """The file as a URI that SQLite opens for reading only."""
     file = file.absolute()
-    # SQLite keeps another file beside a database that it reads, unless told that nobody writes
+    # SQLite makes another file beside a database that it reads, unless told that nobody writes.
     written = os.access(file.parent, os.W_OK) or Path(f"{file}-wal").exists()
     return f"file:{quote(bytes(file))}?mode=ro" + ("" if written else "&immutable=1")
 

@@ -1,6 +1,6 @@
 """When to retry a request: one deadline per batch, exponential pauses with jitter.
 
-This module neither sleeps nor sends. The loop of a retriever reads like this::
+This module neither sleeps nor sends. A retriever loops like this::
 
     deadline = Deadline.after(retry.deadline)
     for attempt in itertools.count():
@@ -45,7 +45,7 @@ class Deadline:
 class Retry:
     """How long a batch may take in all (``deadline``), and the pauses between attempts, in seconds.
 
-    The pause after attempt n (0, 1, ...) is drawn from the upper half of
+    The pause after attempt n (0, 1, ...) is drawn from the upper half of the interval from 0 to
     ``min(longest, first * 2**n)``.
 
     References:

@@ -6,13 +6,13 @@ format; documents hold ``id``, ``title``, ``text`` and ``contents``. Routes:
 - ``POST /retrieve`` answers 200 and the result. Errors are ``{"error": "..."}`` with 400 (bad
   request), 401 (no key), 403 (foreign ``Host`` or ``Origin``), 411 (no length), 413 (the request or
   its answer is too large: ask for less at once), 502 (a query failed), or 503 with
-  ``Retry-After`` (the engine failed, or the server is busy). The format cannot express that one
-  query of several failed. One failure therefore fails the request, so that nobody reads "no answer"
-  as "no passage". A client that sends ``Prefer: handling=lenient`` gets ``{"error": "..."}`` in the
+  ``Retry-After`` (the engine failed, or the server is busy). The format has no place for the
+  failure of one query of several, so one failure fails the request: nobody may read "no answer" as
+  "no passage". A client that sends ``Prefer: handling=lenient`` gets ``{"error": "..."}`` in the
   place of that query instead.
 - ``GET /health`` answers 200 while the server takes requests. It does not ask the engine. If the
-  engine knows the fingerprint of its corpus, that is ``index`` in the answer: clients tell by it
-  that two servers have the same passages.
+  engine knows the fingerprint of its corpus, the answer holds it as ``index``: two servers with the
+  same fingerprint have the same passages.
 - ``GET /metrics`` exports counters in Prometheus' text format.
 
 The application is FastAPI, the server is uvicorn with h11, which refuses malformed requests.
@@ -65,22 +65,22 @@ class SearchRequest(msgspec.Struct, frozen=True):
 
 
 class BadRequestError(ValueError):
-    """A request that the server does not understand; the message says why."""
+    """A request that is not in the format or asks for too much; the message says why."""
 
 
-class TooLargeError(ValueError):
-    """An answer that would have too many bytes; the message says what to do."""
+class LargeAnswerError(ValueError):
+    """An answer with more bytes than the server sends; the message says what to do."""
 
 
 def parse_request(body: bytes | bytearray, default_top_k: int, limits: Limits) -> SearchRequest:
     """Parse and check the body of a request.
 
-    The decoder is typed: unlike a general JSON parser, it never builds objects that the format does
-    not have, so that a small body cannot take much memory.
+    The decoder is typed: unlike a general JSON parser it builds no object that the format does not
+    have, so a small body cannot take much memory.
 
     Args:
-        body: JSON, as it came.
-        default_top_k: passages per query if the request does not say.
+        body: the bytes of the body.
+        default_top_k: passages per query, if the request does not say.
         limits: how much a request may ask for.
 
     Returns:
@@ -116,11 +116,11 @@ def encode_answer(results: Sequence[list[Hit] | RetrievalError], scores: bool, l
 
     Args:
         results: one entry per query.
-        scores: whether each document comes with its score.
+        scores: whether to add its score to each document.
         limit: the most bytes of the answer.
 
     Raises:
-        TooLargeError: the answer would be larger. Encoding stops there.
+        LargeAnswerError: the answer would be larger; encoding stops where the limit is reached.
     """
     size = 0
 
@@ -129,7 +129,7 @@ def encode_answer(results: Sequence[list[Hit] | RetrievalError], scores: bool, l
         encoded = write_json(value)
         size += len(encoded) + 2
         if size > limit:
-            raise TooLargeError(
+            raise LargeAnswerError(
                 f"the answer has more than {limit} bytes; ask for fewer queries or a smaller topk"
             )
         return encoded
@@ -169,8 +169,8 @@ class RetrievalServer:
             host: address to listen on.
             port: 0 takes a free port; see ``url``.
             top_k: passages per query if a request does not say.
-            key: clients must send ``Authorization: Bearer KEY``, except to ``/health``; empty: no
-                key is needed.
+            key: clients must send ``Authorization: Bearer KEY``, except to ``/health``; empty: they
+                need none.
             allowed_hosts: names in ``Host`` to answer to, besides ``localhost``, ``host``, and the
                 address that the client connected to.
             limits: how much the server accepts.
@@ -239,8 +239,7 @@ def serve_until_stopped(
 ) -> None:
     """Serve until SIGTERM or SIGINT (Ctrl-C), then finish the requests in flight.
 
-    A second signal has its default effect and ends the process. For the arguments see
-    :class:`RetrievalServer`.
+    A second signal ends the process. For the arguments see :class:`RetrievalServer`.
 
     Raises:
         ConfigurationError: the port is out of range, in use, or not allowed.
@@ -268,8 +267,8 @@ def serve_until_stopped(
 def _make_app(retriever: Retriever, top_k: int, load: Load, pool: ThreadPoolExecutor) -> FastAPI:
     app = FastAPI(title="research-env serve", openapi_url=None)
 
-    # The route reads the body itself. FastAPI would parse it into general objects and keep them
-    # until the answer, and they take many times the memory of the body.
+    # The route reads the body itself: FastAPI would keep it as general objects until the answer,
+    # which take many times its memory.
     @app.post("/retrieve")
     async def retrieve(request: Request) -> Response:
         address = client_address(request.scope)
@@ -328,7 +327,7 @@ def _make_app(retriever: Retriever, top_k: int, load: Load, pool: ThreadPoolExec
 
 
 def _search(retriever: Retriever, asked: SearchRequest, lenient: bool, load: Load) -> Response:
-    """Search in a thread. It builds the answer too, so that the limit on searches bounds both."""
+    """Search and build the answer, in a thread: the limit on searches bounds both."""
     assert asked.topk is not None  # filled in by parse_request
     try:
         found = retriever.search(asked.queries, asked.topk)
@@ -345,7 +344,7 @@ def _search(retriever: Retriever, asked: SearchRequest, lenient: bool, load: Loa
         return error_response(502, f"{len(errors)} of {len(found)} queries failed: {errors[0]}")
     try:
         body = encode_answer(found, asked.return_scores, load.limits.answer)
-    except TooLargeError as error:
+    except LargeAnswerError as error:
         return error_response(413, str(error))
     return Response(body, media_type="application/json")
 

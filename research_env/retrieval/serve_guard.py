@@ -1,6 +1,6 @@
-"""What a search server refuses: limits on memory, time and connections, and who may ask.
+"""Guard a search server: limits on memory, time and connections, and on who may ask.
 
-A reverse proxy usually does this. :mod:`research_env.retrieval.serve` must do without one.
+A reverse proxy usually does this; :mod:`research_env.retrieval.serve` must work without one.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Limits:
     """Requests that wait for the engine; the server refuses further ones."""
     memory: int = 256 << 20
     """Bytes of all bodies that wait and all answers that are being sent. Above it the server
-    refuses requests, and already at half of it those of the address that holds this half."""
+    refuses requests. An address that holds half of it is refused already."""
     connections: int = 512
     """Open connections, at most half of them from one address."""
     request_seconds: float = 20.0
@@ -59,14 +59,14 @@ class Limits:
     idle_seconds: int = 60
     """Seconds after which the server closes a connection between two requests."""
     refusal_seconds: float = 0.5
-    """Seconds that a busy server waits before it refuses, which slows down clients that retry at
-    once."""
+    """Seconds that a busy server waits before it refuses, to slow down clients that retry at once.
+    """
 
 
 class Load:
     """What the server holds at this moment, and its metrics.
 
-    Only the event loop changes it, except for the metrics, which are safe for threads.
+    Only the event loop changes it. The metrics are safe for threads.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -98,12 +98,12 @@ class Load:
             gauge.set_function(read)
 
     def has_room(self, address: str, size: int = 0) -> bool:
-        """Whether a request of so many bytes from an address can be taken now."""
+        """Return whether a request of ``size`` bytes from an address can be taken now."""
         queue_is_full = self.waiting >= self.limits.waiting and self.slots.locked()
         return not queue_is_full and self.has_memory(address, size)
 
     def has_memory(self, address: str, size: int = 0) -> bool:
-        """Whether so many bytes more are allowed, in all and for an address."""
+        """Return whether ``size`` more bytes are allowed, in all and for an address."""
         return (
             self.memory.total() + size <= self.limits.memory
             and self.memory[address] + size <= self.limits.memory // 2
@@ -111,7 +111,7 @@ class Load:
 
     @contextmanager
     def hold(self, address: str) -> Iterator[Callable[[int], None]]:
-        """Count the bytes that the yielded function is told of, until the block ends."""
+        """Yield a function that counts bytes as held by an address, until the block ends."""
         held = 0
 
         def add(size: int) -> None:
@@ -141,8 +141,8 @@ def guard(app: ASGIApp, load: Load, key: str, allowed_hosts: Collection[str]) ->
                 if status == 503 and not load.stopping:
                     await asyncio.sleep(load.limits.refusal_seconds)
                 load.requests.labels(status).inc()
-                # A client that waits for "100 Continue" may or may not send its body after an
-                # error, so what comes next on its connection could be either.
+                # After an error, a client that waits for "100 Continue" may send its body or a new
+                # request: what comes next on its connection could be either.
                 if load.stopping or (status >= 400 and "expect" in headers):
                     message["headers"].append((b"connection", b"close"))
                 started = True
@@ -154,12 +154,13 @@ def guard(app: ASGIApp, load: Load, key: str, allowed_hosts: Collection[str]) ->
                 # This returns when all of the body has left the process.
                 await send({"type": "http.response.body"})
 
-        length = int(headers.get("content-length", 0))
-        refusal = (
-            check_body(scope, headers, load.limits.body)
-            or check_access(scope, headers, key, allowed_hosts)
-            or _check_room(scope, length, load)
+        refusal = check_body(scope, headers, load.limits.body) or check_access(
+            scope, headers, key, allowed_hosts
         )
+        if refusal is None and scope["path"] == "/retrieve":
+            length = int(headers.get("content-length", 0))
+            if not load.has_room(client_address(scope), length):
+                refusal = error_response(503, "too many requests wait")
         try:
             await (refusal or app)(scope, receive, send_counted)
         except (ClientDisconnect, h11.LocalProtocolError):
@@ -175,7 +176,7 @@ def guard(app: ASGIApp, load: Load, key: str, allowed_hosts: Collection[str]) ->
 
 
 def check_body(scope: Scope, headers: Headers, limit: int) -> Response | None:
-    """Refuse bodies that servers and proxies disagree about, or of more bytes than the limit."""
+    """Refuse a body that is too long, or whose length servers and proxies may read differently."""
     close, chunked = {"Connection": "close"}, "transfer-encoding" in headers
     method, length = scope["method"], int(headers.get("content-length", 0))
     if method != "POST" and (length or chunked):
@@ -210,12 +211,6 @@ def check_access(
         if not hmac.compare_digest(given, f"Bearer {key}".encode()):
             challenge = {"WWW-Authenticate": "Bearer"}
             return error_response(401, "send the key as 'Authorization: Bearer KEY'", challenge)
-    return None
-
-
-def _check_room(scope: Scope, length: int, load: Load) -> Response | None:
-    if scope["path"] == "/retrieve" and not load.has_room(client_address(scope), length):
-        return error_response(503, "too many requests wait")
     return None
 
 

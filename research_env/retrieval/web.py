@@ -57,20 +57,24 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """A search service: how to ask it, and how to read its answers. A new one is a new value."""
+    """A search service: how to ask it, and how to read its answers.
+
+    Attributes:
+        url: its address; empty: the user gives one.
+        key: the environment variable that holds the key.
+        needs_key: whether it refuses requests without a key.
+        max_results: the most results per request.
+        request: makes the request from (url, key, query, count).
+        passages: reads passages from the JSON of an answer, best first; raises if the answer
+            reports a failure.
+    """
 
     url: str
-    """Its address; empty: the user gives one."""
     key: str
-    """The environment variable that holds the key."""
     needs_key: bool
-    """Whether it refuses requests without a key."""
     max_results: int
-    """The most results per request."""
     request: Callable[[str, str, str, int], Request]
-    """Makes the request from (url, key, query, count)."""
     passages: Callable[[Any], list[Passage]]
-    """Reads passages from the JSON of an answer, best first; raises if it reports a failure."""
 
 
 def _serper_request(url: str, key: str, query: str, count: int) -> Request:
@@ -174,7 +178,8 @@ class WebRetriever:
             budget: how many requests all retrievers of this address, budget and rate may send in
                 this process, including failed attempts (they may be billed); None: any number.
             rate: how many requests they send per second.
-            retry: deadline of a batch and pauses between attempts; None: 60 s, usual pauses.
+            retry: deadline of a batch and pauses between attempts; None: 60 s and the default
+                pauses.
 
         Raises:
             ConfigurationError: the address cannot be used.
@@ -275,7 +280,7 @@ def open_web(url: str) -> WebRetriever:
 
 
 class _Limit:
-    """How many requests may still be sent, and when the next one."""
+    """Counts how many requests may still be sent, and when the next one may go."""
 
     def __init__(self, budget: int | None, rate: float) -> None:
         self._budget = budget
@@ -288,7 +293,7 @@ class _Limit:
         """Wait until a request may be sent.
 
         Raises:
-            RetrievalError: the budget is spent, or the turn would come after the deadline.
+            RetrievalError: the budget is spent, or the request would go after the deadline.
         """
         with self._lock:
             if self._left == 0:
@@ -310,7 +315,7 @@ def _shared_limit(url: str, budget: int | None, rate: float) -> _Limit:
 
 
 def _shortened(query: str) -> str:
-    """Return a query as one line that every service takes."""
+    """Cut a query to one line of a length that every service takes."""
     words = "".join(c if c.isprintable() else " " for c in query[: 20 * _MAX_CHARACTERS]).split()
     return " ".join(words[:_MAX_WORDS])[:_MAX_CHARACTERS]
 

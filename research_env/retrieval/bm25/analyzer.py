@@ -64,7 +64,7 @@ _POSSESSIVE = re.compile(r"['’＇][sS]\Z")
 
 
 class _StandIns(dict[int, str]):
-    """Maps code points to stand-ins; filled as characters occur."""
+    """Maps code points to stand-ins (for ``str.translate``), and learns them as they occur."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,9 +129,9 @@ def analyze(text: str) -> list[str]:
 
 @lru_cache(maxsize=1 << 18)
 def _term(word: str) -> str:
-    """Term of one word; empty for a stop word."""
+    """Turn a word into its term, which is empty for a stop word."""
     word = _POSSESSIVE.sub("", word)
-    # Java lowers character by character: no final sigma, and a dotted capital I becomes i
+    # Java lowers character by character: no final sigma, and a dotted capital I becomes i.
     lower = word.lower() if word.isascii() else "".join(c.lower()[0] for c in word)
     return "" if lower in STOP_WORDS else _stem(lower)
 
@@ -148,7 +148,7 @@ _HAS_VOWEL_CONSONANT = re.compile(r"(?:[aeiou]|(?<=[^aeiou])y)(?:[^aeiouy]|(?<=[
 
 
 def _stem(word: str) -> str:
-    """Porter's stem as Lucene computes it.
+    """Stem a word by Porter's algorithm, as Lucene does.
 
     Snowball's ``porter`` is the algorithm as published in 1980; Lucene follows Porter's own later
     program. That leaves words of two letters alone, removes more kinds of double consonant before

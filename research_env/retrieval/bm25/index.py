@@ -34,25 +34,24 @@ import numpy as np
 
 from research_env.retrieval.bm25.postings import Array, Best, Clauses, Postings
 
-K1, B, ONE = np.float32(1.2), np.float32(0.75), np.float32(1)
-
+_K1, _B, _ONE = np.float32(1.2), np.float32(0.75), np.float32(1)
 _RUN = 1 << 21  # words per sorted run, and postings that are merged or checked at a time
-_SMALL = 20_000  # passages; below it scoring all of them is faster than loading a compiler
+_SMALL = 20_000  # passages; in a smaller index, scoring all is faster than loading a compiler
 _CACHED_TERMS = 1 << 16  # query terms whose numbers are cached
 _TYPES = {"terms": "<u8", "starts": "<i8", "maxima": "<f4", "rows": "<i4", "impacts": "<f4"}
 FILES = tuple(f"{name}.bin" for name in _TYPES)
 """The names of the files of an index."""
 
 
-def term_hash(term: str) -> int:
-    """The 64-bit hash that stands for a term in an index."""
-    return int.from_bytes(blake2b(term.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+def hash_text(text: str) -> int:
+    """Return the 64-bit hash that stands for a term, an id or a title in files of an index."""
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 def rounded_lengths() -> Array:
-    """The 256 lengths that one byte can hold: Lucene's ``SmallFloat.byte4ToInt``.
+    """Return the 256 lengths that one byte can hold: Lucene's ``SmallFloat.byte4ToInt``.
 
-    They are exact up to 40; above, only the four leading bits of what exceeds 24 are kept.
+    Lengths are exact up to 40; above it, only the four leading bits of ``length - 24`` are kept.
     """
     lengths = list(range(24))
     for code in range(256 - 24):
@@ -62,7 +61,7 @@ def rounded_lengths() -> Array:
 
 
 class _Run(NamedTuple):
-    """The postings of some consecutive passages: terms in order of their hashes, then rows."""
+    """The postings of some consecutive passages, sorted by the terms' hashes, then by rows."""
 
     hashes: Array  # (terms,) uint64
     starts: Array  # (terms + 1,) int64
@@ -83,12 +82,12 @@ class IndexWriter:
         self._scratch = folder / "runs"
         self._scratch.mkdir()
         self._runs: list[_Run] = []
-        self._codes: list[Array] = []  # per run, the rounded length of each passage, one byte each
+        self._codes: list[Array] = []  # per run, uint8: the rounded length of each passage
         self._words = self._rows = 0
         self._begin_run()
 
     def add(self, terms: Sequence[str]) -> None:
-        """Append a passage, given as its terms (at least one); it gets the next row."""
+        """Append a passage, given as its terms (at least one), in the next row."""
         self._tokens.extend([self._ids[term] for term in terms])
         self._lengths.append(len(terms))
         if len(self._tokens) >= _RUN:
@@ -105,7 +104,7 @@ class IndexWriter:
             frequencies[np.searchsorted(hashes, run.hashes)] += np.diff(run.starts)
         starts = np.concatenate(([0], np.cumsum(frequencies)))
         idf = np.log(1 + (self._rows - frequencies + 0.5) / (frequencies + 0.5))
-        weights = (ONE + K1) * idf.astype(np.float32)
+        weights = (_ONE + _K1) * idf.astype(np.float32)
         norms = self._inverse_norms()[np.concatenate(self._codes)]
         maxima = np.empty(len(hashes), np.float32)
         with self._file("rows").open("wb") as rows_file, self._file("impacts").open("wb") as file:
@@ -113,8 +112,8 @@ class IndexWriter:
                 part = slice(first, last)
                 rows, times = _merge(runs, hashes[part], starts[first : last + 1])
                 weight = np.repeat(weights[part], frequencies[part])
-                impacts = weight - weight / (ONE + times.astype(np.float32) * norms[rows])
-                # above 0, so that a passage that has the term is found however long it is
+                impacts = weight - weight / (_ONE + times.astype(np.float32) * norms[rows])
+                # Above 0, so that a passage that has the term is found however long it is.
                 impacts = np.maximum(impacts, np.finfo(np.float32).tiny)
                 maxima[part] = np.maximum.reduceat(impacts, starts[part] - starts[first])
                 rows_file.write(rows.data)  # tofile hides a full disk
@@ -133,7 +132,7 @@ class IndexWriter:
     def _end_run(self) -> None:
         if not self._lengths:
             return
-        hashes = np.fromiter(map(term_hash, self._ids), np.uint64, len(self._ids))
+        hashes = np.fromiter(map(hash_text, self._ids), np.uint64, len(self._ids))
         order = np.argsort(hashes)
         rank = np.empty(len(order), np.uint64)
         rank[order] = np.arange(len(order), dtype=np.uint64)
@@ -167,11 +166,11 @@ class IndexWriter:
         """1 / (k1 (1 - b + b length / mean length)) for each of the 256 lengths."""
         mean = np.float32(self._words / self._rows)
         lengths = rounded_lengths().astype(np.float32)
-        return ONE / (K1 * ((ONE - B) + B * lengths / mean))
+        return _ONE / (_K1 * ((_ONE - _B) + _B * lengths / mean))
 
 
 def _term_parts(starts: Array) -> Iterator[tuple[int, int]]:
-    """First term and end of consecutive parts of about ``_RUN`` postings each."""
+    """Yield the first term and the end of consecutive parts of about ``_RUN`` postings each."""
     steps = np.searchsorted(starts, np.arange(0, starts[-1], _RUN))
     return pairwise(np.unique([*steps, len(starts) - 1]).tolist())
 
@@ -216,7 +215,7 @@ class IndexReader:
             ValueError: the size of a file does not fit the others.
         """
         self.num_rows = num_rows
-        # plain arrays: slicing a numpy.memmap takes ten times as long
+        # Plain arrays: slicing a numpy.memmap takes ten times as long.
         self._terms, self._starts, self._maxima, rows, impacts = (
             np.asarray(np.memmap(folder / f"{name}.bin", kind, "r"))
             for name, kind in _TYPES.items()
@@ -262,7 +261,7 @@ class IndexReader:
         Scores are summed in double precision, then rounded to single, as in Lucene.
 
         Args:
-            queries: the terms of each query; a term counts as often as the query repeats it.
+            queries: the terms of each query; a repeated term counts each time.
             top_k: the most passages per query, at least 1.
             threads: how many threads to use for a large index.
 
@@ -306,7 +305,7 @@ class IndexReader:
 
     def _find(self, term: str) -> int:
         """The number of a term, or -1 where no passage holds it."""
-        wanted = np.uint64(term_hash(term))
+        wanted = np.uint64(hash_text(term))
         number = int(np.searchsorted(self._terms, wanted))
         return number if number < len(self._terms) and self._terms[number] == wanted else -1
 

@@ -9,10 +9,10 @@ the other), ``offsets.bin`` (where each of these ends) and ``meta.json``, which 
 the hash of each file. Everything is read through memory maps, so opening takes no time and many
 processes share the memory.
 
-A machine reads an index completely the first time that it opens it, compares the hashes and checks
-what compiled code relies on. A note in the cache spares later openings that work until a file of
-the index changes or the machine is restarted: after a crash a disk may have lost what it had taken.
-:func:`check_index` does it at any time.
+The first time that a machine opens an index it reads all of it, compares the hashes and checks what
+compiled code relies on. A note in the cache spares later openings that work, until a file of the
+index changes or the machine is restarted: a crash may have cost what was not on the disk yet.
+:func:`check_index` repeats the check at any time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import shutil
 import stat
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
@@ -47,15 +47,14 @@ if TYPE_CHECKING:
     from research_env.retrieval.bm25.documents import DocumentTable
     from research_env.retrieval.documents import Document
 
-FORMAT = 3  # raise it when the folder, the analysis or the impacts change
-REPORT_EVERY = 500  # passages between two reports of progress
-
 log = logging.getLogger(__name__)
 
+_FORMAT = 3  # raise it when the folder, the analysis or the impacts change
+_REPORT_EVERY = 500  # passages between two reports of progress
 _META = "meta.json"
 _MAX_META = 1 << 20  # bytes
 _CHUNK = 1 << 26  # bytes that are hashed at a time
-_THREAD_WORK = 1_000_000  # queries times passages for which a further thread pays
+_THREAD_WORK = 1_000_000  # queries times passages that are worth one more thread
 _FILES = sorted(("passages.bin", "offsets.bin", *FILES))
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux: another one after each start
 
@@ -100,7 +99,8 @@ def build_index(
     if folder.exists() and not is_ours:
         raise ConfigurationError(f"{folder} holds other things; name a new folder for the index")
     fingerprint = corpus.fingerprint()
-    with _only_builder(folder):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(folder.parent / f".{folder.name}.lock"):  # one process builds, others wait
         with contextlib.suppress(StaleIndexError):
             return _checked(folder, corpus.name, fingerprint)[0].passages
         ours = re.compile(rf"\.{re.escape(folder.name)}\.\w+(\.old)?\.building")
@@ -115,9 +115,9 @@ def build_index(
             if corpus.fingerprint() != fingerprint:
                 raise DataError(f"corpus {corpus.name!r} changed meanwhile; index it again")
             files = {name: _checksum(building / name) for name in _FILES}
-            meta = Meta(FORMAT, corpus.name, fingerprint, count, files)
+            meta = Meta(_FORMAT, corpus.name, fingerprint, count, files)
             (building / _META).write_bytes(msgspec.json.format(msgspec.json.encode(meta), indent=1))
-            for name in (*_FILES, _META, ""):  # all is on the disk before it is published
+            for name in (*_FILES, _META, ""):  # all is on the disk before readers see it
                 _sync(building / name)
             building.chmod(0o755)
             if folder.exists():
@@ -132,7 +132,7 @@ def build_index(
 
 
 def is_current(folder: str | Path, corpus: Corpus) -> bool:
-    """Whether a folder holds a whole index of this corpus, in the format of this version."""
+    """Return whether a folder holds a whole index of this corpus, in this version's format."""
     try:
         _checked(Path(folder), corpus.name, corpus.fingerprint())
     except StaleIndexError:
@@ -172,7 +172,7 @@ class EmbeddedRetriever:
             meta, self._index = _checked(self._folder)
         else:
             meta, self._index = _checked(self._folder, corpus.name, corpus.fingerprint())
-        self.fingerprint = meta.fingerprint  # the corpus's
+        self.fingerprint = meta.fingerprint  # the fingerprint of the corpus
         self.num_passages = meta.passages
         self._passages = _map(self._folder / "passages.bin")
         self._offsets_file = _map(self._folder / "offsets.bin")
@@ -191,20 +191,19 @@ class EmbeddedRetriever:
         """
         if top_k < 1:
             raise ConfigurationError(f"top_k={top_k!r} must be 1 or more")
-        if self._index is None:
-            raise RetrievalError("the index has been closed; open it again")
+        index = self._open_index()
         threads = min(
             os.cpu_count() or 1, 1 + len(queries) * self.num_passages // _THREAD_WORK, len(queries)
         )
         terms = [analyze(first_words(query)) for query in queries]
         try:
-            found = self._index.best(terms, top_k, threads)
+            found = index.best(terms, top_k, threads)
         except (ValueError, IndexError) as error:
             raise RetrievalError(self._damaged(error)) from error
         return [self._hits(best) for best in found]
 
     def prepare_reading(self) -> None:
-        """Find out where each id and title is; see `retrieval.documents.DocumentReader`."""
+        """Make or open the table of ids and titles, which :meth:`read` needs."""
         if self._documents is None:
             from research_env.retrieval.bm25.documents import document_table  # noqa: PLC0415
 
@@ -217,8 +216,7 @@ class EmbeddedRetriever:
         Raises:
             RetrievalError: the index has been closed, or turns out to be damaged.
         """
-        if self._index is None:
-            raise RetrievalError("the index has been closed; open it again")
+        self._open_index()
         self.prepare_reading()
         assert self._documents is not None
         try:
@@ -234,10 +232,15 @@ class EmbeddedRetriever:
         self._offsets_file.close()
         self._passages.close()
 
+    def _open_index(self) -> IndexReader:
+        if self._index is None:
+            raise RetrievalError("the index has been closed; open it again")
+        return self._index
+
     def _hits(self, best: Sequence[tuple[int, float]]) -> list[Hit] | RetrievalError:
         try:
             return [Hit(self._passage(row), score) for row, score in best]
-        except ValueError as error:  # not four offsets, or no UTF-8
+        except ValueError as error:  # fewer than four offsets, or bytes that are not UTF-8
             return RetrievalError(self._damaged(error))
 
     def _passage(self, row: int) -> Passage:
@@ -270,7 +273,7 @@ def _write(corpus: Corpus, folder: Path, progress: Callable[[int], None]) -> int
                 for part in (passage.id, passage.title, passage.text):
                     end += passages.write(part.encode("utf-8", "surrogatepass"))
                     offsets.write(array("Q", [end]))
-            if count % REPORT_EVERY == 0:
+            if count % _REPORT_EVERY == 0:
                 progress(count)
     if not rows:
         raise DataError(f"corpus {corpus.name!r} holds no passage with a word to index")
@@ -282,13 +285,17 @@ def _write(corpus: Corpus, folder: Path, progress: Callable[[int], None]) -> int
 def _checked(
     folder: Path, corpus: str = "", fingerprint: str | None = None, again: bool = False
 ) -> tuple[Meta, IndexReader]:
-    """Open an index of the right corpus and version, and check it unless a note says it was.
+    """Open an index of the right corpus and version; check it unless a note says that it was.
 
     Args:
         folder: the folder of the index.
         corpus: the name of the corpus that must be in it, for messages.
         fingerprint: the fingerprint of that corpus; None accepts any.
         again: check it whatever the note says.
+
+    Raises:
+        StaleIndexError: there is no index, or it is damaged, of another version, or made for
+            another corpus.
     """
     meta = _read_meta(folder)
     if fingerprint not in (None, meta.fingerprint):
@@ -312,6 +319,11 @@ def _checked(
 
 
 def _check_all(folder: Path, meta: Meta, index: IndexReader) -> None:
+    """Read all files; compare their hashes, and check what a search relies on.
+
+    Raises:
+        ValueError: says which file is wrong, and in what.
+    """
     size = sum(meta.files[name][0] for name in _FILES)
     log.info("checking the whole index %s (%.1f GB)", folder, size / 1e9)
     for name in _FILES:
@@ -334,8 +346,8 @@ def _read_meta(folder: Path) -> Meta:
             raise _stale(folder, f"is no index: {_META} is no small file")
         data = path.read_bytes()
         version = msgspec.json.decode(data, type=_Format).format
-        if version != FORMAT:
-            raise _stale(folder, f"is of format {version}, this version reads format {FORMAT}")
+        if version != _FORMAT:
+            raise _stale(folder, f"is of format {version}, this version reads format {_FORMAT}")
         return msgspec.json.decode(data, type=Meta)
     except FileNotFoundError as error:
         raise _stale(folder, "is no index: there is none in that folder") from error
@@ -344,7 +356,7 @@ def _read_meta(folder: Path) -> Meta:
 
 
 def _num_rows(folder: Path) -> int:
-    """The number of passages with words: three ends each, after the first start."""
+    """The number of passages with words; each has three entries, after the first entry, 0."""
     entries, rest = divmod((folder / "offsets.bin").stat().st_size, 8)
     if rest or entries < 4 or entries % 3 != 1:
         raise ValueError("offsets.bin has a size that it cannot have")
@@ -352,7 +364,7 @@ def _num_rows(folder: Path) -> int:
 
 
 def _note_kind() -> str:
-    """Notes on checked indexes, one folder per start of the machine."""
+    """The kind of the notes on checked indexes: another one after each start of the machine."""
     with contextlib.suppress(OSError):
         return f"checked/{_BOOT_ID.read_text(encoding='ascii').strip()}"
     return "checked/unknown"
@@ -369,7 +381,7 @@ def _stale(folder: Path, what: str) -> StaleIndexError:
 
 
 def _is_file(path: Path, size: int) -> bool:
-    """Whether this is a regular file of that size; a pipe or device is not even opened."""
+    """Whether this is a regular file of that size, without opening it: it may be a pipe."""
     try:
         found = path.stat()
     except OSError:
@@ -398,14 +410,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _only_builder(folder: Path) -> Iterator[None]:
-    """Wait until no other process builds this index; the lock ends with the process."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(folder.parent / f".{folder.name}.lock"):
-        yield
 
 
 def _map(path: Path) -> mmap.mmap:

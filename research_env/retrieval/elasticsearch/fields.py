@@ -1,7 +1,7 @@
-"""Check the fields of an index that the user made: can they be searched, and how.
+"""Check the fields of an index that the user made, and decide how they are searched.
 
-What would fail only later (a search of a field that is not indexed) or silently find nothing (a
-nested or a keyword field) is refused here, by the field's name.
+A field that would fail only later (because it is not indexed) or silently find nothing (a nested or
+a keyword field) is refused here by its name.
 """
 
 from __future__ import annotations
@@ -132,10 +132,9 @@ def _find(root: Body, mapping: Body, path: str, depth: int) -> Field | None:
 def _required(address: IndexAddress, mapping: Body, path: str) -> Field:
     field = find_field(mapping, path)
     if field is None:
-        known = sorted(_searchable_names(mapping, ""))[:10]
         raise ConfigurationError(
             f"the index {address} has no field {path!r} of texts; fields that can be searched: "
-            f"{', '.join(known) or 'none'}"
+            f"{_list_searchable(mapping)}"
         )
     return field
 
@@ -157,10 +156,9 @@ def _check_searchable(address: IndexAddress, mapping: Body, path: str, field: Fi
         )
     if field.type in TEXT_TYPES:
         raise ConfigurationError(f"{start}: it is not indexed (index: false in its mapping)")
-    known = sorted(_searchable_names(mapping, ""))[:10]
     raise ConfigurationError(
         f"{start} by words: its type is {field.type}, not text. Fields that can be: "
-        f"{', '.join(known) or 'none'}"
+        f"{_list_searchable(mapping)}"
     )
 
 
@@ -175,17 +173,19 @@ def _scoring(field: Field) -> tuple[Any, ...]:
     )
 
 
+def _list_searchable(mapping: Body) -> str:
+    """The first few names of fields that can be searched, for a message."""
+    return ", ".join(sorted(_searchable_names(mapping, ""))[:10]) or "none"
+
+
 def _searchable_names(mapping: Body, prefix: str) -> list[str]:
     names: list[str] = []
     for name, each in mapping.get("properties", {}).items():
         path = f"{prefix}{name}"
         if Field(path, each).searchable:
             names.append(path)
-        names += [
-            f"{path}.{sub}"
-            for sub, it in each.get("fields", {}).items()
-            if Field(sub, it).searchable
-        ]
+        parts = each.get("fields", {}).items()
+        names += [f"{path}.{part}" for part, it in parts if Field(part, it).searchable]
         if each.get("type") != "nested":
             names += _searchable_names(each, f"{path}.")
     return names

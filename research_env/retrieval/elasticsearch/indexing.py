@@ -174,17 +174,9 @@ class _Writer:
             else {"auto_expand_replicas": False, "number_of_replicas": layout.replicas}
         )
         self._shards = layout.shards
-        fixed = json.dumps(
-            [
-                MAPPING_VERSION,
-                _READABLE,
-                layout.analyzer,
-                layout.embed,
-                layout.shards,
-                *body.values(),
-            ]
-        )
-        kind = sha256(fixed.encode()).hexdigest()[:6]
+        versions = MAPPING_VERSION, _READABLE
+        fixed = [*versions, layout.analyzer, layout.embed, layout.shards, *body.values()]
+        kind = sha256(json.dumps(fixed).encode()).hexdigest()[:6]
         self._name = f"{self._alias}-{self._fingerprint[:12]}-{kind}"
 
     async def index(self, progress: Callable[[int], None]) -> Indexed:

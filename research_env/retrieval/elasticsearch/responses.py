@@ -1,8 +1,8 @@
 """Parse Elasticsearch's answers to ``_msearch``: each search's response is judged on its own.
 
-An answer is decoded straight into passages, without building dictionaries first, which takes half
-the time for an answer of 64 searches. If it does not have the expected form it is parsed again as
-generic JSON, so that one broken response costs no other search its hits.
+An answer is decoded straight into passages, without dictionaries, in half the time (measured with
+64 searches). If it does not have the expected form it is parsed again as generic JSON, so that one
+broken response costs no other search its hits.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from research_env.retrieval.json_text import read_json, replace_surrogates
 from research_env.retrieval.retry import RETRYABLE_STATUSES
 
 Answer = list[Hit] | RetrievalError
-Document = TypeVar("Document")
+RawHit = TypeVar("RawHit")
 
-_NOT_A_RESULT = (msgspec.DecodeError, ValueError, RecursionError)
+_NOT_A_RESULT = (msgspec.DecodeError, ValueError, RecursionError)  # what decoders raise
 
 
 class _SortValues(msgspec.Struct, array_like=True, gc=False):
@@ -38,14 +38,14 @@ class _SortValues(msgspec.Struct, array_like=True, gc=False):
     score: float
 
 
-class _OwnDocument(msgspec.Struct, gc=False):
+class _OwnHit(msgspec.Struct, gc=False):
     """A hit of an index that research-env made."""
 
     passage: Passage = msgspec.field(name="_source")
     sort: _SortValues
 
 
-class _ForeignDocument(msgspec.Struct, gc=False):
+class _ForeignHit(msgspec.Struct, gc=False):
     """A hit of an index that the user made."""
 
     id: str = msgspec.field(name="_id")
@@ -57,22 +57,22 @@ class _Shards(msgspec.Struct, gc=False):
     failed: int
 
 
-class _Hits(msgspec.Struct, Generic[Document], gc=False):
-    hits: list[Document]
+class _Hits(msgspec.Struct, Generic[RawHit], gc=False):
+    hits: list[RawHit]
 
 
-class _Response(msgspec.Struct, Generic[Document], gc=False):
+class _Response(msgspec.Struct, Generic[RawHit], gc=False):
     """The response to one search; ``error`` replaces the rest if the status is not 200."""
 
     status: int
     timed_out: bool | None = None
     shards: _Shards | None = msgspec.field(name="_shards", default=None)
-    hits: _Hits[Document] | None = None
+    hits: _Hits[RawHit] | None = None
     error: Any = None
 
 
-class _MultiSearch(msgspec.Struct, Generic[Document], gc=False):
-    responses: list[_Response[Document]]
+class _MultiSearch(msgspec.Struct, Generic[RawHit], gc=False):
+    responses: list[_Response[RawHit]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +90,8 @@ class SourceFields:
     title: str | None
 
 
-_OWN_DECODER = msgspec.json.Decoder(_MultiSearch[_OwnDocument])
-_FOREIGN_DECODER = msgspec.json.Decoder(_MultiSearch[_ForeignDocument])
+_OWN_DECODER = msgspec.json.Decoder(_MultiSearch[_OwnHit])
+_FOREIGN_DECODER = msgspec.json.Decoder(_MultiSearch[_ForeignHit])
 
 
 def parse_answers(
@@ -105,7 +105,7 @@ def parse_answers(
         fields: Where the texts are; None for an index that research-env made.
 
     Returns:
-        One entry per response: its hits, an error, or that it may be asked again.
+        One entry per response: its hits, or an error that says whether another attempt may help.
 
     Raises:
         ValueError: The body is not an answer to several searches.
@@ -118,8 +118,8 @@ def parse_answers(
 def _parse(
     body: bytes,
     address: IndexAddress,
-    decoder: msgspec.json.Decoder[_MultiSearch[Document]],
-    to_hits: Callable[[list[Document]], list[Hit]],
+    decoder: msgspec.json.Decoder[_MultiSearch[RawHit]],
+    to_hits: Callable[[list[RawHit]], list[Hit]],
 ) -> list[Answer | RetryableError]:
     try:
         return [_judge(each, address, to_hits) for each in decoder.decode(body).responses]
@@ -140,9 +140,9 @@ def _parse(
 
 
 def _judge(
-    response: _Response[Document],
+    response: _Response[RawHit],
     address: IndexAddress,
-    to_hits: Callable[[list[Document]], list[Hit]],
+    to_hits: Callable[[list[RawHit]], list[Hit]],
 ) -> Answer | RetryableError:
     """Turn the response to one search into hits or an error.
 
@@ -164,30 +164,30 @@ def _judge(
         return error
 
 
-def _own_hits(documents: list[_OwnDocument]) -> list[Hit]:
-    return [Hit(document.passage, document.sort.score) for document in documents]
+def _own_hits(found: list[_OwnHit]) -> list[Hit]:
+    return [Hit(raw.passage, raw.sort.score) for raw in found]
 
 
 def _foreign_hits(
-    address: IndexAddress, fields: SourceFields, documents: list[_ForeignDocument]
+    address: IndexAddress, fields: SourceFields, found: list[_ForeignHit]
 ) -> list[Hit]:
-    return [_foreign_hit(address, fields, document) for document in documents]
+    return [_foreign_hit(address, fields, raw) for raw in found]
 
 
-def _foreign_hit(address: IndexAddress, fields: SourceFields, document: _ForeignDocument) -> Hit:
-    id_ = replace_surrogates(document.id)
-    title = _source_text(document.source, fields.title) if fields.title else ""
-    text = _source_text(document.source, fields.text)
+def _foreign_hit(address: IndexAddress, fields: SourceFields, raw: _ForeignHit) -> Hit:
+    id_ = replace_surrogates(raw.id)
+    title = _source_text(raw.source, fields.title) if fields.title else ""
+    text = _source_text(raw.source, fields.text)
     if text is None:  # an empty passage would look like evidence of nothing
         raise RetrievalError(
             f"the document {id_!r:.100} of {address} has no field {fields.name!r} in its _source, "
             "from which texts are read"
         )
-    return Hit(Passage(id_, title or "", text), document.score)
+    return Hit(Passage(id_, title or "", text), raw.score)
 
 
 def _source_text(source: Any, path: str) -> str | None:
-    """The text at a path of a document, texts of a list joined by line breaks; None if absent."""
+    """The text at a path of a document; None if there is none. Line breaks join several texts."""
     if isinstance(source, list):
         found = [_source_text(each, path) for each in source]
         return "\n".join(filter(None, found)) if any(each is not None for each in found) else None

@@ -97,11 +97,11 @@ class IndexInfo:
 
 
 class ElasticsearchRetriever:
-    """Passages of an Elasticsearch index.
+    """Search the passages of an Elasticsearch index.
 
     The searches of a batch go out in few ``_msearch`` requests. Each response is judged on its own,
-    and only failed searches are repeated, with growing random pauses, until the batch's deadline.
-    What is unanswered by then is a :class:`RetrievalError` in its place.
+    and only failed searches are repeated, with growing random pauses, until the batch's deadline. A
+    query without an answer by then gets a :class:`RetrievalError` in its place.
 
     A retriever can be pickled and can cross a fork: each process makes its own connections at its
     first search. Several threads may search at the same time.
@@ -231,7 +231,7 @@ class ElasticsearchRetriever:
         self._clients: dict[int, SyncClient] = {}  # by process id
 
     def prepare_reading(self) -> None:
-        """Find out how documents are found; see `retrieval.documents.DocumentReader`.
+        """Decide how documents are found; see ``research_env.retrieval.documents.DocumentReader``.
 
         With ``?text=FIELD`` a document is found by its ``_id``, and by its title if that field, or
         its part ``keyword``, is a ``keyword``.
@@ -267,7 +267,7 @@ class ElasticsearchRetriever:
         return self._answer([json.dumps(body) for body in bodies])
 
     def _own_client(self) -> SyncClient:
-        """The client of this process; one that came through a fork is left alone.
+        """Return the client of this process, and leave one alone that came through a fork.
 
         Raises:
             RetrievalError: The retriever has been closed.
@@ -308,7 +308,11 @@ class ElasticsearchRetriever:
         """Check that what is behind the name can be searched.
 
         Args:
-            indices: Mappings and settings by index; several where the name is an alias over them.
+            indices: Mappings and settings by index; several if the name is an alias over them.
+
+        Raises:
+            ConfigurationError: The fields or the mode of the URL do not fit the index.
+            StaleIndexError: Another version made the index, or not research-env.
         """
         shards = [int(each["settings"]["index.number_of_shards"]) for each in indices.values()]
         many_shards = sum(shards) > 1

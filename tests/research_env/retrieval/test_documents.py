@@ -198,7 +198,7 @@ def test_the_table_of_a_large_index_is_kept_in_the_cache(
     embedded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path))
-    monkeypatch.setattr(table_module, "_KEPT", 1)
+    monkeypatch.setattr(table_module, "_CACHED_FROM", 1)
     folder = embedded.removeprefix("embedded:").partition("?")[0]
     first = EmbeddedRetriever(folder)
     expected = first.read(["3", "novel", "nothing"])
@@ -209,14 +209,14 @@ def test_the_table_of_a_large_index_is_kept_in_the_cache(
         "title-rows.npy",
         "titles.npy",
     ]
-    monkeypatch.setattr(table_module, "_hash", lambda text: 1 / 0)
+    monkeypatch.setattr(table_module, "hash_text", lambda text: 1 / 0)
     second = EmbeddedRetriever(folder)
     second.prepare_reading()  # it reads the files and makes no hash
     monkeypatch.undo()
     assert second.read(["3", "novel", "nothing"]) == expected
     files[0].write_bytes(b"broken")
     monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path))
-    monkeypatch.setattr(table_module, "_KEPT", 1)
+    monkeypatch.setattr(table_module, "_CACHED_FROM", 1)
     assert EmbeddedRetriever(folder).read(["3", "novel", "nothing"]) == expected
 
 

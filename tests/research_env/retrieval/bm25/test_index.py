@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from research_env.retrieval.bm25 import index as index_module
 from research_env.retrieval.bm25 import maxscore
-from research_env.retrieval.bm25.index import IndexReader, IndexWriter, rounded_lengths, term_hash
+from research_env.retrieval.bm25.index import IndexReader, IndexWriter, hash_text, rounded_lengths
 
 Found = list[list[tuple[int, float]]]
 
@@ -87,7 +87,7 @@ def test_an_impact_is_lucenes_to_the_last_bit(tmp_path: Path) -> None:
 
 
 def test_a_hash_does_not_depend_on_the_process() -> None:
-    assert term_hash("apple") == 0x960E_B5A0_47F5_AEDF  # BLAKE2b, as b2sum -l 64 prints it
+    assert hash_text("apple") == 0x960E_B5A0_47F5_AEDF  # BLAKE2b, as b2sum -l 64 prints it
 
 
 # --- files ----------------------------------------------------------------------------------------
