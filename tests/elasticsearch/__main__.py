@@ -1,15 +1,14 @@
 """``make elasticsearch`` and ``make elasticsearch-stop``: a real server for the tests.
 
-``python -m tests.elasticsearch start`` prints the server's address as its last line: that of
-``ELASTICSEARCH_URL`` if it names one, that of a server which an earlier call has started and which
-still runs, or that of a new one. ``stop`` ends what ``start`` has started, and nothing else.
+``python -m tests.elasticsearch start`` prints the address of a server as its last line: the one in
+``ELASTICSEARCH_URL``, or one that an earlier call started and that still runs, or a new one.
+``stop`` ends what ``start`` started, and nothing else.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 from research_env.system.paths import cache_folder
 from tests.elasticsearch.server import ServerError, save, saved, start
@@ -25,10 +24,10 @@ def main(command: str) -> None:
         else:
             server.stop()
             print(f"stopped {server.url}")
-        Path(note).unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
     elif command == "start":
         if not named and server is None:
-            print("starting Elasticsearch (the first time it must be got, too)", flush=True)
+            print("starting Elasticsearch (it is downloaded at the first start)", flush=True)
             server = start()
             save(server, note)
         print(named or (server.url if server else ""))

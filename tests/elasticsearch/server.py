@@ -1,18 +1,17 @@
-"""Get, start and stop a real Elasticsearch server on a free port of 127.0.0.1.
+"""Download, start and stop a real Elasticsearch server on a free port of 127.0.0.1.
 
-It is Elastic's distribution for integration tests, got with Maven: the official one but for most
-modules. The analyzer ``english``, which it lacks, comes back as a plugin of one class. That
-needs Maven and a Java development kit from 17 on. Where they are missing and Docker has a daemon,
+It is Elastic's distribution for integration tests, the official one without most modules, from
+Maven Central. A plugin of one class adds the analyzer ``english``, which it lacks. That needs Maven
+and a Java development kit of version 17 or newer. Where they are missing and Docker has a daemon,
 the official image runs instead.
 
-What is installed lies in the cache folder and is shared; each server has its own folder of data,
-logs and configuration, which goes with it.
+All servers share what is installed in the cache folder. Each has its own folder of data, logs and
+configuration, which is removed with it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -24,10 +23,11 @@ import tempfile
 import time
 import urllib.request
 import zipfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from research_env.system.locks import exclusive_lock
 from research_env.system.paths import cache_folder
 
 VERSION = "8.19.7"
@@ -47,34 +47,19 @@ _SETTINGS = {
 
 
 class ServerError(RuntimeError):
-    """A server that cannot be had here; the message says what is missing."""
-
-
-def _is_stopped(group: int) -> bool:
-    """Whether every thread of a process group is stopped or gone; True where /proc is missing."""
-    states = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):  # it may end while it is looked at
-            if int(_stat(process)[2]) == group:
-                states |= {_stat(thread)[0] for thread in (process / "task").iterdir()}
-    return states <= {"T", "t", "Z", "X"}
-
-
-def _stat(folder: Path) -> list[str]:
-    """State, parent, group and more of a process or thread, from its ``stat`` file."""
-    return (folder / "stat").read_text().rpartition(")")[2].split()
+    """A server that cannot be started here; the message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server that runs, or ran.
+    """A server that was started here, as a process or as a container of Docker.
 
     Attributes:
         url: its address, ``http://127.0.0.1:PORT``.
-        folder: data, logs and configuration of one of ours; empty for a container's.
-        pid: the process group of one of ours, 0 for a container's.
-        born: when its process started, so that a number that was given again is recognized.
-        container: Docker's id, or empty.
+        folder: data, logs and configuration of a process; empty for a container.
+        pid: the process group of a process; 0 for a container.
+        born: when the process started, to recognize a pid that another process has got since.
+        container: Docker's id of a container; empty for a process.
     """
 
     url: str
@@ -89,28 +74,28 @@ class Server:
         return int(self.url.rsplit(":", 1)[1])
 
     def signal(self, number: signal.Signals) -> None:
-        """Send all its processes a signal, if they are still there."""
+        """Send a signal to all its processes, if they are still there."""
         if self.pid and _born(self.pid) == self.born:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, number)
 
     def pause(self) -> None:
-        """Stop all its threads: connections stay open, nothing is answered."""
+        """Stop all its threads: connections stay open, and nothing is answered."""
         self.signal(signal.SIGSTOP)
         while not _is_stopped(self.pid):  # the kernel stops threads one after the other
             time.sleep(0.01)
 
     def resume(self) -> None:
-        """Let a paused one go on."""
+        """Continue after ``pause``."""
         self.signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """End it at once, as a power cut does; its data stay."""
+        """End it at once, as a power cut does, and keep its data."""
         self.signal(signal.SIGKILL)
         _wait(self.pid, self.born)
 
     def halt(self) -> None:
-        """End it in good order; its data stay."""
+        """Shut it down in good order, and keep its data."""
         self.resume()
         self.signal(signal.SIGTERM)
         _wait(self.pid, self.born, 30)
@@ -121,7 +106,7 @@ class Server:
         return _launch(Path(self.folder), self.port)
 
     def stop(self) -> None:
-        """End it and remove its data."""
+        """End it, and remove its data."""
         if self.container:
             subprocess.run(["docker", "stop", self.container], capture_output=True, check=False)
             return
@@ -157,14 +142,28 @@ def start() -> Server:
     )
 
 
+def index_url(server: str, name: str) -> str:
+    """Return the URL of an index, or of an alias, for a retriever."""
+    return f"{server.replace('http', 'elasticsearch', 1)}/{name}"
+
+
+def call(server: str, method: str, path: str, body: object = None) -> Any:
+    """Send a request with a JSON body to a server; return the parsed answer."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"content-type": "application/json"}
+    request = urllib.request.Request(server + path, data, headers, method=method)
+    with _DIRECT.open(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
 def save(server: Server, file: Path) -> None:
-    """Note down a server that shall be stopped by another process."""
+    """Write down a server, so that another process can find and stop it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(asdict(server)), encoding="utf-8")
 
 
 def saved(file: Path) -> Server | None:
-    """The server that was noted down, if it still runs."""
+    """Return the server that ``save`` wrote down, if it still runs."""
     try:
         server = Server(**json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -175,7 +174,7 @@ def saved(file: Path) -> Server | None:
 
 
 def _base() -> Path:
-    """The cache folder, or one that every user can enter, where the server's user cannot."""
+    """A folder in the cache, or one that all users can enter if the server's user cannot."""
     folder = cache_folder() / "elasticsearch"
     folder.mkdir(parents=True, exist_ok=True)
     closed = any(not each.stat().st_mode & 0o001 for each in (folder, *folder.parents))
@@ -192,8 +191,8 @@ def _home() -> Path:
 
 
 def _install() -> None:
-    """Get the server and its plugin, once for all processes."""
-    with _lock(_base() / "install.lock"):
+    """Download the server and add its plugin, once for all processes."""
+    with exclusive_lock(_base() / "install.lock"):
         if _home().exists():
             return
         version = re.search(r"\d+", _run(["javac", "-version"]).stdout)
@@ -271,7 +270,7 @@ def _launch(folder: Path, port: int) -> Server:
     server = Server(f"http://127.0.0.1:{port}", str(folder), process.pid, _born(process.pid))
     deadline = time.monotonic() + TIMEOUT
     try:
-        while not _healthy(server.url):
+        while not _is_healthy(server.url):
             if process.poll() is not None or time.monotonic() > deadline:
                 end = (folder / "output").read_text(errors="replace")[-2000:]
                 raise ServerError(f"Elasticsearch did not start; its last words:\n{end}")
@@ -292,7 +291,7 @@ def _start_container() -> Server:
     try:
         port = _run(["docker", "port", server.container, "9200"]).stdout.strip().rsplit(":", 1)[1]
         server = replace(server, url=f"http://127.0.0.1:{port}")
-        while not _healthy(server.url):
+        while not _is_healthy(server.url):
             if time.monotonic() > deadline:
                 raise ServerError("the container with Elasticsearch did not become ready")
             time.sleep(0.5)
@@ -310,7 +309,7 @@ def _docker_runs(container: str) -> bool:
     return state.returncode == 0 and state.stdout.strip() == "true"
 
 
-def _healthy(url: str) -> bool:
+def _is_healthy(url: str) -> bool:
     try:
         with _DIRECT.open(f"{url}/_cluster/health?wait_for_status=yellow", timeout=5):
             return True
@@ -319,16 +318,31 @@ def _healthy(url: str) -> bool:
 
 
 def _born(pid: int) -> str:
-    """The start of a process in ticks since the machine's; empty when it is gone or a zombie."""
+    """When a process started, in ticks since the machine did; empty if it is gone or a zombie."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = _stat(Path(f"/proc/{pid}"))
     except OSError:
         return ""
     return "" if fields[0] == "Z" else fields[19]
 
 
+def _is_stopped(group: int) -> bool:
+    """Whether every thread of a process group is stopped or gone; True if there is no /proc."""
+    states = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):  # it may end meanwhile
+            if int(_stat(process)[2]) == group:
+                states |= {_stat(thread)[0] for thread in (process / "task").iterdir()}
+    return states <= {"T", "t", "Z", "X"}
+
+
+def _stat(folder: Path) -> list[str]:
+    """State, parent, group and more of a process or thread, from its ``stat`` file."""
+    return (folder / "stat").read_text().rpartition(")")[2].split()
+
+
 def _wait(pid: int, born: str, seconds: float = 60) -> None:
-    """Wait until a process group's leader is gone, and take it off the process table if ours."""
+    """Wait until a process is gone, and reap it if it is a child of this one."""
     deadline = time.monotonic() + seconds
     while pid and born and _born(pid) == born and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -347,10 +361,3 @@ def _run(command: list[str], check: bool = True) -> subprocess.CompletedProcess[
     if check and done.returncode:
         raise ServerError(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-2000:]}")
     return done
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -41,7 +41,7 @@ def test_stop_ends_what_start_started_and_nothing_else(
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
     with subprocess.Popen(sleep, start_new_session=True) as process:
         ours = Server("http://127.0.0.1:1", "", process.pid, module._born(process.pid))
-        # a note that outlived its server: another process has its number now
+        # A note that outlived its server: another process has its pid now.
         save(Server(ours.url, "", process.pid, "before"), note)
         assert saved(note) is None
         command.main("stop")
@@ -59,8 +59,8 @@ def test_stop_ends_what_start_started_and_nothing_else(
     assert "no server" in capsys.readouterr().out
 
 
-def command_of(folder: Path, name: str, script: str) -> None:
-    """A command of that name that does what a shell script says."""
+def make_command(folder: Path, name: str, script: str) -> None:
+    """Make a command that runs a shell script."""
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(f"#!/bin/sh\n{script}\n")
     (folder / name).chmod(0o755)
@@ -75,9 +75,9 @@ def test_an_interrupted_start_leaves_no_server_behind(
 ) -> None:
     home = tmp_path / "home"
     (home / "config").mkdir(parents=True)
-    command_of(home / "bin", "elasticsearch", "exec sleep 600")
+    make_command(home / "bin", "elasticsearch", "exec sleep 600")
     for name in ("mvn", "javac", "chown"):
-        command_of(tmp_path / "bin", name, "exit 0")
+        make_command(tmp_path / "bin", name, "exit 0")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setattr(module, "_base", lambda: tmp_path)
     monkeypatch.setattr(module, "_home", lambda: home)
@@ -90,7 +90,7 @@ def test_an_interrupted_start_leaves_no_server_behind(
         return real(pid)
 
     monkeypatch.setattr(module, "_born", born)
-    monkeypatch.setattr(module, "_healthy", interrupt)
+    monkeypatch.setattr(module, "_is_healthy", interrupt)
     with pytest.raises(KeyboardInterrupt):
         start()
     assert started
@@ -103,9 +103,9 @@ def test_an_interrupted_start_leaves_no_container_behind(
 ) -> None:
     log = tmp_path / "log"
     script = f'echo "$1" >> {log}; case "$1" in run) echo c1;; port) echo 127.0.0.1:1;; esac'
-    command_of(tmp_path / "bin", "docker", script)
+    make_command(tmp_path / "bin", "docker", script)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}")
-    monkeypatch.setattr(module, "_healthy", interrupt)
+    monkeypatch.setattr(module, "_is_healthy", interrupt)
     with pytest.raises(KeyboardInterrupt):
         start()
     assert log.read_text().split() == ["info", "run", "port", "stop"]
@@ -119,7 +119,7 @@ def test_a_container_that_is_busy_is_not_taken_for_gone(
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}")
     assert saved(note) is None  # no Docker
     for script, expected in (("echo true", server), ("echo false", None), ("exit 1", None)):
-        command_of(tmp_path / "bin", "docker", script)
+        make_command(tmp_path / "bin", "docker", script)
         assert saved(note) == expected
 
 
@@ -139,7 +139,7 @@ def test_health_is_asked_for_without_a_proxy(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(urllib.request, "_opener", None)  # which reads these variables only once
     with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert module._healthy(f"http://127.0.0.1:{server.server_address[1]}")
+        assert module._is_healthy(f"http://127.0.0.1:{server.server_address[1]}")
         server.shutdown()
 
 

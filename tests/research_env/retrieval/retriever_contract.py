@@ -1,4 +1,4 @@
-"""What every retriever must do, whatever is behind it; the tests of each apply all of it.
+"""What every retriever must do, whatever is behind it: one function per clause.
 
 A test opens its engine over PASSAGES and gives a way to open it to each clause::
 
@@ -25,6 +25,7 @@ import pytest
 from research_env.env import SearchQAEnv
 from research_env.errors import ConfigurationError, RetrievalError
 from research_env.retrieval.base import Hit, Passage, Retriever
+from research_env.retrieval.bm25.retriever import build_index
 from tests.research_env.fakes import DATASET, search
 
 PASSAGES = (
@@ -78,7 +79,7 @@ class ContractCorpus:
 
 
 def found(engine: Retriever, queries: Sequence[str], top_k: int) -> list[list[Hit]]:
-    """The hits for each query; none of them may fail."""
+    """Return the hits for each query, and check that no query failed."""
     answers = engine.search(queries, top_k)
     assert len(answers) == len(queries)
     hits = []
@@ -167,7 +168,7 @@ def a_closed_engine_says_so(opened: Open) -> None:
 
 def a_forked_process_gets_its_own_answers(opened: Open) -> None:
     engine = opened()
-    expected = found(engine, WORDS, 3)  # what is open now, the fork copies
+    expected = found(engine, WORDS, 3)  # opens what the fork will copy
     context = multiprocessing.get_context("fork")
     together = context.Barrier(2)
 
@@ -205,7 +206,7 @@ CLAUSES: tuple[Clause, ...] = (
 
 
 def fails_in_place(engine: Retriever, queries: Sequence[str]) -> list[RetrievalError]:
-    """Every query fails by a RetrievalError, at its place or for the batch; returns them."""
+    """Check that every query fails, each in its place or all as a batch; return the errors."""
     try:
         answers = engine.search(queries, 3)
     except RetrievalError as whole:
@@ -218,7 +219,7 @@ def fails_in_place(engine: Retriever, queries: Sequence[str]) -> list[RetrievalE
 
 
 def environments_travel(url: str) -> None:
-    """An environment with this retriever pickles, as vector environments in processes need."""
+    """Check that an environment with this retriever pickles, as vector environments need."""
     env = SearchQAEnv(dataset=DATASET, retriever=url, top_k=2)
     env.reset(seed=1)
     copy = pickle.loads(pickle.dumps(env))
@@ -229,8 +230,6 @@ def environments_travel(url: str) -> None:
 
 
 def contract_index(folder: Path) -> Path:
-    """An embedded index of PASSAGES in a folder."""
-    from research_env.retrieval.bm25.retriever import build_index
-
+    """Make an embedded index of PASSAGES inside a folder; return its path."""
     build_index(ContractCorpus(), folder / "contract")
     return folder / "contract"

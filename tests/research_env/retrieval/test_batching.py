@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from queue import Empty
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from research_env import Hit
 from research_env.errors import RetrievalError
 from research_env.retrieval.batching import Found, QueryBatcher, SearchCounts
 from research_env.vector_env import SearchQAVectorEnv
@@ -37,7 +35,7 @@ def taken(searches: QueryBatcher[int]) -> tuple[int, Found | Exception]:
     return result
 
 
-# --- memory ---------------------------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------
 
 
 def test_a_cached_query_is_not_asked_again() -> None:
@@ -54,12 +52,12 @@ def test_a_cached_query_is_not_asked_again() -> None:
     searches.close()
 
 
-def test_the_least_recently_used_is_forgotten_first() -> None:
+def test_the_least_recently_used_is_dropped_first() -> None:
     engine = Engine()
     searches = made(engine, 2)
     for query in ("1", "2", "1", "3", "1", "2", "3"):
         searches.ask([query])
-    # after "1 2 1" the oldest is 2, which 3 replaces; 1 stays; 2 then replaces 3
+    # After "1 2 1" the oldest is 2, which 3 replaces; 1 stays; 2 then replaces 3.
     assert engine.batches == [("1",), ("2",), ("3",), ("2",), ("3",)]
     assert searches.counts == SearchCounts(searched=5, coalesced=0, cache_hits=2)
 
@@ -96,7 +94,7 @@ def test_callers_may_change_their_lists() -> None:
         found.clear()
 
 
-def test_without_memory_nothing_is_cached() -> None:
+def test_a_cache_of_size_0_caches_nothing() -> None:
     engine = Engine()
     searches = made(engine, 0)
     assert searches.ask(["1", "1"]) == searches.ask(["1", "1"])
@@ -237,38 +235,19 @@ def test_a_batch_waits_for_as_long_as_queries_keep_coming(monkeypatch: pytest.Mo
     assert (searches._gather(), queue.now) == (["at 10"], 12.0)
 
 
-class Together:
-    """An engine that takes its time, and counts the threads that ask it at the same time."""
-
-    def __init__(self, in_flight: int | None) -> None:
-        if in_flight is not None:
-            self.in_flight = in_flight
-        self.now = self.most = 0
-        self.lock = threading.Lock()
-        self.meeting = threading.Barrier(2)
-        self.patience = 0.1 if in_flight is None else TIMEOUT  # alone, or sure to meet another
-
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
-        with self.lock:
-            self.now += 1
-            self.most = max(self.most, self.now)
-        with suppress(threading.BrokenBarrierError):
-            self.meeting.wait(self.patience)
-        with self.lock:
-            self.now -= 1
-        return [[] for _ in queries]
-
-    def close(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize(("in_flight", "most"), [(None, 1), (2, 2)])
-def test_an_engine_is_asked_by_as_many_threads_as_it_says(in_flight: int | None, most: int) -> None:
-    engine = Together(in_flight)
+@pytest.mark.parametrize("in_flight", [None, 2])
+def test_an_engine_is_asked_by_as_many_threads_as_it_says(in_flight: int | None) -> None:
+    engine, most = Gate(in_flight or 1), in_flight or 1
+    if in_flight is None:
+        del engine.in_flight  # one that does not say is asked by one thread
     env = SearchQAVectorEnv(4, dataset=DATASET, retriever=engine, max_wait=0.0, max_batch=1)
     env.reset(seed=3)
     for i in range(4):
         env.send([i], [search(str(i))])
+    for _ in range(most):
+        assert engine.asked.acquire(timeout=TIMEOUT)
+    assert not engine.asked.acquire(timeout=0.1)
+    engine.opened.set()
     seen = 0
     while seen < 4:
         seen += len(env.recv(timeout=TIMEOUT))
@@ -277,7 +256,7 @@ def test_an_engine_is_asked_by_as_many_threads_as_it_says(in_flight: int | None,
 
 
 @given(steps=STEPS, cache_size=st.integers(1, 5), background=st.booleans())
-def test_episodes_are_the_same_with_and_without_memory(
+def test_episodes_are_the_same_with_and_without_a_cache(
     steps: list[list[str]], cache_size: int, background: bool
 ) -> None:
     assert played(steps, cache_size, background) == played(steps, 0, False)

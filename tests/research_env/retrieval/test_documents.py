@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
 
@@ -26,6 +24,7 @@ from research_env.retrieval.documents import (
     read_page,
 )
 from research_env.tools import write_call
+from tests.elasticsearch.server import call, index_url
 from tests.research_env.fakes import DATASET, Engine, ListCorpus
 
 WORDS = " ".join(f"word{i}" for i in range(95))
@@ -61,7 +60,7 @@ def url(request: pytest.FixtureRequest, embedded: str) -> str:
     from research_env.retrieval.elasticsearch.indexing import index_elasticsearch
 
     server = request.getfixturevalue("elasticsearch")
-    address = f"{server.replace('http', 'elasticsearch', 1)}/test-{uuid.uuid4().hex[:12]}"
+    address = index_url(server, f"test-{uuid.uuid4().hex[:12]}")
     index_elasticsearch(CORPUS, address)
     return address
 
@@ -231,19 +230,13 @@ def test_a_retriever_that_cannot_read_is_refused_in_words() -> None:
 @pytest.mark.elasticsearch
 def test_an_index_of_ones_own_is_read_by_id_and_by_title(elasticsearch: str) -> None:
     name = f"test-{uuid.uuid4().hex[:12]}"
-    send = build_opener(ProxyHandler({})).open
-
-    def call(method: str, path: str, body: Any) -> None:
-        data = json.dumps(body).encode()
-        headers = {"content-type": "application/json"}
-        send(Request(f"{elasticsearch}/{path}", data, headers, method=method), timeout=60).close()
-
     keyword = {"type": "text", "fields": {"keyword": {"type": "keyword"}}}
     fields = {"body": {"type": "text"}, "head": keyword}
-    call("PUT", name, {"mappings": {"properties": fields}})
+    call(elasticsearch, "PUT", f"/{name}", {"mappings": {"properties": fields}})
     for key in ("1", "2"):
-        call("PUT", f"{name}/_doc/{key}?refresh=true", {"body": f"Text {key}", "head": "Head"})
-    address = f"{elasticsearch.replace('http', 'elasticsearch', 1)}/{name}"
+        document = {"body": f"Text {key}", "head": "Head"}
+        call(elasticsearch, "PUT", f"/{name}/_doc/{key}?refresh=true", document)
+    address = index_url(elasticsearch, name)
     engine: Any = open_retriever(f"{address}?text=body&title=head", None)
     found = engine.read(["2", "Head", "none"])
     assert ids(found[0])[0] in (["1", "2"], ["2", "1"])
@@ -263,7 +256,7 @@ def test_an_index_of_an_earlier_version_is_refused_in_words(
 
     stored = {"type": "keyword", "index": False, "doc_values": False}
     monkeypatch.setattr(indexing, "readable_fields", lambda: {"id": stored, "title": {}})
-    address = f"{elasticsearch.replace('http', 'elasticsearch', 1)}/test-{uuid.uuid4().hex[:12]}"
+    address = index_url(elasticsearch, f"test-{uuid.uuid4().hex[:12]}")
     indexing.index_elasticsearch(CORPUS, address)
     engine: Any = open_retriever(address, None)
     with pytest.raises(ConfigurationError, match="index the corpus again"):

