@@ -7,7 +7,7 @@ from typing import Protocol
 
 import msgspec
 
-from research_env.errors import RetrievalError
+from research_env.errors import ConfigurationError, RetrievalError
 
 MAX_QUERY_CHARACTERS = 1_000
 """A longer query is cut here, so that no engine fails because a policy rambles."""
@@ -28,6 +28,16 @@ class Hit(msgspec.Struct, frozen=True, gc=False):
 
     passage: Passage
     score: float
+
+
+def check_top_k(top_k: int) -> None:
+    """Refuse a number of hits that no search can return.
+
+    Raises:
+        ConfigurationError: ``top_k`` is below 1.
+    """
+    if top_k < 1:
+        raise ConfigurationError(f"top_k={top_k!r} must be 1 or more")
 
 
 class Retriever(Protocol):

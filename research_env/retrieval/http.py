@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
 from research_env.errors import ConfigurationError, RetrievalError
-from research_env.retrieval.base import MAX_QUERY_CHARACTERS, Hit, Passage
+from research_env.retrieval.base import MAX_QUERY_CHARACTERS, Hit, Passage, check_top_k
 from research_env.retrieval.json_text import read_json, replace_surrogates
 from research_env.retrieval.retry import RETRYABLE_STATUSES, Deadline, Retry, retry_after
 from research_env.retrieval.url import (
@@ -103,8 +103,7 @@ class HttpRetriever:
             ConfigurationError: ``top_k`` is below 1.
             RetrievalError: the retriever has been closed.
         """
-        if top_k < 1:
-            raise ConfigurationError(f"top_k={top_k!r} must be 1 or more")
+        check_top_k(top_k)
         client = self._client.get()
         found: list[list[Hit] | RetrievalError] = [[] for _ in queries]
         deadline = Deadline.after(self._retry.deadline)

@@ -35,7 +35,7 @@ from weakref import WeakSet
 import msgspec
 
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
-from research_env.retrieval.base import Hit, Passage, Retriever
+from research_env.retrieval.base import Hit, Passage, Retriever, check_top_k
 from research_env.retrieval.json_text import read_json
 from research_env.retrieval.retry import Deadline
 from research_env.retrieval.url import split_options
@@ -143,11 +143,10 @@ class RecordedRetriever:
         """Answer every query of a batch; see :class:`research_env.retrieval.base.Retriever`.
 
         Raises:
-            ConfigurationError: ``top_k`` below 1.
+            ConfigurationError: ``top_k`` is below 1.
             RetrievalError: the file cannot be read or written.
         """
-        if top_k < 1:
-            raise ConfigurationError(f"top_k={top_k!r} must be 1 or more")
+        check_top_k(top_k)
         wanted = list(dict.fromkeys(queries))
         found = self._look_up(wanted, top_k)
         missing = [query for query in wanted if query not in found]

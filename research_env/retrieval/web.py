@@ -26,7 +26,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
-from research_env.retrieval.base import Hit, Passage
+from research_env.retrieval.base import Hit, Passage, check_top_k
 from research_env.retrieval.http import ForkSafeClient, one_line, request_json
 from research_env.retrieval.retry import Deadline, Retry
 from research_env.retrieval.url import (
@@ -199,11 +199,10 @@ class WebRetriever:
         """Answer every query of a batch; see :class:`research_env.retrieval.base.Retriever`.
 
         Raises:
-            ConfigurationError: ``top_k`` below 1.
+            ConfigurationError: ``top_k`` is below 1.
             RetrievalError: the retriever has been closed.
         """
-        if top_k < 1:
-            raise ConfigurationError(f"top_k={top_k!r} must be 1 or more")
+        check_top_k(top_k)
         client = self._client.get()
         deadline = Deadline.after(self._retry.deadline)
         with ThreadPoolExecutor(_MAX_IN_FLIGHT) as pool:

@@ -36,11 +36,11 @@ import msgspec
 import numpy as np
 
 from research_env.errors import ConfigurationError, DataError, RetrievalError, StaleIndexError
-from research_env.retrieval.base import Hit, Passage
+from research_env.retrieval.base import Hit, Passage, check_top_k
 from research_env.retrieval.bm25.analyzer import analyze, first_words
 from research_env.retrieval.bm25.index import FILES, IndexReader, IndexWriter
 from research_env.system.locks import exclusive_lock
-from research_env.system.paths import read_note, write_note
+from research_env.system.paths import read_note, read_small_file, write_note
 
 if TYPE_CHECKING:
     from research_env.datasets.base import Corpus
@@ -52,7 +52,6 @@ log = logging.getLogger(__name__)
 _FORMAT = 3  # raise it when the folder, the analysis or the impacts change
 _REPORT_EVERY = 500  # passages between two reports of progress
 _META = "meta.json"
-_MAX_META = 1 << 20  # bytes
 _CHUNK = 1 << 26  # bytes that are hashed at a time
 _THREAD_WORK = 1_000_000  # queries times passages that are worth one more thread
 _FILES = sorted(("passages.bin", "offsets.bin", *FILES))
@@ -186,11 +185,10 @@ class EmbeddedRetriever:
         come in the order of the corpus, as in Lucene.
 
         Raises:
-            ConfigurationError: ``top_k`` below 1.
+            ConfigurationError: ``top_k`` is below 1.
             RetrievalError: the index has been closed, or turns out to be damaged.
         """
-        if top_k < 1:
-            raise ConfigurationError(f"top_k={top_k!r} must be 1 or more")
+        check_top_k(top_k)
         index = self._open_index()
         threads = min(
             os.cpu_count() or 1, 1 + len(queries) * self.num_passages // _THREAD_WORK, len(queries)
@@ -340,11 +338,8 @@ def _check_all(folder: Path, meta: Meta, index: IndexReader) -> None:
 
 
 def _read_meta(folder: Path) -> Meta:
-    path = folder / _META
     try:
-        if not stat.S_ISREG(path.stat().st_mode) or path.stat().st_size > _MAX_META:
-            raise _stale(folder, f"is no index: {_META} is no small file")
-        data = path.read_bytes()
+        data = read_small_file(folder / _META)
         version = msgspec.json.decode(data, type=_Format).format
         if version != _FORMAT:
             raise _stale(folder, f"is of format {version}, this version reads format {_FORMAT}")

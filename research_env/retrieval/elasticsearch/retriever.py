@@ -24,7 +24,7 @@ import itertools
 import json
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -109,11 +109,12 @@ class ElasticsearchRetriever:
 
     in_flight = 4
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, info: IndexInfo | None = None) -> None:
         """Open an index, and check that it can be searched as the URL says.
 
         Args:
             url: ``elasticsearch://HOST:PORT/INDEX?KEY=VALUE``; see the module's description.
+            info: What another process found out about the index; None: ask the server now.
 
         Raises:
             ConfigurationError: The URL cannot be parsed, the mode needs an embedding that the index
@@ -123,19 +124,13 @@ class ElasticsearchRetriever:
             StaleIndexError: The index was made by another version, or not by research-env.
         """
         self._url = url
-        self._prepare()
-        client = self._own_client()
+        self._read_options()
+        self._embedding: Embedding | None = None  # loaded when it is needed
+        self._read_plan: ReadPlan | None = None  # made when it is needed
+        self._closed = False
+        self._clients: dict[int, SyncClient] = {}  # by process id
         try:
-            try:
-                indices = self._describe(client)
-                mappings = tuple(each["mappings"] for each in indices.values())
-                self._info = replace(self._check(indices), mappings=mappings)
-            except ResearchEnvError:
-                raise
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise RetrievalError(
-                    f"the answer about {self._address} does not describe an index"
-                ) from error
+            self._info = info or self._inspect()
         except BaseException:
             self.close()
             raise
@@ -148,8 +143,8 @@ class ElasticsearchRetriever:
         """Fingerprint of the indexed corpus; None for an index that research-env did not make."""
         return self._info.fingerprint
 
-    def __reduce__(self) -> tuple[Callable[[str, IndexInfo], Any], tuple[Any, ...]]:
-        return _restore, (self._url, self._info)
+    def __reduce__(self) -> tuple[type[ElasticsearchRetriever], tuple[str, IndexInfo]]:
+        return ElasticsearchRetriever, (self._url, self._info)
 
     def search(self, queries: Sequence[str], top_k: int) -> list[Answer]:
         """Answer every query of a batch; see :class:`research_env.retrieval.base.Retriever`.
@@ -203,9 +198,8 @@ class ElasticsearchRetriever:
         if client is not None:
             client.close()
 
-    def _prepare(self) -> None:
+    def _read_options(self) -> None:
         """Parse the URL; no connection is made."""
-        self._read_plan: ReadPlan | None = None  # made when it is needed
         self._address = parse_address(self._url, ("mode", "deadline", "embed", "text", "title"))
         options = self._address.options
         self._text, self._title = options.get("text"), options.get("title")
@@ -225,10 +219,6 @@ class ElasticsearchRetriever:
                 f"embed=MODEL is for mode=dense and mode=hybrid, not for mode={self._mode}"
             )
         self._retry = Retry(deadline=number(options, "deadline", 60.0, 0.001))
-        self._info = IndexInfo(many_shards=False)
-        self._embedding: Embedding | None = None
-        self._closed = False
-        self._clients: dict[int, SyncClient] = {}  # by process id
 
     def prepare_reading(self) -> None:
         """Decide how documents are found; see ``research_env.retrieval.documents.DocumentReader``.
@@ -284,8 +274,22 @@ class ElasticsearchRetriever:
             raise RetrievalError(_CLOSED)
         return client
 
-    def _describe(self, client: SyncClient) -> Body:
+    def _inspect(self) -> IndexInfo:
+        """Ask the server about the index, and check that it can be searched."""
+        indices = self._describe()
+        try:
+            mappings = tuple(each["mappings"] for each in indices.values())
+            return replace(self._check(indices), mappings=mappings)
+        except ResearchEnvError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RetrievalError(
+                f"the answer about {self._address} does not describe an index"
+            ) from error
+
+    def _describe(self) -> Body:
         """Mappings and settings of the indices behind the name, by index."""
+        client = self._own_client()
         deadline = Deadline.after(self._retry.deadline)
         for attempt in itertools.count():
             try:
@@ -479,15 +483,6 @@ class ElasticsearchRetriever:
     def _no_answer(self, reason: str) -> str:
         seconds = f"{self._retry.deadline:g} s"
         return f"Elasticsearch at {self._address} gave no answer within {seconds}: {reason}"
-
-
-def _restore(url: str, info: IndexInfo) -> ElasticsearchRetriever:
-    """A retriever that another process checked; it connects at its first search."""
-    retriever = ElasticsearchRetriever.__new__(ElasticsearchRetriever)
-    retriever._url = url
-    retriever._prepare()
-    retriever._info = info
-    return retriever
 
 
 def _some_names(indices: Body) -> str:

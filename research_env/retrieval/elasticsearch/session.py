@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -17,10 +19,7 @@ _BUFFER = 1 << 20  # bytes that are read ahead
 
 
 class AnswerError(RetrievalError, ValueError):
-    """An answer that is refused while it is read.
-
-    It is a ValueError because the client passes those on as they are.
-    """
+    """An answer that is refused while it is read; a ValueError, which the client passes on."""
 
 
 class BoundedResponse(aiohttp.ClientResponse):
@@ -59,39 +58,22 @@ class BoundedResponse(aiohttp.ClientResponse):
         return b"".join(parts)
 
 
-class Session:
-    """What a node of the client needs of an ``aiohttp.ClientSession``.
-
-    A redirect is an answer like any other: it could lead to any host.
-    """
-
-    def __init__(self, session: aiohttp.ClientSession) -> None:
-        self._session = session
-
-    def request(self, method: str, url: str, **options: Any) -> Any:
-        """Send a request; see ``aiohttp.ClientSession.request``."""
-        return self._session.request(method, url, allow_redirects=False, **options)
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._session.close()
-
-
 class BoundedNode(AiohttpHttpNode):
-    """The client's own node, with the session above."""
+    """The client's own node, with another session: bounded answers, no cookies, no redirects."""
 
     def _create_aiohttp_session(self) -> None:  # the node calls it before its first request
         self._loop = asyncio.get_running_loop()
-        session: Any = Session(
-            aiohttp.ClientSession(
-                headers={**self.headers, "accept-encoding": "identity"},
-                skip_auto_headers=("accept", "user-agent"),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                connector=aiohttp.TCPConnector(
-                    limit_per_host=_CONNECTIONS, ssl=self.config.ssl_context or True
-                ),
-                response_class=BoundedResponse,
-                read_bufsize=_BUFFER,
-            )
+        session = aiohttp.ClientSession(
+            headers={**self.headers, "accept-encoding": "identity"},
+            skip_auto_headers=("accept", "user-agent"),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            connector=aiohttp.TCPConnector(
+                limit_per_host=_CONNECTIONS, ssl=self.config.ssl_context or True
+            ),
+            response_class=BoundedResponse,
+            read_bufsize=_BUFFER,
         )
-        self.session = session
+        # What the node uses of a session. A redirect is an answer like any other: it could lead to
+        # any host.
+        request = partial(session.request, allow_redirects=False)
+        self.session: Any = SimpleNamespace(request=request, close=session.close)

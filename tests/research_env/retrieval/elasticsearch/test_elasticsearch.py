@@ -446,7 +446,7 @@ def raw_server(handle: Callable[[Any], None]) -> Iterator[tuple[str, list[float]
 
 def opened_unseen(url: str) -> ElasticsearchRetriever:
     """As another process gets it, which does not look at the index again."""
-    return module._restore(url, module.IndexInfo(many_shards=False))
+    return ElasticsearchRetriever(url, module.IndexInfo(many_shards=False))
 
 
 def test_an_answer_whose_headers_come_byte_by_byte_is_given_up_in_time() -> None:
@@ -556,7 +556,7 @@ def test_no_search_outlives_the_closing_of_a_connection() -> None:
 def test_a_retriever_closed_before_it_connects_leaves_no_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = module._restore("elasticsearch://127.0.0.1:9/i", module.IndexInfo(many_shards=False))
+    engine = opened_unseen("elasticsearch://127.0.0.1:9/i")
     made: list[SyncClient] = []
 
     def slow(place: IndexAddress) -> SyncClient:
