@@ -10,7 +10,7 @@ format; documents hold ``id``, ``title``, ``text`` and ``contents``. Routes:
   failure of one query of several, so one failure fails the request: nobody may read "no answer" as
   "no passage". A client that sends ``Prefer: handling=lenient`` gets ``{"error": "..."}`` in the
   place of that query instead.
-- ``GET /health`` answers 200 while the server takes requests. It does not ask the engine. If the
+- ``GET /health`` answers 200 while the server takes requests. It does not search. If the
   engine knows the fingerprint of its corpus, the answer holds it as ``index``: two servers with the
   same fingerprint have the same passages.
 - ``GET /metrics`` exports counters in Prometheus' text format.
@@ -309,7 +309,7 @@ def _make_app(retriever: Retriever, top_k: int, load: Load, pool: ThreadPoolExec
                 load.slots.release()
 
     @app.get("/health")
-    async def health() -> Response:
+    def health() -> Response:  # in a thread: the fingerprint may have to come from another server
         index = getattr(retriever, "fingerprint", None)
         return json_response(200, {"status": "ok", **({"index": index} if index else {})})
 

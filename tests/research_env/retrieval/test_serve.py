@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -162,9 +163,8 @@ def test_a_query_that_failed_fails_in_its_place_for_us() -> None:
         assert [first, last] == Engine().search(["1", "3"], 5)
         assert isinstance(broken, RetrievalError)
         assert "no answer for 'fail 2'" in str(broken)
-        assert (
-            len(served.engine.batches) == 1
-        )  # the engine's own retries are spent: no more of them
+        # The engine's own retries are spent: the client makes no more.
+        assert len(served.engine.batches) == 1
         errors = fails_in_place(client, ["1", "down"])
         assert "the engine is down" in str(errors[0])
         client.close()
@@ -796,6 +796,26 @@ def test_the_command_says_what_it_needs(
         cli.main(["serve", "--dataset", "miniworld"])
     assert exit_.value.code == 2
     assert "needs fastapi: pip install 'research-env[serve]'" in capsys.readouterr().err
+
+
+def test_a_fingerprint_that_takes_long_holds_up_no_search() -> None:
+    """As if the engine asked another server for it."""
+    asked, known = threading.Event(), threading.Event()
+
+    class Slow(Engine):
+        @property
+        def fingerprint(self) -> str:
+            asked.set()
+            known.wait(TIMEOUT)
+            return "f"
+
+    with Served(Slow()) as served, ThreadPoolExecutor(1) as pool:
+        health = pool.submit(served.ask, "GET", "/health")
+        assert asked.wait(TIMEOUT)
+        assert served.post({"queries": ["1"]})[0] == 200
+        assert not health.done()
+        known.set()
+        assert health.result(TIMEOUT)[0] == 200
 
 
 def test_two_servers_of_one_index_have_one_fingerprint() -> None:
