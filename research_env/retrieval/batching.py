@@ -19,6 +19,7 @@ from research_env.retrieval.base import Hit
 from research_env.retrieval.requests import Request, ToolResult
 
 Found = list[Hit] | ToolResult | RetrievalError
+"""The result of a query or tool call, or the engine's error."""
 Ticket = TypeVar("Ticket")
 
 

@@ -378,7 +378,7 @@ def test_a_closed_retriever_does_not_search(beatles: str) -> None:
 
 
 def close_while_it_searches(engine: ElasticsearchRetriever, came: Sequence[object]) -> None:
-    """Close it when its search has reached the server, a moment later; that search says so."""
+    """Close an engine a moment after its search has reached the server; the search must end."""
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(engine.search, ["rock"], 1)
         while not came:
@@ -427,7 +427,7 @@ def test_connections_are_kept_and_a_closed_one_is_replaced(
 
 @contextmanager
 def raw_server(handle: Callable[[Any], None]) -> Iterator[tuple[str, list[float]]]:
-    """A server that does with each connection what it likes; its address, and when each came."""
+    """Serve by handling raw connections; yield the address, and the times at which they come."""
     came: list[float] = []
 
     class Handler(StreamRequestHandler):
@@ -445,7 +445,7 @@ def raw_server(handle: Callable[[Any], None]) -> Iterator[tuple[str, list[float]
 
 
 def opened_unseen(url: str) -> ElasticsearchRetriever:
-    """As another process gets it, which does not look at the index again."""
+    """Open a retriever without asking the server about the index, as unpickling does."""
     return ElasticsearchRetriever(url, module.IndexInfo(many_shards=False))
 
 
@@ -889,7 +889,7 @@ def test_hostile_queries_find_what_the_embedded_engine_finds(
     engine.close()
 
 
-# --- tries ---------------------------------------------------------------------------------------
+# --- retries -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1332,7 +1332,7 @@ def test_certificates_are_verified(
 
 
 class Letters:
-    """An embedding that can be worked out by hand: how often a, b and c stand in a text."""
+    """An embedding that can be worked out by hand: how often a text holds a, b and c."""
 
     dimensions = 3
 
