@@ -103,13 +103,10 @@ def test_a_corpus_is_streamed_in_order(tmp_path: Path, name: str) -> None:
 
 QUESTION_FAULTS: list[tuple[bytes, str]] = [
     (b"\n{}", "empty; remove it"),
-    (b"   \n{}", "empty; remove it"),
     (b'{"id": "q2", "question"', """not a JSON object.*'{"id": "q2", "question"'"""),
     (b"[" * 100_000, r"not a JSON object \(it is nested too deeply\)"),
-    (b'{"a":' * 100_000, "nested too deeply"),
     (b'{"id": ' + b"9" * 5_000 + b"}", "not a JSON object.*digits"),
     (b'["q2"]', "not list"),
-    (b"null", "not NoneType"),
     (b'{"id": "q\xff"}', "invalid UTF-8 at byte 9"),
     (b'{"id": "q2", "question": "\\ud800?", "answers": ["a"]}', "half of a surrogate pair"),
     (b'{"id": "q1", "question": "?", "answers": ["a"]}', "'q1' is that of line 1"),
@@ -138,12 +135,8 @@ QUESTION_FAULTS: list[tuple[bytes, str]] = [
 ]
 PASSAGE_FAULTS: list[tuple[bytes, str]] = [
     (b"\n{}", "empty; remove it"),
-    (b"{", "not a JSON object"),
     (b'{"id": "p2", "contents": 7}', "'contents' must be a text.*7"),
     (b'{"id": "p2", "contents": "\\"T\\"\\n "}', "'text' must be a text"),
-    (b"3", "not int"),
-    (b'{"id": "\xc3", "title": "", "text": "x"}', "invalid UTF-8"),
-    (b'{"id": "p2", "title": "\\udfff", "text": "x"}', "half of a surrogate pair"),
     (b'{"title": "", "text": "x"}', "'id' must be a text"),
     (b'{"id": "p2", "title": 7, "text": "x"}', "'title' must be a text.*7"),
     (b'{"id": "p2", "title": "T"}', "'text' must be a text.*missing.*remove the line"),
@@ -398,16 +391,8 @@ def test_convert_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     write_table(tmp_path / "q.csv", TABLE)
     write(tmp_path / "c.jsonl", {"_id": 1, "contents": '"T"\nx'})
     out = tmp_path / "out"
-    main(
-        [
-            "datasets",
-            "convert",
-            str(tmp_path / "q.csv"),
-            str(tmp_path / "c.jsonl"),
-            "--output",
-            str(out),
-        ]
-    )
+    sources = [str(tmp_path / "q.csv"), str(tmp_path / "c.jsonl")]
+    main(["datasets", "convert", *sources, "--output", str(out)])
     assert capsys.readouterr().out == (
         f"1 questions in {out}/questions.jsonl\n"
         f"1 questions of split dev in {out}/questions.jsonl\n"
@@ -536,9 +521,6 @@ def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
     whole = write(tmp_path / "c.jsonl.gz", *(PASSAGE | {"id": f"p{i}"} for i in range(50)))
     whole.write_bytes(whole.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"c\.jsonl\.gz:\d+: the gzip data are damaged"):
-        read_corpus(whole)
-    whole.write_text("no archive")
-    with pytest.raises(DataError, match=r"c\.jsonl\.gz:1: the gzip data are damaged"):
         read_corpus(whole)
 
 

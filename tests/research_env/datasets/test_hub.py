@@ -42,7 +42,6 @@ from tests.research_env.servers import Call, Reply, Server, as_json, serving
 
 constants = pytest.importorskip("huggingface_hub.constants")
 REVISION = "0123456789abcdef0123456789abcdef01234567"
-KNOWN_WIKI18 = HUB_SOURCES["wiki18"].sha256  # before any test puts a small file in its place
 FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
 WIKI18 = [
     {"id": "0", "contents": '"Evan Morris"\nEvan Morris was a lobbyist for Genentech.'},
@@ -357,12 +356,11 @@ def test_a_killed_download_leaves_finished_files_and_nothing_half(
 def test_an_interrupted_conversion_leaves_nothing_half(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Interrupted:
-        def __call__(self, *_: object) -> None:
-            raise KeyboardInterrupt
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("research_env.datasets.hub.convert", Interrupted())
+        patch.setattr("research_env.datasets.hub.convert", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare("nq", tmp_path)
     assert not [path for path in tmp_path.iterdir() if "nq" in path.name and path.is_dir()]
@@ -405,14 +403,6 @@ def test_another_wikipedia_than_the_known_one_is_not_fetched(
         with pytest.raises(DataError, match="is not the known file: its sha256 is"):
             prepare("wiki18", tmp_path)
         assert not any(map(is_download, server.calls))
-
-
-def test_the_known_wikipedia_is_that_of_flashrag() -> None:
-    """The sum of the hub's commit f2de0bd8 of the file, which is 5,130,719,280 bytes."""
-    assert KNOWN_WIKI18 == {
-        "retrieval-corpus/wiki18_100w.zip":
-        "e5b987a0ce4f6c5fff788162f50c70d41f10fb7762daba507a96a3ad7bb956db"
-    }  # fmt: skip
 
 
 @pytest.mark.usefixtures("server")
