@@ -13,15 +13,15 @@ from research_env.errors import ResearchEnvError
 
 
 class FrameworkError(ResearchEnvError, ImportError):
-    """A framework that is not installed, or whose version the adapter does not support."""
+    """A framework that is not installed, or has a version that the adapter does not support."""
 
 
 def require(distribution: str, supported: str | tuple[str, ...], extra: str) -> None:
     """Check the version of a framework before it is imported.
 
     Args:
-        distribution: its name, as pip knows it.
-        supported: major and minor versions that the adapter is written and tested for.
+        distribution: its name for pip.
+        supported: the major and minor versions with which the adapter is tested.
         extra: the extra of this package that installs it.
 
     Raises:

@@ -51,7 +51,7 @@ def convert(source: Path, output: Path) -> Converted:
 
     Raises:
         DataNotFoundError: no such source.
-        DataError: the source holds neither questions nor passages, or a record is not in order.
+        DataError: the source holds neither questions nor passages, or a record is malformed.
         ConfigurationError: a file in ``output`` is there already.
     """
     left_out = 0

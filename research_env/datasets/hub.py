@@ -332,7 +332,7 @@ def _check_download(source: HubSource, file: _HubFile, path: Path) -> dict[str, 
         damaged = path.replace(path.with_name(f"{path.name}.damaged"))
         raise DataError(
             f"{path} is damaged: its digest is {found}, and the hub says {expected}. It is now "
-            f"{damaged.name}; run the same again to fetch it anew"
+            f"{damaged.name}; run the same again to fetch it"
         )
     return digest
 

@@ -119,7 +119,7 @@ def load_dataset(
 
 
 def data_folder(name: str) -> Path:
-    """The folder of a published data set, fetched from the hub if it is not at hand.
+    """The folder of a published data set, fetched from the hub if it is not there.
 
     Raises:
         DataNotFoundError: the data are neither in a folder nor on a hub that answers.

@@ -387,7 +387,7 @@ def load(split: str, world_seed: int = 0) -> Dataset:
     """Make MiniWorld's questions of a split and its corpus.
 
     Args:
-        split: "train" (4,000 questions) or "dev" (400); no task stands in both.
+        split: "train" (4,000 questions) or "dev" (400); no task is in both.
         world_seed: the world; another seed has other names and facts.
 
     Raises:

@@ -103,7 +103,7 @@ def load(split: str, seed: int, difficulty: int) -> Dataset:
     """Make the questions of a split at a level, and the corpus.
 
     Args:
-        split: "train" (4,000 questions) or "dev" (400); no task stands in both.
+        split: "train" (4,000 questions) or "dev" (400); no task is in both.
         seed: seed of the world.
         difficulty: from 0 to 5; 0 is MiniWorld.
 

@@ -17,7 +17,7 @@ These answers are verdicts:
   reads every judgement other than "correct" as "incorrect".)
 - ``r1-searcher``: the word True or False in any case, perhaps with a full stop.
 
-After any other answer the judge is told once what was wrong; then the verdict is missing.
+After any other answer the judge is asked once more; after a second one the verdict is missing.
 """
 
 from __future__ import annotations

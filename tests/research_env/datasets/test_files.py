@@ -408,7 +408,7 @@ def test_convert_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert sorted(path.name for path in out.iterdir()) == ["corpus.jsonl", "questions.jsonl"]
 
 
-# --- by strangers ---------------------------------------------------------------------------------
+# --- hostile files --------------------------------------------------------------------------------
 
 BOMB = """
 import resource, sys
@@ -536,7 +536,7 @@ def test_no_file_and_an_empty_file(tmp_path: Path) -> None:
 # --- fingerprints ---------------------------------------------------------------------------------
 
 
-def test_the_fingerprint_is_that_of_the_passages(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_passages_alone(tmp_path: Path) -> None:
     plain = FileCorpus("a", write(tmp_path / "a.jsonl", PASSAGE))
     same = FileCorpus("b", write(tmp_path / "b.jsonl.gz", PASSAGE | {"more": 1}))
     assert plain.fingerprint() == same.fingerprint()
@@ -563,7 +563,7 @@ def test_the_fingerprint_follows_the_file(tmp_path: Path) -> None:
     assert FileCorpus("c", path).fingerprint() != first
 
 
-def test_the_fingerprint_of_an_unchanged_file_is_not_made_again(
+def test_the_fingerprint_of_an_unchanged_file_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "c.jsonl", PASSAGE)

@@ -1,4 +1,4 @@
-"""``datasets prepare`` against a hub on this machine: the client that loads is the real one."""
+"""``datasets prepare`` with the real client of the hub, against a hub on this machine."""
 
 from __future__ import annotations
 
@@ -293,10 +293,10 @@ def test_a_set_is_fetched_where_it_is_first_used(server: Server) -> None:
     assert len(server.calls) == asked
 
 
-# --- again, and interrupted ----------------------------------------------------------------------
+# --- repeated and interrupted ---------------------------------------------------------------------
 
 
-def test_a_second_time_nothing_is_done(tmp_path: Path, server: Server) -> None:
+def test_the_second_call_does_nothing(tmp_path: Path, server: Server) -> None:
     first = prepare("nq", tmp_path)
     asked, made = len(server.calls), (first.folder / "manifest.json").stat().st_mtime_ns
     second = prepare("nq", tmp_path)
@@ -306,7 +306,7 @@ def test_a_second_time_nothing_is_done(tmp_path: Path, server: Server) -> None:
     assert (first.folder / "manifest.json").stat().st_mtime_ns == made
 
 
-def test_of_several_at_once_one_does_the_work(tmp_path: Path, server: Server) -> None:
+def test_one_of_several_calls_at_once_does_the_work(tmp_path: Path, server: Server) -> None:
     with ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda _: prepare("musique", tmp_path), range(4)))
     assert sorted(each.made for each in done) == [False, False, False, True]
@@ -390,7 +390,7 @@ def test_a_file_with_another_digest_is_refused(
     with a_hub(monkeypatch, Hub(fail=other)), pytest.raises(DataError, match=told):
         prepare(name, tmp_path)
     assert not (tmp_path / name).exists()
-    with a_hub(monkeypatch):  # and it is fetched anew
+    with a_hub(monkeypatch):  # the next run fetches the file again
         assert prepare(name, tmp_path).manifest["sources"][file] == sha256(content)
 
 
@@ -406,7 +406,7 @@ def test_another_wikipedia_than_the_known_one_is_not_fetched(
 
 
 @pytest.mark.usefixtures("server")
-def test_a_prepared_set_that_was_changed_is_told(tmp_path: Path) -> None:
+def test_a_prepared_set_that_was_changed_is_refused(tmp_path: Path) -> None:
     folder = prepare("nq", tmp_path).folder
     questions = folder / "questions.jsonl.gz"
     questions.write_bytes(questions.read_bytes()[:-1])
@@ -427,7 +427,7 @@ def test_a_prepared_set_that_was_changed_is_told(tmp_path: Path) -> None:
         ('{"format": 9, "outputs": {}}', "has format 9, not 1"),
     ],
 )
-def test_a_folder_of_ones_own_is_left_alone(
+def test_a_folder_that_prepare_did_not_make_is_left_alone(
     tmp_path: Path, server: Server, manifest: str | None, message: str
 ) -> None:
     mine = tmp_path / "nq/questions.jsonl"
@@ -484,7 +484,7 @@ def test_the_known_sum_holds_without_a_hub_too(tmp_path: Path) -> None:
     assert not (tmp_path / "wiki18").exists()
 
 
-def test_a_repository_that_has_changed_is_told(
+def test_a_repository_without_the_known_files_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     renamed = Hub({FLASHRAG: {"nq/all.jsonl": b"{}"}})
@@ -509,7 +509,7 @@ def test_names_that_leave_the_folder_are_not_taken(
         prepare("2wiki", tmp_path)
 
 
-def test_the_table_of_data_names_all_there_is() -> None:
+def test_the_documented_tables_name_every_set() -> None:
     text = (Path(__file__).parents[3] / "docs/how-to/data.md").read_text(encoding="utf-8")
     table, _, licenses = text.partition("## Licenses")
     rows = re.findall(r"^\| `([^`]+)` \|.*?\| `([^`]+)`", table, flags=re.MULTILINE)
@@ -518,7 +518,7 @@ def test_the_table_of_data_names_all_there_is() -> None:
     assert dict(rows).keys() <= set(re.findall(r"`([^`]+)`", named))
 
 
-def test_an_unknown_set_is_told_with_the_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_set_is_refused_with_the_known_names(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"'wiki2018'; known: .*Did you mean 'wiki18'"):
         prepare("wiki2018", tmp_path)
 
@@ -634,7 +634,7 @@ def test_the_command_refuses_names_before_it_fetches(
     assert not server.calls
 
 
-def test_in_a_terminal_a_bar_tells_how_far_it_is(
+def test_in_a_terminal_a_bar_shows_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = Hub()

@@ -1,4 +1,4 @@
-"""The judge, against a local server that speaks the protocol and fails in the ways that occur."""
+"""The judge, against a local server that speaks OpenAI's protocol and fails in many ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Structured turns instead of text, tools of one's own, and what is refused in words."""
+"""Structured turns in place of text, tools of a user, and settings that are refused."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_limits_count_the_calls_of_all_tools() -> None:
     assert (ended.info["stop_reason"], ended.info["metrics"]["searches"]) == ("max_searches", 3.0)
 
 
-# --- tools of one's own --------------------------------------------------------------------------
+# --- tools of a user ---------------------------------------------------------------------------
 
 
 def test_a_tool_is_a_function_with_a_schema() -> None:
