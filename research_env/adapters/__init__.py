@@ -29,10 +29,10 @@ def require(distribution: str, supported: str | tuple[str, ...], extra: str) -> 
     """
     versions = (supported,) if isinstance(supported, str) else supported
     wanted = " or ".join(f"{distribution}=={each}.*" for each in versions)
-    cure = f"install {wanted}, for example with pip install '.[{extra}]'"
+    suggestion = f"install {wanted}, for example with pip install '.[{extra}]'"
     try:
         found = version(distribution)
     except PackageNotFoundError:
-        raise FrameworkError(f"{distribution} is not installed; {cure}") from None
+        raise FrameworkError(f"{distribution} is not installed; {suggestion}") from None
     if not any(re.match(rf"{re.escape(each)}(\D|$)", found) for each in versions):
-        raise FrameworkError(f"{distribution} {found} is not supported; {cure}")
+        raise FrameworkError(f"{distribution} {found} is not supported; {suggestion}")

@@ -237,7 +237,7 @@ def make_question(record: Mapping[str, Any], where: str) -> Question:
 
 def _hop(step: Mapping[str, Any], where: str) -> Hop:
     answer = step.get("answer")
-    if isinstance(answer, list) and answer:  # Bamboogle lists them
+    if isinstance(answer, list) and answer:  # some decompositions list several
         step = {**step, "answer": answer[0]}
     support = _text(step, "support", where) if step.get("support") is not None else None
     return Hop(_text(step, "question", where), _text(step, "answer", where), support)
@@ -257,10 +257,10 @@ def _text(record: Mapping[str, Any], field: str, where: str) -> str:
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
         state = "is missing" if field not in record else f"is {value!r:.80}"
-        cure = "remove the line" if field == "text" else "correct the line"
+        suggestion = "remove the line" if field == "text" else "correct the line"
         raise DataError(
             f"{where}: the field {field!r} must be a text that is not empty; it {state}. "
-            f"Give it or {cure}"
+            f"Give it or {suggestion}"
         )
     return value
 

@@ -285,8 +285,8 @@ def _comparison(world: World, level: Level, rng: random.Random) -> Question | No
     order = rng.choice(["first", "last"])
     chosen = paths[years.index(min(years) if order == "first" else max(years))]
     one, two, three = (path.phrase for path in paths)
-    told = f"Which came {order} by {COMPARED[kind]}, {one}, {two} or {three}?"
-    return _question(told, world.entities[chosen.value].name, "comparison", tuple(hops))
+    text = f"Which came {order} by {COMPARED[kind]}, {one}, {two} or {three}?"
+    return _question(text, world.entities[chosen.value].name, "comparison", tuple(hops))
 
 
 def _count(world: World, level: Level, rng: random.Random) -> Question | None:
@@ -298,8 +298,8 @@ def _count(world: World, level: Level, rng: random.Random) -> Question | None:
     year = rng.choice([year for year in range(1910, 1991, 10) if year not in years])
     one, two, three = (path.phrase for path in paths)
     dated = f"an {COMPARED[kind]}" if COMPARED[kind] == "opening" else f"a {COMPARED[kind]}"
-    told = f"How many of {one}, {two} and {three} have {dated} before {year}?"
-    return _question(told, str(sum(each < year for each in years)), "count", tuple(hops))
+    text = f"How many of {one}, {two} and {three} have {dated} before {year}?"
+    return _question(text, str(sum(each < year for each in years)), "count", tuple(hops))
 
 
 # --- intersections --------------------------------------------------------------------------------
@@ -331,9 +331,9 @@ def _intersection(world: World, rng: random.Random, index: Index) -> Question | 
         return None
     said, also = rng.choice(first.statements), rng.choice(second.statements)
     asked = "Who is" if entity.kind == "person" else "What is"
-    told = f"{asked} the {entity.kind} {said} {path.phrase}, {also} {two}?"
+    text = f"{asked} the {entity.kind} {said} {path.phrase}, {also} {two}?"
     last = Hop(f"{said} #1, {also} {two}", entity.name, world.passage_id(key))
-    return _question(told, entity.name, "intersection", (*path.hops, last))
+    return _question(text, entity.name, "intersection", (*path.hops, last))
 
 
 def _path_to(world: World, rng: random.Random, key: str, value: str) -> Path:
@@ -349,10 +349,10 @@ def _path_to(world: World, rng: random.Random, key: str, value: str) -> Path:
 # --- questions ------------------------------------------------------------------------------------
 
 
-def _question(told: str, answer: str, kind: str, hops: tuple[Hop, ...]) -> Question:
+def _question(text: str, answer: str, kind: str, hops: tuple[Hop, ...]) -> Question:
     return Question(
         id="",
-        question=told,
+        question=text,
         answers=(answer,),
         supporting=tuple(dict.fromkeys(hop.support for hop in hops if hop.support)),
         hops=len(hops),

@@ -1,3 +1,5 @@
+"""Files of questions and passages: what is read, and errors that name the bad line."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,3 +1,5 @@
+"""Data sets by name: splits, a user's own files, mixtures, and what is refused."""
+
 from __future__ import annotations
 
 import json
