@@ -372,7 +372,7 @@ def _read_records(paths: list[Path], report: Callable[[float, str], None]) -> It
 def _json_lines(path: Path) -> Iterator[tuple[Record, float]]:
     """Records of a .jsonl, .jsonl.gz or zipped .jsonl, each with the fraction of the file read."""
     size = path.stat().st_size or 1
-    with path.open("rb") as raw, _unpacked(path, raw) as lines:
+    with path.open("rb") as raw, _unpack(path, raw) as lines:
         while line := lines.readline(MAX_LINE + 1):
             if len(line) > MAX_LINE:
                 raise ValueError(f"a line of over {MAX_LINE >> 20} MiB")
@@ -382,20 +382,17 @@ def _json_lines(path: Path) -> Iterator[tuple[Record, float]]:
             yield record, raw.tell() / size
 
 
-@contextmanager
-def _unpacked(path: Path, raw: IO[bytes]) -> Iterator[IO[bytes]]:
+def _unpack(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    """The lines of a plain, gzipped or zipped file that is open as ``raw``."""
     if path.suffix == ".gz":
-        with gzip.open(raw) as lines:
-            yield cast(IO[bytes], lines)
-    elif path.suffix == ".zip":
-        with zipfile.ZipFile(raw) as archive:
-            inside = [name for name in archive.namelist() if name.endswith(".jsonl")]
-            if len(inside) != 1:
-                raise ValueError(f"one .jsonl is needed in the archive, not {inside}")
-            with archive.open(inside[0]) as lines:
-                yield lines
-    else:
-        yield raw
+        return cast(IO[bytes], gzip.open(raw))
+    if path.suffix == ".zip":
+        archive = zipfile.ZipFile(raw)
+        inside = [name for name in archive.namelist() if name.endswith(".jsonl")]
+        if len(inside) != 1:
+            raise ValueError(f"one .jsonl is needed in the archive, not {inside}")
+        return archive.open(inside[0])
+    return raw
 
 
 def _parquet(path: Path) -> Iterator[tuple[Record, float]]:

@@ -647,12 +647,8 @@ def test_a_pipe_is_no_cache(tmp_path: Path) -> None:
     ("name", "value"),
     [
         ("correct", "yes"),
-        ("digest", 3),
         ("replies", -1),
         ("tokens_in", 1e999),
-        ("tokens_out", None),
-        ("sample", "0"),
-        ("question_id", []),
         ("question_id", None),
     ],
 )
@@ -786,8 +782,6 @@ def broken(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
             del records[0]["info"]
         case "no key":
             del first["question_id"], records[0]["episode"]
-        case "prediction":
-            first["prediction"] = ["Paris"]
         case "list":
             records[0] = [1]  # type: ignore[call-overload]
         case "empty":
@@ -803,7 +797,6 @@ def broken(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
         ("no question", "predictions.jsonl:1: the question of 'q1' is missing"),
         ("no info", "predictions.jsonl:1: no episode"),
         ("no key", "predictions.jsonl:1: an episode needs"),
-        ("prediction", r"predictions.jsonl:1: .*got `array` - at `\$.info.prediction`"),
         ("list", "predictions.jsonl:1: no episode"),
         ("empty", "holds no episode"),
     ],
@@ -827,13 +820,10 @@ def test_a_broken_line_before_the_last_is_refused(tmp_path: Path) -> None:
     ("where", "value"),
     [
         (("sample",), True),
-        (("sample",), 1e999),
-        (("episode",), {}),
         (("void",), "no"),
         (("info",), []),
         (("info", "question_id"), ["q1"]),
-        (("info", "question"), 3),
-        (("info", "answers"), "Paris"),
+        (("info", "prediction"), ["Paris"]),
         (("info", "answers"), ["Paris", None]),
     ],
     ids=str,
@@ -1010,9 +1000,7 @@ def test_the_command_exits_with_1_where_verdicts_are_missing(
     assert "score between 0.00% and 100.00%" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "wrong", [["--rate", "0"], ["--price-in", "1"], ["--deadline", "-1"], ["--concurrency", "0"]]
-)
+@pytest.mark.parametrize("wrong", [["--rate", "0"], ["--price-in", "1"]])
 def test_the_command_refuses(
     tmp_path: Path, wrong: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
