@@ -293,7 +293,7 @@ def judge_url(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> I
 def test_a_real_server_holds_the_model_to_a_verdict(tmp_path: Path, judge_url: str) -> None:
     """vLLM takes the JSON schema; its model writes the first token that the schema allows."""
     path = write(tmp_path, *(episode(n) for n in range(24)))
-    summary = judge_predictions(path, JudgeSettings(judge_url, "model"), show=False)
+    summary = judge_predictions(path, JudgeSettings(judge_url, "model"))
     assert (summary.n, summary.missing, summary.score) == (24, 0, 1.0)
     raw = {each["raw"] for each in judged(tmp_path)}
     assert {json.dumps(json.loads(each)) for each in raw} == {
@@ -310,7 +310,7 @@ def test_a_real_server_whose_model_gives_no_verdict(tmp_path: Path, judge_url: s
     """Without a form the same model writes nothing."""
     path = write(tmp_path, *(episode(n) for n in range(3)))
     settings = JudgeSettings(judge_url, "model", "r1-searcher")
-    summary = judge_predictions(path, settings, show=False)
+    summary = judge_predictions(path, settings)
     assert (summary.missing, summary.range) == (3, (0.0, 1.0))
     assert summary.reasons == {"no valid verdict": 3}
     assert summary.replies == 6
@@ -318,9 +318,9 @@ def test_a_real_server_whose_model_gives_no_verdict(tmp_path: Path, judge_url: s
 
 def test_a_real_server_refuses_what_is_too_long_or_unknown(tmp_path: Path, judge_url: str) -> None:
     path = write(tmp_path, episode(1, "word " * 2_000), episode(2))
-    summary = judge_predictions(path, JudgeSettings(judge_url, "model"), show=False)
+    summary = judge_predictions(path, JudgeSettings(judge_url, "model"))
     assert (summary.correct, summary.reasons) == (1, {"status 400": 1})
     (line,) = [each for each in judged(tmp_path) if each["correct"] is None]
     assert "4096" in line["problem"]
     with pytest.raises(JudgeError, match="404"):
-        judge_predictions(path, JudgeSettings(judge_url, "other"), tmp_path / "other", show=False)
+        judge_predictions(path, JudgeSettings(judge_url, "other"), tmp_path / "other")

@@ -13,15 +13,15 @@ from research_env.errors import ResearchEnvError
 
 
 class FrameworkError(ResearchEnvError, ImportError):
-    """A framework that is not installed, or whose version the adapter does not support."""
+    """A framework that is not installed, or has a version that the adapter does not support."""
 
 
 def require(distribution: str, supported: str | tuple[str, ...], extra: str) -> None:
     """Check the version of a framework before it is imported.
 
     Args:
-        distribution: its name, as pip knows it.
-        supported: major and minor versions that the adapter is written and tested for.
+        distribution: its name for pip.
+        supported: the major and minor versions with which the adapter is tested.
         extra: the extra of this package that installs it.
 
     Raises:
@@ -29,10 +29,10 @@ def require(distribution: str, supported: str | tuple[str, ...], extra: str) -> 
     """
     versions = (supported,) if isinstance(supported, str) else supported
     wanted = " or ".join(f"{distribution}=={each}.*" for each in versions)
-    cure = f"install {wanted}, for example with pip install '.[{extra}]'"
+    suggestion = f"install {wanted}, for example with pip install '.[{extra}]'"
     try:
         found = version(distribution)
     except PackageNotFoundError:
-        raise FrameworkError(f"{distribution} is not installed; {cure}") from None
+        raise FrameworkError(f"{distribution} is not installed; {suggestion}") from None
     if not any(re.match(rf"{re.escape(each)}(\D|$)", found) for each in versions):
-        raise FrameworkError(f"{distribution} {found} is not supported; {cure}")
+        raise FrameworkError(f"{distribution} {found} is not supported; {suggestion}")

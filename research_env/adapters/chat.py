@@ -9,12 +9,12 @@ from research_env.protocol import Protocol
 
 
 def policy_text(protocol: Protocol, message: Mapping[str, Any]) -> str:
-    """What the policy wrote, its reasoning in the protocol's marks.
+    """The text of a message, with its reasoning between the protocol's marks.
 
     Args:
-        protocol: the marks.
-        message: of the role ``assistant``; servers with a parser for reasoning split it off into
-            ``reasoning_content`` or ``reasoning``.
+        protocol: has the marks.
+        message: a message of the role ``assistant``. A server with a parser for reasoning moves it
+            from ``content`` to ``reasoning_content`` or ``reasoning``.
     """
     reasoning = message.get("reasoning_content") or message.get("reasoning")
     content = message.get("content") or ""

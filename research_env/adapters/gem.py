@@ -20,8 +20,7 @@ from typing import Any
 from research_env.adapters import require
 from research_env.adapters.task_order import TaskOrder
 from research_env.core import StepOutput
-from research_env.errors import EpisodeError
-from research_env.sessions import Session, Sessions
+from research_env.sessions import Sessions
 
 require("gem-llm", "0.1", "gem")
 
@@ -44,7 +43,6 @@ class ResearchEnv(Env):  # type: ignore[misc]
         super().__init__()
         self.terminators = sessions.terminators
         self._order = TaskOrder(sessions, seed)
-        self._session: Session | None = None
         self._last: dict[str, Any] = {}
 
     def reset(
@@ -53,21 +51,21 @@ class ResearchEnv(Env):  # type: ignore[misc]
         """Open an episode.
 
         Args:
-            seed: begins the order that it draws; None goes on.
-            question_id: the task; None takes the next.
+            seed: begins the order that it draws; None continues the present one.
+            question_id: the task; None takes the next of the order.
 
         Returns:
             The prompt, and the info of ``reset``. If an episode has just ended, its last info is
-            ``info["final_info"]``: GEM's vector environments reset in the same step and would
-            lose its metrics.
+            ``info["final_info"]``: GEM's vector environments reset in the same step, and would
+            lose its metrics otherwise.
 
         Raises:
             UnknownTaskError: no task has this id.
         """
         last, self._last = self._last, {}
-        self._session = self._order.open(seed, question_id)
+        session = self._order.open(seed, question_id)
         final = {"final_info": last} if last.get("metrics") else {}
-        return self._session.prompt, {**self._session.info, **final}
+        return session.prompt, {**session.info, **final}
 
     def step(self, action: str) -> StepOutput:
         """Take what the policy wrote; see :meth:`research_env.sessions.Session.step`.
@@ -75,14 +73,14 @@ class ResearchEnv(Env):  # type: ignore[misc]
         Raises:
             EpisodeError: before ``reset`` or after the end.
         """
-        return self._output(self._opened().step(action))
+        return self._output(self._order.session.step(action))
 
     def truncate(self) -> StepOutput:
         """End the episode because the trainer's budget of tokens is spent; it is scored."""
-        return self._output(self._opened().truncate("length"))
+        return self._output(self._order.session.truncate("length"))
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> ResearchEnv:
-        """A second environment over the same sessions, at no cost.
+        """A second environment over the same sessions; no data are loaded again.
 
         Args:
             same_state: continue from the present state of this episode.
@@ -92,17 +90,12 @@ class ResearchEnv(Env):  # type: ignore[misc]
         child = ResearchEnv(**{"sessions": order.sessions, "seed": order.seed, **kwargs})
         if same_state:
             child._order.number = order.number
-            child._session = self._session and self._session.fork()
+            child._order.opened = order.opened and order.opened.fork()
         return child
 
     def _output(self, output: StepOutput) -> StepOutput:
         self._last = output.info
         return output
-
-    def _opened(self) -> Session:
-        if self._session is None:
-            raise EpisodeError("call reset before step")
-        return self._session
 
 
 def register(name: str, sessions: Sessions) -> None:

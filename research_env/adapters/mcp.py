@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 def tool_sessions(
     retriever: str | Retriever | None, corpus: Corpus | None = None, **settings: Any
 ) -> Sessions:
-    """Sessions that have tools and no question of their own.
+    """Sessions for calls of tools alone; their one question is empty.
 
     Args:
         retriever: the search engine; None searches the corpus.
-        corpus: its passages.
-        **settings: others, such as ``top_k``, ``tools`` or ``protocol="recall"``.
+        corpus: the passages.
+        **settings: other settings of sessions: ``top_k``, ``tools``, ``protocol="recall"``, ...
     """
     nothing = Dataset("tools", (Question("tools", "", ("",)),), corpus)
     settings = {"protocol": "tool-calls", **settings}
@@ -50,12 +50,12 @@ def tool_sessions(
 def make_server(sessions: Sessions) -> Server[Any]:
     """A server of the tools of the sessions' protocol.
 
-    A call is the only call of an episode of its own: the policy of another trainer reads the
-    same text as here, and searches of all clients share calls of the engine. Wrong arguments
-    and a failed engine are results with ``is_error``.
+    Each call is played in an episode of its own, so a client reads the same text as a policy does,
+    and searches of all clients share calls of the engine. Wrong arguments and a failed engine are
+    results with ``is_error``.
 
     Args:
-        sessions: those of a protocol with tools.
+        sessions: their protocol has tools.
 
     Raises:
         ConfigurationError: the protocol has no tools, or the limits allow no call.
@@ -87,7 +87,7 @@ def make_server(sessions: Sessions) -> Server[Any]:
             text = "error: the search engine failed; try again later"
         else:
             text = output.info["messages"][0]["content"]
-        # A passage may begin in the same way.
+        # A passage may begin like an error.
         failed = text.startswith("error: ") and not output.info["passage_ids"]
         return CallToolResult(content=[TextContent(type="text", text=text)], is_error=failed)
 

@@ -18,8 +18,8 @@ from typing import Any
 from research_env.adapters import require
 from research_env.adapters.task_order import TaskOrder
 from research_env.core import StepOutput
-from research_env.errors import EpisodeError, UnknownNameError
-from research_env.sessions import Session, Sessions
+from research_env.errors import UnknownNameError
+from research_env.sessions import Sessions
 
 require("openenv", "0.10", "openenv")
 
@@ -67,7 +67,6 @@ class SearchEnvironment(Environment[SearchAction, SearchObservation, State]):  #
         self._sessions = sessions
         self._order = TaskOrder(sessions)
         self._split = str(sessions.core.settings.get("split", "train"))
-        self._session: Session | None = None
         self._state = State()
 
     async def reset_async(
@@ -82,10 +81,10 @@ class SearchEnvironment(Environment[SearchAction, SearchObservation, State]):  #
         """Open an episode.
 
         Args:
-            seed: begins the order that it draws.
-            episode_id: is kept in ``state``.
-            split: that of the server; None is the same.
-            index: number of the task in the order of the seed (0 without one).
+            seed: begins the order that it draws; None continues the present one.
+            episode_id: returned by ``state``.
+            split: the server's split, or None.
+            index: number of the task in the order of the seed (of seed 0 without one).
             question_id: the task by its id. Without it and ``index``: the next of the order.
 
         Raises:
@@ -94,13 +93,13 @@ class SearchEnvironment(Environment[SearchAction, SearchObservation, State]):  #
         """
         self._check_split(split)
         if index is not None:
-            self._session = self._sessions.open(index, seed or 0)
+            session = self._order.opened = self._sessions.open(index, seed or 0)
         else:
-            self._session = self._order.open(seed, question_id)
-        info = self._session.info
+            session = self._order.open(seed, question_id)
+        info = session.info
         self._state = State(episode_id=episode_id, question_id=info["question_id"], stop_reason="")
         return SearchObservation(
-            text=self._session.prompt,
+            text=session.prompt,
             messages=info["messages"],
             tools=[dict(tool) for tool in info["tools"]],
             terminators=list(self._sessions.terminators),
@@ -115,18 +114,17 @@ class SearchEnvironment(Environment[SearchAction, SearchObservation, State]):  #
         Raises:
             EpisodeError: before ``reset`` or after the end.
         """
-        if self._session is None:
-            raise EpisodeError("call reset before step")
+        session = self._order.session
         if action.truncate:
-            output = self._session.truncate("length")
+            output = session.truncate("length")
         else:
-            output = await self._session.astep(action.text)
+            output = await session.astep(action.text)
         self._state.step_count += 1
         self._state.stop_reason = output.info["stop_reason"]
         return _observation(output)
 
     def reset(self, *_: Any, **__: Any) -> SearchObservation:
-        """Not offered: the server calls the methods above."""
+        """Not available: the server calls the async methods."""
         raise NotImplementedError("await reset_async or step_async")
 
     step = reset
@@ -149,7 +147,7 @@ class SearchEnvironment(Environment[SearchAction, SearchObservation, State]):  #
         """Id and question of the task that ``reset(index=index)`` opens.
 
         Raises:
-            UnknownTaskError: there is none; an ``IndexError``.
+            UnknownTaskError: the split has no such task; it is an ``IndexError``, too.
         """
         self._check_split(split)
         info = self._sessions.open(index).info

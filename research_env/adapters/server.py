@@ -15,9 +15,9 @@ from research_env.retrieval.serve_guard import Limits, check_access, check_body
 
 
 def guard(app: ASGIApp, key: str, allowed_hosts: Collection[str]) -> ASGIApp:
-    """Refuse web pages of other sites, and clients without the key, over HTTP and WebSocket.
+    """Wrap an application: refuse web pages of other sites, and clients without the key.
 
-    Bodies have the limit and the framing of the search server's.
+    The rules are those of the search server, for HTTP and WebSocket. HTTP bodies have its limit.
     """
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:

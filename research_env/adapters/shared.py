@@ -1,4 +1,4 @@
-"""Sessions that the workers of a framework find by their settings, one object per process."""
+"""One `Sessions` object per process and settings, for frameworks that pass settings to workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def shared_sessions(args: Mapping[str, Any]) -> Sessions:
     """The sessions of these settings: one object per process, made on first use.
 
     Args:
-        args: those of :class:`research_env.sessions.Sessions`; values that JSON can hold.
+        args: arguments of :class:`research_env.sessions.Sessions`; values that JSON can hold.
     """
     key = json.dumps(dict(args), sort_keys=True)
     with _LOCK:
@@ -27,6 +27,6 @@ def shared_sessions(args: Mapping[str, Any]) -> Sessions:
 
 
 def share(sessions: Sessions, **args: Any) -> None:
-    """Let all in this process who ask for these ``args`` use sessions that you made."""
+    """Make ``shared_sessions(args)`` return these sessions in this process."""
     with _LOCK:
         _SHARED[json.dumps(args, sort_keys=True)] = sessions

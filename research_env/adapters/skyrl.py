@@ -69,7 +69,7 @@ class ResearchTextEnv(BaseTextEnv):  # type: ignore[misc]
         """Open the episode of the row.
 
         Args:
-            prompt: that of the row; the environment's own messages replace it.
+            prompt: the row's prompt; the environment's own messages replace it.
 
         Returns:
             The first messages, and the info of ``reset``.
@@ -89,16 +89,16 @@ class ResearchTextEnv(BaseTextEnv):  # type: ignore[misc]
 
         Raises:
             EpisodeError: before ``init`` or after the end.
-            RetrievalError: the search engine failed. skyrl-gym cannot drop a sample, so the batch
-                must not be learned from.
+            RetrievalError: the search engine failed. skyrl-gym cannot drop a sample, so the
+                trainer must not learn from the batch.
         """
         session = self._opened()
         self.turns += 1
         self._last = session.step(action)
         if self._last.info.get("void"):
             raise RetrievalError(
-                f"the search engine failed in the episode of {self._task!r}; its reward would be "
-                "evidence of nothing"
+                f"the search engine failed in the episode of {self._task!r}, which says nothing "
+                "about the policy; make sure that the engine answers, and repeat the batch"
             )
         return self._output(self._last)
 
@@ -108,7 +108,7 @@ class ResearchTextEnv(BaseTextEnv):  # type: ignore[misc]
         return self._output(self._last)
 
     def get_metrics(self) -> dict[str, float]:
-        """The metrics of the episode; those of one that was cut are computed on demand."""
+        """The metrics of the episode, as if it were cut now if it is not over; {} before init."""
         if self._session is None:
             return {}
         if self._last is None or not self._last.info["metrics"]:

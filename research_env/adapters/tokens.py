@@ -17,14 +17,15 @@ class TokenEpisode:
 
     Attributes:
         session: the episode.
-        tokenizer: the policy's.
+        tokenizer: the policy's tokenizer.
         budget: the most tokens of all turns and observations together.
         ends: the tokens that end a turn.
         chat: whether the chat template has rendered the prompt, and so frames tool results.
         ids: the tokens after the prompt.
-        mask: 1 for each token of the policy, 0 for each of an observation.
-        logprobs: the policy's tokens as they were sampled, 0 for observations; None: not known.
-        end: the output that ended the episode; None while it goes on.
+        mask: per token, 1 if the policy sampled it, 0 in an observation.
+        logprobs: per token, its log-probability when it was sampled, 0 in an observation; None: not
+            known.
+        end: the last output of the episode; None while it goes on.
     """
 
     session: Session
@@ -39,7 +40,7 @@ class TokenEpisode:
 
     @property
     def room(self) -> int:
-        """How many tokens the budget leaves."""
+        """How many tokens of the budget are left."""
         return self.budget - len(self.ids)
 
     def add_turn(
@@ -49,12 +50,12 @@ class TokenEpisode:
 
         Args:
             turn: its tokens, as they were sampled.
-            logprobs: of each token; None: not known.
-            complete: the turn is known to have ended by itself. Otherwise an end token or a
-                terminator shows it.
+            logprobs: log-probability of each token; None: not known.
+            complete: whether the turn is known to have ended by itself. If not, only an end token
+                or a terminator shows that it has.
 
         Returns:
-            The text to step with. None: the turn was cut, and the episode has ended with it.
+            The text to step with; None: the turn was cut, which has ended the episode.
         """
         turn = list(turn[: self.room])
         self._append(turn, 1, logprobs)
@@ -92,12 +93,12 @@ class TokenEpisode:
 
 
 def encode_observation(tokenizer: Any, text: str, markup: Sequence[str]) -> list[int]:
-    """Tokens of an observation that is framed as the chat template frames messages.
+    """The tokens of an observation, in which the chat template's own tokens are special tokens.
 
     Args:
-        tokenizer: the policy's.
+        tokenizer: the policy's tokenizer.
         text: the observation.
-        markup: the chat tokens in it, ``info["chat_markup"]``; none: it is text.
+        markup: the chat tokens in it, ``info["chat_markup"]``; empty: all of it is text.
     """
     known = [each for each in markup if tokenizer.convert_tokens_to_ids(each) is not None]
     if not known:
@@ -112,25 +113,26 @@ def encode_observation(tokenizer: Any, text: str, markup: Sequence[str]) -> list
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of an observation; no passage can forge a special token."""
+    """The tokens of an observation; no passage can forge a special token."""
     encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
     ids: list[int] = encoded["input_ids"]
     for special_id in {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}:
         special = tokenizer.convert_ids_to_tokens(special_id)
         if special_id in ids and len(special) > 1 and special in text:
-            # Some tokenizers look whole words up whatever they are told; cut such a word.
+            # Some tokenizers look up special tokens in spite of split_special_tokens. Parts of
+            # such a token are not found.
             at = text.index(special) + 1
             return encode_text(tokenizer, text[:at]) + encode_text(tokenizer, text[at:])
     return ids
 
 
 def decode(tokenizer: Any, ids: list[int], *, special: bool = False) -> str:
-    """The text of what the policy sampled.
+    """The text of the policy's tokens.
 
     Args:
-        tokenizer: the policy's.
-        ids: its tokens.
-        special: keep special tokens, which some formats of tool calls consist of.
+        tokenizer: the policy's tokenizer.
+        ids: the tokens.
+        special: whether to keep special tokens, of which some formats of tool calls consist.
     """
     text: str = tokenizer.decode(
         ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False

@@ -24,8 +24,7 @@ import gymnasium as gym
 from research_env.adapters import require
 from research_env.adapters.task_order import TaskOrder
 from research_env.core import StepOutput
-from research_env.errors import EpisodeError
-from research_env.sessions import Session, Sessions
+from research_env.sessions import Sessions
 from research_env.spaces import UnicodeText
 
 require("torchrl", "0.14", "torchrl")
@@ -48,7 +47,6 @@ class SessionEnv(gym.Env[str, str]):
         self.action_space = UnicodeText(terminators=sessions.terminators)
         self.observation_space = UnicodeText()
         self._order = TaskOrder(sessions, seed)
-        self._session: Session | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -58,8 +56,8 @@ class SessionEnv(gym.Env[str, str]):
         Raises:
             UnknownTaskError: no task has this id.
         """
-        self._session = self._order.open(seed, (options or {}).get("question_id"))
-        return self._session.prompt, self._session.info
+        session = self._order.open(seed, (options or {}).get("question_id"))
+        return session.prompt, session.info
 
     def step(self, action: str) -> StepOutput:
         """Take what the policy wrote.
@@ -67,23 +65,18 @@ class SessionEnv(gym.Env[str, str]):
         Raises:
             EpisodeError: before ``reset`` or after the end.
         """
-        return self._opened().step(action)
+        return self._order.session.step(action)
 
     def truncate(self) -> StepOutput:
         """End the episode because the trainer's budget of tokens is spent; it is scored."""
-        return self._opened().truncate("length")
-
-    def _opened(self) -> Session:
-        if self._session is None:
-            raise EpisodeError("call reset before step")
-        return self._session
+        return self._order.session.truncate("length")
 
 
 class InfoReader(BaseInfoDictReader):  # type: ignore[misc]
     """Puts ``question_id``, ``void`` and every metric into the TensorDict; 0 before the end."""
 
     def __init__(self, sessions: Sessions) -> None:
-        """Take the names of the metrics from the sessions."""
+        """Take the names of the metrics from an episode of the sessions."""
         super().__init__()
         names = sessions.open(0).truncate().info["metrics"]
         self._spec = Composite(

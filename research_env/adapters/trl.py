@@ -24,6 +24,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain, repeat
 from typing import Any
 
 from research_env.adapters import require
@@ -42,9 +43,8 @@ Generate = Callable[[Any, list[list[int]], list[int], tuple[str, ...]], Sampled]
 class Rollouts:
     """The ``rollout_func`` of a ``GRPOTrainer``.
 
-    A turn goes on to a terminator, an end token, or the end of ``max_completion_length``; in the
-    last case the episode is truncated and scored. A void episode has the reward None, so that TRL
-    leaves it out.
+    A turn ends at a terminator or an end token. If ``max_completion_length`` cuts it, the episode
+    is truncated and scored. A void episode has the reward None, so TRL leaves it out.
     """
 
     def __init__(
@@ -53,24 +53,22 @@ class Rollouts:
         *,
         chat: bool = False,
         seed: int = 0,
-        generate: Generate | None = None,
+        generate: Generate = generate_turns,
     ) -> None:
         """Read the tasks.
 
         Args:
             sessions: tasks, rules, engine and reward.
-            chat: prompts are chat messages, rendered by the tokenizer's chat template.
+            chat: whether prompts are chat messages, which the tokenizer's chat template renders.
             seed: draws the order of the rows.
-            generate: samples one turn for each sequence: takes the trainer, the sequences of
-                tokens, how many tokens each may get, and the terminators; returns the new tokens up
-                to and with a terminator or end token, and their log-probabilities or None. By
-                default the model's own ``generate``, which is not for vLLM.
+            generate: samples one turn per sequence, with arguments and result of
+                :func:`~research_env.adapters.trl_sampling.generate_turns`, which is the default
+                and cannot be used with vLLM.
         """
         self._sessions = sessions
         self._chat = chat
         self._tools = sessions.core.tool_schemas() if chat else []
-        self._generate = generate or generate_turns
-        self._default = generate is None
+        self._generate = generate
         self._rows: dict[str, dict[str, Any]] = {}
         for task in sessions.tasks(seed):
             prompt = task["messages"] if chat else task["prompt"]
@@ -88,12 +86,12 @@ class Rollouts:
         """Play one episode per prompt; TRL calls this.
 
         Returns:
-            ``prompt_ids``, ``completion_ids``, ``logprobs`` (0 for observations; None if none were
-            sampled with them), ``env_mask`` (1: the policy's token, 0: observation), and
+            Per prompt ``prompt_ids``, ``completion_ids``, ``logprobs`` (0 for observations; None
+            if they are not known), ``env_mask`` (1: the policy's token, 0: an observation's), and
             ``env_reward``, ``env_metrics``, ``env_void`` for reward functions.
 
         Raises:
-            UnknownTaskError: a prompt that is not of :meth:`rows`.
+            UnknownTaskError: a prompt that is not in :meth:`rows`.
             ConfigurationError: a setting of the trainer that would play episodes differently.
         """
         self._check(trainer)
@@ -159,7 +157,7 @@ class Rollouts:
                 "mask_truncated_completions=True would leave out every answer that ends at a "
                 "terminator; set it to False"
             )
-        if trainer.use_vllm and self._default:
+        if trainer.use_vllm and self._generate is generate_turns:
             raise ConfigurationError(
                 "with use_vllm=True give Rollouts a generate= function of your own; the default "
                 "one calls the model"
@@ -169,9 +167,9 @@ class Rollouts:
 class Tools:
     """The ``environment_factory`` of a ``GRPOTrainer``: ``search`` is a tool.
 
-    The last message answers, in the form of the protocol (``<answer>...</answer>``). Unlike
-    :class:`Rollouts` it is the chat template that frames observations, and TRL runs tools one
-    after another, so that searches are not batched.
+    The last message answers, in the form of the protocol (``<answer>...</answer>``). Unlike in
+    :class:`Rollouts`, the chat template frames observations, and TRL runs tools one by one, so
+    searches are not batched.
     """
 
     def __init__(self, sessions: Sessions, *, seed: int = 0) -> None:
@@ -213,10 +211,10 @@ class Tools:
 
 
 class SearchTool:
-    """One rollout of TRL's tool loop; each public method but ``reset`` is a tool."""
+    """One rollout of TRL's tool loop; TRL offers each public method but ``reset`` as a tool."""
 
     def __init__(self, sessions: Sessions) -> None:
-        """Wait for ``reset``."""
+        """Take the sessions; ``reset`` opens an episode."""
         self._sessions = sessions
         self._session: Session | None = None
 
@@ -249,21 +247,22 @@ class SearchTool:
         return session.step(f"{tag.open}{query}{tag.close}").observation
 
     def _end(self, messages: Sequence[Mapping[str, Any]]) -> StepOutput:
-        """Take the last message as the answer, and the thoughts before the calls for the format."""
-        session, said = self._opened(), []
+        """End the episode with the last message as its answer.
+
+        ``search`` gets the query alone, so the thoughts before the calls are put in front of the
+        turns here: the reward reads them for the format.
+        """
+        session, thoughts = self._opened(), list[str]()
         for message in messages:
             if message["role"] == "assistant":
-                text = self._text(message)
                 calls = [call["function"] for call in message.get("tool_calls") or ()]
                 searches = [c for c in calls if c["name"] == "search" and _is_query(c["arguments"])]
-                said += [text if n == 0 else "" for n in range(len(searches))]
+                if searches:
+                    thoughts += [self._text(message), *[""] * (len(searches) - 1)]
         episode = session.episode
-        turns = [
-            replace(turn, action=thought + turn.action)
-            for turn, thought in zip(episode.turns, said, strict=False)
-        ]
-        turns += episode.turns[len(turns) :]
-        session.episode = replace(episode, turns=tuple(turns))
+        pairs = zip(episode.turns, chain(thoughts, repeat("")), strict=False)
+        turns = tuple(replace(turn, action=thought + turn.action) for turn, thought in pairs)
+        session.episode = replace(episode, turns=turns)
         last = messages[-1]
         if not session.episode.over and last["role"] == "assistant" and not last.get("tool_calls"):
             session.step(self._text(last))
@@ -286,13 +285,13 @@ def _step_all(jobs: Sequence[tuple[Session, str]]) -> list[StepOutput]:
     async def together() -> list[StepOutput]:
         return list(await asyncio.gather(*(session.astep(text) for session, text in jobs)))
 
-    # A thread of its own, as the caller may run in an event loop, for example in a notebook.
+    # In a thread of its own: the caller may run in an event loop already, as in a notebook.
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(lambda: asyncio.run(together())).result()
 
 
-def _encode_prompt(trainer: Any, prompt: Any, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-    """Tokens as TRL's own: the chat template, or the tokenizer with its begin token."""
+def _encode_prompt(trainer: Any, prompt: Any, tools: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The tokens that TRL itself would make of a text or of chat messages."""
     tokenizer = trainer._tokenizer
     if isinstance(prompt, str):
         plain: list[int] = tokenizer(prompt)["input_ids"]
@@ -318,6 +317,7 @@ def _key(prompt: Any) -> str:
 
 
 def _is_query(arguments: Any) -> bool:
+    """Whether `SearchTool.search` takes these arguments; a call with others reaches no turn."""
     return (
         isinstance(arguments, Mapping)
         and arguments.keys() == {"query"}

@@ -10,6 +10,7 @@ from typing import Any
 from research_env.adapters.tokens import decode
 
 Sampled = tuple[list[list[int]], list[list[float]] | None]
+"""The new tokens of each sequence, and their log-probabilities if they are known."""
 
 
 def generate_turns(
@@ -19,12 +20,12 @@ def generate_turns(
 
     Args:
         trainer: a ``GRPOTrainer``.
-        sequences: tokens so far.
-        rooms: how many new tokens each may get.
-        stops: a turn ends after the first of these.
+        sequences: the tokens so far.
+        rooms: the most new tokens of each sequence.
+        stops: a turn ends after the first of these texts.
 
     Returns:
-        The new tokens, up to and with those that complete a terminator or the end token. No
+        The new tokens, up to the one that completes a terminator, or an end token. No
         log-probabilities: TRL computes them itself, as it does without ``rollout_func``.
     """
     from trl.models.utils import unwrap_model_for_generation  # noqa: PLC0415
@@ -59,11 +60,11 @@ def generate_turns(
 
 
 def _cut(row: list[int], ends: Sequence[int], tokenizer: Any, stops: tuple[str, ...]) -> list[int]:
-    """The tokens up to the first end token or completed terminator; the rest is padding."""
+    """The tokens up to the first end token or completed terminator; padding follows them."""
     row = row[: next((n + 1 for n, token in enumerate(row) if token in ends), len(row))]
 
     def stopped(length: int) -> bool:
-        # As generate itself looks for them: some formats of tool calls end in a special token.
+        # generate keeps special tokens when it looks for stops; some tool calls end in one.
         text = decode(tokenizer, row[:length], special=True)
         return any(stop in text for stop in stops)
 

@@ -61,13 +61,13 @@ class ResearchAgentLoop(AgentLoopBase):  # type: ignore[misc]
         chat: bool = False,
         **keywords: Any,
     ) -> None:
-        """Take verl's arguments, and those of the file.
+        """Take verl's arguments, and ``args`` and ``chat`` of the file's entry.
 
         Args:
-            *positional: verl's.
+            *positional: for verl's base class.
             args: settings of :class:`research_env.sessions.Sessions`.
-            chat: the prompt is chat messages, rendered by the tokenizer's chat template.
-            **keywords: verl's.
+            chat: whether the tokenizer's chat template renders the prompt from messages.
+            **keywords: for verl's base class.
         """
         super().__init__(*positional, **keywords)
         self._sessions = shared_sessions(dict(args or {}))
@@ -78,8 +78,8 @@ class ResearchAgentLoop(AgentLoopBase):  # type: ignore[misc]
     ) -> AgentLoopOutput:
         """Play one episode.
 
-        A void episode is masked altogether and has the metric ``void``; verl cannot leave it out,
-        so its reward 0 is part of its group's mean.
+        All tokens of a void episode are masked, and its metric ``void`` is 1; verl cannot leave it
+        out, so its reward 0 is part of its group's mean.
 
         Raises:
             ConfigurationError: the row has no ``extra_info["question_id"]``, or its prompt has more
@@ -93,7 +93,7 @@ class ResearchAgentLoop(AgentLoopBase):  # type: ignore[misc]
         budget, ends = self.rollout_config.response_length, (self.tokenizer.eos_token_id,)
         episode = TokenEpisode(session, self.tokenizer, budget, ends, self._chat)
         request, turns = uuid4().hex, 0
-        steps: dict[str, Any] = {}  # the trainer's, when the first and the last turn were sampled
+        steps: dict[str, Any] = {}  # the trainer's steps at the first and at the last turn
         seconds: dict[str, float] = {}
         while episode.end is None:
             with simple_timer("generate_sequences", seconds):
@@ -105,7 +105,7 @@ class ResearchAgentLoop(AgentLoopBase):  # type: ignore[misc]
             turns += 1
             steps = {**sampled.extra_fields, **steps}
             steps["max_global_steps"] = sampled.extra_fields.get("max_global_steps")
-            # A turn that is shorter than it may be has ended by itself, unless verl has cut it.
+            # A turn that leaves room has ended by itself, unless verl has aborted it.
             complete = len(sampled.token_ids) < episode.room and sampled.stop_reason != "aborted"
             text = episode.add_turn(sampled.token_ids, sampled.log_probs, complete=complete)
             if text is not None:

@@ -1,4 +1,4 @@
-"""What a question is, and what a data set is."""
+"""The types of a question, a corpus and a data set."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class Question:
         question: the text that the policy is asked.
         answers: gold answers; one of them is enough.
         supporting: ids of the gold passages.
-        hops: how many passages it takes to answer it.
-        split: "train", "dev", ...
+        hops: how many passages it takes to answer it; None: not known.
+        split: "train", "dev", ...; None: not known.
         type: kind of question, as its data set names it.
-        decomposition: its gold steps.
+        decomposition: its gold steps, in order.
         extra: every other field of the question's record, for rewards: for example
             ``question.extra["difficulty"]``. It cannot be changed and is not part of the hash.
     """
@@ -83,7 +83,7 @@ class Corpus(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is called in messages and in the names of indexes."""
+        """The corpus's name in messages and in the names of indexes."""
         ...
 
     def __iter__(self) -> Iterator[Passage]:
@@ -97,10 +97,14 @@ class Corpus(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Questions of one split, and the corpus that answers them (None: bring your own).
+    """Questions of one split, and the corpus that answers them.
 
-    ``metric_language`` says by whose rules answers are compared (`metrics.LANGUAGES`); None: each
-    question's own field ``metric_language``, or English.
+    Attributes:
+        name: as in :data:`research_env.datasets.DATASETS`, or a name of your own.
+        questions: their ids are unique.
+        corpus: None: the user names a search engine that has one.
+        metric_language: by whose rules answers are compared (`metrics.LANGUAGES`); None: each
+            question's own field ``metric_language``, or English.
     """
 
     name: str

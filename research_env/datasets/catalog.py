@@ -17,7 +17,7 @@ from typing import Any
 
 Record = Mapping[str, Any]
 Passages = list[dict[str, str]]
-Converted = tuple[dict[str, Any], Passages]  # a question and its passages
+QuestionAndPassages = tuple[dict[str, Any], Passages]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +26,15 @@ class HubSource:
 
     Attributes:
         repository: the hub's name of the data set.
-        files: split -> pattern of the names of its files (``*`` matches any text).
+        files: per split, a pattern of the names of its files (``*`` matches any text).
         convert: turns a record into a question (or None) and its passages.
-        sha256: file -> digest, for files whose content is known.
+        sha256: the digest of each file whose content is known.
         repeats: whether several records may hold the same passage.
     """
 
     repository: str
     files: Mapping[str, str]
-    convert: Callable[[Record], Converted | tuple[None, Passages]]
+    convert: Callable[[Record], QuestionAndPassages | tuple[None, Passages]]
     sha256: Mapping[str, str] = field(default_factory=dict)
     repeats: bool = True
 
@@ -45,15 +45,16 @@ class Published:
 
     Attributes:
         folder: name of its folder.
-        splits: split -> (names of files without their suffix, label). The first file that exists
-            is read, and from it the questions with that label.
+        splits: per split, names of files without their suffix, and a label. The first of these
+            files that exists is read, and the questions whose field ``split`` is the label are
+            taken from it.
     """
 
     folder: str
     splits: Mapping[str, tuple[tuple[str, ...], str]]
 
 
-def from_musique(record: Record) -> Converted:
+def from_musique(record: Record) -> QuestionAndPassages:
     """Read a record of MuSiQue (Trivedi et al. 2022).
 
     Fields: ``id, paragraphs [{idx, title, paragraph_text, is_supporting}], question,
@@ -84,7 +85,7 @@ def from_musique(record: Record) -> Converted:
     return question, list(passages.values())
 
 
-def from_hotpotqa(record: Record, prefix: str = "hp") -> Converted:
+def from_hotpotqa(record: Record, prefix: str = "hp") -> QuestionAndPassages:
     """Read a record of HotpotQA (Yang et al. 2018).
 
     Fields of the authors' file: ``_id, question, answer, type, supporting_facts [[title,
@@ -108,7 +109,7 @@ def from_hotpotqa(record: Record, prefix: str = "hp") -> Converted:
     return question, list(passages.values())
 
 
-def from_2wiki(record: Record) -> Converted:
+def from_2wiki(record: Record) -> QuestionAndPassages:
     """Read a record of 2WikiMultiHopQA (Ho et al. 2020).
 
     Fields: those of HotpotQA, and ``evidences [[subject, relation, object]]``; one repository on
@@ -124,14 +125,14 @@ def from_2wiki(record: Record) -> Converted:
     return question, passages
 
 
-def from_bamboogle(record: Record) -> Converted:
+def from_bamboogle(record: Record) -> QuestionAndPassages:
     """Read a record of Bamboogle (Press et al. 2023): ``Question, Answer``; it has no passages."""
     text = _clean(record["Question"])
     id_ = "bamboogle_" + hashlib.sha1(text.encode()).hexdigest()[:12]
     return {"id": id_, "question": text, "answers": [_clean(record["Answer"])], "hops": 2}, []
 
 
-def from_flashrag(record: Record, name: str) -> Converted:
+def from_flashrag(record: Record, name: str) -> QuestionAndPassages:
     """Read a record of a question set in FlashRAG's format (Jin et al. 2024, arXiv:2405.13576).
 
     Fields: ``id, question, golden_answers``, and ``metadata`` in some sets. All sets
@@ -150,8 +151,8 @@ def from_flashrag(record: Record, name: str) -> Converted:
 def from_wiki18(record: Record) -> tuple[None, Passages]:
     r"""Read a passage of Wikipedia of December 2018 in pieces of 100 words (Karpukhin et al. 2020).
 
-    Fields: ``id, contents``, where the first line of the contents is the title in quotes: that is
-    FlashRAG's file, and Search-R1's, whose README defines it.
+    Fields: ``id, contents``, where the first line of the contents is the title in quotes, as in
+    the files of FlashRAG and of Search-R1 (whose README defines the format).
     """
     title, _, text = record["contents"].partition("\n")
     if len(title) > 1 and title[0] == title[-1] == '"':
@@ -214,6 +215,7 @@ HUB_SOURCES = {
         _FLASHRAG,
         {"corpus": _WIKI18},
         from_wiki18,
+        # the file of the hub's commit f2de0bd8, which has 5,130,719,280 bytes
         {_WIKI18: "e5b987a0ce4f6c5fff788162f50c70d41f10fb7762daba507a96a3ad7bb956db"},
         repeats=False,
     ),

@@ -14,9 +14,8 @@ from research_env.errors import ConfigurationError
 from research_env.retrieval.base import Passage
 
 LONG_PASSAGE = 200
-"""Words: corpora whose passages have more on average are worth chunking."""
+"""A corpus whose passages have more words than this on average is worth chunking."""
 
-_SAMPLE = 1_000  # passages at the beginning of a corpus
 # Scripts that put no blanks between words count by character.
 _UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
@@ -87,5 +86,5 @@ def chunk_text(text: str, words: int, overlap: int) -> list[str]:
 
 def mean_words(corpus: Corpus) -> float:
     """Mean number of words of a corpus's first 1,000 passages; 0 for an empty corpus."""
-    counts = [len(_WORD.findall(passage.text)) for passage in islice(corpus, _SAMPLE)]
+    counts = [len(_WORD.findall(passage.text)) for passage in islice(corpus, 1_000)]
     return fmean(counts) if counts else 0.0

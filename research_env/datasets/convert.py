@@ -30,7 +30,7 @@ class Converted:
     """What a conversion wrote.
 
     Attributes:
-        questions: questions per split; "" for those without one.
+        questions: number of questions per split; "" stands for questions without a split.
         passages: number of passages.
         left_out: queries of a BEIR folder that have no answers.
     """
@@ -51,7 +51,7 @@ def convert(source: Path, output: Path) -> Converted:
 
     Raises:
         DataNotFoundError: no such source.
-        DataError: the source holds neither questions nor passages, or a record is not in order.
+        DataError: the source holds neither questions nor passages, or a record is malformed.
         ConfigurationError: a file in ``output`` is there already.
     """
     left_out = 0
@@ -88,21 +88,15 @@ def _holds_questions(file: Path) -> bool:
 
 
 def _write(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write records whole or not at all; return how many there are."""
+    """Write all records or no file at all; return the number of records."""
     if file.exists():
         raise ConfigurationError(f"{file} is there already; name another folder or remove it")
     count = 0
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=file.parent, prefix=f".{file.name}.", delete=False
-    ) as unfinished:
-        try:
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        unfinished = Path(folder) / file.name
+        with unfinished.open("w", encoding="utf-8") as lines:
             for record in records:
                 count += 1
-                unfinished.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
-            unfinished.close()
-            Path(unfinished.name).chmod(0o644)
-            Path(unfinished.name).replace(file)
-        except BaseException:
-            Path(unfinished.name).unlink(missing_ok=True)
-            raise
+                lines.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+        unfinished.replace(file)
     return count

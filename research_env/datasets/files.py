@@ -43,7 +43,7 @@ def read_questions(path: str | Path) -> list[Question]:
 
     Raises:
         DataNotFoundError: no such file.
-        DataError: a record is no question, or repeats an id.
+        DataError: a record is not a question, or repeats an id; or there is no record.
     """
     path = Path(path)
     records = read_beir_questions(path) if is_beir(path) else read_records(path)
@@ -60,7 +60,7 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def question_record(question: Question) -> dict[str, Any]:
-    """The JSON object of a question file: extra fields stand beside the others."""
+    """The question as a line of a question file: extra fields stand beside the others."""
     known = {name: getattr(question, name) for name in _FIELDS}
     known["decomposition"] = [asdict(hop) for hop in question.decomposition]
     return {**question.extra, **known}
@@ -77,18 +77,18 @@ def read_beir_questions(folder: Path) -> Records:
     Without ``qrels`` all queries are read.
 
     Raises:
-        DataError: a line of ``qrels`` or of ``queries.jsonl`` is not in order.
+        DataError: a line of ``qrels`` or of ``queries.jsonl`` is malformed.
     """
     supporting: dict[str, list[str]] = {}
     split: dict[str, str] = {}
-    for judged in sorted((folder / "qrels").glob("*.tsv")):
-        for where, row in read_records(judged):
+    for qrels in sorted((folder / "qrels").glob("*.tsv")):
+        for where, row in read_records(qrels):
             query = _id({"id": row.get("query-id")}, where)
             passage = _id({"id": row.get("corpus-id")}, where)
             score = str(row.get("score", "")).strip()
             if not score.lstrip("-").isdecimal():
                 raise DataError(f"{where}: the column 'score' must be a number, not {score!r:.80}")
-            split.setdefault(query, judged.stem)
+            split.setdefault(query, qrels.stem)
             if int(score[:18]) > 0:
                 supporting.setdefault(query, []).append(passage)
     replaced = ("metadata", "text")
@@ -120,9 +120,9 @@ class FileCorpus:
 
         Raises:
             DataNotFoundError: no such file.
-            DataError: a record is no passage, or (noticed at the end) repeats an id.
+            DataError: a record is not a passage, or repeats an id (found after the last passage).
         """
-        hashes = array("q")  # eight bytes per passage: even the ids of a large corpus are not held
+        hashes = array("q")  # 8 bytes per passage; the ids of a large corpus would fill the memory
         for where, record in read_records(self._file()):
             passage = make_passage(record, where)
             hashes.append(hash(passage.id))
@@ -176,7 +176,7 @@ def make_passage(record: Mapping[str, Any], where: str) -> Passage:
         where: file and line, for errors.
 
     Raises:
-        DataError: a field is missing or something else.
+        DataError: a field is missing, or has a value of another type.
     """
     title = record.get("title")
     if title is not None and not isinstance(title, str):
@@ -191,12 +191,12 @@ def make_passage(record: Mapping[str, Any], where: str) -> Passage:
 
 
 def has_answers(record: Mapping[str, Any]) -> bool:
-    """Whether a record names gold answers, in order or not."""
+    """Whether a record has a field of gold answers, valid or not."""
     return any(record.get(name) is not None for name in _ANSWERS)
 
 
 def make_question(record: Mapping[str, Any], where: str) -> Question:
-    """The question of a record; see :func:`make_passage`."""
+    """The question of a record; arguments and errors are those of :func:`make_passage`."""
     record = _without_nulls(record)
     given = next((name for name in _ANSWERS if name in record), None)
     if given is None:
@@ -237,7 +237,7 @@ def make_question(record: Mapping[str, Any], where: str) -> Question:
 
 def _hop(step: Mapping[str, Any], where: str) -> Hop:
     answer = step.get("answer")
-    if isinstance(answer, list) and answer:  # Bamboogle lists them
+    if isinstance(answer, list) and answer:  # some decompositions list several
         step = {**step, "answer": answer[0]}
     support = _text(step, "support", where) if step.get("support") is not None else None
     return Hop(_text(step, "question", where), _text(step, "answer", where), support)
@@ -257,10 +257,10 @@ def _text(record: Mapping[str, Any], field: str, where: str) -> str:
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
         state = "is missing" if field not in record else f"is {value!r:.80}"
-        cure = "remove the line" if field == "text" else "correct the line"
+        suggestion = "remove the line" if field == "text" else "correct the line"
         raise DataError(
             f"{where}: the field {field!r} must be a text that is not empty; it {state}. "
-            f"Give it or {cure}"
+            f"Give it or {suggestion}"
         )
     return value
 

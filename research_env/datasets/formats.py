@@ -1,4 +1,4 @@
-"""Records of data files: JSON Lines, CSV, TSV, Parquet and Arrow.
+"""Read the records of data files: JSON Lines, CSV, TSV, Parquet and Arrow.
 
 A file may come from a stranger: only regular files are opened, lines are bounded, and whatever is
 wrong is a :class:`~research_env.errors.DataError` that names file and line.
@@ -23,10 +23,11 @@ MAX_LINE = 16 << 20
 """The longest line that is read, in bytes; some thousand pages of a book."""
 
 _BOM = b"\xef\xbb\xbf"
-_BATCH = 1_000  # rows of a Parquet or Arrow file that are held at a time
-_HELD = 256 << 20  # bytes of such rows as Python's values
+_BATCH = 1_000  # most rows of a Parquet or Arrow file that are converted at a time
+_HELD = 256 << 20  # most bytes of these rows as Python values
 
 Records = Iterator[tuple[str, dict[str, Any]]]
+"""Where each record stands (``FILE:LINE``, or ``FILE: row N``), and its fields."""
 
 
 def read_records(path: Path) -> Records:
@@ -38,12 +39,9 @@ def read_records(path: Path) -> Records:
     Args:
         path: the file.
 
-    Yields:
-        Where a record stands (``FILE:LINE``, or ``FILE: row N``), and the record.
-
     Raises:
         DataNotFoundError: no such file.
-        DataError: the file is no regular file, is damaged, or holds something else.
+        DataError: the file is no regular file, is damaged, or has another format.
         ConfigurationError: the format needs pyarrow, which is not installed.
     """
     try:
@@ -54,7 +52,8 @@ def read_records(path: Path) -> Records:
         if path.is_dir():
             raise missing(path)
         raise DataError(f"{path}: no regular file but a pipe or device; copy it into a file")
-    return _reader(path.name.removesuffix(".gz"))(path)
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    return _READERS.get(suffix, _json_records)(path)
 
 
 def missing(path: Path) -> DataNotFoundError:
@@ -63,12 +62,6 @@ def missing(path: Path) -> DataNotFoundError:
         f"no file {path}; give the path of a .jsonl or .jsonl.gz file (or .csv, .tsv, .parquet, "
         ".arrow)"
     )
-
-
-def _reader(name: str) -> Callable[[Path], Records]:
-    readers = {".csv": _csv_records, ".tsv": _csv_records, ".parquet": _arrow_records}
-    readers |= {".arrow": _arrow_records, ".feather": _arrow_records}
-    return readers.get(Path(name).suffix.lower(), _json_records)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -103,10 +96,10 @@ def _decoded(line: bytes, where: str) -> str:
 
 
 def _json(text: str) -> Any:
-    """Any JSON whose texts are texts.
+    """Parse JSON.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text is not JSON, is nested too deeply, or has half of a surrogate pair.
     """
     try:
         value = json.loads(text)
@@ -120,7 +113,7 @@ def _json(text: str) -> Any:
 
 
 def _json_records(path: Path) -> Records:
-    blank = 0  # the first of the blank lines that may be the last lines
+    blank = 0  # number of the first blank line; only blank lines may follow it
     for number, line in _lines(path):
         if not line.strip():
             blank = blank or number
@@ -145,7 +138,7 @@ def _json_records(path: Path) -> Records:
 
 
 def _csv_records(path: Path) -> Records:
-    """Rows of a table whose first line names the columns; an empty cell is an absent field."""
+    """Read a table whose first line names the columns; an empty cell is an absent field."""
     number = 0
 
     def lines() -> Iterator[str]:
@@ -180,7 +173,7 @@ def _csv_records(path: Path) -> Records:
 
 
 def _cell(name: str, cell: str) -> Any:
-    """A cell as text; lists and objects as JSON, and a number where the field is one."""
+    """The value of a cell: a list or object if it is JSON, a number in ``hops``, else text."""
     if name == "hops" and cell.strip().isdecimal() and len(cell) < 10:
         return int(cell)
     if cell[0] in "[{":
@@ -204,7 +197,7 @@ def _arrow_records(path: Path) -> Records:
     try:
         with pa.OSFile(str(path)) as source:
             for batch in (_parquet_batches if kind == "Parquet" else _arrow_batches)(source):
-                batch.validate(full=True)  # offsets by a stranger
+                batch.validate(full=True)  # a stranger's offsets may point outside the buffers
                 for record in _rows(batch):
                     row += 1
                     yield f"{path}: row {row}", record
@@ -215,9 +208,12 @@ def _arrow_records(path: Path) -> Records:
 
 
 def _parquet_batches(source: Any) -> Iterator[Any]:
-    """The batches of a Parquet file.
+    """The batches of a Parquet file, with texts as dictionaries.
 
-    Texts come as indices into those that differ: a file of 2 kB can repeat one of 8 MB in each row.
+    A file of 2 kB can repeat a text of 8 MB in each row; a dictionary holds it once.
+
+    Raises:
+        ValueError: the values of a column are too large.
     """
     import pyarrow.parquet as pq  # noqa: PLC0415
 
@@ -232,10 +228,10 @@ def _parquet_batches(source: Any) -> Iterator[Any]:
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a batch; so many at a time are Python's values as fit into the memory.
+    """Convert a batch to Python values, a few rows at a time, so that `_HELD` bytes are enough.
 
     Raises:
-        ValueError: not one of them does.
+        ValueError: a single row may need more.
     """
     import pyarrow as pa  # noqa: PLC0415
 
@@ -246,7 +242,7 @@ def _rows(batch: Any) -> Iterator[dict[str, Any]]:
     for first in range(0, batch.num_rows, rows):
         columns = [
             each.dictionary_decode() if isinstance(each, pa.DictionaryArray) else each
-            for each in batch.slice(first, rows).columns  # decoded, as single values are slow
+            for each in batch.slice(first, rows).columns  # to_pylist is slow on dictionaries
         ]
         yield from pa.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
 
@@ -283,3 +279,12 @@ def _arrow_batches(source: Any) -> Iterator[Any]:
         return
     for number in range(reader.num_record_batches):
         yield reader.get_batch(number)
+
+
+_READERS: dict[str, Callable[[Path], Records]] = {
+    ".csv": _csv_records,
+    ".tsv": _csv_records,
+    ".parquet": _arrow_records,
+    ".arrow": _arrow_records,
+    ".feather": _arrow_records,
+}

@@ -1,11 +1,12 @@
 """Fetch a published data set or corpus from the Hugging Face hub, and convert it.
 
-``research-env datasets prepare``. The folder ``OUTPUT/NAME`` gets ``questions.jsonl.gz`` and
+``research-env datasets prepare`` writes the folder ``OUTPUT/NAME``: ``questions.jsonl.gz`` and
 ``corpus.jsonl.gz`` (a set may have only one of them), which :mod:`research_env.datasets.load`
-finds, and ``manifest.json``: which revision of which files it was made of, and what came out, with
-SHA-256 digests. It appears whole or not at all. Downloads are kept in ``OUTPUT/downloads/NAME``.
-Each is checked against the digest that the hub states, and files that were put there by hand are
-converted without a hub. Memory holds nothing but the ids of passages that may repeat.
+finds, and ``manifest.json`` with the revision and the SHA-256 digests of the files that it was made
+of, and of its own files. The folder appears whole or not at all. Downloads stay in
+``OUTPUT/downloads/NAME``. Each is checked against the digest that the hub states; files that
+somebody puts there are converted without a hub. Records are streamed: memory holds only the ids of
+passages that may repeat.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ from research_env.system.paths import read_small_file
 from research_env.system.progress import progress
 
 MANIFEST = "manifest.json"
-_FORMAT = 1  # version of the manifest and of what is written
-_BATCH = 500  # records of a Parquet file at once
+_FORMAT = 1  # version of the manifest and of the files
 _SHOWN_EVERY = 1000  # records
 _DAMAGED = (ValueError, RecursionError, EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile)
 
@@ -45,8 +45,8 @@ class Prepared:
 
     Attributes:
         folder: where it is.
-        manifest: what its manifest says.
-        made: whether it was made just now.
+        manifest: the content of ``manifest.json``.
+        made: whether this call made the folder; False: it was there already.
         downloads: folder of the files it was made of.
     """
 
@@ -57,7 +57,7 @@ class Prepared:
 
 
 class Counts(NamedTuple):
-    """How many questions each split has, and how many passages the corpus."""
+    """The numbers of questions per split, and the number of passages."""
 
     questions: dict[str, int]
     passages: int
@@ -141,7 +141,7 @@ def convert(source: HubSource, rows: Mapping[str, Iterable[Record]], folder: Pat
 
     Args:
         source: the format, and the name for messages.
-        rows: split -> its records.
+        rows: the records of each split.
         folder: gets ``questions.jsonl.gz`` and ``corpus.jsonl.gz``, unless they would be empty.
 
     Returns:
@@ -228,11 +228,11 @@ def _read_finished(folder: Path) -> dict[str, Any] | None:
 
 
 def _find_files(source: HubSource, downloads: Path) -> tuple[str | None, dict[str, list[_HubFile]]]:
-    """The hub's revision and the files of each split; without a hub, None and the files put there.
+    """The hub's revision and the files of each split; without a hub, None and the downloads.
 
     Raises:
         DataNotFoundError: neither the hub nor the folder has a file for every split.
-        DataError: the hub has another file than the known one.
+        DataError: the hub has a file with another digest than the known one.
     """
     patterns = ", ".join(source.files.values())
     try:
@@ -332,7 +332,7 @@ def _check_download(source: HubSource, file: _HubFile, path: Path) -> dict[str, 
         damaged = path.replace(path.with_name(f"{path.name}.damaged"))
         raise DataError(
             f"{path} is damaged: its digest is {found}, and the hub says {expected}. It is now "
-            f"{damaged.name}; run the same again to fetch it anew"
+            f"{damaged.name}; run the same again to fetch it"
         )
     return digest
 
@@ -343,11 +343,9 @@ def _digest(path: Path) -> dict[str, Any]:
 
 
 def _git_sha1(path: Path) -> str:
-    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
+    header = f"blob {path.stat().st_size}\0".encode()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.sha1(header)).hexdigest()
 
 
 def _read_records(paths: list[Path], report: Callable[[float, str], None]) -> Iterator[Record]:
@@ -360,9 +358,9 @@ def _read_records(paths: list[Path], report: Callable[[float, str], None]) -> It
         read = _parquet if path.suffix == ".parquet" else _json_lines
         number = 0
         try:
-            for number, (record, share) in enumerate(read(path), start=1):
+            for number, (record, fraction) in enumerate(read(path), start=1):
                 if number % _SHOWN_EVERY == 0:
-                    report(share, f"{number:,} records")
+                    report(fraction, f"{number:,} records")
                 yield record
         except _DAMAGED as error:
             raise DataError(
@@ -372,9 +370,9 @@ def _read_records(paths: list[Path], report: Callable[[float, str], None]) -> It
 
 
 def _json_lines(path: Path) -> Iterator[tuple[Record, float]]:
-    """Records of a .jsonl, .jsonl.gz or zipped .jsonl, and the fraction of the file read so far."""
+    """Records of a .jsonl, .jsonl.gz or zipped .jsonl, each with the fraction of the file read."""
     size = path.stat().st_size or 1
-    with path.open("rb") as raw, _unpacked(path, raw) as lines:
+    with path.open("rb") as raw, _unpack(path, raw) as lines:
         while line := lines.readline(MAX_LINE + 1):
             if len(line) > MAX_LINE:
                 raise ValueError(f"a line of over {MAX_LINE >> 20} MiB")
@@ -384,23 +382,21 @@ def _json_lines(path: Path) -> Iterator[tuple[Record, float]]:
             yield record, raw.tell() / size
 
 
-@contextmanager
-def _unpacked(path: Path, raw: IO[bytes]) -> Iterator[IO[bytes]]:
+def _unpack(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    """The lines of a plain, gzipped or zipped file that is open as ``raw``."""
     if path.suffix == ".gz":
-        with gzip.open(raw) as lines:
-            yield cast(IO[bytes], lines)
-    elif path.suffix == ".zip":
-        with zipfile.ZipFile(raw) as archive:
-            inside = [name for name in archive.namelist() if name.endswith(".jsonl")]
-            if len(inside) != 1:
-                raise ValueError(f"one .jsonl is needed in the archive, not {inside}")
-            with archive.open(inside[0]) as lines:
-                yield lines
-    else:
-        yield raw
+        return cast(IO[bytes], gzip.open(raw))
+    if path.suffix == ".zip":
+        archive = zipfile.ZipFile(raw)
+        inside = [name for name in archive.namelist() if name.endswith(".jsonl")]
+        if len(inside) != 1:
+            raise ValueError(f"one .jsonl is needed in the archive, not {inside}")
+        return archive.open(inside[0])
+    return raw
 
 
 def _parquet(path: Path) -> Iterator[tuple[Record, float]]:
+    """Records of a Parquet file, each with the fraction of the file read."""
     try:
         import pyarrow.parquet as pq  # noqa: PLC0415
     except ImportError as error:
@@ -409,7 +405,7 @@ def _parquet(path: Path) -> Iterator[tuple[Record, float]]:
         ) from error
     with pq.ParquetFile(path) as file:
         total, done = file.metadata.num_rows or 1, 0
-        for batch in file.iter_batches(batch_size=_BATCH):
+        for batch in file.iter_batches(batch_size=500):
             for record in batch.to_pylist():
                 done += 1
                 yield record, done / total

@@ -27,7 +27,8 @@ from research_env.system.paths import cache_folder
 log = logging.getLogger(__name__)
 Part = tuple[str, int | None]  # name and weight
 
-DATASETS = ("miniworld", *PUBLISHED, "custom")  # what load_dataset knows
+DATASETS = ("miniworld", *PUBLISHED, "custom")
+"""The names that :func:`load_dataset` takes."""
 
 
 def load_dataset(
@@ -44,7 +45,10 @@ def load_dataset(
 ) -> Dataset:
     """Load the questions of a split, and the corpus that answers them.
 
-    The published sets have these splits:
+    The published sets come from the folder that the environment variable ``RESEARCH_DATA`` names,
+    which holds for each set a folder with ``questions.jsonl``, ``corpus.jsonl`` and, for questions
+    without gold passages, ``qa_train.jsonl`` and ``qa_dev.jsonl``, each plain or gzipped; else from
+    the Hugging Face hub, once, into the cache folder. They have these splits:
 
     - ``train``: all training questions that are available; ``train-gold``: only questions whose
       gold passages are known and in the corpus.
@@ -57,11 +61,6 @@ def load_dataset(
     Gold answers that normalize to nothing, such as "$", are dropped, since every answer made of
     punctuation would match them exactly. A question that has no other answer is left out; the
     number of both is logged as a warning.
-
-    They come from the folder that the environment variable ``RESEARCH_DATA`` names, which holds
-    for each set a folder with ``questions.jsonl``, ``corpus.jsonl`` and, for questions without
-    gold passages, ``qa_train.jsonl`` and ``qa_dev.jsonl``, each plain or gzipped; else from the
-    Hugging Face hub, once, into the cache folder.
 
     A mixture names several sets: ``"musique+hotpotqa"`` has all questions of both.
     ``"musique:2+hotpotqa:1"`` has two of the first for each of the second, spread evenly over each
@@ -78,8 +77,8 @@ def load_dataset(
         world_seed: the seed of MiniWorld's world.
         difficulty: difficulty of MiniWorld, from 0 to 5.
         grades: a file written by ``research-agent grade``: ``{"question_id", "grade", ...}`` lines.
-        grade: keep the questions with this grade. As with data sets, ``"medium+hard"`` keeps all of
-            both, ``"medium:1+hard:2"`` twice as many hard ones.
+        grade: keep the questions with this grade. Grades are mixed as data sets are:
+            ``"medium+hard"`` keeps all of both, ``"medium:1+hard:2"`` twice as many hard ones.
 
     Raises:
         UnknownNameError: no such data set or split; the message lists those that exist.
@@ -96,7 +95,7 @@ def load_dataset(
             raise ConfigurationError(f"{what} is the path of a file, not {path!r}")
     if corpus is not None and not (Path(corpus).is_file() or is_beir(Path(corpus))):
         raise DataNotFoundError(f"no corpus file {str(corpus)!r}; give a .jsonl or .jsonl.gz file")
-    parts = [_part(part) for part in name.split("+")]
+    parts = [_parse_part(part) for part in name.split("+")]
     names = [part for part, _ in parts]
     if len(set(names)) < len(names):
         raise ConfigurationError(f"the mixture {name!r} names a data set twice; use a weight")
@@ -105,7 +104,7 @@ def load_dataset(
             f"questions={str(questions)!r} goes with dataset='custom', not with {name!r}"
         )
     loaded = [
-        _filtered(_answerable(_load(part, split, questions, world_seed, difficulty)), split, hops)
+        _with_hops(_answerable(_load(part, split, questions, world_seed, difficulty)), split, hops)
         for part in names
     ]
     data = loaded[0] if len(loaded) == 1 else _mixture(name, loaded, [w for _, w in parts])
@@ -120,7 +119,7 @@ def load_dataset(
 
 
 def data_folder(name: str) -> Path:
-    """The folder of a published data set, fetched from the hub if it is not at hand.
+    """The folder of a published data set, fetched from the hub if it is not there.
 
     Raises:
         DataNotFoundError: the data are neither in a folder nor on a hub that answers.
@@ -146,15 +145,16 @@ def data_folder(name: str) -> Path:
 def local_folder(name: str) -> Path | None:
     """The folder of a published data set in ``RESEARCH_DATA`` or the cache, if it is there."""
     published = PUBLISHED[name]
-    needed = {stems[-1] for stems, _ in published.splits.values()}  # one of them: others come first
+    # Any of these files shows that the set is there; files that come before them are optional.
+    needed = {stems[-1] for stems, _ in published.splits.values()}
     places = [cache_folder() / "datasets" / published.folder]
     if named := os.environ.get("RESEARCH_DATA"):
         places.insert(0, Path(named).expanduser() / published.folder)
     return next((p for p in places if any(_file(p, stem) for stem in needed)), None)
 
 
-def _part(text: str, what: str = "data set", known: Collection[str] = DATASETS) -> Part:
-    """Split one part of a mixture into its name and weight."""
+def _parse_part(text: str, what: str = "data set", known: Collection[str] = DATASETS) -> Part:
+    """Split one part of a mixture, such as ``musique:2``, into its name and weight."""
     name, colon, weight = text.strip().partition(":")
     name = {"2wikimultihopqa": "2wiki"}.get(name, name)
     if name not in known:
@@ -173,13 +173,18 @@ def _load(
     name: str, split: str, questions: str | Path | None, world_seed: int, difficulty: int
 ) -> Dataset:
     if name == "miniworld":
-        from research_env.datasets import miniworld_hard  # noqa: PLC0415  (made when it is asked for)
+        from research_env.datasets import miniworld_hard  # noqa: PLC0415
 
         return miniworld_hard.load(split, world_seed, difficulty)
     if name == "custom":
         if questions is None:
             raise ConfigurationError("dataset='custom' needs questions=PATH, a .jsonl file")
-        return _custom(Path(questions), split)
+        everything = read_questions(questions)
+        chosen = [question for question in everything if question.split in (None, split)]
+        if not chosen:
+            known = {str(question.split) for question in everything}
+            raise UnknownNameError(f"split of {questions}", split, known)
+        return Dataset("custom", chosen, None)
     published = PUBLISHED[name]
     if split not in published.splits:
         raise UnknownNameError(f"split of {name}", split, published.splits)
@@ -201,16 +206,8 @@ def _file(folder: Path, stem: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _custom(path: Path, split: str) -> Dataset:
-    everything = read_questions(path)
-    chosen = [question for question in everything if question.split in (None, split)]
-    if not chosen:
-        raise UnknownNameError(f"split of {path}", split, {str(q.split) for q in everything})
-    return Dataset("custom", chosen, None)
-
-
 def _answerable(data: Dataset) -> Dataset:
-    """Drop gold answers that a metric cannot tell from an empty prediction."""
+    """Drop gold answers that normalize to nothing, and questions that then have none."""
     if not any(normalize(a) == "" for question in data.questions for a in question.answers):
         return data
     kept, left_out, dropped = [], [], 0
@@ -231,7 +228,8 @@ def _answerable(data: Dataset) -> Dataset:
     return replace(data, questions=kept)
 
 
-def _filtered(data: Dataset, split: str, hops: int | Collection[int] | None) -> Dataset:
+def _with_hops(data: Dataset, split: str, hops: int | Collection[int] | None) -> Dataset:
+    """Keep the questions with one of these numbers of hops; None keeps all."""
     wanted = None if hops is None else set(hops) if isinstance(hops, Collection) else {hops}
     if wanted is not None and not all(type(number) is int for number in wanted):
         raise ConfigurationError(f"hops is a number, or a list of numbers, not {hops!r}")
@@ -258,7 +256,7 @@ def _graded(data: Dataset, path: Path, grade: str) -> Dataset:
                 "mend it"
             )
         graded[str(record["question_id"])] = str(record["grade"])
-    parts = [_part(part, "grade", sorted(set(graded.values()))) for part in grade.split("+")]
+    parts = [_parse_part(part, "grade", sorted(set(graded.values()))) for part in grade.split("+")]
     chosen = [
         replace(data, questions=[q for q in data.questions if graded.get(q.id) == name])
         for name, _ in parts
@@ -291,6 +289,7 @@ class UnionCorpus:
 
 
 def _mixture(name: str, parts: Sequence[Dataset], weights: Sequence[int | None]) -> Dataset:
+    """Interleave the questions of several data sets; without a weight each has all of its own."""
     sizes = [len(part.questions) for part in parts]
     if any(weight is not None for weight in weights):
         shares = [weight or 1 for weight in weights]
@@ -300,7 +299,7 @@ def _mixture(name: str, parts: Sequence[Dataset], weights: Sequence[int | None])
                 f"the mixture {name!r} needs more questions than there are: {sizes}"
             )
         sizes = [share * rounds for share in shares]
-    # the j-th of a part's n questions stands at (j + 1/2)/n of the whole, the parts in their order
+    # The j-th of a part's n questions stands at (j + 1/2)/n of the whole.
     order = sorted(
         ((j + 0.5) / size, part, j) for part, size in enumerate(sizes) for j in range(size)
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -24,8 +24,8 @@ from research_env.retrieval.base import Passage
 
 Kind = Literal["person", "work", "organisation", "city", "country", "year"]
 
-SPLITS = {"train": 4000, "dev": 400}  # split: number of questions
-HOPS = {1: 0.22, 2: 0.34, 3: 0.21, 4: 0.13}  # share of chains by length; the rest compares
+SPLITS = {"train": 4000, "dev": 400}  # number of questions per split
+HOPS = {1: 0.22, 2: 0.34, 3: 0.21, 4: 0.13}  # shares of chains by length; the rest are comparisons
 POPULATION: dict[Kind, int] = {
     "person": 440,
     "work": 320,
@@ -36,9 +36,10 @@ POPULATION: dict[Kind, int] = {
 GAZETTES = 120
 FIRST_YEAR, LAST_YEAR = 1900, 1999
 MIN_YEARS_APART = 8  # between two entities that a question compares
-NAME_SHARES = 8  # all names are dealt into so many shares
-OWN_SHARES = (0, 1)  # worlds of these seeds (modulo the shares) have one to themselves: no world of
-# another share holds a name of theirs. The other worlds draw from all the other shares.
+NAME_SHARES = 8  # all names are dealt into this many shares
+OWN_SHARES = (0, 1)
+"""The world of a seed takes its names from share ``seed % NAME_SHARES`` if that is one of these,
+else from all other shares. So worlds to learn in and to test in have no name in common."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,8 @@ class Relation:
     references: tuple[str, ...]
 
 
-# No statement holds the stem of its relation's name, so a query's relation word never pulls in the
-# passage of somebody else who merely mentions the entity.
+# No statement holds the stem of its relation's name: a query of an entity and a relation would
+# also find passages of other entities that mention it.
 RELATIONS: dict[Kind, tuple[Relation, ...]] = {
     "person": (
         Relation("spouse", "person", ("married to", "the partner of", "wed to"),
@@ -144,7 +145,7 @@ ASKED: dict[Kind, tuple[str, ...]] = {
 }
 GAZETTE_VERBS = ("mentions", "portrays", "remembers", "advertises", "salutes")
 
-# A name is a beginning of three letters and an ending that tells its kind.
+# A name is a beginning of three letters, and an ending that shows its kind.
 BEGINNINGS = tuple(
     first + vowel + last for first in "BDFGKLMNRSTV" for vowel in "aeiou" for last in "lnr"
 )
@@ -177,7 +178,7 @@ class World:
     seed: int
     entities: dict[str, Entity]
     passages: tuple[Passage, ...]
-    variant: str = ""  # suffix of a world with more in it
+    variant: str = ""  # suffix of the name, for a world that `miniworld_hard` has changed
 
     @property
     def name(self) -> str:
@@ -210,7 +211,7 @@ def _names(rng: random.Random, seed: int, family: str, count: int) -> list[str]:
 
 
 def state(entity: Entity, rng: random.Random) -> str:
-    """Write the passage of an entity: every fact once, in any order, in any of its phrasings."""
+    """The text of an entity's passage: each fact once, in random order and phrasing."""
     clauses = [
         f"{rng.choice(relation.statements)} {entity.facts[relation.name]}"
         for relation in RELATIONS[entity.kind]
@@ -225,9 +226,9 @@ def world(seed: int = 0, relations: Collection[str] | None = None) -> World:
     """Make the world of a seed: the same arguments give the same names, facts and passages.
 
     Args:
-        seed: another one is another world.
-        relations: names of the relations that its facts are of, at least one for each kind of
-            entity; None: all. So worlds can be made that have no relation in common.
+        seed: another seed is another world.
+        relations: names of the relations that facts may have, at least one for each kind of
+            entity; None: all.
 
     Raises:
         ConfigurationError: the seed is negative or not a whole number, or a kind has no relation.
@@ -286,9 +287,9 @@ def _world(seed: int, relations: frozenset[str] | None) -> World:
     return World(seed, entities, tuple(passages))
 
 
-def _chain(of: World, rng: random.Random, hops: int) -> Question | None:
-    """Draw a question that chains facts; None where the walk ends, or returns to where it was."""
-    start = rng.choice(list(of.entities.values()))
+def _chain(world: World, rng: random.Random, hops: int) -> Question | None:
+    """Draw a question that chains facts; None if the walk ends early or returns to an entity."""
+    start = rng.choice(list(world.entities.values()))
     here, visited, steps = start, [start.name], []
     for hop in range(hops):
         last = hop == hops - 1
@@ -303,7 +304,7 @@ def _chain(of: World, rng: random.Random, hops: int) -> Question | None:
             return None
         visited.append(reached)
         if not last:
-            here = of.entities[reached]
+            here = world.entities[reached]
     phrase = start.name
     for relation, _, _ in steps:
         phrase = f"{rng.choice(relation.references)} {phrase}"
@@ -313,25 +314,25 @@ def _chain(of: World, rng: random.Random, hops: int) -> Question | None:
         id="",
         question=f"{asked} {phrase}{end}",
         answers=(steps[-1][2],),
-        supporting=tuple(of.passage_id(subject) for _, subject, _ in steps),
+        supporting=tuple(world.passage_id(subject) for _, subject, _ in steps),
         hops=hops,
         type="chain",
         decomposition=tuple(
             Hop(
                 f"{subject if i == 0 else f'#{i}'} {relation.name}",
                 reached,
-                of.passage_id(subject),
+                world.passage_id(subject),
             )
             for i, (relation, subject, reached) in enumerate(steps)
         ),
     )
 
 
-def comparison(of: World, rng: random.Random) -> Question | None:
-    """Draw a question that compares two years; None where there are none, or too close ones."""
+def comparison(world: World, rng: random.Random) -> Question | None:
+    """Draw a question that compares two years; None if there are none, or they are too close."""
     kind = rng.choice(list(COMPARED))
     relation = COMPARED[kind]
-    one, other = rng.sample([e for e in of.entities.values() if e.kind == kind], 2)
+    one, other = rng.sample([e for e in world.entities.values() if e.kind == kind], 2)
     if relation not in one.facts:
         return None
     years = int(one.facts[relation]), int(other.facts[relation])
@@ -344,25 +345,25 @@ def comparison(of: World, rng: random.Random) -> Question | None:
         id="",
         question=f"{opening} {one.name} or {other.name}?",
         answers=((one if first else other).name,),
-        supporting=(of.passage_id(one.name), of.passage_id(other.name)),
+        supporting=(world.passage_id(one.name), world.passage_id(other.name)),
         hops=2,
         type="comparison",
         decomposition=tuple(
-            Hop(f"{e.name} {relation}", e.facts[relation], of.passage_id(e.name))
+            Hop(f"{e.name} {relation}", e.facts[relation], world.passage_id(e.name))
             for e in (one, other)
         ),
     )
 
 
-def questions(of: World, rng: random.Random, count: int) -> Iterator[Question]:
-    """Draw distinct questions about a world, in the shares of ``HOPS``."""
+def questions(world: World, rng: random.Random, count: int) -> Iterator[Question]:
+    """Draw distinct questions about a world, in the shares of `HOPS`."""
     seen: set[str] = set()
     while len(seen) < count:
         hops = rng.choices([*HOPS, 0], [*HOPS.values(), 1 - sum(HOPS.values())])[0]
-        question = _chain(of, rng, hops) if hops else comparison(of, rng)
+        question = _chain(world, rng, hops) if hops else comparison(world, rng)
         if question is None:
             continue
-        # Two phrasings of the same task are the same question: none may stand in two splits.
+        # Two phrasings of one task count as one question, so that no task is in two splits.
         steps = [hop.question for hop in question.decomposition]
         task = str((steps if hops else sorted(steps), question.answers))
         if task not in seen:
@@ -372,24 +373,21 @@ def questions(of: World, rng: random.Random, count: int) -> Iterator[Question]:
 
 @lru_cache(maxsize=8)
 def _splits(seed: int) -> dict[str, tuple[Question, ...]]:
-    made = world(seed)
-    drawn = list(questions(made, random.Random(f"questions {seed}"), sum(SPLITS.values())))
-    splits: dict[str, tuple[Question, ...]] = {}
-    for split, count in SPLITS.items():
-        splits[split] = tuple(
-            Question(f"mw{seed}-{split}-{i}", q.question, q.answers, q.supporting, q.hops, split,
-                     q.type, q.decomposition)
-            for i, q in enumerate(drawn[:count])
-        )  # fmt: skip
-        drawn = drawn[count:]
-    return splits
+    drawn = questions(world(seed), random.Random(f"questions {seed}"), sum(SPLITS.values()))
+    return {
+        split: tuple(
+            replace(question, id=f"mw{seed}-{split}-{i}", split=split)
+            for i, question in zip(range(count), drawn, strict=False)
+        )
+        for split, count in SPLITS.items()
+    }
 
 
 def load(split: str, world_seed: int = 0) -> Dataset:
     """Make MiniWorld's questions of a split and its corpus.
 
     Args:
-        split: "train" (4,000 questions) or "dev" (400); no task stands in both.
+        split: "train" (4,000 questions) or "dev" (400); no task is in both.
         world_seed: the world; another seed has other names and facts.
 
     Raises:
@@ -403,7 +401,7 @@ def load(split: str, world_seed: int = 0) -> Dataset:
 
 
 def vocabulary() -> list[str]:
-    """List the phrases that all worlds' texts consist of; a name, or a year, is two phrases."""
+    """List the phrases that the texts of all worlds consist of; a name or a year is two."""
     relations = [relation for kind in RELATIONS.values() for relation in kind]
     return [
         *(f", {phrase}" for relation in relations for phrase in relation.statements),

@@ -1,23 +1,23 @@
-"""Harder questions about MiniWorld, and a harder MiniWorld: the levels of ``difficulty``.
+"""The levels of MiniWorld's ``difficulty``: harder questions, and harder worlds.
 
-Difficulty 0 is MiniWorld as it is. Each level after it has what the one before it has, and more:
+Difficulty 0 is MiniWorld as it is. Levels 1 to 4 each add to the level before:
 
 1. Chains of three to six facts. Comparisons of three years: "Which came first by opening, A, B or
    C?"
-2. Intersections: "What is the work directed by the mentor of A, released by B?" is asked where one
-   entity of that kind fits. Counts: "How many of A, B and C have a premiere before 1950?"
-3. Namesakes: every work has one, another film or play of the same name with other facts. Questions
-   about a work tell which is meant by one more fact, "the director of A, released by B", and a
-   query without it finds either. Comparisons reach the three through a fact each.
-4. Nothing shorter than five facts, so no intersections.
+2. Intersections: "What is the work directed by the mentor of A, released by B?"; exactly one entity
+   fits. Counts: "How many of A, B and C have a premiere before 1950?"
+3. Namesakes: each work has one, another film or play of the same name with other facts. A question
+   names a work with one more fact, "the director of A, released by B"; a query without that fact
+   finds either. Each entity that is compared or counted must be found through a fact.
+4. Chains have five or six facts, and there are no intersections.
 
-Level 5 is apart: the questions of level 2 where documents must be opened. Each entity has a card,
-which says its name and nothing else, and a passage of the same title with its facts. With one
-passage per search a query finds the card, and the tool ``open`` reads both.
+Level 5 has the questions of level 2, but documents must be opened. Each entity has a card, which
+says its name and nothing else, and a passage of the same title with its facts. With one passage per
+search a query finds the card, and the tool ``open`` reads both.
 
-Every question has one answer, which follows from passages that are known. The texts are made of the
-phrases of MiniWorld, so a policy that reads MiniWorld can read them; " the work" and the words of
-counts are spelled.
+Each question has one answer, which follows from its gold passages. The texts consist of MiniWorld's
+phrases, so a policy that reads MiniWorld can read them; only " the work" and the words of counts
+are no phrases of its vocabulary, and are spelled.
 """
 
 from __future__ import annotations
@@ -30,18 +30,24 @@ from itertools import pairwise
 
 from research_env.datasets import miniworld
 from research_env.datasets.base import Dataset, Hop, Question
-from research_env.datasets.miniworld import ASKED, COMPARED, RELATIONS, Entity, Relation, World
+from research_env.datasets.miniworld import (
+    ASKED,
+    COMPARED,
+    MIN_YEARS_APART,
+    RELATIONS,
+    SPLITS,
+    Entity,
+    World,
+)
 from research_env.errors import ConfigurationError, UnknownNameError
 from research_env.retrieval.base import Passage
 
-SPLITS = miniworld.SPLITS
-MIN_YEARS_APART = miniworld.MIN_YEARS_APART
 BY_NAME = {relation.name: relation for kind in RELATIONS.values() for relation in kind}
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """What is asked: shares of the kinds of question, which sum to 1, and bounds of hops."""
+    """Shares of the kinds of question, which sum to 1, and what else makes a level hard."""
 
     chain: float
     comparison: float
@@ -49,8 +55,8 @@ class Level:
     count: float = 0.0
     hops: tuple[int, int] = (3, 6)  # fewest and most facts of a chain
     namesakes: bool = False
-    reached: bool = False  # each entity compared or counted is reached through a fact
-    cards: bool = False  # a search finds a card, behind which the facts are
+    reached: bool = False  # each entity that is compared or counted is found through a fact
+    cards: bool = False  # a search finds a card; the facts are in a document to open
 
 
 LEVELS = {
@@ -66,7 +72,7 @@ LEVELS = {
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """Facts in a row from a named entity: how it is said, what it leads to, and its steps."""
+    """A chain of facts from a named entity: its phrase, its last value, and its steps."""
 
     phrase: str
     value: str
@@ -83,7 +89,10 @@ def world(seed: int, difficulty: int) -> World:
     Raises:
         ConfigurationError: no such level.
     """
-    _require_level(difficulty)
+    known = (0, *LEVELS)
+    if isinstance(difficulty, bool) or difficulty not in known:
+        levels = ", ".join(map(str, known))
+        raise ConfigurationError(f"difficulty of miniworld is one of {levels}, not {difficulty!r}")
     made = miniworld.world(seed)
     if difficulty and LEVELS[difficulty].namesakes:
         return _with_namesakes(seed)
@@ -94,7 +103,7 @@ def load(split: str, seed: int, difficulty: int) -> Dataset:
     """Make the questions of a split at a level, and the corpus.
 
     Args:
-        split: "train" (4,000 questions) or "dev" (400); no task stands in both.
+        split: "train" (4,000 questions) or "dev" (400); no task is in both.
         seed: seed of the world.
         difficulty: from 0 to 5; 0 is MiniWorld.
 
@@ -110,13 +119,13 @@ def load(split: str, seed: int, difficulty: int) -> Dataset:
     return Dataset("miniworld", _splits(seed, difficulty)[split], made)
 
 
-def questions(of: World, level: Level, rng: random.Random, wanted: int) -> Iterator[Question]:
+def questions(world: World, level: Level, rng: random.Random, wanted: int) -> Iterator[Question]:
     """Draw distinct questions about a world, in the shares of a level."""
     kinds: dict[str, tuple[float, Callable[[], Question | None]]] = {
-        "chain": (level.chain, partial(_chain, of, level, rng)),
-        "comparison": (level.comparison, partial(_comparison, of, level, rng)),
-        "intersection": (level.intersection, partial(_intersection, of, rng, _index(of))),
-        "count": (level.count, partial(_count, of, level, rng)),
+        "chain": (level.chain, partial(_chain, world, level, rng)),
+        "comparison": (level.comparison, partial(_comparison, world, level, rng)),
+        "intersection": (level.intersection, partial(_intersection, world, rng, _index(world))),
+        "count": (level.count, partial(_count, world, level, rng)),
     }
     weights = [share for share, _ in kinds.values()]
     seen: set[str] = set()
@@ -178,10 +187,10 @@ def namesake(name: str) -> str:
     return f"{name} 2"
 
 
-def _told_apart(of: World, key: str, asked: str, rng: random.Random) -> tuple[str, str]:
-    """A fact that tells a work from its namesake: how it is said, and its value; else blanks."""
-    entity = of.entities[key]
-    if entity.kind != "work" or namesake(entity.name) not in of.entities:
+def _told_apart(world: World, key: str, asked: str, rng: random.Random) -> tuple[str, str]:
+    """The phrase and the value of a fact that tells a work from its namesake; else two ""."""
+    entity = world.entities[key]
+    if entity.kind != "work" or namesake(entity.name) not in world.entities:
         return "", ""
     relation = rng.choice([r for r in RELATIONS["work"] if r.name != asked and r.value != "year"])
     value = entity.facts[relation.name]
@@ -191,21 +200,21 @@ def _told_apart(of: World, key: str, asked: str, rng: random.Random) -> tuple[st
 # --- paths ----------------------------------------------------------------------------------------
 
 
-def _path(of: World, rng: random.Random, length: int, last: str | None = None) -> Path | None:
-    """Draw a path; None where it ends early or returns.
+def _path(world: World, rng: random.Random, length: int, last: str | None = None) -> Path | None:
+    """Draw a path; None if it ends early or returns to an entity.
 
     Args:
-        of: the world.
+        world: the world.
         rng: random generator of the choices.
-        length: facts.
+        length: number of facts.
         last: the type of the last value; None takes any, a year included.
     """
-    key = rng.choice(list(of.entities))
-    phrase = of.entities[key].name
+    key = rng.choice(list(world.entities))
+    phrase = world.entities[key].name
     visited, hops = {phrase}, []
     apart = ""
     for place in range(length):
-        entity, final = of.entities[key], place == length - 1
+        entity, final = world.entities[key], place == length - 1
         choices = [
             r
             for r in RELATIONS[entity.kind]
@@ -215,21 +224,21 @@ def _path(of: World, rng: random.Random, length: int, last: str | None = None) -
             return None
         relation = rng.choice(choices)
         if place == 0:
-            said, apart = _told_apart(of, key, relation.name, rng)
+            said, apart = _told_apart(world, key, relation.name, rng)
             phrase += said
         reached = entity.facts[relation.name]
         if reached in visited:
             return None
         visited.add(reached)
         subject = f"#{place}" if place else f"{entity.name}{apart}"
-        hops.append(Hop(f"{subject} {relation.name}", reached, of.passage_id(key)))
+        hops.append(Hop(f"{subject} {relation.name}", reached, world.passage_id(key)))
         phrase = f"{rng.choice(relation.references)} {phrase}"
         key = reached
     return Path(phrase.removesuffix(","), hops[-1].answer, tuple(hops))
 
 
-def _chain(of: World, level: Level, rng: random.Random) -> Question | None:
-    path = _path(of, rng, rng.randint(*level.hops))
+def _chain(world: World, level: Level, rng: random.Random) -> Question | None:
+    path = _path(world, rng, rng.randint(*level.hops))
     if path is None:
         return None
     kind = BY_NAME[path.hops[-1].question.rsplit(" ", 1)[1]].value
@@ -239,9 +248,9 @@ def _chain(of: World, level: Level, rng: random.Random) -> Question | None:
 
 
 def _dated(
-    of: World, level: Level, rng: random.Random
+    world: World, level: Level, rng: random.Random
 ) -> tuple[list[Path], list[Hop], list[int]] | None:
-    """Three entities of a kind, each with its year as the last of its hops; and the years."""
+    """Draw three entities of one kind: paths to them, all hops (each ends with a year), years."""
     kind = rng.choice(list(COMPARED))
     if level.reached and kind == "work":
         return None  # nothing leads to a work
@@ -250,47 +259,47 @@ def _dated(
     years: list[int] = []
     for _ in range(3):
         if level.reached:
-            path = _path(of, rng, 1, last=kind)
+            path = _path(world, rng, 1, last=kind)
         else:
-            key = rng.choice([key for key, e in of.entities.items() if e.kind == kind])
-            path = Path(of.entities[key].name, key, ())
+            key = rng.choice([key for key, e in world.entities.items() if e.kind == kind])
+            path = Path(world.entities[key].name, key, ())
         if path is None or any(path.value == other.value for other in paths):
             return None
         paths.append(path)
         first = len(hops)
         hops += path.hops
         subject = f"#{first + 1}" if path.hops else path.phrase
-        year = of.entities[path.value].facts[COMPARED[kind]]
-        hops.append(Hop(f"{subject} {COMPARED[kind]}", year, of.passage_id(path.value)))
+        year = world.entities[path.value].facts[COMPARED[kind]]
+        hops.append(Hop(f"{subject} {COMPARED[kind]}", year, world.passage_id(path.value)))
         years.append(int(year))
     apart = min(b - a for a, b in pairwise(sorted(years)))
     return (paths, hops, years) if apart >= MIN_YEARS_APART else None
 
 
-def _comparison(of: World, level: Level, rng: random.Random) -> Question | None:
-    drawn = _dated(of, level, rng)
+def _comparison(world: World, level: Level, rng: random.Random) -> Question | None:
+    drawn = _dated(world, level, rng)
     if drawn is None:
         return None
     paths, hops, years = drawn
-    kind = of.entities[paths[0].value].kind
+    kind = world.entities[paths[0].value].kind
     order = rng.choice(["first", "last"])
     chosen = paths[years.index(min(years) if order == "first" else max(years))]
     one, two, three = (path.phrase for path in paths)
-    told = f"Which came {order} by {COMPARED[kind]}, {one}, {two} or {three}?"
-    return _question(told, of.entities[chosen.value].name, "comparison", tuple(hops))
+    text = f"Which came {order} by {COMPARED[kind]}, {one}, {two} or {three}?"
+    return _question(text, world.entities[chosen.value].name, "comparison", tuple(hops))
 
 
-def _count(of: World, level: Level, rng: random.Random) -> Question | None:
-    drawn = _dated(of, level, rng)
+def _count(world: World, level: Level, rng: random.Random) -> Question | None:
+    drawn = _dated(world, level, rng)
     if drawn is None:
         return None
     paths, hops, years = drawn
-    kind = of.entities[paths[0].value].kind
+    kind = world.entities[paths[0].value].kind
     year = rng.choice([year for year in range(1910, 1991, 10) if year not in years])
     one, two, three = (path.phrase for path in paths)
     dated = f"an {COMPARED[kind]}" if COMPARED[kind] == "opening" else f"a {COMPARED[kind]}"
-    told = f"How many of {one}, {two} and {three} have {dated} before {year}?"
-    return _question(told, str(sum(each < year for each in years)), "count", tuple(hops))
+    text = f"How many of {one}, {two} and {three} have {dated} before {year}?"
+    return _question(text, str(sum(each < year for each in years)), "count", tuple(hops))
 
 
 # --- intersections --------------------------------------------------------------------------------
@@ -298,44 +307,41 @@ def _count(of: World, level: Level, rng: random.Random) -> Question | None:
 Index = dict[tuple[str, str, str], set[str]]  # kind, relation, value: keys of entities
 
 
-def _index(of: World) -> Index:
+def _index(world: World) -> Index:
     found: Index = {}
-    for key, entity in of.entities.items():
+    for key, entity in world.entities.items():
         for relation, value in entity.facts.items():
             found.setdefault((entity.kind, relation, value), set()).add(key)
     return found
 
 
-def _intersection(of: World, rng: random.Random, index: Index) -> Question | None:
-    """Draw an entity that two facts single out, one of them reached through another fact."""
-    key = rng.choice(list(of.entities))
-    entity = of.entities[key]
+def _intersection(world: World, rng: random.Random, index: Index) -> Question | None:
+    """Draw an entity that two facts identify, the value of one found through another fact."""
+    key = rng.choice(list(world.entities))
+    entity = world.entities[key]
     named = [r for r in RELATIONS[entity.kind] if r.value != "year"]
     first, second = rng.sample(named, 2)
     one, two = entity.facts[first.name], entity.facts[second.name]
     fits = index[entity.kind, first.name, one] & index[entity.kind, second.name, two]
-    sources = [k for k, e in of.entities.items() if one in e.facts.values() and k != key]
+    sources = [k for k, e in world.entities.items() if one in e.facts.values() and k != key]
     if fits != {key} or one == two or not sources:
         return None
-    path = _leading(of, rng, rng.choice(sources), one)
-    if path is None or entity.name in path.phrase:
+    path = _path_to(world, rng, rng.choice(sources), one)
+    if entity.name in path.phrase:
         return None
     said, also = rng.choice(first.statements), rng.choice(second.statements)
     asked = "Who is" if entity.kind == "person" else "What is"
-    told = f"{asked} the {entity.kind} {said} {path.phrase}, {also} {two}?"
-    last = Hop(f"{said} #1, {also} {two}", entity.name, of.passage_id(key))
-    return _question(told, entity.name, "intersection", (*path.hops, last))
+    text = f"{asked} the {entity.kind} {said} {path.phrase}, {also} {two}?"
+    last = Hop(f"{said} #1, {also} {two}", entity.name, world.passage_id(key))
+    return _question(text, entity.name, "intersection", (*path.hops, last))
 
 
-def _leading(of: World, rng: random.Random, key: str, value: str) -> Path | None:
-    """One fact of an entity that has this value, as a path."""
-    entity = of.entities[key]
-    possible: list[Relation] = [r for r in RELATIONS[entity.kind] if entity.facts[r.name] == value]
-    if not possible:
-        return None
-    relation = rng.choice(possible)
-    said, apart = _told_apart(of, key, relation.name, rng)
-    hop = Hop(f"{entity.name}{apart} {relation.name}", value, of.passage_id(key))
+def _path_to(world: World, rng: random.Random, key: str, value: str) -> Path:
+    """A fact of an entity that has this value, as a path of length 1."""
+    entity = world.entities[key]
+    relation = rng.choice([r for r in RELATIONS[entity.kind] if entity.facts[r.name] == value])
+    said, apart = _told_apart(world, key, relation.name, rng)
+    hop = Hop(f"{entity.name}{apart} {relation.name}", value, world.passage_id(key))
     phrase = f"{rng.choice(relation.references)} {entity.name}{said}"
     return Path(phrase.removesuffix(","), value, (hop,))
 
@@ -343,10 +349,10 @@ def _leading(of: World, rng: random.Random, key: str, value: str) -> Path | None
 # --- questions ------------------------------------------------------------------------------------
 
 
-def _question(told: str, answer: str, kind: str, hops: tuple[Hop, ...]) -> Question:
+def _question(text: str, answer: str, kind: str, hops: tuple[Hop, ...]) -> Question:
     return Question(
         id="",
-        question=told,
+        question=text,
         answers=(answer,),
         supporting=tuple(dict.fromkeys(hop.support for hop in hops if hop.support)),
         hops=len(hops),
@@ -366,10 +372,3 @@ def _splits(seed: int, difficulty: int) -> dict[str, tuple[Question, ...]]:
         )
         for split, size in SPLITS.items()
     }
-
-
-def _require_level(difficulty: object) -> None:
-    known = (0, *LEVELS)
-    if isinstance(difficulty, bool) or difficulty not in known:
-        levels = ", ".join(map(str, known))
-        raise ConfigurationError(f"difficulty of miniworld is one of {levels}, not {difficulty!r}")

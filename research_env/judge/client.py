@@ -28,9 +28,9 @@ except ImportError as error:
     ) from error
 
 MAX_TOKENS = 1024
-"""Tokens of an answer at most, as in both papers' codes."""
+"""Most tokens of an answer, as in both papers' code."""
 
-_MAX_RETRIES = 1_000  # the deadline comes first
+_MAX_RETRIES = 1_000  # in practice the deadline ends the retries
 _LONGEST_QUOTE = 1_000  # characters of a bad answer that the judge is shown again
 _LARGEST_ANSWER = 8 << 20  # bytes
 
@@ -40,8 +40,8 @@ Messages = Sequence[Mapping[str, str]]
 class JudgeClient:
     """A model at an OpenAI-compatible endpoint; ``async with`` closes its connections.
 
-    The form of the answers (``response_format``) is the first of ``formats`` that the server takes:
-    if it answers 400 or 422, the next one is tried, and kept for later questions if it works.
+    ``response_format`` is the first of ``formats`` that the server takes: if it answers 400 or 422,
+    the client tries the next one, and keeps it for later questions if it works.
     """
 
     def __init__(
@@ -62,18 +62,18 @@ class JudgeClient:
             model: the model's name at the endpoint.
             key: sent as a bearer token, and never shown; empty: none is sent.
             formats: values of ``response_format``, the best one first; None: none is sent.
-            connections: open connections at most.
-            rate: requests per second, retries not counted; None: any number.
+            connections: most open connections.
+            rate: most requests per second, retries not counted; None: no limit.
             deadline: seconds per request with all its retries; one attempt may take half of them.
         """
         self._url = url.rstrip("/").removesuffix("/chat/completions")
         self._model = model
-        # A function, since no attribute shall hold the key.
+        # A closure rather than an attribute, so that printing this object cannot show the key.
         self._redact: Callable[[str], str] = lambda text: redact(text, key)
         self._formats = formats
         self._format = 0  # index of the best format that the server has not refused
         self._gap = 1 / rate if rate else 0.0
-        self._free_at = 0.0  # no request before this time of the monotonic clock
+        self._free_at = 0.0  # earliest time of the next request, on the monotonic clock
         self._deadline = deadline
         self._transport = _WholeAnswers(connections)
         self._client = openai.AsyncOpenAI(
@@ -146,7 +146,7 @@ class JudgeClient:
         await asyncio.sleep(start - now)
 
     def _no_reply(self, failure: BaseException | None) -> NoReplyError:
-        """The error of a question whose last attempt failed in this way."""
+        """The error of a question whose last attempt failed with this exception."""
         if isinstance(failure, httpx2.HTTPStatusError):
             detail = self._shown(failure.response.text)
             return NoReplyError(f"status {failure.response.status_code}", detail)
@@ -159,7 +159,7 @@ class JudgeClient:
         )
 
     def _status_error(self, response: httpx2.Response) -> Exception:
-        """The error of a status that openai does not retry."""
+        """The error of a response that openai does not retry."""
         status = response.status_code
         if status in (401, 403):  # not quoted: such an answer may hold parts of the key
             return JudgeError(
@@ -184,8 +184,11 @@ async def ask_verdict(client: JudgeClient, prompt: JudgePrompt, text: str) -> Ve
 
     Args:
         client: the model.
-        prompt: says what a verdict is, and the message after an answer without one.
+        prompt: how to read a verdict, and what to say after an answer without one.
         text: the whole prompt.
+
+    Returns:
+        The verdict; a missing one says why.
 
     Raises:
         JudgeError: see ``JudgeClient.ask``.
@@ -213,15 +216,15 @@ class _NoCompletionError(httpx2.RemoteProtocolError):
 
 
 class _WholeAnswers(httpx2.AsyncBaseTransport):
-    """HTTP with bounded answers. What it raises as ``httpx2.RequestError`` is retried by openai.
+    """HTTP with bounded answers; openai retries each ``httpx2.RequestError`` that it raises.
 
-    No compressed answer is accepted: a few bytes of it could fill the memory. An answer of status
-    200 that is no completion counts as a broken connection. Until something has answered, a
-    refused connection is raised at once: the address is probably wrong.
+    It refuses compressed answers: a few bytes of one could fill the memory. An answer of status 200
+    that is not a completion counts as a broken connection. Until something has answered, a refused
+    connection is an error that is not retried: the address is probably wrong.
     """
 
     def __init__(self, connections: int) -> None:
-        # A client, since that honors the environment's proxies; the timeout is each request's.
+        # A client, unlike a transport, uses the environment's proxies. Each request has a timeout.
         self._http = httpx2.AsyncClient(limits=httpx2.Limits(max_connections=connections))
         self.has_answered = False
 
@@ -266,7 +269,7 @@ def _is_completion(body: bytes | bytearray) -> bool:
 
 
 def _last_failure(error: BaseException) -> httpx2.HTTPError | None:
-    """The failure after which a retry was waiting when the deadline passed, if there is one."""
+    """The failure of the last attempt before the deadline, if there was one."""
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, httpx2.HTTPError):

@@ -13,7 +13,7 @@ import msgspec
 from research_env.errors import DataError
 
 LONGEST_LINE = 256 << 20
-"""Bytes. A longer line is refused before it is read."""
+"""Most bytes of a line; a longer one is refused before it is read whole."""
 
 EpisodeKey = tuple[str | int, int]
 """An episode: its question's id, or the episode's number if it has none; and its sample."""
@@ -24,8 +24,8 @@ class JudgedEpisode:
     """What a judge needs of one line of a prediction file.
 
     Attributes:
-        key: names the episode.
-        void: whether it failed by the infrastructure, and does not count.
+        key: identifies the episode.
+        void: whether the infrastructure failed; such an episode does not count.
         question: the question.
         answers: the gold answers.
         prediction: the policy's answer; blank if there is none.
@@ -65,8 +65,8 @@ def read_predictions(path: Path) -> tuple[list[JudgedEpisode], list[str]]:
         The episodes, and warnings: a last line that is cut is left out.
 
     Raises:
-        DataError: no such file, a line that is no episode, or an episode that comes twice. The
-            message names file and line.
+        DataError: no such file, a line that is not an episode, or an episode that comes twice.
+            The message names file and line.
     """
     if not path.is_file():
         raise DataError(f"there is no prediction file {path}; an evaluation writes one")

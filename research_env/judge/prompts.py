@@ -1,4 +1,4 @@
-"""What a judge is asked, word for word as in the papers' code, and which answers are verdicts.
+"""The prompts of the judges, word for word as in the papers' code, and the forms of a verdict.
 
 - ``research``: ReSearch (Chen et al. 2025), Agent-RL/ReCall, branch re-search, commit 4bdb872,
   ``scripts/evaluation/llm_judge.py``. The gold answers are written as a Python list. The verdict is
@@ -17,7 +17,7 @@ These answers are verdicts:
   reads every judgement other than "correct" as "incorrect".)
 - ``r1-searcher``: the word True or False in any case, perhaps with a full stop.
 
-After any other answer the judge is told once what was wrong; then the verdict is missing.
+After any other answer the judge is asked once more; after a second one the verdict is missing.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class JudgePrompt:
 
     Attributes:
         template: for ``str.format``, with the fields question, gold and prediction.
-        gold: writes the gold answers as the template shows them.
+        gold: turns the gold answers into the text that the template shows.
         parse: reads the verdict in the model's text, True for correct; None if it holds none.
         repair: the message after a text without a verdict.
-        formats: values of ``response_format`` that hold the model to the form, the strictest first;
-            None sends none.
+        formats: values of ``response_format`` that enforce the form, the strictest first; None
+            sends none.
     """
 
     template: str
@@ -51,7 +51,7 @@ class JudgePrompt:
     formats: tuple[Mapping[str, Any] | None, ...] = (None,)
 
     def text(self, question: str, answers: Sequence[str], prediction: str) -> str:
-        """Return the whole prompt, which is one user message."""
+        """Return the whole prompt, the text of one user message."""
         filled = self.template.format(
             question=question, gold=self.gold(answers), prediction=prediction
         )
@@ -59,7 +59,7 @@ class JudgePrompt:
 
 
 def parse_research(text: str) -> bool | None:
-    """Read the verdict of a ReSearch judge; the head of this module says what counts as one."""
+    """Read a verdict of the form ``research``; see the head of this module."""
     fenced = re.fullmatch(r"```(?:json)?[ \t]*\n(.*)```", text.strip(), re.DOTALL)
     try:
         value = json.loads(fenced[1] if fenced else text, object_pairs_hook=_without_repeated_keys)
@@ -72,7 +72,7 @@ def parse_research(text: str) -> bool | None:
 
 
 def parse_r1_searcher(text: str) -> bool | None:
-    """Read the verdict of an R1-Searcher judge; the head of this module says what counts as one."""
+    """Read a verdict of the form ``r1-searcher``; see the head of this module."""
     return {"true": True, "false": False}.get(text.strip().removesuffix(".").lower())
 
 
@@ -148,7 +148,7 @@ JUDGE_PROMPTS: dict[str, JudgePrompt] = {
 
 
 def _without_repeated_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
         raise ValueError("a key comes twice")
-    return made
+    return found

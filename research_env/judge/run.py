@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -31,11 +31,10 @@ SUMMARY = "judge.json"
 CACHE = "judge-cache.sqlite"
 
 MIN_FOR_CONSTANT = 20
-"""Verdicts that must all be the same before the judge is called constant."""
+"""Fewest verdicts, all equal, after which the summary warns that the judge is constant."""
 
 MAX_CONSECUTIVE_FAILURES = 8
-"""Questions in a row without a reply after which the server counts as gone. With a larger
-concurrency it is that many."""
+"""Questions in a row without a reply after which the run ends; ``concurrency`` if that is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,31 +83,33 @@ class JudgeSettings:
 
 @dataclass(frozen=True, slots=True)
 class JudgeSummary:
-    """What the judge said of a prediction file, as in ``judge.json``.
+    """The content of ``judge.json``.
+
+    The counts from ``replies`` on, and the cost, are sums over all runs of this ``judged.jsonl``.
 
     Attributes:
-        predictions: name of the file.
-        model: the judge.
-        prompt: its prompt.
-        endpoint: where it was asked.
+        predictions: name of the prediction file.
+        model: the judge's name at the server.
+        prompt: ``research`` or ``r1-searcher``.
+        endpoint: the server's address.
         score: ``correct / n``; None while verdicts are missing.
         range: the score if all missing verdicts were incorrect, and if all were correct.
         n: episodes in the denominator, ``correct + incorrect + missing``.
-        correct: episodes with that verdict.
-        incorrect: episodes with that verdict, or without a prediction.
+        correct: episodes whose verdict is correct.
+        incorrect: episodes whose verdict is incorrect, or that have no prediction.
         missing: episodes without a verdict.
-        no_prediction: incorrect episodes without a prediction; nobody was asked.
-        void: episodes that failed by the infrastructure; they are not in ``n``.
-        reasons: why verdicts are missing, with counts.
-        warnings: what the reader should know.
+        no_prediction: episodes without a prediction, which are part of ``incorrect``.
+        void: episodes in which the infrastructure failed; they are not in ``n``.
+        reasons: how many verdicts are missing, per reason.
+        warnings: for example that all verdicts are equal.
         asked: prompts that this run asked; samples that share a prompt count once.
         from_cache: episodes whose verdict this run took from the cache.
-        kept: episodes whose verdict was in ``judged.jsonl`` already.
-        replies: answers of the judge over all runs of this ``judged.jsonl``, as are the next four.
-        replies_without_usage: replies whose server counted no tokens.
+        kept: episodes whose verdict was in ``judged.jsonl`` before this run.
+        replies: answers of the judge.
+        replies_without_usage: answers for which the server counted no tokens.
         tokens_in: tokens of the prompts.
-        tokens_out: tokens of the replies.
-        cost: cost of these tokens; None without prices.
+        tokens_out: tokens of the answers.
+        cost: price of the tokens in the unit of ``prices``; None without prices.
     """
 
     predictions: str
@@ -136,19 +137,18 @@ class JudgeSummary:
 
 
 def judge_predictions(
-    predictions: Path, settings: JudgeSettings, output: Path | None = None, *, show: bool = True
+    predictions: Path, settings: JudgeSettings, output: Path | None = None
 ) -> JudgeSummary:
     """Have every prediction judged; continue where an earlier run stopped.
 
     Writes ``judged.jsonl`` (a line per verdict, as they come) and, however it ends, ``judge.json``
     into ``output``, and keeps the verdicts in ``judge-cache.sqlite`` beside the predictions. The
-    next run asks for missing verdicts again. Not to be called in a running event loop.
+    next run asks for missing verdicts again. Call it outside of a running event loop.
 
     Args:
         predictions: see :func:`read_predictions`; or the folder that holds a ``predictions.jsonl``.
         settings: the judge, and how to ask it.
         output: folder to write to; None: the predictions' folder.
-        show: whether to show a progress bar if standard error is a terminal.
 
     Raises:
         DataError: a file that cannot be read.
@@ -162,7 +162,10 @@ def judge_predictions(
     texts = {
         e.key: prompt.text(e.question, e.answers, e.prediction) for e in episodes if e.needs_judge
     }
-    digests = {key: _digest(settings.model, text) for key, text in texts.items()}
+    digests = {  # a verdict depends on the model and the whole prompt
+        key: hashlib.sha256(json.dumps([settings.model, text]).encode()).hexdigest()
+        for key, text in texts.items()
+    }
     output = output or predictions.parent
     output.mkdir(parents=True, exist_ok=True)
     header = {
@@ -190,8 +193,9 @@ def judge_predictions(
             else:
                 waiting.setdefault(digest, []).append(each.key)
         problems = {key: "not asked" for keys in waiting.values() for key in keys}
+        given: Counter[bool | None] = Counter()
         try:
-            with _progress(sum(map(len, waiting.values())), show) as advance:
+            with progress("judging", len(problems)) as report:
 
                 def finished(digest: str, verdict: Verdict) -> None:
                     counts["asked"] += 1
@@ -200,8 +204,10 @@ def judge_predictions(
                     for key in waiting[digest]:
                         log.write(key, digest, verdict)
                         problems[key] = verdict.problem.kind if verdict.problem else ""
-                        verdict = replace(verdict, replies=())  # the cost counts once
-                    advance(len(waiting[digest]), verdict.correct)
+                        given[verdict.correct] += 1
+                        verdict = replace(verdict, replies=())  # their cost counts once
+                    told = f"{given[True]} correct, {given[False]} incorrect, {given[None]} missing"
+                    report(given.total(), told)
 
                 questions = {digest: texts[keys[0]] for digest, keys in waiting.items()}
                 if questions:
@@ -256,10 +262,10 @@ def format_summary(summary: JudgeSummary) -> str:
 
 
 def check_endpoint(url: str, key: str = "") -> None:
-    """Refuse what is no server's address, or may hold a secret.
+    """Refuse an address that is not a server's, or that may hold a secret.
 
     Raises:
-        ConfigurationError: the message does not repeat what may be secret.
+        ConfigurationError: the address cannot be used; the message does not repeat a secret.
     """
     if "?" in url or "#" in url or redact(url, key) != url:
         raise ConfigurationError(
@@ -274,7 +280,16 @@ async def _ask_all(
     settings: JudgeSettings,
     finished: Callable[[str, Verdict], None],
 ) -> None:
-    """Ask every prompt, and pass on its digest and its verdict as they come."""
+    """Ask every prompt, and call ``finished`` with each digest and its verdict.
+
+    Args:
+        questions: the prompt of each digest.
+        settings: the judge, and how to ask it.
+        finished: called once per digest, in the order of the answers.
+
+    Raises:
+        JudgeError: the server refuses every question, or too many in a row get no answer.
+    """
     from research_env.judge.client import JudgeClient, ask_verdict  # noqa: PLC0415 - an extra
 
     prompt = JUDGE_PROMPTS[settings.prompt]
@@ -322,7 +337,7 @@ def _summarize(
     warnings: Sequence[str],
     counts: Mapping[str, int],
 ) -> JudgeSummary:
-    """Count verdicts; ``counts`` holds the counts that do not follow from them."""
+    """Count verdicts; ``counts`` are the fields of the summary that do not follow from them."""
     counted = [each for each in episodes if not each.void]
     n = len(counted)
     correct = sum(verdicts[each.key] is True for each in counted)
@@ -366,25 +381,3 @@ def _write_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-@contextmanager
-def _progress(total: int, show: bool) -> Iterator[Callable[[int, bool | None], None]]:
-    """Show in a terminal how many verdicts are there, and how many of them say correct."""
-    if not (show and total):
-        yield lambda count, correct: None
-        return
-    given: Counter[bool | None] = Counter()
-    with progress("judging", total) as report:
-
-        def advance(count: int, correct: bool | None) -> None:
-            given[correct] += count
-            told = f"{given[True]} correct, {given[False]} incorrect, {given[None]} missing"
-            report(given.total(), told)
-
-        yield advance
-
-
-def _digest(model: str, text: str) -> str:
-    """What a verdict is known by: model and full prompt."""
-    return hashlib.sha256(json.dumps([model, text]).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a judge said: one verdict, the log of a run's verdicts, and the cache of all of them."""
+"""The verdict of a judge, the log of a run's verdicts, and the cache that runs share."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from research_env.errors import ConfigurationError, DataError, ResearchEnvError
 from research_env.judge.predictions import EpisodeKey
 from research_env.system.locks import exclusive_lock
 
-_CACHE_VERSION = 1  # the table's version, in the file as its user_version
+_CACHE_VERSION = 1  # user_version of the database
 _TABLE = (
     "verdicts (digest TEXT PRIMARY KEY, verdict INTEGER NOT NULL, raw TEXT NOT NULL) WITHOUT ROWID"
 )
 _LONGEST_REPLY = 64 << 20  # bytes of a row
+_MALFORMED = (msgspec.MsgspecError, ValueError, KeyError, TypeError, RecursionError)
 
 
 class JudgeError(ResearchEnvError):
@@ -49,7 +50,7 @@ class JudgeReply:
 
     Attributes:
         text: what the model wrote.
-        tokens: tokens in and out; None if the server did not count them.
+        tokens: numbers of tokens of prompt and answer; None if the server did not count them.
     """
 
     text: str
@@ -58,13 +59,13 @@ class JudgeReply:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a judge said of one prediction.
+    """What a judge said about one prediction.
 
     Attributes:
         correct: None if the verdict is missing.
         raw: the model's last text, if there is one.
-        problem: why the verdict is missing.
-        replies: all answers that it took.
+        problem: why the verdict is missing; None if it is not.
+        replies: all answers of the model, the repaired one included.
     """
 
     correct: bool | None
@@ -129,7 +130,12 @@ class VerdictLog:
             self._append({"header": dict(header)})
 
     def verdict(self, key: EpisodeKey, digest: str | None) -> bool | None:
-        """Return an episode's verdict if it was asked for with this prompt; None: it is missing."""
+        """Return the verdict of an episode for this prompt; None if it is missing.
+
+        Args:
+            key: identifies the episode.
+            digest: identifies model and prompt; None if nobody is asked.
+        """
         found, correct = self._verdicts.get(key, (None, None))
         return correct if found == digest else None
 
@@ -137,9 +143,9 @@ class VerdictLog:
         """Append an episode's verdict.
 
         Args:
-            key: names the episode.
+            key: identifies the episode.
             digest: identifies model and prompt; None if nobody was asked.
-            verdict: what came of it.
+            verdict: the verdict, or why it is missing.
         """
         counted = [reply.tokens for reply in verdict.replies if reply.tokens]
         record: dict[str, Any] = {
@@ -156,10 +162,10 @@ class VerdictLog:
             "tokens_out": sum(tokens[1] for tokens in counted),
         }
         self._append(record)
-        self._take(msgspec.convert(record, _LogLine))
+        self._remember(msgspec.convert(record, _LogLine))
 
     def _read(self, path: Path, lines: list[bytes]) -> Any:
-        """Take the lines; return the header, None if there is no line."""
+        """Remember the verdicts of the lines; return the header, None if there is no line."""
         header = None
         for number, line in enumerate(lines, start=1):
             try:
@@ -167,18 +173,12 @@ class VerdictLog:
                 if number == 1:
                     header = msgspec.convert(record["header"], dict[str, str])
                 else:
-                    self._take(msgspec.convert(record, _LogLine))
-            except (
-                msgspec.MsgspecError,
-                ValueError,
-                KeyError,
-                TypeError,
-                RecursionError,
-            ) as error:
+                    self._remember(msgspec.convert(record, _LogLine))
+            except _MALFORMED as error:
                 raise _not_a_log(f"{path}:{number}", str(error)) from None
         return header
 
-    def _take(self, line: _LogLine) -> None:
+    def _remember(self, line: _LogLine) -> None:
         key = line.episode if line.question_id is None else line.question_id
         if key is None:
             raise ValueError("it names neither a question nor an episode")
@@ -212,7 +212,7 @@ class VerdictCache:
         """Open or make the database.
 
         Raises:
-            JudgeError: it cannot be used. So do the methods.
+            JudgeError: it cannot be used; the methods raise the same.
         """
         self._path = path
         if path.exists() and not path.is_file():
@@ -231,7 +231,7 @@ class VerdictCache:
                     transaction.execute(f"CREATE TABLE IF NOT EXISTS {_TABLE}")
                     transaction.execute(f"PRAGMA user_version = {_CACHE_VERSION}")
                 schema = self._database.execute("SELECT sql FROM sqlite_master").fetchall()
-                if schema != [(f"CREATE TABLE {_TABLE}",)]:  # a trigger would change verdicts
+                if schema != [(f"CREATE TABLE {_TABLE}",)]:  # a trigger could change verdicts
                     raise sqlite3.DatabaseError("its tables are not those of a cache")
         except BaseException:
             self._database.close()

@@ -1,26 +1,18 @@
 """The papers whose protocol, prompts and rewards are implemented, one module each.
 
-A new paper is one module with a ``PAPER``, and its name in ``_MODULES``.
+A new paper is one module with a ``PAPER``, and its name in `_MODULES`.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from research_env.errors import UnknownNameError
+from research_env.papers import r1_searcher, recall, research, search_r1, tool_calls
 from research_env.papers.base import Paper
 from research_env.protocol import Protocol
 
-_MODULES = (
-    "research",
-    "r1_searcher",
-    "search_r1",
-    "tool_calls",
-    "recall",
-)
+_MODULES = (research, r1_searcher, search_r1, tool_calls, recall)
 
-_FOUND: list[Paper] = [import_module(f"{__name__}.{name}").PAPER for name in _MODULES]
-PAPERS: dict[str, Paper] = {paper.protocol.name: paper for paper in _FOUND}
+PAPERS: dict[str, Paper] = {module.PAPER.protocol.name: module.PAPER for module in _MODULES}
 PROTOCOLS: dict[str, Protocol] = {name: paper.protocol for name, paper in PAPERS.items()}
 
 

@@ -1,19 +1,21 @@
-"""What a paper consists of, and what the papers' rewards share.
+"""The type of a paper, and what the papers' rewards share.
 
 A reward is a function from a finished :class:`~research_env.episode.Episode` to a float. It reads
-what the policy wrote and nothing that was retrieved. The authors' code scores one text in which
-retrieved passages stand beside the policy's words, so a passage that says ``</answer>`` or
-"assistant" costs a right answer its reward, and so does a search that finds nothing (R1-Searcher).
-Here that text is rebuilt with one blank passage for every search (`blank_transcript`), and the
-authors' definitions are applied to it: on a trajectory whose passages hold no such text the number
-is theirs, and nothing that an engine returns can change it.
+what the policy wrote and nothing that was retrieved. The authors' code scores one text that holds
+the policy's words and the passages. So a passage that says ``</answer>`` or "assistant" costs a
+right answer its reward, and so does a search that finds nothing (R1-Searcher). Here that text is
+rebuilt with one blank passage per search (`blank_transcript`), and the authors' definitions are
+applied to it: the reward equals theirs if no passage holds such text, and nothing that an engine
+returns changes it.
 
-Three more differences are deliberate, and concern text that no clean trajectory holds. The authors
-find the response by splitting prompt and response at "Assistant:" (or a chat marker), so a policy
-that writes this marker moves the start of its own response; here the response is known. The end
-token, which they append as text, is no word here: an episode that was cut short has none. An answer
-that is opened in one action and closed in a later one is what the policy wrote in between, without
-the results or the hint that stood there.
+Three more differences are deliberate, and concern text that no clean trajectory holds:
+
+- The authors split prompt and response at "Assistant:" (or a chat marker), so a policy that writes
+  this marker moves the start of its own response. Here the response is known.
+- The authors append the end token as text. Here it is not part of the text: whether the episode
+  was cut short is known.
+- An answer that is opened in one action and closed in a later one is what the policy wrote in
+  between, without the results or the hint that stood there.
 
 Each reward goes with the protocol of its paper; with another protocol's tags its format does not
 hold. A void episode (the search engine failed) is never scored: the environment gives it 0.
@@ -53,7 +55,7 @@ class Paper:
 
 
 def once_per_episode(function: Callable[[Episode], Value]) -> Callable[[Episode], Value]:
-    """Compute a value of an episode once, however many rewards and metrics ask for it."""
+    """Decorate a function of an episode, so that rewards and metrics share one computation."""
     name = f"{function.__module__}.{function.__qualname__}"
 
     @wraps(function)
@@ -78,8 +80,9 @@ def blank_transcript(episode: Episode) -> str:
     parts: list[str] = []
     for turn in episode.turns:
         parts.append(turn.action)
-        if turn.observation:  # else it is the last turn, or the search was refused
-            parts.append(result if turn.kind == "search" else turn.observation)  # or the hint
+        if turn.observation:  # empty: the turn is the last, or its search was refused
+            # The observation of another turn than a search is the hint.
+            parts.append(result if turn.kind == "search" else turn.observation)
     text = "".join(parts)
     if episode.chat:
         think = episode.protocol.think

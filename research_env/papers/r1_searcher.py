@@ -79,7 +79,7 @@ def _render_r1_searcher(protocol: Protocol, hits: Sequence[Hit]) -> str:
 
 
 def _extract_after_last_tag(protocol: Protocol, response: str) -> str | None:
-    """What follows the last opening mark, up to a closing one; both must occur somewhere."""
+    """The text after the last opening mark, up to a closing one; both must occur somewhere."""
     tag = protocol.answer
     if tag.open not in response or tag.close not in response:
         return None
@@ -115,11 +115,14 @@ def _compare(metric: Callable[..., float], episode: Episode) -> float:
 def r1_searcher_stage1(episode: Episode) -> float:
     """R1-Searcher's first stage: learn to retrieve, and the format.
 
-    ``r = (1 if the answer covers the gold, else -1) + 0.5 [retrieved] + 0.5 [format]``. Covering is
-    cover exact match with the first gold; no complete answer tag counts as not covering. Retrieved:
-    at least one search, and every query mark has its documents. Format: no ``<think>`` (the prompt
-    ends in it), one ``</think>``, one ``<answer>``, one ``</answer>``. The paper prints the two
-    halves only; the first term is the authors' code.
+    ``r = (1 if the answer covers the gold, else -1) + 0.5 [retrieved] + 0.5 [format]``.
+
+    - Covers: cover exact match with the first gold; without a complete answer tag it is false.
+    - Retrieved: at least one search, and each query mark has its documents.
+    - Format: no ``<think>`` (the prompt ends in it), one ``</think>``, one ``<answer>``, one
+      ``</answer>``.
+
+    The paper prints the two halves only; the first term comes from the authors' code.
 
     Source: RUCAIBox/R1-Searcher, ``train/reward_server_llama_stage1.py``.
     """
@@ -132,8 +135,8 @@ def r1_searcher_stage1(episode: Episode) -> float:
 def r1_searcher_stage1_guarded(episode: Episode) -> float:
     """`r1_searcher_stage1` in which an answer of more than ten words covers nothing.
 
-    In the authors' first stage copying all passages into the answer pays nearly as much as knowing
-    it. Ten words is the limit of their second stage. Ours, not a paper's.
+    It is not a paper's reward: in the authors' first stage, copying all passages into the answer
+    pays nearly as much as knowing it. Ten words are the limit of their second stage.
     """
     long = len((episode.prediction or "").split()) > MAX_ANSWER_WORDS
     covered = _compare(cover_exact_match, episode) if long else 0.0
@@ -148,8 +151,7 @@ def r1_searcher_stage2(episode: Episode) -> float:
 
     Source: RUCAIBox/R1-Searcher, ``train/reward_server_qwen_zero.py``.
     """
-    score = _compare(f1, episode)
-    return score - _r1_searcher_penalty(episode)
+    return _compare(f1, episode) - _r1_searcher_penalty(episode)
 
 
 def r1_searcher_stage2_cem(episode: Episode) -> float:
@@ -158,8 +160,7 @@ def r1_searcher_stage2_cem(episode: Episode) -> float:
     Source: Song et al. 2025, "R1-Searcher", the study of rewards; ``cover_exact_match_score_1`` of
     ``train/reward_server_qwen_zero.py``.
     """
-    score = _compare(cover_exact_match, episode)
-    return score - _r1_searcher_penalty(episode)
+    return _compare(cover_exact_match, episode) - _r1_searcher_penalty(episode)
 
 
 def r1_searcher_stage2_em(episode: Episode) -> float:
@@ -168,14 +169,13 @@ def r1_searcher_stage2_em(episode: Episode) -> float:
     Source: Song et al. 2025, "R1-Searcher", the study of rewards; ``exact_match_score`` of
     ``train/reward_server_qwen_zero.py``.
     """
-    score = _compare(exact_match, episode)
-    return score - _r1_searcher_penalty(episode)
+    return _compare(exact_match, episode) - _r1_searcher_penalty(episode)
 
 
 def r1_searcher_stage2_llama(episode: Episode) -> float:
     """R1-Searcher's second stage for Llama: F1 with the first gold, less 1 for a broken format.
 
-    Of the format (`r1_searcher_format`) only the tags are looked at, and Chinese characters.
+    The format is that of `r1_searcher_format` without its conditions on words and answers.
 
     Source: RUCAIBox/R1-Searcher, ``train/reward_server_llama_stage2.py``.
     """
@@ -185,19 +185,18 @@ def r1_searcher_stage2_llama(episode: Episode) -> float:
         and _one_thought_one_answer(episode, text)
         and not _CHINESE.search(_without_documents(episode, text))
     )
-    score = _compare(f1, episode)
-    return score - (0.0 if well_formed else 1.0)
+    return _compare(f1, episode) - (0.0 if well_formed else 1.0)
 
 
 @once_per_episode
 def r1_searcher_format(episode: Episode) -> bool:
     """Whether a response has the format of R1-Searcher's second stage.
 
-    Every query mark has its documents; no ``<think>`` (the prompt ends in it), one ``</think>``,
-    one ``<answer>``, one ``</answer>``; no query or documents inside the answer, which has at most
-    ten words; neither "assistant" nor "Assistant" anywhere; and no Chinese character but in
-    documents. No search at all is allowed, text after the answer too, and so is an episode that was
-    cut short: only the tags count.
+    Each query mark has its documents; no ``<think>`` (the prompt ends in it), one ``</think>``, one
+    ``<answer>``, one ``</answer>``; no query or documents inside the answer, which has at most ten
+    words; neither "assistant" nor "Assistant" anywhere; no Chinese character outside of documents.
+    A response without a search, with text after the answer, or of an episode that was cut short can
+    have the format too.
 
     Source: ``MathRuleProxy.get_reward`` of ``train/reward_server_qwen_zero.py``. The authors look
     for "assistant" in retrieved documents as well: of the 625 trajectories of their model that they
@@ -241,7 +240,7 @@ def _one_thought_one_answer(episode: Episode, text: str) -> bool:
 
 
 def _without_documents(episode: Episode, text: str) -> str:
-    """The text less every span from an opening mark of documents to the next closing one."""
+    """The text without the spans from an opening mark of documents to the next closing one."""
     result = episode.protocol.result
     kept, at = [], 0
     while (start := text.find(result.open, at)) >= 0:

@@ -22,6 +22,7 @@ from research_env.protocol import Prompts
 from research_env.tools.base import Tool, ToolTurn
 from research_env.tools.calls import MAX_CALL_CHARACTERS, CallRecord, shown
 from research_env.tools.formats import ToolFormat
+from research_env.tools.formats.base import spans
 from research_env.tools.formats.hermes import CALL, HERMES, RESPONSE, chat_text, write_calls
 
 WIKIPEDIA_SEARCH = Tool(
@@ -70,7 +71,7 @@ def _system(tools: Sequence[Tool]) -> str:
 
 
 def _frame(calls: Sequence[CallRecord]) -> str:
-    """One message in which each result stands behind its call, and the opening of a thought."""
+    """One message in which each result follows its call, and the opening of a thought."""
     blocks = "".join(
         f"{RESPONSE.open}{shown(call.text, MAX_CALL_CHARACTERS)}\n{call.result}\n{RESPONSE.close}\n"
         for call in calls
@@ -79,7 +80,7 @@ def _frame(calls: Sequence[CallRecord]) -> str:
 
 
 def _write(turn: ToolTurn) -> str:
-    """A structured turn as text: the rest of the thought that the prompt has opened, and so on."""
+    """The rest of the thought, which the prompt has opened, the content and the calls."""
     said = [turn.content] if turn.content else []
     return f"{turn.reasoning}</think>\n" + "\n".join([*said, *write_calls(turn)])
 
@@ -117,10 +118,9 @@ def recall_format(episode: Episode) -> bool:
     r"""Whether each turn has ReCall's format, and the last one an answer.
 
     Each turn, with the ``<think>`` that stands before it, has as many ``<think>`` as ``</think>``
-    and as many ``<tool_call>`` as ``</tool_call>``; what stands between the latter is JSON that
-    says ``"name"`` and ``"arguments"``. The last turn has a ``\boxed{...}`` that can be read, and
-    the episode ended by itself (the authors need the end token). Whether a tool exists and takes
-    these arguments is not looked at.
+    and as many ``<tool_call>`` as ``</tool_call>``; each call is JSON that says ``"name"`` and
+    ``"arguments"``, of whatever tool. The last turn has a ``\boxed{...}`` that can be read, and the
+    episode ended by itself (the authors need the end token).
 
     Source: ``validate_template_format`` of the same file.
     """
@@ -134,19 +134,15 @@ def _turn_holds(text: str) -> bool:
         return False
     if text.count(CALL.open) != text.count(CALL.close):
         return False
-    start = text.find(CALL.open)
-    while start >= 0:
-        end = text.find(CALL.close, start)
-        if end < 0:
+    for call, closed in spans(text, *CALL):
+        if not closed:
             break
-        call = text[start + len(CALL.open) : end].strip()
         if '"name"' not in call or '"arguments"' not in call:
             return False
         try:
-            json.loads(call)
+            json.loads(call.strip())
         except (ValueError, RecursionError):
             return False
-        start = text.find(CALL.open, end)
     return True
 
 

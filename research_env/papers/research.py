@@ -60,7 +60,7 @@ _SYSTEM = (
 
 
 def _parse_research(protocol: Protocol, text: str) -> Parsed:
-    """The last query before the terminator; a terminator alone asks for nothing and goes on."""
+    """The query from the last opening mark; without a mark the query is empty."""
     tag = protocol.query
     if text.endswith(tag.close):
         return Parsed("search", last_before_end(text, tag) or "")
@@ -86,7 +86,7 @@ def _extract_boxed(protocol: Protocol, response: str) -> str | None:
 
 
 def last_boxed(answer: str) -> str | None:
-    r"""What the last ``\boxed{...}`` of a text holds, or None."""
+    r"""The content of the last ``\boxed{...}`` of a text, or None."""
     if "\\boxed " in answer:
         return answer.rsplit("\\boxed ", 1)[1].split("$", 1)[0]
     start = answer.rfind("\\boxed")
@@ -156,9 +156,10 @@ def research_format(episode: Episode) -> bool:
     ``<result>`` and ``</result>`` in this order; and the episode ended by itself (the authors need
     the end token). Text outside the tags, also after the answer, is allowed.
 
-    Odd cases, as in the authors' code: ``\boxed X`` (with a space) runs to the next ``$`` and wins
-    over ``\boxed{X}``, but does not do without one; ``\fbox`` never counts; of nested boxes the
-    innermost last one is read; a box that is never closed breaks the format.
+    Odd cases, as in the authors' code: ``\boxed X`` (with a space) runs to the next ``$`` and is
+    read instead of a ``\boxed{X}``, but the format still needs a ``\boxed{`` and a ``}``; ``\fbox``
+    never counts; of nested boxes the last one, which is the innermost, is read; a box that is never
+    closed breaks the format.
 
     Source: ``validate_format`` and ``compute_score`` of the same file.
     """
@@ -166,7 +167,7 @@ def research_format(episode: Episode) -> bool:
         return False
     text, rules = blank_transcript(episode), episode.protocol
     marks = _marks(rules.think, rules.query, rules.result, rules.answer).findall(text)
-    # Where there is one answer, its last mark is its first, and sooner found.
+    # The format allows one answer, so the last mark is the only one; rfind finds it sooner.
     boxed = text[text.rfind(rules.answer.open) : text.rfind(rules.answer.close)]
     return (
         marks.count(rules.think.open) == marks.count(rules.think.close) > 0
@@ -183,6 +184,7 @@ def _marks(*tags: Tag) -> re.Pattern[str]:
 
 
 def _every_search_has_its_result(rules: Protocol, marks: list[str]) -> bool:
+    """Whether the end of the query, a result and its end follow each opening mark of a query."""
     at = 0
     try:
         while rules.query.open in marks[at:]:
@@ -192,7 +194,7 @@ def _every_search_has_its_result(rules: Protocol, marks: list[str]) -> bool:
             at = marks.index(rules.result.close, opened)
             if opened < asked:
                 return False
-    except ValueError:  # one of them is missing
+    except ValueError:  # index did not find a mark
         return False
     return True
 

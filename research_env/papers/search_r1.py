@@ -40,7 +40,7 @@ _PROMPT = (
 
 
 def _parse_search_r1(protocol: Protocol, text: str) -> Parsed:
-    """The span that the terminator closes, from the first mark that opens it."""
+    """The query from the first opening mark to the terminator."""
     tag = protocol.query
     start = text.find(tag.open)
     if start >= 0 and text.endswith(tag.close):
@@ -58,7 +58,10 @@ def _render_search_r1(protocol: Protocol, hits: Sequence[Hit]) -> str:
 
 
 def _extract_last(protocol: Protocol, response: str) -> str | None:
-    """The last complete answer (the authors ask for a second: their prompt's example is one)."""
+    """The last complete answer.
+
+    The authors' code wants two, since their prompt's example is one.
+    """
     tag, last, at = protocol.answer, None, 0
     while True:
         start = response.find(tag.open, at)
@@ -101,9 +104,9 @@ SEARCH_R1 = Protocol(
 def search_r1(episode: Episode) -> float:
     """Search-R1's reward: exact match of the last answer with any gold, 1 or 0.
 
-    The authors take the last ``<answer>`` of prompt and response together and none where there is
-    only one, for their prompt holds examples; so a response without an answer gives the "Beijing"
-    of the prompt as its answer, or the "and" of the hint. Here the policy's words alone are read.
+    The authors read prompt and response together, and take the last ``<answer>`` if there are two
+    or more. Their prompt and their hint hold some: a response without an answer gets "Beijing" from
+    the prompt, or "and" from the hint. Here the policy's words alone are read.
 
     Source: Jin et al. 2025, "Search-R1", ``verl/utils/reward_score/qa_em.py``.
     """
@@ -113,10 +116,11 @@ def search_r1(episode: Episode) -> float:
 def search_r1_format(episode: Episode) -> float:
     """Search-R1's reward with format: 1, or 0.8 / 0.2 / 0.1 / 0.
 
-    A right answer: 1 with the format, else ``1 - structure`` = 0.8. A wrong one: ``structure`` =
-    0.2 with the format, else ``final`` = 0.1. No answer: 0 (in the authors' pipeline it gets 0.1,
-    for the example in the prompt is taken for it). Their reward for passages that hold the answer
-    is 0 in their settings, so it is left out.
+    - A right answer: 1 with the format, else ``1 - structure`` = 0.8.
+    - A wrong answer: ``structure`` = 0.2 with the format, else ``final`` = 0.1.
+    - No answer: 0. The authors' code gives 0.1: it takes the example in the prompt as the answer.
+
+    Their reward for passages that hold the answer is 0 in their settings, so it is left out.
 
     Source: ``verl/utils/reward_score/qa_em_format.py`` with the settings of
     ``scripts/nq_hotpotqa/v0.3/train_grpo_format.sh`` (structure_format_score 0.2,
@@ -134,8 +138,8 @@ def search_r1_format(episode: Episode) -> float:
 def search_r1_format_holds(episode: Episode) -> bool:
     """Whether a response is think, search, information, ..., think, answer, and only that.
 
-    Nothing but white space may stand outside the tags, no tag inside another, every search is
-    preceded by its own thought, and an action that got the hint breaks the format.
+    Nothing but white space may stand outside the tags, and no tag inside another. Each search has
+    its own thought before it. An action that got the hint breaks the format.
 
     Source: ``is_valid_sequence`` of ``verl/utils/reward_score/qa_em_format.py``.
     """

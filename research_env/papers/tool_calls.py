@@ -1,4 +1,4 @@
-r"""Tool calls in the text format of the policy's model, Hermes by default: no paper's protocol.
+r"""Tool calls in the text format of the policy's model, Hermes by default. No paper's protocol.
 
 The prompt ``base`` and the observations are, to the letter, what the chat templates of these models
 make of the messages. The final answer is the last ``\boxed{}`` of a turn without calls.
@@ -27,8 +27,8 @@ _ROLE = (
 )
 
 
-def parse_calls(protocol: Protocol, text: str) -> Parsed:
-    """A search where a call can be run, invalid where none can, else an answer."""
+def _parse_calls(protocol: Protocol, text: str) -> Parsed:
+    """A search if a call can be run, invalid if no call can be run, an answer without calls."""
     if protocol.tool_format is None:
         return Parsed("answer")
     written = protocol.tool_format.reader(text, protocol.tools)
@@ -39,21 +39,21 @@ def parse_calls(protocol: Protocol, text: str) -> Parsed:
     return Parsed("invalid" if records else "answer")
 
 
-def extract_last_boxed(protocol: Protocol, response: str) -> str | None:
-    r"""The last ``\boxed{}`` of the last turn."""
+def _extract_last_boxed(protocol: Protocol, response: str) -> str | None:
+    r"""The last ``\boxed{}`` of a turn's answer, without the terminator."""
     for end in protocol.terminators:
         response = protocol.cut(response).removesuffix(end)
     answerer = protocol.tool_format.answerer if protocol.tool_format else str
     return last_boxed(answerer(response).strip())
 
 
-def render_response(protocol: Protocol, hits: Sequence[Hit]) -> str:
+def _render_response(protocol: Protocol, hits: Sequence[Hit]) -> str:
     """One result of a search, without the frame of its message."""
     return f"{protocol.result.open}\n{show_hits(hits)}\n{protocol.result.close}"
 
 
 def _prompts(tools: Sequence[Tool], tool_format: ToolFormat) -> Prompts:
-    """``instruct`` for a chat template that gets the tools, and ``base``, which is its text."""
+    """The template ``instruct``, for a chat template that gets the tools, and its text ``base``."""
     prompts: dict[str, Sequence[tuple[str, str]]] = {
         "instruct": (("system", _ROLE), ("user", "{question}"))
     }
@@ -69,9 +69,9 @@ TOOL_CALLS = Protocol(
     result=RESPONSE,
     answer=Tag("\\boxed{", "}"),
     terminators=(),
-    parser=parse_calls,
-    renderer=render_response,
-    extractor=extract_last_boxed,
+    parser=_parse_calls,
+    renderer=_render_response,
+    extractor=_extract_last_boxed,
     top_k=5,
     reward="f1",
     tool_prompts=_prompts,

@@ -1,7 +1,7 @@
-"""Tool calls: what a policy may call, how it writes calls, and what it reads as their results.
+"""Tool calls: the tools, the calls that a policy writes, and the results that it reads.
 
 - :mod:`research_env.tools.base`: tools, calls, and the turn that makes them.
-- :mod:`research_env.tools.calls`: from calls to requests; a bad call gets an error as its result.
+- :mod:`research_env.tools.calls`: checks calls; a bad call gets an error as its result.
 - :mod:`research_env.tools.builtin`: ``search`` and ``open``.
 - :mod:`research_env.tools.formats`: how families of models write calls in text.
 """

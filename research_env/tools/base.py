@@ -27,27 +27,30 @@ TYPES: Mapping[str, tuple[type, ...]] = {
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
-
 Runner = Callable[[Retriever, Sequence[Mapping[str, Any]]], Sequence[ToolResult | RetrievalError]]
-"""Runs a batch of calls of one tool: the search engine and the arguments of each, to a result each.
+"""Runs a batch of calls of one tool: takes the search engine and the arguments of each call.
 
-A :class:`RetrievalError` says that the infrastructure failed: it makes the episode void.
+Returns a result per call. A :class:`RetrievalError` says that the infrastructure failed: it makes
+the episode void.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """Something that the policy calls by name; :func:`tool` makes one of a function.
+    """A function that the policy calls by name; :func:`tool` makes one of a Python function.
 
     Attributes:
-        name: its name.
+        name: up to 64 letters, digits, _ and -.
         description: what it does, for the model.
         parameters: JSON Schema per argument: ``type`` (see `TYPES`), ``description``, ``enum``, ...
         required: the arguments that each call must have.
-        runner: runs its calls. None: its ``query`` goes to the search engine, and ``top_n``, where
-            there is one, limits the passages that are shown.
+        runner: runs its calls. None: its ``query`` goes to the search engine, and ``top_n``, if it
+            has that argument, limits the passages that are shown.
         reads: whether it needs a search engine that can read whole documents.
-        place: "module:NAME", where it can be imported from; pickles hold no more. "": nowhere.
+        place: "module:NAME", by which a pickle imports it; "": the pickle holds its fields.
+
+    Raises:
+        ConfigurationError: a field that cannot be used.
     """
 
     name: str
@@ -59,7 +62,7 @@ class Tool:
     place: str = field(default="", repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.place:  # a function under the name of its tool cannot be pickled
+        if self.place:  # the tool has the name of its function, so the function cannot be pickled
             return import_tool, (self.place,)
         parameters = {name: dict(each) for name, each in self.parameters.items()}
         made = (self.name, self.description, parameters, self.required, self.runner, self.reads)
@@ -139,7 +142,7 @@ def tool(**parameters: Mapping[str, Any]) -> Callable[[Callable[..., str]], Tool
         **parameters: JSON Schema per argument.
 
     Raises:
-        ConfigurationError: a schema without its argument, or an argument without its schema.
+        ConfigurationError: a schema without an argument, or an argument without a schema.
 
     Example:
         >>> @tool(text={"type": "string", "description": "What to count."})
@@ -195,10 +198,10 @@ class Call:
     """A call as a policy makes it; nothing in it is checked yet.
 
     Attributes:
-        id: its own id; "": it gets one.
-        name: the tool's.
+        id: "": the environment gives it one.
+        name: the tool's name.
         arguments: a mapping of argument to JSON value.
-        raw: the arguments as JSON text, where nobody has read it yet.
+        raw: the arguments as JSON text, in place of ``arguments``; None: they are there.
     """
 
     id: str = ""
@@ -209,12 +212,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class ToolTurn:
-    """A policy's turn as a structured action: instead of its text.
+    """A policy's turn as a structured action, in place of text.
 
     Attributes:
-        content: what it says; the answer, if there are no calls.
-        reasoning: what it thought before.
+        content: the message; without calls it is the answer.
+        reasoning: the thought before it.
         calls: in order.
+
+    Raises:
+        ActionError: a field of another type.
     """
 
     content: str = ""
@@ -242,8 +248,8 @@ class ToolTurn:
                 them may be missing or None.
 
         Raises:
-            ActionError: the message has another role, or a field is of another type; what a call
-                itself says is not looked at.
+            ActionError: the message has another role, or a field is of another type. The calls
+                themselves are not checked here.
         """
         if message.get("role", "assistant") != "assistant":
             raise ActionError(f"the policy's message has the role assistant, not {message!r:.200}")
@@ -256,7 +262,7 @@ class ToolTurn:
 
 
 def _call(entry: Any) -> Call:
-    """A call of a message, however wrong its form."""
+    """A call of a message; parts of another type are left out."""
     entry = entry if isinstance(entry, Mapping) else {}
     function = entry.get("function")
     function = function if isinstance(function, Mapping) else {}

@@ -29,7 +29,7 @@ def open_documents(
     retriever: Retriever, calls: Sequence[Mapping[str, Any]]
 ) -> list[ToolResult | RetrievalError]:
     """Read a page of a document for each call."""
-    reader = cast(DocumentReader, retriever)  # the environment has checked it
+    reader = cast(DocumentReader, retriever)  # the environment checks it, since OPEN.reads is set
     found = reader.read([arguments["document"] for arguments in calls])
     return [
         each if isinstance(each, RetrievalError) else _page(each, arguments)
@@ -61,11 +61,11 @@ TOOLS: dict[str, Tool] = {each.name: each for each in (SEARCH, OPEN)}
 
 
 def find_tools(tools: str | Sequence[str | Tool]) -> tuple[Tool, ...]:
-    """The tools of these names.
+    """Find tools by name.
 
     Args:
-        tools: names, or one text of them with commas between: ``search``, ``open``, or
-            "module:NAME" for one of your own; or the tools themselves.
+        tools: names, or one text of names with commas between; or the tools themselves. A name is
+            ``search``, ``open``, or "module:NAME" for a tool of your own.
 
     Raises:
         UnknownNameError: there is no tool of that name.
@@ -84,7 +84,7 @@ def _find(name: str) -> Tool:
 
 
 def show_hits(hits: Sequence[Hit], *, ids: bool = False) -> str:
-    """Passages as FlashRAG's Wikipedia holds them, with blank lines between; harmless text.
+    """Passages in the form of FlashRAG's Wikipedia, with blank lines between, without markup.
 
     Args:
         hits: best first.

@@ -1,4 +1,4 @@
-"""From the calls of a turn to requests, or to errors that the policy reads as their results."""
+"""Check the calls of a turn: each becomes a request, or an error that the policy reads."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from research_env.retrieval.requests import Request, ToolRequest
 from research_env.tools.base import TYPES, Call, Tool
 
 MAX_CALLS = 10
-"""Calls per turn that are run; each one after them gets an error."""
+"""Most calls of a turn that are run; each further call gets an error."""
 
 MAX_CALL_CHARACTERS = 10_000
-"""A longer call gets an error."""
+"""Most characters of a call; a longer one gets an error."""
 
 _SHOWN = 200  # characters of the policy's own words in an error
 _NOT_IN_NAME = re.compile(r"[^A-Za-z0-9_-]")
@@ -34,9 +34,9 @@ class WrittenCall(NamedTuple):
     """A call in the text of a turn.
 
     Attributes:
-        text: what stands between the marks.
-        call: what it says.
-        problem: why it cannot be read; "": it can.
+        text: the text between the marks.
+        call: what could be read of it.
+        problem: why it cannot be run; "": the text is a call.
     """
 
     text: str
@@ -46,15 +46,15 @@ class WrittenCall(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CallRecord:
-    """A call and what came of it.
+    """A checked call, and later its result.
 
     Attributes:
         id: unique in its episode.
-        name: the tool's, as the policy wrote it; "" where it cannot be read.
+        name: the tool's name as the policy wrote it; "" if it cannot be read.
         text: the call as the policy wrote it.
-        request: what is asked; None: the call has an error.
+        request: the query of a search, or the call of another tool; None: the call has an error.
         limit: the most passages of a search that are shown; None: all.
-        hits: what a search found, or which passages were read, best first.
+        hits: the passages that a search found or a tool read, best first.
         result: what the policy reads; None while the request waits.
     """
 
@@ -68,12 +68,12 @@ class CallRecord:
 
     @property
     def query(self) -> str | None:
-        """The query, of a search that is run."""
+        """The query of a search that is run; None for any other call."""
         return self.request if isinstance(self.request, str) else None
 
     @property
     def safe_name(self) -> str:
-        """The tool's name without a character that could be markup."""
+        """The tool's name with "_" for each character that could be markup."""
         return _NOT_IN_NAME.sub("_", self.name[:64]) or "unknown"
 
     @property
@@ -88,7 +88,7 @@ class CallRecord:
 
 
 class BadCallError(ValueError):
-    """A call that cannot be run; its words are for the policy."""
+    """A call that cannot be run; the policy reads the message."""
 
 
 def record_calls(
@@ -103,8 +103,8 @@ def record_calls(
     Args:
         written: the calls as they were written.
         tools: what may be called.
-        turn: its number, for the ids of calls that bring none.
-        used: ids of earlier turns.
+        turn: number of the turn, for the ids of calls that have none.
+        used: ids of the calls of earlier turns.
 
     Returns:
         A record per call, in order, with a request or an error.
@@ -124,18 +124,18 @@ def record_calls(
 
 
 def structured(calls: Iterable[Call]) -> list[WrittenCall]:
-    """The calls of a structured turn, each with its text as JSON."""
+    """Write the calls of a structured turn as JSON."""
     return [WrittenCall(call_text(call), call) for call in calls]
 
 
 def call_text(call: Call) -> str:
-    """A call as a JSON object; arguments that are no JSON stay as they are."""
+    """A call as a JSON object; arguments that are not JSON stay as they are."""
     name = json.dumps(call.name, ensure_ascii=False, default=repr)
     return f'{{"name": {name}, "arguments": {arguments_text(call)}}}'
 
 
 def arguments_text(call: Call) -> str:
-    """The arguments of a call as JSON, as far as they are."""
+    """The arguments of a call as JSON; text that is not JSON stays as it is."""
     if call.raw is not None:
         return str(call.raw)
     try:
@@ -148,7 +148,7 @@ def parse_json(text: str) -> Any:
     """Read JSON that a policy wrote.
 
     Raises:
-        BadCallError: it is none.
+        BadCallError: the text is not JSON.
     """
     try:
         return json.loads(text)
@@ -159,31 +159,33 @@ def parse_json(text: str) -> Any:
         raise BadCallError(f"the call is not valid JSON{where}") from error
 
 
-def parse_call(text: str, arguments: str = "arguments") -> Call:
-    """Read a JSON object that is a call.
+def read_json_call(text: str, arguments: str = "arguments") -> WrittenCall:
+    """Read a call that is a JSON object; one that is too long is not parsed.
 
     Args:
         text: the object, with ``name``, ``arguments`` and perhaps ``id``.
         arguments: its key for the arguments.
-
-    Raises:
-        BadCallError: it is no JSON object.
     """
-    found = parse_json(text)
+    if len(text) > MAX_CALL_CHARACTERS:
+        return WrittenCall(text)
+    try:
+        found = parse_json(text)
+    except BadCallError as error:
+        return WrittenCall(text, problem=str(error))
     if not isinstance(found, dict):
-        raise BadCallError(
-            f'the call is not a JSON object with "name" and "{arguments}", but {kind(found)}'
-        )
+        expected = f'a JSON object with "name" and "{arguments}"'
+        return WrittenCall(text, problem=f"the call is not {expected}, but {_kind(found)}")
     name, identifier = found.get("name"), found.get("id")
-    return Call(
+    call = Call(
         identifier if isinstance(identifier, str) else "",
         name if isinstance(name, str) else "",
         found.get(arguments),
     )
+    return WrittenCall(text, call)
 
 
 def shown(text: str, limit: int = _SHOWN) -> str:
-    """The policy's own words as they may stand in an observation: short, and no markup."""
+    """The policy's own words in a form that is safe in an observation: short, without markup."""
     return defuse(text if len(text) <= limit else f"{text[:limit]} […]")
 
 
@@ -204,28 +206,24 @@ def _record(
             raise BadCallError(problem)
         if given in taken:
             raise BadCallError(f"the id {shown(given)!r} was used by another call")
-        tool = _find(name, tools)
+        if not name:
+            raise BadCallError('the call has no "name" that is a string')
+        if name not in tools:
+            raise BadCallError(f"unknown tool {shown(name)!r}; the tools are: {', '.join(tools)}")
+        tool = tools[name]
         request, limit = _request(tool, _check(call, tool))
     except BadCallError as error:
         return CallRecord(given, name, text, result=f"error: {error}")
     return CallRecord(given, name, text, request, limit)
 
 
-def _find(name: str, tools: Mapping[str, Tool]) -> Tool:
-    if not name:
-        raise BadCallError('the call has no "name" that is a string')
-    if name not in tools:
-        raise BadCallError(f"unknown tool {shown(name)!r}; the tools are: {', '.join(tools)}")
-    return tools[name]
-
-
 def _check(call: Call, tool: Tool) -> dict[str, Any]:
-    """The arguments of a call, by the tool's schema."""
+    """The arguments of a call, checked by the tool's schema."""
     arguments = call.arguments if call.raw is None else parse_json(call.raw)
-    if isinstance(arguments, str):  # as OpenAI's API writes them
+    if isinstance(arguments, str):  # OpenAI's API writes them as JSON text
         arguments = parse_json(arguments)
     if not isinstance(arguments, Mapping):
-        raise BadCallError(f'"arguments" is a JSON object, not {kind(arguments)}')
+        raise BadCallError(f'"arguments" is a JSON object, not {_kind(arguments)}')
     for argument in tool.required:
         if argument not in arguments:
             raise BadCallError(f"{tool.name} needs the argument {argument!r}")
@@ -239,7 +237,7 @@ def _check(call: Call, tool: Tool) -> dict[str, Any]:
         expected = schema["type"]
         is_bool = isinstance(value, bool)
         if not isinstance(value, TYPES[expected]) or (is_bool and expected != "boolean"):
-            raise BadCallError(f"{argument!r} is of type {expected}, not {kind(value)}")
+            raise BadCallError(f"{argument!r} is of type {expected}, not {_kind(value)}")
         if value not in (allowed := schema.get("enum", [value])):
             choices = ", ".join(map(repr, allowed))
             raise BadCallError(f"{argument!r} is one of {choices}, not {shown(repr(value))}")
@@ -247,7 +245,7 @@ def _check(call: Call, tool: Tool) -> dict[str, Any]:
 
 
 def _request(tool: Tool, arguments: dict[str, Any]) -> tuple[Request, int | None]:
-    """What is asked, and of a search the most passages that are shown."""
+    """The request, and the most passages of a search that are shown."""
     if tool.runner is not None:
         try:
             text = json.dumps(arguments, sort_keys=True, ensure_ascii=False)
@@ -263,6 +261,6 @@ def _request(tool: Tool, arguments: dict[str, Any]) -> tuple[Request, int | None
     return query, limit
 
 
-def kind(value: object) -> str:
+def _kind(value: object) -> str:
     """JSON's name for the type of a value."""
     return _TYPE_NAMES.get(type(value), "number")

@@ -1,8 +1,8 @@
-"""What a text format of tool calls is."""
+"""The type of a text format of tool calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from research_env.tools.base import Tool, ToolTurn
@@ -16,18 +16,19 @@ class ToolFormat:
     Frames and prompts are, to the letter, what the family's chat template makes of the messages.
 
     Attributes:
-        name: what ``tool_format=`` calls it.
-        reader: the calls in the text of a turn, by the tools' schemas; none: the turn answers.
-        writer: a structured turn as this family's text.
-        framer: the observation for the calls of a turn, all of which have their results, and the
-            opening of the next turn.
-        terminators: what ends a turn.
+        name: the value of ``tool_format=``.
+        reader: reads the calls in the text of a turn, by the tools' schemas. A turn without calls
+            is the answer.
+        writer: writes a structured turn as this family's text.
+        framer: writes the observation: the results of a turn's calls, and the opening of the next
+            turn.
+        terminators: generation pauses after the first of these.
         markup: the chat tokens in frames; no result holds any of them.
-        prompter: the text of the prompt, with ``{question}`` in it, for a system message and tools;
-            None: this format has only prompts of messages.
-        answerer: the part of a turn without calls in which the final answer stands.
-        lists_tools: whether ``info["tools"]`` lists the tools for the chat template. False: the
-            prompt's own words do.
+        prompter: writes the prompt, with ``{question}`` in it, for a system message and tools;
+            None: this format has no prompt ``base``.
+        answerer: returns the part of a turn without calls in which the final answer stands.
+        lists_tools: whether ``info["tools"]`` lists the tools for the chat template; False: the
+            prompt's own text lists them.
     """
 
     name: str
@@ -41,8 +42,8 @@ class ToolFormat:
     lists_tools: bool = True
 
 
-def spans(text: str, opening: str, closing: str) -> Iterable[tuple[str, bool]]:
-    """What stands between marks, in order, and whether the closing mark is there."""
+def spans(text: str, opening: str, closing: str) -> Iterator[tuple[str, bool]]:
+    """The texts between marks, in order, each with whether its closing mark is there."""
     start = text.find(opening)
     while start >= 0:
         start += len(opening)

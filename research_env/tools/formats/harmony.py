@@ -28,12 +28,13 @@ _FINAL = "<|channel|>final<|message|>"
 
 
 def _read(text: str, tools: Sequence[Tool]) -> list[WrittenCall]:
-    """The messages that are to a tool; the generation prompt has opened the first one."""
+    """The calls: messages to a recipient. The generation prompt has opened the first message."""
     calls = []
     for message in text.split("<|start|>"):
         header, begun, body = message.partition("<|message|>")
         recipient = _RECIPIENT.search(_MARK.sub(" ", header))
-        if recipient is None or not (begun or _MARK.search(header)):  # a text is no header
+        # Text without any mark is not a header, though it may say "to=".
+        if recipient is None or not (begun or _MARK.search(header)):
             continue
         end = _MARK.search(body)
         content = (body[: end.start()] if end else body).strip()
@@ -48,7 +49,7 @@ def _read(text: str, tools: Sequence[Tool]) -> list[WrittenCall]:
 
 
 def _write(turn: ToolTurn) -> str:
-    """The thought, then the calls or the final answer, behind the opening of the first message."""
+    """The thought, then the calls or the answer; the prompt has opened the first message."""
     messages = [("analysis", turn.reasoning)] if turn.reasoning else []
     if turn.calls and turn.content:
         messages.append(("commentary" if turn.reasoning else "analysis", turn.content))
@@ -71,7 +72,7 @@ def _frame(calls: Sequence[CallRecord]) -> str:
 
 
 def _final(text: str) -> str:
-    """The final channel; all of a turn that has none."""
+    """The text of the final channel; the whole turn if it has none."""
     return text.rpartition(_FINAL)[2]
 
 

@@ -15,24 +15,21 @@ from typing import Any
 
 from research_env.markup import Tag, defuse
 from research_env.tools.base import Tool, ToolTurn
-from research_env.tools.calls import (
-    MAX_CALL_CHARACTERS,
-    BadCallError,
-    CallRecord,
-    WrittenCall,
-    call_text,
-    parse_call,
-)
+from research_env.tools.calls import CallRecord, WrittenCall, call_text, read_json_call
 from research_env.tools.formats.base import ToolFormat, spans
 
 CALL = Tag("<tool_call>", "</tool_call>")
 RESPONSE = Tag("<tool_response>", "</tool_response>")
 MARKUP = ("<|im_start|>", "<|im_end|>")
+NOT_CLOSED = f"the call is not closed by {defuse(CALL.close)}"
 
 
 def read_hermes(text: str, tools: Sequence[Tool]) -> list[WrittenCall]:
-    """A call per opening mark; a last one that is never closed cannot be read."""
-    return [_read(each.strip(), closed) for each, closed in spans(text, *CALL)]
+    """A call per opening mark; one that is never closed has a problem."""
+    return [
+        read_json_call(each.strip()) if closed else WrittenCall(each.strip(), problem=NOT_CLOSED)
+        for each, closed in spans(text, *CALL)
+    ]
 
 
 def write_call(name: str, arguments: Mapping[str, Any]) -> str:
@@ -46,19 +43,19 @@ def write_call(name: str, arguments: Mapping[str, Any]) -> str:
 
 
 def write_calls(turn: ToolTurn) -> Iterator[str]:
-    """The calls of a structured turn; JSON that cannot be read stays as it is."""
+    """The calls of a structured turn, each between its marks."""
     return (_marked(call_text(call)) for call in turn.calls)
 
 
 def write_hermes(turn: ToolTurn) -> str:
-    """The thought, what is said, and the calls, as Qwen3's template writes them."""
+    """The reasoning, the content and the calls, as Qwen3's template writes them."""
     thought = f"<think>\n{turn.reasoning.strip()}\n</think>\n\n" if turn.reasoning else ""
     said = [turn.content] if turn.content else []
     return thought + "\n".join([*said, *write_calls(turn)])
 
 
 def frame_hermes(calls: Sequence[CallRecord]) -> str:
-    """One message with a block for each result, and the opening of the next turn."""
+    """One message with a block per result, and the opening of the next turn."""
     blocks = "".join(f"\n{RESPONSE.open}\n{call.result}\n{RESPONSE.close}" for call in calls)
     return f"\n<|im_start|>user{blocks}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -72,7 +69,7 @@ def chat_text(system: str, opening: str = "") -> str:
 
 
 def schemas_text(tools: Sequence[Tool]) -> str:
-    """The schemas, a line each."""
+    """The schemas of the tools, one per line."""
     return "\n".join(json.dumps(tool.schema, ensure_ascii=False) for tool in tools)
 
 
@@ -88,19 +85,8 @@ def _prompt(system: str, tools: Sequence[Tool]) -> str:
     )
 
 
-def _read(text: str, closed: bool) -> WrittenCall:
-    if not closed:
-        return WrittenCall(text, problem=f"the call is not closed by {defuse(CALL.close)}")
-    if len(text) > MAX_CALL_CHARACTERS:
-        return WrittenCall(text)
-    try:
-        return WrittenCall(text, parse_call(text))
-    except BadCallError as error:
-        return WrittenCall(text, problem=str(error))
-
-
 def _marked(call: str) -> str:
-    if "tool_call>" in call:  # no argument may end the call; JSON has an escape for it
+    if "tool_call>" in call:  # an argument must not end the call, so JSON escapes its bracket
         call = call.replace("<", "\\u003c")
     return f"{CALL.open}\n{call}\n{CALL.close}"
 

@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from research_env.tools.base import Tool, ToolTurn
 from research_env.tools.calls import (
     MAX_CALL_CHARACTERS,
-    BadCallError,
     CallRecord,
     WrittenCall,
     arguments_text,
-    parse_call,
+    read_json_call,
 )
 from research_env.tools.formats.base import ToolFormat
 
@@ -29,7 +28,7 @@ _DECODER = json.JSONDecoder()
 
 
 def _read(text: str, tools: Sequence[Tool]) -> list[WrittenCall]:
-    """The calls of a turn that begins with ``{`` or the tag of Python."""
+    """The calls of a turn that begins with ``{`` or ``<|python_tag|>``; other turns have none."""
     for mark in _ENDS:
         text = text.removesuffix(mark)
     text = text.strip()
@@ -39,30 +38,21 @@ def _read(text: str, tools: Sequence[Tool]) -> list[WrittenCall]:
     text = text.removeprefix(_PYTHON).strip()
     while text or not calls:
         end = _end_of_object(text)
-        calls.append(_call(text[:end]))
+        calls.append(read_json_call(text[:end], "parameters"))
         text = text[end:].lstrip("; \t\r\n").removeprefix(_PYTHON)
     return calls
 
 
 def _end_of_object(text: str) -> int:
-    """Return where the JSON at the beginning ends; a call that cannot be read goes to the end."""
+    """Return where the JSON at the beginning ends; the end of the text if it cannot be read."""
     try:
         return _DECODER.raw_decode(text)[1] if len(text) <= MAX_CALL_CHARACTERS else len(text)
     except (ValueError, RecursionError):
         return len(text)
 
 
-def _call(text: str) -> WrittenCall:
-    if len(text) > MAX_CALL_CHARACTERS:
-        return WrittenCall(text)
-    try:
-        return WrittenCall(text, parse_call(text, "parameters"))
-    except BadCallError as error:
-        return WrittenCall(text, problem=str(error))
-
-
 def _write(turn: ToolTurn) -> str:
-    """The calls; beside them the template shows nothing that was said."""
+    """The calls, or the content: the template does not render content beside calls."""
     calls = [
         f'{{"name": "{call.name}", "parameters": {arguments_text(call)}}}' for call in turn.calls
     ]

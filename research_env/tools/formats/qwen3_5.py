@@ -25,7 +25,14 @@ from research_env.tools.calls import (
     parse_json,
 )
 from research_env.tools.formats.base import ToolFormat, spans
-from research_env.tools.formats.hermes import CALL, MARKUP, chat_text, frame_hermes, schemas_text
+from research_env.tools.formats.hermes import (
+    CALL,
+    MARKUP,
+    NOT_CLOSED,
+    chat_text,
+    frame_hermes,
+    schemas_text,
+)
 
 _FUNCTION = re.compile(r"<function=([^>]*)>")
 _PARAMETER = re.compile(r"\s*<parameter=([^>]*)>(.*?)</parameter>", re.DOTALL)
@@ -70,7 +77,7 @@ def _read_all(text: str, tools: Sequence[Tool]) -> list[WrittenCall]:
 
 def _read(text: str, closed: bool, tools: Mapping[str, Tool]) -> WrittenCall:
     if not closed:
-        return WrittenCall(text, problem=f"the call is not closed by {defuse(CALL.close)}")
+        return WrittenCall(text, problem=NOT_CLOSED)
     if len(text) > MAX_CALL_CHARACTERS:
         return WrittenCall(text)
     start = _FUNCTION.match(text)
@@ -94,7 +101,7 @@ def _read(text: str, closed: bool, tools: Mapping[str, Tool]) -> WrittenCall:
 
 
 def _value(text: str, kind: str) -> Any:
-    """Read a parameter by its type in the schema; one of another type stays text."""
+    """Read a parameter by its type in the schema; it stays text if it has another type."""
     if kind == "string":
         return text
     if kind == "boolean" and text.lower() in ("true", "false"):  # the template writes Python's
@@ -106,7 +113,7 @@ def _value(text: str, kind: str) -> Any:
 
 
 def write_xml(turn: ToolTurn) -> str:
-    """What is said, and the calls."""
+    """The content and the calls."""
     parts = [f"{turn.content}\n"] if turn.content and turn.calls else [turn.content]
     return "\n".join([*filter(None, parts), *(_write(call) for call in turn.calls)])
 
@@ -127,7 +134,7 @@ def _write(call: Call) -> str:
 
 
 def _write_thinking(turn: ToolTurn) -> str:
-    """The rest of the thought that the template has opened comes first."""
+    """The rest of the thought, which the template has opened, the content and the calls."""
     return f"{turn.reasoning.strip()}\n</think>\n\n{write_xml(turn)}"
 
 

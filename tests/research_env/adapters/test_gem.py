@@ -12,8 +12,7 @@ import pytest
 from research_env.errors import EpisodeError, UnknownTaskError
 from research_env.sessions import Sessions
 from research_env.testing import Played, conformance
-from tests.research_env.fakes import DATASET, answer, search, suite_sessions
-from tests.research_env.fakes import Engine as Fake
+from tests.research_env.fakes import DATASET, Engine, answer, search, suite_sessions
 
 gem: Any = pytest.importorskip("gem")
 adapter = import_module("research_env.adapters.gem")
@@ -31,7 +30,7 @@ def registry() -> Iterator[None]:
 
 @pytest.fixture
 def sessions(registry: None) -> Iterator[Sessions]:
-    with Sessions(dataset=DATASET, retriever=Fake(), template="question") as made:
+    with Sessions(dataset=DATASET, retriever=Engine(), template="question") as made:
         adapter.register(NAME, made)
         yield made
 
@@ -73,7 +72,8 @@ def test_its_vector_environments_play_the_tasks_in_the_order_of_their_seeds(
     assert prompts == [sessions.open(1, 7 + i).prompt for i in range(3)]
     assert [info["final_info"]["metrics"]["em"] for info in infos] == [1.0, 0.0, 1.0]
     assert [info["final_info"]["void"] for info in infos] == [False] * 3
-    envs.thread_pool_executer.shutdown() if async_mode else None
+    if async_mode:
+        envs.thread_pool_executer.shutdown()
 
 
 def test_searches_of_a_vector_environment_share_calls() -> None:

@@ -10,16 +10,10 @@ from typing import Any
 
 import pytest
 
-from research_env.errors import (
-    ConfigurationError,
-    EpisodeError,
-    RetrievalError,
-    UnknownTaskError,
-)
+from research_env.errors import ConfigurationError, EpisodeError, RetrievalError, UnknownTaskError
 from research_env.sessions import Sessions
 from research_env.testing import Played, conformance
-from tests.research_env.fakes import DATASET, answer, search, suite_sessions
-from tests.research_env.fakes import Engine as Fake
+from tests.research_env.fakes import DATASET, Engine, answer, search, suite_sessions
 
 skyrl_gym: Any = pytest.importorskip("skyrl_gym")
 adapter = import_module("research_env.adapters.skyrl")
@@ -36,7 +30,7 @@ def name() -> Iterator[str]:
 
 @pytest.fixture
 def sessions(name: str) -> Iterator[Sessions]:
-    with Sessions(dataset=DATASET, retriever=Fake(), template="question") as made:
+    with Sessions(dataset=DATASET, retriever=Engine(), template="question") as made:
         adapter.register(name, made)
         yield made
 

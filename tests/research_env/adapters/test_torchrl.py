@@ -12,8 +12,7 @@ import pytest
 from research_env.errors import EpisodeError, UnknownTaskError
 from research_env.sessions import Sessions
 from research_env.testing import Played, conformance
-from tests.research_env.fakes import DATASET, answer, search, suite_sessions
-from tests.research_env.fakes import Engine as Fake
+from tests.research_env.fakes import DATASET, Engine, answer, search, suite_sessions
 
 envs: Any = pytest.importorskip("torchrl.envs")
 tensordict: Any = import_module("tensordict")
@@ -22,7 +21,7 @@ adapter = import_module("research_env.adapters.torchrl")
 
 @pytest.fixture
 def sessions() -> Iterator[Sessions]:
-    with Sessions(dataset=DATASET, retriever=Fake(), template="question") as made:
+    with Sessions(dataset=DATASET, retriever=Engine(), template="question") as made:
         yield made
 
 

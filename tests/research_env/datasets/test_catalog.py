@@ -236,6 +236,6 @@ def test_wiki18(contents: str, title: str, text: str) -> None:
     [{}, MUSIQUE | {"paragraphs": None}, MUSIQUE | {"question_decomposition": [{}]}],
     ids=["empty", "no paragraphs", "bad step"],
 )
-def test_a_record_in_another_format_is_told(tmp_path: Path, record: dict[str, Any]) -> None:
+def test_a_record_in_another_format_is_refused(tmp_path: Path, record: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="MuSiQue, split dev, record 2: not in the known format"):
         convert(HUB_SOURCES["musique"], {"dev": [MUSIQUE, record]}, tmp_path)

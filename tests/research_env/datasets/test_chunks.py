@@ -62,7 +62,7 @@ def test_titles_are_kept_and_short_passages_stay() -> None:
         ChunkedCorpus(ListCorpus(()), 0)
 
 
-def test_the_command_line_chunks_and_hints(
+def test_the_command_chunks_and_suggests_to_chunk(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpus = tmp_path / "c.jsonl"

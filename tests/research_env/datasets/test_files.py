@@ -1,3 +1,5 @@
+"""Files of questions and passages: what is read, and errors that name the bad line."""
+
 from __future__ import annotations
 
 import contextlib
@@ -103,13 +105,10 @@ def test_a_corpus_is_streamed_in_order(tmp_path: Path, name: str) -> None:
 
 QUESTION_FAULTS: list[tuple[bytes, str]] = [
     (b"\n{}", "empty; remove it"),
-    (b"   \n{}", "empty; remove it"),
     (b'{"id": "q2", "question"', """not a JSON object.*'{"id": "q2", "question"'"""),
     (b"[" * 100_000, r"not a JSON object \(it is nested too deeply\)"),
-    (b'{"a":' * 100_000, "nested too deeply"),
     (b'{"id": ' + b"9" * 5_000 + b"}", "not a JSON object.*digits"),
     (b'["q2"]', "not list"),
-    (b"null", "not NoneType"),
     (b'{"id": "q\xff"}', "invalid UTF-8 at byte 9"),
     (b'{"id": "q2", "question": "\\ud800?", "answers": ["a"]}', "half of a surrogate pair"),
     (b'{"id": "q1", "question": "?", "answers": ["a"]}', "'q1' is that of line 1"),
@@ -138,12 +137,8 @@ QUESTION_FAULTS: list[tuple[bytes, str]] = [
 ]
 PASSAGE_FAULTS: list[tuple[bytes, str]] = [
     (b"\n{}", "empty; remove it"),
-    (b"{", "not a JSON object"),
     (b'{"id": "p2", "contents": 7}', "'contents' must be a text.*7"),
     (b'{"id": "p2", "contents": "\\"T\\"\\n "}', "'text' must be a text"),
-    (b"3", "not int"),
-    (b'{"id": "\xc3", "title": "", "text": "x"}', "invalid UTF-8"),
-    (b'{"id": "p2", "title": "\\udfff", "text": "x"}', "half of a surrogate pair"),
     (b'{"title": "", "text": "x"}', "'id' must be a text"),
     (b'{"id": "p2", "title": 7, "text": "x"}', "'title' must be a text.*7"),
     (b'{"id": "p2", "title": "T"}', "'text' must be a text.*missing.*remove the line"),
@@ -398,16 +393,8 @@ def test_convert_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     write_table(tmp_path / "q.csv", TABLE)
     write(tmp_path / "c.jsonl", {"_id": 1, "contents": '"T"\nx'})
     out = tmp_path / "out"
-    main(
-        [
-            "datasets",
-            "convert",
-            str(tmp_path / "q.csv"),
-            str(tmp_path / "c.jsonl"),
-            "--output",
-            str(out),
-        ]
-    )
+    sources = [str(tmp_path / "q.csv"), str(tmp_path / "c.jsonl")]
+    main(["datasets", "convert", *sources, "--output", str(out)])
     assert capsys.readouterr().out == (
         f"1 questions in {out}/questions.jsonl\n"
         f"1 questions of split dev in {out}/questions.jsonl\n"
@@ -423,7 +410,7 @@ def test_convert_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert sorted(path.name for path in out.iterdir()) == ["corpus.jsonl", "questions.jsonl"]
 
 
-# --- by strangers ---------------------------------------------------------------------------------
+# --- hostile files --------------------------------------------------------------------------------
 
 BOMB = """
 import resource, sys
@@ -537,9 +524,6 @@ def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
     whole.write_bytes(whole.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"c\.jsonl\.gz:\d+: the gzip data are damaged"):
         read_corpus(whole)
-    whole.write_text("no archive")
-    with pytest.raises(DataError, match=r"c\.jsonl\.gz:1: the gzip data are damaged"):
-        read_corpus(whole)
 
 
 def test_no_file_and_an_empty_file(tmp_path: Path) -> None:
@@ -554,7 +538,7 @@ def test_no_file_and_an_empty_file(tmp_path: Path) -> None:
 # --- fingerprints ---------------------------------------------------------------------------------
 
 
-def test_the_fingerprint_is_that_of_the_passages(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_passages_alone(tmp_path: Path) -> None:
     plain = FileCorpus("a", write(tmp_path / "a.jsonl", PASSAGE))
     same = FileCorpus("b", write(tmp_path / "b.jsonl.gz", PASSAGE | {"more": 1}))
     assert plain.fingerprint() == same.fingerprint()
@@ -581,7 +565,7 @@ def test_the_fingerprint_follows_the_file(tmp_path: Path) -> None:
     assert FileCorpus("c", path).fingerprint() != first
 
 
-def test_the_fingerprint_of_an_unchanged_file_is_not_made_again(
+def test_the_fingerprint_of_an_unchanged_file_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "c.jsonl", PASSAGE)

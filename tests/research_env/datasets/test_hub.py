@@ -1,4 +1,4 @@
-"""``datasets prepare`` against a hub on this machine: the client that loads is the real one."""
+"""``datasets prepare`` with the real client of the hub, against a hub on this machine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ from tests.research_env.servers import Call, Reply, Server, as_json, serving
 
 constants = pytest.importorskip("huggingface_hub.constants")
 REVISION = "0123456789abcdef0123456789abcdef01234567"
-KNOWN_WIKI18 = HUB_SOURCES["wiki18"].sha256  # before any test puts a small file in its place
 FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
 WIKI18 = [
     {"id": "0", "contents": '"Evan Morris"\nEvan Morris was a lobbyist for Genentech.'},
@@ -294,10 +293,10 @@ def test_a_set_is_fetched_where_it_is_first_used(server: Server) -> None:
     assert len(server.calls) == asked
 
 
-# --- again, and interrupted ----------------------------------------------------------------------
+# --- repeated and interrupted ---------------------------------------------------------------------
 
 
-def test_a_second_time_nothing_is_done(tmp_path: Path, server: Server) -> None:
+def test_the_second_call_does_nothing(tmp_path: Path, server: Server) -> None:
     first = prepare("nq", tmp_path)
     asked, made = len(server.calls), (first.folder / "manifest.json").stat().st_mtime_ns
     second = prepare("nq", tmp_path)
@@ -307,7 +306,7 @@ def test_a_second_time_nothing_is_done(tmp_path: Path, server: Server) -> None:
     assert (first.folder / "manifest.json").stat().st_mtime_ns == made
 
 
-def test_of_several_at_once_one_does_the_work(tmp_path: Path, server: Server) -> None:
+def test_one_of_several_calls_at_once_does_the_work(tmp_path: Path, server: Server) -> None:
     with ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda _: prepare("musique", tmp_path), range(4)))
     assert sorted(each.made for each in done) == [False, False, False, True]
@@ -357,12 +356,11 @@ def test_a_killed_download_leaves_finished_files_and_nothing_half(
 def test_an_interrupted_conversion_leaves_nothing_half(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Interrupted:
-        def __call__(self, *_: object) -> None:
-            raise KeyboardInterrupt
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("research_env.datasets.hub.convert", Interrupted())
+        patch.setattr("research_env.datasets.hub.convert", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare("nq", tmp_path)
     assert not [path for path in tmp_path.iterdir() if "nq" in path.name and path.is_dir()]
@@ -392,7 +390,7 @@ def test_a_file_with_another_digest_is_refused(
     with a_hub(monkeypatch, Hub(fail=other)), pytest.raises(DataError, match=told):
         prepare(name, tmp_path)
     assert not (tmp_path / name).exists()
-    with a_hub(monkeypatch):  # and it is fetched anew
+    with a_hub(monkeypatch):  # the next run fetches the file again
         assert prepare(name, tmp_path).manifest["sources"][file] == sha256(content)
 
 
@@ -407,16 +405,8 @@ def test_another_wikipedia_than_the_known_one_is_not_fetched(
         assert not any(map(is_download, server.calls))
 
 
-def test_the_known_wikipedia_is_that_of_flashrag() -> None:
-    """The sum of the hub's commit f2de0bd8 of the file, which is 5,130,719,280 bytes."""
-    assert KNOWN_WIKI18 == {
-        "retrieval-corpus/wiki18_100w.zip":
-        "e5b987a0ce4f6c5fff788162f50c70d41f10fb7762daba507a96a3ad7bb956db"
-    }  # fmt: skip
-
-
 @pytest.mark.usefixtures("server")
-def test_a_prepared_set_that_was_changed_is_told(tmp_path: Path) -> None:
+def test_a_prepared_set_that_was_changed_is_refused(tmp_path: Path) -> None:
     folder = prepare("nq", tmp_path).folder
     questions = folder / "questions.jsonl.gz"
     questions.write_bytes(questions.read_bytes()[:-1])
@@ -437,7 +427,7 @@ def test_a_prepared_set_that_was_changed_is_told(tmp_path: Path) -> None:
         ('{"format": 9, "outputs": {}}', "has format 9, not 1"),
     ],
 )
-def test_a_folder_of_ones_own_is_left_alone(
+def test_a_folder_that_prepare_did_not_make_is_left_alone(
     tmp_path: Path, server: Server, manifest: str | None, message: str
 ) -> None:
     mine = tmp_path / "nq/questions.jsonl"
@@ -494,7 +484,7 @@ def test_the_known_sum_holds_without_a_hub_too(tmp_path: Path) -> None:
     assert not (tmp_path / "wiki18").exists()
 
 
-def test_a_repository_that_has_changed_is_told(
+def test_a_repository_without_the_known_files_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     renamed = Hub({FLASHRAG: {"nq/all.jsonl": b"{}"}})
@@ -519,7 +509,7 @@ def test_names_that_leave_the_folder_are_not_taken(
         prepare("2wiki", tmp_path)
 
 
-def test_the_table_of_data_names_all_there_is() -> None:
+def test_the_documented_tables_name_every_set() -> None:
     text = (Path(__file__).parents[3] / "docs/how-to/data.md").read_text(encoding="utf-8")
     table, _, licenses = text.partition("## Licenses")
     rows = re.findall(r"^\| `([^`]+)` \|.*?\| `([^`]+)`", table, flags=re.MULTILINE)
@@ -528,7 +518,7 @@ def test_the_table_of_data_names_all_there_is() -> None:
     assert dict(rows).keys() <= set(re.findall(r"`([^`]+)`", named))
 
 
-def test_an_unknown_set_is_told_with_the_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_set_is_refused_with_the_known_names(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"'wiki2018'; known: .*Did you mean 'wiki18'"):
         prepare("wiki2018", tmp_path)
 
@@ -644,7 +634,7 @@ def test_the_command_refuses_names_before_it_fetches(
     assert not server.calls
 
 
-def test_in_a_terminal_a_bar_tells_how_far_it_is(
+def test_in_a_terminal_a_bar_shows_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = Hub()

@@ -1,4 +1,4 @@
-"""The bundled world: what it promises, read off its texts and not off its tables."""
+"""MiniWorld: its promises, checked on its texts rather than on the tables that make them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read(text: str, relation: str) -> str:
     return str(value)
 
 
-def concluded(question: str, found: list[str]) -> str:
+def conclude(question: str, found: list[str]) -> str:
     """The answer to a question, from the values of its hops."""
     compared = COMPARES.fullmatch(question)
     if not compared:
@@ -71,13 +71,9 @@ def test_the_world_of_a_seed_is_the_same_in_every_process(hash_seed: str) -> Non
 
 
 def test_another_seed_is_another_world() -> None:
-    fingerprints = {miniworld.world(seed).fingerprint() for seed in range(6)}
-    assert len(fingerprints) == 6
-    assert {miniworld.world(seed).name for seed in range(3)} == {
-        "miniworld-0",
-        "miniworld-1",
-        "miniworld-2",
-    }
+    worlds = [miniworld.world(seed) for seed in range(6)]
+    assert len({world.fingerprint() for world in worlds}) == 6
+    assert [world.name for world in worlds[:2]] == ["miniworld-0", "miniworld-1"]
 
 
 OTHERS = (0, 1, 2, 5, 10**6 + 2, 2**31 - 1)
@@ -140,7 +136,7 @@ def test_gazettes_mention_names_and_state_nothing() -> None:
             assert not any(f", {statement} " in text for statement in statements)
 
 
-def test_spouses_are_of_one_mind() -> None:
+def test_spouses_are_married_to_each_other() -> None:
     people = {n: e for n, e in miniworld.world(0).entities.items() if e.kind == "person"}
     assert all(people[e.facts["spouse"]].facts["spouse"] == name for name, e in people.items())
 
@@ -197,7 +193,7 @@ def test_the_gold_decomposition_leads_to_the_answer(seed: int) -> None:
             assert passage.title == subject
             found.append(read(passage.text, relation))
             assert found[-1] == hop.answer
-        assert question.answers == (concluded(question.question, found),)
+        assert question.answers == (conclude(question.question, found),)
         assert question.type == "comparison" or question.answers[0] not in question.question
 
 
@@ -229,7 +225,7 @@ def test_an_oracle_that_reads_what_it_finds_answers_held_out_questions(
             first += info["passage_titles"][:1] == (subject,)
             stated = re.search(rf"The \w+ {subject}, .*", seen)
             found.append(read(stated[0], relation) if stated else "0")
-        _, reward, terminated, _, info = env.step(answer(concluded(prompt.strip(), found)))
+        _, reward, terminated, _, info = env.step(answer(conclude(prompt.strip(), found)))
         assert terminated
         right += reward == info["metrics"]["em"] == info["metrics"]["support_recall"] == 1.0
     env.close()

@@ -1,4 +1,4 @@
-"""The levels of difficulty: questions are answerable, and their golds are right, read off texts."""
+"""MiniWorld's levels of difficulty: the texts answer the questions, and the golds are right."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOUNS = {noun: kind for kind, nouns in miniworld.NOUNS.items() for noun in nouns
 
 
 class Reader:
-    """Knows the passages alone, and answers a question from its words."""
+    """Knows the passages and nothing else, and answers a question by its words."""
 
     def __init__(self, passages: list[Passage]) -> None:
         self.facts: list[tuple[str, str, dict[str, str]]] = []  # name, kind, relation to value
@@ -68,7 +68,7 @@ class Reader:
         return None
 
     def _reached(self, phrase: str) -> set[str]:
-        """What "the mayor of the twin of X, paired with Y" may be: names or years."""
+        """The names or years that "the mayor of the twin of X, paired with Y" can mean."""
         for reference in sorted(REFERENCES, key=len, reverse=True):
             if phrase.startswith(f"{reference} "):
                 subject = phrase.removeprefix(f"{reference} ")
@@ -110,8 +110,8 @@ def test_the_golds_are_what_a_reader_of_all_passages_finds_and_nothing_else(leve
     reader = Reader(list(data.corpus))
     read = 0
     for question in data.questions:
-        # A fact that tells namesakes apart is set off by commas, and so are the three that are
-        # compared: such questions are for the hop by hop test.
+        # Commas separate the three that are compared, and a fact that tells namesakes apart. The
+        # reader cannot split a question that has both; the test of each hop checks it.
         plain = {"comparison": 2, "count": 1}.get(question.type or "", 99)
         if question.question.count(",") > plain:
             continue
@@ -146,16 +146,16 @@ def test_each_hop_is_stated_by_its_gold_passage(level: int) -> None:
                 assert re.search(rf", (?:{said}) {hop.answer}\b", passage.text)
                 assert all(re.search(rf" {value}\b", passage.text) for value in apart)
             found.append(hop.answer)
-        assert concluded(question, found) == question.answers[0]
+        assert conclude(question, found) == question.answers[0]
 
 
 def filled_in(query: str, found: list[str]) -> str:
-    """A query with what earlier hops gave in place of #1, #2, ..."""
+    """A query with the answers of earlier hops in place of #1, #2, ..."""
     return re.sub(r"#(\d+)", lambda match: found[int(match[1]) - 1], query)
 
 
-def concluded(question: Question, found: list[str]) -> str:
-    """The answer, from what the hops give."""
+def conclude(question: Question, found: list[str]) -> str:
+    """The answer to a question, from the answers of its hops."""
     if question.type in ("chain", "intersection"):
         return found[-1]
     reached = len(found) == 6
@@ -230,7 +230,7 @@ def test_no_task_stands_in_both_splits(level: int) -> None:
     assert len(set(tasks)) == len(tasks)
 
 
-def test_difficulty_nought_is_miniworld() -> None:
+def test_difficulty_0_is_miniworld() -> None:
     data = load_dataset("miniworld", split="dev", difficulty=0)
     assert tuple(data.questions) == tuple(miniworld.load("dev").questions)
     assert miniworld_hard.world(3, 0) is miniworld.world(3)
@@ -248,7 +248,7 @@ def test_unknown_levels_and_splits_are_refused() -> None:
 def test_an_oracle_that_searches_answers_most_questions(
     level: int, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gold queries find the gold passages, two a search, within the search engine's limits."""
+    """The gold queries find the gold passages where a search returns two."""
     cache: Path = tmp_path_factory.getbasetemp() / "research-cache"
     monkeypatch.setenv("RESEARCH_CACHE", str(cache))
     env = SearchQAEnv(split="dev", difficulty=level, top_k=2, template="question")

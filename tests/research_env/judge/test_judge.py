@@ -1,4 +1,4 @@
-"""The judge, against a local server that speaks the protocol and fails in the ways that occur."""
+"""The judge, against a local server that speaks OpenAI's protocol and fails in many ways."""
 
 from __future__ import annotations
 
@@ -92,9 +92,7 @@ def write(folder: Path, *records: dict[str, Any], name: str = "predictions.jsonl
 
 def run(path: Path, server: Server, output: Path | None = None, **settings: Any) -> JudgeSummary:
     chosen = {"deadline": 20.0, "concurrency": 4, **settings}
-    return judge_predictions(
-        path, JudgeSettings(f"{server.url}/v1", "m", **chosen), output, show=False
-    )
+    return judge_predictions(path, JudgeSettings(f"{server.url}/v1", "m", **chosen), output)
 
 
 def judged(folder: Path) -> list[dict[str, Any]]:
@@ -147,7 +145,7 @@ def test_the_prompt_of_research(tmp_path: Path) -> None:
 
 
 def test_the_prompt_of_r1_searcher(tmp_path: Path) -> None:
-    """The text of evaluation/metric_calc_gpt_as_judge.py in RUCAIBox/R1-Searcher, likewise."""
+    """The text of evaluation/metric_calc_gpt_as_judge.py in RUCAIBox/R1-Searcher, once more."""
     several = episode(2, "Rome", ("Roma", "Rome"))
     with serving(lambda _: says("True")) as server:
         summary = run(write(tmp_path, episode(1), several), server, prompt="r1-searcher")
@@ -342,7 +340,7 @@ def test_rubbish_is_a_missing_verdict_after_one_repair(tmp_path: Path, text: str
 
 
 def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
-    """Halves of surrogate pairs, from a model as from a judge."""
+    """A policy or a judge may write half of a surrogate pair, which UTF-8 cannot hold."""
     text = '{"rationale": "\ud800", "judgement": "correct"}'
     with serving(lambda _: says(text)) as server:
         assert run(write(tmp_path, episode(1, "x\udfff")), server).score == 1.0
@@ -506,8 +504,9 @@ def test_concurrency_and_rate(tmp_path: Path) -> None:
         assert 1 < most <= 3
         times.clear()
         many = write(tmp_path, *(episode(n) for n in range(20, 26)), name="two.jsonl")
+        began = time.monotonic()  # the arrival of the first request may be late on a busy machine
         run(many, server, tmp_path / "two", concurrency=6, rate=20.0)
-    assert times[-1] - times[0] >= 0.9 * 5 / 20  # six requests are five gaps
+    assert times[-1] - began >= 0.9 * 5 / 20  # six requests are five gaps
 
 
 def test_answers_that_could_fill_the_memory_are_refused(
@@ -603,8 +602,6 @@ def test_verdicts_of_another_judge_are_not_mixed_in(tmp_path: Path) -> None:
         run(path, server)
         with pytest.raises(ConfigurationError, match="--output"):
             run(path, server, prompt="r1-searcher")
-        with pytest.raises(ConfigurationError, match="--output"):
-            run(write(tmp_path, episode(1), name="other.jsonl"), server)
     assert len(judged(tmp_path)) == 1
 
 
@@ -650,12 +647,8 @@ def test_a_pipe_is_no_cache(tmp_path: Path) -> None:
     ("name", "value"),
     [
         ("correct", "yes"),
-        ("digest", 3),
         ("replies", -1),
         ("tokens_in", 1e999),
-        ("tokens_out", None),
-        ("sample", "0"),
-        ("question_id", []),
         ("question_id", None),
     ],
 )
@@ -674,7 +667,6 @@ def test_a_changed_line_of_the_log_is_refused_by_its_number(
 
 
 def test_a_log_cut_at_any_byte_is_resumed(tmp_path: Path) -> None:
-    """As a killed run may leave it: at any byte."""
     path = write(tmp_path, episode(1), episode(2, "Rome"), episode(3, ""))
     with serving(lambda _: says(RIGHT)) as server:
         whole = run(path, server)
@@ -790,8 +782,6 @@ def broken(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
             del records[0]["info"]
         case "no key":
             del first["question_id"], records[0]["episode"]
-        case "prediction":
-            first["prediction"] = ["Paris"]
         case "list":
             records[0] = [1]  # type: ignore[call-overload]
         case "empty":
@@ -807,10 +797,6 @@ def broken(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
         ("no question", "predictions.jsonl:1: the question of 'q1' is missing"),
         ("no info", "predictions.jsonl:1: no episode"),
         ("no key", "predictions.jsonl:1: an episode needs"),
-        (
-            "prediction",
-            r"predictions.jsonl:1: .*Expected `str \| null`, got `array` - at `\$.info.prediction`",
-        ),
         ("list", "predictions.jsonl:1: no episode"),
         ("empty", "holds no episode"),
     ],
@@ -834,13 +820,10 @@ def test_a_broken_line_before_the_last_is_refused(tmp_path: Path) -> None:
     ("where", "value"),
     [
         (("sample",), True),
-        (("sample",), 1e999),
-        (("episode",), {}),
         (("void",), "no"),
         (("info",), []),
         (("info", "question_id"), ["q1"]),
-        (("info", "question"), 3),
-        (("info", "answers"), "Paris"),
+        (("info", "prediction"), ["Paris"]),
         (("info", "answers"), ["Paris", None]),
     ],
     ids=str,
@@ -869,7 +852,7 @@ def test_files_that_do_not_end_are_not_read(
 
 
 def test_a_question_without_answers_needs_none_where_nobody_is_asked(tmp_path: Path) -> None:
-    """Void, or cut short before it answered: the environment has not told the answers then."""
+    """The episode is void or was cut: the environment has not written the answers then."""
     path = write(tmp_path, episode(1, "", ()), episode(2, "x", (), void=True))
     episodes, _ = read_predictions(path)
     assert [each.needs_judge for each in episodes] == [False, False]
@@ -913,12 +896,8 @@ def test_the_key_is_sent_and_never_repeated(
     caplog.set_level(logging.DEBUG)
     path = write(tmp_path, episode(1))
     with serving(answer) as server:
-        settings = JudgeSettings(
-            f"{server.url}/v1",
-            "m",
-            key=secret_of("OPENAI_API_KEY"),
-            deadline=1.0,
-        )
+        key = secret_of("OPENAI_API_KEY")
+        settings = JudgeSettings(f"{server.url}/v1", "m", key=key, deadline=1.0)
         try:
             told = repr(judge_predictions(path, settings))
         except ResearchEnvError as error:
@@ -939,7 +918,7 @@ def test_without_a_key_none_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_short_key_changes_no_answer(tmp_path: Path) -> None:
-    """Where a server wants none people write EMPTY, or a letter."""
+    """Users of a server that wants no key write EMPTY, or a letter."""
     with serving(lambda _: says(RIGHT)) as server:
         assert run(write(tmp_path, episode(1)), server, key="correct").score == 1.0
 
@@ -1021,9 +1000,7 @@ def test_the_command_exits_with_1_where_verdicts_are_missing(
     assert "score between 0.00% and 100.00%" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "wrong", [["--rate", "0"], ["--price-in", "1"], ["--deadline", "-1"], ["--concurrency", "0"]]
-)
+@pytest.mark.parametrize("wrong", [["--rate", "0"], ["--price-in", "1"]])
 def test_the_command_refuses(
     tmp_path: Path, wrong: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

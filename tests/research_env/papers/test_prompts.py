@@ -35,25 +35,6 @@ def test_the_prompts_are_the_authors_to_the_letter(protocol: str, template: str)
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == DIGESTS[protocol, template]
 
 
-@pytest.mark.parametrize(
-    ("protocol", "template", "start", "end"),
-    [
-        ("research", "base", "A conversation between User and", f"User: {QUESTION}. Assistant:"),
-        ("research", "instruct", "You are a helpful assistant that", f"\n\n{QUESTION}"),
-        ("r1-searcher", "base", "The User asks a ", f"\n\nUser:{QUESTION}\nAssistant: <think>"),
-        ("r1-searcher", "instruct", "You are a helpful ", f"\n\n{QUESTION}\n\n<think>"),
-        ("search-r1", "base", "Answer the given question. You", f"Question: {QUESTION}\n"),
-        ("search-r1", "instruct", "Answer the given question. You", f"Question: {QUESTION}\n"),
-    ],
-)
-def test_a_prompt_starts_and_ends_as_printed(
-    protocol: str, template: str, start: str, end: str
-) -> None:
-    text = PROTOCOLS[protocol].prompt(template, QUESTION)
-    assert text.startswith(start)
-    assert text.endswith(end)
-
-
 def test_instruct_messages_have_the_roles_of_the_authors_code() -> None:
     def roles(protocol: str) -> list[str]:
         return [message["role"] for message in PROTOCOLS[protocol].messages("instruct", QUESTION)]
@@ -82,7 +63,7 @@ def test_search_r1_completes_the_question(question: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize("template", ["base", "instruct"])
-@pytest.mark.parametrize("protocol", ["research", "r1-searcher"])
+@pytest.mark.parametrize("protocol", ["research", "r1-searcher"])  # search-r1 adds a mark
 @given(question=st.text(max_size=30) | st.sampled_from(["{question}", "{0}", "{", "%s", "\\1"]))
 def test_nothing_in_a_question_is_syntax(protocol: str, template: str, question: str) -> None:
     marked = PROTOCOLS[protocol].prompt(template, "\N{SNOWMAN}")

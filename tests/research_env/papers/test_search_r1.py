@@ -116,10 +116,6 @@ CASES: list[Case] = [
 # fmt: on
 
 
-def test_there_are_enough_cases() -> None:
-    assert len({tuple(actions) for _, _, actions, _ in CASES}) >= 60
-
-
 @pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
 def test_reward_of_a_case(case: Case) -> None:
     _why, golds, actions, expected = case
@@ -128,7 +124,5 @@ def test_reward_of_a_case(case: Case) -> None:
     assert scores == pytest.approx(expected, abs=1e-9)
 
 
-def test_the_hint_itself_would_be_an_answer_in_the_authors_code() -> None:
-    """Why their number differs where the policy gives none: the hint holds an answer span."""
-    assert SEARCH_R1.hint is not None
-    assert "<answer> and </answer>" in SEARCH_R1.hint
+def test_the_hint_holds_an_answer_span_which_the_cases_above_must_not_count() -> None:
+    assert "<answer> and </answer>" in (SEARCH_R1.hint or "")

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
-import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from research_env import Hit, Passage
 from research_env.env import SearchQAEnv
 from research_env.episode import Episode, advance, observe, truncate
 from research_env.errors import EpisodeError, RetrievalError
 from research_env.papers import PROTOCOLS
+from research_env.papers.recall import recall, recall_format
 from research_env.protocol import Protocol
 from research_env.sessions import Sessions
 from research_env.tools import MAX_CALL_CHARACTERS, MAX_CALLS, CallRecord, write_call
 from research_env.tools.calls import record_calls
 from research_env.vector_env import SearchQAVectorEnv
 from tests.research_env.fakes import DATASET, Engine
+from tests.research_env.playing import play
 from tests.research_env.test_hostile import PASSAGE, Library
 
 RULES = PROTOCOLS["tool-calls"]
@@ -157,19 +156,6 @@ def test_each_call_gets_one_result_in_order() -> None:
     ]
 
 
-def test_limits_count_calls() -> None:
-    episode = advance(start(max_searches=3), calling("one", "two"))
-    episode = observe(observe(episode, []), [])
-    episode = advance(episode, calling("three", "four"))
-    assert episode.pending_requests == ("three",)
-    episode = observe(episode, [])
-    assert episode.turns[1].calls[1].result == "error: the limit of 3 calls is reached"
-    assert (episode.searches, episode.over) == (3, False)
-    refused = advance(episode, calling("five", "six"))
-    assert (refused.stop_reason, refused.searches) == ("max_searches", 3)
-    assert refused.turns[-1].observation == ""
-
-
 def test_the_last_turn_cannot_call() -> None:
     episode = observe(advance(start(max_turns=2), calling("one")), [])
     last = advance(episode, calling("two", "three"))
@@ -268,8 +254,7 @@ def test_sessions_and_vector_environments_play_the_same() -> None:
         assert [session.step(action) for action in actions] == expected
 
     for sending in (False, True):
-        engine = Engine()
-        vector = SearchQAVectorEnv(num_envs=2, retriever=engine, **settings)
+        vector = SearchQAVectorEnv(num_envs=2, retriever=Engine(), **settings)
         vector.reset(seed=0, options={"question_ids": [info["question_id"]] * 2})
         for action, output in zip(actions, expected, strict=True):
             if sending:
@@ -304,37 +289,6 @@ def test_one_search_that_fails_makes_the_episode_void(sending: bool) -> None:
         infos = env.step([action])[4]
         assert infos["void"].tolist() == [True]
     env.close()
-
-
-# --- the models' own chat templates --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("template", ["qwen2_5", "qwen3_instruct_2507", "qwen3"])
-def test_prompt_and_observations_are_those_of_the_chat_template(template: str) -> None:
-    source = (Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja").read_text()
-    env = SearchQAEnv(dataset=DATASET, retriever=Engine(), protocol="tool-calls")
-    prompt, info = env.reset(seed=0)
-    system, user = RULES.messages("instruct", info["question"])
-
-    def render(*more: Any) -> str:
-        (text,), _ = render_jinja_template(
-            [[system, user, *more]],
-            tools=info["tools"],
-            chat_template=source,
-            add_generation_prompt=True,
-        )
-        return str(text)
-
-    assert prompt == render()
-    calls = [
-        {"function": {"name": "search", "arguments": {"query": f"company {i}"}}} for i in (1, 2)
-    ]
-    written = f"Two.\n{write_call('search', {'query': 'company 1'})}\n"
-    action = written + write_call("search", {"query": "company 2"}) + END
-    observation, *_, info_after = env.step(action)
-    said = {"role": "assistant", "content": "Two.", "tool_calls": calls}
-    results = [{"role": "tool", "content": each["content"]} for each in info_after["messages"]]
-    assert prompt + action + observation == render(said, *results)
 
 
 # --- nothing is forged ---------------------------------------------------------------------------
@@ -399,12 +353,6 @@ def test_the_policys_own_words_forge_no_message(actions: list[list[str]], name: 
 GOOD = ["why</think>\n" + calling("q", tool="wikipedia_search"), r"so</think> \boxed{Paris}" + END]
 
 
-def play(actions: Sequence[str], *golds: str) -> Episode:
-    from tests.research_env.playing import play as played
-
-    return played("recall", actions, golds or ("Paris",))
-
-
 @pytest.mark.parametrize(
     ("actions", "reward"),
     [
@@ -429,18 +377,14 @@ def play(actions: Sequence[str], *golds: str) -> Episode:
     ],
 )
 def test_recalls_reward(actions: list[str], reward: Any) -> None:
-    from research_env.papers.recall import recall, recall_format
-
-    episode = play(actions)
+    episode = play("recall", actions)
     assert episode.over
     assert recall(episode) == reward
     assert recall_format(episode) == (reward != 0.0)
 
 
 def test_an_episode_that_was_cut_short_earns_nothing_from_recall() -> None:
-    from research_env.papers.recall import recall
-
-    assert recall(truncate(play(GOOD[:1]))) == 0.0
+    assert recall(truncate(play("recall", GOOD[:1]))) == 0.0
 
 
 def test_recalls_results_stand_behind_their_calls() -> None:
