@@ -6,9 +6,11 @@ from typing import Any, ClassVar, Unpack
 
 import gymnasium as gym
 
-from research_env.core import SHOWS, EnvSettings, StepOutput, make_core, resolve_search
+from research_env.core import EnvSettings, StepOutput, make_core, resolve_search
 from research_env.episode import Action, CutReason, Episode, advance, truncate
 from research_env.errors import ConfigurationError, EpisodeError, UnknownNameError
+from research_env.fingerprint import environment_fingerprint
+from research_env.info import SHOWS
 from research_env.spaces import UnicodeText
 from research_env.system.terminal import show
 
@@ -202,7 +204,7 @@ class SearchQAEnv(gym.Env[str, str]):
 
     def provenance(self) -> dict[str, str]:
         """What results depend on besides the policy: fingerprints of questions, index, prompt."""
-        return self._core.provenance()
+        return environment_fingerprint(self._core)
 
     def render(self) -> str | None:
         """The transcript so far in mode ``ansi``; mode ``human`` prints it as it grows."""

@@ -25,9 +25,11 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
-from research_env.core import EnvCore, EnvSettings, StepOutput, make_core, resolve_search, strata
+from research_env.core import EnvCore, EnvSettings, StepOutput, make_core, resolve_search
 from research_env.episode import Action, CutReason, Episode, advance, truncate
 from research_env.errors import ClosedError, ConfigurationError, EpisodeError, UnknownTaskError
+from research_env.fingerprint import environment_fingerprint
+from research_env.info import strata
 from research_env.protocol import Message
 from research_env.retrieval.batching import Found, QueryBatcher, SearchCounts
 
@@ -157,7 +159,7 @@ class Sessions:
 
     def provenance(self) -> dict[str, str]:
         """What results depend on besides the policy: fingerprints of questions, index, prompt."""
-        return self.core.provenance()
+        return environment_fingerprint(self.core)
 
     def close(self) -> None:
         """Stop the searches and release the engine; waiting steps raise ``ClosedError``."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from research_env.core import SHOWS, EnvSettings, resolve_search
+from research_env.core import EnvSettings, resolve_search
 from research_env.episode import Action, CutReason, Episode, advance, truncate
 from research_env.errors import (
     ActionError,
@@ -20,6 +20,7 @@ from research_env.errors import (
     RetrievalError,
     UnknownNameError,
 )
+from research_env.info import SHOWS
 from research_env.retrieval.batching import Found, QueryBatcher, SearchCounts
 from research_env.sessions import Sessions
 from research_env.spaces import UnicodeText
@@ -122,7 +123,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
 
     def provenance(self) -> dict[str, str]:
         """What results depend on besides the policy: fingerprints of questions, index, prompt."""
-        return self._core.provenance()
+        return self._sessions.provenance()
 
     @property
     def search_counts(self) -> SearchCounts:

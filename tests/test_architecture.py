@@ -145,7 +145,7 @@ LAYERS = {
         "episode templates",
         "papers",
         "rewards turn_rewards demonstrations wiki_demonstrations",
-        "core",
+        "core info fingerprint",
         "env sessions",
         "vector_env testing footprint registration presets",
         "adapters",

@@ -198,6 +198,20 @@ def test_a_bug_in_a_retriever_is_not_taken_for_a_failure() -> None:
         env.step(search("crash"))
 
 
+class Forgetful(Engine):
+    """Answers one query less than it is asked."""
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+        return super().search(queries, top_k)[1:]
+
+
+def test_a_retriever_must_answer_each_query() -> None:
+    env = make(retriever=Forgetful())
+    env.reset(seed=1)
+    with pytest.raises(RuntimeError, match="answered 1 queries with 0 results"):
+        env.step(search("1"))
+
+
 def test_limits_come_from_the_protocol_or_the_caller() -> None:
     env = make(max_searches=1)
     env.reset(seed=1)
