@@ -6,10 +6,8 @@ import asyncio
 import doctest
 import json
 import pickle
-import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -234,30 +232,16 @@ def test_a_fork_continues_on_its_own() -> None:
         assert pickle.loads(pickle.dumps(fork.episode)) == fork.episode
 
 
-def test_metrics_have_the_same_keys_at_every_end() -> None:
-    with make(reward="em-0.1*searches") as sessions:
-        ends = []
-        for actions in ([answer("x")], [search("fail")], [search("down")], ["nothing"]):
-            session = sessions.open("q0")
-            ends.append([session.step(action) for action in actions][-1].info["metrics"].keys())
-        ends.append(sessions.open("q0").truncate().info["metrics"].keys())
-    assert all(keys == ends[0] for keys in ends)
-
-
 @pytest.mark.parametrize(
-    "wrong", [{"max_batch": 0}, {"max_wait": -1.0}, {"cache_size": -1}, {"top_k": 0}]
+    ("name", "values", "message"),
+    [
+        ("max_batch", (0, "3", None), "max_batch is an integer of at least 1"),
+        ("max_wait", (-1, "x", float("nan"), None), "max_wait is at least 0 seconds"),
+        ("cache_size", (-1, 1.5), "cache_size=.* must be an integer"),
+        ("top_k", (0,), "top_k is an integer from 1 on"),
+    ],
 )
-def test_bad_settings_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError):
-        make(**wrong)
-
-
-def test_the_page_about_sessions_runs() -> None:
-    page = (Path(__file__).parents[2] / "docs/how-to/sessions.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert len(blocks) == 2
-    scope: dict[str, Any] = {}
-    exec("\n".join(blocks), scope)
-    for made in scope.values():
-        if isinstance(made, Sessions):
-            made.close()
+def test_bad_settings_are_refused(name: str, values: tuple[Any, ...], message: str) -> None:
+    for value in values:
+        with pytest.raises(ConfigurationError, match=message):
+            make(**{name: value})
