@@ -1,4 +1,4 @@
-"""Tool calls where environment and agent meet: chat templates, tokens, and endpoints."""
+"""Tool calls through environment and agent together: chat templates, tokens, endpoints."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def turn(template: str, *queries: str) -> str:
 
 
 def play(template: str, engine: Any, turns: list[str]) -> tuple[Trajectory, list[list[int]], Any]:
-    """Play turns through a chat template; returns what was sampled, too."""
+    """Play turns through a chat template: the trajectory, the sampled tokens, the renderer."""
     renderer = renderer_of(template)
     name, end = FAMILIES[template]
     sampled = []
@@ -253,7 +253,7 @@ def test_calls_of_any_form_lose_nothing(endpoint: Endpoint, tmp_path: Path, call
 
 
 def test_calls_in_the_text_of_an_endpoint_are_read_too(endpoint: Endpoint, tmp_path: Path) -> None:
-    """As of a server without a parser of tool calls."""
+    """A server without a parser of tool calls sends them as text."""
     text = turn("qwen2_5", "did")
     endpoint.answers = [well(text, chat=True), well("\\boxed{Ann}", chat=True)]
     (record,) = evaluate(endpoint, tmp_path)

@@ -107,9 +107,7 @@ def test_the_order_of_questions_is_drawn_from_the_seed_pass_by_pass() -> None:
     ("reward", "earned"),
     [("r1-searcher-stage2", -2.0), ("r1-searcher-stage2-llama-0.25*searches", -1.5), ("f1", 0.0)],
 )
-def test_an_episode_that_is_cut_is_scored_as_one_without_an_answer(
-    reward: str, earned: float
-) -> None:
+def test_a_truncated_episode_is_scored_as_one_without_an_answer(reward: str, earned: float) -> None:
     env = make(protocol="r1-searcher", reward=reward)
     query = "t<|begin_of_query|>1 2<|end_of_query|>"
 
@@ -128,7 +126,7 @@ def test_an_episode_that_is_cut_is_scored_as_one_without_an_answer(
     assert (info["stop_reason"], info["void"], info.keys()) == ("length", False, other.keys())
 
 
-def test_cutting_before_reset_and_after_the_end_is_refused() -> None:
+def test_truncating_before_reset_and_after_the_end_is_refused() -> None:
     env = make()
     with pytest.raises(EpisodeError, match="call reset first"):
         env.truncate()
@@ -138,13 +136,13 @@ def test_cutting_before_reset_and_after_the_end_is_refused() -> None:
         env.truncate("length")
 
 
-def test_wrappers_let_it_through() -> None:
+def test_wrappers_pass_truncate_on() -> None:
     env = gym.make("SearchQA-v0", dataset=DATASET, retriever=Engine())
     env.reset(seed=1)
     assert env.get_wrapper_attr("truncate")("length")[3] is True
 
 
-def test_no_passage_eats_an_episode() -> None:
+def test_long_passages_are_shortened() -> None:
     env = make(max_passage_chars=20)
     env.reset(seed=1)
     seen, *_, info = env.step(search("1 " + "long " * 50 + "2"))
@@ -174,7 +172,7 @@ def test_a_failing_engine_voids_the_episode_and_shows_nothing() -> None:
     assert env.step(answer("x"))[1] == 0.25  # the next episode is a new one
 
 
-def test_a_bug_in_a_retriever_is_not_taken_for_a_failure() -> None:
+def test_a_bug_in_a_retriever_is_raised() -> None:
     env = make()
     env.reset(seed=1)
     with pytest.raises(ZeroDivisionError):
@@ -293,7 +291,7 @@ def test_pickling_and_copying_in_the_middle_of_an_episode() -> None:
         assert twin.reset() == after
 
 
-def test_render_ansi_tells_the_whole_episode() -> None:
+def test_render_ansi_shows_the_whole_episode() -> None:
     env = make(render_mode="ansi", template="question")
     assert env.render() == ""
     env.reset(options={"question_id": "q1"})
@@ -368,7 +366,7 @@ def home(
 
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("name", IDS)
-def test_every_id_passes_the_checker_and_makes_its_like(name: str, tmp_path: Path) -> None:
+def test_every_id_passes_the_checker_and_its_spec_remakes_it(name: str, tmp_path: Path) -> None:
     settings = local(name, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -296,7 +296,7 @@ def test_no_passage_changes_a_reward(protocol: str, title: str, text: str) -> No
 
 @pytest.mark.parametrize("name", [*REWARDS, *SHAPING])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_to_be_cut_never_pays_more_than_to_give_up(protocol: str, name: str) -> None:
+def test_a_truncated_episode_earns_no_more_than_one_given_up(protocol: str, name: str) -> None:
     search, _ = GOOD[protocol]
     for searches in range(4):
         episode = play(protocol, [search] * searches)
@@ -436,7 +436,7 @@ def test_every_module_of_papers_is_registered() -> None:
         ("fails", "failed for question 'q1': AttributeError: .*'difficulty'"),
     ],
 )
-def test_a_reward_that_is_no_number_is_an_error_that_names_it(name: str, message: str) -> None:
+def test_an_invalid_reward_value_is_an_error_that_names_the_reward(name: str, message: str) -> None:
     episode = play("research", ["<answer>\\boxed{Paris}</answer>"])
     with pytest.raises(RewardError, match=f"the reward {name} {message}"):
         evaluate(reward(f"{OWN}:{name}"), episode)

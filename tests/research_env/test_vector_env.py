@@ -31,7 +31,7 @@ def make(num_envs: int = 3, **more: Any) -> SearchQAVectorEnv:
 # --- cutting and branching ------------------------------------------------------------------------
 
 
-def test_cutting_gives_what_single_environments_give() -> None:
+def test_truncate_gives_what_single_environments_give() -> None:
     env, single = (
         make(3, reward="f1-0.5*searches"),
         SearchQAEnv(dataset=DATASET, retriever=Engine(), reward="f1-0.5*searches"),
@@ -52,7 +52,7 @@ def test_cutting_gives_what_single_environments_give() -> None:
     env.close()
 
 
-def test_cutting_drops_what_is_in_flight() -> None:
+def test_truncate_drops_what_is_in_flight() -> None:
     engine = Gate()
     env = make(2, retriever=engine)
     env.reset(seed=1)
@@ -65,7 +65,7 @@ def test_cutting_drops_what_is_in_flight() -> None:
     env.close()
 
 
-def test_cutting_in_same_step_mode_starts_the_next_episode() -> None:
+def test_truncate_in_same_step_mode_starts_the_next_episode() -> None:
     env = make(1, autoreset_mode="SameStep")
     env.reset(seed=1)
     (cut,) = env.truncate([0])
@@ -93,7 +93,7 @@ def test_branches_continue_from_the_present_state() -> None:
     env.close()
 
 
-def test_what_cannot_branch_is_refused_and_changes_nothing() -> None:
+def test_a_refused_branch_changes_nothing() -> None:
     env = make(3)
     with pytest.raises(EpisodeError, match="0 has no episode yet"):
         env.branch(0, [1])
@@ -214,7 +214,7 @@ def test_next_step_mode_spends_an_action_on_the_reset() -> None:
     assert seen[0] == infos["question"][0] + "\n"
 
 
-def test_same_step_mode_hands_the_last_info_over() -> None:
+def test_same_step_mode_returns_the_last_info_as_final_info() -> None:
     env = make(1, autoreset_mode="SameStep", template="question")
     before = env.reset(seed=4)[1]["question_id"][0]
     seen, rewards, terminated, _, infos = env.step([answer("no")])
@@ -290,7 +290,7 @@ def test_bad_settings_are_refused(
         make(**{"num_envs": 2, **more})
 
 
-def test_render_ansi_tells_each_episode() -> None:
+def test_render_ansi_shows_each_episode() -> None:
     env = make(2, render_mode="ansi", template="question")
     env.reset(seed=1, options={"reset_mask": [True, False]})
     env.step(["no idea", ""], mask=[True, False])

@@ -142,7 +142,7 @@ def test_sums_are_read(text: str, terms: list[tuple[float, str]]) -> None:
         ("em+[1]*f1", "position 4 must be a name"),
     ],
 )
-def test_what_is_no_sum_is_refused_with_its_position(text: str, message: str) -> None:
+def test_an_invalid_sum_is_refused_with_the_position(text: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         parse_sum(text, KNOWN)
 
@@ -161,7 +161,7 @@ def test_what_is_no_sum_is_refused_with_its_position(text: str, message: str) ->
         ("em+lambda:0", "unknown reward 'lambda:0'"),
     ],
 )  # fmt: skip
-def test_unknown_names_are_told_with_the_known_ones(text: str, message: str) -> None:
+def test_unknown_names_are_refused_with_the_known_ones(text: str, message: str) -> None:
     with pytest.raises(UnknownNameError, match=message):
         reward(text)
 
