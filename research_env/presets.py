@@ -76,9 +76,8 @@ MINIWORLD: Preset = {
     },
 }
 
-# A pretrained model of 135 M parameters on real passages, sized for a laptop. The prompt is the
-# question alone, since supervised fine-tuning has taught the format. MuSiQue is left out, to
-# evaluate out of domain.
+# A pretrained model on real passages, sized for a laptop. The prompt is the question alone, since
+# supervised fine-tuning has taught the format. MuSiQue is left out, to evaluate out of domain.
 SMOLLM2_WIKI: Preset = {
     "description": "SmolLM2-135M learns to search real passages, after research-agent sft "
     "smollm2-wiki. Hours on a laptop.",
@@ -214,8 +213,7 @@ R1_SEARCHER_QWEN: Preset = {
 
 # The authors' scripts llama_reinforce_plus_train_stage1.sh and ..._stage2.sh: the instruct model,
 # 65 tasks per step, KL 1e-4 in the reward, and a format penalty of 1 instead of 2. Their stage 1
-# has 15 tasks per step and divides by the group's standard deviation (`group_norm`); here it is
-# as stage 2.
+# differs: 15 tasks per step, and the group's standard deviation (`group_norm`).
 R1_SEARCHER_LLAMA = _instruct(
     R1_SEARCHER_QWEN,
     f"{_R1_SEARCHER}, Llama-3.1-8B-Instruct.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence, Sized
+from collections.abc import Collection, Sequence, Sized
 from itertools import islice
 from typing import Any, NamedTuple, Unpack
 
@@ -21,12 +21,11 @@ from research_env.errors import (
     RetrievalError,
     UnknownNameError,
 )
-from research_env.info import SHOWS
+from research_env.info import SHOWS, batch_infos
 from research_env.retrieval.batching import Found, QueryBatcher, SearchCounts
 from research_env.sessions import Sessions
 from research_env.spaces import UnicodeText
 
-_NUMBERS = (int, float, bool)
 Mask = npt.NDArray[np.bool_]
 Rewards = npt.NDArray[np.float64]
 
@@ -175,7 +174,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         for i in chosen:
             number = self._next[i] if numbers is None else numbers[i]
             observations[i], infos[i] = self._begin(i, number, indexes.get(i))
-        return tuple(observations), batched_infos(infos, self.num_envs)
+        return tuple(observations), batch_infos(infos, self.num_envs)
 
     def step(
         self, actions: Sequence[Action], mask: Mask | Sequence[bool] | None = None
@@ -215,7 +214,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
                 episode = resolve_search(episode, *own)  # noqa: PLW2901
             result = self._conclude(i, episode)
             _, observations[i], rewards[i], terminations[i], truncations[i], infos[i] = result
-        all_infos = batched_infos(infos, self.num_envs)
+        all_infos = batch_infos(infos, self.num_envs)
         return tuple(observations), rewards, terminations, truncations, all_infos
 
     def send(self, env_ids: Sequence[int], actions: Sequence[Action]) -> None:
@@ -396,50 +395,3 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
 def _count(values: object) -> int:
     """How many values there are; 0 if it has no length."""
     return len(values) if isinstance(values, Sized) else 0
-
-
-def batched_infos(infos: Mapping[int, Mapping[str, Any]], num_envs: int) -> dict[str, Any]:
-    """Merge the infos of sub-environments into one, in Gymnasium's format.
-
-    The result is that of ``VectorEnv._add_info`` for one info after the other, in a quarter of its
-    time.
-
-    Args:
-        infos: by the number of the sub-environment, from 0.
-        num_envs: how many sub-environments there are.
-
-    Returns:
-        For each key an array of num_envs values, zero or None where a sub-environment lacks the
-        key, and under ``_key`` num_envs booleans: which ones have it. Dictionaries are merged in
-        the same way.
-    """
-    columns: dict[str, dict[int, Any]] = {}
-    for i, info in infos.items():
-        for key, value in info.items():
-            if key in columns:
-                columns[key][i] = value
-            else:
-                columns[key] = {i: value}
-    batched: dict[str, Any] = {}
-    for key, column in columns.items():
-        mask = np.zeros(num_envs, dtype=np.bool_)
-        mask[list(column)] = True
-        batched[key], batched[f"_{key}"] = _array(column, num_envs), mask
-    return batched
-
-
-def _array(column: Mapping[int, Any], num_envs: int) -> Any:
-    """The values of a key as an array with the type of the first."""
-    first = next(iter(column.values()))
-    if isinstance(first, dict):
-        return batched_infos(column, num_envs)
-    array: npt.NDArray[Any]
-    if type(first) in _NUMBERS or isinstance(first, np.number):
-        array = np.zeros(num_envs, dtype=type(first))
-    elif isinstance(first, np.ndarray):
-        array = np.zeros((num_envs, *first.shape), dtype=first.dtype)
-    else:
-        array = np.full(num_envs, None, dtype=object)
-    for i, value in column.items():
-        array[i] = value
-    return array
