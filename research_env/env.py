@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Unpack
 import gymnasium as gym
 
 from research_env.core import EnvSettings, StepOutput, make_core, resolve_search
-from research_env.episode import Action, CutReason, Episode, advance, truncate
+from research_env.episode import Action, Episode, TruncationReason, advance, truncate
 from research_env.errors import ConfigurationError, EpisodeError, UnknownNameError
 from research_env.fingerprint import environment_fingerprint
 from research_env.info import SHOWS
@@ -87,7 +87,7 @@ class SearchQAEnv(gym.Env[str, str]):
     - ``max_searches``, ``max_turns``: asking for more ends the episode. With tool calls each call
       that is run counts as a search.
     - ``max_passage_chars``: characters of a passage that an observation shows (10,000 by default);
-      ``[…]`` stands where it was cut.
+      ``[…]`` stands where it was shortened.
     - ``metric_language``: the language by whose rules answers are compared: en, zh, ja or ko
       (`metrics.LANGUAGES`). None: the data set's, or the question's field ``metric_language``, or
       en.
@@ -182,7 +182,7 @@ class SearchQAEnv(gym.Env[str, str]):
             show(episode.turns[-1].action + output.observation + self._core.closing(episode))
         return output
 
-    def truncate(self, reason: CutReason = "length") -> StepOutput:
+    def truncate(self, reason: TruncationReason = "length") -> StepOutput:
         """End the episode from outside, because its budget of tokens is spent.
 
         Reach it through wrappers by ``env.get_wrapper_attr("truncate")``.

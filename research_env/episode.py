@@ -23,13 +23,13 @@ from research_env.tools.builtin import show_hits
 from research_env.tools.calls import CallRecord, WrittenCall, record_calls, structured
 
 StopReason = Literal["answer", "no_answer", "max_searches", "max_turns", "length", "backend_error"]
-CutReason = Literal["length"]
+TruncationReason = Literal["length"]
 Action = str | ToolTurn | Mapping[str, Any]
 """What the policy wrote: text. A protocol with tool calls also takes a structured turn, or an
 assistant message in the form of OpenAI's API."""
 
-CUT_MARK = " […]"
-"""Stands where a passage or the result of a tool was cut."""
+ELLIPSIS = " […]"
+"""Stands where a passage or the result of a tool was shortened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Episode:
             the episode. None: no limit.
         max_turns: actions that may be taken; the last one cannot search. None: no limit.
         max_passage_chars: characters of a passage, title and text together, that an observation
-            shows; `CUT_MARK` stands where a passage was cut. None: no limit.
+            shows; `ELLIPSIS` stands where it was shortened. None: no limit.
         chat: whether the prompt is a chat, whose template may have opened `think` for the policy.
         metric_language: the language by whose rules answers are compared (`metrics.LANGUAGES`).
         turns: the turns so far, in order.
@@ -241,7 +241,7 @@ def fail(episode: Episode) -> Episode:
     return replace(episode, pending=None, stop_reason="backend_error")
 
 
-def truncate(episode: Episode, reason: CutReason = "length") -> Episode:
+def truncate(episode: Episode, reason: TruncationReason = "length") -> Episode:
     """The episode stopped from outside, because its budget of tokens is spent.
 
     It is scored as any episode that ends without an answer: what the policy wrote counts, and so do
@@ -255,8 +255,8 @@ def truncate(episode: Episode, reason: CutReason = "length") -> Episode:
         UnknownNameError: no such reason.
         EpisodeError: the episode is over.
     """
-    if reason not in get_args(CutReason):
-        raise UnknownNameError("reason to truncate an episode", reason, get_args(CutReason))
+    if reason not in get_args(TruncationReason):
+        raise UnknownNameError("reason to truncate an episode", reason, get_args(TruncationReason))
     if episode.stop_reason is not None:
         raise EpisodeError(f"the episode is over ({episode.stop_reason}); it cannot be truncated")
     written = _final_answer(episode.protocol, episode.turns)
@@ -264,7 +264,7 @@ def truncate(episode: Episode, reason: CutReason = "length") -> Episode:
 
 
 def _shorten(text: str, limit: int | None) -> str:
-    return text if limit is None or len(text) <= limit else text[:limit] + CUT_MARK
+    return text if limit is None or len(text) <= limit else text[:limit] + ELLIPSIS
 
 
 def _shorten_hits(hits: tuple[Hit, ...], limit: int | None) -> tuple[Hit, ...]:

@@ -26,7 +26,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 
 from research_env.core import EnvCore, EnvSettings, StepOutput, make_core, resolve_search
-from research_env.episode import Action, CutReason, Episode, advance, truncate
+from research_env.episode import Action, Episode, TruncationReason, advance, truncate
 from research_env.errors import ClosedError, ConfigurationError, EpisodeError, UnknownTaskError
 from research_env.fingerprint import environment_fingerprint
 from research_env.info import strata
@@ -223,7 +223,7 @@ class Session:
             found = await asyncio.gather(*map(asyncio.wrap_future, asked))
             return self._conclude(episode, found)
 
-    def truncate(self, reason: CutReason = "length") -> StepOutput:
+    def truncate(self, reason: TruncationReason = "length") -> StepOutput:
         """End the episode because its budget of tokens is spent; it is scored like any other.
 
         Args:

@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from research_env.core import EnvSettings, resolve_search
-from research_env.episode import Action, CutReason, Episode, advance, truncate
+from research_env.episode import Action, Episode, TruncationReason, advance, truncate
 from research_env.errors import (
     ActionError,
     ConfigurationError,
@@ -279,7 +279,9 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         self._sent.difference_update(result.env_id for result in results)
         return results
 
-    def truncate(self, env_ids: Sequence[int], reason: CutReason = "length") -> list[StepResult]:
+    def truncate(
+        self, env_ids: Sequence[int], reason: TruncationReason = "length"
+    ) -> list[StepResult]:
         """End episodes from outside, because their budgets of tokens are spent.
 
         An action that was sent, and whose result was not yet received, is dropped.
