@@ -1,4 +1,4 @@
-"""Sessions: the same results as single environments, whoever steps them, in shared searches."""
+"""Sessions give the results of single environments; test_conformance.py has many at a time."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import asyncio
 import doctest
 import json
 import pickle
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 import research_env.sessions
-from research_env import Dataset, Question
 from research_env.env import SearchQAEnv
 from research_env.errors import (
     ActionError,
@@ -77,72 +75,6 @@ def test_unknown_tasks_are_refused(task: Any) -> None:
         for kind in (UnknownTaskError, ConfigurationError, IndexError):
             with pytest.raises(kind, match=r"no question has the id|there is no task"):
                 sessions.open(task)
-
-
-TASKS = Dataset("many", [Question(f"t{i}", f"Which {i}?", (str(i),)) for i in range(40)], None)
-
-
-def searches_of(number: int) -> list[str]:
-    """Ten different queries, none of them any other episode's."""
-    return [search(f"task{number} turn{turn} {turn}") for turn in range(10)]
-
-
-def alone(number: int) -> list[Any]:
-    env = SearchQAEnv(dataset=TASKS, retriever=Engine())
-    env.reset(options={"question_id": f"t{number}"})
-    return [env.step(action) for action in [*searches_of(number), answer(str(number))]]
-
-
-def test_searches_of_many_threads_are_batched() -> None:
-    """400 queries by 32 threads: the engine is asked by one thread, in few batches."""
-    engine = Gate(pause=0.005)  # queries gather meanwhile
-    together = threading.Barrier(32)
-    with Sessions(dataset=TASKS, retriever=engine) as sessions:
-
-        def play(number: int) -> list[Any]:
-            session = sessions.open(f"t{number}")
-            if number < 32:
-                together.wait(TIMEOUT)
-            return [session.step(action) for action in [*searches_of(number), answer(str(number))]]
-
-        with ThreadPoolExecutor(32) as pool:
-            results = list(pool.map(play, range(40)))
-    assert results == [alone(number) for number in range(40)]
-    assert sum(map(len, engine.batches)) == 400
-    assert len(engine.batches) <= 40
-    assert engine.most == 1
-
-
-def test_searches_of_many_coroutines_are_batched() -> None:
-    engine = Engine()
-
-    async def play(sessions: Sessions, number: int) -> list[Any]:
-        session = sessions.open(f"t{number}")
-        return [
-            await session.astep(action) for action in [*searches_of(number), answer(str(number))]
-        ]
-
-    async def everyone(sessions: Sessions) -> list[Any]:
-        return list(await asyncio.gather(*(play(sessions, number) for number in range(40))))
-
-    with Sessions(dataset=TASKS, retriever=engine) as sessions:
-        results = asyncio.run(everyone(sessions))
-        counts = sessions.search_counts
-    assert results == [alone(number) for number in range(40)]
-    assert (counts.searched, counts.asked) == (400, 400)
-    assert len(engine.batches) <= 40
-
-
-@pytest.mark.parametrize("in_flight", [1, 3])
-def test_an_engine_is_asked_by_no_more_threads_than_it_allows(in_flight: int) -> None:
-    engine = Gate(in_flight)
-    with make(retriever=engine, max_batch=1) as sessions, ThreadPoolExecutor(8) as pool:
-        steps = [pool.submit(sessions.open("q0").step, search(str(n))) for n in range(8)]
-        for _ in range(in_flight):
-            assert engine.asked.acquire(timeout=TIMEOUT)
-        engine.opened.set()
-        assert all(step.result(TIMEOUT).observation for step in steps)
-        assert engine.most == in_flight
 
 
 def test_two_steps_at_once_are_refused_and_nothing_is_lost() -> None:

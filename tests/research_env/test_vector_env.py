@@ -321,23 +321,6 @@ def test_results_come_when_they_are_ready() -> None:
     env.close()
 
 
-def test_identical_queries_in_flight_are_asked_once() -> None:
-    engine = Gate()
-    env = make(4, retriever=engine, max_wait=0.0, cache_size=0)
-    env.reset(seed=4)
-    env.send([0], [search("1")])
-    assert engine.asked.acquire(timeout=TIMEOUT)  # the engine is now busy with "1"
-    env.send([1, 2, 3], [search("1"), search("2"), search(" 2 ")])
-    engine.opened.set()
-    results = env.recv(timeout=TIMEOUT, min_results=4)
-    assert sorted(r.env_id for r in results) == [0, 1, 2, 3]
-    assert sorted(query for batch in engine.batches for query in batch) == ["1", "2"]
-    env.send([0], [search("1")])  # no longer in flight: it is asked again
-    env.recv(timeout=TIMEOUT)
-    assert engine.batches[-1] == ("1",)
-    env.close()
-
-
 def test_batches_are_bounded_in_size_and_gathered_in_time() -> None:
     engine = Engine()
     env = make(5, retriever=engine, max_batch=3, max_wait=3600.0)
