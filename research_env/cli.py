@@ -33,7 +33,7 @@ Command = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments (``sys.argv`` if None) ask for.
 
-    Exits with 2 and one line on stderr where a command cannot be carried out, with 130 when it is
+    Exits with 2 and one line on stderr if a command cannot be carried out, and with 130 if it is
     interrupted.
     """
     chosen: Any = tyro.cli(
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         show("research-env: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of the output, for example head, has seen enough
+    except BrokenPipeError:  # the reader of the output, for example head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ResearchEnvError, OSError) as error:  # OSError: no permission, disk full

@@ -1,18 +1,16 @@
-"""What the single and the vector environment share: questions, engine, rules, reward.
+"""What the single and the vector environment share: questions, search engine, rules, reward.
 
-A :class:`EnvCore` is made once from the keyword arguments of an environment and does not change. It
-starts an episode, asks the engine for the pending ones, and describes an episode in Gymnasium's
-terms; what happens in between is :mod:`research_env.episode`.
+An :class:`EnvCore` is made once, from the keyword arguments of an environment, and does not change.
+It starts episodes, runs the searches that they ask for, and turns an episode into what ``step``
+returns. The rules of an episode are in :mod:`research_env.episode`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from importlib.metadata import version
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
@@ -26,6 +24,7 @@ from research_env.errors import (
     UnknownNameError,
     UnknownTaskError,
 )
+from research_env.info import make_info
 from research_env.metrics import LANGUAGES
 from research_env.papers import protocol
 from research_env.protocol import Protocol
@@ -33,34 +32,18 @@ from research_env.retrieval.base import Retriever
 from research_env.retrieval.batching import Found
 from research_env.retrieval.documents import require_reader
 from research_env.retrieval.requests import Request
-from research_env.retrieval.url import split_options
 from research_env.rewards import METRICS, Reward, WeightedSum, episode_metrics, evaluate, reward
 from research_env.spaces import UnicodeText
-from research_env.system.redaction import redact_url
 from research_env.templates import Template, own_template
 from research_env.tools import FORMATS, Tool, ToolTurn
 from research_env.tools.builtin import find_tools
 from research_env.turn_rewards import TurnReward, TurnRewards, turn_rewards
 
 OWN = "own"
-"""The name that stands for a user's own template."""
+"""The name of a user's own template among the prompts of the protocol."""
 
 MAX_PASSAGE_CHARS = 10_000
-"""The longest passage of the published data sets has 8,237 characters."""
-
-
-SHOWS = {
-    "request": "query",
-    "requests": "searches",
-    "ids": "passage_ids",
-    "titles": "passage_titles",
-    "scores": "passage_scores",
-    "marked": "supporting_ids",
-    "item": "passage",
-    "mark": "gold",
-}
-"""Which parts of the info describe an observation: ``metadata["shows"]`` of the environments, by
-which trainers can show passages without knowing what they are."""
+"""Default of ``max_passage_chars``; the longest passage of the published data sets has 8,237."""
 
 
 class EnvSettings(TypedDict, total=False):
@@ -101,7 +84,21 @@ class StepOutput(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EnvCore:
-    """The fixed part of an environment; pickled as its settings, so that no connection travels."""
+    """The fixed part of an environment; pickled as its settings, so that no connection travels.
+
+    Attributes:
+        settings: the keyword arguments that it was made from.
+        questions: the tasks.
+        retriever: the search engine.
+        protocol: the rules, with the user's own template and tools.
+        reward: the reward of a whole episode.
+        turn_reward: the rewards of single turns, if any.
+        template: the name of a template of the protocol.
+        top_k: passages that a search returns.
+        max_searches: as in :class:`~research_env.episode.Episode`, and so the two after it.
+        metric_language: the language of all answers; None: each question's own.
+        by_id: index of each question by its id; filled when it is first needed.
+    """
 
     settings: EnvSettings
     questions: Sequence[Question]
@@ -121,10 +118,14 @@ class EnvCore:
         return _rebuild, (self.settings,)
 
     def draw_question(self, seed: int, episode: int) -> int:
-        """Which question the numbered episode asks, in the order drawn from the seed.
+        """The index of the question of an episode, in the order drawn from the seed.
 
         Every ``len(questions)`` episodes are one pass over all questions, each pass in another
-        order; the result depends on seed and number alone.
+        order. The result depends on seed and number alone.
+
+        Args:
+            seed: draws the orders.
+            episode: the number of the episode, from 0 on.
 
         Raises:
             ConfigurationError: the number is not an integer from 0 on.
@@ -135,7 +136,7 @@ class EnvCore:
         return int(_permutation(seed, epoch, len(self.questions))[at])
 
     def find_question(self, question_id: str) -> int:
-        """Which question has this id.
+        """The index of the question with an id.
 
         Raises:
             UnknownTaskError: there is none.
@@ -153,17 +154,18 @@ class EnvCore:
     def start(self, index: int) -> tuple[Episode, str, dict[str, Any]]:
         """A new episode of a question, its prompt, and the info of ``reset``."""
         question = self.questions[index]
-        chat = self.protocol.messages(self.template, question.question)
+        messages = self.protocol.messages(self.template, question.question)
+        is_chat = self.template == "instruct" or (self.template == OWN and len(messages) > 1)
         episode = Episode(
             question,
             self.protocol,
-            self.max_searches,
-            self.max_turns,
-            self.max_passage_chars,
-            self.is_chat and chat[-1]["role"] == "user",
-            self._language(question),
+            max_searches=self.max_searches,
+            max_turns=self.max_turns,
+            max_passage_chars=self.max_passage_chars,
+            chat=is_chat and messages[-1]["role"] == "user",
+            metric_language=self._language(question),
         )
-        info = _info(episode, chat)
+        info = make_info(episode, messages)
         info["tools"] = self.tool_schemas()
         return episode, self.protocol.prompt(self.template, question.question), info
 
@@ -171,13 +173,6 @@ class EnvCore:
         """The space of actions: text, and structured turns if the protocol has tool calls."""
         also = (ToolTurn, Mapping) if self.protocol.tool_format else ()
         return UnicodeText(terminators=self.protocol.terminators, also=also)
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether the prompt is a chat, rather than one text."""
-        return self.template == "instruct" or (
-            self.template == OWN and len(self.protocol.prompts[OWN]) > 1
-        )
 
     def tool_schemas(self) -> list[Mapping[str, Any]]:
         """JSON Schemas of the tools for a chat template; none where the prompt lists them."""
@@ -195,14 +190,18 @@ class EnvCore:
         return str(language)
 
     def search(self, requests: Sequence[Request]) -> list[Found]:
-        """Run a batch: the queries of searches, and requests of other tools.
+        """Run a batch of queries and of requests of other tools.
 
-        The engine is asked once, and so is each tool. If a whole batch fails, each of its requests
+        The engine is asked once, and so is each tool. If it fails as a whole, each of its requests
         gets the error.
+
+        Returns:
+            What was found for each request, in order.
+
+        Raises:
+            RuntimeError: the engine did not answer each query (a bug in a retriever).
         """
-        queries: Sequence[str] = requests  # type: ignore[assignment]
-        if self.protocol.tools:
-            queries = [each for each in requests if isinstance(each, str)]
+        queries = [each for each in requests if isinstance(each, str)]
         if len(queries) == len(requests):
             return self._search_queries(queries)
         found: dict[Request, Found] = {}
@@ -221,22 +220,28 @@ class EnvCore:
 
     def _search_queries(self, queries: Sequence[str]) -> list[Found]:
         try:
-            return [*self.retriever.search(queries, self.top_k)]
+            found: list[Found] = [*self.retriever.search(queries, self.top_k)]
         except RetrievalError as error:
             return [error] * len(queries)
+        if len(found) != len(queries):
+            raise RuntimeError(
+                f"the retriever answered {len(queries)} queries with {len(found)} results"
+            )
+        return found
 
     def output(self, episode: Episode) -> StepOutput:
         """What ``step`` returns after the last turn of an episode that is not pending.
 
-        The reward comes at the end. Metrics come with it; of a sum of rewards each component,
-        before its weight, as ``reward/NAME``. If the engine failed, all of them are 0. With
-        ``turn_reward`` each turn has a reward of its own, and the last one gets the episode's too.
+        The reward of the episode comes at its end, with the metrics. If the reward is a sum, each
+        of its terms, before its weight, is a metric ``reward/NAME``. If the engine failed, reward
+        and metrics are 0. With ``turn_reward`` every turn has a reward, and the last one gets the
+        episode's too.
         """
         turn = episode.turns[-1] if episode.turns and not episode.over else None
-        info = _info(episode, [call.message for call in turn.calls] if turn else [])
-        of_turn = self.turn_reward.earned(episode) if self.turn_reward else 0.0
+        info = make_info(episode, [call.message for call in turn.calls] if turn else [])
+        turn_earned = self.turn_reward.earned(episode) if self.turn_reward else 0.0
         if not episode.over:
-            return StepOutput(episode.turns[-1].observation, of_turn, False, False, info)
+            return StepOutput(episode.turns[-1].observation, turn_earned, False, False, info)
         info["prediction"] = episode.prediction or ""
         info["answers"] = episode.question.answers
         info["supporting_ids"] = episode.question.supporting
@@ -252,15 +257,15 @@ class EnvCore:
                 earned = self.reward.total(components)
                 metrics |= {f"reward/{name}": value for name, value in components.items()}
             else:
-                named = self.settings.get("reward")
-                earned = evaluate(self.reward, episode, named if isinstance(named, str) else "")
+                name = self.settings.get("reward")
+                earned = evaluate(self.reward, episode, name if isinstance(name, str) else "")
             if self.turn_reward:
-                earned += of_turn
+                earned += turn_earned
                 metrics |= self.turn_reward.totals(episode)
         return StepOutput("", earned, not episode.truncated, episode.truncated, info)
 
     def _blank_metrics(self) -> dict[str, float]:
-        """The metrics of a void episode: the keys of any other, so that trainers can batch them."""
+        """The metrics of a void episode: the same keys as of any other, so that they batch."""
         terms = self.reward.terms if isinstance(self.reward, WeightedSum) else ()
         names = [*METRICS, *(f"reward/{term.name}" for term in terms)]
         if self.turn_reward:
@@ -268,83 +273,29 @@ class EnvCore:
         return dict.fromkeys(names, 0.0)
 
     def transcript(self, episode: Episode) -> str:
-        """The prompt, all that was written and observed, and at the end its reason and reward."""
+        """The prompt, all that was written and observed, and at the end the :meth:`closing`."""
         text = self.protocol.prompt(self.template, episode.question.question)
         text += "".join(turn.action + turn.observation for turn in episode.turns)
         return text + self.closing(episode)
 
     def closing(self, episode: Episode) -> str:
-        """The last line of a transcript; empty while the episode goes on."""
+        """Stop reason and reward as the last line of a transcript; empty while it goes on."""
         if not episode.over:
             return ""
         return f"\n[{episode.stop_reason}, reward {self.output(episode).reward:g}]\n"
 
-    def provenance(self) -> dict[str, str]:
-        """What results depend on besides the policy, each in words or by its SHA-256.
-
-        ``questions`` (ids, texts, answers and extra fields), ``retriever`` (its kind and options),
-        ``index`` (the fingerprint of the corpus in it; "" if unknown), ``protocol``, ``template``
-        (its text), ``limits``, ``reward``, and the version of ``research_env``. ``place:
-        retriever`` is its URL without user and password: results do not depend on it. Where the
-        fingerprint is not known, the URL stands for the corpus, and ``retriever`` is the URL.
-        """
-        shown = ""
-        if self.max_passage_chars != MAX_PASSAGE_CHARS:
-            shown = f", max_passage_chars {self.max_passage_chars}"
-        if self.metric_language:
-            shown += f", metric_language {self.metric_language}"
-        asked = [
-            [q.id, q.question, q.answers, *([dict(q.extra)] if q.extra else [])]
-            for q in self.questions
-        ]
-        named = self.settings.get("retriever") or "the corpus of the data set"
-        place = redact_url(named) if isinstance(named, str) else repr(type(named))
-        index = str(getattr(self.retriever, "fingerprint", None) or "")
-        is_url = isinstance(named, str) and ":" in named
-        text = json.dumps(self.protocol.messages(self.template, "{question}"))
-        return {
-            "questions": f"{len(asked)}, sha256 {_sha256(json.dumps(asked, default=str))}",
-            "retriever": _kind_and_options(place) if index and is_url else place,
-            "place: retriever": place,
-            "index": index,
-            "protocol": self.protocol.name + self._tools_named(),
-            "template": f"{self.template}, sha256 {_sha256(text)}",
-            "limits": f"top_k {self.top_k}, max_searches {self.max_searches}, "
-            f"max_turns {self.max_turns}" + shown,
-            "reward": str(getattr(self.reward, "__name__", type(self.reward).__name__))
-            + (f", per turn {self.turn_reward.__name__}" if self.turn_reward else ""),
-            "research_env": version("research-env"),
-        }
-
-    def _tools_named(self) -> str:
-        """Text format and schemas of the tools, where they are not the protocol's own."""
-        if self.settings.get("tools") is None and self.settings.get("tool_format") is None:
-            return ""
-        assert self.protocol.tool_format is not None
-        schemas = json.dumps([tool.schema for tool in self.protocol.tools])
-        names = "+".join(tool.name for tool in self.protocol.tools)
-        return f", {self.protocol.tool_format.name}, {names}, sha256 {_sha256(schemas)}"
-
     def close(self) -> None:
-        """Close the retriever, unless it was given as an object: then it is its owner's."""
+        """Close the retriever, unless it was given as an object: then its owner closes it."""
         if not hasattr(self.settings.get("retriever"), "search"):
             self.retriever.close()
 
 
-def _kind_and_options(url: str) -> str:
-    """The parts of a retriever's URL that change results: neither the address nor the deadline."""
-    base, options = split_options(url)
-    kept = [f"{key}={value}" for key, value in sorted(options.items()) if key != "deadline"]
-    kind = base.partition(":")[0]
-    return f"{kind}?{'&'.join(kept)}" if kept else kind
-
-
 def resolve_search(episode: Episode, *found: Found) -> Episode:
-    """The pending episode with what the engine said: hits, or a failure that makes it void.
+    """The episode after its pending requests were answered; void if one of them failed.
 
     Args:
-        episode: one that is pending.
-        found: what was found for each of its ``pending_requests``.
+        episode: may be one that waits for nothing.
+        found: what was found for each of its ``pending_requests``, in order.
     """
     for each in found:
         if isinstance(each, RetrievalError):
@@ -364,17 +315,17 @@ def make_core(**settings: Unpack[EnvSettings]) -> EnvCore:
             raise UnknownNameError("argument", name, EnvSettings.__annotations__)
     rules = _with_tools(protocol(settings.get("protocol", "research")), settings)
     chosen = settings.get("reward")
-    scored = reward(rules.reward if chosen is None else chosen)
-    of_turns = settings.get("turn_reward")
+    episode_reward = reward(rules.reward if chosen is None else chosen)
+    turn_reward = settings.get("turn_reward")
     top_k = _read_limit(settings, "top_k", rules.top_k, 1)
     max_searches = _read_limit(settings, "max_searches", rules.max_searches, 0)
     max_turns = _read_limit(settings, "max_turns", rules.max_turns, 1)
-    asked = settings.get("max_searches")
+    given = settings.get("max_searches")
     one_per_turn = rules.tool_format is None
-    if one_per_turn and asked is not None and max_turns is not None and asked >= max_turns:
+    if one_per_turn and given is not None and max_turns is not None and given >= max_turns:
         raise ConfigurationError(
-            f"max_searches={asked} cannot be used up within max_turns={max_turns}, the last of "
-            f"which cannot search; set max_turns={asked + 1}"
+            f"max_searches={given} cannot be used up within max_turns={max_turns}, the last of "
+            f"which cannot search; set max_turns={given + 1}"
         )
     template = settings.get("template", "base")
     if (own := own_template(template)) is not None:
@@ -398,8 +349,8 @@ def make_core(**settings: Unpack[EnvSettings]) -> EnvCore:
         metric_language=language,
         retriever=retriever,
         protocol=rules,
-        reward=scored,
-        turn_reward=None if of_turns is None else turn_rewards(of_turns),
+        reward=episode_reward,
+        turn_reward=None if turn_reward is None else turn_rewards(turn_reward),
         template=template,
         top_k=5 if top_k is None else top_k,
         max_searches=max_searches,
@@ -415,8 +366,8 @@ def _with_tools(rules: Protocol, settings: EnvSettings) -> Protocol:
         return rules
     if name is not None and name not in FORMATS:
         raise UnknownNameError("tool_format", name, FORMATS)
-    named = rules.tools if tools is None else find_tools(tools)
-    return rules.with_tools(named, FORMATS[name] if name else None)
+    chosen = rules.tools if tools is None else find_tools(tools)
+    return rules.with_tools(chosen, FORMATS[name] if name else None)
 
 
 def _rebuild(settings: EnvSettings) -> EnvCore:
@@ -436,19 +387,11 @@ def _load_dataset(settings: EnvSettings) -> Dataset:
     name = settings.get("dataset", "miniworld")
     if isinstance(name, Dataset):
         return name
-    from research_env.datasets import load_dataset  # noqa: PLC0415 (readers are not always needed)
+    from research_env.datasets import load_dataset  # noqa: PLC0415 (not for a Dataset)
 
-    return load_dataset(
-        name,
-        split=settings.get("split", "train"),
-        hops=settings.get("hops"),
-        questions=settings.get("questions"),
-        corpus=settings.get("corpus"),
-        world_seed=settings.get("world_seed", 0),
-        difficulty=settings.get("difficulty", 0),
-        grades=settings.get("grades"),
-        grade=settings.get("grade"),
-    )
+    keys = ("split", "hops", "questions", "corpus", "world_seed", "difficulty", "grades", "grade")
+    given = {key: value for key, value in settings.items() if key in keys}
+    return load_dataset(name, **{"split": "train", **given})  # type: ignore[arg-type]
 
 
 def _open_engine(retriever: str | Retriever | None, data: Dataset) -> Retriever:
@@ -459,7 +402,7 @@ def _open_engine(retriever: str | Retriever | None, data: Dataset) -> Retriever:
                 f"top_k) and close(), not {retriever!r:.80}"
             )
         return retriever
-    from research_env.retrieval import open_retriever  # noqa: PLC0415 (nor are the engines)
+    from research_env.retrieval import open_retriever  # noqa: PLC0415 (not for an object)
 
     return open_retriever(retriever, data.corpus)
 
@@ -467,52 +410,3 @@ def _open_engine(retriever: str | Retriever | None, data: Dataset) -> Retriever:
 @lru_cache(maxsize=8)
 def _permutation(seed: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(size)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def strata(question: Question) -> dict[str, str]:
-    """The groups that evaluations report means of; "" where a value is not known."""
-    return {"hops": str(question.hops or ""), "type": question.type or ""}
-
-
-def _state_key(episode: Episode) -> str:
-    """Equal where two samples of a question have found the same passages; "" at the end."""
-    if episode.over:
-        return ""
-    found = frozenset([hit.passage.id for turn in episode.turns for hit in turn.hits])
-    return _key_of_found(episode.question.id, found)
-
-
-@lru_cache(maxsize=4096)  # a group of samples finds the same again and again
-def _key_of_found(question_id: str, passage_ids: frozenset[str]) -> str:
-    text = "\0".join([question_id, *sorted(passage_ids)])
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-
-
-def _info(episode: Episode, chat: list[dict[str, str]]) -> dict[str, Any]:
-    """Constant keys and types, so that infos of many environments batch into arrays."""
-    turn = episode.turns[-1] if episode.turns else None
-    hits = turn.hits if turn else ()
-    turn_format = episode.protocol.tool_format
-    return {
-        "question_id": episode.question.id,
-        "question": episode.question.question,
-        "messages": chat,
-        "tools": [],
-        "chat_markup": turn_format.markup if turn and turn.observation and turn_format else (),
-        "query": (turn.query or "") if turn else "",
-        "passage_ids": tuple([hit.passage.id for hit in hits]),
-        "passage_titles": tuple([hit.passage.title for hit in hits]),
-        "passage_scores": tuple([hit.score for hit in hits]),
-        "state_key": _state_key(episode),
-        "prediction": "",
-        "answers": (),
-        "supporting_ids": (),
-        "strata": strata(episode.question),
-        "metrics": {},
-        "stop_reason": "",
-        "void": False,
-    }

@@ -1,19 +1,19 @@
-"""Demonstrations in MiniWorld: how a small policy is taught to read before it learns to search.
+"""Demonstrations in MiniWorld: a small policy learns to read before it learns to search.
 
-A demonstration is a list of (provenance, text) pairs, of provenance "prompt", "action" or
-"observation"; a trainer fits the actions. There are three sorts:
+A demonstration is a list of (provenance, text) pairs with the provenance "prompt", "action" or
+"observation"; a trainer fits the actions. There are three kinds:
 
-- a drill shows passages and asks for their facts, one after another, or goes through a comparison
-  and asks only how it ends;
-- a skilled episode searches hop by hop, as the gold decomposition says, and answers;
-- a habit episode does what a model does that never learned to search: it may guess at once, stop
-  half-way, or forget the format. Each is a decision made (or not) at the start of a turn.
+- A drill shows passages and asks for their facts, one after another, or shows a comparison and asks
+  only how it ends.
+- A skilled episode searches hop by hop, as the gold decomposition says, and answers.
+- A habit episode does what a model does that never learned to search: it may guess at once, stop
+  early, or forget the format. Each of these is a random decision at the start of a turn.
 
-Skill comes first and habits last, so that the policy at the end can read and search, and seldom
-does. What reinforcement learning then has to find is when to search, how long, and how to answer.
+Skills come first and habits last, so that the policy at the end is able to read and search, but
+seldom does. Reinforcement learning then has to find when to search, how long, and how to answer.
 
-The worlds are drawn from seeds of their own, and hold no name of the worlds 0 and 1 (see
-``miniworld.OWN_SHARES``), where the policy is to be trained and tested.
+The worlds have seeds of their own, and no name in common with the worlds 0 and 1, in which the
+policy is trained and tested (see ``miniworld.OWN_SHARES``).
 """
 
 from __future__ import annotations
@@ -37,17 +37,18 @@ from research_env.tools.calls import CallRecord
 
 Demonstration = list[tuple[str, str]]
 
-A_WORLD, BLOCK = 600, 12_000  # demonstrations of one world; of those that are shuffled together
-ONE_PASSAGE_SHARE = 0.3  # at first: reading one passage comes before choosing among several
+PER_WORLD = 600  # demonstrations of one world
+BLOCK = 12_000  # demonstrations that are shuffled together
+ONE_PASSAGE_SHARE = 0.3  # first part, with one passage per search: reading before choosing
 READING_SHARE, COMPARING_SHARE = 0.3, 0.15  # drills among the skilled demonstrations
 
 
 @dataclass(frozen=True, slots=True)
 class Habits:
-    """The probability that each decision is made the skilled way."""
+    """The probability of the skilled choice at each decision."""
 
-    search: float = 0.35  # at the start: search, rather than guess
-    go_on: float = 0.55  # after a result: search again, rather than answer with what was found
+    search: float = 0.35  # at the start: search rather than guess
+    go_on: float = 0.55  # after a result: search again rather than answer with what was found
     box: float = 0.75  # at the end: put the answer in a box
 
 
@@ -60,11 +61,11 @@ def demonstrations(
     """Make demonstrations, in the order in which they are to be learned.
 
     Args:
-        count: how many.
+        count: number of demonstrations.
         top_k: passages per search, after a first part with one.
-        seed: seed of every choice.
+        seed: seed of all random choices.
         habit_share: the share of habit episodes, all of them at the end.
-        habits: the probabilities in them.
+        habits: the probabilities in the habit episodes.
 
     Yields:
         Lists of (provenance, text).
@@ -82,9 +83,9 @@ def demonstrations(
         for start in range(0, size, BLOCK):
             block: list[Demonstration] = []
             while len(block) < min(BLOCK, size - start):
-                wanted = min(A_WORLD, size - start - len(block))
+                wanted = min(PER_WORLD, size - start - len(block))
                 block += _from_world(next(worlds), wanted, shown, decisions, rng)
-            # What stands side by side must not be of one world, or its names would be learned.
+            # Many demonstrations of one world in a row would teach its names.
             rng.shuffle(block)
             yield from block
 
@@ -92,6 +93,7 @@ def demonstrations(
 def _from_world(
     world: miniworld.World, count: int, top_k: int, habits: Habits, rng: random.Random
 ) -> list[Demonstration]:
+    """Demonstrations of one world: drills and episodes, or without drills if there are habits."""
     questions = list(miniworld.questions(world, rng, count))
     with tempfile.TemporaryDirectory() as folder:
         build_index(world, Path(folder) / "index")
@@ -113,12 +115,12 @@ def _from_world(
         elif drawn < READING_SHARE + COMPARING_SHARE:
             made.append(comparing_drill(world, rng))
         else:
-            made.append(episode(question, results, rng, habits))
+            made.append(demonstrate(question, results, rng, habits))
     return made
 
 
 def _worlds(rng: random.Random) -> Iterator[miniworld.World]:
-    """Worlds of any seeds but those that have a share of the names to themselves."""
+    """Worlds of random seeds, without those that have a share of the names to themselves."""
     while True:
         seed = rng.randrange(2**31)
         if seed % miniworld.NAME_SHARES not in miniworld.OWN_SHARES:
@@ -127,26 +129,26 @@ def _worlds(rng: random.Random) -> Iterator[miniworld.World]:
 
 def gold_queries(question: Question) -> list[str]:
     """The queries of the gold decomposition, with the answers of earlier hops filled in."""
-    found = [hop.answer for hop in question.decomposition]
+    answers = [hop.answer for hop in question.decomposition]
     return [
-        re.sub(r"#(\d+)", lambda match: found[int(match[1]) - 1], hop.question)
+        re.sub(r"#(\d+)", lambda match: answers[int(match[1]) - 1], hop.question)
         for hop in question.decomposition
     ]
 
 
-def episode(
-    question: Question,
-    results: list[str],
-    rng: random.Random,
-    habits: Habits,
+def demonstrate(
+    question: Question, results: list[str], rng: random.Random, habits: Habits
 ) -> Demonstration:
-    """Play a question hop by hop, with each decision made the skilled way as probable as said.
+    """Play a question hop by hop.
 
     Args:
         question: with its decomposition.
         results: the observation of each gold query, in order.
         rng: random generator of the decisions.
-        habits: their probabilities.
+        habits: the probabilities of skilled decisions.
+
+    Raises:
+        ValueError: the question has no decomposition.
     """
     hops = question.decomposition
     relations = [hop.question.rsplit(" ", 1)[1] for hop in hops]
@@ -158,7 +160,7 @@ def episode(
         return [*parts, ("action", f"{thought} <answer> {boxed.lstrip()} </answer>")]
 
     if rng.random() >= habits.search:
-        # Nobody can learn to say a name at random, and who tries forgets how to read one.
+        # A name drawn at random cannot be learned; trying to would spoil the reading of names.
         guess = hops[0].question.rsplit(" ", 1)[0]
         return finish(f"<think> guess: {guess} </think>", guess)
     plan = f" compare {relations[0]}" if comparison else "".join(f" {r}" for r in relations)
@@ -166,20 +168,19 @@ def episode(
     for i, (query, result) in enumerate(zip(gold_queries(question), results, strict=True)):
         parts += [("action", f"{thought} <search> {query} </search>"), ("observation", result)]
         found = f"{relations[i]} {hops[i].answer}"
-        last = i == len(hops) - 1
-        if not last and rng.random() >= habits.go_on:
+        if i == len(hops) - 1:
+            if comparison:
+                order = "after" if int(hops[1].answer) > int(hops[0].answer) else "before"
+                found += f" {order} {hops[0].answer}"
+            return finish(f" <think> done: {found} </think>", question.answers[0])
+        if rng.random() >= habits.go_on:
             return finish(f" <think> done: {found} </think>", hops[i].answer)
         thought = f" <think> next: {found} </think>"
-        if last and comparison:
-            order = "after" if int(hops[1].answer) > int(hops[0].answer) else "before"
-            found += f" {order} {hops[0].answer}"
-        if last:
-            return finish(f" <think> done: {found} </think>", question.answers[0])
     raise ValueError(f"question {question.id!r} has no decomposition")
 
 
 def reading_drill(world: miniworld.World, top_k: int, rng: random.Random) -> Demonstration:
-    """Show passages, and ask for facts of any of them as an episode would."""
+    """Show passages, and ask for their facts in random order, as an episode would."""
     subjects = rng.sample(list(world.entities.values()), top_k)
     passages = {passage.title: passage for passage in world.passages}
     shown = RESEARCH.render([Hit(passages[subject.name], 1.0) for subject in subjects])
@@ -188,21 +189,21 @@ def reading_drill(world: miniworld.World, top_k: int, rng: random.Random) -> Dem
     for subject, (relation, value) in rng.sample(facts, len(facts)):
         parts.append(("observation", f" <search> {subject.name} {relation} </search>"))
         parts.append(("action", f" <think> next: {relation} {value} </think>"))
-    return [*parts, ("observation", "\n")]  # it goes on: the last action is not the end
+    return [*parts, ("observation", "\n")]  # so that the last action does not end the text
 
 
 def comparing_drill(world: miniworld.World, rng: random.Random) -> Demonstration:
-    """Go through a comparison without its passages, and ask which year is later and who is meant.
+    """Show a comparison without its passages, and ask which year is later and who is meant.
 
-    In a whole episode these are two tokens of sixty: too few to be learned from.
+    In a whole episode these are two tokens of sixty, too few to learn them.
     """
     while (question := miniworld.comparison(world, rng)) is None:
         pass
-    (_, played), *rest = episode(question, ["", ""], rng, SKILLED)
-    told = "".join(text for _, text in rest)
-    order = " after" if " after" in told else " before"
-    known, asked = told.split(order)
-    return [("prompt", played), ("observation", known), ("action", order + asked)]
+    (_, prompt), *rest = demonstrate(question, ["", ""], rng, SKILLED)
+    text = "".join(text for _, text in rest)
+    order = " after" if " after" in text else " before"
+    shown, asked = text.split(order)
+    return [("prompt", prompt), ("observation", shown), ("action", order + asked)]
 
 
 def tool_demonstrations(
@@ -210,20 +211,20 @@ def tool_demonstrations(
 ) -> Iterator[Demonstration]:
     """Make episodes in which the policy calls ReCall's tool, without drills; habits come last.
 
-    The prompt is `TOOL_TEMPLATE`: as in ReCall's own prompt the thought is open.
+    The prompt is `TOOL_TEMPLATE`, which opens a thought, as ReCall's own prompt does.
 
     Args:
-        count: how many.
+        count: number of demonstrations.
         top_k: passages per search, after a first part with one.
-        seed: seed of every choice.
+        seed: seed of all random choices.
         habit_share: the share of habit episodes, all of them at the end.
-        habits: the probabilities in them.
+        habits: the probabilities in the habit episodes.
 
     Yields:
         Lists of (provenance, text).
     """
     habitual = round(count * habit_share)
-    skilled = demonstrations(4 * count, top_k, seed, 0.0)  # about half of these are drills
+    skilled = demonstrations(4 * count, top_k, seed, 0.0)  # enough: about half are drills
     episodes = (each for each in skilled if each[0][1].endswith("?\n") and len(each) > 3)
     yield from map(_with_tool_calls, islice(episodes, count - habitual))
     yield from map(_with_tool_calls, demonstrations(habitual, top_k, seed + 1, 1.0, habits))
@@ -234,7 +235,7 @@ TOOL_TEMPLATE = "{question}\n<think>"
 
 
 def _with_tool_calls(demonstration: Demonstration) -> Demonstration:
-    """An episode in ReSearch's tags as one with ReCall's tool calls."""
+    """Rewrite an episode with ReSearch's tags as one with ReCall's tool calls."""
     assert RECALL.tool_format is not None
     made: Demonstration = []
     call = ""
@@ -256,9 +257,9 @@ def _with_tool_calls(demonstration: Demonstration) -> Demonstration:
 
 
 def tool_vocabulary() -> dict[str, str]:
-    """Phrases of ReCall's tool calls, each by that of `vocabulary` whose place it takes.
+    """Phrases of ReCall's tool calls, each by the phrase of `vocabulary` that it replaces.
 
-    A policy that knows the tags knows tool calls, if the tokens of the tags get other texts.
+    With these texts for its tokens of tags, a policy that writes the tags writes tool calls.
     """
     call = '{"name": "wikipedia_search", "arguments": {"query": "'
     return {
@@ -271,16 +272,12 @@ def tool_vocabulary() -> dict[str, str]:
 
 
 def vocabulary() -> list[str]:
-    """Words and phrases of MiniWorld and of its demonstrations, for a tokenizer of whole phrases.
+    """Words and phrases of MiniWorld and its demonstrations, for a tokenizer of whole phrases.
 
-    A phrase that names a relation is one token, so that a fact is three: relation, and the two
-    halves of a name. Anything else that is ever said is spelled in bytes.
+    A phrase that names a relation is one token, so a fact is three: the relation and the two halves
+    of a name. Any other text is spelled in bytes.
     """
-    tags = [
-        tag
-        for pair in (RESEARCH.think, RESEARCH.query, RESEARCH.result, RESEARCH.answer)
-        for tag in pair
-    ]
+    tags = [*RESEARCH.think, *RESEARCH.query, *RESEARCH.result, *RESEARCH.answer]
     marks = [' <result>\n"', '"\n', '.\n\n"', ".\n</result>", "?\n", ".\n", " \\boxed{", "}", ".",
              ",", "?", "\n", '"', " or", ". All about", " plan:", " next:", " done:", " guess:",
              " compare", " after", " before"]  # fmt: skip

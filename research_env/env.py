@@ -6,36 +6,39 @@ from typing import Any, ClassVar, Unpack
 
 import gymnasium as gym
 
-from research_env.core import SHOWS, EnvSettings, StepOutput, make_core, resolve_search
-from research_env.episode import Action, CutReason, Episode, advance, truncate
+from research_env.core import EnvSettings, StepOutput, make_core, resolve_search
+from research_env.episode import Action, Episode, TruncationReason, advance, truncate
 from research_env.errors import ConfigurationError, EpisodeError, UnknownNameError
+from research_env.fingerprint import environment_fingerprint
+from research_env.info import SHOWS
 from research_env.spaces import UnicodeText
 from research_env.system.terminal import show
 
 
 class SearchQAEnv(gym.Env[str, str]):
-    r"""Answer a question that needs several look-ups, with a search engine at hand.
+    r"""Answer a question that needs several searches.
 
     ## Actions
     A text: what the policy writes up to a terminator (``env.action_space.terminators``, such as
-    ``</search>``) or to the end of its answer. Any string is taken; what follows the first
-    terminator is ignored. With tool calls a structured :class:`~research_env.tools.ToolTurn`, or an
-    assistant message in the form of OpenAI's API, is taken too.
+    ``</search>``) or to the end of its turn. Any string is valid; what follows the first terminator
+    is ignored. A protocol with tool calls also takes a structured
+    :class:`~research_env.tools.ToolTurn`, or an assistant message in the form of OpenAI's API.
 
     ## Observations
-    The text to append. After ``reset`` that is the prompt; after a search the passages between the
-    protocol's marks; at the end it is empty.
+    The text to append: after ``reset`` the prompt, after a search the passages between the
+    protocol's marks, at the end nothing.
 
     ## Reward
-    Zero until the episode ends, then what the reward function says of the text that the policy
-    wrote. Retrieved text has no influence on it. With ``turn_reward`` every step has a reward.
+    Zero until the episode ends, then the reward function's value for what the policy wrote.
+    Retrieved text has no influence on it. With ``turn_reward`` every step has a reward.
 
     ## End
-    ``terminated`` after an answer or another text that is no search (search-r1 gives a hint for
-    invalid text, and tool calls with errors are answered, instead), ``truncated`` when a limit is
-    passed or the engine failed. In the latter case ``info["void"]`` is True and the episode is
-    evidence of nothing. A trainer whose budget of tokens is spent calls ``truncate("length")``,
-    which ends the episode with its reward and metrics, as an episode without an answer.
+    ``terminated`` after an answer or any other text that is no search; but search-r1 answers
+    invalid text with a hint, and tool calls with errors get these as their results. ``truncated``
+    when a limit is passed or the search engine failed. In the latter case ``info["void"]`` is True,
+    and nothing may be learned from the episode. A trainer whose budget of tokens is spent calls
+    ``truncate("length")``, which ends the episode with its reward and metrics, as one without an
+    answer.
 
     ## Info
     Always the same keys:
@@ -43,7 +46,7 @@ class SearchQAEnv(gym.Env[str, str]):
     - ``question_id``, ``question`` and, after ``reset``, ``messages`` (the prompt as a chat);
     - with tool calls ``tools`` (JSON Schemas) after ``reset``, and after a turn ``messages`` (a
       result for each call) and ``chat_markup`` (the chat tokens of the observation);
-    - ``strata``: the question's hops and type, by which results are told apart;
+    - ``strata``: the question's hops and type, the groups by which evaluations report means;
     - after a search ``query``, ``passage_ids``, ``passage_titles`` and ``passage_scores``;
     - ``state_key``: equal where two episodes of a question have found the same passages;
     - at the end ``prediction``, ``answers``, ``supporting_ids`` (gold passages), ``metrics``,
@@ -53,15 +56,15 @@ class SearchQAEnv(gym.Env[str, str]):
     of rewards as ``reward/NAME``.
 
     ## Arguments
-    All by keyword; strings and numbers, so that ``env.spec.to_json()`` works. Objects are taken for
-    use within a program.
+    All by keyword. Strings and numbers suffice, so that ``env.spec.to_json()`` works; programs may
+    also give objects.
 
     - ``dataset``: miniworld (default), musique, hotpotqa, 2wiki, bamboogle, custom, a mixture such
       as ``"musique:2+hotpotqa:1"``; or a :class:`~research_env.datasets.base.Dataset`.
     - ``split``: train (default), dev, ...; ``hops``: only questions of so many hops.
     - ``questions``, ``corpus``: paths, for a custom data set.
-    - ``world_seed``: of MiniWorld: another seed is another world. ``difficulty``: of MiniWorld,
-      from 0 (default) to 5; `research_env.datasets.miniworld_hard` says what each level asks.
+    - ``world_seed``, ``difficulty``: for MiniWorld. Another seed is another world; the difficulty
+      is 0 (default) to 5, see `research_env.datasets.miniworld_hard`.
     - ``grades``, ``grade``: a file of ``research-agent grade``, and which of its questions to ask:
       ``"hard"``, or a mixture such as ``"medium:1+hard:2"``.
     - ``retriever``: a URL such as ``"embedded:DIR"``, None (the data set's own corpus), or a
@@ -73,10 +76,10 @@ class SearchQAEnv(gym.Env[str, str]):
       ``"research+0.1*support_recall-0.02*searches"``, whose components are among the metrics, or a
       function of an :class:`~research_env.episode.Episode`.
     - ``turn_reward``: None (default), or rewards of single turns, written in the same way, such as
-      ``"0.2*new_support-0.02*searches"``: `research_env.turn_rewards`. Their sums over the episode
+      ``"0.2*new_support-0.02*searches"`` (`research_env.turn_rewards`). Their sums over the episode
       are among the metrics as ``turn_reward/NAME``.
-    - ``template``: base (default), instruct, question; or your own: a text that says
-      ``{question}``, a file of it (.txt, .md), or a file of chat messages (.jsonl, .yaml).
+    - ``template``: base (default), instruct, question; or your own: a text that contains
+      ``{question}``, a file of such a text (.txt, .md), or a file of chat messages (.jsonl, .yaml).
     - ``tools``: with tool calls, what may be called: ``"search"`` (default), ``"search,open"``,
       and ``"module:NAME"`` for your own (`research_env.tools.tool`).
     - ``tool_format``: how the policy's model writes calls: hermes (default), qwen3.5,
@@ -84,16 +87,16 @@ class SearchQAEnv(gym.Env[str, str]):
     - ``max_searches``, ``max_turns``: asking for more ends the episode. With tool calls each call
       that is run counts as a search.
     - ``max_passage_chars``: characters of a passage that an observation shows (10,000 by default);
-      the cut is marked.
-    - ``metric_language``: by whose rules answers are compared: en, zh, ja or ko
-      (`metrics.LANGUAGES`). None: that of the data set, or of each question's field
-      ``metric_language``; without either, en.
+      ``[…]`` stands where it was shortened.
+    - ``metric_language``: the language by whose rules answers are compared: en, zh, ja or ko
+      (`metrics.LANGUAGES`). None: the data set's, or the question's field ``metric_language``, or
+      en.
     - ``render_mode``: None, ansi, human.
 
     ## Reset
-    ``seed`` draws the order of the questions; then ``reset()`` walks through it. ``options`` may
-    hold ``{"episode": n}``, the n-th of that order (from ``num_tasks`` on, of the next pass), or
-    ``{"question_id": id}``.
+    ``seed`` draws the order of the questions; ``reset()`` goes through it. ``options`` may be
+    ``{"episode": n}``, the n-th of that order (each ``num_tasks`` are one pass over all questions),
+    or ``{"question_id": id}``.
 
     ## Versions
     - v0: first release.
@@ -179,7 +182,7 @@ class SearchQAEnv(gym.Env[str, str]):
             show(episode.turns[-1].action + output.observation + self._core.closing(episode))
         return output
 
-    def truncate(self, reason: CutReason = "length") -> StepOutput:
+    def truncate(self, reason: TruncationReason = "length") -> StepOutput:
         """End the episode from outside, because its budget of tokens is spent.
 
         Reach it through wrappers by ``env.get_wrapper_attr("truncate")``.
@@ -202,7 +205,7 @@ class SearchQAEnv(gym.Env[str, str]):
 
     def provenance(self) -> dict[str, str]:
         """What results depend on besides the policy: fingerprints of questions, index, prompt."""
-        return self._core.provenance()
+        return environment_fingerprint(self._core)
 
     def render(self) -> str | None:
         """The transcript so far in mode ``ansi``; mode ``human`` prints it as it grows."""

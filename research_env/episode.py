@@ -1,10 +1,9 @@
 """One episode as a value, and the one transition function: what happens after an action.
 
 Nothing here touches a search engine, a clock or a random number. A driver (the environment, the
-vector environment, a test) calls :func:`advance` with what the policy wrote. Where the new episode
-has a ``pending`` request it asks its engine and calls :func:`observe` with the hits, or
-:func:`fail` if the engine failed. :func:`truncate` stops an episode whose budget of
-tokens is spent.
+vector environment, a test) calls :func:`advance` with what the policy wrote. If the new episode has
+``pending_requests``, the driver asks its engine, and calls :func:`observe` with each result, or
+:func:`fail` if the engine failed. It calls :func:`truncate` when a budget of tokens is spent.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from research_env.tools.builtin import show_hits
 from research_env.tools.calls import CallRecord, WrittenCall, record_calls, structured
 
 StopReason = Literal["answer", "no_answer", "max_searches", "max_turns", "length", "backend_error"]
-CutReason = Literal["length"]
+TruncationReason = Literal["length"]
 Action = str | ToolTurn | Mapping[str, Any]
-"""What the policy wrote: text; where tools are called, also a structured turn, or an assistant
-message in the form of OpenAI's API."""
+"""What the policy wrote: text. A protocol with tool calls also takes a structured turn, or an
+assistant message in the form of OpenAI's API."""
 
-CUT_MARK = " […]"
-"""Stands where a passage was cut."""
+ELLIPSIS = " […]"
+"""Stands where a passage or the result of a tool was shortened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +39,9 @@ class Turn:
     Attributes:
         action: what the policy wrote, up to and with the terminator.
         kind: what it asked for.
-        query: the search's query, as the engine got it; several queries are one per line.
-        hits: the search's hits, best first; those of several searches, and of documents that were
-            read, one after the other.
+        query: the search's query, as the engine got it; several queries are joined by newlines.
+        hits: the search's hits, best first; with several tool calls, the hits and the passages read
+            by each call in turn.
         observation: the text that was appended after the action.
         calls: the tool calls, in order.
     """
@@ -56,14 +55,14 @@ class Turn:
 
     @property
     def queries(self) -> tuple[str, ...]:
-        """The queries of its searches; a blank one is "" and finds nothing."""
+        """The queries of the turn's searches; a blank one is "" and finds nothing."""
         if self.calls:
             return tuple([call.query for call in self.calls if call.query is not None])
         return (self.query or "",) if self.kind == "search" else ()
 
     @property
-    def requests(self) -> int:
-        """How many searches, and valid calls of other tools, it asks for."""
+    def request_count(self) -> int:
+        """How many searches, and valid calls of other tools, the turn asks for."""
         if self.calls:
             return sum([call.request is not None for call in self.calls])
         return int(self.kind == "search")
@@ -77,18 +76,17 @@ class Episode:
         question: the task.
         protocol: its rules and texts.
         max_searches: searches, and calls of other tools, that may be run; asking for one more ends
-            the episode. None: no cap.
-        max_turns: actions that may be taken; the last one cannot search. None: no cap.
+            the episode. None: no limit.
+        max_turns: actions that may be taken; the last one cannot search. None: no limit.
         max_passage_chars: characters of a passage, title and text together, that an observation
-            shows; what is cut is marked by `CUT_MARK`. None: no cap.
-        chat: the prompt is a chat, whose template may have opened `think` for the policy.
+            shows; `ELLIPSIS` stands where it was shortened. None: no limit.
+        chat: whether the prompt is a chat, whose template may have opened `think` for the policy.
         metric_language: the language by whose rules answers are compared (`metrics.LANGUAGES`).
-        turns: so far, in order.
-        pending: the request that the last turn waits for: the query of a search, or the request of
-            another tool; if there are several, the first.
+        turns: the turns so far, in order.
+        pending: the first of the requests that the last turn waits for; None if it waits for none.
         stop_reason: why it is over; None while it goes on.
         prediction: once it is over, the final answer in all that the policy wrote, by the
-            protocol's rule; None: there is none.
+            protocol's rule; None if there is none.
         memo: what has been computed from this value (format, F1, ...), so that it is computed once.
     """
 
@@ -112,7 +110,7 @@ class Episode:
 
     @property
     def void(self) -> bool:
-        """Whether the search engine failed, so that the episode is evidence of nothing."""
+        """Whether the search engine failed, so that nothing may be learned from the episode."""
         return self.stop_reason == "backend_error"
 
     @property
@@ -127,17 +125,18 @@ class Episode:
 
     @property
     def searches(self) -> int:
-        """Searches and calls of other tools that were answered, or are about to be.
+        """How many searches and calls of other tools were answered, or wait for their result.
 
-        Refused ones do not count, and neither do calls with an error.
+        Neither refused ones count nor calls with an error.
         """
-        asked = sum([turn.requests for turn in self.turns])
-        last = self.turns[-1] if self.over and self.turns else None
-        return asked - (last.requests if last and not last.observation else 0)
+        turns = self.turns
+        if self.over and turns and not turns[-1].observation:
+            turns = turns[:-1]
+        return sum([turn.request_count for turn in turns])
 
     @property
     def pending_requests(self) -> tuple[Request, ...]:
-        """All that waits for its result, in the order in which `observe` takes them."""
+        """The requests without a result, in the order in which `observe` takes the results."""
         if self.pending is None:
             return ()
         if not self.turns[-1].calls:
@@ -154,17 +153,17 @@ class Episode:
 def advance(episode: Episode, action: Action) -> Episode:
     """The episode after an action.
 
-    A search makes its query ``pending`` (a blank query finds nothing, at once); an answer ends the
-    episode; an invalid action ends it too, or gets the protocol's hint and the episode goes on.
+    A search makes its query ``pending`` (a blank query finds nothing, at once). An answer ends the
+    episode. An invalid action ends it too, unless the protocol has a hint to show.
 
     Args:
-        episode: one that is not over and waits for no hits.
-        action: what the policy wrote; all after the first terminator is ignored. A protocol with
-            tool calls takes a structured turn, too.
+        episode: one that is not over and waits for no result.
+        action: what the policy wrote; what follows the first terminator is ignored. A protocol with
+            tool calls takes a structured turn too.
 
     Raises:
         ActionError: the action is of another type.
-        EpisodeError: the episode is over, or waits for the hits of its last search.
+        EpisodeError: the episode is over, or waits for a result.
     """
     protocol = episode.protocol
     if not isinstance(action, str) and protocol.tool_format is None:
@@ -181,38 +180,36 @@ def advance(episode: Episode, action: Action) -> Episode:
         text, written = _read_calls(protocol, action)
         if written:
             return _call_tools(episode, text, written)
-        return _answer(_extend(episode, Turn(text, "answer"), stop_reason="answer"))
+        return _finish(episode, Turn(text, "answer"))
     assert isinstance(action, str)
     return _advance_text(episode, protocol.cut(action))
 
 
 def _advance_text(episode: Episode, action: str) -> Episode:
-    """The episode after the text of a protocol without tools."""
+    """The episode after a text, already cut, by a protocol without tool calls."""
     protocol = episode.protocol
     kind, query = protocol.parse(action)
-    last = episode.max_turns is not None and len(episode.turns) + 1 >= episode.max_turns
+    is_last = episode.max_turns is not None and len(episode.turns) + 1 >= episode.max_turns
 
     if kind == "search":
-        full = episode.max_searches is not None and episode.searches >= episode.max_searches
-        if full or last:
-            reason: StopReason = "max_searches" if full else "max_turns"
+        none_left = episode.max_searches is not None and episode.searches >= episode.max_searches
+        if none_left or is_last:
+            reason: StopReason = "max_searches" if none_left else "max_turns"
             return _extend(episode, Turn(action, kind, query), stop_reason=reason)
-        seen = "" if query else protocol.render(())
-        return _extend(episode, Turn(action, kind, query, (), seen), pending=query or None)
+        shown = "" if query else protocol.render(())
+        return _extend(episode, Turn(action, kind, query, (), shown), pending=query or None)
     if kind == "invalid" and protocol.hint is not None:
-        if last:
+        if is_last:
             return _extend(episode, Turn(action, kind), stop_reason="max_turns")
         return _extend(episode, Turn(action, kind, observation=protocol.hint))
-    return _answer(_extend(episode, Turn(action, kind), stop_reason="answer"))
+    return _finish(episode, Turn(action, kind))
 
 
 def observe(episode: Episode, found: Sequence[Hit] | ToolResult) -> Episode:
-    """The episode after its pending request was answered.
-
-    Where a turn has several requests this answers the first that waits, and the next is pending.
+    """The episode after the first of its pending requests was answered.
 
     Args:
-        episode: one that is pending.
+        episode: one that waits for a result.
         found: the hits of a search, best first, or the result of another tool.
 
     Raises:
@@ -220,31 +217,31 @@ def observe(episode: Episode, found: Sequence[Hit] | ToolResult) -> Episode:
     """
     if episode.pending is None:
         raise EpisodeError("there is no pending search that these hits could answer")
-    turn = episode.turns[-1]
+    turn, limit = episode.turns[-1], episode.max_passage_chars
     if isinstance(found, ToolResult):
-        return _answer_call(episode, found.hits, defuse(_cut(found.text, episode)))
+        return _answer_call(episode, found.hits, defuse(_shorten(found.text, limit)))
     hits = tuple(found)
-    shown = _shorten(hits, episode.max_passage_chars)
+    shown = _shorten_hits(hits, limit)
     if turn.calls:
-        limit = next(call.limit for call in turn.calls if call.result is None)
+        most = next(call.limit for call in turn.calls if call.result is None)
         ids = any(tool.reads for tool in episode.protocol.tools)
-        return _answer_call(episode, hits[:limit], show_hits(shown[:limit], ids=ids))
-    seen = Turn(turn.action, turn.kind, turn.query, hits, episode.protocol.render(shown))
-    return _with_turns(episode, (*episode.turns[:-1], seen))
+        return _answer_call(episode, hits[:most], show_hits(shown[:most], ids=ids))
+    answered = Turn(turn.action, turn.kind, turn.query, hits, episode.protocol.render(shown))
+    return _with_turns(episode, (*episode.turns[:-1], answered))
 
 
 def fail(episode: Episode) -> Episode:
-    """The episode after the engine failed its pending search: void, and without an observation.
+    """The episode after the engine failed a pending request: void, and without an observation.
 
     Raises:
-        EpisodeError: no search is pending.
+        EpisodeError: nothing is pending.
     """
     if episode.pending is None:
         raise EpisodeError("there is no pending search that could have failed")
     return replace(episode, pending=None, stop_reason="backend_error")
 
 
-def truncate(episode: Episode, reason: CutReason = "length") -> Episode:
+def truncate(episode: Episode, reason: TruncationReason = "length") -> Episode:
     """The episode stopped from outside, because its budget of tokens is spent.
 
     It is scored as any episode that ends without an answer: what the policy wrote counts, and so do
@@ -258,32 +255,29 @@ def truncate(episode: Episode, reason: CutReason = "length") -> Episode:
         UnknownNameError: no such reason.
         EpisodeError: the episode is over.
     """
-    if reason not in get_args(CutReason):
-        raise UnknownNameError("reason to truncate an episode", reason, get_args(CutReason))
+    if reason not in get_args(TruncationReason):
+        raise UnknownNameError("reason to truncate an episode", reason, get_args(TruncationReason))
     if episode.stop_reason is not None:
         raise EpisodeError(f"the episode is over ({episode.stop_reason}); it cannot be truncated")
     written = _final_answer(episode.protocol, episode.turns)
     return replace(episode, pending=None, stop_reason=reason, prediction=written)
 
 
-def _cut(text: str, episode: Episode) -> str:
-    """The result of a tool as an observation shows it: no longer than a passage may be."""
-    limit = episode.max_passage_chars
-    return text if limit is None or len(text) <= limit else text[:limit] + CUT_MARK
+def _shorten(text: str, limit: int | None) -> str:
+    return text if limit is None or len(text) <= limit else text[:limit] + ELLIPSIS
 
 
-def _shorten(hits: tuple[Hit, ...], limit: int | None) -> tuple[Hit, ...]:
-    """The hits with no more than ``limit`` characters of each passage."""
+def _shorten_hits(hits: tuple[Hit, ...], limit: int | None) -> tuple[Hit, ...]:
+    """The hits with no more than ``limit`` characters of each passage, the title's first."""
     sizes = [len(hit.passage.title) + len(hit.passage.text) for hit in hits]
     if limit is None or max(sizes, default=0) <= limit:
         return hits
-    shown = []
+    shortened = []
     for hit in hits:
-        passage, room = hit.passage, max(0, limit - len(hit.passage.title))
-        title = passage.title if len(passage.title) <= limit else passage.title[:limit] + CUT_MARK
-        text = passage.text if len(passage.text) <= room else passage.text[:room] + CUT_MARK
-        shown.append(Hit(Passage(passage.id, title, text), hit.score))
-    return tuple(shown)
+        title, text = hit.passage.title, hit.passage.text
+        text = _shorten(text, max(0, limit - len(title)))
+        shortened.append(Hit(Passage(hit.passage.id, _shorten(title, limit), text), hit.score))
+    return tuple(shortened)
 
 
 def _extend(
@@ -294,12 +288,18 @@ def _extend(
     stop_reason: StopReason | None = None,
 ) -> Episode:
     turns = (*episode.turns, turn)
-    prediction = stop_reason and _final_answer(episode.protocol, turns)
+    prediction = _final_answer(episode.protocol, turns) if stop_reason else None
     return _with_turns(episode, turns, pending, stop_reason, prediction)
 
 
-def _with_turns(episode: Episode, turns: tuple[Turn, ...], *state: Any) -> Episode:
-    """The episode with other turns and state, in half the time of ``replace``."""
+def _with_turns(
+    episode: Episode,
+    turns: tuple[Turn, ...],
+    pending: Request | None = None,
+    stop_reason: StopReason | None = None,
+    prediction: str | None = None,
+) -> Episode:
+    """The episode in another state: ``dataclasses.replace`` would take twice as long."""
     return Episode(
         episode.question,
         episode.protocol,
@@ -309,8 +309,16 @@ def _with_turns(episode: Episode, turns: tuple[Turn, ...], *state: Any) -> Episo
         episode.chat,
         episode.metric_language,
         turns,
-        *state,
+        pending,
+        stop_reason,
+        prediction,
     )
+
+
+def _finish(episode: Episode, turn: Turn) -> Episode:
+    """The episode ended by a turn that asks for nothing, with an answer or without one."""
+    ended = _extend(episode, turn, stop_reason="answer")
+    return ended if ended.prediction is not None else replace(ended, stop_reason="no_answer")
 
 
 def _final_answer(protocol: Protocol, turns: Sequence[Turn]) -> str | None:
@@ -319,12 +327,8 @@ def _final_answer(protocol: Protocol, turns: Sequence[Turn]) -> str | None:
     return protocol.extract("".join(actions[-1:] if protocol.tool_format else actions))
 
 
-def _answer(ended: Episode) -> Episode:
-    return ended if ended.prediction is not None else replace(ended, stop_reason="no_answer")
-
-
 def _read_calls(protocol: Protocol, action: Action) -> tuple[str, Sequence[WrittenCall]]:
-    """The text of a turn, and the calls in it; a structured turn is written as text."""
+    """The text of a turn and the calls in it; a structured turn is turned into text."""
     tool_format = protocol.tool_format
     assert tool_format is not None
     if isinstance(action, str):
@@ -343,7 +347,8 @@ def _read_calls(protocol: Protocol, action: Action) -> tuple[str, Sequence[Writt
 def _call_tools(episode: Episode, action: str, written: Sequence[WrittenCall]) -> Episode:
     """The episode after a turn that calls tools.
 
-    Requests over the limit get an error as their result, unless none is left at all.
+    Requests over the limit get an error as their result. If no request is left at all, the episode
+    ends.
     """
     used = {call.id for turn in episode.turns for call in turn.calls}
     number = len(episode.turns)
@@ -355,26 +360,26 @@ def _call_tools(episode: Episode, action: str, written: Sequence[WrittenCall]) -
         return _extend(episode, _turn(action, calls), stop_reason="max_searches")
     if episode.max_turns is not None and number + 1 >= episode.max_turns:
         return _extend(episode, _turn(action, calls), stop_reason="max_turns")
-    run: list[CallRecord] = []
+    error = f"error: the limit of {episode.max_searches} calls is reached"
+    allowed: list[CallRecord] = []
     for call in calls:
-        over = call.request is not None and left <= 0
+        is_refused = call.request is not None and left <= 0
         left -= call.request is not None
-        error = f"error: the limit of {episode.max_searches} calls is reached"
-        run.append(replace(call, request=None, result=error) if over else call)
-    return _go_on(episode, _turn(action, run))
+        allowed.append(replace(call, request=None, result=error) if is_refused else call)
+    return _ask_next(episode, _turn(action, allowed))
 
 
 def _answer_call(episode: Episode, hits: tuple[Hit, ...], result: str) -> Episode:
-    """The episode after the first call that waits has its result."""
-    calls = list(episode.turns[-1].calls)
-    at = next(i for i, call in enumerate(calls) if call.result is None)
-    calls[at] = replace(calls[at], hits=hits, result=result)
-    before = replace(episode, turns=episode.turns[:-1], pending=None)
-    return _go_on(before, _turn(episode.turns[-1].action, calls))
+    """The episode after the first waiting call of its last turn got its result."""
+    *before, turn = episode.turns
+    calls = list(turn.calls)
+    first = next(i for i, call in enumerate(calls) if call.result is None)
+    calls[first] = replace(calls[first], hits=hits, result=result)
+    return _ask_next(_with_turns(episode, tuple(before)), _turn(turn.action, calls))
 
 
-def _go_on(episode: Episode, turn: Turn) -> Episode:
-    """The episode with a turn that waits for its first result, or is complete."""
+def _ask_next(episode: Episode, turn: Turn) -> Episode:
+    """The episode with one more turn: its next request is pending, or all are answered."""
     assert episode.protocol.tool_format is not None
     for call in turn.calls:
         if call.result is None:
@@ -385,6 +390,7 @@ def _go_on(episode: Episode, turn: Turn) -> Episode:
 
 
 def _turn(action: str, calls: Sequence[CallRecord]) -> Turn:
+    """A turn that calls tools."""
     queries = [call.query for call in calls if call.query is not None]
     hits = [hit for call in calls for hit in call.hits]
     runs = any(call.request is not None for call in calls)

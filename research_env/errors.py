@@ -1,4 +1,4 @@
-"""The errors of this package: each says what was wrong, with which value, and what to do."""
+"""The errors of this package: messages say what was wrong, with which value, and what to do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class ResearchEnvError(Exception):
     """Base of every error that this package raises on purpose; its message shows no secret."""
 
     def __init__(self, *args: object) -> None:
-        """Take the message; see :func:`research_env.system.redaction.redact_known`."""
+        """Take the message, and redact secrets in it."""
         super().__init__(*(redact_known(each) if isinstance(each, str) else each for each in args))
 
 
@@ -20,7 +20,7 @@ class UnknownNameError(ResearchEnvError, ValueError):
     """A data set, split, protocol, reward, template or retriever that does not exist."""
 
     def __init__(self, what: str, name: object, known: Iterable[str], hint: str = "") -> None:
-        """Name the kind of thing (``what``), the value given, and the values that exist."""
+        """Say what kind of name it is (``what``), and list the known ones and the closest."""
         names = sorted(known)
         folded = {each.casefold(): each for each in names}
         close = get_close_matches(str(name)[:100].casefold(), folded, n=1)
@@ -38,7 +38,7 @@ class UnknownTaskError(ConfigurationError, IndexError):
 
 
 class DataError(ResearchEnvError, ValueError):
-    """A question file or corpus that cannot be read; the message names file, line and cure."""
+    """A question file or corpus that cannot be read; the message says in which line and why."""
 
 
 class DataNotFoundError(ResearchEnvError, FileNotFoundError):
@@ -46,15 +46,15 @@ class DataNotFoundError(ResearchEnvError, FileNotFoundError):
 
 
 class StaleIndexError(ResearchEnvError):
-    """An index that is missing, damaged, of another version, or made for another corpus."""
+    """An index that is missing, damaged, of another version, or made from another corpus."""
 
 
 class ActionError(ResearchEnvError, TypeError):
-    """An action that is neither text nor, where tools are called, a structured turn."""
+    """An action that is neither text nor, with tool calls, a structured turn."""
 
 
 class ToolError(ResearchEnvError, ValueError):
-    """What a tool's function raises to tell the policy what is wrong with its arguments."""
+    """Raised by a tool's function; the policy reads the message as the result of its call."""
 
 
 class EpisodeError(ResearchEnvError, RuntimeError):
@@ -62,15 +62,15 @@ class EpisodeError(ResearchEnvError, RuntimeError):
 
 
 class RewardError(ResearchEnvError, TypeError):
-    """A reward function that failed, or returned something that is no number."""
+    """A reward function that failed, or returned something that is no finite number."""
 
 
 class RetrievalError(ResearchEnvError):
-    """The search engine could not answer; never evidence (the episode becomes void)."""
+    """The search engine could not answer; the episode becomes void."""
 
 
 class ClosedError(RetrievalError):
-    """A search after ``close``; it is raised, and makes no episode void."""
+    """A search after ``close``; it is raised rather than making the episode void."""
 
     def __init__(self) -> None:
         """Say what to do."""

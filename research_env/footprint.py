@@ -1,22 +1,25 @@
-"""What the search engine of an environment takes: passages, disk, memory, time to index."""
+"""What the search engine of an environment needs: disk, memory, and time to index."""
 
 from __future__ import annotations
 
 from typing import Any
 
 PASSAGES = {"wiki18": 21_015_324, "musique": 8_335, "hotpotqa": 11_357, "2wiki": 9_616}
-"""Passages of the corpora that presets name; wiki18 is FlashRAG's and Search-R1's Wikipedia."""
+"""Number of passages of known corpora; wiki18 is FlashRAG's and Search-R1's Wikipedia."""
 
-# Measured on a million passages of a hundred words (benchmarks/RESULTS.md): bytes per passage on
-# disk, texts included, and passages indexed per second on two cores.
+# Bytes per passage on disk, texts included, and passages indexed per second on two cores: measured
+# on a million passages of a hundred words (benchmarks/RESULTS.md).
 _ENGINES = {"elasticsearch": (672, 4_276), "embedded": (1_047, 1_610)}
 
 
 def footprint(**settings: Any) -> dict[str, str]:
-    """What an environment with these arguments needs for its searches, in words.
+    """What an environment needs for its searches, in words, for ``research-agent train --plan``.
+
+    Args:
+        **settings: the keyword arguments of the environment.
 
     Returns:
-        Nothing where the corpus is not one whose size is known.
+        A text for each need; empty if the size of the corpus is not known.
     """
     place = str(settings.get("retriever") or "embedded")
     scheme, _, rest = place.partition(":")
@@ -29,7 +32,7 @@ def footprint(**settings: Any) -> dict[str, str]:
     return {
         "passages": f"{count:,} ({corpus})",
         "disk of the index": disk,
-        "memory": f"{disk} as file cache where every search is to be quick"
+        "memory": f"{disk} as file cache if every search is to be quick"
         + (", and a heap of 4 GB" if engine == "elasticsearch" else ""),
         "time to index": f"{count / speed / 3600:.1f} h at {speed:,} passages/s",
     }

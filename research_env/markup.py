@@ -1,4 +1,4 @@
-"""Text that cannot be mistaken for markup, and spans between marks."""
+"""Spans between marks, and retrieved text without anything that could be a mark."""
 
 from __future__ import annotations
 
@@ -15,33 +15,30 @@ class Tag(NamedTuple):
 
 
 def last_before_end(text: str, tag: Tag) -> str | None:
-    """What stands between the last opening mark and the closing mark that ends the text.
+    """The span between the last opening mark and the end of a text, or None.
 
     Args:
         text: ends with the closing mark.
         tag: the marks.
-
-    Returns:
-        The words; None if there is no opening mark.
     """
     start = text.rfind(tag.open)
     return text[start + len(tag.open) : -len(tag.close)] if start >= 0 else None
 
 
 def between(text: str, tag: Tag) -> str | None:
-    """The first span between two marks, or None."""
+    """The first span between an opening and a closing mark, or None."""
     start = text.find(tag.open)
     end = text.find(tag.close, start + len(tag.open)) if start >= 0 else -1
     return text[start + len(tag.open) : end] if end >= 0 else None
 
 
-# Bytes of UTF-8 that a text must hold before it can need a change: "<", the backslash, control
-# characters, and the first byte of two-byte controls (C2) and of surrogates (ED).
+# A text without any of these bytes in its UTF-8 needs no change: "<", the backslash, control
+# characters, and the first bytes of two-byte controls (C2) and of surrogates (ED).
 _SUSPECT = bytes((*range(9), *range(11, 32), 0x3C, 0x5C, 0x7F, 0xC2, 0xED))
 _TAG = re.compile(r"<(?![\s\d=-]|\Z)")
 _BOX = re.compile(r"\\(?=[bf]box|boxed)")
 _NEWLINE = re.compile(r"\r\n?")
-_KEPT_LENGTH = 2_000  # characters
+_MAX_CACHED = 2_000  # characters
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -61,17 +58,12 @@ def defuse(text: str) -> str:
 
     An angle bracket that could open a tag becomes ``‹`` (so ``</search>`` reads ``‹/search>``,
     ``<|im_end|>`` reads ``‹|im_end|>``, and ``a < b`` stays); the backslash of ``\boxed`` and
-    ``\fbox`` becomes ``∖``; control characters become U+FFFD. A text without any of these, the
-    ordinary case, is returned as it is.
+    ``\fbox`` becomes ``∖``; control characters become U+FFFD.
     """
-    # A group of samples reads the same passages again and again; very long ones are not kept.
-    return _defused(text) if len(text) <= _KEPT_LENGTH else _defused.__wrapped__(text)
+    # The samples of a group read the same passages. Very long ones would fill the memory.
+    return _defused(text) if len(text) <= _MAX_CACHED else _defused.__wrapped__(text)
 
 
 @lru_cache(maxsize=4096)
 def _defused(text: str) -> str:
-    raw = text.encode("utf-8", "surrogatepass")
-    if len(raw.translate(None, _SUSPECT)) == len(raw):
-        return text
-    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _NEWLINE.sub("\n", text))
-    return _BOX.sub("∖", _TAG.sub("‹", text))
+    return _BOX.sub("∖", _TAG.sub("‹", clean(text)))

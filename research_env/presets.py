@@ -1,11 +1,11 @@
 """Presets of the papers and of MiniWorld, as plain data for a trainer.
 
-``research-agent`` finds them by the entry-point group ``research_agent.presets``. A preset is a
-mapping of a section of the trainer's configuration to its settings, with a ``description``.
+``research-agent`` finds them by the entry-point group ``research_agent.presets``. A preset has a
+``description`` and, for sections of the trainer's configuration, their settings.
 
-The papers' presets hold the settings of the paper or, where the paper is silent, those of the
-authors' published script; docs/reference/papers.md shows them side by side. They need the hardware
-of the paper; flags change each of them.
+The papers' presets hold the settings of the paper or, where it does not say, of the authors'
+published script; docs/reference/papers.md compares them. They need the hardware of the paper. Flags
+override any setting.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ Preset = dict[str, Any]
 _WIKIPEDIA = "elasticsearch://localhost:9200/wiki18"
 _DEV = {"split": "dev"}
 _HOTPOTQA_DEV = {"dataset": "hotpotqa", **_DEV}
-# The papers' presets have ``overlap``: searching Wikipedia takes long, and sampling does not wait.
-_SCRIPTS = {"precision": "bfloat16", "gradient_checkpointing": True}  # as all authors have it
+_INSTRUCT = {"template": "instruct"}
+_SCRIPTS = {"precision": "bfloat16", "gradient_checkpointing": True}  # in all authors' scripts
+# The papers' presets set ``overlap``: a search in Wikipedia takes long, and sampling need not wait.
 
 _RESEARCH = "ReSearch (Chen et al. 2025): GRPO on MuSiQue"
 _R1_SEARCHER = "R1-Searcher (Song et al. 2025): REINFORCE++ in two stages"
@@ -27,7 +28,7 @@ _SEARCH_R1 = "Search-R1 (Jin et al. 2025): exact match on NQ and HotpotQA"
 
 
 def _derived(base: Preset, description: str, **sections: Mapping[str, Any]) -> Preset:
-    """A preset with other settings in some sections; ``env_args`` are added to the base's."""
+    """A preset with other settings in some sections; their ``env_args`` are merged, too."""
     made = {**base, "description": description}
     for section, settings in sections.items():
         made[section] = {**base[section], **settings}
@@ -37,17 +38,11 @@ def _derived(base: Preset, description: str, **sections: Mapping[str, Any]) -> P
 
 
 def _instruct(base: Preset, description: str, model: str, **sections: Mapping[str, Any]) -> Preset:
-    """The same for a model that was tuned to follow instructions: its chat template."""
+    """The preset for an instruct model: its chat template, and the paper's instruct prompt."""
     policy = {"model": model, "chat_template": True}
-    prompted = _derived(base, description, policy=policy)
-    return _derived(
-        prompted,
-        description,
-        **{**sections, "environment": {**sections.get("environment", {}), "env_args": _INSTRUCT}},
-    )
+    environment = {"env_args": _INSTRUCT}
+    return _derived(base, description, policy=policy, environment=environment, **sections)
 
-
-_INSTRUCT = {"template": "instruct"}
 
 MINIWORLD: Preset = {
     "description": "A small policy learns to search an invented world. Minutes on two CPU cores.",
@@ -81,8 +76,8 @@ MINIWORLD: Preset = {
     },
 }
 
-# A pretrained model of 135 M parameters on real passages, sized for a laptop. The prompt is the
-# bare question: the warm start has taught the format. MuSiQue is left to evaluate out of domain.
+# A pretrained model on real passages, sized for a laptop. The prompt is the question alone, since
+# supervised fine-tuning has taught the format. MuSiQue is left out, to evaluate out of domain.
 SMOLLM2_WIKI: Preset = {
     "description": "SmolLM2-135M learns to search real passages, after research-agent sft "
     "smollm2-wiki. Hours on a laptop.",
@@ -119,8 +114,8 @@ SMOLLM2_WIKI: Preset = {
     "run": {"steps": 200, "save_every": 10, "eval_every": 20, "eval_limit": 100, "eval_args": _DEV},
 }
 
-# Chen et al. 2025, "ReSearch", section 4.1 and appendix. Two epochs of 19,938 questions are 155
-# whole steps of 256.
+# Chen et al. 2025, "ReSearch", section 4.1 and appendix. Two epochs of 19,938 questions make 155
+# full steps of 256.
 RESEARCH_7B: Preset = {
     "description": f"{_RESEARCH}, Qwen2.5-7B.",
     "environment": {
@@ -157,7 +152,8 @@ RESEARCH_7B: Preset = {
 }
 
 # train_multi_node.sh of Agent-RL/ReCall, branch main, and its ppo_trainer.yaml: 256 x 5 in
-# mini-batches of 64 tasks, turns of 512 tokens. They train on SynTool, too; here on MuSiQue.
+# mini-batches of 64 tasks, turns of 512 tokens. The authors train on SynTool and MuSiQue; this
+# preset on MuSiQue alone.
 RECALL_7B = _derived(
     RESEARCH_7B,
     "ReCall (Chen et al. 2025): GRPO with tool calls on MuSiQue, Qwen2.5-7B-Instruct.",
@@ -170,8 +166,7 @@ RECALL_7B = _derived(
 # Song et al. 2025, "R1-Searcher", section 4.1, and scripts/qwen_reinforce_plus_train.sh of the
 # authors (64 tasks x 16, train batch 256, KL 0, the baseline of the group, AdamW's betas). Stage 1
 # has 350 questions of HotpotQA and 2Wiki; stage 2 has 8,148, graded by difficulty. Neither paper
-# nor scripts say when the first stage ends: here after one pass over its questions, and one over
-# the others'.
+# nor scripts say how long a stage is: here one pass over its questions.
 R1_SEARCHER_QWEN: Preset = {
     "description": f"{_R1_SEARCHER}, Qwen2.5-7B.",
     "environment": {
@@ -217,8 +212,8 @@ R1_SEARCHER_QWEN: Preset = {
 }
 
 # The authors' scripts llama_reinforce_plus_train_stage1.sh and ..._stage2.sh: the instruct model,
-# 65 tasks in stage 2 (15 in stage 1, here 65), KL 1e-4 in the reward, which takes 1 off for the
-# format and not 2. Stage 1 has the group's standard deviation, too (`group_norm`): here as stage 2.
+# 65 tasks per step, KL 1e-4 in the reward, and a format penalty of 1 instead of 2. Their stage 1
+# differs: 15 tasks per step, and the group's standard deviation (`group_norm`).
 R1_SEARCHER_LLAMA = _instruct(
     R1_SEARCHER_QWEN,
     f"{_R1_SEARCHER}, Llama-3.1-8B-Instruct.",
@@ -276,8 +271,8 @@ SEARCH_R1_GRPO: Preset = {
     "run": {"steps": 1005, "save_every": 100, "eval_args": _HOTPOTQA_DEV},
 }
 
-# The same with PPO, the paper's main results: scripts/nq_hotpotqa/v0.2/train_ppo.sh. One sample per
-# task, mini-batches of 256, so 2 per step; the critic's warm-up is .015 of 1,005 steps.
+# PPO, the paper's main results: scripts/nq_hotpotqa/v0.2/train_ppo.sh. One sample per task,
+# mini-batches of 256, so 2 per step; the critic's warm-up is .015 of 1,005 steps.
 SEARCH_R1_PPO = _derived(
     SEARCH_R1_GRPO,
     f"{_SEARCH_R1}, PPO with a critic, Qwen2.5-7B.",
@@ -316,8 +311,8 @@ _PAPERS = {
     "search-r1-ppo": SEARCH_R1_PPO,
 }
 
-# What the papers' recipes have in MiniWorld, where the shipped starter writes ReSearch's tags:
-# stages or a reward of the same kind. A starter of its own writes ReCall's tool calls.
+# What takes the place of the papers' stages and rewards in MiniWorld, whose shipped policy writes
+# ReSearch's tags. ReCall's tool calls have a policy of their own.
 _TWO_STAGES = {
     "stages": ("steps=10 until=0.9 reward=0.5*retrieved+0.5*format", "reward=f1+2*format")
 }
@@ -326,7 +321,7 @@ _TOOL_CALLS = {
     "env_args": {
         "protocol": "recall",
         "reward": "recall",
-        "template": "{question}\n<think>",  # as ReCall's own prompt, it opens the thought
+        "template": "{question}\n<think>",  # ReCall's own prompt opens the thought, too
     }
 }
 _MINI: dict[str, dict[str, dict[str, Any]]] = {
@@ -341,8 +336,8 @@ _MINI: dict[str, dict[str, dict[str, Any]]] = {
 def _mini(name: str) -> Preset:
     """A paper's recipe in MiniWorld.
 
-    The algorithm with the paper's settings, its kind of reward, its stages and its updates per
-    step; model, learning rate and number of episodes are the small world's.
+    The paper sets the algorithm, the kind of reward, the stages and the updates per step; MiniWorld
+    sets the model, the learning rate and the number of episodes.
     """
     paper = _PAPERS[name]
     args = paper["algorithm"]["algorithm_args"]
@@ -375,11 +370,11 @@ SFT_PRESETS: dict[str, Preset] = {
         "demonstration_args": {"top_k": 1},
         "vocabulary": "research_env.demonstrations:vocabulary",
         "count": 66_000,
-        "batch_by_length": True,  # the guesses are short: they become the habit
+        "batch_by_length": True,  # gives the short guesses, the habit, more weight
         "learning_rate": 2e-3,
         "decay_share": 1.0,
-        "final_share": 0.2,  # what is left for the habits, which come last
-        "threads": 1,  # as quick as two, and the same bits however many cores there are
+        "final_share": 0.2,  # the habits come last, at this share of the learning rate
+        "threads": 1,  # as fast as two, and the same bits on any number of cores
         "output": "runs/miniworld-starter",
     },
     "smollm2-wiki": {

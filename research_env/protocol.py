@@ -1,4 +1,4 @@
-"""What a search protocol is: the type, and what holds for every protocol.
+"""The type of a search protocol, and the rules that hold for every protocol.
 
 The protocols of the papers are in :mod:`research_env.papers`. A protocol of your own is one more
 :class:`Protocol` value, most often
@@ -26,8 +26,8 @@ TEMPLATES = ("base", "instruct", "question")
 """The names of the templates; ``question`` is the bare question and a newline, for small models."""
 
 _OWN_TEMPLATE = (
-    "Any protocol has the template 'question', and takes one of your own: a text that says "
-    "{question}, or a file of it (.txt), or of chat messages (.jsonl, .yaml)."
+    "Any protocol has the template 'question', and takes one of your own: a text that contains "
+    "{question}, a file of such a text (.txt), or a file of chat messages (.jsonl, .yaml)."
 )
 
 
@@ -44,25 +44,27 @@ class Protocol:
 
     Attributes:
         name: what specs and command lines call it.
-        think: marks of the reasoning.
-        query: marks of a search query.
-        result: marks of what the engine found.
-        answer: marks of the final answer.
+        think: marks around the reasoning.
+        query: marks around a search query.
+        result: marks around the passages that the engine found.
+        answer: marks around the final answer.
         terminators: generation pauses after the first of these; what follows it is ignored.
-        parser: says what an action (cut after its terminator) asks for.
-        renderer: the observation for the hits of a search, best first.
-        extractor: the final answer in all that the policy wrote, or None.
+        parser: reads what an action, already :meth:`cut`, asks for.
+        renderer: writes the observation for the hits of a search, best first.
+        extractor: finds the final answer in all that the policy wrote, or None.
         prompts: the papers' templates by name (``base``, ``instruct``), each a list of (role, text)
             in which ``{question}`` stands for the question.
-        asker: how a question is written into those templates.
+        asker: turns a question into the text that ``{question}`` stands for.
         hint: the observation after an invalid action; None: an invalid action ends the episode.
-        max_searches: searches that an episode may run; None: no cap.
-        max_turns: actions that an episode may take, the last of which cannot search; None: no cap.
+        max_searches: searches that an episode may run; None: no limit.
+        max_turns: actions that an episode may take, the last of which cannot search; None: no
+            limit.
         top_k: passages that a search returns.
         reward: name of the reward that the authors train with.
         tool_format: how turns call tools, several at a time; None: the protocol has no tools.
-        tools: what may be called.
-        tool_prompts: the templates for these tools in this format.
+        tools: the tools that may be called.
+        tool_prompts: makes the templates for given tools and a format; None: the protocol has no
+            tools.
     """
 
     name: str
@@ -89,11 +91,12 @@ class Protocol:
         """The same protocol with other tools.
 
         Args:
-            tools: what may be called.
-            tool_format: how the policy's model writes calls; None: as before.
+            tools: at least one, each with a name of its own.
+            tool_format: how the policy's model writes calls; None: the protocol's own.
 
         Raises:
-            ConfigurationError: the protocol has no tools, or a format of its own.
+            ConfigurationError: the tools cannot be used, or the protocol has none, or its format
+                cannot be changed.
         """
         own = self.tool_format
         if self.tool_prompts is None:
@@ -108,19 +111,19 @@ class Protocol:
         names = [tool.name for tool in tools]
         if not names or len(set(names)) < len(names):
             raise ConfigurationError(f"tools are at least one, each of its own name, not {names}")
-        made = tool_format or own
-        if made is None:
+        chosen = tool_format or own
+        if chosen is None:
             raise ConfigurationError(f"the protocol {self.name!r} needs a tool_format")
         return replace(
             self,
-            terminators=made.terminators,
-            prompts=self.tool_prompts(tools, made),
-            tool_format=made,
+            terminators=chosen.terminators,
+            prompts=self.tool_prompts(tools, chosen),
+            tool_format=chosen,
             tools=tuple(tools),
         )
 
     def cut(self, text: str) -> str:
-        """The text up to and with the first terminator; all of it where there is none."""
+        """The text up to and with the first terminator; all of it if there is none."""
         end = len(text)
         for terminator in self.terminators:
             at = text.find(terminator, 0, end)
@@ -129,7 +132,7 @@ class Protocol:
         return text[:end]
 
     def parse(self, action: str) -> Parsed:
-        """What an action, already :meth:`cut`, asks for; its query is safe for any engine."""
+        """What an action, already :meth:`cut`, asks for; the query is safe for any engine."""
         kind, query = self.parser(self, action)
         return Parsed(kind, clean(query.strip()[:MAX_QUERY_CHARACTERS]) if query else "")
 
@@ -149,8 +152,8 @@ class Protocol:
             question: the question, put in as it is (nothing in it is syntax).
 
         Returns:
-            Messages of ``role`` and ``content``. Where the last one is the assistant's
-            (r1-searcher's ``instruct``), the model continues it rather than opening a turn.
+            Messages with ``role`` and ``content``. If the last one is the assistant's
+            (r1-searcher's ``instruct``), the model continues it rather than beginning a turn.
 
         Raises:
             UnknownNameError: this protocol has no template of that name.
@@ -158,13 +161,9 @@ class Protocol:
         if template == "question":
             return [{"role": "user", "content": f"{question}\n"}]
         if template not in self.prompts:
-            known = template in TEMPLATES
-            raise UnknownNameError(
-                f"template of the protocol {self.name!r}" if known else "template",
-                template,
-                [*self.prompts, "question"],
-                hint=_OWN_TEMPLATE,
-            )
+            known = [*self.prompts, "question"]
+            what = "template" + (f" of the protocol {self.name!r}" if template in TEMPLATES else "")
+            raise UnknownNameError(what, template, known, hint=_OWN_TEMPLATE)
         asked = self.asker(question)
         return [
             {"role": role, "content": text.replace("{question}", asked)}
@@ -179,8 +178,7 @@ class Protocol:
             question: the question, put in as it is (nothing in it is syntax).
 
         Returns:
-            The text of the one message, or the contents of several with blank lines between them,
-            for a model that has an ``instruct`` prompt but no chat template.
+            The contents of the :meth:`messages`, with blank lines between them.
 
         Raises:
             UnknownNameError: as :meth:`messages`.

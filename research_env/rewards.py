@@ -1,12 +1,11 @@
-r"""Rewards by name, sums of rewards such as ``research+0.1*support_recall-0.02*searches``, metrics.
+r"""Rewards by name, sums such as ``research+0.1*support_recall-0.02*searches``, and metrics.
 
-The papers' rewards are in :mod:`research_env.papers`. The functions here take a finished
-:class:`~research_env.episode.Episode` too. Some give a number that is no reward by itself, but
-worth adding to one, or subtracting: R1-Searcher's rewards do not see how often the policy searches,
-for what, or what comes back.
+The papers' rewards are in :mod:`research_env.papers`. The functions here, too, take a finished
+:class:`~research_env.episode.Episode`. Some are no reward by themselves, but can be added to one or
+subtracted from it: how often the policy searches, for what, and what it finds.
 
-The policy can be paid to game any of them: a cost that is too high teaches never to search, and a
-bonus for found passages to search without end. Use weights well below those of the answer's reward,
+A policy can learn to game each of them: if searches cost too much, it never searches; if found
+passages pay too much, it searches without end. Use weights well below that of the answer's reward,
 and watch the components, which are logged as ``reward/NAME``.
 """
 
@@ -39,19 +38,19 @@ def cem_reward(episode: Episode) -> float:
 
 
 def cem_guarded(episode: Episode) -> float:
-    """`cem_reward` in which an answer of more than ten words covers nothing.
+    """`cem_reward`, but 0 for an answer of more than ten words.
 
-    Whoever copies all passages into the answer is paid by `cem_reward`. Ten words is the limit of
-    R1-Searcher's second stage. Ours, not a paper's.
+    `cem_reward` pays a policy that copies all passages into its answer. Ten words is the limit of
+    R1-Searcher's second stage. This variant is no paper's.
     """
     short = len((episode.prediction or "").split()) <= MAX_ANSWER_WORDS
     return cem_reward(episode) if short else 0.0
 
 
 def format_reward(episode: Episode) -> float:
-    """1 where the protocol's format holds, as its paper's reward defines it, else 0.
+    """1 if the episode has the format that its protocol's paper asks for, else 0.
 
-    For a protocol of one's own: where the episode ended with an answer.
+    For a protocol of your own: 1 if the episode ended with an answer.
     """
     paper = PAPERS.get(episode.protocol.name)
     follows = paper.follows_format(episode) if paper else episode.stop_reason == "answer"
@@ -59,10 +58,12 @@ def format_reward(episode: Episode) -> float:
 
 
 def searches(episode: Episode) -> float:
-    """Number of searches that were answered; with a negative weight the cost of a search.
+    """Number of searches that were answered; with a negative weight a cost per search.
 
-    A search that a limit refused does not count, one with a blank query does. Source: the cost of
-    tool calls in Wang et al. 2025, "OTC" (arXiv:2504.14870), there a factor, here a term.
+    A search that a limit refused does not count; one with a blank query does.
+
+    References:
+        The cost of tool calls in "OTC" (Wang et al. 2025, arXiv:2504.14870), a factor there.
     """
     return float(episode.searches)
 
@@ -70,8 +71,7 @@ def searches(episode: Episode) -> float:
 def retrieved(episode: Episode) -> float:
     """1 if at least one search returned a passage, else 0.
 
-    A blank query returns none, so writing empty search tags earns nothing. The number of passages
-    is looked at, their words are not.
+    A blank query returns none, so empty search tags earn nothing.
 
     References:
         The retrieval reward of R1-Searcher's first stage (Song et al. 2025, section 3.1), 0.5
@@ -81,13 +81,11 @@ def retrieved(episode: Episode) -> float:
 
 
 def support_recall(episode: Episode) -> float:
-    """Share of the question's gold passages that some search returned; 0 where none are known.
+    """Share of the question's gold passages that some search returned; 0 if none are known.
 
-    Passages are told apart by their ids, and no word of theirs is read: whatever a passage says, it
-    changes nothing. But of all the rewards this is the one that depends on what was retrieved: on
-    the engine, the corpus and ``top_k`` too, not on the policy's words alone. It is 0 for every
-    question without gold passages, and where the engine's ids are not those of the data set (an
-    index of Wikipedia, the web).
+    Passages are compared by id, so their text has no influence. But unlike other rewards this one
+    depends on the engine, the corpus and ``top_k``, not on the policy's words alone. It is 0 if the
+    engine's ids are not those of the data set (an index of Wikipedia, the web).
     """
     golds = set(episode.question.supporting)
     if not golds:
@@ -97,13 +95,14 @@ def support_recall(episode: Episode) -> float:
 
 
 def query_diversity(episode: Episode) -> float:
-    """Mean Jaccard distance between the queries, pair by pair; 1 for fewer than two.
+    """Mean Jaccard distance over all pairs of queries; 1 for fewer than two.
 
-    ``1 - |A & B| / |A | B|`` with A and B the sets of words of two queries, normalized as answers
-    are (`metrics.normalize`); 0 where both are empty. So it is 1 where no two queries share a word,
-    0 where all are the same, and an episode that searches once or never loses nothing by it.
+    The distance is ``1 - |A & B| / |A | B|``, with A and B the sets of words of two queries,
+    normalized as answers are (`metrics.normalize`); 0 if both are empty. The mean is 1 if no two
+    queries share a word, and 0 if all are the same.
 
-    Source of the distance: Jaccard 1912, "The distribution of the flora in the alpine zone".
+    References:
+        Jaccard 1912, "The distribution of the flora in the alpine zone".
     """
     asked = [query for turn in episode.turns for query in turn.queries]
     bags = [set(normalize(query).split()) for query in asked[: episode.searches]]
@@ -114,8 +113,10 @@ def query_diversity(episode: Episode) -> float:
 def answer_length(episode: Episode) -> float:
     """Number of words of the final answer; 0 without one.
 
-    With a small negative weight it answers what R1-Searcher found of the CEM reward: that it is
-    covered best by long answers (Song et al. 2025, arXiv:2503.05592, the study of rewards).
+    A small negative weight counters the long answers that a CEM reward leads to.
+
+    References:
+        R1-Searcher's study of rewards (Song et al. 2025, arXiv:2503.05592).
     """
     return float(len((episode.prediction or "").split()))
 
@@ -138,11 +139,11 @@ SHAPING: dict[str, Reward] = {
     "query_diversity": query_diversity,
     "answer_length": answer_length,
 }
-"""Guarded variants of the papers' rewards, and what is worth adding to a reward, by name."""
+"""Guarded variants of the papers' rewards, and functions to add to a reward, by name."""
 
 
 class Term(NamedTuple):
-    """A term of a sum: the weight, the name as it was written, and the function."""
+    """A term of a sum: its weight, its name as it was written, and its function."""
 
     weight: float
     name: str
@@ -157,7 +158,7 @@ class WeightedSum:
 
     @property
     def __name__(self) -> str:
-        """The sum as it may be written: files of results name what they are of."""
+        """The sum as text, by which results name their reward; `reward` reads it back."""
         return "".join(f"{term.weight:+g}*{term.name}" for term in self.terms).removeprefix("+")
 
     def __call__(self, episode: Episode) -> float:
@@ -174,12 +175,11 @@ class WeightedSum:
 
 
 def reward(name: str | Reward, known: Mapping[str, Reward] | None = None) -> Reward:
-    """The reward of that name, or the sum of rewards.
+    """The reward with a name, or the sum of several.
 
     Args:
-        name: one of `REWARDS` or `SHAPING`; "module:function" for one of your own; a sum
-            of them such as "research+0.1*support_recall-0.02*searches" (`parse_sum`); or
-            the function itself.
+        name: one of `REWARDS` or `SHAPING`; "module:function" for one of your own; a sum such as
+            "research+0.1*support_recall-0.02*searches" (`parse_sum`); or the function itself.
         known: the rewards by name; None: `REWARDS` and `SHAPING`.
 
     Raises:
@@ -217,13 +217,13 @@ def evaluate(function: Reward, episode: Episode, name: str = "") -> float:
     Args:
         function: the reward.
         episode: a finished one that is not void.
-        name: what errors call it.
+        name: what errors call the reward.
 
     Raises:
         RewardError: it raised an exception, or returned None, a tuple, a coroutine or anything else
             that is no finite number.
     """
-    named = name or getattr(function, "__qualname__", repr(function))
+    name = name or getattr(function, "__qualname__", repr(function))
     try:
         value = function(episode)
         number = float(value) if hasattr(type(value), "__float__") else math.nan
@@ -231,7 +231,7 @@ def evaluate(function: Reward, episode: Episode, name: str = "") -> float:
         raise
     except Exception as error:
         raise RewardError(
-            f"the reward {named} failed for question {episode.question.id!r}: "
+            f"the reward {name} failed for question {episode.question.id!r}: "
             f"{type(error).__name__}: {error}"
         ) from error
     if math.isfinite(number):
@@ -239,7 +239,7 @@ def evaluate(function: Reward, episode: Episode, name: str = "") -> float:
     if inspect.iscoroutine(value):
         value.close()
     raise RewardError(
-        f"the reward {named} returned {value!r:.80} for question {episode.question.id!r}; a reward "
+        f"the reward {name} returned {value!r:.80} for question {episode.question.id!r}; a reward "
         "is one finite number (to log more of them, add them up with weight 0)"
     )
 
@@ -254,28 +254,20 @@ def _refuse_async(function: Reward, name: str) -> Reward:
     return function
 
 
-METRICS = ("em", "f1", "cem", "format", "searches", "support_recall")
-"""The keys of `episode_metrics`."""
+METRICS: dict[str, Reward] = {
+    "em": em_reward,
+    "f1": f1_reward,
+    "cem": cem_reward,
+    "format": format_reward,
+    "searches": searches,
+    "support_recall": support_recall,
+}
+"""What is measured of every finished episode, by name."""
 
 
 def episode_metrics(episode: Episode) -> dict[str, float]:
-    """What is known of an episode at its end; always the same keys.
-
-    Returns:
-        ``em``, ``f1``, ``cem``: of the prediction, with SQuAD's normalization and all golds.
-        ``format``: `format_reward`.
-        ``searches``: the number of searches.
-        ``support_recall``: share of the gold passages that some search returned, by id; 0.0 where
-        the question names none (`support_recall`).
-    """
-    return {
-        "em": em_reward(episode),
-        "f1": f1_reward(episode),
-        "cem": cem_reward(episode),
-        "format": format_reward(episode),
-        "searches": float(episode.searches),
-        "support_recall": support_recall(episode),
-    }
+    """The `METRICS` of a finished episode; always the same keys."""
+    return {name: metric(episode) for name, metric in METRICS.items()}
 
 
 # --- reading a sum ---
@@ -289,21 +281,21 @@ _EXAMPLE = "'research+0.1*support_recall-0.02*searches'"
 def parse_sum(text: str, known: Iterable[str]) -> list[tuple[float, str]]:
     """Read a sum such as ``research+0.1*support_recall-0.02*searches``; nothing is evaluated.
 
-    ``sum = [sign] term {sign term}``, ``term = [number "*"] name``, where a name is a known one
-    or ``module:function``, a number is decimal, and spaces may stand between all of them. Known
-    names hold hyphens, and the longest that fits is read: ``r1-searcher-stage2-em`` is one name,
-    ``r1-searcher-stage2 - em`` the difference of two.
+    The grammar is ``sum = [sign] term {sign term}`` and ``term = [number "*"] name``. A name is a
+    known one or ``module:function``, a number is decimal, and spaces may stand anywhere between.
+    Known names contain hyphens, and the longest one that fits is read: ``r1-searcher-stage2-em`` is
+    one name, ``r1-searcher-stage2 - em`` the difference of two.
 
     Args:
         text: the sum.
-        known: the names there are.
+        known: the known names.
 
     Returns:
-        Weight and name of each term, in their order.
+        Weight and name of each term, in order.
 
     Raises:
-        UnknownNameError: a name that does not exist; the message lists those that do.
-        ConfigurationError: anything else that is no such sum; the message tells the position.
+        UnknownNameError: a name is not known; the message lists the known ones.
+        ConfigurationError: the text is no such sum; the message says at which position.
     """
     names = sorted(known, key=len, reverse=True)
     fits = re.compile(f"(?:{'|'.join(map(re.escape, names))})(?![A-Za-z0-9_.:])")
@@ -317,7 +309,7 @@ def parse_sum(text: str, known: Iterable[str]) -> list[tuple[float, str]]:
 
     terms: dict[str, float] = {}
     at = _after_space(text, 0)
-    last = at  # where the name before this one began
+    last = at  # where the previous name begins
     while at < len(text) or not terms:
         weight = 1.0
         if text[at : at + 1] in ("+", "-"):
@@ -353,7 +345,11 @@ def _after_space(text: str, at: int) -> int:
 
 
 def _unknown(text: str, names: list[str], word: re.Match[str], before: int) -> UnknownNameError:
-    """The error for a word; for research-strickt it is about the whole, not about strickt."""
+    """The error for a word that is no name.
+
+    In "research-strickt" the word is "strickt", but the error is about the whole, which is close to
+    a known name.
+    """
     start, name = word.start(), word[0]
     whole = text[before : word.end()]
     if _WORD.fullmatch(whole) and get_close_matches(whole, names):

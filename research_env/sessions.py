@@ -1,8 +1,8 @@
 """Episodes for other people's trainers: opened by task, stepped from any thread or coroutine.
 
-A :class:`Sessions` is made once from the settings of an environment. It lists the tasks, and opens
-one :class:`Session` per rollout in microseconds. Whoever steps them, their searches go to the
-engine in shared batches. Adapters and the vector environment are built on it.
+A :class:`Sessions` is made once, from the settings of an environment. It lists the tasks, and opens
+a :class:`Session` per rollout, in microseconds. The searches of all sessions go to the engine in
+shared batches. The adapters and the vector environment are built on it.
 
 Example:
     >>> from research_env.sessions import Sessions
@@ -25,9 +25,11 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
-from research_env.core import EnvCore, EnvSettings, StepOutput, make_core, resolve_search, strata
-from research_env.episode import Action, CutReason, Episode, advance, truncate
+from research_env.core import EnvCore, EnvSettings, StepOutput, make_core, resolve_search
+from research_env.episode import Action, Episode, TruncationReason, advance, truncate
 from research_env.errors import ClosedError, ConfigurationError, EpisodeError, UnknownTaskError
+from research_env.fingerprint import environment_fingerprint
+from research_env.info import strata
 from research_env.protocol import Message
 from research_env.retrieval.batching import Found, QueryBatcher, SearchCounts
 
@@ -39,8 +41,8 @@ class Task(TypedDict):
         id: the question's id; ``Sessions.open`` takes it.
         prompt: the first observation.
         messages: the same as chat messages.
-        tools: JSON schemas of tools for the chat template; empty if the protocol has none.
-        strata: what results are told apart by, such as the number of hops.
+        tools: JSON schemas of tools for the chat template; empty if it shows none.
+        strata: the groups by which evaluations report means, such as the number of hops.
     """
 
     id: str
@@ -53,8 +55,8 @@ class Task(TypedDict):
 class Sessions:
     """Tasks, rules, engine and reward of one set of settings; opens episodes.
 
-    All methods may be called from any thread; sessions of one object share its searches: the same
-    query of several is asked once, and the engine is asked by no more threads than it allows.
+    All methods may be called from any thread. The sessions share searches: a query that several ask
+    at the same time is sent once, by no more threads than the engine allows.
 
     Attributes:
         core: questions, rules and reward.
@@ -72,25 +74,25 @@ class Sessions:
         """Read the data, open the engine, check every setting.
 
         Args:
-            max_batch: the most queries of a search in the background.
+            max_batch: the most queries that go to the engine together.
             max_wait: seconds that a batch of queries waits for one more to join it.
-            cache_size: how many queries' hits are cached at most; 0: none. Failures never are.
+            cache_size: the most queries whose hits are cached; 0: none. Failures are never cached.
             **settings: those of :class:`research_env.env.SearchQAEnv`.
 
         Raises:
             ResearchEnvError: a setting that cannot be used; the message says which and what to do.
         """
-        if not isinstance(max_batch, int) or max_batch < 1:
+        if not isinstance(max_batch, int | np.integer) or max_batch < 1:
             raise ConfigurationError(f"max_batch is an integer of at least 1, not {max_batch!r}")
         if not isinstance(max_wait, int | float) or not max_wait >= 0:
             raise ConfigurationError(f"max_wait is at least 0 seconds, not {max_wait!r}")
         if not isinstance(cache_size, int) or cache_size < 0:
             raise ConfigurationError(f"cache_size={cache_size!r} must be an integer, 0 or more")
         self.core: EnvCore = make_core(**settings)
-        # An engine is asked by one thread at a time, unless it says that more may.
+        # An engine without the attribute takes one call at a time.
         in_flight = int(getattr(self.core.retriever, "in_flight", 1))
         self.searches: QueryBatcher[Any] = QueryBatcher(
-            self.core.search, max_batch, max_wait, cache_size, in_flight
+            self.core.search, int(max_batch), max_wait, cache_size, in_flight
         )
 
     @property
@@ -105,7 +107,7 @@ class Sessions:
 
     @property
     def search_counts(self) -> SearchCounts:
-        """How many queries were asked so far, and how many of them the engine was spared."""
+        """How many queries were asked so far, and how many of them the engine did not get."""
         return self.searches.counts
 
     def tasks(self, seed: int = 0) -> list[Task]:
@@ -133,9 +135,9 @@ class Sessions:
         """Start an episode.
 
         Args:
-            task: the id of a question, or the number of an episode in the order drawn from the
-                seed, which is that of ``reset(seed=seed, options={"episode": number})``.
-            seed: draws the order.
+            task: the id of a question, or the number of an episode as in
+                ``reset(seed=seed, options={"episode": number})``.
+            seed: draws the order of the questions.
 
         Raises:
             UnknownTaskError: no task has this id, or the number is not in 0 to ``num_tasks - 1``.
@@ -157,10 +159,10 @@ class Sessions:
 
     def provenance(self) -> dict[str, str]:
         """What results depend on besides the policy: fingerprints of questions, index, prompt."""
-        return self.core.provenance()
+        return environment_fingerprint(self.core)
 
     def close(self) -> None:
-        """Stop the searches and release the engine; waiting steps raise ``ClosedError``."""
+        """Stop the searches and close the engine; steps that wait raise ``ClosedError``."""
         self.searches.close()
         self.core.close()
 
@@ -172,15 +174,15 @@ class Sessions:
 
 
 class Session:
-    """One episode. Take one step at a time, from whichever thread or coroutine.
+    """One episode. Take one step at a time, from any thread or coroutine.
 
     A step that fails (wrong action, closed engine, cancelled coroutine) leaves the session as it
-    was before.
+    was.
 
     Attributes:
         prompt: the first observation.
         info: the info of ``reset``: ``question_id``, ``question``, ``messages``, ``strata``, ...
-        episode: the episode as it stands, a value that never changes.
+        episode: the present episode, an immutable value.
     """
 
     def __init__(
@@ -197,8 +199,8 @@ class Session:
         """Take what the policy wrote, and wait for the search if it asks for one.
 
         Args:
-            action: what follows the first terminator is ignored. With tool calls a
-                :class:`~research_env.tools.ToolTurn`, or an assistant message, too.
+            action: a text, or with tool calls a :class:`~research_env.tools.ToolTurn` or an
+                assistant message. What follows the first terminator is ignored.
 
         Returns:
             (observation, reward, terminated, truncated, info), as a Gymnasium environment.
@@ -221,7 +223,7 @@ class Session:
             found = await asyncio.gather(*map(asyncio.wrap_future, asked))
             return self._conclude(episode, found)
 
-    def truncate(self, reason: CutReason = "length") -> StepOutput:
+    def truncate(self, reason: TruncationReason = "length") -> StepOutput:
         """End the episode because its budget of tokens is spent; it is scored like any other.
 
         Args:
@@ -248,7 +250,7 @@ class Session:
             self._stepping.release()
 
     def _conclude(self, episode: Episode, found: Sequence[Found]) -> StepOutput:
-        settled = resolve_search(episode, *found)
-        output = self._sessions.core.output(settled)
-        self.episode = settled
+        answered = resolve_search(episode, *found)
+        output = self._sessions.core.output(answered)
+        self.episode = answered
         return output

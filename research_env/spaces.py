@@ -1,4 +1,4 @@
-"""The space of texts, which works wherever Gymnasium's own spaces do."""
+"""A Gymnasium space of texts, for single and vector environments."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _ALPHABET = tuple("abcdefghijklmnopqrstuvwxyz    0123456789.,?'éßł漢字🙂"
 class UnicodeText(Space[str]):
     r"""All strings: any length, any character, NUL and lone surrogates included.
 
-    Gymnasium's own ``Text`` is a space of short strings over a small alphabet; its shared memory
-    loses characters outside it. This one keeps all, in UTF-32 with a length.
+    Gymnasium's own ``Text`` is a space of short strings over a small alphabet, and its shared
+    memory loses all other characters. This one keeps them: as UTF-32, with a length.
 
     Attributes:
         terminators: strings after which a policy that writes an element of this space should pause.
         max_length: the longest text, in characters, that shared memory has room for.
-        also: types of actions that are taken beside text, and never sampled.
+        also: other types whose values are in the space; they are never sampled.
 
     Example:
         >>> "<think>\N{SNOWMAN}" in UnicodeText()
@@ -89,14 +89,14 @@ class UnicodeText(Space[str]):
 
 
 class SharedTexts(Sequence[str]):
-    """The texts in a shared buffer, as they are at the moment of reading.
+    """A view of the texts in a shared buffer, which decodes a text when it is read.
 
-    Gymnasium reads shared memory once and hands out deep copies of what it got: a deep copy of
-    this view is a tuple of strings.
+    Gymnasium reads shared memory once and returns deep copies of what it got. A deep copy of this
+    view is a tuple of strings.
     """
 
     def __init__(self, buffer: npt.NDArray[np.uint32]) -> None:
-        """View a buffer of shape (number of texts, 1 + room), each row a length and its text."""
+        """View a buffer of shape (texts, 1 + max_length); a row is a length and its characters."""
         self._buffer = buffer
 
     def __len__(self) -> int:

@@ -26,17 +26,17 @@ def own_template(template: Template) -> tuple[tuple[str, str], ...] | None:
     """The messages of the user's own template.
 
     Args:
-        template: a text that says ``{question}``; a file (.txt, .md) of such a text; a file of chat
-            messages, each with ``role`` and ``content``, as JSON Lines (.jsonl) or YAML (.yaml); or
-            the messages themselves.
+        template: a text that contains ``{question}``; a file (.txt, .md) of such a text; a file of
+            chat messages, each with ``role`` and ``content``, as JSON Lines (.jsonl) or YAML
+            (.yaml); or the messages themselves.
 
     Returns:
-        Role and content of each message (a text is one message of the user); None for anything
-        else, such as the name of a protocol's template.
+        Role and content of each message (a text is one message of the user); None if it is no
+        template, for example because it is the name of one.
 
     Raises:
         ConfigurationError: ``{question}`` is missing, or something is not a message; the error
-            says where.
+            says which.
         DataError: the file cannot be read.
     """
     where, messages = "template", template
@@ -63,16 +63,13 @@ def _is_file(path: Path) -> bool:
 
 
 def _read(path: Path) -> Any:
-    """The messages in a file."""
+    """The messages of a file, not yet checked."""
     try:
         text = read_small_file(path).decode("utf-8")
     except (OSError, ValueError) as error:
         raise DataError(f"the template {path} cannot be read: {error}") from error
-    return _messages(path, text) if path.suffix in _CHATS else [{"role": "user", "content": text}]
-
-
-def _messages(path: Path, text: str) -> Any:
-    """The messages of a file of JSON Lines or YAML."""
+    if path.suffix not in _CHATS:
+        return [{"role": "user", "content": text}]
     if path.suffix == ".jsonl":
         found = []
         for number, line in enumerate(text.splitlines(), 1):
@@ -92,15 +89,16 @@ def _messages(path: Path, text: str) -> Any:
 
 
 def _checked(where: str, messages: Any) -> tuple[tuple[str, str], ...]:
+    """Role and content of each message; ``where`` names the template in errors."""
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         raise ConfigurationError(
             f"{where}: a chat is a list of messages with role and content, not {messages!r:.80}"
         )
-    made = []
+    checked = []
     for number, message in enumerate(messages, 1):
-        given = dict(message) if isinstance(message, Mapping) else {}
-        role, content = given.get("role"), given.get("content")
-        if given.keys() != {"role", "content"} or not isinstance(content, str):
+        fields = dict(message) if isinstance(message, Mapping) else {}
+        role, content = fields.get("role"), fields.get("content")
+        if fields.keys() != {"role", "content"} or not isinstance(content, str):
             raise ConfigurationError(
                 f"{where}: message {number} has a role and a content, both text, and nothing else, "
                 f"not {message!r:.80}"
@@ -110,10 +108,10 @@ def _checked(where: str, messages: Any) -> tuple[tuple[str, str], ...]:
                 f"{where}: message {number} has the role {role!r:.80}; it is one of "
                 f"{', '.join(_ROLES)}"
             )
-        made.append((str(role), content))
-    if not any(PLACE in content for _, content in made):
+        checked.append((str(role), content))
+    if not any(PLACE in content for _, content in checked):
         raise ConfigurationError(
             f"{where}: the template does not say where the question goes; write {PLACE} there: "
-            f"{made[-1][1]!r:.200}"
+            f"{checked[-1][1]!r:.200}"
         )
-    return tuple(made)
+    return tuple(checked)

@@ -1,16 +1,14 @@
 r"""Rewards of single turns, by name, and sums such as ``0.2*new_support-0.02*searches``.
 
-Each function sees the episode before an action and after all that followed from it, and says what
-that turn has earned. An environment with ``turn_reward=...`` returns the sum at every step, in
-addition to the reward of the whole episode at the end. As everywhere, the words of passages are not
-read: passages are told apart by their ids.
+Each function takes the episode before a turn and after it, and returns what the turn has earned.
+An environment with ``turn_reward=...`` returns their sum at every step, in addition to the reward
+of the whole episode at the end. Passages are compared by id; their text has no influence.
 
-What an episode has earned, it cannot earn again: a turn is paid for what is new in it, and saying
-the same thing again pays nothing. Four functions are costs, which every turn pays: `redundancy`,
-`searches`, `repeated_query` and `invalid_action`; give them negative weights. The potentials
-(`support_progress`, `pivot_progress`) sum to 0 over an episode, so they move credit between turns
-and leave the best policy the best (Ng et al. 1999). All others change what is optimal: give them
-weights well below the answer's.
+A turn earns something only for what is new in it: the same thing said again pays nothing. Four
+functions are costs, which each turn pays again: `redundancy`, `searches`, `repeated_query` and
+`invalid_action`; give them negative weights. The potentials (`support_progress`, `pivot_progress`)
+sum to 0 over an episode, so they move credit between turns and do not change which policy is best
+(Ng et al. 1999). All others change it: give them weights well below that of the answer's reward.
 """
 
 from __future__ import annotations
@@ -18,42 +16,40 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from research_env.episode import Episode, Turn
-from research_env.errors import ConfigurationError
 from research_env.metrics import normalize
-from research_env.rewards import WeightedSum, reward
+from research_env.rewards import WeightedSum, reward, support_recall
 
 __all__ = ["TURN_REWARDS", "TurnReward", "TurnRewards", "turn_rewards"]
 
 TurnReward = Callable[[Episode, Episode], float]
-"""Takes the episode before a turn and after it; returns what the turn has earned."""
+"""From the episode before a turn and after it to what the turn has earned."""
 
 
 def new_support(before: Episode, after: Episode) -> float:
-    """Number of gold passages that this turn's search returned and no earlier one did."""
+    """Number of gold passages that this turn found and no earlier one did."""
     golds = set(after.question.supporting)
     return float(len(golds & _seen(after)) - len(golds & _seen(before)))
 
 
 def information_gain(before: Episode, after: Episode) -> float:
-    """Share of the question's gold passages that this turn found; 0 where none are known.
-
-    Over an episode it sums to ``support_recall``.
+    """Share of the gold passages that this turn found first; sums to `support_recall`.
 
     References:
         The information gain of StepSearch (Wang et al. 2025, arXiv:2505.15107): the mean over gold
-        passages of how much nearer than before a search came. There nearness is a cosine of words;
-        here it is 1 for the passage itself and 0 for any other, as passages are not read.
+        passages of how much closer than before a search came. There closeness is a cosine of word
+        vectors; here it is 1 for the passage itself and 0 for any other.
     """
-    return _share_found(after) - _share_found(before)
+    return support_recall(after) - support_recall(before)
 
 
 def redundancy(before: Episode, after: Episode) -> float:
-    """Share of the passages that this turn's search returned which had been returned before.
+    """Share of this turn's passages that an earlier turn had found; give it a negative weight.
 
     References:
-        The redundancy penalty of StepSearch; give it a negative weight.
+        The redundancy penalty of StepSearch (see `information_gain`).
     """
     ids = [hit.passage.id for turn in _new(before, after) for hit in turn.hits]
     return sum(each in _seen(before) for each in ids) / len(ids) if ids else 0.0
@@ -72,7 +68,7 @@ def searches(before: Episode, after: Episode) -> float:
 def repeated_query(before: Episode, after: Episode) -> float:
     """1 for a search whose query was asked before, else 0; give it a negative weight.
 
-    Queries are compared as answers are, normalized. A blank query repeats any other blank one.
+    Queries are normalized as answers are. A blank query repeats any other blank one.
     """
     asked = {normalize(query) for turn in before.turns for query in turn.queries}
     new = [query for turn in _new(before, after) for query in turn.queries]
@@ -85,11 +81,8 @@ def invalid_action(before: Episode, after: Episode) -> float:
 
 
 def evidence_found(before: Episode, after: Episode) -> float:
-    """1 for an answer given after all gold passages were returned, else 0.
-
-    0 where no gold passage is known.
-    """
-    return float(after.stop_reason == "answer" and _share_found(before) == 1.0)
+    """1 for an answer after all gold passages were found, else 0; 0 if none are known."""
+    return float(after.stop_reason == "answer" and support_recall(before) == 1.0)
 
 
 def support_progress(before: Episode, after: Episode) -> float:
@@ -98,22 +91,22 @@ def support_progress(before: Episode, after: Episode) -> float:
     Phi is 0 at the start and at the end, so the last turn pays back what the others earned.
 
     References:
-        Ng, Harada and Russell 1999, with gamma = 1: such rewards leave the best policies the best.
-        Use ``gamma=1`` in the algorithm.
+        Ng, Harada and Russell 1999, with gamma = 1: such rewards do not change which policies are
+        best. Use ``gamma=1`` in the algorithm.
     """
-    return _potential(after, _share_found) - _potential(before, _share_found)
+    return _potential(after, support_recall) - _potential(before, support_recall)
 
 
 def pivot_progress(before: Episode, after: Episode) -> float:
     """Potential-based shaping with the pivots reached: gold passages found, sub-answers written.
 
-    Phi is the share of the question's decomposition that is reached: of each hop its gold passage,
-    if one is named, and its answer, if the policy wrote it in words of its own. It is 0 where no
-    decomposition is known, and at the end.
+    The pivots are the gold passage of each hop of the question's decomposition, if one is named,
+    and its answer, which the policy must write itself. Phi is the share of them that is reached; 0
+    if no decomposition is known, and at the end.
 
     References:
         The pivots of PiCA (Liu et al. 2026, arXiv:2605.09287), whose potential is a learned
-        probability of success given golden sub-queries and sub-answers; here it is their share.
+        probability of success given gold sub-queries and sub-answers.
     """
     return _potential(after, _share_reached) - _potential(before, _share_reached)
 
@@ -145,15 +138,15 @@ class TurnRewards:
 
     @property
     def __name__(self) -> str:
-        """The sum as it may be written."""
+        """The sum as text; `turn_rewards` reads it back."""
         return "".join(f"{weight:+g}*{name}" for weight, name, _ in self.terms).removeprefix("+")
 
     def earned(self, episode: Episode) -> float:
-        """What the last turn of an episode has earned; 0 where the search engine failed."""
+        """What the last turn of an episode has earned; 0 if the search engine failed."""
         if episode.void:
             return 0.0
         before = _before(episode)
-        return sum((w * float(f(before, episode)) for w, _, f in self.terms), start=0.0)
+        return sum((weight * float(f(before, episode)) for weight, _, f in self.terms), start=0.0)
 
     def totals(self, episode: Episode) -> dict[str, float]:
         """Each term summed over the turns of a finished episode, before its weight.
@@ -167,9 +160,7 @@ class TurnRewards:
         ]
         states.append(episode)
         return {
-            f"turn_reward/{name}": sum(
-                (float(f(states[k], states[k + 1])) for k in range(len(states) - 1)), start=0.0
-            )
+            f"turn_reward/{name}": sum((float(f(*pair)) for pair in pairwise(states)), start=0.0)
             for _, name, f in self.terms
         }
 
@@ -188,18 +179,15 @@ def turn_rewards(name: str | TurnReward) -> TurnRewards:
     found = reward(name, TURN_REWARDS)  # type: ignore[arg-type]
     if isinstance(found, WeightedSum):
         return TurnRewards(tuple((t.weight, t.name, t.reward) for t in found.terms))  # type: ignore[misc]
-    if not callable(found):
-        raise ConfigurationError(f"turn_reward is a name, a sum or a function, not {name!r:.80}")
-    named = name if isinstance(name, str) else str(getattr(name, "__name__", "own"))
-    function: TurnReward = found  # type: ignore[assignment]
-    return TurnRewards(((1.0, named, function),))
+    name = name if isinstance(name, str) else str(getattr(name, "__name__", "own"))
+    return TurnRewards(((1.0, name, found),))  # type: ignore[arg-type]
 
 
 def _before(episode: Episode) -> Episode:
-    """The episode before its last event: a turn, or a budget that was spent after one."""
+    """The episode before its last turn, or before `truncate` ended it after a complete turn."""
     turns = episode.turns[:-1]
     if episode.stop_reason == "length" and episode.turns and episode.turns[-1].observation:
-        turns = episode.turns  # the last one was answered, and has had its reward
+        turns = episode.turns  # the last turn is complete, and has had its reward
     return replace(episode, turns=turns, pending=None, stop_reason=None, prediction=None)
 
 
@@ -211,21 +199,17 @@ def _seen(episode: Episode) -> set[str]:
     return {hit.passage.id for turn in episode.turns for hit in turn.hits}
 
 
-def _share_found(episode: Episode) -> float:
-    golds = set(episode.question.supporting)
-    return len(golds & _seen(episode)) / len(golds) if golds else 0.0
-
-
 def _share_reached(episode: Episode) -> float:
+    hops = episode.question.decomposition
     seen, written = _seen(episode), _words(" ".join(episode.actions))
-    reached = [hop.support in seen for hop in episode.question.decomposition if hop.support]
-    answers = [_words(hop.answer) for hop in episode.question.decomposition]
+    reached = [hop.support in seen for hop in hops if hop.support]
+    answers = [_words(hop.answer) for hop in hops]
     reached += [answer in written for answer in answers if answer.strip()]
     return sum(reached) / len(reached) if reached else 0.0
 
 
 def _words(text: str) -> str:
-    """The words of a text, normalized, with a space around each: tags and marks part words."""
+    """The normalized words of a text with a space around each; tags and marks separate words."""
     apart = re.sub(r"[^\w\s]", " ", text)
     return f" {normalize(apart)} "
 

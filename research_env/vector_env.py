@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence, Sized
+from collections.abc import Collection, Sequence, Sized
+from itertools import islice
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -11,8 +12,8 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from research_env.core import SHOWS, EnvSettings, resolve_search
-from research_env.episode import Action, CutReason, Episode, advance, truncate
+from research_env.core import EnvSettings, resolve_search
+from research_env.episode import Action, Episode, TruncationReason, advance, truncate
 from research_env.errors import (
     ActionError,
     ConfigurationError,
@@ -20,17 +21,17 @@ from research_env.errors import (
     RetrievalError,
     UnknownNameError,
 )
+from research_env.info import SHOWS, batch_infos
 from research_env.retrieval.batching import Found, QueryBatcher, SearchCounts
 from research_env.sessions import Sessions
 from research_env.spaces import UnicodeText
 
-_NUMBERS = (int, float, bool)
 Mask = npt.NDArray[np.bool_]
 Rewards = npt.NDArray[np.float64]
 
 
 class StepResult(NamedTuple):
-    """What ``step`` would return, for one sub-environment."""
+    """The result of a step of one sub-environment."""
 
     env_id: int
     observation: str
@@ -44,22 +45,19 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
     """Many :class:`~research_env.env.SearchQAEnv` that share data, engine and searches.
 
     ``step`` plays in lockstep and asks the engine once for all sub-environments that search.
-    ``send`` and ``recv`` (after EnvPool, Weng et al. 2022) let each go at its own pace: the
-    searches run in the background, the same query of several is asked once, and batches are
-    bounded in size and waiting time. Either way the results are those of single environments.
+    ``send`` and ``recv`` (after EnvPool, Weng et al. 2022) let each go at its own pace: searches
+    run in the background, in batches of bounded size and waiting time. In both ways a query that
+    several ask at the same time is sent once, and the results are those of single environments.
 
     The arguments are those of the single environment and:
 
     - ``num_envs``: how many sub-environments.
     - ``autoreset_mode``: NextStep (default), SameStep, Disabled; see Gymnasium's AutoresetMode.
-    - ``max_batch``: the most queries of a search in the background; those of a ``step`` go to the
-      engine together, which divides them as it needs.
-    - ``max_wait``: seconds that a batch of queries in the background waits for one more to join it.
-    - ``cache_size``: how many queries' hits are cached at most; 0: none. Failures are never cached.
-      ``search_counts`` tells what that saved.
+    - ``max_batch``, ``max_wait``, ``cache_size``: see :class:`~research_env.sessions.Sessions`. The
+      first two are for searches in the background; the queries of a ``step`` are one batch.
 
-    One seed, one order of questions for all: without options sub-environment i asks the episodes
-    i, i + num_envs, i + 2 num_envs, ... of that order, whatever the pace of each. A group of
+    The seed draws one order of questions for all: without options sub-environment i plays the
+    episodes i, i + num_envs, i + 2 num_envs, ... of that order, at whatever pace. A group of
     samples of one question is ``reset(options={"episodes": [n, n, n, ...]})``.
     """
 
@@ -88,19 +86,14 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         mode = AutoresetMode(autoreset_mode)
         if render_mode not in (None, "ansi"):
             raise UnknownNameError("render mode", render_mode, ["ansi"])
-        counts = (num_envs, max_batch)
-        whole = all(isinstance(count, int | np.integer) and count >= 1 for count in counts)
-        if not whole or not isinstance(max_wait, int | float) or not max_wait >= 0:
-            raise ConfigurationError(
-                f"num_envs and max_batch are integers of at least 1, max_wait is at least 0, not "
-                f"{num_envs!r}, {max_batch!r} and {max_wait!r}"
-            )
+        if not isinstance(num_envs, int | np.integer) or num_envs < 1:
+            raise ConfigurationError(f"num_envs is an integer of at least 1, not {num_envs!r}")
         self.num_envs = num_envs
         self.render_mode = render_mode
         self.metadata = {**type(self).metadata, "autoreset_mode": mode}
         self._mode = mode
         self._sessions = Sessions(
-            max_batch=int(max_batch), max_wait=max_wait, cache_size=cache_size, **settings
+            max_batch=max_batch, max_wait=max_wait, cache_size=cache_size, **settings
         )
         self._core = self._sessions.core
         self._searches: QueryBatcher[tuple[int, Episode, int]] = self._sessions.searches
@@ -109,10 +102,10 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._episodes: list[Episode | None] = [None] * num_envs
-        self._next = list(range(num_envs))
+        self._next = list(range(num_envs))  # the number of each one's next episode
+        self._sent: set[int] = set()  # who sent an action and has not received its result
+        self._found: dict[int, dict[int, Found]] = {}  # results of a part of an action's requests
         self._ready: list[StepResult] = []
-        self._sent: set[int] = set()
-        self._found: dict[int, dict[int, Found]] = {}  # for some of the queries of an action
         self.closed = False
 
     @property
@@ -122,36 +115,36 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
 
     def provenance(self) -> dict[str, str]:
         """What results depend on besides the policy: fingerprints of questions, index, prompt."""
-        return self._core.provenance()
+        return self._sessions.provenance()
 
     @property
     def search_counts(self) -> SearchCounts:
-        """How many queries were asked so far, and how many of them the engine was spared."""
+        """How many queries were asked so far, and how many of them the engine did not get."""
         return self._searches.counts
 
     @property
     def episodes(self) -> tuple[Episode | None, ...]:
-        """The episodes as they stand; None before a first reset."""
+        """The present episodes; None for a sub-environment that was never reset."""
         return tuple(self._episodes)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[tuple[str, ...], dict[str, Any]]:
-        """Start episodes, of all sub-environments or of some.
+        """Start episodes in all sub-environments or in some.
 
-        What a sub-environment had sent and not yet received is dropped.
+        An action that was sent, and whose result was not yet received, is dropped.
 
         Args:
-            seed: draws the order of the questions, for all sub-environments alike.
-            options: ``{"episodes": [...]}``, the number of each one's episode in that order, or
-                ``{"question_ids": [...]}``, the id of each one's question; and
-                ``{"reset_mask": [...]}``, which of them to reset (num_envs booleans).
+            seed: draws the order of the questions, the same for all sub-environments.
+            options: ``{"episodes": [...]}``, num_envs numbers of episodes in that order, or
+                ``{"question_ids": [...]}``, num_envs ids of questions; and
+                ``{"reset_mask": [...]}``, num_envs booleans: which ones to reset.
 
         Returns:
-            The prompts, empty where a sub-environment was not reset, and the infos.
+            num_envs prompts, empty where a sub-environment was not reset, and the infos.
 
         Raises:
-            ConfigurationError: an unknown option, or one of the wrong length.
+            ConfigurationError: an unknown option, one of the wrong length, or no such question.
         """
         super().reset(seed=seed)
         if seed is not None:
@@ -181,7 +174,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         for i in chosen:
             number = self._next[i] if numbers is None else numbers[i]
             observations[i], infos[i] = self._begin(i, number, indexes.get(i))
-        return tuple(observations), batched_infos(infos, self.num_envs)
+        return tuple(observations), batch_infos(infos, self.num_envs)
 
     def step(
         self, actions: Sequence[Action], mask: Mask | Sequence[bool] | None = None
@@ -192,8 +185,8 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
 
         Args:
             actions: num_envs texts.
-            mask: the sub-environments that take theirs (num_envs booleans; None: all). The others
-                stay as they are: an empty observation, reward 0, no info.
+            mask: num_envs booleans: which sub-environments take a step; None: all. The others stay
+                as they are, with an empty observation, reward 0 and no info.
 
         Returns:
             observations, rewards, terminations, truncations (num_envs each), infos.
@@ -204,13 +197,11 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         """
         if isinstance(actions, str) or _count(actions) != self.num_envs:
             raise ActionError(
-                f"step takes {self.num_envs} texts, one a sub-environment, not {actions!r:.80}"
+                f"step takes {self.num_envs} texts, one per sub-environment, not {actions!r:.80}"
             )
         moved = {i: self._advance(i, actions[i]) for i in self._chosen(mask)}
-        asked = [(i, query) for i, each in moved.items() if each for query in each.pending_requests]
-        found: dict[int, list[Found]] = {}
-        for (i, _), hits in zip(asked, self._searches.ask([q for _, q in asked]), strict=True):
-            found.setdefault(i, []).append(hits)
+        requests = [r for episode in moved.values() if episode for r in episode.pending_requests]
+        found = iter(self._searches.ask(requests))
 
         observations = [""] * self.num_envs
         rewards = np.zeros(self.num_envs, dtype=np.float64)
@@ -218,11 +209,13 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         truncations = np.zeros(self.num_envs, dtype=np.bool_)
         infos = {}
         for i, episode in moved.items():
-            settled = resolve_search(episode, *found.get(i, ())) if episode else None
-            result = self._conclude(i, settled)
+            if episode is not None:
+                own = islice(found, len(episode.pending_requests))
+                episode = resolve_search(episode, *own)  # noqa: PLW2901
+            result = self._conclude(i, episode)
             _, observations[i], rewards[i], terminations[i], truncations[i], infos[i] = result
-        together = batched_infos(infos, self.num_envs)
-        return tuple(observations), rewards, terminations, truncations, together
+        all_infos = batch_infos(infos, self.num_envs)
+        return tuple(observations), rewards, terminations, truncations, all_infos
 
     def send(self, env_ids: Sequence[int], actions: Sequence[Action]) -> None:
         """Take actions of some sub-environments; their searches run in the background.
@@ -246,18 +239,21 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
                 self._ready.append(self._conclude(i, episode))
                 continue
             self._episodes[i] = episode
-            for number, query in enumerate(episode.pending_requests):
-                self._searches.submit((i, episode, number), query)
+            for number, request in enumerate(episode.pending_requests):
+                self._searches.submit((i, episode, number), request)
 
     def recv(self, timeout: float | None = None, min_results: int = 1) -> list[StepResult]:
-        """The results that are ready, in the order in which they became so.
+        """All results that are ready, in the order in which they became ready.
 
         Args:
-            timeout: seconds to wait for ``min_results`` of them; None: as long as it takes.
-            min_results: how many to wait for (all that were sent, where that is fewer).
+            timeout: seconds to wait for ``min_results``; None: as long as it takes.
+            min_results: how many results to wait for; if fewer actions are sent, for all of these.
 
         Returns:
-            Perhaps more than asked for; fewer when time is up; none when nothing was sent.
+            Possibly more than ``min_results``; fewer if the time is up; none if nothing was sent.
+
+        Raises:
+            Exception: whatever a retriever raised that is no ``RetrievalError`` (a bug).
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -270,7 +266,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
                 break
             (i, asked, number), found = taken
             if self._episodes[i] is not asked:
-                continue  # it was reset in the meantime
+                continue  # the action was dropped in the meantime
             if isinstance(found, Exception) and not isinstance(found, RetrievalError):
                 self._drop_sent([i])
                 raise found
@@ -283,13 +279,15 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         self._sent.difference_update(result.env_id for result in results)
         return results
 
-    def truncate(self, env_ids: Sequence[int], reason: CutReason = "length") -> list[StepResult]:
+    def truncate(
+        self, env_ids: Sequence[int], reason: TruncationReason = "length"
+    ) -> list[StepResult]:
         """End episodes from outside, because their budgets of tokens are spent.
 
-        What a sub-environment had sent and not yet received is dropped.
+        An action that was sent, and whose result was not yet received, is dropped.
 
         Args:
-            env_ids: whose episodes.
+            env_ids: the sub-environments whose episodes end.
             reason: becomes the ``stop_reason`` of their infos.
 
         Returns:
@@ -299,19 +297,18 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
             EpisodeError: a sub-environment is not reset, or its episode is over; then no other
                 has changed either.
         """
-        cut = {int(i): truncate(self._episode(int(i)), reason) for i in env_ids}
-        self._drop_sent(cut)
-        return [self._conclude(i, episode) for i, episode in cut.items()]
+        truncated = {int(i): truncate(self._episode(int(i)), reason) for i in env_ids}
+        self._drop_sent(truncated)
+        return [self._conclude(i, episode) for i, episode in truncated.items()]
 
     def branch(self, source: int, targets: Sequence[int]) -> None:
         """Let the targets continue from the source's present state; the source stays as it is.
 
-        An episode is immutable, so this copies nothing. What a target had sent and not yet received
-        is dropped.
+        An episode is immutable, so nothing is copied.
 
         Args:
             source: a sub-environment in the middle of its episode.
-            targets: other sub-environments; whatever they were playing is dropped.
+            targets: other sub-environments; their own episodes, and what they sent, are dropped.
 
         Raises:
             EpisodeError: the source is not reset, is over, or has sent an action; or there is no
@@ -338,6 +335,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         self._sessions.close()
 
     def _chosen(self, mask: Mask | Sequence[bool] | None) -> list[int]:
+        """The numbers of the sub-environments that a mask chooses."""
         if mask is None:
             return list(range(self.num_envs))
         if _count(mask) != self.num_envs:
@@ -348,7 +346,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         return [i for i, chosen in enumerate(mask) if chosen]
 
     def _begin(self, i: int, number: int, index: int | None = None) -> tuple[str, dict[str, Any]]:
-        """Start the numbered episode, or one of the question with this index."""
+        """Start an episode by its number, or by the index of its question."""
         if index is None:
             index = self._core.draw_question(int(self.np_random_seed or 0), number)
             self._next[i] = int(number) + self.num_envs
@@ -356,7 +354,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         return observation, info
 
     def _drop_sent(self, env_ids: Collection[int]) -> None:
-        """Forget what these sub-environments have sent and not yet received."""
+        """Forget the actions that these sub-environments sent, and their results."""
         self._sent.difference_update(env_ids)
         self._ready = [result for result in self._ready if result.env_id not in env_ids]
         for i in env_ids:
@@ -374,7 +372,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         return episode
 
     def _advance(self, i: int, action: Action) -> Episode | None:
-        """The episode after an action; None: it was over, and the action is spent on a reset."""
+        """The episode after an action; None if it was over, and the action resets it instead."""
         episode = self._episode(i)
         if i in self._sent:
             raise EpisodeError(f"sub-environment {i} has sent an action; call recv first")
@@ -383,6 +381,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         return advance(episode, action)
 
     def _conclude(self, i: int, episode: Episode | None) -> StepResult:
+        """The result of a step to this episode, with the reset that may belong to it."""
         if episode is None:
             observation, info = self._begin(i, self._next[i])
             return StepResult(i, observation, 0.0, False, False, info)
@@ -396,48 +395,5 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
 
 
 def _count(values: object) -> int:
-    """How many values there are; 0 where it is no sequence."""
+    """How many values there are; 0 if it has no length."""
     return len(values) if isinstance(values, Sized) else 0
-
-
-def batched_infos(infos: Mapping[int, Mapping[str, Any]], num_envs: int) -> dict[str, Any]:
-    """Merge the infos of sub-environments into one.
-
-    The same as Gymnasium's ``VectorEnv._add_info`` makes of them one after the other, in a quarter
-    of its time: an array a key, with zero or None where a sub-environment has it not, and under
-    ``_key`` which have it; of dictionaries, and theirs, such a dictionary.
-
-    Args:
-        infos: by the number of the sub-environment, from 0.
-        num_envs: how many sub-environments there are.
-    """
-    columns: dict[str, dict[int, Any]] = {}
-    for i, info in infos.items():
-        for key, value in info.items():
-            if key in columns:
-                columns[key][i] = value
-            else:
-                columns[key] = {i: value}
-    batched: dict[str, Any] = {}
-    for key, column in columns.items():
-        mask = np.zeros(num_envs, dtype=np.bool_)
-        mask[list(column)] = True
-        batched[key], batched[f"_{key}"] = _array(column, num_envs), mask
-    return batched
-
-
-def _array(column: Mapping[int, Any], num_envs: int) -> Any:
-    """The values of a key; their type is that of the first."""
-    first = next(iter(column.values()))
-    if isinstance(first, dict):
-        return batched_infos(column, num_envs)
-    array: npt.NDArray[Any]
-    if type(first) in _NUMBERS or isinstance(first, np.number):
-        array = np.zeros(num_envs, dtype=type(first))
-    elif isinstance(first, np.ndarray):
-        array = np.zeros((num_envs, *first.shape), dtype=first.dtype)
-    else:
-        array = np.full(num_envs, None, dtype=object)
-    for i, value in column.items():
-        array[i] = value
-    return array

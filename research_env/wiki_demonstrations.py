@@ -1,15 +1,15 @@
-"""Demonstrations on real passages: how a pretrained model is shown to search before it is trained.
+"""Demonstrations on real passages: a pretrained model sees how to search before it is trained.
 
-They are made by a program from training questions whose gold passages are known. An episode
-searches the gold sub-question (MuSiQue has them) or the title of the gold passage, reads, and
-answers. A title is searched only if the question or a passage read before names it, so that every
-step can be concluded from what stands there. The results are those of a real search.
+They are made from training questions whose gold passages are known. An episode searches the gold
+sub-questions (MuSiQue has them) or the titles of the gold passages, reads, and answers. A title is
+searched only if the question or an earlier passage names it, so that each step follows from what
+was read. The results are those of a real search.
 
 As in MiniWorld the habit of searching is left weak on purpose: many episodes guess or stop early.
-What reinforcement learning then has to find is when to search, how often, and how to answer.
+Reinforcement learning then has to find when to search, how often, and how to answer.
 
-Nothing held out is shown: no development question, and no passage that only development questions
-need, as the index is made without those.
+No development question is shown, and no passage that only development questions need: the index is
+made without these passages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from research_env.demonstrations import SKILLED, Demonstration, Habits, gold_que
 from research_env.errors import ConfigurationError
 from research_env.metrics import normalize
 from research_env.papers.research import RESEARCH
-from research_env.retrieval.base import Hit, Passage
+from research_env.retrieval.base import Passage
 from research_env.retrieval.bm25.retriever import EmbeddedRetriever, build_index
 
 YES_NO = ("yes", "no")
@@ -44,14 +44,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class WithoutPassages:
-    """A corpus without some of its passages; a ``Corpus``."""
+    """A corpus without some of its passages, itself a ``Corpus``."""
 
     corpus: Corpus
-    left_out: frozenset[str]
+    left_out: frozenset[str]  # ids
 
     @property
     def name(self) -> str:
-        """The name of the corpus, and how much it lacks."""
+        """The name of the corpus, and the number of passages that are left out."""
         return f"{self.corpus.name}-without-{len(self.left_out)}"
 
     def __iter__(self) -> Iterator[Passage]:
@@ -59,7 +59,7 @@ class WithoutPassages:
         return (passage for passage in self.corpus if passage.id not in self.left_out)
 
     def fingerprint(self) -> str:
-        """Identify the whole corpus and how much is left out; the index is made anew each time."""
+        """The whole corpus and the number of passages left out; enough, as no index is kept."""
         return f"{self.corpus.fingerprint()}-{len(self.left_out)}"
 
 
@@ -76,12 +76,12 @@ def demonstrations(
     """Make demonstrations from the training questions of a data set with known gold passages.
 
     Args:
-        count: how many; the questions are gone through as often as it takes, in new orders.
+        count: number of demonstrations; each pass over the questions is in a new order.
         dataset: as for ``load_dataset``, such as "hotpotqa+2wiki".
         top_k: passages that a search returns.
-        seed: seed of every choice.
-        search: probability of searching at the start, rather than guessing.
-        go_on: probability of searching again where something is missing, rather than answering.
+        seed: seed of all random choices.
+        search: probability of searching at the start rather than guessing.
+        go_on: probability of searching again, if something is missing, rather than answering.
         box: probability of writing the answer into a box.
 
     Yields:
@@ -104,7 +104,7 @@ def demonstrations(
         for question, steps, results in rng.sample(questions, len(questions)):
             if made == count:
                 return
-            yield episode(question, steps, results, rng, habits)
+            yield demonstrate(question, steps, results, rng, habits)
             made += 1
 
 
@@ -116,21 +116,21 @@ def held_out_passages(train: Dataset, held_out: Dataset) -> frozenset[str]:
 
 
 def gold_steps(question: Question, passages: dict[str, Passage]) -> list[Step]:
-    """The searches that lead to all gold passages of a question, each concluded from before.
+    """The searches that lead to all gold passages of a question, each from what was read before.
 
     Args:
         question: with its gold passages.
-        passages: by their ids.
+        passages: the passages by id.
 
     Returns:
-        The steps in order; none where a passage is missing, where nothing read before names a
-        passage, or where the answer stands in none of them.
+        The steps in order; none if a passage is missing or is not named by what was read before,
+        or if no passage contains the answer.
     """
     if any(id_ not in passages for id_ in question.supporting):
         return []
-    told = " ".join(passages[id_].text for id_ in question.supporting)
+    text = normalize(" ".join(passages[id_].text for id_ in question.supporting))
     answers = [normalize(answer) for answer in question.answers]
-    if answers[0] not in YES_NO and not any(a and a in normalize(told) for a in answers):
+    if answers[0] not in YES_NO and not any(answer and answer in text for answer in answers):
         return []
     if question.decomposition:
         supports = [hop.support for hop in question.decomposition]
@@ -149,24 +149,24 @@ def gold_steps(question: Question, passages: dict[str, Passage]) -> list[Step]:
     return steps
 
 
-def episode(
+def demonstrate(
     question: Question,
     steps: Sequence[Step],
     results: Sequence[str],
     rng: random.Random,
     habits: Habits = SKILLED,
 ) -> Demonstration:
-    """Play a question step by step, with each decision made the skilled way as often as said.
+    """Play a question step by step.
 
     Args:
         question: with its answer.
         steps: its searches.
         results: the observation of each search.
         rng: random generator of the decisions.
-        habits: their probabilities.
+        habits: the probabilities of skilled decisions.
 
-    Returns:
-        A list of (provenance, text).
+    Raises:
+        ValueError: there are no steps.
     """
     parts: Demonstration = [("prompt", RESEARCH.prompt("question", question.question))]
 
@@ -193,7 +193,7 @@ def episode(
 def _searched(
     train: Dataset, left_out: frozenset[str], top_k: int
 ) -> list[tuple[Question, list[Step], list[str]]]:
-    """The questions whose every search finds what it looks for, with what the searches return."""
+    """The questions whose searches all find their passages: with their steps and observations."""
     if train.corpus is None:
         raise ConfigurationError(f"the data set {train.name!r} has no corpus; take one that has")
     corpus = WithoutPassages(train.corpus, left_out)
@@ -211,26 +211,25 @@ def _searched(
             retriever.close()
     found: list[tuple[Question, list[Step], list[str]]] = []
     for question, steps in planned:
-        hits = [next(answers) for _ in steps]
-        if all(_holds(each, step.passage) for each, step in zip(hits, steps, strict=True)):
-            shown = [RESEARCH.render(each) for each in hits if not isinstance(each, Exception)]
+        complete, shown = True, []
+        for step in steps:
+            hits = next(answers)
+            if isinstance(hits, Exception):
+                raise hits
+            complete &= any(hit.passage.id == step.passage.id for hit in hits)
+            shown.append(RESEARCH.render(hits))
+        if complete:
             found.append((question, steps, shown))
     return found
 
 
-def _holds(hits: Sequence[Hit] | Exception, passage: Passage) -> bool:
-    if isinstance(hits, Exception):
-        raise hits
-    return any(hit.passage.id == passage.id for hit in hits)
-
-
 def _name(passage: Passage) -> str:
-    """A title without what tells it from others of the same name, such as "(film)"."""
+    """A title without the addition that distinguishes it from equal ones, such as "(film)"."""
     return re.sub(r"\s*\([^()]*\)$", "", passage.title) or passage.title
 
 
 def _wanted(question: Question, steps: Sequence[Step], number: int) -> str:
-    """What is looked for in the passage of a step: the answer, or the next passage's name."""
+    """The answer to find in the passage of a step, or the name of the next passage."""
     if number == len(steps) - 1:
         return question.answers[0]
     if question.decomposition:
@@ -239,7 +238,7 @@ def _wanted(question: Question, steps: Sequence[Step], number: int) -> str:
 
 
 def _sentence(text: str, wanted: str) -> str:
-    """The first sentence that says what is wanted, or the first one; cut where it is long."""
+    """The first sentence that contains what is wanted, else the first one; shortened if long."""
     sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z0-9\"'])", text)
     chosen = next((s for s in sentences if wanted.casefold() in s.casefold()), sentences[0])
     words = chosen.split()

@@ -1,4 +1,4 @@
-"""Blocks of the documentation that other environments than that of ``make test`` run."""
+"""Code blocks of the documentation, for tests in other environments than ``make test``."""
 
 from __future__ import annotations
 

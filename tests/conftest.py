@@ -18,12 +18,12 @@ settings.register_profile("suite", deadline=None)  # on a busy machine any examp
 settings.load_profile("suite")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell lets what it runs in the background ignore Ctrl-C, and so would all that tests start.
+    # A shell lets background processes ignore Ctrl-C; the processes of tests must not inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files that take longest first, so that no worker waits for another at the end."""
+    """Run the longest files first, so that no worker waits for another at the end."""
     slow, vllm = (
         {item.path for item in items if item.get_closest_marker(mark)} for mark in ("slow", "vllm")
     )
@@ -32,11 +32,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _leaves_no_global_state() -> Iterator[None]:
-    """Fail each module that does not leave what tests must leave as they found it."""
+    """Fail each module whose tests change the global state."""
     before, running = global_state.snapshot(), global_state.running()
     yield
     after = global_state.snapshot()
-    if "vllm" in sys.modules:  # its engine lives as long as the session, with its process group
+    if "vllm" in sys.modules:  # its engine keeps a process group until the session ends
         for each in (before, after):
             each.pop("torch's process group", None)
     changed = list(global_state.differences(before, after))
@@ -46,13 +46,13 @@ def _leaves_no_global_state() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
-    """No test depends on the random numbers that earlier ones drew."""
+    """Let no test depend on the random numbers that earlier tests drew."""
     global_state.seed_all()
 
 
 @pytest.fixture
 def forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork the processes that our code starts, from one that has loaded torch."""
+    """Fork the processes that our code starts from one that has loaded torch."""
     from tests.forks import FORKS
 
     monkeypatch.setattr("multiprocessing.get_context", lambda _: FORKS)
@@ -79,7 +79,7 @@ def research_data() -> Path:
 def elasticsearch(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The address of a real Elasticsearch server, or a skip (a failure under CI).
 
-    That of ELASTICSEARCH_URL, else one that the session starts, a single one for all workers.
+    It is ELASTICSEARCH_URL if that is set, else a server that the session starts for all workers.
     """
     from tests.elasticsearch.server import ServerError, save, saved, start
 
@@ -103,7 +103,7 @@ def elasticsearch(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Stop the server of the session, when its workers are done."""
+    """Stop the server of the session when its workers are done."""
     if not hasattr(session.config, "workerinput") and hasattr(session.config, "_tmp_path_factory"):
         from tests.elasticsearch.server import saved
 
@@ -113,7 +113,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def _note(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a session notes its server down; the workers' folders are inside the session's."""
+    """The file that describes the session's server; workers have folders in the session's."""
     folder = tmp_path_factory.getbasetemp()
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     return (folder.parent if worker else folder) / "elasticsearch.json"

@@ -1,4 +1,4 @@
-"""Processes that need not load torch: they are forked from one that has."""
+"""Processes that need not load torch, since they are forked from one that has."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ NOTHING: Mapping[str, str] = {}
 
 
 class _Process(ForkServerProcess):
-    """Has the environment of the process that starts it, as one that is started anew.
+    """A process with the environment variables of its parent, not of the fork server.
 
-    What it starts itself is forked from the same server.
+    Its own children are forked from the same server.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,7 +38,7 @@ class _Process(ForkServerProcess):
         os.environ.update(self._environ)
         server: Any = forkserver._forkserver
         server._forkserver_address = self._address
-        server.ensure_running = lambda: None  # it would start another one
+        server.ensure_running = lambda: None  # it would start another server
         multiprocessing.get_context = lambda method=None: FORKS  # type: ignore[assignment]
         super().run()
 
@@ -48,7 +48,7 @@ class _Context(ForkServerContext):
 
 
 FORKS = _Context()
-"""A context of multiprocessing: loading what a run needs takes several seconds per process."""
+"""A context of multiprocessing whose processes start without the seconds that loading takes."""
 FORKS.set_forkserver_preload(
     [
         "research_agent.trainer",
@@ -61,7 +61,7 @@ FORKS.set_forkserver_preload(
 
 
 class Output:
-    """Files in which processes leave what they print."""
+    """Files that hold what processes print."""
 
     def __init__(self, folder: Path) -> None:
         self.said, self.errors = folder / "said", folder / "errors"
@@ -76,8 +76,8 @@ class Output:
         Args:
             program: a file of Python, or the name of a module.
             words: its arguments.
-            cwd: the folder that it works in.
-            env: variables, besides those of this process.
+            cwd: its working folder.
+            env: environment variables, besides those of this process.
         """
         return FORKS.Process(target=self._run, args=([program, *words], cwd, dict(env)))
 
@@ -98,7 +98,7 @@ class Output:
 
 @contextmanager
 def outputs() -> Iterator[Output]:
-    """Output of processes that do not outlive the block."""
+    """The output of processes that end within the block."""
     with tempfile.TemporaryDirectory() as folder:
         yield Output(Path(folder))
 

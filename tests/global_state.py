@@ -1,7 +1,7 @@
-"""What a process has only once: tests must leave it as they found it.
+"""The global state of a process, which tests must leave as they found it.
 
-A module that leaves a thread, a child, an environment variable, a process group or a default behind
-makes those that run after it pass or fail by their order.
+A module that leaves a thread, a child process, an environment variable, a process group or a
+changed default behind lets later modules pass or fail by their order.
 """
 
 from __future__ import annotations
@@ -31,28 +31,24 @@ _VARIABLES = (
 
 
 def snapshot() -> dict[str, Any]:
-    """The values that tests must leave alone, by name."""
+    """The values that tests must not change, by name."""
+    umask = os.umask(0)
+    os.umask(umask)
     found: dict[str, Any] = {
         "working folder": str(Path.cwd()),
         "sys.path": tuple(path for path in sys.path if "site-packages" not in path),
         "root logger": (logging.root.level, logging.root.disabled, logging.root.manager.disable),
-        "process umask": _umask(),
+        "process umask": umask,
     }
     for name, value in os.environ.items():
         if name.startswith(_VARIABLES):
             found[f"environment variable {name}"] = value
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
         found[f"handler of {number.name}"] = signal.getsignal(number)
-    return {**found, **_of_torch()}
+    return {**found, **_torch_state()}
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _of_torch() -> dict[str, Any]:
+def _torch_state() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "get_default_dtype"):
         return {}
@@ -67,7 +63,7 @@ def _of_torch() -> dict[str, Any]:
 
 
 def running() -> set[str]:
-    """Our threads, and child processes, that somebody has to end."""
+    """Our threads, and all child processes."""
     threads = {
         f"thread {each.name}" for each in threading.enumerate() if each.name.startswith(_OURS)
     }
@@ -75,7 +71,7 @@ def running() -> set[str]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
-    """What changed, in words. What a library sets when it is first loaded is no change."""
+    """The changes in words. What torch sets when it is first loaded is no change."""
     for name in sorted(before.keys() | after.keys()):
         first = before.get(name)
         if name.startswith("torch") and name not in before:
@@ -93,9 +89,9 @@ _FRESH_TORCH = {
 
 
 def leftovers(before: set[str]) -> set[str]:
-    """Threads and children that did not run before, and do not end by themselves either."""
+    """Threads and children that did not run before, and do not end by themselves in time."""
     if running() - before:
-        gc.collect()  # an environment that nobody closed is closed when it is collected
+        gc.collect()  # closes environments that nobody closed
     deadline = time.monotonic() + _TIMEOUT
     while (new := running() - before) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -103,7 +99,7 @@ def leftovers(before: set[str]) -> set[str]:
 
 
 def seed_all() -> None:
-    """Give the random numbers of the process the same start for each test."""
+    """Seed the global random generators of the process."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - the global state is what is reset
     torch = sys.modules.get("torch")

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source; and what importing loads, seen in a new process."""
+"""Which modules may import which, by their source; and what an import loads, in a new process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def modules(package: str) -> list[Path]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Full names of all that a file imports, wherever in it."""
+    """Full names of all imports in a file, at any depth."""
     package = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -68,7 +68,7 @@ OTHERS_WORDS |= {"elasticsearch", "wikipedia", "hotpotqa", "musique", "supportin
 NAMES_OF_OTHERS = re.compile(
     r"URLSearchParams|re\.search|[Rr]e[Ss]earch[\w-]*|Search-R1|search-r1|R1-Searcher|Tree Search"
 )
-"""Names that hold such a word and are not ours to choose: browsers', Python's, of papers."""
+"""Names with such a word that we cannot choose: of browsers, Python and papers."""
 
 
 def words_of(text: str) -> set[str]:
@@ -78,7 +78,7 @@ def words_of(text: str) -> set[str]:
 
 
 def test_the_trainer_has_no_word_for_what_an_environment_does() -> None:
-    """Neither in names nor in strings and comments, of Python, JavaScript, HTML and CSS."""
+    """Neither in names nor in strings and comments; in Python, JavaScript, HTML and CSS."""
     files = [p for p in (ROOT / "research_agent").rglob("*") if p.suffix in TEXTS]
     assert len(files) > 80
     found = {
@@ -145,7 +145,7 @@ LAYERS = {
         "episode templates",
         "papers",
         "rewards turn_rewards demonstrations wiki_demonstrations",
-        "core",
+        "core info fingerprint",
         "env sessions",
         "vector_env testing footprint registration presets",
         "adapters",

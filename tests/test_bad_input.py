@@ -1,8 +1,7 @@
-"""Bad input where it meets a user: by Gymnasium's ids, and on the command lines.
+"""Bad input where users meet it: in ``gymnasium.make`` and on the command lines.
 
-That each reader, engine and part refuses what it cannot use is tested beside it. Here: that the
-refusal arrives, typed, with file, line and cure; and that a passage changes nothing of what is
-learned.
+The tests of each module show what it refuses. These show that the errors reach the user, with
+their type, file, line and advice, and that no passage changes what is learned.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,13 @@ from research_agent.environments import make_environments
 from research_agent.renderer import Renderer
 from research_agent.rollout import collect
 from research_agent.trajectory import Group, Trajectory
-from research_env import RESEARCH, SEARCH_R1, Hit, Passage
+from research_env import RESEARCH, SEARCH_R1
 from research_env.datasets import miniworld
 from research_env.errors import (
-    ActionError,
     ConfigurationError,
     DataError,
     DataNotFoundError,
     ResearchEnvError,
-    RetrievalError,
     StaleIndexError,
     UnknownNameError,
 )
@@ -46,7 +43,7 @@ from research_env.vector_env import SearchQAVectorEnv
 from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_qwen2
 from tests.research_agent.disks import small_disk
 from tests.research_env.fakes import DATASET
-from tests.research_env.test_hostile import PASSAGE
+from tests.research_env.test_hostile import PASSAGE, Library
 
 QUESTION = {"id": "q1", "question": "Who?", "answers": ["Ann"]}
 PAGE = {"id": "p1", "title": "Ann", "text": "Ann is a person."}
@@ -106,19 +103,6 @@ def test_a_setting_that_cannot_be_used_is_refused_by_both_environments(
 
 
 @pytest.mark.parametrize(
-    "given",
-    [
-        *({"num_envs": value} for value in (0, 1.5, "2", None)),
-        *({"max_batch": value} for value in (0, "3", None)),
-        *({"max_wait": value} for value in (-1, "x", float("nan"), None)),
-    ],
-)
-def test_sizes_of_the_vector_environment(given: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match="integers of at least 1, max_wait is at least 0"):
-        SearchQAVectorEnv(**{"dataset": DATASET, "retriever": Blank(), **given})
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"episodes": 5}, "a number for each of the 2 sub-environments; 5 has 0"),
@@ -127,28 +111,15 @@ def test_sizes_of_the_vector_environment(given: dict[str, Any]) -> None:
         ({"episodes": [1.5, 0]}, r"an integer from 0 on, not 1\.5"),
         ({"episodes": [None, 0]}, "an integer from 0 on, not None"),
         ({"episodes": [0, -1]}, "an integer from 0 on, not -1"),
+        ({"reset_mask": [True]}, r"of the 2 sub-environments; \[True\] has 1"),
         ({"reset_mask": 3}, "a boolean for each of the 2 sub-environments; 3 has 0"),
         ({"episode": 3}, r"takes the options 'episodes' and 'reset_mask', not \['episode'\]"),
     ],
 )
 def test_options_of_the_vector_environment(options: dict[str, Any], message: str) -> None:
-    env = SearchQAVectorEnv(2, dataset=DATASET, retriever=Blank())
+    env = SearchQAVectorEnv(2, dataset=DATASET, retriever=Library([("", "")]))
     with pytest.raises(ConfigurationError, match=message):
         env.reset(seed=0, options=options)
-
-
-@pytest.mark.parametrize(
-    "actions", [None, 7, "ab", ["a"], ["a", "b", "c"], ["a", None], [b"a", ""]]
-)
-def test_actions_of_the_vector_environment(actions: Any) -> None:
-    env = SearchQAVectorEnv(2, dataset=DATASET, retriever=Blank())
-    env.reset(seed=0)
-    with pytest.raises(ActionError):
-        env.step(actions)
-    with pytest.raises(ActionError):
-        env.send([0, 1], actions)
-    assert env.recv(timeout=0) == []
-    assert list(env.step(["a", ""])[2]) == [True, True]  # nobody had moved
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -333,19 +304,6 @@ def test_a_prompt_longer_than_the_context_and_a_bad_line_are_named(
 # --- what a passage says --------------------------------------------------------------------------
 
 
-class Blank:
-    """Finds the same passages for every query; by default one that says nothing."""
-
-    def __init__(self, pages: Sequence[tuple[str, str]] = (("", ""),)) -> None:
-        self.hits = [Hit(Passage(f"p{i}", *page), 1.0) for i, page in enumerate(pages)]
-
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
-        return [self.hits[:top_k] for _ in queries]
-
-    def close(self) -> None:
-        """Nothing to release."""
-
-
 SAID = {
     "research": ("<think>look", "<search>a</search>", "</think><answer>\\boxed{F. 0}</answer>"),
     "r1-searcher": ("look", "<|begin_of_query|>a<|end_of_query|>", "</think><answer>F. 0</answer>"),
@@ -355,7 +313,7 @@ SAID = {
 }
 
 
-def played(renderer: Renderer, rules: str, engine: Blank) -> Trajectory:
+def played(renderer: Renderer, rules: str, engine: Library) -> Trajectory:
     """Two searches and an answer, said whatever the passages say."""
     before, searching, answering = SAID[rules]
     turns = [before + searching, searching, answering]
@@ -386,8 +344,8 @@ def test_no_passage_changes_what_is_learned_from_or_what_it_earns(
     pages: list[tuple[str, str]], rules: str, merges: bool, chat: bool
 ) -> None:
     renderer = make_renderer(byte_tokenizer(merges=merges), chat_template=chat)
-    hostile = played(renderer, rules, Blank(pages))
-    blank = played(renderer, rules, Blank([("", "")] * len(pages)))
+    hostile = played(renderer, rules, Library(pages))
+    blank = played(renderer, rules, Library([("", "")] * len(pages)))
     assert hostile.reward == blank.reward
     assert hostile.stop_reason == blank.stop_reason
     told, expected = (make_batch([Group(0, [t])]).targets.tolist() for t in (hostile, blank))
@@ -409,7 +367,7 @@ def test_the_hint_after_an_invalid_action_is_no_action_either() -> None:
     environments = make_environments(
         "research_env:SearchQA-v0",
         1,
-        {"dataset": DATASET, "retriever": Blank(), "protocol": "search-r1"},
+        {"dataset": DATASET, "retriever": Library([("", "")]), "protocol": "search-r1"},
     )
     scripted = ScriptedEngine(
         lambda *_: [*renderer.encode_text(next(script)), min(renderer.end_ids)], renderer, 10**5

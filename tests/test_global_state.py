@@ -1,4 +1,4 @@
-"""The rule that tests leave no global state notices what they could leave."""
+"""The check that tests leave no global state notices each kind of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is published: the wheel, its metadata, and the files that forges and citation tools read."""
+"""The wheel, its metadata, and the files for GitHub and citation tools."""
 
 from __future__ import annotations
 

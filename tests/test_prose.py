@@ -1,4 +1,4 @@
-"""Comments and docstrings say what a thing is: they do not begin in the middle of a sentence."""
+"""Comments and docstrings do not begin in the middle of a sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole path on real data: MuSiQue's training questions, an index of its passages, GRPO."""
+"""A whole run on real data: MuSiQue's training questions, an index of its passages, GRPO."""
 
 from __future__ import annotations
 

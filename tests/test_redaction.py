@@ -1,4 +1,4 @@
-"""Secrets in every form that a server may repeat them in; each package has the function."""
+"""Both packages redact secrets, in every form in which a server may repeat them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tool calls where environment and agent meet: chat templates, tokens, and endpoints."""
+"""Tool calls through environment and agent together: chat templates, tokens, endpoints."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def turn(template: str, *queries: str) -> str:
 
 
 def play(template: str, engine: Any, turns: list[str]) -> tuple[Trajectory, list[list[int]], Any]:
-    """Play turns through a chat template; returns what was sampled, too."""
+    """Play turns through a chat template: the trajectory, the sampled tokens, the renderer."""
     renderer = renderer_of(template)
     name, end = FAMILIES[template]
     sampled = []
@@ -178,14 +178,17 @@ def calling(*calls: tuple[str, str, Any], content: str | None = None) -> Any:
     return 200, {"choices": [{"message": message, "finish_reason": "tool_calls"}]}, {}
 
 
-def evaluate(endpoint: Endpoint, folder: Path, *settings: str) -> list[dict[str, Any]]:
+def evaluate(
+    endpoint: Endpoint, folder: Path, *settings: str, chat: bool = True
+) -> list[dict[str, Any]]:
+    """Evaluate a question by an endpoint; its lines of the predictions."""
     questions, corpus = folder / "questions.jsonl", folder / "corpus.jsonl"
     questions.write_text('{"id": "q0", "question": "Who did it?", "answers": ["Ann"]}\n')
     corpus.write_text('{"id": "p0", "title": "It", "text": "Ann did it."}\n')
     words = f"eval --env research_env:SearchQA-v0 --endpoint {endpoint.url} --model m --quiet"
-    words += f" --chat-template --output {folder / 'run'} --env-args questions={questions}"
-    words += f" corpus={corpus} protocol=tool-calls template=instruct"
-    main([*words.split(), *settings])
+    words += f" --output {folder / 'run'}" + (" --chat-template" if chat else "")
+    words += f" --env-args questions={questions} corpus={corpus} protocol=tool-calls"
+    main([*words.split(), f"template={'instruct' if chat else 'base'}", *settings])
     lines = (folder / "run" / "predictions.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines if '"episode"' in line]
 
@@ -250,7 +253,7 @@ def test_calls_of_any_form_lose_nothing(endpoint: Endpoint, tmp_path: Path, call
 
 
 def test_calls_in_the_text_of_an_endpoint_are_read_too(endpoint: Endpoint, tmp_path: Path) -> None:
-    """As of a server without a parser of tool calls."""
+    """A server without a parser of tool calls sends them as text."""
     text = turn("qwen2_5", "did")
     endpoint.answers = [well(text, chat=True), well("\\boxed{Ann}", chat=True)]
     (record,) = evaluate(endpoint, tmp_path)
@@ -265,12 +268,7 @@ def test_an_endpoint_that_completes_text_gets_the_prompt_and_the_frames_as_text(
     endpoint: Endpoint, tmp_path: Path
 ) -> None:
     endpoint.answers = [well(turn("qwen2_5", "did")), well("\\boxed{Ann}")]
-    words = f"eval --env research_env:SearchQA-v0 --endpoint {endpoint.url} --model m --quiet"
-    questions, corpus = tmp_path / "questions.jsonl", tmp_path / "corpus.jsonl"
-    questions.write_text('{"id": "q0", "question": "Who did it?", "answers": ["Ann"]}\n')
-    corpus.write_text('{"id": "p0", "title": "It", "text": "Ann did it."}\n')
-    words += f" --output {tmp_path / 'run'} --env-args questions={questions} corpus={corpus}"
-    main([*words.split(), "protocol=tool-calls"])
+    evaluate(endpoint, tmp_path, chat=False)
     first, second = [body["prompt"] for _, body in endpoint.asked]
     assert "<tools>" in first
     assert second == first + turn("qwen2_5", "did") + (  # the end that stopped it is put back

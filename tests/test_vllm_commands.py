@@ -1,4 +1,4 @@
-"""Every vLLM server that we start or tell a user to start listens here only and reports nothing."""
+"""Each vLLM command in code and docs binds to 127.0.0.1 and sends no usage statistics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMAND = re.compile(
 
 
 def places() -> list[tuple[str, str]]:
-    """(file and line, the text around the command)."""
+    """File and line of each command, and the text around it."""
     listed = subprocess.run(
         ["git", "ls-files", "*.md", "*.py", "*.sh", "*.yml", "*.yaml", "Makefile"],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""What runs on real vLLM servers, in one file: they share the process that has loaded vLLM."""
+"""Tests on real vLLM servers, in one file, since they share the process that has loaded vLLM."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Vllm(VllmServer):
 
 @pytest.fixture(scope="module")
 def both(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Vllm]]:
-    """Two servers with weights that no test uses, and doubles of CUDA for their transfers."""
+    """Two servers with other weights than those of the tests, and doubles of CUDA."""
     folder = tmp_path_factory.mktemp("vllm") / "model"
     torch.manual_seed(9)
     model = tiny_qwen2(hidden=128)
@@ -107,7 +107,7 @@ def changed(model: Any, seed: int) -> Any:
 
 
 def plays(engine: Engine, temperature: float = 0.0, **hooks: Any) -> list[Trajectory]:
-    """24 trajectories of three turns each, of which many end inside the token ``>.``."""
+    """24 trajectories of three turns each; many of the turns end inside the token ``>.``."""
     environments = make_environments(TOY, 8, {"turns": 3, "end": ">"})
     episodes = [(episode, sample) for episode in range(4) for sample in range(6)]
     limits = Limits(temperature=temperature, max_turn_tokens=24, max_prompt=100, max_response=200)
@@ -180,7 +180,7 @@ def test_real_servers_take_weights_from_memory(
 def test_real_servers(  # noqa: PLR0915
     servers: list[Vllm], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One story, as each of its parts needs both servers: a minute to start."""
+    """One test of many parts, as each needs both servers, which take a minute to start."""
     caplog.set_level(logging.WARNING)
     model = tiny_qwen2(hidden=128)
     local = TransformersEngine(model, RENDERER, 8, 256)

@@ -1,16 +1,16 @@
-"""Real vLLM servers for tests. Any test may use them; they know nothing of who asks.
+"""Real vLLM servers for tests.
 
 ``with serving(folder) as url:`` starts vLLM's server with the model of a folder, and stops it. Mark
 such tests ``vllm`` and ``slow``, and share a server by a fixture of the module. The model's name is
 ``model``.
 
-A server is three processes, and each takes ten seconds and more to load vLLM. So one process, the
-`Launcher`, loads it once, and all others are forked: its servers by itself, and their processes by
-the servers, as vLLM does on a GPU. Tests with real servers are in one file and share a launcher.
+A server is three processes, each of which takes ten seconds or more to load vLLM. So one process,
+the `Launcher`, loads it once and forks the servers, and these fork their processes, as vLLM does on
+a GPU. Tests with real servers are in one file and share a launcher.
 
-`save_model` makes a model of a few kilobytes that writes the first token of its vocabulary, always;
-where a form of the answer is asked for, the first one that the form allows. So what a real server
-answers is known beforehand.
+`save_model` makes a model of a few kilobytes that always writes the first token of its vocabulary
+or, if the answer must have a form, the first token that the form allows. So the answers of a real
+server are known beforehand.
 """
 
 from __future__ import annotations
@@ -81,12 +81,12 @@ class Launcher:
         return int(self._process.stdout.readline())
 
     def close(self) -> None:
-        """End the process, not its servers."""
+        """End the launcher, but not its servers."""
         self._process.communicate()
 
 
 class VllmServer:
-    """A server, which can be started again on its port.
+    """A server that can be started again on the same port.
 
     Args:
         launcher: starts it.
@@ -130,7 +130,7 @@ class VllmServer:
             time.sleep(0.01)
 
     def stop(self) -> None:
-        """Ask it to stop, and end what is left of its session."""
+        """Ask it to stop, and kill what is left of its session."""
         with suppress(ProcessLookupError):
             os.kill(self._process, signal.SIGTERM)
         deadline = time.monotonic() + 30
@@ -139,7 +139,7 @@ class VllmServer:
         self.kill()
 
     def runs(self) -> bool:
-        """Whether its process is there."""
+        """Whether its process exists."""
         return Path(f"/proc/{self._process}").exists()
 
 
@@ -150,7 +150,7 @@ def serving(folder: Path, *args: str, launcher: Launcher | None = None) -> Itera
     Args:
         folder: a model with its tokenizer.
         args: more arguments of vLLM's server.
-        launcher: starts it; without one it gets its own.
+        launcher: starts it; None: a new one.
     """
     need_vllm()
     own = launcher or Launcher()
@@ -168,10 +168,10 @@ def serving(folder: Path, *args: str, launcher: Launcher | None = None) -> Itera
 def save_model(folder: Path, context: int = 4096) -> None:
     """Save a Qwen2 model, tokenizer and chat template that greedily write the lowest token id.
 
-    Its layers add nothing, so that the hidden state is the same whatever it reads; the weights of
-    the output are lower for each next token. Token 0 ends the answer, token 1 is the quotation
-    mark, then come the other bytes in their order: an answer without a form is empty, and a text
-    in JSON ends where it began.
+    Its layers add nothing, so the hidden state does not depend on the input, and each logit is
+    lower than that of the token before. Token 0 ends the answer, token 1 is the quotation mark, and
+    the other bytes follow in order: so an answer without a form is empty, and so is a string in
+    JSON.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -225,7 +225,7 @@ def need_vllm() -> None:
 
 
 def _launch_all() -> None:
-    """Be the launcher: start a server for each line of the input, and print its process id."""
+    """Run as launcher: start a server for each line of the input, and print its process id."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # vLLM writes there too
     for module in LOADED:

@@ -33,7 +33,7 @@ from research_env.demonstrations import (
     Demonstration,
     Habits,
     comparing_drill,
-    episode,
+    demonstrate,
     gold_queries,
     reading_drill,
 )
@@ -212,7 +212,7 @@ def _demonstrate(
             ("observation", "\n"),
         ]
     results = [RESEARCH.render(found(query)) for query in gold_queries(question)]
-    return episode(question, results, rng, habits)
+    return demonstrate(question, results, rng, habits)
 
 
 def known(question: Question, hits: Sequence[Hit]) -> str:

@@ -1,4 +1,4 @@
-"""The commands of ``research-env``: a file and a data class for each.
+"""The commands of ``research-env``: for each a file with a data class.
 
-Their fields are the flags, and their docstrings the help.
+Its fields are the flags, and its docstrings the help texts.
 """

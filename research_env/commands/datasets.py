@@ -17,7 +17,7 @@ from research_env.system.terminal import show, show_json
 
 @dataclass(frozen=True)
 class ListDatasets:
-    """List the data sets; the same as without this word."""
+    """List the data sets, as without a subcommand."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PrepareDatasets:
     FlashRAG; 5.1 GB to fetch) or wiki18-search-r1 (Search-R1's). Each gets a folder with
     questions.jsonl.gz, corpus.jsonl.gz, and manifest.json with the checksums of what was fetched
     and made. After an interruption the same command continues with the files that are missing; if
-    the set is there, it checks it and changes nothing. Needs pip install 'research-env[hub]';
+    none is missing, it checks them and changes nothing. Needs pip install 'research-env[hub]';
     HF_ENDPOINT names a mirror. Without a hub it says which files to put where, and then converts
     these.
 
@@ -43,9 +43,9 @@ class PrepareDatasets:
     names: Positional[Annotated[tuple[str, ...], arg(metavar="NAME ...")]]
     """What to prepare."""
     output: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Gets a folder for each. Without it: RESEARCH_DATA, else the cache folder."""
+    """Where to make the folders. Default: RESEARCH_DATA, else the cache folder."""
     json: bool = False
-    """Print JSON: a line for each."""
+    """Print JSON, a line for each."""
 
     def run(self) -> None:
         """Carry the command out."""
@@ -59,8 +59,8 @@ class PrepareDatasets:
             if name not in HUB_SOURCES:  # before anything is fetched
                 raise UnknownNameError("published data set", name, HUB_SOURCES)
         named = os.environ.get("RESEARCH_DATA")
-        found_by_itself = Path(named).expanduser() if named else cache_folder() / "datasets"
-        output = found_by_itself if self.output is None else self.output.expanduser()
+        default = Path(named).expanduser() if named else cache_folder() / "datasets"
+        output = default if self.output is None else self.output.expanduser()
         for name in self.names:
             done = prepare(name, output)
             manifest = done.manifest
@@ -81,7 +81,7 @@ class PrepareDatasets:
                     f"Index it: research-env index --corpus {done.folder}/corpus.jsonl.gz "
                     f"--to elasticsearch://localhost:9200/{name}"
                 )
-        if output.resolve() != found_by_itself.resolve():
+        if output.resolve() != default.resolve():
             show(f"To use it: export RESEARCH_DATA={output.resolve()}", file=sys.stderr)
 
 

@@ -22,12 +22,12 @@ from research_env.system.terminal import show, show_json
 class Index:
     """Index a corpus, for the embedded search engine or for Elasticsearch.
 
-    The embedded engine has BM25 with Elasticsearch's scores, and an environment indexes for it by
-    itself the first time; this command does it beforehand, or for a corpus of your own. Doing it
-    again changes nothing, unless the corpus has changed.
+    The embedded engine has BM25 with Elasticsearch's scores. An environment makes its index the
+    first time it needs it; this command makes it beforehand, or for a corpus of your own. It
+    changes nothing if the index is there and the corpus is the same.
 
-    An index of Elasticsearch is shown under its name only when it is complete and checked; an
-    interrupted run goes on where it stopped. For credentials set ELASTICSEARCH_API_KEY, or
+    An index in Elasticsearch gets its name only when it is complete and checked; an interrupted run
+    continues where it stopped. For credentials set ELASTICSEARCH_API_KEY, or
     ELASTICSEARCH_USERNAME and ELASTICSEARCH_PASSWORD.
 
     For example:
@@ -45,9 +45,9 @@ class Index:
     .tsv, .parquet, .arrow and BEIR folders, and .gz."""
     to: Annotated[str | None, arg(metavar="DIR|URL")] = None
     """Folder of the index, or elasticsearch://HOST:PORT/INDEX (elasticsearch+https:// for TLS).
-    Without it: the cache folder, where environments look for it."""
+    Default: the cache folder, where environments look for it."""
     chunk: Annotated[int | None, arg(metavar="WORDS")] = None
-    """Split passages of more words into chunks of so many, with their titles and an overlap of a
+    """Split longer passages into chunks of this many words, with their titles and an overlap of a
     fifth. Needs --to; an environment with a corpus of its own then names embedded:DIR?corpus=any.
     Ids become ID#0, ID#1, ..., so gold passages are not recognized."""
     embed: Annotated[str | None, arg(metavar="MODEL")] = None
@@ -58,9 +58,9 @@ class Index:
     shards: int = 1
     """Elasticsearch: the number of shards."""
     replicas: int | None = None
-    """Elasticsearch: copies of each shard. Without it: one where there is a second node."""
+    """Elasticsearch: copies of each shard. Default: one if there is a second node, else none."""
     mapping: Annotated[Path | None, arg(metavar="FILE")] = None
-    """Elasticsearch: JSON that is laid over the settings and mappings of the index, for example
+    """Elasticsearch: JSON that is merged into the settings and mappings of the index, for example
     {"mappings": {"properties": {"contents": {"similarity": "boolean"}}}}."""
     check: bool = False
     """Compare an embedded index with the checksums made when it was built, and do nothing else."""
@@ -69,14 +69,8 @@ class Index:
 
     def run(self) -> None:
         """Carry the command out."""
-        from research_env.retrieval import (  # noqa: PLC0415
-            default_index,
-            index_corpus,
-        )
-        from research_env.retrieval.bm25.retriever import (  # noqa: PLC0415
-            check_index,
-            is_current,
-        )
+        from research_env.retrieval import default_index, index_corpus  # noqa: PLC0415
+        from research_env.retrieval.bm25.retriever import check_index, is_current  # noqa: PLC0415
 
         scheme, colon, rest = (self.to or "").partition(":")
         if self.check and self.to and (not colon or scheme == "embedded"):
@@ -89,8 +83,8 @@ class Index:
         if scheme in ("elasticsearch", "elasticsearch+https"):
             self._elasticsearch(corpus, self.to or "")
             return
-        given = (self.embed, self.analyzer, self.shards, self.replicas, self.mapping)
-        if given != (None, "english", 1, None, None):
+        layout = (self.embed, self.analyzer, self.shards, self.replicas, self.mapping)
+        if layout != (None, "english", 1, None, None):
             raise ConfigurationError(
                 "--embed, --analyzer, --shards, --replicas and --mapping are for "
                 "--to elasticsearch://..."
@@ -109,31 +103,25 @@ class Index:
             summary |= {"bytes": size, "built": built, "seconds": round(seconds, 3)}
             show_json(summary)
             return
-        work = (
-            f"{seconds:.1f} s, {count / seconds:,.0f} passages/s" if built else "was there already"
-        )
+        rate = f"{seconds:.1f} s, {count / seconds:,.0f} passages/s"
         show(
             f"{count:,} passages of {corpus.name} in {folder}\n"
-            f"{work}, {size / 1e6:.1f} MB\n"
+            f"{rate if built else 'was there already'}, {size / 1e6:.1f} MB\n"
             f'Search it: research-env search "..." --retriever embedded:{folder}'
         )
 
     def _chunked(self, corpus: Any) -> Any:
         """The corpus or its chunks; without --chunk a hint if its passages are long."""
-        from research_env.datasets.chunks import (  # noqa: PLC0415
-            LONG_PASSAGE,
-            ChunkedCorpus,
-            mean_words,
-        )
+        from research_env.datasets import chunks  # noqa: PLC0415
 
         if self.chunk is not None:
             if self.to is None:
                 raise ConfigurationError(
                     "--chunk needs --to: without it environments look for the whole passages"
                 )
-            return ChunkedCorpus(corpus, self.chunk)
-        words = mean_words(corpus)
-        if words > LONG_PASSAGE:
+            return chunks.ChunkedCorpus(corpus, self.chunk)
+        words = chunks.mean_words(corpus)
+        if words > chunks.LONG_PASSAGE:
             show(
                 f"research-env: hint: the passages are long ({words:,.0f} words on average), and a "
                 "policy reads several per search; --chunk 100 splits them",
@@ -143,16 +131,13 @@ class Index:
 
     def _elasticsearch(self, corpus: Any, url: str) -> None:
         from research_env.retrieval import report_progress  # noqa: PLC0415
-        from research_env.retrieval.elasticsearch.indexing import (  # noqa: PLC0415
-            Layout,
-            index_elasticsearch,
-        )
+        from research_env.retrieval.elasticsearch import indexing  # noqa: PLC0415
 
         body = _json_object(self.mapping) if self.mapping else {}
-        layout = Layout(self.analyzer, self.shards, self.replicas, self.embed, body)
+        layout = indexing.Layout(self.analyzer, self.shards, self.replicas, self.embed, body)
         start = time.perf_counter()
         with report_progress(corpus) as report:
-            done = index_elasticsearch(corpus, url, layout, report)
+            done = indexing.index_elasticsearch(corpus, url, layout, report)
         seconds = time.perf_counter() - start
         if self.json:
             summary = {"index": done.index, "corpus": corpus.name, "passages": done.passages}

@@ -19,14 +19,14 @@ class Judge:
     """Have a language model judge predictions, as ReSearch and R1-Searcher do.
 
     PREDICTIONS is the predictions.jsonl of an evaluation, or its folder. The judge is any model at
-    an OpenAI-compatible endpoint, vLLM's too; the key comes from OPENAI_API_KEY. Beside the
-    predictions it writes judged.jsonl (a line per verdict, with the judge's answer) and judge.json
-    (the summary). Needs pip install 'research-env[openai]'.
+    an OpenAI-compatible endpoint, for example vLLM's; the key comes from OPENAI_API_KEY. The
+    results are judged.jsonl (a line per verdict, with the judge's answer) and judge.json (the
+    summary), beside the predictions. Needs pip install 'research-env[openai]'.
 
-    Every episode counts, except void ones. One without a prediction is incorrect, and nobody is
-    asked. Missing verdicts are reported, and make the score a range: from all of them incorrect to
-    all of them correct. Interrupt it at any time: the same command continues, and no question is
-    asked twice (judge-cache.sqlite, by model and prompt).
+    Every episode counts, except void ones. One without a prediction is incorrect without asking the
+    judge. Missing verdicts are reported, and the score is then a range: from all of them incorrect
+    to all of them correct. After an interruption the same command continues; no prompt is sent
+    twice (judge-cache.sqlite, by model and prompt).
 
     Exits with 1 if verdicts are missing.
 
@@ -41,9 +41,9 @@ class Judge:
     predictions: Positional[Annotated[Path, arg(metavar="PREDICTIONS")]]
     """The file to judge, or its folder."""
     endpoint: Annotated[str, arg(metavar="URL")]
-    """Address of the server, up to and with its /v1."""
+    """Address of the server, with its /v1."""
     model: Annotated[str, arg(metavar="NAME")]
-    """The judge's name at the server."""
+    """The name that the server has for the judge."""
     prompt: Literal["research", "r1-searcher"] = "research"
     """Which paper's prompt, word for word."""
     output: Annotated[Path | None, arg(metavar="DIR")] = None
@@ -63,17 +63,12 @@ class Judge:
 
     def run(self) -> None:
         """Carry the command out."""
-        from research_env.judge import (  # noqa: PLC0415
-            JudgeError,
-            JudgeSettings,
-            format_summary,
-            judge_predictions,
-        )
+        from research_env import judge  # noqa: PLC0415
         from research_env.retrieval.url import secret_of  # noqa: PLC0415
 
         if (self.price_in is None) != (self.price_out is None):
             raise ConfigurationError("give both --price-in and --price-out, or neither")
-        settings = JudgeSettings(
+        settings = judge.JudgeSettings(
             self.endpoint,
             self.model,
             self.prompt,
@@ -84,8 +79,8 @@ class Judge:
             None if self.price_in is None else (self.price_in, self.price_out or 0.0),
         )
         try:
-            summary = judge_predictions(self.predictions, settings, self.output)
-        except (JudgeError, KeyboardInterrupt):
+            summary = judge.judge_predictions(self.predictions, settings, self.output)
+        except (judge.JudgeError, KeyboardInterrupt):
             show("what was judged is kept, and the same command continues", file=sys.stderr)
             raise
         for warning in summary.warnings:
@@ -93,6 +88,6 @@ class Judge:
         if self.json:
             show_json(asdict(summary))
         else:
-            show(format_summary(summary))
+            show(judge.format_summary(summary))
         if summary.missing:
             sys.exit(1)

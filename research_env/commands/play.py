@@ -18,8 +18,8 @@ from research_env.system.terminal import show
 class Play:
     r"""Play an episode by hand: you are the policy.
 
-    The prompt is printed; write an action and see what comes back. An action ends with the line
-    that holds a mark such as </search>, with an empty line, or with the end of the input.
+    Write an action after the prompt, and read the observation. An action ends with a line that
+    contains a mark such as </search>, with an empty line, or with the end of the input.
 
     For example:
       research-env play ReSearch-MiniWorld-v0
@@ -31,11 +31,11 @@ class Play:
     id: Positional[Annotated[str, arg(metavar="ID")]]
     """Id of the environment, for example ReSearch-MiniWorld-v0."""
     env_args: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...")] = ()
-    """Arguments of the environment as KEY=VALUE, for example split=dev top_k=3 hops=2."""
+    """Arguments of the environment, for example split=dev top_k=3 hops=2."""
     seed: int = 0
     """Seed of the order of the questions."""
     episode: int = 0
-    """Which question of that order."""
+    """The number of the question in that order."""
 
     def run(self) -> None:
         """Carry the command out."""
@@ -52,7 +52,7 @@ class Play:
             raise UnknownNameError("environment", name, IDS) from None
         except (gym.error.Error, ImportError) as error:
             raise ConfigurationError(f"{self.id!r} is no environment: {error}") from error
-        except TypeError as error:  # a key that is no argument
+        except TypeError as error:  # an argument that the environment does not have
             raise ConfigurationError(f"--env-args: {error}") from error
         if not isinstance(env.observation_space, UnicodeText):
             raise UnknownNameError("text environment", self.id, IDS)

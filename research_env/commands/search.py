@@ -16,9 +16,9 @@ from research_env.system.terminal import show_json
 
 @dataclass(frozen=True)
 class Search:
-    """Search as an environment does, and show what a policy would get.
+    """Search as an environment does, and show the passages that a policy would get.
 
-    Any text is searched as words. The corpus is indexed first if it is not yet.
+    A query is plain words, without operators. The corpus is indexed first if necessary.
 
     For example:
       research-env search "capital of the county of Van Hook Township" --dataset musique
@@ -27,7 +27,7 @@ class Search:
     """
 
     query: Positional[Annotated[tuple[str, ...], arg(metavar="QUERY ...")]]
-    """What to look for. Several texts in quotes are several queries."""
+    """One or more queries, each in quotes."""
     dataset: Annotated[str | None, arg(metavar="NAME")] = None
     """A data set whose passages are searched: miniworld, musique, hotpotqa, 2wiki."""
     corpus: Annotated[Path | None, arg(metavar="FILE")] = None

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 class Serve:
     """Serve a search engine over HTTP, in the format of Search-R1's retrieval server.
 
-    Any trainer that speaks this format can search at http://HOST:PORT/retrieve. The server also has
+    Any trainer that knows this format can search at http://HOST:PORT/retrieve. The server also has
     /health and /metrics (Prometheus). SIGTERM or Ctrl-C stops it after the requests in flight.
 
     With --openenv it serves the whole environment to clients of OpenEnv instead, and with --mcp the
     search tools to clients of the Model Context Protocol, at http://HOST:PORT/mcp.
 
     Without a key anyone who reaches the port can search. If the environment variable
-    RETRIEVER_API_KEY is set, clients must send it as "Authorization: Bearer KEY" to everything but
-    /health; retrievers of this package read the same variable and send it.
+    RETRIEVER_API_KEY is set, every request except /health needs "Authorization: Bearer KEY";
+    retrievers of this package read the same variable and send it.
 
     Needs pip install 'research-env[serve]'.
 
@@ -56,8 +56,8 @@ class Serve:
     the address of the server always work. Requests to other names are refused, so that no web page
     can search through the browser of somebody who reaches this server."""
     top_k: int | None = None
-    """Passages per query if a request does not say. Default: 5; with --openenv and --mcp that of
-    the protocol."""
+    """Passages per query, unless a request says it. Default: 5; with --openenv and --mcp the
+    protocol's."""
     openenv: bool = False
     """Serve the environment to clients of OpenEnv. Needs pip install 'research-env[openenv]'."""
     mcp: bool = False
@@ -97,7 +97,7 @@ class Serve:
             engine.close()
 
     def _serve_app(self, key: str) -> None:
-        """Serve the application of an adapter."""
+        """Serve OpenEnv or MCP."""
         if self.openenv and self.mcp:
             raise ConfigurationError("give one of --openenv and --mcp; each has a port of its own")
         try:

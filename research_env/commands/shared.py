@@ -1,4 +1,4 @@
-"""What several commands of ``research-env`` need."""
+"""Helpers of several commands of ``research-env``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def named_corpus(dataset: str | None, path: Path | None) -> Corpus:
-    """Return the passages of a data set or of a file; exactly one must be given."""
+    """The passages of a data set or of a file; exactly one must be given."""
     from research_env.datasets import FileCorpus, load_dataset  # noqa: PLC0415
     from research_env.datasets.catalog import PUBLISHED  # noqa: PLC0415
 
@@ -32,7 +32,7 @@ def named_corpus(dataset: str | None, path: Path | None) -> Corpus:
 
 
 def parse_env_args(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read KEY=VALUE pairs; values are JSON where they can be (3, true, [2, 3]), else text."""
+    """Read KEY=VALUE pairs; a value that is JSON (3, true, [2, 3]) is parsed, others are text."""
     settings: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -46,7 +46,7 @@ def parse_env_args(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; markup in its cells is text."""
+    """Print a table; what looks like markup in its cells is shown as text."""
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""Keep other processes out of a file or a piece of work."""
+"""Locks between processes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import BinaryIO
 
 @contextmanager
 def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[BinaryIO | None]:
-    """Hold the exclusive lock of a file, which is made if it is missing.
+    """Hold the exclusive lock of a file, which is created if it is missing.
 
-    The lock ends with the context, and with the process at the latest.
+    The lock ends with the context, or with the process.
 
     Args:
         path: the file to lock, in a folder that exists.
-        wait: wait until no other process holds the lock.
+        wait: whether to wait while another process holds the lock.
 
     Yields:
         The file, open for reading and appending; None if ``wait`` is false and another process

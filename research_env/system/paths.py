@@ -1,4 +1,4 @@
-"""Where this package keeps what it can make again: indexes, converted data sets, notes on files."""
+"""The cache folder (indexes, converted data sets), and notes in it about files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_LARGEST = 16 << 20  # bytes of a file that is read whole
-_SETTLED = 20_000_000  # ns; a file that changes twice within a tick of the clock shows it once
+_MAX_SIZE = 16 << 20  # bytes
+_SETTLED = 20_000_000  # nanoseconds, more than a tick of any file system's clock
 
 
 def cache_folder() -> Path:
@@ -28,27 +28,27 @@ def cache_folder() -> Path:
 
 
 def read_small_file(path: Path) -> bytes:
-    """Read a file that a user or a stranger wrote, such as a template or settings.
+    """Read a file that is expected to be small, such as a template, whoever wrote it.
 
     Raises:
-        OSError: it cannot be read, is no regular file (a pipe would never end), or is larger than
+        OSError: it cannot be read, is no regular file (a pipe might never end), or is larger than
             16 MiB.
     """
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is no regular file")
     with path.open("rb") as file:
-        content = file.read(_LARGEST + 1)
-    if len(content) > _LARGEST:
-        raise OSError(f"{path} has more than {_LARGEST >> 20} MiB")
+        content = file.read(_MAX_SIZE + 1)
+    if len(content) > _MAX_SIZE:
+        raise OSError(f"{path} has more than {_MAX_SIZE >> 20} MiB")
     return content
 
 
 def read_note(kind: str, files: Sequence[Path]) -> dict[str, Any] | None:
-    """What :func:`write_note` kept about files; None if there is nothing, or a file has changed.
+    """The note that :func:`write_note` wrote; None if there is none, or a file has changed since.
 
     Args:
-        kind: a name for what is kept, such as "fingerprints": a folder in the cache.
-        files: what it is about.
+        kind: what the note says, such as "fingerprints"; names a folder in the cache.
+        files: the files that it is about.
 
     Raises:
         OSError: a file is missing.
@@ -62,19 +62,20 @@ def read_note(kind: str, files: Sequence[Path]) -> dict[str, Any] | None:
 
 
 def write_note(kind: str, files: Sequence[Path], found: Mapping[str, Any]) -> None:
-    """Keep what was found out about files until one of them changes.
+    """Note what was found out about files; the note holds until one of them changes.
 
-    Nothing is kept where the cache cannot be written, or about a file that changed a moment ago:
-    the clock of a file system is coarse, so a further change might not show.
+    Nothing is written if the cache cannot be written, or if a file changed a moment ago: the clock
+    of a file system is coarse, so its time stamp might not show a further change.
 
     Args:
         kind: see :func:`read_note`.
-        files: what it is about.
-        found: any JSON.
+        files: the files that it is about.
+        found: any JSON object.
     """
     with contextlib.suppress(OSError):
         state = [_state(file) for file in files]
-        if time.time_ns() - max(entry[-1] for entry in state) < _SETTLED:
+        last_change = max(changed for *_, changed in state)
+        if time.time_ns() - last_change < _SETTLED:
             return
         place = _place(kind, files)
         place.parent.mkdir(parents=True, exist_ok=True)

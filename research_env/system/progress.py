@@ -1,4 +1,4 @@
-"""A bar for long work, where somebody looks."""
+"""A progress bar for long work in a terminal."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from contextlib import contextmanager
 def progress(
     label: str, total: float | None, *, counted: bool = True
 ) -> Iterator[Callable[[float, str], None]]:
-    """Show how far a work is, and how long it will take; nothing where there is no terminal.
+    """Show how much is done and how long the rest will take; nothing if there is no terminal.
 
     Args:
-        label: in front of the bar.
-        total: what is complete; None: not known.
-        counted: say how many of how many, not the bar alone.
+        label: the text in front of the bar.
+        total: the amount of work, in any unit; None if it is not known.
+        counted: whether to show done and total as numbers, too.
 
     Yields:
-        A function that takes what is done of ``total``, and what else to tell.
+        A function that takes the amount that is done, and a text to show behind the bar.
     """
     if not sys.stderr.isatty():
         yield lambda done, told: None
         return
-    from rich.console import Console  # noqa: PLC0415  (only where somebody looks)
+    from rich.console import Console  # noqa: PLC0415  (only in a terminal)
     from rich.progress import (  # noqa: PLC0415
         BarColumn,
         MofNCompleteColumn,

@@ -1,7 +1,7 @@
-"""Keep secrets out of what is shown: errors, logs and records.
+"""Keep secrets out of errors, logs and records.
 
-Every error of the package passes its message through :func:`redact_known`, and so does every text
-of a server before it is shortened.
+Every message of this package's errors goes through :func:`redact_known`, and so does every text
+from a server, before it is shortened.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SECRET_VARIABLES = (
 """Environment variables that hold a key, a token or a password."""
 
 _SHOWN = "[redacted]"
-_SHORTEST_WHOLE = 6  # characters of a secret that is replaced as it is, but not in pieces
+_SHORTEST_WHOLE = 6  # characters of a secret that is replaced only if it is complete
 _USER_INFO = re.compile(r"(//)[^\s]*@")
 _PARAMETER = re.compile(
     r"""((?:[?&;]|%3F|%26)[\w.-]*(?:key|token|secret|passw|auth|signature)[\w.-]*(?:=|%3D))"""
@@ -46,16 +46,16 @@ _CHARACTER = re.compile(
 
 
 def redact(text: str, *secrets: str) -> str:
-    """Replace what a text repeats of secrets.
+    """Replace secrets, and parts of secrets, in a text.
 
-    A secret is found as it is, JSON-escaped, percent-encoded or as HTML entities, and also if it is
-    cut: every run of :data:`SHORTEST_SECRET` characters of it is replaced.
+    A secret is found as it is, JSON-escaped, percent-encoded or as HTML entities. A part is found
+    if it has :data:`SHORTEST_SECRET` characters.
 
     Args:
-        text: for example what a server answered.
+        text: for example the answer of a server.
         *secrets: keys; those shorter than :data:`SHORTEST_SECRET` are ignored.
     """
-    # A secret may hold what looks like an escape: look for it decoded, too.
+    # A secret may contain what looks like an escape, so it is also searched in decoded form.
     forms = {*secrets, *("".join(map(_decoded, _CHARACTER.finditer(each))) for each in secrets)}
     grams = {
         form[start : start + SHORTEST_SECRET]
@@ -71,7 +71,7 @@ def redact(text: str, *secrets: str) -> str:
     starts.append(len(text))
     plain = "".join(characters)
     shown: list[str] = []
-    done, hidden_until = 0, -1  # positions in text and in plain
+    done, hidden_until = 0, -1  # done is a position in text, hidden_until one in plain
     for place in range(len(plain) - SHORTEST_SECRET + 1):
         if plain[place : place + SHORTEST_SECRET] in grams:
             if place > hidden_until:
@@ -83,14 +83,14 @@ def redact(text: str, *secrets: str) -> str:
 
 
 def redact_known(text: str) -> str:
-    """Replace the secrets that this package knows of, and what a URL may hold of others.
+    """Replace the secrets that this package knows, and those that URLs contain.
 
-    Replaced are the values of :data:`SECRET_VARIABLES` and the Basic login of Elasticsearch (see
-    :func:`redact`), users and passwords of URLs, and the values of URL parameters whose names say
-    that they are secret (``token=``, ``api_key=``, ...).
+    These are the values of :data:`SECRET_VARIABLES` and the Basic login of Elasticsearch (see
+    :func:`redact`), users and passwords of URLs, and the values of URL parameters with names such
+    as ``token=`` and ``api_key=``.
 
     Args:
-        text: Anything that may be shown or stored.
+        text: any text that may be shown or stored.
     """
     secrets = _known_secrets()
     if secrets:
@@ -104,12 +104,12 @@ def redact_known(text: str) -> str:
 
 
 def redact_url(url: str) -> str:
-    """Redact a text that is one URL: its password may hold spaces, line breaks and slashes."""
+    """Redact a text that is one URL, whose password may contain spaces, newlines and slashes."""
     return redact_known(re.sub(r"//.*@", f"//{_SHOWN}@", url, flags=re.DOTALL))
 
 
 def _known_secrets() -> list[str]:
-    """The secrets of the environment, those that are not ASCII also as their bytes."""
+    """The secrets in environment variables; those that are not ASCII also as Latin-1."""
     secrets = [os.environ.get(variable, "").strip() for variable in SECRET_VARIABLES]
     user, password = (os.environ.get(f"ELASTICSEARCH_{x}", "") for x in ("USERNAME", "PASSWORD"))
     if user and password:
@@ -117,7 +117,7 @@ def _known_secrets() -> list[str]:
         secrets.append(base64.b64encode(login).decode())
     secrets = [secret for secret in secrets if secret]
     encoded = [
-        secret.encode("utf-8", "surrogateescape").decode("latin-1")  # as percent-encoding shows it
+        secret.encode("utf-8", "surrogateescape").decode("latin-1")  # decoded percent-encoding
         for secret in secrets
         if not secret.isascii()
     ]

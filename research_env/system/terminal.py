@@ -1,4 +1,4 @@
-"""Text for a terminal, in which control characters of foreign text have no effect."""
+"""Show text in a terminal without letting its control characters take effect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def printable(text: str) -> str:
     r"""Show control characters as escapes: ESC becomes the four characters ``\x1b``.
 
     Args:
-        text: may hold questions, passages, actions or names from files.
+        text: may contain questions, passages, actions or names of files.
     """
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
@@ -43,9 +43,9 @@ def show_json(value: object) -> None:
 
 @contextmanager
 def escaped_logs() -> Iterator[None]:
-    """Show control characters as escapes in all log records and warnings, also those of libraries.
+    """Show control characters as escapes in log records and warnings.
 
-    Libraries log what servers and files say.
+    Libraries log texts from servers and files.
     """
     make, form = logging.getLogRecordFactory(), warnings.formatwarning
 
@@ -53,7 +53,7 @@ def escaped_logs() -> Iterator[None]:
         record = make(*args, **options)
         if record.exc_info and record.exc_info[0]:
             record.exc_text = printable(logging.Formatter().formatException(record.exc_info))
-        with suppress(TypeError, ValueError):  # arguments that do not fit; the handler says so
+        with suppress(TypeError, ValueError):  # wrong arguments, which the handler reports
             record.msg, record.args = printable(_COLOR.sub("", record.getMessage())), ()
         return record
 

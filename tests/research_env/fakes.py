@@ -1,4 +1,4 @@
-"""A tiny data set and engines that tests can steer; importable by name, so that they pickle."""
+"""A tiny data set and engines that tests control; they pickle, as they can be imported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TIMEOUT = 20.0  # seconds after which a test that hangs fails
 
 
 class Terminal(StringIO):
-    """Stands in for a standard error that somebody looks at."""
+    """Stands in for a standard error that is a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -84,12 +84,17 @@ class Engine:
 
 
 class Gate(Engine):
-    """An engine that answers no batch before it is opened, and counts how many it holds at most.
+    """An engine that answers no batch before it is opened.
 
     Args:
         in_flight: threads that may ask it at the same time.
-        pause: seconds after which it answers though nobody opened it; 0 fails then.
+        pause: seconds after which it answers without being opened; 0: it fails after TIMEOUT.
         engine: answers the queries.
+
+    Attributes:
+        asked: is released for each batch that comes in.
+        opened: let the batches be answered by ``opened.set()``.
+        most: the most batches that it held at the same time.
     """
 
     def __init__(

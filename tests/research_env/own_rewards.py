@@ -1,4 +1,4 @@
-"""Rewards of a user's own, right and wrong ones; tests name them "module:function"."""
+"""A user's own rewards, valid and invalid ones; tests name them "module:function"."""
 
 from __future__ import annotations
 

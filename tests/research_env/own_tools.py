@@ -1,4 +1,4 @@
-"""Tools of one's own, as a user writes them."""
+"""A user's own tool."""
 
 from __future__ import annotations
 

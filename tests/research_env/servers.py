@@ -1,4 +1,4 @@
-"""Servers for the tests of clients: real sockets, steered by a function."""
+"""HTTP servers for the tests of clients: real sockets, and a function that answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Reply:
-    """What to send; ``cut`` closes the connection after that many bytes of the body."""
+    """An answer; if ``cut`` is given, the connection closes after so many bytes of the body."""
 
     status: int = 200
     body: bytes = b""
@@ -47,7 +47,7 @@ def as_json(value: object, status: int = 200, **headers: str) -> Reply:
 
 @contextmanager
 def serving(answer: Callable[[Call], Reply], port: int = 0) -> Iterator[Server]:
-    """A server at a port (0: a free one) that answers every request by a function."""
+    """A server that answers requests by a function; port 0 takes a free one."""
     calls: list[Call] = []
     connections: list[socket.socket] = []
 

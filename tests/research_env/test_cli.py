@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -46,14 +45,6 @@ def test_help_teaches_with_examples(command: list[str], capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "For example" in shown
     assert f"research-env {' '.join(command)}".strip() in shown
-
-
-def test_the_help_says_that_an_open_server_asks_for_no_key(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert refused("serve", "--help") == 0
-    shown = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
-    assert "0.0.0.0 lets other machines in, without any authentication unless" in shown
 
 
 @pytest.mark.parametrize(
@@ -148,7 +139,7 @@ def test_an_index_of_the_command_is_the_one_that_an_environment_uses(
     assert (index / "meta.json").stat().st_mtime_ns == made
 
 
-def test_datasets_tells_what_is_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_datasets_lists_what_is_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "data" / "bamboogle"
     folder.mkdir(parents=True)
     row = {"id": "b", "question": "Who?", "answers": ["Ann"], "split": "test"}
@@ -216,7 +207,7 @@ def test_an_error_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize("content", [b"[" * 200_000, b"{", b"\xff", b"[1]", None])
-def test_a_mapping_that_is_none_is_refused_by_its_file(
+def test_an_invalid_mapping_file_is_refused_by_name(
     content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mapping.json"

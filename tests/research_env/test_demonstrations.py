@@ -33,7 +33,7 @@ from research_env.retrieval.base import Hit, Passage
 @pytest.fixture(autouse=True)
 def small_worlds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A few demonstrations of each world, so that a few hundred are of several worlds."""
-    monkeypatch.setattr(module, "A_WORLD", 40)
+    monkeypatch.setattr(module, "PER_WORLD", 40)
     monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
 
 
@@ -220,7 +220,7 @@ def test_gold_queries_have_earlier_answers_filled_in() -> None:
 def test_a_question_without_decomposition_is_refused() -> None:
     bare = Question("q7", "Who?", ("Ann",))
     with pytest.raises(ValueError, match="question 'q7' has no decomposition"):
-        module.episode(bare, [], random.Random(0), module.SKILLED)
+        module.demonstrate(bare, [], random.Random(0), module.SKILLED)
 
 
 def spelled(text: str, phrases: frozenset[str], longest: int) -> bool:

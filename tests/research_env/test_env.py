@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 import warnings
 from collections.abc import Sequence
@@ -23,10 +22,10 @@ from research_env.errors import (
     EpisodeError,
     ResearchEnvError,
     RetrievalError,
-    UnknownNameError,
 )
 from research_env.rewards import METRICS
-from tests.research_env.fakes import DATASET, QUESTIONS, Engine, answer, hit, search
+from tests.research_env.fakes import DATASET, QUESTIONS, Engine, answer, search
+from tests.research_env.test_hostile import Library
 
 INFO_KEYS = {
     *("question_id", "question", "messages", "tools", "chat_markup", "query"),
@@ -104,22 +103,11 @@ def test_the_order_of_questions_is_drawn_from_the_seed_pass_by_pass() -> None:
     assert len(set(other)) > 1
 
 
-def test_same_seed_and_actions_give_the_same_bytes() -> None:
-    def play() -> bytes:
-        env = make()
-        steps = [env.reset(seed=11), env.step(search("1 2")), env.step("x" + answer("F. 1"))]
-        return pickle.dumps(json.dumps(steps))
-
-    assert play() == play()
-
-
 @pytest.mark.parametrize(
     ("reward", "earned"),
     [("r1-searcher-stage2", -2.0), ("r1-searcher-stage2-llama-0.25*searches", -1.5), ("f1", 0.0)],
 )
-def test_an_episode_that_is_cut_is_scored_as_one_without_an_answer(
-    reward: str, earned: float
-) -> None:
+def test_a_truncated_episode_is_scored_as_one_without_an_answer(reward: str, earned: float) -> None:
     env = make(protocol="r1-searcher", reward=reward)
     query = "t<|begin_of_query|>1 2<|end_of_query|>"
 
@@ -138,7 +126,7 @@ def test_an_episode_that_is_cut_is_scored_as_one_without_an_answer(
     assert (info["stop_reason"], info["void"], info.keys()) == ("length", False, other.keys())
 
 
-def test_cutting_before_reset_and_after_the_end_is_refused() -> None:
+def test_truncating_before_reset_and_after_the_end_is_refused() -> None:
     env = make()
     with pytest.raises(EpisodeError, match="call reset first"):
         env.truncate()
@@ -148,13 +136,13 @@ def test_cutting_before_reset_and_after_the_end_is_refused() -> None:
         env.truncate("length")
 
 
-def test_wrappers_let_it_through() -> None:
+def test_wrappers_pass_truncate_on() -> None:
     env = gym.make("SearchQA-v0", dataset=DATASET, retriever=Engine())
     env.reset(seed=1)
     assert env.get_wrapper_attr("truncate")("length")[3] is True
 
 
-def test_no_passage_eats_an_episode() -> None:
+def test_long_passages_are_shortened() -> None:
     env = make(max_passage_chars=20)
     env.reset(seed=1)
     seen, *_, info = env.step(search("1 " + "long " * 50 + "2"))
@@ -163,17 +151,10 @@ def test_no_passage_eats_an_episode() -> None:
     assert seen == f" <result>\n{passages}\n</result>"
     assert env.provenance()["limits"].endswith(", max_passage_chars 20")
 
-    env = make(retriever=Long())
+    env = make(retriever=Library([("Title 1", "word " * 9_000)]))
     env.reset(seed=1)
     seen, *_ = env.step(search("1"))
     assert len(seen) == len(' <result>\n"Title 1"\n […]\n</result>') + 10_000 - len("Title 1")
-
-
-class Long(Engine):
-    """Finds a passage of 9,000 words."""
-
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
-        return [[hit(1, "word " * 9_000)] for _ in queries]
 
 
 def test_a_failing_engine_voids_the_episode_and_shows_nothing() -> None:
@@ -191,11 +172,25 @@ def test_a_failing_engine_voids_the_episode_and_shows_nothing() -> None:
     assert env.step(answer("x"))[1] == 0.25  # the next episode is a new one
 
 
-def test_a_bug_in_a_retriever_is_not_taken_for_a_failure() -> None:
+def test_a_bug_in_a_retriever_is_raised() -> None:
     env = make()
     env.reset(seed=1)
     with pytest.raises(ZeroDivisionError):
         env.step(search("crash"))
+
+
+class Forgetful(Engine):
+    """Answers one query less than it is asked."""
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+        return super().search(queries, top_k)[1:]
+
+
+def test_a_retriever_must_answer_each_query() -> None:
+    env = make(retriever=Forgetful())
+    env.reset(seed=1)
+    with pytest.raises(RuntimeError, match="answered 1 queries with 0 results"):
+        env.step(search("1"))
 
 
 def test_limits_come_from_the_protocol_or_the_caller() -> None:
@@ -213,7 +208,7 @@ def test_limits_come_from_the_protocol_or_the_caller() -> None:
     assert env.step("<search>1</search>")[4]["stop_reason"] == "max_searches"
 
 
-@pytest.mark.parametrize(("top_k", "found"), [(1, 1), (3, 3), (50, 4), (None, 4)])
+@pytest.mark.parametrize(("top_k", "found"), [(1, 1), (50, 4), (None, 4)])
 def test_top_k_may_exceed_what_there_is(top_k: int | None, found: int) -> None:
     env = make(top_k=top_k)
     env.reset(seed=1)
@@ -231,15 +226,11 @@ def test_protocols_set_the_defaults() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_k": 0}, "top_k is an integer from 1 on, not 0"),
         ({"top_k": 2.5}, "top_k is an integer from 1 on, not 2.5"),
         ({"top_k": True}, "top_k is an integer"),
         ({"max_searches": -1}, "max_searches is an integer from 0 on, not -1"),
         ({"max_turns": 0}, "max_turns is an integer from 1 on, not 0"),
         ({"protocol": "search-r1", "max_searches": 8}, "set max_turns=9"),
-        ({"protocol": "serch"}, "unknown protocol 'serch'; known: r1-searcher, recall, research"),
-        ({"reward": "f2"}, "unknown reward 'f2'"),
-        ({"template": "chat"}, "unknown template 'chat'"),
         ({"render_mode": "rgb"}, "unknown render mode 'rgb'; known: ansi, human"),
         ({"dataset": type(DATASET)("none", (), None)}, "'none' has no question"),
     ],
@@ -300,7 +291,7 @@ def test_pickling_and_copying_in_the_middle_of_an_episode() -> None:
         assert twin.reset() == after
 
 
-def test_render_ansi_tells_the_whole_episode() -> None:
+def test_render_ansi_shows_the_whole_episode() -> None:
     env = make(render_mode="ansi", template="question")
     assert env.render() == ""
     env.reset(options={"question_id": "q1"})
@@ -375,7 +366,7 @@ def home(
 
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("name", IDS)
-def test_every_id_passes_the_checker_and_makes_its_like(name: str, tmp_path: Path) -> None:
+def test_every_id_passes_the_checker_and_its_spec_remakes_it(name: str, tmp_path: Path) -> None:
     settings = local(name, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -407,10 +398,3 @@ def test_every_id_passes_the_checker_and_makes_its_like(name: str, tmp_path: Pat
     assert remade.reset(seed=4)[0] == vector.reset(seed=4)[0]
     vector.close()
     remade.close()
-
-
-def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(UnknownNameError, match=r"'musiq'.*known: .*musique"):
-        SearchQAEnv(dataset="musiq")
-    with pytest.raises(UnknownNameError, match=r"known: .*embedded"):
-        SearchQAEnv(dataset=DATASET, retriever="elastc://x")

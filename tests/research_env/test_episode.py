@@ -127,7 +127,7 @@ def test_a_failed_search_makes_the_episode_void() -> None:
     assert (void.pending, void.searches, void.turns[-1].observation) == (None, 0, "")
 
 
-def test_an_episode_that_is_cut_counts_what_was_written_and_searched() -> None:
+def test_a_truncated_episode_keeps_what_was_written_and_searched() -> None:
     episode = observe(advance(new(), search("one")), [hit(1)])
     cut = truncate(episode)
     assert (cut.stop_reason, cut.over, cut.truncated, cut.void) == ("length", True, True, False)

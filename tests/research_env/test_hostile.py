@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from research_env import Hit, Passage, Protocol
 from research_env.env import SearchQAEnv
-from research_env.errors import ActionError, RetrievalError
+from research_env.errors import RetrievalError
 from research_env.papers import PROTOCOLS
 from research_env.rewards import REWARDS
 from tests.research_env.fakes import DATASET, Engine
@@ -72,11 +72,8 @@ def searching(rules: Protocol, query: str) -> str:
 
 
 def answering(rules: Protocol, text: str) -> str:
-    return (
-        rf"So.</think><answer>\boxed{{{text}}}</answer>"
-        if rules.name == "research"
-        else (f"So.</think><answer>{text}</answer>")
-    )
+    shown = rf"\boxed{{{text}}}" if rules.name == "research" else text
+    return f"So.</think><answer>{shown}</answer>"
 
 
 @settings(deadline=None)
@@ -134,18 +131,10 @@ def test_whatever_is_written_the_environment_answers(
     "piece", ["<search>", "<answer>", "<think>", "\\boxed{", "{", "\ud800", "a "]
 )
 def test_a_megabyte_is_an_action_like_any_other(rules: Protocol, piece: str) -> None:
-    """What reads it in quadratic time would not come back today."""
+    """A parser that needs quadratic time would not finish."""
     text = piece * (1_000_000 // len(piece))
     env = SearchQAEnv(dataset=DATASET, retriever=Engine(), protocol=rules, max_turns=3)
     env.reset(seed=0)
     assert not env.step(searching(rules, "a" + text))[2]
     result = env.step(answering(rules, text))
     assert (result.terminated, result.info["metrics"]["em"]) == (True, 0.0)
-
-
-@pytest.mark.parametrize("action", [None, 1, 1.5, b"<search>x</search>", ["x"], object()])
-def test_what_is_not_text_is_refused(action: Any) -> None:
-    env = SearchQAEnv(dataset=DATASET, retriever=Engine())
-    env.reset(seed=0)
-    with pytest.raises(ActionError, match="an action is text"):
-        env.step(action)

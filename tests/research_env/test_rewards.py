@@ -1,7 +1,7 @@
-"""The rewards against definitions written afresh, the law that no passage matters, and the names.
+"""The rewards against slow oracles, the law that no passage matters, and the names.
 
-The oracles below see what the authors' code sees: one text, prompt left out, in which the retrieved
-passages stand between the policy's words, with the end token where the episode ended by itself.
+The oracles read what the authors' code reads: one text without the prompt, in which the retrieved
+passages stand between the policy's words, and the end token if the episode ended by itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from research_env import Dataset, Question
 from research_env.env import SearchQAEnv
 from research_env.episode import Episode, advance, truncate
-from research_env.errors import ConfigurationError, RewardError, UnknownNameError
+from research_env.errors import ConfigurationError, RewardError
 from research_env.papers import PAPERS, PROTOCOLS, base
 from research_env.protocol import Protocol
 from research_env.retrieval.base import Hit, Passage
@@ -208,8 +208,8 @@ GOLDS = [("Paris",), ("New York", "Paris"), ("yes",), ("True",), ("U.S.", "a")]
 def episodes(draw: st.DrawFn, protocol: str) -> Episode:
     """Searches, then an end; answers only in the last action.
 
-    An answer that is opened in one action and closed in a later one has results inside it, which
-    the authors read as part of the answer and we, on purpose, do not.
+    If an answer were opened in one action and closed in a later one, the authors would read the
+    results between as a part of it. Our rewards do not, on purpose.
     """
     rules = PROTOCOLS[protocol]
     tag = rules.query
@@ -287,11 +287,16 @@ def test_no_passage_changes_a_reward(protocol: str, title: str, text: str) -> No
         for name in REWARDS:
             score = reward(name)(one)
             assert score == reward(name)(other) == reward(name)(nothing), name
+    golds = ("p1", "p7")  # what was found may count, but no word of it
+    one = play(protocol, GOOD[protocol], hits=(hostile, PLAIN[1]), supporting=golds)
+    other = play(protocol, GOOD[protocol], hits=(blank, PLAIN[1]), supporting=golds)
+    for name in SHAPING:
+        assert reward(name)(one) == reward(name)(other), name
 
 
 @pytest.mark.parametrize("name", [*REWARDS, *SHAPING])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_to_be_cut_never_pays_more_than_to_give_up(protocol: str, name: str) -> None:
+def test_a_truncated_episode_earns_no_more_than_one_given_up(protocol: str, name: str) -> None:
     search, _ = GOOD[protocol]
     for searches in range(4):
         episode = play(protocol, [search] * searches)
@@ -318,12 +323,6 @@ def test_a_megabyte_of_tags_is_scored(protocol: str, piece: str) -> None:
     """A scan that starts again at every tag would take hours."""
     episode = play(protocol, ["<think>" + piece * (1_000_000 // len(piece))])
     assert max(reward(name)(episode) for name in REWARDS) <= 0.1
-
-
-def test_every_reward_can_be_used_with_every_protocol() -> None:
-    for protocol, actions in GOOD.items():
-        for name in REWARDS:
-            assert isinstance(reward(name)(play(protocol, actions)), float)
 
 
 # --- the metrics of an episode -------------------------------------------------------------------
@@ -354,22 +353,6 @@ def test_metrics_of_a_partly_right_answer_with_aliases() -> None:
     }
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_metrics_have_the_same_keys_whatever_happened(protocol: str) -> None:
-    for actions in ([], GOOD[protocol][:1], GOOD[protocol], [""]):
-        metrics = episode_metrics(play(protocol, actions))
-        assert list(metrics) == ["em", "f1", "cem", "format", "searches", "support_recall"]
-        assert all(isinstance(value, float) for value in metrics.values())
-        assert metrics["support_recall"] == 0.0
-
-
-def test_a_gold_passage_found_twice_counts_once() -> None:
-    actions = [GOOD["research"][0], *GOOD["research"]]
-    episode = play("research", actions, supporting=("p1", "p2", "p3", "p4"))
-    metrics = episode_metrics(episode)
-    assert (metrics["support_recall"], metrics["searches"]) == (0.5, 2.0)
-
-
 # --- names ---------------------------------------------------------------------------------------
 
 
@@ -394,11 +377,6 @@ def test_the_names_are_those_of_the_papers() -> None:
     }  # fmt: skip
     assert all(protocol.reward in REWARDS for protocol in PROTOCOLS.values())
     assert all(REWARDS[name].__doc__ for name in REWARDS)
-
-
-def test_an_unknown_reward_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown reward 'reserch'; known:.*'research'\?"):
-        reward("reserch")
 
 
 @pytest.mark.parametrize(
@@ -458,7 +436,7 @@ def test_every_module_of_papers_is_registered() -> None:
         ("fails", "failed for question 'q1': AttributeError: .*'difficulty'"),
     ],
 )
-def test_a_reward_that_is_no_number_is_an_error_that_names_it(name: str, message: str) -> None:
+def test_an_invalid_reward_value_is_an_error_that_names_the_reward(name: str, message: str) -> None:
     episode = play("research", ["<answer>\\boxed{Paris}</answer>"])
     with pytest.raises(RewardError, match=f"the reward {name} {message}"):
         evaluate(reward(f"{OWN}:{name}"), episode)

@@ -1,4 +1,4 @@
-"""Sessions: the same results as single environments, whoever steps them, in shared searches."""
+"""Sessions give the results of single environments; test_conformance.py has many at a time."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import asyncio
 import doctest
 import json
 import pickle
-import re
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import research_env.sessions
-from research_env import Dataset, Question
 from research_env.env import SearchQAEnv
 from research_env.errors import (
     ActionError,
@@ -79,72 +75,6 @@ def test_unknown_tasks_are_refused(task: Any) -> None:
         for kind in (UnknownTaskError, ConfigurationError, IndexError):
             with pytest.raises(kind, match=r"no question has the id|there is no task"):
                 sessions.open(task)
-
-
-TASKS = Dataset("many", [Question(f"t{i}", f"Which {i}?", (str(i),)) for i in range(40)], None)
-
-
-def searches_of(number: int) -> list[str]:
-    """Ten different queries, none of them any other episode's."""
-    return [search(f"task{number} turn{turn} {turn}") for turn in range(10)]
-
-
-def alone(number: int) -> list[Any]:
-    env = SearchQAEnv(dataset=TASKS, retriever=Engine())
-    env.reset(options={"question_id": f"t{number}"})
-    return [env.step(action) for action in [*searches_of(number), answer(str(number))]]
-
-
-def test_searches_of_many_threads_are_batched() -> None:
-    """400 queries by 32 threads: the engine is asked by one thread, in few batches."""
-    engine = Gate(pause=0.005)  # queries gather meanwhile
-    together = threading.Barrier(32)
-    with Sessions(dataset=TASKS, retriever=engine) as sessions:
-
-        def play(number: int) -> list[Any]:
-            session = sessions.open(f"t{number}")
-            if number < 32:
-                together.wait(TIMEOUT)
-            return [session.step(action) for action in [*searches_of(number), answer(str(number))]]
-
-        with ThreadPoolExecutor(32) as pool:
-            results = list(pool.map(play, range(40)))
-    assert results == [alone(number) for number in range(40)]
-    assert sum(map(len, engine.batches)) == 400
-    assert len(engine.batches) <= 40
-    assert engine.most == 1
-
-
-def test_searches_of_many_coroutines_are_batched() -> None:
-    engine = Engine()
-
-    async def play(sessions: Sessions, number: int) -> list[Any]:
-        session = sessions.open(f"t{number}")
-        return [
-            await session.astep(action) for action in [*searches_of(number), answer(str(number))]
-        ]
-
-    async def everyone(sessions: Sessions) -> list[Any]:
-        return list(await asyncio.gather(*(play(sessions, number) for number in range(40))))
-
-    with Sessions(dataset=TASKS, retriever=engine) as sessions:
-        results = asyncio.run(everyone(sessions))
-        counts = sessions.search_counts
-    assert results == [alone(number) for number in range(40)]
-    assert (counts.searched, counts.asked) == (400, 400)
-    assert len(engine.batches) <= 40
-
-
-@pytest.mark.parametrize("in_flight", [1, 3])
-def test_an_engine_is_asked_by_no_more_threads_than_it_allows(in_flight: int) -> None:
-    engine = Gate(in_flight)
-    with make(retriever=engine, max_batch=1) as sessions, ThreadPoolExecutor(8) as pool:
-        steps = [pool.submit(sessions.open("q0").step, search(str(n))) for n in range(8)]
-        for _ in range(in_flight):
-            assert engine.asked.acquire(timeout=TIMEOUT)
-        engine.opened.set()
-        assert all(step.result(TIMEOUT).observation for step in steps)
-        assert engine.most == in_flight
 
 
 def test_two_steps_at_once_are_refused_and_nothing_is_lost() -> None:
@@ -234,30 +164,16 @@ def test_a_fork_continues_on_its_own() -> None:
         assert pickle.loads(pickle.dumps(fork.episode)) == fork.episode
 
 
-def test_metrics_have_the_same_keys_at_every_end() -> None:
-    with make(reward="em-0.1*searches") as sessions:
-        ends = []
-        for actions in ([answer("x")], [search("fail")], [search("down")], ["nothing"]):
-            session = sessions.open("q0")
-            ends.append([session.step(action) for action in actions][-1].info["metrics"].keys())
-        ends.append(sessions.open("q0").truncate().info["metrics"].keys())
-    assert all(keys == ends[0] for keys in ends)
-
-
 @pytest.mark.parametrize(
-    "wrong", [{"max_batch": 0}, {"max_wait": -1.0}, {"cache_size": -1}, {"top_k": 0}]
+    ("name", "values", "message"),
+    [
+        ("max_batch", (0, "3", None), "max_batch is an integer of at least 1"),
+        ("max_wait", (-1, "x", float("nan"), None), "max_wait is at least 0 seconds"),
+        ("cache_size", (-1, 1.5), "cache_size=.* must be an integer"),
+        ("top_k", (0,), "top_k is an integer from 1 on"),
+    ],
 )
-def test_bad_settings_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError):
-        make(**wrong)
-
-
-def test_the_page_about_sessions_runs() -> None:
-    page = (Path(__file__).parents[2] / "docs/how-to/sessions.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert len(blocks) == 2
-    scope: dict[str, Any] = {}
-    exec("\n".join(blocks), scope)
-    for made in scope.values():
-        if isinstance(made, Sessions):
-            made.close()
+def test_bad_settings_are_refused(name: str, values: tuple[Any, ...], message: str) -> None:
+    for value in values:
+        with pytest.raises(ConfigurationError, match=message):
+            make(**{name: value})

@@ -118,7 +118,7 @@ def test_a_chat_of_ones_own_may_open_a_thought() -> None:
         ([{"role": "tool", "content": "{question}"}], ConfigurationError, "the role 'tool'; it is"),
     ],
 )
-def test_what_is_no_template_is_refused_at_once(
+def test_an_invalid_template_is_refused_at_once(
     template: Any, error: type[ResearchEnvError], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -139,7 +139,7 @@ def test_what_is_no_template_is_refused_at_once(
         ("t.yaml", "- {role: user, content: 3}", r"t.yaml: message 1 has a role and a content"),
     ],
 )
-def test_a_file_that_is_none_is_refused_with_its_place(
+def test_an_invalid_template_file_is_refused_by_name(
     name: str, text: str | bytes, message: str, tmp_path: Path
 ) -> None:
     file = tmp_path / name
@@ -149,7 +149,7 @@ def test_a_file_that_is_none_is_refused_with_its_place(
 
 
 @pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "t.yaml"])
-def test_a_template_that_does_not_end_is_not_read(name: str, tmp_path: Path) -> None:
+def test_pipes_and_huge_files_are_not_read(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / name)
     with pytest.raises(DataError, match=f"{name} is no regular file"):
         make(template=str(tmp_path / name))

@@ -79,7 +79,7 @@ def test_pivots_are_gold_passages_and_answers_in_the_policys_own_words() -> None
     assert turn_rewards("pivot_progress").earned(episode) == 0.0
 
 
-def test_what_is_wrong_in_a_turn() -> None:
+def test_repeated_queries_and_invalid_actions() -> None:
     again = [search("The 1"), search("  the   1!"), search("2"), answer("x")]
     assert earned("repeated_query", again) == [0, 1, 0, 0]
     lost = ["no tags at all", search("1"), "<search>again"]
@@ -167,7 +167,7 @@ def longest(before: Episode, after: Episode) -> float:
     return float(len(after.turns) - len(before.turns))
 
 
-def test_ones_own_and_what_cannot_be_read() -> None:
+def test_own_functions_and_invalid_sums() -> None:
     rule = turn_rewards(f"searches-0.5*{__name__}:longest")
     assert [rule.earned(s) for s in states([search("1"), answer("x")])[1:]] == [0.5, -0.5]
     assert rule.__name__ == f"1*searches-0.5*{__name__}:longest"

@@ -10,11 +10,7 @@ from research_env.datasets.base import Hop, Question
 from research_env.demonstrations import SKILLED
 from research_env.errors import ResearchEnvError
 from research_env.retrieval.base import Passage
-from research_env.wiki_demonstrations import (
-    demonstrations,
-    episode,
-    gold_steps,
-)
+from research_env.wiki_demonstrations import demonstrate, demonstrations, gold_steps
 
 FILM = Passage("p1", "Get Low (song)", "Get Low is a song by Dillon Francis. It was a hit.")
 SINGER = Passage("p2", "Dillon Francis", "He lives in Los Angeles. He was born on October 5, 1987.")
@@ -62,7 +58,7 @@ def test_what_cannot_be_concluded_is_not_demonstrated(question: Question) -> Non
 
 def test_a_skilled_episode_searches_reads_and_answers() -> None:
     steps = gold_steps(QUESTION, PASSAGES)
-    assert episode(QUESTION, steps, ["[one]", "[two]"], random.Random(0), SKILLED) == [
+    assert demonstrate(QUESTION, steps, ["[one]", "[two]"], random.Random(0), SKILLED) == [
         ("prompt", "When was the performer of Get Low born?\n"),
         ("action", "<think> I need to find Get Low. </think> <search> Get Low </search>"),
         ("observation", "[one]"),

@@ -9,7 +9,7 @@ from gymnasium.vector import VectorEnv
 from hypothesis import given
 from hypothesis import strategies as st
 
-from research_env.vector_env import batched_infos
+from research_env.info import batch_infos
 
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "text": st.text(max_size=3),
@@ -47,15 +47,15 @@ def test_infos_are_batched_as_gymnasium_does(infos: dict[int, dict[str, Any]]) -
     expected: dict[str, Any] = {}
     for i, info in infos.items():
         expected = env._add_info(expected, info, i)
-    assert plain(batched_infos(infos, 5)) == plain(expected)
+    assert plain(batch_infos(infos, 5)) == plain(expected)
 
 
 def test_what_a_sub_environment_has_not_is_zero_or_none() -> None:
-    got = batched_infos({2: {"n": 3, "ids": ("a",)}, 0: {"n": 1}}, 3)
+    got = batch_infos({2: {"n": 3, "ids": ("a",)}, 0: {"n": 1}}, 3)
     assert {key: value.tolist() for key, value in got.items()} == {
         "n": [1, 0, 3],
         "_n": [True, False, True],
         "ids": [None, None, ("a",)],
         "_ids": [False, False, True],
     }
-    assert batched_infos({}, 3) == {}
+    assert batch_infos({}, 3) == {}

@@ -62,7 +62,7 @@ def test_the_same_settings_have_the_same_provenance_in_both_environments(
         ("index", {"id": "p", "title": "Ann", "text": "Ann did it again."}),
     ],
 )
-def test_what_changes_is_told_and_only_that(
+def test_a_change_shows_in_its_entry_alone(
     files: dict[str, Any], tmp_path: Path, changed: str, record: dict[str, Any]
 ) -> None:
     before = provenance(**files)
@@ -71,14 +71,14 @@ def test_what_changes_is_told_and_only_that(
     assert {key for key in before if before[key] != after[key]} == {changed}
 
 
-def test_settings_are_told(files: dict[str, Any]) -> None:
+def test_settings_show_in_their_entries(files: dict[str, Any]) -> None:
     before = provenance(**files)
     after = provenance(**files, template="instruct", top_k=3, reward="em")
     differing = {key for key in before if before[key] != after[key]}
     assert differing == {"template", "limits", "reward"}
 
 
-def test_a_sum_of_rewards_is_told_with_its_weights(files: dict[str, str]) -> None:
+def test_a_sum_of_rewards_shows_its_weights(files: dict[str, str]) -> None:
     said = provenance(**files, reward="research + .1*support_recall - 2e-2*searches")
     assert said["reward"] == "1*research+0.1*support_recall-0.02*searches"
     assert provenance(**files, reward=said["reward"]) == said
@@ -101,7 +101,7 @@ def test_the_place_of_an_index_changes_nothing_else(files: dict[str, Any], tmp_p
     assert {key for key in here if here[key] != there[key]} == {"place: retriever"}
 
 
-def test_a_password_is_not_told(files: dict[str, Any], tmp_path: Path) -> None:
+def test_a_password_is_not_shown(files: dict[str, Any], tmp_path: Path) -> None:
     recorded = f"localhost:9/retrieve?cache={tmp_path / 'searches.sqlite'}"
     said = provenance(**files, retriever=f"http://ann:secret@{recorded}")
     assert said["retriever"] == f"http://[redacted]@{recorded}"
@@ -118,7 +118,7 @@ def test_a_retriever_of_ones_own_is_its_class(files: dict[str, Any], tmp_path: P
     own.close()
 
 
-def test_the_strata_of_a_question_are_told_from_the_beginning(files: dict[str, Any]) -> None:
+def test_the_strata_of_a_question_are_in_every_info(files: dict[str, Any]) -> None:
     env = gym.make("SearchQA-v0", **files)
     _, info = env.reset(seed=0)
     assert info["strata"] == {"hops": "2", "type": ""}
