@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,23 @@ def test_a_trajectory_without_action_tokens_among_others(name: str) -> None:
     mixed = Group(0, [group.trajectories[0], empty, *group.trajectories[1:]])
     gradient = _gradient(name, Bigram(), Bigram(seed=1), [mixed])["table"]
     assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_settings_that_make_no_sense_are_refused(name: str) -> None:
+    for field in fields(type(algorithm(name))):  # type: ignore[arg-type]
+        positive = field.name in ("std_epsilon", "max_length", "max_rounds", "overlong_cache")
+        bad = {"float": (-0.1, math.nan, math.inf), "int": (-1,), "bool": ()}
+        values = (0,) if positive else bad.get(field.type, ("other",))
+        for value in values:
+            with pytest.raises(ConfigError, match=f"{name}: {field.name} is {value!r}; "):
+                algorithm(name, **{field.name: value})
+
+
+@pytest.mark.parametrize("name", ["ppo", "mt_ppo"])
+def test_a_batch_without_values_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="needs a learner with a critic"):
+        _rule(name).advantages(make_batch(random_groups(0)))
 
 
 def test_the_cap_of_truncated_importance_sampling() -> None:
