@@ -31,7 +31,7 @@ class Part:
     reward: float
     metrics: Mapping[str, float]  # the environment's, then action "tokens" and "turns"
     questions: int  # with at least one episode that is not void
-    intervals: Mapping[str, Interval]  # of "reward" and each metric
+    intervals: Mapping[str, Interval]  # for "reward" and each metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Summary:
     strata: Mapping[str, Mapping[str, Part]]  # such as "hops" -> "2" -> means over 2-hop questions
     pass_at: Mapping[str, Mapping[str, Estimate]]  # "em" -> "4" -> pass@4; if several samples
     majority: Part | None  # over the majority's episodes; None unless several samples predict
-    header: Mapping[str, Any]  # of the predictions: settings and versions
+    header: Mapping[str, Any]  # header of the predictions
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,9 +30,9 @@ class Plan:
     machines: Machines
     sampler: Sampler
     memory: Memory
-    tokens: float  # of all episodes of a step
-    times: Times  # of a step
-    steps: int  # of the run
+    tokens: float  # in all episodes of a step
+    times: Times  # seconds of a step
+    steps: int  # steps in the whole run
     environment: Mapping[str, str]  # the environment's own needs; empty if it gives none
     suggestions: tuple[str, ...]  # flags with which the run would fit; empty if it fits
 

@@ -19,7 +19,7 @@ class Gpu:
 
     memory: float  # bytes
     flops: float  # dense bfloat16 peak, FLOP/s
-    bandwidth: float  # of the memory, bytes per second
+    bandwidth: float  # memory bandwidth, bytes per second
     link: float  # to the other GPUs of the node, bytes per second in one direction
 
 

@@ -29,7 +29,7 @@ def redact(text: str, *secrets: str) -> str:
         text: for example a server's answer.
         *secrets: keys; those shorter than :data:`SHORTEST_SECRET` are ignored.
     """
-    # A secret can contain what looks like an escape, so its decoded form is searched for as well.
+    # A secret can contain what looks like an escape, so its decoded form counts too.
     forms = {*secrets, *("".join(map(_decoded, _CHARACTER.finditer(each))) for each in secrets)}
     grams = {
         form[start : start + SHORTEST_SECRET]

@@ -82,7 +82,7 @@ def unused_prefix(store: Store, rank: int, size: int, timeout: timedelta) -> Sto
 
 
 def _answer(store: Store, other: int, prefix: str, deadline: float) -> None:
-    """Tell a rank the prefix until it confirms; its name may at first be one of an earlier start."""
+    """Tell a rank the prefix until it confirms: its name may still be one of an earlier start."""
     while not store.check([f"{prefix}/{other}"]):
         if time.monotonic() > deadline:
             raise DistStoreError(f"timed out: rank {other} did not start")

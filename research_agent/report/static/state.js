@@ -46,14 +46,14 @@ function go(changes, remember = false) {
 const chosenSets = () => ["a", "b"].map((s) => state.get(s)).filter((s) => s !== "").map(Number);
 
 // Everything in an item that the word filter looks at, in lower case.
-const searchTexts = new Map();
-function searchText(item) {
-  if (!searchTexts.has(item)) {
+const itemTexts = new Map();
+function itemText(item) {
+  if (!itemTexts.has(item)) {
     const words = [item.id, item.question, ...item.answers];
     for (const side of item.sides) if (side) words.push(side.prediction);
-    searchTexts.set(item, words.join("\n").toLowerCase());
+    itemTexts.set(item, words.join("\n").toLowerCase());
   }
-  return searchTexts.get(item);
+  return itemTexts.get(item);
 }
 
 function hasVerdict(verdict, sides) {
@@ -92,7 +92,7 @@ function choose() {
     const stop = state.get("stop");
     if (stop !== "" && !sides.some((side) => side.stop === stop)) return false;
     return hasVerdict(state.get("verdict"), sides)
-      && (text === "" || searchText(item).includes(text));
+      && (text === "" || itemText(item).includes(text));
   });
   const sign = { gain: -1, loss: 1 }[state.get("sort")];
   if (sign && sets.length === 2) {
