@@ -104,8 +104,8 @@ def compare(a: Path, b: Path, *, metric: str | None = None, seed: int = 0) -> Co
     means = totals.sum(axis=0) / weights.sum()  # [2, metrics]
     drawn = bootstrap(totals[:, 1] - totals[:, 0], weights, seed=seed)
     metrics = {
-        name: Difference(float(of_a), float(of_b), float(of_b - of_a), spread, p)
-        for name, of_a, of_b, spread, p in zip(
+        name: Difference(float(mean_a), float(mean_b), float(mean_b - mean_a), spread, p)
+        for name, mean_a, mean_b, spread, p in zip(
             names, *means, interval(drawn), two_sided_p(drawn), strict=True
         )
     }
@@ -176,11 +176,11 @@ def _require_same_questions(
     first: Mapping[Key, Outcome], second: Mapping[Key, Outcome], a: Path, b: Path
 ) -> None:
     """Refuse files that cannot be paired."""
-    of_a, of_b = ({question for question, _ in each} for each in (first, second))
-    if of_a != of_b:
+    asked_a, asked_b = ({question for question, _ in each} for each in (first, second))
+    if asked_a != asked_b:
         parts = [
             f"{len(only)} are in {path} only ({_listed(only)})"
-            for only, path in ((of_a - of_b, a), (of_b - of_a, b))
+            for only, path in ((asked_a - asked_b, a), (asked_b - asked_a, b))
             if only
         ]
         raise PredictionsError(

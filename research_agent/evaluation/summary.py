@@ -194,12 +194,12 @@ def _pass_at(
 
 def _majority(samples: Sequence[Outcome]) -> Outcome | None:
     """The first episode with the prediction that most samples of a question made."""
-    said = [(" ".join((o.prediction or "").lower().split()), o) for o in samples if not o.void]
-    if all(o.prediction is None for _, o in said):
+    predicted = [(" ".join((o.prediction or "").lower().split()), o) for o in samples if not o.void]
+    if all(o.prediction is None for _, o in predicted):
         return None
-    votes = Counter(text for text, _ in said if text)
+    votes = Counter(text for text, _ in predicted if text)
     winner = votes.most_common(1)[0][0] if votes else ""  # the first seen wins a tie
-    return next(o for text, o in said if text == winner)
+    return next(o for text, o in predicted if text == winner)
 
 
 def tables(summary: Summary) -> list[Table]:

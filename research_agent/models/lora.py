@@ -65,7 +65,7 @@ def load_adapters(model: Any, adapter: str) -> int:
         ModelError: the adapter is damaged, was made for another model, or has more than LoRA's two
             matrices per layer.
     """
-    config, weights = _read(adapter)
+    config, weights = _read_adapter(adapter)
     _refuse_more_than_lora(config, adapter)
     from peft import inject_adapter_in_model, set_peft_model_state_dict  # noqa: PLC0415
 
@@ -97,7 +97,7 @@ def merge_adapter(model: Any, adapter: str) -> Any:
         ConfigError: peft is not installed.
         ModelError: the adapter is damaged, made for another model, or cannot be merged.
     """
-    config, weights = _read(adapter)
+    config, weights = _read_adapter(adapter)
     from peft import get_peft_model, set_peft_model_state_dict  # noqa: PLC0415
 
     config.inference_mode = True
@@ -111,7 +111,7 @@ def merge_adapter(model: Any, adapter: str) -> Any:
         raise _misfit(adapter, model, str(error)) from error
 
 
-def _read(adapter: str) -> tuple[Any, Any]:
+def _read_adapter(adapter: str) -> tuple[Any, Any]:
     """Read configuration and weights of an adapter that peft saved."""
     try:
         from peft import PeftConfig, load_peft_weights  # noqa: PLC0415

@@ -83,23 +83,23 @@ def engine_difference(engine: Engine, plain: Callable[[list[int]], Tensor], voca
         A description of the difference; empty if both are equal up to rounding.
     """
     first, second = _turns(engine.max_context, vocabulary)
-    said: dict[int, list[int]] = {}
+    contexts: dict[int, list[int]] = {}
     reported: dict[int, list[tuple[int, float]]] = {}
     for slots in ((0, 1),) if getattr(engine, "max_slots", 1) > 1 else ((0,),):
         for new in (first, second):
             for slot in slots if new else ():
-                said[slot] = said.get(slot, []) + new[slot]
+                contexts[slot] = contexts.get(slot, []) + new[slot]
                 engine.submit(slot, new[slot], SamplingParams(max_tokens=2, seed=slot))
             while engine.busy:
                 for turn in engine.step():
-                    at = len(said[turn.slot])
-                    said[turn.slot] += turn.tokens
+                    at = len(contexts[turn.slot])
+                    contexts[turn.slot] += turn.tokens
                     known = reported.setdefault(turn.slot, [])
                     known += [(at + i, value) for i, value in enumerate(turn.logprobs)]
         for slot in slots:
             engine.release(slot)
     errors, everything = [], []
-    for slot, tokens in said.items():
+    for slot, tokens in contexts.items():
         logits = plain(tokens)
         logprobs = logits.double().log_softmax(-1)
         everything.append(logits)

@@ -37,9 +37,9 @@ def open_store(timeout: timedelta) -> tuple[Store, int, int]:
         return unused_prefix(store, rank, size, timeout), rank, size
     except (DistError, TimeoutError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        said = str(error) or "no answer"
+        cause = str(error) or "no answer"
         message = (
-            f"the ranks cannot meet at {place} ({said.splitlines()[0]}). If another program "
+            f"the ranks cannot meet at {place} ({cause.splitlines()[0]}). If another program "
             "has that port, give torchrun another --master-port"
         )
         raise RankError(message) from error
