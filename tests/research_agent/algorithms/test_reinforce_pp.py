@@ -64,7 +64,7 @@ def test_equals_the_papers_sums(
     total = clipped_total(example, advantages, weights, entropy_coef=0.1)
     if kl_in == "loss":
         k2 = (example.logprobs - reference) ** 2 / 2
-        total = total + kl * (torch.tensor(weights) * k2).sum()
+        total = total + kl * (torch.tensor(weights, dtype=torch.float64) * k2).sum()
     assert_loss(rule, example, total)
 
 
