@@ -20,6 +20,8 @@ different signs differently, and where trajectories differ in 1 / |o_i|.
 
 The rollout branches where the entropy has risen most since the first turn (``--tree-choice
 entropy``).
+
+Symbols that are not explained here are those of ``grpo.py``.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ sg stops the gradient. PPO's minimum drops tokens whose ratio went too far, such
 Libraries differ in these definitions. epsilon_low is 1, which bounds nothing, because the paper
 sets no lower bound. The paper does not print its epsilon_high; ours makes the bound 1 + 4 = 5,
 which TRL's documentation recommends. TRL's ``epsilon_high`` is the bound itself, 5.
+
+Symbols that are not explained here are those of ``grpo.py``.
 """
 
 from __future__ import annotations

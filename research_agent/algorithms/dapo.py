@@ -20,6 +20,8 @@ Libraries differ in these definitions. |o_i| counts action tokens only, since th
 the length of observations. Dynamic sampling looks at r, before the punishment. It plays as many
 more tasks as groups are missing (verl plays a whole batch and discards the surplus), and after
 ``max_rounds`` rounds it learns from the groups that it has (verl stops with an error).
+
+Symbols that are not explained here are those of ``grpo.py``.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ GRPO divides by the group's standard deviation, which gives more weight to tasks
 always or nearly never solved, and by |o_i|, which makes a wrong answer cheaper the longer it is.
 Dr. GRPO does neither. The paper's equation has no L; the authors' code, like TRL, divides by the
 constant token budget. L only scales the gradient: Adam does not see it, ``--max-grad-norm`` does.
+
+Symbols that are not explained here are those of ``grpo.py``.
 """
 
 from __future__ import annotations

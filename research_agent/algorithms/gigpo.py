@@ -21,6 +21,8 @@ F is the standard deviation plus delta, or 1 with ``normalize=False``; T is the 
 the batch. s is the environment's ``info["state_key"]``. A turn has A^S = 0 if its state has no key,
 or if no other turn of the group was taken in that state, as in the authors' code. The paper's ratio
 is per action; the authors' code, and this, take it per token.
+
+Symbols that are not explained here are those of ``grpo.py``.
 """
 
 from __future__ import annotations

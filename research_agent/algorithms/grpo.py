@@ -13,7 +13,9 @@ Shao et al. 2024, DeepSeekMath (arXiv:2402.03300), equations 3 and 4; Chen et al
     A_i = \frac{r_i - \mathrm{mean}(r_{group})}{\mathrm{std}(r_{group}) + \delta}, \qquad
     \mathrm{KL}_t = \frac{\pi_{ref}(o_t)}{\pi(o_t)} - \log\frac{\pi_{ref}(o_t)}{\pi(o_t)} - 1
 
-N is the number of trajectories, |o_i| the number of tokens that the policy sampled in trajectory i.
+N is the number of trajectories, |o_i| the number of tokens that the policy sampled in trajectory i,
+and H_t the policy's entropy before token t. The method ``advantages`` computes A_i, ``weights``
+computes 1 / (N |o_i|), and ``objective`` the bracket. The learner minimizes -J.
 
 Libraries differ in these definitions. The standard deviation is the sample's, over n - 1, as in
 verl and TRL; delta is 1e-6, as in verl (TRL: 1e-4). A group of one has advantage 0, as in prime-rl

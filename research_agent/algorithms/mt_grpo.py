@@ -23,6 +23,8 @@ paper's, with the authors' ``turn_advantage_coef`` as alpha. With more turns the
 turn advantage to the tokens before the first observation only; here every turn has its own. Samples
 at their k-th turn are in different states once they have acted differently, so this baseline is not
 a state's (verl issue 7244); ``tree_grpo`` and ``gigpo`` compare turns in the same state.
+
+Symbols that are not explained here are those of ``grpo.py``.
 """
 
 from __future__ import annotations

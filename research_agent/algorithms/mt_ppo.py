@@ -20,6 +20,8 @@ With ``over="turns"`` a turn is one step in time, as in Turn-PPO (Li et al. 2025
 r is the sum over the turn, V is the value at the turn's first token, and all tokens of the turn
 share A and the critic's target A + V. gamma and lambda then discount per turn. A turn without a
 token is no step; its reward goes to the turn before it.
+
+Symbols that are not explained here are those of ``grpo.py``.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ V_t is the critic's value of the context before action token t; the critic and i
 of an action is the first token of the next action. mean and std are over all action tokens of the
 rollout. The authors' code also has observation tokens in GAE, mean, std and L_V (see verl issue
 2337); with gamma = lambda = 1 they cancel in GAE, but not in the rest.
+
+Symbols that are not explained here are those of ``grpo.py``.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ uses the group baseline with KL 0 (presets ``r1-searcher-qwen`` and ``r1-searche
 
 The sum over t' runs over the action tokens of a trajectory, across observations. verl once reset it
 at each observation, so that only the last action saw the reward (issue 7278). There is no discount.
+
+Symbols that are not explained here are those of ``grpo.py``.
 """
 
 from __future__ import annotations

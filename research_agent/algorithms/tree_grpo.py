@@ -20,6 +20,8 @@ advantages. A tree of one trajectory has A^intra = 0: without branches this is G
 that A^intra alone gives the objective of step-level preference learning.
 
 The rollout samples the trees (``--tree-branches``).
+
+Symbols that are not explained here are those of ``grpo.py``.
 """
 
 from __future__ import annotations
