@@ -63,8 +63,8 @@ def _curve(runs: dict[str, Training], metric: str | None) -> str:
     known = sorted({each for curves in runs_curves.values() for each in curves})
     if metric and metric not in known:
         raise ConfigError(f"no run has a metric {metric!r}; they have {', '.join(known)}")
-    metric = metric or ("eval/reward" if "eval/reward" in known else "reward")
+    chosen = metric or ("eval/reward" if "eval/reward" in known else "reward")
     return "\n\n".join(
-        text_curve(curves.get(metric, []), name=metric if len(runs) == 1 else f"{name}: {metric}")
+        text_curve(curves.get(chosen, []), name=chosen if len(runs) == 1 else f"{name}: {chosen}")
         for name, curves in runs_curves.items()
     )

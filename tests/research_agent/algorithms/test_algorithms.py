@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -208,9 +209,12 @@ def test_a_trajectory_without_action_tokens_among_others(name: str) -> None:
 def test_settings_that_make_no_sense_are_refused(name: str) -> None:
     for field in fields(type(algorithm(name))):  # type: ignore[arg-type]
         positive = field.name in ("std_epsilon", "max_length", "max_rounds", "overlong_cache")
-        bad = {"float": (-0.1, math.nan, math.inf), "int": (-1,), "bool": ()}
-        values = (0,) if positive else bad.get(field.type, ("other",))
-        for value in values:
+        bad: dict[Any, Sequence[object]] = {
+            "float": (-0.1, math.nan, math.inf),
+            "int": (-1,),
+            "bool": (),
+        }
+        for value in (0,) if positive else bad.get(field.type, ("other",)):
             with pytest.raises(ConfigError, match=f"{name}: {field.name} is {value!r}; "):
                 algorithm(name, **{field.name: value})
 
