@@ -163,13 +163,13 @@ def test_what_is_not_finite_outside_actions_does_no_harm(name: str) -> None:
     assert torch.equal(got[:48], expected[:48])
 
 
-@pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_it_learns_which_token_is_rewarded(name: str, updates: int) -> None:
+def test_it_learns_which_token_is_rewarded(name: str) -> None:
+    """Two updates per rollout, so that the second one has ratios other than 1."""
     model = Bigram(4)
     off = {"kl_coef": 0.0, "entropy_coef": 0.0} if name not in PLAIN else {}
     learner = make_learner(
-        model, _rule(name, **off), learning_rate=0.1, weight_decay=0.0, minibatches=updates
+        model, _rule(name, **off), learning_rate=0.1, weight_decay=0.0, minibatches=2
     )
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
