@@ -1,4 +1,9 @@
-"""Algorithms by name. Each is one file that shows its paper's equation."""
+"""Algorithms by name: each is one file with its paper's equation.
+
+A file shows the objective J of its paper and the three parts that the code makes of it: the
+advantages A, the weights in front of the sum, and the objective of a token. The learner minimizes
+``-(weights * objective).sum()``, which is -J.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +36,7 @@ def algorithm(name: str, **settings: object) -> Algorithm:
     """Make an algorithm by name.
 
     Args:
-        name: one of ``ALGORITHMS``, or ``"module:Class"`` for a reader's own.
+        name: one of ``ALGORITHMS``, or ``"module:Class"`` for your own.
         settings: fields of its class.
 
     Raises:

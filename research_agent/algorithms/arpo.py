@@ -1,7 +1,7 @@
 r"""Agentic Reinforced Policy Optimization: GRPO on trajectories that branch where entropy is high.
 
-Dong et al. 2025 (arXiv:2507.19849). Trajectories of a group share their beginnings. Every one has
-the advantage of GRPO, and a token that several of them share learns from all of theirs:
+Dong et al. 2025 (arXiv:2507.19849). Trajectories of a group share their beginnings. Each has GRPO's
+advantage, and a token that several trajectories share learns from the advantages of all of them:
 
 .. math::
 
@@ -13,13 +13,15 @@ the advantage of GRPO, and a token that several of them share learns from all of
     \text{soft: } A_{i,t} = A_i, \qquad
     \text{hard: } A_{i,t} = \frac{1}{|S_t|} \sum_{j \in S_t} A_j
 
-S_t are the trajectories of the group that share the turn of token t; if none does, i alone.
-The paper proposes both. A shared token has the same ratio in all its trajectories, so with soft its
-gradient is that of their mean advantage, too. The two differ where clipping treats advantages of
+S_t is the set of trajectories that share the turn of token t, i among them. The paper proposes both
+attributions. A shared token has the same ratio in all its trajectories, so soft attribution gives
+it the gradient of their mean advantage too. The two differ where clipping treats advantages of
 different signs differently, and where trajectories differ in 1 / |o_i|.
 
-The rollout chooses where to branch, by the rise of the entropy over that of the first turn
-(``--tree-choice entropy``).
+The rollout branches where the entropy has risen most since the first turn (``--tree-choice
+entropy``).
+
+Symbols that are not explained here are those of ``grpo.py``.
 """
 
 from __future__ import annotations
@@ -29,13 +31,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from research_agent.algorithms.base import Tokens
+from research_agent.algorithms.checks import require, require_one_of
 from research_agent.algorithms.functional import (
     KL_ESTIMATORS,
     KLEstimator,
     clipped_objective,
     group_normalized,
-    require,
-    require_one_of,
     sequence_mean,
 )
 
@@ -47,20 +48,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ARPO:
-    """ARPO. It logs ``clip_fraction``, and ``kl`` if that is used."""
+    """ARPO. It logs ``clip_fraction`` and, with a KL, ``kl``."""
 
     attribution: Literal["soft", "hard"] = "soft"
-    """What shared tokens learn from: the advantage of each trajectory, or their mean."""
+    """Advantage of a shared token: each trajectory's own (soft), or their mean (hard)."""
     clip: float = 0.2
-    """Ratios count only within 1 - clip and 1 + clip (epsilon)."""
+    """Ratios are clipped to 1 - clip and 1 + clip (epsilon)."""
     kl_coef: float = 1e-3
-    """Weight of the KL to the reference policy, in the loss (beta); 0: no reference is run."""
+    """Weight of the KL to the reference policy, in the loss (beta); 0: no reference runs."""
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of an entropy bonus, which is not in the equation."""
     std_epsilon: float = 1e-6
-    """Added to standard deviations (delta)."""
+    """Added to standard deviations of rewards (delta)."""
     kl_estimator: KLEstimator = "k3"
-    """How the KL is estimated."""
+    """Estimator of the KL: k1, k2 or k3."""
 
     def __post_init__(self) -> None:
         require("arpo", self, "clip", "kl_coef", "entropy_coef")
@@ -70,25 +71,25 @@ class ARPO:
 
     @property
     def needs_reference(self) -> bool:
-        """True unless the KL counts for nothing."""
+        """True if ``kl_coef`` is above 0."""
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """GRPO's; with hard attribution their mean over the trajectories that share a turn."""
-        each = group_normalized(batch.rewards, batch.groups, self.std_epsilon)
+        """``A_{i,t}``: GRPO's advantage, or its mean over the trajectories that share a turn."""
+        own = group_normalized(batch.rewards, batch.groups, self.std_epsilon)
         if self.attribution == "soft":
-            return each[batch.seq_ids]
-        sums = each.new_zeros(len(batch.turn_nodes))
-        sums = sums.index_add(0, batch.turn_nodes, each[batch.turn_seq_ids])
+            return own[batch.seq_ids]
+        sums = own.new_zeros(len(batch.turn_nodes))
+        sums = sums.index_add(0, batch.turn_nodes, own[batch.turn_seq_ids])
         counts = batch.turn_nodes.bincount(minlength=len(sums)).clamp(min=1)
         return (sums / counts)[batch.turn_nodes][batch.turn_ids]
 
     def weights(self, batch: Batch) -> Tensor:
-        """``1 / (N |o_i|)``."""
+        """``1 / (N |o_i|)``, the factors before the token's term in J."""
         return sequence_mean(batch.lengths, batch.seq_ids)
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The bracket of the equation, for each token."""
+        """``min(rho_t A_{i,t}, clip(rho_t) A_{i,t}) - beta KL_t``: J's bracket; plus entropy."""
         return clipped_objective(
             tokens,
             clip=self.clip,

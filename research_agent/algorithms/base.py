@@ -28,12 +28,12 @@ class Tokens:
     after another, so an objective may also work on whole sequences.
     """
 
-    logprobs: Tensor  # log pi of the policy that learns, with gradient
-    old_logprobs: Tensor  # log pi of the policy that sampled, constant
-    reference_logprobs: Tensor | None  # log pi of the reference policy, where the algorithm asks it
-    entropy: Tensor  # entropy of the policy that learns, in nats, with gradient
-    advantages: Tensor  # constant
-    seq_ids: Tensor  # number of the trajectory in the batch, ascending
+    logprobs: Tensor  # log pi(o_t), current policy, with gradient
+    old_logprobs: Tensor  # log pi_old(o_t), policy that sampled, constant
+    reference_logprobs: Tensor | None  # log pi_ref(o_t), constant; None unless needs_reference
+    entropy: Tensor  # H_t of the current policy, in nats, with gradient
+    advantages: Tensor  # A_t, constant
+    seq_ids: Tensor  # index of the token's trajectory in the micro-batch, ascending
 
 
 class Algorithm(Protocol):
@@ -45,37 +45,37 @@ class Algorithm(Protocol):
         ...
 
     def advantages(self, batch: Batch) -> Tensor:
-        """Say how much better than expected each action token was.
+        """Compute the advantage of each action token.
 
         Args:
             batch: a whole rollout, its old and reference log-probabilities filled in.
 
         Returns:
-            The advantages, shape [action tokens]. A scalar per trajectory is spread over its tokens
-            by ``scalars[batch.seq_ids]``.
+            The advantages, [action tokens]. An algorithm with one advantage per trajectory spreads
+            it over the tokens with ``per_trajectory[batch.seq_ids]``.
         """
         ...
 
     def weights(self, batch: Batch) -> Tensor:
-        """Say how much each action token counts.
+        """Compute the weight of each action token in the loss.
 
         Args:
-            batch: all the trajectories of one optimizer step.
+            batch: all trajectories of one optimizer step.
 
         Returns:
-            The weights, shape [action tokens].
+            The weights, [action tokens].
         """
         ...
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Compute what is to be maximized, for each token.
+        """Compute what is maximized, for each token.
 
         Args:
             tokens: the action tokens of a micro-batch.
 
         Returns:
-            The objective, shape [tokens]; and quantities to log, each of shape [tokens], of which
-            the learner takes the mean over the action tokens of the batch.
+            The objective, [tokens]; and quantities to log, [tokens] each, of which the learner
+            takes the mean over the action tokens of the batch.
         """
         ...
 
@@ -90,14 +90,14 @@ class SelectsGroups(Protocol):
 
     @property
     def max_rounds(self) -> int:
-        """Most rounds of a step; after them it learns from the groups that it has."""
+        """Most rounds per step. After them the step learns from the groups that it has."""
         ...
 
     def keeps(self, rewards: Sequence[float]) -> bool:
-        """Say whether a group is learned from.
+        """Decide whether a group is learned from.
 
         Args:
-            rewards: one per trajectory of the group that is not void.
+            rewards: rewards of the group's trajectories, without void ones.
         """
         ...
 
@@ -121,16 +121,16 @@ class UsesCritic(Protocol):
 
     @property
     def value_clip(self) -> float:
-        """How far an update may move a value before the loss of the critic is clipped."""
+        """How far an update may move a value before the critic's loss clips it."""
         ...
 
     def returns(self, batch: Batch) -> Tensor:
-        """Compute what the critic's values should have been.
+        """Compute the targets of the critic's values.
 
         Args:
             batch: a whole rollout, its values filled in.
 
         Returns:
-            The targets of the critic, [action tokens].
+            The targets, [action tokens].
         """
         ...

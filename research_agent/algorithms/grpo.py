@@ -1,7 +1,7 @@
 r"""Group Relative Policy Optimization, as ReSearch uses it.
 
 Shao et al. 2024, DeepSeekMath (arXiv:2402.03300), equations 3 and 4; Chen et al. 2025, ReSearch
-(arXiv:2503.19470), equation 1, where tokens that the environment wrote are left out of the sums:
+(arXiv:2503.19470), equation 1, which leaves the environment's tokens out of the sums:
 
 .. math::
 
@@ -13,19 +13,20 @@ Shao et al. 2024, DeepSeekMath (arXiv:2402.03300), equations 3 and 4; Chen et al
     A_i = \frac{r_i - \mathrm{mean}(r_{group})}{\mathrm{std}(r_{group}) + \delta}, \qquad
     \mathrm{KL}_t = \frac{\pi_{ref}(o_t)}{\pi(o_t)} - \log\frac{\pi_{ref}(o_t)}{\pi(o_t)} - 1
 
-N is the number of trajectories, |o_i| the number of tokens that the policy sampled in trajectory i.
+N is the number of trajectories, |o_i| the number of tokens that the policy sampled in trajectory i,
+and H_t the policy's entropy before token t. The method ``advantages`` computes A_i, ``weights``
+computes 1 / (N |o_i|), and ``objective`` the bracket. The learner minimizes -J.
 
-Where definitions differ, ours are these. The standard deviation is that of a sample, over n - 1, as
-in verl and TRL. Its delta is 1e-6, as in verl (TRL: 1e-4). A group of one has advantage 0, having
-nothing to be compared with (prime-rl does the same; verl keeps the raw reward). The mean is over
-the trajectories, as in the equation; the authors' code, an early verl, took it over the tokens of
-a micro-batch. The entropy bonus is not in the papers' equation; it is in the authors' settings.
+Libraries differ in these definitions. The standard deviation is the sample's, over n - 1, as in
+verl and TRL; delta is 1e-6, as in verl (TRL: 1e-4). A group of one has advantage 0, as in prime-rl
+(verl keeps the raw reward). The mean is over trajectories, as in the equation; the authors' code,
+an early verl, took it over the tokens of a micro-batch. The entropy bonus comes from the authors'
+settings; the papers' equations have none.
 
-With ``turn_rewards`` the advantages are those of process supervision, section 4.1.3 of Shao et al.:
-rewards of turns are normalized by mean and std of all turns of the group, and a token's advantage
-is the sum over its turn and those after it, :math:`A_{i,t} = \sum_{k \ge k(t)} \tilde r_{i,k}`.
-As the mean is over turns, an episode of more turns than others moves it: where most turns have no
-reward, each turn more costs an episode something (see verl issue 7244).
+``turn_rewards`` is process supervision, section 4.1.3 of Shao et al.: the reward of each turn is
+normalized by mean and std over all turns of the group, and a token's advantage sums these over its
+own turn k(t) and all later turns, :math:`A_{i,t} = \sum_{k \ge k(t)} \tilde r_{i,k}`. Because the
+mean is over turns, extra turns without a reward cost an episode something (see verl issue 7244).
 """
 
 from __future__ import annotations
@@ -35,14 +36,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from research_agent.algorithms.base import Tokens
+from research_agent.algorithms.checks import require, require_one_of
 from research_agent.algorithms.functional import (
     KL_ESTIMATORS,
     KLEstimator,
     clipped_objective,
     discounted_sum,
     group_normalized,
-    require,
-    require_one_of,
     sequence_mean,
 )
 
@@ -54,18 +54,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GRPO:
-    """GRPO; the defaults are ReSearch's. It logs ``clip_fraction``, and ``kl`` if that is used."""
+    """GRPO; the defaults are ReSearch's. It logs ``clip_fraction`` and, with a KL, ``kl``."""
 
     clip: float = 0.2
-    """Ratios count only within 1 - clip and 1 + clip (epsilon)."""
+    """Ratios are clipped to 1 - clip and 1 + clip (epsilon)."""
     kl_coef: float = 1e-3
-    """Weight of the KL to the reference policy, in the loss (beta); 0: no reference is run."""
+    """Weight of the KL to the reference policy, in the loss (beta); 0: no reference runs."""
     entropy_coef: float = 1e-3
     """Weight of the entropy bonus (alpha)."""
     std_epsilon: float = 1e-6
     """Added to the standard deviation of a group's rewards (delta)."""
     kl_estimator: KLEstimator = "k3"
-    """How the KL is estimated; k3 is the equation's."""
+    """Estimator of the KL: k1, k2 or k3; k3 is the equation's."""
     turn_rewards: bool = False
     """Learn from the rewards of turns instead of their sum: process supervision."""
 
@@ -76,11 +76,11 @@ class GRPO:
 
     @property
     def needs_reference(self) -> bool:
-        """True unless the KL counts for nothing."""
+        """True if ``kl_coef`` is above 0."""
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """``(r - mean) / (std + delta)`` of the group; one value per trajectory, or per turn."""
+        """``A_i``, on every token of trajectory i; with ``turn_rewards`` ``A_{i,t}``."""
         if not self.turn_rewards:
             return group_normalized(batch.rewards, batch.groups, self.std_epsilon)[batch.seq_ids]
         groups = batch.groups[batch.turn_seq_ids]
@@ -88,11 +88,11 @@ class GRPO:
         return discounted_sum(normalized, batch.turn_seq_ids, 1.0)[batch.turn_ids]
 
     def weights(self, batch: Batch) -> Tensor:
-        """``1 / (N |o_i|)``."""
+        """``1 / (N |o_i|)``, the factors before the token's term in J."""
         return sequence_mean(batch.lengths, batch.seq_ids)
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The bracket of the equation, for each token."""
+        """``min(rho_t A_i, clip(rho_t) A_i) - beta KL_t + alpha H_t``: the bracket in J."""
         return clipped_objective(
             tokens,
             clip=self.clip,

@@ -18,12 +18,13 @@ Schulman et al. 2017 (arXiv:1707.06347), equations 7 and 9, for language models 
         \max\big((V - R_t)^2,\ (\mathrm{clip}(V, V_{old} \pm \epsilon_V) - R_t)^2\big), \quad
     R_t = A_t + V_{old,t}
 
-V_t is the critic's value of what stands before action token t
-(``research_agent/models/critic.py``). t runs over action tokens alone: the step after the last
-token of an action is the first token of the next action, with whatever was observed in between
-before it. mean and std are over all action tokens of the rollout. The authors' code has the tokens
-of observations in GAE, mean, std and the critic's loss as well (see verl issue 2337); with gamma =
-lambda = 1 their values cancel in GAE, but not in the rest.
+V_t is the critic's value of the context before action token t; the critic and its loss L_V are in
+``research_agent/models/critic.py``. t runs over action tokens only: the step after the last token
+of an action is the first token of the next action. mean and std are over all action tokens of the
+rollout. The authors' code also has observation tokens in GAE, mean, std and L_V (see verl issue
+2337); with gamma = lambda = 1 they cancel in GAE, but not in the rest.
+
+Symbols that are not explained here are those of ``grpo.py``.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from research_agent.algorithms.base import Tokens
+from research_agent.algorithms.checks import require
 from research_agent.algorithms.functional import (
     batch_normalized,
     clipped_objective,
     gae,
-    kl_k1,
-    require,
+    kl,
     rewards_at_end,
     token_mean,
 )
@@ -51,20 +52,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PPO:
-    """PPO; the defaults are Search-R1's. It logs ``clip_fraction``, and ``kl`` (k1) if used."""
+    """PPO; the defaults are Search-R1's. It logs ``clip_fraction`` and, with a KL, ``kl`` (k1)."""
 
     clip: float = 0.2
-    """Ratios count only within 1 - clip and 1 + clip (epsilon)."""
+    """Ratios are clipped to 1 - clip and 1 + clip (epsilon)."""
     kl_coef: float = 1e-3
-    """Weight of the KL to the reference policy, in the reward (beta); 0: no reference is run."""
+    """Weight of the KL to the reference policy, in the reward (beta); 0: no reference runs."""
     entropy_coef: float = 1e-3
     """Weight of the entropy bonus (alpha)."""
     gamma: float = 1.0
-    """Discount of an action token."""
+    """Discount per action token."""
     lam: float = 1.0
     """Lambda of GAE: 0 trusts the critic, 1 the rewards."""
     value_clip: float = 0.5
-    """How far an update may move a value, as far as the critic's loss goes (epsilon_V)."""
+    """How far an update may move a value before the critic's loss clips it (epsilon_V)."""
     critic_learning_rate: float = 1e-5
     """Learning rate of the critic's AdamW."""
     critic_warmup_steps: int = 0
@@ -76,33 +77,32 @@ class PPO:
 
     @property
     def needs_reference(self) -> bool:
-        """True unless the KL counts for nothing."""
+        """True if ``kl_coef`` is above 0."""
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """GAE, normalized over the action tokens."""
-        return batch_normalized(self._gae(batch))
+        """``A^_t``: GAE, normalized over the action tokens."""
+        return batch_normalized(self._estimate(batch)[0])
 
     def returns(self, batch: Batch) -> Tensor:
-        """``A_t + V_old``, before the advantages are normalized."""
-        return self._gae(batch) + self._values(batch)
+        """``R_t = A_t + V_old,t``, the targets of the critic."""
+        advantages, values = self._estimate(batch)
+        return advantages + values
 
     def weights(self, batch: Batch) -> Tensor:
-        """``1 / sum |o_i|``."""
+        """``1 / sum_i |o_i|``, the factor before the sums in J."""
         return token_mean(batch.lengths, batch.seq_ids)
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The bracket of the first equation, for each token; the KL is in the rewards."""
+        """``min(rho_t A^_t, clip(rho_t) A^_t) + alpha H_t``: the bracket in J."""
         return clipped_objective(tokens, clip=self.clip, entropy_coef=self.entropy_coef)
 
-    def _gae(self, batch: Batch) -> Tensor:
-        rewards = rewards_at_end(batch.rewards, batch.lengths)
-        if batch.reference_logprobs is not None:
-            rewards -= self.kl_coef * kl_k1(batch.old_logprobs, batch.reference_logprobs)
-        return gae(rewards, self._values(batch), batch.seq_ids, self.gamma, self.lam)
-
-    @staticmethod
-    def _values(batch: Batch) -> Tensor:
+    def _estimate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``A_t`` and ``V_old,t`` of the action tokens, [A] each."""
         if batch.values is None:
             raise ValueError("the batch has no values; PPO needs a learner with a critic")
-        return batch.values.to(batch.rewards.dtype)
+        values = batch.values.to(batch.rewards.dtype)
+        rewards = rewards_at_end(batch.rewards, batch.lengths)
+        if batch.reference_logprobs is not None:
+            rewards -= self.kl_coef * kl("k1", batch.old_logprobs, batch.reference_logprobs)
+        return gae(rewards, values, batch.seq_ids, self.gamma, self.lam), values

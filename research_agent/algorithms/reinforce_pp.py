@@ -10,19 +10,20 @@ Hu et al. 2025 (arXiv:2501.03262), section 3:
     \hat A_t = \frac{A_t - \mathrm{mean}(A)}{\mathrm{std}(A)}, \qquad
     A_t = R_i - \beta \sum_{t'=t}^{|o_i|} \log\frac{\pi_{old}(o_{t'})}{\pi_{ref}(o_{t'})}
 
-mean and std are those of all action tokens of the rollout; the KL (k1) is part of the reward.
+mean and std are over all action tokens of the rollout; the KL (k1) is part of the reward.
 
-``baseline`` is what R is. ``none``: the reward. ``group``: the reward less the mean of its group,
-REINFORCE++-baseline; the paper then has the KL in the loss, by k2 (``kl_in=loss``):
-:math:`J - \beta \frac{1}{2} \log^2(\pi / \pi_{ref})`, and no KL in the reward.
+``baseline`` defines R_i. With ``none`` it is the reward r_i. With ``group`` it is r_i less the mean
+of its group (REINFORCE++-baseline); the paper then has no KL in the reward, but k2 in the loss
+(``kl_in=loss``): each term of J is reduced by :math:`\beta \frac{1}{2} \log^2(\pi / \pi_{ref})`.
 
-R1-Searcher (Song et al. 2025, arXiv:2503.05592) changes it for tools: documents are masked out
-of loss, KL and normalization. That is so here for every algorithm, for observations have no action
-tokens. Its published script uses the baseline of the group, with KL 0 (the presets
-``r1-searcher-qwen`` and ``r1-searcher-llama``).
+R1-Searcher (Song et al. 2025, arXiv:2503.05592) masks documents out of loss, KL and normalization.
+Here this holds for every algorithm, because only action tokens enter the sums. Its published script
+uses the group baseline with KL 0 (presets ``r1-searcher-qwen`` and ``r1-searcher-llama``).
 
-The sum runs over the action tokens of a trajectory, across its observations: verl once reset it at
-each observation (issue 7278), and only the last action saw the reward. There is no discount.
+The sum over t' runs over the action tokens of a trajectory, across observations. verl once reset it
+at each observation, so that only the last action saw the reward (issue 7278). There is no discount.
+
+Symbols that are not explained here are those of ``grpo.py``.
 """
 
 from __future__ import annotations
@@ -32,14 +33,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from research_agent.algorithms.base import Tokens
+from research_agent.algorithms.checks import require, require_one_of
 from research_agent.algorithms.functional import (
     batch_normalized,
     clipped_objective,
     discounted_sum,
     group_mean,
-    kl_k1,
-    require,
-    require_one_of,
+    kl,
     rewards_at_end,
     sequence_mean,
 )
@@ -52,18 +52,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ReinforcePP:
-    """REINFORCE++. It logs ``clip_fraction``, and ``kl`` if that is used."""
+    """REINFORCE++. It logs ``clip_fraction`` and, with a KL, ``kl``."""
 
     clip: float = 0.2
-    """Ratios count only within 1 - clip and 1 + clip (epsilon)."""
+    """Ratios are clipped to 1 - clip and 1 + clip (epsilon)."""
     kl_coef: float = 0.0
-    """Weight of the KL to the reference policy (beta); 0: no reference is run."""
+    """Weight of the KL to the reference policy (beta); 0: no reference runs."""
     baseline: Literal["none", "group"] = "none"
-    """What is taken off the reward: nothing, or the mean of the group."""
+    """What is subtracted from the reward: nothing, or the mean of the group."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """Where the KL counts: in the reward (k1), or in the loss (k2)."""
+    """Where the KL is: in the reward (k1), or in the loss (k2)."""
     entropy_coef: float = 0.0
-    """Weight of an entropy bonus, which the paper has not."""
+    """Weight of an entropy bonus, which is not in the equation."""
 
     def __post_init__(self) -> None:
         require("reinforce_pp", self, "clip", "kl_coef", "entropy_coef")
@@ -72,26 +72,25 @@ class ReinforcePP:
 
     @property
     def needs_reference(self) -> bool:
-        """True unless the KL counts for nothing."""
+        """True if ``kl_coef`` is above 0."""
         return self.kl_coef > 0
 
     def advantages(self, batch: Batch) -> Tensor:
-        """What is still to come of reward less KL, normalized over the action tokens."""
+        """``A^_t``: reward to come less KL to come, normalized over the action tokens."""
         rewards = batch.rewards
         if self.baseline == "group":
             rewards = rewards - group_mean(rewards, batch.groups)
-        of_tokens = rewards_at_end(rewards, batch.lengths)
+        per_token = rewards_at_end(rewards, batch.lengths)
         if self.kl_in == "reward" and batch.reference_logprobs is not None:
-            kl = kl_k1(batch.old_logprobs, batch.reference_logprobs)
-            of_tokens = of_tokens - self.kl_coef * kl
-        return batch_normalized(discounted_sum(of_tokens, batch.seq_ids, 1.0))
+            per_token -= self.kl_coef * kl("k1", batch.old_logprobs, batch.reference_logprobs)
+        return batch_normalized(discounted_sum(per_token, batch.seq_ids, 1.0))
 
     def weights(self, batch: Batch) -> Tensor:
-        """``1 / (N |o_i|)``."""
+        """``1 / (N |o_i|)``, the factors before the token's term in J."""
         return sequence_mean(batch.lengths, batch.seq_ids)
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The minimum in the equation, for each token; less KL where that is in the loss."""
+        """``min(rho_t A^_t, clip(rho_t) A^_t)``, the term in J; less KL if it is in the loss."""
         in_loss = self.kl_in == "loss"
         return clipped_objective(
             tokens,

@@ -1,1 +1,1 @@
-"""Play every task with a fixed policy, and say what the results are worth."""
+"""Play every task with a fixed policy, then summarize, compare and grade the results."""

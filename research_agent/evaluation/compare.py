@@ -1,4 +1,4 @@
-"""Two evaluations of the same questions: what differs, and whether that may be chance."""
+"""Compare two evaluations of the same questions: differences, intervals and p-values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
@@ -29,7 +28,7 @@ _NAMED = 3  # questions that an error names
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A metric of both, and of B minus A with its 95 % bootstrap interval and two-sided p."""
+    """Means of a metric in A and B; B - A with its 95 % bootstrap interval and two-sided p."""
 
     a: float
     b: float
@@ -40,9 +39,9 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class McNemar:
-    """Questions by who answers them correctly, and the exact two-sided p of no difference.
+    """Counts of questions by who answers them correctly, and McNemar's exact two-sided p.
 
-    A question is correct where the mean of the metric over its samples is above 0.5.
+    A question is correct if the mean of the metric over its samples is above 0.5.
     """
 
     metric: str
@@ -55,10 +54,10 @@ class McNemar:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What ``compare`` finds; void episodes are left out of both, pair by pair."""
+    """What ``compare`` returns. A pair of episodes is left out if one of them is void."""
 
-    questions: int  # with a pair of episodes of which none is void
-    pairs: int  # pairs of episodes
+    questions: int  # with at least one pair left
+    pairs: int  # pairs of episodes left
     void_a: int
     void_b: int
     metrics: Mapping[str, Difference]
@@ -68,19 +67,19 @@ class Comparison:
 def compare(a: Path, b: Path, *, metric: str | None = None, seed: int = 0) -> Comparison:
     """Compare two evaluations, question by question.
 
-    An episode of A is paired with that of B which is of the same question and has the same sample
-    number; questions are resampled with all their pairs (paired bootstrap).
+    An episode of A is paired with the episode of B that has the same question and sample number.
+    The bootstrap resamples questions, each with all its pairs.
 
     Args:
         a: a ``predictions.jsonl``, or its folder.
         b: another one.
-        metric: what McNemar's test takes as correct, above 0.5; None: exact match, or else the
-            environment's first metric, or else the reward.
+        metric: metric that decides what is correct, for McNemar's test; None: exact match if there
+            is one, else the environment's first metric, else the reward.
         seed: seed of the bootstrap's draws.
 
     Raises:
-        PredictionsError: the files are of different questions, or have different samples of them;
-            one cannot be read; all pairs are void; or there is no such metric.
+        PredictionsError: the files have different questions or samples; one cannot be read; every
+            pair has a void episode; or there is no such metric.
     """
     first, second = _read(a), _read(b)
     _require_same_questions(first, second, a, b)
@@ -100,30 +99,38 @@ def compare(a: Path, b: Path, *, metric: str | None = None, seed: int = 0) -> Co
     for pair in pairs:
         sums[pair[0].question] += [[one.score(name) for name in names] for one in pair]
         counts[pair[0].question] += 1
-    totals, weights = np.array(list(sums.values())), np.array(list(counts.values()))
+    totals = np.array(list(sums.values()))  # [questions, 2, metrics]
+    weights = np.array(list(counts.values()))  # [questions]
     means = totals.sum(axis=0) / weights.sum()  # [2, metrics]
     drawn = bootstrap(totals[:, 1] - totals[:, 0], weights, seed=seed)
     metrics = {
-        name: Difference(float(of_a), float(of_b), float(of_b - of_a), spread, p)
-        for name, of_a, of_b, spread, p in zip(
+        name: Difference(float(mean_a), float(mean_b), float(mean_b - mean_a), spread, p)
+        for name, mean_a, mean_b, spread, p in zip(
             names, *means, interval(drawn), two_sided_p(drawn), strict=True
         )
     }
-    correct = (
-        totals[:, :, names.index(chosen)] / weights[:, None] > CORRECT_THRESHOLD
-    )  # [questions, 2]
+    scores = totals[:, :, names.index(chosen)] / weights[:, None]  # [questions, 2]
+    right_a, right_b = (scores > CORRECT_THRESHOLD).T
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     return Comparison(
         questions=len(weights),
         pairs=len(pairs),
         void_a=sum(one.void for one in first.values()),
         void_b=sum(one.void for one in second.values()),
         metrics=metrics,
-        mcnemar=_mcnemar(chosen, correct[:, 0], correct[:, 1]),
+        mcnemar=McNemar(
+            metric=chosen,
+            both=int((right_a & right_b).sum()),
+            only_a=only_a,
+            only_b=only_b,
+            neither=int((~right_a & ~right_b).sum()),
+            p=mcnemar(only_a, only_b),
+        ),
     )
 
 
 def table(comparison: Comparison) -> Table:
-    """The differences for a terminal."""
+    """A table of the differences, for a terminal."""
     shown = Table()
     shown.add_column("mean")
     for name in ("A", "B", "B - A", "95 % interval", "p"):
@@ -142,7 +149,7 @@ def table(comparison: Comparison) -> Table:
 
 
 def in_words(comparison: Comparison) -> str:
-    """What the table does not show: how many questions, who gets which correct, what was void."""
+    """The text below the table: counts of questions and void episodes, and McNemar's test."""
     test = comparison.mcnemar
     void = comparison.void_a + comparison.void_b
     left_out = (
@@ -169,11 +176,11 @@ def _require_same_questions(
     first: Mapping[Key, Outcome], second: Mapping[Key, Outcome], a: Path, b: Path
 ) -> None:
     """Refuse files that cannot be paired."""
-    of_a, of_b = ({question for question, _ in each} for each in (first, second))
-    if of_a != of_b:
+    asked_a, asked_b = ({question for question, _ in each} for each in (first, second))
+    if asked_a != asked_b:
         parts = [
             f"{len(only)} are in {path} only ({_listed(only)})"
-            for only, path in ((of_a - of_b, a), (of_b - of_a, b))
+            for only, path in ((asked_a - asked_b, a), (asked_b - asked_a, b))
             if only
         ]
         raise PredictionsError(
@@ -204,18 +211,6 @@ def _listed(questions: Collection[str]) -> str:
 
 
 def _metrics(pairs: Sequence[tuple[Outcome, Outcome]]) -> list[str]:
-    """All metrics of any episode, the reward first and those of the trainer's own last."""
+    """Names of all metrics: the reward first, the trainer's own metrics last."""
     names = dict.fromkeys(name for pair in pairs for one in pair for name in one.metrics)
     return ["reward", *(name for name in names if name not in TRAINER_METRICS), *TRAINER_METRICS]
-
-
-def _mcnemar(metric: str, a: NDArray[np.bool_], b: NDArray[np.bool_]) -> McNemar:
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    return McNemar(
-        metric=metric,
-        both=int((a & b).sum()),
-        only_a=only_a,
-        only_b=only_b,
-        neither=int((~a & ~b).sum()),
-        p=mcnemar(only_a, only_b),
-    )

@@ -1,9 +1,8 @@
-"""The difficulty of tasks for a policy, and its correct episodes, both from an evaluation.
+"""Grade questions by difficulty, and keep correct episodes, both from an evaluation.
 
-``research-agent eval --samples-per-task N --temperature 1`` plays every task N times. ``grade``
-turns its predictions into a grade for each question, by which an environment may filter and mix its
-tasks;
-``sample`` keeps correct episodes as demonstrations, which ``sft`` learns from (rejection sampling).
+``research-agent eval --samples-per-task N --temperature 1`` plays every task N times. From its
+predictions ``grade`` makes a grade for each question, by which an environment can filter and mix
+its tasks, and ``sample`` keeps correct episodes as demonstrations for ``sft`` (rejection sampling).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,12 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """What became of the samples of a question.
-
-    Attributes:
-        question_id: question id of the environment.
-        correct: samples whose metric is above ``CORRECT_THRESHOLD``.
-        samples: episodes that are not void.
-        grade: easy, medium or hard.
-    """
+    """How difficult a question is for the policy that was evaluated."""
 
     question_id: str
-    correct: int
-    samples: int
-    grade: str
+    grade: str  # easy, medium or hard
+    correct: int  # samples whose metric is above CORRECT_THRESHOLD
+    samples: int  # episodes that are not void
 
 
 def grades(
@@ -49,20 +41,21 @@ def grades(
 ) -> list[Grade]:
     """Grade questions by how many of their samples are correct.
 
-    R1-Searcher (Song et al. 2025, section 3.2) counts samples until one is correct. Here all
-    questions have the same number of samples, and the grade is the share of correct ones.
+    R1-Searcher (Song et al. 2025, section 3.2) counts samples until one is correct. Here every
+    question has the same number of samples, and the share of correct ones decides.
 
     Args:
         records: records of an evaluation.
-        metric: the metric that says what is correct; None takes em, or else the first.
-        easy: the least share of correct samples of an easy question.
-        hard: the greatest share of a hard one; medium is between.
+        metric: metric that decides what is correct; None: em if there is one, else the first.
+        easy: a question is easy from this share of correct samples on.
+        hard: a question is hard up to this share; between the two it is medium.
 
     Returns:
         Grades in the order of the records; questions whose samples are all void have none.
 
     Raises:
-        ConfigError: shares that make no sense, no such metric, or records that name no question.
+        ConfigError: ``hard`` is not below ``easy``, there is no such metric, or a record has no
+            question id.
     """
     if not 0 <= hard < easy <= 1:
         raise ConfigError(f"--hard {hard} and --easy {easy} are shares, the first below the other")
@@ -80,21 +73,21 @@ def grades(
     def called(share: float) -> str:
         return "easy" if share >= easy else "hard" if share <= hard else "medium"
 
-    return [Grade(q, correct[q], n, called(correct[q] / n)) for q, n in samples.items()]
+    return [Grade(q, called(correct[q] / n), correct[q], n) for q, n in samples.items()]
 
 
 def demonstrations(
     records: Iterable[Record], *, metric: str | None = None, each: int = 1, chat: bool = False
 ) -> list[list[tuple[str, Any]]]:
-    """Right episodes as lists of (provenance, text), which ``sft`` learns from.
+    """Correct episodes as lists of (provenance, text), which ``sft`` learns from.
 
     Void and truncated episodes are left out.
 
     Args:
         records: records of an evaluation.
-        metric: the metric that says what is correct; None takes em, or else the first.
-        each: at most so many episodes of a task, the first ones.
-        chat: prompts are chat messages, where the records hold such.
+        metric: metric that decides what is correct; None: em if there is one, else the first.
+        each: most episodes per task; the first ones are kept.
+        chat: where a record has the prompt as chat messages, take these instead of its text.
 
     Raises:
         ConfigError: no such metric.
@@ -107,32 +100,42 @@ def demonstrations(
         correct = _is_correct(record, name) and not record.get("truncated")
         if correct and kept[record["episode"]] < each:
             kept[record["episode"]] += 1
-            chosen.append([(s["provenance"], _said(s, chat)) for s in record["segments"]])
+            key = "messages" if chat else "text"
+            chosen.append([(s["provenance"], s.get(key, s["text"])) for s in record["segments"]])
     return chosen
 
 
-def _said(segment: Mapping[str, Any], chat: bool) -> Any:
-    return segment.get("messages", segment["text"]) if chat else segment["text"]
-
-
 def write_grades(predictions: Path, output: Path, **settings: Any) -> Counter[str]:
-    """Grade an evaluation's questions into a file, a line each; returns how many are called what.
+    """Grade an evaluation's questions, and write a line of JSON per question.
+
+    Args:
+        predictions: a ``predictions.jsonl``, or its folder.
+        output: file to write.
+        settings: see ``grades``.
+
+    Returns:
+        The number of questions with each grade.
 
     Raises:
-        ConfigError, PredictionsError: see ``grades`` and ``read_predictions``.
+        ConfigError: see ``grades``.
+        PredictionsError: see ``read_predictions``.
     """
     _, records = read_predictions(predictions)
     found = grades(records, **settings)
-    lines = [
-        {"question_id": g.question_id, "grade": g.grade, "correct": g.correct, "samples": g.samples}
-        for g in found
-    ]
-    _write(output, lines)
+    _write(output, map(asdict, found))
     return Counter(g.grade for g in found)
 
 
 def write_demonstrations(predictions: Path, output: Path, **settings: Any) -> tuple[int, int]:
-    """Keep an evaluation's correct episodes in a file; returns how many, and of how many.
+    """Keep an evaluation's correct episodes, a line of JSON per episode.
+
+    Args:
+        predictions: a ``predictions.jsonl``, or its folder.
+        output: file to write.
+        settings: see ``demonstrations``.
+
+    Returns:
+        The number of episodes that were kept, and of all episodes.
 
     Raises:
         ConfigError: see ``demonstrations``, or none is correct.
@@ -142,7 +145,7 @@ def write_demonstrations(predictions: Path, output: Path, **settings: Any) -> tu
     chat = bool(header.get("settings", {}).get("chat_template"))
     chosen = demonstrations(records, chat=chat, **settings)
     if not chosen:
-        raise ConfigError(f"none of the {len(records)} episodes of {predictions} is right")
+        raise ConfigError(f"none of the {len(records)} episodes of {predictions} is correct")
     _write(output, [{"segments": parts} for parts in chosen])
     return len(chosen), len(records)
 

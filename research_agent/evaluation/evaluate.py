@@ -1,4 +1,4 @@
-"""Play tasks, write each episode as it ends, and summarize the metrics of the environment."""
+"""Play tasks, write each episode as it ends, and summarize the environment's metrics."""
 
 from __future__ import annotations
 
@@ -40,36 +40,36 @@ def evaluate(
     show: bool = True,
     play: Callable[..., Sequence[Trajectory]] = collect,
 ) -> Summary:
-    """Play every task of the environment, or the first ones of its order.
+    """Play every task of the environment, or the first ones in its order.
 
-    Writes ``predictions.jsonl`` (a line per episode, as they end) and at last ``summary.json``.
+    Writes ``predictions.jsonl`` (a line per episode, as it ends) and finally ``summary.json``.
 
     Args:
         engine: see ``collect``.
         environments: see ``collect``.
         renderer: see ``collect``.
         sampling: see ``collect``; temperature 0 is greedy.
-        output: folder to write to; made where it is missing.
-        limit: at most so many tasks.
-        samples_per_task: episodes of each task.
-        seed: draws the order of the tasks and the tokens.
-        header: what the episodes depend on (see ``provenance.header``). With it, predictions of
-            the same header that are in the folder are continued: only episodes that are missing,
-            were cut short, or were void are played. Without it all are played.
-        log_tokens: write each action token's text and log-probability too.
-        show: a progress bar on standard error.
-        play: called as ``collect`` is, for something else than one policy's turns.
+        output: folder to write to; created if it is missing.
+        limit: most tasks to play.
+        samples_per_task: episodes per task.
+        seed: seed of the order of the tasks and of the sampled tokens.
+        header: what the episodes depend on (see ``fingerprint.header``). If the folder holds
+            predictions with the same header, they are continued: only missing, incomplete and void
+            episodes are played. None: all are played.
+        log_tokens: also write each action token's text and log-probability.
+        show: show a progress bar on standard error.
+        play: plays the episodes, with the arguments of ``collect``.
 
     Raises:
         ConfigError: the environment does not say how many tasks it has, and no limit is given.
-        PredictionsError: the folder holds predictions of another header, or of more tasks.
-        ContextError: a prompt that does not fit; what was played is kept.
+        PredictionsError: the folder holds predictions with another header, or of more tasks.
+        ContextError: a prompt does not fit; the episodes that were played are kept.
     """
     if environments.num_tasks is None and limit is None:
         raise ConfigError("this environment has no last task; say how many to play (--limit)")
     count = min(n for n in (environments.num_tasks, limit) if n is not None)
     wanted = [(episode, sample) for episode in range(count) for sample in range(samples_per_task)]
-    known = None if header is None else json.loads(json.dumps(header))  # as it is read again
+    known = None if header is None else json.loads(json.dumps(header))  # as it is read back
     shows = dict(getattr(environments, "shows", {}))
 
     def pieces(tokens: Sequence[int]) -> list[str]:
@@ -81,19 +81,21 @@ def evaluate(
     ):
         outcomes = [outcome(record) for record in kept]
         played = {(record["episode"], record["sample"]) for record in kept}
-        del kept[:]  # their texts are not needed any more
-        running = _Running()
-        told = [running.add(each) for each in outcomes]
-        task = progress.add_task(told[-1] if told else "", total=len(wanted), completed=len(told))
+        del kept[:]  # frees their texts
+        running = _RunningMean()
+        for each in outcomes:
+            running.add(each)
+        task = progress.add_task(str(running), total=len(wanted), completed=len(outcomes))
         missing = [each for each in wanted if each not in played]
         if missing:
-            (output / "summary.json").unlink(missing_ok=True)  # it would be of fewer episodes
+            (output / "summary.json").unlink(missing_ok=True)  # it covers fewer episodes
 
         def finished(trajectory: Trajectory) -> None:
             record = as_record(trajectory, pieces if log_tokens else None)
             append(record)
             outcomes.append(outcome(record))
-            progress.update(task, advance=1, description=running.add(outcomes[-1]))
+            running.add(outcomes[-1])
+            progress.update(task, advance=1, description=str(running))
 
         play(engine, environments, renderer, missing, sampling, seed=seed, on_finish=finished)
         summary = summarize(outcomes, known)
@@ -102,7 +104,7 @@ def evaluate(
 
 
 def record_evaluation(trajectories: Sequence[Trajectory], output: Path) -> Summary:
-    """Write episodes that have been played, each task once, as ``evaluate`` writes its own."""
+    """Write the files of an evaluation for episodes that have been played, one per task."""
     wanted = frozenset((t.episode, t.sample) for t in trajectories)
     records = [as_record(trajectory) for trajectory in trajectories]
     with open_predictions(output, None, wanted) as (_, append):
@@ -114,17 +116,18 @@ def record_evaluation(trajectories: Sequence[Trajectory], output: Path) -> Summa
 
 
 @dataclass
-class _Running:
-    """The mean so far of what says that an answer is correct."""
+class _RunningMean:
+    """The mean of the main metric over the episodes so far, for the progress bar."""
 
     totals: Counter[str] = field(default_factory=Counter)
     count: int = 0
 
-    def add(self, one: Outcome) -> str:
-        """Count an episode; returns the mean in words."""
+    def add(self, one: Outcome) -> None:
         if not one.void:
             self.totals.update({"reward": one.reward, **one.metrics})
             self.count += 1
+
+    def __str__(self) -> str:
         metric = main_metric(name for name in self.totals if name != "reward")
         return f"{printable(metric)} {self.totals[metric] / self.count:.3f}" if self.count else ""
 

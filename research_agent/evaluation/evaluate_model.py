@@ -1,4 +1,4 @@
-"""Evaluate a model from a configuration: open what it names, play, and close again."""
+"""Evaluate a model from a configuration: open model and environments, play, close them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def evaluate_model(config: EvalConfig) -> Summary:
     and incomplete episodes are played.
 
     Args:
-        config: environment, model, sampling settings and output folder.
+        config: environment, model, sampling and output folder.
 
     Returns:
         The means with their intervals, as in ``summary.json``.
 
     Raises:
-        ConfigError: a setting has a value that cannot be used.
+        ConfigError: a setting cannot be used.
         PredictionsError: the output folder holds predictions of another model or other settings.
         ContextError: a prompt does not fit; the episodes that were played are kept.
     """
@@ -63,7 +63,7 @@ def evaluate_model(config: EvalConfig) -> Summary:
 
 
 def _sampler(config: EvalConfig, slots: int) -> tuple[Any, Any, str]:
-    """Engine and renderer of the model that is evaluated, and the model's fingerprint."""
+    """Make engine and renderer of the model, and its fingerprint."""
     policy, sampling = config.policy, config.sampling
     if config.endpoint is not None:
         from research_agent.engines.openai import OpenAIEngine, OpenAIRenderer  # noqa: PLC0415

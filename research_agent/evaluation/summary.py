@@ -1,4 +1,4 @@
-"""An evaluation in numbers: means with intervals, of all questions and by strata."""
+"""Summarize an evaluation: means with intervals, over all questions and by strata."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from research_agent.evaluation.statistics import bootstrap, interval, pass_at_k
 from research_agent.system.terminal import printable
 
 Interval = tuple[float, float]
-TRAINER_METRICS = ("tokens", "turns")  # metrics that are not the environment's
+TRAINER_METRICS = ("tokens", "turns")  # added to the environment's metrics
 CORRECT_THRESHOLD = 0.5  # an episode whose main metric is above this is correct
-UNKNOWN = "unknown"  # stratum of questions of which the environment does not say
+UNKNOWN = "unknown"  # stratum of questions for which the environment gives none
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """Means over some questions, with 95 % bootstrap intervals."""
 
-    episodes: int  # void ones left out
-    void: int  # failed infrastructure: in no mean
+    episodes: int  # without void ones
+    void: int  # episodes lost to failed infrastructure, in no mean
     reward: float
-    metrics: Mapping[str, float]  # the environment's, then "tokens" (of actions) and "turns"
-    questions: int  # with an episode that is not void
+    metrics: Mapping[str, float]  # the environment's, then action "tokens" and "turns"
+    questions: int  # with at least one episode that is not void
     intervals: Mapping[str, Interval]  # for "reward" and each metric
 
 
@@ -45,7 +45,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What ``summary.json`` holds; the first six fields are those of ``Part``, of all questions."""
+    """The content of ``summary.json``. The first six fields are a ``Part`` over all questions."""
 
     episodes: int
     void: int
@@ -54,32 +54,32 @@ class Summary:
     questions: int
     intervals: Mapping[str, Interval]
     samples: int  # most samples per question
-    strata: Mapping[str, Mapping[str, Part]]  # such as "hops" -> "2" -> means of those questions
-    pass_at: Mapping[str, Mapping[str, Estimate]]  # such as "em" -> "4"; with several samples
-    majority: Part | None  # the episodes that won the votes; with several samples and predictions
-    header: Mapping[str, Any]  # the predictions' header: versions and settings
+    strata: Mapping[str, Mapping[str, Part]]  # such as "hops" -> "2" -> means over 2-hop questions
+    pass_at: Mapping[str, Mapping[str, Estimate]]  # "em" -> "4" -> pass@4; if several samples
+    majority: Part | None  # over the majority's episodes; None unless several samples predict
+    header: Mapping[str, Any]  # header of the predictions
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a summary needs of a record; its texts need not be held."""
+    """What a summary needs from an episode's record, without its texts."""
 
-    question: str  # its id, or the number of its episode
+    question: str  # question id, or else the episode's number
     sample: int
     void: bool
     reward: float
     metrics: Mapping[str, float]
     strata: Mapping[str, str]
     prediction: str | None
-    asked: str  # the question's text; "" where the environment does not say
+    asked: str  # the question's text; "" if the environment does not give it
 
     def score(self, metric: str) -> float:
-        """The reward, or a metric; 0 where the episode lacks it."""
+        """The reward, or a metric; 0 if the episode lacks it."""
         return self.reward if metric == "reward" else self.metrics.get(metric, 0.0)
 
 
 def outcome(record: Mapping[str, Any]) -> Outcome:
-    """Read the outcome off a record of ``predictions.jsonl``."""
+    """Take the outcome from a record of ``predictions.jsonl``."""
     actions = [s for s in record["segments"] if s["provenance"] == "action"]
     own = {"tokens": float(sum(s["tokens"] for s in actions)), "turns": float(len(actions))}
     metrics = {name: float(value) for name, value in record["metrics"].items()}
@@ -101,18 +101,16 @@ def outcome(record: Mapping[str, Any]) -> Outcome:
 def summarize(outcomes: Iterable[Outcome], header: Mapping[str, Any] | None = None) -> Summary:
     """Summarize an evaluation.
 
-    - Means are over episodes that are not void; a metric that an episode lacks counts as 0 there
-      (such as one that the token budget cut short). Intervals come from resampled questions.
-    - ``strata``: the same by each entry of the environment's ``info["strata"]`` that any question
-      has.
-    - ``pass_at``: pass@k (see ``statistics.pass_at_k``) for k = 1, 2, 4, ... and n, of the main
-      metric; a sample is correct if that is above ``CORRECT_THRESHOLD``. Over the questions with
-      k samples that are not void.
+    - Means are over episodes that are not void. A metric that an episode lacks counts as 0 (the
+      token budget may have cut the episode short). Intervals come from resampled questions.
+    - ``strata``: the same for each value of each entry of the environment's ``info["strata"]``.
+    - ``pass_at``: pass@k (see ``statistics.pass_at_k``) for k = 1, 2, 4, ... and n, over questions
+      with at least k samples that are not void. A sample is correct if its main metric is above
+      ``CORRECT_THRESHOLD``.
     - ``majority``: self-consistency (Wang et al. 2022). The samples of a question vote with their
-      ``info["prediction"]``, in lower case and with blanks made one; empty ones do not vote unless
-      all are. Ties go to the prediction that was seen first, in the order of samples. The question
-      then counts with the metrics of the first episode that predicted it: those that judge the
-      answer are the answer's, others (such as counts of steps) are of that one episode.
+      ``info["prediction"]``, in lower case and with whitespace collapsed. Empty predictions do not
+      vote, unless all are empty. The first seen wins a tie, in the order of samples. The question
+      gets all metrics of the first episode with the winning prediction.
 
     Args:
         outcomes: outcomes of all episodes, in any order.
@@ -155,7 +153,7 @@ def main_metric(metrics: Iterable[str]) -> str:
 
 
 def part(outcomes: Sequence[Outcome]) -> Part:
-    """Means and intervals over some outcomes, those of one question next to each other."""
+    """Means and intervals over outcomes that are sorted by question."""
     valid = [o for o in outcomes if not o.void]
     names = [
         *dict.fromkeys(n for o in valid for n in o.metrics if n not in TRAINER_METRICS),
@@ -196,21 +194,21 @@ def _pass_at(
 
 def _majority(samples: Sequence[Outcome]) -> Outcome | None:
     """The first episode with the prediction that most samples of a question made."""
-    said = [(" ".join((o.prediction or "").lower().split()), o) for o in samples if not o.void]
-    if all(o.prediction is None for _, o in said):
+    predicted = [(" ".join((o.prediction or "").lower().split()), o) for o in samples if not o.void]
+    if all(o.prediction is None for _, o in predicted):
         return None
-    votes = Counter(text for text, _ in said if text)
-    winner = votes.most_common(1)[0][0] if votes else ""  # the first seen of equal ones
-    return next(o for text, o in said if text == winner)
+    votes = Counter(text for text, _ in predicted if text)
+    winner = votes.most_common(1)[0][0] if votes else ""  # the first seen wins a tie
+    return next(o for text, o in predicted if text == winner)
 
 
 def tables(summary: Summary) -> list[Table]:
-    """The summary for a terminal: all questions, then a table for each kind of strata.
+    """Tables of the summary for a terminal: all questions, then one table per kind of strata.
 
-    Strata that do not tell the questions apart are left out.
+    Strata with a single value are left out.
     """
     names = ["reward", *summary.metrics]
-    whole: Any = summary  # its first fields are a Part's
+    whole: Any = summary  # has the fields of a Part
     columns: dict[str, Part] = {"all": whole}
     if summary.majority is not None:
         columns[f"majority of {summary.samples}"] = summary.majority
@@ -243,7 +241,7 @@ def _mean(name: str, part: Part) -> Text:
 
 def _cell(mean: float, spread: Interval) -> Text:
     low, high = map(_digits, spread)
-    return Text(f"{_digits(mean)} [{low},{high}]")  # in a narrow terminal the interval goes below
+    return Text(f"{_digits(mean)} [{low},{high}]")  # a narrow terminal wraps the interval
 
 
 def _digits(value: float) -> str:

@@ -1,1 +1,1 @@
-"""The policy, its attention and adapters, and PPO's critic."""
+"""Opening models, running them in the learner, LoRA adapters, and PPO's critic."""

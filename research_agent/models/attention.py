@@ -1,10 +1,11 @@
-"""Attention of packed rows: several trajectories behind one another, none sees its neighbors.
+"""Attention for packed rows: a row holds several trajectories, and none sees its neighbors.
 
-Trajectories that begin alike can share one copy of their beginning: then a row is made of runs, and
+Trajectories that begin alike can share one copy of their beginning. Such a row is made of runs, and
 each run attends to its path, as ``research_agent.prefixes`` lays them out.
 
-Registered with transformers by name, so every model whose attention can be replaced can pack. The
-arguments ``cu_seq_lens_*`` and ``max_length_*`` are those that transformers gives FlashAttention.
+The function is registered with transformers by name, so every model whose attention can be replaced
+can pack. Its arguments ``cu_seq_lens_*`` and ``max_length_*`` are those of transformers'
+FlashAttention.
 """
 
 from __future__ import annotations
@@ -43,32 +44,33 @@ def packed_attention(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Let each token attend to those before it in its own trajectory.
+    """Let each token attend to the tokens up to itself in its own trajectory.
 
-    Variable-length FlashAttention in half precision on a GPU; elsewhere one call a trajectory.
+    On a GPU in half precision this is variable-length FlashAttention; elsewhere it is one call per
+    trajectory.
 
     Args:
         module: the attention layer.
         query: [R, heads, W, head size]; R is 1 for packed rows.
         key: [R, key-value heads, W, head size].
         value: like ``key``.
-        attention_mask: none: causality and bounds say it all.
-        scaling: scaling of the scores.
-        cu_seq_lens_q: [n + 1] int32, where the n trajectories of the row begin, and the end; none
-            makes each of the R rows one trajectory.
-        cu_seq_lens_k: [n + 1] int32, with ``key_index``: the bounds of the paths in it.
+        attention_mask: must be None.
+        scaling: factor of the scores.
+        cu_seq_lens_q: cumulative lengths of the row's n trajectories (or runs), [n + 1] int32;
+            None: each of the R rows is one trajectory.
+        cu_seq_lens_k: cumulative lengths of the paths in ``key_index``, [n + 1] int32.
         max_length_q: tokens of the longest trajectory or run.
         max_length_k: tokens of the longest path.
-        key_index: [K] int64, where rows hold trees: for each run the places of its path in the row,
-            end to end; none makes each run its own path.
-        sliding_window: tokens that a token can look back, where the layer limits it.
+        key_index: for rows of trees, the positions in the row of each run's path, end to end, [K]
+            int64; None: each run is its own path.
+        sliding_window: how many tokens a token can look back, if the layer limits it.
         options: options of other kinds of attention.
 
     Returns:
         [R, W, heads, head size], and no attention weights.
 
     Raises:
-        ModelError: the layer does something that this function does not.
+        ModelError: the layer needs something that this function does not do.
     """
     odd = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
     if odd or attention_mask is not None or (sliding_window or query.shape[2]) < query.shape[2]:
@@ -83,11 +85,11 @@ def packed_attention(
         return out.transpose(1, 2), None
     bounds, key_bounds, longest, longest_path = cu_seq_lens_q, cu_seq_lens_q, *(max_length_q,) * 2
     if key_index is not None:
-        assert cu_seq_lens_k is not None  # bounds of the paths
+        assert cu_seq_lens_k is not None
         key, value = key[:, :, key_index], value[:, :, key_index]
         key_bounds, longest_path = cu_seq_lens_k, max_length_k
     if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
-        if grouped and not _GROUPED:  # as in torch 2.11
+        if grouped and not _GROUPED:  # torch 2.11 cannot group heads
             times = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(times, dim=1) for x in (key, value))
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -103,7 +105,7 @@ def packed_attention(
             window_size=(-1, 0),
             **_GROUPED,
         )
-        assert isinstance(packed, Tensor)  # a pair only if asked for
+        assert isinstance(packed, Tensor)
         return packed[None], None
     lengths, path_lengths = bounds.diff().tolist(), key_bounds.diff().tolist()
     runs = zip(
@@ -119,7 +121,7 @@ def packed_attention(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, grouped: bool
 ) -> Tensor:
-    """Attention of a run: its last query sees all keys, the one before it one less, and so on."""
+    """Attention of a run: the last query sees all keys, the one before it one less, and so on."""
     asked, path = query.shape[2], key.shape[2]
     if asked == path:
         return scaled_dot_product_attention(

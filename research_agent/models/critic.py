@@ -1,7 +1,7 @@
-"""The critic: a copy of the policy's body that says what reward is still to come.
+"""The critic: a copy of the policy's body with a linear head that estimates the return.
 
-Only algorithms that ask for one have it (``UsesCritic`` in ``algorithms/base.py``); the learner
-then fills ``batch.values`` in before it asks for advantages, and teaches the critic after the
+Only algorithms that ask for a critic have one (``UsesCritic`` in ``algorithms/base.py``). The
+learner fills in ``batch.values`` before it asks for advantages, and updates the critic after the
 policy.
 """
 
@@ -32,10 +32,10 @@ from research_agent.optimizer import Optimizer
 from research_agent.sharded import Read, allocate, copy_or_read, read_nothing
 
 METRICS = {
-    "critic_loss": "half the squared error of the critic's values, clipped as the algorithm says,"
-    " in the mean over the action tokens",
-    "critic_grad_norm": "Euclidean length of the gradient of that, before it is clipped",
-    "critic_clip_fraction": "share of the action tokens whose value moved too far to count",
+    "critic_loss": "half the squared error of the critic's values, clipped by the algorithm's"
+    " value_clip, mean over the action tokens",
+    "critic_grad_norm": "Euclidean length of the critic's gradient, before it is clipped",
+    "critic_clip_fraction": "fraction of the action tokens whose value moved beyond value_clip",
     "value": "mean over the action tokens of the critic's value, before the update",
     "explained_variance": "1 - variance of (return - value) / variance of the return, over the"
     " action tokens, before the update: 1 is a perfect critic, 0 one that knows only the mean;"
@@ -45,7 +45,7 @@ METRICS = {
 
 
 class ValueModel(nn.Module):
-    """A body and a linear head, as a module: what FSDP wraps and hooks into."""
+    """A body and a linear head in one module, for FSDP to wrap."""
 
     def __init__(self, body: Any, head: nn.Linear, precision: Precision) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class ValueModel(nn.Module):
         self._precision: Precision = precision
 
     def forward(self, micro: MicroBatch) -> Tensor:
-        """Values where the action tokens of a pass were sampled, [a]."""
+        """Values of the states in which a pass's action tokens were sampled, [a]."""
         device = micro.tokens.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._precision == "bfloat16"):
             states = action_hidden_states(self.body, micro)
@@ -64,18 +64,18 @@ class ValueModel(nn.Module):
 
 
 class Critic:
-    """Values of the states in which action tokens were sampled, and their optimizer (AdamW).
+    """A value model of the states in which action tokens were sampled, and its AdamW optimizer.
 
-    The body is a copy of the policy's, as it is now; the head is linear and begins at 0, so that
-    values do too and nothing is drawn at random. Where the policy is sharded, so is the critic.
+    The body is a copy of the policy's present body. The head begins at 0, so all values begin at 0
+    and nothing is drawn at random. If the policy is sharded, so is the critic.
 
     Args:
-        model: the policy: a causal language model of the transformers library.
-        algorithm: says the learning rate, its warm-up, and how values are clipped.
-        config: config of the learner, whose other settings hold here too.
+        model: the policy, a causal language model of the transformers library.
+        algorithm: gives the learning rate, its warm-up and the clipping of values.
+        config: the learner's configuration, for all other settings.
         packing: as for ``micro_batches``; the model must have been prepared for it.
-        body: a copy of the policy's body from before it was sharded, where it is. Its weights, if
-            it has any, are replaced by the policy's.
+        body: if the policy is sharded, a copy of its body from before it was. The policy's weights
+            replace its weights.
     """
 
     def __init__(
@@ -89,8 +89,7 @@ class Critic:
     ) -> None:
         base = model.base_model if isinstance(model.base_model, nn.Module) else model
         weight = model.get_output_embeddings().weight
-        # As prepared: its layers keep, or do not keep, what enters them.
-        copied = deepcopy(base) if body is None else body
+        copied = deepcopy(base) if body is None else body  # a copy is prepared as its original is
         head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=weight.dtype)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
@@ -109,17 +108,12 @@ class Critic:
         self._budget = config.micro_batch_tokens
         self._packing: Packing = packing
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps made so far."""
-        return self._optimizer.steps
-
     @torch.no_grad()
     def values(self, batch: Batch) -> Tensor:
-        """Say what reward is still to come where each action token was sampled.
+        """Estimate the return of the state in which each action token was sampled.
 
         Args:
-            batch: A action tokens.
+            batch: trajectories with A action tokens.
 
         Returns:
             The values, [A], in float32 (float64 if the model is).
@@ -134,10 +128,10 @@ class Critic:
         return batch.sampler_logprobs.new_zeros(0) if found is None else all_reduce_sum(found)
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """Draw the values towards the returns, by one optimizer step.
+        """Move the values towards the returns, by one optimizer step.
 
         Args:
-            batch: its ``values`` and ``returns`` filled in.
+            batch: trajectories whose ``values`` and ``returns`` are filled in.
 
         Returns:
             The metrics that ``METRICS`` defines.
@@ -153,19 +147,19 @@ class Critic:
         try:
             for micro, counts in shard_batches(self._passes(batch)):
                 value = self.model(micro)
-                goal = returns[micro.token_index].to(value.dtype)
+                target = returns[micro.token_index].to(value.dtype)
                 errors, clipped = value_errors(
-                    value, old[micro.token_index].to(value.dtype), goal, self._value_clip
+                    value, old[micro.token_index].to(value.dtype), target, self._value_clip
                 )
-                share = weights[micro.token_index].to(value.dtype) * counts
-                loss = (share * errors).sum()
+                weight = weights[micro.token_index].to(value.dtype) * counts
+                loss = (weight * errors).sum()
                 loss.backward()  # type: ignore[no-untyped-call]
-                sums += torch.stack([loss.detach(), (share * clipped).sum()]).double()
+                sums += torch.stack([loss.detach(), (weight * clipped).sum()]).double()
             norm = self._optimizer.clip()
             if not norm.isfinite():
                 message = (
                     f"the critic's gradient is not finite (its norm is {norm.item()}) after"
-                    f" {self.steps} steps of it; lower critic_learning_rate"
+                    f" {self._optimizer.steps} critic steps; lower critic_learning_rate"
                 )
                 raise NonFiniteError(message)
             self._optimizer.step()
@@ -173,32 +167,32 @@ class Critic:
             self._optimizer.zero_grad()
         loss_, clip_fraction = all_reduce_sum(sums).tolist()
         variance = returns.var(correction=0).item()
-        left = (returns - old).var(correction=0).item()
+        unexplained = (returns - old).var(correction=0).item()
         return {
             "critic_loss": loss_,
             "critic_clip_fraction": clip_fraction,
             "critic_grad_norm": norm.item(),
             "value": old.mean().item(),
-            "explained_variance": 1 - left / variance if variance > 0 else 0.0,
+            "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, step count and optimizer moments; the tensors are the live ones."""
         return {
-            "steps": self.steps,
+            "steps": self._optimizer.steps,
             "weights": dict(self.model.named_parameters()),
             "moments": self._optimizer.moments(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], read: Read = read_nothing) -> None:
-        """Load the state of a critic of the same model, to the bit.
+        """Load the state of a critic of the same model, bit for bit.
 
         Args:
-            state: what ``state_dict`` returned; tensors of a checkpoint may be in its files still.
+            state: what ``state_dict`` returned; its tensors may still be in a checkpoint's files.
             read: reads such tensors in place.
 
         Raises:
-            CheckpointError: the state is that of another model.
+            CheckpointError: the state belongs to another model.
         """
         try:
             copy_or_read(dict(self.model.named_parameters()), state["weights"], read)
@@ -216,7 +210,7 @@ class Critic:
 def _shard_like(
     model: ValueModel, base: nn.Module, config: LearnerConfig, *, packing: Packing
 ) -> None:
-    """Shard a critic as the policy's body is, and give it the same weights."""
+    """Shard a critic as the policy's body is, and copy the body's weights into it."""
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow to import
 
     checkpointing, compiled = config.gradient_checkpointing, config.compile
@@ -239,10 +233,10 @@ def _shard_like(
 def value_errors(
     values: Tensor, old_values: Tensor, returns: Tensor, clip: float
 ) -> tuple[Tensor, Tensor]:
-    """Half the squared errors, the larger of the free and the clipped value.
+    """``max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2``: PPO's value loss.
 
-    ``max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2``, as in OpenAI's baselines
-    (ppo2) and TRL: a value that has moved more than ``clip`` towards its return is left alone.
+    As in OpenAI's baselines (ppo2) and TRL. A value that has moved more than ``clip`` towards its
+    return has no gradient.
 
     Args:
         values: V, [A], with gradient.
@@ -251,8 +245,8 @@ def value_errors(
         clip: how far a value may move.
 
     Returns:
-        The errors, [A]; and where clipping took their gradient, [A] of booleans.
+        The losses, [A]; and where clipping removed their gradient, [A] of booleans.
     """
-    bounded = old_values + (values - old_values).clamp(-clip, clip)
-    free, held = (values - returns) ** 2, (bounded - returns) ** 2
-    return free.maximum(held) / 2, held > free
+    clipped_values = old_values + (values - old_values).clamp(-clip, clip)
+    unclipped, clipped = (values - returns) ** 2, (clipped_values - returns) ** 2
+    return unclipped.maximum(clipped) / 2, clipped > unclipped

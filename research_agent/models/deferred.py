@@ -1,8 +1,9 @@
-"""A model without its weights: each rank reads its shards of them once the model is sharded."""
+"""Open a model without its weights, so that each rank can read only its own shards later."""
 
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +12,8 @@ import torch
 
 from research_agent.distributed import rank_and_size
 from research_agent.errors import ModelError
-from research_agent.models.policy import (
-    load_model,
-    refuse_unusable,
-    repair_generation,
-    tokens_of_unreadable,
-)
+from research_agent.models.generation import repair_generation, tokens_of_unreadable
+from research_agent.models.policy import load_model, refuse_unusable
 from research_agent.models.prepare import require_learnable
 from research_agent.models.source import ModelSource, model_source, opening, read_config
 from research_agent.sharded import (
@@ -38,10 +35,10 @@ def load_deferred(
 ) -> Any:
     """Open a causal language model with its parameters on the meta device.
 
-    Its configuration, buffers and generation settings are real; ``Learner`` reads the weights, each
-    rank its shards, from the safetensors files. A model that cannot be read so (a GGUF file, an
-    adapter to merge, weights under other names in the files) is loaded whole by every rank, on the
-    CPU, with a warning.
+    Configuration, buffers and generation settings are real. ``Learner`` reads the weights from the
+    safetensors files, each rank its own shards. If this is not possible (a GGUF file, an adapter to
+    merge, files with other names for the weights), every rank loads the whole model on the CPU, and
+    a warning says so.
 
     Args:
         name: as for ``load_model``.
@@ -49,7 +46,7 @@ def load_deferred(
         merge_adapter: as for ``load_model``.
 
     Raises:
-        ModelError: as for ``load_model``; also a file that is missing or cut.
+        ModelError: as for ``load_model``; or a file is missing or incomplete.
     """
     source = model_source(name)
     cause = "it is a GGUF file" if source.gguf_file else ""
@@ -69,7 +66,7 @@ def load_deferred(
 
 
 def _skeleton(source: ModelSource, name: str, dtype: torch.dtype) -> tuple[Any, str]:
-    """The model on the meta device, or why its weights cannot be read shard by shard."""
+    """The model on the meta device and "", or None and why it cannot be read shard by shard."""
     from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: PLC0415 - slow to import
 
     with opening(f"the model {name!r}"):
@@ -84,7 +81,8 @@ def _skeleton(source: ModelSource, name: str, dtype: torch.dtype) -> tuple[Any, 
         with meta_parameters():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         if (settings := tokens_of_unreadable(source.place, name)) is None:
-            settings = _generation_config(GenerationConfig, source.place)
+            with suppress(OSError):  # there may be none
+                settings = GenerationConfig.from_pretrained(source.place)
     for parameter, weight in model.named_parameters():
         if parameter not in stored:
             return None, f"its files do not hold {parameter!r}"
@@ -101,13 +99,6 @@ def _skeleton(source: ModelSource, name: str, dtype: torch.dtype) -> tuple[Any, 
     return model, ""
 
 
-def _generation_config(kind: Any, place: str) -> Any:
-    try:
-        return kind.from_pretrained(place)
-    except OSError:  # there is none
-        return None
-
-
 def _local_folder(place: str) -> Path:
     """The folder of a model, fetched from the hub if ``place`` is a name there."""
     if Path(place).is_dir():
@@ -118,14 +109,16 @@ def _local_folder(place: str) -> Path:
 
 
 def load_shards(score: Any, device: torch.device) -> None:
-    """Read this rank's shards of a sharded model, if it came without weights, and prove it.
+    """Read this rank's shards of a model from ``load_deferred``, and check the model.
+
+    Other models are left as they are.
 
     Args:
         score: a sharded ``TokenLogprobs``.
         device: where the shards live.
 
     Raises:
-        ModelError: the files cannot be read, or the model cannot be learned with.
+        ModelError: the files cannot be read, or ``require_learnable`` refuses the model.
     """
     model = score.model
     if not is_deferred(model):

@@ -1,4 +1,4 @@
-"""LoRA: small matrices learn beside weights that stay as they are (Hu et al. 2021, through peft).
+"""LoRA: small matrices learn beside frozen weights (Hu et al. 2021; the library is peft).
 
 The policy with its adapters off is the policy before training, so no reference model is needed.
 """
@@ -15,17 +15,24 @@ from research_agent.errors import ConfigError, ModelError
 from research_agent.models.source import opening, reading_weights
 
 _NAME = "default"
+_BEYOND_LORA = (
+    "modules_to_save",
+    "use_dora",
+    "trainable_token_indices",
+    "lora_bias",
+    "target_parameters",
+)
 
 
 def add_adapters(model: Any, rank: int) -> None:
-    """Put adapters beside every linear layer but the head; nothing else learns from then on.
+    """Add adapters to every linear layer except the head, and freeze all other weights.
 
-    They begin at a difference of zero: their second matrix is 0. The difference is multiplied by
-    2, whatever the rank (alpha is twice the rank).
+    The second matrix of an adapter begins at 0, so the model computes what it did before. Alpha is
+    twice the rank, so the scale is 2 for every rank.
 
     Args:
         model: a causal language model of the transformers library; it is changed.
-        rank: rank of the difference that a layer can learn.
+        rank: rank of the adapters.
 
     Raises:
         ConfigError: peft is not installed.
@@ -43,7 +50,7 @@ def add_adapters(model: Any, rank: int) -> None:
 
 
 def load_adapters(model: Any, adapter: str) -> int:
-    """Put a saved LoRA adapter beside the weights that it was made for; nothing else learns.
+    """Add a saved LoRA adapter to the model that it was made for, and freeze all other weights.
 
     Args:
         model: the adapter's base, a causal language model of the transformers library; it is
@@ -55,10 +62,10 @@ def load_adapters(model: Any, adapter: str) -> int:
 
     Raises:
         ConfigError: peft is not installed.
-        ModelError: the adapter is damaged, is made for another model, or learns more than LoRA's
-            two matrices a layer.
+        ModelError: the adapter is damaged, was made for another model, or has more than LoRA's two
+            matrices per layer.
     """
-    config, weights = _read(adapter)
+    config, weights = _read_adapter(adapter)
     _refuse_more_than_lora(config, adapter)
     from peft import inject_adapter_in_model, set_peft_model_state_dict  # noqa: PLC0415
 
@@ -77,7 +84,7 @@ def load_adapters(model: Any, adapter: str) -> int:
 
 
 def merge_adapter(model: Any, adapter: str) -> Any:
-    """Add a saved adapter of any kind that peft can merge to the weights of its base.
+    """Merge a saved adapter, of any kind that peft can merge, into the weights of its base.
 
     Args:
         model: the adapter's base; its weights are changed.
@@ -90,7 +97,7 @@ def merge_adapter(model: Any, adapter: str) -> Any:
         ConfigError: peft is not installed.
         ModelError: the adapter is damaged, made for another model, or cannot be merged.
     """
-    config, weights = _read(adapter)
+    config, weights = _read_adapter(adapter)
     from peft import get_peft_model, set_peft_model_state_dict  # noqa: PLC0415
 
     config.inference_mode = True
@@ -104,8 +111,8 @@ def merge_adapter(model: Any, adapter: str) -> Any:
         raise _misfit(adapter, model, str(error)) from error
 
 
-def _read(adapter: str) -> tuple[Any, Any]:
-    """Configuration and weights of an adapter that peft saved."""
+def _read_adapter(adapter: str) -> tuple[Any, Any]:
+    """Read configuration and weights of an adapter that peft saved."""
     try:
         from peft import PeftConfig, load_peft_weights  # noqa: PLC0415
     except ImportError as error:
@@ -117,9 +124,7 @@ def _read(adapter: str) -> tuple[Any, Any]:
 
 def _refuse_more_than_lora(config: Any, adapter: str) -> None:
     kind = getattr(config.peft_type, "value", config.peft_type)
-    more = [name for name in ("modules_to_save", "use_dora", "trainable_token_indices",
-                              "lora_bias", "target_parameters")
-            if getattr(config, name, None)]  # fmt: skip
+    more = [name for name in _BEYOND_LORA if getattr(config, name, None)]
     if getattr(config, "bias", "none") != "none":
         more.append("bias")
     if kind == "LORA" and not more:
@@ -139,13 +144,13 @@ def _misfit(adapter: str, model: Any, cause: str) -> ModelError:
 
 
 def adapters(model: Any) -> dict[str, Tensor]:
-    """The adapters' weights by name; none where there are no adapters."""
+    """The adapters' weights by name; empty if there are no adapters."""
     return {name: p for name, p in model.named_parameters() if ".lora_" in name}
 
 
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """Run the model as it was before its adapters learned anything."""
+    """Run the model without its adapters inside the block."""
     layers = _layers(model)
     for _, layer in layers:
         layer.enable_adapters(False)
@@ -157,18 +162,17 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 
 def merged(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of the same model without adapters: what they add is added in.
+    """Yield name and weight of the model with its adapters merged; the model keeps them.
 
-    Yields:
-        Name and weight; the names are those of the model before it had adapters.
+    The names are those of the model before it had adapters.
     """
-    difference = {f"{name}.base_layer.weight": layer for name, layer in _layers(model)}
+    adapted = {f"{name}.base_layer.weight": layer for name, layer in _layers(model)}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
         weight = parameter.detach()
-        if name in difference:
-            weight = weight + difference[name].get_delta_weight(_NAME).detach().to(weight.dtype)
+        if name in adapted:
+            weight = weight + adapted[name].get_delta_weight(_NAME).detach().to(weight.dtype)
         yield name.replace(".base_layer.", "."), weight
 
 

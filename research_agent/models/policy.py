@@ -1,8 +1,7 @@
-"""The policy: a causal language model, and the log-probabilities that it gives to action tokens."""
+"""The policy: open a causal language model, and compute log-probabilities of action tokens."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cache
@@ -20,15 +19,16 @@ from research_agent.distributed import (
     shard_batches,
 )
 from research_agent.errors import ModelError
+from research_agent.models.generation import repair_generation, tokens_of_unreadable
 from research_agent.models.prepare import (
     decoder_layers,
     output_logits,
+    packed_options,
     require_learnable,
     tree_options,
 )
 from research_agent.models.source import (
     ModelSource,
-    generation_settings,
     model_source,
     opening,
     read_config,
@@ -41,8 +41,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "bfloat16"]
 
-
-# The most logits that are held at once: 64 Mi of float32 are 256 MiB. A GPU likes larger products.
+# Logits in memory at a time. 2^26 of them in float32 are 256 MiB; GPUs need larger products.
 MAX_LOGITS = 2**26
 MAX_LOGITS_GPU = 2**28
 
@@ -59,20 +58,19 @@ def load_model(
     Args:
         name: a starter of this package, a folder (a checkpoint is one), a GGUF file, the folder of
             a LoRA adapter, or a name on the hub.
-        dtype: number format of the weights. Quantized weights of a GGUF file become numbers of it.
-        device: "cpu", "cuda", or "auto", which is cuda where there is one.
-        merge_adapter: add a LoRA adapter to the weights of its base; otherwise the base alone is
-            opened, and ``lora.load_adapters`` puts the adapter beside it.
+        dtype: number format of the weights. Quantized weights of a GGUF file are converted to it.
+        device: "cpu", "cuda", or "auto": cuda if there is one.
+        merge_adapter: merge a LoRA adapter into the weights of its base; otherwise only the base is
+            opened, and ``lora.load_adapters`` can add the adapter.
 
     Returns:
-        The model, in evaluation mode: dropout would make what is learned from differ from what was
-        sampled. Its attention is one of the transformers library's own, whatever its configuration
-        names, and its ``generation_config`` can be saved.
+        The model, in evaluation mode, because dropout would make the learner's log-probabilities
+        differ from the sampler's. Its attention is one of the transformers library's own, whatever
+        its configuration names, and its ``generation_config`` can be saved.
 
     Raises:
-        ModelError: no such model, no or not all of its weights, quantized ones that cannot learn,
-            or one whose log-probabilities cannot be computed from its last hidden states and its
-            head alone.
+        ModelError: there is no such model; weights are missing, or quantized and cannot learn; or
+            its logits do not follow from its last hidden states and its head.
     """
     source = model_source(name)
     device = find_device(device)
@@ -85,8 +83,8 @@ def load_model(
         model = merge(model, source.adapter)
     model = model.to(device).eval()
     if model.device.type == "cpu":
-        # Weights in a mapped file begin anywhere, and where they begin decides the last bits of a
-        # product: a continued run would differ from one that was never stopped.
+        # The alignment of weights decides the last bits of a product, and weights in a mapped file
+        # have any. Copies make a resumed run equal to one that was never stopped.
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     require_learnable(model, str(name))
@@ -94,18 +92,18 @@ def load_model(
 
 
 def find_device(name: str) -> str:
-    """The device that a name stands for: "auto" is cuda where there is one."""
+    """Resolve the device "auto" to cuda, if there is one, or else cpu."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
 
 
 def save_settings(model: Any, folder: Path) -> None:
-    """Write what ``save_pretrained`` writes of a model beside its weights.
+    """Write config.json and generation_config.json, as ``save_pretrained`` does.
 
     Args:
         model: a causal language model of the transformers library; it may be sharded.
-        folder: it exists.
+        folder: an existing folder.
     """
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -121,7 +119,7 @@ def _open(source: ModelSource, name: str, dtype: torch.dtype) -> Any:
     options = {**source.options, "trust_remote_code": False}
     config = read_config(source, name)
     refuse_unusable(config, name)
-    # A configuration may name an attention that it would have downloaded and run.
+    # A configuration can name an attention that transformers would download and run.
     config._attn_implementation = None
     if (tokens := tokens_of_unreadable(source.place, name)) is not None:
         options["generation_config"] = tokens
@@ -142,7 +140,7 @@ def require_ends(model: Any, renderer: Renderer) -> None:
     """Check that the model can sample the tokens that end a turn.
 
     Raises:
-        ModelError: one of them is beyond the model's vocabulary.
+        ModelError: one of them is not in the model's vocabulary.
     """
     words = len(model.get_output_embeddings().weight)
     beyond = sorted(token for token in renderer.end_ids if not 0 <= token < words)
@@ -163,19 +161,19 @@ def token_logprobs(
     precision: Precision = "float32",
     compile: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the log-probabilities of the action tokens, and the entropy where each was sampled.
+    """Compute the log-probability of each action token, and the entropy where it was sampled.
 
-    Logits are made only at positions whose next token is an action token. Where they would be more
-    than ``max_logits``, they are made piece by piece, and once more for the gradient, so that
-    [tokens, vocabulary] is never whole in memory.
+    Logits are computed only at positions whose next token is an action token. If there are more
+    than ``max_logits``, they are computed piece by piece, and again for the gradient, so that
+    [tokens, vocabulary] is never in memory as a whole.
 
     Args:
         model: a causal language model of the transformers library.
-        micro: R rows of W tokens with ``a`` action tokens. If they are packed, the model must have
-            been prepared for that.
-        temperature: the sampler's; it divides the logits.
-        max_logits: the most logits of a piece; none takes what suits the device.
-        precision: number format of the matrix products; the softmax is always float32 at least.
+        micro: R rows of W tokens with ``a`` action tokens. For packed rows the model must have been
+            prepared.
+        temperature: the sampler's temperature; it divides the logits.
+        max_logits: most logits per piece; None: a number that suits the device.
+        precision: number format of the matrix products; the softmax is at least float32.
         compile: fuse the operations of the softmax.
 
     Returns:
@@ -207,14 +205,14 @@ def token_logprobs(
 
 
 def _spread(scored: tuple[Tensor, Tensor], micro: MicroBatch) -> tuple[Tensor, Tensor]:
-    """Give every action token the values of the distinct one that it equals."""
+    """In rows of trees, give every action token the values of the distinct token it equals."""
     if micro.distinct_of is None:
         return scored
     return scored[0][micro.distinct_of], scored[1][micro.distinct_of]
 
 
 def action_hidden_states(model: Any, micro: MicroBatch) -> Tensor:
-    """Run a model's body, and take its last hidden states where action tokens were sampled.
+    """Run a model's body, and return its last hidden states where action tokens were sampled.
 
     Args:
         model: as for ``token_logprobs``.
@@ -224,27 +222,22 @@ def action_hidden_states(model: Any, micro: MicroBatch) -> Tensor:
         The states, [a, hidden size].
     """
     packing: dict[str, Any] = {}
-    if micro.cu_seqlens is not None:
-        packing = {
-            "position_ids": micro.position_ids,
-            "cu_seq_lens_q": micro.cu_seqlens,
-            "cu_seq_lens_k": micro.cu_seqlens,
-            "max_length_q": micro.max_seqlen,
-            "max_length_k": micro.max_seqlen,
-        }
     if micro.tree is not None:
-        packing |= tree_options(micro.tree)
-    # No attention mask: padding is on the right, so plain causal attention is right, and quick.
+        packing = {"position_ids": micro.position_ids, **tree_options(micro.tree)}
+    elif micro.cu_seqlens is not None:
+        options = packed_options(micro.cu_seqlens, micro.max_seqlen)
+        packing = {"position_ids": micro.position_ids, **options}
+    # Padding is on the right, so causal attention needs no mask.
     output = model.base_model(input_ids=micro.tokens, use_cache=False, **packing)
     states: Tensor = output.last_hidden_state.flatten(0, 1).index_select(0, micro.logit_index)
     return states
 
 
 class TokenLogprobs(nn.Module):
-    """``token_logprobs`` of a model as a module: what FSDP wraps and hooks into.
+    """``token_logprobs`` of a model as a module, for FSDP to wrap.
 
     Args:
-        model: as for ``token_logprobs``; so are the rest.
+        model: as for ``token_logprobs``; so are the other arguments.
     """
 
     def __init__(
@@ -261,9 +254,9 @@ class TokenLogprobs(nn.Module):
         self._temperature = temperature
 
     def forward(self, micro: MicroBatch | Callable[[Any], Any]) -> Any:
-        """Log-probabilities and entropies of the action tokens of a pass.
+        """Log-probabilities and entropies of a pass's action tokens.
 
-        Or the result of a function of the model: FSDP gathers the model's weights in here only.
+        Given a function instead, call it with the model: FSDP gathers the weights only in here.
         """
         if not isinstance(micro, MicroBatch):
             return micro(self.model)
@@ -271,7 +264,7 @@ class TokenLogprobs(nn.Module):
 
 
 def gathered_units(model: Any) -> list[nn.Module]:
-    """The modules whose weights FSDP gathers on their own: the layers, and an untied embedding."""
+    """The modules whose weights FSDP gathers one by one: the layers, and an untied embedding."""
     embedding = model.get_input_embeddings()
     tied = embedding.weight is model.get_output_embeddings().weight
     return decoder_layers(model) if tied else [*decoder_layers(model), embedding]
@@ -288,9 +281,9 @@ def batch_logprobs(
     """Compute the log-probabilities of all action tokens of a batch, without gradient.
 
     Args:
-        score: what computes those of a pass, and something else: a ``TokenLogprobs``.
-        batch: A action tokens.
-        max_tokens: the most tokens of a pass, padding included.
+        score: a ``TokenLogprobs``, or a function that returns the same for a pass.
+        batch: trajectories with A action tokens.
+        max_tokens: most tokens per pass, padding included.
         packing: as for ``micro_batches``.
 
     Returns:
@@ -324,7 +317,7 @@ def _compiled_score() -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]
 
 
 def _plain_weights(model: Any, dtype: torch.dtype) -> Any:
-    """The same model without the marks of a quantized one, which could not be saved."""
+    """Copy a dequantized model; transformers refuses to save the original as quantized."""
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     config = deepcopy(model.config)
@@ -338,7 +331,11 @@ def _plain_weights(model: Any, dtype: torch.dtype) -> Any:
 
 
 def refuse_unusable(config: Any, name: str) -> None:
-    """Refuse a configuration of quantized weights, which cannot learn, or of too many layers."""
+    """Refuse a configuration with quantized weights, which cannot learn, or too many layers.
+
+    Raises:
+        ModelError: names the model and what is wrong.
+    """
     require_few_layers(getattr(config, "num_hidden_layers", 0), name)
     found = getattr(config, "quantization_config", None)
     if not found:
@@ -351,64 +348,7 @@ def refuse_unusable(config: Any, name: str) -> None:
     )
 
 
-def repair_generation(model: Any, name: str) -> None:
-    """Drop what a generation_config says where it could not be saved; its end tokens stay.
-
-    Sampling is ours, so nothing else of it is used.
-    """
-    given = getattr(model, "generation_config", None)
-    if given is None:
-        return
-    pad = getattr(given, "pad_token_id", None)
-    try:
-        given.validate(strict=True)
-        if pad is None or _is_token(pad):
-            return
-        cause: object = f"pad_token_id is {pad!r}"
-    except (ValueError, TypeError) as error:
-        cause = error
-    model.generation_config = _tokens_only(given.to_dict())
-    if not _is_token(getattr(model.config, "pad_token_id", None)):
-        model.config.pad_token_id = None
-    _say_repaired(name, cause)
-
-
-def tokens_of_unreadable(place: str, name: str) -> Any:
-    """The special tokens of a generation_config that the library refuses; None where it reads."""
-    from transformers import GenerationConfig  # noqa: PLC0415
-
-    try:
-        GenerationConfig.from_pretrained(place)
-    except OSError:  # there is none
-        return None
-    except (ValueError, TypeError) as error:
-        _say_repaired(name, error)
-        return _tokens_only(generation_settings(place))
-    return None
-
-
-def _tokens_only(values: Mapping[str, Any]) -> Any:
-    from transformers import GenerationConfig  # noqa: PLC0415
-
-    ids = {key: values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    pad = ids["pad_token_id"]
-    return GenerationConfig(**{**ids, "pad_token_id": pad if _is_token(pad) else None})
-
-
-def _is_token(value: object) -> bool:
-    return isinstance(value, int) and value >= 0
-
-
-def _say_repaired(name: str, cause: object) -> None:
-    words = " ".join(str(cause).split())[:300]
-    warnings.warn(
-        f"the generation_config of {name!r} cannot be saved ({words}); of it only the end tokens"
-        " are kept, as sampling is set by this package",
-        stacklevel=4,
-    )
-
-
 def context_length(model: Any, wanted: int) -> int:
-    """Tokens that an episode may have: those wanted, at most the positions that the model has."""
+    """Most tokens of an episode: those wanted, but no more than the model has positions."""
     limit: int | None = getattr(model.config, "max_position_embeddings", None)
     return wanted if limit is None else min(wanted, limit)

@@ -1,4 +1,4 @@
-"""How a model runs in a learner: proved to compute what transformers computes, then set up."""
+"""Set up how a model runs in the learner, and check that it still computes the same."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def prepare(
     gradient_checkpointing: bool = False,
     compile: bool = False,
 ) -> None:
-    """Set up how a model runs in a learner, and prove that it can share rows if it is to.
+    """Set up how a model runs in the learner, and check that its trajectories can share rows.
 
-    What it computes stays the same, if its dropouts are modules of their own, as in all models of
-    today: a layer that is checkpointed is in training mode itself, and what is inside it is not.
+    The model computes the same as before. (Checkpointed layers are put in training mode, but not
+    the modules inside them, such as dropouts.)
 
     Args:
         model: a causal language model of the transformers library; it is changed.
         packing: how trajectories share rows; see ``research_agent.models.attention``.
-        gradient_checkpointing: keep only what enters each layer, and compute the rest again for the
-            gradient.
+        gradient_checkpointing: keep only the inputs of each layer, and compute the rest again for
+            the gradient.
         compile: let torch.compile fuse the operations of each layer.
 
     Raises:
-        ModelError: the architecture cannot do it, or would compute something else.
+        ModelError: the architecture cannot do this, or would compute something else.
     """
     if (gradient_checkpointing or compile) and not decoder_layers(model):
         message = f"{type(model).__name__} names no layers to checkpoint or compile; turn both off"
@@ -48,7 +48,7 @@ def prepare(
 
 
 def set_up(model: Any, *, packing: Packing, gradient_checkpointing: bool, compile: bool) -> None:
-    """Set up how a model, or the body of one, runs; like ``prepare``, without a proof."""
+    """Set up how a model, or only its body, runs: ``prepare`` without the check."""
     from research_agent.models.attention import PACKED  # noqa: PLC0415
 
     if packing != "off":
@@ -56,7 +56,7 @@ def set_up(model: Any, *, packing: Packing, gradient_checkpointing: bool, compil
         model.set_attn_implementation(PACKED)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in decoder_layers(model):  # in training mode only; its dropouts are inside it
+        for layer in decoder_layers(model):  # it checkpoints in training mode only
             layer.training = True
     if compile:
         for layer in decoder_layers(model):
@@ -64,7 +64,7 @@ def set_up(model: Any, *, packing: Packing, gradient_checkpointing: bool, compil
 
 
 def _require_packable(model: Any, packing: Packing) -> None:
-    """Let trajectories share a row, and prove on short ones that each sees itself alone."""
+    """Check on short sequences that sequences in one row do not see each other."""
     from research_agent.models.attention import PACKED  # noqa: PLC0415
 
     name = type(model).__name__
@@ -72,7 +72,7 @@ def _require_packable(model: Any, packing: Packing) -> None:
     join = split_recurrent_layers(model)
     try:
         sequences = probe_sequences(model)
-        if packing == "tree":  # one more, which leaves the first in its middle
+        if packing == "tree":  # one more, which branches off the first in its middle
             first, second = sequences
             sequences.insert(1, (first[: len(first) // 2] + second)[: len(first)])
         expected = [plain_logits(model, tokens) for tokens in sequences]
@@ -93,16 +93,11 @@ def _require_packable(model: Any, packing: Packing) -> None:
 
 @torch.no_grad()
 def _packed_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Logits of sequences in one row, [tokens, words] each."""
+    """Logits of sequences that are packed in one row, [tokens, vocabulary] each."""
     lengths, device = [len(s) for s in sequences], model.device
-    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    options: dict[str, Any] = {
-        "position_ids": torch.cat([torch.arange(n, device=device) for n in lengths])[None],
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-    }
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+    options = {"position_ids": positions, **packed_options(cu_seqlens, max(lengths))}
     row = torch.tensor([token for s in sequences for token in s], device=device)[None]
     states = model.base_model(input_ids=row, use_cache=False, **options).last_hidden_state
     return list(torch.split(output_logits(model)(states)[0], lengths))
@@ -110,7 +105,7 @@ def _packed_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tenso
 
 @torch.no_grad()
 def _tree_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Logits of sequences in one row that holds shared beginnings once, [tokens, words] each."""
+    """Logits of sequences in one row that has shared beginnings once, [tokens, vocabulary] each."""
     rows = [torch.tensor(tokens, device=model.device) for tokens in sequences]
     tree = lay_out(rows, shared_lengths(sequences))
     options = {"position_ids": tree.position_ids[None], **tree_options(tree)}
@@ -119,8 +114,18 @@ def _tree_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tensor]
     return [logits[path] for path in tree.paths]
 
 
+def packed_options(cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
+    """Arguments of ``packed_attention`` for a row of trajectories."""
+    return {
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": max_seqlen,
+        "max_length_k": max_seqlen,
+    }
+
+
 def tree_options(tree: TreeLayout) -> dict[str, Any]:
-    """What ``packed_attention`` needs to know of a row of trees."""
+    """Arguments of ``packed_attention`` for a row of trees."""
     return {
         "cu_seq_lens_q": tree.cu_seqlens,
         "cu_seq_lens_k": tree.cu_keys,
@@ -132,17 +137,17 @@ def tree_options(tree: TreeLayout) -> dict[str, Any]:
 
 @torch.no_grad()
 def require_learnable(model: Any, name: str) -> None:
-    """Compare what the learner computes with the model's own logits, on two short sequences.
+    """Check on two short sequences that the learner computes the model's own logits.
 
-    The learner gives its rows no mask, pads them on the right, and makes logits of the last hidden
-    states by ``output_logits``. Models that change their logits in another way differ.
+    The learner pads rows on the right without a mask, and computes logits from the last hidden
+    states with ``output_logits``. Models that change their logits in another way are refused.
 
     Args:
         model: a causal language model of the transformers library.
         name: name of the model, for the message.
 
     Raises:
-        ModelError: they differ by more than rounding.
+        ModelError: the logits differ by more than rounding.
     """
     sequences = probe_sequences(model)
     head = output_logits(model)
@@ -159,14 +164,14 @@ def require_learnable(model: Any, name: str) -> None:
 
 
 def output_logits(model: Any) -> Callable[[Tensor], Tensor]:
-    """What turns a model's last hidden states into logits: its head, scale and soft cap.
+    """The function from a model's last hidden states to its logits: head, scale and soft cap.
 
     Args:
         model: a causal language model of the transformers library. Its configuration may scale the
             logits (Granite, Cohere, Falcon-H1) or cap them (Gemma 2).
 
     Returns:
-        A function of states [..., hidden size] to logits [..., words].
+        A function from states [..., hidden size] to logits [..., vocabulary].
     """
     head, config = model.get_output_embeddings(), getattr(model, "config", None)
     scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1
@@ -182,7 +187,7 @@ def output_logits(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model of the transformers library, where it names them."""
+    """The layers of a transformers model; empty if its library marks none."""
     from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: PLC0415
 
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]

@@ -1,6 +1,6 @@
-"""What a model's name stands for: a folder, a GGUF file, a LoRA adapter over a base, or the hub.
+"""Find the files of a model from its name: a folder, a GGUF file, a LoRA adapter, or the hub.
 
-Nothing here imports torch, so that tokenizers can be opened without it.
+Importing this module loads no torch, so tokenizers can be opened without it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ STARTERS = Path(__file__).parents[1] / "starters"
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
-
 MOST_LAYERS = 1_000
 _LARGEST_JSON = 256 << 20  # bytes; the tokenizers of large vocabularies have some 30 MB
 MODEL_CURE = (
@@ -32,15 +31,16 @@ MODEL_CURE = (
 
 @contextmanager
 def opening(what: str, cure: str = MODEL_CURE) -> Iterator[None]:
-    """Turn whatever libraries raise over a stranger's files into a ``ModelError``.
+    """Turn whatever a library raises inside the block into a ``ModelError``.
+
+    Errors of this package, a lost rank and a lack of memory are raised as they are.
 
     Args:
-        what: is opened inside the block.
-        cure: what to do if it cannot be opened.
+        what: what the block opens, for the message.
+        cure: what to do if it cannot be opened, for the message.
 
     Raises:
-        ModelError: anything but an error of this package was raised inside the block. A lost rank
-            and a lack of memory are raised as they are.
+        ModelError: the block raised another error.
     """
     try:
         yield
@@ -59,14 +59,14 @@ def opening(what: str, cure: str = MODEL_CURE) -> Iterator[None]:
 
 @contextmanager
 def reading_weights(place: str) -> Iterator[None]:
-    """Guard the reading of a folder's weight files, and name the one that is damaged.
+    """Check a folder's weight files before the block reads them, and name a damaged one after.
 
     Args:
-        place: folder of the files that a library reads inside the block; on the hub there are none.
+        place: folder of the files. A name on the hub has no files to check.
 
     Raises:
-        ModelError: a file is compressed, as 2 MB could then fill gigabytes of memory; or something
-            was raised inside the block, and a file is damaged.
+        ModelError: a file is compressed, so that 2 MB could fill gigabytes of memory; or the block
+            raised an error, and a file is damaged.
     """
     files = [path for path in sorted(Path(place).glob("*model*")) if path.is_file()]
     pickles = [path for path in files if path.suffix == ".bin"]
@@ -95,7 +95,7 @@ def _opening_file(file: Path) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """The places of a model's parts."""
+    """Where the parts of a model are."""
 
     place: str
     """Folder of the weights, or a name on the hub."""
@@ -106,16 +106,16 @@ class ModelSource:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of the transformers library's ``from_pretrained``."""
+        """Keyword arguments for ``from_pretrained`` of the transformers library."""
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
 
 def resolve_model(name: str | Path) -> str:
-    """Say where a model is: a starter of the package, the newest checkpoint of a run, or ``name``.
+    """Resolve a name to a starter of this package, the newest checkpoint of a run, or itself.
 
     Raises:
-        ModelError: the name is plainly a path and there is no such folder or GGUF file, or it is
-            not on the hub's form OWNER/NAME and resembles a starter or a local folder.
+        ModelError: the name is a path without a folder or GGUF file; or it resembles the name of a
+            starter or local folder, and is not OWNER/NAME as on the hub.
     """
     from research_agent.checkpoint import latest  # noqa: PLC0415 - loads torch
 
@@ -131,7 +131,7 @@ def resolve_model(name: str | Path) -> str:
         raise ModelError(f"{text} is a file, and no GGUF file; give the folder of the model")
     is_path = text[:1] in (".", "/", "~") or text.count("/") > 1 or text.endswith(".gguf")
     near = _near_names(path, starters)
-    # A folder that exists and a starter are meant, and not somebody's name on the hub.
+    # Then a folder or a starter is meant, and not a name on the hub.
     if is_path or (near and (path.parent.is_dir() or "/" not in text)):
         meant = f"; did you mean {' or '.join(near)}?" if near else ";"
         raise ModelError(
@@ -142,7 +142,7 @@ def resolve_model(name: str | Path) -> str:
 
 
 def starting_model(model: str) -> str:
-    """The model to start from; of another run's folder its newest checkpoint."""
+    """The model to start from: the newest checkpoint if ``model`` is the folder of a run."""
     from research_agent.checkpoint import latest  # noqa: PLC0415 - loads torch
 
     newest = latest(Path(model).expanduser() / "checkpoints")
@@ -150,7 +150,7 @@ def starting_model(model: str) -> str:
 
 
 def _near_names(path: Path, starters: Iterable[str]) -> list[str]:
-    """Starters and models beside a path whose names are like the path's."""
+    """Starters, and models in the path's folder, with names similar to the path's."""
     is_model = ("config.json", _ADAPTER_CONFIG, "checkpoints")
     folder = path.parent
     local = [
@@ -195,7 +195,7 @@ def model_source(name: str | Path) -> ModelSource:
 
 
 def tokenizer_source(name: str | Path) -> ModelSource:
-    """Find where the tokenizer of a model is: an adapter may have one, or else its base has.
+    """Find the tokenizer of a model. An adapter can have its own; otherwise it is the base's.
 
     Raises:
         ModelError: as for ``model_source``, for adapters and GGUF files.
@@ -212,17 +212,18 @@ def tokenizer_source(name: str | Path) -> ModelSource:
 
 
 def _require_small(folder: Path) -> None:
-    """Refuse files of settings that would fill the memory; libraries read them whole."""
+    """Refuse JSON files that would fill the memory; libraries read them as a whole."""
     for file in folder.glob("*.json"):
         if file.is_file() and file.stat().st_size > _LARGEST_JSON:
             raise ModelError(f"{file} has more than {_LARGEST_JSON >> 20} MiB; get it again")
 
 
 def read_config(source: ModelSource, name: str) -> Any:
-    """Open the configuration of a model; it makes no more layers than a model can have.
+    """Open the configuration of a model.
 
     Raises:
-        ModelError: it says more than ``MOST_LAYERS`` layers. Whatever else the library raises.
+        ModelError: it has more than ``MOST_LAYERS`` layers.
+        Exception: whatever the library raises.
     """
     from transformers import AutoConfig  # noqa: PLC0415 - slow to import
 
@@ -233,13 +234,13 @@ def read_config(source: ModelSource, name: str) -> Any:
         return dict(pairs)
 
     if source.gguf_file is None and (file := _cached(source.place, "config.json")):
-        # The library makes lists that have an entry per layer when it reads the file.
+        # The check comes first, because the library makes lists with an entry per layer.
         json.loads(Path(file).read_text(encoding="utf-8"), object_pairs_hook=check)
     return AutoConfig.from_pretrained(source.place, **source.options, trust_remote_code=False)
 
 
 def require_few_layers(layers: object, name: str) -> None:
-    """Refuse a number of layers that would fill the memory before any weight is read."""
+    """Refuse a number of layers that would fill the memory before a weight is read."""
     if isinstance(layers, int) and layers > MOST_LAYERS:
         raise ModelError(
             f"the configuration of {name!r} says more than {MOST_LAYERS} layers; get it again"
@@ -247,7 +248,7 @@ def require_few_layers(layers: object, name: str) -> None:
 
 
 def generation_settings(place: str) -> dict[str, Any]:
-    """What the generation_config.json of a folder or a name on the hub says, unchecked."""
+    """The unchecked generation_config.json of a folder or a name on the hub; {} if unreadable."""
     found = _cached(place, "generation_config.json")
     try:
         values = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
@@ -257,7 +258,7 @@ def generation_settings(place: str) -> dict[str, Any]:
 
 
 def _cached(place: str, file: str) -> str | None:
-    """Path of a file of a folder or of a name on the hub; None where there is none."""
+    """Local path of a file of a folder or of a name on the hub; None if there is none."""
     from transformers.utils.hub import cached_file  # noqa: PLC0415
 
     try:
@@ -289,18 +290,18 @@ def _gguf(path: Path) -> ModelSource:
 
 
 def _hub(name: str) -> ModelSource:
-    """A name on the hub, which may be an adapter's."""
+    """The source for a name on the hub, which may be an adapter's."""
     from transformers.utils.peft_utils import find_adapter_config_file  # noqa: PLC0415
 
     try:
         found = find_adapter_config_file(name)
-    except (OSError, ValueError):  # no such name, or no network: opening the model says it
+    except (OSError, ValueError):  # no such name or no network: loading the model reports it
         found = None
     return ModelSource(name) if found is None else _over_base(name, Path(found))
 
 
 def _over_base(adapter: str, config: Path) -> ModelSource:
-    """The base that an adapter's configuration names, with the adapter over it."""
+    """The base that an adapter's configuration names, with the adapter."""
     try:
         named = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -1,7 +1,7 @@
-"""What a run would need, before anybody rents a machine for it: ``--plan 8xH100``.
+"""Estimate the memory and time that a run needs on some machines: ``--plan 8xH100``.
 
-Nothing is loaded. Bytes follow from the model's shape and from what this trainer keeps; seconds
-follow from assumptions, which are printed with them: they tell hours from weeks, not more.
+Nothing is loaded. Bytes follow from the model's shape and from what this trainer keeps. Seconds
+follow from assumptions that every plan prints: they tell hours from weeks, and no more.
 """
 
 from __future__ import annotations
@@ -25,32 +25,20 @@ GB = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run needs.
-
-    Attributes:
-        machines: where it runs.
-        sampler: how it samples.
-        memory: what it needs of each GPU, the hosts and the disk.
-        tokens: tokens of all episodes of a step.
-        times: seconds of a step.
-        steps: steps of the run.
-        environment: what the environment says of its own needs; empty if it says nothing.
-        suggestions: settings that would make it fit, as words of the command line; empty if it
-            fits.
-    """
+    """What a run needs."""
 
     machines: Machines
     sampler: Sampler
     memory: Memory
-    tokens: float
-    times: Times
-    steps: int
-    environment: Mapping[str, str]
-    suggestions: tuple[str, ...]
+    tokens: float  # in all episodes of a step
+    times: Times  # seconds of a step
+    steps: int  # steps in the whole run
+    environment: Mapping[str, str]  # the environment's own needs; empty if it gives none
+    suggestions: tuple[str, ...]  # flags with which the run would fit; empty if it fits
 
     @property
     def fits(self) -> bool:
-        """Whether the memory of each GPU is enough."""
+        """Whether each GPU has enough memory."""
         return self.memory.fits(self.machines)
 
     @property
@@ -60,15 +48,15 @@ class Plan:
 
 
 def plan(config: TrainConfig, machines: str) -> Plan:
-    """What a run needs on some machines.
+    """Estimate what a run needs on some machines.
 
     Args:
-        config: config of the run.
+        config: the run's configuration.
         machines: such as ``8xH100``, or ``2x8xH100`` for two nodes.
 
     Raises:
-        ConfigError: machines, a model or an engine that are not known, or ranks that
-            --shard-ranks does not divide.
+        ConfigError: machines, model or engine are not known, or --shard-ranks does not divide the
+            ranks.
     """
     where = parse_machines(machines)
     shape = read_shape(config.policy.model)
@@ -92,7 +80,7 @@ def plan(config: TrainConfig, machines: str) -> Plan:
 
 
 def _environment(config: TrainConfig) -> Mapping[str, str]:
-    """What the environment's package says about its own needs."""
+    """What the environment's package says about its own needs (its function ``footprint``)."""
     module, _, _ = config.environment.env.rpartition(":")
     try:
         footprint = getattr(import_module(module), "footprint", None) if module else None
@@ -102,7 +90,7 @@ def _environment(config: TrainConfig) -> Mapping[str, str]:
 
 
 def show(config: TrainConfig, found: Plan) -> str:
-    """A plan in words."""
+    """A plan as text for the terminal."""
     gpu, needed = found.machines.gpu, found.memory
     ranks = memory.shard_ranks(config, found.machines)
     lines = [
@@ -152,7 +140,7 @@ def _gigabytes(sizes: Mapping[str, float]) -> list[str]:
 
 
 def _assumptions(config: TrainConfig) -> list[str]:
-    """The assumptions behind the seconds."""
+    """The assumptions of the plan, as lines of text."""
     beside = (
         "Sampling runs beside learning (--max-staleness)."
         if config.rollout.max_staleness

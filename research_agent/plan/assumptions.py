@@ -1,56 +1,56 @@
-"""What a plan assumes; every plan prints these. None of it was measured on such machines."""
+"""What a plan assumes and prints. None of it was measured on such machines."""
 
 from __future__ import annotations
 
 EPISODE_TOKENS = 1_300
-"""Tokens of an episode in the mean: that of R1-Searcher's recorded trajectories."""
+"""Mean tokens per episode: the mean of R1-Searcher's recorded trajectories."""
 ACTION_SHARE = 0.3
-"""Share of an episode's tokens that the policy samples; the rest is read."""
+"""Fraction of an episode's tokens that the policy samples."""
 LONGEST = 6.0
-"""Tokens of the longest episode of a step, in means; never more than --max-response allows."""
+"""Longest episode of a step over the mean episode, in tokens; prompt and response limits hold."""
 CALLS = 3
-"""Turns of an episode that wait for the environment."""
+"""Turns per episode that wait for the environment."""
 CALL_SECONDS = 0.5
-"""Seconds that the environment takes for a turn."""
+"""Seconds that the environment takes per turn."""
 
 LEARN_FLOPS = 0.3
-"""Share of the peak that forward and backward passes reach."""
+"""Fraction of the peak FLOP/s that forward and backward passes reach."""
 SAMPLE_BANDWIDTH = 0.6
-"""Share of the memory's bandwidth that decoding reaches."""
+"""Fraction of the memory bandwidth that decoding reaches."""
 DECODE_SECONDS = 0.006
-"""Seconds of a decoding step of vLLM without reading weights and cache: scheduling, launches."""
+"""Seconds per decoding step of vLLM for scheduling and launches, besides reading memory."""
 TRANSFORMERS_SECONDS = 0.03
-"""The same of the transformers engine, which has no CUDA graphs."""
+"""The same for the transformers engine, which has no CUDA graphs."""
 TENSOR_PARALLEL_SECONDS = 20e-6
-"""Seconds of one all-reduce between the GPUs of a sampler; there are two per layer."""
+"""Seconds per all-reduce between the GPUs of a sampler; there are two per layer."""
 LINK_SHARE = 0.6
-"""Share of a link's peak that collectives reach."""
+"""Fraction of a link's peak that collectives reach."""
 TRANSFER = 30e9
-"""Bytes per second of weights from the learner to the samplers, from GPU to GPU."""
+"""Bytes per second of weights from the learner's GPUs to the samplers'."""
 DISK = 2e9
 """Bytes per second to and from the folder of the run."""
 HOST_LINK = 25e9
 """Bytes per second between a GPU and its host."""
 HOST_BANDWIDTH = 200e9
-"""Bytes per second of a host's memory, which its ranks share."""
+"""Bytes per second of a host's memory, for all its ranks together."""
 GATHER_SECONDS = 3e-4
-"""Seconds for each episode of a step, to give its tokens to all ranks and make tensors of them."""
+"""Seconds per episode of a step, to give its tokens to all ranks and make tensors of them."""
 
 CUDA_BYTES = 4e9
-"""Bytes of a GPU that CUDA, NCCL and fragments take in the learner's process."""
+"""Bytes per GPU for CUDA, NCCL and fragmentation in the learner's process."""
 FREE = 0.05
-"""Share of a GPU's memory that a plan leaves free."""
+"""Fraction of a GPU's memory that a plan leaves free."""
 SERVER_BYTES = 1e9
-"""Bytes of a GPU that CUDA takes in a vLLM process of its own."""
+"""Bytes per GPU for CUDA in a separate vLLM process."""
 VLLM_WORK = 3e9
-"""Bytes of vLLM's share that activations and CUDA graphs take."""
+"""Bytes of vLLM's memory for activations and CUDA graphs."""
 HEAD_LOGITS = 2**28
-"""Logits that exist at the same time on a GPU (``models.policy.MAX_LOGITS_GPU``)."""
+"""Logits in a GPU's memory at a time (``models.policy.MAX_LOGITS_GPU``)."""
 LOGIT_BYTES = 20
-"""Bytes for each of these: logits, their softmax, its logarithm, and two gradients in float32."""
+"""Bytes per such logit: itself, softmax, log-softmax and two gradients in float32."""
 HOST_RANK = 4e9
-"""Bytes of host memory that a rank's Python and CUDA take."""
+"""Bytes of host memory per rank for Python and CUDA."""
 HOST_SERVER = 6e9
-"""Bytes of host memory that a vLLM process takes."""
+"""Bytes of host memory per vLLM process."""
 HOST_TOKEN = 55
-"""Bytes of host memory of a token, in each rank, which has the episodes of all."""
+"""Bytes of host memory per token of a step, in each rank: every rank holds all episodes."""

@@ -1,4 +1,4 @@
-"""The machines that a plan is made for: ``8xH100``, or ``2x8xH100`` for two nodes of eight."""
+"""The machines of a plan: ``8xH100``, or ``2x8xH100`` for two nodes of eight."""
 
 from __future__ import annotations
 
@@ -8,29 +8,19 @@ from dataclasses import dataclass
 from research_agent.errors import ConfigError
 
 NODE = 8
-"""The most GPUs in a node."""
+"""Most GPUs per node."""
 NETWORK = 50e9
-"""Bytes per second between the GPUs of two nodes: 400 Gbit/s for each GPU."""
+"""Bytes per second between GPUs of different nodes: 400 Gbit/s per GPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A kind of GPU.
+    """A kind of GPU, from the makers' data sheets; memory as CUDA reports it."""
 
-    Attributes:
-        memory: bytes that a program can take.
-        flops: dense bfloat16 peak, in FLOP/s.
-        bandwidth: bandwidth of the memory, in bytes per second.
-        link: bytes per second to the other GPUs of a node, in one direction.
-
-    References:
-        The makers' data sheets; memory as CUDA reports it.
-    """
-
-    memory: float
-    flops: float
-    bandwidth: float
-    link: float
+    memory: float  # bytes
+    flops: float  # dense bfloat16 peak, FLOP/s
+    bandwidth: float  # memory bandwidth, bytes per second
+    link: float  # to the other GPUs of the node, bytes per second in one direction
 
 
 GPUS = {
@@ -44,17 +34,11 @@ GPUS = {
 
 @dataclass(frozen=True, slots=True)
 class Machines:
-    """Nodes with GPUs of one kind.
-
-    Attributes:
-        nodes: number of nodes.
-        per_node: GPUs of each.
-        name: the kind of GPU, a key of ``GPUS``.
-    """
+    """Nodes with GPUs of one kind."""
 
     nodes: int
-    per_node: int
-    name: str
+    per_node: int  # GPUs per node
+    name: str  # kind of GPU, a key of GPUS
 
     @property
     def gpu(self) -> Gpu:
@@ -63,11 +47,11 @@ class Machines:
 
     @property
     def count(self) -> int:
-        """All GPUs: one rank of the learner each."""
+        """Number of GPUs, which is the number of the learner's ranks."""
         return self.nodes * self.per_node
 
     def __str__(self) -> str:
-        """Return what ``parse_machines`` reads."""
+        """Return the text that ``parse_machines`` reads."""
         nodes = f"{self.nodes}x" if self.nodes > 1 else ""
         return f"{nodes}{self.per_node}x{self.name}"
 
@@ -76,7 +60,7 @@ def parse_machines(text: str) -> Machines:
     """Read ``8xH100``, or ``2x8xH100`` for two nodes.
 
     Raises:
-        ConfigError: no number, more than ``NODE`` GPUs in a node, or a GPU that is not known.
+        ConfigError: the text has another form, more than ``NODE`` GPUs per node, or an unknown GPU.
     """
     found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)x([A-Z][\w-]+)", text)
     if not found or found[3] not in GPUS:

@@ -1,4 +1,4 @@
-"""Bytes on each GPU, on the host and on the disk, from the same shapes that the code allocates."""
+"""Bytes per GPU, host and disk, computed from the shapes that the trainer allocates."""
 
 from __future__ import annotations
 
@@ -16,37 +16,27 @@ from research_agent.plan.machines import Machines
 from research_agent.plan.sampler import Sampler
 from research_agent.plan.shapes import Shape
 
-_MOMENTS = {"adamw": 8, "adamw_8bit": 2, "adamw_offload": 0}  # bytes of a weight
+_MOMENTS = {"adamw": 8, "adamw_8bit": 2, "adamw_offload": 0}  # bytes on the GPU per weight
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a run needs of each GPU, of the host of each node, and of the disk, in bytes.
+    """The memory and disk that a run needs, in bytes by purpose."""
 
-    Attributes:
-        gpu: bytes while it learns, by what takes them.
-        peaks: the most of each phase, all together: "learning", "end of a backward pass", "saving",
-            "resuming", "starting the sampler", "weights to the sampler".
-        servers: bytes on each GPU of servers that run elsewhere; empty without them.
-        host: bytes of a node's memory, by what takes them.
-        disk: bytes of the run's folder and of TMPDIR, by what takes them.
-        problem: why the run cannot start whatever else there is; empty if it can.
-    """
-
-    gpu: Mapping[str, float]
-    peaks: Mapping[str, float]
-    servers: Mapping[str, float]
-    host: Mapping[str, float]
-    disk: Mapping[str, float]
-    problem: str
+    gpu: Mapping[str, float]  # per GPU, while it learns
+    peaks: Mapping[str, float]  # per GPU, the total of each phase, such as "learning", "saving"
+    servers: Mapping[str, float]  # per GPU of servers elsewhere; empty without them
+    host: Mapping[str, float]  # per node
+    disk: Mapping[str, float]  # in the run's folder and in TMPDIR
+    problem: str  # why the run cannot start with any amount of memory; "" if it can
 
     @property
     def most(self) -> float:
-        """Bytes of a GPU in the phase that needs most."""
+        """Bytes per GPU in the phase that needs most."""
         return max(self.peaks.values())
 
     def fits(self, machines: Machines) -> bool:
-        """Whether the memory of each GPU is enough, with a little to spare."""
+        """Whether each GPU has enough memory, with ``assumptions.FREE`` to spare."""
         return not self.problem and self.most <= (1 - given.FREE) * machines.gpu.memory
 
 
@@ -65,7 +55,7 @@ def _rule(config: TrainConfig) -> Algorithm:
 
 
 def shard_ranks(config: TrainConfig, machines: Machines) -> int:
-    """Ranks that one copy of the learner's weights is spread over.
+    """Number of ranks over which one copy of the learner's weights is sharded.
 
     Raises:
         ConfigError: --shard-ranks does not divide the ranks.
@@ -79,31 +69,28 @@ def shard_ranks(config: TrainConfig, machines: Machines) -> int:
 
 
 def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler) -> Memory:
-    """What a run needs on some machines."""
-    held = _held(config, shape, machines)
+    """Compute the memory and disk that a run needs on some machines."""
+    state = _learner_state(config, shape, machines)
     sampling = samplers.memory(sampler, shape, config, machines)
-    passing = _passing(config, shape, machines)
-    whole = _gathered(config, shape, machines)
     bucket = _bucket(config, shape, machines)
-    fixed = sum(held.values()) + sum(sampling.values()) + given.CUDA_BYTES
+    fixed = sum(state.values()) + sum(sampling.values()) + given.CUDA_BYTES
     gradients = 4.0 * trained(config, shape, shard_ranks(config, machines))  # float32
     gpu = {
-        **held,
+        **state,
         "learner: gradients": gradients,
-        "learner: weights of a pass": whole,
-        **passing,
+        "learner: weights of a pass": _gathered_weights(config, shape, machines),
+        **_activations(config, shape, machines),
         "CUDA, NCCL, fragments": given.CUDA_BYTES,
         **sampling,
     }
+    before_learner = fixed - sum(state.values())
     peaks = {
         "learning": sum(gpu.values()),
-        "end of a backward pass": fixed + gradients + _reduced(config, shape, machines),
+        "end of a backward pass": fixed + gradients + _root_gradients(config, shape, machines),
         "weights to the sampler": fixed + 2 * bucket,
         "saving": fixed + bucket,
         "resuming": fixed + bucket,
-        "starting the sampler": fixed
-        - sum(held.values())
-        + _loaded(config, shape, machines, sampler),
+        "starting the sampler": before_learner + _loaded(config, shape, machines, sampler),
     }
     return Memory(
         gpu=gpu,
@@ -115,45 +102,37 @@ def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Samp
     )
 
 
-def _held(config: TrainConfig, shape: Shape, machines: Machines) -> dict[str, float]:
-    """What the learner always has on each GPU."""
+def _learner_state(config: TrainConfig, shape: Shape, machines: Machines) -> dict[str, float]:
+    """Bytes per GPU that the learner keeps all the time."""
     learner, ranks = config.learner, shard_ranks(config, machines)
     mine, learns = shape.shard(ranks), trained(config, shape, ranks)
-    number = gathered_bytes(config, machines)
-    moments = _MOMENTS[learner.optimizer]
     needed: dict[str, float] = {"learner: weights": 4 * mine}
     if learner.lora_rank:
         needed["learner: adapters"] = 4 * learns
-    needed["learner: moments"] = moments * learns
+    needed["learner: moments"] = _MOMENTS[learner.optimizer] * learns
     if needs_reference(config) and not learner.lora_rank:
-        needed["reference policy"] = number * mine
+        needed["reference policy"] = gathered_bytes(config, machines) * mine
     if needs_critic(config):
-        needed["critic: weights and moments"] = (4 + 8) * _body(shape, config, machines)
+        head = 0 if shape.tied else -(-shape.vocabulary // ranks) * shape.hidden
+        needed["critic: weights and moments"] = (4 + 8) * (mine - head)
     return needed
 
 
-def _body(shape: Shape, config: TrainConfig, machines: Machines) -> float:
-    """Numbers of a critic that a rank holds: the model without its head."""
-    ranks = shard_ranks(config, machines)
-    head = 0 if shape.tied else -(-shape.vocabulary // ranks) * shape.hidden
-    return shape.shard(ranks) - head
-
-
 def trained(config: TrainConfig, shape: Shape, ranks: int) -> int:
-    """Numbers that learn, of those that a rank holds."""
+    """Numbers per rank that learn: the adapters' with LoRA, otherwise all."""
     rank = config.learner.lora_rank
     return shape.adapter_shard(rank, ranks) if rank else shape.shard(ranks)
 
 
 def gathered_bytes(config: TrainConfig, machines: Machines) -> int:
-    """Bytes of a weight as passes see it."""
+    """Bytes per weight in a forward or backward pass."""
     return 2 if config.learner.precision == "bfloat16" and machines.count > 1 else 4
 
 
-def _gathered(config: TrainConfig, shape: Shape, machines: Machines) -> float:
-    """Weights that are whole during a pass: the layer at work, the next one, head and last norm.
+def _gathered_weights(config: TrainConfig, shape: Shape, machines: Machines) -> float:
+    """Bytes of weights gathered in a pass: the present layer, the next one, head and last norm.
 
-    A single process has all of them anyway; in bfloat16 autocast keeps its copy of them.
+    A single process gathers nothing; in bfloat16 autocast keeps a copy of all weights.
     """
     if machines.count == 1:
         return 2.0 * shape.parameters if config.learner.precision == "bfloat16" else 0.0
@@ -163,18 +142,18 @@ def _gathered(config: TrainConfig, shape: Shape, machines: Machines) -> float:
     return number * (2 * shape.layer_parameters + head + shape.hidden) + head_gradient
 
 
-def _reduced(config: TrainConfig, shape: Shape, machines: Machines) -> float:
-    """What the gradients of embedding and head take at the end of a backward pass.
+def _root_gradients(config: TrainConfig, shape: Shape, machines: Machines) -> float:
+    """Bytes of the gradients of embedding and head at the end of a backward pass.
 
-    They are whole, and once more in float32 while they are summed over the ranks.
+    They are unsharded, and exist once more in float32 while they are summed over the ranks.
     """
     if machines.count == 1 or config.learner.lora_rank:
         return 0.0
     return (4 + gathered_bytes(config, machines)) * shape.root_parameters
 
 
-def _passing(config: TrainConfig, shape: Shape, machines: Machines) -> dict[str, float]:
-    """Activations and logits of a pass."""
+def _activations(config: TrainConfig, shape: Shape, machines: Machines) -> dict[str, float]:
+    """Bytes of a pass's activations and logits."""
     tokens = pass_tokens(config, shape)
     inside, residual = layer_bytes(config, shape, machines)
     if config.learner.gradient_checkpointing:
@@ -186,16 +165,16 @@ def _passing(config: TrainConfig, shape: Shape, machines: Machines) -> dict[str,
 
 
 def pass_tokens(config: TrainConfig, shape: Shape) -> int:
-    """The most tokens of a pass: an episode is never cut."""
+    """Most tokens per pass; an episode is never cut."""
     return max(config.learner.micro_batch_tokens, samplers.max_tokens(config, shape))
 
 
 def layer_bytes(config: TrainConfig, shape: Shape, machines: Machines) -> tuple[int, int]:
-    """Bytes of a token that a layer keeps for its backward pass, and that its input takes.
+    """Bytes per token that a layer saves for its backward pass, and bytes per token of its input.
 
     Counted from what autograd saves in a layer of transformers' Qwen2 and Llama, with packed rows.
-    A single process has float32 weights under autocast: its residual stream is float32. Queries
-    that are wider than it (``head_dim``) count as its width, which is more than they take.
+    A single process has float32 weights under autocast, so its residual stream is float32. If
+    queries are wider than the residual stream, it counts as that wide, which is too much.
     """
     h, i, kv = max(shape.hidden, shape.queries), shape.intermediate, shape.kv
     if config.learner.precision == "float32":
@@ -206,7 +185,7 @@ def layer_bytes(config: TrainConfig, shape: Shape, machines: Machines) -> tuple[
 
 
 def _bucket(config: TrainConfig, shape: Shape, machines: Machines) -> float:
-    """Weights that a rank has whole while they are saved or given to the sampler."""
+    """Bytes of gathered weights while they are saved or sent to the sampler."""
     if machines.count == 1:
         return 0.0
     largest = 4 * max(math.prod(each) for each in shape.root_tensors)
@@ -214,7 +193,7 @@ def _bucket(config: TrainConfig, shape: Shape, machines: Machines) -> float:
 
 
 def _loaded(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler) -> float:
-    """The whole model that a rank loads to start vLLM in its process, before it learns."""
+    """Bytes of the whole model, which a rank loads to start vLLM in its own process."""
     if sampler.kind != "vllm" or (machines.count == 1 and not config.rollout.max_staleness):
         return 0.0
     return float(sampler.number * shape.parameters)
@@ -254,7 +233,7 @@ def checkpoint_bytes(config: TrainConfig, shape: Shape) -> float:
 
 
 def _disk(config: TrainConfig, shape: Shape, sampler: Sampler) -> dict[str, float]:
-    """Checkpoints that stay, one that is being written, and weights on their way to samplers."""
+    """Bytes of kept checkpoints, of the one being written, and of weights sent through files."""
     each = checkpoint_bytes(config, shape)
     kept = config.run.keep + bool(config.run.eval_every)
     needed = {f"{kept} checkpoints": kept * each, "one being written": each}
@@ -267,7 +246,7 @@ def _disk(config: TrainConfig, shape: Shape, sampler: Sampler) -> dict[str, floa
 
 
 def _problem(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler) -> str:
-    """Why the run cannot start whatever memory there is."""
+    """Why the run cannot start with any amount of memory; "" if it can."""
     if config.learner.optimizer == "adamw_8bit" and machines.count > 1:
         return "--optimizer adamw_8bit works in one process only"
     if sampler.kind == "transformers":

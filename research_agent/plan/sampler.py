@@ -1,4 +1,4 @@
-"""Where the sampler runs, and what it takes of a GPU."""
+"""Where the sampler runs, and the GPU memory that it takes."""
 
 from __future__ import annotations
 
@@ -14,37 +14,30 @@ from research_agent.plan.shapes import Shape
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """How a run samples.
-
-    Attributes:
-        kind: "transformers"; "vllm" in the learner's process; "serve" in processes beside it, on
-            the same GPUs; "server" on other GPUs.
-        tensor_parallel: GPUs that a copy of the weights is spread over.
-        copies: copies of the weights, on all machines together.
-        share: share of a GPU's memory, for vLLM.
-        number: bytes of a weight and of a number in the cache.
-    """
+    """How a run samples."""
 
     kind: str
-    tensor_parallel: int
-    copies: int
-    share: float
-    number: int
+    """"transformers" or "vllm" in the learner's process; "serve" in processes beside it on the same
+    GPUs; "server" on other GPUs."""
+    tensor_parallel: int  # GPUs per copy of the weights
+    copies: int  # copies of the weights on all machines
+    share: float  # fraction of a GPU's memory for vLLM
+    number: int  # bytes per weight and per number in the cache
 
     def weights(self, shape: Shape) -> float:
-        """Bytes of the weights on each GPU of a copy."""
+        """Bytes of weights per GPU."""
         return self.number * shape.parameters / self.tensor_parallel
 
 
 OWN_SHARE = 0.9
-"""Share of a GPU's memory that a vLLM server takes where it has the GPU to itself."""
+"""Fraction of a GPU's memory that a vLLM server takes if it has the GPU to itself."""
 
 
 def choose_sampler(config: TrainConfig, shape: Shape, machines: Machines) -> Sampler:
-    """How a run samples, by its settings; servers elsewhere are as small as the model allows.
+    """How a run samples; servers elsewhere get the fewest GPUs per copy that the model needs.
 
     Raises:
-        ConfigError: the engine is not known, or the GPUs of a node cannot be divided so.
+        ConfigError: the engine is not known, or does not divide the GPUs of a node.
     """
     spec = parse_engine(config.sampling.engine)
     number = 4 if config.learner.precision == "float32" else 2
@@ -66,28 +59,28 @@ def choose_sampler(config: TrainConfig, shape: Shape, machines: Machines) -> Sam
 
 
 def needs_bytes(sampler: Sampler, shape: Shape, config: TrainConfig) -> float:
-    """Bytes of a GPU without which the sampler does not start: weights, and one longest episode."""
+    """Bytes per GPU that the sampler needs to start: weights and the longest possible episode."""
     episode = max_tokens(config, shape) * cache_bytes(sampler, shape)
     return sampler.weights(shape) + episode + (VLLM_WORK if sampler.kind != "transformers" else 0.0)
 
 
 def episodes(config: TrainConfig) -> int:
-    """Episodes of a step."""
+    """Episodes per step."""
     return config.rollout.prompts_per_step * config.rollout.group_size
 
 
 def max_tokens(config: TrainConfig, shape: Shape) -> int:
-    """Tokens that an episode may have."""
+    """Most tokens per episode."""
     return min(shape.positions, config.sampling.max_prompt + config.sampling.max_response)
 
 
 def cache_bytes(sampler: Sampler, shape: Shape) -> float:
-    """Bytes of keys and values that a token takes on each GPU of a copy."""
+    """Bytes of keys and values per token and GPU."""
     return sampler.number * shape.kv_numbers / min(sampler.tensor_parallel, shape.kv_heads)
 
 
 def slots(config: TrainConfig, copies: int) -> int:
-    """Episodes that a copy of the weights plays at the same time, if its memory allows."""
+    """Episodes that a copy of the weights plays at a time, if its memory allows."""
     share = -(-episodes(config) // copies)
     ahead = share * (1 + config.rollout.max_staleness)
     return min(ahead, config.sampling.max_in_flight or share)
@@ -96,7 +89,7 @@ def slots(config: TrainConfig, copies: int) -> int:
 def memory(
     sampler: Sampler, shape: Shape, config: TrainConfig, machines: Machines
 ) -> dict[str, float]:
-    """Bytes of each GPU that the sampler takes beside the learner, by what takes them."""
+    """Bytes that the sampler takes on each of the learner's GPUs, by purpose."""
     if sampler.kind == "server":
         return {}
     if sampler.kind == "transformers":
@@ -109,7 +102,7 @@ def memory(
 
 
 def own_memory(sampler: Sampler, shape: Shape, machines: Machines) -> dict[str, float]:
-    """Bytes of each GPU in vLLM's share of it, by what takes them."""
+    """Bytes of vLLM's share of each GPU, by purpose."""
     weights, room = sampler.weights(shape), sampler.share * machines.gpu.memory
     return {
         "weights": weights,
@@ -119,12 +112,12 @@ def own_memory(sampler: Sampler, shape: Shape, machines: Machines) -> dict[str, 
 
 
 def cache(sampler: Sampler, shape: Shape, config: TrainConfig, machines: Machines) -> float:
-    """Bytes of keys and values for which each GPU of a copy has room."""
+    """Bytes per GPU for keys and values."""
     if sampler.kind == "server":
         return own_memory(sampler, shape, machines)["keys and values"]
     return memory(sampler, shape, config, machines)["sampler: keys and values"]
 
 
 def held_episodes(sampler: Sampler, shape: Shape, room: float) -> int:
-    """Mean episodes whose keys and values fit into the cache of a copy."""
+    """Number of mean episodes whose keys and values fit into a cache of ``room`` bytes per GPU."""
     return int(room / (EPISODE_TOKENS * cache_bytes(sampler, shape)))

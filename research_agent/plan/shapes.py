@@ -14,31 +14,18 @@ from research_agent.formats import DecoderFormat, read_object
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes of a decoder-only transformer, in the words of its ``config.json``.
-
-    Attributes:
-        layers: number of layers.
-        hidden: width of the residual stream.
-        heads: heads of queries.
-        kv_heads: heads of keys and values.
-        intermediate: width inside the MLP.
-        vocabulary: rows of the embedding.
-        tied: whether the head is the embedding.
-        biases: whether queries, keys and values have biases.
-        positions: the longest context.
-        head: width of a head; None divides ``hidden`` by ``heads``.
-    """
+    """The sizes of a decoder-only transformer."""
 
     layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocabulary: int
-    tied: bool
-    biases: bool = False
-    positions: int = 32_768
-    head: int | None = None
+    hidden: int  # width of the residual stream
+    heads: int  # heads of queries
+    kv_heads: int  # heads of keys and values
+    intermediate: int  # width inside the MLP
+    vocabulary: int  # rows of the embedding
+    tied: bool  # whether the head is the embedding
+    biases: bool = False  # whether queries, keys and values have biases
+    positions: int = 32_768  # longest context, in tokens
+    head: int | None = None  # width of a head; None: hidden / heads
 
     @property
     def queries(self) -> int:
@@ -80,31 +67,32 @@ class Shape:
 
     @property
     def kv_numbers(self) -> int:
-        """Numbers of keys and values that one token leaves in the cache."""
+        """Numbers in the cache per token."""
         return 2 * self.layers * self.kv
 
     def shard(self, ranks: int) -> int:
-        """Numbers of the weights that a rank holds."""
-        return self.layers * _dealt(self.layer_tensors, ranks) + _dealt(self.root_tensors, ranks)
+        """Numbers of the weights that each rank holds."""
+        layer, root = _shard(self.layer_tensors, ranks), _shard(self.root_tensors, ranks)
+        return self.layers * layer + root
 
     def adapter_shard(self, rank: int, ranks: int) -> int:
-        """Numbers that a rank holds of LoRA adapters of all linear layers.
+        """Numbers that each rank holds of LoRA adapters on all linear layers.
 
         Args:
-            rank: inner width of the adapters.
-            ranks: processes that they are spread over.
+            rank: rank of the adapters.
+            ranks: processes over which they are sharded.
         """
         linear = [each for each in self.layer_tensors if len(each) == 2]
         pairs = [pair for out, into in linear for pair in ((rank, into), (out, rank))]
-        return self.layers * _dealt(pairs, ranks)
+        return self.layers * _shard(pairs, ranks)
 
 
-def _dealt(tensors: Sequence[tuple[int, ...]], ranks: int) -> int:
-    """Numbers of some tensors that a rank holds; FSDP2 deals the rows of each tensor."""
+def _shard(tensors: Sequence[tuple[int, ...]], ranks: int) -> int:
+    """Numbers of some tensors that the first rank holds; FSDP2 splits the rows of each tensor."""
     return sum(-(-rows // ranks) * math.prod(rest) for rows, *rest in tensors)
 
 
-# From the config.json that the authors publish.
+# From the config.json that the authors publish. Fields in the order of Shape.
 SHAPES = {
     "Qwen/Qwen2.5-3B": Shape(36, 2048, 16, 2, 11008, 151936, True, True),
     "Qwen/Qwen2.5-7B": Shape(28, 3584, 28, 4, 18944, 152064, False, True, 131_072),
@@ -114,10 +102,10 @@ SHAPES = {
 
 
 def read_shape(model: str) -> Shape:
-    """The sizes of a model: of a folder that has a ``config.json``, or of one that is known.
+    """The sizes of a model: a folder with a ``config.json``, or a name in ``SHAPES``.
 
     Raises:
-        ConfigError: neither, or no dense decoder.
+        ConfigError: it is neither, or not a dense decoder.
     """
     file = Path(model).expanduser() / "config.json"
     if file.is_file():
@@ -132,18 +120,18 @@ def read_shape(model: str) -> Shape:
     )
 
 
-def _read(file: Path, held: Mapping[str, Any]) -> Shape:
-    if any("experts" in name and number for name, number in held.items()):
+def _read(file: Path, found: Mapping[str, Any]) -> Shape:
+    if any("experts" in name and number for name, number in found.items()):
         raise ConfigError(f"{file} is that of a mixture of experts; --plan reads dense decoders")
     return Shape(
-        held["num_hidden_layers"],
-        held["hidden_size"],
-        held["num_attention_heads"],
-        held.get("num_key_value_heads") or held["num_attention_heads"],
-        held["intermediate_size"],
-        held["vocab_size"],
-        bool(held.get("tie_word_embeddings")),
-        bool(held.get("attention_bias", held.get("model_type") == "qwen2")),
-        held.get("max_position_embeddings") or 32_768,
-        held.get("head_dim"),
+        found["num_hidden_layers"],
+        found["hidden_size"],
+        found["num_attention_heads"],
+        found.get("num_key_value_heads") or found["num_attention_heads"],
+        found["intermediate_size"],
+        found["vocab_size"],
+        bool(found.get("tie_word_embeddings")),
+        bool(found.get("attention_bias", found.get("model_type") == "qwen2")),
+        found.get("max_position_embeddings") or 32_768,
+        found.get("head_dim"),
     )

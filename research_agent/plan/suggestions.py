@@ -1,4 +1,4 @@
-"""Settings with which a run fits, found by trying them."""
+"""Find settings with which a run fits, by trying them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from research_agent.plan.shapes import Shape
 Settings = Mapping[str, Any]
 """Settings by their names in ``TrainConfig``, such as "sampling.engine"."""
 
-_LORA: Settings = {"learner.lora_rank": 32}  # changes what is learned: only where nothing else fits
+_LORA: Settings = {"learner.lora_rank": 32}  # changes what is learned, so it is tried last
 
 
 def apply(config: TrainConfig, settings: Settings) -> TrainConfig:
-    """The configuration with other settings."""
+    """Return the configuration with some settings changed."""
     for name, value in settings.items():
         section, _, field = name.partition(".")
         changed = replace(getattr(config, section), **{field: value})
@@ -31,7 +31,7 @@ def apply(config: TrainConfig, settings: Settings) -> TrainConfig:
 
 
 def as_flags(settings: Settings) -> str:
-    """The settings as words of the command line."""
+    """The settings as command-line flags."""
     words = []
     for name, value in settings.items():
         flag = "--" + name.partition(".")[2].replace("_", "-")
@@ -40,10 +40,10 @@ def as_flags(settings: Settings) -> str:
 
 
 def suggest(config: TrainConfig, shape: Shape, machines: Machines) -> list[Settings]:
-    """Settings that make a run fit: as few as can be, and those of the quickest steps.
+    """Settings that make a run fit: the fewest changes, and the changes with the fastest steps.
 
     Returns:
-        One or two collections of settings, or none if nothing that was tried fits.
+        One or two sets of settings; empty if nothing that was tried fits.
     """
     found = _fitting(config, shape, machines, {})
     if not found and not memory.needs_critic(config):
@@ -51,13 +51,13 @@ def suggest(config: TrainConfig, shape: Shape, machines: Machines) -> list[Setti
     if not found:
         return []
     least = min(len(settings) for settings, _ in found)
-    fewest = _quickest([each for each in found if len(each[0]) == least])
-    quickest = _quickest(found)
-    return [fewest] if fewest == quickest else [fewest, quickest]
+    fewest = _fastest([each for each in found if len(each[0]) == least])
+    fastest = _fastest(found)
+    return [fewest] if fewest == fastest else [fewest, fastest]
 
 
-def _quickest(found: list[tuple[Settings, float]]) -> Settings:
-    """The first settings that are as quick as any, as exactly as a plan can know."""
+def _fastest(found: list[tuple[Settings, float]]) -> Settings:
+    """The first settings within 10 % of the fastest; a plan is no more exact than that."""
     best = min(seconds for _, seconds in found)
     return next(settings for settings, seconds in found if seconds < 1.1 * best)
 
@@ -65,7 +65,7 @@ def _quickest(found: list[tuple[Settings, float]]) -> Settings:
 def more_nodes(
     config: TrainConfig, shape: Shape, machines: Machines
 ) -> tuple[Machines, Settings] | None:
-    """The fewest nodes of the same GPUs on which a run fits, and with which settings."""
+    """The fewest full nodes of the same GPUs on which a run fits, and the settings for it."""
     for nodes in (1, 2, 4, 8, 16):
         larger = Machines(nodes, NODE, machines.name)
         with suppress(ConfigError):  # the run's own settings may not divide these nodes
@@ -77,7 +77,7 @@ def more_nodes(
 def _fitting(
     config: TrainConfig, shape: Shape, machines: Machines, also: Settings
 ) -> list[tuple[Settings, float]]:
-    """All settings that were tried and fit, with the seconds of a step."""
+    """All settings that fit, with the seconds per step; ``also`` is added to each."""
     found: list[tuple[Settings, float]] = []
     for tried in _combinations(config, shape, machines):
         settings = {**tried, **also}
@@ -89,7 +89,7 @@ def _fitting(
 
 
 def _combinations(config: TrainConfig, shape: Shape, machines: Machines) -> Iterator[Settings]:
-    """Settings of memory to try; what the configuration has already is left out."""
+    """Sets of settings that save memory; settings that the configuration has are left out."""
     least = max_tokens(config, shape)
     shares = ("", "memory=0.3", "memory=0.2", "memory=0.15")
     engines = [":".join(filter(None, ("vllm", share))) for share in shares]

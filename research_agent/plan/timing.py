@@ -1,4 +1,4 @@
-"""Seconds of a training step, from the assumptions that every plan prints."""
+"""Seconds of a training step, from the assumptions that a plan prints."""
 
 from __future__ import annotations
 
@@ -17,23 +17,18 @@ from research_agent.plan.shapes import Shape
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds of a step.
+    """Seconds of a step."""
 
-    Attributes:
-        parts: by what takes them.
-        step: all together: sampling runs beside the rest if it may run ahead of learning.
-    """
-
-    parts: Mapping[str, float]
-    step: float
+    parts: Mapping[str, float]  # by activity
+    step: float  # total; with --max-staleness above 0, sampling and the rest run at the same time
 
 
 SAMPLING = ("sample", "wait for the environment")
-"""The parts that run beside learning with --max-staleness above 0."""
+"""Activities that run at the same time as the rest with --max-staleness above 0."""
 
 
 def mean_tokens(config: TrainConfig) -> float:
-    """Tokens of an episode in the mean."""
+    """Mean tokens per episode."""
     sampling = config.sampling
     return min(given.EPISODE_TOKENS, sampling.max_prompt + sampling.max_response)
 
@@ -45,7 +40,7 @@ def longest_tokens(config: TrainConfig) -> float:
 
 
 def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler) -> Times:
-    """Seconds of a step on some machines."""
+    """Estimate the seconds of a step on some machines."""
     sample, steps = _sampling(config, shape, machines, sampler)
     saving = memory.checkpoint_bytes(config, shape) / given.DISK
     parts = {
@@ -59,19 +54,17 @@ def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Samp
         "save, per step": saving / config.run.save_every,
     }
     parts = {name: time for name, time in parts.items() if time}
-    together = sum(parts[name] for name in SAMPLING)
-    rest = sum(parts.values()) - together
-    if config.rollout.max_staleness:
-        return Times(parts, max(together, rest))
-    return Times(parts, together + rest)
+    sampling = sum(parts[name] for name in SAMPLING)
+    rest = sum(parts.values()) - sampling
+    return Times(parts, max(sampling, rest) if config.rollout.max_staleness else sampling + rest)
 
 
 def _sampling(
     config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler
 ) -> tuple[float, float]:
-    """Seconds of sampling, and how many decoding steps it makes.
+    """Seconds of sampling, and its number of decoding steps.
 
-    First all slots are busy; then the longest episode goes on alone.
+    First all slots are busy; then the longest episode continues alone.
     """
     gpu, parallel = machines.gpu, sampler.tensor_parallel
     mean, longest = mean_tokens(config), longest_tokens(config)
@@ -84,13 +77,13 @@ def _sampling(
     overhead = given.TRANSFORMERS_SECONDS if plain else given.DECODE_SECONDS
 
     def decode(busy: float) -> float:
-        """Seconds of a decoding step of some episodes."""
+        """Seconds of a decoding step with so many episodes."""
         cached = busy * mean / 2 * samplers.cache_bytes(sampler, shape)
         read = sampler.number * shape.parameters / parallel + cached
         compute = 2 * shape.parameters * busy / parallel / (given.LEARN_FLOPS * gpu.flops)
-        talk = 2 * shape.layers * given.TENSOR_PARALLEL_SECONDS if parallel > 1 else 0.0
-        busiest = max(read / (given.SAMPLE_BANDWIDTH * gpu.bandwidth), compute)
-        return busiest + talk + overhead
+        reduce = 2 * shape.layers * given.TENSOR_PARALLEL_SECONDS if parallel > 1 else 0.0
+        slowest = max(read / (given.SAMPLE_BANDWIDTH * gpu.bandwidth), compute)
+        return slowest + reduce + overhead
 
     bulk = max(1.0, per_copy / slots) * given.ACTION_SHARE * mean
     tail = max(0.0, given.ACTION_SHARE * longest - bulk)
@@ -101,8 +94,8 @@ def _sampling(
 def _waiting(config: TrainConfig, sampler: Sampler, steps: float) -> float:
     """Seconds in which nothing is sampled because episodes wait for the environment.
 
-    With overlap only the longest episode waits. In lockstep all wait whenever a turn of any is
-    done: in 1 - exp(-turns / steps) of the decoding steps, if turns end at random.
+    With overlap only the longest episode waits. In lockstep all episodes wait whenever one ends a
+    turn. If turns end at random, that is in 1 - exp(-turns / steps) of the decoding steps.
     """
     if config.sampling.overlap or config.rollout.max_staleness:
         return given.CALLS * given.CALL_SECONDS
@@ -131,21 +124,21 @@ def _learning(config: TrainConfig, shape: Shape, machines: Machines) -> float:
 
 
 def _busiest_tokens(tokens: float, config: TrainConfig, machines: Machines) -> float:
-    """Tokens of the rank that has most: its share, and never less than the longest episode."""
+    """Tokens of the busiest rank: its share, but at least the longest episode."""
     return max(tokens / machines.count, longest_tokens(config))
 
 
 def _pass_seconds(
     config: TrainConfig, shape: Shape, machines: Machines, tokens: float, *, flops: int, moved: int
 ) -> float:
-    """Seconds of a rank with some tokens: it computes, or waits for weights if that is longer.
+    """Seconds of a rank's passes: of computing or of receiving weights, whichever is longer.
 
     Args:
-        config: config of the run.
-        shape: shape of the model.
-        machines: where it runs.
+        config: the run's configuration.
+        shape: sizes of the model.
+        machines: machines of the run.
         tokens: tokens of the rank.
-        flops: per token and parameter.
+        flops: FLOPs per token and parameter.
         moved: bytes per parameter that a rank receives in each pass.
     """
     gpu = machines.gpu
@@ -159,7 +152,7 @@ def _pass_seconds(
 
 
 def _offloaded(config: TrainConfig, shape: Shape, machines: Machines) -> float:
-    """Seconds of AdamW on the host: its numbers travel, and are read and written there."""
+    """Seconds of AdamW on the host: transfers to and from it, and its memory traffic."""
     if config.learner.optimizer != "adamw_offload":
         return 0.0
     mine = memory.trained(config, shape, memory.shard_ranks(config, machines))
@@ -170,6 +163,6 @@ def _offloaded(config: TrainConfig, shape: Shape, machines: Machines) -> float:
 
 def _transfer(config: TrainConfig, shape: Shape, sampler: Sampler) -> float:
     size = sampler.number * shape.parameters
-    if config.sampling.engine.startswith("server:"):  # through a folder: written, and read
+    if config.sampling.engine.startswith("server:"):  # written to a folder and read from it
         return 2 * size / given.DISK
     return size / given.TRANSFER

@@ -1,4 +1,4 @@
-"""What runs looked like: a page, a picture, and a curve in the terminal."""
+"""Reports of runs and evaluations: a page, a picture, and curves as text."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class Report:
     """The files of a report, and its curves as text."""
 
     page: Path
-    picture: Path | None  # where there is a run of training
-    curve: str  # "" where there is none
-    notes: Sequence[str]  # what was wrong with the input, and could be mended
+    picture: Path | None  # None without a training run
+    curve: str  # "" without a training run
+    notes: Sequence[str]  # warnings about the input
 
 
 def make_report(config: ReportConfig) -> Report:
-    """Write the page, and beside it ``curve.png`` where there is a run of training.
+    """Write the page and, if there is a training run, ``curve.png`` beside it.
 
     Args:
-        config: the runs and predictions to show, how many episodes, and where to.
+        config: runs and predictions to show, most episodes to show, and the output file.
 
     Raises:
-        ConfigError: a path holds nothing to report, or no run has a metric of that name.
+        ConfigError: a path holds nothing to report, or no run has the metric.
         PredictionsError: a file of predictions cannot be read.
     """
     if config.limit is not None and config.limit < 1:
@@ -58,13 +58,13 @@ def make_report(config: ReportConfig) -> Report:
 
 
 def _curve(runs: dict[str, Training], metric: str | None) -> str:
-    """A curve of each run, one below the other."""
-    curves = {name: series(run.log) for name, run in runs.items()}
-    known = sorted({metric for inner in curves.values() for metric in inner})
+    """One metric's curve of each run as text, one below the other."""
+    runs_curves = {name: series(run.log) for name, run in runs.items()}
+    known = sorted({each for curves in runs_curves.values() for each in curves})
     if metric and metric not in known:
         raise ConfigError(f"no run has a metric {metric!r}; they have {', '.join(known)}")
     chosen = metric or ("eval/reward" if "eval/reward" in known else "reward")
     return "\n\n".join(
-        text_curve(inner.get(chosen, []), name=chosen if len(curves) == 1 else f"{name}: {chosen}")
-        for name, inner in curves.items()
+        text_curve(curves.get(chosen, []), name=chosen if len(runs) == 1 else f"{name}: {chosen}")
+        for name, curves in runs_curves.items()
     )

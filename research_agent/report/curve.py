@@ -1,4 +1,4 @@
-"""Learning curves: one PNG, and the same in plain text for the terminal."""
+"""Learning curves, as a PNG and as text for the terminal."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Point = tuple[float, float]  # (step, value)
 
 
 def series(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
-    """Curves of the reward and of what evaluations measured, by name.
+    """Curves of the training reward (``reward``) and of evaluations (``eval/...``).
 
     Args:
         records: records of ``metrics.jsonl``.
 
     Returns:
-        ``reward`` (of training) and ``eval/...``, each a list of (step, value), finite ones only.
+        The points (step, value) of each curve, by metric; values that are not finite are left out.
     """
     curves: dict[str, list[Point]] = {}
     for record in records:
@@ -30,14 +30,14 @@ def series(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
 
 
 def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Draw the curves of runs as a PNG, a small panel for each quantity.
+    """Draw the curves of runs as a PNG, one panel per metric.
 
-    A single run has a panel for each of its curves. Several runs share two: the reward, and em on
-    held-out tasks (the reward there if no run has em).
+    A single run has a panel for each of its curves. Several runs share two: training reward, and em
+    on held-out tasks (or the held-out reward, if no run has em).
 
     Args:
         runs: records of ``metrics.jsonl``, by the name of the run.
-        path: path of the picture.
+        path: file to write.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import)
 
@@ -64,16 +64,16 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
                 ends.append((last, run if len(runs) > 1 else f"{last:.3g}", color))
         shown = [value for found in curves.values() for _, value in found.get(name, ())]
         if all(-1e-9 <= value <= 1 + 1e-9 for value in shown):
-            axes.set_ylim(-0.02, 1.02)  # a share is read against the whole scale
+            axes.set_ylim(-0.02, 1.02)  # fractions get the whole scale
         label_ends(axes, ends)
     figure.savefig(path, dpi=130)
 
 
 def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Give a panel its plain frame, and write the name of each curve at its right end.
+    """Remove a panel's upper and right frame, and write each curve's name at its right end.
 
     Args:
-        axes: the panel, whose curves are drawn and whose limits are set.
+        axes: the panel, with its curves drawn and its limits set.
         ends: last value, name and color of each curve. Names that would touch are moved apart.
     """
     axes.spines[["top", "right"]].set_visible(False)
@@ -100,20 +100,20 @@ def text_curve(
     """Draw a curve as text.
 
     Args:
-        points: (step, value), at least one, steps ascending.
-        name: written above.
-        width: width of the drawing in characters, its scale left out.
-        height: height of the drawing in lines, axes left out.
+        points: (step, value), steps ascending.
+        name: title above the curve.
+        width: columns of the drawing, without its scale.
+        height: lines of the drawing, without axis and title.
 
     Returns:
-        Lines joined by newlines. Where several steps fall into a column, it shows their mean.
+        Lines joined by newlines. A column with several steps shows the mean of their values.
     """
     if not points:
         return f"{name}: nothing to draw yet"
     values = [value for _, value in points]
     low, high = min(values), max(values)
     if low >= 0 and high <= 1:
-        low, high = 0.0, 1.0  # a share is read against the whole scale
+        low, high = 0.0, 1.0  # fractions get the whole scale
     elif low == high:
         low, high = low - 0.5, high + 0.5
     first, last = points[0][0], points[-1][0]

@@ -1,4 +1,4 @@
-"""What the page shows at once (an index), and what it shows on a click (the records)."""
+"""The data of the page: an index that it shows at first, and records that a click shows."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from research_agent.report.curve import series
 from research_agent.report.page import as_json
 from research_agent.report.sources import Predictions, Sources, names
 
-CHUNK = 400_000  # characters of JSON that are packed together: what a click on an episode unpacks
-_QUESTION = 300  # characters of a prompt that stand for a question that nobody named
+CHUNK = 400_000  # characters of JSON per compressed chunk; a click unpacks one chunk
+_QUESTION = 300  # characters from the end of a prompt that stand in for an unnamed question
 
 Record = Mapping[str, Any]
 
@@ -28,16 +28,15 @@ Record = Mapping[str, Any]
 def make_index(
     sources: Sources, limit: int | None = None
 ) -> tuple[dict[str, Any], list[list[str]]]:
-    """Match the samples of all evaluations by their keys, and collect what the page needs of each.
+    """Match the samples of all evaluations by question, and collect what the page needs of each.
 
     Args:
-        sources: what was read.
-        limit: how many samples to show at most, the first ones; None shows all.
+        sources: the runs and evaluations that were read.
+        limit: most samples to show, the first ones; None: all.
 
     Returns:
-        The index as plain JSON values (``page.js`` reads it), and the records as JSON in chunks.
-        Records of one question stand together: they are read together, and their observations
-        compress better.
+        The index as plain JSON values, and chunks of records as JSON. The records of a question
+        are in one chunk, because they are read together and compress better.
     """
     by_key: dict[tuple[str, int], list[Record | None]] = {}
     for number, predictions in enumerate(sources.predictions):
@@ -60,18 +59,17 @@ def make_index(
         if length >= CHUNK:
             details.append([])
             length = 0
-        places: list[dict[str, Any] | None] = []
-        for side in sides:
+        shown_sides: list[dict[str, Any] | None] = []
+        for side, predictions, metric in zip(sides, sources.predictions, metrics, strict=True):
             if side is None:
-                places.append(None)
+                shown_sides.append(None)
                 continue
-            shows = read_shows(sources.predictions[len(places)])
-            told = _side(side, metrics[len(places)], shows)
-            places.append({**told, "at": [len(details) - 1, len(details[-1])]})
+            at = [len(details) - 1, len(details[-1])]  # its chunk, and its place there
+            shown_sides.append({**_side(side, metric, read_shows(predictions)), "at": at})
             details[-1].append(as_json(side))
             length += len(details[-1][-1])
-        first = next(side for side in sides if side is not None)
-        items.append({"id": linkable(name), "sample": sample, **_question(first), "sides": places})
+        question = _question(next(side for side in sides if side is not None))
+        items.append({"id": linkable(name), "sample": sample, **question, "sides": shown_sides})
     trainings = sources.trainings
     index = {
         "notes": notes,
@@ -91,13 +89,13 @@ def make_index(
 
 
 def read_shows(predictions: Predictions) -> dict[str, str]:
-    """What the environment says of the items that its observations show: ``metadata["shows"]``."""
+    """The environment's description of its observations, ``metadata["shows"]``; {} without one."""
     shows = predictions.header.get("shows")
     return {str(k): str(v) for k, v in shows.items()} if isinstance(shows, Mapping) else {}
 
 
 def _side(record: Record, metric: str, shows: Mapping[str, str]) -> dict[str, Any]:
-    """What a row of the list shows of a record, and what it is filtered by."""
+    """What the list shows of a record and filters by."""
     return {
         "correct": None if record["void"] else outcome(record).score(metric) > CORRECT_THRESHOLD,
         "reward": record["reward"],
@@ -115,26 +113,16 @@ def _question(record: Record) -> dict[str, Any]:
         question = next(prompts, "").strip()[-_QUESTION:]
     answers = info.get("answers") or []
     strata = info.get("strata")
+    known = strata.items() if isinstance(strata, Mapping) else ()
     return {
         "question": question,
         "answers": [_text(a) for a in (answers if isinstance(answers, list) else [answers])],
-        "strata": _strata(strata),
-    }
-
-
-def _strata(strata: object) -> dict[str, str]:
-    """Strata that are known: ``""`` stands for one that is not."""
-    if not isinstance(strata, Mapping):
-        return {}
-    return {
-        linkable(key): linkable(str(value))
-        for key, value in strata.items()
-        if value not in ("", None)
+        "strata": {linkable(k): linkable(str(v)) for k, v in known if v not in ("", None)},
     }
 
 
 def linkable(text: str) -> str:
-    """A text that a URL can hold: lone surrogates are escaped."""
+    """Escape lone surrogates, which a URL cannot hold."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -143,10 +131,10 @@ def _text(value: object) -> str:
 
 
 def _set(predictions: Predictions) -> dict[str, Any]:
-    """The numbers of an evaluation, computed from its records, so it needs no summary."""
+    """Means, intervals, strata and settings of an evaluation, computed from its records."""
     summary = summarize(map(outcome, predictions.records))
-    of_all = Part(**{f.name: getattr(summary, f.name) for f in fields(Part)})
-    numbers = _numbers(of_all)
+    whole = Part(**{f.name: getattr(summary, f.name) for f in fields(Part)})
+    numbers = _numbers(whole)
     for metric, estimates in summary.pass_at.items():
         for k, estimate in estimates.items():
             numbers["values"][f"{metric} pass@{k}"] = estimate.mean

@@ -1,9 +1,9 @@
-"""The page: one HTML file that holds its data, and shows every text as text.
+"""The page of a report: one HTML file that contains its data and loads nothing.
 
-Nothing in the data can become markup or code. It stands in ``<script type="application/json">``
-elements, in which no character can close the element; the script makes text nodes of it and never
-HTML; and a Content-Security-Policy lets nothing run, load or connect but that script and its style,
-both named by their hashes.
+No data can become markup or code. The data is in ``<script type="application/json">`` elements, as
+JSON without any character that could close the element. The page's script turns it into text nodes
+and never into HTML. And a Content-Security-Policy allows nothing to run, load or connect except
+that script and the style, both by their hashes.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+_STATIC = Path(__file__).parent / "static"
+_SCRIPTS = ("elements", "state", "overview", "list", "trajectory", "main")  # joined in this order
+
 
 def render(title: str, index: Mapping[str, Any], details: Iterable[Sequence[str]]) -> str:
-    """Make the page, with everything that it needs inside.
+    """Make the HTML of a page.
 
     Args:
         title: title of the page.
-        index: what the page shows at once, as ``research_agent.report.index`` makes it.
-        details: what it shows on a click: chunks of records, each as JSON. The n-th chunk is
-            element ``chunk-n``, in gzip and base64: ten thousand trajectories are a hundred
+        index: what the page shows at first; see ``research_agent.report.index``.
+        details: what it shows on a click: chunks of records as JSON. Element ``chunk-n`` has the
+            n-th chunk in gzip and base64, because ten thousand trajectories are a hundred
             megabytes of text.
-
-    Returns:
-        HTML that loads nothing from elsewhere.
     """
-    folder = Path(__file__).parent
-    style, script = ((folder / f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    style = (_STATIC / "page.css").read_text("utf-8")
+    script = "\n".join((_STATIC / f"{name}.js").read_text("utf-8") for name in _SCRIPTS)
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
         "base-uri 'none'; form-action 'none'; "
@@ -44,7 +44,7 @@ def render(title: str, index: Mapping[str, Any], details: Iterable[Sequence[str]
     for number, chunk in enumerate(details):
         packed = gzip.compress(f"[{','.join(chunk)}]".encode("ascii"), 6, mtime=0)
         elements.append(_element(f"chunk-{number}", f'"{base64.b64encode(packed).decode()}"'))
-    return Template((folder / "page.html").read_text("utf-8")).substitute(
+    return Template((_STATIC / "page.html").read_text("utf-8")).substitute(
         policy=policy,
         title=html.escape(title.encode("utf-8", "backslashreplace").decode("utf-8")),
         style=style,
@@ -54,12 +54,12 @@ def render(title: str, index: Mapping[str, Any], details: Iterable[Sequence[str]
 
 
 def as_json(value: Any) -> str:
-    """JSON in ASCII without ``<``, ``>`` and ``&``; a number that is not finite becomes null."""
+    """JSON in ASCII without ``<``, ``>`` and ``&``. Numbers that are not finite become null."""
     try:
         text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     except ValueError:
         text = json.dumps(_finite(value), separators=(",", ":"))
-    for character in "<>&":  # they stand in strings only
+    for character in "<>&":  # in JSON they occur only inside strings
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 

@@ -1,4 +1,4 @@
-"""What a report is made of: the logs of training runs, and files of predictions."""
+"""Read what a report shows: logs of training runs, and files of predictions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from research_agent.formats import read_object
 from research_agent.run_logger import METRICS, read_lines
 
 CONFIG, SUMMARY = "config.json", "summary.json"
-_MUTE = ("/", "evaluations", "predictions")  # parts of a path that tell nothing apart
+_MUTE = ("/", "evaluations", "predictions")  # parts of a path that a name leaves out
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """An evaluation, whole or so far."""
+    """An evaluation, finished or not."""
 
     path: Path
     header: Mapping[str, Any]
@@ -41,17 +41,17 @@ class Sources:
 
     trainings: list[Training] = field(default_factory=list)
     predictions: list[Predictions] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what was wrong with it, and could be mended
+    notes: list[str] = field(default_factory=list)  # warnings about the input
 
 
 def read(paths: Sequence[Path]) -> Sources:
-    """Read runs of training, folders of evaluations, and files of predictions.
+    """Read training runs, folders of evaluations, and files of predictions.
 
-    A run of training brings its first and its last finished evaluation with it. What is named
-    twice is read once.
+    A training run comes with its first and its last finished evaluation. A path that is given twice
+    is read once.
 
     Raises:
-        ConfigError: one of them is none of these.
+        ConfigError: a path is none of these.
         PredictionsError: a file of predictions cannot be read.
     """
     sources = Sources()
@@ -81,7 +81,7 @@ def read(paths: Sequence[Path]) -> Sources:
 
 
 def names(paths: Sequence[Path]) -> list[str]:
-    """Short names that tell files and folders apart: the ends of their paths.
+    """Short names for files and folders: the shortest ends of their paths that differ.
 
     >>> names([Path("a/evaluations/step-1/predictions.jsonl"), Path("b/step-1/predictions.jsonl")])
     ['a/step-1', 'b/step-1']

@@ -1,1 +1,1 @@
-"""What the trainer asks of the machine: files, threads, signals, terminals and torchrun."""
+"""What the trainer needs from the machine: files, threads, signals, terminals and torchrun."""

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and folders that one process writes to."""
+"""Atomic writes, and locks that let a single process write to a folder."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _log = logging.getLogger(__name__)
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, flush it to the disk, and rename it.
+    """Write a text file atomically: under a temporary name, flushed to the disk, then renamed.
 
     Args:
-        path: in a folder that exists; a file of that name is replaced.
+        path: file to write or replace; its folder must exist.
         text: the whole content.
     """
     temporary = path.with_name(f"{path.name}.tmp")
@@ -37,14 +37,14 @@ def write_atomic(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to a folder.
+    """Hold the lock of a folder inside the block.
 
-    The lock belongs to the kernel and ends with the process: a killed process leaves none behind.
-    It holds on local disks and between machines on NFS (Linux maps ``flock`` to locks of the
-    server). A file system without locks gives a warning.
+    The kernel releases the lock when the process ends, also when it is killed. The lock works on
+    local disks, and between machines on NFS (Linux maps ``flock`` to locks of the server). On a
+    file system without locks a warning is logged.
 
     Args:
-        folder: made if missing. The lock file in it names the process.
+        folder: folder to lock; created if it is missing. Its lock file names the process.
 
     Raises:
         FolderInUseError: another process has the lock; the message names it.

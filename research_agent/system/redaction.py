@@ -1,4 +1,4 @@
-"""Keep secrets and control characters out of what is shown: errors, logs and records."""
+"""Remove secrets and control characters from errors, logs and records."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from array import array
 from html import unescape
 
 SHORTEST_SECRET = 8
-"""Characters. A shorter key, such as "EMPTY", is a placeholder and hides nothing."""
+"""In characters. Shorter keys, such as "EMPTY", are placeholders and are not redacted."""
 
 _SHOWN = "[redacted]"
 _CHARACTER = re.compile(
@@ -20,16 +20,16 @@ _CHARACTER = re.compile(
 
 
 def redact(text: str, *secrets: str) -> str:
-    """Replace what a text repeats of secrets.
+    """Replace every part of a secret in a text.
 
-    A secret is found as it is, JSON-escaped, percent-encoded or as HTML entities, and also if it is
-    cut: every run of :data:`SHORTEST_SECRET` characters of it is replaced.
+    Every run of :data:`SHORTEST_SECRET` characters of a secret is replaced, so incomplete secrets
+    are found too. They are found as they are, JSON-escaped, percent-encoded or as HTML entities.
 
     Args:
-        text: for example what a server answered.
+        text: for example a server's answer.
         *secrets: keys; those shorter than :data:`SHORTEST_SECRET` are ignored.
     """
-    # A secret may hold what looks like an escape: look for it decoded, too.
+    # A secret can contain what looks like an escape, so its decoded form counts too.
     forms = {*secrets, *("".join(map(_decoded, _CHARACTER.finditer(each))) for each in secrets)}
     grams = {
         form[start : start + SHORTEST_SECRET]
@@ -57,7 +57,7 @@ def redact(text: str, *secrets: str) -> str:
 
 
 def one_line(text: str, most: int = 300) -> str:
-    """The beginning of a text on one line, with "?" for each character that cannot be printed."""
+    """The first ``most`` characters of a text on one line, with "?" for unprintable ones."""
     cleaned = " ".join(text[: 4 * most].split())
     return "".join(c if c.isprintable() else "?" for c in cleaned[:most])
 

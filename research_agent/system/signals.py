@@ -22,7 +22,7 @@ def stop_signals() -> Iterator[list[int]]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if seen and number == signal.SIGINT:  # a scheduler may send SIGTERM more than once
+        if seen and number == signal.SIGINT:  # schedulers may send SIGTERM more than once
             raise KeyboardInterrupt
         seen.append(number)
         with suppress(OSError):  # the terminal may be gone

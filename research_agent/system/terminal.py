@@ -1,4 +1,4 @@
-"""Text for a terminal. What came from elsewhere cannot control it."""
+"""Print text so that its control characters cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ def printable(text: str) -> str:
     r"""Show control characters as escapes: ESC becomes the four characters ``\x1b``.
 
     Args:
-        text: may hold questions, observations, actions or names from files.
+        text: any text, such as a question, an observation, or a name from a file.
     """
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def show(text: object = "", *, file: TextIO | None = None) -> None:
-    """Print a line, its control characters as escapes.
+    """Print a line with control characters as escapes.
 
     Args:
-        text: the line; ``str`` of anything else.
-        file: standard output when None.
+        text: what to print.
+        file: file to print to; None: standard output.
     """
     print(printable(str(text)), file=file or sys.stdout)
 
 
 @contextmanager
 def escaped_logs() -> Iterator[None]:
-    """Show control characters as escapes in all log records and warnings, also those of libraries.
+    """Show control characters as escapes in all log records and warnings, inside the block.
 
-    The transformers library, for example, logs the names of weights in a model's files.
+    Libraries log text from files: transformers, for example, logs the names of weights.
     """
     make, form = logging.getLogRecordFactory(), warnings.formatwarning
 
@@ -46,7 +46,7 @@ def escaped_logs() -> Iterator[None]:
         record = make(*args, **options)
         if record.exc_info and record.exc_info[0]:
             record.exc_text = printable(logging.Formatter().formatException(record.exc_info))
-        with suppress(TypeError, ValueError):  # arguments that do not fit; the handler says so
+        with suppress(TypeError, ValueError):  # the arguments do not fit; the handler reports it
             record.msg, record.args = printable(_COLOR.sub("", record.getMessage())), ()
         return record
 

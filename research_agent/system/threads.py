@@ -1,4 +1,4 @@
-"""Work in a thread that nobody has to wait for."""
+"""Run work that may hang in a thread that does not keep Python from exiting."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 
 def in_thread(work: Callable[[], T], name: str) -> Future[T]:
-    """Start work that may hang; Python does not wait for its thread at exit.
+    """Start work in a daemon thread; Python does not wait for it at exit.
 
     Args:
-        work: what the thread calls.
-        name: of the thread.
+        work: function to call.
+        name: name of the thread.
 
     Returns:
-        What the work returns or raises, once it has ended.
+        A future for the result or the exception.
     """
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()

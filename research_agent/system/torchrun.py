@@ -1,4 +1,4 @@
-"""What torchrun tells each process that it starts, by environment variables."""
+"""The environment variables that torchrun sets for each process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _PREFIXES = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORC
 
 
 def torchrun(variable: str, default: int) -> int:
-    """Read a number that torchrun gives each process, such as LOCAL_RANK."""
+    """Read one of torchrun's numbers, such as LOCAL_RANK."""
     return int(os.environ.get(variable, default))
 
 
@@ -19,5 +19,5 @@ def is_first_rank() -> bool:
 
 
 def without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a child process that is no rank."""
+    """The environment without torchrun's variables, for a child process that is no rank."""
     return {name: value for name, value in environment.items() if not name.startswith(_PREFIXES)}

@@ -17,7 +17,7 @@ from tests.research_agent.rollouts import random_groups
 
 @dataclass(frozen=True)
 class Case:
-    """A rollout, and what policy and reference say of its action tokens. All float64."""
+    """A rollout, with log-probabilities of policy and reference and entropies. All float64."""
 
     batch: Batch
     logprobs: Tensor  # [A], with gradient
@@ -25,25 +25,33 @@ class Case:
 
     @property
     def rows(self) -> Iterator[tuple[int, list[int]]]:
-        """Number of each trajectory, and those of its action tokens, in order."""
+        """Index of each trajectory, and the indices of its action tokens."""
         at = 0
         for i, length in enumerate(self.batch.lengths.tolist()):
             yield i, list(range(at, at + length))
             at += length
 
     def group_of(self, i: int) -> list[int]:
-        """Numbers of the trajectories of i's group, i among them."""
+        """Indices of the trajectories in i's group, i included."""
         groups = self.batch.groups.tolist()
         return [j for j, group in enumerate(groups) if group == groups[i]]
 
     def rewards(self) -> list[float]:
         return [float(r) for r in self.batch.rewards.tolist()]
 
+    def group_normalized(self, rewards: Sequence[float]) -> list[float]:
+        """The advantage of each action token: its trajectory's reward, normalized in its group."""
+        return [
+            normalized(rewards[i], [rewards[j] for j in self.group_of(i)])
+            for i, tokens in self.rows
+            for _ in tokens
+        ]
+
 
 def case(
     groups: Sequence[Group] | int, *, noise: float = 0.3, values: bool = False, seed: int = 0
 ) -> Case:
-    """The groups, or random ones of a seed, with a policy that has moved by noise since."""
+    """These groups, or random ones, with a policy that has moved by noise since it sampled."""
     if isinstance(groups, int):
         seed, groups = groups, random_groups(groups, groups=3, samples=3)
     batch = make_batch(groups)
@@ -59,12 +67,13 @@ def case(
     return Case(batch, logprobs, drawn[2].abs().requires_grad_())
 
 
+def with_values(groups: Sequence[Group], values: Sequence[float]) -> Batch:
+    """The batch of these groups, with a critic's values of its action tokens."""
+    return replace(make_batch(groups), values=torch.tensor(values, dtype=torch.float64))
+
+
 def loss_of(
-    algorithm: Algorithm,
-    case: Case,
-    *,
-    cuts: Sequence[Sequence[int]] | None = None,
-    advantages: Tensor | None = None,
+    algorithm: Algorithm, case: Case, *, cuts: Sequence[Sequence[int]] | None = None
 ) -> Tensor:
     """The learner's loss: weights and advantages of the whole, objectives by micro-batch.
 
@@ -73,8 +82,7 @@ def loss_of(
     batch = case.batch
     if not algorithm.needs_reference:
         batch = replace(batch, reference_logprobs=None)
-    given = algorithm.advantages(batch) if advantages is None else advantages
-    weights = algorithm.weights(batch)
+    advantages, weights = algorithm.advantages(batch), algorithm.weights(batch)
     loss = torch.zeros((), dtype=torch.float64)
     for chosen in cuts or [range(len(batch))]:
         part, picked = batch.select(chosen), batch.action_tokens_in(chosen)
@@ -83,7 +91,7 @@ def loss_of(
             old_logprobs=part.old_logprobs,
             reference_logprobs=part.reference_logprobs,
             entropy=case.entropy[picked],
-            advantages=given[picked],
+            advantages=advantages[picked],
             seq_ids=part.seq_ids,
         )
         loss = loss - (weights[picked] * algorithm.objective(tokens)[0]).sum()
@@ -95,17 +103,20 @@ def clipped_total(
     advantages: Sequence[float],
     weights: Sequence[float],
     *,
-    clip: float = 0.2,
+    clip: tuple[float, float] = (0.2, 0.2),
     kl: float = 0.0,
     entropy_coef: float = 0.0,
 ) -> Tensor:
-    """The loss of PPO's clipped objective with a KL (k3) and an entropy bonus, token by token."""
+    """The loss of PPO's clipped objective with a KL (k3) and an entropy bonus, token by token.
+
+    ``clip`` is how far below and above 1 the ratio may go.
+    """
     total = torch.zeros((), dtype=torch.float64)
     reference = case.batch.reference_logprobs
     assert reference is not None
     for t, (advantage, weight) in enumerate(zip(advantages, weights, strict=True)):
         ratio = (case.logprobs[t] - case.batch.old_logprobs[t]).exp()
-        bounded = ratio.clamp(1 - clip, 1 + clip)
+        bounded = ratio.clamp(1 - clip[0], 1 + clip[1])
         inner = torch.min(ratio * advantage, bounded * advantage)
         r = (reference[t] - case.logprobs[t]).exp()
         inner = inner - kl * (r - r.log() - 1) + entropy_coef * case.entropy[t]
@@ -145,7 +156,7 @@ def assert_loss(algorithm: Algorithm, case: Case, expected: Tensor) -> None:
 
 
 def sample_weights(groups: Sequence[Group]) -> list[float]:
-    """1 / (samples x tokens of the sample) for each action token: GRPO's and its kin's."""
+    """1 / (samples x tokens of the sample) for each action token."""
     samples = [t for group in groups for t in group.trajectories]
     return [
         1 / (len(samples) * t.num_action_tokens)

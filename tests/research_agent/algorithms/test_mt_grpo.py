@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from research_agent.algorithms import algorithm
 from research_agent.algorithms.mt_grpo import MTGRPO
 from research_agent.batch import make_batch
-from research_agent.errors import ConfigError
 from research_agent.trajectory import Group, Trajectory
 from tests.research_agent.objectives import (
     assert_loss,
@@ -47,7 +46,7 @@ def test_literal() -> None:
 )
 def test_equals_the_papers_sums(seed: int, coef: float, kl: float) -> None:
     groups = random_turns(seed)
-    given_ = case(groups, seed=seed)
+    example = case(groups, seed=seed)
     rule = MTGRPO(turn_coef=coef, kl_coef=kl, entropy_coef=0.1)
     advantages = []
     for group in groups:
@@ -60,8 +59,8 @@ def test_equals_the_papers_sums(seed: int, coef: float, kl: float) -> None:
                     others = [o for o in group.trajectories if len(o.turns) - 1 > k]
                     own = coef * normalized(turn.reward, [o.turns[k].reward for o in others])
                 advantages += [own + outcome] * len(turn.tokens)
-    total = clipped_total(given_, advantages, sample_weights(groups), kl=kl, entropy_coef=0.1)
-    assert_loss(rule, given_, total)
+    total = clipped_total(example, advantages, sample_weights(groups), kl=kl, entropy_coef=0.1)
+    assert_loss(rule, example, total)
 
 
 def test_the_turn_that_earned_it_is_told_apart() -> None:
@@ -84,9 +83,3 @@ def test_a_longer_episode_is_no_peer_of_a_shorter_one_at_its_last_turn() -> None
     short = trajectory(prompt(1), action([5], reward=1.0), sample=0)
     long = _two_turns(1, 0.25, 1.0)
     assert MTGRPO().advantages(make_batch([Group(0, [short, long])])).tolist() == [0.0] * 4
-
-
-@pytest.mark.parametrize("setting", [{"turn_coef": -1}, {"std_epsilon": 0}, {"kl_estimator": "k4"}])
-def test_settings_that_make_no_sense_are_refused(setting: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=f"mt_grpo: {next(iter(setting))} is"):
-        algorithm("mt_grpo", **setting)

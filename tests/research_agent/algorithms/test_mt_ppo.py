@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,19 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research_agent.algorithms import algorithm
 from research_agent.algorithms.base import UsesCritic
 from research_agent.algorithms.functional import rewards_at_turn_ends
 from research_agent.algorithms.mt_ppo import MTPPO
 from research_agent.algorithms.ppo import PPO
-from research_agent.batch import Batch, make_batch
-from research_agent.errors import ConfigError
+from research_agent.batch import make_batch
 from research_agent.trajectory import Group
 from tests.research_agent.objectives import (
     assert_loss,
     case,
     clipped_total,
     loss_of,
+    with_values,
 )
 from tests.research_agent.rollouts import (
     action,
@@ -32,12 +29,6 @@ from tests.research_agent.rollouts import (
     random_turns,
     trajectory,
 )
-
-PLAIN = MTPPO(kl_coef=0.0)
-
-
-def _with_values(groups: Sequence[Group], values: Sequence[float]) -> Batch:
-    return replace(make_batch(groups), values=torch.tensor(values, dtype=torch.float64))
 
 
 def test_literal() -> None:
@@ -54,12 +45,12 @@ def test_literal() -> None:
             )
         ],
     )
-    batch = _with_values([group], [0.0, 0.0, 0.0])
+    batch = with_values([group], [0.0, 0.0, 0.0])
     tokens = MTPPO(kl_coef=0.0, gamma=0.5)
     assert tokens.returns(batch).tolist() == pytest.approx([1.0, 2.0, 2.0])
     turns = MTPPO(kl_coef=0.0, gamma=0.5, over="turns")
     assert turns.returns(batch).tolist() == pytest.approx([2.0, 2.0, 2.0])
-    batch = _with_values([group], [0.5, 9.0, 1.0])  # over turns the second value is not looked at
+    batch = with_values([group], [0.5, 9.0, 1.0])  # over turns the second value is not looked at
     advantage = 1 + 0.5 * 1.0 - 0.5 + 0.5 * (2 - 1.0)  # delta of turn 1, and half that of turn 2
     assert turns.returns(batch).tolist() == pytest.approx([0.5 + advantage] * 2 + [2.0])
 
@@ -74,9 +65,9 @@ def test_literal() -> None:
 )
 def test_equals_the_papers_sums(seed: int, over: str, kl: float, gamma: float, lam: float) -> None:
     groups = random_turns(seed)
-    given_ = case(groups, values=True, seed=seed)
+    example = case(groups, values=True, seed=seed)
     rule = MTPPO(over=over, kl_coef=kl, entropy_coef=0.1, gamma=gamma, lam=lam)  # type: ignore[arg-type]
-    batch = given_.batch
+    batch = example.batch
     reference, values = batch.reference_logprobs, batch.values
     assert reference is not None and values is not None
     raw: dict[int, float] = {}
@@ -104,18 +95,18 @@ def test_equals_the_papers_sums(seed: int, over: str, kl: float, gamma: float, l
     count = len(batch.targets)
     mean, std = statistics.fmean(raw.values()), statistics.pstdev(raw.values())
     advantages = [(raw[i] - mean) / std for i in range(count)]
-    total = clipped_total(given_, advantages, [1 / count] * count, entropy_coef=0.1)
-    assert_loss(rule, given_, total)
+    total = clipped_total(example, advantages, [1 / count] * count, entropy_coef=0.1)
+    assert_loss(rule, example, total)
     used = batch if kl else replace(batch, reference_logprobs=None)
     assert isinstance(rule, UsesCritic)
     assert rule.returns(used).tolist() == pytest.approx([returns[i] for i in range(count)])
 
 
 def test_with_the_reward_at_the_end_it_is_ppo_to_the_bit() -> None:
-    given_ = case(random_groups(3), values=True)
+    example = case(random_groups(3), values=True)
     mine, theirs = MTPPO(entropy_coef=1e-3), PPO()
-    assert torch.equal(mine.advantages(given_.batch), theirs.advantages(given_.batch))
-    assert torch.equal(loss_of(mine, given_), loss_of(theirs, given_))
+    assert torch.equal(mine.advantages(example.batch), theirs.advantages(example.batch))
+    assert torch.equal(loss_of(mine, example), loss_of(theirs, example))
 
 
 def test_a_reward_is_not_lost_behind_an_observation_or_in_a_silent_turn() -> None:
@@ -141,20 +132,9 @@ def test_what_came_later_gets_no_credit_for_what_came_before(over: str) -> None:
 
     def returns(reward: float) -> list[float]:
         turns = (action([5], reward=reward), observation(9), action([6], reward=0.5))
-        batch = _with_values([Group(0, [trajectory(prompt(1), *turns)])], [0.0, 0.0])
+        batch = with_values([Group(0, [trajectory(prompt(1), *turns)])], [0.0, 0.0])
         found: list[float] = rule.returns(batch).tolist()
         return found
 
     assert returns(0.0) == [0.5, 0.5]
     assert returns(1.0) == [1.5, 0.5]
-
-
-@pytest.mark.parametrize("setting", [{"lam": -1}, {"gamma": math.inf}, {"over": "episodes"}])
-def test_settings_that_make_no_sense_are_refused(setting: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=f"mt_ppo: {next(iter(setting))} is"):
-        algorithm("mt_ppo", **setting)
-
-
-def test_a_batch_without_values_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs a learner with a critic"):
-        PLAIN.advantages(make_batch(random_groups(0)))

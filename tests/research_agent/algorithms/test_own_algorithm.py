@@ -63,12 +63,8 @@ def test_an_algorithm_of_at_most_thirty_lines(
     lines = _train(folder, "--algorithm", words[0], "--algorithm-args", words[1])
     assert len(lines) == 2
     assert all(line["learner/grad_norm"] > 0 for line in lines)
-
-
-def test_what_it_logs_is_logged(folder: Path) -> None:
-    (folder / "my_clipped.py").write_text(_shown("docs/reference/algorithms.md", "my_clipped.py"))
-    lines = _train(folder, "--algorithm", "my_clipped:Clipped")
-    assert all(0 <= line["learner/clip_fraction"] <= 1 for line in lines)
+    if file == "my_clipped.py":
+        assert all(0 <= line["learner/clip_fraction"] <= 1 for line in lines)
 
 
 def test_a_reward_of_ones_own(folder: Path) -> None:

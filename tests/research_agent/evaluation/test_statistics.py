@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from itertools import combinations
-from math import sqrt
 
 import numpy as np
 import pytest
@@ -33,7 +32,7 @@ def test_questions_are_drawn_and_with_them_all_their_episodes() -> None:
     assert interval(means) == [(0.0, 1.0)]
 
 
-@pytest.mark.parametrize("at_once", [1, 7, 40, 4_000_000])
+@pytest.mark.parametrize("at_once", [1, 40])
 def test_the_means_are_those_of_a_plain_loop(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "_AT_ONCE", at_once)
     sums = np.random.default_rng(1).random((7, 2))
@@ -46,14 +45,6 @@ def test_the_means_are_those_of_a_plain_loop(at_once: int, monkeypatch: pytest.M
         expected.append([sum(sums[i][m] for i in drawn) / episodes for m in range(2)])
     # A loop that draws one at a time takes the same numbers from the generator.
     assert bootstrap(sums, counts, resamples=30, seed=5) == pytest.approx(np.array(expected))
-
-
-def test_the_interval_is_that_of_the_normal_approximation_where_questions_are_many() -> None:
-    values = np.random.default_rng(2).random((2000, 1)) < 0.3
-    [(low, high)] = interval(bootstrap(values, np.ones(2000)))
-    mean = values.mean()
-    error = sqrt(mean * (1 - mean) / 2000)
-    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.0015)
 
 
 def test_percentiles_of_a_list_worked_by_hand() -> None:

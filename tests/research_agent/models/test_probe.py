@@ -63,8 +63,13 @@ def take(engine: Engine) -> dict[int, list[int]]:
 
 
 @pytest.mark.filterwarnings("ignore:.*one sequence at a time")
-@pytest.mark.parametrize("share", [False, True])
-@pytest.mark.parametrize("name", [*HYBRIDS, "StableLM", "Nemotron", "DeepSeek-V3", "Qwen3"])
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        *((name, False) for name in (*HYBRIDS, "StableLM", "Nemotron", "DeepSeek-V3", "Qwen3")),
+        *((name, True) for name in ("Qwen3.5", "Bloom", "Qwen3")),
+    ],
+)
 def test_greedy_tokens_are_the_models_own(name: str, share: bool) -> None:
     model, oracle = make(name), make(name)
     engine = engine_of(model, 2, share)
@@ -127,14 +132,6 @@ def test_every_slot_keeps_its_own_state(name: str) -> None:
     assert not isinstance(engine, Forking)  # a state cannot be taken back
 
 
-def test_an_engine_that_would_be_wrong_is_refused_with_numbers() -> None:
-    model = tiny_llama()
-    layer = model.model.layers[0]
-    layer.register_forward_hook(lambda _, __, out: out + out.mean(dim=(0, 1), keepdim=True))
-    with pytest.raises(ModelError, match=r"differ by .* where they spread by .*Use --engine vllm"):
-        engine_of(model, 2)
-
-
 @pytest.mark.parametrize("name", ["Falcon", "Bloom", "StableLM", "Nemotron", "Gemma 2"])
 def test_packing_that_would_be_wrong_is_refused(name: str) -> None:
     model = make(name)
@@ -174,10 +171,9 @@ def test_a_model_that_sees_its_neighbors_is_refused() -> None:
     model = tiny_llama()
     layer = model.model.layers[0]
     layer.register_forward_hook(lambda _, __, out: out + out.mean(dim=(0, 1), keepdim=True))
-    with pytest.raises(ModelError, match="does not compute what LlamaForCausalLM does"):
-        make_engine(
-            "transformers", model, make_renderer(byte_tokenizer()), max_slots=2, max_context=60
-        )
+    numbers = "differ by .* where they spread by .*Use --engine vllm"
+    with pytest.raises(ModelError, match=f"does not compute what LlamaForCausalLM does.*{numbers}"):
+        engine_of(model, 2)
     with pytest.raises(ModelError, match="cannot share a row"):
         prepare(model, packing="on")
 

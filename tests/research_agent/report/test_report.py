@@ -55,13 +55,13 @@ class Page(HTMLParser):
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given_ = dict(attrs)
+        attributes = dict(attrs)
         self.tags.append(tag)
         self.links += [value or "" for key, value in attrs if key in ("src", "href")]
-        if given_.get("http-equiv") == "Content-Security-Policy":
-            self.policy = given_["content"] or ""
+        if attributes.get("http-equiv") == "Content-Security-Policy":
+            self.policy = attributes["content"] or ""
         if tag == "script":
-            self._inside = given_.get("id", "code")
+            self._inside = attributes.get("id", "code")
             self.scripts[self._inside or ""] = ""
 
     def handle_endtag(self, tag: str) -> None:
