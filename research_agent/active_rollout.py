@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from research_agent.config import SamplingConfig
 from research_agent.engines.base import Completion, Engine, SamplingParams
 from research_agent.environments import StepResult
 from research_agent.errors import ContextError, OverlongPromptError
@@ -19,35 +20,6 @@ Episode = tuple[int, int]
 """The number of a task, and which of its samples."""
 
 
-class Sampling(Protocol):
-    """How episodes are played; the configuration's classes have these fields among others."""
-
-    @property
-    def temperature(self) -> float:
-        """Temperature of the softmax that tokens are drawn from; 0 is greedy."""
-        ...
-
-    @property
-    def max_prompt(self) -> int:
-        """Longest first observation, in tokens."""
-        ...
-
-    @property
-    def max_response(self) -> int:
-        """Longest rest of an episode, in tokens: actions and observations together."""
-        ...
-
-    @property
-    def max_turn_tokens(self) -> int | None:
-        """Longest action, in tokens."""
-        ...
-
-    @property
-    def overlap(self) -> bool:
-        """Sample some trajectories while others wait for their environments."""
-        ...
-
-
 @dataclass
 class ActiveRollout:
     """An episode under way."""
@@ -55,7 +27,7 @@ class ActiveRollout:
     episode: int
     sample: int
     seed: int  # the run's
-    sampling: Sampling
+    sampling: SamplingConfig
     segments: list[Segment] = field(default_factory=list)
     reward: float = 0.0  # the sum of its turns' so far
     state_key: str = ""  # name of the state in which the next turn is taken

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Literal
 
-from research_agent.active_rollout import ActiveRollout, Episode, InFlight, Sampling
+from research_agent.active_rollout import ActiveRollout, Episode, InFlight
+from research_agent.config import SamplingConfig
 from research_agent.engines.base import Completion, Engine, Interruptible, KeepsTurns
 from research_agent.environments import Environments, StepResult, Truncating
 from research_agent.errors import OverlongPromptError
@@ -26,7 +27,7 @@ def collect(
     environments: Environments,
     renderer: Renderer,
     episodes: Sequence[Episode],
-    sampling: Sampling,
+    sampling: SamplingConfig,
     *,
     seed: int = 0,
     on_finish: Callable[[Trajectory], None] | None = None,
@@ -97,7 +98,7 @@ class RolloutLoop:
         engine: Engine,
         environments: Environments,
         renderer: Renderer,
-        sampling: Sampling,
+        sampling: SamplingConfig,
         *,
         seed: int = 0,
         in_flight: InFlight | None = None,
@@ -202,7 +203,7 @@ class RolloutLoop:
         }
         if not starting:
             return
-        self._trees.plant(starting.values(), free)
+        self._trees.begin(starting.values(), free)
         for slot, each in starting.items():
             active[slot] = ActiveRollout(*each, self._seed, self._sampling)
         numbers = {slot: episode for slot, (episode, _) in starting.items()}
@@ -225,7 +226,7 @@ class RolloutLoop:
             return
         active = self.in_flight.active
         slots = [turn.slot for turn in completions]
-        self._trees.offer(completions, active, self._engine)
+        self._trees.consider(completions, active, self._engine)
         actions = [active[turn.slot].finish_turn(turn, self._renderer) for turn in completions]
         self._environments.send(slots, actions)
         self.in_flight.awaiting_env.update(slots)

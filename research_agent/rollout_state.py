@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from research_agent.active_rollout import ActiveRollout, Episode, InFlight, Sampling
+from research_agent.active_rollout import ActiveRollout, Episode, InFlight
+from research_agent.config import SamplingConfig
 from research_agent.engines.base import Completion
 from research_agent.environments import Environments
 from research_agent.trajectory import NOT_GROWN, Segment, Trajectory
@@ -84,7 +85,7 @@ def to_state(in_flight: InFlight) -> dict[str, Any]:
 def from_state(
     states: Iterable[Mapping[str, Any]],
     environments: Environments,
-    sampling: Sampling,
+    sampling: SamplingConfig,
     seed: int,
     episodes: Collection[Episode],
     *,
@@ -127,7 +128,7 @@ def from_state(
 
 
 def _read(
-    state: Mapping[str, Any], sampling: Sampling, seed: int
+    state: Mapping[str, Any], sampling: SamplingConfig, seed: int
 ) -> tuple[list[tuple[int, ActiveRollout, bool]], list[Trajectory]]:
     """The episodes of a state: (slot, rollout, awaits its environment), and the finished ones."""
     tokens, logprobs, versions = (

@@ -196,15 +196,15 @@ def half_precision(folder: Path, precision: str = "bfloat16") -> dict[str, Any]:
         reference=load(folder / "model", dtype=precision),
         device=torch.device("cpu"),
     )
-    assert learner._reference_score is not None and learner._critic is not None
+    assert learner._reference_logprobs is not None and learner._critic is not None
     critic: Any = learner._critic.model
     gathered: set[torch.dtype] = set()
     layer = critic.body.layers[0].mlp.up_proj
     layer.register_forward_pre_hook(lambda module, _: gathered.add(module.weight.dtype))
     seen: dict[str, Any] = {
-        "gathered": learner._score(lambda model: model.get_output_embeddings().weight.dtype),
+        "gathered": learner._logprobs(lambda model: model.get_output_embeddings().weight.dtype),
         "kept": {p.dtype for p in learner.model.parameters()},
-        "reference": {p.dtype for p in learner._reference_score.parameters()},
+        "reference": {p.dtype for p in learner._reference_logprobs.parameters()},
         "critic": {(isinstance(p, DTensor), p.dtype) for p in critic.parameters()},
         "critic_gathered": gathered,
     }
