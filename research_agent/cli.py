@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ResearchAgentError, OSError) as error:
         _fail(str(error), said=isinstance(error, StoppedError))
     except Exception as error:
-        # The environment's own errors are typed and say what is wrong, as ours do. Python's own
-        # mean a mistake in the code, and keep their traceback.
+        # An environment's error classes say what is wrong, as ours do. A built-in error means a
+        # mistake in the code, and keeps its traceback.
         if type(error).__module__ == "builtins":
             raise
         _fail(f"{type(error).__name__}: {error}")
@@ -264,20 +264,20 @@ def _no_bars() -> None:
 
 
 def _fail(message: str, *, said: bool = False) -> NoReturn:
-    """End the program; of several ranks the first one says what all of them know."""
-    if said or _not_met():
-        raise SystemExit(2)
-    show(f"research-agent: error: {message}", file=sys.stderr)
+    """End the program with exit status 2; of several ranks only the first shows the message.
+
+    Args:
+        message: what is wrong.
+        said: whether the first rank shows it.
+    """
+    if not is_first_rank() and not said:
+        import torch.distributed  # noqa: PLC0415 - slow to import
+
+        # Before the ranks have met, an error is the same on all of them.
+        said = not torch.distributed.is_initialized()
+    if not said:
+        show(f"research-agent: error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def _not_met() -> bool:
-    """Whether this is another rank than the first, in which what fails fails in all alike."""
-    if is_first_rank():
-        return False
-    import torch.distributed  # noqa: PLC0415 - slow to import
-
-    return not torch.distributed.is_initialized()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""What a run is: frozen data classes, one a concern, that the command line shows as flags.
+"""The settings of each command: frozen data classes whose fields the command line shows as flags.
 
 A run is its configuration and its seed. The text under a field is the help text of its flag, so a
-setting is explained in one place. Nothing here imports torch: ``--help`` is quick.
+setting is explained in one place. Nothing here imports torch, so ``--help`` is quick.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -386,10 +386,10 @@ def complete(config: TrainConfig, preset: TrainConfig) -> TrainConfig:
     preset's, the preset's are left out.
     """
 
-    def merge(ours: dict[str, Any], presets: dict[str, Any], same: bool) -> dict[str, Any]:
+    def merge(given: dict[str, Any], presets: dict[str, Any], same: bool) -> dict[str, Any]:
         if same:
-            return {**presets, **ours}
-        return {} if ours == presets else ours  # equal to the preset's: no flag was given
+            return {**presets, **given}
+        return {} if given == presets else given  # equal to the preset's: no flag was given
 
     same_env = config.environment.env == preset.environment.env
     same_algorithm = config.algorithm.algorithm == preset.algorithm.algorithm
@@ -408,14 +408,12 @@ def complete(config: TrainConfig, preset: TrainConfig) -> TrainConfig:
 
 def as_json(config: Any) -> dict[str, Any]:
     """The configuration as plain JSON values."""
-    if not is_dataclass(config) or isinstance(config, type):
-        raise TypeError(f"not a configuration: {config!r}")
-    plain = json.loads(json.dumps(asdict(config), default=str))
-    return dict(plain)
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    return plain
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of a nested mapping as (``"outer.inner"``, value), settings (``*_args``) whole."""
+    """Yield the leaves of a nested mapping as (``"outer.inner"``, value); ``*_args`` are leaves."""
     for key, value in values.items():
         if isinstance(value, Mapping) and not key.endswith("_args"):
             yield from flatten(value, f"{prefix}{key}.")

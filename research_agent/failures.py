@@ -1,4 +1,4 @@
-"""What led to a number that is not finite, kept in a file to look at."""
+"""Keep the trajectories that led to a number that is not finite in a file."""
 
 from __future__ import annotations
 

@@ -295,7 +295,8 @@ def _serve(connection: Connection, setup: _Setup) -> None:
     finally:
         if player:
             player.close()
-        if not _parent_is_alive():
+        parent = multiprocessing.parent_process()
+        if parent is None or not parent.is_alive():
             shutil.rmtree(setup.weights, ignore_errors=True)
 
 
@@ -314,11 +315,6 @@ def _answer(connection: Connection, is_error: bool, answer: Any) -> None:
     """Send what a method returned, or raised."""
     with suppress(OSError):  # the parent is dead
         connection.send((is_error, answer))
-
-
-def _parent_is_alive() -> bool:
-    parent = multiprocessing.parent_process()
-    return parent is not None and parent.is_alive()
 
 
 def _end_with_parent(weights: Path) -> None:

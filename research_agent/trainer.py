@@ -370,11 +370,9 @@ class Trainer:
             yield None
             return
         run = self.config.run
-        show, fresh = not run.quiet, not saved
-        settings = as_json(self.config)
-        board = None if run.wandb is None else wandb_run(run.wandb, run.output, settings)
+        wandb = run.wandb and wandb_run(run.wandb, run.output, as_json(self.config))
         with RunLogger(
-            run.output, self.step, run.steps, show=show, fresh=fresh, board=board
+            run.output, self.step, run.steps, show=not run.quiet, fresh=not saved, wandb=wandb
         ) as logger:
             begin = f"continuing after step {self.step}" if saved else "starting"
             logger.print(f"{run.output}: {begin}")

@@ -73,8 +73,8 @@ def test_the_same_metrics_go_to_weights_and_biases(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     for step in (1, 2):  # the second is a run that was continued
-        board = wandb_run("project", tmp_path, {"seed": 1})
-        with RunLogger(tmp_path, step - 1, 2, show=False, board=board) as tracker:
+        wandb = wandb_run("project", tmp_path, {"seed": 1})
+        with RunLogger(tmp_path, step - 1, 2, show=False, wandb=wandb) as tracker:
             tracker.record(step, {"reward": step / 2, "env/em": 0.25}, {"seconds": 1.5})
         began = time.time()
         while int(time.time()) == int(began):  # its folders are named by the second
