@@ -1,8 +1,7 @@
 """A trainer for language models in any Gymnasium environment that speaks text.
 
 Everything that the command line does is a function or a class of this package. A name is imported
-from its module when it is first used, so ``import research_agent`` loads neither torch nor
-transformers.
+from its module at first use, so ``import research_agent`` loads neither torch nor transformers.
 
 Example:
     >>> from dataclasses import replace

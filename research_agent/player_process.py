@@ -106,16 +106,6 @@ class PlayerProcess:
             self._process.start()
         theirs.close()
 
-    @property
-    def pid(self) -> int | None:
-        """The child's process number."""
-        return self._process.pid
-
-    @property
-    def weights_folder(self) -> Path:
-        """The folder in which the child finds new weights."""
-        return self._weights.root
-
     def start(
         self,
         load: Callable[[], tuple[Engine, Renderer]],

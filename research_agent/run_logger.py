@@ -196,8 +196,17 @@ class RunLogger:
         Raises:
             CheckpointError: the logs cannot be written, on a full disk for example.
         """
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        shown = {**metrics, **{f"time/{k}": v for k, v in timings.items()}}
         try:
-            self._write(step, metrics, timings, episodes)
+            append(self._folder / METRICS, [{"step": step, **finite}])
+            append(self._folder / TIMINGS, [{"step": step, **timings}])
+            append(self._folder / TRAJECTORIES, [{"step": step, **each} for each in episodes])
+            for name, value in shown.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+            if self._wandb is not None:
+                self._wandb.log(shown, step=step)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write the log of step {step} to {self._folder}: {error}; make room, and "
@@ -207,24 +216,6 @@ class RunLogger:
         self._progress.update(self._task, completed=step, description=words)
         if self._show and not self._console.is_terminal:
             self.print(f"step {step}/{self._steps}  {words}")
-
-    def _write(
-        self,
-        step: int,
-        metrics: Mapping[str, float],
-        timings: Mapping[str, float],
-        episodes: Iterable[Mapping[str, Any]],
-    ) -> None:
-        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        append(self._folder / METRICS, [{"step": step, **finite}])
-        append(self._folder / TIMINGS, [{"step": step, **timings}])
-        append(self._folder / TRAJECTORIES, [{"step": step, **episode} for episode in episodes])
-        shown = {**metrics, **{f"time/{k}": v for k, v in timings.items()}}
-        for name, value in shown.items():
-            self._tensorboard.add_scalar(name, value, step)
-        self._tensorboard.flush()
-        if self._wandb is not None:
-            self._wandb.log(shown, step=step)
 
 
 def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -50,6 +50,7 @@ AHEAD = {
 }
 
 TOY = "tests.research_agent.toy_env:CopyLetter-v0"
+pytestmark = pytest.mark.usefixtures("forks")
 
 
 def tasks(step: int, prompts: int, samples: int) -> list[Episode]:
@@ -73,7 +74,7 @@ def say(context: Sequence[int], params: SamplingParams) -> list[int]:
 
 
 class Unable:
-    """An engine that cannot hand over turns before they are finished."""
+    """An engine with none of the optional abilities: it neither interrupts, keeps nor forks."""
 
     def __init__(self, engine: Engine) -> None:
         self.max_context = engine.max_context
@@ -448,7 +449,6 @@ def test_an_episode_whose_environment_answers_otherwise_begins_anew() -> None:
     assert not any("?" in text for text in said)
 
 
-pytestmark = pytest.mark.usefixtures("forks")
 STALE = "--env-args turns=3 --max-response 16 --max-in-flight 50 --max-staleness 2"
 
 
