@@ -370,7 +370,9 @@ class Trainer:
             yield None
             return
         run = self.config.run
-        wandb = run.wandb and wandb_run(run.wandb, run.output, as_json(self.config))
+        wandb = None
+        if run.wandb is not None:
+            wandb = wandb_run(run.wandb, run.output, as_json(self.config))
         with RunLogger(
             run.output, self.step, run.steps, show=not run.quiet, fresh=not saved, wandb=wandb
         ) as logger:
