@@ -131,7 +131,7 @@ def _eval(words: list[str]) -> None:
     try:
         summary = evaluate_model(config)
     except KeyboardInterrupt:
-        show("\nstopped; the same command goes on where this one was", file=sys.stderr)
+        show("\nstopped; the same command continues where this one stopped", file=sys.stderr)
         raise
     if config.json:
         show(json.dumps(dataclasses.asdict(summary)))
