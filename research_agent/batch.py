@@ -254,8 +254,8 @@ def _bins(
 ) -> list[list[int]]:
     """Put trajectories into bins; returns the bins, the fullest first.
 
-    For one rank there are as few bins as possible. For several ranks the bins are of equal size,
-    and their number is a multiple of the ranks.
+    For one rank there are few bins. For several ranks there are as many bins for each, of about
+    equal size.
 
     Args:
         waiting: trajectories, by falling width.

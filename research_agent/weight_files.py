@@ -40,9 +40,10 @@ class WeightFolder:
         self.root = Path(self._folder.name)
 
     def write(self, weights: Iterable[tuple[str, Tensor]], name: str) -> Path:
-        """Write weights, one per file, to a new folder that appears when it is complete.
+        """Write weights to a new folder that appears when it is complete.
 
-        The weights are always consumed to their end, because yielding them may be a collective.
+        Each weight has a file of its own, so that only one at a time is copied. The weights are
+        always consumed to their end, because yielding them may be a collective.
 
         Args:
             weights: all weights of the model, tied ones once or more often.
