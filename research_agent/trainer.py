@@ -211,6 +211,213 @@ class Trainer:
         message = f"stopped after step {self.step} of {run.steps}; the same command continues it"
         return summarize(run.output, message, signals[0] if signals else 0)
 
+    # The parts of a step, in the order of ``train``.
+
+    def _collect(self) -> tuple[list[Trajectory], list[Group]]:
+        """Play the tasks of a step; returns all episodes, and the groups to learn from.
+
+        An algorithm that selects groups reserves as many tasks per step as its rounds can need. A
+        step leaves out those that it does not need, so its tasks never depend on other steps.
+        Until the next call the player plays the tasks of the next ``max_staleness`` steps.
+        """
+        rollout, algorithm = self.config.rollout, self.learner.algorithm
+        selects = algorithm if isinstance(algorithm, SelectsGroups) else None
+        later = self._own_episodes(range(self.step + 1, self.step + rollout.max_staleness + 1))
+        next_task = self._first_task(self.step)
+        played: list[Trajectory] = []
+        groups: list[Group] = []
+        for _ in range(self._rounds):
+            missing = rollout.prompts_per_step - len(groups)
+            episodes = _episodes(next_task, missing, rollout.group_size)
+            next_task += missing
+            # Each rank plays its share, and all learn from all.
+            work = partial(self.player.collect, _share(episodes, rollout), later)
+            trajectories = [t for t in _in_order(run_together(work)) if t.stop_reason != NOT_GROWN]
+            played += trajectories
+            for group in _groups(trajectories):
+                if selects is None or selects.keeps([t.reward for t in group.trajectories]):
+                    groups.append(group)
+            void = step_metrics.void_fraction(played)
+            too_many_void = void > self.config.algorithm.max_void_fraction
+            if too_many_void or len(groups) == rollout.prompts_per_step:
+                break
+        return played, groups
+
+    @property
+    def _rounds(self) -> int:
+        """Rounds of tasks that a step may play; more than one if the algorithm selects groups."""
+        algorithm = self.learner.algorithm
+        return algorithm.max_rounds if isinstance(algorithm, SelectsGroups) else 1
+
+    def _first_task(self, step: int) -> int:
+        """Number of the first task of a step."""
+        return step * self.config.rollout.prompts_per_step * self._rounds
+
+    def _own_episodes(self, steps: range) -> list[Episode]:
+        """This rank's share of the episodes of steps, without those of later rounds."""
+        rollout = self.config.rollout
+        return [
+            episode
+            for first in map(self._first_task, steps)
+            for episode in _share(
+                _episodes(first, rollout.prompts_per_step, rollout.group_size), rollout
+            )
+        ]
+
+    def _require_few_void(self, trajectories: Sequence[Trajectory]) -> None:
+        """Stop the run, with its state saved, if too many episodes of a step are void."""
+        limit = self.config.algorithm.max_void_fraction
+        fraction = step_metrics.void_fraction(trajectories)
+        if fraction <= limit:
+            return
+        with together():
+            self.player.clear()  # many of these episodes are void too
+        self._save()
+        raise_together(
+            TooManyVoidError(
+                f"{fraction:.0%} of the episodes of step {self.step + 1} were void, more than "
+                f"--max-void-fraction {limit:.0%}: something that the environment needs is down. "
+                f"Step {self.step} is saved in {self.config.run.output}; "
+                "the same command continues when it is up"
+            )
+        )
+
+    def _sync(self) -> None:
+        """Give the sampler the learner's weights, in the number format that it samples with."""
+        dtype = torch.bfloat16 if self.config.learner.precision == "bfloat16" else None
+        weights = self.learner.weights(dtype)
+        self.player.load_weights(weights, version=self.step)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Play the held-out tasks with the present weights, each rank its share.
+
+        Raises:
+            ConfigError: the environment does not say how many tasks it has, and no limit is given.
+        """
+        run, (rank, size) = self.config.run, rank_and_size()
+        tasks = run_together(self.player.num_eval_tasks)[rank]
+        counts = [n for n in (tasks, run.eval_limit) if n is not None]
+        if not counts:
+            message = "this environment has no last task; say how many with --eval-limit"
+            raise_together(ConfigError(message))
+        work = partial(self.player.evaluate, _episodes(0, min(counts), 1)[rank::size])
+        played = _in_order(run_together(work))
+        metrics: dict[str, float] = {}
+        with together():
+            if rank == 0:
+                folder = run.output / "evaluations" / f"step-{self.step:06d}"
+                summary = record_evaluation(played, folder)
+                if summary.episodes:  # otherwise all are void
+                    metrics = {"reward": summary.reward, **summary.metrics}
+        return step_metrics.prefixed("eval", metrics)
+
+    def _watch(self, reward: float, *, learned_from: bool, logger: RunLogger | None) -> bool:
+        """Note the reward of a step; returns whether the run went back or began its next stage."""
+        good_step = None  # the step that a collapsed run goes back to
+        if self.collapse_monitor and learned_from:
+            good_step = self.collapse_monitor.add(self.step, reward)
+        if good_step is not None:
+            message = self._roll_back(good_step)
+            if logger:
+                logger.print(message)
+            return True
+        next_stage = self.curriculum.advance(self.stages, reward)
+        if next_stage:
+            self._start_stage()
+        return next_stage
+
+    def _roll_back(self, good_step: int) -> str:
+        """Go back to the newest checkpoint up to a step; returns a message for the log.
+
+        Raises:
+            CollapseError: the configuration says stop, or there is no such checkpoint.
+        """
+        run = self.config.run
+        folder = checkpoint.latest(run.output / "checkpoints", up_to=good_step)
+        message = (
+            f"the reward collapsed: at step {self.step} it is below {run.collapse:g} of its best "
+            f"average, that of step {good_step}; the newest checkpoint up to there is "
+            f"{folder or 'none'}"
+        )
+        if run.on_collapse == "stop" or folder is None or self.collapse_monitor is None:
+            raise_together(CollapseError(message))
+        saved = checkpoint.load(folder, deferred=("learner",))
+        if not self.learner.has_adapters:
+            self.learner.load_weights(folder)
+        self.learner.load_state_dict(saved.state["learner"], saved.read)
+        stage = self.curriculum.stage
+        self.curriculum = CurriculumState(**saved.state.get("stage", {}))
+        if self.curriculum.stage != stage:
+            self._start_stage()
+        with together():
+            self.player.clear()
+        self._sync()
+        self.collapse_monitor.history.clear()
+        return f"{message}; the run continues from it"
+
+    def _start_stage(self) -> None:
+        """Open the stage's environments; its rewards are not compared with those of another."""
+        with together():
+            self.player.open_stage(self._stage_args())
+            self.provenance = self.player.provenance()
+        if self.collapse_monitor:
+            self.collapse_monitor.history.clear()
+
+    def _stage_args(self) -> Mapping[str, Any]:
+        """Arguments of the environment that the present stage adds."""
+        return self.stages[self.curriculum.stage].env_args if self.stages else {}
+
+    def _save(self) -> None:
+        """Write the checkpoint of the present step."""
+        config = self.config
+        checkpoint.save(
+            config.run.output / "checkpoints",
+            self.step,
+            write_model=self._write_model,
+            state={
+                "learner": self.learner.state_dict(),
+                "random": torch.get_rng_state(),
+                "seconds": self.seconds,
+                "origin": self.origin,
+                "environment": self.provenance,
+                **({"rewards": monitor.history} if (monitor := self.collapse_monitor) else {}),
+                **({"stage": asdict(self.curriculum)} if self.stages else {}),
+                "in_flight": run_together(self.player.state),
+            },
+            config=as_json(config),
+            keep=config.run.keep,
+            best=best_step(config.run.output),
+            bucket_bytes=config.learner.bucket_bytes,
+        )
+
+    def _write_model(self, folder: Path) -> None:
+        """Write the policy and its tokenizer as transformers reads them; all ranks take part."""
+        rank, size = rank_and_size()
+        if size > 1:
+            write_weights(folder, self.learner.weight_buckets())
+            with together():
+                if rank == 0:
+                    save_settings(self.model, folder)
+                    self.renderer.tokenizer.save_pretrained(folder)
+            return
+        weights = dict(self.learner.weights()) if self.learner.has_adapters else None
+        self.model.save_pretrained(folder, state_dict=weights)
+        self.renderer.tokenizer.save_pretrained(folder)
+
+    def _finished(self) -> str:
+        """Why the run is finished; empty while it is not."""
+        run = self.config.run
+        if self.step >= run.steps:
+            return f"{self.step} steps are done; give more --steps to continue"
+        if run.time_limit is not None and self.seconds >= run.time_limit:
+            return (
+                f"its {run.time_limit:g} s are over, {self.step} steps are done; "
+                "give a longer --time-limit"
+            )
+        return ""
+
+    # What is made before the first step.
+
     def _open(self, saved: Checkpoint | None, stack: ExitStack) -> None:
         """Make everything that a step uses, with the weights and states of a checkpoint."""
         config, rollout, run = self.config, self.config.rollout, self.config.run
@@ -277,15 +484,6 @@ class Trainer:
             with together(), checkpoint.restoring(saved):
                 self.player.restore(saved.state["in_flight"], self._own_episodes(steps))
 
-    def _restore(self, saved: Checkpoint) -> None:
-        """Load the states of the learner, the random generator and the collapse monitor."""
-        with alike(), checkpoint.restoring(saved):
-            self.learner.load_state_dict(saved.state["learner"], saved.read)
-            torch.set_rng_state(saved.state["random"])
-            if self.collapse_monitor:
-                history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
-                self.collapse_monitor.history = history
-
     def _load_renderer(self, saved: Checkpoint | None, today: str) -> None:
         """Open the tokenizer. Its chat template writes the day on which the run started."""
         policy = self.config.policy
@@ -314,16 +512,6 @@ class Trainer:
             return load_model(name, device=config.policy.device, merge_adapter=merge_adapter)
         dtype = config.learner.precision if is_reference else "float32"
         return load_deferred(name, dtype=dtype, merge_adapter=merge_adapter)
-
-    def _sync(self) -> None:
-        """Give the sampler the learner's weights, in the number format that it samples with."""
-        dtype = torch.bfloat16 if self.config.learner.precision == "bfloat16" else None
-        weights = self.learner.weights(dtype)
-        self.player.load_weights(weights, version=self.step)
-
-    def _stage_args(self) -> Mapping[str, Any]:
-        """Arguments of the environment that the present stage adds."""
-        return self.stages[self.curriculum.stage].env_args if self.stages else {}
 
     def _start_player(self, slots: int, *, merge_adapter: bool) -> None:
         """Make the engine in the player's process, or here if this process gives it weights.
@@ -355,13 +543,14 @@ class Trainer:
         with together():
             player.start(partial(connect_engine, engine.elsewhere(), config, self.origin), engine)
 
-    def _start_stage(self) -> None:
-        """Open the stage's environments; its rewards are not compared with those of another."""
-        with together():
-            self.player.open_stage(self._stage_args())
-            self.provenance = self.player.provenance()
-        if self.collapse_monitor:
-            self.collapse_monitor.history.clear()
+    def _restore(self, saved: Checkpoint) -> None:
+        """Load the states of the learner, the random generator and the collapse monitor."""
+        with alike(), checkpoint.restoring(saved):
+            self.learner.load_state_dict(saved.state["learner"], saved.read)
+            torch.set_rng_state(saved.state["random"])
+            if self.collapse_monitor:
+                history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
+                self.collapse_monitor.history = history
 
     @contextmanager
     def _logger(self, saved: Checkpoint | None) -> Iterator[RunLogger | None]:
@@ -380,189 +569,6 @@ class Trainer:
             logger.print(f"{run.output}: {begin}")
             yield logger
 
-    def _collect(self) -> tuple[list[Trajectory], list[Group]]:
-        """Play the tasks of a step; returns all episodes, and the groups to learn from.
-
-        An algorithm that selects groups reserves as many tasks per step as its rounds can need. A
-        step leaves out those that it does not need, so its tasks never depend on other steps.
-        Until the next call the player plays the tasks of the next ``max_staleness`` steps.
-        """
-        rollout, algorithm = self.config.rollout, self.learner.algorithm
-        selects = algorithm if isinstance(algorithm, SelectsGroups) else None
-        later = self._own_episodes(range(self.step + 1, self.step + rollout.max_staleness + 1))
-        next_task = self._first_task(self.step)
-        played: list[Trajectory] = []
-        groups: list[Group] = []
-        for _ in range(self._rounds):
-            missing = rollout.prompts_per_step - len(groups)
-            episodes = _episodes(next_task, missing, rollout.group_size)
-            next_task += missing
-            # Each rank plays its share, and all learn from all.
-            work = partial(self.player.collect, _share(episodes, rollout), later)
-            trajectories = [t for t in _in_order(run_together(work)) if t.stop_reason != NOT_GROWN]
-            played += trajectories
-            for group in _groups(trajectories):
-                if selects is None or selects.keeps([t.reward for t in group.trajectories]):
-                    groups.append(group)
-            void = step_metrics.void_fraction(played)
-            too_many_void = void > self.config.algorithm.max_void_fraction
-            if too_many_void or len(groups) == rollout.prompts_per_step:
-                break
-        return played, groups
-
-    @property
-    def _rounds(self) -> int:
-        """Rounds of tasks that a step may play; more than one if the algorithm selects groups."""
-        algorithm = self.learner.algorithm
-        return algorithm.max_rounds if isinstance(algorithm, SelectsGroups) else 1
-
-    def _first_task(self, step: int) -> int:
-        """Number of the first task of a step."""
-        return step * self.config.rollout.prompts_per_step * self._rounds
-
-    def _own_episodes(self, steps: range) -> list[Episode]:
-        """This rank's share of the episodes of steps, without those of later rounds."""
-        rollout = self.config.rollout
-        return [
-            episode
-            for first in map(self._first_task, steps)
-            for episode in _share(
-                _episodes(first, rollout.prompts_per_step, rollout.group_size), rollout
-            )
-        ]
-
-    def _require_few_void(self, trajectories: Sequence[Trajectory]) -> None:
-        limit = self.config.algorithm.max_void_fraction
-        fraction = step_metrics.void_fraction(trajectories)
-        if fraction <= limit:
-            return
-        with together():
-            self.player.clear()  # many of these episodes are void too
-        self._save()
-        raise_together(
-            TooManyVoidError(
-                f"{fraction:.0%} of the episodes of step {self.step + 1} were void, more than "
-                f"--max-void-fraction {limit:.0%}: something that the environment needs is down. "
-                f"Step {self.step} is saved in {self.config.run.output}; "
-                "the same command continues when it is up"
-            )
-        )
-
-    def _evaluate(self) -> dict[str, float]:
-        """Play the held-out tasks with the present weights, each rank its share.
-
-        Raises:
-            ConfigError: the environment does not say how many tasks it has, and no limit is given.
-        """
-        run, (rank, size) = self.config.run, rank_and_size()
-        tasks = run_together(self.player.num_eval_tasks)[rank]
-        counts = [n for n in (tasks, run.eval_limit) if n is not None]
-        if not counts:
-            message = "this environment has no last task; say how many with --eval-limit"
-            raise_together(ConfigError(message))
-        work = partial(self.player.evaluate, _episodes(0, min(counts), 1)[rank::size])
-        played = _in_order(run_together(work))
-        metrics: dict[str, float] = {}
-        with together():
-            if rank == 0:
-                folder = run.output / "evaluations" / f"step-{self.step:06d}"
-                summary = record_evaluation(played, folder)
-                if summary.episodes:  # otherwise all are void
-                    metrics = {"reward": summary.reward, **summary.metrics}
-        return step_metrics.prefixed("eval", metrics)
-
-    def _write_model(self, folder: Path) -> None:
-        """Write the policy and its tokenizer as transformers reads them; all ranks take part."""
-        rank, size = rank_and_size()
-        if size > 1:
-            write_weights(folder, self.learner.weight_buckets())
-            with together():
-                if rank == 0:
-                    save_settings(self.model, folder)
-                    self.renderer.tokenizer.save_pretrained(folder)
-            return
-        weights = dict(self.learner.weights()) if self.learner.has_adapters else None
-        self.model.save_pretrained(folder, state_dict=weights)
-        self.renderer.tokenizer.save_pretrained(folder)
-
-    def _save(self) -> None:
-        config = self.config
-        checkpoint.save(
-            config.run.output / "checkpoints",
-            self.step,
-            write_model=self._write_model,
-            state={
-                "learner": self.learner.state_dict(),
-                "random": torch.get_rng_state(),
-                "seconds": self.seconds,
-                "origin": self.origin,
-                "environment": self.provenance,
-                **({"rewards": monitor.history} if (monitor := self.collapse_monitor) else {}),
-                **({"stage": asdict(self.curriculum)} if self.stages else {}),
-                "in_flight": run_together(self.player.state),
-            },
-            config=as_json(config),
-            keep=config.run.keep,
-            best=best_step(config.run.output),
-            bucket_bytes=config.learner.bucket_bytes,
-        )
-
-    def _watch(self, reward: float, *, learned_from: bool, logger: RunLogger | None) -> bool:
-        """Note the reward of a step; returns whether the run went back or began its next stage."""
-        good_step = None  # the step that a collapsed run goes back to
-        if self.collapse_monitor and learned_from:
-            good_step = self.collapse_monitor.add(self.step, reward)
-        if good_step is not None:
-            message = self._roll_back(good_step)
-            if logger:
-                logger.print(message)
-            return True
-        next_stage = self.curriculum.advance(self.stages, reward)
-        if next_stage:
-            self._start_stage()
-        return next_stage
-
-    def _roll_back(self, good_step: int) -> str:
-        """Go back to the newest checkpoint up to a step; returns a message for the log.
-
-        Raises:
-            CollapseError: the configuration says stop, or there is no such checkpoint.
-        """
-        run = self.config.run
-        folder = checkpoint.latest(run.output / "checkpoints", up_to=good_step)
-        message = (
-            f"the reward collapsed: at step {self.step} it is below {run.collapse:g} of its best "
-            f"average, that of step {good_step}; the newest checkpoint up to there is "
-            f"{folder or 'none'}"
-        )
-        if run.on_collapse == "stop" or folder is None or self.collapse_monitor is None:
-            raise_together(CollapseError(message))
-        saved = checkpoint.load(folder, deferred=("learner",))
-        if not self.learner.has_adapters:
-            self.learner.load_weights(folder)
-        self.learner.load_state_dict(saved.state["learner"], saved.read)
-        stage = self.curriculum.stage
-        self.curriculum = CurriculumState(**saved.state.get("stage", {}))
-        if self.curriculum.stage != stage:
-            self._start_stage()
-        with together():
-            self.player.clear()
-        self._sync()
-        self.collapse_monitor.history.clear()
-        return f"{message}; the run continues from it"
-
-    def _finished(self) -> str:
-        """Why the run is finished; empty while it is not."""
-        run = self.config.run
-        if self.step >= run.steps:
-            return f"{self.step} steps are done; give more --steps to continue"
-        if run.time_limit is not None and self.seconds >= run.time_limit:
-            return (
-                f"its {run.time_limit:g} s are over, {self.step} steps are done; "
-                "give a longer --time-limit"
-            )
-        return ""
-
 
 def _episodes(first: int, tasks: int, samples: int) -> list[Episode]:
     """All samples of some tasks, from the task ``first`` on."""
@@ -570,7 +576,7 @@ def _episodes(first: int, tasks: int, samples: int) -> list[Episode]:
 
 
 def _share(episodes: Sequence[Episode], rollout: RolloutConfig) -> list[Episode]:
-    """The episodes that this rank plays: every n-th one, or every n-th whole tree."""
+    """The episodes that this rank of n plays: every n-th one, or every n-th whole tree."""
     rank, size = rank_and_size()
     unit = rollout.tree_plan.size
     return [each for place, each in enumerate(episodes) if place // unit % size == rank]
