@@ -70,7 +70,7 @@ METRICS = {
     "kl": "mean over the action tokens of the estimate of KL(policy || reference), in nats (by the"
     " algorithms that use a reference)",
 }
-"""What ``Learner.update`` reports. Where it makes several optimizer steps: means over them."""
+"""What ``Learner.update`` reports; with several optimizer steps, means over them."""
 
 
 class Learner:
@@ -116,7 +116,13 @@ class Learner:
         self.device = device or next(model.parameters()).device
         with stand_ins(self.model):
             if adapter is not None:
-                _require_rank(config.lora_rank, load_adapters(self.model, adapter))
+                rank = load_adapters(self.model, adapter)
+                if config.lora_rank not in (0, rank):
+                    raise ConfigError(
+                        f"lora_rank is {config.lora_rank}, and the adapter to train on has rank "
+                        f"{rank}; leave --lora-rank out, or give --merge-adapter to begin a new "
+                        "adapter"
+                    )
             elif config.lora_rank:
                 add_adapters(self.model, config.lora_rank)
         if isinstance(algorithm, UsesCritic) and self.has_adapters:
@@ -388,6 +394,7 @@ class Learner:
 
 
 def _check(config: LearnerConfig, temperature: float) -> None:
+    """Refuse settings that no update can have, with the names that a library user knows."""
     counts = {"minibatches": config.minibatches, "micro_batch_tokens": config.micro_batch_tokens}
     for name, count in counts.items():
         if count < 1:
@@ -437,14 +444,6 @@ def _prepare(
     return "off"
 
 
-def _require_rank(wanted: int, found: int) -> None:
-    if wanted not in (0, found):
-        raise ConfigError(
-            f"lora_rank is {wanted}, and the adapter to train on has rank {found}; leave"
-            " --lora-rank out, or give --merge-adapter to begin a new adapter"
-        )
-
-
 def _require_finite(
     parts: list[Batch], logprobs: list[Tensor], losses: list[Tensor], when: str
 ) -> None:
@@ -459,6 +458,7 @@ def _require_finite(
 def _not_finite(
     parts: list[Batch], logprobs: list[Tensor], losses: list[Tensor], when: str
 ) -> Iterator[str]:
+    """Describe each log-probability and loss of this rank that is not finite."""
     for part, values in zip(parts, logprobs, strict=True):
         for first in values.isfinite().logical_not().nonzero()[:1].flatten().tolist():
             name = part.names[int(part.seq_ids[first])]
