@@ -248,11 +248,11 @@ def _align(
     pieces: list[Piece] = [("markup", markups[0])]
     rest = rendered[len(markups[0]) :]
     for content, markup in zip(contents, markups[1:], strict=True):
-        for said in (content, content.strip(), content.rstrip(), content.lstrip()):
-            if rest.startswith(said + markup):
+        for kept in (content, content.strip(), content.rstrip(), content.lstrip()):
+            if rest.startswith(kept + markup):
                 break
         else:
             return None
-        pieces += [("content", said), ("markup", markup)]
-        rest = rest[len(said) + len(markup) :]
+        pieces += [("content", kept), ("markup", markup)]
+        rest = rest[len(kept) + len(markup) :]
     return pieces if not rest else None

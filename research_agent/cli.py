@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout = None
         raise SystemExit(1) from None
     except (ResearchAgentError, OSError) as error:
-        _fail(str(error), said=isinstance(error, StoppedError))
+        _fail(str(error), shown=isinstance(error, StoppedError))
     except Exception as error:
         # An environment's error classes say what is wrong, as ours do. A built-in error means a
         # mistake in the code, and keeps its traceback.
@@ -263,19 +263,19 @@ def _no_bars() -> None:
     logging.disable_progress_bar()
 
 
-def _fail(message: str, *, said: bool = False) -> NoReturn:
+def _fail(message: str, *, shown: bool = False) -> NoReturn:
     """End the program with exit status 2; of several ranks only the first shows the message.
 
     Args:
         message: what is wrong.
-        said: whether the first rank shows it.
+        shown: whether the first rank shows it already.
     """
-    if not is_first_rank() and not said:
+    if not is_first_rank() and not shown:
         import torch.distributed  # noqa: PLC0415 - slow to import
 
         # Before the ranks have met, an error is the same on all of them.
-        said = not torch.distributed.is_initialized()
-    if not said:
+        shown = not torch.distributed.is_initialized()
+    if not shown:
         show(f"research-agent: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 

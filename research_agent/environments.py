@@ -228,8 +228,9 @@ class _Singles:
 
 def read_provenance(environment: Any) -> dict[str, str]:
     """What an environment says that its episodes depend on; empty if it says nothing."""
-    said = getattr(environment, "provenance", None)
-    found = said() if callable(said) else said
+    found = getattr(environment, "provenance", None)
+    if callable(found):
+        found = found()
     return {str(key): str(value) for key, value in (found or {}).items()}
 
 

@@ -38,7 +38,7 @@ class SegmentFormat(TypedDict):
 
 
 class InfoFormat(TypedDict):
-    """What the environment said last. Other entries may hold anything."""
+    """The last info of the environment. Other entries may hold anything."""
 
     strata: NotRequired[dict[str, Any] | None]
 
@@ -150,8 +150,8 @@ def parse(text: bytes, schema: Any, where: str, error: type[ResearchAgentError],
             _require_shallow(value)
         require(value, schema)
     except (ValueError, RecursionError) as problem:
-        said = "it is nested too deeply" if isinstance(problem, RecursionError) else problem
-        raise error(f"{where}: {said}; {cure}") from problem
+        reason = "it is nested too deeply" if isinstance(problem, RecursionError) else problem
+        raise error(f"{where}: {reason}; {cure}") from problem
     return value
 
 

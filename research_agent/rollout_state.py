@@ -50,11 +50,11 @@ def to_state(in_flight: InFlight) -> dict[str, Any]:
     rollouts = []
     for slot, rollout in sorted(in_flight.active.items()):
         fields = {name: getattr(rollout, name) for name in _ROLLOUT}
-        said = [kept(segment) for segment in rollout.segments]
+        parts = [kept(segment) for segment in rollout.segments]
         partial = [len(part.tokens) for part in rollout.partial_turns]
         segments += rollout.partial_turns
         awaiting_env = slot in in_flight.awaiting_env
-        fields |= {"segments": said, "partial_turns": partial, "awaiting_env": awaiting_env}
+        fields |= {"segments": parts, "partial_turns": partial, "awaiting_env": awaiting_env}
         rollouts.append({"slot": slot, **fields})
     done = [
         {name: getattr(trajectory, name) for name in _TRAJECTORY}
@@ -129,16 +129,16 @@ def _read(
     )
 
     def segment(provenance: Any, count: int, text: str, info: Any, *turn: Any) -> Segment:
-        said = tuple(islice(tokens, count))
+        taken = tuple(islice(tokens, count))
         if provenance != "action":
-            return Segment(provenance, said, text=text, info=info)
+            return Segment(provenance, taken, text=text, info=info)
         sampled = tuple(islice(logprobs, count)), tuple(islice(versions, count))
-        return Segment("action", said, *sampled, text, info, *turn)
+        return Segment("action", taken, *sampled, text, info, *turn)
 
     def part(count: int) -> Completion:
-        said, sampled = tuple(islice(tokens, count)), tuple(islice(logprobs, count))
+        taken, sampled = tuple(islice(tokens, count)), tuple(islice(logprobs, count))
         numbers = tuple(islice(versions, count))
-        return Completion(0, said, sampled, "", "interrupted", numbers[-1], numbers)
+        return Completion(0, taken, sampled, "", "interrupted", numbers[-1], numbers)
 
     active = []
     for saved in state["active"]:
@@ -153,8 +153,8 @@ def _read(
     for saved in state["done"]:
         fields = {name: saved[name] for name in (*_TRAJECTORY, "metrics", "info")}
         fields["lineage"] = tuple(fields["lineage"])
-        said = tuple(segment(*each) for each in saved["segments"])
-        done.append(Trajectory(segments=said, **fields))
+        parts = tuple(segment(*each) for each in saved["segments"])
+        done.append(Trajectory(segments=parts, **fields))
     return active, done
 
 

@@ -353,8 +353,8 @@ def _demonstration(line: bytes, where: str) -> Demonstration:
                 known = ", ".join(PROVENANCES)
                 raise ValueError(f"unknown provenance {provenance!r:.80}; known: {known}")
             messages = text if provenance == "prompt" and isinstance(text, list) else []
-            for said in [*(part for m in messages for part in (m["role"], m["content"]))] or [text]:
-                said.encode()  # half a surrogate pair is no text
+            for each in [*(part for m in messages for part in (m["role"], m["content"]))] or [text]:
+                each.encode()  # half a surrogate pair is no text
         if not any(provenance == "action" for provenance, _ in parts):
             raise ValueError("it has no action to learn")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
