@@ -515,7 +515,7 @@ def _time_model_code(learner: Learner) -> list[float]:
 
         return run
 
-    score: Any = learner._score
+    score: Any = learner._logprobs
     score.forward = timed(score.forward)
     torch.Tensor.backward = timed(torch.Tensor.backward)  # type: ignore[method-assign]
     torch.nn.utils.clip_grad_norm_ = timed(torch.nn.utils.clip_grad_norm_)

@@ -1,8 +1,7 @@
 """A trainer for language models in any Gymnasium environment that speaks text.
 
 Everything that the command line does is a function or a class of this package. A name is imported
-from its module when it is first used, so ``import research_agent`` loads neither torch nor
-transformers.
+from its module at first use, so ``import research_agent`` loads neither torch nor transformers.
 
 Example:
     >>> from dataclasses import replace
@@ -70,9 +69,9 @@ if TYPE_CHECKING:
     from research_agent.renderer import load_renderer as load_renderer
     from research_agent.report import make_report as make_report
     from research_agent.rollout import collect as collect
+    from research_agent.run_folder import TrainSummary as TrainSummary
     from research_agent.sft import SFTConfig as SFTConfig
     from research_agent.trainer import Trainer as Trainer
-    from research_agent.trainer import TrainSummary as TrainSummary
     from research_agent.trainer import train as train
     from research_agent.trajectory import Group as Group
     from research_agent.trajectory import Segment as Segment
@@ -127,8 +126,9 @@ _NAMES_OF_MODULES = {
     "renderer": ("Renderer", "load_renderer"),
     "report": ("make_report",),
     "rollout": ("collect",),
+    "run_folder": ("TrainSummary",),
     "sft": ("SFTConfig",),
-    "trainer": ("TrainSummary", "Trainer", "train"),
+    "trainer": ("Trainer", "train"),
     "trajectory": ("Group", "Segment", "Trajectory"),
 }
 _MODULES = {name: module for module, names in _NAMES_OF_MODULES.items() for name in names}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from research_agent.config import SamplingConfig
 from research_agent.engines.base import Completion, Engine, SamplingParams
 from research_agent.environments import StepResult
 from research_agent.errors import ContextError, OverlongPromptError
@@ -19,35 +20,6 @@ Episode = tuple[int, int]
 """The number of a task, and which of its samples."""
 
 
-class Sampling(Protocol):
-    """How episodes are played; the configuration's classes have these fields among others."""
-
-    @property
-    def temperature(self) -> float:
-        """Temperature of the softmax that tokens are drawn from; 0 is greedy."""
-        ...
-
-    @property
-    def max_prompt(self) -> int:
-        """Longest first observation, in tokens."""
-        ...
-
-    @property
-    def max_response(self) -> int:
-        """Longest rest of an episode, in tokens: actions and observations together."""
-        ...
-
-    @property
-    def max_turn_tokens(self) -> int | None:
-        """Longest action, in tokens."""
-        ...
-
-    @property
-    def overlap(self) -> bool:
-        """Sample some trajectories while others wait for their environments."""
-        ...
-
-
 @dataclass
 class ActiveRollout:
     """An episode under way."""
@@ -55,19 +27,19 @@ class ActiveRollout:
     episode: int
     sample: int
     seed: int  # the run's
-    sampling: Sampling
+    sampling: SamplingConfig
     segments: list[Segment] = field(default_factory=list)
-    reward: float = 0.0  # the sum of its turns' so far
+    reward: float = 0.0  # sum over its turns so far
     state_key: str = ""  # name of the state in which the next turn is taken
-    prompt: int = 0  # tokens
-    response: int = 0  # tokens, of the policy and of the environment
+    prompt: int = 0  # tokens of the prompt
+    response: int = 0  # tokens after it, from the policy and from the environment
     partial_turns: list[Completion] = field(default_factory=list)  # parts of the unfinished turn
     unsent_tokens: list[int] = field(default_factory=list)  # not yet submitted to the engine
     lineage: tuple[int, ...] = ()  # as in Trajectory
     tree: int | None = None  # as in Trajectory
 
     def __post_init__(self) -> None:
-        """Seed the draws."""
+        """Derive the seed of the draws."""
         self._draws = trajectory_seed(self.seed, self.episode, self.sample)
 
     @property
@@ -108,7 +80,12 @@ class ActiveRollout:
     def begin(
         self, observation: str, info: Mapping[str, Any], renderer: Renderer, max_context: int
     ) -> None:
-        """Take the first observation."""
+        """Take the first observation.
+
+        Raises:
+            ContextError: the prompt is empty.
+            OverlongPromptError: the prompt has more tokens than the limits allow.
+        """
         tokens = renderer.encode_prompt(observation, info.get("messages"), info.get("tools") or ())
         limit = min(self.sampling.max_prompt, max_context - 1)
         if not 1 <= len(tokens) <= limit:
@@ -127,7 +104,7 @@ class ActiveRollout:
         self.segments.append(Segment("prompt", tuple(tokens), text=observation, info=info))
 
     def submit(self, engine: Engine, slot: int, stop: tuple[str, ...]) -> None:
-        """Let the engine sample a turn, or the rest of one that was interrupted."""
+        """Let the engine sample a turn, or the rest of an interrupted turn."""
         resumed = sum(len(part.tokens) for part in self.partial_turns)
         left = self.sampling.max_response - self.response
         params = SamplingParams(
@@ -141,13 +118,13 @@ class ActiveRollout:
         self.unsent_tokens = []
 
     def add_partial(self, part: Completion) -> None:
-        """Keep the beginning of a turn that is interrupted."""
+        """Keep the part of a turn that was sampled before it was interrupted."""
         self.response += len(part.tokens)
         if part.tokens:
             self.partial_turns.append(part)
 
     def finish_turn(self, last: Completion, renderer: Renderer) -> str | Mapping[str, Any]:
-        """End a turn; returns the action."""
+        """End a turn with its last part; returns the action for the environment."""
         parts = [*self.partial_turns, last]
         tokens = tuple(chain.from_iterable(part.tokens for part in parts))
         text = last.text
@@ -174,9 +151,14 @@ class ActiveRollout:
         max_context: int,
         truncate: Callable[[], StepResult | None],
     ) -> Trajectory | None:
-        """Take what the environment answers; returns the trajectory if it ends with that.
+        """Take what the environment answers; returns the trajectory if the episode ends.
 
-        If the answer does not fit the budget of tokens, the environment scores the episode.
+        Args:
+            result: the environment's answer to the last action.
+            renderer: the policy's tokenizer.
+            max_context: tokens that the engine can hold.
+            truncate: lets the environment score an episode whose next observation does not fit the
+                budget of tokens; returns None if it cannot.
         """
         self._earn(result.reward)
         self.state_key = _state_key(result.info)
@@ -189,7 +171,7 @@ class ActiveRollout:
         )
         length = self.response + len(tokens)
         budget = ""
-        if length >= self.sampling.max_response:  # no room for them and one more
+        if length >= self.sampling.max_response:  # no room for a token after the observation
             budget = "length"
         elif self.prompt + length >= max_context:
             budget = "context"
@@ -212,8 +194,8 @@ class ActiveRollout:
         )
 
     def _earn(self, reward: float) -> None:
-        """Add a reward to the turn that was taken last, and to the sum."""
-        if reward == 0:  # most turns; a copy of the segment costs microseconds
+        """Add a reward to the last turn, and to the sum."""
+        if reward == 0:  # most turns; copying the segment would cost microseconds
             return
         turn = self.segments[-1]
         self.segments[-1] = replace(turn, reward=turn.reward + reward)

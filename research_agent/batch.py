@@ -1,4 +1,6 @@
-"""Trajectories as tensors. Provenance says where each action token is.
+"""Trajectories as tensors, and their layout in forward passes.
+
+``make_batch`` turns trajectories into a ``Batch``; ``micro_batches`` cuts it into passes.
 
 Shapes: N trajectories, T turns and A action tokens in all. A turn is one action; it may have no
 token. Nothing is masked by multiplication: a token that is not an action token is never indexed, so
@@ -24,7 +26,7 @@ from research_agent.errors import EnvironmentContractError, NonFiniteError
 from research_agent.trajectory import Group, Trajectory
 
 Packing = Literal["off", "on", "tree"]
-"""How trajectories share rows: not at all, end to end, or with one copy of what they share."""
+"""How trajectories share rows: not at all, end to end, or with one copy of equal beginnings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +122,13 @@ class Batch:
 class MicroBatch:
     """Some trajectories of a batch, laid out for one forward pass: R rows, W columns.
 
-    Either each row holds one trajectory, padded on the right: a causal model needs no mask, because
-    no token that is used can see the padding. Or, packed, one row holds all of them end to end. Or
-    one row holds them as trees, where each shared beginning stands once; see ``prefixes``. Then
-    ``cu_seqlens`` bounds the runs of the trees, and several action tokens can be the same one.
+    There are three layouts, one for each ``Packing``:
+
+    - "off": each row holds one trajectory, padded on the right. A causal model needs no mask,
+      because no token that is used can see the padding.
+    - "on": one row holds all of them end to end.
+    - "tree": one row holds them as trees, with one copy of each shared beginning (``prefixes``).
+      Then ``cu_seqlens`` bounds the runs of the trees, and several action tokens can be the same.
     """
 
     part: Batch  # these trajectories, with ``a`` action tokens
@@ -133,17 +138,16 @@ class MicroBatch:
     position_ids: Tensor | None = None  # [1, W] int64, packed: position in the trajectory
     cu_seqlens: Tensor | None = None  # [trajectories + 1] int32, packed: cumulative lengths
     max_seqlen: int = 0  # packed: tokens of the longest trajectory
-    tree: prefixes.TreeLayout | None = None  # as trees: what each run attends to
-    distinct: Tensor | None = None  # [u] int64, as trees: action tokens, 0 .. a - 1, each once
-    distinct_of: Tensor | None = None  # [a] int64, as trees: which of ``distinct`` it equals
+    tree: prefixes.TreeLayout | None = None  # "tree": what each run attends to
+    distinct: Tensor | None = None  # [u] int64, "tree": one of each set of equal action tokens
+    distinct_of: Tensor | None = None  # [a] int64, "tree": index in ``distinct`` of its set
 
 
 def make_batch(groups: Sequence[Group], device: torch.device | str = "cpu") -> Batch:
     """Turn trajectories into tensors; void ones are left out.
 
     Args:
-        groups: the samples of each task. A group is identified by its index here, not by its
-            episode number.
+        groups: the samples of each task. A group's number in the batch is its index here.
         device: device of the tensors.
 
     Raises:
@@ -172,11 +176,13 @@ def make_batch(groups: Sequence[Group], device: torch.device | str = "cpu") -> B
         device=device,
     )
     turns = [turn for t in trajectories for turn in t.turns]
-    owners = {(number, t.sample): i for i, (number, t) in reversed(list(enumerate(kept)))}
+    rows = {(number, t.sample): i for i, (number, t) in reversed(list(enumerate(kept)))}
 
     def owner(number: int, sample: int) -> Hashable:
-        return owners.get((number, sample), (number, sample))  # the latter where it is void
+        """Index of a sample's trajectory; the sample itself if it is void, and so left out."""
+        return rows.get((number, sample), (number, sample))
 
+    # A turn is named by the trajectory that it was sampled in and its place there.
     nodes = [
         (owner(number, t.lineage[place]) if place < len(t.lineage) else i, place)
         for i, (number, t) in enumerate(kept)
@@ -184,24 +190,24 @@ def make_batch(groups: Sequence[Group], device: torch.device | str = "cpu") -> B
     ]
     trees = [i if t.tree is None else owner(number, t.tree) for i, (number, t) in enumerate(kept)]
 
-    def whole(values: Sequence[int]) -> Tensor:
+    def int64(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
     return Batch(
         tokens=tuple(tokens),
         lengths=lengths,
         rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float64, device=device),
-        groups=whole([number for number, _ in kept]),
-        trees=whole(_first_places(trees)),
+        groups=int64([number for number, _ in kept]),
+        trees=int64(_first_places(trees)),
         seq_ids=_numbered(lengths),
         positions=torch.cat(empty + positions),
         targets=torch.cat(empty + [row[mask] for row, mask in zip(tokens, masks, strict=True)]),
         sampler_logprobs=logprobs,
         old_logprobs=logprobs,
-        turn_ids=_numbered(whole([len(turn.tokens) for turn in turns])),
-        turn_seq_ids=_numbered(whole([len(t.turns) for t in trajectories])),
+        turn_ids=_numbered(int64([len(turn.tokens) for turn in turns])),
+        turn_seq_ids=_numbered(int64([len(t.turns) for t in trajectories])),
         turn_rewards=torch.tensor([t.reward for t in turns], dtype=torch.float64, device=device),
-        turn_nodes=whole(_first_places(nodes)),
+        turn_nodes=int64(_first_places(nodes)),
         state_keys=tuple(turn.state_key for turn in turns),
         names=tuple(map(_name, trajectories)),
     )
@@ -215,9 +221,8 @@ def micro_batches(
     Args:
         batch: the batch; trajectories without an action token are left out.
         max_tokens: tokens per pass, padding included. A longer trajectory gets a pass of its own.
-        packing: "off" makes each trajectory a row, and those of similar length share a pass; "on"
-            puts trajectories end to end, without padding; "tree" does so too, and lets those of a
-            group that begin alike share one copy of their beginning.
+        packing: the layout; see ``MicroBatch``. With "off" trajectories of similar length share a
+            pass; with "tree" those of a group share equal beginnings.
         ranks: processes that share the passes. With several, packed passes are of equal size and
             as many for each rank; a pass of rows has at most a rank's share of the tokens.
 
@@ -247,9 +252,10 @@ def micro_batches(
 def _bins(
     waiting: Sequence[int], widths: Mapping[int, int], max_tokens: int, ranks: int
 ) -> list[list[int]]:
-    """Deal trajectories to bins, the fullest bin first.
+    """Put trajectories into bins; returns the bins, the fullest first.
 
-    One rank takes as few bins as it can; several take as many bins each, of equal size.
+    For one rank there are few bins. For several ranks there are as many bins for each, of about
+    equal size.
 
     Args:
         waiting: trajectories, by falling width.
@@ -271,7 +277,7 @@ def _bins(
 def _first_fit(
     waiting: Sequence[int], widths: Mapping[int, int], max_tokens: int
 ) -> list[list[int]]:
-    """First-fit decreasing: at most 11/9 of the optimal number of bins, plus 2/3."""
+    """Put each into the first bin with room: at most 11/9 of the optimal number of bins, + 2/3."""
     bins: list[list[int]] = []
     free: list[int] = []
     for i in waiting:
@@ -285,7 +291,7 @@ def _first_fit(
 
 
 def _equal(waiting: Sequence[int], widths: Mapping[int, int], count: int) -> list[list[int]]:
-    """Longest first, each into the emptiest bin: the fullest is at most 4/3 of the optimum.
+    """Put each into the emptiest bin, longest first: the fullest is at most 4/3 of the optimum.
 
     References:
         Graham (1969), "Bounds on multiprocessing timing anomalies".
@@ -329,7 +335,7 @@ def _packed(batch: Batch, chosen: Sequence[int], widths: Sequence[int]) -> Micro
 def _trees(
     batch: Batch, widths: Mapping[int, int], max_tokens: int, ranks: int
 ) -> Iterator[MicroBatch]:
-    """The passes of the "tree" packing; widths are the tokens of each trajectory that are read."""
+    """Yield the passes of the "tree" packing; widths are the tokens read of each trajectory."""
     members: dict[int, list[int]] = defaultdict(list)
     groups = batch.groups.tolist()
     for i in widths:

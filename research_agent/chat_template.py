@@ -10,6 +10,7 @@ import copy
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from typing import Any, Literal
@@ -40,17 +41,15 @@ def writes_date(tokenizer: Any) -> bool:
     return bool(tokenizer.chat_template) and "strftime_now" in tokenizer.get_chat_template()
 
 
-def require_date(text: str) -> str:
-    """Return a date of the form YYYY-MM-DD as it is.
+def require_date(text: str) -> None:
+    """Check that a text is a date of the form YYYY-MM-DD.
 
     Raises:
-        ConfigError: the text is no such date.
+        ConfigError: it is not.
     """
-    try:
+    with suppress(ValueError):
         if date.fromisoformat(text).isoformat() == text:
-            return text
-    except ValueError:
-        pass
+            return
     raise ConfigError(f"--chat-template-date {text!r} is no date; write YYYY-MM-DD")
 
 
@@ -61,7 +60,7 @@ class ChatTemplate:
     Attributes:
         tokenizer: any tokenizer of the ``transformers`` library that has a chat template.
         args: variables of the template, such as ``{"enable_thinking": False}``.
-        date: the day that the template takes for today, YYYY-MM-DD; empty leaves it the real one.
+        date: the day that the template takes for today, YYYY-MM-DD; "" takes the real day.
         encoder: the tokenizer's backend with parsing of special tokens off, if it has a backend.
 
     Raises:
@@ -117,9 +116,9 @@ class ChatTemplate:
     def pieces(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
     ) -> list[Piece]:
-        """Render messages, and tell the template's markup from what the messages say.
+        """Render messages, and separate the template's markup from what the messages say.
 
-        A template that has no system role gets the system message in front of the first user
+        For a template that has no system role, the system message goes in front of the first user
         message, with an empty line between them. An assistant message at the end is the beginning
         of the answer, which the policy continues.
 
@@ -144,8 +143,7 @@ class ChatTemplate:
     def _pieces(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
     ) -> list[Piece]:
-        # Marks stand for the contents while the template is rendered: what lies between them is
-        # the template's own.
+        # The template is rendered with marks in place of the contents: all else is its markup.
         nonce = secrets.token_hex(8)
         marks = [f"content{nonce}n{i}e" for i in range(len(messages))]
         contents = [message["content"] for message in messages]
@@ -198,9 +196,9 @@ class ChatTemplate:
         return datetime.fromisoformat(self.date).strftime(form)
 
     def encode(self, pieces: Sequence[Piece], special_ids: Set[int]) -> list[int] | None:
-        """Tokens of a rendered chat, as ``apply_chat_template`` makes them.
+        """Encode a rendered chat as ``apply_chat_template`` does.
 
-        The text is encoded in one go, so that blanks and merges at the edges of messages are those
+        The text is encoded as a whole, so that blanks and merges at the edges of messages are those
         that the model was trained with.
 
         Args:
@@ -208,8 +206,7 @@ class ChatTemplate:
             special_ids: tokens that only the markup may yield.
 
         Returns:
-            The tokens. None if the tokenizer has no backend that could do it, or makes special
-            tokens of plain text.
+            The tokens. None if the tokenizer has no backend, or makes special tokens of plain text.
         """
         if self.encoder is None:
             return None
@@ -220,7 +217,7 @@ class ChatTemplate:
         return [self._ids.get(i, i) for i in ids]
 
     def _marked(self, markup: str) -> str:
-        """Markup in which special tokens have their secret names."""
+        """Replace the special tokens in markup by their secret names."""
         names = sorted(self._marks, key=len, reverse=True)
         pattern = "|".join(map(re.escape, names))
         return re.sub(pattern, lambda match: self._marks[match[0]], markup) if names else markup
@@ -229,9 +226,15 @@ class ChatTemplate:
 def _align(
     marked: str, marks: Sequence[str], rendered: str, contents: Sequence[str]
 ) -> list[Piece] | None:
-    """Cut a rendered chat into markup and contents; None if it holds something else.
+    """Cut a rendered chat into markup and contents; None if a content was changed or left out.
 
-    Templates strip contents on one side or on both, or leave them as they are.
+    Templates may strip contents on one side or on both.
+
+    Args:
+        marked: the chat rendered with ``marks`` in place of the contents.
+        marks: one per message.
+        rendered: the chat rendered with the contents.
+        contents: one per message.
     """
     markups = []
     for mark in marks:
@@ -245,11 +248,11 @@ def _align(
     pieces: list[Piece] = [("markup", markups[0])]
     rest = rendered[len(markups[0]) :]
     for content, markup in zip(contents, markups[1:], strict=True):
-        for said in (content, content.strip(), content.rstrip(), content.lstrip()):
-            if rest.startswith(said + markup):
+        for kept in (content, content.strip(), content.rstrip(), content.lstrip()):
+            if rest.startswith(kept + markup):
                 break
         else:
             return None
-        pieces += [("content", said), ("markup", markup)]
-        rest = rest[len(said) + len(markup) :]
+        pieces += [("content", kept), ("markup", markup)]
+        rest = rest[len(kept) + len(markup) :]
     return pieces if not rest else None

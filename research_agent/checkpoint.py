@@ -1,7 +1,7 @@
-"""Checkpoints: folders that transformers opens as a model and that continue a run to the same bits.
+"""Checkpoints: folders that transformers opens as a model, and that continue a run bit by bit.
 
-A checkpoint is written under a temporary name, flushed to the disk, and renamed. So a folder with a
-checkpoint's name is complete, whenever the machine stopped. It holds::
+A checkpoint is written under a temporary name, flushed to the disk, and renamed. A folder with a
+checkpoint's name is therefore complete, even if the machine stopped at any moment. It holds::
 
     step-000123/
       model.safetensors config.json ...   the policy and its tokenizer, as transformers reads them
@@ -69,13 +69,13 @@ class Checkpoint:
     state: Mapping[str, Any]  # the state that ``save`` was given
 
     def read(self, into: Mapping[str, torch.Tensor]) -> None:
-        """Read tensors that ``load`` left in the files, in place; of a sharded one the shard.
+        """Read tensors that ``load`` left in the files, in place; of a sharded tensor the shard.
 
         Args:
-            into: by ``StoredTensor.name``.
+            into: the tensors to fill, by ``StoredTensor.name``.
 
         Raises:
-            CheckpointError: they cannot be read.
+            CheckpointError: the files cannot be read.
         """
         try:
             read_tensors(self.folder / TENSORS, into)
@@ -112,7 +112,7 @@ def save(
     Raises:
         CheckpointError: when it cannot be written, a full disk for example, or an old one cannot
             be dropped. Nothing half-written is left then, and complete ones are untouched.
-        TypeError: when the state holds something else than tensors and plain values.
+        TypeError: when the state holds anything but tensors and plain values.
     """
     final = root / f"step-{step:06d}"
     temporary = root / f".{final.name}.tmp"
@@ -121,7 +121,7 @@ def save(
     packed = _pack(state, tensors)
     plain = {"version": VERSION, "step": step, "config": dict(config), "state": packed}
     try:
-        # A run that is continued may have it already: it makes the same weights.
+        # A continued run may find this step's checkpoint: the same weights, so it is kept.
         if not any(run_together(final.exists)):
             with together():
                 if first:
@@ -224,7 +224,7 @@ def _link_best(root: Path, step: int | None) -> None:
 
 
 def latest(root: Path, up_to: int | None = None) -> Path | None:
-    """Folder of the newest checkpoint, of those up to a step if one is given, or None."""
+    """Folder of the newest checkpoint, not after the step ``up_to`` if given; None without one."""
     complete = [(s, f) for s, f in _complete(root) if up_to is None or s <= up_to]
     return complete[-1][1] if complete else None
 
@@ -272,7 +272,11 @@ def _no_checkpoint(folder: Path, error: Exception) -> CheckpointError:
 
 
 def saved_origin(saved: Checkpoint, model: str) -> str:
-    """The model that a saved run began with, if the configuration leads there too.
+    """The model that a saved run began with, if it is the one that the configuration names.
+
+    Args:
+        saved: the checkpoint.
+        model: the configuration's model; a run's folder stands for its checkpoints too.
 
     Raises:
         CheckpointError: the checkpoint names another model. It may come from somebody else, and
@@ -329,7 +333,7 @@ def _require_unchanged(folder: Path) -> None:
 
 
 def _instead(folder: Path) -> str:
-    """What to do without a checkpoint: continue from the one before it, if there is one."""
+    """Say what to do about a broken checkpoint: continue from the one before it, if any."""
     step = int(match[1]) if (match := _NAME.fullmatch(folder.name)) else 0
     before = latest(folder.parent, up_to=step - 1)
     start = f"continue from {before.name}" if before else "start anew"
@@ -337,6 +341,7 @@ def _instead(folder: Path) -> str:
 
 
 def _complete(root: Path) -> list[tuple[int, Path]]:
+    """The steps and folders of all checkpoints, oldest first."""
     if not root.is_dir():
         return []
     named = ((_NAME.fullmatch(folder.name), folder) for folder in root.iterdir())
@@ -399,7 +404,7 @@ def _unpack(value: Any, stored: Mapping[str, StoredTensor]) -> Any:
 
 
 def _allocate(value: Any, wanted: dict[str, torch.Tensor]) -> Any:
-    """The same with new tensors in the place of stored ones; ``wanted`` gets them by name."""
+    """Put a new tensor in the place of each stored one, and into ``wanted`` by its name."""
     if isinstance(value, StoredTensor):
         wanted[value.name] = torch.empty(value.shape, dtype=value.dtype)
         return wanted[value.name]

@@ -76,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout = None
         raise SystemExit(1) from None
     except (ResearchAgentError, OSError) as error:
-        _fail(str(error), said=isinstance(error, StoppedError))
+        _fail(str(error), shown=isinstance(error, StoppedError))
     except Exception as error:
-        # The environment's own errors are typed and say what is wrong, as ours do. Python's own
-        # mean a mistake in the code, and keep their traceback.
+        # An environment's error classes say what is wrong, as ours do. A built-in error means a
+        # mistake in the code, and keeps its traceback.
         if type(error).__module__ == "builtins":
             raise
         _fail(f"{type(error).__name__}: {error}")
@@ -131,7 +131,7 @@ def _eval(words: list[str]) -> None:
     try:
         summary = evaluate_model(config)
     except KeyboardInterrupt:
-        show("\nstopped; the same command goes on where this one was", file=sys.stderr)
+        show("\nstopped; the same command continues where this one stopped", file=sys.stderr)
         raise
     if config.json:
         show(json.dumps(dataclasses.asdict(summary)))
@@ -263,21 +263,21 @@ def _no_bars() -> None:
     logging.disable_progress_bar()
 
 
-def _fail(message: str, *, said: bool = False) -> NoReturn:
-    """End the program; of several ranks the first one says what all of them know."""
-    if said or _not_met():
-        raise SystemExit(2)
-    show(f"research-agent: error: {message}", file=sys.stderr)
+def _fail(message: str, *, shown: bool = False) -> NoReturn:
+    """End the program with exit status 2; of several ranks only the first shows the message.
+
+    Args:
+        message: what is wrong.
+        shown: whether the first rank shows it already.
+    """
+    if not is_first_rank() and not shown:
+        import torch.distributed  # noqa: PLC0415 - slow to import
+
+        # Before the ranks have met, an error is the same on all of them.
+        shown = not torch.distributed.is_initialized()
+    if not shown:
+        show(f"research-agent: error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def _not_met() -> bool:
-    """Whether this is another rank than the first, in which what fails fails in all alike."""
-    if is_first_rank():
-        return False
-    import torch.distributed  # noqa: PLC0415 - slow to import
-
-    return not torch.distributed.is_initialized()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""What a run is: frozen data classes, one a concern, that the command line shows as flags.
+"""The settings of each command: frozen data classes whose fields the command line shows as flags.
 
 A run is its configuration and its seed. The text under a field is the help text of its flag, so a
-setting is explained in one place. Nothing here imports torch: ``--help`` is quick.
+setting is explained in one place. Nothing here imports torch, so ``--help`` is quick.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,10 +62,10 @@ class SamplingConfig:
     (serve:tp=2,dp=1,memory=0.4), or servers that run already (server:URL,URL; server+nccl:URL,URL
     or server+ipc:URL,URL if weights go from GPU to GPU)."""
     max_prompt: int = 512
-    """Longest first observation, in tokens. A longer one stops the run with its episode number."""
+    """Longest first observation, in tokens. For longer ones see --overlong-prompts."""
     max_response: int = 8192
-    """Longest rest of an episode, in tokens: all actions and observations together. An episode
-    also ends where the model's context does."""
+    """The most tokens of an episode after its prompt: all actions and observations together. An
+    episode also ends where the model's context does."""
     max_turn_tokens: int | None = None
     """Longest action, in tokens; none leaves it to --max-response."""
     max_in_flight: int | None = None
@@ -100,11 +100,11 @@ class RolloutConfig:
     """Turns that a tree may take, each a step of an environment; none takes any number. A branch
     that would exceed them is not played."""
     overlong_prompts: Literal["error", "skip"] = "error"
-    """What becomes of a task with a longer prompt than --max-prompt: stop the run, or leave the
-    task out (see skipped_fraction in the log)."""
+    """What to do about a task whose prompt is longer than --max-prompt: stop the run and name the
+    episode, or leave the task out (see skipped_fraction in the log)."""
     max_staleness: int = 0
     """Training steps that sampling may run ahead of learning. Above 0 each rank plays in a child
-    process, which goes on with the next steps while the learner updates. No token is learned from
+    process, which continues with the next steps while the learner updates. No token is learned from
     after more updates than this; 0 is strictly on-policy."""
     stages: tuple[str, ...] = ()
     """Parts of the run with environment arguments of their own, one after the other, each in
@@ -160,21 +160,21 @@ class LearnerConfig:
     micro_batch_tokens: int = 4096
     """Tokens that go through the model at once. Changes memory and speed, not the gradient."""
     old_logprobs: Literal["sampler", "recomputed"] = "sampler"
-    """What probability ratios are taken against: the log-probabilities that the sampler reported,
-    or those of the model itself, recomputed before its first update on an episode."""
+    """The denominator of probability ratios: the log-probabilities that the sampler reported, or
+    the model's own, recomputed before its first update on an episode."""
     importance_sampling_cap: float | None = None
-    """With --old-logprobs recomputed: weigh tokens by their recomputed over their reported
-    probability, at most this much (truncated importance sampling); none weighs no token."""
+    """With --old-logprobs recomputed: weight each token by its recomputed over its reported
+    probability, but at most by this (truncated importance sampling); none weights no token."""
     packing: Literal["auto", "on", "off", "tree"] = "auto"
     """Put several trajectories into one row without padding (on), or give each its own row (off).
-    tree also lets the samples of a task share one copy of what they begin with: the prompt, and the
-    turns before a branch. auto is tree with --tree-branches, and else packs on a GPU. Changes
-    memory and speed, not the gradient."""
+    With tree the samples of a task also share one copy of their common beginning: the prompt, and
+    the turns before a branch. auto is tree with --tree-branches; otherwise on with a GPU, and off
+    without. Changes memory and speed, not the gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of the model's matrix products, and of the copy that vLLM samples with.
     Weights, optimizer and softmax are float32 with both."""
     gradient_checkpointing: bool = False
-    """Keep only what enters each layer, and compute the rest again: less memory, slower."""
+    """Keep only the input of each layer, and compute the rest again: less memory, slower."""
     compile: bool = False
     """Let torch.compile fuse the operations of each layer: faster on a GPU, after minutes."""
     lora_rank: int = 0
@@ -182,7 +182,7 @@ class LearnerConfig:
     merge_adapter: bool = False
     """Add the adapter that --model names to the weights of its base first, and train those."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_offload"] = "adamw"
-    """AdamW as it is, with moments of 8 bits (needs bitsandbytes), or in the CPU's memory."""
+    """Plain AdamW, with moments of 8 bits (needs bitsandbytes), or in the CPU's memory."""
     bucket_bytes: int = 2**30
     """With torchrun: the most bytes of weights that a rank holds whole at once, besides its shard,
     while weights are saved or given to the sampler. A larger tensor is a bucket of its own."""
@@ -210,10 +210,10 @@ class RunConfig:
     keep: int = 2
     """Checkpoints kept: the newest ones. The best by evaluation stays too, as checkpoints/best."""
     collapse: float | None = None
-    """A run whose reward, averaged over ten steps, falls below this share of its best such average
-    has collapsed; none never looks. Needs rewards above 0."""
+    """A run has collapsed when its reward, averaged over ten steps, falls below this share of its
+    best such average; none never looks. Needs rewards above 0."""
     on_collapse: Literal["stop", "rollback"] = "stop"
-    """Stop, or go back to the newest checkpoint of the best steps (give --keep enough) and go on
+    """Stop, or go back to the newest checkpoint of the best steps (give --keep enough) and continue
     with the next tasks."""
     eval_every: int | None = None
     """Steps between evaluations, with one before the first step and one after the last. 0 or none:
@@ -226,8 +226,8 @@ class RunConfig:
     eval_temperature: float = 0.0
     """Temperature of evaluations; 0 is greedy."""
     plan: str | None = None
-    """Say what the run would need on GPUs such as 8xH100, or 2x8xH100 for two nodes, and stop:
-    memory, disk, tokens, hours. Nothing is loaded. Exit status 2 if it does not fit."""
+    """Say what the run would need (memory, disk, tokens, hours) on GPUs such as 8xH100, or 2x8xH100
+    for two nodes, and stop. Nothing is loaded. Exit status 2 if it does not fit."""
     trace: Path | None = None
     """File for a timeline of generation, environments and updates, which ui.perfetto.dev opens;
     written anew each time the run is started or continued."""
@@ -308,7 +308,7 @@ class CompareConfig:
     b: tyro.conf.Positional[Path]
     """Another one, on the same questions. Differences are B minus A."""
     metric: str | None = None
-    """What McNemar's test takes as right, where it is above 0.5; none takes em, or else the first
+    """The metric of McNemar's test: above 0.5 an answer is right. none takes em, or else the first
     metric."""
     seed: int = 0
     """Seed of the bootstrap's draws."""
@@ -354,7 +354,7 @@ class SampleConfig:
     metric: str | None = None
     """A sample is right where this is above 0.5; none takes em, or else the first metric."""
     each: int = 1
-    """At most so many episodes of a task."""
+    """The most episodes to keep per task."""
     json: bool = False
     """Print the counts as one line of JSON on standard output, for scripts."""
 
@@ -374,7 +374,8 @@ class ReportConfig:
     """The page; none writes report.html into the first folder. With a training run, curve.png is
     written beside it."""
     limit: int | None = None
-    """Samples of questions shown, the first ones; none shows all. Ten thousand are no trouble."""
+    """How many samples of questions are shown, from the first on; none shows all (ten thousand are
+    no problem)."""
     metric: str | None = None
     """What the terminal's curve shows; none takes the evaluations' reward, or else training's."""
 
@@ -386,10 +387,10 @@ def complete(config: TrainConfig, preset: TrainConfig) -> TrainConfig:
     preset's, the preset's are left out.
     """
 
-    def merge(ours: dict[str, Any], presets: dict[str, Any], same: bool) -> dict[str, Any]:
+    def merge(given: dict[str, Any], presets: dict[str, Any], same: bool) -> dict[str, Any]:
         if same:
-            return {**presets, **ours}
-        return {} if ours == presets else ours  # equal to the preset's: no flag was given
+            return {**presets, **given}
+        return {} if given == presets else given  # equal to the preset's: no flag was given
 
     same_env = config.environment.env == preset.environment.env
     same_algorithm = config.algorithm.algorithm == preset.algorithm.algorithm
@@ -408,14 +409,12 @@ def complete(config: TrainConfig, preset: TrainConfig) -> TrainConfig:
 
 def as_json(config: Any) -> dict[str, Any]:
     """The configuration as plain JSON values."""
-    if not is_dataclass(config) or isinstance(config, type):
-        raise TypeError(f"not a configuration: {config!r}")
-    plain = json.loads(json.dumps(asdict(config), default=str))
-    return dict(plain)
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    return plain
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of a nested mapping as (``"outer.inner"``, value), settings (``*_args``) whole."""
+    """Yield the leaves of a nested mapping as (``"outer.inner"``, value); ``*_args`` are leaves."""
     for key, value in values.items():
         if isinstance(value, Mapping) and not key.endswith("_args"):
             yield from flatten(value, f"{prefix}{key}.")

@@ -10,7 +10,7 @@ from typing import Any
 from research_agent.config import TrainConfig, as_json, flatten
 from research_agent.errors import CheckpointError
 
-# Settings that change how long a run is, how closely it is watched, and where it writes.
+# Settings that change only how long a run is, how closely it is watched, and where it writes.
 FREE = frozenset(
     {
         "preset",
@@ -56,7 +56,7 @@ ENVIRONMENT = frozenset({"environment.env", "environment.env_args"})
 
 @dataclass(frozen=True)
 class Changes:
-    """Settings in which a saved run and a configuration differ: name to (saved, now).
+    """Settings in which a saved run and a configuration differ: name to (saved, present) value.
 
     Attributes:
         results: settings that change what the run computes.
@@ -73,7 +73,7 @@ def changes(
     """Compare a saved configuration with this one.
 
     Args:
-        saved: the JSON values of the run that is continued.
+        saved: the configuration of the run that is continued, as JSON values.
         config: the configuration to continue with.
         same_environment: whether the environments have equal provenance; None if that is not known,
             and then the environment's settings must be equal.
@@ -92,7 +92,7 @@ def changes(
             key in NEUTRAL
             or (key in ENVIRONMENT and same_environment is True)
             or (key == "sampling.max_prompt" and not skips and (pair[1] or 0) >= (pair[0] or 0))
-            # Other GPUs, memory of theirs, or addresses of servers make no other engine.
+            # The engine is the same with other GPUs, another share of memory, or other addresses.
             or (key == "sampling.engine" and len(kinds) == 1)
         )
         (neutral if is_neutral else results)[key] = pair

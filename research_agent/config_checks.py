@@ -1,4 +1,4 @@
-"""What is refused of a configuration before anything is loaded."""
+"""Refuse settings that cannot be used before anything is loaded."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def require_one_process(command: str) -> None:
 
 
 def require_chat_template(used: bool, args: Mapping[str, Any], date: str | None) -> None:
-    """Refuse settings of a chat template without --chat-template, and a date that is none.
+    """Refuse settings of a chat template without --chat-template, and text that is no date.
 
     Raises:
         ConfigError: naming the flag.

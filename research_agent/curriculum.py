@@ -2,7 +2,7 @@
 
 R1-Searcher (Song et al. 2025, section 3.1) rewards retrieving and the format first, and the answer
 when the policy can do both. A stage is written as words: ``steps`` and ``until`` say when the next
-one begins, every other word is an argument of the environment, on top of ``--env-args``::
+one begins; every other word is an argument of the environment, on top of ``--env-args``::
 
     --stages "steps=20 until=1.4 reward=r1-searcher-stage1" "reward=r1-searcher-stage2"
 """
@@ -17,8 +17,8 @@ from typing import Any
 from research_agent.errors import ConfigError
 from research_agent.settings import parse_settings
 
-STAGE_WINDOW = 5  # steps that ``until`` averages the reward over
-COLLAPSE_WINDOW = 10  # steps that collapse averages the reward over
+STAGE_WINDOW = 5  # steps over which ``until`` averages the reward
+COLLAPSE_WINDOW = 10  # steps over which a ``CollapseMonitor`` averages the reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class Stage:
 
     Attributes:
         env_args: arguments of the environment of this stage, on top of the run's.
-        steps: after which the next stage begins; None: ``until`` alone decides.
-        until: mean reward of the last five steps at which the next stage begins; None: never.
+        steps: length of the stage, at most; None: ``until`` alone decides.
+        until: mean reward of the last five steps that ends the stage; None: no reward does.
     """
 
     env_args: Mapping[str, Any]
@@ -46,7 +46,7 @@ def parse_stages(texts: Sequence[str]) -> tuple[Stage, ...]:
     for text in texts:
         try:
             words = parse_settings(shlex.split(text))
-        except ValueError as error:  # a quote that is not closed
+        except ValueError as error:  # an unclosed quote, or a word without KEY=
             raise ConfigError(f"--stages {text!r}: {error}") from error
         steps, until = words.pop("steps", None), words.pop("until", None)
         if steps is not None and (type(steps) is not int or steps < 1):

@@ -1,7 +1,8 @@
-"""More than one process: FSDP2 shards the weights, and each rank runs its share of passes.
+"""More than one process: FSDP2 shards the weights, and each rank runs its share of the passes.
 
-In a run of one process nothing here does anything. ``torchrun`` starts several; whoever calls
-``torch.distributed.init_process_group`` chooses gloo (CPU) or nccl (GPU).
+``torchrun`` starts the processes, called ranks. In a run of one process every function here passes
+its argument through. A collective is a call that all ranks make together; a rank that does not make
+it lets the others wait, so errors are raised on all ranks (``together``, ``alike``).
 
 The loss is a sum with weights that are fixed on the whole batch, so gradients are summed over
 ranks, where FSDP would take their mean.
@@ -26,17 +27,23 @@ from research_agent.system.torchrun import torchrun
 
 T = TypeVar("T")
 
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out", "timed out",
-         "Broken pipe", "remote process exited", "Connection refused")  # fmt: skip
-"""What torch's collectives say when another rank is gone."""
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+_LOST_RANK_MESSAGES = (
+    *("Connection closed by peer", "Connection reset by peer", "Connection refused"),
+    *("Timed out", "timed out", "Broken pipe", "remote process exited"),
+)
+"""Parts of what torch's collectives say when another rank is gone."""
+_OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")
 """What torch says on a CPU, and what CUDA's libraries say."""
-_PATIENCE = timedelta(seconds=10)  # for rank 0 to fail as this rank did
+_RANK_0_TIMEOUT = timedelta(seconds=10)  # for rank 0 to fail as this rank did
+_cpu_meshes: dict[Any, Any] = {}  # by the mesh of a GPU: the same ranks on the CPU
 
 
 @contextmanager
 def init_distributed(timeout_minutes: float = 15.0) -> Iterator[None]:
-    """Meet the other processes that torchrun has started, if it has, and part at the end.
+    """Make the process group of the ranks that torchrun has started, and destroy it at the end.
+
+    Without torchrun there is one process, and nothing to make. The backend is gloo on CPUs, and
+    nccl on GPUs.
 
     Args:
         timeout_minutes: how long a rank waits in a collective before it fails.
@@ -69,18 +76,18 @@ def init_distributed(timeout_minutes: float = 15.0) -> Iterator[None]:
 
 
 def lost_or_out_of_memory(error: Exception) -> bool:
-    """Whether a rank is gone or has failed, or memory is too small: no fault of files or models."""
+    """Whether an error means a lost rank or too little memory, which is no fault of a file."""
     if isinstance(error, StoppedError | RankError | MemoryError | torch.OutOfMemoryError):
         return True
-    no_memory = isinstance(error, RuntimeError) and any(t in str(error) for t in _NO_MEMORY)
-    return no_memory or bool(_lost_rank(error))
+    out_of_memory = any(text in str(error) for text in _OUT_OF_MEMORY_MESSAGES)
+    return isinstance(error, RuntimeError) and (out_of_memory or bool(_lost_rank(error)))
 
 
 def _lost_rank(error: Exception) -> str:
-    """What an error of torch's collectives says of a rank that is gone; empty for others."""
+    """The words in which a collective's error says that a rank is gone; empty for other errors."""
     if isinstance(error, ResearchAgentError) or not isinstance(error, RuntimeError):
         return ""
-    return next((text for text in _LOST if text in str(error)), "")
+    return next((text for text in _LOST_RANK_MESSAGES if text in str(error)), "")
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -110,7 +117,7 @@ def shard_batches(passes: Iterable[T]) -> Iterator[tuple[T, bool]]:
 
 
 def gather(items: Sequence[T]) -> list[T]:
-    """The items of all ranks, those of the first one first."""
+    """Collect the items of all ranks, in the order of the ranks; a collective."""
     size = rank_and_size()[1]
     if size == 1:
         return list(items)
@@ -120,19 +127,19 @@ def gather(items: Sequence[T]) -> list[T]:
 
 
 def broadcast_object(value: T) -> T:
-    """The value of the first rank; all ranks must call this."""
+    """Return the value of the first rank, on all ranks; a collective."""
     if rank_and_size()[1] == 1:
         return value
-    said = [value]
-    dist.broadcast_object_list(said)
-    return said[0]
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Run a block on all ranks; if it fails on one, all stop, and rank 0 says why.
+    """Run a block on all ranks; if it fails on any, all stop, and rank 0 says why.
 
-    So no rank waits in a collective for one that has failed. The block must not contain a
+    No rank then waits in a collective for one that has failed. The block itself must not contain a
     collective, except one that fails on all ranks alike.
 
     Raises:
@@ -146,13 +153,14 @@ def together() -> Iterator[None]:
         if rank_and_size()[1] == 1 or _lost_rank(error):  # nobody would answer
             raise
         problem = error
-    said = gather([problem and portable(problem)])
-    if first := next(filter(None, said), None):
-        raise_together(problem if problem and said[0] else first)
+    problems = gather([problem and portable(problem)])
+    if first := next(filter(None, problems), None):
+        # Rank 0 raises its own error, which has a traceback, if it is the first that failed.
+        raise_together(problem if problem and problems[0] else first)
 
 
 def run_together(work: Callable[[], T]) -> list[T]:
-    """Do something on all ranks, as in ``together``; returns what each rank returned."""
+    """Call a function on all ranks, under ``together``; returns the results in rank order."""
     with together():
         result = work()
     return gather([result])
@@ -160,9 +168,9 @@ def run_together(work: Callable[[], T]) -> list[T]:
 
 @contextmanager
 def consumed_together(items: Iterable[T]) -> Iterator[Iterator[T]]:
-    """Let a block go through items that all ranks compute together, such as gathered weights.
+    """Let a block go through items whose making is a collective, such as gathered weights.
 
-    A rank that fails goes through the rest all the same, so that no rank waits for it.
+    A rank whose block fails goes through the rest of the items, so that no rank waits for it.
 
     Raises:
         Exception: as ``together``.
@@ -181,8 +189,8 @@ def consumed_together(items: Iterable[T]) -> Iterator[Iterator[T]]:
 def alike() -> Iterator[None]:
     """Mark a block that fails on all ranks alike: rank 0 raises its error for all.
 
-    Only errors of this package are converted; others are raised as they are. If rank 0 does not
-    fail within some seconds, this rank raises its own error.
+    Only errors of this package are converted; others are raised unchanged. If rank 0 does not
+    fail within ten seconds, this rank raises its own error.
 
     Raises:
         StoppedError: the block failed, on other ranks than 0.
@@ -196,7 +204,7 @@ def alike() -> Iterator[None]:
 
 
 def _rank_0_fails() -> bool:
-    """Whether rank 0 fails too, which it writes into the store that all ranks have."""
+    """Whether rank 0 fails too: it says so in the store that all ranks share."""
     rank, size = rank_and_size()
     if size == 1:
         return True
@@ -205,14 +213,14 @@ def _rank_0_fails() -> bool:
         store.set("failed", "alike")
         return True
     try:
-        store.wait(["failed"], _PATIENCE)
-    except RuntimeError:  # it does not, or is gone
+        store.wait(["failed"], _RANK_0_TIMEOUT)
+    except RuntimeError:  # rank 0 does not fail, or is gone
         return False
     return True
 
 
 def raise_together(error: Exception) -> NoReturn:
-    """Raise an error that all ranks know of: on rank 0, which says what it was, and so once.
+    """Raise an error that all ranks know; only rank 0 shows it, so users read it once.
 
     Raises:
         Exception: the error, on rank 0.
@@ -224,7 +232,7 @@ def raise_together(error: Exception) -> NoReturn:
 
 
 def portable(error: Exception) -> Exception:
-    """The error, or one with the same words if it cannot go from process to process."""
+    """Return the error, or one with the same words if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # a class may raise anything here
@@ -233,7 +241,7 @@ def portable(error: Exception) -> Exception:
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum over all ranks, element by element."""
+    """Add up a tensor over all ranks, element by element; a collective."""
     if rank_and_size()[1] > 1:
         values = values.clone()
         dist.all_reduce(values)
@@ -242,7 +250,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Repeatable(Generic[T]):
-    """Something that can be gone through again and again, as a generator cannot."""
+    """An iterable that starts a new generator each time it is iterated over."""
 
     start: Callable[[], Iterator[T]]
 
@@ -251,13 +259,13 @@ class Repeatable(Generic[T]):
 
 
 def full_tensor(values: Tensor) -> Tensor:
-    """A sharded tensor put together; all ranks must call this."""
+    """Gather a sharded tensor; a collective. Any other tensor is returned as it is."""
     full = getattr(values, "full_tensor", None)
     return values if full is None else full()
 
 
 def gathered_numel(values: Tensor) -> int:
-    """Numbers that ``full_tensor`` allocates: the last ranks' shards are padded meanwhile."""
+    """Count the elements that ``full_tensor`` allocates: it pads the shards to equal sizes."""
     mesh = getattr(values, "device_mesh", None)
     if mesh is None or not values.numel():
         return values.numel()
@@ -266,7 +274,7 @@ def gathered_numel(values: Tensor) -> int:
 
 
 def local_tensor(values: Tensor) -> Tensor:
-    """What this rank holds of a tensor; all of it if it is not sharded."""
+    """Return this rank's shard of a tensor; all of it if it is not sharded."""
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow to import
 
     return values.to_local() if isinstance(values, DTensor) else values
@@ -293,9 +301,6 @@ def shard_on_cpu(local: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(
         local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
-
-
-_cpu_meshes: dict[Any, Any] = {}
 
 
 def make_mesh(device: torch.device, shard_ranks: int | None = None) -> Any:
@@ -335,14 +340,14 @@ def shard(
     half: bool = False,
     exact: Sequence[nn.Module] = (),
 ) -> None:
-    """Spread the weights of a module over the ranks; they are gathered unit by unit.
+    """Shard the weights of a module over the ranks (FSDP2); they are gathered unit by unit.
 
     Args:
-        root: what is called; its parameters become ``DTensor``s.
+        root: the module that is called; its parameters become ``DTensor``s.
         units: modules inside it that are gathered on their own.
-        mesh: of ``make_mesh``.
+        mesh: what ``make_mesh`` returned.
         half: gather the weights in bfloat16; gradients are summed in float32 all the same.
-        exact: further modules inside, whose weights are gathered as they are.
+        exact: further modules inside, whose weights are gathered in their own number format.
     """
     from torch.distributed.fsdp import (  # noqa: PLC0415 - slow to import
         FSDPModule,
@@ -364,5 +369,5 @@ def shard(
 
 
 def any_rank(problem: bool, device: torch.device) -> bool:
-    """Whether any rank has a problem; then all must stop, or the others would wait for it."""
+    """Whether any rank has a problem; a collective, after which all ranks can stop together."""
     return bool(all_reduce_sum(torch.tensor(float(problem), device=device)) > 0)

@@ -1,7 +1,7 @@
 """Many episodes at once, of any Gymnasium environment that speaks text.
 
-An environment whose own vector environment has ``send`` and ``recv`` is used through it; of any
-other there are as many single ones as asked for.
+An environment that registers a vector environment with ``send`` and ``recv`` is used through it.
+Any other is made as many times as there are episodes at once.
 """
 
 from __future__ import annotations
@@ -34,15 +34,20 @@ class Environments(Protocol):
     """``num_envs`` environments, each at its own pace."""
 
     num_envs: int
-    num_tasks: int | None  # distinct tasks: episodes 0 .. num_tasks - 1; None: no end of them
+    num_tasks: int | None  # distinct tasks: episodes 0 .. num_tasks - 1; None: without end
     terminators: tuple[str, ...]  # strings after which generation pauses
 
     def reset(
         self, assignments: Mapping[int, int], seed: int
     ) -> dict[int, tuple[str, Mapping[str, Any]]]:
-        """Begin episodes: environment -> number, and back environment -> (observation, info).
+        """Begin episodes. The same seed and episode number are the same task in any slot.
 
-        The same seed and number are the same task, whatever the environment.
+        Args:
+            assignments: index of an environment to the number of its next episode.
+            seed: the run's.
+
+        Returns:
+            Index of an environment to its first observation and info.
         """
         ...
 
@@ -51,7 +56,7 @@ class Environments(Protocol):
         ...
 
     def recv(self, min_results: int) -> list[StepResult]:
-        """The results that are ready, after waiting for at least so many (0: no waiting)."""
+        """Wait for at least this many results (0: do not wait); returns all that are ready."""
         ...
 
     def close(self) -> None:
@@ -187,8 +192,8 @@ class _Singles:
         self._ready = [result for result in self._ready if result.env_id not in assignments]
         started: dict[int, tuple[str, Mapping[str, Any]]] = {}
         for i, episode in assignments.items():
-            # One that counts its tasks draws their order from the seed; any other may not know
-            # the option, and is seeded with the episode.
+            # With num_tasks the option names the task and the seed orders the tasks. Any other
+            # environment may not know the option, so its seed depends on the episode too.
             own = seed
             if self.num_tasks is None:
                 own = int(np.random.SeedSequence([seed, episode]).generate_state(1)[0])
@@ -222,22 +227,19 @@ class _Singles:
 
 
 def read_provenance(environment: Any) -> dict[str, str]:
-    """What an environment says of where its tasks come from; empty where it has no such method."""
-    said = getattr(environment, "provenance", None)
-    found = said() if callable(said) else said
+    """What an environment says that its episodes depend on; empty if it says nothing."""
+    found = getattr(environment, "provenance", None)
+    if callable(found):
+        found = found()
     return {str(key): str(value) for key, value in (found or {}).items()}
 
 
 def read_shows(environment: Any) -> dict[str, str]:
-    """Where an environment's info has what an observation shows: items with titles, some marked.
-
-    It is the environment's ``metadata["shows"]``, for reports; empty where it has none.
+    """Read ``metadata["shows"]``: where the infos have the items that an observation shows.
 
     Returns:
-        A name for each of these that there is: ``request`` (the key of what was asked for),
-        ``ids``, ``titles`` and ``scores`` (the keys of the items'), ``marked`` (the key, in an
-        episode's last info, of the ids that matter), ``requests`` (the metric that counts
-        requests), ``item`` and ``mark`` (words for people).
+        The entries that ``research_agent/README.md`` lists under "What reports show"; empty if the
+        environment has none.
     """
     shows = (getattr(environment, "metadata", None) or {}).get("shows") or {}
     return {str(key): str(value) for key, value in shows.items()}

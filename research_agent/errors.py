@@ -24,7 +24,7 @@ class OverlongPromptError(ContextError):
 
 
 class CheckpointError(ResearchAgentError):
-    """A checkpoint that is missing, broken, or of another configuration."""
+    """A checkpoint that is missing, broken, or from another configuration."""
 
 
 class RankError(ResearchAgentError, RuntimeError):
@@ -32,7 +32,7 @@ class RankError(ResearchAgentError, RuntimeError):
 
 
 class LogError(ResearchAgentError):
-    """A log of a run that is broken."""
+    """A run's log that is broken."""
 
 
 class FolderInUseError(ResearchAgentError):
@@ -40,7 +40,7 @@ class FolderInUseError(ResearchAgentError):
 
 
 class PredictionsError(ResearchAgentError):
-    """A file of predictions that is missing, broken, or of another evaluation."""
+    """A file of predictions that is missing, broken, or from another evaluation."""
 
 
 class EnvironmentContractError(ResearchAgentError, TypeError):
@@ -64,4 +64,4 @@ class EngineError(ResearchAgentError, RuntimeError):
 
 
 class StoppedError(ResearchAgentError, RuntimeError):
-    """This rank stops because of an error that rank 0 raises and tells."""
+    """This rank stops because of an error that rank 0 raises and shows."""

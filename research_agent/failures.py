@@ -1,13 +1,12 @@
-"""What led to a number that is not finite, kept in a file to look at."""
+"""Keep the trajectories that led to a number that is not finite in a file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from research_agent import checkpoint
 from research_agent.distributed import rank_and_size
@@ -44,8 +43,13 @@ def saved_for_inspection(
                 for trajectory in trajectories
             ],
         }
+        folder = output / "failures"
+        names = (folder / f"step-{step + 1:06d}-{n}.json" for n in range(1, 10_000))
         try:
-            where = f"are in {_write(output / 'failures', record)}"
+            folder.mkdir(exist_ok=True)
+            path = next(name for name in names if not name.exists())
+            path.write_text(json.dumps(record, default=str), encoding="utf-8")
+            where = f"are in {path}"
         except OSError as problem:
             where = f"could not be written ({problem})"
         message = (
@@ -53,12 +57,3 @@ def saved_for_inspection(
             f"{checkpoint.latest(output / 'checkpoints') or 'none'}"
         )
         raise NonFiniteError(message) from error
-
-
-def _write(folder: Path, record: Mapping[str, Any]) -> Path:
-    """Write a record into a new file; returns its path."""
-    folder.mkdir(exist_ok=True)
-    names = (folder / f"step-{record['step']:06d}-{n}.json" for n in range(1, 10_000))
-    path = next(name for name in names if not name.exists())
-    path.write_text(json.dumps(record, default=str), encoding="utf-8")
-    return path

@@ -1,7 +1,7 @@
 """The formats of the files that this package reads back, each with its one schema.
 
-A file may come from a stranger, from another version, or from a disk that forgot. What does not fit
-is a typed error that names the file, the line, the place in it, and what to do.
+A file may come from a stranger, from another version, or from a damaged disk. Text that does not
+fit raises a typed error that names the file, the line, the place in it, and what to do.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import msgspec
 from research_agent.errors import ResearchAgentError
 
 LONGEST_LINE = 64 << 20
-"""Bytes of a line that are read at most."""
+"""The most bytes of a line that are read."""
 _LARGEST_FILE = 1 << 30
-_DEEPEST = 64  # nested objects and lists
+_DEEPEST = 64  # levels of nested objects and lists
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
@@ -25,7 +25,7 @@ Number = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 
 
 class SegmentFormat(TypedDict):
-    """A part of an episode: who wrote it, and what it says."""
+    """A segment of an episode: who wrote it, and what it says."""
 
     provenance: str
     text: str
@@ -38,7 +38,7 @@ class SegmentFormat(TypedDict):
 
 
 class InfoFormat(TypedDict):
-    """What the environment said last. Other entries may hold anything."""
+    """The last info of the environment. Other entries may hold anything."""
 
     strata: NotRequired[dict[str, Any] | None]
 
@@ -76,7 +76,7 @@ class StepFormat(TypedDict):
 
 
 class CheckpointFormat(TypedDict):
-    """``state.json`` of a checkpoint; its tensors stand in ``state/``."""
+    """``state.json`` of a checkpoint; its tensors are in ``state/``."""
 
     version: int
     step: Count
@@ -85,7 +85,7 @@ class CheckpointFormat(TypedDict):
 
 
 class PolicyFormat(TypedDict):
-    """The part of a saved configuration that is read, and not only compared."""
+    """The part of a saved configuration that is used, and not only compared."""
 
     chat_template_date: NotRequired[str | None]
 
@@ -123,7 +123,7 @@ class DecoderFormat(TypedDict):
 
 
 NumbersFormat = dict[str, Number | None]
-"""A line of ``metrics.jsonl`` or ``timings.jsonl``, of which ``step`` is a count."""
+"""A line of ``metrics.jsonl`` or ``timings.jsonl``."""
 ObjectFormat = dict[str, Any]
 """``config.json``, and any other JSON object."""
 
@@ -150,8 +150,8 @@ def parse(text: bytes, schema: Any, where: str, error: type[ResearchAgentError],
             _require_shallow(value)
         require(value, schema)
     except (ValueError, RecursionError) as problem:
-        said = "it is nested too deeply" if isinstance(problem, RecursionError) else problem
-        raise error(f"{where}: {said}; {cure}") from problem
+        reason = "it is nested too deeply" if isinstance(problem, RecursionError) else problem
+        raise error(f"{where}: {reason}; {cure}") from problem
     return value
 
 
@@ -195,14 +195,14 @@ def read_object(
 
 
 def _integer(text: str) -> int:
-    """A whole number as large as a float can be: larger ones overflow where they meet one."""
+    """Read a whole number; one larger than any float would overflow when they are compared."""
     if len(text) > 300:
         raise ValueError(f"the number {text[:20]}... is too large")
     return int(text)
 
 
 def _require_shallow(value: Any) -> None:
-    """Refuse what later code could not walk through by recursion."""
+    """Refuse nesting that is too deep for later code, which is recursive."""
     level = [value]
     for _ in range(_DEEPEST):
         insides = [list(each.values()) if isinstance(each, dict) else each for each in level]

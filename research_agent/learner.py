@@ -59,7 +59,7 @@ METRICS = {
     "learning_rate": "of the last optimizer step",
     "entropy": "mean over the action tokens of the entropy of the policy there, in nats",
     "sampling_logprob_difference": "mean over the action tokens of |learner's - sampler's"
-    " log-probability|, before the weights change (with several minibatches: of the first alone)",
+    " log-probability|, before the weights change (with several minibatches: in the first alone)",
     "length": "mean tokens of a trajectory, of any provenance",
     "action_length": "mean action tokens of a trajectory",
     "max_length": "tokens of the longest trajectory",
@@ -70,7 +70,7 @@ METRICS = {
     "kl": "mean over the action tokens of the estimate of KL(policy || reference), in nats (by the"
     " algorithms that use a reference)",
 }
-"""What ``Learner.update`` reports. Where it makes several optimizer steps: means over them."""
+"""What ``Learner.update`` reports; with several optimizer steps, means over them."""
 
 
 class Learner:
@@ -78,15 +78,16 @@ class Learner:
 
     Args:
         model: a causal language model. It is set to evaluation mode, because dropout would make the
-            policy that learns differ from the one that sampled. Parameters without gradient stay.
-            With several ranks it is sharded; one of ``load_deferred`` gets its weights here.
+            policy that learns differ from the one that sampled. Parameters that do not require a
+            gradient stay as they are. With several ranks the model is sharded here, and one from
+            ``load_deferred`` gets its weights.
         algorithm: advantages, token weights and objective.
         config: settings of the update; ``LearnerConfig`` explains each.
         reference: the reference policy; run only if the algorithm needs it.
         adapter: folder or hub name of a LoRA adapter over the model, which is trained on.
         temperature: the sampler's.
-        device: where to learn, if ranks share the weights; None where the model is.
-        trees: whether samples branch off each other; packing "auto" is "tree" then.
+        device: where to learn; None takes the device that the model is on.
+        trees: whether samples branch off each other; then packing "auto" means "tree".
 
     Raises:
         ConfigError: a setting that cannot be used, or a reference that is needed and not given.
@@ -115,37 +116,44 @@ class Learner:
         self.device = device or next(model.parameters()).device
         with stand_ins(self.model):
             if adapter is not None:
-                _require_rank(config.lora_rank, load_adapters(self.model, adapter))
+                rank = load_adapters(self.model, adapter)
+                if config.lora_rank not in (0, rank):
+                    raise ConfigError(
+                        f"lora_rank is {config.lora_rank}, and the adapter to train on has rank "
+                        f"{rank}; leave --lora-rank out, or give --merge-adapter to begin a new "
+                        "adapter"
+                    )
             elif config.lora_rank:
                 add_adapters(self.model, config.lora_rank)
         if isinstance(algorithm, UsesCritic) and self.has_adapters:
             raise ConfigError("a critic learns without lora_rank only; leave --lora-rank out")
         if not algorithm.needs_reference:
             reference = None
-        scorer = partial(
+        make_logprobs = partial(
             TokenLogprobs,
             temperature=temperature,
             precision=config.precision,
             compile=config.compile,
         )
-        self._score = scorer(self.model)
-        self._reference_score = None if reference is None else scorer(reference.eval())
-        body = None
+        self._logprobs = make_logprobs(self.model)
+        self._reference_logprobs = None if reference is None else make_logprobs(reference.eval())
+        policies = [each for each in (self._logprobs, self._reference_logprobs) if each]
+        body = None  # the critic's first weights
         if rank_and_size()[1] > 1:
             if isinstance(algorithm, UsesCritic):
                 body = deepcopy(model.base_model)  # a sharded module cannot be copied
             mesh = make_mesh(self.device, config.shard_ranks)
             half = config.precision == "bfloat16"
-            for score in filter(None, (self._score, self._reference_score)):
-                shard(score, gathered_units(score.model), mesh, half=half)
-                load_shards(score, self.device)
+            for policy in policies:
+                shard(policy, gathered_units(policy.model), mesh, half=half)
+                load_shards(policy, self.device)
         automatic: Packing = "on" if self.device.type == "cuda" else "off"
         if trees:
             automatic = "tree"
         self._packing: Packing = automatic if config.packing == "auto" else config.packing
-        for score in filter(None, (self._score, self._reference_score)):
+        for policy in policies:
             self._packing = _prepare(
-                score,
+                policy,
                 packing=self._packing,
                 required=config.packing != "auto",
                 gradient_checkpointing=config.gradient_checkpointing,
@@ -169,16 +177,21 @@ class Learner:
         """Optimizer steps made so far."""
         return self._optimizer.steps
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are learned, and the other weights stay as they are."""
+        return bool(adapters(self.model))
+
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Improve the model on a rollout.
+        """Improve the model on the trajectories of a training step.
 
         Args:
             groups: the samples of each task. Void trajectories are left out; if no action token is
                 left, nothing changes.
 
         Returns:
-            The metrics that ``METRICS`` defines, and those of the critic where there is one; those
-            of the models only if a step was made.
+            The metrics that ``METRICS`` defines, and the critic's if there is a critic. Without an
+            action token: ``trajectories`` and ``optimizer_steps`` only.
 
         Raises:
             EnvironmentContractError: a trajectory without a prompt.
@@ -190,7 +203,10 @@ class Learner:
         if not len(batch.targets):
             return {"trajectories": float(len(batch)), "optimizer_steps": 0.0}
         batch = self._prepare_batch(batch)
-        reports = [self._step(part) | self._critic_step(part) for part in self._minibatches(batch)]
+        reports = []
+        for part in self._minibatches(batch):
+            report = self._step(part)
+            reports.append(report | (self._critic.step(part) if self._critic else {}))
         metrics = {name: sum(r[name] for r in reports) / len(reports) for name in reports[0]}
         lengths = [len(tokens) for tokens in batch.tokens]
         return metrics | {
@@ -203,33 +219,28 @@ class Learner:
             "optimizer_steps": float(len(reports)),
         }
 
-    @property
-    def has_adapters(self) -> bool:
-        """Whether adapters learn, and the weights beside them stay."""
-        return bool(adapters(self.model))
-
     def state_dict(self) -> dict[str, Any]:
         """What decides the next update in addition to the weights: step count and moments.
 
         Returns:
-            Plain numbers and tensors; the tensors are the live ones, as is torch's custom, and
-            sharded if the learner is.
+            Plain numbers and tensors. The tensors are the live ones, as in torch's own
+            ``state_dict``, and sharded if the learner is.
         """
         critic = {} if self._critic is None else {"critic": self._critic.state_dict()}
         lora = {"adapters": adapters(self.model)} if self.has_adapters else {}
         return {"steps": self.steps, "moments": self._optimizer.moments(), **critic, **lora}
 
     def weights(self, dtype: torch.dtype | None = None) -> Iterable[tuple[str, Tensor]]:
-        """Return the weights of the policy, whole, for an engine or a checkpoint.
+        """Return the whole weights of the policy, for an engine or a checkpoint.
 
-        This is what ``Engine.load_weights`` takes. To go through it is a collective: every rank
-        must do so, as often as the others and to the end, also a rank that needs nothing of it.
-        Every rank gets every tensor, whole, on its own device, in the same order. A tensor is valid
-        until the next one is asked for: copy or send it before.
+        This is what ``Engine.load_weights`` takes. Going through it is a collective: every rank
+        must do so, as often as the others and to the end, even a rank that does not need the
+        weights. Every rank gets every whole tensor, on its own device, in the same order. A tensor
+        is valid until the next one is asked for: copy or send it before.
 
         Args:
-            dtype: number format of what is yielded; a shard is converted before it is gathered.
-                None keeps the learner's.
+            dtype: number format of the weights; a shard is converted before it is gathered. None
+                keeps the learner's.
 
         Returns:
             Names and weights. The names are those of the model without adapters, which are added
@@ -258,7 +269,7 @@ class Learner:
             # Twice: while a tensor is gathered, its converted shard is held as well.
             if bucket and held + 2 * size > self.config.bucket_bytes:
                 yield bucket
-                bucket.clear()  # also for whoever still holds the list: its memory is needed now
+                bucket.clear()  # not a new list: the caller may still hold this one
                 held = 0
             bucket.append((name, full_tensor(weight.detach().to(dtype or weight.dtype))))
             held += size
@@ -269,7 +280,8 @@ class Learner:
         """Load the state of a learner of the same model, to the bit.
 
         Args:
-            state: what ``state_dict`` returned; tensors of a checkpoint may be in its files still.
+            state: what ``state_dict`` returned. A tensor may be a ``StoredTensor``, which is still
+                in a checkpoint's files.
             read: reads such tensors in place; see ``Checkpoint.read``.
 
         Raises:
@@ -286,16 +298,16 @@ class Learner:
         read_weights(self.model, folder)
 
     def _prepare_batch(self, batch: Batch) -> Batch:
-        """Add what is fixed for the whole rollout: old and reference log-probabilities, credit."""
+        """Add what all minibatches share: old and reference log-probabilities, advantages."""
         budget = self.config.micro_batch_tokens
         logprobs = partial(batch_logprobs, batch=batch, max_tokens=budget, packing=self._packing)
         if self.config.old_logprobs == "recomputed":
-            batch = replace(batch, old_logprobs=logprobs(self._score))
-        if self._reference_score is not None:
-            batch = replace(batch, reference_logprobs=logprobs(self._reference_score))
+            batch = replace(batch, old_logprobs=logprobs(self._logprobs))
+        if self._reference_logprobs is not None:
+            batch = replace(batch, reference_logprobs=logprobs(self._reference_logprobs))
         elif self.algorithm.needs_reference:
             with adapters_off(self.model):
-                batch = replace(batch, reference_logprobs=logprobs(self._score))
+                batch = replace(batch, reference_logprobs=logprobs(self._logprobs))
         if self._critic is not None and isinstance(self.algorithm, UsesCritic):
             batch = replace(batch, values=self._critic.values(batch))
             batch = replace(batch, returns=self.algorithm.returns(batch))
@@ -310,14 +322,15 @@ class Learner:
         """Deal whole groups into as many parts as there are updates, in order."""
         if self.config.minibatches == 1:
             return [batch]
-        dealt: dict[int, list[int]] = defaultdict(list)
-        names = sorted(set(batch.groups.tolist()))
+        groups = sorted(set(batch.groups.tolist()))
         part_of = {
-            name: place * self.config.minibatches // len(names) for place, name in enumerate(names)
+            group: place * self.config.minibatches // len(groups)
+            for place, group in enumerate(groups)
         }
+        members: dict[int, list[int]] = defaultdict(list)  # by part: indices of trajectories
         for i, group in enumerate(batch.groups.tolist()):
-            dealt[part_of[group]].append(i)
-        parts = [batch.select(chosen) for chosen in dealt.values()]
+            members[part_of[group]].append(i)
+        parts = [batch.select(chosen) for chosen in members.values()]
         return [part for part in parts if len(part.targets)]
 
     def _step(self, batch: Batch) -> dict[str, float]:
@@ -335,25 +348,21 @@ class Learner:
             self._optimizer.zero_grad()
         return metrics | {"grad_norm": norm.item(), "learning_rate": rate}
 
-    def _critic_step(self, batch: Batch) -> dict[str, float]:
-        """Make one optimizer step of the critic, if there is one."""
-        return {} if self._critic is None else self._critic.step(batch)
-
     def _accumulate(self, batch: Batch) -> dict[str, float]:
         """Add up the gradient of the batch's loss, micro-batch by micro-batch."""
         advantages = batch.advantages
         if advantages is None:
-            raise ValueError("the batch has no advantages; fill it first")
-        weights = self.algorithm.weights(batch)  # on the whole batch: cutting it changes nothing
+            raise ValueError("the batch has no advantages; call _prepare_batch first")
+        weights = self.algorithm.weights(batch)  # whole batch: micro-batches change nothing
         parts: list[Batch] = []
-        found: list[Tensor] = []
+        all_logprobs: list[Tensor] = []  # per pass [its action tokens]
         losses: list[Tensor] = []
         sums: dict[str, Tensor] = {}
         budget, ranks = self.config.micro_batch_tokens, rank_and_size()[1]
         passes = micro_batches(batch, budget, packing=self._packing, ranks=ranks)
         for micro, counts in shard_batches(passes):
             part = micro.part
-            logprobs, entropy = self._score(micro)
+            logprobs, entropy = self._logprobs(micro)
             tokens = Tokens(
                 logprobs=logprobs,
                 old_logprobs=part.old_logprobs.to(logprobs.dtype),
@@ -363,28 +372,29 @@ class Learner:
                 seq_ids=part.seq_ids,
             )
             objective, logged = self.algorithm.objective(tokens)
-            share_of = weights[micro.token_index].to(objective.dtype) * counts
-            loss = -(share_of * objective).sum()
+            token_weights = weights[micro.token_index].to(objective.dtype) * counts
+            loss = -(token_weights * objective).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             parts.append(part)
-            found.append(logprobs.detach())
+            all_logprobs.append(logprobs.detach())
             losses.append(loss.detach())
-            gap = (found[-1] - part.sampler_logprobs).abs()
+            difference = (logprobs.detach() - part.sampler_logprobs).abs()
             for name, values in {
                 "entropy": entropy,
-                "sampling_logprob_difference": gap,
+                "sampling_logprob_difference": difference,
                 **logged,
             }.items():
                 sums[name] = sums.get(name, 0.0) + values.detach().sum().double() * counts
-        # Checked only now, because reading a number makes the CPU wait for the GPU.
-        _require_finite(parts, found, losses, f"after {self.steps} optimizer steps")
-        total = torch.stack([torch.stack(losses).double().sum(), *sums.values()])
-        loss_, *rest = all_reduce_sum(total).tolist()
+        # Checked after the last pass, because reading a number makes the CPU wait for the GPU.
+        _require_finite(parts, all_logprobs, losses, f"after {self.steps} optimizer steps")
+        totals = torch.stack([torch.stack(losses).double().sum(), *sums.values()])
+        total_loss, *rest = all_reduce_sum(totals).tolist()
         means = (value / len(batch.targets) for value in rest)
-        return {"loss": loss_} | dict(zip(sums, means, strict=True))
+        return {"loss": total_loss} | dict(zip(sums, means, strict=True))
 
 
 def _check(config: LearnerConfig, temperature: float) -> None:
+    """Refuse settings that no update can have, with the names that a library user knows."""
     counts = {"minibatches": config.minibatches, "micro_batch_tokens": config.micro_batch_tokens}
     for name, count in counts.items():
         if count < 1:
@@ -404,8 +414,17 @@ def _check(config: LearnerConfig, temperature: float) -> None:
         raise ConfigError(message)
 
 
-def _prepare(score: TokenLogprobs, *, packing: Packing, required: bool, **settings: Any) -> Packing:
-    """Set a model up; returns how its trajectories share rows, which auto may give up."""
+def _prepare(
+    policy: TokenLogprobs, *, packing: Packing, required: bool, **settings: Any
+) -> Packing:
+    """Prepare a model for learning; returns its packing, "off" if it cannot do the one wanted.
+
+    Args:
+        policy: the model, sharded if there are several ranks.
+        packing: the packing that is wanted.
+        required: raise the error of a model that cannot do it.
+        settings: further arguments of ``prepare``.
+    """
 
     def attempt(model: nn.Module) -> ModelError | None:
         try:
@@ -414,23 +433,15 @@ def _prepare(score: TokenLogprobs, *, packing: Packing, required: bool, **settin
             return error  # raised here it would leave the weights gathered
         return None
 
-    # All ranks must share rows in the same way, to have the same passes.
-    problem = next(filter(None, run_together(lambda: score(attempt))), None)
+    # All ranks must have the same packing, and so the same passes.
+    problem = next(filter(None, run_together(lambda: policy(attempt))), None)
     if problem is None:
         return packing
     if required or packing == "off":
         raise_together(problem)
     warnings.warn(f"{problem} (packing is auto, so it is off)", stacklevel=3)
-    score(partial(prepare, packing="off", **settings))
+    policy(partial(prepare, packing="off", **settings))
     return "off"
-
-
-def _require_rank(wanted: int, found: int) -> None:
-    if wanted not in (0, found):
-        raise ConfigError(
-            f"lora_rank is {wanted}, and the adapter to train on has rank {found}; leave"
-            " --lora-rank out, or give --merge-adapter to begin a new adapter"
-        )
 
 
 def _require_finite(
@@ -447,6 +458,7 @@ def _require_finite(
 def _not_finite(
     parts: list[Batch], logprobs: list[Tensor], losses: list[Tensor], when: str
 ) -> Iterator[str]:
+    """Describe each log-probability and loss of this rank that is not finite."""
     for part, values in zip(parts, logprobs, strict=True):
         for first in values.isfinite().logical_not().nonzero()[:1].flatten().tolist():
             name = part.names[int(part.seq_ids[first])]

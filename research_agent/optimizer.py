@@ -1,4 +1,4 @@
-"""AdamW over named parameters: whole or sharded, as it is or in one of its ways to save memory."""
+"""AdamW over named parameters, whole or sharded, and two variants that need less memory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Optimizer:
 
     Args:
         parameters: by name. If they are sharded, so are the moments.
-        kind: plain, with moments of 8 bits (needs bitsandbytes), or with the moments and the step
-            in the CPU's memory.
+        kind: "adamw"; "adamw_8bit" with moments of 8 bits (needs bitsandbytes); "adamw_offload"
+            with moments in the CPU's memory, where the step is computed.
         learning_rate: after the warm-up.
         betas: decay rates of AdamW.
         weight_decay: weight decay of AdamW.
@@ -44,11 +44,11 @@ class Optimizer:
         kind: Kind = "adamw",
     ) -> None:
         self.parameters = dict(parameters)
-        self.steps = 0  # made so far
+        self.steps = 0  # optimizer steps made so far
         self._learning_rate = learning_rate
         self._warmup_steps = warmup_steps
         self._max_grad_norm = max_grad_norm
-        self._stepped = self.parameters  # what the optimizer works on
+        self._stepped = self.parameters  # what torch's optimizer updates: these, or copies
         if kind == "adamw_offload":
             self._stepped = {
                 name: local_tensor(p.detach()).to("cpu", copy=True)
@@ -58,7 +58,7 @@ class Optimizer:
         self._optimizer = _make(kind, list(self._stepped.values()), **settings)
 
     def clip(self) -> Tensor:
-        """Scale the gradients down where they are too long; returns the length before that."""
+        """Scale the gradient down if it is too long; returns its length before that."""
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self._max_grad_norm)
         return full_tensor(norm)
 
@@ -68,25 +68,26 @@ class Optimizer:
         rate = self._learning_rate * min(1.0, (self.steps + 1) / max(1, self._warmup_steps))
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        elsewhere = self._stepped is not self.parameters
-        pairs = list(zip(self.parameters.values(), self._stepped.values(), strict=True))
-        for ours, theirs in pairs if elsewhere else ():
-            theirs.copy_(local_tensor(ours))
-            theirs.grad = None if ours.grad is None else local_tensor(ours.grad).to(theirs.device)
+        copies = [] if self._stepped is self.parameters else list(self._stepped.items())
+        for name, copy in copies:
+            parameter = self.parameters[name]
+            copy.copy_(local_tensor(parameter))
+            gradient = parameter.grad
+            copy.grad = None if gradient is None else local_tensor(gradient).to(copy.device)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        for ours, theirs in pairs if elsewhere else ():
-            local_tensor(ours).copy_(theirs)
+        for name, copy in copies:
+            local_tensor(self.parameters[name]).copy_(copy)
         self.steps += 1
         return rate
 
     def zero_grad(self) -> None:
-        """Free the gradients: the rollout that follows can use their memory."""
+        """Free the gradients, so that the next rollout can use their memory."""
         for parameter in self.parameters.values():
             parameter.grad = None
 
     def moments(self) -> dict[str, dict[str, Any]]:
-        """The state of each parameter by its name; the tensors are the live ones."""
+        """Return AdamW's state of each parameter by its name; the tensors are the live ones."""
         return {
             name: {
                 key: self._as_sharded(name, value) if isinstance(value, Tensor) else value
@@ -100,8 +101,8 @@ class Optimizer:
 
         Args:
             moments: moments of an optimizer of the same parameters. Tensors are copied, and
-                those still in files are read.
-            steps: made so far.
+                each ``StoredTensor`` is read.
+            steps: optimizer steps made so far.
             read: fills tensors in place, by their names in the files.
 
         Raises:
@@ -142,7 +143,7 @@ class Optimizer:
                 )
 
     def _as_sharded(self, name: str, value: Tensor) -> Tensor:
-        """View a tensor of the CPU's optimizer as this rank's shard of the parameter's state."""
+        """View an offloaded optimizer's tensor as this rank's shard, as checkpoints store it."""
         stepped = self._stepped[name]
         if stepped is self.parameters[name] or value.shape != stepped.shape:
             return value

@@ -1,4 +1,4 @@
-"""A tokenizer for small worlds: whole phrases are tokens; whatever else is said is spelled."""
+"""A tokenizer for small worlds: whole phrases are tokens, and all other text is spelled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def phrase_tokenizer(phrases: Iterable[str]) -> PreTrainedTokenizerFast:
 
     It is a unigram model (Kudo 2018) in which all phrases are equally probable, so the most
     probable cut is the shortest one. A phrase may hold spaces. What no phrase covers is
-    spelled in characters (ASCII) or bytes, so that every text survives the way there and back.
+    spelled in characters (ASCII) or bytes, so that decoding gives every text back.
 
     Args:
         phrases: the tokens; repeated ones count once.
@@ -24,8 +24,8 @@ def phrase_tokenizer(phrases: Iterable[str]) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models  # noqa: PLC0415 - slow to import
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
 
-    # Scores are log-probabilities: a phrase beats spelling, and spelling beats the pieces that are
-    # no text, so that one who writes "<0x41>" does not get an A.
+    # Scores are log-probabilities: a phrase beats spelling, and spelling beats the names of bytes
+    # and special tokens, so that the text "<0x41>" does not become an A.
     scores = {"<unk>": -1e4, END: -1e4, **{f"<0x{byte:02X}>": -1e4 for byte in range(256)}}
     scores |= {chr(code): -15.0 for code in range(32, 127)}
     scores |= dict.fromkeys(phrases, -1.0)

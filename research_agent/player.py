@@ -69,7 +69,7 @@ class Player:
         self._started = True
 
     def provenance(self) -> dict[str, str]:
-        """What the episodes depend on, as the environment says; places are left out."""
+        """What the episodes depend on, as the environment says; without its ``place:`` names."""
         found = read_provenance(self._environments)
         return {name: text for name, text in found.items() if not name.startswith("place:")}
 
@@ -78,8 +78,7 @@ class Player:
 
         Args:
             episodes: the episodes that the present step learns from.
-            ahead: episodes of later steps; they begin in slots that would be empty otherwise, now
-                and until the next call.
+            ahead: episodes of later steps, which begin in slots that would be empty otherwise.
 
         Returns:
             The trajectories in the order of ``episodes``.
@@ -97,7 +96,12 @@ class Player:
         self._loop.advance()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Give the engine new weights; turns under way continue with them."""
+        """Give the engine new weights; turns under way continue with them.
+
+        Args:
+            weights: names and whole tensors; on several ranks, to go through them is a collective.
+            version: number of training steps that made them.
+        """
         if keeps_turns(self._engine):
             self._engine.load_weights(weights, version)
             return
@@ -111,7 +115,7 @@ class Player:
         self.load_weights(read_weights(folder), version)
 
     def num_eval_tasks(self) -> int | None:
-        """Number of held-out tasks: None if there is no last one, 0 without evaluations."""
+        """Number of held-out tasks: None if there is no end of them, 0 without evaluations."""
         return self._eval_environments.num_tasks if self._eval_environments else 0
 
     def evaluate(self, episodes: Sequence[Episode]) -> list[Trajectory]:

@@ -1,10 +1,10 @@
 """A player in a child process, which continues to play while its parent learns.
 
 The parent asks, the child answers: each request is the name of a method of ``Player`` and its
-arguments, over a pipe. Between two requests the child plays the episodes that the last ``collect``
-allowed ahead. It looks for a request between two engine steps, so an answer never describes half a
-step. Weights travel as files (``weight_files``), or from the parent to the servers that the child
-samples from.
+arguments, sent over a pipe. Between two requests the child plays the episodes that the last
+``collect`` named as ``ahead``. It looks for a request between two engine steps, so an answer never
+describes half a step. Weights travel as files (``weight_files``), or from the parent directly to
+the servers that the child samples from.
 
 If the child dies, the next request raises an error. If the parent dies, the child ends.
 """
@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -45,8 +45,13 @@ from research_agent.weight_files import WeightFolder
 if TYPE_CHECKING:
     from torch import Tensor
 
+P = ParamSpec("P")
+T = TypeVar("T")
+Request = tuple[str, tuple[Any, ...], dict[str, Any]]
+"""Name of a method of ``Player``, and its arguments."""
+
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_GRACE = 10.0  # seconds that a child has to end by itself
+_EXIT_TIMEOUT = 10.0  # seconds that a child has to end by itself
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,8 @@ class _Setup:
     stage_args: Mapping[str, Any]
     trace_start: float | None  # None: no trace
     weights: Path  # folder that the child removes if the parent is dead
-    gpu: int | None  # the parent's device
-    threads: int
+    gpu: int | None  # index of the parent's device; None: no GPU
+    threads: int  # torch's, as in the parent
 
 
 class PlayerProcess:
@@ -72,7 +77,7 @@ class PlayerProcess:
         trace: as for ``Player``; the child appends to the same file.
 
     Raises:
-        EngineError: by every method, if the child died.
+        EngineError: every method raises it if the child has died.
     """
 
     def __init__(
@@ -101,16 +106,6 @@ class PlayerProcess:
             self._process.start()
         theirs.close()
 
-    @property
-    def pid(self) -> int | None:
-        """The child's process number."""
-        return self._process.pid
-
-    @property
-    def weights_folder(self) -> Path:
-        """The folder through which the child gets weights."""
-        return self._weights.root
-
     def start(
         self,
         load: Callable[[], tuple[Engine, Renderer]],
@@ -119,83 +114,82 @@ class PlayerProcess:
         """Make the engine in the child.
 
         Args:
-            load: makes it there; it is pickled.
-            servers: an engine of this process, over the servers that the child samples from. It
-                gives them weights. The child's engine can be used after the first ones.
+            load: called in the child, so it must be picklable.
+            servers: an engine of this process over the servers that the child samples from. It
+                gives them weights, and the child's engine can be used after the first transfer.
         """
         self._servers = servers
-        self._ask("start", load)
+        self._ask(Player.start, load)
 
     def provenance(self) -> dict[str, str]:
         """See ``Player``."""
-        found: dict[str, str] = self._ask("provenance")
-        return found
+        return self._ask(Player.provenance)
 
     def collect(self, episodes: Sequence[Episode], ahead: Sequence[Episode]) -> list[Trajectory]:
-        """See ``Player``; the child plays on with those ahead."""
-        played: list[Trajectory] = self._ask("collect", episodes, ahead)
-        return played
+        """See ``Player``; the child continues with the episodes in ``ahead`` by itself."""
+        return self._ask(Player.collect, episodes, ahead)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Let the child give its engine new weights; all ranks take part."""
-        source: Any
         if self._servers:
-            method, source = "load_weights", self._servers.give_weights(weights, version)
-        else:
-            method, source = "read_weights", self._weights.share(weights, str(version))
+            transferred = self._servers.give_weights(weights, version)
+            with together():
+                self._ask(Player.load_weights, transferred, version)
+            return
+        folder = self._weights.share(weights, str(version))
         with together():
-            self._ask(method, source, version)
+            self._ask(Player.read_weights, folder, version)
+        self._weights.prune(())
         self._weights.prune(())
 
     def num_eval_tasks(self) -> int | None:
         """See ``Player``."""
-        count: int | None = self._ask("num_eval_tasks")
-        return count
+        return self._ask(Player.num_eval_tasks)
 
     def evaluate(self, episodes: Sequence[Episode]) -> list[Trajectory]:
         """See ``Player``."""
-        played: list[Trajectory] = self._ask("evaluate", episodes)
-        return played
+        return self._ask(Player.evaluate, episodes)
 
     def state(self) -> dict[str, Any]:
         """See ``Player``."""
-        state: dict[str, Any] = self._ask("state")
-        return state
+        return self._ask(Player.state)
 
     def restore(self, states: Sequence[Mapping[str, Any]], episodes: Collection[Episode]) -> None:
         """See ``Player``."""
-        self._ask("restore", states, episodes)
+        self._ask(Player.restore, states, episodes)
 
     def clear(self) -> None:
         """See ``Player``."""
-        self._ask("clear")
+        self._ask(Player.clear)
 
     def open_stage(self, stage_args: Mapping[str, Any]) -> None:
         """See ``Player``."""
-        self._ask("open_stage", stage_args)
+        self._ask(Player.open_stage, stage_args)
 
     def close(self) -> None:
         """End the child, by force if it does not end by itself."""
         if self._servers:
             self._servers.close()
         self._connection.close()
-        self._process.join(_GRACE)
+        self._process.join(_EXIT_TIMEOUT)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
         self._weights.close()
 
-    def _ask(self, method: str, *arguments: Any) -> Any:
-        """Send a request and wait for the answer; raises what the child's player raised."""
-        with suppress(OSError):  # a child that failed has said why, and is gone
-            self._connection.send((method, arguments))
+    def _ask(
+        self, method: Callable[Concatenate[Player, P], T], *args: P.args, **named: P.kwargs
+    ) -> T:
+        """Call a method of the child's player; raises what it raises there."""
+        with suppress(OSError):  # a child that failed is gone; its answer says why
+            self._connection.send((method.__name__, args, named))
         wait([self._connection, self._process.sentinel])
         try:
             if not self._connection.poll():
                 raise EOFError
             is_error, answer = self._connection.recv()
         except (EOFError, OSError):
-            self._process.join(_GRACE)
+            self._process.join(_EXIT_TIMEOUT)
             raise EngineError(
                 f"the process that plays the episodes {_how_it_ended(self._process.exitcode)} "
                 f"(its output is above). {CONTINUE}"
@@ -204,7 +198,8 @@ class PlayerProcess:
             if self._servers:
                 self._servers.require_alive()
             raise answer
-        return answer
+        result: T = answer
+        return result
 
 
 def connect_engine(
@@ -214,7 +209,7 @@ def connect_engine(
 
     Args:
         make: what ``SamplesElsewhere.elsewhere`` returned.
-        config: config of the run.
+        config: the run's configuration.
         model: the model that the run began with.
     """
     renderer = open_renderer(config.policy, model)
@@ -233,7 +228,7 @@ def load_engine(
 
     Args:
         make_engine: called as ``engines.make_engine`` is.
-        config: config of the run.
+        config: the run's configuration.
         model: the model that the run began with. The weights that learn follow by ``load_weights``.
         slots: episodes played at the same time.
         merge_adapter: add an adapter to the weights of its base.
@@ -282,37 +277,34 @@ def _serve(connection: Connection, setup: _Setup) -> None:
         trace = Trace(path, setup.trace_start) if path and setup.trace_start is not None else None
         player = Player(setup.config, setup.slots, setup.stage_args, trace)
         while request := _next_request(connection, player):
-            method, arguments = request
-            _answer(connection, False, getattr(player, method)(*arguments))
+            method, args, named = request
+            _answer(connection, False, getattr(player, method)(*args, **named))
     except Exception as error:
         error.add_note("In the process that plays the episodes:\n" + traceback.format_exc())
         _answer(connection, True, portable(error))
     finally:
         if player:
             player.close()
-        if not _parent_is_alive():
+        parent = multiprocessing.parent_process()
+        if parent is None or not parent.is_alive():
             shutil.rmtree(setup.weights, ignore_errors=True)
 
 
-def _next_request(connection: Connection, player: Player) -> tuple[str, tuple[Any, ...]] | None:
+def _next_request(connection: Connection, player: Player) -> Request | None:
     """Play until there is a request; None if the parent has closed the pipe, or is dead."""
     while player.has_work and not connection.poll():
         player.advance()
     try:
-        request: tuple[str, tuple[Any, ...]] = connection.recv()
+        request: Request = connection.recv()
     except (EOFError, OSError):
         return None
     return request
 
 
 def _answer(connection: Connection, is_error: bool, answer: Any) -> None:
+    """Send what a method returned, or raised."""
     with suppress(OSError):  # the parent is dead
         connection.send((is_error, answer))
-
-
-def _parent_is_alive() -> bool:
-    parent = multiprocessing.parent_process()
-    return parent is not None and parent.is_alive()
 
 
 def _end_with_parent(weights: Path) -> None:
@@ -320,7 +312,7 @@ def _end_with_parent(weights: Path) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        time.sleep(_GRACE)
+        time.sleep(_EXIT_TIMEOUT)
         shutil.rmtree(weights, ignore_errors=True)
         os._exit(1)
 
@@ -336,6 +328,7 @@ def _stop_signals_blocked() -> Iterator[None]:
 
 
 def _how_it_ended(code: int | None) -> str:
+    """Describe a process's exit code in words that follow "the process"."""
     if code is None:
         return "does not answer"
     if code < 0:

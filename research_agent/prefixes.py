@@ -1,10 +1,10 @@
 """Sequence trees: sequences that begin alike are laid out with one copy of their beginning.
 
 A causal model computes the same for equal beginnings, so a pass over the tree gives every sequence
-what a pass over it alone would give. Each sequence adds one run to the row: the tokens behind the
-longest beginning that it shares with the sequence before it. Sequences are sorted, so neighbors
-share as much as any two do. A run attends to its path: the shared beginning, wherever that lies in
-the row, and the run itself.
+what a pass over it alone would give. Each sequence adds one run to the row: its tokens after the
+beginning that it shares with the sequence before it. Sequences are sorted, so that neighbors share
+as much as possible. A run attends to its path: the places in the row of the shared beginning, and
+the run itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 class TreeLayout:
     """The places of a row's tokens, and what each run of tokens attends to.
 
-    W tokens in the row, S runs with a token, and K places in all paths of runs.
+    Shapes: W tokens in the row, S runs that have a token, K places in all their paths together.
     """
 
     tokens: Tensor  # [W] int64
@@ -38,11 +38,8 @@ def lay_out(sequences: Sequence[Tensor], shared: Sequence[int]) -> TreeLayout:
     """Lay sequences out as trees.
 
     Args:
-        sequences: their tokens, int64, sorted where they are to share.
+        sequences: the tokens of each, int64; those that share stand next to each other.
         shared: how many tokens each sequence takes over from the one before it.
-
-    Returns:
-        The layout. A run may be as long as its path: a sequence that shares nothing.
     """
     device = sequences[0].device
     paths: list[Tensor] = []

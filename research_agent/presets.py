@@ -1,7 +1,7 @@
 """Presets: configurations by name, from installed packages.
 
-A package offers presets by an entry point of the group ``research_agent.presets``: a mapping of
-names to plain mappings, which say the settings of each section of ``TrainConfig`` and a
+A package offers presets by an entry point in the group ``research_agent.presets``. It names a
+mapping of preset names to plain data: settings by section of ``TrainConfig``, and a
 ``description``::
 
     [project.entry-points."research_agent.presets"]
@@ -32,8 +32,8 @@ def make_preset(name: str, data: Mapping[str, Any]) -> TrainConfig:
     """Make a configuration from plain data.
 
     Args:
-        name: name of the preset; its run writes to ``runs/NAME`` unless the data say otherwise.
-        data: section to its settings; sections and settings that are left out have their defaults.
+        name: name of the preset; its run writes to ``runs/NAME`` unless ``data`` names a folder.
+        data: settings by section; those that are left out have their defaults.
 
     Raises:
         ConfigError: a section or setting that does not exist.
@@ -74,4 +74,4 @@ PRESETS: dict[str, TrainConfig] = {name: make_preset(name, data) for name, data 
 DESCRIPTIONS: dict[str, str] = {
     name: str(data.get("description", "")) for name, data in _DATA.items()
 }
-"""What each preset is, in a sentence."""
+"""A sentence about each preset."""

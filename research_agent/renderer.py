@@ -1,8 +1,8 @@
 """Text to tokens and back, once: nothing is ever retokenized.
 
-Prompts, observations and actions are encoded or decoded where they are made, each on its own. Text
-that comes from the environment is encoded with special-token parsing off, so that one that
-says ``<|im_end|>`` is text and never the token.
+Prompts, observations and actions are encoded or decoded when they are made, each on its own. Text
+from the environment is encoded with special-token parsing off: ``<|im_end|>`` in it is text, and
+never the token.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from research_agent.sft import SFTConfig
 
 _WHERE = "give a folder with tokenizer.json, or a name on the Hugging Face hub"
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Renderer:
         end_ids: the tokens that end a turn.
         chat_template: prompts are chat messages in the tokenizer's template, not plain text.
         chat_template_args: variables of the template, such as ``{"enable_thinking": False}``.
-        chat_template_date: the day that the template takes for today, YYYY-MM-DD; empty leaves it
-            the real one.
+        chat_template_date: the day that the template takes for today, YYYY-MM-DD; "" takes the
+            real day.
     """
 
     tokenizer: Any
@@ -71,7 +71,7 @@ class Renderer:
         if self.tokenizer.unk_token_id not in self.end_ids:
             special.discard(self.tokenizer.unk_token_id)  # an unknown word is text
         object.__setattr__(self, "_special_ids", frozenset(special))
-        # A copy, as the tokenizer changes how its own one takes special tokens with every call.
+        # A copy, because each call of the tokenizer sets how its own backend parses them.
         plain = copy.deepcopy(getattr(self.tokenizer, "backend_tokenizer", None))
         if plain is not None:
             plain.no_truncation()
@@ -86,9 +86,9 @@ class Renderer:
         object.__setattr__(self, "_template", template)
 
     def encode_text(self, text: str) -> list[int]:
-        """Tokens of text on its own: none added in front or behind, and no special token ever."""
+        """Encode text on its own: no token is added before or after it, and none is special."""
         tokens: list[int]
-        if self._plain is not None:  # what the call below does, in less than half of the time
+        if self._plain is not None:  # as the call below, in less than half the time
             (encoding,) = self._plain.encode_batch_fast([text], add_special_tokens=False)
             tokens = encoding.ids
         else:
@@ -100,9 +100,9 @@ class Renderer:
         return self._encode_around_specials(text)
 
     def _encode_around_specials(self, text: str) -> list[int]:
-        """Encode text whose words are special tokens in the plain vocabulary too, by cutting them.
+        """Encode text that names special tokens, by cutting these names in two.
 
-        Some tokenizers look a whole word up whatever the parsing of special tokens says.
+        Some tokenizers look whole words up in a vocabulary that holds the special tokens too.
         """
         for special_id in self._special_ids:
             special = self.tokenizer.convert_ids_to_tokens(special_id)
@@ -120,16 +120,17 @@ class Renderer:
         markup: Sequence[str] = (),
         messages: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
-        """Tokens of what the environment answers.
+        """Encode what the environment answers.
 
         Args:
             observation: the text.
             markup: strings in it that are chat tokens, such as ``<|im_start|>``. They count only
                 with ``chat_template``.
-            messages: not used, since the observation frames them.
+            messages: not used, because the observation holds them; the renderer of an endpoint
+                takes them instead of the text.
 
         Returns:
-            The tokens; all but the markup is text.
+            The tokens; everything but the markup is encoded as text.
 
         Raises:
             ModelError: the tokenizer has no such chat token.
@@ -158,11 +159,11 @@ class Renderer:
         messages: Sequence[Mapping[str, str]] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
-        """Tokens of an episode's first observation.
+        """Encode an episode's first observation.
 
         Args:
-            observation: the prompt as plain text; the begin token goes in front where the
-                tokenizer has that habit.
+            observation: the prompt as plain text; a begin token goes before it if the tokenizer
+                adds one by itself.
             messages: the same as chat messages, used with ``chat_template``; without them the
                 observation is the one user message.
             tools: schemas of what the policy may call, for the chat template.
@@ -188,7 +189,7 @@ class Renderer:
         encoded = self._template.encode(pieces, self._special_ids)
         if encoded is not None:
             return encoded
-        # The tokenizer is written in Python, or knows special tokens as words of its vocabulary.
+        # The tokenizer is written in Python, or has special tokens in its plain vocabulary.
         tokens: list[int] = []
         for kind, text in pieces:
             if kind == "content":
@@ -198,16 +199,16 @@ class Renderer:
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, special ones included, as the model wrote it."""
+        """Decode tokens, special ones included, to the text as the model wrote it."""
         text: str = self.tokenizer.decode(
             list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return text
 
     def stop_flags(self, stop: tuple[str, ...]) -> NDArray[np.bool_]:
-        """Which tokens may complete one of the stop strings. Shape [vocabulary], kept.
+        """Which tokens may complete one of the stop strings. Shape [vocabulary], cached.
 
-        Those whose text has the last character of one, or a part of a character.
+        A token may if its text has the last character of a stop string, or a part of a character.
         """
         if stop not in self._stop_flags:
             anchor = self.encode_text("a")[-1:]  # some tokenizers drop a leading space
@@ -221,13 +222,13 @@ class Renderer:
         return self._stop_flags[stop]
 
     def stop_tokens(self, stop: tuple[str, ...]) -> frozenset[int]:
-        """The tokens that ``stop_flags`` marks, kept."""
+        """The tokens that ``stop_flags`` marks, cached."""
         if stop not in self._stop_tokens:
             self._stop_tokens[stop] = frozenset(np.flatnonzero(self.stop_flags(stop)).tolist())
         return self._stop_tokens[stop]
 
     def stops(self, tokens: Sequence[int], stop: tuple[str, ...]) -> bool:
-        """Whether the tokens of a turn, of which the last is new, hold one of the stop strings."""
+        """Whether a turn's tokens, of which only the last is new, hold one of the stop strings."""
         if not stop:
             return False
         reach = max(len(s.encode()) for s in stop) + 8  # a token has at least a byte, nearly always
@@ -241,9 +242,9 @@ def open_renderer(
     """Open the tokenizer of a model as ``load_renderer`` does, by the settings of a command.
 
     Args:
-        settings: settings of the chat template.
-        model: also a starter of the package, or the folder of a run.
-        date: for the template, if the settings name none.
+        settings: the command's settings of the chat template.
+        model: as for ``load_renderer``; also a starter of the package, or the folder of a run.
+        date: the template's day if the settings name none.
     """
     return load_renderer(
         resolve_model(model),
@@ -263,14 +264,14 @@ def load_renderer(
     """Open the tokenizer of a model.
 
     Args:
-        model: a folder, a GGUF file, or a name of the Hugging Face hub.
+        model: a folder, a GGUF file, or a name on the Hugging Face hub.
         chat_template: prompts are chat messages in the tokenizer's own template.
         chat_template_args: variables of the template, such as ``{"enable_thinking": False}``.
         chat_template_date: the day that a template which writes the date takes for today,
             YYYY-MM-DD. None takes the day of this call, for as long as the renderer lives.
 
     Raises:
-        ModelError: no tokenizer there, no end token, or a chat template asked for and none found.
+        ModelError: there is no tokenizer, no end token, or not the chat template that is asked for.
         ConfigError: an argument that the template does not read.
     """
     from transformers import (  # noqa: PLC0415 - slow to import
@@ -282,14 +283,14 @@ def load_renderer(
     source = tokenizer_source(model)
     place, options = source.place, {**source.options, "trust_remote_code": False}
     with opening(f"the tokenizer of {str(model)!r}", _WHERE):
-        # For some architectures AutoTokenizer makes their own class of tokenizer, whatever the
-        # folder says, and that one reads another's tokenizer.json without a word and wrongly.
+        # For some architectures AutoTokenizer uses their own class, whatever the folder says, and
+        # that class silently misreads the tokenizer.json of another.
         declared = get_tokenizer_config(place).get("tokenizer_class")
         plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
         tokenizer = (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(
             place, **options
         )
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # the library makes one out of nothing
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers made an empty one
         raise ModelError(f"{str(model)!r} holds no tokenizer; {_WHERE}")
     if chat_template and not tokenizer.chat_template:
         raise ModelError(f"the tokenizer of {str(model)!r} has no chat template; leave it off")

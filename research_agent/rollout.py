@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Literal
 
-from research_agent.active_rollout import ActiveRollout, Episode, InFlight, Sampling
+from research_agent.active_rollout import ActiveRollout, Episode, InFlight
+from research_agent.config import SamplingConfig
 from research_agent.engines.base import Completion, Engine, Interruptible, KeepsTurns
 from research_agent.environments import Environments, StepResult, Truncating
 from research_agent.errors import OverlongPromptError
@@ -26,7 +27,7 @@ def collect(
     environments: Environments,
     renderer: Renderer,
     episodes: Sequence[Episode],
-    sampling: Sampling,
+    sampling: SamplingConfig,
     *,
     seed: int = 0,
     on_finish: Callable[[Trajectory], None] | None = None,
@@ -37,11 +38,11 @@ def collect(
 
     Args:
         engine: a sampler with as many slots as there are environments, none of them in use.
-        environments: each plays one episode at a time, and the next one right after.
+        environments: each plays one episode after another.
         renderer: the policy's tokenizer.
         episodes: (episode number, sample number) of each.
-        sampling: temperature and limits. With ``overlap`` a trajectory that waits for its
-            environment does not hold the others up; without it nothing depends on timing.
+        sampling: temperature and limits. With ``overlap`` the others continue while a trajectory
+            waits for its environment; without it nothing depends on timing.
         seed: decides the order of the tasks and the draws. A trajectory's draws depend only on
             this, its episode and its sample.
         on_finish: called with each trajectory as it ends.
@@ -86,7 +87,7 @@ class RolloutLoop:
         renderer: as in ``collect``.
         sampling: as in ``collect``.
         seed: as in ``collect``.
-        in_flight: where the episodes under way are kept. What is in it continues with ``resume``.
+        in_flight: the episodes under way; those that it holds already continue with ``resume``.
         plan: as in ``collect``.
         overlong_prompts: as in ``collect``.
         on_finish: as in ``collect``.
@@ -97,7 +98,7 @@ class RolloutLoop:
         engine: Engine,
         environments: Environments,
         renderer: Renderer,
-        sampling: Sampling,
+        sampling: SamplingConfig,
         *,
         seed: int = 0,
         in_flight: InFlight | None = None,
@@ -116,9 +117,9 @@ class RolloutLoop:
         self._on_finish = on_finish
         self._stop = environments.terminators
         self._truncate: Callable[[int], StepResult | None] = (
-            environments.truncate if isinstance(environments, Truncating) else _keep_reward
+            environments.truncate if isinstance(environments, Truncating) else lambda _: None
         )
-        # Only branching asks for it; the renderer of an endpoint does not know its vocabulary.
+        # Needed by branches only; the renderer of an endpoint does not know its vocabulary.
         vocabulary = len(renderer.tokenizer) if plan.size > 1 else 0
         self._trees = Trees(plan, seed, environments, vocabulary)
         self._waiting: deque[Episode] = deque()
@@ -130,7 +131,7 @@ class RolloutLoop:
         return bool(self.in_flight.active or self._waiting)
 
     def enqueue(self, episodes: Iterable[Episode]) -> None:
-        """Say which episodes to begin next, in this order, instead of those said before.
+        """Set which episodes begin next, in this order; replaces what was enqueued before.
 
         Args:
             episodes: the episodes. Those in flight, and branches of a tree, are left out.
@@ -160,17 +161,19 @@ class RolloutLoop:
         awaiting_env = len(self.in_flight.awaiting_env)
         if not awaiting_env:
             return
-        patience = (0 if self._engine.busy else 1) if self._sampling.overlap else awaiting_env
-        results = self._environments.recv(min(patience, awaiting_env))
+        wanted = awaiting_env
+        if self._sampling.overlap:
+            wanted = 0 if self._engine.busy else 1
+        results = self._environments.recv(wanted)
         for result in sorted(results, key=lambda result: result.env_id):
             if result.env_id in self.in_flight.awaiting_env:  # otherwise the episode was dropped
                 self._observe(result)
 
     def suspend(self) -> None:
-        """Let the engine forget all slots, for something else to use them.
+        """Free all slots of the engine for another use; ``resume`` continues the episodes.
 
-        Turns under way are finished first by an engine that keeps its turns, and otherwise
-        interrupted. Engines that can do neither lose them.
+        An engine that keeps its turns finishes those under way first. Another one interrupts them
+        if it can, and otherwise loses what it has sampled of them.
         """
         active = self.in_flight.active
         if keeps_turns(self._engine):
@@ -195,6 +198,7 @@ class RolloutLoop:
             self._submit(slot)
 
     def _begin(self) -> None:
+        """Begin waiting episodes in free slots; a tree begins if all its samples have a slot."""
         free, active = self._free, self.in_flight.active
         starting = {
             free.popleft(): self._waiting.popleft()
@@ -202,7 +206,7 @@ class RolloutLoop:
         }
         if not starting:
             return
-        self._trees.plant(starting.values(), free)
+        self._trees.begin(starting.values(), free)
         for slot, each in starting.items():
             active[slot] = ActiveRollout(*each, self._seed, self._sampling)
         numbers = {slot: episode for slot, (episode, _) in starting.items()}
@@ -221,16 +225,18 @@ class RolloutLoop:
             self._submit(slot)
 
     def _send(self, completions: Sequence[Completion]) -> None:
+        """Give finished turns to their environments."""
         if not completions:
             return
         active = self.in_flight.active
         slots = [turn.slot for turn in completions]
-        self._trees.offer(completions, active, self._engine)
+        self._trees.consider(completions, active, self._engine)
         actions = [active[turn.slot].finish_turn(turn, self._renderer) for turn in completions]
         self._environments.send(slots, actions)
         self.in_flight.awaiting_env.update(slots)
 
     def _observe(self, result: StepResult) -> None:
+        """Add an environment's answer to its episode, which ends or has its next turn sampled."""
         slot = result.env_id
         self.in_flight.awaiting_env.discard(slot)
         trajectory = self.in_flight.active[slot].observe(
@@ -248,7 +254,3 @@ class RolloutLoop:
 
     def _submit(self, slot: int) -> None:
         self.in_flight.active[slot].submit(self._engine, slot, self._stop)
-
-
-def _keep_reward(slot: int) -> None:
-    """End an episode whose environment cannot score it: it keeps the rewards so far."""

@@ -1,8 +1,8 @@
 """Episodes that began ahead of their training step: into a checkpoint, and back.
 
-Their tokens, log-probabilities and versions are kept to the bit. Environments keep nothing: to
-bring back a half-played episode, its actions are taken again. A turn that was being sampled is
-sampled again from where the last new weights met it.
+Their tokens, log-probabilities and versions are kept to the bit. Environments are not saved: to
+bring back a half-played episode, its actions are taken again. A turn that was being sampled
+continues from the part that had been sampled when the engine last got new weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from research_agent.active_rollout import ActiveRollout, Episode, InFlight, Sampling
+from research_agent.active_rollout import ActiveRollout, Episode, InFlight
+from research_agent.config import SamplingConfig
 from research_agent.engines.base import Completion
 from research_agent.environments import Environments
 from research_agent.trajectory import NOT_GROWN, Segment, Trajectory
@@ -49,19 +50,12 @@ def to_state(in_flight: InFlight) -> dict[str, Any]:
     rollouts = []
     for slot, rollout in sorted(in_flight.active.items()):
         fields = {name: getattr(rollout, name) for name in _ROLLOUT}
-        said = [kept(segment) for segment in rollout.segments]
+        parts = [kept(segment) for segment in rollout.segments]
         partial = [len(part.tokens) for part in rollout.partial_turns]
         segments += rollout.partial_turns
-        waits = slot in in_flight.awaiting_env
-        rollouts.append(
-            {
-                "slot": slot,
-                **fields,
-                "segments": said,
-                "partial_turns": partial,
-                "awaiting_env": waits,
-            }
-        )
+        awaiting_env = slot in in_flight.awaiting_env
+        fields |= {"segments": parts, "partial_turns": partial, "awaiting_env": awaiting_env}
+        rollouts.append({"slot": slot, **fields})
     done = [
         {name: getattr(trajectory, name) for name in _TRAJECTORY}
         | {"metrics": dict(trajectory.metrics), "info": _plain(trajectory.info)}
@@ -84,7 +78,7 @@ def to_state(in_flight: InFlight) -> dict[str, Any]:
 def from_state(
     states: Iterable[Mapping[str, Any]],
     environments: Environments,
-    sampling: Sampling,
+    sampling: SamplingConfig,
     seed: int,
     episodes: Collection[Episode],
     *,
@@ -94,13 +88,13 @@ def from_state(
 
     Args:
         states: its results, one per rank of the run that was saved.
-        environments: they take the actions of half-played episodes again. An episode is forgotten,
+        environments: they take the actions of half-played episodes again. An episode is dropped,
             and begins again later, if its environment answers differently than before, or if there
             are fewer environments than before and none is left for it.
         sampling: as in ``collect``.
         seed: as in ``collect``.
         episodes: the episodes that this rank plays; others are left out.
-        plan: as in ``collect``. Trees that are not whole are forgotten, and begin again later.
+        plan: as in ``collect``. Trees that are not whole are dropped, and begin again later.
     """
     in_flight = InFlight()
     for state in states:
@@ -127,24 +121,24 @@ def from_state(
 
 
 def _read(
-    state: Mapping[str, Any], sampling: Sampling, seed: int
+    state: Mapping[str, Any], sampling: SamplingConfig, seed: int
 ) -> tuple[list[tuple[int, ActiveRollout, bool]], list[Trajectory]]:
-    """The episodes of a state: (slot, rollout, awaits its environment), and the finished ones."""
+    """Read the active episodes of a state (slot, rollout, awaits its environment), and the done."""
     tokens, logprobs, versions = (
         iter(state[name].tolist()) for name in ("tokens", "logprobs", "versions")
     )
 
-    def segment(provenance: Any, count: int, text: str, info: Any, *of_turn: Any) -> Segment:
-        said = tuple(islice(tokens, count))
+    def segment(provenance: Any, count: int, text: str, info: Any, *turn: Any) -> Segment:
+        taken = tuple(islice(tokens, count))
         if provenance != "action":
-            return Segment(provenance, said, text=text, info=info)
-        chances, numbers = tuple(islice(logprobs, count)), tuple(islice(versions, count))
-        return Segment("action", said, chances, numbers, text, info, *of_turn)
+            return Segment(provenance, taken, text=text, info=info)
+        sampled = tuple(islice(logprobs, count)), tuple(islice(versions, count))
+        return Segment("action", taken, *sampled, text, info, *turn)
 
     def part(count: int) -> Completion:
-        said, chances = tuple(islice(tokens, count)), tuple(islice(logprobs, count))
+        taken, sampled = tuple(islice(tokens, count)), tuple(islice(logprobs, count))
         numbers = tuple(islice(versions, count))
-        return Completion(0, said, chances, "", "interrupted", numbers[-1], numbers)
+        return Completion(0, taken, sampled, "", "interrupted", numbers[-1], numbers)
 
     active = []
     for saved in state["active"]:
@@ -159,8 +153,8 @@ def _read(
     for saved in state["done"]:
         fields = {name: saved[name] for name in (*_TRAJECTORY, "metrics", "info")}
         fields["lineage"] = tuple(fields["lineage"])
-        said = tuple(segment(*each) for each in saved["segments"])
-        done.append(Trajectory(segments=said, **fields))
+        parts = tuple(segment(*each) for each in saved["segments"])
+        done.append(Trajectory(segments=parts, **fields))
     return active, done
 
 
@@ -176,7 +170,7 @@ def _replay(in_flight: InFlight, environments: Environments, seed: int) -> None:
     if not active:
         return
 
-    def forget(slot: int) -> None:
+    def drop(slot: int) -> None:
         del active[slot], moves[slot]
         awaiting_env.discard(slot)
 
@@ -185,7 +179,7 @@ def _replay(in_flight: InFlight, environments: Environments, seed: int) -> None:
     prompts = environments.reset({slot: rollout.episode for slot, rollout in active.items()}, seed)
     for slot, (observation, _) in prompts.items():
         if observation != active[slot].segments[0].text:
-            forget(slot)
+            drop(slot)
     for turn in range(max(map(len, moves.values()), default=0)):
         now = {slot: each[turn] for slot, each in sorted(moves.items()) if turn < len(each)}
         environments.send(list(now), [action for action, _ in now.values()])
@@ -193,7 +187,7 @@ def _replay(in_flight: InFlight, environments: Environments, seed: int) -> None:
             slot = result.env_id
             is_over = result.terminated or result.truncated
             if is_over or result.observation != now[slot][1]:
-                forget(slot)
+                drop(slot)
     slots = [slot for slot in waiting if slot in awaiting_env]
     environments.send(slots, [waiting[slot] for slot in slots])
 

@@ -1,7 +1,7 @@
-"""What a run tells: JSON Lines to compute with, TensorBoard to look at, a progress bar to watch.
+"""The logs of a run: JSON Lines, TensorBoard, Weights & Biases, and a progress bar.
 
-``metrics.jsonl`` holds what follows from configuration and seed, and nothing else: the log of a run
-that was killed and continued equals that of one that never was. What depends on the clock stands in
+``metrics.jsonl`` holds only what follows from configuration and seed, so the log of a run that was
+killed and continued equals that of a run that never was. What depends on the clock is in
 ``timings.jsonl``.
 """
 
@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -27,18 +27,18 @@ from research_agent.system.files import write_atomic
 from research_agent.system.terminal import printable
 
 METRICS, TIMINGS, TRAJECTORIES = "metrics.jsonl", "timings.jsonl", "trajectories.jsonl"
-_SHOWN = 5  # metrics of the environment that fit beside the progress bar
+_SHOWN = 5  # metrics of the environment shown beside the progress bar
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON Lines log, each of a step.
+    """Read a JSON Lines log, whose records have a step each.
 
     Args:
         path: the log. One that does not exist has no records. In ``metrics.jsonl`` and
             ``timings.jsonl`` every value is a number or null.
 
     Returns:
-        The records. A last line that was cut short by a kill is left out.
+        The records, without a last line that a kill has cut short.
 
     Raises:
         LogError: a whole line is no such record; the message names file and line.
@@ -65,28 +65,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Drop the records of later steps, and half a line at the end; whole or not at all."""
+    """Drop the records of later steps, and an incomplete last line, by replacing the file."""
     kept = [record for record in read_lines(path) if record["step"] <= step]
     write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-class Board(Protocol):
-    """A run of Weights & Biases, or what takes the same calls."""
-
-    def log(self, data: dict[str, Any], step: int) -> Any:
-        """Take the metrics of a step."""
-        ...
-
-    def finish(self) -> Any:
-        """Send what is left."""
-        ...
-
-
-def wandb_run(project: str, folder: Path, config: Mapping[str, Any]) -> Board:
-    """Open the run of Weights & Biases that belongs to a folder; the same one when continued.
+def wandb_run(project: str, folder: Path, config: Mapping[str, Any]) -> Any:
+    """Open the run of Weights & Biases that belongs to a folder; a continued run has the same one.
 
     Args:
-        project: its name there.
+        project: name of the project there.
         folder: folder of the run; its last part names the run.
         config: settings to show beside the metrics.
 
@@ -124,11 +112,11 @@ class RunLogger:
 
     Args:
         folder: folder of the run.
-        step: steps done; later records, of steps that will be done again, are dropped.
+        step: steps done; records of later steps, which will be done again, are dropped.
         steps: steps of the whole run.
         show: whether to show progress, on standard error.
-        fresh: no step 0 has been recorded yet (a run from the start, not from a checkpoint).
-        board: takes the same metrics as TensorBoard; see ``wandb_run``.
+        fresh: the run begins, so that all records are dropped.
+        wandb: takes the same metrics as TensorBoard; see ``wandb_run``.
     """
 
     def __init__(
@@ -139,7 +127,7 @@ class RunLogger:
         *,
         show: bool = True,
         fresh: bool = False,
-        board: Board | None = None,
+        wandb: Any = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (slow to import)
 
@@ -147,10 +135,10 @@ class RunLogger:
         for name in (METRICS, TIMINGS, TRAJECTORIES):
             truncate_after(folder / name, -1 if fresh else step)
         self._folder = folder
-        self._board = SummaryWriter(
+        self._tensorboard = SummaryWriter(
             str(folder / "tensorboard"), purge_step=0 if fresh else step + 1
         )
-        self._online = board
+        self._wandb = wandb
         self._console = Console(stderr=True)
         self._show = show
         self._steps = steps
@@ -179,10 +167,10 @@ class RunLogger:
     ) -> None:
         """Put the terminal back in order and close the logs."""
         self._progress.stop()
-        with contextlib.suppress(OSError):  # a full disk: said already
-            self._board.close()
-        if self._online is not None:
-            self._online.finish()
+        with contextlib.suppress(OSError):  # a full disk, which ``record`` has reported
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def print(self, message: str) -> None:
         """Print a line above the progress bar."""
@@ -208,8 +196,17 @@ class RunLogger:
         Raises:
             CheckpointError: the logs cannot be written, on a full disk for example.
         """
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        shown = {**metrics, **{f"time/{k}": v for k, v in timings.items()}}
         try:
-            self._write(step, metrics, timings, episodes)
+            append(self._folder / METRICS, [{"step": step, **finite}])
+            append(self._folder / TIMINGS, [{"step": step, **timings}])
+            append(self._folder / TRAJECTORIES, [{"step": step, **each} for each in episodes])
+            for name, value in shown.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+            if self._wandb is not None:
+                self._wandb.log(shown, step=step)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write the log of step {step} to {self._folder}: {error}; make room, and "
@@ -220,27 +217,9 @@ class RunLogger:
         if self._show and not self._console.is_terminal:
             self.print(f"step {step}/{self._steps}  {words}")
 
-    def _write(
-        self,
-        step: int,
-        metrics: Mapping[str, float],
-        timings: Mapping[str, float],
-        episodes: Iterable[Mapping[str, Any]],
-    ) -> None:
-        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        append(self._folder / METRICS, [{"step": step, **finite}])
-        append(self._folder / TIMINGS, [{"step": step, **timings}])
-        append(self._folder / TRAJECTORIES, [{"step": step, **episode} for episode in episodes])
-        shown = {**metrics, **{f"time/{k}": v for k, v in timings.items()}}
-        for name, value in shown.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
-        if self._online is not None:
-            self._online.log(shown, step=step)
-
 
 def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Add records to a JSON Lines file, through to the operating system."""
+    """Add records to a JSON Lines file, and wait until they are on the disk."""
     lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     if lines:
         with path.open("a", encoding="utf-8") as file:
@@ -250,14 +229,14 @@ def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _beside_the_bar(metrics: Mapping[str, float], timings: Mapping[str, float]) -> Iterator[str]:
+    """Yield what is shown of a step beside the progress bar."""
     if "reward" in metrics:
         yield f"reward {metrics['reward']:.3f}"
     of_environment = [(k, v) for k, v in metrics.items() if k.startswith("env/")]
     for name, value in of_environment[:_SHOWN]:
         yield f"{name.removeprefix('env/')} {value:.2f}"
-    for name, value in metrics.items():
-        if name == "eval/reward":
-            yield f"held-out {value:.3f}"
+    if "eval/reward" in metrics:
+        yield f"held-out {metrics['eval/reward']:.3f}"
     if metrics.get("void_fraction"):
         yield f"void {metrics['void_fraction']:.0%}"
     if "episodes_per_second" in timings:

@@ -14,12 +14,12 @@ _WORDS = {"none": None, "null": None, "true": True, "false": False}
 
 
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Read ``KEY=VALUE`` words: a value is JSON where it can be read as JSON, and else text.
+    """Read ``KEY=VALUE`` words: a value is JSON if it can be read as JSON, and text otherwise.
 
     ``top_k=3`` is a number, ``hops=[2,3]`` a list, ``split=dev`` text, ``limit=none`` None.
 
     Raises:
-        ConfigError: when a word has no ``=`` or no key.
+        ConfigError: a word has no ``=`` or no key.
     """
     settings: dict[str, Any] = {}
     for word in words:

@@ -1,13 +1,13 @@
-"""Supervised fine-tuning: fit a model to demonstrations. The warm start of a small policy.
+"""Supervised fine-tuning: fit a model to demonstrations, as the warm start of a small policy.
 
 A demonstration is a list of (provenance, text) pairs. The loss is the mean negative log-probability
 of the tokens of its actions; prompts and observations are context. An action that ends the
 demonstration is followed by the end token.
 
-Demonstrations come from a JSON Lines file, of lines like
+Demonstrations come from a JSON Lines file with lines such as
 ``{"segments": [["prompt", "..."], ["action", "..."]]}``, or from a function, ``"module:function"``.
-A prompt may be a list of chat messages instead of a text, for a model with a chat template.
-They are learned in their order, so that a function can teach one thing before another.
+For a model with a chat template, a prompt may be a list of chat messages instead of a text.
+Demonstrations are learned in their order, so that a function can teach one thing before another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 Demonstration = list[tuple[str, Any]]  # (provenance, text, or messages of a prompt)
 PROVENANCES = ("prompt", "action", "observation")
 
-BATCHES_SORTED_TOGETHER = 16  # with batch_by_length
+BATCHES_SORTED_TOGETHER = 16  # with ``batch_by_length``: batches that are sorted at once
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class SFTConfig:
     chat_template_date: str | None = None
     """The day, YYYY-MM-DD, that a chat template which writes the date shows; none shows today."""
     bare_text: bool = False
-    """Learn from prompts as plain text although the model has a chat template."""
+    """Learn from prompts as plain text, although the model has a chat template."""
     vocabulary: str | None = None
     """MODULE:FUNCTION that lists the phrases a new model's tokenizer knows."""
     hidden_size: int = 128
@@ -81,7 +81,7 @@ class SFTConfig:
     padding. A batch's loss is the mean of its tokens, so a token of a short demonstration then
     counts more than one of a long demonstration, and what short ones do is learned more often."""
     learning_rate: float = 3e-3
-    """The highest; it rises over the first steps and falls linearly over the last part."""
+    """The highest learning rate; it rises over the first steps and falls linearly at the end."""
     warmup_steps: int = 50
     """Optimizer steps over which the learning rate rises."""
     decay_share: float = 0.7
@@ -112,17 +112,18 @@ _OWN = SFTConfig(
 )
 
 
-def _preset(data: Mapping[str, Any]) -> SFTConfig:
-    settings = {key: value for key, value in data.items() if key != "description"}
-    return SFTConfig(**{**settings, "output": Path(settings["output"])})
-
-
-_OFFERED = dict(offered("research_agent.sft_presets"))
-PRESETS = {**{name: _preset(data) for name, data in _OFFERED.items()}, "own": _OWN}
-DESCRIPTIONS = {
-    **{name: str(data["description"]) for name, data in _OFFERED.items()},
-    "own": "Fit a model to demonstrations of your own, such as those of research-agent sample.",
-}
+PRESETS: dict[str, SFTConfig] = {}
+"""Configurations by name: those that installed packages offer, and "own"."""
+DESCRIPTIONS: dict[str, str] = {}
+"""A sentence about each preset."""
+for _name, _data in offered("research_agent.sft_presets"):
+    _settings = {**_data, "output": Path(_data["output"])}
+    DESCRIPTIONS[_name] = str(_settings.pop("description"))
+    PRESETS[_name] = SFTConfig(**_settings)
+PRESETS["own"] = _OWN
+DESCRIPTIONS["own"] = (
+    "Fit a model to demonstrations of your own, such as those of research-agent sample."
+)
 
 
 def run(config: SFTConfig) -> Path:
@@ -247,13 +248,14 @@ def _validate(config: SFTConfig) -> None:
 
 
 def _schedule(config: SFTConfig, done: float, step: int) -> float:
+    """The factor of the learning rate at a step, when a share ``done`` of all steps is done."""
     rising = min(1.0, (step + 1) / max(1, config.warmup_steps))
     left = min(1.0, (1 - done) / max(1e-9, config.decay_share))
     return rising * (config.final_share + (1 - config.final_share) * left)
 
 
 def _batches(config: SFTConfig, renderer: Renderer) -> Iterator[list[Trajectory]]:
-    """Whole batches, in the order of the demonstrations, or with a few sorted by length."""
+    """Yield whole batches: in the demonstrations' order, or some batches at a time by length."""
     import torch  # noqa: PLC0415
 
     generator = torch.Generator().manual_seed(config.seed)
@@ -293,8 +295,10 @@ def as_trajectory(demonstration: Iterable[tuple[str, Any]], renderer: Renderer) 
         elif provenance == "observation":
             segments.append(Segment("observation", tuple(renderer.encode_text(text)), text=text))
         elif provenance == "action":
-            end = [_end_token(renderer)] if i == len(parts) - 1 else []
-            tokens = (*renderer.encode_text(text), *end)
+            tokens = tuple(renderer.encode_text(text))
+            if i == len(parts) - 1:
+                end: int | None = renderer.tokenizer.eos_token_id
+                tokens += (min(renderer.end_ids) if end is None else end,)
             segments.append(Segment("action", tokens, (0.0,) * len(tokens), text=text))
         else:
             known = ", ".join(PROVENANCES)
@@ -317,13 +321,8 @@ def _prompt(prompt: Any, renderer: Renderer) -> Segment:
     return Segment("prompt", tuple(renderer.encode_prompt(text, prompt)), text=text)
 
 
-def _end_token(renderer: Renderer) -> int:
-    """Return the token that ends a response: the tokenizer's own, if it names one."""
-    named: int | None = renderer.tokenizer.eos_token_id
-    return min(renderer.end_ids) if named is None else named
-
-
 def _demonstrations(config: SFTConfig) -> Iterator[Demonstration]:
+    """Yield the demonstrations of a function, or those of a file again and again."""
     if ":" in config.demonstrations and not Path(config.demonstrations).exists():
         make = _imported(config.demonstrations)
         try:
@@ -354,8 +353,8 @@ def _demonstration(line: bytes, where: str) -> Demonstration:
                 known = ", ".join(PROVENANCES)
                 raise ValueError(f"unknown provenance {provenance!r:.80}; known: {known}")
             messages = text if provenance == "prompt" and isinstance(text, list) else []
-            for said in [*(part for m in messages for part in (m["role"], m["content"]))] or [text]:
-                said.encode()  # half a surrogate pair is no text
+            for each in [*(part for m in messages for part in (m["role"], m["content"]))] or [text]:
+                each.encode()  # half a surrogate pair is no text
         if not any(provenance == "action" for provenance, _ in parts):
             raise ValueError("it has no action to learn")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -365,6 +364,7 @@ def _demonstration(line: bytes, where: str) -> Demonstration:
 
 
 def _imported(name: str) -> Callable[..., Any]:
+    """Import ``"module:function"``."""
     module, _, attribute = name.partition(":")
     try:
         found: Callable[..., Any] = getattr(import_module(module), attribute)
@@ -393,7 +393,7 @@ def _open_model(config: SFTConfig) -> tuple[PreTrainedModel, Renderer]:
 
 
 def _new_model(config: SFTConfig) -> tuple[PreTrainedModel, Renderer]:
-    """A Llama of the sizes of the configuration, with a tokenizer of the vocabulary's phrases."""
+    """Make a Llama of the configured sizes, with a tokenizer of the vocabulary's phrases."""
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
     from research_agent.phrase_tokenizer import phrase_tokenizer  # noqa: PLC0415
@@ -410,7 +410,7 @@ def _new_model(config: SFTConfig) -> tuple[PreTrainedModel, Renderer]:
         num_attention_heads=config.heads,
         num_key_value_heads=max(1, config.heads // 2),
         max_position_embeddings=config.context,
-        # A head that attends to the previous token, whichever it is, needs a query from the bias.
+        # A head that attends to the previous token, whichever it is, needs a bias for its query.
         attention_bias=True,
         tie_word_embeddings=True,
         bos_token_id=None,

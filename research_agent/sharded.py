@@ -1,8 +1,8 @@
 """Weights and moments of many ranks, to and from files: each rank reads and writes its shard.
 
-Reading and the moments are torch.distributed.checkpoint's work, in safetensors. Weights are written
-as a folder that transformers opens, one file per bucket. A rank holds its shard and at most one
-bucket.
+torch.distributed.checkpoint (DCP) reads weights and moments, and writes moments, in safetensors.
+Weights are written by this module as a folder that transformers opens, one file per bucket. A rank
+holds its shard and at most one bucket.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Read = Callable[[Mapping[str, Tensor]], None]
 
 @contextmanager
 def meta_parameters() -> Iterator[None]:
-    """Make new modules with their parameters on the meta device; buffers are real."""
+    """Make new modules with their parameters on the meta device; buffers are real tensors."""
 
     def hook(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta:  # a tied weight stays one object
@@ -69,9 +69,9 @@ def meta_parameters() -> Iterator[None]:
 
 @contextmanager
 def stand_ins(model: nn.Module) -> Iterator[None]:
-    """Replace meta parameters by zeros that take no memory.
+    """Replace meta parameters by zeros that take no memory while adapters are added.
 
-    Otherwise an adapter beside a meta parameter would be moved to the meta device too.
+    peft would move an adapter beside a meta parameter to the meta device too.
     """
     held = [
         (module, name, parameter)
@@ -92,34 +92,30 @@ def stand_ins(model: nn.Module) -> Iterator[None]:
 
 
 def defer(model: nn.Module, folder: Path) -> None:
-    """Note where the weights of a model on the meta device are; ``fill`` reads them."""
+    """Note the folder from which ``fill`` will read a meta model's weights."""
     setattr(model, _SOURCE, folder)
 
 
-def is_deferred(model: nn.Module) -> bool:
-    """Whether the model's weights have still to be read."""
-    return hasattr(model, _SOURCE)
-
-
-def weights_folder(model: nn.Module) -> Path:
-    """The folder of a deferred model's weights."""
-    folder: Path = getattr(model, _SOURCE)
+def deferred_folder(model: nn.Module) -> Path | None:
+    """The folder from which a model's weights have still to be read; None if they are there."""
+    folder: Path | None = getattr(model, _SOURCE, None)
     return folder
 
 
-def fill(root: nn.Module, model: nn.Module, device: torch.device) -> None:
+def fill(root: nn.Module, model: nn.Module, folder: Path, device: torch.device) -> None:
     """Allocate this rank's shards of a model that was made on the meta device, and read them.
 
     Args:
         root: the module that was sharded; it contains the model.
         model: a deferred model. Parameters that are not on the meta device (new adapters) stay.
+        folder: the folder of its weights.
         device: where the shards live.
 
     Raises:
         OSError, ValueError, SafetensorError: the files cannot be read.
     """
     allocate(root, device)
-    read_weights(model, weights_folder(model))
+    read_weights(model, folder)
     delattr(model, _SOURCE)
 
 
@@ -150,13 +146,13 @@ def copy_or_read(into: Mapping[str, Tensor], found: Mapping[str, Any], read: Rea
 
 
 def read_nothing(into: Mapping[str, Tensor]) -> None:
-    """Read for a state whose tensors are all in memory."""
+    """Be the ``Read`` of a state whose tensors are all in memory."""
     if into:
         raise ValueError(f"{next(iter(into))} is in a file; give what reads it")
 
 
 def allocate(root: nn.Module, device: torch.device) -> None:
-    """Give the meta parameters of a sharded module memory, with any content."""
+    """Give the meta parameters of a sharded module memory, whose content is arbitrary."""
     real = {n: t.detach().clone() for n, t in root.named_parameters() if not t.is_meta}
     real |= {n: t.detach().clone() for n, t in root.named_buffers() if not t.is_meta}
     root.to_empty(device=device)
@@ -190,7 +186,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
-    """Read tensors in place; of a sharded one this rank reads its rows only.
+    """Read tensors in place; this rank reads only its rows of a sharded tensor.
 
     Args:
         folder: holds safetensors files with whole tensors or shards, from any number of ranks.
@@ -250,7 +246,7 @@ def write_weights(folder: Path, buckets: Iterable[list[tuple[str, Tensor]]]) -> 
 
 
 def _name_files(folder: Path, names: list[list[str]], total: int) -> None:
-    """Give the parts the names that transformers looks for, and say which weight is where."""
+    """Give the parts the names that transformers looks for, and write the index of weights."""
     if len(names) == 1:
         (folder / "0.part").rename(folder / "model.safetensors")
         return
@@ -283,7 +279,7 @@ def _alone() -> bool:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Raise the cause of what DCP raises, on all ranks; no warning where one process is meant."""
+    """Raise on all ranks the cause of DCP's error, and hide its warning about a single process."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")

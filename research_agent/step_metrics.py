@@ -11,7 +11,7 @@ def of_episodes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Average the episodes of a step.
 
     Args:
-        trajectories: all episodes of the step, at least one.
+        trajectories: all episodes of the step; at least one.
 
     Returns:
         Means over the episodes that are not void, and fractions of all episodes;
@@ -36,13 +36,13 @@ def of_episodes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def void_fraction(trajectories: Sequence[Trajectory]) -> float:
-    """Fraction of episodes that are void (failed infrastructure), without skipped ones."""
+    """Fraction of all episodes that are void (failed infrastructure); skipped ones do not count."""
     void = sum(t.void and t.stop_reason != SKIPPED for t in trajectories)
     return void / len(trajectories)
 
 
 def staleness(groups: Sequence[Group], version: int) -> dict[str, float]:
-    """Measure how many updates old the weights were that sampled the tokens.
+    """Measure by how many updates the weights that sampled the tokens are older than the learner.
 
     Args:
         groups: the groups that were learned from.

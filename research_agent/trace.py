@@ -1,4 +1,4 @@
-"""A timeline of a run: which slot samples, which waits for its environment, when learning happens.
+"""A timeline of a run: when each slot samples or waits for its environment, and when it learns.
 
 The file is an array of Chrome's trace events, which https://ui.perfetto.dev and chrome://tracing
 open. Events are appended as they end, and the format needs no closing bracket, so the trace of a
@@ -33,16 +33,16 @@ from research_agent.trees import Forking
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TRAINER = 0  # the row of what the trainer does; slot i has row i + 1
-_WAIT = 0.001  # seconds that nothing was sampled, from which on they are shown
+_TRAINER = 0  # the row of the trainer; slot i has row i + 1
+_MIN_WAIT = 0.001  # seconds; shorter waits for environments are not shown
 
 
 class Trace:
     """A file of spans of time.
 
     Args:
-        path: the file; written anew.
-        start: start of a trace of another process, to whose file the spans are added.
+        path: the file, which is replaced.
+        start: the ``start`` of another process's trace in this file; then spans are added to it.
     """
 
     def __init__(self, path: Path, start: float | None = None) -> None:
@@ -60,7 +60,7 @@ class Trace:
             name: what was going on.
             row: where it is shown.
             begin: what ``time.perf_counter`` said then, in seconds.
-            details: shown when the span is clicked at.
+            details: shown when the span is clicked.
         """
         if row not in self._rows:
             self._rows.add(row)
@@ -83,7 +83,7 @@ class Trace:
 
 @contextmanager
 def span(trace: Trace | None, name: str) -> Iterator[None]:
-    """Show what the trainer does in here, if there is a trace."""
+    """Show the block as a span of the trainer, if there is a trace."""
     begin = time.perf_counter()
     yield
     if trace:
@@ -91,7 +91,7 @@ def span(trace: Trace | None, name: str) -> Iterator[None]:
 
 
 class TracedEngine:
-    """An engine whose turns and new weights are shown."""
+    """An engine whose turns and new weights are shown in a trace."""
 
     def __init__(self, engine: Engine, trace: Trace) -> None:
         self.max_context = engine.max_context
@@ -99,7 +99,7 @@ class TracedEngine:
         self._trace = trace
         self._since: dict[int, float] = {}  # by slot: when its turn was submitted
         if isinstance(engine, Forking):
-            self.fork = engine.fork  # an attribute of its own: engines that cannot fork have none
+            self.fork = engine.fork  # no method: this engine is ``Forking`` only if that one is
 
     @property
     def busy(self) -> int:
@@ -146,7 +146,7 @@ class TracedEngine:
 
 
 class TracedEnvironments:
-    """Environments whose answers are shown, from the action to what it led to."""
+    """Environments whose steps are shown in a trace, from the action to the answer."""
 
     def __init__(self, environments: Environments, trace: Trace) -> None:
         self.num_envs = environments.num_envs
@@ -172,7 +172,7 @@ class TracedEnvironments:
         """The results that are ready; where they are waited for, nothing is sampled."""
         begin = time.perf_counter()
         results = self._environments.recv(min_results)
-        if time.perf_counter() - begin > _WAIT:
+        if time.perf_counter() - begin > _MIN_WAIT:
             self._trace.add("wait", _TRAINER, begin)
         for result in results:
             details = {"over": result.terminated or result.truncated}

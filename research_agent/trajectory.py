@@ -1,7 +1,7 @@
-"""Trajectories: what was said, by whom, token by token.
+"""Trajectories: the tokens of an episode, and who wrote each of them.
 
 A token is an action token because the policy sampled it, never because a string was found again:
-provenance is recorded when the token is made, and every mask is read off it.
+provenance is recorded when the token is made, and every mask follows from it.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class Segment:
     logprobs: tuple[float, ...] | None = None  # [tokens], actions only
     versions: tuple[int, ...] | None = None  # [tokens], actions only
     text: str = ""  # the text of these tokens as the environment saw or gave it
-    info: Mapping[str, object] = field(default_factory=dict)  # what came with it; not of actions
+    info: Mapping[str, object] = field(default_factory=dict)  # what came with an observation
     reward: float = 0.0  # the turn's, actions only
     state_key: str = ""  # name of the state before the turn, actions only; "": it has no name
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One finished episode: its segments in order, and what the environment said of it.
+    """One finished episode: its segments in order, and how the environment ended it.
 
     A trajectory may branch off another one of its group. Then its first turns, with everything
-    before and between them, are those of other samples: ``lineage`` names the sample that each of
-    these turns was sampled in.
+    before and between them, come from other samples: ``lineage`` names the sample in which each of
+    these turns was sampled.
     """
 
     episode: int  # number of the episode; samples of one group share it
@@ -54,8 +54,8 @@ class Trajectory:
     segments: tuple[Segment, ...]
     reward: float  # the sum of its turns' rewards
     terminated: bool
-    truncated: bool  # by the environment
-    stop_reason: str = ""  # the environment's word, or "length" / "context": the budget ended it
+    truncated: bool  # by the environment, or because a budget of tokens was spent
+    stop_reason: str = ""  # the environment's, or the spent budget: "length" or "context"
     void: bool = False  # failed infrastructure; never learned from
     metrics: Mapping[str, float] = field(default_factory=dict)
     info: Mapping[str, object] = field(default_factory=dict)  # the environment's last info
@@ -69,7 +69,7 @@ class Trajectory:
 
     @property
     def own_turns(self) -> list[Segment]:
-        """The actions that were sampled for it, in order: those behind its branch point."""
+        """The actions that were sampled in this trajectory: those after its branch point."""
         return self.turns[len(self.lineage) :]
 
     @property

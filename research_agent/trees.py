@@ -1,16 +1,16 @@
 """Trees of trajectories: where a group's samples branch off each other, and when.
 
-A group of samples is M trees. Each begins with a chain, an episode played from its start to its
-end; then come rounds of branches. A branch takes up a state that an earlier sample of the tree was
-in before one of its turns, and plays on from there: what came before is neither sampled, prefilled
-nor played again.
+A group of samples consists of M trees. A tree begins with a chain, an episode played from its start
+to its end; then come rounds of branches. A branch starts in a state in which an earlier sample of
+the tree took a turn, and plays on from there: what came before is neither sampled, prefilled nor
+played again.
 
-With a budget, a branch begins only where it fits: it is expected to cost what the sample that it
+With a budget, a branch begins only if it fits: it is expected to cost what the sample that it
 leaves cost from there on. A tree whose budget is spent has fewer samples.
 
-An environment can branch from its present state only, so every branch has a slot from the start.
-The slot holds the best state so far, until a better one replaces it. Which states are chosen
-depends on seed, task and samples, never on timing.
+An environment can branch from its present state only, so each branch has a slot from the start,
+while the samples that it may branch off are still played. The slot holds the state with the highest
+priority so far. Priorities depend on seed, task and samples, never on timing.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class TreePlan:
         return -(-(sample % self.size) // max(1, self.branches))
 
     def affords(self, cost: Cost) -> bool:
-        """Say whether a tree may cost this much."""
+        """Whether a tree may cost this much."""
         return cost.tokens <= (self.max_tokens or inf) and cost.turns <= (self.max_turns or inf)
 
     def require_group(self, group_size: int) -> None:
@@ -115,14 +115,14 @@ CHAINS = TreePlan(branches=0)
 
 
 class Cost(NamedTuple):
-    """What was sampled: action tokens, and turns."""
+    """What samples of a tree cost: action tokens, and turns."""
 
     tokens: int = 0
     turns: int = 0
 
     @classmethod
     def of(cls, turns: Sequence[Segment]) -> Cost:
-        """Add up turns."""
+        """The cost of turns."""
         return cls(sum(len(turn.tokens) for turn in turns), len(turns))
 
     def plus(self, other: Cost) -> Cost:
@@ -140,12 +140,12 @@ class Forking(Protocol):
 
 
 @dataclass
-class _Seedling:
-    """A branch that has not begun: its slot, and the best state so far."""
+class _PendingBranch:
+    """A branch that has not begun: its slot, and the state from which it would begin."""
 
     slot: int
-    priority: float = -inf
-    start: ActiveRollout | None = None
+    priority: float = -inf  # the state's
+    start: ActiveRollout | None = None  # the state; None: no turn has been sampled yet
     source: int = -1  # the sample that was in this state
 
 
@@ -180,29 +180,30 @@ class Trees:
         self._seed = seed
         self._environments: Any = environments
         self._highest_entropy = log(max(2, vocabulary))  # nats per token
-        self._seedlings: dict[tuple[int, int], _Seedling] = {}  # by task and sample
-        self._playing: dict[tuple[int, int], int] = {}  # by task and root: samples under way
-        self._ended: dict[tuple[int, int], list[Trajectory]] = {}  # by task and root: samples
+        self._pending: dict[tuple[int, int], _PendingBranch] = {}  # by task and sample
+        # By task and root of each tree: how many samples are under way, and those that have ended.
+        self._playing: dict[tuple[int, int], int] = {}
+        self._ended: dict[tuple[int, int], list[Trajectory]] = {}
 
-    def plant(self, chains: Iterable[tuple[int, int]], free: deque[int]) -> None:
-        """Begin trees whose branches get free slots.
+    def begin(self, chains: Iterable[tuple[int, int]], free: deque[int]) -> None:
+        """Begin trees: each of their branches gets a slot.
 
         Args:
             chains: task and sample of each tree's chain.
-            free: slots; those that are given away are taken out.
+            free: the free slots; those that branches get are removed.
         """
         for episode, root in chains if self._plan.branches else ():
             self._playing[episode, root] = 1
             for sample in range(root + 1, root + self._plan.size):
-                self._seedlings[episode, sample] = _Seedling(free.popleft())
+                self._pending[episode, sample] = _PendingBranch(free.popleft())
 
-    def offer(
+    def consider(
         self, turns: Sequence[Completion], active: Mapping[int, ActiveRollout], engine: Engine
     ) -> None:
         """Let later branches consider the states before turns that have just been sampled.
 
         Args:
-            turns: the turns. The environments of their slots have not had the actions yet.
+            turns: the turns. The environments have not been sent these actions yet.
             active: the trajectories by slot; the turns are not yet added to them.
             engine: the sampler.
         """
@@ -211,20 +212,20 @@ class Trees:
             rollout = active[turn.slot]
             root = plan.root(rollout.sample)
             for sample in range(rollout.sample + 1, root + plan.size):
-                seedling = self._seedlings.get((rollout.episode, sample))
-                if seedling is None or plan.round(sample) <= plan.round(rollout.sample):
+                pending = self._pending.get((rollout.episode, sample))
+                if pending is None or plan.round(sample) <= plan.round(rollout.sample):
                     continue
                 priority = self._priority(rollout, sample, turn)
-                if priority <= seedling.priority:
+                if priority <= pending.priority:
                     continue
-                self._environments.branch(turn.slot, [seedling.slot])
+                self._environments.branch(turn.slot, [pending.slot])
                 start = rollout.branch(sample, root)
                 if isinstance(engine, Forking):
                     held = len(start.unsent_tokens) - 1  # the last gives the next token's logits
-                    engine.fork(turn.slot, seedling.slot, held)
+                    engine.fork(turn.slot, pending.slot, held)
                     start.unsent_tokens = start.unsent_tokens[held:]
-                seedling.priority, seedling.start = priority, start
-                seedling.source = rollout.sample
+                pending.priority, pending.start = priority, start
+                pending.source = rollout.sample
 
     def finish(
         self,
@@ -237,10 +238,10 @@ class Trees:
         """Note that a sample has ended, and begin the next round of its tree if that is due.
 
         Args:
-            trajectory: trajectory of the sample.
-            in_flight: branches that begin are added to what is active; of those that do not fit
-                the budget, void trajectories to what is done.
-            free: slots; those of the latter are added.
+            trajectory: the trajectory of the sample.
+            in_flight: its ``active`` gets the branches that begin; its ``done`` gets a void
+                trajectory for each branch that does not fit the budget.
+            free: the free slots; those of branches that do not fit are added.
             engine: the sampler, which gets the branches that begin.
             stop: strings after which generation pauses.
         """
@@ -269,43 +270,47 @@ class Trees:
         free: deque[int],
         engine: Engine,
     ) -> dict[int, ActiveRollout]:
-        """Choose the branches of a round that fit the budget, by slot; the others are done."""
+        """Choose the branches of a round that fit the budget; returns them by slot."""
         episode, root = tree
         started: dict[int, ActiveRollout] = {}
         spent = Cost.of([turn for ended in self._ended[tree] for turn in ended.own_turns])
         for branch in range(root, root + self._plan.size):
             if self._plan.round(branch) != number:
                 continue
-            seedling = self._seedlings.pop((episode, branch))
-            assert seedling.start is not None  # every episode has a turn to branch at
-            source = next(t for t in self._ended[tree] if t.sample == seedling.source)
-            cost = spent.plus(Cost.of(source.turns[len(seedling.start.lineage) :]))
+            pending = self._pending.pop((episode, branch))
+            assert pending.start is not None  # every episode has a turn to branch at
+            source = next(t for t in self._ended[tree] if t.sample == pending.source)
+            cost = spent.plus(Cost.of(source.turns[len(pending.start.lineage) :]))
             if self._plan.affords(cost):
                 spent = cost
-                started[seedling.slot] = seedling.start
+                started[pending.slot] = pending.start
             else:
-                engine.release(seedling.slot)
-                free.append(seedling.slot)
-                in_flight.done[episode, branch] = _not_grown(episode, branch)
+                engine.release(pending.slot)
+                free.append(pending.slot)
+                in_flight.done[episode, branch] = Trajectory(
+                    episode, branch, (), 0.0, False, True, NOT_GROWN, void=True
+                )
         return started
 
     @property
     def slots(self) -> set[int]:
         """Slots of the branches that have not begun."""
-        return {seedling.slot for seedling in self._seedlings.values()}
+        return {pending.slot for pending in self._pending.values()}
 
     def release(self, engine: Engine) -> None:
         """Let the engine forget what it holds for branches that have not begun."""
-        for seedling in self._seedlings.values():
-            engine.release(seedling.slot)
-            if seedling.start:
-                seedling.start.unsent_tokens = seedling.start.tokens
+        for pending in self._pending.values():
+            engine.release(pending.slot)
+            if pending.start:
+                pending.start.unsent_tokens = pending.start.tokens
 
     def _priority(self, rollout: ActiveRollout, sample: int, turn: Completion) -> float:
-        """A number per branch and state; the state with the largest is chosen.
+        """Draw a state's priority for a branch; the state with the largest one is chosen.
 
-        With u uniform, log(u) / w is largest with probability w / sum w (Efraimidis and Spirakis
-        2006, "Weighted random sampling with a reservoir").
+        With u uniform in (0, 1), log(u) / w is largest with probability w / sum w.
+
+        References:
+            Efraimidis and Spirakis (2006), "Weighted random sampling with a reservoir".
         """
         place = sum(segment.provenance == "action" for segment in rollout.segments)
         words = [self._seed, rollout.episode, sample, rollout.sample, place]
@@ -318,10 +323,12 @@ class Trees:
     def _branch_probability(self, rollout: ActiveRollout, turn: Completion) -> float:
         """Return the probability with which ARPO branches before a turn.
 
-        ``clip(alpha + beta (H_k - H_initial))``: Dong et al. 2025 (arXiv:2507.19849), section 3.1.
-        H_k is the sum of the entropies of the turn's first tokens, divided by the logarithm of the
-        vocabulary; H_initial is that of the episode's first turn. The surprisals of the tokens that
-        were sampled estimate the entropies.
+        ``clip(alpha + beta (H_k - H_initial))``: H_k is the sum of the entropies of the turn's
+        first k tokens, divided by the logarithm of the vocabulary; H_initial is that of the
+        episode's first turn. The surprisals of the sampled tokens estimate the entropies.
+
+        References:
+            Dong et al. 2025 (arXiv:2507.19849), section 3.1.
         """
         plan = self._plan
 
@@ -333,8 +340,3 @@ class Trees:
         initial = now if first is None else entropy(first.logprobs or ())
         probability = plan.branch_probability + plan.entropy_weight * (now - initial)
         return min(1.0, max(probability, 1e-6))
-
-
-def _not_grown(episode: int, sample: int) -> Trajectory:
-    """What stands for a branch that does not fit the budget of its tree."""
-    return Trajectory(episode, sample, (), 0.0, False, True, NOT_GROWN, void=True)

@@ -1,4 +1,4 @@
-"""Weights as files in the temporary directory, for samplers in other processes."""
+"""Weights as files in a temporary folder, for samplers in other processes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class WeightFolder:
-    """A temporary folder with a folder of safetensors for each version of the weights.
+    """A temporary folder with a subfolder of safetensors for each version of the weights.
 
     Args:
         names: names and shapes that the weights must have; None takes any.
-        dtype: number format of what is written; None keeps that of each weight.
+        dtype: number format to write; None keeps that of each weight.
 
     Attributes:
-        root: the temporary folder, in which weights are under their names.
+        root: the temporary folder.
     """
 
     def __init__(self, names: WeightNames | None = None, dtype: torch.dtype | None = None) -> None:
@@ -40,13 +40,14 @@ class WeightFolder:
         self.root = Path(self._folder.name)
 
     def write(self, weights: Iterable[tuple[str, Tensor]], name: str) -> Path:
-        """Write weights to a new folder, which is there as soon as it is complete.
+        """Write weights to a new folder that appears when it is complete.
 
-        The weights are always consumed to their end: to yield them may be work of all ranks.
+        Each weight has a file of its own, so that only one at a time is copied. The weights are
+        always consumed to their end, because yielding them may be a collective.
 
         Args:
-            weights: all of the model's, tied ones once or more often.
-            name: name of the folder.
+            weights: all weights of the model, tied ones once or more often.
+            name: name of the folder in ``root``.
 
         Raises:
             EngineError: no space, or no permission.
@@ -57,7 +58,14 @@ class WeightFolder:
         left = iter(self._names.checked(weights) if self._names else weights)
         try:
             making.mkdir()
-            self._fill(making, left)
+            # Files are numbered, for servers that read them in order. Tied names come last: on a
+            # CPU vLLM packs a head of its own, which must not stay old.
+            for number, (weight_name, weight) in enumerate(left):
+                dtype = self._dtype if self._dtype and weight.is_floating_point() else weight.dtype
+                tensor = weight.detach().to("cpu", dtype).contiguous()
+                save_file(
+                    {weight_name: tensor}, making / f"{number:05d}.safetensors", {"format": "pt"}
+                )
             making.rename(final)
         except BaseException as error:
             shutil.rmtree(making, ignore_errors=True)
@@ -73,7 +81,7 @@ class WeightFolder:
         return final
 
     def share(self, weights: Iterable[tuple[str, Tensor]], name: str) -> Path:
-        """Write weights once per machine; all ranks call this and go through the weights.
+        """Write weights once per machine; a collective, in which all ranks consume the weights.
 
         Args:
             weights: as for ``write``.
@@ -83,7 +91,7 @@ class WeightFolder:
             The folder of this machine's first rank.
 
         Raises:
-            EngineError, ModelError: as ``write``, on rank 0; ``StoppedError`` on others.
+            EngineError, ModelError: as ``write``, on rank 0; ``StoppedError`` on the others.
         """
         local_rank = torchrun("LOCAL_RANK", 0)
 
@@ -107,17 +115,6 @@ class WeightFolder:
     def close(self) -> None:
         """Delete everything."""
         self._folder.cleanup()
-
-    def _fill(self, folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Write a file per weight, so that no more than one is copied at a time.
-
-        The files are numbered, for servers that read them in order. Tied names come last: on a CPU
-        vLLM packs a head of its own, which must not stay old.
-        """
-        for number, (name, weight) in enumerate(weights):
-            dtype = self._dtype if self._dtype and weight.is_floating_point() else weight.dtype
-            tensor = weight.detach().to("cpu", dtype).contiguous()
-            save_file({name: tensor}, folder / f"{number:05d}.safetensors", {"format": "pt"})
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from research_agent.active_rollout import Sampling, trajectory_seed
+from research_agent.active_rollout import trajectory_seed
+from research_agent.config import SamplingConfig
 from research_agent.engines.base import Completion, Engine, SamplingParams
 from research_agent.errors import ContextError
 from research_agent.renderer import Renderer
@@ -89,7 +90,7 @@ def run(
     environments: SearchQAVectorEnv,
     renderer: Renderer,
     episodes: Sequence[tuple[int, int]],
-    sampling: Sampling,
+    sampling: SamplingConfig,
     *,
     baseline: Baseline,
     seed: int = 0,
@@ -262,7 +263,7 @@ class _Play:
         self.asked += 1
         return tokens
 
-    def params(self, sampling: Sampling, seed: int) -> SamplingParams:
+    def params(self, sampling: SamplingConfig, seed: int) -> SamplingParams:
         draws = trajectory_seed(seed, self.episode, self.sample) + self.asked - 1
         return SamplingParams(
             temperature=sampling.temperature,

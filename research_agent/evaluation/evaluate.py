@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from research_agent.active_rollout import Sampling
+from research_agent.config import SamplingConfig
 from research_agent.engines.base import Engine
 from research_agent.environments import Environments
 from research_agent.errors import ConfigError
@@ -29,7 +29,7 @@ def evaluate(
     engine: Engine,
     environments: Environments,
     renderer: Renderer,
-    sampling: Sampling,
+    sampling: SamplingConfig,
     output: Path,
     *,
     limit: int | None = None,

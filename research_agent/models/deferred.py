@@ -18,12 +18,11 @@ from research_agent.models.prepare import require_learnable
 from research_agent.models.source import ModelSource, model_source, opening, read_config
 from research_agent.sharded import (
     defer,
+    deferred_folder,
     fill,
-    is_deferred,
     meta_parameters,
     require_files,
     stored_tensors,
-    weights_folder,
 )
 
 
@@ -121,9 +120,9 @@ def load_shards(score: Any, device: torch.device) -> None:
         ModelError: the files cannot be read, or ``require_learnable`` refuses the model.
     """
     model = score.model
-    if not is_deferred(model):
+    folder = deferred_folder(model)
+    if folder is None:
         return
-    folder = weights_folder(model)
     with opening(f"the weights in {folder}", "get or save them again"):
-        fill(score, model, device)
+        fill(score, model, folder, device)
     score(partial(require_learnable, name=str(folder)))

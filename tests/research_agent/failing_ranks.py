@@ -63,7 +63,7 @@ def pack_on_one_rank() -> float:
 
 
 def run() -> None:
-    distributed._PATIENCE = timedelta(seconds=0.5)
+    distributed._RANK_0_TIMEOUT = timedelta(seconds=0.5)
     said: dict[str, object] = {}
     try:
         with init_distributed():

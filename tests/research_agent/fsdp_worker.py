@@ -45,13 +45,13 @@ RESUMED = ("packed", "offload", "copies", "adapters", "critic")
 
 def make(case: str, model: Path, weights: Path | None = None) -> Learner:
     """A learner of a case, over the model in a folder or over its weights in a checkpoint."""
-    rule, settings = CASES[case]
+    algorithm, settings = CASES[case]
     load: Callable[..., Any] = load_deferred
     if rank_and_size()[1] == 1:
         load = partial(load_model, device="cpu")
     torch.manual_seed(0)  # new adapters begin at random
     start = model if weights is None or "lora_rank" in settings else weights
-    needs = rule.needs_reference and "lora_rank" not in settings
+    needs = algorithm.needs_reference and "lora_rank" not in settings
     config = LearnerConfig(
         learning_rate=1e-3,
         max_grad_norm=0.1,
@@ -62,7 +62,7 @@ def make(case: str, model: Path, weights: Path | None = None) -> Learner:
     )
     return Learner(
         load(start, dtype="float64"),
-        rule,
+        algorithm,
         config,
         reference=load(model, dtype="float64") if needs else None,
         device=torch.device("cpu"),
@@ -147,11 +147,10 @@ def broken(learner: Learner) -> str:
 def measure(folder: Path) -> dict[str, Any]:
     """The most bytes of tensors that this rank holds while it loads, steps, saves and resumes."""
     place, root = folder / "large", folder / f"large-{rank_and_size()[1]}"
-    rule = GRPO(kl_coef=0.0)
     config = LearnerConfig(packing="on", micro_batch_tokens=40, bucket_bytes=BUCKET)
 
     def load(source: Path) -> Learner:
-        return Learner(load_deferred(source), rule, config, device=torch.device("cpu"))
+        return Learner(load_deferred(source), GRPO(kl_coef=0.0), config, device=torch.device("cpu"))
 
     peaks: dict[str, int] = {}
 
@@ -196,15 +195,15 @@ def half_precision(folder: Path, precision: str = "bfloat16") -> dict[str, Any]:
         reference=load(folder / "model", dtype=precision),
         device=torch.device("cpu"),
     )
-    assert learner._reference_score is not None and learner._critic is not None
+    assert learner._reference_logprobs is not None and learner._critic is not None
     critic: Any = learner._critic.model
     gathered: set[torch.dtype] = set()
     layer = critic.body.layers[0].mlp.up_proj
     layer.register_forward_pre_hook(lambda module, _: gathered.add(module.weight.dtype))
     seen: dict[str, Any] = {
-        "gathered": learner._score(lambda model: model.get_output_embeddings().weight.dtype),
+        "gathered": learner._logprobs(lambda model: model.get_output_embeddings().weight.dtype),
         "kept": {p.dtype for p in learner.model.parameters()},
-        "reference": {p.dtype for p in learner._reference_score.parameters()},
+        "reference": {p.dtype for p in learner._reference_logprobs.parameters()},
         "critic": {(isinstance(p, DTensor), p.dtype) for p in critic.parameters()},
         "critic_gathered": gathered,
     }

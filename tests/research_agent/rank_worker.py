@@ -10,7 +10,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -53,16 +54,19 @@ def ended(words: Sequence[str]) -> tuple[int, str]:
     return int(status or 0), errors.getvalue()
 
 
-def collapse_after_three_steps() -> None:
-    """Let rewards be 1, 1, 1, and then 0, with averages over two steps."""
+def collapse_after_three_steps(put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Let rewards be 1, 1, 1, and then 0, with averages over two steps.
+
+    ``put`` may be a monkeypatch's ``setattr``.
+    """
     describe = step_metrics.of_episodes
 
     def given(trajectories: Sequence[Any]) -> dict[str, float]:
         step = trajectories[0].episode // 4 + 1  # four tasks a step
         return {**describe(trajectories), "reward": float(step <= 3)}
 
-    step_metrics.of_episodes = given
-    trainer.CollapseMonitor = lambda share: CollapseMonitor(share, window=2)  # type: ignore
+    put(step_metrics, "of_episodes", given)
+    put(trainer, "CollapseMonitor", partial(CollapseMonitor, window=2))
 
 
 def fault(name: str) -> contextlib.AbstractContextManager[Any]:

@@ -12,14 +12,14 @@ from research_agent.errors import EnvironmentContractError, NonFiniteError
 from research_agent.trajectory import Group, Segment, Trajectory
 from tests.research_agent.rollouts import action, observation, prompt, random_groups, trajectory
 
-SEARCH = trajectory(
+TWO_TURNS = trajectory(
     prompt(10, 11), action([20, 21], [-0.5, -0.25]), observation(30, 31), action([22], [-2.0])
 )
 
 
 def test_literal() -> None:
     short = trajectory(prompt(12), action([23], [-1.0]), reward=0.5, sample=1)
-    batch = make_batch([Group(0, [SEARCH, short])])
+    batch = make_batch([Group(0, [TWO_TURNS, short])])
     assert [row.tolist() for row in batch.tokens] == [[10, 11, 20, 21, 30, 31, 22], [12, 23]]
     assert batch.lengths.tolist() == [3, 1]
     assert batch.seq_ids.tolist() == [0, 0, 0, 1]
@@ -45,7 +45,7 @@ def test_void_trajectories_are_left_out_and_groups_keep_apart() -> None:
 
 def test_a_trajectory_without_action_tokens_is_counted_and_never_forwarded() -> None:
     silent = trajectory(prompt(1, 2), action([]), observation(3), reward=1.0)
-    batch = make_batch([Group(0, [silent, SEARCH, silent])])
+    batch = make_batch([Group(0, [silent, TWO_TURNS, silent])])
     assert batch.lengths.tolist() == [0, 3, 0]
     assert batch.seq_ids.tolist() == [1, 1, 1]
     (micro,) = micro_batches(batch, max_tokens=100)
@@ -119,7 +119,7 @@ def test_broken_trajectories_are_refused(
     wrong: Trajectory, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        make_batch([Group(0, [SEARCH, wrong])])
+        make_batch([Group(0, [TWO_TURNS, wrong])])
 
 
 # ---------------------------------------------------------------------------------------------

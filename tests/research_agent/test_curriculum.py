@@ -1,10 +1,10 @@
-"""Stages of a run: how they are written, and when the next one begins."""
+"""Stages of a run: how they are written, and when the next one begins; and the collapse monitor."""
 
 from __future__ import annotations
 
 import pytest
 
-from research_agent.curriculum import CurriculumState, Stage, parse_stages
+from research_agent.curriculum import CollapseMonitor, CurriculumState, Stage, parse_stages
 from research_agent.errors import ConfigError
 
 
@@ -38,14 +38,27 @@ def test_a_stage_that_makes_no_sense_is_refused(texts: list[str], message: str) 
 
 def test_steps_or_reward_end_a_stage() -> None:
     stages = parse_stages(["steps=7 until=0.5", "until=1", "top_k=1"])
-    position = CurriculumState()
+    state = CurriculumState()
     # The mean of five steps reaches .5 with the fifth: 0 + .25 + .5 + .75 + 1 = 2.5.
-    moved = [position.advance(stages, reward) for reward in (0, 0.25, 0.5, 0.75, 1.0)]
+    moved = [state.advance(stages, reward) for reward in (0, 0.25, 0.5, 0.75, 1.0)]
     assert moved == [False, False, False, False, True]
-    assert position == CurriculumState(stage=1)
-    assert [position.advance(stages, 1.0) for _ in range(5)] == [False] * 4 + [True]
-    assert [position.advance(stages, 9.0) for _ in range(9)] == [False] * 9  # the last one
-    assert position == CurriculumState(stage=2, steps=9, rewards=[9.0] * 5)
+    assert state == CurriculumState(stage=1)
+    assert [state.advance(stages, 1.0) for _ in range(5)] == [False] * 4 + [True]
+    assert [state.advance(stages, 9.0) for _ in range(9)] == [False] * 9  # the last one
+    assert state == CurriculumState(stage=2, steps=9, rewards=[9.0] * 5)
 
-    position = CurriculumState()
-    assert [position.advance(stages, 0.0) for _ in range(7)] == [False] * 6 + [True]
+    state = CurriculumState()
+    assert [state.advance(stages, 0.0) for _ in range(7)] == [False] * 6 + [True]
+
+
+def test_a_monitor_sees_a_collapse_and_not_a_bad_step() -> None:
+    monitor = CollapseMonitor(0.5, window=2)
+    rewards = [0.1, 0.3, 0.8, 0.8, 0.3, 0.6, 0.5, 0.2, 0.1]
+    found = [monitor.add(step, reward) for step, reward in enumerate(rewards, 1)]
+    # The best average, 0.8, ends with step 4; half of it is 0.4; the last averages are .35 and .15.
+    assert found == [None] * 7 + [4, 4]
+    assert CollapseMonitor(0.9, window=1).add(1, 0.0) is None
+    steady = CollapseMonitor(0.5, window=2)  # the latest of equal averages: the nearest checkpoint
+    assert [steady.add(step, float(step <= 6)) for step in range(1, 9)] == [None] * 7 + [6]
+    negative = CollapseMonitor(0.9, window=1)
+    assert [negative.add(step, -reward) for step, reward in enumerate(rewards, 1)] == [None] * 9

@@ -21,7 +21,7 @@ from research_agent.learner import METRICS
 from research_agent.models.policy import TokenLogprobs, batch_logprobs
 from research_agent.trajectory import Group, Trajectory, reward_last_turn
 from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
-from tests.research_agent.learners import make_learner
+from tests.research_agent.learners import make_learner, update_gradient
 from tests.research_agent.rollouts import (
     action,
     observation,
@@ -54,22 +54,6 @@ class Bigram(nn.Module):
         return self.head
 
 
-def _gradient(
-    model: nn.Module,
-    groups: Sequence[Group],
-    algorithm: GRPO = PLAIN,
-    reference: nn.Module | None = None,
-    **settings: Any,
-) -> dict[str, Tensor]:
-    """The gradient of an update, as the optimizer gets it; the model is left as it was."""
-    options: dict[str, Any] = {"learning_rate": 0.0, "max_grad_norm": math.inf, **settings}
-    learner = make_learner(
-        copy.deepcopy(model), algorithm, reference=reference, betas=(0.0, 0.999), **options
-    )
-    learner.update(groups)
-    return {name: m["exp_avg"] for name, m in learner.state_dict()["moments"].items() if m}
-
-
 def _assert_same(one: dict[str, Tensor], other: dict[str, Tensor], relative: float) -> None:
     """Equal to a share of the largest entry of each parameter's gradient."""
     assert one.keys() == other.keys()
@@ -93,10 +77,10 @@ def test_neither_micro_batches_nor_order_change_the_gradient(
         for parameter in reference.parameters():
             parameter.mul_(0.9)
     groups = random_groups(seed)
-    expected = _gradient(model, groups, GRPO(), reference, micro_batch_tokens=10**6)
+    expected = update_gradient(model, groups, GRPO(), reference, micro_batch_tokens=10**6)
     mixed = [Group(g.episode, shuffle.sample(list(g.trajectories), 4)) for g in groups]
     shuffle.shuffle(mixed)
-    got = _gradient(model, mixed, GRPO(), reference, micro_batch_tokens=budget)
+    got = update_gradient(model, mixed, GRPO(), reference, micro_batch_tokens=budget)
     _assert_same(got, expected, 1e-9)
 
 
@@ -109,7 +93,8 @@ def test_equals_one_trajectory_at_a_time(make: Any, temperature: float) -> None:
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.mul_(0.8)
-    got = _gradient(model, groups, grpo, reference, temperature=temperature, micro_batch_tokens=60)
+    options: dict[str, Any] = {"temperature": temperature, "micro_batch_tokens": 60}
+    got = update_gradient(model, groups, grpo, reference, **options)
 
     batch = make_batch(groups)
     advantages = grpo.advantages(batch)
@@ -164,8 +149,8 @@ def test_prompt_and_observation_tokens_are_context_and_nothing_else(
 ) -> None:
     """Where only the token just before an action is its context, no other one changes a bit."""
     model, reference = Bigram(), Bigram(seed=1)
-    expected = _gradient(model, [_with_context([], [], [])], GRPO(), reference)
-    got = _gradient(model, [_with_context(before, between, after)], GRPO(), reference)
+    expected = update_gradient(model, [_with_context([], [], [])], GRPO(), reference)
+    got = update_gradient(model, [_with_context(before, between, after)], GRPO(), reference)
     assert torch.equal(got["table"], expected["table"])
     # Only what predicts an action token learns: tokens 1, 5, 2.
     assert got["table"].abs().sum(1).nonzero().flatten().tolist() == [1, 2, 5]
@@ -174,7 +159,7 @@ def test_prompt_and_observation_tokens_are_context_and_nothing_else(
 def test_what_is_not_finite_outside_actions_does_no_harm() -> None:
     """NaN times a mask of 0 is NaN; what is never indexed is nothing."""
     model, reference = Bigram(), Bigram(seed=1)
-    expected = _gradient(model, [_with_context([], [], [])], GRPO(), reference)
+    expected = update_gradient(model, [_with_context([], [], [])], GRPO(), reference)
     for broken in (model, reference):
         with torch.no_grad():
             broken.table[49] = math.nan
@@ -182,9 +167,9 @@ def test_what_is_not_finite_outside_actions_does_no_harm() -> None:
             broken.table[0] = math.nan  # the padding
     group = _with_context([49, 48], [49], [49])
     longer = replace(group.trajectories[0], segments=group.trajectories[0].segments * 2)
-    got = _gradient(model, [group], GRPO(), reference)
+    got = update_gradient(model, [group], GRPO(), reference)
     assert torch.equal(got["table"], expected["table"])
-    ragged = _gradient(model, [Group(0, [longer, *group.trajectories])], GRPO(), reference)
+    ragged = update_gradient(model, [Group(0, [longer, *group.trajectories])], GRPO(), reference)
     assert ragged["table"].isfinite().all()
 
 
@@ -197,7 +182,7 @@ def test_a_group_of_equal_rewards_teaches_nothing() -> None:
     groups = [
         Group(g.episode, [_rewarded(t, 0.1) for t in g.trajectories]) for g in random_groups(0)
     ]
-    gradient = _gradient(tiny_qwen2(VOCABULARY), groups)
+    gradient = update_gradient(tiny_qwen2(VOCABULARY), groups, PLAIN)
     assert max(value.abs().max().item() for value in gradient.values()) == 0
 
 
@@ -215,7 +200,7 @@ def test_gradient_follows_reward_and_not_length_of_observations() -> None:
         reward=1.0,
     )
     loser = trajectory(prompt(1), action([7, 8], exact[2:]), reward=0.0, sample=1)
-    gradient = _gradient(model, [Group(0, [winner, loser])])["table"]
+    gradient = update_gradient(model, [Group(0, [winner, loser])], PLAIN)["table"]
     probabilities = model.table.detach().softmax(-1)
     # Ratio 1: d loss / d logits = -weight x advantage x (one-hot - softmax), by hand.
     half = 0.5 / (math.sqrt(0.5) + 1e-6) / 4
@@ -256,15 +241,14 @@ def test_the_reference_stays_and_draws_the_policy_to_itself() -> None:
 
 
 def test_recomputed_old_logprobs_do_not_believe_the_sampler() -> None:
-    """With one update a rollout the ratio is then 1: nothing is clipped, the gap is still seen."""
+    """With one update per rollout the ratio is 1: nothing is clipped; the difference shows."""
     groups = random_groups(0)
     model = tiny_qwen2(VOCABULARY)
     options: dict[str, Any] = {"learning_rate": 1e-3}
     metrics = make_learner(model, PLAIN, old_logprobs="recomputed", **options).update(groups)
     assert metrics["clip_fraction"] == 0
-    assert (
-        metrics["sampling_logprob_difference"] > 0.5
-    )  # random_groups makes its log-probabilities up
+    # The log-probabilities of random_groups are arbitrary.
+    assert metrics["sampling_logprob_difference"] > 0.5
     other = make_learner(tiny_qwen2(VOCABULARY), PLAIN, **options).update(groups)
     assert other["clip_fraction"] > 0
 
@@ -323,10 +307,10 @@ def test_every_metric_is_defined_and_right() -> None:
     logits = Bigram().table.detach()[[1, 5, 1]]
     now = logits.log_softmax(-1)[range(3), [5, 6, 7]]
     other = reference.table.detach()[[1, 5, 1]].log_softmax(-1)[range(3), [5, 6, 7]]
-    gap = (now - torch.tensor([-1.0, -2.0, -3.0])).abs().mean()
+    difference = (now - torch.tensor([-1.0, -2.0, -3.0])).abs().mean()
     delta = other - now
     expected = {
-        "sampling_logprob_difference": gap.item(),
+        "sampling_logprob_difference": difference.item(),
         "kl": (delta.exp() - delta - 1).mean().item(),
         "entropy": torch.special.entr(logits.softmax(-1)).sum(-1).mean().item(),
         "learning_rate": 1e-9,
@@ -341,14 +325,14 @@ def test_every_metric_is_defined_and_right() -> None:
 
 def test_grad_norm_is_that_before_clipping() -> None:
     groups = random_groups(0)
-    gradient = _gradient(Bigram(), groups)["table"]
+    gradient = update_gradient(Bigram(), groups, PLAIN)["table"]
     learner = make_learner(Bigram(), PLAIN, max_grad_norm=1e-3)
     assert learner.update(groups)["grad_norm"] == pytest.approx(gradient.norm().item())
-    clipped = _gradient(Bigram(), groups, max_grad_norm=1e-3)["table"]
+    clipped = update_gradient(Bigram(), groups, PLAIN, max_grad_norm=1e-3)["table"]
     assert clipped.norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_the_gap_is_zero_when_sampler_and_learner_agree() -> None:
+def test_the_difference_is_zero_when_sampler_and_learner_agree() -> None:
     model = tiny_qwen2(VOCABULARY)
     batch = make_batch(random_groups(0))
     exact = iter(batch_logprobs(TokenLogprobs(model, 0.7), batch, 10**6).tolist())
@@ -382,7 +366,8 @@ def test_the_gap_is_zero_when_sampler_and_learner_agree() -> None:
 def test_warm_up_and_the_first_step_by_hand() -> None:
     """AdamW's first step moves each weight by lr x gradient / (|gradient| + 1e-8)."""
     model, groups = Bigram(), random_groups(0)
-    before, gradient = model.table.detach().clone(), _gradient(Bigram(), groups)["table"]
+    before = model.table.detach().clone()
+    gradient = update_gradient(Bigram(), groups, PLAIN)["table"]
     options: dict[str, Any] = {"learning_rate": 0.4, "warmup_steps": 4, "weight_decay": 0.0}
     learner = make_learner(model, PLAIN, max_grad_norm=math.inf, **options)
     rates = [learner.update(groups)["learning_rate"]]
@@ -480,8 +465,8 @@ def test_void_trajectories_change_nothing() -> None:
     groups = random_groups(0)
     wild = _void(trajectory(prompt(1), action([2] * 9), reward=5.0))
     with_void = [Group(g.episode, [wild, *g.trajectories, wild]) for g in groups]
-    one, other = _gradient(Bigram(), groups), _gradient(Bigram(), with_void)
-    assert torch.equal(one["table"], other["table"])
+    one, other = (update_gradient(Bigram(), each, PLAIN)["table"] for each in (groups, with_void))
+    assert torch.equal(one, other)
 
 
 class Cause:

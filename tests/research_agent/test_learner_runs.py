@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from research_agent import checkpoint, step_metrics, trainer
+from research_agent import checkpoint
 from research_agent.cli import main
-from research_agent.curriculum import CollapseMonitor
 from research_agent.learner import Learner
 from research_agent.trajectory import Group
+from tests.research_agent.rank_worker import collapse_after_three_steps
 from tests.research_agent.test_trainer import final_bytes, flags, metrics, refusal
 
 
@@ -86,32 +86,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_it_was_learned_
     assert "step 3: " in said and "is nan" in said and "could not be written" in said
 
 
-def test_a_watch_sees_a_collapse_and_not_a_bad_step() -> None:
-    watch = CollapseMonitor(0.5, window=2)
-    rewards = [0.1, 0.3, 0.8, 0.8, 0.3, 0.6, 0.5, 0.2, 0.1]
-    found = [watch.add(step, reward) for step, reward in enumerate(rewards, 1)]
-    # The best average, 0.8, ends with step 4; half of it is 0.4; the last averages are .35 and .15.
-    assert found == [None] * 7 + [4, 4]
-    assert CollapseMonitor(0.9, window=1).add(1, 0.0) is None
-    steady = CollapseMonitor(
-        0.5, window=2
-    )  # the latest of equal averages: its checkpoint is nearest
-    assert [steady.add(step, float(step <= 6)) for step in range(1, 9)] == [None] * 7 + [6]
-    negative = CollapseMonitor(0.9, window=1)
-    assert [negative.add(step, -reward) for step, reward in enumerate(rewards, 1)] == [None] * 9
-
-
 @pytest.fixture
 def _collapsing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rewards that are given: 1, 1, 1, then 0; and averages over two steps."""
-    describe = step_metrics.of_episodes
-
-    def given(trajectories: Sequence[Any]) -> dict[str, float]:
-        step = trajectories[0].episode // 4 + 1  # four tasks a step
-        return {**describe(trajectories), "reward": float(step <= 3)}
-
-    monkeypatch.setattr(step_metrics, "of_episodes", given)
-    monkeypatch.setattr(trainer, "CollapseMonitor", lambda share: CollapseMonitor(share, window=2))
+    collapse_after_three_steps(monkeypatch.setattr)
 
 
 @pytest.mark.usefixtures("_collapsing")

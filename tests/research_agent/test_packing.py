@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -20,11 +21,12 @@ from research_agent.algorithms.grpo import GRPO
 from research_agent.batch import Batch, make_batch, micro_batches
 from research_agent.errors import ConfigError, ModelError
 from research_agent.learner import Learner
+from research_agent.models import policy
 from research_agent.models.policy import TokenLogprobs, token_logprobs
 from research_agent.models.prepare import prepare
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import sliding_qwen2, tiny_gpt2, tiny_llama, tiny_qwen2
-from tests.research_agent.learners import make_learner
+from tests.research_agent.learners import distance, make_learner, update_gradient
 from tests.research_agent.rollouts import (
     action,
     observation,
@@ -37,27 +39,7 @@ from tests.research_agent.rollouts import (
 V = 50
 
 
-def _gradient(model: Any, groups: list[Group], **settings: Any) -> dict[str, Tensor]:
-    """AdamW's first moment at beta 0: the gradient."""
-    learner = make_learner(
-        copy.deepcopy(model),
-        GRPO(kl_coef=0.0, entropy_coef=0.01),
-        learning_rate=0.0,
-        max_grad_norm=math.inf,
-        betas=(0.0, 0.999),
-        **settings,
-    )
-    learner.update(groups)
-    return {name: m["exp_avg"] for name, m in learner.state_dict()["moments"].items() if m}
-
-
-def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Length of the difference over the length of the other."""
-    assert one.keys() == other.keys()
-    apart = math.sqrt(sum(float((one[n] - other[n]).square().sum()) for n in one))
-    length = math.sqrt(sum(float(value.square().sum()) for value in other.values()))
-    assert length > 0
-    return apart / length
+_gradient = partial(update_gradient, algorithm=GRPO(kl_coef=0.0, entropy_coef=0.01))
 
 
 def test_literal() -> None:
@@ -155,7 +137,7 @@ def test_the_gradient_is_that_of_one_trajectory_at_a_time(
     model, groups = make(V).double(), random_groups(seed)
     alone = _gradient(model, groups, packing="off", micro_batch_tokens=1)
     packed = _gradient(model, groups, packing="on", micro_batch_tokens=budget)
-    assert _distance(packed, alone) < 1e-9
+    assert distance(packed, alone) < 1e-9
 
 
 RECURRENT = ["Qwen3.5", "Qwen3-Next", "LFM2", "Falcon-H1", "Granite 4 hybrid", "Mamba"]
@@ -174,12 +156,10 @@ def test_a_state_ends_with_its_trajectory(name: str, gradient_checkpointing: boo
         micro_batch_tokens=200,
         gradient_checkpointing=gradient_checkpointing,
     )
-    assert _distance(packed, alone) < 1e-4  # in float32; a state that leaks gives 0.1 and more
+    assert distance(packed, alone) < 1e-4  # in float32; a state that leaks gives 0.1 and more
 
 
 def test_nothing_leaks_from_one_trajectory_to_another() -> None:
-    import random
-
     model = tiny_qwen2(V)
     prepare(model, packing="on")
     rng = random.Random(0)
@@ -224,7 +204,7 @@ def test_bfloat16_products_leave_weights_and_softmax_in_float32(packing: Any) ->
             parameter.mul_(0.3)
     exact = _gradient(model, groups, packing="off")
     half = _gradient(model, groups, packing=packing, precision="bfloat16", micro_batch_tokens=60)
-    assert 1e-5 < _distance(half, exact) < 0.05
+    assert 1e-5 < distance(half, exact) < 0.05
     assert {value.dtype for value in half.values()} == {torch.float32}
     prepare(model, packing=packing)
     micro = next(micro_batches(make_batch(groups), 100, packing=packing))
@@ -267,7 +247,7 @@ def test_checkpointing_keeps_less_and_changes_nothing(make: Any, packing: Any) -
     model, groups = make(V).double(), random_groups(4)
     plain = _gradient(model, groups, packing=packing)
     assert (
-        _distance(_gradient(model, groups, packing=packing, gradient_checkpointing=True), plain)
+        distance(_gradient(model, groups, packing=packing, gradient_checkpointing=True), plain)
         < 1e-12
     )
 
@@ -299,8 +279,6 @@ def test_compiling_captures_each_layer_and_changes_nothing(monkeypatch: pytest.M
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=as_it_is))
     model, groups = tiny_qwen2(V).double(), random_groups(5)
     plain = _gradient(model, groups, packing="off")
-    from research_agent.models import policy
-
     policy._compiled_score.cache_clear()
     try:
         got = _gradient(model, groups, packing="off", compile=True, micro_batch_tokens=60)
@@ -308,7 +286,7 @@ def test_compiling_captures_each_layer_and_changes_nothing(monkeypatch: pytest.M
         policy._compiled_score.cache_clear()
         torch.compiler.reset()
     assert graphs
-    assert _distance(got, plain) < 1e-12
+    assert distance(got, plain) < 1e-12
 
 
 @pytest.mark.slow
@@ -317,7 +295,7 @@ def test_compiled_for_real_the_gradient_is_the_same() -> None:
     plain = _gradient(model, groups, packing="off")
     got = _gradient(model, groups, packing="off", compile=True, micro_batch_tokens=60)
     torch.compiler.reset()
-    assert _distance(got, plain) < 1e-4
+    assert distance(got, plain) < 1e-4
 
 
 def test_what_names_no_layers_cannot_be_checkpointed_or_compiled() -> None:
@@ -353,7 +331,7 @@ def test_moments_of_eight_bits() -> None:
     _, plain = _after(3)
     learner, quantized = _after(3, optimizer="adamw_8bit")
     moved = {n: plain[n] - w.detach() for n, w in tiny_qwen2(V, hidden=64).named_parameters()}
-    assert _distance(quantized, plain) > 0
+    assert distance(quantized, plain) > 0
     apart = math.sqrt(sum(float((quantized[n] - plain[n]).square().sum()) for n in plain))
     length = math.sqrt(sum(float(value.square().sum()) for value in moved.values()))
     assert apart < 0.3 * length  # most of the way is the same
@@ -410,10 +388,10 @@ def test_adapters_learn_and_the_weights_beside_them_stay() -> None:
 
 def test_with_adapters_off_the_policy_is_its_own_reference() -> None:
     pytest.importorskip("peft")
-    rule, groups = GRPO(kl_coef=0.5), random_groups(2)
-    adapters = make_learner(tiny_qwen2(V), rule, learning_rate=1e-2, lora_rank=2)
+    algorithm, groups = GRPO(kl_coef=0.5), random_groups(2)
+    adapters = make_learner(tiny_qwen2(V), algorithm, learning_rate=1e-2, lora_rank=2)
     copied = make_learner(
-        tiny_qwen2(V), rule, reference=tiny_qwen2(V), learning_rate=1e-2, lora_rank=2
+        tiny_qwen2(V), algorithm, reference=tiny_qwen2(V), learning_rate=1e-2, lora_rank=2
     )
     with torch.no_grad():  # adapters begin at random
         for theirs, weight in zip(

@@ -154,11 +154,12 @@ def test_a_refusal_at_the_start_is_the_one_of_this_process() -> None:
 
 def test_a_child_survives_the_signals_that_stop_the_run_and_its_death_is_an_error() -> None:
     with started() as player:
-        assert player.pid
+        pid = player._process.pid
+        assert pid
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            os.kill(player.pid, number)
+            os.kill(pid, number)
         assert len(player.collect(tasks(0, 2, 2), ())) == 4
-        os.kill(player.pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         with pytest.raises(EngineError, match=r"was killed by SIGKILL \(out of memory\?\)"):
             player.collect(tasks(1, 2, 2), ())
 
@@ -170,13 +171,13 @@ from research_agent.player_process import PlayerProcess
 from tests.research_agent.scripted_player import CONFIG, SLOTS, scripted
 
 def stuck():
-    player_process._GRACE = 0.0
+    player_process._EXIT_TIMEOUT = 0.0
     print("stuck", flush=True)
     time.sleep(10**6)
 
 if __name__ == "__main__":
     player = PlayerProcess(CONFIG, SLOTS, {})
-    print(player.pid, player.weights_folder, flush=True)
+    print(player._process.pid, player._weights.root, flush=True)
     player.start(stuck if sys.argv[1:] else scripted)
     player.collect([(0, 0), (0, 1)], [(task, 0) for task in range(1, 10**4)])
     print("playing", flush=True)

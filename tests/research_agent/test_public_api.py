@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 
 import research_agent
 from research_agent.cli import main
+from tests.test_architecture import loaded_by
 
 SMALL = ["--steps", "1", "--prompts-per-step", "2", "--eval-every", "0", "--quiet"]
 
@@ -51,15 +50,8 @@ def test_type_checkers_see_the_same_names() -> None:
 def test_configurations_and_engines_without_torch() -> None:
     """What needs no model loads no torch, in a process of its own."""
     light = "from research_agent import PRESETS, Algorithm, EvalConfig, ScriptedEngine"
-    assert loaded_by(light) == set()
+    assert loaded_by(light) & {"torch", "transformers"} == set()
     assert "torch" in loaded_by("from research_agent import train")
-
-
-def loaded_by(statement: str) -> set[str]:
-    heavy = "{'torch', 'transformers'}"
-    code = f"{statement}\nimport sys\nprint(*({heavy} & sys.modules.keys()))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(run.stdout.split())
 
 
 @pytest.mark.slow

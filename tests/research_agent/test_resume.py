@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from research_agent.checkpoint import CHECKSUMS, _checksums
 from research_agent.cli import main
 from research_agent.run_logger import read_lines
 from research_agent.system.files import folder_lock
@@ -20,6 +21,7 @@ from tests.research_agent.test_trainer import (
     flags,
     metrics,
     refusal,
+    start,
     wait_for_step,
 )
 
@@ -190,24 +192,13 @@ def test_a_checkpoint_cannot_name_another_model_to_load(
     letters: Path, run: Path, capsys: Capture
 ) -> None:
     newest = run / "checkpoints" / "step-000002"
-    for name, change in (("state.json", str(letters)), ("checksums.json", "")):
-        text = (newest / name).read_text()
-        if change:
-            text = text.replace(json.dumps(change), '"/somewhere/else"')
-            (newest / name).write_text(text)
-    _write_checksums(newest)
-    config = json.loads((newest / "state.json").read_text())
-    config["config"]["policy"]["model"] = str(letters)
-    (newest / "state.json").write_text(json.dumps(config))
-    _write_checksums(newest)
+    text = (newest / "state.json").read_text()
+    state = json.loads(text.replace(json.dumps(str(letters)), '"/somewhere/else"'))
+    state["config"]["policy"]["model"] = str(letters)
+    (newest / "state.json").write_text(json.dumps(state))
+    (newest / CHECKSUMS).write_text(json.dumps(_checksums(newest)))
     said = refusal(capsys, continued(letters, run))
     assert "began with the model '/somewhere/else'" in said
-
-
-def _write_checksums(folder: Path) -> None:
-    from research_agent.checkpoint import CHECKSUMS, _checksums
-
-    (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder)))
 
 
 def test_one_process_trains_into_a_folder(letters: Path, run: Path, capsys: Capture) -> None:
@@ -231,8 +222,6 @@ def test_one_process_trains_into_a_folder(letters: Path, run: Path, capsys: Capt
 
 @pytest.mark.slow
 def test_a_hangup_saves(letters: Path, tmp_path: Path) -> None:
-    from tests.research_agent.test_trainer import start
-
     words = flags(letters, tmp_path / "run", "--steps", "100000", "--save-every", "100000")
     process = start(words, tmp_path / "log")
     wait_for_step(process, tmp_path / "run", 1)

@@ -4,7 +4,7 @@ import itertools
 import random
 import tracemalloc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research_agent.active_rollout import trajectory_seed
+from research_agent.config import SamplingConfig
 from research_agent.engines.base import SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.engines.transformers import TransformersEngine
@@ -31,13 +32,8 @@ RENDERER = make_renderer(byte_tokenizer())
 END = RENDERER.tokenizer.eos_token_id
 
 
-@dataclass(frozen=True)
-class Limits:
-    temperature: float = 1.0
-    max_prompt: int = 100
-    max_response: int = 1000
-    max_turn_tokens: int | None = None
-    overlap: bool = False
+Limits = partial(SamplingConfig, temperature=1.0, max_prompt=100, max_response=1000)
+LIMITS = Limits()
 
 
 def says(*turns: str, end: bool = True) -> ScriptedEngine:
@@ -50,7 +46,7 @@ def says(*turns: str, end: bool = True) -> ScriptedEngine:
     return ScriptedEngine(script, RENDERER)
 
 
-def play(engine: ScriptedEngine, limits: Limits = Limits(), **env_args: Any) -> Trajectory:
+def play(engine: ScriptedEngine, limits: SamplingConfig = LIMITS, **env_args: Any) -> Trajectory:
     environments = make_environments(TOY, 1, env_args)
     (trajectory,) = collect(engine, environments, RENDERER, [(1, 0)], limits)
     return trajectory
@@ -128,7 +124,7 @@ def test_terminators_end_a_turn() -> None:
         (Limits(max_turn_tokens=1), ["b=", "b", "?c=", "b", "?d=", "b"], 1.0, "answer"),
     ],
 )
-def test_budgets(limits: Limits, texts: list[str], reward: float, reason: str) -> None:
+def test_budgets(limits: SamplingConfig, texts: list[str], reward: float, reason: str) -> None:
     trajectory = play(says("bcd"), limits, turns=3)
     assert [text for _, text in outline(trajectory)] == texts
     assert trajectory.reward == reward

@@ -18,24 +18,24 @@ def steps_of(path: Path) -> list[int]:
     return [record["step"] for record in read_lines(path)]
 
 
-def board(folder: Path, name: str) -> list[tuple[int, float]]:
+def tensorboard(folder: Path, name: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
 def test_records_go_to_the_logs_and_to_tensorboard(tmp_path: Path) -> None:
-    with RunLogger(tmp_path, 0, 2, show=False, fresh=True) as tracker:
-        tracker.record(1, {"reward": 0.5, "env/em": 0.25}, {"seconds": 1.5}, [{"reward": 1.0}])
-        tracker.record(2, {"reward": 0.75, "env/em": 0.5}, {"seconds": 3.0})
+    with RunLogger(tmp_path, 0, 2, show=False, fresh=True) as logger:
+        logger.record(1, {"reward": 0.5, "env/em": 0.25}, {"seconds": 1.5}, [{"reward": 1.0}])
+        logger.record(2, {"reward": 0.75, "env/em": 0.5}, {"seconds": 3.0})
     assert read_lines(tmp_path / "metrics.jsonl") == [
         {"step": 1, "reward": 0.5, "env/em": 0.25},
         {"step": 2, "reward": 0.75, "env/em": 0.5},
     ]
     assert read_lines(tmp_path / "timings.jsonl")[1] == {"step": 2, "seconds": 3.0}
     assert read_lines(tmp_path / "trajectories.jsonl") == [{"step": 1, "reward": 1.0}]
-    assert board(tmp_path, "reward") == [(1, 0.5), (2, 0.75)]
-    assert board(tmp_path, "time/seconds") == [(1, 1.5), (2, 3.0)]
+    assert tensorboard(tmp_path, "reward") == [(1, 0.5), (2, 0.75)]
+    assert tensorboard(tmp_path, "time/seconds") == [(1, 1.5), (2, 3.0)]
 
 
 def records(data: bytes) -> Iterator[bytes]:
@@ -73,9 +73,9 @@ def test_the_same_metrics_go_to_weights_and_biases(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     for step in (1, 2):  # the second is a run that was continued
-        board = wandb_run("project", tmp_path, {"seed": 1})
-        with RunLogger(tmp_path, step - 1, 2, show=False, board=board) as tracker:
-            tracker.record(step, {"reward": step / 2, "env/em": 0.25}, {"seconds": 1.5})
+        wandb = wandb_run("project", tmp_path, {"seed": 1})
+        with RunLogger(tmp_path, step - 1, 2, show=False, wandb=wandb) as logger:
+            logger.record(step, {"reward": step / 2, "env/em": 0.25}, {"seconds": 1.5})
         began = time.time()
         while int(time.time()) == int(began):  # its folders are named by the second
             time.sleep(0.01)
@@ -94,23 +94,23 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_continued_run_has_every_step_once(tmp_path: Path) -> None:
-    with RunLogger(tmp_path, 0, 4, show=False, fresh=True) as tracker:
+    with RunLogger(tmp_path, 0, 4, show=False, fresh=True) as logger:
         for step in range(4):
-            tracker.record(step, {"reward": 0.0}, {}, [{"episode": step}])
-    with RunLogger(tmp_path, 2, 4, show=False) as tracker:  # the checkpoint was that of step 2
+            logger.record(step, {"reward": 0.0}, {}, [{"episode": step}])
+    with RunLogger(tmp_path, 2, 4, show=False) as logger:  # the checkpoint was that of step 2
         for step in (3, 4):
-            tracker.record(step, {"reward": 1.0}, {}, [{"episode": step}])
+            logger.record(step, {"reward": 1.0}, {}, [{"episode": step}])
     assert steps_of(tmp_path / "metrics.jsonl") == [0, 1, 2, 3, 4]
     assert steps_of(tmp_path / "trajectories.jsonl") == [0, 1, 2, 3, 4]
     assert [r["reward"] for r in read_lines(tmp_path / "metrics.jsonl")] == [0, 0, 0, 1, 1]
-    assert board(tmp_path, "reward") == [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1)]
+    assert tensorboard(tmp_path, "reward") == [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1)]
 
 
 def test_a_run_from_the_start_drops_what_was_logged_before_the_first_checkpoint(
     tmp_path: Path,
 ) -> None:
-    with RunLogger(tmp_path, 0, 4, show=False, fresh=True) as tracker:
-        tracker.record(0, {"eval/reward": 0.0}, {})
+    with RunLogger(tmp_path, 0, 4, show=False, fresh=True) as logger:
+        logger.record(0, {"eval/reward": 0.0}, {})
     with RunLogger(tmp_path, 0, 4, show=False, fresh=True):
         pass
     assert read_lines(tmp_path / "metrics.jsonl") == []
@@ -124,8 +124,8 @@ def test_half_a_line_that_a_kill_left_is_dropped(tmp_path: Path) -> None:
 
 
 def test_a_metric_that_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
-    with RunLogger(tmp_path, 0, 1, show=False, fresh=True) as tracker:
-        tracker.record(1, {"reward": float("nan"), "kl": float("inf")}, {})
+    with RunLogger(tmp_path, 0, 1, show=False, fresh=True) as logger:
+        logger.record(1, {"reward": float("nan"), "kl": float("inf")}, {})
     line = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(line) == {"step": 1, "reward": None, "kl": None}
 
@@ -133,8 +133,8 @@ def test_a_metric_that_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
 def test_without_a_terminal_each_step_is_a_line_on_standard_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with RunLogger(tmp_path, 0, 8, fresh=True) as tracker:
-        tracker.record(3, {"reward": 0.5, "env/lookups": 1.5, "void_fraction": 0.25}, {})
+    with RunLogger(tmp_path, 0, 8, fresh=True) as logger:
+        logger.record(3, {"reward": 0.5, "env/lookups": 1.5, "void_fraction": 0.25}, {})
     out, err = capsys.readouterr()
     assert out == ""
     assert "step 3/8  reward 0.500  lookups 1.50  void 25%" in err

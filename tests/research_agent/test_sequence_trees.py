@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import pytest
@@ -19,11 +18,12 @@ from research_agent.algorithms.mt_ppo import MTPPO
 from research_agent.algorithms.tree_grpo import TreeGRPO
 from research_agent.batch import make_batch, micro_batches
 from research_agent.errors import ModelError
+from research_agent.learner import Learner
 from research_agent.models.policy import token_logprobs
 from research_agent.models.prepare import prepare
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import sliding_qwen2, tiny_gpt2, tiny_llama, tiny_qwen2
-from tests.research_agent.learners import make_learner
+from tests.research_agent.learners import distance, update_gradient
 from tests.research_agent.rollouts import (
     action,
     observation,
@@ -42,35 +42,18 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 
-def _learned(model: Any, groups: list[Group], algorithm: Algorithm, **config: Any) -> list[Tensor]:
-    """The gradient (AdamW's first moment at beta 0), and the critic's weights after its step."""
+def _learned(
+    model: Any, groups: list[Group], algorithm: Algorithm, **settings: Any
+) -> dict[str, Tensor]:
+    """The gradient, against a reference that is not the model, with recomputed probabilities."""
     reference = copy.deepcopy(model) if algorithm.needs_reference else None
     if reference is not None:
         with torch.no_grad():
             for parameter in reference.parameters():
                 parameter.mul_(0.9)
-    learner = make_learner(
-        copy.deepcopy(model),
-        algorithm,
-        reference=reference,
-        learning_rate=0.0,
-        max_grad_norm=math.inf,
-        betas=(0.0, 0.999),
-        old_logprobs="recomputed",
-        **config,
+    return update_gradient(
+        model, groups, algorithm, reference, old_logprobs="recomputed", **settings
     )
-    learner.update(groups)
-    state = learner.state_dict()
-    found = [moments["exp_avg"] for moments in state["moments"].values() if moments]
-    return found + list(state.get("critic", {}).get("weights", {}).values())
-
-
-def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Length of the difference over the length of what is expected."""
-    pairs = list(zip(found, expected, strict=True))
-    length = math.sqrt(sum(float(value.square().sum()) for value in expected))
-    assert length > 0
-    return math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs)) / length
 
 
 def test_literal() -> None:
@@ -132,14 +115,14 @@ def test_the_gradient_is_that_of_trajectories_written_out(
     written_out = _learned(model, groups, algorithm, packing="off", micro_batch_tokens=1)
     tree = _learned(model, groups, algorithm, packing="tree", micro_batch_tokens=budget)
     norms_are_float64 = make is tiny_gpt2  # the others' are float32, whatever the model is
-    assert _distance(tree, written_out) < (1e-9 if norms_are_float64 else 1e-6)
+    assert distance(tree, written_out) < (1e-9 if norms_are_float64 else 1e-6)
 
 
 def test_float32_with_checkpointed_layers_and_logits_in_pieces() -> None:
     model, groups = tiny_qwen2(V), random_trees(1)
     whole = _learned(model, groups, ALGORITHMS["grpo"], packing="off")
     tree = _learned(model, groups, ALGORITHMS["grpo"], packing="tree", gradient_checkpointing=True)
-    assert _distance(tree, whole) < 1e-5
+    assert distance(tree, whole) < 1e-5
     prepare(model, packing="tree")
     (micro,) = micro_batches(make_batch(groups), 10**6, packing="tree")
     for once, pieces in zip(
@@ -162,13 +145,10 @@ def test_a_branch_does_not_see_its_siblings() -> None:
 
 def test_trees_are_packed_as_trees_unless_told_otherwise() -> None:
     """With packing auto: as trees where samples branch, and as before where they do not."""
-    from research_agent.config import LearnerConfig
-    from research_agent.learner import Learner
-
     model, groups = tiny_qwen2(V), random_trees(0)
     read = []
     for trees in (False, True):
-        learner = Learner(copy.deepcopy(model), GRPO(kl_coef=0.0), LearnerConfig(), trees=trees)
+        learner = Learner(copy.deepcopy(model), GRPO(kl_coef=0.0), trees=trees)
         tokens: list[int] = []
         body: Any = learner.model.base_model
         body.register_forward_pre_hook(
@@ -184,15 +164,13 @@ def test_chains_without_a_common_prompt_learn_the_same_in_tree_packing() -> None
     model, groups = tiny_qwen2(V).double(), random_groups(3)
     written_out = _learned(model, groups, ALGORITHMS["grpo"], packing="on")
     tree = _learned(model, groups, ALGORITHMS["grpo"], packing="tree")
-    assert _distance(tree, written_out) < 1e-6
+    assert distance(tree, written_out) < 1e-6
 
 
 def test_a_model_that_cannot_is_refused_or_learns_from_trajectories_written_out() -> None:
     model, groups = sliding_qwen2(V), random_trees(0)
     with pytest.raises(ModelError, match="a sliding window"):
         _learned(model, groups, ALGORITHMS["tree_grpo"], packing="tree")
-    from research_agent.learner import Learner
-
     with pytest.warns(UserWarning, match="packing is auto, so it is off"):
         learner = Learner(model, ALGORITHMS["tree_grpo"], trees=True)
     assert learner.update(groups)["optimizer_steps"] == 1

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research_agent import checkpoint, rollout_state
-from research_agent.active_rollout import Episode, InFlight, Sampling
+from research_agent.active_rollout import Episode, InFlight
 from research_agent.batch import make_batch
 from research_agent.cli import main
+from research_agent.config import SamplingConfig
 from research_agent.engines.base import Completion, Engine, SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.engines.transformers import TransformersEngine
@@ -49,6 +50,7 @@ AHEAD = {
 }
 
 TOY = "tests.research_agent.toy_env:CopyLetter-v0"
+pytestmark = pytest.mark.usefixtures("forks")
 
 
 def tasks(step: int, prompts: int, samples: int) -> list[Episode]:
@@ -72,7 +74,7 @@ def say(context: Sequence[int], params: SamplingParams) -> list[int]:
 
 
 class Unable:
-    """An engine that cannot hand over turns before they are finished."""
+    """An engine with none of the optional abilities: it neither interrupts, keeps nor forks."""
 
     def __init__(self, engine: Engine) -> None:
         self.max_context = engine.max_context
@@ -323,7 +325,10 @@ def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def under_way(
-    wanted: Sequence[Episode], ahead: Sequence[Episode], limits: Sampling, delays: Iterator[int]
+    wanted: Sequence[Episode],
+    ahead: Sequence[Episode],
+    limits: SamplingConfig,
+    delays: Iterator[int],
 ) -> tuple[ScriptedEngine, InFlight]:
     """What is under way when the wanted episodes have ended, and the engine with new weights."""
     engine = ScriptedEngine(say, RENDERER, delay=delays.__next__)
@@ -336,7 +341,11 @@ def under_way(
 
 
 def play_on(
-    engine: Engine, environments: Fake, in_flight: InFlight, limits: Sampling, rest: list[Episode]
+    engine: Engine,
+    environments: Fake,
+    in_flight: InFlight,
+    limits: SamplingConfig,
+    rest: list[Episode],
 ) -> list[Trajectory]:
     loop = RolloutLoop(engine, environments, RENDERER, limits, in_flight=in_flight)
     loop.enqueue(rest)
@@ -440,7 +449,6 @@ def test_an_episode_whose_environment_answers_otherwise_begins_anew() -> None:
     assert not any("?" in text for text in said)
 
 
-pytestmark = pytest.mark.usefixtures("forks")
 STALE = "--env-args turns=3 --max-response 16 --max-in-flight 50 --max-staleness 2"
 
 

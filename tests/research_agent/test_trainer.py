@@ -201,32 +201,6 @@ def test_the_time_limit_ends_a_run_after_a_step(
     assert [r["step"] for r in metrics(tmp_path / "run")] == [1]
 
 
-def test_a_run_of_another_configuration_is_refused(
-    letters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(flags(letters, tmp_path / "run", "--steps", "1"))
-    capsys.readouterr()
-    before = final_bytes(tmp_path / "run")
-    other = flags(letters, tmp_path / "run", "--steps", "2", "--seed", "7", "--temperature", "0.5")
-    message = refusal(capsys, other)
-    assert "run.seed: 0 in the folder, 7 now" in message
-    assert "sampling.temperature: 1.0 in the folder, 0.5 now" in message
-    assert "learning_rate" not in message
-    assert final_bytes(tmp_path / "run") == before
-
-
-def test_a_damaged_checkpoint_is_named(
-    letters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = flags(letters, tmp_path / "run", "--steps", "1")
-    main(words)
-    state = tmp_path / "run" / "checkpoints" / "step-000001" / "state/state.safetensors"
-    state.write_bytes(state.read_bytes()[:-7])
-    message = refusal(capsys, words)
-    assert "step-000001 is no whole checkpoint" in message
-    assert "delete" in message and "start anew" in message
-
-
 def test_void_episodes_are_counted_and_not_learned_from(letters: Path, tmp_path: Path) -> None:
     more = ["--env-args", "each=4", "--max-void-fraction", "0.25", "--steps", "2"]
     main(flags(letters, tmp_path / "run", *more, env=FAILING))
@@ -292,7 +266,6 @@ def test_a_run_that_could_not_be_saved_takes_no_step(
     ("more", "said"),
     [
         (["--env", "tests.research_agent.nowhere:X-v0"], "nowhere"),
-        (["--env", "NoSuchThing-v0"], "NoSuchThing"),
         (["--env", FAILING, "--env-args", "each=0"], "each is 0; it must be at least 1"),
         (["--env", FAILING, "--env-args", "speed=3"], "speed"),
         (["--env", FAILING, "--env-args", "broken=true"], "BrokenError: line 3 of the questions"),

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from tests.research_agent.conftest import (
     tiny_qwen2,
 )
 from tests.research_agent.test_rollout import Limits
+from tests.research_agent.test_staleness import Unable, plain
 from tests.research_agent.torchrun import in_two_processes
 
 DOORS = "tests.research_agent.doors_env:Doors-v0"
@@ -84,6 +86,10 @@ def shared(t: Trajectory) -> int:
     return len(t.lineage)
 
 
+def grouped(played: Sequence[Trajectory]) -> list[Group]:
+    return [Group(e, list(g)) for e, g in itertools.groupby(played, attrgetter("episode"))]
+
+
 def test_a_plan_literal() -> None:
     """Two rounds of three branches: a tree has seven samples; 7 to 13 are the second one."""
     plan = TreePlan(branches=3, rounds=2)
@@ -121,7 +127,7 @@ def test_nothing_that_is_shared_is_sampled_or_taken_again() -> None:
     """The environments take one step per node of the trees, not per turn of the trajectories."""
     environments = make_environments(DOORS, 12, {"doors": 4})
     played = play(TreePlan(branches=2), environments=environments)
-    batch = make_batch([Group(e, list(g)) for e, g in itertools.groupby(played, _episode)])
+    batch = make_batch(grouped(played))
     nodes = len(set(batch.turn_nodes.tolist()))
     vector: Any = environments._vector  # type: ignore[attr-defined]
     assert vector.steps == nodes < len(batch.turn_nodes) == 4 * len(played)
@@ -129,10 +135,6 @@ def test_nothing_that_is_shared_is_sampled_or_taken_again() -> None:
         own = batch.turn_nodes[batch.turn_seq_ids == i].tolist()
         assert [node < 4 * i for node in own] == [k < shared(t) for k in range(4)]
     assert batch.trees.tolist() == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9]
-
-
-def _episode(t: Trajectory) -> int:
-    return t.episode
 
 
 @settings(max_examples=20, deadline=None)
@@ -260,7 +262,7 @@ def test_a_budget_of_tokens_counts_shared_ones_once() -> None:
         own = sum(len(turn.tokens) for turn in t.own_turns)
         tokens[t.episode, t.sample if t.tree is None else t.tree] += own
     assert sum(tokens.values()) < sum(len(u.tokens) for t in whole for u in t.own_turns)
-    make_batch([Group(e, list(g)) for e, g in itertools.groupby(played, _episode)])
+    make_batch(grouped(played))
 
 
 def test_a_fork_prefills_nothing_and_samples_what_a_new_slot_would() -> None:
@@ -268,18 +270,6 @@ def test_a_fork_prefills_nothing_and_samples_what_a_new_slot_would() -> None:
     model = tiny_qwen2(len(RENDERER.tokenizer))
     plan = TreePlan(branches=3)
     limits = Limits(max_turn_tokens=5)
-
-    class Unable:
-        """An engine that cannot copy what a slot holds."""
-
-        def __init__(self, engine: TransformersEngine) -> None:
-            self.engine = engine
-            self.max_context = engine.max_context
-            self.submit, self.step, self.release = engine.submit, engine.step, engine.release
-
-        @property
-        def busy(self) -> int:
-            return self.engine.busy
 
     played, forwarded = [], []
     for forks in (True, False):
@@ -318,10 +308,9 @@ def test_forks_that_make_no_sense_are_refused() -> None:
 
 
 def test_environments_that_cannot_branch_are_refused() -> None:
-    for env in ("DoorsSingle-v0",):
-        environments = make_environments(f"tests.research_agent.doors_env:{env}", 6)
-        with pytest.raises(ConfigError, match=r"no branch\(source, targets\), which trees need"):
-            play(TreePlan(branches=2), environments=environments)
+    single = make_environments("tests.research_agent.doors_env:DoorsSingle-v0", 6)
+    with pytest.raises(ConfigError, match=r"no branch\(source, targets\), which trees need"):
+        play(TreePlan(branches=2), environments=single)
     few = make_environments(DOORS, 2)
     with pytest.raises(ConfigError, match="a tree of 3 samples needs as many environments"):
         play(TreePlan(branches=2), environments=few)
@@ -340,8 +329,6 @@ def test_environments_that_cannot_branch_are_refused() -> None:
 def test_plans_that_make_no_sense_are_refused(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TreePlan(**setting)
-    with pytest.raises(ConfigError, match="multiple of 3"):
-        TreePlan(branches=2).require_group(8)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -354,11 +341,6 @@ AHEAD = TreePlan(branches=2, rounds=2)
 def keys_of(step: int) -> list[tuple[int, int]]:
     """Two tasks of two trees per step."""
     return [(2 * step + task, sample) for task in range(2) for sample in range(2 * AHEAD.size)]
-
-
-def plain(t: Trajectory) -> Trajectory:
-    """Without the numbers of the weights."""
-    return replace(t, segments=tuple(replace(s, versions=None) for s in t.segments))
 
 
 def alone(keys: list[tuple[int, int]], plan: TreePlan = AHEAD) -> list[Trajectory]:
@@ -550,7 +532,7 @@ def test_runs_that_cannot_grow_trees_are_refused(
 
 
 def test_search_episodes_grow_trees() -> None:
-    """The environment of this repository offers branches: the shared searches are asked once."""
+    """The environment of this repository offers branches: shared searches run once."""
     environments = make_environments(
         "research_env:ReSearch-MiniWorld-v0",
         6,

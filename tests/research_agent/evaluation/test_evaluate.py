@@ -653,7 +653,7 @@ def test_stopped_by_hand_it_says_how_to_go_on(
     with pytest.raises(SystemExit) as caught:
         main([*command.split(), "--max-in-flight", "1", "--quiet"])
     assert caught.value.code == 130
-    assert "the same command goes on where this one was" in capsys.readouterr().err
+    assert "the same command continues where this one stopped" in capsys.readouterr().err
     assert [record["episode"] for record in in_order(tmp_path)] == [0, 1]
 
 
