@@ -224,7 +224,7 @@ class OpenAIEngine:
         self._limit_name = "max_tokens"
         self._continues: bool | None = None  # whether it continues an answer; None: unknown
         self._conversations: dict[int, Conversation] = {}
-        self._turns: Turns[_Answer] = Turns("openai", [http])
+        self._turns: Turns[_Answer] = Turns("openai", [http.aclose])
         self.close = self._turns.close
 
     @property

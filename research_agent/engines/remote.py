@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -27,15 +27,17 @@ T = TypeVar("T")
 AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP status codes that are worth a retry; a server answers any other the same way again."""
 
+Close = Callable[[], Coroutine[Any, Any, None]]
+"""Closes a client, in the event loop that used it."""
+
 _LARGEST_ANSWER = 64 << 20  # bytes
-_ANY_JSON: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
 
 class RequestError(Exception):
     """A request without a usable answer.
 
     Attributes:
-        status: the answer's HTTP status; None if there was no answer, or not a valid one.
+        status: the answer's HTTP status; None if there was no answer, or none that is JSON.
     """
 
     def __init__(self, problem: str, status: int | None = None) -> None:
@@ -90,7 +92,6 @@ class Client:
     Args:
         url: the server's base address.
         key: sent as a bearer token; no attribute and no error shows it.
-        connections: open connections at most; further requests wait, within their own timeout.
         keep_alive: use connections again. It is faster, but uvicorn ends a connection without a
             word after an error, and the next request may meet that and be lost.
 
@@ -100,17 +101,9 @@ class Client:
     The environment's proxies are not used: samplers stand beside the trainer.
     """
 
-    def __init__(
-        self,
-        url: str,
-        key: str | None = None,
-        connections: int = 256,
-        *,
-        keep_alive: bool = False,
-    ) -> None:
+    def __init__(self, url: str, key: str | None = None, *, keep_alive: bool = False) -> None:
         check_address(url, key or "")
         self._base = url.rstrip("/") + "/"
-        self._connections = connections
         self._keep_alive = keep_alive
         self._session: aiohttp.ClientSession | None = None
         # Functions, since no attribute shall hold the key.
@@ -129,7 +122,7 @@ class Client:
         payload: Any = None,
         *,
         timeout: float,
-        decoder: msgspec.json.Decoder[Any] = _ANY_JSON,
+        form: Any = Any,
     ) -> Any:
         """Send a request once.
 
@@ -138,14 +131,14 @@ class Client:
             path: relative to the client's address.
             payload: sent as JSON.
             timeout: seconds until the last byte of the answer.
-            decoder: decoder of the answer's JSON; it may demand a type.
+            form: the type that the answer must have, such as a ``msgspec.Struct``.
 
         Returns:
-            The answer's JSON; None if it is empty.
+            The answer, of that type; None if it is empty and any is good.
 
         Raises:
             RequestError: no answer, a status other than 200, a compressed or too large answer, or
-                not the JSON that was asked for. The message quotes the server without the key.
+                one of another form. The message quotes the server without the key.
         """
         data = None if payload is None else msgspec.json.encode(payload)
         try:
@@ -159,12 +152,12 @@ class Client:
         if status != 200:
             said = self._shown(_message(body))
             raise RequestError(f"status {status}{': ' if said else ''}{said}", status=status)
-        if not body:
+        if form is Any and not body:
             return None
         try:
-            return decoder.decode(body)
+            return msgspec.json.decode(body, type=form)
         except msgspec.ValidationError as error:
-            raise RequestError(f"the answer is not the JSON asked for ({error})") from None
+            raise RequestError(f"an answer of another form: {error}", status) from None
         except (msgspec.DecodeError, RecursionError):
             raise RequestError("the answer is no JSON") from None
 
@@ -176,7 +169,7 @@ class Client:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(total=None),
                 connector=aiohttp.TCPConnector(
-                    limit=self._connections,
+                    limit=0,
                     force_close=not self._keep_alive,
                     # vLLM closes after 5 s; a request could meet that and look lost.
                     keepalive_timeout=2.0 if self._keep_alive else None,
@@ -223,27 +216,19 @@ def turn_seed(seed: int, position: int) -> int:
     return int(state[0]) >> 1
 
 
-class Closable(Protocol):
-    """What ``Turns`` closes at its end."""
-
-    async def aclose(self) -> None:
-        """Close it, in the event loop of the turns."""
-        ...
-
-
 class LoopThread:
     """An event loop in a thread of its own. Closing or deleting the object ends it.
 
     Args:
         name: name of the thread.
-        clients: closed at the end.
+        closing: what closes the clients that are used in the loop.
     """
 
-    def __init__(self, name: str, clients: Sequence[Closable]) -> None:
+    def __init__(self, name: str, closing: Sequence[Close]) -> None:
         self.loop = asyncio.new_event_loop()
         Thread(target=_run, args=(self.loop,), name=name, daemon=True).start()
         # A function; the second call does nothing.
-        self.close = weakref.finalize(self, _stop, self.loop, clients)
+        self.close = weakref.finalize(self, _stop, self.loop, closing)
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Start a coroutine in the event loop."""
@@ -263,11 +248,14 @@ class Turns(Generic[R]):
     """Coroutines that sample turns, one per slot, in a thread with an event loop of its own.
 
     Closing or deleting the object ends the thread and closes the clients.
+
+    Args:
+        name: name of the thread.
+        closing: what closes the clients that the coroutines use.
     """
 
-    def __init__(self, name: str, clients: Sequence[Closable]) -> None:
-        """Start the thread, with this name."""
-        self._thread = LoopThread(name, clients)
+    def __init__(self, name: str, closing: Sequence[Close]) -> None:
+        self._thread = LoopThread(name, closing)
         self._running: dict[int, Future[R]] = {}
         self._finished: SimpleQueue[tuple[int, Future[R]]] = SimpleQueue()
         self.close, self.call = self._thread.close, self._thread.call
@@ -319,13 +307,12 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
         loop.close()
 
 
-def _stop(loop: asyncio.AbstractEventLoop, clients: Sequence[Closable]) -> None:
+def _stop(loop: asyncio.AbstractEventLoop, closing: Sequence[Close]) -> None:
     async def wind_up() -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
-        closing = [client.aclose() for client in clients]
-        await asyncio.gather(*tasks, *closing, return_exceptions=True)
+        await asyncio.gather(*tasks, *(close() for close in closing), return_exceptions=True)
         loop.stop()
 
     asyncio.run_coroutine_threadsafe(wind_up(), loop)

@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from research_agent.distributed import rank_and_size, run_together
+from research_agent.engines import Carrier
 from research_agent.engines.base import Completion, Finish, SamplingParams
 from research_agent.engines.checks import context_limit, not_finite, require_room, weights_device
 from research_agent.engines.remote import Turns, check_address, read_key
-from research_agent.engines.servers.pool import HeldTokens, Sampled, ServedWeights, ServerPool, Turn
+from research_agent.engines.servers.pool import Sampled, ServedWeights, ServerPool, Slot
 from research_agent.engines.servers.serve import ServerProcess
-from research_agent.engines.servers.server import Carrier
 from research_agent.engines.servers.weight_sync import WeightSync, model_weights
 from research_agent.errors import ConfigError
 from research_agent.system.torchrun import torchrun
@@ -88,18 +88,16 @@ class ServerEngine:
         self._sync = sync
         self._process = process
         self._renderer = renderer
-        self._held: dict[int, HeldTokens] = {}
+        self._slots: dict[int, Slot] = {}
         self._version = 0
         self._pool = ServerPool(
             urls,
-            read_key("VLLM_API_KEY"),
             renderer.end_ids,
             turn_timeout=turn_timeout,
             patience=patience,
-            max_in_flight=max_in_flight * len(urls),
-            quiet=rank_and_size()[0] > 0,
+            max_in_flight=max_in_flight,
         )
-        self._turns: Turns[Sampled] = Turns("servers", self._pool.clients)
+        self._turns: Turns[Sampled] = Turns("servers", self._pool.closing)
         self._let_go = weakref.finalize(self, _close, self._turns, sync, process)
         self._let_go.atexit = False  # what is left then ends with the process
 
@@ -120,13 +118,14 @@ class ServerEngine:
             raise ValueError(f"slot {slot} has a turn under way; wait for it or release it")
         if 0 < params.temperature < 0.01:
             raise ValueError(f"temperature is {params.temperature}; vLLM takes 0, or 0.01 and more")
-        held = self._held.get(slot) or HeldTokens()
+        held = self._slots.get(slot) or Slot()
         length = len(held.tokens) + len(tokens)
         require_room(slot, length, self.max_context)
         held.tokens += tokens
-        self._held[slot] = held
-        limit = min(params.max_tokens, self.max_context - length)
-        self._turns.begin(slot, self._pool.play(Turn(slot, held, params, limit)))
+        held.params = params
+        held.limit = min(params.max_tokens, self.max_context - length)
+        self._slots[slot] = held
+        self._turns.begin(slot, self._pool.play(held))
 
     def step(self) -> list[Completion]:
         """Wait a moment for turns to be finished; return those that are.
@@ -136,12 +135,12 @@ class ServerEngine:
             NonFiniteError: a log-probability is not finite.
         """
         self.require_alive()
-        return [self._complete(sampled) for sampled in self._turns.finished(_STEP).values()]
+        return [self._complete(*turn) for turn in self._turns.finished(_STEP).items()]
 
     def release(self, slot: int) -> None:
         """Forget what the slot holds; a server that is at its turn stops."""
         self._turns.cancel(slot)
-        self._held.pop(slot, None)
+        self._slots.pop(slot, None)
 
     def load_weights(
         self, weights: Iterable[tuple[str, Tensor]] | ServedWeights, version: int
@@ -179,18 +178,17 @@ class ServerEngine:
         """Delete the weights and leave the servers; a server that this rank started ends."""
         self._let_go()
 
-    def _complete(self, sampled: Sampled) -> Completion:
+    def _complete(self, slot: int, sampled: Sampled) -> Completion:
         """The turn as any engine would have ended it; here, as tokenizers are for one thread."""
-        turn = sampled.turn
-        count, finish = self._cut(sampled)
+        held = self._slots[slot]
+        count, finish = self._cut(held, sampled)
         tokens, logprobs = sampled.tokens[:count], sampled.logprobs[:count]
         versions = tuple(sampled.versions[:count])
         if not all(logprob > _NOT_FINITE for logprob in logprobs):
             raise not_finite(versions[-1])
-        turn.held.tokens += tokens
         said = tokens[:-1] if finish == "end" else tokens
-        return Completion(
-            slot=turn.slot,
+        completion = Completion(
+            slot=slot,
             tokens=tuple(tokens),
             logprobs=tuple(logprobs),
             text=self._renderer.decode(said) if said else "",
@@ -198,21 +196,23 @@ class ServerEngine:
             version=versions[-1] if versions else self._version,
             versions=versions,
         )
+        held.tokens += tokens
+        return completion
 
-    def _cut(self, sampled: Sampled) -> tuple[int, Finish]:
+    def _cut(self, held: Slot, sampled: Sampled) -> tuple[int, Finish]:
         """How many tokens the turn has, and why it ends there.
 
         A server knows nothing of what was said before an interruption, and its decoder is not the
         renderer's: the first token that ends the turn or completes a stop string is looked for
         again.
         """
-        params, tokens = sampled.turn.params, sampled.tokens
-        begun = sampled.turn.held.tokens[-params.resumed_tokens :] if params.resumed_tokens else []
+        params, tokens = held.params, sampled.tokens
+        resumed = held.tokens[len(held.tokens) - params.resumed_tokens :]
         flagged = self._renderer.stop_tokens(params.stop)
         for at, token in enumerate(tokens):
             if token in self._renderer.end_ids:
                 return at + 1, "end"
-            if token in flagged and self._renderer.stops([*begun, *tokens[: at + 1]], params.stop):
+            if token in flagged and self._renderer.stops(resumed + tokens[: at + 1], params.stop):
                 return at + 1, "stop"
         return len(tokens), sampled.finish_reason
 
@@ -306,16 +306,15 @@ def serve_engine(
     slots = max_slots * torchrun("LOCAL_WORLD_SIZE", 1)
     node = torchrun("GROUP_RANK", 0)
     starts = torchrun("LOCAL_RANK", 0) == 0
-    process: list[ServerProcess] = []
+    process: ServerProcess | None = None
 
     def start() -> tuple[int, str]:
+        nonlocal process
         if not starts:
             return node, ""
-        process.append(
-            ServerProcess(model, renderer, spec, context=context, slots=slots, dtype=dtype)
-        )
-        process[0].wait()
-        return node, process[0].url
+        process = ServerProcess(model, renderer, spec, context=context, slots=slots, dtype=dtype)
+        process.wait()
+        return node, process.url
 
     try:
         urls = [url for number, url in run_together(start) if number == node and url]
@@ -327,11 +326,11 @@ def serve_engine(
             by="folder" if weights_device(model).type == "cpu" else "ipc",
             dtype=dtype,
             gives=starts,
-            process=process[0] if process else None,
+            process=process,
         )
     except BaseException:
-        for each in process:
-            each.close()
+        if process:
+            process.close()
         raise
 
 

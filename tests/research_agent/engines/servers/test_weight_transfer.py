@@ -33,7 +33,7 @@ from tests.research_agent.test_server_engine import (
 )
 
 BACKENDS = ["nccl", "ipc"]
-INSPECT = ["/v1/models", "/list_workers", "/server_info", "/server_info", "/version"]
+INSPECT = ["/list_workers", "/server_info", "/server_info", "/version"]
 INSPECT += ["/collective_rpc", "/get_world_size"]
 PREPARE = ["/pause", "/weight_info", "/shutdown_weight_transfer_engine", "/update_weight_version"]
 SEND = ["/init_weight_transfer_engine", "/start_weight_update", "/update_weights"]
@@ -312,7 +312,7 @@ def test_a_server_that_fails_at_a_transfer_is_left_out(
     submit(engine, range(4))
     assert {turn.version for turn in finish(engine).values()} == {1}
     assert len(bad.turns) == before
-    bad.missing = {"/v1/models": 503, "/weight_info": 503}  # while it is not well
+    bad.missing = {"/weight_info": 503}  # while it is not well
     count = updates(bad)
     engine.load_weights(filled(2).items(), 2)
     assert holds(good, 2)
@@ -336,7 +336,7 @@ def test_it_is_taken_back_with_the_next_weights(
     engine.load_weights(filled(2).items(), 2)
     assert holds(bad, 2) and holds(good, 2)
     # What had been begun is ended first, or vLLM would count it as a part of these.
-    path = [path for path in asked(bad) if path not in ("/weight_info", "/v1/models")]
+    path = [path for path in asked(bad) if path != "/weight_info"]
     path = path[path.index("/start_weight_update") :]
     end = [path for path in PREPARE[1:] if path != "/weight_info"]
     rest = [*end, *SEND, *FINISH, *PROBE]
