@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import time
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
@@ -281,17 +280,15 @@ class Turns(Generic[R]):
     def finished(self, timeout: float) -> dict[int, R]:
         """Return slot -> result of the finished turns.
 
-        Waits until one is finished, for at most ``timeout`` seconds.
+        Waits until one is finished, or nothing has happened for ``timeout`` seconds.
 
         Raises:
             Exception: what a turn raised.
         """
         done: dict[int, R] = {}
-        deadline = time.monotonic() + timeout
         while self._running:
-            left = 0.0 if done else max(0.0, deadline - time.monotonic())
             try:
-                slot, future = self._finished.get(timeout=left)
+                slot, future = self._finished.get(timeout=0.0 if done else timeout)
             except Empty:
                 break
             if self._running.get(slot) is future:  # otherwise it was cancelled

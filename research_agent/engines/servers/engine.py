@@ -9,15 +9,14 @@ Under torchrun each rank samples its own turns on all servers. All ranks take pa
 weights, and one of them talks to the servers about it (``weight_sync.py``).
 
 A server that fails is left out, and its turns are sampled again elsewhere, from the same tokens and
-seed. One that is started again gets the current weights from the folder at once, and from memory
-with the next ``load_weights``. One address is one server: through a router weights reach one of its
-servers only. And a server is for one run.
+seed. One that is started again is used from the next ``load_weights`` on. One address is one server:
+through a router weights reach one of its servers only. And a server is for one run.
 
 What is used of vLLM 0.32: ``/inference/v1/generate`` (token ids in; out come token ids, their
 log-probabilities, and the version of the weights that sampled them), and of the development mode
 ``/server_info``, ``/collective_rpc`` (``reload_weights`` from a folder), ``/pause``, ``/resume``,
 ``/reset_prefix_cache``, ``/update_weight_version``, ``/weight_info``, ``/get_world_size``, and the
-routes of vLLM's weight transfer.
+routes of vLLM's weight transfer (``weight_transfer.py``).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from research_agent.distributed import rank_and_size, run_together
 from research_agent.engines import Carrier
 from research_agent.engines.base import Completion, Finish, SamplingParams
 from research_agent.engines.checks import context_limit, not_finite, require_room, weights_device
-from research_agent.engines.remote import Turns, check_address, read_key
+from research_agent.engines.remote import Turns, check_address
 from research_agent.engines.servers.pool import Sampled, ServedWeights, ServerPool, Slot
 from research_agent.engines.servers.serve import ServerProcess
 from research_agent.engines.servers.weight_sync import WeightSync, model_weights
@@ -60,8 +59,6 @@ class ServerEngine:
         sync: gives the servers weights. Without it somebody else does, and ``load_weights`` takes
             a ``ServedWeights``.
         process: the server that this rank has started, which ends with the engine.
-        turn_timeout: seconds a server may take for a turn; one that takes longer counts as dead.
-        patience: seconds to wait for a server to come back when none is left.
         max_in_flight: turns asked for at a time, times the number of servers.
 
     The draws of a turn are a function of its trajectory's seed and of the tokens held before it,
@@ -79,8 +76,6 @@ class ServerEngine:
         sync: WeightSync | None = None,
         process: ServerProcess | None = None,
         *,
-        turn_timeout: float = 600.0,
-        patience: float = 60.0,
         max_in_flight: int = 256,
     ) -> None:
         self.max_context = max_context
@@ -90,13 +85,7 @@ class ServerEngine:
         self._renderer = renderer
         self._slots: dict[int, Slot] = {}
         self._version = 0
-        self._pool = ServerPool(
-            urls,
-            renderer.end_ids,
-            turn_timeout=turn_timeout,
-            patience=patience,
-            max_in_flight=max_in_flight,
-        )
+        self._pool = ServerPool(urls, renderer.end_ids, max_in_flight)
         self._turns: Turns[Sampled] = Turns("servers", self._pool.closing)
         self._let_go = weakref.finalize(self, _close, self._turns, sync, process)
         self._let_go.atexit = False  # what is left then ends with the process
@@ -227,8 +216,7 @@ def connect_servers(
     dtype: str | None = None,
     gives: bool | None = None,
     process: ServerProcess | None = None,
-    patience: float = 60.0,
-    **limits: Any,
+    max_in_flight: int = 256,
 ) -> ServerEngine:
     """Make an engine over servers and give them the model's weights; every rank calls it.
 
@@ -243,8 +231,7 @@ def connect_servers(
         dtype: number format of the servers' weights, such as bfloat16; the model's own by default.
         gives: whether this rank gives weights to these servers. Rank 0 does by default.
         process: as for ``ServerEngine``.
-        patience: as for ``ServerEngine``, also when none takes new weights.
-        limits: ``turn_timeout`` and ``max_in_flight``, as for ``ServerEngine``.
+        max_in_flight: as for ``ServerEngine``.
 
     Raises:
         ConfigError: an address that cannot be used, or a model whose weights cannot go this way.
@@ -258,15 +245,13 @@ def connect_servers(
     sync = WeightSync(
         model,
         bases if gives else (),
-        read_key("VLLM_API_KEY"),
         carrier=by,
         dtype=getattr(torch, dtype) if dtype else model.dtype,
         context=context,
         token=min(renderer.end_ids),
-        patience=patience,
         require_alive=process.require_alive if process else lambda: None,
     )
-    engine = ServerEngine(renderer, bases, context, sync, process, patience=patience, **limits)
+    engine = ServerEngine(renderer, bases, context, sync, process, max_in_flight=max_in_flight)
     try:
         if not any(weight.is_meta for weight in model.parameters()):
             engine.load_weights(model_weights(model), 0)

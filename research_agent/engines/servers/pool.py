@@ -15,6 +15,7 @@ from research_agent.engines.remote import Client, RequestError, read_key, turn_s
 from research_agent.engines.servers.server import (
     GENERATE,
     LOOK_TIMEOUT,
+    PATIENCE,
     START,
     Answer,
     WeightInfo,
@@ -24,6 +25,7 @@ from research_agent.errors import EngineError
 
 _LOG = logging.getLogger(__name__)
 
+_TURN_TIMEOUT = 600.0  # seconds that a turn may take; a server that takes longer counts as dead
 _CHECK = 5.0  # seconds between looks at a server's health; a fifth if it is dead
 _REFUSED = (400, 413, 422)  # statuses for a turn that no server would take
 _ATTEMPTS = 4  # per turn: this many plus one per server
@@ -84,25 +86,19 @@ class _LostError(Exception):
 class ServerPool:
     """The servers that one process samples from; it gives them no weights.
 
-    Everything here runs in the event loop's thread. See ``ServerEngine`` for the arguments. Of
-    several ranks the first one warns.
+    Everything here runs in the event loop's thread. Of several ranks the first one warns.
+
+    Args:
+        urls: addresses of the servers.
+        end_ids: tokens that end a turn.
+        max_in_flight: turns asked for at a time, times the number of servers.
     """
 
-    def __init__(
-        self,
-        urls: Sequence[str],
-        end_ids: frozenset[int],
-        *,
-        turn_timeout: float,
-        patience: float,
-        max_in_flight: int,
-    ) -> None:
+    def __init__(self, urls: Sequence[str], end_ids: frozenset[int], max_in_flight: int) -> None:
         key = read_key("VLLM_API_KEY")
         self._servers = [_Sampler(url, Client(url, key, keep_alive=True)) for url in urls]
         self.closing = [server.client.aclose for server in self._servers]
         self._end_ids = end_ids
-        self._turn_timeout = turn_timeout
-        self._patience = patience
         self._in_flight = asyncio.Semaphore(max_in_flight * len(urls))
         self._tag = WeightTag("", 0, 0)
         self._back = asyncio.Event()  # set when a server comes back
@@ -157,7 +153,7 @@ class ServerPool:
     async def _living(self) -> list[_Sampler]:
         """The servers that can be used; one is waited for."""
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(PATIENCE):
                 while not (alive := [server for server in self._servers if server.alive]):
                     self._back.clear()
                     await self._back.wait()
@@ -169,7 +165,7 @@ class ServerPool:
     async def _sample(self, server: _Sampler, slot: Slot) -> Sampled:
         payload, tag = _request(slot, self._end_ids), self._tag
         request = asyncio.create_task(
-            server.client.ask("POST", GENERATE, payload, timeout=self._turn_timeout, form=Answer)
+            server.client.ask("POST", GENERATE, payload, timeout=_TURN_TIMEOUT, form=Answer)
         )
         server.requests.add(request)
         server.taken += 1

@@ -17,6 +17,8 @@ from research_agent.errors import ContextError, EngineError
 
 RELOAD_TIMEOUT = 600.0
 """Seconds that a server may take for new weights, or for its first turn."""
+PATIENCE = 60.0
+"""Seconds to wait for a server when none is left, or none takes new weights."""
 LOOK_TIMEOUT = 30.0
 """Seconds for the answer to a request that costs a server next to nothing."""
 GENERATE = "inference/v1/generate"
@@ -163,7 +165,7 @@ class Server:
     software: str = ""  # vLLM's version
     size: int = 1  # GPUs
     current: str = ""  # name of the weights it was given last; empty if it must be inspected
-    problem: str = "it has not been asked yet"  # what went wrong last; empty if nothing did
+    problem: str = ""  # what went wrong last; empty if nothing did
 
     async def ask(
         self,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,9 +23,9 @@ from research_agent.distributed import (
 )
 from research_agent.engines import Carrier
 from research_agent.engines.checks import WeightNames
-from research_agent.engines.remote import Client, LoopThread, RequestError
+from research_agent.engines.remote import Client, LoopThread, RequestError, read_key
 from research_agent.engines.servers.pool import ServedWeights, no_server
-from research_agent.engines.servers.server import Needs, Server, WeightTag
+from research_agent.engines.servers.server import PATIENCE, Needs, Server, WeightTag
 from research_agent.engines.servers.weight_transfer import Transfer, prepare_transfer
 from research_agent.errors import EngineError, ResearchAgentError
 from research_agent.weight_files import WeightFolder
@@ -35,10 +33,7 @@ from research_agent.weight_files import WeightFolder
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LOG = logging.getLogger(__name__)
-
 _AGAIN = 1.0  # seconds between attempts while no server takes the weights
-_CHECK = 5.0  # seconds between looks for servers that came back
 
 
 def model_weights(model: Any) -> Iterable[tuple[str, Tensor]]:
@@ -64,12 +59,10 @@ class WeightSync:
     Args:
         model: the policy.
         urls: the servers that this rank gives weights to; each server belongs to one rank.
-        key: of the servers.
         carrier: how the weights get there.
         dtype: number format of the weights on the servers.
         context: tokens that a trajectory may have.
         token: one that a server can sample from, to try it.
-        patience: seconds to wait for a server when none takes the weights.
         require_alive: raises an ``EngineError`` if a server that this rank started has ended.
 
     Raises:
@@ -80,13 +73,11 @@ class WeightSync:
         self,
         model: Any,
         urls: Sequence[str],
-        key: str | None,
         *,
         carrier: Carrier,
         dtype: torch.dtype,
         context: int,
         token: int,
-        patience: float,
         require_alive: Callable[[], None] = lambda: None,
     ) -> None:
         self._names = WeightNames(model)
@@ -96,18 +87,16 @@ class WeightSync:
                 self._transfer = Transfer(model, self._names, carrier, dtype)
             elif rank_and_size()[0] == 0:
                 self._folder = WeightFolder(self._names, dtype)
-            self._servers = [Server(url, Client(url, key)) for url in urls]
+            self._servers = [Server(url, Client(url, read_key("VLLM_API_KEY"))) for url in urls]
         self._root = broadcast_object(self._folder.root if self._folder else None)
         self._needs = Needs(context, str(dtype).removeprefix("torch."), _sizes(model), carrier)
         self._token = token
         self._loop = LoopThread("weights", [server.client.aclose for server in self._servers])
-        self._patience = patience
         self._require_alive = require_alive
         self._run = broadcast_object(secrets.token_hex(4))
         self._calls = 0
-        self._current = ""  # name of the weights that servers have
-        self._ready: list[Server] = []  # paused, and waiting for weights
-        self._keeper: Future[None] | None = None
+        self._started = False  # whether weights have been given
+        self._ready: list[Server] = []  # as the run needs them
 
     def give(self, weights: Iterable[tuple[str, Tensor]], version: int) -> ServedWeights:
         """Give weights to all servers that can take them.
@@ -128,19 +117,13 @@ class WeightSync:
         """
         self._calls += 1
         tag = WeightTag(self._run, version, self._calls)
-        if self._keeper:
-            self._keeper.cancel()
         try:
+            if not self._transfer:
+                run_together(lambda: self._write(weights, str(tag)))
             return self._give(weights, tag)
-        except Exception:
-            if not self._current:  # the run does not start: its servers stay as they were
-                self._loop.call(self._go_on())
-            raise
         finally:
             if self._folder:
-                self._folder.prune({self._current})
-            if self._root and self._servers and self._current:
-                self._keeper = self._loop.start(self._keep(self._current))
+                self._folder.prune(())
 
     def close(self) -> None:
         """Delete the weights, and leave the servers, which keep running."""
@@ -150,13 +133,11 @@ class WeightSync:
 
     def _give(self, weights: Iterable[tuple[str, Tensor]], tag: WeightTag) -> ServedWeights:
         """Attempt it until any server has the weights; every rank decides by the same reports."""
-        deadline = time.monotonic() + self._patience
-        if not self._transfer:
-            run_together(lambda: self._write(weights, str(tag)))
+        deadline = time.monotonic() + PATIENCE
         problems: dict[str, str] = {}
         skipped: set[str] = set()  # servers that failed a moment ago
         while True:
-            reports = _on_all_ranks(lambda: self._prepare(skipped))
+            reports = _on_all_ranks(lambda: self._inspect(skipped))
             problems |= {report.url: report.problem for report in reports if report.problem}
             _require_same_software(reports)
             if any(not report.problem for report in reports):
@@ -164,7 +145,7 @@ class WeightSync:
                 failed = {report.url: report.problem for report in reports if report.problem}
                 problems |= failed
                 if given := {report.url for report in reports if report.current}:
-                    self._current = str(tag)
+                    self._started = True
                     left_out = {url: why for url, why in problems.items() if url not in given}
                     return ServedWeights(tag, frozenset(given), left_out)
                 if self._transfer and iter(weights) is weights:
@@ -176,11 +157,11 @@ class WeightSync:
                 skipped.clear()
                 time.sleep(_AGAIN)
 
-    def _prepare(self, skipped: set[str]) -> list[_Report]:
-        """Pause the servers of this rank that are as the run needs them, but for those skipped."""
+    def _inspect(self, skipped: set[str]) -> list[_Report]:
+        """See which servers of this rank are as the run needs them, but for those skipped."""
         self._require_alive()
         asked = [server for server in self._servers if server.url not in skipped]
-        self._ready = self._loop.call(self._each(self._pause, asked))
+        self._ready = self._loop.call(self._each(self._require_fit, asked))
         return _reports(asked)
 
     def _write(self, weights: Iterable[tuple[str, Tensor]], name: str) -> None:
@@ -191,12 +172,12 @@ class WeightSync:
             pass
 
     def _send(self, weights: Iterable[tuple[str, Tensor]], name: str) -> list[_Report]:
-        """Send the weights, and resume the servers of this rank that have them."""
-        got = self._ready
+        """Pause the servers of this rank that are ready, send the weights, and resume them."""
+        got = self._loop.call(self._each(self._pause, self._ready))
         if self._transfer:
-            got = self._transfer.send(weights, self._ready, self._loop.loop)
-            for server in set(self._ready) - set(got):
-                server.current = ""
+            got = self._transfer.send(weights, got, self._loop.loop)
+        for server in set(self._ready) - set(got):
+            server.current = ""
         self._loop.call(self._each(partial(self._resume, name=name), got))
         return _reports(self._ready)
 
@@ -212,22 +193,22 @@ class WeightSync:
             ContextError, EngineError: before the first weights: one was started in another way.
         """
         errors = await asyncio.gather(*map(work, servers), return_exceptions=True)
+        harmless = (RequestError, ResearchAgentError) if self._started else RequestError
         for server, error in zip(servers, errors, strict=True):
-            server.problem = str(error) if error else ""
-            if error:
-                server.current = ""
-                _LOG.info("%s has not the current weights: %s", server.url, error)
-        harmless = (RequestError, ResearchAgentError) if self._current else RequestError
-        for error in errors:
             if error and not isinstance(error, harmless):
                 raise error
+            server.problem = str(error or "")
+            if error:
+                server.current = ""
         return [server for server in servers if not server.problem]
 
-    async def _pause(self, server: Server) -> None:
-        """Pause a server, if it is as the run needs it."""
+    async def _require_fit(self, server: Server) -> None:
+        """Check that a server has the weights that it was given last, or how it was started."""
         if not server.current or await server.weights() != server.current:
             server.current = ""
             await server.inspect(self._needs)
+
+    async def _pause(self, server: Server) -> None:
         await server.ask("POST", "pause?mode=keep")
         if self._transfer:
             await prepare_transfer(server)
@@ -245,26 +226,6 @@ class WeightSync:
         if not server.current:
             await server.probe(name, self._token)
         server.current = name
-
-    async def _go_on(self) -> None:
-        """Resume the servers that were paused, without new weights."""
-        paused = [server for server in self._servers if not server.problem]
-        going_on = (server.ask("POST", "resume") for server in paused)
-        await asyncio.gather(*going_on, return_exceptions=True)
-
-    async def _keep(self, name: str) -> None:
-        """Give these weights to servers that come back.
-
-        Only from a folder, which can be read at any time; the learner's memory changes.
-        """
-        while True:
-            await asyncio.sleep(_CHECK)
-            await self._each(partial(self._readmit, name=name), self._servers)
-
-    async def _readmit(self, server: Server, name: str) -> None:
-        if not server.current == await server.weights() == name:
-            await self._pause(server)
-            await self._resume(server, name)
 
 
 def _on_all_ranks(work: Callable[[], list[_Report]]) -> list[_Report]:

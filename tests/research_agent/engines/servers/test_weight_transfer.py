@@ -103,6 +103,9 @@ def wires(monkeypatch: pytest.MonkeyPatch) -> Wires:
     monkeypatch.setattr(weight_transfer, "_trainer", Trainer)
     monkeypatch.setattr(weight_transfer._Source, "metadata", metadata)
     monkeypatch.setattr(pool, "_CHECK", 0.05)
+    monkeypatch.setattr(pool, "_TURN_TIMEOUT", 10.0)
+    monkeypatch.setattr(pool, "PATIENCE", 0.3)
+    monkeypatch.setattr(weight_sync, "PATIENCE", 0.3)
     monkeypatch.setattr(weight_sync, "_AGAIN", 0.05)
     Trainer.made, Trainer.wires = [], {}
     return Trainer.wires
@@ -136,7 +139,7 @@ def connect() -> Iterator[Callable[..., ServerEngine]]:
 
     def start(*servers: FakeVllm, **settings: Any) -> ServerEngine:
         urls = [server.url for server in servers]
-        given: dict[str, Any] = {"patience": 0.3, "turn_timeout": 10.0, "by": "nccl"} | settings
+        given: dict[str, Any] = {"by": "nccl"} | settings
         for server in servers:
             server.backend = given["by"]
         engines.append(connect_servers(MODEL, RENDERER, urls, 200, **given))
@@ -373,10 +376,11 @@ def test_a_server_started_anew_waits_for_the_next_weights(make: Make, connect: O
 
 
 def test_a_server_that_was_only_away_needs_no_weights(
-    make: Make, connect: Open, caplog: pytest.LogCaptureFixture
+    make: Make, connect: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = make()
-    engine = connect(server, patience=10.0)
+    engine = connect(server)
+    monkeypatch.setattr(pool, "PATIENCE", 10.0)
     server.mode, server.fails = "500", 1
     submit(engine, range(2))
     assert len(finish(engine)) == 2
@@ -405,9 +409,12 @@ def test_all_are_gone(make: Make, connect: Open) -> None:
         assert word in str(caught.value)
 
 
-def test_the_only_one_is_waited_for(make: Make, connect: Open) -> None:
+def test_the_only_one_is_waited_for(
+    make: Make, connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = make()
-    engine = connect(server, patience=20.0)
+    engine = connect(server)
+    monkeypatch.setattr(weight_sync, "PATIENCE", 20.0)
     server.transfer = "cut"
     heal = threading.Timer(0.5, setattr, (server, "transfer", "well"))
     heal.start()
@@ -415,9 +422,12 @@ def test_the_only_one_is_waited_for(make: Make, connect: Open) -> None:
     assert holds(server, 1)
 
 
-def test_weights_that_can_be_had_once_are_sent_once(make: Make, connect: Open) -> None:
+def test_weights_that_can_be_had_once_are_sent_once(
+    make: Make, connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = make()
-    engine = connect(server, patience=20.0)
+    engine = connect(server)
+    monkeypatch.setattr(weight_sync, "PATIENCE", 20.0)
     server.transfer = "cut"
     with pytest.raises(EngineError, match="no vLLM server can be used"):
         engine.load_weights(iter(filled(1).items()), 1)
