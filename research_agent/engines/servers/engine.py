@@ -9,8 +9,8 @@ Under torchrun each rank samples its own turns on all servers. All ranks take pa
 weights, and one of them talks to the servers about it (``weight_sync.py``).
 
 A server that fails is left out, and its turns are sampled again elsewhere, from the same tokens and
-seed. One that is started again is used from the next ``load_weights`` on. One address is one server:
-through a router weights reach one of its servers only. And a server is for one run.
+seed. One that is started again is used from the next ``load_weights`` on. One address is one
+server: through a router weights reach one of its servers only. And a server is for one run.
 
 What is used of vLLM 0.32: ``/inference/v1/generate`` (token ids in; out come token ids, their
 log-probabilities, and the version of the weights that sampled them), and of the development mode
@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from research_agent.distributed import rank_and_size, run_together
+from research_agent.distributed import gather, rank_and_size, together
 from research_agent.engines import Carrier
 from research_agent.engines.base import Completion, Finish, SamplingParams
 from research_agent.engines.checks import context_limit, not_finite, require_room, weights_device
-from research_agent.engines.remote import Turns, check_address
+from research_agent.engines.remote import Turns
 from research_agent.engines.servers.pool import Sampled, ServedWeights, ServerPool, Slot
 from research_agent.engines.servers.serve import ServerProcess
 from research_agent.engines.servers.weight_sync import WeightSync, model_weights
@@ -239,7 +239,7 @@ def connect_servers(
         EngineError: no server can be used, or one that answers was started in another way.
         StoppedError: this is not rank 0, which has one of these errors.
     """
-    bases = server_addresses(urls)
+    bases = _addresses(urls)
     context = context_limit(model, max_context)
     gives = rank_and_size()[0] == 0 if gives is None else gives
     sync = WeightSync(
@@ -290,27 +290,23 @@ def serve_engine(
     dtype = dtype or str(model.dtype).removeprefix("torch.")
     slots = max_slots * torchrun("LOCAL_WORLD_SIZE", 1)
     node = torchrun("GROUP_RANK", 0)
-    starts = torchrun("LOCAL_RANK", 0) == 0
     process: ServerProcess | None = None
-
-    def start() -> tuple[int, str]:
-        nonlocal process
-        if not starts:
-            return node, ""
-        process = ServerProcess(model, renderer, spec, context=context, slots=slots, dtype=dtype)
-        process.wait()
-        return node, process.url
-
     try:
-        urls = [url for number, url in run_together(start) if number == node and url]
+        with together():
+            if torchrun("LOCAL_RANK", 0) == 0:
+                process = ServerProcess(
+                    model, renderer, spec, context=context, slots=slots, dtype=dtype
+                )
+                process.wait()
+        started = gather([(node, process.url)] if process else [])
         return connect_servers(
             model,
             renderer,
-            urls,
+            [url for number, url in started if number == node],
             context,
             by="folder" if weights_device(model).type == "cpu" else "ipc",
             dtype=dtype,
-            gives=starts,
+            gives=process is not None,
             process=process,
         )
     except BaseException:
@@ -319,15 +315,13 @@ def serve_engine(
         raise
 
 
-def server_addresses(urls: Sequence[str]) -> list[str]:
-    """Check the addresses of servers, and write all in the same way.
+def _addresses(urls: Sequence[str]) -> list[str]:
+    """Write the addresses of servers all in the same way.
 
     Raises:
-        ConfigError: an address that cannot be used, or one that comes twice.
+        ConfigError: there are none, or one comes twice.
     """
     bases = [url.strip().rstrip("/").removesuffix("/v1") for url in urls]
-    for base in bases:
-        check_address(base)
     if not bases or len(set(bases)) < len(bases):
         raise ConfigError(f"the servers are {', '.join(urls) or 'none'}; name each one once")
     return bases

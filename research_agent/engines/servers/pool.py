@@ -11,7 +11,8 @@ from typing import Any
 from research_agent.distributed import rank_and_size
 from research_agent.engines.base import Finish, SamplingParams
 from research_agent.engines.checks import CONTINUE
-from research_agent.engines.remote import Client, RequestError, read_key, turn_seed
+from research_agent.engines.remote import read_key, turn_seed
+from research_agent.engines.servers.client import Client, RequestError
 from research_agent.engines.servers.server import (
     GENERATE,
     LOOK_TIMEOUT,

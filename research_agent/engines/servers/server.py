@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from research_agent.engines import Carrier
-from research_agent.engines.remote import Client, RequestError
+from research_agent.engines.servers.client import Client, RequestError
 from research_agent.errors import ContextError, EngineError
 
 RELOAD_TIMEOUT = 600.0

@@ -23,7 +23,8 @@ from research_agent.distributed import (
 )
 from research_agent.engines import Carrier
 from research_agent.engines.checks import WeightNames
-from research_agent.engines.remote import Client, LoopThread, RequestError, read_key
+from research_agent.engines.remote import LoopThread, read_key
+from research_agent.engines.servers.client import Client, RequestError
 from research_agent.engines.servers.pool import ServedWeights, no_server
 from research_agent.engines.servers.server import PATIENCE, Needs, Server, WeightTag
 from research_agent.engines.servers.weight_transfer import Transfer, prepare_transfer

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 import torch
 
 from research_agent.engines.checks import WeightNames, weights_device
-from research_agent.engines.remote import RequestError
+from research_agent.engines.servers.client import RequestError
 from research_agent.engines.servers.server import BACKEND, RELOAD_TIMEOUT, Server
 from research_agent.errors import ConfigError, EngineError, ModelError
 from research_agent.system.redaction import one_line
