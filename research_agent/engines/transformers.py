@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from research_agent.engines.base import Completion, Finish, SamplingParams
+from research_agent.engines.base import Completion, Finish, SamplingParams, make_completion
 from research_agent.engines.checks import WeightNames, context_limit, not_finite, require_room
 from research_agent.engines.recurrent_states import (
     RecurrentStates,
@@ -294,16 +294,8 @@ class TransformersEngine:
 
     def _complete(self, slot: int, finish_reason: Finish) -> Completion:
         new = slice(self._params.pop(slot).resumed_tokens, int(self._written[slot]))
-        tokens = self._tokens[slot, new].tolist()
-        said = tokens[:-1] if finish_reason == "end" else tokens
-        return Completion(
-            slot=slot,
-            tokens=tuple(tokens),
-            logprobs=tuple(self._logprobs[slot, new].tolist()),
-            text=self._renderer.decode(said) if said else "",
-            finish_reason=finish_reason,
-            version=self._version,
-        )
+        tokens, logprobs = self._tokens[slot, new].tolist(), self._logprobs[slot, new].tolist()
+        return make_completion(self._renderer, slot, tokens, logprobs, finish_reason, self._version)
 
     def _admit(self) -> list[int]:
         """Take pending turns in, so far as one forward may hold; how many fall in each bucket.

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from research_agent.distributed import rank_and_size
-from research_agent.engines.base import Completion, Finish, SamplingParams
+from research_agent.engines.base import Completion, Finish, SamplingParams, make_completion
 from research_agent.engines.checks import (
     CONTINUE,
     WeightNames,
@@ -276,14 +276,8 @@ class VllmEngine:
     def _complete(self, slot: int, finish_reason: Finish) -> Completion:
         turn = self._turns.pop(slot)
         self._held[slot] = turn.prompt + turn.tokens
-        said = turn.tokens[:-1] if finish_reason == "end" else turn.tokens
-        return Completion(
-            slot=slot,
-            tokens=tuple(turn.tokens),
-            logprobs=tuple(turn.logprobs),
-            text=self._renderer.decode(said) if said else "",
-            finish_reason=finish_reason,
-            version=self._version,
+        return make_completion(
+            self._renderer, slot, turn.tokens, turn.logprobs, finish_reason, self._version
         )
 
     @torch.no_grad()

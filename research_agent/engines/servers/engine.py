@@ -30,7 +30,7 @@ import torch
 
 from research_agent.distributed import gather, rank_and_size, together
 from research_agent.engines import Carrier
-from research_agent.engines.base import Completion, Finish, SamplingParams
+from research_agent.engines.base import Completion, Finish, SamplingParams, make_completion
 from research_agent.engines.checks import context_limit, not_finite, require_room, weights_device
 from research_agent.engines.remote import Turns
 from research_agent.engines.servers.pool import Sampled, ServedWeights, ServerPool, Slot
@@ -172,21 +172,12 @@ class ServerEngine:
         held = self._slots[slot]
         count, finish = self._cut(held, sampled)
         tokens, logprobs = sampled.tokens[:count], sampled.logprobs[:count]
-        versions = tuple(sampled.versions[:count])
+        versions = sampled.versions[:count]
         if not all(logprob > _NOT_FINITE for logprob in logprobs):
             raise not_finite(versions[-1])
-        said = tokens[:-1] if finish == "end" else tokens
-        completion = Completion(
-            slot=slot,
-            tokens=tuple(tokens),
-            logprobs=tuple(logprobs),
-            text=self._renderer.decode(said) if said else "",
-            finish_reason=finish,
-            version=versions[-1] if versions else self._version,
-            versions=versions,
-        )
         held.tokens += tokens
-        return completion
+        last = versions[-1] if versions else self._version
+        return make_completion(self._renderer, slot, tokens, logprobs, finish, last, versions)
 
     def _cut(self, held: Slot, sampled: Sampled) -> tuple[int, Finish]:
         """How many tokens the turn has, and why it ends there.
