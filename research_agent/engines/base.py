@@ -63,6 +63,7 @@ def make_completion(
     slot: int,
     tokens: Sequence[int],
     logprobs: Sequence[float],
+    *,
     finish_reason: Finish,
     version: int,
     versions: Sequence[int] = (),

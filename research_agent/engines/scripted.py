@@ -92,7 +92,9 @@ class ScriptedEngine:
         del said[: params.resumed_tokens]
         held += said
         certain = [0.0] * len(said)
-        completion = make_completion(self._renderer, slot, said, certain, finish, self._version)
+        completion = make_completion(
+            self._renderer, slot, said, certain, finish_reason=finish, version=self._version
+        )
         due = self._steps + 1 + self._delay()
         self._turns[slot] = _Turn(completion, self._steps, due, [])
         self._due[due].append(slot)

@@ -295,7 +295,14 @@ class TransformersEngine:
     def _complete(self, slot: int, finish_reason: Finish) -> Completion:
         new = slice(self._params.pop(slot).resumed_tokens, int(self._written[slot]))
         tokens, logprobs = self._tokens[slot, new].tolist(), self._logprobs[slot, new].tolist()
-        return make_completion(self._renderer, slot, tokens, logprobs, finish_reason, self._version)
+        return make_completion(
+            self._renderer,
+            slot,
+            tokens,
+            logprobs,
+            finish_reason=finish_reason,
+            version=self._version,
+        )
 
     def _admit(self) -> list[int]:
         """Take pending turns in, so far as one forward may hold; how many fall in each bucket.

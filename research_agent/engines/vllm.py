@@ -277,7 +277,12 @@ class VllmEngine:
         turn = self._turns.pop(slot)
         self._held[slot] = turn.prompt + turn.tokens
         return make_completion(
-            self._renderer, slot, turn.tokens, turn.logprobs, finish_reason, self._version
+            self._renderer,
+            slot,
+            turn.tokens,
+            turn.logprobs,
+            finish_reason=finish_reason,
+            version=self._version,
         )
 
     @torch.no_grad()

@@ -176,8 +176,15 @@ class ServerEngine:
         if not all(logprob > _NOT_FINITE for logprob in logprobs):
             raise not_finite(versions[-1])
         held.tokens += tokens
-        last = versions[-1] if versions else self._version
-        return make_completion(self._renderer, slot, tokens, logprobs, finish, last, versions)
+        return make_completion(
+            self._renderer,
+            slot,
+            tokens,
+            logprobs,
+            finish_reason=finish,
+            version=versions[-1] if versions else self._version,
+            versions=versions,
+        )
 
     def _cut(self, held: Slot, sampled: Sampled) -> tuple[int, Finish]:
         """How many tokens the turn has, and why it ends there.
