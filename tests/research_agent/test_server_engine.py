@@ -382,7 +382,7 @@ def test_a_server_that_comes_back_waits_for_the_next_weights(
     engine.load_weights(new.items(), 2)
     assert f"{server.url} is back" in caplog.text
     assert all(bool((weight == 0.5).all()) for weight in server.weights.values())
-    submit(engine, range(2), "more")
+    submit(engine, [2, 3])
     assert [turn.version for turn in finish(engine).values()] == [2, 2]
     assert server.version == other.version
     assert len(server.turns) == asked + 1
