@@ -87,8 +87,8 @@ class ServerEngine:
         self._version = 0
         self._pool = ServerPool(urls, renderer.end_ids, max_in_flight)
         self._turns: Turns[Sampled] = Turns("servers", self._pool.closing)
-        self._let_go = weakref.finalize(self, _close, self._turns, sync, process)
-        self._let_go.atexit = False  # what is left then ends with the process
+        self._finalizer = weakref.finalize(self, _close, self._turns, sync, process)
+        self._finalizer.atexit = False  # what is left then ends with the process
 
     @property
     def busy(self) -> int:
@@ -165,7 +165,7 @@ class ServerEngine:
 
     def close(self) -> None:
         """Delete the weights and leave the servers; a server that this rank started ends."""
-        self._let_go()
+        self._finalizer()
 
     def _complete(self, slot: int, sampled: Sampled) -> Completion:
         """The turn as any engine would have ended it; here, as tokenizers are for one thread."""

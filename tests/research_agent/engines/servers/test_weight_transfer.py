@@ -283,11 +283,6 @@ def test_a_server_that_takes_no_weights_this_way_is_refused(
         make_engine(f"server+{by}:{server.url}", MODEL, RENDERER, max_slots=1, max_context=200)
 
 
-def test_a_server_without_the_routes_is_refused(make: Make, connect: Open) -> None:
-    with pytest.raises(EngineError, match=r"refuses /weight_info.*VLLM_SERVER_DEV_MODE=1"):
-        connect(make(missing={"/weight_info": 404}))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("fault", ["500", "cut", "die", "hang"])
 def test_a_server_that_fails_at_a_transfer_is_left_out(
@@ -457,9 +452,3 @@ def test_a_learner_without_vllm_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"vLLM cannot be imported.*server\+nccl needs it here"):
         weight_transfer.require_gpu(torch.device("cuda"), "nccl")
-
-
-def test_names_that_no_engine_has() -> None:
-    for name in ("server+nccl", "server+mpi:http://localhost:1", "server"):
-        with pytest.raises(ConfigError, match=r"no engine is named.*server\+nccl:URL"):
-            make_engine(name, MODEL, RENDERER, max_slots=1)
