@@ -499,7 +499,11 @@ def test_a_server_that_cannot_take_weights_is_left_out(
         ({"quantization": "fp8"}, EngineError, "weights in fp8 quantization"),
         ({"sizes": (2, 264, 64)}, EngineError, "another model: width 64, and the policy width 128"),
         ({"software": "0.33.0"}, EngineError, r"differ in version .*vLLM 0\.32\.0.*vLLM 0\.33\.0"),
-        ({"gpus": None}, EngineError, r"/get_world_size: .*another form.*release 0\.32"),
+        (
+            {"gpus": None},
+            EngineError,
+            r"/get_world_size gives an answer of another form.*release 0\.32",
+        ),
         ({"context": 100}, ContextError, "100 tokens, too short for 200.*--max-model-len 200"),
     ],
 )

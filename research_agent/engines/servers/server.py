@@ -187,7 +187,7 @@ class Server:
         except RequestError as error:
             if error.retryable:
                 raise
-            raise EngineError(f"{self.url} refuses /{path}: {error}. {START}") from None
+            raise EngineError(f"{self.url}: /{path} gives {error}. {START}") from None
 
     async def weights(self) -> str:
         """The name of the weights that it says it has; raises as ``ask`` does."""
