@@ -502,7 +502,7 @@ def test_a_server_that_cannot_take_weights_is_left_out(
         (
             {"gpus": None},
             EngineError,
-            r"/get_world_size gives an answer of another form.*release 0\.32",
+            "get_world_size gives an answer of another form",
         ),
         ({"context": 100}, ContextError, "100 tokens, too short for 200.*--max-model-len 200"),
     ],
