@@ -56,7 +56,8 @@ def play(
     shard(model, list(model.model.layers), make_mesh(model.device))
     settings: dict[str, Any] = {"max_context": 200, "dtype": dtype}
     if urls:
-        pool.PATIENCE = weight_sync.PATIENCE = 0.5
+        for module in (pool, weight_sync):
+            module.PATIENCE = 0.5  # type: ignore[attr-defined]
         engine = connect_servers(model, renderer, urls, **settings)
     else:
         serve._PROGRAM = (sys.executable, "-m", "tests.research_agent.fake_vllm")

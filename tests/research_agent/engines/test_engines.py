@@ -440,7 +440,7 @@ def test_long_submissions_are_split_over_steps(
     assert player.worst(model) < 1e-4
 
 
-def test_tokens_of_many_bytes(renderer: Renderer) -> None:
+def test_tokens_of_many_bytes() -> None:
     renderer = make_renderer(byte_tokenizer())
     engine = ScriptedEngine(lambda *_: renderer.encode_text("é»x"), renderer)
     engine.submit(0, renderer.encode_text("a"), SamplingParams(stop=("»",)))

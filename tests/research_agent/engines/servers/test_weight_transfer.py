@@ -63,7 +63,7 @@ class Trainer:
             info |= {"master_address": address, "master_port": port, "world_size": size}
             info |= {"rank_offset": 1}
         links.init_weight_transfer_engine(info)
-        if links.problems and backend == "nccl":
+        if links.failed.done() and backend == "nccl":
             self.over.wait(2)  # nobody comes to meet it
             raise RuntimeError("the group did not meet")
 
