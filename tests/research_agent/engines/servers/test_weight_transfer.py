@@ -34,7 +34,7 @@ from tests.research_agent.test_server_engine import (
 
 BACKENDS = ["nccl", "ipc"]
 INSPECT = ["/list_workers", "/server_info", "/server_info", "/version"]
-INSPECT += ["/collective_rpc", "/get_world_size"]
+INSPECT += ["/get_world_size", "/collective_rpc"]
 PREPARE = ["/pause", "/weight_info", "/shutdown_weight_transfer_engine", "/update_weight_version"]
 SEND = ["/init_weight_transfer_engine", "/start_weight_update", "/update_weights"]
 FINISH = ["/finish_weight_update", "/reset_prefix_cache", "/update_weight_version", "/resume"]
@@ -262,11 +262,13 @@ def test_another_port_is_taken_where_one_is_in_use(
         monkeypatch.setattr(
             weight_transfer, "_meeting_place", lambda urls: places.pop() if places else find(urls)
         )
+        monkeypatch.setattr(weight_sync, "PATIENCE", 20.0)
         engine = connect(make())
         assert not places and len(Trainer.made) == 2
         submit(engine, range(2))
         assert len(finish(engine)) == 2
         monkeypatch.setattr(weight_transfer, "_meeting_place", lambda _: listener.getsockname())
+        monkeypatch.setattr(weight_sync, "PATIENCE", 0.3)
         with pytest.raises(EngineError, match=r"no new weights by nccl: .*in use"):
             connect(make())
 
