@@ -36,6 +36,10 @@ BLANKED = "benchmarks.blanked:Blanked-SearchQA-v0"
 TRAINED_ON, HELD_OUT = ("hotpotqa", "2wiki"), "musique"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TABLES = {"before": "warm start", "after": "GRPO", "blanked": "GRPO, results blanked"}
+PAPER_TABLES = {
+    "zero-shot": "Zero-shot, with the papers' prompts through the chat template:",
+    "trained": "The trained weights, with the same prompts:",
+}
 METRICS = ("em", "f1", "cem", "searches", "support_recall")
 
 
@@ -209,7 +213,7 @@ def plan(config: RealConfig, scale: Scale, model: str) -> list[Stage]:
     """The stages in order."""
     output, instruct = config.output, not config.tiny
     device = "cuda" if config.gpu else "cpu"
-    stages = [_zero_shot(config, scale, model, device)] if instruct else []
+    stages = [_table(config, scale, "zero-shot", model, device)] if instruct else []
     start = model
     for part in range(scale.parts):
         folder = output / f"warm-start-{part + 1}"
@@ -219,11 +223,13 @@ def plan(config: RealConfig, scale: Scale, model: str) -> list[Stage]:
     stages.append(_grpo(config, scale, start, device))
     trained = str(output / "grpo")
     stages += _evaluations(config, scale, "after", trained, device)
-    return [*stages, *_evaluations(config, scale, "blanked", trained, device, env=BLANKED)]
+    stages += _evaluations(config, scale, "blanked", trained, device, env=BLANKED)
+    return [*stages, _table(config, scale, "trained", trained, device)] if instruct else stages
 
 
-def _zero_shot(config: RealConfig, scale: Scale, model: str, device: str) -> Stage:
-    folder = config.output / "zero-shot"
+def _table(config: RealConfig, scale: Scale, name: str, model: str, device: str) -> Stage:
+    """The five methods of the papers' table, with the papers' prompts."""
+    folder = config.output / name
     words = ["--models", f"smollm2-instruct={model}", "--datasets", *TRAINED_ON, HELD_OUT]
     words += ["--split", "dev", "--limit", str(scale.questions), "--top-k", "2"]
     words += ["--max-prompt", "2048", "--max-response", "1024", "--max-turn-tokens", "96"]
@@ -233,7 +239,7 @@ def _zero_shot(config: RealConfig, scale: Scale, model: str, device: str) -> Sta
     if config.retriever is not None:
         words += ["--retriever", config.retriever]
     done = (folder / "table.json").is_file
-    return Stage("zero-shot", "benchmarks.paper_table", tuple(words), done)
+    return Stage(name, "benchmarks.paper_table", tuple(words), done)
 
 
 def _warm_start(config: RealConfig, scale: Scale, model: str, folder: Path, part: int) -> Stage:
@@ -395,14 +401,19 @@ def results(config: RealConfig, scale: Scale, speed: Mapping[str, float]) -> dic
             if path.is_file():
                 summary = json.loads(path.read_text(encoding="utf-8"))
                 tables.setdefault(name, {})[dataset] = summary
-    table, seconds = output / "zero-shot" / "table.json", output / "seconds.jsonl"
+    seconds = output / "seconds.jsonl"
+    papers = {
+        name: json.loads(path.read_text(encoding="utf-8"))
+        for name in PAPER_TABLES
+        if (path := output / name / "table.json").is_file()
+    }
     return {
         "model": config.model,
         "seed": config.seed,
         "scale": asdict(scale),
         "speed": dict(speed),
         "seconds": [json.loads(line) for line in seconds.read_text().splitlines()],
-        "zero_shot": json.loads(table.read_text(encoding="utf-8")) if table.is_file() else None,
+        "paper_tables": papers,
         "curve": read_lines(output / "grpo" / "metrics.jsonl"),
         "timings": read_lines(output / "grpo" / "timings.jsonl"),
         **tables,
@@ -412,11 +423,11 @@ def results(config: RealConfig, scale: Scale, speed: Mapping[str, float]) -> dic
 def in_markdown(found: Mapping[str, Any]) -> str:
     """The results for people."""
     lines = [f"Model {found['model']}, seed {found['seed']}.", ""]
-    if found["zero_shot"]:
-        lines += ["Zero-shot, through the chat template:", ""]
+    for name, table in found["paper_tables"].items():
+        lines += [PAPER_TABLES[name], ""]
         lines += ["| method | data set | questions | EM | 95 % | searches |"]
         lines += ["|---|---|---:|---:|---:|---:|"]
-        for row in found["zero_shot"]["rows"]:
+        for row in table["rows"]:
             for dataset, cell in row["cells"].items():
                 low, high = cell["interval"]
                 lines.append(
