@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.distributed_faults import PROMPTS
 from research_agent.cli import main
-from research_agent.engines.remote import Client
+from research_agent.engines.servers.client import Client
 from research_agent.learner import Learner
 
 Returned = Callable[[], bool]

@@ -20,8 +20,11 @@ ENGINES = (
     "server+ipc:URL,URL,...",
 )
 
+Carrier = Literal["folder", "nccl", "ipc"]
+"""How weights get to servers."""
+
 _SETTINGS = {"transformers": (), "vllm": ("tp", "memory"), "serve": ("tp", "dp", "memory")}
-_CARRIERS: dict[str, Literal["folder", "nccl", "ipc"]] = {
+_CARRIERS: dict[str, Carrier] = {
     "server": "folder",
     "server+nccl": "nccl",
     "server+ipc": "ipc",
@@ -47,7 +50,7 @@ class EngineSpec:
     dp: int = 1
     memory: float = 0.4
     urls: tuple[str, ...] = ()
-    carrier: Literal["folder", "nccl", "ipc"] = "folder"
+    carrier: Carrier = "folder"
 
 
 def parse_engine(name: str) -> EngineSpec:

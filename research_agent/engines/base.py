@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from research_agent.renderer import Renderer
+
 Finish = Literal["stop", "end", "length", "interrupted"]
 
 
@@ -54,6 +56,29 @@ class Completion:
         """Fill in the version of each token."""
         if len(self.versions) != len(self.tokens):
             object.__setattr__(self, "versions", (self.version,) * len(self.tokens))
+
+
+def make_completion(
+    renderer: Renderer,
+    slot: int,
+    tokens: Sequence[int],
+    logprobs: Sequence[float],
+    *,
+    finish_reason: Finish,
+    version: int,
+    versions: Sequence[int] = (),
+) -> Completion:
+    """Make the completion of a turn, with its text; see ``Completion`` for the arguments."""
+    said = tokens[:-1] if finish_reason == "end" else tokens
+    return Completion(
+        slot=slot,
+        tokens=tuple(tokens),
+        logprobs=tuple(logprobs),
+        text=renderer.decode(said) if said else "",
+        finish_reason=finish_reason,
+        version=version,
+        versions=tuple(versions),
+    )
 
 
 class Engine(Protocol):

@@ -38,7 +38,7 @@ def context_limit(model: Any, max_context: int | None) -> int:
 
 
 def require_room(slot: int, length: int, max_context: int) -> None:
-    """Check that a slot with so many tokens can go on.
+    """Check that a slot of ``length`` tokens has something to continue from, and room for a token.
 
     Raises:
         ContextError: it has nothing to continue from, or no room left to sample a token.

@@ -87,9 +87,8 @@ class OpenAIRenderer:
     chat_template_args: Mapping[str, Any] = field(default_factory=dict)
     _pieces: list[str] = field(default_factory=list, repr=False)
     _numbers: dict[str, int] = field(default_factory=dict, repr=False)
-    _heads: dict[int, Message] = field(
-        default_factory=dict, repr=False
-    )  # by token: all but content
+    # Each message begins with a token of its own, which stands for all but its content.
+    _heads: dict[int, Message] = field(default_factory=dict, repr=False)
     _tools: dict[int, list[Mapping[str, Any]]] = field(default_factory=dict, repr=False)  # by token
 
     def encode_text(self, text: str) -> list[int]:
@@ -224,7 +223,7 @@ class OpenAIEngine:
         self._limit_name = "max_tokens"
         self._continues: bool | None = None  # whether it continues an answer; None: unknown
         self._conversations: dict[int, Conversation] = {}
-        self._turns: Turns[_Answer] = Turns("openai", [http])
+        self._turns: Turns[_Answer] = Turns("openai", [http.aclose])
         self.close = self._turns.close
 
     @property

@@ -3,49 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import time
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
-import aiohttp
-import msgspec
 import numpy as np
 
 from research_agent.errors import ConfigError
-from research_agent.system.redaction import one_line, redact
+from research_agent.system.redaction import redact
 
 R = TypeVar("R")
 T = TypeVar("T")
 
-AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""HTTP status codes that are worth a retry; a server answers any other the same way again."""
-
-_LARGEST_ANSWER = 64 << 20  # bytes
-_ANY_JSON: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
-
-
-class RequestError(Exception):
-    """A request without a usable answer.
-
-    Attributes:
-        status: the answer's HTTP status; None if there was no answer, or not a valid one.
-    """
-
-    def __init__(self, problem: str, status: int | None = None) -> None:
-        super().__init__(problem)
-        self.status = status
-
-    @property
-    def retryable(self) -> bool:
-        """Whether the same request may succeed at another time or at another server."""
-        return self.status is None or self.status in AGAIN
+Close = Callable[[], Coroutine[Any, Any, None]]
+"""Closes a client, in the event loop that used it."""
 
 
 def read_key(variable: str) -> str | None:
@@ -84,134 +60,6 @@ def check_address(url: str, key: str = "") -> None:
         raise ConfigError(f"{url!r} is no server's address; write it as http://HOST:PORT")
 
 
-class Client:
-    """HTTP client of one server, for one event loop. It may be made before the loop runs.
-
-    Args:
-        url: the server's base address.
-        key: sent as a bearer token; no attribute and no error shows it.
-        connections: open connections at most; further requests wait, within their own timeout.
-        keep_alive: use connections again. It is faster, but uvicorn ends a connection without a
-            word after an error, and the next request may meet that and be lost.
-
-    Raises:
-        ConfigError: see ``check_address``.
-
-    The environment's proxies are not used: samplers stand beside the trainer.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        key: str | None = None,
-        connections: int = 256,
-        *,
-        keep_alive: bool = False,
-    ) -> None:
-        check_address(url, key or "")
-        self._base = url.rstrip("/") + "/"
-        self._connections = connections
-        self._keep_alive = keep_alive
-        self._session: aiohttp.ClientSession | None = None
-        # Functions, since no attribute shall hold the key.
-        # A few compressed bytes could fill the memory.
-        self._headers: Callable[[], dict[str, str]] = lambda: {
-            "Accept-Encoding": "identity",
-            "Content-Type": "application/json",
-            **({"Authorization": f"Bearer {key}"} if key else {}),
-        }
-        self._shown: Callable[[str], str] = lambda text: one_line(redact(text[:10_000], key or ""))
-
-    async def ask(
-        self,
-        method: str,
-        path: str,
-        payload: Any = None,
-        *,
-        timeout: float,
-        decoder: msgspec.json.Decoder[Any] = _ANY_JSON,
-    ) -> Any:
-        """Send a request once.
-
-        Args:
-            method: such as "POST".
-            path: relative to the client's address.
-            payload: sent as JSON.
-            timeout: seconds until the last byte of the answer.
-            decoder: decoder of the answer's JSON; it may demand a type.
-
-        Returns:
-            The answer's JSON; None if it is empty.
-
-        Raises:
-            RequestError: no answer, a status other than 200, a compressed or too large answer, or
-                not the JSON that was asked for. The message quotes the server without the key.
-        """
-        data = None if payload is None else msgspec.json.encode(payload)
-        try:
-            async with asyncio.timeout(timeout):
-                status, body = await self._send(method, path, data)
-        except TimeoutError:
-            raise RequestError(f"no answer within {timeout:g} s") from None
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            problem = f"{type(error).__name__}: {self._shown(str(error))}".rstrip(": ")
-            raise RequestError(problem) from None
-        if status != 200:
-            said = self._shown(_message(body))
-            raise RequestError(f"status {status}{': ' if said else ''}{said}", status=status)
-        if not body:
-            return None
-        try:
-            return decoder.decode(body)
-        except msgspec.ValidationError as error:
-            raise RequestError(f"the answer is not the JSON asked for ({error})") from None
-        except (msgspec.DecodeError, RecursionError):
-            raise RequestError("the answer is no JSON") from None
-
-    async def _send(self, method: str, path: str, data: bytes | None) -> tuple[int, bytes]:
-        if self._session is None:  # it belongs to the loop that runs now
-            self._session = aiohttp.ClientSession(
-                headers=self._headers(),
-                auto_decompress=False,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                timeout=aiohttp.ClientTimeout(total=None),
-                connector=aiohttp.TCPConnector(
-                    limit=self._connections,
-                    force_close=not self._keep_alive,
-                    # vLLM closes after 5 s; a request could meet that and look lost.
-                    keepalive_timeout=2.0 if self._keep_alive else None,
-                ),
-            )
-        async with self._session.request(
-            method, self._base + path, data=data, allow_redirects=False
-        ) as response:
-            encoding = response.headers.get("Content-Encoding", "identity")
-            if encoding.lower() != "identity":
-                raise RequestError(
-                    f"an answer in Content-Encoding {one_line(encoding)!r}", status=415
-                )
-            body = bytearray()
-            async for part in response.content.iter_any():
-                body += part
-                if len(body) > _LARGEST_ANSWER:
-                    raise RequestError(f"an answer of over {_LARGEST_ANSWER >> 20} MB", status=413)
-            return response.status, bytes(body)
-
-    async def aclose(self) -> None:
-        """Close all connections, in the event loop that used them."""
-        if self._session is not None:
-            await self._session.close()
-
-
-def _message(body: bytes) -> str:
-    """The message in an error's body; OpenAI's format has a field for it."""
-    text = body.decode("utf-8", "replace")
-    try:
-        return str(json.loads(text)["error"]["message"])
-    except (ValueError, RecursionError, KeyError, TypeError):
-        return text
-
-
 def turn_seed(seed: int, position: int) -> int:
     """Return a seed of 63 bits for one turn, for servers that know nothing of earlier turns.
 
@@ -223,27 +71,19 @@ def turn_seed(seed: int, position: int) -> int:
     return int(state[0]) >> 1
 
 
-class Closable(Protocol):
-    """What ``Turns`` closes at its end."""
-
-    async def aclose(self) -> None:
-        """Close it, in the event loop of the turns."""
-        ...
-
-
 class LoopThread:
     """An event loop in a thread of its own. Closing or deleting the object ends it.
 
     Args:
         name: name of the thread.
-        clients: closed at the end.
+        closing: what closes the clients that are used in the loop.
     """
 
-    def __init__(self, name: str, clients: Sequence[Closable]) -> None:
+    def __init__(self, name: str, closing: Sequence[Close]) -> None:
         self.loop = asyncio.new_event_loop()
         Thread(target=_run, args=(self.loop,), name=name, daemon=True).start()
         # A function; the second call does nothing.
-        self.close = weakref.finalize(self, _stop, self.loop, clients)
+        self.close = weakref.finalize(self, _stop, self.loop, closing)
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Start a coroutine in the event loop."""
@@ -263,11 +103,14 @@ class Turns(Generic[R]):
     """Coroutines that sample turns, one per slot, in a thread with an event loop of its own.
 
     Closing or deleting the object ends the thread and closes the clients.
+
+    Args:
+        name: name of the thread.
+        closing: what closes the clients that the coroutines use.
     """
 
-    def __init__(self, name: str, clients: Sequence[Closable]) -> None:
-        """Start the thread, with this name."""
-        self._thread = LoopThread(name, clients)
+    def __init__(self, name: str, closing: Sequence[Close]) -> None:
+        self._thread = LoopThread(name, closing)
         self._running: dict[int, Future[R]] = {}
         self._finished: SimpleQueue[tuple[int, Future[R]]] = SimpleQueue()
         self.close, self.call = self._thread.close, self._thread.call
@@ -293,17 +136,15 @@ class Turns(Generic[R]):
     def finished(self, timeout: float) -> dict[int, R]:
         """Return slot -> result of the finished turns.
 
-        Waits until one is finished, for at most ``timeout`` seconds.
+        Waits until one is finished, or nothing has happened for ``timeout`` seconds.
 
         Raises:
             Exception: what a turn raised.
         """
         done: dict[int, R] = {}
-        deadline = time.monotonic() + timeout
         while self._running:
-            left = 0.0 if done else max(0.0, deadline - time.monotonic())
             try:
-                slot, future = self._finished.get(timeout=left)
+                slot, future = self._finished.get(timeout=0.0 if done else timeout)
             except Empty:
                 break
             if self._running.get(slot) is future:  # otherwise it was cancelled
@@ -319,13 +160,12 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
         loop.close()
 
 
-def _stop(loop: asyncio.AbstractEventLoop, clients: Sequence[Closable]) -> None:
+def _stop(loop: asyncio.AbstractEventLoop, closing: Sequence[Close]) -> None:
     async def wind_up() -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
-        closing = [client.aclose() for client in clients]
-        await asyncio.gather(*tasks, *closing, return_exceptions=True)
+        await asyncio.gather(*tasks, *(close() for close in closing), return_exceptions=True)
         loop.stop()
 
     asyncio.run_coroutine_threadsafe(wind_up(), loop)

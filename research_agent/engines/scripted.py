@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from research_agent.engines.base import Completion, Finish, SamplingParams
+from research_agent.engines.base import Completion, Finish, SamplingParams, make_completion
 from research_agent.errors import ContextError
 from research_agent.renderer import Renderer
 
@@ -91,13 +91,9 @@ class ScriptedEngine:
         )
         del said[: params.resumed_tokens]
         held += said
-        completion = Completion(
-            slot=slot,
-            tokens=tuple(said),
-            logprobs=(0.0,) * len(said),  # a script is certain
-            text=self._renderer.decode(said[:-1] if finish == "end" else said),
-            finish_reason=finish,
-            version=self._version,
+        certain = [0.0] * len(said)
+        completion = make_completion(
+            self._renderer, slot, said, certain, finish_reason=finish, version=self._version
         )
         due = self._steps + 1 + self._delay()
         self._turns[slot] = _Turn(completion, self._steps, due, [])

@@ -16,12 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from research_agent.engines.base import Completion, Finish, SamplingParams
+from research_agent.engines.base import Completion, Finish, SamplingParams, make_completion
 from research_agent.engines.checks import WeightNames, context_limit, not_finite, require_room
-from research_agent.engines.recurrent_states import (
-    RecurrentStates,
-    keep_states_by_slot,
-)
+from research_agent.engines.recurrent_states import RecurrentStates, keep_states_by_slot
 from research_agent.engines.slot_attention import (
     ACTIVE_CACHE,
     SLOT_ATTENTION,
@@ -39,6 +36,7 @@ if TYPE_CHECKING:
     from research_agent.renderer import Renderer
 
 Way = Literal["together", "tokens", "alone"]
+"""How the model is run; see ``TransformersEngine``."""
 _MAX_STEP_TOKENS = 16_384  # bounds the memory of one forward
 _DECODE_ROWS = 64  # rows that attend together, as far as the longest of them reaches
 
@@ -181,9 +179,8 @@ class TransformersEngine:
             finish_reason: Finish | None = "end" if ends[row] else None
             if finish_reason is None and flagged[row]:
                 turn = self._tokens[slot, : at[row] + 1].tolist()
-                finish_reason = (
-                    "stop" if self._renderer.stops(turn, self._params[slot].stop) else None
-                )
+                if self._renderer.stops(turn, self._params[slot].stop):
+                    finish_reason = "stop"
             if finish_reason is None and full[row]:
                 finish_reason = "length"
             if finish_reason is not None:
@@ -294,23 +291,25 @@ class TransformersEngine:
 
     def _complete(self, slot: int, finish_reason: Finish) -> Completion:
         new = slice(self._params.pop(slot).resumed_tokens, int(self._written[slot]))
-        tokens = self._tokens[slot, new].tolist()
-        said = tokens[:-1] if finish_reason == "end" else tokens
-        return Completion(
-            slot=slot,
-            tokens=tuple(tokens),
-            logprobs=tuple(self._logprobs[slot, new].tolist()),
-            text=self._renderer.decode(said) if said else "",
+        tokens, logprobs = self._tokens[slot, new].tolist(), self._logprobs[slot, new].tolist()
+        return make_completion(
+            self._renderer,
+            slot,
+            tokens,
+            logprobs,
             finish_reason=finish_reason,
             version=self._version,
         )
 
     def _admit(self) -> list[int]:
-        """Take pending turns in, so far as one forward may hold; how many fall in each bucket.
+        """Begin as many pending turns as one forward may hold.
 
         Turns with about as many new tokens make a bucket, in which the longest come first: then
         neighboring rows are of like length, and the short ones at the end fill the gaps that
         finished turns leave.
+
+        Returns:
+            How many turns are in each bucket.
         """
         buckets: dict[int, list[int]] = {}
         room = _MAX_STEP_TOKENS
@@ -332,7 +331,7 @@ class TransformersEngine:
         return [len(bucket) for bucket in admitted]
 
     def _close_gaps(self) -> None:
-        """Let the last rows under way take the places of those that are so no more."""
+        """Move the last rows with a turn under way to the places of those whose turn is over."""
         order = self._order.copy()
         going = np.array([slot in self._params for slot in order[: self._decoding].tolist()])
         count = int(going.sum())

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from research_agent.distributed import rank_and_size
-from research_agent.engines.base import Completion, Finish, SamplingParams
+from research_agent.engines.base import Completion, Finish, SamplingParams, make_completion
 from research_agent.engines.checks import (
     CONTINUE,
     WeightNames,
@@ -59,7 +59,7 @@ _TOLERANCE = 0.5  # nats; what rounding to bfloat16 does to a token is less
 
 
 @dataclass(slots=True)
-class _Turn:
+class _Request:
     params: SamplingParams
     prompt: list[int]
     flagged: frozenset[int]  # tokens after which to look for a stop string
@@ -107,12 +107,12 @@ class VllmEngine:
         self._renderer = renderer
         self._version = 0
         self._held: dict[int, list[int]] = {}  # slot -> its trajectory's tokens
-        self._turns: dict[int, _Turn] = {}  # by slot, which is the name of the request too
+        self._turns: dict[int, _Request] = {}  # by slot, which is the name of the request too
         self._broken = ""
         self._names = WeightNames(model)
         dtype = dtype or str(model.dtype).removeprefix("torch.")
         require_gpus("vllm", tensor_parallel, model.device)
-        if tensor_parallel > 1 and _several():
+        if tensor_parallel > 1 and _has_ranks():
             raise ConfigError(
                 f"vllm:tp={tensor_parallel} works in one process; with torchrun take "
                 f"--engine serve:tp={tensor_parallel}"
@@ -179,12 +179,12 @@ class VllmEngine:
             flat_logprobs=True,
             output_kind=RequestOutputKind.DELTA,
         )
-        with self._at_work("taking a turn in"):
+        with self._guard("taking a turn in"):
             if not self._held:  # what is computed must not depend on earlier collections
                 self._vllm.reset_prefix_cache()
             self._vllm.add_request(str(slot), {"prompt_token_ids": prompt}, sampling)
         self._held[slot] = prompt
-        self._turns[slot] = _Turn(params, prompt, self._renderer.stop_tokens(params.stop))
+        self._turns[slot] = _Request(params, prompt, self._renderer.stop_tokens(params.stop))
 
     def step(self) -> list[Completion]:
         """Sample a token in every turn that vLLM has room for; return the turns that this ends.
@@ -198,7 +198,7 @@ class VllmEngine:
         done: list[Completion] = []
         stopped: list[str] = []  # by us: vLLM knows of no stop strings
         finite = True
-        with self._at_work(f"sampling {self.busy} turns"):
+        with self._guard(f"sampling {self.busy} turns"):
             for output in self._vllm.step():
                 slot, (new,) = int(output.request_id), output.outputs
                 turn = self._turns[slot]
@@ -220,13 +220,13 @@ class VllmEngine:
         """Forget what the slot holds, so that another trajectory can use it."""
         self._held.pop(slot, None)
         if self._turns.pop(slot, None) is not None and not self._broken:
-            with self._at_work("ending a turn"):
+            with self._guard("ending a turn"):
                 self._vllm.abort_request([str(slot)])
 
     def interrupt(self) -> list[Completion]:
         """End the turns under way where they are, and forget what their slots hold."""
         slots = sorted(self._turns)
-        with self._at_work("ending turns"):
+        with self._guard("ending turns"):
             self._vllm.abort_request([str(slot) for slot in slots])
         turns = [self._complete(slot, "interrupted") for slot in slots]
         for slot in slots:
@@ -249,11 +249,13 @@ class VllmEngine:
             source = {"weights_path": str(self._folder.write(weights, "new"))}
         else:
             new = self._names.checked(weights)
-            if not _several():  # there each is put together from all ranks: no room for all of them
-                new = iter(list(new))  # checked, before any is taken
+            if not _has_ranks():
+                # All are checked before any is taken. With ranks there is no room for all of them:
+                # each is put together from all ranks.
+                new = iter(list(new))
             source = {"weights_iterator": new}
         self._held.clear()
-        with self._at_work("taking new weights"):
+        with self._guard("taking new weights"):
             self._vllm.collective_rpc("reload_weights", kwargs=source)
             if not self._vllm.reset_prefix_cache():
                 raise RuntimeError("its prefix cache is still in use")
@@ -261,7 +263,7 @@ class VllmEngine:
             self._folder.prune(())
         self._version = version
 
-    def _finish(self, turn: _Turn, reason: str | None) -> Finish | None:
+    def _finish(self, turn: _Request, reason: str | None) -> Finish | None:
         last = turn.tokens[-1]
         if last in self._renderer.end_ids:
             return "end"
@@ -276,12 +278,11 @@ class VllmEngine:
     def _complete(self, slot: int, finish_reason: Finish) -> Completion:
         turn = self._turns.pop(slot)
         self._held[slot] = turn.prompt + turn.tokens
-        said = turn.tokens[:-1] if finish_reason == "end" else turn.tokens
-        return Completion(
-            slot=slot,
-            tokens=tuple(turn.tokens),
-            logprobs=tuple(turn.logprobs),
-            text=self._renderer.decode(said) if said else "",
+        return make_completion(
+            self._renderer,
+            slot,
+            turn.tokens,
+            turn.logprobs,
             finish_reason=finish_reason,
             version=self._version,
         )
@@ -307,7 +308,7 @@ class VllmEngine:
             )
 
     @contextmanager
-    def _at_work(self, doing: str) -> Iterator[None]:
+    def _guard(self, doing: str) -> Iterator[None]:
         """Around all that vLLM does: once it has failed, nothing that it says can be trusted."""
         if self._broken or not self.close.alive:
             raise EngineError(f"vLLM {self._broken or 'was closed'}; make another engine")
@@ -354,11 +355,11 @@ def _start(
     with (
         tempfile.TemporaryDirectory() as folder,
         torch.random.fork_rng(),  # vLLM seeds torch
-        _same_variable("LOCAL_WORLD_SIZE"),  # vLLM sets it on a CPU; it is torchrun's
+        _restored_variable("LOCAL_WORLD_SIZE"),  # vLLM sets it on a CPU; it is torchrun's
         warnings.catch_warnings(action="ignore", category=FutureWarning),
     ):
         config.save_pretrained(folder)
-        _let_vllm_look()
+        _fix_llvmlite()
         try:
             llm = LLM(
                 folder,
@@ -369,7 +370,7 @@ def _start(
                 max_num_seqs=max_slots,
                 gpu_memory_utilization=memory_share,
                 # vLLM then starts no process, and joins those of torchrun, each as its own group.
-                distributed_executor_backend="external_launcher" if _several() else None,
+                distributed_executor_backend="external_launcher" if _has_ranks() else None,
                 tensor_parallel_size=tensor_parallel,
                 kv_cache_memory_bytes=_CPU_CACHE if own_cache else None,
                 block_size=_CPU_BLOCK if on_cpu else None,
@@ -391,7 +392,7 @@ def _start(
 
 
 @contextmanager
-def _same_variable(name: str) -> Iterator[None]:
+def _restored_variable(name: str) -> Iterator[None]:
     """Leave an environment variable as it was."""
     before = os.environ.get(name)
     try:
@@ -402,7 +403,7 @@ def _same_variable(name: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _let_vllm_look() -> None:
+def _fix_llvmlite() -> None:
     """Give llvmlite's library an empty ``__dict__``, if it is loaded.
 
     vLLM looks into the attributes of every object of every module, and that library (numba's)
@@ -413,7 +414,7 @@ def _let_vllm_look() -> None:
         ffi.lib._fntab["__dict__"] = {}
 
 
-def _several() -> bool:
+def _has_ranks() -> bool:
     """Whether this process is one of several, which have their group from whoever started them."""
     return rank_and_size()[1] > 1
 
@@ -433,7 +434,7 @@ def _close(vllm: Any, watchdog: Watchdog) -> None:
     watchdog.close()
     vllm.collective_rpc(_free_cache)
     _closed.append(vllm)
-    if len(_closed) == len(_started) and not _several():
+    if len(_closed) == len(_started) and not _has_ranks():
         for each in _closed:
             each.engine_core.shutdown()
         _closed.clear()

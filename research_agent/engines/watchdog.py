@@ -22,13 +22,13 @@ class Watchdog:
     def __init__(self, message: str, patience: float) -> None:
         self._message = message
         self._tick = patience / 20
-        self._begun = 0  # pieces of work
+        self._started = 0  # pieces of work so far
         self._busy = False
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def __enter__(self) -> None:
-        self._begun += 1
+        self._started += 1
         self._busy = True
 
     def __exit__(self, *_: object) -> None:
@@ -41,8 +41,8 @@ class Watchdog:
     def _watch(self) -> None:
         seen = looks = 0
         while not self._closed.wait(self._tick):
-            looks = looks + 1 if self._busy and self._begun == seen else 0
-            seen = self._begun
+            looks = looks + 1 if self._busy and self._started == seen else 0
+            seen = self._started
             if looks >= 20:
                 print(self._message, file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(sys.stderr)

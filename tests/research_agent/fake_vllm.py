@@ -167,7 +167,6 @@ class FakeVllm:
 
     def reply(self, path: str, body: Any) -> Any:
         answers: dict[str, Callable[[Any], Any]] = {
-            "/v1/models": self._models,
             "/server_info": self._info,
             "/list_workers": lambda _: b"404" if self.workers is None else {"urls": self.workers},
             "/version": lambda _: {"version": self.software},
@@ -185,14 +184,15 @@ class FakeVllm:
         }
         return answers[path](body) if path in answers else {"success": True}
 
-    def _models(self, _: Any) -> Any:
-        return {"data": [{"id": "the model", "max_model_len": self.context}]}
-
     def _info(self, _: Any) -> Any:
-        model = {"dtype": f"torch.{self.dtype}", "logprobs_mode": self.logprobs}
         return {
             "vllm_config": {
-                "model_config": {**model, "quantization": self.quantization},
+                "model_config": {
+                    "dtype": f"torch.{self.dtype}",
+                    "logprobs_mode": self.logprobs,
+                    "max_model_len": self.context,
+                    "quantization": self.quantization,
+                },
                 "weight_transfer_config": {"backend": self.backend},
                 "instance_id": str(len(self.calls)) if self.balances else "1",
             },
@@ -333,8 +333,8 @@ def main(words: list[str]) -> None:
     """Serve until a signal comes; with ``FAKE_VLLM_FAILS`` end at once with that message."""
     if message := os.environ.get("FAKE_VLLM_FAILS"):
         sys.exit(message)
-    names = [word.removeprefix("--") for word in words]
-    settings = dict(zip(names, [*words[1:], ""], strict=True))
+    pairs = [word.removeprefix("--").partition("=") for word in words]
+    settings = {name: value for name, _, value in pairs}
     sizes = FakeVllm.sizes
     if "model" in settings:
         config = json.loads((Path(settings["model"]) / "config.json").read_text())

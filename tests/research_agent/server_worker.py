@@ -18,7 +18,7 @@ from torch import Tensor
 from research_agent.distributed import full_tensor, init_distributed, make_mesh, shard
 from research_agent.engines import parse_engine
 from research_agent.engines.base import SamplingParams
-from research_agent.engines.servers import serve
+from research_agent.engines.servers import pool, serve, weight_sync
 from research_agent.engines.servers.engine import connect_servers, serve_engine
 from research_agent.errors import ResearchAgentError
 from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_qwen2
@@ -56,7 +56,9 @@ def play(
     shard(model, list(model.model.layers), make_mesh(model.device))
     settings: dict[str, Any] = {"max_context": 200, "dtype": dtype}
     if urls:
-        engine = connect_servers(model, renderer, urls, patience=0.5, **settings)
+        for module in (pool, weight_sync):
+            module.PATIENCE = 0.5  # type: ignore[attr-defined]
+        engine = connect_servers(model, renderer, urls, **settings)
     else:
         serve._PROGRAM = (sys.executable, "-m", "tests.research_agent.fake_vllm")
         if name != "serve":

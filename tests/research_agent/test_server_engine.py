@@ -19,7 +19,7 @@ from research_agent.engines.base import (
     SamplingParams,
 )
 from research_agent.engines.remote import turn_seed
-from research_agent.engines.servers import pool, server_group, weight_sync
+from research_agent.engines.servers import pool, weight_sync
 from research_agent.engines.servers.engine import ServerEngine, connect_servers
 from research_agent.errors import (
     ConfigError,
@@ -60,12 +60,13 @@ def make() -> Iterator[Make]:
 def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     """Makes engines over servers; they look after them often."""
     monkeypatch.setattr(pool, "_CHECK", 0.05)
-    monkeypatch.setattr(server_group, "_CHECK", 0.05)
+    monkeypatch.setattr(pool, "_TURN_TIMEOUT", 10.0)
+    monkeypatch.setattr(pool, "PATIENCE", 0.3)
+    monkeypatch.setattr(weight_sync, "PATIENCE", 0.3)
     monkeypatch.setattr(weight_sync, "_AGAIN", 0.05)
     engines: list[ServerEngine] = []
 
     def start(*servers: FakeVllm, **settings: Any) -> ServerEngine:
-        settings = {"patience": 0.3, "turn_timeout": 10.0} | settings
         urls = [server.url for server in servers]
         engines.append(connect_servers(MODEL, RENDERER, urls, 200, **settings))
         return engines[-1]
@@ -285,13 +286,19 @@ FAULTS = ["500", "cut", "rubbish", "other", "short", "abort", "unequal", "old", 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_turns_of_a_server_that_fails_are_sampled_again_elsewhere(
-    fault: str, make: Make, connect: Open, caplog: pytest.LogCaptureFixture
+    *,
+    fault: str,
+    make: Make,
+    connect: Open,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     alone = connect(make())
     submit(alone, range(8))
     wanted = finish(alone)
     bad, good = make(), make()
-    engine = connect(bad, good, turn_timeout=2.0 if fault == "hang" else 10.0)
+    engine = connect(bad, good)
+    monkeypatch.setattr(pool, "_TURN_TIMEOUT", 2.0 if fault == "hang" else 10.0)
     bad.mode = fault
     bad.missing["/weight_info"] = 503  # it does not come back
     submit(engine, range(8))
@@ -313,7 +320,7 @@ def test_a_server_that_is_gone_is_found_out_while_it_is_waited_for(
     bad.gate.clear()
     submit(engine, [0, 1])
     until(lambda: bad.now)
-    bad.missing = {"/health": 503, "/v1/models": 503}
+    bad.missing = {"/health": 503, "/weight_info": 503}
     assert len(finish(engine)) == 2
     assert "status 503: that is not done here" in caplog.text
 
@@ -340,52 +347,45 @@ def test_death_of_all(make: Make, connect: Open) -> None:
         engine.load_weights(MODEL.named_parameters(), 1)
 
 
-def test_a_turn_that_every_server_fails_at_is_an_error(make: Make, connect: Open) -> None:
+def test_a_turn_that_every_server_fails_at_is_an_error(
+    make: Make, connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     servers = [make(mode="500"), make(mode="500")]
-    engine = connect(*servers, patience=10.0)
+    engine = connect(*servers)
+    monkeypatch.setattr(pool, "PATIENCE", 10.0)
     submit(engine, [0])
     with pytest.raises(EngineError, match=r"6 attempts to sample one turn of 2 tokens.*memory"):
         finish(engine)
     assert sum(len(server.turns) for server in servers) == 6
 
 
-def test_a_server_that_comes_back_gets_the_current_weights_first(
+def test_a_server_that_comes_back_waits_for_the_next_weights(
     make: Make, connect: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
     server, other = make(), make()
     engine = connect(server, other)
     server.mode, server.fails = "500", 1
-    server.missing = {"/weight_info": 503, "/v1/models": 503}
+    server.missing = {"/weight_info": 503}
     submit(engine, range(2))
     finish(engine)
     assert "1 of 2 servers left" in caplog.text
-    new = {name: torch.full_like(p, 0.5) for name, p in MODEL.named_parameters()}
-    engine.load_weights(new.items(), 1)
+    engine.load_weights(MODEL.named_parameters(), 1)
     assert server.version.split("-")[1] == "0"
-    del server.calls[:]
     server.missing.clear()
-    until(lambda: "is back" in caplog.text)
-    paths = [path.partition("?")[0] for path in server.paths()]
-    order = ["/pause", "/reset_prefix_cache", "/update_weight_version", "/resume"]
-    assert [path for path in paths if path in order][:4] == order
-    assert len(server.folders()) == 1
-    assert all(bool((weight == 0.5).all()) for weight in server.weights.values())
+    looks = server.paths().count("/weight_info")
+    until(lambda: server.paths().count("/weight_info") > looks + 1)
+    asked = len(server.turns)
     submit(engine, range(2), "more")
     assert [turn.version for turn in finish(engine).values()] == [1, 1]
+    assert len(server.turns) == asked
+    new = {name: torch.full_like(p, 0.5) for name, p in MODEL.named_parameters()}
+    engine.load_weights(new.items(), 2)
+    assert f"{server.url} is back" in caplog.text
+    assert all(bool((weight == 0.5).all()) for weight in server.weights.values())
+    submit(engine, [2, 3])
+    assert [turn.version for turn in finish(engine).values()] == [2, 2]
     assert server.version == other.version
-
-
-def test_a_server_started_anew_serves_no_old_weights(make: Make, connect: Open) -> None:
-    """It dies and comes back so fast that no request fails: its answers give it away."""
-    server = make()
-    engine = connect(server, patience=10.0)
-    engine.load_weights(MODEL.named_parameters(), 1)
-    current, server.version = server.version, "default"
-    submit(engine, [0])
-    turn = finish(engine)[0]
-    assert turn.version == 1
-    assert server.version == current
-    assert len(server.folders()) == 3
+    assert len(server.turns) == asked + 1
 
 
 def refuses_weights_that_are_not_the_models(engine: Engine) -> None:
@@ -417,7 +417,7 @@ def test_new_weights_reach_all_servers_whole(make: Make, connect: Open) -> None:
             assert all(bool((weight == version).all()) for weight in server.weights.values())
     folders = servers[0].folders()
     assert len(folders) == 3
-    assert [folder.exists() for folder in folders] == [False, False, True]
+    assert not any(folder.exists() for folder in folders)  # nobody needs what has been read
     engine.close()
     assert not folders[-1].parent.exists()
 
@@ -487,15 +487,23 @@ def test_a_server_that_cannot_take_weights_is_left_out(
         ),
         ({"missing": {"/inference/v1/generate": 403}}, EngineError, "--enable-scale-out"),
         ({"missing": {"/collective_rpc": 404}}, EngineError, "VLLM_SERVER_DEV_MODE=1"),
-        ({"missing": {"/v1/models": 401}}, EngineError, "VLLM_API_KEY"),
+        ({"missing": {"/inference/v1/generate": 401}}, EngineError, "VLLM_API_KEY"),
         ({"workers": ["http://a:1", "http://b:1"]}, EngineError, "router.*server:http://a:1,http"),
-        ({"balances": True}, EngineError, "another server each time: .* router or balancer"),
-        ({"missing": {"/server_info": 404}}, EngineError, "DEV_MODE=1. Name each server itself"),
+        (
+            {"balances": True},
+            EngineError,
+            "another server answers each time.*balancer",
+        ),
+        ({"missing": {"/server_info": 404}}, EngineError, "DEV_MODE=1.* Name each server itself"),
         ({"dtype": "bfloat16"}, EngineError, "weights in bfloat16.*gives them in float32"),
         ({"quantization": "fp8"}, EngineError, "weights in fp8 quantization"),
         ({"sizes": (2, 264, 64)}, EngineError, "another model: width 64, and the policy width 128"),
         ({"software": "0.33.0"}, EngineError, r"differ in version .*vLLM 0\.32\.0.*vLLM 0\.33\.0"),
-        ({"gpus": None}, EngineError, "no vLLM server of release 0.32"),
+        (
+            {"gpus": None},
+            EngineError,
+            "get_world_size gives an answer of another form",
+        ),
         ({"context": 100}, ContextError, "100 tokens, too short for 200.*--max-model-len 200"),
     ],
 )
@@ -514,7 +522,7 @@ def test_servers_that_are_down_at_the_start(
     down, up = make(), make()
     down.stop()
     engine = connect(down, up)
-    assert f"{down.url} cannot be used now: ClientConnectorError" in caplog.text
+    assert f"{down.url} is left out (ClientConnectorError" in caplog.text
     submit(engine, [0])
     assert len(finish(engine)) == 1
     with pytest.raises(EngineError, match="no vLLM server can be used"):
@@ -525,15 +533,12 @@ def test_servers_that_are_down_at_the_start(
     ("urls", "message"),
     [
         ([""], "no server's address"),
-        (["localhost:8000"], "no server's address"),
-        (["http://me:secret@host:1"], "may hold no password"),
         (["http://host:1", "http://host:1/v1/"], "name each one once"),
     ],
 )
 def test_addresses_that_cannot_be_used(urls: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message):
         make_engine(f"server:{','.join(urls)}", MODEL, RENDERER, max_slots=1)
-    assert "secret" not in str(caught.value)
 
 
 def test_logits_that_are_not_finite(make: Make, connect: Open) -> None:
@@ -547,7 +552,7 @@ def test_a_forgotten_engine_leaves_nothing_behind(make: Make) -> None:
     server = make()
     engine = connect_servers(MODEL, RENDERER, [server.url], 200)
     (folder,) = server.folders()
-    assert folder.exists()
+    assert folder.parent.exists()
     submit(engine, [0])
     finish(engine)
     del engine
@@ -563,7 +568,6 @@ def test_it_is_made_by_its_name(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
     engine = make_engine(name, MODEL, RENDERER, max_slots=4)
     assert engine.max_context == 256  # the model's
     for server in servers:
-        assert server.paths()[0] == "/v1/models"
         assert set(server.keys) == {"Bearer sesame"}
     assert isinstance(engine, ServerEngine)
     engine.close()

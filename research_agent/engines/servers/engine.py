@@ -9,15 +9,14 @@ Under torchrun each rank samples its own turns on all servers. All ranks take pa
 weights, and one of them talks to the servers about it (``weight_sync.py``).
 
 A server that fails is left out, and its turns are sampled again elsewhere, from the same tokens and
-seed. One that is started again gets the current weights from the folder at once, and from memory
-with the next ``load_weights``. One address is one server: through a router weights reach one of its
-servers only. And a server is for one run.
+seed. One that is started again is used from the next ``load_weights`` on. One address is one
+server: through a router weights reach one of its servers only. And a server is for one run.
 
 What is used of vLLM 0.32: ``/inference/v1/generate`` (token ids in; out come token ids, their
 log-probabilities, and the version of the weights that sampled them), and of the development mode
 ``/server_info``, ``/collective_rpc`` (``reload_weights`` from a folder), ``/pause``, ``/resume``,
 ``/reset_prefix_cache``, ``/update_weight_version``, ``/weight_info``, ``/get_world_size``, and the
-routes of vLLM's weight transfer.
+routes of vLLM's weight transfer (``weight_transfer.py``).
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from research_agent.distributed import rank_and_size, run_together
-from research_agent.engines.base import Completion, Finish, SamplingParams
+from research_agent.distributed import gather, rank_and_size, together
+from research_agent.engines import Carrier
+from research_agent.engines.base import Completion, Finish, SamplingParams, make_completion
 from research_agent.engines.checks import context_limit, not_finite, require_room, weights_device
-from research_agent.engines.remote import Turns, check_address, read_key
-from research_agent.engines.servers.pool import HeldTokens, Sampled, ServedWeights, ServerPool, Turn
+from research_agent.engines.remote import Turns
+from research_agent.engines.servers.pool import Sampled, ServedWeights, ServerPool, Slot
 from research_agent.engines.servers.serve import ServerProcess
-from research_agent.engines.servers.server import Carrier
 from research_agent.engines.servers.weight_sync import WeightSync, model_weights
 from research_agent.errors import ConfigError
 from research_agent.system.torchrun import torchrun
@@ -60,8 +59,6 @@ class ServerEngine:
         sync: gives the servers weights. Without it somebody else does, and ``load_weights`` takes
             a ``ServedWeights``.
         process: the server that this rank has started, which ends with the engine.
-        turn_timeout: seconds a server may take for a turn; one that takes longer counts as dead.
-        patience: seconds to wait for a server to come back when none is left.
         max_in_flight: turns asked for at a time, times the number of servers.
 
     The draws of a turn are a function of its trajectory's seed and of the tokens held before it,
@@ -79,8 +76,6 @@ class ServerEngine:
         sync: WeightSync | None = None,
         process: ServerProcess | None = None,
         *,
-        turn_timeout: float = 600.0,
-        patience: float = 60.0,
         max_in_flight: int = 256,
     ) -> None:
         self.max_context = max_context
@@ -88,20 +83,12 @@ class ServerEngine:
         self._sync = sync
         self._process = process
         self._renderer = renderer
-        self._held: dict[int, HeldTokens] = {}
+        self._slots: dict[int, Slot] = {}
         self._version = 0
-        self._pool = ServerPool(
-            urls,
-            read_key("VLLM_API_KEY"),
-            renderer.end_ids,
-            turn_timeout=turn_timeout,
-            patience=patience,
-            max_in_flight=max_in_flight * len(urls),
-            quiet=rank_and_size()[0] > 0,
-        )
-        self._turns: Turns[Sampled] = Turns("servers", self._pool.clients)
-        self._let_go = weakref.finalize(self, _close, self._turns, sync, process)
-        self._let_go.atexit = False  # what is left then ends with the process
+        self._pool = ServerPool(urls, renderer.end_ids, max_in_flight)
+        self._turns: Turns[Sampled] = Turns("servers", self._pool.closing)
+        self._finalizer = weakref.finalize(self, _close, self._turns, sync, process)
+        self._finalizer.atexit = False  # what is left then ends with the process
 
     @property
     def busy(self) -> int:
@@ -120,13 +107,14 @@ class ServerEngine:
             raise ValueError(f"slot {slot} has a turn under way; wait for it or release it")
         if 0 < params.temperature < 0.01:
             raise ValueError(f"temperature is {params.temperature}; vLLM takes 0, or 0.01 and more")
-        held = self._held.get(slot) or HeldTokens()
+        held = self._slots.get(slot) or Slot()
         length = len(held.tokens) + len(tokens)
         require_room(slot, length, self.max_context)
         held.tokens += tokens
-        self._held[slot] = held
-        limit = min(params.max_tokens, self.max_context - length)
-        self._turns.begin(slot, self._pool.play(Turn(slot, held, params, limit)))
+        held.params = params
+        held.limit = min(params.max_tokens, self.max_context - length)
+        self._slots[slot] = held
+        self._turns.begin(slot, self._pool.play(held))
 
     def step(self) -> list[Completion]:
         """Wait a moment for turns to be finished; return those that are.
@@ -136,12 +124,12 @@ class ServerEngine:
             NonFiniteError: a log-probability is not finite.
         """
         self.require_alive()
-        return [self._complete(sampled) for sampled in self._turns.finished(_STEP).values()]
+        return [self._complete(*turn) for turn in self._turns.finished(_STEP).items()]
 
     def release(self, slot: int) -> None:
         """Forget what the slot holds; a server that is at its turn stops."""
         self._turns.cancel(slot)
-        self._held.pop(slot, None)
+        self._slots.pop(slot, None)
 
     def load_weights(
         self, weights: Iterable[tuple[str, Tensor]] | ServedWeights, version: int
@@ -177,42 +165,41 @@ class ServerEngine:
 
     def close(self) -> None:
         """Delete the weights and leave the servers; a server that this rank started ends."""
-        self._let_go()
+        self._finalizer()
 
-    def _complete(self, sampled: Sampled) -> Completion:
+    def _complete(self, slot: int, sampled: Sampled) -> Completion:
         """The turn as any engine would have ended it; here, as tokenizers are for one thread."""
-        turn = sampled.turn
-        count, finish = self._cut(sampled)
+        held = self._slots[slot]
+        count, finish = self._cut(held, sampled)
         tokens, logprobs = sampled.tokens[:count], sampled.logprobs[:count]
-        versions = tuple(sampled.versions[:count])
+        versions = sampled.versions[:count]
         if not all(logprob > _NOT_FINITE for logprob in logprobs):
             raise not_finite(versions[-1])
-        turn.held.tokens += tokens
-        said = tokens[:-1] if finish == "end" else tokens
-        return Completion(
-            slot=turn.slot,
-            tokens=tuple(tokens),
-            logprobs=tuple(logprobs),
-            text=self._renderer.decode(said) if said else "",
+        held.tokens += tokens
+        return make_completion(
+            self._renderer,
+            slot,
+            tokens,
+            logprobs,
             finish_reason=finish,
             version=versions[-1] if versions else self._version,
             versions=versions,
         )
 
-    def _cut(self, sampled: Sampled) -> tuple[int, Finish]:
+    def _cut(self, held: Slot, sampled: Sampled) -> tuple[int, Finish]:
         """How many tokens the turn has, and why it ends there.
 
         A server knows nothing of what was said before an interruption, and its decoder is not the
         renderer's: the first token that ends the turn or completes a stop string is looked for
         again.
         """
-        params, tokens = sampled.turn.params, sampled.tokens
-        begun = sampled.turn.held.tokens[-params.resumed_tokens :] if params.resumed_tokens else []
+        params, tokens = held.params, sampled.tokens
+        resumed = held.tokens[len(held.tokens) - params.resumed_tokens :]
         flagged = self._renderer.stop_tokens(params.stop)
         for at, token in enumerate(tokens):
             if token in self._renderer.end_ids:
                 return at + 1, "end"
-            if token in flagged and self._renderer.stops([*begun, *tokens[: at + 1]], params.stop):
+            if token in flagged and self._renderer.stops(resumed + tokens[: at + 1], params.stop):
                 return at + 1, "stop"
         return len(tokens), sampled.finish_reason
 
@@ -227,8 +214,7 @@ def connect_servers(
     dtype: str | None = None,
     gives: bool | None = None,
     process: ServerProcess | None = None,
-    patience: float = 60.0,
-    **limits: Any,
+    max_in_flight: int = 256,
 ) -> ServerEngine:
     """Make an engine over servers and give them the model's weights; every rank calls it.
 
@@ -243,8 +229,7 @@ def connect_servers(
         dtype: number format of the servers' weights, such as bfloat16; the model's own by default.
         gives: whether this rank gives weights to these servers. Rank 0 does by default.
         process: as for ``ServerEngine``.
-        patience: as for ``ServerEngine``, also when none takes new weights.
-        limits: ``turn_timeout`` and ``max_in_flight``, as for ``ServerEngine``.
+        max_in_flight: as for ``ServerEngine``.
 
     Raises:
         ConfigError: an address that cannot be used, or a model whose weights cannot go this way.
@@ -252,21 +237,19 @@ def connect_servers(
         EngineError: no server can be used, or one that answers was started in another way.
         StoppedError: this is not rank 0, which has one of these errors.
     """
-    bases = server_addresses(urls)
+    bases = _addresses(urls)
     context = context_limit(model, max_context)
     gives = rank_and_size()[0] == 0 if gives is None else gives
     sync = WeightSync(
         model,
         bases if gives else (),
-        read_key("VLLM_API_KEY"),
         carrier=by,
         dtype=getattr(torch, dtype) if dtype else model.dtype,
         context=context,
         token=min(renderer.end_ids),
-        patience=patience,
         require_alive=process.require_alive if process else lambda: None,
     )
-    engine = ServerEngine(renderer, bases, context, sync, process, patience=patience, **limits)
+    engine = ServerEngine(renderer, bases, context, sync, process, max_in_flight=max_in_flight)
     try:
         if not any(weight.is_meta for weight in model.parameters()):
             engine.load_weights(model_weights(model), 0)
@@ -305,45 +288,38 @@ def serve_engine(
     dtype = dtype or str(model.dtype).removeprefix("torch.")
     slots = max_slots * torchrun("LOCAL_WORLD_SIZE", 1)
     node = torchrun("GROUP_RANK", 0)
-    starts = torchrun("LOCAL_RANK", 0) == 0
-    process: list[ServerProcess] = []
-
-    def start() -> tuple[int, str]:
-        if not starts:
-            return node, ""
-        process.append(
-            ServerProcess(model, renderer, spec, context=context, slots=slots, dtype=dtype)
-        )
-        process[0].wait()
-        return node, process[0].url
-
+    process: ServerProcess | None = None
     try:
-        urls = [url for number, url in run_together(start) if number == node and url]
+        with together():
+            if torchrun("LOCAL_RANK", 0) == 0:
+                process = ServerProcess(
+                    model, renderer, spec, context=context, slots=slots, dtype=dtype
+                )
+                process.wait()
+        started = gather([(node, process.url)] if process else [])
         return connect_servers(
             model,
             renderer,
-            urls,
+            [url for number, url in started if number == node],
             context,
             by="folder" if weights_device(model).type == "cpu" else "ipc",
             dtype=dtype,
-            gives=starts,
-            process=process[0] if process else None,
+            gives=process is not None,
+            process=process,
         )
     except BaseException:
-        for each in process:
-            each.close()
+        if process:
+            process.close()
         raise
 
 
-def server_addresses(urls: Sequence[str]) -> list[str]:
-    """Check the addresses of servers, and write all in the same way.
+def _addresses(urls: Sequence[str]) -> list[str]:
+    """Write the addresses of servers all in the same way.
 
     Raises:
-        ConfigError: an address that cannot be used, or one that comes twice.
+        ConfigError: there are none, or one comes twice.
     """
     bases = [url.strip().rstrip("/").removesuffix("/v1") for url in urls]
-    for base in bases:
-        check_address(base)
     if not bases or len(set(bases)) < len(bases):
         raise ConfigError(f"the servers are {', '.join(urls) or 'none'}; name each one once")
     return bases

@@ -77,13 +77,12 @@ class ServerProcess:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [*_PROGRAM, "--model", self._folder.name, "--served-model-name", "policy"]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
-        command += _arguments(spec, context, slots, dtype, on_cpu=device.type == "cpu")
+        settings = _settings(spec, context, slots, dtype, on_cpu=device.type == "cpu")
+        own = [f"--model={self._folder.name}", f"--port={port}"]
         self._log = Path(self._folder.name) / "vllm.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(_SUPERVISOR), *command],
+                [sys.executable, str(_SUPERVISOR), *_PROGRAM, *own, *settings],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -128,29 +127,26 @@ class ServerProcess:
         return f"{cause}The end of its output: {text[-_LOG_TAIL:].strip()}"
 
 
-def _arguments(
-    spec: EngineSpec, context: int, slots: int, dtype: str, *, on_cpu: bool
-) -> list[str]:
+def _settings(spec: EngineSpec, context: int, slots: int, dtype: str, *, on_cpu: bool) -> list[str]:
     """The settings of vLLM that follow from the run's."""
-    settings = {
-        "load-format": "dummy",
-        "dtype": dtype,
-        "max-model-len": context,
-        "max-num-seqs": slots,
-        "tensor-parallel-size": spec.tp,
-        "data-parallel-size": spec.dp,
-        "gpu-memory-utilization": spec.memory,
-        "logprobs-mode": "processed_logprobs",
-        "enable-scale-out": None,
-    }
-    if on_cpu:
-        # A CPU's random generator cannot go back, as one must between a prompt's pieces.
-        settings |= {"no-enable-chunked-prefill": None, "enforce-eager": None}
-        settings |= {"max-num-batched-tokens": max(_CPU_STEP, context)}
-    else:
-        settings |= {"weight-transfer-config": '{"backend": "ipc"}'}
-    pairs = [(f"--{name}", value) for name, value in settings.items()]
-    return [word for name, value in pairs for word in (name, str(value))[: 1 + (value is not None)]]
+    settings = [
+        "--served-model-name=policy",
+        "--host=127.0.0.1",
+        "--load-format=dummy",
+        f"--dtype={dtype}",
+        f"--max-model-len={context}",
+        f"--max-num-seqs={slots}",
+        f"--tensor-parallel-size={spec.tp}",
+        f"--data-parallel-size={spec.dp}",
+        f"--gpu-memory-utilization={spec.memory}",
+        "--logprobs-mode=processed_logprobs",
+        "--enable-scale-out",
+    ]
+    if not on_cpu:
+        return [*settings, '--weight-transfer-config={"backend": "ipc"}']
+    # A CPU's random generator cannot go back, as one must between a prompt's pieces.
+    pieces = ["--no-enable-chunked-prefill", f"--max-num-batched-tokens={max(_CPU_STEP, context)}"]
+    return [*settings, "--enforce-eager", *pieces]
 
 
 def _environment() -> dict[str, str]:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from research_agent.engines.remote import Client, RequestError
+import msgspec
+
+from research_agent.engines import Carrier
+from research_agent.engines.servers.client import Client, RequestError
 from research_agent.errors import ContextError, EngineError
-
-Carrier = Literal["folder", "nccl", "ipc"]
-"""How weights get to servers."""
 
 RELOAD_TIMEOUT = 600.0
 """Seconds that a server may take for new weights, or for its first turn."""
+PATIENCE = 60.0
+"""Seconds to wait for a server when none is left, or none takes new weights."""
+LOOK_TIMEOUT = 30.0
+"""Seconds for the answer to a request that costs a server next to nothing."""
 GENERATE = "inference/v1/generate"
 START = (
     "Start it with VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1 vllm serve MODEL --host 127.0.0.1 "
-    "--enable-scale-out --logprobs-mode processed_logprobs; if it asks for a key, put that in "
-    "VLLM_API_KEY here"
+    "--enable-scale-out --logprobs-mode processed_logprobs, in release 0.32. Name each server "
+    "itself, no router and no balancer. If it asks for a key, put that in VLLM_API_KEY here"
 )
 BACKEND = {
     "nccl": """--weight-transfer-config '{"backend": "nccl"}', on GPUs other than the learner's""",
@@ -31,8 +36,6 @@ BACKEND = {
 
 READ_FILES = {"overrides": {"load_config": {"load_format": "auto"}}}
 """Arguments of vLLM's ``update_config`` for a server that started without weights."""
-
-_TIMEOUT = 30.0  # seconds for the answer to a request that costs a server next to nothing
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,82 @@ class WeightTag:
         return run == self.run and version.isdigit() and call.isdigit() and int(call) >= self.call
 
 
+# The parts of vLLM's answers that are read; the rest is passed over undecoded.
+class _Token(msgspec.Struct):
+    token_id: int
+    logprob: float
+
+
+class _Logprobs(msgspec.Struct):
+    content: list[_Token]
+
+
+class _Span(msgspec.Struct):
+    version: str
+    start: int
+    end: int
+
+
+class Choice(msgspec.Struct):
+    """The turn in an answer."""
+
+    token_ids: list[int]
+    finish_reason: str | None
+    stop_reason: int | str | None = None
+    logprobs: _Logprobs | None = None
+    weight_versions: list[_Span] | None = None  # which weights sampled which tokens
+
+
+class Answer(msgspec.Struct):
+    """The answer to ``GENERATE``."""
+
+    choices: tuple[Choice]
+
+
+class WeightInfo(msgspec.Struct):
+    """The answer to /weight_info."""
+
+    weight_version: str
+
+
+class _ModelConfig(msgspec.Struct):
+    dtype: str
+    max_model_len: int
+    logprobs_mode: str
+    quantization: str | None
+
+
+class _TransferConfig(msgspec.Struct):
+    backend: str
+
+
+class _Config(msgspec.Struct):
+    instance_id: str
+    model_config: _ModelConfig
+    weight_transfer_config: _TransferConfig | None
+
+
+class _ServerInfo(msgspec.Struct):
+    vllm_config: _Config
+    vllm_env: dict[str, Any]
+
+
+class _Version(msgspec.Struct):
+    version: str
+
+
+class _WorldSize(msgspec.Struct):
+    world_size: int
+
+
+class _Inspection(msgspec.Struct):
+    results: list[str]
+
+
+class _Workers(msgspec.Struct):
+    urls: list[str]
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a run needs of its servers.
@@ -83,36 +162,37 @@ class Server:
 
     url: str
     client: Client
-    model: str = ""  # the name it gives the policy
     software: str = ""  # vLLM's version
     size: int = 1  # GPUs
-    current: str = ""  # name of the weights it was given last
-    problem: str = ""  # what went wrong last
+    current: str = ""  # name of the weights it was given last; empty if it must be inspected
+    problem: str = ""  # what went wrong last; empty if nothing did
 
     async def ask(
         self,
         method: str,
         path: str,
         payload: Mapping[str, Any] | None = None,
-        timeout: float = _TIMEOUT,
+        *,
+        timeout: float = LOOK_TIMEOUT,
+        form: Any = Any,
     ) -> Any:
-        """Send a request.
+        """Send a request; ``form`` is the type of the answer.
 
         Raises:
             EngineError: it refuses what a server that was started as described would do.
             RequestError: it does not answer, or fails.
         """
         try:
-            return await self.client.ask(method, path, payload, timeout=timeout)
+            return await self.client.ask(method, path, payload, timeout=timeout, form=form)
         except RequestError as error:
             if error.retryable:
                 raise
-            raise EngineError(f"{self.url} refuses /{path}: {error}. {START}") from None
+            raise EngineError(f"{self.url}: /{path} gives {error}. {START}") from None
 
     async def weights(self) -> str:
         """The name of the weights that it says it has; raises as ``ask`` does."""
-        info = await self.ask("GET", "weight_info")
-        return str(info.get("weight_version")) if isinstance(info, dict) else ""
+        info: WeightInfo = await self.ask("GET", "weight_info", form=WeightInfo)
+        return info.weight_version
 
     async def inspect(self, needs: Needs) -> None:
         """Find out how the server was started.
@@ -122,24 +202,13 @@ class Server:
             EngineError: it is no vLLM server, or was started in another way.
             RequestError: it does not answer, or fails.
         """
-        self.model, context = first_model(await self.ask("GET", "v1/models"), self.url)
-        if context < needs.context:
-            raise ContextError(
-                f"{self.url} has a context of {context} tokens, too short for {needs.context}; "
-                f"start it with --max-model-len {needs.context}, or shorten the run's prompt and "
-                "response"
-            )
         await self._refuse_router()
         self._check_settings(await self._settings(), needs)
-        version = await self.ask("GET", "version")
-        inspection = await self.ask("POST", "collective_rpc", {"method": "get_model_inspection"})
-        size = await self.ask("GET", "get_world_size")
-        try:
-            self.software, self.size = str(version["version"]), int(size["world_size"])
-            description = str(inspection["results"][0]) if inspection else ""
-        except (LookupError, TypeError, ValueError):
-            raise _no_vllm(self.url) from None
-        _check_model(self.url, description, needs)
+        self.software = (await self.ask("GET", "version", form=_Version)).version
+        self.size = (await self.ask("GET", "get_world_size", form=_WorldSize)).world_size
+        rpc = {"method": "get_model_inspection"}
+        inspection = await self.ask("POST", "collective_rpc", rpc, form=_Inspection)
+        self._check_model(inspection.results[0], needs.sizes)
 
     async def reload(self, folder: Path) -> None:
         """Read the weights in a folder; raises as ``ask`` does."""
@@ -148,7 +217,7 @@ class Server:
             if not self.current:
                 config = {"method": "update_config", "kwargs": READ_FILES}
                 await self.ask("POST", "collective_rpc", config)
-            await self.ask("POST", "collective_rpc", rpc, RELOAD_TIMEOUT)
+            await self.ask("POST", "collective_rpc", rpc, timeout=RELOAD_TIMEOUT)
         except RequestError as error:
             cure = "Can it read that folder? Elsewhere, set TMPDIR to one that all share"
             raise RequestError(f"no new weights from {folder}: {error}. {cure}") from None
@@ -162,119 +231,90 @@ class Server:
         """
         sampling = {"temperature": 1.0, "max_tokens": 1, "logprobs": 0, "seed": 0}
         payload = {"token_ids": [token], "sampling_params": sampling}
-        answer = await self.ask("POST", GENERATE, payload, RELOAD_TIMEOUT)
-        try:
-            (span,) = answer["choices"][0]["weight_versions"]
-            found = span["version"]
-        except (LookupError, TypeError, ValueError):
-            raise _no_vllm(self.url) from None
-        if found != tag:
-            raise RequestError(f"it samples with the weights {found!r}, not {tag!r}")
-
-    async def _settings(self) -> Mapping[str, Any]:
-        path = "server_info?config_format=json"  # the first time it asks the machine, for seconds
-        try:
-            infos = [await self.client.ask("GET", path, timeout=RELOAD_TIMEOUT) for _ in range(2)]
-            first, again = ({**info["vllm_config"], "env": info["vllm_env"]} for info in infos)
-            if first.get("instance_id") == again.get("instance_id"):
-                return first
-            found = "another server each time"
-        except RequestError as error:
-            if error.retryable:
-                raise
-            found = str(error)
-        except (LookupError, TypeError):
-            found = "another answer than vLLM's"
-        raise EngineError(
-            f"{self.url} names models, but /server_info gives {found}: either it is a router or "
-            "balancer, which carries turns only, or it was started without VLLM_SERVER_DEV_MODE=1. "
-            f"Name each server itself. {START}"
-        )
+        answer = await self.ask("POST", GENERATE, payload, timeout=RELOAD_TIMEOUT, form=Answer)
+        found = [span.version for span in answer.choices[0].weight_versions or ()]
+        if found != [tag]:
+            raise RequestError(f"it samples with the weights {found}, not {tag!r}")
 
     async def _refuse_router(self) -> None:
-        """Raise an ``EngineError`` if this is vllm-router; a server does not know the route."""
-        try:
-            answer = await self.client.ask("GET", "list_workers", timeout=_TIMEOUT)
-        except RequestError as error:
-            if error.retryable:
-                raise
-            return
-        workers = answer.get("urls") if isinstance(answer, dict) else None
-        if isinstance(workers, list):
+        """Raise an ``EngineError`` if this is vllm-router."""
+        workers: list[str] = []
+        with suppress(EngineError):  # a server does not know the route
+            workers = (await self.ask("GET", "list_workers", form=_Workers)).urls
+        if workers:
             raise EngineError(
                 f"{self.url} is a router, which carries turns only: weights would reach one of its "
-                f"servers. Name them instead: server:{','.join(map(str, workers))}"
+                f"servers. Name them instead: server:{','.join(workers)}"
             )
 
-    def _check_settings(self, settings: Mapping[str, Any], needs: Needs) -> None:
-        try:
-            model = settings["model_config"]
-            dtype = str(model["dtype"]).removeprefix("torch.")
-            quantization, logprobs = model["quantization"], model["logprobs_mode"]
-            backend = (settings["weight_transfer_config"] or {}).get("backend")
-            unpickles = settings["env"].get("VLLM_ALLOW_INSECURE_SERIALIZATION")
-        except (LookupError, TypeError, AttributeError):
-            raise _no_vllm(self.url) from None
-        if dtype != needs.dtype or quantization:
-            has = f"{quantization} quantization" if quantization else dtype
+    async def _settings(self) -> _ServerInfo:
+        """How the server says that it was started, twice: a balancer asks another each time."""
+        path = "server_info?config_format=json"
+        first, again = [  # the first time the server asks the machine, for seconds
+            await self.ask("GET", path, timeout=RELOAD_TIMEOUT, form=_ServerInfo) for _ in range(2)
+        ]
+        if first.vllm_config.instance_id != again.vllm_config.instance_id:
+            raise EngineError(
+                f"at {self.url} another server answers each time: it is a router or balancer, "
+                f"which carries turns only. {START}"
+            )
+        found: _ServerInfo = first
+        return found
+
+    def _check_settings(self, info: _ServerInfo, needs: Needs) -> None:
+        model, transfer = info.vllm_config.model_config, info.vllm_config.weight_transfer_config
+        dtype = model.dtype.removeprefix("torch.")
+        if model.max_model_len < needs.context:
+            raise ContextError(
+                f"{self.url} has a context of {model.max_model_len} tokens, too short for "
+                f"{needs.context}; start it with --max-model-len {needs.context}, or shorten the "
+                "run's prompt and response"
+            )
+        if dtype != needs.dtype or model.quantization:
+            has = f"{model.quantization} quantization" if model.quantization else dtype
             raise EngineError(
                 f"{self.url} has weights in {has}, and the run gives them in {needs.dtype}; start "
                 f"it with --dtype {needs.dtype} and no quantization, or change --precision"
             )
-        if logprobs != "processed_logprobs":
+        if model.logprobs_mode != "processed_logprobs":
             raise EngineError(
-                f"{self.url} gives log-probabilities of the kind {logprobs}, which are not those "
-                f"at the sampling temperature. {START}"
+                f"{self.url} gives log-probabilities of the kind {model.logprobs_mode}, which are "
+                f"not those at the sampling temperature. {START}"
             )
-        if needs.carrier != "folder" and (
-            backend != needs.carrier or (needs.carrier == "ipc" and not unpickles)
-        ):
+        takes = {"folder", transfer.backend if transfer else ""}
+        if not info.vllm_env.get("VLLM_ALLOW_INSECURE_SERIALIZATION"):
+            takes.discard("ipc")
+        if needs.carrier not in takes:
             raise EngineError(
                 f"{self.url} takes no weights by {needs.carrier}; start it with "
                 f"{BACKEND[needs.carrier]}"
             )
 
+    def _check_model(self, inspection: str, wanted: Mapping[str, int]) -> None:
+        """Compare vLLM's description of its model with the policy's sizes, where both are known.
 
-def first_model(answer: Any, url: str) -> tuple[str, int]:
-    """Name and context of the first model in a server's answer to /v1/models.
+        Raises:
+            EngineError: the server has another model.
+        """
+        found = {
+            name: int(match[1])
+            for name, pattern in _SIZES.items()
+            if (match := re.search(pattern, inspection))
+        }
+        # The list of layers has entries such as (0-26): or (27):. The last index counts.
+        if layers := re.search(r"^( *)\(layers\): .*\n((?:\1 .*\n)*)", inspection, re.MULTILINE):
+            last = re.findall(rf"^{layers[1]}  \((?:[\d, -]*\D)?(\d+)\): ", layers[2], re.MULTILINE)
+            found["layers"] = max(map(int, last), default=-1) + 1
+        differing = [name for name in found if wanted.get(name, found[name]) != found[name]]
+        if differing:
+            has, needed = (
+                ", ".join(f"{name} {sizes[name]}" for name in differing)
+                for sizes in (found, wanted)
+            )
+            raise EngineError(
+                f"{self.url} has another model: {has}, and the policy {needed}; start the server "
+                "with the run's --model"
+            )
 
-    Raises:
-        EngineError: it is no answer of vLLM's.
-    """
-    try:
-        model = answer["data"][0]
-        return str(model["id"]), int(model["max_model_len"])
-    except (LookupError, TypeError, ValueError):
-        raise _no_vllm(url) from None
 
-
-def _no_vllm(url: str) -> EngineError:
-    return EngineError(f"{url} is no vLLM server of release 0.32. {START}")
-
-
-def _check_model(url: str, inspection: str, needs: Needs) -> None:
-    """Compare vLLM's description of its model with the policy.
-
-    Raises:
-        EngineError: the server has another model.
-    """
-    found = {"tokens": r"org_vocab_size=(\d+)", "width": r"embedding_dim=(\d+)"}
-    sizes = {
-        name: int(match[1])
-        for name, pattern in found.items()
-        if (match := re.search(pattern, inspection))
-    }
-    # The list of layers has entries such as (0-26): or (27):. The last index counts.
-    if layers := re.search(r"^( *)\(layers\): .*\n((?:\1 .*\n)*)", inspection, re.MULTILINE):
-        entries = re.findall(rf"^{layers[1]}  \(([\d, -]+)\): ", layers[2], re.MULTILINE)
-        numbers = [int(number) for entry in entries for number in re.findall(r"\d+", entry)]
-        sizes["layers"] = max(numbers, default=-1) + 1
-    differing = {name: size for name, size in sizes.items() if needs.sizes.get(name, size) != size}
-    if differing:
-        has, wanted = (
-            ", ".join(f"{name} {size[name]}" for name in differing) for size in (sizes, needs.sizes)
-        )
-        raise EngineError(
-            f"{url} has another model: {has}, and the policy {wanted}; start the server with the "
-            "run's --model"
-        )
+_SIZES = {"tokens": r"org_vocab_size=(\d+)", "width": r"embedding_dim=(\d+)"}

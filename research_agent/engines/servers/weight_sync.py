@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +21,14 @@ from research_agent.distributed import (
     run_together,
     together,
 )
+from research_agent.engines import Carrier
 from research_agent.engines.checks import WeightNames
-from research_agent.engines.remote import Client, LoopThread
+from research_agent.engines.remote import LoopThread, read_key
+from research_agent.engines.servers.client import Client, RequestError
 from research_agent.engines.servers.pool import ServedWeights, no_server
-from research_agent.engines.servers.server import Carrier, Needs, Server, WeightTag
-from research_agent.engines.servers.server_group import Outcome, ServerGroup
-from research_agent.engines.servers.weight_transfer import Transfer
-from research_agent.errors import EngineError
+from research_agent.engines.servers.server import PATIENCE, Needs, Server, WeightTag
+from research_agent.engines.servers.weight_transfer import Transfer, prepare_transfer
+from research_agent.errors import EngineError, ResearchAgentError
 from research_agent.weight_files import WeightFolder
 
 if TYPE_CHECKING:
@@ -40,18 +44,26 @@ def model_weights(model: Any) -> Iterable[tuple[str, Tensor]]:
     )
 
 
+@dataclass(frozen=True)
+class _Report:
+    """What a rank tells the others of a server of its own; see ``Server``."""
+
+    url: str
+    software: str
+    current: str
+    problem: str
+
+
 class WeightSync:
     """Gives weights to servers. Every rank has one and makes the same calls at the same time.
 
     Args:
         model: the policy.
         urls: the servers that this rank gives weights to; each server belongs to one rank.
-        key: of the servers.
         carrier: how the weights get there.
         dtype: number format of the weights on the servers.
         context: tokens that a trajectory may have.
         token: one that a server can sample from, to try it.
-        patience: seconds to wait for a server when none takes the weights.
         require_alive: raises an ``EngineError`` if a server that this rank started has ended.
 
     Raises:
@@ -62,13 +74,11 @@ class WeightSync:
         self,
         model: Any,
         urls: Sequence[str],
-        key: str | None,
         *,
         carrier: Carrier,
         dtype: torch.dtype,
         context: int,
         token: int,
-        patience: float,
         require_alive: Callable[[], None] = lambda: None,
     ) -> None:
         self._names = WeightNames(model)
@@ -78,16 +88,16 @@ class WeightSync:
                 self._transfer = Transfer(model, self._names, carrier, dtype)
             elif rank_and_size()[0] == 0:
                 self._folder = WeightFolder(self._names, dtype)
-            servers = [Server(url, Client(url, key)) for url in urls]
-        root = broadcast_object(self._folder.root if self._folder else None)
-        needs = Needs(context, str(dtype).removeprefix("torch."), _sizes(model), carrier)
-        self._group = ServerGroup(servers, needs, root, token)
-        self._loop = LoopThread("weights", [server.client for server in servers])
-        self._patience = patience
+            self._servers = [Server(url, Client(url, read_key("VLLM_API_KEY"))) for url in urls]
+        self._root = broadcast_object(self._folder.root if self._folder else None)
+        self._needs = Needs(context, str(dtype).removeprefix("torch."), _sizes(model), carrier)
+        self._token = token
+        self._loop = LoopThread("weights", [server.client.aclose for server in self._servers])
         self._require_alive = require_alive
         self._run = broadcast_object(secrets.token_hex(4))
         self._calls = 0
-        self._current = ""  # name of the weights that servers have
+        self._started = False  # whether weights have been given
+        self._ready: list[Server] = []  # as the run needs them
 
     def give(self, weights: Iterable[tuple[str, Tensor]], version: int) -> ServedWeights:
         """Give weights to all servers that can take them.
@@ -109,15 +119,12 @@ class WeightSync:
         self._calls += 1
         tag = WeightTag(self._run, version, self._calls)
         try:
+            if not self._transfer:
+                run_together(lambda: self._write(weights, str(tag)))
             return self._give(weights, tag)
-        except Exception:
-            if not self._current:  # the run does not start: its servers stay as they were
-                self._loop.call(self._group.cancel())
-            raise
         finally:
             if self._folder:
-                self._folder.prune({self._current})
-            self._loop.call(self._group.keep(self._current))
+                self._folder.prune(())
 
     def close(self) -> None:
         """Delete the weights, and leave the servers, which keep running."""
@@ -126,34 +133,37 @@ class WeightSync:
             self._folder.close()
 
     def _give(self, weights: Iterable[tuple[str, Tensor]], tag: WeightTag) -> ServedWeights:
-        deadline = time.monotonic() + self._patience
-        once = self._transfer is not None and iter(weights) is weights
-        excluded, problems = self._group.excluded, dict[str, str]()
-        excluded.clear()
-        if not self._transfer:
-            run_together(lambda: self._write(weights, str(tag)))
+        """Attempt it until any server has the weights; every rank decides by the same reports."""
+        deadline = time.monotonic() + PATIENCE
+        problems: dict[str, str] = {}
+        skipped: set[str] = set()  # servers that failed a moment ago
         while True:
-            outcomes = run_together(self._prepare)
-            _require_same_software(outcomes)
-            sends = any(each.models for each in outcomes)
-            sent = run_together(lambda: self._send(weights, str(tag))) if sends else []
-            for outcome in (*outcomes, *sent):
-                problems |= outcome.problems
-            models = {url: model for each in sent for url, model in each.models.items()}
-            if models:
-                self._current = str(tag)
-                left = {url: why for url, why in problems.items() if url not in models}
-                return ServedWeights(tag, models, left)
-            if broadcast_object(sends and bool(excluded) and not once):
-                continue  # servers that failed are left out now
-            if broadcast_object((sends and once) or time.monotonic() > deadline):
+            reports = _on_all_ranks(lambda: self._inspect(skipped))
+            problems |= {report.url: report.problem for report in reports if report.problem}
+            _require_same_software(reports)
+            if any(not report.problem for report in reports):
+                reports = _on_all_ranks(lambda: self._send(weights, str(tag)))
+                failed = {report.url: report.problem for report in reports if report.problem}
+                problems |= failed
+                if given := {report.url for report in reports if report.current}:
+                    self._started = True
+                    left_out = {url: why for url, why in problems.items() if url not in given}
+                    return ServedWeights(tag, frozenset(given), left_out)
+                if self._transfer and iter(weights) is weights:
+                    raise_together(no_server(problems))
+                skipped.update(failed)
+            elif broadcast_object(time.monotonic() > deadline):
                 raise_together(no_server(problems))
-            excluded.clear()
-            time.sleep(_AGAIN)
+            else:
+                skipped.clear()
+                time.sleep(_AGAIN)
 
-    def _prepare(self) -> Outcome:
+    def _inspect(self, skipped: set[str]) -> list[_Report]:
+        """See which servers of this rank are as the run needs them, but for those skipped."""
         self._require_alive()
-        return self._loop.call(self._group.prepare())
+        asked = [server for server in self._servers if server.url not in skipped]
+        self._ready = self._loop.call(self._each(self._require_fit, asked))
+        return _reports(asked)
 
     def _write(self, weights: Iterable[tuple[str, Tensor]], name: str) -> None:
         if self._folder:
@@ -162,17 +172,69 @@ class WeightSync:
         for _ in self._names.checked(weights):  # to yield them is work of all ranks
             pass
 
-    def _send(self, weights: Iterable[tuple[str, Tensor]], name: str) -> Outcome:
-        """Send the weights, and resume the servers of this rank that have them."""
-        problems: dict[str, str] = {}
+    def _send(self, weights: Iterable[tuple[str, Tensor]], name: str) -> list[_Report]:
+        """Pause the servers of this rank that are ready, send the weights, and resume them."""
+        got = self._loop.call(self._each(self._pause, self._ready))
         if self._transfer:
-            ready = self._group.ready
-            problems, is_whole = self._transfer.send(weights, ready, self._loop.loop)
-            if not is_whole:
-                self._group.excluded.update(problems)
-                why = "the transfer to it ended with that to another server"
-                problems = {server.url: problems.get(server.url, why) for server in ready}
-        return self._loop.call(self._group.resume(name, problems))
+            got = self._transfer.send(weights, got, self._loop.loop)
+        for server in set(self._ready) - set(got):
+            server.current = ""
+        self._loop.call(self._each(partial(self._resume, name=name), got))
+        return _reports(self._ready)
+
+    async def _each(
+        self, work: Callable[[Server], Awaitable[None]], servers: Sequence[Server]
+    ) -> list[Server]:
+        """Do something with all servers at the same time.
+
+        Returns:
+            Those with which it went well; ``problem`` of the others says what did not.
+
+        Raises:
+            ContextError, EngineError: before the first weights: one was started in another way.
+        """
+        errors = await asyncio.gather(*map(work, servers), return_exceptions=True)
+        harmless = (RequestError, ResearchAgentError) if self._started else RequestError
+        for server, error in zip(servers, errors, strict=True):
+            if error and not isinstance(error, harmless):
+                raise error
+            server.problem = str(error or "")
+            if error:
+                server.current = ""
+        return [server for server in servers if not server.problem]
+
+    async def _require_fit(self, server: Server) -> None:
+        """Check that a server has the weights that it was given last, or how it was started."""
+        if not server.current or await server.weights() != server.current:
+            server.current = ""
+            await server.inspect(self._needs)
+
+    async def _pause(self, server: Server) -> None:
+        await server.ask("POST", "pause?mode=keep")
+        if self._transfer:
+            await prepare_transfer(server)
+
+    async def _resume(self, server: Server, name: str) -> None:
+        """Let a server sample with the weights of a name, which it reads if they are files."""
+        if self._root:
+            await server.reload(self._root / name)
+        # Keys and values of turns under way are computed again, with the new weights.
+        reset = await server.ask("POST", "reset_prefix_cache?reset_running_requests=true")
+        if not (isinstance(reset, dict) and reset.get("success")):
+            raise RequestError("its cache of the old weights could not be emptied")
+        await server.ask("POST", "update_weight_version", {"new_version": name})
+        await server.ask("POST", "resume")
+        if not server.current:
+            await server.probe(name, self._token)
+        server.current = name
+
+
+def _on_all_ranks(work: Callable[[], list[_Report]]) -> list[_Report]:
+    return [report for reports in run_together(work) for report in reports]
+
+
+def _reports(servers: Sequence[Server]) -> list[_Report]:
+    return [_Report(each.url, each.software, each.current, each.problem) for each in servers]
 
 
 def _sizes(model: Any) -> dict[str, int]:
@@ -183,13 +245,13 @@ def _sizes(model: Any) -> dict[str, int]:
     return {size: number for size, number in found.items() if isinstance(number, int)}
 
 
-def _require_same_software(outcomes: Sequence[Outcome]) -> None:
-    """Compare the versions of all servers; the outcomes are the same on all ranks.
+def _require_same_software(reports: Sequence[_Report]) -> None:
+    """Compare the versions of all servers; the reports are the same on all ranks.
 
     Raises:
         EngineError: they differ, on rank 0; on others ``StoppedError``.
     """
-    software = {url: version for each in outcomes for url, version in each.software.items()}
+    software = {report.url: report.software for report in reports if not report.problem}
     if len(set(software.values())) > 1:
         named = ", ".join(f"{url}: vLLM {version}" for url, version in software.items())
         raise_together(

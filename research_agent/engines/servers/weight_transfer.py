@@ -17,17 +17,18 @@ import base64
 import os
 import pickle
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
-from threading import Lock, get_ident
+from itertools import repeat
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import torch
 
 from research_agent.engines.checks import WeightNames, weights_device
-from research_agent.engines.remote import RequestError
+from research_agent.engines.servers.client import RequestError
 from research_agent.engines.servers.server import BACKEND, RELOAD_TIMEOUT, Server
 from research_agent.errors import ConfigError, EngineError, ModelError
 from research_agent.system.redaction import one_line
@@ -65,22 +66,22 @@ class _Links:
     """All servers of this rank as vLLM's trainer sees them: a ``VLLMWeightSyncClient``.
 
     A request that fails does not raise: the ranks iterate over the weights together, to the end.
-    Instead the server is left out from then on, and ``broken`` is called.
+    Instead ``problem`` of the server says why, it is left out from then on, and the trainer is shut
+    down: NCCL would wait for the server. By IPC that does nothing, and the others go on.
     """
 
     def __init__(self, servers: Sequence[Server], loop: asyncio.AbstractEventLoop) -> None:
-        self.problems: dict[str, str] = {}
-        self.broken: Callable[[], None] = lambda: None
         self.failed: Future[None] = Future()  # done as soon as a request has failed
-        self._servers = list(servers)
+        self.trainer: Any = None
+        self._servers = servers
         self._loop = loop
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        rank, each = init_info.get("rank_offset", 0), []
+        infos, rank = [], init_info.get("rank_offset", 0)
         for server in self._servers:
-            each.append(init_info | ({"rank_offset": rank} if "rank_offset" in init_info else {}))
+            infos.append(init_info | ({"rank_offset": rank} if "rank_offset" in init_info else {}))
             rank += server.size
-        self._post("init_weight_transfer_engine", [{"init_info": info} for info in each])
+        self._post("init_weight_transfer_engine", [{"init_info": info} for info in infos])
 
     def start_weight_update(self) -> None:
         self._post("start_weight_update")
@@ -94,23 +95,22 @@ class _Links:
         self._post("finish_weight_update")
 
     def _post(self, path: str, payloads: Sequence[dict[str, Any]] | None = None) -> None:
-        payloads = payloads or [{}] * len(self._servers)
-        posts = asyncio.run_coroutine_threadsafe(self._post_all(path, payloads), self._loop)
-        posts.result()
-
-    async def _post_all(self, path: str, payloads: Sequence[dict[str, Any]]) -> None:
-        async def post(server: Server, payload: dict[str, Any]) -> None:
-            if server.url in self.problems:
+        async def post(server: Server, payload: dict[str, Any] | None) -> None:
+            if server.problem:
                 return
             try:
-                await server.ask("POST", path, payload or None, RELOAD_TIMEOUT)
+                await server.ask("POST", path, payload, timeout=RELOAD_TIMEOUT)
             except (RequestError, EngineError) as error:
-                self.problems[server.url] = str(error)
+                server.problem = str(error)
                 if not self.failed.done():
                     self.failed.set_result(None)
-                in_thread(self.broken, "weights")
+                if self.trainer:
+                    in_thread(self.trainer.shutdown, "weights")
 
-        await asyncio.gather(*map(post, self._servers, payloads))
+        async def post_all() -> None:
+            await asyncio.gather(*map(post, self._servers, payloads or repeat(None)))
+
+        asyncio.run_coroutine_threadsafe(post_all(), self._loop).result()
 
 
 class Transfer:
@@ -140,7 +140,7 @@ class Transfer:
         weights: Iterable[tuple[str, Tensor]],
         servers: Sequence[Server],
         loop: asyncio.AbstractEventLoop,
-    ) -> tuple[dict[str, str], bool]:
+    ) -> list[Server]:
         """Send weights to this rank's servers, from all ranks at once.
 
         Args:
@@ -149,8 +149,8 @@ class Transfer:
             loop: the event loop of the servers' clients.
 
         Returns:
-            What went wrong, by address of the server that it happened to, and whether all others
-            have the weights.
+            The servers that have the weights. ``problem`` says of others what went wrong, if it did
+            at themselves: by NCCL one server that fails is the end of it for all.
 
         Raises:
             ModelError: a name or shape that the model does not have, or a weight left out.
@@ -158,49 +158,51 @@ class Transfer:
         links = _Links(servers, loop)
         source = _Source(self._names, weights, self._dtype)
         work = in_thread(lambda: self._run(links, source, servers), "weights")
-        # By NCCL one server that fails is the end of it; by IPC the others go on.
         ends = (work, links.failed) if self._backend == "nccl" else (work,)
         wait(ends, RELOAD_TIMEOUT + _GRACE, FIRST_COMPLETED)
-        if not work.done() and not source.finish():
-            wait((work,), _GRACE)
-        if work.done() and isinstance(error := work.exception(), ModelError):
-            raise error
-        if links.problems:
-            problems = {url: self._explain(why) for url, why in links.problems.items()}
-            return problems, self._backend == "ipc"
+        if not work.done():
+            if links.trainer:  # what hung in it has been shut down
+                wait((work,), _GRACE)
+            source.finish()
         problem = ""
         if not work.done():
             problem = f"no end of it within {RELOAD_TIMEOUT:g} s"
         elif error := work.exception():
+            if isinstance(error, ModelError):
+                raise error
             problem = f"{type(error).__name__}: {one_line(str(error))}"
-        return {server.url: self._explain(problem) for server in servers if problem}, True
-
-    def _explain(self, problem: str) -> str:
-        how = BACKEND[self._backend]
-        return (
-            f"no new weights by {self._backend}: {problem}. Was it started with {how}, and can it "
-            "reach any port here?"
-        )
+        if problem and not any(server.problem for server in servers):
+            for server in servers:
+                server.problem = problem
+        failed = [server for server in servers if server.problem]
+        for server in failed:
+            server.problem = (
+                f"no new weights by {self._backend}: {server.problem}. Was it started with "
+                f"{BACKEND[self._backend]}, and can it reach any port here?"
+            )
+        if failed and self._backend == "nccl":
+            return []
+        return [server for server in servers if not server.problem]
 
     def _run(self, links: _Links, source: _Source, servers: Sequence[Server]) -> None:
         """Do this rank's part of a transfer, with vLLM's trainer."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # a new thread has none
-        trainer = None
         try:
-            trainer = _trainer(self._backend, links, source, servers)
-            if self._backend == "nccl":
-                links.broken = trainer.shutdown  # it ends what hangs on the GPU
-            if not links.problems or self._backend == "ipc":
-                trainer.send_weights()
+            links.trainer = _trainer(self._backend, links, source, servers)
+            if self._backend == "ipc" or not links.failed.done():
+                links.trainer.send_weights()
         finally:
             source.finish()
-            if trainer:
-                trainer.shutdown()
+            if links.trainer:
+                links.trainer.shutdown()
 
 
 class _Source:
-    """Weights as vLLM's trainer takes them: a ``WeightSource`` that can be gone through once."""
+    """Weights as vLLM's trainer takes them: a ``WeightSource`` that can be gone through once.
+
+    Two threads may go through them, each from where the other has come to.
+    """
 
     def __init__(
         self, names: WeightNames, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype
@@ -209,7 +211,6 @@ class _Source:
         self._left = names.checked(weights)
         self._dtype = dtype
         self._lock = Lock()
-        self._thread = 0  # id of the thread that iterates over the weights
 
     @property
     def largest(self) -> int:
@@ -224,25 +225,21 @@ class _Source:
         return [ParamMeta(name, self._dtype, shape) for name, shape in self._shapes.items()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        if not self._is_ours():
-            raise RuntimeError("the transfer was broken off")
-        for name, weight in self._left:
+        while True:
+            with self._lock:
+                found = next(self._left, None)
+            if not found:
+                return
+            name, weight = found
             if weight.is_cuda:  # what is sent in other streams must have been computed
                 torch.cuda.synchronize(weight.device)
             yield name, weight.detach().to(self._dtype)
 
-    def finish(self) -> bool:
-        """Go through what is left, as the other ranks do, unless another thread is at it."""
-        if not self._is_ours():
-            return False
-        for _ in self._left:
-            pass
-        return True
-
-    def _is_ours(self) -> bool:
+    def finish(self) -> None:
+        """Go through what is left, as the other ranks do."""
         with self._lock:
-            self._thread = self._thread or get_ident()
-            return self._thread == get_ident()
+            for _ in self._left:
+                pass
 
 
 def require_gpu(device: torch.device, backend: Backend) -> None:

@@ -14,7 +14,7 @@ from research_agent.engines import make_engine
 from research_agent.engines.base import Completion, Engine, Interruptible, SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.engines.transformers import TransformersEngine
-from research_agent.errors import ConfigError, ContextError, ModelError, NonFiniteError
+from research_agent.errors import ContextError, ModelError, NonFiniteError
 from research_agent.renderer import Renderer
 from tests.research_agent.conftest import (
     byte_tokenizer,
@@ -428,8 +428,6 @@ def test_models_that_it_cannot_run_are_refused(renderer: Renderer) -> None:
     engine.submit(0, [1], SamplingParams())
     with pytest.raises(ModelError, match="sliding window of 8"):
         engine.step()
-    with pytest.raises(ConfigError, match="no engine is named 'warp'"):
-        make_engine("warp", tiny_qwen2(), renderer, max_slots=1)
 
 
 def test_long_submissions_are_split_over_steps(
@@ -442,7 +440,7 @@ def test_long_submissions_are_split_over_steps(
     assert player.worst(model) < 1e-4
 
 
-def test_tokens_of_many_bytes(renderer: Renderer) -> None:
+def test_tokens_of_many_bytes() -> None:
     renderer = make_renderer(byte_tokenizer())
     engine = ScriptedEngine(lambda *_: renderer.encode_text("é»x"), renderer)
     engine.submit(0, renderer.encode_text("a"), SamplingParams(stop=("»",)))

@@ -128,7 +128,7 @@ def test_no_server_outlives_the_process_that_started_it(
 ) -> None:
     """However it ends, and be it with its whole group: the system closes the pipe."""
     supervisor = [sys.executable, str(serve._SUPERVISOR)]
-    command = [*supervisor, *FAKE, "--port", "0", "--max-model-len", "9", "--dtype", "float32"]
+    command = [*supervisor, *FAKE, "--port=0", "--max-model-len=9", "--dtype=float32"]
     code = (
         "import subprocess, sys\n"
         f"subprocess.Popen({command}, stdin=subprocess.PIPE, start_new_session=True)\n"
