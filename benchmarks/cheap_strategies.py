@@ -18,6 +18,7 @@ from statistics import fmean
 
 import tyro
 
+from benchmarks.tables import print_table
 from research_env import Episode, Hit, Protocol, Question, advance, observe
 from research_env.core import EnvCore, make_core
 from research_env.papers import PAPERS
@@ -145,12 +146,13 @@ def main() -> None:
     """Measure, and print a table in Markdown."""
     config = tyro.cli(StrategyConfig, prog="python -m benchmarks.cheap_strategies")
     means = measure(config.questions)
-    print(f"| reward | strategy | {' | '.join(SETS)} |\n|---|---|{'---|' * len(SETS)}")
+    rows = []
     for reward, strategies in means.items():
         ranked = sorted(strategies, key=lambda name: -fmean(strategies[name].values()))
         for strategy in ranked if config.all else ranked[:1]:
-            numbers = " | ".join(f"{strategies[strategy][name]:.2f}" for name in SETS)
-            print(f"| `{reward}` | {strategy} | {numbers} |")
+            numbers = [f"{strategies[strategy][name]:.2f}" for name in SETS]
+            rows.append([reward, strategy, *numbers])
+    print_table("what knowing nothing pays", ["reward", "strategy", *SETS], rows)
 
 
 def _clean(text: str) -> str:

@@ -9,7 +9,7 @@ from itertools import islice
 
 import numpy as np
 
-from benchmarks.replay import QUERY, read_trajectories
+from benchmarks.recorded import QUERY, read_trajectories
 from research_env import Passage
 from research_env.datasets import load_dataset
 from research_env.datasets.base import Corpus

@@ -19,24 +19,15 @@ from typing import Any, Literal
 
 import tyro
 
-from benchmarks.runs import (
-    draw_band,
-    markdown_table,
-    print_table,
-    read_log,
-    spread,
-    training_process,
-    unmasked,
-)
+from benchmarks.runs import draw_band, read_log, training_process
 from benchmarks.runs import is_finished as finished
 from benchmarks.runs import run_all as do_all
+from benchmarks.tables import markdown_table, print_table, spread
 from research_agent.config import AlgorithmConfig, TrainConfig
 from research_agent.presets import PRESETS
 from research_agent.report.curve import label_ends
 
 MINIWORLD = PRESETS["miniworld"]
-
-__all__ = ["CurvesConfig", "Run", "main", "plan", "unmasked"]
 
 OFF = {"kl_coef": 0.0, "entropy_coef": 0.0}
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -83,8 +74,6 @@ class CurvesConfig:
     """Held-out questions of an evaluation (greedy)."""
     workers: int = 2
     """Runs at the same time, each with one thread."""
-    device: str = "cpu"
-    """Where the models live."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +132,6 @@ def training_of(config: CurvesConfig, run: Run) -> TrainConfig:
     )  # a step has as many, however large a group is
     return replace(
         MINIWORLD,
-        policy=replace(MINIWORLD.policy, device=config.device),
         rollout=replace(
             MINIWORLD.rollout, prompts_per_step=max(1, episodes // samples), group_size=samples
         ),

@@ -34,6 +34,7 @@ from unittest import mock
 import tyro
 
 from benchmarks.corpora import GeneratedCorpus, model_queries, real_corpus
+from benchmarks.tables import print_table
 from research_env.datasets import load_dataset
 from research_env.datasets.base import Corpus, Question
 from research_env.errors import DataNotFoundError, RetrievalError
@@ -378,12 +379,9 @@ def main(
 
 def show(title: str, rows: Sequence[Row]) -> None:
     """Print rows as a table in Markdown."""
-    print(f"\n{title} ({os.cpu_count()} processors)\n")
     names = list(dict.fromkeys(name for row in rows for name in row))
-    print("| " + " | ".join(names) + " |")
-    print("|" + "---|" * len(names))
-    for row in rows:
-        print("| " + " | ".join(_cell(row.get(name, "")) for name in names) + " |")
+    cells = [[_cell(row.get(name, "")) for name in names] for row in rows]
+    print_table(f"{title} ({os.cpu_count()} processors)", names, cells)
 
 
 def _cell(value: Any) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.learner import make_model
+from benchmarks.synthetic import make_model
 from research_agent.config import SamplingConfig
 from research_agent.engines import make_engine
 from research_agent.engines.base import Engine

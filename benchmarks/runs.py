@@ -21,7 +21,6 @@ from typing import Any
 from unittest.mock import patch
 
 from rich.console import Console
-from rich.table import Table
 
 from research_agent.run_logger import METRICS, TIMINGS, read_lines
 
@@ -164,33 +163,7 @@ def read_log(folder: Path, episodes: int | None = None) -> list[dict[str, Any]]:
     return found
 
 
-# --- showing them ---------------------------------------------------------------------------------
-
-
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean, and lowest to highest, of the seeds; empty without any."""
-    if not values:
-        return ""
-    mean, low, high = statistics.fmean(values), min(values), max(values)
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, its first column to the left."""
-    table = Table(title=title)
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == headings[0] else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-
-
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same for a file."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+# --- drawing them ---------------------------------------------------------------------------------
 
 
 def draw_band(

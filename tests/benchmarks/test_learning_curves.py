@@ -20,8 +20,8 @@ from benchmarks.learning_curves import (
     read,
     report,
     training_of,
-    unmasked,
 )
+from benchmarks.runs import unmasked
 from research_agent.algorithms import ALGORITHMS, algorithm
 from research_agent.config_checks import validate
 from research_agent.trajectory import Group
