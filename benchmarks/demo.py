@@ -240,8 +240,8 @@ def run(config: DemoConfig) -> dict[str, Any]:
     ]
     console.print(_table(config, rows))
     console.print(
-        f"Made to search always, the starter's exact match is {able['em']:.3f}: so much it could "
-        "do already. When to search, when to go on and when to stop is what it had to learn."
+        f"If it is forced to search, the starter's exact match is {able['em']:.3f}: it can read "
+        "already. Training teaches it when to search, when to continue and when to stop."
     )
     console.print(report.curve, markup=False, highlight=False)
     seconds = summary.numbers.get("seconds of training", 0.0)

@@ -1,10 +1,11 @@
 """Learning curves of every algorithm on MiniWorld: ``python -m benchmarks.learning_curves``.
 
-All begin with the shipped starter, have the same learning rate and the same budget of episodes, and
-no KL and no entropy bonus; what else differs is the algorithm's own. The ablations change one thing
-of GRPO: tokens of observations in the loss (their old log-probabilities are recomputed, for no
-sampler reported any), a KL of 1e-3, and samples a group with as many episodes per step. Runs are
-folders: one that is finished is not run again, one that was stopped goes on.
+All start from the shipped starter with the same learning rate and budget of episodes, without KL
+and without an entropy bonus; everything else is the algorithm's own. Each ablation changes one
+thing about GRPO: tokens of observations in the loss (their old log-probabilities are recomputed,
+because no sampler reports any), a KL of 1e-3, or the number of samples per group, with as many
+episodes per step. Runs are folders: one that is finished is not run again, and one that was stopped
+continues.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ r"""The papers' table: every method on every data set, with the papers' numbers 
     python -m benchmarks.paper_table --mini
 
 A cell is a folder, ``OUTPUT/MODEL/METHOD/DATASET``, with ``predictions.jsonl`` and
-``summary.json``, as ``research-agent eval`` writes them. The same command goes on where it was
+``summary.json``, as ``research-agent eval`` writes them. The same command continues one that was
 stopped; a cell that is there is reused if its model, data, index and settings are the same, and
 refused otherwise. Several commands may fill different cells of one output at the same time. Where
 ``research-env judge`` has put a ``judge.json`` into a cell, its column is printed.
@@ -35,7 +35,6 @@ from benchmarks.baselines import (
     naive_generation,
     naive_rag,
     rendering,
-    search_agent,
 )
 from benchmarks.baselines.published import DATASETS, published
 from benchmarks.baselines.rendering import Cell, Judged, Results, Row
@@ -102,9 +101,9 @@ class TableConfig:
     """Split of the data sets. None takes all development questions where there is a --retriever,
     those with gold passages where there is none, and the test questions of Bamboogle."""
     top_k: int = 5
-    """Passages a search, for every method."""
+    """Passages per search, for every method."""
     limit: int | None = None
-    """Questions a cell."""
+    """Questions per cell."""
     seed: int = 0
     """Order of the questions, and sampled tokens."""
     sampling: Annotated[SamplingConfig, tyro.conf.OmitArgPrefixes] = SAMPLING
@@ -135,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"benchmarks.paper_table: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where this one was", file=sys.stderr)
+        print("\nstopped; the same command continues", file=sys.stderr)
         sys.exit(130)
     show(results, config.output, config.format)
 
@@ -212,7 +211,7 @@ def fill(
         }
         if failed := run_all(fill_alone, jobs, workers):
             raise ConfigError(
-                f"cells failed, as said above: {'; '.join(failed)}; the same command goes on"
+                f"cells failed, as said above: {'; '.join(failed)}; the same command continues"
             )
     sampler: Sampler | None = None
     rows = []
@@ -237,8 +236,11 @@ def fill(
         }
         rows.append(
             Row(f"{label}, {sampler.label}" if several else label, sampler.name, trained, {
-                name: replace(cell, published=_published(config, label, arguments))
-                for (name, arguments), cell in zip(datasets.items(), cells.values(), strict=True)
+                name: replace(
+                    cell,
+                    published=published(config.paper, label, datasets[name]["dataset"]),
+                )
+                for name, cell in cells.items()
             })
         )  # fmt: skip
     if sampler is not None:
@@ -336,6 +338,7 @@ def play(
     from research_agent.environments import open_environments  # noqa: PLC0415
     from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
     from research_agent.evaluation.fingerprint import header  # noqa: PLC0415
+    from research_agent.rollout import collect  # noqa: PLC0415
 
     folder = config.output / _plain(sampler.label) / method / _plain(dataset)
     given = {**arguments, "top_k": config.top_k, "protocol": "research"}
@@ -353,9 +356,9 @@ def play(
     validate_eval(settings)
     slots = config.sampling.max_in_flight or SLOTS
     environments: Any
-    if baseline is None:
+    if baseline is None:  # as a policy is played in training: nothing but the weights differs
         environments = open_environments(ENV, slots, given)
-        player: Player = search_agent.run
+        player: Player = collect
     else:
         name = ENV.partition(":")[2]
         environments = gym.make_vec(
@@ -466,12 +469,6 @@ def _arguments(config: TableConfig, dataset: str) -> dict[str, Any]:
         split = "test"
     retriever = config.retriever and config.retriever.replace("{dataset}", dataset)
     return {"dataset": dataset, "split": split, "retriever": retriever}
-
-
-def _published(
-    config: TableConfig, label: str, arguments: Mapping[str, Any]
-) -> tuple[float, float] | None:
-    return published(config.paper, label, str(arguments["dataset"]))
 
 
 def _plain(name: str) -> str:

@@ -25,9 +25,9 @@ B. Tokens a second of the vllm engine within the collector, against ``LLM.genera
    LLM on the same prompts with no environment: turns of equal length, all prompts together once a
    turn, the results appended. ``generate`` is asked as the engine asks (log-probabilities, a seed
    for each), and for less. Only the first comparison is the target's.
-C. Microseconds a turn of the collector: an engine that plays a script, and environments that answer
-   at once with 256 tokens. "whole" is all of it, "collector" leaves out what happens inside those
-   two, and "tokenizer" is the part of "collector" in which prompts and results are encoded.
+C. Microseconds per turn of the collector: an engine that plays a script, and environments that
+   answer at once with 256 tokens. "whole" is all of it, "collector" leaves out what happens inside
+   those two, and "tokenizer" is the part of "collector" in which prompts and results are encoded.
 D. The share of slots x wall time in which a slot is empty while its work is ready. It is empty
    until its next turn is submitted: from when the search engine had answered, or, where its episode
    is over or collection begins, from then. Counted until the last episode begins. While a search
@@ -124,7 +124,7 @@ def race(latencies: Sequence[int], episodes: int, rounds: int, scale: float = 1.
 
 
 class AtOnce:
-    """Environments that answer at once, ``TURNS`` turns an episode."""
+    """Environments that answer at once, ``TURNS`` turns per episode."""
 
     num_tasks: int | None = None
     terminators: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """Training runs that are compared: done several at a time, each once, read again, and drawn.
 
-A run is a folder: one that is finished is not run again, one that was stopped goes on. The learning
-curves and the ablations of the papers are made of such runs.
+A run is a folder: one that is finished is not run again, and one that was stopped continues. The
+learning curves and the ablations of the papers are made of such runs.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _end_with_parent() -> None:
     def wait() -> None:
         if parent is not None:
             parent.join()
-        os._exit(1)  # as if it were killed too; a run goes on from its last checkpoint
+        os._exit(1)  # as if it were killed too; a run continues from its last checkpoint
 
     threading.Thread(target=wait, daemon=True).start()
 

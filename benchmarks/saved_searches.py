@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.saved_searches [--steps 40] [--json]``
 
-The shipped starter is trained by GRPO in MiniWorld (24 questions x 8 samples a step, as in the
+The shipped starter is trained by GRPO in MiniWorld (24 questions x 8 samples per step, as in the
 demo), twice with the same seed: with coalescing and a cache, as by default, and with coalescing
 only. A query is *coalesced* when somebody is asking the same at that moment, and a *cache hit* when
 its hits are in the cache. Rewards and losses of the two runs must be the same.

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
@@ -155,11 +154,8 @@ def _escape(text: str) -> str:
 
 def as_json(results: Results) -> str:
     """The table for programs: everything that a cell knows."""
-    return json.dumps({"datasets": list(results.datasets), "rows": _rows(results)}, indent=1) + "\n"
-
-
-def _rows(results: Results) -> list[dict[str, Any]]:
-    return [asdict(row) for row in results.rows]
+    rows = [asdict(row) for row in results.rows]
+    return json.dumps({"datasets": list(results.datasets), "rows": rows}, indent=1) + "\n"
 
 
 def chart(results: Results, path: Path) -> str:
