@@ -14,12 +14,11 @@ refused otherwise. Several commands may fill different cells of one output at th
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,7 +36,8 @@ from benchmarks.baselines import (
     rendering,
 )
 from benchmarks.baselines.published import DATASETS, published
-from benchmarks.baselines.rendering import Cell, Judged, Results, Row
+from benchmarks.baselines.rendering import Cell, Results, Row, read_judge
+from benchmarks.baselines.sampler import Sampler
 from benchmarks.runs import run_all
 from research_agent.config import EnvironmentConfig, EvalConfig, PolicyConfig, SamplingConfig
 from research_agent.config_checks import validate_eval
@@ -213,6 +213,7 @@ def fill(
             raise ConfigError(
                 f"cells failed, as said above: {'; '.join(failed)}; the same command continues"
             )
+    slots = config.sampling.max_in_flight or SLOTS
     sampler: Sampler | None = None
     rows = []
     for i, (spec, method) in enumerate(plan):
@@ -220,7 +221,9 @@ def fill(
         if sampler is None or sampler.spec != spec:
             if sampler is not None:
                 sampler.close()  # one model in memory at a time
-            sampler = Sampler(spec, config)
+            sampler = Sampler(
+                spec, config.sampling, slots=slots, dtype=config.dtype, device=config.device
+            )
         label = sampler.label if trained else LABELS[method]
         several = len(config.models) > 1 and not trained
         cells = {
@@ -257,68 +260,6 @@ def fill_alone(
     (row,) = fill(config, datasets, baselines).rows
     (cell,) = row.cells.values()
     return f"exact match {cell.em:.2f}"
-
-
-class Sampler:
-    """A model of the table; loaded when something is to be played, and not before."""
-
-    def __init__(self, spec: str, config: TableConfig) -> None:
-        from research_agent.engines.remote import check_address, read_key  # noqa: PLC0415
-        from research_agent.evaluation.fingerprint import model_fingerprint  # noqa: PLC0415
-        from research_agent.models.source import resolve_model  # noqa: PLC0415 - loads torch
-
-        self.spec = spec
-        label, named, place = spec.partition("=")
-        label, place = (label, place) if named else ("", spec)
-        self.name, at, rest = place.partition("@http")
-        self.endpoint = f"http{rest}".rstrip("/") if at else None
-        if self.endpoint:  # it is part of the fingerprint, which is written into records
-            check_address(self.endpoint, read_key("OPENAI_API_KEY") or "")
-        self.label = label or Path(self.name).name
-        self.chat = any(word in f"{label}/{self.name}".lower() for word in ("instruct", "chat"))
-        self._config = config
-        self._place = self.name if self.endpoint else resolve_model(self.name)
-        self.fingerprint = (
-            f"{self.name} at {self.endpoint}" if self.endpoint else model_fingerprint(self._place)
-        )
-
-    @cached_property
-    def renderer(self) -> Any:
-        """The policy's tokenizer."""
-        from research_agent.engines.openai import OpenAIRenderer  # noqa: PLC0415
-        from research_agent.renderer import load_renderer  # noqa: PLC0415
-
-        if self.endpoint:
-            return OpenAIRenderer(chat_template=self.chat)
-        return load_renderer(self._place, chat_template=self.chat)
-
-    @cached_property
-    def engine(self) -> Any:
-        """An engine with its weights, or in front of its endpoint."""
-        from research_agent.engines import make_engine  # noqa: PLC0415
-        from research_agent.engines.openai import OpenAIEngine  # noqa: PLC0415
-        from research_agent.models.policy import context_length, load_model  # noqa: PLC0415
-
-        config, sampling = self._config, self._config.sampling
-        slots = sampling.max_in_flight or SLOTS
-        if self.endpoint:
-            return OpenAIEngine(self.endpoint, self.name, self.renderer, concurrency=slots)
-        model = load_model(self.name, dtype=config.dtype, device=config.device)
-        context = context_length(model, sampling.max_prompt + sampling.max_response)
-        return make_engine(
-            sampling.engine,
-            model,
-            self.renderer,
-            max_slots=slots,
-            max_context=context,
-            share=True,
-        )
-
-    def close(self) -> None:
-        """Let go of the engine, where there is one."""
-        engine = self.__dict__.pop("engine", None)
-        if hasattr(engine, "close"):
-            engine.close()
 
 
 def play(
@@ -403,42 +344,6 @@ def play(
         published=None,
         folder=str(folder),
     )
-
-
-def read_judge(folder: Path, episodes: int) -> Judged | None:
-    """What ``research-env judge`` said of a cell; None where nobody judged.
-
-    Args:
-        folder: folder of the cell.
-        episodes: how many it has that are not void.
-
-    Raises:
-        ConfigError: a judge.json that is no such file, or is of other episodes.
-    """
-    path = folder / "judge.json"
-    if not path.exists():
-        return None
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        score, span, judged = said["score"], said["range"], int(said["n"])
-        if span is None:  # every episode is void
-            return None
-        found = Judged(
-            None if score is None else 100 * float(score),
-            (100 * float(span[0]), 100 * float(span[1])),
-            str(said["model"]),
-        )
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ConfigError(
-            f"{path} is no summary of a judge ({type(error).__name__}: {error}); "
-            "remove it, and run research-env judge again"
-        ) from error
-    if judged != episodes:
-        raise ConfigError(
-            f"{path} is of {judged} episodes, and the cell has {episodes} now; run "
-            "research-env judge again, which asks for the others only"
-        )
-    return found
 
 
 def show(results: Results, output: Path, form: Format = "terminal") -> None:
