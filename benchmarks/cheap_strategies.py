@@ -2,10 +2,10 @@
 
     RESEARCH_DATA=../shared/data python -m benchmarks.cheap_strategies [--questions 400] [--all]
 
-A policy finds what a reward is open to. Here strategies without any reading or reasoning (copy what
-was found, answer "yes", give up, ...) play development questions of MuSiQue, HotpotQA and
+A policy finds the weak spots of a reward. Here strategies without any reading or reasoning (copy
+what was found, answer "yes", give up, ...) play development questions of MuSiQue, HotpotQA and
 2WikiMultiHopQA, with the embedded index over each set's own passages, and every reward scores the
-same episodes. The table names the strategy that pays most, as docs/how-to/rewards.md quotes it.
+same episodes. The table in docs/how-to/rewards.md has the best-paid strategy of each reward.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class StrategyConfig:
     questions: int = 400
     """Development questions of each set, the first in the order of seed 0."""
     all: bool = False
-    """Print every strategy, not only the one that pays most."""
+    """Print every strategy, not only the best-paid one."""
 
 
 @dataclass(frozen=True, slots=True)

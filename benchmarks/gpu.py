@@ -63,7 +63,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Bench:
-    """What every part knows.
+    """Where, how long and at which size the parts measure.
 
     Attributes:
         output: folder of the measurements and of what is written on the way.

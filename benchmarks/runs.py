@@ -70,7 +70,7 @@ def run_all(
 
 
 def _failure(error: BaseException) -> str:
-    if isinstance(error, BrokenProcessPool):  # which is told of all that wait, too
+    if isinstance(error, BrokenProcessPool):  # every job that waits reports it, too
         return "failed: a process was killed; was there memory for so many --workers?"
     return f"failed: {error!r}"
 
@@ -111,9 +111,9 @@ def training_process(*, masked: bool = True) -> Iterator[None]:
 
 
 def unmasked(learner: type[Any]) -> type[Any]:
-    """A learner that takes tokens of observations for the policy's own, which ours never does.
+    """A learner that learns from tokens of observations too, which ours never does.
 
-    Their log-probabilities, which no sampler reported, are those recomputed before the update.
+    No sampler reports their log-probabilities, so those recomputed before the update are used.
     """
 
     class Unmasked(learner):  # type: ignore[misc]

@@ -27,13 +27,13 @@ from research_env.vector_env import SearchQAVectorEnv
 MINIWORLD = PRESETS["miniworld"]
 
 ENV_ID = "SavedSearches-v0"
-# Not the same in any two runs.
+# Metrics that depend on the clock.
 _TIMES = ("seconds", "collect", "learn", "sync", "episodes_per_second")
 
 
 @dataclass(frozen=True)
 class SavedConfig:
-    """Train with and without memory, and count what reaches the engine."""
+    """Train with and without a cache, and count the searches that reach the engine."""
 
     steps: int = 10
     """Training steps."""

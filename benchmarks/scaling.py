@@ -46,7 +46,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
-    """What a number of ranks does with a step.
+    """How well a number of ranks is used in a step.
 
     Attributes:
         ranks: number of processes.
@@ -75,7 +75,7 @@ def make_step() -> Batch:
 
 
 def measure(batch: Batch, ranks: int) -> Efficiency:
-    """Let each of some ranks take its passes of a batch, and add up for how long all are occupied.
+    """Deal the passes of a batch to some ranks, and add up how long the ranks are occupied.
 
     Args:
         batch: batch of a step.
@@ -109,7 +109,7 @@ def _rounds(sizes: Sequence[int], ranks: int) -> list[int]:
 
 
 def _rank(rank: int, size: int) -> AbstractContextManager[Any]:
-    """Be one of some ranks that are not there."""
+    """Let the learner's functions believe that they run on one of several ranks."""
     return mock.patch("research_agent.distributed.rank_and_size", return_value=(rank, size))
 
 
