@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.synthetic import make_model
+from benchmarks.synthetic import TINY, make_model
 from research_agent.trajectory import Group, Segment, Trajectory
 
 
@@ -17,7 +17,7 @@ def test_the_flops_are_those_that_torch_counts() -> None:
     """Forward and backward of the whole model, with the head everywhere and attention whole."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    sizes = {**gpu.TINY, "vocab_size": 300}
+    sizes = {**TINY, "vocab_size": 300}
     model = make_model(sizes, "cpu")
     model.set_attn_implementation("eager")
     tokens = 32
