@@ -156,7 +156,7 @@ def main(words: Sequence[str] | None = None) -> None:
         print(json.dumps(result, indent=2))
         return
     print_table(
-        f"{EPISODES} episodes at a time",
+        "adapters and the frameworks' own loops",
         ("requests", "framework", "system", "episodes/s", "of the vector env", "calls per search"),
         [
             (
