@@ -75,8 +75,6 @@ TARGET_ENGINE = 0.9
 TARGET_MICROSECONDS = 100.0
 TARGET_EMPTY = 0.02
 
-Span = tuple[float, float]
-
 
 def medians(competitors: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
     """What each returned, by turns: its median."""
