@@ -30,7 +30,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from research_env.core import make_core, resolve_search
@@ -75,11 +75,20 @@ Play = Callable[[str, Sequence[str]], Played | Awaitable[Played]]
 
 
 class Script(NamedTuple):
-    """The actions of an episode, and the reward that they earn, worked out by hand."""
+    """The actions of an episode, and the reward that they earn, worked out by hand.
+
+    Attributes:
+        name: what the episode shows.
+        actions: the texts of the policy.
+        reward: the reward of the whole episode.
+        is_cut: whether the framework stops after the last action, before the policy sees its
+            observation.
+    """
 
     name: str
     actions: tuple[str, ...]
     reward: float
+    is_cut: bool = False
 
 
 def _search(query: str, thought: str = "I look it up.") -> str:
@@ -168,7 +177,9 @@ def settings() -> dict[str, Any]:
     }
 
 
-def conformance(play: Play, engine: Engine | None = None) -> None:
+def conformance(
+    play: Play, engine: Engine | None = None, *, ends_without_search: bool = False
+) -> None:
     """Check that episodes are played as the environment plays them.
 
     Args:
@@ -177,12 +188,14 @@ def conformance(play: Play, engine: Engine | None = None) -> None:
             called from 32 threads at a time, a coroutine function 32 times in one event loop.
         engine: the ``retriever`` of these settings. If given, the searches of concurrent episodes
             must have been batched: at most a quarter as many calls as queries, from one thread.
+        ends_without_search: whether the framework ends each episode at the first action that does
+            not search, as TRL's tool loop does. The scripts then end there, too.
 
     Raises:
         ConformanceError: an episode was different; the message says in what.
     """
     start = time.perf_counter()
-    for script in SCRIPTS:
+    for script in map(_up_to_message, SCRIPTS) if ends_without_search else SCRIPTS:
         _compare(script, "q0", _play_all(play, [("q0", script)])[0])
     alone = (time.perf_counter() - start) / len(SCRIPTS)
 
@@ -207,6 +220,13 @@ def conformance(play: Play, engine: Engine | None = None) -> None:
             )
 
 
+def _up_to_message(script: Script) -> Script:
+    """The script up to its first action that does not search; cut before its answer it earns 0."""
+    calls = itertools.takewhile(lambda action: "<search>" in action, script.actions)
+    actions = script.actions[: len(list(calls)) + 1]
+    return script if actions == script.actions else Script(script.name, actions, 0.0, is_cut=True)
+
+
 def _play_all(play: Play, jobs: Sequence[tuple[str, Script]]) -> list[Played]:
     """Play all at the same time."""
     if inspect.iscoroutinefunction(play):
@@ -223,6 +243,8 @@ def _play_all(play: Play, jobs: Sequence[tuple[str, Script]]) -> list[Played]:
 
 def _compare(script: Script, question_id: str, played: Played) -> None:
     expected = _reference(question_id, script.actions)
+    if script.is_cut:
+        expected = replace(expected, observations=expected.observations[:-1])
     name, void = script.name, expected.void
     _same(name, "prompt", played.prompt, expected.prompt)
     _same(name, "observations", _texts(played), _texts(expected))
