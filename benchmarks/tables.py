@@ -17,7 +17,7 @@ def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
     """Print a table whose columns are aligned, all but the first to the right."""
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     aligned = [
-        [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]
+        [f"{cell:{'>' if place else '<'}{widths[place]}}" for place, cell in enumerate(line)]
         for line in (headings, *rows)
     ]
     print(f"\n{title}\n\n{markdown_table(aligned[0], aligned[1:])}", flush=True)
