@@ -107,22 +107,18 @@ def real_groups(count: int, vocabulary: int, scale: float) -> list[Group]:
 
 def _sampled_by(model: Any, groups: Sequence[Group]) -> list[Group]:
     """The same trajectories with the model's own log-probabilities, as a sampler reports them."""
-    batch = make_batch(groups)
-    found = iter(batch_logprobs(TokenLogprobs(model), batch, 4096).tolist())
+    found = iter(batch_logprobs(TokenLogprobs(model), make_batch(groups), 4096).tolist())
+
+    def scored(segment: Segment) -> Segment:
+        if segment.provenance != "action":
+            return segment
+        return replace(segment, logprobs=tuple(next(found) for _ in segment.tokens))
+
     return [
-        Group(
-            group.episode,
-            [
-                replace(
-                    t,
-                    segments=tuple(
-                        replace(s, logprobs=tuple(next(found) for _ in s.tokens))
-                        if s.provenance == "action"
-                        else s
-                        for s in t.segments
-                    ),
-                )
-                for t in group.trajectories
+        replace(
+            group,
+            trajectories=[
+                replace(t, segments=tuple(map(scored, t.segments))) for t in group.trajectories
             ],
         )
         for group in groups
