@@ -6,7 +6,7 @@ import asyncio
 import io
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stderr
 from importlib import import_module
@@ -19,9 +19,14 @@ from research_env.vector_env import SearchQAVectorEnv
 
 
 def vector_environment(url: str, episodes: int, stack: ExitStack) -> Iterator[System]:
-    """What all are compared with."""
+    """Our vector environment, with which all others are compared."""
     envs = SearchQAVectorEnv(episodes, autoreset_mode="Disabled", **settings(url, episodes))
     stack.callback(envs.close)
+    yield System("", "research_env, vector environment", _stepping(envs, episodes))
+
+
+def _stepping(envs: Any, episodes: int) -> Play:
+    """Play a vector environment, all episodes at the same step."""
 
     def play(number: int) -> None:
         envs.reset(seed=number)
@@ -30,7 +35,7 @@ def vector_environment(url: str, episodes: int, stack: ExitStack) -> Iterator[Sy
         _, _, terminated, *_ = envs.step([ANSWER] * episodes)
         assert all(terminated)
 
-    yield System("", "research_env, vector environment", play)
+    return play
 
 
 def gem(url: str, episodes: int, stack: ExitStack) -> Iterator[System]:
@@ -50,25 +55,11 @@ def gem(url: str, episodes: int, stack: ExitStack) -> Iterator[System]:
         with redirect_stderr(io.StringIO()):  # a progress bar
             return ToolEnvWrapper(QaEnv(dataset=rows), [SearchTool(search_url=url, timeout=60)])
 
-    def player(envs: Any) -> Play:
+    makers = {"adapter": lambda: ResearchEnv(sessions=sessions), "QaEnv with SearchTool": theirs}
+    for name, make in makers.items():
+        envs = AsyncVectorEnv([name] * episodes, [make] * episodes)
         stack.callback(envs.thread_pool_executer.shutdown)
-
-        def play(number: int) -> None:
-            envs.reset(seed=number)
-            for turn in range(SEARCHES):
-                envs.step([search(i, turn, number) for i in range(episodes)])
-            _, _, terminated, *_ = envs.step([ANSWER] * episodes)
-            assert all(terminated)
-
-        return play
-
-    ours = AsyncVectorEnv(["ours"] * episodes, [lambda: ResearchEnv(sessions=sessions)] * episodes)
-    yield System("GEM", "adapter", player(ours))
-    yield System(
-        "GEM",
-        "QaEnv with SearchTool",
-        player(AsyncVectorEnv(["theirs"] * episodes, [theirs] * episodes)),
-    )
+        yield System("GEM", name, _stepping(envs, episodes))
 
 
 def skyrl(url: str, episodes: int, stack: ExitStack) -> Iterator[System]:
@@ -91,7 +82,10 @@ def skyrl(url: str, episodes: int, stack: ExitStack) -> Iterator[System]:
                 env.step(search(episode, turn, number))
             return bool(env.step(ANSWER)["done"])
 
-        return lambda number: _all(pool.map(rollout, [(i, number) for i in range(episodes)]))
+        def play(number: int) -> None:
+            assert all(pool.map(rollout, [(i, number) for i in range(episodes)]))
+
+        return play
 
     def ours(episode: int) -> Any:
         return ResearchTextEnv(extras={"question_id": str(episode)}, sessions=sessions)
@@ -214,7 +208,7 @@ def trl(url: str, episodes: int, stack: ExitStack) -> Iterator[System]:
     yield System("TRL", "adapter, rollout_func", player(ours, [row["prompt"] for row in rows]))
     chats = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
     theirs = make(Scripted, chats, tools=[lookup])
-    # As its step does, which would compute log-probabilities, too.
+    # The trainer's step does this before it generates; it would compute log-probabilities, too.
     theirs._sync_tool_dicts = [{"search": lookup}] * episodes
     theirs._async_tool_dicts = [{}] * episodes
     yield System("TRL", "tool loop", player(theirs, [row["prompt"] for row in chats]))
@@ -228,21 +222,15 @@ def openenv(url: str, episodes: int, stack: ExitStack) -> Iterator[System]:
     sessions = stack.enter_context(Sessions(**settings(url, episodes)))
     server = stack.enter_context(AppServer(make_app(sessions, episodes)))
 
-    async def episode(client: Any, number: int, i: int) -> bool:
-        await client.reset(question_id=str(i))
-        for turn in range(SEARCHES):
-            await client.step(SearchAction(text=search(i, turn, number)))
-        return bool((await client.step(SearchAction(text=ANSWER))).done)
+    async def episode(number: int, i: int) -> bool:
+        async with SearchClient(base_url=server.url) as client:
+            await client.reset(question_id=str(i))
+            for turn in range(SEARCHES):
+                await client.step(SearchAction(text=search(i, turn, number)))
+            return bool((await client.step(SearchAction(text=ANSWER))).done)
 
     async def together(number: int) -> None:
-        async with asyncio.TaskGroup() as group:
-            clients = [SearchClient(base_url=server.url) for _ in range(episodes)]
-            jobs = [group.create_task(_within(each, number, i)) for i, each in enumerate(clients)]
-        _all(job.result() for job in jobs)
-
-    async def _within(client: Any, number: int, i: int) -> bool:
-        async with client:
-            return await episode(client, number, i)
+        assert all(await asyncio.gather(*(episode(number, i) for i in range(episodes))))
 
     yield System("OpenEnv", "adapter", lambda number: asyncio.run(together(number)))
 
@@ -262,7 +250,3 @@ FRAMEWORKS: dict[str, tuple[str, Callable[[str, int, ExitStack], Iterator[System
     "OpenEnv": ("openenv", openenv),
     "verl": ("verl", verl),
 }
-
-
-def _all(done: Iterable[bool]) -> None:
-    assert all(done)

@@ -32,6 +32,7 @@ import httpx
 
 from benchmarks.adapter_script import SEARCHES, System
 from benchmarks.adapter_systems import FRAMEWORKS, vector_environment
+from benchmarks.tables import print_table
 
 EPISODES = 64
 SECONDS = 0.05
@@ -154,14 +155,21 @@ def main(words: Sequence[str] | None = None) -> None:
     if arguments.json:
         print(json.dumps(result, indent=2))
         return
-    print("| requests | framework | system | episodes/s | of the vector env | calls per search |")
-    print("|---|---|---|---|---|---|")
-    for row in result["rows"]:
-        print(
-            f"| {'in parallel' if row['parallel'] else 'one at a time'} | {row['framework']} "
-            f"| {row['system']} | {row['episodes_per_second']:.1f} "
-            f"| {row['of_vector_environment']:.2f} | {row['calls_per_search']:.3f} |"
-        )
+    print_table(
+        "adapters and the frameworks' own loops",
+        ("requests", "framework", "system", "episodes/s", "of the vector env", "calls per search"),
+        [
+            (
+                "in parallel" if row["parallel"] else "one at a time",
+                row["framework"],
+                row["system"],
+                f"{row['episodes_per_second']:.1f}",
+                f"{row['of_vector_environment']:.2f}",
+                f"{row['calls_per_search']:.3f}",
+            )
+            for row in result["rows"]
+        ],
+    )
     for name, times in result["times_peer"].items():
         print(f"{name}: {times:.1f} times its own loop ({GOAL:g} is the goal)")
     for name in result["missing"]:

@@ -3,9 +3,9 @@
     python -m benchmarks.architectures              # print the table
     python -m benchmarks.architectures --write      # and put it into docs/reference/models.md
 
-Of each architecture a tiny random model is made, and what the checks say that every model undergoes
-when it is loaded is put into the table: the learner's rows, the transformers engine, and packing
-are compared with plain transformers on two short sequences.
+A tiny random model of each architecture undergoes the checks that every model undergoes when it is
+loaded: the learner's rows, the transformers engine and packing are compared with plain transformers
+on two short sequences. The table shows their verdicts.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 
 import tyro
 
+from benchmarks.tables import markdown_table, replace_table
+
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "models.md"
-BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 
 _DELTA = {
     "num_hidden_layers": 4,
@@ -88,7 +89,6 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Mamba": ("MambaConfig", {"state_size": 4}),
 }
 """Printed name: the configuration's class in transformers, and what it needs to be tiny."""
-
 
 _ALONE = re.compile(r"one sequence at a time, .*? are wrong \(([^;)]*)")
 
@@ -172,27 +172,27 @@ def _refusal(check: Callable[[], object]) -> str:
 
 def table(verdicts: list[Verdict]) -> str:
     """The verdicts in Markdown."""
-    lines = ["| architecture | transformers engine | learner | packing |", "|---|---|---|---|"]
+    rows = []
     for verdict in verdicts:
         engine = f"one at a time: {verdict.alone}" if verdict.alone else "yes"
-        cells = (
-            "no: use vLLM" if verdict.engine else engine,
-            "refused" if verdict.learner else "yes",
-            "off" if verdict.packing else "yes",
+        rows.append(
+            (
+                verdict.name,
+                "no: use vLLM" if verdict.engine else engine,
+                "refused" if verdict.learner else "yes",
+                "off" if verdict.packing else "yes",
+            )
         )
-        lines.append(f"| {verdict.name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown_table(("architecture", "transformers engine", "learner", "packing"), rows)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table."""
     arguments = tyro.cli(Arguments, args=argv, prog="python -m benchmarks.architectures")
     made = table([examine(name, *each) for name, each in ARCHITECTURES.items()])
-    print(made)
+    print(made, end="")
     if arguments.write:
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
-        PAGE.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+        replace_table(PAGE, made)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Search results that say nothing: what a policy still answers, it did not read.
+"""Search results that say nothing: an answer that is right all the same was not read in them.
 
 ``research-agent eval --env benchmarks.blanked:Blanked-SearchQA-v0 ...`` plays the episodes of
-``research_env:SearchQA-v0`` so, with the same arguments.
+``research_env:SearchQA-v0`` with blank results; the arguments are the same.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ ENV = "Blanked-SearchQA-v0"
 
 
 class BlankRetriever:
-    """A retriever whose passages say nothing.
+    """A retriever whose passages have neither title nor text.
 
     Args:
-        inner: finds the passages.
+        inner: the retriever that finds them.
     """
 
     def __init__(self, inner: Retriever) -> None:
         self._inner = inner
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
-        """As many hits as the engine finds, each without title and text."""
+        """The hits of the inner retriever, blanked."""
         return [
             found
             if isinstance(found, RetrievalError)
@@ -42,7 +42,7 @@ class BlankRetriever:
         ]
 
     def close(self) -> None:
-        """Close the engine behind it."""
+        """Close the inner retriever."""
         self._inner.close()
 
 

@@ -2,10 +2,10 @@
 
     RESEARCH_DATA=../shared/data python -m benchmarks.cheap_strategies [--questions 400] [--all]
 
-A policy finds what a reward is open to. Here strategies without any reading or reasoning (copy what
-was found, answer "yes", give up, ...) play development questions of MuSiQue, HotpotQA and
+A policy finds the weak spots of a reward. Here strategies without any reading or reasoning (copy
+what was found, answer "yes", give up, ...) play development questions of MuSiQue, HotpotQA and
 2WikiMultiHopQA, with the embedded index over each set's own passages, and every reward scores the
-same episodes. The table names the strategy that pays most, as docs/how-to/rewards.md quotes it.
+same episodes. The table in docs/how-to/rewards.md has the best-paid strategy of each reward.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from statistics import fmean
 
 import tyro
 
+from benchmarks.tables import print_table
 from research_env import Episode, Hit, Protocol, Question, advance, observe
 from research_env.core import EnvCore, make_core
 from research_env.papers import PAPERS
@@ -38,7 +39,7 @@ class StrategyConfig:
     questions: int = 400
     """Development questions of each set, the first in the order of seed 0."""
     all: bool = False
-    """Print every strategy, not only the one that pays most."""
+    """Print every strategy, not only the best-paid one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +146,13 @@ def main() -> None:
     """Measure, and print a table in Markdown."""
     config = tyro.cli(StrategyConfig, prog="python -m benchmarks.cheap_strategies")
     means = measure(config.questions)
-    print(f"| reward | strategy | {' | '.join(SETS)} |\n|---|---|{'---|' * len(SETS)}")
+    rows = []
     for reward, strategies in means.items():
         ranked = sorted(strategies, key=lambda name: -fmean(strategies[name].values()))
         for strategy in ranked if config.all else ranked[:1]:
-            numbers = " | ".join(f"{strategies[strategy][name]:.2f}" for name in SETS)
-            print(f"| `{reward}` | {strategy} | {numbers} |")
+            numbers = [f"{strategies[strategy][name]:.2f}" for name in SETS]
+            rows.append([reward, strategy, *numbers])
+    print_table("what knowing nothing pays", ["reward", "strategy", *SETS], rows)
 
 
 def _clean(text: str) -> str:

@@ -9,7 +9,7 @@ from itertools import islice
 
 import numpy as np
 
-from benchmarks.replay import QUERY, read_trajectories
+from benchmarks.recorded import QUERY, read_trajectories
 from research_env import Passage
 from research_env.datasets import load_dataset
 from research_env.datasets.base import Corpus
@@ -19,7 +19,7 @@ OPENINGS = (
     "who founded the", "where was the", "when did the", "what is the name of the", "spouse of",
     "which company made the", "director of",
 )  # fmt: skip
-# what English texts are held together by, most frequent first; those of OPENINGS, rarer
+# Function words of English, most frequent first, and the words of OPENINGS, which are rarer.
 COMMON = "the of and in to was is for as on by with at it that from he his her first also were had"
 ASKED = "who which where when one two name company what founded made director spouse did"
 
@@ -31,8 +31,8 @@ _SYLLABLES = [c + v for c in "bcdfgklmnprstvz" for v in "aeiou"]
 class GeneratedCorpus:
     """Passages of about 100 words whose frequencies follow Zipf's law, each with a rare title.
 
-    Like Wikipedia's in what a search engine's speed hangs on: lengths, the share of common words,
-    and how often the others occur. It is a stream: it takes no memory, whatever its size.
+    They are like Wikipedia's in what decides a search engine's speed: lengths, the share of common
+    words, and how often the others occur. The corpus is a stream and takes no memory.
     """
 
     size: int

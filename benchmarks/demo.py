@@ -45,7 +45,7 @@ class DemoConfig:
     steps: int = MINIWORLD.run.steps
     """Training steps at most."""
     limit: int = 400
-    """Held-out questions an evaluation."""
+    """Held-out questions per evaluation."""
     model: str = MINIWORLD.policy.model
     """The policy to start from."""
     output: Path = Path("runs/demo")
@@ -55,7 +55,7 @@ class DemoConfig:
 
 
 class SearchAlways:
-    """Environments that begin every turn for the policy, until it has searched for each hop."""
+    """Environments that begin every turn of the policy, until it has searched for each hop."""
 
     def __init__(self, inner: Any, hops: Mapping[str, int]) -> None:
         self._inner = inner
@@ -82,7 +82,7 @@ class SearchAlways:
         return {i: (text + self._begin(i, PLAN), info) for i, (text, info) in started.items()}
 
     def send(self, env_ids: Sequence[int], actions: Sequence[str]) -> None:
-        """Put the beginnings before the actions: the policy only went on from them."""
+        """Put the beginnings before the actions, which continue them."""
         self._inner.send(
             env_ids, [self._words[i] + a for i, a in zip(env_ids, actions, strict=True)]
         )
@@ -105,53 +105,57 @@ class SearchAlways:
         self._inner.close()
 
 
-class Judge:
-    """Evaluates a policy in variants of the environment, all with the same questions."""
+def measure(
+    model: str,
+    folder: Path,
+    limit: int,
+    *,
+    temperature: float = 0.0,
+    world: int = 0,
+    blank: bool = False,
+    always: bool = False,
+) -> dict[str, float]:
+    """Evaluate a policy on held-out questions, the same ones in every variant.
 
-    def __init__(self, config: DemoConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
-        self.args = MINIWORLD.environment.env_args | {"split": "dev"}
+    Args:
+        model: the policy.
+        folder: where its episodes are written.
+        limit: number of questions.
+        temperature: 0 is greedy.
+        world: seed of the world.
+        blank: search results say nothing.
+        always: the policy is forced to search.
 
-    def __call__(
-        self,
-        name: str,
-        model: str,
-        *,
-        temperature: float = 0.0,
-        world: int = 0,
-        blank: bool = False,
-        always: bool = False,
-    ) -> dict[str, float]:
-        """Play the held-out questions once; returns the means of the environment's metrics."""
-        from research_agent.engines import make_engine  # noqa: PLC0415
-        from research_agent.environments import make_environments  # noqa: PLC0415
-        from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
-        from research_agent.models.policy import load_model  # noqa: PLC0415
-        from research_agent.models.source import resolve_model  # noqa: PLC0415
-        from research_agent.renderer import load_renderer  # noqa: PLC0415 - loads torch
+    Returns:
+        Means of the environment's metrics.
+    """
+    from research_agent.engines import make_engine  # noqa: PLC0415
+    from research_agent.environments import make_environments  # noqa: PLC0415
+    from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
+    from research_agent.models.policy import load_model  # noqa: PLC0415
+    from research_agent.models.source import resolve_model  # noqa: PLC0415
+    from research_agent.renderer import load_renderer  # noqa: PLC0415 - loads torch
 
-        args: dict[str, Any] = self.args | {"world_seed": world}
-        if blank:
-            args["retriever"] = BlankRetriever(open_retriever(None, miniworld.world(world)))
-        environments: Any = make_environments(MINIWORLD.environment.env, SLOTS, args)
-        if always:
-            questions = miniworld.load("dev", world).questions
-            environments = SearchAlways(
-                environments, {q.id: len(q.decomposition) for q in questions}
-            )
-        sampling: SamplingConfig = replace(MINIWORLD.sampling, temperature=temperature)
-        context = sampling.max_prompt + sampling.max_response
-        renderer = load_renderer(resolve_model(model))
-        engine = make_engine(
-            "transformers", load_model(model), renderer, max_slots=SLOTS, max_context=context
+    args: dict[str, Any] = MINIWORLD.environment.env_args | {"split": "dev", "world_seed": world}
+    if blank:
+        args["retriever"] = BlankRetriever(open_retriever(None, miniworld.world(world)))
+    environments: Any = make_environments(MINIWORLD.environment.env, SLOTS, args)
+    if always:
+        questions = miniworld.load("dev", world).questions
+        environments = SearchAlways(environments, {q.id: len(q.decomposition) for q in questions})
+    sampling: SamplingConfig = replace(MINIWORLD.sampling, temperature=temperature)
+    context = sampling.max_prompt + sampling.max_response
+    renderer = load_renderer(resolve_model(model))
+    engine = make_engine(
+        "transformers", load_model(model), renderer, max_slots=SLOTS, max_context=context
+    )
+    summary = evaluate(engine, environments, renderer, sampling, folder, limit=limit)
+    environments.close()
+    if not summary.episodes:
+        raise TooManyVoidError(
+            f"all {summary.void} episodes of the evaluation {folder.name} are void"
         )
-        summary = evaluate(
-            engine, environments, renderer, sampling, self.folder / name, limit=self.config.limit
-        )
-        environments.close()
-        if not summary.episodes:
-            raise TooManyVoidError(f"all {summary.void} episodes of the evaluation {name} are void")
-        return {**summary.metrics, "reward": summary.reward, "void": float(summary.void)}
+    return {**summary.metrics, "reward": summary.reward, "void": float(summary.void)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -188,14 +192,16 @@ def run(config: DemoConfig) -> dict[str, Any]:
     logging.disable_progress_bar()  # transformers' bars would break ours
     console = Console(stderr=config.json)
     folder = config.output / f"seed-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    judge = Judge(config, folder / "evaluations")
+
+    def evaluated(name: str, model: str, **variant: Any) -> dict[str, float]:
+        return measure(model, folder / "evaluations" / name, config.limit, **variant)
 
     console.print(f"[bold]1. The starter[/bold], on {config.limit} held-out questions")
     before = {
-        "greedy": judge("before-greedy", config.model),
-        "T = 1": judge("before-sampled", config.model, temperature=1.0),
+        "greedy": evaluated("before-greedy", config.model),
+        "T = 1": evaluated("before-sampled", config.model, temperature=1.0),
     }
-    able = judge("before-always", config.model, always=True)
+    able = evaluated("before-always", config.model, always=True)
 
     console.print("[bold]2. Training[/bold] by GRPO, through the environment")
     training: TrainConfig = replace(
@@ -217,11 +223,11 @@ def run(config: DemoConfig) -> dict[str, Any]:
 
     console.print("[bold]3. The trained policy[/bold], on the same questions")
     after = {
-        "greedy": judge("after-greedy", trained),
-        "T = 1": judge("after-sampled", trained, temperature=1.0),
+        "greedy": evaluated("after-greedy", trained),
+        "T = 1": evaluated("after-sampled", trained, temperature=1.0),
     }
-    other = judge("after-other-world", trained, world=OTHER_WORLD)
-    blank = judge("after-blanked", trained, blank=True)
+    other = evaluated("after-other-world", trained, world=OTHER_WORLD)
+    blank = evaluated("after-blanked", trained, blank=True)
     report = make_report(
         ReportConfig(
             (
@@ -240,8 +246,8 @@ def run(config: DemoConfig) -> dict[str, Any]:
     ]
     console.print(_table(config, rows))
     console.print(
-        f"Made to search always, the starter's exact match is {able['em']:.3f}: so much it could "
-        "do already. When to search, when to go on and when to stop is what it had to learn."
+        f"If it is forced to search, the starter's exact match is {able['em']:.3f}: it can read "
+        "already. Training teaches it when to search, when to continue and when to stop."
     )
     console.print(report.curve, markup=False, highlight=False)
     seconds = summary.numbers.get("seconds of training", 0.0)

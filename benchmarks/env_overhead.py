@@ -31,6 +31,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 from unittest import mock
 
+from benchmarks.tables import print_table
 from research_env import Dataset, Hit, Passage, Question
 from research_env.env import SearchQAEnv
 from research_env.errors import RetrievalError
@@ -301,13 +302,14 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(result, indent=2))
         return
-    titles = ("reset", "search", "answer", "step")
-    print(f"{'microseconds':24}{'cut':16}" + "".join(f"{t:>9}" for t in titles), end="")
-    print(f"{'search':>12}{'step':>9}")
-    for row in result["rows"]:
-        print(f"{row['system']:24}{row['cut']:16}", end="")
-        print("".join(f"{row[t]:9.1f}" for t in titles), end="")
-        print(f"{row['search_ratio']:11.2f}x{row['step_ratio']:8.2f}x")
+    times, ratios = ("reset", "search", "answer", "step"), ("search_ratio", "step_ratio")
+    rows = [
+        [row["system"], row["cut"], *(f"{row[t]:.1f}" for t in times),
+         *(f"{row[r]:.2f}" for r in ratios)]
+        for row in result["rows"]
+    ]  # fmt: skip
+    headings = ["system", "cut", *times, "search, against ours", "step, against ours"]
+    print_table("microseconds", headings, rows)
     for name in result["missing"]:
         print(f"not installed: {name}; pip install .[benchmarks]")
     print(f"a searching step of ours within {TARGET_MICROSECONDS:g} us: {result['cheap_enough']}")

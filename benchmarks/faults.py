@@ -316,7 +316,7 @@ FAULTS: tuple[Fault, ...] = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the matrix; exits with 1 where an episode is wrong or the run does not go on."""
+    """Print the matrix; exits with 1 if an episode is wrong or those after a fault are."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each fault")
     parser.add_argument("--only", default="", help="only faults whose name holds this")

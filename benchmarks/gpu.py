@@ -1,4 +1,4 @@
-"""What one H200 does: the learner, a checkpoint, the way of the weights, whole training steps.
+"""What one H200 does: updates, a checkpoint, weights on their way to a sampler, training steps.
 
 ``python -m benchmarks.gpu --output FOLDER [--parts learner checkpoint transfer steps] [--tiny]``
 
@@ -7,8 +7,8 @@ All parts together take under eight minutes on one H200; a part that would begin
 ``FOLDER/gpu.jsonl``. ``--tiny`` runs the same code with a small model, in seconds on a CPU.
 
 - ``learner``: updates of a model with the sizes of Qwen2.5-1.5B and random weights, on 256
-  trajectories of 1,300 tokens in the mean: tokens per second and model FLOP utilization (the
-  strict convention of :mod:`benchmarks.learner`), for several settings of memory.
+  trajectories of 1,300 tokens in the mean: tokens per second and model FLOP utilization
+  (:func:`needed_flops` over the GPU's peak), for several settings of memory.
 - ``checkpoint``: seconds and bytes of a checkpoint of that learner, and the most memory that
   saving takes beside what was there, on the GPU and on the host.
 - ``transfer``: gigabytes per second of bfloat16 weights that another process copies from this
@@ -28,6 +28,7 @@ import json
 import random
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -38,7 +39,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.learner import QWEN_1_5B, TINY, make_groups, make_model, measure
+from benchmarks.synthetic import QWEN_1_5B, TINY, make_groups, make_model
 from research_agent import checkpoint
 from research_agent.algorithms.grpo import GRPO
 from research_agent.config import LearnerConfig
@@ -48,6 +49,8 @@ from research_agent.trajectory import Group
 STARTER = Path(__file__).parents[1] / "research_agent" / "starters" / "miniworld-starter"
 STARTER_VOCABULARY = 1041
 FILE = "gpu.jsonl"
+PEAK = 989e12
+"""FLOPs per second of an H100 or H200 with dense bfloat16."""
 MICRO_BATCH_TOKENS = 16384
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"gradient_checkpointing": True},
@@ -60,7 +63,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Bench:
-    """What every part knows.
+    """Where, how long and at which size the parts measure.
 
     Attributes:
         output: folder of the measurements and of what is written on the way.
@@ -123,12 +126,72 @@ def learner(bench: Bench) -> None:
             **chosen,
         }
         try:
-            row = measure(bench.sizes, bench.device, groups, 2, settings)
+            row = measure(bench, groups, settings)
         except torch.OutOfMemoryError as error:
             bench.write("learner", **settings, error=str(error)[:200])
         else:
             bench.write("learner", **settings, **{k: float(f"{v:.4g}") for k, v in row.items()})
         _free(bench)
+
+
+def measure(bench: Bench, groups: Sequence[Group], settings: dict[str, Any]) -> dict[str, float]:
+    """Time updates of a fresh learner: the first, which compiles, and the median of two more.
+
+    The time is that of ``Learner.update``: tensors made from trajectories, advantages, forward,
+    log-probabilities, backward, clipping, AdamW.
+    """
+    model = make_model(bench.sizes, bench.device)
+    learns = Learner(model, GRPO(kl_coef=0.0), LearnerConfig(**settings))
+
+    def update() -> float:
+        bench.synchronize()
+        start = time.perf_counter()
+        learns.update(groups)
+        bench.synchronize()
+        return time.perf_counter() - start
+
+    if bench.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    first = update()
+    seconds = statistics.median(update() for _ in range(2))
+    strict, loose = needed_flops(bench.sizes, groups)
+    tokens = sum(len(t.tokens) for group in groups for t in group.trajectories)
+    peak = torch.cuda.max_memory_allocated() if bench.device == "cuda" else 0
+    return {
+        "first_seconds": first,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "mfu": strict / seconds / PEAK,
+        "mfu_other_convention": loose / seconds / PEAK,
+        "peak_gib": peak / 2**30,
+    }
+
+
+def needed_flops(sizes: dict[str, int], groups: Sequence[Group]) -> tuple[float, float]:
+    """FLOPs that the mathematics of an update needs, by two conventions.
+
+    For trajectories of T tokens with A action tokens, L layers of width h, N parameters in the
+    layers and a vocabulary of V, the strict one is the sum of 6 N T + 6 V h A + 6 L h T^2. The last
+    term is causal attention: half of T^2 pairs, 2 products forward and 4 backward. What is computed
+    twice (checkpointed layers, pieces of the softmax) counts once. The loose one counts whole T^2
+    and logits everywhere: 6 (N + V h) T + 12 L h T^2.
+
+    Returns:
+        The strict and the loose number.
+    """
+    hidden, layers, vocabulary = (
+        sizes[k] for k in ("hidden_size", "num_hidden_layers", "vocab_size")
+    )
+    head_size = hidden // sizes["num_attention_heads"]
+    attention = 2 * hidden * hidden + 2 * hidden * head_size * sizes["num_key_value_heads"]
+    body = layers * (attention + 3 * hidden * sizes["intermediate_size"])
+    strict = loose = 0.0
+    for trajectory in (t for group in groups for t in group.trajectories):
+        tokens, actions = len(trajectory.tokens), trajectory.num_action_tokens
+        pairs = layers * hidden * tokens**2
+        strict += 6 * body * tokens + 6 * vocabulary * hidden * actions + 6 * pairs
+        loose += 6 * (body + vocabulary * hidden) * tokens + 12 * pairs
+    return strict, loose
 
 
 def save(bench: Bench) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.hostile_trials import MUTATIONS, Case, GeneratedPassages, mutated
+from benchmarks.hostile_trials import MUTATIONS, Case, GeneratedPassages, mutated, sparse
 from research_env.datasets import FileCorpus, read_questions
 from research_env.errors import ResearchEnvError, RetrievalError
 from research_env.retrieval.base import Hit, Passage
@@ -236,7 +236,7 @@ def question_file_cases(folder: Path) -> Iterator[Case]:
     for name in ("f.jsonl.gz", "f.csv.gz", "f.tsv.gz"):
         yield Case(f"{name}: a line of 3 GiB", partial(_read, name, part * 3_072))
     for name in ("f.jsonl", "f.csv", "f.parquet", "f.arrow"):
-        yield Case(f"{name}: 3 GiB of NUL", partial(_read_special, name, _sparse))
+        yield Case(f"{name}: 3 GiB of NUL", partial(_read_special, name, sparse))
     for name in ("f.jsonl", "f.jsonl.gz", "f.csv", "f.parquet", "f.arrow"):
         for what, make in special():
             yield Case(f"{name}: {what}", partial(_read_special, name, make))
@@ -272,11 +272,6 @@ def _files(folder: Path) -> dict[str, bytes]:
 def _read(name: str, data: bytes, place: Path) -> bool:
     (place / name).write_bytes(data)
     return _read_file(place / name)
-
-
-def _sparse(path: Path) -> None:
-    path.touch()
-    os.truncate(path, 3 << 30)
 
 
 def _read_special(name: str, make: Callable[[Path], object], place: Path) -> bool:

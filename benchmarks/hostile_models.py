@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.hostile_files import special
-from benchmarks.hostile_trials import MUTATIONS, Case, mutated
+from benchmarks.hostile_trials import MUTATIONS, Case, mutated, sparse
 from research_agent.errors import ModelError
 from research_agent.models.policy import load_model
 from research_agent.renderer import load_renderer
@@ -47,7 +47,7 @@ def model_cases(folder: Path) -> Iterator[Case]:
         for length in (0, 1, 7, 8, 9, 100, len(data) // 2, len(data) - 1):
             yield _case(good, f"{name}: {length} bytes", name, _writes(data[:length]))
         yield _case(good, f"{name}: NUL", name, _writes(b"\0" * 1_000_000))
-        yield _case(good, f"{name}: 3 GiB of NUL", name, _sparse)
+        yield _case(good, f"{name}: 3 GiB of NUL", name, sparse)
         for what, make in special():
             yield _case(good, f"{what} as {name}", name, _instead(make))
     for what, header in _HEADERS.items():
@@ -130,17 +130,12 @@ def _instead(make: Callable[[Path], object]) -> Callable[[Path], object]:
     return replace
 
 
-def _sparse(file: Path) -> None:
-    os.truncate(file, 0)
-    os.truncate(file, 3 << 30)
-
-
 def _configure(key: str, value: int, file: Path) -> None:
     edit_json(file.parent / "config.json", **{key: value})
 
 
 def _beside(name: str, file: Path) -> None:
-    _sparse(file.with_name(name))
+    sparse(file.with_name(name))
 
 
 def _header(text: str, length: int | None = None) -> bytes:

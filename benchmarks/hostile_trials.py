@@ -158,6 +158,12 @@ def mutated(data: bytes, seed: str) -> bytes:
     return bytes(changed[: len(changed) - rng.choice((0, 0, 1, 1000))])
 
 
+def sparse(path: Path) -> None:
+    """Make a file 3 GiB of NUL that take no room on the disk."""
+    path.write_bytes(b"")
+    os.truncate(path, 3 << 30)
+
+
 class GeneratedPassages:
     """A corpus of random words."""
 

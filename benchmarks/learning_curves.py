@@ -1,10 +1,11 @@
 """Learning curves of every algorithm on MiniWorld: ``python -m benchmarks.learning_curves``.
 
-All begin with the shipped starter, have the same learning rate and the same budget of episodes, and
-no KL and no entropy bonus; what else differs is the algorithm's own. The ablations change one thing
-of GRPO: tokens of observations in the loss (their old log-probabilities are recomputed, for no
-sampler reported any), a KL of 1e-3, and samples a group with as many episodes per step. Runs are
-folders: one that is finished is not run again, one that was stopped goes on.
+All start from the shipped starter with the same learning rate and budget of episodes, without KL
+and without an entropy bonus; everything else is the algorithm's own. Each ablation changes one
+thing about GRPO: tokens of observations in the loss (their old log-probabilities are recomputed,
+because no sampler reports any), a KL of 1e-3, or the number of samples per group, with as many
+episodes per step. Runs are folders: one that is finished is not run again, and one that was stopped
+continues.
 """
 
 from __future__ import annotations
@@ -19,24 +20,15 @@ from typing import Any, Literal
 
 import tyro
 
-from benchmarks.runs import (
-    draw_band,
-    markdown_table,
-    print_table,
-    read_log,
-    spread,
-    training_process,
-    unmasked,
-)
+from benchmarks.runs import draw_band, read_log, training_process
 from benchmarks.runs import is_finished as finished
 from benchmarks.runs import run_all as do_all
+from benchmarks.tables import markdown_table, print_table, spread
 from research_agent.config import AlgorithmConfig, TrainConfig
 from research_agent.presets import PRESETS
 from research_agent.report.curve import label_ends
 
 MINIWORLD = PRESETS["miniworld"]
-
-__all__ = ["CurvesConfig", "Run", "main", "plan", "unmasked"]
 
 OFF = {"kl_coef": 0.0, "entropy_coef": 0.0}
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -83,8 +75,6 @@ class CurvesConfig:
     """Held-out questions of an evaluation (greedy)."""
     workers: int = 2
     """Runs at the same time, each with one thread."""
-    device: str = "cpu"
-    """Where the models live."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +133,6 @@ def training_of(config: CurvesConfig, run: Run) -> TrainConfig:
     )  # a step has as many, however large a group is
     return replace(
         MINIWORLD,
-        policy=replace(MINIWORLD.policy, device=config.device),
         rollout=replace(
             MINIWORLD.rollout, prompts_per_step=max(1, episodes // samples), group_size=samples
         ),

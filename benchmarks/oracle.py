@@ -11,15 +11,16 @@ the whole question, the comparison, does not find them.
 
 from __future__ import annotations
 
+import json as json_format
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from json import dumps
 from statistics import fmean
 
 import gymnasium as gym
 
+from benchmarks.tables import print_table
 from research_env import IDS, Corpus, Question, ResearchEnvError
 from research_env.datasets import load_dataset
 from research_env.errors import ConfigurationError, UnknownNameError
@@ -135,28 +136,22 @@ def _mean_recall(played: Sequence[Played]) -> list[float]:
 
 
 def show(summaries: Mapping[str, OracleMeans]) -> None:
-    """Print a table a way of searching, and the lines that must be as they are."""
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-
-    console = Console()
+    """Print a table for each way of searching, its rewards and its errors."""
     for name, summary in summaries.items():
-        console.print(f"\n{name}: support recall after each search")
-        table = Table()
-        table.add_column("hops")
-        for i in range(len(summary.recall["all"])):
-            table.add_column(str(i + 1), justify="right")
-        for hops, recall in summary.recall.items():
-            table.add_row(hops, *(f"{share:.4f}" for share in recall))
-        console.print(table)
-        console.print(
+        searches = [str(i + 1) for i in range(len(summary.recall["all"]))]
+        rows = [
+            [hops, *(f"{recall[i]:.4f}" if i < len(recall) else "" for i in range(len(searches)))]
+            for hops, recall in summary.recall.items()
+        ]
+        print_table(f"{name}: support recall after each search", ["hops", *searches], rows)
+        print(
             f"{summary.questions} questions, reward {summary.mean_reward:.4f} "
             f"(least {summary.least_reward:.4f}), errors {summary.errors}, "
             f"{summary.episodes_per_second:.0f} episodes/s"
         )
     gold, single = (summary.recall["all"][-1] for summary in summaries.values())
     if single:
-        console.print(f"The gold queries find {gold / single:.2f} times what one search finds.")
+        print(f"The gold queries find {gold / single:.2f} times what one search finds.")
 
 
 def main(
@@ -195,12 +190,8 @@ def main(
     }
     game.close()
     if json:
-        print(
-            dumps(
-                {"env": env, "split": split, "top_k": top_k}
-                | {name: asdict(summary) for name, summary in summaries.items()}
-            )
-        )
+        found = {name: asdict(summary) for name, summary in summaries.items()}
+        print(json_format.dumps({"env": env, "split": split, "top_k": top_k} | found))
     else:
         show(summaries)
     good = all(s.errors == 0 and s.least_reward == 1.0 for s in summaries.values())

@@ -6,7 +6,7 @@ r"""The papers' table: every method on every data set, with the papers' numbers 
     python -m benchmarks.paper_table --mini
 
 A cell is a folder, ``OUTPUT/MODEL/METHOD/DATASET``, with ``predictions.jsonl`` and
-``summary.json``, as ``research-agent eval`` writes them. The same command goes on where it was
+``summary.json``, as ``research-agent eval`` writes them. The same command continues one that was
 stopped; a cell that is there is reused if its model, data, index and settings are the same, and
 refused otherwise. Several commands may fill different cells of one output at the same time. Where
 ``research-env judge`` has put a ``judge.json`` into a cell, its column is printed.
@@ -14,12 +14,11 @@ refused otherwise. Several commands may fill different cells of one output at th
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,10 +34,10 @@ from benchmarks.baselines import (
     naive_generation,
     naive_rag,
     rendering,
-    search_agent,
 )
 from benchmarks.baselines.published import DATASETS, published
-from benchmarks.baselines.rendering import Cell, Judged, Results, Row
+from benchmarks.baselines.rendering import Cell, Results, Row, read_judge
+from benchmarks.baselines.sampler import Sampler
 from benchmarks.runs import run_all
 from research_agent.config import EnvironmentConfig, EvalConfig, PolicyConfig, SamplingConfig
 from research_agent.config_checks import validate_eval
@@ -102,9 +101,9 @@ class TableConfig:
     """Split of the data sets. None takes all development questions where there is a --retriever,
     those with gold passages where there is none, and the test questions of Bamboogle."""
     top_k: int = 5
-    """Passages a search, for every method."""
+    """Passages per search, for every method."""
     limit: int | None = None
-    """Questions a cell."""
+    """Questions per cell."""
     seed: int = 0
     """Order of the questions, and sampled tokens."""
     sampling: Annotated[SamplingConfig, tyro.conf.OmitArgPrefixes] = SAMPLING
@@ -135,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"benchmarks.paper_table: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where this one was", file=sys.stderr)
+        print("\nstopped; the same command continues", file=sys.stderr)
         sys.exit(130)
     show(results, config.output, config.format)
 
@@ -212,8 +211,9 @@ def fill(
         }
         if failed := run_all(fill_alone, jobs, workers):
             raise ConfigError(
-                f"cells failed, as said above: {'; '.join(failed)}; the same command goes on"
+                f"cells failed, as said above: {'; '.join(failed)}; the same command continues"
             )
+    slots = config.sampling.max_in_flight or SLOTS
     sampler: Sampler | None = None
     rows = []
     for i, (spec, method) in enumerate(plan):
@@ -221,7 +221,9 @@ def fill(
         if sampler is None or sampler.spec != spec:
             if sampler is not None:
                 sampler.close()  # one model in memory at a time
-            sampler = Sampler(spec, config)
+            sampler = Sampler(
+                spec, config.sampling, slots=slots, dtype=config.dtype, device=config.device
+            )
         label = sampler.label if trained else LABELS[method]
         several = len(config.models) > 1 and not trained
         cells = {
@@ -237,8 +239,11 @@ def fill(
         }
         rows.append(
             Row(f"{label}, {sampler.label}" if several else label, sampler.name, trained, {
-                name: replace(cell, published=_published(config, label, arguments))
-                for (name, arguments), cell in zip(datasets.items(), cells.values(), strict=True)
+                name: replace(
+                    cell,
+                    published=published(config.paper, label, datasets[name]["dataset"]),
+                )
+                for name, cell in cells.items()
             })
         )  # fmt: skip
     if sampler is not None:
@@ -255,68 +260,6 @@ def fill_alone(
     (row,) = fill(config, datasets, baselines).rows
     (cell,) = row.cells.values()
     return f"exact match {cell.em:.2f}"
-
-
-class Sampler:
-    """A model of the table; loaded when something is to be played, and not before."""
-
-    def __init__(self, spec: str, config: TableConfig) -> None:
-        from research_agent.engines.remote import check_address, read_key  # noqa: PLC0415
-        from research_agent.evaluation.fingerprint import model_fingerprint  # noqa: PLC0415
-        from research_agent.models.source import resolve_model  # noqa: PLC0415 - loads torch
-
-        self.spec = spec
-        label, named, place = spec.partition("=")
-        label, place = (label, place) if named else ("", spec)
-        self.name, at, rest = place.partition("@http")
-        self.endpoint = f"http{rest}".rstrip("/") if at else None
-        if self.endpoint:  # it is part of the fingerprint, which is written into records
-            check_address(self.endpoint, read_key("OPENAI_API_KEY") or "")
-        self.label = label or Path(self.name).name
-        self.chat = any(word in f"{label}/{self.name}".lower() for word in ("instruct", "chat"))
-        self._config = config
-        self._place = self.name if self.endpoint else resolve_model(self.name)
-        self.fingerprint = (
-            f"{self.name} at {self.endpoint}" if self.endpoint else model_fingerprint(self._place)
-        )
-
-    @cached_property
-    def renderer(self) -> Any:
-        """The policy's tokenizer."""
-        from research_agent.engines.openai import OpenAIRenderer  # noqa: PLC0415
-        from research_agent.renderer import load_renderer  # noqa: PLC0415
-
-        if self.endpoint:
-            return OpenAIRenderer(chat_template=self.chat)
-        return load_renderer(self._place, chat_template=self.chat)
-
-    @cached_property
-    def engine(self) -> Any:
-        """An engine with its weights, or in front of its endpoint."""
-        from research_agent.engines import make_engine  # noqa: PLC0415
-        from research_agent.engines.openai import OpenAIEngine  # noqa: PLC0415
-        from research_agent.models.policy import context_length, load_model  # noqa: PLC0415
-
-        config, sampling = self._config, self._config.sampling
-        slots = sampling.max_in_flight or SLOTS
-        if self.endpoint:
-            return OpenAIEngine(self.endpoint, self.name, self.renderer, concurrency=slots)
-        model = load_model(self.name, dtype=config.dtype, device=config.device)
-        context = context_length(model, sampling.max_prompt + sampling.max_response)
-        return make_engine(
-            sampling.engine,
-            model,
-            self.renderer,
-            max_slots=slots,
-            max_context=context,
-            share=True,
-        )
-
-    def close(self) -> None:
-        """Let go of the engine, where there is one."""
-        engine = self.__dict__.pop("engine", None)
-        if hasattr(engine, "close"):
-            engine.close()
 
 
 def play(
@@ -336,6 +279,7 @@ def play(
     from research_agent.environments import open_environments  # noqa: PLC0415
     from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
     from research_agent.evaluation.fingerprint import header  # noqa: PLC0415
+    from research_agent.rollout import collect  # noqa: PLC0415
 
     folder = config.output / _plain(sampler.label) / method / _plain(dataset)
     given = {**arguments, "top_k": config.top_k, "protocol": "research"}
@@ -353,9 +297,9 @@ def play(
     validate_eval(settings)
     slots = config.sampling.max_in_flight or SLOTS
     environments: Any
-    if baseline is None:
+    if baseline is None:  # as a policy is played in training: nothing but the weights differs
         environments = open_environments(ENV, slots, given)
-        player: Player = search_agent.run
+        player: Player = collect
     else:
         name = ENV.partition(":")[2]
         environments = gym.make_vec(
@@ -402,42 +346,6 @@ def play(
     )
 
 
-def read_judge(folder: Path, episodes: int) -> Judged | None:
-    """What ``research-env judge`` said of a cell; None where nobody judged.
-
-    Args:
-        folder: folder of the cell.
-        episodes: how many it has that are not void.
-
-    Raises:
-        ConfigError: a judge.json that is no such file, or is of other episodes.
-    """
-    path = folder / "judge.json"
-    if not path.exists():
-        return None
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        score, span, judged = said["score"], said["range"], int(said["n"])
-        if span is None:  # every episode is void
-            return None
-        found = Judged(
-            None if score is None else 100 * float(score),
-            (100 * float(span[0]), 100 * float(span[1])),
-            str(said["model"]),
-        )
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ConfigError(
-            f"{path} is no summary of a judge ({type(error).__name__}: {error}); "
-            "remove it, and run research-env judge again"
-        ) from error
-    if judged != episodes:
-        raise ConfigError(
-            f"{path} is of {judged} episodes, and the cell has {episodes} now; run "
-            "research-env judge again, which asks for the others only"
-        )
-    return found
-
-
 def show(results: Results, output: Path, form: Format = "terminal") -> None:
     """Write table.md, table.tex, table.json and table.png, and print one of the forms."""
     output.mkdir(parents=True, exist_ok=True)
@@ -466,12 +374,6 @@ def _arguments(config: TableConfig, dataset: str) -> dict[str, Any]:
         split = "test"
     retriever = config.retriever and config.retriever.replace("{dataset}", dataset)
     return {"dataset": dataset, "split": split, "retriever": retriever}
-
-
-def _published(
-    config: TableConfig, label: str, arguments: Mapping[str, Any]
-) -> tuple[float, float] | None:
-    return published(config.paper, label, str(arguments["dataset"]))
 
 
 def _plain(name: str) -> str:

@@ -6,45 +6,29 @@ The actions are the model's; the searches are run again, over the passages that 
 words of its queries where it had a dense engine (so a few find nothing). Every action must parse as
 the search, with the same query, or the answer that it was, and every episode must end in the
 recorded answer with the recorded F1, which is computed here from the recorded prediction by a
-definition of its own. Then it prints how long real trajectories are: the distribution to use
-wherever a benchmark needs lengths (`read_trajectories`).
+definition of its own. Then it prints how long real trajectories are.
 """
 
 from __future__ import annotations
 
-import gzip
-import os
+import json as json_format
 import re
 import string
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from json import dumps, loads
 from pathlib import Path
 from statistics import fmean, quantiles
-from typing import Any
 
+from benchmarks.recorded import QUERY, RecordedTrajectory, read_trajectories, recorded_folder
+from benchmarks.tables import print_table
 from research_env import Dataset, Question
 from research_env.datasets import FileCorpus
 from research_env.env import SearchQAEnv
-from research_env.errors import DataNotFoundError, ResearchEnvError
+from research_env.errors import ResearchEnvError
 
-FILES = ("hotpotqa_qwen", "bamboogle_qwen")
 TOP_K = 5  # passages per search, in the recorded evaluation
-QUERY = re.compile(r"<\|begin_of_query\|>((?:(?!<\|begin_of_query\|>).)*)<\|end_of_query\|>$", re.S)
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedTrajectory:
-    """What the model wrote, an action a turn, and what it was shown after each but the last."""
-
-    id: str
-    question: str
-    answers: tuple[str, ...]
-    prediction: str
-    actions: tuple[str, ...]
-    observations: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +41,6 @@ class Replay:
     exact: bool
     reward: float
     wrong: tuple[str, ...]
-
-
-def read_trajectories(data: str | Path | None = None) -> list[RecordedTrajectory]:
-    """Read the recorded trajectories.
-
-    Args:
-        data: the folder that holds ``r1searcher_trajectories``; by default ``RESEARCH_DATA``.
-
-    Raises:
-        DataNotFoundError: there is no such folder.
-    """
-    trajectories = []
-    for name in FILES:
-        with gzip.open(_folder(data) / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
-            trajectories += [_trajectory(loads(line)) for line in lines]
-    return trajectories
 
 
 def recorded_f1(prediction: str, answers: Sequence[str]) -> float:
@@ -160,7 +128,7 @@ def main(*, data: str | None = None, retriever: str | None = None, json: bool = 
         The exit status: 1 when something was not as recorded.
     """
     trajectories = read_trajectories(data)
-    env = make_env(trajectories, _folder(data) / "corpus.jsonl.gz", retriever)
+    env = make_env(trajectories, recorded_folder(data) / "corpus.jsonl.gz", retriever)
     started = time.perf_counter()
     replays = [replay(env, trajectory) for trajectory in trajectories]
     seconds = time.perf_counter() - started
@@ -178,7 +146,8 @@ def main(*, data: str | None = None, retriever: str | None = None, json: bool = 
     }
     shapes = {name: distribution(values) for name, values in lengths(trajectories).items()}
     if json:
-        print(dumps(summary | {"wrong": [asdict(each) for each in wrong], "lengths": shapes}))
+        found = {"wrong": [asdict(each) for each in wrong], "lengths": shapes}
+        print(json_format.dumps(summary | found))
     else:
         show(summary, shapes, wrong)
     return 1 if wrong else 0
@@ -197,44 +166,16 @@ def show(
     summary: dict[str, float], shapes: dict[str, dict[str, float]], wrong: Sequence[Replay]
 ) -> None:
     """Print the summary, the lengths, and whatever was not as recorded."""
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-
-    console = Console()
     for name, value in summary.items():
-        console.print(f"{name}: {value:g}")
-    table = Table(
-        "", *next(iter(shapes.values())), title="Searches an episode; lengths in characters"
-    )
-    for name, shape in shapes.items():
-        table.add_row(
-            name, *(f"{value:.3g}" if value < 100 else f"{value:,.0f}" for value in shape.values())
-        )
-    console.print(table)
+        print(f"{name}: {value:g}")
+    rows = [
+        [name, *(f"{v:.3g}" if v < 100 else f"{v:,.0f}" for v in shape.values())]
+        for name, shape in shapes.items()
+    ]
+    headings = ["", *next(iter(shapes.values()))]
+    print_table("searches per episode; lengths in characters", headings, rows)
     for each in wrong:
-        console.print(f"{each.id}: {'; '.join(each.wrong)}", markup=False)
-
-
-def _folder(data: str | Path | None) -> Path:
-    named = data or os.environ.get("RESEARCH_DATA")
-    folder = Path(named or ".") / "r1searcher_trajectories"
-    if named is None or not folder.is_dir():
-        raise DataNotFoundError(
-            f"no folder {folder}; give --data, or set RESEARCH_DATA, to the folder that holds it"
-        )
-    return folder
-
-
-def _trajectory(record: dict[str, Any]) -> RecordedTrajectory:
-    segments = record["segments"]
-    return RecordedTrajectory(
-        id=record["id"],
-        question=record["question"],
-        answers=tuple(record["answers"]),
-        prediction=record["prediction"],
-        actions=tuple(segment["action"] for segment in segments if "action" in segment),
-        observations=tuple(s["observation"] for s in segments if "observation" in s),
-    )
+        print(f"{each.id}: {'; '.join(each.wrong)}")
 
 
 def _bag(text: str) -> list[str]:

@@ -10,8 +10,9 @@
   process of its own.
 - Recall on the dev questions that have gold passages.
 - ``--elasticsearch http://HOST:PORT``: our Elasticsearch retriever against the raw time of the same
-  ``_msearch`` bodies, one ``_msearch`` a step against one request a search, and the build through
-  ``_bulk``; with ``--embed`` recall of dense and hybrid search, too.
+  ``_msearch`` bodies, and one ``_msearch`` per step against one request per search; with
+  ``--embed`` recall of dense and hybrid search, too. What indexing into it takes is measured by
+  :mod:`benchmarks.elasticsearch_index`.
 
 The competitors take turns, and the medians of the rounds are shown: read the ratios.
 """
@@ -34,6 +35,7 @@ from unittest import mock
 import tyro
 
 from benchmarks.corpora import GeneratedCorpus, model_queries, real_corpus
+from benchmarks.tables import print_table
 from research_env.datasets import load_dataset
 from research_env.datasets.base import Corpus, Question
 from research_env.errors import DataNotFoundError, RetrievalError
@@ -150,10 +152,6 @@ def _build_bm25s(corpus: Corpus, folder: str) -> None:
     Bm25s(corpus, keep_passages=False).save(folder)
 
 
-def _build_elasticsearch(corpus: Corpus, url: str) -> None:
-    index_elasticsearch(corpus, url)
-
-
 def _in_child(build: Callable[[Corpus, str], None], corpus: Corpus, where: str, to: Any) -> None:
     began = time.perf_counter()
     build(corpus, where)
@@ -162,20 +160,15 @@ def _in_child(build: Callable[[Corpus, str], None], corpus: Corpus, where: str, 
     to.put((time.perf_counter() - began, time.process_time(), int(peak) / 1024))
 
 
-def builds(count: int, folder: Path, server: str | None) -> list[Row]:
-    """Seconds, processor seconds and greatest resident memory (MB) of indexing; one a process.
+def builds(count: int, folder: Path) -> list[Row]:
+    """Seconds, processor seconds, peak resident memory and disk (MB) of indexing.
 
-    Drawing the passages is part of the times.
+    Each engine has a process of its own. Drawing the passages is part of the times.
     """
-    systems: dict[str, tuple[Callable[[Corpus, str], None], str]] = {
-        "embedded": (_build_embedded, str(folder / "embedded")),
-        "bm25s": (_build_bm25s, str(folder / "bm25s")),
-    }
-    if server:
-        systems["elasticsearch"] = (_build_elasticsearch, _index_url(server, f"build-{count}"))
     rows = []
     context = get_context("spawn")
-    for name, (build, where) in systems.items():
+    for name, build in {"embedded": _build_embedded, "bm25s": _build_bm25s}.items():
+        where = str(folder / name)
         told = context.SimpleQueue()
         child = context.Process(target=_in_child, args=(build, GeneratedCorpus(count), where, told))
         child.start()
@@ -368,7 +361,7 @@ def main(
         except DataNotFoundError as error:
             print(f"left out: {error}")
         if build:
-            tables["build"] = builds(build, place, elasticsearch)
+            tables["build"] = builds(build, place)
     if json:
         print(json_format.dumps(tables, indent=1))
         return
@@ -378,12 +371,9 @@ def main(
 
 def show(title: str, rows: Sequence[Row]) -> None:
     """Print rows as a table in Markdown."""
-    print(f"\n{title} ({os.cpu_count()} processors)\n")
     names = list(dict.fromkeys(name for row in rows for name in row))
-    print("| " + " | ".join(names) + " |")
-    print("|" + "---|" * len(names))
-    for row in rows:
-        print("| " + " | ".join(_cell(row.get(name, "")) for name in names) + " |")
+    cells = [[_cell(row.get(name, "")) for name in names] for row in rows]
+    print_table(f"{title} ({os.cpu_count()} processors)", names, cells)
 
 
 def _cell(value: Any) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.learner import make_model
+from benchmarks.synthetic import make_model
 from research_agent.config import SamplingConfig
 from research_agent.engines import make_engine
 from research_agent.engines.base import Engine
@@ -53,7 +53,7 @@ clock = time.perf_counter
 
 
 def make_renderer() -> Renderer:
-    """A token a byte, and the tokens that Qwen3's chats have beside those."""
+    """Make a tokenizer with a token per byte, and the special tokens of Qwen3's chats."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
 
@@ -80,10 +80,15 @@ def query(episode: int, turn: int) -> str:
 
 
 def make_script(episodes: int, renderer: Renderer, scale: float = 1.0) -> NDArray[np.int64]:
-    """What is said: lengths are distributed as those of R1-Searcher's trajectories, times a scale.
+    """Write every turn; their lengths are distributed like those of R1-Searcher's trajectories.
+
+    Args:
+        episodes: number of episodes.
+        renderer: tokenizes the turns.
+        scale: lengths are multiplied by this.
 
     Returns:
-        The tokens, end tokens included, and -1 behind a turn's end; [episodes, turns, longest].
+        Tokens, end tokens included, and -1 after the end of a turn; [episodes, turns, longest].
     """
     rng = random.Random(3)
     turns = []
@@ -102,7 +107,7 @@ def make_script(episodes: int, renderer: Renderer, scale: float = 1.0) -> NDArra
 
 
 class Search:
-    """A search engine that answers any batch after a while, and remembers when."""
+    """A search engine that takes as long for any batch, and remembers when it answered."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
@@ -214,7 +219,7 @@ class Ours:
 
 
 class Theirs:
-    """TRL's trainer, of which all but generation is left out.
+    """TRL's trainer, reduced to generation.
 
     Its chat template is Qwen3's, read from the installed package, so that it can parse tool calls.
 

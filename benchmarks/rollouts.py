@@ -1,38 +1,36 @@
-"""Rollouts that never wait: the race against TRL, and what the collector itself costs.
+"""How fast episodes are played: the race against TRL, and what the collector itself costs.
 
 ``python -m benchmarks.rollouts [--latencies 0 50 500] [--episodes 32] [--rounds 3] [--json]``
 ``python -m benchmarks.rollouts client`` measures only what a turn costs the client of vLLM servers
 (``client_rate.py``).
 
-Those that are compared take turns in one process; rates are medians of the rounds.
+Competitors take turns in one process; rates are medians of the rounds.
 
-A. Trajectories a second against TRL's GRPOTrainer with ``tools=[search]``. An episode is three
-   turns of a thought and a tool call, each answered by a search, and a last turn of plain text, as
-   long in tokens as those of R1-Searcher's model on HotpotQA. All play one script with the same
-   small policy (random weights, float32, transformers): the forward passes and the sampling are
-   real, then the script's token is put in. TRL's ``generate`` is told to sample as many tokens as
-   the longest turn of its batch has, which it does by itself: it ends with the last row. Prompts,
-   actions and results have the same numbers of tokens on both sides (with us a plain character
-   stands for a special token of the chat template). Slots = episodes = TRL's batch, or two halves;
-   its other ways (bfloat16, a static cache, transformers' continuous batching) were slower here.
-   A request takes the latency, however many queries it holds. Our environment has one under way at
-   a time; TRL calls its tool once for each sample and waits, whether the tool is a coroutine or
-   not. Timed are ``_generate`` (no scoring, and no learning, which is left out) and ``collect``.
-   TRL with ``use_vllm=True, vllm_mode="colocate"`` cannot run on a CPU: vLLM starts, but before it
-   generates the trainer calls ``load_weights`` on vLLM's live model, whose linear layers have been
-   packed for the CPU ("'Parameter' object has no attribute 'weight_loader'").
-B. Tokens a second of the vllm engine within the collector, against ``LLM.generate`` of that very
-   LLM on the same prompts with no environment: turns of equal length, all prompts together once a
-   turn, the results appended. ``generate`` is asked as the engine asks (log-probabilities, a seed
-   for each), and for less. Only the first comparison is the target's.
-C. Microseconds a turn of the collector: an engine that plays a script, and environments that answer
-   at once with 256 tokens. "whole" is all of it, "collector" leaves out what happens inside those
-   two, and "tokenizer" is the part of "collector" in which prompts and results are encoded.
-D. The share of slots x wall time in which a slot is empty while its work is ready. It is empty
-   until its next turn is submitted: from when the search engine had answered, or, where its episode
-   is over or collection begins, from then. Counted until the last episode begins. While a search
-   is under way the slot holds a trajectory and is not empty; that share is shown as "searching". A
-   quarter as many slots as episodes, and searches of 50 ms.
+A. Trajectories per second against TRL's GRPOTrainer with ``tools=[search]``. An episode has three
+   turns of a thought and a tool call, each answered by a search, and a last turn of plain text;
+   turns are as long in tokens as those of R1-Searcher's model on HotpotQA. Both sides play one
+   script with the same small policy (random weights, float32, transformers): forward passes and
+   sampling are real, then the script's token replaces the sampled one. Prompts, actions and results
+   have the same numbers of tokens on both sides (ours writes a plain character for a special token
+   of the chat template). TRL's ``generate`` samples as many tokens as the longest turn of its batch
+   has, because it ends with its last row. Its batch has all episodes, or half of them; bfloat16, a
+   static cache and continuous batching were slower. A request takes the latency, however many
+   queries it holds: our environment has one request under way at a time, TRL calls its tool once
+   per sample and waits for it. Timed are ``_generate`` and ``collect``, without scoring and
+   learning. TRL with ``use_vllm=True`` does not run on a CPU: it calls ``load_weights`` on a live
+   vLLM model, whose linear layers have been packed for the CPU.
+B. Tokens per second of the vllm engine within the collector, against ``LLM.generate`` of the same
+   LLM on the same prompts without an environment: turns of equal length, all prompts together once
+   per turn, the results appended. ``generate`` is asked for what the engine asks for
+   (log-probabilities, a seed per prompt), and for less; the target is for the former.
+C. Microseconds per turn of the collector: an engine that plays a script, and environments that
+   answer at once with 256 tokens. "whole" is all of it, "collector" leaves out what happens inside
+   those two, and "tokenizer" is the part of "collector" in which prompts and results are encoded.
+D. The share of slots x wall time in which a slot is empty while it has work. A slot is empty until
+   its next turn is submitted: since its search was answered, or since its last episode ended. Time
+   counts until the last episode begins. While a search is under way the slot holds a trajectory and
+   is not empty; that share is "searching". There are a quarter as many slots as episodes, and
+   searches take 50 ms.
 """
 
 from __future__ import annotations
@@ -76,8 +74,6 @@ TARGET_SPEED = {0: 1.0, 50: 3.0, 500: 3.0}  # by milliseconds of latency
 TARGET_ENGINE = 0.9
 TARGET_MICROSECONDS = 100.0
 TARGET_EMPTY = 0.02
-
-Span = tuple[float, float]
 
 
 def medians(competitors: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
@@ -124,7 +120,7 @@ def race(latencies: Sequence[int], episodes: int, rounds: int, scale: float = 1.
 
 
 class AtOnce:
-    """Environments that answer at once, ``TURNS`` turns an episode."""
+    """Environments that answer at once, ``TURNS`` turns per episode."""
 
     num_tasks: int | None = None
     terminators: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """Training runs that are compared: done several at a time, each once, read again, and drawn.
 
-A run is a folder: one that is finished is not run again, one that was stopped goes on. The learning
-curves and the ablations of the papers are made of such runs.
+A run is a folder: one that is finished is not run again, and one that was stopped continues. The
+learning curves and the ablations of the papers are made of such runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 from unittest.mock import patch
 
 from rich.console import Console
-from rich.table import Table
 
 from research_agent.run_logger import METRICS, TIMINGS, read_lines
 
@@ -71,7 +70,7 @@ def run_all(
 
 
 def _failure(error: BaseException) -> str:
-    if isinstance(error, BrokenProcessPool):  # which is told of all that wait, too
+    if isinstance(error, BrokenProcessPool):  # every job that waits reports it, too
         return "failed: a process was killed; was there memory for so many --workers?"
     return f"failed: {error!r}"
 
@@ -83,7 +82,7 @@ def _end_with_parent() -> None:
     def wait() -> None:
         if parent is not None:
             parent.join()
-        os._exit(1)  # as if it were killed too; a run goes on from its last checkpoint
+        os._exit(1)  # as if it were killed too; a run continues from its last checkpoint
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -112,9 +111,9 @@ def training_process(*, masked: bool = True) -> Iterator[None]:
 
 
 def unmasked(learner: type[Any]) -> type[Any]:
-    """A learner that takes tokens of observations for the policy's own, which ours never does.
+    """A learner that learns from tokens of observations too, which ours never does.
 
-    Their log-probabilities, which no sampler reported, are those recomputed before the update.
+    No sampler reports their log-probabilities, so those recomputed before the update are used.
     """
 
     class Unmasked(learner):  # type: ignore[misc]
@@ -164,33 +163,7 @@ def read_log(folder: Path, episodes: int | None = None) -> list[dict[str, Any]]:
     return found
 
 
-# --- showing them ---------------------------------------------------------------------------------
-
-
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean, and lowest to highest, of the seeds; empty without any."""
-    if not values:
-        return ""
-    mean, low, high = statistics.fmean(values), min(values), max(values)
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, its first column to the left."""
-    table = Table(title=title)
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == headings[0] else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-
-
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same for a file."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+# --- drawing them ---------------------------------------------------------------------------------
 
 
 def draw_band(

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.saved_searches [--steps 40] [--json]``
 
-The shipped starter is trained by GRPO in MiniWorld (24 questions x 8 samples a step, as in the
+The shipped starter is trained by GRPO in MiniWorld (24 questions x 8 samples per step, as in the
 demo), twice with the same seed: with coalescing and a cache, as by default, and with coalescing
 only. A query is *coalesced* when somebody is asking the same at that moment, and a *cache hit* when
 its hits are in the cache. Rewards and losses of the two runs must be the same.
@@ -19,23 +19,21 @@ from typing import Any
 
 import gymnasium as gym
 import tyro
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.tables import print_table
 from research_agent.presets import PRESETS
-from research_env.retrieval.batching import SearchCounts
 from research_env.vector_env import SearchQAVectorEnv
 
 MINIWORLD = PRESETS["miniworld"]
 
 ENV_ID = "SavedSearches-v0"
-# Not the same in any two runs.
+# Metrics that depend on the clock.
 _TIMES = ("seconds", "collect", "learn", "sync", "episodes_per_second")
 
 
 @dataclass(frozen=True)
 class SavedConfig:
-    """Train with and without memory, and count what reaches the engine."""
+    """Train with and without a cache, and count the searches that reach the engine."""
 
     steps: int = 10
     """Training steps."""
@@ -48,20 +46,18 @@ class SavedConfig:
 def main() -> None:
     """Run, and print what came of it."""
     config = tyro.cli(SavedConfig, prog="python -m benchmarks.saved_searches")
-    results = {"cache": run(config, 10_000), "coalescing only": run(config, 0)}
-    same = results["cache"]["curve"] == results["coalescing only"]["curve"]
+    results = {"with a cache": run(config, 10_000), "coalescing only": run(config, 0)}
+    same = results["with a cache"]["curve"] == results["coalescing only"]["curve"]
     if config.json:
         print(json.dumps({"same_results": same, **results}))
     else:
-        table = Table(title=f"{config.steps} steps of GRPO in MiniWorld, seed {config.seed}")
-        for heading in ("", "asked", "searched", "coalesced", "cache_hits", "saved"):
-            table.add_column(heading, justify="right" if heading else "left")
-        for name, result in results.items():
-            numbers = [
-                f"{result[key]:,}" for key in ("asked", "searched", "coalesced", "cache_hits")
-            ]
-            table.add_row(name, *numbers, f"{result['saved']:.1%}")
-        Console().print(table)
+        counted = ("asked", "searched", "coalesced", "cache_hits")
+        rows = [
+            (name, *(f"{result[key]:,}" for key in counted), f"{result['saved']:.1%}")
+            for name, result in results.items()
+        ]
+        title = f"{config.steps} steps of GRPO in MiniWorld, seed {config.seed}"
+        print_table(title, ("", *counted, "saved"), rows)
         print(f"rewards, losses and searches of all steps are {'' if same else 'NOT '}the same")
     sys.exit(0 if same else 1)
 
@@ -95,19 +91,9 @@ def run(config: SavedConfig, cache_size: int) -> dict[str, Any]:
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     del gym.registry[ENV_ID]
     curve = [{k: v for k, v in json.loads(line).items() if k not in _TIMES} for line in lines]
-    counts = SearchCounts(
-        sum(env.search_counts.searched for env in made),
-        sum(env.search_counts.coalesced for env in made),
-        sum(env.search_counts.cache_hits for env in made),
-    )
-    return {
-        "asked": counts.asked,
-        "searched": counts.searched,
-        "coalesced": counts.coalesced,
-        "cache_hits": counts.cache_hits,
-        "saved": counts.saved,
-        "curve": curve,
-    }
+    names = ("asked", "searched", "coalesced", "cache_hits")
+    counts = {name: sum(getattr(env.search_counts, name) for env in made) for name in names}
+    return {**counts, "saved": 1 - counts["searched"] / counts["asked"], "curve": curve}
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.learner import make_groups
+from benchmarks.synthetic import make_groups
+from benchmarks.tables import markdown_table, print_table, replace_table
 from research_agent.batch import Batch, make_batch, micro_batches
 from research_agent.config import TrainConfig
 from research_agent.distributed import shard_batches
-from research_agent.plan import Plan, plan
+from research_agent.plan import plan
 from research_agent.plan.machines import parse_machines
 from research_agent.plan.shapes import SHAPES, read_shape
 from research_agent.plan.suggestions import apply, as_flags, suggest
@@ -41,12 +42,11 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 512, 1_024)
 
 GPUS, NODES = ("A100-80", "H100", "H200"), (1, 2, 8)
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
-BEGIN, END = "<!-- plans -->", "<!-- end of plans -->"
 
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
-    """What a number of ranks does with a step.
+    """How well a number of ranks is used in a step.
 
     Attributes:
         ranks: number of processes.
@@ -75,7 +75,7 @@ def make_step() -> Batch:
 
 
 def measure(batch: Batch, ranks: int) -> Efficiency:
-    """Let each of some ranks take its passes of a batch, and add up for how long all are occupied.
+    """Deal the passes of a batch to some ranks, and add up how long the ranks are occupied.
 
     Args:
         batch: batch of a step.
@@ -109,24 +109,8 @@ def _rounds(sizes: Sequence[int], ranks: int) -> list[int]:
 
 
 def _rank(rank: int, size: int) -> AbstractContextManager[Any]:
-    """Be one of some ranks that are not there."""
+    """Let the learner's functions believe that they run on one of several ranks."""
     return mock.patch("research_agent.distributed.rank_and_size", return_value=(rank, size))
-
-
-def print_efficiency() -> None:
-    """Print the efficiencies in Markdown."""
-    print(
-        "| ranks | passes per rank | tokens of the largest pass | efficiency | one rank's passes |"
-    )
-    print("|---|---|---|---|---|")
-    batch = make_step()
-    for ranks in RANKS:
-        row = measure(batch, ranks)
-        print(
-            f"| {ranks:,} | {row.passes} | {row.tokens:,} | {row.efficiency:.2f} "
-            f"| {row.before:.2f} |",
-            flush=True,
-        )
 
 
 def paper_presets() -> dict[str, TrainConfig]:
@@ -143,11 +127,7 @@ def plans() -> str:
 
     Presets with the same plans share their rows.
     """
-    lines = [
-        "| preset | machines | settings to add | GPU, GB | host, GB | disk, GB | s/step | hours |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    names: dict[tuple[str, ...], list[str]] = {}
+    names: dict[tuple[tuple[str, ...], ...], list[str]] = {}
     for name, config in paper_presets().items():
         rows = (
             _row(config, f"{nodes}x8x{gpu}" if nodes > 1 else f"8x{gpu}")
@@ -155,28 +135,32 @@ def plans() -> str:
             for nodes in NODES
         )
         names.setdefault(tuple(rows), []).append(name)
-    for same_rows, same in names.items():
-        lines += [f"| {', '.join(same)} {row}" for row in same_rows]
-    return "\n".join(lines)
+    needs = ("GPU, GB", "host, GB", "disk, GB", "s/step", "hours")
+    return markdown_table(
+        ("preset", "machines", "settings to add", *needs),
+        [(", ".join(same), *row) for rows, same in names.items() for row in rows],
+    )
 
 
-def _row(config: TrainConfig, machines: str) -> str:
+def _row(config: TrainConfig, machines: str) -> tuple[str, ...]:
     """The plan of a configuration with the first settings that make it fit."""
     found, added = plan(config, machines), ""
     if not found.fits:
         where = parse_machines(machines)
         settings = suggest(config, read_shape(config.policy.model), where)
         if not settings:
-            return f"| {machines} | does not fit | | | | | |"
+            return (machines, "does not fit", "", "", "", "", "")
         found, added = plan(apply(config, settings[0]), machines), as_flags(settings[0])
-    return f"| {machines} | {f'`{added}`' if added else 'none'} | {_numbers(found)} |"
-
-
-def _numbers(found: Plan) -> str:
     host, disk = (sum(each.values()) for each in (found.memory.host, found.memory.disk))
-    most = f"{found.memory.most / 1e9:.0f} of {found.machines.gpu.memory / 1e9:.0f}"
-    numbers = [f"{host / 1e9:.0f}", f"{disk / 1e9:.0f}", f"{found.times.step:.0f}"]
-    return " | ".join([most, *numbers, f"{found.hours:.1f}"])
+    return (
+        machines,
+        f"`{added}`" if added else "none",
+        f"{found.memory.most / 1e9:.0f} of {found.machines.gpu.memory / 1e9:.0f}",
+        f"{host / 1e9:.0f}",
+        f"{disk / 1e9:.0f}",
+        f"{found.times.step:.0f}",
+        f"{found.hours:.1f}",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -185,15 +169,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plans", action="store_true", help="the table of presets and machines")
     parser.add_argument("--write", action="store_true", help="put that table into docs/scale.md")
     chosen = parser.parse_args(arguments)
-    if not chosen.plans:
-        print_efficiency()
+    if chosen.plans:
+        table = plans()
+        print(table, end="")
+        if chosen.write:
+            replace_table(PAGE, table)
         return
-    table = plans()
-    print(table)
-    if chosen.write:
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
-        PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    batch = make_step()
+    rows = [
+        (
+            f"{row.ranks:,}",
+            f"{row.passes}",
+            f"{row.tokens:,}",
+            f"{row.efficiency:.2f}",
+            f"{row.before:.2f}",
+        )
+        for row in (measure(batch, ranks) for ranks in RANKS)
+    ]
+    headings = ("ranks", "passes per rank", "tokens of the largest pass", "efficiency",
+                "one rank's passes")  # fmt: skip
+    print_table("share of the ranks' time in which they compute", headings, rows)
 
 
 if __name__ == "__main__":

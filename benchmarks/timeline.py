@@ -3,9 +3,8 @@
     python -m benchmarks.timeline --output docs/pictures/trace.png
 
 MiniWorld is trained for a few steps, its passages behind a server that is slow on purpose: in
-lockstep, with ``--overlap``, and with ``--max-staleness 1`` too, where sampling goes on during the
-update. The picture shows one late step of
-each at the same scale; the traces stay in the work folder, for https://ui.perfetto.dev.
+lockstep, with ``--overlap``, and with ``--max-staleness 1`` too, where sampling continues during
+the update. The picture shows one late step of each at the same scale.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ COLORS = {
     "update": "#3b8f5a",
     "sync": "#4a4a4a",
 }
+MINIWORLD = PRESETS["miniworld"]
 RUNS = {"lockstep": (False, 0), "--overlap": (True, 0), "--overlap --max-staleness 1": (True, 1)}
 
 
@@ -47,16 +47,10 @@ class Config:
 
     output: Path = Path("timeline.png")
     """The picture."""
-    work: Path | None = None
-    """Folder for the traces; none throws them away."""
     seconds: float = 0.5
     """Seconds per search."""
     max_in_flight: int = 48
     """Episodes played at the same time."""
-    prompts_per_step: int = 24
-    """Tasks a step."""
-    group_size: int = 8
-    """Episodes of each."""
     steps: int = 4
     """Training steps; the last but one is drawn."""
 
@@ -91,18 +85,16 @@ class Slow:
 def main(config: Config) -> None:
     """Run all, draw the picture, and print what it shows."""
     with TemporaryDirectory() as scratch, slow_server(config.seconds) as url:
-        work = config.work or Path(scratch)
         steps = {}
         for number, (name, (overlap, staleness)) in enumerate(RUNS.items()):
-            trace = work / f"trace-{number}.json"
             output = Path(scratch) / f"run-{number}"
-            _train(config, url, output, trace, overlap=overlap, staleness=staleness)
+            trace = _train(config, url, output, overlap=overlap, staleness=staleness)
             steps[name] = one_step(read(trace))
     draw(steps, config)
     for name, spans in steps.items():
         collection = next(span.end for span in spans if span.name == "collect")
         step = max(span.end for span in spans)
-        played = config.prompts_per_step * config.group_size / step
+        played = MINIWORLD.rollout.prompts_per_step * MINIWORLD.rollout.group_size / step
         print(
             f"{name}: {step:.2f} s per step, {collection:.2f} of them waiting for episodes; "
             f"{played:.1f} episodes/s"
@@ -172,28 +164,22 @@ def draw(steps: dict[str, list[Span]], config: Config) -> None:
     plt.close(figure)
 
 
-def _train(
-    config: Config, url: str, output: Path, trace: Path, *, overlap: bool, staleness: int
-) -> None:
+def _train(config: Config, url: str, output: Path, *, overlap: bool, staleness: int) -> Path:
+    """Train, and return the file of the trace."""
     from research_agent.trainer import train  # noqa: PLC0415  (loads torch)
 
-    base = PRESETS["miniworld"]
-    env_args = {**base.environment.env_args, "retriever": url}
-    sampling = replace(base.sampling, max_in_flight=config.max_in_flight, overlap=overlap)
-    rollout = replace(
-        base.rollout,
-        prompts_per_step=config.prompts_per_step,
-        group_size=config.group_size,
-        max_staleness=staleness,
-    )
+    env_args = {**MINIWORLD.environment.env_args, "retriever": url}
+    trace = output.with_suffix(".json")
     train(
         replace(
-            base,
-            environment=replace(base.environment, env_args=env_args),
-            sampling=sampling,
-            rollout=rollout,
+            MINIWORLD,
+            environment=replace(MINIWORLD.environment, env_args=env_args),
+            sampling=replace(
+                MINIWORLD.sampling, max_in_flight=config.max_in_flight, overlap=overlap
+            ),
+            rollout=replace(MINIWORLD.rollout, max_staleness=staleness),
             run=replace(
-                base.run,
+                MINIWORLD.run,
                 steps=config.steps,
                 output=output,
                 trace=trace,
@@ -203,6 +189,7 @@ def _train(
             ),
         )
     )
+    return trace
 
 
 if __name__ == "__main__":

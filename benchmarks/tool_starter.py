@@ -1,12 +1,12 @@
-"""Make the starter of ``recall-7b-mini``: a policy that calls tools in MiniWorld, and seldom.
+"""Make the starter of ``recall-7b-mini``: a policy that can call tools in MiniWorld.
 
 ``python -m benchmarks.tool_starter [--count N] [--output FOLDER]``
 
-It is the starter of MiniWorld, which searches with ReSearch's tags, in two steps. First the tokens
-of the tags get the texts of ReCall's tool calls: the weights stay as they are, so the policy can
-read and plan from the beginning. Then supervised fine-tuning shows it whole episodes with calls
-(:func:`research_env.demonstrations.tool_demonstrations`), the last of them with habits: it may
-guess at once, stop half-way, or forget the box.
+It is made of the starter of MiniWorld, which searches with ReSearch's tags, in two steps. First the
+tokens of the tags get the texts of ReCall's tool calls; the weights do not change, so the policy
+can read and plan from the beginning. Then supervised fine-tuning shows it whole episodes with calls
+(:func:`research_env.demonstrations.tool_demonstrations`). The last of them have bad habits, such as
+to guess at once, to stop half-way, or to forget the box, so that calls are rare.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.runs import markdown_table, print_table
+from benchmarks.tables import print_table
 from research_agent.batch import Packing, make_batch, micro_batches
 from research_agent.presets import PRESETS
 from research_agent.trajectory import Group, Trajectory
@@ -155,7 +155,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     headings = ["per sample", "chains", "trees", "ratio"]
     print_table(title, headings, rows)
-    print(markdown_table(headings, rows))
     rows = [
         [
             f"{name}, {packing}",
@@ -169,7 +168,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     headings = ["packing", "tokens of an update", "ratio", "seconds", "ratio"]
     print_table("an update", headings, rows)
-    print(markdown_table(headings, rows))
     print(
         f"Branching an episode costs the environment {branching[1]:.2f} microseconds, and into 64 "
         f"targets {branching[64]:.2f} each (target: {TARGET_MICROSECONDS:.0f})."

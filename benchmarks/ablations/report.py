@@ -15,7 +15,8 @@ import numpy as np
 
 from benchmarks.ablations.registry import AFTER, BEFORE, LEVELS, MIDDLE, Ablation, Arm, Claim
 from benchmarks.ablations.runs import Settings, folder_of, read_result
-from benchmarks.runs import draw_band, markdown_table, print_table, read_log, spread
+from benchmarks.runs import draw_band, read_log
+from benchmarks.tables import markdown_table, print_table, spread
 from research_agent.evaluation.predictions import read_predictions
 from research_agent.report.curve import label_ends
 from research_agent.system.files import write_atomic

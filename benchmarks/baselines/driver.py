@@ -3,7 +3,7 @@
 A baseline is a generator for one question. It yields what it wants, a generation or a search, is
 sent what came of it, and returns its answer::
 
-    def play(question: str) -> ActiveRollout:
+    def play(question: str) -> Moves:
         passages = yield from search(question)
         return (yield from generate(prompt(question, passages)))
 
@@ -41,11 +41,11 @@ _IN_ANSWERS = str.maketrans("", "", "<{}\\")
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Ask the model: a new prompt, of which nothing was said before.
+    """Ask the model with a new prompt.
 
     Attributes:
-        messages: the prompt as chat messages; their contents with blank lines between them where
-            the model has no chat template.
+        messages: the prompt as chat messages. A model without a chat template gets their contents
+            with blank lines between them.
         stop: the reply ends before the first of these.
         chat: False: plain text, whatever the model.
     """
@@ -64,8 +64,9 @@ class Search:
 
 Request = Generate | Search
 Reply = str | tuple[Hit, ...] | None
-ActiveRollout = Generator[Request, Reply, str]
-Baseline = Callable[[str], ActiveRollout]
+Moves = Generator[Request, Reply, str]
+"""What a baseline does for one question: requests, and at the end the answer."""
+Baseline = Callable[[str], Moves]
 """From a question to the generator that answers it."""
 
 
@@ -111,11 +112,10 @@ def run(
         on_finish: called with each trajectory as it ends.
 
     Returns:
-        The trajectories in the order of ``episodes``: the question, a prompt and an action segment
-        for every generation, an observation segment for every search. The question and the
-        observations have no tokens: those are the prompts', which hold them. Where a later prompt
-        is too long the episode ends, truncated ("context"); those of failed infrastructure are
-        void.
+        The trajectories in the order of ``episodes``. Each has a segment with the question, a
+        prompt and an action segment per generation, and an observation segment per search. The
+        question and the observations have no tokens, because prompts repeat them. If a later prompt
+        is too long, the episode is truncated ("context"); if a search fails, it is void.
 
     Raises:
         ConfigurationError: the environments speak another protocol.
@@ -125,42 +125,45 @@ def run(
     limit = min(sampling.max_prompt, engine.max_context - 1)
     waiting = deque(range(len(episodes)))
     free = list(range(environments.num_envs))
-    plays: dict[int, _Play] = {}
-    actions: dict[int, str] = {}  # to be sent
-    sent: set[int] = set()
+    in_flight: dict[int, _InFlight] = {}
+    actions: dict[int, str] = {}  # not sent yet
+    sent: set[int] = set()  # slots that wait for a result
     done: dict[int, Trajectory] = {}
 
     def finish(slot: int, result: StepResult | None) -> None:
-        play = plays.pop(slot)
-        play.moves.close()
+        episode = in_flight.pop(slot)
+        episode.moves.close()
         free.append(slot)
-        done[play.index] = play.trajectory(result)
+        done[episode.index] = episode.trajectory(result)
         if on_finish:
-            on_finish(done[play.index])
+            on_finish(done[episode.index])
 
-    def go_on(slot: int, reply: Reply) -> None:
-        """Send a baseline its reply, and see to what it wants next."""
-        wanted = plays[slot].move(reply)
+    def advance(slot: int, reply: Reply) -> None:
+        """Send a baseline its reply, and pass its next request on."""
+        episode = in_flight[slot]
+        wanted = episode.next_request(reply)
         if isinstance(wanted, str):
             actions[slot] = wanted
-        elif tokens := plays[slot].ask(wanted, renderer, limit):
-            engine.submit(slot, tokens, plays[slot].params(sampling, seed))
+        elif tokens := episode.encode_prompt(wanted, renderer, limit):
+            engine.submit(slot, tokens, episode.sampling_params(sampling, seed))
         else:
             finish(slot, None)
 
     try:
-        while waiting or plays:
+        while waiting or in_flight:
             starting = {slot: waiting.popleft() for slot in free[: len(waiting)]}
             del free[: len(starting)]
             numbers = {slot: episodes[index][0] for slot, index in starting.items()}
             for slot, question in _reset(environments, numbers, seed).items():
                 index = starting[slot]
-                plays[slot] = _Play(index, *episodes[index], question, baseline(question.question))
-                go_on(slot, None)
+                in_flight[slot] = _InFlight(
+                    index, *episodes[index], question, baseline(question.question)
+                )
+                advance(slot, None)
 
             for completion in engine.step():
                 engine.release(completion.slot)
-                go_on(completion.slot, plays[completion.slot].hear(completion))
+                advance(completion.slot, in_flight[completion.slot].add_reply(completion))
             if actions:
                 environments.send(list(actions), list(actions.values()))
                 sent |= actions.keys()
@@ -170,13 +173,13 @@ def run(
             results = environments.recv(None if least else 0, least) if sent else []
             for result in sorted(results, key=lambda result: result.env_id):
                 sent.discard(result.env_id)
-                plays[result.env_id].see(result)
+                in_flight[result.env_id].add_result(result)
                 if result.terminated or result.truncated:
                     finish(result.env_id, result)
                 else:
-                    go_on(result.env_id, _episode(environments, result.env_id).turns[-1].hits)
+                    advance(result.env_id, _episode(environments, result.env_id).turns[-1].hits)
     finally:
-        for slot in plays:  # an error ended the loop
+        for slot in in_flight:  # an error ended the loop
             engine.release(slot)
     return [done[index] for index in range(len(episodes))]
 
@@ -184,7 +187,7 @@ def run(
 def _reset(
     environments: SearchQAVectorEnv, numbers: Mapping[int, int], seed: int
 ) -> dict[int, Question]:
-    """Begin episodes: environment -> number, and back environment -> question."""
+    """Begin episodes, and return the question of each environment; ``numbers`` has its episode."""
     if not numbers:
         return {}
     everywhere = range(environments.num_envs)
@@ -211,31 +214,33 @@ def _episode(environments: SearchQAVectorEnv, slot: int) -> Episode:
 
 
 @dataclass
-class _Play:
+class _InFlight:
     """An episode under way."""
 
     index: int
     episode: int
     sample: int
     question: Question
-    moves: ActiveRollout
+    moves: Moves
     segments: list[Segment] = field(init=False)
     reward: float = 0.0
     asked: int = 0  # prompts so far
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.segments = [Segment("prompt", (), text=self.question.question, info=self.known())]
+        self.segments = [
+            Segment("prompt", (), text=self.question.question, info=self.question_info())
+        ]
 
-    def known(self) -> dict[str, Any]:
-        """What is known of the question, as the environment's infos have it."""
+    def question_info(self) -> dict[str, Any]:
+        """The question in the form of an environment's info."""
         return {
             "question_id": self.question.id,
             "question": self.question.question,
             "strata": {"hops": str(self.question.hops or ""), "type": self.question.type or ""},
         }
 
-    def move(self, reply: Reply) -> Generate | str:
+    def next_request(self, reply: Reply) -> Generate | str:
         """What the baseline wants next: a generation, or an action of the environment."""
         try:
             request = self.moves.send(reply)
@@ -245,8 +250,8 @@ class _Play:
             return f"<search> {request.query.translate(_IN_QUERIES)} </search>"
         return request
 
-    def ask(self, wanted: Generate, renderer: Renderer, limit: int) -> list[int]:
-        """The tokens of a prompt, noted down; none where it is too long, and not the first."""
+    def encode_prompt(self, wanted: Generate, renderer: Renderer, limit: int) -> list[int]:
+        """Keep a prompt and return its tokens; none if it is too long and not the first."""
         text = "\n\n".join(message["content"] for message in wanted.messages)
         speaking = renderer if wanted.chat else replace(renderer, chat_template=False)
         tokens = speaking.encode_prompt(text, wanted.messages)
@@ -263,7 +268,7 @@ class _Play:
         self.asked += 1
         return tokens
 
-    def params(self, sampling: SamplingConfig, seed: int) -> SamplingParams:
+    def sampling_params(self, sampling: SamplingConfig, seed: int) -> SamplingParams:
         draws = trajectory_seed(seed, self.episode, self.sample) + self.asked - 1
         return SamplingParams(
             temperature=sampling.temperature,
@@ -274,8 +279,8 @@ class _Play:
             seed=draws % 2**64,
         )
 
-    def hear(self, turn: Completion) -> str:
-        """Note a reply down as it was sampled; returns what stands before the stop string."""
+    def add_reply(self, turn: Completion) -> str:
+        """Keep a reply as it was sampled, and return what stands before the stop string."""
         versions = (turn.version,) * len(turn.tokens)
         self.segments.append(
             Segment("action", turn.tokens, turn.logprobs, versions=versions, text=turn.text)
@@ -283,7 +288,7 @@ class _Play:
         ends = [turn.text.find(stop) for stop in self.stop if stop in turn.text]
         return turn.text[: min(ends)] if ends else turn.text
 
-    def see(self, result: StepResult) -> None:
+    def add_result(self, result: StepResult) -> None:
         self.reward += result.reward
         if result.observation:
             self.segments.append(
@@ -291,8 +296,8 @@ class _Play:
             )
 
     def trajectory(self, last: StepResult | None) -> Trajectory:
-        """The episode in whole; None: a prompt that was too long ended it."""
-        info = last.info if last else self.known()
+        """The whole episode; ``last`` is None if a prompt that was too long ended it."""
+        info = last.info if last else self.question_info()
         return Trajectory(
             episode=self.episode,
             sample=self.sample,

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.baselines.driver import ActiveRollout, generate, search
+from benchmarks.baselines.driver import Moves, generate, search
 from research_env.retrieval.base import Hit
 
 Thinking = Callable[[str, Sequence[Hit], Sequence[str]], str]
@@ -87,7 +87,7 @@ def gather(known: Sequence[Hit], found: Sequence[Hit]) -> list[Hit]:
     return sorted(best.values(), key=lambda hit: hit.score)
 
 
-def play(question: str, prompt: Thinking = prompt) -> ActiveRollout:
+def play(question: str, prompt: Thinking = prompt) -> Moves:
     """Think, search for the thought, and think again, until a thought says the answer."""
     hits = list((yield from search(question)))  # best first; from the second prompt on, worst first
     thoughts: list[str] = []

@@ -10,13 +10,13 @@ last reply and a call that sees only what this search found; the last reply is t
 
 from __future__ import annotations
 
-from benchmarks.baselines.driver import ActiveRollout, generate, search
+from benchmarks.baselines.driver import Moves, generate, search
 from benchmarks.baselines.naive_rag import Reading, prompt
 
 ITERATIONS = 3
 
 
-def play(question: str, prompt: Reading = prompt) -> ActiveRollout:
+def play(question: str, prompt: Reading = prompt) -> Moves:
     """Search and answer three times, with the last answer in the next query."""
     query, answer = question, ""
     for _ in range(ITERATIONS):

@@ -2,10 +2,10 @@
 
 The worlds have no name and no relation in common (``TRAINED``, ``OTHER``). The policy is
 warm-started in worlds of yet other names, each with about half of all relations, on what the
-methods ask of a model: to answer at once (which it cannot know: it says the name that it was asked
-about), to answer from passages, to think one sentence further, and to search. As in the demo's
-starter, from which it goes on, the habit of searching is weak; every other format is taught as well
-as it can be learned.
+methods ask of a model: to answer at once (it cannot know the answer, so it says the name that it
+was asked about), to answer from passages, to think one sentence further, and to search. It
+continues from the demo's starter, and as there the habit of searching is weak; every other format
+is taught as well as it can be learned.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MAX_IN_FLIGHT = 128  # episodes of an evaluation that are played at the same tim
 WORKERS = 2  # cells at the same time
 MAX_PROMPT, MAX_RESPONSE, MAX_TURN_TOKENS = 640, 384, 64  # tokens; the policy's context is 1,024
 
-A_WORLD, BLOCK = 300, 6_000  # demonstrations of one world; of those that are shuffled together
+PER_WORLD, BLOCK = 300, 6_000  # demonstrations of one world; of those shuffled together
 SHARES = {"search": 0.22, "read": 0.3, "think": 0.3, "drill": 0.16, "guess": 0.02}
 HABIT_SHARE = 0.12  # share of the demonstrations, at the end, that search by habit
 
@@ -131,7 +131,7 @@ def demonstrations(count: int, top_k: int, seed: int = 0) -> Iterator[Demonstrat
         for start in range(0, size, BLOCK):
             block: list[Demonstration] = []
             while len(block) < min(BLOCK, size - start):
-                wanted = min(A_WORLD, size - start - len(block))
+                wanted = min(PER_WORLD, size - start - len(block))
                 block += _from_world(_world(rng), wanted, top_k, habits, rng)
             rng.shuffle(block)  # else the names of one world would be learned
             yield from block

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.baselines.driver import ActiveRollout, Message, generate
+from benchmarks.baselines.driver import Message, Moves, generate
 
 _SYSTEM = (
     "Answer the question based on your own knowledge. "
@@ -25,6 +25,6 @@ def prompt(question: str) -> Sequence[Message]:
     ]
 
 
-def play(question: str, prompt: Callable[[str], Sequence[Message]] = prompt) -> ActiveRollout:
+def play(question: str, prompt: Callable[[str], Sequence[Message]] = prompt) -> Moves:
     """Ask for the answer; the whole reply is it."""
     return (yield from generate(prompt(question)))

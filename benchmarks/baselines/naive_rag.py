@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.baselines.driver import ActiveRollout, Message, generate, search
+from benchmarks.baselines.driver import Message, Moves, generate, search
 from research_env.retrieval.base import Hit
 
 Reading = Callable[[str, Sequence[Hit]], Sequence[Message]]
@@ -36,7 +36,7 @@ def prompt(question: str, hits: Sequence[Hit]) -> Sequence[Message]:
     ]
 
 
-def play(question: str, prompt: Reading = prompt) -> ActiveRollout:
+def play(question: str, prompt: Reading = prompt) -> Moves:
     """Search for the question, and ask for the answer; the whole reply is it."""
     hits = yield from search(question)
     return (yield from generate(prompt(question, hits)))

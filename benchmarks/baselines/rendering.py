@@ -6,13 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
 from benchmarks.baselines.published import Score
+from research_agent.errors import ConfigError
 from research_env.system.terminal import printable
 
 DASH = "–"
@@ -30,6 +30,42 @@ class Judged:
     score: float | None
     range: tuple[float, float]
     model: str
+
+
+def read_judge(folder: Path, episodes: int) -> Judged | None:
+    """What ``research-env judge`` said of a cell; None where nobody judged.
+
+    Args:
+        folder: folder of the cell.
+        episodes: how many it has that are not void.
+
+    Raises:
+        ConfigError: a judge.json that is no such file, or is of other episodes.
+    """
+    path = folder / "judge.json"
+    if not path.exists():
+        return None
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        score, span, judged = said["score"], said["range"], int(said["n"])
+        if span is None:  # every episode is void
+            return None
+        found = Judged(
+            None if score is None else 100 * float(score),
+            (100 * float(span[0]), 100 * float(span[1])),
+            str(said["model"]),
+        )
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ConfigError(
+            f"{path} is no summary of a judge ({type(error).__name__}: {error}); "
+            "remove it, and run research-env judge again"
+        ) from error
+    if judged != episodes:
+        raise ConfigError(
+            f"{path} is of {judged} episodes, and the cell has {episodes} now; run "
+            "research-env judge again, which asks for the others only"
+        )
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +191,8 @@ def _escape(text: str) -> str:
 
 def as_json(results: Results) -> str:
     """The table for programs: everything that a cell knows."""
-    return json.dumps({"datasets": list(results.datasets), "rows": _rows(results)}, indent=1) + "\n"
-
-
-def _rows(results: Results) -> list[dict[str, Any]]:
-    return [asdict(row) for row in results.rows]
+    rows = [asdict(row) for row in results.rows]
+    return json.dumps({"datasets": list(results.datasets), "rows": rows}, indent=1) + "\n"
 
 
 def chart(results: Results, path: Path) -> str:

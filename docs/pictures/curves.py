@@ -7,8 +7,6 @@
 
     research-agent train miniworld --steps 62 --eval-every 4 --eval-limit 200 --output runs/demo
 
-``real`` shows the stage ``grpo`` of ``python -m benchmarks.real``.
-
 One small panel per quantity, in the style of the report's page: a line, its last value, no legend.
 """
 

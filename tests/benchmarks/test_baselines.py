@@ -309,8 +309,7 @@ def test_another_protocol_is_refused() -> None:
 MANY = tuple(Question(f"q{i}", f"Who leads Apt{i}?", (f"Ann{i}",)) for i in range(9))
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("slots", [1, 4, 16])
+@pytest.mark.parametrize(("slots", "overlap"), [(1, False), (4, True), (16, False)])
 def test_many_questions_are_played_at_once_each_with_its_own_calls(
     slots: int, overlap: bool
 ) -> None:

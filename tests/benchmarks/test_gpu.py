@@ -6,8 +6,29 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import gpu
+from benchmarks.synthetic import TINY, make_model
+from research_agent.trajectory import Group, Segment, Trajectory
+
+
+def test_the_flops_are_those_that_torch_counts() -> None:
+    """Forward and backward of the whole model, with the head everywhere and attention whole."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sizes = {**TINY, "vocab_size": 300}
+    model = make_model(sizes, "cpu")
+    model.set_attn_implementation("eager")
+    tokens = 32
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.arange(tokens)[None], use_cache=False).logits.sum().backward()
+    segments = (Segment("prompt", (0,)), Segment("action", tuple(range(1, tokens)), (-1.0,) * 31))
+    groups = [Group(0, [Trajectory(0, 0, segments, 0.0, True, False)])]
+    strict, loose = gpu.needed_flops(sizes, groups)
+    assert loose == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    head, pairs = 6 * 300 * 64, 2 * 64 * tokens**2
+    assert loose - strict == pytest.approx(head + 6 * pairs)  # one token and half of attention
 
 
 def test_buckets_fill_a_room_and_none_is_cut() -> None:

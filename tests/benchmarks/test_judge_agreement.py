@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.judge_agreement import Agreement, main, read_judged
+from benchmarks.judge_agreement import Agreement, main
+from benchmarks.recorded import read_trajectories
 from research_env.errors import DataError, DataNotFoundError
 
 HOTPOTQA = [
@@ -28,8 +29,8 @@ def write(folder: Path, **rows: list[tuple[str, str, str]]) -> Path:
     for name, each in rows.items():
         with gzip.open(inside / f"{name}.jsonl.gz", "wt", encoding="utf-8") as file:
             for number, (prediction, answer, judge) in enumerate(each):
-                record = {"id": f"{name}_{number}", "answers": [answer], "segments": []}
-                record |= {"prediction": prediction, "judge": judge}
+                record = {"id": f"{name}_{number}", "question": "?", "answers": [answer]}
+                record |= {"prediction": prediction, "judge": judge, "segments": []}
                 file.write(json.dumps(record) + "\n")
     return folder
 
@@ -108,11 +109,13 @@ def test_the_recorded_verdicts(research_data: Path, capsys: pytest.CaptureFixtur
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RESEARCH_DATA", raising=False)
-    with pytest.raises(DataNotFoundError, match="--data"):
-        read_judged()
+    with pytest.raises(DataNotFoundError, match="give --data, or set RESEARCH_DATA"):
+        read_trajectories()
+    with pytest.raises(DataNotFoundError, match=r"no folder .*r1searcher_trajectories"):
+        read_trajectories(tmp_path)
     write(tmp_path, hotpotqa_qwen=HOTPOTQA)
     with pytest.raises(DataNotFoundError, match="bamboogle"):
-        read_judged(tmp_path)
+        read_trajectories(tmp_path)
     write(tmp_path, bamboogle_qwen=[("Paris", "Paris", "I think so")])
     with pytest.raises(DataError, match="bamboogle_qwen_0: the verdict 'I think so'"):
-        read_judged(tmp_path)
+        read_trajectories(tmp_path)

@@ -20,8 +20,8 @@ from benchmarks.learning_curves import (
     read,
     report,
     training_of,
-    unmasked,
 )
+from benchmarks.runs import unmasked
 from research_agent.algorithms import ALGORITHMS, algorithm
 from research_agent.config_checks import validate
 from research_agent.trajectory import Group
@@ -137,18 +137,9 @@ def test_an_unknown_algorithm(tmp_path: Path) -> None:
 def test_the_whole_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small runs in processes of their own; the second time nothing is run again."""
     monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
-    words = [
-        "--output",
-        str(tmp_path / "out"),
-        "--steps",
-        "2",
-        "--prompts-per-step",
-        "2",
-        "--group-size",
-        "2",
-    ]
-    words += ["--eval-limit", "2", "--seeds", "0", "--algorithms", "grpo", "dapo"]
-    words += ["--ablations", "mask", "--workers", "1"]
+    small = "--steps 2 --prompts-per-step 2 --group-size 2 --eval-limit 2 --seeds 0 --workers 1"
+    chosen = "--algorithms grpo dapo --ablations mask"
+    words = ["--output", str(tmp_path / "out"), *small.split(), *chosen.split()]
     main(words)
     logs = sorted((tmp_path / "out" / "runs").rglob("metrics.jsonl"))
     assert [log.parent.parent.name for log in logs] == ["dapo", "grpo", "grpo-unmasked"]

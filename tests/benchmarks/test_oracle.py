@@ -12,19 +12,7 @@ from benchmarks.oracle import gold_plan, main, measure, play, sub_questions
 from research_env import Dataset, Hit, Hop, Passage, Question
 from research_env.env import SearchQAEnv
 from research_env.errors import ConfigurationError, RetrievalError
-
-
-class ListCorpus:
-    name = "list"
-
-    def __init__(self, passages: Sequence[Passage]) -> None:
-        self.passages = passages
-
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return iter(self.passages)
-
-    def fingerprint(self) -> str:
-        return "f"
+from tests.research_env.fakes import ListCorpus
 
 
 class ByTitle:
@@ -46,7 +34,7 @@ class ByTitle:
     def close(self) -> None: ...
 
 
-PASSAGES = [Passage(f"p{title}", title, f"about {title}") for title in "ABCD"]
+PASSAGES = tuple(Passage(f"p{title}", title, f"about {title}") for title in "ABCD")
 TWO = Question(
     "two",
     "who is B of A?",

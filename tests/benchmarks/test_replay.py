@@ -9,28 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.replay import (
-    RecordedTrajectory,
-    distribution,
-    lengths,
-    main,
-    make_env,
-    read_trajectories,
-    recorded_f1,
-)
+from benchmarks.recorded import RecordedTrajectory, read_trajectories
+from benchmarks.replay import distribution, lengths, main, make_env, recorded_f1
 from benchmarks.replay import replay as play
 from research_env import Dataset, Question
 from research_env.env import SearchQAEnv
-from research_env.errors import DataNotFoundError, RetrievalError
+from research_env.errors import RetrievalError
 from research_env.retrieval.base import Hit, Passage
 from tests.research_env.playing import play as play_episode
 from tests.research_env.test_rewards import oracle_r1_searcher
 
 RECORDED = RecordedTrajectory(
     id="t1",
+    dataset="HotpotQA",
     question="Which city?",
     answers=("Paris",),
     prediction=" Paris, France ",
+    is_correct=True,
     actions=(
         'I look. <|begin_of_query|> "capital"  France<|end_of_query|>',
         "So.</think>\n\n<answer> Paris, France </answer>",
@@ -118,14 +113,6 @@ def test_lengths_and_their_distribution() -> None:
     assert shape == {
         "mean": 50, "min": 0, "5 %": 5, "25 %": 25, "50 %": 50, "75 %": 75, "95 %": 95, "max": 100
     }  # fmt: skip
-
-
-def test_a_missing_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RESEARCH_DATA", raising=False)
-    with pytest.raises(DataNotFoundError, match="give --data, or set RESEARCH_DATA"):
-        read_trajectories()
-    with pytest.raises(DataNotFoundError, match=r"no folder .*r1searcher_trajectories"):
-        read_trajectories(tmp_path)
 
 
 def test_all_recorded_trajectories_play_as_recorded(

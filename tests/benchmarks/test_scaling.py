@@ -40,9 +40,8 @@ def test_efficiency_by_hand() -> None:
 def test_the_table_of_plans_is_that_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
     """After a change: python -m benchmarks.scaling --plans --write."""
     scaling.main(["--plans"])
-    page = scaling.PAGE.read_text(encoding="utf-8")
-    table = page.split(scaling.BEGIN)[1].split(scaling.END)[0].strip()
-    assert table == capsys.readouterr().out.strip()
+    table = capsys.readouterr().out
+    assert f"<!-- table -->\n{table}<!-- end -->" in scaling.PAGE.read_text(encoding="utf-8")
     assert "does not fit" not in table
     names = {name for line in table.splitlines() for name in line.split("|")[1].split(", ")}
     assert {name.strip() for name in names} >= set(scaling.paper_presets())
@@ -51,9 +50,9 @@ def test_the_table_of_plans_is_that_of_the_code(capsys: pytest.CaptureFixture[st
 
 def test_writing_replaces_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{scaling.BEGIN}\nold\n{scaling.END}\nafter\n", encoding="utf-8")
+    page.write_text("before\n<!-- table -->\nold\n<!-- end -->\nafter\n", encoding="utf-8")
     monkeypatch.setattr(scaling, "PAGE", page)
-    monkeypatch.setattr(scaling, "plans", lambda: "new")
+    monkeypatch.setattr(scaling, "plans", lambda: "new\n")
     scaling.main(["--plans", "--write"])
-    expected = f"before\n{scaling.BEGIN}\nnew\n{scaling.END}\nafter\n"
+    expected = "before\n<!-- table -->\nnew\n<!-- end -->\nafter\n"
     assert page.read_text(encoding="utf-8") == expected

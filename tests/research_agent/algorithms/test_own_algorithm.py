@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def _train(folder: Path, *words: str) -> list[dict[str, float]]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("my_algorithm", "my_clipped", "my_turns", "my_reward"):
+    for name in ("my_algorithm", "own_algorithm", "my_turns", "my_reward"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
@@ -50,7 +51,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "my_algorithm.py",
             ["my_algorithm:Reinforce", "scale=0.5"],
         ),
-        ("docs/reference/algorithms.md", "my_clipped.py", ["my_clipped:Clipped", "clip=0.1"]),
         ("research_agent/README.md", "my_turns.py", ["my_turns:TurnReinforce", "gamma=1"]),
     ],
 )
@@ -63,8 +63,12 @@ def test_an_algorithm_of_at_most_thirty_lines(
     lines = _train(folder, "--algorithm", words[0], "--algorithm-args", words[1])
     assert len(lines) == 2
     assert all(line["learner/grad_norm"] > 0 for line in lines)
-    if file == "my_clipped.py":
-        assert all(0 <= line["learner/clip_fraction"] <= 1 for line in lines)
+
+
+def test_what_it_logs_is_logged(folder: Path) -> None:
+    shutil.copy(ROOT / "docs/examples/own_algorithm.py", folder)
+    rule = ("--algorithm", "own_algorithm:LeaveOneOut", "--algorithm-args", "entropy_coef=0.001")
+    assert all(line["learner/entropy_bonus"] > 0 for line in _train(folder, *rule))
 
 
 def test_a_reward_of_ones_own(folder: Path) -> None:
