@@ -284,6 +284,7 @@ def _evaluations(
         folder = config.output / name / dataset
         words = ["eval", "--env", env, "--model", model, "--output", str(folder), "--quiet"]
         words += ["--env-args", f"dataset={dataset}", "split=dev", "template=question", "top_k=2"]
+        words += ["max_passage_chars=600"]
         if config.retriever is not None:
             words += [f"retriever={config.retriever.replace('{dataset}', dataset)}"]
         words += ["--limit", str(scale.questions), "--seed", str(config.seed), "--device", device]

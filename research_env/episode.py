@@ -221,7 +221,7 @@ def observe(episode: Episode, found: Sequence[Hit] | ToolResult) -> Episode:
     if isinstance(found, ToolResult):
         return _answer_call(episode, found.hits, defuse(_shorten(found.text, limit)))
     hits = tuple(found)
-    shown = _shorten_hits(hits, limit)
+    shown = shorten_hits(hits, limit)
     if turn.calls:
         most = next(call.limit for call in turn.calls if call.result is None)
         ids = any(tool.reads for tool in episode.protocol.tools)
@@ -263,12 +263,13 @@ def truncate(episode: Episode, reason: TruncationReason = "length") -> Episode:
     return replace(episode, pending=None, stop_reason=reason, prediction=written)
 
 
-def _shorten(text: str, limit: int | None) -> str:
-    return text if limit is None or len(text) <= limit else text[:limit] + ELLIPSIS
+def shorten_hits(hits: tuple[Hit, ...], limit: int | None) -> tuple[Hit, ...]:
+    """The hits as an observation shows them.
 
-
-def _shorten_hits(hits: tuple[Hit, ...], limit: int | None) -> tuple[Hit, ...]:
-    """The hits with no more than ``limit`` characters of each passage, the title's first."""
+    Args:
+        hits: whole passages.
+        limit: the most characters of a passage, its title's first; None: all.
+    """
     sizes = [len(hit.passage.title) + len(hit.passage.text) for hit in hits]
     if limit is None or max(sizes, default=0) <= limit:
         return hits
@@ -278,6 +279,10 @@ def _shorten_hits(hits: tuple[Hit, ...], limit: int | None) -> tuple[Hit, ...]:
         text = _shorten(text, max(0, limit - len(title)))
         shortened.append(Hit(Passage(hit.passage.id, _shorten(title, limit), text), hit.score))
     return tuple(shortened)
+
+
+def _shorten(text: str, limit: int | None) -> str:
+    return text if limit is None or len(text) <= limit else text[:limit] + ELLIPSIS
 
 
 def _extend(

@@ -85,12 +85,13 @@ SMOLLM2_WIKI: Preset = {
         "env": "research_env:SearchQA-v0",
         "env_args": {
             "dataset": "hotpotqa+2wiki",
-            "split": "train",
+            "split": "train-gold[50%:]",  # sft smollm2-wiki demonstrates the others
             "protocol": "research",
             "reward": "research",
             "template": "question",
             "top_k": 2,
             "max_searches": 4,
+            "max_passage_chars": 600,
         },
     },
     "policy": {"model": "./runs/smollm2-start"},
@@ -383,7 +384,9 @@ SFT_PRESETS: dict[str, Preset] = {
         "demonstrations": "research_env.wiki_demonstrations:demonstrations",
         "demonstration_args": {
             "dataset": "hotpotqa+2wiki",
+            "split": "train-gold[:50%]",
             "top_k": 2,
+            "max_passage_chars": 600,
             "search": 0.7,
             "go_on": 0.8,
         },

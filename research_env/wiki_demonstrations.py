@@ -24,10 +24,11 @@ from pathlib import Path
 from research_env.datasets.base import Corpus, Dataset, Question
 from research_env.datasets.load import load_dataset
 from research_env.demonstrations import SKILLED, Demonstration, Habits, gold_queries
+from research_env.episode import shorten_hits
 from research_env.errors import ConfigurationError
 from research_env.metrics import normalize
 from research_env.papers.research import RESEARCH
-from research_env.retrieval.base import Passage
+from research_env.retrieval.base import Hit, Passage
 from research_env.retrieval.bm25.retriever import EmbeddedRetriever, build_index
 
 YES_NO = ("yes", "no")
@@ -69,6 +70,8 @@ def demonstrations(
     top_k: int,
     seed: int = 0,
     *,
+    split: str = "train-gold",
+    max_passage_chars: int | None = None,
     search: float = 0.5,
     go_on: float = 0.7,
     box: float = 0.8,
@@ -80,6 +83,9 @@ def demonstrations(
         dataset: as for ``load_dataset``, such as "hotpotqa+2wiki".
         top_k: passages that a search returns.
         seed: seed of all random choices.
+        split: split of the questions, such as "train-gold[:50%]". A policy that has seen a question
+            several times answers it from memory, so reinforcement learning needs others.
+        max_passage_chars: as in the environment; None: passages are whole.
         search: probability of searching at the start rather than guessing.
         go_on: probability of searching again, if something is missing, rather than answering.
         box: probability of writing the answer into a box.
@@ -92,8 +98,9 @@ def demonstrations(
     """
     rng = random.Random(f"wiki demonstrations {seed}")
     habits = Habits(search=search, go_on=go_on, box=box)
-    train, held_out = (load_dataset(dataset, split=split) for split in ("train-gold", "dev"))
-    questions = _searched(train, held_out_passages(train, held_out), top_k)
+    train, held_out = (load_dataset(dataset, split=each) for each in (split, "dev"))
+    left_out = held_out_passages(train, held_out)
+    questions = _searched(train, left_out, top_k, max_passage_chars)
     if not questions:
         raise ConfigurationError(
             f"no training question of {dataset!r} can be demonstrated: none has gold passages that "
@@ -191,14 +198,15 @@ def demonstrate(
 
 
 def _searched(
-    train: Dataset, left_out: frozenset[str], top_k: int
+    train: Dataset, left_out: frozenset[str], top_k: int, max_passage_chars: int | None
 ) -> list[tuple[Question, list[Step], list[str]]]:
     """The questions whose searches all find their passages: with their steps and observations."""
     if train.corpus is None:
         raise ConfigurationError(f"the data set {train.name!r} has no corpus; take one that has")
     corpus = WithoutPassages(train.corpus, left_out)
     needed = {id_ for question in train.questions for id_ in question.supporting}
-    passages = {passage.id: passage for passage in corpus if passage.id in needed}
+    gold = tuple(Hit(passage, 0.0) for passage in corpus if passage.id in needed)
+    passages = {hit.passage.id: hit.passage for hit in shorten_hits(gold, max_passage_chars)}
     planned = [(question, gold_steps(question, passages)) for question in train.questions]
     planned = [(question, steps) for question, steps in planned if steps]
     with tempfile.TemporaryDirectory() as folder:
@@ -217,7 +225,7 @@ def _searched(
             if isinstance(hits, Exception):
                 raise hits
             complete &= any(hit.passage.id == step.passage.id for hit in hits)
-            shown.append(RESEARCH.render(hits))
+            shown.append(RESEARCH.render(shorten_hits(tuple(hits), max_passage_chars)))
         if complete:
             found.append((question, steps, shown))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from research_env.system.paths import cache_folder
 
 log = logging.getLogger(__name__)
 Part = tuple[str, int | None]  # name and weight
+
+_SLICE = re.compile(r"(?P<split>[^\[\]]+)\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\]", re.ASCII)
 
 DATASETS = ("miniworld", *PUBLISHED, "custom")
 """The names that :func:`load_dataset` takes."""
@@ -57,6 +60,9 @@ def load_dataset(
       too. These four have no corpus.
     - ``stage-1``, ``stage-2``: R1-Searcher's training questions (``data/training_set`` of
       RUCAIBox/R1-Searcher, in the folder ``r1searcher_train``), without a corpus.
+
+    ``"train[:50%]"`` and ``"train[50%:]"`` are the two halves of a split, as in the ``datasets``
+    library, and ``"dev[100:200]"`` are the questions 100 to 199, before any other choice.
 
     Gold answers that normalize to nothing, such as "$", are dropped, since every answer made of
     punctuation would match them exactly. A question that has no other answer is left out; the
@@ -170,6 +176,25 @@ def _parse_part(text: str, what: str = "data set", known: Collection[str] = DATA
 
 
 def _load(
+    name: str, split: str, questions: str | Path | None, world_seed: int, difficulty: int
+) -> Dataset:
+    """The questions of a split or a slice of one, and their corpus."""
+    sliced = _SLICE.fullmatch(split)
+    if sliced is None:
+        return _load_split(name, split, questions, world_seed, difficulty)
+    whole = _load_split(name, sliced["split"], questions, world_seed, difficulty)
+    count = len(whole.questions)
+    first, last = (
+        int(end.rstrip("%")) * (count if end.endswith("%") else 100) // 100
+        for end in (sliced["first"] or "0", sliced["last"] or "100%")
+    )
+    kept = whole.questions[first:last]
+    if not kept:
+        raise ConfigurationError(f"{split!r} has no question; {whole.name!r} has {count} there")
+    return replace(whole, questions=kept)
+
+
+def _load_split(
     name: str, split: str, questions: str | Path | None, world_seed: int, difficulty: int
 ) -> Dataset:
     if name == "miniworld":

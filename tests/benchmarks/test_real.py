@@ -70,7 +70,7 @@ def test_a_stage_that_was_stopped_continues(tmp_path: Path, finished: Path) -> N
 def test_what_is_trained_on_and_what_is_held_out(finished: Path) -> None:
     config = json.loads((finished / "grpo" / "config.json").read_text())
     arguments = config["environment"]["env_args"]
-    assert arguments["dataset"] == "hotpotqa+2wiki" and arguments["split"] == "train"
+    assert arguments["dataset"] == "hotpotqa+2wiki" and arguments["split"] == "train-gold[50%:]"
     assert config["run"]["eval_args"] == {"split": "dev"}
     lines = (finished / "after" / "musique" / "predictions.jsonl").read_text().splitlines()
     settings = json.loads(lines[0])["header"]["settings"]["env_args"]

@@ -58,6 +58,13 @@ def test_splits_choose_files_and_labels(tmp_path: Path) -> None:
     assert ids("train-gold") == ["t1"]
     assert ids("dev") == ["d1"]
     assert ids("dev-all") == ["d1"]  # there is no qa_dev
+    assert ids("train[:50%]") == ["t0"] and ids("train[50%:]") == ["t1", "t2"]
+    assert ids("train[1:2]") == ["t1"] and ids("train[:]") == ids("train[0:100]") == ids("train")
+    with pytest.raises(ConfigurationError, match=r"'train\[3:\]' has no question; .* has 3 there"):
+        ids("train[3:]")
+    for wrong in ("train[-1:]", "train[:x]", "train[1]", "[:1]"):
+        with pytest.raises(UnknownNameError, match="known: dev, dev-all, train"):
+            ids(wrong)
     corpus = load_dataset("musique", split="dev").corpus
     assert corpus is not None
     assert [passage.id for passage in corpus] == ["p1"]
