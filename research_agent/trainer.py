@@ -115,6 +115,7 @@ class Trainer:
         self.config = config
         self.step = 0
         self.seconds = 0.0
+        self.curriculum = CurriculumState()
 
     def train(self) -> TrainSummary:
         """Train until the steps or the time are used up, continuing what the output folder holds.
@@ -428,10 +429,11 @@ class Trainer:
         if self.trace:
             stack.callback(self.trace.close)
         self.stages = parse_stages(rollout.stages)
-        self.curriculum = CurriculumState()
         if saved and self.stages:
             self.curriculum = CurriculumState(**saved.state.get("stage", {}))
-        self.collapse_monitor = None if run.collapse is None else CollapseMonitor(run.collapse)
+        self.collapse_monitor: CollapseMonitor | None = None
+        if run.collapse is not None:
+            self.collapse_monitor = CollapseMonitor(run.collapse)
 
         # The player has as many environments as this process has episodes in flight.
         tree = rollout.tree_plan.size
@@ -462,7 +464,7 @@ class Trainer:
                 reference = self._load(self.origin, is_reference=True)
         self._start_player(slots, merge_adapter=adapter is None)
         with alike():
-            self.learner = Learner(
+            self.learner: Learner = Learner(
                 self.model,
                 algorithm,
                 config.learner,
@@ -497,7 +499,7 @@ class Trainer:
         learner = self.config.learner
         adapter = None if learner.merge_adapter else model_source(self.origin).adapter
         if saved and adapter is None and not learner.lora_rank:
-            self.model = self._load(saved.folder)
+            self.model: Any = self._load(saved.folder)
         else:
             self.model = self._load(self.origin, merge_adapter=adapter is None)
         require_ends(self.model, self.renderer)
