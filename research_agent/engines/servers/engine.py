@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from research_agent.distributed import gather, rank_and_size, together
-from research_agent.engines import Carrier
 from research_agent.engines.base import Completion, Finish, SamplingParams, make_completion
 from research_agent.engines.checks import context_limit, not_finite, require_room, weights_device
 from research_agent.engines.remote import Turns
@@ -42,7 +41,7 @@ from research_agent.system.torchrun import torchrun
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from research_agent.engines import EngineSpec
+    from research_agent.engines import Carrier, EngineSpec
     from research_agent.renderer import Renderer
 
 _STEP = 0.02  # seconds that a step waits for a turn; a collector has environments to look after
