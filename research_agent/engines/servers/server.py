@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from research_agent.engines import Carrier
 from research_agent.engines.servers.client import Client, RequestError
 from research_agent.errors import ContextError, EngineError
+
+if TYPE_CHECKING:
+    from research_agent.engines import Carrier
 
 RELOAD_TIMEOUT = 600.0
 """Seconds that a server may take for new weights, or for its first turn."""

@@ -21,7 +21,6 @@ from research_agent.distributed import (
     run_together,
     together,
 )
-from research_agent.engines import Carrier
 from research_agent.engines.checks import WeightNames
 from research_agent.engines.remote import LoopThread, read_key
 from research_agent.engines.servers.client import Client, RequestError
@@ -33,6 +32,8 @@ from research_agent.weight_files import WeightFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from research_agent.engines import Carrier
 
 _AGAIN = 1.0  # seconds between attempts while no server takes the weights
 
