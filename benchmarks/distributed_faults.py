@@ -267,10 +267,10 @@ class Server:
         self._process.wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        words = f"--host 127.0.0.1 --port {self._port} --max-model-len 480 --max-num-seqs 16"
-        words += " --dtype float32 --enforce-eager --no-enable-chunked-prefill"
-        words += " --max-num-batched-tokens 4096 --enable-scale-out --load-format dummy"
-        words += " --logprobs-mode processed_logprobs"
+        words = f"--host=127.0.0.1 --port={self._port} --max-model-len=480 --max-num-seqs=16"
+        words += " --dtype=float32 --enforce-eager --no-enable-chunked-prefill"
+        words += " --max-num-batched-tokens=4096 --enable-scale-out --load-format=dummy"
+        words += " --logprobs-mode=processed_logprobs"
         environment = {
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_SERVER_DEV_MODE": "1",
@@ -281,7 +281,7 @@ class Server:
         }
         with self._file.with_suffix(".log").open("ab") as log:
             return subprocess.Popen(
-                [*PROGRAM, "--model", str(STARTER), *words.split()],
+                [*PROGRAM, f"--model={STARTER}", *words.split()],
                 cwd=ROOT,
                 env=os.environ | environment,
                 stdout=log,
