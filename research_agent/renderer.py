@@ -284,7 +284,7 @@ def load_renderer(
     place, options = source.place, {**source.options, "trust_remote_code": False}
     with opening(f"the tokenizer of {str(model)!r}", _WHERE):
         # For some architectures AutoTokenizer uses their own class, whatever the folder says, and
-        # that class silently misreads the tokenizer.json of another.
+        # that class silently misreads a tokenizer.json that was written by another class.
         declared = get_tokenizer_config(place).get("tokenizer_class")
         plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
         tokenizer = (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(
