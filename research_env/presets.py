@@ -387,6 +387,7 @@ SFT_PRESETS: dict[str, Preset] = {
             "split": "train-gold[:50%]",
             "top_k": 2,
             "max_passage_chars": 600,
+            "facts": True,
             "search": 0.7,
             "go_on": 0.8,
         },

@@ -5,6 +5,9 @@ sub-questions (MuSiQue has them) or the titles of the gold passages, reads, and 
 searched only if the question or an earlier passage names it, so that each step follows from what
 was read. The results are those of a real search.
 
+A small model finds it harder to read than to search. So the facts that a question of 2Wiki rests on
+can be shown too, each as a question of its own: one search, and an answer that stands in a passage.
+
 As in MiniWorld the habit of searching is left weak on purpose: many episodes guess or stop early.
 Reinforcement learning then has to find when to search, how often, and how to answer.
 
@@ -18,7 +21,7 @@ import random
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from research_env.datasets.base import Corpus, Dataset, Question
@@ -72,6 +75,7 @@ def demonstrations(
     *,
     split: str = "train-gold",
     max_passage_chars: int | None = None,
+    facts: bool = False,
     search: float = 0.5,
     go_on: float = 0.7,
     box: float = 0.8,
@@ -86,6 +90,7 @@ def demonstrations(
         split: split of the questions, such as "train-gold[:50%]". A policy that has seen a question
             several times answers it from memory, so reinforcement learning needs others.
         max_passage_chars: as in the environment; None: passages are whole.
+        facts: whether to demonstrate the questions' facts as well (see :func:`fact_questions`).
         search: probability of searching at the start rather than guessing.
         go_on: probability of searching again, if something is missing, rather than answering.
         box: probability of writing the answer into a box.
@@ -100,6 +105,9 @@ def demonstrations(
     habits = Habits(search=search, go_on=go_on, box=box)
     train, held_out = (load_dataset(dataset, split=each) for each in (split, "dev"))
     left_out = held_out_passages(train, held_out)
+    if facts:
+        asked = [*train.questions, *fact_questions(train)]
+        train = replace(train, questions=asked)
     questions = _searched(train, left_out, top_k, max_passage_chars)
     if not questions:
         raise ConfigurationError(
@@ -120,6 +128,32 @@ def held_out_passages(train: Dataset, held_out: Dataset) -> frozenset[str]:
     needed = {passage for question in train.questions for passage in question.supporting}
     asked = {passage for question in held_out.questions for passage in question.supporting}
     return frozenset(asked - needed)
+
+
+def fact_questions(train: Dataset) -> list[Question]:
+    """The facts that the questions rest on, each as a question of its own.
+
+    They are 2Wiki's ``evidences``, triples of subject, relation and object: "What is the director
+    of Get Low?". A fact that stands in several questions is asked once.
+
+    Args:
+        train: questions with their corpus.
+
+    Returns:
+        Questions with the subject's passage as the only gold passage; none for a subject that no
+        gold passage has as its title.
+    """
+    names = {passage.id: _name(passage).casefold() for passage in train.corpus or ()}
+    found: dict[tuple[str, str], Question] = {}
+    for question in train.questions:
+        named = {names[id_]: id_ for id_ in question.supporting if id_ in names}
+        for subject, relation, answer in _evidences(question):
+            support = named.get(subject.casefold())
+            if support is not None:
+                text = f"What is the {relation} of {subject}?"
+                fact = Question(f"{support} {relation}", text, (answer,), (support,), hops=1)
+                found.setdefault((support, relation), fact)
+    return list(found.values())
 
 
 def gold_steps(question: Question, passages: dict[str, Passage]) -> list[Step]:
@@ -236,18 +270,31 @@ def _name(passage: Passage) -> str:
     return re.sub(r"\s*\([^()]*\)$", "", passage.title) or passage.title
 
 
+def _evidences(question: Question) -> list[tuple[str, str, str]]:
+    """2Wiki's triples of subject, relation and object; what has another form is left out."""
+    given = question.extra.get("evidences")
+    found = []
+    for triple in given if isinstance(given, list) else ():
+        match triple:
+            case [str(subject), str(relation), str(value)]:
+                found.append((subject, relation, value))
+    return found
+
+
 def _wanted(question: Question, steps: Sequence[Step], number: int) -> str:
-    """The answer to find in the passage of a step, or the name of the next passage."""
-    if number == len(steps) - 1:
-        return question.answers[0]
+    """What to find in the passage of a step: its fact, the next passage's name, or the answer."""
     if question.decomposition:
         return question.decomposition[number].answer
-    return steps[number + 1].query
+    passage = steps[number].passage
+    for subject, _, value in _evidences(question):
+        if subject.casefold() == _name(passage).casefold() and value in passage.text:
+            return value
+    return question.answers[0] if number == len(steps) - 1 else steps[number + 1].query
 
 
 def _sentence(text: str, wanted: str) -> str:
     """The first sentence that contains what is wanted, else the first one; shortened if long."""
-    sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z0-9\"'])", text)
+    sentences = re.split(r"(?<=[.!?])(?<!\b[A-Z]\.)\s+(?=[A-Z0-9\"'])", text)  # not after initials
     chosen = next((s for s in sentences if wanted.casefold() in s.casefold()), sentences[0])
     words = chosen.split()
     return chosen if len(words) <= MAX_WORDS_READ else " ".join(words[:MAX_WORDS_READ]) + " ..."

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,12 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     asked = [
         {"id": "q", "question": QUESTION.question, "answers": list(QUESTION.answers),
-         "supporting": ["p1", "p2"], "split": "train"},
+         "supporting": ["p1", "p2"], "split": "train",
+         "evidences": [["Get low", "performer", "Dillon Francis"],
+                       ["Dillon Francis", "date of birth", "October 5, 1987"],
+                       ["Dillon Francis", "date of birth", "October 5, 1987"],
+                       ["Dillon Francis", "spouse", "Nobody Here"],
+                       ["Los Angeles", "country", "USA"], ["no triple"]]},
         {"id": "d", "question": "What is on Secret Street?", "answers": ["October 5, 1987"],
          "supporting": ["p3", "p2"], "split": "dev"},
     ]  # fmt: skip
@@ -104,6 +110,23 @@ def test_nothing_that_only_held_out_questions_need_is_shown(data: Path) -> None:
     assert "Secret Street" not in told and "development question" not in told
 
 
+def test_facts_are_questions_of_their_own(data: Path) -> None:
+    """Not those that no passage says, or whose subject has no gold passage; each only once."""
+    made = list(demonstrations(60, "hotpotqa", 2, facts=True, search=1.0, go_on=1.0, box=1.0))
+    prompts = Counter(each[0][1] for each in made)
+    assert prompts == {
+        f"{QUESTION.question}\n": 20,
+        "What is the performer of Get low?\n": 20,
+        "What is the date of birth of Dillon Francis?\n": 20,
+    }
+    fact = next(each for each in made if "performer of Get low?" in each[0][1])
+    assert [kind for kind, _ in fact] == ["prompt", "action", "observation", "action"]
+    assert fact[-1][1] == (
+        "<think> Get Low is a song by Dillon Francis. </think> "
+        "<answer> \\boxed{Dillon Francis} </answer>"
+    )
+
+
 def test_habits_are_as_weak_as_said(data: Path) -> None:
     made = list(demonstrations(400, "hotpotqa", 2, seed=3, search=0.5, go_on=0.5, box=0.75))
     assert made == list(demonstrations(400, "hotpotqa", 2, seed=3, search=0.5, go_on=0.5, box=0.75))
@@ -119,3 +142,25 @@ def test_data_without_a_question_to_demonstrate_are_refused(data: Path) -> None:
     (data / "corpus.jsonl").write_text('{"id": "p1", "title": "X", "text": "y"}\n')
     with pytest.raises(ResearchEnvError, match="question"):
         list(demonstrations(1, "hotpotqa", 1))
+
+
+def test_the_sentence_with_the_fact_of_a_passage_is_quoted() -> None:
+    """Not the first sentence, though the other film is not named; initials end no sentence."""
+    films = [
+        Passage("f1", "Here", "Here is a western. It was directed by B. Reeves Eason in 1927."),
+        Passage("f2", "There", "There is a film of 1930."),
+    ]
+    question = Question(
+        "q",
+        "Which film is older, Here or There?",
+        ("Here",),
+        ("f1", "f2"),
+        extra={"evidences": [["Here", "director", "B. Reeves Eason"]]},
+    )
+    steps = gold_steps(question, {film.id: film for film in films})
+    made = demonstrate(question, steps, ["[one]", "[two]"], random.Random(0), SKILLED)
+    assert made[3][1] == (
+        "<think> It was directed by B. Reeves Eason in 1927. Now I need to find There. </think> "
+        "<search> There </search>"
+    )
+    assert made[5][1].startswith("<think> There is a film of 1930. </think> <answer>")
