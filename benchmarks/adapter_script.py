@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +27,26 @@ class System(NamedTuple):
     framework: str
     name: str
     play: Play
+
+
+class ServerProcess:
+    """A server in a process of its own, as servers are.
+
+    Attributes:
+        url: its address.
+    """
+
+    def __init__(self, module: str, *words: str) -> None:
+        """Start a module that prints its address first; :meth:`stop` ends it."""
+        command = [sys.executable, "-m", module, *words]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.url = self._process.stdout.readline().strip()
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.communicate()
 
 
 def query(episode: int, turn: int, number: int) -> str:

@@ -8,18 +8,25 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
-from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap
+from verl.experimental.agent_loop.agent_loop import (
+    AgentLoopBase,
+    AgentLoopMetrics,
+    AgentLoopOutput,
+    DictConfigWrap,
+    ToolListWrap,
+)
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 from verl.tools.function_tool import FUNCTION_TOOL_REGISTRY, function_tool
 from verl.workers.rollout.replica import TokenOutput
 
+from benchmarks.adapter_alone import ALONE, OBSERVATION, Waits, make_waits
 from benchmarks.adapter_script import ANSWER, SEARCHES, System, query, search, settings
 from research_env.adapters.shared import share
 from research_env.adapters.verl import ResearchAgentLoop
@@ -55,8 +62,37 @@ class _Script:
         return TokenOutput(token_ids=self._turns.pop(0), stop_reason="completed")
 
 
-def systems(url: str, episodes: int, stack: ExitStack) -> Iterator[System]:
-    """Our agent loop, and verl's with a search function as its tool."""
+class _WaitingLoop(AgentLoopBase):  # type: ignore[misc]
+    """The smallest agent loop: the policy's turns, and the observation that it waits for."""
+
+    def __init__(self, *arguments: Any, waits: Waits, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._waits = waits
+
+    async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
+        prompt = self.tokenizer(row["raw_prompt"][0]["content"])["input_ids"]
+        ids: list[int] = []
+        mask: list[int] = []
+        for turn in range(SEARCHES + 1):
+            sampled = await self.server_manager.generate(prompt_ids=prompt + ids)
+            ids += sampled.token_ids
+            mask += [1] * len(sampled.token_ids)
+            if turn < SEARCHES:
+                await asyncio.wrap_future(self._waits.request(f"{row} {turn}"))
+                observed = self.tokenizer(OBSERVATION, add_special_tokens=False)["input_ids"]
+                ids += observed
+                mask += [0] * len(observed)
+        return AgentLoopOutput(
+            prompt_ids=prompt,
+            response_ids=ids,
+            response_mask=mask,
+            num_turns=2 * (SEARCHES + 1),
+            metrics=AgentLoopMetrics(),
+        )
+
+
+def systems(url: str, episodes: int, seconds: float, stack: ExitStack) -> Iterator[System]:
+    """Our agent loop, one that only waits, and verl's with a search function as its tool."""
     tokenizer = AutoTokenizer.from_pretrained(STARTER)
     tokenizer.chat_template = TEMPLATE
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
@@ -115,5 +151,7 @@ def systems(url: str, episodes: int, stack: ExitStack) -> Iterator[System]:
 
     ours = player(ResearchAgentLoop, search, {"args": {"benchmark": url}})
     yield System("verl", "adapter", ours)
+    waits = stack.enter_context(closing(make_waits(seconds)))
+    yield System("verl", ALONE, player(_WaitingLoop, search, {"waits": waits}))
     tools = {"tools": ToolListWrap([FUNCTION_TOOL_REGISTRY[name]])}
     yield System("verl", "tool agent loop", player(ToolAgentLoop, call, tools))

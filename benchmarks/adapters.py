@@ -8,6 +8,11 @@ request at a time, in 50 ms, whatever its number of queries, as an engine on one
 one that takes 50 ms for each of any number of requests at once. The server counts requests and
 queries. Our vector environment plays the same episodes in the same run.
 
+Each framework also plays alone, with the smallest environment that it can have, which waits for 50
+ms at a search and does nothing else (:mod:`benchmarks.adapter_alone`). What the adapter is slower
+than that is the adapter's own cost; what that is slower than the vector environment is the
+framework's.
+
 Peers: TRL's tool loop with a search function, skyrl-gym's search environment in threads, GEM's
 question answering with its search tool in its threaded vector environment, verl's tool agent loop.
 Frameworks that are not installed are left out; OpenEnv and verl have environments of their own:
@@ -19,8 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,7 +33,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.adapter_script import SEARCHES, System
+from benchmarks.adapter_alone import ALONE
+from benchmarks.adapter_script import SEARCHES, ServerProcess, System
 from benchmarks.adapter_systems import FRAMEWORKS, vector_environment
 from benchmarks.tables import print_table
 
@@ -45,29 +49,25 @@ class SearchServer:
     def __init__(self, seconds: float, *, parallel: bool) -> None:
         """Start it on a free port; :meth:`stop` ends it. See :mod:`benchmarks.adapter_server`."""
         kind = "in-parallel" if parallel else "one-at-a-time"
-        command = [sys.executable, "-m", "benchmarks.adapter_server", str(seconds), kind]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
-        self.url = self._process.stdout.readline().strip()
+        self._process = ServerProcess("benchmarks.adapter_server", str(seconds), kind)
+        self.url = self._process.url
+        self.stop = self._process.stop
 
     def counts(self) -> tuple[int, int]:
         """How many requests it got so far, and how many queries these held."""
         counts = httpx.get(self.url, timeout=60).json()
         return counts["requests"], counts["queries"]
 
-    def stop(self) -> None:
-        """End the process."""
-        self._process.terminate()
-        self._process.communicate()
-
 
 @contextmanager
-def _systems(url: str, episodes: int, only: Sequence[str]) -> Iterator[list[System]]:
+def _systems(
+    url: str, episodes: int, seconds: float, only: Sequence[str]
+) -> Iterator[list[System]]:
     with ExitStack() as stack:
         made = list(vector_environment(url, episodes, stack))
         for name, (module, make) in FRAMEWORKS.items():
             if find_spec(module) and (not only or name in only):
-                made += make(url, episodes, stack)
+                made += make(url, episodes, seconds, stack)
         yield made
 
 
@@ -77,12 +77,12 @@ def measure(
     """Play with one kind of server, the systems taking turns.
 
     Returns:
-        A row per system: episodes per second in its best round, that over the vector environment's,
-        and requests to the server per search.
+        A row per system: episodes per second in its best round, these over the vector environment's
+        and over those of its framework alone, and requests to the server per search.
     """
     server = SearchServer(seconds, parallel=parallel)
     try:
-        with _systems(server.url, episodes, only) as systems:
+        with _systems(server.url, episodes, seconds, only) as systems:
             best = [float("inf")] * len(systems)
             requests = [0] * len(systems)
             for number in range(rounds + 1):  # the first warms up
@@ -92,13 +92,14 @@ def measure(
                     system.play(number * len(systems) + place)
                     spent = time.perf_counter() - began
                     after, answered = server.counts()
-                    if answered - asked != episodes * SEARCHES:
+                    if answered - asked != (0 if system.name == ALONE else episodes * SEARCHES):
                         raise AssertionError(f"{system}: {answered - asked} queries")
                     if number:
                         best[place] = min(best[place], spent)
                         requests[place] += after - before
     finally:
         server.stop()
+    alone = {s.framework: best[i] for i, s in enumerate(systems) if s.name == ALONE}
     return [
         {
             "framework": system.framework,
@@ -106,6 +107,7 @@ def measure(
             "parallel": parallel,
             "episodes_per_second": episodes / best[place],
             "of_vector_environment": best[0] / best[place],
+            "of_framework_alone": alone[system.framework] / best[place] if place else None,
             "calls_per_search": requests[place] / rounds / episodes / SEARCHES,
         }
         for place, system in enumerate(systems)
@@ -135,7 +137,7 @@ def run(
             / speeds[framework, parallel, system]
             for (framework, parallel), own in ours.items()
             for (other, kind, system) in speeds
-            if (other, kind) == (framework, parallel) and not system.startswith("adapter")
+            if (other, kind) == (framework, parallel) and not system.startswith(("adapter", ALONE))
         },
     }
 
@@ -157,7 +159,15 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     print_table(
         "adapters and the frameworks' own loops",
-        ("requests", "framework", "system", "episodes/s", "of the vector env", "calls per search"),
+        (
+            "requests",
+            "framework",
+            "system",
+            "episodes/s",
+            "of the vector env",
+            "of the framework alone",
+            "calls per search",
+        ),
         [
             (
                 "in parallel" if row["parallel"] else "one at a time",
@@ -165,6 +175,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 row["system"],
                 f"{row['episodes_per_second']:.1f}",
                 f"{row['of_vector_environment']:.2f}",
+                f"{row['of_framework_alone'] or float('nan'):.2f}",
                 f"{row['calls_per_search']:.3f}",
             )
             for row in result["rows"]

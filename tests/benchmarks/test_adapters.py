@@ -17,17 +17,19 @@ def test_a_tiny_race(capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(capsys.readouterr().out)
     played = [(row["framework"], row["parallel"]) for row in result["rows"]]
     kinds = [kind for name, kind in played if name == "GEM"]
-    assert kinds == [False, False, True, True]
+    assert kinds == [False, False, False, True, True, True]
     assert set(result["times_peer"]) == {
         f"{name}, {kind}"
         for name in ("skyrl-gym", "GEM")
         for kind in ("one at a time", "in parallel")
     }
     for row in result["rows"]:
-        shared = row["system"].startswith(("adapter", "research_env"))
         assert row["episodes_per_second"] > 0
-        assert row["calls_per_search"] <= 1
-        if not shared:
+        if row["system"] == "framework alone":
+            assert (row["calls_per_search"], row["of_framework_alone"]) == (0.0, 1.0)
+        elif row["system"].startswith(("adapter", "research_env")):
+            assert 0 < row["calls_per_search"] <= 1
+        else:
             assert row["calls_per_search"] == 1.0
     assert "TRL" not in result["missing"]
     assert set(result["missing"]) <= set(FRAMEWORKS)
