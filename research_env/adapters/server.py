@@ -73,6 +73,7 @@ class AppServer:
             proxy_headers=False,
             server_header=False,
             http="h11",
+            ws_per_message_deflate=False,
             timeout_graceful_shutdown=30,
         )
         self._server = uvicorn.Server(config)
