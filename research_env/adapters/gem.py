@@ -28,6 +28,17 @@ from gem.core import Env  # noqa: E402
 from gem.envs.registration import register as _register  # noqa: E402
 
 
+class _Info(dict[str, Any]):
+    """An info whose deep copy is shallow.
+
+    GEM's vector environments copy each info deeply, which takes longer than a step. Nothing in it
+    changes after the step.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Info:
+        return _Info(self)
+
+
 class ResearchEnv(Env):  # type: ignore[misc]
     """One environment of GEM.
 
@@ -65,7 +76,7 @@ class ResearchEnv(Env):  # type: ignore[misc]
         last, self._last = self._last, {}
         session = self._order.open(seed, question_id)
         final = {"final_info": last} if last.get("metrics") else {}
-        return session.prompt, {**session.info, **final}
+        return session.prompt, _Info(session.info, **final)
 
     def step(self, action: str) -> StepOutput:
         """Take what the policy wrote; see :meth:`research_env.sessions.Session.step`.
@@ -94,8 +105,8 @@ class ResearchEnv(Env):  # type: ignore[misc]
         return child
 
     def _output(self, output: StepOutput) -> StepOutput:
-        self._last = output.info
-        return output
+        self._last = _Info(output.info)
+        return output._replace(info=self._last)
 
 
 def register(name: str, sessions: Sessions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -74,6 +75,17 @@ def test_its_vector_environments_play_the_tasks_in_the_order_of_their_seeds(
     assert [info["final_info"]["void"] for info in infos] == [False] * 3
     if async_mode:
         envs.thread_pool_executer.shutdown()
+
+
+def test_a_copy_of_an_info_is_a_dictionary_of_its_own(sessions: Sessions) -> None:
+    env = gem.make(NAME)
+    _, info = env.reset(question_id="q1")
+    *_, after = env.step(search("1"))
+    for each in (info, after):
+        copied = copy.deepcopy(each)
+        assert copied == each
+        copied["question"] = "another"
+        assert each["question"] == sessions.open("q1").info["question"]
 
 
 def test_searches_of_a_vector_environment_share_calls() -> None:
