@@ -259,7 +259,9 @@ class QueryBatcher(Generic[Ticket]):
                 try:
                     query = self._queue.get(timeout=self._max_wait if batch else None)
                 except Empty:
-                    break
+                    if self._queue.empty():
+                        break
+                    continue  # asked in time, while this thread waited for the interpreter's lock
                 if query is None:
                     return []
                 batch.append(query)

@@ -214,13 +214,17 @@ def test_queries_of_a_moment_go_together_however_many_threads_there_are() -> Non
 class Arrivals:
     """A queue into which queries come at given seconds of a clock that nobody waits for."""
 
-    def __init__(self, seconds: Sequence[float]) -> None:
+    def __init__(self, seconds: Sequence[float], late: float = 0.0) -> None:
         self.seconds = list(seconds)
+        self.late = late  # how long a thread whose wait is over still waits to run
         self.now = 0.0
+
+    def empty(self) -> bool:
+        return self.seconds[0] > self.now
 
     def get(self, timeout: float | None = None) -> str:
         if timeout is not None and self.seconds[0] > self.now + timeout:
-            self.now += timeout
+            self.now += timeout + self.late
             raise Empty
         self.now = max(self.now, self.seconds.pop(0))
         return f"at {self.now:g}"
@@ -233,6 +237,15 @@ def test_a_batch_waits_for_as_long_as_queries_keep_coming(monkeypatch: pytest.Mo
     assert searches._gather() == ["at 1", "at 2.5", "at 4", "at 5.5"]  # it is full
     assert searches._gather() == ["at 8", "at 8.5", "at 9", "at 9.5"]
     assert (searches._gather(), queue.now) == (["at 10"], 12.0)
+
+
+def test_queries_that_come_while_the_thread_waits_to_run_join_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queue = Arrivals([1.0, 3.5, 3.9, 20.0], late=1.0)
+    searches = made(Engine(), 0, max_batch=4, max_wait=2.0)
+    monkeypatch.setattr(searches, "_queue", queue)
+    assert searches._gather() == ["at 1", "at 4", "at 4"]
 
 
 @pytest.mark.parametrize("in_flight", [None, 2])
