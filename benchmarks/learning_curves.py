@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 import tyro
 
-from benchmarks.runs import draw_band, read_log, training_process
+from benchmarks.drawing import Curve, small_multiples
 from benchmarks.runs import is_finished as finished
+from benchmarks.runs import read_log, training_process
 from benchmarks.runs import run_all as do_all
 from benchmarks.tables import markdown_table, print_table, spread
 from research_agent.config import AlgorithmConfig, TrainConfig
 from research_agent.presets import PRESETS
-from research_agent.report.curve import label_ends
 
 MINIWORLD = PRESETS["miniworld"]
 
@@ -257,7 +257,7 @@ def report(config: CurvesConfig, results: Sequence[Result]) -> None:
     ]
     out = {"budget": budget, "workers": config.workers, "runs": written}
     (config.output / "results.json").write_text(json.dumps(out) + "\n", encoding="utf-8")
-    draw(config, by_name)
+    draw(by_name).savefig(config.output / "curves.png", dpi=100)
     print(config.output / "curves.png")
 
 
@@ -274,36 +274,22 @@ def _row(name: str, results: Sequence[Result], budget: int) -> tuple[str, ...]:
     )
 
 
-def draw(config: CurvesConfig, by_name: Mapping[str, Sequence[Result]]) -> None:
-    """Draw rewards by episodes: a panel for each algorithm beside the first, and each ablation."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
+def draw(by_name: Mapping[str, Sequence[Result]]) -> Any:
+    """Draw the reward of each run by episodes, with GRPO's (else the first run's) behind it.
 
-    first, *others = [name for name in config.algorithms if name in by_name] or ["grpo"]
-    compared = {name: [name] for name in others}
-    compared["retrieved tokens masked, or not"] = ["grpo, unmasked"]
-    compared["KL 0, or 1e-3"] = ["grpo, KL 1e-3"]
-    groups = [name for name in by_name if ", G = " in name]
-    compared[f"samples per group (grpo: {config.group_size})"] = groups
-    panels = {}
-    for title, names in compared.items():
-        if shown := [name for name in names if name in by_name]:
-            base = first if title in others else "grpo"
-            panels[title] = [*([base] if base in by_name else []), *shown]
-    panels = panels or {first: [first]}
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(1 + 4 * columns, 0.6 + 2.8 * rows), layout="constrained")
-    figure.suptitle("reward at T = 1 by episodes: mean of the seeds, and lowest to highest")
-    for number, (title, names) in enumerate(panels.items()):
-        axes = figure.add_subplot(rows, columns, number + 1)
-        axes.set_title(title)
-        ends = []
-        for name in names:
-            seeds = by_name[name]
-            last, color = draw_band(axes, [r.episodes for r in seeds], [r.rewards for r in seeds])
-            ends.append((last, name, color))
-        label_ends(axes, ends)
-    figure.savefig(config.output / "curves.png", dpi=120)
+    Args:
+        by_name: results by the name of the run, one per seed.
+
+    Returns:
+        A matplotlib ``Figure``.
+    """
+    curves = {
+        name: {"reward": Curve([r.episodes for r in seeds], [r.rewards for r in seeds], window=5)}
+        for name, seeds in by_name.items()
+    }
+    runs = {**({"grpo": curves["grpo"]} if "grpo" in curves else {}), **curves}
+    title = "Reward on MiniWorld while training, at T = 1 (mean of five steps)"
+    return small_multiples(runs, title, "episodes")
 
 
 if __name__ == "__main__":

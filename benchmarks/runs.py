@@ -1,4 +1,4 @@
-"""Training runs that are compared: done several at a time, each once, read again, and drawn.
+"""Training runs that are compared: done several at a time, each once, and read again.
 
 A run is a folder: one that is finished is not run again, and one that was stopped continues. The
 learning curves and the ablations of the papers are made of such runs.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -161,35 +160,3 @@ def read_log(folder: Path, episodes: int | None = None) -> list[dict[str, Any]]:
             break
         found.append({**line, "played": played, "seconds": seconds[line["step"]]})
     return found
-
-
-# --- drawing them ---------------------------------------------------------------------------------
-
-
-def draw_band(
-    axis: Any,
-    xs: Sequence[Sequence[float]],
-    ys: Sequence[Sequence[float]],
-    window: int = 5,
-) -> tuple[float, str]:
-    """Draw the curves of several seeds as their mean, and a band from lowest to highest.
-
-    Each point is the mean of a value and those before it, ``window`` at most.
-
-    Returns:
-        The last mean, and the color of the curve.
-    """
-    import numpy as np  # noqa: PLC0415
-
-    def smooth(values: Sequence[float]) -> list[float]:
-        return [
-            statistics.fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))
-        ]
-
-    grid = np.linspace(max(x[0] for x in xs), min(x[-1] for x in xs), 200)
-    curves = [np.interp(grid, x, smooth(y)) for x, y in zip(xs, ys, strict=True)]
-    mean = np.mean(curves, axis=0)
-    (line,) = axis.plot(grid, mean)
-    color = line.get_color()
-    axis.fill_between(grid, np.min(curves, axis=0), np.max(curves, axis=0), color=color, alpha=0.15)
-    return float(mean[-1]), color

@@ -16,33 +16,24 @@ from typing import Any
 import gymnasium as gym
 import pytest
 
-from benchmarks import runs as benchmark_runs
-from benchmarks.ablations import runs
+from benchmarks.ablations import prepare, runs
 from benchmarks.ablations.__main__ import main
 from benchmarks.ablations.noise import MissingRetriever
-from benchmarks.ablations.registry import ABLATIONS, BY_NAME, Ablation, Arm, Claim
-from benchmarks.ablations.report import (
+from benchmarks.ablations.numbers import (
     EQUAL_BUDGETS,
     NUMBERS,
-    Seen,
+    FinishedRun,
     at_equal_budget,
     largest_fall,
-    report,
+    read_run,
     rows_of,
     self_correction,
-    verdict,
-    verdicts,
     with_totals,
 )
-from benchmarks.ablations.runs import (
-    Settings,
-    folder_of,
-    is_finished,
-    missing,
-    training_of,
-    world_of,
-    write_worlds,
-)
+from benchmarks.ablations.prepare import missing, write_worlds
+from benchmarks.ablations.registry import ABLATIONS, BY_NAME, Ablation, Arm, Claim
+from benchmarks.ablations.report import draw, report, verdict, verdicts
+from benchmarks.ablations.runs import Settings, folder_of, is_finished, training_of, world_of
 from benchmarks.ablations.verbose_starter import demonstrations, verbose
 from benchmarks.runs import run_all
 from research_agent.algorithms import algorithm
@@ -354,7 +345,7 @@ def test_numbers_of_a_run() -> None:
         for n in range(1, 10)
     ]
     final = {"in": {"em": 0.5, "tokens": 30.0, "answer words": 1.5}, "out": {"em": 0.25}}
-    seen = Seen(with_totals(log), final, 12.0)
+    seen = FinishedRun(with_totals(log), final, 12.0)
     got = {name: find(seen) for name, (_, find) in NUMBERS.items()}
     assert got["em in"] == 0.5 and got["em out"] == 0.25
     assert got["tokens"] == 30.0 and got["answer words"] == 1.5 and got["seconds"] == 12.0
@@ -362,17 +353,17 @@ def test_numbers_of_a_run() -> None:
     assert got["reward"] == pytest.approx(0.9)  # the last tenth of nine steps is one
     assert got["format early"] == pytest.approx((0.9 + 0.8 + 0.7) / 3)
     assert got["searches early"] == pytest.approx(2.0)
-    assert NUMBERS["reward"][1](Seen([], final, 1.0)) is None
+    assert NUMBERS["reward"][1](FinishedRun([], final, 1.0)) is None
 
 
 def test_what_it_cost_to_reach_a_level() -> None:
     """After each step .1, .4, .5, .6; per step 10 tokens and 12 turns, of which four answer."""
-    seen = Seen(_steps([0.1, 0.4, 0.5, 0.6], tokens=10), {"hard": {"em": 0.25}}, 0.0)
+    seen = FinishedRun(_steps([0.1, 0.4, 0.5, 0.6], tokens=10), {"hard": {"em": 0.25}}, 0.0)
     got = {name: find(seen) for name, (_, find) in NUMBERS.items()}
     assert (got["episodes to .5"], got["tokens to .5"], got["searches to .5"]) == (12, 30, 24)
     assert got["tokens to .3"] == pytest.approx(10 + 10 * 2 / 3)  # two thirds of the way to .4
     assert got["tokens to .8"] == math.inf
-    assert NUMBERS["tokens to .8"][1](Seen([], {}, 0.0)) is None
+    assert NUMBERS["tokens to .8"][1](FinishedRun([], {}, 0.0)) is None
     assert (got["all tokens"], got["all searches"]) == (40, 32)
     assert (got["em hard"], got["em in"], got["em, T = 1"]) == (0.25, None, 0.6)
 
@@ -385,14 +376,14 @@ def _steps(em: Sequence[float], tokens: float) -> list[dict[str, Any]]:
 
 def test_runs_are_compared_where_the_cheapest_ended() -> None:
     """It spent 20 tokens and 32 searches; the dear ones had .2 at 16 tokens and .3 at 24."""
-    cheap = [Seen(_steps([0.0, 0.3, 0.6, 0.9], tokens=5), {}, 0.0)]
-    dear = [Seen(_steps([0.1, 0.2, 0.3, 0.4, 0.8], tokens=8), {}, 0.0)] * 2
+    cheap = [FinishedRun(_steps([0.0, 0.3, 0.6, 0.9], tokens=5), {}, 0.0)]
+    dear = [FinishedRun(_steps([0.1, 0.2, 0.3, 0.4, 0.8], tokens=8), {}, 0.0)] * 2
     one, other = at_equal_budget(dear, cheap, "all tokens")
     assert one == pytest.approx([0.25] * 2) and other == [0.9]
     one, other = at_equal_budget(cheap, dear, "all searches")
     assert one == [0.9] and other == pytest.approx([0.4] * 2)
     assert at_equal_budget([], [], "all tokens") == ([], [])
-    assert at_equal_budget([Seen([], {}, 0.0)], dear, "all tokens")[0] == []
+    assert at_equal_budget([FinishedRun([], {}, 0.0)], dear, "all tokens")[0] == []
 
 
 def _answer(hops: int, em: float) -> str:
@@ -401,7 +392,7 @@ def _answer(hops: int, em: float) -> str:
     return json.dumps(record | {"info": {"strata": {"hops": str(hops)}}}) + "\n"
 
 
-def test_the_report_of_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_of_turns(tmp_path: Path) -> None:
     """Trees reach .3 with half of the tokens, and one seed of the chains never does."""
     settings = replace(SETTINGS, output=tmp_path)
     em = {"grpo, outcome": [[0.1, 0.1, 0.1], [0.5] * 3], "tree_grpo": [[0.5] * 3, [0.6] * 3]}
@@ -419,14 +410,8 @@ def test_the_report_of_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             text = "".join(json.dumps(each) + "\n" for each in lines)
             (folder_of(settings, arm, seed) / "metrics.jsonl").write_text(text)
     claims = tuple(c for c in BY_NAME["turns"].claims if {c.more, c.less} == em.keys())
-    drawn: list[Sequence[Sequence[float]]] = []
-
-    def draw_band(axes: Any, xs: Any, ys: Any, window: int) -> tuple[float, str]:
-        drawn.append(xs)
-        return benchmark_runs.draw_band(axes, xs, ys, window)
-
-    monkeypatch.setattr("benchmarks.ablations.report.draw_band", draw_band)
-    folder = report(settings, replace(BY_NAME["turns"], arms=arms, claims=claims), (0, 1))
+    ablation = replace(BY_NAME["turns"], arms=arms, claims=claims)
+    folder = report(settings, ablation, (0, 1))
     text = (folder / "table.md").read_text()
     assert "| tree_grpo | 2 | 0.550 (0.500 to 0.600) | 4 (4 to 4) | 60 (60 to 60) |" in text
     assert "never (120 to never) |" in text
@@ -436,11 +421,22 @@ def test_the_report_of_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "as in the paper",  # 60 tokens against 120 and never
         "cannot be told apart",  # 8 searches each
     ]
-    assert [[60.0, 120.0, 180.0]] * 2 in drawn  # tree_grpo, over tokens sampled
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     rows = json.loads((folder / "results.json").read_text())["rows"]
     assert rows["tree_grpo"]["em, 5+ hops"] == [0.5, 0.5]
     assert rows["grpo, outcome"]["tokens to .5"] == ["never", 120.0]
+    runs_ = {arm.name: [run for i in (0, 1) if (run := read_run(settings, arm, i))] for arm in arms}
+    em_panel, *others = draw(ablation, runs_).axes
+    assert [panel.get_title() for panel in (em_panel, *others)] == [
+        "Exact match, held out, T = 1",
+        "Reward in training",
+        "Searches in training",
+        "Support recall in training",
+    ]
+    grey, blue = em_panel.lines  # chains behind trees, over the tokens that were sampled
+    assert (grey.get_xdata()[0], grey.get_xdata()[-1]) == (120, 360)
+    assert (blue.get_xdata()[0], blue.get_xdata()[-1]) == (60, 180)
+    assert [label.get_text() for label in em_panel.texts] == ["0.55", "0.30"]
 
 
 def test_a_tiny_run_of_turns_is_reported_and_not_done_twice(
@@ -469,7 +465,9 @@ def test_rows_over_time() -> None:
         return {"step": step, "eval/em": 0.5, "eval/tokens": tokens, "eval/searches": 1.0}
 
     log = [at(0, 10.0), {"step": 1, "reward": 1.0}, at(5, 20.0), at(8, 30.0), at(9, 40.0)]
-    rows = rows_of(BY_NAME["length"], {"grpo": [Seen(log, {}, 0.0), Seen(log, {}, 0.0)]})
+    rows = rows_of(
+        BY_NAME["length"], {"grpo": [FinishedRun(log, {}, 0.0), FinishedRun(log, {}, 0.0)]}
+    )
     assert list(rows) == ["before", "half-way", "after"]
     assert [rows[moment]["tokens"] for moment in rows] == [[10.0] * 2, [20.0] * 2, [40.0] * 2]
     assert rows["after"]["turns"] == []
@@ -607,7 +605,7 @@ def test_an_unknown_study() -> None:
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Worlds of few questions, all of one hop: the starter gets some of those right."""
     monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(runs, "QUESTIONS", {"train": 40, "dev": 10})
+    monkeypatch.setattr(prepare, "QUESTIONS", {"train": 40, "dev": 10})
     monkeypatch.setattr(runs, "SLOTS", 32)
     monkeypatch.setattr(miniworld, "HOPS", {1: 1.0})
     settings = Settings(tmp_path / "out", steps=2, prompts_per_step=8, group_size=2, questions=4)
@@ -656,16 +654,16 @@ def test_some_of_the_starters_answers_are_verbose() -> None:
 
 @pytest.mark.slow
 def test_what_runs_begin_with_is_made(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    for start in runs.STARTS:
-        monkeypatch.setitem(runs.STARTS, start, runs.STARTS[start] | {"count": 12})
-    monkeypatch.setattr(runs, "GRADED", 8)
+    for start in prepare.STARTS:
+        monkeypatch.setitem(prepare.STARTS, start, prepare.STARTS[start] | {"count": 12})
+    monkeypatch.setattr(prepare, "GRADED", 8)
     names = ["grades.jsonl", "nothing", "verbose", "warm"]
     assert missing(small, arms()) == names
     for name in names:
-        runs.prepare(small, name)
+        prepare.prepare(small, name)
     assert missing(small, arms()) == []
     grades = [json.loads(line) for line in (small.prepared / "grades.jsonl").open()]
-    assert len(grades) == 8 and {g["samples"] for g in grades} == {runs.GRADE_SAMPLES}
+    assert len(grades) == 8 and {g["samples"] for g in grades} == {prepare.GRADE_SAMPLES}
     started = ["miniworld-starter", *(str(small.prepared / name) for name in names[1:])]
     starter, nothing, verbose, warm = (_weights(load_model(name)) for name in started)
     assert any((a != b).any() for a, b in zip(warm, verbose, strict=True))
@@ -684,7 +682,7 @@ def test_a_small_study_whole(
 ) -> None:
     """Trained and evaluated in both worlds; the second time nothing is run again."""
     monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(runs, "QUESTIONS", {"train": 40, "dev": 10})
+    monkeypatch.setattr(prepare, "QUESTIONS", {"train": 40, "dev": 10})
     words = ["length", "--output", str(tmp_path / "out"), "--steps", "2", "--seeds", "0"]
     words += ["--prompts-per-step", "2", "--group-size", "2", "--questions", "4", "--workers", "1"]
     main(words)
