@@ -25,7 +25,7 @@ class Scale:
 
     questions: int  # per data set, in each evaluation
     demonstrations: int  # per part of the warm start
-    parts: int  # of the warm start, each a stage
+    parts: int  # stages of the warm start
     batch: int  # demonstrations per optimizer step
     sft_learning_rate: float
     steps: int  # GRPO training steps

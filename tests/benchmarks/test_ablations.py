@@ -58,7 +58,7 @@ def arms() -> list[Arm]:
     return [arm for ablation in ABLATIONS for arm in ablation.arms]
 
 
-def of(ablation: str, arm: str) -> TrainConfig:
+def training(ablation: str, arm: str) -> TrainConfig:
     (found,) = (each for each in BY_NAME[ablation].arms if each.name == arm)
     return training_of(SETTINGS, found, 0)
 
@@ -97,11 +97,11 @@ def test_every_run_is_valid_and_plays_as_many_episodes(ablation: Ablation) -> No
 
 
 def test_what_the_arms_change() -> None:
-    base = of("algorithms", "grpo")
+    base = training("algorithms", "grpo")
     assert base.algorithm.algorithm == "grpo" and base.algorithm.algorithm_args["kl_coef"] == 0.0
 
     def changed(ablation: str, arm: str) -> dict[str, Any]:
-        ours = of(ablation, arm)
+        ours = training(ablation, arm)
         parts = ("environment", "policy", "sampling", "rollout", "algorithm", "learner")
         return {
             f"{part}.{name}": value
@@ -115,24 +115,24 @@ def test_what_the_arms_change() -> None:
         "algorithm.algorithm_args": {"baseline": "group", "kl_coef": 0.0},
     }
     assert changed("sft", "sft on right episodes") == {}  # as many episodes of the same policy
-    rewards = {arm.name: of("reward", arm.name).environment for arm in BY_NAME["reward"].arms}
+    rewards = {arm.name: training("reward", arm.name).environment for arm in BY_NAME["reward"].arms}
     assert {name: env.env_args["reward"] for name, env in rewards.items()} == {
         "f1 reward": "f1+2*format",
         "em reward": "em+2*format",
         "cem reward": "cem+2*format",
     }
     verbose = "runs/ablations/prepared/verbose"
-    assert {of("reward", name).policy.model for name in rewards} == {verbose}
-    hard = of("difficulty", "hard questions")
+    assert {training("reward", name).policy.model for name in rewards} == {verbose}
+    hard = training("difficulty", "hard questions")
     assert hard.environment.env_args["grade"] == "hard"
     assert hard.run.eval_args == {"split": "dev", "grades": None, "grade": None}
-    one, two = (of("stages", name) for name in ("one stage", "two stages"))
+    one, two = (training("stages", name) for name in ("one stage", "two stages"))
     first, last = parse_stages(two.rollout.stages)
     assert first.steps == 10 and first.env_args == {"reward": "0.5*retrieved+0.5*format"}
     assert last.env_args == {"reward": one.environment.env_args["reward"]}
     assert changed("mask", "grpo, unmasked") == {"learner.old_logprobs": "recomputed"}
     assert not BY_NAME["mask"].arms[1].masked
-    assert of("strict", "research-strict").environment.env_args["reward"] == "research-strict"
+    assert training("strict", "research-strict").environment.env_args["reward"] == "research-strict"
     assert changed("start", "warm start") == {"policy.model": "runs/ablations/prepared/warm"}
     assert changed("start", "from nothing") == {"policy.model": "runs/ablations/prepared/nothing"}
     kl = changed("start", "grpo, KL 1e-3")["algorithm.algorithm_args"]
@@ -144,21 +144,23 @@ def test_what_the_arms_change() -> None:
 
 
 def test_what_the_arms_of_turns_change() -> None:
-    base = of("turns", "grpo, outcome")
+    base = training("turns", "grpo, outcome")
     assert base.environment.env_args["reward"] == "f1"
     assert base.environment.env_args["questions"] == "runs/ablations/worlds/hard/questions.jsonl"
-    assert base.sampling.max_response > of("algorithms", "grpo").sampling.max_response
+    assert base.sampling.max_response > training("algorithms", "grpo").sampling.max_response
     for name in ("mt_grpo", "mt_ppo", "gigpo", "tree_grpo", "arpo"):
-        assert of("turns", name).algorithm.algorithm == name
-    rewards = {a.name: of("turns", a.name).environment.env_args for a in BY_NAME["turns"].arms}
+        assert training("turns", name).algorithm.algorithm == name
+    rewards = {
+        a.name: training("turns", a.name).environment.env_args for a in BY_NAME["turns"].arms
+    }
     assert {args.get("turn_reward") for args in rewards.values()} == {
         None,
         "0.2*new_support",
         "0.1*first_search-0.1*repeated_query-0.1*invalid_action",
     }
-    assert of("turns", "arpo").rollout.tree_choice == "entropy"
-    assert of("turns", "tree_grpo, 120 tokens").rollout.tree_max_tokens == 120
-    assert of("turns", "tree_grpo, 10 turns").rollout.tree_max_turns == 10
+    assert training("turns", "arpo").rollout.tree_choice == "entropy"
+    assert training("turns", "tree_grpo, 120 tokens").rollout.tree_max_tokens == 120
+    assert training("turns", "tree_grpo, 10 turns").rollout.tree_max_turns == 10
 
 
 def test_the_hard_world(tmp_path: Path) -> None:
@@ -530,7 +532,7 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["grpo"]["em in"] == [0.8, 0.6, 0.7]
 
 
-def test_a_study_of_which_nothing_is_done_says_so(
+def test_an_ablation_without_runs_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = report(replace(SETTINGS, output=tmp_path), BY_NAME["mask"], (0,))
@@ -594,7 +596,7 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(ablation.name in said and ablation.finding in said for ablation in ABLATIONS)
 
 
-def test_an_unknown_study() -> None:
+def test_an_unknown_ablation() -> None:
     with pytest.raises(
         SystemExit, match=r"unknown ablation 'masks'; known: algorithms, .*, all, list"
     ):
@@ -677,7 +679,7 @@ def test_what_runs_begin_with_is_made(small: Settings, monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("forks")
-def test_a_small_study_whole(
+def test_a_small_ablation_from_start_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Trained and evaluated in both worlds; the second time nothing is run again."""
