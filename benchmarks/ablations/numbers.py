@@ -28,7 +28,7 @@ class FinishedRun:
 
     log: Sequence[Mapping[str, Any]]  # a line per training step; empty for SFT
     final: Mapping[str, Mapping[str, float]]  # world to means of the greedy evaluation at the end
-    seconds: float  # of training
+    seconds: float  # training time
 
 
 def read_run(settings: Settings, arm: Arm, seed: int) -> FinishedRun | None:
