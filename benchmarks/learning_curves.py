@@ -242,17 +242,7 @@ def report(config: CurvesConfig, results: Sequence[Result]) -> None:
     print_table(f"MiniWorld, {budget} episodes; mean (lowest to highest seed)", headings, rows)
     config.output.mkdir(parents=True, exist_ok=True)
     (config.output / "table.md").write_text(markdown_table(headings, rows), encoding="utf-8")
-    written = [
-        {
-            "name": r.run.name,
-            "seed": r.run.seed,
-            "episodes": r.episodes,
-            "seconds": r.seconds,
-            "rewards": r.rewards,
-            "evaluations": r.evaluations,
-        }
-        for r in results
-    ]
+    written = [{**vars(result), "run": vars(result.run)} for result in results]
     out = {"budget": budget, "workers": config.workers, "runs": written}
     (config.output / "results.json").write_text(json.dumps(out) + "\n", encoding="utf-8")
     draw(by_name).savefig(config.output / "curves.png", dpi=100)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import tyro
 
@@ -14,45 +13,11 @@ from benchmarks.ablations.registry import ABLATIONS, BY_NAME, Ablation
 from benchmarks.ablations.report import report
 from benchmarks.runs import run_all
 from research_agent.errors import ResearchAgentError
-from research_agent.presets import PRESETS
-
-MINIWORLD = PRESETS["miniworld"]
-
-
-@dataclass(frozen=True)
-class AblationsConfig:
-    """The papers' ablations in miniature: runs of several seeds, a table, a picture, verdicts.
-
-    The same command again continues where it was stopped, and ablations share the runs of the same
-    name. The first argument is the name of an ablation; list prints all with the papers' findings.
-    """
-
-    ablation: tyro.conf.Positional[str]
-    """Name of an ablation, or all, or list."""
-    output: Path = Path("runs/ablations")
-    """Folder of the runs, and of a folder for each ablation with table.md, curves.png and
-    results.json."""
-    steps: int = 30
-    """Training steps of a run."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the runs. Verdicts need at least two."""
-    prompts_per_step: int = MINIWORLD.rollout.prompts_per_step
-    """Tasks per step."""
-    group_size: int = MINIWORLD.rollout.group_size
-    """Episodes of each task."""
-    questions: int = 200
-    """Held-out questions per evaluation."""
-    workers: int = 2
-    """Runs at the same time, each with one thread."""
-    device: str = "cpu"
-    """Device of the models, such as cpu or cuda."""
-    tiny: bool = False
-    """Two steps of two small groups, one seed: to see that it works."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Do the runs of an ablation that are missing, then print and write the results."""
-    config = tyro.cli(AblationsConfig, args=argv, prog="python -m benchmarks.ablations")
+    config = tyro.cli(runs.AblationsConfig, args=argv, prog="python -m benchmarks.ablations")
     if config.tiny:
         config = replace(config, steps=2, seeds=(0,), prompts_per_step=4, questions=4)
     if config.ablation == "list":
@@ -74,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"benchmarks.ablations: {len(failed)} runs failed: {', '.join(failed)}")
 
 
-def run(config: AblationsConfig, ablations: Sequence[Ablation]) -> list[str]:
+def run(config: runs.AblationsConfig, ablations: Sequence[Ablation]) -> list[str]:
     """Do the runs that are not finished, and report every ablation.
 
     Returns:
@@ -84,32 +49,24 @@ def run(config: AblationsConfig, ablations: Sequence[Ablation]) -> list[str]:
         ConfigError: the output folder holds runs of another size.
         CheckpointError: a run in it has another configuration.
     """
-    settings = runs.Settings(
-        output=config.output,
-        steps=config.steps,
-        prompts_per_step=config.prompts_per_step,
-        group_size=config.group_size,
-        questions=config.questions,
-        device=config.device,
-    )
-    prepare.claim_folder(settings)
+    prepare.claim_folder(config)
     arms = {arm.name: arm for ablation in ablations for arm in ablation.arms}.values()
     waiting = [
         (arm, seed)
         for seed in config.seeds  # all arms have their first seed before any has its second
         for arm in arms
-        if not runs.is_finished(settings, arm, seed)
+        if not runs.is_finished(config, arm, seed)
     ]
-    prepare.write_worlds(settings, dict.fromkeys(w for arm in arms for w in runs.worlds_of(arm)))
-    missing = prepare.missing(settings, [arm for arm, _ in waiting])
-    needed = {name: (settings, name) for name in missing}
+    prepare.write_worlds(config, dict.fromkeys(w for arm in arms for w in runs.worlds_of(arm)))
+    missing = prepare.missing(config, [arm for arm, _ in waiting])
+    needed = {name: (config, name) for name in missing}
     if needed and (failed := run_all(prepare.prepare, needed, config.workers)):
         return failed
-    jobs = {f"{arm.name}, seed {seed}": (settings, arm, seed) for arm, seed in waiting}
+    jobs = {f"{arm.name}, seed {seed}": (config, arm, seed) for arm, seed in waiting}
     done = len(arms) * len(config.seeds) - len(jobs)
     failed = run_all(runs.do, jobs, config.workers, finished=done)
     for ablation in ablations:
-        report(settings, ablation, config.seeds)
+        report(config, ablation)
     return failed
 
 

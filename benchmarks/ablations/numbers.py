@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ablations.registry import AFTER, BEFORE, LEVELS, MIDDLE, Ablation, Arm
-from benchmarks.ablations.runs import Settings, folder_of, read_result
+from benchmarks.ablations.runs import AblationsConfig, folder_of, read_result
 from benchmarks.runs import read_log
 from research_agent.evaluation.predictions import read_predictions
 
@@ -31,9 +31,9 @@ class FinishedRun:
     seconds: float  # training time
 
 
-def read_run(settings: Settings, arm: Arm, seed: int) -> FinishedRun | None:
+def read_run(config: AblationsConfig, arm: Arm, seed: int) -> FinishedRun | None:
     """Read a run; None if it is not finished."""
-    folder = folder_of(settings, arm, seed)
+    folder = folder_of(config, arm, seed)
     result = read_result(folder)
     if not result:
         return None

@@ -17,7 +17,7 @@ from benchmarks.ablations.runs import (
     DIFFICULTY,
     HARD,
     WORLDS,
-    Settings,
+    AblationsConfig,
     play,
     require_not_stopped,
     training_of,
@@ -45,30 +45,30 @@ STARTS: dict[str, dict[str, Any]] = {  # what the starter is shown, and how it l
 GRADED, GRADE_SAMPLES, GRADER_SEED = 1600, 4, 1000
 
 
-def claim_folder(settings: Settings) -> None:
+def claim_folder(config: AblationsConfig) -> None:
     """Make the output folder, and note in it the settings that all its runs share.
 
     Raises:
-        ConfigError: the folder holds runs with other settings. Stages and grades depend on the
+        ConfigError: the folder holds runs of another size. Stages and grades depend on the
             number of steps, so a run of 30 steps is not the beginning of one of 40.
     """
-    path = settings.output / "settings.json"
-    ours = {name: getattr(settings, name) for name in ("steps", "prompts_per_step", "group_size")}
+    path = config.output / "settings.json"
+    ours = {name: getattr(config, name) for name in ("steps", "prompts_per_step", "group_size")}
     if path.exists():
         theirs = json.loads(path.read_text(encoding="utf-8"))
         if theirs != ours:
             raise ConfigError(
-                f"{settings.output} holds runs with {theirs}, not {ours}; give another --output"
+                f"{config.output} holds runs with {theirs}, not {ours}; give another --output"
             )
         return
-    settings.output.mkdir(parents=True, exist_ok=True)
+    config.output.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(ours) + "\n")
 
 
-def write_worlds(settings: Settings, names: Iterable[str] = WORLDS) -> None:
+def write_worlds(config: AblationsConfig, names: Iterable[str] = WORLDS) -> None:
     """Write questions and passages of the worlds that are missing."""
     for name in names:
-        place = settings.output / "worlds" / name
+        place = config.output / "worlds" / name
         if not place.exists():
             _write_folder(place, partial(_write_world, name))
 
@@ -111,19 +111,19 @@ def _write_folder(place: Path, write: Callable[[Path], object]) -> None:
     temporary.rename(place)
 
 
-def missing(settings: Settings, arms: Iterable[Arm]) -> list[str]:
+def missing(config: AblationsConfig, arms: Iterable[Arm]) -> list[str]:
     """The models and files of grades that arms need and that are not there: see ``prepare``."""
     named = {"grades.jsonl" if arm.grade else arm.start for arm in arms} - {"starter"}
-    return sorted(name for name in named if not (settings.prepared / name).exists())
+    return sorted(name for name in named if not (config.prepared / name).exists())
 
 
-def prepare(settings: Settings, name: str) -> str:
+def prepare(config: AblationsConfig, name: str) -> str:
     """Make a model, or the file of grades, in a process of its own; says what was made."""
     with training_process():
-        return _grades(settings) if name == "grades.jsonl" else _model(settings, name)
+        return _grades(config) if name == "grades.jsonl" else _model(config, name)
 
 
-def _model(settings: Settings, name: str) -> str:
+def _model(config: AblationsConfig, name: str) -> str:
     """Make a model: ``nothing`` has random weights; others are the starter, shown more."""
     from research_agent import sft  # noqa: PLC0415
 
@@ -132,22 +132,22 @@ def _model(settings: Settings, name: str) -> str:
         own = replace(own, count=own.batch)  # sft takes one small step at least
     else:
         own = replace(own, model=STARTER, vocabulary=None, warmup_steps=10, **STARTS[name])
-    _write_folder(settings.prepared / name, lambda at: sft.run(replace(own, output=at)))
+    _write_folder(config.prepared / name, lambda at: sft.run(replace(own, output=at)))
     return f"{own.count} demonstrations"
 
 
-def _grades(settings: Settings) -> str:
+def _grades(config: AblationsConfig) -> str:
     """Grade training questions by the samples of a policy after half of a run's steps."""
     from research_agent.evaluation.difficulty import write_grades  # noqa: PLC0415
     from research_agent.trainer import train  # noqa: PLC0415
 
-    training = training_of(settings, GRPO, GRADER_SEED)
-    steps, output = max(1, settings.steps // 2), settings.prepared / "grader"
+    training = training_of(config, GRPO, GRADER_SEED)
+    steps, output = max(1, config.steps // 2), config.prepared / "grader"
     run = replace(training.run, steps=steps, output=output, eval_every=None)
     require_not_stopped(train(replace(training, run=run)))
-    played = settings.prepared / "graded"
+    played = config.prepared / "graded"
     play(
-        settings,
+        config,
         str(output),
         training.environment.env_args,
         played,
@@ -156,5 +156,5 @@ def _grades(settings: Settings) -> str:
         samples_per_task=GRADE_SAMPLES,
         seed=GRADER_SEED,
     )
-    counts = write_grades(played, settings.prepared / "grades.jsonl")
+    counts = write_grades(played, config.prepared / "grades.jsonl")
     return ", ".join(f"{counts[grade]} {grade}" for grade in ("easy", "medium", "hard"))

@@ -80,6 +80,14 @@ TWO_STAGES = Arm(
     "two stages",
     stages=("steps={part} until=0.9 reward=0.5*retrieved+0.5*format", "reward=f1+2*format"),
 )
+START_ARMS = (
+    GRPO,
+    Arm("from nothing", start="nothing"),
+    Arm("warm start", start="warm"),
+    Arm("grpo, KL 1e-3", args=OFF | {"kl_coef": 1e-3}),
+    Arm("grpo, G = 4", group_size=4),
+    Arm("grpo, G = 16", group_size=16),
+)
 BEFORE, MIDDLE, AFTER = "before", "half-way", "after"
 ENDS = ("em in", "em out", "tokens", "searches", "reward", "seconds")
 
@@ -274,37 +282,21 @@ ABLATIONS = (
         finding="open: the paper prints one reward, its code computes the other",
         arms=(GRPO, Arm("research-strict", env_args={"reward": "research-strict"})),
         numbers=("format early", *ENDS),
-        claims=tuple(
-            claim
-            for number in ("em in", "em out", "format early")
-            for claim in _open(number, "grpo", "research-strict")
+        claims=(
+            *_open("em in", "grpo", "research-strict"),
+            *_open("em out", "grpo", "research-strict"),
+            *_open("format early", "grpo", "research-strict"),
         ),
     ),
     Ablation(
         name="start",
         paper=NO_PAPER,
         finding="open: cold against warm start, KL 0 against 1e-3, size of the group",
-        arms=(
-            GRPO,
-            Arm("from nothing", start="nothing"),
-            Arm("warm start", start="warm"),
-            Arm("grpo, KL 1e-3", args=OFF | {"kl_coef": 1e-3}),
-            Arm("grpo, G = 4", group_size=4),
-            Arm("grpo, G = 16", group_size=16),
-        ),
+        arms=START_ARMS,
         numbers=ENDS,
-        claims=tuple(
-            claim
-            for number in ("em in", "em out")
-            for claim in _open(
-                number,
-                "grpo",
-                "from nothing",
-                "warm start",
-                "grpo, KL 1e-3",
-                "grpo, G = 4",
-                "grpo, G = 16",
-            )
+        claims=(
+            *_open("em in", *(arm.name for arm in START_ARMS)),
+            *_open("em out", *(arm.name for arm in START_ARMS)),
         ),
         note="grpo is the cold start: the starter can read and seldom searches, as a base model "
         "does. The warm start was shown how to search before, in other worlds; from nothing is a "

@@ -18,7 +18,7 @@ from benchmarks.ablations.numbers import (
     rows_of,
 )
 from benchmarks.ablations.registry import Ablation, Claim
-from benchmarks.ablations.runs import Settings
+from benchmarks.ablations.runs import AblationsConfig
 from benchmarks.drawing import Curve, small_multiples
 from benchmarks.tables import markdown_table, print_table, spread
 from research_agent.system.files import write_atomic
@@ -91,7 +91,7 @@ def _shown(values: Sequence[float], digits: int) -> str:
     return spread(values, digits).replace("inf", "never")
 
 
-def report(settings: Settings, ablation: Ablation, seeds: Sequence[int]) -> Path:
+def report(config: AblationsConfig, ablation: Ablation) -> Path:
     """Print an ablation's table and verdicts; write table.md, results.json and curves.png.
 
     Returns:
@@ -99,7 +99,7 @@ def report(settings: Settings, ablation: Ablation, seeds: Sequence[int]) -> Path
     """
     runs: dict[str, list[FinishedRun]] = {}
     for arm in ablation.arms:
-        if finished := [run for seed in seeds if (run := read_run(settings, arm, seed))]:
+        if finished := [run for seed in config.seeds if (run := read_run(config, arm, seed))]:
             runs[arm.name] = finished
     rows = rows_of(ablation, runs)
     headings = ["policy" if ablation.over_time else "run", "seeds", *ablation.numbers]
@@ -109,23 +109,21 @@ def report(settings: Settings, ablation: Ablation, seeds: Sequence[int]) -> Path
         shown = [_shown(values[number], _digits(ablation, number)) for number in ablation.numbers]
         cells.append([name, str(len(of_row)), *shown])
     said = verdicts(ablation, rows, runs)
-    episodes = settings.steps * settings.prompts_per_step * settings.group_size
-    title = (
-        f"{ablation.name}: {settings.steps} steps, {episodes} episodes; mean (lowest to highest)"
-    )
+    episodes = config.steps * config.prompts_per_step * config.group_size
+    title = f"{ablation.name}: {config.steps} steps, {episodes} episodes; mean (lowest to highest)"
     print_table(title, headings, cells)
     words = [f"The finding of {ablation.paper}: {ablation.finding}."]
     words += [ablation.note] if ablation.note else []
     print("\n".join([*words, *said]))
-    folder = settings.output / ablation.name
+    folder = config.output / ablation.name
     folder.mkdir(parents=True, exist_ok=True)
     text = [f"## {title}", "", *words, "", markdown_table(headings, cells)]
     text += [f"- {line}" for line in said]
     write_atomic(folder / "table.md", "\n".join(text) + "\n")
     out = {
         "ablation": ablation.name,
-        "steps": settings.steps,
-        "seeds": list(seeds),
+        "steps": config.steps,
+        "seeds": list(config.seeds),
         "rows": {
             name: {
                 number: [v if v < math.inf else "never" for v in values]

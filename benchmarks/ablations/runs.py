@@ -11,12 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import tyro
+
 from benchmarks.ablations.registry import STARTER, Arm
 from benchmarks.runs import is_finished as has_all_steps
 from benchmarks.runs import training_process
 from research_agent.config import (
     AlgorithmConfig,
     EnvironmentConfig,
+    EvalConfig,
+    PolicyConfig,
     RolloutConfig,
     SamplingConfig,
     TrainConfig,
@@ -43,15 +47,34 @@ EPOCHS = 3  # passes of SFT over the right episodes
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What all runs of an output folder have in common."""
+class AblationsConfig:
+    """The papers' ablations in miniature: runs of several seeds, a table, a picture, verdicts.
 
-    output: Path
-    steps: int
-    prompts_per_step: int
-    group_size: int
-    questions: int  # held-out questions per evaluation
+    The same command again continues where it was stopped, and ablations share the runs of the same
+    name. The first argument is the name of an ablation; list prints all with the papers' findings.
+    """
+
+    ablation: tyro.conf.Positional[str]
+    """Name of an ablation, or all, or list."""
+    output: Path = Path("runs/ablations")
+    """Folder of the runs, and of a folder for each ablation with table.md, curves.png and
+    results.json."""
+    steps: int = 30
+    """Training steps of a run."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the runs. Verdicts need at least two."""
+    prompts_per_step: int = MINIWORLD.rollout.prompts_per_step
+    """Tasks per step."""
+    group_size: int = MINIWORLD.rollout.group_size
+    """Episodes of each task."""
+    questions: int = 200
+    """Held-out questions per evaluation."""
+    workers: int = 2
+    """Runs at the same time, each with one thread."""
     device: str = "cpu"
+    """Device of the models, such as cpu or cuda."""
+    tiny: bool = False
+    """Two steps of two small groups, one seed: to see that it works."""
 
     @property
     def prepared(self) -> Path:
@@ -59,13 +82,10 @@ class Settings:
         return self.output / "prepared"
 
 
-# --- what a run is --------------------------------------------------------------------------------
-
-
-def folder_of(settings: Settings, arm: Arm, seed: int) -> Path:
+def folder_of(config: AblationsConfig, arm: Arm, seed: int) -> Path:
     """Folder of a run."""
     name = arm.name.replace(", ", "-").replace(" = ", "").replace(" ", "-")
-    return settings.output / "runs" / name / f"seed-{seed}"
+    return config.output / "runs" / name / f"seed-{seed}"
 
 
 def worlds_of(arm: Arm) -> tuple[str, ...]:
@@ -79,9 +99,9 @@ def sampling_of(arm: Arm) -> SamplingConfig:
     return replace(MINIWORLD.sampling, **limits)
 
 
-def world_of(settings: Settings, name: str) -> dict[str, Any]:
+def world_of(config: AblationsConfig, name: str) -> dict[str, Any]:
     """Arguments of the environment for one of the worlds."""
-    place = settings.output / "worlds" / name
+    place = config.output / "worlds" / name
     return {
         "questions": str(place / "questions.jsonl"),
         "corpus": str(place / "corpus.jsonl"),
@@ -90,24 +110,24 @@ def world_of(settings: Settings, name: str) -> dict[str, Any]:
     }
 
 
-def training_of(settings: Settings, arm: Arm, seed: int) -> TrainConfig:
+def training_of(config: AblationsConfig, arm: Arm, seed: int) -> TrainConfig:
     """The configuration of a training run; one of SFT plays as many episodes as this run would.
 
     A step has the same number of episodes, however large its groups are.
     """
-    samples = arm.group_size or settings.group_size
-    episodes = settings.prompts_per_step * settings.group_size
+    samples = arm.group_size or config.group_size
+    episodes = config.prompts_per_step * config.group_size
     graded: dict[str, Any] = {}
     if arm.grade is not None:
-        graded = {"grades": str(settings.prepared / "grades.jsonl"), "grade": arm.grade}
-    part = max(1, settings.steps // 3)
+        graded = {"grades": str(config.prepared / "grades.jsonl"), "grade": arm.grade}
+    part = max(1, config.steps // 3)
     return replace(
         MINIWORLD,
         preset="",
         environment=EnvironmentConfig(
             env=NOISY if arm.miss else ENV,
             env_args={
-                **world_of(settings, worlds_of(arm)[0]),
+                **world_of(config, worlds_of(arm)[0]),
                 "split": "train",
                 **({"miss": arm.miss} if arm.miss else {}),
                 **graded,
@@ -116,8 +136,8 @@ def training_of(settings: Settings, arm: Arm, seed: int) -> TrainConfig:
         ),
         policy=replace(
             MINIWORLD.policy,
-            model=STARTER if arm.start == "starter" else str(settings.prepared / arm.start),
-            device=settings.device,
+            model=STARTER if arm.start == "starter" else str(config.prepared / arm.start),
+            device=config.device,
         ),
         sampling=sampling_of(arm),
         rollout=RolloutConfig(
@@ -131,11 +151,11 @@ def training_of(settings: Settings, arm: Arm, seed: int) -> TrainConfig:
         run=replace(
             MINIWORLD.run,
             seed=seed,
-            steps=settings.steps,
-            output=folder_of(settings, arm, seed),
+            steps=config.steps,
+            output=folder_of(config, arm, seed),
             save_every=10,
-            eval_every=max(1, settings.steps // 6),
-            eval_limit=settings.questions,
+            eval_every=max(1, config.steps // 6),
+            eval_limit=config.questions,
             eval_temperature=1.0,
             eval_args={"split": "dev", **dict.fromkeys(graded)},
             log_episodes=1,
@@ -144,18 +164,18 @@ def training_of(settings: Settings, arm: Arm, seed: int) -> TrainConfig:
     )
 
 
-def is_finished(settings: Settings, arm: Arm, seed: int) -> bool:
+def is_finished(config: AblationsConfig, arm: Arm, seed: int) -> bool:
     """Whether a run has a result, measured with the number of questions that is asked for.
 
     Raises:
         CheckpointError: the result is that of another configuration.
     """
-    folder = folder_of(settings, arm, seed)
+    folder = folder_of(config, arm, seed)
     result = read_result(folder)
     if not result:
         return False
-    require_same_training(changes(result["training"], training_of(settings, arm, seed)), folder)
-    return bool(result["questions"] == settings.questions)
+    require_same_training(changes(result["training"], training_of(config, arm, seed)), folder)
+    return bool(result["questions"] == config.questions)
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -164,38 +184,35 @@ def read_result(folder: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
-# --- runs -----------------------------------------------------------------------------------------
-
-
-def do(settings: Settings, arm: Arm, seed: int) -> str:
+def do(config: AblationsConfig, arm: Arm, seed: int) -> str:
     """Train and evaluate in a process of its own; says how it went."""
-    folder = folder_of(settings, arm, seed)
+    folder = folder_of(config, arm, seed)
     with training_process(masked=arm.masked):
         learn = _by_sft if arm.by == "sft" else _by_rl
-        model, seconds = learn(settings, arm, seed)
+        model, seconds = learn(config, arm, seed)
         final = {
             world: play(
-                settings,
+                config,
                 model,
-                {**world_of(settings, world), "split": "dev"},
+                {**world_of(config, world), "split": "dev"},
                 folder / "final" / world,
-                limit=settings.questions,
+                limit=config.questions,
                 seed=seed,
                 sampling=sampling_of(arm),
             )
             for world in worlds_of(arm)
         }
     result = {
-        "questions": settings.questions,
+        "questions": config.questions,
         "seconds": seconds,
         "final": final,
-        "training": as_json(training_of(settings, arm, seed)),
+        "training": as_json(training_of(config, arm, seed)),
     }
     write_atomic(folder / "result.json", json.dumps(result, indent=1) + "\n")
     return ", ".join(f"exact match {final[world]['em']:.2f} {world}" for world in final)
 
 
-def _by_rl(settings: Settings, arm: Arm, seed: int) -> tuple[str, float]:
+def _by_rl(config: AblationsConfig, arm: Arm, seed: int) -> tuple[str, float]:
     """Reinforcement learning.
 
     Returns:
@@ -203,15 +220,15 @@ def _by_rl(settings: Settings, arm: Arm, seed: int) -> tuple[str, float]:
     """
     from research_agent.trainer import train  # noqa: PLC0415
 
-    training = training_of(settings, arm, seed)
+    training = training_of(config, arm, seed)
     summary = train(training)
     require_not_stopped(summary)
-    if not has_all_steps(training.run.output, settings.steps):
+    if not has_all_steps(training.run.output, config.steps):
         raise RuntimeError(summary.message)
     return str(training.run.output), float(summary.numbers["seconds of training"])
 
 
-def _by_sft(settings: Settings, arm: Arm, seed: int) -> tuple[str, float]:
+def _by_sft(config: AblationsConfig, arm: Arm, seed: int) -> tuple[str, float]:
     """Rejection sampling: play as many episodes as other runs, and imitate the right ones.
 
     Returns:
@@ -221,19 +238,19 @@ def _by_sft(settings: Settings, arm: Arm, seed: int) -> tuple[str, float]:
     from research_agent.evaluation.difficulty import write_demonstrations  # noqa: PLC0415
     from research_env.datasets import load_dataset  # noqa: PLC0415
 
-    training, start = training_of(settings, arm, seed), time.perf_counter()
+    training, start = training_of(config, arm, seed), time.perf_counter()
     folder, args = training.run.output, training.environment.env_args
     asked = load_dataset("custom", split="train", questions=args["questions"]).questions
-    tasks = min(settings.steps * settings.prompts_per_step, len(asked))
+    tasks = min(config.steps * config.prompts_per_step, len(asked))
     play(
-        settings,
+        config,
         training.policy.model,
         args,
         folder / "played",
         temperature=1.0,
         limit=tasks,
         samples_per_task=math.ceil(
-            settings.steps * settings.prompts_per_step * settings.group_size / tasks
+            config.steps * config.prompts_per_step * config.group_size / tasks
         ),
         seed=seed,
     )
@@ -262,7 +279,7 @@ def require_not_stopped(summary: Any) -> None:
 
 
 def play(
-    settings: Settings,
+    config: AblationsConfig,
     model: str,
     env_args: Mapping[str, Any],
     output: Path,
@@ -276,7 +293,7 @@ def play(
     """Play questions with a model, and write the predictions.
 
     Args:
-        settings: says where the model runs.
+        config: says where the model runs.
         model: folder or name.
         env_args: of the environment.
         output: folder of the predictions.
@@ -290,34 +307,21 @@ def play(
         Means over the episodes: the environment's metrics, ``reward``, ``tokens`` (of actions),
         ``turns``, and ``answer words``, the number of words of a prediction.
     """
-    from research_agent.engines import make_engine  # noqa: PLC0415
-    from research_agent.environments import open_environments  # noqa: PLC0415
-    from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
+    from research_agent.evaluation.evaluate_model import evaluate_model  # noqa: PLC0415
     from research_agent.evaluation.predictions import read_predictions  # noqa: PLC0415
-    from research_agent.models.policy import context_length, load_model  # noqa: PLC0415
-    from research_agent.models.source import resolve_model  # noqa: PLC0415
-    from research_agent.renderer import load_renderer  # noqa: PLC0415 - loads torch
 
-    sampling = replace(sampling, temperature=temperature)
-    policy = load_model(model, device=settings.device)
-    context = context_length(policy, sampling.max_prompt + sampling.max_response)
-    renderer = load_renderer(resolve_model(model))
-    engine = make_engine("transformers", policy, renderer, max_slots=SLOTS, max_context=context)
-    environments = open_environments(ENV, SLOTS, env_args)
-    try:
-        summary = evaluate(
-            engine,
-            environments,
-            renderer,
-            sampling,
+    summary = evaluate_model(
+        EvalConfig(
+            EnvironmentConfig(env=ENV, env_args=dict(env_args)),
+            PolicyConfig(model=model, device=config.device),
             output,
+            replace(sampling, temperature=temperature, max_in_flight=SLOTS),
             limit=limit,
             samples_per_task=samples_per_task,
             seed=seed,
-            show=False,
+            quiet=True,
         )
-    finally:
-        environments.close()
+    )
     _, records = read_predictions(output)
     words = [len(str(record["info"].get("prediction", "")).split()) for record in records]
     return {

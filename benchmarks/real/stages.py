@@ -21,18 +21,16 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How much is demonstrated, trained and evaluated."""
+    """How much is demonstrated, trained and evaluated; the rest is as in the presets."""
 
     questions: int  # per data set, in each evaluation
     demonstrations: int  # per part of the warm start
     parts: int  # stages of the warm start
     batch: int  # demonstrations per optimizer step
-    sft_learning_rate: float
     steps: int  # GRPO training steps
     prompts_per_step: int
     group_size: int
     lora_rank: int
-    learning_rate: float
     eval_every: int
     max_response: int
     max_turn_tokens: int
@@ -46,12 +44,10 @@ CPU = Scale(
     demonstrations=400,
     parts=4,
     batch=8,
-    sft_learning_rate=2e-4,
     steps=200,
     prompts_per_step=4,
     group_size=8,
     lora_rank=16,
-    learning_rate=1e-4,
     eval_every=20,
     max_response=1024,
     max_turn_tokens=96,
@@ -205,7 +201,6 @@ def _warm_start(config: RealConfig, scale: Scale, model: str, folder: Path, part
         output=folder,
         count=scale.demonstrations,
         batch=scale.batch,
-        learning_rate=scale.sft_learning_rate,
         warmup_steps=5,
         seed=1000 * config.seed + part,
         precision=config.dtype,
@@ -227,7 +222,6 @@ def _grpo(config: RealConfig, scale: Scale, model: str) -> Stage:
         group_size=scale.group_size,
         max_response=scale.max_response,
         max_turn_tokens=scale.max_turn_tokens,
-        learning_rate=scale.learning_rate,
         lora_rank=scale.lora_rank,
         eval_every=scale.eval_every,
         eval_limit=scale.questions,

@@ -33,7 +33,7 @@ from benchmarks.ablations.numbers import (
 from benchmarks.ablations.prepare import missing, write_worlds
 from benchmarks.ablations.registry import ABLATIONS, BY_NAME, Ablation, Arm, Claim
 from benchmarks.ablations.report import draw, report, verdict, verdicts
-from benchmarks.ablations.runs import Settings, folder_of, is_finished, training_of, world_of
+from benchmarks.ablations.runs import AblationsConfig, folder_of, is_finished, training_of, world_of
 from benchmarks.ablations.verbose_starter import demonstrations, verbose
 from benchmarks.runs import run_all
 from research_agent.algorithms import algorithm
@@ -49,9 +49,7 @@ from research_env.retrieval.base import Hit, Passage
 from research_env.rewards import reward
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = Settings(
-    Path("runs/ablations"), steps=30, prompts_per_step=24, group_size=8, questions=200
-)
+CONFIG = AblationsConfig("all")
 
 
 def arms() -> list[Arm]:
@@ -60,36 +58,29 @@ def arms() -> list[Arm]:
 
 def training(ablation: str, arm: str) -> TrainConfig:
     (found,) = (each for each in BY_NAME[ablation].arms if each.name == arm)
-    return training_of(SETTINGS, found, 0)
+    return training_of(CONFIG, found, 0)
 
 
 # --- the plan -------------------------------------------------------------------------------------
 
 
-def test_the_ablations() -> None:
-    names = "algorithms sft reward difficulty stages mask strict start length self-correction turns"
-    assert [ablation.name for ablation in ABLATIONS] == names.split()
-    for ablation in ABLATIONS:
-        assert ablation.paper and ablation.finding and ablation.claims
-
-
 def test_arms_of_one_name_are_the_same_runs_and_have_a_folder_of_their_own() -> None:
     by_name = {arm.name: arm for arm in arms()}
     assert all(by_name[arm.name] == arm for arm in arms())
-    assert len({folder_of(SETTINGS, arm, 0) for arm in by_name.values()}) == len(by_name) == 33
+    assert len({folder_of(CONFIG, arm, 0) for arm in by_name.values()}) == len(by_name) == 33
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS, ids=lambda ablation: ablation.name)
 def test_every_run_is_valid_and_plays_as_many_episodes(ablation: Ablation) -> None:
     for arm in ablation.arms:
-        training = training_of(SETTINGS, arm, 3)
+        training = training_of(CONFIG, arm, 3)
         validate(training)
         parse_stages(training.rollout.stages)
         algorithm(training.algorithm.algorithm, **training.algorithm.algorithm_args)
         reward(training.environment.env_args.get("reward", "research"))
         episodes = training.rollout.prompts_per_step * training.rollout.group_size
         assert episodes == (180 if training.rollout.tree_branches else 192)  # whole trees
-        assert training.run.seed == 3 and training.run.output == folder_of(SETTINGS, arm, 3)
+        assert training.run.seed == 3 and training.run.output == folder_of(CONFIG, arm, 3)
     rows = rows_of(ablation, {})
     for claim in ablation.claims:
         assert claim.number in (*ablation.numbers, *EQUAL_BUDGETS)
@@ -164,9 +155,9 @@ def test_what_the_arms_of_turns_change() -> None:
 
 
 def test_the_hard_world(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, output=tmp_path)
-    write_worlds(settings, ["hard"])
-    args = world_of(settings, "hard")
+    config = replace(CONFIG, output=tmp_path)
+    write_worlds(config, ["hard"])
+    args = world_of(config, "hard")
     chosen = {key: args[key] for key in ("questions", "corpus")}
     data = {split: load_dataset("custom", split=split, **chosen) for split in ("train", "dev")}
     assert (len(data["train"].questions), len(data["dev"].questions)) == (4000, 400)
@@ -175,20 +166,20 @@ def test_the_hard_world(tmp_path: Path) -> None:
 
 
 def test_what_must_be_prepared(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, output=tmp_path)
-    assert missing(settings, BY_NAME["difficulty"].arms) == ["grades.jsonl"]
-    assert missing(settings, BY_NAME["start"].arms) == ["nothing", "warm"]
+    config = replace(CONFIG, output=tmp_path)
+    assert missing(config, BY_NAME["difficulty"].arms) == ["grades.jsonl"]
+    assert missing(config, BY_NAME["start"].arms) == ["nothing", "warm"]
     (tmp_path / "prepared" / "warm").mkdir(parents=True)
-    assert missing(settings, BY_NAME["start"].arms) == ["nothing"]
+    assert missing(config, BY_NAME["start"].arms) == ["nothing"]
 
 
 def test_the_worlds_share_no_name_and_each_has_relations_of_its_own(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, output=tmp_path)
-    write_worlds(settings)
+    config = replace(CONFIG, output=tmp_path)
+    write_worlds(config)
     names: dict[str, set[str]] = {}
     relations: dict[str, set[str]] = {}
     for world in ("in", "out"):
-        args = world_of(settings, world)
+        args = world_of(config, world)
         chosen = {key: args[key] for key in ("questions", "corpus")}
         data = {split: load_dataset("custom", split=split, **chosen) for split in ("train", "dev")}
         assert (len(data["train"].questions), len(data["dev"].questions)) == (4000, 400)
@@ -202,19 +193,19 @@ def test_the_worlds_share_no_name_and_each_has_relations_of_its_own(tmp_path: Pa
     assert relations["out"] - relations["in"] == {"spouse", "writer", "chair", "twin", "poet"}
     assert relations["in"] - relations["out"] == {"employer", "studio", "seat", "architect", "ally"}
     before = (tmp_path / "worlds" / "in" / "questions.jsonl").stat().st_mtime_ns
-    write_worlds(settings)
+    write_worlds(config)
     assert (tmp_path / "worlds" / "in" / "questions.jsonl").stat().st_mtime_ns == before
 
 
 def test_a_result_counts_for_its_own_settings(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, output=tmp_path)
+    config = replace(CONFIG, output=tmp_path)
     arm = BY_NAME["length"].arms[0]
-    assert not is_finished(settings, arm, 0)
-    _write_run(settings, arm, 0, em=(0.5, 0.4))
-    assert is_finished(settings, arm, 0)
-    assert not is_finished(replace(settings, questions=100), arm, 0)
+    assert not is_finished(config, arm, 0)
+    _write_run(config, arm, 0, em=(0.5, 0.4))
+    assert is_finished(config, arm, 0)
+    assert not is_finished(replace(config, questions=100), arm, 0)
     with pytest.raises(CheckpointError, match="another configuration"):
-        is_finished(replace(settings, prompts_per_step=12), arm, 0)
+        is_finished(replace(config, prompts_per_step=12), arm, 0)
 
 
 def test_a_folder_is_of_one_number_of_steps(
@@ -264,10 +255,10 @@ def test_the_noisy_environment_is_searchqa_behind_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
-    settings = replace(SETTINGS, output=tmp_path)
-    write_worlds(settings)
+    config = replace(CONFIG, output=tmp_path)
+    write_worlds(config)
     (arm,) = BY_NAME["self-correction"].arms
-    environment = training_of(settings, arm, 0).environment
+    environment = training_of(config, arm, 0).environment
     for miss in (0.0, 1.0):
         args = {**environment.env_args, "miss": miss}
         single, many = gym.make(environment.env, **args), gym.make_vec(environment.env, 1, **args)
@@ -396,13 +387,13 @@ def _answer(hops: int, em: float) -> str:
 
 def test_the_report_of_turns(tmp_path: Path) -> None:
     """Trees reach .3 with half of the tokens, and one seed of the chains never does."""
-    settings = replace(SETTINGS, output=tmp_path)
+    config = replace(CONFIG, output=tmp_path)
     em = {"grpo, outcome": [[0.1, 0.1, 0.1], [0.5] * 3], "tree_grpo": [[0.5] * 3, [0.6] * 3]}
     arms = tuple(arm for arm in BY_NAME["turns"].arms if arm.name in em)
     for arm in arms:
         for seed, of_steps in enumerate(em[arm.name]):
-            _write_run(settings, arm, seed, em=(0.2,), worlds=("hard",))
-            place = folder_of(settings, arm, seed) / "final" / "hard"
+            _write_run(config, arm, seed, em=(0.2,), worlds=("hard",))
+            place = folder_of(config, arm, seed) / "final" / "hard"
             place.mkdir(parents=True)
             answers = [_answer(hops, right) for hops, right in ((4, 1.0), (5, 1.0), (6, 0.0))]
             (place / "predictions.jsonl").write_text("".join(answers))
@@ -410,10 +401,10 @@ def test_the_report_of_turns(tmp_path: Path) -> None:
             line = {"sampled_tokens": tokens, "sampled_turns": 12.0, "episodes": 4, "reward": 0.0}
             lines = [{"step": n, "eval/em": v, **line} for n, v in enumerate(of_steps, 1)]
             text = "".join(json.dumps(each) + "\n" for each in lines)
-            (folder_of(settings, arm, seed) / "metrics.jsonl").write_text(text)
+            (folder_of(config, arm, seed) / "metrics.jsonl").write_text(text)
     claims = tuple(c for c in BY_NAME["turns"].claims if {c.more, c.less} == em.keys())
     ablation = replace(BY_NAME["turns"], arms=arms, claims=claims)
-    folder = report(settings, ablation, (0, 1))
+    folder = report(config, ablation)
     text = (folder / "table.md").read_text()
     assert "| tree_grpo | 2 | 0.550 (0.500 to 0.600) | 4 (4 to 4) | 60 (60 to 60) |" in text
     assert "never (120 to never) |" in text
@@ -427,7 +418,7 @@ def test_the_report_of_turns(tmp_path: Path) -> None:
     rows = json.loads((folder / "results.json").read_text())["rows"]
     assert rows["tree_grpo"]["em, 5+ hops"] == [0.5, 0.5]
     assert rows["grpo, outcome"]["tokens to .5"] == ["never", 120.0]
-    runs_ = {arm.name: [run for i in (0, 1) if (run := read_run(settings, arm, i))] for arm in arms}
+    runs_ = {arm.name: [run for i in (0, 1) if (run := read_run(config, arm, i))] for arm in arms}
     em_panel, *others = draw(ablation, runs_).axes
     assert [panel.get_title() for panel in (em_panel, *others)] == [
         "Exact match, held out, T = 1",
@@ -476,23 +467,23 @@ def test_rows_over_time() -> None:
 
 
 def _write_run(
-    settings: Settings,
+    config: AblationsConfig,
     arm: Arm,
     seed: int,
     em: tuple[float, ...],
     worlds: tuple[str, ...] = ("in", "out"),
 ) -> None:
-    folder = folder_of(settings, arm, seed)
+    folder = folder_of(config, arm, seed)
     folder.mkdir(parents=True)
     final = {
         name: {"em": value, "tokens": 30.0, "searches": 2.0, "reward": value}
         for name, value in zip(worlds, em, strict=True)
     }
     result = {
-        "questions": settings.questions,
+        "questions": config.questions,
         "seconds": 60.0 + seed,
         "final": final,
-        "training": as_json(training_of(settings, arm, seed)),
+        "training": as_json(training_of(config, arm, seed)),
     }
     (folder / "result.json").write_text(json.dumps(result))
     if arm.by == "rl":
@@ -508,13 +499,13 @@ def _write_run(
 
 def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three seeds of RL and of SFT: apart in domain, overlapping out of it."""
-    settings = replace(SETTINGS, output=tmp_path)
+    config = replace(CONFIG, output=tmp_path)
     ablation = BY_NAME["sft"]
     rl, sft = ablation.arms
     for seed, (ours, theirs) in enumerate([(0.8, 0.3), (0.6, 0.5), (0.7, 0.4)]):
-        _write_run(settings, rl, seed, em=(ours, 0.5))
-        _write_run(settings, sft, seed, em=(theirs, 0.25 * (seed + 1)))
-    folder = report(settings, ablation, (0, 1, 2))
+        _write_run(config, rl, seed, em=(ours, 0.5))
+        _write_run(config, sft, seed, em=(theirs, 0.25 * (seed + 1)))
+    folder = report(config, ablation)
     said = capsys.readouterr().out
     assert "RL is better than SFT in and out of domain" in said and "R1-Searcher" in said
     text = (folder / "table.md").read_text().splitlines()
@@ -535,7 +526,7 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_ablation_without_runs_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = report(replace(SETTINGS, output=tmp_path), BY_NAME["mask"], (0,))
+    folder = report(replace(CONFIG, output=tmp_path), BY_NAME["mask"])
     assert "? against ?: too few seeds to tell" in capsys.readouterr().out
     assert not (folder / "curves.png").exists()
 
@@ -604,19 +595,21 @@ def test_an_unknown_ablation() -> None:
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AblationsConfig:
     """Worlds of few questions, all of one hop: the starter gets some of those right."""
     monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(prepare, "QUESTIONS", {"train": 40, "dev": 10})
     monkeypatch.setattr(runs, "SLOTS", 32)
     monkeypatch.setattr(miniworld, "HOPS", {1: 1.0})
-    settings = Settings(tmp_path / "out", steps=2, prompts_per_step=8, group_size=2, questions=4)
-    write_worlds(settings)
-    return settings
+    config = AblationsConfig(
+        "all", tmp_path / "out", steps=2, prompts_per_step=8, group_size=2, questions=4
+    )
+    write_worlds(config)
+    return config
 
 
 @pytest.mark.slow
-def test_sft_plays_as_many_episodes_and_learns_the_right_ones(small: Settings) -> None:
+def test_sft_plays_as_many_episodes_and_learns_the_right_ones(small: AblationsConfig) -> None:
     (arm,) = (each for each in BY_NAME["sft"].arms if each.by == "sft")
     runs.do(small, arm, 0)
     folder = folder_of(small, arm, 0)
@@ -655,7 +648,9 @@ def test_some_of_the_starters_answers_are_verbose() -> None:
 
 
 @pytest.mark.slow
-def test_what_runs_begin_with_is_made(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_runs_begin_with_is_made(
+    small: AblationsConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for start in prepare.STARTS:
         monkeypatch.setitem(prepare.STARTS, start, prepare.STARTS[start] | {"count": 12})
     monkeypatch.setattr(prepare, "GRADED", 8)
@@ -688,7 +683,7 @@ def test_a_small_ablation_from_start_to_end(
     words = ["length", "--output", str(tmp_path / "out"), "--steps", "2", "--seeds", "0"]
     words += ["--prompts-per-step", "2", "--group-size", "2", "--questions", "4", "--workers", "1"]
     main(words)
-    folder = folder_of(replace(SETTINGS, output=tmp_path / "out"), BY_NAME["length"].arms[0], 0)
+    folder = folder_of(replace(CONFIG, output=tmp_path / "out"), BY_NAME["length"].arms[0], 0)
     result = json.loads((folder / "result.json").read_text())
     assert set(result["final"]) == {"in", "out"}
     for world, start in (("in", "0-dev-"), ("out", "1-dev-")):
