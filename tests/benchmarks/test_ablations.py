@@ -621,6 +621,10 @@ def test_sft_plays_as_many_episodes_and_learns_the_right_ones(small: AblationsCo
     assert any((a != b).any() for a, b in zip(*map(_weights, (starter, learned)), strict=True))
     result = json.loads((folder / "result.json").read_text())
     assert result["seconds"] > 0 and set(result["final"]) == {"in", "out"}
+    for world, start in (("in", "0-dev-"), ("out", "1-dev-")):
+        _, records = read_predictions(folder / "final" / world)
+        assert len(records) == 4
+        assert all(record["info"]["question_id"].startswith(start) for record in records)
     assert is_finished(small, arm, 0)
 
 
@@ -670,29 +674,3 @@ def test_what_runs_begin_with_is_made(
         for other in (warm, nothing)
     )
     assert 0 < near < 0.01 < far
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("forks")
-def test_a_small_ablation_from_start_to_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Trained and evaluated in both worlds; the second time nothing is run again."""
-    monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(prepare, "QUESTIONS", {"train": 40, "dev": 10})
-    words = ["length", "--output", str(tmp_path / "out"), "--steps", "2", "--seeds", "0"]
-    words += ["--prompts-per-step", "2", "--group-size", "2", "--questions", "4", "--workers", "1"]
-    main(words)
-    folder = folder_of(replace(CONFIG, output=tmp_path / "out"), BY_NAME["length"].arms[0], 0)
-    result = json.loads((folder / "result.json").read_text())
-    assert set(result["final"]) == {"in", "out"}
-    for world, start in (("in", "0-dev-"), ("out", "1-dev-")):
-        _, records = read_predictions(folder / "final" / world)
-        assert all(record["info"]["question_id"].startswith(start) for record in records)
-    table = (tmp_path / "out" / "length" / "table.md").read_text()
-    assert "| after | 1 |" in table and "too few seeds to tell" in table
-    assert (tmp_path / "out" / "length" / "curves.png").exists()
-
-    monkeypatch.setattr(runs, "do", None)
-    main(words)
-    assert (tmp_path / "out" / "length" / "table.md").read_text() == table
