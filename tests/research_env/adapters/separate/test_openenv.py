@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from openenv.core.generic_client import GenericEnvClient
+from websockets.sync.client import connect
 
 from research_env.adapters.openenv import SearchAction, SearchClient, SearchObservation, make_app
 from research_env.adapters.server import AppServer
@@ -103,6 +104,12 @@ def test_a_void_episode_has_no_reward(server: AppServer) -> None:
         result = client.step(SearchAction(text=search("fail")))
         assert (result.reward, result.done, result.observation.void) == (None, True, True)
         assert set(result.observation.metrics.values()) == {0.0}
+
+
+def test_messages_are_not_compressed(server: AppServer) -> None:
+    with connect(f"{server.url.replace('http', 'ws', 1)}/ws", compression="deflate") as socket:
+        assert socket.response is not None
+        assert "Sec-WebSocket-Extensions" not in socket.response.headers
 
 
 def test_without_a_task_resets_walk_through_the_order_of_the_seed(
