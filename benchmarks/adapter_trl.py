@@ -152,7 +152,7 @@ def _make_tool(client: httpx.Client, url: str) -> Callable[[str], str]:
     return search
 
 
-def _make_tokenizer(folder: Path) -> Any:
+def _make_tokenizer(folder: str) -> Any:
     """The starter's tokenizer with the chat template of Qwen3, whose tool calls TRL can parse."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     template = Path(library.__file__).parent / "chat_templates" / "qwen3.jinja"

@@ -175,7 +175,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 row["system"],
                 f"{row['episodes_per_second']:.1f}",
                 f"{row['of_vector_environment']:.2f}",
-                f"{row['of_framework_alone'] or float('nan'):.2f}",
+                f"{row['of_framework_alone']:.2f}" if row["framework"] else "",
                 f"{row['calls_per_search']:.3f}",
             )
             for row in result["rows"]
