@@ -16,6 +16,9 @@ from research_agent.system.redaction import one_line, redact
 AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP status codes that are worth a retry; a server answers any other the same way again."""
 
+LOOK_TIMEOUT = 30.0
+"""Seconds for the answer to a request that costs a server next to nothing."""
+
 _LARGEST_ANSWER = 64 << 20  # bytes
 
 
@@ -70,7 +73,7 @@ class Client:
         path: str,
         payload: Any = None,
         *,
-        timeout: float,
+        timeout: float = LOOK_TIMEOUT,
         form: Any = Any,
     ) -> Any:
         """Send a request once.
@@ -96,19 +99,21 @@ class Client:
         except TimeoutError:
             raise RequestError(f"no answer within {timeout:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            problem = f"{type(error).__name__}: {self._shown(str(error))}".rstrip(": ")
-            raise RequestError(problem) from None
+            problem = f"{type(error).__name__}: {self._shown(str(error))}"
+            raise RequestError(problem.removesuffix(": ")) from None
         if status != 200:
-            said = self._shown(_message(body))
-            raise RequestError(f"status {status}{': ' if said else ''}{said}", status=status)
+            problem = f"/{path} gives status {status}: {self._shown(_message(body))}"
+            raise RequestError(problem.removesuffix(": "), status)
         if form is Any and not body:
             return None
         try:
             return msgspec.json.decode(body, type=form)
         except msgspec.ValidationError as error:
-            raise RequestError(f"an answer of another form: {error}", status) from None
+            raise RequestError(
+                f"/{path} gives an answer of another form: {error}", status
+            ) from None
         except (msgspec.DecodeError, RecursionError):
-            raise RequestError("the answer is no JSON") from None
+            raise RequestError(f"the answer of /{path} is no JSON") from None
 
     async def _send(self, method: str, path: str, data: bytes | None) -> tuple[int, bytes]:
         if self._session is None:  # it belongs to the loop that runs now

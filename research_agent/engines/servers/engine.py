@@ -21,12 +21,10 @@ routes of vLLM's weight transfer (``weight_transfer.py``).
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from research_agent.distributed import gather, rank_and_size, together
 from research_agent.engines.base import Completion, Finish, SamplingParams, make_completion
@@ -34,6 +32,7 @@ from research_agent.engines.checks import context_limit, not_finite, require_roo
 from research_agent.engines.remote import Turns
 from research_agent.engines.servers.pool import Sampled, ServedWeights, ServerPool, Slot
 from research_agent.engines.servers.serve import ServerProcess
+from research_agent.engines.servers.server import Needs, model_sizes
 from research_agent.engines.servers.weight_sync import WeightSync, model_weights
 from research_agent.errors import ConfigError
 from research_agent.system.torchrun import torchrun
@@ -86,8 +85,6 @@ class ServerEngine:
         self._version = 0
         self._pool = ServerPool(urls, renderer.end_ids, max_in_flight)
         self._turns: Turns[Sampled] = Turns("servers", self._pool.closing)
-        self._finalizer = weakref.finalize(self, _close, self._turns, sync, process)
-        self._finalizer.atexit = False  # what is left then ends with the process
 
     @property
     def busy(self) -> int:
@@ -106,13 +103,11 @@ class ServerEngine:
             raise ValueError(f"slot {slot} has a turn under way; wait for it or release it")
         if 0 < params.temperature < 0.01:
             raise ValueError(f"temperature is {params.temperature}; vLLM takes 0, or 0.01 and more")
-        held = self._slots.get(slot) or Slot()
+        held = self._slots.setdefault(slot, Slot())
         length = len(held.tokens) + len(tokens)
         require_room(slot, length, self.max_context)
         held.tokens += tokens
-        held.params = params
-        held.limit = min(params.max_tokens, self.max_context - length)
-        self._slots[slot] = held
+        held.params = replace(params, max_tokens=min(params.max_tokens, self.max_context - length))
         self._turns.begin(slot, self._pool.play(held))
 
     def step(self) -> list[Completion]:
@@ -164,7 +159,9 @@ class ServerEngine:
 
     def close(self) -> None:
         """Delete the weights and leave the servers; a server that this rank started ends."""
-        self._finalizer()
+        for part in (self._turns, self._sync, self._process):
+            if part is not None:
+                part.close()
 
     def _complete(self, slot: int, sampled: Sampled) -> Completion:
         """The turn as any engine would have ended it; here, as tokenizers are for one thread."""
@@ -239,15 +236,10 @@ def connect_servers(
     bases = _addresses(urls)
     context = context_limit(model, max_context)
     gives = rank_and_size()[0] == 0 if gives is None else gives
-    sync = WeightSync(
-        model,
-        bases if gives else (),
-        carrier=by,
-        dtype=getattr(torch, dtype) if dtype else model.dtype,
-        context=context,
-        token=min(renderer.end_ids),
-        require_alive=process.require_alive if process else lambda: None,
-    )
+    dtype = dtype or str(model.dtype).removeprefix("torch.")
+    needs = Needs(context, dtype, model_sizes(model), by, token=min(renderer.end_ids))
+    require_alive = process.require_alive if process else lambda: None
+    sync = WeightSync(model, bases if gives else (), needs, require_alive)
     engine = ServerEngine(renderer, bases, context, sync, process, max_in_flight=max_in_flight)
     try:
         if not any(weight.is_meta for weight in model.parameters()):
@@ -288,28 +280,22 @@ def serve_engine(
     slots = max_slots * torchrun("LOCAL_WORLD_SIZE", 1)
     node = torchrun("GROUP_RANK", 0)
     process: ServerProcess | None = None
-    try:
-        with together():
-            if torchrun("LOCAL_RANK", 0) == 0:
-                process = ServerProcess(
-                    model, renderer, spec, context=context, slots=slots, dtype=dtype
-                )
-                process.wait()
-        started = gather([(node, process.url)] if process else [])
-        return connect_servers(
-            model,
-            renderer,
-            [url for number, url in started if number == node],
-            context,
-            by="folder" if weights_device(model).type == "cpu" else "ipc",
-            dtype=dtype,
-            gives=process is not None,
-            process=process,
-        )
-    except BaseException:
-        if process:
-            process.close()
-        raise
+    with together():
+        if torchrun("LOCAL_RANK", 0) == 0:
+            process = ServerProcess(
+                model, renderer, spec, context=context, slots=slots, dtype=dtype
+            )
+    started = gather([(node, process.url)] if process else [])
+    return connect_servers(
+        model,
+        renderer,
+        [url for number, url in started if number == node],
+        context,
+        by="folder" if weights_device(model).type == "cpu" else "ipc",
+        dtype=dtype,
+        gives=process is not None,
+        process=process,
+    )
 
 
 def _addresses(urls: Sequence[str]) -> list[str]:
@@ -322,10 +308,3 @@ def _addresses(urls: Sequence[str]) -> list[str]:
     if not bases or len(set(bases)) < len(bases):
         raise ConfigError(f"the servers are {', '.join(urls) or 'none'}; name each one once")
     return bases
-
-
-def _close(turns: Turns[Sampled], sync: WeightSync | None, process: ServerProcess | None) -> None:
-    turns.close()
-    for each in (sync, process):
-        if each:
-            each.close()

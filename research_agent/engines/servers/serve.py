@@ -42,7 +42,9 @@ _LOG_TAIL = 2000  # characters of a server's output that an error shows
 
 
 class ServerProcess:
-    """A ``vllm serve`` of this run. Closing or deleting the object stops it, and so does our end.
+    """A ``vllm serve`` of this run, which answers once the object is made.
+
+    Closing or deleting the object stops it, and so does the end of this process.
 
     Args:
         model: the policy, whose configuration it gets.
@@ -54,6 +56,7 @@ class ServerProcess:
 
     Raises:
         ConfigError: it would need more GPUs than there are.
+        EngineError: it does not start.
     """
 
     def __init__(
@@ -90,8 +93,9 @@ class ServerProcess:
                 start_new_session=True,  # a signal for our group, such as Ctrl-C, is not for it
             )
         self.close = weakref.finalize(self, _stop, self._process, self._folder)
+        self._wait()
 
-    def wait(self) -> None:
+    def _wait(self) -> None:
         """Wait until it answers.
 
         Raises:

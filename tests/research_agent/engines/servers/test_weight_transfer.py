@@ -249,7 +249,8 @@ def test_a_server_that_cannot_meet_is_left_out(
     assert len(good.turns) == 4
     with pytest.raises(EngineError, match="no vLLM server can be used") as caught:
         connect(bad, by=backend)
-    assert f"no new weights by {backend}: status 500" in str(caught.value)
+    problem = f"no new weights by {backend}: /init_weight_transfer_engine gives status 500"
+    assert problem in str(caught.value)
     assert f"""--weight-transfer-config '{{"backend": "{backend}"}}'""" in str(caught.value)
 
 
