@@ -22,6 +22,10 @@ LOOK_TIMEOUT = 30.0
 _LARGEST_ANSWER = 64 << 20  # bytes
 
 
+class _WeightInfo(msgspec.Struct):
+    weight_version: str
+
+
 class RequestError(Exception):
     """A request without a usable answer.
 
@@ -51,7 +55,8 @@ class Client:
     Raises:
         ConfigError: see ``check_address``.
 
-    The environment's proxies are not used: samplers stand beside the trainer.
+    The environment's proxies are not used: samplers stand beside the trainer. A client that is
+    pickled loses its key and its connections.
     """
 
     def __init__(self, url: str, key: str | None = None, *, keep_alive: bool = False) -> None:
@@ -115,6 +120,11 @@ class Client:
         except (msgspec.DecodeError, RecursionError):
             raise RequestError(f"the answer of /{path} is no JSON") from None
 
+    async def weight_name(self) -> str:
+        """Ask for the name of the weights that the server has; raises as ``ask`` does."""
+        info: _WeightInfo = await self.ask("GET", "weight_info", form=_WeightInfo)
+        return info.weight_version
+
     async def _send(self, method: str, path: str, data: bytes | None) -> tuple[int, bytes]:
         if self._session is None:  # it belongs to the loop that runs now
             self._session = aiohttp.ClientSession(
@@ -138,6 +148,9 @@ class Client:
                 if len(body) > _LARGEST_ANSWER:
                     raise RequestError(f"an answer of over {_LARGEST_ANSWER >> 20} MB", status=413)
             return response.status, bytes(body)
+
+    def __reduce__(self) -> tuple[type[Client], tuple[str]]:
+        return Client, (self._base,)
 
     async def aclose(self) -> None:
         """Close all connections, in the event loop that used them."""

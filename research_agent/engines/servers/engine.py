@@ -31,7 +31,7 @@ from research_agent.engines.base import Completion, Finish, SamplingParams, make
 from research_agent.engines.checks import context_limit, not_finite, require_room, weights_device
 from research_agent.engines.remote import Turns
 from research_agent.engines.servers.pool import Sampled, ServedWeights, ServerPool, Slot
-from research_agent.engines.servers.serve import ServerProcess
+from research_agent.engines.servers.serve import ServerProcess, vllm_settings
 from research_agent.engines.servers.server import Needs, model_sizes
 from research_agent.engines.servers.weight_sync import WeightSync, model_weights
 from research_agent.errors import ConfigError
@@ -56,7 +56,6 @@ class ServerEngine:
         max_context: tokens that a trajectory may have.
         sync: gives the servers weights. Without it somebody else does, and ``load_weights`` takes
             a ``ServedWeights``.
-        process: the server that this rank has started, which ends with the engine.
         max_in_flight: turns asked for at a time, times the number of servers.
 
     The draws of a turn are a function of its trajectory's seed and of the tokens held before it,
@@ -72,17 +71,14 @@ class ServerEngine:
         urls: Sequence[str],
         max_context: int,
         sync: WeightSync | None = None,
-        process: ServerProcess | None = None,
         *,
         max_in_flight: int = 256,
     ) -> None:
         self.max_context = max_context
         self._urls = urls
         self._sync = sync
-        self._process = process
         self._renderer = renderer
         self._slots: dict[int, Slot] = {}
-        self._version = 0
         self._pool = ServerPool(urls, renderer.end_ids, max_in_flight)
         self._turns: Turns[Sampled] = Turns("servers", self._pool.closing)
 
@@ -141,7 +137,6 @@ class ServerEngine:
         if not isinstance(weights, ServedWeights):
             weights = self.give_weights(weights, version)
         self._turns.call(self._pool.use(weights))
-        self._version = version
 
     def give_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> ServedWeights:
         """Give all servers new weights, which an engine in another process samples with."""
@@ -150,8 +145,8 @@ class ServerEngine:
 
     def require_alive(self) -> None:
         """Raise an ``EngineError`` with its log if the server that this rank started has ended."""
-        if self._process:
-            self._process.require_alive()
+        if self._sync:
+            self._sync.require_alive()
 
     def elsewhere(self) -> Callable[[Renderer], ServerEngine]:
         """What makes an engine over the same servers in another process."""
@@ -159,9 +154,9 @@ class ServerEngine:
 
     def close(self) -> None:
         """Delete the weights and leave the servers; a server that this rank started ends."""
-        for part in (self._turns, self._sync, self._process):
-            if part is not None:
-                part.close()
+        self._turns.close()
+        if self._sync:
+            self._sync.close()
 
     def _complete(self, slot: int, sampled: Sampled) -> Completion:
         """The turn as any engine would have ended it; here, as tokenizers are for one thread."""
@@ -178,7 +173,7 @@ class ServerEngine:
             tokens,
             logprobs,
             finish_reason=finish,
-            version=versions[-1] if versions else self._version,
+            version=versions[-1],
             versions=versions,
         )
 
@@ -208,7 +203,6 @@ def connect_servers(
     *,
     by: Carrier = "folder",
     dtype: str | None = None,
-    gives: bool | None = None,
     process: ServerProcess | None = None,
     max_in_flight: int = 256,
 ) -> ServerEngine:
@@ -223,8 +217,8 @@ def connect_servers(
         max_context: tokens that a trajectory may have; the model's own limit by default.
         by: how weights get to the servers.
         dtype: number format of the servers' weights, such as bfloat16; the model's own by default.
-        gives: whether this rank gives weights to these servers. Rank 0 does by default.
-        process: as for ``ServerEngine``.
+        process: the server that this rank has started, and gives weights to. Without any such
+            server, rank 0 gives weights to all of ``urls``.
         max_in_flight: as for ``ServerEngine``.
 
     Raises:
@@ -235,12 +229,11 @@ def connect_servers(
     """
     bases = _addresses(urls)
     context = context_limit(model, max_context)
-    gives = rank_and_size()[0] == 0 if gives is None else gives
+    gives = process is not None or rank_and_size()[0] == 0
     dtype = dtype or str(model.dtype).removeprefix("torch.")
     needs = Needs(context, dtype, model_sizes(model), by, token=min(renderer.end_ids))
-    require_alive = process.require_alive if process else lambda: None
-    sync = WeightSync(model, bases if gives else (), needs, require_alive)
-    engine = ServerEngine(renderer, bases, context, sync, process, max_in_flight=max_in_flight)
+    sync = WeightSync(model, bases if gives else (), needs, process)
+    engine = ServerEngine(renderer, bases, context, sync, max_in_flight=max_in_flight)
     try:
         if not any(weight.is_meta for weight in model.parameters()):
             engine.load_weights(model_weights(model), 0)
@@ -277,23 +270,22 @@ def serve_engine(
     """
     context = context_limit(model, max_context)
     dtype = dtype or str(model.dtype).removeprefix("torch.")
+    device = weights_device(model)
     slots = max_slots * torchrun("LOCAL_WORLD_SIZE", 1)
     node = torchrun("GROUP_RANK", 0)
     process: ServerProcess | None = None
     with together():
         if torchrun("LOCAL_RANK", 0) == 0:
-            process = ServerProcess(
-                model, renderer, spec, context=context, slots=slots, dtype=dtype
-            )
+            settings = vllm_settings(spec, context, slots, dtype, device)
+            process = ServerProcess(model, renderer, settings)
     started = gather([(node, process.url)] if process else [])
     return connect_servers(
         model,
         renderer,
         [url for number, url in started if number == node],
         context,
-        by="folder" if weights_device(model).type == "cpu" else "ipc",
+        by="folder" if device.type == "cpu" else "ipc",
         dtype=dtype,
-        gives=process is not None,
         process=process,
     )
 

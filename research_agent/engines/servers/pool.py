@@ -13,14 +13,7 @@ from research_agent.engines.base import Finish, SamplingParams
 from research_agent.engines.checks import CONTINUE
 from research_agent.engines.remote import read_key, turn_seed
 from research_agent.engines.servers.client import Client, RequestError
-from research_agent.engines.servers.server import (
-    GENERATE,
-    PATIENCE,
-    START,
-    Answer,
-    WeightTag,
-    weight_name,
-)
+from research_agent.engines.servers.server import GENERATE, PATIENCE, START, Answer, WeightTag
 from research_agent.errors import EngineError
 
 _LOG = logging.getLogger(__name__)
@@ -206,7 +199,7 @@ class ServerPool:
             try:
                 if server.alive:
                     await server.client.ask("GET", "health")
-                elif self._tag.is_current(await weight_name(server.client)):
+                elif self._tag.is_current(await server.client.weight_name()):
                     self._readmit(server)
                 else:
                     server.problem = "it answers, and waits for the next weights"

@@ -95,10 +95,6 @@ class Answer(msgspec.Struct):
     choices: tuple[Choice]
 
 
-class _WeightInfo(msgspec.Struct):
-    weight_version: str
-
-
 class _ModelConfig(msgspec.Struct):
     dtype: str
     max_model_len: int
@@ -131,12 +127,6 @@ class _Inspection(msgspec.Struct):
 
 class _Workers(msgspec.Struct):
     urls: list[str]
-
-
-async def weight_name(client: Client) -> str:
-    """Ask a server for the name of the weights that it has."""
-    info: _WeightInfo = await client.ask("GET", "weight_info", form=_WeightInfo)
-    return info.weight_version
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,23 +16,22 @@ from research_agent.distributed import (
     Repeatable,
     broadcast_object,
     full_tensor,
+    gather,
     raise_together,
-    run_together,
     together,
 )
-from research_agent.engines.checks import WeightNames
+from research_agent.engines.checks import WeightNames, weights_device
 from research_agent.engines.remote import LoopThread, read_key
 from research_agent.engines.servers.client import Client, RequestError
 from research_agent.engines.servers.pool import ServedWeights, no_server
-from research_agent.engines.servers.server import (
-    PATIENCE,
-    START,
-    Needs,
-    Server,
-    WeightTag,
-    weight_name,
+from research_agent.engines.servers.serve import ServerProcess
+from research_agent.engines.servers.server import PATIENCE, START, Needs, Server, WeightTag
+from research_agent.engines.servers.weight_transfer import (
+    WeightSource,
+    prepare_transfer,
+    require_gpu,
+    transfer,
 )
-from research_agent.engines.servers.weight_transfer import Transfer, prepare_transfer
 from research_agent.errors import EngineError, ResearchAgentError
 from research_agent.weight_files import WeightFolder
 
@@ -49,15 +48,6 @@ def model_weights(model: Any) -> Iterable[tuple[str, Tensor]]:
     )
 
 
-class _Report(NamedTuple):
-    """What a rank tells the others of a server of its own; see ``Server``."""
-
-    url: str
-    software: str
-    current: str
-    problem: str
-
-
 class WeightSync:
     """Gives weights to servers. Every rank has one and makes the same calls at the same time.
 
@@ -65,7 +55,7 @@ class WeightSync:
         model: the policy.
         urls: the servers that this rank gives weights to; each server belongs to one rank.
         needs: what the run needs of its servers.
-        require_alive: raises an ``EngineError`` if a server that this rank started has ended.
+        process: the server that this rank has started, which ends with the object.
 
     Raises:
         ConfigError: an address that cannot be used, or a model whose weights cannot go this way.
@@ -76,18 +66,19 @@ class WeightSync:
         model: Any,
         urls: Sequence[str],
         needs: Needs,
-        require_alive: Callable[[], None] = lambda: None,
+        process: ServerProcess | None = None,
     ) -> None:
         self._names = WeightNames(model)
         self._needs = needs
-        self._require_alive = require_alive
-        self._transfer = self._folder = None
+        self._process = process
+        self._device = weights_device(model)
+        self._dtype = getattr(torch, needs.dtype)
+        self._folder: WeightFolder | None = None
         with together():
-            dtype = getattr(torch, needs.dtype)
             if needs.carrier == "folder":
-                self._folder = WeightFolder(self._names, dtype)
+                self._folder = WeightFolder(self._names, self._dtype)
             else:
-                self._transfer = Transfer(model, self._names, needs.carrier, dtype)
+                require_gpu(self._device, needs.carrier)
             self._servers = [Server(url, Client(url, read_key("VLLM_API_KEY"))) for url in urls]
         self._loop = LoopThread("weights", [server.client.aclose for server in self._servers])
         self._run = broadcast_object(secrets.token_hex(4))
@@ -113,81 +104,78 @@ class WeightSync:
         """
         self._calls += 1
         tag = WeightTag(self._run, version, self._calls)
-        if not self._folder:
-            return self._give(weights, tag)
-        try:
-            with together():
-                folder = self._write(weights, str(tag))
-            return self._give(weights, tag, folder)
-        finally:
+        folder = self._write(weights, str(tag))
+        served = self._give(weights, tag, folder)
+        if self._folder:
             self._folder.prune(())
+        return served
+
+    def require_alive(self) -> None:
+        """Raise an ``EngineError`` with its log if the server that this rank started has ended."""
+        if self._process:
+            self._process.require_alive()
 
     def close(self) -> None:
-        """Delete the weights, and leave the servers, which keep running."""
+        """Delete the weights, and leave the servers; one that this rank started ends."""
         self._loop.close()
-        if self._folder:
-            self._folder.close()
+        for part in (self._folder, self._process):
+            if part:
+                part.close()
 
     def _give(
-        self, weights: Iterable[tuple[str, Tensor]], tag: WeightTag, folder: Path | None = None
+        self, weights: Iterable[tuple[str, Tensor]], tag: WeightTag, folder: Path | None
     ) -> ServedWeights:
-        """Attempt it until any server has the weights; every rank decides by the same reports.
+        """Attempt it until any server has the weights; every rank decides by the same facts.
 
         A server that fails has a problem, and is asked again when all others have failed, too.
         """
         deadline = time.monotonic() + PATIENCE
-        self._forget_problems()
         while True:
-            reports = self._on_all_ranks(self._inspect)
-            _require_same_software(reports)
-            if any(not report.problem for report in reports):
-                reports = self._on_all_ranks(lambda: self._send(weights, str(tag), folder))
-                if any(report.current == str(tag) for report in reports):
+            for server in self._servers:
+                server.problem = ""
+            servers = self._on_all_ranks(self._inspect)
+            while not all(server.problem for server in servers):
+                _require_same_software(servers)
+                servers = self._on_all_ranks(lambda: self._send(weights, str(tag), folder))
+                if any(server.current == str(tag) for server in servers):
                     self._started = True
-                    return ServedWeights(tag, _problems(reports))
-                if self._transfer and iter(weights) is weights:
-                    raise_together(no_server(_problems(reports)))
-            elif broadcast_object(time.monotonic() > deadline):
-                raise_together(no_server(_problems(reports)))
-            else:
-                self._forget_problems()
-                time.sleep(_AGAIN)
+                    return ServedWeights(tag, _problems(servers))
+                if not self._folder and iter(weights) is weights:
+                    raise_together(no_server(_problems(servers)))
+                servers = self._on_all_ranks(self._inspect)
+            if broadcast_object(time.monotonic() > deadline):
+                raise_together(no_server(_problems(servers)))
+            time.sleep(_AGAIN)
 
-    def _forget_problems(self) -> None:
-        for server in self._servers:
-            server.problem = ""
-
-    def _on_all_ranks(self, work: Callable[[], None]) -> list[_Report]:
-        """Do something with the servers of each rank; return what came of it at all servers."""
-
-        def report() -> list[_Report]:
+    def _on_all_ranks(self, work: Callable[[], None]) -> list[Server]:
+        """Do something with the servers of each rank; return all servers as they are then."""
+        with together():
             work()
-            return [
-                _Report(each.url, each.software, each.current, each.problem)
-                for each in self._servers
-            ]
-
-        return [each for reports in run_together(report) for each in reports]
+        return gather(self._servers)
 
     def _write(self, weights: Iterable[tuple[str, Tensor]], name: str) -> Path | None:
         """Write the weights if this rank has servers; yielding them is work of all ranks."""
-        if self._folder and self._servers:
-            return self._folder.write(weights, name)
-        for _ in self._names.checked(weights):
-            pass
+        if not self._folder:
+            return None
+        with together():
+            if self._servers:
+                return self._folder.write(weights, name)
+            for _ in self._names.checked(weights):
+                pass
         return None
 
     def _inspect(self) -> None:
         """See which servers of this rank are as the run needs them."""
-        self._require_alive()
+        self.require_alive()
         self._loop.call(self._each(self._require_fit))
 
     def _send(self, weights: Iterable[tuple[str, Tensor]], name: str, folder: Path | None) -> None:
         """Pause the servers of this rank that are ready, send the weights, and resume them."""
         self._loop.call(self._each(self._pause))
-        if self._transfer:
+        if self._needs.carrier != "folder":
+            source = WeightSource(self._names, weights, self._dtype)
             ready = [server for server in self._servers if not server.problem]
-            if not self._transfer.send(weights, ready, self._loop.loop):
+            if not transfer(source, ready, self._loop, self._needs.carrier, self._device):
                 return
         self._loop.call(self._each(partial(self._resume, name=name, folder=folder)))
 
@@ -210,13 +198,13 @@ class WeightSync:
 
     async def _require_fit(self, server: Server) -> None:
         """Check that a server has the weights that it was given last, or how it was started."""
-        if not server.current or await weight_name(server.client) != server.current:
+        if not server.current or await server.client.weight_name() != server.current:
             server.current = ""
             await server.inspect(self._needs)
 
     async def _pause(self, server: Server) -> None:
         await server.client.ask("POST", "pause?mode=keep")
-        if self._transfer:
+        if not self._folder:
             await prepare_transfer(server)
 
     async def _resume(self, server: Server, name: str, folder: Path | None) -> None:
@@ -234,17 +222,17 @@ class WeightSync:
         server.current = name
 
 
-def _problems(reports: Sequence[_Report]) -> dict[str, str]:
-    return {report.url: report.problem for report in reports if report.problem}
+def _problems(servers: Sequence[Server]) -> dict[str, str]:
+    return {server.url: server.problem for server in servers if server.problem}
 
 
-def _require_same_software(reports: Sequence[_Report]) -> None:
-    """Compare the versions of all servers; the reports are the same on all ranks.
+def _require_same_software(servers: Sequence[Server]) -> None:
+    """Compare the versions of all servers of all ranks.
 
     Raises:
         EngineError: they differ, on rank 0; on others ``StoppedError``.
     """
-    software = {report.url: report.software for report in reports if not report.problem}
+    software = {server.url: server.software for server in servers if not server.problem}
     if len(set(software.values())) > 1:
         named = ", ".join(f"{url}: vLLM {version}" for url, version in software.items())
         raise_together(

@@ -27,9 +27,10 @@ from urllib.parse import urlsplit
 
 import torch
 
-from research_agent.engines.checks import WeightNames, weights_device
+from research_agent.engines.checks import WeightNames
+from research_agent.engines.remote import LoopThread
 from research_agent.engines.servers.client import RequestError
-from research_agent.engines.servers.server import BACKEND, RELOAD_TIMEOUT, Server, weight_name
+from research_agent.engines.servers.server import BACKEND, RELOAD_TIMEOUT, Server
 from research_agent.errors import ConfigError, ModelError
 from research_agent.system.redaction import one_line
 from research_agent.system.threads import in_thread
@@ -52,7 +53,7 @@ async def prepare_transfer(server: Server) -> None:
     Raises:
         RequestError: it does not answer, or fails.
     """
-    if await weight_name(server.client) == PARTIAL:
+    if await server.client.weight_name() == PARTIAL:
         # What had come would be counted as part of the next weights: let vLLM put it away.
         with suppress(RequestError):
             await server.client.ask("POST", "start_weight_update")
@@ -69,7 +70,7 @@ class _Links:
     down: NCCL would wait for the server. By IPC that does nothing, and the others go on.
     """
 
-    def __init__(self, servers: Sequence[Server], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, servers: Sequence[Server], loop: LoopThread) -> None:
         self.failed: Future[None] = Future()  # done as soon as a request has failed
         self.trainer: Any = None
         self._servers = servers
@@ -109,93 +110,76 @@ class _Links:
         async def post_all() -> None:
             await asyncio.gather(*map(post, self._servers, payloads or repeat(None)))
 
-        asyncio.run_coroutine_threadsafe(post_all(), self._loop).result()
+        self._loop.call(post_all())
 
 
-class Transfer:
-    """Sends weights to servers; every rank has one and makes the same calls.
+def transfer(
+    source: WeightSource,
+    servers: Sequence[Server],
+    loop: LoopThread,
+    backend: Backend,
+    device: torch.device,
+) -> bool:
+    """Send weights to this rank's servers, from all ranks at once.
 
     Args:
-        model: the policy on its GPU.
-        names: names and shapes that the weights must have.
+        source: the weights; they are consumed to their end on all ranks.
+        servers: ready ones; none on ranks that do not send.
+        loop: the event loop of the servers' clients.
         backend: "nccl" for servers on other GPUs, "ipc" for servers on the learner's own.
-        dtype: number format that is sent.
+        device: the learner's GPU.
+
+    Returns:
+        Whether the servers that have no ``problem`` now have the weights. By NCCL one server that
+        fails is the end of it for all.
 
     Raises:
-        ConfigError: the model is on no GPU, or vLLM is not installed.
+        ModelError: a name or shape that the model does not have, or a weight left out.
     """
+    links = _Links(servers, loop)
 
-    def __init__(
-        self, model: Any, names: WeightNames, backend: Backend, dtype: torch.dtype
-    ) -> None:
-        self._device = weights_device(model)
-        require_gpu(self._device, backend)
-        self._names = names
-        self._backend: Backend = backend
-        self._dtype = dtype
-
-    def send(
-        self,
-        weights: Iterable[tuple[str, Tensor]],
-        servers: Sequence[Server],
-        loop: asyncio.AbstractEventLoop,
-    ) -> bool:
-        """Send weights to this rank's servers, from all ranks at once.
-
-        Args:
-            weights: all of the model's; they are consumed to their end on all ranks.
-            servers: ready ones; none on ranks that do not send.
-            loop: the event loop of the servers' clients.
-
-        Returns:
-            Whether the servers that have no ``problem`` now have the weights. By NCCL one server
-            that fails is the end of it for all.
-
-        Raises:
-            ModelError: a name or shape that the model does not have, or a weight left out.
-        """
-        links = _Links(servers, loop)
-        source = _Source(self._names, weights, self._dtype)
-        work = in_thread(lambda: self._run(links, source, servers), "weights")
-        ends = (work, links.failed) if self._backend == "nccl" else (work,)
-        wait(ends, RELOAD_TIMEOUT, FIRST_COMPLETED)
-        wait((work,), _GRACE)
-        source.finish()
-        if work.done():
-            error = work.exception()
-        else:
-            error = TimeoutError(f"no end of it within {RELOAD_TIMEOUT:g} s")
-        if isinstance(error, ModelError):
-            raise error
-        if error and not any(server.problem for server in servers):
-            for server in servers:
-                server.problem = f"{type(error).__name__}: {one_line(str(error))}"
-        failed = [server for server in servers if server.problem]
-        for server in failed:
-            server.problem = (
-                f"no new weights by {self._backend}: {server.problem}. Was it started with "
-                f"{BACKEND[self._backend]}, and can it reach any port here?"
-            )
-        return self._backend == "ipc" or not failed
-
-    def _run(self, links: _Links, source: _Source, servers: Sequence[Server]) -> None:
-        """Do this rank's part of a transfer, with vLLM's trainer."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # a new thread has none
+    def send() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a new thread has none
         try:
-            links.trainer = _trainer(self._backend, links, source, servers)
-            if self._backend == "ipc" or not links.failed.done():
+            links.trainer = _trainer(backend, links, source, servers)
+            if backend == "ipc" or not links.failed.done():
                 links.trainer.send_weights()
         finally:
             source.finish()
             if links.trainer:
                 links.trainer.shutdown()
 
+    work = in_thread(send, "weights")
+    wait((work, links.failed) if backend == "nccl" else (work,), RELOAD_TIMEOUT, FIRST_COMPLETED)
+    wait((work,), _GRACE)
+    source.finish()
+    error: BaseException | None = TimeoutError(f"no end of it within {RELOAD_TIMEOUT:g} s")
+    if work.done():
+        error = work.exception()
+    if isinstance(error, ModelError):
+        raise error
+    if error and not any(server.problem for server in servers):
+        for server in servers:
+            server.problem = f"{type(error).__name__}: {one_line(str(error))}"
+    failed = [server for server in servers if server.problem]
+    for server in failed:
+        server.problem = (
+            f"no new weights by {backend}: {server.problem}. Was it started with "
+            f"{BACKEND[backend]}, and can it reach any port here?"
+        )
+    return backend == "ipc" or not failed
 
-class _Source:
-    """Weights as vLLM's trainer takes them: a ``WeightSource`` that can be gone through once.
+
+class WeightSource:
+    """Weights as vLLM's class of that name gives them, which can be gone through once.
 
     Two threads may go through them, each from where the other has come to.
+
+    Args:
+        names: names and shapes that the weights must have.
+        weights: all of the model's.
+        dtype: number format that is sent.
     """
 
     def __init__(

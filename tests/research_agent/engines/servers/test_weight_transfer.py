@@ -99,9 +99,9 @@ class Trainer:
 @pytest.fixture
 def wires(monkeypatch: pytest.MonkeyPatch) -> Wires:
     """The wires of all groups; with them the model passes for one on a GPU."""
-    monkeypatch.setattr(weight_transfer, "require_gpu", lambda *_: None)
+    monkeypatch.setattr(weight_sync, "require_gpu", lambda *_: None)
     monkeypatch.setattr(weight_transfer, "_trainer", Trainer)
-    monkeypatch.setattr(weight_transfer._Source, "metadata", metadata)
+    monkeypatch.setattr(weight_transfer.WeightSource, "metadata", metadata)
     monkeypatch.setattr(pool, "_CHECK", 0.05)
     monkeypatch.setattr(pool, "_TURN_TIMEOUT", 10.0)
     monkeypatch.setattr(pool, "PATIENCE", 0.3)
