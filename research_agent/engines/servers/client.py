@@ -109,10 +109,8 @@ class Client:
         if status != 200:
             problem = f"/{path} gives status {status}: {self._shown(_message(body))}"
             raise RequestError(problem.removesuffix(": "), status)
-        if form is Any and not body:
-            return None
         try:
-            return msgspec.json.decode(body, type=form)
+            return msgspec.json.decode(body or b"null", type=form)
         except msgspec.ValidationError as error:
             raise RequestError(
                 f"/{path} gives an answer of another form: {error}", status
