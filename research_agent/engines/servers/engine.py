@@ -279,15 +279,9 @@ def serve_engine(
             settings = vllm_settings(spec, context, slots, dtype, device)
             process = ServerProcess(model, renderer, settings)
     started = gather([(node, process.url)] if process else [])
-    return connect_servers(
-        model,
-        renderer,
-        [url for number, url in started if number == node],
-        context,
-        by="folder" if device.type == "cpu" else "ipc",
-        dtype=dtype,
-        process=process,
-    )
+    urls = [url for number, url in started if number == node]
+    by: Carrier = "folder" if device.type == "cpu" else "ipc"
+    return connect_servers(model, renderer, urls, context, by=by, dtype=dtype, process=process)
 
 
 def _addresses(urls: Sequence[str]) -> list[str]:

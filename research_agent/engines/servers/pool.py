@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,7 +92,6 @@ class ServerPool:
         self._end_ids = end_ids
         self._in_flight = asyncio.Semaphore(max_in_flight * len(urls))
         self._tag = WeightTag("", 0, 0)
-        self._back = asyncio.Event()  # set when a server comes back
         self._watches: list[asyncio.Task[None]] = []
         self._level = logging.INFO if rank_and_size()[0] else logging.WARNING
 
@@ -130,26 +130,22 @@ class ServerPool:
         )
 
     async def _choose(self, slot: Slot) -> _Sampler:
-        """The server that has the trajectory in its cache, else the one with the least to do."""
-        alive = await self._living()
+        """The server that has the trajectory in its cache, else the one with the least to do.
+
+        Raises:
+            EngineError: no server can be used for a while.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while not (alive := [server for server in self._servers if server.alive]):
+            if time.monotonic() > deadline:
+                raise no_server({server.url: server.problem for server in self._servers})
+            await asyncio.sleep(_CHECK / 5)
         least = min(alive, key=lambda server: (len(server.turns), server.taken))
         kept = slot.preferred_server
         if kept in alive and len(kept.turns) <= 2 * len(least.turns) + _NEAR:
             return kept
         slot.preferred_server = least
         return least
-
-    async def _living(self) -> list[_Sampler]:
-        """The servers that can be used; one is waited for."""
-        try:
-            async with asyncio.timeout(PATIENCE):
-                while not (alive := [server for server in self._servers if server.alive]):
-                    self._back.clear()
-                    await self._back.wait()
-        except TimeoutError:
-            problems = {server.url: server.problem for server in self._servers}
-            raise no_server(problems) from None
-        return alive
 
     async def _sample(self, server: _Sampler, slot: Slot) -> Sampled:
         payload, tag = _request(slot, self._end_ids), self._tag
@@ -178,7 +174,6 @@ class ServerPool:
         if not server.alive:
             _LOG.log(self._level, "%s is back, with the current weights", server.url)
         server.alive = True
-        self._back.set()
 
     def _mark_dead(self, server: _Sampler, problem: str) -> None:
         """Leave a server out until it has the current weights again; its turns go elsewhere."""

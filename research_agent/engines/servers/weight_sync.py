@@ -62,11 +62,7 @@ class WeightSync:
     """
 
     def __init__(
-        self,
-        model: Any,
-        urls: Sequence[str],
-        needs: Needs,
-        process: ServerProcess | None = None,
+        self, model: Any, urls: Sequence[str], needs: Needs, process: ServerProcess | None = None
     ) -> None:
         self._names = WeightNames(model)
         self._needs = needs
