@@ -47,7 +47,7 @@ class _Sampler:
     client: Client
     alive: bool = True
     taken: int = 0  # turns so far
-    turns: set[asyncio.Timeout] = field(default_factory=set)  # those under way
+    turns: set[asyncio.Timeout] = field(default_factory=set)  # under way
     problem: str = ""  # why it is not alive
 
 
