@@ -1,11 +1,11 @@
 """Learning curves of every algorithm on MiniWorld: ``python -m benchmarks.learning_curves``.
 
 All start from the shipped starter with the same learning rate and budget of episodes, without KL
-and without an entropy bonus; everything else is the algorithm's own. Each ablation changes one
-thing about GRPO: tokens of observations in the loss (their old log-probabilities are recomputed,
-because no sampler reports any), a KL of 1e-3, or the number of samples per group, with as many
-episodes per step. Runs are folders: one that is finished is not run again, and one that was stopped
-continues.
+and without an entropy bonus; all other settings are the algorithm's defaults. Each ablation changes
+one thing about GRPO: tokens of observations are in the loss (their old log-probabilities are
+recomputed, because no sampler reports any), the KL coefficient is 1e-3, or groups have another size
+(with the same number of episodes per step). Runs are folders: one that is finished is not run
+again, and one that was stopped continues.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 import tyro
 
-from benchmarks.runs import draw_band, read_log, training_process
+from benchmarks.drawing import Curve, small_multiples
 from benchmarks.runs import is_finished as finished
+from benchmarks.runs import read_log, training_process
 from benchmarks.runs import run_all as do_all
 from benchmarks.tables import markdown_table, print_table, spread
 from research_agent.config import AlgorithmConfig, TrainConfig
 from research_agent.presets import PRESETS
-from research_agent.report.curve import label_ends
 
 MINIWORLD = PRESETS["miniworld"]
 
@@ -47,32 +47,32 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "arpo": OFF,
 }
 GROUP_SIZES = (2, 4, 8, 16)
-CHUNK = 10  # steps
-SHARE = 0.1  # share of the budget that the table calls its beginning, or its end
+CHUNK = 10  # steps of DAPO, after which its episodes are counted
+SHARE = 0.1  # the table's first and last rewards are means over this part of the budget
 Ablation = Literal["mask", "kl", "group"]
 ABLATIONS: tuple[Ablation, ...] = ("mask", "kl", "group")
 
 
 @dataclass(frozen=True)
 class CurvesConfig:
-    """Train MiniWorld's starter by every algorithm, several seeds each; draw what came of it."""
+    """Train MiniWorld's starter with every algorithm, several seeds each, and draw the rewards."""
 
     output: Path = Path("runs/learning-curves")
     """Folder of the runs, of curves.png, table.md and results.json."""
     algorithms: tuple[str, ...] = tuple(ALGORITHMS)
     """Names of algorithms."""
     ablations: tuple[Ablation, ...] = ABLATIONS
-    """Which of the ablations; give no name for none."""
+    """Names of ablations; the flag without a name does none."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
     steps: int = MINIWORLD.run.steps
     """Training steps. The budget is steps x --prompts-per-step x --group-size episodes."""
     prompts_per_step: int = MINIWORLD.rollout.prompts_per_step
-    """Tasks a step."""
+    """Tasks per step."""
     group_size: int = MINIWORLD.rollout.group_size
     """Episodes of each task."""
     eval_limit: int = 200
-    """Held-out questions of an evaluation (greedy)."""
+    """Held-out questions per evaluation (greedy)."""
     workers: int = 2
     """Runs at the same time, each with one thread."""
 
@@ -81,16 +81,16 @@ class CurvesConfig:
 class Run:
     """One training run of the comparison."""
 
-    name: str  # what the table calls it; runs of the same name differ in their seed alone
+    name: str  # runs of the same name differ only in their seed
     seed: int
     algorithm: str = "grpo"
     args: Mapping[str, Any] = field(default_factory=dict)
-    group_size: int | None = None  # None: those of the configuration
+    group_size: int | None = None  # None: as configured
     masked: bool = True  # tokens of observations are left out of the loss
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is not finished, then write picture and table."""
+    """Do the runs that are not finished, then write picture and table."""
     config = tyro.cli(CurvesConfig, args=argv, prog="python -m benchmarks.learning_curves")
     unknown = sorted(set(config.algorithms) - set(ALGORITHMS))
     if unknown:
@@ -104,33 +104,31 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def plan(config: CurvesConfig) -> list[Run]:
-    """All runs, the seeds of one name next to one another; GRPO's are in ablations as well."""
-    wanted: list[Run] = []
-    wanted += [Run(name, 0, name, ALGORITHMS[name]) for name in config.algorithms]
+    """All runs, with the seeds of one name next to one another; ablations need GRPO's as well."""
+    wanted = [Run(name, 0, name, ALGORITHMS[name]) for name in config.algorithms]
+    if config.ablations:
+        wanted.append(Run("grpo", 0, args=OFF))
     if "mask" in config.ablations:
-        wanted += [Run("grpo", 0, args=OFF), Run("grpo, unmasked", 0, args=OFF, masked=False)]
+        wanted.append(Run("grpo, unmasked", 0, args=OFF, masked=False))
     if "kl" in config.ablations:
-        wanted += [Run("grpo", 0, args=OFF), Run("grpo, KL 1e-3", 0, args=OFF | {"kl_coef": 1e-3})]
+        wanted.append(Run("grpo, KL 1e-3", 0, args=OFF | {"kl_coef": 1e-3}))
     if "group" in config.ablations:
-        for size in GROUP_SIZES:
-            name = "grpo" if size == config.group_size else f"grpo, G = {size}"
-            wanted.append(Run(name, 0, args=OFF, group_size=size))
+        sizes = [size for size in GROUP_SIZES if size != config.group_size]
+        wanted += [Run(f"grpo, G = {size}", 0, args=OFF, group_size=size) for size in sizes]
     unique = {run.name: run for run in wanted}
     return [replace(run, seed=seed) for run in unique.values() for seed in config.seeds]
 
 
 def folder_of(config: CurvesConfig, run: Run) -> Path:
-    """Where a run is kept."""
+    """Folder of a run."""
     name = run.name.replace(", ", "-").replace(" = ", "").replace(" ", "")
     return config.output / "runs" / name / f"seed-{run.seed}"
 
 
 def training_of(config: CurvesConfig, run: Run) -> TrainConfig:
-    """The whole configuration of a run."""
+    """The configuration of a run; a step has as many episodes, however large its groups are."""
     samples = run.group_size or config.group_size
-    episodes = (
-        config.prompts_per_step * config.group_size
-    )  # a step has as many, however large a group is
+    episodes = config.prompts_per_step * config.group_size
     return replace(
         MINIWORLD,
         rollout=replace(
@@ -153,7 +151,7 @@ def training_of(config: CurvesConfig, run: Run) -> TrainConfig:
 
 
 def run_all(config: CurvesConfig) -> list[str]:
-    """Do the runs that are not finished, several at a time; returns those that failed."""
+    """Do the runs that are not finished, several at a time; returns the names of failed ones."""
     runs = plan(config)
     waiting = [run for run in runs if not is_finished(config, run)]
     jobs = {f"{run.name}, seed {run.seed}": (config, run) for run in waiting}
@@ -161,11 +159,11 @@ def run_all(config: CurvesConfig) -> list[str]:
 
 
 def do(config: CurvesConfig, run: Run) -> str:
-    """Train, in a process of its own."""
+    """Train in a process of its own; says how the reward changed."""
     from research_agent.trainer import train  # noqa: PLC0415 - loads torch
 
     training = training_of(config, run)
-    # Steps of DAPO play more episodes than those of others: look at times whether it had enough.
+    # Steps of DAPO play more episodes than others, so its budget is checked after every CHUNK.
     stops = range(CHUNK, config.steps, CHUNK) if run.algorithm == "dapo" else ()
     with training_process(masked=run.masked):
         for steps in (*stops, config.steps):
@@ -199,7 +197,7 @@ class Result:
     evaluations: list[tuple[int, float]]  # episodes so far, exact match on held-out questions
 
     def at_ends(self, budget: int) -> tuple[float, float]:
-        """Mean reward over the first and the last tenth of the budget."""
+        """Mean reward over the first and the last tenth of the budget of episodes."""
         first = [r for e, r in zip(self.episodes, self.rewards, strict=True) if e <= SHARE * budget]
         last = [
             r for e, r in zip(self.episodes, self.rewards, strict=True) if e > (1 - SHARE) * budget
@@ -211,7 +209,7 @@ class Result:
 
 
 def read(config: CurvesConfig, run: Run) -> Result | None:
-    """What a run has logged so far; None if nothing."""
+    """Read what a run has logged so far; None if it has no step."""
     result = Result(run, [], [], [], [])
     for line in read_log(folder_of(config, run), budget_of(config)):
         if "eval/em" in line:
@@ -244,20 +242,10 @@ def report(config: CurvesConfig, results: Sequence[Result]) -> None:
     print_table(f"MiniWorld, {budget} episodes; mean (lowest to highest seed)", headings, rows)
     config.output.mkdir(parents=True, exist_ok=True)
     (config.output / "table.md").write_text(markdown_table(headings, rows), encoding="utf-8")
-    written = [
-        {
-            "name": r.run.name,
-            "seed": r.run.seed,
-            "episodes": r.episodes,
-            "seconds": r.seconds,
-            "rewards": r.rewards,
-            "evaluations": r.evaluations,
-        }
-        for r in results
-    ]
+    written = [{**vars(result), "run": vars(result.run)} for result in results]
     out = {"budget": budget, "workers": config.workers, "runs": written}
     (config.output / "results.json").write_text(json.dumps(out) + "\n", encoding="utf-8")
-    draw(config, by_name)
+    draw(by_name).savefig(config.output / "curves.png", dpi=100)
     print(config.output / "curves.png")
 
 
@@ -274,36 +262,22 @@ def _row(name: str, results: Sequence[Result], budget: int) -> tuple[str, ...]:
     )
 
 
-def draw(config: CurvesConfig, by_name: Mapping[str, Sequence[Result]]) -> None:
-    """Draw rewards by episodes: a panel for each algorithm beside the first, and each ablation."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
+def draw(by_name: Mapping[str, Sequence[Result]]) -> Any:
+    """Draw the reward of each run by episodes, with GRPO's (else the first run's) behind it.
 
-    first, *others = [name for name in config.algorithms if name in by_name] or ["grpo"]
-    compared = {name: [name] for name in others}
-    compared["retrieved tokens masked, or not"] = ["grpo, unmasked"]
-    compared["KL 0, or 1e-3"] = ["grpo, KL 1e-3"]
-    groups = [name for name in by_name if ", G = " in name]
-    compared[f"samples per group (grpo: {config.group_size})"] = groups
-    panels = {}
-    for title, names in compared.items():
-        if shown := [name for name in names if name in by_name]:
-            base = first if title in others else "grpo"
-            panels[title] = [*([base] if base in by_name else []), *shown]
-    panels = panels or {first: [first]}
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(1 + 4 * columns, 0.6 + 2.8 * rows), layout="constrained")
-    figure.suptitle("reward at T = 1 by episodes: mean of the seeds, and lowest to highest")
-    for number, (title, names) in enumerate(panels.items()):
-        axes = figure.add_subplot(rows, columns, number + 1)
-        axes.set_title(title)
-        ends = []
-        for name in names:
-            seeds = by_name[name]
-            last, color = draw_band(axes, [r.episodes for r in seeds], [r.rewards for r in seeds])
-            ends.append((last, name, color))
-        label_ends(axes, ends)
-    figure.savefig(config.output / "curves.png", dpi=120)
+    Args:
+        by_name: results by the name of the run, one per seed.
+
+    Returns:
+        A matplotlib ``Figure``.
+    """
+    curves = {
+        name: {"reward": Curve([r.episodes for r in seeds], [r.rewards for r in seeds], window=5)}
+        for name, seeds in by_name.items()
+    }
+    runs = {**({"grpo": curves["grpo"]} if "grpo" in curves else {}), **curves}
+    title = "Reward on MiniWorld while training, at T = 1 (mean of five steps)"
+    return small_multiples(runs, title, "episodes")
 
 
 if __name__ == "__main__":

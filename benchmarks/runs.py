@@ -1,4 +1,4 @@
-"""Training runs that are compared: done several at a time, each once, read again, and drawn.
+"""Training runs that are compared: done several at a time, each once, and read again.
 
 A run is a folder: one that is finished is not run again, and one that was stopped continues. The
 learning curves and the ablations of the papers are made of such runs.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,8 +25,6 @@ from research_agent.run_logger import METRICS, TIMINGS, read_lines
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 
-# --- doing them -----------------------------------------------------------------------------------
-
 
 def run_all(
     do: Callable[..., object], jobs: Mapping[str, Sequence[Any]], workers: int, *, finished: int = 0
@@ -35,13 +32,14 @@ def run_all(
     """Do jobs in processes with one thread each, several at a time.
 
     Args:
-        do: a function of a module, called with the arguments of a job; says how it went.
+        do: a function of a module. It is called with the arguments of a job, and what it returns is
+            printed.
         jobs: label to arguments.
         workers: jobs at the same time.
-        finished: how many were done before, to be counted in what is said.
+        finished: number of jobs that were done before, for what is printed.
 
     Returns:
-        The labels of those that failed.
+        The labels of the jobs that failed.
     """
     console = Console(stderr=True)
     console.print(f"{finished + len(jobs)} runs, {len(jobs)} of them to do; {workers} at once")
@@ -76,13 +74,13 @@ def _failure(error: BaseException) -> str:
 
 
 def _end_with_parent() -> None:
-    """Let this process end when the one that started it is killed: two would write the same run."""
+    """Let this process end if its parent is killed: after a restart two would write a run."""
     parent = multiprocessing.parent_process()
 
     def wait() -> None:
         if parent is not None:
             parent.join()
-        os._exit(1)  # as if it were killed too; a run continues from its last checkpoint
+        os._exit(1)  # no cleanup, as if killed; a run continues from its last checkpoint
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -111,9 +109,9 @@ def training_process(*, masked: bool = True) -> Iterator[None]:
 
 
 def unmasked(learner: type[Any]) -> type[Any]:
-    """A learner that learns from tokens of observations too, which ours never does.
+    """Make a learner that learns from tokens of observations too, which ``learner`` never does.
 
-    No sampler reports their log-probabilities, so those recomputed before the update are used.
+    No sampler reports their log-probabilities. A run has to recompute them before each update.
     """
 
     class Unmasked(learner):  # type: ignore[misc]
@@ -134,11 +132,8 @@ def unmasked(learner: type[Any]) -> type[Any]:
     return Unmasked
 
 
-# --- reading them ---------------------------------------------------------------------------------
-
-
 def is_finished(folder: Path, steps: int, episodes: int | None = None) -> bool:
-    """Whether a run has all its steps, or has played so many episodes, and has saved its last."""
+    """Whether a run has all its steps, or has played ``episodes``, and its last checkpoint."""
     lines = read_lines(folder / METRICS)
     if not lines:
         return False
@@ -150,7 +145,8 @@ def is_finished(folder: Path, steps: int, episodes: int | None = None) -> bool:
 def read_log(folder: Path, episodes: int | None = None) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, up to so many episodes.
 
-    Each has also ``played``, the episodes up to and with it, and ``seconds`` of training likewise.
+    Two numbers are added to each: ``played``, the episodes until the end of its step, and
+    ``seconds`` of training until then.
     """
     seconds = {t["step"]: t["seconds"] for t in read_lines(folder / TIMINGS)}
     played, found = 0, []
@@ -161,35 +157,3 @@ def read_log(folder: Path, episodes: int | None = None) -> list[dict[str, Any]]:
             break
         found.append({**line, "played": played, "seconds": seconds[line["step"]]})
     return found
-
-
-# --- drawing them ---------------------------------------------------------------------------------
-
-
-def draw_band(
-    axis: Any,
-    xs: Sequence[Sequence[float]],
-    ys: Sequence[Sequence[float]],
-    window: int = 5,
-) -> tuple[float, str]:
-    """Draw the curves of several seeds as their mean, and a band from lowest to highest.
-
-    Each point is the mean of a value and those before it, ``window`` at most.
-
-    Returns:
-        The last mean, and the color of the curve.
-    """
-    import numpy as np  # noqa: PLC0415
-
-    def smooth(values: Sequence[float]) -> list[float]:
-        return [
-            statistics.fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))
-        ]
-
-    grid = np.linspace(max(x[0] for x in xs), min(x[-1] for x in xs), 200)
-    curves = [np.interp(grid, x, smooth(y)) for x, y in zip(xs, ys, strict=True)]
-    mean = np.mean(curves, axis=0)
-    (line,) = axis.plot(grid, mean)
-    color = line.get_color()
-    axis.fill_between(grid, np.min(curves, axis=0), np.max(curves, axis=0), color=color, alpha=0.15)
-    return float(mean[-1]), color

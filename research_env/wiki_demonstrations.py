@@ -2,17 +2,17 @@
 
 They are made from training questions whose gold passages are known. An episode searches the gold
 sub-questions (MuSiQue has them) or the titles of the gold passages, reads, and answers. A title is
-searched only if the question or an earlier passage names it, so that each step follows from what
-was read. The results are those of a real search.
+searched only if the question or an earlier passage names it, so each step follows from what was
+read. The results come from a real search.
 
-A small model finds it harder to read than to search. So the facts that a question of 2Wiki rests on
-can be shown too, each as a question of its own: one search, and an answer that stands in a passage.
+A small model finds it harder to read than to search. So the facts behind a question of 2Wiki can be
+demonstrated too, each as a question of its own: one search, and an answer that a passage contains.
 
 As in MiniWorld the habit of searching is left weak on purpose: many episodes guess or stop early.
 Reinforcement learning then has to find when to search, how often, and how to answer.
 
-No development question is shown, and no passage that only development questions need: the index is
-made without these passages.
+No development question is demonstrated. The index lacks the passages that only development
+questions need.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 
 from research_env.datasets.base import Corpus, Dataset, Question
 from research_env.datasets.load import load_dataset
-from research_env.demonstrations import SKILLED, Demonstration, Habits, gold_queries
+from research_env.demonstrations import Demonstration, Habits, gold_queries
 from research_env.episode import shorten_hits
 from research_env.errors import ConfigurationError
 from research_env.metrics import normalize
@@ -43,7 +43,7 @@ class Step:
     """A search that follows from the question and the passages before it."""
 
     query: str
-    passage: Passage  # the gold passage that it looks for
+    passage: Passage  # the gold passage that it has to find
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class WithoutPassages:
         return (passage for passage in self.corpus if passage.id not in self.left_out)
 
     def fingerprint(self) -> str:
-        """The whole corpus and the number of passages left out; enough, as no index is kept."""
+        """The corpus and the number of passages left out; no index is kept that needs more."""
         return f"{self.corpus.fingerprint()}-{len(self.left_out)}"
 
 
@@ -131,17 +131,17 @@ def held_out_passages(train: Dataset, held_out: Dataset) -> frozenset[str]:
 
 
 def fact_questions(train: Dataset) -> list[Question]:
-    """The facts that the questions rest on, each as a question of its own.
+    """The facts behind the questions, each as a question of its own.
 
     They are 2Wiki's ``evidences``, triples of subject, relation and object: "What is the director
-    of Get Low?". A fact that stands in several questions is asked once.
+    of Get Low?". A fact of several questions is asked once.
 
     Args:
         train: questions with their corpus.
 
     Returns:
-        Questions with the subject's passage as the only gold passage; none for a subject that no
-        gold passage has as its title.
+        Questions whose only gold passage is the subject's. A fact is left out if no gold passage
+        has the subject as its title.
     """
     names = {passage.id: _name(passage).casefold() for passage in train.corpus or ()}
     found: dict[tuple[str, str], Question] = {}
@@ -157,15 +157,15 @@ def fact_questions(train: Dataset) -> list[Question]:
 
 
 def gold_steps(question: Question, passages: dict[str, Passage]) -> list[Step]:
-    """The searches that lead to all gold passages of a question, each from what was read before.
+    """Find the searches that lead to all gold passages of a question, in an order to read them.
 
     Args:
-        question: with its gold passages.
-        passages: the passages by id.
+        question: a question with gold passages.
+        passages: the gold passages of all questions by id.
 
     Returns:
-        The steps in order; none if a passage is missing or is not named by what was read before,
-        or if no passage contains the answer.
+        The steps in order. There are none if a passage is missing, if neither the question nor an
+        earlier passage names it, or if no passage contains the answer.
     """
     if any(id_ not in passages for id_ in question.supporting):
         return []
@@ -195,13 +195,13 @@ def demonstrate(
     steps: Sequence[Step],
     results: Sequence[str],
     rng: random.Random,
-    habits: Habits = SKILLED,
+    habits: Habits,
 ) -> Demonstration:
     """Play a question step by step.
 
     Args:
-        question: with its answer.
-        steps: its searches.
+        question: the question.
+        steps: its searches, from ``gold_steps``.
         results: the observation of each search.
         rng: random generator of the decisions.
         habits: the probabilities of skilled decisions.
@@ -234,7 +234,7 @@ def demonstrate(
 def _searched(
     train: Dataset, left_out: frozenset[str], top_k: int, max_passage_chars: int | None
 ) -> list[tuple[Question, list[Step], list[str]]]:
-    """The questions whose searches all find their passages: with their steps and observations."""
+    """The questions whose searches all find their passages, with their steps and observations."""
     if train.corpus is None:
         raise ConfigurationError(f"the data set {train.name!r} has no corpus; take one that has")
     corpus = WithoutPassages(train.corpus, left_out)
@@ -271,7 +271,7 @@ def _name(passage: Passage) -> str:
 
 
 def _evidences(question: Question) -> list[tuple[str, str, str]]:
-    """2Wiki's triples of subject, relation and object; what has another form is left out."""
+    """2Wiki's triples of subject, relation and object; anything of another form is left out."""
     given = question.extra.get("evidences")
     found = []
     for triple in given if isinstance(given, list) else ():
@@ -293,7 +293,7 @@ def _wanted(question: Question, steps: Sequence[Step], number: int) -> str:
 
 
 def _sentence(text: str, wanted: str) -> str:
-    """The first sentence that contains what is wanted, else the first one; shortened if long."""
+    """The first sentence that contains ``wanted``, else the first one; shortened if long."""
     sentences = re.split(r"(?<=[.!?])(?<!\b[A-Z]\.)\s+(?=[A-Z0-9\"'])", text)  # not after initials
     chosen = next((s for s in sentences if wanted.casefold() in s.casefold()), sentences[0])
     words = chosen.split()

@@ -4,55 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import tyro
 
-from benchmarks.ablations import runs
+from benchmarks.ablations import prepare, runs
 from benchmarks.ablations.registry import ABLATIONS, BY_NAME, Ablation
 from benchmarks.ablations.report import report
 from benchmarks.runs import run_all
 from research_agent.errors import ResearchAgentError
-from research_agent.presets import PRESETS
-
-MINIWORLD = PRESETS["miniworld"]
-
-
-@dataclass(frozen=True)
-class AblationsConfig:
-    """The papers' ablations in miniature: runs of several seeds, a table, a picture, verdicts.
-
-    The same command again goes on where it was stopped, and ablations share the runs of the same
-    name. The first argument is the name of an ablation; list prints all with the papers' findings.
-    """
-
-    ablation: tyro.conf.Positional[str]
-    """Name of an ablation; all does every one, list prints them."""
-    output: Path = Path("runs/ablations")
-    """Folder of the runs, and of a folder for each ablation with table.md, curves.png and
-    results.json."""
-    steps: int = 30
-    """Training steps of a run."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the runs. Verdicts need two at least."""
-    prompts_per_step: int = MINIWORLD.rollout.prompts_per_step
-    """Tasks a step."""
-    group_size: int = MINIWORLD.rollout.group_size
-    """Episodes of each task."""
-    questions: int = 200
-    """Held-out questions of an evaluation."""
-    workers: int = 2
-    """Runs at the same time, each with one thread."""
-    device: str = "cpu"
-    """Where the models live."""
-    tiny: bool = False
-    """Two steps of two small groups, one seed: to see that it works."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Make the runs of an ablation that are missing, then print and write the results."""
-    config = tyro.cli(AblationsConfig, args=argv, prog="python -m benchmarks.ablations")
+    """Do the runs of an ablation that are missing, then print and write the results."""
+    config = tyro.cli(runs.AblationsConfig, args=argv, prog="python -m benchmarks.ablations")
     if config.tiny:
         config = replace(config, steps=2, seeds=(0,), prompts_per_step=4, questions=4)
     if config.ablation == "list":
@@ -68,45 +33,40 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"benchmarks.ablations: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
+        print("\nstopped; the same command continues", file=sys.stderr)
         sys.exit(130)
     if failed:
         sys.exit(f"benchmarks.ablations: {len(failed)} runs failed: {', '.join(failed)}")
 
 
-def run(config: AblationsConfig, ablations: Sequence[Ablation]) -> list[str]:
-    """Do the runs that are not finished, and report every ablation; returns the runs that failed.
+def run(config: runs.AblationsConfig, ablations: Sequence[Ablation]) -> list[str]:
+    """Do the runs that are not finished, and report every ablation.
+
+    Returns:
+        The names of the runs that failed.
 
     Raises:
-        ConfigError, CheckpointError: the output folder holds runs of other settings.
+        ConfigError: the output folder holds runs of another size.
+        CheckpointError: a run in it has another configuration.
     """
-    settings = runs.Settings(
-        output=config.output,
-        steps=config.steps,
-        prompts_per_step=config.prompts_per_step,
-        group_size=config.group_size,
-        questions=config.questions,
-        device=config.device,
-    )
-    runs.claim_folder(settings)
+    prepare.claim_folder(config)
     arms = {arm.name: arm for ablation in ablations for arm in ablation.arms}.values()
     waiting = [
         (arm, seed)
         for seed in config.seeds  # all arms have their first seed before any has its second
         for arm in arms
-        if not runs.is_finished(settings, arm, seed)
+        if not runs.is_finished(config, arm, seed)
     ]
-    runs.write_worlds(settings, dict.fromkeys(w for arm in arms for w in runs.worlds_of(arm)))
-    needed = runs.missing(settings, [arm for arm, _ in waiting])
-    if needed:
-        failed = run_all(runs.prepare, {name: (settings, name) for name in needed}, config.workers)
-        if failed:
-            return failed
-    jobs = {f"{arm.name}, seed {seed}": (settings, arm, seed) for arm, seed in waiting}
+    prepare.write_worlds(config, dict.fromkeys(w for arm in arms for w in runs.worlds_of(arm)))
+    missing = prepare.missing(config, [arm for arm, _ in waiting])
+    needed = {name: (config, name) for name in missing}
+    if needed and (failed := run_all(prepare.prepare, needed, config.workers)):
+        return failed
+    jobs = {f"{arm.name}, seed {seed}": (config, arm, seed) for arm, seed in waiting}
     done = len(arms) * len(config.seeds) - len(jobs)
     failed = run_all(runs.do, jobs, config.workers, finished=done)
     for ablation in ablations:
-        report(settings, ablation, config.seeds)
+        report(config, ablation)
     return failed
 
 

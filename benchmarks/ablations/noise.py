@@ -1,8 +1,8 @@
-"""A search engine that misses: for a share of all queries what it should have found is not there.
+"""A search engine that misses: it loses the best passage of a fraction of all queries.
 
-``benchmarks.ablations.noise:NoisySearchQA-v0`` is ``SearchQA-v0`` behind such an engine. What comes
-instead is the next best passage, one that mentions the words of the query: a distractor. It is the
-same queries every time, so that asking again helps with other words only.
+``benchmarks.ablations.noise:NoisySearchQA-v0`` is ``SearchQA-v0`` with such an engine. It returns
+the next best passages, which mention words of the query too. The same queries lose their best
+passage every time, so asking again helps only in other words.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ NOISY = "NoisySearchQA-v0"
 
 
 class MissingRetriever:
-    """A retriever that loses the best hit of a share of the queries.
+    """A retriever that loses the best hit of a fraction of the queries.
 
     Args:
         inner: the engine.
-        miss: the share, from 0 to 1.
+        miss: the fraction, from 0 to 1.
     """
 
     def __init__(self, inner: Retriever, miss: float) -> None:
@@ -45,7 +45,7 @@ class MissingRetriever:
         ]
 
     def _lost(self, query: str) -> int:
-        """1 where the best hit is lost; case and blanks do not matter."""
+        """1 if the best hit is lost, else 0; case and blanks do not matter."""
         digest = blake2b(" ".join(query.lower().split()).encode("utf-8", "replace"), digest_size=8)
         return int(int.from_bytes(digest.digest()) / 2**64 < self._miss)
 
@@ -54,13 +54,13 @@ class MissingRetriever:
         self._inner.close()
 
 
-def one(*, miss: float, **settings: Any) -> SearchQAEnv:
-    """``SearchQA-v0`` with an engine that misses so often."""
+def noisy_env(*, miss: float, **settings: Any) -> SearchQAEnv:
+    """``SearchQA-v0`` with an engine that loses the best hit of a fraction ``miss`` of queries."""
     return SearchQAEnv(retriever=_engine(settings, miss), dataset="custom", **settings)
 
 
-def many(*, miss: float, **settings: Any) -> SearchQAVectorEnv:
-    """Many noisy environments, as a vector environment."""
+def noisy_vector_env(*, miss: float, **settings: Any) -> SearchQAVectorEnv:
+    """The vector environment of ``noisy_env``."""
     return SearchQAVectorEnv(retriever=_engine(settings, miss), dataset="custom", **settings)
 
 
@@ -70,4 +70,8 @@ def _engine(settings: dict[str, Any], miss: float) -> Retriever:
 
 
 if NOISY not in gym.registry:
-    gym.register(NOISY, entry_point=f"{__name__}:one", vector_entry_point=f"{__name__}:many")
+    gym.register(
+        NOISY,
+        entry_point=f"{__name__}:noisy_env",
+        vector_entry_point=f"{__name__}:noisy_vector_env",
+    )

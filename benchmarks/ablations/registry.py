@@ -19,21 +19,21 @@ NO_PAPER = "none of the three papers"
 
 @dataclass(frozen=True)
 class Arm:
-    """What a run differs in from the others: all not said here is that of the base run."""
+    """How a run differs from the base run, which is GRPO with MiniWorld's preset."""
 
     name: str
     algorithm: str = "grpo"
     args: Mapping[str, Any] = field(default_factory=lambda: OFF)  # settings of the algorithm
     env_args: Mapping[str, Any] = field(default_factory=dict)
-    miss: float = 0.0  # share of the queries whose best hit the engine loses, in training
+    miss: float = 0.0  # fraction of queries whose best hit the engine loses, in training
     stages: tuple[str, ...] = ()  # {part} is a third of the steps
-    group_size: int | None = None  # a group, with as many episodes per step; None: as configured
+    group_size: int | None = None  # a step has as many episodes as others; None: as configured
     masked: bool = True  # tokens of observations are left out of the loss
     learner: Mapping[str, Any] = field(default_factory=dict)  # settings of LearnerConfig
     start: Literal["starter", "nothing", "warm", "verbose"] = "starter"
-    grade: str | None = None  # train on questions that are graded so
+    grade: str | None = None  # train on questions of this grade only
     by: Literal["rl", "sft"] = "rl"
-    hard: bool = False  # trained and evaluated in the hard world alone
+    hard: bool = False  # trained and evaluated in the hard world only
     rollout: Mapping[str, Any] = field(default_factory=dict)  # settings of RolloutConfig
 
 
@@ -41,11 +41,11 @@ class Arm:
 class Claim:
     """The claim that a number is larger in one row than in another."""
 
-    number: str  # a column of the table, or one of report.EQUAL_BUDGETS
+    number: str  # a column of the table, or one of numbers.EQUAL_BUDGETS
     more: str
     less: str
-    open: bool = False  # no paper says so: the verdict is which of both is larger
-    source: str = ""  # the paper, where the ablation is of several
+    open: bool = False  # no paper says so: the verdict names the larger one
+    source: str = ""  # the paper, if the ablation is about several
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Ablation:
     paper: str
     finding: str
     arms: tuple[Arm, ...]
-    numbers: tuple[str, ...]  # columns of the table, see report.NUMBERS
+    numbers: tuple[str, ...]  # columns of the table, see numbers.NUMBERS
     claims: tuple[Claim, ...]
     over_time: bool = False
     curves: tuple[str, ...] = ("reward", "eval/em", "env/searches", "action_tokens")
-    over: Literal["episodes", "sampled tokens"] = "episodes"  # what curves are drawn over
-    note: str = ""  # what to know before reading the table
+    over: Literal["episodes", "sampled tokens"] = "episodes"  # horizontal axis of the curves
+    note: str = ""  # printed above the table
 
 
 GRPO = Arm("grpo")
@@ -69,7 +69,8 @@ EASY, MEDIUM, HARD = (
     Arm(f"{grade} questions", grade=grade) for grade in ("easy", "medium", "hard")
 )
 MIXED = Arm("mixed questions", grade="easy:1+medium:1+hard:1")
-# R1-Searcher's second stage takes 2 off for a broken format; a constant is no matter to GRPO.
+# R1-Searcher's second stage takes 2 off for a broken format: this reward minus 2, a constant that
+# does not change GRPO's advantages.
 ONE_STAGE = Arm("one stage", env_args={"reward": "f1+2*format"})
 F1, EM, CEM = (
     Arm(f"{name} reward", env_args={"reward": f"{name}+2*format"}, start="verbose")
@@ -79,12 +80,20 @@ TWO_STAGES = Arm(
     "two stages",
     stages=("steps={part} until=0.9 reward=0.5*retrieved+0.5*format", "reward=f1+2*format"),
 )
+START_ARMS = (
+    GRPO,
+    Arm("from nothing", start="nothing"),
+    Arm("warm start", start="warm"),
+    Arm("grpo, KL 1e-3", args=OFF | {"kl_coef": 1e-3}),
+    Arm("grpo, G = 4", group_size=4),
+    Arm("grpo, G = 16", group_size=16),
+)
 BEFORE, MIDDLE, AFTER = "before", "half-way", "after"
 ENDS = ("em in", "em out", "tokens", "searches", "reward", "seconds")
 
 
 def _open(number: str, *names: str) -> tuple[Claim, ...]:
-    """Whether a number differs between the first row and each other one, of which no paper says."""
+    """Open claims: is a number larger in the first row, or in each of the others?"""
     first, *others = names
     return tuple(Claim(number, other, first, open=True) for other in others)
 
@@ -95,12 +104,12 @@ OUTCOME = {"reward": "f1", "max_searches": 8}
 GOLD = OUTCOME | {"turn_reward": "0.2*new_support"}
 NO_GOLD = OUTCOME | {"turn_reward": "0.1*first_search-0.1*repeated_query-0.1*invalid_action"}
 LEVELS = (".3", ".5", ".8")  # exact match
-TREE = {"tree_branches": 4}  # a group of three trees: about as many turns as eight chains
+TREE = {"tree_branches": 4}  # a group of three trees has about as many turns as eight chains
 CRITIC = OFF | {"critic_learning_rate": 2e-4}
 
 
 def _hard(name: str, algorithm: str = "grpo", **settings: Any) -> Arm:
-    """A run in the hard world, behind an engine that misses."""
+    """A run in the hard world, with an engine that misses."""
     return Arm(name, algorithm, **{"env_args": OUTCOME, "miss": 0.05, "hard": True, **settings})
 
 
@@ -129,13 +138,13 @@ MT, GIGPO, TREE_GRPO, ARPO = (
 )
 
 
-def _sooner(less: str, more: str, source: str) -> tuple[Claim, ...]:
-    """The claims that one run is better at equal budgets, and needs less of them to reach .3."""
+def _sooner(better: str, worse: str, source: str) -> tuple[Claim, ...]:
+    """Claims: one run is better at equal budgets, and needs less of each budget to reach .3."""
     return (
-        Claim("em at equal tokens", less, more, source=source),
-        Claim("em at equal searches", less, more, source=source),
-        Claim("tokens to .3", more, less, source=source),
-        Claim("searches to .3", more, less, source=source),
+        Claim("em at equal tokens", better, worse, source=source),
+        Claim("em at equal searches", better, worse, source=source),
+        Claim("tokens to .3", worse, better, source=source),
+        Claim("searches to .3", worse, better, source=source),
     )
 
 
@@ -273,37 +282,21 @@ ABLATIONS = (
         finding="open: the paper prints one reward, its code computes the other",
         arms=(GRPO, Arm("research-strict", env_args={"reward": "research-strict"})),
         numbers=("format early", *ENDS),
-        claims=tuple(
-            claim
-            for number in ("em in", "em out", "format early")
-            for claim in _open(number, "grpo", "research-strict")
+        claims=(
+            *_open("em in", "grpo", "research-strict"),
+            *_open("em out", "grpo", "research-strict"),
+            *_open("format early", "grpo", "research-strict"),
         ),
     ),
     Ablation(
         name="start",
         paper=NO_PAPER,
         finding="open: cold against warm start, KL 0 against 1e-3, size of the group",
-        arms=(
-            GRPO,
-            Arm("from nothing", start="nothing"),
-            Arm("warm start", start="warm"),
-            Arm("grpo, KL 1e-3", args=OFF | {"kl_coef": 1e-3}),
-            Arm("grpo, G = 4", group_size=4),
-            Arm("grpo, G = 16", group_size=16),
-        ),
+        arms=START_ARMS,
         numbers=ENDS,
-        claims=tuple(
-            claim
-            for number in ("em in", "em out")
-            for claim in _open(
-                number,
-                "grpo",
-                "from nothing",
-                "warm start",
-                "grpo, KL 1e-3",
-                "grpo, G = 4",
-                "grpo, G = 16",
-            )
+        claims=(
+            *_open("em in", *(arm.name for arm in START_ARMS)),
+            *_open("em out", *(arm.name for arm in START_ARMS)),
         ),
         note="grpo is the cold start: the starter can read and seldom searches, as a base model "
         "does. The warm start was shown how to search before, in other worlds; from nothing is a "

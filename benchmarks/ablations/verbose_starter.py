@@ -1,4 +1,4 @@
-"""A policy that says more than the answer: what a reward makes of that is an ablation."""
+"""Demonstrations of answers with a needless word, for the ablation of answer rewards."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def demonstrations(
 ) -> Iterator[Demonstration]:
     """Make MiniWorld's habit episodes, with a needless word behind some of the answers.
 
-    The word is the last relation that was asked for: ``Ann director`` for ``Ann``. A guess has
-    none.
+    The word is the last relation that was asked for: ``Ann director`` for ``Ann``. Guesses stay as
+    they are.
 
     Args:
-        count: how many.
+        count: number of demonstrations.
         top_k: passages per search.
-        seed: seed of every choice.
-        share: share of the answers that were searched for.
+        seed: seed of all random choices.
+        share: fraction of the answers, guesses aside, that get the word.
 
     Yields:
         Lists of (provenance, text).
@@ -34,6 +34,6 @@ def demonstrations(
 
 
 def verbose(action: str) -> str:
-    """The last action of an episode, with the relation behind its answer."""
+    """Put the last relation behind the answer of an episode's last action; a guess has none."""
     done = re.search(r" done: (\S+) ", action)
     return re.sub(r"(}?) </answer>$", rf" {done[1]}\1 </answer>", action) if done else action

@@ -3,11 +3,11 @@
     python docs/pictures/curves.py demo                            # draw it
     python docs/pictures/curves.py demo runs/demo/metrics.jsonl    # take a run's numbers first
 
-``demo`` shows this run. The demo does as many steps in two minutes on two CPU cores:
+``demo`` shows the following run, which does as many steps as ``python -m benchmarks.demo``:
 
     research-agent train miniworld --steps 62 --eval-every 4 --eval-limit 200 --output runs/demo
 
-One small panel per quantity, in the style of the report's page: a line, its last value, no legend.
+Each quantity has a small panel in the style of the report's page: a line and its last value.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ HERE = Path(__file__).resolve().parent
 
 
 class Picture(NamedTuple):
-    """What a picture shows."""
+    """The title and the panels of a picture."""
 
     title: str
     panels: dict[str, tuple[str, float]]  # metric -> title, highest value of the axis
-    window: int = 1  # each point of the reward is the mean of so many steps
+    window: int = 1  # steps whose mean is one point of the reward
 
 
 PICTURES = {
@@ -72,7 +72,7 @@ PLOT = (34, 52, 190, 92)  # plot inside its panel: left, top, width, height
 
 
 def panel(x: int, title: str, top: float, points: list[tuple[int, float]], steps: int) -> list[str]:
-    """One quantity: its title, a few grid lines, the curve and its last value."""
+    """Draw one quantity: its title, a few grid lines, the curve and its last value."""
     left, upper, width, height = x + PLOT[0], TOP + PLOT[1], PLOT[2], PLOT[3]
 
     def place(step: float, value: float) -> str:

@@ -69,19 +69,20 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]], gap: float = 0.08) -> None:
     """Remove a panel's upper and right frame, and write each curve's name at its right end.
 
     Args:
         axes: the panel, with its curves drawn and its limits set.
-        ends: last value, name and color of each curve. Names that would touch are moved apart.
+        ends: last value, name and color of each curve.
+        gap: least distance between names, as a fraction of the panel's height.
     """
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     low, high = axes.get_ylim()
     place = math.inf
     for value, name, color in sorted(ends, reverse=True):
-        place = min(value, place - 0.08 * (high - low))
+        place = min(value, place - gap * (high - low))
         axes.annotate(
             name,
             (1, place),

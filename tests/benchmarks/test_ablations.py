@@ -16,33 +16,24 @@ from typing import Any
 import gymnasium as gym
 import pytest
 
-from benchmarks import runs as benchmark_runs
-from benchmarks.ablations import runs
+from benchmarks.ablations import prepare, runs
 from benchmarks.ablations.__main__ import main
 from benchmarks.ablations.noise import MissingRetriever
-from benchmarks.ablations.registry import ABLATIONS, BY_NAME, Ablation, Arm, Claim
-from benchmarks.ablations.report import (
+from benchmarks.ablations.numbers import (
     EQUAL_BUDGETS,
     NUMBERS,
-    Seen,
+    FinishedRun,
     at_equal_budget,
     largest_fall,
-    report,
+    read_run,
     rows_of,
     self_correction,
-    verdict,
-    verdicts,
     with_totals,
 )
-from benchmarks.ablations.runs import (
-    Settings,
-    folder_of,
-    is_finished,
-    missing,
-    training_of,
-    world_of,
-    write_worlds,
-)
+from benchmarks.ablations.prepare import missing, write_worlds
+from benchmarks.ablations.registry import ABLATIONS, BY_NAME, Ablation, Arm, Claim
+from benchmarks.ablations.report import draw, report, verdict, verdicts
+from benchmarks.ablations.runs import AblationsConfig, folder_of, is_finished, training_of, world_of
 from benchmarks.ablations.verbose_starter import demonstrations, verbose
 from benchmarks.runs import run_all
 from research_agent.algorithms import algorithm
@@ -58,47 +49,38 @@ from research_env.retrieval.base import Hit, Passage
 from research_env.rewards import reward
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = Settings(
-    Path("runs/ablations"), steps=30, prompts_per_step=24, group_size=8, questions=200
-)
+CONFIG = AblationsConfig("all")
 
 
 def arms() -> list[Arm]:
     return [arm for ablation in ABLATIONS for arm in ablation.arms]
 
 
-def of(ablation: str, arm: str) -> TrainConfig:
+def training(ablation: str, arm: str) -> TrainConfig:
     (found,) = (each for each in BY_NAME[ablation].arms if each.name == arm)
-    return training_of(SETTINGS, found, 0)
+    return training_of(CONFIG, found, 0)
 
 
 # --- the plan -------------------------------------------------------------------------------------
 
 
-def test_the_ablations() -> None:
-    names = "algorithms sft reward difficulty stages mask strict start length self-correction turns"
-    assert [ablation.name for ablation in ABLATIONS] == names.split()
-    for ablation in ABLATIONS:
-        assert ablation.paper and ablation.finding and ablation.claims
-
-
 def test_arms_of_one_name_are_the_same_runs_and_have_a_folder_of_their_own() -> None:
     by_name = {arm.name: arm for arm in arms()}
     assert all(by_name[arm.name] == arm for arm in arms())
-    assert len({folder_of(SETTINGS, arm, 0) for arm in by_name.values()}) == len(by_name) == 33
+    assert len({folder_of(CONFIG, arm, 0) for arm in by_name.values()}) == len(by_name) == 33
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS, ids=lambda ablation: ablation.name)
 def test_every_run_is_valid_and_plays_as_many_episodes(ablation: Ablation) -> None:
     for arm in ablation.arms:
-        training = training_of(SETTINGS, arm, 3)
+        training = training_of(CONFIG, arm, 3)
         validate(training)
         parse_stages(training.rollout.stages)
         algorithm(training.algorithm.algorithm, **training.algorithm.algorithm_args)
         reward(training.environment.env_args.get("reward", "research"))
         episodes = training.rollout.prompts_per_step * training.rollout.group_size
         assert episodes == (180 if training.rollout.tree_branches else 192)  # whole trees
-        assert training.run.seed == 3 and training.run.output == folder_of(SETTINGS, arm, 3)
+        assert training.run.seed == 3 and training.run.output == folder_of(CONFIG, arm, 3)
     rows = rows_of(ablation, {})
     for claim in ablation.claims:
         assert claim.number in (*ablation.numbers, *EQUAL_BUDGETS)
@@ -106,11 +88,11 @@ def test_every_run_is_valid_and_plays_as_many_episodes(ablation: Ablation) -> No
 
 
 def test_what_the_arms_change() -> None:
-    base = of("algorithms", "grpo")
+    base = training("algorithms", "grpo")
     assert base.algorithm.algorithm == "grpo" and base.algorithm.algorithm_args["kl_coef"] == 0.0
 
     def changed(ablation: str, arm: str) -> dict[str, Any]:
-        ours = of(ablation, arm)
+        ours = training(ablation, arm)
         parts = ("environment", "policy", "sampling", "rollout", "algorithm", "learner")
         return {
             f"{part}.{name}": value
@@ -124,24 +106,24 @@ def test_what_the_arms_change() -> None:
         "algorithm.algorithm_args": {"baseline": "group", "kl_coef": 0.0},
     }
     assert changed("sft", "sft on right episodes") == {}  # as many episodes of the same policy
-    rewards = {arm.name: of("reward", arm.name).environment for arm in BY_NAME["reward"].arms}
+    rewards = {arm.name: training("reward", arm.name).environment for arm in BY_NAME["reward"].arms}
     assert {name: env.env_args["reward"] for name, env in rewards.items()} == {
         "f1 reward": "f1+2*format",
         "em reward": "em+2*format",
         "cem reward": "cem+2*format",
     }
     verbose = "runs/ablations/prepared/verbose"
-    assert {of("reward", name).policy.model for name in rewards} == {verbose}
-    hard = of("difficulty", "hard questions")
+    assert {training("reward", name).policy.model for name in rewards} == {verbose}
+    hard = training("difficulty", "hard questions")
     assert hard.environment.env_args["grade"] == "hard"
     assert hard.run.eval_args == {"split": "dev", "grades": None, "grade": None}
-    one, two = (of("stages", name) for name in ("one stage", "two stages"))
+    one, two = (training("stages", name) for name in ("one stage", "two stages"))
     first, last = parse_stages(two.rollout.stages)
     assert first.steps == 10 and first.env_args == {"reward": "0.5*retrieved+0.5*format"}
     assert last.env_args == {"reward": one.environment.env_args["reward"]}
     assert changed("mask", "grpo, unmasked") == {"learner.old_logprobs": "recomputed"}
     assert not BY_NAME["mask"].arms[1].masked
-    assert of("strict", "research-strict").environment.env_args["reward"] == "research-strict"
+    assert training("strict", "research-strict").environment.env_args["reward"] == "research-strict"
     assert changed("start", "warm start") == {"policy.model": "runs/ablations/prepared/warm"}
     assert changed("start", "from nothing") == {"policy.model": "runs/ablations/prepared/nothing"}
     kl = changed("start", "grpo, KL 1e-3")["algorithm.algorithm_args"]
@@ -153,27 +135,29 @@ def test_what_the_arms_change() -> None:
 
 
 def test_what_the_arms_of_turns_change() -> None:
-    base = of("turns", "grpo, outcome")
+    base = training("turns", "grpo, outcome")
     assert base.environment.env_args["reward"] == "f1"
     assert base.environment.env_args["questions"] == "runs/ablations/worlds/hard/questions.jsonl"
-    assert base.sampling.max_response > of("algorithms", "grpo").sampling.max_response
+    assert base.sampling.max_response > training("algorithms", "grpo").sampling.max_response
     for name in ("mt_grpo", "mt_ppo", "gigpo", "tree_grpo", "arpo"):
-        assert of("turns", name).algorithm.algorithm == name
-    rewards = {a.name: of("turns", a.name).environment.env_args for a in BY_NAME["turns"].arms}
+        assert training("turns", name).algorithm.algorithm == name
+    rewards = {
+        a.name: training("turns", a.name).environment.env_args for a in BY_NAME["turns"].arms
+    }
     assert {args.get("turn_reward") for args in rewards.values()} == {
         None,
         "0.2*new_support",
         "0.1*first_search-0.1*repeated_query-0.1*invalid_action",
     }
-    assert of("turns", "arpo").rollout.tree_choice == "entropy"
-    assert of("turns", "tree_grpo, 120 tokens").rollout.tree_max_tokens == 120
-    assert of("turns", "tree_grpo, 10 turns").rollout.tree_max_turns == 10
+    assert training("turns", "arpo").rollout.tree_choice == "entropy"
+    assert training("turns", "tree_grpo, 120 tokens").rollout.tree_max_tokens == 120
+    assert training("turns", "tree_grpo, 10 turns").rollout.tree_max_turns == 10
 
 
 def test_the_hard_world(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, output=tmp_path)
-    write_worlds(settings, ["hard"])
-    args = world_of(settings, "hard")
+    config = replace(CONFIG, output=tmp_path)
+    write_worlds(config, ["hard"])
+    args = world_of(config, "hard")
     chosen = {key: args[key] for key in ("questions", "corpus")}
     data = {split: load_dataset("custom", split=split, **chosen) for split in ("train", "dev")}
     assert (len(data["train"].questions), len(data["dev"].questions)) == (4000, 400)
@@ -182,20 +166,20 @@ def test_the_hard_world(tmp_path: Path) -> None:
 
 
 def test_what_must_be_prepared(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, output=tmp_path)
-    assert missing(settings, BY_NAME["difficulty"].arms) == ["grades.jsonl"]
-    assert missing(settings, BY_NAME["start"].arms) == ["nothing", "warm"]
+    config = replace(CONFIG, output=tmp_path)
+    assert missing(config, BY_NAME["difficulty"].arms) == ["grades.jsonl"]
+    assert missing(config, BY_NAME["start"].arms) == ["nothing", "warm"]
     (tmp_path / "prepared" / "warm").mkdir(parents=True)
-    assert missing(settings, BY_NAME["start"].arms) == ["nothing"]
+    assert missing(config, BY_NAME["start"].arms) == ["nothing"]
 
 
 def test_the_worlds_share_no_name_and_each_has_relations_of_its_own(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, output=tmp_path)
-    write_worlds(settings)
+    config = replace(CONFIG, output=tmp_path)
+    write_worlds(config)
     names: dict[str, set[str]] = {}
     relations: dict[str, set[str]] = {}
     for world in ("in", "out"):
-        args = world_of(settings, world)
+        args = world_of(config, world)
         chosen = {key: args[key] for key in ("questions", "corpus")}
         data = {split: load_dataset("custom", split=split, **chosen) for split in ("train", "dev")}
         assert (len(data["train"].questions), len(data["dev"].questions)) == (4000, 400)
@@ -209,19 +193,19 @@ def test_the_worlds_share_no_name_and_each_has_relations_of_its_own(tmp_path: Pa
     assert relations["out"] - relations["in"] == {"spouse", "writer", "chair", "twin", "poet"}
     assert relations["in"] - relations["out"] == {"employer", "studio", "seat", "architect", "ally"}
     before = (tmp_path / "worlds" / "in" / "questions.jsonl").stat().st_mtime_ns
-    write_worlds(settings)
+    write_worlds(config)
     assert (tmp_path / "worlds" / "in" / "questions.jsonl").stat().st_mtime_ns == before
 
 
 def test_a_result_counts_for_its_own_settings(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, output=tmp_path)
+    config = replace(CONFIG, output=tmp_path)
     arm = BY_NAME["length"].arms[0]
-    assert not is_finished(settings, arm, 0)
-    _write_run(settings, arm, 0, em=(0.5, 0.4))
-    assert is_finished(settings, arm, 0)
-    assert not is_finished(replace(settings, questions=100), arm, 0)
+    assert not is_finished(config, arm, 0)
+    _write_run(config, arm, 0, em=(0.5, 0.4))
+    assert is_finished(config, arm, 0)
+    assert not is_finished(replace(config, questions=100), arm, 0)
     with pytest.raises(CheckpointError, match="another configuration"):
-        is_finished(replace(settings, prompts_per_step=12), arm, 0)
+        is_finished(replace(config, prompts_per_step=12), arm, 0)
 
 
 def test_a_folder_is_of_one_number_of_steps(
@@ -271,10 +255,10 @@ def test_the_noisy_environment_is_searchqa_behind_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
-    settings = replace(SETTINGS, output=tmp_path)
-    write_worlds(settings)
+    config = replace(CONFIG, output=tmp_path)
+    write_worlds(config)
     (arm,) = BY_NAME["self-correction"].arms
-    environment = training_of(settings, arm, 0).environment
+    environment = training_of(config, arm, 0).environment
     for miss in (0.0, 1.0):
         args = {**environment.env_args, "miss": miss}
         single, many = gym.make(environment.env, **args), gym.make_vec(environment.env, 1, **args)
@@ -354,7 +338,7 @@ def test_numbers_of_a_run() -> None:
         for n in range(1, 10)
     ]
     final = {"in": {"em": 0.5, "tokens": 30.0, "answer words": 1.5}, "out": {"em": 0.25}}
-    seen = Seen(with_totals(log), final, 12.0)
+    seen = FinishedRun(with_totals(log), final, 12.0)
     got = {name: find(seen) for name, (_, find) in NUMBERS.items()}
     assert got["em in"] == 0.5 and got["em out"] == 0.25
     assert got["tokens"] == 30.0 and got["answer words"] == 1.5 and got["seconds"] == 12.0
@@ -362,17 +346,17 @@ def test_numbers_of_a_run() -> None:
     assert got["reward"] == pytest.approx(0.9)  # the last tenth of nine steps is one
     assert got["format early"] == pytest.approx((0.9 + 0.8 + 0.7) / 3)
     assert got["searches early"] == pytest.approx(2.0)
-    assert NUMBERS["reward"][1](Seen([], final, 1.0)) is None
+    assert NUMBERS["reward"][1](FinishedRun([], final, 1.0)) is None
 
 
 def test_what_it_cost_to_reach_a_level() -> None:
     """After each step .1, .4, .5, .6; per step 10 tokens and 12 turns, of which four answer."""
-    seen = Seen(_steps([0.1, 0.4, 0.5, 0.6], tokens=10), {"hard": {"em": 0.25}}, 0.0)
+    seen = FinishedRun(_steps([0.1, 0.4, 0.5, 0.6], tokens=10), {"hard": {"em": 0.25}}, 0.0)
     got = {name: find(seen) for name, (_, find) in NUMBERS.items()}
     assert (got["episodes to .5"], got["tokens to .5"], got["searches to .5"]) == (12, 30, 24)
     assert got["tokens to .3"] == pytest.approx(10 + 10 * 2 / 3)  # two thirds of the way to .4
     assert got["tokens to .8"] == math.inf
-    assert NUMBERS["tokens to .8"][1](Seen([], {}, 0.0)) is None
+    assert NUMBERS["tokens to .8"][1](FinishedRun([], {}, 0.0)) is None
     assert (got["all tokens"], got["all searches"]) == (40, 32)
     assert (got["em hard"], got["em in"], got["em, T = 1"]) == (0.25, None, 0.6)
 
@@ -385,14 +369,14 @@ def _steps(em: Sequence[float], tokens: float) -> list[dict[str, Any]]:
 
 def test_runs_are_compared_where_the_cheapest_ended() -> None:
     """It spent 20 tokens and 32 searches; the dear ones had .2 at 16 tokens and .3 at 24."""
-    cheap = [Seen(_steps([0.0, 0.3, 0.6, 0.9], tokens=5), {}, 0.0)]
-    dear = [Seen(_steps([0.1, 0.2, 0.3, 0.4, 0.8], tokens=8), {}, 0.0)] * 2
+    cheap = [FinishedRun(_steps([0.0, 0.3, 0.6, 0.9], tokens=5), {}, 0.0)]
+    dear = [FinishedRun(_steps([0.1, 0.2, 0.3, 0.4, 0.8], tokens=8), {}, 0.0)] * 2
     one, other = at_equal_budget(dear, cheap, "all tokens")
     assert one == pytest.approx([0.25] * 2) and other == [0.9]
     one, other = at_equal_budget(cheap, dear, "all searches")
     assert one == [0.9] and other == pytest.approx([0.4] * 2)
     assert at_equal_budget([], [], "all tokens") == ([], [])
-    assert at_equal_budget([Seen([], {}, 0.0)], dear, "all tokens")[0] == []
+    assert at_equal_budget([FinishedRun([], {}, 0.0)], dear, "all tokens")[0] == []
 
 
 def _answer(hops: int, em: float) -> str:
@@ -401,15 +385,15 @@ def _answer(hops: int, em: float) -> str:
     return json.dumps(record | {"info": {"strata": {"hops": str(hops)}}}) + "\n"
 
 
-def test_the_report_of_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_of_turns(tmp_path: Path) -> None:
     """Trees reach .3 with half of the tokens, and one seed of the chains never does."""
-    settings = replace(SETTINGS, output=tmp_path)
+    config = replace(CONFIG, output=tmp_path)
     em = {"grpo, outcome": [[0.1, 0.1, 0.1], [0.5] * 3], "tree_grpo": [[0.5] * 3, [0.6] * 3]}
     arms = tuple(arm for arm in BY_NAME["turns"].arms if arm.name in em)
     for arm in arms:
         for seed, of_steps in enumerate(em[arm.name]):
-            _write_run(settings, arm, seed, em=(0.2,), worlds=("hard",))
-            place = folder_of(settings, arm, seed) / "final" / "hard"
+            _write_run(config, arm, seed, em=(0.2,), worlds=("hard",))
+            place = folder_of(config, arm, seed) / "final" / "hard"
             place.mkdir(parents=True)
             answers = [_answer(hops, right) for hops, right in ((4, 1.0), (5, 1.0), (6, 0.0))]
             (place / "predictions.jsonl").write_text("".join(answers))
@@ -417,16 +401,10 @@ def test_the_report_of_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             line = {"sampled_tokens": tokens, "sampled_turns": 12.0, "episodes": 4, "reward": 0.0}
             lines = [{"step": n, "eval/em": v, **line} for n, v in enumerate(of_steps, 1)]
             text = "".join(json.dumps(each) + "\n" for each in lines)
-            (folder_of(settings, arm, seed) / "metrics.jsonl").write_text(text)
+            (folder_of(config, arm, seed) / "metrics.jsonl").write_text(text)
     claims = tuple(c for c in BY_NAME["turns"].claims if {c.more, c.less} == em.keys())
-    drawn: list[Sequence[Sequence[float]]] = []
-
-    def draw_band(axes: Any, xs: Any, ys: Any, window: int) -> tuple[float, str]:
-        drawn.append(xs)
-        return benchmark_runs.draw_band(axes, xs, ys, window)
-
-    monkeypatch.setattr("benchmarks.ablations.report.draw_band", draw_band)
-    folder = report(settings, replace(BY_NAME["turns"], arms=arms, claims=claims), (0, 1))
+    ablation = replace(BY_NAME["turns"], arms=arms, claims=claims)
+    folder = report(config, ablation)
     text = (folder / "table.md").read_text()
     assert "| tree_grpo | 2 | 0.550 (0.500 to 0.600) | 4 (4 to 4) | 60 (60 to 60) |" in text
     assert "never (120 to never) |" in text
@@ -436,11 +414,22 @@ def test_the_report_of_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "as in the paper",  # 60 tokens against 120 and never
         "cannot be told apart",  # 8 searches each
     ]
-    assert [[60.0, 120.0, 180.0]] * 2 in drawn  # tree_grpo, over tokens sampled
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     rows = json.loads((folder / "results.json").read_text())["rows"]
     assert rows["tree_grpo"]["em, 5+ hops"] == [0.5, 0.5]
     assert rows["grpo, outcome"]["tokens to .5"] == ["never", 120.0]
+    runs_ = {arm.name: [run for i in (0, 1) if (run := read_run(config, arm, i))] for arm in arms}
+    em_panel, *others = draw(ablation, runs_).axes
+    assert [panel.get_title() for panel in (em_panel, *others)] == [
+        "Exact match, held out, T = 1",
+        "Reward in training",
+        "Searches in training",
+        "Support recall in training",
+    ]
+    grey, blue = em_panel.lines  # chains behind trees, over the tokens that were sampled
+    assert (grey.get_xdata()[0], grey.get_xdata()[-1]) == (120, 360)
+    assert (blue.get_xdata()[0], blue.get_xdata()[-1]) == (60, 180)
+    assert [label.get_text() for label in em_panel.texts] == ["0.55", "0.30"]
 
 
 def test_a_tiny_run_of_turns_is_reported_and_not_done_twice(
@@ -469,30 +458,32 @@ def test_rows_over_time() -> None:
         return {"step": step, "eval/em": 0.5, "eval/tokens": tokens, "eval/searches": 1.0}
 
     log = [at(0, 10.0), {"step": 1, "reward": 1.0}, at(5, 20.0), at(8, 30.0), at(9, 40.0)]
-    rows = rows_of(BY_NAME["length"], {"grpo": [Seen(log, {}, 0.0), Seen(log, {}, 0.0)]})
+    rows = rows_of(
+        BY_NAME["length"], {"grpo": [FinishedRun(log, {}, 0.0), FinishedRun(log, {}, 0.0)]}
+    )
     assert list(rows) == ["before", "half-way", "after"]
     assert [rows[moment]["tokens"] for moment in rows] == [[10.0] * 2, [20.0] * 2, [40.0] * 2]
     assert rows["after"]["turns"] == []
 
 
 def _write_run(
-    settings: Settings,
+    config: AblationsConfig,
     arm: Arm,
     seed: int,
     em: tuple[float, ...],
     worlds: tuple[str, ...] = ("in", "out"),
 ) -> None:
-    folder = folder_of(settings, arm, seed)
+    folder = folder_of(config, arm, seed)
     folder.mkdir(parents=True)
     final = {
         name: {"em": value, "tokens": 30.0, "searches": 2.0, "reward": value}
         for name, value in zip(worlds, em, strict=True)
     }
     result = {
-        "questions": settings.questions,
+        "questions": config.questions,
         "seconds": 60.0 + seed,
         "final": final,
-        "training": as_json(training_of(settings, arm, seed)),
+        "training": as_json(training_of(config, arm, seed)),
     }
     (folder / "result.json").write_text(json.dumps(result))
     if arm.by == "rl":
@@ -508,13 +499,13 @@ def _write_run(
 
 def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three seeds of RL and of SFT: apart in domain, overlapping out of it."""
-    settings = replace(SETTINGS, output=tmp_path)
+    config = replace(CONFIG, output=tmp_path)
     ablation = BY_NAME["sft"]
     rl, sft = ablation.arms
     for seed, (ours, theirs) in enumerate([(0.8, 0.3), (0.6, 0.5), (0.7, 0.4)]):
-        _write_run(settings, rl, seed, em=(ours, 0.5))
-        _write_run(settings, sft, seed, em=(theirs, 0.25 * (seed + 1)))
-    folder = report(settings, ablation, (0, 1, 2))
+        _write_run(config, rl, seed, em=(ours, 0.5))
+        _write_run(config, sft, seed, em=(theirs, 0.25 * (seed + 1)))
+    folder = report(config, ablation)
     said = capsys.readouterr().out
     assert "RL is better than SFT in and out of domain" in said and "R1-Searcher" in said
     text = (folder / "table.md").read_text().splitlines()
@@ -532,10 +523,10 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["grpo"]["em in"] == [0.8, 0.6, 0.7]
 
 
-def test_a_study_of_which_nothing_is_done_says_so(
+def test_an_ablation_without_runs_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = report(replace(SETTINGS, output=tmp_path), BY_NAME["mask"], (0,))
+    folder = report(replace(CONFIG, output=tmp_path), BY_NAME["mask"])
     assert "? against ?: too few seeds to tell" in capsys.readouterr().out
     assert not (folder / "curves.png").exists()
 
@@ -596,7 +587,7 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(ablation.name in said and ablation.finding in said for ablation in ABLATIONS)
 
 
-def test_an_unknown_study() -> None:
+def test_an_unknown_ablation() -> None:
     with pytest.raises(
         SystemExit, match=r"unknown ablation 'masks'; known: algorithms, .*, all, list"
     ):
@@ -604,19 +595,21 @@ def test_an_unknown_study() -> None:
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AblationsConfig:
     """Worlds of few questions, all of one hop: the starter gets some of those right."""
     monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(runs, "QUESTIONS", {"train": 40, "dev": 10})
+    monkeypatch.setattr(prepare, "QUESTIONS", {"train": 40, "dev": 10})
     monkeypatch.setattr(runs, "SLOTS", 32)
     monkeypatch.setattr(miniworld, "HOPS", {1: 1.0})
-    settings = Settings(tmp_path / "out", steps=2, prompts_per_step=8, group_size=2, questions=4)
-    write_worlds(settings)
-    return settings
+    config = AblationsConfig(
+        "all", tmp_path / "out", steps=2, prompts_per_step=8, group_size=2, questions=4
+    )
+    write_worlds(config)
+    return config
 
 
 @pytest.mark.slow
-def test_sft_plays_as_many_episodes_and_learns_the_right_ones(small: Settings) -> None:
+def test_sft_plays_as_many_episodes_and_learns_the_right_ones(small: AblationsConfig) -> None:
     (arm,) = (each for each in BY_NAME["sft"].arms if each.by == "sft")
     runs.do(small, arm, 0)
     folder = folder_of(small, arm, 0)
@@ -628,6 +621,10 @@ def test_sft_plays_as_many_episodes_and_learns_the_right_ones(small: Settings) -
     assert any((a != b).any() for a, b in zip(*map(_weights, (starter, learned)), strict=True))
     result = json.loads((folder / "result.json").read_text())
     assert result["seconds"] > 0 and set(result["final"]) == {"in", "out"}
+    for world, start in (("in", "0-dev-"), ("out", "1-dev-")):
+        _, records = read_predictions(folder / "final" / world)
+        assert len(records) == 4
+        assert all(record["info"]["question_id"].startswith(start) for record in records)
     assert is_finished(small, arm, 0)
 
 
@@ -655,17 +652,19 @@ def test_some_of_the_starters_answers_are_verbose() -> None:
 
 
 @pytest.mark.slow
-def test_what_runs_begin_with_is_made(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    for start in runs.STARTS:
-        monkeypatch.setitem(runs.STARTS, start, runs.STARTS[start] | {"count": 12})
-    monkeypatch.setattr(runs, "GRADED", 8)
+def test_what_runs_begin_with_is_made(
+    small: AblationsConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for start in prepare.STARTS:
+        monkeypatch.setitem(prepare.STARTS, start, prepare.STARTS[start] | {"count": 12})
+    monkeypatch.setattr(prepare, "GRADED", 8)
     names = ["grades.jsonl", "nothing", "verbose", "warm"]
     assert missing(small, arms()) == names
     for name in names:
-        runs.prepare(small, name)
+        prepare.prepare(small, name)
     assert missing(small, arms()) == []
     grades = [json.loads(line) for line in (small.prepared / "grades.jsonl").open()]
-    assert len(grades) == 8 and {g["samples"] for g in grades} == {runs.GRADE_SAMPLES}
+    assert len(grades) == 8 and {g["samples"] for g in grades} == {prepare.GRADE_SAMPLES}
     started = ["miniworld-starter", *(str(small.prepared / name) for name in names[1:])]
     starter, nothing, verbose, warm = (_weights(load_model(name)) for name in started)
     assert any((a != b).any() for a, b in zip(warm, verbose, strict=True))
@@ -675,29 +674,3 @@ def test_what_runs_begin_with_is_made(small: Settings, monkeypatch: pytest.Monke
         for other in (warm, nothing)
     )
     assert 0 < near < 0.01 < far
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("forks")
-def test_a_small_study_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Trained and evaluated in both worlds; the second time nothing is run again."""
-    monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(runs, "QUESTIONS", {"train": 40, "dev": 10})
-    words = ["length", "--output", str(tmp_path / "out"), "--steps", "2", "--seeds", "0"]
-    words += ["--prompts-per-step", "2", "--group-size", "2", "--questions", "4", "--workers", "1"]
-    main(words)
-    folder = folder_of(replace(SETTINGS, output=tmp_path / "out"), BY_NAME["length"].arms[0], 0)
-    result = json.loads((folder / "result.json").read_text())
-    assert set(result["final"]) == {"in", "out"}
-    for world, start in (("in", "0-dev-"), ("out", "1-dev-")):
-        _, records = read_predictions(folder / "final" / world)
-        assert all(record["info"]["question_id"].startswith(start) for record in records)
-    table = (tmp_path / "out" / "length" / "table.md").read_text()
-    assert "| after | 1 |" in table and "too few seeds to tell" in table
-    assert (tmp_path / "out" / "length" / "curves.png").exists()
-
-    monkeypatch.setattr(runs, "do", None)
-    main(words)
-    assert (tmp_path / "out" / "length" / "table.md").read_text() == table

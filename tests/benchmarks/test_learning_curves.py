@@ -12,7 +12,9 @@ import pytest
 from benchmarks import learning_curves
 from benchmarks.learning_curves import (
     CurvesConfig,
+    Result,
     Run,
+    draw,
     folder_of,
     is_finished,
     main,
@@ -125,6 +127,24 @@ def test_the_table_and_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture
     assert rows[3].startswith("| grpo, unmasked | 1 | 0.100 | 0.400 |")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == 4
+
+
+def test_each_run_has_a_panel_with_grpo_behind_it() -> None:
+    def ends_at(reward: float, name: str) -> list[Result]:
+        return [Result(Run(name, seed), [6, 12], [], [0.0, reward], []) for seed in (0, 1)]
+
+    rewards = {"dapo": 0.2, "grpo": 0.4, **{f"other {n}": 0.6 for n in range(5)}}
+    figure = draw({name: ends_at(reward, name) for name, reward in rewards.items()})
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in panels] == [name for name in rewards if name != "grpo"]
+    for axes in panels:
+        (grey, blue), end = axes.lines, rewards[axes.get_title()] / 2  # the mean of both steps
+        assert (grey.get_ydata()[-1], blue.get_ydata()[-1]) == pytest.approx((0.2, end))
+        assert grey.get_color() != blue.get_color()
+        assert {label.get_text() for label in axes.texts} == {"0.20", f"{end:.2f}"}
+    assert "Reward on MiniWorld" in figure.get_suptitle() and "Grey: grpo" in figure.get_suptitle()
+    alone = draw({"ppo": ends_at(1.0, "ppo")})
+    assert [len(axes.lines) for axes in alone.axes] == [1] and "Grey" not in alone.get_suptitle()
 
 
 def test_an_unknown_algorithm(tmp_path: Path) -> None:

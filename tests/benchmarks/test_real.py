@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import real
+from benchmarks.real.__main__ import main
+from benchmarks.real.stages import PAPER_TABLE, SMOLLM2, RealConfig, plan, scale_of
 from research_agent import cli
 from research_agent.models.source import STARTERS
 from tests.research_agent.conftest import byte_tokenizer, tiny_llama
@@ -21,7 +22,7 @@ from tests.research_agent.model_files import save_gguf as make_gguf
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("real")
-    real.main(["--tiny", "--output", str(output)])
+    main(["--tiny", "--output", str(output)])
     return output
 
 
@@ -50,7 +51,7 @@ def test_the_same_command_does_nothing_twice(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (finished / "seconds.jsonl").read_text()
-    real.main(["--tiny", "--output", str(finished)])
+    main(["--tiny", "--output", str(finished)])
     assert (finished / "seconds.jsonl").read_text() == before
     printed = capsys.readouterr()
     assert "$ research-agent" not in printed.err
@@ -58,10 +59,10 @@ def test_the_same_command_does_nothing_twice(
 
 
 def test_a_stage_that_was_stopped_continues(tmp_path: Path, finished: Path) -> None:
-    real.main(["--tiny", "--output", str(tmp_path), "--until", "warm-start"])
+    main(["--tiny", "--output", str(tmp_path), "--until", "warm-start"])
     assert not (tmp_path / "grpo").exists()
-    real.main(["--tiny", "--output", str(tmp_path), "--until", "grpo", "--steps", "1"])
-    real.main(["--tiny", "--output", str(tmp_path)])
+    main(["--tiny", "--output", str(tmp_path), "--until", "grpo", "--steps", "1"])
+    main(["--tiny", "--output", str(tmp_path)])
     names = ("metrics.jsonl", "trajectories.jsonl")
     for name in names:  # as if it had never been stopped
         assert (tmp_path / "grpo" / name).read_text() == (finished / "grpo" / name).read_text()
@@ -88,8 +89,8 @@ def test_blanked_results_say_nothing(finished: Path) -> None:
 
 def test_engines_may_be_chosen() -> None:
     url = "elasticsearch://host:9200/{dataset}"
-    config = real.RealConfig(model="m", engine="vllm", retriever=url)
-    stages = {stage.name: stage.words for stage in real.plan(config, real.scale_of(config), "m")}
+    config = RealConfig(model="m", engine="vllm", retriever=url)
+    stages = {stage.name: stage.words for stage in plan(config, scale_of(config), "m")}
     for name in ("zero-shot", "grpo", "before-2wiki", "after-musique", "blanked-hotpotqa"):
         assert stages[name][stages[name].index("--engine") + 1] == "vllm"
     assert "retriever=elasticsearch://host:9200/2wiki" in stages["after-2wiki"]
@@ -98,8 +99,8 @@ def test_engines_may_be_chosen() -> None:
 
 
 def test_a_gpu_has_commands_of_its_own() -> None:
-    config = real.RealConfig(model="m", gpu=True)
-    stages = {stage.name: stage.words for stage in real.plan(config, real.scale_of(config), "m")}
+    config = RealConfig(model="m", gpu=True)
+    stages = {stage.name: stage.words for stage in plan(config, scale_of(config), "m")}
     assert list(stages)[:2] == ["zero-shot", "warm-start"]
     words = stages["grpo"]
     assert words[words.index("--device") + 1] == "cuda"
@@ -119,10 +120,10 @@ def test_every_command_is_one_that_a_user_can_type(gpu: bool) -> None:
     from research_agent.presets import PRESETS
     from research_agent.sft import PRESETS as SFT
 
-    config = real.RealConfig(model="m", gpu=gpu)
+    config = RealConfig(model="m", gpu=gpu)
     flat = (tyro.conf.OmitArgPrefixes,)
-    for stage in real.plan(config, real.scale_of(config), "m"):
-        if stage.program == "benchmarks.paper_table":
+    for stage in plan(config, scale_of(config), "m"):
+        if stage.program == PAPER_TABLE:
             (model,) = tyro.cli(TableConfig, args=stage.words).models
             assert model in ("smollm2-instruct=m", "smollm2-instruct=runs/real/grpo")
             continue
@@ -139,12 +140,12 @@ def test_every_command_is_one_that_a_user_can_type(gpu: bool) -> None:
 
 def test_a_failed_stage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        real.main(["--tiny", "--output", str(tmp_path), "--until", "breakfast"])
+        main(["--tiny", "--output", str(tmp_path), "--until", "breakfast"])
     assert caught.value.code == 2
     assert "no stage is named 'breakfast'; there is warm-start-1" in capsys.readouterr().err
     (tmp_path / "warm-start-1").write_text("in the way")
     with pytest.raises(SystemExit):
-        real.main(["--tiny", "--output", str(tmp_path)])
+        main(["--tiny", "--output", str(tmp_path)])
     assert "the stage warm-start-1 failed" in capsys.readouterr().err
 
 
@@ -176,7 +177,7 @@ def test_the_tutorial_runs_in_a_version_of_seconds(
     # The small policy has a chat template too, and little room for a prompt.
     shutil.copytree(STARTERS / "miniworld-starter", "instruct-model")
     Path("instruct-model", "chat_template.jinja").write_text("{{ messages[0].content }}")
-    swapped = {real.SMOLLM2: "instruct-model", "template=instruct": "template=question"}
+    swapped = {SMOLLM2: "instruct-model", "template=instruct": "template=question"}
     ran = []
     for program, *words in _commands():
         if program == "pip" or words[:2] == ["-m", "benchmarks.real"]:

@@ -37,7 +37,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "curl": "#!/usr/bin/env bash\n",
         "scontrol": "#!/usr/bin/env bash\nprintf '%s\\n' localhost localhost localhost\n",
         "srun": RUNS_IT,
-        "ray": RUNS_IT,
+        "ray": STUB + RUNS_IT,
         "hostname": "#!/usr/bin/env bash\necho 10.0.0.7 fe80::1\n",
         "openssl": "#!/usr/bin/env bash\necho secret\n",
     }
@@ -160,6 +160,8 @@ def test_ray_starts_a_learner_that_finds_its_servers(
     assert len(found["vllm"]) == 2
     engine = require_training(learner, capsys)
     assert engine == "server+nccl:http://10.0.0.7:8000,http://10.0.0.7:8000"
+    assert len(found["ray"]) == 5  # three jobs, and two servers are stopped
+    assert all("secret" not in word for words in found["ray"] for word in words)
 
 
 def test_ray_starts_a_learner_that_samples_itself(

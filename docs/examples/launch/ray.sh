@@ -15,22 +15,26 @@ id=$(date +%Y%m%d-%H%M%S)-$$
 folder=$SHARED/research-agent-$id
 mkdir -p "$folder"
 here=${LAUNCH_FOLDER:-$PWD/docs/examples/launch}
-VLLM_API_KEY=$(openssl rand -hex 32)
-environment=$(printf '{"env_vars": {"VLLM_API_KEY": "%s"}}' "$VLLM_API_KEY")
+environment=$(mktemp) # only this user can read it; the arguments of a command are seen by all
+
+finish() { # also after Ctrl-C
+  rm "$environment"
+  for ((i = 0; i < samplers; i++)); do ray job stop "sampler-$id-$i" || true; done
+}
+trap finish EXIT
+printf '{"env_vars": {"VLLM_API_KEY": "%s"}}\n' "$(openssl rand -hex 32)" > "$environment"
 
 for ((i = 0; i < samplers; i++)); do
   ray job submit --no-wait --submission-id "sampler-$id-$i" --entrypoint-num-gpus 8 \
-    --runtime-env-json "$environment" -- bash -c '
+    --runtime-env "$environment" -- bash -c '
       host=$(hostname -i | cut -d" " -f1)
       echo "http://$host:8000" > "$1"
       SAMPLER_HOST=$host exec bash "$2" "$3" "$4"
     ' sampler "$folder/$i" "$here/sampler.sh" "$MODEL" "$CONTEXT"
 done
-# Servers are stopped when this script ends, also after Ctrl-C.
-trap 'for ((i = 0; i < samplers; i++)); do ray job stop "sampler-$id-$i" || true; done' EXIT
 
 ray job submit --submission-id "learner-$id" --entrypoint-num-gpus 8 \
-  --runtime-env-json "$environment" -- bash -c '
+  --runtime-env "$environment" -- bash -c '
     folder=$1 count=$2
     shift 2
     while (($(find "$folder" -type f | wc -l) < count)); do sleep 5; done

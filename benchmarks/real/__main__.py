@@ -1,0 +1,68 @@
+"""The command line: ``python -m benchmarks.real``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from unittest.mock import patch
+
+import tyro
+
+from benchmarks.real.results import in_markdown, read_results
+from benchmarks.real.speed import measure_speed
+from benchmarks.real.stages import RealConfig, plan, run_stage, scale_of
+from benchmarks.real.tiny_data import write_tiny_data
+from research_agent.errors import ConfigError, ResearchAgentError
+from research_agent.system.files import write_atomic
+from research_env.errors import ResearchEnvError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stages that are missing, and print what came out."""
+    config = tyro.cli(RealConfig, args=argv, prog="python -m benchmarks.real")
+    try:
+        print(run(config))
+    except (ResearchAgentError, ResearchEnvError) as error:
+        print(f"benchmarks.real: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on where this one was", file=sys.stderr)
+        sys.exit(130)
+
+
+def run(config: RealConfig) -> str:
+    """Run the stages that are missing; write results.json and results.md.
+
+    Returns:
+        The results in Markdown.
+
+    Raises:
+        ConfigError: a stage failed, or ``until`` names none.
+    """
+    scale, model, data = scale_of(config), config.model, None
+    if config.tiny:
+        model, data = "miniworld-starter", config.output / "data"
+        write_tiny_data(data, config.seed)
+    stages = plan(config, scale, model)
+    names = [stage.name for stage in stages]
+    if config.until not in (None, *names):
+        raise ConfigError(f"no stage is named {config.until!r}; there is {', '.join(names)}")
+    config.output.mkdir(parents=True, exist_ok=True)
+    with patch.dict(os.environ, {} if data is None else {"RESEARCH_DATA": str(data)}):
+        speed = measure_speed(config, model, scale)
+        for stage in stages:
+            if not stage.done():
+                run_stage(stage, config.output / "seconds.jsonl")
+            if stage.name == config.until:
+                break
+    results = read_results(config, scale, speed)
+    write_atomic(config.output / "results.json", json.dumps(results, indent=1) + "\n")
+    text = in_markdown(results)
+    write_atomic(config.output / "results.md", text)
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What the stages left in their folders, as data and as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from benchmarks.real.stages import HELD_OUT, TRAINED_ON, RealConfig, Scale
+
+TABLES = {"before": "warm start", "after": "GRPO", "blanked": "GRPO, results blanked"}
+PAPER_TABLES = {
+    "zero-shot": "Zero-shot, with the papers' prompts through the chat template:",
+    "trained": "The trained weights, with the same prompts:",
+}
+METRICS = ("em", "f1", "cem", "searches", "support_recall")
+
+
+def read_results(config: RealConfig, scale: Scale, speed: Mapping[str, float]) -> dict[str, Any]:
+    """Read everything that was measured so far.
+
+    Returns:
+        ``before``, ``after`` and ``blanked`` (data set to summary), ``paper_tables``, ``curve`` and
+        ``timings`` (the logs of GRPO), ``seconds`` (a record per stage), ``speed``, and what was
+        run. A stage that has not run is left out.
+    """
+    from research_agent.run_logger import read_lines  # noqa: PLC0415
+
+    output = config.output
+    tables: dict[str, dict[str, Any]] = {}
+    for name in TABLES:
+        for dataset in (*TRAINED_ON, HELD_OUT):
+            path = output / name / dataset / "summary.json"
+            if path.is_file():
+                summary = json.loads(path.read_text(encoding="utf-8"))
+                tables.setdefault(name, {})[dataset] = summary
+    papers = {
+        name: json.loads(path.read_text(encoding="utf-8"))
+        for name in PAPER_TABLES
+        if (path := output / name / "table.json").is_file()
+    }
+    seconds = (output / "seconds.jsonl").read_text(encoding="utf-8")
+    return {
+        "model": config.model,
+        "seed": config.seed,
+        "scale": asdict(scale),
+        "speed": dict(speed),
+        "seconds": [json.loads(line) for line in seconds.splitlines()],
+        "paper_tables": papers,
+        "curve": read_lines(output / "grpo" / "metrics.jsonl"),
+        "timings": read_lines(output / "grpo" / "timings.jsonl"),
+        **tables,
+    }
+
+
+def in_markdown(results: Mapping[str, Any]) -> str:
+    """The results of ``read_results`` as tables and lists."""
+    lines = [f"Model {results['model']}, seed {results['seed']}.", ""]
+    for name, table in results["paper_tables"].items():
+        lines += [PAPER_TABLES[name], ""]
+        lines += ["| method | data set | questions | EM | 95 % | searches |"]
+        lines += ["|---|---|---:|---:|---:|---:|"]
+        for row in table["rows"]:
+            for dataset, cell in row["cells"].items():
+                low, high = cell["interval"]
+                lines.append(
+                    f"| {row['label']} | {dataset} | {cell['episodes']} | {cell['em']:.1f} |"
+                    f" {low:.1f} to {high:.1f} | {cell['searches']:.2f} |"
+                )
+        lines.append("")
+    lines += [f"| weights | data set | questions | {' | '.join(METRICS)} |"]
+    lines += ["|---|---|---:|" + "---:|" * len(METRICS)]
+    for name, label in TABLES.items():
+        for dataset, summary in results.get(name, {}).items():
+            outside = ", not trained on" if dataset == HELD_OUT else ""
+            cells = " | ".join(_with_interval(summary, metric) for metric in METRICS)
+            lines.append(f"| {label} | {dataset}{outside} | {summary['episodes']} | {cells} |")
+    lines += [
+        "",
+        "| step | reward | searches | support recall | EM |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for line in results["curve"]:
+        names = ("reward", "env/searches", "env/support_recall", "env/em")
+        values = (line.get(name) for name in names)
+        shown = " | ".join("" if value is None else f"{value:.3f}" for value in values)
+        lines.append(f"| {line['step']} | {shown} |")
+    return "\n".join([*lines, "", *_times(results), ""])
+
+
+def _with_interval(summary: Mapping[str, Any], metric: str) -> str:
+    value = summary.get("metrics", {}).get(metric)
+    if value is None:
+        return "–"
+    low, high = summary.get("intervals", {}).get(metric, (None, None))
+    return f"{value:.3f}" if low is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _times(results: Mapping[str, Any]) -> list[str]:
+    """How fast this machine is, how long each stage took, and what GRPO's time went to."""
+    lines = ["Tokens per second, measured here on a quiet or busy machine as it was:"]
+    for name in ("prefill", "decode", "learn_full", "learn_lora"):
+        lines.append(f"- {name.replace('_', ', ')}: {results['speed'][name]:.0f}")
+    for record in results["seconds"]:
+        lines.append(f"- {record['stage']}: {record['seconds']:.0f} s")
+    if timings := [line for line in results["timings"] if "collect" in line]:
+        sums = {n: sum(line[n] for line in timings) for n in ("collect", "learn", "sync")}
+        whole = max(1e-9, sum(sums.values()))
+        parts = ", ".join(f"{name} {100 * value / whole:.0f} %" for name, value in sums.items())
+        lines.append(f"- of GRPO's time: {parts}")
+    return lines
