@@ -65,7 +65,7 @@ def client_rate(turns: int, in_flight: int) -> dict[str, float]:
     process.stdin.close()
     url = f"http://127.0.0.1:{int(process.stdout.readline())}"
     engine = ServerEngine(renderer, [url], PROMPT + TOKENS + 1, max_in_flight=in_flight)
-    engine.load_weights(ServedWeights(_TAG, frozenset({url}), {}), 1)
+    engine.load_weights(ServedWeights(_TAG, {}), 1)
     prompt = (letters * PROMPT)[:PROMPT]
     params = SamplingParams(max_tokens=TOKENS, stop=("</search>",))
     try:

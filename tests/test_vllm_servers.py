@@ -14,7 +14,7 @@ import torch
 
 from research_agent.engines import make_engine
 from research_agent.engines.base import Engine, SamplingParams
-from research_agent.engines.servers import weight_transfer
+from research_agent.engines.servers import weight_sync, weight_transfer
 from research_agent.engines.servers.engine import ServerEngine
 from research_agent.engines.servers.weight_sync import model_weights
 from research_agent.engines.transformers import TransformersEngine
@@ -145,7 +145,7 @@ def test_real_servers_take_weights_from_memory(
 ) -> None:
     """By vLLM's own transfers, on both sides; only CUDA and NCCL themselves are doubles."""
     cuda_double.install(monkeypatch.setattr)
-    monkeypatch.setattr(weight_transfer, "require_gpu", lambda *_: None)
+    monkeypatch.setattr(weight_sync, "require_gpu", lambda *_: None)
     # The weights, 1.5 MB, take several buckets.
     monkeypatch.setattr(weight_transfer, "BUCKET", 2**18)
     model = changed(tiny_qwen2(hidden=128), 20)

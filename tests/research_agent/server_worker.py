@@ -18,6 +18,7 @@ from torch import Tensor
 from research_agent.distributed import full_tensor, init_distributed, make_mesh, shard
 from research_agent.engines import parse_engine
 from research_agent.engines.base import SamplingParams
+from research_agent.engines.servers import engine as engine_module
 from research_agent.engines.servers import pool, serve, weight_sync
 from research_agent.engines.servers.engine import connect_servers, serve_engine
 from research_agent.errors import ResearchAgentError
@@ -62,7 +63,7 @@ def play(
     else:
         serve._PROGRAM = (sys.executable, "-m", "tests.research_agent.fake_vllm")
         if name != "serve":
-            serve.weights_device = lambda model: torch.device("cuda")  # type: ignore[attr-defined]
+            engine_module.weights_device = lambda model: torch.device("cuda")  # type: ignore[attr-defined]
             torch.cuda.device_count = lambda: 1
         engine = serve_engine(parse_engine(name), model, renderer, 4, **settings)
     turns, seen = [], []

@@ -16,7 +16,14 @@ from research_agent.system.redaction import one_line, redact
 AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP status codes that are worth a retry; a server answers any other the same way again."""
 
+LOOK_TIMEOUT = 30.0
+"""Seconds for the answer to a request that costs a server next to nothing."""
+
 _LARGEST_ANSWER = 64 << 20  # bytes
+
+
+class _WeightInfo(msgspec.Struct):
+    weight_version: str
 
 
 class RequestError(Exception):
@@ -48,7 +55,8 @@ class Client:
     Raises:
         ConfigError: see ``check_address``.
 
-    The environment's proxies are not used: samplers stand beside the trainer.
+    The environment's proxies are not used: samplers stand beside the trainer. A client that is
+    pickled loses its key and its connections.
     """
 
     def __init__(self, url: str, key: str | None = None, *, keep_alive: bool = False) -> None:
@@ -70,7 +78,7 @@ class Client:
         path: str,
         payload: Any = None,
         *,
-        timeout: float,
+        timeout: float = LOOK_TIMEOUT,
         form: Any = Any,
     ) -> Any:
         """Send a request once.
@@ -96,19 +104,24 @@ class Client:
         except TimeoutError:
             raise RequestError(f"no answer within {timeout:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            problem = f"{type(error).__name__}: {self._shown(str(error))}".rstrip(": ")
-            raise RequestError(problem) from None
+            problem = f"{type(error).__name__}: {self._shown(str(error))}"
+            raise RequestError(problem.removesuffix(": ")) from None
         if status != 200:
-            said = self._shown(_message(body))
-            raise RequestError(f"status {status}{': ' if said else ''}{said}", status=status)
-        if form is Any and not body:
-            return None
+            problem = f"/{path} gives status {status}: {self._shown(_message(body))}"
+            raise RequestError(problem.removesuffix(": "), status)
         try:
-            return msgspec.json.decode(body, type=form)
+            return msgspec.json.decode(body or b"null", type=form)
         except msgspec.ValidationError as error:
-            raise RequestError(f"an answer of another form: {error}", status) from None
+            raise RequestError(
+                f"/{path} gives an answer of another form: {error}", status
+            ) from None
         except (msgspec.DecodeError, RecursionError):
-            raise RequestError("the answer is no JSON") from None
+            raise RequestError(f"the answer of /{path} is no JSON") from None
+
+    async def weight_name(self) -> str:
+        """Ask for the name of the weights that the server has; raises as ``ask`` does."""
+        info: _WeightInfo = await self.ask("GET", "weight_info", form=_WeightInfo)
+        return info.weight_version
 
     async def _send(self, method: str, path: str, data: bytes | None) -> tuple[int, bytes]:
         if self._session is None:  # it belongs to the loop that runs now
@@ -133,6 +146,9 @@ class Client:
                 if len(body) > _LARGEST_ANSWER:
                     raise RequestError(f"an answer of over {_LARGEST_ANSWER >> 20} MB", status=413)
             return response.status, bytes(body)
+
+    def __reduce__(self) -> tuple[type[Client], tuple[str]]:
+        return Client, (self._base,)
 
     async def aclose(self) -> None:
         """Close all connections, in the event loop that used them."""

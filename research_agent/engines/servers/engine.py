@@ -21,19 +21,18 @@ routes of vLLM's weight transfer (``weight_transfer.py``).
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from research_agent.distributed import gather, rank_and_size, together
 from research_agent.engines.base import Completion, Finish, SamplingParams, make_completion
 from research_agent.engines.checks import context_limit, not_finite, require_room, weights_device
 from research_agent.engines.remote import Turns
 from research_agent.engines.servers.pool import Sampled, ServedWeights, ServerPool, Slot
-from research_agent.engines.servers.serve import ServerProcess
+from research_agent.engines.servers.serve import ServerProcess, vllm_settings
+from research_agent.engines.servers.server import Needs, model_sizes
 from research_agent.engines.servers.weight_sync import WeightSync, model_weights
 from research_agent.errors import ConfigError
 from research_agent.system.torchrun import torchrun
@@ -57,7 +56,6 @@ class ServerEngine:
         max_context: tokens that a trajectory may have.
         sync: gives the servers weights. Without it somebody else does, and ``load_weights`` takes
             a ``ServedWeights``.
-        process: the server that this rank has started, which ends with the engine.
         max_in_flight: turns asked for at a time, times the number of servers.
 
     The draws of a turn are a function of its trajectory's seed and of the tokens held before it,
@@ -73,21 +71,16 @@ class ServerEngine:
         urls: Sequence[str],
         max_context: int,
         sync: WeightSync | None = None,
-        process: ServerProcess | None = None,
         *,
         max_in_flight: int = 256,
     ) -> None:
         self.max_context = max_context
         self._urls = urls
         self._sync = sync
-        self._process = process
         self._renderer = renderer
         self._slots: dict[int, Slot] = {}
-        self._version = 0
         self._pool = ServerPool(urls, renderer.end_ids, max_in_flight)
         self._turns: Turns[Sampled] = Turns("servers", self._pool.closing)
-        self._finalizer = weakref.finalize(self, _close, self._turns, sync, process)
-        self._finalizer.atexit = False  # what is left then ends with the process
 
     @property
     def busy(self) -> int:
@@ -106,13 +99,11 @@ class ServerEngine:
             raise ValueError(f"slot {slot} has a turn under way; wait for it or release it")
         if 0 < params.temperature < 0.01:
             raise ValueError(f"temperature is {params.temperature}; vLLM takes 0, or 0.01 and more")
-        held = self._slots.get(slot) or Slot()
+        held = self._slots.setdefault(slot, Slot())
         length = len(held.tokens) + len(tokens)
         require_room(slot, length, self.max_context)
         held.tokens += tokens
-        held.params = params
-        held.limit = min(params.max_tokens, self.max_context - length)
-        self._slots[slot] = held
+        held.params = replace(params, max_tokens=min(params.max_tokens, self.max_context - length))
         self._turns.begin(slot, self._pool.play(held))
 
     def step(self) -> list[Completion]:
@@ -146,7 +137,6 @@ class ServerEngine:
         if not isinstance(weights, ServedWeights):
             weights = self.give_weights(weights, version)
         self._turns.call(self._pool.use(weights))
-        self._version = version
 
     def give_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> ServedWeights:
         """Give all servers new weights, which an engine in another process samples with."""
@@ -155,8 +145,8 @@ class ServerEngine:
 
     def require_alive(self) -> None:
         """Raise an ``EngineError`` with its log if the server that this rank started has ended."""
-        if self._process:
-            self._process.require_alive()
+        if self._sync:
+            self._sync.require_alive()
 
     def elsewhere(self) -> Callable[[Renderer], ServerEngine]:
         """What makes an engine over the same servers in another process."""
@@ -164,7 +154,9 @@ class ServerEngine:
 
     def close(self) -> None:
         """Delete the weights and leave the servers; a server that this rank started ends."""
-        self._finalizer()
+        self._turns.close()
+        if self._sync:
+            self._sync.close()
 
     def _complete(self, slot: int, sampled: Sampled) -> Completion:
         """The turn as any engine would have ended it; here, as tokenizers are for one thread."""
@@ -181,7 +173,7 @@ class ServerEngine:
             tokens,
             logprobs,
             finish_reason=finish,
-            version=versions[-1] if versions else self._version,
+            version=versions[-1],
             versions=versions,
         )
 
@@ -211,7 +203,6 @@ def connect_servers(
     *,
     by: Carrier = "folder",
     dtype: str | None = None,
-    gives: bool | None = None,
     process: ServerProcess | None = None,
     max_in_flight: int = 256,
 ) -> ServerEngine:
@@ -226,8 +217,8 @@ def connect_servers(
         max_context: tokens that a trajectory may have; the model's own limit by default.
         by: how weights get to the servers.
         dtype: number format of the servers' weights, such as bfloat16; the model's own by default.
-        gives: whether this rank gives weights to these servers. Rank 0 does by default.
-        process: as for ``ServerEngine``.
+        process: the server that this rank has started, and gives weights to. Without any such
+            server, rank 0 gives weights to all of ``urls``.
         max_in_flight: as for ``ServerEngine``.
 
     Raises:
@@ -238,17 +229,11 @@ def connect_servers(
     """
     bases = _addresses(urls)
     context = context_limit(model, max_context)
-    gives = rank_and_size()[0] == 0 if gives is None else gives
-    sync = WeightSync(
-        model,
-        bases if gives else (),
-        carrier=by,
-        dtype=getattr(torch, dtype) if dtype else model.dtype,
-        context=context,
-        token=min(renderer.end_ids),
-        require_alive=process.require_alive if process else lambda: None,
-    )
-    engine = ServerEngine(renderer, bases, context, sync, process, max_in_flight=max_in_flight)
+    gives = process is not None or rank_and_size()[0] == 0
+    dtype = dtype or str(model.dtype).removeprefix("torch.")
+    needs = Needs(context, dtype, model_sizes(model), by, token=min(renderer.end_ids))
+    sync = WeightSync(model, bases if gives else (), needs, process)
+    engine = ServerEngine(renderer, bases, context, sync, max_in_flight=max_in_flight)
     try:
         if not any(weight.is_meta for weight in model.parameters()):
             engine.load_weights(model_weights(model), 0)
@@ -285,31 +270,18 @@ def serve_engine(
     """
     context = context_limit(model, max_context)
     dtype = dtype or str(model.dtype).removeprefix("torch.")
+    device = weights_device(model)
     slots = max_slots * torchrun("LOCAL_WORLD_SIZE", 1)
     node = torchrun("GROUP_RANK", 0)
     process: ServerProcess | None = None
-    try:
-        with together():
-            if torchrun("LOCAL_RANK", 0) == 0:
-                process = ServerProcess(
-                    model, renderer, spec, context=context, slots=slots, dtype=dtype
-                )
-                process.wait()
-        started = gather([(node, process.url)] if process else [])
-        return connect_servers(
-            model,
-            renderer,
-            [url for number, url in started if number == node],
-            context,
-            by="folder" if weights_device(model).type == "cpu" else "ipc",
-            dtype=dtype,
-            gives=process is not None,
-            process=process,
-        )
-    except BaseException:
-        if process:
-            process.close()
-        raise
+    with together():
+        if torchrun("LOCAL_RANK", 0) == 0:
+            settings = vllm_settings(spec, context, slots, dtype, device)
+            process = ServerProcess(model, renderer, settings)
+    started = gather([(node, process.url)] if process else [])
+    urls = [url for number, url in started if number == node]
+    by: Carrier = "folder" if device.type == "cpu" else "ipc"
+    return connect_servers(model, renderer, urls, context, by=by, dtype=dtype, process=process)
 
 
 def _addresses(urls: Sequence[str]) -> list[str]:
@@ -322,10 +294,3 @@ def _addresses(urls: Sequence[str]) -> list[str]:
     if not bases or len(set(bases)) < len(bases):
         raise ConfigError(f"the servers are {', '.join(urls) or 'none'}; name each one once")
     return bases
-
-
-def _close(turns: Turns[Sampled], sync: WeightSync | None, process: ServerProcess | None) -> None:
-    turns.close()
-    for each in (sync, process):
-        if each:
-            each.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,15 +14,7 @@ from research_agent.engines.base import Finish, SamplingParams
 from research_agent.engines.checks import CONTINUE
 from research_agent.engines.remote import read_key, turn_seed
 from research_agent.engines.servers.client import Client, RequestError
-from research_agent.engines.servers.server import (
-    GENERATE,
-    LOOK_TIMEOUT,
-    PATIENCE,
-    START,
-    Answer,
-    WeightInfo,
-    WeightTag,
-)
+from research_agent.engines.servers.server import GENERATE, PATIENCE, START, Answer, WeightTag
 from research_agent.errors import EngineError
 
 _LOG = logging.getLogger(__name__)
@@ -39,12 +32,10 @@ class ServedWeights:
 
     Attributes:
         tag: the weights' name.
-        urls: addresses of the servers that have them.
-        problems: address of each server that has not, and why.
+        problems: address of each server that does not have them, and why. All others do.
     """
 
     tag: WeightTag
-    urls: frozenset[str]
     problems: Mapping[str, str]
 
 
@@ -56,7 +47,7 @@ class _Sampler:
     client: Client
     alive: bool = True
     taken: int = 0  # turns so far
-    requests: set[asyncio.Task[Answer]] = field(default_factory=set)  # turns under way
+    turns: set[asyncio.Timeout] = field(default_factory=set)  # under way
     problem: str = ""  # why it is not alive
 
 
@@ -66,7 +57,6 @@ class Slot:
 
     tokens: list[int] = field(default_factory=list)
     params: SamplingParams = field(default_factory=SamplingParams)
-    limit: int = 0  # tokens of the turn
     preferred_server: _Sampler | None = None  # sampled the last turn: its cache has the prefix
 
 
@@ -102,7 +92,6 @@ class ServerPool:
         self._end_ids = end_ids
         self._in_flight = asyncio.Semaphore(max_in_flight * len(urls))
         self._tag = WeightTag("", 0, 0)
-        self._back = asyncio.Event()  # set when a server comes back
         self._watches: list[asyncio.Task[None]] = []
         self._level = logging.INFO if rank_and_size()[0] else logging.WARNING
 
@@ -113,11 +102,10 @@ class ServerPool:
         """
         self._tag = served.tag
         for server in self._servers:
-            if server.url in served.urls:
-                self._readmit(server)
+            if problem := served.problems.get(server.url):
+                self._mark_dead(server, problem)
             else:
-                why = served.problems.get(server.url, "it has not the current weights")
-                self._mark_dead(server, why)
+                self._readmit(server)
         if not self._watches:
             self._watches = [asyncio.create_task(self._watch(server)) for server in self._servers]
 
@@ -142,39 +130,34 @@ class ServerPool:
         )
 
     async def _choose(self, slot: Slot) -> _Sampler:
-        """The server that has the trajectory in its cache, else the one with the least to do."""
-        alive = await self._living()
-        least = min(alive, key=lambda server: (len(server.requests), server.taken))
+        """The server that has the trajectory in its cache, else the one with the least to do.
+
+        Raises:
+            EngineError: no server can be used for a while.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while not (alive := [server for server in self._servers if server.alive]):
+            if time.monotonic() > deadline:
+                raise no_server({server.url: server.problem for server in self._servers})
+            await asyncio.sleep(_CHECK / 5)
+        least = min(alive, key=lambda server: (len(server.turns), server.taken))
         kept = slot.preferred_server
-        if kept in alive and len(kept.requests) <= 2 * len(least.requests) + _NEAR:
+        if kept in alive and len(kept.turns) <= 2 * len(least.turns) + _NEAR:
             return kept
         slot.preferred_server = least
         return least
 
-    async def _living(self) -> list[_Sampler]:
-        """The servers that can be used; one is waited for."""
-        try:
-            async with asyncio.timeout(PATIENCE):
-                while not (alive := [server for server in self._servers if server.alive]):
-                    self._back.clear()
-                    await self._back.wait()
-        except TimeoutError:
-            problems = {server.url: server.problem for server in self._servers}
-            raise no_server(problems) from None
-        return alive
-
     async def _sample(self, server: _Sampler, slot: Slot) -> Sampled:
         payload, tag = _request(slot, self._end_ids), self._tag
-        request = asyncio.create_task(
-            server.client.ask("POST", GENERATE, payload, timeout=_TURN_TIMEOUT, form=Answer)
-        )
-        server.requests.add(request)
+        turn = asyncio.timeout(None)  # it ends at once if the server is left out
+        server.turns.add(turn)
         server.taken += 1
         try:
-            answer = await request
-        except asyncio.CancelledError:
-            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
-                raise  # the trajectory is not wanted any more
+            async with turn:
+                answer = await server.client.ask(
+                    "POST", GENERATE, payload, timeout=_TURN_TIMEOUT, form=Answer
+                )
+        except TimeoutError:
             raise _LostError(server.problem) from None
         except RequestError as error:
             if error.status in _REFUSED:
@@ -184,14 +167,13 @@ class ServerPool:
                 ) from None
             raise _LostError(str(error)) from None
         finally:
-            server.requests.discard(request)
-        return _read(answer, slot.limit, self._end_ids, tag)
+            server.turns.discard(turn)
+        return _read(answer, slot.params.max_tokens, self._end_ids, tag)
 
     def _readmit(self, server: _Sampler) -> None:
         if not server.alive:
             _LOG.log(self._level, "%s is back, with the current weights", server.url)
         server.alive = True
-        self._back.set()
 
     def _mark_dead(self, server: _Sampler, problem: str) -> None:
         """Leave a server out until it has the current weights again; its turns go elsewhere."""
@@ -199,8 +181,8 @@ class ServerPool:
         if not server.alive:
             return
         server.alive = False
-        for request in server.requests:
-            request.cancel()
+        while server.turns:
+            server.turns.pop().reschedule(0)
         left = sum(other.alive for other in self._servers)
         of = f"{left} of {len(self._servers)} servers left"
         _LOG.log(self._level, "%s is left out (%s); %s", server.url, problem, of)
@@ -211,12 +193,8 @@ class ServerPool:
             await asyncio.sleep(_CHECK if server.alive else _CHECK / 5)
             try:
                 if server.alive:
-                    await server.client.ask("GET", "health", timeout=LOOK_TIMEOUT)
-                    continue
-                info: WeightInfo = await server.client.ask(
-                    "GET", "weight_info", timeout=LOOK_TIMEOUT, form=WeightInfo
-                )
-                if self._tag.is_current(info.weight_version):
+                    await server.client.ask("GET", "health")
+                elif self._tag.is_current(await server.client.weight_name()):
                     self._readmit(server)
                 else:
                     server.problem = "it answers, and waits for the next weights"
@@ -236,7 +214,7 @@ def _request(slot: Slot, end_ids: Iterable[int]) -> dict[str, Any]:
         "token_ids": slot.tokens,
         "sampling_params": {
             "temperature": params.temperature,
-            "max_tokens": slot.limit,
+            "max_tokens": params.max_tokens,
             "seed": turn_seed(params.seed, len(slot.tokens)),
             "logprobs": 0,  # the sampled token alone
             "stop": list(params.stop),

@@ -18,17 +18,20 @@ import sys
 import tempfile
 import time
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from research_agent.engines.checks import CONTINUE, require_gpus, weights_device
+from research_agent.engines.checks import CONTINUE, require_gpus
 from research_agent.errors import EngineError
 from research_agent.system.torchrun import without_torchrun
 
 if TYPE_CHECKING:
+    import torch
+
     from research_agent.engines import EngineSpec
     from research_agent.renderer import Renderer
 
@@ -42,32 +45,20 @@ _LOG_TAIL = 2000  # characters of a server's output that an error shows
 
 
 class ServerProcess:
-    """A ``vllm serve`` of this run. Closing or deleting the object stops it, and so does our end.
+    """A ``vllm serve`` of this run, which answers once the object is made.
+
+    Closing or deleting the object stops it, and so does the end of this process.
 
     Args:
         model: the policy, whose configuration it gets.
         renderer: its tokenizer.
-        spec: how many GPUs, and how much of their memory.
-        context: tokens that a trajectory may have.
-        slots: trajectories sampled at the same time.
-        dtype: number format of its weights.
+        settings: what ``vllm_settings`` returned.
 
     Raises:
-        ConfigError: it would need more GPUs than there are.
+        EngineError: it does not start.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        renderer: Renderer,
-        spec: EngineSpec,
-        *,
-        context: int,
-        slots: int,
-        dtype: str,
-    ) -> None:
-        device = weights_device(model)
-        require_gpus("serve", spec.tp * spec.dp, device)
+    def __init__(self, model: Any, renderer: Renderer, settings: Sequence[str]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="research-agent-serve-")
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
@@ -77,7 +68,6 @@ class ServerProcess:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        settings = _settings(spec, context, slots, dtype, on_cpu=device.type == "cpu")
         own = [f"--model={self._folder.name}", f"--port={port}"]
         self._log = Path(self._folder.name) / "vllm.log"
         with self._log.open("wb") as log:
@@ -90,8 +80,9 @@ class ServerProcess:
                 start_new_session=True,  # a signal for our group, such as Ctrl-C, is not for it
             )
         self.close = weakref.finalize(self, _stop, self._process, self._folder)
+        self._wait()
 
-    def wait(self) -> None:
+    def _wait(self) -> None:
         """Wait until it answers.
 
         Raises:
@@ -127,8 +118,22 @@ class ServerProcess:
         return f"{cause}The end of its output: {text[-_LOG_TAIL:].strip()}"
 
 
-def _settings(spec: EngineSpec, context: int, slots: int, dtype: str, *, on_cpu: bool) -> list[str]:
-    """The settings of vLLM that follow from the run's."""
+def vllm_settings(
+    spec: EngineSpec, context: int, slots: int, dtype: str, device: torch.device
+) -> list[str]:
+    """The settings of vLLM that follow from the run's.
+
+    Args:
+        spec: how many GPUs, and how much of their memory.
+        context: tokens that a trajectory may have.
+        slots: trajectories sampled at the same time.
+        dtype: number format of the weights.
+        device: where the learner's weights are.
+
+    Raises:
+        ConfigError: the server would need more GPUs than there are.
+    """
+    require_gpus("serve", spec.tp * spec.dp, device)
     settings = [
         "--served-model-name=policy",
         "--host=127.0.0.1",
@@ -142,7 +147,7 @@ def _settings(spec: EngineSpec, context: int, slots: int, dtype: str, *, on_cpu:
         "--logprobs-mode=processed_logprobs",
         "--enable-scale-out",
     ]
-    if not on_cpu:
+    if device.type != "cpu":
         return [*settings, '--weight-transfer-config={"backend": "ipc"}']
     # A CPU's random generator cannot go back, as one must between a prompt's pieces.
     pieces = ["--no-enable-chunked-prefill", f"--max-num-batched-tokens={max(_CPU_STEP, context)}"]

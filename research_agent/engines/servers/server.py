@@ -21,8 +21,6 @@ RELOAD_TIMEOUT = 600.0
 """Seconds that a server may take for new weights, or for its first turn."""
 PATIENCE = 60.0
 """Seconds to wait for a server when none is left, or none takes new weights."""
-LOOK_TIMEOUT = 30.0
-"""Seconds for the answer to a request that costs a server next to nothing."""
 GENERATE = "inference/v1/generate"
 START = (
     "Start it with VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1 vllm serve MODEL --host 127.0.0.1 "
@@ -97,12 +95,6 @@ class Answer(msgspec.Struct):
     choices: tuple[Choice]
 
 
-class WeightInfo(msgspec.Struct):
-    """The answer to /weight_info."""
-
-    weight_version: str
-
-
 class _ModelConfig(msgspec.Struct):
     dtype: str
     max_model_len: int
@@ -110,14 +102,10 @@ class _ModelConfig(msgspec.Struct):
     quantization: str | None
 
 
-class _TransferConfig(msgspec.Struct):
-    backend: str
-
-
 class _Config(msgspec.Struct):
     instance_id: str
     model_config: _ModelConfig
-    weight_transfer_config: _TransferConfig | None
+    weight_transfer_config: dict[str, Any] | None
 
 
 class _ServerInfo(msgspec.Struct):
@@ -148,14 +136,23 @@ class Needs:
     Attributes:
         context: tokens that a trajectory may have.
         dtype: number format of the weights, such as bfloat16.
-        sizes: "layers", "tokens" (of the vocabulary) and "width" of the model, where known.
+        sizes: what ``model_sizes`` returned.
         carrier: how weights get there.
+        token: one that a server can sample from, to try it.
     """
 
     context: int
     dtype: str
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, int | None]
     carrier: Carrier
+    token: int
+
+
+def model_sizes(model: Any) -> dict[str, int | None]:
+    """Sizes that the servers' model must have as well; None where the configuration has none."""
+    names = {"layers": "num_hidden_layers", "tokens": "vocab_size", "width": "hidden_size"}
+    config = model.config.get_text_config()
+    return {size: getattr(config, name, None) for size, name in names.items()}
 
 
 @dataclass(eq=False)
@@ -169,33 +166,6 @@ class Server:
     current: str = ""  # name of the weights it was given last; empty if it must be inspected
     problem: str = ""  # what went wrong last; empty if nothing did
 
-    async def ask(
-        self,
-        method: str,
-        path: str,
-        payload: Mapping[str, Any] | None = None,
-        *,
-        timeout: float = LOOK_TIMEOUT,
-        form: Any = Any,
-    ) -> Any:
-        """Send a request; ``form`` is the type of the answer.
-
-        Raises:
-            EngineError: it refuses what a server that was started as described would do.
-            RequestError: it does not answer, or fails.
-        """
-        try:
-            return await self.client.ask(method, path, payload, timeout=timeout, form=form)
-        except RequestError as error:
-            if error.retryable:
-                raise
-            raise EngineError(f"{self.url}: /{path} gives {error}. {START}") from None
-
-    async def weights(self) -> str:
-        """The name of the weights that it says it has; raises as ``ask`` does."""
-        info: WeightInfo = await self.ask("GET", "weight_info", form=WeightInfo)
-        return info.weight_version
-
     async def inspect(self, needs: Needs) -> None:
         """Find out how the server was started.
 
@@ -206,20 +176,20 @@ class Server:
         """
         await self._refuse_router()
         self._check_settings(await self._settings(), needs)
-        self.software = (await self.ask("GET", "version", form=_Version)).version
-        self.size = (await self.ask("GET", "get_world_size", form=_WorldSize)).world_size
+        ask = self.client.ask
+        self.software = (await ask("GET", "version", form=_Version)).version
+        self.size = (await ask("GET", "get_world_size", form=_WorldSize)).world_size
         rpc = {"method": "get_model_inspection"}
-        inspection = await self.ask("POST", "collective_rpc", rpc, form=_Inspection)
+        inspection = await ask("POST", "collective_rpc", rpc, form=_Inspection)
         self._check_model(inspection.results[0], needs.sizes)
 
     async def reload(self, folder: Path) -> None:
-        """Read the weights in a folder; raises as ``ask`` does."""
+        """Read the weights in a folder."""
         rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        config = {"method": "update_config", "kwargs": READ_FILES}
         try:
-            if not self.current:
-                config = {"method": "update_config", "kwargs": READ_FILES}
-                await self.ask("POST", "collective_rpc", config)
-            await self.ask("POST", "collective_rpc", rpc, timeout=RELOAD_TIMEOUT)
+            await self.client.ask("POST", "collective_rpc", config)
+            await self.client.ask("POST", "collective_rpc", rpc, timeout=RELOAD_TIMEOUT)
         except RequestError as error:
             cure = "Can it read that folder? Elsewhere, set TMPDIR to one that all share"
             raise RequestError(f"no new weights from {folder}: {error}. {cure}") from None
@@ -228,12 +198,13 @@ class Server:
         """Sample a token with the weights of a name; a server that fails at it dies of a turn.
 
         Raises:
-            EngineError: it was started in another way.
             RequestError: it does not answer, fails, or has other weights.
         """
         sampling = {"temperature": 1.0, "max_tokens": 1, "logprobs": 0, "seed": 0}
         payload = {"token_ids": [token], "sampling_params": sampling}
-        answer = await self.ask("POST", GENERATE, payload, timeout=RELOAD_TIMEOUT, form=Answer)
+        answer = await self.client.ask(
+            "POST", GENERATE, payload, timeout=RELOAD_TIMEOUT, form=Answer
+        )
         found = [span.version for span in answer.choices[0].weight_versions or ()]
         if found != [tag]:
             raise RequestError(f"it samples with the weights {found}, not {tag!r}")
@@ -241,8 +212,8 @@ class Server:
     async def _refuse_router(self) -> None:
         """Raise an ``EngineError`` if this is vllm-router."""
         workers: list[str] = []
-        with suppress(EngineError):  # a server does not know the route
-            workers = (await self.ask("GET", "list_workers", form=_Workers)).urls
+        with suppress(RequestError):  # a server does not know the route
+            workers = (await self.client.ask("GET", "list_workers", form=_Workers)).urls
         if workers:
             raise EngineError(
                 f"{self.url} is a router, which carries turns only: weights would reach one of its "
@@ -253,7 +224,8 @@ class Server:
         """How the server says that it was started, twice: a balancer asks another each time."""
         path = "server_info?config_format=json"
         first, again = [  # the first time the server asks the machine, for seconds
-            await self.ask("GET", path, timeout=RELOAD_TIMEOUT, form=_ServerInfo) for _ in range(2)
+            await self.client.ask("GET", path, timeout=RELOAD_TIMEOUT, form=_ServerInfo)
+            for _ in range(2)
         ]
         if first.vllm_config.instance_id != again.vllm_config.instance_id:
             raise EngineError(
@@ -283,7 +255,7 @@ class Server:
                 f"{self.url} gives log-probabilities of the kind {model.logprobs_mode}, which are "
                 f"not those at the sampling temperature. {START}"
             )
-        takes = {"folder", transfer.backend if transfer else ""}
+        takes = {"folder", (transfer or {}).get("backend")}
         if not info.vllm_env.get("VLLM_ALLOW_INSECURE_SERIALIZATION"):
             takes.discard("ipc")
         if needs.carrier not in takes:
@@ -292,7 +264,7 @@ class Server:
                 f"{BACKEND[needs.carrier]}"
             )
 
-    def _check_model(self, inspection: str, wanted: Mapping[str, int]) -> None:
+    def _check_model(self, inspection: str, wanted: Mapping[str, int | None]) -> None:
         """Compare vLLM's description of its model with the policy's sizes, where both are known.
 
         Raises:
@@ -303,16 +275,12 @@ class Server:
             for name, pattern in _SIZES.items()
             if (match := re.search(pattern, inspection))
         }
-        # The list of layers has entries such as (0-26): or (27):. The last index counts.
-        if layers := re.search(r"^( *)\(layers\): .*\n((?:\1 .*\n)*)", inspection, re.MULTILINE):
-            last = re.findall(rf"^{layers[1]}  \((?:[\d, -]*\D)?(\d+)\): ", layers[2], re.MULTILINE)
-            found["layers"] = max(map(int, last), default=-1) + 1
-        differing = [name for name in found if wanted.get(name, found[name]) != found[name]]
+        if last := _LAST_LAYERS.findall(inspection):
+            found["layers"] = max(map(int, last)) + 1
+        differing = [name for name in found if wanted[name] not in (None, found[name])]
         if differing:
-            has, needed = (
-                ", ".join(f"{name} {sizes[name]}" for name in differing)
-                for sizes in (found, wanted)
-            )
+            has = ", ".join(f"{name} {found[name]}" for name in differing)
+            needed = ", ".join(f"{name} {wanted[name]}" for name in differing)
             raise EngineError(
                 f"{self.url} has another model: {has}, and the policy {needed}; start the server "
                 "with the run's --model"
@@ -320,3 +288,5 @@ class Server:
 
 
 _SIZES = {"tokens": r"org_vocab_size=(\d+)", "width": r"embedding_dim=(\d+)"}
+# Equal layers share a line, such as "(0-26, 28): 28 x Qwen2DecoderLayer(".
+_LAST_LAYERS = re.compile(r"(\d+)\): (?:\d+ x )?\w+DecoderLayer\(")

@@ -27,25 +27,20 @@ def main(command: list[str]) -> int:
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # its processes are ended together
     )
-
-    def stop_with_parent() -> None:
-        while os.read(0, 4096):
-            pass
-        _signal_all(program.pid, signal.SIGTERM)
-        deadline = time.monotonic() + GRACE
-        while program.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        _signal_all(program.pid, signal.SIGKILL)
-
-    threading.Thread(target=stop_with_parent, daemon=True).start()
+    threading.Thread(target=_stop_with_parent, args=(program.pid,), daemon=True).start()
     status = program.wait()
-    _signal_all(program.pid, signal.SIGKILL)  # what it left behind
+    with suppress(ProcessLookupError):
+        os.killpg(program.pid, signal.SIGKILL)  # what it left behind
     return status if status >= 0 else 128 - status
 
 
-def _signal_all(group: int, number: int) -> None:
+def _stop_with_parent(group: int) -> None:
+    """Wait until the pipe is closed, and end the processes of a group."""
+    os.read(0, 1)  # nobody writes into the pipe
     with suppress(ProcessLookupError):
-        os.killpg(group, number)
+        os.killpg(group, signal.SIGTERM)
+        time.sleep(GRACE)
+        os.killpg(group, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,11 @@ from urllib.parse import urlsplit
 
 import torch
 
-from research_agent.engines.checks import WeightNames, weights_device
+from research_agent.engines.checks import WeightNames
+from research_agent.engines.remote import LoopThread
 from research_agent.engines.servers.client import RequestError
 from research_agent.engines.servers.server import BACKEND, RELOAD_TIMEOUT, Server
-from research_agent.errors import ConfigError, EngineError, ModelError
+from research_agent.errors import ConfigError, ModelError
 from research_agent.system.redaction import one_line
 from research_agent.system.threads import in_thread
 
@@ -50,16 +51,15 @@ async def prepare_transfer(server: Server) -> None:
     """Make a server ready to receive weights from memory.
 
     Raises:
-        EngineError: it was started in another way.
         RequestError: it does not answer, or fails.
     """
-    if await server.weights() == PARTIAL:
+    if await server.client.weight_name() == PARTIAL:
         # What had come would be counted as part of the next weights: let vLLM put it away.
         with suppress(RequestError):
-            await server.ask("POST", "start_weight_update")
-        await server.ask("POST", "finish_weight_update", timeout=RELOAD_TIMEOUT)
-    await server.ask("POST", "shutdown_weight_transfer_engine")  # the group before
-    await server.ask("POST", "update_weight_version", {"new_version": PARTIAL})
+            await server.client.ask("POST", "start_weight_update")
+        await server.client.ask("POST", "finish_weight_update", timeout=RELOAD_TIMEOUT)
+    await server.client.ask("POST", "shutdown_weight_transfer_engine")  # the group before
+    await server.client.ask("POST", "update_weight_version", {"new_version": PARTIAL})
 
 
 class _Links:
@@ -70,7 +70,7 @@ class _Links:
     down: NCCL would wait for the server. By IPC that does nothing, and the others go on.
     """
 
-    def __init__(self, servers: Sequence[Server], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, servers: Sequence[Server], loop: LoopThread) -> None:
         self.failed: Future[None] = Future()  # done as soon as a request has failed
         self.trainer: Any = None
         self._servers = servers
@@ -99,8 +99,8 @@ class _Links:
             if server.problem:
                 return
             try:
-                await server.ask("POST", path, payload, timeout=RELOAD_TIMEOUT)
-            except (RequestError, EngineError) as error:
+                await server.client.ask("POST", path, payload, timeout=RELOAD_TIMEOUT)
+            except RequestError as error:
                 server.problem = str(error)
                 if not self.failed.done():
                     self.failed.set_result(None)
@@ -110,113 +110,85 @@ class _Links:
         async def post_all() -> None:
             await asyncio.gather(*map(post, self._servers, payloads or repeat(None)))
 
-        asyncio.run_coroutine_threadsafe(post_all(), self._loop).result()
+        self._loop.call(post_all())
 
 
-class Transfer:
-    """Sends weights to servers; every rank has one and makes the same calls.
+def transfer(
+    source: WeightSource,
+    servers: Sequence[Server],
+    loop: LoopThread,
+    backend: Backend,
+    device: torch.device,
+) -> bool:
+    """Send weights to this rank's servers, from all ranks at once.
 
     Args:
-        model: the policy on its GPU.
-        names: names and shapes that the weights must have.
+        source: the weights; they are consumed to their end on all ranks.
+        servers: ready ones; none on ranks that do not send.
+        loop: the event loop of the servers' clients.
         backend: "nccl" for servers on other GPUs, "ipc" for servers on the learner's own.
-        dtype: number format that is sent.
+        device: the learner's GPU.
+
+    Returns:
+        Whether the servers that have no ``problem`` now have the weights. By NCCL one server that
+        fails is the end of it for all.
 
     Raises:
-        ConfigError: the model is on no GPU, or vLLM is not installed.
+        ModelError: a name or shape that the model does not have, or a weight left out.
     """
+    links = _Links(servers, loop)
 
-    def __init__(
-        self, model: Any, names: WeightNames, backend: Backend, dtype: torch.dtype
-    ) -> None:
-        self._device = weights_device(model)
-        require_gpu(self._device, backend)
-        self._names = names
-        self._backend: Backend = backend
-        self._dtype = dtype
-
-    def send(
-        self,
-        weights: Iterable[tuple[str, Tensor]],
-        servers: Sequence[Server],
-        loop: asyncio.AbstractEventLoop,
-    ) -> list[Server]:
-        """Send weights to this rank's servers, from all ranks at once.
-
-        Args:
-            weights: all of the model's; they are consumed to their end on all ranks.
-            servers: ready ones; none on ranks that do not send.
-            loop: the event loop of the servers' clients.
-
-        Returns:
-            The servers that have the weights. ``problem`` says of others what went wrong, if it did
-            at themselves: by NCCL one server that fails is the end of it for all.
-
-        Raises:
-            ModelError: a name or shape that the model does not have, or a weight left out.
-        """
-        links = _Links(servers, loop)
-        source = _Source(self._names, weights, self._dtype)
-        work = in_thread(lambda: self._run(links, source, servers), "weights")
-        ends = (work, links.failed) if self._backend == "nccl" else (work,)
-        wait(ends, RELOAD_TIMEOUT + _GRACE, FIRST_COMPLETED)
-        if not work.done():
-            if links.trainer:  # what hung in it has been shut down
-                wait((work,), _GRACE)
-            source.finish()
-        problem = ""
-        if not work.done():
-            problem = f"no end of it within {RELOAD_TIMEOUT:g} s"
-        elif error := work.exception():
-            if isinstance(error, ModelError):
-                raise error
-            problem = f"{type(error).__name__}: {one_line(str(error))}"
-        if problem and not any(server.problem for server in servers):
-            for server in servers:
-                server.problem = problem
-        failed = [server for server in servers if server.problem]
-        for server in failed:
-            server.problem = (
-                f"no new weights by {self._backend}: {server.problem}. Was it started with "
-                f"{BACKEND[self._backend]}, and can it reach any port here?"
-            )
-        if failed and self._backend == "nccl":
-            return []
-        return [server for server in servers if not server.problem]
-
-    def _run(self, links: _Links, source: _Source, servers: Sequence[Server]) -> None:
-        """Do this rank's part of a transfer, with vLLM's trainer."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # a new thread has none
+    def send() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a new thread has none
         try:
-            links.trainer = _trainer(self._backend, links, source, servers)
-            if self._backend == "ipc" or not links.failed.done():
+            links.trainer = _trainer(backend, links, source, servers)
+            if backend == "ipc" or not links.failed.done():
                 links.trainer.send_weights()
         finally:
             source.finish()
             if links.trainer:
                 links.trainer.shutdown()
 
+    work = in_thread(send, "weights")
+    wait((work, links.failed) if backend == "nccl" else (work,), RELOAD_TIMEOUT, FIRST_COMPLETED)
+    wait((work,), _GRACE)
+    source.finish()
+    error: BaseException | None = TimeoutError(f"no end of it within {RELOAD_TIMEOUT:g} s")
+    if work.done():
+        error = work.exception()
+    if isinstance(error, ModelError):
+        raise error
+    if error and not any(server.problem for server in servers):
+        for server in servers:
+            server.problem = f"{type(error).__name__}: {one_line(str(error))}"
+    failed = [server for server in servers if server.problem]
+    for server in failed:
+        server.problem = (
+            f"no new weights by {backend}: {server.problem}. Was it started with "
+            f"{BACKEND[backend]}, and can it reach any port here?"
+        )
+    return backend == "ipc" or not failed
 
-class _Source:
-    """Weights as vLLM's trainer takes them: a ``WeightSource`` that can be gone through once.
+
+class WeightSource:
+    """Weights as vLLM's class of that name gives them, which can be gone through once.
 
     Two threads may go through them, each from where the other has come to.
+
+    Args:
+        names: names and shapes that the weights must have.
+        weights: all of the model's.
+        dtype: number format that is sent.
     """
 
     def __init__(
         self, names: WeightNames, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype
     ) -> None:
         self._shapes = names.shapes
-        self._left = names.checked(weights)
+        self._left = self._sendable(names.checked(weights))
         self._dtype = dtype
         self._lock = Lock()
-
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest tensor."""
-        elements = [torch.Size(shape).numel() for shape in self._shapes.values()]
-        return max(elements) * self._dtype.itemsize
 
     def metadata(self) -> list[Any]:
         """Name, number format and shape of each weight, in order."""
@@ -225,21 +197,23 @@ class _Source:
         return [ParamMeta(name, self._dtype, shape) for name, shape in self._shapes.items()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        while True:
-            with self._lock:
-                found = next(self._left, None)
-            if not found:
-                return
-            name, weight = found
-            if weight.is_cuda:  # what is sent in other streams must have been computed
-                torch.cuda.synchronize(weight.device)
-            yield name, weight.detach().to(self._dtype)
+        while found := self._next():
+            yield found
 
     def finish(self) -> None:
         """Go through what is left, as the other ranks do."""
+        while self._next():
+            pass
+
+    def _next(self) -> tuple[str, Tensor] | None:
         with self._lock:
-            for _ in self._left:
-                pass
+            return next(self._left, None)
+
+    def _sendable(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights:
+            if weight.is_cuda:  # what is sent in other streams must have been computed
+                torch.cuda.synchronize(weight.device)
+            yield name, weight.detach().to(self._dtype)
 
 
 def require_gpu(device: torch.device, backend: Backend) -> None:
@@ -270,7 +244,8 @@ def _trainer(backend: Backend, links: _Links, source: Any, servers: Sequence[Ser
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo  # noqa: PLC0415
 
     settings: dict[str, Any] = {"rank": 0 if servers else 1, "packed": True}
-    settings["packed_buffer_size_bytes"] = max(BUCKET, source.largest)
+    sizes = [torch.Size(each.shape).numel() * each.dtype.itemsize for each in source.metadata()]
+    settings["packed_buffer_size_bytes"] = max(BUCKET, *sizes)
     if backend == "ipc":
         info: Any = IPCTrainerInitInfo(**settings)
     else:

@@ -106,7 +106,7 @@ def test_a_server_that_dies_before_it_gets_weights_is_told_with_its_output(
     engine = make_engine("serve", MODEL, RENDERER, max_slots=4, max_context=200)
     os.kill(record()["pid"], signal.SIGKILL)
     assert isinstance(engine, ServerEngine)
-    until(lambda: gone(engine._process._process.pid))  # type: ignore[union-attr]
+    until(lambda: gone(engine._sync._process._process.pid))  # type: ignore[union-attr]
     with pytest.raises(EngineError, match=r"vllm serve ended with status 137.*same command"):
         engine.load_weights(MODEL.named_parameters(), 1)
     engine.close()

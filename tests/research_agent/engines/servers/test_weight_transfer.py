@@ -99,9 +99,9 @@ class Trainer:
 @pytest.fixture
 def wires(monkeypatch: pytest.MonkeyPatch) -> Wires:
     """The wires of all groups; with them the model passes for one on a GPU."""
-    monkeypatch.setattr(weight_transfer, "require_gpu", lambda *_: None)
+    monkeypatch.setattr(weight_sync, "require_gpu", lambda *_: None)
     monkeypatch.setattr(weight_transfer, "_trainer", Trainer)
-    monkeypatch.setattr(weight_transfer._Source, "metadata", metadata)
+    monkeypatch.setattr(weight_transfer.WeightSource, "metadata", metadata)
     monkeypatch.setattr(pool, "_CHECK", 0.05)
     monkeypatch.setattr(pool, "_TURN_TIMEOUT", 10.0)
     monkeypatch.setattr(pool, "PATIENCE", 0.3)
@@ -249,7 +249,8 @@ def test_a_server_that_cannot_meet_is_left_out(
     assert len(good.turns) == 4
     with pytest.raises(EngineError, match="no vLLM server can be used") as caught:
         connect(bad, by=backend)
-    assert f"no new weights by {backend}: status 500" in str(caught.value)
+    problem = f"no new weights by {backend}: /init_weight_transfer_engine gives status 500"
+    assert problem in str(caught.value)
     assert f"""--weight-transfer-config '{{"backend": "{backend}"}}'""" in str(caught.value)
 
 
