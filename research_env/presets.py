@@ -92,6 +92,7 @@ SMOLLM2_WIKI: Preset = {
             "top_k": 2,
             "max_searches": 4,
             "max_passage_chars": 600,
+            "turn_reward": "0.2*new_support",  # without it, guesses pay more than searches
         },
     },
     "policy": {"model": "./runs/smollm2-start"},
@@ -106,7 +107,7 @@ SMOLLM2_WIKI: Preset = {
         "algorithm_args": {"kl_coef": 0.0, "entropy_coef": 0.0},
     },
     "learner": {
-        "learning_rate": 1e-4,
+        "learning_rate": 2e-4,
         "warmup_steps": 3,
         "weight_decay": 0.0,
         "micro_batch_tokens": 2048,
@@ -393,7 +394,7 @@ SFT_PRESETS: dict[str, Preset] = {
         },
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "bare_text": True,  # as it is trained and evaluated
-        "count": 1600,
+        "count": 1200,
         "batch": 8,
         "micro_batch_tokens": 2048,
         "learning_rate": 2e-4,

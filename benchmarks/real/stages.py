@@ -42,7 +42,7 @@ class Scale:
 CPU = Scale(
     questions=100,
     demonstrations=400,
-    parts=4,
+    parts=3,
     batch=8,
     steps=200,
     prompts_per_step=4,
@@ -57,7 +57,7 @@ CPU = Scale(
 GPU = replace(
     CPU,
     questions=250,
-    demonstrations=1600,
+    demonstrations=1200,
     parts=1,
     batch=16,
     prompts_per_step=32,
