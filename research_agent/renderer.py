@@ -283,8 +283,8 @@ def load_renderer(
     source = tokenizer_source(model)
     place, options = source.place, {**source.options, "trust_remote_code": False}
     with opening(f"the tokenizer of {str(model)!r}", _WHERE):
-        # For some architectures AutoTokenizer uses their own class, whatever the folder says, and
-        # that class silently misreads a tokenizer.json that was written by another class.
+        # For some architectures AutoTokenizer takes a class of its own instead of the folder's. It
+        # silently misreads a tokenizer.json that another class wrote.
         declared = get_tokenizer_config(place).get("tokenizer_class")
         plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
         tokenizer = (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(
