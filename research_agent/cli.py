@@ -187,7 +187,11 @@ def _sft(words: list[str]) -> None:
     preset = sft.PRESETS[name]
     config = _parse(type(preset), f"sft {name}", words[1:], sft.DESCRIPTIONS[name], preset)
     _no_bars()
-    sft.run(config)
+    try:
+        sft.run(config)
+    except KeyboardInterrupt:
+        show(f"\nstopped; the same command continues {config.output}", file=sys.stderr)
+        raise
 
 
 def _report(words: list[str]) -> None:

@@ -14,32 +14,30 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from importlib import import_module
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from research_agent.config_checks import require_chat_template, require_one_process
-from research_agent.errors import ConfigError, ContextError, NonFiniteError
-from research_agent.formats import LONGEST_LINE
+from research_agent.errors import CheckpointError, ConfigError, ContextError, NonFiniteError
 from research_agent.presets import offered
 from research_agent.settings import Settings
+from research_agent.system.files import folder_lock
+from research_agent.system.signals import stop_signals
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
     from research_agent.batch import Batch
+    from research_agent.checkpoint import Checkpoint
     from research_agent.renderer import Renderer
-    from research_agent.trajectory import Segment, Trajectory
-
-Demonstration = list[tuple[str, Any]]  # (provenance, text, or messages of a prompt)
-PROVENANCES = ("prompt", "action", "observation")
-
-BATCHES_SORTED_TOGETHER = 16  # with ``batch_by_length``: batches that are sorted at once
+    from research_agent.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,14 @@ class SFTConfig:
     """Folder of the trained model."""
     threads: int | None = None
     """CPU threads; none takes what torch chooses. The last bits of the weights depend on them."""
+    save_every: int = 100
+    """Optimizer steps between checkpoints. A run that is stopped by Ctrl-C saves too."""
     quiet: bool = False
     """Show no progress."""
 
+
+CHECKPOINTS = "checkpoints"  # folder in the output folder, until the model is written
+FREE = frozenset({"output", "save_every", "quiet", "threads"})  # may change at a resume
 
 _OWN = SFTConfig(
     demonstrations="demonstrations.jsonl",
@@ -130,67 +133,72 @@ def run(config: SFTConfig) -> Path:
     """Fit a model, and write it to the output folder as transformers reads it.
 
     Matrices whose name does not hold "embed" are trained by Muon (Jordan et al. 2024), the rest by
-    AdamW.
+    AdamW. Until the model is written, the folder holds a checkpoint, from which the same call
+    continues bit by bit.
 
     Returns:
         The folder.
 
     Raises:
+        CheckpointError: a checkpoint cannot be written or read, or has other settings.
         ConfigError: a setting that cannot be used, or demonstrations without actions.
         ContextError: a demonstration that is longer than the model's context.
+        FolderInUseError: another process writes to the folder.
+        KeyboardInterrupt: a signal asked to stop. What has been learned is saved.
         NonFiniteError: the loss is not finite.
     """
     import torch  # noqa: PLC0415 - slow to import, and not for --help
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import Progress  # noqa: PLC0415
-
-    from research_agent.batch import make_batch  # noqa: PLC0415
-    from research_agent.checkpoint import rehearse  # noqa: PLC0415
-    from research_agent.trajectory import Group  # noqa: PLC0415
 
     _validate(config)
-    config.output.mkdir(parents=True, exist_ok=True)  # now: not after all the work is done
     torch.manual_seed(config.seed)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    model, renderer = _new_model(config) if config.model is None else _open_model(config)
+    with folder_lock(config.output), stop_signals() as signals:
+        return _fit(config, signals)
+
+
+def _fit(config: SFTConfig, signals: list[int]) -> Path:
+    """Learn until the demonstrations are used up, or until ``signals`` holds one."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import Progress  # noqa: PLC0415
+
+    from research_agent import checkpoint  # noqa: PLC0415
+
+    checkpoints = config.output / CHECKPOINTS
+    saved = _unfinished(config)
+    renderer = _renderer(config)
+    model = _model(config, renderer, saved)
+    optimizers = _optimizers(model, config)
+    begin, average = 0, 0.0  # steps made, and a moving average of their losses
+    if saved:
+        begin, average = saved.step, saved.state["loss"]
+        with checkpoint.restoring(saved):
+            for optimizer, state in zip(optimizers, saved.state["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
         renderer.tokenizer.save_pretrained(folder)
 
-    rehearse(config.output, write)
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = [
-        torch.optim.Muon(
-            matrices, lr=config.learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    def save(step: int) -> None:
+        state = {"optimizers": [each.state_dict() for each in optimizers], "loss": average}
+        settings = _as_json(config)
+        checkpoint.save(checkpoints, step, write_model=write, state=state, config=settings, keep=1)
+
+    checkpoint.rehearse(checkpoints, write)
     steps = config.count // config.batch
-    limit: int = getattr(model.config, "max_position_embeddings", sys.maxsize)
-    started, average, step = time.perf_counter(), 0.0, -1
+    started, step = time.perf_counter(), begin - 1
     console = Console(stderr=True)
     with Progress(console=console, disable=config.quiet or not console.is_terminal) as progress:
-        task = progress.add_task("sft", total=steps)
-        for step, batch in enumerate(_batches(config, renderer)):
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = config.learning_rate * _schedule(config, step / steps, step)
-            longest = max(len(trajectory.tokens) for trajectory in batch)
-            if longest > limit:
-                message = f"a demonstration of {longest} tokens does not fit the context of {limit}"
-                raise ContextError(f"{message}; leave it out, or give a larger --context")
-            rollout = make_batch([Group(i, [t]) for i, t in enumerate(batch)])
-            loss = _backward(model, rollout, config)
-            if not math.isfinite(loss):
-                raise NonFiniteError(f"sft: the loss of step {step} is {loss}")
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+        task = progress.add_task("sft", total=steps, completed=begin)
+        for step, batch in enumerate(islice(_batches(config, renderer), begin, None), begin):
+            if signals:
+                save(step)
+                raise KeyboardInterrupt
+            loss = _learn(model, optimizers, batch, config, step)
             average = loss if step == 0 else 0.98 * average + 0.02 * loss
+            if (step + 1) % config.save_every == 0 and step + 1 < steps:
+                save(step + 1)
             progress.update(task, advance=1, description=f"sft  loss {average:.3f}")
             if not (config.quiet or console.is_terminal) and (step + 1) % max(1, steps // 20) == 0:
                 seconds = time.perf_counter() - started
@@ -198,11 +206,109 @@ def run(config: SFTConfig) -> Path:
     if step < 0:
         message = f"{config.demonstrations} gives fewer demonstrations than --batch {config.batch}"
         raise ConfigError(message)
-    write(config.output)
+    _finish(config.output, write)
     if not config.quiet:
         seconds = time.perf_counter() - started
         print(f"{config.output}: loss {average:.4f} after {steps} steps, {seconds:.0f} s")
     return config.output
+
+
+def _batches(config: SFTConfig, renderer: Renderer) -> Iterator[list[Trajectory]]:
+    from research_agent import demonstrations as shown  # noqa: PLC0415
+
+    pairs = shown.demonstrations(
+        config.demonstrations, config.count, config.seed, config.demonstration_args
+    )
+    trajectories = (shown.as_trajectory(each, renderer) for each in pairs)
+    if config.batch_by_length:
+        return shown.batches_by_length(trajectories, config.batch, config.seed)
+    return shown.batches(trajectories, config.batch)
+
+
+def _learn(
+    model: PreTrainedModel,
+    optimizers: list[Optimizer],
+    batch: list[Trajectory],
+    config: SFTConfig,
+    step: int,
+) -> float:
+    """Make an optimizer step; returns the mean loss of the batch's action tokens, in nats."""
+    from torch.nn.utils import clip_grad_norm_  # noqa: PLC0415
+
+    from research_agent.batch import make_batch  # noqa: PLC0415
+    from research_agent.trajectory import Group  # noqa: PLC0415
+
+    limit: int = getattr(model.config, "max_position_embeddings", sys.maxsize)
+    longest = max(len(trajectory.tokens) for trajectory in batch)
+    if longest > limit:
+        message = f"a demonstration of {longest} tokens does not fit the context of {limit}"
+        raise ContextError(f"{message}; leave it out, or give a larger --context")
+    loss = _backward(model, make_batch([Group(i, [t]) for i, t in enumerate(batch)]), config)
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"sft: the loss of step {step} is {loss}")
+    clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * _schedule(config, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss
+
+
+def _unfinished(config: SFTConfig) -> Checkpoint | None:
+    """Read the checkpoint of a run that was stopped; None without one.
+
+    Raises:
+        CheckpointError: it is broken, or the run had settings that give another model.
+    """
+    from research_agent import checkpoint  # noqa: PLC0415
+
+    newest = checkpoint.latest(config.output / CHECKPOINTS)
+    if newest is None:
+        return None
+    saved, now = checkpoint.load(newest), _as_json(config)
+    differing = [
+        f"  {name}: {saved.config.get(name)!r} in the folder, {value!r} now"
+        for name, value in now.items()
+        if name not in FREE and saved.config.get(name) != value
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{config.output} holds an unfinished run with other settings:\n"
+            + "\n".join(differing)
+            + f"\nGive the same settings to continue it, another --output, or delete "
+            f"{newest.parent} to start anew."
+        )
+    return saved
+
+
+def _as_json(config: SFTConfig) -> dict[str, Any]:
+    """The configuration as JSON values."""
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    return settings
+
+
+def _finish(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write the model, and remove the checkpoint. The weights come last: with them all is there."""
+    temporary = folder / ".model.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    write(temporary)
+    for path in sorted(temporary.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+        path.replace(folder / path.name)
+    temporary.rmdir()
+    shutil.rmtree(folder / CHECKPOINTS)
+
+
+def _optimizers(model: PreTrainedModel, config: SFTConfig) -> list[Optimizer]:
+    from torch.optim import AdamW, Muon  # noqa: PLC0415
+
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    rate = config.learning_rate
+    return [
+        Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def _backward(model: Any, batch: Batch, config: SFTConfig) -> float:
@@ -221,7 +327,10 @@ def _backward(model: Any, batch: Batch, config: SFTConfig) -> float:
 
 def _validate(config: SFTConfig) -> None:
     require_one_process("sft")
-    for name in ("batch", "micro_batch_tokens", "hidden_size", "layers", "heads", "context"):
+    for name in (
+        *("batch", "micro_batch_tokens", "hidden_size", "layers", "heads", "context"),
+        "save_every",
+    ):
         if getattr(config, name) < 1:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} is {getattr(config, name)}; it must be at least 1")
@@ -247,161 +356,49 @@ def _validate(config: SFTConfig) -> None:
         )
 
 
-def _schedule(config: SFTConfig, done: float, step: int) -> float:
-    """The factor of the learning rate at a step, when a share ``done`` of all steps is done."""
+def _schedule(config: SFTConfig, step: int) -> float:
+    """The factor of the learning rate at a step."""
     rising = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    done = step / (config.count // config.batch)
     left = min(1.0, (1 - done) / max(1e-9, config.decay_share))
     return rising * (config.final_share + (1 - config.final_share) * left)
 
 
-def _batches(config: SFTConfig, renderer: Renderer) -> Iterator[list[Trajectory]]:
-    """Yield whole batches: in the demonstrations' order, or some batches at a time by length."""
-    import torch  # noqa: PLC0415
-
-    generator = torch.Generator().manual_seed(config.seed)
-    demonstrations = islice(_demonstrations(config), config.count)
-    stream = (as_trajectory(d, renderer) for d in demonstrations)
-    if not config.batch_by_length:
-        while len(batch := list(islice(stream, config.batch))) == config.batch:
-            yield batch
-        return
-    while chunk := list(islice(stream, config.batch * BATCHES_SORTED_TOGETHER)):
-        chunk.sort(key=lambda trajectory: len(trajectory.tokens))
-        starts = range(0, len(chunk) - config.batch + 1, config.batch)
-        for i in torch.randperm(len(starts), generator=generator).tolist():
-            yield chunk[starts[i] : starts[i] + config.batch]
-
-
-def as_trajectory(demonstration: Iterable[tuple[str, Any]], renderer: Renderer) -> Trajectory:
-    """Tokenize a demonstration as a rollout would: every part on its own.
-
-    Args:
-        demonstration: (provenance, text) pairs; a prompt may be a list of chat messages.
-        renderer: the model's renderer.
-
-    Raises:
-        ConfigError: a provenance that does not exist, no action, or messages for a renderer that
-            has no chat template.
-    """
-    from research_agent.trajectory import Segment, Trajectory  # noqa: PLC0415
-
-    parts = list(demonstration)
-    if not any(provenance == "action" for provenance, _ in parts):
-        raise ConfigError(f"a demonstration has no action to learn: {parts!r:.200}")
-    segments: list[Segment] = []
-    for i, (provenance, text) in enumerate(parts):
-        if provenance == "prompt":
-            segments.append(_prompt(text, renderer))
-        elif provenance == "observation":
-            segments.append(Segment("observation", tuple(renderer.encode_text(text)), text=text))
-        elif provenance == "action":
-            tokens = tuple(renderer.encode_text(text))
-            if i == len(parts) - 1:
-                end: int | None = renderer.tokenizer.eos_token_id
-                tokens += (min(renderer.end_ids) if end is None else end,)
-            segments.append(Segment("action", tokens, (0.0,) * len(tokens), text=text))
-        else:
-            known = ", ".join(PROVENANCES)
-            raise ConfigError(f"unknown provenance {provenance!r}; known: {known}")
-    return Trajectory(0, 0, tuple(segments), reward=0.0, terminated=True, truncated=False)
-
-
-def _prompt(prompt: Any, renderer: Renderer) -> Segment:
-    """The segment of a prompt, which is a text or a list of chat messages."""
-    from research_agent.trajectory import Segment  # noqa: PLC0415
-
-    if isinstance(prompt, str):
-        return Segment("prompt", tuple(renderer.encode_prompt(prompt)), text=prompt)
-    if not renderer.chat_template:
-        raise ConfigError(
-            "a demonstration's prompt is chat messages, and the model is learned without a chat "
-            "template; add --chat-template, or give the prompt as text"
-        )
-    text = "\n\n".join(message["content"] for message in prompt)
-    return Segment("prompt", tuple(renderer.encode_prompt(text, prompt)), text=text)
-
-
-def _demonstrations(config: SFTConfig) -> Iterator[Demonstration]:
-    """Yield the demonstrations of a function, or those of a file again and again."""
-    if ":" in config.demonstrations and not Path(config.demonstrations).exists():
-        make = _imported(config.demonstrations)
-        try:
-            made = make(count=config.count, seed=config.seed, **config.demonstration_args)
-        except TypeError as error:
-            message = f"{config.demonstrations}: {error}; see --demonstration-args"
-            raise ConfigError(message) from error
-        yield from made
-        return
-    path = Path(config.demonstrations)
-    if not path.is_file():
-        raise ConfigError(f"no demonstrations at {path}; give a JSON Lines file or MODULE:FUNCTION")
-    while True:  # a short file is read again
-        number = 0
-        with path.open("rb") as lines:
-            for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE), b""), 1):
-                yield _demonstration(line, f"{path}:{number}")
-        if not number:
-            raise ConfigError(f"{path} is empty; give at least one demonstration")
-
-
-def _demonstration(line: bytes, where: str) -> Demonstration:
-    """Read a line of a file of demonstrations."""
-    try:
-        parts = [(provenance, text) for provenance, text in json.loads(line)["segments"]]
-        for provenance, text in parts:
-            if provenance not in PROVENANCES:
-                known = ", ".join(PROVENANCES)
-                raise ValueError(f"unknown provenance {provenance!r:.80}; known: {known}")
-            messages = text if provenance == "prompt" and isinstance(text, list) else []
-            for each in [*(part for m in messages for part in (m["role"], m["content"]))] or [text]:
-                each.encode()  # half a surrogate pair is no text
-        if not any(provenance == "action" for provenance, _ in parts):
-            raise ValueError("it has no action to learn")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        message = f'{where}: not {{"segments": [[provenance, text], ...]}}'
-        raise ConfigError(f"{message} ({error}); mend the line") from error
-    return parts
-
-
-def _imported(name: str) -> Callable[..., Any]:
-    """Import ``"module:function"``."""
-    module, _, attribute = name.partition(":")
-    try:
-        found: Callable[..., Any] = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{name!r} cannot be imported: {error}; is it on PYTHONPATH?") from error
-    return found
-
-
-def _open_model(config: SFTConfig) -> tuple[PreTrainedModel, Renderer]:
-    """Open the model to start from, and its tokenizer.
+def _renderer(config: SFTConfig) -> Renderer:
+    """Open the tokenizer of the model to start from, or make one of the vocabulary's phrases.
 
     Raises:
         ConfigError: the model has a chat template, and the settings do not say whether to use it.
     """
-    from research_agent.models.policy import load_model  # noqa: PLC0415
-    from research_agent.renderer import open_renderer  # noqa: PLC0415
-
-    assert config.model is not None
-    renderer = open_renderer(config, config.model)
-    if renderer.tokenizer.chat_template and not (config.chat_template or config.bare_text):
-        raise ConfigError(
-            f"{config.model} has a chat template: it was made for chat messages. Add "
-            "--chat-template to learn from them, or --bare-text to learn from plain text"
-        )
-    return load_model(config.model), renderer
-
-
-def _new_model(config: SFTConfig) -> tuple[PreTrainedModel, Renderer]:
-    """Make a Llama of the configured sizes, with a tokenizer of the vocabulary's phrases."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
-
+    from research_agent.demonstrations import imported  # noqa: PLC0415
     from research_agent.phrase_tokenizer import phrase_tokenizer  # noqa: PLC0415
-    from research_agent.renderer import Renderer  # noqa: PLC0415
+    from research_agent.renderer import Renderer, open_renderer  # noqa: PLC0415
 
+    if config.model is not None:
+        renderer = open_renderer(config, config.model)
+        if renderer.tokenizer.chat_template and not (config.chat_template or config.bare_text):
+            raise ConfigError(
+                f"{config.model} has a chat template: it was made for chat messages. Add "
+                "--chat-template to learn from them, or --bare-text to learn from plain text"
+            )
+        return renderer
     if config.vocabulary is None:
         raise ConfigError("a new model needs --vocabulary MODULE:FUNCTION, or start from a --model")
-    tokenizer = phrase_tokenizer(_imported(config.vocabulary)())
+    tokenizer = phrase_tokenizer(imported(config.vocabulary)())
+    return Renderer(tokenizer, frozenset({tokenizer.eos_token_id}))
+
+
+def _model(config: SFTConfig, renderer: Renderer, saved: Checkpoint | None) -> PreTrainedModel:
+    """Open the checkpoint's model or the one to start from, or make a Llama of the given sizes."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+
+    from research_agent.models.policy import load_model  # noqa: PLC0415
+
+    source = saved.folder if saved else config.model
+    if source is not None:
+        model: PreTrainedModel = load_model(source)
+        return model
+    tokenizer = renderer.tokenizer
     architecture = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
@@ -417,4 +414,4 @@ def _new_model(config: SFTConfig) -> tuple[PreTrainedModel, Renderer]:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(architecture), Renderer(tokenizer, frozenset({tokenizer.eos_token_id}))
+    return LlamaForCausalLM(architecture)

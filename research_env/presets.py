@@ -98,8 +98,8 @@ SMOLLM2_WIKI: Preset = {
     "policy": {"model": "./runs/smollm2-start"},
     "sampling": {
         "max_prompt": 256,
-        "max_response": 1024,
-        "max_turn_tokens": 96,
+        "max_response": 1536,
+        "max_turn_tokens": 192,  # a search comes after a sentence that is quoted, which can be long
     },
     "rollout": {"prompts_per_step": 4, "group_size": 8},
     "algorithm": {
@@ -395,6 +395,7 @@ SFT_PRESETS: dict[str, Preset] = {
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "bare_text": True,  # as it is trained and evaluated
         "count": 1200,
+        "save_every": 10,  # three minutes on a laptop
         "batch": 8,
         "micro_batch_tokens": 2048,
         "learning_rate": 2e-4,

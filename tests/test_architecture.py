@@ -160,7 +160,7 @@ LAYERS = {
         "config",
         "config_checks config_changes presets prefixes batch algorithms",
         "models engines renderer active_rollout rollout rollout_state trace weight_files",
-        "learner evaluation sft player player_process failures plan run_folder",
+        "learner evaluation demonstrations sft player player_process failures plan run_folder",
         "trainer report",
         "cli",
     ),

@@ -49,8 +49,8 @@ CPU = Scale(
     group_size=8,
     lora_rank=16,
     eval_every=20,
-    max_response=1024,
-    max_turn_tokens=96,
+    max_response=1536,
+    max_turn_tokens=192,
     max_in_flight=32,
     micro_batch_tokens=2048,
 )
@@ -252,7 +252,7 @@ def _evaluations(
         folder = config.output / name / dataset
         words = ["eval", "--env", env, "--quiet"]
         words += ["--env-args", f"dataset={dataset}", "split=dev", "template=question", "top_k=2"]
-        words += ["max_passage_chars=600"]
+        words += ["max_passage_chars=600", "max_searches=4"]
         if config.retriever is not None:
             words += [f"retriever={config.retriever.replace('{dataset}', dataset)}"]
         words += _flags(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +16,12 @@ import torch
 
 from research_agent.batch import make_batch
 from research_agent.cli import main
+from research_agent.demonstrations import as_trajectory
 from research_agent.errors import CheckpointError, ConfigError, ContextError
 from research_agent.models.policy import load_model
 from research_agent.phrase_tokenizer import phrase_tokenizer
 from research_agent.renderer import Renderer, load_renderer
-from research_agent.sft import SFTConfig, as_trajectory, run
+from research_agent.sft import SFTConfig, run
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_llama
 from tests.research_agent.disks import small_disk
@@ -49,6 +52,21 @@ def half_long(count: int, seed: int) -> Iterator[Parts]:
         [("prompt", "c"), ("action", "A!" if draw() < 0.5 else "B" + "?b=" * 4)]
         for _ in range(count)
     )
+
+
+def stopping(count: int, seed: int) -> Iterator[Parts]:
+    """Stops who first asks for number 100 as Ctrl-C does, and kills who first asks for 150."""
+    for i, parts in enumerate(both(count, seed)):
+        if i in (100, 150) and not (mark := Path(os.environ["STOPPED"]) / str(i)).exists():
+            mark.touch()
+            if i == 150:
+                raise PowerLossError
+            os.kill(os.getpid(), signal.SIGINT)
+        yield parts
+
+
+class PowerLossError(Exception):
+    """The machine lost its power."""
 
 
 def nothing(count: int, seed: int) -> Parts:
@@ -176,6 +194,59 @@ def test_a_model_can_be_gone_on_with(learned: Path, tmp_path: Path) -> None:
     assert after[1] > 0.9
 
 
+# --- runs that are stopped ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_a_run_that_is_stopped_and_one_that_dies_continue_bit_by_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_length: bool
+) -> None:
+    monkeypatch.setenv("STOPPED", str(tmp_path))
+    small = replace(SMALL, count=240, save_every=3, batch_by_length=by_length)
+    whole = run(replace(small, demonstrations=f"{HERE}:both", output=tmp_path / "whole"))
+    parts = replace(small, demonstrations=f"{HERE}:stopping", output=tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        run(parts)
+    (saved,) = (parts.output / "checkpoints").glob("step-*")
+    assert saved.name == ("step-000000" if by_length else "step-000012")  # 16 batches at a time
+    with pytest.raises(PowerLossError):
+        run(parts)
+    run(replace(parts, save_every=50))  # may change
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (parts.output / name).read_bytes() == (whole / name).read_bytes()
+    assert {path.name for path in parts.output.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_ctrl_c_says_that_the_same_command_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STOPPED", str(tmp_path))
+    words = ["--demonstrations", f"{HERE}:stopping", "--vocabulary", f"{HERE}:letters"]
+    words += ["--model", "None", "--count", "120", "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        main(["sft", "own", *words])
+    assert ended.value.code == 130
+    assert "the same command continues" in capsys.readouterr().err
+    main(["sft", "own", *words])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_an_unfinished_run_of_other_settings_is_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOPPED", str(tmp_path))
+    first = replace(SMALL, demonstrations=f"{HERE}:stopping", output=tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        run(first)
+    said = r"out holds an unfinished run .*\n  seed: 0 in the folder, 1 now\nGive the same .*delete"
+    with pytest.raises(CheckpointError, match=said):
+        run(replace(first, seed=1, quiet=False))
+    (weights,) = (tmp_path / "out" / "checkpoints").glob("step-*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint.*SHA-256.*start anew"):
+        run(first)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -204,7 +275,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
     path.write_text(f"{GOOD}\n{GOOD}\n{line}\n{GOOD}\n")
     with pytest.raises(ConfigError, match=rf"d\.jsonl:3: not .*{reason}.*; mend the line"):
         run(replace(SMALL, demonstrations=str(path), output=tmp_path / "out"))
-    assert not any((tmp_path / "out").iterdir())
+    assert list((tmp_path / "out").rglob("*.safetensors")) == []
 
 
 def test_a_line_that_is_no_utf8_is_named(tmp_path: Path) -> None:
@@ -260,7 +331,7 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 def test_a_function_that_demonstrates_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing gives fewer demonstrations than --batch 8"):
         run(replace(SMALL, demonstrations=f"{HERE}:nothing", output=tmp_path / "out"))
-    assert not any((tmp_path / "out").iterdir())
+    assert list((tmp_path / "out").rglob("*.safetensors")) == []
 
 
 def test_a_demonstration_longer_than_the_context_is_refused(tmp_path: Path) -> None:
@@ -282,7 +353,7 @@ def test_a_model_that_has_no_room_is_refused_before_anything_is_learned(tmp_path
     with small_disk(tmp_path / "disk", 8) as disk:
         with pytest.raises(CheckpointError, match=r"No space left.*free some space"):
             run(replace(SMALL, output=disk / "model", demonstrations=str(never)))
-        assert list((disk / "model").iterdir()) == []
+        assert list((disk / "model" / "checkpoints").iterdir()) == []
 
 
 # --- chat templates -------------------------------------------------------------------------------
