@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -26,7 +28,7 @@ from research_agent.config_checks import validate, validate_eval
 from research_agent.errors import ConfigError, ContextError, ResearchAgentError, StoppedError
 from research_agent.presets import DESCRIPTIONS, PRESETS
 from research_agent.system.terminal import escaped_logs, show
-from research_agent.system.torchrun import is_first_rank
+from research_agent.system.torchrun import is_first_rank, torchrun
 
 USAGE = """\
 usage: research-agent COMMAND ...
@@ -284,5 +286,31 @@ def _fail(message: str, *, shown: bool = False) -> NoReturn:
     raise SystemExit(2)
 
 
+def program(argv: Sequence[str] | None = None) -> None:
+    """Run ``main`` as a process of its own; one that torchrun started ends at once when it is done.
+
+    Python would first dismantle itself while gloo's threads still let go of their tensors, which
+    aborts a process now and then (https://github.com/pytorch/pytorch/issues/190489).
+
+    Args:
+        argv: as for ``main``.
+    """
+    if torchrun("WORLD_SIZE", 1) == 1:
+        main(argv)
+        return
+    status = 0
+    try:
+        main(argv)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    atexit._run_exitfuncs()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    main()
+    program()

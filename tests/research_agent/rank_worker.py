@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from research_agent import step_metrics, trainer
-from research_agent.cli import main
+from research_agent.cli import main, program
 from research_agent.curriculum import CollapseMonitor
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.errors import EngineError
@@ -119,6 +119,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "die":
         die_once(Path(sys.argv[2]), int(sys.argv[3]))
-        main(sys.argv[4:])
+        program(sys.argv[4:])
     else:
         run_all(Path(sys.argv[1]))

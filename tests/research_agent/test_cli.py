@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -115,3 +117,39 @@ def test_sft_hands_its_configuration_on(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "research_agent.sft", fake)
     main(["sft", "small", "--count", "7"])
     assert seen == [Settings(count=7)]
+
+
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_a_rank_ends_with_its_status_after_all_is_written(size: str) -> None:
+    """Other than Python, a rank does not dismantle what its threads may still use."""
+
+    def ended(main: str) -> tuple[int, str, str]:
+        program = f"""
+import atexit, os, sys
+from research_agent import cli
+class Remains:
+    write = os.write
+    def __del__(self): Remains.write(1, b"dismantled\\n")
+remains = Remains()
+atexit.register(print, "last words")
+def failing(): 1 / 0
+cli.main = lambda argv: {main}
+cli.program()
+"""
+        environment = os.environ | {"WORLD_SIZE": size}
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    end = "last words\n" if size == "2" else "last words\ndismantled\n"
+    assert ended("print('done')") == (0, f"done\n{end}", "")
+    assert ended("sys.exit(130)") == (130, end, "")
+    status, _, errors = ended("failing()")
+    assert status == 1
+    assert "ZeroDivisionError: division by zero" in errors
