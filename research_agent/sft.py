@@ -294,6 +294,8 @@ def _finish(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     write(temporary)
     for path in sorted(temporary.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+        if path.is_dir():  # further chat templates; a folder can only replace an empty one
+            shutil.rmtree(folder / path.name, ignore_errors=True)
         path.replace(folder / path.name)
     temporary.rmdir()
     shutil.rmtree(folder / CHECKPOINTS)
