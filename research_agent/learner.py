@@ -51,6 +51,7 @@ from research_agent.models.policy import (
 from research_agent.models.prepare import prepare
 from research_agent.optimizer import Optimizer
 from research_agent.sharded import Read, copy_or_read, read_nothing, read_weights, stand_ins
+from research_agent.system.memory import trim_heap
 from research_agent.trajectory import Group
 
 METRICS = {
@@ -207,6 +208,7 @@ class Learner:
         for part in self._minibatches(batch):
             report = self._step(part)
             reports.append(report | (self._critic.step(part) if self._critic else {}))
+        trim_heap()
         metrics = {name: sum(r[name] for r in reports) / len(reports) for name in reports[0]}
         lengths = [len(tokens) for tokens in batch.tokens]
         return metrics | {

@@ -28,6 +28,7 @@ from research_agent.errors import CheckpointError, ConfigError, ContextError, No
 from research_agent.presets import offered
 from research_agent.settings import Settings
 from research_agent.system.files import folder_lock
+from research_agent.system.memory import trim_heap
 from research_agent.system.signals import stop_signals
 
 if TYPE_CHECKING:
@@ -252,6 +253,7 @@ def _learn(
             group["lr"] = config.learning_rate * _schedule(config, step)
         optimizer.step()
         optimizer.zero_grad()
+    trim_heap()
     return loss
 
 
