@@ -253,6 +253,7 @@ def _learn(
             group["lr"] = config.learning_rate * _schedule(config, step)
         optimizer.step()
         optimizer.zero_grad()
+    trim_heap()
     return loss
 
 
@@ -325,7 +326,6 @@ def _backward(model: Any, batch: Batch, config: SFTConfig) -> float:
         part = -logprobs.sum() / len(batch.targets)
         part.backward()  # type: ignore[no-untyped-call]
         loss += part.item()
-        trim_heap()
     return loss
 
 

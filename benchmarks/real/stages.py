@@ -44,7 +44,7 @@ CPU = Scale(
     demonstrations=400,
     parts=3,
     batch=8,
-    steps=200,
+    steps=60,
     prompts_per_step=4,
     group_size=8,
     lora_rank=16,
@@ -62,7 +62,6 @@ GPU = replace(
     batch=16,
     prompts_per_step=32,
     max_in_flight=256,
-    steps=60,
     time_limit=300.0,
     micro_batch_tokens=65536,
 )

@@ -11,7 +11,7 @@ def trim_heap() -> None:
 
     glibc keeps freed blocks between others in its heap. Passes of learning allocate tensors of
     another length each time, which fit these gaps badly: without this a process on a CPU grows from
-    pass to pass.
+    step to step.
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
