@@ -7,7 +7,8 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NoReturn, TypeVar
 
@@ -130,11 +131,8 @@ def _eval(words: list[str]) -> None:
     from research_agent.evaluation.summary import tables  # noqa: PLC0415
 
     _no_bars()
-    try:
+    with _continued_by_the_same_command():
         summary = evaluate_model(config)
-    except KeyboardInterrupt:
-        show("\nstopped; the same command continues where this one stopped", file=sys.stderr)
-        raise
     if config.json:
         show(json.dumps(dataclasses.asdict(summary)))
         return
@@ -189,10 +187,17 @@ def _sft(words: list[str]) -> None:
     preset = sft.PRESETS[name]
     config = _parse(type(preset), f"sft {name}", words[1:], sft.DESCRIPTIONS[name], preset)
     _no_bars()
-    try:
+    with _continued_by_the_same_command():
         sft.run(config)
+
+
+@contextmanager
+def _continued_by_the_same_command() -> Iterator[None]:
+    """Say at Ctrl-C that nothing is lost."""
+    try:
+        yield
     except KeyboardInterrupt:
-        show(f"\nstopped; the same command continues {config.output}", file=sys.stderr)
+        show("\nstopped; the same command continues where this one stopped", file=sys.stderr)
         raise
 
 

@@ -107,11 +107,14 @@ def require_same(found: Changes, where: Path, *, override: bool = False) -> None
     """
     if found.results and not override:
         raise CheckpointError(
-            f"{where} holds a run of another configuration:\n"
-            + "\n".join(
-                f"  {key}: {before!r} in the folder, {now!r} now"
-                for key, (before, now) in found.results.items()
-            )
-            + "\nGive another --output, the same settings to continue that run, or --override to "
+            f"{where} holds a run of another configuration:\n{in_lines(found.results)}\n"
+            "Give another --output, the same settings to continue that run, or --override to "
             "continue it with these."
         )
+
+
+def in_lines(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Write settings with their (saved, present) values, a line each."""
+    return "\n".join(
+        f"  {key}: {before!r} in the folder, {now!r} now" for key, (before, now) in changed.items()
+    )

@@ -12,17 +12,18 @@ Demonstrations are learned in their order, so that a function can teach one thin
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from research_agent.config import as_json
+from research_agent.config_changes import in_lines
 from research_agent.config_checks import require_chat_template, require_one_process
 from research_agent.errors import CheckpointError, ConfigError, ContextError, NonFiniteError
 from research_agent.presets import offered
@@ -154,8 +155,13 @@ def run(config: SFTConfig) -> Path:
     torch.manual_seed(config.seed)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with folder_lock(config.output), stop_signals() as signals:
-        return _fit(config, signals)
+    checkpoints = config.output / CHECKPOINTS
+    with folder_lock(checkpoints), stop_signals() as signals:
+        try:
+            return _fit(config, signals)
+        finally:
+            if not any(checkpoints.glob("step-*")):  # nothing to continue
+                shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def _fit(config: SFTConfig, signals: list[int]) -> Path:
@@ -183,7 +189,7 @@ def _fit(config: SFTConfig, signals: list[int]) -> Path:
 
     def save(step: int) -> None:
         state = {"optimizers": [each.state_dict() for each in optimizers], "loss": average}
-        settings = _as_json(config)
+        settings = as_json(config)
         checkpoint.save(checkpoints, step, write_model=write, state=state, config=settings, keep=1)
 
     checkpoint.rehearse(checkpoints, write)
@@ -268,26 +274,19 @@ def _unfinished(config: SFTConfig) -> Checkpoint | None:
     newest = checkpoint.latest(config.output / CHECKPOINTS)
     if newest is None:
         return None
-    saved, now = checkpoint.load(newest), _as_json(config)
-    differing = [
-        f"  {name}: {saved.config.get(name)!r} in the folder, {value!r} now"
-        for name, value in now.items()
+    saved = checkpoint.load(newest)
+    differing = {
+        name: (saved.config.get(name), value)
+        for name, value in as_json(config).items()
         if name not in FREE and saved.config.get(name) != value
-    ]
+    }
     if differing:
         raise CheckpointError(
-            f"{config.output} holds an unfinished run with other settings:\n"
-            + "\n".join(differing)
-            + f"\nGive the same settings to continue it, another --output, or delete "
+            f"{config.output} holds an unfinished run with other settings:\n{in_lines(differing)}\n"
+            "Give the same settings to continue it, another --output, or delete "
             f"{newest.parent} to start anew."
         )
     return saved
-
-
-def _as_json(config: SFTConfig) -> dict[str, Any]:
-    """The configuration as JSON values."""
-    settings: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
-    return settings
 
 
 def _finish(folder: Path, write: Callable[[Path], None]) -> None:
@@ -300,7 +299,8 @@ def _finish(folder: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(folder / path.name, ignore_errors=True)
         path.replace(folder / path.name)
     temporary.rmdir()
-    shutil.rmtree(folder / CHECKPOINTS)
+    for path in (folder / CHECKPOINTS).glob("step-*"):
+        shutil.rmtree(path)
 
 
 def _optimizers(model: PreTrainedModel, config: SFTConfig) -> list[Optimizer]:

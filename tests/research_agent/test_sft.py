@@ -17,11 +17,12 @@ import torch
 from research_agent.batch import make_batch
 from research_agent.cli import main
 from research_agent.demonstrations import as_trajectory
-from research_agent.errors import CheckpointError, ConfigError, ContextError
+from research_agent.errors import CheckpointError, ConfigError, ContextError, FolderInUseError
 from research_agent.models.policy import load_model
 from research_agent.phrase_tokenizer import phrase_tokenizer
 from research_agent.renderer import Renderer, load_renderer
 from research_agent.sft import SFTConfig, run
+from research_agent.system.files import folder_lock
 from research_agent.trajectory import Group
 from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_llama
 from tests.research_agent.disks import small_disk
@@ -247,6 +248,14 @@ def test_an_unfinished_run_of_other_settings_is_not_continued(
         run(first)
 
 
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    with (
+        folder_lock(tmp_path / "out" / "checkpoints"),
+        pytest.raises(FolderInUseError, match=r"writes to .*out.*another --output"),
+    ):
+        run(replace(SMALL, output=tmp_path / "out"))
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -275,7 +284,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
     path.write_text(f"{GOOD}\n{GOOD}\n{line}\n{GOOD}\n")
     with pytest.raises(ConfigError, match=rf"d\.jsonl:3: not .*{reason}.*; mend the line"):
         run(replace(SMALL, demonstrations=str(path), output=tmp_path / "out"))
-    assert list((tmp_path / "out").rglob("*.safetensors")) == []
+    assert not any((tmp_path / "out").iterdir())
 
 
 def test_a_line_that_is_no_utf8_is_named(tmp_path: Path) -> None:
@@ -331,7 +340,7 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 def test_a_function_that_demonstrates_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing gives fewer demonstrations than --batch 8"):
         run(replace(SMALL, demonstrations=f"{HERE}:nothing", output=tmp_path / "out"))
-    assert list((tmp_path / "out").rglob("*.safetensors")) == []
+    assert not any((tmp_path / "out").iterdir())
 
 
 def test_a_demonstration_longer_than_the_context_is_refused(tmp_path: Path) -> None:
@@ -353,7 +362,7 @@ def test_a_model_that_has_no_room_is_refused_before_anything_is_learned(tmp_path
     with small_disk(tmp_path / "disk", 8) as disk:
         with pytest.raises(CheckpointError, match=r"No space left.*free some space"):
             run(replace(SMALL, output=disk / "model", demonstrations=str(never)))
-        assert list((disk / "model" / "checkpoints").iterdir()) == []
+        assert list((disk / "model").iterdir()) == []
 
 
 # --- chat templates -------------------------------------------------------------------------------

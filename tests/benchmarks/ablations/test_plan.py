@@ -9,10 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.ablations.__main__ import main
-from benchmarks.ablations.numbers import (
-    EQUAL_BUDGETS,
-    rows_of,
-)
+from benchmarks.ablations.numbers import EQUAL_BUDGETS, rows_of
 from benchmarks.ablations.prepare import missing, write_worlds
 from benchmarks.ablations.registry import ABLATIONS, BY_NAME, Ablation, Arm
 from benchmarks.ablations.runs import AblationsConfig, folder_of, is_finished, training_of, world_of

@@ -15,19 +15,16 @@ import pytest
 from benchmarks.ablations import prepare, runs
 from benchmarks.ablations.__main__ import main
 from benchmarks.ablations.prepare import missing, write_worlds
-from benchmarks.ablations.registry import ABLATIONS, BY_NAME, Arm
+from benchmarks.ablations.registry import ABLATIONS, BY_NAME
 from benchmarks.ablations.runs import AblationsConfig, folder_of, is_finished
 from benchmarks.ablations.verbose_starter import demonstrations, verbose
 from benchmarks.runs import run_all
 from research_agent.evaluation.predictions import read_predictions
 from research_agent.models.policy import load_model
 from research_env.datasets import miniworld
+from tests.benchmarks.ablations.test_plan import arms
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def arms() -> list[Arm]:
-    return [arm for ablation in ABLATIONS for arm in ablation.arms]
 
 
 def test_workers_end_with_the_process_that_started_them() -> None:
