@@ -33,13 +33,13 @@ from typing import Any
 import torch
 
 from benchmarks.recorded import read_trajectories
-from benchmarks.synthetic import TINY, make_groups, make_model
+from benchmarks.synthetic import TINY, make_groups, make_model, reward_last_turn
 from research_agent.algorithms.grpo import GRPO
 from research_agent.batch import make_batch, micro_batches
 from research_agent.config import LearnerConfig
 from research_agent.learner import Learner
 from research_agent.models.policy import TokenLogprobs, batch_logprobs, token_logprobs
-from research_agent.trajectory import Group, Segment, Trajectory, reward_last_turn
+from research_agent.trajectory import Group, Segment, Trajectory
 from research_env.errors import DataNotFoundError
 
 COMPETITORS: dict[str, dict[str, Any]] = {

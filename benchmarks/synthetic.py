@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from research_agent.trajectory import Group, Segment, Trajectory, reward_last_turn
+from research_agent.trajectory import Group, Segment, Trajectory
 
 QWEN_1_5B = {
     "vocab_size": 151936,
@@ -73,3 +74,17 @@ def make_groups(
 
     made = [make(number, length) for number, length in enumerate(lengths)]
     return [Group(i, made[i : i + samples]) for i in range(0, len(made), samples)]
+
+
+def reward_last_turn(segments: Sequence[Segment], reward: float) -> tuple[Segment, ...]:
+    """Put the reward of a whole episode on its last turn.
+
+    Args:
+        segments: the trajectory's segments.
+        reward: the trajectory's reward. It is lost if there is no turn.
+
+    Returns:
+        The segments, the last action's with this reward.
+    """
+    last = max((i for i, s in enumerate(segments) if s.provenance == "action"), default=-1)
+    return tuple(replace(s, reward=reward) if i == last else s for i, s in enumerate(segments))

@@ -1,7 +1,8 @@
 """A trainer for language models in any Gymnasium environment that speaks text.
 
-Everything that the command line does is a function or a class of this package. A name is imported
-from its module at first use, so ``import research_agent`` loads neither torch nor transformers.
+What ``research-agent`` does to train, evaluate, compare and report is a function or a class of this
+package. A name is imported from its module at first use, so ``import research_agent`` loads neither
+torch nor transformers.
 
 Example:
     >>> from dataclasses import replace
@@ -133,7 +134,7 @@ _NAMES_OF_MODULES = {
 }
 _MODULES = {name: module for module, names in _NAMES_OF_MODULES.items() for name in names}
 
-__all__ = sorted(_MODULES)  # noqa: PLE0605  (computed, so that a name stands in one table)
+__all__ = sorted(_MODULES)  # noqa: PLE0605  (computed)
 
 
 def __getattr__(name: str) -> Any:

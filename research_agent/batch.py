@@ -136,8 +136,8 @@ class MicroBatch:
     tokens: Tensor  # [R, W] int64
     logit_index: Tensor  # [a] int64: in tokens.flatten(), the token before each action token
     position_ids: Tensor | None = None  # [1, W] int64, packed: position in the trajectory
-    cu_seqlens: Tensor | None = None  # [trajectories + 1] int32, packed: cumulative lengths
-    max_seqlen: int = 0  # packed: tokens of the longest trajectory
+    cu_seqlens: Tensor | None = None  # [n + 1] int32, packed: cumulative lengths of n trajectories
+    max_seqlen: int = 0  # packed: tokens of the longest of them; with "tree" of n runs instead
     tree: prefixes.TreeLayout | None = None  # "tree": what each run attends to
     distinct: Tensor | None = None  # [u] int64, "tree": one of each set of equal action tokens
     distinct_of: Tensor | None = None  # [a] int64, "tree": index in ``distinct`` of its set

@@ -132,7 +132,7 @@ class AlgorithmConfig:
     """How rewards become a loss."""
 
     algorithm: str = "grpo"
-    """Name of a file in research_agent/algorithms, or MODULE:CLASS for one of your own."""
+    """Name of an algorithm, or MODULE:CLASS for one of your own."""
     algorithm_args: Settings = field(default_factory=dict)
     """Settings of the algorithm: the fields of its class. Added to those of the preset; with
     another --algorithm than the preset's they stand alone."""

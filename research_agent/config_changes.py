@@ -50,7 +50,7 @@ NEUTRAL = frozenset(
     }
 )
 RUN_DATE = "policy.chat_template_date"  # where none is given, the saved run's is taken
-# The environment's provenance decides whether these change the episodes, if there is one.
+# The environment's fingerprints decide whether these change the episodes, if it has any.
 ENVIRONMENT = frozenset({"environment.env", "environment.env_args"})
 
 
@@ -75,8 +75,8 @@ def changes(
     Args:
         saved: the configuration of the run that is continued, as JSON values.
         config: the configuration to continue with.
-        same_environment: whether the environments have equal provenance; None if that is not known,
-            and then the environment's settings must be equal.
+        same_environment: whether the environments have equal fingerprints; None if that is not
+            known, and then the environment's settings must be equal.
     """
     defaults = dict(flatten(as_json(TrainConfig())))  # for settings that an older version lacks
     before, now = defaults | dict(flatten(saved)), dict(flatten(as_json(config)))

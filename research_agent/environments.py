@@ -171,8 +171,8 @@ class _Native:
     def close(self) -> None:
         self._vector.close()
 
-    def provenance(self) -> dict[str, str]:
-        return read_provenance(self._vector)
+    def fingerprints(self) -> dict[str, str]:
+        return read_fingerprints(self._vector)
 
 
 class _Singles:
@@ -222,13 +222,13 @@ class _Singles:
         for env in self._envs:
             env.close()
 
-    def provenance(self) -> dict[str, str]:
-        return read_provenance(self._envs[0].unwrapped)
+    def fingerprints(self) -> dict[str, str]:
+        return read_fingerprints(self._envs[0].unwrapped)
 
 
-def read_provenance(environment: Any) -> dict[str, str]:
+def read_fingerprints(environment: Any) -> dict[str, str]:
     """What an environment says that its episodes depend on; empty if it says nothing."""
-    found = getattr(environment, "provenance", None)
+    found = getattr(environment, "fingerprints", None)
     if callable(found):
         found = found()
     return {str(key): str(value) for key, value in (found or {}).items()}

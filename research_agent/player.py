@@ -17,7 +17,7 @@ from research_agent.active_rollout import Episode, InFlight
 from research_agent.config import TrainConfig
 from research_agent.distributed import consumed_together
 from research_agent.engines.base import Engine
-from research_agent.environments import Environments, open_environments, read_provenance
+from research_agent.environments import Environments, open_environments, read_fingerprints
 from research_agent.renderer import Renderer
 from research_agent.rollout import RolloutLoop, collect, keeps_turns
 from research_agent.trace import Trace, TracedEngine, TracedEnvironments
@@ -68,9 +68,9 @@ class Player:
         self._loop = self._make_loop(InFlight())
         self._started = True
 
-    def provenance(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         """What the episodes depend on, as the environment says; without its ``place:`` names."""
-        found = read_provenance(self._environments)
+        found = read_fingerprints(self._environments)
         return {name: text for name, text in found.items() if not name.startswith("place:")}
 
     def collect(self, episodes: Sequence[Episode], ahead: Sequence[Episode]) -> list[Trajectory]:
@@ -171,7 +171,7 @@ class Player:
         self._loop = self._make_loop(InFlight())
 
     def close(self) -> None:
-        """Close the environments."""
+        """Close the engine and the environments."""
         self._stack.close()
 
     def _open(self, stage_args: Mapping[str, Any]) -> Environments:

@@ -121,9 +121,9 @@ class PlayerProcess:
         self._servers = servers
         self._ask(Player.start, load)
 
-    def provenance(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         """See ``Player``."""
-        return self._ask(Player.provenance)
+        return self._ask(Player.fingerprints)
 
     def collect(self, episodes: Sequence[Episode], ahead: Sequence[Episode]) -> list[Trajectory]:
         """See ``Player``; the child continues with the episodes in ``ahead`` by itself."""
@@ -139,8 +139,7 @@ class PlayerProcess:
         folder = self._weights.share(weights, str(version))
         with together():
             self._ask(Player.read_weights, folder, version)
-        self._weights.prune(())
-        self._weights.prune(())
+        self._weights.clear()
 
     def num_eval_tasks(self) -> int | None:
         """See ``Player``."""

@@ -76,7 +76,7 @@ def require_same_run(
     Args:
         saved: the checkpoint that the run continues from.
         config: the present configuration.
-        environment: the present environment's provenance.
+        environment: the present environment's fingerprints.
 
     Raises:
         CheckpointError: something differs that changes the results, without ``--override``.

@@ -25,7 +25,7 @@ from research_agent.environments import (
     Environments,
     StepResult,
     Truncating,
-    read_provenance,
+    read_fingerprints,
 )
 from research_agent.rollout import keeps_turns
 from research_agent.trees import Forking
@@ -193,6 +193,6 @@ class TracedEnvironments:
         """Release what the environments hold."""
         self._environments.close()
 
-    def provenance(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         """What the tasks depend on, as the environments say."""
-        return read_provenance(self._environments)
+        return read_fingerprints(self._environments)

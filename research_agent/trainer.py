@@ -95,14 +95,16 @@ class Trainer:
         config: the configuration.
         step: training steps done.
         seconds: time spent in those steps, without evaluation and saving.
+        curriculum: how far the run has come in its stages.
+
+    ``train`` sets these too:
         player: plays this rank's episodes: environments, and the engine that samples.
-        provenance: what the environment says that its episodes depend on.
+        fingerprints: what the environment says that its episodes depend on.
         origin: the model that the run began with.
         renderer: the policy's tokenizer.
         model: the policy that learns.
         learner: updates the policy.
         stages: parts of the run with environment arguments of their own; usually none.
-        curriculum: how far the run has come in its stages.
         collapse_monitor: notices a collapse of the reward, if the configuration asks for it.
         trace: timeline of the run, on rank 0 if the configuration asks for it.
 
@@ -360,7 +362,7 @@ class Trainer:
         """Open the stage's environments; its rewards are not compared with those of another."""
         with together():
             self.player.open_stage(self._stage_args())
-            self.provenance = self.player.provenance()
+            self.fingerprints = self.player.fingerprints()
         if self.collapse_monitor:
             self.collapse_monitor.history.clear()
 
@@ -380,7 +382,7 @@ class Trainer:
                 "random": torch.get_rng_state(),
                 "seconds": self.seconds,
                 "origin": self.origin,
-                "environment": self.provenance,
+                "environment": self.fingerprints,
                 **({"rewards": monitor.history} if (monitor := self.collapse_monitor) else {}),
                 **({"stage": asdict(self.curriculum)} if self.stages else {}),
                 "in_flight": run_together(self.player.state),
@@ -446,9 +448,9 @@ class Trainer:
                 config, slots, self._stage_args(), self.trace
             )
             stack.callback(self.player.close)
-            self.provenance = self.player.provenance()
+            self.fingerprints = self.player.fingerprints()
             if saved:
-                require_same_run(saved, config, self.provenance)
+                require_same_run(saved, config, self.fingerprints)
 
             # Policy: the model that learns, its reference, and the engine that samples.
             self.origin = starting_model(config.policy.model)

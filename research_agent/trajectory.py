@@ -7,7 +7,7 @@ provenance is recorded when the token is made, and every mask follows from it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 SKIPPED = "prompt"
@@ -94,17 +94,3 @@ class Group:
 
     episode: int
     trajectories: Sequence[Trajectory]
-
-
-def reward_last_turn(segments: Sequence[Segment], reward: float) -> tuple[Segment, ...]:
-    """Put the reward of a whole episode on its last turn.
-
-    Args:
-        segments: the trajectory's segments.
-        reward: the trajectory's reward. It is lost if there is no turn.
-
-    Returns:
-        The segments, the last action's with this reward.
-    """
-    last = max((i for i, s in enumerate(segments) if s.provenance == "action"), default=-1)
-    return tuple(replace(s, reward=reward) if i == last else s for i, s in enumerate(segments))

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 Choice = Literal["random", "entropy"]
 
+# ARPO's alpha, beta and k, with the values of the paper's code; see Trees._branch_probability.
+BRANCH_PROBABILITY = 0.5  # where the entropy is that of the first turn
+ENTROPY_WEIGHT = 0.2
+ENTROPY_TOKENS = 20
+
 
 @dataclass(frozen=True, slots=True)
 class TreePlan:
@@ -44,9 +49,6 @@ class TreePlan:
             ended, and branches off any sample of the tree so far.
         choose: "random" takes each state before a turn with the same probability, as Tree-GRPO
             does; "entropy" in proportion to the probability with which ARPO branches there.
-        branch_probability: ARPO's, where the entropy is that of the first turn (alpha).
-        entropy_weight: how much it rises with the entropy (beta).
-        entropy_tokens: the first tokens of a turn, whose entropy is estimated (k).
         max_tokens: action tokens that a tree may sample; None: any number.
         max_turns: turns that a tree may take, each a step of its environments; None: any number.
 
@@ -57,15 +59,12 @@ class TreePlan:
     branches: int
     rounds: int = 1
     choose: Choice = "random"
-    branch_probability: float = 0.5
-    entropy_weight: float = 0.2
-    entropy_tokens: int = 20
     max_tokens: int | None = None
     max_turns: int | None = None
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        for name, least in (("branches", 0), ("rounds", 1), ("entropy_tokens", 1)):
+        for name, least in (("branches", 0), ("rounds", 1)):
             if getattr(self, name) < least:
                 value = getattr(self, name)
                 raise ConfigError(f"a tree's {name} is {value}; give {least} or more")
@@ -330,13 +329,12 @@ class Trees:
         References:
             Dong et al. 2025 (arXiv:2507.19849), section 3.1.
         """
-        plan = self._plan
 
         def entropy(logprobs: Sequence[float]) -> float:
-            return -sum(logprobs[: plan.entropy_tokens]) / self._highest_entropy
+            return -sum(logprobs[:ENTROPY_TOKENS]) / self._highest_entropy
 
         first = next((s for s in rollout.segments if s.provenance == "action"), None)
         now = entropy([v for part in (*rollout.partial_turns, turn) for v in part.logprobs])
         initial = now if first is None else entropy(first.logprobs or ())
-        probability = plan.branch_probability + plan.entropy_weight * (now - initial)
+        probability = BRANCH_PROBABILITY + ENTROPY_WEIGHT * (now - initial)
         return min(1.0, max(probability, 1e-6))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,11 +106,10 @@ class WeightFolder:
         assert folder
         return folder
 
-    def prune(self, names: Collection[str]) -> None:
-        """Delete all folders but those of these names."""
+    def clear(self) -> None:
+        """Delete all versions."""
         for folder in self.root.iterdir():
-            if folder.name not in names:
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
         """Delete everything."""

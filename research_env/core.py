@@ -95,7 +95,9 @@ class EnvCore:
         turn_reward: the rewards of single turns, if any.
         template: the name of a template of the protocol.
         top_k: passages that a search returns.
-        max_searches: as in :class:`~research_env.episode.Episode`, and so the two after it.
+        max_searches: as in :class:`~research_env.episode.Episode`.
+        max_turns: as in :class:`~research_env.episode.Episode`.
+        max_passage_chars: characters that are shown of a passage; None: all.
         metric_language: the language of all answers; None: each question's own.
         by_id: index of each question by its id; filled when it is first needed.
     """

@@ -9,7 +9,7 @@ import gymnasium as gym
 from research_env.core import EnvSettings, StepOutput, make_core, resolve_search
 from research_env.episode import Action, Episode, TruncationReason, advance, truncate
 from research_env.errors import ConfigurationError, EpisodeError, UnknownNameError
-from research_env.fingerprint import environment_fingerprint
+from research_env.fingerprint import environment_fingerprints
 from research_env.info import SHOWS
 from research_env.spaces import UnicodeText
 from research_env.system.terminal import show
@@ -203,9 +203,9 @@ class SearchQAEnv(gym.Env[str, str]):
             show(self._core.closing(self._episode))
         return self._core.output(self._episode)
 
-    def provenance(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         """What results depend on besides the policy: fingerprints of questions, index, prompt."""
-        return environment_fingerprint(self._core)
+        return environment_fingerprints(self._core)
 
     def render(self) -> str | None:
         """The transcript so far in mode ``ansi``; mode ``human`` prints it as it grows."""

@@ -11,7 +11,7 @@ from research_env.retrieval.url import split_options
 from research_env.system.redaction import redact_url
 
 
-def environment_fingerprint(core: EnvCore) -> dict[str, str]:
+def environment_fingerprints(core: EnvCore) -> dict[str, str]:
     """What results depend on besides the policy, each in words or by its SHA-256.
 
     Returns:

@@ -28,7 +28,7 @@ import numpy as np
 from research_env.core import EnvCore, EnvSettings, StepOutput, make_core, resolve_search
 from research_env.episode import Action, Episode, TruncationReason, advance, truncate
 from research_env.errors import ClosedError, ConfigurationError, EpisodeError, UnknownTaskError
-from research_env.fingerprint import environment_fingerprint
+from research_env.fingerprint import environment_fingerprints
 from research_env.info import strata
 from research_env.protocol import Message
 from research_env.retrieval.batching import Found, QueryBatcher, SearchCounts
@@ -157,9 +157,9 @@ class Sessions:
         episode, prompt, info = self.core.start(index)
         return Session(self, episode, prompt, info)
 
-    def provenance(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         """What results depend on besides the policy: fingerprints of questions, index, prompt."""
-        return environment_fingerprint(self.core)
+        return environment_fingerprints(self.core)
 
     def close(self) -> None:
         """Stop the searches and close the engine; steps that wait raise ``ClosedError``."""

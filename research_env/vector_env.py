@@ -113,9 +113,9 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         """How many questions there are: episodes 0 to ``num_tasks - 1`` ask each once."""
         return len(self._core.questions)
 
-    def provenance(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         """What results depend on besides the policy: fingerprints of questions, index, prompt."""
-        return self._sessions.provenance()
+        return self._sessions.fingerprints()
 
     @property
     def search_counts(self) -> SearchCounts:
@@ -184,7 +184,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         """Take an action of each sub-environment, with one search for all that search.
 
         Args:
-            actions: num_envs texts.
+            actions: one per sub-environment: a text, or what the protocol's tools take.
             mask: num_envs booleans: which sub-environments take a step; None: all. The others stay
                 as they are, with an empty observation, reward 0 and no info.
 
@@ -192,7 +192,8 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
             observations, rewards, terminations, truncations (num_envs each), infos.
 
         Raises:
-            ActionError: an action is not a string; then no sub-environment has moved.
+            ActionError: an action is of a type that the protocol does not take; then no
+                sub-environment has moved.
             EpisodeError: a sub-environment is not reset, is over (mode Disabled), or has sent.
         """
         if isinstance(actions, str) or _count(actions) != self.num_envs:
@@ -221,7 +222,8 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         """Take actions of some sub-environments; their searches run in the background.
 
         Raises:
-            ActionError: an action is not a string; then no sub-environment has moved.
+            ActionError: an action is of a type that the protocol does not take; then no
+                sub-environment has moved.
             EpisodeError: as in ``step``.
         """
         if isinstance(actions, str) or _count(env_ids) != _count(actions):

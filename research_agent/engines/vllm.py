@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 _CPU_BLOCK = 32  # tokens
 _CPU_STEP = 4096  # tokens that one step may compute; a prompt is never cut
 _CPU_CACHE = 2**30  # bytes, unless VLLM_CPU_KVCACHE_SPACE says otherwise
+_HUNG = 600.0  # seconds after which a step has hung, and a watchdog ends the process
 _TOLERANCE = 0.5  # nats; what rounding to bfloat16 does to a token is less
 
 
@@ -78,7 +79,6 @@ class VllmEngine:
         dtype: number format of vLLM's weights and cache; the model's own by default.
         tensor_parallel: GPUs that vLLM's weights are spread over; above 1 in one process only.
         memory_share: share of a GPU's memory for vLLM; the learner has the rest.
-        patience: seconds after which a step has hung, and a watchdog ends the process.
 
     Raises:
         ConfigError: vLLM is not installed, or cannot run in this process.
@@ -99,7 +99,6 @@ class VllmEngine:
         dtype: str | None = None,
         tensor_parallel: int = 1,
         memory_share: float = 0.4,
-        patience: float = 600.0,
     ) -> None:
         self.max_context = context_limit(model, max_context)
         self.max_slots = max_slots
@@ -129,7 +128,7 @@ class VllmEngine:
             memory_share=memory_share,
         )
         self._watchdog = Watchdog(
-            f"research-agent: error: vLLM has hung for {patience:g} s. {CONTINUE}", patience
+            f"research-agent: error: vLLM has hung for {_HUNG:g} s. {CONTINUE}", _HUNG
         )
         self.close = weakref.finalize(self, _close, self._vllm, self._watchdog)
         try:
@@ -260,7 +259,7 @@ class VllmEngine:
             if not self._vllm.reset_prefix_cache():
                 raise RuntimeError("its prefix cache is still in use")
         if self._folder:
-            self._folder.prune(())
+            self._folder.clear()
         self._version = version
 
     def _finish(self, turn: _Request, reason: str | None) -> Finish | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from research_agent.config import EvalConfig, as_json, flatten
-from research_agent.environments import read_provenance
+from research_agent.environments import read_fingerprints
 from research_agent.errors import ModelError
 from research_agent.models.source import model_source
 
@@ -40,8 +40,7 @@ def header(config: EvalConfig, environments: Any, fingerprint: str) -> dict[str,
 
     Args:
         config: the evaluation's configuration.
-        environments: their ``provenance``, if they have one, gives fingerprints of data, index and
-            templates.
+        environments: their ``fingerprints``, if they have any, name data, index and templates.
         fingerprint: fingerprint of the model; see ``model_fingerprint``.
 
     Returns:
@@ -53,7 +52,7 @@ def header(config: EvalConfig, environments: Any, fingerprint: str) -> dict[str,
     settings = {key: value for key, value in given.items() if key not in _NOT_IN_HEADER}
     return {
         "model": {"name": config.policy.model, "fingerprint": fingerprint},
-        "environment": read_provenance(environments),
+        "environment": read_fingerprints(environments),
         "settings": settings,
         "code": _version("research-env"),
         "versions": {

@@ -63,7 +63,7 @@ class Quiz(gym.Env[str, str]):
         }
         return "", right, True, False, self.info(**ended)
 
-    def provenance(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         return {"questions": str(self.num_tasks)}
 
 

@@ -6,7 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from research_agent.trajectory import Group, Segment, Trajectory, reward_last_turn
+from benchmarks.synthetic import reward_last_turn
+from research_agent.trajectory import Group, Segment, Trajectory
 
 
 def prompt(*tokens: int) -> Segment:

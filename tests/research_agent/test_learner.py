@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks.synthetic import reward_last_turn
 from research_agent.algorithms.grpo import GRPO
 from research_agent.batch import make_batch
 from research_agent.errors import CheckpointError, ConfigError, NonFiniteError
 from research_agent.learner import METRICS
 from research_agent.models.policy import TokenLogprobs, batch_logprobs
-from research_agent.trajectory import Group, Trajectory, reward_last_turn
+from research_agent.trajectory import Group, Trajectory
 from tests.research_agent.conftest import tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.research_agent.learners import make_learner, update_gradient
 from tests.research_agent.rollouts import (

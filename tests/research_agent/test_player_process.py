@@ -111,7 +111,7 @@ def test_it_plays_ahead_while_nobody_asks(player: PlayerProcess) -> None:
     player.open_stage({"turns": 1})
     assert player.state()["done"] == []
     assert [len(t.turns) for t in player.collect([(0, 0)], ())] == [1]
-    assert player.provenance() == {}
+    assert player.fingerprints() == {}
 
 
 def test_the_same_episodes_as_in_this_process(player: PlayerProcess) -> None:
@@ -147,7 +147,7 @@ def test_a_refusal_at_the_start_is_the_one_of_this_process() -> None:
     process = PlayerProcess(config, SLOTS, {})
     try:
         with pytest.raises(ConfigError, match=r"no environment 'tests.nowhere:X-v0'"):
-            process.provenance()
+            process.fingerprints()
     finally:
         process.close()
 

@@ -91,7 +91,7 @@ class Named(gym.Env):
     def __init__(self, data="a", place="here"):
         self.action_space = self.observation_space = Text(max_length=99)
         self.found = {"data": open(data).read(), "place: server": place}
-    def provenance(self):
+    def fingerprints(self):
         return self.found
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

@@ -192,9 +192,13 @@ class Surprised(ScriptedEngine):
         return -60.0 if len(asked) == 2 else -1.0
 
 
-def test_entropy_prefers_the_turn_that_was_less_certain_than_the_first() -> None:
+def test_entropy_prefers_the_turn_that_was_less_certain_than_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """With beta at 1, and alpha near 0, only the third turn is worth a branch."""
-    plan = TreePlan(branches=4, choose="entropy", branch_probability=1e-6, entropy_weight=1.0)
+    monkeypatch.setattr("research_agent.trees.BRANCH_PROBABILITY", 1e-6)
+    monkeypatch.setattr("research_agent.trees.ENTROPY_WEIGHT", 1.0)
+    plan = TreePlan(branches=4, choose="entropy")
     played = play(plan, Surprised(say, RENDERER), tasks=4)
     depths = Counter(shared(t) for t in played if t.tree is not None)
     assert depths[2] == depths.total()

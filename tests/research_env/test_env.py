@@ -149,7 +149,7 @@ def test_long_passages_are_shortened() -> None:
     assert info["passage_ids"] == ("p1", "p2")
     passages = '"Title 1"\nAbout 1 long  […]\n\n"Title 2"\nAbout 1 long  […]'
     assert seen == f" <result>\n{passages}\n</result>"
-    assert env.provenance()["limits"].endswith(", max_passage_chars 20")
+    assert env.fingerprints()["limits"].endswith(", max_passage_chars 20")
 
     env = make(retriever=Library([("Title 1", "word " * 9_000)]))
     env.reset(seed=1)

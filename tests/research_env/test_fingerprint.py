@@ -13,9 +13,9 @@ from research_env.retrieval import open_retriever
 assert research_env.IDS
 
 
-def provenance(**settings: Any) -> dict[str, str]:
+def fingerprints(**settings: Any) -> dict[str, str]:
     env: Any = gym.make("SearchQA-v0", **settings)
-    said: dict[str, str] = env.unwrapped.provenance()
+    said: dict[str, str] = env.unwrapped.fingerprints()
     env.close()
     return said
 
@@ -39,10 +39,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_the_same_settings_have_the_same_provenance_in_both_environments(
     files: dict[str, Any],
 ) -> None:
-    said = provenance(**files)
-    assert said == provenance(**files)
+    said = fingerprints(**files)
+    assert said == fingerprints(**files)
     vector: Any = gym.make_vec("SearchQA-v0", num_envs=2, **files)
-    assert vector.unwrapped.provenance() == said
+    assert vector.unwrapped.fingerprints() == said
     vector.close()
     assert said["questions"].startswith("1, sha256 ")
     assert said["template"].startswith("base, sha256 ")
@@ -65,54 +65,54 @@ def test_the_same_settings_have_the_same_provenance_in_both_environments(
 def test_a_change_shows_in_its_entry_alone(
     files: dict[str, Any], tmp_path: Path, changed: str, record: dict[str, Any]
 ) -> None:
-    before = provenance(**files)
+    before = fingerprints(**files)
     file = {"questions": "questions", "index": "corpus"}[changed]
-    after = provenance(**{**files, file: write(tmp_path / "other.jsonl", record)})
+    after = fingerprints(**{**files, file: write(tmp_path / "other.jsonl", record)})
     assert {key for key in before if before[key] != after[key]} == {changed}
 
 
 def test_settings_show_in_their_entries(files: dict[str, Any]) -> None:
-    before = provenance(**files)
-    after = provenance(**files, template="instruct", top_k=3, reward="em")
+    before = fingerprints(**files)
+    after = fingerprints(**files, template="instruct", top_k=3, reward="em")
     differing = {key for key in before if before[key] != after[key]}
     assert differing == {"template", "limits", "reward"}
 
 
 def test_a_sum_of_rewards_shows_its_weights(files: dict[str, str]) -> None:
-    said = provenance(**files, reward="research + .1*support_recall - 2e-2*searches")
+    said = fingerprints(**files, reward="research + .1*support_recall - 2e-2*searches")
     assert said["reward"] == "1*research+0.1*support_recall-0.02*searches"
-    assert provenance(**files, reward=said["reward"]) == said
+    assert fingerprints(**files, reward=said["reward"]) == said
 
 
 def test_an_index_without_its_corpus_is_known_by_its_fingerprint(
     files: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = tmp_path / "index"
-    made = provenance(**files, retriever=f"embedded:{folder}")
-    alone = provenance(questions=files["questions"], retriever=f"embedded:{folder}?corpus=any")
+    made = fingerprints(**files, retriever=f"embedded:{folder}")
+    alone = fingerprints(questions=files["questions"], retriever=f"embedded:{folder}?corpus=any")
     assert made["index"] == alone["index"] != ""
     assert alone["retriever"] == "embedded?corpus=any"
     assert alone["place: retriever"] == f"embedded:{folder}?corpus=any"
 
 
 def test_the_place_of_an_index_changes_nothing_else(files: dict[str, Any], tmp_path: Path) -> None:
-    here = provenance(**files, retriever=f"embedded:{tmp_path / 'here'}")
-    there = provenance(**files, retriever=f"embedded:{tmp_path / 'there'}")
+    here = fingerprints(**files, retriever=f"embedded:{tmp_path / 'here'}")
+    there = fingerprints(**files, retriever=f"embedded:{tmp_path / 'there'}")
     assert {key for key in here if here[key] != there[key]} == {"place: retriever"}
 
 
 def test_a_password_is_not_shown(files: dict[str, Any], tmp_path: Path) -> None:
     recorded = f"localhost:9/retrieve?cache={tmp_path / 'searches.sqlite'}"
-    said = provenance(**files, retriever=f"http://ann:secret@{recorded}")
+    said = fingerprints(**files, retriever=f"http://ann:secret@{recorded}")
     assert said["retriever"] == f"http://[redacted]@{recorded}"
     assert "secret" not in str(said)
     assert said["index"] == ""
 
 
 def test_a_retriever_of_ones_own_is_its_class(files: dict[str, Any], tmp_path: Path) -> None:
-    provenance(**files, retriever=f"embedded:{tmp_path / 'index'}")
+    fingerprints(**files, retriever=f"embedded:{tmp_path / 'index'}")
     own = open_retriever(f"embedded:{tmp_path / 'index'}?corpus=any", None)
-    said = provenance(**files, retriever=own)
+    said = fingerprints(**files, retriever=own)
     assert "EmbeddedRetriever" in said["retriever"]
     assert said["index"]
     own.close()

@@ -48,7 +48,7 @@ def test_a_session_is_what_a_single_environment_is(protocol: str) -> None:
             assert session.truncate("length") == env.truncate("length")
         space: Any = env.action_space
         assert sessions.terminators == space.terminators
-        assert sessions.provenance() == env.provenance()
+        assert sessions.fingerprints() == env.fingerprints()
 
 
 def test_the_example_of_the_docstring_runs() -> None:

@@ -85,11 +85,11 @@ def test_provenance_tells_templates_apart_and_not_their_places(tmp_path: Path) -
     named = []
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(TEXT, encoding="utf-8")
-        named.append(make(template=str(tmp_path / name)).provenance()["template"])
-    assert named[0] == named[1] == make(template=TEXT).provenance()["template"]
+        named.append(make(template=str(tmp_path / name)).fingerprints()["template"])
+    assert named[0] == named[1] == make(template=TEXT).fingerprints()["template"]
     assert named[0].startswith("own, sha256 ")
-    assert make(template=TEXT + "!").provenance()["template"] != named[0]
-    assert make().provenance()["template"] != named[0]
+    assert make(template=TEXT + "!").fingerprints()["template"] != named[0]
+    assert make().fingerprints()["template"] != named[0]
 
 
 def test_a_chat_of_ones_own_may_open_a_thought() -> None:

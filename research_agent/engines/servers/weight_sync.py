@@ -103,7 +103,7 @@ class WeightSync:
         folder = self._write(weights, str(tag))
         served = self._give(weights, tag, folder)
         if self._folder:
-            self._folder.prune(())
+            self._folder.clear()
         return served
 
     def require_alive(self) -> None:

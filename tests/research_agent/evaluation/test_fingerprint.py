@@ -10,7 +10,7 @@ import pytest
 import tyro
 
 from research_agent.config import EvalConfig
-from research_agent.environments import make_environments, read_provenance
+from research_agent.environments import make_environments, read_fingerprints
 from research_agent.errors import ModelError
 from research_agent.evaluation.fingerprint import header, model_fingerprint
 
@@ -85,14 +85,14 @@ def test_a_header_names_what_episodes_depend_on_and_nothing_else() -> None:
 
 def test_an_environment_need_not_say_where_its_tasks_come_from() -> None:
     class Attribute:
-        provenance = {"data": 3}  # noqa: RUF012
+        fingerprints = {"data": 3}  # noqa: RUF012
 
     class Method:
-        def provenance(self) -> dict[str, str]:
+        def fingerprints(self) -> dict[str, str]:
             return {"data": "4"}
 
-    assert read_provenance(object()) == {}
-    assert read_provenance(Attribute()) == {"data": "3"}
-    assert read_provenance(Method()) == {"data": "4"}
+    assert read_fingerprints(object()) == {}
+    assert read_fingerprints(Attribute()) == {"data": "3"}
+    assert read_fingerprints(Method()) == {"data": "4"}
     for name in ("CopyLetter-v0", "CopyLetterNative-v0"):
-        assert read_provenance(make_environments(f"tests.research_agent.toy_env:{name}", 2)) == {}
+        assert read_fingerprints(make_environments(f"tests.research_agent.toy_env:{name}", 2)) == {}

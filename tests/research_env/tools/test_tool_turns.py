@@ -251,8 +251,8 @@ def test_a_tool_is_a_function_with_a_schema() -> None:
     copy = pickle.loads(pickle.dumps(env.unwrapped))
     copy.reset(seed=0)
     assert copy.step(write_call("count", {"text": "a b"}))[4]["messages"][0]["content"] == "2"
-    provenance = env.unwrapped.provenance()["protocol"]  # type: ignore[attr-defined]
-    assert provenance.startswith("tool-calls, hermes, search+count, sha256 ")
+    protocol = env.unwrapped.fingerprints()["protocol"]  # type: ignore[attr-defined]
+    assert protocol.startswith("tool-calls, hermes, search+count, sha256 ")
     env.close()
 
 
