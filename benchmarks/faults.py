@@ -146,10 +146,10 @@ def measure(fault: Fault, on: Stage) -> Row:
     )
 
 
-Turn = tuple[str, float, bool, bool, str, tuple[str, ...]]
+PlayedTurn = tuple[str, float, bool, bool, str, tuple[str, ...]]
 
 
-def _play(env: Any, begin: Callable[[], object]) -> tuple[list[list[Turn]], float]:
+def _play(env: Any, begin: Callable[[], object]) -> tuple[list[list[PlayedTurn]], float]:
     """Play the first episodes; the fault begins after the first turn.
 
     Returns:
@@ -166,7 +166,7 @@ def _play(env: Any, begin: Callable[[], object]) -> tuple[list[list[Turn]], floa
         )
         for question in asked
     ]
-    turns: list[list[Turn]] = [[] for _ in scripts]
+    turns: list[list[PlayedTurn]] = [[] for _ in scripts]
     longest = 0.0
     for number in range(3):
         if number == 1:
@@ -196,7 +196,7 @@ def _play(env: Any, begin: Callable[[], object]) -> tuple[list[list[Turn]], floa
     return turns, longest
 
 
-def _is_void(turns: list[Turn]) -> bool:
+def _is_void(turns: list[PlayedTurn]) -> bool:
     """Whether an episode ended void, and observed nothing by it."""
     return turns[-1] == ("", 0.0, False, True, "backend_error void True", ())
 

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from research_agent.algorithms import algorithm as algorithm
+    from research_agent.algorithms import make_algorithm as make_algorithm
     from research_agent.algorithms.arpo import ARPO as ARPO
     from research_agent.algorithms.base import Algorithm as Algorithm
     from research_agent.algorithms.base import Tokens as Tokens
@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     from research_agent.trajectory import Trajectory as Trajectory
 
 _NAMES_OF_MODULES = {
-    "algorithms": ("algorithm",),
+    "algorithms": ("make_algorithm",),
     "algorithms.base": ("Algorithm", "Tokens"),
     "algorithms.cispo": ("CISPO",),
     "algorithms.dapo": ("DAPO",),

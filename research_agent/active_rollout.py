@@ -16,7 +16,7 @@ from research_agent.errors import ContextError, OverlongPromptError
 from research_agent.renderer import Renderer
 from research_agent.trajectory import SKIPPED, Segment, Trajectory
 
-Episode = tuple[int, int]
+EpisodeKey = tuple[int, int]
 """The number of a task, and which of its samples."""
 
 
@@ -43,7 +43,7 @@ class ActiveRollout:
         self._draws = trajectory_seed(self.seed, self.episode, self.sample)
 
     @property
-    def key(self) -> Episode:
+    def key(self) -> EpisodeKey:
         """Episode and sample number."""
         return self.episode, self.sample
 
@@ -225,10 +225,10 @@ class InFlight:
 
     active: dict[int, ActiveRollout] = field(default_factory=dict)  # by slot
     awaiting_env: set[int] = field(default_factory=set)  # slots whose environment has an action
-    done: dict[Episode, Trajectory] = field(default_factory=dict)
+    done: dict[EpisodeKey, Trajectory] = field(default_factory=dict)
 
     @property
-    def episodes(self) -> set[Episode]:
+    def episodes(self) -> set[EpisodeKey]:
         """Episode and sample numbers of active and finished rollouts."""
         return {rollout.key for rollout in self.active.values()} | self.done.keys()
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from research_agent import plan
-from research_agent.algorithms import ALGORITHMS, algorithm
+from research_agent.algorithms import ALGORITHMS, make_algorithm
 from research_agent.config import (
     CompareConfig,
     EvalConfig,
@@ -248,7 +248,7 @@ def _algorithm_settings(preset: TrainConfig) -> str:
     name = preset.algorithm.algorithm
     if name not in ALGORITHMS:
         return ""
-    chosen: Any = algorithm(name)
+    chosen: Any = make_algorithm(name)
     settings = " ".join(f"{f.name}={getattr(chosen, f.name)}" for f in dataclasses.fields(chosen))
     return f"Settings of {name} for --algorithm-args, with its defaults: {settings}."
 

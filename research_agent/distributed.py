@@ -1,8 +1,8 @@
 """More than one process: FSDP2 shards the weights, and each rank runs its share of the passes.
 
-``torchrun`` starts the processes, called ranks. A collective is a call that all ranks make together;
-in a run of one process it returns its argument. A rank that does not make the call lets the others
-wait, so errors are raised on all ranks (``together``, ``alike``).
+``torchrun`` starts the processes, called ranks. A collective is a call that all ranks make
+together; in a run of one process it returns its argument. A rank that does not make the call lets
+the others wait, so errors are raised on all ranks (``together``, ``alike``).
 
 The loss is a sum with weights that are fixed on the whole batch, so gradients are summed over
 ranks, where FSDP would take their mean.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from research_agent import rollout_state
-from research_agent.active_rollout import Episode, InFlight
+from research_agent.active_rollout import EpisodeKey, InFlight
 from research_agent.config import TrainConfig
 from research_agent.distributed import consumed_together
 from research_agent.engines.base import Engine
@@ -73,7 +73,9 @@ class Player:
         found = read_fingerprints(self._environments)
         return {name: text for name, text in found.items() if not name.startswith("place:")}
 
-    def collect(self, episodes: Sequence[Episode], ahead: Sequence[Episode]) -> list[Trajectory]:
+    def collect(
+        self, episodes: Sequence[EpisodeKey], ahead: Sequence[EpisodeKey]
+    ) -> list[Trajectory]:
         """Play episodes to their ends.
 
         Args:
@@ -118,7 +120,7 @@ class Player:
         """Number of held-out tasks: None if there is no end of them, 0 without evaluations."""
         return self._eval_environments.num_tasks if self._eval_environments else 0
 
-    def evaluate(self, episodes: Sequence[Episode]) -> list[Trajectory]:
+    def evaluate(self, episodes: Sequence[EpisodeKey]) -> list[Trajectory]:
         """Play held-out tasks; returns their trajectories in the order of ``episodes``."""
         assert self._eval_environments
         sampling, run = self._config.sampling, self._config.run
@@ -138,7 +140,9 @@ class Player:
         """The episodes under way, for a checkpoint."""
         return rollout_state.to_state(self._loop.in_flight)
 
-    def restore(self, states: Sequence[Mapping[str, Any]], episodes: Collection[Episode]) -> None:
+    def restore(
+        self, states: Sequence[Mapping[str, Any]], episodes: Collection[EpisodeKey]
+    ) -> None:
         """Continue the episodes of a checkpoint, once the engine has the present weights.
 
         Args:

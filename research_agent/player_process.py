@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from research_agent.active_rollout import Episode
+from research_agent.active_rollout import EpisodeKey
 from research_agent.config import TrainConfig
 from research_agent.distributed import portable, together
-from research_agent.engines.base import Engine, SamplesElsewhere
+from research_agent.engines.base import Engine, ServerBacked
 from research_agent.engines.checks import CONTINUE
 from research_agent.errors import EngineError
 from research_agent.models.policy import context_length, load_model
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Request = tuple[str, tuple[Any, ...], dict[str, Any]]
+PlayerRequest = tuple[str, tuple[Any, ...], dict[str, Any]]
 """Name of a method of ``Player``, and its arguments."""
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -88,7 +88,7 @@ class PlayerProcess:
         trace: Trace | None = None,
     ) -> None:
         self._weights = WeightFolder()
-        self._servers: SamplesElsewhere | None = None
+        self._servers: ServerBacked | None = None
         on_gpu = config.policy.device != "cpu" and torch.cuda.is_available()
         setup = _Setup(
             config,
@@ -109,7 +109,7 @@ class PlayerProcess:
     def start(
         self,
         load: Callable[[], tuple[Engine, Renderer]],
-        servers: SamplesElsewhere | None = None,
+        servers: ServerBacked | None = None,
     ) -> None:
         """Make the engine in the child.
 
@@ -125,14 +125,16 @@ class PlayerProcess:
         """See ``Player``."""
         return self._ask(Player.fingerprints)
 
-    def collect(self, episodes: Sequence[Episode], ahead: Sequence[Episode]) -> list[Trajectory]:
+    def collect(
+        self, episodes: Sequence[EpisodeKey], ahead: Sequence[EpisodeKey]
+    ) -> list[Trajectory]:
         """See ``Player``; the child continues with the episodes in ``ahead`` by itself."""
         return self._ask(Player.collect, episodes, ahead)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Let the child give its engine new weights; all ranks take part."""
         if self._servers:
-            transferred = self._servers.give_weights(weights, version)
+            transferred = self._servers.push_weights(weights, version)
             with together():
                 self._ask(Player.load_weights, transferred, version)
             return
@@ -145,7 +147,7 @@ class PlayerProcess:
         """See ``Player``."""
         return self._ask(Player.num_eval_tasks)
 
-    def evaluate(self, episodes: Sequence[Episode]) -> list[Trajectory]:
+    def evaluate(self, episodes: Sequence[EpisodeKey]) -> list[Trajectory]:
         """See ``Player``."""
         return self._ask(Player.evaluate, episodes)
 
@@ -153,7 +155,9 @@ class PlayerProcess:
         """See ``Player``."""
         return self._ask(Player.state)
 
-    def restore(self, states: Sequence[Mapping[str, Any]], episodes: Collection[Episode]) -> None:
+    def restore(
+        self, states: Sequence[Mapping[str, Any]], episodes: Collection[EpisodeKey]
+    ) -> None:
         """See ``Player``."""
         self._ask(Player.restore, states, episodes)
 
@@ -179,7 +183,7 @@ class PlayerProcess:
     def _ask(
         self, method: Callable[Concatenate[Player, P], T], *args: P.args, **named: P.kwargs
     ) -> T:
-        """Call a method of the child's player; raises what it raises there."""
+        """PlayerRequest a method of the child's player; raises what it raises there."""
         with suppress(OSError):  # a child that failed is gone; its answer says why
             self._connection.send((method.__name__, args, named))
         wait([self._connection, self._process.sentinel])
@@ -207,7 +211,7 @@ def connect_engine(
     """Make an engine over servers, in the process of a player.
 
     Args:
-        make: what ``SamplesElsewhere.elsewhere`` returned.
+        make: what ``ServerBacked.engine_factory`` returned.
         config: the run's configuration.
         model: the model that the run began with.
     """
@@ -289,12 +293,12 @@ def _serve(connection: Connection, setup: _Setup) -> None:
             shutil.rmtree(setup.weights, ignore_errors=True)
 
 
-def _next_request(connection: Connection, player: Player) -> Request | None:
+def _next_request(connection: Connection, player: Player) -> PlayerRequest | None:
     """Play until there is a request; None if the parent has closed the pipe, or is dead."""
     while player.has_work and not connection.poll():
         player.advance()
     try:
-        request: Request = connection.recv()
+        request: PlayerRequest = connection.recv()
     except (EOFError, OSError):
         return None
     return request

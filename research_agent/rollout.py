@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Literal
 
-from research_agent.active_rollout import ActiveRollout, Episode, InFlight
+from research_agent.active_rollout import ActiveRollout, EpisodeKey, InFlight
 from research_agent.config import SamplingConfig
 from research_agent.engines.base import Completion, Engine, Interruptible, KeepsTurns
 from research_agent.environments import Environments, StepResult, Truncating
@@ -26,7 +26,7 @@ def collect(
     engine: Engine,
     environments: Environments,
     renderer: Renderer,
-    episodes: Sequence[Episode],
+    episodes: Sequence[EpisodeKey],
     sampling: SamplingConfig,
     *,
     seed: int = 0,
@@ -122,7 +122,7 @@ class RolloutLoop:
         # Needed by branches only; the renderer of an endpoint does not know its vocabulary.
         vocabulary = len(renderer.tokenizer) if plan.size > 1 else 0
         self._trees = Trees(plan, seed, environments, vocabulary)
-        self._waiting: deque[Episode] = deque()
+        self._waiting: deque[EpisodeKey] = deque()
         self._free: deque[int] = deque()
 
     @property
@@ -130,7 +130,7 @@ class RolloutLoop:
         """Whether ``advance`` has anything to do."""
         return bool(self.in_flight.active or self._waiting)
 
-    def enqueue(self, episodes: Iterable[Episode]) -> None:
+    def enqueue(self, episodes: Iterable[EpisodeKey]) -> None:
         """Set which episodes begin next, in this order; replaces what was enqueued before.
 
         Args:
@@ -145,7 +145,7 @@ class RolloutLoop:
         taken = self.in_flight.active.keys() | self._trees.slots
         self._free = deque(n for n in range(self._environments.num_envs) if n not in taken)
 
-    def finish(self, episodes: Collection[Episode]) -> list[Trajectory]:
+    def finish(self, episodes: Collection[EpisodeKey]) -> list[Trajectory]:
         """Play on until these episodes have ended; returns their trajectories, in this order."""
         done = self.in_flight.done
         wanted = set(episodes)

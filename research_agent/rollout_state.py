@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from research_agent.active_rollout import ActiveRollout, Episode, InFlight
+from research_agent.active_rollout import ActiveRollout, EpisodeKey, InFlight
 from research_agent.config import SamplingConfig
 from research_agent.engines.base import Completion
 from research_agent.environments import Environments
@@ -80,7 +80,7 @@ def from_state(
     environments: Environments,
     sampling: SamplingConfig,
     seed: int,
-    episodes: Collection[Episode],
+    episodes: Collection[EpisodeKey],
     *,
     plan: TreePlan = CHAINS,
 ) -> InFlight:

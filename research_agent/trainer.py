@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from research_agent import checkpoint, step_metrics
-from research_agent.active_rollout import Episode
-from research_agent.algorithms import algorithm as make_algorithm
+from research_agent.active_rollout import EpisodeKey
+from research_agent.algorithms import make_algorithm
 from research_agent.algorithms.base import SelectsGroups
 from research_agent.checkpoint import Checkpoint
 from research_agent.config import RolloutConfig, TrainConfig, as_json
@@ -43,7 +43,7 @@ from research_agent.distributed import (
     together,
 )
 from research_agent.engines import has_servers, make_engine
-from research_agent.engines.base import SamplesElsewhere
+from research_agent.engines.base import ServerBacked
 from research_agent.errors import (
     CollapseError,
     ConfigError,
@@ -256,7 +256,7 @@ class Trainer:
         """Number of the first task of a step."""
         return step * self.config.rollout.prompts_per_step * self._rounds
 
-    def _own_episodes(self, steps: range) -> list[Episode]:
+    def _own_episodes(self, steps: range) -> list[EpisodeKey]:
         """This rank's share of the episodes of steps, without those of later rounds."""
         rollout = self.config.rollout
         return [
@@ -543,9 +543,11 @@ class Trainer:
         if isinstance(player, Player):
             player.start(lambda: (engine, self.renderer))
             return
-        assert isinstance(engine, SamplesElsewhere)
+        assert isinstance(engine, ServerBacked)
         with together():
-            player.start(partial(connect_engine, engine.elsewhere(), config, self.origin), engine)
+            player.start(
+                partial(connect_engine, engine.engine_factory(), config, self.origin), engine
+            )
 
     def _restore(self, saved: Checkpoint) -> None:
         """Load the states of the learner, the random generator and the collapse monitor."""
@@ -574,12 +576,12 @@ class Trainer:
             yield logger
 
 
-def _episodes(first: int, tasks: int, samples: int) -> list[Episode]:
+def _episodes(first: int, tasks: int, samples: int) -> list[EpisodeKey]:
     """All samples of some tasks, from the task ``first`` on."""
     return [(task, sample) for task in range(first, first + tasks) for sample in range(samples)]
 
 
-def _share(episodes: Sequence[Episode], rollout: RolloutConfig) -> list[Episode]:
+def _share(episodes: Sequence[EpisodeKey], rollout: RolloutConfig) -> list[EpisodeKey]:
     """The episodes that this rank of n plays: every n-th one, or every n-th whole tree."""
     rank, size = rank_and_size()
     unit = rollout.tree_plan.size

@@ -27,11 +27,11 @@ from research_agent.errors import ConfigError
 from research_agent.trajectory import NOT_GROWN, Segment, Trajectory
 
 if TYPE_CHECKING:
-    from research_agent.active_rollout import ActiveRollout, InFlight
+    from research_agent.active_rollout import ActiveRollout, EpisodeKey, InFlight
     from research_agent.engines.base import Completion, Engine
     from research_agent.environments import Environments
 
-Choice = Literal["random", "entropy"]
+TreeChoice = Literal["random", "entropy"]
 
 # ARPO's alpha, beta and k, with the values of the paper's code; see Trees._branch_probability.
 BRANCH_PROBABILITY = 0.5  # where the entropy is that of the first turn
@@ -58,7 +58,7 @@ class TreePlan:
 
     branches: int
     rounds: int = 1
-    choose: Choice = "random"
+    choose: TreeChoice = "random"
     max_tokens: int | None = None
     max_turns: int | None = None
 
@@ -179,12 +179,12 @@ class Trees:
         self._seed = seed
         self._environments: Any = environments
         self._highest_entropy = log(max(2, vocabulary))  # nats per token
-        self._pending: dict[tuple[int, int], _PendingBranch] = {}  # by task and sample
+        self._pending: dict[EpisodeKey, _PendingBranch] = {}  # by task and sample
         # By task and root of each tree: how many samples are under way, and those that have ended.
-        self._playing: dict[tuple[int, int], int] = {}
-        self._ended: dict[tuple[int, int], list[Trajectory]] = {}
+        self._playing: dict[EpisodeKey, int] = {}
+        self._ended: dict[EpisodeKey, list[Trajectory]] = {}
 
-    def begin(self, chains: Iterable[tuple[int, int]], free: deque[int]) -> None:
+    def begin(self, chains: Iterable[EpisodeKey], free: deque[int]) -> None:
         """Begin trees: each of their branches gets a slot.
 
         Args:
@@ -263,7 +263,7 @@ class Trees:
 
     def _begin_round(
         self,
-        tree: tuple[int, int],
+        tree: EpisodeKey,
         number: int,
         in_flight: InFlight,
         free: deque[int],

@@ -80,7 +80,7 @@ def _sampling(
 
 def _learning(config: RealConfig, model: str, tokens: list[int], *, lora_rank: int) -> float:
     """Tokens per second of one update with four episodes; rank 0 trains all weights."""
-    from research_agent.algorithms import algorithm  # noqa: PLC0415
+    from research_agent.algorithms import make_algorithm  # noqa: PLC0415
     from research_agent.config import LearnerConfig  # noqa: PLC0415
     from research_agent.learner import Learner  # noqa: PLC0415
     from research_agent.models.policy import load_model  # noqa: PLC0415
@@ -95,7 +95,7 @@ def _learning(config: RealConfig, model: str, tokens: list[int], *, lora_rank: i
         episodes.append(Trajectory(0, i, segments, action.reward, True, False))
     learner = Learner(
         load_model(model, device=config.device),
-        algorithm("grpo", kl_coef=0.0, entropy_coef=0.0),
+        make_algorithm("grpo", kl_coef=0.0, entropy_coef=0.0),
         LearnerConfig(lora_rank=lora_rank, learning_rate=0.0, precision=config.dtype),
     )
     start = time.perf_counter()

@@ -13,7 +13,7 @@ from typing import cast
 from research_agent.algorithms.base import Algorithm, Tokens
 from research_agent.errors import ConfigError
 
-__all__ = ["ALGORITHMS", "Algorithm", "Tokens", "algorithm"]
+__all__ = ["ALGORITHMS", "Algorithm", "Tokens", "make_algorithm"]
 
 ALGORITHMS = {
     "grpo": "research_agent.algorithms.grpo:GRPO",
@@ -32,7 +32,7 @@ ALGORITHMS = {
 }
 
 
-def algorithm(name: str, **settings: object) -> Algorithm:
+def make_algorithm(name: str, **settings: object) -> Algorithm:
     """Make an algorithm by name.
 
     Args:

@@ -20,11 +20,11 @@ ENGINES = (
     "server+ipc:URL,URL,...",
 )
 
-Carrier = Literal["folder", "nccl", "ipc"]
+WeightTransfer = Literal["folder", "nccl", "ipc"]
 """How weights get to servers."""
 
 _SETTINGS = {"transformers": (), "vllm": ("tp", "memory"), "serve": ("tp", "dp", "memory")}
-_CARRIERS: dict[str, Carrier] = {
+_TRANSFERS: dict[str, WeightTransfer] = {
     "server": "folder",
     "server+nccl": "nccl",
     "server+ipc": "ipc",
@@ -42,7 +42,7 @@ class EngineSpec:
         dp: copies per server.
         memory: share of each GPU's memory for vLLM's weights and cache; the rest is the learner's.
         urls: addresses of the servers.
-        carrier: how weights get to them.
+        transfer: how weights get to them.
     """
 
     kind: Literal["transformers", "vllm", "serve", "server"]
@@ -50,7 +50,7 @@ class EngineSpec:
     dp: int = 1
     memory: float = 0.4
     urls: tuple[str, ...] = ()
-    carrier: Carrier = "folder"
+    transfer: WeightTransfer = "folder"
 
 
 def parse_engine(name: str) -> EngineSpec:
@@ -60,8 +60,8 @@ def parse_engine(name: str) -> EngineSpec:
         ConfigError: no engine has that name, or a setting has a value that cannot be used.
     """
     kind, colon, rest = name.partition(":")
-    if colon and kind in _CARRIERS:
-        return EngineSpec("server", urls=tuple(rest.split(",")), carrier=_CARRIERS[kind])
+    if colon and kind in _TRANSFERS:
+        return EngineSpec("server", urls=tuple(rest.split(",")), transfer=_TRANSFERS[kind])
     if kind not in _SETTINGS or (colon and not rest):
         raise ConfigError(f"no engine is named {name!r}; there is {', '.join(ENGINES)}")
     given: dict[str, Any] = {}
@@ -83,7 +83,7 @@ def parse_engine(name: str) -> EngineSpec:
 
 def has_servers(name: str) -> bool:
     """Whether the engine of that name samples on servers."""
-    return name.partition(":")[0] in {"serve", *_CARRIERS}
+    return name.partition(":")[0] in {"serve", *_TRANSFERS}
 
 
 def make_engine(
@@ -138,4 +138,6 @@ def make_engine(
 
     if spec.kind == "serve":
         return serve_engine(spec, model, renderer, max_slots, max_context, dtype=dtype)
-    return connect_servers(model, renderer, spec.urls, max_context, by=spec.carrier, dtype=dtype)
+    return connect_servers(
+        model, renderer, spec.urls, max_context, transfer=spec.transfer, dtype=dtype
+    )

@@ -129,10 +129,10 @@ class KeepsTurns(Protocol):
 
 
 @runtime_checkable
-class SamplesElsewhere(Protocol):
-    """An engine over servers, which another process can sample from as well."""
+class ServerBacked(Protocol):
+    """An engine over servers that an engine in another process can sample from as well."""
 
-    def give_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Any:
+    def push_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Any:
         """Give the servers new weights, from all ranks together.
 
         Returns:
@@ -140,8 +140,8 @@ class SamplesElsewhere(Protocol):
         """
         ...
 
-    def elsewhere(self) -> Callable[..., Engine]:
-        """What makes the engine in the other process, from the renderer there. It is pickled."""
+    def engine_factory(self) -> Callable[..., Engine]:
+        """A function, to be pickled, that makes the other process an engine from its renderer."""
         ...
 
     def require_alive(self) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from research_agent.algorithms import algorithm
+from research_agent.algorithms import make_algorithm
 from research_agent.algorithms.base import Algorithm, UsesCritic
 from research_agent.config import TrainConfig
 from research_agent.errors import ConfigError
@@ -51,7 +51,7 @@ def needs_critic(config: TrainConfig) -> bool:
 
 
 def _rule(config: TrainConfig) -> Algorithm:
-    return algorithm(config.algorithm.algorithm, **config.algorithm.algorithm_args)
+    return make_algorithm(config.algorithm.algorithm, **config.algorithm.algorithm_args)
 
 
 def shard_ranks(config: TrainConfig, machines: Machines) -> int:

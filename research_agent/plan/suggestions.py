@@ -15,13 +15,13 @@ from research_agent.plan.machines import NODE, Machines
 from research_agent.plan.sampler import choose_sampler, max_tokens
 from research_agent.plan.shapes import Shape
 
-Settings = Mapping[str, Any]
+Overrides = Mapping[str, Any]
 """Settings by their names in ``TrainConfig``, such as "sampling.engine"."""
 
-_LORA: Settings = {"learner.lora_rank": 32}  # changes what is learned, so it is tried last
+_LORA: Overrides = {"learner.lora_rank": 32}  # changes what is learned, so it is tried last
 
 
-def apply(config: TrainConfig, settings: Settings) -> TrainConfig:
+def apply(config: TrainConfig, settings: Overrides) -> TrainConfig:
     """Return the configuration with some settings changed."""
     for name, value in settings.items():
         section, _, field = name.partition(".")
@@ -30,7 +30,7 @@ def apply(config: TrainConfig, settings: Settings) -> TrainConfig:
     return config
 
 
-def as_flags(settings: Settings) -> str:
+def as_flags(settings: Overrides) -> str:
     """The settings as command-line flags."""
     words = []
     for name, value in settings.items():
@@ -39,7 +39,7 @@ def as_flags(settings: Settings) -> str:
     return " ".join(words)
 
 
-def suggest(config: TrainConfig, shape: Shape, machines: Machines) -> list[Settings]:
+def suggest(config: TrainConfig, shape: Shape, machines: Machines) -> list[Overrides]:
     """Settings that make a run fit: the fewest changes, and the changes with the fastest steps.
 
     Returns:
@@ -56,7 +56,7 @@ def suggest(config: TrainConfig, shape: Shape, machines: Machines) -> list[Setti
     return [fewest] if fewest == fastest else [fewest, fastest]
 
 
-def _fastest(found: list[tuple[Settings, float]]) -> Settings:
+def _fastest(found: list[tuple[Overrides, float]]) -> Overrides:
     """The first settings within 10 % of the fastest; a plan is no more exact than that."""
     best = min(seconds for _, seconds in found)
     return next(settings for settings, seconds in found if seconds < 1.1 * best)
@@ -64,7 +64,7 @@ def _fastest(found: list[tuple[Settings, float]]) -> Settings:
 
 def more_nodes(
     config: TrainConfig, shape: Shape, machines: Machines
-) -> tuple[Machines, Settings] | None:
+) -> tuple[Machines, Overrides] | None:
     """The fewest full nodes of the same GPUs on which a run fits, and the settings for it."""
     for nodes in (1, 2, 4, 8, 16):
         larger = Machines(nodes, NODE, machines.name)
@@ -75,10 +75,10 @@ def more_nodes(
 
 
 def _fitting(
-    config: TrainConfig, shape: Shape, machines: Machines, also: Settings
-) -> list[tuple[Settings, float]]:
+    config: TrainConfig, shape: Shape, machines: Machines, also: Overrides
+) -> list[tuple[Overrides, float]]:
     """All settings that fit, with the seconds per step; ``also`` is added to each."""
-    found: list[tuple[Settings, float]] = []
+    found: list[tuple[Overrides, float]] = []
     for tried in _combinations(config, shape, machines):
         settings = {**tried, **also}
         changed = apply(config, settings)
@@ -88,7 +88,7 @@ def _fitting(
     return found
 
 
-def _combinations(config: TrainConfig, shape: Shape, machines: Machines) -> Iterator[Settings]:
+def _combinations(config: TrainConfig, shape: Shape, machines: Machines) -> Iterator[Overrides]:
     """Sets of settings that save memory; settings that the configuration has are left out."""
     least = max_tokens(config, shape)
     shares = ("", "memory=0.3", "memory=0.2", "memory=0.15")

@@ -24,7 +24,7 @@ from benchmarks.learning_curves import (
     training_of,
 )
 from benchmarks.runs import unmasked
-from research_agent.algorithms import ALGORITHMS, algorithm
+from research_agent.algorithms import ALGORITHMS, make_algorithm
 from research_agent.config_checks import validate
 from research_agent.trajectory import Group
 from tests.research_agent.rollouts import action, observation, prompt, trajectory
@@ -54,7 +54,7 @@ def test_every_run_has_the_same_budget_and_differs_as_it_says() -> None:
             rollout.prompts_per_step * rollout.group_size
             == config.prompts_per_step * config.group_size
         )
-        made: Any = algorithm(rule.algorithm, **rule.algorithm_args)
+        made: Any = make_algorithm(rule.algorithm, **rule.algorithm_args)
         assert getattr(made, "kl_coef", 0.0) == (1e-3 if "KL" in run.name else 0.0)
         assert getattr(made, "entropy_coef", 0.0) == 0.0
         assert training.learner.old_logprobs == ("sampler" if run.masked else "recomputed")

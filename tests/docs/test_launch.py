@@ -134,7 +134,7 @@ def test_slurm_starts_learners_and_samplers(
     assert len(found["vllm"]) == 2
     assert learner[learner.index("--nnodes") + 1] == "1"
     spec = parse_engine(require_training(learner, capsys))
-    assert spec.carrier == "nccl" and len(spec.urls) == 2
+    assert spec.transfer == "nccl" and len(spec.urls) == 2
     assert {words[words.index("--host") + 1] for words in found["vllm"]} <= {"127.0.0.1", "::1"}
 
 

@@ -58,7 +58,7 @@ def play(
     settings: dict[str, Any] = {"max_context": 200, "dtype": dtype}
     if urls:
         for module in (pool, weight_sync):
-            module.PATIENCE = 0.5  # type: ignore[attr-defined]
+            module.SERVER_TIMEOUT = 0.5  # type: ignore[attr-defined]
         engine = connect_servers(model, renderer, urls, **settings)
     else:
         serve._PROGRAM = (sys.executable, "-m", "tests.research_agent.fake_vllm")

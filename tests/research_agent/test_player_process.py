@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from research_agent.active_rollout import Episode
+from research_agent.active_rollout import EpisodeKey
 from research_agent.cli import main
 from research_agent.config import EnvironmentConfig, TrainConfig
 from research_agent.engines.scripted import ScriptedEngine
@@ -42,7 +42,7 @@ from tests.research_agent.test_staleness import plain, require_each_once, tasks,
 from tests.research_agent.test_trainer import flags
 
 
-def played_alone(episodes: Sequence[Episode]) -> list[object]:
+def played_alone(episodes: Sequence[EpisodeKey]) -> list[object]:
     engine = ScriptedEngine(say, RENDERER)
     environments = make_environments(CONFIG.environment.env, 1, {"turns": 3})
     return [plain(t) for t in collect(engine, environments, RENDERER, episodes, SAMPLING)]
@@ -72,7 +72,7 @@ def player(shared: PlayerProcess) -> PlayerProcess:
     return shared
 
 
-def ended(player: PlayerProcess) -> set[Episode]:
+def ended(player: PlayerProcess) -> set[EpisodeKey]:
     """Episodes that have ended and that nobody has asked for."""
     return {(each["episode"], each["sample"]) for each in player.state()["done"]}
 

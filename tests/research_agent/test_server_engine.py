@@ -61,9 +61,9 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     """Makes engines over servers; they look after them often."""
     monkeypatch.setattr(pool, "_CHECK", 0.05)
     monkeypatch.setattr(pool, "_TURN_TIMEOUT", 10.0)
-    monkeypatch.setattr(pool, "PATIENCE", 0.3)
-    monkeypatch.setattr(weight_sync, "PATIENCE", 0.3)
-    monkeypatch.setattr(weight_sync, "_AGAIN", 0.05)
+    monkeypatch.setattr(pool, "SERVER_TIMEOUT", 0.3)
+    monkeypatch.setattr(weight_sync, "SERVER_TIMEOUT", 0.3)
+    monkeypatch.setattr(weight_sync, "_RETRY_PAUSE", 0.05)
     engines: list[ServerEngine] = []
 
     def start(*servers: FakeVllm, **settings: Any) -> ServerEngine:
@@ -352,7 +352,7 @@ def test_a_turn_that_every_server_fails_at_is_an_error(
 ) -> None:
     servers = [make(mode="500"), make(mode="500")]
     engine = connect(*servers)
-    monkeypatch.setattr(pool, "PATIENCE", 10.0)
+    monkeypatch.setattr(pool, "SERVER_TIMEOUT", 10.0)
     submit(engine, [0])
     with pytest.raises(EngineError, match=r"6 attempts to sample one turn of 2 tokens.*memory"):
         finish(engine)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research_agent import checkpoint, rollout_state
-from research_agent.active_rollout import Episode, InFlight
+from research_agent.active_rollout import EpisodeKey, InFlight
 from research_agent.batch import make_batch
 from research_agent.cli import main
 from research_agent.config import SamplingConfig
@@ -53,7 +53,7 @@ TOY = "tests.research_agent.toy_env:CopyLetter-v0"
 pytestmark = pytest.mark.usefixtures("forks")
 
 
-def tasks(step: int, prompts: int, samples: int) -> list[Episode]:
+def tasks(step: int, prompts: int, samples: int) -> list[EpisodeKey]:
     return list(itertools.product(range(step * prompts, (step + 1) * prompts), range(samples)))
 
 
@@ -325,8 +325,8 @@ def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def under_way(
-    wanted: Sequence[Episode],
-    ahead: Sequence[Episode],
+    wanted: Sequence[EpisodeKey],
+    ahead: Sequence[EpisodeKey],
     limits: SamplingConfig,
     delays: Iterator[int],
 ) -> tuple[ScriptedEngine, InFlight]:
@@ -345,7 +345,7 @@ def play_on(
     environments: Fake,
     in_flight: InFlight,
     limits: SamplingConfig,
-    rest: list[Episode],
+    rest: list[EpisodeKey],
 ) -> list[Trajectory]:
     loop = RolloutLoop(engine, environments, RENDERER, limits, in_flight=in_flight)
     loop.enqueue(rest)
@@ -485,7 +485,7 @@ def require_each_once(output: Path, steps: int, staleness: int) -> None:
         assert sorted(keys) == tasks(step, 4, 8)
 
 
-def saved_episodes(output: Path, step: int) -> list[set[Episode]]:
+def saved_episodes(output: Path, step: int) -> list[set[EpisodeKey]]:
     """The episodes in flight in a checkpoint, rank by rank."""
     states = checkpoint.load(output / "checkpoints" / f"step-{step:06d}").state["in_flight"]
     return [

@@ -13,7 +13,7 @@ import msgspec
 from research_agent.engines.remote import check_address
 from research_agent.system.redaction import one_line, redact
 
-AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
+RETRYABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP status codes that are worth a retry; a server answers any other the same way again."""
 
 LOOK_TIMEOUT = 30.0
@@ -40,7 +40,7 @@ class RequestError(Exception):
     @property
     def retryable(self) -> bool:
         """Whether the same request may succeed at another time or at another server."""
-        return self.status is None or self.status in AGAIN
+        return self.status is None or self.status in RETRYABLE_STATUSES
 
 
 class Client:

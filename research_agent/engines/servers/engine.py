@@ -40,7 +40,7 @@ from research_agent.system.torchrun import torchrun
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from research_agent.engines import Carrier, EngineSpec
+    from research_agent.engines import EngineSpec, WeightTransfer
     from research_agent.renderer import Renderer
 
 _STEP = 0.02  # seconds that a step waits for a turn; a collector has environments to look after
@@ -124,7 +124,7 @@ class ServerEngine:
     def load_weights(
         self, weights: Iterable[tuple[str, Tensor]] | ServedWeights, version: int
     ) -> None:
-        """Give all servers new weights, from all ranks together; see ``WeightSync.give``.
+        """Give all servers new weights, from all ranks together; see ``WeightSync.push``.
 
         A server that cannot take them is left out until it can. Slots keep what they hold. Turns
         under way continue with the new weights, and are sampled again if their server is left out.
@@ -135,21 +135,21 @@ class ServerEngine:
                 folder the servers' weights are as before then.
         """
         if not isinstance(weights, ServedWeights):
-            weights = self.give_weights(weights, version)
+            weights = self.push_weights(weights, version)
         self._turns.call(self._pool.use(weights))
 
-    def give_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> ServedWeights:
+    def push_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> ServedWeights:
         """Give all servers new weights, which an engine in another process samples with."""
         assert self._sync
-        return self._sync.give(weights, version)
+        return self._sync.push(weights, version)
 
     def require_alive(self) -> None:
         """Raise an ``EngineError`` with its log if the server that this rank started has ended."""
         if self._sync:
             self._sync.require_alive()
 
-    def elsewhere(self) -> Callable[[Renderer], ServerEngine]:
-        """What makes an engine over the same servers in another process."""
+    def engine_factory(self) -> Callable[[Renderer], ServerEngine]:
+        """A function that makes an engine over the same servers, in another process."""
         return partial(ServerEngine, urls=self._urls, max_context=self.max_context)
 
     def close(self) -> None:
@@ -201,7 +201,7 @@ def connect_servers(
     urls: Sequence[str],
     max_context: int | None = None,
     *,
-    by: Carrier = "folder",
+    transfer: WeightTransfer = "folder",
     dtype: str | None = None,
     process: ServerProcess | None = None,
     max_in_flight: int = 256,
@@ -215,7 +215,7 @@ def connect_servers(
         renderer: its tokenizer.
         urls: such as ``http://localhost:8000``, one per server; this rank samples on them.
         max_context: tokens that a trajectory may have; the model's own limit by default.
-        by: how weights get to the servers.
+        transfer: how weights get to the servers.
         dtype: number format of the servers' weights, such as bfloat16; the model's own by default.
         process: the server that this rank has started, and gives weights to. Without any such
             server, rank 0 gives weights to all of ``urls``.
@@ -231,7 +231,7 @@ def connect_servers(
     context = context_limit(model, max_context)
     gives = process is not None or rank_and_size()[0] == 0
     dtype = dtype or str(model.dtype).removeprefix("torch.")
-    needs = Needs(context, dtype, model_sizes(model), by, token=min(renderer.end_ids))
+    needs = Needs(context, dtype, model_sizes(model), transfer, token=min(renderer.end_ids))
     sync = WeightSync(model, bases if gives else (), needs, process)
     engine = ServerEngine(renderer, bases, context, sync, max_in_flight=max_in_flight)
     try:
@@ -280,8 +280,10 @@ def serve_engine(
             process = ServerProcess(model, renderer, settings)
     started = gather([(node, process.url)] if process else [])
     urls = [url for number, url in started if number == node]
-    by: Carrier = "folder" if device.type == "cpu" else "ipc"
-    return connect_servers(model, renderer, urls, context, by=by, dtype=dtype, process=process)
+    transfer: WeightTransfer = "folder" if device.type == "cpu" else "ipc"
+    return connect_servers(
+        model, renderer, urls, context, transfer=transfer, dtype=dtype, process=process
+    )
 
 
 def _addresses(urls: Sequence[str]) -> list[str]:

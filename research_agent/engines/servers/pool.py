@@ -14,7 +14,13 @@ from research_agent.engines.base import Finish, SamplingParams
 from research_agent.engines.checks import CONTINUE
 from research_agent.engines.remote import read_key, turn_seed
 from research_agent.engines.servers.client import Client, RequestError
-from research_agent.engines.servers.server import GENERATE, PATIENCE, START, Answer, WeightTag
+from research_agent.engines.servers.server import (
+    GENERATE,
+    SERVER_TIMEOUT,
+    START,
+    GenerateResponse,
+    WeightTag,
+)
 from research_agent.errors import EngineError
 
 _LOG = logging.getLogger(__name__)
@@ -135,7 +141,7 @@ class ServerPool:
         Raises:
             EngineError: no server can be used for a while.
         """
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + SERVER_TIMEOUT
         while not (alive := [server for server in self._servers if server.alive]):
             if time.monotonic() > deadline:
                 raise no_server({server.url: server.problem for server in self._servers})
@@ -155,7 +161,7 @@ class ServerPool:
         try:
             async with turn:
                 answer = await server.client.ask(
-                    "POST", GENERATE, payload, timeout=_TURN_TIMEOUT, form=Answer
+                    "POST", GENERATE, payload, timeout=_TURN_TIMEOUT, form=GenerateResponse
                 )
         except TimeoutError:
             raise _LostError(server.problem) from None
@@ -226,7 +232,7 @@ def _request(slot: Slot, end_ids: Iterable[int]) -> dict[str, Any]:
     }
 
 
-def _read(answer: Answer, limit: int, end_ids: frozenset[int], tag: WeightTag) -> Sampled:
+def _read(answer: GenerateResponse, limit: int, end_ids: frozenset[int], tag: WeightTag) -> Sampled:
     """What a server sampled.
 
     Raises:

@@ -15,11 +15,11 @@ from research_agent.engines.servers.client import Client, RequestError
 from research_agent.errors import ContextError, EngineError
 
 if TYPE_CHECKING:
-    from research_agent.engines import Carrier
+    from research_agent.engines import WeightTransfer
 
 RELOAD_TIMEOUT = 600.0
 """Seconds that a server may take for new weights, or for its first turn."""
-PATIENCE = 60.0
+SERVER_TIMEOUT = 60.0
 """Seconds to wait for a server when none is left, or none takes new weights."""
 GENERATE = "inference/v1/generate"
 START = (
@@ -89,7 +89,7 @@ class Choice(msgspec.Struct):
     weight_versions: list[_Span] | None = None  # which weights sampled which tokens
 
 
-class Answer(msgspec.Struct):
+class GenerateResponse(msgspec.Struct):
     """The answer to ``GENERATE``."""
 
     choices: tuple[Choice]
@@ -137,14 +137,14 @@ class Needs:
         context: tokens that a trajectory may have.
         dtype: number format of the weights, such as bfloat16.
         sizes: what ``model_sizes`` returned.
-        carrier: how weights get there.
+        transfer: how weights get there.
         token: one that a server can sample from, to try it.
     """
 
     context: int
     dtype: str
     sizes: Mapping[str, int | None]
-    carrier: Carrier
+    transfer: WeightTransfer
     token: int
 
 
@@ -203,7 +203,7 @@ class Server:
         sampling = {"temperature": 1.0, "max_tokens": 1, "logprobs": 0, "seed": 0}
         payload = {"token_ids": [token], "sampling_params": sampling}
         answer = await self.client.ask(
-            "POST", GENERATE, payload, timeout=RELOAD_TIMEOUT, form=Answer
+            "POST", GENERATE, payload, timeout=RELOAD_TIMEOUT, form=GenerateResponse
         )
         found = [span.version for span in answer.choices[0].weight_versions or ()]
         if found != [tag]:
@@ -258,10 +258,10 @@ class Server:
         takes = {"folder", (transfer or {}).get("backend")}
         if not info.vllm_env.get("VLLM_ALLOW_INSECURE_SERIALIZATION"):
             takes.discard("ipc")
-        if needs.carrier not in takes:
+        if needs.transfer not in takes:
             raise EngineError(
-                f"{self.url} takes no weights by {needs.carrier}; start it with "
-                f"{BACKEND[needs.carrier]}"
+                f"{self.url} takes no weights by {needs.transfer}; start it with "
+                f"{BACKEND[needs.transfer]}"
             )
 
     def _check_model(self, inspection: str, wanted: Mapping[str, int | None]) -> None:

@@ -25,7 +25,7 @@ from research_agent.engines.remote import LoopThread, read_key
 from research_agent.engines.servers.client import Client, RequestError
 from research_agent.engines.servers.pool import ServedWeights, no_server
 from research_agent.engines.servers.serve import ServerProcess
-from research_agent.engines.servers.server import PATIENCE, START, Needs, Server, WeightTag
+from research_agent.engines.servers.server import SERVER_TIMEOUT, START, Needs, Server, WeightTag
 from research_agent.engines.servers.weight_transfer import (
     WeightSource,
     prepare_transfer,
@@ -38,7 +38,7 @@ from research_agent.weight_files import WeightFolder
 if TYPE_CHECKING:
     from torch import Tensor
 
-_AGAIN = 1.0  # seconds between attempts while no server takes the weights
+_RETRY_PAUSE = 1.0  # seconds between attempts while no server takes the weights
 
 
 def model_weights(model: Any) -> Iterable[tuple[str, Tensor]]:
@@ -71,17 +71,17 @@ class WeightSync:
         self._dtype = getattr(torch, needs.dtype)
         self._folder: WeightFolder | None = None
         with together():
-            if needs.carrier == "folder":
+            if needs.transfer == "folder":
                 self._folder = WeightFolder(self._names, self._dtype)
             else:
-                require_gpu(self._device, needs.carrier)
+                require_gpu(self._device, needs.transfer)
             self._servers = [Server(url, Client(url, read_key("VLLM_API_KEY"))) for url in urls]
         self._loop = LoopThread("weights", [server.client.aclose for server in self._servers])
         self._run = broadcast_object(secrets.token_hex(4))
         self._calls = 0
         self._started = False  # whether weights have been given
 
-    def give(self, weights: Iterable[tuple[str, Tensor]], version: int) -> ServedWeights:
+    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> ServedWeights:
         """Give weights to all servers that can take them.
 
         Turns under way are paused meanwhile and then continue with the new weights.
@@ -125,7 +125,7 @@ class WeightSync:
 
         A server that fails has a problem, and is asked again when all others have failed, too.
         """
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + SERVER_TIMEOUT
         while True:
             for server in self._servers:
                 server.problem = ""
@@ -141,7 +141,7 @@ class WeightSync:
                 servers = self._on_all_ranks(self._inspect)
             if broadcast_object(time.monotonic() > deadline):
                 raise_together(no_server(_problems(servers)))
-            time.sleep(_AGAIN)
+            time.sleep(_RETRY_PAUSE)
 
     def _on_all_ranks(self, work: Callable[[], None]) -> list[Server]:
         """Do something with the servers of each rank; return all servers as they are then."""
@@ -168,10 +168,10 @@ class WeightSync:
     def _send(self, weights: Iterable[tuple[str, Tensor]], name: str, folder: Path | None) -> None:
         """Pause the servers of this rank that are ready, send the weights, and resume them."""
         self._loop.call(self._each(self._pause))
-        if self._needs.carrier != "folder":
+        if self._needs.transfer != "folder":
             source = WeightSource(self._names, weights, self._dtype)
             ready = [server for server in self._servers if not server.problem]
-            if not transfer(source, ready, self._loop, self._needs.carrier, self._device):
+            if not transfer(source, ready, self._loop, self._needs.transfer, self._device):
                 return
         self._loop.call(self._each(partial(self._resume, name=name, folder=folder)))
 

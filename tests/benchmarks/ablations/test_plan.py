@@ -13,7 +13,7 @@ from benchmarks.ablations.numbers import EQUAL_BUDGETS, rows_of
 from benchmarks.ablations.prepare import missing, write_worlds
 from benchmarks.ablations.registry import ABLATIONS, BY_NAME, Ablation, Arm
 from benchmarks.ablations.runs import AblationsConfig, folder_of, is_finished, training_of, world_of
-from research_agent.algorithms import algorithm
+from research_agent.algorithms import make_algorithm
 from research_agent.config import TrainConfig
 from research_agent.config_checks import validate
 from research_agent.curriculum import parse_stages
@@ -46,7 +46,7 @@ def test_every_run_is_valid_and_plays_as_many_episodes(ablation: Ablation) -> No
         training = training_of(CONFIG, arm, 3)
         validate(training)
         parse_stages(training.rollout.stages)
-        algorithm(training.algorithm.algorithm, **training.algorithm.algorithm_args)
+        make_algorithm(training.algorithm.algorithm, **training.algorithm.algorithm_args)
         reward(training.environment.env_args.get("reward", "research"))
         episodes = training.rollout.prompts_per_step * training.rollout.group_size
         assert episodes == (180 if training.rollout.tree_branches else 192)  # whole trees

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import research_agent.algorithms
-from research_agent.algorithms import ALGORITHMS, Algorithm, algorithm
+from research_agent.algorithms import ALGORITHMS, Algorithm, make_algorithm
 from research_agent.batch import make_batch
 from research_agent.errors import ConfigError
 from research_agent.trajectory import Group, Trajectory
@@ -39,7 +39,7 @@ Gradient = dict[str, torch.Tensor]
 
 def _rule(name: str, **settings: Any) -> Algorithm:
     args = {"critic_learning_rate": 1e-3} if name in ("ppo", "mt_ppo") else {}
-    return algorithm(name, **args, **settings)
+    return make_algorithm(name, **args, **settings)
 
 
 def _with_kl(name: str) -> Algorithm:
@@ -207,7 +207,7 @@ def test_a_trajectory_without_action_tokens_among_others(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_settings_that_make_no_sense_are_refused(name: str) -> None:
-    for field in fields(type(algorithm(name))):  # type: ignore[arg-type]
+    for field in fields(type(make_algorithm(name))):  # type: ignore[arg-type]
         positive = field.name in ("std_epsilon", "max_length", "max_rounds", "overlong_cache")
         bad: dict[Any, Sequence[object]] = {
             "float": (-0.1, math.nan, math.inf),
@@ -216,7 +216,7 @@ def test_settings_that_make_no_sense_are_refused(name: str) -> None:
         }
         for value in (0,) if positive else bad.get(field.type, ("other",)):
             with pytest.raises(ConfigError, match=f"{name}: {field.name} is {value!r}; "):
-                algorithm(name, **{field.name: value})
+                make_algorithm(name, **{field.name: value})
 
 
 @pytest.mark.parametrize("name", ["ppo", "mt_ppo"])
@@ -226,7 +226,7 @@ def test_a_batch_without_values_is_refused(name: str) -> None:
 
 
 def test_the_cap_of_truncated_importance_sampling() -> None:
-    rule, groups = algorithm("grpo", kl_coef=0.0, entropy_coef=0.0), random_groups(0)
+    rule, groups = make_algorithm("grpo", kl_coef=0.0, entropy_coef=0.0), random_groups(0)
     for cap, old in ((2.0, "sampler"), (0.0, "recomputed"), (math.nan, "recomputed")):
         with pytest.raises(ConfigError, match="importance_sampling_cap is"):
             make_learner(Bigram(), rule, importance_sampling_cap=cap, old_logprobs=old)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research_agent.algorithms import algorithm
+from research_agent.algorithms import make_algorithm
 from research_agent.algorithms.arpo import ARPO
 from research_agent.batch import make_batch
 from research_agent.trajectory import Group, Trajectory
@@ -62,7 +62,7 @@ def _path(t: Trajectory) -> tuple[int, ...]:
 def test_equals_the_papers_sums(seed: int, attribution: str) -> None:
     groups = random_trees(seed)
     example = case(groups, seed=seed)
-    rule = algorithm("arpo", attribution=attribution, kl_coef=0.2, entropy_coef=0.1)
+    rule = make_algorithm("arpo", attribution=attribution, kl_coef=0.2, entropy_coef=0.1)
     advantages = []
     for group in groups:
         rewards = [t.reward for t in group.trajectories]
@@ -85,7 +85,7 @@ def test_soft_and_hard_have_the_same_gradient_where_nothing_is_clipped() -> None
     example = case(groups, noise=0.0)
     gradients = []
     for attribution in ("soft", "hard"):
-        rule = algorithm("arpo", attribution=attribution, kl_coef=0.0)
+        rule = make_algorithm("arpo", attribution=attribution, kl_coef=0.0)
         (gradient,) = torch.autograd.grad(loss_of(rule, example), [example.logprobs])
         shared = gradient[[0, 2, 4]].sum()  # the one turn that they share
         gradients.append([float(shared), *gradient[[1, 3, 5]].tolist()])

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research_agent.algorithms import algorithm
+from research_agent.algorithms import make_algorithm
 from research_agent.algorithms.base import SelectsGroups
 from research_agent.algorithms.dapo import DAPO
 from research_agent.batch import make_batch
@@ -96,7 +96,7 @@ def test_overlong_literal() -> None:
 
 def test_which_groups_are_kept() -> None:
     assert isinstance(DAPO(), SelectsGroups)
-    assert not isinstance(algorithm("grpo"), SelectsGroups)
+    assert not isinstance(make_algorithm("grpo"), SelectsGroups)
     assert not DAPO().keeps([1.0, 1.0, 1.0])
     assert not DAPO().keeps([0.0])
     assert not DAPO().keeps([])

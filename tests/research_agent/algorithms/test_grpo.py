@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research_agent.algorithms import algorithm
+from research_agent.algorithms import make_algorithm
 from research_agent.algorithms.base import Tokens
 from research_agent.algorithms.functional import (
     group_mean,
@@ -161,21 +161,21 @@ def test_no_kl_needs_no_reference() -> None:
 
 
 def test_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert algorithm("grpo", clip=0.1) == GRPO(clip=0.1)
+    assert make_algorithm("grpo", clip=0.1) == GRPO(clip=0.1)
     (tmp_path / "my_module.py").write_text("class Mine:\n    needs_reference = False\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert type(algorithm("my_module:Mine")).__name__ == "Mine"
+    assert type(make_algorithm("my_module:Mine")).__name__ == "Mine"
     with pytest.raises(ConfigError, match=r"unknown algorithm 'grop'; known: .*grpo"):
-        algorithm("grop")
+        make_algorithm("grop")
     with pytest.raises(ConfigError, match="cannot be imported"):
-        algorithm("my_module:Yours")
+        make_algorithm("my_module:Yours")
     with pytest.raises(ConfigError, match="does not take"):
-        algorithm("grpo", beta=1)
+        make_algorithm("grpo", beta=1)
 
 
 def test_choosing_an_algorithm_loads_no_torch() -> None:
     code = (
-        "import sys; from research_agent.algorithms import algorithm; algorithm('grpo');"
+        "import sys; from research_agent.algorithms import make_algorithm; make_algorithm('grpo');"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

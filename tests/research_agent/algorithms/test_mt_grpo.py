@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research_agent.algorithms import algorithm
+from research_agent.algorithms import make_algorithm
 from research_agent.algorithms.mt_grpo import MTGRPO
 from research_agent.batch import make_batch
 from research_agent.trajectory import Group, Trajectory
@@ -67,7 +67,7 @@ def test_the_turn_that_earned_it_is_told_apart() -> None:
     """The same sum: GRPO sees no difference between the samples, MT-GRPO does."""
     group = Group(0, [_two_turns(0, 0.5, 0.0), _two_turns(1, 0.0, 0.5)])
     batch = make_batch([group])
-    assert algorithm("grpo").advantages(batch).tolist() == [0.0] * 6
+    assert make_algorithm("grpo").advantages(batch).tolist() == [0.0] * 6
     first, *_, last = MTGRPO(turn_coef=2.0).advantages(batch).tolist()
     assert first > 0 and last > 0
 

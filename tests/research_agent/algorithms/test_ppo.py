@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research_agent.algorithms import algorithm
+from research_agent.algorithms import make_algorithm
 from research_agent.algorithms.base import UsesCritic
 from research_agent.algorithms.ppo import PPO
 from research_agent.batch import make_batch
@@ -208,7 +208,7 @@ def test_the_state_of_another_critic_is_refused() -> None:
 
 
 def test_the_learner_teaches_the_critic_and_resumes_it_to_the_same_bits() -> None:
-    assert isinstance(PLAIN, UsesCritic) and not isinstance(algorithm("grpo"), UsesCritic)
+    assert isinstance(PLAIN, UsesCritic) and not isinstance(make_algorithm("grpo"), UsesCritic)
     options: dict[str, Any] = {"learning_rate": 1e-3, "minibatches": 2}
     rollouts = [random_groups(seed) for seed in range(4)]
     model = tiny_qwen2(50)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research_agent.algorithms import algorithm
+from research_agent.algorithms import make_algorithm
 from research_agent.algorithms.tree_grpo import TreeGRPO
 from research_agent.batch import make_batch
 from research_agent.trajectory import Group
@@ -76,7 +76,7 @@ def test_with_chains_it_is_grpo_to_the_bit() -> None:
         for g in random_groups(4)
     ]
     batch = make_batch(groups)
-    assert torch.equal(TreeGRPO().advantages(batch), algorithm("grpo").advantages(batch))
+    assert torch.equal(TreeGRPO().advantages(batch), make_algorithm("grpo").advantages(batch))
 
 
 def test_trees_of_other_tasks_are_other_trees() -> None:

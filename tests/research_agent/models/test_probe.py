@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.architectures import ARCHITECTURES, tiny
-from research_agent.algorithms import algorithm
+from research_agent.algorithms import make_algorithm
 from research_agent.config import LearnerConfig
 from research_agent.engines import make_engine
 from research_agent.engines.base import Engine, SamplingParams
@@ -143,7 +143,7 @@ def test_packing_that_would_be_wrong_is_refused(name: str) -> None:
 
 
 def test_required_packing_stops_a_learner_before_it_learns() -> None:
-    rule = algorithm("grpo", kl_coef=0.0, entropy_coef=0.0)
+    rule = make_algorithm("grpo", kl_coef=0.0, entropy_coef=0.0)
     with pytest.raises(ModelError, match="use --packing off"):
         Learner(make("Falcon"), rule, LearnerConfig(packing="on"))
     Learner(make("Falcon"), rule, LearnerConfig(packing="auto"))

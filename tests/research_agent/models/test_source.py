@@ -282,17 +282,19 @@ def test_code_of_a_model_folder_is_never_run(tmp_path: Path) -> None:
 def test_an_adapter_learns_alone(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", tiny_llama())
     adapter = save_adapter(tmp_path / "adapter", base)
-    from research_agent.algorithms import algorithm
+    from research_agent.algorithms import make_algorithm
 
     model = load_model(adapter, device="cpu", merge_adapter=False)
-    rule = algorithm("grpo", kl_coef=0.0, entropy_coef=0.0)
+    rule = make_algorithm("grpo", kl_coef=0.0, entropy_coef=0.0)
     learner = Learner(model, rule, adapter=str(adapter))
     assert learner.has_adapters
     learns = {n for n, p in model.named_parameters() if p.requires_grad}
     assert learns == set(adapters(model))
     with pytest.raises(ConfigError, match="give one, or set its KL to 0"):
         Learner(
-            load_model(base, device="cpu"), algorithm("grpo", kl_coef=0.1), adapter=str(adapter)
+            load_model(base, device="cpu"),
+            make_algorithm("grpo", kl_coef=0.1),
+            adapter=str(adapter),
         )
 
 

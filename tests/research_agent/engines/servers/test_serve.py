@@ -164,7 +164,7 @@ def test_names_of_engines() -> None:
     assert parse_engine("vllm:tp=2,memory=0.6") == EngineSpec("vllm", tp=2, memory=0.6)
     assert parse_engine("serve:tp=8,dp=2") == EngineSpec("serve", tp=8, dp=2, memory=0.4)
     server = parse_engine("server+nccl:http://a:1,http://b:2")
-    assert server == EngineSpec("server", urls=("http://a:1", "http://b:2"), carrier="nccl")
+    assert server == EngineSpec("server", urls=("http://a:1", "http://b:2"), transfer="nccl")
     for name in ("warp", "serve:", "server", "server+mpi:http://a:1", "vllm+nccl:tp=2"):
         with pytest.raises(ConfigError, match="no engine is named"):
             parse_engine(name)

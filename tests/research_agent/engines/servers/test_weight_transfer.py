@@ -104,9 +104,9 @@ def wires(monkeypatch: pytest.MonkeyPatch) -> Wires:
     monkeypatch.setattr(weight_transfer.WeightSource, "metadata", metadata)
     monkeypatch.setattr(pool, "_CHECK", 0.05)
     monkeypatch.setattr(pool, "_TURN_TIMEOUT", 10.0)
-    monkeypatch.setattr(pool, "PATIENCE", 0.3)
-    monkeypatch.setattr(weight_sync, "PATIENCE", 0.3)
-    monkeypatch.setattr(weight_sync, "_AGAIN", 0.05)
+    monkeypatch.setattr(pool, "SERVER_TIMEOUT", 0.3)
+    monkeypatch.setattr(weight_sync, "SERVER_TIMEOUT", 0.3)
+    monkeypatch.setattr(weight_sync, "_RETRY_PAUSE", 0.05)
     Trainer.made, Trainer.wires = [], {}
     return Trainer.wires
 
@@ -139,9 +139,9 @@ def connect() -> Iterator[Callable[..., ServerEngine]]:
 
     def start(*servers: FakeVllm, **settings: Any) -> ServerEngine:
         urls = [server.url for server in servers]
-        given: dict[str, Any] = {"by": "nccl"} | settings
+        given: dict[str, Any] = {"transfer": "nccl"} | settings
         for server in servers:
-            server.backend = given["by"]
+            server.backend = given["transfer"]
         engines.append(connect_servers(MODEL, RENDERER, urls, 200, **given))
         return engines[-1]
 
@@ -242,13 +242,13 @@ def test_a_server_that_cannot_meet_is_left_out(
     backend: str, make: Make, connect: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
     good, bad = make(), make(missing={"/init_weight_transfer_engine": 500})
-    engine = connect(bad, good, by=backend)
+    engine = connect(bad, good, transfer=backend)
     assert holds(good, None)
     submit(engine, range(4))
     assert len(finish(engine)) == 4
     assert len(good.turns) == 4
     with pytest.raises(EngineError, match="no vLLM server can be used") as caught:
-        connect(bad, by=backend)
+        connect(bad, transfer=backend)
     problem = f"no new weights by {backend}: /init_weight_transfer_engine gives status 500"
     assert problem in str(caught.value)
     assert f"""--weight-transfer-config '{{"backend": "{backend}"}}'""" in str(caught.value)
@@ -263,13 +263,13 @@ def test_another_port_is_taken_where_one_is_in_use(
         monkeypatch.setattr(
             weight_transfer, "_meeting_place", lambda urls: places.pop() if places else find(urls)
         )
-        monkeypatch.setattr(weight_sync, "PATIENCE", 20.0)
+        monkeypatch.setattr(weight_sync, "SERVER_TIMEOUT", 20.0)
         engine = connect(make())
         assert not places and len(Trainer.made) == 2
         submit(engine, range(2))
         assert len(finish(engine)) == 2
         monkeypatch.setattr(weight_transfer, "_meeting_place", lambda _: listener.getsockname())
-        monkeypatch.setattr(weight_sync, "PATIENCE", 0.3)
+        monkeypatch.setattr(weight_sync, "SERVER_TIMEOUT", 0.3)
         with pytest.raises(EngineError, match=r"no new weights by nccl: .*in use"):
             connect(make())
 
@@ -298,7 +298,7 @@ def test_a_server_that_fails_at_a_transfer_is_left_out(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     bad, good = make(), make()
-    engine = connect(bad, good, by=backend)
+    engine = connect(bad, good, transfer=backend)
     bad.transfer = fault
     monkeypatch.setattr(weight_transfer, "RELOAD_TIMEOUT", 1.5 if fault == "hang" else 20.0)
     engine.load_weights(filled(1).items(), 1)  # does not wait for vLLM's end, which hangs
@@ -325,7 +325,7 @@ def test_it_is_taken_back_with_the_next_weights(
     backend: str, make: Make, connect: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad, good = make(), make()
-    engine = connect(bad, good, by=backend)
+    engine = connect(bad, good, transfer=backend)
     bad.transfer = "cut"
     engine.load_weights(filled(1).items(), 1)
     bad.transfer = "well"
@@ -378,7 +378,7 @@ def test_a_server_that_was_only_away_needs_no_weights(
 ) -> None:
     server = make()
     engine = connect(server)
-    monkeypatch.setattr(pool, "PATIENCE", 10.0)
+    monkeypatch.setattr(pool, "SERVER_TIMEOUT", 10.0)
     server.mode, server.fails = "500", 1
     submit(engine, range(2))
     assert len(finish(engine)) == 2
@@ -412,7 +412,7 @@ def test_the_only_one_is_waited_for(
 ) -> None:
     server = make()
     engine = connect(server)
-    monkeypatch.setattr(weight_sync, "PATIENCE", 20.0)
+    monkeypatch.setattr(weight_sync, "SERVER_TIMEOUT", 20.0)
     server.transfer = "cut"
     heal = threading.Timer(0.5, setattr, (server, "transfer", "well"))
     heal.start()
@@ -425,7 +425,7 @@ def test_weights_that_can_be_had_once_are_sent_once(
 ) -> None:
     server = make()
     engine = connect(server)
-    monkeypatch.setattr(weight_sync, "PATIENCE", 20.0)
+    monkeypatch.setattr(weight_sync, "SERVER_TIMEOUT", 20.0)
     server.transfer = "cut"
     with pytest.raises(EngineError, match="no vLLM server can be used"):
         engine.load_weights(iter(filled(1).items()), 1)
