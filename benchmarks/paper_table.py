@@ -276,7 +276,7 @@ def play(
     Raises:
         PredictionsError: the folder holds a cell of another model or of other settings.
     """
-    from research_agent.environments import open_environments  # noqa: PLC0415
+    from research_agent.environments import make_environments  # noqa: PLC0415
     from research_agent.evaluation.evaluate import evaluate  # noqa: PLC0415
     from research_agent.evaluation.fingerprint import header  # noqa: PLC0415
     from research_agent.rollout import collect  # noqa: PLC0415
@@ -298,7 +298,7 @@ def play(
     slots = config.sampling.max_in_flight or SLOTS
     environments: Any
     if baseline is None:  # as a policy is played in training: nothing but the weights differs
-        environments = open_environments(ENV, slots, given)
+        environments = make_environments(ENV, slots, given)
         player: Player = collect
     else:
         name = ENV.partition(":")[2]

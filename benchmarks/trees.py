@@ -28,7 +28,7 @@ from benchmarks.tables import print_table
 from research_agent.batch import Packing, make_batch, micro_batches
 from research_agent.presets import PRESETS
 from research_agent.trajectory import Group, Trajectory
-from research_agent.trees import CHAINS, TreePlan
+from research_agent.tree_plan import CHAINS, TreePlan
 
 MINIWORLD = PRESETS["miniworld"]
 ENV = "research_env:ReSearch-MiniWorld-v0"
@@ -41,7 +41,7 @@ def play(
 ) -> tuple[list[Trajectory], int]:
     """Play tasks; returns the trajectories, and the tokens that went through the model."""
     from research_agent.engines.transformers import TransformersEngine  # noqa: PLC0415
-    from research_agent.environments import open_environments  # noqa: PLC0415
+    from research_agent.environments import make_environments  # noqa: PLC0415
     from research_agent.models.source import resolve_model  # noqa: PLC0415
     from research_agent.renderer import load_renderer  # noqa: PLC0415 - loads torch
     from research_agent.rollout import collect  # noqa: PLC0415
@@ -51,7 +51,7 @@ def play(
     sampling = replace(MINIWORLD.sampling, max_response=512)
     context = sampling.max_prompt + sampling.max_response
     engine = TransformersEngine(model, renderer, max_slots=slots, max_context=context)
-    environments = open_environments(ENV, slots, env_args)
+    environments = make_environments(ENV, slots, env_args)
     wanted = [(task, sample) for task in range(tasks) for sample in range(samples)]
     try:
         played = collect(engine, environments, renderer, wanted, sampling, plan=plan)

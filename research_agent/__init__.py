@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from research_agent.engines.transformers import TransformersEngine as TransformersEngine
     from research_agent.engines.vllm import VllmEngine as VllmEngine
     from research_agent.environments import Environments as Environments
-    from research_agent.environments import open_environments as open_environments
+    from research_agent.environments import make_environments as make_environments
     from research_agent.errors import ConfigError as ConfigError
     from research_agent.errors import ResearchAgentError as ResearchAgentError
     from research_agent.evaluation.compare import Comparison as Comparison
@@ -115,7 +115,7 @@ _NAMES_OF_MODULES = {
     "engines.servers.engine": ("ServerEngine", "connect_servers"),
     "engines.transformers": ("TransformersEngine",),
     "engines.vllm": ("VllmEngine",),
-    "environments": ("Environments", "open_environments"),
+    "environments": ("Environments", "make_environments"),
     "errors": ("ConfigError", "ResearchAgentError"),
     "evaluation.compare": ("Comparison", "compare"),
     "evaluation.evaluate": ("evaluate",),

@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -181,11 +180,11 @@ def _sample(words: list[str]) -> None:
 
 
 def _sft(words: list[str]) -> None:
-    # The module offers PRESETS (name to configuration), DESCRIPTIONS, and run(configuration).
-    sft = import_module("research_agent.sft")
+    from research_agent import sft  # noqa: PLC0415  (reads the presets of installed packages)
+
     name = _choose("sft", words, sft.DESCRIPTIONS)
     preset = sft.PRESETS[name]
-    config = _parse(type(preset), f"sft {name}", words[1:], sft.DESCRIPTIONS[name], preset)
+    config = _parse(sft.SFTConfig, f"sft {name}", words[1:], sft.DESCRIPTIONS[name], preset)
     _no_bars()
     with _continued_by_the_same_command():
         sft.run(config)

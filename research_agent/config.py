@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from research_agent.settings import Settings
-from research_agent.trees import TreePlan
+from research_agent.tree_plan import TreePlan
 
 
 @dataclass(frozen=True)

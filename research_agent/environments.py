@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 
 from research_agent.errors import ConfigError, EnvironmentContractError, ResearchAgentError
 
@@ -84,7 +85,7 @@ def make_environments(
         env_args: arguments of each.
 
     Raises:
-        ConfigError: no such module or id.
+        ConfigError: no such module or id, or the environment refuses its arguments.
         EnvironmentContractError: the environment does not speak text.
     """
     module, colon, name = env_id.rpartition(":")
@@ -99,29 +100,24 @@ def make_environments(
             "research_env:ReSearch-MiniWorld-v0"
         ) from error
     args = dict(env_args or {})
+    try:
+        return _make(spec, num_envs, args)
+    except ResearchAgentError:
+        raise
+    except Exception as error:  # the environment's own kinds of errors, which nobody here knows
+        given = " ".join(f"{key}={value}" for key, value in args.items()) or "no arguments"
+        raise ConfigError(f"cannot make {env_id} with {given}: {error}") from error
+
+
+def _make(spec: EnvSpec, num_envs: int, args: dict[str, Any]) -> Environments:
     if spec.vector_entry_point is not None:
         vector = gym.make_vec(
-            name, num_envs=num_envs, vectorization_mode="vector_entry_point", **args
+            spec.id, num_envs=num_envs, vectorization_mode="vector_entry_point", **args
         )
         if hasattr(vector, "send") and hasattr(vector, "recv"):
             return _Native(vector)
         vector.close()
-    return _Singles([gym.make(name, disable_env_checker=True, **args) for _ in range(num_envs)])
-
-
-def open_environments(env: str, count: int, env_args: Mapping[str, Any]) -> Environments:
-    """Make environments, and turn what they refuse into a ``ConfigError``.
-
-    Raises:
-        ConfigError: there is no such environment, or it refuses its arguments.
-    """
-    try:
-        return make_environments(env, count, env_args)
-    except ResearchAgentError:
-        raise
-    except Exception as error:  # the environment's own kinds of errors, which nobody here knows
-        given = " ".join(f"{key}={value}" for key, value in env_args.items()) or "no arguments"
-        raise ConfigError(f"cannot make {env} with {given}: {error}") from error
+    return _Singles([gym.make(spec.id, disable_env_checker=True, **args) for _ in range(num_envs)])
 
 
 class _Native:

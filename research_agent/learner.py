@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from research_agent.algorithms.base import Algorithm, Tokens, UsesCritic
 from research_agent.algorithms.functional import truncated_importance
-from research_agent.batch import Batch, Packing, make_batch, micro_batches
+from research_agent.batch import Batch, Packing, make_batch
 from research_agent.config import LearnerConfig
 from research_agent.distributed import (
     Repeatable,
@@ -31,7 +31,6 @@ from research_agent.distributed import (
     rank_and_size,
     run_together,
     shard,
-    shard_batches,
 )
 from research_agent.errors import ConfigError, ModelError, NonFiniteError
 from research_agent.models.critic import Critic
@@ -47,6 +46,7 @@ from research_agent.models.policy import (
     TokenLogprobs,
     batch_logprobs,
     gathered_units,
+    own_passes,
 )
 from research_agent.models.prepare import prepare
 from research_agent.optimizer import Optimizer
@@ -116,16 +116,7 @@ class Learner:
         self.config = config
         self.device = device or next(model.parameters()).device
         with stand_ins(self.model):
-            if adapter is not None:
-                rank = load_adapters(self.model, adapter)
-                if config.lora_rank not in (0, rank):
-                    raise ConfigError(
-                        f"lora_rank is {config.lora_rank}, and the adapter to train on has rank "
-                        f"{rank}; leave --lora-rank out, or give --merge-adapter to begin a new "
-                        "adapter"
-                    )
-            elif config.lora_rank:
-                add_adapters(self.model, config.lora_rank)
+            _set_adapters(self.model, adapter, config.lora_rank)
         if isinstance(algorithm, UsesCritic) and self.has_adapters:
             raise ConfigError("a critic learns without lora_rank only; leave --lora-rank out")
         if not algorithm.needs_reference:
@@ -143,11 +134,7 @@ class Learner:
         if rank_and_size()[1] > 1:
             if isinstance(algorithm, UsesCritic):
                 body = deepcopy(model.base_model)  # a sharded module cannot be copied
-            mesh = make_mesh(self.device, config.shard_ranks)
-            half = config.precision == "bfloat16"
-            for policy in policies:
-                shard(policy, gathered_units(policy.model), mesh, half=half)
-                load_shards(policy, self.device)
+            _shard_all(policies, config, self.device)
         automatic: Packing = "on" if self.device.type == "cuda" else "off"
         if trees:
             automatic = "tree"
@@ -360,9 +347,8 @@ class Learner:
         all_logprobs: list[Tensor] = []  # per pass [its action tokens]
         losses: list[Tensor] = []
         sums: dict[str, Tensor] = {}
-        budget, ranks = self.config.micro_batch_tokens, rank_and_size()[1]
-        passes = micro_batches(batch, budget, packing=self._packing, ranks=ranks)
-        for micro, counts in shard_batches(passes):
+        budget = self.config.micro_batch_tokens
+        for micro, counts in own_passes(batch, budget, packing=self._packing):
             part = micro.part
             logprobs, entropy = self._logprobs(micro)
             tokens = Tokens(
@@ -414,6 +400,34 @@ def _check(config: LearnerConfig, temperature: float) -> None:
             " 0, with old_logprobs 'recomputed'"
         )
         raise ConfigError(message)
+
+
+def _set_adapters(model: nn.Module, adapter: str | None, rank: int) -> None:
+    """Give a model the adapter to train on, or a new one of this rank; rank 0 adds none.
+
+    Raises:
+        ConfigError: the adapter has another rank than the one that is asked for.
+    """
+    if adapter is not None:
+        found = load_adapters(model, adapter)
+        if rank not in (0, found):
+            raise ConfigError(
+                f"lora_rank is {rank}, and the adapter to train on has rank {found}; leave "
+                "--lora-rank out, or give --merge-adapter to begin a new adapter"
+            )
+    elif rank:
+        add_adapters(model, rank)
+
+
+def _shard_all(
+    policies: Sequence[TokenLogprobs], config: LearnerConfig, device: torch.device
+) -> None:
+    """Shard policies over the ranks, and read the weights of those that are not loaded yet."""
+    mesh = make_mesh(device, config.shard_ranks)
+    for policy in policies:
+        half = config.precision == "bfloat16"
+        shard(policy, gathered_units(policy.model), mesh, half=half)
+        load_shards(policy, device)
 
 
 def _prepare(

@@ -17,7 +17,7 @@ from research_agent.active_rollout import EpisodeKey, InFlight
 from research_agent.config import TrainConfig
 from research_agent.distributed import consumed_together
 from research_agent.engines.base import Engine
-from research_agent.environments import Environments, open_environments, read_fingerprints
+from research_agent.environments import Environments, make_environments, read_fingerprints
 from research_agent.renderer import Renderer
 from research_agent.rollout import RolloutLoop, collect, keeps_turns
 from research_agent.trace import Trace, TracedEngine, TracedEnvironments
@@ -57,7 +57,7 @@ class Player:
         self._eval_environments: Environments | None = None
         if config.run.eval_every:
             eval_args = {**config.environment.env_args, **config.run.eval_args}
-            self._eval_environments = open_environments(config.environment.env, slots, eval_args)
+            self._eval_environments = make_environments(config.environment.env, slots, eval_args)
             self._stack.callback(self._eval_environments.close)
 
     def start(self, load: Callable[[], tuple[Engine, Renderer]]) -> None:
@@ -180,7 +180,7 @@ class Player:
 
     def _open(self, stage_args: Mapping[str, Any]) -> Environments:
         config = self._config.environment
-        environments = open_environments(config.env, self._slots, {**config.env_args, **stage_args})
+        environments = make_environments(config.env, self._slots, {**config.env_args, **stage_args})
         self._stack.callback(environments.close)
         return TracedEnvironments(environments, self._trace) if self._trace else environments
 

@@ -33,7 +33,7 @@ from research_agent.distributed import portable, together
 from research_agent.engines.base import Engine, ServerBacked
 from research_agent.engines.checks import CONTINUE
 from research_agent.errors import EngineError
-from research_agent.models.policy import context_length, load_model
+from research_agent.models.policy import episode_context, load_model
 from research_agent.player import Player
 from research_agent.renderer import Renderer, open_renderer
 from research_agent.system.terminal import escaped_logs
@@ -252,7 +252,7 @@ def load_engine(
         loaded,
         renderer,
         max_slots=slots,
-        max_context=context_length(loaded, sampling.max_prompt + sampling.max_response),
+        max_context=episode_context(loaded, sampling),
         dtype=config.learner.precision,
         share=True,
     )

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -29,11 +29,27 @@ from research_agent.models.source import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from research_agent.config import PolicyConfig
-    from research_agent.sft import SFTConfig
-
 _WHERE = "give a folder with tokenizer.json, or a name on the Hugging Face hub"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
+
+
+class ChatSettings(Protocol):
+    """What the configuration of a command says about the chat template."""
+
+    @property
+    def chat_template(self) -> bool:
+        """Whether prompts are chat messages in the tokenizer's template."""
+        ...
+
+    @property
+    def chat_template_args(self) -> Mapping[str, Any]:
+        """Variables of the template."""
+        ...
+
+    @property
+    def chat_template_date(self) -> str | None:
+        """The day that the template takes for today, YYYY-MM-DD; None: any."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -236,9 +252,7 @@ class Renderer:
         return any(s in text for s in stop)
 
 
-def open_renderer(
-    settings: PolicyConfig | SFTConfig, model: str | Path, date: str | None = None
-) -> Renderer:
+def open_renderer(settings: ChatSettings, model: str | Path, date: str | None = None) -> Renderer:
     """Open the tokenizer of a model as ``load_renderer`` does, by the settings of a command.
 
     Args:

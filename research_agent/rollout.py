@@ -14,7 +14,8 @@ from research_agent.environments import Environments, StepResult, Truncating
 from research_agent.errors import OverlongPromptError
 from research_agent.renderer import Renderer
 from research_agent.trajectory import Trajectory
-from research_agent.trees import CHAINS, TreePlan, Trees
+from research_agent.tree_plan import CHAINS, TreePlan
+from research_agent.trees import Trees
 
 
 def keeps_turns(engine: Engine) -> bool:

@@ -20,7 +20,7 @@ from research_agent.config import SamplingConfig
 from research_agent.engines.base import Completion
 from research_agent.environments import Environments
 from research_agent.trajectory import NOT_GROWN, Segment, Trajectory
-from research_agent.trees import CHAINS, TreePlan
+from research_agent.tree_plan import CHAINS, TreePlan
 
 _TRAJECTORY = (
     *("episode", "sample", "reward", "terminated", "truncated", "stop_reason", "void"),

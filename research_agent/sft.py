@@ -173,7 +173,7 @@ def _fit(config: SFTConfig, signals: list[int]) -> Path:
 
     checkpoints = config.output / CHECKPOINTS
     saved = _unfinished(config)
-    renderer = _renderer(config)
+    renderer = _renderer(config, saved.state["date"] if saved else None)
     model = _model(config, renderer, saved)
     optimizers = _optimizers(model, config)
     begin, average = 0, 0.0  # steps made, and a moving average of their losses
@@ -188,7 +188,11 @@ def _fit(config: SFTConfig, signals: list[int]) -> Path:
         renderer.tokenizer.save_pretrained(folder)
 
     def save(step: int) -> None:
-        state = {"optimizers": [each.state_dict() for each in optimizers], "loss": average}
+        state = {
+            "optimizers": [each.state_dict() for each in optimizers],
+            "loss": average,
+            "date": renderer.chat_template_date,
+        }
         settings = as_json(config)
         checkpoint.save(checkpoints, step, write_model=write, state=state, config=settings, keep=1)
 
@@ -368,8 +372,12 @@ def _schedule(config: SFTConfig, step: int) -> float:
     return rising * (config.final_share + (1 - config.final_share) * left)
 
 
-def _renderer(config: SFTConfig) -> Renderer:
+def _renderer(config: SFTConfig, date: str | None) -> Renderer:
     """Open the tokenizer of the model to start from, or make one of the vocabulary's phrases.
+
+    Args:
+        config: the settings.
+        date: the day that the chat template shows if the settings name none; None: today.
 
     Raises:
         ConfigError: the model has a chat template, and the settings do not say whether to use it.
@@ -379,7 +387,7 @@ def _renderer(config: SFTConfig) -> Renderer:
     from research_agent.renderer import Renderer, open_renderer  # noqa: PLC0415
 
     if config.model is not None:
-        renderer = open_renderer(config, config.model)
+        renderer = open_renderer(config, config.model, date)
         if renderer.tokenizer.chat_template and not (config.chat_template or config.bare_text):
             raise ConfigError(
                 f"{config.model} has a chat template: it was made for chat messages. Add "

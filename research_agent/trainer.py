@@ -55,7 +55,7 @@ from research_agent.failures import saved_for_inspection
 from research_agent.learner import Learner
 from research_agent.models.deferred import load_deferred
 from research_agent.models.policy import (
-    context_length,
+    episode_context,
     find_device,
     load_model,
     require_ends,
@@ -537,7 +537,7 @@ class Trainer:
             self.model,
             self.renderer,
             max_slots=slots,
-            max_context=context_length(self.model, sampling.max_prompt + sampling.max_response),
+            max_context=episode_context(self.model, sampling),
             dtype=config.learner.precision,
         )
         if isinstance(player, Player):

@@ -65,13 +65,13 @@ class Sampler:
         """An engine with its weights, or in front of its endpoint."""
         from research_agent.engines import make_engine  # noqa: PLC0415
         from research_agent.engines.openai import OpenAIEngine  # noqa: PLC0415
-        from research_agent.models.policy import context_length, load_model  # noqa: PLC0415
+        from research_agent.models.policy import episode_context, load_model  # noqa: PLC0415
 
         sampling, slots = self._sampling, self._slots
         if self.endpoint:
             return OpenAIEngine(self.endpoint, self.name, self.renderer, concurrency=slots)
         model = load_model(self.name, dtype=self._dtype, device=self._device)
-        context = context_length(model, sampling.max_prompt + sampling.max_response)
+        context = episode_context(model, sampling)
         return make_engine(
             sampling.engine, model, self.renderer, max_slots=slots, max_context=context, share=True
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from research_agent.errors import ConfigError, ContextError, ModelError, NonFiniteError
@@ -15,12 +15,12 @@ CONTINUE = "The last checkpoint is intact, and the same command continues from i
 """What an error of an engine that died ends with."""
 
 
-def context_limit(model: Any, max_context: int | None) -> int:
-    """Tokens that a trajectory may have: those wanted, or as many as the model has positions for.
+def require_context(model: Any, max_context: int | None) -> int:
+    """Return how many tokens a trajectory may have; refuse more than the model has positions for.
 
     Args:
         model: model of the transformers library.
-        max_context: wanted; None: the model's own limit.
+        max_context: tokens that are wanted; None: as many as the model has positions for.
 
     Raises:
         ContextError: more than the model has.
@@ -47,6 +47,46 @@ def require_room(slot: int, length: int, max_context: int) -> None:
         raise ContextError(f"slot {slot} holds nothing, and no tokens were submitted")
     if length >= max_context:
         raise ContextError(f"{length} tokens leave no room to sample in a context of {max_context}")
+
+
+def require_slot(slot: int, max_slots: int) -> None:
+    """Check that an engine has a slot.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if not 0 <= slot < max_slots:
+        raise ValueError(f"slot {slot} of an engine with slots 0 .. {max_slots - 1}")
+
+
+def require_idle(slot: int, busy: Container[int]) -> None:
+    """Check that a slot is not among those with a turn under way.
+
+    Raises:
+        ValueError: it is.
+    """
+    if slot in busy:
+        raise ValueError(f"slot {slot} has a turn under way; wait for it or release it")
+
+
+def require_no_turns(busy: int) -> None:
+    """Check that no turn is under way, for an engine that cannot keep one with new weights.
+
+    Raises:
+        ValueError: some have.
+    """
+    if busy:
+        raise ValueError(f"{busy} turns are under way; finish or release them before new weights")
+
+
+def require_temperature(temperature: float) -> None:
+    """Refuse a temperature that vLLM would silently raise to 0.01.
+
+    Raises:
+        ValueError: it is above 0 and below 0.01.
+    """
+    if 0 < temperature < 0.01:
+        raise ValueError(f"temperature is {temperature}; vLLM takes 0, or 0.01 and more")
 
 
 def weights_device(model: Any) -> torch.device:

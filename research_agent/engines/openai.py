@@ -32,6 +32,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from research_agent.engines.base import Completion, Finish, SamplingParams
+from research_agent.engines.checks import require_idle
 from research_agent.engines.conversation import (
     Conversation,
     Message,
@@ -238,8 +239,7 @@ class OpenAIEngine:
             ContextError: there is nothing to continue from.
             ValueError: the slot waits for an answer already.
         """
-        if slot in self._turns:
-            raise ValueError(f"slot {slot} has a turn under way; wait for it or release it")
+        require_idle(slot, self._turns)
         text, messages = self._renderer.decode(tokens), self._renderer.messages(tokens)
         if slot in self._conversations and messages:
             self._conversations[slot].add_results(messages, len(tokens))

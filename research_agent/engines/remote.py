@@ -118,7 +118,7 @@ class Turns(Generic[R]):
     def __len__(self) -> int:
         return len(self._running)
 
-    def __contains__(self, slot: int) -> bool:
+    def __contains__(self, slot: object) -> bool:
         return slot in self._running
 
     def begin(self, slot: int, turn: Coroutine[Any, Any, R]) -> None:

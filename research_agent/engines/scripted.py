@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from research_agent.engines.base import Completion, Finish, SamplingParams, make_completion
+from research_agent.engines.checks import require_idle, require_no_turns
 from research_agent.errors import ContextError
 from research_agent.renderer import Renderer
 
@@ -75,8 +76,7 @@ class ScriptedEngine:
             ContextError: nothing to continue from, or no room left for a token.
             ValueError: the slot's turn is under way.
         """
-        if slot in self._turns:
-            raise ValueError(f"slot {slot} has a turn under way; wait for it or release it")
+        require_idle(slot, self._turns)
         held = self._held.setdefault(slot, [])
         held += tokens
         room = self.max_context - len(held)
@@ -140,8 +140,7 @@ class ScriptedEngine:
             ValueError: a turn is under way, and the engine does not keep turns.
         """
         if not self.keeps_turns:
-            if self._turns:
-                raise ValueError(f"{self.busy} turns are under way; interrupt or release them")
+            require_no_turns(self.busy)
             self._held.clear()
         for turn in self._turns.values():
             new = turn.said(self._steps) - len(turn.versions)

@@ -17,7 +17,15 @@ import numpy as np
 import torch
 
 from research_agent.engines.base import Completion, Finish, SamplingParams, make_completion
-from research_agent.engines.checks import WeightNames, context_limit, not_finite, require_room
+from research_agent.engines.checks import (
+    WeightNames,
+    not_finite,
+    require_context,
+    require_idle,
+    require_no_turns,
+    require_room,
+    require_slot,
+)
 from research_agent.engines.recurrent_states import RecurrentStates, keep_states_by_slot
 from research_agent.engines.slot_attention import (
     ACTIVE_CACHE,
@@ -74,7 +82,7 @@ class TransformersEngine:
         share: bool = False,
         way: Way = "together",
     ) -> None:
-        self.max_context = context_limit(model, max_context)
+        self.max_context = require_context(model, max_context)
         self.max_slots = max_slots
         self.forwarded_tokens = 0  # since the start; a token of a trajectory counts once
         self._renderer = renderer
@@ -132,10 +140,8 @@ class TransformersEngine:
             ContextError: nothing to continue from, or no room left to sample a token.
             ValueError: no such slot, or one whose turn is under way.
         """
-        if not 0 <= slot < self.max_slots:
-            raise ValueError(f"slot {slot} of an engine with slots 0 .. {self.max_slots - 1}")
-        if slot in self._params:
-            raise ValueError(f"slot {slot} has a turn under way; wait for it or release it")
+        require_slot(slot, self.max_slots)
+        require_idle(slot, self._params)
         last = [int(self._last[slot])] if self._last[slot] >= 0 else []
         new = [*last, *tokens]
         length = int(self._cached[slot]) + len(new)
@@ -242,8 +248,7 @@ class TransformersEngine:
             ModelError: a name or shape that the model does not have, or a weight left out.
             ValueError: a turn is under way.
         """
-        if self._params:
-            raise ValueError(f"{self.busy} turns are under way; finish them before new weights")
+        require_no_turns(self.busy)
         own = self._model.state_dict(keep_vars=True)
         given = set()
         with torch.no_grad():

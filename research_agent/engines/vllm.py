@@ -36,10 +36,14 @@ from research_agent.engines.base import Completion, Finish, SamplingParams, make
 from research_agent.engines.checks import (
     CONTINUE,
     WeightNames,
-    context_limit,
     not_finite,
+    require_context,
     require_gpus,
+    require_idle,
+    require_no_turns,
     require_room,
+    require_slot,
+    require_temperature,
 )
 from research_agent.engines.remote import turn_seed
 from research_agent.engines.servers.server import READ_FILES
@@ -100,7 +104,7 @@ class VllmEngine:
         tensor_parallel: int = 1,
         memory_share: float = 0.4,
     ) -> None:
-        self.max_context = context_limit(model, max_context)
+        self.max_context = require_context(model, max_context)
         self.max_slots = max_slots
         self.prefilled_tokens = 0  # by vLLM's count: those of prompts that its cache had not
         self._renderer = renderer
@@ -159,12 +163,9 @@ class VllmEngine:
         from vllm import SamplingParams as VllmParams  # noqa: PLC0415 - slow to import
         from vllm.sampling_params import RequestOutputKind  # noqa: PLC0415
 
-        if not 0 <= slot < self.max_slots:
-            raise ValueError(f"slot {slot} of an engine with slots 0 .. {self.max_slots - 1}")
-        if slot in self._turns:
-            raise ValueError(f"slot {slot} has a turn under way; wait for it or release it")
-        if 0 < params.temperature < 0.01:
-            raise ValueError(f"temperature is {params.temperature}; vLLM takes 0, or 0.01 and more")
+        require_slot(slot, self.max_slots)
+        require_idle(slot, self._turns)
+        require_temperature(params.temperature)
         prompt = [*self._held.get(slot, ()), *tokens]
         require_room(slot, len(prompt), self.max_context)
         sampling = VllmParams(
@@ -241,8 +242,7 @@ class VllmEngine:
                 weights are as before then.
             ValueError: a turn is under way.
         """
-        if self._turns:
-            raise ValueError(f"{self.busy} turns are under way; finish them before new weights")
+        require_no_turns(self.busy)
         source: dict[str, Any]
         if self._folder:
             source = {"weights_path": str(self._folder.write(weights, "new"))}

@@ -7,7 +7,7 @@ from typing import Any
 
 from research_agent.config import EvalConfig
 from research_agent.config_checks import validate_eval
-from research_agent.environments import open_environments
+from research_agent.environments import make_environments
 from research_agent.evaluation.evaluate import evaluate
 from research_agent.evaluation.fingerprint import header, model_fingerprint
 from research_agent.evaluation.predictions import read_header
@@ -35,7 +35,7 @@ def evaluate_model(config: EvalConfig) -> Summary:
     split = {} if config.split is None else {"split": config.split}
     env_args = {**config.environment.env_args, **split}
     slots = config.sampling.max_in_flight or 128
-    environments = open_environments(config.environment.env, slots, env_args)
+    environments = make_environments(config.environment.env, slots, env_args)
     try:
         engine, renderer, fingerprint = _sampler(config, slots)
         written = getattr(renderer, "chat_template_date", "") or None
@@ -73,7 +73,7 @@ def _sampler(config: EvalConfig, slots: int) -> tuple[Any, Any, str]:
         return endpoint, words, f"{policy.model} at {config.endpoint.rstrip('/')}"
     from research_agent.engines import make_engine  # noqa: PLC0415
     from research_agent.models.policy import (  # noqa: PLC0415
-        context_length,
+        episode_context,
         load_model,
         require_ends,
     )
@@ -85,7 +85,7 @@ def _sampler(config: EvalConfig, slots: int) -> tuple[Any, Any, str]:
     renderer = open_renderer(policy, place, before)
     model = load_model(policy.model, dtype=config.dtype, device=policy.device)
     require_ends(model, renderer)
-    context = context_length(model, sampling.max_prompt + sampling.max_response)
+    context = episode_context(model, sampling)
     engine = make_engine(
         sampling.engine,
         model,

@@ -7,7 +7,7 @@ policy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -16,17 +16,15 @@ from torch import Tensor, nn
 
 from research_agent.algorithms.base import UsesCritic
 from research_agent.algorithms.functional import token_mean
-from research_agent.batch import Batch, MicroBatch, Packing, micro_batches
+from research_agent.batch import Batch, MicroBatch, Packing
 from research_agent.config import LearnerConfig
 from research_agent.distributed import (
     all_reduce_sum,
     local_tensor,
-    rank_and_size,
     shard,
-    shard_batches,
 )
 from research_agent.errors import CheckpointError, NonFiniteError
-from research_agent.models.policy import Precision, action_hidden_states
+from research_agent.models.policy import Precision, action_hidden_states, own_passes, per_token
 from research_agent.models.prepare import decoder_layers, set_up
 from research_agent.optimizer import Optimizer
 from research_agent.sharded import Read, allocate, copy_or_read, read_nothing
@@ -108,7 +106,6 @@ class Critic:
         self._budget = config.micro_batch_tokens
         self._packing: Packing = packing
 
-    @torch.no_grad()
     def values(self, batch: Batch) -> Tensor:
         """Estimate the return of the state in which each action token was sampled.
 
@@ -118,14 +115,7 @@ class Critic:
         Returns:
             The values, [A], in float32 (float64 if the model is).
         """
-        found: Tensor | None = None
-        for micro, counts in shard_batches(self._passes(batch)):
-            values = self.model(micro)
-            if found is None:
-                found = values.new_zeros(len(batch.targets))
-            if counts:
-                found[micro.token_index] = values
-        return batch.sampler_logprobs.new_zeros(0) if found is None else all_reduce_sum(found)
+        return per_token(self.model, batch, self._budget, packing=self._packing)
 
     def step(self, batch: Batch) -> dict[str, float]:
         """Move the values towards the returns, by one optimizer step.
@@ -145,7 +135,7 @@ class Critic:
         weights = token_mean(batch.lengths, batch.seq_ids)
         sums = torch.zeros(2, dtype=torch.float64, device=old.device)
         try:
-            for micro, counts in shard_batches(self._passes(batch)):
+            for micro, counts in own_passes(batch, self._budget, packing=self._packing):
                 value = self.model(micro)
                 target = returns[micro.token_index].to(value.dtype)
                 errors, clipped = value_errors(
@@ -201,10 +191,6 @@ class Critic:
             raise CheckpointError(
                 f"the critic's state is that of another model: {error}"
             ) from error
-
-    def _passes(self, batch: Batch) -> Iterator[MicroBatch]:
-        ranks = rank_and_size()[1]
-        return micro_batches(batch, self._budget, packing=self._packing, ranks=ranks)
 
 
 def _shard_like(

@@ -107,22 +107,22 @@ def _local_folder(place: str) -> Path:
     return Path(snapshot_download(place, allow_patterns=["*.safetensors", "*.json"]))
 
 
-def load_shards(score: Any, device: torch.device) -> None:
+def load_shards(policy: Any, device: torch.device) -> None:
     """Read this rank's shards of a model from ``load_deferred``, and check the model.
 
     Other models are left as they are.
 
     Args:
-        score: a sharded ``TokenLogprobs``.
+        policy: a sharded ``TokenLogprobs``.
         device: where the shards live.
 
     Raises:
         ModelError: the files cannot be read, or ``require_learnable`` refuses the model.
     """
-    model = score.model
+    model = policy.model
     folder = deferred_folder(model)
     if folder is None:
         return
     with opening(f"the weights in {folder}", "get or save them again"):
-        fill(score, model, folder, device)
-    score(partial(require_learnable, name=str(folder)))
+        fill(policy, model, folder, device)
+    policy(partial(require_learnable, name=str(folder)))

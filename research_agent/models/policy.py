@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,7 @@ from research_agent.models.source import (
 )
 
 if TYPE_CHECKING:
+    from research_agent.config import SamplingConfig
     from research_agent.renderer import Renderer
 
 Precision = Literal["float32", "bfloat16"]
@@ -184,16 +185,16 @@ def token_logprobs(
     head = output_logits(model)
     most = max_logits or (MAX_LOGITS_GPU if targets.is_cuda else MAX_LOGITS)
     rows = max(1, most // len(model.get_output_embeddings().weight))
-    score = _compiled_score() if compile else _score
+    compute = _compiled_logprobs_and_entropy() if compile else _logprobs_and_entropy
     with torch.autocast(targets.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         states = action_hidden_states(model, micro)
         if micro.distinct is not None:
             states, targets = states[micro.distinct], targets[micro.distinct]
         if len(states) <= rows:
-            return _spread(score(head(states), targets, temperature), micro)
+            return _spread(compute(head(states), targets, temperature), micro)
         pieces = [
             checkpoint(
-                lambda states, targets: score(head(states), targets, temperature),
+                lambda states, targets: compute(head(states), targets, temperature),
                 *piece,
                 use_reentrant=False,
                 preserve_rng_state=False,
@@ -204,11 +205,11 @@ def token_logprobs(
     return _spread((logprobs, entropy), micro)
 
 
-def _spread(scored: tuple[Tensor, Tensor], micro: MicroBatch) -> tuple[Tensor, Tensor]:
+def _spread(computed: tuple[Tensor, Tensor], micro: MicroBatch) -> tuple[Tensor, Tensor]:
     """In rows of trees, give every action token the values of the distinct token it equals."""
     if micro.distinct_of is None:
-        return scored
-    return scored[0][micro.distinct_of], scored[1][micro.distinct_of]
+        return computed
+    return computed[0][micro.distinct_of], computed[1][micro.distinct_of]
 
 
 def action_hidden_states(model: Any, micro: MicroBatch) -> Tensor:
@@ -270,9 +271,51 @@ def gathered_units(model: Any) -> list[nn.Module]:
     return decoder_layers(model) if tied else [*decoder_layers(model), embedding]
 
 
+def own_passes(
+    batch: Batch, max_tokens: int, *, packing: Packing = "off"
+) -> Iterator[tuple[MicroBatch, bool]]:
+    """Yield this rank's passes over a batch; see ``shard_batches``.
+
+    Args:
+        batch: trajectories.
+        max_tokens: most tokens per pass, padding included.
+        packing: as for ``micro_batches``.
+    """
+    ranks = rank_and_size()[1]
+    return shard_batches(micro_batches(batch, max_tokens, packing=packing, ranks=ranks))
+
+
 @torch.no_grad()
+def per_token(
+    compute: Callable[[MicroBatch], Tensor],
+    batch: Batch,
+    max_tokens: int,
+    *,
+    packing: Packing = "off",
+) -> Tensor:
+    """Compute a number for each action token of a batch, without gradient.
+
+    Args:
+        compute: returns the numbers of a pass's action tokens, [a].
+        batch: trajectories with A action tokens.
+        max_tokens: most tokens per pass, padding included.
+        packing: as for ``micro_batches``.
+
+    Returns:
+        The numbers, [A], on all ranks.
+    """
+    found: Tensor | None = None
+    for micro, counts in own_passes(batch, max_tokens, packing=packing):
+        values = compute(micro)
+        if found is None:
+            found = values.new_zeros(len(batch.targets))
+        if counts:
+            found[micro.token_index] = values
+    return batch.sampler_logprobs.new_zeros(0) if found is None else all_reduce_sum(found)
+
+
 def batch_logprobs(
-    score: Callable[[MicroBatch], tuple[Tensor, Tensor]],
+    logprobs: Callable[[MicroBatch], tuple[Tensor, Tensor]],
     batch: Batch,
     max_tokens: int,
     *,
@@ -281,7 +324,7 @@ def batch_logprobs(
     """Compute the log-probabilities of all action tokens of a batch, without gradient.
 
     Args:
-        score: a ``TokenLogprobs``, or a function that returns the same for a pass.
+        logprobs: a ``TokenLogprobs``, or a function that returns the same for a pass.
         batch: trajectories with A action tokens.
         max_tokens: most tokens per pass, padding included.
         packing: as for ``micro_batches``.
@@ -289,19 +332,12 @@ def batch_logprobs(
     Returns:
         The log-probabilities, [A].
     """
-    found: Tensor | None = None
-    ranks = rank_and_size()[1]
-    passes = micro_batches(batch, max_tokens, packing=packing, ranks=ranks)
-    for micro, counts in shard_batches(passes):
-        logprobs = score(micro)[0]
-        if found is None:
-            found = logprobs.new_zeros(len(batch.targets))
-        if counts:
-            found[micro.token_index] = logprobs
-    return batch.sampler_logprobs.new_zeros(0) if found is None else all_reduce_sum(found)
+    return per_token(lambda micro: logprobs(micro)[0], batch, max_tokens, packing=packing)
 
 
-def _score(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _logprobs_and_entropy(
+    logits: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the targets and entropies, from logits [a, vocabulary]."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature != 1:
@@ -312,8 +348,8 @@ def _score(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor,
 
 
 @cache
-def _compiled_score() -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]:
-    return torch.compile(_score, dynamic=True)
+def _compiled_logprobs_and_entropy() -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]:
+    return torch.compile(_logprobs_and_entropy, dynamic=True)
 
 
 def _plain_weights(model: Any, dtype: torch.dtype) -> Any:
@@ -348,7 +384,8 @@ def refuse_unusable(config: Any, name: str) -> None:
     )
 
 
-def context_length(model: Any, wanted: int) -> int:
-    """Most tokens of an episode: those wanted, but no more than the model has positions."""
+def episode_context(model: Any, sampling: SamplingConfig) -> int:
+    """Most tokens of an episode: as many as the settings allow and the model has positions for."""
+    wanted = sampling.max_prompt + sampling.max_response
     limit: int | None = getattr(model.config, "max_position_embeddings", None)
     return wanted if limit is None else min(wanted, limit)

@@ -279,11 +279,11 @@ def test_compiling_captures_each_layer_and_changes_nothing(monkeypatch: pytest.M
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=as_it_is))
     model, groups = tiny_qwen2(V).double(), random_groups(5)
     plain = _gradient(model, groups, packing="off")
-    policy._compiled_score.cache_clear()
+    policy._compiled_logprobs_and_entropy.cache_clear()
     try:
         got = _gradient(model, groups, packing="off", compile=True, micro_batch_tokens=60)
     finally:
-        policy._compiled_score.cache_clear()
+        policy._compiled_logprobs_and_entropy.cache_clear()
         torch.compiler.reset()
     assert graphs
     assert distance(got, plain) < 1e-12

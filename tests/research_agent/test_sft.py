@@ -8,7 +8,9 @@ import random
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,6 +218,36 @@ def test_a_run_that_is_stopped_and_one_that_dies_continue_bit_by_bit(
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (parts.output / name).read_bytes() == (whole / name).read_bytes()
     assert {path.name for path in parts.output.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_a_run_that_continues_on_another_day_shows_the_first_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chat template writes the date: prompts begin with b before midnight, and c after."""
+    monkeypatch.setenv("STOPPED", str(tmp_path))
+    tokenizer = byte_tokenizer()
+    day = "{{ 'b' if strftime_now('%Y') == '2025' else 'c' }}"
+    tokenizer.chat_template = day + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_llama().save_pretrained(tmp_path / "model")
+    dated = replace(
+        SMALL, model=str(tmp_path / "model"), vocabulary=None, chat_template=True, count=240
+    )
+
+    def on(day: date) -> None:
+        monkeypatch.setattr("research_agent.renderer.date", SimpleNamespace(today=lambda: day))
+
+    on(date(2025, 12, 31))
+    whole = run(replace(dated, output=tmp_path / "whole"))
+    parts = replace(dated, demonstrations=f"{HERE}:stopping", output=tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        run(parts)
+    on(date(2026, 1, 1))
+    with pytest.raises(PowerLossError):
+        run(parts)
+    run(parts)
+    weights = "model.safetensors"
+    assert (parts.output / weights).read_bytes() == (whole / weights).read_bytes()
 
 
 def test_ctrl_c_says_that_the_same_command_continues(

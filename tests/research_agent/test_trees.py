@@ -31,7 +31,8 @@ from research_agent.rollout import RolloutLoop, collect
 from research_agent.run_logger import METRICS, read_lines
 from research_agent.trace import Trace, TracedEngine
 from research_agent.trajectory import NOT_GROWN, Group, Segment, Trajectory
-from research_agent.trees import Forking, TreePlan, Trees
+from research_agent.tree_plan import TreePlan
+from research_agent.trees import Forking, Trees
 from tests.research_agent.conftest import (
     byte_tokenizer,
     make_renderer,

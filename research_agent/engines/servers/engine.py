@@ -28,7 +28,14 @@ from typing import TYPE_CHECKING, Any
 
 from research_agent.distributed import gather, rank_and_size, together
 from research_agent.engines.base import Completion, Finish, SamplingParams, make_completion
-from research_agent.engines.checks import context_limit, not_finite, require_room, weights_device
+from research_agent.engines.checks import (
+    not_finite,
+    require_context,
+    require_idle,
+    require_room,
+    require_temperature,
+    weights_device,
+)
 from research_agent.engines.remote import Turns
 from research_agent.engines.servers.pool import Sampled, ServedWeights, ServerPool, Slot
 from research_agent.engines.servers.serve import ServerProcess, vllm_settings
@@ -95,10 +102,8 @@ class ServerEngine:
             ValueError: the slot's turn is under way, or a temperature that vLLM would silently
                 raise.
         """
-        if slot in self._turns:
-            raise ValueError(f"slot {slot} has a turn under way; wait for it or release it")
-        if 0 < params.temperature < 0.01:
-            raise ValueError(f"temperature is {params.temperature}; vLLM takes 0, or 0.01 and more")
+        require_idle(slot, self._turns)
+        require_temperature(params.temperature)
         held = self._slots.setdefault(slot, Slot())
         length = len(held.tokens) + len(tokens)
         require_room(slot, length, self.max_context)
@@ -228,7 +233,7 @@ def connect_servers(
         StoppedError: this is not rank 0, which has one of these errors.
     """
     bases = _addresses(urls)
-    context = context_limit(model, max_context)
+    context = require_context(model, max_context)
     gives = process is not None or rank_and_size()[0] == 0
     dtype = dtype or str(model.dtype).removeprefix("torch.")
     needs = Needs(context, dtype, model_sizes(model), transfer, token=min(renderer.end_ids))
@@ -268,7 +273,7 @@ def serve_engine(
         EngineError: a server does not start.
         StoppedError: this is not rank 0, which has one of these errors.
     """
-    context = context_limit(model, max_context)
+    context = require_context(model, max_context)
     dtype = dtype or str(model.dtype).removeprefix("torch.")
     device = weights_device(model)
     slots = max_slots * torchrun("LOCAL_WORLD_SIZE", 1)
