@@ -91,8 +91,8 @@ class SFTConfig:
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the matrix products. bfloat16 is twice as fast on a GPU, and on a CPU that
-    has instructions for it; the weights stay float32."""
+    """Number format of the matrix products. bfloat16 is twice as fast on a GPU, and on some CPUs
+    that have instructions for it; the weights stay float32."""
     seed: int = 0
     """Seed of the demonstrations, the first weights, and the order within a few batches."""
     output: Path = Path("runs/sft")

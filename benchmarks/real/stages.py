@@ -101,7 +101,8 @@ class RealConfig:
     """Stop after this stage, such as zero-shot or warm-start; none runs all."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of sampling and of the matrix products of learning. bfloat16 is two to four
-    times as fast on a CPU that has instructions for it (avx512_bf16 or amx_bf16 in lscpu)."""
+    times as fast on some CPUs that have instructions for it (avx512_bf16 or amx_bf16 in lscpu), and
+    slower than float32 on others; speed.json in the output folder says how fast this one is."""
     engine: str = "transformers"
     """What samples: transformers or vllm."""
     retriever: str | None = None
