@@ -1,7 +1,8 @@
 # Two commands do everything, set-up included: make demo, make test.
 
 VENV := .venv
-PYTHON := $(VENV)/bin/python
+# With PYTHON=... on the command line, setup would install into that environment.
+override PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 BASE_PYTHON ?= python3
 
