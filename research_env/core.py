@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, TypedDict, Unpack
 
+import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+from gymnasium.vector import VectorEnv
 
 from research_env.datasets.base import Dataset, Question
 from research_env.episode import Episode, fail, observe
@@ -130,8 +132,9 @@ class EnvCore:
             episode: the number of the episode, from 0 on.
 
         Raises:
-            ConfigurationError: the number is not an integer from 0 on.
+            ConfigurationError: the seed or the number is not an integer from 0 on.
         """
+        _check_seed(seed)
         if not isinstance(episode, int | np.integer) or episode < 0:
             raise ConfigurationError(f"an episode's number is an integer from 0 on, not {episode}")
         epoch, at = divmod(int(episode), len(self.questions))
@@ -165,7 +168,7 @@ class EnvCore:
             max_turns=self.max_turns,
             max_passage_chars=self.max_passage_chars,
             chat=is_chat and messages[-1]["role"] == "user",
-            metric_language=self._language(question),
+            metric_language=self.metric_language or _language(question),
         )
         info = make_info(episode, messages)
         info["tools"] = self.tool_schemas()
@@ -182,14 +185,6 @@ class EnvCore:
         if tool_format is None or not tool_format.lists_tools:
             return []
         return [tool.schema for tool in self.protocol.tools]
-
-    def _language(self, question: Question) -> str:
-        language = self.metric_language or question.extra.get("metric_language", "en")
-        if language not in LANGUAGES:
-            raise UnknownNameError(
-                f"metric_language of question {question.id!r}:", language, LANGUAGES
-            )
-        return str(language)
 
     def search(self, requests: Sequence[Request]) -> list[Found]:
         """Run a batch of queries and of requests of other tools.
@@ -260,7 +255,7 @@ class EnvCore:
                 metrics |= {f"reward/{name}": value for name, value in components.items()}
             else:
                 name = self.settings.get("reward")
-                earned = evaluate(self.reward, episode, name if isinstance(name, str) else "")
+                earned = evaluate(self.reward, episode, name=name if isinstance(name, str) else "")
             if self.turn_reward:
                 earned += turn_earned
                 metrics |= self.turn_reward.totals(episode)
@@ -271,7 +266,7 @@ class EnvCore:
         terms = self.reward.terms if isinstance(self.reward, WeightedSum) else ()
         names = [*METRICS, *(f"reward/{term.name}" for term in terms)]
         if self.turn_reward:
-            names += [f"turn_reward/{name}" for _, name, _ in self.turn_reward.terms]
+            names += [f"turn_reward/{term.name}" for term in self.turn_reward.terms]
         return dict.fromkeys(names, 0.0)
 
     def transcript(self, episode: Episode) -> str:
@@ -342,6 +337,9 @@ def make_core(**settings: Unpack[EnvSettings]) -> EnvCore:
     language = settings.get("metric_language") or data.metric_language
     if language not in (None, *LANGUAGES):
         raise UnknownNameError("metric_language", language, LANGUAGES)
+    for question in data.questions if language is None else ():
+        if (own := _language(question)) not in [*LANGUAGES]:
+            raise UnknownNameError(f"metric_language of question {question.id!r}:", own, LANGUAGES)
     retriever = _open_engine(settings.get("retriever"), data)
     if any(tool.reads for tool in rules.tools):
         require_reader(retriever)
@@ -359,6 +357,28 @@ def make_core(**settings: Unpack[EnvSettings]) -> EnvCore:
         max_turns=max_turns,
         max_passage_chars=_read_limit(settings, "max_passage_chars", MAX_PASSAGE_CHARS, 1),
     )
+
+
+def reset_seed(env: gym.Env[Any, Any] | VectorEnv[Any, Any, Any], seed: int | None) -> int | None:
+    """The seed of a ``reset``, checked; one drawn from ``np_random`` if the user has set that.
+
+    Raises:
+        ConfigurationError: the seed is not an integer from 0 on.
+    """
+    if seed is not None:
+        _check_seed(seed)
+    elif env.np_random_seed == -1:  # Gymnasium does not know the seed of a generator that was set
+        return int(env.np_random.integers(2**31))
+    return seed
+
+
+def _check_seed(seed: object) -> None:
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise ConfigurationError(f"a seed is an integer from 0 on, not {seed!r}")
+
+
+def _language(question: Question) -> Any:
+    return question.extra.get("metric_language", "en")
 
 
 def _with_tools(rules: Protocol, settings: EnvSettings) -> Protocol:

@@ -6,9 +6,9 @@ from typing import Any, ClassVar, Unpack
 
 import gymnasium as gym
 
-from research_env.core import EnvSettings, StepOutput, make_core, resolve_search
+from research_env.core import EnvSettings, StepOutput, make_core, reset_seed, resolve_search
 from research_env.episode import Action, Episode, TruncationReason, advance, truncate
-from research_env.errors import ConfigurationError, EpisodeError, UnknownNameError
+from research_env.errors import ClosedError, ConfigurationError, EpisodeError, UnknownNameError
 from research_env.fingerprint import environment_fingerprints
 from research_env.info import SHOWS
 from research_env.spaces import UnicodeText
@@ -120,6 +120,7 @@ class SearchQAEnv(gym.Env[str, str]):
         self._core = make_core(**settings)
         self._episode: Episode | None = None
         self._next = 0
+        self._closed = False
         self.action_space = self._core.action_space()
         self.observation_space = UnicodeText()
 
@@ -139,8 +140,10 @@ class SearchQAEnv(gym.Env[str, str]):
         """Start an episode; see the class for ``seed`` and ``options``.
 
         Raises:
-            ConfigurationError: an unknown option, or no such episode or question.
+            ConfigurationError: an unknown option, no such episode or question, or a seed that is
+                not an integer from 0 on.
         """
+        seed = reset_seed(self, seed)
         super().reset(seed=seed)
         if seed is not None:
             self._next = 0
@@ -169,11 +172,14 @@ class SearchQAEnv(gym.Env[str, str]):
         Raises:
             ActionError: the action is of another type.
             EpisodeError: before ``reset``, or after the end.
+            ClosedError: a search after ``close``.
         """
         if self._episode is None:
             raise EpisodeError("there is no episode yet; call reset first")
         episode = advance(self._episode, action)
         if episode.pending is not None:
+            if self._closed:
+                raise ClosedError
             found = self._core.search(episode.pending_requests)
             episode = resolve_search(episode, *found)
         self._episode = episode
@@ -215,4 +221,5 @@ class SearchQAEnv(gym.Env[str, str]):
 
     def close(self) -> None:
         """Release the search engine; calling it twice is harmless."""
+        self._closed = True
         self._core.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 from research_env.system.redaction import redact_known
 
@@ -14,6 +15,17 @@ class ResearchEnvError(Exception):
     def __init__(self, *args: object) -> None:
         """Take the message, and redact secrets in it."""
         super().__init__(*(redact_known(each) if isinstance(each, str) else each for each in args))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # BaseException would call the class, whose __init__ may take other arguments.
+        return _restore, (type(self), self.args), self.__dict__
+
+
+def _restore(kind: type[ResearchEnvError], args: tuple[object, ...]) -> ResearchEnvError:
+    """An error with this message, whatever the arguments of its class are."""
+    error = kind.__new__(kind)
+    ResearchEnvError.__init__(error, *args)
+    return error
 
 
 class UnknownNameError(ResearchEnvError, ValueError):
@@ -74,4 +86,4 @@ class ClosedError(RetrievalError):
 
     def __init__(self) -> None:
         """Say what to do."""
-        super().__init__("the searches have been closed; make new ones to search again")
+        super().__init__("the searches have been closed; make a new environment to search again")

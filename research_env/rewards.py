@@ -15,11 +15,11 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import combinations
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from research_env.episode import Episode
 from research_env.errors import ConfigurationError, ResearchEnvError, RewardError, UnknownNameError
@@ -104,8 +104,10 @@ def query_diversity(episode: Episode) -> float:
     References:
         Jaccard 1912, "The distribution of the flora in the alpine zone".
     """
-    asked = [query for turn in episode.turns for query in turn.queries]
-    bags = [set(normalize(query).split()) for query in asked[: episode.searches]]
+    turns = episode.turns
+    if turns and not turns[-1].observation:
+        turns = turns[:-1]  # its searches were refused or not answered
+    bags = [set(normalize(query).split()) for turn in turns for query in turn.queries]
     pairs = [1 - len(a & b) / len(a | b) if a | b else 0.0 for a, b in combinations(bags, 2)]
     return sum(pairs) / len(pairs) if pairs else 1.0
 
@@ -142,12 +144,21 @@ SHAPING: dict[str, Reward] = {
 """Guarded variants of the papers' rewards, and functions to add to a reward, by name."""
 
 
+F = TypeVar("F", bound=Callable[..., float])
+
+
 class Term(NamedTuple):
     """A term of a sum: its weight, its name as it was written, and its function."""
 
     weight: float
     name: str
-    reward: Reward
+    function: Callable[..., float]
+
+
+def sum_text(terms: Sequence[Term]) -> str:
+    """A sum as text, by which results name their reward; `read_terms` reads it back."""
+    pieces = [f"{term.weight:+}".removesuffix(".0") + f"*{term.name}" for term in terms]
+    return "".join(pieces).removeprefix("+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +169,8 @@ class WeightedSum:
 
     @property
     def __name__(self) -> str:
-        """The sum as text, by which results name their reward; `reward` reads it back."""
-        return "".join(f"{term.weight:+g}*{term.name}" for term in self.terms).removeprefix("+")
+        """The sum as text; `reward` reads it back."""
+        return sum_text(self.terms)
 
     def __call__(self, episode: Episode) -> float:
         """The sum for a finished episode."""
@@ -167,20 +178,35 @@ class WeightedSum:
 
     def components(self, episode: Episode) -> dict[str, float]:
         """The value of each term by its name, before its weight; always the same keys."""
-        return {term.name: evaluate(term.reward, episode, term.name) for term in self.terms}
+        return {term.name: evaluate(term.function, episode, name=term.name) for term in self.terms}
 
     def total(self, components: Mapping[str, float]) -> float:
         """The sum of these values, each with its weight."""
         return sum((term.weight * components[term.name] for term in self.terms), start=0.0)
 
 
-def reward(name: str | Reward, known: Mapping[str, Reward] | None = None) -> Reward:
+def reward(name: str | Reward) -> Reward:
     """The reward with a name, or the sum of several.
 
     Args:
         name: one of `REWARDS` or `SHAPING`; "module:function" for one of your own; a sum such as
             "research+0.1*support_recall-0.02*searches" (`parse_sum`); or the function itself.
-        known: the rewards by name; None: `REWARDS` and `SHAPING`.
+
+    Raises:
+        UnknownNameError: there is no reward of that name.
+        ConfigurationError: as in `read_terms`.
+    """
+    terms = read_terms(name, REWARDS | SHAPING)
+    is_sum = not callable(name) and terms[0].name != name
+    return WeightedSum(terms) if is_sum else terms[0].function
+
+
+def read_terms(name: str | F, known: Mapping[str, F]) -> tuple[Term, ...]:
+    """The terms of a sum of rewards; a single reward is one term of weight 1.
+
+    Args:
+        name: a known name, "module:function", a sum of them, or the function itself.
+        known: the rewards by name.
 
     Raises:
         UnknownNameError: there is no reward of that name.
@@ -188,13 +214,17 @@ def reward(name: str | Reward, known: Mapping[str, Reward] | None = None) -> Rew
             or the function is async.
     """
     if callable(name):
-        return _refuse_async(name, getattr(name, "__name__", repr(name)))
-    name, known = str(name), REWARDS | SHAPING if known is None else known
+        own = str(getattr(name, "__name__", "own"))
+        return (Term(1.0, own, _refuse_async(name, own)),)
+    name = str(name)
+    is_sum = name not in known and not set("+-* ").isdisjoint(name)
+    terms = parse_sum(name, known) if is_sum else [(1.0, name)]
+    return tuple([Term(weight, each, _find(each, known)) for weight, each in terms])
+
+
+def _find(name: str, known: Mapping[str, F]) -> F:
     if name in known:
         return known[name]
-    if not set("+-* ").isdisjoint(name):
-        terms = parse_sum(name, known)
-        return WeightedSum(tuple(Term(weight, each, reward(each, known)) for weight, each in terms))
     module, colon, function = name.partition(":")
     if not colon:
         hint = "Name one of your own as 'module:function'."
@@ -208,15 +238,17 @@ def reward(name: str | Reward, known: Mapping[str, Reward] | None = None) -> Rew
         ) from error
     if not callable(found):
         raise ConfigurationError(f"the reward {name!r} is {found!r}, which is not a function")
-    return _refuse_async(found, name)
+    own: F = _refuse_async(found, name)
+    return own
 
 
-def evaluate(function: Reward, episode: Episode, name: str = "") -> float:
-    """The reward of a finished episode, checked to be a number.
+def evaluate(function: Callable[..., float], *episodes: Episode, name: str = "") -> float:
+    """The reward of a finished episode or of a turn, checked to be a number.
 
     Args:
         function: the reward.
-        episode: a finished one that is not void.
+        episodes: what it takes: a finished episode that is not void, or the episodes before and
+            after a turn.
         name: what errors call the reward.
 
     Raises:
@@ -225,13 +257,13 @@ def evaluate(function: Reward, episode: Episode, name: str = "") -> float:
     """
     name = name or getattr(function, "__qualname__", repr(function))
     try:
-        value = function(episode)
+        value = function(*episodes)
         number = float(value) if hasattr(type(value), "__float__") else math.nan
     except ResearchEnvError:
         raise
     except Exception as error:
         raise RewardError(
-            f"the reward {name} failed for question {episode.question.id!r}: "
+            f"the reward {name} failed for question {episodes[0].question.id!r}: "
             f"{type(error).__name__}: {error}"
         ) from error
     if math.isfinite(number):
@@ -239,12 +271,12 @@ def evaluate(function: Reward, episode: Episode, name: str = "") -> float:
     if inspect.iscoroutine(value):
         value.close()
     raise RewardError(
-        f"the reward {name} returned {value!r:.80} for question {episode.question.id!r}; a reward "
-        "is one finite number (to log more of them, add them up with weight 0)"
+        f"the reward {name} returned {value!r:.80} for question {episodes[0].question.id!r}; a "
+        "reward is one finite number (to log more of them, add them up with weight 0)"
     )
 
 
-def _refuse_async(function: Reward, name: str) -> Reward:
+def _refuse_async(function: F, name: str) -> F:
     call = getattr(function, "__call__", None)  # noqa: B004 (an object may have an async one)
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call):
         raise ConfigurationError(

@@ -115,6 +115,9 @@ class Sessions:
 
         Args:
             seed: draws their order.
+
+        Raises:
+            ConfigurationError: the seed is not an integer from 0 on.
         """
         rows: list[Task] = []
         tools = self.core.tool_schemas()
@@ -141,6 +144,7 @@ class Sessions:
 
         Raises:
             UnknownTaskError: no task has this id, or the number is not in 0 to ``num_tasks - 1``.
+            ConfigurationError: the seed is not an integer from 0 on.
             ClosedError: :meth:`close` was called before.
         """
         if self.searches.closed:

@@ -65,14 +65,14 @@ def _is_file(path: Path) -> bool:
 def _read(path: Path) -> Any:
     """The messages of a file, not yet checked."""
     try:
-        text = read_small_file(path).decode("utf-8")
+        text = read_small_file(path).decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, ValueError) as error:
         raise DataError(f"the template {path} cannot be read: {error}") from error
     if path.suffix not in _CHATS:
         return [{"role": "user", "content": text}]
     if path.suffix == ".jsonl":
         found = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     found.append(json.loads(line))

@@ -20,7 +20,7 @@ from itertools import pairwise
 
 from research_env.episode import Episode, Turn
 from research_env.metrics import normalize
-from research_env.rewards import WeightedSum, reward, support_recall
+from research_env.rewards import Term, evaluate, read_terms, sum_text, support_recall
 
 __all__ = ["TURN_REWARDS", "TurnReward", "TurnRewards", "turn_rewards"]
 
@@ -128,31 +128,37 @@ TURN_REWARDS: dict[str, TurnReward] = {
 
 @dataclass(frozen=True, slots=True)
 class TurnRewards:
-    """A weighted sum of rewards of turns.
+    """A weighted sum of rewards of turns."""
 
-    Attributes:
-        terms: weight, name and function of each.
-    """
-
-    terms: tuple[tuple[float, str, TurnReward], ...]
+    terms: tuple[Term, ...]
 
     @property
     def __name__(self) -> str:
         """The sum as text; `turn_rewards` reads it back."""
-        return "".join(f"{weight:+g}*{name}" for weight, name, _ in self.terms).removeprefix("+")
+        return sum_text(self.terms)
 
     def earned(self, episode: Episode) -> float:
-        """What the last turn of an episode has earned; 0 if the search engine failed."""
+        """What the last turn of an episode has earned; 0 if the search engine failed.
+
+        Raises:
+            RewardError: a reward failed, or is no finite number.
+        """
         if episode.void:
             return 0.0
-        before = _before(episode)
-        return sum((weight * float(f(before, episode)) for weight, _, f in self.terms), start=0.0)
+        pair = _before(episode), episode
+        earned = [
+            term.weight * evaluate(term.function, *pair, name=term.name) for term in self.terms
+        ]
+        return sum(earned, start=0.0)
 
     def totals(self, episode: Episode) -> dict[str, float]:
         """Each term summed over the turns of a finished episode, before its weight.
 
         Returns:
             The sums as ``turn_reward/NAME``; always the same keys.
+
+        Raises:
+            RewardError: a reward failed, or is no finite number.
         """
         states = [
             replace(episode, turns=episode.turns[:k], pending=None, stop_reason=None)
@@ -160,8 +166,10 @@ class TurnRewards:
         ]
         states.append(episode)
         return {
-            f"turn_reward/{name}": sum((float(f(*pair)) for pair in pairwise(states)), start=0.0)
-            for _, name, f in self.terms
+            f"turn_reward/{name}": sum(
+                (evaluate(function, *pair, name=name) for pair in pairwise(states)), start=0.0
+            )
+            for _, name, function in self.terms
         }
 
 
@@ -174,13 +182,9 @@ def turn_rewards(name: str | TurnReward) -> TurnRewards:
 
     Raises:
         UnknownNameError: there is no such reward.
-        ConfigurationError: the sum cannot be read, or "module:function" cannot be imported.
+        ConfigurationError: as in `research_env.rewards.read_terms`.
     """
-    found = reward(name, TURN_REWARDS)  # type: ignore[arg-type]
-    if isinstance(found, WeightedSum):
-        return TurnRewards(tuple((t.weight, t.name, t.reward) for t in found.terms))  # type: ignore[misc]
-    name = name if isinstance(name, str) else str(getattr(name, "__name__", "own"))
-    return TurnRewards(((1.0, name, found),))  # type: ignore[arg-type]
+    return TurnRewards(read_terms(name, TURN_REWARDS))
 
 
 def _before(episode: Episode) -> Episode:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence, Sized
+from collections.abc import Collection, Mapping, Sequence, Sized
 from itertools import islice
 from typing import Any, NamedTuple, Unpack
 
@@ -12,17 +12,17 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from research_env.core import EnvSettings, resolve_search
+from research_env.core import EnvSettings, StepOutput, reset_seed, resolve_search
 from research_env.episode import Action, Episode, TruncationReason, advance, truncate
 from research_env.errors import (
     ActionError,
+    ClosedError,
     ConfigurationError,
     EpisodeError,
-    RetrievalError,
     UnknownNameError,
 )
 from research_env.info import SHOWS, batch_infos
-from research_env.retrieval.batching import Found, QueryBatcher, SearchCounts
+from research_env.retrieval.batching import Found, QueryBatcher, SearchCounts, raise_bug
 from research_env.sessions import Sessions
 from research_env.spaces import UnicodeText
 
@@ -144,8 +144,10 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
             num_envs prompts, empty where a sub-environment was not reset, and the infos.
 
         Raises:
-            ConfigurationError: an unknown option, one of the wrong length, or no such question.
+            ConfigurationError: an unknown option, one of the wrong length, no such question, or a
+                seed that is not an integer from 0 on.
         """
+        seed = reset_seed(self, seed)
         super().reset(seed=seed)
         if seed is not None:
             self._next = list(range(self.num_envs))
@@ -195,6 +197,8 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
             ActionError: an action is of a type that the protocol does not take; then no
                 sub-environment has moved.
             EpisodeError: a sub-environment is not reset, is over (mode Disabled), or has sent.
+            RewardError: a reward failed; then no sub-environment has moved.
+            ClosedError: a search after ``close``.
         """
         if isinstance(actions, str) or _count(actions) != self.num_envs:
             raise ActionError(
@@ -203,17 +207,17 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         moved = {i: self._advance(i, actions[i]) for i in self._chosen(mask)}
         requests = [r for episode in moved.values() if episode for r in episode.pending_requests]
         found = iter(self._searches.ask(requests))
+        for i, episode in moved.items():
+            if episode is not None:
+                moved[i] = resolve_search(episode, *islice(found, len(episode.pending_requests)))
 
         observations = [""] * self.num_envs
         rewards = np.zeros(self.num_envs, dtype=np.float64)
         terminations = np.zeros(self.num_envs, dtype=np.bool_)
         truncations = np.zeros(self.num_envs, dtype=np.bool_)
         infos = {}
-        for i, episode in moved.items():
-            if episode is not None:
-                own = islice(found, len(episode.pending_requests))
-                episode = resolve_search(episode, *own)  # noqa: PLW2901
-            result = self._conclude(i, episode)
+        for result in self._conclude(moved):
+            i = result.env_id
             _, observations[i], rewards[i], terminations[i], truncations[i], infos[i] = result
         all_infos = batch_infos(infos, self.num_envs)
         return tuple(observations), rewards, terminations, truncations, all_infos
@@ -225,6 +229,8 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
             ActionError: an action is of a type that the protocol does not take; then no
                 sub-environment has moved.
             EpisodeError: as in ``step``.
+            RewardError: as in ``step``.
+            ClosedError: a search after ``close``; then no sub-environment has moved.
         """
         if isinstance(actions, str) or _count(env_ids) != _count(actions):
             raise ActionError(
@@ -235,11 +241,12 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
             if i in moved:
                 raise EpisodeError(f"sub-environment {i} is sent two actions at once")
             moved[int(i)] = self._advance(int(i), action)
-        for i, episode in moved.items():
-            self._sent.add(i)
-            if episode is None or episode.pending is None:
-                self._ready.append(self._conclude(i, episode))
-                continue
+        waiting = {i: each for i, each in moved.items() if each and each.pending is not None}
+        if waiting and self._searches.closed:
+            raise ClosedError
+        self._ready += self._conclude({i: moved[i] for i in moved if i not in waiting})
+        self._sent.update(moved)
+        for i, episode in waiting.items():
             self._episodes[i] = episode
             for number, request in enumerate(episode.pending_requests):
                 self._searches.submit((i, episode, number), request)
@@ -255,7 +262,10 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
             Possibly more than ``min_results``; fewer if the time is up; none if nothing was sent.
 
         Raises:
-            Exception: whatever a retriever raised that is no ``RetrievalError`` (a bug).
+            RewardError: a reward failed.
+            ClosedError: the environment was closed before an action had its result.
+            Exception: whatever a retriever raised that is no ``RetrievalError`` (a bug). After an
+                error the action has no result; the results of other actions are kept.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -267,16 +277,17 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
             if taken is None:
                 break
             (i, asked, number), found = taken
-            if self._episodes[i] is not asked:
+            if i not in self._sent or self._episodes[i] is not asked:
                 continue  # the action was dropped in the meantime
-            if isinstance(found, Exception) and not isinstance(found, RetrievalError):
-                self._drop_sent([i])
-                raise found
             held = self._found.setdefault(i, {})
-            held[number] = found
-            if len(held) == len(asked.pending_requests):
-                answers = [held[n] for n in sorted(self._found.pop(i))]
-                self._ready.append(self._conclude(i, resolve_search(asked, *answers)))
+            try:
+                held[number] = raise_bug(found)
+                if len(held) == len(asked.pending_requests):
+                    answers = [held[n] for n in sorted(self._found.pop(i))]
+                    self._ready += self._conclude({i: resolve_search(asked, *answers)})
+            except Exception:
+                self._drop_sent([i])
+                raise
         results, self._ready = self._ready, []
         self._sent.difference_update(result.env_id for result in results)
         return results
@@ -298,10 +309,12 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         Raises:
             EpisodeError: a sub-environment is not reset, or its episode is over; then no other
                 has changed either.
+            RewardError: as in ``step``.
         """
         truncated = {int(i): truncate(self._episode(int(i)), reason) for i in env_ids}
+        results = self._conclude(truncated)
         self._drop_sent(truncated)
-        return [self._conclude(i, episode) for i, episode in truncated.items()]
+        return results
 
     def branch(self, source: int, targets: Sequence[int]) -> None:
         """Let the targets continue from the source's present state; the source stays as it is.
@@ -382,13 +395,19 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
             return None
         return advance(episode, action)
 
-    def _conclude(self, i: int, episode: Episode | None) -> StepResult:
-        """The result of a step to this episode, with the reset that may belong to it."""
-        if episode is None:
+    def _conclude(self, episodes: Mapping[int, Episode | None]) -> list[StepResult]:
+        """The results of steps to these episodes, with the resets that may belong to them.
+
+        All rewards are computed first: if one fails, no sub-environment has moved.
+        """
+        outputs = {i: self._core.output(each) for i, each in episodes.items() if each}
+        return [self._move(i, each, outputs.get(i)) for i, each in episodes.items()]
+
+    def _move(self, i: int, episode: Episode | None, output: StepOutput | None) -> StepResult:
+        if episode is None or output is None:
             observation, info = self._begin(i, self._next[i])
             return StepResult(i, observation, 0.0, False, False, info)
         self._episodes[i] = episode
-        output = self._core.output(episode)
         if not episode.over or self._mode is not AutoresetMode.SAME_STEP:
             return StepResult(i, *output)
         observation, info = self._begin(i, self._next[i])

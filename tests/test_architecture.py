@@ -154,7 +154,7 @@ LAYERS = {
     ),
     "research_agent": (
         "errors system",
-        "settings formats trajectory trees environments distributed phrase_tokenizer",
+        "settings formats trajectory tree_plan trees environments distributed phrase_tokenizer",
         "sharded optimizer",
         "chat_template curriculum run_logger checkpoint step_metrics",
         "config",

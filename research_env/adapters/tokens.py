@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from research_env.core import StepOutput
+from research_env.errors import ConfigurationError
 from research_env.sessions import Session
 
 
@@ -99,14 +100,23 @@ def encode_observation(tokenizer: Any, text: str, markup: Sequence[str]) -> list
         tokenizer: the policy's tokenizer.
         text: the observation.
         markup: the chat tokens in it, ``info["chat_markup"]``; empty: all of it is text.
+
+    Raises:
+        ConfigurationError: the tokenizer has no such chat token.
     """
-    known = [each for each in markup if tokenizer.convert_tokens_to_ids(each) is not None]
+    known = {each: tokenizer.convert_tokens_to_ids(each) for each in markup if each in text}
     if not known:
         return encode_text(tokenizer, text)
+    for each, token in known.items():
+        if token is None or token == tokenizer.unk_token_id:
+            raise ConfigurationError(
+                f"the environment frames its observations with {each!r}, which is no token of this "
+                "tokenizer; set tool_format to the format of this model, or chat=False"
+            )
     ids: list[int] = []
     for piece in re.split(f"({'|'.join(map(re.escape, known))})", text):
         if piece in known:
-            ids.append(tokenizer.convert_tokens_to_ids(piece))
+            ids.append(known[piece])
         elif piece:
             ids += encode_text(tokenizer, piece)
     return ids

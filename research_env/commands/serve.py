@@ -78,10 +78,14 @@ class Serve:
             raise ConfigurationError("--env-args is for --openenv and --mcp")
         try:
             from research_env.retrieval.serve import serve_until_stopped  # noqa: PLC0415
+            from research_env.retrieval.serve_guard import Limits  # noqa: PLC0415
         except ModuleNotFoundError as error:
             raise ConfigurationError(
                 f"the server needs {error.name}: pip install 'research-env[serve]'"
             ) from error
+        top_k, most = 5 if self.top_k is None else self.top_k, Limits().top_k
+        if not 1 <= top_k <= most:
+            raise ConfigurationError(f"--top-k is a number from 1 to {most}, not {top_k}")
         key = secret_of(KEY_VARIABLE)
         engine = open_retriever(self.retriever, self._corpus())
         try:
@@ -89,7 +93,7 @@ class Serve:
                 engine,
                 self.host,
                 self.port,
-                5 if self.top_k is None else self.top_k,
+                top_k,
                 key=key,
                 allowed_hosts=self.allowed_hosts,
             )

@@ -16,7 +16,7 @@ from research_env.datasets.files import (
     FileCorpus,
     has_answers,
     is_beir,
-    make_question,
+    make_questions,
     question_record,
     read_beir_questions,
     read_questions,
@@ -57,20 +57,18 @@ def convert(source: Path, output: Path) -> Converted:
     left_out = 0
     questions, has_passages = [], True
     if is_beir(source):
-        for where, record in read_beir_questions(source):
-            if has_answers(record):
-                questions.append(make_question(record, where))
-            else:
-                left_out += 1
+        queries = list(read_beir_questions(source))
+        questions = make_questions(query for query in queries if has_answers(query[1]))
+        left_out = len(queries) - len(questions)
     elif _holds_questions(source):
         questions, has_passages = read_questions(source), False
-    output.mkdir(parents=True, exist_ok=True)
-    passages = 0
+    parts: dict[str, Iterable[Mapping[str, Any]]] = {}
     if questions:
-        _write(output / "questions.jsonl", map(question_record, questions))
+        parts["questions.jsonl"] = map(question_record, questions)
     if has_passages:
-        corpus = FileCorpus(source.name, source)
-        passages = _write(output / "corpus.jsonl", map(structs.asdict, corpus))
+        parts["corpus.jsonl"] = map(structs.asdict, FileCorpus(source.name, source))
+    counts = _write(output, parts)
+    passages = counts.get("corpus.jsonl", 0)
     return Converted(dict(Counter(q.split or "" for q in questions)), passages, left_out)
 
 
@@ -87,16 +85,19 @@ def _holds_questions(file: Path) -> bool:
     raise DataError(f"{file}: the file holds no record")
 
 
-def _write(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write all records or no file at all; return the number of records."""
-    if file.exists():
-        raise ConfigurationError(f"{file} is there already; name another folder or remove it")
-    count = 0
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        unfinished = Path(folder) / file.name
-        with unfinished.open("w", encoding="utf-8") as lines:
-            for record in records:
-                count += 1
-                lines.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
-        unfinished.replace(file)
-    return count
+def _write(output: Path, parts: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, int]:
+    """Write all files or none; return the number of records in each."""
+    output.mkdir(parents=True, exist_ok=True)
+    for file in map(output.joinpath, parts):
+        if file.exists():
+            raise ConfigurationError(f"{file} is there already; name another folder or remove it")
+    counts = dict.fromkeys(parts, 0)
+    with tempfile.TemporaryDirectory(dir=output) as folder:
+        for name, records in parts.items():
+            with (Path(folder) / name).open("w", encoding="utf-8") as lines:
+                for record in records:
+                    counts[name] += 1
+                    lines.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+        for name in parts:
+            (Path(folder) / name).replace(output / name)
+    return counts

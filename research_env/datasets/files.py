@@ -31,11 +31,12 @@ from research_env.datasets.base import Hop, Question
 from research_env.datasets.formats import Records, missing, read_records
 from research_env.errors import DataError
 from research_env.retrieval.base import Passage
-from research_env.system.paths import read_note, write_note
+from research_env.system.paths import cached
 
 _FIELDS = tuple(field.name for field in fields(Question) if field.name != "extra")
 _ANSWERS = ("answers", "golden_answers", "answer")
 _IDS = ("id", "_id")
+_QRELS = ("query-id", "corpus-id", "score")
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -46,7 +47,18 @@ def read_questions(path: str | Path) -> list[Question]:
         DataError: a record is not a question, or repeats an id; or there is no record.
     """
     path = Path(path)
-    records = read_beir_questions(path) if is_beir(path) else read_records(path)
+    questions = make_questions(read_beir_questions(path) if is_beir(path) else read_records(path))
+    if not questions:
+        raise DataError(f"{path}: the file holds no question; give one JSON object per line")
+    return questions
+
+
+def make_questions(records: Records) -> list[Question]:
+    """The questions of records.
+
+    Raises:
+        DataError: a record is not a question, or repeats an id.
+    """
     questions: list[Question] = []
     first: dict[str, str] = {}
     for where, record in records:
@@ -54,8 +66,6 @@ def read_questions(path: str | Path) -> list[Question]:
         if first.setdefault(question.id, where) != where:
             raise _repeated(where, question.id, first[question.id])
         questions.append(question)
-    if not questions:
-        raise DataError(f"{path}: the file holds no question; give one JSON object per line")
     return questions
 
 
@@ -83,13 +93,15 @@ def read_beir_questions(folder: Path) -> Records:
     split: dict[str, str] = {}
     for qrels in sorted((folder / "qrels").glob("*.tsv")):
         for where, row in read_records(qrels):
-            query = _id({"id": row.get("query-id")}, where)
-            passage = _id({"id": row.get("corpus-id")}, where)
-            score = str(row.get("score", "")).strip()
-            if not score.lstrip("-").isdecimal():
-                raise DataError(f"{where}: the column 'score' must be a number, not {score!r:.80}")
+            query, passage, score = (_column(row, name, where) for name in _QRELS)
             split.setdefault(query, qrels.stem)
-            if int(score[:18]) > 0:
+            try:
+                relevant = float(score) > 0
+            except ValueError:
+                raise DataError(
+                    f"{where}: the column 'score' must be a number, not {score!r:.80}"
+                ) from None
+            if relevant:
                 supporting.setdefault(query, []).append(passage)
     replaced = ("metadata", "text")
     for where, record in read_records(_beir_file(folder, "queries")):
@@ -144,21 +156,19 @@ class FileCorpus:
         return self.path
 
     def _summary(self) -> tuple[str, int]:
-        file = self._file()
         try:
-            known = read_note("fingerprints", [file])
+            found = cached("fingerprints", [self._file()], self._read)
         except OSError as error:
             raise missing(self.path) from error
-        if known is not None and isinstance(known.get("passages"), int):
-            return str(known.get("fingerprint")), known["passages"]
+        return found["fingerprint"], found["passages"]
+
+    def _read(self) -> dict[str, Any]:
         digest, count = hashlib.sha256(), 0
         for passage in self:
             count += 1
             lengths = f"{len(passage.id)} {len(passage.title)} {len(passage.text)} "
             digest.update(f"{lengths}{passage.id}{passage.title}{passage.text}".encode())
-        found = {"fingerprint": digest.hexdigest(), "passages": count}
-        write_note("fingerprints", [file], found)
-        return digest.hexdigest(), count
+        return {"fingerprint": digest.hexdigest(), "passages": count}
 
     def _refuse_repeated(self) -> None:
         first: dict[str, str] = {}
@@ -261,6 +271,16 @@ def _text(record: Mapping[str, Any], field: str, where: str) -> str:
         raise DataError(
             f"{where}: the field {field!r} must be a text that is not empty; it {state}. "
             f"Give it or {suggestion}"
+        )
+    return value
+
+
+def _column(row: Mapping[str, Any], name: str, where: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where}: nothing in the column {name!r}; the first line of qrels must be "
+            f"{' '.join(_QRELS)} (with tabs), and every line must have all three"
         )
     return value
 

@@ -25,6 +25,14 @@ MAX_LINE = 16 << 20
 _BOM = b"\xef\xbb\xbf"
 _BATCH = 1_000  # most rows of a Parquet or Arrow file that are converted at a time
 _HELD = 256 << 20  # most bytes of these rows as Python values
+_LISTS = ("answers", "golden_answers", "answer", "supporting", "decomposition")
+_COMPRESSED = {  # first bytes
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"PK\x03\x04": "zip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
 
 Records = Iterator[tuple[str, dict[str, Any]]]
 """Where each record stands (``FILE:LINE``, or ``FILE: row N``), and its fields."""
@@ -52,7 +60,7 @@ def read_records(path: Path) -> Records:
         if path.is_dir():
             raise missing(path)
         raise DataError(f"{path}: no regular file but a pipe or device; copy it into a file")
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     return _READERS.get(suffix, _json_records)(path)
 
 
@@ -68,9 +76,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbers and bytes of the lines, without a byte order mark."""
     number = 0
     try:
-        with cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+        zipped = path.suffix.lower() == ".gz"
+        with cast(BinaryIO, gzip.open(path) if zipped else path.open("rb")) as file:
             while line := file.readline(MAX_LINE + 1):
                 number += 1
+                if number == 1 and line.startswith(tuple(_COMPRESSED)):
+                    raise _compressed(path, line)
                 if len(line) > MAX_LINE:
                     raise DataError(
                         f"{path}:{number}: the line is longer than {MAX_LINE >> 20} MiB; write one "
@@ -84,6 +95,14 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         ) from error
     except OSError as error:  # no permission, a disk that fails
         raise DataError(f"{path}:{number + 1}: cannot be read ({error})") from error
+
+
+def _compressed(path: Path, line: bytes) -> DataError:
+    kind = next(kind for start, kind in _COMPRESSED.items() if line.startswith(start))
+    return DataError(
+        f"{path}: compressed with {kind}; decompress it, or compress it with gzip and end its "
+        "name with .gz"
+    )
 
 
 def _decoded(line: bytes, where: str) -> str:
@@ -140,6 +159,8 @@ def _json_records(path: Path) -> Records:
 def _csv_records(path: Path) -> Records:
     """Read a table whose first line names the columns; an empty cell is an absent field."""
     number = 0
+    # The limit holds for the whole process, so it is only raised.
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
 
     def lines() -> Iterator[str]:
         nonlocal number
@@ -169,19 +190,26 @@ def _csv_records(path: Path) -> Records:
             )
         elif row:
             cells = zip(header, row, strict=True)
-            yield where, {name: _cell(name, cell) for name, cell in cells if cell.strip()}
+            yield where, {name: _cell(name, cell, where) for name, cell in cells if cell.strip()}
 
 
-def _cell(name: str, cell: str) -> Any:
-    """The value of a cell: a list or object if it is JSON, a number in ``hops``, else text."""
-    if name == "hops" and cell.strip().isdecimal() and len(cell) < 10:
-        return int(cell)
-    if cell[0] in "[{":
-        try:
-            return _json(cell)
-        except ValueError:
-            return cell
-    return cell
+def _cell(name: str, cell: str, where: str) -> Any:
+    """The value of a cell: a list or object if it is JSON, a number in ``hops``, else text.
+
+    Raises:
+        DataError: the cell holds a list in another notation, such as Python's.
+    """
+    if name != "hops" and cell[0] not in "[{":
+        return cell
+    try:
+        return _json(cell)
+    except ValueError:
+        if name in _LISTS and cell.rstrip().endswith(("]", "}")):
+            raise DataError(
+                f"{where}: the cell {name!r} is a list or an object, but not JSON: {cell!r:.80}; "
+                "write it with json.dumps"
+            ) from None
+        return cell
 
 
 def _arrow_records(path: Path) -> Records:

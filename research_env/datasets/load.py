@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from research_env.datasets.base import Corpus, Dataset
+from research_env.datasets.base import Corpus, Dataset, Question
 from research_env.datasets.catalog import PUBLISHED
 from research_env.datasets.files import FileCorpus, is_beir, read_questions
 from research_env.datasets.formats import read_records
@@ -21,7 +21,7 @@ from research_env.errors import (
     DataNotFoundError,
     UnknownNameError,
 )
-from research_env.metrics import normalize
+from research_env.metrics import LANGUAGES, Normalizer, normalize
 from research_env.retrieval.base import Passage
 from research_env.system.paths import cache_folder
 
@@ -65,8 +65,9 @@ def load_dataset(
     library, and ``"dev[100:200]"`` are the questions 100 to 199, before any other choice.
 
     Gold answers that normalize to nothing, such as "$", are dropped, since every answer made of
-    punctuation would match them exactly. A question that has no other answer is left out; the
-    number of both is logged as a warning.
+    punctuation would match them exactly. The rules are those of the question's own field
+    ``metric_language``, else English. A question that has no other answer is left out; the number
+    of both is logged as a warning.
 
     A mixture names several sets: ``"musique+hotpotqa"`` has all questions of both.
     ``"musique:2+hotpotqa:1"`` has two of the first for each of the second, spread evenly over each
@@ -233,16 +234,16 @@ def _file(folder: Path, stem: str) -> Path | None:
 
 def _answerable(data: Dataset) -> Dataset:
     """Drop gold answers that normalize to nothing, and questions that then have none."""
-    if not any(normalize(a) == "" for question in data.questions for a in question.answers):
-        return data
     kept, left_out, dropped = [], [], 0
     for question in data.questions:
-        answers = tuple(answer for answer in question.answers if normalize(answer))
+        answers = tuple(filter(_normalizer(question), question.answers))
         dropped += len(question.answers) - len(answers)
         if answers:
             kept.append(replace(question, answers=answers))
         else:
             left_out.append(f"{question.id!r} {question.answers}")
+    if not dropped:
+        return data
     message = f"{data.name}: dropped {dropped} gold answers that normalize to nothing"
     if left_out:
         message += f", and left out {len(left_out)} questions without another: {left_out[0]}"
@@ -251,6 +252,13 @@ def _answerable(data: Dataset) -> Dataset:
     if not kept:
         raise DataError(f"no question is left. {message}")
     return replace(data, questions=kept)
+
+
+def _normalizer(question: Question) -> Normalizer:
+    """How a question's answers are normalized; an unknown language is refused where it is used."""
+    language = question.extra.get("metric_language")
+    rules = LANGUAGES.get(language) if isinstance(language, str) else None
+    return rules.normalize if rules else normalize
 
 
 def _with_hops(data: Dataset, split: str, hops: int | Collection[int] | None) -> Dataset:

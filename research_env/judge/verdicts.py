@@ -217,7 +217,8 @@ class VerdictCache:
         self._path = path
         if path.exists() and not path.is_file():
             raise JudgeError(f"the cache {path} is no regular file; move it away")
-        self._database = sqlite3.connect(path, timeout=60.0)
+        with self._errors_translated():
+            self._database = sqlite3.connect(path, timeout=60.0)
         self._database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_REPLY)
         try:
             with self._errors_translated():
@@ -262,7 +263,8 @@ class VerdictCache:
             yield
         except (sqlite3.Error, UnicodeDecodeError) as error:
             raise JudgeError(
-                f"the cache {self._path} cannot be used ({error}); move it away"
+                f"the cache {self._path} cannot be used ({error}); move it away, or copy the "
+                "predictions to a folder that can be written"
             ) from error
 
 

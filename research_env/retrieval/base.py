@@ -30,6 +30,10 @@ class Hit(msgspec.Struct, frozen=True, gc=False):
     score: float
 
 
+SearchResult = list[Hit] | RetrievalError
+"""The hits of a query, best first, or the error of that query alone."""
+
+
 def check_top_k(top_k: int) -> None:
     """Refuse a number of hits that no search can return.
 
@@ -47,7 +51,7 @@ class Retriever(Protocol):
     attribute ``in_flight: int``, the most threads that may.
     """
 
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+    def search(self, queries: Sequence[str], top_k: int) -> list[SearchResult]:
         """Answer every query of a batch.
 
         Args:

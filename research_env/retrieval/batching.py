@@ -6,13 +6,16 @@ goes to the engine only if the same query is not being searched already and its 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 from research_env.errors import ClosedError, RetrievalError
 from research_env.retrieval.base import Hit
@@ -45,6 +48,20 @@ class SearchCounts:
         return (self.coalesced + self.cache_hits) / max(1, self.asked)
 
 
+def raise_bug(found: Found | Exception) -> Found:
+    """What was found, or the engine's error; any other error is raised.
+
+    Raises:
+        ClosedError: the searches were closed.
+        Exception: a bug in the engine.
+    """
+    if isinstance(found, Exception) and (
+        isinstance(found, ClosedError) or not isinstance(found, RetrievalError)
+    ):
+        raise found
+    return found
+
+
 class QueryBatcher(Generic[Ticket]):
     """Send queries to the engine in batches, from the calling thread or from background threads.
 
@@ -53,7 +70,8 @@ class QueryBatcher(Generic[Ticket]):
     never. A background batch is sent when it is full or when no query has come for ``max_wait``:
     callers that were answered together ask again together, one soon after the other. Several
     threads search, but one at a time gathers a batch, so that queries of the same moment go
-    together. Any thread may call any method.
+    together. Any thread may call any method. A forked child keeps the cache, and starts threads of
+    its own; the results of what its parent has asked come to the parent alone.
     """
 
     def __init__(
@@ -77,17 +95,22 @@ class QueryBatcher(Generic[Ticket]):
         self._max_batch = max_batch
         self._max_wait = max_wait
         self._cache_size = cache_size
+        self._cache: OrderedDict[Request, tuple[Hit, ...] | ToolResult] = OrderedDict()
+        self._searched = self._coalesced = self._cache_hits = 0
+        self._in_flight = in_flight
+        self._closed = False
+        self._start_over()
+        _BATCHERS.add(self)
+
+    def _start_over(self) -> None:
+        """Have no threads and no queries; a forked child has neither the threads nor free locks."""
         self._queue: SimpleQueue[Request | None] = SimpleQueue()
         self._done: SimpleQueue[tuple[Ticket, Found | Exception]] = SimpleQueue()
         self._lock = threading.Lock()
         self._pending: dict[Request, list[Callable[[Found | Exception], None]]] = {}
-        self._cache: OrderedDict[Request, tuple[Hit, ...] | ToolResult] = OrderedDict()
-        self._searched = self._coalesced = self._cache_hits = 0
-        self._in_flight = in_flight
-        self._slots = threading.BoundedSemaphore(in_flight)
+        self._slots = threading.BoundedSemaphore(self._in_flight)
         self._gathering = threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._closed = False
 
     @property
     def closed(self) -> bool:
@@ -103,30 +126,20 @@ class QueryBatcher(Generic[Ticket]):
         """Ask for queries together and wait; return one entry per query, in order.
 
         Raises:
-            ClosedError: :meth:`close` was called before.
+            ClosedError: :meth:`close` was called.
+            Exception: whatever the engine raised that is no ``RetrievalError`` (a bug).
         """
-        if self._closed:
-            raise ClosedError
-        found: dict[Request, Found] = {}
-        fresh: list[Request] = []
+        done: SimpleQueue[tuple[int, Found | Exception]] = SimpleQueue()
         with self._lock:
-            for query in dict.fromkeys(queries):
-                hits = self._cached(query)
-                if hits is None:
-                    fresh.append(query)
-                else:
-                    found[query] = hits
-            cached = sum(query in found for query in queries)
-            self._searched += len(fresh)
-            self._cache_hits += cached
-            self._coalesced += len(queries) - cached - len(fresh)
+            fresh = [
+                query
+                for n, query in enumerate(queries)
+                if self._register(query, partial(_put, done, n))
+            ]
         if fresh:
-            answers = self._search(fresh)
-            with self._lock:
-                for query, answer in zip(fresh, answers, strict=True):
-                    found[query] = answer
-                    self._keep(query, answer)
-        return [found[query] for query in queries]
+            self._answer(fresh)
+        found = dict(done.get() for _ in queries)
+        return [raise_bug(found[n]) for n in range(len(queries))]
 
     def submit(self, ticket: Ticket, query: Request) -> None:
         """Ask for a query in the background; :meth:`take` returns the result with the ticket.
@@ -134,7 +147,7 @@ class QueryBatcher(Generic[Ticket]):
         Raises:
             ClosedError: :meth:`close` was called before: nobody would answer.
         """
-        self._enqueue(query, lambda found: self._done.put((ticket, found)))
+        self._enqueue(query, partial(_put, self._done, ticket))
 
     def request(self, query: Request) -> Future[Found]:
         """Ask for a query in the background.
@@ -150,11 +163,10 @@ class QueryBatcher(Generic[Ticket]):
         def settle(found: Found | Exception) -> None:
             if not future.set_running_or_notify_cancel():
                 return
-            closed = isinstance(found, ClosedError)
-            if isinstance(found, Exception) and (closed or not isinstance(found, RetrievalError)):
-                future.set_exception(found)
-            else:
-                future.set_result(found)
+            try:
+                future.set_result(raise_bug(found))
+            except Exception as error:
+                future.set_exception(error)
 
         self._enqueue(query, settle)
         return future
@@ -192,33 +204,59 @@ class QueryBatcher(Generic[Ticket]):
 
     def _enqueue(self, query: Request, tell: Callable[[Found | Exception], None]) -> None:
         with self._lock:
-            if self._closed:
-                raise ClosedError
-            hits = self._cached(query)
-            if hits is not None:
-                self._cache_hits += 1
-            elif query in self._pending:
-                self._coalesced += 1
-                self._pending[query].append(tell)
-            else:
-                self._searched += 1
-                self._pending[query] = [tell]
+            if self._register(query, tell):
                 self._queue.put(query)
             while len(self._threads) < self._in_flight:
                 thread = threading.Thread(target=self._run, name="searches", daemon=True)
                 thread.start()
                 self._threads.append(thread)
-        if hits is not None:
-            tell(hits)
 
-    def _search(self, queries: Sequence[Request]) -> Sequence[Found]:
-        """Ask the engine, from no more threads than it allows.
+    def _register(self, query: Request, tell: Callable[[Found | Exception], None]) -> bool:
+        """Whether the caller, who holds the lock, must have the query searched.
+
+        If not, its result is cached, or somebody has it searched already.
+        """
+        if self._closed:
+            raise ClosedError
+        hits = self._cached(query)
+        if hits is not None:
+            self._cache_hits += 1
+            tell(hits)
+            return False
+        if query in self._pending:
+            self._coalesced += 1
+            self._pending[query].append(tell)
+            return False
+        self._searched += 1
+        self._pending[query] = [tell]
+        return True
+
+    def _answer(self, batch: Sequence[Request]) -> None:
+        """Search for pending queries, and tell the results to all who wait for them.
 
         All queries go at once, so that they share one deadline: in parts, each part would wait for
-        a dead server.
+        a dead server. No more threads ask the engine than it allows.
         """
-        with self._slots:
-            return self._engine(queries)
+        interrupted = RetrievalError("the search was interrupted; ask again")
+        results: Sequence[Found | Exception] = [interrupted] * len(batch)
+        try:
+            with self._slots:
+                found = self._engine(batch)
+            if len(found) != len(batch):
+                raise RuntimeError(
+                    f"the retriever answered {len(batch)} queries with {len(found)} results"
+                )
+            results = found
+        except Exception as error:  # the receiver of the result raises it
+            results = [error] * len(batch)
+        finally:  # also at Ctrl-C: others may wait for these queries
+            with self._lock:
+                told = [self._pending.pop(query, []) for query in batch]
+                for query, result in zip(batch, results, strict=True):
+                    self._keep(query, result)
+            for callbacks, result in zip(told, results, strict=True):
+                for tell in callbacks:
+                    tell(list(result) if isinstance(result, list) else result)
 
     def _cached(self, query: Request) -> list[Hit] | ToolResult | None:
         found = self._cache.get(query)
@@ -236,20 +274,7 @@ class QueryBatcher(Generic[Ticket]):
 
     def _run(self) -> None:
         while batch := self._gather():
-            try:
-                results: Sequence[Found | Exception] = self._search(batch)
-                if len(results) != len(batch):
-                    raise RuntimeError(
-                        f"the retriever answered {len(batch)} queries with {len(results)} results"
-                    )
-            except Exception as error:  # the receiver of the result raises it
-                results = [error] * len(batch)
-            for query, found in zip(batch, results, strict=True):
-                with self._lock:
-                    callbacks = self._pending.pop(query)
-                    self._keep(query, found)
-                for tell in callbacks:
-                    tell(list(found) if isinstance(found, list) else found)
+            self._answer(batch)
 
     def _gather(self) -> list[Request]:
         """Wait for the next batch; an empty one means to stop."""
@@ -266,3 +291,18 @@ class QueryBatcher(Generic[Ticket]):
                     return []
                 batch.append(query)
             return batch
+
+
+def _put(done: SimpleQueue[tuple[Any, Found | Exception]], ticket: Any, found: Any) -> None:
+    done.put((ticket, found))
+
+
+_BATCHERS: WeakSet[QueryBatcher[Any]] = WeakSet()
+
+
+def _start_all_over() -> None:
+    for batcher in _BATCHERS:
+        batcher._start_over()
+
+
+os.register_at_fork(after_in_child=_start_all_over)

@@ -22,7 +22,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
 from research_env.errors import ConfigurationError, RetrievalError
-from research_env.retrieval.base import MAX_QUERY_CHARACTERS, Hit, Passage, check_top_k
+from research_env.retrieval.base import (
+    MAX_QUERY_CHARACTERS,
+    Hit,
+    Passage,
+    SearchResult,
+    check_top_k,
+)
 from research_env.retrieval.json_text import read_json, replace_surrogates
 from research_env.retrieval.retry import RETRYABLE_STATUSES, Deadline, Retry, retry_after
 from research_env.retrieval.url import (
@@ -93,7 +99,7 @@ class HttpRetriever:
             _LENIENT | ({"Authorization": f"Bearer {key}"} if key else {})
         )
 
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+    def search(self, queries: Sequence[str], top_k: int) -> list[SearchResult]:
         """Answer every query of a batch; see :class:`research_env.retrieval.base.Retriever`.
 
         Hits keep the order of the server. If it sends no scores they are 1/rank; if it sends no ids
@@ -105,7 +111,7 @@ class HttpRetriever:
         """
         check_top_k(top_k)
         client = self._client.get()
-        found: list[list[Hit] | RetrievalError] = [[] for _ in queries]
+        found: list[SearchResult] = [[] for _ in queries]
         deadline = Deadline.after(self._retry.deadline)
         asked = [index for index, query in enumerate(queries) if query.strip()]
         size = min(self._batch, max(1, MAX_REQUEST_HITS // top_k))
@@ -143,7 +149,7 @@ class HttpRetriever:
 
     def _request(
         self, client: httpx.Client, queries: list[str], top_k: int, deadline: Deadline
-    ) -> Sequence[list[Hit] | RetrievalError]:
+    ) -> Sequence[SearchResult]:
         payload = {"queries": queries, "topk": top_k, "return_scores": True}
         request = client.build_request("POST", self._url, json=payload)
         try:
@@ -168,7 +174,7 @@ class HttpRetriever:
             return [error] * len(queries)
         return [self._read(entry, top_k) for entry in result]
 
-    def _read(self, entry: Any, top_k: int) -> list[Hit] | RetrievalError:
+    def _read(self, entry: Any, top_k: int) -> SearchResult:
         if isinstance(entry, dict) and "error" in entry:
             said = f": {one_line(str(entry['error']))}" if self._quote_errors else ""
             return RetrievalError(f"{self._url} failed the query{said}")

@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from urllib.parse import quote
@@ -35,7 +35,7 @@ from weakref import WeakSet
 import msgspec
 
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
-from research_env.retrieval.base import Hit, Passage, Retriever, check_top_k
+from research_env.retrieval.base import Hit, Passage, Retriever, SearchResult, check_top_k
 from research_env.retrieval.json_text import read_json
 from research_env.retrieval.retry import Deadline
 from research_env.retrieval.url import split_options
@@ -115,7 +115,8 @@ class RecordedRetriever:
             ConfigurationError: the file cannot be used, is something else, or is missing although
                 it is only to be replayed.
         """
-        self._recording = recording
+        # After a fork the file is opened again, perhaps from another working directory.
+        self._recording = replace(recording, file=recording.file.absolute())
         self._open_engine = open_engine
         self._engine: Retriever | None = None
         self._lock = threading.Lock()  # guards the file and the counts
@@ -123,7 +124,7 @@ class RecordedRetriever:
         self._closed = False
         self._asked = self._replayed = 0
         self._next_log = _LOG_EVERY
-        file = recording.file
+        file = self._recording.file
         if recording.replay_only and not file.is_file():
             raise ConfigurationError(
                 f"there is no recording {file}; record one without replay=only"
@@ -139,7 +140,7 @@ class RecordedRetriever:
         """The share of the queries so far that was answered from the file; 0 before the first."""
         return self._replayed / max(1, self._asked)
 
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+    def search(self, queries: Sequence[str], top_k: int) -> list[SearchResult]:
         """Answer every query of a batch; see :class:`research_env.retrieval.base.Retriever`.
 
         Raises:
@@ -179,7 +180,7 @@ class RecordedRetriever:
         if engine is not None:
             engine.close()
 
-    def _ask(self, queries: list[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+    def _ask(self, queries: list[str], top_k: int) -> list[SearchResult]:
         try:
             with self._opening:
                 if self._closed:
@@ -191,9 +192,9 @@ class RecordedRetriever:
         except RetrievalError as error:  # fails these queries, and not the recorded ones
             return [error] * len(queries)
 
-    def _look_up(self, queries: list[str], top_k: int) -> dict[str, list[Hit] | RetrievalError]:
+    def _look_up(self, queries: list[str], top_k: int) -> dict[str, SearchResult]:
         select = "SELECT CAST(hits AS BLOB) FROM found WHERE engine = ? AND query = ? AND top_k = ?"
-        rows: dict[str, list[Hit] | RetrievalError] = {}
+        rows: dict[str, SearchResult] = {}
         with self._lock:
             for query in queries:
                 try:
@@ -303,6 +304,9 @@ def _open(file: Path, only_read: bool) -> sqlite3.Connection:
             if "locked" not in str(error) or deadline.left() == 0:
                 raise
             time.sleep(0.02)
+        except UnicodeDecodeError as error:  # the message of an error quotes a damaged schema
+            connection.close()
+            raise sqlite3.DatabaseError(f"it is damaged ({error})") from error
         except BaseException:
             connection.close()
             raise
@@ -311,8 +315,7 @@ def _open(file: Path, only_read: bool) -> sqlite3.Connection:
 
 
 def _address(file: Path) -> str:
-    """The file as a URI that SQLite opens for reading only."""
-    file = file.absolute()
+    """The file, an absolute path, as a URI that SQLite opens for reading only."""
     # SQLite makes another file beside a database that it reads, unless told that nobody writes.
     written = os.access(file.parent, os.W_OK) or Path(f"{file}-wal").exists()
     return f"file:{quote(bytes(file))}?mode=ro" + ("" if written else "&immutable=1")

@@ -41,7 +41,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from research_env.errors import ConfigurationError, RetrievalError
-from research_env.retrieval.base import MAX_QUERY_CHARACTERS, Hit, Retriever
+from research_env.retrieval.base import MAX_QUERY_CHARACTERS, Hit, Retriever, SearchResult
 from research_env.retrieval.json_text import write_json
 from research_env.retrieval.serve_guard import (
     Connection,
@@ -111,7 +111,7 @@ def parse_request(body: bytes | bytearray, default_top_k: int, limits: Limits) -
     return SearchRequest(queries, top_k, asked.return_scores)
 
 
-def encode_answer(results: Sequence[list[Hit] | RetrievalError], scores: bool, limit: int) -> bytes:
+def encode_answer(results: Sequence[SearchResult], scores: bool, limit: int) -> bytes:
     """Encode the body of an answer, with an error in the place of each query that failed.
 
     Args:

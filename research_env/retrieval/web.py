@@ -26,7 +26,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
-from research_env.retrieval.base import Hit, Passage, check_top_k
+from research_env.retrieval.base import Hit, Passage, SearchResult, check_top_k
 from research_env.retrieval.http import ForkSafeClient, one_line, request_json
 from research_env.retrieval.retry import Deadline, Retry
 from research_env.retrieval.url import (
@@ -46,7 +46,7 @@ _MAX_WORDS = 50  # limit of Brave for a query
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class HttpRequest:
     """The request for a query: ``json`` by POST, or ``params`` by GET."""
 
     url: str
@@ -73,12 +73,12 @@ class Provider:
     key: str
     needs_key: bool
     max_results: int
-    request: Callable[[str, str, str, int], Request]
+    request: Callable[[str, str, str, int], HttpRequest]
     passages: Callable[[Any], list[Passage]]
 
 
-def _serper_request(url: str, key: str, query: str, count: int) -> Request:
-    return Request(url, {"X-API-KEY": key}, json={"q": query, "num": count})
+def _serper_request(url: str, key: str, query: str, count: int) -> HttpRequest:
+    return HttpRequest(url, {"X-API-KEY": key}, json={"q": query, "num": count})
 
 
 def _serper_passages(answer: Any) -> list[Passage]:
@@ -87,10 +87,10 @@ def _serper_passages(answer: Any) -> list[Passage]:
     return [_passage(r, "link", "snippet") for r in answer.get("organic", [])]
 
 
-def _brave_request(url: str, key: str, query: str, count: int) -> Request:
+def _brave_request(url: str, key: str, query: str, count: int) -> HttpRequest:
     headers = {"X-Subscription-Token": key, "Accept": "application/json"}
     params = {"q": query, "count": str(count), "text_decorations": "false"}
-    return Request(url, headers, params=params)
+    return HttpRequest(url, headers, params=params)
 
 
 def _brave_passages(answer: Any) -> list[Passage]:
@@ -99,19 +99,19 @@ def _brave_passages(answer: Any) -> list[Passage]:
     return [_passage(r, "url", "description") for r in (answer.get("web") or {}).get("results", [])]
 
 
-def _tavily_request(url: str, key: str, query: str, count: int) -> Request:
+def _tavily_request(url: str, key: str, query: str, count: int) -> HttpRequest:
     headers = {"Authorization": f"Bearer {key}"}
-    return Request(url, headers, json={"query": query, "max_results": count})
+    return HttpRequest(url, headers, json={"query": query, "max_results": count})
 
 
 def _tavily_passages(answer: Any) -> list[Passage]:
     return [_passage(r, "url", "content") for r in answer["results"]]
 
 
-def _searxng_request(url: str, key: str, query: str, count: int) -> Request:
+def _searxng_request(url: str, key: str, query: str, count: int) -> HttpRequest:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     params = {"q": query, "format": "json"}
-    return Request(f"{url.rstrip('/')}/search", headers, params=params)
+    return HttpRequest(f"{url.rstrip('/')}/search", headers, params=params)
 
 
 def _searxng_passages(answer: Any) -> list[Passage]:
@@ -195,7 +195,7 @@ class WebRetriever:
     def __repr__(self) -> str:
         return f"WebRetriever({self._url!r})"
 
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+    def search(self, queries: Sequence[str], top_k: int) -> list[SearchResult]:
         """Answer every query of a batch; see :class:`research_env.retrieval.base.Retriever`.
 
         Raises:
@@ -214,7 +214,7 @@ class WebRetriever:
 
     def _answer(
         self, client: httpx.Client, query: str, top_k: int, deadline: Deadline
-    ) -> list[Hit] | RetrievalError:
+    ) -> SearchResult:
         query = _shortened(query)
         if not query:
             return []

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,45 +43,43 @@ def read_small_file(path: Path) -> bytes:
     return content
 
 
-def read_note(kind: str, files: Sequence[Path]) -> dict[str, Any] | None:
-    """The note that :func:`write_note` wrote; None if there is none, or a file has changed since.
+def cached(
+    kind: str,
+    files: Sequence[Path],
+    read: Callable[[], Mapping[str, Any]],
+    *,
+    again: bool = False,
+) -> Mapping[str, Any]:
+    """Return what reading files finds out; a note in the cache holds until one of them changes.
+
+    No note is written if the cache cannot be written, if a file changes while it is read, or if one
+    changed a moment before: the clock of a file system is coarse, so its time stamp might not show
+    a further change.
 
     Args:
         kind: what the note says, such as "fingerprints"; names a folder in the cache.
         files: the files that it is about.
+        read: reads the files and returns what it finds, any JSON object.
+        again: whether to read them even if there is a note.
 
     Raises:
         OSError: a file is missing.
     """
-    state = [_state(file) for file in files]
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        note = json.loads(_place(kind, files).read_text(encoding="utf-8"))
-        if note["files"] == state:
-            return dict(note["found"])
-    return None
-
-
-def write_note(kind: str, files: Sequence[Path], found: Mapping[str, Any]) -> None:
-    """Note what was found out about files; the note holds until one of them changes.
-
-    Nothing is written if the cache cannot be written, or if a file changed a moment ago: the clock
-    of a file system is coarse, so its time stamp might not show a further change.
-
-    Args:
-        kind: see :func:`read_note`.
-        files: the files that it is about.
-        found: any JSON object.
-    """
+    place, state = _place(kind, files), _states(files)  # before they are read
+    settled = time.time_ns() - max(changed for *_, changed in state) >= _SETTLED
+    if not again:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            note = json.loads(place.read_text(encoding="utf-8"))
+            if note["files"] == state:
+                return dict(note["found"])
+    found = read()
     with contextlib.suppress(OSError):
-        state = [_state(file) for file in files]
-        last_change = max(changed for *_, changed in state)
-        if time.time_ns() - last_change < _SETTLED:
-            return
-        place = _place(kind, files)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = place.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps({"files": state, "found": found}), encoding="utf-8")
-        unfinished.replace(place)
+        if settled and _states(files) == state:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = place.with_suffix(f".{os.getpid()}")
+            unfinished.write_text(json.dumps({"files": state, "found": found}), encoding="utf-8")
+            unfinished.replace(place)
+    return found
 
 
 def _place(kind: str, files: Sequence[Path]) -> Path:
@@ -90,7 +88,10 @@ def _place(kind: str, files: Sequence[Path]) -> Path:
     return cache_folder() / kind / f"{digest[:24]}.json"
 
 
-def _state(file: Path) -> list[Any]:
-    state = file.stat()
-    name = os.fsencode(file.resolve()).decode("utf-8", "backslashreplace")
-    return [name, state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns]
+def _states(files: Sequence[Path]) -> list[list[Any]]:
+    states = []
+    for file in files:
+        name = os.fsencode(file.resolve()).decode("utf-8", "backslashreplace")
+        state = file.stat()
+        states.append([name, state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns])
+    return states

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -119,6 +120,20 @@ class Gate(Engine):
         with self._lock:
             self.now -= 1
         return self.engine.search(queries, top_k)
+
+
+def forked(function: Callable[[], Any]) -> Any:
+    """What a function returns in a forked child, which fails after TIMEOUT if it hangs."""
+    forks = multiprocessing.get_context("fork")
+    reader, writer = forks.Pipe(duplex=False)
+    process = forks.Process(target=lambda: writer.send(function()), daemon=True)
+    process.start()
+    try:
+        assert reader.poll(TIMEOUT)
+        return reader.recv()
+    finally:
+        process.kill()
+        process.join()
 
 
 @contextmanager

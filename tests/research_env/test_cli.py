@@ -195,6 +195,17 @@ def test_play_when_the_input_ends_early(
         (["play", "ReSearch-MiniWorld-v0", "--env-args", "split"], "KEY=VALUE, not 'split'"),
         (["play", "ReSearch-MiniWorld-v0", "--env-args", "split=x"], "'x'; known: dev, train"),
         (["play", "SearchQA-v0"], "needs questions=PATH"),
+        (
+            ["play", "ReSearch-MiniWorld-v0", "--seed", "-1"],
+            "a seed is an integer from 0 on, not -1",
+        ),
+        *(
+            (
+                ["serve", "--dataset", "miniworld", "--port", "99999", "--top-k", str(top_k)],
+                f"--top-k is a number from 1 to 1000, not {top_k}",
+            )
+            for top_k in (0, -1, 1001)
+        ),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(

@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 
-from research_env import IDS, Episode, Hit, UnicodeText
+from research_env import IDS, Episode, Hit, Question, UnicodeText
 from research_env.env import SearchQAEnv
 from research_env.errors import (
     ActionError,
+    ClosedError,
     ConfigurationError,
     EpisodeError,
     ResearchEnvError,
     RetrievalError,
+    UnknownNameError,
 )
 from research_env.rewards import METRICS
 from tests.research_env.fakes import DATASET, QUESTIONS, Engine, answer, search
@@ -240,6 +243,29 @@ def test_bad_settings_are_refused_at_once(settings: dict[str, Any], message: str
         make(**settings)
 
 
+@pytest.mark.parametrize("language", ["fr", ["zh"], None])
+def test_the_language_of_every_question_is_checked_at_once(language: Any) -> None:
+    wrong = Question("q9", "Who?", ("Ann",), extra={"metric_language": language})
+    data = type(DATASET)("own", (*QUESTIONS, wrong), None)
+    with pytest.raises(UnknownNameError, match=r"of question 'q9': .*known: en, ja"):
+        make(dataset=data)
+    make(dataset=data, metric_language="ko")
+
+
+def test_a_generator_that_was_set_draws_the_order_of_questions() -> None:
+    env = make()
+    orders = []
+    for _ in range(2):
+        env.np_random = np.random.default_rng(3)
+        orders.append([env.reset()[1]["question_id"] for _ in range(10)])
+    assert orders[0] == orders[1]
+    assert sorted(orders[0][:5]) == sorted(orders[0][5:]) == [f"q{i}" for i in range(5)]
+    env.np_random = np.random.default_rng(5)
+    assert orders[0] != [env.reset()[1]["question_id"] for _ in range(10)]
+    with pytest.raises(ConfigurationError, match="a seed is an integer from 0 on, not -1"):
+        env.reset(seed=-1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -327,6 +353,15 @@ def test_closing_leaves_a_retriever_that_was_lent() -> None:
     env.close()
     env.close()
     assert engine.closed == 0
+
+
+def test_a_search_after_close_is_an_error_and_voids_nothing() -> None:
+    env = make()
+    env.reset(options={"question_id": "q0"})
+    env.close()
+    with pytest.raises(ClosedError, match="have been closed; make a new environment"):
+        env.step(search("1"))
+    assert env.step(answer("Founder 0"))[1] == 1.0  # an answer needs no engine
 
 
 def test_every_id_names_its_data_by_strings() -> None:

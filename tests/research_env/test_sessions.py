@@ -21,7 +21,7 @@ from research_env.errors import (
     UnknownTaskError,
 )
 from research_env.sessions import Session, Sessions
-from tests.research_env.fakes import DATASET, TIMEOUT, Engine, Gate, answer, search
+from tests.research_env.fakes import DATASET, TIMEOUT, Engine, Gate, answer, forked, search
 
 
 def make(**more: Any) -> Sessions:
@@ -75,6 +75,32 @@ def test_unknown_tasks_are_refused(task: Any) -> None:
         for kind in (UnknownTaskError, ConfigurationError, IndexError):
             with pytest.raises(kind, match=r"no question has the id|there is no task"):
                 sessions.open(task)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, None])
+def test_a_seed_is_a_number_from_0_on(seed: Any) -> None:
+    with make() as sessions:
+        for call in (lambda: sessions.tasks(seed), lambda: sessions.open(0, seed)):
+            with pytest.raises(ConfigurationError, match=f"integer from 0 on, not {seed}"):
+                call()
+
+
+def test_a_forked_child_searches_by_itself() -> None:
+    engine = Gate()
+    with make(retriever=engine) as sessions, ThreadPoolExecutor(1) as pool:
+
+        def search_twice() -> list[str]:
+            engine.opened.set()  # the child's own copy
+            session = sessions.open("q1")
+            return [session.step(search(query)).info["query"] for query in ("1", "2")]
+
+        busy = pool.submit(sessions.open("q0").step, search("1"))
+        assert engine.asked.acquire(timeout=TIMEOUT)
+        try:
+            assert forked(search_twice) == ["1", "2"]
+        finally:
+            engine.opened.set()
+        assert busy.result(TIMEOUT).info["query"] == "1"
 
 
 def test_two_steps_at_once_are_refused_and_nothing_is_lost() -> None:

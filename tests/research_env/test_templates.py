@@ -42,6 +42,21 @@ def test_a_text_a_file_and_messages_are_taken(tmp_path: Path) -> None:
         assert own_template(name) is None
 
 
+def test_a_file_of_another_editor_is_read_as_the_same_text(tmp_path: Path) -> None:
+    """As Notepad saves it: with a byte order mark, and with CR before LF."""
+    for name, text in {"t.txt": TEXT, "c.jsonl": JSONL, "c.yaml": YAML}.items():
+        (tmp_path / name).write_text(text.replace("\n", "\r\n"), "utf-8-sig", newline="")
+        expected = CHAT if name.startswith("c") else (("user", TEXT),)
+        assert own_template(str(tmp_path / name)) == expected
+
+
+def test_only_line_feeds_end_a_line_of_messages(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text(
+        '{"role": "user", "content": "A\u2028B\x85C {question}"}\n', encoding="utf-8"
+    )
+    assert own_template(str(tmp_path / "c.jsonl")) == (("user", "A\u2028B\x85C {question}"),)
+
+
 @pytest.mark.parametrize("protocol", sorted(PROTOCOLS))
 def test_every_protocol_takes_it(protocol: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(YAML, encoding="utf-8")

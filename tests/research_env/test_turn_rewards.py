@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from research_env.datasets.base import Hop, Question
 from research_env.env import SearchQAEnv
 from research_env.episode import Episode, advance, fail, observe, truncate
-from research_env.errors import ConfigurationError, UnknownNameError
+from research_env.errors import ConfigurationError, RewardError, UnknownNameError
 from research_env.papers import PROTOCOLS
 from research_env.retrieval.base import Hit, Passage
 from research_env.turn_rewards import TURN_REWARDS, TurnRewards, turn_rewards
@@ -178,6 +179,43 @@ def test_own_functions_and_invalid_sums() -> None:
         turn_rewards("support_recall")  # a reward of whole episodes
     with pytest.raises(ConfigurationError, match="position 14"):
         turn_rewards("0.2*searches 3")
+
+
+def nothing(before: Episode, after: Episode) -> Any:
+    return None
+
+
+def not_a_number(before: Episode, after: Episode) -> float:
+    return float("nan")
+
+
+def fails(before: Episode, after: Episode) -> float:
+    return 1 / 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing", "returned None for question 'q1'; a reward is one finite number"),
+        ("not_a_number", "returned nan for question 'q1'"),
+        ("fails", "failed for question 'q1': ZeroDivisionError: division by zero"),
+    ],
+)
+def test_an_invalid_value_is_an_error_that_names_the_reward(name: str, message: str) -> None:
+    own = f"{__name__}:{name}"
+    env = SearchQAEnv(dataset=DATASET, retriever=Engine(), turn_reward=f"searches-0.5*{own}")
+    env.reset(options={"question_id": "q1"})
+    with pytest.raises(RewardError, match=f"the reward {own} {message}"):
+        env.step(search("1"))
+    *_, last = states([answer("Bergen")])
+    with pytest.raises(RewardError, match=f"the reward {own} {message.replace('q1', 'q')}"):
+        turn_rewards(own).totals(last)
+
+
+def test_the_text_of_a_sum_keeps_all_digits() -> None:
+    assert turn_rewards("0.12345678*searches-redundancy").__name__ == (
+        "0.12345678*searches-1*redundancy"
+    )
 
 
 # --- through the environments --------------------------------------------------------------------

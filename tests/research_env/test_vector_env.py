@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 from research_env.env import SearchQAEnv
 from research_env.errors import (
     ActionError,
+    ClosedError,
     ConfigurationError,
     EpisodeError,
+    RewardError,
     UnknownNameError,
     UnknownTaskError,
 )
 from research_env.vector_env import SearchQAVectorEnv, StepResult
-from tests.research_env.fakes import DATASET, TIMEOUT, Engine, Gate, answer, search
+from tests.research_env.fakes import DATASET, TIMEOUT, Engine, Gate, answer, forked, search
 
 
 def make(num_envs: int = 3, **more: Any) -> SearchQAVectorEnv:
@@ -203,6 +205,19 @@ def test_without_options_the_sub_environments_share_out_the_order() -> None:
     assert env.num_tasks == 5
 
 
+def test_a_generator_that_was_set_draws_the_order() -> None:
+    orders = []
+    for _ in range(2):
+        env = make(2)
+        env.reset(seed=4)
+        env.np_random = np.random.default_rng(3)
+        orders.append([each for _ in range(5) for each in env.reset()[1]["question_id"]])
+    assert orders[0] == orders[1]
+    assert sorted(orders[0][:5]) == [f"q{i}" for i in range(5)]
+    with pytest.raises(ConfigurationError, match="a seed is an integer from 0 on, not -1"):
+        env.reset(seed=-1)
+
+
 def test_next_step_mode_spends_an_action_on_the_reset() -> None:
     env = make(1, template="question")
     env.reset(seed=4)
@@ -373,6 +388,98 @@ def test_failures_in_the_background_void_and_bugs_are_raised() -> None:
     env.reset(seed=4)  # and life goes on
     env.send([0], [search("1")])
     assert env.recv(timeout=TIMEOUT)[0].info["passage_ids"] == ("p1",)
+    env.close()
+
+
+class FailsOnce:
+    """A reward, of episodes or turns, whose call of this number fails."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def __call__(self, *episodes: Any) -> float:
+        self.left -= 1
+        return 1.0 / self.left if self.left == 0 else 1.0
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_a_reward_that_fails_moves_nobody(mode: AutoresetMode) -> None:
+    env = make(3, reward=FailsOnce(2), autoreset_mode=mode)
+    env.reset(seed=4)
+    before = env.episodes
+    actions = [search("1"), answer("x"), answer("y")]
+    with pytest.raises(RewardError, match="division by zero"):
+        env.send([0, 1, 2], actions)
+    assert env.episodes == before
+    env.send([0, 1, 2], actions)
+    results = env.recv(timeout=TIMEOUT, min_results=3)
+    assert sorted((r.env_id, r.reward) for r in results) == [(0, 0.0), (1, 1.0), (2, 1.0)]
+    env.close()
+
+    env = make(3, reward=FailsOnce(2), autoreset_mode=mode)
+    env.reset(seed=4)
+    before = env.episodes
+    with pytest.raises(RewardError, match="division by zero"):
+        env.step(actions)
+    assert env.episodes == before
+    assert env.step(actions)[1].tolist() == [0.0, 1.0, 1.0]
+    env.reset(seed=4)
+    env = make(2, reward=FailsOnce(2), autoreset_mode=mode)
+    env.reset(seed=4)
+    before = env.episodes
+    with pytest.raises(RewardError, match="division by zero"):
+        env.truncate([0, 1])
+    assert env.episodes == before
+
+
+def test_a_reward_that_fails_in_the_background_costs_its_own_action_alone() -> None:
+    env = make(2, turn_reward=FailsOnce(1))
+    env.reset(seed=4)
+    env.send([0, 1], [search("1"), search("2")])
+    with pytest.raises(RewardError, match="division by zero"):
+        env.recv(timeout=TIMEOUT, min_results=2)
+    (result,) = env.recv(timeout=TIMEOUT)
+    assert result.reward == 1.0
+    failed = 1 - result.env_id
+    with pytest.raises(EpisodeError, match="has no result yet"):
+        env.send([failed], ["x"])
+    env.reset(options={"reset_mask": [i == failed for i in range(2)]})
+    env.send([failed], [search("3")])
+    assert [r.env_id for r in env.recv(timeout=TIMEOUT)] == [failed]
+    env.close()
+
+
+def test_closing_voids_no_episode() -> None:
+    env = make(3, max_wait=3600.0)  # a search that is alone waits until it is closed
+    env.reset(seed=4)
+    env.send([0, 1], [search("1"), answer("no")])
+    before = env.episodes
+    env.close()
+    with pytest.raises(ClosedError, match="make a new environment"):
+        env.recv()
+    assert [r.env_id for r in env.recv()] == [1]
+    with pytest.raises(ClosedError):
+        env.send([1, 2], ["", search("1")])
+    with pytest.raises(ClosedError):
+        env.step(["", "", search("1")], mask=[False, True, True])
+    assert env.episodes == before
+    assert env.recv() == []
+    env.send([2], [answer("no")])  # an answer needs no engine
+    assert [r.terminated for r in env.recv()] == [True]
+
+
+def test_a_forked_child_sends_and_receives_by_itself() -> None:
+    env = make(2)
+    env.reset(seed=4)
+    env.send([0], [search("1")])
+    env.recv(timeout=TIMEOUT)
+
+    def play() -> Any:
+        env.reset(seed=4)
+        env.send([0, 1], [search("1"), search("2")])
+        return [r.info["query"] for r in env.recv(timeout=TIMEOUT, min_results=2)]
+
+    assert sorted(forked(play)) == ["1", "2"]
     env.close()
 
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import research_env  # noqa: F401  (registers the ids)
+from research_env.env import SearchQAEnv
 from research_env.episode import Episode
 from research_env.errors import ConfigurationError, UnknownNameError
 from research_env.rewards import (
@@ -27,6 +28,7 @@ from research_env.rewards import (
     searches,
     support_recall,
 )
+from research_env.tools import Call, ToolTurn
 from research_env.turn_rewards import TURN_REWARDS
 from tests.research_env.fakes import DATASET, Engine, answer, search
 from tests.research_env.playing import play
@@ -80,6 +82,18 @@ def test_a_refused_query_is_not_compared() -> None:
     episode = play("search-r1", actions)
     assert episode.stop_reason == "max_searches"
     assert query_diversity(episode) == 1.0
+
+
+def test_a_refused_query_is_not_compared_after_calls_of_other_tools() -> None:
+    env = SearchQAEnv(protocol="tool-calls", tools="search,open", max_searches=3)
+    env.reset(seed=0)
+    once = Call(name="search", arguments={"query": "a1"})
+    other = Call(name="open", arguments={"document": "x"})
+    calls = [once, other, other, once]
+    *_, info = [env.step(ToolTurn(calls=(call,)))[4] for call in calls]
+    assert info["stop_reason"] == "max_searches"
+    assert env.episode is not None
+    assert query_diversity(env.episode) == 1.0
 
 
 def test_retrieved_is_whether_a_search_found_a_passage() -> None:
@@ -236,6 +250,28 @@ def test_a_sum_worked_by_hand() -> None:
     assert read.components(episode) == {
         "research": 1.0, "support_recall": 0.5, "searches": 2.0, "answer_length": 1.0, OWN: 2.0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("0.1*em+f1", "0.1*em+1*f1"),
+        ("-2*em-0.02*searches", "-2*em-0.02*searches"),
+        ("0.12345678*em+1e22*f1", "0.12345678*em+1e+22*f1"),
+        ("12345678*em", "12345678*em"),
+    ],
+)
+def test_the_text_of_a_sum_keeps_all_digits(text: str, name: str) -> None:
+    assert getattr(reward(text), "__name__", "") == name
+
+
+@given(weight=st.floats(allow_nan=False, allow_infinity=False))
+def test_the_text_of_a_sum_is_read_back(weight: float) -> None:
+    read = reward(f"{weight!r}*em+f1")
+    assert isinstance(read, WeightedSum)
+    again = reward(read.__name__)
+    assert isinstance(again, WeightedSum)
+    assert again.terms == read.terms
 
 
 def test_the_table_of_rewards_names_all_there_is() -> None:

@@ -30,17 +30,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import numpy as np
 
 from research_env.errors import ConfigurationError, DataError, RetrievalError, StaleIndexError
-from research_env.retrieval.base import Hit, Passage, check_top_k
+from research_env.retrieval.base import Hit, Passage, SearchResult, check_top_k
 from research_env.retrieval.bm25.analyzer import analyze, first_words
 from research_env.retrieval.bm25.index import FILES, IndexReader, IndexWriter
 from research_env.system.locks import exclusive_lock
-from research_env.system.paths import read_note, read_small_file, write_note
+from research_env.system.paths import cached, read_small_file
 
 if TYPE_CHECKING:
     from research_env.datasets.base import Corpus
@@ -93,11 +93,13 @@ def build_index(
         DataError: the corpus cannot be read, holds no words, or changed meanwhile.
         ConfigurationError: the folder holds something other than an index.
     """
-    folder = Path(os.path.abspath(folder))  # noqa: PTH100  (a link is kept as it is)
+    folder = Path(os.path.realpath(folder))  # a link is kept: what it names is replaced
     is_ours = folder.is_dir() and ((folder / _META).exists() or not any(folder.iterdir()))
     if folder.exists() and not is_ours:
         raise ConfigurationError(f"{folder} holds other things; name a new folder for the index")
     fingerprint = corpus.fingerprint()
+    with contextlib.suppress(StaleIndexError):  # without the lock: the folder may be read-only
+        return _checked(folder, corpus.name, fingerprint)[0].passages
     folder.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(folder.parent / f".{folder.name}.lock"):  # one process builds, others wait
         with contextlib.suppress(StaleIndexError):
@@ -123,7 +125,7 @@ def build_index(
                 folder.rename(building.with_suffix(".old.building"))
             building.rename(folder)
             _sync(folder.parent)
-            write_note(_note_kind(), _paths(folder), {})
+            cached(_note_kind(), _paths(folder), dict)  # whoever makes an index need not check it
         finally:
             shutil.rmtree(building, ignore_errors=True)
             shutil.rmtree(building.with_suffix(".old.building"), ignore_errors=True)
@@ -178,7 +180,7 @@ class EmbeddedRetriever:
         self._offsets = memoryview(self._offsets_file).cast("Q")
         self._documents: DocumentTable | None = None  # made when it is needed
 
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Hit] | RetrievalError]:
+    def search(self, queries: Sequence[str], top_k: int) -> list[SearchResult]:
         """Answer every query of a batch; see :class:`research_env.retrieval.base.Retriever`.
 
         Any text is searched as words. A query without words has no hits. Hits with equal scores
@@ -235,7 +237,7 @@ class EmbeddedRetriever:
             raise RetrievalError("the index has been closed; open it again")
         return self._index
 
-    def _hits(self, best: Sequence[tuple[int, float]]) -> list[Hit] | RetrievalError:
+    def _hits(self, best: Sequence[tuple[int, float]]) -> SearchResult:
         try:
             return [Hit(self._passage(row), score) for row, score in best]
         except ValueError as error:  # fewer than four offsets, or bytes that are not UTF-8
@@ -308,9 +310,12 @@ def _checked(
             raise _stale(folder, f"is damaged: {name} is missing, cut off or changed")
     try:
         index = IndexReader(folder, _num_rows(folder))
-        if again or read_note(_note_kind(), _paths(folder)) is None:
+
+        def check() -> dict[str, Any]:
             _check_all(folder, meta, index)
-            write_note(_note_kind(), _paths(folder), {})
+            return {}
+
+        cached(_note_kind(), _paths(folder), check, again=again)
     except (OSError, ValueError) as error:
         raise _stale(folder, f"is damaged: {error}") from error
     return meta, index

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from elasticsearch import AsyncElasticsearch
     from elasticsearch.serializer import JsonSerializer
 
+Body = dict[str, Any]
+"""A JSON object of Elasticsearch's API."""
 Result = TypeVar("Result")
 
 MAPPING_VERSION = 1

@@ -1,23 +1,18 @@
-"""Read whole documents of an index, each with one query for its name and one for the rest of it."""
+"""Read whole documents of an index: each by its name first, then the passages around it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from research_env.errors import ConfigurationError, RetrievalError
-from research_env.retrieval.base import Passage
+from research_env.retrieval.base import Hit, Passage, SearchResult
 from research_env.retrieval.documents import MAX_PASSAGES, Document, chunk_of
+from research_env.retrieval.elasticsearch.client import Body
 from research_env.retrieval.elasticsearch.fields import find_field
-from research_env.retrieval.elasticsearch.responses import Answer
 
-Body = dict[str, Any]
-Search = Callable[[Sequence[Body]], Sequence[Answer]]
-"""Answers queries of Elasticsearch's query language, with hits in the order of the corpus."""
-
-MAX_READ = 2 * MAX_PASSAGES + 1
-"""Most passages of a document."""
+Search = Callable[[Sequence[Body]], Sequence[SearchResult]]
+"""Answers searches. In an index that research-env made, the score of a hit is its row."""
 
 _EXACT = "exact"  # the multi-field of the title that holds whole titles, in lower case
 
@@ -43,12 +38,26 @@ class ReadPlan:
         """Query for the passages with a title; upper case matters if the index is the user's."""
         if self.title is None or not title.strip():
             return {"match_none": {}}
-        return {"term": {self.title: title.strip()}}
+        return {"terms": {self.title: [title, title.strip()]}}
 
-    def by_passage(self, passage: Passage) -> Body:
-        """Query for all passages of the document to which a passage belongs."""
-        chunk = chunk_of(passage.id) if self.own else None
-        return {"prefix": {"id": f"{chunk[0]}#"}} if chunk else self.by_title(passage.title)
+    def around(self, asked: Hit) -> tuple[Body, Body]:
+        """Searches for the passages of a document before a hit, backwards, and from it on.
+
+        In an index that the user made there is no order, and the second search finds all.
+        """
+        chunk = chunk_of(asked.passage.id) if self.own else None
+        query = {"prefix": {"id": f"{chunk[0]}#"}} if chunk else self.by_title(asked.passage.title)
+        if not self.own:
+            return _search({"match_none": {}}), _search(query, 2 * MAX_PASSAGES + 1)
+        rows_before = {"range": {"row": {"lt": asked.score}}}
+        rows_after = {"range": {"row": {"gte": asked.score}}}
+        before = _search({"bool": {"filter": [query, rows_before]}}, MAX_PASSAGES)
+        before["sort"] = [{"row": "desc"}]
+        return before, _search({"bool": {"filter": [query, rows_after]}})
+
+
+def _search(query: Body, size: int = MAX_PASSAGES + 1) -> Body:
+    return {"query": {"constant_score": {"filter": query}}, "size": size}
 
 
 def plan_reading(
@@ -90,18 +99,18 @@ def read_documents(
     Returns:
         One entry per name, in order; None if there is no such document.
     """
-    found = search([*map(plan.by_id, names), *map(plan.by_title, names)])
+    queries = [*map(plan.by_id, names), *map(plan.by_title, names)]
+    found = search([_search(query) for query in queries])
     by_id, by_title = found[: len(names)], found[len(names) :]
     asked = {
-        i: hits[0].passage
-        for i, hits in enumerate(by_id)
-        if hits and not isinstance(hits, RetrievalError)
+        i: hits[0] for i, hits in enumerate(by_id) if hits and not isinstance(hits, RetrievalError)
     }
-    rest = dict(zip(asked, search([*map(plan.by_passage, asked.values())]), strict=True))
+    halves = search([half for hit in asked.values() for half in plan.around(hit)])
+    rest = dict(zip(asked, zip(halves[::2], halves[1::2], strict=True), strict=True))
     documents: list[Document | RetrievalError | None] = []
     for i, (passage, titled) in enumerate(zip(by_id, by_title, strict=True)):
         if i in asked:
-            documents.append(_document_around(asked[i], rest[i]))
+            documents.append(_document_around(asked[i].passage, *rest[i]))
         elif isinstance(passage, RetrievalError):
             documents.append(passage)
         elif isinstance(titled, RetrievalError):
@@ -111,11 +120,15 @@ def read_documents(
     return documents
 
 
-def _document_around(asked: Passage, found: Answer) -> Document | RetrievalError:
-    """Make a document of the passages that ``by_passage`` finds."""
-    if isinstance(found, RetrievalError):
-        return found
-    passages = [hit.passage for hit in found]
+def _document_around(
+    asked: Passage, before: SearchResult, after: SearchResult
+) -> Document | RetrievalError:
+    """Make a document of the passages that ``around`` finds."""
+    if isinstance(before, RetrievalError):
+        return before
+    if isinstance(after, RetrievalError):
+        return after
+    passages = [hit.passage for hit in (*reversed(before), *after)]
     chunk = chunk_of(asked.id)
     if chunk:  # the prefix "a#" also finds chunks of a passage "a#b"
         chunks = [(chunk_of(each.id), each) for each in passages]

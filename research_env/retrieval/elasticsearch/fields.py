@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from research_env.errors import ConfigurationError
-from research_env.retrieval.elasticsearch.client import IndexAddress
+from research_env.retrieval.elasticsearch.client import Body, IndexAddress
 from research_env.retrieval.elasticsearch.responses import SourceFields, field_prefixes
-
-Body = dict[str, Any]
 
 TEXT_TYPES = ("text", "match_only_text", "search_as_you_type")
 """Types whose values are analyzed into words."""

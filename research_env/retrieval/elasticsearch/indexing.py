@@ -24,6 +24,7 @@ from research_env.retrieval.base import Passage
 from research_env.retrieval.elasticsearch.client import (
     MAPPING_VERSION,
     META_KEY,
+    Body,
     IndexAddress,
     RetryableError,
     SyncClient,
@@ -49,10 +50,9 @@ MAX_IN_FLIGHT_CHARS = 4 * MAX_REQUEST_CHARS
 """Characters that are sent at the same time."""
 RETRY = Retry(deadline=300.0, first=0.2, longest=15.0)
 """Time limit and pauses of each request."""
-_READABLE = 1  # version of the fields that reading documents needs
+_READABLE = 2  # version of what reading documents needs
 _BUCKETS_PER_PAGE = 10_000  # page size of an aggregation
 
-Body = dict[str, Any]
 Batch = list[tuple[int, Passage]]  # rows and passages
 
 
@@ -466,7 +466,7 @@ def _merge(ours: Body, theirs: Body) -> Body:
 def _document(row: int, passage: Passage, vector: list[float] | None) -> Body:
     document: Body = {
         "id": replace_surrogates(passage.id),
-        "title": replace_surrogates(passage.title),
+        "title": replace_surrogates(passage.title.strip()),  # whole titles are looked for
         "text": replace_surrogates(passage.text),
         "row": row,
         "checksum": _checksum(passage),

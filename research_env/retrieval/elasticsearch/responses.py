@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from research_env.errors import RetrievalError
-from research_env.retrieval.base import Hit, Passage
+from research_env.retrieval.base import Hit, Passage, SearchResult
 from research_env.retrieval.elasticsearch.client import (
     IndexAddress,
     RetryableError,
@@ -26,7 +26,6 @@ from research_env.retrieval.elasticsearch.client import (
 from research_env.retrieval.json_text import read_json, replace_surrogates
 from research_env.retrieval.retry import RETRYABLE_STATUSES
 
-Answer = list[Hit] | RetrievalError
 RawHit = TypeVar("RawHit")
 
 _NOT_A_RESULT = (msgspec.DecodeError, ValueError, RecursionError)  # what decoders raise
@@ -96,7 +95,7 @@ _FOREIGN_DECODER = msgspec.json.Decoder(_MultiSearch[_ForeignHit])
 
 def parse_answers(
     body: bytes, address: IndexAddress, fields: SourceFields | None
-) -> list[Answer | RetryableError]:
+) -> list[SearchResult | RetryableError]:
     """Parse the answer to a request of several searches.
 
     Args:
@@ -120,7 +119,7 @@ def _parse(
     address: IndexAddress,
     decoder: msgspec.json.Decoder[_MultiSearch[RawHit]],
     to_hits: Callable[[list[RawHit]], list[Hit]],
-) -> list[Answer | RetryableError]:
+) -> list[SearchResult | RetryableError]:
     try:
         return [_judge(each, address, to_hits) for each in decoder.decode(body).responses]
     except _NOT_A_RESULT:
@@ -128,7 +127,7 @@ def _parse(
     responses = answer.get("responses") if isinstance(answer, dict) else None
     if not isinstance(responses, list):
         raise ValueError("an answer without responses")
-    outcomes: list[Answer | RetryableError] = []
+    outcomes: list[SearchResult | RetryableError] = []
     for each in responses:
         try:
             single = replace_surrogates(json.dumps({"responses": [each]}, ensure_ascii=False))
@@ -143,7 +142,7 @@ def _judge(
     response: _Response[RawHit],
     address: IndexAddress,
     to_hits: Callable[[list[RawHit]], list[Hit]],
-) -> Answer | RetryableError:
+) -> SearchResult | RetryableError:
     """Turn the response to one search into hits or an error.
 
     Raises:

@@ -36,23 +36,23 @@ from research_env.errors import (
     StaleIndexError,
     UnknownNameError,
 )
-from research_env.retrieval.base import Hit, Passage
+from research_env.retrieval.base import Hit, Passage, SearchResult
 from research_env.retrieval.bm25.analyzer import first_words
 from research_env.retrieval.elasticsearch.client import (
     MAPPING_VERSION,
     META_KEY,
+    Body,
     RetryableError,
     SyncClient,
     parse_address,
 )
 from research_env.retrieval.elasticsearch.documents import (
-    MAX_READ,
     ReadPlan,
     plan_reading,
     read_documents,
 )
 from research_env.retrieval.elasticsearch.fields import SearchPlan, plan_search
-from research_env.retrieval.elasticsearch.responses import Answer, parse_answers
+from research_env.retrieval.elasticsearch.responses import parse_answers
 from research_env.retrieval.json_text import read_json, replace_surrogates
 from research_env.retrieval.retry import Deadline, Retry
 from research_env.retrieval.url import number
@@ -70,8 +70,6 @@ RRF_WINDOW = 50
 """How many hits of either list reciprocal rank fusion looks at."""
 MAX_HITS = 10_000
 """Most hits that a server returns, and most it takes as ``num_candidates``."""
-
-Body = dict[str, Any]
 
 _PLACEHOLDER = "\0"  # stands for the text of a query in a template of its body
 _CLOSED = "the Elasticsearch retriever has been closed; open it again"
@@ -146,7 +144,7 @@ class ElasticsearchRetriever:
     def __reduce__(self) -> tuple[type[ElasticsearchRetriever], tuple[str, IndexInfo]]:
         return ElasticsearchRetriever, (self._url, self._info)
 
-    def search(self, queries: Sequence[str], top_k: int) -> list[Answer]:
+    def search(self, queries: Sequence[str], top_k: int) -> list[SearchResult]:
         """Answer every query of a batch; see :class:`research_env.retrieval.base.Retriever`.
 
         Args:
@@ -172,7 +170,7 @@ class ElasticsearchRetriever:
         found = iter(self._search_texts(asked, top_k) if asked else ())
         return [next(found) if text.strip() else [] for text in texts]
 
-    def _search_texts(self, texts: Sequence[str], top_k: int) -> list[Answer]:
+    def _search_texts(self, texts: Sequence[str], top_k: int) -> list[SearchResult]:
         """Answer queries that are not blank."""
         size = max(top_k, RRF_WINDOW) if self._mode == "hybrid" else top_k
         bodies: list[str] = []  # JSON made here: the client would take five times as long
@@ -248,12 +246,10 @@ class ElasticsearchRetriever:
         wanted = [replace_surrogates(name) for name in names]
         return read_documents(wanted, self._read_plan, self._find_all)
 
-    def _find_all(self, queries: Sequence[Body]) -> list[Answer]:
-        """The passages that queries find, in the order of the corpus."""
-        bodies = [
-            self._common_body(MAX_READ) | {"query": {"constant_score": {"filter": query}}}
-            for query in queries
-        ]
+    def _find_all(self, searches: Sequence[Body]) -> list[SearchResult]:
+        """What searches find, in the order of the corpus; there the score of a hit is its row."""
+        order = {} if self._info.plan else {"sort": ["row"]}
+        bodies = [self._common_body(0) | order | search for search in searches]
         return self._answer([json.dumps(body) for body in bodies])
 
     def _own_client(self) -> SyncClient:
@@ -419,7 +415,7 @@ class ElasticsearchRetriever:
         """Seconds after which one request is given up: the deadline leaves room for three."""
         return self._retry.deadline / 3
 
-    def _answer(self, bodies: Sequence[str]) -> list[Answer]:
+    def _answer(self, bodies: Sequence[str]) -> list[SearchResult]:
         """Send all searches, and those that failed again, until the deadline.
 
         Raises:
@@ -427,7 +423,7 @@ class ElasticsearchRetriever:
         """
         client = self._own_client()  # before the clock starts: it may import the library
         deadline = Deadline.after(self._retry.deadline)
-        answers: list[Answer] = [[]] * len(bodies)
+        answers: list[SearchResult] = [[]] * len(bodies)
         waiting = list(range(len(bodies)))
         for attempt in itertools.count():
             waits: list[float] = []
@@ -453,7 +449,7 @@ class ElasticsearchRetriever:
 
     def _outcomes(
         self, client: SyncClient, bodies: Sequence[str], left: float
-    ) -> Sequence[Answer | RetryableError]:
+    ) -> Sequence[SearchResult | RetryableError]:
         """The outcome of each search of a request, also if the whole request failed."""
         if left == 0:
             return [RetryableError("the time was spent before its turn")] * len(bodies)
@@ -464,7 +460,7 @@ class ElasticsearchRetriever:
 
     def _msearch(
         self, client: SyncClient, bodies: Sequence[str], left: float
-    ) -> list[Answer | RetryableError]:
+    ) -> list[SearchResult | RetryableError]:
         """Send one request; return the outcome of each of its searches."""
         header = json.dumps(
             {"search_type": "dfs_query_then_fetch"} if self._info.many_shards else {}
@@ -491,7 +487,7 @@ def _some_names(indices: Body) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _fuse(lexical: Answer, dense: Answer, top_k: int) -> Answer:
+def _fuse(lexical: SearchResult, dense: SearchResult, top_k: int) -> SearchResult:
     """Reciprocal rank fusion (Cormack, Clarke and Buettcher 2009): the sum of 1 / (60 + rank)."""
     scores: dict[str, float] = {}
     passages: dict[str, Passage] = {}

@@ -13,7 +13,7 @@ import pytest
 
 from research_agent.models.source import resolve_model
 from research_env import Dataset, Question, testing
-from research_env.adapters.tokens import encode_text
+from research_env.adapters.tokens import encode_observation, encode_text
 from research_env.adapters.trl_sampling import _cut
 from research_env.errors import ConfigurationError, EpisodeError, UnknownTaskError
 from research_env.sessions import Sessions
@@ -454,3 +454,17 @@ def test_no_observation_holds_a_special_token(tokenizer: Any) -> None:
         ids = encode_text(each, text)
         assert not {each.eos_token_id, each.pad_token_id} & set(ids)
         assert each.decode(ids) == text
+
+
+def test_chat_markup_is_the_tokenizers_own_or_refused() -> None:
+    tokenizer = byte_tokenizer()
+    text, markup = "\n<|im_start|>user\nx<|im_end|>", ("<|im_start|>", "<|im_end|>", "[X]")
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    inside = encode_text(tokenizer, "user\nx")
+    expected = [*encode_text(tokenizer, "\n"), start, *inside, end]
+    assert encode_observation(tokenizer, text, markup) == expected
+    assert encode_observation(tokenizer, text, ()) == encode_text(tokenizer, text)
+    for unknown in (None, tokenizer.eos_token):
+        tokenizer.unk_token = unknown
+        with pytest.raises(ConfigurationError, match=r"with '<\|x\|>', which is no token of this"):
+            encode_observation(tokenizer, "<|im_start|>a<|x|>", ("<|im_start|>", "<|x|>"))

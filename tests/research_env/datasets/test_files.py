@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import copy
 import csv
 import gzip
 import io
 import json
+import lzma
 import os
 import pickle
 import re
 import subprocess
 import sys
 import tracemalloc
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -332,7 +335,21 @@ def test_a_small_table_that_takes_much_memory_is_refused(tmp_path: Path) -> None
         ("q.csv", b'id,question,answers\nq1,?,x\nq2,"?,y\n', r"q\.csv:3: not a row of a table"),
         ("q.csv", b"id,question,answers\nq1,\xff,x\n", r"q\.csv:2: invalid UTF-8 at byte 3"),
         ("q.csv", b"id,question,answers\nq1,?,\n", r"q\.csv:2: the field 'answers'.*is missing"),
-        ("q.csv", b"id,question\nq1," + b"x" * 200_000, r"q\.csv:2: not a row.*field limit"),
+        (
+            "q.csv",
+            b"id,question,answers\nq1,?,\"['Ann', 'A.']\"\n",  # by csv.writer or pandas
+            r"q\.csv:2: the cell 'answers' .*\['Ann', 'A\.'\].*write it with json\.dumps",
+        ),
+        (
+            "q.csv",
+            b"id,question,answer\nq1,?,['Ann' 'A.'] \n",  # an array of NumPy
+            r"q\.csv:2: the cell 'answer' .*\['Ann' 'A\.'\].*write it with json\.dumps",
+        ),
+        (
+            "q.tsv",
+            b"id\tquestion\tanswers\tsupporting\nq1\t?\tx\t{'p1'}\n",
+            r"q\.tsv:2: the cell 'supporting' .*{'p1'}.*write it with json\.dumps",
+        ),
         ("q.tsv", b"id,question,answers\nq1,?,x\n", r"q\.tsv:2: the field 'answers'.*missing"),
         ("q.csv.gz", b"no archive", r"q\.csv\.gz:1: the gzip data"),
         ("q.parquet", b"PAR1 no table PAR1", r"q\.parquet: row 1: not a readable Parquet file"),
@@ -344,6 +361,63 @@ def test_a_small_table_that_takes_much_memory_is_refused(tmp_path: Path) -> None
 def test_a_bad_table_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
+        read_questions(tmp_path / name)
+
+
+def test_a_cell_of_over_16_mib_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_bytes(b'id,question\nq1,"' + (b"x" * 999_999 + b"\n") * 17)
+    with pytest.raises(DataError, match=r"q\.csv:2: not a row.*field limit \(16777216\)"):
+        read_questions(tmp_path / "q.csv")
+
+
+def test_numbers_of_hops_in_a_table_may_have_a_point(tmp_path: Path) -> None:
+    """As pandas writes a column of integers with gaps."""
+    rows = "q1,?,x,2.0\nq2,?,x,\nq3,?,x,3\n"
+    (tmp_path / "q.csv").write_text(f"id,question,answers,hops\n{rows}")
+    assert [q.hops for q in read_questions(tmp_path / "q.csv")] == [2, None, 3]
+    (tmp_path / "q.csv").write_text("id,question,answers,hops\nq1,?,x,2.5\n")
+    with pytest.raises(DataError, match=r"q\.csv:2: the field 'hops'.*not 2\.5"):
+        read_questions(tmp_path / "q.csv")
+
+
+@pytest.mark.parametrize("name", ["c.csv", "c.tsv"])
+def test_a_long_text_is_read_from_a_table_as_from_json_lines(tmp_path: Path, name: str) -> None:
+    passages = [{"id": "1", "title": "T", "text": "word " * 200_000}]
+    assert read_corpus(write_table(tmp_path / name, passages)) == read_corpus(
+        write(tmp_path / "c.jsonl", *passages)
+    )
+
+
+@pytest.mark.parametrize("name", ["Q.JSONL.GZ", "q.jsonl.Gz", "Q.CSV.GZ"])
+def test_the_case_of_a_name_does_not_matter(tmp_path: Path, name: str) -> None:
+    rows = b"id,question,answers\nq1,Who?,Ann\n" if "CSV" in name else json.dumps(QUESTION).encode()
+    (tmp_path / name).write_bytes(gzip.compress(rows))
+    assert read_questions(tmp_path / name) == [Question("q1", "Who?", ("Ann",))]
+
+
+def zipped(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("q.jsonl", content)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "compress", "kind"),
+    [
+        ("q.jsonl.bz2", bz2.compress, "bzip2"),
+        ("q.jsonl.xz", lzma.compress, "xz"),
+        ("q.jsonl.zip", zipped, "zip"),
+        ("q.jsonl", gzip.compress, "gzip"),
+        ("q.csv", bz2.compress, "bzip2"),
+        ("q.jsonl.zst", lambda content: b"\x28\xb5\x2f\xfd" + content, "zstd"),
+    ],
+)
+def test_a_compression_that_is_not_read_is_named(
+    tmp_path: Path, name: str, compress: Callable[[bytes], bytes], kind: str
+) -> None:
+    (tmp_path / name).write_bytes(compress(json.dumps(QUESTION).encode()))
+    with pytest.raises(DataError, match=rf"{name}: compressed with {kind}; decompress it"):
         read_questions(tmp_path / name)
 
 
@@ -382,11 +456,38 @@ def test_a_beir_folder(tmp_path: Path) -> None:
 def test_a_bad_beir_folder_is_named(tmp_path: Path) -> None:
     query = {"_id": "1", "text": "Who?", "metadata": {"answer": "Ann"}}
     for number, (line, message) in enumerate(
-        [("1\td1\tmany\n", "'score' must be"), ("1\td1\n", "2 cells"), ("\td1\t1\n", "'id'")]
+        [("1\td1\tmany\n", "'score' must be"), ("1\td1\n", "2 cells"), ("\td1\t1\n", "'query-id'")]
     ):
         with pytest.raises(DataError, match=rf"dev\.tsv:2: .*{message}"):
             read_questions(beir(tmp_path / str(number), query, qrels=line))
     assert [q.split for q in read_questions(beir(tmp_path / "none", query, qrels=None))] == [None]
+    (tmp_path / "0/qrels/dev.tsv").write_text("1\td1\t1\n1\td2\t1\n")
+    with pytest.raises(
+        DataError, match=r"dev\.tsv:2: .*the first line of qrels must be query-id corpus-id score"
+    ):
+        read_questions(tmp_path / "0")
+
+
+def test_scores_of_a_beir_folder_are_numbers_of_any_form(tmp_path: Path) -> None:
+    query = {"_id": "1", "text": "Who?", "metadata": {"answer": "Ann"}}
+    qrels = "1\td1\t1.0\n1\td2\t0.0\n1\td3\t-1\n1\td4\t+2\n"
+    [read] = read_questions(beir(tmp_path / "b", query, qrels=qrels))
+    assert read.supporting == ("d1", "d4")
+
+
+def test_nothing_is_converted_unless_everything_can_be(tmp_path: Path) -> None:
+    query = {"_id": "1", "text": "Who?", "metadata": {"answer": "Ann"}}
+    folder = beir(tmp_path / "b", query, query | {"text": "Where?"}, qrels=None)
+    with pytest.raises(DataError, match=r"queries\.jsonl:2: the id '1' is that of line 1"):
+        convert(folder, tmp_path / "out")
+    write(folder / "queries.jsonl", query)
+    write(folder / "corpus.jsonl", PASSAGE, PASSAGE)
+    with pytest.raises(DataError, match=r"corpus\.jsonl:2: the id 'p1' is that of line 1"):
+        convert(folder, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    write(folder / "corpus.jsonl", PASSAGE)
+    assert convert(folder, tmp_path / "out") == Converted({"": 1}, 1)
+    assert len(read_questions(tmp_path / "out/questions.jsonl")) == 1
 
 
 def test_convert_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -572,6 +673,26 @@ def test_the_fingerprint_of_an_unchanged_file_is_kept(
     first = FileCorpus("c", path).fingerprint()
     monkeypatch.setattr("research_env.datasets.files.read_records", None)  # reading would now fail
     assert FileCorpus("c", path).fingerprint() == first
+    assert len(FileCorpus("c", path)) == 1
+
+
+def test_the_fingerprint_of_a_file_that_is_replaced_while_it_is_read_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "c.jsonl", PASSAGE, PASSAGE | {"id": "p2"})
+    new = write(tmp_path / "new.jsonl", PASSAGE)
+    expected = FileCorpus("n", new).fingerprint()
+
+    def replaced(file: Path) -> formats.Records:
+        for number, record in enumerate(formats.read_records(file)):
+            if number == 0:
+                new.replace(path)
+            yield record
+
+    with monkeypatch.context() as patched:
+        patched.setattr("research_env.datasets.files.read_records", replaced)
+        assert FileCorpus("c", path).fingerprint() != expected
+    assert FileCorpus("c", path).fingerprint() == expected
     assert len(FileCorpus("c", path)) == 1
 
 

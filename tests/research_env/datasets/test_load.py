@@ -114,6 +114,17 @@ def test_golds_that_normalize_to_nothing_are_dropped(
         load_dataset("custom", split="train", questions=path)
 
 
+def test_golds_are_dropped_by_the_rules_of_their_own_language(tmp_path: Path) -> None:
+    lines = [
+        question("zh", answers=["A", "《》"], metric_language="zh"),
+        question("en", answers=["A", "《》"]),
+        question("ja", answers=["。"], metric_language="ja"),
+    ]
+    path = write(tmp_path / "questions.jsonl", *lines)
+    data = load_dataset("custom", split="train", questions=path)
+    assert [(q.id, q.answers) for q in data.questions] == [("zh", ("A",)), ("en", ("《》",))]
+
+
 def test_dollar_signs_are_dropped_from_musiques_golds(
     research_data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

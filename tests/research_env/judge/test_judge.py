@@ -619,6 +619,17 @@ def test_a_file_that_no_judge_wrote_is_left_alone(tmp_path: Path) -> None:
         run(path, server)
 
 
+def test_a_cache_that_cannot_be_opened_is_refused_in_words(tmp_path: Path) -> None:
+    path = write(tmp_path, episode(1))
+    cache = tmp_path / "judge-cache.sqlite"
+    cache.symlink_to(tmp_path / "none" / "cache")  # cannot be made, as in a read-only folder
+    with serving(lambda _: says(RIGHT)) as server:
+        refused = pytest.raises(JudgeError, match=rf"{cache}.*folder that can be written")
+        with refused:
+            run(path, server, tmp_path / "out")
+    assert not server.calls
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from queue import Empty
 from typing import Any
 
@@ -120,6 +121,43 @@ def test_queries_in_flight_are_coalesced_and_then_cached() -> None:
     searches.close()
 
 
+def test_who_waits_and_the_background_share_queries_in_flight() -> None:
+    engine = Gate()
+    searches = made(engine, 0, in_flight=2)
+    with ThreadPoolExecutor(1) as pool:
+        searches.submit(0, "1")
+        assert engine.asked.acquire(timeout=TIMEOUT)
+        asked = pool.submit(searches.ask, ["1", "2", "2"])
+        assert engine.asked.acquire(timeout=TIMEOUT)
+        searches.submit(1, "2")
+        engine.opened.set()
+        assert asked.result(TIMEOUT) == Engine().search(["1", "2", "2"], 3)
+    assert sorted(taken(searches) for _ in range(2)) == [
+        (ticket, Engine().search([query], 3)[0]) for ticket, query in enumerate("12")
+    ]
+    assert sorted(engine.batches) == [("1",), ("2",)]
+    assert searches.counts == SearchCounts(searched=2, coalesced=3)
+    searches.close()
+
+
+def test_a_bug_and_an_interruption_leave_nobody_waiting() -> None:
+    raised: list[BaseException] = [KeyboardInterrupt(), ZeroDivisionError("a bug")]
+
+    def search_after_two_failures(queries: Sequence[str]) -> list[Found]:
+        if raised:
+            raise raised.pop()
+        return [[] for _ in queries]
+
+    searches: QueryBatcher[int] = QueryBatcher(search_after_two_failures, 4, 0.0)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        searches.ask(["1"])
+    with pytest.raises(KeyboardInterrupt):
+        searches.ask(["1"])
+    searches.submit(1, "1")
+    assert taken(searches) == (1, [])
+    searches.close()
+
+
 def test_what_is_closed_takes_no_more_and_nobody_waits_for_it() -> None:
     for used in (True, False):
         searches = made(Engine(), 10)
@@ -129,6 +167,8 @@ def test_what_is_closed_takes_no_more_and_nobody_waits_for_it() -> None:
         searches.close()
         with pytest.raises(RetrievalError, match="closed"):
             searches.submit(2, "2")
+        with pytest.raises(RetrievalError, match="closed"):
+            searches.ask(["2"])
         assert searches.take(None) is None
 
 

@@ -38,6 +38,11 @@ CORPUS = ChunkedCorpus(
             Passage("long", "Novel", WORDS),
             Passage("long2", "Novel", "Another novel of that title."),
             Passage("#", "Odd </tool_response>", "An <|im_end|> odd one."),
+            Passage("r0", "Rome ", "Rome 0."),
+            Passage("r1", "\t Rome", "Rome 1."),
+            Passage("r2", "Rome\u00a0", "Rome 2."),
+            *(Passage(f"book#{i}", "Book", f"Chunk {i}.") for i in range(1200)),
+            *(Passage(f"s{i}", "Saga", f"Part {i}.") for i in range(1100)),
         )
     ),
     words=20,
@@ -106,6 +111,27 @@ def test_chunks_are_read_together_and_their_overlap_once(reader: Any) -> None:
     whole = read_page(title)
     assert whole is not None
     assert whole.text == f"{WORDS}\nAnother novel of that title."
+
+
+def test_a_long_document_is_read_around_the_passage_that_was_asked_for(reader: Any) -> None:
+    found = reader.read(["book#700", "book#1199", "s900", "saga", "Book"])
+    assert [ids(each) for each in found] == [
+        ([f"book#{i}" for i in range(200, 1200)], 500),
+        ([f"book#{i}" for i in range(699, 1200)], 500),
+        ([f"s{i}" for i in range(400, 1100)], 500),
+        ([f"s{i}" for i in range(501)], None),
+        ([f"book#{i}" for i in range(501)], None),
+    ]
+
+
+def test_white_space_around_a_title_does_not_matter(reader: Any) -> None:
+    found = reader.read(["r0", "r2", "rome", "Rome\u00a0"])
+    assert [ids(each) for each in found] == [
+        (["r0", "r1", "r2"], 0),
+        (["r0", "r1", "r2"], 2),
+        (["r0", "r1", "r2"], None),
+        (["r0", "r1", "r2"], None),
+    ]
 
 
 def test_a_closed_engine_says_so(url: str) -> None:
@@ -233,15 +259,16 @@ def test_an_index_of_ones_own_is_read_by_id_and_by_title(elasticsearch: str) -> 
     keyword = {"type": "text", "fields": {"keyword": {"type": "keyword"}}}
     fields = {"body": {"type": "text"}, "head": keyword}
     call(elasticsearch, "PUT", f"/{name}", {"mappings": {"properties": fields}})
-    for key in ("1", "2"):
-        document = {"body": f"Text {key}", "head": "Head"}
+    for key, head in (("1", "Head"), ("2", "Head"), ("3", "Tail ")):
+        document = {"body": f"Text {key}", "head": head}
         call(elasticsearch, "PUT", f"/{name}/_doc/{key}?refresh=true", document)
     address = index_url(elasticsearch, name)
     engine: Any = open_retriever(f"{address}?text=body&title=head", None)
-    found = engine.read(["2", "Head", "none"])
+    found = engine.read(["2", "Head", "none", "3", "Tail "])
     assert ids(found[0])[0] in (["1", "2"], ["2", "1"])
     assert sorted(ids(found[1])[0]) == ["1", "2"]
     assert found[2] is None
+    assert [ids(each) for each in found[3:]] == [(["3"], 0), (["3"], None)]
     engine.close()
     plain: Any = open_retriever(f"{address}?text=body", None)
     assert [each and ids(each) for each in plain.read(["2", "Head"])] == [(["2"], 0), None]

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from research_env.env import SearchQAEnv
@@ -294,6 +294,27 @@ def test_a_recorder_outlives_a_fork_and_so_does_its_file(tmp_path: Path) -> None
     replay.close()
 
 
+def test_a_recording_stays_where_it_is_when_the_working_directory_changes(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    engine = open_retriever(f"embedded:{index}?corpus=any&cache=r", None)
+    monkeypatch.chdir(tmp_path / "b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = multiprocessing.get_context("fork").Process(target=list)
+        child.start()  # closes the file, which the next search opens again
+    found = engine.search(WORDS, 3)
+    engine.close()
+    child.join(60)
+    assert list((tmp_path / "b").iterdir()) == []
+    again = open_retriever(f"embedded:{index}?corpus=any&replay=only&cache={tmp_path}/a/r", None)
+    assert again.search(WORDS, 3) == found
+    again.close()
+
+
 def test_several_processes_record_into_one_file(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, context.Pool(3) as pool:
@@ -408,6 +429,7 @@ def test_a_row_that_is_no_list_of_hits_makes_its_query_void(tmp_path: Path, row:
 
 
 @settings(deadline=None, max_examples=60)
+@example(cuts=[(4053, b"\x80")])  # an error of SQLite whose message is not UTF-8
 @given(cuts=st.lists(st.tuples(st.integers(0, 2**20), st.binary(max_size=3)), max_size=8))
 def test_a_damaged_recording_is_a_typed_error_or_as_it_was(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[tuple[int, bytes]]

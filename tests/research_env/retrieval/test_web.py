@@ -350,10 +350,10 @@ def test_no_key_is_in_a_log_an_error_a_repr_or_a_recording(
     def echoes(call: Call) -> Reply:  # a service that repeats the key in its error
         return Reply(401, f"bad key {KEY} in {dict(call.headers)}".encode())
 
-    made: list[web.Request] = []
+    made: list[web.HttpRequest] = []
     spied = web.PROVIDERS[name]
 
-    def request(*arguments: Any) -> web.Request:
+    def request(*arguments: Any) -> web.HttpRequest:
         made.append(spied.request(*arguments))
         return made[-1]
 

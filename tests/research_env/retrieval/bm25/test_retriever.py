@@ -28,7 +28,7 @@ from research_env.errors import (
     StaleIndexError,
     UnknownNameError,
 )
-from research_env.retrieval import Hit, Passage, open_retriever
+from research_env.retrieval import Hit, Passage, index_corpus, open_retriever
 from research_env.retrieval.bm25 import index as impacts
 from research_env.retrieval.bm25 import retriever as embedded
 from research_env.retrieval.bm25.analyzer import analyze
@@ -286,6 +286,29 @@ def test_an_index_of_another_corpus_is_replaced_by_a_build_but_not_opened(tmp_pa
     assert sorted(path.name for path in folder.parent.iterdir()) == [".i.lock", "i"]
 
 
+def test_a_link_to_the_folder_of_an_index_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "index").mkdir(parents=True)
+    link = tmp_path / "home" / "index"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "disk" / "index")
+    for each in (BEATLES, corpus("other passages")):
+        build_index(each, link)
+        EmbeddedRetriever(link, each).close()
+    assert list(link.parent.iterdir()) == [link]
+    assert link.readlink() == tmp_path / "disk" / "index"
+    names = sorted(path.name for path in (tmp_path / "disk").iterdir())
+    assert names == [".index.lock", "index"]
+
+
+def test_an_index_that_is_there_needs_no_lock(tmp_path: Path) -> None:
+    index_corpus(BEATLES, tmp_path / "i")
+    (tmp_path / ".i.lock").unlink()
+    (tmp_path / ".i.lock").mkdir()  # it cannot be opened, as in a folder that is read-only
+    assert index_corpus(BEATLES, tmp_path / "i") == 5
+    with pytest.raises(ConfigurationError, match=r"cannot be written.*\.i\.lock"):
+        index_corpus(corpus("other passages"), tmp_path / "i")
+
+
 @pytest.mark.parametrize("name", ["passages.bin", "terms.bin"])
 @pytest.mark.parametrize("fault", ["truncate", "remove", "change"])
 def test_a_damaged_index_is_not_opened(tmp_path: Path, name: str, fault: str) -> None:
@@ -430,12 +453,39 @@ def test_an_index_is_read_completely_once_and_after_a_restart(
     assert len(checked) == 3
 
 
+def test_a_file_that_changes_after_its_check_is_checked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "_SETTLED", 0)
+    build_index(BEATLES, tmp_path / "built")
+    folder = tmp_path / "copy"  # which was never checked
+    shutil.copytree(tmp_path / "built", folder)
+    file = folder / "passages.bin"
+    damaged = bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]
+    check_all = embedded._check_all
+
+    def change(*arguments: Any) -> None:
+        check_all(*arguments)
+        file.write_bytes(damaged)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(embedded, "_check_all", change)
+        EmbeddedRetriever(folder).close()
+    with pytest.raises(StaleIndexError, match=r"passages\.bin has changed"):
+        EmbeddedRetriever(folder)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("small", [0, 10**9])
 def test_a_disk_that_forgets_is_no_signal_and_a_check_finds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int
 ) -> None:
-    monkeypatch.setattr(embedded, "read_note", lambda *_: {})  # as if no file had changed
+    def unchanged(
+        kind: str, files: list[Path], read: Callable[[], object], again: bool = False
+    ) -> object:
+        return read() if again else {}
+
+    monkeypatch.setattr(embedded, "cached", unchanged)  # as if no file had changed
     monkeypatch.setattr(impacts, "_SMALL", small)
     build_index(corpus(*[f"ant bee w{i}" for i in range(500)]), tmp_path / "i")
     queries = ["ant", "bee w7", "w8"]
