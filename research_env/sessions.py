@@ -239,6 +239,15 @@ class Session:
         with self._one_step():
             return self._conclude(truncate(self.episode, reason), ())
 
+    def total_reward(self, end: StepOutput) -> float:
+        """The rewards of all steps of a finished episode, for trainers that take one number.
+
+        Args:
+            end: the episode's last output.
+        """
+        turn_reward = self._sessions.core.turn_reward
+        return end.reward + (turn_reward.earned_before(self.episode) if turn_reward else 0.0)
+
     def fork(self) -> Session:
         """A second session that continues from the present state; this one stays as it is."""
         return Session(self._sessions, self.episode, self.prompt, self.info)

@@ -151,6 +151,14 @@ class TurnRewards:
         ]
         return sum(earned, start=0.0)
 
+    def earned_before(self, episode: Episode) -> float:
+        """What all turns of a finished episode but the last have earned.
+
+        Raises:
+            RewardError: a reward failed, or is no finite number.
+        """
+        return sum(map(self.earned, _states_before(episode)[1:]), start=0.0)
+
     def totals(self, episode: Episode) -> dict[str, float]:
         """Each term summed over the turns of a finished episode, before its weight.
 
@@ -160,11 +168,7 @@ class TurnRewards:
         Raises:
             RewardError: a reward failed, or is no finite number.
         """
-        states = [
-            replace(episode, turns=episode.turns[:k], pending=None, stop_reason=None)
-            for k in range(len(_before(episode).turns) + 1)
-        ]
-        states.append(episode)
+        states = [*_states_before(episode), episode]
         return {
             f"turn_reward/{name}": sum(
                 (evaluate(function, *pair, name=name) for pair in pairwise(states)), start=0.0
@@ -193,6 +197,14 @@ def _before(episode: Episode) -> Episode:
     if episode.stop_reason == "length" and episode.turns and episode.turns[-1].observation:
         turns = episode.turns  # the last turn is complete, and has had its reward
     return replace(episode, turns=turns, pending=None, stop_reason=None, prediction=None)
+
+
+def _states_before(episode: Episode) -> list[Episode]:
+    """The states of an episode from its start to the one before its last turn."""
+    return [
+        replace(episode, turns=episode.turns[:k], pending=None, stop_reason=None, prediction=None)
+        for k in range(len(_before(episode).turns) + 1)
+    ]
 
 
 def _new(before: Episode, after: Episode) -> tuple[Turn, ...]:

@@ -81,7 +81,8 @@ class SearchEnvironment(Environment[SearchAction, SearchObservation, State]):  #
         """Open an episode.
 
         Args:
-            seed: begins the order that it draws; None continues the present one.
+            seed: begins the order that it draws, with ``index`` at this task; None continues the
+                present one.
             episode_id: returned by ``state``.
             split: the server's split, or None.
             index: number of the task in the order of the seed (of seed 0 without one).
@@ -94,6 +95,8 @@ class SearchEnvironment(Environment[SearchAction, SearchObservation, State]):  #
         self._check_split(split)
         if index is not None:
             session = self._order.opened = self._sessions.open(index, seed or 0)
+            if seed is not None:
+                self._order.seed, self._order.number = seed, index + 1
         else:
             session = self._order.open(seed, question_id)
         info = session.info

@@ -16,6 +16,7 @@ Example:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ class ResearchTextEnv(BaseTextEnv):  # type: ignore[misc]
     """One rollout of skyrl-gym.
 
     The row names its task: ``extras["question_id"]``, or the same in ``extras["extra_info"]``.
+    After ``extras["max_turns"]`` turns the episode is truncated and scored.
     """
 
     def __init__(
@@ -62,8 +64,7 @@ class ResearchTextEnv(BaseTextEnv):  # type: ignore[misc]
         self._task = str(task)
         self._session: Session | None = None
         self._last: StepOutput | None = None
-        if "max_turns" in row:
-            self.max_turns = int(row["max_turns"])
+        self.max_turns = int(row["max_turns"]) if "max_turns" in row else sys.maxsize
 
     def init(self, prompt: object) -> tuple[list[dict[str, str]], dict[str, Any]]:
         """Open the episode of the row.
@@ -78,6 +79,7 @@ class ResearchTextEnv(BaseTextEnv):  # type: ignore[misc]
             UnknownTaskError: no task has this id.
         """
         self._session, self._last = self._sessions.open(self._task), None
+        self.turns = 0
         return self._session.info["messages"], self._session.info
 
     def step(self, action: str) -> BaseTextEnvStepOutput:
@@ -100,6 +102,9 @@ class ResearchTextEnv(BaseTextEnv):  # type: ignore[misc]
                 f"the search engine failed in the episode of {self._task!r}, which says nothing "
                 "about the policy; make sure that the engine answers, and repeat the batch"
             )
+        if self.turns >= self.max_turns and not session.episode.over:
+            end = session.truncate("length")
+            self._last = end._replace(reward=self._last.reward + end.reward)
         return self._output(self._last)
 
     def truncate(self) -> BaseTextEnvStepOutput:

@@ -46,7 +46,8 @@ class TaskOrder:
         if question_id is not None:
             self.opened = self.sessions.open(question_id)
         else:
-            passes, number = divmod(self.number, self.sessions.num_tasks)
+            core = self.sessions.core
+            index = core.draw_question(self.seed, self.number)
             self.number += 1
-            self.opened = self.sessions.open(number, self.seed + passes)
+            self.opened = self.sessions.open(core.questions[index].id)
         return self.opened

@@ -56,14 +56,15 @@ class TokenEpisode:
                 or a terminator shows that it has.
 
         Returns:
-            The text to step with; None: the turn was cut, which has ended the episode.
+            The text to step with, also of a turn that the budget cut: what it says is scored.
+            None: the turn was interrupted before, which has ended the episode.
         """
         turn = list(turn[: self.room])
         self._append(turn, 1, logprobs)
         ended = bool(turn) and turn[-1] in self.ends
-        text = decode(self.tokenizer, turn[:-1] if ended else turn, special=self._is_framed)
-        protocol = self.session.episode.protocol
-        if complete or ended or any(stop in text for stop in protocol.terminators):
+        text = decode(self.tokenizer, turn[:-1] if ended else turn)
+        stopped = any(stop in text for stop in self.session.episode.protocol.terminators)
+        if complete or ended or stopped or not self.room:
             return text
         self.end = self.session.truncate("length")
         return None
@@ -136,15 +137,7 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def decode(tokenizer: Any, ids: list[int], *, special: bool = False) -> str:
-    """The text of the policy's tokens.
-
-    Args:
-        tokenizer: the policy's tokenizer.
-        ids: the tokens.
-        special: whether to keep special tokens, of which some formats of tool calls consist.
-    """
-    text: str = tokenizer.decode(
-        ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
-    )
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """The text of the policy's tokens, special ones included, as the model wrote it."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text

@@ -33,6 +33,7 @@ from research_env.adapters.tokens import TokenEpisode
 from research_env.adapters.trl_sampling import Sampled, generate_turns
 from research_env.core import StepOutput
 from research_env.errors import ConfigurationError, EpisodeError, UnknownTaskError
+from research_env.markup import defuse
 from research_env.sessions import Session, Sessions
 
 require("trl", "1.16", "trl")
@@ -43,8 +44,8 @@ Generate = Callable[[Any, list[list[int]], list[int], tuple[str, ...]], Sampled]
 class Rollouts:
     """The ``rollout_func`` of a ``GRPOTrainer``.
 
-    A turn ends at a terminator or an end token. If ``max_completion_length`` cuts it, the episode
-    is truncated and scored. A void episode has the reward None, so TRL leaves it out.
+    A turn ends at a terminator or an end token. One that ``max_completion_length`` cuts is the last
+    of its episode, and is scored too. A void episode has the reward None, so TRL leaves it out.
     """
 
     def __init__(
@@ -116,16 +117,18 @@ class Rollouts:
             outputs = _step_all([(each.session, text) for each, text in acting])
             for (each, _), output in zip(acting, outputs, strict=True):
                 each.add_output(output)
-        finals = [each.end for each in episodes if each.end is not None]
+        finals = [(each.session, each.end) for each in episodes if each.end is not None]
         logprobs = [each.logprobs for each in episodes]
         return {
             "prompt_ids": prompt_ids,
             "completion_ids": [each.ids for each in episodes],
             "logprobs": None if None in logprobs else logprobs,
             "env_mask": [each.mask for each in episodes],
-            "env_reward": [None if end.info["void"] else end.reward for end in finals],
-            "env_metrics": [end.info["metrics"] for end in finals],
-            "env_void": [end.info["void"] for end in finals],
+            "env_reward": [
+                None if end.info["void"] else session.total_reward(end) for session, end in finals
+            ],
+            "env_metrics": [end.info["metrics"] for _, end in finals],
+            "env_void": [end.info["void"] for _, end in finals],
         }
 
     @staticmethod
@@ -244,7 +247,8 @@ class SearchTool:
         if session.episode.over:
             return "The episode is over; no more searches are possible."
         tag = session.episode.protocol.query
-        return session.step(f"{tag.open}{query}{tag.close}").observation
+        # A tag in the query would be read as one of the turn, such as an answer.
+        return session.step(f"{tag.open}{defuse(query)}{tag.close}").observation
 
     def _end(self, messages: Sequence[Mapping[str, Any]]) -> StepOutput:
         """End the episode with the last message as its answer.
@@ -266,9 +270,9 @@ class SearchTool:
         last = messages[-1]
         if not session.episode.over and last["role"] == "assistant" and not last.get("tool_calls"):
             session.step(self._text(last))
-        if not session.episode.over:
-            return session.truncate("length")
-        return self._sessions.core.output(session.episode)
+        over = session.episode.over
+        end = self._sessions.core.output(session.episode) if over else session.truncate("length")
+        return end._replace(reward=session.total_reward(end))
 
     def _text(self, message: Mapping[str, Any]) -> str:
         return policy_text(self._sessions.core.protocol, message)

@@ -64,8 +64,7 @@ def _cut(row: list[int], ends: Sequence[int], tokenizer: Any, stops: tuple[str, 
     row = row[: next((n + 1 for n, token in enumerate(row) if token in ends), len(row))]
 
     def stopped(length: int) -> bool:
-        # generate keeps special tokens when it looks for stops; some tool calls end in one.
-        text = decode(tokenizer, row[:length], special=True)
+        text = decode(tokenizer, row[:length])
         return any(stop in text for stop in stops)
 
     return row[: bisect_left(range(len(row)), True, key=stopped)]

@@ -22,6 +22,7 @@ from research_env.adapters.chat import policy_text
 from research_env.adapters.shared import shared_sessions
 from research_env.errors import ConfigurationError
 from research_env.sessions import Session
+from research_env.tools.calls import BadCallError, parse_json
 
 require("verifiers", ("0.3", "0.4"), "verifiers")
 
@@ -125,30 +126,68 @@ class ResearchHarness(vf.Harness[vf.HarnessConfig]):  # type: ignore[misc]
             over = session.episode.over
             output = sessions.core.output(session.episode) if over else session.truncate("length")
             info = {key: output.info[key] for key in ("metrics", "stop_reason", "void")}
-            trace.info["research_env"] = {"reward": output.reward, **info}
+            trace.info["research_env"] = {"reward": session.total_reward(output), **info}
         if output.info["void"]:
             raise vf.TaskError(f"the search engine failed in the episode of {data.question_id!r}")
         return ProgramResult(exit_code=0, stdout="", stderr="")
 
 
 async def _play(session: Session, model: str, endpoint: str, secret: str) -> None:
-    """Let the endpoint take turns until the episode is over or a turn is cut."""
+    """Let the endpoint take turns until the episode is over; a turn that is cut is the last."""
     protocol, tools = session.episode.protocol, session.info["tools"]
     messages: list[Any] = list(session.info["messages"])
     async with openai.AsyncOpenAI(
         base_url=endpoint, api_key=secret, max_retries=5, timeout=None
     ) as client:
-        while not session.episode.over:
+        while True:
             reply = await client.chat.completions.create(
                 model=model, messages=messages, tools=tools or openai.omit
             )
-            if reply.choices[0].finish_reason == "length":
-                return
             message = reply.choices[0].message.model_dump(exclude_none=True)
-            action = message if protocol.tools else policy_text(protocol, message)
+            action = _unnamed(message) if protocol.tools else policy_text(protocol, message)
             output = await session.astep(action)
-            seen = [{"role": "user", "content": output.observation}]
-            messages += [message, *(output.info["messages"] or seen)]
+            if session.episode.over or reply.choices[0].finish_reason == "length":
+                return
+            if protocol.tools:
+                messages += _answered(message, output.info["messages"])
+            else:
+                messages += [message, {"role": "user", "content": output.observation}]
+
+
+def _unnamed(message: dict[str, Any]) -> dict[str, Any]:
+    """The policy's message without the ids of its calls, which the environment then names.
+
+    The environment refuses a call whose id was used before. Ids are the endpoint's, not the
+    policy's, and that of verifiers' trainer begins again at ``call_0`` in each turn.
+    """
+    calls = message.get("tool_calls", ())
+    return {**message, "tool_calls": [{**call, "id": ""} for call in calls]}
+
+
+def _answered(message: dict[str, Any], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The policy's message and the results of its calls, as endpoints take them.
+
+    verifiers takes a message that comes back unchanged for the turn that it sampled, so the results
+    get the ids of the calls. Endpoints refuse empty and repeated ids in a turn: then the calls get
+    those of the results. They also refuse arguments that are no JSON object, which become an empty
+    one; the result says what was wrong.
+    """
+    calls = message["tool_calls"]
+    ids = [call["id"] for call in calls]
+    if "" in ids or len({*ids}) < len(ids):
+        ids = [result["tool_call_id"] for result in results]
+    for call, result, each in zip(calls, results, ids, strict=True):
+        call["id"] = result["tool_call_id"] = each
+        if "function" in call:
+            call["function"]["arguments"] = _json_object(call["function"]["arguments"])
+    return [message, *results]
+
+
+def _json_object(text: str) -> str:
+    try:
+        return text if isinstance(parse_json(text), dict) else "{}"
+    except BadCallError:
+        return "{}"
 
 
 class ResearchEnvConfig(vf.EnvConfig):  # type: ignore[misc]

@@ -117,7 +117,7 @@ class ResearchAgentLoop(AgentLoopBase):  # type: ignore[misc]
             response_ids=episode.ids,
             response_mask=[0] * len(episode.mask) if void else episode.mask,
             response_logprobs=episode.logprobs,
-            reward_score=episode.end.reward,
+            reward_score=session.total_reward(episode.end),
             num_turns=2 * turns,
             metrics=AgentLoopMetrics(**seconds),
             extra_fields={

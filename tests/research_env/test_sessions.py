@@ -51,6 +51,22 @@ def test_a_session_is_what_a_single_environment_is(protocol: str) -> None:
         assert sessions.fingerprints() == env.fingerprints()
 
 
+@pytest.mark.parametrize("last", [answer("Founder 1"), answer("nobody"), search("fail"), None])
+def test_the_reward_of_a_whole_episode_is_that_of_its_steps(last: str | None) -> None:
+    """Searches find gold passages or nothing new; the last turn answers, fails, or is cut."""
+    with make(template="question", turn_reward="0.25*new_support-0.1*redundancy") as sessions:
+        for queries in ([], ["1"], ["2", "1", "1"]):
+            session = sessions.open("q1")
+            outputs = [session.step(search(query)) for query in queries]
+            outputs.append(session.truncate() if last is None else session.step(last))
+            if outputs[-1].info["void"]:
+                continue  # no evidence
+            total = session.total_reward(outputs[-1])
+            assert total == pytest.approx(sum(output.reward for output in outputs))
+            if queries == ["1"] and last == answer("Founder 1"):
+                assert total == pytest.approx(1.25)
+
+
 def test_the_example_of_the_docstring_runs() -> None:
     assert doctest.testmod(research_env.sessions) == (0, 3)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from research_env.env import SearchQAEnv
 from research_env.errors import EpisodeError, UnknownTaskError
 from research_env.sessions import Sessions
 from research_env.testing import Played, conformance
@@ -113,11 +114,13 @@ def test_its_wrappers_run_to_the_same_reward(sessions: Sessions, wrapper: str) -
     assert (info["step_counter"], info["cumulative_rewards"]) == (2, 1.0)
 
 
-def test_the_order_goes_on_after_the_last_task(sessions: Sessions) -> None:
+def test_the_order_goes_on_after_the_last_task_as_in_gymnasium(sessions: Sessions) -> None:
     env = gem.make(NAME, seed=4)
-    prompts = [env.reset()[0] for _ in range(11)]
+    prompts = [env.reset()[0] for _ in range(15)]
     assert sorted(prompts[:5]) == sorted(prompts[5:10])
     assert env.reset(seed=4)[0] == prompts[0]
+    peer = SearchQAEnv(dataset=DATASET, retriever=Engine(), template="question")
+    assert prompts == [peer.reset(seed=None if n else 4)[0] for n in range(15)]
 
 
 def test_a_spawned_environment_continues_or_starts_anew(sessions: Sessions) -> None:

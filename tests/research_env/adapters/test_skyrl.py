@@ -99,6 +99,27 @@ def test_metrics_have_the_same_keys_at_every_end(name: str, sessions: Sessions) 
     assert type(env).aggregate_metrics([right, cut])["em"] == 0.5
 
 
+def test_max_turns_of_the_row_truncates_and_scores(name: str) -> None:
+    settings: dict[str, Any] = {"template": "question", "turn_reward": "0.25*new_support"}
+    with Sessions(dataset=DATASET, retriever=Engine(), **settings) as made:
+        adapter.register(name, made)
+        env = skyrl_gym.make(name, extras={"question_id": "q1", "max_turns": 2})
+        for _ in range(2):
+            env.init([])
+            first, last = env.step(search("2")), env.step(search("1"))
+            assert (first["done"], first["reward"]) == (False, 0.0)
+            assert (last["done"], last["reward"], last["observations"]) == (True, 0.25, [])
+            assert last["metadata"]["stop_reason"] == "length"
+            metrics = env.get_metrics()
+            assert (metrics["searches"], metrics["support_recall"]) == (2.0, 1.0)
+            with pytest.raises(EpisodeError, match="the episode is over"):
+                env.step(search("3"))
+            env.init([])
+            env.step(search("2"))
+            right = env.step(answer("Founder 1"))
+            assert (right["reward"], right["metadata"]["stop_reason"]) == (1.0, "answer")
+
+
 def test_bad_rows_and_steps_are_refused(name: str, sessions: Sessions) -> None:
     with pytest.raises(ConfigurationError, match=r"no question_id.*it has \['data_source'\]"):
         skyrl_gym.make(name, extras={"data_source": "x"})

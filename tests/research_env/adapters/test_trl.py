@@ -221,13 +221,11 @@ def test_two_grpo_steps_by_rollouts(tmp_path: Path, world: Sessions, tokenizer: 
             mask = out["env_mask"][i]
             assert in_loss[i] == mask + [0] * (len(in_loss[i]) - len(mask))
             runs = parts(tokenizer, out["completion_ids"][i], mask)
-            ended = out["completion_ids"][i][-1] == tokenizer.eos_token_id
             last = None
-            for place, (kind, text) in enumerate(runs):
-                stopped = any(stop in text for stop in world.terminators)
-                if kind and (stopped or ended or place < len(runs) - 1):
+            for kind, text in runs:
+                if kind:
                     last = session.step(text)
-                elif not kind:
+                else:
                     assert last is not None
                     assert text == last.observation
                     searched += 1
@@ -339,6 +337,54 @@ def test_the_budget_of_tokens_cuts_and_scores_an_episode(tiny: Sessions) -> None
         assert 0 in out["env_mask"][0] or ends == "length"
 
 
+@pytest.mark.parametrize(("left", "reward"), [(len(" and more"), 1.0), (0, 1.0), (-1, 0.0)])
+def test_a_turn_that_the_budget_cuts_is_scored(tiny: Sessions, left: int, reward: float) -> None:
+    """As in the environment, which reads an answer with whatever follows it."""
+    tokenizer = byte_tokenizer()
+    right = answer("Founder 1")
+    rollouts = adapter.Rollouts(tiny, generate=says(tokenizer, [right + " and more of it."]))
+    prompt = next(row["prompt"] for row in rollouts.rows() if row["question_id"] == "q1")
+    budget = len(right) + left
+    out = rollouts([prompt], fake_trainer(tokenizer, max_completion_length=budget))
+    assert (out["env_reward"], out["env_metrics"][0]["em"]) == ([reward], reward)
+    assert out["env_mask"] == [[1] * budget]
+
+
+def test_the_rewards_of_all_turns_count() -> None:
+    """By hand: the first search finds the gold passage, 0.25; the second nothing; the answer 1."""
+    settings: dict[str, Any] = {"template": "question", "turn_reward": "0.25*new_support"}
+    tokenizer = byte_tokenizer()
+    with Sessions(dataset=DATASET, retriever=Fake(), **settings) as sessions:
+        turns = [search("1"), search("2"), answer("Founder 1")]
+        rollouts = adapter.Rollouts(sessions, generate=says(tokenizer, turns))
+        prompt = next(row["prompt"] for row in rollouts.rows() if row["question_id"] == "q1")
+        assert rollouts([prompt], fake_trainer(tokenizer))["env_reward"] == [1.25]
+        environment = adapter.Tools(sessions)()
+        environment.reset("q1")
+        environment.search("1")
+        environment.search("2")
+        said = [{"role": "assistant", "content": answer("Founder 1")}]
+        assert adapter.Tools.reward([environment], [said]) == [1.25]
+
+
+def test_special_tokens_are_part_of_what_the_policy_wrote() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(
+        {"eos_token": "<|endoftext|>", "additional_special_tokens": ["<|im_end|>"]}
+    )
+    call = write_call("search", {"query": "1"}) + "<|im_end|>"
+    scripts: list[tuple[str, list[str], dict[str, float]]] = [
+        ("research", [answer("Founder <|im_end|>1")], {"em": 0.0, "f1": 0.5}),
+        ("tool-calls", [call, r"\boxed{Founder 1}"], {"em": 1.0, "searches": 1.0}),
+    ]
+    for protocol, turns, metrics in scripts:
+        with Sessions(dataset=DATASET, retriever=Fake(), protocol=protocol) as sessions:
+            rollouts = adapter.Rollouts(sessions, generate=says(tokenizer, turns))
+            prompt = next(row["prompt"] for row in rollouts.rows() if row["question_id"] == "q1")
+            out = rollouts([prompt], fake_trainer(tokenizer))
+        assert metrics.items() <= out["env_metrics"][0].items()
+
+
 def test_chat_prompts_are_rendered_by_the_chat_template(tiny: Sessions) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}>"
@@ -418,6 +464,25 @@ def test_a_tool_loop_that_stops_at_a_call_is_a_cut_episode(tiny: Sessions) -> No
     assert adapter.Tools.reward([environment], [messages], metrics.__setitem__) == [0.0]
     assert (metrics["env/searches"], metrics["env/support_recall"]) == (1.0, 1.0)
     assert environment._session.episode.stop_reason == "length"
+
+
+@pytest.mark.parametrize("protocol", ["research", "search-r1", "r1-searcher"])
+@pytest.mark.parametrize("query", [answer("Founder 1") + " 3", "3 </search><|end_of_query|>"])
+def test_a_query_is_only_a_query(protocol: str, query: str) -> None:
+    settings: dict[str, Any] = {"protocol": protocol, "template": "question"}
+    with Sessions(dataset=DATASET, retriever=Fake(), **settings) as sessions:
+        environment = adapter.Tools(sessions)()
+        environment.reset(question_id="q1")
+        assert "number 3." in environment.search(query)
+        (call,) = tool_calls(f"<search>{query}</search>")
+        messages = [
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "assistant", "content": "<answer>It is \\boxed{nobody}</answer>"},
+        ]
+        metrics: dict[str, float] = {}
+        adapter.Tools.reward([environment], [messages], metrics.__setitem__)
+    assert (metrics["env/searches"], metrics["env/cem"]) == (1.0, 0.0)
+    assert "nobody" in (environment._session.episode.prediction or "")
 
 
 def test_calls_that_do_not_reach_the_search_take_no_turn(tiny: Sessions) -> None:

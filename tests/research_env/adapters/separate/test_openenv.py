@@ -120,6 +120,14 @@ def test_without_a_task_resets_walk_through_the_order_of_the_seed(
     assert [each.question_id for each in opened] == [row["id"] for row in sessions.tasks(seed=4)]
 
 
+def test_a_seed_with_an_index_begins_its_order_there(sessions: Sessions, server: AppServer) -> None:
+    with SearchClient(base_url=server.url).sync() as client:
+        resets: list[dict[str, int]] = [{"seed": 4, "index": 1}, {}, {"index": 3}, {}]
+        opened = [client.reset(**each).observation.question_id for each in resets]
+    order = [row["id"] for row in sessions.tasks(seed=4)]
+    assert opened == [order[1], order[2], sessions.tasks()[3]["id"], order[3]]
+
+
 def test_the_task_routes_list_what_reset_opens(sessions: Sessions, server: AppServer) -> None:
     base = f"{server.url}/research"
     assert [split["name"] for split in asked(f"{base}/splits")] == ["train"]

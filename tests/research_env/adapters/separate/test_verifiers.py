@@ -182,6 +182,29 @@ def test_a_limit_of_verifiers_truncates_and_scores(endpoint: Endpoint, sessions:
     assert (trace.metrics["searches"], trace.metrics["support_recall"]) == (1.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("turns", "reward", "reason"),
+    [
+        ([(search("3"), "stop"), (answer("Founder 3") + " Well, well", "length")], 1.0, "answer"),
+        ([(search("3"), "length")], 0.0, "length"),
+    ],
+)
+def test_a_turn_that_the_endpoint_cuts_is_the_last_and_scored(
+    sessions: Sessions, turns: list[tuple[str, str]], reward: float, reason: str
+) -> None:
+    left = list(turns)
+    with (
+        world(Endpoint(), sessions) as played_in,
+        serving(lambda call: completion(*left.pop(0))) as server,
+    ):
+        played_in.endpoint = server.url
+        episode = played_in.episode("q3")
+    (trace,) = episode.traces
+    assert (episode.ok, trace.reward, trace.metrics["searches"]) == (True, reward, 1.0)
+    assert trace.info["research_env"]["stop_reason"] == reason
+    assert not left
+
+
 def test_reasoning_that_the_server_splits_off_counts_for_the_format(sessions: Sessions) -> None:
     with world(Endpoint(), sessions) as played_in:
         said = completion(r"<answer>It is \boxed{Founder 2}</answer>", reasoning_content="I know.")
@@ -251,6 +274,61 @@ def test_tool_calls_of_the_endpoint_are_the_policys_turn() -> None:
     result = asked[1]["messages"][-1]
     assert (result["role"], result["tool_call_id"]) == ("tool", "call-1")
     assert "About 3 number 3." in result["content"]
+
+
+def arguments(query: str) -> str:
+    return json.dumps({"query": query})
+
+
+@pytest.mark.parametrize(
+    ("turns", "ids", "queries"),
+    [
+        ([[("call_0", arguments("3"))], [("call_0", arguments("2"))]], None, {"3", "2"}),
+        ([[("c", arguments("3")), ("c", arguments("2"))]], ["call_0_0", "call_0_1"], {"3", "2"}),
+        ([[("", arguments("3"))]], ["call_0_0"], {"3"}),
+        ([[("a", '{"query": "3"'), ("b", '["3"]'), ("c", arguments("2"))]], None, {"2"}),
+    ],
+)
+def test_an_endpoint_can_take_back_every_call_that_it_made(
+    turns: list[list[tuple[str, str]]], ids: list[str] | None, queries: set[str]
+) -> None:
+    asked: list[Any] = []
+
+    def reply(request: Call) -> Reply:
+        messages = request.json()["messages"]
+        asked.append(messages)
+        said = sum(message["role"] == "assistant" for message in messages)
+        if said == len(turns):
+            return completion(r"It is \boxed{Founder 3}.")
+        calls = [
+            {"id": each, "type": "function", "function": {"name": "search", "arguments": given}}
+            for each, given in turns[said]
+        ]
+        return completion("", "tool_calls", tool_calls=calls)
+
+    rules: Any = {"protocol": "tool-calls", "template": "instruct"}
+    engine = Fake()
+    with (
+        Sessions(dataset=DATASET, retriever=engine, **rules) as sessions,
+        world(Endpoint(), sessions) as played_in,
+        serving(reply) as server,
+    ):
+        played_in.endpoint = server.url
+        (trace,) = played_in.episode("q3").traces
+    assert (trace.reward, {query for batch in engine.batches for query in batch}) == (1.0, queries)
+    said = [message for message in asked[-1] if message["role"] == "assistant"]
+    calls = [call for message in said for call in message["tool_calls"]]
+    results = [message for message in asked[-1] if message["role"] == "tool"]
+    given = [each for turn in turns for each, _ in turn]
+    assert [call["id"] for call in calls] == (ids or given)
+    assert [result["tool_call_id"] for result in results] == (ids or given)
+    assert all(isinstance(json.loads(call["function"]["arguments"]), dict) for call in calls)
+    errors = [result["content"].startswith("error: ") for result in results]
+    right = [arguments(query) for query in queries]
+    assert errors == [given not in right for turn in turns for _, given in turn]
+    # A message that comes back unchanged stays the turn that was sampled.
+    sampled = [node.sampled for node in trace.nodes if node.message.role == "assistant"]
+    assert all(sampled) == (ids is None and not any(errors))
 
 
 def evaluate(url: str, model: str, output: Path, *more: str) -> list[Any]:
@@ -337,8 +415,6 @@ def test_its_command_evaluates_a_model_on_a_real_vllm_server(vllm: str, tmp_path
             assert episode["ok"], trace["errors"]
             played = trace["info"]["research_env"]
             said = [node["message"]["content"] for node in trace["nodes"] if node.get("sampled")]
-            if played["stop_reason"] == "length":  # a turn that max_tokens cut is not played
-                said.pop()
             session = sessions.open(episode["task"]["key"])
             outputs = [session.step(text) for text in said]
             if not session.episode.over:

@@ -30,7 +30,6 @@ from verl.workers.rollout.replica import TokenOutput
 
 from research_env.adapters import shared
 from research_env.adapters.shared import share
-from research_env.adapters.tokens import decode
 from research_env.adapters.verl import NAME, ResearchAgentLoop, rows
 from research_env.errors import ConfigurationError, UnknownTaskError
 from research_env.sessions import Sessions
@@ -72,6 +71,12 @@ class Client:
 def turn_of(tokenizer: Any, text: str) -> TokenOutput:
     ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     return TokenOutput(token_ids=ids, log_probs=[-1.0] * len(ids), stop_reason="completed")
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text without the end tokens that `turn_of` adds."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +135,9 @@ def test_it_conforms(tokenizer: Any) -> None:
             assert not (void and any(output.response_mask))
             pairs = list(zip(output.response_ids, output.response_mask, strict=True))
             runs = [] if void else groupby(pairs, key=itemgetter(1))
-            texts = [(mask, decode(tokenizer, [token for token, _ in run])) for mask, run in runs]
+            texts = [(mask, text_of(tokenizer, [token for token, _ in run])) for mask, run in runs]
             return Played(
-                decode(tokenizer, output.prompt_ids),
+                text_of(tokenizer, output.prompt_ids),
                 [text for mask, text in texts if not mask],
                 output.reward_score,
                 metrics,
@@ -261,11 +266,11 @@ def test_verls_own_worker_plays_a_batch_of_verls_own_data_set(
             last = session.step(answer("nobody"))
             prompt, ids = output.batch["prompts"][i], output.batch["responses"][i]
             mask, kept = output.batch["response_mask"][i].bool(), ids != tokenizer.pad_token_id
-            assert decode(tokenizer, prompt.tolist()) == session.prompt
-            assert decode(tokenizer, ids[mask].tolist()) == search("Who founded it?") + answer(
+            assert text_of(tokenizer, prompt.tolist()) == session.prompt
+            assert text_of(tokenizer, ids[mask].tolist()) == search("Who founded it?") + answer(
                 "nobody"
             )
-            assert decode(tokenizer, ids[kept & ~mask].tolist()) == seen
+            assert text_of(tokenizer, ids[kept & ~mask].tolist()) == seen
             assert output.batch["rm_scores"][i].sum().item() == pytest.approx(last.reward)
             for name, value in last.info["metrics"].items():
                 assert output.non_tensor_batch[name][i] == value
