@@ -11,8 +11,8 @@ import numpy as np
 
 from research_agent.config import SamplingConfig
 from research_agent.engines.base import Completion, Engine, SamplingParams
-from research_agent.environments import StepResult
-from research_agent.errors import ContextError, OverlongPromptError
+from research_agent.environments import StepResult, read_number
+from research_agent.errors import ContextError, EnvironmentContractError, OverlongPromptError
 from research_agent.renderer import Renderer
 from research_agent.trajectory import SKIPPED, Segment, Trajectory
 
@@ -92,11 +92,13 @@ class ActiveRollout:
             question = info.get("question_id")
             named = f"episode {self.episode}" + (f" (question {question})" if question else "")
             kind = OverlongPromptError if tokens else ContextError
-            higher = "" if limit < self.sampling.max_prompt else "a higher --max-prompt, or "
+            cure = "a higher --max-prompt"
+            if limit < self.sampling.max_prompt:
+                cure = "a model with a longer context"
             raise kind(
                 f"the prompt of {named} has {len(tokens)} tokens, not 1 to {limit} "
                 f"(max_prompt {self.sampling.max_prompt}, context {max_context}); "
-                f"give {higher}--overlong-prompts skip to leave such tasks out"
+                f"give {cure}, or --overlong-prompts skip (training only) to leave such tasks out"
             )
         self.prompt = len(tokens)
         self.state_key = _state_key(info)
@@ -202,7 +204,11 @@ class ActiveRollout:
         self.reward += reward
 
     def _trajectory(self, last: StepResult, budget: str) -> Trajectory:
-        metrics: Mapping[str, Any] = last.info.get("metrics") or {}
+        metrics = last.info.get("metrics") or {}
+        if not isinstance(metrics, Mapping):
+            raise EnvironmentContractError(
+                f"the environment's metrics are {metrics!r:.60}; return a dict of names and numbers"
+            )
         return Trajectory(
             episode=self.episode,
             sample=self.sample,
@@ -212,7 +218,7 @@ class ActiveRollout:
             truncated=bool(last.truncated or budget),
             stop_reason=budget or str(last.info.get("stop_reason") or ""),
             void=bool(last.info.get("void", False)),
-            metrics={name: float(value) for name, value in metrics.items()},
+            metrics={name: read_number(value, f"metric {name}") for name, value in metrics.items()},
             info=last.info,
             lineage=self.lineage,
             tree=self.tree,

@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,9 +95,10 @@ def save(
     config: Mapping[str, Any],
     keep: int,
     best: int | None = None,
+    also_keep: Collection[int] = (),
     bucket_bytes: int = 2**30,
 ) -> Path:
-    """Write the checkpoint of a step, then drop all but the ``keep`` newest and the best.
+    """Write the checkpoint of a step, then drop all but those that are to be kept.
 
     Args:
         root: folder of the run's checkpoints; made when missing.
@@ -105,8 +107,9 @@ def save(
         state: nested dicts and lists of tensors and plain values, with the same tensors on all
             ranks; the plain values are the first rank's.
         config: the run's configuration, as JSON values.
-        keep: how many checkpoints to leave, this one included.
+        keep: how many checkpoints to leave, the newest ones, this one included.
         best: step whose checkpoint, if it exists, is kept too and linked as ``best``.
+        also_keep: further steps whose checkpoints are kept.
         bucket_bytes: the most bytes that a rank holds in addition to the state.
 
     Raises:
@@ -138,7 +141,7 @@ def save(
             if first:
                 _link_best(root, best)
                 for old, folder in _complete(root)[:-keep]:
-                    if old != best:
+                    if old != best and old not in also_keep:
                         _remove(folder)
     except Exception as error:  # a full disk is an OSError, or a bare exception of safetensors
         if lost_or_out_of_memory(error):
@@ -218,9 +221,16 @@ def _link_best(root: Path, step: int | None) -> None:
     if step is None or not (root / f"step-{step:06d}").is_dir():
         return
     link, temporary = root / "best", root / ".best.tmp"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(f"step-{step:06d}")
-    temporary.replace(link)
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(f"step-{step:06d}")
+        temporary.replace(link)
+    except OSError as error:  # a file system without links, or something else with this name
+        temporary.unlink(missing_ok=True)
+        message = (
+            f"{link} cannot be a link to step-{step:06d}: {error}; the run continues without it"
+        )
+        warnings.warn(message, stacklevel=2)
 
 
 def latest(root: Path, up_to: int | None = None) -> Path | None:
@@ -271,30 +281,14 @@ def _no_checkpoint(folder: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{folder} is no whole checkpoint: {error}; {_instead(folder)}")
 
 
-def saved_origin(saved: Checkpoint, model: str) -> str:
-    """The model that a saved run began with, if it is the one that the configuration names.
+@contextlib.contextmanager
+def restoring(saved: Checkpoint, changed: str = "") -> Iterator[None]:
+    """Turn errors from a state of another shape into one that names the checkpoint.
 
     Args:
         saved: the checkpoint.
-        model: the configuration's model; a run's folder stands for its checkpoints too.
-
-    Raises:
-        CheckpointError: the checkpoint names another model. It may come from somebody else, and
-            must not make a run load what nobody asked for.
-    """
-    origin = str(saved.state["origin"])
-    own_checkpoints = Path(model).expanduser() / "checkpoints"
-    if origin != model and Path(origin).parent != own_checkpoints:
-        raise CheckpointError(
-            f"{saved.folder} began with the model {origin!r}, which --model {model} does not name; "
-            f"give --model {origin} if you trust it"
-        )
-    return origin
-
-
-@contextlib.contextmanager
-def restoring(saved: Checkpoint) -> Iterator[None]:
-    """Turn errors from a state of another shape into one that names the checkpoint.
+        changed: the settings that differ from those of the checkpoint's run, a line each. If there
+            are any, they are what does not fit, and the checkpoint is good.
 
     Raises:
         CheckpointError: a key is missing, or a value has another type or size.
@@ -304,9 +298,12 @@ def restoring(saved: Checkpoint) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         if isinstance(error, ResearchAgentError) or lost_or_out_of_memory(error):
             raise
+        cure = _instead(saved.folder)
+        if changed:
+            cure = f"give another --output, or the settings of that run:\n{changed}"
         raise CheckpointError(
             f"{saved.folder}/state.json and its tensors do not fit this run "
-            f"({type(error).__name__}: {error}); {_instead(saved.folder)}"
+            f"({type(error).__name__}: {error}); {cure}"
         ) from error
 
 

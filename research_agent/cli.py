@@ -24,8 +24,9 @@ from research_agent.config import (
     TrainConfig,
     complete,
 )
-from research_agent.config_checks import validate, validate_eval
+from research_agent.config_checks import require_seed, validate, validate_eval
 from research_agent.errors import ConfigError, ContextError, ResearchAgentError, StoppedError
+from research_agent.formats import finite
 from research_agent.presets import DESCRIPTIONS, PRESETS
 from research_agent.system.terminal import escaped_logs, show
 from research_agent.system.torchrun import is_first_rank, torchrun
@@ -133,7 +134,7 @@ def _eval(words: list[str]) -> None:
     with _continued_by_the_same_command():
         summary = evaluate_model(config)
     if config.json:
-        show(json.dumps(dataclasses.asdict(summary)))
+        show(json.dumps(finite(dataclasses.asdict(summary))))
         return
     predictions = config.output / "predictions.jsonl"
     show(f"{config.policy.model} in {config.environment.env}, every episode in {predictions}")
@@ -148,9 +149,10 @@ def _compare(words: list[str]) -> None:
 
     from research_agent.evaluation.compare import compare, in_words, table  # noqa: PLC0415
 
+    require_seed(config.seed)
     comparison = compare(config.a, config.b, metric=config.metric, seed=config.seed)
     if config.json:
-        show(json.dumps(dataclasses.asdict(comparison)))
+        show(json.dumps(finite(dataclasses.asdict(comparison))))
         return
     show(f"A is {config.a}, B is {config.b}")
     Console().print(table(comparison))

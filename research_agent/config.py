@@ -214,7 +214,7 @@ class RunConfig:
     best such average; none never looks. Needs rewards above 0."""
     on_collapse: Literal["stop", "rollback"] = "stop"
     """Stop, or go back to the newest checkpoint of the best steps (give --keep enough) and continue
-    with the next tasks."""
+    with the next tasks. With rollback --save-every and --keep change the results."""
     eval_every: int | None = None
     """Steps between evaluations, with one before the first step and one after the last. 0 or none:
     never."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from research_agent.config import TrainConfig, as_json, flatten
+from research_agent.config import RunConfig, TrainConfig, as_json, flatten
 from research_agent.errors import CheckpointError
 
 # Settings that change only how long a run is, how closely it is watched, and where it writes.
@@ -49,6 +49,8 @@ NEUTRAL = frozenset(
         "rollout.overlong_prompts",  # what has been learned from had no such prompt
     }
 )
+# With a rollback these decide which checkpoints a collapsed run can go back to.
+ROLLBACK = frozenset({"run.save_every", "run.keep"})
 RUN_DATE = "policy.chat_template_date"  # where none is given, the saved run's is taken
 # The environment's fingerprints decide whether these change the episodes, if it has any.
 ENVIRONMENT = frozenset({"environment.env", "environment.env_args"})
@@ -80,12 +82,13 @@ def changes(
     """
     defaults = dict(flatten(as_json(TrainConfig())))  # for settings that an older version lacks
     before, now = defaults | dict(flatten(saved)), dict(flatten(as_json(config)))
+    free = FREE - ROLLBACK if rolls_back(config.run) else FREE
     skips = before.get("rollout.overlong_prompts") == "skip"
     results: dict[str, tuple[Any, Any]] = {}
     neutral: dict[str, tuple[Any, Any]] = {}
     for key in sorted(before.keys() | now.keys()):
         pair = before.get(key), now.get(key)
-        if key in FREE or pair[0] == pair[1] or (key == RUN_DATE and pair[1] is None):
+        if key in free or pair[0] == pair[1] or (key == RUN_DATE and pair[1] is None):
             continue
         kinds = {str(value).partition(":")[0] for value in pair}
         is_neutral = (
@@ -97,6 +100,11 @@ def changes(
         )
         (neutral if is_neutral else results)[key] = pair
     return Changes(results, neutral)
+
+
+def rolls_back(run: RunConfig) -> bool:
+    """Whether a run goes back to a checkpoint when it collapses."""
+    return run.collapse is not None and run.on_collapse == "rollback"
 
 
 def require_same(found: Changes, where: Path, *, override: bool = False) -> None:

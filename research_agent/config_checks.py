@@ -49,6 +49,10 @@ def validate(config: TrainConfig) -> None:
         "--lora-rank": learner.lora_rank,
         "--eval-temperature": run.eval_temperature,
     }
+    require_seed(run.seed)
+    for beta in learner.betas:
+        if not 0 <= beta < 1:
+            raise ConfigError(f"--betas has {beta}; both are from 0 to below 1")
     for flag, value in not_negative.items():
         if not value >= 0:
             raise ConfigError(f"{flag} is {value}; it must not be negative")
@@ -107,6 +111,16 @@ def require_chat_template(used: bool, args: Mapping[str, Any], date: str | None)
             raise ConfigError(f"{flag} without --chat-template has no effect; add --chat-template")
 
 
+def require_seed(seed: int) -> None:
+    """Refuse a seed that no generator takes.
+
+    Raises:
+        ConfigError: naming the flag and its value.
+    """
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"--seed is {seed}; give a number from 0 to 2**64 - 1")
+
+
 def _lengths(sampling: SamplingConfig) -> dict[str, float | None]:
     return {
         "--max-prompt": sampling.max_prompt,
@@ -129,6 +143,7 @@ def validate_eval(config: EvalConfig) -> None:
         ConfigError: naming the flag, its value, and what it must be.
     """
     require_one_process("eval")
+    require_seed(config.seed)
     at_least_one: dict[str, float | None] = {
         "--limit": config.limit,
         "--samples-per-task": config.samples_per_task,

@@ -1,4 +1,11 @@
-"""Demonstrations: read from a file or a function, tokenized, and put into batches."""
+"""Demonstrations: read from a file or a function, tokenized, and put into batches.
+
+A demonstration is a list of (provenance, content) pairs. The content is a text; for a prompt also a
+list of chat messages. It is an object where a rollout renders more than that, as ``sample`` writes
+it: ``{"messages": ..., "tools": ...}`` is a prompt that lists tools. ``{"text": ...,
+"chat_markup": ..., "end": ...}`` is an observation or action with the strings in it that are chat
+tokens, and for an action the text of the token that ended it, "" if none did.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +19,11 @@ from typing import Any
 import torch
 
 from research_agent.errors import ConfigError
-from research_agent.formats import LONGEST_LINE
+from research_agent.formats import LONGEST_LINE, ContentFormat, require
 from research_agent.renderer import Renderer
 from research_agent.trajectory import Segment, Trajectory
 
-Demonstration = list[tuple[str, Any]]  # (provenance, text, or messages of a prompt)
+Demonstration = list[tuple[str, Any]]  # (provenance, content)
 PROVENANCES = ("prompt", "action", "observation")
 
 BATCHES_SORTED_TOGETHER = 16  # where batches are made by length
@@ -65,11 +72,16 @@ def _endless(
 def _demonstration(line: bytes, where: str) -> Demonstration:
     """Read a line of a file of demonstrations."""
     try:
-        parts = [(provenance, text) for provenance, text in json.loads(line)["segments"]]
-        for provenance, text in parts:
+        parts = [(provenance, content) for provenance, content in json.loads(line)["segments"]]
+        for provenance, content in parts:
             if provenance not in PROVENANCES:
                 known = ", ".join(PROVENANCES)
                 raise ValueError(f"unknown provenance {provenance!r:.80}; known: {known}")
+            text = content
+            if isinstance(content, dict):
+                require(content, ContentFormat)
+                json.dumps(content, ensure_ascii=False).encode()
+                text = content["messages" if provenance == "prompt" else "text"]
             messages = text if provenance == "prompt" and isinstance(text, list) else []
             for each in [*(part for m in messages for part in (m["role"], m["content"]))] or [text]:
                 each.encode()  # half a surrogate pair is no text
@@ -85,45 +97,61 @@ def as_trajectory(demonstration: Iterable[tuple[str, Any]], renderer: Renderer) 
     """Tokenize a demonstration as a rollout would: every part on its own.
 
     Args:
-        demonstration: (provenance, text) pairs; a prompt may be a list of chat messages.
+        demonstration: (provenance, content) pairs.
         renderer: the model's renderer.
 
     Raises:
         ConfigError: a provenance that does not exist, no action, or messages for a renderer that
             has no chat template.
+        ModelError: chat tokens that the tokenizer does not have, or tools that its chat template
+            does not show.
     """
     parts = list(demonstration)
     if not any(provenance == "action" for provenance, _ in parts):
         raise ConfigError(f"a demonstration has no action to learn: {parts!r:.200}")
     segments: list[Segment] = []
-    for i, (provenance, text) in enumerate(parts):
+    for i, (provenance, content) in enumerate(parts):
+        given = content if isinstance(content, Mapping) else {"text": content}
         if provenance == "prompt":
-            segments.append(_prompt(text, renderer))
+            segments.append(_prompt(content, renderer))
         elif provenance == "observation":
-            segments.append(Segment("observation", tuple(renderer.encode_text(text)), text=text))
+            tokens = renderer.encode_observation(given["text"], given.get("chat_markup", ()))
+            segments.append(Segment("observation", tuple(tokens), text=given["text"]))
         elif provenance == "action":
-            tokens = tuple(renderer.encode_text(text))
-            if i == len(parts) - 1:
-                end: int | None = renderer.tokenizer.eos_token_id
-                tokens += (min(renderer.end_ids) if end is None else end,)
-            segments.append(Segment("action", tokens, (0.0,) * len(tokens), text=text))
+            # A policy writes chat tokens too, such as those between channels.
+            tokens = renderer.encode_observation(given["text"], given.get("chat_markup", ()))
+            if given.get("end", i == len(parts) - 1):
+                tokens.append(_end_token(given.get("end"), renderer))
+            logprobs = (0.0,) * len(tokens)
+            segments.append(Segment("action", tuple(tokens), logprobs, text=given["text"]))
         else:
             known = ", ".join(PROVENANCES)
             raise ConfigError(f"unknown provenance {provenance!r}; known: {known}")
     return Trajectory(0, 0, tuple(segments), reward=0.0, terminated=True, truncated=False)
 
 
-def _prompt(prompt: Any, renderer: Renderer) -> Segment:
-    """The segment of a prompt, which is a text or a list of chat messages."""
-    if isinstance(prompt, str):
-        return Segment("prompt", tuple(renderer.encode_prompt(prompt)), text=prompt)
+def _end_token(text: str | None, renderer: Renderer) -> int:
+    """The end token with this text; the model's first one if it has none such."""
+    for token in renderer.end_ids:
+        if renderer.decode([token]) == text:
+            return token
+    end: int | None = renderer.tokenizer.eos_token_id
+    return min(renderer.end_ids) if end is None else end
+
+
+def _prompt(content: Any, renderer: Renderer) -> Segment:
+    """The segment of a prompt: a text, a list of chat messages, or messages and tools."""
+    if isinstance(content, str):
+        return Segment("prompt", tuple(renderer.encode_prompt(content)), text=content)
     if not renderer.chat_template:
         raise ConfigError(
             "a demonstration's prompt is chat messages, and the model is learned without a chat "
             "template; add --chat-template, or give the prompt as text"
         )
-    text = "\n\n".join(message["content"] for message in prompt)
-    return Segment("prompt", tuple(renderer.encode_prompt(text, prompt)), text=text)
+    given = content if isinstance(content, Mapping) else {"messages": content}
+    text = "\n\n".join(message["content"] for message in given["messages"])
+    tokens = renderer.encode_prompt(text, given["messages"], given.get("tools", ()))
+    return Segment("prompt", tuple(tokens), text=text)
 
 
 def batches(trajectories: Iterator[Trajectory], size: int) -> Iterator[list[Trajectory]]:

@@ -150,16 +150,13 @@ class _Native:
     def recv(self, min_results: int) -> list[StepResult]:
         timeout = None if min_results else 0
         received = self._vector.recv(timeout=timeout, min_results=min_results)
-        results = [StepResult(*result) for result in received]
-        for result in results:
-            _text(result.observation)
-        return results
+        return [_step_result(result[0], result[1:]) for result in received]
 
     def truncate(self, env_id: int) -> StepResult | None:
         if not hasattr(self._vector, "truncate"):
             return None
         (result,) = self._vector.truncate([env_id], "length")
-        return StepResult(*result)
+        return _step_result(env_id, result[1:])
 
     def branch(self, source: int, targets: Sequence[int]) -> None:
         self._vector.branch(source, targets)
@@ -199,10 +196,7 @@ class _Singles:
 
     def send(self, env_ids: Sequence[int], actions: Sequence[Action]) -> None:
         for i, action in zip(env_ids, actions, strict=True):
-            observation, reward, terminated, truncated, info = self._envs[i].step(action)
-            self._ready.append(
-                StepResult(i, _text(observation), float(reward), terminated, truncated, info)
-            )
+            self._ready.append(_step_result(i, self._envs[i].step(action)))
 
     def recv(self, min_results: int) -> list[StepResult]:
         results, self._ready = self._ready, []
@@ -212,7 +206,7 @@ class _Singles:
         env = self._envs[env_id]
         if not env.has_wrapper_attr("truncate"):
             return None
-        return StepResult(env_id, *env.get_wrapper_attr("truncate")("length"))
+        return _step_result(env_id, env.get_wrapper_attr("truncate")("length"))
 
     def close(self) -> None:
         for env in self._envs:
@@ -252,6 +246,44 @@ def _text(observation: Any) -> str:
             "text; only environments whose observations and actions are strings can be played"
         )
     return observation
+
+
+def _step_result(env_id: int, step: Any) -> StepResult:
+    """Check what ``step`` returned, and convert numpy's numbers to Python's.
+
+    Raises:
+        EnvironmentContractError: it is not observation, reward, terminated, truncated and info.
+    """
+    if not isinstance(step, tuple | list) or len(step) != 5:
+        raise EnvironmentContractError(
+            f"the environment's step returns {step!r:.60}; return "
+            "observation, reward, terminated, truncated and info"
+        )
+    observation, reward, terminated, truncated, info = step
+    if not isinstance(info, Mapping):
+        raise EnvironmentContractError(f"the environment's info is {info!r:.60}; return a dict")
+    return StepResult(
+        env_id=int(env_id),
+        observation=_text(observation),
+        reward=read_number(reward, "reward"),
+        terminated=bool(terminated),
+        truncated=bool(truncated),
+        info=info,
+    )
+
+
+def read_number(value: Any, name: str) -> float:
+    """Read a number that an environment returned.
+
+    Raises:
+        EnvironmentContractError: it is no number.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise EnvironmentContractError(
+            f"the environment's {name} is {value!r:.60}; return a number"
+        ) from error
 
 
 def _sub_info(infos: Mapping[str, Any], i: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def saved_for_inspection(
         output: folder of the run. A new file in its ``failures`` gets the cause and the
             trajectories with tokens and log-probabilities. Nothing there is overwritten.
         step: training steps done.
-        trajectories: what the step played.
+        trajectories: what the step played; without any there is no file.
 
     Raises:
         NonFiniteError: the original error; its message names the file.
@@ -35,25 +35,32 @@ def saved_for_inspection(
     except NonFiniteError as error:
         if rank_and_size()[0]:
             raise
-        record = {
-            "step": step + 1,
-            "cause": str(error),
-            "trajectories": [
-                {**as_record(trajectory), "segments": [asdict(s) for s in trajectory.segments]}
-                for trajectory in trajectories
-            ],
-        }
-        folder = output / "failures"
-        names = (folder / f"step-{step + 1:06d}-{n}.json" for n in range(1, 10_000))
-        try:
-            folder.mkdir(exist_ok=True)
-            path = next(name for name in names if not name.exists())
-            path.write_text(json.dumps(record, default=str), encoding="utf-8")
-            where = f"are in {path}"
-        except OSError as problem:
-            where = f"could not be written ({problem})"
+        where = _write(output, step, error, trajectories) if trajectories else ""
         message = (
-            f"step {step + 1}: {error}. The trajectories {where}; the last checkpoint is "
+            f"step {step + 1}: {error}.{where} The last checkpoint is "
             f"{checkpoint.latest(output / 'checkpoints') or 'none'}"
         )
         raise NonFiniteError(message) from error
+
+
+def _write(
+    output: Path, step: int, error: NonFiniteError, trajectories: Sequence[Trajectory]
+) -> str:
+    """Write the file; returns the sentence that says where it is."""
+    record = {
+        "step": step + 1,
+        "cause": str(error),
+        "trajectories": [
+            {**as_record(trajectory), "segments": [asdict(s) for s in trajectory.segments]}
+            for trajectory in trajectories
+        ],
+    }
+    folder = output / "failures"
+    names = (folder / f"step-{step + 1:06d}-{n}.json" for n in range(1, 10_000))
+    try:
+        folder.mkdir(exist_ok=True)
+        path = next(name for name in names if not name.exists())
+        path.write_text(json.dumps(record, default=str), encoding="utf-8")
+    except OSError as problem:
+        return f" The trajectories could not be written ({problem})."
+    return f" The trajectories are in {path}."

@@ -7,6 +7,8 @@ fit raises a typed error that names the file, the line, the place in it, and wha
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -35,6 +37,19 @@ class SegmentFormat(TypedDict):
     pieces: NotRequired[list[str]]
     logprobs: NotRequired[list[float | None]]
     messages: NotRequired[list[dict[str, Any]]]
+    tools: NotRequired[list[dict[str, Any]]]
+    chat_markup: NotRequired[list[str]]
+    end: NotRequired[str]
+
+
+class ContentFormat(TypedDict):
+    """A part of a demonstration that is more than its text or messages."""
+
+    text: NotRequired[str]
+    messages: NotRequired[list[dict[str, Any]]]
+    tools: NotRequired[list[dict[str, Any]]]
+    chat_markup: NotRequired[list[str]]
+    end: NotRequired[str]
 
 
 class InfoFormat(TypedDict):
@@ -192,6 +207,19 @@ def read_object(
         raise error(f"{path} has more than {_LARGEST_FILE >> 20} MiB; {cure}")
     found: dict[str, Any] = parse(text, schema, str(path), error, cure)
     return found
+
+
+def finite(value: Any) -> Any:
+    """Replace numbers that are not finite by None, because JSON has none."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {key: finite(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [finite(inner) for inner in value]
+        case _:
+            return value
 
 
 def _integer(text: str) -> int:

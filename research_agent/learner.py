@@ -182,6 +182,7 @@ class Learner:
             action token: ``trajectories`` and ``optimizer_steps`` only.
 
         Raises:
+            ConfigError: the algorithm gives values of another shape than one per action token.
             EnvironmentContractError: a trajectory without a prompt.
             NonFiniteError: a reward, log-probability, loss or gradient is not finite. Weights and
                 optimizer are as they were before the optimizer step that would have used it.
@@ -299,13 +300,28 @@ class Learner:
                 batch = replace(batch, reference_logprobs=logprobs(self._logprobs))
         if self._critic is not None and isinstance(self.algorithm, UsesCritic):
             batch = replace(batch, values=self._critic.values(batch))
-            batch = replace(batch, returns=self.algorithm.returns(batch))
-        advantages = self.algorithm.advantages(batch)
+            returns = self.algorithm.returns(batch)
+            batch = replace(batch, returns=self._per_token("returns", returns, len(batch.targets)))
+        size = len(batch.targets)
+        advantages = self._per_token("advantages", self.algorithm.advantages(batch), size)
         if self.config.importance_sampling_cap is not None:
             advantages = advantages * truncated_importance(
                 batch.old_logprobs, batch.sampler_logprobs, self.config.importance_sampling_cap
             )
         return replace(batch, advantages=advantages)
+
+    def _per_token(self, method: str, values: Any, count: int) -> Tensor:
+        """Check that a method of the algorithm gave a value per action token; returns them.
+
+        Other shapes broadcast against those of the batch, and would give another loss.
+        """
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        if shape != (count,):
+            raise ConfigError(
+                f"{type(self.algorithm).__name__}.{method} gives {shape}, not the shape ({count},);"
+                " return a tensor with one value per action token"
+            )
+        return values  # type: ignore[no-any-return]
 
     def _minibatches(self, batch: Batch) -> list[Batch]:
         """Deal whole groups into as many parts as there are updates, in order."""
@@ -342,7 +358,8 @@ class Learner:
         advantages = batch.advantages
         if advantages is None:
             raise ValueError("the batch has no advantages; call _prepare_batch first")
-        weights = self.algorithm.weights(batch)  # whole batch: micro-batches change nothing
+        # Weights come from the whole batch, so that micro-batches change nothing.
+        weights = self._per_token("weights", self.algorithm.weights(batch), len(batch.targets))
         parts: list[Batch] = []
         all_logprobs: list[Tensor] = []  # per pass [its action tokens]
         losses: list[Tensor] = []
@@ -360,6 +377,9 @@ class Learner:
                 seq_ids=part.seq_ids,
             )
             objective, logged = self.algorithm.objective(tokens)
+            self._per_token("objective", objective, len(logprobs))
+            for name, values in logged.items():
+                self._per_token(f"objective ({name!r} to log)", values, len(logprobs))
             token_weights = weights[micro.token_index].to(objective.dtype) * counts
             loss = -(token_weights * objective).sum()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -52,6 +52,7 @@ class Player:
         self._slots = slots
         self._trace = trace
         self._stack = ExitStack()
+        self._stage = self._stack.enter_context(ExitStack())  # closes the stage's environments
         self._started = False
         self._environments = self._open(stage_args)
         self._eval_environments: Environments | None = None
@@ -120,6 +121,10 @@ class Player:
         """Number of held-out tasks: None if there is no end of them, 0 without evaluations."""
         return self._eval_environments.num_tasks if self._eval_environments else 0
 
+    def shows(self) -> dict[str, str]:
+        """What the observations of evaluations show; see ``read_shows``."""
+        return dict(getattr(self._eval_environments, "shows", {}))
+
     def evaluate(self, episodes: Sequence[EpisodeKey]) -> list[Trajectory]:
         """Play held-out tasks; returns their trajectories in the order of ``episodes``."""
         assert self._eval_environments
@@ -132,6 +137,7 @@ class Player:
             episodes,
             replace(sampling, temperature=run.eval_temperature),
             seed=run.seed,
+            overlong_prompts=self._config.rollout.overlong_prompts,
         )
         self._loop.resume()
         return played
@@ -170,7 +176,7 @@ class Player:
     def open_stage(self, stage_args: Mapping[str, Any]) -> None:
         """Drop the episodes under way, and open the environments of the next stage."""
         self._loop.release()
-        self._environments.close()
+        self._stage.close()
         self._environments = self._open(stage_args)
         self._loop = self._make_loop(InFlight())
 
@@ -181,7 +187,7 @@ class Player:
     def _open(self, stage_args: Mapping[str, Any]) -> Environments:
         config = self._config.environment
         environments = make_environments(config.env, self._slots, {**config.env_args, **stage_args})
-        self._stack.callback(environments.close)
+        self._stage.callback(environments.close)
         return TracedEnvironments(environments, self._trace) if self._trace else environments
 
     def _make_loop(self, in_flight: InFlight) -> RolloutLoop:

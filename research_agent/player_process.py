@@ -147,6 +147,10 @@ class PlayerProcess:
         """See ``Player``."""
         return self._ask(Player.num_eval_tasks)
 
+    def shows(self) -> dict[str, str]:
+        """See ``Player``."""
+        return self._ask(Player.shows)
+
     def evaluate(self, episodes: Sequence[EpisodeKey]) -> list[Trajectory]:
         """See ``Player``."""
         return self._ask(Player.evaluate, episodes)

@@ -63,6 +63,7 @@ class Renderer:
         chat_template_args: variables of the template, such as ``{"enable_thinking": False}``.
         chat_template_date: the day that the template takes for today, YYYY-MM-DD; "" takes the
             real day.
+        special_ids: the special tokens, those that end a turn included.
     """
 
     tokenizer: Any
@@ -70,7 +71,7 @@ class Renderer:
     chat_template: bool = False
     chat_template_args: Mapping[str, Any] = field(default_factory=dict)
     chat_template_date: str = ""
-    _special_ids: frozenset[int] = field(init=False, repr=False)
+    special_ids: frozenset[int] = field(init=False, repr=False)
     _plain: Any = field(init=False, repr=False, compare=False)  # a tokenizers.Tokenizer, or None
     _template: ChatTemplate | None = field(init=False, repr=False, compare=False)
     _stop_flags: dict[tuple[str, ...], NDArray[np.bool_]] = field(
@@ -86,7 +87,7 @@ class Renderer:
         special = set(self.tokenizer.all_special_ids) | self.end_ids
         if self.tokenizer.unk_token_id not in self.end_ids:
             special.discard(self.tokenizer.unk_token_id)  # an unknown word is text
-        object.__setattr__(self, "_special_ids", frozenset(special))
+        object.__setattr__(self, "special_ids", frozenset(special))
         # A copy, because each call of the tokenizer sets how its own backend parses them.
         plain = copy.deepcopy(getattr(self.tokenizer, "backend_tokenizer", None))
         if plain is not None:
@@ -111,7 +112,7 @@ class Renderer:
             tokens = self.tokenizer(
                 text, add_special_tokens=False, split_special_tokens=True, verbose=False
             )["input_ids"]
-        if self._special_ids.isdisjoint(tokens):
+        if self.special_ids.isdisjoint(tokens):
             return tokens
         return self._encode_around_specials(text)
 
@@ -120,7 +121,7 @@ class Renderer:
 
         Some tokenizers look whole words up in a vocabulary that holds the special tokens too.
         """
-        for special_id in self._special_ids:
+        for special_id in self.special_ids:
             special = self.tokenizer.convert_ids_to_tokens(special_id)
             at = text.find(special)
             if at >= 0 and len(special) > 1:
@@ -155,7 +156,7 @@ class Renderer:
         if not known:
             return self.encode_text(observation)
         for each in known:
-            if self.tokenizer.convert_tokens_to_ids(each) not in self._special_ids:
+            if self.tokenizer.convert_tokens_to_ids(each) not in self.special_ids:
                 raise ModelError(
                     f"the environment frames its observations with {each!r}, which is no chat "
                     "token of this model's tokenizer; let the environment use the format of this "
@@ -202,7 +203,7 @@ class Renderer:
     ) -> list[int]:
         assert self._template is not None
         pieces = self._template.pieces(messages, tools)
-        encoded = self._template.encode(pieces, self._special_ids)
+        encoded = self._template.encode(pieces, self.special_ids)
         if encoded is not None:
             return encoded
         # The tokenizer is written in Python, or has special tokens in its plain vocabulary.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -114,7 +115,7 @@ class RolloutLoop:
         self._sampling = sampling
         self._seed = seed
         self._plan = plan
-        self._skips = overlong_prompts == "skip" and plan.size == 1
+        self._skips = overlong_prompts == "skip"
         self._on_finish = on_finish
         self._stop = environments.terminators
         self._truncate: Callable[[int], StepResult | None] = (
@@ -220,8 +221,10 @@ class RolloutLoop:
                 if not self._skips:
                     raise
                 del active[slot]
-                self.in_flight.done[rollout.key] = rollout.skipped(info)
                 free.append(slot)
+                skipped = rollout.skipped(info)
+                for sample in self._trees.skip(rollout.key, free):
+                    self.in_flight.done[rollout.episode, sample] = replace(skipped, sample=sample)
         for slot in (each for each in prompts if each in active):
             self._submit(slot)
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from research_agent import checkpoint
 from research_agent.checkpoint import Checkpoint
-from research_agent.config import TrainConfig
-from research_agent.config_changes import changes, require_same
+from research_agent.config import TrainConfig, as_json
+from research_agent.config_changes import Changes, changes, in_lines, require_same
 from research_agent.distributed import alike, gather, raise_together, rank_and_size, together
 from research_agent.errors import CheckpointError
 from research_agent.formats import RunFormat, StateFormat, read_object, require
+from research_agent.models.source import starting_model
 from research_agent.run_logger import METRICS, TIMINGS, append, read_lines
+from research_agent.system.files import write_atomic
 from research_agent.system.terminal import show
 
+CONFIG = "config.json"
 CHANGES = "changes.jsonl"  # settings with which a run was continued
 
 
@@ -44,6 +49,10 @@ def newest_checkpoint(config: TrainConfig) -> Checkpoint | None:
         CheckpointError: the folder holds a run of another configuration, or a broken checkpoint.
     """
     run, output = config.run, config.run.output
+    cure = f"training would replace it: give another --output than {output}, or remove the file"
+    with together():
+        if (output / CONFIG).exists():  # a model has a file of this name too
+            read_object(output / CONFIG, CheckpointError, cure, RunFormat)
     newest = checkpoint.latest(output / "checkpoints")
     if len(set(gather([newest]))) > 1:
         message = f"the ranks see different checkpoints in {output}; share the folder"
@@ -57,26 +66,67 @@ def newest_checkpoint(config: TrainConfig) -> Checkpoint | None:
             found = changes(saved.config, config, same_environment=True)
             require_same(found, output, override=run.override)
         return saved
-    started = output / "config.json"
     with together():
-        if started.exists() and read_lines(output / METRICS):
-            cure = f"remove it, or give another --output than {output}"
-            found = changes(read_object(started, CheckpointError, cure), config)
+        if (output / CONFIG).exists() and read_lines(output / METRICS):
+            found = changes(read_object(output / CONFIG, CheckpointError, cure), config)
             require_same(found, output, override=run.override)
     return None
 
 
+@contextmanager
+def restoring(saved: Checkpoint, config: TrainConfig) -> Iterator[None]:
+    """As ``checkpoint.restoring``; where settings differ, the error names them."""
+    found = changes(saved.config, config, same_environment=True)
+    with checkpoint.restoring(saved, in_lines(found.results)):
+        yield
+
+
+def saved_origin(saved: Checkpoint, config: TrainConfig) -> str:
+    """The model that a saved run began with, if it is the one that the configuration names.
+
+    A run's folder stands for its checkpoints too. With ``--override`` another model than that of
+    the configuration is replaced by it.
+
+    Args:
+        saved: the checkpoint.
+        config: the configuration to continue with.
+
+    Raises:
+        CheckpointError: the checkpoint names another model. It may come from somebody else, and
+            must not make a run load what nobody asked for. Or it names a checkpoint of another
+            run, which that run has dropped.
+    """
+    model, origin = config.policy.model, str(saved.state["origin"])
+    own_checkpoints = Path(model).expanduser() / "checkpoints"
+    is_checkpoint = Path(origin).parent == own_checkpoints
+    if origin == model or (is_checkpoint and Path(origin).is_dir()):
+        return origin
+    if config.run.override:
+        return starting_model(model)
+    if is_checkpoint:
+        raise CheckpointError(
+            f"{saved.folder} began with the model {origin}, which is gone: its run keeps the "
+            f"newest checkpoints only. Put it back, or give --override to take the tokenizer, and "
+            f"the weights of a reference or below an adapter, from {starting_model(model)}"
+        )
+    raise CheckpointError(
+        f"{saved.folder} began with the model {origin!r}, which --model {model} does not name; "
+        f"give --model {origin} if you trust it, or --override to take {model} instead"
+    )
+
+
 def require_same_run(
     saved: Checkpoint, config: TrainConfig, environment: Mapping[str, str]
-) -> None:
+) -> Changes:
     """Compare a checkpoint's configuration and environment with the present ones.
-
-    Settings that may change are noted in ``changes.jsonl`` by the first rank.
 
     Args:
         saved: the checkpoint that the run continues from.
         config: the present configuration.
         environment: the present environment's fingerprints.
+
+    Returns:
+        The settings that differ.
 
     Raises:
         CheckpointError: something differs that changes the results, without ``--override``.
@@ -93,8 +143,23 @@ def require_same_run(
         }
         found = replace(found, results={**found.results, **differing})
     require_same(found, run.output, override=run.override)
-    if rank_and_size()[0] == 0 and (found.results or found.neutral):
-        record = {"step": saved.step, "results": found.results, "neutral": found.neutral}
+    return found
+
+
+def write_config(config: TrainConfig, step: int, found: Changes | None) -> None:
+    """Write ``config.json``, and note settings that have changed in ``changes.jsonl``, on rank 0.
+
+    Args:
+        config: the present configuration.
+        step: training steps done.
+        found: the settings that have changed; None: the run begins.
+    """
+    run = config.run
+    if rank_and_size()[0]:
+        return
+    write_atomic(run.output / CONFIG, json.dumps(as_json(config), indent=1) + "\n")
+    if found and (found.results or found.neutral):
+        record = {"step": step, "results": found.results, "neutral": found.neutral}
         append(run.output / CHANGES, [record])
         if not run.quiet:
             names = ", ".join([*found.results, *found.neutral])
@@ -108,10 +173,20 @@ def best_step(output: Path) -> int | None:
     return max(evaluated, key=lambda r: r["eval/reward"])["step"] if evaluated else None
 
 
-def summarize(output: Path, message: str, signal: int = 0) -> TrainSummary:
-    """Summarize a run from its logs, so that a finished run reports the same numbers again."""
-    records, timings = read_lines(output / METRICS), read_lines(output / TIMINGS)
-    numbers: dict[str, float | str] = {"steps": records[-1]["step"] if records else 0}
+def summarize(output: Path, step: int, message: str, signal: int = 0) -> TrainSummary:
+    """Summarize a run from its logs, so that a finished run reports the same numbers again.
+
+    Args:
+        output: folder of the run.
+        step: training steps done. Records of later steps, which a killed run leaves, do not count.
+        message: the end in a sentence.
+        signal: number of the signal that stopped the run.
+    """
+    records, timings = (
+        [record for record in read_lines(output / name) if record["step"] <= step]
+        for name in (METRICS, TIMINGS)
+    )
+    numbers: dict[str, float | str] = {"steps": step}
     if timings:
         numbers["seconds of training"] = timings[-1]["seconds"]
     for name in dict.fromkeys(name for record in records for name in record):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.progress import TimeRemainingColumn as TimeLeft
 
 from research_agent.errors import CheckpointError, ConfigError, LogError
-from research_agent.formats import LONGEST_LINE, NumbersFormat, StepFormat, parse
+from research_agent.formats import LONGEST_LINE, NumbersFormat, StepFormat, finite, parse
 from research_agent.system.files import write_atomic
 from research_agent.system.terminal import printable
 
@@ -112,10 +112,11 @@ class RunLogger:
 
     Args:
         folder: folder of the run.
-        step: steps done; records of later steps, which will be done again, are dropped.
+        step: steps done; records and evaluations of later steps, which will be done again, are
+            dropped.
         steps: steps of the whole run.
         show: whether to show progress, on standard error.
-        fresh: the run begins, so that all records are dropped.
+        fresh: the run begins, so that all records and evaluations are dropped.
         wandb: takes the same metrics as TensorBoard; see ``wandb_run``.
     """
 
@@ -132,12 +133,15 @@ class RunLogger:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (slow to import)
 
         folder.mkdir(parents=True, exist_ok=True)
+        done = -1 if fresh else step
         for name in (METRICS, TIMINGS, TRAJECTORIES):
-            truncate_after(folder / name, -1 if fresh else step)
+            truncate_after(folder / name, done)
+        for evaluation in (folder / "evaluations").glob("step-*"):
+            number = evaluation.name.removeprefix("step-")
+            if number.isdecimal() and int(number) > done:
+                shutil.rmtree(evaluation)
         self._folder = folder
-        self._tensorboard = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=0 if fresh else step + 1
-        )
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         self._wandb = wandb
         self._console = Console(stderr=True)
         self._show = show
@@ -196,10 +200,9 @@ class RunLogger:
         Raises:
             CheckpointError: the logs cannot be written, on a full disk for example.
         """
-        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         shown = {**metrics, **{f"time/{k}": v for k, v in timings.items()}}
         try:
-            append(self._folder / METRICS, [{"step": step, **finite}])
+            append(self._folder / METRICS, [{"step": step, **metrics}])
             append(self._folder / TIMINGS, [{"step": step, **timings}])
             append(self._folder / TRAJECTORIES, [{"step": step, **each} for each in episodes])
             for name, value in shown.items():
@@ -219,8 +222,11 @@ class RunLogger:
 
 
 def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Add records to a JSON Lines file, and wait until they are on the disk."""
-    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    """Add records to a JSON Lines file, and wait until they are on the disk.
+
+    A number that is not finite is written as null.
+    """
+    lines = "".join(json.dumps(finite(record), allow_nan=False) + "\n" for record in records)
     if lines:
         with path.open("a", encoding="utf-8") as file:
             file.write(lines)
@@ -239,5 +245,7 @@ def _beside_the_bar(metrics: Mapping[str, float], timings: Mapping[str, float]) 
         yield f"held-out {metrics['eval/reward']:.3f}"
     if metrics.get("void_fraction"):
         yield f"void {metrics['void_fraction']:.0%}"
+    if metrics.get("skipped_fraction"):
+        yield f"skipped {metrics['skipped_fraction']:.0%}"
     if "episodes_per_second" in timings:
         yield f"{timings['episodes_per_second']:.1f} episodes/s"

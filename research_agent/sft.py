@@ -16,7 +16,9 @@ import math
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -28,7 +30,7 @@ from research_agent.config_checks import require_chat_template, require_one_proc
 from research_agent.errors import CheckpointError, ConfigError, ContextError, NonFiniteError
 from research_agent.presets import offered
 from research_agent.settings import Settings
-from research_agent.system.files import folder_lock
+from research_agent.system.files import LOCK, folder_lock
 from research_agent.system.memory import trim_heap
 from research_agent.system.signals import stop_signals
 
@@ -151,17 +153,20 @@ def run(config: SFTConfig) -> Path:
     """
     import torch  # noqa: PLC0415 - slow to import, and not for --help
 
+    from research_agent import checkpoint  # noqa: PLC0415
+
     _validate(config)
     torch.manual_seed(config.seed)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     checkpoints = config.output / CHECKPOINTS
-    with folder_lock(checkpoints), stop_signals() as signals:
+    # The first lock keeps out train, the second one an sft of an earlier version.
+    with folder_lock(config.output), folder_lock(checkpoints), stop_signals() as signals:
         try:
             return _fit(config, signals)
         finally:
-            if not any(checkpoints.glob("step-*")):  # nothing to continue
-                shutil.rmtree(checkpoints, ignore_errors=True)
+            if checkpoint.latest(checkpoints) is None:  # nothing to continue
+                _clean_up(config.output)
 
 
 def _fit(config: SFTConfig, signals: list[int]) -> Path:
@@ -218,9 +223,16 @@ def _fit(config: SFTConfig, signals: list[int]) -> Path:
         message = f"{config.demonstrations} gives fewer demonstrations than --batch {config.batch}"
         raise ConfigError(message)
     _finish(config.output, write)
+    made = step + 1
+    if made < steps:
+        warnings.warn(
+            f"{config.demonstrations} gives demonstrations for {made} of {steps} steps, so the "
+            f"learning rate did not fall to its end; give --count {made * config.batch}",
+            stacklevel=2,
+        )
     if not config.quiet:
         seconds = time.perf_counter() - started
-        print(f"{config.output}: loss {average:.4f} after {steps} steps, {seconds:.0f} s")
+        print(f"{config.output}: loss {average:.4f} after {made} steps, {seconds:.0f} s")
     return config.output
 
 
@@ -295,6 +307,8 @@ def _unfinished(config: SFTConfig) -> Checkpoint | None:
 
 def _finish(folder: Path, write: Callable[[Path], None]) -> None:
     """Write the model, and remove the checkpoint. The weights come last: with them all is there."""
+    from research_agent import checkpoint  # noqa: PLC0415
+
     temporary = folder / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     write(temporary)
@@ -303,8 +317,19 @@ def _finish(folder: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(folder / path.name, ignore_errors=True)
         path.replace(folder / path.name)
     temporary.rmdir()
-    for path in (folder / CHECKPOINTS).glob("step-*"):
-        shutil.rmtree(path)
+    while saved := checkpoint.latest(folder / CHECKPOINTS):
+        shutil.rmtree(saved)
+
+
+def _clean_up(folder: Path) -> None:
+    """Remove locks and temporary checkpoints; other files in these folders are the user's."""
+    checkpoints = folder / CHECKPOINTS
+    for path in checkpoints.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # such as a folder that is not empty
+        (folder / LOCK).unlink(missing_ok=True)
+        (checkpoints / LOCK).unlink(missing_ok=True)
+        checkpoints.rmdir()
 
 
 def _optimizers(model: PreTrainedModel, config: SFTConfig) -> list[Optimizer]:

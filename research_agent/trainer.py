@@ -11,7 +11,6 @@ some ranks only, one under ``alike`` fails on all of them; either way rank 0 say
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,6 +29,7 @@ from research_agent.algorithms import make_algorithm
 from research_agent.algorithms.base import SelectsGroups
 from research_agent.checkpoint import Checkpoint
 from research_agent.config import RolloutConfig, TrainConfig, as_json
+from research_agent.config_changes import rolls_back
 from research_agent.config_checks import validate
 from research_agent.curriculum import CollapseMonitor, CurriculumState, parse_stages
 from research_agent.distributed import (
@@ -42,8 +42,9 @@ from research_agent.distributed import (
     run_together,
     together,
 )
-from research_agent.engines import has_servers, make_engine
+from research_agent.engines import make_engine
 from research_agent.engines.base import ServerBacked
+from research_agent.engines.spec import has_servers
 from research_agent.errors import (
     CollapseError,
     ConfigError,
@@ -70,11 +71,14 @@ from research_agent.run_folder import (
     best_step,
     newest_checkpoint,
     require_same_run,
+    restoring,
+    saved_origin,
     summarize,
+    write_config,
 )
 from research_agent.run_logger import RunLogger, wandb_run
 from research_agent.sharded import write_weights
-from research_agent.system.files import folder_lock, write_atomic
+from research_agent.system.files import folder_lock
 from research_agent.system.signals import stop_signals
 from research_agent.trace import Trace, span
 from research_agent.trajectory import NOT_GROWN, Group, Trajectory
@@ -96,6 +100,8 @@ class Trainer:
         step: training steps done.
         seconds: time spent in those steps, without evaluation and saving.
         curriculum: how far the run has come in its stages.
+        rollback_steps: steps whose checkpoints a collapsed run may go back to, the ``keep`` newest.
+            Those of an evaluation or a stopped run are not among them: they change no result.
 
     ``train`` sets these too:
         player: plays this rank's episodes: environments, and the engine that samples.
@@ -118,6 +124,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.curriculum = CurriculumState()
+        self.rollback_steps: list[int] = []
 
     def train(self) -> TrainSummary:
         """Train until the steps or the time are used up, continuing what the output folder holds.
@@ -144,7 +151,7 @@ class Trainer:
             if saved:
                 self.step, self.seconds = saved.step, float(saved.state["seconds"])
             if finished := broadcast_object(self._finished()):
-                return summarize(run.output, f"{run.output} is finished: {finished}")
+                return summarize(run.output, self.step, f"{run.output} is finished: {finished}")
             self._open(saved, stack)
             logger = stack.enter_context(self._logger(saved))
             if run.eval_every and not saved:
@@ -206,13 +213,13 @@ class Trainer:
                 is_best = "eval/reward" in metrics and self.step == best_step(run.output)
                 due = self.step % run.save_every == 0
                 if broadcast_object(due or is_best or turning_point):
-                    self._save()
+                    self._save(for_rollback=due or turning_point)
             self._save()
 
         if finished:
-            return summarize(run.output, f"{run.output} is finished: {finished}")
+            return summarize(run.output, self.step, f"{run.output} is finished: {finished}")
         message = f"stopped after step {self.step} of {run.steps}; the same command continues it"
-        return summarize(run.output, message, signals[0] if signals else 0)
+        return summarize(run.output, self.step, message, signals[0] if signals else 0)
 
     # The parts of a step, in the order of ``train``.
 
@@ -309,7 +316,7 @@ class Trainer:
         with together():
             if rank == 0:
                 folder = run.output / "evaluations" / f"step-{self.step:06d}"
-                summary = record_evaluation(played, folder)
+                summary = record_evaluation(played, folder, self.player.shows())
                 if summary.episodes:  # otherwise all are void
                     metrics = {"reward": summary.reward, **summary.metrics}
         return step_metrics.prefixed("eval", metrics)
@@ -336,7 +343,10 @@ class Trainer:
             CollapseError: the configuration says stop, or there is no such checkpoint.
         """
         run = self.config.run
-        folder = checkpoint.latest(run.output / "checkpoints", up_to=good_step)
+        up_to = good_step
+        if rolls_back(run):
+            up_to = max((step for step in self.rollback_steps if step <= good_step), default=-1)
+        folder = checkpoint.latest(run.output / "checkpoints", up_to=up_to)
         message = (
             f"the reward collapsed: at step {self.step} it is below {run.collapse:g} of its best "
             f"average, that of step {good_step}; the newest checkpoint up to there is "
@@ -370,9 +380,11 @@ class Trainer:
         """Arguments of the environment that the present stage adds."""
         return self.stages[self.curriculum.stage].env_args if self.stages else {}
 
-    def _save(self) -> None:
-        """Write the checkpoint of the present step."""
+    def _save(self, *, for_rollback: bool = False) -> None:
+        """Write the checkpoint of the present step; ``for_rollback`` as in ``rollback_steps``."""
         config = self.config
+        if for_rollback and rolls_back(config.run):
+            self.rollback_steps = [*self.rollback_steps, self.step][-config.run.keep :]
         checkpoint.save(
             config.run.output / "checkpoints",
             self.step,
@@ -385,11 +397,13 @@ class Trainer:
                 "environment": self.fingerprints,
                 **({"rewards": monitor.history} if (monitor := self.collapse_monitor) else {}),
                 **({"stage": asdict(self.curriculum)} if self.stages else {}),
+                **({"rollback_steps": self.rollback_steps} if rolls_back(config.run) else {}),
                 "in_flight": run_together(self.player.state),
             },
             config=as_json(config),
             keep=config.run.keep,
             best=best_step(config.run.output),
+            also_keep=self.rollback_steps,
             bucket_bytes=config.learner.bucket_bytes,
         )
 
@@ -432,7 +446,9 @@ class Trainer:
             stack.callback(self.trace.close)
         self.stages = parse_stages(rollout.stages)
         if saved and self.stages:
-            self.curriculum = CurriculumState(**saved.state.get("stage", {}))
+            with alike(), restoring(saved, config):
+                self.curriculum = CurriculumState(**saved.state.get("stage", {}))
+                self._stage_args()
         self.collapse_monitor: CollapseMonitor | None = None
         if run.collapse is not None:
             self.collapse_monitor = CollapseMonitor(run.collapse)
@@ -449,18 +465,14 @@ class Trainer:
             )
             stack.callback(self.player.close)
             self.fingerprints = self.player.fingerprints()
-            if saved:
-                require_same_run(saved, config, self.fingerprints)
+            changed = require_same_run(saved, config, self.fingerprints) if saved else None
 
             # Policy: the model that learns, its reference, and the engine that samples.
             self.origin = starting_model(config.policy.model)
             if saved:
-                self.origin = checkpoint.saved_origin(saved, config.policy.model)
+                self.origin = saved_origin(saved, config)
             self._load_renderer(saved, today)
             adapter = self._load_policy(saved)
-            if rank == 0:
-                config_file = run.output / "config.json"
-                write_atomic(config_file, json.dumps(as_json(self.config), indent=1) + "\n")
             reference = None
             if algorithm.needs_reference and (adapter is not None or not config.learner.lora_rank):
                 reference = self._load(self.origin, is_reference=True)
@@ -485,8 +497,10 @@ class Trainer:
             self._sync()
         if saved and rollout.max_staleness >= saved.config["rollout"]["max_staleness"] > 0:
             steps = range(self.step, self.step + rollout.max_staleness + 1)
-            with together(), checkpoint.restoring(saved):
+            with together(), restoring(saved, config):
                 self.player.restore(saved.state["in_flight"], self._own_episodes(steps))
+        with together():
+            write_config(self.config, self.step, changed)
 
     def _load_renderer(self, saved: Checkpoint | None, today: str) -> None:
         """Open the tokenizer. Its chat template writes the day on which the run started."""
@@ -551,12 +565,15 @@ class Trainer:
 
     def _restore(self, saved: Checkpoint) -> None:
         """Load the states of the learner, the random generator and the collapse monitor."""
-        with alike(), checkpoint.restoring(saved):
+        with alike(), restoring(saved, self.config):
             self.learner.load_state_dict(saved.state["learner"], saved.read)
             torch.set_rng_state(saved.state["random"])
             if self.collapse_monitor:
-                history = [(int(s), float(r)) for s, r in saved.state["rewards"]]
+                history = [(int(s), float(r)) for s, r in saved.state.get("rewards", ())]
                 self.collapse_monitor.history = history
+            if rolls_back(self.config.run):
+                steps = saved.state.get("rollback_steps", [saved.step])
+                self.rollback_steps = [int(step) for step in steps]
 
     @contextmanager
     def _logger(self, saved: Checkpoint | None) -> Iterator[RunLogger | None]:

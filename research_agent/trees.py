@@ -121,6 +121,23 @@ class Trees:
             for sample in range(root + 1, root + self._plan.size):
                 self._pending[episode, sample] = _PendingBranch(free.popleft())
 
+    def skip(self, chain: EpisodeKey, free: deque[int]) -> range:
+        """Forget a tree that has begun without a turn.
+
+        Args:
+            chain: task and sample of its chain.
+            free: the free slots; those of its branches are added.
+
+        Returns:
+            The numbers of its samples.
+        """
+        episode, root = chain
+        samples = range(root, root + self._plan.size)
+        self._playing.pop(chain, None)
+        for branch in samples[1:]:
+            free.append(self._pending.pop((episode, branch)).slot)
+        return samples
+
     def consider(
         self, turns: Sequence[Completion], active: Mapping[int, ActiveRollout], engine: Engine
     ) -> None:

@@ -289,7 +289,8 @@ def test_a_prompt_longer_than_the_context_and_a_bad_line_are_named(
     words = [*EVAL, "--model", str(model), "--output", str(tmp_path / "out"), "--env-args"]
     error = refusal(capsys, *words, f"questions={long}", f"corpus={corpus}", "template=question")
     assert "the prompt of episode 0 (question q1) has 501 tokens, not 1 to 255" in error
-    assert "context 256); give --overlong-prompts skip to leave such tasks out" in error
+    assert "context 256); give a model with a longer context, or --overlong-prompts skip " in error
+    assert "(training only) to leave such tasks out" in error
     train = ["train", "miniworld", *EVAL[1:3], *words[6:], "template=question"]
     files = (f"questions={long}", f"corpus={corpus}")
     error = refusal(capsys, *train, *files, "--max-response", "100", "--quiet")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,12 @@ from hypothesis import strategies as st
 
 from research_agent.cli import main
 from research_agent.config import SamplingConfig
+from research_agent.demonstrations import as_trajectory, demonstrations
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.environments import make_environments
 from research_agent.errors import ModelError
+from research_agent.evaluation.difficulty import write_demonstrations
+from research_agent.evaluation.evaluate import evaluate as run_evaluation
 from research_agent.renderer import Renderer
 from research_agent.rollout import collect
 from research_agent.trajectory import Trajectory
@@ -119,6 +123,31 @@ def test_the_tokens_of_an_episode_are_those_of_the_chat_template(template: str) 
     )
     expected = renderer.tokenizer(whole, add_special_tokens=False)["input_ids"]
     assert [*prompt.tokens, *first.tokens, *observation.tokens] == expected
+
+
+@pytest.mark.parametrize("template", FAMILIES)
+def test_a_sampled_episode_is_learned_with_the_tokens_that_it_was_played_with(
+    template: str, tmp_path: Path
+) -> None:
+    trajectory, _, renderer = play(template, Engine(), [turn(template, "one"), turn(template)])
+
+    def again(*_: Any, on_finish: Callable[[Trajectory], None], **more: Any) -> list[Trajectory]:
+        on_finish(trajectory)
+        return [trajectory]
+
+    environments: Any = SimpleNamespace(num_tasks=1)
+    header = {"settings": {"chat_template": True}}
+    run_evaluation(
+        *(None, environments, renderer, SamplingConfig(temperature=1.0), tmp_path),  # type: ignore[arg-type]
+        header=header,
+        show=False,
+        play=again,
+    )
+    write_demonstrations(tmp_path, tmp_path / "d.jsonl", metric="searches")
+    [parts] = demonstrations(str(tmp_path / "d.jsonl"), 1, 0, {})
+    learned = as_trajectory(parts, renderer)
+    assert learned.tokens == trajectory.tokens
+    assert learned.action_mask == trajectory.action_mask
 
 
 @settings(deadline=None, max_examples=25)

@@ -88,11 +88,16 @@ def assistant_message(said: Any, content: str) -> Message | None:
     if not isinstance(calls, list) or not calls:
         return None
     message: Message = {"role": "assistant", "content": content}
-    thought = getattr(said, "reasoning_content", None) or getattr(said, "reasoning", None)
-    if isinstance(thought, str):
-        message["reasoning_content"] = thought
+    if reasoning := thought(said):
+        message["reasoning_content"] = reasoning
     message["tool_calls"] = [_call(call) for call in calls]
     return message
+
+
+def thought(said: Any) -> str:
+    """The reasoning that a server took out of an answer; "" if there is none."""
+    found = getattr(said, "reasoning_content", None) or getattr(said, "reasoning", None)
+    return found if isinstance(found, str) else ""
 
 
 def sendable(message: Message) -> Message:

@@ -39,6 +39,7 @@ from research_agent.engines.conversation import (
     assistant_message,
     message_text,
     sendable,
+    thought,
 )
 from research_agent.engines.remote import Turns, check_address, read_key, turn_seed
 from research_agent.errors import ConfigError, ContextError, EngineError
@@ -339,7 +340,8 @@ class OpenAIEngine:
         chat = bool(conversation.messages)
         while True:
             continuing = chat and conversation.has_answer(text) and self._continues is not False
-            extra = {self._limit_name: size, **conversation.request(text, continuing=continuing)}
+            limit_name = self._limit_name
+            extra = {limit_name: size, **conversation.request(text, continuing=continuing)}
             # The endpoint's form of the conversation is in extra_body; these fields are required.
             create: Any = self._client.completions.create
             required: dict[str, Any] = {"prompt": ""}
@@ -360,25 +362,32 @@ class OpenAIEngine:
             except openai.APIStatusError as error:
                 problem = self._problem(error)
                 if error.status_code in (400, 413, 422):
-                    if "max_completion_tokens" in problem and self._limit_name == "max_tokens":
+                    if "max_completion_tokens" in problem and limit_name == "max_tokens":
                         self._limit_name = "max_completion_tokens"  # newer models of OpenAI
                         continue
                     if re.search(_TOO_LONG, problem):
                         raise _TooLongError(problem) from None
-                    if continuing and self._continues is None:
+                    if continuing and self._continues is not True:
+                        if self._continues is None:  # the first refusal of several in flight
+                            _LOG.warning(
+                                "%s does not continue an answer (%s): observations are sent as "
+                                "user messages",
+                                self._url,
+                                problem,
+                            )
                         self._continues = False
-                        _LOG.warning(
-                            "%s does not continue an answer (%s): observations are sent as user "
-                            "messages",
-                            self._url,
-                            problem,
-                        )
                         continue
                 raise self._failure(problem, error.status_code) from None
             except openai.APIError as error:
                 raise self._failure(self._problem(error)) from None
             if continuing:
                 self._continues = True
+            if chat and not conversation.tools and thought(answer.choices[0].message):
+                raise EngineError(
+                    f"{self._url} takes the reasoning out of the answers of {self._model!r}, so "
+                    "that the environment and later turns would not have it; start the server "
+                    f"without --reasoning-parser. {_CONTINUE}"
+                )
             # Where tools are listed, turns are messages: a stop string would stand in them twice.
             stop = () if conversation.tools else params.stop
             return self._read(answer.choices[0], stop, text, chat=chat)

@@ -103,10 +103,13 @@ def compare(a: Path, b: Path, *, metric: str | None = None, seed: int = 0) -> Co
     weights = np.array(list(counts.values()))  # [questions]
     means = totals.sum(axis=0) / weights.sum()  # [2, metrics]
     drawn = bootstrap(totals[:, 1] - totals[:, 0], weights, seed=seed)
+    # The bootstrap of a few questions shows too little variance. If A and B are equally good, all
+    # questions favor the same one with probability 2^(1 - questions): p cannot be smaller.
+    p_values = np.maximum(two_sided_p(drawn), 2.0 ** (1 - len(weights)))
     metrics = {
-        name: Difference(float(mean_a), float(mean_b), float(mean_b - mean_a), spread, p)
+        name: Difference(float(mean_a), float(mean_b), float(mean_b - mean_a), spread, float(p))
         for name, mean_a, mean_b, spread, p in zip(
-            names, *means, interval(drawn), two_sided_p(drawn), strict=True
+            names, *means, interval(drawn), p_values, strict=True
         )
     }
     scores = totals[:, :, names.index(chosen)] / weights[:, None]  # [questions, 2]

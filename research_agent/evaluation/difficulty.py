@@ -79,9 +79,10 @@ def grades(
 def demonstrations(
     records: Iterable[Record], *, metric: str | None = None, each: int = 1, chat: bool = False
 ) -> list[list[tuple[str, Any]]]:
-    """Correct episodes as lists of (provenance, text), which ``sft`` learns from.
+    """Correct episodes as lists of (provenance, content), which ``sft`` learns from.
 
-    Void and truncated episodes are left out.
+    The content is what a rollout renders; see ``research_agent.demonstrations``. Void and truncated
+    episodes are left out.
 
     Args:
         records: records of an evaluation.
@@ -90,8 +91,11 @@ def demonstrations(
         chat: where a record has the prompt as chat messages, take these instead of its text.
 
     Raises:
-        ConfigError: no such metric.
+        ConfigError: no such metric, ``each`` is below 1, or a record with chat tokens does not say
+            which tokens ended its turns.
     """
+    if each < 1:
+        raise ConfigError(f"--each {each} keeps no episode; give at least 1")
     records = [record for record in records if not record["void"]]
     name = _metric(records, metric)
     kept: Counter[int] = Counter()
@@ -100,9 +104,37 @@ def demonstrations(
         correct = _is_correct(record, name) and not record.get("truncated")
         if correct and kept[record["episode"]] < each:
             kept[record["episode"]] += 1
-            key = "messages" if chat else "text"
-            chosen.append([(s["provenance"], s.get(key, s["text"])) for s in record["segments"]])
+            _require_ends(record)
+            chosen.append([(s["provenance"], _content(s, chat)) for s in record["segments"]])
     return chosen
+
+
+def _require_ends(record: Record) -> None:
+    """Refuse calls of tools whose turns would be learned without the tokens that end them."""
+    segments = record["segments"]
+    framed = any("tools" in s or s.get("info", {}).get("chat_markup") for s in segments)
+    if framed and any(s["provenance"] == "action" and "end" not in s for s in segments):
+        raise ConfigError(
+            f"episode {record['episode']} calls tools, and its record does not say which tokens "
+            "ended its turns: an endpoint played it, or a training run, or an earlier version "
+            "wrote it; evaluate a local model again"
+        )
+
+
+def _content(segment: Record, chat: bool) -> Any:
+    """What ``sft`` needs to render a segment as the rollout did."""
+    text = segment["text"]
+    special = {"end": segment["end"]} if "end" in segment else {}
+    if markup := segment.get("chat_markup") or segment.get("info", {}).get("chat_markup"):
+        special["chat_markup"] = markup
+    if special:
+        return {"text": text, **special}
+    if not chat:
+        return text
+    messages = segment.get("messages")
+    if tools := segment.get("tools"):
+        return {"messages": messages or [{"role": "user", "content": text}], "tools": tools}
+    return messages or text
 
 
 def write_grades(predictions: Path, output: Path, **settings: Any) -> Counter[str]:

@@ -18,6 +18,7 @@ from research_agent.environments import Environments
 from research_agent.errors import ConfigError
 from research_agent.evaluation.predictions import as_record, open_predictions
 from research_agent.evaluation.summary import Outcome, Summary, main_metric, outcome, summarize
+from research_agent.formats import finite
 from research_agent.renderer import Renderer
 from research_agent.rollout import collect
 from research_agent.system.files import write_atomic
@@ -72,6 +73,16 @@ def evaluate(
     known = None if header is None else json.loads(json.dumps(header))  # as it is read back
     shows = dict(getattr(environments, "shows", {}))
 
+    def chat_tokens(tokens: Sequence[int]) -> dict[str, Any]:
+        """The token that ended a turn, "" if none did, and the chat tokens before it."""
+        ended = bool(tokens) and tokens[-1] in renderer.end_ids
+        special = renderer.special_ids.intersection(tokens[:-1] if ended else tokens)
+        markup = sorted(renderer.decode([token]) for token in special)
+        end = renderer.decode(tokens[-1:]) if ended else ""
+        return {"end": end, **({"chat_markup": markup} if markup else {})}
+
+    knows_tokens = hasattr(renderer, "end_ids")  # the renderer of an endpoint does not
+
     def pieces(tokens: Sequence[int]) -> list[str]:
         return [renderer.decode([token]) for token in tokens]
 
@@ -91,7 +102,11 @@ def evaluate(
             (output / "summary.json").unlink(missing_ok=True)  # it covers fewer episodes
 
         def finished(trajectory: Trajectory) -> None:
-            record = as_record(trajectory, pieces if log_tokens else None)
+            record = as_record(
+                trajectory,
+                pieces if log_tokens else None,
+                chat_tokens if knows_tokens else None,
+            )
             append(record)
             outcomes.append(outcome(record))
             running.add(outcomes[-1])
@@ -99,20 +114,33 @@ def evaluate(
 
         play(engine, environments, renderer, missing, sampling, seed=seed, on_finish=finished)
         summary = summarize(outcomes, known)
-        write_atomic(output / "summary.json", json.dumps(asdict(summary), indent=1) + "\n")
+        _write_summary(summary, output)
     return summary
 
 
-def record_evaluation(trajectories: Sequence[Trajectory], output: Path) -> Summary:
-    """Write the files of an evaluation for episodes that have been played, one per task."""
+def record_evaluation(
+    trajectories: Sequence[Trajectory], output: Path, shows: Mapping[str, str]
+) -> Summary:
+    """Write the files of an evaluation for episodes that have been played, one per task.
+
+    Args:
+        trajectories: the episodes.
+        output: folder to write to; created if it is missing.
+        shows: what the environment's observations show; see ``read_shows``.
+    """
     wanted = frozenset((t.episode, t.sample) for t in trajectories)
     records = [as_record(trajectory) for trajectory in trajectories]
-    with open_predictions(output, None, wanted) as (_, append):
+    with open_predictions(output, None, wanted, shows) as (_, append):
         for each in records:
             append(each)
     summary = summarize([outcome(each) for each in records], None)
-    write_atomic(output / "summary.json", json.dumps(asdict(summary), indent=1) + "\n")
+    _write_summary(summary, output)
     return summary
+
+
+def _write_summary(summary: Summary, output: Path) -> None:
+    text = json.dumps(finite(asdict(summary)), indent=1, allow_nan=False)
+    write_atomic(output / "summary.json", text + "\n")
 
 
 @dataclass

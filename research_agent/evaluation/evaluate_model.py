@@ -80,10 +80,10 @@ def _sampler(config: EvalConfig, slots: int) -> tuple[Any, Any, str]:
     from research_agent.models.source import resolve_model  # noqa: PLC0415
     from research_agent.renderer import open_renderer  # noqa: PLC0415  (these load torch)
 
-    place = resolve_model(policy.model)
+    place = resolve_model(policy.model)  # once: a run that saves meanwhile has a newer checkpoint
     before = read_header(config.output).get("settings", {}).get("chat_template_date")
     renderer = open_renderer(policy, place, before)
-    model = load_model(policy.model, dtype=config.dtype, device=policy.device)
+    model = load_model(place, dtype=config.dtype, device=policy.device)
     require_ends(model, renderer)
     context = episode_context(model, sampling)
     engine = make_engine(

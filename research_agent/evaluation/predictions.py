@@ -30,22 +30,27 @@ Header = dict[str, Any]
 Record = dict[str, Any]
 Key = tuple[str, int]  # question id (or else episode number), sample
 Pieces = Callable[[Sequence[int]], list[str]]  # returns the text of each token on its own
+ChatTokens = Callable[[Sequence[int]], Record]  # returns fields of a turn's record
 _TASK_SETTINGS = frozenset({"env", "env_args", "split"})  # settings that choose the tasks
 
 
-def as_record(trajectory: Trajectory, pieces: Pieces | None = None) -> Record:
+def as_record(
+    trajectory: Trajectory, pieces: Pieces | None = None, chat_tokens: ChatTokens | None = None
+) -> Record:
     """A finished trajectory as plain JSON values.
 
     Args:
         trajectory: the trajectory.
         pieces: returns the text of each token; with it action segments have ``pieces`` and
             ``logprobs`` (the sampler's, to 4 digits; None if unknown), one per token.
+        chat_tokens: returns the fields ``end`` and ``chat_markup`` of an action segment; see
+            ``evaluate``.
 
     Returns:
         The trajectory's fields. The last ``info`` is without ``metrics``, which are a field of the
         record. Of the segments only observations have ``info``, without empty values and values
         that came with the prompt already (such as the question). The prompt has its chat
-        ``messages``, unless they are its text as one user message.
+        ``messages``, unless they are its text as one user message, and the ``tools``, if any.
     """
     first = _plain(trajectory.segments[0].info) if trajectory.segments else {}
     return {
@@ -57,7 +62,9 @@ def as_record(trajectory: Trajectory, pieces: Pieces | None = None) -> Record:
         "stop_reason": trajectory.stop_reason,
         "void": trajectory.void,
         "metrics": dict(trajectory.metrics),
-        "segments": [_segment(segment, first, pieces) for segment in trajectory.segments],
+        "segments": [
+            _segment(segment, first, pieces, chat_tokens) for segment in trajectory.segments
+        ],
         "info": {k: _plain(v) for k, v in trajectory.info.items() if k != "metrics"},
     }
 
@@ -131,7 +138,8 @@ def open_predictions(
 
     Raises:
         FolderInUseError: another process writes to the folder.
-        PredictionsError: the file belongs to another evaluation, or is broken.
+        PredictionsError: the file belongs to another evaluation, or is broken. The function raises
+            it for a second record of the same question and sample.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PREDICTIONS
@@ -143,7 +151,16 @@ def open_predictions(
             if header is None and shows:
                 file.write(json.dumps({"header": {"shows": dict(shows)}}) + "\n")
 
+            written = {record_key(record) for record in kept}
+
             def append(record: Record) -> None:
+                if (key := record_key(record)) in written:
+                    raise PredictionsError(
+                        f"episode {record['episode']} has the question_id {key[0]!r} of an earlier "
+                        "one, and nothing could tell their records apart; let the environment give "
+                        "each task its own id, or give a --limit at which no task comes again"
+                    )
+                written.add(key)
                 file.write(json.dumps(record) + "\n")
                 file.flush()
 
@@ -262,20 +279,33 @@ def _value(line: bytes, where: str) -> Record:
     return dict(parse(line, schema, problem, PredictionsError, cure))
 
 
-def _segment(segment: Segment, first: Mapping[str, Any], pieces: Pieces | None) -> Record:
+def _segment(
+    segment: Segment,
+    first: Mapping[str, Any],
+    pieces: Pieces | None,
+    chat_tokens: ChatTokens | None,
+) -> Record:
     record: Record = {
         "provenance": segment.provenance,
         "text": segment.text,
         "tokens": len(segment.tokens),
     }
-    messages = segment.info.get("messages") if segment.provenance == "prompt" else None
-    if messages and _plain(messages) != [{"role": "user", "content": segment.text}]:
-        record["messages"] = _plain(messages)  # a chat template renders these, not the text
+    if segment.provenance == "prompt":  # a chat template renders messages and tools, not the text
+        messages, tools = _plain(segment.info.get("messages")), _plain(segment.info.get("tools"))
+        if messages and messages != [{"role": "user", "content": segment.text}]:
+            record["messages"] = messages
+        if tools:
+            record["tools"] = tools
     if segment.provenance == "observation":
         info = {k: _plain(v) for k, v in segment.info.items()}
-        record["info"] = {k: v for k, v in info.items() if not _is_empty(v) and first.get(k) != v}
+        record["info"] = {
+            k: v
+            for k, v in info.items()
+            if not _is_empty(v) and (k == "chat_markup" or first.get(k) != v)
+        }
     if segment.provenance == "action":
         record["reward"] = segment.reward
+        record |= chat_tokens(segment.tokens) if chat_tokens else {}
     if segment.provenance == "action" and pieces is not None:
         record["pieces"] = pieces(segment.tokens)
         record["logprobs"] = [  # NaN means unknown, and JSON has no NaN

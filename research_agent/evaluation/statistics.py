@@ -70,11 +70,15 @@ def two_sided_p(differences: Floats) -> list[float]:
 
     Args:
         differences: bootstrapped means of paired differences, [resamples, metrics].
+
+    Returns:
+        The p-values; NaN for a metric with a difference that is not finite.
     """
     below = (differences <= _SAME).sum(axis=0)
     above = (differences >= -_SAME).sum(axis=0)
     shares = (np.minimum(below, above) + 1) / (len(differences) + 1)
-    return [float(min(1.0, 2 * share)) for share in shares]
+    known = np.isfinite(differences).all(axis=0)
+    return [float(p) for p in np.where(known, np.minimum(1.0, 2 * shares), np.nan)]
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

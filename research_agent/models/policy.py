@@ -18,7 +18,7 @@ from research_agent.distributed import (
     rank_and_size,
     shard_batches,
 )
-from research_agent.errors import ModelError
+from research_agent.errors import ConfigError, ModelError
 from research_agent.models.generation import repair_generation, tokens_of_unreadable
 from research_agent.models.prepare import (
     decoder_layers,
@@ -93,9 +93,21 @@ def load_model(
 
 
 def find_device(name: str) -> str:
-    """Resolve the device "auto" to cuda, if there is one, or else cpu."""
+    """Resolve the device "auto" to cuda, if there is one, or else cpu.
+
+    Raises:
+        ConfigError: torch knows no such device, or finds no GPU.
+    """
+    has_gpu = torch.cuda.is_available()
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if has_gpu else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        message = f"--device is {name!r}, which torch does not know; give auto, cpu or cuda"
+        raise ConfigError(message) from error
+    if kind == "cuda" and not has_gpu:
+        raise ConfigError(f"--device is {name!r}, and torch finds no GPU; give auto or cpu")
     return name
 
 

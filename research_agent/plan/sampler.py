@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from research_agent.config import TrainConfig
-from research_agent.engines import parse_engine
+from research_agent.engines.spec import parse_engine
 from research_agent.errors import ConfigError
 from research_agent.plan.assumptions import EPISODE_TOKENS, SERVER_BYTES, VLLM_WORK
 from research_agent.plan.machines import Machines

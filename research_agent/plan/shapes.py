@@ -10,6 +10,7 @@ from typing import Any
 
 from research_agent.errors import ConfigError
 from research_agent.formats import DecoderFormat, read_object
+from research_agent.models.source import resolve_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +103,23 @@ SHAPES = {
 
 
 def read_shape(model: str) -> Shape:
-    """The sizes of a model: a folder with a ``config.json``, or a name in ``SHAPES``.
+    """The sizes of a model.
+
+    Args:
+        model: what ``--model`` takes, if a folder with a ``config.json`` comes of it; or a name in
+            ``SHAPES``.
 
     Raises:
-        ConfigError: it is neither, or not a dense decoder.
+        ConfigError: the sizes are not known, or the model is not a dense decoder.
+        ModelError: there is no such folder.
     """
-    file = Path(model).expanduser() / "config.json"
-    if file.is_file():
-        cure = "--plan reads a decoder's sizes"
-        return _read(file, read_object(file, ConfigError, cure, DecoderFormat))
     for name, shape in SHAPES.items():
         if model in (name, f"{name}-Instruct"):
             return shape
+    file = Path(resolve_model(model)) / "config.json"
+    if file.is_file():
+        cure = "--plan reads a decoder's sizes"
+        return _read(file, read_object(file, ConfigError, cure, DecoderFormat))
     raise ConfigError(
         f"the sizes of {model!r} are not known; give a folder with its config.json, or one of "
         + ", ".join(SHAPES)

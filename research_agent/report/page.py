@@ -13,11 +13,12 @@ import gzip
 import hashlib
 import html
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
+
+from research_agent.formats import finite
 
 _STATIC = Path(__file__).parent / "static"
 _SCRIPTS = ("elements", "state", "overview", "list", "trajectory", "main")  # joined in this order
@@ -58,7 +59,7 @@ def as_json(value: Any) -> str:
     try:
         text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     except ValueError:
-        text = json.dumps(_finite(value), separators=(",", ":"))
+        text = json.dumps(finite(value), separators=(",", ":"))
     for character in "<>&":  # in JSON they occur only inside strings
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
@@ -71,15 +72,3 @@ def _element(name: str, text: str) -> str:
 def _hash(text: str) -> str:
     digest = hashlib.sha256(text.encode("utf-8")).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"
-
-
-def _finite(value: Any) -> Any:
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case Mapping():
-            return {key: _finite(inner) for key, inner in value.items()}
-        case list() | tuple():
-            return [_finite(inner) for inner in value]
-        case _:
-            return value

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from research_agent.cli import main
-from research_agent.engines import parse_engine
+from research_agent.engines.spec import parse_engine
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "examples" / "launch"
 SCRIPTS = sorted(FOLDER.glob("*.sh"))

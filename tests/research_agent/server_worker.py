@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from research_agent.distributed import full_tensor, init_distributed, make_mesh, shard
-from research_agent.engines import parse_engine
 from research_agent.engines.base import SamplingParams
 from research_agent.engines.servers import engine as engine_module
 from research_agent.engines.servers import pool, serve, weight_sync
 from research_agent.engines.servers.engine import connect_servers, serve_engine
+from research_agent.engines.spec import parse_engine
 from research_agent.errors import ResearchAgentError
 from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_qwen2
 

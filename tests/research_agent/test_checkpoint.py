@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -216,10 +217,23 @@ def test_an_old_one_that_cannot_be_dropped_is_an_error_and_the_new_one_is_kept(
     tmp_path: Path,
 ) -> None:
     save(tmp_path, 1)
-    (tmp_path / "best").mkdir()  # where the link to the best one belongs
+    (tmp_path / ".step-000001.old").write_text("")  # the name that it gets before it is removed
     with pytest.raises(CheckpointError, match=r"step 2 .*last good one is .*step-000002"):
-        checkpoint.save(tmp_path, 2, write_model=write_model, state={}, config={}, keep=1, best=1)
+        checkpoint.save(tmp_path, 2, write_model=write_model, state={}, config={}, keep=1)
     assert checkpoint.load(tmp_path / "step-000002").step == 2
+
+
+def test_a_file_system_without_links_costs_the_link_to_the_best_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    save(tmp_path, 1)
+    with pytest.warns(UserWarning, match="best cannot be a link to step-000001: .*not permitted"):
+        checkpoint.save(tmp_path, 2, write_model=write_model, state={}, config={}, keep=1, best=1)
+    assert names(tmp_path) == ["step-000001", "step-000002"]
 
 
 LOST = "[../third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed by peer"

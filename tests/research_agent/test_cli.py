@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import research_agent
 from research_agent.cli import main
 from research_agent.config import TrainConfig, as_json, flatten
 from research_agent.presets import PRESETS
@@ -46,11 +47,17 @@ def test_no_command_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str])
             ["train", "miniworld", "--prompts-per-step", "0"],
             "--prompts-per-step is 0; it must be at least 1",
         ),
+        (["train", "miniworld", "--seed", "-1"], "--seed is -1; give a number from 0 to 2**64 - 1"),
+        (["train", "miniworld", "--seed", str(2**64)], "--seed is 18446744073709551616; give"),
+        (["train", "miniworld", "--betas", "1", "0.9"], "--betas has 1.0; both are from 0 to"),
+        (["train", "miniworld", "--betas", "0.9", "-0.1"], "--betas has -0.1; both are from 0 to"),
         (["train", "miniworld", "--env-args", "top_k"], "expected KEY=VALUE"),
         (["train", "miniworld", "--steps", "many"], "many"),
         (["train", "miniworld", "--stesp", "3"], "--stesp"),
         (["eval", "--model", "m", "--output", "o"], "--env"),
         ([*EVAL, "--limit", "0"], "--limit is 0"),
+        ([*EVAL, "--seed", "-1"], "--seed is -1"),
+        (["compare", "a", "b", "--seed", "-1"], "--seed is -1"),
         ([*EVAL, "--temperature", "-1"], "-1"),
         ([*EVAL, "--samples-per-task", "0"], "--samples-per-task is 0"),
         (
@@ -112,9 +119,12 @@ def test_sft_hands_its_configuration_on(monkeypatch: pytest.MonkeyPatch) -> None
 
     seen: list[Settings] = []
     fake = SimpleNamespace(
-        PRESETS={"small": Settings()}, DESCRIPTIONS={"small": "A small one."}, run=seen.append
+        SFTConfig=Settings,
+        PRESETS={"small": Settings()},
+        DESCRIPTIONS={"small": "A small one."},
+        run=seen.append,
     )
-    monkeypatch.setitem(sys.modules, "research_agent.sft", fake)
+    monkeypatch.setattr(research_agent, "sft", fake, raising=False)
     main(["sft", "small", "--count", "7"])
     assert seen == [Settings(count=7)]
 

@@ -194,6 +194,16 @@ def test_what_changes_no_weight_may_differ() -> None:
     assert (found.results, found.neutral) == ({}, {})
 
 
+def test_with_a_rollback_the_checkpoints_are_part_of_the_results() -> None:
+    config = PRESETS["miniworld"]
+    stops = replace(config.run, collapse=0.5, save_every=5, keep=3)
+    rolls_back = replace(stops, on_collapse="rollback")
+    for run, names in ((stops, []), (rolls_back, ["run.keep", "run.save_every"])):
+        saved = as_json(replace(config, run=run))
+        other = replace(config, run=replace(run, save_every=4, keep=2))
+        assert list(changes(saved, other).results) == names
+
+
 def test_eval_every_zero_means_never() -> None:
     config = PRESETS["miniworld"]
     validate(replace(config, run=replace(config.run, eval_every=0)))

@@ -530,6 +530,54 @@ def test_an_objective_that_is_not_finite_stops() -> None:
     assert torch.equal(model.table, Bigram().table)
 
 
+class Shapes:
+    """Algorithms with one mistake each, and what is said about it."""
+
+    class Scores(GRPO):  # a value per trajectory; of a single trajectory it would broadcast
+        def advantages(self, batch: Any) -> Any:
+            return batch.rewards
+
+    class Column(GRPO):
+        def advantages(self, batch: Any) -> Any:
+            return super().advantages(batch)[:, None]
+
+    class Weights(GRPO):
+        def weights(self, batch: Any) -> Any:
+            return super().weights(batch)[:, None]
+
+    class Numbers(GRPO):
+        def weights(self, batch: Any) -> Any:
+            return super().weights(batch).tolist()
+
+    class Mean(GRPO):
+        def objective(self, tokens: Any) -> Any:
+            return tokens.logprobs.mean(), {}
+
+    class Logged(GRPO):
+        def objective(self, tokens: Any) -> Any:
+            return tokens.logprobs, {"ratio": tokens.logprobs.mean()}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "said"),
+    [
+        (Shapes.Scores, r"Scores\.advantages gives \(2,\), not the shape \(7,\)"),
+        (Shapes.Column, r"Column\.advantages gives \(7, 1\), not the shape \(7,\)"),
+        (Shapes.Weights, r"Weights\.weights gives \(7, 1\), not the shape \(7,\)"),
+        (Shapes.Numbers, r"Numbers\.weights gives list, not the shape \(7,\)"),
+        (Shapes.Mean, r"Mean\.objective gives \(\), not the shape \(7,\)"),
+        (Shapes.Logged, r"Logged\.objective \('ratio' to log\) gives \(\), not the shape \(7,\)"),
+    ],
+)
+def test_values_of_another_shape_are_refused(algorithm: type[GRPO], said: str) -> None:
+    one = trajectory(prompt(1), action([5, 6, 7]), reward=1.0)
+    other = trajectory(prompt(1), action([8, 9, 8, 9]), reward=0.0, sample=1)
+    model = Bigram()
+    with pytest.raises(ConfigError, match=rf"^{said}; return a tensor with one value per action"):
+        make_learner(model, algorithm(kl_coef=0.0)).update([Group(0, [one, other])])
+    assert torch.equal(model.table, Bigram().table)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

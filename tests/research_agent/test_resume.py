@@ -201,6 +201,108 @@ def test_a_checkpoint_cannot_name_another_model_to_load(
     assert "began with the model '/somewhere/else'" in said
 
 
+def test_training_into_the_folder_of_its_model_is_refused(
+    letters: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    model = shutil.copytree(letters, tmp_path / "model")
+    before = (model / "config.json").read_bytes()
+    said = refusal(capsys, flags(model, model, "--steps", "1"))
+    assert str(model / "config.json") in said and "give another --output" in said
+    assert (model / "config.json").read_bytes() == before
+    assert not (model / "checkpoints").exists()
+
+
+OVERRIDES = {
+    "--algorithm ppo": "algorithm.algorithm: 'grpo' in the folder, 'ppo' now",
+    "--stages turns=1": "rollout.stages: ['steps=1', 'steps=1', 'turns=1'] in the folder, ",
+}
+
+
+@pytest.mark.parametrize("words", OVERRIDES)
+def test_an_override_that_the_checkpoint_cannot_follow_names_the_settings_and_changes_no_file(
+    letters: Path, tmp_path: Path, capsys: Capture, words: str
+) -> None:
+    run = tmp_path / "run"
+    begun = ["--stages", "steps=1", "steps=1", "turns=1"] if "stages" in words else []
+    main(flags(letters, run, "--steps", "2", *begun))
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    command = flags(letters, run, "--steps", "3", *words.split(), "--override")
+    if "ppo" in words:  # which has other arguments
+        command = [word for word in command if "coef" not in word and word != "--algorithm-args"]
+    message = refusal(capsys, command)
+    assert OVERRIDES[words] in message
+    assert "delete" not in message and "give another --output" in message
+    assert {path: path.read_bytes() for path in files} == files
+    assert not (run / "changes.jsonl").exists()
+
+
+def test_a_monitor_of_collapse_can_be_added(letters: Path, run: Path) -> None:
+    main(continued(letters, run, "--collapse", "0.5", "--override"))
+    assert metrics(run)[-1]["step"] == 3
+
+
+def test_a_model_that_was_moved_is_taken_on_request(
+    letters: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    model = shutil.copytree(letters, tmp_path / "model")
+    main(flags(model, tmp_path / "run", "--steps", "1"))
+    moved = model.rename(tmp_path / "moved")
+    words = flags(moved, tmp_path / "run", "--steps", "2")
+    assert "policy.model" in refusal(capsys, words)
+    main([*words, "--override"])
+    assert metrics(tmp_path / "run")[-1]["step"] == 2
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["policy"]["model"] == str(moved)
+
+
+def test_a_run_whose_first_model_was_dropped_by_its_own_run_says_how_to_continue(
+    letters: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    main(flags(letters, first, "--steps", "1", "--keep", "1"))
+    main(flags(first, second, "--steps", "1"))
+    main(flags(letters, first, "--steps", "2", "--keep", "1"))
+    words = flags(first, second, "--steps", "2")
+    said = refusal(capsys, words)
+    assert f"{first / 'checkpoints' / 'step-000001'}, which is gone" in said
+    assert "--override" in said and str(first / "checkpoints" / "step-000002") in said
+    main([*words, "--override"])
+    assert metrics(second)[-1]["step"] == 2
+
+
+def test_a_folder_with_the_name_of_the_link_to_the_best_stops_no_run(
+    letters: Path, run: Path
+) -> None:
+    """As a copy that follows links leaves it."""
+    best = run / "checkpoints" / "best"
+    shutil.copytree(run / "checkpoints" / "step-000002", best)
+    with pytest.warns(UserWarning, match=r"best cannot be a link to step-000003: .*continues"):
+        main(continued(letters, run, "--eval-every", "1"))
+    assert metrics(run)[-1]["step"] == 3
+    assert best.is_dir() and not best.is_symlink()
+
+
+def test_what_a_killed_run_did_after_its_checkpoint_is_neither_told_nor_kept(
+    letters: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    run = tmp_path / "run"
+    words = flags(letters, run, "--eval-every", "2", "--json")
+    main([*words, "--steps", "4"])
+    shutil.rmtree(run / "checkpoints" / "step-000004")  # as if it had been killed before
+    capsys.readouterr()
+    main([*words, "--steps", "2"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["steps"] == 2
+    assert told["reward last"] == metrics(run)[2]["reward"]  # the first line is of step 0
+    assert told["eval/right last"] == metrics(run)[2]["eval/right"]
+    assert told["seconds of training"] == read_lines(run / "timings.jsonl")[2]["seconds"]
+    main([*words, "--steps", "3", "--eval-every", "0"])
+    assert [path.name for path in sorted((run / "evaluations").iterdir())] == [
+        "step-000000",
+        "step-000002",
+    ]
+
+
 def test_one_process_trains_into_a_folder(letters: Path, run: Path, capsys: Capture) -> None:
     code = (
         "import sys, time; from pathlib import Path\n"

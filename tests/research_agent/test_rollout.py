@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import tracemalloc
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +21,7 @@ from research_agent.engines.scripted import ScriptedEngine
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.environments import Action, StepResult, make_environments
 from research_agent.errors import ConfigError, ContextError, EnvironmentContractError
+from research_agent.evaluation.predictions import as_record
 from research_agent.renderer import Renderer
 from research_agent.rollout import collect
 from research_agent.trajectory import SKIPPED, Trajectory
@@ -195,6 +198,44 @@ def test_prompts_that_do_not_fit_are_skipped_on_request() -> None:
     assert [trajectory.stop_reason == SKIPPED for trajectory in played] == [False, True, False]
     assert [len(trajectory.segments) for trajectory in played] == [2, 0, 2]
     assert [trajectory.void for trajectory in played] == [False, True, False]
+
+
+@pytest.mark.parametrize("env", [TOY, NATIVE])
+def test_numbers_of_numpy_become_pythons(env: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = CopyLetter.step
+
+    def with_numpy(self: CopyLetter, action: str) -> tuple[Any, ...]:
+        observation, reward, terminated, truncated, info = step(self, action)
+        return observation, np.float32(reward), np.bool_(terminated), np.bool_(truncated), info
+
+    monkeypatch.setattr(CopyLetter, "step", with_numpy)
+    environments = make_environments(env, 1)
+    (trajectory,) = collect(says("b"), environments, RENDERER, [(1, 0)], LIMITS)
+    assert json.loads(json.dumps(as_record(trajectory)))["reward"] == 1.0
+    assert trajectory.terminated is True and trajectory.truncated is False
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (None, "the environment's step returns None; return observation, reward"),
+        (("", 1.0, True, {}), r"the environment's step returns \('', 1.0, True, {}\); return"),
+        (("", 1.0, True, False, None), "the environment's info is None; return a dict"),
+        (("", None, True, False, {}), "the environment's reward is None; return a number"),
+        (("", "good", True, False, {}), "the environment's reward is 'good'; return a number"),
+        (
+            ("", 1.0, True, False, {"metrics": {"em": "high"}}),
+            "the environment's metric em is 'high'; return a number",
+        ),
+        (("", 1.0, True, False, {"metrics": [1.0]}), r"the environment's metrics are \[1.0\]; ret"),
+    ],
+)
+def test_a_step_that_returns_something_else_is_refused(
+    step: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CopyLetter, "step", lambda *_: step)
+    with pytest.raises(EnvironmentContractError, match=f"^{said}"):
+        play(says("b"))
 
 
 class Fake:

@@ -125,16 +125,20 @@ def test_half_a_line_that_a_kill_left_is_dropped(tmp_path: Path) -> None:
 
 def test_a_metric_that_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
     with RunLogger(tmp_path, 0, 1, show=False, fresh=True) as logger:
-        logger.record(1, {"reward": float("nan"), "kl": float("inf")}, {})
+        episode = {"reward": float("nan"), "info": {"scores": [0.5, float("-inf")]}}
+        logger.record(1, {"reward": float("nan"), "kl": float("inf")}, {}, [episode])
     line = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(line) == {"step": 1, "reward": None, "kl": None}
+    line = (tmp_path / "trajectories.jsonl").read_text()
+    assert json.loads(line) == {"step": 1, "reward": None, "info": {"scores": [0.5, None]}}
 
 
 def test_without_a_terminal_each_step_is_a_line_on_standard_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with RunLogger(tmp_path, 0, 8, fresh=True) as logger:
-        logger.record(3, {"reward": 0.5, "env/lookups": 1.5, "void_fraction": 0.25}, {})
+        shares = {"void_fraction": 0.25, "skipped_fraction": 1.0}
+        logger.record(3, {"reward": 0.5, "env/lookups": 1.5, **shares}, {})
     out, err = capsys.readouterr()
     assert out == ""
-    assert "step 3/8  reward 0.500  lookups 1.50  void 25%" in err
+    assert "step 3/8  reward 0.500  lookups 1.50  void 25%  skipped 100%" in err

@@ -460,6 +460,27 @@ def test_turns_on_a_server_that_misses_the_weights_are_sampled_again(
         assert turn in good.turns
 
 
+def test_a_server_that_stays_paused_is_left_out_until_the_next_weights(
+    make: Make, connect: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the name of the current weights, and answers no turn."""
+    bad, good = make(), make()
+    engine = connect(bad, good)
+    with monkeypatch.context() as patch:
+        patch.setattr(bad, "_pause", lambda paused: {} if paused else b"500")
+        bad.paused = True
+        engine.load_weights(((name, p.detach()) for name, p in MODEL.named_parameters()), 1)
+        assert f"{bad.url} is left out" in caplog.text
+        bad.calls.clear()
+        until(lambda: bad.paths().count("/weight_info") > 2)  # it is still looked at
+        submit(engine, range(4))
+        assert {turn.version for turn in finish(engine).values()} == {1}
+        assert not bad.turns
+        assert f"{bad.url} is back" not in caplog.text
+    engine.load_weights(((name, p.detach()) for name, p in MODEL.named_parameters()), 2)
+    assert f"{bad.url} is back" in caplog.text
+
+
 def test_a_server_that_cannot_take_weights_is_left_out(
     make: Make, connect: Open, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -76,6 +76,10 @@ def nothing(count: int, seed: int) -> Parts:
     return []
 
 
+def few(count: int, seed: int) -> list[Parts]:
+    return [A] * 24
+
+
 SMALL = SFTConfig(
     demonstrations=f"{HERE}:both",
     vocabulary=f"{HERE}:letters",
@@ -288,6 +292,37 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
         run(replace(SMALL, output=tmp_path / "out"))
 
 
+def holding_the_lock(count: int, seed: int) -> Iterator[Parts]:
+    """Ends the test in an error if a training run could begin in the folder now."""
+    with pytest.raises(FolderInUseError), folder_lock(Path(os.environ["OUTPUT"])):
+        pass
+    return both(count, seed)
+
+
+def test_neither_of_train_and_sft_writes_while_the_other_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    with folder_lock(output), pytest.raises(FolderInUseError, match=r"writes to .*out;"):
+        run(replace(SMALL, output=output))
+    assert [path.name for path in output.iterdir()] == [".lock"]
+    monkeypatch.setenv("OUTPUT", str(output))
+    run(replace(SMALL, count=8, demonstrations=f"{HERE}:holding_the_lock", output=output))
+    assert not (output / ".lock").exists()
+
+
+def test_what_the_user_keeps_in_the_folder_of_checkpoints_stays(tmp_path: Path) -> None:
+    own = [tmp_path / "out" / "checkpoints" / name for name in ("epoch1.pt", "step-7", ".hidden")]
+    own[0].parent.mkdir(parents=True)
+    for path in own:
+        path.write_text("mine")
+    with pytest.raises(ConfigError, match="no demonstrations"):
+        run(replace(SMALL, demonstrations="nowhere.jsonl", output=tmp_path / "out"))
+    assert sorted((tmp_path / "out").rglob("*")) == sorted([own[0].parent, *own])
+    run(replace(SMALL, count=8, output=tmp_path / "out"))
+    assert sorted(own[0].parent.iterdir()) == sorted(own)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -305,6 +340,10 @@ BAD_LINES = [
     ('{"segments": [["action", null]]}', "NoneType"),
     ('{"segments": [["action", 7]]}', "int"),
     ('{"segments": [["action", "\\ud800"]]}', "surrogates"),
+    ('{"segments": [["action", {"text": "a", "end": "\\ud800"}]]}', "surrogates"),
+    ('{"segments": [["action", {"text": "a", "end": 3}]]}', r"Expected `str`, got `int` - .*end"),
+    ('{"segments": [["action", {"end": "a"}]]}', "'text'"),
+    ('{"segments": [["prompt", {"text": "a"}], ["action", "b"]]}', "'messages'"),
     ('{"segments": [["prompt", "a"]]}', "no action to learn"),
     ('{"segments": []}', "no action to learn"),
 ]
@@ -373,6 +412,19 @@ def test_a_function_that_demonstrates_nothing_is_refused(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="nothing gives fewer demonstrations than --batch 8"):
         run(replace(SMALL, demonstrations=f"{HERE}:nothing", output=tmp_path / "out"))
     assert not any((tmp_path / "out").iterdir())
+
+
+def test_a_function_that_gives_fewer_demonstrations_is_told_and_not_counted_as_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = replace(SMALL, demonstrations=f"{HERE}:few", output=tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"few gives .* 3 of 200 steps, .*; give --count 24"):
+        run(short)
+    run(replace(short, count=24, quiet=False))
+    assert " after 3 steps, " in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="3 of 4 steps"):
+        run(replace(short, count=39, quiet=False))
+    assert " after 3 steps, " in capsys.readouterr().out
 
 
 def test_a_demonstration_longer_than_the_context_is_refused(tmp_path: Path) -> None:

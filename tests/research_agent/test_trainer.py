@@ -28,6 +28,7 @@ from research_agent.run_logger import RunLogger, read_lines
 from tests.forks import FORKS
 from tests.research_agent.disks import resize, small_disk
 from tests.research_agent.torchrun import in_two_processes
+from tests.research_agent.toy_env import CopyLetter
 
 COPY = "tests.research_agent.toy_env:CopyLetter-v0"
 FAILING = "tests.research_agent.failing_env:Failing-v0"
@@ -177,6 +178,122 @@ def test_a_run_that_goes_back_goes_back_in_its_stages(
     assert [record["stage"] for record in metrics(tmp_path)] == [1] * 7 + [2]
 
 
+@pytest.mark.parametrize(("stops", "evaluations"), [((3, 8), "0"), ((3, 4, 8), "0"), ((8,), "1")])
+def test_a_rollback_depends_on_neither_stops_nor_evaluations(
+    letters: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stops: tuple[int, ...],
+    evaluations: str,
+) -> None:
+    """It collapses at step 5. The best steps end with step 3; the checkpoint before is of step 2.
+
+    A stop adds the checkpoint of step 3, and so does an evaluation that is better than before.
+    """
+    more = ["--collapse", "0.5", "--on-collapse", "rollback"]
+    for name, steps, each in (("whole", (8,), "0"), ("parts", stops, evaluations)):
+        with monkeypatch.context() as patch:
+            given_rewards(patch, [0.5, 1, 1, 0.3, 0.1, 1, 1, 1])
+            patch.setattr(trainer, "best_step", lambda output: metrics(output)[-1]["step"])
+            for stop in steps:
+                words = flags(letters, tmp_path / name, "--steps", str(stop), *more)
+                main([*words, "--eval-every", each])
+    one, other = final_bytes(tmp_path / "parts"), final_bytes(tmp_path / "whole")
+    if evaluations != "0":
+        assert (tmp_path / "parts" / "evaluations" / "step-000003").is_dir()
+        del one["metrics.jsonl"], other["metrics.jsonl"]
+    assert one == other
+
+
+def test_environments_are_closed_once(
+    letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[CopyLetter] = []
+
+    def close(self: CopyLetter) -> None:
+        closed.append(self)
+
+    monkeypatch.setattr(CopyLetter, "close", close)
+    stages = ["--stages", "steps=1 letters=a", "letters=b", "--eval-every", "2"]
+    main(flags(letters, tmp_path, "--steps", "2", *stages))
+    assert len(closed) == 3 * 32  # two stages, and the evaluations
+    assert len({id(each) for each in closed}) == len(closed)
+
+
+def test_numbers_of_the_environment_that_are_not_finite_are_null_in_all_files(
+    letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    step = CopyLetter.step
+
+    def with_nan(self: CopyLetter, action: str) -> tuple[Any, ...]:
+        observation, reward, *ended, info = step(self, action)
+        void = self.at == 0
+        nan = float("nan")
+        info |= {"metrics": {"right": nan}, "score": [nan], "void": void}
+        return observation, nan if void else reward, *ended, info
+
+    monkeypatch.setattr(CopyLetter, "step", with_nan)
+    more = ["--max-void-fraction", "1", "--eval-every", "1", "--log-episodes", "32"]
+    main(flags(letters, tmp_path, "--steps", "1", *more))
+    files = [tmp_path / "metrics.jsonl", tmp_path / "trajectories.jsonl"]
+    logs = [json.loads(line, parse_constant=refuse) for f in files for line in f.open()]
+    assert [record["env/right"] for record in logs if "env/right" in record] == [None]
+    played = [record for record in logs if "segments" in record]
+    assert len(played) == 32
+    assert all(record["info"]["score"] == [None] for record in played)
+    assert [record["reward"] is None for record in played] == [r["void"] for r in played]
+    text = (tmp_path / "evaluations" / "step-000001" / "summary.json").read_text()
+    assert json.loads(text, parse_constant=refuse)["metrics"]["right"] is None
+
+
+def test_prompts_that_are_too_long_are_skipped_in_evaluations_too(
+    letters: Path, tmp_path: Path
+) -> None:
+    more = ["--steps", "1", "--eval-every", "1", "--eval-args", "long=1"]
+    more += ["--overlong-prompts", "skip"]
+    main(flags(letters, tmp_path, *more, env="tests.research_agent.quiz_env:Quiz-v0"))
+    _, played = read_predictions(tmp_path / "evaluations" / "step-000001")
+    assert [(r["stop_reason"], r["void"]) for r in played if r["episode"] == 1] == [
+        ("prompt", True)
+    ]
+    assert [r["void"] for r in played if r["episode"] != 1] == [False] * 5
+
+
+def test_evaluations_keep_what_reports_show(
+    letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shows = {"request": "query", "ids": "ids"}
+    monkeypatch.setitem(CopyLetter.metadata, "shows", shows)
+    main(flags(letters, tmp_path, "--steps", "1", "--eval-every", "1"))
+    for step in ("step-000000", "step-000001"):
+        header, _ = read_predictions(tmp_path / "evaluations" / step)
+        assert header["shows"] == shows
+
+
+def test_a_failure_without_trajectories_names_no_file(
+    letters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = flags(letters, tmp_path, "--steps", "2", "--learning-rate", "inf")
+    said = refusal(capsys, words)
+    assert "step 2: the policy's logits are not finite" in said
+    assert "The last checkpoint is none" in said and "trajectories" not in said
+    assert not (tmp_path / "failures").exists()
+
+
+def test_a_gpu_that_is_not_there_is_refused(
+    letters: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = refusal(capsys, [*flags(letters, tmp_path, "--steps", "1"), "--device", "cuda:0"])
+    assert "--device is 'cuda:0', and torch finds no GPU; give auto or cpu" in said
+
+
 def test_a_finished_run_says_so_and_changes_nothing(
     letters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -274,6 +391,7 @@ def test_a_run_that_could_not_be_saved_takes_no_step(
         (["--engine", "nope"], "nope"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--max-prompt", "1"], "max_prompt 1"),
+        (["--device", "gpu"], "--device is 'gpu', which torch does not know; give auto, cpu or"),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_message(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -26,11 +26,11 @@ from research_agent.engines.base import Completion, SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.engines.transformers import TransformersEngine
 from research_agent.environments import Environments, make_environments
-from research_agent.errors import ConfigError
+from research_agent.errors import ConfigError, OverlongPromptError
 from research_agent.rollout import RolloutLoop, collect
 from research_agent.run_logger import METRICS, read_lines
 from research_agent.trace import Trace, TracedEngine
-from research_agent.trajectory import NOT_GROWN, Group, Segment, Trajectory
+from research_agent.trajectory import NOT_GROWN, SKIPPED, Group, Segment, Trajectory
 from research_agent.tree_plan import TreePlan
 from research_agent.trees import Forking, Trees
 from tests.research_agent.conftest import (
@@ -39,6 +39,7 @@ from tests.research_agent.conftest import (
     save_letter_model,
     tiny_qwen2,
 )
+from tests.research_agent.doors_env import Doors
 from tests.research_agent.test_rollout import Limits
 from tests.research_agent.test_staleness import Unable, plain
 from tests.research_agent.torchrun import in_two_processes
@@ -69,6 +70,7 @@ def play(
     overlap: bool = False,
     environments: Environments | None = None,
     seed: int = 0,
+    overlong_prompts: Literal["error", "skip"] = "error",
 ) -> list[Trajectory]:
     wanted = [(task, sample) for task in range(tasks) for sample in range(trees * plan.size)]
     environments = environments or make_environments(DOORS, slots or len(wanted), {"doors": 4})
@@ -80,6 +82,7 @@ def play(
         Limits(overlap=overlap),
         plan=plan,
         seed=seed,
+        overlong_prompts=overlong_prompts,
     )
 
 
@@ -122,6 +125,30 @@ def test_branches_share_what_came_before_and_nothing_else(choose: Any, rounds: i
         depths[shared(t)] += t.sample != root
     assert len(depths) > 2  # branches leave at several depths, never after the last turn
     assert set(depths) <= {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_trees_of_a_prompt_that_is_too_long_are_skipped_whole(
+    rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reset = Doors.reset
+
+    def reset_long(self: Doors, **options: Any) -> tuple[str, dict[str, Any]]:
+        observation, info = reset(self, **options)
+        return ("1=" * 60 if observation == "1=" else observation), info
+
+    plan = TreePlan(branches=2, rounds=rounds)
+    short = play(plan, tasks=3, slots=7)
+    monkeypatch.setattr(Doors, "reset", reset_long)
+    with pytest.raises(OverlongPromptError, match=r"episode 1 has 120 tokens"):
+        play(plan, tasks=3, slots=7)
+    played = play(plan, tasks=3, slots=7, overlong_prompts="skip")
+    assert [(t.episode, t.sample) for t in played] == [(t.episode, t.sample) for t in short]
+    for t, same in zip(played, short, strict=True):
+        if t.episode == 1:
+            assert (t.stop_reason, t.void, t.segments) == (SKIPPED, True, ())
+        else:
+            assert t == same
 
 
 def test_nothing_that_is_shared_is_sampled_or_taken_again() -> None:

@@ -47,7 +47,7 @@ from research_agent.system.torchrun import torchrun
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from research_agent.engines import EngineSpec, WeightTransfer
+    from research_agent.engines.spec import EngineSpec, WeightTransfer
     from research_agent.renderer import Renderer
 
 _STEP = 0.02  # seconds that a step waits for a turn; a collector has environments to look after

@@ -98,6 +98,7 @@ class ServerPool:
         self._end_ids = end_ids
         self._in_flight = asyncio.Semaphore(max_in_flight * len(urls))
         self._tag = WeightTag("", 0, 0)
+        self._problems: Mapping[str, str] = {}  # as in ServedWeights
         self._watches: list[asyncio.Task[None]] = []
         self._level = logging.INFO if rank_and_size()[0] else logging.WARNING
 
@@ -106,7 +107,7 @@ class ServerPool:
 
         Turns under way on other servers are sampled again.
         """
-        self._tag = served.tag
+        self._tag, self._problems = served.tag, served.problems
         for server in self._servers:
             if problem := served.problems.get(server.url):
                 self._mark_dead(server, problem)
@@ -200,7 +201,10 @@ class ServerPool:
             try:
                 if server.alive:
                     await server.client.ask("GET", "health")
-                elif self._tag.is_current(await server.client.weight_name()):
+                    continue
+                name = await server.client.weight_name()
+                # A server that failed at these weights may have their name and still be paused.
+                if self._tag.is_current(name) and server.url not in self._problems:
                     self._readmit(server)
                 else:
                     server.problem = "it answers, and waits for the next weights"

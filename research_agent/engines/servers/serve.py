@@ -32,7 +32,7 @@ from research_agent.system.torchrun import without_torchrun
 if TYPE_CHECKING:
     import torch
 
-    from research_agent.engines import EngineSpec
+    from research_agent.engines.spec import EngineSpec
     from research_agent.renderer import Renderer
 
 START_TIMEOUT = 1800.0

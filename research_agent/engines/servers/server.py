@@ -15,7 +15,7 @@ from research_agent.engines.servers.client import Client, RequestError
 from research_agent.errors import ContextError, EngineError
 
 if TYPE_CHECKING:
-    from research_agent.engines import WeightTransfer
+    from research_agent.engines.spec import WeightTransfer
 
 RELOAD_TIMEOUT = 600.0
 """Seconds that a server may take for new weights, or for its first turn."""

@@ -308,6 +308,48 @@ def test_chat_without_continuation_takes_turns(
     assert "observations are sent as user messages" in caplog.text
 
 
+def test_refusals_of_requests_in_flight_together_are_one(
+    endpoint: Endpoint, connect: Callable[..., OpenAIEngine], caplog: pytest.LogCaptureFixture
+) -> None:
+    together = threading.Barrier(4)
+
+    def says(body: dict[str, Any]) -> Answer:
+        if "continue_final_message" not in body:
+            return well("a", chat=True)
+        together.wait(30)  # none is refused before all are asked
+        return failed(400, "Unrecognized request argument")
+
+    endpoint.says = says
+    engine = connect(chat=True)
+    for slot in range(4):
+        ask(engine, "Q?", slot)
+    for slot in range(4):
+        engine.submit(slot, engine._renderer.encode_text("one"), SamplingParams())
+    assert [turn.text for turn in finish(engine).values()] == ["a"] * 4
+    assert endpoint.asked[-1][1]["messages"][1:] == [
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "one"},
+    ]
+    assert caplog.text.count("observations are sent as user messages") == 1
+
+
+def test_an_answer_without_its_reasoning_is_refused_where_no_tools_are_called(
+    endpoint: Endpoint, connect: Callable[..., OpenAIEngine]
+) -> None:
+    message = {"role": "assistant", "content": "12", "reasoning_content": "I look. <search>x"}
+    endpoint.says = lambda _: (
+        200,
+        {"choices": [{"message": message, "finish_reason": "stop"}]},
+        {},
+    )
+    with pytest.raises(EngineError, match=r"the reasoning out .*without --reasoning-parser"):
+        ask(connect(chat=True))
+    engine = connect(chat=True)
+    tool = {"type": "function", "function": {"name": "search"}}
+    engine.submit(0, engine._renderer.encode_prompt("Q?", None, [tool]), SamplingParams())
+    assert finish(engine)[0].text == "12"  # such an answer is a message of its own
+
+
 FAULTS: dict[str, Answer] = {
     "503 of a proxy": (503, b"<html>upstream</html>", {}),
     "empty": (200, b"", {}),
@@ -483,6 +525,27 @@ def test_models_that_call_the_limit_by_another_name(
     endpoint.says = lambda b: failed(400, message) if "max_tokens" in b else well("hm", chat=True)
     assert ask(engine, max_tokens=7).text == "hm"
     assert endpoint.asked[-1][1]["max_completion_tokens"] == 7
+
+
+def test_the_limit_of_requests_in_flight_together_stays_under_another_name(
+    endpoint: Endpoint, connect: Callable[..., OpenAIEngine]
+) -> None:
+    message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    together = threading.Barrier(4)
+
+    def says(body: dict[str, Any]) -> Answer:
+        if "max_tokens" not in body:
+            return well("hm", chat=True)
+        together.wait(30)  # none is refused before all are asked
+        return failed(400, message)
+
+    endpoint.says = says
+    engine = connect(chat=True)
+    for slot in range(4):
+        tokens = engine._renderer.encode_prompt(f"q{slot}")
+        engine.submit(slot, tokens, SamplingParams(max_tokens=300))
+    assert len(finish(engine)) == 4
+    assert [body.get("max_completion_tokens") for _, body in endpoint.asked[4:]] == [300] * 4
 
 
 def test_requests_at_a_time_are_bounded(

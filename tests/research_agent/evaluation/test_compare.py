@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,9 +77,27 @@ def test_the_bootstrap_is_paired(tmp_path: Path) -> None:
     assert f1.p == pytest.approx(2 / 10_001)
 
 
+@pytest.mark.parametrize(("questions", "p"), [(1, 1.0), (2, 0.5), (5, 1 / 16), (16, 2 / 10_001)])
+def test_few_questions_that_all_differ_show_no_more_than_their_number(
+    tmp_path: Path, questions: int, p: float
+) -> None:
+    a, b = (em(tmp_path / f"{mark}.jsonl", mark * questions) for mark in "-+")
+    found = compare(a, b)
+    assert found.metrics["em"].p == pytest.approx(p)
+    assert found.mcnemar.p == 2 ** (1 - questions)
+
+
+def test_a_mean_that_is_not_finite_has_no_p(tmp_path: Path) -> None:
+    a, b = (
+        write(tmp_path / name, [record(f"q{i}", {"f1": score}) for i in range(20)])
+        for name, score in (("a", 0.5), ("b", float("nan")))
+    )
+    assert math.isnan(compare(a, b).metrics["f1"].p)
+
+
 def test_the_bootstrap_is_that_of_a_plain_loop(tmp_path: Path) -> None:
     numbers = random.Random(3)
-    of_a, of_b = ({(q, s): numbers.random() for q in range(5) for s in range(2)} for _ in range(2))
+    of_a, of_b = ({(q, s): numbers.random() for q in range(9) for s in range(2)} for _ in range(2))
     a = write(tmp_path / "a", [record(f"q{q}", {"f1": v}, s) for (q, s), v in of_a.items()])
     # The order of the lines says nothing.
     b = write(
@@ -88,13 +107,13 @@ def test_the_bootstrap_is_that_of_a_plain_loop(tmp_path: Path) -> None:
 
     generator = np.random.default_rng(7)
     means = []
-    for drawn in generator.integers(5, size=(10_000, 5)):
+    for drawn in generator.integers(9, size=(10_000, 9)):
         differences = [of_b[q, s] - of_a[q, s] for q in drawn for s in range(2)]
         means.append(sum(differences) / len(differences))
     assert found.interval == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])))
     far_side = min(sum(m <= 0 for m in means), sum(m >= 0 for m in means))
     assert found.p == pytest.approx(min(1, 2 * (far_side + 1) / 10_001))
-    assert found.difference == pytest.approx((sum(of_b.values()) - sum(of_a.values())) / 10)
+    assert found.difference == pytest.approx((sum(of_b.values()) - sum(of_a.values())) / 18)
 
 
 def test_a_question_is_right_where_most_of_its_samples_are(tmp_path: Path) -> None:

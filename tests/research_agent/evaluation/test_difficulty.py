@@ -57,6 +57,9 @@ def test_what_makes_no_sense_is_refused() -> None:
         grades(of("1"), easy=0.5, hard=0.5)
     with pytest.raises(ConfigError, match="known: f1, em, turns"):
         grades(of("1"), metric="cem")
+    for each in (0, -1):
+        with pytest.raises(ConfigError, match=f"--each {each} keeps no episode; give at least 1"):
+            demonstrations(of("1"), each=each)
     with pytest.raises(ConfigError, match="no question_id"):
         grades([record(0, 0, 1.0, info={})])
 
@@ -67,6 +70,19 @@ def test_right_episodes_become_demonstrations() -> None:
     assert first == [("prompt", "Q"), ("action", "<a>"), ("observation", "<o>"), ("action", "0.1")]
     assert second[-1] == ("action", "1.1")
     assert [d[-1][1] for d in demonstrations(records, each=2)] == ["0.1", "0.2", "1.1"]
+
+
+def test_calls_of_tools_are_refused_where_the_ends_of_turns_are_not_known() -> None:
+    framed, listing = record(3, 0, 1.0), record(3, 0, 1.0)
+    framed["segments"][2]["info"] = {"chat_markup": ["<|im_end|>"]}
+    listing["segments"][0]["tools"] = [{"type": "function"}]
+    for each in (framed, listing):
+        with pytest.raises(ConfigError, match=r"episode 3 calls tools, .*ended its turns: an endp"):
+            demonstrations([each])
+        for segment in each["segments"][1::2]:
+            segment["end"] = "<|im_end|>"
+        [parts] = demonstrations([each])
+        assert parts[1] == ("action", {"text": "<a>", "end": "<|im_end|>"})
 
 
 def test_from_an_evaluation_to_grades_and_to_a_model(

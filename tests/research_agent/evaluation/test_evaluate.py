@@ -16,6 +16,7 @@ import pytest
 
 from research_agent.cli import main
 from research_agent.config import SamplingConfig
+from research_agent.demonstrations import as_trajectory, demonstrations
 from research_agent.engines.base import SamplingParams
 from research_agent.engines.scripted import ScriptedEngine
 from research_agent.environments import make_environments
@@ -25,9 +26,13 @@ from research_agent.errors import (
     FolderInUseError,
     PredictionsError,
 )
+from research_agent.evaluation.difficulty import write_demonstrations
 from research_agent.evaluation.evaluate import evaluate
+from research_agent.evaluation.fingerprint import model_fingerprint
 from research_agent.evaluation.predictions import as_record, read_predictions
 from research_agent.evaluation.summary import Outcome, Part, Summary, outcome, summarize
+from research_agent.renderer import open_renderer
+from research_agent.rollout import collect
 from research_agent.system.files import folder_lock
 from research_agent.trajectory import Segment, Trajectory
 from tests import forks
@@ -112,9 +117,9 @@ def test_every_task_once(tmp_path: Path) -> None:
         "metrics": {"right": 0.5},
         "segments": [
             {"provenance": "prompt", "text": "b=", "tokens": 2},
-            {"provenance": "action", "text": "cé", "tokens": 4, "reward": 0.0},
+            {"provenance": "action", "text": "cé", "tokens": 4, "reward": 0.0, "end": "<|im_end|>"},
             {"provenance": "observation", "text": "?c=", "tokens": 3, "info": {}},
-            {"provenance": "action", "text": "cé", "tokens": 4, "reward": 1.0},
+            {"provenance": "action", "text": "cé", "tokens": 4, "reward": 1.0, "end": "<|im_end|>"},
         ],
         "info": {"stop_reason": "answer", "void": False},
     }
@@ -205,6 +210,51 @@ def test_an_environment_without_end_needs_a_limit(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no last task"):
         evaluate(engine, environments, RENDERER, sampling, tmp_path, show=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_question_that_comes_again_is_refused_and_the_file_stays_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = Quiz.info
+
+    def repeated(self: Quiz, **more: Any) -> dict[str, Any]:
+        return info(self, question_id=f"q{self.number % 4}", **more)
+
+    monkeypatch.setattr(Quiz, "info", repeated)
+    with pytest.raises(PredictionsError, match=r"episode 4 has the question_id 'q0' of .*--limit"):
+        quiz(tmp_path)
+    assert quiz(tmp_path, limit=4, samples_per_task=2).episodes == 8
+    assert len(in_order(tmp_path)) == 8
+
+
+def test_an_episode_becomes_the_demonstration_that_a_rollout_would_sample(tmp_path: Path) -> None:
+    """Turns end by the end token, also in the middle, or without it."""
+    played: list[Trajectory] = []
+
+    def play(*words: Any, on_finish: Callable[[Trajectory], None], **more: Any) -> Any:
+        played.extend(collect(*words, on_finish=on_finish, **more))
+        return played
+
+    def say(context: Sequence[int], params: SamplingParams) -> list[int]:
+        turn = RENDERER.decode(context).count("=")
+        return [*RENDERER.encode_text("?x" if turn < 3 else "abcd"), *([END] if turn != 2 else [])]
+
+    evaluate(
+        ScriptedEngine(say, RENDERER),
+        make_environments(QUIZ, 1),
+        RENDERER,
+        SamplingConfig(temperature=0.0, max_turn_tokens=5),
+        tmp_path,
+        limit=1,
+        header=HEADER,
+        show=False,
+        play=play,
+    )
+    write_demonstrations(tmp_path, tmp_path / "d.jsonl")
+    [parts] = demonstrations(str(tmp_path / "d.jsonl"), 1, 0, {})
+    back = as_trajectory(parts, RENDERER)
+    assert [turn.tokens[-1] == END for turn in back.turns] == [True, False, True]
+    assert (back.tokens, back.action_mask) == (played[0].tokens, played[0].action_mask)
 
 
 # --- going on -------------------------------------------------------------------------------------
@@ -576,6 +626,31 @@ def test_killed_in_the_middle_the_same_command_goes_on(
     for text in ("em pass@2", "majority of 2", "by hops", "by type", "unknown", "questions"):
         assert text in shown
     assert len(in_order(tmp_path / "run")) == 16
+
+
+def test_a_run_that_saves_while_it_is_evaluated_changes_nothing(
+    letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer is opened before a checkpoint is written, and the weights after it."""
+    first, second = (tmp_path / "run" / "checkpoints" / f"step-00000{i}" for i in (1, 2))
+    shutil.copytree(letters, first)
+    tiny_qwen2(10, hidden=16, context=64).save_pretrained(tmp_path / "other")
+
+    def opened(*words: Any) -> Any:
+        renderer = open_renderer(*words)
+        shutil.copytree(letters, second)
+        shutil.copytree(tmp_path / "other", second, dirs_exist_ok=True)
+        return renderer
+
+    main(words(first, tmp_path / "before", tmp_path / "fuse"))
+    with monkeypatch.context() as patch:
+        patch.setattr("research_agent.renderer.open_renderer", opened)
+        main(words(tmp_path / "run", tmp_path / "during", tmp_path / "fuse"))
+    header, _ = read_predictions(tmp_path / "during")
+    assert header["model"]["fingerprint"] == model_fingerprint(str(first))
+    assert in_order(tmp_path / "during") == in_order(tmp_path / "before")
+    main(words(second, tmp_path / "after", tmp_path / "fuse"))
+    assert in_order(tmp_path / "after") != in_order(tmp_path / "before")
 
 
 class Endpoint(ThreadingHTTPServer):

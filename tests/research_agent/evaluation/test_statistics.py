@@ -68,6 +68,12 @@ def test_two_sided_p_by_hand(differences: list[float], p: float) -> None:
     assert two_sided_p(np.array(differences)[:, None]) == pytest.approx([p])
 
 
+def test_no_p_without_finite_numbers() -> None:
+    nan, inf = np.nan, np.inf
+    columns = np.array([[nan] * 4, [nan, 1.0, 1.0, 1.0], [inf, -inf, 1.0, 1.0], [1.0] * 4]).T
+    assert two_sided_p(columns) == pytest.approx([nan, nan, nan, 0.4], nan_ok=True)
+
+
 def test_what_cannot_be_resampled_is_refused() -> None:
     with pytest.raises(ValueError, match="give each question one"):
         bootstrap(np.empty((0, 1)), [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -15,8 +16,9 @@ import pytest
 
 from research_agent.cli import main
 from research_agent.config import TrainConfig
-from research_agent.errors import ConfigError
+from research_agent.errors import ConfigError, ModelError
 from research_agent.models.policy import MAX_LOGITS_GPU
+from research_agent.models.source import STARTERS
 from research_agent.plan import assumptions, plan
 from research_agent.plan.machines import Machines, parse_machines
 from research_agent.plan.memory import needs_critic
@@ -86,6 +88,19 @@ def test_sizes_come_from_a_folder(tmp_path: Path) -> None:
             read_shape(str(tmp_path))
     with pytest.raises(ConfigError, match=r"'nobody/knows' are not known.*Qwen2.5-7B"):
         read_shape("nobody/knows")
+
+
+def test_sizes_come_from_what_a_run_takes_as_its_model(tmp_path: Path) -> None:
+    """The demo's starter, and the folder of a run, whose own config.json is no model's."""
+    newest = tmp_path / "checkpoints" / "step-000002"
+    newest.mkdir(parents=True)
+    (tmp_path / "config.json").write_text("{}")
+    starter = plan(PRESETS["miniworld"], "8xH100")
+    shutil.copy(STARTERS / "miniworld-starter" / "config.json", newest)
+    found = plan(changed("miniworld", model=str(tmp_path)), "8xH100")
+    assert found.memory == starter.memory
+    with pytest.raises(ModelError, match=r"no model folder \./nowhere"):
+        read_shape("./nowhere")
 
 
 def test_machines_are_read() -> None:

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from research_agent.engines import EngineSpec, make_engine, parse_engine
+from research_agent.engines import make_engine
 from research_agent.engines.checks import require_gpus
 from research_agent.engines.servers import serve
 from research_agent.engines.servers.engine import ServerEngine
+from research_agent.engines.spec import EngineSpec, parse_engine
 from research_agent.errors import ConfigError, EngineError
 from tests.research_agent.test_server_engine import MODEL, RENDERER, finish, submit, until
 
