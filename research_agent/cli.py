@@ -98,6 +98,12 @@ def _train(words: list[str]) -> None:
     if config.run.plan:
         _plan(config, config.run.plan)
         return
+    if config.run.eval_every and not config.run.eval_args and not config.run.quiet:
+        show(
+            "research-agent: note: evaluations play the tasks of training, since --eval-args names "
+            "no others; give --eval-args split=dev, or what else the environment takes",
+            file=sys.stderr,
+        )
     from research_agent.trainer import train  # noqa: PLC0415  (loads torch: not for --help)
 
     _no_bars()
@@ -125,10 +131,8 @@ def _plan(config: TrainConfig, gpus: str) -> None:
 def _eval(words: list[str]) -> None:
     config = _parse(EvalConfig, "eval", words)
     validate_eval(config)
-    from rich.console import Console  # noqa: PLC0415
-
     from research_agent.evaluation.evaluate_model import evaluate_model  # noqa: PLC0415 (torch)
-    from research_agent.evaluation.summary import tables  # noqa: PLC0415
+    from research_agent.evaluation.summary import print_tables, tables  # noqa: PLC0415
 
     _no_bars()
     with _continued_by_the_same_command():
@@ -138,16 +142,15 @@ def _eval(words: list[str]) -> None:
         return
     predictions = config.output / "predictions.jsonl"
     show(f"{config.policy.model} in {config.environment.env}, every episode in {predictions}")
-    Console().print(*tables(summary), sep="\n")
+    print_tables(*tables(summary))
     if summary.void:
         show(f"{summary.void} episodes are void; the same command plays them again")
 
 
 def _compare(words: list[str]) -> None:
     config = _parse(CompareConfig, "compare", words)
-    from rich.console import Console  # noqa: PLC0415
-
     from research_agent.evaluation.compare import compare, in_words, table  # noqa: PLC0415
+    from research_agent.evaluation.summary import print_tables  # noqa: PLC0415
 
     require_seed(config.seed)
     comparison = compare(config.a, config.b, metric=config.metric, seed=config.seed)
@@ -155,7 +158,7 @@ def _compare(words: list[str]) -> None:
         show(json.dumps(finite(dataclasses.asdict(comparison))))
         return
     show(f"A is {config.a}, B is {config.b}")
-    Console().print(table(comparison))
+    print_tables(table(comparison))
     show(in_words(comparison))
 
 

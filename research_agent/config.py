@@ -62,7 +62,8 @@ class SamplingConfig:
     (serve:tp=2,dp=1,memory=0.4), or servers that run already (server:URL,URL; server+nccl:URL,URL
     or server+ipc:URL,URL if weights go from GPU to GPU)."""
     max_prompt: int = 512
-    """Longest first observation, in tokens. For longer ones see --overlong-prompts."""
+    """Longest first observation, in tokens. In training --overlong-prompts says what becomes of
+    longer ones."""
     max_response: int = 8192
     """The most tokens of an episode after its prompt: all actions and observations together. An
     episode also ends where the model's context does."""
@@ -219,8 +220,9 @@ class RunConfig:
     """Steps between evaluations, with one before the first step and one after the last. 0 or none:
     never."""
     eval_args: Settings = field(default_factory=dict)
-    """Arguments of the environment of evaluations, on top of --env-args. Added to those of
-    the preset."""
+    """Arguments of the environment of evaluations, on top of --env-args, such as split=dev: they
+    must name tasks that are not trained on. Added to those of the preset; with another --env than
+    the preset's they stand alone."""
     eval_limit: int | None = None
     """Tasks per evaluation; none plays every task of the environment once."""
     eval_temperature: float = 0.0
@@ -245,6 +247,10 @@ class RunConfig:
     """Show no progress."""
     json: bool = False
     """Print the summary as one line of JSON on standard output, for scripts."""
+
+    def __post_init__(self) -> None:
+        """Take a text as a path too."""
+        object.__setattr__(self, "output", Path(self.output))
 
 
 @dataclass(frozen=True)
@@ -294,6 +300,10 @@ class EvalConfig:
     """Show no progress."""
     json: bool = False
     """Print the summary as one line of JSON on standard output, for scripts."""
+
+    def __post_init__(self) -> None:
+        """Take a text as a path too."""
+        object.__setattr__(self, "output", Path(self.output))
 
 
 @dataclass(frozen=True)
@@ -390,7 +400,7 @@ def complete(config: TrainConfig, preset: TrainConfig) -> TrainConfig:
     def merge(given: dict[str, Any], presets: dict[str, Any], same: bool) -> dict[str, Any]:
         if same:
             return {**presets, **given}
-        return {} if given == presets else given  # equal to the preset's: no flag was given
+        return {} if given is presets else given  # the very object: no flag was given
 
     same_env = config.environment.env == preset.environment.env
     same_algorithm = config.algorithm.algorithm == preset.algorithm.algorithm

@@ -323,6 +323,17 @@ class Learner:
             )
         return values  # type: ignore[no-any-return]
 
+    def _objective(self, tokens: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Compute the algorithm's objective, and check that it comes with the values to log."""
+        found: Any = self.algorithm.objective(tokens)
+        match found:
+            case (objective, Mapping() as logged):
+                return objective, logged
+        raise ConfigError(
+            f"{type(self.algorithm).__name__}.objective must return (values, {{name: values}}), "
+            f"not {type(found).__name__}; the second may be {{}}"
+        )
+
     def _minibatches(self, batch: Batch) -> list[Batch]:
         """Deal whole groups into as many parts as there are updates, in order."""
         if self.config.minibatches == 1:
@@ -376,7 +387,7 @@ class Learner:
                 advantages=advantages[micro.token_index].to(logprobs.dtype),
                 seq_ids=part.seq_ids,
             )
-            objective, logged = self.algorithm.objective(tokens)
+            objective, logged = self._objective(tokens)
             self._per_token("objective", objective, len(logprobs))
             for name, values in logged.items():
                 self._per_token(f"objective ({name!r} to log)", values, len(logprobs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from research_agent.errors import CheckpointError
 from research_agent.formats import RunFormat, StateFormat, read_object, require
 from research_agent.models.source import starting_model
 from research_agent.run_logger import METRICS, TIMINGS, append, read_lines
-from research_agent.system.files import write_atomic
+from research_agent.system.files import LOCK, folder_lock, write_atomic
 from research_agent.system.terminal import show
 
 CONFIG = "config.json"
@@ -38,6 +38,32 @@ class TrainSummary:
     message: str
     numbers: Mapping[str, float | str]
     signal: int = 0
+
+
+@contextmanager
+def output_lock(output: Path) -> Iterator[None]:
+    """As ``folder_lock``; if the block fails before it writes anything, no lock file is left.
+
+    A folder that was made for the lock is removed too.
+
+    Args:
+        output: the output folder.
+
+    Raises:
+        FolderInUseError: another process has the lock.
+    """
+    is_new = not output.exists()
+    before = set() if is_new else set(output.glob("*"))
+    with folder_lock(output):
+        try:
+            yield
+        except BaseException:
+            if set(output.glob("*")) - before == {output / LOCK}:
+                with suppress(OSError):
+                    (output / LOCK).unlink()
+                    if is_new:
+                        output.rmdir()
+            raise
 
 
 def newest_checkpoint(config: TrainConfig) -> Checkpoint | None:

@@ -20,6 +20,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
+from rich.table import Column
 
 from research_agent.errors import CheckpointError, ConfigError, LogError
 from research_agent.formats import LONGEST_LINE, NumbersFormat, StepFormat, finite, parse
@@ -146,15 +147,18 @@ class RunLogger:
         self._console = Console(stderr=True)
         self._show = show
         self._steps = steps
+        # The description gets the width that the other columns leave, and is cut at its end.
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         self._progress = Progress(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
-            TextColumn("{task.description}", markup=False),
+            TextColumn("{task.description}", markup=False, table_column=rest),
             TimeLeft(compact=True),
             TextColumn("left"),
             console=self._console,
             disable=not (show and self._console.is_terminal),
+            expand=True,
         )
         self._task: TaskID = self._progress.add_task("", total=steps, completed=step)
 

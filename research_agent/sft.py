@@ -12,12 +12,13 @@ Demonstrations are learned in their order, so that a function can teach one thin
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -28,6 +29,7 @@ from research_agent.config import as_json
 from research_agent.config_changes import in_lines
 from research_agent.config_checks import require_chat_template, require_one_process
 from research_agent.errors import CheckpointError, ConfigError, ContextError, NonFiniteError
+from research_agent.formats import read_object
 from research_agent.presets import offered
 from research_agent.settings import Settings
 from research_agent.system.files import LOCK, folder_lock
@@ -109,6 +111,8 @@ class SFTConfig:
 
 CHECKPOINTS = "checkpoints"  # folder in the output folder, until the model is written
 FREE = frozenset({"output", "save_every", "quiet", "threads"})  # may change at a resume
+SETTINGS = "sft.json"  # the settings of a finished model, beside it
+_TEMPORARY = ".model.tmp"  # folder in the output folder, while the model is written
 
 _OWN = SFTConfig(
     demonstrations="demonstrations.jsonl",
@@ -138,13 +142,14 @@ def run(config: SFTConfig) -> Path:
 
     Matrices whose name does not hold "embed" are trained by Muon (Jordan et al. 2024), the rest by
     AdamW. Until the model is written, the folder holds a checkpoint, from which the same call
-    continues bit by bit.
+    continues bit by bit. Once the model is written, the same call returns at once.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: a checkpoint cannot be written or read, or has other settings.
+        CheckpointError: a checkpoint cannot be written or read, or the folder holds a checkpoint or
+            a model of other settings.
         ConfigError: a setting that cannot be used, or demonstrations without actions.
         ContextError: a demonstration that is longer than the model's context.
         FolderInUseError: another process writes to the folder.
@@ -163,6 +168,10 @@ def run(config: SFTConfig) -> Path:
     # The first lock keeps out train, the second one an sft of an earlier version.
     with folder_lock(config.output), folder_lock(checkpoints), stop_signals() as signals:
         try:
+            if checkpoint.latest(checkpoints) is None and _is_finished(config):
+                if not config.quiet:
+                    print(f"{config.output} is finished")
+                return config.output
             return _fit(config, signals)
         finally:
             if checkpoint.latest(checkpoints) is None:  # nothing to continue
@@ -222,7 +231,7 @@ def _fit(config: SFTConfig, signals: list[int]) -> Path:
     if step < 0:
         message = f"{config.demonstrations} gives fewer demonstrations than --batch {config.batch}"
         raise ConfigError(message)
-    _finish(config.output, write)
+    _finish(config, write)
     made = step + 1
     if made < steps:
         warnings.warn(
@@ -291,12 +300,7 @@ def _unfinished(config: SFTConfig) -> Checkpoint | None:
     if newest is None:
         return None
     saved = checkpoint.load(newest)
-    differing = {
-        name: (saved.config.get(name), value)
-        for name, value in as_json(config).items()
-        if name not in FREE and saved.config.get(name) != value
-    }
-    if differing:
+    if differing := _differing(saved.config, config):
         raise CheckpointError(
             f"{config.output} holds an unfinished run with other settings:\n{in_lines(differing)}\n"
             "Give the same settings to continue it, another --output, or delete "
@@ -305,13 +309,48 @@ def _unfinished(config: SFTConfig) -> Checkpoint | None:
     return saved
 
 
-def _finish(folder: Path, write: Callable[[Path], None]) -> None:
+def _is_finished(config: SFTConfig) -> bool:
+    """Whether the output folder holds the model that these settings give.
+
+    Raises:
+        CheckpointError: it holds another model, which the run would replace.
+    """
+    output = config.output
+    if (output / _TEMPORARY).exists() or not any(output.glob("*.safetensors")):
+        return False
+    if not (output / SETTINGS).exists():
+        raise CheckpointError(
+            f"{output} holds a model without {SETTINGS}, so no sft of this version made it, and "
+            "this run would replace it; give another --output"
+        )
+    saved = read_object(output / SETTINGS, CheckpointError, "give another --output")
+    if differing := _differing(saved, config):
+        raise CheckpointError(
+            f"{output} holds a finished model of other settings:\n{in_lines(differing)}\n"
+            "Give another --output; this run would replace that model."
+        )
+    return True
+
+
+def _differing(saved: Mapping[str, Any], config: SFTConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings that give another model, with their saved and present values."""
+    return {
+        name: (saved.get(name), value)
+        for name, value in as_json(config).items()
+        if name not in FREE and saved.get(name) != value
+    }
+
+
+def _finish(config: SFTConfig, write: Callable[[Path], None]) -> None:
     """Write the model, and remove the checkpoint. The weights come last: with them all is there."""
     from research_agent import checkpoint  # noqa: PLC0415
 
-    temporary = folder / ".model.tmp"
+    folder = config.output
+    temporary = folder / _TEMPORARY
     shutil.rmtree(temporary, ignore_errors=True)
     write(temporary)
+    settings = {name: value for name, value in as_json(config).items() if name not in FREE}
+    (temporary / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     for path in sorted(temporary.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         if path.is_dir():  # further chat templates; a folder can only replace an empty one
             shutil.rmtree(folder / path.name, ignore_errors=True)

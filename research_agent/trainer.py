@@ -70,6 +70,7 @@ from research_agent.run_folder import (
     TrainSummary,
     best_step,
     newest_checkpoint,
+    output_lock,
     require_same_run,
     restoring,
     saved_origin,
@@ -78,7 +79,6 @@ from research_agent.run_folder import (
 )
 from research_agent.run_logger import RunLogger, wandb_run
 from research_agent.sharded import write_weights
-from research_agent.system.files import folder_lock
 from research_agent.system.signals import stop_signals
 from research_agent.trace import Trace, span
 from research_agent.trajectory import NOT_GROWN, Group, Trajectory
@@ -146,7 +146,7 @@ class Trainer:
             stack.enter_context(init_distributed(run.collective_timeout))
             with together():  # one run per folder
                 if rank_and_size()[0] == 0:
-                    stack.enter_context(folder_lock(run.output))
+                    stack.enter_context(output_lock(run.output))
             saved = newest_checkpoint(self.config)
             if saved:
                 self.step, self.seconds = saved.step, float(saved.state["seconds"])

@@ -7,6 +7,8 @@ advantages A, the weights in front of the sum, and the objective of a token. The
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from importlib import import_module
 from typing import cast
 
@@ -48,11 +50,31 @@ def make_algorithm(name: str, **settings: object) -> Algorithm:
         message = f"unknown algorithm {name!r}; known: {known}, or your own as 'module:Class'"
         raise ConfigError(message)
     try:
-        make = getattr(import_module(module), attribute)
+        found = import_module(module)
     except (ImportError, AttributeError) as error:
         message = f"algorithm {name!r} cannot be imported ({error}); is its folder on PYTHONPATH?"
         raise ConfigError(message) from error
+    make = getattr(found, attribute, None)
+    if make is None:
+        classes = [each for each, value in vars(found).items() if isinstance(value, type)]
+        raise ConfigError(
+            f"algorithm {name!r} cannot be imported: the module {module} has no class "
+            f"{attribute!r}{_closest(attribute, classes)}"
+        )
+    if isinstance(make, type) and is_dataclass(make):
+        names = [field.name for field in fields(make) if field.init]
+        for unknown in sorted(settings.keys() - names):
+            raise ConfigError(
+                f"algorithm {name!r} does not take the setting {unknown!r}; known: "
+                f"{', '.join(names)}{_closest(unknown, names)}"
+            )
     try:
         return cast(Algorithm, make(**settings))
     except TypeError as error:
         raise ConfigError(f"algorithm {name!r} does not take {settings}: {error}") from error
+
+
+def _closest(name: str, known: list[str]) -> str:
+    """The end of a message that suggests the most similar name, if one is similar."""
+    close = get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

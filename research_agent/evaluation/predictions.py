@@ -31,6 +31,8 @@ Record = dict[str, Any]
 Key = tuple[str, int]  # question id (or else episode number), sample
 Pieces = Callable[[Sequence[int]], list[str]]  # returns the text of each token on its own
 ChatTokens = Callable[[Sequence[int]], Record]  # returns fields of a turn's record
+_CURE = "remove it, and evaluate that episode again"
+_OTHER_FILE = f"the file is no {PREDICTIONS}: give the folder of the run or evaluation"
 _TASK_SETTINGS = frozenset({"env", "env_args", "split"})  # settings that choose the tasks
 
 
@@ -251,8 +253,11 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, Record | None]]:
         with path.open("rb") as file:
             lines = iter(lambda: file.readline(LONGEST_LINE), b"")
             for number, line in enumerate(lines, start=1):
+                is_other_file = number == 1 and path.name != PREDICTIONS  # such as metrics.jsonl
                 try:
-                    value = _value(line, f"{path}:{number}")
+                    value = _value(
+                        line, f"{path}:{number}", _OTHER_FILE if is_other_file else _CURE
+                    )
                 except PredictionsError:
                     if line.endswith(b"\n"):  # written last, so the line is complete
                         raise
@@ -271,11 +276,10 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, Record | None]]:
         ) from error
 
 
-def _value(line: bytes, where: str) -> Record:
+def _value(line: bytes, where: str, cure: str = _CURE) -> Record:
     """Parse and check a line: a header, or a record."""
     schema = HeaderLineFormat if line.lstrip()[:9] == b'{"header"' else EpisodeFormat
     problem = f"{where}: this line is no record of an episode"
-    cure = "remove it, and evaluate that episode again"
     return dict(parse(line, schema, problem, PredictionsError, cure))
 
 

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -222,11 +223,19 @@ def tables(summary: Summary) -> list[Table]:
     return [first, *(_table(name, parts, names) for name, parts in several.items())]
 
 
+def print_tables(*shown: Table) -> None:
+    """Print tables, in their full width if standard output is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 10_000
+    console.print(*shown, sep="\n")
+
+
 def _table(title: str, columns: Mapping[str, Part], names: Sequence[str]) -> Table:
     table = Table(title=Text(printable(f"by {title}")) if title else None, title_justify="left")
-    table.add_column("mean, 95 % interval")
+    table.add_column("mean, 95 % interval", overflow="fold")
     for name in columns:
-        table.add_column(Text(printable(name)), justify="right")
+        table.add_column(Text(printable(name)), justify="right", overflow="fold")
     for count in ("questions", "episodes", "void"):
         table.add_row(count, *(str(getattr(part, count)) for part in columns.values()))
     for name in names:

@@ -114,8 +114,9 @@ def resolve_model(name: str | Path) -> str:
     """Resolve a name to a starter of this package, the newest checkpoint of a run, or itself.
 
     Raises:
-        ModelError: the name is a path without a folder or GGUF file; or it resembles the name of a
-            starter or local folder, and is not OWNER/NAME as on the hub.
+        ModelError: the name is a path without a folder or GGUF file; it resembles the name of a
+            starter or local folder; or it lies in a local folder, and the hub's cache has no such
+            model.
     """
     from research_agent.checkpoint import latest  # noqa: PLC0415 - loads torch
 
@@ -131,14 +132,23 @@ def resolve_model(name: str | Path) -> str:
         raise ModelError(f"{text} is a file, and no GGUF file; give the folder of the model")
     is_path = text[:1] in (".", "/", "~") or text.count("/") > 1 or text.endswith(".gguf")
     near = _near_names(path, starters)
+    in_folder = not is_path and "/" in text and path.parent.is_dir() and not _in_hub_cache(text)
     # Then a folder or a starter is meant, and not a name on the hub.
-    if is_path or (near and (path.parent.is_dir() or "/" not in text)):
-        meant = f"; did you mean {' or '.join(near)}?" if near else ";"
+    if is_path or in_folder or (near and "/" not in text):
+        meant = f"; did you mean {' or '.join(near)}?" if near else "."
+        hub = f" (hf download {text} gets it first, because {path.parent} is a local folder)"
         raise ModelError(
             f"there is no model folder {text}{meant} Give a folder, a starter "
-            f"({', '.join(sorted(starters))}), or a name on the hub"
+            f"({', '.join(sorted(starters))}), or a name on the hub{hub if in_folder else ''}"
         )
     return text
+
+
+def _in_hub_cache(name: str) -> bool:
+    from huggingface_hub import constants  # noqa: PLC0415 - slow to import
+    from huggingface_hub.file_download import repo_folder_name  # noqa: PLC0415
+
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model")).is_dir()
 
 
 def starting_model(model: str) -> str:
@@ -191,20 +201,20 @@ def model_source(name: str | Path) -> ModelSource:
         if len(files) > 1:
             raise ModelError(f"{path} holds {len(files)} GGUF files; name one, such as {files[0]}")
         return _gguf(files[0])
-    raise ModelError(f"{path} is no model folder: it has no config.json")
+    raise ModelError(f"{path} holds no model: it has no config.json; {MODEL_CURE}")
 
 
 def tokenizer_source(name: str | Path) -> ModelSource:
     """Find the tokenizer of a model. An adapter can have its own; otherwise it is the base's.
 
     Raises:
-        ModelError: as for ``model_source``, for adapters and GGUF files.
+        ModelError: as for ``model_source``, if the folder has neither tokenizer nor config.json.
     """
     place = Path(name).expanduser()
     _require_small(place)
     if (place / "tokenizer_config.json").is_file() or (place / "tokenizer.json").is_file():
         return ModelSource(str(place))
-    if place.is_dir() and not (place / _ADAPTER_CONFIG).is_file() and not any(place.glob("*.gguf")):
+    if (place / "config.json").is_file() and not (place / _ADAPTER_CONFIG).is_file():
         return ModelSource(str(place))
     source = model_source(name)
     has_its_own = source.adapter is not None and _cached(str(name), "tokenizer_config.json")

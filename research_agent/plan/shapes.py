@@ -95,6 +95,8 @@ def _shard(tensors: Sequence[tuple[int, ...]], ranks: int) -> int:
 
 # From the config.json that the authors publish. Fields in the order of Shape.
 SHAPES = {
+    "Qwen/Qwen2.5-0.5B": Shape(24, 896, 14, 2, 4864, 151936, True, True),
+    "Qwen/Qwen2.5-1.5B": Shape(28, 1536, 12, 2, 8960, 151936, True, True),
     "Qwen/Qwen2.5-3B": Shape(36, 2048, 16, 2, 11008, 151936, True, True),
     "Qwen/Qwen2.5-7B": Shape(28, 3584, 28, 4, 18944, 152064, False, True, 131_072),
     "Qwen/Qwen2.5-32B": Shape(64, 5120, 40, 8, 27648, 152064, False, True, 131_072),

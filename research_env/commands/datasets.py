@@ -109,6 +109,8 @@ class ConvertDatasets:
         """Carry the command out."""
         from research_env.datasets.convert import convert  # noqa: PLC0415
 
+        if not self.sources:
+            raise ConfigurationError("give the files to convert, such as dev.parquet wiki.tsv")
         for source in self.sources:
             done = convert(source, self.output)
             for split, count in done.questions.items():
@@ -177,16 +179,21 @@ class Datasets:
         if self.json:
             show_json(rows)
             return
-        where = os.environ.get("RESEARCH_DATA")
+        title = "RESEARCH_DATA is not set"
+        missing = "not here: set RESEARCH_DATA, or the hub is asked"
+        if where := os.environ.get("RESEARCH_DATA"):
+            is_folder = Path(where).expanduser().is_dir()
+            title = f"RESEARCH_DATA is {where}" + ("" if is_folder else ", which is no folder")
+            missing = "not in RESEARCH_DATA; the hub is asked"
         print_table(
-            f"RESEARCH_DATA is {where}" if where else "RESEARCH_DATA is not set",
+            title,
             ("data set", "questions", "passages", "found in"),
             [
                 (
                     row["name"],
                     ", ".join(f"{split} {count:,}" for split, count in row["splits"].items()),
                     "" if row["passages"] is None else f"{row['passages']:,}",
-                    row["found"] or "not here: set RESEARCH_DATA, or the hub is asked",
+                    row["found"] or missing,
                 )
                 for row in rows
             ],

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from research_env.commands.shared import named_corpus
+from research_env.commands.shared import first_retry_shown, named_corpus
 from research_env.errors import ConfigurationError, UnknownNameError
 from research_env.system.paths import read_small_file
 from research_env.system.redaction import redact_url
@@ -67,6 +67,7 @@ class Index:
     json: bool = False
     """Print the summary as JSON."""
 
+    @first_retry_shown()
     def run(self) -> None:
         """Carry the command out."""
         from research_env.retrieval import default_index, index_corpus  # noqa: PLC0415

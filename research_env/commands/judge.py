@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from research_env.errors import ConfigurationError
-from research_env.retrieval.http import one_line
+from research_env.system.redaction import one_line
 from research_env.system.terminal import show, show_json
 
 

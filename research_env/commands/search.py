@@ -9,7 +9,7 @@ from typing import Annotated
 from msgspec import structs
 from tyro.conf import Positional, arg
 
-from research_env.commands.shared import named_corpus, print_table
+from research_env.commands.shared import first_retry_shown, named_corpus, print_table
 from research_env.errors import ConfigurationError, ResearchEnvError
 from research_env.system.terminal import show_json
 
@@ -39,6 +39,7 @@ class Search:
     json: bool = False
     """Print JSON, a line for each query."""
 
+    @first_retry_shown()
     def run(self) -> None:
         """Carry the command out."""
         from research_env.retrieval import open_retriever  # noqa: PLC0415

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from research_env.commands.shared import named_corpus, parse_env_args
+from research_env.commands.shared import first_retry_shown, named_corpus, parse_env_args
 from research_env.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Serve:
     env_args: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...")] = ()
     """With --openenv or --mcp: further arguments of the environment, for example split=dev."""
 
+    @first_retry_shown()
     def run(self) -> None:
         """Carry the command out."""
         from research_env.retrieval import open_retriever  # noqa: PLC0415

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from research_env.errors import ConfigurationError
-from research_env.system.terminal import printable
+from research_env.system.terminal import printable, show
 
 if TYPE_CHECKING:
     from research_env.datasets import Corpus
+
+
+_WORDS = {"none": None, "null": None, "true": True, "false": False}
 
 
 def named_corpus(dataset: str | None, path: Path | None) -> Corpus:
@@ -32,17 +38,48 @@ def named_corpus(dataset: str | None, path: Path | None) -> Corpus:
 
 
 def parse_env_args(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read KEY=VALUE pairs; a value that is JSON (3, true, [2, 3]) is parsed, others are text."""
+    """Read KEY=VALUE pairs as ``research-agent`` does.
+
+    A value that is JSON (3, true, [2, 3]) is parsed, none is None, and others are text.
+    """
     settings: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise ConfigurationError(f"--env-args takes KEY=VALUE, not {pair!r}")
+        if value.lower() in _WORDS:
+            settings[key] = _WORDS[value.lower()]
+            continue
         try:
             settings[key] = json.loads(value)
         except ValueError:
             settings[key] = value
     return settings
+
+
+class _FirstRecord(logging.Handler):
+    """Prints the first record to standard error."""
+
+    shown = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.shown:
+            show(f"research-env: {record.getMessage()}", file=sys.stderr)
+        self.shown = True
+
+
+@contextmanager
+def first_retry_shown() -> Iterator[None]:
+    """Say on standard error, once, that the command waits for a server."""
+    log, handler = logging.getLogger("research_env.retrieval.retry"), _FirstRecord()
+    level = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -160,18 +160,23 @@ def local_folder(name: str) -> Path | None:
     return next((p for p in places if any(_file(p, stem) for stem in needed)), None)
 
 
-def _parse_part(text: str, what: str = "data set", known: Collection[str] = DATASETS) -> Part:
+def _parse_part(
+    text: str,
+    what: str = "data set",
+    known: Collection[str] = DATASETS,
+    example: str = "musique:2+hotpotqa:1",
+) -> Part:
     """Split one part of a mixture, such as ``musique:2``, into its name and weight."""
     name, colon, weight = text.strip().partition(":")
     name = {"2wikimultihopqa": "2wiki"}.get(name, name)
     if name not in known:
-        hint = "Join several with '+', for example 'musique:2+hotpotqa:1'."
+        hint = f"Join several with '+', for example {example!r}."
         raise UnknownNameError(what, name, known, hint)
     if not colon:
         return name, None
     if not (weight.isascii() and weight.isdigit() and int(weight) > 0):
         raise ConfigurationError(
-            f"the weight in {text!r} must be a whole number from 1 on, as in 'musique:2+hotpotqa:1'"
+            f"the weight in {text!r} must be a whole number from 1 on, as in {example!r}"
         )
     return name, int(weight)
 
@@ -289,7 +294,16 @@ def _graded(data: Dataset, path: Path, grade: str) -> Dataset:
                 "mend it"
             )
         graded[str(record["question_id"])] = str(record["grade"])
-    parts = [_parse_part(part, "grade", sorted(set(graded.values()))) for part in grade.split("+")]
+    counts = Counter(graded.values())
+    known = {"easy", "medium", "hard", *counts}
+    parts = [_parse_part(part, "grade", known, "medium:1+hard:2") for part in grade.split("+")]
+    for name, _ in parts:
+        if name not in counts:
+            found = ", ".join(f"{each} {count}" for each, count in counts.items())
+            raise ConfigurationError(
+                f"no question in {path} is {name} ({found or 'the file is empty'}); give another "
+                "grade, or several, such as 'medium:1+hard:2'"
+            )
     chosen = [
         replace(data, questions=[q for q in data.questions if graded.get(q.id) == name])
         for name, _ in parts

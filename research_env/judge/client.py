@@ -15,9 +15,8 @@ from typing import Any, Self
 from research_env.errors import ConfigurationError
 from research_env.judge.prompts import JudgePrompt
 from research_env.judge.verdicts import JudgeError, JudgeReply, NoReplyError, Verdict
-from research_env.retrieval.http import one_line
 from research_env.retrieval.json_text import replace_surrogates
-from research_env.system.redaction import redact
+from research_env.system.redaction import one_line, redact
 
 try:
     import httpx2

@@ -20,10 +20,9 @@ from research_env.errors import ConfigurationError, UnknownNameError
 from research_env.judge.predictions import EpisodeKey, JudgedEpisode, read_predictions
 from research_env.judge.prompts import JUDGE_PROMPTS
 from research_env.judge.verdicts import JudgeError, Verdict, VerdictCache, open_verdict_log
-from research_env.retrieval.http import one_line
 from research_env.retrieval.url import check_address
 from research_env.system.progress import progress
-from research_env.system.redaction import redact
+from research_env.system.redaction import one_line, redact
 
 PREDICTIONS = "predictions.jsonl"
 JUDGED = "judged.jsonl"

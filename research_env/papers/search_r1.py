@@ -113,7 +113,7 @@ def search_r1(episode: Episode) -> float:
     return em_reward(episode)
 
 
-def search_r1_format(episode: Episode) -> float:
+def search_r1_format_reward(episode: Episode) -> float:
     """Search-R1's reward with format: 1, or 0.8 / 0.2 / 0.1 / 0.
 
     - A right answer: 1 with the format, else ``1 - structure`` = 0.8.
@@ -126,7 +126,7 @@ def search_r1_format(episode: Episode) -> float:
     ``scripts/nq_hotpotqa/v0.3/train_grpo_format.sh`` (structure_format_score 0.2,
     final_format_score 0.1, retrieval_score 0).
     """
-    well_formed = search_r1_format_holds(episode)
+    well_formed = search_r1_format(episode)
     if search_r1(episode):
         return 1.0 if well_formed else 0.8
     if well_formed:
@@ -135,7 +135,7 @@ def search_r1_format(episode: Episode) -> float:
 
 
 @once_per_episode
-def search_r1_format_holds(episode: Episode) -> bool:
+def search_r1_format(episode: Episode) -> bool:
     """Whether a response is think, search, information, ..., think, answer, and only that.
 
     Nothing but white space may stand outside the tags, and no tag inside another. Each search has
@@ -152,6 +152,6 @@ def search_r1_format_holds(episode: Episode) -> bool:
 
 PAPER = Paper(
     protocol=SEARCH_R1,
-    rewards={"search-r1": search_r1, "search-r1-format": search_r1_format},
-    follows_format=search_r1_format_holds,
+    rewards={"search-r1": search_r1, "search-r1-format": search_r1_format_reward},
+    follows_format=search_r1_format,
 )

@@ -30,7 +30,13 @@ from research_env.retrieval.base import (
     check_top_k,
 )
 from research_env.retrieval.json_text import read_json, replace_surrogates
-from research_env.retrieval.retry import RETRYABLE_STATUSES, Deadline, Retry, retry_after
+from research_env.retrieval.retry import (
+    RETRYABLE_STATUSES,
+    Deadline,
+    Retry,
+    log_retry,
+    retry_after,
+)
 from research_env.retrieval.url import (
     check_address,
     check_options,
@@ -38,7 +44,7 @@ from research_env.retrieval.url import (
     secret_of,
     split_options,
 )
-from research_env.system.redaction import redact_known
+from research_env.system.redaction import one_line
 
 if TYPE_CHECKING:
     import ssl
@@ -280,14 +286,9 @@ def request_json(
             if pause is None:
                 kind = TooLargeError if failure.too_large else RetrievalError
                 raise kind(f"{where}: {problem} (attempt {attempt + 1})") from None
+        log_retry(where, problem, deadline.left())
         time.sleep(pause)
     raise AssertionError("unreachable")
-
-
-def one_line(text: str, most: int = 200) -> str:
-    """Return the beginning of a text on one line, without control characters and secrets."""
-    cleaned = redact_known(" ".join(text[: 20 * most].split()))  # before it is cut
-    return "".join(c if c.isprintable() else "?" for c in cleaned[:most])
 
 
 @dataclass(eq=False)

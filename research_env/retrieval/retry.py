@@ -13,6 +13,7 @@ This module neither sleeps nor sends. A retriever loops like this::
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import time
@@ -20,6 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+
+log = logging.getLogger(__name__)
 
 RETRYABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP status codes that are worth a retry. After any other the server would answer the same."""
@@ -78,6 +81,16 @@ class Retry:
         whole = min(self.longest, self.first * 2.0 ** min(attempt, 64))
         pause = whole / 2 * (1 + draw()) if asked is None else asked + whole / 2 * draw()
         return pause if pause < left else None
+
+
+def log_retry(server: object, problem: object, left: float) -> None:
+    """Log, at level INFO, that a request is retried for up to ``left`` seconds."""
+    log.info(
+        "%s: %s; trying again for up to %.0f s, in case the server is still starting",
+        server,
+        problem,
+        left,
+    )
 
 
 def retry_after(header: str | None, now: datetime | None = None) -> float | None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from research_env.errors import ConfigurationError, RetrievalError, UnknownNameError
 from research_env.retrieval.base import Hit, Passage, SearchResult, check_top_k
-from research_env.retrieval.http import ForkSafeClient, one_line, request_json
+from research_env.retrieval.http import ForkSafeClient, request_json
 from research_env.retrieval.retry import Deadline, Retry
 from research_env.retrieval.url import (
     check_address,
@@ -36,6 +36,7 @@ from research_env.retrieval.url import (
     secret_of,
     split_options,
 )
+from research_env.system.redaction import one_line
 
 if TYPE_CHECKING:
     import httpx

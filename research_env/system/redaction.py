@@ -131,3 +131,9 @@ def _decoded(match: re.Match[str]) -> str:
     if kind in ("percent", "json", "hex"):
         return chr(int(found, 16))
     return (unescape(found) or "?")[0] if kind == "entity" else found
+
+
+def one_line(text: str, most: int = 200) -> str:
+    """Return the beginning of a text on one line, without control characters and secrets."""
+    cleaned = redact_known(" ".join(text[: 20 * most].split()))  # before it is cut
+    return "".join(c if c.isprintable() else "?" for c in cleaned[:most])

@@ -12,6 +12,7 @@ import research_agent
 from research_agent.cli import main
 from research_agent.config import TrainConfig, as_json, flatten
 from research_agent.presets import PRESETS
+from research_agent.run_folder import TrainSummary
 
 EVAL = ["eval", "--env", "e", "--model", "m", "--output", "o"]
 
@@ -110,6 +111,18 @@ def test_every_setting_of_a_preset_is_a_flag_with_help(
 def test_help_names_the_settings_of_the_algorithm(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "train", "research-7b", "--help")
     assert "kl_coef=0.001" in out
+
+
+def test_evaluations_on_the_tasks_of_training_are_noted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with the environment of one's own corpus, where --eval-args was forgotten."""
+    summary = TrainSummary("done", {})
+    monkeypatch.setattr("research_agent.trainer.train", lambda config: summary)
+    words = ["train", "miniworld", "--env", "research_env:SearchQA-v0", "--eval-every", "5"]
+    for more, noted in ([], True), (["--eval-args", "split=dev"], False), (["--quiet"], False):
+        main([*words, *more])
+        assert ("evaluations play the tasks of training" in capsys.readouterr().err) == noted
 
 
 def test_sft_hands_its_configuration_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,28 @@ def test_flags_reach_every_concern_without_prefixes() -> None:
     assert (config.run.output, config.run.eval_every) == (Path("out"), 4)
 
 
+@pytest.mark.parametrize("preset", ["miniworld", "research-7b"])
+def test_arguments_that_equal_the_presets_are_given_all_the_same(preset: str) -> None:
+    """With another environment or algorithm the preset's arguments count only if they are typed."""
+    before = PRESETS[preset]
+    env_args = ["split=train", "template=question", "top_k=1"]
+    words = ["--env", "mine:Env-v0", "--algorithm", "gigpo", "--env-args", *env_args]
+    words += ["--eval-args", "split=dev", "--algorithm-args", "kl_coef=0", "entropy_coef=0"]
+    config = parse(words, before)
+    wanted = {"split": "train", "template": "question", "top_k": 1}
+    assert (config.environment.env_args, config.run.eval_args) == (wanted, {"split": "dev"})
+    assert config.algorithm.algorithm_args == {"kl_coef": 0, "entropy_coef": 0}
+    config = parse(["--env", "mine:Env-v0", "--algorithm", "gigpo"], before)
+    assert (config.environment.env_args, config.run.eval_args) == ({}, {})
+    assert config.algorithm.algorithm_args == {}
+
+
+def test_a_folder_may_be_given_as_text() -> None:
+    run = replace(PRESETS["miniworld"].run, output="runs/x")  # type: ignore[arg-type]
+    assert run.output == Path("runs/x")
+    assert run == replace(run, output=Path("runs/x"))
+
+
 def test_no_two_settings_share_a_flag() -> None:
     names = Counter(key.split(".")[-1] for key, _ in flatten(as_json(TrainConfig())))
     assert [name for name, times in names.items() if times > 1] == []

@@ -557,6 +557,14 @@ class Shapes:
         def objective(self, tokens: Any) -> Any:
             return tokens.logprobs, {"ratio": tokens.logprobs.mean()}
 
+    class Alone(GRPO):
+        def objective(self, tokens: Any) -> Any:
+            return tokens.logprobs
+
+    class Swapped(GRPO):
+        def objective(self, tokens: Any) -> Any:
+            return {}, tokens.logprobs
+
 
 @pytest.mark.parametrize(
     ("algorithm", "said"),
@@ -576,6 +584,19 @@ def test_values_of_another_shape_are_refused(algorithm: type[GRPO], said: str) -
     with pytest.raises(ConfigError, match=rf"^{said}; return a tensor with one value per action"):
         make_learner(model, algorithm(kl_coef=0.0)).update([Group(0, [one, other])])
     assert torch.equal(model.table, Bigram().table)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "given"), [(Shapes.Alone, "Tensor"), (Shapes.Swapped, "tuple")]
+)
+def test_an_objective_without_values_to_log_is_refused(algorithm: type[GRPO], given: str) -> None:
+    one = trajectory(prompt(1), action([5]), reward=1.0)
+    other = trajectory(prompt(1), action([8]), reward=0.0, sample=1)
+    said = (
+        rf"{algorithm.__name__}\.objective must return \(values, {{name: values}}\), not {given};"
+    )
+    with pytest.raises(ConfigError, match=said):  # two tokens: their tensor could be unpacked
+        make_learner(Bigram(), algorithm(kl_coef=0.0)).update([Group(0, [one, other])])
 
 
 @pytest.mark.parametrize(

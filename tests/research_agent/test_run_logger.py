@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import sys
 import time
@@ -12,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from research_agent.errors import ConfigError
 from research_agent.run_logger import RunLogger, read_lines, truncate_after, wandb_run
+from tests.research_env.fakes import Terminal
 
 
 def steps_of(path: Path) -> list[int]:
@@ -142,3 +144,17 @@ def test_without_a_terminal_each_step_is_a_line_on_standard_error(
     out, err = capsys.readouterr()
     assert out == ""
     assert "step 3/8  reward 0.500  lookups 1.50  void 25%  skipped 100%" in err
+
+
+def test_a_narrow_terminal_shows_step_and_time_left_and_cuts_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    metrics = {"reward": 0.5, **{f"env/metric_{i}": 0.25 for i in range(5)}}
+    with RunLogger(tmp_path, 0, 8000, fresh=True) as logger:
+        logger.record(1234, metrics, {"episodes_per_second": 1.5})
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    [line, *_] = [each for each in text.splitlines() if "reward" in each]
+    assert re.search(r"step 1234/8000 .* reward 0\.500 .*… --:-- left", line)

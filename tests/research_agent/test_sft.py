@@ -284,6 +284,34 @@ def test_an_unfinished_run_of_other_settings_is_not_continued(
         run(first)
 
 
+def test_a_finished_model_is_not_made_again_nor_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(SMALL, count=16, output=tmp_path / "out", quiet=False)
+    weights = run(config) / "model.safetensors"
+    made = weights.stat().st_mtime_ns, weights.read_bytes()
+    capsys.readouterr()
+    assert run(replace(config, save_every=7)) == config.output
+    assert capsys.readouterr().out == f"{config.output} is finished\n"
+    run(replace(config, quiet=True))
+    assert capsys.readouterr().out == ""
+    other = replace(config, seed=1)
+    said = r"out holds a finished model .*:\n  seed: 0 in the folder, 1 now\nGive another --output"
+    with pytest.raises(CheckpointError, match=said):
+        run(other)
+    inside = replace(SMALL, count=16, model=str(config.output), output=config.output)
+    with pytest.raises(CheckpointError, match=r"model: None in the folder, '.*out' now"):
+        run(inside)
+    (config.output / "sft.json").unlink()
+    with pytest.raises(CheckpointError, match=r"out holds a model without sft\.json.*--output"):
+        run(config)
+    assert (weights.stat().st_mtime_ns, weights.read_bytes()) == made
+    (config.output / ".model.tmp").mkdir()  # the files of a model that were not yet moved
+    run(other)
+    assert weights.read_bytes() != made[1]
+    assert not (config.output / ".model.tmp").exists()
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     with (
         folder_lock(tmp_path / "out" / "checkpoints"),
@@ -417,13 +445,13 @@ def test_a_function_that_demonstrates_nothing_is_refused(tmp_path: Path) -> None
 def test_a_function_that_gives_fewer_demonstrations_is_told_and_not_counted_as_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = replace(SMALL, demonstrations=f"{HERE}:few", output=tmp_path / "out")
+    short = replace(SMALL, demonstrations=f"{HERE}:few")
     with pytest.warns(UserWarning, match=r"few gives .* 3 of 200 steps, .*; give --count 24"):
-        run(short)
-    run(replace(short, count=24, quiet=False))
+        run(replace(short, output=tmp_path / "1600"))
+    run(replace(short, count=24, quiet=False, output=tmp_path / "24"))
     assert " after 3 steps, " in capsys.readouterr().out
     with pytest.warns(UserWarning, match="3 of 4 steps"):
-        run(replace(short, count=39, quiet=False))
+        run(replace(short, count=39, quiet=False, output=tmp_path / "39"))
     assert " after 3 steps, " in capsys.readouterr().out
 
 
@@ -485,6 +513,8 @@ def test_a_model_with_a_chat_template_is_not_learned_as_bare_text_unasked(instru
 
 
 def test_messages_are_learned_through_the_chat_template(instruct: Path) -> None:
+    with pytest.raises(ConfigError, match="prompt is chat messages"):
+        fit(instruct, CHAT_LINE, bare_text=True)
     assert fit(instruct, CHAT_LINE, chat_template=True).is_dir()
     renderer = make_renderer(byte_tokenizer(), chat_template=True)
     prompt, action = as_trajectory(CHAT_LINE["segments"], renderer).segments  # type: ignore[arg-type]
@@ -493,8 +523,6 @@ def test_messages_are_learned_through_the_chat_template(instruct: Path) -> None:
         "<|im_start|>assistant\n"
     )
     assert renderer.decode(action.tokens) == "Ann<|im_end|>"
-    with pytest.raises(ConfigError, match="prompt is chat messages"):
-        fit(instruct, CHAT_LINE, bare_text=True)
 
 
 @pytest.mark.parametrize(

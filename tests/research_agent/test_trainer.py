@@ -404,6 +404,21 @@ def test_what_cannot_be_used_is_refused_in_one_message(
     assert said in refusal(capsys, [*flags(letters, tmp_path / "run", "--steps", "1"), *more])
 
 
+def test_a_refused_run_leaves_its_folder_as_it_was(
+    letters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, empty, used = (tmp_path / name for name in ("new", "empty", "used"))
+    empty.mkdir()
+    used.mkdir()
+    (used / "notes.txt").write_text("mine")
+    for output in (new, empty, used):
+        words = flags(letters, output, "--steps", "1", env=FAILING)
+        assert "each is 0" in refusal(capsys, [*words, "--env-args", "each=0"])
+    assert not new.exists()
+    assert list(empty.iterdir()) == []
+    assert list(used.iterdir()) == [used / "notes.txt"]
+
+
 def run_alone(words: list[str], log: str) -> None:
     sys.stdout = sys.stderr = Path(log).open("a", buffering=1)  # noqa: SIM115
     torch.set_num_threads(1)

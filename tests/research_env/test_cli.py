@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from research_agent.settings import parse_settings
 from research_env.cli import main
+from research_env.commands.shared import parse_env_args
+from research_env.retrieval.retry import Retry
 from tests.research_env.fakes import Terminal
 
 
@@ -72,6 +75,25 @@ def test_a_mistyped_name_suggests_the_near_one_and_asks_no_hub(
     monkeypatch.setattr(socket.socket, "connect", refuse)
     assert refused(*command) == 2
     assert message in capsys.readouterr().err
+
+
+def test_convert_without_a_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused("datasets", "convert", "--output", "mine") == 2
+    assert "give the files to convert, such as dev.parquet wiki.tsv" in capsys.readouterr().err
+
+
+def test_a_search_says_once_that_it_waits_for_a_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Retry, "pause", lambda _, attempt, *rest: 0.0 if attempt < 2 else None)
+    with socket.socket() as unused:  # bound, but it does not listen: connections are refused
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/retrieve"
+        assert refused("search", "x", "--retriever", url) == 2
+    said, *_ = lines = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"research-env: {url}: ConnectError")
+    assert said.endswith(" s, in case the server is still starting")
+    assert sum("trying again" in line for line in lines) == 1
 
 
 def test_an_index_is_checked_on_request(
@@ -154,6 +176,24 @@ def test_datasets_lists_what_is_where(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "RESEARCH_DATA" in capsys.readouterr().out
 
 
+def test_datasets_says_that_research_data_names_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    main(["datasets"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"RESEARCH_DATA is {tmp_path / 'data'}, which is no folder" in shown
+    assert "not in RESEARCH_DATA; the hub is asked" in shown
+    (tmp_path / "data").mkdir()
+    main(["datasets"])
+    assert "which is no folder" not in capsys.readouterr().out
+    monkeypatch.delenv("RESEARCH_DATA")
+    main(["datasets"])
+    shown = capsys.readouterr().out
+    assert "RESEARCH_DATA is not set" in shown
+    assert "not here: set RESEARCH_DATA" in shown
+
+
 def test_play_with_piped_input(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +208,12 @@ def test_play_with_piped_input(
     assert "reward 0.1" in shown  # the format holds, the answer is wrong
     assert "'searches': 1.0" in shown
     assert "stop_reason: answer" in shown
+
+
+def test_arguments_of_the_environment_are_read_as_research_agent_reads_them() -> None:
+    words = ["split=none", "max_turns=None", "flag=TRUE", "top_k=3", "hops=[2, 3]", "text=x=y"]
+    settings = {"split": None, "max_turns": None, "flag": True, "top_k": 3, "hops": [2, 3]}
+    assert parse_env_args(words) == parse_settings(words) == {**settings, "text": "x=y"}
 
 
 def test_play_when_the_input_ends_early(

@@ -32,7 +32,7 @@ from research_env.retrieval.elasticsearch.client import (
 )
 from research_env.retrieval.elasticsearch.documents import readable_fields
 from research_env.retrieval.json_text import replace_surrogates
-from research_env.retrieval.retry import RETRYABLE_STATUSES, Deadline, Retry
+from research_env.retrieval.retry import RETRYABLE_STATUSES, Deadline, Retry, log_retry
 
 if TYPE_CHECKING:
     from elasticsearch import AsyncElasticsearch
@@ -216,6 +216,7 @@ class _Writer:
                 f"{self._client.address} has accepted nothing for {RETRY.deadline:g} s ({error}); "
                 "it keeps what it has: run the command again to continue"
             ) from error
+        log_retry(self._client.address, error, deadline.left())
         await asyncio.sleep(pause)
 
     async def _indices_of_alias(self) -> tuple[str, ...]:

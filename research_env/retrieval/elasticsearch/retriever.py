@@ -54,7 +54,7 @@ from research_env.retrieval.elasticsearch.documents import (
 from research_env.retrieval.elasticsearch.fields import SearchPlan, plan_search
 from research_env.retrieval.elasticsearch.responses import parse_answers
 from research_env.retrieval.json_text import read_json, replace_surrogates
-from research_env.retrieval.retry import Deadline, Retry
+from research_env.retrieval.retry import Deadline, Retry, log_retry
 from research_env.retrieval.url import number
 
 if TYPE_CHECKING:
@@ -301,6 +301,7 @@ class ElasticsearchRetriever:
                 pause = self._retry.pause(attempt, deadline.left(), error.wait)
                 if pause is None:
                     raise RetrievalError(self._no_answer(str(error))) from error
+                log_retry(self._address, error, deadline.left())
             client.closing.wait(pause)
         raise AssertionError("unreachable")
 

@@ -171,6 +171,19 @@ def test_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         make_algorithm("my_module:Yours")
     with pytest.raises(ConfigError, match="does not take"):
         make_algorithm("grpo", beta=1)
+    with pytest.raises(ConfigError) as caught:
+        make_algorithm("grpo", clip=0.1, kl_coeff=0.0)
+    message = str(caught.value)
+    assert message.startswith("algorithm 'grpo' does not take the setting 'kl_coeff'; known: clip")
+    assert message.endswith("; did you mean 'kl_coef'?")
+    with pytest.raises(ConfigError) as caught:
+        make_algorithm("my_module:Min")
+    assert str(caught.value) == (
+        "algorithm 'my_module:Min' cannot be imported: the module my_module has no class 'Min'; "
+        "did you mean 'Mine'?"
+    )
+    with pytest.raises(ConfigError, match="on PYTHONPATH"):
+        make_algorithm("no_module:Mine")
 
 
 def test_choosing_an_algorithm_loads_no_torch() -> None:

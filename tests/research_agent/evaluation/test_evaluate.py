@@ -456,6 +456,21 @@ def test_broken_files_are_refused_by_line(tmp_path: Path, lines: list[str], said
         read_predictions(path)
 
 
+def test_nobody_is_told_to_remove_lines_of_a_file_that_holds_no_predictions(tmp_path: Path) -> None:
+    log, renamed = tmp_path / "metrics.jsonl", tmp_path / "first.jsonl"
+    log.write_text('{"step": 0, "reward": 0.5}\n')
+    with pytest.raises(PredictionsError) as caught:
+        read_predictions(log)
+    message = str(caught.value)
+    assert message.startswith(f"{log}:1: this line is no record of an episode")
+    assert message.endswith(
+        "; the file is no predictions.jsonl: give the folder of the run or evaluation"
+    )
+    renamed.write_text(record_line(0) + "[1]\n")
+    with pytest.raises(PredictionsError, match=r":2: .*; remove it, and evaluate that episode"):
+        read_predictions(renamed)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(PredictionsError, match="there is no file"):
         read_predictions(tmp_path / "nowhere.jsonl")

@@ -321,5 +321,24 @@ def test_a_mistyped_name_suggests_starters_and_folders_and_asks_no_hub(
     }.items():
         with pytest.raises(ModelError, match=meant):
             resolve_model(mistyped)
-    for named in ("gpt2", "notes", "Qwen/Qwen2.5-7B", "runs/other"):
+    for named in ("gpt2", "notes", "Qwen/Qwen2.5-7B"):
         assert resolve_model(named) == named
+
+
+def test_a_name_in_a_local_folder_is_sought_on_no_hub_unless_its_cache_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "runs").mkdir()
+    said = r"no model folder runs/other\. .* \(hf download runs/other .* runs is a local folder\)"
+    with pytest.raises(ModelError, match=said):
+        resolve_model("runs/other")
+    (tmp_path / "hub" / "models--runs--other").mkdir(parents=True)
+    assert resolve_model("runs/other") == "runs/other"
+
+
+def test_a_folder_without_model_and_tokenizer_is_said_to_hold_none(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{}")  # as in the folder of an evaluation
+    with pytest.raises(ModelError, match=r"holds no model: it has no config\.json; give a folder"):
+        load_renderer(tmp_path)

@@ -50,8 +50,10 @@ def changed(name: str, **settings: Any) -> TrainConfig:
 def test_sizes_are_those_that_the_authors_publish() -> None:
     published = {"Qwen/Qwen2.5-3B": 3.09, "Qwen/Qwen2.5-7B": 7.62, "Qwen/Qwen2.5-32B": 32.76}
     published["meta-llama/Llama-3.1-8B"] = 8.03
+    published |= {"Qwen/Qwen2.5-0.5B": 0.494, "Qwen/Qwen2.5-1.5B": 1.544}
     for name, shape in SHAPES.items():
         assert shape.parameters / 1e9 == pytest.approx(published[name], rel=0.002)
+    assert published.keys() == SHAPES.keys()
     assert B7.kv_numbers == 2 * 28 * 4 * 128
     assert assumptions.HEAD_LOGITS == MAX_LOGITS_GPU
 
@@ -269,6 +271,8 @@ def test_a_sampler_without_room_for_an_episode_is_told() -> None:
 
 
 CONFIGS = {  # what the authors' config.json says beside the sizes of ``SHAPES``
+    "Qwen/Qwen2.5-0.5B": ("Qwen2Config", {}),
+    "Qwen/Qwen2.5-1.5B": ("Qwen2Config", {}),
     "Qwen/Qwen2.5-3B": ("Qwen2Config", {"head_dim": 128}),
     "Qwen/Qwen2.5-7B": ("Qwen2Config", {}),
     "Qwen/Qwen2.5-32B": ("Qwen2Config", {}),

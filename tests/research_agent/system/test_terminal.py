@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from research_agent.evaluation.summary import Outcome, summarize, tables
+from research_agent.evaluation.summary import Outcome, print_tables, summarize, tables
 from research_agent.run_logger import RunLogger
 from research_agent.system.signals import stop_signals
 from research_agent.system.terminal import escaped_logs, printable, show
@@ -52,6 +52,26 @@ def test_names_of_metrics_are_text_and_no_markup() -> None:
     Console(file=out, width=200).print(*tables(summarize([outcome])))
     assert "[/nope]" in out.getvalue()
     assert "\x1b" not in out.getvalue()
+
+
+def test_tables_lose_nothing_in_a_narrow_terminal_or_a_pipe(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes = [
+        Outcome(
+            question=str(hops), sample=0, reward=1.0, metrics={"support_recall_of_pages": 1.0},
+            void=False, prediction="", strata={"hops": str(hops)}, asked="",
+        )
+        for hops in range(8)
+    ]  # fmt: skip
+    out = io.StringIO()
+    Console(file=out, width=80).print(*tables(summarize(outcomes)))
+    assert "…" not in out.getvalue()
+    monkeypatch.setenv("COLUMNS", "80")
+    print_tables(*tables(summarize(outcomes)))
+    by_hops = capsys.readouterr().out.partition("by hops")[2].splitlines()
+    [row] = [line for line in by_hops if "support_recall_of_pages" in line]
+    assert row.count("1.000 [1.000,1.000]") == 8
 
 
 def test_the_log_of_a_run_shows_metrics_as_text(

@@ -77,6 +77,12 @@ def test_what_cannot_be_used_is_refused(questions: Path, grades: Path, tmp_path:
     with pytest.raises(ConfigurationError, match="go together"):
         load_dataset("custom", split="train", questions=questions, grade="easy")
     other = tmp_path / "other.jsonl"
+    other.write_text('{"question_id": "q0", "grade": "hard"}\n')
+    said = r"no question in .*other\.jsonl is easy \(hard 1\); .* such as 'medium:1\+hard:2'"
+    with pytest.raises(ConfigurationError, match=said):
+        ids(questions, other, "easy+hard")
+    with pytest.raises(ConfigurationError, match=r"from 1 on, as in 'medium:1\+hard:2'"):
+        ids(questions, other, "hard:0")
     other.write_text('{"question_id": "x", "grade": "easy"}\n')
     with pytest.raises(ConfigurationError, match="were they made for this data set"):
         ids(questions, other, "easy")

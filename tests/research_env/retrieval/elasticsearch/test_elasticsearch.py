@@ -1121,6 +1121,30 @@ def test_a_server_that_takes_nothing_ends_the_run(
             index_elasticsearch(NUMBERED, index_url(proxy.url, name))
 
 
+@pytest.mark.parametrize("command", ["index", "search"])
+def test_a_command_says_once_that_it_waits_for_the_server(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(Retry, "pause", lambda _, attempt, *rest: 0.0 if attempt < 2 else None)
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"id": "a", "title": "", "text": "Nothing."}\n')
+    with socket.socket() as unused:  # bound, but it does not listen: connections are refused
+        unused.bind(("127.0.0.1", 0))
+        server = f"127.0.0.1:{unused.getsockname()[1]}/i"
+        words = {
+            "index": ["--corpus", str(corpus), "--to", f"elasticsearch://{server}"],
+            "search": ["x", "--retriever", f"elasticsearch://{server}"],
+        }
+        with pytest.raises(SystemExit):
+            cli.main([command, *words[command]])
+    said = [line for line in capsys.readouterr().err.splitlines() if "trying again" in line]
+    assert len(said) == 1
+    assert f"{server}: no connection; trying again for up to " in said[0]
+
+
 def test_an_index_that_lacks_a_passage_is_mended_and_a_false_one_told(
     elasticsearch: str, name: str
 ) -> None:
