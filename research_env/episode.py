@@ -129,10 +129,14 @@ class Episode:
 
         Neither refused ones count nor calls with an error.
         """
-        turns = self.turns
-        if self.over and turns and not turns[-1].observation:
-            turns = turns[:-1]
-        return sum([turn.request_count for turn in turns])
+        return sum([turn.request_count for turn in self.answered_turns])
+
+    @property
+    def answered_turns(self) -> tuple[Turn, ...]:
+        """All turns but the last one of an episode that is over, if that got no observation."""
+        if self.over and self.turns and not self.turns[-1].observation:
+            return self.turns[:-1]
+        return self.turns
 
     @property
     def pending_requests(self) -> tuple[Request, ...]:

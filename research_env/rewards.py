@@ -104,10 +104,8 @@ def query_diversity(episode: Episode) -> float:
     References:
         Jaccard 1912, "The distribution of the flora in the alpine zone".
     """
-    turns = episode.turns
-    if turns and not turns[-1].observation:
-        turns = turns[:-1]  # its searches were refused or not answered
-    bags = [set(normalize(query).split()) for turn in turns for query in turn.queries]
+    asked = [query for turn in episode.answered_turns for query in turn.queries]
+    bags = [set(normalize(query).split()) for query in asked]
     pairs = [1 - len(a & b) / len(a | b) if a | b else 0.0 for a, b in combinations(bags, 2)]
     return sum(pairs) / len(pairs) if pairs else 1.0
 

@@ -98,15 +98,14 @@ def find_device(name: str) -> str:
     Raises:
         ConfigError: torch knows no such device, or finds no GPU.
     """
-    has_gpu = torch.cuda.is_available()
     if name == "auto":
-        return "cuda" if has_gpu else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(name).type
     except RuntimeError as error:
         message = f"--device is {name!r}, which torch does not know; give auto, cpu or cuda"
         raise ConfigError(message) from error
-    if kind == "cuda" and not has_gpu:
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device is {name!r}, and torch finds no GPU; give auto or cpu")
     return name
 

@@ -242,9 +242,10 @@ def _answerable(data: Dataset) -> Dataset:
     kept, left_out, dropped = [], [], 0
     for question in data.questions:
         answers = tuple(filter(_normalizer(question), question.answers))
-        dropped += len(question.answers) - len(answers)
+        missing = len(question.answers) - len(answers)
+        dropped += missing
         if answers:
-            kept.append(replace(question, answers=answers))
+            kept.append(replace(question, answers=answers) if missing else question)
         else:
             left_out.append(f"{question.id!r} {question.answers}")
     if not dropped:
