@@ -31,8 +31,8 @@ class ActiveRollout:
     segments: list[Segment] = field(default_factory=list)
     reward: float = 0.0  # sum over its turns so far
     state_key: str = ""  # name of the state in which the next turn is taken
-    prompt: int = 0  # tokens of the prompt
-    response: int = 0  # tokens after it, from the policy and from the environment
+    prompt_length: int = 0  # tokens
+    response_length: int = 0  # tokens after the prompt, from the policy and the environment
     partial_turns: list[Completion] = field(default_factory=list)  # parts of the unfinished turn
     unsent_tokens: list[int] = field(default_factory=list)  # not yet submitted to the engine
     lineage: tuple[int, ...] = ()  # as in Trajectory
@@ -70,8 +70,8 @@ class ActiveRollout:
             segments=list(self.segments),
             reward=self.reward,
             state_key=self.state_key,
-            prompt=self.prompt,
-            response=self.response - partial,
+            prompt_length=self.prompt_length,
+            response_length=self.response_length - partial,
             unsent_tokens=[token for segment in self.segments for token in segment.tokens],
             lineage=(*self.lineage, *[self.sample] * turns)[:turns],
             tree=tree,
@@ -100,7 +100,7 @@ class ActiveRollout:
                 f"(max_prompt {self.sampling.max_prompt}, context {max_context}); "
                 f"give {cure}, or --overlong-prompts skip (training only) to leave such tasks out"
             )
-        self.prompt = len(tokens)
+        self.prompt_length = len(tokens)
         self.state_key = _state_key(info)
         self.unsent_tokens += tokens
         self.segments.append(Segment("prompt", tuple(tokens), text=observation, info=info))
@@ -108,7 +108,7 @@ class ActiveRollout:
     def submit(self, engine: Engine, slot: int, stop: tuple[str, ...]) -> None:
         """Let the engine sample a turn, or the rest of an interrupted turn."""
         resumed = sum(len(part.tokens) for part in self.partial_turns)
-        left = self.sampling.max_response - self.response
+        left = self.sampling.max_response - self.response_length
         params = SamplingParams(
             temperature=self.sampling.temperature,
             max_tokens=min(left, (self.sampling.max_turn_tokens or left + resumed) - resumed),
@@ -121,7 +121,7 @@ class ActiveRollout:
 
     def add_partial(self, part: Completion) -> None:
         """Keep the part of a turn that was sampled before it was interrupted."""
-        self.response += len(part.tokens)
+        self.response_length += len(part.tokens)
         if part.tokens:
             self.partial_turns.append(part)
 
@@ -132,7 +132,7 @@ class ActiveRollout:
         text = last.text
         if self.partial_turns:
             text = renderer.decode(tokens[:-1] if last.finish_reason == "end" else tokens)
-        self.response += len(last.tokens)
+        self.response_length += len(last.tokens)
         self.partial_turns = []
         self.segments.append(
             Segment(
@@ -171,17 +171,17 @@ class ActiveRollout:
             result.info.get("chat_markup", ()),
             result.info.get("messages") or (),
         )
-        length = self.response + len(tokens)
+        length = self.response_length + len(tokens)
         budget = ""
         if length >= self.sampling.max_response:  # no room for a token after the observation
             budget = "length"
-        elif self.prompt + length >= max_context:
+        elif self.prompt_length + length >= max_context:
             budget = "context"
         if budget:
             last = truncate()
             self._earn(last.reward if last else 0.0)
             return self._trajectory(last or result, budget)
-        self.response = length
+        self.response_length = length
         self.unsent_tokens += tokens
         if tokens:
             self.segments.append(

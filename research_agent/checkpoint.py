@@ -44,7 +44,7 @@ from research_agent.formats import CheckpointFormat, read_object
 from research_agent.sharded import StoredTensor, read_tensors, stored_tensors, write_tensors
 from research_agent.system.files import sha256
 
-VERSION = 3
+VERSION = 4
 CHECKSUMS = "checksums.json"
 TENSORS = "state"
 _NAME = re.compile(r"step-(\d{6,})")

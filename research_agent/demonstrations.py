@@ -115,11 +115,11 @@ def as_trajectory(demonstration: Iterable[tuple[str, Any]], renderer: Renderer) 
         if provenance == "prompt":
             segments.append(_prompt(content, renderer))
         elif provenance == "observation":
-            tokens = renderer.encode_observation(given["text"], given.get("chat_markup", ()))
+            tokens = renderer.encode_with_markup(given["text"], given.get("chat_markup", ()))
             segments.append(Segment("observation", tuple(tokens), text=given["text"]))
         elif provenance == "action":
             # A policy writes chat tokens too, such as those between channels.
-            tokens = renderer.encode_observation(given["text"], given.get("chat_markup", ()))
+            tokens = renderer.encode_with_markup(given["text"], given.get("chat_markup", ()))
             if given.get("end", i == len(parts) - 1):
                 tokens.append(_end_token(given.get("end"), renderer))
             logprobs = (0.0,) * len(tokens)

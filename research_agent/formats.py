@@ -66,7 +66,7 @@ class EpisodeFormat(TypedDict):
     reward: float
     void: bool
     truncated: NotRequired[bool]
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]  # None: not finite
     segments: list[SegmentFormat]
     info: InfoFormat
 

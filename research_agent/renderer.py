@@ -141,10 +141,25 @@ class Renderer:
 
         Args:
             observation: the text.
-            markup: strings in it that are chat tokens, such as ``<|im_start|>``. They count only
-                with ``chat_template``.
+            markup: strings in it that are chat tokens.
             messages: not used, because the observation holds them; the renderer of an endpoint
                 takes them instead of the text.
+
+        Returns:
+            The tokens, as ``encode_with_markup`` gives them.
+
+        Raises:
+            ModelError: the tokenizer has no such chat token.
+        """
+        return self.encode_with_markup(observation, markup)
+
+    def encode_with_markup(self, text: str, markup: Sequence[str]) -> list[int]:
+        """Encode text with chat tokens in it.
+
+        Args:
+            text: the text.
+            markup: strings in it that are chat tokens, such as ``<|im_start|>``. They count only
+                with ``chat_template``.
 
         Returns:
             The tokens; everything but the markup is encoded as text.
@@ -152,9 +167,9 @@ class Renderer:
         Raises:
             ModelError: the tokenizer has no such chat token.
         """
-        known = [each for each in markup if self.chat_template and each in observation]
+        known = [each for each in markup if self.chat_template and each in text]
         if not known:
-            return self.encode_text(observation)
+            return self.encode_text(text)
         for each in known:
             if self.tokenizer.convert_tokens_to_ids(each) not in self.special_ids:
                 raise ModelError(
@@ -163,7 +178,7 @@ class Renderer:
                     "model, or turn the chat template off"
                 )
         tokens: list[int] = []
-        for piece in re.split(f"({'|'.join(map(re.escape, known))})", observation):
+        for piece in re.split(f"({'|'.join(map(re.escape, known))})", text):
             if piece in known:
                 tokens.append(self.tokenizer.convert_tokens_to_ids(piece))
             elif piece:

@@ -26,7 +26,7 @@ _TRAJECTORY = (
     *("episode", "sample", "reward", "terminated", "truncated", "stop_reason", "void"),
     *("lineage", "tree"),
 )
-_ROLLOUT = ("episode", "sample", "reward", "prompt", "response", "state_key")
+_ROLLOUT = ("episode", "sample", "reward", "prompt_length", "response_length", "state_key")
 
 
 def to_state(in_flight: InFlight) -> dict[str, Any]:

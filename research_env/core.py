@@ -28,18 +28,25 @@ from research_env.errors import (
 )
 from research_env.info import make_info
 from research_env.metrics import LANGUAGES
-from research_env.papers import protocol
+from research_env.papers import resolve_protocol
 from research_env.protocol import Protocol
 from research_env.retrieval.base import Retriever
 from research_env.retrieval.batching import Found
 from research_env.retrieval.documents import require_reader
 from research_env.retrieval.requests import Request
-from research_env.rewards import METRICS, Reward, WeightedSum, episode_metrics, evaluate, reward
+from research_env.rewards import (
+    METRICS,
+    Reward,
+    WeightedSum,
+    episode_metrics,
+    evaluate,
+    resolve_reward,
+)
 from research_env.spaces import UnicodeText
 from research_env.templates import Template, own_template
 from research_env.tools import FORMATS, Tool, ToolTurn
 from research_env.tools.builtin import find_tools
-from research_env.turn_rewards import TurnReward, TurnRewards, turn_rewards
+from research_env.turn_rewards import TurnReward, TurnRewards, resolve_turn_rewards
 
 OWN = "own"
 """The name of a user's own template among the prompts of the protocol."""
@@ -310,9 +317,9 @@ def make_core(**settings: Unpack[EnvSettings]) -> EnvCore:
     for name in settings:
         if name not in EnvSettings.__annotations__:
             raise UnknownNameError("argument", name, EnvSettings.__annotations__)
-    rules = _with_tools(protocol(settings.get("protocol", "research")), settings)
+    rules = _with_tools(resolve_protocol(settings.get("protocol", "research")), settings)
     chosen = settings.get("reward")
-    episode_reward = reward(rules.reward if chosen is None else chosen)
+    episode_reward = resolve_reward(rules.reward if chosen is None else chosen)
     turn_reward = settings.get("turn_reward")
     top_k = _read_limit(settings, "top_k", rules.top_k, 1)
     max_searches = _read_limit(settings, "max_searches", rules.max_searches, 0)
@@ -350,7 +357,7 @@ def make_core(**settings: Unpack[EnvSettings]) -> EnvCore:
         retriever=retriever,
         protocol=rules,
         reward=episode_reward,
-        turn_reward=None if turn_reward is None else turn_rewards(turn_reward),
+        turn_reward=None if turn_reward is None else resolve_turn_rewards(turn_reward),
         template=template,
         top_k=5 if top_k is None else top_k,
         max_searches=max_searches,
@@ -411,7 +418,10 @@ def _load_dataset(settings: EnvSettings) -> Dataset:
         return name
     from research_env.datasets import load_dataset  # noqa: PLC0415 (not for a Dataset)
 
-    keys = ("split", "hops", "questions", "corpus", "world_seed", "difficulty", "grades", "grade")
+    keys = (
+        *("split", "hops", "questions", "corpus", "world_seed", "difficulty"),
+        *("grades", "grade", "metric_language"),
+    )
     given = {key: value for key, value in settings.items() if key in keys}
     return load_dataset(name, **{"split": "train", **given})  # type: ignore[arg-type]
 

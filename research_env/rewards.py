@@ -28,7 +28,7 @@ from research_env.papers import PAPERS
 from research_env.papers.base import Reward, em_reward, f1_reward
 from research_env.papers.r1_searcher import MAX_ANSWER_WORDS, r1_searcher_stage1_guarded
 
-__all__ = ["REWARDS", "Reward", "Term", "WeightedSum", "em_reward", "f1_reward", "reward"]
+__all__ = ["REWARDS", "Reward", "Term", "WeightedSum", "em_reward", "f1_reward", "resolve_reward"]
 
 
 def cem_reward(episode: Episode) -> float:
@@ -167,7 +167,7 @@ class WeightedSum:
 
     @property
     def __name__(self) -> str:
-        """The sum as text; `reward` reads it back."""
+        """The sum as text; `resolve_reward` reads it back."""
         return sum_text(self.terms)
 
     def __call__(self, episode: Episode) -> float:
@@ -183,7 +183,7 @@ class WeightedSum:
         return sum((term.weight * components[term.name] for term in self.terms), start=0.0)
 
 
-def reward(name: str | Reward) -> Reward:
+def resolve_reward(name: str | Reward) -> Reward:
     """The reward with a name, or the sum of several.
 
     Args:

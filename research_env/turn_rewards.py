@@ -22,7 +22,7 @@ from research_env.episode import Episode, Turn
 from research_env.metrics import normalize
 from research_env.rewards import Term, evaluate, read_terms, sum_text, support_recall
 
-__all__ = ["TURN_REWARDS", "TurnReward", "TurnRewards", "turn_rewards"]
+__all__ = ["TURN_REWARDS", "TurnReward", "TurnRewards", "resolve_turn_rewards"]
 
 TurnReward = Callable[[Episode, Episode], float]
 """From the episode before a turn and after it to what the turn has earned."""
@@ -177,7 +177,7 @@ class TurnRewards:
         }
 
 
-def turn_rewards(name: str | TurnReward) -> TurnRewards:
+def resolve_turn_rewards(name: str | TurnReward) -> TurnRewards:
     """Return the turn reward with a name, or the sum of several.
 
     Args:

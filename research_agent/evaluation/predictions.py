@@ -18,7 +18,7 @@ import numpy as np
 
 from research_agent.config import flatten
 from research_agent.errors import PredictionsError
-from research_agent.formats import LONGEST_LINE, EpisodeFormat, HeaderLineFormat, parse
+from research_agent.formats import LONGEST_LINE, EpisodeFormat, HeaderLineFormat, finite, parse
 from research_agent.system.files import folder_lock
 from research_agent.trajectory import Segment, Trajectory
 
@@ -50,9 +50,10 @@ def as_record(
 
     Returns:
         The trajectory's fields. The last ``info`` is without ``metrics``, which are a field of the
-        record. Of the segments only observations have ``info``, without empty values and values
-        that came with the prompt already (such as the question). The prompt has its chat
-        ``messages``, unless they are its text as one user message, and the ``tools``, if any.
+        record; their numbers are None where they are not finite. Of the segments only observations
+        have ``info``, without empty values and values that came with the prompt already (such as
+        the question). The prompt has its chat ``messages``, unless they are its text as one user
+        message, and the ``tools``, if any.
     """
     first = _plain(trajectory.segments[0].info) if trajectory.segments else {}
     return {
@@ -63,7 +64,7 @@ def as_record(
         "truncated": trajectory.truncated,
         "stop_reason": trajectory.stop_reason,
         "void": trajectory.void,
-        "metrics": dict(trajectory.metrics),
+        "metrics": finite(trajectory.metrics),
         "segments": [
             _segment(segment, first, pieces, chat_tokens) for segment in trajectory.segments
         ],
@@ -327,7 +328,7 @@ def _plain(value: Any) -> Any:
     """Convert a value of an info to JSON types."""
     match value:
         case None | bool() | int() | float() | str():
-            return value
+            return finite(value)
         case np.generic() | np.ndarray():
             return _plain(value.tolist())
         case Mapping():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,10 @@ def outcome(record: Mapping[str, Any]) -> Outcome:
     """Take the outcome from a record of ``predictions.jsonl``."""
     actions = [s for s in record["segments"] if s["provenance"] == "action"]
     own = {"tokens": float(sum(s["tokens"] for s in actions)), "turns": float(len(actions))}
-    metrics = {name: float(value) for name, value in record["metrics"].items()}
+    metrics = {
+        name: math.nan if value is None else float(value)
+        for name, value in record["metrics"].items()
+    }
     question, sample = record_key(record)
     prediction = record["info"].get("prediction")
     strata = record["info"].get("strata") or {}

@@ -45,6 +45,7 @@ def load_dataset(
     difficulty: int = 0,
     grades: str | Path | None = None,
     grade: str | None = None,
+    metric_language: str | None = None,
 ) -> Dataset:
     """Load the questions of a split, and the corpus that answers them.
 
@@ -65,9 +66,8 @@ def load_dataset(
     library, and ``"dev[100:200]"`` are the questions 100 to 199, before any other choice.
 
     Gold answers that normalize to nothing, such as "$", are dropped, since every answer made of
-    punctuation would match them exactly. The rules are those of the question's own field
-    ``metric_language``, else English. A question that has no other answer is left out; the number
-    of both is logged as a warning.
+    punctuation would match them exactly. A question that has no other answer is left out; the
+    number of both is logged as a warning.
 
     A mixture names several sets: ``"musique+hotpotqa"`` has all questions of both.
     ``"musique:2+hotpotqa:1"`` has two of the first for each of the second, spread evenly over each
@@ -86,9 +86,11 @@ def load_dataset(
         grades: a file written by ``research-agent grade``: ``{"question_id", "grade", ...}`` lines.
         grade: keep the questions with this grade. Grades are mixed as data sets are:
             ``"medium+hard"`` keeps all of both, ``"medium:1+hard:2"`` twice as many hard ones.
+        metric_language: the language by whose rules all answers are normalized; None: each
+            question's own field ``metric_language``, or English.
 
     Raises:
-        UnknownNameError: no such data set or split; the message lists those that exist.
+        UnknownNameError: no such data set, split or language; the message lists those that exist.
         ConfigurationError: settings that do not fit together, or leave no question.
         DataNotFoundError: the data are neither in a folder nor on a hub that answers.
         DataError: a file is damaged or malformed; the message names file and line.
@@ -102,6 +104,8 @@ def load_dataset(
             raise ConfigurationError(f"{what} is the path of a file, not {path!r}")
     if corpus is not None and not (Path(corpus).is_file() or is_beir(Path(corpus))):
         raise DataNotFoundError(f"no corpus file {str(corpus)!r}; give a .jsonl or .jsonl.gz file")
+    if metric_language not in (None, *LANGUAGES):
+        raise UnknownNameError("metric_language", metric_language, LANGUAGES)
     parts = [_parse_part(part) for part in name.split("+")]
     names = [part for part, _ in parts]
     if len(set(names)) < len(names):
@@ -110,10 +114,10 @@ def load_dataset(
         raise ConfigurationError(
             f"questions={str(questions)!r} goes with dataset='custom', not with {name!r}"
         )
-    loaded = [
-        _with_hops(_answerable(_load(part, split, questions, world_seed, difficulty)), split, hops)
-        for part in names
-    ]
+    loaded = []
+    for part in names:
+        whole = _load(part, split, questions, world_seed, difficulty)
+        loaded.append(_with_hops(_answerable(whole, metric_language), split, hops))
     data = loaded[0] if len(loaded) == 1 else _mixture(name, loaded, [w for _, w in parts])
     if corpus is not None:
         data = replace(data, corpus=FileCorpus(Path(corpus).name, Path(corpus)))
@@ -237,11 +241,11 @@ def _file(folder: Path, stem: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _answerable(data: Dataset) -> Dataset:
+def _answerable(data: Dataset, language: str | None) -> Dataset:
     """Drop gold answers that normalize to nothing, and questions that then have none."""
     kept, left_out, dropped = [], [], 0
     for question in data.questions:
-        answers = tuple(filter(_normalizer(question), question.answers))
+        answers = tuple(filter(_normalizer(question, language), question.answers))
         missing = len(question.answers) - len(answers)
         dropped += missing
         if answers:
@@ -260,9 +264,9 @@ def _answerable(data: Dataset) -> Dataset:
     return replace(data, questions=kept)
 
 
-def _normalizer(question: Question) -> Normalizer:
+def _normalizer(question: Question, language: str | None) -> Normalizer:
     """How a question's answers are normalized; an unknown language is refused where it is used."""
-    language = question.extra.get("metric_language")
+    language = language or question.extra.get("metric_language")
     rules = LANGUAGES.get(language) if isinstance(language, str) else None
     return rules.normalize if rules else normalize
 

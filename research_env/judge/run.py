@@ -19,7 +19,13 @@ from pathlib import Path
 from research_env.errors import ConfigurationError, UnknownNameError
 from research_env.judge.predictions import EpisodeKey, JudgedEpisode, read_predictions
 from research_env.judge.prompts import JUDGE_PROMPTS
-from research_env.judge.verdicts import JudgeError, Verdict, VerdictCache, open_verdict_log
+from research_env.judge.verdicts import (
+    JudgeError,
+    Verdict,
+    VerdictCache,
+    VerdictLog,
+    open_verdict_log,
+)
 from research_env.retrieval.url import check_address
 from research_env.system.progress import progress
 from research_env.system.redaction import one_line, redact
@@ -176,21 +182,7 @@ def judge_predictions(
         open_verdict_log(output / JUDGED, header) as log,
         closing(VerdictCache(predictions.parent / CACHE)) as cache,
     ):
-        counts = Counter(asked=0, from_cache=0, kept=0)
-        waiting: dict[str, list[EpisodeKey]] = {}  # digest of a prompt -> episodes that share it
-        for each in episodes:
-            digest = digests.get(each.key)
-            if each.void:
-                continue
-            if log.verdict(each.key, digest) is not None:
-                counts["kept"] += each.needs_judge
-            elif digest is None:
-                log.write(each.key, None, Verdict(False))
-            elif found := cache.get(digest):
-                log.write(each.key, digest, found)
-                counts["from_cache"] += 1
-            else:
-                waiting.setdefault(digest, []).append(each.key)
+        waiting, counts = _reuse_verdicts(episodes, digests, log, cache)
         problems = {key: "not asked" for keys in waiting.values() for key in keys}
         given: Counter[bool | None] = Counter()
         try:
@@ -272,6 +264,42 @@ def check_endpoint(url: str, key: str = "") -> None:
             "OPENAI_API_KEY"
         )
     check_address(url)
+
+
+def _reuse_verdicts(
+    episodes: Sequence[JudgedEpisode],
+    digests: Mapping[EpisodeKey, str],
+    log: VerdictLog,
+    cache: VerdictCache,
+) -> tuple[dict[str, list[EpisodeKey]], Counter[str]]:
+    """Write the verdicts that need no judge to the log.
+
+    Args:
+        episodes: all episodes.
+        digests: the digest of each prompt that a judge would be asked.
+        log: the verdicts of earlier runs with this output.
+        cache: the verdicts of all runs on these predictions.
+
+    Returns:
+        The episodes that wait for the verdict on each digest, and how many verdicts were kept from
+        the log and came from the cache.
+    """
+    counts = Counter(asked=0, from_cache=0, kept=0)
+    waiting: dict[str, list[EpisodeKey]] = {}
+    for each in episodes:
+        digest = digests.get(each.key)
+        if each.void:
+            continue
+        if log.verdict(each.key, digest) is not None:
+            counts["kept"] += each.needs_judge
+        elif digest is None:
+            log.write(each.key, None, Verdict(False))
+        elif found := cache.get(digest):
+            log.write(each.key, digest, found)
+            counts["from_cache"] += 1
+        else:
+            waiting.setdefault(digest, []).append(each.key)
+    return waiting, counts
 
 
 async def _ask_all(

@@ -16,7 +16,7 @@ PAPERS: dict[str, Paper] = {module.PAPER.protocol.name: module.PAPER for module 
 PROTOCOLS: dict[str, Protocol] = {name: paper.protocol for name, paper in PAPERS.items()}
 
 
-def protocol(name: str | Protocol) -> Protocol:
+def resolve_protocol(name: str | Protocol) -> Protocol:
     """The protocol of that name; a :class:`Protocol` is returned as it is.
 
     Raises:

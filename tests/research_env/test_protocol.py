@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from research_env import R1_SEARCHER, RESEARCH, SEARCH_R1, Protocol, Tag
 from research_env.errors import UnknownNameError
 from research_env.markup import clean, defuse
-from research_env.papers import PROTOCOLS, protocol
+from research_env.papers import PROTOCOLS, resolve_protocol
 from research_env.retrieval.base import MAX_QUERY_CHARACTERS
 from tests.research_env.fakes import hit
 
@@ -185,15 +185,15 @@ def test_an_ordinary_text_is_left_alone(text: str) -> None:
 
 
 def test_protocols_are_found_by_name_and_a_protocol_is_itself() -> None:
-    assert [protocol(name) for name in ("research", "r1-searcher", "search-r1")] == [
+    assert [resolve_protocol(name) for name in ("research", "r1-searcher", "search-r1")] == [
         RESEARCH,
         R1_SEARCHER,
         SEARCH_R1,
     ]
     mine = dataclasses.replace(RESEARCH, name="mine", query=Tag("<ask>", "</ask>"))
-    assert protocol(mine) is mine
+    assert resolve_protocol(mine) is mine
     with pytest.raises(UnknownNameError, match=r"'reserach'.*research.*Did you mean 'research'"):
-        protocol("reserach")
+        resolve_protocol("reserach")
 
 
 def test_a_protocol_of_ones_own_takes_new_tags() -> None:

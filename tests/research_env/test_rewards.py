@@ -23,7 +23,7 @@ from research_env.errors import ConfigurationError, RewardError
 from research_env.papers import PAPERS, PROTOCOLS, base
 from research_env.protocol import Protocol
 from research_env.retrieval.base import Hit, Passage
-from research_env.rewards import REWARDS, SHAPING, episode_metrics, evaluate, reward
+from research_env.rewards import REWARDS, SHAPING, episode_metrics, evaluate, resolve_reward
 from research_env.tools import write_call
 from tests.research_env.fakes import DATASET, Engine
 from tests.research_env.own_rewards import later
@@ -246,7 +246,7 @@ CASES = [
 @given(data=st.data())
 def test_rewards_equal_the_slow_oracles(name: str, protocol: str, data: st.DataObject) -> None:
     episode = data.draw(episodes(protocol))
-    assert reward(name)(episode) == pytest.approx(expected(name, episode), abs=1e-9)
+    assert resolve_reward(name)(episode) == pytest.approx(expected(name, episode), abs=1e-9)
 
 
 # --- no passage can change a reward --------------------------------------------------------------
@@ -285,13 +285,13 @@ def test_no_passage_changes_a_reward(protocol: str, title: str, text: str) -> No
         nothing = play(protocol, actions, hits=())
         assert episode_metrics(one) == episode_metrics(other) == episode_metrics(nothing)
         for name in REWARDS:
-            score = reward(name)(one)
-            assert score == reward(name)(other) == reward(name)(nothing), name
+            score = resolve_reward(name)(one)
+            assert score == resolve_reward(name)(other) == resolve_reward(name)(nothing), name
     golds = ("p1", "p7")  # what was found may count, but no word of it
     one = play(protocol, GOOD[protocol], hits=(hostile, PLAIN[1]), supporting=golds)
     other = play(protocol, GOOD[protocol], hits=(blank, PLAIN[1]), supporting=golds)
     for name in SHAPING:
-        assert reward(name)(one) == reward(name)(other), name
+        assert resolve_reward(name)(one) == resolve_reward(name)(other), name
 
 
 @pytest.mark.parametrize("name", [*REWARDS, *SHAPING])
@@ -301,9 +301,9 @@ def test_a_truncated_episode_earns_no_more_than_one_given_up(protocol: str, name
     for searches in range(4):
         episode = play(protocol, [search] * searches)
         given_up = advance(episode, "I do not know")
-        assert reward(name)(truncate(episode)) == reward(name)(given_up)
+        assert resolve_reward(name)(truncate(episode)) == resolve_reward(name)(given_up)
         if not (waiting := advance(episode, search)).over:  # cut while it searches
-            assert reward(name)(truncate(waiting)) <= reward(name)(given_up)
+            assert resolve_reward(name)(truncate(waiting)) <= resolve_reward(name)(given_up)
 
 
 def test_the_word_assistant_in_a_passage_costs_nothing() -> None:
@@ -311,7 +311,7 @@ def test_the_word_assistant_in_a_passage_costs_nothing() -> None:
     hit = Hit(Passage("p", "Assistant", "An assistant referee. 巴黎"), 1.0)
     episode = play("r1-searcher", GOOD["r1-searcher"], hits=[hit])
     assert "assistant" in episode.turns[0].observation
-    assert reward("r1-searcher-stage2")(episode) == 1.0
+    assert resolve_reward("r1-searcher-stage2")(episode) == 1.0
     assert oracle_r1_searcher(episode, "f1") == -1.0
 
 
@@ -322,7 +322,7 @@ def test_the_word_assistant_in_a_passage_costs_nothing() -> None:
 def test_a_megabyte_of_tags_is_scored(protocol: str, piece: str) -> None:
     """A scan that starts again at every tag would take hours."""
     episode = play(protocol, ["<think>" + piece * (1_000_000 // len(piece))])
-    assert max(reward(name)(episode) for name in REWARDS) <= 0.1
+    assert max(resolve_reward(name)(episode) for name in REWARDS) <= 0.1
 
 
 # --- the metrics of an episode -------------------------------------------------------------------
@@ -364,8 +364,8 @@ NO_FUNCTION = 3
 
 
 def test_a_reward_is_found_by_name_module_or_as_it_is() -> None:
-    assert reward(one_of_your_own) is one_of_your_own
-    found = reward(f"{__name__}:one_of_your_own")
+    assert resolve_reward(one_of_your_own) is one_of_your_own
+    found = resolve_reward(f"{__name__}:one_of_your_own")
     assert found(play("research", GOOD["research"])) == 1.0
 
 
@@ -390,7 +390,7 @@ def test_the_names_are_those_of_the_papers() -> None:
 )
 def test_a_reward_that_cannot_be_imported_is_refused(name: str, what: str) -> None:
     with pytest.raises(ConfigurationError, match=what):
-        reward(name)
+        resolve_reward(name)
 
 
 OWN = "tests.research_env.own_rewards"
@@ -439,9 +439,9 @@ def test_every_module_of_papers_is_registered() -> None:
 def test_an_invalid_reward_value_is_an_error_that_names_the_reward(name: str, message: str) -> None:
     episode = play("research", ["<answer>\\boxed{Paris}</answer>"])
     with pytest.raises(RewardError, match=f"the reward {name} {message}"):
-        evaluate(reward(f"{OWN}:{name}"), episode)
+        evaluate(resolve_reward(f"{OWN}:{name}"), episode)
     with pytest.raises(RewardError, match=f"the reward {OWN}:{name} {message}"):
-        evaluate(reward(f"em+0.5*{OWN}:{name}"), episode)
+        evaluate(resolve_reward(f"em+0.5*{OWN}:{name}"), episode)
     env = SearchQAEnv(dataset=DATASET, retriever=Engine(), reward=f"{OWN}:{name}")
     env.reset(options={"question_id": "q1"})
     with pytest.raises(RewardError, match=f"the reward {OWN}:{name} {message}"):
@@ -450,8 +450,8 @@ def test_an_invalid_reward_value_is_an_error_that_names_the_reward(name: str, me
 
 def test_numbers_of_any_library_are_rewards() -> None:
     episode = play("research", ["<answer>\\boxed{Paris}</answer>"])
-    assert evaluate(reward(f"{OWN}:half"), episode) == 0.5
-    assert evaluate(reward(f"em-{OWN}:half"), episode) == 0.5
+    assert evaluate(resolve_reward(f"{OWN}:half"), episode) == 0.5
+    assert evaluate(resolve_reward(f"em-{OWN}:half"), episode) == 0.5
 
 
 @pytest.mark.parametrize("name", [f"{OWN}:later", f"em+{OWN}:later", later])

@@ -17,7 +17,7 @@ from research_env.episode import Episode, advance, fail, observe, truncate
 from research_env.errors import ConfigurationError, RewardError, UnknownNameError
 from research_env.papers import PROTOCOLS
 from research_env.retrieval.base import Hit, Passage
-from research_env.turn_rewards import TURN_REWARDS, TurnRewards, turn_rewards
+from research_env.turn_rewards import TURN_REWARDS, TurnRewards, resolve_turn_rewards
 from research_env.vector_env import SearchQAVectorEnv
 from tests.research_env.fakes import DATASET, Engine, answer, hit, search
 
@@ -46,7 +46,7 @@ def states(
 
 def earned(name: str, actions: Sequence[str], **more: object) -> list[float]:
     """What each turn earns."""
-    rule = turn_rewards(name)
+    rule = resolve_turn_rewards(name)
     return [rule.earned(state) for state in states(actions, **more)[1:]]  # type: ignore[arg-type]
 
 
@@ -77,7 +77,7 @@ def test_pivots_are_gold_passages_and_answers_in_the_policys_own_words() -> None
     assert earned("pivot_progress", actions) == [0, 0.5, 0.5, -1]
     told = [Hit(Passage("p9", "Ann Lee", "Ann Lee lives in Bergen."), 1.0)]
     episode = observe(advance(states([])[0], search("5")), told)
-    assert turn_rewards("pivot_progress").earned(episode) == 0.0
+    assert resolve_turn_rewards("pivot_progress").earned(episode) == 0.0
 
 
 def test_repeated_queries_and_invalid_actions() -> None:
@@ -114,7 +114,7 @@ def test_potentials_telescope(actions: list[str], protocol: str, cut: bool) -> N
     if cut and not made[-1].over:
         made.append(truncate(made[-1]))
     for name in ("support_progress", "pivot_progress"):
-        f, rule = TURN_REWARDS[name], turn_rewards(name)
+        f, rule = TURN_REWARDS[name], resolve_turn_rewards(name)
         total = sum(f(before, after) for before, after in pairwise(made))
         assert sum(map(rule.earned, made[1:])) == pytest.approx(total, abs=1e-12)
         if made[-1].over:
@@ -133,10 +133,12 @@ def test_nothing_is_paid_twice(actions: list[str], again: list[int]) -> None:
     assert len(repeated) == len(repeats)
     costs = {"redundancy", "searches", "repeated_query", "invalid_action"}
     for name in TURN_REWARDS.keys() - costs:
-        assert [turn_rewards(name).earned(state) for state in repeated] == [0.0] * len(repeats)
-    paid = turn_rewards("-0.02*searches-0.1*repeated_query")
+        assert [resolve_turn_rewards(name).earned(state) for state in repeated] == [0.0] * len(
+            repeats
+        )
+    paid = resolve_turn_rewards("-0.02*searches-0.1*repeated_query")
     assert [paid.earned(state) for state in repeated] == pytest.approx([-0.12] * len(repeats))
-    gained = turn_rewards("information_gain")
+    gained = resolve_turn_rewards("information_gain")
     total = sum(gained.earned(state) for state in states(actions)[1:])
     assert total <= 1.0 + 1e-12
 
@@ -147,21 +149,21 @@ def test_a_budget_that_is_spent_pays_no_turn_again() -> None:
     cut = truncate(last)
     for name in TURN_REWARDS:
         owed = -1.0 if name == "support_progress" else -0.5 if name == "pivot_progress" else 0.0
-        assert turn_rewards(name).earned(cut) == owed
-    sums = turn_rewards(EVERYTHING).totals(cut)
+        assert resolve_turn_rewards(name).earned(cut) == owed
+    sums = resolve_turn_rewards(EVERYTHING).totals(cut)
     assert sums["turn_reward/searches"] == 2.0
     assert sums["turn_reward/new_support"] == 2.0
 
 
 def test_a_search_that_was_cut_before_its_answer_costs_nothing() -> None:
     waiting = advance(states([search("1")])[-1], search("2"))
-    assert turn_rewards("searches").earned(truncate(waiting)) == 0.0
-    assert turn_rewards("new_support").earned(truncate(waiting)) == 0.0
+    assert resolve_turn_rewards("searches").earned(truncate(waiting)) == 0.0
+    assert resolve_turn_rewards("new_support").earned(truncate(waiting)) == 0.0
 
 
 def test_a_failed_engine_pays_nothing() -> None:
     void = fail(advance(states([search("1")])[-1], search("2")))
-    assert turn_rewards(EVERYTHING).earned(void) == 0.0
+    assert resolve_turn_rewards(EVERYTHING).earned(void) == 0.0
 
 
 def longest(before: Episode, after: Episode) -> float:
@@ -169,16 +171,16 @@ def longest(before: Episode, after: Episode) -> float:
 
 
 def test_own_functions_and_invalid_sums() -> None:
-    rule = turn_rewards(f"searches-0.5*{__name__}:longest")
+    rule = resolve_turn_rewards(f"searches-0.5*{__name__}:longest")
     assert [rule.earned(s) for s in states([search("1"), answer("x")])[1:]] == [0.5, -0.5]
     assert rule.__name__ == f"1*searches-0.5*{__name__}:longest"
-    assert isinstance(turn_rewards(longest), TurnRewards)
+    assert isinstance(resolve_turn_rewards(longest), TurnRewards)
     with pytest.raises(UnknownNameError, match="new_suport"):
-        turn_rewards("0.2*new_suport")
+        resolve_turn_rewards("0.2*new_suport")
     with pytest.raises(UnknownNameError, match="support_recall"):
-        turn_rewards("support_recall")  # a reward of whole episodes
+        resolve_turn_rewards("support_recall")  # a reward of whole episodes
     with pytest.raises(ConfigurationError, match="position 14"):
-        turn_rewards("0.2*searches 3")
+        resolve_turn_rewards("0.2*searches 3")
 
 
 def nothing(before: Episode, after: Episode) -> Any:
@@ -209,11 +211,11 @@ def test_an_invalid_value_is_an_error_that_names_the_reward(name: str, message: 
         env.step(search("1"))
     *_, last = states([answer("Bergen")])
     with pytest.raises(RewardError, match=f"the reward {own} {message.replace('q1', 'q')}"):
-        turn_rewards(own).totals(last)
+        resolve_turn_rewards(own).totals(last)
 
 
 def test_the_text_of_a_sum_keeps_all_digits() -> None:
-    assert turn_rewards("0.12345678*searches-redundancy").__name__ == (
+    assert resolve_turn_rewards("0.12345678*searches-redundancy").__name__ == (
         "0.12345678*searches-1*redundancy"
     )
 

@@ -23,8 +23,8 @@ from research_env.rewards import (
     answer_length,
     parse_sum,
     query_diversity,
+    resolve_reward,
     retrieved,
-    reward,
     searches,
     support_recall,
 )
@@ -100,7 +100,7 @@ def test_retrieved_is_whether_a_search_found_a_passage() -> None:
     assert retrieved(ask("one")) == 1.0
     assert retrieved(ask()) == 0.0
     assert retrieved(ask("", " ")) == 0.0  # blank queries find none
-    assert reward("0.5*retrieved+0.5*format")(ask("")) == 0.5  # the format alone
+    assert resolve_reward("0.5*retrieved+0.5*format")(ask("")) == 0.5  # the format alone
 
 
 def test_answer_length_counts_words() -> None:
@@ -177,7 +177,7 @@ def test_an_invalid_sum_is_refused_with_the_position(text: str, message: str) ->
 )  # fmt: skip
 def test_unknown_names_are_refused_with_the_known_ones(text: str, message: str) -> None:
     with pytest.raises(UnknownNameError, match=message):
-        reward(text)
+        resolve_reward(text)
 
 
 @given(st.text(alphabet="em+-* .0123:f_()\n\"'", max_size=30) | st.text(max_size=30))
@@ -194,7 +194,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 @pytest.mark.parametrize("piece", ["+", "em", "em+", "0", " ", "a:b+", "-", "_", "em-"])
 def test_a_megabyte_is_refused_at_once(piece: str) -> None:
     with pytest.raises((ConfigurationError, UnknownNameError)) as refused:
-        reward("+" + piece * (1_000_000 // len(piece)))
+        resolve_reward("+" + piece * (1_000_000 // len(piece)))
     assert len(str(refused.value)) < 1_000
 
 
@@ -237,15 +237,15 @@ def test_a_sum_is_the_sum_of_its_terms(parts: list[tuple[float, str]], data: st.
             name if plain else f"{abs(weight)!r}{data.draw(st.sampled_from(['*', ' * ']))}{name}"
         )
     episode = ask("paris", "paris france", supporting=("p1", "p9"))
-    expected = sum(weight * reward(name)(episode) for weight, name in parts)
-    assert reward(f" {text}")(episode) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    expected = sum(weight * resolve_reward(name)(episode) for weight, name in parts)
+    assert resolve_reward(f" {text}")(episode) == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
 def test_a_sum_worked_by_hand() -> None:
     text = f"research+0.5*support_recall-0.02*searches-0.01*answer_length+{OWN}"
     episode = ask("x y", "y z", supporting=("p1", "p9"))
-    assert reward(text)(episode) == pytest.approx(1 + 0.5 * 0.5 - 0.02 * 2 - 0.01 * 1 + 2)
-    read = reward(text)
+    assert resolve_reward(text)(episode) == pytest.approx(1 + 0.5 * 0.5 - 0.02 * 2 - 0.01 * 1 + 2)
+    read = resolve_reward(text)
     assert isinstance(read, WeightedSum)
     assert read.components(episode) == {
         "research": 1.0, "support_recall": 0.5, "searches": 2.0, "answer_length": 1.0, OWN: 2.0,
@@ -262,14 +262,14 @@ def test_a_sum_worked_by_hand() -> None:
     ],
 )
 def test_the_text_of_a_sum_keeps_all_digits(text: str, name: str) -> None:
-    assert getattr(reward(text), "__name__", "") == name
+    assert getattr(resolve_reward(text), "__name__", "") == name
 
 
 @given(weight=st.floats(allow_nan=False, allow_infinity=False))
 def test_the_text_of_a_sum_is_read_back(weight: float) -> None:
-    read = reward(f"{weight!r}*em+f1")
+    read = resolve_reward(f"{weight!r}*em+f1")
     assert isinstance(read, WeightedSum)
-    again = reward(read.__name__)
+    again = resolve_reward(read.__name__)
     assert isinstance(again, WeightedSum)
     assert again.terms == read.terms
 
@@ -284,7 +284,7 @@ def test_the_table_of_rewards_names_all_there_is() -> None:
 
 def test_a_name_alone_is_the_function_itself() -> None:
     for name, function in SHAPING.items():
-        assert reward(name) is function
+        assert resolve_reward(name) is function
         assert function.__doc__
 
 

@@ -19,7 +19,7 @@ from research_agent.config_checks import validate
 from research_agent.curriculum import parse_stages
 from research_agent.errors import CheckpointError
 from research_env.datasets import load_dataset
-from research_env.rewards import reward
+from research_env.rewards import resolve_reward
 from tests.benchmarks.ablations.finished_run import write_run
 
 CONFIG = AblationsConfig("all")
@@ -47,7 +47,7 @@ def test_every_run_is_valid_and_plays_as_many_episodes(ablation: Ablation) -> No
         validate(training)
         parse_stages(training.rollout.stages)
         make_algorithm(training.algorithm.algorithm, **training.algorithm.algorithm_args)
-        reward(training.environment.env_args.get("reward", "research"))
+        resolve_reward(training.environment.env_args.get("reward", "research"))
         episodes = training.rollout.prompts_per_step * training.rollout.group_size
         assert episodes == (180 if training.rollout.tree_branches else 192)  # whole trees
         assert training.run.seed == 3 and training.run.output == folder_of(CONFIG, arm, 3)

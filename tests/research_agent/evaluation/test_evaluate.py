@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from research_agent.errors import (
     PredictionsError,
 )
 from research_agent.evaluation.difficulty import write_demonstrations
-from research_agent.evaluation.evaluate import evaluate
+from research_agent.evaluation.evaluate import evaluate, record_evaluation
 from research_agent.evaluation.fingerprint import model_fingerprint
 from research_agent.evaluation.predictions import as_record, read_predictions
 from research_agent.evaluation.summary import Outcome, Part, Summary, outcome, summarize
@@ -194,6 +195,18 @@ def ended(reward: float, void: bool = False, **metrics: float) -> Trajectory:
 def test_infos_become_plain_json() -> None:
     info = json.loads(json.dumps(as_record(ended(1.0))))["info"]
     assert info == {"ids": [1, 2], "hits": [0.5, None], "x": {"y": "{1}"}}
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    made = replace(ended(1.0, em=1.0, perplexity=nan), info={"score": float("inf"), "x": [nan]})
+    summary = record_evaluation([made], tmp_path, {})
+    (line,) = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    assert not re.search("NaN|Infinity", line)
+    _, (record,) = read_predictions(tmp_path)
+    assert record["metrics"] == {"em": 1.0, "perplexity": None}
+    assert record["info"] == {"score": None, "x": [None]}
+    assert summary.metrics["em"] == 1.0
+    assert isnan(summary.metrics["perplexity"])
 
 
 def test_limit(tmp_path: Path) -> None:

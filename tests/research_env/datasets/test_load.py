@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from research_env.datasets import load_dataset
+from research_env.env import SearchQAEnv
 from research_env.errors import (
     ConfigurationError,
     DataError,
@@ -16,6 +17,7 @@ from research_env.errors import (
     UnknownNameError,
 )
 from tests.research_env.datasets.records import PASSAGE, question, write
+from tests.research_env.fakes import Engine
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +125,19 @@ def test_golds_are_dropped_by_the_rules_of_their_own_language(tmp_path: Path) ->
     path = write(tmp_path / "questions.jsonl", *lines)
     data = load_dataset("custom", split="train", questions=path)
     assert [(q.id, q.answers) for q in data.questions] == [("zh", ("A",)), ("en", ("《》",))]
+
+
+def test_golds_are_dropped_by_the_rules_of_the_environments_language(tmp_path: Path) -> None:
+    lines = [question("a", answers=["A"]), question("b", answers=["《》"])]
+    path = write(tmp_path / "questions.jsonl", *lines)
+    for language, kept in (("zh", "a"), ("en", "b")):
+        env = SearchQAEnv(
+            dataset="custom", questions=str(path), metric_language=language, retriever=Engine()
+        )
+        assert env.num_tasks == 1
+        assert env.reset(seed=0)[1]["question_id"] == kept
+    with pytest.raises(UnknownNameError, match="unknown metric_language 'xx'"):
+        load_dataset("custom", split="train", questions=path, metric_language="xx")
 
 
 def test_dollar_signs_are_dropped_from_musiques_golds(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from research_env import SEARCH_R1
 from research_env.errors import UnknownNameError
-from research_env.papers import PROTOCOLS, protocol
+from research_env.papers import PROTOCOLS, resolve_protocol
 from research_env.protocol import Protocol
 
 QUESTION = "Who was president when Citibank was founded?"
@@ -81,6 +81,6 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown template 'bse'.*instruct.*'base'"):
         PROTOCOLS["research"].prompt("bse", "q")
     with pytest.raises(UnknownNameError, match=r"unknown protocol 'reserch'.*r1-searcher"):
-        protocol("reserch")
+        resolve_protocol("reserch")
     with pytest.raises(UnknownNameError, match=r"template of the protocol 'mine'.*question"):
         replace(SEARCH_R1, name="mine", prompts={}).messages("base", "q")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import pytest
 
-from research_env.rewards import reward
+from research_env.rewards import resolve_reward
 from tests.research_env.playing import play
 
 S = "hm <|begin_of_query|> capital France<|end_of_query|>"
@@ -130,12 +130,12 @@ CASES: list[Case] = [
 def test_reward_of_a_case(case: Case) -> None:
     _why, golds, actions, expected = case
     episode = play("r1-searcher", actions, golds)
-    scores = tuple(reward(name)(episode) for name in NAMES)
+    scores = tuple(resolve_reward(name)(episode) for name in NAMES)
     assert scores == pytest.approx(expected, abs=1e-9)
 
 
 def test_llama_loses_one_and_for_fewer_things() -> None:
-    score = reward("r1-searcher-stage2-llama")
+    score = resolve_reward("r1-searcher-stage2-llama")
     assert score(play("r1-searcher", [S, end("Paris")], PARIS)) == 1.0
     assert score(play("r1-searcher", ["As an assistant, " + S, end("Paris")], PARIS)) == 1.0
     assert score(play("r1-searcher", [S, "So. <answer>Paris</answer>"], PARIS)) == 0.0
@@ -147,5 +147,5 @@ def test_a_search_that_finds_nothing_costs_nothing() -> None:
     """The authors' dense engine always finds something; an empty result would cost 2 there."""
     episode = play("r1-searcher", [S, end("Paris")], hits=())
     assert "None" in episode.turns[0].observation
-    scores = tuple(reward(name)(episode) for name in NAMES)
+    scores = tuple(resolve_reward(name)(episode) for name in NAMES)
     assert scores == (2.0, 1.0, 1.0, 1.0)

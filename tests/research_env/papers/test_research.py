@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pytest
 
-from research_env.rewards import reward
+from research_env.rewards import resolve_reward
 from tests.research_env.playing import play
 
 T = "<think>hm</think>"
@@ -125,5 +125,5 @@ CASES: list[Case] = [
 def test_reward_of_a_case(case: Case) -> None:
     _why, golds, actions, expected = case
     episode = play("research", actions, golds)
-    scores = tuple(reward(name)(episode) for name in NAMES)
+    scores = tuple(resolve_reward(name)(episode) for name in NAMES)
     assert scores == pytest.approx(expected, abs=1e-9)
