@@ -17,7 +17,8 @@ All parts together take under eight minutes on one H200; a part that would begin
   tokenizer of the shipped warm-start checkpoint.
 
 It runs with Python 3.12, torch 2.11 and transformers 5.17 as well as with the locked versions.
-Of the other packages it needs tyro (all parts), and gymnasium, msgspec and PyStemmer (``steps``).
+Of the other packages it needs msgspec and tyro with its docstring-parser and typeguard (all parts),
+and gymnasium with its farama-notifications, and PyStemmer (``steps``).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
@@ -52,6 +54,8 @@ FILE = "gpu.jsonl"
 PEAK = 989e12
 """FLOPs per second of an H100 or H200 with dense bfloat16."""
 MICRO_BATCH_TOKENS = 16384
+ANSWER_TIMEOUT = 60.0
+"""Seconds for the process that receives weights to take a bucket, or to start."""
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"gradient_checkpointing": True},
     {"gradient_checkpointing": False},
@@ -243,26 +247,31 @@ def transfer(bench: Bench) -> None:
     shapes = [tuple(weight.shape) for weight in weights]
     child = context.Process(target=_receive, args=(inbox, outbox, shapes, bench.device))
     child.start()
-    outbox.get()
-    for room in (2**28, 2**28, 2**30, 2**30):  # the second of each is warm
-        bench.synchronize()
-        start = time.perf_counter()
-        for first, last in _buckets([2 * weight.numel() for weight in weights], room):
-            flat = torch.cat([weight.reshape(-1).bfloat16() for weight in weights[first:last]])
+    try:
+        outbox.get(timeout=ANSWER_TIMEOUT)
+        for room in (2**28, 2**28, 2**30, 2**30):  # the second of each is warm
             bench.synchronize()
-            inbox.put((flat, first, last))
-            outbox.get()
-        seconds = time.perf_counter() - start
-        bench.write(
-            "transfer",
-            bucket_mib=room >> 20,
-            gb=float(f"{size / 1e9:.4g}"),
-            seconds=round(seconds, 4),
-            gb_per_second=round(size / seconds / 1e9, 2),
-        )
-    del flat
-    inbox.put(None)
-    child.join()
+            start = time.perf_counter()
+            for first, last in _buckets([2 * weight.numel() for weight in weights], room):
+                flat = torch.cat([weight.reshape(-1).bfloat16() for weight in weights[first:last]])
+                bench.synchronize()
+                inbox.put((flat, first, last))
+                outbox.get(timeout=ANSWER_TIMEOUT)
+            seconds = time.perf_counter() - start
+            bench.write(
+                "transfer",
+                bucket_mib=room >> 20,
+                gb=float(f"{size / 1e9:.4g}"),
+                seconds=round(seconds, 4),
+                gb_per_second=round(size / seconds / 1e9, 2),
+            )
+            del flat
+        inbox.put(None)
+        child.join(ANSWER_TIMEOUT)
+    except Empty:
+        bench.write("transfer", error="the other process does not answer; its error is above")
+    finally:
+        child.kill()
     del weights
     _free(bench)
 

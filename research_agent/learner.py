@@ -144,6 +144,7 @@ class Learner:
                 policy,
                 packing=self._packing,
                 required=config.packing != "auto",
+                half=self.device.type == "cuda" and config.precision == "bfloat16",
                 gradient_checkpointing=config.gradient_checkpointing,
                 compile=config.compile,
             )
@@ -462,7 +463,7 @@ def _shard_all(
 
 
 def _prepare(
-    policy: TokenLogprobs, *, packing: Packing, required: bool, **settings: Any
+    policy: TokenLogprobs, *, packing: Packing, required: bool, half: bool, **settings: Any
 ) -> Packing:
     """Prepare a model for learning; returns its packing, "off" if it cannot do the one wanted.
 
@@ -470,12 +471,14 @@ def _prepare(
         policy: the model, sharded if there are several ranks.
         packing: the packing that is wanted.
         required: raise the error of a model that cannot do it.
+        half: learning is in bfloat16 on a GPU, where attention takes another kernel.
         settings: further arguments of ``prepare``.
     """
 
     def attempt(model: nn.Module) -> ModelError | None:
         try:
-            prepare(model, packing=packing, **settings)
+            with torch.autocast("cuda" if half else "cpu", torch.bfloat16, enabled=half):
+                prepare(model, packing=packing, **settings)
         except ModelError as error:
             return error  # raised here it would leave the weights gathered
         return None

@@ -275,7 +275,8 @@ def _learn(
     if longest > limit:
         message = f"a demonstration of {longest} tokens does not fit the context of {limit}"
         raise ContextError(f"{message}; leave it out, or give a larger --context")
-    loss = _backward(model, make_batch([Group(i, [t]) for i, t in enumerate(batch)]), config)
+    groups = [Group(i, [trajectory]) for i, trajectory in enumerate(batch)]
+    loss = _backward(model, make_batch(groups, model.device), config)
     if not math.isfinite(loss):
         raise NonFiniteError(f"sft: the loss of step {step} is {loss}")
     clip_grad_norm_(model.parameters(), config.max_grad_norm)

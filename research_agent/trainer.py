@@ -485,7 +485,7 @@ class Trainer:
                 reference=reference,
                 adapter=adapter,
                 temperature=config.sampling.temperature,
-                device=torch.device(find_device(config.policy.device)),
+                device=self._device,
                 trees=rollout.tree_branches > 0,
             )
         if not saved:
@@ -501,6 +501,11 @@ class Trainer:
                 self.player.restore(saved.state["in_flight"], self._own_episodes(steps))
         with together():
             write_config(self.config, self.step, changed)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where this rank learns."""
+        return torch.device(find_device(self.config.policy.device))
 
     def _load_renderer(self, saved: Checkpoint | None, today: str) -> None:
         """Open the tokenizer. Its chat template writes the day on which the run started."""
@@ -553,6 +558,7 @@ class Trainer:
             max_slots=slots,
             max_context=episode_context(self.model, sampling),
             dtype=config.learner.precision,
+            device=self._device,
         )
         if isinstance(player, Player):
             player.start(lambda: (engine, self.renderer))

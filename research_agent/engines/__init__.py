@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from research_agent.engines.spec import parse_engine
 
 if TYPE_CHECKING:
+    import torch
+
     from research_agent.engines.base import Engine
     from research_agent.renderer import Renderer
 
@@ -20,6 +22,7 @@ def make_engine(
     max_context: int | None = None,
     dtype: str | None = None,
     share: bool = False,
+    device: torch.device | None = None,
 ) -> Engine:
     """Make an engine that samples from a model.
 
@@ -33,6 +36,8 @@ def make_engine(
             Servers must have the same.
         share: use the model object itself, where nobody else does (an evaluation) and the engine
             can.
+        device: where the learner's weights are or will be, for servers, which get them from there;
+            None: where the model is.
 
     Raises:
         ConfigError: no engine of that name, or it is not installed, or the GPUs are too few.
@@ -62,7 +67,15 @@ def make_engine(
     )
 
     if spec.kind == "serve":
-        return serve_engine(spec, model, renderer, max_slots, max_context, dtype=dtype)
+        return serve_engine(
+            spec, model, renderer, max_slots, max_context, dtype=dtype, device=device
+        )
     return connect_servers(
-        model, renderer, spec.urls, max_context, transfer=spec.transfer, dtype=dtype
+        model,
+        renderer,
+        spec.urls,
+        max_context,
+        transfer=spec.transfer,
+        dtype=dtype,
+        device=device,
     )

@@ -89,18 +89,6 @@ def require_temperature(temperature: float) -> None:
         raise ValueError(f"temperature is {temperature}; vLLM takes 0, or 0.01 and more")
 
 
-def weights_device(model: Any) -> torch.device:
-    """Where a model's weights are, or will be if they are not loaded yet."""
-    import torch  # noqa: PLC0415 - slow to import
-
-    device: torch.device = model.device
-    if device.type != "meta":
-        return device
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
 def require_gpus(kind: str, count: int, device: torch.device) -> None:
     """Check that this machine has the GPUs that vLLM is to use; without any it runs on the CPU.
 

@@ -40,6 +40,8 @@ CUDA_BYTES = 4e9
 """Bytes per GPU for CUDA, NCCL and fragmentation in the learner's process."""
 FREE = 0.05
 """Fraction of a GPU's memory that a plan leaves free."""
+TRANSFER_BUFFER = 2**30
+"""Bytes on a learner's GPU of the buffer from which vLLM's transfer sends weights."""
 SERVER_BYTES = 1e9
 """Bytes per GPU for CUDA in a separate vLLM process."""
 VLLM_WORK = 3e9

@@ -87,7 +87,7 @@ def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Samp
     peaks = {
         "learning": sum(gpu.values()),
         "end of a backward pass": fixed + gradients + _root_gradients(config, shape, machines),
-        "weights to the sampler": fixed + 2 * bucket,
+        "weights to the sampler": fixed + 2 * bucket + _sent(config, shape, machines, sampler),
         "saving": fixed + bucket,
         "resuming": fixed + bucket,
         "starting the sampler": before_learner + _loaded(config, shape, machines, sampler),
@@ -97,7 +97,7 @@ def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Samp
         peaks=peaks,
         servers=samplers.own_memory(sampler, shape, machines) if sampler.kind == "server" else {},
         host=_host(config, shape, machines, sampler),
-        disk=_disk(config, shape, sampler),
+        disk=_disk(config, shape, machines, sampler),
         problem=_problem(config, shape, machines, sampler),
     )
 
@@ -188,8 +188,21 @@ def _bucket(config: TrainConfig, shape: Shape, machines: Machines) -> float:
     """Bytes of gathered weights while they are saved or sent to the sampler."""
     if machines.count == 1:
         return 0.0
-    largest = 4 * max(math.prod(each) for each in shape.root_tensors)
-    return float(max(config.learner.bucket_bytes, largest))
+    return float(max(config.learner.bucket_bytes, 4 * _largest(shape)))
+
+
+def _largest(shape: Shape) -> int:
+    """Numbers of the largest tensor."""
+    return max(math.prod(each) for each in shape.root_tensors)
+
+
+def _sent(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler) -> float:
+    """Bytes of weights that are on their way to the sampler, beside the learner's buckets."""
+    if sampler.kind == "vllm" and machines.count == 1 and not config.rollout.max_staleness:
+        return float(sampler.number * shape.parameters)  # all are checked before any is taken
+    if sampler.kind == "serve" or config.sampling.engine.startswith("server+"):
+        return float(max(given.TRANSFER_BUFFER, sampler.number * _largest(shape)))
+    return 0.0
 
 
 def _loaded(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler) -> float:
@@ -232,15 +245,19 @@ def checkpoint_bytes(config: TrainConfig, shape: Shape) -> float:
     return size
 
 
-def _disk(config: TrainConfig, shape: Shape, sampler: Sampler) -> dict[str, float]:
+def _disk(
+    config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler
+) -> dict[str, float]:
     """Bytes of kept checkpoints, of the one being written, and of weights sent through files."""
     each = checkpoint_bytes(config, shape)
     kept = config.run.keep + bool(config.run.eval_every)
     needed = {f"{kept} checkpoints": kept * each, "one being written": each}
     weights = float(sampler.number * shape.parameters)
-    if config.sampling.engine.startswith("server:"):
+    # A server of the run's own takes weights from memory if each of its GPUs has a rank.
+    paired = sampler.copies * sampler.tensor_parallel == machines.count
+    if config.sampling.engine.startswith("server:") or (sampler.kind == "serve" and not paired):
         needed["TMPDIR: weights for the servers"] = 2 * weights
-    elif config.rollout.max_staleness and sampler.kind != "serve":
+    elif config.rollout.max_staleness and sampler.kind in ("vllm", "transformers"):
         needed["TMPDIR: weights for the players"] = weights
     return needed
 
@@ -251,6 +268,9 @@ def _problem(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sam
         return "--optimizer adamw_8bit works in one process only"
     if sampler.kind == "transformers":
         return ""
+    if sampler.kind == "vllm" and sampler.tensor_parallel > 1 and machines.count > 1:
+        tp = sampler.tensor_parallel
+        return f"vllm:tp={tp} works in one process; with several ranks take serve:tp={tp}"
     if shape.heads % sampler.tensor_parallel:
         return f"vLLM cannot spread {shape.heads} heads over tp={sampler.tensor_parallel} GPUs"
     room = sampler.share * machines.gpu.memory

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from research_agent.distributed import full_tensor, init_distributed, make_mesh, shard
 from research_agent.engines.base import SamplingParams
-from research_agent.engines.servers import engine as engine_module
 from research_agent.engines.servers import pool, serve, weight_sync
 from research_agent.engines.servers.engine import connect_servers, serve_engine
 from research_agent.engines.spec import parse_engine
@@ -63,7 +62,7 @@ def play(
     else:
         serve._PROGRAM = (sys.executable, "-m", "tests.research_agent.fake_vllm")
         if name != "serve":
-            engine_module.weights_device = lambda model: torch.device("cuda")  # type: ignore[attr-defined]
+            settings["device"] = torch.device("cuda")
             torch.cuda.device_count = lambda: 1
         engine = serve_engine(parse_engine(name), model, renderer, 4, **settings)
     turns, seen = [], []

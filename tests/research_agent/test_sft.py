@@ -146,6 +146,20 @@ def test_the_model_that_comes_out_opens_and_has_learned_the_actions_alone(learne
     assert tokenizer.eos_token == "<|end|>"
 
 
+def test_demonstrations_are_put_where_the_model_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put: list[Any] = []
+
+    def record(groups: Any, device: Any = None) -> Any:
+        put.append(device)
+        return make_batch(groups, device)
+
+    monkeypatch.setattr("research_agent.batch.make_batch", record)
+    run(replace(SMALL, count=8, output=tmp_path / "model"))
+    assert put == [torch.device("cpu")]
+
+
 def test_short_answers_are_learned_more_often_where_batches_are_of_one_length(
     tmp_path: Path,
 ) -> None:

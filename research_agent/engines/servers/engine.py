@@ -34,7 +34,6 @@ from research_agent.engines.checks import (
     require_idle,
     require_room,
     require_temperature,
-    weights_device,
 )
 from research_agent.engines.remote import Turns
 from research_agent.engines.servers.pool import Sampled, ServedWeights, ServerPool, Slot
@@ -45,6 +44,7 @@ from research_agent.errors import ConfigError
 from research_agent.system.torchrun import torchrun
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from research_agent.engines.spec import EngineSpec, WeightTransfer
@@ -208,6 +208,7 @@ def connect_servers(
     *,
     transfer: WeightTransfer = "folder",
     dtype: str | None = None,
+    device: torch.device | None = None,
     process: ServerProcess | None = None,
     max_in_flight: int = 256,
 ) -> ServerEngine:
@@ -222,6 +223,7 @@ def connect_servers(
         max_context: tokens that a trajectory may have; the model's own limit by default.
         transfer: how weights get to the servers.
         dtype: number format of the servers' weights, such as bfloat16; the model's own by default.
+        device: where the learner's weights are or will be; the model's own by default.
         process: the server that this rank has started, and gives weights to. Without any such
             server, rank 0 gives weights to all of ``urls``.
         max_in_flight: as for ``ServerEngine``.
@@ -237,7 +239,7 @@ def connect_servers(
     gives = process is not None or rank_and_size()[0] == 0
     dtype = dtype or str(model.dtype).removeprefix("torch.")
     needs = Needs(context, dtype, model_sizes(model), transfer, token=min(renderer.end_ids))
-    sync = WeightSync(model, bases if gives else (), needs, process)
+    sync = WeightSync(model, bases if gives else (), needs, device or model.device, process)
     engine = ServerEngine(renderer, bases, context, sync, max_in_flight=max_in_flight)
     try:
         if not any(weight.is_meta for weight in model.parameters()):
@@ -256,6 +258,7 @@ def serve_engine(
     max_context: int | None = None,
     *,
     dtype: str | None = None,
+    device: torch.device | None = None,
 ) -> ServerEngine:
     """Start a server on each node, and make an engine of them; every rank calls it.
 
@@ -266,6 +269,7 @@ def serve_engine(
         max_slots: trajectories that this rank samples at the same time.
         max_context: tokens that a trajectory may have; the model's own limit by default.
         dtype: number format of the servers' weights; the model's own by default.
+        device: where the learner's weights are or will be; the model's own by default.
 
     Raises:
         ConfigError: a server would need more GPUs than a node has.
@@ -275,19 +279,30 @@ def serve_engine(
     """
     context = require_context(model, max_context)
     dtype = dtype or str(model.dtype).removeprefix("torch.")
-    device = weights_device(model)
-    slots = max_slots * torchrun("LOCAL_WORLD_SIZE", 1)
-    node = torchrun("GROUP_RANK", 0)
+    device = device or model.device
+    ranks, node = torchrun("LOCAL_WORLD_SIZE", 1), torchrun("GROUP_RANK", 0)
+    # By IPC each GPU of the server reads what the rank on that GPU holds. A GPU without a rank
+    # would have nothing to read, and what a rank holds is not freed until it has been read.
+    paired = device.type == "cuda" and spec.tp * spec.dp == ranks
+    transfer: WeightTransfer = "ipc" if paired else "folder"
     process: ServerProcess | None = None
     with together():
         if torchrun("LOCAL_RANK", 0) == 0:
-            settings = vllm_settings(spec, context, slots, dtype, device)
+            settings = vllm_settings(
+                spec, context, max_slots * ranks, dtype=dtype, device=device, transfer=transfer
+            )
             process = ServerProcess(model, renderer, settings)
     started = gather([(node, process.url)] if process else [])
     urls = [url for number, url in started if number == node]
-    transfer: WeightTransfer = "folder" if device.type == "cpu" else "ipc"
     return connect_servers(
-        model, renderer, urls, context, transfer=transfer, dtype=dtype, process=process
+        model,
+        renderer,
+        urls,
+        context,
+        transfer=transfer,
+        dtype=dtype,
+        device=device,
+        process=process,
     )
 
 

@@ -1,8 +1,9 @@
 """vLLM servers that a run starts itself: one per node, watched, and stopped with the run.
 
 The first rank of a node starts ``vllm serve`` on the node's GPUs, beside the learner, and gives it
-weights: by CUDA IPC on GPUs, through a folder on a CPU. All ranks of the node sample on it. It
-listens on 127.0.0.1 only, without a key: other users of the machine can reach it.
+weights: by CUDA IPC if it has as many GPUs as the node has ranks, otherwise through a folder. All
+ranks of the node sample on it. It listens on 127.0.0.1 only, without a key: other users of the
+machine can reach it.
 
 It starts with the model's configuration and no weights, since the run's weights follow at once.
 """
@@ -32,11 +33,11 @@ from research_agent.system.torchrun import without_torchrun
 if TYPE_CHECKING:
     import torch
 
-    from research_agent.engines.spec import EngineSpec
+    from research_agent.engines.spec import EngineSpec, WeightTransfer
     from research_agent.renderer import Renderer
 
-START_TIMEOUT = 1800.0
-"""Seconds that a server may take to start."""
+START_TIMEOUT = 840.0
+"""Seconds that a server may take to start; after a minute more the other ranks give up."""
 
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _PROGRAM = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")  # what ``vllm serve`` runs
@@ -119,7 +120,13 @@ class ServerProcess:
 
 
 def vllm_settings(
-    spec: EngineSpec, context: int, slots: int, dtype: str, device: torch.device
+    spec: EngineSpec,
+    context: int,
+    slots: int,
+    *,
+    dtype: str,
+    device: torch.device,
+    transfer: WeightTransfer,
 ) -> list[str]:
     """The settings of vLLM that follow from the run's.
 
@@ -129,6 +136,7 @@ def vllm_settings(
         slots: trajectories sampled at the same time.
         dtype: number format of the weights.
         device: where the learner's weights are.
+        transfer: how weights get to the server, "ipc" or "folder".
 
     Raises:
         ConfigError: the server would need more GPUs than there are.
@@ -147,8 +155,10 @@ def vllm_settings(
         "--logprobs-mode=processed_logprobs",
         "--enable-scale-out",
     ]
+    if transfer == "ipc":
+        settings.append('--weight-transfer-config={"backend": "ipc"}')
     if device.type != "cpu":
-        return [*settings, '--weight-transfer-config={"backend": "ipc"}']
+        return settings
     # A CPU's random generator cannot go back, as one must between a prompt's pieces.
     pieces = ["--no-enable-chunked-prefill", f"--max-num-batched-tokens={max(_CPU_STEP, context)}"]
     return [*settings, "--enforce-eager", *pieces]

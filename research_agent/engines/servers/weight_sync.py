@@ -18,9 +18,10 @@ from research_agent.distributed import (
     full_tensor,
     gather,
     raise_together,
+    rank_and_size,
     together,
 )
-from research_agent.engines.checks import WeightNames, weights_device
+from research_agent.engines.checks import WeightNames
 from research_agent.engines.remote import LoopThread, read_key
 from research_agent.engines.servers.client import Client, RequestError
 from research_agent.engines.servers.pool import ServedWeights, no_server
@@ -55,6 +56,7 @@ class WeightSync:
         model: the policy.
         urls: the servers that this rank gives weights to; each server belongs to one rank.
         needs: what the run needs of its servers.
+        device: where the learner's weights are or will be.
         process: the server that this rank has started, which ends with the object.
 
     Raises:
@@ -62,12 +64,17 @@ class WeightSync:
     """
 
     def __init__(
-        self, model: Any, urls: Sequence[str], needs: Needs, process: ServerProcess | None = None
+        self,
+        model: Any,
+        urls: Sequence[str],
+        needs: Needs,
+        device: torch.device,
+        process: ServerProcess | None = None,
     ) -> None:
         self._names = WeightNames(model)
         self._needs = needs
         self._process = process
-        self._device = weights_device(model)
+        self._device = torch.empty(0, device=device).device  # with its number, if it is a GPU
         self._dtype = getattr(torch, needs.dtype)
         self._folder: WeightFolder | None = None
         with together():
@@ -132,6 +139,8 @@ class WeightSync:
             servers = self._on_all_ranks(self._inspect)
             while not all(server.problem for server in servers):
                 _require_same_software(servers)
+                if self._needs.transfer == "ipc":
+                    _require_paired(servers)
                 servers = self._on_all_ranks(lambda: self._send(weights, str(tag), folder))
                 if any(server.current == str(tag) for server in servers):
                     self._started = True
@@ -169,7 +178,7 @@ class WeightSync:
         """Pause the servers of this rank that are ready, send the weights, and resume them."""
         self._loop.call(self._each(self._pause))
         if self._needs.transfer != "folder":
-            source = WeightSource(self._names, weights, self._dtype)
+            source = WeightSource(self._names, weights, self._dtype, self._device)
             ready = [server for server in self._servers if not server.problem]
             if not transfer(source, ready, self._loop, self._needs.transfer, self._device):
                 return
@@ -220,6 +229,25 @@ class WeightSync:
 
 def _problems(servers: Sequence[Server]) -> dict[str, str]:
     return {server.url: server.problem for server in servers if server.problem}
+
+
+def _require_paired(servers: Sequence[Server]) -> None:
+    """Compare the number of the servers' GPUs with that of the ranks, if no server is missing.
+
+    By IPC each GPU reads what the rank on it holds, which is not freed until it has been read.
+
+    Raises:
+        EngineError: they differ, on rank 0; on others ``StoppedError``.
+    """
+    gpus, ranks = sum(server.size for server in servers), rank_and_size()[1]
+    if gpus != ranks and not any(server.problem for server in servers):
+        raise_together(
+            EngineError(
+                f"the servers have {gpus} GPUs, and {ranks} ranks learn; by IPC each GPU reads from"
+                " the rank on it. Start servers on the ranks' GPUs, all of them, or name them"
+                " server: or server+nccl:"
+            )
+        )
 
 
 def _require_same_software(servers: Sequence[Server]) -> None:

@@ -134,6 +134,7 @@ def transfer(
         fails is the end of it for all.
 
     Raises:
+        Exception: what failed here, on a rank without servers.
         ModelError: a name or shape that the model does not have, or a weight left out.
     """
     links = _Links(servers, loop)
@@ -157,8 +158,8 @@ def transfer(
     error: BaseException | None = TimeoutError(f"no end of it within {RELOAD_TIMEOUT:g} s")
     if work.done():
         error = work.exception()
-    if isinstance(error, ModelError):
-        raise error
+    if error and (isinstance(error, ModelError) or not servers):
+        raise error  # without servers nobody else would say it
     if error and not any(server.problem for server in servers):
         for server in servers:
             server.problem = f"{type(error).__name__}: {one_line(str(error))}"
@@ -180,14 +181,19 @@ class WeightSource:
         names: names and shapes that the weights must have.
         weights: all of the model's.
         dtype: number format that is sent.
+        device: the learner's, which sends; weights elsewhere are copied there.
     """
 
     def __init__(
-        self, names: WeightNames, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+        self,
+        names: WeightNames,
+        weights: Iterable[tuple[str, Tensor]],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self._shapes = names.shapes
         self._left = self._sendable(names.checked(weights))
-        self._dtype = dtype
+        self._dtype, self._device = dtype, device
         self._lock = Lock()
 
     def metadata(self) -> list[Any]:
@@ -213,7 +219,7 @@ class WeightSource:
         for name, weight in weights:
             if weight.is_cuda:  # what is sent in other streams must have been computed
                 torch.cuda.synchronize(weight.device)
-            yield name, weight.detach().to(self._dtype)
+            yield name, weight.detach().to(self._device, self._dtype)
 
 
 def require_gpu(device: torch.device, backend: Backend) -> None:

@@ -264,6 +264,32 @@ def test_copies_of_the_sampler() -> None:
     assert copies("server:http://a,http://b,http://c") == 3
 
 
+def test_vllm_over_several_gpus_is_for_one_process() -> None:
+    several = plan(changed("research-7b", engine="vllm:tp=4"), "8xH200")
+    assert not several.fits
+    assert "vllm:tp=4 works in one process; with several ranks take serve:tp=4" in (
+        several.memory.problem
+    )
+
+
+def test_what_is_on_its_way_to_the_sampler_counts() -> None:
+    def peaks(engine: str, machines: str) -> dict[str, float]:
+        return dict(plan(changed("research-7b", engine=engine), machines).memory.peaks)
+
+    one = peaks("vllm", "1xH200")
+    assert one["weights to the sampler"] - one["saving"] == 2 * B7.parameters
+    head = 152_064 * 3_584  # more than a bucket of 1 GiB
+    for engine, buffer in (
+        ("serve:tp=1,dp=8", 2 * head),
+        ("server+nccl:http://a", 2 * head),
+        ("server:http://a", 0),
+        ("vllm", 0),
+    ):
+        several = peaks(engine, "8xH200")
+        bucket = 4 * head  # a converted copy beside it
+        assert several["weights to the sampler"] - several["saving"] == bucket + buffer, engine
+
+
 def test_a_sampler_without_room_for_an_episode_is_told() -> None:
     found = plan(changed("research-32b", engine="vllm"), "8xH200")
     assert not found.fits

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 
 from research_agent.engines import make_engine
 from research_agent.engines.checks import require_gpus
+from research_agent.engines.servers import engine as server_engine
 from research_agent.engines.servers import serve
 from research_agent.engines.servers.engine import ServerEngine
 from research_agent.engines.spec import EngineSpec, parse_engine
@@ -157,6 +159,57 @@ def test_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"serve with 4 GPUs.*2 are visible"):
         require_gpus("serve", 4, torch.device("cuda"))
     require_gpus("serve", 4, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "transfer"),
+    [
+        ("serve:tp=2,dp=4", "8", "ipc"),
+        ("serve:tp=2", "8", "folder"),  # six ranks hold what nobody would read
+        ("serve:tp=8", "1", "folder"),  # seven GPUs have no rank to read from
+    ],
+)
+def test_gpus_and_ranks_in_pairs_exchange_weights_in_memory(
+    engine: str, ranks: str, transfer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def start(model: Any, renderer: Any, settings: list[str]) -> SimpleNamespace:
+        started.extend(settings)
+        return SimpleNamespace(url="http://127.0.0.1:1")
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(server_engine, "ServerProcess", start)
+    monkeypatch.setattr(server_engine, "connect_servers", lambda *_, **given: given["transfer"])
+    made: Any = make_engine(
+        engine, MODEL, RENDERER, max_slots=4, max_context=200, device=torch.device("cuda")
+    )
+    assert made == transfer
+    backend = '--weight-transfer-config={"backend": "ipc"}'
+    assert (backend in started) == (transfer == "ipc")
+
+
+@pytest.mark.parametrize("engine", ["serve", "server+nccl:http://localhost:1"])
+def test_servers_get_weights_from_where_they_will_be(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank may load a model on the CPU, though it learns on a GPU."""
+    seen: list[Any] = []
+
+    def sync(model: Any, urls: Any, needs: Any, device: Any, process: Any) -> None:
+        seen.append(device)
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(
+        server_engine, "ServerProcess", lambda *_: SimpleNamespace(url="http://127.0.0.1:1")
+    )
+    monkeypatch.setattr(server_engine, "WeightSync", sync)
+    for device in (torch.device("cuda"), None):
+        with pytest.raises(InterruptedError):
+            make_engine(engine, MODEL, RENDERER, max_slots=1, max_context=200, device=device)
+    assert seen == [torch.device("cuda"), MODEL.device]
 
 
 def test_names_of_engines() -> None:

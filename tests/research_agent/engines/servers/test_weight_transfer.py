@@ -20,6 +20,8 @@ import pytest
 import torch
 
 from research_agent.engines import make_engine
+from research_agent.engines.checks import WeightNames
+from research_agent.engines.remote import LoopThread
 from research_agent.engines.servers import pool, weight_sync, weight_transfer
 from research_agent.engines.servers.engine import ServerEngine, connect_servers
 from research_agent.errors import ConfigError, EngineError, ModelError
@@ -39,6 +41,7 @@ PREPARE = ["/pause", "/weight_info", "/shutdown_weight_transfer_engine", "/updat
 SEND = ["/init_weight_transfer_engine", "/start_weight_update", "/update_weights"]
 FINISH = ["/finish_weight_update", "/reset_prefix_cache", "/update_weight_version", "/resume"]
 PROBE = ["/inference/v1/generate"]
+require_paired = weight_sync._require_paired
 
 Wires = dict[tuple[int, int], SimpleQueue[Any]]
 
@@ -100,6 +103,7 @@ class Trainer:
 def wires(monkeypatch: pytest.MonkeyPatch) -> Wires:
     """The wires of all groups; with them the model passes for one on a GPU."""
     monkeypatch.setattr(weight_sync, "require_gpu", lambda *_: None)
+    monkeypatch.setattr(weight_sync, "_require_paired", lambda *_: None)
     monkeypatch.setattr(weight_transfer, "_trainer", Trainer)
     monkeypatch.setattr(weight_transfer.WeightSource, "metadata", metadata)
     monkeypatch.setattr(pool, "_CHECK", 0.05)
@@ -430,6 +434,32 @@ def test_weights_that_can_be_had_once_are_sent_once(
     with pytest.raises(EngineError, match="no vLLM server can be used"):
         engine.load_weights(iter(filled(1).items()), 1)
     assert updates(server) == 2  # the first was at the start
+
+
+def test_by_ipc_every_gpu_of_the_servers_has_a_rank(
+    make: Make, connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a rank puts down for a GPU that nobody has would never be freed."""
+    monkeypatch.setattr(weight_sync, "_require_paired", require_paired)
+    engine = connect(make(), transfer="ipc")
+    engine.close()
+    with pytest.raises(EngineError, match="the servers have 2 GPUs, and 1 ranks learn"):
+        connect(make(), make(), transfer="ipc")
+    connect(make(), make(), transfer="nccl").close()
+
+
+def test_a_rank_without_servers_says_what_failed_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Trainer:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(weight_transfer, "_trainer", fail)
+    loop = LoopThread("weights", [])
+    names, device = WeightNames(MODEL), torch.device("cpu")
+    source = weight_transfer.WeightSource(names, filled(1).items(), torch.float32, device)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        weight_transfer.transfer(source, [], loop, "ipc", device)
+    assert not list(source)  # the other ranks gathered the weights with this one
+    loop.close()
 
 
 def test_an_error_of_this_side_is_told(
