@@ -21,7 +21,7 @@ setup: $(READY)
 # index does not hold, and runs with the ordinary build of the same version. uv installs the whole
 # lock in seconds; pip installs uv first, from the same lock.
 $(READY): requirements.lock pyproject.toml
-	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set BASE_PYTHON")'
+	$(BASE_PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed; set BASE_PYTHON")'
 	$(BASE_PYTHON) -m venv $(VENV)
 	awk '/^uv==/ { found = 1 } found { print } found && !/\\$$/ { exit }' requirements.lock > $(VENV)/uv.lock
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $(VENV)/uv.lock
@@ -31,8 +31,8 @@ $(READY): requirements.lock pyproject.toml
 
 # Write the hashes of all packages that requirements.lock names, after a version was changed or added.
 lock:
-	grep -oE '^[A-Za-z0-9._-]+==[^ ;]+' requirements.lock > requirements.in
-	$(PYTHON) -m uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate \
+	grep -oE '^[A-Za-z0-9._-]+==[^\\]+' requirements.lock > requirements.in
+	$(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11.9 --no-deps --generate-hashes --no-header --no-annotate \
 		--no-emit-index-url --no-emit-find-links requirements.in --output-file requirements.lock
 	rm requirements.in
 

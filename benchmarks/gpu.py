@@ -269,7 +269,8 @@ def transfer(bench: Bench) -> None:
         inbox.put(None)
         child.join(ANSWER_TIMEOUT)
     except Empty:
-        bench.write("transfer", error="the other process does not answer; its error is above")
+        message = "the process that receives weights does not answer; its error is above"
+        raise RuntimeError(message) from None
     finally:
         child.kill()
     del weights

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import re
 import shutil
 import warnings
@@ -42,7 +41,7 @@ from research_agent.distributed import (
 from research_agent.errors import CheckpointError, ResearchAgentError
 from research_agent.formats import CheckpointFormat, read_object
 from research_agent.sharded import StoredTensor, read_tensors, stored_tensors, write_tensors
-from research_agent.system.files import sha256
+from research_agent.system.files import flush, sha256
 
 VERSION = 4
 CHECKSUMS = "checksums.json"
@@ -167,10 +166,10 @@ def _finish(
     sums = {**sums, "state.json": sha256(temporary / "state.json")}
     (temporary / CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
     for path in sorted(temporary.rglob("*")):
-        _flush(path)
-    _flush(temporary)
+        flush(path)
+    flush(temporary)
     temporary.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def _write_state(folder: Path, tensors: dict[str, torch.Tensor], bucket_bytes: int) -> None:
@@ -356,17 +355,6 @@ def _remove(folder: Path) -> None:
 def _clear_temporary(root: Path) -> None:
     for folder in root.glob(".step-*"):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt" and path.is_dir():  # cannot be opened there; renames are durable enough
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_full(error: Exception) -> bool:

@@ -80,6 +80,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from None
     except (ResearchAgentError, OSError) as error:
         _fail(str(error), shown=isinstance(error, StoppedError))
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers", "safetensors", "matplotlib", "aiohttp"):
+            raise
+        _fail(f"{error.name} is not installed; pip install 'research-env[agent]'")
     except Exception as error:
         # An environment's error classes say what is wrong, as ours do. A built-in error means a
         # mistake in the code, and keeps its traceback.

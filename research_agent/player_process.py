@@ -11,6 +11,7 @@ If the child dies, the next request raises an error. If the parent dies, the chi
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -29,7 +30,7 @@ import torch
 
 from research_agent.active_rollout import EpisodeKey
 from research_agent.config import TrainConfig
-from research_agent.distributed import portable, together
+from research_agent.distributed import portable, rank_and_size, together
 from research_agent.engines.base import Engine, ServerBacked
 from research_agent.engines.checks import CONTINUE
 from research_agent.errors import EngineError
@@ -89,14 +90,15 @@ class PlayerProcess:
     ) -> None:
         self._weights = WeightFolder()
         self._servers: ServerBacked | None = None
-        on_gpu = config.policy.device != "cpu" and torch.cuda.is_available()
+        # A rank's player takes the rank's GPU; without ranks all GPUs are the player's too.
+        on_own_gpu = rank_and_size()[1] > 1 and torch.cuda.is_available()
         setup = _Setup(
             config,
             slots,
             stage_args,
             trace.start if trace else None,
             self._weights.root,
-            torch.cuda.current_device() if on_gpu else None,
+            torch.cuda.current_device() if on_own_gpu else None,
             torch.get_num_threads(),
         )
         context = multiprocessing.get_context("spawn")
@@ -260,6 +262,9 @@ def load_engine(
         dtype=config.learner.precision,
         share=True,
     )
+    del loaded  # vLLM has its own copy, and another process needs the memory
+    gc.collect()
+    torch.cuda.empty_cache()
     return engine, renderer
 
 

@@ -92,7 +92,7 @@ def wandb_run(project: str, folder: Path, config: Mapping[str, Any]) -> Any:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(kept, secrets.token_hex(4) + "\n")
     try:
-        return wandb.init(
+        run = wandb.init(
             project=project,
             name=folder.name,
             id=kept.read_text(encoding="utf-8").strip(),
@@ -101,11 +101,14 @@ def wandb_run(project: str, folder: Path, config: Mapping[str, Any]) -> Any:
             resume="allow",
             settings=wandb.Settings(silent=True),
         )
+        # Its own steps cannot go back, as ours do when a run is rolled back or continued.
+        run.define_metric("*", step_metric="step")
     except wandb.Error as error:
         raise ConfigError(
             f"Weights & Biases refuses the project {project!r}: {error}; log in with wandb login, "
             "or set WANDB_MODE=offline"
         ) from error
+    return run
 
 
 class RunLogger:
@@ -178,7 +181,7 @@ class RunLogger:
         with contextlib.suppress(OSError):  # a full disk, which ``record`` has reported
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=int(kind is not None))
 
     def print(self, message: str) -> None:
         """Print a line above the progress bar."""
@@ -213,7 +216,7 @@ class RunLogger:
                 self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
             if self._wandb is not None:
-                self._wandb.log(shown, step=step)
+                self._wandb.log({"step": step, **shown})
         except OSError as error:
             raise CheckpointError(
                 f"cannot write the log of step {step} to {self._folder}: {error}; make room, and "

@@ -469,7 +469,7 @@ def _model(config: SFTConfig, renderer: Renderer, saved: Checkpoint | None) -> P
     """Open the checkpoint's model or the one to start from, or make a Llama of the given sizes."""
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
-    from research_agent.models.policy import load_model  # noqa: PLC0415
+    from research_agent.models.policy import find_device, load_model  # noqa: PLC0415
 
     source = saved.folder if saved else config.model
     if source is not None:
@@ -491,4 +491,4 @@ def _model(config: SFTConfig, renderer: Renderer, saved: Checkpoint | None) -> P
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(architecture)
+    return LlamaForCausalLM(architecture).to(find_device("auto"))

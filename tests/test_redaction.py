@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import research_agent.system.redaction
@@ -22,6 +22,11 @@ keys = st.text(
     min_size=8,
     max_size=60,
 )
+
+
+@each_package
+def test_a_secret_behind_a_percent_sign_is_replaced(package: Any) -> None:
+    assert package.redact("%0123456789", "sk-0123456789") == "%[redacted]"
 
 
 @each_package
@@ -58,6 +63,7 @@ def test_placeholders_and_other_text_stay(package: Any) -> None:
 
 @given(st.sampled_from(PACKAGES), keys, st.text(max_size=20), st.text(max_size=20))
 def test_no_secret_is_left(package: Any, secret: str, before: str, after: str) -> None:
+    assume(secret not in "[redacted]")
     for form in (secret, json.dumps(secret)[1:-1], quote(secret, safe=""), escape(secret)):
         assert form not in package.redact(f"{before} {form} {after}", secret)
 

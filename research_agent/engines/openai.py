@@ -62,6 +62,9 @@ _CONTINUE = "What was played is kept, and the same command continues from there"
 _STEP_SECONDS = 0.02  # how long a step waits for a turn; the rollout loop has other work too
 _LARGEST_ANSWER = 8 << 20  # bytes
 _PIECE = re.compile(r"\s?\w{1,5}|\s?[^\w\s]{1,3}|\s")
+# A server fills in what a request leaves out by the model's generation_config.json.
+_WHOLE_DISTRIBUTION = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+_OLLAMA = "fp_ollama"  # system_fingerprint of its answers
 _TOO_LONG = re.compile(r"context|max_model_len|max_tokens|too (long|many tokens|large)", re.I)
 _SUGGESTIONS = {
     401: "Set OPENAI_API_KEY to its key",
@@ -223,6 +226,7 @@ class OpenAIEngine:
         self._in_flight = asyncio.Semaphore(concurrency)
         self._deadline = deadline
         self._limit_name = "max_tokens"
+        self._whole_distribution = _WHOLE_DISTRIBUTION  # empty: the endpoint does not know them
         self._continues: bool | None = None  # whether it continues an answer; None: unknown
         self._conversations: dict[int, Conversation] = {}
         self._turns: Turns[_Answer] = Turns("openai", [http.aclose])
@@ -340,8 +344,9 @@ class OpenAIEngine:
         chat = bool(conversation.messages)
         while True:
             continuing = chat and conversation.has_answer(text) and self._continues is not False
-            limit_name = self._limit_name
-            extra = {limit_name: size, **conversation.request(text, continuing=continuing)}
+            limit_name, whole = self._limit_name, self._whole_distribution
+            extra: dict[str, Any] = {limit_name: size, **whole}
+            extra |= conversation.request(text, continuing=continuing)
             # The endpoint's form of the conversation is in extra_body; these fields are required.
             create: Any = self._client.completions.create
             required: dict[str, Any] = {"prompt": ""}
@@ -353,6 +358,7 @@ class OpenAIEngine:
                 answer = await create(
                     model=self._model,
                     temperature=params.temperature,
+                    top_p=1,
                     seed=seed,
                     stop=list(params.stop) or openai.omit,
                     extra_body=extra,
@@ -362,35 +368,73 @@ class OpenAIEngine:
             except openai.APIStatusError as error:
                 problem = self._problem(error)
                 if error.status_code in (400, 413, 422):
-                    if "max_completion_tokens" in problem and limit_name == "max_tokens":
-                        self._limit_name = "max_completion_tokens"  # newer models of OpenAI
+                    if self._take_another_form(problem, limit_name, whole, continuing=continuing):
                         continue
                     if re.search(_TOO_LONG, problem):
                         raise _TooLongError(problem) from None
-                    if continuing and self._continues is not True:
-                        if self._continues is None:  # the first refusal of several in flight
-                            _LOG.warning(
-                                "%s does not continue an answer (%s): observations are sent as "
-                                "user messages",
-                                self._url,
-                                problem,
-                            )
-                        self._continues = False
-                        continue
                 raise self._failure(problem, error.status_code) from None
             except openai.APIError as error:
                 raise self._failure(self._problem(error)) from None
+            if continuing and answer.system_fingerprint == _OLLAMA:  # it begins another answer
+                self._stop_continuing("it is Ollama")
+                continue
             if continuing:
                 self._continues = True
-            if chat and not conversation.tools and thought(answer.choices[0].message):
-                raise EngineError(
-                    f"{self._url} takes the reasoning out of the answers of {self._model!r}, so "
-                    "that the environment and later turns would not have it; start the server "
-                    f"without --reasoning-parser. {_CONTINUE}"
-                )
+            self._require_faithful(answer, conversation)
             # Where tools are listed, turns are messages: a stop string would stand in them twice.
             stop = () if conversation.tools else params.stop
             return self._read(answer.choices[0], stop, text, chat=chat)
+
+    def _take_another_form(
+        self, problem: str, limit_name: str, whole: Mapping[str, float], *, continuing: bool
+    ) -> bool:
+        """Change the form of requests if the endpoint may take another; returns whether it may.
+
+        Args:
+            problem: why it refuses the request.
+            limit_name: what the request called the limit of tokens.
+            whole: the request's parameters that an endpoint may not know.
+            continuing: whether the request asked it to continue an answer.
+        """
+        if "max_completion_tokens" in problem and limit_name == "max_tokens":
+            self._limit_name = "max_completion_tokens"  # newer models of OpenAI
+            return True
+        if any(name in problem for name in whole):
+            self._whole_distribution = {}  # such as OpenAI, which has no defaults
+            return True
+        if continuing and self._continues is not True and not re.search(_TOO_LONG, problem):
+            self._stop_continuing(problem)
+            return True
+        return False
+
+    def _require_faithful(self, answer: Any, conversation: Conversation) -> None:
+        """Check that the endpoint changes neither what it is sent nor what the model says.
+
+        Raises:
+            EngineError: it does.
+        """
+        if not conversation.messages and answer.system_fingerprint == _OLLAMA:
+            raise EngineError(
+                f"{self._url} is Ollama, which puts the model's chat template around every text; "
+                f"add --chat-template. {_CONTINUE}"
+            )
+        chat = conversation.messages and not conversation.tools
+        if chat and thought(answer.choices[0].message):
+            raise EngineError(
+                f"{self._url} takes the reasoning out of the answers of {self._model!r}, so "
+                "that the environment and later turns would not have it; start the server "
+                f"without --reasoning-parser. {_CONTINUE}"
+            )
+
+    def _stop_continuing(self, problem: str) -> None:
+        """Send observations as user messages from now on."""
+        if self._continues is None:  # the first refusal of several in flight
+            _LOG.warning(
+                "%s does not continue an answer (%s): observations are sent as user messages",
+                self._url,
+                problem,
+            )
+        self._continues = False
 
     def _read(self, choice: Any, stop: tuple[str, ...], before: str, *, chat: bool) -> _Answer:
         """Read an answer's first choice, and put back the stop string that ended it."""

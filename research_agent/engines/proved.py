@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from research_agent.distributed import lost_or_out_of_memory
 from research_agent.engines.recurrent_states import forget_states
 from research_agent.engines.slot_attention import restore_attention
 from research_agent.engines.transformers import TransformersEngine, Way
@@ -39,6 +40,7 @@ def proved_engine(
 
     Raises:
         ModelError: no way of running the model agrees with it.
+        torch.OutOfMemoryError: the keys and values of all slots do not fit.
     """
     plain = model.config._attn_implementation
     causes: list[str] = []
@@ -61,6 +63,8 @@ def proved_engine(
             difference = str(error)
         except (RuntimeError, TypeError, ValueError, IndexError,
                 AttributeError, KeyError, AssertionError, StopIteration) as error:  # fmt: skip
+            if lost_or_out_of_memory(error):
+                raise
             difference = f"{type(error).__name__}: {error}"
         if not difference:
             if way == "alone":

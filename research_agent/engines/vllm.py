@@ -353,7 +353,7 @@ def _start(
     config.architectures = [type(model).__name__]
     with (
         tempfile.TemporaryDirectory() as folder,
-        torch.random.fork_rng(),  # vLLM seeds torch
+        torch.random.fork_rng([] if on_cpu else [model.device]),  # vLLM seeds torch
         _restored_variable("LOCAL_WORLD_SIZE"),  # vLLM sets it on a CPU; it is torchrun's
         warnings.catch_warnings(action="ignore", category=FutureWarning),
     ):

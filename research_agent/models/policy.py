@@ -96,7 +96,8 @@ def find_device(name: str) -> str:
     """Resolve the device "auto" to cuda, if there is one, or else cpu.
 
     Raises:
-        ConfigError: torch knows no such device, or finds no GPU.
+        ConfigError: torch knows no such device or finds no GPU, or it is neither CPU nor GPU; some,
+            such as mps, lack the float64 in which rewards are computed.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,6 +106,8 @@ def find_device(name: str) -> str:
     except RuntimeError as error:
         message = f"--device is {name!r}, which torch does not know; give auto, cpu or cuda"
         raise ConfigError(message) from error
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"--device is {name!r}, which is not supported; give auto, cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device is {name!r}, and torch finds no GPU; give auto or cpu")
     return name

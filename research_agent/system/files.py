@@ -15,7 +15,7 @@ from pathlib import Path
 from research_agent.errors import FolderInUseError
 
 LOCK = ".lock"
-_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +66,21 @@ def folder_lock(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk.
+
+    Some network file systems refuse this for folders; nothing more can be done there.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in {errno.EINVAL, errno.EBADF, errno.ENOTSUP}:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
+from collections.abc import Collection, Iterator, Sequence
 from html import unescape
 
 SHORTEST_SECRET = 8
@@ -43,17 +44,29 @@ def redact(text: str, *secrets: str) -> str:
         starts.append(match.start())
         characters.append(_decoded(match))
     starts.append(len(text))
-    plain = "".join(characters)
+    hidden = [*_runs("".join(characters), starts, grams)]
+    # A secret behind a "%" begins with what looks like an escape, so the plain text counts too.
+    hidden += _runs(text, range(len(text) + 1), grams)
     shown: list[str] = []
-    done, hidden_until = 0, -1  # positions in text and in plain
+    end = 0
+    for start, stop in sorted(hidden):
+        if not shown or start > end:
+            shown += [text[end:start], _SHOWN]
+        end = max(end, stop)
+    return "".join([*shown, text[end:]])
+
+
+def _runs(plain: str, starts: Sequence[int], grams: Collection[str]) -> Iterator[tuple[int, int]]:
+    """Yield where a text has one of ``grams``, as (start, stop).
+
+    Args:
+        plain: the text's decoded characters.
+        starts: where each of them begins in the text, and the length of the text.
+        grams: texts of :data:`SHORTEST_SECRET` characters.
+    """
     for place in range(len(plain) - SHORTEST_SECRET + 1):
         if plain[place : place + SHORTEST_SECRET] in grams:
-            if place > hidden_until:
-                shown += [text[done : starts[place]], _SHOWN]
-            hidden_until = place + SHORTEST_SECRET
-            done = starts[hidden_until]
-    shown.append(text[done:])
-    return "".join(shown)
+            yield starts[place], starts[place + SHORTEST_SECRET]
 
 
 def one_line(text: str, most: int = 300) -> str:

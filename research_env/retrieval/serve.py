@@ -56,12 +56,21 @@ from research_env.retrieval.serve_guard import (
 log = logging.getLogger(__name__)
 
 
-class SearchRequest(msgspec.Struct, frozen=True):
+class _Body(msgspec.Struct):
     """The body of a request; unknown fields are ignored."""
 
-    queries: list[str]
+    queries: list[str] | msgspec.UnsetType = msgspec.UNSET
+    query: str | msgspec.UnsetType = msgspec.UNSET  # SkyRL's search tool sends one
     topk: int | None = None
     return_scores: bool = False
+
+
+class SearchRequest(msgspec.Struct, frozen=True):
+    """A request that has been checked."""
+
+    queries: list[str]
+    topk: int
+    return_scores: bool
 
 
 class BadRequestError(ValueError):
@@ -90,24 +99,27 @@ def parse_request(body: bytes | bytearray, default_top_k: int, limits: Limits) -
         BadRequestError: the body is not in the format, or asks for too much.
     """
     try:
-        asked = msgspec.json.decode(body, type=SearchRequest)
+        asked = msgspec.json.decode(body, type=_Body)
+        if asked.queries is not msgspec.UNSET:
+            given = asked.queries
+        elif asked.query is not msgspec.UNSET:
+            given = [asked.query]
+        else:
+            raise msgspec.ValidationError("Object missing required field `queries`")
     except msgspec.ValidationError as error:
         raise BadRequestError(f'{error}; send {{"queries": ["..."], "topk": 5}}') from None
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise BadRequestError(f"the body is not JSON: {error}") from None
     top_k = default_top_k if asked.topk is None else asked.topk
-    if len(asked.queries) > limits.queries:
-        raise BadRequestError(
-            f"{len(asked.queries)} queries; a request has at most {limits.queries}"
-        )
+    if len(given) > limits.queries:
+        raise BadRequestError(f"{len(given)} queries; a request has at most {limits.queries}")
     if not 1 <= top_k <= limits.top_k:
         raise BadRequestError(f"'topk' must be a whole number from 1 to {limits.top_k}")
-    if len(asked.queries) * top_k > limits.hits:
+    if len(given) * top_k > limits.hits:
         raise BadRequestError(
-            f"{len(asked.queries)} queries times topk {top_k} is more than {limits.hits}; "
-            "split the request"
+            f"{len(given)} queries times topk {top_k} is more than {limits.hits}; split the request"
         )
-    queries = [query[:MAX_QUERY_CHARACTERS] for query in asked.queries]
+    queries = [query[:MAX_QUERY_CHARACTERS] for query in given]
     return SearchRequest(queries, top_k, asked.return_scores)
 
 
@@ -328,7 +340,6 @@ def _make_app(retriever: Retriever, top_k: int, load: Load, pool: ThreadPoolExec
 
 def _search(retriever: Retriever, asked: SearchRequest, lenient: bool, load: Load) -> Response:
     """Search and build the answer, in a thread: the limit on searches bounds both."""
-    assert asked.topk is not None  # filled in by parse_request
     try:
         found = retriever.search(asked.queries, asked.topk)
     except RetrievalError as error:

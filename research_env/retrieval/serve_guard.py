@@ -35,8 +35,8 @@ class Limits:
 
     body: int = 16 << 20
     """Bytes of a request body."""
-    queries: int = 1024
-    """Queries per request."""
+    queries: int = 8192
+    """Queries per request; Search-R1 sends all of a step in one."""
     top_k: int = 1000
     """Passages per query."""
     hits: int = MAX_REQUEST_HITS

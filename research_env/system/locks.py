@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+log = logging.getLogger(__name__)
+
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @contextmanager
 def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[BinaryIO | None]:
     """Hold the exclusive lock of a file, which is created if it is missing.
 
-    The lock ends with the context, or with the process.
+    The lock ends with the context, or with the process. On a file system without locks a warning
+    is logged, and nothing is locked.
 
     Args:
         path: the file to lock, in a folder that exists.
@@ -28,5 +35,9 @@ def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[BinaryIO | None
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield None
-        else:
-            yield file
+            return
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            log.warning("%s cannot be locked (%s): let one process at a time use it", path, error)
+        yield file

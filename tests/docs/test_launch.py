@@ -35,7 +35,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "torchrun": STUB,
         "vllm": STUB,
         "curl": "#!/usr/bin/env bash\n",
-        "scontrol": "#!/usr/bin/env bash\nprintf '%s\\n' localhost localhost localhost\n",
+        "scontrol": "#!/usr/bin/env bash\nprintf '%s\\n' 10.1.0.1 10.1.0.2 localhost\n",
         "srun": RUNS_IT,
         "ray": STUB + RUNS_IT,
         "hostname": "#!/usr/bin/env bash\necho 10.0.0.7 fe80::1\n",
@@ -135,7 +135,10 @@ def test_slurm_starts_learners_and_samplers(
     assert learner[learner.index("--nnodes") + 1] == "1"
     spec = parse_engine(require_training(learner, capsys))
     assert spec.transfer == "nccl" and len(spec.urls) == 2
-    assert {words[words.index("--host") + 1] for words in found["vllm"]} <= {"127.0.0.1", "::1"}
+    # Debian gives its own machine's name a loopback address, which other nodes cannot use.
+    assert {words[words.index("--host") + 1] for words in found["vllm"]} == {"10.1.0.2", "10.0.0.7"}
+    assert list(spec.urls) == ["http://10.1.0.2:8000", "http://10.0.0.7:8000"]
+    assert learner[learner.index("--rdzv-endpoint") + 1] == "10.1.0.1:29500"
 
 
 def test_slurm_starts_learners_that_sample_themselves(
@@ -160,7 +163,7 @@ def test_ray_starts_a_learner_that_finds_its_servers(
     assert len(found["vllm"]) == 2
     engine = require_training(learner, capsys)
     assert engine == "server+nccl:http://10.0.0.7:8000,http://10.0.0.7:8000"
-    assert len(found["ray"]) == 5  # three jobs, and two servers are stopped
+    assert len(found["ray"]) == 6  # three jobs, which are stopped
     assert all("secret" not in word for words in found["ray"] for word in words)
 
 

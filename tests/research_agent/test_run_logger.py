@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -55,6 +56,16 @@ def records(data: bytes) -> Iterator[bytes]:
             whole = b""
 
 
+def test_a_failed_run_is_a_failed_one_for_weights_and_biases(tmp_path: Path) -> None:
+    ended: list[int] = []
+    wandb = SimpleNamespace(finish=lambda *, exit_code: ended.append(exit_code))
+    with RunLogger(tmp_path, 0, 2, show=False, wandb=wandb):
+        pass
+    with pytest.raises(OSError), RunLogger(tmp_path, 0, 2, show=False, wandb=wandb):
+        raise OSError
+    assert ended == [0, 1]
+
+
 def logged(folder: Path) -> list[tuple[str, dict[str, float]]]:
     """Id of the run and the metrics of each step, from what Weights & Biases kept on disk."""
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
@@ -84,7 +95,7 @@ def test_the_same_metrics_go_to_weights_and_biases(
     sys.modules["wandb"].teardown()  # else its service lives as long as this process
     (first, one), (second, two) = logged(tmp_path)
     assert first == second
-    wanted = ("_step", "reward", "env/em", "time/seconds")
+    wanted = ("step", "reward", "env/em", "time/seconds")
     assert [one[name] for name in wanted] == [1, 0.5, 0.25, 1.5]
     assert [two[name] for name in wanted] == [2, 1.0, 0.25, 1.5]
 

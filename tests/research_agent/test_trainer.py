@@ -391,6 +391,7 @@ def test_a_run_that_could_not_be_saved_takes_no_step(
         (["--engine", "nope"], "nope"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--max-prompt", "1"], "max_prompt 1"),
+        (["--device", "mps"], "--device is 'mps', which is not supported; give auto, cpu or cuda"),
         (["--device", "gpu"], "--device is 'gpu', which torch does not know; give auto, cpu or"),
     ],
 )

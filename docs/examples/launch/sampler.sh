@@ -9,7 +9,7 @@ set -euo pipefail
 
 model=$1 context=$2
 : "${VLLM_API_KEY:?give the same key to the servers and to the learner}"
-host=${SAMPLER_HOST:-$(hostname -i | cut -d' ' -f1)}
+host=${SAMPLER_HOST:-$(hostname -I | cut -d' ' -f1)}
 tp=${TP:-1} gpus=${GPUS:-8}
 
 export VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1

@@ -19,21 +19,27 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 learners=${LEARNERS:-${#nodes[@]}}
 
 address() { # prints a node's address in the cluster's private network
-  getent ahostsv4 "$1" | awk 'NR == 1 { print $1 }'
+  local found
+  found=$(getent ahostsv4 "$1" | awk '$1 !~ /^127[.]/ { print $1; exit }')
+  echo "${found:-$(hostname -I | cut -d' ' -f1)}" # Debian calls its own machine 127.0.1.1
 }
 
-urls=()
+urls=() servers=()
 if ((learners < ${#nodes[@]})); then
   VLLM_API_KEY=$(openssl rand -hex 32)
   export VLLM_API_KEY
 fi
 for node in "${nodes[@]:learners}"; do
-  SAMPLER_HOST=$(address "$node") srun --nodes 1 --ntasks 1 --nodelist "$node" --exact \
+  host=$(address "$node")
+  SAMPLER_HOST=$host srun --nodes 1 --ntasks 1 --nodelist "$node" \
     bash "$here/sampler.sh" "$MODEL" "$CONTEXT" &
-  urls+=("http://$(address "$node"):8000")
+  servers+=($!) urls+=("http://$host:8000")
 done
-for url in "${urls[@]}"; do # loading a model takes minutes
-  until curl --silent --fail --output /dev/null "$url/health"; do sleep 5; done
+for i in "${!urls[@]}"; do # loading a model takes minutes
+  until curl --silent --fail --output /dev/null "${urls[i]}/health"; do
+    kill -0 "${servers[i]}" || { echo "the server ${urls[i]} ended" >&2 && exit 1; }
+    sleep 5
+  done
 done
 
 engine=()

@@ -18,6 +18,7 @@ index changes or the machine is restarted: a crash may have cost what was not on
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import mmap
 import os
@@ -390,7 +391,7 @@ def _is_file(path: Path, size: int) -> bool:
 
 
 def _checksum(path: Path) -> tuple[int, str]:
-    """The size of a file and its hash, made with all processors."""
+    """The size of a file and its hash, made with several processors."""
     size = path.stat().st_size
 
     def digest(start: int) -> bytes:
@@ -398,16 +399,22 @@ def _checksum(path: Path) -> tuple[int, str]:
             file.seek(start)
             return blake2b(file.read(_CHUNK), digest_size=16).digest()
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # each holds a chunk
         digests = b"".join(pool.map(digest, range(0, size, _CHUNK)))
     return size, blake2b(digests, digest_size=16).hexdigest()
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
+    """Wait until a file, or the names in a folder, are on the disk.
+
+    Some network file systems refuse this for folders; nothing more can be done there.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in {errno.EINVAL, errno.EBADF, errno.ENOTSUP}:
+            raise
     finally:
         os.close(descriptor)
 

@@ -197,6 +197,10 @@ def test_turns_of_text(endpoint: Endpoint, connect: Callable[..., OpenAIEngine])
             "prompt": prompt,
             "max_tokens": 90,
             "temperature": 0.5,
+            "top_p": 1,
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
             "seed": turn_seed(3, position),
             "stop": ["</search>"],
         },
@@ -306,6 +310,48 @@ def test_chat_without_continuation_takes_turns(
     assert len(refused) == 1
     assert len(endpoint.asked) == 5
     assert "observations are sent as user messages" in caplog.text
+
+
+def test_the_whole_distribution_is_sampled_whatever_the_servers_defaults(
+    endpoint: Endpoint, connect: Callable[..., OpenAIEngine]
+) -> None:
+    def says(body: dict[str, Any]) -> Answer:
+        if endpoint is strict and "min_p" in body:
+            return failed(400, "Unrecognized request argument supplied: min_p")
+        return well("a")
+
+    strict: Endpoint | None = None
+    endpoint.says = says
+    ask(connect(), "Q?")
+    body = endpoint.asked[-1][1]
+    assert (body["top_p"], body["top_k"], body["min_p"]) == (1, -1, 0)
+    assert body["repetition_penalty"] == 1
+    strict = endpoint
+    engine = connect()
+    del endpoint.asked[:]
+    assert ask(engine, "Q?").text == "a"
+    ask(engine, "more")
+    assert ["min_p" in body for _, body in endpoint.asked] == [True, False, False]
+
+
+def test_ollama_neither_continues_answers_nor_texts(
+    endpoint: Endpoint, connect: Callable[..., OpenAIEngine], caplog: pytest.LogCaptureFixture
+) -> None:
+    def says(body: dict[str, Any]) -> Answer:
+        status, reply, headers = well("a", chat="messages" in body)
+        return status, {**reply, "system_fingerprint": "fp_ollama"}, headers
+
+    endpoint.says = says
+    engine = connect(chat=True)
+    ask(engine, "Q?")
+    ask(engine, "one")
+    assert endpoint.asked[-1][1]["messages"][1:] == [
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "one"},
+    ]
+    assert "does not continue an answer (it is Ollama)" in caplog.text
+    with pytest.raises(EngineError, match=r"is Ollama.*add --chat-template"):
+        ask(connect(), "Q?")
 
 
 def test_refusals_of_requests_in_flight_together_are_one(

@@ -13,6 +13,7 @@ from research_agent.algorithms import make_algorithm
 from research_agent.config import LearnerConfig
 from research_agent.engines import make_engine
 from research_agent.engines.base import Engine, SamplingParams
+from research_agent.engines.transformers import TransformersEngine
 from research_agent.errors import ModelError
 from research_agent.learner import Learner
 from research_agent.models.prepare import prepare, require_learnable
@@ -203,3 +204,13 @@ def test_short_contexts_and_single_slots_are_proved_as_well(context: int) -> Non
             max_context=context,
         )
         assert not engine.busy
+
+
+def test_too_little_memory_is_no_wrong_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 GiB")
+
+    monkeypatch.setattr(TransformersEngine, "difference_to_plain", full)
+    renderer = make_renderer(byte_tokenizer())
+    with pytest.raises(torch.OutOfMemoryError):
+        make_engine("transformers", tiny_llama(), renderer, max_slots=2, max_context=100)

@@ -209,6 +209,11 @@ def test_a_bug_of_the_engine_is_not_told_to_the_client(caplog: pytest.LogCapture
         assert served.post({"queries": ["1"]})[0] == 200
 
 
+def test_a_single_query_is_taken_as_skyrl_sends_it(shared: Served) -> None:
+    assert shared.post({"query": "1"}) == shared.post({"queries": ["1"]})
+    assert shared.post({"query": ["1"]})[0] == 400
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
