@@ -134,7 +134,7 @@ def transfer(
         fails is the end of it for all.
 
     Raises:
-        Exception: what failed here, on a rank without servers.
+        Exception: what failed here by IPC, on a rank without servers.
         ModelError: a name or shape that the model does not have, or a weight left out.
     """
     links = _Links(servers, loop)
@@ -158,8 +158,9 @@ def transfer(
     error: BaseException | None = TimeoutError(f"no end of it within {RELOAD_TIMEOUT:g} s")
     if work.done():
         error = work.exception()
-    if error and (isinstance(error, ModelError) or not servers):
-        raise error  # without servers nobody else would say it
+    alone = backend == "ipc" and not servers  # nobody else would say what failed here
+    if error and (alone or isinstance(error, ModelError)):
+        raise error
     if error and not any(server.problem for server in servers):
         for server in servers:
             server.problem = f"{type(error).__name__}: {one_line(str(error))}"
