@@ -417,7 +417,7 @@ def test_flags_that_are_named_exist(document: str, capsys: pytest.CaptureFixture
     spans = code_spans(text_of(document))
     named = {flag for span in spans for flag in re.findall(r"--\w[\w-]+", span)}
     known = {"--help", "--nproc-per-node", "--max-restarts"}  # the latter two are torchrun's
-    known |= {"--model", "--reasoning-parser", "--host", "--generation-config"}  # of vLLM
+    known |= {"--model", "--reasoning-parser", "--host", "--generation-config"}  # vLLM
     known |= {"--weight-transfer-config", "--gpu-memory-utilization"}  # as are these
     known |= {"--env", "--no-push"}  # flags of verifiers' command
     known |= {"--all", "--tiny", "--gpu", "--write", "--plans"}  # flags of modules in benchmarks/

