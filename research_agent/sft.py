@@ -95,8 +95,8 @@ class SFTConfig:
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the matrix products. bfloat16 is twice as fast on a GPU, and on some CPUs
-    that have instructions for it; the weights stay float32."""
+    """Number format of the matrix products, Muon's too. bfloat16 is twice as fast on a GPU, and on
+    some CPUs that have instructions for it; the weights stay float32."""
     seed: int = 0
     """Seed of the demonstrations, the first weights, and the order within a few batches."""
     output: Path = Path("runs/sft")
@@ -373,14 +373,16 @@ def _clean_up(folder: Path) -> None:
 
 
 def _optimizers(model: PreTrainedModel, config: SFTConfig) -> list[Optimizer]:
-    from torch.optim import AdamW, Muon  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+
+    from research_agent.muon import Muon  # noqa: PLC0415
 
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     rate = config.learning_rate
     return [
-        Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+        Muon(matrices, rate, getattr(torch, config.precision)),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
