@@ -37,6 +37,7 @@ from research_agent.system.memory import trim_heap
 from research_agent.system.signals import stop_signals
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
@@ -84,6 +85,9 @@ class SFTConfig:
     """Put demonstrations of similar length into one batch, which takes less time, as it leaves less
     padding. A batch's loss is the mean of its tokens, so a token of a short demonstration then
     counts more than one of a long demonstration, and what short ones do is learned more often."""
+    lora_rank: int = 0
+    """Rank of the LoRA adapters that learn beside frozen weights, in about half the time; 0 learns
+    all weights. They want a --learning-rate some ten times as high, and are merged at the end."""
     learning_rate: float = 3e-3
     """The highest learning rate; it rises over the first steps and falls linearly at the end."""
     warmup_steps: int = 50
@@ -140,9 +144,9 @@ DESCRIPTIONS["own"] = (
 def run(config: SFTConfig) -> Path:
     """Fit a model, and write it to the output folder as transformers reads it.
 
-    Matrices whose name does not hold "embed" are trained by Muon (Jordan et al. 2024), the rest by
-    AdamW. Until the model is written, the folder holds a checkpoint, from which the same call
-    continues bit by bit. Once the model is written, the same call returns at once.
+    Matrices whose name does not hold "embed" are trained by Muon (Jordan et al. 2024), the rest and
+    adapters by AdamW. Until the model is written, the folder holds a checkpoint, from which the
+    same call continues bit by bit. Once the model is written, the same call returns at once.
 
     Returns:
         The folder.
@@ -184,6 +188,7 @@ def _fit(config: SFTConfig, signals: list[int]) -> Path:
     from rich.progress import Progress  # noqa: PLC0415
 
     from research_agent import checkpoint  # noqa: PLC0415
+    from research_agent.models.lora import adapters, merged  # noqa: PLC0415
 
     checkpoints = config.output / CHECKPOINTS
     saved = _unfinished(config)
@@ -198,12 +203,14 @@ def _fit(config: SFTConfig, signals: list[int]) -> Path:
                 optimizer.load_state_dict(state)
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
+        weights = dict(merged(model)) if config.lora_rank else None
+        model.save_pretrained(folder, state_dict=weights)
         renderer.tokenizer.save_pretrained(folder)
 
     def save(step: int) -> None:
         state = {
             "optimizers": [each.state_dict() for each in optimizers],
+            "adapters": adapters(model),
             "loss": average,
             "date": renderer.chat_template_date,
         }
@@ -375,15 +382,18 @@ def _clean_up(folder: Path) -> None:
 def _optimizers(model: PreTrainedModel, config: SFTConfig) -> list[Optimizer]:
     import torch  # noqa: PLC0415
 
+    from research_agent.models.lora import adapters  # noqa: PLC0415
     from research_agent.muon import Muon  # noqa: PLC0415
 
+    def adamw(parameters: list[Tensor]) -> Optimizer:
+        return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+
+    rate = config.learning_rate
+    if config.lora_rank:
+        return [adamw(list(adapters(model).values()))]
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    rate = config.learning_rate
-    return [
-        Muon(matrices, rate, getattr(torch, config.precision)),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    return [Muon(matrices, rate, getattr(torch, config.precision)), adamw(others)]
 
 
 def _backward(model: Any, batch: Batch, config: SFTConfig) -> float:
@@ -409,6 +419,9 @@ def _validate(config: SFTConfig) -> None:
         if getattr(config, name) < 1:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} is {getattr(config, name)}; it must be at least 1")
+    if config.lora_rank < 0 or (config.lora_rank and config.model is None):
+        message = f"--lora-rank is {config.lora_rank}; give 0, or a rank beside a --model"
+        raise ConfigError(message)
     if config.threads is not None and config.threads < 1:
         raise ConfigError(f"--threads is {config.threads}; it must be at least 1")
     require_chat_template(
@@ -468,14 +481,24 @@ def _renderer(config: SFTConfig, date: str | None) -> Renderer:
 
 
 def _model(config: SFTConfig, renderer: Renderer, saved: Checkpoint | None) -> PreTrainedModel:
-    """Open the checkpoint's model or the one to start from, or make a Llama of the given sizes."""
+    """Open the checkpoint's model or the one to start from, or make a Llama of the given sizes.
+
+    Adapters are added to the model to start from, as a checkpoint's model has them merged.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
+    from research_agent import checkpoint  # noqa: PLC0415
+    from research_agent.models.lora import add_adapters  # noqa: PLC0415
     from research_agent.models.policy import find_device, load_model  # noqa: PLC0415
 
-    source = saved.folder if saved else config.model
+    source = saved.folder if saved and not config.lora_rank else config.model
     if source is not None:
         model: PreTrainedModel = load_model(source)
+        if config.lora_rank:
+            add_adapters(model, config.lora_rank)
+        if saved:
+            with checkpoint.restoring(saved):
+                model.load_state_dict(saved.state["adapters"], strict=False)
         return model
     tokenizer = renderer.tokenizer
     architecture = LlamaConfig(

@@ -398,7 +398,8 @@ SFT_PRESETS: dict[str, Preset] = {
         "save_every": 10,  # three minutes on a laptop
         "batch": 8,
         "micro_batch_tokens": 2048,
-        "learning_rate": 2e-4,
+        "lora_rank": 32,  # half the time on a CPU
+        "learning_rate": 2e-3,
         "warmup_steps": 10,
         "output": "runs/smollm2-start",
     },

@@ -48,6 +48,15 @@ def both(count: int, seed: int, good: bool = True) -> Iterator[Parts]:
         yield A if i % 2 else B
 
 
+def swapped(count: int, seed: int) -> Iterator[Parts]:
+    """The other answer to each prompt."""
+    pairs: list[Parts] = [
+        [("prompt", "a="), ("action", "B!")],
+        [("prompt", "b="), ("action", "A!")],
+    ]
+    return (pairs[i % 2] for i in range(count))
+
+
 def half_long(count: int, seed: int) -> Iterator[Parts]:
     """Half of the answers are short, and half are long."""
     draw = random.Random(seed).random
@@ -215,15 +224,31 @@ def test_a_model_can_be_gone_on_with(learned: Path, tmp_path: Path) -> None:
     assert after[1] > 0.9
 
 
+def test_adapters_learn_and_are_merged_into_the_linear_layers(
+    learned: Path, tmp_path: Path
+) -> None:
+    start = replace(SMALL, model=str(learned), vocabulary=None, count=800, lora_rank=4)
+    out = run(replace(start, demonstrations=f"{HERE}:swapped", output=tmp_path / "swapped"))
+    asked = predictions(out, [("prompt", "a="), ("action", "B!")])
+    assert [token for token, _ in asked[1:]] == ["B", "!", "<|end|>"]
+    assert min(probability for _, probability in asked[1:]) > 0.9
+    before, after = (load_model(folder).state_dict() for folder in (learned, out))
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert changed == {n for n in after if n.endswith("proj.weight")}
+
+
 # --- runs that are stopped ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by_length", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "by length", "adapters"])
 def test_a_run_that_is_stopped_and_one_that_dies_continue_bit_by_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_length: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learned: Path, kind: str
 ) -> None:
     monkeypatch.setenv("STOPPED", str(tmp_path))
+    by_length = kind == "by length"
     small = replace(SMALL, count=240, save_every=3, batch_by_length=by_length)
+    if kind == "adapters":
+        small = replace(small, model=str(learned), vocabulary=None, lora_rank=2)
     whole = run(replace(small, demonstrations=f"{HERE}:both", output=tmp_path / "whole"))
     parts = replace(small, demonstrations=f"{HERE}:stopping", output=tmp_path / "parts")
     with pytest.raises(KeyboardInterrupt):
@@ -434,6 +459,8 @@ def test_a_demonstration_that_teaches_nothing_is_refused(
         ({"count": 7}, "--count 7 must be at least --batch 8"),
         ({"batch": 0}, "--batch is 0; it must be at least 1"),
         ({"layers": 0}, "--layers is 0; it must be at least 1"),
+        ({"lora_rank": 4}, "--lora-rank is 4; give 0, or a rank beside a --model"),
+        ({"model": "m", "lora_rank": -1}, "--lora-rank is -1; give 0"),
         ({"hidden_size": 18}, "--hidden-size 18 must be a multiple of twice --heads 2"),
         ({"learning_rate": 0.0}, r"--learning-rate 0\.0 .* must be above 0"),
         ({"learning_rate": float("nan")}, "--learning-rate nan"),
