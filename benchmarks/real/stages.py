@@ -27,6 +27,7 @@ class Scale:
     demonstrations: int  # per part of the warm start
     parts: int  # stages of the warm start
     batch: int  # demonstrations per optimizer step
+    sft_micro_batch_tokens: int  # per pass of the warm start, padding included
     steps: int  # GRPO training steps
     prompts_per_step: int
     group_size: int
@@ -42,8 +43,9 @@ class Scale:
 CPU = Scale(
     questions=100,
     demonstrations=400,
-    parts=3,
+    parts=2,
     batch=8,
+    sft_micro_batch_tokens=512,
     steps=60,
     prompts_per_step=4,
     group_size=8,
@@ -60,6 +62,7 @@ GPU = replace(
     demonstrations=1200,
     parts=1,
     batch=16,
+    sft_micro_batch_tokens=8192,
     prompts_per_step=32,
     max_in_flight=256,
     time_limit=300.0,
@@ -201,6 +204,7 @@ def _warm_start(config: RealConfig, scale: Scale, model: str, folder: Path, part
         output=folder,
         count=scale.demonstrations,
         batch=scale.batch,
+        micro_batch_tokens=scale.sft_micro_batch_tokens,
         warmup_steps=5,
         seed=1000 * config.seed + part,
         precision=config.dtype,
