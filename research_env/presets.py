@@ -394,8 +394,8 @@ SFT_PRESETS: dict[str, Preset] = {
         },
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "bare_text": True,  # as it is trained and evaluated
-        "count": 1200,
-        "save_every": 10,  # three minutes on a laptop
+        "count": 800,
+        "save_every": 10,  # three minutes on two cores
         "batch": 8,
         "micro_batch_tokens": 512,  # demonstrations differ in length: 2048 would hold 45 % padding
         "lora_rank": 32,  # half the time on a CPU
