@@ -385,10 +385,11 @@ def _optimizers(model: PreTrainedModel, config: SFTConfig) -> list[Optimizer]:
     from research_agent.models.lora import adapters  # noqa: PLC0415
     from research_agent.muon import Muon  # noqa: PLC0415
 
+    rate = config.learning_rate
+
     def adamw(parameters: list[Tensor]) -> Optimizer:
         return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
 
-    rate = config.learning_rate
     if config.lora_rank:
         return [adamw(list(adapters(model).values()))]
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
