@@ -155,7 +155,7 @@ LAYERS = {
     "research_agent": (
         "errors system",
         "settings formats trajectory tree_plan trees environments distributed phrase_tokenizer",
-        "sharded optimizer",
+        "sharded optimizer muon",
         "chat_template curriculum run_logger checkpoint step_metrics",
         "config",
         "config_checks config_changes presets prefixes batch algorithms",
