@@ -489,8 +489,9 @@ def _model(config: SFTConfig, renderer: Renderer, saved: Checkpoint | None) -> P
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
     from research_agent import checkpoint  # noqa: PLC0415
-    from research_agent.models.lora import add_adapters  # noqa: PLC0415
+    from research_agent.models.lora import adapters, add_adapters  # noqa: PLC0415
     from research_agent.models.policy import find_device, load_model  # noqa: PLC0415
+    from research_agent.sharded import copy_or_read  # noqa: PLC0415
 
     source = saved.folder if saved and not config.lora_rank else config.model
     if source is not None:
@@ -499,7 +500,7 @@ def _model(config: SFTConfig, renderer: Renderer, saved: Checkpoint | None) -> P
             add_adapters(model, config.lora_rank)
         if saved:
             with checkpoint.restoring(saved):
-                model.load_state_dict(saved.state["adapters"], strict=False)
+                copy_or_read(adapters(model), saved.state["adapters"], lambda _: None)
         return model
     tokenizer = renderer.tokenizer
     architecture = LlamaConfig(
