@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from benchmarks.real.stages import HELD_OUT, TRAINED_ON, RealConfig, Scale
@@ -14,16 +15,16 @@ PAPER_TABLES = {
     "zero-shot": "Zero-shot, with the papers' prompts through the chat template:",
     "trained": "The trained weights, with the same prompts:",
 }
-METRICS = ("em", "f1", "cem", "searches", "support_recall")
+METRICS = ("em", "f1", "cem", "format", "searches", "support_recall")
 
 
 def read_results(config: RealConfig, scale: Scale, speed: Mapping[str, float]) -> dict[str, Any]:
     """Read everything that was measured so far.
 
     Returns:
-        ``before``, ``after`` and ``blanked`` (data set to summary), ``paper_tables``, ``curve`` and
-        ``timings`` (the logs of GRPO), ``seconds`` (a record per stage), ``speed``, and what was
-        run. A stage that has not run is left out.
+        ``before``, ``after`` and ``blanked`` (data set to summary), ``paper_tables`` (name to
+        method to data set to summary), ``curve`` and ``timings`` (the logs of GRPO), ``seconds`` (a
+        record per stage), ``speed``, and what was run. A stage that has not run is left out.
     """
     from research_agent.run_logger import read_lines  # noqa: PLC0415
 
@@ -33,10 +34,9 @@ def read_results(config: RealConfig, scale: Scale, speed: Mapping[str, float]) -
         for dataset in (*TRAINED_ON, HELD_OUT):
             path = output / name / dataset / "summary.json"
             if path.is_file():
-                summary = json.loads(path.read_text(encoding="utf-8"))
-                tables.setdefault(name, {})[dataset] = summary
+                tables.setdefault(name, {})[dataset] = _read(path)
     papers = {
-        name: json.loads(path.read_text(encoding="utf-8"))
+        name: _cells(path)
         for name in PAPER_TABLES
         if (path := output / name / "table.json").is_file()
     }
@@ -54,28 +54,27 @@ def read_results(config: RealConfig, scale: Scale, speed: Mapping[str, float]) -
     }
 
 
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _cells(table: Path) -> dict[str, dict[str, Any]]:
+    """The summaries of a papers' table: method to data set to summary."""
+    return {
+        row["label"]: {
+            dataset: _read(Path(cell["folder"]) / "summary.json")
+            for dataset, cell in row["cells"].items()
+        }
+        for row in _read(table)["rows"]
+    }
+
+
 def in_markdown(results: Mapping[str, Any]) -> str:
     """The results of ``read_results`` as tables and lists."""
     lines = [f"Model {results['model']}, seed {results['seed']}.", ""]
-    for name, table in results["paper_tables"].items():
-        lines += [PAPER_TABLES[name], ""]
-        lines += ["| method | data set | questions | EM | 95 % | searches |"]
-        lines += ["|---|---|---:|---:|---:|---:|"]
-        for row in table["rows"]:
-            for dataset, cell in row["cells"].items():
-                low, high = cell["interval"]
-                lines.append(
-                    f"| {row['label']} | {dataset} | {cell['episodes']} | {cell['em']:.1f} |"
-                    f" {low:.1f} to {high:.1f} | {cell['searches']:.2f} |"
-                )
-        lines.append("")
-    lines += [f"| weights | data set | questions | {' | '.join(METRICS)} |"]
-    lines += ["|---|---|---:|" + "---:|" * len(METRICS)]
-    for name, label in TABLES.items():
-        for dataset, summary in results.get(name, {}).items():
-            outside = ", not trained on" if dataset == HELD_OUT else ""
-            cells = " | ".join(_with_interval(summary, metric) for metric in METRICS)
-            lines.append(f"| {label} | {dataset}{outside} | {summary['episodes']} | {cells} |")
+    for name, methods in results["paper_tables"].items():
+        lines += [PAPER_TABLES[name], "", *_table("method", methods), ""]
+    lines += _table("weights", {TABLES[name]: results[name] for name in TABLES if name in results})
     lines += [
         "",
         "| step | reward | searches | support recall | EM |",
@@ -87,6 +86,17 @@ def in_markdown(results: Mapping[str, Any]) -> str:
         shown = " | ".join("" if value is None else f"{value:.3f}" for value in values)
         lines.append(f"| {line['step']} | {shown} |")
     return "\n".join([*lines, "", *_times(results), ""])
+
+
+def _table(first: str, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each summary, under a head whose first column has the name ``first``."""
+    yield f"| {first} | data set | questions | {' | '.join(METRICS)} |"
+    yield "|---|---|---:|" + "---:|" * len(METRICS)
+    for label, summaries in rows.items():
+        for dataset, summary in summaries.items():
+            outside = ", not trained on" if dataset.lower() == HELD_OUT else ""
+            cells = " | ".join(_with_interval(summary, metric) for metric in METRICS)
+            yield f"| {label} | {dataset}{outside} | {summary['episodes']} | {cells} |"
 
 
 def _with_interval(summary: Mapping[str, Any], metric: str) -> str:

@@ -78,6 +78,22 @@ def test_what_is_trained_on_and_what_is_held_out(finished: Path) -> None:
     assert (settings["dataset"], settings["split"]) == ("musique", "dev")
 
 
+def test_a_papers_table_is_shown_with_every_measure(finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "copy"
+    shutil.copytree(finished, output)
+    (output / "zero-shot").mkdir()
+    cell = {"folder": str(output / "after" / "musique")}  # miniatures have no table of their own
+    table = {"rows": [{"label": "Naive RAG", "cells": {"MuSiQue": cell}}]}
+    (output / "zero-shot" / "table.json").write_text(json.dumps(table))
+    main(["--tiny", "--output", str(output)])
+    lines = (output / "results.md").read_text().splitlines()
+    (head,) = [line for line in lines if line.startswith("| method |")]
+    assert head.split(" | ")[3:] == ["em", "f1", "cem", "format", "searches", "support_recall |"]
+    (ours,) = [line for line in lines if line.startswith("| Naive RAG |")]
+    (same,) = [line for line in lines if line.startswith("| GRPO | musique")]
+    assert ours.split(" | ")[2:] == same.split(" | ")[2:]
+
+
 def test_blanked_results_say_nothing(finished: Path) -> None:
     lines = (finished / "blanked" / "hotpotqa" / "predictions.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines[1:]]
