@@ -8,6 +8,8 @@ returns. The rules of an episode are in :mod:`research_env.episode`.
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -28,10 +30,10 @@ from research_env.errors import (
 )
 from research_env.info import make_info
 from research_env.metrics import LANGUAGES
-from research_env.papers import resolve_protocol
+from research_env.papers import PAPERS, resolve_protocol
 from research_env.protocol import Protocol
 from research_env.retrieval.base import Retriever
-from research_env.retrieval.batching import Found
+from research_env.retrieval.batching import Found, raise_bug
 from research_env.retrieval.documents import require_reader
 from research_env.retrieval.requests import Request
 from research_env.rewards import (
@@ -47,6 +49,8 @@ from research_env.templates import Template, own_template
 from research_env.tools import FORMATS, Tool, ToolTurn
 from research_env.tools.builtin import find_tools
 from research_env.turn_rewards import TurnReward, TurnRewards, resolve_turn_rewards
+
+_LOG = logging.getLogger(__name__)
 
 OWN = "own"
 """The name of a user's own template among the prompts of the protocol."""
@@ -193,14 +197,15 @@ class EnvCore:
             return []
         return [tool.schema for tool in self.protocol.tools]
 
-    def search(self, requests: Sequence[Request]) -> list[Found]:
+    def search(self, requests: Sequence[Request]) -> list[Found | Exception]:
         """Run a batch of queries and of requests of other tools.
 
         The engine is asked once, and so is each tool. If it fails as a whole, each of its requests
         gets the error.
 
         Returns:
-            What was found for each request, in order.
+            What was found for each request, in order, or the exception that a bug in a tool raised:
+            the batch holds requests of other episodes too.
 
         Raises:
             RuntimeError: the engine did not answer each query (a bug in a retriever).
@@ -208,7 +213,7 @@ class EnvCore:
         queries = [each for each in requests if isinstance(each, str)]
         if len(queries) == len(requests):
             return self._search_queries(queries)
-        found: dict[Request, Found] = {}
+        found: dict[Request, Found | Exception] = {}
         if queries:
             found.update(zip(queries, self._search_queries(queries), strict=True))
         for tool in self.protocol.tools:
@@ -217,14 +222,14 @@ class EnvCore:
                 arguments = [json.loads(each.arguments) for each in calls]
                 try:
                     results = tool.runner(self.retriever, arguments)
-                except RetrievalError as error:
+                except Exception as error:
                     results = [error] * len(calls)
                 found.update(zip(calls, results, strict=True))
         return [found[each] for each in requests]
 
-    def _search_queries(self, queries: Sequence[str]) -> list[Found]:
+    def _search_queries(self, queries: Sequence[str]) -> list[Found | Exception]:
         try:
-            found: list[Found] = [*self.retriever.search(queries, self.top_k)]
+            found: list[Found | Exception] = [*self.retriever.search(queries, self.top_k)]
         except RetrievalError as error:
             return [error] * len(queries)
         if len(found) != len(queries):
@@ -294,14 +299,17 @@ class EnvCore:
             self.retriever.close()
 
 
-def resolve_search(episode: Episode, *found: Found) -> Episode:
+def resolve_search(episode: Episode, *found: Found | Exception) -> Episode:
     """The episode after its pending requests were answered; void if one of them failed.
 
     Args:
         episode: may be one that waits for nothing.
         found: what was found for each of its ``pending_requests``, in order.
+
+    Raises:
+        Exception: a bug in the engine or in a tool.
     """
-    for each in found:
+    for each in map(raise_bug, found):
         if isinstance(each, RetrievalError):
             return fail(episode)
         episode = observe(episode, each)
@@ -320,10 +328,13 @@ def make_core(**settings: Unpack[EnvSettings]) -> EnvCore:
     rules = _with_tools(resolve_protocol(settings.get("protocol", "research")), settings)
     chosen = settings.get("reward")
     episode_reward = resolve_reward(rules.reward if chosen is None else chosen)
-    turn_reward = settings.get("turn_reward")
+    _warn_of_other_paper(chosen, rules)
+    written = settings.get("turn_reward")
+    turn_reward = None if written is None else resolve_turn_rewards(written)
     top_k = _read_limit(settings, "top_k", rules.top_k, 1)
     max_searches = _read_limit(settings, "max_searches", rules.max_searches, 0)
     max_turns = _read_limit(settings, "max_turns", rules.max_turns, 1)
+    max_passage_chars = _read_limit(settings, "max_passage_chars", MAX_PASSAGE_CHARS, 1)
     given = settings.get("max_searches")
     one_per_turn = rules.tool_format is None
     if one_per_turn and given is not None and max_turns is not None and given >= max_turns:
@@ -348,22 +359,27 @@ def make_core(**settings: Unpack[EnvSettings]) -> EnvCore:
         if (own := _language(question)) not in [*LANGUAGES]:
             raise UnknownNameError(f"metric_language of question {question.id!r}:", own, LANGUAGES)
     retriever = _open_engine(settings.get("retriever"), data)
-    if any(tool.reads for tool in rules.tools):
-        require_reader(retriever)
-    return EnvCore(
+    core = EnvCore(
         settings=settings,
         questions=data.questions,
         metric_language=language,
         retriever=retriever,
         protocol=rules,
         reward=episode_reward,
-        turn_reward=None if turn_reward is None else resolve_turn_rewards(turn_reward),
+        turn_reward=turn_reward,
         template=template,
         top_k=5 if top_k is None else top_k,
         max_searches=max_searches,
         max_turns=max_turns,
-        max_passage_chars=_read_limit(settings, "max_passage_chars", MAX_PASSAGE_CHARS, 1),
+        max_passage_chars=max_passage_chars,
     )
+    try:
+        if any(tool.reads for tool in rules.tools):
+            require_reader(retriever)
+    except BaseException:
+        core.close()
+        raise
+    return core
 
 
 def reset_seed(env: gym.Env[Any, Any] | VectorEnv[Any, Any, Any], seed: int | None) -> int | None:
@@ -374,7 +390,8 @@ def reset_seed(env: gym.Env[Any, Any] | VectorEnv[Any, Any, Any], seed: int | No
     """
     if seed is not None:
         _check_seed(seed)
-    elif env.np_random_seed == -1:  # Gymnasium does not know the seed of a generator that was set
+        return int(seed)  # Gymnasium takes no integer of NumPy
+    if env.np_random_seed == -1:  # Gymnasium does not know the seed of a generator that was set
         return int(env.np_random.integers(2**31))
     return seed
 
@@ -386,6 +403,19 @@ def _check_seed(seed: object) -> None:
 
 def _language(question: Question) -> Any:
     return question.extra.get("metric_language", "en")
+
+
+def _warn_of_other_paper(reward: object, rules: Protocol) -> None:
+    """Warn if a reward's format can never hold, because it is that of another paper's protocol."""
+    if not isinstance(reward, str) or rules.name not in PAPERS:
+        return
+    for name in re.findall(r"[a-z][a-z0-9-]*", reward):
+        owners = [paper.protocol.name for paper in PAPERS.values() if name in paper.rewards]
+        if owners and rules.name not in owners:
+            _LOG.warning(
+                "the reward %r reads the format of protocol=%r, which no episode of %r has",
+                *(name, owners[0], rules.name),
+            )
 
 
 def _with_tools(rules: Protocol, settings: EnvSettings) -> Protocol:
@@ -414,15 +444,18 @@ def _read_limit(settings: EnvSettings, name: str, default: int | None, least: in
 
 def _load_dataset(settings: EnvSettings) -> Dataset:
     name = settings.get("dataset", "miniworld")
+    keys = ("split", "hops", "questions", "corpus", "world_seed", "difficulty", "grades", "grade")
+    given = {key: value for key, value in settings.items() if key in keys}
     if isinstance(name, Dataset):
+        if unused := [key for key, value in given.items() if value is not None]:
+            raise ConfigurationError(
+                f"{unused[0]}={given[unused[0]]!r} is for data sets that are given by name; a "
+                "Dataset object holds the questions and the corpus that are meant"
+            )
         return name
     from research_env.datasets import load_dataset  # noqa: PLC0415 (not for a Dataset)
 
-    keys = (
-        *("split", "hops", "questions", "corpus", "world_seed", "difficulty"),
-        *("grades", "grade", "metric_language"),
-    )
-    given = {key: value for key, value in settings.items() if key in keys}
+    given["metric_language"] = settings.get("metric_language")
     return load_dataset(name, **{"split": "train", **given})  # type: ignore[arg-type]
 
 

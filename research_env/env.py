@@ -37,8 +37,8 @@ class SearchQAEnv(gym.Env[str, str]):
     invalid text with a hint, and tool calls with errors get these as their results. ``truncated``
     when a limit is passed or the search engine failed. In the latter case ``info["void"]`` is True,
     and nothing may be learned from the episode. A trainer whose budget of tokens is spent calls
-    ``truncate("length")``, which ends the episode with its reward and metrics, as one without an
-    answer.
+    ``truncate("length")``, which ends the episode with its reward and metrics: what the policy
+    wrote counts.
 
     ## Info
     Always the same keys:

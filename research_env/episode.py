@@ -331,7 +331,9 @@ def _finish(episode: Episode, turn: Turn) -> Episode:
 
 
 def _final_answer(protocol: Protocol, turns: Sequence[Turn]) -> str | None:
-    """The prediction; with tools each turn is a message of its own, and the last one answers."""
+    """The prediction; with tools the last turn alone answers, unless it calls one."""
+    if protocol.tool_format and turns and turns[-1].calls:
+        return None
     actions = [turn.action for turn in turns]
     return protocol.extract("".join(actions[-1:] if protocol.tool_format else actions))
 

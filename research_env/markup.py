@@ -54,7 +54,7 @@ def clean(text: str) -> str:
 
 
 def defuse(text: str) -> str:
-    r"""Make a retrieved text harmless: after it no tag, chat token or ``\boxed`` is left.
+    r"""Make a retrieved text harmless: no tag or chat token in angle brackets, no ``\boxed``.
 
     An angle bracket that could open a tag becomes ``‹`` (so ``</search>`` reads ``‹/search>``,
     ``<|im_end|>`` reads ``‹|im_end|>``, and ``a < b`` stays); the backslash of ``\boxed`` and

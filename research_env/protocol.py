@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from research_env.errors import ConfigurationError, UnknownNameError
-from research_env.markup import Tag, between, clean
-from research_env.retrieval.base import MAX_QUERY_CHARACTERS, Hit
+from research_env.markup import Tag, between, clean, defuse
+from research_env.retrieval.base import MAX_QUERY_CHARACTERS, Hit, Passage
 from research_env.tools.base import Tool
 from research_env.tools.formats import ToolFormat
 
@@ -138,7 +138,9 @@ class Protocol:
 
     def render(self, hits: Sequence[Hit]) -> str:
         """The observation for the hits of a search: no passage can forge a tag in it."""
-        return self.renderer(self, hits)
+        marks = (*self.query, *self.result)
+        unusual = [mark for mark in marks if len(mark) > 1 and defuse(mark) == mark]
+        return self.renderer(self, [_without(hit, unusual) for hit in hits] if unusual else hits)
 
     def extract(self, response: str) -> str | None:
         """The final answer in all that the policy wrote (observations left out), or None."""
@@ -184,6 +186,14 @@ class Protocol:
             UnknownNameError: as :meth:`messages`.
         """
         return "\n\n".join(each["content"] for each in self.messages(template, question))
+
+
+def _without(hit: Hit, marks: Sequence[str]) -> Hit:
+    """A hit whose passage holds none of the marks: their first character is replaced by ``‹``."""
+    title, text = hit.passage.title, hit.passage.text
+    for mark in marks:
+        title, text = (part.replace(mark, f"‹{mark[1:]}") for part in (title, text))
+    return Hit(Passage(hit.passage.id, title, text), hit.score)
 
 
 def answer_or_invalid(protocol: Protocol, text: str) -> Parsed:

@@ -26,7 +26,7 @@ from research_env.errors import ConfigurationError, ResearchEnvError, RewardErro
 from research_env.metrics import cover_exact_match, normalize
 from research_env.papers import PAPERS
 from research_env.papers.base import Reward, em_reward, f1_reward
-from research_env.papers.r1_searcher import MAX_ANSWER_WORDS, r1_searcher_stage1_guarded
+from research_env.papers.r1_searcher import has_long_answer, r1_searcher_stage1_guarded
 
 __all__ = ["REWARDS", "Reward", "Term", "WeightedSum", "em_reward", "f1_reward", "resolve_reward"]
 
@@ -38,13 +38,11 @@ def cem_reward(episode: Episode) -> float:
 
 
 def cem_guarded(episode: Episode) -> float:
-    """`cem_reward`, but 0 for an answer of more than ten words.
+    """`cem_reward`, but 0 for a long answer (`has_long_answer`).
 
-    `cem_reward` pays a policy that copies all passages into its answer. Ten words is the limit of
-    R1-Searcher's second stage. This variant is no paper's.
+    `cem_reward` pays a policy that copies all passages into its answer. This variant is no paper's.
     """
-    short = len((episode.prediction or "").split()) <= MAX_ANSWER_WORDS
-    return cem_reward(episode) if short else 0.0
+    return 0.0 if has_long_answer(episode) else cem_reward(episode)
 
 
 def format_reward(episode: Episode) -> float:

@@ -244,7 +244,12 @@ class Session:
 
         Args:
             end: the episode's last output.
+
+        Returns:
+            Their sum; 0 for a void episode.
         """
+        if self.episode.void:
+            return 0.0
         turn_reward = self._sessions.core.turn_reward
         return end.reward + (turn_reward.earned_before(self.episode) if turn_reward else 0.0)
 

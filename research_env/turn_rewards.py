@@ -61,18 +61,18 @@ def first_search(before: Episode, after: Episode) -> float:
 
 
 def searches(before: Episode, after: Episode) -> float:
-    """1 for a search that was answered, else 0; give it a negative weight."""
+    """How many of the turn's searches were answered; give it a negative weight."""
     return float(after.searches - before.searches)
 
 
 def repeated_query(before: Episode, after: Episode) -> float:
-    """1 for a search whose query was asked before, else 0; give it a negative weight.
+    """1 if one of the turn's searches repeats a query, else 0; give it a negative weight.
 
     Queries are normalized as answers are. A blank query repeats any other blank one.
     """
     asked = {normalize(query) for turn in before.turns for query in turn.queries}
-    new = [query for turn in _new(before, after) for query in turn.queries]
-    return float(any(normalize(query) in asked for query in new))
+    new = [normalize(query) for turn in _new(before, after) for query in turn.queries]
+    return float(len(set(new) - asked) < len(new))
 
 
 def invalid_action(before: Episode, after: Episode) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from research_env.core import StepOutput
@@ -123,11 +124,19 @@ def encode_observation(tokenizer: Any, text: str, markup: Sequence[str]) -> list
     return ids
 
 
+@lru_cache(maxsize=8)
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    """The special tokens; of Llama 3's chat tokens, most are marked as special there only."""
+    added = tokenizer.added_tokens_decoder
+    marked = {number for number, token in added.items() if token.special}
+    return frozenset({*tokenizer.all_special_ids, *marked} - {tokenizer.unk_token_id})
+
+
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """The tokens of an observation; no passage can forge a special token."""
     encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
     ids: list[int] = encoded["input_ids"]
-    for special_id in {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}:
+    for special_id in _special_ids(tokenizer):
         special = tokenizer.convert_ids_to_tokens(special_id)
         if special_id in ids and len(special) > 1 and special in text:
             # Some tokenizers look up special tokens in spite of split_special_tokens. Parts of

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
 
+from omegaconf import OmegaConf
+
 from research_env.adapters import require
 from research_env.adapters.shared import shared_sessions
 from research_env.adapters.tokens import TokenEpisode
@@ -70,7 +72,9 @@ class ResearchAgentLoop(AgentLoopBase):  # type: ignore[misc]
             **keywords: for verl's base class.
         """
         super().__init__(*positional, **keywords)
-        self._sessions = shared_sessions(dict(args or {}))
+        # verl reads its file with OmegaConf, whose lists are lists of its own.
+        plain: Any = OmegaConf.to_container(OmegaConf.create(dict(args or {})), resolve=True)
+        self._sessions = shared_sessions(plain)
         self._chat = chat
 
     async def run(

@@ -22,6 +22,7 @@ from research_env.protocol import Parsed, Protocol, answer_or_invalid
 from research_env.retrieval.base import Hit
 
 MAX_ANSWER_WORDS = 10  # in the second stage
+_MAX_ANSWER_CHARACTERS = 40  # about as long
 _CHINESE = re.compile("[\u4e00-\u9fff]")
 
 _BASE = (
@@ -133,14 +134,24 @@ def r1_searcher_stage1(episode: Episode) -> float:
 
 
 def r1_searcher_stage1_guarded(episode: Episode) -> float:
-    """`r1_searcher_stage1` in which an answer of more than ten words covers nothing.
+    """`r1_searcher_stage1` in which a long answer covers nothing (`has_long_answer`).
 
     It is not a paper's reward: in the authors' first stage, copying all passages into the answer
-    pays nearly as much as knowing it. Ten words are the limit of their second stage.
+    pays nearly as much as knowing it.
     """
-    long = len((episode.prediction or "").split()) > MAX_ANSWER_WORDS
-    covered = _compare(cover_exact_match, episode) if long else 0.0
+    covered = _compare(cover_exact_match, episode) if has_long_answer(episode) else 0.0
     return r1_searcher_stage1(episode) - 2.0 * covered
+
+
+def has_long_answer(episode: Episode) -> bool:
+    """Whether the prediction has more than ten words, the limit of R1-Searcher's second stage.
+
+    Chinese and Japanese are written without spaces: there it is more than 40 characters.
+    """
+    answer = episode.prediction or ""
+    if episode.metric_language in ("zh", "ja"):
+        return len(answer) > _MAX_ANSWER_CHARACTERS
+    return len(answer.split()) > MAX_ANSWER_WORDS
 
 
 def r1_searcher_stage2(episode: Episode) -> float:
@@ -196,7 +207,8 @@ def r1_searcher_format(episode: Episode) -> bool:
     ``<answer>``, one ``</answer>``; no query or documents inside the answer, which has at most ten
     words; neither "assistant" nor "Assistant" anywhere; no Chinese character outside of documents.
     A response without a search, with text after the answer, or of an episode that was cut short can
-    have the format too.
+    have the format too. After a chat of the user's own, which does not end in ``<think>``, the chat
+    template or the response opens the thought.
 
     Source: ``MathRuleProxy.get_reward`` of ``train/reward_server_qwen_zero.py``. The authors look
     for "assistant" in retrieved documents as well: of the 625 trajectories of their model that they
@@ -236,7 +248,8 @@ def _queries_match_documents(episode: Episode, text: str) -> bool:
 def _one_thought_one_answer(episode: Episode, text: str) -> bool:
     think, answer = episode.protocol.think, episode.protocol.answer
     marks = (think.open, think.close, answer.open, answer.close)
-    return [text.count(mark) for mark in marks] == [0, 1, 1, 1]
+    opened = int(episode.chat)  # otherwise the prompt ends in the mark that opens it
+    return [text.count(mark) for mark in marks] == [opened, 1, 1, 1]
 
 
 def _without_documents(episode: Episode, text: str) -> str:

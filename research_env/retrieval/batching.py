@@ -76,7 +76,7 @@ class QueryBatcher(Generic[Ticket]):
 
     def __init__(
         self,
-        search: Callable[[Sequence[Any]], Sequence[Found]],
+        search: Callable[[Sequence[Any]], Sequence[Found | Exception]],
         max_batch: int,
         max_wait: float,
         cache_size: int = 0,
@@ -85,7 +85,8 @@ class QueryBatcher(Generic[Ticket]):
         """Ask nothing yet; the threads start when they are needed.
 
         Args:
-            search: answers a batch of queries or tool calls, with one entry for each, in order.
+            search: answers a batch of queries or tool calls, with one entry for each, in order; an
+                exception is for whoever asked for that one.
             max_batch: the most queries in a background batch.
             max_wait: seconds that a batch waits for one more query.
             cache_size: the most queries whose hits are cached; 0: none.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from research_env.errors import ActionError, ConfigurationError, RetrievalError, ToolError
+from research_env.errors import ActionError, ConfigurationError, ToolError
 from research_env.markup import defuse
 from research_env.retrieval.base import Retriever
 from research_env.retrieval.requests import ToolResult
@@ -27,11 +27,11 @@ TYPES: Mapping[str, tuple[type, ...]] = {
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
-Runner = Callable[[Retriever, Sequence[Mapping[str, Any]]], Sequence[ToolResult | RetrievalError]]
+Runner = Callable[[Retriever, Sequence[Mapping[str, Any]]], Sequence[ToolResult | Exception]]
 """Runs a batch of calls of one tool: takes the search engine and the arguments of each call.
 
 Returns a result per call. A :class:`RetrievalError` says that the infrastructure failed: it makes
-the episode void.
+the episode void. Any other exception is a bug, and is raised to the caller of ``step``.
 """
 
 
@@ -161,9 +161,7 @@ def tool(**parameters: Mapping[str, Any]) -> Callable[[Callable[..., str]], Tool
                 f"schemas given are for {', '.join(parameters) or 'nothing'}"
             )
 
-        def run(
-            _: Retriever, calls: Sequence[Mapping[str, Any]]
-        ) -> list[ToolResult | RetrievalError]:
+        def run(_: Retriever, calls: Sequence[Mapping[str, Any]]) -> list[ToolResult | Exception]:
             return [_run(function, arguments) for arguments in calls]
 
         required = [name for name, each in arguments.items() if each.default is each.empty]
@@ -179,15 +177,15 @@ def tool(**parameters: Mapping[str, Any]) -> Callable[[Callable[..., str]], Tool
     return make
 
 
-def _run(function: Callable[..., str], arguments: Mapping[str, Any]) -> ToolResult | RetrievalError:
+def _run(function: Callable[..., str], arguments: Mapping[str, Any]) -> ToolResult | Exception:
     try:
         text = function(**arguments)
     except ToolError as error:
         return ToolResult(f"error: {error}")
-    except RetrievalError as error:
+    except Exception as error:  # whoever made this call raises it
         return error
     if not isinstance(text, str):
-        raise ConfigurationError(
+        return ConfigurationError(
             f"the tool {function.__name__} returned {text!r:.80}; a tool returns text"
         )
     return ToolResult(text)

@@ -181,7 +181,8 @@ def read_json_call(text: str, arguments: str = "arguments") -> WrittenCall:
         name if isinstance(name, str) else "",
         found.get(arguments),
     )
-    return WrittenCall(text, call)
+    missing = call.arguments is None  # in the words of this format, so that the policy can mend it
+    return WrittenCall(text, call, f'"{arguments}" is a JSON object, not null' if missing else "")
 
 
 def shown(text: str, limit: int = _SHOWN) -> str:

@@ -27,7 +27,7 @@ from research_env.errors import (
     UnknownNameError,
 )
 from research_env.rewards import METRICS
-from tests.research_env.fakes import DATASET, QUESTIONS, Engine, answer, search
+from tests.research_env.fakes import DATASET, QUESTIONS, Engine, ListCorpus, answer, search
 from tests.research_env.test_hostile import Library
 
 INFO_KEYS = {
@@ -236,6 +236,8 @@ def test_protocols_set_the_defaults() -> None:
         ({"protocol": "search-r1", "max_searches": 8}, "set max_turns=9"),
         ({"render_mode": "rgb"}, "unknown render mode 'rgb'; known: ansi, human"),
         ({"dataset": type(DATASET)("none", (), None)}, "'none' has no question"),
+        ({"split": "dev"}, "split='dev' is for data sets that are given by name"),
+        ({"hops": 2}, "hops=2 is for data sets"),
     ],
 )
 def test_bad_settings_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
@@ -250,6 +252,39 @@ def test_the_language_of_every_question_is_checked_at_once(language: Any) -> Non
     with pytest.raises(UnknownNameError, match=r"of question 'q9': .*known: en, ja"):
         make(dataset=data)
     make(dataset=data, metric_language="ko")
+
+
+def test_settings_are_checked_before_anything_is_indexed() -> None:
+    class Untouched(ListCorpus):
+        def fingerprint(self) -> str:
+            raise AssertionError("the corpus was read")
+
+    data = type(DATASET)("own", QUESTIONS, Untouched(()))
+    for wrong in ({"turn_reward": "new_suport"}, {"max_passage_chars": 0}, {"reward": "f2"}):
+        with pytest.raises(ResearchEnvError):
+            SearchQAEnv(dataset=data, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "reward", "warned"),
+    [
+        ("research", "r1-searcher-stage2", True),
+        ("research", "f1+0.1*recall", True),
+        ("research", "research-strict-0.1*searches", False),
+        ("r1-searcher", "r1-searcher-stage1", False),
+        ("search-r1", "f1", False),
+    ],
+)
+def test_the_reward_of_another_paper_is_warned_of(
+    protocol: str, reward: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(protocol=protocol, reward=reward)
+    assert ("which no episode of" in caplog.text) == warned
+
+
+def test_a_seed_may_be_numpys() -> None:
+    env = make()
+    assert env.reset(seed=np.int64(7)) == env.reset(seed=7)  # type: ignore[arg-type]
 
 
 def test_a_generator_that_was_set_draws_the_order_of_questions() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,17 @@ def test_a_truncated_episode_earns_no_more_than_one_given_up(protocol: str, name
         assert resolve_reward(name)(truncate(episode)) == resolve_reward(name)(given_up)
         if not (waiting := advance(episode, search)).over:  # cut while it searches
             assert resolve_reward(name)(truncate(waiting)) <= resolve_reward(name)(given_up)
+
+
+@pytest.mark.parametrize(("language", "most"), [("en", 200), ("zh", 40), ("ja", 40), ("ko", 200)])
+def test_a_copied_passage_earns_no_guarded_reward(language: str, most: int) -> None:
+    """Chinese and Japanese have no spaces: a whole passage would be one word."""
+    for size, paid in ((most, 1.0), (most + 1, 0.0 if most == 40 else 1.0)):
+        text = "巴黎".ljust(size, "国")
+        episode = play("research", [f"<answer> \\boxed{{{text}}} </answer>"], golds=("巴黎",))
+        episode = replace(episode, metric_language=language)
+        covered = 0.0 if language == "en" else paid  # in English the whole word counts
+        assert resolve_reward("guarded-cem")(episode) == covered
 
 
 def test_the_word_assistant_in_a_passage_costs_nothing() -> None:

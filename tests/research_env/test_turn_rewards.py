@@ -17,6 +17,7 @@ from research_env.episode import Episode, advance, fail, observe, truncate
 from research_env.errors import ConfigurationError, RewardError, UnknownNameError
 from research_env.papers import PROTOCOLS
 from research_env.retrieval.base import Hit, Passage
+from research_env.tools import write_call
 from research_env.turn_rewards import TURN_REWARDS, TurnRewards, resolve_turn_rewards
 from research_env.vector_env import SearchQAVectorEnv
 from tests.research_env.fakes import DATASET, Engine, answer, hit, search
@@ -37,7 +38,7 @@ def states(
         if episode.over:
             break
         episode = advance(episode, action)
-        if isinstance(episode.pending, str):
+        while isinstance(episode.pending, str):
             numbers = [int(w) for w in episode.pending.split() if w.isdecimal()]
             episode = observe(episode, [hit(n) for n in numbers])
         made.append(episode)
@@ -83,6 +84,9 @@ def test_pivots_are_gold_passages_and_answers_in_the_policys_own_words() -> None
 def test_repeated_queries_and_invalid_actions() -> None:
     again = [search("The 1"), search("  the   1!"), search("2"), answer("x")]
     assert earned("repeated_query", again) == [0, 1, 0, 0]
+    calls = write_call("search", {"query": "1"}) * 2
+    assert earned("repeated_query", [calls], protocol="tool-calls") == [1]
+    assert earned("searches", [calls], protocol="tool-calls") == [2]
     lost = ["no tags at all", search("1"), "<search>again"]
     assert earned("invalid_action", lost, protocol="search-r1")[:2] == [1, 0]
 

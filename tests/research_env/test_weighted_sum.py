@@ -290,7 +290,7 @@ def test_a_name_alone_is_the_function_itself() -> None:
 
 # --- through gym ---------------------------------------------------------------------------------
 
-SETTINGS: dict[str, Any] = {"dataset": DATASET, "split": "train", "template": "question"}
+SETTINGS: dict[str, Any] = {"dataset": DATASET, "template": "question"}
 BASIC = {"em", "f1", "cem", "format", "searches", "support_recall"}
 
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import pytest
 
+from research_env.env import SearchQAEnv
 from research_env.rewards import resolve_reward
+from tests.research_env.fakes import DATASET, Engine
 from tests.research_env.playing import play
 
 S = "hm <|begin_of_query|> capital France<|end_of_query|>"
@@ -149,3 +151,19 @@ def test_a_search_that_finds_nothing_costs_nothing() -> None:
     assert "None" in episode.turns[0].observation
     scores = tuple(resolve_reward(name)(episode) for name in NAMES)
     assert scores == (2.0, 1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        ("I know it. </think> <answer> Founder 1 </answer>", 1.0),  # the chat template opened it
+        ("<think> I know it. </think> <answer> Founder 1 </answer>", 1.0),
+        ("<think> I know. </think> <think> it. </think> <answer> Founder 1 </answer>", -1.0),
+        ("<answer> Founder 1 </answer>", -1.0),
+    ],
+)
+def test_a_chat_of_ones_own_needs_one_thought(response: str, reward: float) -> None:
+    chat = [{"role": "system", "content": "Be good."}, {"role": "user", "content": "{question}"}]
+    env = SearchQAEnv(dataset=DATASET, retriever=Engine(), protocol="r1-searcher", template=chat)
+    env.reset(options={"question_id": "q1"})
+    assert env.step(response).reward == reward

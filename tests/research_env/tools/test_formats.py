@@ -108,6 +108,13 @@ def test_the_prompt_base_is_the_chat_template_s_text(template: str) -> None:
     assert prompt == render(template, messages, info["tools"])
 
 
+def test_an_error_names_the_key_of_the_format() -> None:
+    text = '{"name": "search", "arguments": {"query": "x"}}'
+    tools = PROTOCOLS["tool-calls"].tools
+    (call,) = record_calls(FORMATS["llama3"].reader(text, tools), tools)
+    assert call.result == 'error: "parameters" is a JSON object, not null'
+
+
 def test_several_calls_of_llama_each_get_a_message_of_the_tool() -> None:
     env = make("llama3")
     env.reset(seed=0)

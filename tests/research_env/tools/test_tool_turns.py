@@ -285,6 +285,26 @@ def test_a_tool_tells_the_policy_or_makes_the_episode_void_or_is_a_bug() -> None
     assert (ended.truncated, ended.info["void"], ended.reward) == (True, True, 0.0)
 
 
+def test_a_bug_in_a_tool_is_raised_to_the_episode_that_called_it_alone() -> None:
+    async def play() -> Any:
+        tools = [SEARCH, count]
+        with Sessions(
+            dataset=DATASET, retriever=Engine(), protocol="tool-calls", tools=tools, max_wait=0.5
+        ) as sessions:
+            turns = [
+                write_call("search", {"query": "company 1"}),
+                write_call("count", {"text": "bug"}),
+                write_call("count", {"text": "a b"}),
+            ]
+            steps = [sessions.open(0).astep(turn) for turn in turns]
+            return await asyncio.gather(*steps, return_exceptions=True)
+
+    searched, failed, counted = asyncio.run(play())
+    assert isinstance(failed, ZeroDivisionError)
+    assert "About company 1" in results(searched)[0]
+    assert results(counted) == ["2"]
+
+
 def test_equal_calls_of_many_episodes_are_run_once() -> None:
     calls = []
 

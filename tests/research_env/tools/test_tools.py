@@ -205,7 +205,10 @@ def test_the_answer_is_the_last_box_of_the_last_turn() -> None:
     assert advance(episode, f"I do not know.{END}").stop_reason == "no_answer"
     ended = advance(episode, rf"<think>\boxed{{a}}</think> It is \boxed{{b}}.{END}")
     assert (ended.stop_reason, ended.prediction) == ("answer", "b")
-    assert truncate(episode).prediction == "no"
+    cut = truncate(episode)  # the box stands in a turn that calls a tool, so it is no answer
+    assert (cut.prediction, cut.stop_reason) == (None, "length")
+    over = advance(start(max_searches=0), r"\boxed{no} " + calling("one"))
+    assert (over.prediction, over.stop_reason) == (None, "max_searches")
 
 
 # --- in the environments -------------------------------------------------------------------------
