@@ -168,7 +168,7 @@ RECALL_7B = _derived(
 # Song et al. 2025, "R1-Searcher", section 4.1, and scripts/qwen_reinforce_plus_train.sh of the
 # authors (64 tasks x 16, train batch 256, KL 0, the baseline of the group, AdamW's betas). Stage 1
 # has 350 questions of HotpotQA and 2Wiki; stage 2 has 8,148, graded by difficulty. Neither paper
-# nor scripts say how long a stage is: here one pass over its questions.
+# nor scripts say how long a stage is: here about one pass.
 R1_SEARCHER_QWEN: Preset = {
     "description": f"{_R1_SEARCHER}, Qwen2.5-7B.",
     "environment": {

@@ -45,7 +45,8 @@ class Index:
     .tsv, .parquet, .arrow and BEIR folders, and .gz."""
     to: Annotated[str | None, arg(metavar="DIR|URL")] = None
     """Folder of the index, or elasticsearch://HOST:PORT/INDEX (elasticsearch+https:// for TLS).
-    Default: the cache folder, where environments look for it."""
+    An index in that folder is replaced if it is of another corpus. Default: the cache folder,
+    where environments look for it."""
     chunk: Annotated[int | None, arg(metavar="WORDS")] = None
     """Split longer passages into chunks of this many words, with their titles and an overlap of a
     fifth. Needs --to; an environment with a corpus of its own then names embedded:DIR?corpus=any.
@@ -75,8 +76,12 @@ class Index:
 
         scheme, colon, rest = (self.to or "").partition(":")
         if self.check and self.to and (not colon or scheme == "embedded"):
-            folder = Path(rest if colon else scheme)
-            show(f"{check_index(folder):,} passages in {folder}: all checksums hold")
+            folder = Path(rest if colon else scheme).expanduser()
+            count = check_index(folder)
+            if self.json:
+                show_json({"index": str(folder), "passages": count, "checked": True})
+            else:
+                show(f"{count:,} passages in {folder}: all checksums hold")
             return
         if self.check:
             raise ConfigurationError("--check needs --to DIR, the folder of an embedded index")
@@ -93,7 +98,7 @@ class Index:
         if colon and scheme != "embedded":
             places = ["DIR", "embedded:DIR", "elasticsearch://HOST:PORT/INDEX"]
             raise UnknownNameError("place for an index", redact_url(self.to or ""), places)
-        folder = Path(rest if colon else scheme) if self.to else default_index(corpus)
+        folder = Path(rest if colon else scheme).expanduser() if self.to else default_index(corpus)
         built = not is_current(folder, corpus)
         start = time.perf_counter()
         count = index_corpus(corpus, folder)

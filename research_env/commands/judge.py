@@ -25,8 +25,8 @@ class Judge:
 
     Every episode counts, except void ones. One without a prediction is incorrect without asking the
     judge. Missing verdicts are reported, and the score is then a range: from all of them incorrect
-    to all of them correct. After an interruption the same command continues; no prompt is sent
-    twice (judge-cache.sqlite, by model and prompt).
+    to all of them correct. After an interruption the same command continues; a prompt that has a
+    verdict is not sent again (judge-cache.sqlite, by model and prompt).
 
     Exits with 1 if verdicts are missing.
 

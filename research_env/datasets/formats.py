@@ -26,6 +26,7 @@ _BOM = b"\xef\xbb\xbf"
 _BATCH = 1_000  # most rows of a Parquet or Arrow file that are converted at a time
 _HELD = 256 << 20  # most bytes of these rows as Python values
 _LISTS = ("answers", "golden_answers", "answer", "supporting", "decomposition")
+_TEXTS = ("id", "_id", "question", "title", "text", "contents")  # whatever they look like
 _COMPRESSED = {  # first bytes
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -183,6 +184,8 @@ def _csv_records(path: Path) -> Records:
             ) from error
         if not header:
             header = [name.strip() for name in row]
+            if twice := [name for name in (*_TEXTS, *_LISTS, "hops") if header.count(name) > 1]:
+                raise DataError(f"{where}: two columns have the name {twice[0]!r}; rename one")
         elif row and len(row) != len(header):
             raise DataError(
                 f"{where}: {len(row)} cells, but the first line names {len(header)} columns "
@@ -194,12 +197,12 @@ def _csv_records(path: Path) -> Records:
 
 
 def _cell(name: str, cell: str, where: str) -> Any:
-    """The value of a cell: a list or object if it is JSON, a number in ``hops``, else text.
+    """The value of a cell: text, a number in ``hops``, or a list or object if it is JSON.
 
     Raises:
         DataError: the cell holds a list in another notation, such as Python's.
     """
-    if name != "hops" and cell[0] not in "[{":
+    if name in _TEXTS or (name != "hops" and cell[0] not in "[{"):
         return cell
     try:
         return _json(cell)

@@ -63,7 +63,8 @@ def load_dataset(
       RUCAIBox/R1-Searcher, in the folder ``r1searcher_train``), without a corpus.
 
     ``"train[:50%]"`` and ``"train[50%:]"`` are the two halves of a split, as in the ``datasets``
-    library, and ``"dev[100:200]"`` are the questions 100 to 199, before any other choice.
+    library, and ``"dev[100:200]"`` are the questions 100 to 199, before any other choice. Numbers
+    are not negative.
 
     Gold answers that normalize to nothing, such as "$", are dropped, since every answer made of
     punctuation would match them exactly. A question that has no other answer is left out; the
@@ -145,11 +146,14 @@ def data_folder(name: str) -> Path:
         return prepare(name, cache_folder() / "datasets").folder
     except (DataNotFoundError, UnknownNameError) as error:  # not every set is on the hub
         named = os.environ.get("RESEARCH_DATA")
+        otherwise = f"give this machine access to the hub ({error})"
+        if isinstance(error, UnknownNameError):
+            otherwise = "make it as docs/how-to/data.md says: the hub does not have it in this form"
         place = f"{Path(named) / folder} is no such folder" if named else "it is not set"
         raise DataNotFoundError(
             f"the data set {name!r} is not at hand. Set the environment variable RESEARCH_DATA to "
-            f"a folder that holds {folder}/{stems[-1]}.jsonl ({place}), or give this machine "
-            f"access to the hub ({error}). dataset='miniworld' needs neither"
+            f"a folder that holds {folder}/{stems[-1]}.jsonl ({place}), or {otherwise}. "
+            "dataset='miniworld' needs neither"
         ) from error
 
 
@@ -216,7 +220,7 @@ def _load_split(
             raise ConfigurationError("dataset='custom' needs questions=PATH, a .jsonl file")
         everything = read_questions(questions)
         chosen = [question for question in everything if question.split in (None, split)]
-        if not chosen:
+        if not chosen or "[" in split:  # what is no slice is no name either
             known = {str(question.split) for question in everything}
             raise UnknownNameError(f"split of {questions}", split, known)
         return Dataset("custom", chosen, None)

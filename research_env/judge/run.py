@@ -263,7 +263,7 @@ def check_endpoint(url: str, key: str = "") -> None:
             "the address of an endpoint holds no key, and ends before its '?'; a key goes into "
             "OPENAI_API_KEY"
         )
-    check_address(url)
+    check_address(url, "http://localhost:8000/v1")
 
 
 def _reuse_verdicts(

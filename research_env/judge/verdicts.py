@@ -223,12 +223,13 @@ class VerdictCache:
         try:
             with self._errors_translated():
                 self._database.execute("PRAGMA trusted_schema = OFF")  # before it is read
-                (version,) = self._database.execute("PRAGMA user_version").fetchone()
-                (tables,) = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()
-                if version != _CACHE_VERSION and (version, tables) != (0, 0):
-                    raise sqlite3.DatabaseError("it is another database, or of another version")
                 self._database.execute("PRAGMA synchronous = NORMAL")
                 with self._database as transaction:
+                    transaction.execute("BEGIN IMMEDIATE")  # another run may be making it
+                    (version,) = transaction.execute("PRAGMA user_version").fetchone()
+                    (tables,) = transaction.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                    if version != _CACHE_VERSION and (version, tables) != (0, 0):
+                        raise sqlite3.DatabaseError("it is another database, or of another version")
                     transaction.execute(f"CREATE TABLE IF NOT EXISTS {_TABLE}")
                     transaction.execute(f"PRAGMA user_version = {_CACHE_VERSION}")
                 schema = self._database.execute("SELECT sql FROM sqlite_master").fetchall()

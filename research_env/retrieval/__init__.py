@@ -122,15 +122,16 @@ def _open_cached(corpus: Corpus) -> Retriever:
 def _open_embedded(url: str, corpus: Corpus | None) -> Retriever:
     from research_env.retrieval.bm25.retriever import EmbeddedRetriever  # noqa: PLC0415
 
-    folder, mark, option = url.partition(":")[2].partition("?")
+    name, mark, option = url.partition(":")[2].partition("?")
     if mark and option != "corpus=any":
         raise UnknownNameError("option of embedded", option, ["corpus=any"])
-    if not folder:
+    if not name:
         raise ConfigurationError("'embedded:' needs a folder, as in 'embedded:indexes/wiki18'")
+    folder = Path(name).expanduser()
     if mark:
         return EmbeddedRetriever(folder)
     # A stale index that the user named is not made again unasked.
-    if corpus is not None and not Path(folder).exists():
+    if corpus is not None and not folder.exists():
         index_corpus(corpus, folder)
     return EmbeddedRetriever(folder, corpus)
 

@@ -101,7 +101,10 @@ def chunk_of(passage_id: str) -> tuple[str, int] | None:
 
 
 def chunks_around(row: int, last: int, passage_at: Callable[[int], Passage]) -> Document:
-    """Collect the chunks of the passage to which a chunk belongs; they are neighbors in the corpus.
+    """Collect the chunks of the passage to which a chunk belongs.
+
+    They are neighbors in the corpus, and have the passage's title. Ids alone would not do: those of
+    a corpus whose whole passages are numbered ``wiki#1``, ``wiki#2`` look the same.
 
     Args:
         row: the row of the chunk that was asked for.
@@ -113,7 +116,9 @@ def chunks_around(row: int, last: int, passage_at: Callable[[int], Passage]) -> 
 
     def is_sibling(passage: Passage) -> bool:
         chunk = chunk_of(passage.id)
-        return chunk is not None and asked_chunk is not None and chunk[0] == asked_chunk[0]
+        if chunk is None or asked_chunk is None:
+            return False
+        return (chunk[0], passage.title) == (asked_chunk[0], asked.title)
 
     rows_before = range(row - 1, max(-1, row - MAX_PASSAGES - 1), -1)
     rows_after = range(row + 1, min(last, row + MAX_PASSAGES) + 1)

@@ -242,7 +242,13 @@ class ForkSafeClient:
     def _make(self) -> httpx.Client:
         import httpx  # noqa: PLC0415  (loaded only by those who ask a server)
 
-        return httpx.Client(headers=self._headers, verify=_certificates())
+        try:
+            return httpx.Client(headers=self._headers, verify=_certificates())
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            raise ConfigurationError(
+                f"the proxies that the environment names cannot be used ({error}); correct "
+                "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or NO_PROXY"
+            ) from error
 
 
 def request_json(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Collection, Mapping
 from urllib.parse import unquote, urlsplit
 
 from research_env.errors import ConfigurationError, UnknownNameError
+
+_HOST = re.compile(r"[^\s\\/^`{|}<>\"]+")
 
 
 def split_options(url: str) -> tuple[str, dict[str, str]]:
@@ -64,8 +67,20 @@ def number(options: dict[str, str], key: str, default: float, least: float) -> f
     return value
 
 
-def check_address(url: str) -> None:
+def is_host(name: str | None) -> bool:
+    """Whether a text can be the name or address of a machine."""
+    try:
+        return bool(name and _HOST.fullmatch(name) and name.encode("idna"))
+    except UnicodeError:
+        return False
+
+
+def check_address(url: str, example: str = "http://localhost:8000/retrieve") -> None:
     """Refuse a URL that is not ``http://HOST...`` or ``https://HOST...``, or holds a password.
+
+    Args:
+        url: the address of a server.
+        example: one that would be taken, for the message.
 
     Raises:
         ConfigurationError: the message does not repeat what may be secret.
@@ -77,13 +92,11 @@ def check_address(url: str) -> None:
         )
     try:
         parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        usable = parts.scheme in ("http", "https") and is_host(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is no number, or brackets that do not close
         usable = False
     if not usable:
-        raise ConfigurationError(
-            f"{url!r} is no address of a server; write it as in 'http://localhost:8000/retrieve'"
-        )
+        raise ConfigurationError(f"{url!r} is no address of a server; write it as in {example!r}")
 
 
 def secret_of(variable: str) -> str:

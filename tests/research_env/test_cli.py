@@ -104,6 +104,12 @@ def test_an_index_is_checked_on_request(
     capsys.readouterr()
     main(["index", "--check", "--to", str(folder)])
     assert capsys.readouterr().out == f"2 passages in {folder}: all checksums hold\n"
+    main(["index", "--check", "--to", str(folder), "--json"])
+    assert json.loads(capsys.readouterr().out) == {
+        "index": str(folder),
+        "passages": 2,
+        "checked": True,
+    }
     data = bytearray((folder / "passages.bin").read_bytes())
     data[len(data) // 2] ^= 1
     (folder / "passages.bin").write_bytes(data)

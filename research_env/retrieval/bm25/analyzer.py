@@ -50,12 +50,13 @@ _EXCEPTIONS = (  # where the general category does not tell the word-break prope
     ("e", r"\u2b05-\u2b07\u2b50\U0001f000-\U0001f0f5\U0001f300-\U0001f3fa\U0001f400-\U0001f53d"),
     ("e", r"\U0001f546-\U0001f64f\U0001f680-\U0001f6ff\U0001f90c-\U0001f93a\U0001f93c-\U0001faff"),
 )  # i: Han, Hiragana, each a word; k, s: Katakana, Thai and kin, runs; e: pictographs
+# Underscores are tried where their run begins only, so that a long run costs no quadratic time.
 _WORD = re.compile(
-    r"_*+[a0][a0_]*+(?:[:.,](?:(?<=a[:.])~*+(?=a)|(?<=0[,.])~*+(?=0))[a0_]++)*+"
-    r"|_*k[k_]*+|s++|[ie]~*+"
+    r"(?:(?<!_)_++)?+[a0][a0_]*+(?:[:.,](?:(?<=a[:.])~*+(?=a)|(?<=0[,.])~*+(?=0))[a0_]++)*+"
+    r"|(?:(?<!_)_++)?+k[k_]*+|s++|[ie]~*+"
 )
 _ASCII_WORD = re.compile(  # the same rules where no stand-ins are needed: three times as fast
-    r"_*+[A-Za-z0-9]\w*+"
+    r"(?:(?<!_)_++)?+[A-Za-z0-9]\w*+"
     r"(?:[:.',;](?:(?<=[A-Za-z][:.'])(?=[A-Za-z])|(?<=[0-9][.',;])(?=[0-9]))\w++)*+",
     re.ASCII,
 )

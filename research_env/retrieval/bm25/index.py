@@ -64,16 +64,15 @@ class _Run(NamedTuple):
     """The postings of some consecutive passages, sorted by the terms' hashes, then by rows."""
 
     hashes: Array  # (terms,) uint64
-    starts: Array  # (terms + 1,) int64
-    rows: Array  # (postings,) int32, on disk
-    times: Array  # (postings,) int32, on disk: how often the passage holds the term
+    starts: Array  # (terms + 1,) int64, where they begin in the two files of all runs
 
 
 class IndexWriter:
     """Make an index from passages that come one by one.
 
-    Sorted runs of postings go to disk and are merged a few million postings at a time. Memory grows
-    by five bytes per passage and a few bytes per distinct term of each run.
+    Sorted runs of postings go to disk, one after the other in two files: ``rows``, and ``times``,
+    how often the passage holds the term, both int32. They are merged a few million postings at a
+    time. Memory grows by five bytes per passage and a few bytes per distinct term of each run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,7 +82,7 @@ class IndexWriter:
         self._scratch.mkdir()
         self._runs: list[_Run] = []
         self._codes: list[Array] = []  # per run, uint8: the rounded length of each passage
-        self._words = self._rows = 0
+        self._words = self._rows = self._postings = 0
         self._begin_run()
 
     def add(self, terms: Sequence[str]) -> None:
@@ -98,6 +97,7 @@ class IndexWriter:
         """Write the files of the index."""
         self._end_run()
         runs = self._runs
+        stored = [np.memmap(self._scratch / name, np.int32, "r") for name in ("rows", "times")]
         hashes = np.unique(np.concatenate([run.hashes for run in runs]))
         frequencies = np.zeros(len(hashes), np.int64)  # passages that hold the term
         for run in runs:
@@ -110,7 +110,7 @@ class IndexWriter:
         with self._file("rows").open("wb") as rows_file, self._file("impacts").open("wb") as file:
             for first, last in _term_parts(starts):
                 part = slice(first, last)
-                rows, times = _merge(runs, hashes[part], starts[first : last + 1])
+                rows, times = _merge(runs, stored, hashes[part], starts[first : last + 1])
                 weight = np.repeat(weights[part], frequencies[part])
                 impacts = weight - weight / (_ONE + times.astype(np.float32) * norms[rows])
                 # Above 0, so that a passage that has the term is found however long it is.
@@ -144,23 +144,19 @@ class IndexWriter:
         times = np.diff(first, append=len(postings)).astype(np.int32)
         postings = postings[first]
         frequencies = np.bincount((postings >> np.uint64(32)).astype(np.int64))
-        self._runs.append(
-            _Run(
-                hashes[order],
-                np.concatenate(([0], np.cumsum(frequencies))),
-                self._store((postings & np.uint64(0xFFFFFFFF)).astype(np.int32) + self._rows),
-                self._store(times),
-            )
-        )
+        ends = np.cumsum(np.concatenate(([self._postings], frequencies)))
+        self._runs.append(_Run(hashes[order], ends))
+        self._postings = int(ends[-1])
+        self._store("rows", (postings & np.uint64(0xFFFFFFFF)).astype(np.int32) + self._rows)
+        self._store("times", times)
         codes = np.searchsorted(rounded_lengths(), lengths, side="right") - 1
         self._codes.append(codes.astype(np.uint8))
         self._words += int(lengths.sum())
         self._rows += len(lengths)
 
-    def _store(self, values: Array) -> Array:
-        path = self._scratch / str(len(list(self._scratch.iterdir())))
-        path.write_bytes(values.data)
-        return np.memmap(path, values.dtype, "r")
+    def _store(self, name: str, values: Array) -> None:
+        with (self._scratch / name).open("ab") as file:
+            file.write(values.data)
 
     def _inverse_norms(self) -> Array:
         """1 / (k1 (1 - b + b length / mean length)) for each of the 256 lengths."""
@@ -175,7 +171,9 @@ def _term_parts(starts: Array) -> Iterator[tuple[int, int]]:
     return pairwise(np.unique([*steps, len(starts) - 1]).tolist())
 
 
-def _merge(runs: Sequence[_Run], hashes: Array, starts: Array) -> tuple[Array, Array]:
+def _merge(
+    runs: Sequence[_Run], stored: Sequence[Array], hashes: Array, starts: Array
+) -> tuple[Array, Array]:
     """Rows and times of the postings of consecutive terms, from all runs."""
     rows, times = (np.empty(starts[-1] - starts[0], np.int32) for _ in range(2))
     ends = starts[:-1] - starts[0]  # per term: where its next posting is written
@@ -186,8 +184,7 @@ def _merge(runs: Sequence[_Run], hashes: Array, starts: Array) -> tuple[Array, A
         terms = np.searchsorted(hashes, run.hashes[first:last])
         frequencies = np.diff(mine)
         to = np.repeat(ends[terms] - mine[:-1], frequencies) + np.arange(mine[0], mine[-1])
-        rows[to] = run.rows[mine[0] : mine[-1]]
-        times[to] = run.times[mine[0] : mine[-1]]
+        rows[to], times[to] = (values[mine[0] : mine[-1]] for values in stored)
         ends[terms] += frequencies
     return rows, times
 

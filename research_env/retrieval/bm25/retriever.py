@@ -55,6 +55,7 @@ _REPORT_EVERY = 500  # passages between two reports of progress
 _META = "meta.json"
 _CHUNK = 1 << 26  # bytes that are hashed at a time
 _THREAD_WORK = 1_000_000  # queries times passages that are worth one more thread
+_ATTEMPTS = 10  # to open an index that other processes replace
 _FILES = sorted(("passages.bin", "offsets.bin", *FILES))
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux: another one after each start
 
@@ -71,6 +72,32 @@ class Meta(msgspec.Struct, frozen=True):
 
 class _Format(msgspec.Struct):
     format: int
+
+
+def _require_ours(folder: Path) -> None:
+    """Check that a folder is new, empty or an index, since it will be deleted.
+
+    Raises:
+        ConfigurationError: it holds something other than an index.
+    """
+    if not folder.exists():
+        return
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    others = names - {*_FILES, _META}
+    if others or names == {_META}:
+        raise ConfigurationError(
+            f"{folder} holds other things, such as {min(others or names)!r}; name a new folder for "
+            "the index"
+        )
+
+
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    """What tells the folder of an index from one that has replaced it; None: there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def build_index(
@@ -95,9 +122,7 @@ def build_index(
         ConfigurationError: the folder holds something other than an index.
     """
     folder = Path(os.path.realpath(folder))  # a link is kept: what it names is replaced
-    is_ours = folder.is_dir() and ((folder / _META).exists() or not any(folder.iterdir()))
-    if folder.exists() and not is_ours:
-        raise ConfigurationError(f"{folder} holds other things; name a new folder for the index")
+    _require_ours(folder)
     fingerprint = corpus.fingerprint()
     with contextlib.suppress(StaleIndexError):  # without the lock: the folder may be read-only
         return _checked(folder, corpus.name, fingerprint)[0].passages
@@ -169,6 +194,20 @@ class EmbeddedRetriever:
                 another corpus.
         """
         self._folder = Path(folder)
+        for _ in range(_ATTEMPTS):
+            before = _identity(self._folder)
+            try:
+                self._open(corpus)
+            except (StaleIndexError, OSError):
+                if _identity(self._folder) == before:
+                    raise
+                continue
+            if _identity(self._folder) == before:
+                return
+            self.close()  # the index was replaced meanwhile: its files are of two
+        raise _stale(self._folder, "is replaced by another process again and again")
+
+    def _open(self, corpus: Corpus | None) -> None:
         self._index: IndexReader | None
         if corpus is None:
             meta, self._index = _checked(self._folder)
@@ -303,7 +342,8 @@ def _checked(
         raise _stale(
             folder,
             f"was made for another corpus: {meta.corpus!r} with fingerprint "
-            f"{meta.fingerprint[:12]}, not {corpus!r} with {str(fingerprint)[:12]}",
+            f"{meta.fingerprint[:12]}, not {corpus!r} with {str(fingerprint)[:12]}; name it as "
+            f"embedded:{folder}?corpus=any to search it all the same",
         )
     for name in _FILES:
         path = folder / name

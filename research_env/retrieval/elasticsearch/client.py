@@ -33,7 +33,7 @@ import certifi
 from research_env.errors import ConfigurationError, ResearchEnvError, RetrievalError
 from research_env.retrieval.json_text import read_json
 from research_env.retrieval.retry import RETRYABLE_STATUSES, retry_after
-from research_env.retrieval.url import check_options, secret_of, split_options
+from research_env.retrieval.url import check_options, is_host, secret_of, split_options
 
 if TYPE_CHECKING:
     from elasticsearch import AsyncElasticsearch
@@ -117,7 +117,7 @@ def parse_address(url: str, known: Collection[str]) -> IndexAddress:
         host, port = parts.hostname, parts.port
     except ValueError:
         raise ConfigurationError(f"the Elasticsearch URL is malformed; {example}") from None
-    if parts.scheme not in _SCHEMES or not host or parts.fragment:
+    if parts.scheme not in _SCHEMES or not host or not is_host(host) or parts.fragment:
         raise ConfigurationError(f"the Elasticsearch URL is malformed; {example}")
     prefix, _, index = parts.path.rstrip("/").rpartition("/")
     if re.search(r"[,*]|^_all$|%2c|%2a", index, re.IGNORECASE):

@@ -131,7 +131,7 @@ def _document_around(
     passages = [hit.passage for hit in (*reversed(before), *after)]
     chunk = chunk_of(asked.id)
     if chunk:  # the prefix "a#" also finds chunks of a passage "a#b"
-        chunks = [(chunk_of(each.id), each) for each in passages]
+        chunks = [(chunk_of(each.id), each) for each in passages if each.title == asked.title]
         passages = [each for other, each in chunks if other and other[0] == chunk[0]]
     if asked not in passages:
         passages = [asked]

@@ -331,6 +331,11 @@ def test_a_small_table_that_takes_much_memory_is_refused(tmp_path: Path) -> None
     ("name", "content", "message"),
     [
         ("q.csv", b'id,question,answers\nq1,"?",x,y\n', r"q\.csv:2: 4 cells.*3 columns"),
+        (
+            "q.csv",
+            b"id,question,question,answers\nq1,a,b,x\n",
+            r"q\.csv:1: two columns.*'question'",
+        ),
         ("q.csv", b'id,question,answers\nq1,"?"x,y\n', r"q\.csv:2: not a row of a table"),
         ("q.csv", b'id,question,answers\nq1,?,x\nq2,"?,y\n', r"q\.csv:3: not a row of a table"),
         ("q.csv", b"id,question,answers\nq1,\xff,x\n", r"q\.csv:2: invalid UTF-8 at byte 3"),
@@ -728,3 +733,10 @@ def test_a_corpus_is_not_held_in_memory(tmp_path: Path) -> None:
         [sys.executable, "-c", STREAM, str(path)], capture_output=True, text=True, check=True
     )
     assert int(told.stdout) < 20_000  # kilobytes
+
+
+def test_a_cell_of_text_is_text_even_if_it_is_json_too(tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_text('id,question,answers,note\n[1],[2],"[""x""]",[3]\n')
+    (found,) = read_questions(tmp_path / "q.csv")
+    assert (found.id, found.question, found.answers) == ("[1]", "[2]", ("x",))
+    assert found.extra["note"] == [3]

@@ -72,6 +72,23 @@ def test_splits_choose_files_and_labels(tmp_path: Path) -> None:
     assert [passage.id for passage in corpus] == ["p1"]
 
 
+def test_a_set_that_no_hub_has_is_not_looked_for_there() -> None:
+    with pytest.raises(
+        DataNotFoundError, match=r"'r1-searcher' is not at hand.*data\.md says"
+    ) as e:
+        load_dataset("r1-searcher", split="stage-1")
+    assert "Did you mean" not in str(e.value)
+
+
+@pytest.mark.parametrize("wrong", ["train[-2:]", "train[:-20%]", "train[:80 %]", "train[8:", "x[]"])
+def test_a_slice_that_is_none_does_not_mean_all_questions(tmp_path: Path, wrong: str) -> None:
+    write(tmp_path / "mine.jsonl", *({**question(f"q{i}"), "split": None} for i in range(10)))
+    mine = load_dataset("custom", split="train[8:]", questions=tmp_path / "mine.jsonl")
+    assert [q.id for q in mine.questions] == ["q8", "q9"]
+    with pytest.raises(UnknownNameError, match="split of"):
+        load_dataset("custom", split=wrong, questions=tmp_path / "mine.jsonl")
+
+
 @pytest.mark.parametrize(
     ("name", "split", "count"),
     [

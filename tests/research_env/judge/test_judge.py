@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -646,6 +647,19 @@ def test_a_cache_has_our_schema_and_nothing_else(tmp_path: Path, change: str) ->
         database.execute(change)
     with pytest.raises(JudgeError, match=r"tables are not those of a cache.*move it away"):
         VerdictCache(cache)
+
+
+def test_runs_that_start_together_make_one_cache(tmp_path: Path) -> None:
+    threads = 8
+    for number in range(10):
+        path, together = tmp_path / str(number), threading.Barrier(threads)
+
+        def open_it(_: int, path: Path = path, together: threading.Barrier = together) -> None:
+            together.wait()
+            VerdictCache(path).close()
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(open_it, range(threads)))
 
 
 def test_a_pipe_is_no_cache(tmp_path: Path) -> None:

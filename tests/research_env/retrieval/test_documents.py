@@ -28,7 +28,7 @@ from tests.elasticsearch.server import call, index_url
 from tests.research_env.fakes import DATASET, Engine, ListCorpus
 
 WORDS = " ".join(f"word{i}" for i in range(95))
-CORPUS = ChunkedCorpus(
+CHUNKS = ChunkedCorpus(
     ListCorpus(
         (
             Passage("1", "Beatles", "The Beatles were an English rock band."),
@@ -47,6 +47,11 @@ CORPUS = ChunkedCorpus(
     ),
     words=20,
 )
+WHOLE = (
+    Passage("wiki#1", "Paris", "Paris is the capital of France."),
+    Passage("wiki#2", "Oslo", "Oslo is the capital of Norway."),
+)
+CORPUS = ListCorpus((*CHUNKS, *WHOLE))
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +116,11 @@ def test_chunks_are_read_together_and_their_overlap_once(reader: Any) -> None:
     whole = read_page(title)
     assert whole is not None
     assert whole.text == f"{WORDS}\nAnother novel of that title."
+
+
+def test_whole_passages_whose_ids_look_like_chunks_stay_apart(reader: Any) -> None:
+    found = reader.read(["wiki#2", "wiki#1", "Oslo"])
+    assert [ids(each) for each in found] == [(["wiki#2"], 0), (["wiki#1"], 0), (["wiki#2"], None)]
 
 
 def test_a_long_document_is_read_around_the_passage_that_was_asked_for(reader: Any) -> None:

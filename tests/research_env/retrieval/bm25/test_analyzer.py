@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from research_env.retrieval.bm25 import analyzer
 from research_env.retrieval.bm25.analyzer import (
     MAX_QUERY_WORDS,
     MAX_WORD_LENGTH,
@@ -94,3 +96,24 @@ def test_threads_do_not_disturb_each_other() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from("a1_.:'é\u0301\u30a2\u3042\u0e01 -")))
+def test_underscores_belong_to_the_word_that_follows(text: str) -> None:
+    """The patterns without the rule that tries a run of underscores once."""
+    once = "(?:(?<!_)_++)?+"
+    for name, plain in (("_WORD", "_*"), ("_ASCII_WORD", "_*+")):
+        pattern = getattr(analyzer, name)
+        assert once in pattern.pattern
+        slow = re.compile(pattern.pattern.replace(once, plain), pattern.flags)
+        marked = text.translate(analyzer._STAND_INS) if name == "_WORD" else text
+        assert [m.span() for m in pattern.finditer(marked)] == [
+            m.span() for m in slow.finditer(marked)
+        ]
+
+
+@pytest.mark.parametrize("start", ["", "\u00e9 "])
+def test_a_megabyte_of_underscores_has_no_words_of_its_own(start: str) -> None:
+    """A scan that starts again at every underscore would take an hour."""
+    assert analyze(f"{start}name {'_' * 1_000_000} end")[-2:] == ["name", "end"]

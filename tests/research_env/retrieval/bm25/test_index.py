@@ -112,6 +112,25 @@ def test_an_index_of_many_runs_is_that_of_one(
         assert (folder / "one" / name).read_bytes() == (folder / "many" / name).read_bytes()
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="Linux lists open files there")
+def test_an_index_of_many_runs_opens_few_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole Wikipedia has some 700 runs, and a process may open 1,024 files by default."""
+    opened = []
+    merge = index_module._merge
+
+    def count_first(*args: Any) -> Any:
+        opened.append(len(list(Path("/proc/self/fd").iterdir())))
+        return merge(*args)
+
+    monkeypatch.setattr(index_module, "_merge", count_first)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    monkeypatch.setattr(index_module, "_RUN", 7)
+    write(tmp_path / "many", [[f"t{i % 12}"] * 7 for i in range(100)])
+    assert max(opened) < before + 10
+
+
 # --- search ---------------------------------------------------------------------------------------
 
 

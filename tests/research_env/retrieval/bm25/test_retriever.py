@@ -528,6 +528,50 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").exists()
 
 
+@pytest.mark.parametrize("index", [False, True])
+def test_a_folder_of_other_things_is_no_index_for_a_meta_json(tmp_path: Path, index: bool) -> None:
+    folder = tmp_path / "mine"
+    if index:
+        build_index(BEATLES, folder)
+        (folder / "thesis.tex").write_text("mine")
+    else:
+        folder.mkdir()
+        (folder / "meta.json").write_text("{}")
+    before = sorted(folder.iterdir())
+    with pytest.raises(ConfigurationError, match=r"holds other things, such as '(thesis|meta)"):
+        build_index(corpus("other passages"), folder)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_an_index_that_is_replaced_while_it_is_opened_is_opened_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = corpus("rome", "oslo", name="one"), corpus("bern", "lima oslo", name="other")
+    build_index(one, tmp_path / "i")
+    checked = embedded._checked
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        found = checked(*args, **kwargs)
+        monkeypatch.setattr(embedded, "_checked", checked)
+        build_index(other, tmp_path / "i")
+        return found
+
+    monkeypatch.setattr(embedded, "_checked", slow)
+    engine = EmbeddedRetriever(tmp_path / "i")
+    assert engine.fingerprint == other.fingerprint()
+    assert [hit.passage.text for hit in hits(engine, "oslo")] == ["lima oslo"]
+    build_index(one, tmp_path / "i")
+    monkeypatch.setattr(embedded, "_checked", slow)
+    with pytest.raises(StaleIndexError, match="another corpus"):
+        EmbeddedRetriever(tmp_path / "i", one)
+
+
+def test_a_home_folder_is_one_in_urls_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    open_retriever("embedded:~/beatles", BEATLES).close()
+    assert check_index(tmp_path / "beatles") == len(BEATLES.passages)
+
+
 @pytest.mark.parametrize("texts", [(), ("the", "of and")])
 def test_a_corpus_without_words_is_refused(tmp_path: Path, texts: tuple[str, ...]) -> None:
     with pytest.raises(DataError, match="no passage with a word"):
