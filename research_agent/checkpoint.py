@@ -4,7 +4,7 @@ A checkpoint is written under a temporary name, flushed to the disk, and renamed
 checkpoint's name is therefore complete, even if the machine stopped at any moment. It holds::
 
     step-000123/
-      model.safetensors config.json ...   the policy and its tokenizer, as transformers reads them
+      model*.safetensors config.json ...  the policy and its tokenizer, as transformers reads them
       state/*.safetensors                 other tensors: optimizer, random state; a file per rank
       state.json                          other values, the step, the configuration
       checksums.json                      SHA-256 of every other file
@@ -141,7 +141,7 @@ def save(
                 _link_best(root, best)
                 for old, folder in _complete(root)[:-keep]:
                     if old != best and old not in also_keep:
-                        _remove(folder)
+                        remove(folder)
     except Exception as error:  # a full disk is an OSError, or a bare exception of safetensors
         if lost_or_out_of_memory(error):
             raise
@@ -344,8 +344,8 @@ def _complete(root: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), folder) for match, folder in named if match)
 
 
-def _remove(folder: Path) -> None:
-    """Rename first: a half-deleted folder must not look like a checkpoint."""
+def remove(folder: Path) -> None:
+    """Remove a checkpoint. It is renamed first: what is half removed must not look like one."""
     doomed = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)

@@ -31,6 +31,7 @@ from research_agent.distributed import (
     rank_and_size,
     run_together,
     shard,
+    together,
 )
 from research_agent.errors import ConfigError, ModelError, NonFiniteError
 from research_agent.models.critic import Critic
@@ -46,11 +47,21 @@ from research_agent.models.policy import (
     TokenLogprobs,
     batch_logprobs,
     gathered_units,
+    load_model,
     own_passes,
 )
 from research_agent.models.prepare import prepare
 from research_agent.optimizer import Optimizer
-from research_agent.sharded import Read, copy_or_read, read_nothing, read_weights, stand_ins
+from research_agent.sharded import (
+    Read,
+    copy_or_read,
+    copy_weights,
+    read_nothing,
+    read_weights,
+    saved_tensors,
+    stand_ins,
+    stored_tensors,
+)
 from research_agent.system.memory import trim_heap
 from research_agent.trajectory import Group
 
@@ -117,6 +128,7 @@ class Learner:
         self.device = device or next(model.parameters()).device
         with stand_ins(self.model):
             _set_adapters(self.model, adapter, config.lora_rank)
+            self.model.eval()  # an adapter brings dropout of its own
         if isinstance(algorithm, UsesCritic) and self.has_adapters:
             raise ConfigError("a critic learns without lora_rank only; leave --lora-rank out")
         if not algorithm.needs_reference:
@@ -222,7 +234,7 @@ class Learner:
         return {"steps": self.steps, "moments": self._optimizer.moments(), **critic, **lora}
 
     def weights(self, dtype: torch.dtype | None = None) -> Iterable[tuple[str, Tensor]]:
-        """Return the whole weights of the policy, for an engine or a checkpoint.
+        """Return the whole weights of the policy, for an engine.
 
         This is what ``Engine.load_weights`` takes. Going through it is a collective: every rank
         must do so, as often as the others and to the end, even a rank that does not need the
@@ -237,12 +249,22 @@ class Learner:
             Names and weights. The names are those of the model without adapters, which are added
             in; a tied weight comes once.
         """
-        return Repeatable(lambda: chain.from_iterable(self.weight_buckets(dtype)))
+        buffers = dict(self.model.named_buffers())
+        return Repeatable(
+            lambda: (
+                each
+                for each in chain.from_iterable(self.weight_buckets(dtype))
+                if each[0] not in buffers
+            )
+        )
 
     def weight_buckets(
         self, dtype: torch.dtype | None = None
     ) -> Iterator[list[tuple[str, Tensor]]]:
-        """Yield the same weights as ``weights``, a bucket at a time.
+        """Yield what a checkpoint holds, a bucket at a time.
+
+        This is what ``weights`` gives, and then the model's persistent buffers. No update changes
+        these, and they keep their number format.
 
         A bucket holds at most ``config.bucket_bytes``, or one tensor that is larger. It is emptied
         when the next one is asked for. Buckets are the same on all ranks. All collectives of a
@@ -252,17 +274,18 @@ class Learner:
         Args:
             dtype: as for ``weights``.
         """
-        named = merged(self.model) if self.has_adapters else self.model.named_parameters()
+        buffers = dict(self.model.named_buffers())
         bucket: list[tuple[str, Tensor]] = []
         held = 0
-        for name, weight in named:
-            size = gathered_numel(weight) * (dtype or weight.dtype).itemsize
+        for name, weight in merged(self.model):
+            kind = weight.dtype if dtype is None or name in buffers else dtype
+            size = gathered_numel(weight) * kind.itemsize
             # Twice: while a tensor is gathered, its converted shard is held as well.
             if bucket and held + 2 * size > self.config.bucket_bytes:
                 yield bucket
                 bucket.clear()  # not a new list: the caller may still hold this one
                 held = 0
-            bucket.append((name, full_tensor(weight.detach().to(dtype or weight.dtype))))
+            bucket.append((name, full_tensor(weight.to(kind))))
             held += size
         if bucket:
             yield bucket
@@ -285,8 +308,22 @@ class Learner:
             copy_or_read(adapters(self.model), state["adapters"], read)
 
     def load_weights(self, folder: Path) -> None:
-        """Read the policy's weights from a folder, in place; adapters stay as they are."""
-        read_weights(self.model, folder)
+        """Read the policy's weights from a checkpoint, in place; adapters stay as they are.
+
+        Raises:
+            Exception: the files cannot be read, or hold another model.
+        """
+        kind: Any = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        whole = None
+        with together():
+            stored = stored_tensors(folder)
+            if any(name not in stored for name, _ in saved_tensors(self.model)):
+                # One process saved other names than the model's, which transformers converts.
+                whole = load_model(folder, dtype=kind, device="cpu")
+        if whole is None:
+            read_weights(self.model, folder)
+        else:
+            copy_weights(self.model, whole)
 
     def _prepare_batch(self, batch: Batch) -> Batch:
         """Add what all minibatches share: old and reference log-probabilities, advantages."""

@@ -21,6 +21,7 @@ from research_agent.chat_template import ChatTemplate, writes_date
 from research_agent.errors import ModelError
 from research_agent.models.source import (
     generation_settings,
+    model_source,
     opening,
     resolve_model,
     tokenizer_source,
@@ -85,6 +86,9 @@ class Renderer:
         if not self.end_ids:
             raise ModelError("the renderer has no end token; give end_ids, or set eos_token")
         special = set(self.tokenizer.all_special_ids) | self.end_ids
+        # Llama 3's files call most of its chat tokens special in this list only.
+        added = self.tokenizer.added_tokens_decoder
+        special |= {number for number, token in added.items() if token.special}
         if self.tokenizer.unk_token_id not in self.end_ids:
             special.discard(self.tokenizer.unk_token_id)  # an unknown word is text
         object.__setattr__(self, "special_ids", frozenset(special))
@@ -327,6 +331,8 @@ def load_renderer(
     end_ids = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     # An instruction-tuned model may end its turns with several tokens.
     more = generation_settings(place).get("eos_token_id")
+    if more is None and (Path(place) / "adapter_config.json").is_file():  # the base says which
+        more = generation_settings(model_source(model).place).get("eos_token_id")
     listed = more if isinstance(more, list) else [] if more is None else [more]
     if not all(isinstance(i, int) for i in listed):
         message = f"eos_token_id in the generation_config.json of {str(model)!r} is {more!r}"

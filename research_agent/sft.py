@@ -365,7 +365,7 @@ def _finish(config: SFTConfig, write: Callable[[Path], None]) -> None:
         path.replace(folder / path.name)
     temporary.rmdir()
     while saved := checkpoint.latest(folder / CHECKPOINTS):
-        shutil.rmtree(saved)
+        checkpoint.remove(saved)
 
 
 def _clean_up(folder: Path) -> None:
@@ -434,6 +434,8 @@ def _validate(config: SFTConfig) -> None:
         raise ConfigError("--chat-template needs a --model that has one; a new model has none")
     if config.count < config.batch:
         raise ConfigError(f"--count {config.count} must be at least --batch {config.batch}")
+    if config.model is None and config.heads > 1 and config.heads % 2:
+        raise ConfigError(f"--heads {config.heads} must be 1 or an even number")
     if config.model is None and config.hidden_size % (2 * config.heads):
         raise ConfigError(
             f"--hidden-size {config.hidden_size} must be a multiple of twice --heads {config.heads}"

@@ -12,11 +12,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -31,6 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from research_agent.distributed import raise_together, rank_and_size, together
 from research_agent.errors import CheckpointError
 
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Copies of a file's content that exist while DCP writes it: on the host, as bytes, in the file.
 _COPIES = 4
@@ -165,23 +168,69 @@ def allocate(root: nn.Module, device: torch.device) -> None:
 def read_weights(model: nn.Module, folder: Path) -> None:
     """Read this rank's shards of a model's weights from a Hugging Face folder, in place.
 
-    Adapters are left as they are.
+    Persistent buffers are read whole. Adapters are left as they are.
     """
-    named = ((n, p) for n, p in model.named_parameters() if ".lora_" not in n)
-    read_tensors(folder, {n.replace(".base_layer.", "."): p.detach() for n, p in named})
+    read_tensors(folder, {name: tensor.detach() for name, tensor in saved_tensors(model)})
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of all safetensors files in a folder, from the files' headers.
+def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and persistent buffers of a model, which its files hold.
+
+    Adapters are left out, and the names are those of the model without them. A tied weight comes
+    once.
+    """
+    kept = model.state_dict(keep_vars=True)
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+    for name, tensor in chain(model.named_parameters(), buffers):
+        if ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), tensor
+
+
+def copy_weights(model: nn.Module, whole: nn.Module) -> None:
+    """Copy this rank's shards of a model's weights from the same model, not sharded."""
+    from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415 - slow to import
+
+    given = dict(saved_tensors(whole))
+    with torch.no_grad():
+        for name, tensor in saved_tensors(model):
+            found = given[name].detach()
+            if isinstance(tensor, DTensor):
+                mesh, placements = tensor.device_mesh, tensor.placements
+                found = distribute_tensor(found, mesh, placements, src_data_rank=None)
+            tensor.copy_(found)
+
+
+def read_buffers(model: nn.Module, folder: Path) -> None:
+    """Read the persistent buffers of a model without adapters, in place; no collective.
 
     Raises:
         OSError, SafetensorError: a file cannot be read, or is cut.
     """
-    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    buffers = {n: b for n, b in saved_tensors(model) if not isinstance(b, nn.Parameter)}
+    for file in _tensor_files(folder):
+        with safe_open(file, "pt") as opened:
+            for name in buffers.keys() & set(opened.keys()):
+                buffers[name].copy_(opened.get_tensor(name))
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of the safetensors files in a folder, from the files' headers.
+
+    Raises:
+        OSError, SafetensorError: a file cannot be read, is missing, or is cut.
+        ValueError: two files hold the same tensor, or the same part of it.
+    """
+    found = {
+        name: each
+        for name, each in _reader(folder).read_metadata().state_dict_metadata.items()
+        if isinstance(each, TensorStorageMetadata)
+    }
+    for name, each in found.items():
+        if len({chunk.offsets for chunk in each.chunks}) < len(each.chunks):
+            _refuse_twice(folder, name)
     return {
         name: StoredTensor(name, tuple(each.size), each.properties.dtype)
         for name, each in found.items()
-        if isinstance(each, TensorStorageMetadata)
     }
 
 
@@ -194,9 +243,8 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
     """
     if not into:
         return
-    reader = HuggingFaceStorageReader(str(folder))
     with _plain_errors():
-        load(dict(into), storage_reader=reader, no_dist=_alone())
+        load(dict(into), storage_reader=_reader(folder), no_dist=_alone())
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], bucket_bytes: int) -> None:
@@ -248,7 +296,7 @@ def write_weights(folder: Path, buckets: Iterable[list[tuple[str, Tensor]]]) -> 
 def _name_files(folder: Path, names: list[list[str]], total: int) -> None:
     """Give the parts the names that transformers looks for, and write the index of weights."""
     if len(names) == 1:
-        (folder / "0.part").rename(folder / "model.safetensors")
+        (folder / "0.part").rename(folder / WEIGHTS)
         return
     where: dict[str, str] = {}
     for number, each in enumerate(names):
@@ -259,18 +307,44 @@ def _name_files(folder: Path, names: list[list[str]], total: int) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def require_files(folder: Path) -> None:
-    """Check that all files that the index of a folder names are there.
+def _tensor_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads of a model; all of another folder.
 
     Raises:
-        FileNotFoundError: naming one that is missing.
+        FileNotFoundError: one that the index names is missing.
     """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        return
+        return sorted(folder.glob("*.safetensors"))
     named = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    for file in sorted(set(named.values())):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder / file} is missing, which {INDEX} names")
+    files = [folder / name for name in sorted(set(named.values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing, which {INDEX} names")
+    return files
+
+
+def _reader(folder: Path) -> Any:
+    """DCP's reader of a folder's safetensors files."""
+    reader: Any = HuggingFaceStorageReader(str(folder))
+    # Its own choice is all files, and the last one that holds a name. DCP calls this where an error
+    # of one rank reaches all.
+    reader.fs.ls = lambda path: [str(file) for file in _tensor_files(folder)]
+    return reader
+
+
+def _refuse_twice(folder: Path, name: str) -> NoReturn:
+    """Name the files that hold the same tensor."""
+    holders = []
+    for file in _tensor_files(folder):
+        with safe_open(file, "pt") as opened:
+            if name in opened.keys():  # noqa: SIM118 - it is no dict
+                holders.append(str(file))
+    raise ValueError(
+        f"{name!r} is in each of {' and '.join(holders)}; move the file that does not belong to"
+        " the others out of the folder"
+    )
 
 
 def _alone() -> bool:

@@ -55,6 +55,7 @@ from research_agent.evaluation.predictions import as_record
 from research_agent.failures import saved_for_inspection
 from research_agent.learner import Learner
 from research_agent.models.deferred import load_deferred
+from research_agent.models.lora import merged
 from research_agent.models.policy import (
     episode_context,
     find_device,
@@ -417,7 +418,7 @@ class Trainer:
                     save_settings(self.model, folder)
                     self.renderer.tokenizer.save_pretrained(folder)
             return
-        weights = dict(self.learner.weights()) if self.learner.has_adapters else None
+        weights = dict(merged(self.model)) if self.learner.has_adapters else None
         self.model.save_pretrained(folder, state_dict=weights)
         self.renderer.tokenizer.save_pretrained(folder)
 

@@ -11,21 +11,24 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-CONTINUE = "The last checkpoint is intact, and the same command continues from it"
+CONTINUE = "The same command continues from the last checkpoint, if there is one"
 """What an error of an engine that died ends with."""
 
 
 def require_context(model: Any, max_context: int | None) -> int:
-    """Return how many tokens a trajectory may have; refuse more than the model has positions for.
+    """Return how many tokens a trajectory may have; refuse more than the model can read.
 
     Args:
         model: model of the transformers library.
         max_context: tokens that are wanted; None: as many as the model has positions for.
 
     Raises:
-        ContextError: more than the model has.
+        ContextError: more than the model has positions for, or more than it reads alike beside
+            other sequences (``require_same_positions``).
         ModelError: none are wanted, and the model names no limit.
     """
+    from research_agent.models.prepare import require_same_positions  # noqa: PLC0415 - torch
+
     limit = getattr(model.config, "max_position_embeddings", None)
     context = limit if max_context is None else max_context
     if context is None:
@@ -34,6 +37,7 @@ def require_context(model: Any, max_context: int | None) -> int:
         raise ContextError(
             f"max_context is {context}, but the model has {limit} positions; lower it"
         )
+    require_same_positions(model, context)
     return int(context)
 
 

@@ -65,6 +65,7 @@ class TransformersEngine:
             architectures whose attention cannot be replaced.
 
     Raises:
+        ContextError: more context than the model has, or than it reads alike beside others.
         ModelError: the architecture's attention cannot be replaced, or has no known context.
 
     The draws of a trajectory are a function of its seed and of the position of the token only. The

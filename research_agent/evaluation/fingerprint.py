@@ -80,7 +80,8 @@ def model_fingerprint(place: str, revision: str | None = None) -> str:
     if not folder.is_dir():
         return f"{place}@{revision or 'unknown'}"
     files = {path for pattern in _MODEL_FILES for path in folder.glob(pattern)}
-    found = "sha256 " + _digest((p for p in files if p.stem != "state"), folder)
+    beside = ("state", "checksums")  # these depend on the time that training took
+    found = "sha256 " + _digest((p for p in files if p.stem not in beside), folder)
     if (folder / "adapter_config.json").is_file() and (base := model_source(place)).adapter:
         return f"{found} over {model_fingerprint(str(Path(base.place) / (base.gguf_file or '')))}"
     return found

@@ -10,6 +10,7 @@ FlashAttention.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from inspect import signature
 from typing import Any
 
@@ -22,6 +23,9 @@ from transformers import AttentionInterface
 from research_agent.errors import ModelError
 
 PACKED = "research_agent_packed"
+
+# Not an argument of the model's forward, which some architectures do not hand on to their layers.
+MAX_CONTEXT: ContextVar[int] = ContextVar("tokens that later trajectories may have", default=0)
 
 _GROUPED: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
@@ -63,7 +67,8 @@ def packed_attention(
         max_length_k: tokens of the longest path.
         key_index: for rows of trees, the positions in the row of each run's path, end to end, [K]
             int64; None: each run is its own path.
-        sliding_window: how many tokens a token can look back, if the layer limits it.
+        sliding_window: how many tokens a token can see, itself among them, if the layer limits it.
+            It must be no less than the longest trajectory, and no less than ``MAX_CONTEXT``.
         options: options of other kinds of attention.
 
     Returns:
@@ -73,8 +78,11 @@ def packed_attention(
         ModelError: the layer needs something that this function does not do.
     """
     odd = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
-    if odd or attention_mask is not None or (sliding_window or query.shape[2]) < query.shape[2]:
-        what = odd[0] if odd else "a mask" if attention_mask is not None else "a sliding window"
+    length = query.shape[2] if cu_seq_lens_q is None else max_length_k
+    short = sliding_window and sliding_window < max(length, MAX_CONTEXT.get())
+    if odd or attention_mask is not None or short:
+        window = f"a sliding window of {sliding_window} tokens, and sequences may be longer"
+        what = odd[0] if odd else "a mask" if attention_mask is not None else window
         raise ModelError(f"its attention has {what}")
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings may be wider
     grouped = query.shape[1] != key.shape[1]

@@ -21,7 +21,8 @@ from research_agent.sharded import (
     deferred_folder,
     fill,
     meta_parameters,
-    require_files,
+    read_buffers,
+    saved_tensors,
     stored_tensors,
 )
 
@@ -75,22 +76,24 @@ def _skeleton(source: ModelSource, name: str, dtype: torch.dtype) -> tuple[Any, 
         folder = _local_folder(source.place)
         if not any(folder.glob("*.safetensors")):
             return None, "it has no safetensors"
-        require_files(folder)
         stored = stored_tensors(folder)
         with meta_parameters():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         if (settings := tokens_of_unreadable(source.place, name)) is None:
             with suppress(OSError):  # there may be none
                 settings = GenerationConfig.from_pretrained(source.place)
-    for parameter, weight in model.named_parameters():
-        if parameter not in stored:
-            return None, f"its files do not hold {parameter!r}"
-        if stored[parameter].shape != tuple(weight.shape):
+    for weight_name, weight in saved_tensors(model):
+        if weight_name not in stored:
+            return None, f"its files do not hold {weight_name!r}"
+        if stored[weight_name].shape != tuple(weight.shape):
             raise ModelError(
-                f"the model {name!r} has a weight {parameter!r} of shape"
-                f" {list(stored[parameter].shape)}, and its config.json says"
+                f"the model {name!r} has a weight {weight_name!r} of shape"
+                f" {list(stored[weight_name].shape)}, and its config.json says"
                 f" {list(weight.shape)}; get or save it again"
             )
+    # Not with the shards: a critic is a copy of the model before these are read.
+    with opening(f"the model {name!r}"):
+        read_buffers(model, folder)
     if settings is not None:
         model.generation_config = settings
     repair_generation(model, name)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from research_agent.errors import ConfigError, ModelError
 from research_agent.models.source import opening, reading_weights
+from research_agent.sharded import saved_tensors
 
 _NAME = "default"
 _BEYOND_LORA = (
@@ -162,18 +163,17 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 
 def merged(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and weight of the model with its adapters merged; the model keeps them.
+    """Yield what the files of the model with its adapters merged hold; the model keeps them.
 
-    The names are those of the model before it had adapters.
+    These are its weights, and then its persistent buffers. The names are those of the model before
+    it had adapters.
     """
-    adapted = {f"{name}.base_layer.weight": layer for name, layer in _layers(model)}
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            continue
-        weight = parameter.detach()
+    adapted = {f"{name}.weight": layer for name, layer in _layers(model)}
+    for name, tensor in saved_tensors(model):
+        weight = tensor.detach()
         if name in adapted:
             weight = weight + adapted[name].get_delta_weight(_NAME).detach().to(weight.dtype)
-        yield name.replace(".base_layer.", "."), weight
+        yield name, weight
 
 
 def _layers(model: Any) -> list[tuple[str, Any]]:

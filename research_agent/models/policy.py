@@ -25,6 +25,7 @@ from research_agent.models.prepare import (
     output_logits,
     packed_options,
     require_learnable,
+    require_same_positions,
     tree_options,
 )
 from research_agent.models.source import (
@@ -235,8 +236,13 @@ def action_hidden_states(model: Any, micro: MicroBatch) -> Tensor:
 
     Returns:
         The states, [a, hidden size].
+
+    Raises:
+        ContextError: a trajectory is so long that it would change how the model reads the others.
     """
     packing: dict[str, Any] = {}
+    longest = micro.max_seqlen or micro.tokens.shape[1]
+    require_same_positions(model, longest if micro.tree is None else micro.tree.max_keys)
     if micro.tree is not None:
         packing = {"position_ids": micro.position_ids, **tree_options(micro.tree)}
     elif micro.cu_seqlens is not None:

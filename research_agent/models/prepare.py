@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from research_agent.batch import Packing
 from research_agent.distributed import lost_or_out_of_memory
-from research_agent.errors import ModelError, ResearchAgentError
+from research_agent.errors import ContextError, ModelError, ResearchAgentError
 from research_agent.models.probe import logit_difference, plain_logits, probe_sequences
 from research_agent.models.recurrent import split_recurrent_layers
 from research_agent.prefixes import TreeLayout, lay_out, shared_lengths
@@ -64,12 +65,17 @@ def set_up(model: Any, *, packing: Packing, gradient_checkpointing: bool, compil
 
 
 def _require_packable(model: Any, packing: Packing) -> None:
-    """Check on short sequences that sequences in one row do not see each other."""
-    from research_agent.models.attention import PACKED  # noqa: PLC0415
+    """Check on short sequences that sequences in one row do not see each other.
+
+    A sliding window is refused if it is shorter than the longest sequence that the model can read.
+    """
+    from research_agent.models.attention import MAX_CONTEXT, PACKED  # noqa: PLC0415
 
     name = type(model).__name__
     before = getattr(getattr(model, "config", None), "_attn_implementation", None)
     join = split_recurrent_layers(model)
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    max_context = MAX_CONTEXT.set(limit or sys.maxsize)
     try:
         sequences = probe_sequences(model)
         if packing == "tree":  # one more, which branches off the first in its middle
@@ -83,6 +89,8 @@ def _require_packable(model: Any, packing: Packing) -> None:
         if lost_or_out_of_memory(error):
             raise
         difference = str(error)
+    finally:
+        MAX_CONTEXT.reset(max_context)
     join()
     if difference:
         if before is not None and model.config._attn_implementation != before:
@@ -160,6 +168,35 @@ def require_learnable(model: Any, name: str) -> None:
             raise ModelError(
                 f"the model {name!r} changes its logits after its head, or sees padding:"
                 f" {difference}; this is not supported"
+            )
+
+
+def require_same_positions(model: Any, length: int) -> None:
+    """Check that sequences up to a length are read alike, whatever is read in the same pass.
+
+    With "longrope" (Phi-3, Phi-4-mini) transformers has two sets of rotary frequencies. If one
+    sequence of a pass is longer than the model's original context, it takes the second set for all
+    of them; keys that a cache holds already have the first. vLLM takes one set for a whole run.
+
+    Args:
+        model: a causal language model of the transformers library.
+        length: tokens of the longest sequence.
+
+    Raises:
+        ContextError: the model has longrope, and its original context is shorter.
+    """
+    rope: Mapping[str, Any] = getattr(getattr(model, "config", None), "rope_parameters", None) or {}
+    by_layer_type = [each for each in rope.values() if isinstance(each, Mapping)]
+    for each in by_layer_type or [rope]:
+        if each.get("rope_type") != "longrope":
+            continue
+        if length > (original := each["original_max_position_embeddings"]):
+            raise ContextError(
+                f"sequences of up to {length} tokens are too long for the longrope positions of"
+                f" {type(model).__name__}: one with more than {original} tokens would change the"
+                " log-probabilities of all others; lower --max-prompt and --max-response"
+                f" (max_context) to at most {original} tokens together. To evaluate with more,"
+                " serve the model with vLLM and give --endpoint"
             )
 
 

@@ -130,7 +130,7 @@ def resolve_model(name: str | Path) -> str:
         return str(path)
     if path.is_file():
         raise ModelError(f"{text} is a file, and no GGUF file; give the folder of the model")
-    is_path = text[:1] in (".", "/", "~") or text.count("/") > 1 or text.endswith(".gguf")
+    is_path = text[:1] in (".", "/", "~") or text.count("/") > 1 or text.endswith((".gguf", "/"))
     near = _near_names(path, starters)
     in_folder = not is_path and "/" in text and path.parent.is_dir() and not _in_hub_cache(text)
     # Then a folder or a starter is meant, and not a name on the hub.

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.architectures import ARCHITECTURES, tiny
 from research_agent.algorithms.grpo import GRPO
 from research_agent.batch import Batch, make_batch, micro_batches
+from research_agent.config import LearnerConfig
 from research_agent.errors import ConfigError, ModelError
 from research_agent.learner import Learner
 from research_agent.models import policy
@@ -190,6 +191,26 @@ def test_a_model_whose_attention_cannot_be_replaced_is_refused() -> None:
 def test_a_sliding_window_is_refused_and_not_ignored() -> None:
     with pytest.raises(ModelError, match="a sliding window"):
         _gradient(sliding_qwen2(V), random_groups(0), packing="on")
+
+
+def test_a_window_that_only_later_trajectories_exceed_is_refused_at_once() -> None:
+    """The check's own sequences are shorter than the window."""
+    model, groups = sliding_qwen2(V, window=255), random_groups(0)  # it has 256 positions
+    with pytest.raises(ModelError, match=r"a sliding window of 255 tokens.*use --packing off"):
+        make_learner(copy.deepcopy(model), GRPO(kl_coef=0.0), packing="on")
+    with pytest.warns(UserWarning, match="packing is auto, so it is off"):
+        learner = Learner(model, GRPO(kl_coef=0.0), LearnerConfig(packing="auto"), trees=True)
+    assert learner.update(groups)["optimizer_steps"] == 1
+
+
+@pytest.mark.parametrize("packing", ["on", "tree"])
+def test_a_window_of_the_whole_context_packs_rows_longer_than_itself(packing: Any) -> None:
+    model, groups = sliding_qwen2(V, window=256).double(), random_groups(1, samples=12)
+    (micro,) = micro_batches(make_batch(groups), 4096, packing="on")
+    assert micro.tokens.shape[1] > 256
+    alone = _gradient(model, groups, packing="off", micro_batch_tokens=1)
+    packed = _gradient(model, groups, packing=packing, micro_batch_tokens=4096)
+    assert distance(packed, alone) < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from research_agent.errors import ModelError
 from research_agent.renderer import Renderer, load_renderer
-from tests.research_agent.conftest import SPECIALS, byte_tokenizer, make_renderer
+from research_env.adapters.tokens import encode_text
+from tests.research_agent.conftest import SPECIALS, byte_tokenizer, make_renderer, tiny_llama
+from tests.research_agent.model_files import save_adapter, save_model
 
 RENDERER = make_renderer(byte_tokenizer(merges=True))
 CHAT = make_renderer(byte_tokenizer(), chat_template=True)
@@ -137,6 +139,28 @@ def test_load(tmp_path: Path) -> None:
     loaded = load_renderer(tmp_path, chat_template=True)
     assert loaded.end_ids == {5, tokenizer.eos_token_id}
     assert loaded.encode_prompt("Who?") == CHAT.encode_prompt("Who?")
+
+
+def test_an_adapter_with_its_own_tokenizer_ends_turns_as_its_base_does(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    save_model(tmp_path / "base", tiny_llama(len(tokenizer)))
+    GenerationConfig(eos_token_id=[5, tokenizer.eos_token_id]).save_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    assert load_renderer(tmp_path / "adapter").end_ids == {5, tokenizer.eos_token_id}
+
+
+def test_chat_tokens_that_only_the_list_of_added_tokens_calls_special() -> None:
+    """As in the files of Llama 3."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|start_header_id|>", special=True)], special_tokens=False)
+    number = tokenizer.convert_tokens_to_ids("<|start_header_id|>")
+    assert number not in tokenizer.all_special_ids
+    chat = make_renderer(tokenizer, chat_template=True)
+    mark = "<|start_header_id|>"
+    assert chat.encode_observation(f"x{mark}", (mark,)) == [*chat.encode_text("x"), number]
+    assert number not in chat.encode_text(f"x{mark}")
+    assert number not in encode_text(tokenizer, f"x{mark}")  # the adapters' own
 
 
 def test_load_refuses_what_cannot_be_used(tmp_path: Path) -> None:

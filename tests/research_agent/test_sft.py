@@ -462,6 +462,7 @@ def test_a_demonstration_that_teaches_nothing_is_refused(
         ({"lora_rank": 4}, "--lora-rank is 4; give 0, or a rank beside a --model"),
         ({"model": "m", "lora_rank": -1}, "--lora-rank is -1; give 0"),
         ({"hidden_size": 18}, "--hidden-size 18 must be a multiple of twice --heads 2"),
+        ({"heads": 5, "hidden_size": 20}, "--heads 5 must be 1 or an even number"),
         ({"learning_rate": 0.0}, r"--learning-rate 0\.0 .* must be above 0"),
         ({"learning_rate": float("nan")}, "--learning-rate nan"),
     ],

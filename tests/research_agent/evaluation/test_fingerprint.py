@@ -50,6 +50,7 @@ def test_what_training_left_beside_a_model_does_not_count(model: Path) -> None:
     first = model_fingerprint(str(model))
     (model / "state.safetensors").write_text("other")
     (model / "state.json").write_text("{}")
+    (model / "checksums.json").write_text('{"state.json": "it holds the seconds of training"}')
     assert model_fingerprint(str(model)) == first
 
 

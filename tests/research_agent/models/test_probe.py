@@ -14,13 +14,16 @@ from research_agent.config import LearnerConfig
 from research_agent.engines import make_engine
 from research_agent.engines.base import Engine, SamplingParams
 from research_agent.engines.transformers import TransformersEngine
-from research_agent.errors import ModelError
+from research_agent.errors import ContextError, ModelError
 from research_agent.learner import Learner
 from research_agent.models.prepare import prepare, require_learnable
 from research_agent.models.probe import logit_difference
 from research_agent.renderer import Renderer
+from research_agent.trajectory import Group, Segment
 from research_agent.trees import Forking
 from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_llama
+from tests.research_agent.learners import make_learner
+from tests.research_agent.rollouts import action, trajectory
 
 HYBRIDS = ["Qwen3.5", "LFM2", "Falcon-H1", "Granite 4 hybrid", "Falcon", "Bloom", "Mamba"]
 PROMPTS = [list(range(20, 60)), list(range(100, 125))]
@@ -36,13 +39,19 @@ def make(name: str) -> Any:
     return tiny(*ARCHITECTURES[name])
 
 
-def engine_of(model: Any, slots: int, share: bool = False) -> Engine:
+def make_longrope() -> Any:
+    """It reads sequences of more than 64 tokens with other frequencies; it has 256 positions."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    return tiny("Phi3Config", {"original_max_position_embeddings": 64, "rope_parameters": rope})
+
+
+def engine_of(model: Any, slots: int, share: bool = False, max_context: int | None = 120) -> Engine:
     return make_engine(
         "transformers",
         model,
         renderer_without_ends(),
         max_slots=slots,
-        max_context=120,
+        max_context=max_context,
         share=share,
     )
 
@@ -177,6 +186,34 @@ def test_a_model_that_sees_its_neighbors_is_refused() -> None:
         engine_of(model, 2)
     with pytest.raises(ModelError, match="cannot share a row"):
         prepare(model, packing="on")
+
+
+def test_a_longrope_model_samples_in_its_original_context_only() -> None:
+    for max_context, length in ((None, 256), (65, 65)):
+        message = f"up to {length} tokens.*lower --max-prompt and --max-response.*at most 64 tokens"
+        with pytest.raises(ContextError, match=message):
+            engine_of(make_longrope(), 2, max_context=max_context)
+    engine = engine_of(make_longrope(), 2, max_context=64)
+    for slot, tokens in enumerate(PROMPTS):
+        engine.submit(slot, tokens, SamplingParams(temperature=0))
+    said = take(engine)
+    assert [len(said[slot]) for slot in (0, 1)] == [64 - len(tokens) for tokens in PROMPTS]
+    for slot, tokens in enumerate(PROMPTS):
+        assert said[slot] == greedy(make_longrope(), tokens, len(said[slot]))
+
+
+@pytest.mark.parametrize("packing", ["off", "on", "tree"])
+def test_a_longrope_model_learns_in_its_original_context_only(packing: Any) -> None:
+    """The last token of a trajectory is not read."""
+    learner = make_learner(make_longrope(), make_algorithm("grpo", kl_coef=0.0), packing=packing)
+    prompt = Segment("prompt", (1, 2))
+    short = trajectory(prompt, action([3, 4]), reward=0.0)
+    fits, beyond = (
+        trajectory(prompt, action(range(length - 2)), reward=1.0, sample=1) for length in (65, 66)
+    )
+    assert learner.update([Group(0, [short, fits])])["max_length"] == 65
+    with pytest.raises(ContextError, match=r"up to 65 tokens.*more than 64 tokens would change"):
+        learner.update([Group(0, [short, beyond])])
 
 
 def test_a_difference_is_measured_against_the_spread() -> None:

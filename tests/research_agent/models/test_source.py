@@ -145,6 +145,14 @@ def test_an_adapter_is_trained_on(tmp_path: Path) -> None:
     assert torch.equal(first["model.embed_tokens.weight"], last["model.embed_tokens.weight"])
 
 
+def test_an_adapter_s_dropout_does_not_disturb_learning(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", tiny_llama())
+    adapter = save_adapter(tmp_path / "adapter", base, lora_dropout=0.5)
+    train(adapter, tmp_path / "run", "--learning-rate", "0")
+    for line in read_lines(tmp_path / "run" / "metrics.jsonl"):
+        assert line["learner/sampling_logprob_difference"] < 1e-4
+
+
 def test_an_adapter_begins_as_it_is_and_resumes_to_the_bit(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", tiny_llama())
     adapter = save_adapter(tmp_path / "adapter", base)
