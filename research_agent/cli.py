@@ -25,7 +25,13 @@ from research_agent.config import (
     complete,
 )
 from research_agent.config_checks import require_seed, validate, validate_eval
-from research_agent.errors import ConfigError, ContextError, ResearchAgentError, StoppedError
+from research_agent.errors import (
+    ConfigError,
+    ContextError,
+    ModelError,
+    ResearchAgentError,
+    StoppedError,
+)
 from research_agent.formats import finite
 from research_agent.presets import DESCRIPTIONS, PRESETS
 from research_agent.system.terminal import escaped_logs, show
@@ -92,6 +98,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(f"{type(error).__name__}: {error}")
 
 
+_WITHOUT_GROUPS = ("ppo", "mt_ppo", "reinforce_pp")
+
+
+def _notes(config: TrainConfig) -> Iterator[str]:
+    """What a user may not have meant."""
+    trained_on, evaluated = config.environment.env_args, config.run.eval_args
+    if config.run.eval_every and {**trained_on, **evaluated} == trained_on:
+        yield (
+            "evaluations play the tasks of training, since --eval-args names no others; give "
+            "--eval-args split=dev, or what else the environment takes"
+        )
+    name = config.algorithm.algorithm
+    if config.rollout.group_size == 1 and name in ALGORITHMS and name not in _WITHOUT_GROUPS:
+        yield (
+            f"{name} compares the episodes of a group, and --group-size 1 leaves nothing to "
+            f"compare; give 2 or more, or --algorithm {_WITHOUT_GROUPS[0]}"
+        )
+
+
 def _train(words: list[str]) -> None:
     name = _choose("train", words, DESCRIPTIONS)
     preset = PRESETS[name]
@@ -100,28 +125,39 @@ def _train(words: list[str]) -> None:
     config = complete(config, preset)
     validate(config)
     if config.run.plan:
-        _plan(config, config.run.plan)
+        with _naming_the_preset(name, preset, config):
+            _plan(config, config.run.plan)
         return
-    if config.run.eval_every and not config.run.eval_args and not config.run.quiet:
-        show(
-            "research-agent: note: evaluations play the tasks of training, since --eval-args names "
-            "no others; give --eval-args split=dev, or what else the environment takes",
-            file=sys.stderr,
-        )
+    for note in () if config.run.quiet else _notes(config):
+        show(f"research-agent: note: {note}", file=sys.stderr)
     from research_agent.trainer import train  # noqa: PLC0415  (loads torch: not for --help)
 
     _no_bars()
-    try:
+    with _naming_the_preset(name, preset, config):
         summary = train(config)
+    if is_first_rank():  # one of torchrun's processes prints
+        _print(summary.message, summary.numbers, as_json=config.run.json)
+    if summary.signal:
+        raise SystemExit(128 + summary.signal)
+
+
+@contextmanager
+def _naming_the_preset(name: str, preset: TrainConfig, config: TrainConfig) -> Iterator[None]:
+    """Say in an error that the setting at fault is the preset's own."""
+    try:
+        yield
     except ContextError as error:
         limit = config.sampling.max_prompt
         if limit != preset.sampling.max_prompt:
             raise
         raise ContextError(f"{error} (--max-prompt {limit} is the preset {name}'s)") from error
-    if is_first_rank():  # one of torchrun's processes prints
-        _print(summary.message, summary.numbers, as_json=config.run.json)
-    if summary.signal:
-        raise SystemExit(128 + summary.signal)
+    except ModelError as error:
+        from research_agent.sft import PRESETS as starts  # noqa: N811, PLC0415
+
+        if config.policy.model != preset.policy.model or name not in starts:
+            raise
+        own = f"(the preset {name}'s; research-agent sft {name} makes it)"
+        raise ModelError(f"{error} {own}") from error
 
 
 def _plan(config: TrainConfig, gpus: str) -> None:

@@ -53,6 +53,7 @@ PlayerRequest = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _EXIT_TIMEOUT = 10.0  # seconds that a child has to end by itself
+_ALIVE_CHECK = 1.0  # seconds between looks at a child that does not answer
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,10 @@ class PlayerProcess:
         """PlayerRequest a method of the child's player; raises what it raises there."""
         with suppress(OSError):  # a child that failed is gone; its answer says why
             self._connection.send((method.__name__, args, named))
-        wait([self._connection, self._process.sentinel])
+        # A process that the child forked keeps the sentinel open when the child is dead.
+        while not wait([self._connection, self._process.sentinel], _ALIVE_CHECK):
+            if not self._process.is_alive():
+                break
         try:
             if not self._connection.poll():
                 raise EOFError

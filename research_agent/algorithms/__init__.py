@@ -7,6 +7,7 @@ advantages A, the weights in front of the sum, and the objective of a token. The
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -34,6 +35,14 @@ ALGORITHMS = {
 }
 
 
+_TYPES: Mapping[str, tuple[str, tuple[type, ...]]] = {
+    "bool": ("true or false", (bool,)),
+    "int": ("a whole number", (int,)),
+    "float": ("a number", (int, float)),
+    "str": ("a text", (str,)),
+}
+
+
 def make_algorithm(name: str, **settings: object) -> Algorithm:
     """Make an algorithm by name.
 
@@ -42,7 +51,8 @@ def make_algorithm(name: str, **settings: object) -> Algorithm:
         settings: fields of its class.
 
     Raises:
-        ConfigError: there is no such algorithm, or it has no such setting.
+        ConfigError: there is no such algorithm, or it has no such setting, or a setting has a
+            value of another type.
     """
     module, colon, attribute = ALGORITHMS.get(name, name).partition(":")
     if not colon:
@@ -68,6 +78,13 @@ def make_algorithm(name: str, **settings: object) -> Algorithm:
                 f"algorithm {name!r} does not take the setting {unknown!r}; known: "
                 f"{', '.join(names)}{_closest(unknown, names)}"
             )
+        for field in fields(make):
+            if field.name not in settings or field.type not in _TYPES:
+                continue
+            wanted, types = _TYPES[str(field.type)]
+            value = settings[field.name]
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                raise ConfigError(f"{name}: {field.name} is {value!r}; give {wanted}")
     try:
         return cast(Algorithm, make(**settings))
     except TypeError as error:

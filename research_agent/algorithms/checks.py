@@ -8,23 +8,31 @@ from collections.abc import Collection
 from research_agent.errors import ConfigError
 
 
-def require(name: str, algorithm: object, *fields: str, above: float | None = None) -> None:
-    """Refuse settings that are not finite, or too small.
+def require(
+    name: str,
+    algorithm: object,
+    *fields: str,
+    above: float | None = None,
+    at_most: float = math.inf,
+) -> None:
+    """Refuse settings that are not finite, too small or too large.
 
     Args:
         name: name of the algorithm, for the message.
         algorithm: has the settings as attributes.
         fields: names of the settings.
         above: a bound that they must exceed; None: they must be 0 or more.
+        at_most: a bound that they must not exceed.
 
     Raises:
         ConfigError: names algorithm, setting and value.
     """
     wanted = "0 or more" if above is None else f"above {above:g}"
+    wanted += "" if at_most == math.inf else f" and at most {at_most:g}"
     for field in fields:
         value = getattr(algorithm, field)
         small = value < 0 if above is None else value <= above
-        if small or not math.isfinite(value):
+        if small or value > at_most or not math.isfinite(value):
             raise ConfigError(f"{name}: {field} is {value}; give a finite number, {wanted}")
 
 

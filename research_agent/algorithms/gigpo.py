@@ -74,6 +74,7 @@ class GiGPO:
     def __post_init__(self) -> None:
         require("gigpo", self, "clip", "kl_coef", "entropy_coef", "step_coef", "gamma")
         require("gigpo", self, "std_epsilon", above=0)
+        require("gigpo", self, "gamma", at_most=1)
         require_one_of("gigpo", self, "kl_estimator", KL_ESTIMATORS)
 
     @property

@@ -74,6 +74,7 @@ class MTPPO:
     def __post_init__(self) -> None:
         coefficients = ("clip", "kl_coef", "entropy_coef", "gamma", "lam", "value_clip")
         require("mt_ppo", self, *coefficients, "critic_learning_rate", "critic_warmup_steps")
+        require("mt_ppo", self, "gamma", "lam", at_most=1)
         require_one_of("mt_ppo", self, "over", ("tokens", "turns"))
 
     @property

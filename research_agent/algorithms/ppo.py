@@ -74,6 +74,7 @@ class PPO:
     def __post_init__(self) -> None:
         coefficients = ("clip", "kl_coef", "entropy_coef", "gamma", "lam", "value_clip")
         require("ppo", self, *coefficients, "critic_learning_rate", "critic_warmup_steps")
+        require("ppo", self, "gamma", "lam", at_most=1)
 
     @property
     def needs_reference(self) -> bool:

@@ -153,10 +153,10 @@ def _assumptions(config: TrainConfig) -> list[str]:
     )
     return [
         "Bytes follow from the model's shape and from what this trainer keeps. Seconds assume",
-        f"- episodes of {assumptions.EPISODE_TOKENS:,} tokens, {assumptions.ACTION_SHARE:.0%} of "
-        f"them sampled; the longest is {timing.longest_tokens(config):,.0f};",
+        f"- episodes of {timing.mean_tokens(config):,.0f} tokens, {assumptions.ACTION_SHARE:.0%} "
+        f"of them sampled; the longest is {timing.longest_tokens(config):,.0f};",
         f"- {assumptions.CALLS} calls of the environment per episode, "
-        f"{assumptions.CALL_SECONDS:g} s each;",
+        f"{assumptions.CALL_SECONDS:g} s each, as over a network;",
         f"- {assumptions.LEARN_FLOPS:.0%} of the peak in passes, "
         f"{assumptions.SAMPLE_BANDWIDTH:.0%} of the memory's bandwidth in decoding, and "
         f"{assumptions.DECODE_SECONDS * 1000:g} ms beside it;",

@@ -253,13 +253,20 @@ def _disk(
     kept = config.run.keep + bool(config.run.eval_every)
     needed = {f"{kept} checkpoints": kept * each, "one being written": each}
     weights = float(sampler.number * shape.parameters)
+    if sends_through_files(config, sampler, machines):
+        beside = sampler.kind in ("vllm", "transformers")
+        reader, times = ("players", 1) if beside else ("servers", 2)
+        needed[f"TMPDIR: weights for the {reader}"] = times * weights
+    return needed
+
+
+def sends_through_files(config: TrainConfig, sampler: Sampler, machines: Machines) -> bool:
+    """Whether new weights reach the sampler through files, rather than from memory to memory."""
+    if sampler.kind in ("vllm", "transformers"):  # in the learner's process, or in a player's
+        return config.rollout.max_staleness > 0
     # A server of the run's own takes weights from memory if each of its GPUs has a rank.
     paired = sampler.copies * sampler.tensor_parallel == machines.count
-    if config.sampling.engine.startswith("server:") or (sampler.kind == "serve" and not paired):
-        needed["TMPDIR: weights for the servers"] = 2 * weights
-    elif config.rollout.max_staleness and sampler.kind in ("vllm", "transformers"):
-        needed["TMPDIR: weights for the players"] = weights
-    return needed
+    return config.sampling.engine.startswith("server:") or (sampler.kind == "serve" and not paired)
 
 
 def _problem(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler) -> str:

@@ -50,7 +50,7 @@ def measure(config: TrainConfig, shape: Shape, machines: Machines, sampler: Samp
         "forward passes before": _passes_before(config, shape, machines),
         "forward and backward": _learning(config, shape, machines),
         "optimizer on the host": _offloaded(config, shape, machines),
-        "weights to the sampler": _transfer(config, shape, sampler),
+        "weights to the sampler": _transfer(config, shape, machines, sampler),
         "save, per step": saving / config.run.save_every,
     }
     parts = {name: time for name, time in parts.items() if time}
@@ -161,8 +161,8 @@ def _offloaded(config: TrainConfig, shape: Shape, machines: Machines) -> float:
     return config.learner.minibatches * (travel + compute)
 
 
-def _transfer(config: TrainConfig, shape: Shape, sampler: Sampler) -> float:
+def _transfer(config: TrainConfig, shape: Shape, machines: Machines, sampler: Sampler) -> float:
     size = sampler.number * shape.parameters
-    if config.sampling.engine.startswith("server:"):  # written to a folder and read from it
+    if memory.sends_through_files(config, sampler, machines):  # written, and read again
         return 2 * size / given.DISK
     return size / given.TRANSFER

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-_PREFIXES = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+_NAMES = frozenset({
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
+    "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE",
+})  # fmt: skip
 
 
 def torchrun(variable: str, default: int) -> int:
@@ -20,4 +23,8 @@ def is_first_rank() -> bool:
 
 def without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without torchrun's variables, for a child process that is no rank."""
-    return {name: value for name, value in environment.items() if not name.startswith(_PREFIXES)}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in _NAMES and not name.startswith("TORCHELASTIC_")
+    }

@@ -55,6 +55,10 @@ def test_no_command_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str])
         (["train", "miniworld", "--env-args", "top_k"], "expected KEY=VALUE"),
         (["train", "miniworld", "--steps", "many"], "many"),
         (["train", "miniworld", "--stesp", "3"], "--stesp"),
+        (
+            ["train", "smollm2-wiki", "--plan", "1xH100"],
+            "(the preset smollm2-wiki's; research-agent sft smollm2-wiki makes it)",
+        ),
         (["eval", "--model", "m", "--output", "o"], "--env"),
         ([*EVAL, "--limit", "0"], "--limit is 0"),
         ([*EVAL, "--seed", "-1"], "--seed is -1"),
@@ -123,6 +127,11 @@ def test_evaluations_on_the_tasks_of_training_are_noted(
     for more, noted in ([], True), (["--eval-args", "split=dev"], False), (["--quiet"], False):
         main([*words, *more])
         assert ("evaluations play the tasks of training" in capsys.readouterr().err) == noted
+    main(["train", "miniworld", "--env-args", "split=dev"])  # as the preset's --eval-args say too
+    assert "evaluations play the tasks of training" in capsys.readouterr().err
+    for more, noted in ([], True), (["--algorithm", "ppo"], False), (["--group-size", "2"], False):
+        main(["train", "miniworld", "--group-size", "1", *more])
+        assert ("leaves nothing to compare" in capsys.readouterr().err) == noted
 
 
 def test_sft_hands_its_configuration_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -162,6 +163,31 @@ def test_a_child_survives_the_signals_that_stop_the_run_and_its_death_is_an_erro
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(EngineError, match=r"was killed by SIGKILL \(out of memory\?\)"):
             player.collect(tasks(1, 2, 2), ())
+
+
+def scripted_beside_a_worker() -> tuple[Checked, Any]:
+    """As an environment with a pool of processes, which outlive the child that forked them."""
+    fork = multiprocessing.get_context("fork")
+    fork.Process(target=time.sleep, args=(60,), name="worker").start()
+    return scripted()
+
+
+def test_a_dead_child_is_an_error_even_if_a_process_that_it_forked_lives_on() -> None:
+    process = PlayerProcess(CONFIG, SLOTS, {})
+    try:
+        process.start(scripted_beside_a_worker)
+        assert len(process.collect(tasks(0, 2, 2), ())) == 4
+        pid = process._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        assert pid and children
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(EngineError, match="was killed by SIGKILL"):
+            process.collect(tasks(1, 2, 2), ())
+        assert all(Path(f"/proc/{child}").exists() for child in children)
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+    finally:
+        process.close()
 
 
 PARENT = """

@@ -16,6 +16,7 @@ from research_agent.engines.remote import read_key, turn_seed
 from research_agent.engines.servers.client import Client, RequestError
 from research_agent.engines.servers.server import (
     GENERATE,
+    RELOAD_TIMEOUT,
     SERVER_TIMEOUT,
     START,
     GenerateResponse,
@@ -25,7 +26,8 @@ from research_agent.errors import EngineError
 
 _LOG = logging.getLogger(__name__)
 
-_TURN_TIMEOUT = 600.0  # seconds that a turn may take; a server that takes longer counts as dead
+# Seconds that a turn may take, also paused by new weights; a server that takes longer is dead.
+_TURN_TIMEOUT = 600.0 + RELOAD_TIMEOUT
 _CHECK = 5.0  # seconds between looks at a server's health; a fifth if it is dead
 _REFUSED = (400, 413, 422)  # statuses for a turn that no server would take
 _ATTEMPTS = 4  # per turn: this many plus one per server

@@ -178,8 +178,16 @@ def _environment() -> dict[str, str]:
 
 
 def _stop(process: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str]) -> None:
-    """Let the supervisor end vLLM: its standard input is closed."""
+    """Let the supervisor end vLLM.
+
+    It would do so when its standard input is closed, but a process that ours has forked since may
+    hold that open; so something is written there.
+    """
     assert process.stdin
-    process.stdin.close()
+    with suppress(OSError):  # it has ended already
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    with suppress(OSError):
+        process.stdin.close()
     process.wait()
     folder.cleanup()

@@ -186,6 +186,25 @@ def test_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         make_algorithm("no_module:Mine")
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("grpo", {"turn_rewards": "no"}, "grpo: turn_rewards is 'no'; give true or false"),
+        ("gigpo", {"normalize": "off"}, "gigpo: normalize is 'off'; give true or false"),
+        ("grpo", {"clip": "abc"}, "grpo: clip is 'abc'; give a number"),
+        ("grpo", {"clip": True}, "grpo: clip is True; give a number"),
+        ("dapo", {"max_rounds": 2.5}, r"dapo: max_rounds is 2\.5; give a whole number"),
+        ("ppo", {"gamma": 2}, "ppo: gamma is 2; give a finite number, 0 or more and at most 1"),
+        ("mt_ppo", {"lam": 1.5}, "mt_ppo: lam is 1.5; give a finite number"),
+    ],
+)
+def test_a_setting_of_another_kind_is_refused(
+    name: str, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_algorithm(name, **settings)
+
+
 def test_choosing_an_algorithm_loads_no_torch() -> None:
     code = (
         "import sys; from research_agent.algorithms import make_algorithm; make_algorithm('grpo');"

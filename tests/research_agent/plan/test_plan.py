@@ -491,6 +491,21 @@ def test_seconds_of_passes_by_hand() -> None:
     assert found["save, per step"] == pytest.approx(12 * B7.parameters / 2e9 / 10)
 
 
+def test_weights_through_files_take_the_disk_s_time() -> None:
+    """Where the plan counts their bytes on the disk, it counts their seconds, too."""
+    for staleness, by_disk, by_memory in (
+        (0, ("server:http://a", "serve:tp=2"), ("vllm", "transformers", "serve:tp=1,dp=8")),
+        (1, ("vllm", "transformers", "server:http://a"), ("serve:tp=1,dp=8",)),
+    ):
+        for engine in (*by_disk, *by_memory):
+            config = changed("research-7b", engine=engine, max_staleness=staleness)
+            found = plan(config, "8xH200")
+            seconds = 2 * 2 * B7.parameters / 2e9 if engine in by_disk else 2 * B7.parameters / 30e9
+            assert found.times.parts["weights to the sampler"] == pytest.approx(seconds), engine
+            in_files = any(name.startswith("TMPDIR") for name in found.memory.disk)
+            assert in_files == (engine in by_disk), engine
+
+
 def test_no_rank_is_quicker_than_the_longest_episode() -> None:
     config = changed("research-7b", engine="vllm")
     longest = 6 * 1300

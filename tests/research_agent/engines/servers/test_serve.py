@@ -125,16 +125,38 @@ def test_a_server_that_does_not_start_is_told_with_its_output(
         make_engine("serve", MODEL, RENDERER, max_slots=4, max_context=200)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_no_server_outlives_the_process_that_started_it(
-    number: signal.Signals, tmp_path: Path
+def test_a_server_is_stopped_though_another_process_holds_its_pipe(
+    record: Callable[[], Any],
 ) -> None:
-    """However it ends, and be it with its whole group: the system closes the pipe."""
+    """As one does that was forked after the server was started."""
+    engine = make_engine("serve", MODEL, RENDERER, max_slots=4, max_context=200)
+    assert isinstance(engine, ServerEngine)
+    pipe = engine._sync._process._process.stdin  # type: ignore[union-attr]
+    assert pipe
+    with subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[pipe.fileno()]
+    ) as holder:
+        engine.close()
+        assert holder.poll() is None
+        until(lambda: gone(record()["pid"]))
+        holder.communicate(b"\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "forked"),
+    [(signal.SIGKILL, False), (signal.SIGINT, False), (signal.SIGKILL, True)],
+)
+def test_no_server_outlives_the_process_that_started_it(
+    number: signal.Signals, forked: bool, tmp_path: Path
+) -> None:
+    """However it ends, with its whole group, or while a process that it forked lives on."""
     supervisor = [sys.executable, str(serve._SUPERVISOR)]
     command = [*supervisor, *FAKE, "--port=0", "--max-model-len=9", "--dtype=float32"]
     code = (
-        "import subprocess, sys\n"
-        f"subprocess.Popen({command}, stdin=subprocess.PIPE, start_new_session=True)\n"
+        "import os, subprocess, sys\n"
+        f"server = subprocess.Popen({command}, stdin=subprocess.PIPE, start_new_session=True)\n"
+        f"if {forked} and not os.fork():\n"
+        "    os.setsid()\n"
         "sys.stdin.read()"
     )
     record = tmp_path / "record.json"
@@ -151,6 +173,8 @@ def test_no_server_outlives_the_process_that_started_it(
     os.killpg(parent.pid, number)
     parent.wait()
     until(lambda: gone(pid))
+    assert parent.stdin
+    parent.stdin.close()  # ends the forked process
 
 
 def test_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
