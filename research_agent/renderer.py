@@ -87,7 +87,7 @@ class Renderer:
             raise ModelError("the renderer has no end token; give end_ids, or set eos_token")
         special = set(self.tokenizer.all_special_ids) | self.end_ids
         # Llama 3's files call most of its chat tokens special in this list only.
-        added = self.tokenizer.added_tokens_decoder
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
         special |= {number for number, token in added.items() if token.special}
         if self.tokenizer.unk_token_id not in self.end_ids:
             special.discard(self.tokenizer.unk_token_id)  # an unknown word is text

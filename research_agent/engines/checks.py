@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-CONTINUE = "The same command continues from the last checkpoint, if there is one"
+CONTINUE = "If there is a checkpoint, the same command continues from it"
 """What an error of an engine that died ends with."""
 
 
