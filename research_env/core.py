@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -38,10 +37,13 @@ from research_env.retrieval.documents import require_reader
 from research_env.retrieval.requests import Request
 from research_env.rewards import (
     METRICS,
+    REWARDS,
+    SHAPING,
     Reward,
     WeightedSum,
     episode_metrics,
     evaluate,
+    read_terms,
     resolve_reward,
 )
 from research_env.spaces import UnicodeText
@@ -405,16 +407,16 @@ def _language(question: Question) -> Any:
     return question.extra.get("metric_language", "en")
 
 
-def _warn_of_other_paper(reward: object, rules: Protocol) -> None:
+def _warn_of_other_paper(reward: str | Reward | None, rules: Protocol) -> None:
     """Warn if a reward's format can never hold, because it is that of another paper's protocol."""
-    if not isinstance(reward, str) or rules.name not in PAPERS:
+    if reward is None or rules.name not in PAPERS:
         return
-    for name in re.findall(r"[a-z][a-z0-9-]*", reward):
-        owners = [paper.protocol.name for paper in PAPERS.values() if name in paper.rewards]
+    for term in read_terms(reward, REWARDS | SHAPING):
+        owners = [name for name, paper in PAPERS.items() if term.name in paper.rewards]
         if owners and rules.name not in owners:
             _LOG.warning(
                 "the reward %r reads the format of protocol=%r, which no episode of %r has",
-                *(name, owners[0], rules.name),
+                *(term.name, owners[0], rules.name),
             )
 
 

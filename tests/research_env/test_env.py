@@ -269,7 +269,7 @@ def test_settings_are_checked_before_anything_is_indexed() -> None:
     ("protocol", "reward", "warned"),
     [
         ("research", "r1-searcher-stage2", True),
-        ("research", "f1+0.1*recall", True),
+        ("research", "f1+0.1*recall-0.1*searches", True),
         ("research", "research-strict-0.1*searches", False),
         ("r1-searcher", "r1-searcher-stage1", False),
         ("search-r1", "f1", False),
