@@ -328,8 +328,8 @@ def _tensor_files(folder: Path) -> list[Path]:
 def _reader(folder: Path) -> Any:
     """DCP's reader of a folder's safetensors files."""
     reader: Any = HuggingFaceStorageReader(str(folder))
-    # Its own choice is all files, and the last one that holds a name. DCP calls this where an error
-    # of one rank reaches all.
+    # Its own choice is all files, and the last one that holds a name. An error in here reaches all
+    # ranks: DCP collects it.
     reader.fs.ls = lambda path: [str(file) for file in _tensor_files(folder)]
     return reader
 
