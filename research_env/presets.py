@@ -113,7 +113,7 @@ SMOLLM2_WIKI: Preset = {
         "micro_batch_tokens": 2048,
         "lora_rank": 16,
     },
-    "run": {"steps": 60, "save_every": 10, "eval_every": 20, "eval_limit": 100, "eval_args": _DEV},
+    "run": {"steps": 60, "save_every": 10, "eval_every": 5, "eval_limit": 100, "eval_args": _DEV},
 }
 
 # Chen et al. 2025, "ReSearch", section 4.1 and appendix. Two epochs of 19,938 questions make 155
