@@ -317,7 +317,9 @@ class Trainer:
         with together():
             if rank == 0:
                 folder = run.output / "evaluations" / f"step-{self.step:06d}"
-                summary = record_evaluation(played, folder, self.player.shows())
+                summary = record_evaluation(
+                    played, folder, self.renderer, self.player.shows()
+                )
                 if summary.episodes:  # otherwise all are void
                     metrics = {"reward": summary.reward, **summary.metrics}
         return step_metrics.prefixed("eval", metrics)

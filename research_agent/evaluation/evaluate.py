@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,22 +73,18 @@ def evaluate(
     wanted = [(episode, sample) for episode in range(count) for sample in range(samples_per_task)]
     known = None if header is None else json.loads(json.dumps(header))  # as it is read back
     shows = dict(getattr(environments, "shows", {}))
-
-    def chat_tokens(tokens: Sequence[int]) -> dict[str, Any]:
-        """The token that ended a turn, "" if none did, and the chat tokens before it."""
-        ended = bool(tokens) and tokens[-1] in renderer.end_ids
-        special = renderer.special_ids.intersection(tokens[:-1] if ended else tokens)
-        markup = sorted(renderer.decode([token]) for token in special)
-        end = renderer.decode(tokens[-1:]) if ended else ""
-        return {"end": end, **({"chat_markup": markup} if markup else {})}
-
-    knows_tokens = hasattr(renderer, "end_ids")  # the renderer of an endpoint does not
+    opened = {**(known or {}), **({"shows": shows} if shows else {})}
+    # The renderer of an endpoint knows no tokens.
+    chat_tokens = partial(_chat_tokens, renderer) if hasattr(renderer, "end_ids") else None
 
     def pieces(tokens: Sequence[int]) -> list[str]:
         return [renderer.decode([token]) for token in tokens]
 
     with (
-        open_predictions(output, known, frozenset(wanted), shows) as (kept, append),
+        open_predictions(output, opened, frozenset(wanted), resume=known is not None) as (
+            kept,
+            append,
+        ),
         _progress(show) as progress,
     ):
         outcomes = [outcome(record) for record in kept]
@@ -102,11 +99,7 @@ def evaluate(
             (output / "summary.json").unlink(missing_ok=True)  # it covers fewer episodes
 
         def finished(trajectory: Trajectory) -> None:
-            record = as_record(
-                trajectory,
-                pieces if log_tokens else None,
-                chat_tokens if knows_tokens else None,
-            )
+            record = as_record(trajectory, pieces if log_tokens else None, chat_tokens)
             append(record)
             outcomes.append(outcome(record))
             running.add(outcomes[-1])
@@ -119,23 +112,34 @@ def evaluate(
 
 
 def record_evaluation(
-    trajectories: Sequence[Trajectory], output: Path, shows: Mapping[str, str]
+    trajectories: Sequence[Trajectory], output: Path, renderer: Renderer, shows: Mapping[str, str]
 ) -> Summary:
     """Write the files of an evaluation for episodes that have been played, one per task.
 
     Args:
         trajectories: the episodes.
         output: folder to write to; created if it is missing.
+        renderer: it made the prompts, and knows the chat tokens.
         shows: what the environment's observations show; see ``read_shows``.
     """
     wanted = frozenset((t.episode, t.sample) for t in trajectories)
-    records = [as_record(trajectory) for trajectory in trajectories]
-    with open_predictions(output, None, wanted, shows) as (_, append):
+    header = {"settings": {"chat_template": renderer.chat_template}, "shows": dict(shows)}
+    records = [as_record(t, None, partial(_chat_tokens, renderer)) for t in trajectories]
+    with open_predictions(output, header, wanted, resume=False) as (_, append):
         for each in records:
             append(each)
     summary = summarize([outcome(each) for each in records], None)
     _write_summary(summary, output)
     return summary
+
+
+def _chat_tokens(renderer: Renderer, tokens: Sequence[int]) -> dict[str, Any]:
+    """The token that ended a turn, "" if none did, and the chat tokens before it."""
+    ended = bool(tokens) and tokens[-1] in renderer.end_ids
+    special = renderer.special_ids.intersection(tokens[:-1] if ended else tokens)
+    markup = sorted(renderer.decode([token]) for token in special)
+    end = renderer.decode(tokens[-1:]) if ended else ""
+    return {"end": end, **({"chat_markup": markup} if markup else {})}
 
 
 def _write_summary(summary: Summary, output: Path) -> None:

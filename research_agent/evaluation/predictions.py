@@ -118,23 +118,18 @@ def read_header(folder: Path) -> Header:
 
 @contextmanager
 def open_predictions(
-    folder: Path,
-    header: Header | None,
-    wanted: Collection[tuple[int, int]],
-    shows: Mapping[str, str] | None = None,
+    folder: Path, header: Header, wanted: Collection[tuple[int, int]], *, resume: bool
 ) -> Iterator[tuple[list[Record], Callable[[Record], None]]]:
     """Open a folder's predictions for appending, and keep other processes out.
-
-    With a header, a file with the same header is continued: its records stay, except void ones
-    and an incomplete last line, whose episodes must be played again. If only ``versions``, names or
-    places differ, a second header is written between the old records and the new ones. Without a
-    header a new file is begun.
 
     Args:
         folder: folder to write to; created if it is missing.
         header: what the episodes depend on; see ``fingerprint.header``.
         wanted: (episode, sample) of every episode of this evaluation.
-        shows: the environment's description of its observations, for reports; added to the header.
+        resume: continue a file with the same header: its records stay, except void ones and an
+            incomplete last line, whose episodes must be played again. If only ``versions``,
+            ``shows``, names or places differ, a second header is written between the old records
+            and the new ones. False: begin a new file.
 
     Yields:
         The records that are kept, and a function that writes a record at once.
@@ -147,12 +142,10 @@ def open_predictions(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PREDICTIONS
     with folder_lock(folder):
-        if header is not None and shows:
-            header = {**header, "shows": dict(shows)}
-        kept = [] if header is None else _resume(path, header, wanted)
-        with path.open("w" if header is None else "a", encoding="utf-8") as file:
-            if header is None and shows:
-                file.write(json.dumps({"header": {"shows": dict(shows)}}) + "\n")
+        kept = _resume(path, header, wanted) if resume else []
+        with path.open("a" if resume else "w", encoding="utf-8") as file:
+            if header and not resume:
+                file.write(json.dumps({"header": header}) + "\n")
 
             written = {record_key(record) for record in kept}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,9 @@ from research_env.system.terminal import show, show_json
 @dataclass(frozen=True)
 class ListDatasets:
     """List the data sets, as without a subcommand."""
+
+    json: bool = False
+    """Print JSON."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ class ConvertDatasets:
     """What to convert."""
     output: Annotated[Path, arg(metavar="DIR")]
     """Folder that gets questions.jsonl and corpus.jsonl."""
+    json: bool = False
+    """Print JSON, a line for each."""
 
     def run(self) -> None:
         """Carry the command out."""
@@ -113,6 +118,9 @@ class ConvertDatasets:
             raise ConfigurationError("give the files to convert, such as dev.parquet wiki.tsv")
         for source in self.sources:
             done = convert(source, self.output)
+            if self.json:
+                show_json({"source": str(source), **asdict(done)})
+                continue
             for split, count in done.questions.items():
                 named = f" of split {split}" if split else ""
                 show(f"{count:,} questions{named} in {self.output / 'questions.jsonl'}")
@@ -176,7 +184,7 @@ class Datasets:
                     row["splits"][split] = len(data.questions)
                     corpus = corpus or data.corpus
                 row["passages"] = sum(1 for _ in corpus) if corpus is not None else 0
-        if self.json:
+        if self.json or self.action.json:
             show_json(rows)
             return
         title = "RESEARCH_DATA is not set"

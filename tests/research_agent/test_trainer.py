@@ -270,7 +270,7 @@ def test_evaluations_keep_what_reports_show(
     main(flags(letters, tmp_path, "--steps", "1", "--eval-every", "1"))
     for step in ("step-000000", "step-000001"):
         header, _ = read_predictions(tmp_path / "evaluations" / step)
-        assert header["shows"] == shows
+        assert header == {"settings": {"chat_template": False}, "shows": shows}
 
 
 def test_a_failure_without_trajectories_names_no_file(

@@ -172,14 +172,29 @@ def test_datasets_lists_what_is_where(tmp_path: Path, capsys: pytest.CaptureFixt
     folder.mkdir(parents=True)
     row = {"id": "b", "question": "Who?", "answers": ["Ann"], "split": "test"}
     (folder / "questions.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    main(["datasets", "list", "--json"])
+    listed = capsys.readouterr().out
     main(["datasets", "--json"])
-    told = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert (shown := capsys.readouterr().out) == listed
+    told = {row["name"]: row for row in json.loads(shown)}
     assert told["bamboogle"]["found"] == str(folder)
     assert told["bamboogle"]["splits"] == {"test": 1}
     assert told["musique"] == {"name": "musique", "found": None, "splits": {}, "passages": None}
     assert told["miniworld"]["passages"] >= 1_000
     main(["datasets"])
     assert "RESEARCH_DATA" in capsys.readouterr().out
+
+
+def test_a_conversion_says_what_it_wrote_as_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"id": "b", "question": "Who?", "answers": ["Ann"], "split": "dev"}
+    source = tmp_path / "mine.jsonl"
+    source.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    main(["datasets", "convert", str(source), "--output", str(tmp_path / "made"), "--json"])
+    told = json.loads(capsys.readouterr().out)
+    wrote = {"questions": {"dev": 1}, "passages": 0, "left_out": 0}
+    assert told == {"source": str(source), **wrote}
 
 
 def test_datasets_says_that_research_data_names_no_folder(

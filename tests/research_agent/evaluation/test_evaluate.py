@@ -199,8 +199,8 @@ def test_infos_become_plain_json() -> None:
 
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     made = replace(ended(1.0, em=1.0, perplexity=nan), info={"score": float("inf"), "x": [nan]})
-    summary = record_evaluation([made], tmp_path, {})
-    (line,) = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    summary = record_evaluation([made], tmp_path, RENDERER, {})
+    _, line = (tmp_path / "predictions.jsonl").read_text().splitlines()
     assert not re.search("NaN|Infinity", line)
     _, (record,) = read_predictions(tmp_path)
     assert record["metrics"] == {"em": 1.0, "perplexity": None}
@@ -268,6 +268,17 @@ def test_an_episode_becomes_the_demonstration_that_a_rollout_would_sample(tmp_pa
     back = as_trajectory(parts, RENDERER)
     assert [turn.tokens[-1] == END for turn in back.turns] == [True, False, True]
     assert (back.tokens, back.action_mask) == (played[0].tokens, played[0].action_mask)
+
+
+def test_an_episode_of_a_run_becomes_a_demonstration_with_its_chat(tmp_path: Path) -> None:
+    chat = make_renderer(RENDERER.tokenizer, chat_template=True)
+    engine = ScriptedEngine(always("abcd"), chat)
+    sampling = SamplingConfig(temperature=0.0)
+    played = collect(engine, make_environments(QUIZ, 1), chat, [(0, 0)], sampling, seed=0)
+    record_evaluation(played, tmp_path, chat, {})
+    write_demonstrations(tmp_path, tmp_path / "d.jsonl")
+    [parts] = demonstrations(str(tmp_path / "d.jsonl"), 1, 0, {})
+    assert as_trajectory(parts, chat).tokens == played[0].tokens
 
 
 # --- going on -------------------------------------------------------------------------------------
