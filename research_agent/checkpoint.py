@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from research_agent.distributed import (
+    broadcast_object,
     gather,
     lost_or_out_of_memory,
     rank_and_size,
@@ -307,13 +308,16 @@ def restoring(saved: Checkpoint, changed: str = "") -> Iterator[None]:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file; every rank reads its share of the files."""
+    """SHA-256 of each file; every rank reads its share of the files that the first one sees."""
     rank, size = rank_and_size()
     found: dict[str, str] = {}
     with together():
-        for path in sorted(path for path in folder.rglob("*") if path.is_file())[rank::size]:
-            if path.name != CHECKSUMS:
-                found[path.relative_to(folder).as_posix()] = sha256(path)
+        files = (path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+        seen = sorted(path.relative_to(folder).as_posix() for path in files)
+    names = broadcast_object(seen)
+    with together():
+        for name in names[rank::size]:
+            found[name] = sha256(folder / name)
     return dict(sorted(item for part in gather([found]) for item in part.items()))
 
 

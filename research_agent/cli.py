@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(f"{type(error).__name__}: {error}")
 
 
-_WITHOUT_GROUPS = ("ppo", "mt_ppo", "reinforce_pp")
+_WITHOUT_GROUPS = ("ppo", "mt_ppo", "reinforce_pp")  # the last with its default baseline
 
 
 def _notes(config: TrainConfig) -> Iterator[str]:
@@ -110,7 +110,9 @@ def _notes(config: TrainConfig) -> Iterator[str]:
             "--eval-args split=dev, or what else the environment takes"
         )
     name = config.algorithm.algorithm
-    if config.rollout.group_size == 1 and name in ALGORITHMS and name not in _WITHOUT_GROUPS:
+    compares = name not in _WITHOUT_GROUPS
+    compares |= config.algorithm.algorithm_args.get("baseline") == "group"
+    if config.rollout.group_size == 1 and name in ALGORITHMS and compares:
         yield (
             f"{name} compares the episodes of a group, and --group-size 1 leaves nothing to "
             f"compare; give 2 or more, or --algorithm {_WITHOUT_GROUPS[0]}"
@@ -128,7 +130,7 @@ def _train(words: list[str]) -> None:
         with _naming_the_preset(name, preset, config):
             _plan(config, config.run.plan)
         return
-    for note in () if config.run.quiet else _notes(config):
+    for note in _notes(config) if is_first_rank() and not config.run.quiet else ():
         show(f"research-agent: note: {note}", file=sys.stderr)
     from research_agent.trainer import train  # noqa: PLC0415  (loads torch: not for --help)
 

@@ -9,6 +9,7 @@ one begins; every other word is an argument of the environment, on top of ``--en
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ class Stage:
     Attributes:
         env_args: arguments of the environment of this stage, on top of the run's.
         steps: length of the stage, at most; None: ``until`` alone decides.
-        until: mean reward of the last five steps that ends the stage; None: no reward does.
+        until: mean reward of the last five steps with any episode that ends the stage; None: no reward does.
     """
 
     env_args: Mapping[str, Any]
@@ -51,7 +52,7 @@ def parse_stages(texts: Sequence[str]) -> tuple[Stage, ...]:
         steps, until = words.pop("steps", None), words.pop("until", None)
         if steps is not None and (type(steps) is not int or steps < 1):
             raise ConfigError(f"--stages {text!r}: steps is a number from 1 on, not {steps!r}")
-        if until is not None and type(until) not in (int, float):
+        if until is not None and (type(until) not in (int, float) or not math.isfinite(until)):
             raise ConfigError(f"--stages {text!r}: until is a reward, not {until!r}")
         stages.append(Stage(words, steps, until))
     for text, stage in zip(texts[:-1], stages, strict=False):
@@ -71,12 +72,18 @@ class CurriculumState:
 
     stage: int = 0
     steps: int = 0  # steps of this stage that are done
-    rewards: list[float] = field(default_factory=list)  # the last ``STAGE_WINDOW`` steps
+    rewards: list[float] = field(default_factory=list)  # the last ``STAGE_WINDOW`` that there were
 
-    def advance(self, stages: Sequence[Stage], reward: float) -> bool:
-        """Count a step and its mean reward; returns whether the next stage begins after it."""
+    def advance(self, stages: Sequence[Stage], reward: float | None) -> bool:
+        """Count a step; returns whether the next stage begins after it.
+
+        Args:
+            stages: all of them.
+            reward: the step's mean; None if no episode was played.
+        """
         self.steps += 1
-        self.rewards = [*self.rewards, reward][-STAGE_WINDOW:]
+        if reward is not None:
+            self.rewards = [*self.rewards, reward][-STAGE_WINDOW:]
         if self.stage + 1 >= len(stages):
             return False
         now = stages[self.stage]

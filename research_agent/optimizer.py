@@ -55,6 +55,7 @@ class Optimizer:
                 for name, p in self.parameters.items()
             }
         settings = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay}
+        self._kind = kind
         self._optimizer = _make(kind, list(self._stepped.values()), **settings)
 
     def clip(self) -> Tensor:
@@ -106,7 +107,8 @@ class Optimizer:
             read: fills tensors in place, by their names in the files.
 
         Raises:
-            CheckpointError: the state is that of a model with other parameters.
+            CheckpointError: the state is that of a model with other parameters, or of an optimizer
+                with moments of another kind.
         """
         self._require_same(moments)
         wanted: dict[str, Tensor] = {}
@@ -135,6 +137,11 @@ class Optimizer:
             odd = sorted(moments.keys() ^ self.parameters.keys())[0]
             raise CheckpointError(f"{message}they differ in {odd!r}")
         for name, parameter in self.parameters.items():
+            if moments[name] and ("exp_avg" in moments[name]) == (self._kind == "adamw_8bit"):
+                raise CheckpointError(
+                    f"the optimizer's state is not one of {self._kind!r}, whose moments have other "
+                    "numbers of bits; give the --optimizer of before"
+                )
             found = tuple(moments[name].get("exp_avg", parameter).shape)
             if found != tuple(parameter.shape):
                 raise CheckpointError(

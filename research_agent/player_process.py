@@ -190,7 +190,7 @@ class PlayerProcess:
     def _ask(
         self, method: Callable[Concatenate[Player, P], T], *args: P.args, **named: P.kwargs
     ) -> T:
-        """PlayerRequest a method of the child's player; raises what it raises there."""
+        """Ask for a method of the child's player; raises what it raises there."""
         with suppress(OSError):  # a child that failed is gone; its answer says why
             self._connection.send((method.__name__, args, named))
         # A process that the child forked keeps the sentinel open when the child is dead.

@@ -27,7 +27,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from research_agent.config import as_json
 from research_agent.config_changes import in_lines
-from research_agent.config_checks import require_chat_template, require_one_process
+from research_agent.config_checks import (
+    require_chat_template,
+    require_one_process,
+    require_seed,
+)
 from research_agent.errors import CheckpointError, ConfigError, ContextError, NonFiniteError
 from research_agent.formats import read_object
 from research_agent.presets import offered
@@ -277,7 +281,7 @@ def _learn(
     from research_agent.batch import make_batch  # noqa: PLC0415
     from research_agent.trajectory import Group  # noqa: PLC0415
 
-    limit: int = getattr(model.config, "max_position_embeddings", sys.maxsize)
+    limit: int = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     longest = max(len(trajectory.tokens) for trajectory in batch)
     if longest > limit:
         message = f"a demonstration of {longest} tokens does not fit the context of {limit}"
@@ -413,6 +417,7 @@ def _backward(model: Any, batch: Batch, config: SFTConfig) -> float:
 
 def _validate(config: SFTConfig) -> None:
     require_one_process("sft")
+    require_seed(config.seed)
     for name in (
         *("batch", "micro_batch_tokens", "hidden_size", "layers", "heads", "context"),
         "save_every",

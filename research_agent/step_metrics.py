@@ -14,25 +14,32 @@ def of_episodes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         trajectories: all episodes of the step; at least one.
 
     Returns:
-        Means over the episodes that are not void, and fractions of all episodes;
+        Means over the episodes that are not void, if there are any, and fractions of all episodes;
         docs/reference/metrics.md lists the names.
     """
     played = [t for t in trajectories if not t.void]
-    count = max(len(played), 1)
-    names = dict.fromkeys(name for t in played for name in t.metrics)  # in the environment's order
     return {
-        "reward": sum(t.reward for t in played) / count,
-        **{f"env/{n}": sum(t.metrics.get(n, 0.0) for t in played) / count for n in names},
-        "turns": sum(s.provenance == "action" for t in played for s in t.segments) / count,
-        "action_tokens": sum(t.num_action_tokens for t in played) / count,
-        "tokens": sum(len(t.tokens) for t in played) / count,
+        **(_means(played) if played else {}),
         "sampled_tokens": float(sum(len(s.tokens) for t in trajectories for s in t.own_turns)),
         "sampled_turns": float(sum(len(t.own_turns) for t in trajectories)),
         "void_fraction": void_fraction(trajectories),
         "skipped_fraction": sum(t.stop_reason == SKIPPED for t in trajectories) / len(trajectories),
         "episodes": float(len(trajectories)),
-        "truncated_fraction": sum(t.truncated for t in trajectories) / len(trajectories),
+        "truncated_fraction": sum(t.truncated and t.stop_reason != SKIPPED for t in trajectories)
+        / len(trajectories),
     }
+
+
+def _means(played: Sequence[Trajectory]) -> dict[str, float]:
+    names = dict.fromkeys(name for t in played for name in t.metrics)  # in the environment's order
+    sums = {
+        "reward": sum(t.reward for t in played),
+        **{f"env/{n}": sum(t.metrics.get(n, 0.0) for t in played) for n in names},
+        "turns": sum(s.provenance == "action" for t in played for s in t.segments),
+        "action_tokens": sum(t.num_action_tokens for t in played),
+        "tokens": sum(len(t.tokens) for t in played),
+    }
+    return {name: total / len(played) for name, total in sums.items()}
 
 
 def void_fraction(trajectories: Sequence[Trajectory]) -> float:

@@ -154,11 +154,13 @@ class Trainer:
             if finished := broadcast_object(self._finished()):
                 return summarize(run.output, self.step, f"{run.output} is finished: {finished}")
             self._open(saved, stack)
-            logger = stack.enter_context(self._logger(saved))
+            with together():
+                logger = stack.enter_context(self._logger(saved))
             if run.eval_every and not saved:
                 metrics = self._evaluate()  # how good the policy is before its first step
-                if logger:
-                    logger.record(0, metrics, {"seconds": 0.0})
+                with together():
+                    if logger:
+                        logger.record(0, metrics, {"seconds": 0.0})
 
             while not any(gather([bool(signals)])) and not finished:
                 start = time.perf_counter()
@@ -185,15 +187,23 @@ class Trainer:
                 self.seconds += end - start
                 finished = broadcast_object(self._finished())
 
-                # Log.
                 metrics = {
                     **step_metrics.of_episodes(trajectories),
                     **step_metrics.staleness(groups, self.step - 1),
                     **({"stage": self.curriculum.stage + 1.0} if self.stages else {}),
                     **step_metrics.prefixed("learner", learned),
                 }
+
+                # A collapsed run stops or goes back; a finished stage gives way to the next.
+                turning_point = self._watch(
+                    metrics.get("reward"), learned_from=bool(groups), logger=logger
+                )
+
+                # Evaluate the weights that are saved below.
                 if run.eval_every and (finished or self.step % run.eval_every == 0):
                     metrics |= self._evaluate()
+
+                # Log.
                 timings = {
                     "seconds": self.seconds,
                     "collect": collected - start,
@@ -201,17 +211,14 @@ class Trainer:
                     "sync": end - updated,
                     "episodes_per_second": len(trajectories) / (end - start),
                 }
-                if logger:
-                    shown = [as_record(each) for each in trajectories[: run.log_episodes]]
-                    logger.record(self.step, metrics, timings, shown)
-
-                # A collapsed run stops or goes back; a finished stage gives way to the next.
-                turning_point = self._watch(
-                    metrics["reward"], learned_from=bool(groups), logger=logger
-                )
+                is_best = False
+                with together():
+                    if logger:
+                        shown = [as_record(each) for each in trajectories[: run.log_episodes]]
+                        logger.record(self.step, metrics, timings, shown)
+                        is_best = "eval/reward" in metrics and self.step == best_step(run.output)
 
                 # Save.
-                is_best = "eval/reward" in metrics and self.step == best_step(run.output)
                 due = self.step % run.save_every == 0
                 if broadcast_object(due or is_best or turning_point):
                     self._save(for_rollback=due or turning_point)
@@ -324,10 +331,10 @@ class Trainer:
                     metrics = {"reward": summary.reward, **summary.metrics}
         return step_metrics.prefixed("eval", metrics)
 
-    def _watch(self, reward: float, *, learned_from: bool, logger: RunLogger | None) -> bool:
+    def _watch(self, reward: float | None, *, learned_from: bool, logger: RunLogger | None) -> bool:
         """Note the reward of a step; returns whether the run went back or began its next stage."""
         good_step = None  # the step that a collapsed run goes back to
-        if self.collapse_monitor and learned_from:
+        if self.collapse_monitor and learned_from and reward is not None:
             good_step = self.collapse_monitor.add(self.step, reward)
         if good_step is not None:
             message = self._roll_back(good_step)
@@ -349,7 +356,8 @@ class Trainer:
         up_to = good_step
         if rolls_back(run):
             up_to = max((step for step in self.rollback_steps if step <= good_step), default=-1)
-        folder = checkpoint.latest(run.output / "checkpoints", up_to=up_to)
+        # Ranks may see a shared folder at different times: they go where the first one goes.
+        folder = broadcast_object(checkpoint.latest(run.output / "checkpoints", up_to=up_to))
         message = (
             f"the reward collapsed: at step {self.step} it is below {run.collapse:g} of its best "
             f"average, that of step {good_step}; the newest checkpoint up to there is "
@@ -443,10 +451,14 @@ class Trainer:
         config, rollout, run = self.config, self.config.rollout, self.config.run
         rank, size = rank_and_size()
         torch.manual_seed(run.seed)
-        algorithm = make_algorithm(config.algorithm.algorithm, **config.algorithm.algorithm_args)
-        self.trace = Trace(run.trace) if run.trace and rank == 0 else None
-        if self.trace:
-            stack.callback(self.trace.close)
+        with alike():
+            chosen = config.algorithm
+            algorithm = make_algorithm(chosen.algorithm, **chosen.algorithm_args)
+        self.trace: Trace | None = None
+        with together():
+            if run.trace and rank == 0:
+                self.trace = Trace(run.trace)
+                stack.callback(self.trace.close)
         self.stages = parse_stages(rollout.stages)
         if saved and self.stages:
             with alike(), restoring(saved, config):
@@ -554,15 +566,16 @@ class Trainer:
             with together():
                 player.start(partial(load, slots=slots, merge_adapter=merge_adapter))
             return
-        engine = make_engine(
-            sampling.engine,
-            self.model,
-            self.renderer,
-            max_slots=slots,
-            max_context=episode_context(self.model, sampling),
-            dtype=config.learner.precision,
-            device=self._device,
-        )
+        with alike():
+            engine = make_engine(
+                sampling.engine,
+                self.model,
+                self.renderer,
+                max_slots=slots,
+                max_context=episode_context(self.model, sampling),
+                dtype=config.learner.precision,
+                device=self._device,
+            )
         if isinstance(player, Player):
             player.start(lambda: (engine, self.renderer))
             return

@@ -8,7 +8,8 @@
 Every stage is a command that anybody can type, and is printed before it runs. Each writes a folder
 of its own in OUTPUT. The same command again skips the stages that are finished, and continues one
 that was stopped. The model is trained on two of the three data sets and evaluated on all of them.
-No development question, and no passage that only those need, is demonstrated or trained on.
+No development question is demonstrated or trained on, and no passage that only those need is
+demonstrated (a search may find one in training).
 
 ``stages`` says what is run, ``speed`` measures the machine, and ``results`` reads what the stages
 left. ``tiny_data`` makes what ``--tiny`` reads.

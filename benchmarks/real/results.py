@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,16 +16,34 @@ PAPER_TABLES = {
     "zero-shot": "Zero-shot, with the papers' prompts through the chat template:",
     "trained": "The trained weights, with the same prompts:",
 }
+CURVES = {
+    "reward": "reward",
+    "env/searches": "searches",
+    "env/support_recall": "support recall",
+    "env/em": "EM",
+    "eval/reward": "held-out reward",
+    "eval/searches": "searches",
+    "eval/support_recall": "support recall",
+    "eval/em": "EM",
+}
 METRICS = ("em", "f1", "cem", "format", "searches", "support_recall")
 
 
-def read_results(config: RealConfig, scale: Scale, speed: Mapping[str, float]) -> dict[str, Any]:
+def read_results(
+    config: RealConfig, model: str, scale: Scale, speed: Mapping[str, float]
+) -> dict[str, Any]:
     """Read everything that was measured so far.
+
+    Args:
+        config: output folder and seed.
+        model: the untrained model.
+        scale: what was run.
+        speed: what ``measure_speed`` returned.
 
     Returns:
         ``before``, ``after`` and ``blanked`` (data set to summary), ``paper_tables`` (name to
-        method to data set to summary), ``curve`` and ``timings`` (the logs of GRPO), ``seconds`` (a
-        record per stage), ``speed``, and what was run. A stage that has not run is left out.
+        method to data set to summary), ``curve`` and ``timings`` (the logs of GRPO), ``seconds`` (by
+        stage), ``speed``, and what was run. A stage that has not run is left out.
     """
     from research_agent.run_logger import read_lines  # noqa: PLC0415
 
@@ -40,13 +59,17 @@ def read_results(config: RealConfig, scale: Scale, speed: Mapping[str, float]) -
         for name in PAPER_TABLES
         if (path := output / name / "table.json").is_file()
     }
-    seconds = (output / "seconds.jsonl").read_text(encoding="utf-8")
+    seconds: Counter[str] = Counter()
+    log = output / "seconds.jsonl"
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        record = json.loads(line)
+        seconds[record["stage"]] += record["seconds"]  # a stage may have been stopped
     return {
-        "model": config.model,
+        "model": model,
         "seed": config.seed,
         "scale": asdict(scale),
         "speed": dict(speed),
-        "seconds": [json.loads(line) for line in seconds.splitlines()],
+        "seconds": seconds,
         "paper_tables": papers,
         "curve": read_lines(output / "grpo" / "metrics.jsonl"),
         "timings": read_lines(output / "grpo" / "timings.jsonl"),
@@ -77,12 +100,13 @@ def in_markdown(results: Mapping[str, Any]) -> str:
     lines += _table("weights", {TABLES[name]: results[name] for name in TABLES if name in results})
     lines += [
         "",
-        "| step | reward | searches | support recall | EM |",
-        "|---:|---:|---:|---:|---:|",
+        "GRPO, on training questions (sampled) and on held-out ones (greedy):",
+        "",
+        f"| step | {' | '.join(CURVES.values())} |",
+        "|---:|" + "---:|" * len(CURVES),
     ]
     for line in results["curve"]:
-        names = ("reward", "env/searches", "env/support_recall", "env/em")
-        values = (line.get(name) for name in names)
+        values = map(line.get, CURVES)
         shown = " | ".join("" if value is None else f"{value:.3f}" for value in values)
         lines.append(f"| {line['step']} | {shown} |")
     return "\n".join([*lines, "", *_times(results), ""])
@@ -109,11 +133,14 @@ def _with_interval(summary: Mapping[str, Any], metric: str) -> str:
 
 def _times(results: Mapping[str, Any]) -> list[str]:
     """How fast this machine is, how long each stage took, and what GRPO's time went to."""
-    lines = ["Tokens per second, measured here on a quiet or busy machine as it was:"]
-    for name in ("prefill", "decode", "learn_full", "learn_lora"):
-        lines.append(f"- {name.replace('_', ', ')}: {results['speed'][name]:.0f}")
-    for record in results["seconds"]:
-        lines.append(f"- {record['stage']}: {record['seconds']:.0f} s")
+    lines = [
+        "Tokens per second, measured here on a quiet or busy machine as it was; prefill and decoding",
+        "with the transformers engine:",
+    ]
+    for name, value in results["speed"].items():
+        if name not in ("threads", "rows"):
+            lines.append(f"- {name.replace('_', ', ')}: {value:.0f}")
+    lines += [f"- {stage}: {spent:.0f} s" for stage, spent in results["seconds"].items()]
     if timings := [line for line in results["timings"] if "collect" in line]:
         sums = {n: sum(line[n] for line in timings) for n in ("collect", "learn", "sync")}
         whole = max(1e-9, sum(sums.values()))

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.real.stages import RealConfig, Scale
 from research_agent.system.files import write_atomic
 
-PROMPT, SAMPLED = 64, 24  # tokens per row
+if TYPE_CHECKING:
+    from research_agent.batch import Packing
+
+PROMPT, SAMPLED = 256, 24  # tokens per row
+QUESTION = 48  # tokens of the prompt that a group shares
+LENGTHS = (200, 350, 500, 650)  # tokens of the episodes that are learned
 
 
 def measure_speed(config: RealConfig, model: str, scale: Scale) -> dict[str, float]:
@@ -22,7 +27,7 @@ def measure_speed(config: RealConfig, model: str, scale: Scale) -> dict[str, flo
 
     Returns:
         ``threads``, ``rows``, and tokens per second as ``prefill`` and ``decode`` (both summed over
-        the rows), ``learn_full`` and ``learn_lora``.
+        the rows), ``learn_full``, and ``learn_lora`` with ``--packing`` off, on and tree.
     """
     path = config.output / "speed.json"
     if path.is_file():
@@ -40,8 +45,10 @@ def measure_speed(config: RealConfig, model: str, scale: Scale) -> dict[str, flo
         "threads": float(torch.get_num_threads()),
         "rows": float(rows),
         **_sampling(config, model, renderer, prompt, rows),
-        "learn_full": _learning(config, model, prompt, lora_rank=0),
-        "learn_lora": _learning(config, model, prompt, lora_rank=scale.lora_rank),
+        "learn_full": _learning(config, model, lora_rank=0),
+        "learn_lora": _learning(config, model, lora_rank=scale.lora_rank),
+        "learn_lora_packed": _learning(config, model, lora_rank=scale.lora_rank, packing="on"),
+        "learn_lora_tree": _learning(config, model, lora_rank=scale.lora_rank, packing="tree"),
     }
     write_atomic(path, json.dumps(found) + "\n")
     return found
@@ -78,27 +85,35 @@ def _sampling(
     }
 
 
-def _learning(config: RealConfig, model: str, tokens: list[int], *, lora_rank: int) -> float:
-    """Tokens per second of a second update with four episodes; rank 0 trains all weights."""
+def _learning(
+    config: RealConfig, model: str, *, lora_rank: int, packing: Packing = "off"
+) -> float:
+    """Tokens per second of a second update with a group of episodes; rank 0 trains all weights."""
     from research_agent.algorithms import make_algorithm  # noqa: PLC0415
     from research_agent.config import LearnerConfig  # noqa: PLC0415
     from research_agent.learner import Learner  # noqa: PLC0415
     from research_agent.models.policy import load_model  # noqa: PLC0415
     from research_agent.trajectory import Group, Segment, Trajectory  # noqa: PLC0415
 
-    half = len(tokens) // 2
-    asked, said = tuple(tokens[:half]), tuple(tokens[half:])
+    asked = tuple(range(1, QUESTION + 1))
     episodes = []
-    for i in range(4):
+    for i, length in enumerate(LENGTHS):
+        said = tuple(1 + (i + place) % 500 for place in range(length - QUESTION))
         action = Segment("action", said, (-1.0,) * len(said), reward=float(i))
         segments = (Segment("prompt", asked), action)
         episodes.append(Trajectory(0, i, segments, action.reward, True, False))
     learner = Learner(
         load_model(model, device=config.device),
         make_algorithm("grpo", kl_coef=0.0, entropy_coef=0.0),
-        LearnerConfig(lora_rank=lora_rank, learning_rate=0.0, precision=config.dtype),
+        LearnerConfig(
+            lora_rank=lora_rank,
+            learning_rate=0.0,
+            precision=config.dtype,
+            packing=packing,
+            micro_batch_tokens=2048,
+        ),
     )
     learner.update([Group(0, episodes)])  # loads kernels, and makes room
     start = time.perf_counter()
     learner.update([Group(0, episodes)])
-    return len(episodes) * len(tokens) / (time.perf_counter() - start)
+    return sum(LENGTHS) / (time.perf_counter() - start)

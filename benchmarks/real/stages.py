@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from research_agent.errors import ConfigError
 
@@ -69,21 +69,19 @@ GPU = replace(
     time_limit=300.0,
     micro_batch_tokens=65536,
 )
-TINY = replace(
-    CPU,
-    questions=4,
-    demonstrations=8,
-    parts=2,
-    batch=4,
-    steps=2,
-    prompts_per_step=2,
-    group_size=2,
-    lora_rank=2,
-    eval_every=1,
-    max_response=160,
-    max_turn_tokens=24,
-    max_in_flight=8,
-)
+TINY: dict[str, Any] = {
+    "questions": 4,
+    "demonstrations": 8,
+    "batch": 4,
+    "steps": 2,
+    "prompts_per_step": 2,
+    "group_size": 2,
+    "lora_rank": 2,
+    "eval_every": 1,
+    "max_response": 160,
+    "max_turn_tokens": 24,
+    "max_in_flight": 8,
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,8 @@ class RealConfig:
     """Everything in miniature, in seconds: the shipped small policy, and an invented world that is
     written as the data sets are."""
     gpu: bool = False
-    """Sizes for one GPU and twelve minutes."""
+    """Sizes for one GPU, meant for twelve minutes of an H200; nobody has measured them. With --tiny
+    the commands of a GPU are tried in miniature, on a CPU if there is no GPU."""
     until: str | None = None
     """Stop after this stage, such as zero-shot or warm-start; none runs all."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -122,7 +121,9 @@ class RealConfig:
     @property
     def device(self) -> str:
         """Where models live."""
-        return "cuda" if self.gpu else "cpu"
+        if self.gpu:
+            return "auto" if self.tiny else "cuda"
+        return "cpu"
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
@@ -142,7 +143,7 @@ class Stage:
 
 def scale_of(config: RealConfig) -> Scale:
     """The sizes that suit the machine, but for those that the configuration gives."""
-    scale = TINY if config.tiny else GPU if config.gpu else CPU
+    scale = replace(GPU if config.gpu else CPU, **(TINY if config.tiny else {}))
     given = {n: getattr(config, n) for n in ("questions", "demonstrations", "steps")}
     return replace(scale, **{name: value for name, value in given.items() if value is not None})
 
@@ -238,13 +239,17 @@ def _grpo(config: RealConfig, scale: Scale, model: str) -> Stage:
     )
 
     def done() -> bool:
+        from research_agent import checkpoint  # noqa: PLC0415
         from research_agent.run_logger import read_lines  # noqa: PLC0415
 
-        lines = read_lines(folder / "metrics.jsonl")
-        finished = bool(lines) and lines[-1]["step"] >= scale.steps
-        spent = read_lines(folder / "timings.jsonl")
+        newest = checkpoint.latest(folder / "checkpoints")
+        if newest is None:
+            return False
+        # A step is logged before it is saved: one without a checkpoint is made again.
+        step = int(newest.name.removeprefix("step-"))
+        spent = [r["seconds"] for r in read_lines(folder / "timings.jsonl") if r["step"] <= step]
         limit = scale.time_limit
-        return finished or bool(limit and spent and spent[-1]["seconds"] >= limit)
+        return step >= scale.steps or bool(limit and spent and spent[-1] >= limit)
 
     return Stage("grpo", AGENT, ("train", "smollm2-wiki", *flags), done)
 
@@ -281,7 +286,8 @@ def run_stage(stage: Stage, log: Path) -> None:
 
     Args:
         stage: its command is printed first.
-        log: JSON Lines file; a record ``{"stage": name, "seconds": seconds}`` is appended.
+        log: JSON Lines file; a record ``{"stage": name, "seconds": seconds}`` is appended, also for
+            a command that is stopped or fails.
 
     Raises:
         ConfigError: the command failed.
@@ -300,6 +306,7 @@ def run_stage(stage: Stage, log: Path) -> None:
         if error.code:
             message = f"the stage {stage.name} failed, as said above; the same command continues it"
             raise ConfigError(message) from None
-    record = {"stage": stage.name, "seconds": round(time.perf_counter() - start, 1)}
-    with log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    finally:
+        record = {"stage": stage.name, "seconds": round(time.perf_counter() - start, 1)}
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")

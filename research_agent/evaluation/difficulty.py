@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from research_agent.errors import ConfigError
-from research_agent.evaluation.predictions import read_predictions
+from research_agent.evaluation.predictions import read_predictions, record_key
 from research_agent.evaluation.summary import CORRECT_THRESHOLD, main_metric, outcome
 from research_agent.system.files import write_atomic
 
@@ -64,9 +64,9 @@ def grades(
     correct: Counter[str] = Counter()
     samples: Counter[str] = Counter()
     for record in records:
-        question = record["info"].get("question_id")
-        if not question:
+        if record["info"].get("question_id") in (None, ""):
             raise ConfigError("these predictions name no question_id; nothing could use grades")
+        question, _ = record_key(record)
         samples[question] += 1
         correct[question] += _is_correct(record, name)
 

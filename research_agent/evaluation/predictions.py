@@ -74,8 +74,9 @@ def as_record(
 
 def record_key(record: Mapping[str, Any]) -> Key:
     """The question and sample number of a record; no two records have the same."""
-    question = record["info"].get("question_id") or record["episode"]
-    return str(question), int(record["sample"])
+    question = record["info"].get("question_id")
+    named = question not in (None, "")
+    return str(question if named else record["episode"]), int(record["sample"])
 
 
 def read_predictions(path: str | Path) -> tuple[Header, list[Record]]:
@@ -154,7 +155,8 @@ def open_predictions(
                     raise PredictionsError(
                         f"episode {record['episode']} has the question_id {key[0]!r} of an earlier "
                         "one, and nothing could tell their records apart; let the environment give "
-                        "each task its own id, or give a --limit at which no task comes again"
+                        "each task its own id, or give a --limit (an --eval-limit, in training) at "
+                        "which no task comes again"
                     )
                 written.add(key)
                 file.write(json.dumps(record) + "\n")

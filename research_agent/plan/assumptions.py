@@ -43,7 +43,7 @@ FREE = 0.05
 TRANSFER_BUFFER = 2**30
 """Bytes on a learner's GPU of the buffer from which vLLM's transfer sends weights."""
 SERVER_BYTES = 1e9
-"""Bytes per GPU for CUDA in a separate vLLM process."""
+"""Bytes per GPU for CUDA in a process that samples beside the learner's."""
 VLLM_WORK = 3e9
 """Bytes of vLLM's memory for activations and CUDA graphs."""
 HEAD_LOGITS = 2**28
@@ -51,7 +51,7 @@ HEAD_LOGITS = 2**28
 LOGIT_BYTES = 20
 """Bytes per such logit: itself, softmax, log-softmax and two gradients in float32."""
 HOST_RANK = 4e9
-"""Bytes of host memory per rank for Python and CUDA."""
+"""Bytes of host memory for Python and CUDA, per rank and per player in a process of its own."""
 HOST_SERVER = 6e9
 """Bytes of host memory per vLLM process."""
 HOST_TOKEN = 55

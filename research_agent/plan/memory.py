@@ -221,6 +221,8 @@ def _host(
         "ranks": ranks * given.HOST_RANK,
         "episodes of a step": float(ranks * tokens * given.HOST_TOKEN),
     }
+    if config.rollout.max_staleness:
+        needed["players"] = ranks * given.HOST_RANK
     if config.learner.optimizer == "adamw_offload":
         learns = trained(config, shape, shard_ranks(config, machines))
         needed["weights, gradients and moments"] = float(16 * ranks * learns)

@@ -95,10 +95,12 @@ def memory(
     if sampler.kind == "transformers":
         held = slots(config, sampler.copies) * max_tokens(config, shape)
         cache = held * cache_bytes(sampler, shape)
-        return {"sampler: weights": sampler.weights(shape), "sampler: keys and values": cache}
-    own = own_memory(sampler, shape, machines)
-    found = {f"sampler: {what}": size for what, size in own.items()}
-    return found | ({"sampler: CUDA": SERVER_BYTES} if sampler.kind == "serve" else {})
+        own = {"weights": sampler.weights(shape), "keys and values": cache}
+    else:
+        own = own_memory(sampler, shape, machines)
+    if sampler.kind == "serve" or config.rollout.max_staleness:
+        own["CUDA"] = SERVER_BYTES
+    return {f"sampler: {what}": size for what, size in own.items()}
 
 
 def own_memory(sampler: Sampler, shape: Shape, machines: Machines) -> dict[str, float]:

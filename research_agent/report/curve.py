@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from research_agent.system.terminal import printable
+
 Point = tuple[float, float]  # (step, value)
 
 
@@ -50,11 +52,11 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(1 + 4 * columns, 0.6 + 2.6 * rows), layout="constrained")
-    figure.suptitle(f"{', '.join(runs)}: reward and held-out metrics by training step")
+    figure.suptitle(f"{_plain(', '.join(runs))}: reward and held-out metrics by training step")
     for number, name in enumerate(names):
         axes = figure.add_subplot(rows, columns, number + 1)
         held_out = name != "reward"
-        axes.set_title("held-out " + name.removeprefix("eval/") if held_out else name)
+        axes.set_title(_plain("held-out " + name.removeprefix("eval/") if held_out else name))
         ends = []
         for i, (run, found) in enumerate(curves.items()):
             if points := found.get(name):
@@ -67,6 +69,11 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
             axes.set_ylim(-0.02, 1.02)  # fractions get the whole scale
         label_ends(axes, ends)
     figure.savefig(path, dpi=130)
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib shows it unchanged: a dollar sign would begin a formula."""
+    return printable(name).replace("$", r"\$")
 
 
 def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]], gap: float = 0.08) -> None:
@@ -84,7 +91,7 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]], gap: float = 0
     for value, name, color in sorted(ends, reverse=True):
         place = min(value, place - gap * (high - low))
         axes.annotate(
-            name,
+            _plain(name),
             (1, place),
             xycoords=("axes fraction", "data"),
             xytext=(4, 0),

@@ -34,8 +34,7 @@ def test_every_stage_leaves_its_folder_and_the_results_tell_all(finished: Path) 
     assert [line["step"] for line in found["curve"]] == [0, 1, 2]
     assert {"prefill", "decode", "learn_full", "learn_lora"} <= found["speed"].keys()
     assert all(value > 0 for value in found["speed"].values())
-    stages = [line["stage"] for line in found["seconds"]]
-    assert stages == [
+    assert list(found["seconds"]) == [
         "warm-start-1", "warm-start",
         "before-hotpotqa", "before-2wiki", "before-musique",
         "grpo",
@@ -45,6 +44,10 @@ def test_every_stage_leaves_its_folder_and_the_results_tell_all(finished: Path) 
     text = (finished / "results.md").read_text()
     assert "| GRPO | musique, not trained on | 4 |" in text
     assert "of GRPO's time: collect" in text
+    logged = (finished / "grpo" / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(logged[-1])
+    (shown,) = [line for line in text.splitlines() if line.startswith(f"| {last['step']} |")]
+    assert shown.split(" | ")[5] == f"{last['eval/reward']:.3f}"
 
 
 def test_the_same_command_does_nothing_twice(
@@ -56,6 +59,33 @@ def test_the_same_command_does_nothing_twice(
     printed = capsys.readouterr()
     assert "$ research-agent" not in printed.err
     assert "warm start" in printed.out
+
+
+def test_a_step_without_its_checkpoint_is_made_again(finished: Path, tmp_path: Path) -> None:
+    """The last step of GRPO is logged, and then its checkpoint cannot be written."""
+    config = RealConfig(tiny=True, output=tmp_path)
+    shutil.copytree(finished / "grpo", tmp_path / "grpo")
+    (grpo,) = [each for each in plan(config, scale_of(config), "m") if each.name == "grpo"]
+    assert grpo.done()
+    shutil.rmtree(tmp_path / "grpo" / "checkpoints" / "step-000002")
+    assert not grpo.done()
+
+
+def test_a_run_with_other_settings_is_not_mixed_with_it(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--tiny", "--seed", "7", "--output", str(finished)])
+    assert "holds a run with seed 0, not 7; give another --output" in capsys.readouterr().err
+
+
+def test_commands_of_a_gpu_are_tried_in_miniature() -> None:
+    config = RealConfig(model="m", gpu=True, tiny=True)
+    stages = {stage.name: stage.words for stage in plan(config, scale_of(config), "m")}
+    words = stages["grpo"]
+    assert words[words.index("--device") + 1] == "auto"
+    assert words[words.index("--precision") + 1] == "bfloat16"
+    assert words[words.index("--steps") + 1] == "2" and "--time-limit" in words
 
 
 def test_a_stage_that_was_stopped_continues(tmp_path: Path, finished: Path) -> None:
@@ -177,7 +207,10 @@ def _commands() -> list[list[str]]:
 def test_the_tutorial_runs_in_a_version_of_seconds(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every command of ours is run as it stands, with small numbers behind it."""
+    """Every command is run as it stands, with small numbers behind it and a small model.
+
+    The last two are the first test's (``finished``).
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RESEARCH_DATA", str(finished / "data"))
     made = make_gguf(tmp_path / "tiny.gguf", tiny_llama(len(byte_tokenizer(merges=True))))
@@ -206,7 +239,7 @@ def test_the_tutorial_runs_in_a_version_of_seconds(
             ran.append("convert")
             continue
         assert program == "research-agent"
-        typed = [swapped.get(word, word) for word in words if word != "--chat-template"]
+        typed = [swapped.get(word, word) for word in words]
         cli.main([*typed, *small[words[0]]])
         ran.append(words[0])
     assert ran == ["convert", "eval", "sft", "train", "eval", "report"]

@@ -106,6 +106,7 @@ def test_a_server_listens_on_the_private_address_and_has_a_key(
     assert words[:4] == ["serve", "model", "--host", "10.0.0.7"]
     pairs = dict(zip(words[2::2], words[3::2], strict=False))
     assert pairs["--tensor-parallel-size"] == "2" and pairs["--data-parallel-size"] == "4"
+    assert pairs["--api-server-count"] == "1"  # several would look like a balancer
     assert "secret" not in " ".join(words)  # where other users of the machine would see it
 
 

@@ -27,6 +27,7 @@ def test_stages_are_words() -> None:
         (["steps=0", ""], "number from 1 on"),
         (["steps=2.5", ""], "number from 1 on"),
         (["until=soon", ""], "is a reward"),
+        (["until=NaN", ""], "is a reward"),
         (["reward", ""], "KEY=VALUE"),
         (["reward='em", ""], "No closing quotation"),
     ],
@@ -49,6 +50,15 @@ def test_steps_or_reward_end_a_stage() -> None:
 
     state = CurriculumState()
     assert [state.advance(stages, 0.0) for _ in range(7)] == [False] * 6 + [True]
+
+
+def test_steps_without_a_reward_end_a_stage_by_their_number_only() -> None:
+    stages = parse_stages(["steps=8 until=1", ""])
+    state = CurriculumState()
+    rewards = [1.0, 1.0, None, 1.0, 1.0, None, 1.0]
+    assert [state.advance(stages, reward) for reward in rewards] == [False] * 6 + [True]
+    state = CurriculumState()
+    assert [state.advance(stages, None) for _ in range(8)] == [False] * 7 + [True]
 
 
 def test_a_monitor_sees_a_collapse_and_not_a_bad_step() -> None:

@@ -20,7 +20,7 @@ from benchmarks.architectures import ARCHITECTURES, tiny
 from research_agent.algorithms.grpo import GRPO
 from research_agent.batch import Batch, make_batch, micro_batches
 from research_agent.config import LearnerConfig
-from research_agent.errors import ConfigError, ModelError
+from research_agent.errors import CheckpointError, ConfigError, ModelError
 from research_agent.learner import Learner
 from research_agent.models import policy
 from research_agent.models.policy import TokenLogprobs, token_logprobs
@@ -379,6 +379,16 @@ def test_a_learner_continues_to_the_same_bits(optimizer: Any, lora_rank: int) ->
         begun.update(random_groups(seed))
     again = dict(begun.weights())
     assert all(torch.equal(again[name], weight) for name, weight in through.items())
+
+
+def test_moments_of_another_kind_are_refused() -> None:
+    learner, _ = _after(1)
+    state = learner.state_dict()
+    for moments in state["moments"].values():
+        moments["state1"] = moments.pop("exp_avg")
+    begun, _ = _after(0)
+    with pytest.raises(CheckpointError, match="give the --optimizer of before"):
+        begun.load_state_dict(state)
 
 
 def test_an_unknown_optimizer_is_refused() -> None:

@@ -82,6 +82,9 @@ def ended(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         "full": {"words": words("run-full"), "limit": 10_000},
         "eval": {"words": words("run-eval", "--eval-every", "1")},
         "prompt": {"words": words("run-prompt", "--max-prompt", "1")},
+        "log": {"words": words("run-log")},
+        "trace": {"words": words("run-trace", "--trace", str(letters / "config.json" / "trace"))},
+        "args": {"words": words("run-args", "--algorithm-args", "temper=2")},
         "start": {"words": words("run-start")},
         "weights": {"words": words("run-weights")},
         "stage": {"words": words("run-stage", *stages)},
@@ -94,6 +97,7 @@ def ended(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         for case in cases.values():
             free = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             case["port"] = free.getsockname()[1]
+    (place / "run-log" / "metrics.jsonl").mkdir(parents=True)
     (place / "run-eval").mkdir()
     (place / "run-eval" / "evaluations").write_text("in the way")
     plan = place / "plan.json"
@@ -125,6 +129,9 @@ def ended(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         ("full", "cannot write the checkpoint of step 2 .*there is none before it; free some"),
         ("eval", "run-eval/evaluations"),
         ("prompt", "max-prompt"),
+        ("log", "run-log/metrics.jsonl"),
+        ("trace", "config.json/trace"),
+        ("args", "temper"),
         ("start", "start: out of order"),
         ("weights", "weights: out of order"),
         ("stage", "stage: out of order"),

@@ -24,6 +24,7 @@ from research_agent.errors import ConfigError, ContextError, EnvironmentContract
 from research_agent.evaluation.predictions import as_record
 from research_agent.renderer import Renderer
 from research_agent.rollout import collect
+from research_agent.step_metrics import of_episodes
 from research_agent.trajectory import SKIPPED, Trajectory
 from tests.research_agent.conftest import byte_tokenizer, make_renderer, tiny_qwen2
 from tests.research_agent.toy_env import CopyLetter, CopyLetterVector
@@ -195,6 +196,9 @@ def test_prompts_that_do_not_fit_are_skipped_on_request() -> None:
     episodes = [(0, 0), (1, 0), (2, 0)]
     limits = Limits(max_prompt=20)
     played = collect(says("a"), environments, RENDERER, episodes, limits, overlong_prompts="skip")
+    skipped = [trajectory for trajectory in played if trajectory.stop_reason == SKIPPED]
+    numbers = of_episodes(skipped)  # nothing was played, and nothing was cut short
+    assert "reward" not in numbers and numbers["truncated_fraction"] == 0
     assert [trajectory.stop_reason == SKIPPED for trajectory in played] == [False, True, False]
     assert [len(trajectory.segments) for trajectory in played] == [2, 0, 2]
     assert [trajectory.void for trajectory in played] == [False, True, False]

@@ -164,13 +164,26 @@ def test_a_turn_ends_where_any_engine_ends_it(
     assert len(turn.logprobs) == len(turn.tokens)
 
 
+def submit_at_once(
+    engine: Engine, servers: Sequence[FakeVllm], slots: Sequence[int], text: str = "q{}"
+) -> None:
+    """Submit turns of which none ends before the servers have all; their gates stay closed."""
+    for server in servers:
+        server.gate.clear()
+    submit(engine, slots, text)
+    until(lambda: sum(server.now for server in servers) == len(slots))
+
+
+def finish_at_once(engine: Engine, servers: Sequence[FakeVllm]) -> None:
+    for server in servers:
+        server.gate.set()
+    finish(engine)
+
+
 def test_the_server_with_least_to_do_gets_the_turn(make: Make, connect: Open) -> None:
     servers = [make(), make(), make()]
     engine = connect(*servers)
-    for server in servers:
-        server.gate.clear()
-    submit(engine, range(12))
-    until(lambda: sum(server.now for server in servers) == 12)
+    submit_at_once(engine, servers, range(12))
     assert [server.now for server in servers] == [4, 4, 4]
 
 
@@ -179,8 +192,8 @@ def test_a_trajectory_stays_where_its_prefix_is(make: Make, connect: Open) -> No
     engine = connect(*servers)
     for turn in range(4):
         slots = range(6) if turn % 2 else range(5, -1, -1)  # in another order
-        submit(engine, slots, "q{}" if turn == 0 else "more")
-        finish(engine)
+        submit_at_once(engine, servers, slots, "q{}" if turn == 0 else "more")
+        finish_at_once(engine, servers)
     homes = [{tuple(tokens[:2]) for tokens, _ in server.turns} for server in servers]
     assert [len(home) for home in homes] == [3, 3]
     assert not homes[0] & homes[1]
@@ -190,18 +203,15 @@ def test_a_trajectory_stays_where_its_prefix_is(make: Make, connect: Open) -> No
 def test_a_trajectory_leaves_a_server_that_is_much_busier(make: Make, connect: Open) -> None:
     servers = [make(), make()]
     engine = connect(*servers)
-    submit(engine, range(20))
-    finish(engine)
+    submit_at_once(engine, servers, range(20))
+    finish_at_once(engine, servers)
     at_home = [
         slot
         for slot in range(20)
         if any(tokens == RENDERER.encode_text(f"q{slot}") for tokens, _ in servers[0].turns)
     ]
     assert len(at_home) == 10
-    for server in servers:
-        server.gate.clear()
-    submit(engine, at_home, "more")
-    until(lambda: sum(server.now for server in servers) == 10)
+    submit_at_once(engine, servers, at_home, "more")
     # Home are 4, as the other has none; then 2 for each that it has, as long as that is so.
     assert [server.now for server in servers] == [8, 2]
 
@@ -213,6 +223,20 @@ def test_turns_in_flight_are_bounded(make: Make, connect: Open) -> None:
     submit(engine, range(6))
     until(lambda: server.now == 2)
     time.sleep(0.05)
+    server.gate.set()
+    assert len(finish(engine)) == 6
+    assert server.most == 2
+
+
+def test_turns_in_flight_are_no_more_than_the_connections_that_may_be_open(
+    make: Make, connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "allow_open_files", lambda _: 512 + 5)
+    server = make()
+    engine = connect(server)
+    server.gate.clear()
+    submit(engine, range(6))
+    until(lambda: server.now == 2)
     server.gate.set()
     assert len(finish(engine)) == 6
     assert server.most == 2
@@ -500,6 +524,22 @@ def test_a_server_that_cannot_take_weights_is_left_out(
         engine.load_weights(MODEL.named_parameters(), 2)
 
 
+def test_a_server_that_comes_back_with_another_release_is_left_out(
+    make: Make, connect: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, other = make(), make()
+    engine = connect(server, other)
+    server.stop()
+    engine.load_weights(MODEL.named_parameters(), 1)
+    make(port=int(server.url.rpartition(":")[2]), software="0.33.0")
+    caplog.clear()
+    for version in (2, 3):
+        engine.load_weights(MODEL.named_parameters(), version)
+        submit(engine, [0])
+        assert finish(engine)[0].version == version
+    assert f"{server.url} is back" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -515,7 +555,7 @@ def test_a_server_that_cannot_take_weights_is_left_out(
         (
             {"balances": True},
             EngineError,
-            "another server answers each time.*balancer",
+            "another process answers each time.*--api-server-count 1.*balancer",
         ),
         ({"missing": {"/server_info": 404}}, EngineError, "DEV_MODE=1.* Name each server itself"),
         ({"dtype": "bfloat16"}, EngineError, "weights in bfloat16.*gives them in float32"),

@@ -15,6 +15,6 @@ tp=${TP:-1} gpus=${GPUS:-8}
 export VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1
 exec vllm serve "$model" --host "$host" --port "${SAMPLER_PORT:-8000}" \
   --tensor-parallel-size "$tp" --data-parallel-size "$((gpus / tp))" \
-  --dtype bfloat16 --max-model-len "$context" \
+  --api-server-count 1 --dtype bfloat16 --max-model-len "$context" \
   --enable-scale-out --logprobs-mode processed_logprobs \
   --weight-transfer-config '{"backend": "nccl"}'

@@ -64,6 +64,7 @@ class ServerEngine:
         sync: gives the servers weights. Without it somebody else does, and ``load_weights`` takes
             a ``ServedWeights``.
         max_in_flight: turns asked for at a time, times the number of servers.
+        warns: whether to warn of servers that are lost; of several ranks one is enough.
 
     The draws of a turn are a function of its trajectory's seed and of the tokens held before it,
     up to floating-point rounding; which server samples it makes no difference.
@@ -80,13 +81,15 @@ class ServerEngine:
         sync: WeightSync | None = None,
         *,
         max_in_flight: int = 256,
+        warns: bool = True,
     ) -> None:
         self.max_context = max_context
         self._urls = urls
         self._sync = sync
         self._renderer = renderer
         self._slots: dict[int, Slot] = {}
-        self._pool = ServerPool(urls, renderer.end_ids, max_in_flight)
+        self._warns = warns
+        self._pool = ServerPool(urls, renderer.end_ids, max_in_flight, warns=warns)
         self._turns: Turns[Sampled] = Turns("servers", self._pool.closing)
 
     @property
@@ -155,7 +158,9 @@ class ServerEngine:
 
     def engine_factory(self) -> Callable[[Renderer], ServerEngine]:
         """A function that makes an engine over the same servers, in another process."""
-        return partial(ServerEngine, urls=self._urls, max_context=self.max_context)
+        return partial(
+            ServerEngine, urls=self._urls, max_context=self.max_context, warns=self._warns
+        )
 
     def close(self) -> None:
         """Delete the weights and leave the servers; a server that this rank started ends."""
@@ -236,11 +241,14 @@ def connect_servers(
     """
     bases = _addresses(urls)
     context = require_context(model, max_context)
-    gives = process is not None or rank_and_size()[0] == 0
+    is_first = rank_and_size()[0] == 0
+    gives = process is not None or is_first
     dtype = dtype or str(model.dtype).removeprefix("torch.")
     needs = Needs(context, dtype, model_sizes(model), transfer, token=min(renderer.end_ids))
     sync = WeightSync(model, bases if gives else (), needs, device or model.device, process)
-    engine = ServerEngine(renderer, bases, context, sync, max_in_flight=max_in_flight)
+    engine = ServerEngine(
+        renderer, bases, context, sync, max_in_flight=max_in_flight, warns=is_first
+    )
     try:
         if not any(weight.is_meta for weight in model.parameters()):
             engine.load_weights(model_weights(model), 0)

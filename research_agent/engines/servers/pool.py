@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from research_agent.distributed import rank_and_size
 from research_agent.engines.base import Finish, SamplingParams
 from research_agent.engines.checks import CONTINUE
 from research_agent.engines.remote import read_key, turn_seed
@@ -23,6 +22,7 @@ from research_agent.engines.servers.server import (
     WeightTag,
 )
 from research_agent.errors import EngineError
+from research_agent.system.open_files import allow_open_files
 
 _LOG = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ _TURN_TIMEOUT = 600.0 + RELOAD_TIMEOUT
 _CHECK = 5.0  # seconds between looks at a server's health; a fifth if it is dead
 _REFUSED = (400, 413, 422)  # statuses for a turn that no server would take
 _ATTEMPTS = 4  # per turn: this many plus one per server
+_OTHER_FILES = 512  # that this process may have open besides connections for turns
 _NEAR = 3  # turns that a server may have more than twice another's, and keep its trajectories
 
 
@@ -85,24 +86,31 @@ class _LostError(Exception):
 class ServerPool:
     """The servers that one process samples from; it gives them no weights.
 
-    Everything here runs in the event loop's thread. Of several ranks the first one warns.
+    Everything here runs in the event loop's thread.
 
     Args:
         urls: addresses of the servers.
         end_ids: tokens that end a turn.
-        max_in_flight: turns asked for at a time, times the number of servers.
+        max_in_flight: turns asked for at a time, times the number of servers; fewer if this process
+            may not open as many connections.
+        warns: whether to warn of servers that are lost; of several ranks one is enough.
     """
 
-    def __init__(self, urls: Sequence[str], end_ids: frozenset[int], max_in_flight: int) -> None:
+    def __init__(
+        self, urls: Sequence[str], end_ids: frozenset[int], max_in_flight: int, *, warns: bool
+    ) -> None:
         key = read_key("VLLM_API_KEY")
         self._servers = [_Sampler(url, Client(url, key, keep_alive=True)) for url in urls]
         self.closing = [server.client.aclose for server in self._servers]
         self._end_ids = end_ids
-        self._in_flight = asyncio.Semaphore(max_in_flight * len(urls))
+        # One for each turn, and one for each that a server has ended and we not closed yet.
+        files = allow_open_files(2 * max_in_flight * len(urls) + _OTHER_FILES) - _OTHER_FILES
+        most = min(max_in_flight * len(urls), files // 2)
+        self._in_flight = asyncio.Semaphore(max(len(urls), most))
         self._tag = WeightTag("", 0, 0)
         self._problems: Mapping[str, str] = {}  # as in ServedWeights
         self._watches: list[asyncio.Task[None]] = []
-        self._level = logging.INFO if rank_and_size()[0] else logging.WARNING
+        self._level = logging.WARNING if warns else logging.INFO
 
     async def use(self, served: ServedWeights) -> None:
         """Sample from now on with these weights, on the servers that have them.

@@ -154,6 +154,7 @@ def vllm_settings(
         f"--gpu-memory-utilization={spec.memory}",
         "--logprobs-mode=processed_logprobs",
         "--enable-scale-out",
+        "--disable-uvicorn-access-log",  # a line for every turn of the run
     ]
     if transfer == "ipc":
         settings.append('--weight-transfer-config={"backend": "ipc"}')

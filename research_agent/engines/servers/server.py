@@ -221,7 +221,7 @@ class Server:
             )
 
     async def _settings(self) -> _ServerInfo:
-        """How the server says that it was started, twice: a balancer asks another each time."""
+        """How the server says that it was started; asked twice, a balancer asks two of them."""
         path = "server_info?config_format=json"
         first, again = [  # the first time the server asks the machine, for seconds
             await self.client.ask("GET", path, timeout=RELOAD_TIMEOUT, form=_ServerInfo)
@@ -229,8 +229,9 @@ class Server:
         ]
         if first.vllm_config.instance_id != again.vllm_config.instance_id:
             raise EngineError(
-                f"at {self.url} another server answers each time: it is a router or balancer, "
-                f"which carries turns only. {START}"
+                f"at {self.url} another process answers each time. If it is one server with "
+                "--data-parallel-size, start it with --api-server-count 1. A router or balancer "
+                f"carries turns only. {START}"
             )
         found: _ServerInfo = first
         return found

@@ -86,7 +86,7 @@ class WeightSync:
         self._loop = LoopThread("weights", [server.client.aclose for server in self._servers])
         self._run = broadcast_object(secrets.token_hex(4))
         self._calls = 0
-        self._started = False  # whether weights have been given
+        self._software: str | None = None  # vLLM's version, once servers have weights
 
     def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> ServedWeights:
         """Give weights to all servers that can take them.
@@ -143,7 +143,7 @@ class WeightSync:
                     _require_paired(servers)
                 servers = self._on_all_ranks(lambda: self._send(weights, str(tag), folder))
                 if any(server.current == str(tag) for server in servers):
-                    self._started = True
+                    self._software = next(s.software for s in servers if not s.problem)
                     return ServedWeights(tag, _problems(servers))
                 if not self._folder and iter(weights) is weights:
                     raise_together(no_server(_problems(servers)))
@@ -192,10 +192,11 @@ class WeightSync:
         """
         servers = [server for server in self._servers if not server.problem]
         errors = await asyncio.gather(*map(work, servers), return_exceptions=True)
-        harmless = (RequestError, ResearchAgentError) if self._started else RequestError
+        started = self._software is not None
+        harmless = (RequestError, ResearchAgentError) if started else RequestError
         for server, error in zip(servers, errors, strict=True):
             refused = isinstance(error, RequestError) and not error.retryable
-            if refused and not self._started:
+            if refused and not started:
                 raise EngineError(f"{server.url}: {error}. {START}")
             if error and not isinstance(error, harmless):
                 raise error
@@ -206,6 +207,8 @@ class WeightSync:
         if not server.current or await server.client.weight_name() != server.current:
             server.current = ""
             await server.inspect(self._needs)
+        if self._software not in (None, server.software):
+            raise RequestError(f"it has vLLM {server.software}, and the others {self._software}")
 
     async def _pause(self, server: Server) -> None:
         await server.client.ask("POST", "pause?mode=keep")

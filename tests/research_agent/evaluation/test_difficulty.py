@@ -50,6 +50,8 @@ def test_grades_are_shares_of_right_samples() -> None:
     assert names(grades(of("110", "100"), easy=0.7, hard=0.2)) == ["medium", "medium"]
     assert names(grades(of("000"), metric="f1")) == ["easy"]
     assert names(grades(of("111"), metric="reward")) == ["hard"]  # .5 is not right
+    numbered = [record(n, 0, 1.0, info={"question_id": n}) for n in range(2)]
+    assert [grade.question_id for grade in grades(numbered)] == ["0", "1"]
 
 
 def test_what_makes_no_sense_is_refused() -> None:

@@ -264,6 +264,18 @@ def test_copies_of_the_sampler() -> None:
     assert copies("server:http://a,http://b,http://c") == 3
 
 
+@pytest.mark.parametrize("engine", ["transformers", "vllm", "serve:dp=8", "server:http://a"])
+def test_players_that_sample_ahead_take_memory_of_their_own(engine: str) -> None:
+    now, ahead = (
+        plan(changed("research-7b", engine=engine, max_staleness=k), "8xH200").memory
+        for k in (0, 1)
+    )
+    assert ahead.host["players"] == 8 * 4e9 and "players" not in now.host
+    beside = 0.0 if engine.startswith("server") else 1e9
+    assert ahead.gpu.get("sampler: CUDA", 0.0) == beside
+    assert now.gpu.get("sampler: CUDA", 0.0) == (beside if engine == "serve:dp=8" else 0.0)
+
+
 def test_vllm_over_several_gpus_is_for_one_process() -> None:
     several = plan(changed("research-7b", engine="vllm:tp=4"), "8xH200")
     assert not several.fits
