@@ -34,7 +34,7 @@ from research_agent.errors import (
 )
 from research_agent.formats import finite
 from research_agent.presets import DESCRIPTIONS, PRESETS
-from research_agent.system.terminal import escaped_logs, show
+from research_agent.system.terminal import escape_unencodable, escaped_logs, show
 from research_agent.system.torchrun import is_first_rank, torchrun
 
 USAGE = """\
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the words after the program's name; those of the process when None.
     """
+    escape_unencodable()
     words = list(sys.argv[1:] if argv is None else argv)
     commands = {
         "train": _train,

@@ -29,7 +29,8 @@ class Stage:
     Attributes:
         env_args: arguments of the environment of this stage, on top of the run's.
         steps: length of the stage, at most; None: ``until`` alone decides.
-        until: mean reward of the last five steps with any episode that ends the stage; None: no reward does.
+        until: mean reward that ends the stage, over the last five steps in which an episode was
+            played; None: no reward does.
     """
 
     env_args: Mapping[str, Any]

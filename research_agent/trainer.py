@@ -211,12 +211,10 @@ class Trainer:
                     "sync": end - updated,
                     "episodes_per_second": len(trajectories) / (end - start),
                 }
-                is_best = False
                 with together():
-                    if logger:
-                        shown = [as_record(each) for each in trajectories[: run.log_episodes]]
-                        logger.record(self.step, metrics, timings, shown)
-                        is_best = "eval/reward" in metrics and self.step == best_step(run.output)
+                    is_best = logger is not None and self._log(
+                        logger, metrics, timings, trajectories
+                    )
 
                 # Save.
                 due = self.step % run.save_every == 0
@@ -324,12 +322,23 @@ class Trainer:
         with together():
             if rank == 0:
                 folder = run.output / "evaluations" / f"step-{self.step:06d}"
-                summary = record_evaluation(
-                    played, folder, self.renderer, self.player.shows()
-                )
+                summary = record_evaluation(played, folder, self.renderer, self.player.shows())
                 if summary.episodes:  # otherwise all are void
                     metrics = {"reward": summary.reward, **summary.metrics}
         return step_metrics.prefixed("eval", metrics)
+
+    def _log(
+        self,
+        logger: RunLogger,
+        metrics: Mapping[str, float],
+        timings: Mapping[str, float],
+        trajectories: Sequence[Trajectory],
+    ) -> bool:
+        """Log a step; returns whether its evaluation is the best so far."""
+        run = self.config.run
+        shown = [as_record(each) for each in trajectories[: run.log_episodes]]
+        logger.record(self.step, metrics, timings, shown)
+        return "eval/reward" in metrics and self.step == best_step(run.output)
 
     def _watch(self, reward: float | None, *, learned_from: bool, logger: RunLogger | None) -> bool:
         """Note the reward of a step; returns whether the run went back or began its next stage."""
@@ -452,21 +461,19 @@ class Trainer:
         rank, size = rank_and_size()
         torch.manual_seed(run.seed)
         with alike():
-            chosen = config.algorithm
-            algorithm = make_algorithm(chosen.algorithm, **chosen.algorithm_args)
-        self.trace: Trace | None = None
+            algorithm = make_algorithm(
+                config.algorithm.algorithm, **config.algorithm.algorithm_args
+            )
         with together():
-            if run.trace and rank == 0:
-                self.trace = Trace(run.trace)
-                stack.callback(self.trace.close)
+            self.trace = Trace(run.trace) if run.trace and rank == 0 else None
+        if self.trace:
+            stack.callback(self.trace.close)
         self.stages = parse_stages(rollout.stages)
         if saved and self.stages:
             with alike(), restoring(saved, config):
                 self.curriculum = CurriculumState(**saved.state.get("stage", {}))
                 self._stage_args()
-        self.collapse_monitor: CollapseMonitor | None = None
-        if run.collapse is not None:
-            self.collapse_monitor = CollapseMonitor(run.collapse)
+        self.collapse_monitor = None if run.collapse is None else CollapseMonitor(run.collapse)
 
         # The player has as many environments as this process has episodes in flight.
         tree = rollout.tree_plan.size

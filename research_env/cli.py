@@ -17,7 +17,7 @@ from research_env.commands.play import Play
 from research_env.commands.search import Search
 from research_env.commands.serve import Serve
 from research_env.errors import ResearchEnvError
-from research_env.system.terminal import escaped_logs, show
+from research_env.system.terminal import escape_unencodable, escaped_logs, show
 
 Command = (
     Annotated[Index, subcommand("index")]
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Exits with 2 and one line on stderr if a command cannot be carried out, and with 130 if it is
     interrupted.
     """
+    escape_unencodable()
     chosen: Any = tyro.cli(
         Annotated[Command, OmitArgPrefixes],
         args=arguments,

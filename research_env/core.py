@@ -283,22 +283,26 @@ class EnvCore:
             names += [f"turn_reward/{term.name}" for term in self.turn_reward.terms]
         return dict.fromkeys(names, 0.0)
 
-    def transcript(self, episode: Episode) -> str:
-        """The prompt, all that was written and observed, and at the end the :meth:`closing`."""
+    def transcript(self, episode: Episode, reward: float) -> str:
+        """The prompt, all that was written and observed, and at the end stop reason and reward.
+
+        Args:
+            episode: may go on.
+            reward: what its last step returned.
+        """
         text = self.protocol.prompt(self.template, episode.question.question)
         text += "".join(turn.action + turn.observation for turn in episode.turns)
-        return text + self.closing(episode)
-
-    def closing(self, episode: Episode) -> str:
-        """Stop reason and reward as the last line of a transcript; empty while it goes on."""
-        if not episode.over:
-            return ""
-        return f"\n[{episode.stop_reason}, reward {self.output(episode).reward:g}]\n"
+        return text + closing_line(episode, reward)
 
     def close(self) -> None:
         """Close the retriever, unless it was given as an object: then its owner closes it."""
         if not hasattr(self.settings.get("retriever"), "search"):
             self.retriever.close()
+
+
+def closing_line(episode: Episode, reward: float) -> str:
+    """Stop reason and reward as the last line of a transcript; empty while it goes on."""
+    return f"\n[{episode.stop_reason}, reward {reward:g}]\n" if episode.over else ""
 
 
 def resolve_search(episode: Episode, *found: Found | Exception) -> Episode:

@@ -6,7 +6,14 @@ from typing import Any, ClassVar, Unpack
 
 import gymnasium as gym
 
-from research_env.core import EnvSettings, StepOutput, make_core, reset_seed, resolve_search
+from research_env.core import (
+    EnvSettings,
+    StepOutput,
+    closing_line,
+    make_core,
+    reset_seed,
+    resolve_search,
+)
 from research_env.episode import Action, Episode, TruncationReason, advance, truncate
 from research_env.errors import ClosedError, ConfigurationError, EpisodeError, UnknownNameError
 from research_env.fingerprint import environment_fingerprints
@@ -119,6 +126,7 @@ class SearchQAEnv(gym.Env[str, str]):
         self.render_mode = render_mode
         self._core = make_core(**settings)
         self._episode: Episode | None = None
+        self._reward = 0.0  # of the last step
         self._next = 0
         self._closed = False
         self.action_space = self._core.action_space()
@@ -182,10 +190,11 @@ class SearchQAEnv(gym.Env[str, str]):
                 raise ClosedError
             found = self._core.search(episode.pending_requests)
             episode = resolve_search(episode, *found)
-        self._episode = episode
         output = self._core.output(episode)
+        self._episode, self._reward = episode, output.reward
         if self.render_mode == "human":
-            show(episode.turns[-1].action + output.observation + self._core.closing(episode))
+            closing = closing_line(episode, output.reward)
+            show(episode.turns[-1].action + output.observation + closing)
         return output
 
     def truncate(self, reason: TruncationReason = "length") -> StepOutput:
@@ -204,10 +213,12 @@ class SearchQAEnv(gym.Env[str, str]):
         """
         if self._episode is None:
             raise EpisodeError("there is no episode yet; call reset first")
-        self._episode = truncate(self._episode, reason)
+        episode = truncate(self._episode, reason)
+        output = self._core.output(episode)
+        self._episode, self._reward = episode, output.reward
         if self.render_mode == "human":
-            show(self._core.closing(self._episode))
-        return self._core.output(self._episode)
+            show(closing_line(episode, output.reward))
+        return output
 
     def fingerprints(self) -> dict[str, str]:
         """What results depend on besides the policy: fingerprints of questions, index, prompt."""
@@ -217,7 +228,7 @@ class SearchQAEnv(gym.Env[str, str]):
         """The transcript so far in mode ``ansi``; mode ``human`` prints it as it grows."""
         if self.render_mode != "ansi" or self._episode is None:
             return "" if self.render_mode == "ansi" else None
-        return self._core.transcript(self._episode)
+        return self._core.transcript(self._episode, self._reward)
 
     def close(self) -> None:
         """Release the search engine; calling it twice is harmless."""

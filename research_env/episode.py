@@ -223,6 +223,9 @@ def observe(episode: Episode, found: Sequence[Hit] | ToolResult) -> Episode:
         raise EpisodeError("there is no pending search that these hits could answer")
     turn, limit = episode.turns[-1], episode.max_passage_chars
     if isinstance(found, ToolResult):
+        call = next(call for call in turn.calls if call.result is None)
+        if any(tool.reads and tool.name == call.name for tool in episode.protocol.tools):
+            limit = None  # a page is short already, and has no more pages than it says
         return _answer_call(episode, found.hits, defuse(_shorten(found.text, limit)))
     hits = tuple(found)
     shown = shorten_hits(hits, limit)

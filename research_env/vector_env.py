@@ -102,6 +102,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._episodes: list[Episode | None] = [None] * num_envs
+        self._rewards = [0.0] * num_envs  # of their last steps
         self._next = list(range(num_envs))  # the number of each one's next episode
         self._sent: set[int] = set()  # who sent an action and has not received its result
         self._found: dict[int, dict[int, Found]] = {}  # results of a part of an action's requests
@@ -285,7 +286,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
                 if len(held) == len(asked.pending_requests):
                     answers = [held[n] for n in sorted(self._found.pop(i))]
                     self._ready += self._conclude({i: resolve_search(asked, *answers)})
-            except Exception:
+            except BaseException:  # also Ctrl-C while a reward is computed
                 self._drop_sent([i])
                 raise
         results, self._ready = self._ready, []
@@ -343,7 +344,10 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         """The transcripts so far in mode ``ansi``."""
         if self.render_mode != "ansi":
             return None
-        return tuple(self._core.transcript(each) if each else "" for each in self._episodes)
+        return tuple(
+            self._core.transcript(each, reward) if each else ""
+            for each, reward in zip(self._episodes, self._rewards, strict=True)
+        )
 
     def close_extras(self, **kwargs: Any) -> None:
         """Stop the background searches and release the search engine."""
@@ -407,7 +411,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         if episode is None or output is None:
             observation, info = self._begin(i, self._next[i])
             return StepResult(i, observation, 0.0, False, False, info)
-        self._episodes[i] = episode
+        self._episodes[i], self._rewards[i] = episode, output.reward
         if not episode.over or self._mode is not AutoresetMode.SAME_STEP:
             return StepResult(i, *output)
         observation, info = self._begin(i, self._next[i])

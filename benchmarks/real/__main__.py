@@ -20,7 +20,6 @@ from research_agent.formats import read_object
 from research_agent.system.files import write_atomic
 from research_env.errors import ResearchEnvError
 
-
 FIXED = ("model", "seed", "tiny", "gpu", "precision", "questions", "demonstrations")
 """Settings with which a run is continued: finished stages are not made again."""
 

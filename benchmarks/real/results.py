@@ -42,8 +42,8 @@ def read_results(
 
     Returns:
         ``before``, ``after`` and ``blanked`` (data set to summary), ``paper_tables`` (name to
-        method to data set to summary), ``curve`` and ``timings`` (the logs of GRPO), ``seconds`` (by
-        stage), ``speed``, and what was run. A stage that has not run is left out.
+        method to data set to summary), ``curve`` and ``timings`` (the logs of GRPO), ``seconds``
+        (by stage), ``speed``, and what was run. A stage that has not run is left out.
     """
     from research_agent.run_logger import read_lines  # noqa: PLC0415
 
@@ -134,8 +134,8 @@ def _with_interval(summary: Mapping[str, Any], metric: str) -> str:
 def _times(results: Mapping[str, Any]) -> list[str]:
     """How fast this machine is, how long each stage took, and what GRPO's time went to."""
     lines = [
-        "Tokens per second, measured here on a quiet or busy machine as it was; prefill and decoding",
-        "with the transformers engine:",
+        "Tokens per second, measured here on a quiet or busy machine as it was, prefill and",
+        "decoding with the transformers engine:",
     ]
     for name, value in results["speed"].items():
         if name not in ("threads", "rows"):

@@ -85,9 +85,7 @@ def _sampling(
     }
 
 
-def _learning(
-    config: RealConfig, model: str, *, lora_rank: int, packing: Packing = "off"
-) -> float:
+def _learning(config: RealConfig, model: str, *, lora_rank: int, packing: Packing = "off") -> float:
     """Tokens per second of a second update with a group of episodes; rank 0 trains all weights."""
     from research_agent.algorithms import make_algorithm  # noqa: PLC0415
     from research_agent.config import LearnerConfig  # noqa: PLC0415

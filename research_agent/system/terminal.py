@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 # C0 and C1 controls without tab and newline, and the characters that reorder a line.
@@ -32,6 +33,13 @@ def show(text: object = "", *, file: TextIO | None = None) -> None:
         file: file to print to; None: standard output.
     """
     print(printable(str(text)), file=file or sys.stdout)
+
+
+def escape_unencodable() -> None:
+    """Let standard output and error show characters that they cannot encode as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

@@ -147,5 +147,13 @@ class Serve:
         return named_corpus(self.dataset, self.corpus)
 
     def _env_args(self) -> dict[str, Any]:
-        given = {} if self.top_k is None else {"top_k": self.top_k}
-        return {**given, **parse_env_args(self.env_args)}
+        args = parse_env_args(self.env_args)
+        flags = ("retriever", "dataset", "corpus") if self.mcp else ("retriever", "dataset")
+        if self.top_k is not None:
+            flags = (*flags, "top_k")
+        for name in args.keys() & set(flags):
+            flag = name.replace("_", "-")
+            raise ConfigurationError(
+                f"--env-args {name}=...: give --{flag} instead, which is a flag"
+            )
+        return args if self.top_k is None else {**args, "top_k": self.top_k}

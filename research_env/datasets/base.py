@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from research_env.errors import DataError
 from research_env.retrieval.base import Passage
 
 
@@ -74,6 +75,13 @@ class Question:
     extra: Mapping[str, Any] = field(default_factory=lambda: _NO_EXTRA, hash=False)
 
     def __post_init__(self) -> None:
+        for name in ("answers", "supporting"):
+            texts = getattr(self, name)
+            if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+                raise DataError(
+                    f"question {self.id!r}: {name} is {texts!r:.80}; give a tuple of texts, such "
+                    'as ("Paris",)'
+                )
         if not isinstance(self.extra, ReadOnly):
             object.__setattr__(self, "extra", ReadOnly(self.extra))
 

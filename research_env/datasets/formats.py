@@ -202,7 +202,7 @@ def _cell(name: str, cell: str, where: str) -> Any:
     Raises:
         DataError: the cell holds a list in another notation, such as Python's.
     """
-    if name in _TEXTS or (name != "hops" and cell[0] not in "[{"):
+    if name in _TEXTS or (name != "hops" and cell.lstrip()[0] not in "[{"):
         return cell
     try:
         return _json(cell)

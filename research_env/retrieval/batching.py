@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -24,6 +25,9 @@ from research_env.retrieval.requests import Request, ToolResult
 Found = list[Hit] | ToolResult | RetrievalError
 """The result of a query or tool call, or the engine's error."""
 Ticket = TypeVar("Ticket")
+Tell = Callable[[Found | Exception], None]
+"""Takes the result of a query."""
+_INTERRUPTED = RetrievalError("the search was interrupted; ask again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +112,7 @@ class QueryBatcher(Generic[Ticket]):
         self._queue: SimpleQueue[Request | None] = SimpleQueue()
         self._done: SimpleQueue[tuple[Ticket, Found | Exception]] = SimpleQueue()
         self._lock = threading.Lock()
-        self._pending: dict[Request, list[Callable[[Found | Exception], None]]] = {}
+        self._pending: dict[Request, list[Tell]] = {}  # who has it searched is the first
         self._slots = threading.BoundedSemaphore(self._in_flight)
         self._gathering = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -131,14 +135,12 @@ class QueryBatcher(Generic[Ticket]):
             Exception: whatever the engine raised that is no ``RetrievalError`` (a bug).
         """
         done: SimpleQueue[tuple[int, Found | Exception]] = SimpleQueue()
-        with self._lock:
-            fresh = [
-                query
-                for n, query in enumerate(queries)
-                if self._register(query, partial(_put, done, n))
-            ]
-        if fresh:
-            self._answer(fresh)
+        asked = [(query, partial(_put, done, n)) for n, query in enumerate(queries)]
+        with self._told_if_interrupted(asked):
+            with self._lock:
+                fresh = [query for query, tell in asked if self._register(query, tell)]
+            if fresh:
+                self._answer(fresh)
         found = dict(done.get() for _ in queries)
         return [raise_bug(found[n]) for n in range(len(queries))]
 
@@ -203,8 +205,8 @@ class QueryBatcher(Generic[Ticket]):
         for tell in left:
             tell(ClosedError())
 
-    def _enqueue(self, query: Request, tell: Callable[[Found | Exception], None]) -> None:
-        with self._lock:
+    def _enqueue(self, query: Request, tell: Tell) -> None:
+        with self._told_if_interrupted([(query, tell)]), self._lock:
             if self._register(query, tell):
                 self._queue.put(query)
             while len(self._threads) < self._in_flight:
@@ -212,7 +214,21 @@ class QueryBatcher(Generic[Ticket]):
                 thread.start()
                 self._threads.append(thread)
 
-    def _register(self, query: Request, tell: Callable[[Found | Exception], None]) -> bool:
+    @contextmanager
+    def _told_if_interrupted(self, asked: Sequence[tuple[Request, Tell]]) -> Iterator[None]:
+        """Leave no query of a block to wait for an answer after Ctrl-C: others would wait too."""
+        try:
+            yield
+        except BaseException:
+            with self._lock:
+                mine = [query for query, tell in asked if tell in self._pending.get(query, ())[:1]]
+                told = [self._pending.pop(query) for query in mine]
+            for callbacks in told:
+                for tell in callbacks:
+                    tell(_INTERRUPTED)
+            raise
+
+    def _register(self, query: Request, tell: Tell) -> bool:
         """Whether the caller, who holds the lock, must have the query searched.
 
         If not, its result is cached, or somebody has it searched already.
@@ -238,8 +254,7 @@ class QueryBatcher(Generic[Ticket]):
         All queries go at once, so that they share one deadline: in parts, each part would wait for
         a dead server. No more threads ask the engine than it allows.
         """
-        interrupted = RetrievalError("the search was interrupted; ask again")
-        results: Sequence[Found | Exception] = [interrupted] * len(batch)
+        results: Sequence[Found | Exception] = [_INTERRUPTED] * len(batch)
         try:
             with self._slots:
                 found = self._engine(batch)

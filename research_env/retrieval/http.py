@@ -373,9 +373,15 @@ def _read_body(response: httpx.Response, deadline: Deadline) -> bytearray:
     body = bytearray()
     for part in response.iter_raw():
         # One byte more than the limit is enough to see that there is more.
-        room = _MAX_ANSWER + 1 - len(body)
         try:
-            body += part if decoder is None else decoder.decompress(part, room)
+            if decoder is None:
+                body += part
+            left = part
+            while decoder and left and len(body) <= _MAX_ANSWER:
+                if decoder.eof:  # a gzip file may have several members
+                    decoder = zlib.decompressobj(16 + zlib.MAX_WBITS)
+                body += decoder.decompress(left, _MAX_ANSWER + 1 - len(body))
+                left = decoder.unused_data.lstrip(b"\0")
         except zlib.error as error:
             raise _AttemptError(f"the answer is not gzip: {error}", retryable=True) from None
         if len(body) > _MAX_ANSWER:

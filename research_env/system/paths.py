@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from research_env.errors import ConfigurationError
+
 _MAX_SIZE = 16 << 20  # bytes
 _SETTLED = 20_000_000  # nanoseconds, more than a tick of any file system's clock
 
@@ -19,12 +21,18 @@ def cache_folder() -> Path:
     """The folder that ``RESEARCH_CACHE`` names, else ``research-env`` in the user's cache folder.
 
     The user's cache folder is ``XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Raises:
+        ConfigurationError: the system names no home folder for this user.
     """
     named = os.environ.get("RESEARCH_CACHE")
-    if named:
-        return Path(named).expanduser()
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "research-env"
+    try:
+        if named:
+            return Path(named).expanduser()
+        return (Path(home) if home else Path.home() / ".cache") / "research-env"
+    except RuntimeError as error:
+        raise ConfigurationError(f"{error} Set RESEARCH_CACHE to a folder for the cache") from None
 
 
 def read_small_file(path: Path) -> bytes:

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 # C0 and C1 controls without tab and newline, and the characters that reorder a line.
@@ -37,8 +38,16 @@ def show(text: object = "", *, file: TextIO | None = None) -> None:
 
 def show_json(value: object) -> None:
     """Print a value as one line of JSON, which reads back as it was."""
-    text = json.dumps(value, ensure_ascii=False)
+    plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+    text = json.dumps(value, ensure_ascii=plain)
     print(_CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text), flush=True)
+
+
+def escape_unencodable() -> None:
+    """Let standard output and error show characters that they cannot encode as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from research_agent.evaluation.predictions import read_predictions
 from research_agent.learner import Learner
 from research_agent.player import Player
 from research_agent.run_logger import RunLogger, read_lines
+from research_agent.trainer import Trainer
 from tests.forks import FORKS
 from tests.research_agent.disks import resize, small_disk
 from tests.research_agent.torchrun import in_two_processes

@@ -175,7 +175,8 @@ def test_datasets_lists_what_is_where(tmp_path: Path, capsys: pytest.CaptureFixt
     main(["datasets", "list", "--json"])
     listed = capsys.readouterr().out
     main(["datasets", "--json"])
-    assert (shown := capsys.readouterr().out) == listed
+    shown = capsys.readouterr().out
+    assert shown == listed
     told = {row["name"]: row for row in json.loads(shown)}
     assert told["bamboogle"]["found"] == str(folder)
     assert told["bamboogle"]["splits"] == {"test": 1}

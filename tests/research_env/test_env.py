@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 
 from research_env import IDS, Episode, Hit, Question, UnicodeText
+from research_env.core import StepOutput
 from research_env.env import SearchQAEnv
 from research_env.errors import (
     ActionError,
@@ -24,6 +25,7 @@ from research_env.errors import (
     EpisodeError,
     ResearchEnvError,
     RetrievalError,
+    RewardError,
     UnknownNameError,
 )
 from research_env.rewards import METRICS
@@ -367,6 +369,25 @@ def test_render_ansi_shows_the_whole_episode() -> None:
     assert env.render() == text + answer("Founder 1") + "\n[answer, reward 1]\n"
     env.reset(options={"question_id": "q2"})
     assert env.render() == "Who founded company 2?\n"
+
+
+def test_a_reward_is_computed_once_and_one_that_fails_loses_no_episode() -> None:
+    calls: list[Episode] = []
+
+    def reward(episode: Episode) -> float:
+        calls.append(episode)
+        return 1 / (len(calls) - 1)
+
+    env = make(render_mode="ansi", reward=reward)
+    ends: list[Callable[[], StepOutput]] = [lambda: env.step(answer("Founder 1")), env.truncate]
+    for end in ends:
+        env.reset(options={"question_id": "q1"})
+        calls.clear()
+        with pytest.raises(RewardError, match="division by zero"):
+            end()
+        assert end().reward == 1.0
+        assert str(env.render()).endswith("reward 1]\n")
+        assert len(calls) == 2
 
 
 def test_render_human_prints_as_it_goes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -432,6 +432,24 @@ def test_a_reward_that_fails_moves_nobody(mode: AutoresetMode) -> None:
     assert env.episodes == before
 
 
+def test_an_interruption_while_a_reward_is_computed_costs_its_own_action_alone() -> None:
+    left = [KeyboardInterrupt()]
+
+    def reward(*_: Any) -> float:
+        if left:
+            raise left.pop()
+        return 1.0
+
+    env = make(2, turn_reward=reward)
+    env.reset(seed=4)
+    env.send([0, 1], [search("1"), search("2")])
+    with pytest.raises(KeyboardInterrupt):
+        env.recv(timeout=TIMEOUT, min_results=2)
+    assert len(env.recv(timeout=TIMEOUT, min_results=2)) == 1
+    assert env.recv(timeout=TIMEOUT, min_results=2) == []  # nothing is sent, so nobody waits
+    env.close()
+
+
 def test_a_reward_that_fails_in_the_background_costs_its_own_action_alone() -> None:
     env = make(2, turn_reward=FailsOnce(1))
     env.reset(seed=4)

@@ -137,11 +137,17 @@ def _term(word: str) -> str:
     return "" if lower in STOP_WORDS else _stem(lower)
 
 
-@lru_cache(maxsize=1)
-def _stemmer() -> tuple[Callable[[str], str], threading.Lock]:
-    import Stemmer  # noqa: PLC0415  (only when something is analyzed)
+_own = threading.local()  # a lock would be held for ever in a child that is forked meanwhile
 
-    return Stemmer.Stemmer("porter").stemWord, threading.Lock()
+
+def _stemmer() -> Callable[[str], str]:
+    """This thread's stemmer: the object serves one thread at a time."""
+    found: Callable[[str], str] | None = getattr(_own, "stem_word", None)
+    if found is None:
+        import Stemmer  # noqa: PLC0415  (only when something is analyzed)
+
+        found = _own.stem_word = Stemmer.Stemmer("porter").stemWord
+    return found
 
 
 _DOUBLE_CONSONANT = re.compile(r"([chjkqvwx])\1(?:ed|ing)\Z")
@@ -159,11 +165,10 @@ def _stem(word: str) -> str:
     """
     if len(word) < 3:
         return word
-    stem_word, lock = _stemmer()
-    with lock:  # a stemmer object serves one thread at a time
-        stem = stem_word(word)
-        if stem.endswith("bli") and word[-1] != "e" and _HAS_VOWEL_CONSONANT.search(stem[:-3]):
-            stem = stem_word(stem[:-1] + "e")
+    stem_word = _stemmer()
+    stem = stem_word(word)
+    if stem.endswith("bli") and word[-1] != "e" and _HAS_VOWEL_CONSONANT.search(stem[:-3]):
+        stem = stem_word(stem[:-1] + "e")
     log = stem.endswith("logi") and word[-1] != "e" and _HAS_VOWEL_CONSONANT.search(stem[:-4])
     undouble = stem[-2:-1] == stem[-1:] and _DOUBLE_CONSONANT.search(word)
     return stem[:-1] if log or undouble else stem

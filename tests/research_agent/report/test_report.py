@@ -273,10 +273,8 @@ def test_one_run_or_several_are_drawn(tmp_path: Path) -> None:
         {"step": 1, "reward": 0.5, "eval/searches": 4.0},
     ]
     odd: list[Record] = [{"step": 1, "eval/$\\frac$": 0.5, "eval/\ud800": 0.5}]  # no formula
-    several: list[dict[str, list[Record]]] = [
-        *({"a": log}, {"a": log, "b": log[:1]}, {"a": []}),
-        *({"a": odd}, {"a$b$\ud800": log, "$\\frac$": log}),
-    ]
+    several: list[dict[str, list[Record]]] = [{"a": log}, {"a": log, "b": log[:1]}, {"a": []}]
+    several += [{"a": odd}, {"a$b$\ud800": log, "$\\frac$": log}]
     for runs in several:
         draw(runs, tmp_path / "curve.png")
         assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG\r\n")

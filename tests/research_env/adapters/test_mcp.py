@@ -178,6 +178,14 @@ def test_a_port_in_use_is_refused(sessions: Sessions) -> None:
         (["--mcp"], "give --retriever URL, --dataset NAME or --corpus FILE"),
         (["--openenv"], "--openenv needs --dataset NAME"),
         (["--dataset", "miniworld", "--env-args", "top_k=1"], "--env-args is for --openenv"),
+        (
+            ["--openenv", "--dataset", "miniworld", "--env-args", "retriever=embedded:x"],
+            "give --retriever instead",
+        ),
+        (
+            ["--mcp", "--dataset", "miniworld", "--top-k", "2", "--env-args", "top_k=1"],
+            "give --top-k instead",
+        ),
     ],
 )
 def test_the_command_refuses_what_it_cannot_serve(

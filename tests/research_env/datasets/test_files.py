@@ -740,3 +740,15 @@ def test_a_cell_of_text_is_text_even_if_it_is_json_too(tmp_path: Path) -> None:
     (found,) = read_questions(tmp_path / "q.csv")
     assert (found.id, found.question, found.answers) == ("[1]", "[2]", ("x",))
     assert found.extra["note"] == [3]
+
+
+@pytest.mark.parametrize("answers", ["Paris", (1812,), (None,), (["Paris"],)])
+def test_a_question_whose_answers_are_no_texts_is_refused(answers: Any) -> None:
+    with pytest.raises(DataError, match=r"question 'q': answers is .*give a tuple of texts"):
+        Question("q", "Where?", answers)
+
+
+def test_a_list_in_a_cell_may_have_space_around_it(tmp_path: Path) -> None:
+    path = tmp_path / "q.tsv"
+    path.write_text('id\tquestion\tanswers\nq\tWho?\t" [""Ann"", ""A.""] "\n')
+    assert read_questions(path) == [Question("q", "Who?", ("Ann", "A."))]

@@ -158,6 +158,33 @@ def test_a_bug_and_an_interruption_leave_nobody_waiting() -> None:
     searches.close()
 
 
+def test_an_interruption_while_queries_are_registered_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searches = made(Engine(), 10)
+    register = QueryBatcher._register
+
+    def interrupted(self: Any, query: Any, tell: Any) -> bool:
+        found = register(self, query, tell)
+        if query == "2":
+            raise KeyboardInterrupt
+        return found
+
+    for ask in (lambda: searches.ask(["1", "2"]), lambda: searches.submit(5, "2")):
+        with monkeypatch.context() as patch:
+            patch.setattr(QueryBatcher, "_register", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                ask()
+        for ticket, query in enumerate("12"):
+            searches.submit(ticket, query)
+        found = dict(taken(searches) for _ in "12")
+        while searches.take(0):  # what the interrupted one was told
+            pass
+        assert found.keys() <= {0, 1, 5}
+    assert searches.ask(["1", "2"]) == Engine().search(["1", "2"], 3)
+    searches.close()
+
+
 def test_what_is_closed_takes_no_more_and_nobody_waits_for_it() -> None:
     for used in (True, False):
         searches = made(Engine(), 10)

@@ -215,8 +215,17 @@ def gzip(body: bytes, times: int) -> bytes:
     return body
 
 
-def test_a_compressed_answer_is_read() -> None:
-    with serving(lambda _: Reply(200, gzip(GOOD.body, 1), {"Content-Encoding": "gzip"})) as server:
+@pytest.mark.parametrize(
+    "body",
+    [
+        gzip(GOOD.body, 1),
+        gzip(GOOD.body[:9], 1) + gzip(GOOD.body[9:], 1),
+        gzip(GOOD.body, 1) + b"\0",
+    ],
+    ids=["one member", "two members", "padded"],
+)
+def test_a_compressed_answer_is_read(body: bytes) -> None:
+    with serving(lambda _: Reply(200, body, {"Content-Encoding": "gzip"})) as server:
         client = HttpRetriever(server.url)
         assert client.search(["q"], 3) == [HIT]
         assert server.calls[0].headers["Accept-Encoding"] == "gzip"
@@ -227,6 +236,7 @@ def test_a_compressed_answer_is_read() -> None:
     ("body", "encoding", "message"),
     [
         (gzip(b"[" * (65 << 20), 1), "gzip", "an answer of more than 67108864 bytes"),
+        (gzip(b"[" * (33 << 20), 1) * 2, "gzip", "an answer of more than 67108864 bytes"),
         (gzip(b"[" * (65 << 20), 3), "gzip, gzip, gzip", "Content-Encoding 'gzip, gzip, gzip'"),
         (gzip(GOOD.body, 2), "gzip, gzip", "Content-Encoding 'gzip, gzip'"),
         (GOOD.body, "identity, identity", "Content-Encoding 'identity, identity'"),

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from research_env.system.paths import cached
+from research_env.errors import ConfigurationError
+from research_env.system.paths import cache_folder, cached
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +112,14 @@ def test_a_damaged_note_is_no_note(files: list[Path], cache: Path, content: str)
     [place] = (cache / "kind").iterdir()
     place.write_text(content)
     assert read_note("kind", files) is None
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("RESEARCH_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(ConfigurationError, match=r"home directory.*Set RESEARCH_CACHE"):
+        cache_folder()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -103,3 +106,28 @@ def test_logs_and_warnings_of_libraries_show_control_characters(
         assert line.format("\\x1b]52;c;cm0gLXJmIC8=\\x07") in said
     assert "\x1b" not in said and "\x07" not in said
     assert logging.getLogRecordFactory() is factory
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_an_output_that_cannot_encode_a_character_shows_it_as_an_escape(
+    tmp_path: Path, more: list[str]
+) -> None:
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text(json.dumps({"id": "p", "title": "capital 首都", "text": "é"}) + "\n")
+    command = [
+        sys.executable,
+        "-m",
+        "research_env.cli",
+        "search",
+        "capital",
+        "--corpus",
+        str(corpus),
+    ]
+    found = {"PYTHONIOENCODING": "ascii", "RESEARCH_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [*command, *more], capture_output=True, text=True, timeout=300, check=True,
+        env={**os.environ, **found},
+    )  # fmt: skip
+    assert "\\u9996\\u90fd" in done.stdout
+    if more:
+        assert "首都" in json.dumps(json.loads(done.stdout), ensure_ascii=False)

@@ -388,3 +388,16 @@ def test_state_and_rewards_read_the_same_of_either_form() -> None:
     text += json.dumps({"query": "q", "top_n": 1}) + "}\n</tool_call>"
     question = DATASET.questions[0]
     assert advance(Episode(question, rules), turn) == advance(Episode(question, rules), text)
+
+
+def test_pages_of_documents_are_not_cut_as_passages_are() -> None:
+    chosen: dict[str, Any] = {"tools": "search,open", "max_passage_chars": 40}
+    env = gym.make("ReSearch-MiniWorld-v0", protocol="tool-calls", template="instruct", **chosen)
+    env.reset(seed=0)
+    *_, info = env.step(ToolTurn(calls=(Call("a", "search", {"query": "company"}),)))
+    (cut,) = [message["content"] for message in info["messages"]]
+    *_, info = env.step(ToolTurn(calls=(Call("b", "open", {"document": info["passage_ids"][0]}),)))
+    (page,) = [message["content"] for message in info["messages"]]
+    assert "[…]" in cut and "[…]" not in page
+    assert len(page) > 60
+    env.close()
