@@ -144,7 +144,9 @@ def measure(questions: int) -> dict[str, dict[str, dict[str, float]]]:
 
 def main() -> None:
     """Measure, and print a table in Markdown."""
-    config = tyro.cli(StrategyConfig, prog="python -m benchmarks.cheap_strategies")
+    config = tyro.cli(
+        StrategyConfig, prog="python -m benchmarks.cheap_strategies", description=__doc__
+    )
     means = measure(config.questions)
     rows = []
     for reward, strategies in means.items():

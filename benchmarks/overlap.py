@@ -153,4 +153,4 @@ def _say(renderer: Renderer, params: SamplingParams) -> list[int]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, prog="python -m benchmarks.overlap", description=__doc__))

@@ -193,4 +193,4 @@ def _train(config: Config, url: str, output: Path, *, overlap: bool, staleness: 
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, prog="python -m benchmarks.timeline", description=__doc__))

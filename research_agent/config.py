@@ -34,9 +34,9 @@ class PolicyConfig:
     """The policy: a Hugging Face causal language model."""
 
     model: str
-    """Folder of a model (a checkpoint is one), a GGUF file, a LoRA adapter, a starter that ships
-    with the package, or a name on the hub; with --endpoint the name that the endpoint knows it by.
-    An adapter is trained on."""
+    """Folder of a model (a checkpoint is one), a GGUF file, a LoRA adapter, a warm-start
+    checkpoint that ships with the package, or a name on the hub; with --endpoint the name that the
+    endpoint knows it by. An adapter is trained on."""
     chat_template: bool = False
     """Prompt with the model's chat template, for models tuned to follow instructions."""
     chat_template_args: Settings = field(default_factory=dict)

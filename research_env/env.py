@@ -66,8 +66,9 @@ class SearchQAEnv(gym.Env[str, str]):
     All by keyword. Strings and numbers suffice, so that ``env.spec.to_json()`` works; programs may
     also give objects.
 
-    - ``dataset``: miniworld (default), musique, hotpotqa, 2wiki, bamboogle, custom, a mixture such
-      as ``"musique:2+hotpotqa:1"``; or a :class:`~research_env.datasets.base.Dataset`.
+    - ``dataset``: miniworld (default), musique, hotpotqa, 2wiki, bamboogle, nq, triviaqa, popqa,
+      r1-searcher, custom, a mixture such as ``"musique:2+hotpotqa:1"``; or a
+      :class:`~research_env.datasets.base.Dataset`.
     - ``split``: train (default), dev, ...; ``hops``: only questions of so many hops.
     - ``questions``, ``corpus``: paths, for a custom data set.
     - ``world_seed``, ``difficulty``: for MiniWorld. Another seed is another world; the difficulty
@@ -76,9 +77,9 @@ class SearchQAEnv(gym.Env[str, str]):
       ``"hard"``, or a mixture such as ``"medium:1+hard:2"``.
     - ``retriever``: a URL such as ``"embedded:DIR"``, None (the data set's own corpus), or a
       :class:`~research_env.retrieval.base.Retriever`. ``top_k``: passages that a search returns.
-    - ``protocol``: research (default), r1-searcher, search-r1, tool-calls, recall; or a
-      :class:`~research_env.protocol.Protocol`. It sets the defaults of ``top_k``, ``reward``,
-      ``max_searches`` and ``max_turns``.
+    - ``protocol``: research (default), r1-searcher, search-r1, tool-calls, recall;
+      ``"module:NAME"`` for your own, or a :class:`~research_env.protocol.Protocol`. It sets the
+      defaults of ``top_k``, ``reward``, ``max_searches`` and ``max_turns``.
     - ``reward``: a name, ``"module:function"``, a sum of them such as
       ``"research+0.1*support_recall-0.02*searches"``, whose components are among the metrics, or a
       function of an :class:`~research_env.episode.Episode`.
@@ -126,7 +127,7 @@ class SearchQAEnv(gym.Env[str, str]):
         self.render_mode = render_mode
         self._core = make_core(**settings)
         self._episode: Episode | None = None
-        self._reward = 0.0  # of the last step
+        self._reward = 0.0  # what the last step returned
         self._next = 0
         self._closed = False
         self.action_space = self._core.action_space()

@@ -11,7 +11,6 @@ and watch the components, which are logged as ``reward/NAME``.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import re
@@ -27,6 +26,7 @@ from research_env.metrics import cover_exact_match, normalize
 from research_env.papers import PAPERS
 from research_env.papers.base import Reward, em_reward, f1_reward
 from research_env.papers.r1_searcher import has_long_answer, r1_searcher_stage1_guarded
+from research_env.system.imports import import_named
 
 __all__ = ["REWARDS", "Reward", "Term", "WeightedSum", "em_reward", "f1_reward", "resolve_reward"]
 
@@ -221,17 +221,10 @@ def read_terms(name: str | F, known: Mapping[str, F]) -> tuple[Term, ...]:
 def _find(name: str, known: Mapping[str, F]) -> F:
     if name in known:
         return known[name]
-    module, colon, function = name.partition(":")
-    if not colon:
+    if ":" not in name:
         hint = "Name one of your own as 'module:function'."
         raise UnknownNameError("reward", name, known, hint)
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigurationError(
-            f"cannot import the reward {name!r}: {error}; "
-            "write 'module:function' with a module that Python finds (see PYTHONPATH)"
-        ) from error
+    found = import_named(name, "reward")
     if not callable(found):
         raise ConfigurationError(f"the reward {name!r} is {found!r}, which is not a function")
     own: F = _refuse_async(found, name)

@@ -134,7 +134,7 @@ class TurnRewards:
 
     @property
     def __name__(self) -> str:
-        """The sum as text; `turn_rewards` reads it back."""
+        """The sum as text; `resolve_turn_rewards` reads it back."""
         return sum_text(self.terms)
 
     def earned(self, episode: Episode) -> float:

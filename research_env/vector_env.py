@@ -102,7 +102,7 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._episodes: list[Episode | None] = [None] * num_envs
-        self._rewards = [0.0] * num_envs  # of their last steps
+        self._rewards = [0.0] * num_envs  # what their last steps returned
         self._next = list(range(num_envs))  # the number of each one's next episode
         self._sent: set[int] = set()  # who sent an action and has not received its result
         self._found: dict[int, dict[int, Found]] = {}  # results of a part of an action's requests

@@ -108,7 +108,11 @@ R1_SEARCHER = Protocol(
 
 
 def _compare(metric: Callable[..., float], episode: Episode) -> float:
-    """A metric of the prediction and the first gold, normalized as in the authors' code."""
+    """A metric of the prediction and the first gold, normalized as in the authors' code.
+
+    One difference: where ``</answer>`` comes before the last ``<answer>`` only, their answer ends
+    in the tokenizer's end token, which counts as a word.
+    """
     golds, language = episode.question.answers[:1], episode.metric_language
     return metric(episode.prediction, golds, normalize_r1_searcher, language=language)
 

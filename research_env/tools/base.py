@@ -7,13 +7,13 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 from research_env.errors import ActionError, ConfigurationError, ToolError
 from research_env.markup import defuse
 from research_env.retrieval.base import Retriever
 from research_env.retrieval.requests import ToolResult
+from research_env.system.imports import import_named
 
 TYPES: Mapping[str, tuple[type, ...]] = {
     "string": (str,),
@@ -113,16 +113,7 @@ def import_tool(place: str) -> Tool:
     Raises:
         ConfigurationError: it cannot be imported, or is no tool.
     """
-    module, _, name = place.partition(":")
-    try:
-        found: Any = import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigurationError(
-            f"cannot import the tool {place!r}: {error}; write 'module:NAME' with a module that "
-            "Python finds (see PYTHONPATH)"
-        ) from error
+    found = import_named(place, "tool")
     if not isinstance(found, Tool):
         raise ConfigurationError(
             f"the tool {place!r} is {found!r:.80}; decorate a function with research_env.tools.tool"

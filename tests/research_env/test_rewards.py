@@ -108,7 +108,8 @@ def last_box(answer: str) -> str | None:
 def oracle_r1_searcher(episode: Episode, kind: str) -> float:
     text = full_text(episode)
     complete = "<answer>" in text and "</answer>" in text
-    predicted = text.split("<answer>")[-1].split("</answer>")[0].strip()
+    # In the authors' code the end token would be a word of an answer that is not closed.
+    predicted = text.removesuffix(END).split("<answer>")[-1].split("</answer>")[0].strip()
     booleans = {"True": "yes", "False": "no"}
     ours = words(booleans.get(predicted, predicted), spaced=True)
     gold = episode.question.answers[0]

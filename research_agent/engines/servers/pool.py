@@ -31,7 +31,7 @@ _TURN_TIMEOUT = 600.0 + RELOAD_TIMEOUT
 _CHECK = 5.0  # seconds between looks at a server's health; a fifth if it is dead
 _REFUSED = (400, 413, 422)  # statuses for a turn that no server would take
 _ATTEMPTS = 4  # per turn: this many plus one per server
-_OTHER_FILES = 512  # that this process may have open besides connections for turns
+_OTHER_FILES = 512  # files that this process may have open besides connections for turns
 _NEAR = 3  # turns that a server may have more than twice another's, and keep its trajectories
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 
+import gymnasium as gym
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from research_env import SEARCH_R1
-from research_env.errors import UnknownNameError
+from research_env.errors import ConfigurationError, UnknownNameError
 from research_env.papers import PROTOCOLS, resolve_protocol
 from research_env.protocol import Protocol
 
@@ -82,5 +83,25 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         PROTOCOLS["research"].prompt("bse", "q")
     with pytest.raises(UnknownNameError, match=r"unknown protocol 'reserch'.*r1-searcher"):
         resolve_protocol("reserch")
+    for name, message in (
+        ("no.module:X", "cannot import the protocol 'no.module:X'"),
+        (f"{__name__}:PROTOCOLS", "which is no Protocol"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            resolve_protocol(name)
     with pytest.raises(UnknownNameError, match=r"template of the protocol 'mine'.*question"):
         replace(SEARCH_R1, name="mine", prompts={}).messages("base", "q")
+
+
+MINE = replace(PROTOCOLS["research"], name="mine", max_searches=1)
+
+
+def test_a_protocol_of_ones_own_is_named_by_its_module() -> None:
+    assert resolve_protocol(f"{__name__}:MINE") is MINE
+    env = gym.make("ReSearch-MiniWorld-v0", protocol=f"{__name__}:MINE")
+    env.reset(seed=0)
+    *_, truncated, info = env.step("<search>a company</search>")
+    assert not truncated and info["query"] == "a company"
+    *_, truncated, info = env.step("<search>a company</search>")
+    assert truncated and info["stop_reason"] == "max_searches"
+    env.close()
