@@ -2,6 +2,7 @@
 
     python docs/pictures/curves.py demo                            # draw it
     python docs/pictures/curves.py demo runs/demo/metrics.jsonl    # take a run's numbers first
+    python docs/pictures/curves.py real runs/real/grpo/metrics.jsonl
 
 ``demo`` shows the following run, which does as many steps as ``python -m benchmarks.demo``:
 
@@ -15,7 +16,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
@@ -26,7 +26,6 @@ class Picture(NamedTuple):
 
     title: str
     panels: dict[str, tuple[str, float]]  # metric -> title, highest value of the axis
-    window: int = 1  # steps whose mean is one point of the reward
 
 
 PICTURES = {
@@ -41,11 +40,10 @@ PICTURES = {
     "real": Picture(
         "SmolLM2-135M learns to find more of the gold passages",
         {
-            "env/searches": ("Searches, mean of 5 steps", 3.0),
-            "env/support_recall": ("Recall of gold passages", 1.0),
-            "env/em": ("Exact match", 0.5),
+            "eval/searches": ("Searches, held-out questions", 3.0),
+            "eval/support_recall": ("Recall of gold passages", 1.0),
+            "eval/em": ("Exact match", 0.5),
         },
-        window=5,
     ),
 }
 STYLE = """
@@ -112,12 +110,6 @@ def draw(picture: Picture, records: list[dict[str, float]]) -> str:
     parts = [f'<text class="title" x="24" y="30">{picture.title}</text>']
     for number, (metric, (title, top)) in enumerate(picture.panels.items()):
         points = [(int(r["step"]), r[metric]) for r in records if metric in r]
-        if not metric.startswith("eval/"):
-            values = [value for _, value in points]
-            points = [
-                (points[i][0], fmean(values[max(0, i + 1 - picture.window) : i + 1]))
-                for i in range(picture.window - 1, len(points))
-            ]
         parts += panel(24 + number * (CARD + GAP), title, top, points, steps)
     body = "\n  ".join(parts)
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" \
