@@ -419,6 +419,7 @@ def test_flags_that_are_named_exist(document: str, capsys: pytest.CaptureFixture
     known = {"--help", "--nproc-per-node", "--max-restarts"}  # the latter two are torchrun's
     known |= {"--model", "--reasoning-parser", "--host", "--generation-config"}  # vLLM
     known |= {"--weight-transfer-config", "--gpu-memory-utilization"}  # as are these
+    known |= {"--data-parallel-size", "--api-server-count"}  # and these
     known |= {"--env", "--no-push"}  # flags of verifiers' command
     known |= {"--all", "--tiny", "--gpu", "--write", "--plans"}  # flags of modules in benchmarks/
     for program, commands in {

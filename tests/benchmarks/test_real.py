@@ -79,7 +79,9 @@ def test_a_run_with_other_settings_is_not_mixed_with_it(
     assert "holds a run with seed 0, not 7; give another --output" in capsys.readouterr().err
 
 
-def test_commands_of_a_gpu_are_tried_in_miniature() -> None:
+def test_commands_of_a_gpu_are_tried_in_miniature(tmp_path: Path) -> None:
+    main(["--tiny", "--gpu", "--output", str(tmp_path), "--until", "grpo"])
+    assert (tmp_path / "grpo" / "checkpoints" / "step-000002").is_dir()
     config = RealConfig(model="m", gpu=True, tiny=True)
     stages = {stage.name: stage.words for stage in plan(config, scale_of(config), "m")}
     words = stages["grpo"]

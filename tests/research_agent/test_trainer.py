@@ -211,7 +211,7 @@ def test_an_evaluation_is_of_the_weights_that_a_rollback_leaves(
 ) -> None:
     """It collapses at step 4, and goes back to step 2."""
     given_rewards(monkeypatch, [1, 1, 1, 0.1])
-    more = ["--collapse", "0.5", "--on-collapse", "rollback", "--steps", "4", "--eval-every", "2"]
+    more = ["--collapse", "0.6", "--on-collapse", "rollback", "--steps", "4", "--eval-every", "2"]
     evaluated: dict[int, dict[str, Any]] = {}
 
     def evaluate(self: Trainer) -> dict[str, float]:
