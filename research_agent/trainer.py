@@ -187,23 +187,15 @@ class Trainer:
                 self.seconds += end - start
                 finished = broadcast_object(self._finished())
 
+                # Log.
                 metrics = {
                     **step_metrics.of_episodes(trajectories),
                     **step_metrics.staleness(groups, self.step - 1),
                     **({"stage": self.curriculum.stage + 1.0} if self.stages else {}),
                     **step_metrics.prefixed("learner", learned),
                 }
-
-                # A collapsed run stops or goes back; a finished stage gives way to the next.
-                turning_point = self._watch(
-                    metrics.get("reward"), learned_from=bool(groups), logger=logger
-                )
-
-                # Evaluate the weights that are saved below.
                 if run.eval_every and (finished or self.step % run.eval_every == 0):
                     metrics |= self._evaluate()
-
-                # Log.
                 timings = {
                     "seconds": self.seconds,
                     "collect": collected - start,
@@ -215,6 +207,11 @@ class Trainer:
                     is_best = logger is not None and self._log(
                         logger, metrics, timings, trajectories
                     )
+
+                # A collapsed run stops or goes back; a finished stage gives way to the next.
+                turning_point = self._watch(
+                    metrics.get("reward"), learned_from=bool(groups), logger=logger
+                )
 
                 # Save.
                 due = self.step % run.save_every == 0

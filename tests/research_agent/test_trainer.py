@@ -25,7 +25,6 @@ from research_agent.evaluation.predictions import read_predictions
 from research_agent.learner import Learner
 from research_agent.player import Player
 from research_agent.run_logger import RunLogger, read_lines
-from research_agent.trainer import Trainer
 from tests.forks import FORKS
 from tests.research_agent.disks import resize, small_disk
 from tests.research_agent.torchrun import in_two_processes
@@ -204,24 +203,6 @@ def test_a_rollback_depends_on_neither_stops_nor_evaluations(
         assert (tmp_path / "parts" / "evaluations" / "step-000003").is_dir()
         del one["metrics.jsonl"], other["metrics.jsonl"]
     assert one == other
-
-
-def test_an_evaluation_is_of_the_weights_that_a_rollback_leaves(
-    letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It collapses at step 4, and goes back to step 2."""
-    given_rewards(monkeypatch, [1, 1, 1, 0.1])
-    more = ["--collapse", "0.6", "--on-collapse", "rollback", "--steps", "4", "--eval-every", "2"]
-    evaluated: dict[int, dict[str, Any]] = {}
-
-    def evaluate(self: Trainer) -> dict[str, float]:
-        weights = dict(self.learner.weights())
-        evaluated[self.step] = {name: weight.clone() for name, weight in weights.items()}
-        return {}
-
-    monkeypatch.setattr(Trainer, "_evaluate", evaluate)
-    main([*flags(letters, tmp_path, "--save-every", "2"), *more])
-    assert all(torch.equal(evaluated[4][name], weight) for name, weight in evaluated[2].items())
 
 
 def test_environments_are_closed_once(
