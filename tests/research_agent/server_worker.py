@@ -92,5 +92,6 @@ if __name__ == "__main__":
                 said = play(*arguments, nodes=name == "nodes")
             except ResearchAgentError as error:
                 said = {"error": type(error).__name__, "message": str(error)}
-            print(json.dumps({"name": name, "rank": dist.get_rank(), **said}), flush=True)
+            line = json.dumps({"name": name, "rank": dist.get_rank(), **said})
+            print(line + "\n", end="", flush=True)  # in one piece: the other rank writes there too
             dist.barrier()
