@@ -311,9 +311,11 @@ def _checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of each file; every rank reads its share of the files that the first one sees."""
     rank, size = rank_and_size()
     found: dict[str, str] = {}
+    seen: list[str] = []
     with together():
-        files = (path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
-        seen = sorted(path.relative_to(folder).as_posix() for path in files)
+        if rank == 0:
+            files = (p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+            seen = sorted(path.relative_to(folder).as_posix() for path in files)
     names = broadcast_object(seen)
     with together():
         for name in names[rank::size]:
