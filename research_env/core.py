@@ -112,7 +112,7 @@ class EnvCore:
         top_k: passages that a search returns.
         max_searches: as in :class:`~research_env.episode.Episode`.
         max_turns: as in :class:`~research_env.episode.Episode`.
-        max_passage_chars: characters that are shown of a passage; None: all.
+        max_passage_chars: the most characters that are shown of a passage; None: all.
         metric_language: the language of all answers; None: each question's own.
         by_id: index of each question by its id; filled when it is first needed.
     """

@@ -94,8 +94,8 @@ class SearchQAEnv(gym.Env[str, str]):
       qwen3.5-nothink, llama3, harmony (`research_env.tools.FORMATS`).
     - ``max_searches``, ``max_turns``: asking for more ends the episode. With tool calls each call
       that is run counts as a search.
-    - ``max_passage_chars``: characters of a passage that an observation shows (10,000 by default);
-      ``[…]`` stands where it was shortened.
+    - ``max_passage_chars``: the most characters of a passage that an observation shows (10,000 by
+      default); a longer one is shortened to whole sentences, and ``[…]`` stands at its end.
     - ``metric_language``: the language by whose rules answers are compared: en, zh, ja or ko
       (`metrics.LANGUAGES`). None: the data set's, or the question's field ``metric_language``, or
       en.

@@ -8,6 +8,7 @@ vector environment, a test) calls :func:`advance` with what the policy wrote. If
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -30,6 +31,9 @@ assistant message in the form of OpenAI's API."""
 
 ELLIPSIS = " […]"
 """Stands where a passage or the result of a tool was shortened."""
+
+# A full stop after a single capital letter ends an initial. More text has to follow.
+_SENTENCE_END = re.compile(r"""(?<!\b[A-Z])[.!?]["')\]]*(?=\s)|[。！？](?=.)""", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +82,9 @@ class Episode:
         max_searches: searches, and calls of other tools, that may be run; asking for one more ends
             the episode. None: no limit.
         max_turns: actions that may be taken; the last one cannot search. None: no limit.
-        max_passage_chars: characters of a passage, title and text together, that an observation
-            shows; `ELLIPSIS` stands where it was shortened. None: no limit.
+        max_passage_chars: the most characters of a passage, title and text together, that an
+            observation shows. A longer one ends after a whole sentence, or after the last character
+            if its second half holds no end of a sentence; then comes `ELLIPSIS`. None: no limit.
         chat: whether the prompt is a chat, whose template may have opened `think` for the policy.
         metric_language: the language by whose rules answers are compared (`metrics.LANGUAGES`).
         turns: the turns so far, in order.
@@ -289,7 +294,11 @@ def shorten_hits(hits: tuple[Hit, ...], limit: int | None) -> tuple[Hit, ...]:
 
 
 def _shorten(text: str, limit: int | None) -> str:
-    return text if limit is None or len(text) <= limit else text[:limit] + ELLIPSIS
+    """The text up to its last whole sentence, if that leaves half of the limit or more."""
+    if limit is None or len(text) <= limit:
+        return text
+    ends = [end.end() for end in _SENTENCE_END.finditer(text, limit // 2, limit + 1)]
+    return text[: ends[-1] if ends else limit] + ELLIPSIS
 
 
 def _extend(

@@ -99,7 +99,7 @@ SMOLLM2_WIKI: Preset = {
     "sampling": {
         "max_prompt": 256,
         "max_response": 1536,
-        "max_turn_tokens": 192,  # a search comes after a sentence that is quoted, which can be long
+        "max_turn_tokens": 192,  # a search comes after a note, which can be a long sentence
     },
     "rollout": {"prompts_per_step": 4, "group_size": 8},
     "algorithm": {
@@ -111,6 +111,7 @@ SMOLLM2_WIKI: Preset = {
         "warmup_steps": 3,
         "weight_decay": 0.0,
         "micro_batch_tokens": 2048,
+        "packing": "on",  # 9 % faster on a CPU
         "lora_rank": 16,
     },
     "run": {"steps": 60, "save_every": 10, "eval_every": 5, "eval_limit": 100, "eval_args": _DEV},

@@ -1,12 +1,15 @@
 """Demonstrations on real passages: a pretrained model sees how to search before it is trained.
 
 They are made from training questions whose gold passages are known. An episode searches the gold
-sub-questions (MuSiQue has them) or the titles of the gold passages, reads, and answers. A title is
-searched only if the question or an earlier passage names it, so each step follows from what was
-read. The results come from a real search.
+sub-questions (MuSiQue has them) or the titles of the gold passages, notes what it read, and answers
+from its notes. A title is searched only if the question or an earlier passage names it, so each
+step follows from what was read. The results come from a real search.
 
-A small model finds it harder to read than to search. So the facts behind a question of 2Wiki can be
-demonstrated too, each as a question of its own: one search, and an answer that a passage contains.
+A small model finds it harder to read than to search. So a note says what was asked of a passage:
+the fact behind a question of 2Wiki, if the passage states it ("The director of Get Low is ..."),
+else the sentence that names the next passage or the answer. The last thought repeats all notes, and
+a question whose answer is not in them is left out. The facts can also be demonstrated as questions
+of their own: one search, and an answer that the passage contains.
 
 As in MiniWorld the habit of searching is left weak on purpose: many episodes guess or stop early.
 Reinforcement learning then has to find when to search, how often, and how to answer.
@@ -35,7 +38,8 @@ from research_env.retrieval.base import Hit, Passage
 from research_env.retrieval.bm25.retriever import EmbeddedRetriever, build_index
 
 YES_NO = ("yes", "no")
-MAX_WORDS_READ = 30  # longest sentence quoted from a passage
+MAX_WORDS_READ = 30  # longest quote of a passage
+_SENTENCE_GAP = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)\s+(?=[A-Z0-9\"'])")  # not after initials
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,7 @@ class Step:
 
     query: str
     passage: Passage  # the gold passage that it has to find
+    note: str  # what is read in it: a fact, or a sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +156,9 @@ def fact_questions(train: Dataset) -> list[Question]:
             support = named.get(subject.casefold())
             if support is not None:
                 text = f"What is the {relation} of {subject}?"
-                fact = Question(f"{support} {relation}", text, (answer,), (support,), hops=1)
+                own = {"evidences": [[subject, relation, answer]]}
+                id_ = f"{support} {relation}"
+                fact = Question(id_, text, (answer,), (support,), hops=1, extra=own)
                 found.setdefault((support, relation), fact)
     return list(found.values())
 
@@ -165,29 +172,26 @@ def gold_steps(question: Question, passages: dict[str, Passage]) -> list[Step]:
 
     Returns:
         The steps in order. There are none if a passage is missing, if neither the question nor an
-        earlier passage names it, or if no passage contains the answer.
+        earlier passage names it, or if the notes do not contain the answer.
     """
     if any(id_ not in passages for id_ in question.supporting):
         return []
-    text = normalize(" ".join(passages[id_].text for id_ in question.supporting))
-    answers = [normalize(answer) for answer in question.answers]
-    if answers[0] not in YES_NO and not any(answer and answer in text for answer in answers):
-        return []
-    if question.decomposition:
-        supports = [hop.support for hop in question.decomposition]
-        queries = gold_queries(question)
-        return [Step(q, passages[s]) for q, s in zip(queries, supports, strict=True) if s]
-    left = [passages[id_] for id_ in question.supporting]
+    answers = () if question.answers[0].casefold() in YES_NO else question.answers
     steps: list[Step] = []
-    seen = question.question
-    while left:
-        found = next((p for p in left if _name(p).casefold() in seen.casefold()), None)
-        if found is None:
-            return []
-        left.remove(found)
-        steps.append(Step(_name(found), found))
-        seen = f"{seen} {found.text}"
-    return steps
+    if question.decomposition:
+        for query, hop in zip(gold_queries(question), question.decomposition, strict=True):
+            if hop.support:
+                found = passages[hop.support]
+                steps.append(Step(query, found, _note(question, found, (hop.answer,))))
+    else:
+        order = _reading_order(question, [passages[id_] for id_ in question.supporting])
+        names = [_name(passage) for passage in order]
+        for i, passage in enumerate(order):
+            wanted = (*names[i + 1 : i + 2], *answers)
+            steps.append(Step(names[i], passage, _note(question, passage, wanted)))
+    noted = normalize(" ".join(step.note for step in steps))
+    said = not answers or any(normalize(answer) in noted for answer in answers)
+    return steps if said else []
 
 
 def demonstrate(
@@ -222,12 +226,11 @@ def demonstrate(
     for i, (step, result) in enumerate(zip(steps, results, strict=True)):
         action = f"<think> {thought} </think> <search> {step.query} </search>"
         parts += [("action", action), ("observation", result)]
-        read = _sentence(step.passage.text, _wanted(question, steps, i))
         if i == len(steps) - 1:
-            return finish(read, question.answers[0])
+            return finish(" ".join(step.note for step in steps), question.answers[0])
         if rng.random() >= habits.go_on:
-            return finish(read, _name(step.passage))
-        thought = f"{read} Now I need to find {steps[i + 1].query}."
+            return finish(step.note, _name(step.passage))
+        thought = f"{step.note} Now I need to find {steps[i + 1].query}."
     raise ValueError(f"question {question.id!r} has no steps")
 
 
@@ -281,20 +284,45 @@ def _evidences(question: Question) -> list[tuple[str, str, str]]:
     return found
 
 
-def _wanted(question: Question, steps: Sequence[Step], number: int) -> str:
-    """What to find in the passage of a step: its fact, the next passage's name, or the answer."""
-    if question.decomposition:
-        return question.decomposition[number].answer
-    passage = steps[number].passage
-    for subject, _, value in _evidences(question):
-        if subject.casefold() == _name(passage).casefold() and value in passage.text:
-            return value
-    return question.answers[0] if number == len(steps) - 1 else steps[number + 1].query
+def _reading_order(question: Question, gold: Sequence[Passage]) -> list[Passage]:
+    """The gold passages, each named by the question or by one before it; empty if one is not."""
+    left, order, seen = list(gold), [], question.question
+    while left:
+        found = next((p for p in left if _name(p).casefold() in seen.casefold()), None)
+        if found is None:
+            return []
+        left.remove(found)
+        order.append(found)
+        seen = f"{seen} {found.text}"
+    return order
 
 
-def _sentence(text: str, wanted: str) -> str:
-    """The first sentence that contains ``wanted``, else the first one; shortened if long."""
-    sentences = re.split(r"(?<=[.!?])(?<!\b[A-Z]\.)\s+(?=[A-Z0-9\"'])", text)  # not after initials
-    chosen = next((s for s in sentences if wanted.casefold() in s.casefold()), sentences[0])
-    words = chosen.split()
-    return chosen if len(words) <= MAX_WORDS_READ else " ".join(words[:MAX_WORDS_READ]) + " ..."
+def _note(question: Question, passage: Passage, wanted: Sequence[str]) -> str:
+    """The question's fact that a passage states, else a sentence of the passage.
+
+    The sentence is the first that contains one of ``wanted``, tried in order, else the first of
+    all. It is shortened if it is long.
+    """
+    for subject, relation, value in _evidences(question):
+        if subject.casefold() == _name(passage).casefold() and _find(value, passage.text):
+            return f"The {relation} of {subject} is {value}."
+    sentences = _SENTENCE_GAP.split(passage.text)
+    for text in wanted:
+        for sentence in sentences:
+            if found := _find(text, sentence):
+                return _shortened(sentence, found.end())
+    return _shortened(sentences[0], 0)
+
+
+def _find(wanted: str, text: str) -> re.Match[str] | None:
+    """The first place of a text where ``wanted`` stands as whole words."""
+    return re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", text, re.IGNORECASE)
+
+
+def _shortened(sentence: str, end: int) -> str:
+    """At most ``MAX_WORDS_READ`` words of a sentence, with those before the character ``end``."""
+    words = sentence.split()
+    start = max(0, len(sentence[:end].split()) - MAX_WORDS_READ)
+    rest = words[start : start + MAX_WORDS_READ]
+    before, after = "... " if start else "", " ..." if start + len(rest) < len(words) else ""
+    return f"{before}{' '.join(rest)}{after}"

