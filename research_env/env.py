@@ -161,7 +161,7 @@ class SearchQAEnv(gym.Env[str, str]):
                 index = self._core.find_question(question_id)
             case {"episode": number, **rest} if not rest:
                 index = self._core.draw_question(self.np_random_seed, number)
-                self._next = number + 1
+                self._next = int(number) + 1  # a small NumPy integer overflows
             case {**rest} if not rest:
                 index = self._core.draw_question(self.np_random_seed, self._next)
                 self._next += 1

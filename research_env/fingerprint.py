@@ -7,7 +7,7 @@ import json
 from importlib.metadata import version
 
 from research_env.core import MAX_PASSAGE_CHARS, EnvCore
-from research_env.retrieval.url import split_options
+from research_env.retrieval.url import WITHOUT_EFFECT, split_options
 from research_env.system.redaction import redact_url
 
 
@@ -61,9 +61,9 @@ def _chosen_tools(core: EnvCore) -> str:
 
 
 def _kind_and_options(url: str) -> str:
-    """The parts of a retriever's URL that change results: neither the address nor the deadline."""
+    """The parts of a retriever's URL that change results: not the address, nor the deadline."""
     base, options = split_options(url)
-    kept = [f"{key}={value}" for key, value in sorted(options.items()) if key != "deadline"]
+    kept = [f"{key}={value}" for key, value in sorted(options.items()) if key not in WITHOUT_EFFECT]
     kind = base.partition(":")[0]
     return f"{kind}?{'&'.join(kept)}" if kept else kind
 

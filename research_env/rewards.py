@@ -294,7 +294,7 @@ def episode_metrics(episode: Episode) -> dict[str, float]:
 # --- reading a sum ---
 
 _NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
-_OWN = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*")
+_OWN = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_.]*")
 _WORD = re.compile(r"[^\s+*]+")
 _EXAMPLE = "'research+0.1*support_recall-0.02*searches'"
 

@@ -33,6 +33,8 @@ from research_env.info import strata
 from research_env.protocol import Message
 from research_env.retrieval.batching import Found, QueryBatcher, SearchCounts
 
+_LONGEST_WAIT = 3600  # seconds
+
 
 class Task(TypedDict):
     """A row of :meth:`Sessions.tasks`, as data sets of other trainers want it.
@@ -84,8 +86,10 @@ class Sessions:
         """
         if not isinstance(max_batch, int | np.integer) or max_batch < 1:
             raise ConfigurationError(f"max_batch is an integer of at least 1, not {max_batch!r}")
-        if not isinstance(max_wait, int | float) or not max_wait >= 0:
-            raise ConfigurationError(f"max_wait is at least 0 seconds, not {max_wait!r}")
+        if not isinstance(max_wait, int | float) or not 0 <= max_wait <= _LONGEST_WAIT:
+            raise ConfigurationError(
+                f"max_wait is at least 0 seconds, and at most {_LONGEST_WAIT}, not {max_wait!r}"
+            )
         if not isinstance(cache_size, int) or cache_size < 0:
             raise ConfigurationError(f"cache_size={cache_size!r} must be an integer, 0 or more")
         self.core: EnvCore = make_core(**settings)
@@ -166,7 +170,11 @@ class Sessions:
         return environment_fingerprints(self.core)
 
     def close(self) -> None:
-        """Stop the searches and close the engine; steps that wait raise ``ClosedError``."""
+        """Finish the searches that have begun, and close the engine.
+
+        Steps whose search has not begun raise ``ClosedError``. With an engine that does not answer
+        this takes until its deadline.
+        """
         self.searches.close()
         self.core.close()
 

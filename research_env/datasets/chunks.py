@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -12,13 +11,10 @@ from statistics import fmean
 from research_env.datasets.base import Corpus
 from research_env.errors import ConfigurationError
 from research_env.retrieval.base import Passage
+from research_env.retrieval.documents import WORD
 
 LONG_PASSAGE = 200
 """A corpus whose passages have more words than this on average is worth chunking."""
-
-# Scripts that put no blanks between words count by character.
-_UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +70,7 @@ def chunk_text(text: str, words: int, overlap: int) -> list[str]:
     Returns:
         The chunks; the text itself if it has at most ``words`` words.
     """
-    found = list(_WORD.finditer(text))
+    found = list(WORD.finditer(text))
     if len(found) <= words:
         return [text]
     starts = range(0, len(found) - overlap, words - overlap)
@@ -86,5 +82,5 @@ def chunk_text(text: str, words: int, overlap: int) -> list[str]:
 
 def mean_words(corpus: Corpus) -> float:
     """Mean number of words of a corpus's first 1,000 passages; 0 for an empty corpus."""
-    counts = [len(_WORD.findall(passage.text)) for passage in islice(corpus, 1_000)]
+    counts = [len(WORD.findall(passage.text)) for passage in islice(corpus, 1_000)]
     return fmean(counts) if counts else 0.0

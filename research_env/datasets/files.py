@@ -87,14 +87,19 @@ def read_beir_questions(folder: Path) -> Records:
     Without ``qrels`` all queries are read.
 
     Raises:
-        DataError: a line of ``qrels`` or of ``queries.jsonl`` is malformed.
+        DataError: a line of ``qrels`` or of ``queries.jsonl`` is malformed, or a query is judged
+            in two splits.
     """
-    supporting: dict[str, list[str]] = {}
+    supporting: dict[str, dict[str, None]] = {}  # passages, each once, in order
     split: dict[str, str] = {}
     for qrels in sorted((folder / "qrels").glob("*.tsv")):
         for where, row in read_records(qrels):
             query, passage, score = (_column(row, name, where) for name in _QRELS)
-            split.setdefault(query, qrels.stem)
+            if split.setdefault(query, qrels.stem) != qrels.stem:
+                raise DataError(
+                    f"{where}: the query {query!r:.80} is in the split {split[query]!r} too; a "
+                    "question has one, so leave it out of a file of qrels"
+                )
             try:
                 relevant = float(score) > 0
             except ValueError:
@@ -102,7 +107,7 @@ def read_beir_questions(folder: Path) -> Records:
                     f"{where}: the column 'score' must be a number, not {score!r:.80}"
                 ) from None
             if relevant:
-                supporting.setdefault(query, []).append(passage)
+                supporting.setdefault(query, {})[passage] = None
     replaced = ("metadata", "text")
     for where, record in read_records(_beir_file(folder, "queries")):
         id_ = _id(record, where)
@@ -113,8 +118,9 @@ def read_beir_questions(folder: Path) -> Records:
                 {
                     **(metadata if isinstance(metadata, dict) else {}),
                     **{key: value for key, value in record.items() if key not in replaced},
+                    "id": id_,
                     "question": record.get("question", record.get("text")),
-                    "supporting": supporting.get(id_, []),
+                    "supporting": list(supporting.get(id_, ())),
                     "split": split.get(id_),
                 },
             )

@@ -90,7 +90,7 @@ def world(seed: int, difficulty: int) -> World:
         ConfigurationError: no such level.
     """
     known = (0, *LEVELS)
-    if isinstance(difficulty, bool) or difficulty not in known:
+    if type(difficulty) is not int or difficulty not in known:  # 2.0 would seed other questions
         levels = ", ".join(map(str, known))
         raise ConfigurationError(f"difficulty of miniworld is one of {levels}, not {difficulty!r}")
     made = miniworld.world(seed)

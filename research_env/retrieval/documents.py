@@ -23,6 +23,10 @@ MAX_PASSAGES = 500
 """Most passages of a document before and after the one that was asked for."""
 
 _CHUNK = re.compile(r"(.*)#(\d+)", re.DOTALL)
+# Scripts that put no blanks between words count by character.
+_UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
+"""A word, as chunks are counted in."""
 _MAX_OVERLAP = 4_000  # characters that two chunks share at most
 
 
@@ -194,11 +198,18 @@ def _follows(before: Passage, passage: Passage) -> bool:
 
 
 def _overlap(before: str, after: str) -> int:
-    """How many characters at the end of a chunk the next one repeats."""
+    """How many characters at the end of a chunk the next one repeats: whole words."""
     for size in range(min(len(before), len(after), _MAX_OVERLAP), 0, -1):
-        if before.endswith(after[:size]):
+        if before.endswith(after[:size]) and not (
+            _splits_word(before, len(before) - size) or _splits_word(after, size)
+        ):
             return size
     return 0
+
+
+def _splits_word(text: str, at: int) -> bool:
+    """Whether the place before the character ``at`` is within a word."""
+    return 0 < at < len(text) and WORD.fullmatch(text[at - 1 : at + 1]) is not None
 
 
 def _cut(text: str) -> list[tuple[int, int]]:

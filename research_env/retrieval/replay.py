@@ -38,7 +38,7 @@ from research_env.errors import ConfigurationError, RetrievalError, UnknownNameE
 from research_env.retrieval.base import Hit, Passage, Retriever, SearchResult, check_top_k
 from research_env.retrieval.json_text import read_json
 from research_env.retrieval.retry import Deadline
-from research_env.retrieval.url import split_options
+from research_env.retrieval.url import WITHOUT_EFFECT, split_options
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,6 @@ _FORMAT = 1  # version of the table, kept as the file's user_version
 _TIMEOUT = 60.0  # seconds that a process waits while another one writes
 _MAX_ROW = 64 << 20  # bytes of a row
 _LOG_EVERY = 10_000  # queries between two logs of the hit rate
-_NOT_IN_KEY = ("batch", "budget", "deadline", "rate")  # options that change no result
 _CLOSED = "the recording has been closed; open it again"
 _TABLE = """
 CREATE TABLE IF NOT EXISTS found (
@@ -91,7 +90,7 @@ def recording(url: str) -> tuple[str, Recording | None]:
         raise UnknownNameError("replay", replay, ["only"])
     parts = [part for part in url.partition("?")[2].split("&") if part]  # still percent-encoded
     engine = [part for part in parts if part.partition("=")[0] not in ("cache", "replay")]
-    what = sorted(part for part in engine if part.partition("=")[0] not in _NOT_IN_KEY)
+    what = sorted(part for part in engine if part.partition("=")[0] not in WITHOUT_EFFECT)
     key = "?".join(filter(None, (re.sub(r"//.*@", "//", base), "&".join(what))))
     url = "?".join(filter(None, (base, "&".join(engine))))
     return url, Recording(Path(file).expanduser(), key, replay == "only")
@@ -366,9 +365,9 @@ _forking = threading.Lock()  # one fork at a time
 
 def _before_fork() -> None:
     _forking.acquire()
-    _held.extend(_ALIVE)
-    for each in _held:
+    for each in list(_ALIVE):
         each._lock.acquire()  # until after the fork, or another thread might open it again
+        _held.append(each)  # Ctrl-C leaves out the others: Python forks all the same
         each._release()
 
 

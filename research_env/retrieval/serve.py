@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import signal
 import socket
 import threading
@@ -271,9 +272,11 @@ def serve_until_stopped(
         print(f"serving {server.url}; Ctrl-C stops", flush=True)
         asked.wait()
     finally:
+        for number in signals:  # threads that wait for a hung engine would delay any other end
+            signal.signal(number, lambda signum, _: os._exit(128 + signum))
+        server.stop()
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
-        server.stop()
 
 
 def _make_app(retriever: Retriever, top_k: int, load: Load, pool: ThreadPoolExecutor) -> FastAPI:

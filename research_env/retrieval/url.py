@@ -50,19 +50,26 @@ def check_options(scheme: str, options: Mapping[str, str], known: Collection[str
             raise UnknownNameError(f"option of {scheme}", "..." if secret else key, known)
 
 
+WITHOUT_EFFECT = ("batch", "budget", "deadline", "rate")
+"""Options of retrievers that change no result."""
+MAX_NUMBER = 1_000_000_000
+"""Largest number in a URL, such as 32 years of seconds: clocks overflow soon after it."""
+
+
 def number(options: dict[str, str], key: str, default: float, least: float) -> float:
     """Return the value of an option that is a number.
 
     Raises:
-        ConfigurationError: the value is no number, not finite, or below ``least``.
+        ConfigurationError: the value is no number, below ``least``, or above ``MAX_NUMBER``.
     """
     try:
         value = float(options.get(key, default))
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value >= least):
+    if not least <= value <= MAX_NUMBER:
         raise ConfigurationError(
-            f"{key}={options.get(key)!r} must be a number of at least {least:g}"
+            f"{key}={options.get(key)!r} must be a number of at least {least:g}, and at most "
+            f"{MAX_NUMBER:,}"
         )
     return value
 

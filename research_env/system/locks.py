@@ -6,7 +6,7 @@ import errno
 import fcntl
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,4 +40,8 @@ def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[BinaryIO | None
             if error.errno not in _UNSUPPORTED:
                 raise
             log.warning("%s cannot be locked (%s): let one process at a time use it", path, error)
-        yield file
+        try:
+            yield file
+        finally:  # a child that was forked meanwhile has the file open, and would keep the lock
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)

@@ -104,6 +104,10 @@ def test_the_order_of_questions_is_drawn_from_the_seed_pass_by_pass() -> None:
         assert env.reset(options={"episode": episode})[1]["question_id"] == first[episode]
     assert env.reset()[1]["question_id"] == first[8]
     assert make().reset(seed=3, options={"episode": 6})[1]["question_id"] == first[6]
+    large, small = make(), make()
+    for env, number in ((large, 255), (small, np.uint8(255))):
+        env.reset(seed=3, options={"episode": number})
+    assert small.reset()[1]["question_id"] == large.reset()[1]["question_id"]
     other = [make().reset(seed=s)[1]["question_id"] for s in range(20)]
     assert len(set(other)) > 1
 

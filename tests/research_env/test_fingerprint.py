@@ -8,7 +8,9 @@ import gymnasium as gym
 import pytest
 
 import research_env
+from research_env.datasets import FileCorpus
 from research_env.retrieval import open_retriever
+from research_env.retrieval.serve import RetrievalServer
 
 assert research_env.IDS
 
@@ -99,6 +101,16 @@ def test_the_place_of_an_index_changes_nothing_else(files: dict[str, Any], tmp_p
     here = fingerprints(**files, retriever=f"embedded:{tmp_path / 'here'}")
     there = fingerprints(**files, retriever=f"embedded:{tmp_path / 'there'}")
     assert {key for key in here if here[key] != there[key]} == {"place: retriever"}
+
+
+def test_how_an_engine_is_asked_changes_no_results(files: dict[str, Any], tmp_path: Path) -> None:
+    engine = open_retriever(f"embedded:{tmp_path / 'i'}", FileCorpus("c", Path(files["corpus"])))
+    server = RetrievalServer(engine, port=0)
+    said = fingerprints(**files, retriever=f"{server.url}?batch=64&deadline=9")
+    assert said["retriever"] == "http"
+    assert said["index"]
+    server.stop()
+    engine.close()
 
 
 def test_a_password_is_not_shown(files: dict[str, Any], tmp_path: Path) -> None:

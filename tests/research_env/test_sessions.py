@@ -211,7 +211,7 @@ def test_a_fork_continues_on_its_own() -> None:
     ("name", "values", "message"),
     [
         ("max_batch", (0, "3", None), "max_batch is an integer of at least 1"),
-        ("max_wait", (-1, "x", float("nan"), None), "max_wait is at least 0 seconds"),
+        ("max_wait", (-1, "x", float("nan"), float("inf"), None), "max_wait is at least 0 seconds"),
         ("cache_size", (-1, 1.5), "cache_size=.* must be an integer"),
         ("top_k", (0,), "top_k is an integer from 1 on"),
     ],

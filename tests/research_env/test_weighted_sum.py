@@ -127,6 +127,7 @@ def test_answer_length_counts_words() -> None:
         ("+2.*em + 0*cem", [(2, "em"), (0, "cem")]),
         ("em-my.module:thrifty+f1", [(1, "em"), (-1, "my.module:thrifty"), (1, "f1")]),
         ("3E+2*em:em", [(300, "em:em")]),
+        ("em-my.module:Class.thrifty", [(1, "em"), (-1, "my.module:Class.thrifty")]),
     ],
 )
 def test_sums_are_read(text: str, terms: list[tuple[float, str]]) -> None:

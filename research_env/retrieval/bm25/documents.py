@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def document_table(
         passage_at: returns the passage in a row.
         fingerprint: fingerprint of the corpus; names the files in the cache.
     """
-    files = [cache_folder() / "documents" / f"{fingerprint[:32]}-{name}.npy" for name in _NAMES]
+    key = sha256(fingerprint.encode()).hexdigest()[:32]  # an index of a stranger may say anything
+    files = [cache_folder() / "documents" / f"{key}-{name}.npy" for name in _NAMES]
     if count >= _CACHED_FROM:
         with contextlib.suppress(OSError, ValueError):
             return DocumentTable(count, passage_at, *_open(files, count))
@@ -111,7 +113,10 @@ def _save(files: list[Path], arrays: Sequence[npt.NDArray[Any]]) -> None:
     files[0].parent.mkdir(parents=True, exist_ok=True)
     for file, array in zip(files, arrays, strict=True):
         unfinished = file.with_suffix(f".{os.getpid()}.npy")
-        np.save(unfinished, array)
+        with unfinished.open("wb") as opened:
+            np.save(opened, array)
+            opened.flush()
+            os.fsync(opened.fileno())  # after a crash a file of zeros would find nothing
         unfinished.replace(file)
 
 

@@ -40,6 +40,7 @@ from research_env.errors import ConfigurationError, DataError, RetrievalError, S
 from research_env.retrieval.base import Hit, Passage, SearchResult, check_top_k
 from research_env.retrieval.bm25.analyzer import analyze, first_words
 from research_env.retrieval.bm25.index import FILES, IndexReader, IndexWriter
+from research_env.retrieval.json_text import replace_surrogates
 from research_env.system.locks import exclusive_lock
 from research_env.system.paths import cached, read_small_file
 
@@ -91,6 +92,23 @@ def _require_ours(folder: Path) -> None:
         )
 
 
+def _require_replaceable(folder: Path) -> None:
+    """Refuse, before hours of work, a folder that cannot be renamed or that somebody stands in.
+
+    Raises:
+        ConfigurationError: it is a mount point, or the working directory.
+    """
+    if not folder.is_dir():
+        return
+    mounted = os.path.ismount(folder)
+    if mounted or folder.samefile(os.curdir):
+        what = "a mount point" if mounted else "the working directory"
+        raise ConfigurationError(
+            f"{folder} is {what}, which an index cannot replace; name a folder in it, such as "
+            f"{folder / 'index'}"
+        )
+
+
 def _identity(folder: Path) -> tuple[int, ...] | None:
     """What tells the folder of an index from one that has replaced it; None: there is none."""
     try:
@@ -119,13 +137,14 @@ def build_index(
 
     Raises:
         DataError: the corpus cannot be read, holds no words, or changed meanwhile.
-        ConfigurationError: the folder holds something other than an index.
+        ConfigurationError: the folder holds something other than an index, or cannot be replaced.
     """
     folder = Path(os.path.realpath(folder))  # a link is kept: what it names is replaced
-    _require_ours(folder)
     fingerprint = corpus.fingerprint()
     with contextlib.suppress(StaleIndexError):  # without the lock: the folder may be read-only
         return _checked(folder, corpus.name, fingerprint)[0].passages
+    _require_ours(folder)
+    _require_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(folder.parent / f".{folder.name}.lock"):  # one process builds, others wait
         with contextlib.suppress(StaleIndexError):
@@ -137,24 +156,27 @@ def build_index(
         building = Path(
             tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".building", dir=folder.parent)
         )
+        old = building.with_suffix(".old.building")
         try:
             count = _write(corpus, building, progress or (lambda _: None))
             if corpus.fingerprint() != fingerprint:
                 raise DataError(f"corpus {corpus.name!r} changed meanwhile; index it again")
             files = {name: _checksum(building / name) for name in _FILES}
-            meta = Meta(_FORMAT, corpus.name, fingerprint, count, files)
+            meta = Meta(_FORMAT, replace_surrogates(corpus.name), fingerprint, count, files)
             (building / _META).write_bytes(msgspec.json.format(msgspec.json.encode(meta), indent=1))
             for name in (*_FILES, _META, ""):  # all is on the disk before readers see it
                 _sync(building / name)
             building.chmod(0o755)
             if folder.exists():
-                folder.rename(building.with_suffix(".old.building"))
+                folder.rename(old)
             building.rename(folder)
             _sync(folder.parent)
             cached(_note_kind(), _paths(folder), dict)  # whoever makes an index need not check it
         finally:
+            if old.exists() and not folder.exists():  # interrupted between the two
+                old.rename(folder)
             shutil.rmtree(building, ignore_errors=True)
-            shutil.rmtree(building.with_suffix(".old.building"), ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
     return count
 
 

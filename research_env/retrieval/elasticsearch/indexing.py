@@ -50,6 +50,12 @@ MAX_IN_FLIGHT_CHARS = 4 * MAX_REQUEST_CHARS
 """Characters that are sent at the same time."""
 RETRY = Retry(deadline=300.0, first=0.2, longest=15.0)
 """Time limit and pauses of each request."""
+_OUR_SETTINGS = {
+    "number_of_shards": "give --shards",
+    "number_of_replicas": "give --replicas",
+    "auto_expand_replicas": "give --replicas",
+    "refresh_interval": "an index is not refreshed while it is filled",
+}
 _READABLE = 2  # version of what reading documents needs
 _BUCKETS_PER_PAGE = 10_000  # page size of an aggregation
 
@@ -85,7 +91,8 @@ class Layout:
         embed: Model of the vectors (see :mod:`research_env.retrieval.embedding`); None for none.
         body: Additions to the request that creates the index, in Elasticsearch's own words:
             ``settings`` (an analyzer or a similarity of your own, say) and ``mappings`` (parameters
-            of the fields ``title``, ``text`` and ``contents``). They override ours.
+            of the fields ``title``, ``text`` and ``contents``). They override ours, but for the
+            number of shards and replicas and the refresh interval, which are refused.
     """
 
     analyzer: str = "english"
@@ -453,6 +460,12 @@ def _check_body(body: Body) -> Body:
             "properties title, text and contents, each with parameters of a text field; not "
             f"{json.dumps(body):.200}"
         )
+    settings = body.get("settings", {})
+    nested = settings.get("index")
+    names = {*settings, *(nested if isinstance(nested, dict) else ())}
+    if ours := {name.removeprefix("index.") for name in names} & _OUR_SETTINGS.keys():
+        name = min(ours)
+        raise ConfigurationError(f"--mapping sets {name}: {_OUR_SETTINGS[name]}")
     return body
 
 

@@ -473,6 +473,15 @@ def test_a_bad_beir_folder_is_named(tmp_path: Path) -> None:
         read_questions(tmp_path / "0")
 
 
+def test_a_query_of_a_beir_folder_has_one_split_and_one_id(tmp_path: Path) -> None:
+    query = {"_id": "1", "text": "Who?", "metadata": {"answer": "Ann", "id": 7, "_id": "8"}}
+    folder = beir(tmp_path / "b", query, qrels="1\td1\t1\n1\td1\t2\n")
+    assert read_questions(folder) == [Question("1", "Who?", ("Ann",), ("d1",), split="dev")]
+    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n1\td1\t1\n")
+    with pytest.raises(DataError, match=r"test\.tsv:2: the query '1' is in the split 'dev' too"):
+        read_questions(folder)
+
+
 def test_scores_of_a_beir_folder_are_numbers_of_any_form(tmp_path: Path) -> None:
     query = {"_id": "1", "text": "Who?", "metadata": {"answer": "Ann"}}
     qrels = "1\td1\t1.0\n1\td2\t0.0\n1\td3\t-1\n1\td4\t+2\n"

@@ -237,7 +237,7 @@ def test_difficulty_0_is_miniworld() -> None:
 
 
 def test_unknown_levels_and_splits_are_refused() -> None:
-    for level in (6, -1, True, "2"):
+    for level in (6, -1, True, "2", 2.0):
         with pytest.raises(ConfigurationError, match="difficulty of miniworld is one of 0, 1, 2"):
             load_dataset("miniworld", split="dev", difficulty=level)  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="split of miniworld"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -299,3 +300,37 @@ def test_an_index_of_an_earlier_version_is_refused_in_words(
     with pytest.raises(ConfigurationError, match="index the corpus again"):
         engine.prepare_reading()
     engine.close()
+
+
+def test_chunks_that_share_a_letter_do_not_overlap() -> None:
+    """Only whole words do, or characters of scripts without blanks."""
+
+    def joined(one: str, other: str) -> str:
+        passages = (Passage("d#0", "D", one), Passage("d#1", "D", other))
+        page = read_page(Document(passages), 1)
+        assert page
+        return page.text
+
+    assert joined("It came from Africa", "and from Asia") == "It came from Africa\nand from Asia"
+    assert joined("Of plan A", "A second one") == "Of plan A second one"
+    assert joined("They live in Rome", "Rome was built") == "They live in Rome was built"
+    assert joined("They live near Rome", "me too") == "They live near Rome\nme too"
+    assert joined("東京は大きい", "きい都市です") == "東京は大きい都市です"
+
+
+def test_the_table_of_a_strangers_index_stays_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its fingerprint, which names the table, is a path here."""
+    monkeypatch.setenv("RESEARCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(table_module, "_CACHED_FROM", 1)
+    build_index(CORPUS, tmp_path / "index")
+    meta = tmp_path / "index/meta.json"
+    said = json.loads(meta.read_text())
+    (tmp_path / "cache/documents").mkdir(parents=True)
+    meta.write_text(json.dumps({**said, "fingerprint": "../../evil"}))
+    engine = EmbeddedRetriever(tmp_path / "index")
+    engine.prepare_reading()
+    assert engine.read(["1"])[0] is not None
+    assert list(tmp_path.glob("evil*")) == []
+    assert len(list((tmp_path / "cache/documents").iterdir())) == 4

@@ -768,6 +768,39 @@ def test_the_command_serves_until_it_is_told_to_stop(
         process.communicate()
 
 
+def test_a_second_signal_ends_the_command_though_its_engine_hangs(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        engine = f"http://127.0.0.1:{silent.getsockname()[1]}/retrieve?deadline=600"
+        command = [sys.executable, "-m", "research_env.cli", "serve", "--retriever", engine]
+        process = subprocess.Popen(
+            [*command, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().split()[1].rstrip(";")
+            with ThreadPoolExecutor(1) as pool:
+                asked = pool.submit(httpx.post, url, json={"queries": ["1"]}, timeout=TIMEOUT)
+                silent.settimeout(TIMEOUT)
+                connection, _ = silent.accept()
+                process.send_signal(signal.SIGTERM)
+                while _takes_requests(url):
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(TIMEOUT) == 128 + signal.SIGTERM
+                assert asked.exception(TIMEOUT) is not None
+                connection.close()
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def _takes_requests(url: str) -> bool:
+    try:
+        return httpx.get(url.replace("/retrieve", "/metrics")).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def test_the_command_refuses_what_it_cannot_serve(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,19 @@ def test_a_lock_that_another_has(tmp_path: Path) -> None:
         assert file
         with exclusive_lock(tmp_path / "lock", wait=False) as second:
             assert second is None
+
+
+def test_a_lock_ends_though_a_child_that_was_forked_meanwhile_lives(tmp_path: Path) -> None:
+    with exclusive_lock(tmp_path / "lock"):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+    try:
+        with exclusive_lock(tmp_path / "lock", wait=False) as file:
+            assert file
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_file_system_without_locks_gives_a_warning(

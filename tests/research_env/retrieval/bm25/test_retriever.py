@@ -543,6 +543,53 @@ def test_a_folder_of_other_things_is_no_index_for_a_meta_json(tmp_path: Path, in
     assert sorted(folder.iterdir()) == before
 
 
+def test_a_current_index_may_lie_beside_what_a_file_manager_leaves(tmp_path: Path) -> None:
+    build_index(BEATLES, tmp_path / "i")
+    (tmp_path / "i/.DS_Store").write_text("")
+    assert build_index(BEATLES, tmp_path / "i") == 5
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unread() -> Iterator[Passage]:
+        pytest.fail("the corpus is read")
+
+    monkeypatch.setattr(ListCorpus, "__iter__", lambda _: unread())
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ConfigurationError, match=r"is the working directory.*here/index"):
+        build_index(BEATLES, ".")
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path).endswith("volume"))
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(ConfigurationError, match=r"is a mount point.*volume/index"):
+        build_index(BEATLES, tmp_path / "volume")
+
+
+def test_an_interrupt_while_the_new_index_takes_its_place_keeps_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_index(BEATLES, tmp_path / "i")
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if target == tmp_path / "i" and not self.name.endswith(".old.building"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(corpus("other passages"), tmp_path / "i")
+    assert check_index(tmp_path / "i") == 5
+    assert sorted(path.name for path in tmp_path.iterdir() if "building" in path.name) == []
+
+
+def test_a_corpus_whose_name_is_not_utf_8_is_indexed(tmp_path: Path) -> None:
+    odd = corpus("Rome is a city.", name=os.fsdecode(b"bad\xff.jsonl"))
+    assert build_index(odd, tmp_path / "i") == 1
+    assert len(hits(EmbeddedRetriever(tmp_path / "i", odd), "rome")) == 1
+
+
 def test_an_index_that_is_replaced_while_it_is_opened_is_opened_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

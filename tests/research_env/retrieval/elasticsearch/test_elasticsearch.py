@@ -1198,7 +1198,9 @@ def test_a_layout_is_kept(elasticsearch: str, name: str) -> None:
         index_elasticsearch(BEATLES, url, Layout(shards=0))
 
 
-def test_a_mapping_of_ones_own_is_laid_over(elasticsearch: str, name: str, tmp_path: Path) -> None:
+def test_a_mapping_of_ones_own_is_laid_over(
+    elasticsearch: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "mapping.json"
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps(structs.asdict(p)) + "\n" for p in BEATLES))
@@ -1224,6 +1226,12 @@ def test_a_mapping_of_ones_own_is_laid_over(elasticsearch: str, name: str, tmp_p
         file.write_text(bad)
         with pytest.raises(SystemExit):
             cli.main([*command, "--mapping", str(file)])
+    for ours in ({"number_of_shards": 3}, {"index.refresh_interval": "9s"}):
+        for settings in (ours, {"index": ours}):
+            file.write_text(json.dumps({"settings": settings}))
+            with pytest.raises(SystemExit):
+                cli.main([*command, "--mapping", str(file)])
+            assert "--mapping sets " in capsys.readouterr().err
 
 
 def test_replicas_of_a_complete_index_may_be_changed(elasticsearch: str, name: str) -> None:
