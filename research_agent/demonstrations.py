@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from research_agent.errors import ConfigError
 from research_agent.formats import LONGEST_LINE, ContentFormat, require
 from research_agent.renderer import Renderer
+from research_agent.system.imports import import_setting
 from research_agent.trajectory import Segment, Trajectory
 
 Demonstration = list[tuple[str, Any]]  # (provenance, content)
@@ -186,7 +186,7 @@ def imported(name: str) -> Callable[..., Any]:
     """
     module, _, attribute = name.partition(":")
     try:
-        found: Callable[..., Any] = getattr(import_module(module), attribute)
+        found: Callable[..., Any] = getattr(import_setting(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{name!r} cannot be imported: {error}; is it on PYTHONPATH?") from error
     return found

@@ -6,15 +6,16 @@ Any other is made as many times as there are episodes at once.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import AutoresetMode
 
 from research_agent.errors import ConfigError, EnvironmentContractError, ResearchAgentError
+from research_agent.system.imports import import_setting
 
 Action = str | Mapping[str, Any]
 """A text, or an assistant message with tool calls for environments that list tools."""
@@ -86,12 +87,13 @@ def make_environments(
 
     Raises:
         ConfigError: no such module or id, or the environment refuses its arguments.
-        EnvironmentContractError: the environment does not speak text.
+        EnvironmentContractError: the environment does not speak text, or begins the next episode in
+            the step that ends one.
     """
     module, colon, name = env_id.rpartition(":")
     try:
         if colon:
-            importlib.import_module(module)
+            import_setting(module)
         spec = gym.spec(name)
     except (ImportError, gym.error.Error) as error:
         raise ConfigError(
@@ -115,6 +117,14 @@ def _make(spec: EnvSpec, num_envs: int, args: dict[str, Any]) -> Environments:
             spec.id, num_envs=num_envs, vectorization_mode="vector_entry_point", **args
         )
         if hasattr(vector, "send") and hasattr(vector, "recv"):
+            mode = (getattr(vector, "metadata", None) or {}).get("autoreset_mode")
+            if mode == AutoresetMode.SAME_STEP:  # its infos are the next episode's
+                vector.close()
+                raise EnvironmentContractError(
+                    f"the environment {spec.id} has the autoreset mode {mode.value}, which begins "
+                    "the next episode in the step that ends one; make it in the mode "
+                    f"{AutoresetMode.NEXT_STEP.value}"
+                )
             return _Native(vector)
         vector.close()
     return _Singles([gym.make(spec.id, disable_env_checker=True, **args) for _ in range(num_envs)])

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from importlib import import_module
 from typing import cast
 
 from research_agent.algorithms.base import Algorithm, Tokens
 from research_agent.errors import ConfigError
+from research_agent.system.imports import import_setting
 
 __all__ = ["ALGORITHMS", "Algorithm", "Tokens", "make_algorithm"]
 
@@ -60,7 +60,7 @@ def make_algorithm(name: str, **settings: object) -> Algorithm:
         message = f"unknown algorithm {name!r}; known: {known}, or your own as 'module:Class'"
         raise ConfigError(message)
     try:
-        found = import_module(module)
+        found = import_setting(module)
     except (ImportError, AttributeError) as error:
         message = f"algorithm {name!r} cannot be imported ({error}); is its folder on PYTHONPATH?"
         raise ConfigError(message) from error

@@ -23,7 +23,7 @@ def import_named(place: str, kind: str) -> Any:
         found: Any = import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigurationError(
             f"cannot import the {kind} {place!r}: {error}; write 'module:NAME' with a module that "
             "Python finds (see PYTHONPATH)"

@@ -11,6 +11,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.vector import AutoresetMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -505,5 +506,22 @@ def test_environments_that_cannot_be_played_are_refused() -> None:
         make_environments("Nothing-v0", 1)
     with pytest.raises(ConfigError, match=r"no environment 'no_such_module:A-v0'"):
         make_environments("no_such_module:A-v0", 1)
+    for name, module in (("./my_env.py:A-v0", "./my_env.py"), (":A-v0", "")):
+        with pytest.raises(ConfigError, match=f"no environment '{name}': '{module}' is no name"):
+            make_environments(name, 1)
     with pytest.raises(EnvironmentContractError, match=r"observes ndarray .* not text"):
         make_environments("CartPole-v1", 1).reset({0: 0}, seed=0)
+
+
+def test_an_environment_that_goes_on_in_the_step_that_ends_an_episode_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed = []
+    monkeypatch.setattr(CopyLetterVector, "close_extras", lambda _: closed.append(1))
+    for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED):
+        monkeypatch.setattr(CopyLetterVector, "metadata", {"autoreset_mode": mode})
+        assert make_environments(NATIVE, 2).num_envs == 2
+    monkeypatch.setattr(CopyLetterVector, "metadata", {"autoreset_mode": AutoresetMode.SAME_STEP})
+    with pytest.raises(EnvironmentContractError, match=r"mode SameStep, .* in the mode NextStep"):
+        make_environments(NATIVE, 2)
+    assert closed == [1]

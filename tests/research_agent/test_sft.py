@@ -453,6 +453,8 @@ def test_a_demonstration_that_teaches_nothing_is_refused(
         ({"demonstrations": "nowhere.jsonl"}, r"no demonstrations at nowhere\.jsonl; give"),
         ({"demonstrations": "nowhere:f"}, "'nowhere:f' cannot be imported"),
         ({"demonstrations": f"{HERE}:nobody"}, "cannot be imported"),
+        ({"demonstrations": "./a:b.jsonl"}, r"'\./a:b\.jsonl' cannot be imported: '\./a' is no na"),
+        ({"demonstrations": ":f"}, "':f' cannot be imported: '' is no name of a module"),
         ({"demonstration_args": {"speed": 3}}, "both: .*'speed'.*; see --demonstration-args"),
         ({"vocabulary": None}, "needs --vocabulary .* or start from a --model"),
         ({"vocabulary": "nowhere:f"}, "'nowhere:f' cannot be imported"),

@@ -399,6 +399,7 @@ def test_the_names_are_those_of_the_papers() -> None:
         (f"{__name__}:no_such_function", "no_such_function"),
         (f"{__name__}:NO_FUNCTION", "not a function"),
         (":f", "cannot import"),
+        ("./my_reward.py:f", "cannot import"),
     ],
 )
 def test_a_reward_that_cannot_be_imported_is_refused(name: str, what: str) -> None:

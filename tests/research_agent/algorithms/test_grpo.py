@@ -182,8 +182,9 @@ def test_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "algorithm 'my_module:Min' cannot be imported: the module my_module has no class 'Min'; "
         "did you mean 'Mine'?"
     )
-    with pytest.raises(ConfigError, match="on PYTHONPATH"):
-        make_algorithm("no_module:Mine")
+    for name in ("no_module:Mine", "./my_module.py:Mine", ":Mine"):
+        with pytest.raises(ConfigError, match="on PYTHONPATH"):
+            make_algorithm(name)
 
 
 @pytest.mark.parametrize(

@@ -333,6 +333,7 @@ def test_equal_calls_of_many_episodes_are_run_once() -> None:
         ({"tools": "serch"}, UnknownNameError, "unknown tool 'serch'; known: open, search"),
         ({"tools": "tests.research_env.own_tools:NO_TOOL"}, ConfigurationError, "decorate a func"),
         ({"tools": "no.module:x"}, ConfigurationError, "cannot import the tool"),
+        ({"tools": "./tools.py:x"}, ConfigurationError, "cannot import the tool"),
         ({"tools": []}, ConfigurationError, "tools are at least one"),
         ({"tools": "search,search"}, ConfigurationError, "each of its own name"),
         ({"tool_format": "xml"}, UnknownNameError, "unknown tool_format 'xml'; known: harmony"),
