@@ -101,14 +101,12 @@ def as_trajectory(demonstration: Iterable[tuple[str, Any]], renderer: Renderer) 
         renderer: the model's renderer.
 
     Raises:
-        ConfigError: a provenance that does not exist, no action, or messages for a renderer that
-            has no chat template.
+        ConfigError: a provenance that does not exist, no action with a token, or messages for a
+            renderer that has no chat template.
         ModelError: chat tokens that the tokenizer does not have, or tools that its chat template
             does not show.
     """
     parts = list(demonstration)
-    if not any(provenance == "action" for provenance, _ in parts):
-        raise ConfigError(f"a demonstration has no action to learn: {parts!r:.200}")
     segments: list[Segment] = []
     for i, (provenance, content) in enumerate(parts):
         given = content if isinstance(content, Mapping) else {"text": content}
@@ -127,6 +125,8 @@ def as_trajectory(demonstration: Iterable[tuple[str, Any]], renderer: Renderer) 
         else:
             known = ", ".join(PROVENANCES)
             raise ConfigError(f"unknown provenance {provenance!r}; known: {known}")
+    if not any(each.provenance == "action" and each.tokens for each in segments):
+        raise ConfigError(f"a demonstration has no action to learn: {parts!r:.200}")
     return Trajectory(0, 0, tuple(segments), reward=0.0, terminated=True, truncated=False)
 
 

@@ -36,7 +36,7 @@ from research_agent.errors import CheckpointError, ConfigError, ContextError, No
 from research_agent.formats import read_object
 from research_agent.presets import offered
 from research_agent.settings import Settings
-from research_agent.system.files import LOCK, folder_lock
+from research_agent.system.files import LOCK, folder_lock, sha256
 from research_agent.system.memory import trim_heap
 from research_agent.system.signals import stop_signals
 
@@ -157,7 +157,7 @@ def run(config: SFTConfig) -> Path:
 
     Raises:
         CheckpointError: a checkpoint cannot be written or read, or the folder holds a checkpoint or
-            a model of other settings.
+            a model of other settings or of a file of demonstrations that has changed.
         ConfigError: a setting that cannot be used, or demonstrations without actions.
         ContextError: a demonstration that is longer than the model's context.
         FolderInUseError: another process writes to the folder.
@@ -169,6 +169,7 @@ def run(config: SFTConfig) -> Path:
     from research_agent import checkpoint  # noqa: PLC0415
 
     _validate(config)
+    settings = _saved_settings(config)
     torch.manual_seed(config.seed)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -176,17 +177,26 @@ def run(config: SFTConfig) -> Path:
     # The first lock keeps out train, the second one an sft of an earlier version.
     with folder_lock(config.output), folder_lock(checkpoints), stop_signals() as signals:
         try:
-            if checkpoint.latest(checkpoints) is None and _is_finished(config):
+            if checkpoint.latest(checkpoints) is None and _is_finished(config.output, settings):
                 if not config.quiet:
                     print(f"{config.output} is finished")
                 return config.output
-            return _fit(config, signals)
+            return _fit(config, settings, signals)
         finally:
             if checkpoint.latest(checkpoints) is None:  # nothing to continue
                 _clean_up(config.output)
 
 
-def _fit(config: SFTConfig, signals: list[int]) -> Path:
+def _saved_settings(config: SFTConfig) -> dict[str, Any]:
+    """The settings as JSON values, with the SHA-256 of a file of demonstrations."""
+    settings = as_json(config)
+    path = Path(config.demonstrations)
+    if path.is_file():  # another one was never there, or is a function
+        settings["demonstrations_sha256"] = sha256(path)
+    return settings
+
+
+def _fit(config: SFTConfig, settings: Mapping[str, Any], signals: list[int]) -> Path:
     """Learn until the demonstrations are used up, or until ``signals`` holds one."""
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import Progress  # noqa: PLC0415
@@ -195,7 +205,7 @@ def _fit(config: SFTConfig, signals: list[int]) -> Path:
     from research_agent.models.lora import adapters, merged  # noqa: PLC0415
 
     checkpoints = config.output / CHECKPOINTS
-    saved = _unfinished(config)
+    saved = _unfinished(config.output, settings)
     renderer = _renderer(config, saved.state["date"] if saved else None)
     model = _model(config, renderer, saved)
     optimizers = _optimizers(model, config)
@@ -218,7 +228,6 @@ def _fit(config: SFTConfig, signals: list[int]) -> Path:
             "loss": average,
             "date": renderer.chat_template_date,
         }
-        settings = as_json(config)
         checkpoint.save(checkpoints, step, write_model=write, state=state, config=settings, keep=1)
 
     checkpoint.rehearse(checkpoints, write)
@@ -242,7 +251,7 @@ def _fit(config: SFTConfig, signals: list[int]) -> Path:
     if step < 0:
         message = f"{config.demonstrations} gives fewer demonstrations than --batch {config.batch}"
         raise ConfigError(message)
-    _finish(config, write)
+    _finish(config.output, settings, write)
     made = step + 1
     if made < steps:
         warnings.warn(
@@ -300,7 +309,7 @@ def _learn(
     return loss
 
 
-def _unfinished(config: SFTConfig) -> Checkpoint | None:
+def _unfinished(output: Path, settings: Mapping[str, Any]) -> Checkpoint | None:
     """Read the checkpoint of a run that was stopped; None without one.
 
     Raises:
@@ -308,26 +317,25 @@ def _unfinished(config: SFTConfig) -> Checkpoint | None:
     """
     from research_agent import checkpoint  # noqa: PLC0415
 
-    newest = checkpoint.latest(config.output / CHECKPOINTS)
+    newest = checkpoint.latest(output / CHECKPOINTS)
     if newest is None:
         return None
     saved = checkpoint.load(newest)
-    if differing := _differing(saved.config, config):
+    if differing := _differing(saved.config, settings):
         raise CheckpointError(
-            f"{config.output} holds an unfinished run with other settings:\n{in_lines(differing)}\n"
+            f"{output} holds an unfinished run with other settings:\n{in_lines(differing)}\n"
             "Give the same settings to continue it, another --output, or delete "
             f"{newest.parent} to start anew."
         )
     return saved
 
 
-def _is_finished(config: SFTConfig) -> bool:
+def _is_finished(output: Path, settings: Mapping[str, Any]) -> bool:
     """Whether the output folder holds the model that these settings give.
 
     Raises:
         CheckpointError: it holds another model, which the run would replace.
     """
-    output = config.output
     if (output / _TEMPORARY).exists() or not any(output.glob("*.safetensors")):
         return False
     if not (output / SETTINGS).exists():
@@ -336,7 +344,7 @@ def _is_finished(config: SFTConfig) -> bool:
             "this run would replace it; give another --output"
         )
     saved = read_object(output / SETTINGS, CheckpointError, "give another --output")
-    if differing := _differing(saved, config):
+    if differing := _differing(saved, settings):
         raise CheckpointError(
             f"{output} holds a finished model of other settings:\n{in_lines(differing)}\n"
             "Give another --output; this run would replace that model."
@@ -344,25 +352,24 @@ def _is_finished(config: SFTConfig) -> bool:
     return True
 
 
-def _differing(saved: Mapping[str, Any], config: SFTConfig) -> dict[str, tuple[Any, Any]]:
+def _differing(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings that give another model, with their saved and present values."""
     return {
         name: (saved.get(name), value)
-        for name, value in as_json(config).items()
+        for name, value in settings.items()
         if name not in FREE and saved.get(name) != value
     }
 
 
-def _finish(config: SFTConfig, write: Callable[[Path], None]) -> None:
+def _finish(folder: Path, settings: Mapping[str, Any], write: Callable[[Path], None]) -> None:
     """Write the model, and remove the checkpoint. The weights come last: with them all is there."""
     from research_agent import checkpoint  # noqa: PLC0415
 
-    folder = config.output
     temporary = folder / _TEMPORARY
     shutil.rmtree(temporary, ignore_errors=True)
     write(temporary)
-    settings = {name: value for name, value in as_json(config).items() if name not in FREE}
-    (temporary / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    kept = {name: value for name, value in settings.items() if name not in FREE}
+    (temporary / SETTINGS).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     for path in sorted(temporary.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         if path.is_dir():  # further chat templates; a folder can only replace an empty one
             shutil.rmtree(folder / path.name, ignore_errors=True)
@@ -445,11 +452,21 @@ def _validate(config: SFTConfig) -> None:
         raise ConfigError(
             f"--hidden-size {config.hidden_size} must be a multiple of twice --heads {config.heads}"
         )
+    _validate_schedule(config)
+
+
+def _validate_schedule(config: SFTConfig) -> None:
     if not 0 < config.learning_rate < math.inf or not config.max_grad_norm > 0:
         raise ConfigError(
             f"--learning-rate {config.learning_rate} and --max-grad-norm {config.max_grad_norm} "
             "must be above 0"
         )
+    if config.warmup_steps < 0:
+        raise ConfigError(f"--warmup-steps is {config.warmup_steps}; it must not be negative")
+    for name in ("decay_share", "final_share"):
+        if not 0 <= getattr(config, name) <= 1:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} is {getattr(config, name)}; it is a share, from 0 to 1")
 
 
 def _schedule(config: SFTConfig, step: int) -> float:

@@ -351,6 +351,34 @@ def test_a_finished_model_is_not_made_again_nor_replaced(
     assert not (config.output / ".model.tmp").exists()
 
 
+def test_a_file_of_demonstrations_that_has_changed_is_not_gone_on_with(tmp_path: Path) -> None:
+    file, good = tmp_path / "d.jsonl", json.dumps({"segments": A}) + "\n"
+    other, bad = json.dumps({"segments": B}) + "\n", "{}\n"
+    config = replace(SMALL, demonstrations=str(file), count=24, save_every=1, output=tmp_path / "m")
+    file.write_text(good * 20 + bad + good * 3)
+    for _ in range(2):  # it continues to the same line
+        with pytest.raises(ConfigError, match=r"d\.jsonl:21: .*mend the line"):
+            run(config)
+        assert (config.output / "checkpoints" / "step-000002").is_dir()
+    file.write_text(other * 24)
+    said = (
+        "unfinished run .*\n  demonstrations_sha256: '[0-9a-f]{64}' in the folder, '.*' now\nGive"
+    )
+    with pytest.raises(CheckpointError, match=said):
+        run(config)
+
+    config = replace(config, output=tmp_path / "n")
+    weights = run(config) / "model.safetensors"
+    made = weights.read_bytes()
+    assert run(config) == config.output
+    file.write_text(good * 24)
+    with pytest.raises(CheckpointError, match=r"finished model .*\n  demonstrations_sha256: '"):
+        run(config)
+    file.unlink()
+    assert run(config) == config.output  # nothing says that it is another model
+    assert weights.read_bytes() == made
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     with (
         folder_lock(tmp_path / "out" / "checkpoints"),
@@ -437,6 +465,7 @@ def test_a_line_that_is_no_utf8_is_named(tmp_path: Path) -> None:
     [
         ([("prompt", "a")], "no action"),
         ([], "no action"),
+        ([("prompt", "a"), ("action", ""), ("observation", "b")], "no action"),
         ([("prompt", "a"), ("answer", "b"), ("action", "c")], "unknown provenance 'answer'"),
     ],
 )
@@ -467,6 +496,10 @@ def test_a_demonstration_that_teaches_nothing_is_refused(
         ({"heads": 5, "hidden_size": 20}, "--heads 5 must be 1 or an even number"),
         ({"learning_rate": 0.0}, r"--learning-rate 0\.0 .* must be above 0"),
         ({"learning_rate": float("nan")}, "--learning-rate nan"),
+        ({"warmup_steps": -1}, "--warmup-steps is -1; it must not be negative"),
+        ({"decay_share": -0.1}, r"--decay-share is -0\.1; it is a share, from 0 to 1"),
+        ({"final_share": 1.5}, r"--final-share is 1\.5; it is a share, from 0 to 1"),
+        ({"final_share": float("nan")}, "--final-share is nan; it is a share"),
     ],
 )
 def test_settings_that_cannot_be_used(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
