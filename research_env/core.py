@@ -34,7 +34,7 @@ from research_env.protocol import Protocol
 from research_env.retrieval.base import Retriever
 from research_env.retrieval.batching import Found, raise_bug
 from research_env.retrieval.documents import require_reader
-from research_env.retrieval.requests import Request
+from research_env.retrieval.requests import Request, ToolResult
 from research_env.rewards import (
     METRICS,
     REWARDS,
@@ -222,8 +222,10 @@ class EnvCore:
             calls = [r for r in requests if not isinstance(r, str) and r.tool == tool.name]
             if calls and tool.runner is not None:
                 arguments = [json.loads(each.arguments) for each in calls]
+                results: Sequence[Found | Exception]
                 try:
-                    results = tool.runner(self.retriever, arguments)
+                    results = list(tool.runner(self.retriever, arguments))
+                    _check_results(tool, results, len(calls))
                 except Exception as error:
                     results = [error] * len(calls)
                 found.update(zip(calls, results, strict=True))
@@ -298,6 +300,16 @@ class EnvCore:
         """Close the retriever, unless it was given as an object: then its owner closes it."""
         if not hasattr(self.settings.get("retriever"), "search"):
             self.retriever.close()
+
+
+def _check_results(tool: Tool, results: Sequence[object], count: int) -> None:
+    """Refuse what a runner must not return; only the callers of its tool get the error."""
+    valid = all(isinstance(each, ToolResult | Exception) for each in results)
+    if len(results) != count or not valid:
+        raise ConfigurationError(
+            f"the runner of the tool {tool.name!r} answered {count} calls with {results!r:.200}; "
+            "return a ToolResult, or an exception, for each call"
+        )
 
 
 def closing_line(episode: Episode, reward: float) -> str:

@@ -44,10 +44,9 @@ class Tool:
         description: what it does, for the model.
         parameters: JSON Schema per argument: ``type`` (see `TYPES`), ``description``, ``enum``, ...
         required: the arguments that each call must have.
-        runner: runs its calls. None: its ``query`` goes to the search engine, and ``top_n``, if it
-            has that argument, limits the passages that are shown.
+        runner: runs its calls. None: its ``query``, a required string, goes to the search engine,
+            and ``top_n``, if it has that argument, an integer, limits the passages that are shown.
         reads: whether it needs a search engine that can read whole documents.
-        place: "module:NAME", by which a pickle imports it; "": the pickle holds its fields.
 
     Raises:
         ConfigurationError: a field that cannot be used.
@@ -59,11 +58,8 @@ class Tool:
     required: tuple[str, ...] = ()
     runner: Runner | None = None
     reads: bool = False
-    place: str = field(default="", repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.place:  # the tool has the name of its function, so the function cannot be pickled
-            return import_tool, (self.place,)
         parameters = {name: dict(each) for name, each in self.parameters.items()}
         made = (self.name, self.description, parameters, self.required, self.runner, self.reads)
         return Tool, made
@@ -90,6 +86,16 @@ class Tool:
                 f"the schema of the tool {self.name!r} holds markup such as <tag> or <|token|>, "
                 "which a model could take for its own; describe it in other words"
             )
+        if self.runner is None:
+            limit_type = self.parameters.get("top_n", {"type": "integer"})["type"]
+            is_string = self.parameters["query"]["type"] == "string"
+            if not is_string or "query" not in self.required or limit_type != "integer":
+                raise ConfigurationError(
+                    f"the tool {self.name!r} has no runner, so its calls are searches: 'query' is "
+                    "of type string and required, and 'top_n', if it has it, of type integer; "
+                    f"mend its parameters, or give it a runner; it has: {dict(self.parameters)!r}, "
+                    f"required: {', '.join(self.required) or 'none'}"
+                )
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -152,20 +158,39 @@ def tool(**parameters: Mapping[str, Any]) -> Callable[[Callable[..., str]], Tool
                 f"schemas given are for {', '.join(parameters) or 'nothing'}"
             )
 
-        def run(_: Retriever, calls: Sequence[Mapping[str, Any]]) -> list[ToolResult | Exception]:
-            return [_run(function, arguments) for arguments in calls]
-
         required = [name for name, each in arguments.items() if each.default is each.empty]
         return Tool(
             function.__name__,
             inspect.cleandoc(function.__doc__ or ""),
             parameters,
             tuple(required),
-            run,
-            place=f"{function.__module__}:{function.__qualname__}",
+            _FunctionRunner(function),
         )
 
     return make
+
+
+@dataclass(frozen=True, slots=True)
+class _FunctionRunner:
+    """Runs the calls of a tool by a function."""
+
+    function: Callable[..., str]
+
+    def __call__(
+        self, _: Retriever, calls: Sequence[Mapping[str, Any]]
+    ) -> list[ToolResult | Exception]:
+        return [_run(self.function, arguments) for arguments in calls]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        place = f"{self.function.__module__}:{self.function.__qualname__}"
+        found = import_named(place, "function of a tool")
+        if isinstance(found, Tool) and found.runner == self:
+            return _import_runner, (place,)  # the decorated function has the function's name
+        return _FunctionRunner, (self.function,)
+
+
+def _import_runner(place: str) -> Runner | None:
+    return import_tool(place).runner
 
 
 def _run(function: Callable[..., str], arguments: Mapping[str, Any]) -> ToolResult | Exception:

@@ -20,6 +20,7 @@ MAX_CALL_CHARACTERS = 10_000
 """Most characters of a call; a longer one gets an error."""
 
 _SHOWN = 200  # characters of the policy's own words in an error
+_MOST_BITS = 1024  # as in a float; Python does not write a number of 4,300 digits
 _NOT_IN_NAME = re.compile(r"[^A-Za-z0-9_-]")
 _TYPE_NAMES: Mapping[type, str] = {
     dict: "object",
@@ -130,18 +131,19 @@ def structured(calls: Iterable[Call]) -> list[WrittenCall]:
 
 def call_text(call: Call) -> str:
     """A call as a JSON object; arguments that are not JSON stay as they are."""
-    name = json.dumps(call.name, ensure_ascii=False, default=repr)
-    return f'{{"name": {name}, "arguments": {arguments_text(call)}}}'
+    return f'{{"name": {_as_json(call.name)}, "arguments": {arguments_text(call)}}}'
 
 
 def arguments_text(call: Call) -> str:
     """The arguments of a call as JSON; text that is not JSON stays as it is."""
-    if call.raw is not None:
-        return str(call.raw)
+    return _as_json(call.arguments) if call.raw is None else str(call.raw)
+
+
+def _as_json(value: Any) -> str:
     try:
-        return json.dumps(call.arguments, ensure_ascii=False, default=repr)
+        return json.dumps(value, ensure_ascii=False, default=repr)
     except (TypeError, ValueError, RecursionError):
-        return "arguments that cannot be written"
+        return "a value that cannot be written"
 
 
 def parse_json(text: str) -> Any:
@@ -239,6 +241,8 @@ def _check(call: Call, tool: Tool) -> dict[str, Any]:
         is_bool = isinstance(value, bool)
         if not isinstance(value, TYPES[expected]) or (is_bool and expected != "boolean"):
             raise BadCallError(f"{argument!r} is of type {expected}, not {_kind(value)}")
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise BadCallError(f"{argument!r} is too large a number")
         if value not in (allowed := schema.get("enum", [value])):
             choices = ", ".join(map(repr, allowed))
             raise BadCallError(f"{argument!r} is one of {choices}, not {shown(repr(value))}")

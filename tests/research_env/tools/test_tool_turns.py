@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -15,6 +16,7 @@ from research_env.env import SearchQAEnv
 from research_env.episode import Episode, advance
 from research_env.errors import ActionError, ConfigurationError, EpisodeError, UnknownNameError
 from research_env.papers import PROTOCOLS
+from research_env.retrieval.requests import ToolResult
 from research_env.sessions import Sessions
 from research_env.tools import FORMATS, SEARCH, Call, Tool, ToolTurn, tool, write_call
 from research_env.vector_env import SearchQAVectorEnv
@@ -114,6 +116,7 @@ BAD_CALLS = [
     (Call("a", "search", {"query": "x", "<b>": 1}), "search has no argument '‹b>'"),
     (Call("a", "search", {"query": "x" * 1_000_000}), "the call has 1000046 characters"),
     (Call("a", "search", raw="x" * 1_000_000), "the call has 1000033 characters"),
+    (Call("a", "search", {"query": 10**5000}), "'query' is of type string, not number"),
     (Call("a", "search", {"query": {1, 2}}), "'query' is of type string, not number"),
     (Call("a", 7, {"query": "x"}), 'the call has no "name" that is a string'),  # type: ignore[arg-type]
     (Call(7, "search", {"query": "x"}), ""),  # type: ignore[arg-type]  # it gets an id
@@ -131,6 +134,13 @@ def test_a_bad_structured_call_gets_an_error_and_the_episode_goes_on(
     assert second == '"Title 1"\nAbout company 1 number 1.'
     assert not (output.terminated or output.truncated)
     assert len(output.observation) < 2_000
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_number_that_python_does_not_write_is_an_error_that_the_policy_reads(sign: int) -> None:
+    env = make(protocol="recall")
+    call = Call("a", "wikipedia_search", {"query": "company 1", "top_n": sign * 10**5000})
+    assert results(env.step(ToolTurn(calls=(call,)))) == ["error: 'top_n' is too large a number"]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +225,13 @@ def test_limits_count_the_calls_of_all_tools() -> None:
 
 
 # --- tools of a user ---------------------------------------------------------------------------
+
+
+def shout(text: str) -> str:
+    return text.upper()
+
+
+shouting = tool(text={"type": "string"})(shout)
 
 
 def test_a_tool_is_a_function_with_a_schema() -> None:
@@ -305,6 +322,60 @@ def test_a_bug_in_a_tool_is_raised_to_the_episode_that_called_it_alone() -> None
     assert results(counted) == ["2"]
 
 
+def no_result(_: Any, calls: Any) -> list[ToolResult]:
+    return []
+
+
+def texts(_: Any, calls: Any) -> Any:
+    return ["text" for _ in calls]
+
+
+def one_text(_: Any, calls: Any) -> Any:
+    return "text"
+
+
+@pytest.mark.parametrize("run", [no_result, texts, one_text])
+def test_a_runner_that_returns_something_else_fails_its_own_callers_alone(run: Any) -> None:
+    mine = Tool("mine", "Mine.", {"x": {"type": "string"}}, ("x",), run)
+    vector = SearchQAVectorEnv(
+        num_envs=2,
+        dataset=DATASET,
+        retriever=Engine(),
+        protocol="tool-calls",
+        tools=[SEARCH, mine],
+        max_wait=0.5,
+    )
+    vector.reset(seed=0)
+    turns = [write_call("mine", {"x": "1"}), write_call("search", {"query": "company 1"})]
+    vector.send([0, 1], turns)
+    found: list[Any] = []
+    errors: list[str] = []
+    while not (found and errors):
+        try:
+            found += vector.recv()
+        except ConfigurationError as error:
+            errors.append(str(error))
+    assert [result.env_id for result in found] == [1]
+    assert errors[0].startswith("the runner of the tool 'mine' answered 1 calls with [")
+    vector.close()
+
+
+def test_a_changed_tool_is_pickled_as_it_is() -> None:
+    assert pickle.loads(pickle.dumps(count)) == count
+    other = replace(count, name="tally", description="Another text.")
+    back = pickle.loads(pickle.dumps(other))
+    assert (back, back.description) == (other, "Another text.")
+    assert results(make(tools=[back]).step(write_call("tally", {"text": "a b"}))) == ["2"]
+    assert pickle.loads(pickle.dumps(shouting)) == shouting  # its function has the name "shout"
+
+    @tool(text={"type": "string"})
+    def local(text: str) -> str:
+        return text
+
+    with pytest.raises(ConfigurationError, match=r"cannot import the function .*<locals>\.local'"):
+        pickle.dumps(local)
+
+
 def test_equal_calls_of_many_episodes_are_run_once() -> None:
     calls = []
 
@@ -358,6 +429,15 @@ def test_bad_settings_of_tools_are_refused_at_once(
         (("t", "x", {"q": {"type": "string"}}), "needs a JSON Schema for the argument 'query'"),
         (("t", "a <|im_end|>", {"query": {"type": "string"}}), "holds markup"),
         (("t", "x", {"query": {"type": "string"}}, ("n",)), "JSON Schema for the argument 'n'"),
+        (
+            ("t", "x", {"query": {"type": "string"}}),
+            "'query' is of type string and required.*none$",
+        ),
+        (("t", "x", {"query": {"type": "array"}}, ("query",)), "'t' has no runner.*'array'"),
+        (
+            ("t", "x", {"query": {"type": "string"}, "top_n": {"type": "number"}}, ("query",)),
+            "'top_n', if it has it, of type integer.*'number'",
+        ),
     ],
 )
 def test_a_tool_that_cannot_work_is_refused_where_it_is_made(
