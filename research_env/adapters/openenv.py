@@ -18,7 +18,7 @@ from typing import Any
 from research_env.adapters import require
 from research_env.adapters.task_order import TaskOrder
 from research_env.core import StepOutput
-from research_env.errors import UnknownNameError
+from research_env.errors import ConfigurationError, UnknownNameError
 from research_env.sessions import Sessions
 
 require("openenv", "0.10", "openenv")
@@ -91,8 +91,13 @@ class SearchEnvironment(Environment[SearchAction, SearchObservation, State]):  #
         Raises:
             UnknownTaskError: there is no such task.
             UnknownNameError: the server has another split.
+            ConfigurationError: both ``index`` and ``question_id``.
         """
         self._check_split(split)
+        if index is not None and question_id is not None:
+            raise ConfigurationError(
+                f"reset takes one of index ({index}) and question_id ({question_id!r}), not both"
+            )
         if index is not None:
             session = self._order.opened = self._sessions.open(index, seed or 0)
             if seed is not None:

@@ -24,6 +24,7 @@ import gymnasium as gym
 from research_env.adapters import require
 from research_env.adapters.task_order import TaskOrder
 from research_env.core import StepOutput
+from research_env.errors import ConfigurationError
 from research_env.sessions import Sessions
 from research_env.spaces import UnicodeText
 
@@ -54,9 +55,14 @@ class SessionEnv(gym.Env[str, str]):
         """Open the next task, or that of ``options={"question_id": ...}``.
 
         Raises:
+            ConfigurationError: another option.
             UnknownTaskError: no task has this id.
         """
-        session = self._order.open(seed, (options or {}).get("question_id"))
+        rest = dict(options or {})
+        question_id = rest.pop("question_id", None)
+        if rest:
+            raise ConfigurationError(f"reset takes the option 'question_id', not {sorted(rest)}")
+        session = self._order.open(seed, question_id)
         return session.prompt, session.info
 
     def step(self, action: str) -> StepOutput:

@@ -205,6 +205,9 @@ class Tools:
         """The reward function for ``reward_funcs``: takes the last messages as the answers.
 
         It logs each metric's mean as ``env/NAME``. A void episode gets None: TRL leaves it out.
+
+        Raises:
+            Exception: a bug that a search raised; TRL has shown it to the policy as a result.
         """
         pairs = zip(environments, completions, strict=True)
         ends = [environment._end(messages) for environment, messages in pairs]
@@ -220,6 +223,7 @@ class SearchTool:
         """Take the sessions; ``reset`` opens an episode."""
         self._sessions = sessions
         self._session: Session | None = None
+        self._failure: Exception | None = None
 
     def reset(self, question_id: str, **_: object) -> None:
         """Open the episode of a row.
@@ -231,6 +235,7 @@ class SearchTool:
             UnknownTaskError: no task has this id.
         """
         self._session = self._sessions.open(question_id)
+        self._failure = None
 
     def search(self, query: str) -> str:
         """Search for passages.
@@ -248,7 +253,11 @@ class SearchTool:
             return "The episode is over; no more searches are possible."
         tag = session.episode.protocol.query
         # A tag in the query would be read as one of the turn, such as an answer.
-        return session.step(f"{tag.open}{defuse(query)}{tag.close}").observation
+        try:
+            return session.step(f"{tag.open}{defuse(query)}{tag.close}").observation
+        except Exception as error:  # TRL makes it a result of the tool, so the reward raises it
+            self._failure = error
+            raise
 
     def _end(self, messages: Sequence[Mapping[str, Any]]) -> StepOutput:
         """End the episode with the last message as its answer.
@@ -256,6 +265,8 @@ class SearchTool:
         ``search`` gets the query alone, so the thoughts before the calls are put in front of the
         turns here: the reward reads them for the format.
         """
+        if self._failure is not None:
+            raise self._failure
         session, thoughts = self._opened(), list[str]()
         for message in messages:
             if message["role"] == "assistant":

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from research_env.errors import EpisodeError, UnknownTaskError
+from research_env.errors import ConfigurationError, EpisodeError, UnknownTaskError
 from research_env.sessions import Sessions
 from research_env.testing import Played, conformance
 from tests.research_env.fakes import DATASET, Engine, answer, search, suite_sessions
@@ -121,6 +121,8 @@ def test_unknown_tasks_and_steps_after_the_end_are_refused(sessions: Sessions) -
         adapter.SessionEnv(sessions).step("x")
     with pytest.raises(UnknownTaskError, match="q9"):
         env.reset(options={"question_id": "q9"})
+    with pytest.raises(ConfigurationError, match=r"'question_id', not \['episode'\]"):
+        env.reset(options={"episode": 3})
     data = env.step(env.reset().set("action", answer("x")))
     with pytest.raises(EpisodeError, match="the episode is over"):
         env.step(data["next"].clone().set("action", "x"))

@@ -442,6 +442,24 @@ def test_what_would_be_played_differently_is_refused(tiny: Sessions) -> None:
         environment.search(3)
 
 
+def test_a_bug_that_trl_shows_to_the_policy_is_raised_with_the_reward() -> None:
+    class Broken(Fake):
+        def search(self, queries: Sequence[str], top_k: int) -> Any:
+            raise KeyError("_source")
+
+    with Sessions(dataset=DATASET, retriever=Broken(), template="question") as sessions:
+        tools = adapter.Tools(sessions)
+        environment = tools()
+        environment.reset(question_id="q1")
+        with pytest.raises(KeyError):  # the loop of TRL makes it a message
+            environment.search("1")
+        said = [{"role": "assistant", "content": answer("Founder 1")}]
+        with pytest.raises(KeyError, match="_source"):
+            tools.reward([environment], [said])
+        environment.reset(question_id="q1")
+        assert tools.reward([environment], [said]) == [1.0]
+
+
 @pytest.mark.parametrize("row", [[5, 6, 9, 9], [5, 6, 7, 9], [5, 6, 7, 8]])
 def test_a_turn_is_cut_after_the_token_that_completes_a_terminator(row: list[int]) -> None:
     words = {5: "<a>", 6: "b</", 7: "a> c", 8: "d"}

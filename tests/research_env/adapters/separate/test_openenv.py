@@ -147,6 +147,10 @@ def test_the_task_routes_list_what_reset_opens(sessions: Sessions, server: AppSe
         ({"index": 5}, "a number from 0 to 4"),
         ({"index": -1}, "a number from 0 to 4"),
         ({"split": "dev"}, "dev"),
+        (
+            {"index": 1, "question_id": "q1"},
+            r"one of index \(1\) and question_id \('q1'\), not both",
+        ),
     ],
 )
 def test_tasks_that_are_not_there_are_refused(
