@@ -455,9 +455,9 @@ def _read_limit(settings: EnvSettings, name: str, default: int | None, least: in
     value: Any = settings.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ConfigurationError(f"{name} is an integer from {least} on, not {value!r}")
-    return value
+    return int(value)
 
 
 def _load_dataset(settings: EnvSettings) -> Dataset:

@@ -169,14 +169,20 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
                     f"{name!r} has a {entry} for each of the {self.num_envs} sub-environments; "
                     f"{given!r:.80} has {count}"
                 )
-        indexes = {i: self._core.find_question(ids[i]) for i in chosen} if ids is not None else {}
+        # All are looked up before any begins: an error leaves every episode as it is.
+        if ids is not None:
+            indexes = {i: self._core.find_question(ids[i]) for i in chosen}
+        else:
+            following = self._next if numbers is None else numbers
+            indexes = {i: self._draw(following[i]) for i in chosen}
+            for i in chosen:
+                self._next[i] = int(following[i]) + self.num_envs
         self._drop_sent(chosen)
 
         observations = [""] * self.num_envs
         infos = {}
         for i in chosen:
-            number = self._next[i] if numbers is None else numbers[i]
-            observations[i], infos[i] = self._begin(i, number, indexes.get(i))
+            observations[i], infos[i] = self._begin(i, indexes[i])
         return tuple(observations), batch_infos(infos, self.num_envs)
 
     def step(
@@ -308,11 +314,19 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
             A result each, in order, with the reward and metrics of all that the policy wrote.
 
         Raises:
-            EpisodeError: a sub-environment is not reset, or its episode is over; then no other
-                has changed either.
+            EpisodeError: a sub-environment is not reset, is named twice, or its episode is over;
+                then no other has changed either.
             RewardError: as in ``step``.
         """
-        truncated = {int(i): truncate(self._episode(int(i)), reason) for i in env_ids}
+        truncated: dict[int, Episode | None] = {}
+        for i in map(int, env_ids):
+            if i in truncated:
+                raise EpisodeError(f"sub-environment {i} is named twice; truncate it once")
+            if any(
+                each.env_id == i and (each.terminated or each.truncated) for each in self._ready
+            ):
+                raise EpisodeError(f"sub-environment {i} has ended its episode; call recv first")
+            truncated[i] = truncate(self._episode(i), reason)
         results = self._conclude(truncated)
         self._drop_sent(truncated)
         return results
@@ -364,11 +378,15 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
             )
         return [i for i, chosen in enumerate(mask) if chosen]
 
-    def _begin(self, i: int, number: int, index: int | None = None) -> tuple[str, dict[str, Any]]:
-        """Start an episode by its number, or by the index of its question."""
+    def _draw(self, number: int) -> int:
+        """The index of the question of an episode by its number."""
+        return self._core.draw_question(int(self.np_random_seed or 0), number)
+
+    def _begin(self, i: int, index: int | None = None) -> tuple[str, dict[str, Any]]:
+        """Start an episode of the question with this index, or the next one of the order."""
         if index is None:
-            index = self._core.draw_question(int(self.np_random_seed or 0), number)
-            self._next[i] = int(number) + self.num_envs
+            index = self._draw(self._next[i])
+            self._next[i] += self.num_envs
         self._episodes[i], observation, info = self._core.start(index)
         return observation, info
 
@@ -409,12 +427,12 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
 
     def _move(self, i: int, episode: Episode | None, output: StepOutput | None) -> StepResult:
         if episode is None or output is None:
-            observation, info = self._begin(i, self._next[i])
+            observation, info = self._begin(i)
             return StepResult(i, observation, 0.0, False, False, info)
         self._episodes[i], self._rewards[i] = episode, output.reward
         if not episode.over or self._mode is not AutoresetMode.SAME_STEP:
             return StepResult(i, *output)
-        observation, info = self._begin(i, self._next[i])
+        observation, info = self._begin(i)
         info |= {"final_obs": output.observation, "final_info": output.info}
         return StepResult(i, observation, output.reward, output.terminated, output.truncated, info)
 

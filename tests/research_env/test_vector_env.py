@@ -77,6 +77,22 @@ def test_truncate_in_same_step_mode_starts_the_next_episode() -> None:
     env.close()
 
 
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_truncate_loses_no_episode_that_has_ended(mode: str) -> None:
+    env = make(3, autoreset_mode=mode)
+    env.reset(seed=1)
+    env.send([0], [answer("x")])
+    before = env.episodes
+    with pytest.raises(EpisodeError, match="0 has ended its episode; call recv first"):
+        env.truncate([1, 0])
+    with pytest.raises(EpisodeError, match="2 is named twice"):
+        env.truncate([2, 2])
+    assert env.episodes == before
+    (result,) = env.recv(timeout=TIMEOUT)
+    assert (result.env_id, result.terminated) == (0, True)
+    env.close()
+
+
 def test_branches_continue_from_the_present_state() -> None:
     env = make(4)
     env.reset(seed=1)
@@ -188,6 +204,8 @@ def test_questions_may_be_chosen_by_id() -> None:
     assert infos["question_id"].tolist() == [None, "q4", None]
     with pytest.raises(UnknownTaskError, match="no question has the id 'q9'"):
         env.reset(options={"question_ids": ["q1", "q1", "q9"]})
+    with pytest.raises(ConfigurationError, match="an integer from 0 on, not -1"):
+        env.reset(options={"episodes": [7, 8, -1]})
     assert [each.question.id for each in env.episodes if each] == ["q3", "q4", "q3"]
     for wrong in ({"question_ids": "q1"}, {"question_ids": ["q1"] * 3, "episodes": [1] * 3}):
         with pytest.raises(ConfigurationError):
